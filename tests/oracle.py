@@ -1,0 +1,48 @@
+"""Peers' implementations as data: inputs, weights, outputs and gradients of one seeded run each."""
+
+import json
+import pathlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).parent / "oracles"
+FROM_SOURCE = pathlib.Path(__file__).parents[2] / "shared" / "oracles" / "from_source"
+GROUPS = {
+    "in": "inputs",
+    "w": "weights",
+    "const": "constants",
+    "ct": "cotangents",
+    "out": "outputs",
+    "grad/in": "grad_inputs",
+    "grad/w": "grad_weights",
+}
+
+
+def load(name: str) -> SimpleNamespace:
+    """The oracle `name`: `.meta` (dict) and one dict of arrays per group.
+
+    Files of PyPI peers lie in tests/oracles. The others are read beside the checkout, and the test that asks for one is
+    skipped where they are absent.
+    """
+    path = HERE / f"{name}.npz"
+    if not path.exists():
+        path = FROM_SOURCE / f"{name}.npz"
+    if not path.exists():
+        pytest.skip(f"oracle {name} is neither in tests/oracles nor beside the checkout")
+    oracle = SimpleNamespace(**{group: {} for group in GROUPS.values()})
+    with np.load(path) as arrays:
+        oracle.meta = json.loads(str(arrays["meta"]))
+        for key in arrays.files:
+            for prefix, group in GROUPS.items():
+                if key.startswith(prefix + "/"):
+                    getattr(oracle, group)[key[len(prefix) + 1 :]] = arrays[key]
+    return oracle
+
+
+def relative_error(actual, expected) -> float:
+    """max |actual - expected| / max(1, max |expected|), in float64."""
+    expected = np.asarray(expected, np.float64)
+    difference = np.abs(np.asarray(actual, np.float64) - expected)
+    return float(difference.max(initial=0.0) / max(1.0, np.abs(expected).max(initial=0.0)))
