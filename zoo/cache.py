@@ -1,0 +1,48 @@
+"""The explicit caches of `extend`: immutable pytrees that go in and come out; nothing hides in a module."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all tokens so far, in slots 0..length-1 of S."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    valid: Bool[Array, "B S"]  # False: empty, or a padding token
+    length: Int[Array, ""]
+
+    @classmethod
+    def zeros(cls, batch_size: int, max_length: int, num_kv_heads: int, head_features: int, dtype) -> "KVCache":
+        shape = (batch_size, max_length, num_kv_heads, head_features)
+        valid = jnp.zeros((batch_size, max_length), bool)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), valid, jnp.zeros((), jnp.int32))
+
+
+def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"], valid) -> KVCache:
+    """The cache with T more tokens; `valid` [B, T] or None (all real).
+
+    Raises: ValueError: the tokens do not fit. Under `jit` the length is not known, so there a cache that overflows
+        turns to NaN instead: a wrong answer must not look like one.
+    """
+    tokens, room = key.shape[1], cache.key.shape[1]
+    full = cache.length + tokens > room
+    if not isinstance(full, jax.core.Tracer) and full:
+        raise ValueError(
+            f"extend: cache must have room for {tokens} more tokens, got {int(cache.length)} of {room} taken. "
+            "Call init_cache with a larger max_length."
+        )
+    if valid is None:
+        valid = jnp.ones(key.shape[:2], bool)
+    slot = cache.length
+
+    def write(old, new):
+        new = jnp.where(full, jnp.nan, new.astype(old.dtype)) if old.dtype != bool else new
+        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+
+    return KVCache(
+        write(cache.key, key), write(cache.value, value), write(cache.valid, valid), cache.length + tokens
+    )

@@ -1,0 +1,43 @@
+"""Where a token stands: rotary and sinusoidal encodings as functions of integer positions."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def sinusoidal(positions: Int[Array, "*B T"], features: int) -> Float[Array, "*B T D"]:
+    """Sines in the first half of the features, cosines in the second, at wavelengths 2 pi to 20,000 pi.
+
+        e_{t,i} = sin(t / 10000^{2i/D}),  e_{t,D/2+i} = cos(t / 10000^{2i/D})
+
+    Args:
+        positions: integer positions.
+        features: even number of features D.
+    Raises: ValueError: features is odd.
+    Source: Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762, section 3.5.
+    """
+    if features % 2:
+        raise ValueError(f"sinusoidal: features must be even, got {features}. Use one feature more.")
+    frequency = 10000.0 ** (-jnp.arange(0, features, 2) / features)
+    angle = positions[..., None] * frequency
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def rotary(inputs: Float[Array, "*B T N H"], positions: Int[Array, "*B T"], base: float) -> Float[Array, "*B T N H"]:
+    """Rotates each pair of features (i, i + H/2) by the angle position / base^{2i/H}.
+
+    The scalar product of a rotated query and a rotated key then depends on the distance of their positions alone.
+
+    Args:
+        inputs: queries or keys; H even.
+        positions: integer positions of the tokens.
+        base: the longest wavelength in units of 2 pi tokens, usually 10000.
+    Raises: ValueError: H is odd.
+    Source: Su et al., RoFormer, 2021, arXiv 2104.09864, eq. 34.
+    """
+    features = inputs.shape[-1]
+    if features % 2:
+        raise ValueError(f"rotary: the head features must be even, got {features}. Choose qkv_features accordingly.")
+    angle = positions[..., None, None] * base ** (-jnp.arange(0, features, 2) / features)
+    first, second = jnp.split(inputs.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(inputs.dtype)
