@@ -1,0 +1,29 @@
+"""Efficient sequence mixers behind one layer contract.
+
+    >>> from flax import nnx
+    >>> from subquad import zoo
+    >>> layer = zoo.make("softmax", in_features=64, num_heads=4, rngs=nnx.Rngs(0))
+"""
+
+from subquad.zoo.base import Attention, Support
+from subquad.zoo.block import Block, FeedForward
+from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.features import RandomFeature
+from subquad.zoo.model import CausalLM, Classifier, DualEncoder, Encoder
+from subquad.zoo.registry import LAYERS, attention_fn, make
+
+__all__ = [
+    "LAYERS",
+    "Attention",
+    "Block",
+    "CausalLM",
+    "Classifier",
+    "DualEncoder",
+    "Encoder",
+    "FeedForward",
+    "RandomFeature",
+    "SoftmaxAttention",
+    "Support",
+    "attention_fn",
+    "make",
+]

@@ -1,0 +1,76 @@
+"""The residual block around a mixer: normalisation before it, dropout after it, then a feed-forward network."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class FeedForward(nnx.Module):
+    """Two linear maps with a GELU between, the same at every position.
+
+        y_t = W_2 gelu(W_1 x_t + b_1) + b_2
+
+    Args:
+        in_features: features D of the input and output.
+        mlp_features: features between.
+    """
+
+    def __init__(
+        self, in_features: int, mlp_features: int, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.inner = nnx.Linear(in_features, mlp_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.outer = nnx.Linear(mlp_features, in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, inputs: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
+        return self.outer(nnx.gelu(self.inner(inputs)))
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block.
+
+        h = x + dropout(mixer(norm(x)));   y = h + dropout(ffn(norm(h)))
+
+    Args:
+        mixer: any layer of the zoo with D features in and out.
+        in_features: features D.
+        mlp_features: features inside the feed-forward network; 0 leaves the second half out.
+        dropout_rate: probability of dropping an output feature of mixer or network.
+    """
+
+    def __init__(
+        self,
+        mixer: nnx.Module,
+        in_features: int,
+        *,
+        mlp_features: int,
+        dropout_rate: float = 0.0,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.mixer = mixer
+        self.mixer_norm = nnx.LayerNorm(in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mlp_norm, self.mlp = None, None
+        if mlp_features:
+            self.mlp_norm = nnx.LayerNorm(in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            self.mlp = FeedForward(in_features, mlp_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        # The caller's rngs, not a stored stream: a block holds no state that a call would change.
+        self.dropout = nnx.Dropout(dropout_rate)
+
+    def __call__(
+        self, inputs: Float[Array, "*B T D"], *, deterministic: bool = True, rngs: nnx.Rngs | None = None, **call
+    ) -> Float[Array, "*B T D"]:
+        """`call` holds the mixer's mask, positions and segment_ids."""
+        mixed = self.mixer(self.mixer_norm(inputs), deterministic=deterministic, rngs=rngs, **call)
+        hidden = inputs + self.dropout(mixed, deterministic=deterministic, rngs=rngs)
+        if self.mlp is None:
+            return hidden
+        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)), deterministic=deterministic, rngs=rngs)
+
+    def extend(self, inputs: Float[Array, "B T D"], cache, *, mask=None):
+        """T more tokens after those in the mixer's `cache` -> (outputs, cache); without dropout."""
+        mixed, cache = self.mixer.extend(self.mixer_norm(inputs), cache, mask=mask)
+        hidden = inputs + mixed
+        return (hidden if self.mlp is None else hidden + self.mlp(self.mlp_norm(hidden))), cache

@@ -1,0 +1,117 @@
+"""Layers by name: the table, and the two ways to build from it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from subquad.kernels.dispatch import nearest
+from subquad.zoo.base import Attention, Shell, check_mask, refuse
+from subquad.zoo.dense.softmax import SoftmaxAttention
+
+LAYERS: dict[str, type[nnx.Module]] = {
+    "softmax": SoftmaxAttention,
+}
+
+
+def find(name: str) -> type[nnx.Module]:
+    """The class of a layer, or a ValueError with the nearest known name."""
+    if name not in LAYERS:
+        raise ValueError(f"zoo: layer must be a known name, got {name!r}. {nearest(name, LAYERS)}")
+    return LAYERS[name]
+
+
+def options(name: str) -> set[str]:
+    """The words that the constructor of a layer knows."""
+    layer = find(name)
+    known = {parameter for parameter in inspect.signature(layer.__init__).parameters if parameter not in ("self", "shell")}
+    return known | set(Shell.__annotations__) if issubclass(layer, Attention) else known
+
+
+def check_options(name: str, given: dict[str, Any]) -> None:
+    """Refuses a word that the layer does not know, with the nearest that it does."""
+    for option in given:
+        if option not in options(name):
+            raise TypeError(
+                f"{find(name).__name__}: {option} must be an option of the layer, got {option}={given[option]!r}. "
+                f"{nearest(option, options(name))}"
+            )
+
+
+def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given) -> nnx.Module:
+    """A layer by its name.
+
+    Args:
+        name: a key of `LAYERS`.
+        in_features: features D of the inputs.
+        given: the layer's own options, and those of `Attention` where it has that shell.
+    Raises: ValueError: unknown name.  TypeError: unknown or missing option.
+    Example:
+        >>> make("softmax", in_features=64, num_heads=4, rngs=nnx.Rngs(0))(jnp.ones((1, 10, 64))).shape
+        (1, 10, 64)
+    """
+    layer = find(name)
+    check_options(name, given)
+    if "num_heads" in options(name) and "num_heads" not in given:
+        raise TypeError(f"{layer.__name__}: num_heads must be given, got nothing. Pass num_heads=...")
+    return layer(in_features=in_features, rngs=rngs, **given)
+
+
+def attention_fn(name: str, *, seed: int = 0, **given) -> Callable[..., jax.Array]:
+    """A layer's mechanism as an `attention_fn` of Flax.
+
+    It drops into `nnx.MultiHeadAttention(..., attention_fn=attention_fn("local", window_size=64))` and into Linen's.
+
+    Args:
+        name: a key of `LAYERS` whose mechanism is a function of query, key and value alone.
+        seed: of the random features, where the mechanism has any: the same in every call.
+        given: the layer's own options.
+    Returns: f(query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, H], *, mask, is_causal, ...) -> [*B, T, N, H].
+    Raises:
+        ValueError: unknown name; a mechanism with parameters of its own; at the call, what the mechanism cannot honour
+            (bias, dropout, sowing, a pairwise mask).
+        TypeError: unknown option.
+    """
+    layer = find(name)
+    if not layer.supports.attention_fn:
+        usable = ", ".join(known for known, other in LAYERS.items() if other.supports.attention_fn)
+        raise ValueError(
+            f"attention_fn: layer must be a function of query, key and value alone, got {name!r}, which has "
+            f"parameters of its own. Use zoo.make, or one of: {usable}."
+        )
+    check_options(name, given)
+    owner = f"attention_fn({name!r})"
+
+    def apply(
+        query, key, value, bias=None, mask=None, broadcast_dropout=True, dropout_rng=None, dropout_rate=0.0,
+        deterministic=False, dtype=None, precision=None, module=None, promote_dtype=promote_dtype, is_causal=False,
+    ):
+        if bias is not None:
+            refuse(owner, "bias", "an array", "be None", "Use Flax's own attention for biased logits.")
+        if dropout_rate > 0 and not deterministic:
+            refuse(owner, "dropout_rate", dropout_rate, "be 0 (weights are never stored)", "Drop outputs instead.")
+        if module is not None:
+            refuse(owner, "sow_weights", True, "be False (weights are never stored)", "Use layer.pattern.")
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        batch, (heads, features) = query.shape[:-3], query.shape[-2:]
+        if key.shape[-3] != query.shape[-3] and not layer.supports.cross:
+            refuse(owner, "key", key.shape, f"have the length {query.shape[-3]} of query", "Use softmax or performer.")
+        words = dict(given, is_causal=is_causal or given.get("is_causal", False))
+        if key.shape[-2] != heads:
+            words["num_kv_heads"] = key.shape[-2]
+        with jax.ensure_compile_time_eval():  # its random features are constants of the computation
+            mechanism = layer(heads, 1, qkv_features=heads * features, rngs=nnx.Rngs(seed), **words)
+        mask = check_mask(
+            owner, None if mask is None else mask.astype(bool), batch, heads, query.shape[-3], key.shape[-3],
+            layer.supports.pairwise_mask,
+        )
+        flat = (a.reshape(-1, *a.shape[-3:]) for a in (query, key, value))
+        with jax.default_matmul_precision(None if precision is None else str(getattr(precision, "name", precision)).lower()):
+            heads_out = mechanism.attend(*flat, mask)
+        return heads_out.reshape(*batch, *heads_out.shape[1:])
+
+    return apply
