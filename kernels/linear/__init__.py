@@ -1,0 +1,122 @@
+"""Linear attention: normalised sums of values weighted by products of nonnegative features."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from subquad.kernels import dispatch
+from subquad.kernels.axes import KeyMask
+from subquad.kernels.linear import reference, xla
+
+State = tuple[Float[Array, "B N M V"], Float[Array, "B N M"], Float[Array, "B N"]]
+
+
+def attention(
+    query: Float[Array, "B T N M"],
+    key: Float[Array, "B S N M"],
+    value: Float[Array, "B S N V"],
+    *,
+    key_log_scale: Float[Array, "B S N"] | None = None,
+    mask: KeyMask | None = None,
+    is_causal: bool = False,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    eps: float = 0.0,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], State]:
+    """Attention whose weights are products of nonnegative features, in linear time.
+
+        y_t = sum_s w_ts v_s / (sum_s w_ts + eps),   w_ts = exp(r_s - c_t) q_t . k_s,   s <= t if causal
+        c_t = max of r_s over the keys that t sees
+
+    c_t cancels (where eps = 0); it keeps every weight exp(r_s - c_t) at most 1. In the causal form it is the running
+    maximum, so a key of the future changes nothing before it, however large.
+
+    Cost: time O(T M V), causal O(T M V + T C (M + V)) by chunks of C = 128; memory O(T (M + V)), the backward pass included;
+        one extended token O(M V) whatever came before.
+
+    Args:
+        query: features of the queries, nonnegative.
+        key: features of the keys, nonnegative.
+        value: V may differ from M.
+        key_log_scale: r, weighs key s by exp(r_s); any finite size. None: 0.
+        mask: key padding, True = attend.
+        is_causal: query t sees keys 0..t, and so T = S.
+        initial_state: what came before, seen by every query: (numerator [B, N, M, V], denominator [B, N, M],
+            running maximum [B, N]), the sums of exp(r_s - c) k_s v_s^T and exp(r_s - c) k_s and the c of both, -inf where
+            no key came.
+        return_state: also return the state after the last key.
+        eps: added to the denominator, in units of the largest visible exp(r_s); a constant to the derivative.
+        implementation: None takes the best that can run here.
+    Returns: [B, T, N, V] in the dtype of value; with return_state also the state, float32.
+    Raises:
+        TypeError: mask is not boolean.
+        ValueError: shapes that do not fit; is_causal with T != S.
+        NotImplementedError: an implementation that does not exist here.
+    Numerics: sums and exponentials in float32. With eps = 0 a row is a mean of values, with weights that sum to 1. A row
+        whose denominator is below 1e-30 (no visible key, or only keys whose features are 0 where the query's are not)
+        gives 0 and passes no gradient.
+    Example:
+        >>> query, key = jnp.ones((1, 5, 2, 16)), jnp.ones((1, 5, 2, 16))
+        >>> value = jnp.arange(10.0).reshape(1, 5, 2, 1)
+        >>> attention(query, key, value, is_causal=True)[0, :, 0, 0].tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0]
+    Source: Katharopoulos et al., Transformers are RNNs, ICML 2020, arXiv 2006.16236, eqs. 5, 8-12; the scaling of keys and
+        its running maximum are ours.
+    """
+    _check(query, key, value, key_log_scale, mask, is_causal, initial_state)
+    run = dispatch.choose(
+        "linear.attention", {"xla": xla.attention, "reference": reference.attention}, implementation
+    )
+    outputs, state = run(query, key, value, key_log_scale, mask, is_causal, initial_state, eps)
+    return (outputs, state) if return_state else outputs
+
+
+def empty_state(batch_size: int, num_heads: int, features: int, value_features: int) -> State:
+    """The state before any key: zero sums, and -inf for the maximum of nothing."""
+    return (
+        jnp.zeros((batch_size, num_heads, features, value_features)),
+        jnp.zeros((batch_size, num_heads, features)),
+        jnp.full((batch_size, num_heads), -jnp.inf),
+    )
+
+
+def _check(query, key, value, key_log_scale, mask, is_causal, initial_state) -> None:
+    owner = "linear.attention"
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4:
+            raise ValueError(f"{owner}: {name} must have shape [B, T, N, M], got {array.shape}. Flatten the batch axes.")
+    (batch, length, heads, features), keys = query.shape, key.shape[1]
+    expected = {
+        "key": (key, (batch, keys, heads, features)),
+        "value": (value, (batch, keys, heads, value.shape[-1])),
+        "key_log_scale": (key_log_scale, (batch, keys, heads)),
+    }
+    if initial_state is not None:
+        if len(initial_state) != 3:
+            raise ValueError(
+                f"{owner}: initial_state must hold numerator, denominator and running maximum, got {len(initial_state)} "
+                "arrays. Start from linear.empty_state."
+            )
+        numerator, denominator, largest = initial_state
+        expected["initial_state[0]"] = (numerator, (batch, heads, features, value.shape[-1]))
+        expected["initial_state[1]"] = (denominator, (batch, heads, features))
+        expected["initial_state[2]"] = (largest, (batch, heads))
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{owner}: {name} must have shape {shape} beside query {query.shape}, got {array.shape}. "
+                "Repeat grouped heads, or reshape."
+            )
+    if is_causal and length != keys:
+        raise ValueError(
+            f"{owner}: key must have the length T = {length} of query when is_causal, got {keys}. "
+            "Pass earlier keys through initial_state."
+        )
+    if mask is not None:
+        if mask.dtype != bool:
+            raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
+        if mask.shape not in ((1, 1, 1, keys), (batch, 1, 1, keys)):
+            raise ValueError(
+                f"{owner}: mask must be key padding of shape {(batch, 1, 1, keys)}, got {mask.shape}. "
+                "Linear attention never forms the [T, S] weights that another mask would need."
+            )

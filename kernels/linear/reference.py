@@ -1,0 +1,50 @@
+"""Linear attention as the specification says it: the T x S weights, in float32."""
+
+import jax
+import jax.numpy as jnp
+
+# A denominator below this counts as 0: its reciprocal and the gradients through it stay inside float32.
+SMALLEST_DENOMINATOR = 1e-30
+
+
+def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, eps):
+    """See `linear.attention`; returns the outputs and the state after the last key."""
+    dtype = value.dtype
+    query, key, value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
+    scale = jnp.zeros(key.shape[:3], key.dtype) if key_log_scale is None else key_log_scale.astype(key.dtype)
+    if mask is not None:
+        real = mask[:, 0, 0, :, None]
+        scale = jnp.where(real, scale, -jnp.inf)
+        key, value = jnp.where(real[..., None], key, 0), jnp.where(real[..., None], value, 0)
+    scale = scale.swapaxes(1, 2)  # [B, N, S]
+    before = jnp.full(scale.shape[:2], -jnp.inf) if initial_state is None else initial_state[2]
+    visible = jnp.tri(query.shape[1], dtype=bool) if is_causal else jnp.ones((query.shape[1], key.shape[1]), bool)
+
+    scores = jnp.where(visible, scale[:, :, None], -jnp.inf)  # [B, N, T, S]
+    largest = finite(jax.lax.stop_gradient(jnp.maximum(scores.max(-1), before[:, :, None])))
+    weights = jnp.exp(scores - largest[..., None]) * jnp.einsum("btnm,bsnm->bnts", query, key)
+    numerator, denominator = jnp.einsum("bnts,bsnv->btnv", weights, value), weights.sum(-1).swapaxes(1, 2)
+    if initial_state is not None:
+        past = query * jnp.exp(before[:, :, None] - largest).swapaxes(1, 2)[..., None]
+        numerator += jnp.einsum("btnm,bnmv->btnv", past, initial_state[0])
+        denominator += jnp.einsum("btnm,bnm->btn", past, initial_state[1])
+
+    last = jax.lax.stop_gradient(jnp.maximum(scale.max(-1), before))
+    decayed = key * jnp.exp(scale - finite(last)[..., None]).swapaxes(1, 2)[..., None]
+    state = jnp.einsum("bsnm,bsnv->bnmv", decayed, value), decayed.sum(1), last
+    if initial_state is not None:
+        decay = jnp.exp(before - finite(last))
+        state = state[0] + decay[..., None, None] * initial_state[0], state[1] + decay[..., None] * initial_state[1], last
+    return divide(numerator, denominator, eps).astype(dtype), state
+
+
+def finite(largest):
+    """The maximum with 0 where it is that of nothing, so that exp(-inf - it) is 0 and not NaN."""
+    return jnp.where(jnp.isneginf(largest), 0, largest)
+
+
+def divide(numerator, denominator, eps):
+    """numerator [..., V] / (denominator [...] + eps), and 0 with a zero gradient where that is no positive number."""
+    denominator = denominator + eps
+    positive = denominator > SMALLEST_DENOMINATOR
+    return jnp.where(positive[..., None], numerator, 0) / jnp.where(positive, denominator, 1)[..., None]
