@@ -1,4 +1,11 @@
-import os
+"""The suite runs on the CPU wherever it runs, and its processes share what they compile."""
 
-# Before jax is imported: the suite runs on the CPU wherever it runs, unless the caller names a platform.
+import os
+import pathlib
+
+# Before jax is imported, unless the caller says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+cache = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -1,0 +1,31 @@
+# Sourced by the commands beside it: `ensure_venv EXTRA` makes .venv with this checkout and one of its extras.
+
+fail() { echo "$(basename "$0"): $*" >&2; exit 1; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.11 python3.12 python3 python}; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+ensure_venv() {
+  local extra=$1 venv=${VENV:-.venv} python stamp
+  if [ ! -x "$venv/bin/python" ]; then
+    python=$(find_python) || fail "needs Python 3.11 or newer with its venv module, found none. Install one, or set PYTHON=/path/to/python."
+    echo "Making $venv with $("$python" --version) ..."
+    "$python" -m venv "$venv" || fail "could not make $venv. Is this folder writable and the disk not full?"
+  fi
+  # Installed once per version of pyproject.toml: the checkout itself is editable.
+  stamp="$venv/.installed-$extra-$(cksum < pyproject.toml | tr -d ' ')"
+  if [ ! -e "$stamp" ]; then
+    echo "Installing subquad[$extra] into $venv (once; a minute or two) ..."
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" ||
+      fail "the installation into $venv failed; see above. Run again when it is cured, or remove $venv to start over."
+    touch "$stamp"
+  fi
+}

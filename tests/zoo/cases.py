@@ -1,0 +1,70 @@
+"""One row per layer buys every test of the contract suite."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from subquad import zoo
+
+FEATURES = 16
+LONG = 8192  # the longest sequence of the cost tests
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How the contract suite builds a layer.
+
+    Args:
+        name: the layer.
+        options: its options, small enough that blocks, windows and segments end inside the test sequences.
+        cost_options: options of the cost test, of everyday size; None: `options`.
+        dead: parameters whose gradient is zero by the mathematics, with the reason in a comment.
+        extend_equals_call: a sequence cut into `extend` calls gives what one call gives.
+        tolerance: largest absolute difference between two float32 runs of the same mathematics.
+    """
+
+    name: str
+    options: dict[str, Any]
+    cost_options: dict[str, Any] | None = None
+    dead: tuple[str, ...] = ()
+    extend_equals_call: bool = True
+    tolerance: float = 2e-5
+
+    def make(self, is_causal: bool = False, seed: int = 0, **more) -> nnx.Module:
+        return zoo.make(
+            self.name, in_features=FEATURES, rngs=nnx.Rngs(seed), **{**self.options, "is_causal": is_causal, **more}
+        )
+
+    @property
+    def supports(self) -> zoo.Support:
+        return zoo.LAYERS[self.name].supports
+
+
+# A constant added to all keys adds the same number to every logit of a row, which a softmax over q . k takes away again.
+SOFTMAX_INVARIANT = ("key/bias",)
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("softmax", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
+    )
+}
+
+DIRECTIONS = [
+    (name, is_causal)
+    for name, case in CASES.items()
+    for is_causal in (False, True)
+    if (case.supports.causal if is_causal else case.supports.bidirectional)
+]
+CAUSAL = [name for name, is_causal in DIRECTIONS if is_causal]
+EXTENDING = [name for name in CAUSAL if CASES[name].supports.extend]
+
+
+def label(value) -> str | None:
+    return {True: "causal", False: "bidirectional"}.get(value) if isinstance(value, bool) else None
+
+
+def inputs(length: int, batch: int = 2, seed: int = 0, dtype=jnp.float32):
+    return nnx.Rngs(seed).params.normal((batch, length, FEATURES)).astype(dtype)
