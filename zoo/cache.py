@@ -46,3 +46,11 @@ def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B 
     return KVCache(
         write(cache.key, key), write(cache.value, value), write(cache.valid, valid), cache.length + tokens
     )
+
+
+class PerformerCache(NamedTuple):
+    """The sums over all keys so far, in units of exp(log_max); their size does not grow with the tokens."""
+
+    numerator: Float[Array, "B N M V"]  # of feature times value
+    denominator: Float[Array, "B N M"]  # of features
+    log_max: Float[Array, "B N"]  # largest log scale of a key so far; -inf before the first

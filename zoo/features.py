@@ -66,7 +66,7 @@ def softmax_features(
 ) -> tuple[Float[Array, "*B M"], Float[Array, "*B"]]:
     """Positive random features of the softmax kernel, split into features of at most 1 and a log scale per token.
 
-        phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),  x' = x / H^1/4       (Lemma 1, eq. 5: SM+)
+        phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),   x' = x / H^1/4                                (eq. 5, Lemma 1)
         phi(x) = exp(log_scale) features,   E[phi(q) . phi(k)] = exp(q . k / sqrt(H))
 
     No maximum is taken over other tokens: the log scale is the token's own, and the sum that uses the features weighs it.
@@ -77,14 +77,14 @@ def softmax_features(
     Returns: features in [exp(-30), 1] and log_scale, both float32. The derivative treats log_scale as a constant, which is
         exact for everything made of their product.
     """
-    features = projection.shape[1]
-    scaled = inputs.astype(jnp.float32) * features**-0.25
+    num_features, head_features = projection.shape
+    scaled = inputs.astype(jnp.float32) * head_features**-0.25
     # Exponents: the short mantissas of an accelerator's default precision would be errors of per cents here.
     logits = jnp.einsum("...h,mh->...m", scaled, projection, precision=jax.lax.Precision.HIGHEST)
     logits -= 0.5 * jnp.sum(scaled**2, axis=-1, keepdims=True)
     largest = jax.lax.stop_gradient(logits.max(-1))
     features = jnp.exp(jnp.maximum(logits - largest[..., None], LOG_FLOOR))
-    return features, largest - 0.5 * math.log(projection.shape[0])
+    return features, largest - 0.5 * math.log(num_features)
 
 
 def relu_features(

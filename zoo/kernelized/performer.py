@@ -1,0 +1,117 @@
+"""Performer: softmax attention estimated by positive orthogonal random features, in linear time."""
+
+from typing import Any, Literal, Unpack
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from subquad.kernels import linear
+from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.cache import PerformerCache
+from subquad.zoo.features import RandomFeature, RowNorm, random_projection, relu_features, softmax_features
+
+
+class PerformerAttention(Attention):
+    """FAVOR+: attention through random features phi whose products estimate a kernel.
+
+        y_t = phi(q_t)^T sum_s phi(k_s) v_s^T / phi(q_t)^T sum_s phi(k_s),   s <= t if causal   (eq. 4, appendix B.1)
+        softmax:  phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),  x' = x / H^1/4                  (eq. 5, Lemma 1)
+        relu:     phi(x)_i = M^-1/2 (max(w_i . x, 0) + 0.001)
+
+    With the softmax kernel numerator and denominator are unbiased estimates of those of softmax attention, and the error
+    falls as 1/sqrt(M). The relu kernel estimates no softmax: it is another attention, steadier to train.
+
+    Cost: time O(T N M H), memory O(T N (M + H)); one extended token O(N M H) and a cache of that size whatever came
+        before.
+    Differs from the paper: its implementations subtract the largest exponent over all keys, so a causal layer's past
+        depends on the future; here each token has a log scale of its own and the sums a running maximum, which is exactly
+        causal. They also add 1e-6 to softmax features; here features are floored at 1e-13 of the token's largest, and
+        nothing is added to the denominator. Padding is left out of both sums (peers leave its keys in the denominator).
+        Features are redrawn where the caller says (`redraw`), never inside a call.
+
+    Args:
+        num_heads: query heads N; must divide qkv_features.
+        in_features: features D of the inputs.
+        is_causal: a token sees itself and those before it.
+        num_features: random features M, shared by all heads. Error and cost depend on it; the paper's M = 256 suits H = 64.
+        kernel: "softmax", or "relu" for the generalised kernel.
+        orthogonal: draw the w_i orthogonal in blocks of H.
+        row_norm: of the w_i: "chi" as of Gaussian vectors, "sqrt" all sqrt(H).
+        shell: see `Attention`.
+    Call:
+        inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: True = attend; key padding only, [*B, 1, 1, S].
+    Returns: [*B, T, F] in the promoted dtype of inputs and parameters; fully masked rows are the output projection of 0.
+    Raises: ValueError: sizes that do not divide; an unknown kernel or row_norm; a pairwise mask.
+    Numerics: features and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
+    Example:
+        >>> layer = PerformerAttention(4, 64, num_features=32, is_causal=True, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 100, 64))).shape
+        (2, 100, 64)
+        >>> layer.projection[...] = layer.redraw(nnx.Rngs(1))
+    Source: Choromanski et al., Rethinking Attention with Performers, ICLR 2021, arXiv 2009.14794.
+    """
+
+    supports = Support(cost="T", cross=True, attention_fn=True)
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        is_causal: bool = False,
+        num_features: int = 256,
+        kernel: Literal["softmax", "relu"] = "softmax",
+        orthogonal: bool = True,
+        row_norm: RowNorm = "chi",
+        rngs: nnx.Rngs,
+        **shell: Unpack[Shell],
+    ):
+        super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
+        owner = type(self).__name__
+        if not isinstance(num_features, int | np.integer) or num_features < 1:
+            refuse(owner, "num_features", repr(num_features), "be a positive integer", "256 is a good start.")
+        if kernel not in ("softmax", "relu"):
+            refuse(owner, "kernel", repr(kernel), "be 'softmax' or 'relu'", "'softmax' is the paper's.")
+        if row_norm not in ("chi", "sqrt"):
+            refuse(owner, "row_norm", repr(row_norm), "be 'chi' or 'sqrt'", "'chi' keeps the estimate unbiased.")
+        self.num_features, self.kernel = num_features, kernel
+        self.orthogonal, self.row_norm = orthogonal, row_norm
+        self.projection = RandomFeature(self.redraw(rngs))
+
+    def redraw(self, rngs: nnx.Rngs) -> Float[Array, "M H"]:
+        """New random features, from `rngs.params()`. The layer is unchanged until the caller writes them into it:
+
+            layer.projection[...] = layer.redraw(rngs)
+
+        Between steps that is all. Under `jax.jit` write them into the state that goes in and out. A cache of `extend` was
+        made with the features of its time and ends with them.
+        """
+        return random_projection(
+            rngs.params(), self.num_features, self.head_features, orthogonal=self.orthogonal, row_norm=self.row_norm
+        )
+
+    def attend(self, query, key, value, mask):
+        return self._attend(query, key, value, mask)
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> PerformerCache:
+        """An empty cache. It holds float32 sums and no keys or values: max_length bounds nothing and dtype rounds nothing."""
+        require_extend(self)
+        state = linear.empty_state(batch_size, self.num_heads, self.num_features, self.head_features)
+        return PerformerCache(*state)
+
+    def attend_cached(self, query, key, value, mask, cache):
+        heads, state = self._attend(query, key, value, mask, initial_state=tuple(cache), return_state=True)
+        return heads, PerformerCache(*state)
+
+    def _attend(self, query, key, value, mask, **state):
+        projection, key_log_scale = self.projection[...], None
+        if self.kernel == "softmax":
+            query, _ = softmax_features(query, projection)  # a query's scale cancels
+            key, key_log_scale = softmax_features(key, projection)
+        else:
+            query, key = relu_features(query, projection), relu_features(key, projection)
+        return linear.attention(
+            query, key, value, key_log_scale=key_log_scale, mask=mask, is_causal=self.is_causal,
+            implementation=self.implementation, **state,
+        )
