@@ -54,3 +54,11 @@ class PerformerCache(NamedTuple):
     numerator: Float[Array, "B N M V"]  # of feature times value
     denominator: Float[Array, "B N M"]  # of features
     log_max: Float[Array, "B N"]  # largest log scale of a key so far; -inf before the first
+
+
+class TransformerXLCache(NamedTuple):
+    """The layer's inputs of the last P = memory_length + segment_length - 1 tokens, the newest last."""
+
+    hidden: Float[Array, "B P D"]
+    valid: Bool[Array, "B P"]  # False: before the first token, or a padding token
+    position: Int[Array, ""]  # of the next token in its segment, 0..segment_length-1

@@ -1,0 +1,94 @@
+"""Causal attention with relative positions and memory (Transformer-XL)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from subquad.kernels import dispatch
+from subquad.kernels.axes import Mask, Output, Query
+from subquad.kernels.relative import reference, xla
+
+OPERATION = "relative.attention"
+
+
+def attention(
+    query: Query,
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N V"],
+    relative_key: Float[Array, "R N H"],
+    content_bias: Float[Array, "N H"],
+    position_bias: Float[Array, "N H"],
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    implementation: dispatch.Implementation | None = None,
+) -> Output:
+    """Softmax attention whose scores depend on content and on distance, over a memory and the segment after it.
+
+        a_ij = (q_i + u) . k_j + (q_i + v) . r_{i-j}                                       (section 3.3)
+        y_i = sum_j softmax_j(scale a_ij) v_j,    j <= i
+
+    The keys are the M = S - T of the memory, then those of the T queries: query t stands at position M + t.
+
+    Cost: time O(T S (H + V)), and O(T + S) memory per head beyond one tile; the backward pass recomputes the scores.
+    Differs from the paper: a mask; rows that see no key are 0.
+
+    Args:
+        query: [B, T, N, H].
+        key: [B, S, N, H] with S >= T, memory first.
+        value: [B, S, N, V].
+        relative_key: [R, N, H], the projected encoding W_R R_d of distance d = 0, 1, 2, ... in tokens; R >= S.
+        content_bias: [N, H], the u of the paper.
+        position_bias: [N, H], the v of the paper.
+        mask: True = attend; each axis full or 1, of [B, N, T, S]. Key padding is [B, 1, 1, S].
+        scale: of the scores. None: 1 / sqrt(H).
+        implementation: None takes the best that can run here.
+    Returns: [B, T, N, V] in the dtype of value.
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: a mask that is not boolean.
+        NotImplementedError: the implementation does not exist for this operation.
+    Numerics: scores, softmax and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
+    Example:
+        >>> x = jnp.ones((2, 5, 4, 8))
+        >>> attention(x, x, x, jnp.ones((5, 4, 8)), jnp.zeros((4, 8)), jnp.zeros((4, 8))).shape
+        (2, 5, 4, 8)
+    Source: Dai et al., Transformer-XL, ACL 2019, arXiv 1901.02860.
+    """
+    run = dispatch.choose(OPERATION, {"xla": xla.attention, "reference": reference.attention}, implementation)
+    _check(query, key, value, relative_key, content_bias, position_bias, mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return run(query, key, value, relative_key, content_bias, position_bias, mask=mask, scale=scale)
+
+
+def _check(query, key, value, relative_key, content_bias, position_bias, mask):
+    if query.ndim != 4 or 0 in query.shape:
+        _refuse("query", "have shape [B, T, N, H] with every axis at least 1", query.shape, "Flatten the batch axes.")
+    B, T, N, H = query.shape
+    if key.ndim != 4 or (key.shape[0], *key.shape[2:]) != (B, N, H):
+        _refuse("key", f"have shape [B, S, N, H] with B, N, H = {(B, N, H)}", key.shape, "Repeat grouped heads first.")
+    S = key.shape[1]
+    if S < T:
+        _refuse("key", f"hold memory and segment, S >= T = {T}", key.shape, "Put the memory before the segment's keys.")
+    if value.ndim != 4 or value.shape[:3] != (B, S, N):
+        _refuse("value", f"have shape [B, S, N, V] with B, S, N = {(B, S, N)}", value.shape, "One value per key.")
+    if relative_key.ndim != 3 or relative_key.shape[1:] != (N, H) or relative_key.shape[0] < S:
+        _refuse(
+            "relative_key", f"have shape [R, N, H] with R >= S = {S} and N, H = {(N, H)}", relative_key.shape,
+            "Encode the distances 0 to S - 1.",
+        )  # fmt: skip
+    for name, bias in (("content_bias", content_bias), ("position_bias", position_bias)):
+        if bias.shape != (N, H):
+            _refuse(name, f"have shape [N, H] = {(N, H)}", bias.shape, "Use one vector per head.")
+    if mask is None:
+        return
+    if mask.dtype != bool:
+        raise TypeError(f"{OPERATION}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
+    if mask.ndim != 4 or any(m not in (1, full) for m, full in zip(mask.shape, (B, N, T, S), strict=True)):
+        _refuse("mask", f"broadcast to [B, N, T, S] = {(B, N, T, S)}", mask.shape, "Give each axis in full or as 1.")
+
+
+def _refuse(argument, condition, got, instead):
+    raise ValueError(f"{OPERATION}: {argument} must {condition}, got {got}. {instead}")
+
+
+__all__ = ["attention"]

@@ -1,0 +1,167 @@
+"""Transformer-XL: segments that attend to a memory of those before, with relative positions."""
+
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from flax.nnx.nn.linear import default_kernel_init
+from jax import lax
+
+from subquad.kernels import relative
+from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.cache import TransformerXLCache
+from subquad.zoo.positions import sinusoidal
+
+
+class TransformerXLAttention(Attention):
+    """Causal attention within segments and to a memory of the tokens before them, by content and distance.
+
+        h~_tau = [SG(m_tau), h_tau];  q = W_q h_tau,  k = W_k h~_tau,  v = W_v h~_tau,  r_d = W_R R_d     (section 3.2)
+        a_ij = ((q_i + u) . k_j + (q_i + v) . r_{i-j}) / sqrt(H),    y_i = sum_j softmax_j(a_ij) v_j      (section 3.3)
+
+    Segment tau is `segment_length` tokens; its memory m_tau is the `memory_length` inputs of this layer before it, and
+    SG stops the gradient. A call of any length runs segment after segment, and gives what `extend` gives however the
+    tokens are cut: a token sees the memory of its own segment and its segment up to itself. Through a stack of layers
+    information therefore travels back memory_length tokens per layer.
+
+    Cost: time O(T (L + M) N H) and the keys' projection (1 + M / L) times, memory O(T); one extended token
+        O((L + M) D N H), as keys of the memory are projected anew, whatever came before; cache O((L + M) D).
+        L = segment_length, M = memory_length.
+    Differs from the paper: the projections W_q, W_k, W_v and W_o have biases unless use_bias=False; u and v belong to the
+        layer and start as in the authors' code, normal with deviation 0.02; normalisation and residual belong to the
+        block; the encodings R_d hold sines before cosines, which permutes the rows of W_R. Gradients also stop between
+        `extend` calls: to train on a stream, extend by whole segments.
+
+    Args:
+        num_heads: query heads N; must divide qkv_features.
+        in_features: features D of the inputs.
+        segment_length: tokens L of a segment, counted from the first token (padding counts).
+        memory_length: tokens M of memory before a segment; 0: none.
+        is_causal: must be True.
+        shell: see `Attention`.
+    Call:
+        inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
+    Returns: [*B, T, F] in the promoted dtype of inputs and parameters; rows that see nothing are the projection of 0.
+    Raises: ValueError: is_causal=False, a length out of range, a mask that is not key padding.
+    Numerics: softmax in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
+    Example:
+        >>> layer = TransformerXLAttention(4, 64, segment_length=32, memory_length=16, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 100, 64))).shape
+        (2, 100, 64)
+    Source: Dai et al., Transformer-XL, ACL 2019, arXiv 1901.02860.
+    """
+
+    supports = Support(cost="T", bidirectional=False)
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        segment_length: int = 512,
+        memory_length: int = 512,
+        is_causal: bool = True,
+        rngs: nnx.Rngs,
+        **shell: Unpack[Shell],
+    ):
+        super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
+        for name, length, least in (("segment_length", segment_length, 1), ("memory_length", memory_length, 0)):
+            _check_length(type(self).__name__, name, length, least)
+        self.segment_length, self.memory_length = segment_length, memory_length
+        self.position_features = in_features + in_features % 2
+        self.relative = nnx.LinearGeneral(
+            self.position_features, (num_heads, self.head_features), use_bias=False, dtype=self.dtype,
+            param_dtype=self.param_dtype, precision=shell.get("precision"),
+            kernel_init=shell.get("kernel_init", default_kernel_init), rngs=rngs,
+        )
+        bias = nnx.initializers.normal(0.02)
+        shape = (num_heads, self.head_features)
+        self.content_bias = nnx.Param(bias(rngs.params(), shape, self.param_dtype))
+        self.position_bias = nnx.Param(bias(rngs.params(), shape, self.param_dtype))
+
+    def project(self, inputs_q, inputs_kv):
+        """The inputs themselves: they are projected segment by segment, with their memory."""
+        return (inputs_q,)
+
+    def attend(self, inputs, mask):
+        # No more memory than the last segment can have.
+        room = min(self.memory_length, (inputs.shape[1] - 1) // self.segment_length * self.segment_length)
+        past = jnp.zeros((inputs.shape[0], room, inputs.shape[2]), inputs.dtype)
+        return self._run(inputs, _valid(inputs, mask), past, jnp.zeros(past.shape[:2], bool))[0]
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> TransformerXLCache:
+        """An empty cache; it keeps a fixed number of tokens and takes more than max_length without harm."""
+        require_extend(self)
+        _check_length("TransformerXLAttention.init_cache", "max_length", max_length, 1)
+        room = self.memory_length + self.segment_length - 1
+        hidden = jnp.zeros((batch_size, room, self.in_features), self.cache_dtype(dtype))
+        return TransformerXLCache(hidden, jnp.zeros((batch_size, room), bool), jnp.zeros((), jnp.int32))
+
+    def attend_cached(self, inputs, mask, cache):
+        past = cache.hidden.astype(inputs.dtype)
+        heads, past, valid = self._run(inputs, _valid(inputs, mask), past, cache.valid, cache.position)
+        position = (cache.position + inputs.shape[1]) % self.segment_length
+        return heads, TransformerXLCache(past.astype(cache.hidden.dtype), valid, position)
+
+    def _run(self, inputs, valid, past, past_valid, position=None):
+        """Attention of the inputs in chunks of segment_length, each to the `past` before it and to itself.
+
+        Args:
+            inputs: [B, T, D] with `valid` [B, T].
+            past: [B, P, D], the inputs just before, with `past_valid` [B, P].
+            position: of the first input in its segment; then each token's own segment bounds what it sees of the past.
+                None: the chunks are the segments, and the past is their memory.
+        Returns: the heads [B, T, N, H], and `past` and `past_valid` of the token after the last.
+        """
+        length, room = inputs.shape[1], past.shape[1]
+        size = min(self.segment_length, length)
+        relative_key = self.relative(sinusoidal(jnp.arange(room + size), self.position_features))
+
+        def chunk(carry, xs):
+            hidden, seen = (jnp.concatenate(pair, axis=1) for pair in zip(carry, xs, strict=True))
+            mask = seen[:, None, None]
+            if position is not None:
+                mask &= self._reaches(position, xs[0].shape[1], room)
+            heads = relative.attention(
+                self.query(xs[0]), self.key(hidden), self.value(hidden), relative_key, self.content_bias[...],
+                self.position_bias[...], mask=mask, implementation=self.implementation,
+            )
+            oldest = hidden.shape[1] - room
+            return (lax.stop_gradient(hidden[:, oldest:]), seen[:, oldest:]), heads
+
+        carry, outputs = (lax.stop_gradient(past), past_valid), []
+        whole = length // size * size if length > size else 0
+        if whole:
+            chunks = tuple(rearrange(x[:, :whole], "b (i c) ... -> i b c ...", c=size) for x in (inputs, valid))
+            carry, heads = lax.scan(chunk, carry, chunks)
+            outputs.append(rearrange(heads, "i b c n h -> b (i c) n h"))
+        if whole < length:
+            carry, heads = chunk(carry, (inputs[:, whole:], valid[:, whole:]))
+            outputs.append(heads)
+        return jnp.concatenate(outputs, axis=1), *carry
+
+    def _reaches(self, position, length, room):
+        """True where a token's segment and its memory hold the key: [T, P + T], without regard to causality."""
+        in_segment = (position + jnp.arange(length)) % self.segment_length
+        distance = room + jnp.arange(length)[:, None] - jnp.arange(room + length)
+        return distance <= self.memory_length + in_segment[:, None]
+
+    def pattern(self, length: int) -> np.ndarray:
+        query, key = np.arange(length)[:, None], np.arange(length)
+        start = query // self.segment_length * self.segment_length
+        return ((start - self.memory_length <= key) & (key <= query))[None]
+
+
+def _valid(inputs, mask):
+    """Key padding as [B, T]."""
+    if mask is None:
+        return jnp.ones(inputs.shape[:2], bool)
+    return jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))[:, 0, 0]
+
+
+def _check_length(owner, name, length, least):
+    if not isinstance(length, int | np.integer) or length < least:
+        refuse(owner, name, repr(length), f"be an integer of at least {least}", "Count tokens.")
