@@ -8,6 +8,7 @@
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder, Encoder
 from subquad.zoo.registry import LAYERS, attention_fn, make
@@ -21,6 +22,7 @@ __all__ = [
     "DualEncoder",
     "Encoder",
     "FeedForward",
+    "PerformerAttention",
     "RandomFeature",
     "SoftmaxAttention",
     "Support",

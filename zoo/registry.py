@@ -12,9 +12,13 @@ from flax.nnx.nn.dtypes import promote_dtype
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, Shell, check_mask, refuse
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.kernelized.performer import PerformerAttention
+from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 
 LAYERS: dict[str, type[nnx.Module]] = {
     "softmax": SoftmaxAttention,
+    "performer": PerformerAttention,
+    "transformer_xl": TransformerXLAttention,
 }
 
 

@@ -49,6 +49,13 @@ CASES = {
     case.name: case
     for case in (
         Case("softmax", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
+        Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
+        Case(
+            "transformer_xl",
+            dict(num_heads=4, segment_length=5, memory_length=7),
+            dict(num_heads=4, segment_length=512, memory_length=512),
+            dead=SOFTMAX_INVARIANT,
+        ),
     )
 }
 
