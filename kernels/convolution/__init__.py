@@ -1,0 +1,55 @@
+"""Long convolution: every feature has a filter of its own, as long as the sequence."""
+
+from jaxtyping import Array, Float
+
+from subquad.kernels import dispatch
+from subquad.kernels.convolution import reference, xla
+
+__all__ = ["convolve"]
+
+
+def convolve(
+    inputs: Float[Array, "B T D"],
+    kernel: Float[Array, "D L"],
+    anticausal: Float[Array, "D L2"] | None = None,
+    *,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B T D"]:
+    """Convolves each feature along the sequence, to the past and, if asked, to the future.
+
+        y_t = sum_{j >= 0} kernel_j u_{t-j}  +  sum_{j >= 0} anticausal_j u_{t+1+j}
+
+    Tokens before the first and after the last count as 0. The present token belongs to `kernel` alone: the first tap of
+    `anticausal` weighs the next token.
+
+    Cost: time O(B D n log n), memory O(n D), for n >= T + L - 1; the reference O(T^2) each.
+
+    Args:
+        inputs: u, [B, T, D].
+        kernel: causal taps [D, L]; L may differ from T. Taps past T - 1 touch nothing.
+        anticausal: taps towards the future [D, L2]; None: a causal convolution.
+        implementation: "xla" by FFT, "reference" by the direct sum; None takes the best that can run here.
+    Returns: y [B, T, D] in the dtype of `inputs`.
+    Raises: ValueError: the shapes do not fit.
+    Numerics: float32 inside. The FFT mixes the rounding of all positions: a feature's outputs are right to a few float32
+        ulps of its largest input times the sum of its taps, so a large future token stirs that rounding in the past, and
+        nothing more.
+    Example:
+        >>> import jax.numpy as jnp
+        >>> convolve(jnp.ones((1, 3, 1)), jnp.ones((1, 2)))[0, :, 0].round(3).tolist()
+        [1.0, 2.0, 2.0]
+    Source: Gu et al., Efficiently Modeling Long Sequences with Structured State Spaces, ICLR 2022, arXiv 2111.00396,
+        eqs. 4-5.
+    """
+    if inputs.ndim != 3:
+        raise ValueError(f"convolve: inputs must have shape [B, T, D], got {inputs.shape}. Flatten the batch axes.")
+    for name, taps in (("kernel", kernel), ("anticausal", anticausal)):
+        if taps is not None and (taps.ndim != 2 or taps.shape[0] != inputs.shape[2] or taps.shape[1] < 1):
+            raise ValueError(
+                f"convolve: {name} must have shape [{inputs.shape[2]}, L] with L >= 1, got {taps.shape}. "
+                "Give each feature of the inputs one row of taps."
+            )
+    run = dispatch.choose(
+        "convolution.convolve", {"xla": xla.convolve, "reference": reference.convolve}, implementation
+    )
+    return run(inputs, kernel, anticausal)
