@@ -1,0 +1,244 @@
+"""Linear state space models: their discretisation, their convolution kernels and their recurrences.
+
+    x'(t) = A x(t) + B u(t),    y(t) = C x(t),    one system with one input and one output per feature
+
+The systems are real and their modes come in conjugate pairs, so every function takes one mode of each pair: P complex
+numbers stand for a state of 2P, and a sum over all modes is twice the real part of the sum over these. A is diagonal, or
+diagonal plus low rank, A = diag(Lambda) - sum_r P_r P_r^*, where P_r holds one entry per mode and its conjugate for the
+other of the pair.
+"""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float
+
+from subquad.kernels import dispatch
+from subquad.kernels.ssm import reference, xla
+
+__all__ = [
+    "Discretization",
+    "diagonal_kernel",
+    "diagonal_recurrence",
+    "discretize",
+    "dplr_kernel",
+    "dplr_recurrence",
+]
+
+Discretization = Literal["bilinear", "zoh"]
+DISCRETIZATIONS = get_args(Discretization)
+
+
+def discretize(
+    diagonal: Complex[Array, "D P"], step: Float[Array, "D"] | Float[Array, "D P"], method: Discretization = "zoh"
+) -> tuple[Complex[Array, "D P"], Complex[Array, "D P"]]:
+    """Discretises diagonal systems.
+
+        zoh:       A_bar = exp(step A),                        B_bar = A^-1 (A_bar - 1) B
+        bilinear:  A_bar = (1 + step A / 2) / (1 - step A / 2),  B_bar = step / (1 - step A / 2) B
+
+    Args:
+        diagonal: A, with negative real parts.
+        step: the step of each feature [D], or of each of its modes [D, P].
+        method: "zoh" or "bilinear".
+    Returns: (log A_bar, B_bar / B), each [D, P]. The logarithm, because powers of A_bar are exponentials of its multiples.
+    Raises: ValueError: unknown method.
+    Numerics: by expm1 and log1p, so a small step loses no digits.
+    Source: Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, NeurIPS 2022,
+        arXiv 2206.11893, section 3.1.
+    """
+    if method not in DISCRETIZATIONS:
+        raise ValueError(
+            f"discretize: method must be a known name, got {method!r}. {dispatch.nearest(method, DISCRETIZATIONS)}"
+        )
+    step = step if step.ndim == 2 else step[:, None]
+    scaled = step * diagonal
+    if method == "zoh":
+        return scaled, jnp.expm1(scaled) / diagonal
+    half = scaled / 2
+    # log((1 + h) / (1 - h)): the modulus by log1p, because it is close to 1 and its distance from 1 is the decay.
+    log_modulus = 0.5 * jnp.log1p(4 * half.real / _square(1 - half))
+    phase = jnp.arctan2(2 * half.imag, 1 - _square(half))
+    return log_modulus + 1j * phase, step / (1 - half)
+
+
+def _square(values):
+    """|z|^2, differentiable at 0."""
+    return values.real**2 + values.imag**2
+
+
+def diagonal_kernel(
+    log_decay: Complex[Array, "D P"],
+    coefficients: Complex[Array, "*K D P"],
+    length: int,
+    *,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "*K D L"]:
+    """The convolution kernel of diagonal systems, a product with a Vandermonde matrix.
+
+        K_l = 2 Re sum_p coefficients_p exp(l log_decay_p),    0 <= l < L        (S4D eq. 3, coefficients = C B_bar)
+
+    Cost: time O(D P L), memory O(D (P sqrt(L) + L)): l = c l1 + l2, so D P (L / c + c) complex exponentials and one real
+    matrix product per feature.
+
+    Args:
+        log_decay: log A_bar [D, P], real parts negative.
+        coefficients: C times B_bar, [*K, D, P]; leading axes are several outputs of the same states.
+        length: L >= 1.
+        implementation: "xla", or "reference", which stores D P L numbers.
+    Returns: [*K, D, L] in float32.
+    Raises: ValueError: the shapes do not fit, length < 1.
+    Numerics: agrees with float64 to 1e-5 of the largest tap.
+    Source: arXiv 2206.11893, section 3.2.
+    """
+    _check_length("diagonal_kernel", length)
+    _check_modes("diagonal_kernel", log_decay, coefficients=coefficients)
+    run = dispatch.choose(
+        "ssm.diagonal_kernel", {"xla": xla.diagonal_kernel, "reference": reference.diagonal_kernel}, implementation
+    )
+    return run(log_decay, coefficients, length)
+
+
+def dplr_kernel(
+    diagonal: Complex[Array, "D P"],
+    low_rank: Complex[Array, "R D P"],
+    input_matrix: Complex[Array, "D P"],
+    output_matrix: Complex[Array, "*K D P"],
+    step: Float[Array, "D"],
+    length: int,
+    *,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "*K D L"]:
+    """The convolution kernel of diagonal-plus-low-rank systems under the bilinear discretisation.
+
+        K_l = C A_bar^l B_bar,    0 <= l < L                                                              (S4 eq. 5)
+
+    by its generating function at the n-th roots of unity w, n >= L, and an inverse FFT:
+
+        K^(w) = 2 / (1 + w) C~ (z - step A)^-1 step B,    z = 2 (1 - w) / (1 + w),    C~ = C (I - A_bar^n)  (S4 app. C.3)
+
+    The resolvent of the diagonal part is a Cauchy sum over modes, and Woodbury's identity adds the low rank. Everything
+    is multiplied by 1 + w first, so w = -1, where z is infinite, is a point like the others.
+
+    Cost: time O(D P L + D P^3 log L), memory O(D (P^2 + L)). The second term is A_bar^n by repeated squaring, which lets
+    `output_matrix` be C itself, whatever the length; the paper trains C~ for one length instead.
+
+    Args:
+        diagonal: Lambda [D, P], real parts negative.
+        low_rank: the R columns of the low-rank part [R, D, P].
+        input_matrix: B [D, P].
+        output_matrix: C [*K, D, P]; leading axes are several outputs of the same states.
+        step: [D].
+        length: L >= 1, odd or even.
+        implementation: "xla", or "reference", which multiplies by the dense A_bar L times.
+    Returns: [*K, D, L] in float32.
+    Raises: ValueError: the shapes do not fit, length < 1.
+    Numerics: agrees with float64 to 1e-4 of the largest tap for steps from 1e-4 to 1e-1.
+    Source: Gu et al., arXiv 2111.00396, theorem 3 and appendix C.
+    """
+    _check_length("dplr_kernel", length)
+    _check_modes("dplr_kernel", diagonal, low_rank=low_rank, input_matrix=input_matrix, output_matrix=output_matrix)
+    run = dispatch.choose("ssm.dplr_kernel", {"xla": xla.dplr_kernel, "reference": reference.dplr_kernel}, implementation)
+    return run(diagonal, low_rank, input_matrix, output_matrix, step, length)
+
+
+def diagonal_recurrence(
+    inputs: Float[Array, "B T D"],
+    log_decay: Complex[Array, "D P"],
+    input_matrix: Complex[Array, "D P"],
+    output_matrix: Complex[Array, "D P"],
+    state: Float[Array, "B D 2*P"] | None = None,
+    *,
+    implementation: dispatch.Implementation | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D 2*P"]]:
+    """T >= 1 steps of diagonal systems.
+
+        x_t = A_bar x_{t-1} + B_bar u_t,    y_t = 2 Re(C x_t)                                             (S4 eq. 3)
+
+    Cost: time O(B T D P) in T sequential steps, memory O(B D (T + P)). Reverse-mode differentiation stores the T states;
+    differentiate the convolution instead.
+
+    Args:
+        inputs: u [B, T, D].
+        log_decay: log A_bar [D, P].
+        input_matrix: B_bar [D, P].
+        output_matrix: C [D, P].
+        state: x before the first step, real parts then imaginary parts [B, D, 2P]; None: 0.
+        implementation: "xla", or "reference".
+    Returns: (y [B, T, D] in the dtype of `inputs`, the state after the last step in float32).
+    Raises: ValueError: the shapes do not fit.
+    """
+    modes = dict(input_matrix=input_matrix, output_matrix=output_matrix)
+    state = _start("diagonal_recurrence", inputs, state, log_decay, **modes)
+    run = dispatch.choose(
+        "ssm.diagonal_recurrence",
+        {"xla": xla.diagonal_recurrence, "reference": reference.diagonal_recurrence},
+        implementation,
+    )
+    return run(inputs, log_decay, input_matrix, output_matrix, state)
+
+
+def dplr_recurrence(
+    inputs: Float[Array, "B T D"],
+    diagonal: Complex[Array, "D P"],
+    low_rank: Complex[Array, "R D P"],
+    input_matrix: Complex[Array, "D P"],
+    output_matrix: Complex[Array, "D P"],
+    step: Float[Array, "D"],
+    state: Float[Array, "B D 2*P"] | None = None,
+    *,
+    implementation: dispatch.Implementation | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D 2*P"]]:
+    """T >= 1 steps of diagonal-plus-low-rank systems under the bilinear discretisation.
+
+        x_t = 2 (I - step A / 2)^-1 (x_{t-1} + step B u_t / 2) - x_{t-1},    y_t = C x_t              (S4 eq. 3)
+
+    which is A_bar x_{t-1} + B_bar u_t. The inverse is diagonal plus low rank (S4 appendix C.2), so no P x P matrix is made.
+
+    Cost: time O(B T D P R) in T sequential steps, memory O(B D (T + P)). Reverse-mode differentiation stores the T
+    states; differentiate the convolution instead.
+
+    Args:
+        inputs: u [B, T, D].
+        diagonal, low_rank, input_matrix, step: as in `dplr_kernel`.
+        output_matrix: C [D, P].
+        state: x before the first step, real parts then imaginary parts [B, D, 2P]; None: 0.
+        implementation: "xla", or "reference", which steps with the dense A_bar.
+    Returns: (y [B, T, D] in the dtype of `inputs`, the state after the last step in float32).
+    Raises: ValueError: the shapes do not fit.
+    """
+    modes = dict(low_rank=low_rank, input_matrix=input_matrix, output_matrix=output_matrix)
+    state = _start("dplr_recurrence", inputs, state, diagonal, **modes)
+    run = dispatch.choose(
+        "ssm.dplr_recurrence", {"xla": xla.dplr_recurrence, "reference": reference.dplr_recurrence}, implementation
+    )
+    return run(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state)
+
+
+def _check_length(owner, length):
+    if length < 1:
+        raise ValueError(f"{owner}: length must be at least 1, got {length}. Ask for the taps that the sequence needs.")
+
+
+def _check_modes(owner, modes, **others):
+    """Every array ends in the [D, P] of the first."""
+    for name, array in others.items():
+        if array.shape[-2:] != modes.shape:
+            raise ValueError(
+                f"{owner}: {name} must end in the axes [D, P] = {modes.shape}, got {array.shape}. "
+                "Give one number per feature and conjugate pair of modes."
+            )
+
+
+def _start(owner, inputs, state, modes, **others):
+    """The state before the first step, after the checks that both recurrences share."""
+    _check_modes(owner, modes, **others)
+    features, pairs = modes.shape
+    if inputs.ndim != 3 or inputs.shape[2] != features:
+        raise ValueError(f"{owner}: inputs must have shape [B, T, {features}], got {inputs.shape}. Check the features.")
+    full = (inputs.shape[0], features, 2 * pairs)
+    if state is None:
+        return jnp.zeros(full, modes.real.dtype)
+    if state.shape != full:
+        raise ValueError(f"{owner}: state must have shape [B, D, 2 P] = {full}, got {state.shape}. Start from None.")
+    return state

@@ -1,0 +1,189 @@
+"""State space models in linear memory: real matrix products, and nothing of size D x P x L.
+
+Complex numbers are kept as planes of real and imaginary parts wherever there are many of them.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from subquad.kernels.convolution.xla import fast_length
+
+HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
+
+# Fewer roots of unity than this make a short window of a slow decay: C~ is then a small difference of large numbers, and
+# the resolvent blows it up again.
+MIN_ROOTS = 256
+# Bytes of one [D, P, chunk] plane of the Cauchy sum, and of one group's powers of A_bar.
+CHUNK_BYTES = 1 << 20
+POWER_BYTES = 4 << 20
+
+
+def _planes(values):
+    return jnp.concatenate([values.real, values.imag], axis=-1)
+
+
+def _complex(planes):
+    pairs = planes.shape[-1] // 2
+    return jax.lax.complex(planes[..., :pairs], planes[..., pairs:])
+
+
+# --------------------------------------------------------------------------------------------------- diagonal systems
+
+
+def diagonal_kernel(log_decay, coefficients, length):
+    # l = block l1 + l2: Re(c a b) = Re(c a) Re(b) - Im(c a) Im(b) with a = exp(block l1 z), b = exp(l2 z), a product of
+    # real matrices [L / block, 2P] and [2P, block].
+    block = 1 << (length.bit_length() // 2)
+    blocks = -(-length // block)
+
+    @jax.checkpoint  # the exponentials are cheaper to compute again than to keep
+    def product(log_decay, coefficients):
+        coarse = jnp.exp(log_decay[:, None, :] * (block * jnp.arange(blocks))[:, None])
+        fine = jnp.exp(log_decay[:, None, :] * jnp.arange(block)[:, None])
+        left = _planes(2 * coefficients[..., None, :] * coarse)
+        right = _planes(fine.conj())
+        taps = jnp.einsum("...dip,djp->...dij", left, right, precision=HIGHEST)
+        return taps.reshape(*taps.shape[:-2], -1)[..., :length]
+
+    return product(log_decay, coefficients)
+
+
+def diagonal_recurrence(inputs, log_decay, input_matrix, output_matrix, state):
+    decay = jnp.exp(log_decay)
+
+    def advance(state, token):
+        return decay * state + input_matrix * token[..., None]
+
+    return _recur(inputs, advance, output_matrix, state)
+
+
+# ------------------------------------------------------------------------------------ diagonal-plus-low-rank systems
+
+
+def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length):
+    outputs = output_matrix.shape[:-2]
+    output_matrix = output_matrix.reshape(-1, *diagonal.shape)
+    size = fast_length(max(length, MIN_ROOTS))
+    truncated = output_matrix - _output_power(diagonal, low_rank, output_matrix, step, size)
+    kernel = _generate(diagonal, low_rank, input_matrix, truncated, step, size)[..., :length]
+    return kernel.reshape(*outputs, *kernel.shape[1:])
+
+
+def _output_power(diagonal, low_rank, output_matrix, step, exponent):
+    """C A_bar^exponent, [K, D, P], by repeated squaring of the dense A_bar, a few features at a time.
+
+    In real and imaginary parts the state is a real vector of 2P and A_bar a real matrix. It contracts (A + A^* is negative
+    for this form of A), so rounding does not grow faster than the number of squarings.
+    """
+    pairs = diagonal.shape[-1]
+
+    @jax.checkpoint  # the backward keeps the squares of one group, not of all features
+    def power(system):
+        diagonal, low_rank, output, step = system  # [P], [R, P], [K, P], []
+        middle, left, right = _inverse(diagonal, low_rank, step)
+        dense = jnp.block([[jnp.diag(middle.real), jnp.diag(-middle.imag)], [jnp.diag(middle.imag), jnp.diag(middle.real)]])
+        dense = dense - jnp.einsum("rp,rq->pq", _planes(left), _planes(right), precision=HIGHEST)
+        square = 2 * dense - jnp.eye(2 * pairs)
+        row = _planes(output.conj())  # y = 2 (Re C Re x - Im C Im x)
+        bits = exponent
+        while bits:
+            if bits & 1:
+                row = jnp.matmul(row, square, precision=HIGHEST)
+            bits >>= 1
+            if bits:
+                square = jnp.matmul(square, square, precision=HIGHEST)
+        return _complex(row).conj()
+
+    kept = (2 * pairs) ** 2 * 4 * exponent.bit_length()
+    systems = (diagonal, low_rank.swapaxes(0, 1), output_matrix.swapaxes(0, 1), step)
+    return jax.lax.map(power, systems, batch_size=max(1, POWER_BYTES // kept)).swapaxes(0, 1)
+
+
+def _inverse(diagonal, low_rank, step):
+    """(I - step A / 2)^-1 = diag(middle) - sum_r left_r <right_r, .>, with <a, x> = Re(sum conj(a) x) over the given modes.
+
+    For one feature, or with a leading axis D on `diagonal` and `step` and a second on `low_rank` [R, (D,) P].
+    """
+    middle = 1 / (1 - step[..., None] / 2 * diagonal)
+    left, right = low_rank * middle, low_rank * middle.conj()
+    # [R, R] per feature: 1 / step + P^* middle P over all modes, which is twice the real part over the given ones.
+    gram = jnp.einsum("r...p,s...p->...rs", low_rank.conj(), left, precision=HIGHEST).real
+    core = jnp.eye(low_rank.shape[0]) + step[..., None, None] * gram
+    right = jnp.einsum("...rs,s...p->r...p", jnp.linalg.inv(core), right, precision=HIGHEST)
+    return middle, left, step[..., None] * right
+
+
+def _generate(diagonal, low_rank, input_matrix, output_matrix, step, size):
+    """The inverse FFT of the generating function at the roots w = exp(-2 pi i k / size), k <= size / 2 (size is even).
+
+    With phi = pi k / size, 1 - w = 2i exp(-i phi) sin(phi) and 1 + w = 2 exp(-i phi) cos(phi), so
+
+        (2 (1 - w) - (1 + w) step A)^-1 = exp(i phi) (4i sin(phi) - 2 cos(phi) step A)^-1
+
+    in which nothing is infinite and no digits cancel near w = 1.
+    """
+    outputs, rank = output_matrix.shape[0], low_rank.shape[0]
+    features, pairs = diagonal.shape
+    lefts = jnp.concatenate([output_matrix, low_rank.conj()])
+    rights = jnp.concatenate([input_matrix[None], low_rank])
+    # A pair of modes gives v / den + conj(v) / den': one fraction with numerator 2 (cos(phi) mixed + 4i sin(phi) Re v).
+    real, imag = -2 * step[:, None] * diagonal.real, -2 * step[:, None] * diagonal.imag
+    products = rearrange(lefts[:, None] * rights[None], "i j d p -> d i j p")
+    mixed = products.real * real[:, None, None] + products.imag * imag[:, None, None]
+    numerators = rearrange([mixed, products.real], "n d i j p -> d (n i j) p")
+
+    @jax.checkpoint  # else the backward keeps every chunk of the Cauchy matrix
+    def chunk(nodes):
+        sine, cosine = nodes
+        decay, turn, spin = cosine * real[..., None], cosine * imag[..., None], 4 * sine
+        # The denominator den den', with the difference of squares as a product: it is small at resonance.
+        top, bottom = (turn - spin) * (turn + spin) + decay**2, 2 * spin * decay
+        inverse = 1 / (top**2 + bottom**2)
+        cauchy = jnp.concatenate([top * inverse, -bottom * inverse], axis=-1)
+        sums = jnp.einsum("dvp,dpl->vdl", numerators, cauchy, precision=HIGHEST)
+        (mixed_re, plain_re), (mixed_im, plain_im) = (
+            rearrange(half, "(n v) d l -> n v d l", n=2) for half in jnp.split(sums, 2, axis=-1)
+        )
+        table = 2 * jax.lax.complex(cosine * mixed_re - spin * plain_im, cosine * mixed_im + spin * plain_re)
+        table = rearrange(table, "(i j) d l -> i j d l", i=outputs + rank)
+        # Woodbury, one column of the low rank at a time. The pivots have real parts >= 1.
+        weight = 2 * step[:, None] * cosine
+        for r in range(rank):
+            column, row = table[:, 1 + r, None], table[None, outputs + r]
+            table = table - column * row * (weight / (1 + weight * table[outputs + r, 1 + r]))
+        return 2 * step[:, None] * table[:outputs, 0] * jax.lax.complex(cosine, sine)
+
+    roots = size // 2 + 1
+    width = max(16, min(roots, CHUNK_BYTES // (4 * features * pairs)))
+    index = rearrange(jnp.arange(-(-roots // width) * width), "(n l) -> n l", l=width)
+    index = jnp.minimum(index, roots - 1)
+    dtype = real.dtype
+    nodes = jnp.sin(jnp.pi / size * index.astype(dtype)), jnp.sin(jnp.pi / (2 * size) * (size - 2 * index).astype(dtype))
+    spectrum = rearrange(jax.lax.map(chunk, nodes), "n k d l -> k d (n l)")[..., :roots]
+    return jnp.fft.irfft(spectrum, size)
+
+
+def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):
+    middle, left, right = _inverse(diagonal, low_rank, step)
+    drive = step[:, None] / 2 * input_matrix
+
+    def advance(state, token):
+        moved = state + drive * token[..., None]
+        inner = jnp.sum(right.real[:, None] * moved.real + right.imag[:, None] * moved.imag, axis=-1, keepdims=True)
+        moved = middle * moved - jnp.sum(inner * left[:, None], axis=0)
+        return 2 * moved - state
+
+    return _recur(inputs, advance, output_matrix, state)
+
+
+def _recur(inputs, advance, output_matrix, state):
+    """Scans `advance` over the tokens; the state travels as real planes outside and as complex numbers inside."""
+
+    def body(state, token):
+        state = advance(state, token)
+        return state, 2 * jnp.sum(output_matrix * state, axis=-1).real
+
+    tokens = inputs.swapaxes(0, 1).astype(state.dtype)
+    state, outputs = jax.lax.scan(body, _complex(state), tokens)
+    return outputs.swapaxes(0, 1).astype(inputs.dtype), _planes(state)
