@@ -15,7 +15,6 @@ Source: Nangia and Bowman, ListOps, NAACL SRW 2018, arXiv 1804.06028; Tay et al.
 arXiv 2011.04006.
 """
 
-import difflib
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,15 +61,6 @@ CONFIGS = {
     # For tests: at most 30 tokens.
     "tiny": Config("tiny", 10, 31, max_depth=4, splits=(("train", 256), ("validation", 64), ("test", 64))),
 }
-
-
-def get_config(name: str) -> Config:
-    """The configuration `name`, or a ValueError that names the nearest."""
-    if name not in CONFIGS:
-        match = difflib.get_close_matches(str(name), CONFIGS, n=1)
-        hint = f"Did you mean {match[0]!r}? " if match else ""
-        raise ValueError(f"listops: config must be a known name, got {name!r}. {hint}Known: {', '.join(CONFIGS)}.")
-    return CONFIGS[name]
 
 
 def generate(config: Config, split: str) -> Iterator[Example]:

@@ -1,7 +1,6 @@
 """Data sets by name: prepared on disk through TFDS, or generated in memory where TFDS is not installed."""
 
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from subquad.kernels.dispatch import nearest
 from subquad.lra.data import listops
 
 # The data sets that there are, and their configurations.
@@ -54,9 +54,7 @@ def split_name(name: str) -> tuple[str, str]:
     """("lra_listops", "small") of "lra_listops/small", or a ValueError with the nearest known name."""
     known = [f"{dataset}/{config}" for dataset, configs in DATASETS.items() for config in configs]
     if name not in known:
-        match = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"Did you mean {match[0]!r}? " if match else ""
-        raise ValueError(f"prepare: name must be a known data set, got {name!r}. {hint}Known: {', '.join(known)}.")
+        raise ValueError(f"prepare: name must be a known data set, got {name!r}. {nearest(name, known)}")
     dataset, config = name.split("/")
     return dataset, config
 

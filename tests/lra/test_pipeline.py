@@ -1,0 +1,107 @@
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from subquad.lra.data import pipeline, store
+
+LENGTH, BATCH = 30, 32
+BOTH = pytest.mark.parametrize("kind", [pipeline.GrainBatches, pipeline.NumpyBatches], ids=["grain", "numpy"])
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return store.generate("lra_listops/tiny")
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def rows(batches):
+    return [row.tobytes() for batch in batches for row in batch["inputs"]]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        np.array_equal(one[key], two[key]) for one, two in zip(first, second, strict=True) for key in one
+    )
+
+
+@BOTH
+def test_shapes_padding_and_labels(kind, splits):
+    batch = next(kind(splits["train"], BATCH, LENGTH, 0))
+    described = {key: (value.dtype.name, value.shape) for key, value in batch.items()}
+    assert described == {
+        "inputs": ("int32", (BATCH, LENGTH)), "mask": ("bool", (BATCH, LENGTH)), "targets": ("int32", (BATCH,))
+    }  # fmt: skip
+    assert np.array_equal(batch["mask"], batch["inputs"] != 0)
+    known = {one["inputs"].tobytes(): one["label"] for one in splits["train"]}
+    for inputs, mask, target in zip(batch["inputs"], batch["mask"], batch["targets"], strict=True):
+        assert known[inputs[mask].astype(np.uint8).tobytes()] == target
+
+
+@BOTH
+def test_the_order_is_the_seeds(kind, splits):
+    make = lambda seed: take(kind(splits["train"], BATCH, LENGTH, seed), 10)
+    assert same(make(3), make(3))
+    assert not same(make(3), make(4))
+
+
+@BOTH
+def test_every_epoch_has_every_example_in_a_new_order(kind, splits):
+    epochs = len(splits["train"]) // BATCH
+    batches = kind(splits["train"], BATCH, LENGTH, 0)
+    first, second = rows(take(batches, epochs)), rows(take(batches, epochs))
+    assert sorted(first) == sorted(second) and len(set(first)) == len(splits["train"])
+    assert first != second
+
+
+@BOTH
+@pytest.mark.parametrize("stop", [0, 1, 7, 8, 21])
+def test_resume_is_exact(kind, splits, stop):
+    batches = kind(splits["train"], BATCH, LENGTH, 5)
+    take(batches, stop)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = take(batches, 20)
+    resumed = kind(splits["train"], BATCH, LENGTH, 5)
+    take(resumed, 2)
+    resumed.set_state(state)
+    assert same(expected, take(resumed, 20))
+
+
+def test_a_state_of_the_other_pipeline_is_refused(splits):
+    state = pipeline.NumpyBatches(splits["train"], BATCH, LENGTH, 0).get_state()
+    with pytest.raises(ValueError, match="batches: state must be of the grain pipeline, got one of numpy"):
+        pipeline.GrainBatches(splits["train"], BATCH, LENGTH, 0).set_state(state)
+
+
+def test_long_examples_are_cut():
+    batch = pipeline.pad({"inputs": np.arange(1, 9, dtype=np.uint8), "label": 3}, 5)
+    assert batch["inputs"].tolist() == [1, 2, 3, 4, 5] and batch["mask"].all()
+
+
+def test_evaluation_sees_every_example_once_and_weighs_the_fillers_0(splits):
+    batches = list(pipeline.evaluation_batches(splits["test"], batch_size=24, length=LENGTH))
+    assert [len(batch["inputs"]) for batch in batches] == [24, 24, 24]
+    assert [batch["weights"].sum() for batch in batches] == [24, 24, 16]
+    real = np.concatenate([batch["inputs"][batch["weights"] > 0] for batch in batches])
+    expected = [pipeline.pad(one, LENGTH)["inputs"] for one in splits["test"]]
+    assert np.array_equal(real, np.stack(expected))
+    assert all(batch["mask"].any(axis=1).all() for batch in batches)  # no filler is a row of padding alone
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 257])
+def test_impossible_batch_sizes_are_refused(splits, batch_size):
+    with pytest.raises(ValueError, match=r"batches: batch_size must be in 1\.\.256"):
+        pipeline.training_batches(splits["train"], batch_size=batch_size, length=LENGTH, seed=0)
+
+
+def test_without_grain_numpy_takes_over_and_it_is_said(splits, monkeypatch, capsys):
+    arguments = dict(batch_size=BATCH, length=LENGTH, seed=0)
+    assert isinstance(pipeline.training_batches(splits["train"], **arguments), pipeline.GrainBatches)
+    monkeypatch.setitem(sys.modules, "grain", None)
+    assert isinstance(pipeline.training_batches(splits["train"], **arguments), pipeline.NumpyBatches)
+    assert "because grain is not installed" in capsys.readouterr().err
