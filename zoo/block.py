@@ -52,8 +52,8 @@ class Block(nnx.Module):
     ):
         self.mixer = mixer
         self.mixer_norm = nnx.LayerNorm(in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.mlp_norm, self.mlp = None, None
-        if mlp_features:
+        self.has_mlp = mlp_features > 0
+        if self.has_mlp:
             self.mlp_norm = nnx.LayerNorm(in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             self.mlp = FeedForward(in_features, mlp_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         # The caller's rngs, not a stored stream: a block holds no state that a call would change.
@@ -65,7 +65,7 @@ class Block(nnx.Module):
         """`call` holds the mixer's mask, positions and segment_ids."""
         mixed = self.mixer(self.mixer_norm(inputs), deterministic=deterministic, rngs=rngs, **call)
         hidden = inputs + self.dropout(mixed, deterministic=deterministic, rngs=rngs)
-        if self.mlp is None:
+        if not self.has_mlp:
             return hidden
         return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)), deterministic=deterministic, rngs=rngs)
 
@@ -73,4 +73,4 @@ class Block(nnx.Module):
         """T more tokens after those in the mixer's `cache` -> (outputs, cache); without dropout."""
         mixed, cache = self.mixer.extend(self.mixer_norm(inputs), cache, mask=mask)
         hidden = inputs + mixed
-        return (hidden if self.mlp is None else hidden + self.mlp(self.mlp_norm(hidden))), cache
+        return (hidden + self.mlp(self.mlp_norm(hidden)) if self.has_mlp else hidden), cache

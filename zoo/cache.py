@@ -30,9 +30,11 @@ def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B 
     """
     tokens, room = key.shape[1], cache.key.shape[1]
     full = cache.length + tokens > room
-    if not isinstance(full, jax.core.Tracer) and full:
+    traced = isinstance(full, jax.core.Tracer)
+    if tokens > room or (not traced and full):
+        taken = "an unknown number" if traced else int(cache.length)
         raise ValueError(
-            f"extend: cache must have room for {tokens} more tokens, got {int(cache.length)} of {room} taken. "
+            f"extend: cache must have room for {tokens} more tokens, got {taken} of {room} taken. "
             "Call init_cache with a larger max_length."
         )
     if valid is None:
@@ -62,3 +64,9 @@ class TransformerXLCache(NamedTuple):
     hidden: Float[Array, "B P D"]
     valid: Bool[Array, "B P"]  # False: before the first token, or a padding token
     position: Int[Array, ""]  # of the next token in its segment, 0..segment_length-1
+
+
+class S4Cache(NamedTuple):
+    """The states of all systems after the last token, in float32: the whole past, whatever its length."""
+
+    state: Float[Array, "B D P"]  # real parts of the modes, then imaginary parts

@@ -85,7 +85,8 @@ class Encoder(nnx.Module):
 
         self.in_features, self.max_length, self.position_kind = in_features, max_length, positions
         self.embed = nnx.Embed(vocab_size, in_features, **dtypes, rngs=rngs)
-        self.positions = nnx.Embed(max_length, in_features, **dtypes, rngs=rngs) if positions == "learned" else None
+        if positions == "learned":
+            self.positions = nnx.Embed(max_length, in_features, **dtypes, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate)
         self.blocks = nnx.List(
             Block(build(), in_features, mlp_features=mlp_features, dropout_rate=dropout_rate, **dtypes, rngs=rngs)

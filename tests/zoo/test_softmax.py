@@ -1,0 +1,104 @@
+"""SoftmaxAttention is nnx.MultiHeadAttention, and more."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subquad import zoo
+from subquad.zoo import masks
+
+
+def inputs(length, seed=0, features=16):
+    return jax.random.normal(jax.random.key(seed), (2, length, features))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_checkpoints_interchange_with_flax(kv_heads):
+    flax = nnx.MultiHeadAttention(4, 16, num_kv_heads=kv_heads, decode=False, rngs=nnx.Rngs(1))
+    ours = zoo.SoftmaxAttention(4, 16, num_kv_heads=kv_heads, rngs=nnx.Rngs(2))
+    state = jax.tree.map(lambda a: a + 0.1, nnx.state(flax, nnx.Param))
+    nnx.update(flax, state)
+    nnx.update(ours, state)
+    x, y = inputs(17), inputs(11, seed=1)
+    np.testing.assert_allclose(ours(x), flax(x), atol=1e-5)
+    np.testing.assert_allclose(ours(x, y), flax(x, y), atol=1e-5)
+    mask = jax.random.bernoulli(jax.random.key(3), 0.7, (2, 4, 17, 17)).at[..., 0].set(True)
+    np.testing.assert_allclose(ours(x, mask=mask), flax(x, mask=mask), atol=1e-5)
+    nnx.update(flax, nnx.state(ours, nnx.Param))
+    causal = zoo.SoftmaxAttention(4, 16, num_kv_heads=kv_heads, is_causal=True, rngs=nnx.Rngs(2))
+    nnx.update(causal, state)
+    np.testing.assert_allclose(causal(x), flax(x, mask=nnx.make_causal_mask(jnp.ones((2, 17)), dtype=bool)), atol=1e-5)
+
+
+def test_paths_and_shapes_are_flaxs():
+    paths = lambda m: {path: v[...].shape for path, v in nnx.to_flat_state(nnx.state(m, nnx.Param))}
+    flax = nnx.MultiHeadAttention(4, 16, qkv_features=8, out_features=24, decode=False, rngs=nnx.Rngs(0))
+    assert paths(flax) == paths(zoo.SoftmaxAttention(4, 16, qkv_features=8, out_features=24, rngs=nnx.Rngs(0)))
+
+
+def test_a_row_that_sees_nothing_is_the_projection_of_zero():
+    layer = zoo.SoftmaxAttention(4, 16, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    mask = jnp.ones((2, 1, 9, 9), bool).at[:, :, 3].set(False)
+    np.testing.assert_allclose(layer(inputs(9), mask=mask)[:, 3], 1.0)
+
+
+def test_segments_are_separate_sequences():
+    layer = zoo.SoftmaxAttention(4, 16, is_causal=True, rotary_base=10000.0, rngs=nnx.Rngs(0))
+    x = inputs(12)
+    segments = jnp.array([0] * 5 + [1] * 7)
+    positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])
+    packed = layer(x, segment_ids=segments, positions=positions)
+    np.testing.assert_allclose(packed[:, :5], layer(x[:, :5]), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 5:], layer(x[:, 5:]), atol=1e-5)
+
+
+def test_rotary_sees_distances_only():
+    layer = zoo.SoftmaxAttention(4, 16, rotary_base=10000.0, rngs=nnx.Rngs(0))
+    x = inputs(12)
+    np.testing.assert_allclose(layer(x, positions=jnp.arange(12) + 1000), layer(x), atol=2e-4)
+    assert jnp.abs(layer(x, positions=2 * jnp.arange(12)) - layer(x)).max() > 1e-3
+
+
+def test_rotary_extend_equals_one_call():
+    layer = zoo.SoftmaxAttention(4, 16, num_kv_heads=2, is_causal=True, rotary_base=100.0, rngs=nnx.Rngs(0))
+    x, cache, pieces = inputs(10), layer.init_cache(2, 16), []
+    for start, stop in ((0, 4), (4, 5), (5, 10)):
+        y, cache = layer.extend(x[:, start:stop], cache)
+        pieces.append(y)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), layer(x), atol=1e-5)
+    assert cache.key.shape == (2, 16, 2, 4)
+
+
+def test_masks_of_positions():
+    q, k = jnp.arange(4), jnp.arange(6)
+    assert masks.causal_mask(q + 2, k)[0].tolist() == np.tril(np.ones((4, 6)), 2).astype(bool).tolist()
+    assert masks.window_mask(q, k, 1)[0].tolist() == (np.abs(np.subtract.outer(np.arange(4), np.arange(6))) <= 1).tolist()
+    assert masks.window_mask(q, k, (2, 0))[0, 3].tolist() == [False, True, True, True, False, False]
+    assert masks.segment_mask(jnp.array([0, 1]), jnp.array([1, 0]))[0].tolist() == [[False, True], [True, False]]
+    assert masks.padding_mask(jnp.array([1, 2]), 2).shape == (2, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        (dict(num_heads=3), "num_heads"),
+        (dict(num_heads=4, num_kv_heads=3), "num_kv_heads"),
+        (dict(num_heads=0), "num_heads"),
+        (dict(num_heads=4, qkv_features=12, rotary_base=1e4), "rotary_base"),
+    ],
+)
+def test_sizes_are_refused(arguments, word):
+    with pytest.raises(ValueError, match=f"SoftmaxAttention: {word}"):
+        zoo.SoftmaxAttention(in_features=16, rngs=nnx.Rngs(0), **arguments)
+
+
+def test_positions_of_another_shape_are_refused():
+    layer = zoo.SoftmaxAttention(4, 16, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="positions"):
+        layer(inputs(9), positions=jnp.arange(8))
+    with pytest.raises(TypeError, match="segment_ids"):
+        layer(inputs(9), segment_ids=jnp.ones(9))
+    with pytest.raises(ValueError, match="inputs_kv"):
+        zoo.SoftmaxAttention(4, 16, is_causal=True, rngs=nnx.Rngs(0))(inputs(9), inputs(9))
