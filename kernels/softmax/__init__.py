@@ -1,0 +1,207 @@
+"""Exact softmax attention in O(T) memory, and the merge of partial results."""
+
+import math
+import numbers
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from subquad.kernels import dispatch
+from subquad.kernels.axes import Array, Bias, Key, LogSumExp, Mask, Output, Positions, Query, Value
+from subquad.kernels.softmax import reference, xla
+
+__all__ = ["attention", "merge"]
+
+OWNER = "softmax.attention"
+
+
+def attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    is_causal: bool = False,
+    window_size: int | tuple[int | None, int | None] | None = None,
+    query_positions: Positions | np.ndarray | None = None,
+    key_positions: Positions | np.ndarray | None = None,
+    query_segment_ids: Positions | None = None,
+    key_segment_ids: Positions | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: dispatch.Implementation | None = None,
+) -> Output | tuple[Output, LogSumExp]:
+    """Softmax attention over the visible keys.
+
+        y_t = sum_s softmax_s(scale q_t . k_s + bias_ts) v_s        lse_t = log sum_s exp(scale q_t . k_s + bias_ts)
+
+    Visible is what the mask allows, whose segment is the query's, and whose position p satisfies
+    q - left <= p <= q + right for the window (left, right), with right at most 0 if causal.
+
+    Cost: memory O(T + S) (plus the mask and bias that are passed in). Time O(T S) for the pairs of tiles that hold
+        something visible, so O(T x window) with a window and half for causal: an exact number of steps that is fixed
+        while tracing, for positions that are None or NumPy arrays. Positions that are JAX arrays are compared, and all
+        tiles are visited.
+
+    Args:
+        query: [B, T, N, H].
+        key: [B, S, K, H]; K divides N, and query head n reads key head n // (N / K).
+        value: [B, S, K, V].
+        mask: bool, True = attend; each axis full or 1, of [B, N, T, S].
+        bias: added to the logits; each axis full or 1, of [B, N, T, S]; differentiable. -inf hides a key.
+        is_causal: a query sees positions up to its own.
+        window_size: keys seen on each side, the query's own position not counted; one number or (left, right), with None
+            for no limit on that side.
+        query_positions: int, [B, T] or [1, T]; None counts from 0.
+        key_positions: int, [B, S] or [1, S]; None counts from 0.
+        query_segment_ids, key_segment_ids: int, [B, T] or [1, T] and [B, S] or [1, S]; both or neither.
+        scale: of the logits. None: 1 / sqrt(H).
+        return_lse: also return the log-sum-exp.
+        implementation: None takes the best that can run here.
+    Returns: [B, T, N, V] in the promoted dtype of query, key and value; with `return_lse` also [B, T, N] in float32,
+        natural logarithm. A row that sees nothing gives 0 and -inf, and gradients of 0.
+    Raises:
+        TypeError: a mask that is not boolean; positions or segments that are not integers.
+        ValueError: a shape that does not fit; a negative window.
+        NotImplementedError: an implementation that does not exist.
+    Numerics: operands keep their dtype; logits, softmax and sums are float32. Agrees with the reference to 1e-5
+        (float32), 2e-2 (bfloat16). The gradient recomputes the weights from the log-sum-exp.
+    Example:
+        >>> x = jnp.ones((2, 300, 4, 16))
+        >>> out, lse = attention(x, x, x, is_causal=True, window_size=32, return_lse=True)
+        >>> out.shape, lse.shape
+        ((2, 300, 4, 16), (2, 300, 4))
+    Source: Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762; the online softmax of Milakov and
+        Gimelshein, 2018, arXiv 1805.02867; the recomputing backward pass of Dao et al., FlashAttention, 2022,
+        arXiv 2205.14135.
+    """
+    run = dispatch.choose(OWNER, {"xla": xla.attention, "reference": reference.attention}, implementation)
+    check_heads(OWNER, query, key, value)
+    (batch, queries, heads, features), keys = query.shape, key.shape[1]
+    check_square("mask", mask, (batch, heads, queries, keys))
+    check_square("bias", bias, (batch, heads, queries, keys))
+    band = band_of(window_size, is_causal)
+    if (query_segment_ids is None) != (key_segment_ids is None):
+        raise ValueError(f"{OWNER}: query_segment_ids and key_segment_ids must be given together. Pass both.")
+    rows = {
+        "query_positions": row("query_positions", query_positions, batch, queries),
+        "key_positions": row("key_positions", key_positions, batch, keys),
+        "query_segment_ids": row("query_segment_ids", query_segment_ids, batch, queries),
+        "key_segment_ids": row("key_segment_ids", key_segment_ids, batch, keys),
+    }
+    if band is None:
+        rows["query_positions"] = rows["key_positions"] = None
+    else:
+        for name, length in (("query_positions", queries), ("key_positions", keys)):
+            rows[name] = np.arange(length, dtype=np.int32)[None] if rows[name] is None else rows[name]
+    scale = scale_of(OWNER, scale, features)
+    dtype = jnp.result_type(query, key, value)
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    out, lse = run(query, key, value, bias, xla.Visible(**rows, mask=mask), band, scale)
+    return (out, lse) if return_lse else out
+
+
+def merge(
+    outputs: list[Float[Array, "B T N V"]], lses: list[Float[Array, "B T N"]]
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """One result from attention over disjoint sets of keys.
+
+        lse = log sum_i exp(lse_i)        y = sum_i exp(lse_i - lse) y_i
+
+    Args:
+        outputs: of `attention(..., return_lse=True)`, one per set of keys.
+        lses: likewise.
+    Returns: what one `attention` over the union would have returned; 0 and -inf for rows that see nothing.
+    Example:
+        >>> q, k = jnp.ones((1, 5, 2, 4)), jnp.arange(48.0).reshape(1, 6, 2, 4)
+        >>> parts = [attention(q, x, x, return_lse=True) for x in (k[:, :2], k[:, 2:])]
+        >>> bool(jnp.allclose(merge(*zip(*parts))[0], attention(q, k, k), atol=1e-5))
+        True
+    """
+    lses = jnp.stack(list(lses))
+    maximum = lses.max(0)
+    shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+    weights = jnp.exp(lses - shift)
+    total = weights.sum(0)
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)
+    mixed = sum(
+        weight[..., None] * output.astype(weight.dtype) for weight, output in zip(weights / total, outputs, strict=True)
+    )
+    return mixed.astype(outputs[0].dtype), jnp.where(empty, -jnp.inf, shift + jnp.log(total))
+
+
+def check_heads(owner: str, query, key, value) -> None:
+    """Refuses query, key and value whose shapes do not go together."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{owner}: {name} must be floating-point, got {array.dtype}. Cast it.")
+        if array.ndim != 4 or 0 in array.shape:
+            raise ValueError(
+                f"{owner}: {name} must have four axes [B, length, heads, features], none empty, got {array.shape}. "
+                "Flatten the batch axes into one."
+            )
+    (batch, _, heads, features), (_, keys, kv_heads, _) = query.shape, key.shape
+    if key.shape != (batch, keys, kv_heads, features) or heads % kv_heads:
+        raise ValueError(
+            f"{owner}: key must have shape [B, S, K, H] = [{batch}, S, K, {features}] with K dividing {heads}, "
+            f"got {key.shape}. Project it to the query's features."
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"{owner}: value must have shape [B, S, K, V] = {(*key.shape[:3], 'V')}, got {value.shape}. "
+                         "Give it the key's length and heads.")
+
+
+def check_square(name: str, array, full: tuple[int, ...]) -> None:
+    """Refuses a mask or bias that does not broadcast to [B, N, T, S]."""
+    if array is None:
+        return
+    if name == "mask" and array.dtype != bool:
+        raise TypeError(f"{OWNER}: mask must be boolean, True = attend, got {array.dtype}. Use mask.astype(bool).")
+    if name == "bias" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{OWNER}: bias must be floating-point, got {array.dtype}. Pass booleans as mask.")
+    if array.ndim != 4 or any(size not in (1, want) for size, want in zip(array.shape, full, strict=True)):
+        raise ValueError(
+            f"{OWNER}: {name} must have four axes, each full or 1, of [B, N, T, S] = {full}, got {array.shape}. "
+            "Insert axes of 1."
+        )
+
+
+def row(name: str, array, batch: int, length: int):
+    """Positions or segments as int32 [B|1, length]; NumPy arrays stay NumPy arrays, which marks them as known."""
+    if array is None:
+        return None
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{OWNER}: {name} must be integers, got {array.dtype}. Cast them.")
+    if array.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"{OWNER}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. Broadcast them."
+        )
+    return array.astype(np.int32)
+
+
+def band_of(window_size, is_causal: bool) -> tuple[int | None, int | None] | None:
+    """(left, right) limits of the visible positions around the query's; None where there is no limit."""
+    both = window_size if isinstance(window_size, tuple | list) else (window_size, window_size)
+    if len(both) != 2 or any(not (side is None or isinstance(side, numbers.Integral) and side >= 0) for side in both):
+        raise ValueError(
+            f"{OWNER}: window_size must be None, a number >= 0 or a pair (left, right) of such, got {window_size!r}. "
+            "Count the keys on each side of the query, itself not counted."
+        )
+    left, right = (None if side is None else int(side) for side in both)
+    if is_causal:
+        right = 0
+    return None if left is None and right is None else (left, right)
+
+
+def scale_of(owner: str, scale, features: int) -> float:
+    """The scale of the logits as a number."""
+    if scale is None:
+        return 1 / math.sqrt(features)
+    if not isinstance(scale, numbers.Real):
+        raise TypeError(
+            f"{owner}: scale must be a number, got {type(scale).__name__}. Multiply the query by a learned scale."
+        )
+    return float(scale)

@@ -1,0 +1,32 @@
+"""Softmax attention as the formula says it: every logit at once."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(query, key, value, bias, visible, band, scale: float):
+    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
+    precise = jnp.promote_types(query.dtype, jnp.float32)
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x.astype(precise), groups, axis=2) for x in (key, value))
+    logits = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(precise), key)
+    if bias is not None:
+        logits += bias.astype(precise)
+    seen = jnp.ones((1, 1, 1, 1), bool) if visible.mask is None else visible.mask
+    if band is not None:
+        distance = visible.key_positions[:, None, None, :] - visible.query_positions[:, None, :, None]
+        left, right = band
+        seen &= True if left is None else distance >= -left
+        seen &= True if right is None else distance <= right
+    if visible.query_segment_ids is not None:
+        seen &= visible.query_segment_ids[:, None, :, None] == visible.key_segment_ids[:, None, None, :]
+    logits = jnp.where(seen, logits, -jnp.inf)
+    maximum = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    empty = jnp.isneginf(maximum)
+    # A row that sees nothing gives 0, and constants in place of its logits keep -inf - -inf out of the gradient.
+    logits = jnp.where(empty, 0.0, logits)
+    weights = jnp.where(empty, 0.0, jnp.exp(logits - jnp.where(empty, 0.0, maximum)))
+    normaliser = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(empty, 1.0, normaliser), value)
+    lse = jnp.where(empty, -jnp.inf, maximum + jnp.log(jnp.where(empty, 1.0, normaliser)))
+    return out.astype(query.dtype), jnp.swapaxes(lse[..., 0], 1, 2)

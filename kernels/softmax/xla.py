@@ -1,0 +1,289 @@
+"""Tiled softmax attention: memory O(T), a fixed number of steps, a backward pass that recomputes the weights.
+
+One loop runs over the pairs (query tile, key tile) that hold at least one visible pair of positions. The list is built
+in NumPy where the positions are known while tracing, so that a causal or windowed call visits only its own tiles and
+its number of steps is a constant of the program.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from subquad.kernels.softmax import online
+
+# Bytes of one tile of logits over all heads of the batch. On a CPU a tile should stay in the cache, and a buffer of
+# 32 MiB is mapped anew at every step; on an accelerator every step is a kernel launch, so steps should be few.
+CPU_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 21, 1 << 26
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about a call."""
+
+    tiles: tuple[int, int]  # positions per query tile and per key tile
+    counts: tuple[int, int]  # query tiles and key tiles
+    pairs: bytes  # int32 [2, P]: the query tile and the key tile of each step
+    band: tuple[int | None, int | None] | None  # visible: query - left <= key <= query + right; None: no test needed
+    scale: float
+
+
+class Visible(NamedTuple):
+    """What decides which key a query sees; None where nothing is said. [B|1, T] or [B|1, S], and the mask 4-D."""
+
+    query_positions: jax.Array | None
+    key_positions: jax.Array | None
+    query_segment_ids: jax.Array | None
+    key_segment_ids: jax.Array | None
+    mask: jax.Array | None
+
+
+class Tiles(NamedTuple):
+    """The arguments cut into tiles: i and j count query tiles and key tiles of t and s positions."""
+
+    query: jax.Array  # [i, B, K, G, t, H]
+    key: jax.Array  # [j, B, K, s, H]
+    value: jax.Array  # [j, B, K, s, V]
+    bias: jax.Array | None  # [B|1, K|1, G|1, T|1, S|1]
+    visible: Visible  # [i, B|1, t], [j, B|1, s]; the mask as the bias
+    real: jax.Array | None  # [j, 1, s]: False past the end of the keys
+
+
+def tile_sizes(rows: int, queries: int, keys: int, reach: int | None) -> tuple[int, int]:
+    """Positions per query tile and per key tile.
+
+    Args:
+        rows: batch times heads.
+        reach: keys that one query can see at most, where that is known.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    area = (CPU_TILE_BYTES if on_cpu else ACCELERATOR_TILE_BYTES) // (4 * rows)
+    most = 256 if on_cpu else 1024
+    if reach is not None:
+        most = min(most, power(reach))
+    query_tile = balance(queries, max(64, min(most, power(int(area**0.5)))))
+    # The fewer queries there are, the more keys fit into a tile: a decoding step takes its whole cache at once.
+    limit = most if reach is not None else 2 * most if queries > query_tile else keys
+    return query_tile, balance(keys, max(64, min(limit, area // query_tile)))
+
+
+def power(size: int) -> int:
+    """The largest power of two that is not above `size`."""
+    return 1 << max(size, 1).bit_length() - 1
+
+
+def balance(length: int, tile: int) -> int:
+    """The tile that cuts `length` into as many parts as `tile` would, with the least padding."""
+    return -(-length // -(-length // tile))
+
+
+def visible_pairs(query_positions, key_positions, tiles, counts, band) -> np.ndarray:
+    """int32 [2, P]: the pairs of tiles between which something may be visible, by query tile and then key tile.
+
+    All pairs unless both positions are NumPy arrays.
+    """
+    seen = np.ones(counts, bool)
+    if isinstance(query_positions, np.ndarray) and isinstance(key_positions, np.ndarray):
+        (first_query, last_query), (first_key, last_key) = (
+            extremes(positions, tile, count)
+            for positions, tile, count in zip((query_positions, key_positions), tiles, counts, strict=True)
+        )
+        left, right = band
+        if left is not None:
+            seen &= last_key >= first_query[:, None] - left
+        if right is not None:
+            seen &= first_key <= last_query[:, None] + right
+    return np.stack(np.nonzero(seen)).astype(np.int32)
+
+
+def extremes(positions: np.ndarray, tile: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest position in each tile, over the batch."""
+    short = tile * count - positions.shape[1]
+    parts = np.pad(positions, ((0, 0), (0, short)), mode="edge").reshape(-1, count, tile)
+    return parts.min((0, 2)), parts.max((0, 2))
+
+
+def pad(array, axis: int, length: int):
+    """`array` with zeros (or False) at the end of `axis`, up to `length`."""
+    width = [(0, 0)] * array.ndim
+    width[axis] = (0, length - array.shape[axis])
+    return array if width[axis][1] == 0 else jnp.pad(array, width)
+
+
+def cut(plan: Plan, query, key, value, bias, visible: Visible) -> Tiles:
+    """The arguments in tiles: transposed once, contiguous, batch axes first."""
+    kv_heads, keys = key.shape[2:0:-1]
+    groups = query.shape[2] // kv_heads
+    (query_tile, key_tile), (query_count, key_count) = plan.tiles, plan.counts
+
+    def rows(array, tile, count):  # [B|1, T] -> [i, B|1, t]
+        return None if array is None else rearrange(pad(array, 1, tile * count), "b (i t) -> i b t", i=count)
+
+    def square(array):  # [B|1, N|1, T|1, S|1] -> [B|1, K|1, G|1, T|1, S|1], padded to whole tiles
+        if array is None:
+            return None
+        for axis, tile, count in ((2, query_tile, query_count), (3, key_tile, key_count)):
+            array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
+        return rearrange(array, "b (k g) t s -> b k g t s", g=1 if array.shape[1] == 1 else groups)
+
+    key, value = (
+        rearrange(pad(x, 1, key_tile * key_count), "b (j s) k h -> j b k s h", j=key_count) for x in (key, value)
+    )
+    seen = Visible(
+        rows(visible.query_positions, query_tile, query_count),
+        rows(visible.key_positions, key_tile, key_count),
+        rows(visible.query_segment_ids, query_tile, query_count),
+        rows(visible.key_segment_ids, key_tile, key_count),
+        square(visible.mask),
+    )
+    whole = keys == key_tile * key_count
+    real = None if whole else jnp.asarray(np.arange(key_tile * key_count).reshape(key_count, 1, key_tile) < keys)
+    return Tiles(cut_queries(plan, query, kv_heads), key, value, square(bias), seen, real)
+
+
+def cut_queries(plan: Plan, array, kv_heads: int):
+    """[B, T, N, ...] -> [i, B, K, G, t, ...]."""
+    tile, count = plan.tiles[0], plan.counts[0]
+    return rearrange(pad(array, 1, tile * count), "b (i t) (k g) ... -> i b k g t ...", i=count, k=kv_heads)
+
+
+def join_queries(array, length: int):
+    """[i, B, K, G, t, ...] -> [B, T, N, ...]."""
+    return rearrange(array, "i b k g t ... -> b (i t) (k g) ...")[:, :length]
+
+
+def logits_of(plan: Plan, tiles: Tiles, i, j):
+    """The logits of one step, [B, K, G, t, s] in float32, -inf where not visible."""
+    precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
+    logits = jnp.einsum("bkgth,bksh->bkgts", tiles.query[i], tiles.key[j], preferred_element_type=precise)
+    logits *= plan.scale
+    if tiles.bias is not None:
+        logits += tile_of(plan, tiles.bias, i, j)
+    visible, tests = tiles.visible, []
+    if plan.band is not None:
+        distance = visible.key_positions[j][:, None, :] - visible.query_positions[i][:, :, None]
+        left, right = plan.band
+        tests += [] if left is None else [distance >= -left]
+        tests += [] if right is None else [distance <= right]
+    if visible.query_segment_ids is not None:
+        tests.append(visible.query_segment_ids[i][:, :, None] == visible.key_segment_ids[j][:, None, :])
+    if tiles.real is not None:
+        tests.append(tiles.real[j][:, None, :])
+    tests = [test[:, None, None] for test in tests]
+    if visible.mask is not None:
+        tests.append(tile_of(plan, visible.mask, i, j))
+    return jnp.where(functools.reduce(jnp.logical_and, tests), logits, -jnp.inf) if tests else logits
+
+
+def tile_corner(plan: Plan, array, i, j):
+    """Where the tile (i, j) of a mask or bias [B|1, K|1, G|1, T|1, S|1] starts, and its shape."""
+    starts, shape = [0, 0, 0], list(array.shape[:3])
+    for size, index, tile in zip(array.shape[3:], (i, j), plan.tiles, strict=True):
+        starts.append(0 if size == 1 else index * tile)
+        shape.append(1 if size == 1 else tile)
+    return starts, shape
+
+
+def tile_of(plan: Plan, array, i, j):
+    return jax.lax.dynamic_slice(array, *tile_corner(plan, array, i, j))
+
+
+def add_tile(plan: Plan, array, tile, i, j):
+    """`array` with `tile`, summed over the axes that `array` broadcasts, added at (i, j)."""
+    starts, shape = tile_corner(plan, array, i, j)
+    tile = tile.sum([axis for axis, size in enumerate(shape) if size != tile.shape[axis]], keepdims=True)
+    return jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice(array, starts, shape) + tile, starts)
+
+
+def sweep(plan: Plan, step, carry):
+    """`carry` after `step(carry, i, j)` for every pair of tiles."""
+    pairs = np.frombuffer(plan.pairs, np.int32).reshape(2, -1)
+    if pairs.shape[1] == 1:  # no loop around a single step
+        return step(carry, 0, 0)
+    return jax.lax.scan(lambda carry, pair: (step(carry, *pair), None), carry, tuple(pairs))[0]
+
+
+def put(tiles, tile, index):
+    return jax.lax.dynamic_update_index_in_dim(tiles, tile, index, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def flash(plan: Plan, query, key, value, bias, visible: Visible):
+    """Attention over the tiles of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
+    tiles = cut(plan, query, key, value, bias, visible)
+
+    def step(states, i, j):
+        def weigh(weights):
+            weights = weights.astype(value.dtype)
+            return jnp.einsum("bkgts,bksv->bkgtv", weights, tiles.value[j], preferred_element_type=states.normaliser.dtype)
+
+        state = jax.tree.map(lambda all_tiles: all_tiles[i], states)
+        state = online.update(state, logits_of(plan, tiles, i, j), weigh)
+        return jax.tree.map(lambda all_tiles, tile: put(all_tiles, tile, i), states, state)
+
+    precise = jnp.promote_types(query.dtype, jnp.float32)
+    states = sweep(plan, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
+    out, lse = online.finish(states)
+    return join_queries(out.astype(query.dtype), query.shape[1]), join_queries(lse, query.shape[1])
+
+
+def flash_forward(plan, query, key, value, bias, visible):
+    out, lse = flash(plan, query, key, value, bias, visible)
+    return (out, lse), (query, key, value, bias, visible, out, lse)
+
+
+def flash_backward(plan, residuals, gradients):
+    *arguments, out, lse = residuals
+    query, key, value, bias, _ = arguments
+    tiles = cut(plan, *arguments)
+    precise = lse.dtype
+    lse, shift, grad_out = (
+        cut_queries(plan, x, key.shape[2]) for x in (*online.residue(out, lse, *gradients), gradients[0])
+    )
+    dot = functools.partial(jnp.einsum, preferred_element_type=precise)
+
+    def step(grads, i, j):
+        grad_query, grad_key, grad_value, grad_bias = grads
+        weights = jnp.exp(logits_of(plan, tiles, i, j) - lse[i][..., None])
+        grad_logits = weights * (dot("bkgtv,bksv->bkgts", grad_out[i], tiles.value[j]) - shift[i][..., None])
+        scaled = (grad_logits * plan.scale).astype(query.dtype)
+        grad_query = put(grad_query, grad_query[i] + dot("bkgts,bksh->bkgth", scaled, tiles.key[j]), i)
+        grad_key = put(grad_key, grad_key[j] + dot("bkgts,bkgth->bksh", scaled, tiles.query[i]), j)
+        weights = weights.astype(value.dtype)
+        grad_value = put(grad_value, grad_value[j] + dot("bkgts,bkgtv->bksv", weights, grad_out[i]), j)
+        if bias is not None:
+            grad_bias = add_tile(plan, grad_bias, grad_logits, i, j)
+        return grad_query, grad_key, grad_value, grad_bias
+
+    grads = sweep(plan, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), tuple(tiles[:4])))
+    grad_query = join_queries(grads[0].astype(query.dtype), query.shape[1])
+    grad_key, grad_value = (
+        rearrange(x.astype(like.dtype), "j b k s h -> b (j s) k h")[:, : like.shape[1]]
+        for x, like in zip(grads[1:3], (key, value), strict=True)
+    )
+    grad_bias = None
+    if bias is not None:
+        grad_bias = rearrange(grads[3].astype(bias.dtype), "b k g t s -> b (k g) t s")
+        grad_bias = grad_bias[:, :, : bias.shape[2], : bias.shape[3]]
+    return grad_query, grad_key, grad_value, grad_bias, None
+
+
+flash.defvjp(flash_forward, flash_backward)
+
+# Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+compiled = jax.jit(flash, static_argnums=0)
+
+
+def attention(query, key, value, bias, visible: Visible, band, scale: float):
+    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
+    (batch, queries, heads), keys = query.shape[:3], key.shape[1]
+    reach = None if band is None or None in band else sum(band) + 1
+    tiles = tile_sizes(batch * heads, queries, keys, reach)
+    counts = (-(-queries // tiles[0]), -(-keys // tiles[1]))
+    pairs = visible_pairs(visible.query_positions, visible.key_positions, tiles, counts, band)
+    plan = Plan(tiles, counts, pairs.tobytes(), band, scale)
+    return compiled(plan, query, key, value, bias, visible)
