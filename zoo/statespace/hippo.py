@@ -1,0 +1,71 @@
+"""The matrices that state space layers start from, in NumPy float64.
+
+A state of N holds N/2 conjugate pairs of modes; a function that returns modes returns the one of each pair that turns
+forward (imaginary part >= 0), in order of frequency.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+Init = Literal["legs", "lin", "inv"]
+INITS = get_args(Init)
+
+
+class Modes(NamedTuple):
+    """A system in the basis of its modes: A = diag(diagonal) - low_rank low_rank^*, one entry per conjugate pair."""
+
+    diagonal: np.ndarray  # complex [N/2]
+    input_matrix: np.ndarray  # complex [N/2]
+    low_rank: np.ndarray  # complex [N/2]
+
+
+def legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The HiPPO-LegS matrix, whose state holds the Legendre coefficients of all that came before.
+
+        A_nk = -sqrt(2n+1) sqrt(2k+1) if n > k,  -(n + 1) if n = k,  0 if n < k;    B_n = sqrt(2n+1)     (S4 eq. 2)
+
+    Returns: (A [N, N], B [N]).
+    Example:
+        >>> legs(2)[0].round(3).tolist()
+        [[-1.0, 0.0], [-1.732, -2.0]]
+    Source: Gu et al., HiPPO, NeurIPS 2020, arXiv 2008.07669; arXiv 2111.00396, eq. 2.
+    """
+    order = np.arange(state_size)
+    root = np.sqrt(2 * order + 1)
+    return -(np.tril(np.outer(root, root), -1) + np.diag(order + 1.0)), root
+
+
+def legs_modes(state_size: int) -> Modes:
+    """HiPPO-LegS as normal plus low rank, in the basis where the normal part is diagonal (S4 theorem 1).
+
+        A + P P^T = -1/2 I + skew-symmetric = V Lambda V^*,    P_n = sqrt(n + 1/2);    modes: Lambda, V^* B, V^* P
+
+    An eigenvector is free up to its phase. Here the phase makes the entry of V^* B positive, and with it that of V^* P,
+    which is V^* B / sqrt(2): the same numbers on every machine.
+    """
+    matrix, inputs = legs(state_size)
+    low_rank = np.sqrt(np.arange(state_size) + 0.5)
+    skew = matrix + np.outer(low_rank, low_rank) + 0.5 * np.eye(state_size)
+    frequency, basis = np.linalg.eigh(-1j * skew)
+    forward = frequency > 0
+    magnitude = np.abs(basis[:, forward].conj().T @ inputs)
+    return Modes(-0.5 + 1j * frequency[forward], magnitude + 0j, magnitude / np.sqrt(2) + 0j)
+
+
+def diagonal_modes(init: Init, state_size: int) -> Modes:
+    """The diagonal initialisations of S4D; `low_rank` is 0.
+
+        legs:  Lambda of HiPPO-LegS,                        B = V^* B_LegS / 2     (S4D theorem 3: the same as N grows)
+        inv:   A_n = -1/2 + i (N / pi) (N / (2n + 1) - 1),  B = 1                              (S4D-Inv)
+        lin:   A_n = -1/2 + i pi n,                         B = 1                              (S4D-Lin)
+
+    Source: Gu et al., arXiv 2206.11893, section 4.
+    """
+    pairs = state_size // 2
+    if init == "legs":
+        modes = legs_modes(state_size)
+        return Modes(modes.diagonal, modes.input_matrix / 2, np.zeros(pairs, complex))
+    order = np.arange(pairs)
+    frequency = np.pi * order if init == "lin" else state_size / np.pi * (state_size / (2 * order + 1) - 1)
+    return Modes(-0.5 + 1j * frequency, np.ones(pairs, complex), np.zeros(pairs, complex))
