@@ -8,13 +8,17 @@
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.dense.softmax import SoftmaxAttention
-from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.features import RandomFeature
+from subquad.zoo.kernelized.performer import PerformerAttention
+from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder, Encoder
+from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, attention_fn, make
+from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
     "LAYERS",
+    "S4",
     "Attention",
     "Block",
     "CausalLM",
@@ -22,10 +26,13 @@ __all__ = [
     "DualEncoder",
     "Encoder",
     "FeedForward",
+    "LinformerAttention",
+    "LinformerProjection",
     "PerformerAttention",
     "RandomFeature",
     "SoftmaxAttention",
     "Support",
+    "TransformerXLAttention",
     "attention_fn",
     "make",
 ]

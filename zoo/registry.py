@@ -13,11 +13,17 @@ from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, Shell, check_mask, refuse
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
+from subquad.zoo.lowrank.linformer import LinformerAttention
+from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 
 LAYERS: dict[str, type[nnx.Module]] = {
     "softmax": SoftmaxAttention,
+    "linformer": LinformerAttention,
     "performer": PerformerAttention,
+    "transformer_xl": TransformerXLAttention,
+    "s4": S4,
     "transformer_xl": TransformerXLAttention,
 }
 

@@ -49,7 +49,16 @@ CASES = {
     case.name: case
     for case in (
         Case("softmax", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
+        Case(
+            "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
+            dict(num_heads=4, max_length=LONG, num_landmarks=64),
+        ),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
+        Case(
+            "transformer_xl", dict(num_heads=2, segment_length=8, memory_length=5),
+            dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
+        ),
+        Case("s4", dict(state_size=8), dict(state_size=16)),
         Case(
             "transformer_xl",
             dict(num_heads=4, segment_length=5, memory_length=7),
