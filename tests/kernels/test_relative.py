@@ -1,0 +1,237 @@
+"""Relative attention: the formula, its gradients, masks, precision, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+
+from subquad.kernels import relative
+from subquad.kernels.relative import xla
+from tests import oracle
+
+ARGUMENTS = ("query", "key", "value", "relative_key", "content_bias", "position_bias")
+
+
+def arrays(T, M, B=2, N=3, H=4, V=5, dtype=np.float64, seed=0):
+    random = np.random.default_rng(seed)
+    S = T + M
+    shapes = [(B, T, N, H), (B, S, N, H), (B, S, N, V), (S + 2, N, H), (N, H), (N, H)]
+    return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
+
+
+def masks(T, M, B=2, N=3):
+    random = np.random.default_rng(1)
+    return {
+        "none": None,
+        "padding": random.random((B, 1, 1, T + M)) > 0.4,
+        "shared": random.random((1, 1, 1, T + M)) > 0.4,
+        "pairwise": random.random((1, N, T, T + M)) > 0.7,
+        "queries": random.random((B, 1, T, 1)) > 0.5,
+    }
+
+
+def by_hand(query, key, value, relative_key, content_bias, position_bias, mask):
+    """The formula of section 3.3, one score at a time."""
+    B, T, N, H = query.shape
+    S = key.shape[1]
+    mask = np.broadcast_to(True if mask is None else mask, (B, N, T, S))
+    out = np.zeros((B, T, N, value.shape[-1]))
+    for b, t, n in np.ndindex(B, T, N):
+        at = S - T + t
+        seen = [s for s in range(at + 1) if mask[b, n, t, s]]
+        if not seen:
+            continue
+        q = query[b, t, n]
+        scores = np.array([
+            (q + content_bias[n]) @ key[b, s, n] + (q + position_bias[n]) @ relative_key[at - s, n] for s in seen
+        ]) / np.sqrt(H)  # fmt: skip
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ value[b, seen, n]
+    return out
+
+
+def loss_of(implementation, mask, cotangent):
+    def loss(*args):
+        out = relative.attention(*args, mask=mask, implementation=implementation)
+        return jnp.sum(out * cotangent), out
+
+    return jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True))
+
+
+@pytest.mark.parametrize("T,M,kind", [(1, 0, "none"), (7, 0, "padding"), (6, 5, "none"), (6, 5, "pairwise")])
+def test_reference_is_the_formula(T, M, kind):
+    mask = masks(T, M)[kind]
+    with jax.enable_x64(True):
+        args = arrays(T, M)
+        out = relative.attention(*args, mask=None if mask is None else jnp.asarray(mask), implementation="reference")
+        np.testing.assert_allclose(out, by_hand(*map(np.asarray, args), mask), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "T,M,tiles,kind",
+    [
+        (1, 0, None, "none"),
+        (1, 40, (1, 16), "padding"),
+        (63, 0, (16, 16), "none"),
+        (100, 33, None, "padding"),
+        *((7, 5, (3, 5), kind) for kind in masks(1, 1)),
+    ],
+)
+def test_values_and_gradients_in_float64(T, M, tiles, kind, monkeypatch):
+    if tiles:
+        monkeypatch.setattr(xla, "choose_tiles", lambda heads, queries, keys: xla.Tiles(*tiles, keys - queries))
+    mask = masks(T, M)[kind]
+    with jax.enable_x64(True):
+        args = arrays(T, M)
+        cotangent = jax.random.normal(jax.random.key(2), (2, T, 3, 5))
+        mask = None if mask is None else jnp.asarray(mask)
+        expected = loss_of("reference", mask, cotangent)(*args)
+        actual = loss_of("xla", mask, cotangent)(*args)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), actual, expected)
+
+
+@pytest.mark.parametrize("T,M", [(300, 270), (500, 0)])
+def test_several_tiles_in_float32(T, M):
+    cotangent = jax.random.normal(jax.random.key(2), (1, T, 2, 4))
+    args = arrays(T, M, B=1, N=2, V=4, dtype=np.float32)
+    with jax.enable_x64(True):
+        wide = [a.astype(jnp.float64) for a in args]
+        (_, expected), gradients = loss_of("reference", None, cotangent)(*wide)
+    (_, out), actual = loss_of("xla", None, cotangent)(*args)
+    assert out.dtype == jnp.float32 and xla.choose_tiles(2, T, T + M).query < T
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for name, a, e in zip(ARGUMENTS, actual, gradients, strict=True):
+        assert oracle.relative_error(a, e) < 1e-5, name
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_rows_that_see_nothing_are_zero(implementation):
+    T, M = 9, 4
+    args = arrays(T, M, dtype=np.float32)
+    mask = jnp.ones((2, 1, T, T + M), bool).at[:, :, 3].set(False).at[1, :, :, :].set(False)
+    cotangent = jnp.ones((2, T, 3, 5))
+    (_, out), gradients = loss_of(implementation, mask, cotangent)(*args)
+    assert (out[0, 3] == 0).all() and (out[1] == 0).all() and (out[0, 4] != 0).all()
+    assert all(jnp.isfinite(g).all() for g in gradients)
+    assert (gradients[0][0, 3] == 0).all() and (gradients[0][1] == 0).all()
+    assert (gradients[1][1] == 0).all() and (gradients[2][1] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_bfloat16(implementation):
+    args = arrays(63, 20, dtype=np.float32)
+    rounded = [a.astype(jnp.bfloat16) for a in args]
+    cotangent = jax.random.normal(jax.random.key(2), (2, 63, 3, 5))
+    (_, expected), gradients = loss_of("reference", None, cotangent)(*(a.astype(jnp.float32) for a in rounded))
+    (_, out), actual = loss_of(implementation, None, cotangent)(*rounded)
+    assert out.dtype == jnp.bfloat16
+    assert oracle.relative_error(out, expected) < 2e-2
+    for name, a, e in zip(ARGUMENTS, actual, gradients, strict=True):
+        assert a.dtype == jnp.bfloat16 and oracle.relative_error(a, e) < 2e-2, name
+
+
+def test_a_loud_future_changes_no_past():
+    query, key, *rest = arrays(40, 10, dtype=np.float32)
+    at = 25
+    out = relative.attention(query, key, *rest)
+    loud = relative.attention(query, key.at[:, 10 + at].multiply(1e4), *rest)
+    np.testing.assert_array_equal(loud[:, :at], out[:, :at])
+    assert jnp.abs(loud[:, at:] - out[:, at:]).max() > 0.1
+
+
+def test_without_relative_terms_it_is_softmax_attention():
+    query, key, value, relative_key, *_ = arrays(31, 0, V=4, dtype=np.float32)
+    nothing = jnp.zeros((3, 4))
+    out = relative.attention(query, key, value, 0 * relative_key, nothing, nothing)
+    np.testing.assert_allclose(out, jax.nn.dot_product_attention(query, key, value, is_causal=True), atol=2e-6)
+
+
+def test_scale_and_vmap():
+    args = arrays(7, 2, dtype=np.float32)
+    whole = relative.attention(*args, scale=0.3)
+    np.testing.assert_allclose(whole, relative.attention(*args, scale=0.3, implementation="reference"), atol=2e-6)
+    assert jnp.abs(whole - relative.attention(*args)).max() > 1e-2
+    one = lambda q, k, v: relative.attention(q[None], k[None], v[None], *args[3:], scale=0.3)[0]
+    np.testing.assert_allclose(jax.vmap(one)(*args[:3]), whole, atol=2e-6)
+
+
+def test_memory_grows_with_the_length_not_its_square():
+    def temporary(T):
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(1, T, 4, 16), *[(1, 2 * T, 4, 16)] * 2,
+                                                                 (2 * T, 4, 16), (4, 16), (4, 16)]]  # fmt: skip
+        loss = lambda *args: jnp.sum(relative.attention(*args))
+        return jax.jit(jax.grad(loss, argnums=range(6))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(2048), temporary(4096)
+    assert long < 2.2 * short
+    assert long < 4 * 4096 * 8192 * 4 / 8, "an eighth of the scores of the four heads"
+
+
+@pytest.mark.parametrize("heads,queries,keys", [(1, 1, 1), (8, 513, 1025), (64, 4096, 8192), (4096, 512, 1024)])
+def test_tiles_stay_small(heads, queries, keys):
+    tile = xla.choose_tiles(heads, queries, keys)
+    assert 1 <= tile.query <= queries and 1 <= tile.key <= keys
+    assert 4 * heads * tile.query * (tile.query + tile.key) < 2**25, "XLA on the CPU slows down at 32 MiB"
+    assert -queries % tile.query < max(2, queries / 16), "little padding"
+
+
+ORACLES = ["transfoxl_mem", "transfoxl_original_mem"]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", ORACLES)
+def test_against_peers(name, implementation):
+    """Every gradient of the peers' attention, that of the memory too, which they do not stop here."""
+    peer = oracle.load(name)
+    heads, length = peer.meta["cfg"]["H"], peer.meta["cfg"]["T"]
+    biases = {k: peer.weights.get(k, peer.inputs.get(k)) for k in ("r_w_bias", "r_r_bias")}
+    weights = {k: v for k, v in peer.weights.items() if k not in biases}
+    mask = jnp.asarray(peer.inputs["mask"][:, :, 0] == 0)[None, None]
+    np.testing.assert_array_equal(mask[0, 0], np.tril(np.ones(mask.shape[2:], bool), mask.shape[3] - length))
+
+    def run(inputs, weights, biases):
+        sequence = jnp.concatenate([inputs["mems"], inputs["w"]])  # time-major
+        q, k, v = jnp.split(sequence @ weights["qkv_net.weight"].T, 3, axis=-1)
+        q, k, v = (rearrange(x, "s b (n h) -> b s n h", n=heads) for x in (q[-length:], k, v))
+        r = rearrange(peer.inputs["r"][::-1, 0] @ weights["r_net.weight"].T, "r (n h) -> r n h", n=heads)
+        out = relative.attention(
+            q, k, v, r, biases["r_w_bias"], biases["r_r_bias"], mask=mask, implementation=implementation
+        )
+        x = inputs["w"] + rearrange(out, "b t n h -> t b (n h)") @ weights["o_net.weight"].T
+        x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        y = x * weights["layer_norm.weight"] + weights["layer_norm.bias"]
+        return jnp.sum(peer.cotangents["y"] * y), y
+
+    inputs = {k: peer.inputs[k] for k in ("w", "mems")}
+    gradients, y = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(inputs, weights, biases)
+    assert oracle.relative_error(y, peer.outputs["y"]) < 1e-4
+    expected = {**peer.grad_inputs, **peer.grad_weights}
+    actual = {**gradients[0], **gradients[1], **gradients[2]}
+    assert actual.keys() == expected.keys()
+    for key in expected:
+        assert oracle.relative_error(actual[key], expected[key]) < 1e-4, key
+
+
+def test_bad_arguments_are_named():
+    query, key, value, relative_key, u, v = arrays(6, 2, dtype=np.float32)
+    wrong = {
+        "query": (query[0], key, value, relative_key, u, v),
+        "key": (query, key[:, :5], value[:, :5], relative_key, u, v),
+        "value": (query, key, value[:, :7], relative_key, u, v),
+        "relative_key": (query, key, value, relative_key[:7], u, v),
+        "content_bias": (query, key, value, relative_key, u[0], v),
+        "position_bias": (query, key, value, relative_key, u, v.T),
+    }
+    for name, args in wrong.items():
+        with pytest.raises(ValueError, match=f"relative.attention: {name} must"):
+            relative.attention(*args)
+    good = (query, key, value, relative_key, u, v)
+    with pytest.raises(ValueError, match="mask must broadcast"):
+        relative.attention(*good, mask=jnp.ones((2, 8), bool))
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        relative.attention(*good, mask=jnp.ones((2, 1, 1, 8)))
+    with pytest.raises(NotImplementedError, match="triton"):
+        relative.attention(*good, implementation="triton")
+    with pytest.raises(ValueError, match="implementation"):
+        relative.attention(*good, implementation="referenc")

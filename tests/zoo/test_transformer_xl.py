@@ -1,0 +1,242 @@
+"""Transformer-XL: the peers' numbers, the paper's identities, the memory and its stopped gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from flax import nnx
+
+from subquad.kernels import relative
+from subquad.zoo.positions import sinusoidal
+from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from tests import oracle
+
+D, N = 8, 2
+
+
+def make(segment_length=5, memory_length=7, in_features=D, **options):
+    options = {"segment_length": segment_length, "memory_length": memory_length, **options}
+    layer = TransformerXLAttention(N, in_features, **options, rngs=nnx.Rngs(0))
+    # Biases as large as the rest, so that no term hides.
+    for seed, bias in enumerate((layer.content_bias, layer.position_bias)):
+        bias[...] = jax.random.normal(jax.random.key(seed), bias.shape, bias.dtype)
+    return layer
+
+
+def inputs(length, batch=2, seed=0):
+    return jax.random.normal(jax.random.key(seed), (batch, length, D))
+
+
+def one_segment(layer, memory, segment, valid):
+    """The paper's equations for one segment and its memory, by the dense reference."""
+    hidden = jnp.concatenate([jax.lax.stop_gradient(memory), segment], axis=1)
+    heads = relative.attention(
+        layer.query(segment), layer.key(hidden), layer.value(hidden),
+        layer.relative(sinusoidal(jnp.arange(hidden.shape[1]), D)), layer.content_bias[...], layer.position_bias[...],
+        mask=valid[:, None, None], implementation="reference",
+    )  # fmt: skip
+    return layer.out(heads)
+
+
+def by_segments(layer, x, valid):
+    outputs = []
+    for start in range(0, x.shape[1], layer.segment_length):
+        stop, first = start + layer.segment_length, max(0, start - layer.memory_length)
+        outputs.append(one_segment(layer, x[:, first:start], x[:, start:stop], valid[:, first:stop]))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def with_gradients(fn, layer, x):
+    """Output, and gradients with respect to parameters and inputs."""
+    graphdef, state = nnx.split(layer)
+    cotangent = inputs(x.shape[1], seed=9)
+
+    def loss(state, x):
+        y = fn(nnx.merge(graphdef, state), x)
+        return jnp.sum(y * cotangent), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(state, x)
+    return y, gradients
+
+
+def close(actual, expected, atol=2e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol), actual, expected)
+
+
+@pytest.mark.parametrize("segment,memory", [(5, 7), (5, 3), (5, 0), (4, 4), (1, 6)])
+def test_a_long_call_is_segment_after_segment(segment, memory):
+    layer, x = make(segment, memory), inputs(23)
+    valid = jnp.ones((2, 23), bool).at[0, 3:9].set(False).at[1, 21:].set(False)
+    actual = with_gradients(lambda layer, x: layer(x, mask=valid[:, None, None]), layer, x)
+    close(actual, with_gradients(lambda layer, x: by_segments(layer, x, valid), layer, x))
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 6, 10, 13])
+def test_any_length_is_a_prefix(length):
+    layer, x = make(), inputs(13)
+    close(layer(x[:, :length]), layer(x)[:, :length])
+
+
+def test_training_on_a_stream_by_whole_segments():
+    """Extend by segments gives the long call's values and gradients, the memory's share in W_k, W_v, W_R included."""
+
+    def stream(layer, x):
+        cache, outputs = layer.init_cache(2, 23), []
+        for start in range(0, 23, 5):
+            y, cache = layer.extend(x[:, start : start + 5], cache)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1)
+
+    layer, x = make(), inputs(23)
+    close(with_gradients(stream, layer, x), with_gradients(lambda layer, x: layer(x), layer, x))
+
+
+def test_no_gradient_reaches_the_memory():
+    layer, x = make(), inputs(13, batch=1)
+    jacobian = jax.jit(jax.jacrev(lambda x: layer(x).sum((0, -1))))(x)[:, 0]
+    reached = np.abs(jacobian).sum(-1) > 1e-7
+    segment = np.arange(13) // 5
+    np.testing.assert_array_equal(reached, np.tril(segment[:, None] == segment))
+
+
+@pytest.mark.parametrize("segment,memory", [(5, 7), (4, 2), (3, 0), (32, 8)])
+def test_pattern_is_what_changes_what(segment, memory):
+    layer, x = make(segment, memory), inputs(17, batch=1)
+    changed = jax.vmap(lambda s: x.at[:, s].multiply(3.0))(jnp.arange(17))
+    moved = jnp.abs(jax.jit(jax.vmap(lambda x: layer(x)))(changed) - layer(x)).max((1, 3)) > 1e-6
+    np.testing.assert_array_equal(moved.T, layer.pattern(17)[0])
+
+
+def test_without_memory_and_relative_terms_it_is_causal_softmax():
+    layer, x = make(segment_length=23, memory_length=0), inputs(23)
+    for term in (layer.content_bias, layer.position_bias, layer.relative.kernel):
+        term[...] = jnp.zeros_like(term[...])
+    flax = nnx.MultiHeadAttention(N, D, decode=False, rngs=nnx.Rngs(1))
+    nnx.update(layer, nnx.state(flax, nnx.Param))
+    close(layer(x), flax(x, mask=nnx.make_causal_mask(x[..., 0])))
+
+
+def test_only_distances_count():
+    """The same tokens after a whole segment of padding give the same numbers."""
+    layer, x = make(), inputs(13)
+    shifted = jnp.concatenate([inputs(5, seed=3), x], axis=1)
+    mask = jnp.arange(18) >= 5
+    close(layer(shifted, mask=mask[None, None, None])[:, 5:], layer(x))
+
+
+def test_extend_in_any_cutting_with_padding():
+    layer, x = make(), inputs(37)
+    valid = jax.random.uniform(jax.random.key(5), (2, 1, 1, 37)) > 0.3
+    expected = layer(x, mask=valid)
+    for cuts in ([37], [1, 6, 11, 19], [4, 1, 1, 30, 1]):
+        cache, outputs, start = layer.init_cache(2, 37), [], 0
+        for width in cuts:
+            part = slice(start, start + width)
+            y, cache = layer.extend(x[:, part], cache, mask=valid[..., part])
+            outputs.append(y)
+            start += width
+        close(jnp.concatenate(outputs, axis=1), expected)
+        assert int(cache.position) == 37 % 5
+
+
+def test_the_cache_keeps_a_window_whatever_max_length():
+    layer = make(segment_length=5, memory_length=7)
+    small, large = (layer.init_cache(3, n) for n in (1, 10**6))
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, large)
+    assert small.hidden.shape == (3, 11, D) and not small.valid.any()
+    half = layer.init_cache(3, 9, dtype=jnp.bfloat16)
+    _, after = layer.extend(inputs(2, batch=3), half)
+    assert after.hidden.dtype == half.hidden.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="TransformerXLAttention.init_cache: max_length"):
+        layer.init_cache(3, 0)
+
+
+def test_odd_features():
+    layer = TransformerXLAttention(1, 7, segment_length=3, memory_length=2, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((2, 8, 7))).shape == (2, 8, 7)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="TransformerXLAttention: is_causal must be True.*SoftmaxAttention"):
+        make(is_causal=False)
+    for option, value in (("segment_length", 0), ("segment_length", 2.5), ("memory_length", -1)):
+        with pytest.raises(ValueError, match=f"TransformerXLAttention: {option} must be an integer of at least"):
+            make(**{option: value})
+
+
+def from_peer(peer):
+    """The layer with the peer's weights; the peer has no biases in its projections."""
+    size = peer.meta["cfg"]
+    features = peer.inputs["w"].shape[-1]
+    layer = TransformerXLAttention(
+        size["H"], features, segment_length=size["T"], memory_length=size["M"], use_bias=False, rngs=nnx.Rngs(0)
+    )
+    biases = [peer.weights.get(k, peer.inputs.get(k)) for k in ("r_w_bias", "r_r_bias")]
+    return layer, ported(peer.weights, biases, size["H"])
+
+
+def ported(weights, biases, heads):
+    """The peer's parameters, or their gradients, in the layer's names and shapes."""
+    split = lambda w: rearrange(w, "(n h) d -> d n h", n=heads)
+    query, key, value = np.split(weights["qkv_net.weight"], 3)
+    return {
+        "query": {"kernel": split(query)},
+        "key": {"kernel": split(key)},
+        "value": {"kernel": split(value)},
+        "relative": {"kernel": split(weights["r_net.weight"])},
+        "out": {"kernel": rearrange(weights["o_net.weight"], "d (n h) -> n h d", n=heads)},
+        "content_bias": biases[0],
+        "position_bias": biases[1],
+    }
+
+
+def by_extend(layer, memory, x):
+    """The peer's call: its memory in the cache, and one segment."""
+    cache = layer.init_cache(x.shape[0], 1)
+    known = memory.shape[1]
+    cache = cache._replace(
+        hidden=cache.hidden.at[:, -known:].set(memory), valid=cache.valid.at[:, -known:].set(True)
+    )
+    return layer.extend(x, cache)[0]
+
+
+def by_call(layer, memory, x):
+    """The same as the second segment of a long call, whose first ends with the memory."""
+    before = jnp.full((x.shape[0], x.shape[1] - memory.shape[1], x.shape[2]), 7.0)
+    return layer(jnp.concatenate([before, memory, x], axis=1))[:, x.shape[1] :]
+
+
+@pytest.mark.parametrize("run", [by_extend, by_call])
+@pytest.mark.parametrize("name", ["transfoxl_mem", "transfoxl_original_mem"])
+def test_against_peers(name, run):
+    """The peers are time-major and put residual and LayerNorm inside; ours stand around the layer here.
+
+    The stored gradient of the memory is left out: the paper stops it, and so does the layer (tests/kernels has it).
+    """
+    peer = oracle.load(name)
+    layer, weights = from_peer(peer)
+    memory, x = (jnp.asarray(rearrange(peer.inputs[k], "t b d -> b t d")) for k in ("mems", "w"))
+    distances = np.arange(peer.inputs["r"].shape[0])[::-1]
+    np.testing.assert_allclose(sinusoidal(distances, x.shape[-1]), peer.inputs["r"][:, 0], atol=1e-6)
+    graphdef, state = nnx.split(layer)
+    gain, shift = (peer.weights[f"layer_norm.{k}"] for k in ("weight", "bias"))
+
+    def loss(weights, gain, shift, x):
+        nnx.replace_by_pure_dict(state, weights)
+        y = x + run(nnx.merge(graphdef, state), memory, x)
+        y = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-5)
+        y = rearrange(y * gain + shift, "b t d -> t b d")
+        return jnp.sum(peer.cotangents["y"] * y), y
+
+    gradients, y = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(weights, gain, shift, x)
+    assert oracle.relative_error(y, peer.outputs["y"]) < 1e-4
+    biases = [{**peer.grad_inputs, **peer.grad_weights}[k] for k in ("r_w_bias", "r_r_bias")]
+    expected = (
+        ported(peer.grad_weights, biases, layer.num_heads),
+        peer.grad_weights["layer_norm.weight"],
+        peer.grad_weights["layer_norm.bias"],
+        rearrange(peer.grad_inputs["w"], "t b d -> b t d"),
+    )
+    errors = jax.tree.map(oracle.relative_error, gradients, expected)
+    assert max(jax.tree.leaves(errors)) < 1e-4, errors
