@@ -204,7 +204,7 @@ def test_against_peers(name, implementation):
         return jnp.sum(peer.cotangents["y"] * y), y
 
     inputs = {k: peer.inputs[k] for k in ("w", "mems")}
-    gradients, y = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(inputs, weights, biases)
+    gradients, y = jax.jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True))(inputs, weights, biases)
     assert oracle.relative_error(y, peer.outputs["y"]) < 1e-4
     expected = {**peer.grad_inputs, **peer.grad_weights}
     actual = {**gradients[0], **gradients[1], **gradients[2]}

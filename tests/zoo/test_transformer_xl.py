@@ -28,6 +28,11 @@ def inputs(length, batch=2, seed=0):
     return jax.random.normal(jax.random.key(seed), (batch, length, D))
 
 
+def run(layer, x, mask=None):
+    """The compiled call: operation by operation it would take longer."""
+    return jax.jit(lambda x, mask: layer(x, mask=mask))(x, mask)
+
+
 def one_segment(layer, memory, segment, valid):
     """The paper's equations for one segment and its memory, by the dense reference."""
     hidden = jnp.concatenate([jax.lax.stop_gradient(memory), segment], axis=1)
@@ -64,31 +69,31 @@ def close(actual, expected, atol=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol), actual, expected)
 
 
-@pytest.mark.parametrize("segment,memory", [(5, 7), (5, 3), (5, 0), (4, 4), (1, 6)])
-def test_a_long_call_is_segment_after_segment(segment, memory):
-    layer, x = make(segment, memory), inputs(23)
-    valid = jnp.ones((2, 23), bool).at[0, 3:9].set(False).at[1, 21:].set(False)
+@pytest.mark.parametrize("segment,memory,length", [(5, 7, 18), (5, 3, 15), (5, 0, 13), (1, 3, 5)])
+def test_a_long_call_is_segment_after_segment(segment, memory, length):
+    layer, x = make(segment, memory), inputs(length)
+    valid = jnp.ones((2, length), bool).at[0, 2:4].set(False).at[1, length - 2 :].set(False)
     actual = with_gradients(lambda layer, x: layer(x, mask=valid[:, None, None]), layer, x)
     close(actual, with_gradients(lambda layer, x: by_segments(layer, x, valid), layer, x))
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 6, 10, 13])
+@pytest.mark.parametrize("length", [1, 5, 6, 10])
 def test_any_length_is_a_prefix(length):
     layer, x = make(), inputs(13)
-    close(layer(x[:, :length]), layer(x)[:, :length])
+    close(run(layer, x[:, :length]), run(layer, x)[:, :length])
 
 
 def test_training_on_a_stream_by_whole_segments():
     """Extend by segments gives the long call's values and gradients, the memory's share in W_k, W_v, W_R included."""
 
     def stream(layer, x):
-        cache, outputs = layer.init_cache(2, 23), []
-        for start in range(0, 23, 5):
+        cache, outputs = layer.init_cache(2, 13), []
+        for start in range(0, 13, 5):
             y, cache = layer.extend(x[:, start : start + 5], cache)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1)
 
-    layer, x = make(), inputs(23)
+    layer, x = make(), inputs(13)
     close(with_gradients(stream, layer, x), with_gradients(lambda layer, x: layer(x), layer, x))
 
 
@@ -103,8 +108,8 @@ def test_no_gradient_reaches_the_memory():
 @pytest.mark.parametrize("segment,memory", [(5, 7), (4, 2), (3, 0), (32, 8)])
 def test_pattern_is_what_changes_what(segment, memory):
     layer, x = make(segment, memory), inputs(17, batch=1)
-    changed = jax.vmap(lambda s: x.at[:, s].multiply(3.0))(jnp.arange(17))
-    moved = jnp.abs(jax.jit(jax.vmap(lambda x: layer(x)))(changed) - layer(x)).max((1, 3)) > 1e-6
+    changed = jax.vmap(lambda s: x[0].at[s].multiply(3.0))(jnp.arange(17))
+    moved = jnp.abs(run(layer, changed) - run(layer, x)).max(-1) > 1e-6
     np.testing.assert_array_equal(moved.T, layer.pattern(17)[0])
 
 
@@ -114,7 +119,7 @@ def test_without_memory_and_relative_terms_it_is_causal_softmax():
         term[...] = jnp.zeros_like(term[...])
     flax = nnx.MultiHeadAttention(N, D, decode=False, rngs=nnx.Rngs(1))
     nnx.update(layer, nnx.state(flax, nnx.Param))
-    close(layer(x), flax(x, mask=nnx.make_causal_mask(x[..., 0])))
+    close(run(layer, x), flax(x, mask=nnx.make_causal_mask(x[..., 0])))
 
 
 def test_only_distances_count():
@@ -122,18 +127,19 @@ def test_only_distances_count():
     layer, x = make(), inputs(13)
     shifted = jnp.concatenate([inputs(5, seed=3), x], axis=1)
     mask = jnp.arange(18) >= 5
-    close(layer(shifted, mask=mask[None, None, None])[:, 5:], layer(x))
+    close(run(layer, shifted, mask[None, None, None])[:, 5:], run(layer, x))
 
 
 def test_extend_in_any_cutting_with_padding():
     layer, x = make(), inputs(37)
     valid = jax.random.uniform(jax.random.key(5), (2, 1, 1, 37)) > 0.3
-    expected = layer(x, mask=valid)
-    for cuts in ([37], [1, 6, 11, 19], [4, 1, 1, 30, 1]):
+    expected = run(layer, x, valid)
+    extend = jax.jit(lambda x, cache, mask: layer.extend(x, cache, mask=mask))
+    for cuts in ([37], [1, 6, 11, 19], [11, 1, 1, 6, 11, 6, 1]):
         cache, outputs, start = layer.init_cache(2, 37), [], 0
         for width in cuts:
             part = slice(start, start + width)
-            y, cache = layer.extend(x[:, part], cache, mask=valid[..., part])
+            y, cache = extend(x[:, part], cache, valid[..., part])
             outputs.append(y)
             start += width
         close(jnp.concatenate(outputs, axis=1), expected)
@@ -146,7 +152,7 @@ def test_the_cache_keeps_a_window_whatever_max_length():
     assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, large)
     assert small.hidden.shape == (3, 11, D) and not small.valid.any()
     half = layer.init_cache(3, 9, dtype=jnp.bfloat16)
-    _, after = layer.extend(inputs(2, batch=3), half)
+    after = jax.eval_shape(layer.extend, inputs(2, batch=3), half)[1]
     assert after.hidden.dtype == half.hidden.dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="TransformerXLAttention.init_cache: max_length"):
         layer.init_cache(3, 0)
@@ -154,7 +160,7 @@ def test_the_cache_keeps_a_window_whatever_max_length():
 
 def test_odd_features():
     layer = TransformerXLAttention(1, 7, segment_length=3, memory_length=2, rngs=nnx.Rngs(0))
-    assert layer(jnp.ones((2, 8, 7))).shape == (2, 8, 7)
+    assert jax.eval_shape(layer, jnp.ones((2, 8, 7))).shape == (2, 8, 7)
 
 
 def test_refusals():
@@ -207,9 +213,9 @@ def by_call(layer, memory, x):
     return layer(jnp.concatenate([before, memory, x], axis=1))[:, x.shape[1] :]
 
 
-@pytest.mark.parametrize("run", [by_extend, by_call])
+@pytest.mark.parametrize("call", [by_extend, by_call])
 @pytest.mark.parametrize("name", ["transfoxl_mem", "transfoxl_original_mem"])
-def test_against_peers(name, run):
+def test_against_peers(name, call):
     """The peers are time-major and put residual and LayerNorm inside; ours stand around the layer here.
 
     The stored gradient of the memory is left out: the paper stops it, and so does the layer (tests/kernels has it).
@@ -224,12 +230,12 @@ def test_against_peers(name, run):
 
     def loss(weights, gain, shift, x):
         nnx.replace_by_pure_dict(state, weights)
-        y = x + run(nnx.merge(graphdef, state), memory, x)
+        y = x + call(nnx.merge(graphdef, state), memory, x)
         y = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-5)
         y = rearrange(y * gain + shift, "b t d -> t b d")
         return jnp.sum(peer.cotangents["y"] * y), y
 
-    gradients, y = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(weights, gain, shift, x)
+    gradients, y = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(weights, gain, shift, x)
     assert oracle.relative_error(y, peer.outputs["y"]) < 1e-4
     biases = [{**peer.grad_inputs, **peer.grad_weights}[k] for k in ("r_w_bias", "r_r_bias")]
     expected = (
