@@ -33,7 +33,7 @@ class Memory(NamedTuple):
         arguments: bytes of the inputs.
         outputs: bytes of the results.
         temporary: bytes that the program needs between its inputs and its results.
-        peak: largest number of bytes alive at once, inputs and results included, aliased buffers counted once.
+        peak: all of them, aliased (donated) buffers counted once: what must be free for the program to run.
     """
 
     arguments: int
@@ -61,9 +61,8 @@ def memory_of(compiled) -> Memory:
     """The `Memory` of a program that is compiled already (`jitted.lower(...).compile()`)."""
     found = compiled.memory_analysis()
     arguments, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
-    total = arguments + outputs + found.temp_size_in_bytes - found.alias_size_in_bytes
-    # Some back ends leave the peak at 0; the sum then bounds it from above.
-    peak = getattr(found, "peak_memory_in_bytes", 0) or total
+    # Not XLA's own peak_memory_in_bytes: on a CPU it leaves the temporary buffers out.
+    peak = arguments + outputs + found.temp_size_in_bytes - found.alias_size_in_bytes
     return Memory(arguments, outputs, found.temp_size_in_bytes, peak)
 
 

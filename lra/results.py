@@ -1,0 +1,235 @@
+"""What runs found: one CSV row each, and the table and plot made of the rows."""
+
+import csv
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+
+from subquad.lra.checkpoints import RunError, line
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. The fields are the columns of the CSV; a field that does not apply is None, an empty cell.
+
+    Accuracies are fractions of 1, all on the split that `split` names unless the name says validation.
+    """
+
+    status: str  # "ok", or "failed: " and why
+    layer: str
+    task: str
+    config: str
+    recipe: str
+    seed: int
+    accuracy: float | None  # of the parameters that `selection` picks
+    accuracy_best: float | None  # of the best step on validation
+    accuracy_last: float | None  # of the last step
+    best_step: int | None
+    validation_accuracy_best: float | None
+    validation_accuracy_last: float | None
+    train_loss_last: float | None  # mean over the last tenth of the steps
+    floor_majority: float | None
+    floor_root: float | None
+    selection: str
+    split: str
+    parameters: int
+    steps: int
+    batch_size: int
+    steps_per_second: float | None
+    train_seconds: float | None
+    compile_seconds: float | None
+    flops_per_step: int | None
+    memory_temporary_bytes: int | None
+    memory_peak_bytes: int | None
+    configuration: str  # JSON of every value of the run
+    data: str
+    source: str
+    commit: str
+    versions: str
+    hardware: str
+    finished_utc: str
+
+
+FIELDS = [one.name for one in dataclasses.fields(Result)]
+
+
+def append(result: Result, path: str | os.PathLike) -> None:
+    """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
+
+    Raises: RunError: the file cannot be written, or has other columns; the message carries the row, so nothing is lost.
+    """
+    path = pathlib.Path(path)
+    row = {name: "" if value is None else value for name, value in dataclasses.asdict(result).items()}
+    text = _line(row)
+    try:
+        held = path.read_text() if path.exists() else ""
+        if held and held.split("\n", 1)[0].split(",") != FIELDS:
+            raise ValueError("other columns")
+        if text not in held:
+            with path.open("a", newline="") as file:
+                # One write, so that a kill leaves the whole row or none.
+                file.write(text if held else ",".join(FIELDS) + "\n" + text)
+                file.flush()
+                os.fsync(file.fileno())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"results: file {path} must be writable with the columns of this version, got {line(error)}. "
+            f"Move it away or choose another --out; the row was: {text.strip()}"
+        ) from error
+
+
+def _line(row: Mapping) -> str:
+    buffer = io.StringIO()
+    csv.DictWriter(buffer, FIELDS, lineterminator="\n").writerow(row)
+    return buffer.getvalue()
+
+
+def read(path: str | os.PathLike) -> list[Result]:
+    """The rows of a CSV file; none where there is no file.
+
+    Raises: RunError: the file has other columns, or a cell that cannot be read.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    kinds = {one.name: one.type for one in dataclasses.fields(Result)}
+    try:
+        with path.open(newline="") as file:
+            return [
+                Result(**{name: _parse(row[name], kinds[name]) for name in FIELDS}) for row in csv.DictReader(file)
+            ]
+    except (KeyError, ValueError, TypeError) as error:
+        raise RunError(
+            f"results: file {path} must have the columns of this version, got {line(error)}. Move it away."
+        ) from error
+
+
+def _parse(cell: str, kind):
+    parts = getattr(kind, "__args__", (kind,))
+    if cell == "" and type(None) in parts:
+        return None
+    return parts[0](cell)
+
+
+# What the table shows: heading, and the cell of a group of rows that differ in seed only.
+COLUMNS = {
+    "layer": lambda rows: rows[0].layer,
+    "test accuracy": lambda rows: _accuracy(rows),
+    "majority floor": lambda rows: _per_cent(rows[0].floor_majority),
+    "root floor": lambda rows: _per_cent(rows[0].floor_root),
+    "parameters": lambda rows: f"{rows[0].parameters:,}",
+    "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
+    "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
+    "FLOPs/step": lambda rows: _mean(rows, "flops_per_step", lambda count: f"{count / 1e9:.2f} G"),
+}
+
+
+def groups(rows: Iterable[Result]) -> list[list[Result]]:
+    """Rows that differ in nothing but the seed, together; of two rows of one run the later. Best accuracy first."""
+    latest: dict[str, Result] = {}
+    for row in rows:
+        latest[row.configuration] = row
+    found: dict[str, list[Result]] = {}
+    for row in latest.values():
+        without_seed = {name: value for name, value in json.loads(row.configuration).items() if name != "seed"}
+        found.setdefault(json.dumps(without_seed, sort_keys=True), []).append(row)
+    return sorted(found.values(), key=lambda group: -max(row.accuracy or 0.0 for row in group))
+
+
+def cells(rows: Iterable[Result]) -> list[list[str]]:
+    """The table as text, heading first."""
+    return [list(COLUMNS)] + [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
+
+
+def markdown(rows: Iterable[Result]) -> str:
+    """The table in Markdown, with a line below that says what it was measured on; "" without rows."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    heading, *body = cells(rows)
+    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *body]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in one) + " |" for one in lines)
+    return f"{table}\n\n{caption(rows)}\n"
+
+
+def caption(rows: Sequence[Result]) -> str:
+    """One sentence each: task, training, selection, floors, machine."""
+    one = rows[0]
+    seeds = sorted({row.seed for row in rows})
+    chosen = "best on validation" if one.selection == "best" else "of the last step"
+    return (
+        f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Accuracy on the {one.split} split, parameters "
+        f"{chosen}; majority floor: the commonest answer; root floor: the commonest answer given the root operator. "
+        "Peak memory of the compiled training step, its inputs included; FLOPs counted from its jaxpr. "
+        f"{one.hardware}; {one.versions}; commit {one.commit[:12]}."
+    )
+
+
+def _accuracy(rows: Sequence[Result]) -> str:
+    values = [row.accuracy for row in rows if row.status == "ok"]
+    failures = [row.status for row in rows if row.status != "ok"]
+    if not values:
+        return failures[0]
+    text = _per_cent(statistics.mean(values))
+    if len(values) > 1:
+        text += f" ± {100 * statistics.stdev(values):.1f} ({len(values)} seeds)"
+    return text + (f", {len(failures)} failed" if failures else "")
+
+
+def _mean(rows: Sequence[Result], name: str, write) -> str:
+    values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+    return write(statistics.mean(values)) if values else ""
+
+
+def _per_cent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """What a number depends on beside its configuration: commit, versions, hardware."""
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    python = f"python {platform.python_version()}"
+    return {"commit": _commit(), "versions": f"{python}, {versions}", "hardware": _hardware()}
+
+
+def _commit() -> str:
+    """The commit of this code, with "+changes" where files differ from it; "unknown" outside its repository."""
+    here = pathlib.Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout
+    try:
+        git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)  # not some repository around an installation
+        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _hardware() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    try:
+        described = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = [text for text in described if text.startswith("model name")][0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        model = platform.processor() or platform.machine()
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores of {model}"
+
+
+def now() -> str:
+    """The time, as rows have it."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
