@@ -1,4 +1,4 @@
-"""Where a token stands: rotary and sinusoidal encodings as functions of integer positions."""
+"""Where a token stands: sinusoidal, rotary and ALiBi encodings as functions of integer positions."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -41,3 +41,36 @@ def rotary(inputs: Float[Array, "*B T N H"], positions: Int[Array, "*B T"], base
     first, second = jnp.split(inputs.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(inputs.dtype)
+
+
+def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
+    """How fast each head's attention fades with distance: 2^{-8 n / N} for n = 1..N.
+
+    Where N is no power of two, the slopes of the power below come first, then every other slope of the power above, as in
+    the authors' code.
+
+    Raises: ValueError: num_heads is less than 1.
+    """
+    if num_heads < 1:
+        raise ValueError(f"alibi_slopes: num_heads must be at least 1, got {num_heads}. Count the query heads.")
+    power = 1 << (num_heads.bit_length() - 1)
+    below = jnp.arange(1, power + 1) / power
+    between = jnp.arange(1, 2 * (num_heads - power), 2) / (2 * power)
+    return 2.0 ** (-8 * jnp.concatenate([below, between]))
+
+
+def alibi(
+    query_positions: Int[Array, "*B T"], key_positions: Int[Array, "*B S"], num_heads: int
+) -> Float[Array, "*B N T S"]:
+    """Attention with linear biases: adds -slope_n |t - s| to the score of query t and key s in head n.
+
+    The paper is causal, where the distance is t - s; beyond it the bias is the same on both sides. The array is as large
+    as the scores, so it serves attention that takes a `bias`.
+
+    Args:
+        query_positions, key_positions: integer positions of the tokens.
+        num_heads: query heads N.
+    Source: Press et al., Train Short, Test Long, ICLR 2022, arXiv 2108.12409.
+    """
+    distance = jnp.abs(query_positions[..., :, None] - key_positions[..., None, :])
+    return -alibi_slopes(num_heads)[:, None, None] * distance[..., None, :, :]
