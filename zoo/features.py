@@ -30,16 +30,16 @@ def random_projection(
 ) -> Float[Array, "M H"]:
     """M random directions in H dimensions, orthogonal to each other in blocks of H.
 
-    Each row alone is a standard Gaussian vector (`row_norm="chi"`), so features made of them are unbiased whether or not
-    the rows are orthogonal; orthogonal rows have the smaller variance.
+    Each row alone is a standard Gaussian vector (with `row_norm="chi"`), so features made of them are unbiased
+    whether or not the rows are orthogonal; orthogonal rows have the smaller variance.
 
     Args:
         key: a PRNG key.
         num_features: rows M, any number: the last block is cut.
         head_features: columns H.
         orthogonal: rows of one block of H are exactly orthogonal; else independent.
-        row_norm: "chi" draws the norms as those of Gaussian vectors; "sqrt" sets all to sqrt(H) (less variance still, and
-            a small bias).
+        row_norm: "chi" draws the norms as those of Gaussian vectors; "sqrt" sets all to sqrt(H), which
+            has less variance still and a small bias.
     Returns: [M, H], float32.
     Raises: ValueError: row_norm is another word.
     Source: Choromanski et al., Rethinking Attention with Performers, 2020, arXiv 2009.14794, section 2.4.
@@ -69,13 +69,14 @@ def softmax_features(
         phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),   x' = x / H^1/4                                (eq. 5, Lemma 1)
         phi(x) = exp(log_scale) features,   E[phi(q) . phi(k)] = exp(q . k / sqrt(H))
 
-    No maximum is taken over other tokens: the log scale is the token's own, and the sum that uses the features weighs it.
+    No maximum is taken over other tokens: the log scale is the token's own, and whoever sums the features weighs them
+    with it.
 
     Args:
         inputs: queries or keys.
         projection: rows w_i, of `random_projection`.
-    Returns: features in [exp(-30), 1] and log_scale, both float32. The derivative treats log_scale as a constant, which is
-        exact for everything made of their product.
+    Returns: features in [exp(-30), 1] and log_scale, both float32. The derivative takes log_scale for a constant,
+        which is exact for everything made of their product.
     """
     num_features, head_features = projection.shape
     scaled = inputs.astype(jnp.float32) * head_features**-0.25

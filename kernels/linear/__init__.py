@@ -31,8 +31,8 @@ def attention(
     c_t cancels (where eps = 0); it keeps every weight exp(r_s - c_t) at most 1. In the causal form it is the running
     maximum, so a key of the future changes nothing before it, however large.
 
-    Cost: time O(T M V), causal O(T M V + T C (M + V)) by chunks of C = 128; memory O(T (M + V)), the backward pass included;
-        one extended token O(M V) whatever came before.
+    Cost: time O(T M V), causal O(T (M V + C (M + V))) by chunks of C = 128; memory O(T (M + V)), in the backward pass
+        of the causal form O(T (M + V + M V / C)); one extended token O(M V) whatever came before.
 
     Args:
         query: features of the queries, nonnegative.
@@ -41,9 +41,8 @@ def attention(
         key_log_scale: r, weighs key s by exp(r_s); any finite size. None: 0.
         mask: key padding, True = attend.
         is_causal: query t sees keys 0..t, and so T = S.
-        initial_state: what came before, seen by every query: (numerator [B, N, M, V], denominator [B, N, M],
-            running maximum [B, N]), the sums of exp(r_s - c) k_s v_s^T and exp(r_s - c) k_s and the c of both, -inf where
-            no key came.
+        initial_state: what came before, seen by every query: numerator [B, N, M, V], the sum of exp(r_s - c) k_s v_s^T;
+            denominator [B, N, M], the sum of exp(r_s - c) k_s; and c [B, N], the maximum of r_s, -inf before any key.
         return_state: also return the state after the last key.
         eps: added to the denominator, in units of the largest visible exp(r_s); a constant to the derivative.
         implementation: None takes the best that can run here.
@@ -52,7 +51,7 @@ def attention(
         TypeError: mask is not boolean.
         ValueError: shapes that do not fit; is_causal with T != S.
         NotImplementedError: an implementation that does not exist here.
-    Numerics: sums and exponentials in float32. With eps = 0 a row is a mean of values, with weights that sum to 1. A row
+    Numerics: sums and exponentials in float32. With eps = 0 a row is a mean of values: its weights sum to 1. A row
         whose denominator is below 1e-30 (no visible key, or only keys whose features are 0 where the query's are not)
         gives 0 and passes no gradient.
     Example:
@@ -60,8 +59,8 @@ def attention(
         >>> value = jnp.arange(10.0).reshape(1, 5, 2, 1)
         >>> attention(query, key, value, is_causal=True)[0, :, 0, 0].tolist()
         [0.0, 1.0, 2.0, 3.0, 4.0]
-    Source: Katharopoulos et al., Transformers are RNNs, ICML 2020, arXiv 2006.16236, eqs. 5, 8-12; the scaling of keys and
-        its running maximum are ours.
+    Source: Katharopoulos et al., Transformers are RNNs, ICML 2020, arXiv 2006.16236, eqs. 5, 8-12; the log scales
+        and their running maximum are ours.
     """
     _check(query, key, value, key_log_scale, mask, is_causal, initial_state)
     run = dispatch.choose(
@@ -84,7 +83,7 @@ def _check(query, key, value, key_log_scale, mask, is_causal, initial_state) -> 
     owner = "linear.attention"
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
-            raise ValueError(f"{owner}: {name} must have shape [B, T, N, M], got {array.shape}. Flatten the batch axes.")
+            raise ValueError(f"{owner}: {name} must have shape [B, T, N, M], got {array.shape}. Flatten the batch.")
     (batch, length, heads, features), keys = query.shape, key.shape[1]
     expected = {
         "key": (key, (batch, keys, heads, features)),
@@ -94,8 +93,8 @@ def _check(query, key, value, key_log_scale, mask, is_causal, initial_state) -> 
     if initial_state is not None:
         if len(initial_state) != 3:
             raise ValueError(
-                f"{owner}: initial_state must hold numerator, denominator and running maximum, got {len(initial_state)} "
-                "arrays. Start from linear.empty_state."
+                f"{owner}: initial_state must hold numerator, denominator and running maximum, got "
+                f"{len(initial_state)} arrays. Start from linear.empty_state."
             )
         numerator, denominator, largest = initial_state
         expected["initial_state[0]"] = (numerator, (batch, heads, features, value.shape[-1]))

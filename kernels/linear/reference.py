@@ -33,8 +33,8 @@ def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, 
     decayed = key * jnp.exp(scale - finite(last)[..., None]).swapaxes(1, 2)[..., None]
     state = jnp.einsum("bsnm,bsnv->bnmv", decayed, value), decayed.sum(1), last
     if initial_state is not None:
-        decay = jnp.exp(before - finite(last))
-        state = state[0] + decay[..., None, None] * initial_state[0], state[1] + decay[..., None] * initial_state[1], last
+        decay = jnp.exp(before - finite(last))[..., None]
+        state = state[0] + decay[..., None] * initial_state[0], state[1] + decay * initial_state[1], last
     return divide(numerator, denominator, eps).astype(dtype), state
 
 

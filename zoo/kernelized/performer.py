@@ -19,29 +19,29 @@ class PerformerAttention(Attention):
         softmax:  phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),  x' = x / H^1/4                  (eq. 5, Lemma 1)
         relu:     phi(x)_i = M^-1/2 (max(w_i . x, 0) + 0.001)
 
-    With the softmax kernel numerator and denominator are unbiased estimates of those of softmax attention, and the error
-    falls as 1/sqrt(M). The relu kernel estimates no softmax: it is another attention, steadier to train.
+    With the softmax kernel, numerator and denominator are unbiased estimates of those of softmax attention, and the
+    error falls as 1/sqrt(M). The relu kernel estimates no softmax: it is an attention of its own.
 
     Cost: time O(T N M H), memory O(T N (M + H)); one extended token O(N M H) and a cache of that size whatever came
         before.
     Differs from the paper: its implementations subtract the largest exponent over all keys, so a causal layer's past
-        depends on the future; here each token has a log scale of its own and the sums a running maximum, which is exactly
-        causal. They also add 1e-6 to softmax features; here features are floored at 1e-13 of the token's largest, and
-        nothing is added to the denominator. Padding is left out of both sums (peers leave its keys in the denominator).
+        depends on the future; here each token has a log scale of its own and the sums a running maximum, which is
+        exactly causal. They also add 1e-6 to softmax features; here features are floored at 1e-13 of the token's
+        largest, and nothing is added to the denominator. Padding is left out of both sums (peers keep its keys in one).
         Features are redrawn where the caller says (`redraw`), never inside a call.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
         in_features: features D of the inputs.
         is_causal: a token sees itself and those before it.
-        num_features: random features M, shared by all heads. Error and cost depend on it; the paper's M = 256 suits H = 64.
+        num_features: random features M, the same for all heads. More cost more and estimate softmax better.
         kernel: "softmax", or "relu" for the generalised kernel.
         orthogonal: draw the w_i orthogonal in blocks of H.
         row_norm: of the w_i: "chi" as of Gaussian vectors, "sqrt" all sqrt(H).
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: True = attend; key padding only, [*B, 1, 1, S].
-    Returns: [*B, T, F] in the promoted dtype of inputs and parameters; fully masked rows are the output projection of 0.
+    Returns: [*B, T, F] in the promoted dtype of inputs and parameters; fully masked rows hold that of 0.
     Raises: ValueError: sizes that do not divide; an unknown kernel or row_norm; a pairwise mask.
     Numerics: features and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
@@ -84,8 +84,8 @@ class PerformerAttention(Attention):
 
             layer.projection[...] = layer.redraw(rngs)
 
-        Between steps that is all. Under `jax.jit` write them into the state that goes in and out. A cache of `extend` was
-        made with the features of its time and ends with them.
+        Between steps that is all; under `jax.jit`, write them into the state that goes in and out. A cache of `extend`
+        was made with the features of its time and ends with them.
         """
         return random_projection(
             rngs.params(), self.num_features, self.head_features, orthogonal=self.orthogonal, row_norm=self.row_norm
@@ -95,7 +95,7 @@ class PerformerAttention(Attention):
         return self._attend(query, key, value, mask)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> PerformerCache:
-        """An empty cache. It holds float32 sums and no keys or values: max_length bounds nothing and dtype rounds nothing."""
+        """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
         require_extend(self)
         state = linear.empty_state(batch_size, self.num_heads, self.num_features, self.head_features)
         return PerformerCache(*state)
