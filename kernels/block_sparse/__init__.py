@@ -1,0 +1,106 @@
+"""Attention over lists of key blocks, per query block and head."""
+
+import numbers
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from subquad.kernels import dispatch
+from subquad.kernels.axes import Key, KeyMask, LogSumExp, Output, Query, Value
+from subquad.kernels.block_sparse import reference, xla
+from subquad.kernels.softmax import check_heads, scale_of
+
+__all__ = ["attention"]
+
+OWNER = "block_sparse.attention"
+
+
+def attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    blocks: Int[np.ndarray, "_ I L"],
+    *,
+    block_size: int,
+    mask: KeyMask | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: dispatch.Implementation | None = None,
+) -> Output | tuple[Output, LogSumExp]:
+    """Softmax attention in which each block of queries sees a list of blocks of keys.
+
+        y_t = sum_s softmax_s(scale q_t . k_s) v_s,    s // block_size in blocks[n, t // block_size],  s <= t if causal
+
+    Cost: time O(T block_size L), memory O(T + S) and one tile of logits; rows of unequal lengths cost their own length.
+
+    Args:
+        query: [B, T, N, H].
+        key: [B, S, K, H]; K divides N, and query head n reads key head n // (N / K).
+        value: [B, S, K, V].
+        blocks: NumPy int [N, ceil(T / block_size), L], or [1, ...] for all heads: the key blocks that each query block
+            sees, in any order, each at most once; -1 = no entry.
+        block_size: positions per block, of queries and keys; the last block may be shorter.
+        mask: key padding, bool [B, 1, 1, S] or [1, 1, 1, S], True = attend.
+        is_causal: a query sees positions up to its own, within the blocks of its list.
+        scale: of the logits. None: 1 / sqrt(H).
+        return_lse: also return the log-sum-exp.
+        implementation: None takes the best that can run here.
+    Returns: [B, T, N, V] in the promoted dtype of query, key and value; with `return_lse` also [B, T, N] in float32,
+        natural logarithm. A row that sees nothing gives 0 and -inf, and gradients of 0.
+    Raises:
+        TypeError: blocks that are not a NumPy array of integers; a mask that is not boolean.
+        ValueError: a shape that does not fit, a block that does not exist or is listed twice.
+        NotImplementedError: an implementation that does not exist.
+    Numerics: operands keep their dtype; logits, softmax and sums are float32. Agrees with the reference to 1e-5
+        (float32), 2e-2 (bfloat16).
+    Example:
+        >>> x = jnp.ones((1, 100, 4, 16))
+        >>> attention(x, x, x, np.array([[[0, 1], [1, -1]]]), block_size=64).shape
+        (1, 100, 4, 16)
+    Source: the lists are those of Qiu et al., Blockwise Self-Attention, 2019, arXiv 1911.02972, and Zaheer et al., Big
+        Bird, 2020, arXiv 2007.14062; the online softmax of Milakov and Gimelshein, 2018, arXiv 1805.02867.
+    """
+    run = dispatch.choose(OWNER, {"xla": xla.attention, "reference": reference.attention}, implementation)
+    check_heads(OWNER, query, key, value)
+    batch, queries, heads, features = query.shape
+    keys = key.shape[1]
+    if not isinstance(block_size, numbers.Integral) or block_size < 1:
+        raise ValueError(f"{OWNER}: block_size must be a positive integer, got {block_size!r}. Count positions.")
+    check_blocks(blocks, heads, -(-queries // block_size), -(-keys // block_size))
+    if mask is not None and mask.dtype != bool:
+        raise TypeError(f"{OWNER}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
+    if mask is not None and mask.shape not in ((batch, 1, 1, keys), (1, 1, 1, keys)):
+        raise ValueError(
+            f"{OWNER}: mask must be key padding of shape {(batch, 1, 1, keys)}, got {mask.shape}. "
+            "Use softmax.attention for pairwise masks."
+        )
+    scale = scale_of(OWNER, scale, features)
+    dtype = jnp.result_type(query, key, value)
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    out, lse = run(query, key, value, blocks, int(block_size), mask, bool(is_causal), scale)
+    return (out, lse) if return_lse else out
+
+
+def check_blocks(blocks, heads: int, query_blocks: int, key_blocks: int) -> None:
+    """Refuses lists that are not NumPy integers, do not fit, or count a block twice."""
+    if not isinstance(blocks, np.ndarray) or not np.issubdtype(blocks.dtype, np.integer):
+        kind = getattr(blocks, "dtype", None)
+        raise TypeError(
+            f"{OWNER}: blocks must be a NumPy array of integers, got {type(blocks).__name__} of {kind}. "
+            "Lists that depend on data are not supported: build them in NumPy."
+        )
+    if blocks.ndim != 3 or blocks.shape[0] not in (1, heads) or blocks.shape[1] != query_blocks or not blocks.shape[2]:
+        raise ValueError(
+            f"{OWNER}: blocks must have shape [1 or {heads}, {query_blocks}, L], got {blocks.shape}. "
+            "One list per head and block of queries."
+        )
+    if blocks.min() < -1 or blocks.max() >= key_blocks:
+        raise ValueError(
+            f"{OWNER}: blocks must lie in -1 .. {key_blocks - 1}, got {blocks.min()} .. {blocks.max()}. "
+            "-1 stands for no entry."
+        )
+    ordered = np.sort(blocks, axis=2)
+    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
+        raise ValueError(f"{OWNER}: blocks must list a block at most once per query block, got one twice. Remove it.")

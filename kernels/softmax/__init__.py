@@ -52,8 +52,8 @@ def attention(
         mask: bool, True = attend; each axis full or 1, of [B, N, T, S].
         bias: added to the logits; each axis full or 1, of [B, N, T, S]; differentiable. -inf hides a key.
         is_causal: a query sees positions up to its own.
-        window_size: keys seen on each side, the query's own position not counted; one number or (left, right), with None
-            for no limit on that side.
+        window_size: keys seen on each side, the query's own position not counted; one number or (left, right), with
+            None for no limit on that side.
         query_positions: int, [B, T] or [1, T]; None counts from 0.
         key_positions: int, [B, S] or [1, S]; None counts from 0.
         query_segment_ids, key_segment_ids: int, [B, T] or [1, T] and [B, S] or [1, S]; both or neither.

@@ -18,7 +18,7 @@ from subquad.kernels.softmax import online
 
 # Bytes of one tile of logits over all heads of the batch. On a CPU a tile should stay in the cache, and a buffer of
 # 32 MiB is mapped anew at every step; on an accelerator every step is a kernel launch, so steps should be few.
-CPU_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 21, 1 << 26
+CPU_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 22, 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,11 @@ def tile_sizes(rows: int, queries: int, keys: int, reach: int | None) -> tuple[i
     area = (CPU_TILE_BYTES if on_cpu else ACCELERATOR_TILE_BYTES) // (4 * rows)
     most = 256 if on_cpu else 1024
     if reach is not None:
-        most = min(most, power(reach))
-    query_tile = balance(queries, max(64, min(most, power(int(area**0.5)))))
+        most = max(64, min(most, power(reach) // 2))
+    query_tile = balance(queries, max(32, min(most, power(int(area**0.5)))))
     # The fewer queries there are, the more keys fit into a tile: a decoding step takes its whole cache at once.
     limit = most if reach is not None else 2 * most if queries > query_tile else keys
-    return query_tile, balance(keys, max(64, min(limit, area // query_tile)))
+    return query_tile, balance(keys, max(32, min(limit, area // query_tile)))
 
 
 def power(size: int) -> int:
@@ -215,17 +215,17 @@ def put(tiles, tile, index):
 def flash(plan: Plan, query, key, value, bias, visible: Visible):
     """Attention over the tiles of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
     tiles = cut(plan, query, key, value, bias, visible)
+    precise = jnp.promote_types(query.dtype, jnp.float32)
 
     def step(states, i, j):
         def weigh(weights):
             weights = weights.astype(value.dtype)
-            return jnp.einsum("bkgts,bksv->bkgtv", weights, tiles.value[j], preferred_element_type=states.normaliser.dtype)
+            return jnp.einsum("bkgts,bksv->bkgtv", weights, tiles.value[j], preferred_element_type=precise)
 
         state = jax.tree.map(lambda all_tiles: all_tiles[i], states)
         state = online.update(state, logits_of(plan, tiles, i, j), weigh)
         return jax.tree.map(lambda all_tiles, tile: put(all_tiles, tile, i), states, state)
 
-    precise = jnp.promote_types(query.dtype, jnp.float32)
     states = sweep(plan, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
     out, lse = online.finish(states)
     return join_queries(out.astype(query.dtype), query.shape[1]), join_queries(lse, query.shape[1])

@@ -1,0 +1,23 @@
+"""Block-sparse attention as dense attention under the mask that the lists spell out."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from subquad.kernels.softmax import reference, xla
+
+
+def visible(blocks: np.ndarray, block_size: int, queries: int, keys: int, is_causal: bool) -> np.ndarray:
+    """bool [1|N, T, S]: what the lists let each query see."""
+    heads, rows, _ = blocks.shape
+    seen = np.zeros((heads, rows, -(-keys // block_size) + 1), bool)
+    # The entry -1 falls on the last column, which is cut off.
+    np.put_along_axis(seen, blocks, True, axis=2)
+    seen = seen[..., :-1].repeat(block_size, 1).repeat(block_size, 2)[:, :queries, :keys]
+    return seen & np.tri(queries, keys, dtype=bool) if is_causal else seen
+
+
+def attention(query, key, value, blocks, block_size: int, mask, is_causal: bool, scale: float):
+    """Arguments as checked by `subquad.kernels.block_sparse.attention` -> (out [B, T, N, V], lse [B, T, N])."""
+    seen = jnp.asarray(visible(blocks, block_size, query.shape[1], key.shape[1], is_causal))[None]
+    mask = seen if mask is None else seen & mask
+    return reference.attention(query, key, value, None, xla.Visible(None, None, None, None, mask), None, scale)
