@@ -1,0 +1,254 @@
+"""Locality-sensitive hashing (LSH) attention: a token sees the tokens that hash as it does, through sorted chunks."""
+
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from subquad.kernels import dispatch
+from subquad.kernels.axes import KeyMask
+from subquad.kernels.lsh import reference, xla
+
+Reach = Literal["bucket", "chunk", "ring"]
+Buckets = Int[Array, "B R T N"]
+
+
+def hash_buckets(
+    vectors: Float[Array, "B T N H"],
+    rotations: Float[Array, "N H R F"] | Float[Array, "1 H R F"],
+    *,
+    factors: tuple[int, ...] | None = None,
+    num_rotations: Int[Array, "B"] | None = None,
+    implementation: dispatch.Implementation | None = None,
+) -> Buckets:
+    """The bucket of each vector in each of R rounds of angular hashing: the nearest of 2 F random directions.
+
+        h(x) = argmax([x R; -x R]),   2 F buckets                                                  (section 2, LSH)
+
+    With `factors` (n_1, n_2, ...) a round has n_1 n_2 ... buckets for the price of n_1 + n_2 + ...: the first n_1 / 2
+    columns give the lowest digit h_1, the next n_2 / 2 the second, and the bucket is h_1 + n_1 h_2 + ...
+
+    Cost: time O(R T N H F), memory O(R T N).
+
+    Args:
+        vectors: what is hashed; only the direction counts. No gradient passes.
+        rotations: independent normal numbers, per head or for all heads.
+        factors: even numbers whose sum is 2 F. None: one factor, 2 F.
+        num_rotations: how many columns each sample uses, the first ones, 1 <= n <= F: it then has 2 n buckets, numbered
+            0..n-1 and F..F+n-1. None: all. One factor only.
+        implementation: None takes the best that can run here.
+    Returns: int32 [B, R, T, N], below the product of the factors.
+    Raises:
+        ValueError: shapes that do not fit; factors that are odd or do not sum to 2 F.
+        NotImplementedError: an implementation that does not exist here.
+    Numerics: products in float32 at the highest precision, because a bucket is a decision.
+    Example:
+        >>> hash_buckets(jnp.array([1.0, -1.0]).reshape(1, 2, 1, 1), jnp.ones((1, 1, 1, 1))).ravel().tolist()
+        [0, 1]
+    Source: Andoni et al., Practical and Optimal LSH for Angular Distance, 2015, arXiv 1509.02897; Kitaev et al., Reformer,
+        ICLR 2020, arXiv 2001.04451, section 2. The factors are those of the authors' implementation.
+    """
+    owner = "lsh.hash_buckets"
+    if vectors.ndim != 4 or rotations.ndim != 4:
+        raise ValueError(
+            f"{owner}: vectors and rotations must have shapes [B, T, N, H] and [N|1, H, R, F], got {vectors.shape} and "
+            f"{rotations.shape}. Flatten the batch axes."
+        )
+    (batch, _, heads, features), columns = vectors.shape, rotations.shape[-1]
+    if rotations.shape[0] not in (1, heads) or rotations.shape[1] != features:
+        raise ValueError(
+            f"{owner}: rotations must have shape [{heads}|1, {features}, R, F] beside vectors {vectors.shape}, got "
+            f"{rotations.shape}. Draw them for these heads."
+        )
+    factors = (2 * columns,) if factors is None else tuple(factors)
+    if any(factor < 2 or factor % 2 for factor in factors) or sum(factors) != 2 * columns:
+        raise ValueError(
+            f"{owner}: factors must be even and sum to 2 F = {2 * columns}, got {factors}. Draw other rotations."
+        )
+    if num_rotations is not None and (len(factors) > 1 or num_rotations.shape != (batch,)):
+        raise ValueError(
+            f"{owner}: num_rotations must have shape [B] = ({batch},) and one factor, got {num_rotations.shape} with "
+            f"{len(factors)} factors. Leave it None."
+        )
+    run = dispatch.choose(owner, {"xla": xla.hash_buckets, "reference": reference.hash_buckets}, implementation)
+    return run(jax.lax.stop_gradient(vectors), jax.lax.stop_gradient(rotations), factors, num_rotations)
+
+
+def attention(
+    query_key: Float[Array, "B T N H"],
+    value: Float[Array, "B T N V"],
+    buckets: Buckets,
+    *,
+    num_buckets: int,
+    chunk_size: int,
+    chunks_before: int = 1,
+    chunks_after: int = 0,
+    mask: KeyMask | None = None,
+    is_causal: bool = False,
+    scale: float | Float[Array, ""] | None = None,
+    reach: Reach = "bucket",
+    correct_duplicates: bool = True,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B T N V"]:
+    """Softmax attention of a shared query and key over the tokens that share a bucket in at least one round.
+
+        y_i = sum_{j in P_i} exp(scale q_i . k_j - z_i) v_j,   k_j = q_j / |q_j|                    (eqs. 2, 6)
+        P_i = union over rounds r of {j : h_r(q_i) = h_r(q_j)} and {j : j in reach of i in round r}  (eqs. 4, 6, 7)
+        reach: floor(s_i / m) - before <= floor(s_j / m) <= floor(s_i / m) + after                       (eqs. 5, 7)
+
+    s_i is the place of token i after a stable sort by bucket and position, m the chunk size, and z_i makes the weights sum
+    to 1. A key reached in N_ij rounds counts once: the rounds, each a softmax over its chunks, weigh it by 1 / N_ij and are
+    summed by their normalisers (eqs. 9-12). A token does not see itself, unless it sees no other: then y_i = v_i.
+
+    Cost: time O(R T m (1 + before + after) (H + V + R)) and one sort, memory O(T (H + V) + R T), the backward pass
+        included: the weights are computed again there.
+    Differs from the paper: N_ij counts the rounds in which j is in reach, not only in the same bucket, so that every key
+        counts exactly once; the two are equal where no bucket outgrows its chunks. "Does not see itself" is exact rather
+        than a logit of -100,000. There is nothing before the first chunk of a round and nothing after its last.
+
+    Args:
+        query_key: queries, and keys before their normalisation. A key of length 0 stays 0.
+        value: V may differ from H.
+        buckets: from `hash_buckets`, 0..num_buckets-1.
+        num_buckets: number of bucket names in use or not, for the sort.
+        chunk_size: tokens m of a chunk of the sorted sequence; T need not be a multiple.
+        chunks_before, chunks_after: chunks that a chunk sees beside its own. The paper's are 1 and 0.
+        mask: key padding [B, 1, 1, T], True = attend. Padding is sorted behind all tokens, so that neither it nor its
+            amount moves a chunk; its rows are 0.
+        is_causal: a token sees no later token. The sort and the chunks are made of all tokens either way.
+        scale: multiplies q_i . k_j. None: 1 / sqrt(H). The authors' code has 1.
+        reach: "bucket" is the paper's. "chunk" lets a token see everything in the reach of its chunk, whatever its
+            bucket. "ring" is that with the chunks of all rounds in one ring, so that the first chunk of a round also sees
+            the last chunk of the round before it: what Hugging Face's and lucidrains' implementations do.
+        correct_duplicates: False leaves the factor 1 / N_ij out, as these implementations do by default.
+        implementation: None takes the best that can run here.
+    Returns: [B, T, N, V] in the dtype of value.
+    Raises:
+        TypeError: mask is not boolean, buckets are not integers.
+        ValueError: shapes that do not fit, sizes out of range, an unknown reach, a ring with correct_duplicates.
+        NotImplementedError: an implementation that does not exist here.
+    Numerics: logits, softmax and sums in float32.
+    Example:
+        >>> x, value = jnp.ones((1, 3, 1, 4)), jnp.array([1.0, 3.0, 5.0]).reshape(1, 3, 1, 1)
+        >>> buckets = jnp.array([0, 1, 0]).reshape(1, 1, 3, 1)
+        >>> attention(x, value, buckets, num_buckets=2, chunk_size=4).ravel().tolist()
+        [5.0, 3.0, 1.0]
+    Source: Kitaev et al., Reformer: The Efficient Transformer, ICLR 2020, arXiv 2001.04451, section 2 and appendix A.
+    """
+    owner = "lsh.attention"
+    _check_shapes(owner, dict(value=value), query_key, dict(buckets=buckets), mask)
+    lowest = dict(num_buckets=1, chunk_size=1, chunks_before=0, chunks_after=0)
+    sizes = dict(num_buckets=num_buckets, chunk_size=chunk_size, chunks_before=chunks_before, chunks_after=chunks_after)
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer) or size < lowest[name]:
+            raise ValueError(f"{owner}: {name} must be an integer of at least {lowest[name]}, got {size!r}. Change it.")
+    if reach not in get_args(Reach):
+        raise ValueError(f"{owner}: reach must be a known word, got {reach!r}. {dispatch.nearest(reach, get_args(Reach))}")
+    if reach == "ring" and correct_duplicates:
+        raise ValueError(
+            f"{owner}: correct_duplicates must be False with reach='ring', where a key has no round of its own, got True. "
+            "Use reach='chunk'."
+        )
+    layout = reference.Layout(
+        num_buckets=int(num_buckets),
+        chunk_size=int(min(chunk_size, query_key.shape[1])),
+        before=int(chunks_before),
+        after=int(chunks_after),
+        is_causal=bool(is_causal),
+        reach=reach,
+        correct_duplicates=bool(correct_duplicates),
+    )
+    run = dispatch.choose(owner, {"xla": xla.attention, "reference": reference.attention}, implementation)
+    scale = 1 / math.sqrt(query_key.shape[-1]) if scale is None else scale
+    return run(layout, query_key, value, buckets, mask, scale)
+
+
+def extend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N V"],
+    query_buckets: Buckets,
+    key_buckets: Int[Array, "B R S N"],
+    *,
+    start: int | Int[Array, ""],
+    mask: KeyMask | None = None,
+    scale: float | None = None,
+    correct_duplicates: bool = True,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B T N V"]:
+    """Attention of T new tokens to all earlier tokens that share a bucket with them: `attention` without its chunks.
+
+        y_i = sum_{j in P_i} exp(scale q_i . k_j - z_i) v_j,   P_i = {j < i : h_r(q_i) = h_r(q_j) in some round r}  (eq. 6)
+
+    A token that sees no other sees itself. A sorted chunk needs the whole sequence; a cache does not have it, and needs no
+    chunks either: nothing is ever out of reach.
+
+    Cost: time O(T S N (H + V + R)), memory O(S) per tile of queries, the backward pass included.
+
+    Args:
+        query: of the new tokens, which are also in the cache.
+        key: the normalised keys of all tokens, in the order of their positions: `normalize(query)[0]`.
+        value: of all tokens.
+        query_buckets, key_buckets: from `hash_buckets`.
+        start: the place in the cache of the first new token.
+        mask: True = attend; False for empty places and padding. A padded query gives 0.
+        scale, correct_duplicates, implementation: as in `attention`.
+    Returns: [B, T, N, V] in the dtype of value.
+    Raises: as `attention`.
+    Numerics: softmax in float32.
+    Example:
+        >>> x, buckets = jnp.ones((1, 3, 1, 4)), jnp.array([0, 1, 0]).reshape(1, 1, 3, 1)
+        >>> value = jnp.array([1.0, 3.0, 5.0]).reshape(1, 3, 1, 1)
+        >>> extend(x[:, 2:], x, value, buckets[:, :, 2:], buckets, start=2).ravel().tolist()
+        [1.0]
+    Source: Kitaev et al., 2020, arXiv 2001.04451, eq. 6.
+    """
+    owner = "lsh.extend"
+    _check_shapes(owner, dict(value=value), key, dict(key_buckets=key_buckets), mask)
+    expected = (query.shape[0], query_buckets.shape[1], query.shape[1], query.shape[2])
+    if query.shape[::2] + query.shape[3:] != key.shape[::2] + key.shape[3:] or query_buckets.shape != expected:
+        raise ValueError(
+            f"{owner}: query and query_buckets must have shapes [B, T, N, H] and [B, R, T, N] beside key {key.shape}, got "
+            f"{query.shape} and {query_buckets.shape}. Hash the new tokens alone."
+        )
+    run = dispatch.choose(owner, {"xla": xla.extend, "reference": reference.extend}, implementation)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return run(query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates)
+
+
+def normalize(query: Float[Array, "*B H"]) -> tuple[Float[Array, "*B H"], Float[Array, "*B"]]:
+    """The keys q / |q| of queries, in their dtype, and 1 / |q| in float32; both 0, without gradient, where q is 0."""
+    gain = reference.inverse_norm(query)
+    return (query * gain[..., None]).astype(query.dtype), gain
+
+
+def _check_shapes(owner: str, values: dict, key, buckets: dict, mask) -> None:
+    for name, array in (values | buckets).items():
+        if array.ndim != 4 or key.ndim != 4:
+            raise ValueError(f"{owner}: {name} must have 4 axes, got {array.shape}. Flatten the batch axes.")
+    batch, length, heads, _ = key.shape
+    for name, array in values.items():
+        if array.shape[:3] != key.shape[:3]:
+            raise ValueError(
+                f"{owner}: {name} must have shape [{batch}, {length}, {heads}, V], got {array.shape}. "
+                "Every token has a query, a key and a value."
+            )
+    for name, array in buckets.items():
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{owner}: {name} must be integers, got {array.dtype}. Use lsh.hash_buckets.")
+        if array.shape[0] != batch or array.shape[2:] != (length, heads) or array.shape[1] < 1:
+            raise ValueError(
+                f"{owner}: {name} must have shape [{batch}, R, {length}, {heads}], got {array.shape}. "
+                "Use lsh.hash_buckets."
+            )
+    if mask is not None:
+        if mask.dtype != bool:
+            raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
+        if mask.shape not in ((1, 1, 1, length), (batch, 1, 1, length)):
+            raise ValueError(
+                f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. "
+                "Buckets decide the rest."
+            )

@@ -1,0 +1,111 @@
+"""LSH attention as its definition: dense, O(T^2)."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+
+class Layout(NamedTuple):
+    """Everything static about a call of `lsh.attention`."""
+
+    num_buckets: int
+    chunk_size: int
+    before: int
+    after: int
+    is_causal: bool
+    reach: str
+    correct_duplicates: bool
+
+
+def hash_buckets(vectors, rotations, factors, num_rotations):
+    """See `lsh.hash_buckets`."""
+    rotations = jnp.broadcast_to(rotations, (vectors.shape[2], *rotations.shape[1:])).astype(jnp.float32)
+    rotated = jnp.einsum("btnh,nhrf->brtnf", vectors.astype(jnp.float32), rotations, precision=jax.lax.Precision.HIGHEST)
+    if num_rotations is not None:
+        used = jnp.arange(rotated.shape[-1]) < num_rotations[:, None, None, None, None]
+        rotated = jnp.where(used, rotated, 0)
+    bucket, unit, column = 0, 1, 0
+    for factor in factors:
+        part = rotated[..., column : column + factor // 2]
+        bucket += unit * jnp.argmax(jnp.concatenate([part, -part], axis=-1), axis=-1)
+        unit, column = unit * factor, column + factor // 2
+    return bucket.astype(jnp.int32)
+
+
+def attention(layout, query_key, value, buckets, mask, scale):
+    """See `lsh.attention`."""
+    batch, length, heads, _ = query_key.shape
+    real = jnp.ones((batch, 1, length), bool) if mask is None else jnp.broadcast_to(mask[:, 0], (batch, 1, length))
+    buckets = rearrange(buckets, "b r t n -> b n r t")
+    order = jnp.argsort(jnp.where(real[:, :, None], buckets, layout.num_buckets), axis=-1, stable=True)
+    chunks = jnp.argsort(order, axis=-1) // layout.chunk_size
+
+    counts = jnp.zeros((batch, heads, length, length), jnp.int32)
+    per_round = math.ceil(length / layout.chunk_size)
+    rounds = buckets.shape[2]
+    for r in range(rounds):
+        offset = chunks[:, :, r, None, :] - chunks[:, :, r, :, None]
+        reached = (-layout.before <= offset) & (offset <= layout.after)
+        if layout.reach == "bucket":
+            reached &= buckets[:, :, r, None, :] == buckets[:, :, r, :, None]
+        if layout.reach != "ring":
+            counts += reached
+            continue
+        for other in range(rounds):
+            offset = (other - r) * per_round + chunks[:, :, other, None, :] - chunks[:, :, r, :, None]
+            for step in range(-layout.before, layout.after + 1):
+                counts += (offset - step) % (rounds * per_round) == 0
+    if layout.correct_duplicates:
+        counts = jnp.minimum(counts, 1)
+
+    query, value32 = (jnp.where(_rows(real), x, 0).astype(jnp.float32) for x in (query_key, value))
+    key = query * inverse_norm(query)[..., None]
+    at = jnp.arange(length)
+    visible = at[:, None] > at if layout.is_causal else at[:, None] != at
+    outputs = _softmax(query, key, value32, value32, counts * visible, real, real, scale)
+    return outputs.astype(value.dtype)
+
+
+def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates):
+    """See `lsh.extend`."""
+    batch, length = query.shape[:2]
+    places = key.shape[1]
+    real = jnp.ones((batch, 1, places), bool) if mask is None else jnp.broadcast_to(mask[:, 0], (batch, 1, places))
+    same = query_buckets[:, :, :, None] == key_buckets[:, :, None]
+    counts = rearrange(same.sum(1), "b t s n -> b n t s")
+    if correct_duplicates:
+        counts = jnp.minimum(counts, 1)
+    own = start + jnp.arange(length)
+    counts = counts * (own[:, None] > jnp.arange(places))
+    query32 = query.astype(jnp.float32)
+    key32, value32 = (jnp.where(_rows(real), x, 0).astype(jnp.float32) for x in (key, value))
+    own_value = jnp.take(value32, own, axis=1, mode="clip")
+    real_query = jnp.take(real, own, axis=2, mode="clip")
+    return _softmax(query32, key32, value32, own_value, counts, real_query, real, scale).astype(value.dtype)
+
+
+def inverse_norm(query):
+    """1 / |q| in float32, and 0 (with a gradient of 0) where q is 0."""
+    square = jnp.sum(query.astype(jnp.float32) ** 2, axis=-1)
+    return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _softmax(query, key, value, own_value, counts, real_query, real_key, scale):
+    """Softmax over keys that weigh `counts` [B, N, T, S]; the own value where a real query sees nothing."""
+    counts = jnp.where(real_key[:, :, None, :] & real_query[:, :, :, None], counts, 0)
+    logits = scale * jnp.einsum("btnh,bsnh->bnts", query, key)
+    seen = counts > 0
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30))
+    weights = counts * jnp.exp(jnp.where(seen, logits - largest, 0))
+    total = weights.sum(-1)
+    alone = rearrange(real_query & (total == 0), "b n t -> b t n 1")
+    weights /= jnp.where(total > 0, total, 1)[..., None]
+    return jnp.where(alone, own_value, jnp.einsum("bnts,bsnv->btnv", weights, value))
+
+
+def _rows(real):
+    """[B, 1, S] -> [B, S, 1, 1]."""
+    return real[:, 0, :, None, None]
