@@ -221,15 +221,16 @@ def test_refusals(change, argument):
 def test_oracle_self_attention():
     """performer-pytorch's SelfAttention: its projections in ours, its features into our sums.
 
-    Departure: it adds 1e-4 to every feature after subtracting the maximum over all positions. The layer adds nothing, so
-    it is held to the same formula without the 1e-4, and the file to the formula with it.
+    Departure: it adds 1e-4 to every feature after subtracting the maximum over all positions. The layer adds nothing,
+    so it is held to the same formula without the 1e-4, and the file to the formula with it.
     """
     data = oracle.load("performer_selfattn")
     heads, features = data.meta["cfg"]["H"], data.meta["cfg"]["m"]
     layer = PerformerAttention(heads, 16, num_features=features, rngs=nnx.Rngs(0))
     layer.projection[...] = jnp.asarray(data.constants["projection"])
     for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
-        getattr(layer, ours).kernel[...] = jnp.asarray(data.weights[f"{theirs}.weight"].T.reshape(16, heads, HEAD))
+        weight = data.weights[f"{theirs}.weight"]
+        getattr(layer, ours).kernel[...] = jnp.asarray(weight.T.reshape(16, heads, HEAD))
     layer.out.kernel[...] = jnp.asarray(data.weights["to_out.weight"].T.reshape(heads, HEAD, 16))
     layer.out.bias[...] = jnp.asarray(data.weights["to_out.bias"])
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)

@@ -64,9 +64,10 @@ class LinformerProjection(nnx.Module):
         for inputs, matrix in ((key, self.key), (value, self.key if self.value is None else self.value)):
             if mask is not None:
                 inputs = jnp.where(mask[:, 0, 0, :, None, None], inputs, 0)
-            matrix = matrix[..., : inputs.shape[1], :].astype(inputs.dtype)
+            # Cast first: on the CPU a sum of bfloat16 products is either bfloat16 or not implemented.
+            rows = matrix[..., : inputs.shape[1], :].astype(jnp.float32)
             form = "bsnh,sm->bmnh" if self.num_heads is None else "bsnh,nsm->bmnh"
-            mixed.append(jnp.einsum(form, inputs, matrix, preferred_element_type=jnp.float32).astype(inputs.dtype))
+            mixed.append(jnp.einsum(form, inputs.astype(jnp.float32), rows).astype(inputs.dtype))
         return mixed[0], mixed[1]
 
 

@@ -1,0 +1,244 @@
+"""Linformer: the identity that makes it softmax, the four ways of sharing, padding, and peers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subquad import zoo
+from subquad.zoo import masks
+from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
+from tests import oracle
+
+FEATURES, HEADS, LENGTH, LANDMARKS = 16, 2, 12, 5
+SHARING = ["none", "headwise", "key_value", "layerwise"]
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def build(sharing="headwise", landmarks=LANDMARKS, **options):
+    if sharing == "layerwise":
+        options["projection"] = LinformerProjection(LENGTH, landmarks, rngs=nnx.Rngs(9))
+    else:
+        options |= dict(max_length=LENGTH, num_landmarks=landmarks)
+    return LinformerAttention(HEADS, FEATURES, sharing=sharing, rngs=nnx.Rngs(0), **options)
+
+
+def sizes(module):
+    return {"/".join(map(str, path)): v[...].shape for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+@pytest.mark.parametrize("length", [LENGTH, 7])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_identity_projections_are_softmax(sharing, length):
+    """With k = T and E = F = 1 no mixture mixes."""
+    layer = build(sharing, landmarks=LENGTH)
+    layer.projection.key[...] = jnp.broadcast_to(jnp.eye(LENGTH), layer.projection.key[...].shape)
+    if layer.projection.value is not None:
+        layer.projection.value[...] = jnp.broadcast_to(jnp.eye(LENGTH), layer.projection.value[...].shape)
+    softmax = zoo.SoftmaxAttention(HEADS, FEATURES, rngs=nnx.Rngs(1))
+    nnx.update(softmax, {name: nnx.state(getattr(layer, name)) for name in ("query", "key", "value", "out")})
+    x = normal(2, length, FEATURES)
+    if length == LENGTH:
+        np.testing.assert_allclose(layer(x), softmax(x), rtol=1e-4, atol=1e-5)
+    else:
+        # Rows beyond the sequence are keys of 0 that a softmax over all k still weighs: k = T means T = max_length.
+        assert jnp.abs(layer(x) - softmax(x)).max() > 1e-3
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+def test_the_formula(sharing):
+    layer = build(sharing)
+    x, context = normal(2, 9, FEATURES), normal(2, 11, FEATURES, seed=1)
+    query, key, value = layer.project(x, context)
+    E = layer.projection.key[...]
+    F = E if layer.projection.value is None else layer.projection.value[...]
+    E, F = (jnp.broadcast_to(m, (HEADS, LENGTH, LANDMARKS))[:, :11] for m in (E, F))
+    heads = []
+    for n in range(HEADS):
+        mixed_key, mixed_value = E[n].T @ key[:, :, n], F[n].T @ value[:, :, n]
+        logits = query[:, :, n] @ mixed_key.swapaxes(1, 2) / (FEATURES / HEADS) ** 0.5
+        heads.append(jax.nn.softmax(logits) @ mixed_value)
+    np.testing.assert_allclose(layer(x, context), layer.out(jnp.stack(heads, 2)), rtol=1e-4, atol=1e-6)
+
+
+def test_what_each_sharing_owns():
+    owned = {s: {k: v for k, v in sizes(build(s)).items() if k.startswith("projection")} for s in SHARING}
+    matrix = (LENGTH, LANDMARKS)
+    assert owned == {
+        "none": {"projection/key": (HEADS, *matrix), "projection/value": (HEADS, *matrix)},
+        "headwise": {"projection/key": matrix, "projection/value": matrix},
+        "key_value": {"projection/key": matrix},
+        "layerwise": {"projection/key": matrix},
+    }
+
+
+def test_layers_share_one_projection():
+    shared = LinformerProjection(LENGTH, LANDMARKS, rngs=nnx.Rngs(9))
+
+    def model(projections):
+        return nnx.List(
+            LinformerAttention(HEADS, FEATURES, sharing="layerwise", projection=p, rngs=nnx.Rngs(i))
+            for i, p in enumerate(projections)
+        )
+
+    def gradient(layers):
+        graphdef, params = nnx.split(layers, nnx.Param)
+
+        def loss(params):
+            x = normal(2, 10, FEATURES)
+            for layer in nnx.merge(graphdef, params):
+                x = x + layer(x)
+            return jnp.sum(x**2)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    together = model([shared] * 3)
+    assert sum("projection" in path for path in sizes(together)) == 1
+    apart = model([nnx.clone(shared) for _ in range(3)])
+    one, three = gradient(together), gradient(apart)
+    expected = sum(three[i]["projection"]["key"][...] for i in range(3))
+    np.testing.assert_allclose(one[0]["projection"]["key"][...], expected, rtol=1e-4, atol=1e-4)
+
+    layers = nnx.merge(*nnx.split(together))
+    layers[2].projection.key[...] += 1.0
+    np.testing.assert_array_equal(layers[0].projection.key[...], layers[2].projection.key[...])
+
+
+def test_layers_of_a_model_share_one_projection():
+    shared = LinformerProjection(LENGTH, LANDMARKS, rngs=nnx.Rngs(9))
+    model = zoo.Encoder(
+        11, FEATURES, num_layers=3, mlp_features=16, max_length=LENGTH, mixer="linformer",
+        mixer_options=dict(num_heads=HEADS, sharing="layerwise", projection=shared), rngs=nnx.Rngs(0),
+    )
+    assert sum("projection" in path for path in sizes(model)) == 1
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+def test_padding_is_left_out_whatever_it_holds(sharing):
+    layer = build(sharing)
+    # The key's bias would give even a zero token a part in every mixture.
+    layer.key.bias[...], layer.value.bias[...] = normal(HEADS, 8, seed=2), normal(HEADS, 8, seed=3)
+    x = normal(2, LENGTH, FEATURES)
+    mask = masks.padding_mask(jnp.array([LENGTH, 7]), LENGTH)
+    y = layer(x, mask=mask)
+    np.testing.assert_allclose(layer(x.at[1, 7:].set(jnp.nan), mask=mask)[1, :7], y[1, :7], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer(x[1:, :7])[0], y[1, :7], rtol=1e-4, atol=1e-6)
+    assert jnp.abs(layer(x)[1, :7] - y[1, :7]).max() > 1e-3
+
+
+def test_nothing_to_see_is_zero():
+    layer = build()
+    layer.value.bias[...] = 1.0
+    layer.out.bias[...] = 3.0
+    x = normal(2, LENGTH, FEATURES)
+    mask = masks.padding_mask(jnp.array([LENGTH, 0]), LENGTH)
+    np.testing.assert_array_equal(layer(x, mask=mask)[1], 3.0)
+    gradient = jax.grad(lambda x: jnp.sum(layer(x, mask=mask)[1] ** 2))(x)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_bfloat16():
+    """Also that the mixtures are summed in float32: 2000 terms of one size would stop at 256 in bfloat16."""
+    layer = build(dtype=jnp.bfloat16)
+    x = normal(2, LENGTH, FEATURES)
+    y = layer(x)
+    assert y.dtype == jnp.bfloat16
+    exact = build()(x)
+    assert jnp.abs(y.astype(jnp.float32) - exact).max() < 0.03 * jnp.abs(exact).max() + 0.01
+
+    projection = LinformerProjection(2000, 3, rngs=nnx.Rngs(0))
+    projection.key[...] = jnp.ones((2000, 3))
+    ones = jnp.ones((1, 2000, 1, 4), jnp.bfloat16)
+    mixed, _ = jax.jit(lambda x: projection(x, x, None))(ones)
+    assert mixed.dtype == jnp.bfloat16
+    np.testing.assert_allclose(mixed.astype(jnp.float32), 2000, rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    "change,argument",
+    [
+        (dict(max_length=None), "max_length"),
+        (dict(max_length=0), "max_length"),
+        (dict(num_landmarks=0), "num_landmarks"),
+        (dict(sharing="rows"), "sharing"),
+        (dict(sharing="layerwise"), "projection"),
+        (dict(projection=LinformerProjection(9, 3, rngs=nnx.Rngs(0))), "projection"),
+        (dict(sharing="layerwise", projection=LinformerProjection(9, 3, rngs=nnx.Rngs(0))), "max_length"),
+        (
+            dict(
+                sharing="layerwise", max_length=None, num_landmarks=None,
+                projection=LinformerProjection(9, 3, num_heads=3, rngs=nnx.Rngs(0)),
+            ),
+            "projection",
+        ),
+        (dict(is_causal=True), "is_causal"),
+    ],
+)
+def test_refusals(change, argument):
+    with pytest.raises(ValueError, match=rf"Linformer\w+: {argument}"):
+        LinformerAttention(HEADS, FEATURES, **(dict(max_length=LENGTH, num_landmarks=5, rngs=nnx.Rngs(0)) | change))
+
+
+def test_a_longer_sequence_is_refused():
+    layer = build()
+    with pytest.raises(ValueError, match="LinformerAttention: the number of keys must be .* max_length = 12, got 13"):
+        layer(normal(1, LENGTH + 1, FEATURES))
+    assert layer(normal(1, 40, FEATURES), normal(1, LENGTH, FEATURES)).shape == (1, 40, FEATURES)  # queries may be more
+
+
+# Peers.
+
+
+def run_oracle(name, layer, pairs):
+    """Loads `pairs` (our path, the peer's name, to ours) into the layer; compares outputs and all gradients."""
+    data = oracle.load(name)
+    params = nnx.state(layer, nnx.Param)
+    flat = dict(nnx.to_flat_state(params))
+    for path, theirs, convert in pairs:
+        flat[path][...] = jnp.asarray(convert(data.weights[theirs]), jnp.float32)
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+    x, cotangent = (jnp.asarray(a, jnp.float32) for a in (data.inputs["x"], data.cotangents["y"]))
+    y, pull = jax.jit(lambda params, x: jax.vjp(lambda p, x: nnx.merge(graphdef, p, rest)(x), params, x))(params, x)
+    of_params, of_inputs = pull(cotangent)
+    errors = [oracle.relative_error(y, data.outputs["y"]), oracle.relative_error(of_inputs, data.grad_inputs["x"])]
+    gradients = dict(nnx.to_flat_state(of_params))
+    errors += [oracle.relative_error(gradients[p][...], convert(data.grad_weights[n])) for p, n, convert in pairs]
+    print(f"{name}: output {errors[0]:.1e}, gradients {max(errors[1:]):.1e}")
+    assert max(errors) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["linformer_plain", "linformer_short"])
+def test_oracle(name):
+    """The `linformer` package: E and F for all heads, no biases but the last. It takes no mask."""
+    config = oracle.load(name).meta["cfg"]
+    heads, size = config["H"], config["d"]
+    layer = LinformerAttention(
+        heads, 16, max_length=config["seq_len"], num_landmarks=config["k"], sharing="headwise", rngs=nnx.Rngs(0)
+    )
+    into_heads = lambda w: w.T.reshape(16, heads, size)
+    run_oracle(name, layer, [
+        (("query", "kernel"), "to_q.weight", into_heads),
+        (("key", "kernel"), "to_k.weight", into_heads),
+        (("value", "kernel"), "to_v.weight", into_heads),
+        (("out", "kernel"), "to_out.weight", lambda w: w.T.reshape(heads, size, 16)),
+        (("out", "bias"), "to_out.bias", np.asarray),
+        (("projection", "key"), "proj_k", np.asarray),
+        (("projection", "value"), "proj_v", np.asarray),
+    ])
+
+
+def test_oracle_lra():
+    """Long Range Arena's: one matrix for keys and values of all heads, longer than the sequence."""
+    config = oracle.load("lra_linformer").meta["cfg"]
+    layer = LinformerAttention(
+        int(config["num_heads"]), 16, max_length=int(config["max_len"]), num_landmarks=int(config["low_rank_features"]),
+        sharing="key_value", rngs=nnx.Rngs(0),
+    )
+    pairs = [(("projection", "key"), "lr_kernel", np.asarray)]
+    for name in ("query", "key", "value", "out"):
+        pairs += [((name, leaf), f"{name}.{leaf}", np.asarray) for leaf in ("kernel", "bias")]
+    run_oracle("lra_linformer", layer, pairs)
