@@ -22,7 +22,7 @@ def sinusoidal(positions: Int[Array, "*B T"], features: int) -> Float[Array, "*B
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def rotary(inputs: Float[Array, "*B T N H"], positions: Int[Array, "*B T"], base: float) -> Float[Array, "*B T N H"]:
+def rotary(inputs: Float[Array, "*B T N H"], positions: Int[Array, "*#B T"], base: float) -> Float[Array, "*B T N H"]:
     """Rotates each pair of features (i, i + H/2) by the angle position / base^{2i/H}.
 
     The scalar product of a rotated query and a rotated key then depends on the distance of their positions alone.
@@ -46,8 +46,8 @@ def rotary(inputs: Float[Array, "*B T N H"], positions: Int[Array, "*B T"], base
 def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
     """How fast each head's attention fades with distance: 2^{-8 n / N} for n = 1..N.
 
-    Where N is no power of two, the slopes of the power below come first, then every other slope of the power above, as in
-    the authors' code.
+    Where N is no power of two, the slopes of the power below come first, then every other slope of the power above, as
+    in the authors' code.
 
     Raises: ValueError: num_heads is less than 1.
     """
@@ -64,8 +64,8 @@ def alibi(
 ) -> Float[Array, "*B N T S"]:
     """Attention with linear biases: adds -slope_n |t - s| to the score of query t and key s in head n.
 
-    The paper is causal, where the distance is t - s; beyond it the bias is the same on both sides. The array is as large
-    as the scores, so it serves attention that takes a `bias`.
+    The paper is causal, where the distance is t - s; beyond it the bias is the same on both sides. The array is as
+    large as the scores.
 
     Args:
         query_positions, key_positions: integer positions of the tokens.

@@ -1,6 +1,5 @@
 """Causal attention with relative positions and memory (Transformer-XL)."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from subquad.kernels import dispatch

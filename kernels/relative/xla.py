@@ -26,7 +26,7 @@ TILE_ELEMENTS = 1 << 22
 
 
 def choose_tiles(heads: int, queries: int, keys: int) -> Tiles:
-    """Tiles of at most 256 x 256, even in size, smaller where `heads` (batch times heads) of them would be too large."""
+    """Even tiles of at most 256 x 256, smaller where `heads` (batch times heads) of them would be too large."""
 
     def even(length, limit):
         return -(-length // -(-length // limit))
@@ -73,7 +73,7 @@ def _cut(array, padding, size):
 
 
 def _skew(scores, keys):
-    """[..., C_q, C_q + C_k] by descending distance -> [..., C_q, C_k] by key: out[a, b] = scores[a, C_q - 1 - a + b]."""
+    """By falling distance [..., C_q, C_q + C_k] -> by key [..., C_q, C_k]: out[a, b] = scores[a, C_q - 1 - a + b]."""
     rows, width = scores.shape[-2:]
     flat = scores.reshape(*scores.shape[:-2], rows * width)
     flat = lax.slice_in_dim(flat, rows - 1, rows - 1 + rows * (width - 1), axis=-1)

@@ -2,7 +2,6 @@
 
 from typing import Any, Unpack
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -30,10 +29,10 @@ class TransformerXLAttention(Attention):
     Cost: time O(T (L + M) N H) and the keys' projection (1 + M / L) times, memory O(T); one extended token
         O((L + M) D N H), as keys of the memory are projected anew, whatever came before; cache O((L + M) D).
         L = segment_length, M = memory_length.
-    Differs from the paper: the projections W_q, W_k, W_v and W_o have biases unless use_bias=False; u and v belong to the
-        layer and start as in the authors' code, normal with deviation 0.02; normalisation and residual belong to the
-        block; the encodings R_d hold sines before cosines, which permutes the rows of W_R. Gradients also stop between
-        `extend` calls: to train on a stream, extend by whole segments.
+    Differs from the paper: the projections W_q, W_k, W_v and W_o have biases unless use_bias=False; u and v belong to
+        the layer and start as in the authors' code, normal with deviation 0.02; normalisation and residual belong to
+        the block; the encodings R_d hold sines before cosines, which permutes the rows of W_R. Gradients also stop
+        between `extend` calls: to train on a stream, extend by whole segments.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
