@@ -51,6 +51,7 @@ def attention(
         >>> x = jnp.ones((2, 5, 4, 8))
         >>> attention(x, x, x, jnp.ones((5, 4, 8)), jnp.zeros((4, 8)), jnp.zeros((4, 8))).shape
         (2, 5, 4, 8)
+
     Source: Dai et al., Transformer-XL, ACL 2019, arXiv 1901.02860.
     """
     run = dispatch.choose(OPERATION, {"xla": xla.attention, "reference": reference.attention}, implementation)

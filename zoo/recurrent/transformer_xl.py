@@ -50,6 +50,7 @@ class TransformerXLAttention(Attention):
         >>> layer = TransformerXLAttention(4, 64, segment_length=32, memory_length=16, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
+
     Source: Dai et al., Transformer-XL, ACL 2019, arXiv 1901.02860.
     """
 
