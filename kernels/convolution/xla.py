@@ -43,10 +43,14 @@ def convolve(inputs, kernel, anticausal):
     return _circular(inputs, circular)
 
 
+def divisor(number: int, least: int) -> int:
+    """The smallest divisor of `number` that is at least `least`, or `number` itself."""
+    return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(least, number))
+
+
 def _groups(batch: int, features: int, size: int) -> int:
-    """The number of groups: the smallest divisor of `features` that brings a group under GROUP_BYTES."""
-    wanted = -(-batch * features * size * 4 // GROUP_BYTES)
-    return next(groups for groups in range(1, features + 1) if features % groups == 0 and groups >= min(wanted, features))
+    """How many groups the features make, each under GROUP_BYTES."""
+    return divisor(features, -(-batch * features * size * 4 // GROUP_BYTES))
 
 
 def _split(array, groups, dtype):

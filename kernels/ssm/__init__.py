@@ -45,7 +45,7 @@ def discretize(
     Raises: ValueError: unknown method.
     Numerics: by expm1 and log1p, so a small step loses no digits.
     Source: Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, NeurIPS 2022,
-        arXiv 2206.11893, section 3.1.
+        arXiv 2206.11893, section 3.
     """
     if method not in DISCRETIZATIONS:
         raise ValueError(
@@ -76,7 +76,7 @@ def diagonal_kernel(
 ) -> Float[Array, "*K D L"]:
     """The convolution kernel of diagonal systems, a product with a Vandermonde matrix.
 
-        K_l = 2 Re sum_p coefficients_p exp(l log_decay_p),    0 <= l < L        (S4D eq. 3, coefficients = C B_bar)
+        K_l = 2 Re sum_p coefficients_p exp(l log_decay_p),    0 <= l < L,    coefficients = C B_bar
 
     Cost: time O(D P L), memory O(D (P sqrt(L) + L)): l = c l1 + l2, so D P (L / c + c) complex exponentials and one real
     matrix product per feature.
@@ -89,7 +89,7 @@ def diagonal_kernel(
     Returns: [*K, D, L] in float32.
     Raises: ValueError: the shapes do not fit, length < 1.
     Numerics: agrees with float64 to 1e-5 of the largest tap.
-    Source: arXiv 2206.11893, section 3.2.
+    Source: Gu et al., arXiv 2206.11893, section 3.
     """
     _check_length("diagonal_kernel", length)
     _check_modes("diagonal_kernel", log_decay, coefficients=coefficients)
@@ -111,7 +111,7 @@ def dplr_kernel(
 ) -> Float[Array, "*K D L"]:
     """The convolution kernel of diagonal-plus-low-rank systems under the bilinear discretisation.
 
-        K_l = C A_bar^l B_bar,    0 <= l < L                                                              (S4 eq. 5)
+        K_l = C A_bar^l B_bar,    0 <= l < L                                                             (S4 eq. 5)
 
     by its generating function at the n-th roots of unity w, n >= L, and an inverse FFT:
 
@@ -133,7 +133,8 @@ def dplr_kernel(
         implementation: "xla", or "reference", which multiplies by the dense A_bar L times.
     Returns: [*K, D, L] in float32.
     Raises: ValueError: the shapes do not fit, length < 1.
-    Numerics: agrees with float64 to 1e-4 of the largest tap for steps from 1e-4 to 1e-1.
+    Numerics: agrees with float64 to 1e-4 of the largest tap where L step >= 0.01. A shorter window on a slower system is a
+        difference of large numbers and loses digits in that proportion.
     Source: Gu et al., arXiv 2111.00396, theorem 3 and appendix C.
     """
     _check_length("dplr_kernel", length)

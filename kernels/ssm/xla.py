@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from subquad.kernels.convolution.xla import fast_length
+from subquad.kernels.convolution.xla import divisor, fast_length
 
 HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
 
@@ -74,7 +74,7 @@ def _output_power(diagonal, low_rank, output_matrix, step, exponent):
     """C A_bar^exponent, [K, D, P], by repeated squaring of the dense A_bar, a few features at a time.
 
     In real and imaginary parts the state is a real vector of 2P and A_bar a real matrix. It contracts (A + A^* is negative
-    for this form of A), so rounding does not grow faster than the number of squarings.
+    for this form of A), so rounding grows no faster than in that many steps of the recurrence.
     """
     pairs = diagonal.shape[-1]
 
@@ -85,33 +85,45 @@ def _output_power(diagonal, low_rank, output_matrix, step, exponent):
         dense = jnp.block([[jnp.diag(middle.real), jnp.diag(-middle.imag)], [jnp.diag(middle.imag), jnp.diag(middle.real)]])
         dense = dense - jnp.einsum("rp,rq->pq", _planes(left), _planes(right), precision=HIGHEST)
         square = 2 * dense - jnp.eye(2 * pairs)
+
+        def advance(carry, bit):
+            row, square = carry
+            row = jnp.where(bit, jnp.matmul(row, square, precision=HIGHEST), row)
+            return (row, jnp.matmul(square, square, precision=HIGHEST)), None
+
         row = _planes(output.conj())  # y = 2 (Re C Re x - Im C Im x)
-        bits = exponent
-        while bits:
-            if bits & 1:
-                row = jnp.matmul(row, square, precision=HIGHEST)
-            bits >>= 1
-            if bits:
-                square = jnp.matmul(square, square, precision=HIGHEST)
+        (row, _), _ = jax.lax.scan(advance, (row, square), bits)
         return _complex(row).conj()
 
-    kept = (2 * pairs) ** 2 * 4 * exponent.bit_length()
-    systems = (diagonal, low_rank.swapaxes(0, 1), output_matrix.swapaxes(0, 1), step)
-    return jax.lax.map(power, systems, batch_size=max(1, POWER_BYTES // kept)).swapaxes(0, 1)
+    bits = jnp.array([exponent >> place & 1 for place in range(exponent.bit_length())], bool)
+    features = diagonal.shape[0]
+    groups = divisor(features, -(-features * (2 * pairs) ** 2 * 4 * len(bits) // POWER_BYTES))
+    split = lambda array, axis: rearrange(jnp.moveaxis(array, axis, 0), "(n d) ... -> n d ...", n=groups)
+    systems = split(diagonal, 0), split(low_rank, 1), split(output_matrix, 1), split(step, 0)
+    return rearrange(jax.lax.map(jax.vmap(power), systems), "n d k p -> k (n d) p")
 
 
 def _inverse(diagonal, low_rank, step):
     """(I - step A / 2)^-1 = diag(middle) - sum_r left_r <right_r, .>, with <a, x> = Re(sum conj(a) x) over the given modes.
 
-    For one feature, or with a leading axis D on `diagonal` and `step` and a second on `low_rank` [R, (D,) P].
+    By the Sherman-Morrison formula, one column of the low rank after the other. For one feature ([P], [R, P], []), or for
+    all of them ([D, P], [R, D, P], [D]).
     """
-    middle = 1 / (1 - step[..., None] / 2 * diagonal)
-    left, right = low_rank * middle, low_rank * middle.conj()
-    # [R, R] per feature: 1 / step + P^* middle P over all modes, which is twice the real part over the given ones.
-    gram = jnp.einsum("r...p,s...p->...rs", low_rank.conj(), left, precision=HIGHEST).real
-    core = jnp.eye(low_rank.shape[0]) + step[..., None, None] * gram
-    right = jnp.einsum("...rs,s...p->r...p", jnp.linalg.inv(core), right, precision=HIGHEST)
-    return middle, left, step[..., None] * right
+    step = step[..., None]
+    middle = 1 / (1 - step / 2 * diagonal)
+    lefts, rights = [], []
+    for column in low_rank:
+        left, right = middle * column, middle.conj() * column
+        for old_left, old_right in zip(lefts, rights, strict=True):
+            left, right = left - old_left * _inner(old_right, column), right - old_right * _inner(old_left, column)
+        lefts.append(left)
+        rights.append(right * (step / (1 + step * _inner(column, left))))
+    return middle, jnp.stack(lefts), jnp.stack(rights)
+
+
+def _inner(first, second):
+    """<first, second>, with the axis of modes kept."""
+    return jnp.sum(first.real * second.real + first.imag * second.imag, axis=-1, keepdims=True)
 
 
 def _generate(diagonal, low_rank, input_matrix, output_matrix, step, size):
@@ -170,9 +182,8 @@ def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, ste
 
     def advance(state, token):
         moved = state + drive * token[..., None]
-        inner = jnp.sum(right.real[:, None] * moved.real + right.imag[:, None] * moved.imag, axis=-1, keepdims=True)
-        moved = middle * moved - jnp.sum(inner * left[:, None], axis=0)
-        return 2 * moved - state
+        low = sum(column * _inner(row, moved) for column, row in zip(left, right, strict=True))
+        return 2 * (middle * moved - low) - state
 
     return _recur(inputs, advance, output_matrix, state)
 

@@ -1,0 +1,261 @@
+"""State space kernels against float64 linear algebra, against their own recurrences, and what they cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad.kernels import convolution, ssm
+from subquad.zoo.statespace import hippo
+
+IMPLEMENTATIONS = ("xla", "reference")
+by_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def random_complex(*shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(np.complex64)
+
+
+def system(features=4, pairs=6, rank=1, seed=0):
+    """HiPPO-LegS, each entry jittered, with steps from 1e-3 to 1e-1: (Lambda, P, B, C, step), C with two rows."""
+    jitter = lambda *shape, seed: 1 + 0.1 * random_complex(*shape, seed=seed)
+    modes = hippo.legs_modes(2 * pairs)
+    diagonal = modes.diagonal.real * (1 + 0.2 * np.random.default_rng(seed).random((features, pairs)))
+    diagonal = diagonal + 1j * modes.diagonal.imag
+    low_rank = modes.low_rank * jitter(rank, features, pairs, seed=seed + 1)
+    inputs = modes.input_matrix * jitter(features, pairs, seed=seed + 2)
+    outputs = random_complex(2, features, pairs, seed=seed + 3)
+    arrays = (array.astype(np.complex64) for array in (diagonal, low_rank, inputs, outputs))
+    return *arrays, np.geomspace(1e-3, 1e-1, features).astype(np.float32)
+
+
+def discrete(diagonal, low_rank, inputs, step):
+    """Dense A_bar and B_bar, over all modes, in complex128 (S4 eq. 3)."""
+    both = lambda a: np.concatenate([a, a.conj()], -1).astype(np.complex128)
+    diagonal, low_rank, inputs = both(diagonal), both(low_rank), both(inputs)
+    matrix = np.stack([np.diag(row) for row in diagonal]) - np.einsum("rdp,rdq->dpq", low_rank, low_rank.conj())
+    half, identity = step.astype(float)[:, None, None] / 2 * matrix, np.eye(diagonal.shape[-1])
+    start = np.linalg.solve(identity - half, (step.astype(float)[:, None] * inputs)[..., None])
+    return np.linalg.solve(identity - half, identity + half), start[..., 0]
+
+
+def dplr_taps(diagonal, low_rank, inputs, outputs, step, length):
+    decay, state = discrete(diagonal, low_rank, inputs, step)
+    outputs = np.concatenate([outputs, outputs.conj()], -1)
+    taps = []
+    for _ in range(length):
+        taps.append(np.einsum("kdp,dp->kd", outputs, state).real)
+        state = np.einsum("dpq,dq->dp", decay, state)
+    return np.stack(taps, -1)
+
+
+def close_per_feature(actual, expected, tolerance):
+    """Within `tolerance` of each feature's largest tap: slow systems have small ones."""
+    assert actual.dtype == np.float32
+    error = np.abs(np.asarray(actual, float) - expected[..., : actual.shape[-1]]).max(-1) / np.abs(expected).max(-1)
+    assert error.max() < tolerance, error
+
+
+# Discretisation.
+
+
+@pytest.mark.parametrize("per_mode", [False, True])
+@pytest.mark.parametrize("method", ["zoh", "bilinear"])
+def test_discretize(method, per_mode):
+    diagonal, *_, step = system()
+    step = np.geomspace(1e-6, 1e-1, 4).astype(np.float32)  # 1e-6: a naive exp(x) - 1 has no digits left
+    step = step[:, None] * np.linspace(1, 2, 6, dtype=np.float32) if per_mode else step
+    log_decay, scale = (np.asarray(a) for a in ssm.discretize(diagonal, step, method))
+    scaled = (step if per_mode else step[:, None]).astype(float) * diagonal.astype(complex)
+    if method == "zoh":
+        expected_log, expected_scale = scaled, np.expm1(scaled) / diagonal
+    else:
+        expected_log = 2 * np.arctanh(scaled / 2)
+        expected_scale = scaled / diagonal / (1 - scaled / 2)
+    for ours, expected in ((log_decay, expected_log), (scale, expected_scale)):
+        assert (np.abs(ours - expected) < 1e-6 * np.abs(expected)).all()
+
+
+# Kernels.
+
+
+@by_implementation
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 63, 64, 100, 500])
+def test_diagonal_kernel(implementation, length):
+    diagonal, _, inputs, outputs, step = system()
+    log_decay, scale = ssm.discretize(diagonal, step)
+    taps = ssm.diagonal_kernel(log_decay, outputs * inputs * scale, length, implementation=implementation)
+    scaled = step.astype(float)[:, None] * diagonal
+    coefficients = outputs.astype(complex) * inputs * np.expm1(scaled) / diagonal
+    expected = 2 * np.einsum("kdp,dpl->kdl", coefficients, np.exp(scaled[..., None] * np.arange(length))).real
+    close_per_feature(taps, expected, 2e-5)
+
+
+@by_implementation
+@pytest.mark.parametrize("length,rank", [(1, 1), (2, 1), (63, 1), (64, 2), (100, 3), (256, 1), (257, 2)])
+def test_dplr_kernel(implementation, length, rank):
+    modes = system(rank=rank)
+    taps = ssm.dplr_kernel(*modes, length, implementation=implementation)
+    expected = dplr_taps(*modes, max(length, 64))  # a kernel of one tap may happen to be close to 0
+    close_per_feature(taps, expected, 5e-5)
+
+
+def test_dplr_kernel_at_the_papers_size():
+    modes = system(features=2, pairs=32)
+    close_per_feature(ssm.dplr_kernel(*modes, 1000), dplr_taps(*modes, 1000), 1e-4)
+
+
+@by_implementation
+def test_a_longer_kernel_begins_with_the_shorter(implementation):
+    # state-spaces/s4 trains C (I - A_bar^L) for one L; here C is C.
+    modes = system()
+    long = ssm.dplr_kernel(*modes, 700, implementation=implementation)
+    short = ssm.dplr_kernel(*modes, 40, implementation=implementation)
+    np.testing.assert_allclose(long[..., :40], short, atol=1e-5 * np.abs(short).max())
+
+
+def test_leading_axes_are_free():
+    diagonal, low_rank, inputs, outputs, step = system()
+    expected = ssm.dplr_kernel(diagonal, low_rank, inputs, outputs, step, 9)
+    nested = ssm.dplr_kernel(diagonal, low_rank, inputs, outputs[None], step, 9)
+    single = ssm.dplr_kernel(diagonal, low_rank, inputs, outputs[0], step, 9)
+    np.testing.assert_allclose(nested[0], expected, atol=1e-6)
+    np.testing.assert_allclose(single, expected[0], atol=1e-6)
+    log_decay, scale = ssm.discretize(diagonal, step)
+    single = ssm.diagonal_kernel(log_decay, outputs[1] * scale, 9)
+    np.testing.assert_allclose(single, ssm.diagonal_kernel(log_decay, outputs * scale, 9)[1], atol=1e-6)
+
+
+def run_diagonal(implementation, length, weights):
+    def loss(diagonal, low_rank, inputs, outputs, step):
+        log_decay, scale = ssm.discretize(diagonal, step, "bilinear")
+        coefficients = outputs * inputs * scale * (1 + jnp.sum(low_rank))  # low_rank: some gradient for it too
+        return jnp.sum(weights * ssm.diagonal_kernel(log_decay, coefficients, length, implementation=implementation))
+
+    return loss
+
+
+def run_dplr(implementation, length, weights):
+    return lambda *modes: jnp.sum(weights * ssm.dplr_kernel(*modes, length, implementation=implementation))
+
+
+@pytest.mark.parametrize("run,rank,length", [(run_diagonal, 1, 63), (run_dplr, 1, 64), (run_dplr, 2, 7)])
+def test_gradients(run, rank, length):
+    modes = system(rank=rank)
+    weights = np.random.default_rng(9).normal(size=(2, 4, length)).astype(np.float32)
+    gradients = lambda name: jax.jit(jax.grad(run(name, length, weights), argnums=range(5)))
+    with jax.enable_x64(True):
+        exact = [np.asarray(a, np.complex128 if np.iscomplexobj(a) else float) for a in modes]
+        expected = [np.asarray(g) for g in gradients("reference")(*exact)]
+        double = [np.asarray(g) for g in gradients("xla")(*exact)]
+    single = [np.asarray(g) for g in gradients("xla")(*modes)]
+    for ours, low, right in zip(double, single, expected, strict=True):
+        np.testing.assert_allclose(ours, right, atol=1e-9 * np.abs(right).max())
+        np.testing.assert_allclose(low, right, atol=1e-4 * np.abs(right).max())
+
+
+# Recurrences.
+
+
+def recurrence(kind, implementation="xla"):
+    """(inputs, state) -> (outputs, state), and the taps of the same systems."""
+    diagonal, low_rank, inputs, outputs, step = system(rank=2)
+    if kind == "dplr":
+        modes = diagonal, low_rank, inputs, outputs[0], step
+        run = lambda u, state=None: ssm.dplr_recurrence(u, *modes, state, implementation=implementation)
+        return run, lambda length: ssm.dplr_kernel(*modes, length)
+    log_decay, scale = ssm.discretize(diagonal, step, kind)
+    run = lambda u, state=None: ssm.diagonal_recurrence(
+        u, log_decay, inputs * scale, outputs[0], state, implementation=implementation
+    )
+    return run, lambda length: ssm.diagonal_kernel(log_decay, outputs[0] * inputs * scale, length)
+
+
+@by_implementation
+@pytest.mark.parametrize("kind", ["dplr", "zoh", "bilinear"])
+def test_convolution_equals_recurrence(kind, implementation):
+    run, taps = recurrence(kind, implementation)
+    u = np.random.default_rng(1).normal(size=(2, 200, 4)).astype(np.float32)
+    expected = convolution.convolve(u, taps(200))
+    outputs, _ = run(u)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["dplr", "zoh"])
+def test_recurrence_in_pieces(kind):
+    run, _ = recurrence(kind)
+    u = np.random.default_rng(1).normal(size=(2, 30, 4)).astype(np.float32)
+    whole, last = run(u)
+    state, pieces = None, []
+    for start, stop in ((0, 1), (1, 2), (2, 20), (20, 30)):
+        outputs, state = run(u[:, start:stop], state)
+        pieces.append(outputs)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-6)
+    np.testing.assert_allclose(state, last, atol=1e-6)
+    assert state.shape == (2, 4, 12) and state.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("kind", ["dplr", "zoh"])
+def test_recurrences_agree_with_the_reference(kind):
+    u = np.random.default_rng(1).normal(size=(2, 30, 4)).astype(np.float32)
+    start = np.random.default_rng(2).normal(size=(2, 4, 12)).astype(np.float32)
+    loss = lambda name: lambda u, state: sum(jnp.sum(x**2) for x in recurrence(kind, name)[0](u, state))
+    ours, expected = (jax.value_and_grad(loss(name), argnums=(0, 1))(u, start) for name in IMPLEMENTATIONS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected)
+
+
+def test_recurrence_in_bfloat16_keeps_a_float32_state():
+    run, _ = recurrence("dplr")
+    u = jnp.asarray(np.random.default_rng(1).normal(size=(2, 30, 4)), jnp.bfloat16)
+    outputs, state = run(u)
+    assert outputs.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    np.testing.assert_allclose(state, run(u.astype(jnp.float32))[1], atol=1e-6)
+
+
+# Cost.
+
+
+def temporary(step, *shapes):
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    return jax.jit(step).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("run", [run_diagonal, run_dplr])
+def test_no_array_of_features_by_modes_by_length(run):
+    features, pairs, length = 64, 32, 4096
+    modes = [((features, pairs), jnp.complex64), ((1, features, pairs), jnp.complex64), ((features, pairs), jnp.complex64)]
+    modes += [((1, features, pairs), jnp.complex64), ((features,), jnp.float32)]
+    cauchy = features * pairs * length * 8  # bytes of that array
+    used = [temporary(jax.grad(run("xla", n, 1.0), argnums=range(5)), *modes) for n in (length, 2 * length)]
+    assert used[0] < cauchy / 3
+    assert used[1] < 2.2 * used[0]
+    if run is run_diagonal:
+        assert temporary(jax.grad(run("reference", length, 1.0), argnums=range(5)), *modes) > cauchy  # the test can fail
+
+
+def test_recurrence_stores_no_states():
+    run, _ = recurrence("dplr")
+    states = 2 * 4096 * 4 * 12 * 4  # bytes of all states: B T D 2P
+    assert temporary(lambda u: run(u), ((2, 4096, 4), jnp.float32)) < states / 2
+
+
+# Bad input.
+
+
+def test_bad_input_is_named():
+    diagonal, low_rank, inputs, outputs, step = system()
+    with pytest.raises(ValueError, match="discretize: method must be a known name, got 'zero'.*zoh"):
+        ssm.discretize(diagonal, step, "zero")
+    with pytest.raises(ValueError, match="diagonal_kernel: length must be at least 1"):
+        ssm.diagonal_kernel(diagonal, outputs, 0)
+    with pytest.raises(ValueError, match="diagonal_kernel: coefficients must end in the axes"):
+        ssm.diagonal_kernel(diagonal, outputs[..., :3], 5)
+    with pytest.raises(ValueError, match="dplr_kernel: low_rank must end in the axes"):
+        ssm.dplr_kernel(diagonal, low_rank[:, :2], inputs, outputs, step, 5)
+    with pytest.raises(ValueError, match="dplr_recurrence: inputs must have shape"):
+        ssm.dplr_recurrence(jnp.ones((2, 5, 3)), diagonal, low_rank, inputs, outputs[0], step)
+    with pytest.raises(ValueError, match="diagonal_recurrence: state must have shape"):
+        ssm.diagonal_recurrence(jnp.ones((2, 5, 4)), diagonal, inputs, outputs[0], jnp.ones((2, 4, 6)))
+    with pytest.raises(NotImplementedError, match="triton"):
+        ssm.dplr_kernel(diagonal, low_rank, inputs, outputs, step, 5, implementation="triton")
