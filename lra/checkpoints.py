@@ -96,9 +96,9 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path):
         import orbax.checkpoint as orbax
 
-        # Orbax logs what it does at every save; what a user must know is raised.
+        # Orbax logs what it does at every save, and traces of its threads; what a user must know is raised.
         for name in ("absl", "orbax"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._orbax, self.folder = orbax, folder
         # Saving at once, not in the background: the next step is free to overwrite the buffers.
         options = orbax.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)

@@ -90,6 +90,51 @@ def append(result: Result, path: str | os.PathLike) -> None:
         ) from error
 
 
+def failure(run, task, reason: str) -> Result:
+    """The row of a run that could not be trained."""
+    blank = {one.name: None for one in dataclasses.fields(Result)}
+    shared = ("layer", "task", "config", "recipe", "seed", "selection", "steps", "batch_size")
+    known = dict(
+        status=f"failed: {reason}", split="test", data=task.dataset, source=task.source, parameters=0,
+        configuration=json.dumps(dataclasses.asdict(run), sort_keys=True), finished_utc=now(),
+    )  # fmt: skip
+    return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **environment()})
+
+
+def write(text: str, path: str | os.PathLike) -> None:
+    """Writes a text file.
+
+    Raises: RunError: it cannot be written.
+    """
+    try:
+        pathlib.Path(path).write_text(text)
+    except OSError as error:
+        raise RunError(
+            f"results: file {path} must be writable, got {line(error)}. Its rows are in the CSV beside it."
+        ) from error
+
+
+def show(rows: Iterable[Result]) -> None:
+    """Prints the table on stdout: with rich where it is installed, else as Markdown."""
+    rows = list(rows)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(markdown(rows))
+        return
+    heading, *body = cells(rows)
+    table = Table()
+    for index, name in enumerate(heading):
+        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
+    for one in body:
+        table.add_row(*one)
+    console = Console()
+    # A pipe has no width: enough for every column.
+    Console(width=console.width if console.is_terminal else 140).print(table)
+    print(caption(rows))
+
+
 def _line(row: Mapping) -> str:
     buffer = io.StringIO()
     csv.DictWriter(buffer, FIELDS, lineterminator="\n").writerow(row)
@@ -129,7 +174,7 @@ COLUMNS = {
     "test accuracy": lambda rows: _accuracy(rows),
     "majority floor": lambda rows: _per_cent(rows[0].floor_majority),
     "root floor": lambda rows: _per_cent(rows[0].floor_root),
-    "parameters": lambda rows: f"{rows[0].parameters:,}",
+    "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
     "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
     "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
     "FLOPs/step": lambda rows: _mean(rows, "flops_per_step", lambda count: f"{count / 1e9:.2f} G"),

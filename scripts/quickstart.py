@@ -1,0 +1,60 @@
+"""Trains several layers under one recipe and compares them in a table, a CSV, Markdown and a plot.
+
+Finished layers are kept: the same command goes on where an earlier one was stopped.
+"""
+
+import sys
+import time
+
+from subquad.lra import checkpoints, commands, plots, recipes, results, tasks, train
+from subquad.lra.progress import clock
+
+
+def parse():
+    parser = commands.Parser(prog="quickstart", description=__doc__)
+    every = list(recipes.RECIPES["quickstart"].layers)
+    parser.add_argument("--layers", nargs="+", default=every, help="which to train")
+    parser.add_argument("--steps", type=int, default=recipes.Run.steps, help="optimiser steps of each layer")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and order")
+    parser.add_argument("--task", default="listops", help=f"one of {', '.join(tasks.TASKS)}")
+    parser.add_argument("--config", default="small", help="of the task; lra is the full 2K one")
+    parser.add_argument("--out", default="runs/quickstart", help="folder of table, plot and checkpoints")
+    parser.add_argument("--data-dir", default=None, help="folder of data sets; default: that of TFDS")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    began = time.monotonic()
+    layers = list(dict.fromkeys(name for word in arguments.layers for name in word.split(",") if name))
+    shared = {name: getattr(arguments, name) for name in ("steps", "seed", "task", "config")}
+    # All of them first: a wrong word is told before anything is trained.
+    runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
+    out = checkpoints.open_folder(arguments.out)
+    rows = []
+    for run in runs:
+        folder = out / "runs" / run.id
+        if (folder / "result.json").exists():
+            print(f"{run.layer}: finished before, kept ({folder}).", file=sys.stderr)
+        try:
+            row = train.train(run, out=folder, data_dir=arguments.data_dir, resume=True)
+        except checkpoints.Interrupted as stopped:
+            saved = str(stopped).partition(" Go on")[0]
+            raise checkpoints.Interrupted(f"{saved} The same command goes on from there.") from None
+        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            # One layer's fault is a row of the table; the others still run.
+            reason = commands.cause(error) or checkpoints.line(error)
+            row = results.failure(run, tasks.find(run.task, run.config), reason)
+            print(f"{run.layer}: {row.status}", file=sys.stderr)
+        results.append(row, out / "quickstart.csv")
+        rows.append(row)
+    results.write(results.markdown(rows), out / "quickstart.md")
+    plots.accuracy_against_cost(rows, out / "quickstart.png")
+    results.show(rows)
+    took = clock(time.monotonic() - began)
+    print(f"{took} in all. {out}/quickstart.csv, .md, .png; each layer's losses in {out}/runs.")
+    return commands.FAILED if any(row.status != "ok" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(commands.explained("quickstart", main))

@@ -1,0 +1,118 @@
+import dataclasses
+
+import pytest
+
+from subquad.lra import models, recipes, tasks
+from subquad.lra.data import store
+from subquad.zoo import LAYERS
+
+QUICK = [layer for layer in recipes.RECIPES["quickstart"].layers if layer in LAYERS]
+
+
+@pytest.mark.parametrize("config", ["small", "lra"])
+def test_the_quickstarts_models_have_equal_budgets(config):
+    task = tasks.find("listops", config)
+    counts = {layer: models.count_parameters(recipes.plan(layer=layer, config=config), task) for layer in QUICK}
+    assert max(counts.values()) <= 1.1 * min(counts.values()), counts
+
+
+def test_the_quickstart_names_every_layer():
+    assert set(QUICK) == set(LAYERS)
+
+
+def test_counted_parameters_are_those_of_the_model():
+    import jax
+    from flax import nnx
+
+    run, task = recipes.plan("quickstart", "softmax", config="tiny", in_features=16), tasks.find("listops", "tiny")
+    state = nnx.state(models.build(run, task), nnx.Param)
+    assert models.count_parameters(run, task) == sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def test_a_layer_that_does_not_fit_the_budget_is_told():
+    with pytest.raises(ValueError, match="layer 'linformer' must fit into .* parameters"):
+        recipes.plan("quickstart", "linformer", layer_options=dict(num_landmarks=1000))
+
+
+def test_precedence_is_default_recipe_configuration_command_line():
+    assert recipes.plan("quickstart").in_features == recipes.Run.in_features
+    assert recipes.plan("quickstart", config="lra").in_features == 128
+    assert recipes.plan("quickstart", config="lra", in_features=32, mlp_features=64).in_features == 32
+    assert recipes.plan("lra-2020").learning_rate == 0.05
+    assert recipes.plan("quickstart", "performer", layer_options=dict(num_features=8)).layer_options == dict(
+        num_heads=4, num_features=8
+    )
+
+
+def test_the_length_of_the_task_reaches_the_layers_options():
+    assert recipes.plan("quickstart", "linformer").layer_options["max_length"] == 200
+    assert recipes.plan("lra-2020", "linformer").layer_options["max_length"] == 2001  # and the CLS token
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "match"),
+    [
+        (dict(recipe="quikstart"), ValueError, "recipe must .* Did you mean 'quickstart'"),
+        (dict(layer="perfomer"), ValueError, "layer must .* Did you mean 'performer'"),
+        (dict(task="listop"), ValueError, "task must .* Did you mean 'listops'"),
+        (dict(config="smal"), ValueError, "config must .* Did you mean 'small'"),
+        (dict(stps=1), TypeError, "stps must .* Did you mean 'steps'"),
+        (dict(layer_options=dict(num_head=2)), TypeError, "num_head must .* Did you mean 'num_heads'"),
+        (dict(steps="many"), TypeError, "steps must be int, got 'many'"),
+        (dict(steps=True), TypeError, "steps must be int"),
+        (dict(pooling=None), TypeError, "pooling must be str"),
+        (dict(dtype="bfloat"), ValueError, "dtype must .* Did you mean 'bfloat16'"),
+        (dict(steps=0), ValueError, "steps must be > 0, got 0"),
+        (dict(dropout_rate=1.0), ValueError, r"dropout_rate must be in \[0, 1\), got 1.0"),
+        (dict(accumulate=5), ValueError, r"accumulate must divide batch_size = 32, got 5. Choose one of \[1, 2, 4"),
+    ],
+)
+def test_bad_values_are_told_with_the_nearest(words, kind, match):
+    with pytest.raises(kind, match=match):
+        recipes.plan(**words)
+
+
+def test_every_value_changes_the_runs_id():
+    run, seen = recipes.plan("quickstart"), set()
+    other = dict(
+        layer_options={"num_heads": 2}, positions="sinusoidal", pooling="last", schedule="rsqrt", decay="all",
+        dtype="bfloat16", selection="last", clip_norm=None, recipe="x", task="x", config="x", layer="x",
+    )  # fmt: skip
+    for one in dataclasses.fields(run):
+        value = other.get(one.name, getattr(run, one.name))
+        seen.add(dataclasses.replace(run, **{one.name: value if one.name in other else value + 1}).id)
+    assert len(seen) == len(dataclasses.fields(run)) and run.id not in seen
+    assert run.id == recipes.plan("quickstart").id
+
+
+@pytest.mark.parametrize("cell", recipes.CELLS, ids=lambda cell: cell.row)
+def test_cells_answer_to_a_published_value(cell):
+    assert cell.recipe in recipes.RECIPES and cell.layer in recipes.RECIPES[cell.recipe].layers
+    assert 0 < cell.expected < 100 and cell.tolerance > 0
+    if cell.layer not in LAYERS:
+        pytest.skip(f"no layer {cell.layer} yet")
+    run = recipes.plan(cell.recipe, cell.layer, **cell.overrides)
+    assert (run.config, run.steps, run.batch_size, run.selection) == ("lra", 5000, 32, "last")
+
+
+def test_the_arenas_transformer_has_about_the_released_models_size():
+    """8,948,746 in the released code; the difference is its classifier's inner layer, 512 x 1024."""
+    count = models.count_parameters(recipes.plan("lra-2020", "softmax"), tasks.find("listops", "lra"))
+    assert count == pytest.approx(8_948_746, rel=0.07)
+
+
+@pytest.mark.parametrize("config", ["tiny", "small"])
+def test_tasks_describe_their_data(config):
+    task = tasks.find("listops", config)
+    splits = store.generate(task.dataset)
+    assert {split: len(examples) for split, examples in splits.items()} == task.splits
+    longest = max(len(example["inputs"]) for examples in splits.values() for example in examples)
+    assert longest == task.length
+    assert all(0 < token < task.vocabulary_size for example in splits["test"] for token in example["inputs"])
+    assert {int(example["label"]) for example in splits["train"]} == set(range(task.num_classes))
+    assert set(task.floors(splits)) == {"majority", "root"}
+
+
+def test_tasks_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tasks.find("listops", "tiny").length = 3

@@ -1,0 +1,275 @@
+import csv
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from subquad.lra import checkpoints, models, recipes, tasks, train
+from subquad.lra.data import pipeline, store
+
+SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=16, evaluate_every=20)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    store.prepare("lra_listops/tiny", folder)
+    return folder
+
+
+def plan(layer="softmax", **words):
+    return recipes.plan("quickstart", layer, **{**SMALL, **words})
+
+
+def history(folder):
+    with (folder / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("layer", ["softmax", "performer"])
+def test_the_loss_falls(layer, data, tmp_path):
+    run = plan(layer, steps=80, warmup_steps=5, learning_rate=5e-3)
+    result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
+    losses = [float(row["train_loss"]) for row in history(tmp_path)]
+    assert len(losses) == 80
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.2
+    assert result.status == "ok" and result.train_loss_last == pytest.approx(np.mean(losses[-8:]))
+    assert 0 <= result.accuracy_last <= 1 and result.accuracy == result.accuracy_best
+    assert result.floor_majority < result.floor_root
+    assert result.flops_per_step > 1e6 and result.memory_peak_bytes > result.memory_temporary_bytes > 0
+    assert json.loads(result.configuration)["layer"] == layer
+    validations = [(float(row["validation_accuracy"]), -float(row["validation_loss"]), int(row["step"]))
+                   for row in history(tmp_path) if row["validation_accuracy"]]  # fmt: skip
+    assert [step for *_, step in validations] == [20, 40, 60, 80]
+    best = max(validations)
+    assert (result.validation_accuracy_best, result.best_step) == (best[0], best[2])
+
+
+def test_both_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
+    run, task = plan(steps=40, selection="last"), tasks.find("listops", "tiny")
+    result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
+    assert result.accuracy == result.accuracy_last
+    graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
+    optimiser = train.make_optimiser(run)
+    state = {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
+    saved = checkpoints.Checkpoints(tmp_path / "checkpoint").state({"state": state, "best": parameters, "fixed": fixed})
+    test = store.generate("lra_listops/tiny")["test"]
+    for name, found in (("best", saved["best"]), ("last", saved["state"]["parameters"])):
+        model = nnx.merge(graph, found, saved["fixed"])
+        padded = [pipeline.pad(example, task.length) for example in test]
+        logits = model(np.stack([one["inputs"] for one in padded]), np.stack([one["mask"] for one in padded]))
+        right = np.mean(np.argmax(logits, -1) == np.array([one["targets"] for one in padded]))
+        assert getattr(result, f"accuracy_{name}") == pytest.approx(right)
+
+
+CODE = """
+import sys, time
+from subquad.lra import progress, recipes, train
+slow = float(sys.argv[3])
+if slow:  # leaves the parent time to kill
+    progress.Progress.update = lambda self, *_: time.sleep(slow)
+run = recipes.plan("quickstart", "performer", dropout_rate=0.1, steps=60, **{words})
+train.train(run, out=sys.argv[1], data_dir=sys.argv[2], resume=True, quiet=True)
+"""
+
+
+def start(folder, data, slow=0.0):
+    code = CODE.replace("{words}", repr(SMALL))
+    command = [sys.executable, "-c", code, str(folder), str(data), str(slow)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_resumed_gives_the_same_final_numbers(data, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = start(broken, data, slow=0.5)
+    wait_for(lambda: (broken / "checkpoint" / "20").exists(), process)
+    time.sleep(0.7)  # into the steps after the checkpoint, which are lost and done again
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (broken / "result.json").exists()
+    for folder in (whole, broken):
+        process = start(folder, data)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, broken))
+    timing = {"steps_per_second", "train_seconds", "compile_seconds", "finished_utc"}
+    assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
+    assert (whole / "history.csv").read_bytes() == (broken / "history.csv").read_bytes()
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+def test_accumulation_equals_the_large_batch():
+    task = tasks.find("listops", "tiny")
+    batch = next(pipeline.NumpyBatches(store.generate(task.dataset)["train"], 16, task.length, 0))
+    after = {}
+    for accumulate in (1, 2, 8):
+        # Plain gradient descent: Adam would turn the rounding of a zero gradient into a step of its full length.
+        run = plan(steps=10, accumulate=accumulate)
+        graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
+        optimiser = optax.sgd(0.1)
+        state = {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
+        step = jax.jit(functools.partial(train.train_step, run, graph, optimiser))
+        for _ in range(3):
+            state, loss = step(state, fixed, batch)
+        after[accumulate] = (*jax.tree.leaves(state["parameters"]), loss)
+    for accumulate in (2, 8):
+        for one, other in zip(after[1], after[accumulate], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_trains_with_float32_parameters(data, tmp_path):
+    run = plan(steps=40, dtype="bfloat16", warmup_steps=5, learning_rate=5e-3)
+    result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
+    losses = [float(row["train_loss"]) for row in history(tmp_path)]
+    assert result.status == "ok" and np.mean(losses[-5:]) < np.mean(losses[:5])
+    parameters = nnx.state(models.build(run, tasks.find("listops", "tiny")), nnx.Param)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(parameters)} == {"float32"}
+
+
+def test_a_loss_that_is_no_number_is_a_row_and_not_a_blank(data, tmp_path):
+    run = plan(steps=40, learning_rate=1e30, warmup_steps=0, clip_norm=None)
+    result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
+    assert result.status.startswith("failed: non-finite loss by step ")
+    assert result.accuracy is None and result.floor_majority is not None
+
+
+def test_a_finished_run_is_read_and_not_trained_again(data, tmp_path):
+    run = plan(steps=10)
+    first = train.train(run, out=tmp_path, data_dir=data, quiet=True)
+    assert train.train(run, out=tmp_path, data_dir=data, resume=True, quiet=True) == first
+    with pytest.raises(checkpoints.RunError, match="must be empty to start anew.*--resume"):
+        train.train(run, out=tmp_path, data_dir=data, quiet=True)
+    with pytest.raises(checkpoints.RunError, match="got one with steps=10 instead of 11"):
+        train.train(dataclasses.replace(run, steps=11), out=tmp_path, data_dir=data, resume=True, quiet=True)
+
+
+def test_without_the_data_packages_it_trains_all_the_same(monkeypatch, capsys, tmp_path):
+    for name in ("tensorflow_datasets", "grain", "rich"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = train.train(plan(steps=10), out=tmp_path / "out", data_dir=tmp_path / "data")
+    assert result.status == "ok" and "generated in memory" in result.data and "batches by numpy" in result.data
+    said = capsys.readouterr().err
+    assert "tensorflow-datasets is not installed" in said and "grain is not installed" in said
+    assert "softmax: step 10/10" in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_else(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "out", pathlib.Path("/proc/subquad")):
+        with pytest.raises(checkpoints.RunError, match="out: folder .* must be writable, got .*--out") as caught:
+            train.train(plan(), out=folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_disk_without_room_is_told_before_anything_else(monkeypatch, tmp_path):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(checkpoints.RunError, match="MB free for checkpoints, got 0.0 MB"):
+        train.train(plan(), out=tmp_path)
+
+
+FULL = """
+import resource, sys
+from subquad.lra import checkpoints, recipes, train
+from subquad.lra.checkpoints import Checkpoints
+save = Checkpoints.save
+def filling(self, step, *rest):
+    if step == 40:  # from here on every file is cut at 1 kB, as a full disk cuts them
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    save(self, step, *rest)
+Checkpoints.save = filling
+run = recipes.plan("quickstart", "performer", dropout_rate=0.1, steps=60, **{words})
+try:
+    train.train(run, out=sys.argv[1], data_dir=sys.argv[2], quiet=True)
+except checkpoints.RunError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(data, tmp_path):
+    command = [sys.executable, "-c", FULL.replace("{words}", repr(SMALL)), str(tmp_path), str(data)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    (message,) = done.stderr.strip().splitlines()
+    assert message.startswith("checkpoint: folder") and "The checkpoint of step 20 is whole. Make room" in message
+    process = start(tmp_path, data)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "ok"
+
+
+def test_a_damaged_checkpoint_is_told(data, tmp_path):
+    run = plan(steps=20)
+    train.train(run, out=tmp_path, data_dir=data, quiet=True)
+    (tmp_path / "result.json").unlink()
+    for path in (tmp_path / "checkpoint" / "20" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(checkpoints.RunError, match="checkpoint: folder .* must be whole.*Delete it and") as caught:
+        train.train(run, out=tmp_path, data_dir=data, resume=True, quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_schedules():
+    at = lambda schedule, step, **words: float(train.make_schedule(plan(schedule=schedule, **words))(step))
+    cosine = dict(steps=100, warmup_steps=10, learning_rate=1.0)
+    found = [at("cosine", step, **cosine) for step in (0, 5, 10, 55, 100)]
+    assert found == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
+    # The released ListOps configuration: 0.05 * min(1, t/1000) / sqrt(max(t, 1000)), 1.58e-3 at its peak.
+    arena = dict(steps=5000, warmup_steps=1000, learning_rate=0.05)
+    assert [at("rsqrt", step, **arena) for step in (0, 500, 1000, 5000)] == pytest.approx(
+        [0, 0.79e-3, 1.58e-3, 0.707e-3], rel=0.01
+    )
+
+
+def test_weight_decay_spares_what_is_no_matrix():
+    run, task = plan("s4", weight_decay=0.1, warmup_steps=0), tasks.find("listops", "tiny")
+    parameters = nnx.state(models.build(run, task), nnx.Param)
+    moved = {}
+    for decay in ("matrices", "all"):
+        optimiser = train.make_optimiser(dataclasses.replace(run, decay=decay))
+        zeros = jax.tree.map(jnp.zeros_like, parameters)
+        state = optimiser.init(parameters)
+        for _ in range(3):
+            updates, state = optimiser.update(zeros, state, parameters)
+        moved[decay] = {
+            jax.tree_util.keystr(path): bool(jnp.any(update != 0))
+            for path, update in jax.tree_util.tree_leaves_with_path(updates)
+        }
+    for path, moves in moved["matrices"].items():
+        assert moves == ("'kernel'" in path or "'embedding'" in path), path
+    assert sum(moved["all"].values()) > sum(moved["matrices"].values())
+
+
+def test_the_cls_token_is_read_and_the_operators_are_not():
+    """With "cls" the head reads the token that stands in front, so the models differ from pooling "first"."""
+    task = tasks.find("listops", "tiny")
+    run = recipes.plan("lra-2020", "softmax", config="tiny", in_features=16, num_layers=1, mlp_features=16)
+    model = models.build(run, task)
+    embedding = model.classifier.encoder.embed.embedding
+    assert embedding.shape[0] == task.vocabulary_size + 1
+    tokens, mask = jnp.ones((1, 30), jnp.int32), jnp.arange(30)[None] < 12
+    before = model(tokens, mask)
+    assert jnp.array_equal(before, model(tokens.at[:, 12:].set(7), mask))  # padding changes nothing
+    embedding.set_value(embedding.get_value().at[-1].set(jnp.arange(16.0) % 3))
+    assert not jnp.allclose(before, model(tokens, mask))
