@@ -59,6 +59,7 @@ def attention(
         >>> value = jnp.arange(10.0).reshape(1, 5, 2, 1)
         >>> attention(query, key, value, is_causal=True)[0, :, 0, 0].tolist()
         [0.0, 1.0, 2.0, 3.0, 4.0]
+
     Source: Katharopoulos et al., Transformers are RNNs, ICML 2020, arXiv 2006.16236, eqs. 5, 8-12; the log scales
         and their running maximum are ours.
     """

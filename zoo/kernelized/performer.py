@@ -49,6 +49,7 @@ class PerformerAttention(Attention):
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
         >>> layer.projection[...] = layer.redraw(nnx.Rngs(1))
+
     Source: Choromanski et al., Rethinking Attention with Performers, ICLR 2021, arXiv 2009.14794.
     """
 

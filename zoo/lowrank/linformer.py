@@ -100,6 +100,7 @@ class LinformerAttention(Attention):
         >>> layer = LinformerAttention(4, 64, max_length=512, num_landmarks=32, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
+
     Source: Wang et al., Linformer: Self-Attention with Linear Complexity, 2020, arXiv 2006.04768.
     """
 
