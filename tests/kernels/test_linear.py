@@ -1,7 +1,5 @@
 """Linear attention against a float64 loop, against itself in pieces, and against peers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +13,7 @@ from tests import oracle
 IMPLEMENTATIONS = ["xla", "reference"]
 LENGTHS = [1, 7, 129, 300]
 
-attention = functools.partial(
-    jax.jit, static_argnames=("is_causal", "return_state", "eps", "implementation")
-)(linear.attention)
+attention = jax.jit(linear.attention, static_argnames=("is_causal", "return_state", "eps", "implementation"))
 
 
 def draw(length, *, keys=None, batch=2, heads=2, features=5, values=3, spread=4.0, seed=0):
@@ -51,10 +47,8 @@ def exact_gradients(arguments, cotangent, **options):
     *arrays, mask = arguments
     with jax.enable_x64(True):
         arrays = [jnp.asarray(x, jnp.float64) for x in arrays]
-        loss = lambda q, k, v, r: jnp.sum(
-            cotangent
-            * attention(q, k, v, key_log_scale=r, mask=mask, implementation="reference", **options)
-        )
+        run = lambda q, k, v, r: attention(q, k, v, key_log_scale=r, mask=mask, implementation="reference", **options)
+        loss = lambda *arrays: jnp.sum(cotangent * run(*arrays))
         return [np.asarray(g) for g in jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays)]
 
 
@@ -264,10 +258,8 @@ def test_a_mask_for_the_whole_batch():
 def test_memory_and_work_are_linear(is_causal):
     """Forward and backward, and nowhere near the T x T weights, which would be 64 MiB a head at T = 4096."""
 
-    def gradient(q, k, v, r):
-        return jax.grad(lambda *a: jnp.sum(attention(*a[:3], key_log_scale=a[3], is_causal=is_causal)), (0, 1, 2, 3))(
-            q, k, v, r
-        )
+    loss = lambda q, k, v, r: jnp.sum(attention(q, k, v, key_log_scale=r, is_causal=is_causal))
+    gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
 
     def shapes(length):
         of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -336,9 +328,7 @@ def peer(name):
     elif "relu" in tags:
         # performer-pytorch scales by d^-1/4, google does not; the deterministic kernel has no projection.
         factor = 8**-0.25 if name.startswith("performer") else 1.0
-        features = lambda x, is_query: (
-            jax.nn.relu(x if projection is None else factor * x @ projection.T) + 1e-3
-        )
+        features = lambda x, _: jax.nn.relu(x if projection is None else factor * x @ projection.T) + 1e-3
     else:
         google = name.startswith("gperf")
         offset = config["stab"] if google else 1e-4
