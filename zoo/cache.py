@@ -70,3 +70,13 @@ class S4Cache(NamedTuple):
     """The states of all systems after the last token, in float32: the whole past, whatever its length."""
 
     state: Float[Array, "B D P"]  # real parts of the modes, then imaginary parts
+
+
+class ReformerCache(NamedTuple):
+    """Normalised keys, values and buckets of all tokens so far, in slots 0..length-1 of S."""
+
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N V"]
+    valid: Bool[Array, "B S"]  # False: empty, or a padding token
+    length: Int[Array, ""]
+    buckets: Int[Array, "B R S N"]  # of every round
