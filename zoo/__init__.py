@@ -7,6 +7,7 @@
 
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
+from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.kernelized.performer import PerformerAttention
@@ -30,6 +31,7 @@ __all__ = [
     "LinformerProjection",
     "PerformerAttention",
     "RandomFeature",
+    "ReformerAttention",
     "SoftmaxAttention",
     "Support",
     "TransformerXLAttention",

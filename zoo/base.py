@@ -139,14 +139,15 @@ def check_call(
     return Call(flat_q, flat_kv, mask, extras, batch)
 
 
-def check_extend(layer, inputs, mask) -> None:
-    """Checks the arguments of `extend`: [B, T, D] new tokens and their key padding [B, 1, 1, T]."""
+def check_extend(layer, inputs, mask) -> Bool[Array, "B 1 1 T"] | None:
+    """Checks the arguments of `extend`, [B, T, D] new tokens and their key padding, and returns the mask as [B, 1, 1, T]."""
     owner = type(layer).__name__
     require_extend(layer)
     check_features(owner, "inputs", inputs, layer.in_features)
     if inputs.ndim != 3:
         refuse(owner, "inputs", inputs.shape, "have shape [B, T, D] in extend", "Flatten the batch axes.")
-    check_mask(owner, mask, inputs.shape[:1], 1, 1, inputs.shape[1], pairwise=False)
+    mask = check_mask(owner, mask, inputs.shape[:1], 1, 1, inputs.shape[1], pairwise=False)
+    return None if mask is None else jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))
 
 
 def require_extend(layer) -> None:
@@ -277,6 +278,7 @@ class Attention(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
+        require_extend(self)
         raise NotImplementedError(f"{type(self).__name__} has no init_cache")
 
     def project(self, inputs_q, inputs_kv):
@@ -324,7 +326,7 @@ class Attention(nnx.Module):
             cache: of `init_cache`, or of the call before; not changed.
             mask: key padding of the new tokens; a token masked out is seen by none, now or later.
         """
-        check_extend(self, inputs, mask)
+        mask = check_extend(self, inputs, mask)
         heads, cache = self.attend_cached(*self.project(inputs, inputs), mask, cache)
         return self.out(heads), cache
 

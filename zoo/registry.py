@@ -11,6 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, Shell, check_mask, refuse
+from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
@@ -20,6 +21,7 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 
 LAYERS: dict[str, type[nnx.Module]] = {
     "softmax": SoftmaxAttention,
+    "reformer": ReformerAttention,
     "linformer": LinformerAttention,
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,

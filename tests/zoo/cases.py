@@ -50,6 +50,10 @@ CASES = {
     for case in (
         Case("softmax", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
         Case(
+            "reformer", dict(num_heads=2, num_hashes=2, chunk_size=6), dict(num_heads=4, num_hashes=2, chunk_size=64),
+            extend_equals_call=False,
+        ),
+        Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
         ),
@@ -59,12 +63,6 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
-        Case(
-            "transformer_xl",
-            dict(num_heads=4, segment_length=5, memory_length=7),
-            dict(num_heads=4, segment_length=512, memory_length=512),
-            dead=SOFTMAX_INVARIANT,
-        ),
     )
 }
 

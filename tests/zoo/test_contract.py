@@ -228,6 +228,15 @@ def test_extend_honours_padding(name):
 
 
 @extending_only
+def test_extend_takes_a_mask_that_broadcasts(name):
+    layer = layer_of(name, True)
+    valid = jnp.array([True, False, True])
+    full, _ = layer.extend(inputs(3), layer.init_cache(2, 3), mask=padding(jnp.stack([valid, valid])))
+    y, _ = layer.extend(inputs(3), layer.init_cache(2, 3), mask=valid[None, None, None])
+    np.testing.assert_array_equal(y, full)
+
+
+@extending_only
 def test_extend_in_a_scan(name):
     layer = layer_of(name, True)
     x = inputs(9)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import softmax
 from subquad.kernels.axes import KeyMask
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.base import Attention, Shell, Support, refuse
 
 Sharing = Literal["none", "headwise", "key_value", "layerwise"]
 
@@ -152,6 +152,3 @@ class LinformerAttention(Attention):
                    "Construct the layer with a larger max_length.")
         key, value = self.projection(key, value, mask)
         return softmax.attention(query, key, value, implementation=self.implementation)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
-        require_extend(self)

@@ -10,7 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import convolution, dispatch, ssm
-from subquad.zoo.base import Support, check_call, check_causality, check_extend, check_mask, refuse, require_extend
+from subquad.zoo.base import Support, check_call, check_causality, check_extend, refuse, require_extend
 from subquad.zoo.cache import S4Cache
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.system import Mode, StateSpace, check_system
@@ -156,9 +156,7 @@ class S4(nnx.Module):
             cache: of `init_cache`, or of the call before; not changed.
             mask: key padding of the new tokens; a token masked out counts as 0 and time passes, as in a call.
         """
-        check_extend(self, inputs, mask)
-        mask = check_mask(type(self).__name__, mask, inputs.shape[:1], 1, 1, inputs.shape[1], pairwise=False)
-        inputs = self._prepare(inputs, mask)
+        inputs = self._prepare(inputs, check_extend(self, inputs, mask))
         responses, state = self.system.recur(inputs, cache.state)
         return self._mix(inputs, responses), S4Cache(state)
 
