@@ -19,9 +19,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest known option."""
 
     def __init__(self, **words):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, exit_on_error=False, **words
-        )
+        super().__init__(allow_abbrev=False, exit_on_error=False, **words)
 
     def parse_args(self, arguments=None, namespace=None):
         try:

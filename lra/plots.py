@@ -129,13 +129,11 @@ def _place_labels(axes, renderer, points, names, steps) -> None:
 
 def overlaps(figure) -> list[tuple[str, str]]:
     """Pairs of labels that cover each other."""
-    renderer = figure.canvas.get_renderer()
-    # Without the line to its point, which a label's own extent would include.
-    boxes = [(text.get_text(), _extent(text, renderer)) for text in figure.axes[0].texts]
-    return [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.overlaps(two)]
-
-
-def _extent(text, renderer):
     from matplotlib.text import Text
 
-    return Text.get_window_extent(text, renderer)
+    renderer, boxes = figure.canvas.get_renderer(), []
+    for text in figure.axes[0].texts:
+        text.update_positions(renderer)
+        # As plain text: an annotation's own extent includes the line to its point.
+        boxes.append((text.get_text(), Text.get_window_extent(text, renderer)))
+    return [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.overlaps(two)]

@@ -73,17 +73,19 @@ def append(result: Result, path: str | os.PathLike) -> None:
     path = pathlib.Path(path)
     row = {name: "" if value is None else value for name, value in dataclasses.asdict(result).items()}
     text = _line(row)
+    held = None
     try:
         held = path.read_text() if path.exists() else ""
         if held and held.split("\n", 1)[0].split(",") != FIELDS:
             raise ValueError("other columns")
         if text not in held:
             with path.open("a", newline="") as file:
-                # One write, so that a kill leaves the whole row or none.
                 file.write(text if held else ",".join(FIELDS) + "\n" + text)
                 file.flush()
                 os.fsync(file.fileno())
     except (OSError, ValueError) as error:
+        if held is not None and path.exists() and path.stat().st_size > len(held.encode()):
+            os.truncate(path, len(held.encode()))  # the part of a row that a full disk still took
         raise RunError(
             f"results: file {path} must be writable with the columns of this version, got {line(error)}. "
             f"Move it away or choose another --out; the row was: {text.strip()}"

@@ -12,11 +12,11 @@ from subquad.lra import checkpoints, commands, recipes, results, train
 
 def parse():
     parser = commands.Parser(prog="train", description=__doc__)
-    parser.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipes.RECIPES)}")
-    parser.add_argument("--layer", default="softmax", help="a name in zoo.LAYERS")
+    parser.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipes.RECIPES)}; default: quickstart")
+    parser.add_argument("--layer", default="softmax", help="a name in zoo.LAYERS; default: softmax")
     parser.add_argument("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="of its constructor")
-    parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints")
-    parser.add_argument("--data-dir", default=None, help="folder of data sets; default: that of TFDS")
+    parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
+    parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     commands.add_options(parser, recipes.Run, leave_out=("recipe", "layer", "layer_options"))
     return parser.parse_args()

@@ -1,0 +1,104 @@
+import pytest
+
+from subquad.lra import checkpoints, commands, progress, recipes
+from subquad.lra.data.store import DatasetError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (checkpoints.RunError("out: folder x must be writable."), 1),
+        (DatasetError("data set: folder x must hold a whole data set."), 1),
+        (checkpoints.Interrupted("Stopped at step 3 of 10."), 130),
+        (KeyboardInterrupt(), 130),
+        (ValueError("layer must be a known name,\n got 'x'."), 2),
+        (TypeError("stps must be a value of a run."), 2),
+        (NotImplementedError("S4: no such kernel."), 2),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 1),
+        (MemoryError(), 1),
+    ],
+)
+def test_what_a_user_can_cure_is_one_line_and_an_exit_code(error, code, capsys):
+    def main():
+        raise error
+
+    assert commands.explained("train", main) == code
+    said = capsys.readouterr().err
+    assert said.startswith("train: ") and said.count("\n") == 1
+
+
+def test_other_errors_keep_their_trace():
+    def main():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        commands.explained("train", main)
+
+
+def test_exit_codes_of_main_pass():
+    assert commands.explained("train", lambda: None) == 0
+    assert commands.explained("train", lambda: 1) == 1
+
+
+def parser():
+    made = commands.Parser(prog="train")
+    commands.add_options(made, recipes.Run, leave_out=("layer_options",))
+    return made
+
+
+def test_every_value_of_a_run_is_an_option_with_its_type():
+    words = "--steps 7 --learning-rate 1e-2 --clip-norm none --positions none --dtype bfloat16"
+    given = commands.changes(recipes.Run, parser().parse_args(words.split()))
+    assert given == dict(steps=7, learning_rate=0.01, clip_norm=None, positions=None, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stesp", "7"], "option must be a known one, got '--stesp'. Did you mean '--steps'?"),
+        (["--stesp=7"], "option must be a known one, got '--stesp=7'. Did you mean '--steps'?"),
+        (["--step", "7"], "option must be a known one, got '--step'. Did you mean '--steps'?"),
+        (["--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["--clip-norm", "much"], "--clip-norm: invalid float value: 'much'"),
+        (["--steps"], "--steps: expected one argument"),
+    ],
+)
+def test_a_wrong_option_is_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args(words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"train: {said}") and error.count("\n") == 1
+
+
+def test_layer_options_are_read_as_values():
+    assert commands.assignments(["a=1", "b=0.5", "c=none", "d=None", "e=(1, 2)"]) == dict(
+        a=1, b=0.5, c="none", d=None, e=(1, 2)
+    )
+    with pytest.raises(ValueError, match="layer_options must be written name=value, got 'a'"):
+        commands.assignments(["a"])
+
+
+def test_plain_progress_says_loss_speed_and_time_left(capsys):
+    with progress.Progress("s4", 100) as shown:
+        for step in range(1, 101):
+            shown.update(step, 2.0, 4.0, "validation 30.0 %")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11  # the first, every tenth of the way, the last
+    assert lines[5] == "s4: step 50/100  loss 2.000  4.0 steps/s  0:12 left  validation 30.0 %"
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.Progress("s4", 100) as shown:
+        assert shown._bar is not None
+        shown.update(50, 2.0, 4.0)
+    said = capsys.readouterr().err
+    assert "50/100" in said and "loss 2.000" in said and "4.0 steps/s" in said and "0:12 left" in said
+
+
+def test_quiet_is_quiet(capsys):
+    with progress.Progress("s4", 10, quiet=True) as shown:
+        shown.update(10, 1.0, 1.0)
+        shown.say("nothing")
+    assert capsys.readouterr() == ("", "")

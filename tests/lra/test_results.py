@@ -1,0 +1,184 @@
+import dataclasses
+import errno
+import json
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from subquad.lra import checkpoints, plots, results
+
+NAMES = ("softmax", "blockwise", "local", "strided", "reformer", "linformer", "performer", "transformer_xl", "s4")
+
+
+def row(layer="softmax", accuracy=0.4, seed=0, status="ok", **other):
+    known = dict(
+        status=status, layer=layer, task="listops", config="small", recipe="quickstart", seed=seed, accuracy=accuracy,
+        accuracy_best=accuracy, accuracy_last=accuracy, best_step=100, validation_accuracy_best=0.41,
+        validation_accuracy_last=0.4, train_loss_last=1.5, floor_majority=0.188, floor_root=0.36, selection="best",
+        split="test", parameters=81_546, steps=300, batch_size=32, steps_per_second=12.34, train_seconds=30.0,
+        compile_seconds=5.0, flops_per_step=4_000_000_000, memory_temporary_bytes=90 * 2**20,
+        memory_peak_bytes=100 * 2**20, configuration=json.dumps({"layer": layer, "seed": seed}), data="made up",
+        source='"quoted", and, commas', commit="0123456789abcdef", versions="jax 1", hardware="none",
+        finished_utc="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    return results.Result(**{**known, **other})
+
+
+FAILED = dict(accuracy=None, accuracy_best=None, accuracy_last=None, status="failed: non-finite loss by step 30")
+
+
+def test_rows_come_back_as_they_went(tmp_path):
+    rows = [row(), row("s4", 0.1 + 0.2), row("local", **FAILED, flops_per_step=None)]
+    for one in rows:
+        results.append(one, tmp_path / "table.csv")
+    assert results.read(tmp_path / "table.csv") == rows
+    assert results.read(tmp_path / "nothing.csv") == []
+
+
+def test_the_header_has_every_column_that_a_number_needs(tmp_path):
+    results.append(row(), tmp_path / "table.csv")
+    header = (tmp_path / "table.csv").read_text().splitlines()[0].split(",")
+    assert {
+        "seed", "configuration", "commit", "versions", "hardware", "source", "floor_majority", "floor_root",
+        "selection", "split", "status",
+    } <= set(header)  # fmt: skip
+    for name in header:
+        if any(word in name for word in ("memory", "_seconds", "time")):
+            assert name.endswith(("_bytes", "_seconds"))
+
+
+def test_a_row_is_added_once(tmp_path):
+    for _ in range(2):
+        results.append(row(), tmp_path / "table.csv")
+    assert len(results.read(tmp_path / "table.csv")) == 1
+
+
+def test_a_file_with_other_columns_is_left_alone_and_the_row_is_told(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("mine\n1\n")
+    with pytest.raises(checkpoints.RunError, match="must be writable with the columns.*the row was: ok,softmax"):
+        results.append(row(), path)
+    assert path.read_text() == "mine\n1\n"
+    with pytest.raises(checkpoints.RunError, match="must have the columns of this version"):
+        results.read(path)
+
+
+def test_a_full_disk_tells_the_row_and_leaves_the_others(monkeypatch, tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    results.append(row(), tmp_path / "table.csv")
+    before = (tmp_path / "table.csv").read_bytes()
+    monkeypatch.setattr(results.os, "fsync", full)
+    with pytest.raises(checkpoints.RunError, match="No space left on device.*the row was: ok,s4"):
+        results.append(row("s4"), tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_bytes() == before
+
+
+def test_the_table_has_what_the_quickstart_promises():
+    lines = results.markdown([row(), row("s4", 0.45)]).splitlines()
+    assert lines[0] == (
+        "| layer | test accuracy | majority floor | root floor | parameters | steps/s | peak memory | FLOPs/step |"
+    )
+    assert lines[2] == "| s4 | 45.0 % | 18.8 % | 36.0 % | 81,546 | 12 | 100.0 MiB | 4.00 G |"  # the best is first
+    assert lines[3].startswith("| softmax | 40.0 % |")
+    assert results.markdown([]) == ""
+
+
+def test_failures_are_rows_and_not_blanks():
+    assert "| local | failed: non-finite loss by step 30 |" in results.markdown([row(), row("local", **FAILED)])
+
+
+def test_seeds_become_a_mean_with_its_spread():
+    rows = [row(accuracy=0.30), row(accuracy=0.32, seed=1), row(accuracy=0.34, seed=2), row("s4", 0.2)]
+    table = results.markdown(rows)
+    assert "| softmax | 32.0 % ± 2.0 (3 seeds) |" in table and "| s4 | 20.0 % |" in table
+    assert "seeds 0, 1, 2" in table
+    mixed = results.markdown([row(accuracy=0.3), row(seed=1, **FAILED)])
+    assert "| softmax | 30.0 %, 1 failed |" in mixed
+
+
+def test_of_two_rows_of_one_run_the_later_counts():
+    assert "| softmax | 50.0 % |" in results.markdown([row(accuracy=0.3), row(accuracy=0.5)])
+
+
+def test_a_run_that_never_started_is_a_row():
+    from subquad.lra import recipes, tasks
+
+    run = recipes.plan("quickstart", "softmax", config="tiny")
+    made = results.failure(run, tasks.find("listops", "tiny"), "no memory")
+    assert made.status == "failed: no memory" and made.accuracy is None
+    assert "| softmax | failed: no memory |" in results.markdown([made])
+
+
+def test_the_environment_names_commit_versions_and_hardware():
+    found = results.environment()
+    assert len(found["commit"].removesuffix("+changes")) == 40 or found["commit"] == "unknown"
+    assert {part.split()[0] for part in found["versions"].split(", ")} >= {"python", "jax", "flax", "optax"}
+    assert "core" in found["hardware"] or " x " in found["hardware"]
+
+
+def test_without_rich_the_table_is_markdown(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    results.show([row()])
+    assert "| softmax | 40.0 % |" in capsys.readouterr().out
+
+
+def test_with_rich_every_cell_is_shown_whole_in_a_pipe(capsys):
+    results.show([row(), row("transformer_xl", **FAILED)])
+    shown = capsys.readouterr().out
+    for text in ("transformer_xl", "failed: non-finite loss by step 30", "100.0 MiB", "81,546", "FLOPs/step"):
+        assert text in shown
+
+
+def test_the_pareto_front_by_hand():
+    points = [(3, 0.5), (1, 0.2), (2, 0.2), (2, 0.4), (4, 0.45), (5, 0.6)]
+    assert plots.front(points) == [1, 3, 0, 5]
+    assert plots.front([]) == [] and plots.front([(1, 1.0)]) == [0]
+    assert plots.front([(1, 0.5), (1, 0.6)]) == [1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_never_cover_each_other(seed):
+    draw = np.random.default_rng(seed)
+    near = 0.02 if seed % 2 else 1.0  # crowded and spread
+    rows = [
+        row(name, 0.3 + 0.1 * near * draw.random(), flops_per_step=int(4e9 * (1 + near * draw.random())))
+        for name in NAMES
+    ]
+    figure = plots.accuracy_against_cost(rows)
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == sorted(NAMES)
+    assert plots.overlaps(figure) == []
+
+
+def test_labels_that_do_cover_each_other_are_found():
+    figure = plots.accuracy_against_cost([row(), row("s4", 0.2, flops_per_step=10**10)])
+    assert plots.overlaps(figure) == []
+    figure.axes[0].annotate("again", figure.axes[0].texts[0].xy, xytext=(9, 0), textcoords="offset points")
+    assert len(plots.overlaps(figure)) == 1
+
+
+def test_the_plot_is_a_png_with_front_floors_and_failures(tmp_path):
+    rows = [row(), row("s4", 0.5, flops_per_step=9 * 10**9), row("local", **FAILED)]
+    figure = plots.accuracy_against_cost(rows, tmp_path / "plot.png")
+    assert matplotlib.image.imread(tmp_path / "plot.png").shape[:2] == (750, 1200)
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log" and "failed: local" in axes.get_title(loc="left")
+    labels = [line.get_label() for line in axes.lines]
+    assert "majority floor, 18.8 %" in labels and "root operator floor, 36.0 %" in labels
+    steps = next(line for line in axes.lines if line.get_label() == "Pareto front")
+    assert list(steps.get_xdata()) == [4e9, 9e9] and list(steps.get_ydata()) == [40.0, 50.0]
+
+
+@pytest.mark.parametrize("rows", [[], [row("local", **FAILED)]], ids=["nothing", "failures only"])
+def test_a_plot_of_nothing_is_still_a_file(rows, tmp_path):
+    plots.accuracy_against_cost(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_results_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row().accuracy = 1.0

@@ -1,0 +1,211 @@
+import csv
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from subquad.lra import recipes, results
+from subquad.lra.data import store
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = ("--config", "tiny", "--steps", "20", "--layers", "softmax", "performer")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    store.prepare("lra_listops/tiny", folder)
+    return folder
+
+
+def command(name, *words):
+    return [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, words)]
+
+
+def run(name, *words, **options):
+    return subprocess.run(command(name, *words), capture_output=True, text=True, timeout=500, **options)
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    words = (*TINY, "--seed", 3, "--out", folder / "out", "--data-dir", data)
+    return run("quickstart", *words, cwd=folder), folder / "out"
+
+
+def test_it_ends_with_the_table_and_three_files(done):
+    finished, out = done
+    assert finished.returncode == 0, finished.stderr
+    heading = "test accuracy, majority floor, root floor, parameters, steps/s, peak memory, FLOPs/step".split(", ")
+    assert all(word in finished.stdout for word in heading)
+    rows = results.read(out / "quickstart.csv")
+    assert [(row.layer, row.status, row.seed, row.steps, row.config) for row in rows] == [
+        ("softmax", "ok", 3, 20, "tiny"), ("performer", "ok", 3, 20, "tiny")
+    ]  # fmt: skip
+    assert (out / "quickstart.md").read_text() == results.markdown(rows)
+    assert (out / "quickstart.png").read_bytes()[1:4] == b"PNG"
+    assert max(row.parameters for row in rows) <= 1.1 * min(row.parameters for row in rows)
+    for row in rows:
+        assert f"{100 * row.accuracy:.1f} %" in finished.stdout
+
+
+def test_it_shows_loss_speed_and_time_left(done):
+    line = r"softmax: step 20/20  loss \d+\.\d+  \d+\.\d steps/s  0:00 left  validation \d+\.\d %"
+    assert re.search(line, done[0].stderr)
+
+
+def test_a_second_call_keeps_what_is_finished(done, data):
+    out = done[1]
+    before = (out / "quickstart.csv").read_bytes()
+    began = time.monotonic()
+    again = run("quickstart", *TINY, "--seed", 3, "--out", out, "--data-dir", data)
+    assert again.returncode == 0 and "softmax: finished before, kept" in again.stderr
+    assert "step 20/20" not in again.stderr and time.monotonic() - began < 120
+    assert (out / "quickstart.csv").read_bytes() == before
+
+
+def test_the_csv_is_plain(done):
+    with (done[1] / "quickstart.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == results.FIELDS and all(None not in row and None not in row.values() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--layers", "sofmax"), 2, "layer must be a known name, got 'sofmax'. Did you mean 'softmax'?"),
+        (("--task", "listop"), 2, "task must be a known name, got 'listop'. Did you mean 'listops'?"),
+        (("--config", "smal"), 2, "config must be a configuration of listops, got 'smal'. Did you mean 'small'?"),
+        (("--stesp", "3"), 2, "option must be a known one, got '--stesp'. Did you mean '--steps'?"),
+        (("--steps", "0"), 2, "steps must be > 0, got 0."),
+        (("--layers", "softmax", "--out", "/proc/subquad/out"), 1, "out: folder /proc/subquad/out must be writable"),
+    ],
+)
+def test_wrong_words_are_one_line(words, code, said):
+    finished = run("quickstart", *words)
+    assert finished.returncode == code
+    assert finished.stderr.startswith(f"quickstart: {said}") and finished.stderr.count("\n") == 1
+    assert finished.stdout == ""
+
+
+def test_a_read_only_folder_is_told(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    finished = run("quickstart", *TINY, "--out", tmp_path / "out")
+    assert finished.returncode == 1 and finished.stderr.startswith("quickstart: out: folder")
+
+
+def test_a_damaged_data_set_is_told(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    shard = next((tmp_path / "data").rglob("*train.array_record*"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    finished = run("quickstart", *TINY, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(f"quickstart: data set: folder {shard.parent} must hold a whole data set")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_one_layers_fault_is_a_row_and_the_others_still_run(data, tmp_path):
+    code = (
+        "import runpy, sys\n"
+        "from subquad.lra import train\n"
+        "trained = train.train\n"
+        "def faulty(run, **words):\n"
+        "    if run.layer == 'performer':\n"
+        "        raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.')\n"
+        "    return trained(run, **words)\n"
+        "train.train = faulty\n"
+        f"sys.argv[0] = {str(ROOT / 'scripts' / 'quickstart.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    words = [*TINY, "--out", tmp_path, "--data-dir", data]
+    finished = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert finished.returncode == 1, finished.stderr
+    status = {row.layer: row.status for row in results.read(tmp_path / "quickstart.csv")}
+    assert status["softmax"] == "ok" and status["performer"].startswith("failed: memory must hold the training step")
+    assert "| performer | failed: memory" in (tmp_path / "quickstart.md").read_text()
+
+
+def interrupted(name, out, *words, at="step 20/"):
+    """The command, stopped by Ctrl-C when its progress says `at`."""
+    process = subprocess.Popen(command(name, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = ""
+    for line in process.stderr:
+        said += line
+        if at in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate(timeout=300)[1]
+    return process.returncode, said + rest
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
+    words = ["--config", "tiny", "--steps", "200", "--seed", "1", "--data-dir", str(data), "--dropout-rate", "0.1"]
+    code, said = interrupted("train", tmp_path, *words, "--out", tmp_path / "stopped")
+    assert code == 130, said
+    last = said.strip().splitlines()[-1]
+    step = int(re.match(r"train: Stopped at step (\d+) of 200; saved in .*\. Go on with --resume\.$", last)[1])
+    assert 20 <= step < 200 and "Traceback" not in said
+    for out, resume in (("stopped", ["--resume"]), ("whole", [])):
+        finished = run("train", *words, "--out", tmp_path / out, *resume)
+        assert finished.returncode == 0, finished.stderr
+    (one,), (other,) = (results.read(tmp_path / out / "results.csv") for out in ("stopped", "whole"))
+    same = ("accuracy_best", "accuracy_last", "best_step", "validation_accuracy_best", "train_loss_last")
+    assert [getattr(one, name) for name in same] == [getattr(other, name) for name in same]
+    losses = [next((tmp_path / out / "runs").rglob("history.csv")).read_bytes() for out in ("stopped", "whole")]
+    assert losses[0] == losses[1]
+
+
+def test_a_stopped_quickstart_goes_on_by_the_same_command(data, tmp_path):
+    words = ["--config", "tiny", "--steps", "200", "--layers", "softmax", "--out", tmp_path, "--data-dir", data]
+    code, said = interrupted("quickstart", tmp_path, *words)
+    assert code == 130 and said.strip().endswith("The same command goes on from there.")
+    finished = run("quickstart", *words)
+    assert finished.returncode == 0 and "step 20/200" not in finished.stderr
+    assert results.read(tmp_path / "quickstart.csv")[0].status == "ok"
+
+
+def test_train_prints_the_resolved_configuration_and_takes_every_value(data, tmp_path):
+    words = "--layer performer --layer-options num_features=8 --steps 10 --batch-size 8 --accumulate 2 --dtype bfloat16"
+    finished = run("train", *words.split(), "--config", "tiny", "--out", tmp_path, "--data-dir", data)
+    assert finished.returncode == 0, finished.stderr
+    assert '"num_features": 8' in finished.stderr.splitlines()[0]
+    (row,) = results.read(tmp_path / "results.csv")
+    expected = recipes.plan(
+        "quickstart", "performer", layer_options=dict(num_features=8), steps=10, batch_size=8, accumulate=2,
+        dtype="bfloat16", config="tiny",
+    )  # fmt: skip
+    assert expected.id in [path.name for path in (tmp_path / "runs").iterdir()] and row.status == "ok"
+
+
+def test_the_shell_command_needs_a_python_and_says_so(tmp_path):
+    """On a machine whose only Python is too old, or that has none."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": "/nonexistent/python"}
+    finished = subprocess.run([tmp_path / "scripts" / "quickstart"], capture_output=True, text=True, env=environment)
+    assert finished.returncode != 0
+    assert "needs Python 3.11 or newer" in finished.stderr and finished.stderr.count("\n") == 1
+
+
+def test_the_shell_command_passes_options_and_the_callers_folder(tmp_path):
+    """With an installed .venv it installs nothing: the second call is quick and quiet."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    stamp = subprocess.run(["cksum"], stdin=(tmp_path / "pyproject.toml").open(), capture_output=True, text=True).stdout
+    (tmp_path / ".venv" / f".installed-lra-{stamp.strip().replace(' ', '')}").touch()
+    (tmp_path / "scripts" / "quickstart.py").write_text("import os, sys; print(os.getcwd(), *sys.argv[1:])")
+    (tmp_path / "elsewhere").mkdir()
+    words = [tmp_path / "scripts" / "quickstart", "--out", "here dir"]
+    finished = subprocess.run(words, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    assert finished.stdout == f"{tmp_path / 'elsewhere'} --out here dir\n", finished.stderr
+    assert finished.stderr == ""
