@@ -3,6 +3,8 @@
 Complex numbers are kept as planes of real and imaginary parts wherever there are many of them.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -11,9 +13,10 @@ from subquad.kernels.convolution.xla import divisor, fast_length
 
 HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
 
-# Fewer roots of unity than this make a short window of a slow decay: C~ is then a small difference of large numbers, and
-# the resolvent blows it up again.
-MIN_ROOTS = 256
+# The generating function is evaluated on a circle inside the unit circle, whose taps decay by exp(-DAMPING) over the window
+# on top of their own decay. On the unit circle itself a slow or hardly damped mode makes C (I - A_bar^n) small and the
+# resolvent large; here both stay moderate, and undoing the decay costs a factor e of rounding at most.
+DAMPING = 1.0
 # Bytes of one [D, P, chunk] plane of the Cauchy sum, and of one group's powers of A_bar.
 CHUNK_BYTES = 1 << 20
 POWER_BYTES = 4 << 20
@@ -64,10 +67,11 @@ def diagonal_recurrence(inputs, log_decay, input_matrix, output_matrix, state):
 def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length):
     outputs = output_matrix.shape[:-2]
     output_matrix = output_matrix.reshape(-1, *diagonal.shape)
-    size = fast_length(max(length, MIN_ROOTS))
-    truncated = output_matrix - _output_power(diagonal, low_rank, output_matrix, step, size)
-    kernel = _generate(diagonal, low_rank, input_matrix, truncated, step, size)[..., :length]
-    return kernel.reshape(*outputs, *kernel.shape[1:])
+    size = fast_length(length)
+    truncated = output_matrix - math.exp(-DAMPING) * _output_power(diagonal, low_rank, output_matrix, step, size)
+    damped = _generate(diagonal, low_rank, input_matrix, truncated, step, size)[..., :length]
+    kernel = damped * jnp.exp(DAMPING / size * jnp.arange(length))
+    return kernel.reshape(*outputs, *kernel.shape[1:]).astype(damped.dtype)
 
 
 def _output_power(diagonal, low_rank, output_matrix, step, exponent):
@@ -127,53 +131,58 @@ def _inner(first, second):
 
 
 def _generate(diagonal, low_rank, input_matrix, output_matrix, step, size):
-    """The inverse FFT of the generating function at the roots w = exp(-2 pi i k / size), k <= size / 2 (size is even).
+    """The inverse FFT of the generating function at r exp(-2 pi i k / size), k <= size / 2, with r^size = exp(-DAMPING).
 
-    With phi = pi k / size, 1 - w = 2i exp(-i phi) sin(phi) and 1 + w = 2 exp(-i phi) cos(phi), so
+    Its taps are r^l K_l. With z = 2 (1 - w) / (1 + w), which has a real part >= 0 and no pole for r < 1, it is
 
-        (2 (1 - w) - (1 + w) step A)^-1 = exp(i phi) (4i sin(phi) - 2 cos(phi) step A)^-1
-
-    in which nothing is infinite and no digits cancel near w = 1.
+        K^ = (1 + z / 2) (C, (z - step A)^-1 step B)
     """
     outputs, rank = output_matrix.shape[0], low_rank.shape[0]
     features, pairs = diagonal.shape
+    scaled = step[:, None] * diagonal
     lefts = jnp.concatenate([output_matrix, low_rank.conj()])
     rights = jnp.concatenate([input_matrix[None], low_rank])
-    # A pair of modes gives v / den + conj(v) / den': one fraction with numerator 2 (cos(phi) mixed + 4i sin(phi) Re v).
-    real, imag = -2 * step[:, None] * diagonal.real, -2 * step[:, None] * diagonal.imag
+    # A pair of modes gives v / (z - a) + conj(v) / (z - conj(a)), one fraction with numerator 2 (Re(v) z - Re(v conj(a))).
     products = rearrange(lefts[:, None] * rights[None], "i j d p -> d i j p")
-    mixed = products.real * real[:, None, None] + products.imag * imag[:, None, None]
-    numerators = rearrange([mixed, products.real], "n d i j p -> d (n i j) p")
+    mixed = -products.real * scaled.real[:, None, None] - products.imag * scaled.imag[:, None, None]
+    numerators = rearrange([products.real, mixed], "n d i j p -> d (n i j) p")
 
     @jax.checkpoint  # else the backward keeps every chunk of the Cauchy matrix
     def chunk(nodes):
-        sine, cosine = nodes
-        decay, turn, spin = cosine * real[..., None], cosine * imag[..., None], 4 * sine
-        # The denominator den den', with the difference of squares as a product: it is small at resonance.
-        top, bottom = (turn - spin) * (turn + spin) + decay**2, 2 * spin * decay
+        real, imag = nodes
+        # (z - a) (z - conj(a)), with a difference of squares as a product: it is small at resonance.
+        decay, turn = real - scaled.real[..., None], scaled.imag[..., None]
+        top, bottom = decay**2 + (turn - imag) * (turn + imag), 2 * imag * decay
         inverse = 1 / (top**2 + bottom**2)
         cauchy = jnp.concatenate([top * inverse, -bottom * inverse], axis=-1)
         sums = jnp.einsum("dvp,dpl->vdl", numerators, cauchy, precision=HIGHEST)
-        (mixed_re, plain_re), (mixed_im, plain_im) = (
-            rearrange(half, "(n v) d l -> n v d l", n=2) for half in jnp.split(sums, 2, axis=-1)
-        )
-        table = 2 * jax.lax.complex(cosine * mixed_re - spin * plain_im, cosine * mixed_im + spin * plain_re)
-        table = rearrange(table, "(i j) d l -> i j d l", i=outputs + rank)
+        plain, mixed = rearrange(jax.lax.complex(*jnp.split(sums, 2, axis=-1)), "(n v) d l -> n v d l", n=2)
+        nodes = jax.lax.complex(real, imag)
+        table = rearrange(2 * step[:, None] * (nodes * plain + mixed), "(i j) d l -> i j d l", i=outputs + rank)
         # Woodbury, one column of the low rank at a time. The pivots have real parts >= 1.
-        weight = 2 * step[:, None] * cosine
         for r in range(rank):
             column, row = table[:, 1 + r, None], table[None, outputs + r]
-            table = table - column * row * (weight / (1 + weight * table[outputs + r, 1 + r]))
-        return 2 * step[:, None] * table[:outputs, 0] * jax.lax.complex(cosine, sine)
+            table = table - column * row / (1 + table[outputs + r, 1 + r])
+        return (1 + nodes / 2) * table[:outputs, 0]
 
     roots = size // 2 + 1
     width = max(16, min(roots, CHUNK_BYTES // (4 * features * pairs)))
     index = rearrange(jnp.arange(-(-roots // width) * width), "(n l) -> n l", l=width)
-    index = jnp.minimum(index, roots - 1)
-    dtype = real.dtype
-    nodes = jnp.sin(jnp.pi / size * index.astype(dtype)), jnp.sin(jnp.pi / (2 * size) * (size - 2 * index).astype(dtype))
+    nodes = _nodes(jnp.minimum(index, roots - 1), size, scaled.real.dtype)
     spectrum = rearrange(jax.lax.map(chunk, nodes), "n k d l -> k d (n l)")[..., :roots]
     return jnp.fft.irfft(spectrum, size)
+
+
+def _nodes(index, size, dtype):
+    """Real and imaginary parts of z = 2 (1 - w) / (1 + w) = 2 tanh(damping / 2 + i angle), angle = pi index / size.
+
+    Sine and cosine are both taken as sines of the distance to their zero, so no digits cancel at w = 1 and w = -1.
+    """
+    damping = DAMPING / size
+    sine = jnp.sin(jnp.pi / size * index.astype(dtype))
+    cosine = jnp.sin(jnp.pi / (2 * size) * (size - 2 * index).astype(dtype))
+    scale = math.sinh(damping / 2) ** 2 + cosine**2
+    return math.sinh(damping) / scale, 2 * sine * cosine / scale
 
 
 def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):
