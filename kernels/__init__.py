@@ -1,0 +1,8 @@
+"""Array functions, one folder per operation: `softmax.attention`, `lsh.attention`, `convolution.convolve`, ...
+
+Each operation's public functions state their formula, and take `implementation`: see `dispatch`.
+"""
+
+from subquad.kernels import block_sparse, convolution, dispatch, linear, lsh, relative, softmax, ssm
+
+__all__ = ["block_sparse", "convolution", "dispatch", "linear", "lsh", "relative", "softmax", "ssm"]

@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.nn.linear import default_kernel_init
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch
@@ -226,7 +225,7 @@ class Attention(nnx.Module):
         param_dtype: Any = jnp.float32,
         precision: Any = None,
         kernel_init: nnx.Initializer = default_kernel_init,
-        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        bias_init: nnx.Initializer = default_bias_init,
         implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
     ):

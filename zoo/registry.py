@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
@@ -17,7 +16,6 @@ from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.s4 import S4
-from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 
 LAYERS: dict[str, type[nnx.Module]] = {
     "softmax": SoftmaxAttention,
@@ -26,7 +24,6 @@ LAYERS: dict[str, type[nnx.Module]] = {
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
-    "transformer_xl": TransformerXLAttention,
 }
 
 
