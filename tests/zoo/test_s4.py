@@ -130,8 +130,8 @@ def test_features_share_systems_in_turn():
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(mode="diagonal"), dict(mode="diagonal", init="lin"), dict(mode="diagonal", init="inv", discretization="bilinear"),
-    dict(num_ssm=1, glu=False),
+    dict(), dict(num_ssm=1, glu=False), dict(mode="diagonal"), dict(mode="diagonal", init="lin"),
+    dict(mode="diagonal", init="inv", discretization="bilinear"),
 ], ids=str)
 def test_convolution_equals_recurrence(options):
     layer = S4(4, is_causal=True, **options, rngs=nnx.Rngs(0))
