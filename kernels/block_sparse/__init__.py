@@ -59,6 +59,7 @@ def attention(
         >>> x = jnp.ones((1, 100, 4, 16))
         >>> attention(x, x, x, np.array([[[0, 1], [1, -1]]]), block_size=64).shape
         (1, 100, 4, 16)
+
     Source: the lists are those of Qiu et al., Blockwise Self-Attention, 2019, arXiv 1911.02972, and Zaheer et al., Big
         Bird, 2020, arXiv 2007.14062; the online softmax of Milakov and Gimelshein, 2018, arXiv 1805.02867.
     """
@@ -98,8 +99,7 @@ def check_blocks(blocks, heads: int, query_blocks: int, key_blocks: int) -> None
         )
     if blocks.min() < -1 or blocks.max() >= key_blocks:
         raise ValueError(
-            f"{OWNER}: blocks must lie in -1 .. {key_blocks - 1}, got {blocks.min()} .. {blocks.max()}. "
-            "-1 stands for no entry."
+            f"{OWNER}: blocks must lie in -1 .. {key_blocks - 1}, got {blocks.min()} .. {blocks.max()}. -1 stands for no entry."
         )
     ordered = np.sort(blocks, axis=2)
     if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():

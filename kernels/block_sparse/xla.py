@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 
 from subquad.kernels.softmax import online
-from subquad.kernels.softmax.xla import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES, balance, pad, put
+from subquad.kernels.softmax.xla import balance, pad, tile_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,8 @@ def plan_of(blocks, block_size: int, rows: int, heads: int, queries: int, keys: 
     Args:
         rows: batch times heads.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    area = (CPU_TILE_BYTES if on_cpu else ACCELERATOR_TILE_BYTES) // (4 * rows)
-    tile = balance(block_size, max(32, min(256 if on_cpu else 1024, int(area**0.5))))
+    area = tile_bytes() // (4 * rows)
+    tile = balance(block_size, max(32, min(256 if jax.default_backend() == "cpu" else 1024, int(area**0.5))))
     parts = -(-block_size // tile)
     starts = np.arange(parts) * tile
     first = (np.arange(-(-keys // block_size))[:, None] * block_size + starts).ravel()  # position of each key tile
@@ -63,9 +62,7 @@ def plan_of(blocks, block_size: int, rows: int, heads: int, queries: int, keys: 
     work = np.broadcast_to(lists[used], (used.sum(), heads, group)).astype(np.int32)
     steps = np.nonzero(used)[0].astype(np.int32)
     holes = bool((work < 0).any())
-    return Plan(
-        block_size, tile, parts, group, groups, steps.tobytes(), work.tobytes(), holes, bool(is_causal), scale
-    )
+    return Plan(block_size, tile, parts, group, groups, steps.tobytes(), work.tobytes(), holes, bool(is_causal), scale)
 
 
 def cut(plan: Plan, array, groups: int | None = None):
@@ -151,7 +148,7 @@ def sparse(plan: Plan, query, key, value, mask):
             return jnp.einsum("ngbts,ngbsv->ngbtv", weights, value_tiles[at], preferred_element_type=logits.dtype)
 
         state = online.update(jax.tree.map(lambda groups: groups[group], states), logits, weigh)
-        return jax.tree.map(lambda groups, one: put(groups, one, group), states, state)
+        return jax.tree.map(lambda groups, one: jax.lax.dynamic_update_index_in_dim(groups, one, group, 0), states, state)
 
     precise = jnp.promote_types(query.dtype, jnp.float32)
     states = sweep(plan, heads, step, online.start(query_tiles.shape[:-1], value.shape[-1], precise))
@@ -183,7 +180,7 @@ def sparse_backward(plan, residuals, gradients):
         weights = jnp.exp(logits_of(plan, visible, own_query, own_key, group, tiles) - lse[group][..., None])
         grad_logits = weights * (dot("ngbtv,ngbsv->ngbts", own_grad, value_tiles[at]) - shift[group][..., None])
         grad_logits = (grad_logits * plan.scale).astype(query.dtype)
-        grad_query = put(grad_query, grad_query[group] + dot("ngbts,ngbsh->ngbth", grad_logits, own_key), group)
+        grad_query = grad_query.at[group].add(dot("ngbts,ngbsh->ngbth", grad_logits, own_key))
         grad_key = grad_key.at[at].add(dot("ngbts,ngbth->ngbsh", grad_logits, own_query))
         weights = weights.astype(value.dtype)
         grad_value = grad_value.at[at].add(dot("ngbts,ngbtv->ngbsv", weights, own_grad))

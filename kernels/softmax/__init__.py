@@ -73,6 +73,7 @@ def attention(
         >>> out, lse = attention(x, x, x, is_causal=True, window_size=32, return_lse=True)
         >>> out.shape, lse.shape
         ((2, 300, 4, 16), (2, 300, 4))
+
     Source: Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762; the online softmax of Milakov and
         Gimelshein, 2018, arXiv 1805.02867; the recomputing backward pass of Dao et al., FlashAttention, 2022,
         arXiv 2205.14135.
@@ -150,8 +151,10 @@ def check_heads(owner: str, query, key, value) -> None:
             f"got {key.shape}. Project it to the query's features."
         )
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"{owner}: value must have shape [B, S, K, V] = {(*key.shape[:3], 'V')}, got {value.shape}. "
-                         "Give it the key's length and heads.")
+        raise ValueError(
+            f"{owner}: value must have shape [B, S, K, V] = {(*key.shape[:3], 'V')}, got {value.shape}. "
+            "Give it the key's length and heads."
+        )
 
 
 def check_square(name: str, array, full: tuple[int, ...]) -> None:
@@ -201,7 +204,5 @@ def scale_of(owner: str, scale, features: int) -> float:
     if scale is None:
         return 1 / math.sqrt(features)
     if not isinstance(scale, numbers.Real):
-        raise TypeError(
-            f"{owner}: scale must be a number, got {type(scale).__name__}. Multiply the query by a learned scale."
-        )
+        raise TypeError(f"{owner}: scale must be a number, got {type(scale).__name__}. Multiply the query by a learned scale.")
     return float(scale)

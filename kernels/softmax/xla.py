@@ -1,8 +1,8 @@
 """Tiled softmax attention: memory O(T), a fixed number of steps, a backward pass that recomputes the weights.
 
-One loop runs over the pairs (query tile, key tile) that hold at least one visible pair of positions. The list is built
-in NumPy where the positions are known while tracing, so that a causal or windowed call visits only its own tiles and
-its number of steps is a constant of the program.
+One loop runs over the triples (part of the batch, query tile, key tile) that hold at least one visible pair of
+positions. The list is built in NumPy where the positions are known while tracing, so that a causal or windowed call
+visits only its own tiles and its number of steps is a constant of the program.
 """
 
 import dataclasses
@@ -25,9 +25,10 @@ CPU_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 22, 1 << 26
 class Plan:
     """Everything static about a call."""
 
+    parts: int  # of the batch
     tiles: tuple[int, int]  # positions per query tile and per key tile
     counts: tuple[int, int]  # query tiles and key tiles
-    pairs: bytes  # int32 [2, P]: the query tile and the key tile of each step
+    steps: bytes  # int32 [3, P]: the part, the query tile and the key tile of each step
     band: tuple[int | None, int | None] | None  # visible: query - left <= key <= query + right; None: no test needed
     scale: float
 
@@ -43,26 +44,39 @@ class Visible(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The arguments cut into tiles: i and j count query tiles and key tiles of t and s positions."""
+    """The arguments cut into tiles: i and j count query tiles and key tiles of t and s positions, p parts of b samples.
 
-    query: jax.Array  # [i, B, K, G, t, H]
-    key: jax.Array  # [j, B, K, s, H]
-    value: jax.Array  # [j, B, K, s, V]
-    bias: jax.Array | None  # [B|1, K|1, G|1, T|1, S|1]
-    visible: Visible  # [i, B|1, t], [j, B|1, s]; the mask as the bias
-    real: jax.Array | None  # [j, 1, s]: False past the end of the keys
+    An axis p of 1 stands for all parts, an axis b of 1 for all samples.
+    """
+
+    query: jax.Array  # [p, i, b, K, G, t, H]
+    key: jax.Array  # [p, j, b, K, s, H]
+    value: jax.Array  # [p, j, b, K, s, V]
+    bias: jax.Array | None  # [p|1, b|1, K|1, G|1, T|1, S|1]
+    visible: Visible  # [p|1, i, b|1, t] and [p|1, j, b|1, s]; the mask as the bias
+    real: jax.Array | None  # [1, j, 1, s]: False past the end of the keys
+
+
+def batch_parts(batch: int, heads: int, queries: int, keys: int) -> int:
+    """How many parts the batch is cut into, so that a tile of a part is neither too large nor made of tiny matrices."""
+    least = 128 if jax.default_backend() == "cpu" else 512
+    room = max(1, tile_bytes() // (4 * heads * min(queries, least) * min(keys, least)))
+    return next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= room)
+
+
+def tile_bytes() -> int:
+    return CPU_TILE_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_TILE_BYTES
 
 
 def tile_sizes(rows: int, queries: int, keys: int, reach: int | None) -> tuple[int, int]:
     """Positions per query tile and per key tile.
 
     Args:
-        rows: batch times heads.
+        rows: samples in a part of the batch, times heads.
         reach: keys that one query can see at most, where that is known.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    area = (CPU_TILE_BYTES if on_cpu else ACCELERATOR_TILE_BYTES) // (4 * rows)
-    most = 256 if on_cpu else 1024
+    area = tile_bytes() // (4 * rows)
+    most = 256 if jax.default_backend() == "cpu" else 1024
     if reach is not None:
         most = max(64, min(most, power(reach) // 2))
     query_tile = balance(queries, max(32, min(most, power(int(area**0.5)))))
@@ -81,12 +95,12 @@ def balance(length: int, tile: int) -> int:
     return -(-length // -(-length // tile))
 
 
-def visible_pairs(query_positions, key_positions, tiles, counts, band) -> np.ndarray:
-    """int32 [2, P]: the pairs of tiles between which something may be visible, by query tile and then key tile.
+def visible_steps(parts: int, tiles, counts, band, query_positions, key_positions) -> np.ndarray:
+    """int32 [3, P]: the steps (part, query tile, key tile) in which something may be visible, in this order.
 
-    All pairs unless both positions are NumPy arrays.
+    All of them unless both positions are NumPy arrays.
     """
-    seen = np.ones(counts, bool)
+    seen = np.ones((parts, *counts), bool)
     if isinstance(query_positions, np.ndarray) and isinstance(key_positions, np.ndarray):
         (first_query, last_query), (first_key, last_key) = (
             extremes(positions, tile, count)
@@ -120,18 +134,25 @@ def cut(plan: Plan, query, key, value, bias, visible: Visible) -> Tiles:
     groups = query.shape[2] // kv_heads
     (query_tile, key_tile), (query_count, key_count) = plan.tiles, plan.counts
 
-    def rows(array, tile, count):  # [B|1, T] -> [i, B|1, t]
-        return None if array is None else rearrange(pad(array, 1, tile * count), "b (i t) -> i b t", i=count)
+    def share(array):  # parts that an axis of samples is cut into
+        return 1 if array.shape[0] == 1 else plan.parts
 
-    def square(array):  # [B|1, N|1, T|1, S|1] -> [B|1, K|1, G|1, T|1, S|1], padded to whole tiles
+    def rows(array, tile, count):
+        if array is None:
+            return None
+        return rearrange(pad(array, 1, tile * count), "(p b) (i t) -> p i b t", i=count, p=share(array))
+
+    def square(array):
         if array is None:
             return None
         for axis, tile, count in ((2, query_tile, query_count), (3, key_tile, key_count)):
             array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
-        return rearrange(array, "b (k g) t s -> b k g t s", g=1 if array.shape[1] == 1 else groups)
+        g = 1 if array.shape[1] == 1 else groups
+        return rearrange(array, "(p b) (k g) t s -> p b k g t s", g=g, p=share(array))
 
     key, value = (
-        rearrange(pad(x, 1, key_tile * key_count), "b (j s) k h -> j b k s h", j=key_count) for x in (key, value)
+        rearrange(pad(x, 1, key_tile * key_count), "(p b) (j s) k h -> p j b k s h", j=key_count, p=plan.parts)
+        for x in (key, value)
     )
     seen = Visible(
         rows(visible.query_positions, query_tile, query_count),
@@ -141,74 +162,82 @@ def cut(plan: Plan, query, key, value, bias, visible: Visible) -> Tiles:
         square(visible.mask),
     )
     whole = keys == key_tile * key_count
-    real = None if whole else jnp.asarray(np.arange(key_tile * key_count).reshape(key_count, 1, key_tile) < keys)
+    real = None if whole else jnp.asarray(np.arange(key_tile * key_count).reshape(1, key_count, 1, key_tile) < keys)
     return Tiles(cut_queries(plan, query, kv_heads), key, value, square(bias), seen, real)
 
 
 def cut_queries(plan: Plan, array, kv_heads: int):
-    """[B, T, N, ...] -> [i, B, K, G, t, ...]."""
+    """[B, T, N, ...] -> [p, i, b, K, G, t, ...]."""
     tile, count = plan.tiles[0], plan.counts[0]
-    return rearrange(pad(array, 1, tile * count), "b (i t) (k g) ... -> i b k g t ...", i=count, k=kv_heads)
+    array = pad(array, 1, tile * count)
+    return rearrange(array, "(p b) (i t) (k g) ... -> p i b k g t ...", p=plan.parts, i=count, k=kv_heads)
 
 
 def join_queries(array, length: int):
-    """[i, B, K, G, t, ...] -> [B, T, N, ...]."""
-    return rearrange(array, "i b k g t ... -> b (i t) (k g) ...")[:, :length]
+    """[p, i, b, K, G, t, ...] -> [B, T, N, ...]."""
+    return rearrange(array, "p i b k g t ... -> (p b) (i t) (k g) ...")[:, :length]
 
 
-def logits_of(plan: Plan, tiles: Tiles, i, j):
-    """The logits of one step, [B, K, G, t, s] in float32, -inf where not visible."""
+def take(tiles, part, index):
+    """The tile [...] at (part, index) of [p|1, i, ...]."""
+    return tiles[part if tiles.shape[0] > 1 else 0, index]
+
+
+def put(tiles, tile, part, index):
+    return jax.lax.dynamic_update_slice(tiles, tile[None, None], (part, index) + (0,) * tile.ndim)
+
+
+def logits_of(plan: Plan, tiles: Tiles, part, i, j):
+    """The logits of one step, [b, K, G, t, s] in float32, -inf where not visible."""
     precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
-    logits = jnp.einsum("bkgth,bksh->bkgts", tiles.query[i], tiles.key[j], preferred_element_type=precise)
-    logits *= plan.scale
+    query, key = take(tiles.query, part, i), take(tiles.key, part, j)
+    logits = plan.scale * jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=precise)
     if tiles.bias is not None:
-        logits += tile_of(plan, tiles.bias, i, j)
+        logits += tile_of(plan, tiles.bias, part, i, j)
     visible, tests = tiles.visible, []
     if plan.band is not None:
-        distance = visible.key_positions[j][:, None, :] - visible.query_positions[i][:, :, None]
+        at, of = take(visible.query_positions, part, i), take(visible.key_positions, part, j)
+        distance = of[:, None, :] - at[:, :, None]
         left, right = plan.band
         tests += [] if left is None else [distance >= -left]
         tests += [] if right is None else [distance <= right]
     if visible.query_segment_ids is not None:
-        tests.append(visible.query_segment_ids[i][:, :, None] == visible.key_segment_ids[j][:, None, :])
+        at, of = take(visible.query_segment_ids, part, i), take(visible.key_segment_ids, part, j)
+        tests.append(of[:, None, :] == at[:, :, None])
     if tiles.real is not None:
-        tests.append(tiles.real[j][:, None, :])
+        tests.append(take(tiles.real, part, j)[:, None, :])
     tests = [test[:, None, None] for test in tests]
     if visible.mask is not None:
-        tests.append(tile_of(plan, visible.mask, i, j))
+        tests.append(tile_of(plan, visible.mask, part, i, j))
     return jnp.where(functools.reduce(jnp.logical_and, tests), logits, -jnp.inf) if tests else logits
 
 
-def tile_corner(plan: Plan, array, i, j):
-    """Where the tile (i, j) of a mask or bias [B|1, K|1, G|1, T|1, S|1] starts, and its shape."""
-    starts, shape = [0, 0, 0], list(array.shape[:3])
-    for size, index, tile in zip(array.shape[3:], (i, j), plan.tiles, strict=True):
+def tile_corner(plan: Plan, array, part, i, j):
+    """Where the tile of a mask or bias [p|1, b|1, K|1, G|1, T|1, S|1] starts, and its shape."""
+    starts, shape = [part if array.shape[0] > 1 else 0, 0, 0, 0], [1, *array.shape[1:4]]
+    for size, index, tile in zip(array.shape[4:], (i, j), plan.tiles, strict=True):
         starts.append(0 if size == 1 else index * tile)
         shape.append(1 if size == 1 else tile)
     return starts, shape
 
 
-def tile_of(plan: Plan, array, i, j):
-    return jax.lax.dynamic_slice(array, *tile_corner(plan, array, i, j))
+def tile_of(plan: Plan, array, part, i, j):
+    return jax.lax.dynamic_slice(array, *tile_corner(plan, array, part, i, j))[0]
 
 
-def add_tile(plan: Plan, array, tile, i, j):
-    """`array` with `tile`, summed over the axes that `array` broadcasts, added at (i, j)."""
-    starts, shape = tile_corner(plan, array, i, j)
-    tile = tile.sum([axis for axis, size in enumerate(shape) if size != tile.shape[axis]], keepdims=True)
+def add_tile(plan: Plan, array, tile, part, i, j):
+    """`array` with `tile`, summed over the axes that `array` broadcasts, added where the tile lies."""
+    starts, shape = tile_corner(plan, array, part, i, j)
+    tile = tile[None].sum([axis for axis, size in enumerate(shape[1:], 1) if size != tile.shape[axis - 1]], keepdims=True)
     return jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice(array, starts, shape) + tile, starts)
 
 
 def sweep(plan: Plan, step, carry):
-    """`carry` after `step(carry, i, j)` for every pair of tiles."""
-    pairs = np.frombuffer(plan.pairs, np.int32).reshape(2, -1)
-    if pairs.shape[1] == 1:  # no loop around a single step
-        return step(carry, 0, 0)
-    return jax.lax.scan(lambda carry, pair: (step(carry, *pair), None), carry, tuple(pairs))[0]
-
-
-def put(tiles, tile, index):
-    return jax.lax.dynamic_update_index_in_dim(tiles, tile, index, 0)
+    """`carry` after `step(carry, part, i, j)` for every step of the plan."""
+    steps = np.frombuffer(plan.steps, np.int32).reshape(3, -1)
+    if steps.shape[1] == 1:  # no loop around a single step
+        return step(carry, 0, 0, 0)
+    return jax.lax.scan(lambda carry, at: (step(carry, *at), None), carry, tuple(steps))[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -217,14 +246,14 @@ def flash(plan: Plan, query, key, value, bias, visible: Visible):
     tiles = cut(plan, query, key, value, bias, visible)
     precise = jnp.promote_types(query.dtype, jnp.float32)
 
-    def step(states, i, j):
+    def step(states, part, i, j):
         def weigh(weights):
             weights = weights.astype(value.dtype)
-            return jnp.einsum("bkgts,bksv->bkgtv", weights, tiles.value[j], preferred_element_type=precise)
+            return jnp.einsum("bkgts,bksv->bkgtv", weights, take(tiles.value, part, j), preferred_element_type=precise)
 
-        state = jax.tree.map(lambda all_tiles: all_tiles[i], states)
-        state = online.update(state, logits_of(plan, tiles, i, j), weigh)
-        return jax.tree.map(lambda all_tiles, tile: put(all_tiles, tile, i), states, state)
+        state = jax.tree.map(lambda all_tiles: take(all_tiles, part, i), states)
+        state = online.update(state, logits_of(plan, tiles, part, i, j), weigh)
+        return jax.tree.map(lambda all_tiles, tile: put(all_tiles, tile, part, i), states, state)
 
     states = sweep(plan, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
     out, lse = online.finish(states)
@@ -241,33 +270,33 @@ def flash_backward(plan, residuals, gradients):
     query, key, value, bias, _ = arguments
     tiles = cut(plan, *arguments)
     precise = lse.dtype
-    lse, shift, grad_out = (
-        cut_queries(plan, x, key.shape[2]) for x in (*online.residue(out, lse, *gradients), gradients[0])
-    )
+    lse, shift, grad_out = (cut_queries(plan, x, key.shape[2]) for x in (*online.residue(out, lse, *gradients), gradients[0]))
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
-    def step(grads, i, j):
-        grad_query, grad_key, grad_value, grad_bias = grads
-        weights = jnp.exp(logits_of(plan, tiles, i, j) - lse[i][..., None])
-        grad_logits = weights * (dot("bkgtv,bksv->bkgts", grad_out[i], tiles.value[j]) - shift[i][..., None])
-        scaled = (grad_logits * plan.scale).astype(query.dtype)
-        grad_query = put(grad_query, grad_query[i] + dot("bkgts,bksh->bkgth", scaled, tiles.key[j]), i)
-        grad_key = put(grad_key, grad_key[j] + dot("bkgts,bkgth->bksh", scaled, tiles.query[i]), j)
-        weights = weights.astype(value.dtype)
-        grad_value = put(grad_value, grad_value[j] + dot("bkgts,bkgtv->bksv", weights, grad_out[i]), j)
-        if bias is not None:
-            grad_bias = add_tile(plan, grad_bias, grad_logits, i, j)
-        return grad_query, grad_key, grad_value, grad_bias
+    def step(grads, part, i, j):
+        own_query, own_grad, own_key = take(tiles.query, part, i), take(grad_out, part, i), take(tiles.key, part, j)
+        weights = jnp.exp(logits_of(plan, tiles, part, i, j) - take(lse, part, i)[..., None])
+        grad_weights = dot("bkgtv,bksv->bkgts", own_grad, take(tiles.value, part, j))
+        grad_logits = weights * (grad_weights - take(shift, part, i)[..., None])
+        scaled, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
+        changes = (
+            (dot("bkgts,bksh->bkgth", scaled, own_key), i),
+            (dot("bkgts,bkgth->bksh", scaled, own_query), j),
+            (dot("bkgts,bkgtv->bksv", weights, own_grad), j),
+        )
+        *arrays, grad_bias = grads
+        arrays = [put(x, take(x, part, at) + by, part, at) for x, (by, at) in zip(arrays, changes, strict=True)]
+        return *arrays, None if bias is None else add_tile(plan, grad_bias, grad_logits, part, i, j)
 
     grads = sweep(plan, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), tuple(tiles[:4])))
     grad_query = join_queries(grads[0].astype(query.dtype), query.shape[1])
     grad_key, grad_value = (
-        rearrange(x.astype(like.dtype), "j b k s h -> b (j s) k h")[:, : like.shape[1]]
+        rearrange(x.astype(like.dtype), "p j b k s h -> (p b) (j s) k h")[:, : like.shape[1]]
         for x, like in zip(grads[1:3], (key, value), strict=True)
     )
     grad_bias = None
     if bias is not None:
-        grad_bias = rearrange(grads[3].astype(bias.dtype), "b k g t s -> b (k g) t s")
+        grad_bias = rearrange(grads[3].astype(bias.dtype), "p b k g t s -> (p b) (k g) t s")
         grad_bias = grad_bias[:, :, : bias.shape[2], : bias.shape[3]]
     return grad_query, grad_key, grad_value, grad_bias, None
 
@@ -282,8 +311,9 @@ def attention(query, key, value, bias, visible: Visible, band, scale: float):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
     (batch, queries, heads), keys = query.shape[:3], key.shape[1]
     reach = None if band is None or None in band else sum(band) + 1
-    tiles = tile_sizes(batch * heads, queries, keys, reach)
+    parts = batch_parts(batch, heads, queries, keys)
+    tiles = tile_sizes(batch // parts * heads, queries, keys, reach)
     counts = (-(-queries // tiles[0]), -(-keys // tiles[1]))
-    pairs = visible_pairs(visible.query_positions, visible.key_positions, tiles, counts, band)
-    plan = Plan(tiles, counts, pairs.tobytes(), band, scale)
+    steps = visible_steps(parts, tiles, counts, band, visible.query_positions, visible.key_positions)
+    plan = Plan(parts, tiles, counts, steps.tobytes(), band, scale)
     return compiled(plan, query, key, value, bias, visible)

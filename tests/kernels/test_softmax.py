@@ -1,0 +1,344 @@
+"""Softmax attention: the tiled form and its gradients against the formula in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad.kernels import softmax
+from subquad.kernels.softmax import xla
+from subquad.lra import measure
+from tests.kernels import dense
+from tests.kernels.dense import TOLERANCES, draw
+from tests.oracle import relative_error
+
+LENGTHS = [1, 7, 63, 100, 129, 300]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that short inputs take many steps, with a ragged last tile."""
+    monkeypatch.setattr(xla, "tile_sizes", lambda rows, queries, keys, reach: (min(queries, 32), min(keys, 16)))
+
+
+def run(arrays, cotangents, implementation, bias=None, **options):
+    """(out, lse) and the gradients of query, key, value (and bias)."""
+
+    def attend(query, key, value, bias=None):
+        return softmax.attention(query, key, value, bias=bias, return_lse=True, implementation=implementation, **options)
+
+    return dense.run(attend, arrays if bias is None else [*arrays, bias], cotangents)
+
+
+def check(arrays, cotangents, dtype="float32", bias=None, implementation="xla", slack=1, **options):
+    """Compares an implementation with the formula: out, lse and every gradient."""
+    result = run(arrays, cotangents, implementation, bias, **options)
+    dense.compare(result, dense.formula(arrays, cotangents, bias, **options), dtype, slack)
+    (out, lse), grads = result
+    return out, lse, grads
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_odd_lengths(length, implementation):
+    check(*draw(length), is_causal=length % 2 == 0, implementation=implementation)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_odd_lengths_in_many_tiles(small_tiles, length, is_causal):
+    check(*draw(length, batch=1), is_causal=is_causal)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("length", [7, 129])
+def test_dtypes(small_tiles, length, dtype):
+    check(*draw(length, batch=1, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (300, 1), (63, 129), (129, 63)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_queries_and_keys_of_different_lengths(small_tiles, queries, keys, is_causal):
+    check(*draw(queries, keys), is_causal=is_causal)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads_and_other_value_features(small_tiles, kv_heads):
+    arrays, cotangents = draw(100, 70, kv_heads=kv_heads, values=5)
+    out, *_ = check(arrays, cotangents)
+    query, key, value = arrays
+    spread = (jnp.repeat(x, 4 // kv_heads, axis=2) for x in (key, value))
+    np.testing.assert_allclose(out, softmax.attention(query, *spread), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 70), (1, 4, 50, 1), (1, 1, 50, 70), (2, 4, 1, 1), (2, 4, 50, 70)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_masks_and_biases_of_every_broadcast_shape(small_tiles, monkeypatch, shape, parts):
+    monkeypatch.setattr(xla, "batch_parts", lambda *sizes: parts)
+    rng = np.random.default_rng(1)
+    mask, bias = rng.random(shape) < 0.7, rng.normal(size=shape).astype(np.float32)
+    arrays, cotangents = draw(50, 70, kv_heads=2)
+    *_, grads = check(arrays, cotangents, mask=jnp.asarray(mask), bias=jnp.asarray(bias))
+    assert grads[3].shape == shape
+
+
+def test_bias_of_minus_infinity_hides_a_key(small_tiles):
+    arrays, cotangents = draw(50)
+    mask = np.random.default_rng(2).random((1, 4, 50, 50)) < 0.6
+    mask[:, :, 7] = False
+    bias = jnp.where(mask, 0.0, -jnp.inf)
+    (out, _), grads = run(arrays, cotangents, "xla", bias)
+    (want, _), want_grads = run(arrays, cotangents, "xla", mask=jnp.asarray(mask))
+    np.testing.assert_array_equal(out, want)
+    assert np.isfinite(np.asarray(grads[3])).all()
+    for grad, expected in zip(grads, want_grads, strict=False):
+        np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_rows_that_see_nothing(small_tiles, implementation):
+    (query, key, value), cotangents = draw(50)
+    mask = np.ones((2, 1, 50, 50), bool)
+    mask[:, :, [0, 13, 49]] = False  # three rows that see nothing
+    mask[1, :, :, 20:] = False
+    arrays = [query * 40, key, value]
+    (out, lse), grads = run(arrays, cotangents, implementation, mask=jnp.asarray(mask))
+    assert (np.asarray(out)[:, [0, 13, 49]] == 0).all() and np.isneginf(lse)[:, [0, 13, 49]].all()
+    assert (np.asarray(grads[0])[:, [0, 13, 49]] == 0).all()
+    assert (np.asarray(grads[1])[1, 20:] == 0).all() and (np.asarray(grads[2])[1, 20:] == 0).all()
+    assert all(np.isfinite(np.asarray(x)).all() for x in (out, *grads))
+    nothing = run(arrays, cotangents, implementation, mask=jnp.zeros((1, 1, 1, 50), bool))
+    assert all((np.asarray(x) == 0).all() for x in (nothing[0][0], *nothing[1]))
+    # A caller that passes an infinite or undefined gradient into an lse of -inf gets no NaN back.
+    (_, _), grads = run(
+        arrays, (cotangents[0], jnp.full((2, 50, 4), jnp.nan)), implementation, mask=jnp.zeros((1, 1, 1, 50), bool)
+    )
+    if implementation == "xla":
+        assert all((np.asarray(x) == 0).all() for x in grads)
+
+
+@pytest.mark.parametrize("window", [0, 20, (0, 3), (17, 0), (5, 40), (None, 4), (4, None)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_windows(small_tiles, window, is_causal):
+    check(*draw(100, batch=1, heads=2), window_size=window, is_causal=is_causal)
+
+
+def test_window_over_everything_is_full_attention():
+    arrays, _ = draw(100)
+    np.testing.assert_allclose(softmax.attention(*arrays, window_size=99), softmax.attention(*arrays), atol=1e-6)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_positions_of_a_cached_prefix(small_tiles, known):
+    (query, key, value), cotangents = draw(129)
+    tail = slice(90, 129)
+    arrays, cotangents = [query[:, tail], key, value], tuple(x[:, tail] for x in cotangents)
+    at = np.arange(129)[None] if known else jnp.arange(129)[None]
+    options = dict(is_causal=True, window_size=50, query_positions=at[:, tail], key_positions=at)
+    out, lse, _ = check(arrays, cotangents, **options)
+    full, full_lse = softmax.attention(query, key, value, is_causal=True, window_size=50, return_lse=True)
+    np.testing.assert_allclose(out, full[:, tail], atol=2e-6)
+    np.testing.assert_allclose(lse, full_lse[:, tail], atol=2e-6)
+
+
+def test_positions_in_any_order_and_per_sample(small_tiles, monkeypatch):
+    monkeypatch.setattr(xla, "batch_parts", lambda *sizes: 2)
+    rng = np.random.default_rng(3)
+    arrays, cotangents = draw(60, 80)
+    for convert in (np.asarray, jnp.asarray):
+        queries = convert(np.stack([rng.permutation(90)[:60] for _ in range(2)]))
+        keys = convert(np.stack([rng.permutation(90)[:80] for _ in range(2)]))
+        check(arrays, cotangents, is_causal=True, window_size=30, query_positions=queries, key_positions=keys)
+
+
+def test_segments(small_tiles):
+    rng = np.random.default_rng(4)
+    arrays, cotangents = draw(60, 80)
+    queries, keys = (jnp.asarray(np.sort(rng.integers(0, 4, (2, n)))) for n in (60, 80))
+    out, *_ = check(arrays, cotangents, query_segment_ids=queries, key_segment_ids=keys, is_causal=True)
+    (query, key, value), one = arrays, 1
+    inside, of = np.asarray(queries[0]) == one, np.asarray(keys[0]) == one
+    alone = softmax.attention(
+        query[:1, inside],
+        key[:1, of],
+        value[:1, of],
+        is_causal=True,
+        query_positions=np.arange(60)[None, inside],
+        key_positions=np.arange(80)[None, of],
+    )
+    np.testing.assert_allclose(out[:1, inside], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_everything_at_once(small_tiles, implementation):
+    rng = np.random.default_rng(5)
+    arrays, cotangents = draw(75, 110, kv_heads=2, values=3)
+    check(
+        arrays,
+        cotangents,
+        bias=jnp.asarray(rng.normal(size=(2, 4, 75, 110)), jnp.float32),
+        is_causal=True,
+        window_size=(40, 3),
+        mask=jnp.asarray(rng.random((2, 1, 1, 110)) < 0.8),
+        scale=0.7,
+        query_segment_ids=jnp.asarray(rng.integers(0, 2, (1, 75))),
+        key_segment_ids=jnp.asarray(rng.integers(0, 2, (2, 110))),
+        query_positions=jnp.arange(75)[None] + 20,
+        key_positions=jnp.arange(110)[None],
+        implementation=implementation,
+    )
+
+
+def test_a_future_token_changes_no_past_output(small_tiles):
+    (query, key, value), _ = draw(100)
+    out = softmax.attention(query, key, value, is_causal=True)
+    later = softmax.attention(query, key.at[:, 70].mul(1e4), value.at[:, 70].mul(1e4), is_causal=True)
+    np.testing.assert_array_equal(out[:, :70], later[:, :70])
+    assert not np.allclose(out[:, 70:], later[:, 70:])
+
+
+def test_large_logits_do_not_overflow(small_tiles):
+    (query, key, value), cotangents = draw(100)
+    check([query * 10, key * 10, value], cotangents, slack=50)  # logits of several hundred
+
+
+@pytest.mark.parametrize("sizes", [(3, 97), (50, 50)])
+def test_merge_of_disjoint_keys(sizes):
+    (query, key, value), (grad_out, grad_lse) = draw(40, 100)
+    mask = np.random.default_rng(6).random((2, 1, 40, 100)) < 0.5
+    mask[:, :, 5] = False  # sees nothing
+    mask[:, :, 6, : sizes[0]] = False  # sees the second part only
+    mask = jnp.asarray(mask)
+
+    def parts(query, key, value):
+        ends = (slice(None, sizes[0]), slice(sizes[0], None))
+        pieces = [softmax.attention(query, key[:, e], value[:, e], mask=mask[..., e], return_lse=True) for e in ends]
+        return softmax.merge(*zip(*pieces, strict=True))
+
+    @jax.jit
+    def outputs_and_gradients(*arrays):
+        (out, lse), pull = jax.vjp(parts, *arrays)
+        return out, lse, pull((grad_out, jnp.where(jnp.isneginf(lse), 0.0, grad_lse)))
+
+    out, lse, grads = outputs_and_gradients(query, key, value)
+    (want, want_lse), want_grads = run([query, key, value], (grad_out, grad_lse), "reference", mask=mask)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-6)
+    for grad, expected in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(grad, expected, atol=1e-5)
+
+
+def test_vmap_and_remat_and_second_derivative(small_tiles):
+    arrays, _ = draw(40)
+    stacked = [jnp.stack([x, -x]) for x in arrays]
+    f = lambda q, k, v: softmax.attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(jax.vmap(f)(*stacked)[1], f(*(-x for x in arrays)), atol=2e-6)
+    gradient = lambda g: jax.jit(jax.grad(lambda q: g(q, *arrays[1:]).sum()))(arrays[0])
+    np.testing.assert_allclose(gradient(jax.checkpoint(f)), gradient(f), atol=1e-6)
+
+    def curvature(implementation):
+        def loss(q):
+            return (softmax.attention(q, *arrays[1:], is_causal=True, implementation=implementation) ** 2).sum()
+
+        return jax.jit(jax.grad(lambda q: (jax.grad(loss)(q) ** 2).sum()))(arrays[0])
+
+    assert relative_error(curvature("xla"), curvature("reference")) < 2e-5
+
+
+def test_an_eager_call_compiles_once():
+    arrays, _ = draw(20)
+    softmax.attention(*arrays, window_size=7)
+    before = xla.compiled._cache_size()
+    softmax.attention(*arrays, window_size=7)
+    assert xla.compiled._cache_size() == before
+
+
+def loss(**options):
+    return lambda *arrays: softmax.attention(*arrays, **options).astype(jnp.float32).sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window_size": 64}])
+def test_memory_grows_linearly(options):
+    function = jax.grad(loss(**options), (0, 1, 2))
+    used = [measure.memory(function, *draw(t, batch=1, features=32, values=32)[0]).temporary for t in (2048, 4096)]
+    assert used[1] <= 2.1 * used[0]
+    assert used[1] < 4096**2 * 4  # one square of float32 for one head
+
+
+def test_work_is_that_of_the_visible_tiles():
+    def flops(length, **options):
+        arrays, _ = draw(length, batch=1, heads=2, features=16, values=16)
+        return measure.flops(loss(**options), *arrays)
+
+    length = 4096
+    full = flops(length)
+    assert full >= 4 * 2 * length**2 * 16
+    assert flops(length, is_causal=True) < 0.6 * full
+    # A window costs the same per token at any length: 129 keys, and at most a tile more on each side.
+    window = {"is_causal": True, "window_size": 128}
+    assert flops(2 * length, **window) < 2.05 * flops(length, **window)
+    assert flops(length, **window) < 1.1 * full * (128 + 2 * 64 + 1) / length
+    traced = jnp.arange(length)[None]
+    assert flops(length, query_positions=traced, key_positions=traced, **window) >= full
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32, 4096])
+@pytest.mark.parametrize("queries", [1, 60, 512, 8192])
+def test_a_tile_of_logits_stays_below_the_memory_cliff(batch, queries):
+    for keys in (queries, 8192):
+        parts = xla.batch_parts(batch, 8, queries, keys)
+        assert batch % parts == 0
+        query_tile, key_tile = xla.tile_sizes(batch // parts * 8, queries, keys, None)
+        assert 4 * batch // parts * 8 * query_tile * key_tile <= 8 << 20
+        assert query_tile >= min(queries, 100) and key_tile >= min(keys, 50)
+
+
+def test_a_short_input_is_one_step_without_a_loop():
+    arrays, _ = draw(100, batch=1, heads=2)
+    assert "while" not in str(jax.make_jaxpr(jax.grad(loss(is_causal=True)))(*arrays))
+    assert "scan" not in str(jax.make_jaxpr(jax.grad(loss(is_causal=True)))(*arrays))
+
+
+REFUSALS = [
+    (TypeError, "mask must be boolean", {"mask": np.ones((1, 1, 5, 6))}),
+    (ValueError, "mask must have four axes", {"mask": np.ones((5, 6), bool)}),
+    (ValueError, "mask must have four axes", {"mask": np.ones((1, 3, 5, 6), bool)}),
+    (TypeError, "bias must be floating-point", {"bias": np.ones((1, 1, 5, 6), bool)}),
+    (ValueError, "bias must have four axes", {"bias": np.ones((1, 1, 5, 5), np.float32)}),
+    (ValueError, "window_size must be None", {"window_size": -1}),
+    (ValueError, "window_size must be None", {"window_size": (1, 2, 3)}),
+    (ValueError, "window_size must be None", {"window_size": 1.5}),
+    (TypeError, "query_positions must be integers", {"query_positions": np.ones((1, 5)), "is_causal": True}),
+    (ValueError, "key_positions must have shape", {"key_positions": np.ones((1, 5), int), "is_causal": True}),
+    (ValueError, "must be given together", {"query_segment_ids": np.ones((1, 5), int)}),
+    (TypeError, "scale must be a number", {"scale": jnp.ones(())}),
+    (ValueError, "implementation must be None or a known name", {"implementation": "tritn"}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "options"), REFUSALS)
+def test_refusals(error, message, options):
+    arrays, _ = draw(5, 6, heads=2)
+    with pytest.raises(error, match=f"softmax.attention: .*{message}"):
+        softmax.attention(*arrays, **options)
+
+
+def test_refused_shapes():
+    (query, key, value), _ = draw(5, 6)
+    for arrays, name in (
+        ((query[0], key, value), "query"),
+        ((query, key[:, :, :3], value[:, :, :3]), "key"),
+        ((query, key[..., :4], value), "key"),
+        ((query, key, value[:, :5]), "value"),
+    ):
+        with pytest.raises(ValueError, match=f"softmax.attention: {name} must"):
+            softmax.attention(*arrays)
+    with pytest.raises(TypeError, match="softmax.attention: query must be floating-point"):
+        softmax.attention(query.astype(int), key, value)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cudnn", "interpret"])
+def test_implementations_that_do_not_exist_decline(implementation):
+    arrays, _ = draw(5)
+    with pytest.raises(NotImplementedError, match=f"softmax.attention: implementation='{implementation}'"):
+        softmax.attention(*arrays, implementation=implementation)
