@@ -38,6 +38,7 @@ def convolve(
         >>> import jax.numpy as jnp
         >>> convolve(jnp.ones((1, 3, 1)), jnp.ones((1, 2)))[0, :, 0].round(3).tolist()
         [1.0, 2.0, 2.0]
+
     Source: Gu et al., Efficiently Modeling Long Sequences with Structured State Spaces, ICLR 2022, arXiv 2111.00396,
         eqs. 4-5.
     """

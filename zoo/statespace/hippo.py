@@ -29,6 +29,7 @@ def legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
     Example:
         >>> legs(2)[0].round(3).tolist()
         [[-1.0, 0.0], [-1.732, -2.0]]
+
     Source: Gu et al., HiPPO, NeurIPS 2020, arXiv 2008.07669; arXiv 2111.00396, eq. 2.
     """
     order = np.arange(state_size)

@@ -63,6 +63,7 @@ class S4(nnx.Module):
         >>> outputs, cache = layer.extend(jnp.ones((2, 1, 64)), layer.init_cache(2, 100))
         >>> cache.state.shape
         (2, 64, 64)
+
     Source: Gu et al., Efficiently Modeling Long Sequences with Structured State Spaces, ICLR 2022, arXiv 2111.00396;
         Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, NeurIPS 2022, arXiv 2206.11893.
     """
