@@ -34,7 +34,7 @@ def legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     order = np.arange(state_size)
     root = np.sqrt(2 * order + 1)
-    return -(np.tril(np.outer(root, root), -1) + np.diag(order + 1.0)), root
+    return np.tril(-np.outer(root, root), -1) - np.diag(order + 1.0), root
 
 
 def legs_modes(state_size: int) -> Modes:
