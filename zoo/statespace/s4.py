@@ -55,7 +55,7 @@ class S4(nnx.Module):
             passes at it all the same.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
     Raises: ValueError: an odd state_size, an unknown name, or a mode without that init or discretisation.
-    Numerics: kernels, convolution and states in float32; convolution and recurrence agree to 1e-5.
+    Numerics: kernels, convolution and states in float32; convolution and recurrence agree to 2e-5.
     Example:
         >>> layer = S4(64, is_causal=True, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((2, 100, 64))).shape
