@@ -13,6 +13,8 @@ from subquad.zoo.features import RandomFeature
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder, Encoder
+from subquad.zoo.patterns.local import LocalAttention
+from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, attention_fn, make
 from subquad.zoo.statespace.s4 import S4
@@ -29,10 +31,12 @@ __all__ = [
     "FeedForward",
     "LinformerAttention",
     "LinformerProjection",
+    "LocalAttention",
     "PerformerAttention",
     "RandomFeature",
     "ReformerAttention",
     "SoftmaxAttention",
+    "StridedAttention",
     "Support",
     "TransformerXLAttention",
     "attention_fn",

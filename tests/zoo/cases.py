@@ -49,6 +49,8 @@ CASES = {
     case.name: case
     for case in (
         Case("softmax", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
+        Case("local", dict(num_heads=2, window_size=4), dict(num_heads=4, window_size=128), dead=SOFTMAX_INVARIANT),
+        Case("strided", dict(num_heads=2, stride=4), dict(num_heads=4, stride=128), dead=SOFTMAX_INVARIANT),
         Case(
             "reformer", dict(num_heads=2, num_hashes=2, chunk_size=6), dict(num_heads=4, num_hashes=2, chunk_size=64),
             extend_equals_call=False,
