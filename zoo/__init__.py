@@ -13,6 +13,7 @@ from subquad.zoo.features import RandomFeature
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder, Encoder
+from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
@@ -24,6 +25,7 @@ __all__ = [
     "S4",
     "Attention",
     "Block",
+    "BlockwiseAttention",
     "CausalLM",
     "Classifier",
     "DualEncoder",

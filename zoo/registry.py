@@ -14,6 +14,7 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
+from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
@@ -21,6 +22,7 @@ from subquad.zoo.statespace.s4 import S4
 
 LAYERS: dict[str, type[nnx.Module]] = {
     "softmax": SoftmaxAttention,
+    "blockwise": BlockwiseAttention,
     "local": LocalAttention,
     "strided": StridedAttention,
     "reformer": ReformerAttention,

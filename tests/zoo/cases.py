@@ -49,6 +49,10 @@ CASES = {
     case.name: case
     for case in (
         Case("softmax", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
+        Case(
+            "blockwise", dict(num_heads=4, max_length=100, block_size=5), dict(num_heads=4, max_length=LONG, block_size=128),
+            dead=SOFTMAX_INVARIANT,
+        ),
         Case("local", dict(num_heads=2, window_size=4), dict(num_heads=4, window_size=128), dead=SOFTMAX_INVARIANT),
         Case("strided", dict(num_heads=2, stride=4), dict(num_heads=4, stride=128), dead=SOFTMAX_INVARIANT),
         Case(
