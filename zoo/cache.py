@@ -88,3 +88,11 @@ class WindowCache(NamedTuple):
     key: Float[Array, "B W K H"]
     value: Float[Array, "B W K V"]
     valid: Bool[Array, "B W"]  # False: before the first token, or a padding token
+
+
+class LocalCache(NamedTuple):
+    """Keys and values of the last W tokens, the newest last."""
+
+    key: Float[Array, "B W K H"]
+    value: Float[Array, "B W K V"]
+    valid: Bool[Array, "B W"]  # False: before the first token, or a padding token

@@ -74,16 +74,26 @@ class BlockwiseAttention(Attention):
             shifts = [0] * (num_heads - ones - twos) + [1] * ones + [2] * twos
             shifts = [-shift if is_causal else shift for shift in shifts]
         if len(shifts) != num_heads or any(not isinstance(shift, int | np.integer) for shift in shifts):
-            refuse("BlockwiseAttention", "shifts", shifts, f"be one whole number for each of {num_heads} heads",
-                   "Use 0 for the identity.")
+            refuse(
+                "BlockwiseAttention",
+                "shifts",
+                shifts,
+                f"be one whole number for each of {num_heads} heads",
+                "Use 0 for the identity.",
+            )
         self.max_length, self.block_size = int(max_length), int(block_size)
         self.shifts = tuple(int(shift) for shift in shifts)
 
     def blocks(self, length: int) -> np.ndarray:
         """int [N, ceil(length / block_size), 1]: the block of keys of each block of queries, -1 past the end."""
         if length > self.max_length:
-            refuse("BlockwiseAttention", "inputs_q", f"{length} tokens", f"have at most max_length = {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+            refuse(
+                "BlockwiseAttention",
+                "inputs_q",
+                f"{length} tokens",
+                f"have at most max_length = {self.max_length}",
+                "Construct the layer with a larger max_length.",
+            )
         count = -(-length // self.block_size)
         blocks = self.keys_of(np.arange(count)[None], np.array(self.shifts)[:, None])
         return np.where(blocks < count, blocks, -1)[..., None]
@@ -94,15 +104,26 @@ class BlockwiseAttention(Attention):
 
     def attend(self, query, key, value, mask):
         return block_sparse.attention(
-            query, key, value, self.blocks(query.shape[1]), block_size=self.block_size, mask=mask,
-            is_causal=self.is_causal, implementation=self.implementation,
+            query,
+            key,
+            value,
+            self.blocks(query.shape[1]),
+            block_size=self.block_size,
+            mask=mask,
+            is_causal=self.is_causal,
+            implementation=self.implementation,
         )
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         require_extend(self)
         if max_length > self.max_length:
-            refuse("BlockwiseAttention", "max_length", max_length, f"be at most that of the layer, {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+            refuse(
+                "BlockwiseAttention",
+                "max_length",
+                max_length,
+                f"be at most that of the layer, {self.max_length}",
+                "Construct the layer with a larger max_length.",
+            )
         return KVCache.zeros(batch_size, max_length, self.num_heads, self.head_features, self.cache_dtype(dtype))
 
     def attend_cached(self, query, key, value, mask, cache):
