@@ -26,10 +26,8 @@ class Items(NamedTuple):
     Places count the tokens of all heads of the batch, from 0; one past the last is nobody (padding).
     """
 
-    queries: jax.Array  # int32 [K, I, C]: places
-    keys: jax.Array  # int32 [K, I, W]
-    query_buckets: jax.Array  # int32 [K, I, C]: in the item's round
-    key_buckets: jax.Array  # int32 [K, I, W]
+    queries: jax.Array  # int32 [K, 2, I, C]: places, and buckets in the item's round
+    keys: jax.Array  # int32 [K, 2, I, W]
     codes: jax.Array | None  # int32 [R, places]: near each other where in reach; only where duplicates are counted
 
 
@@ -104,39 +102,32 @@ def lay_out(layout: Layout, buckets, real) -> Items:
             # A new bucket begins further away than any chunk in reach, so one difference tells both.
             begins = jnp.diff(sorted_buckets, axis=-1, prepend=sorted_buckets[..., :1]) != 0
             in_order += (before + after + 1) * jnp.cumsum(begins, axis=-1, dtype=jnp.int32)
-        group, row = jnp.ogrid[:groups, :rounds]
-        codes = jnp.zeros_like(order).at[group[..., None], row[..., None], order].set(in_order, unique_indices=True)
-        codes = rearrange(codes, "g r t -> r (g t)")
+        row = jnp.arange(rounds)[:, None]
+        codes = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(in_order, mode="drop")
 
-    def windows(sorted_values, fill):
-        """[G, R, T] -> queries [R, G chunks, C] and the keys of the chunks around them [R, G chunks, W]."""
-        short = chunks * layout.chunk_size - length
-        own = jnp.pad(sorted_values, ((0, 0), (0, 0), (0, short)), constant_values=fill)
-        own = rearrange(own, "g r (n c) -> g r n c", n=chunks)
-        steps = range(-before, after + 1)
-        if layout.reach == "ring":
-            ring = rearrange(own, "g r n c -> g (r n) c")
-            around = jnp.concatenate([jnp.roll(ring, -step, axis=1) for step in steps], axis=-1)
-            around = rearrange(around, "g (r n) w -> g r n w", n=chunks)
-        else:
-            ends = jnp.pad(own, ((0, 0), (0, 0), (before, after), (0, 0)), constant_values=fill)
-            around = jnp.concatenate([ends[:, :, before + step :][:, :, :chunks] for step in steps], axis=-1)
-        return (rearrange(x, "g r n c -> r (g n) c") for x in (own, around))
+    short, steps = chunks * layout.chunk_size - length, range(-before, after + 1)
+    own = jnp.stack([place, sorted_buckets])
+    own = jnp.pad(own, ((0, 0), (0, 0), (0, 0), (0, short)), constant_values=nobody)
+    own = rearrange(own, "x g r (n c) -> x g r n c", n=chunks)
+    if layout.reach == "ring":
+        ring = rearrange(own, "x g r n c -> x g (r n) c")
+        around = jnp.concatenate([jnp.roll(ring, -step, axis=2) for step in steps], axis=-1)
+        around = rearrange(around, "x g (r n) w -> x g r n w", n=chunks)
+    else:
+        ends = jnp.pad(own, ((0, 0), (0, 0), (0, 0), (before, after), (0, 0)), constant_values=nobody)
+        around = jnp.concatenate([ends[:, :, :, before + step :][:, :, :, :chunks] for step in steps], axis=-1)
 
-    (queries, keys), (query_buckets, key_buckets) = windows(place, nobody), windows(sorted_buckets, layout.num_buckets)
-    _, count, width = keys.shape
-    per_step = max(1, min(count, tile_bytes() // (4 * queries.shape[-1] * width)))
+    count = groups * chunks
+    per_step = max(1, min(count, tile_bytes() // (4 * own.shape[-1] * around.shape[-1])))
     steps = math.ceil(count / per_step)
     per_step = math.ceil(count / steps)
 
-    def blocks(x, fill):
-        x = jnp.pad(x, ((0, 0), (0, steps * per_step - count), (0, 0)), constant_values=fill)
-        return rearrange(x, "r (k i) c -> (r k) i c", k=steps)
+    def blocks(x):
+        x = rearrange(x, "x g r n c -> r x (g n) c")
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, steps * per_step - count), (0, 0)), constant_values=nobody)
+        return rearrange(x, "r x (k i) c -> (r k) x i c", k=steps)
 
-    return Items(
-        blocks(queries, nobody), blocks(keys, nobody),
-        blocks(query_buckets, layout.num_buckets), blocks(key_buckets, layout.num_buckets), codes,
-    )
+    return Items(blocks(own), blocks(around), codes)
 
 
 def sort(layout: Layout, buckets):
@@ -160,18 +151,18 @@ def rows(flat, places):
     return flat.at[places].get(mode="fill", fill_value=0)
 
 
-def weights(layout: Layout, items: Items, queries, keys, query_buckets, key_buckets):
+def weights(layout: Layout, codes, nobody: int, queries, keys):
     """How much each key counts, [I, C, W] float32: 0 where it is not visible, 1 / N_ij where it is (eq. 12)."""
-    nobody_or_later = (queries[:, :, None] <= keys[:, None]) if layout.is_causal else (queries[:, :, None] == keys[:, None])
-    query_real, key_real = (b < layout.num_buckets for b in (query_buckets, key_buckets))
-    visible = query_real[:, :, None] & key_real[:, None] & ~nobody_or_later
+    (queries, query_buckets), (keys, key_buckets) = queries, keys
+    visible = (keys[:, None] < queries[:, :, None]) if layout.is_causal else (keys[:, None] != queries[:, :, None])
+    visible &= (queries[:, :, None] < nobody) & (keys[:, None] < nobody)
     if layout.reach == "bucket":
         visible &= query_buckets[:, :, None] == key_buckets[:, None]
-    if items.codes is None:
+    if codes is None:
         return visible.astype(jnp.float32)
     count = jnp.zeros(visible.shape, jnp.int32)
-    for codes in items.codes:
-        ahead = rows(codes, keys)[:, None] - rows(codes, queries)[:, :, None]
+    for code in codes:
+        ahead = rows(code, keys)[:, None] - rows(code, queries)[:, :, None]
         count += (-layout.before <= ahead) & (ahead <= layout.after)
     return jnp.where(visible, 1 / jnp.maximum(count, 1), 0)
 
@@ -191,9 +182,9 @@ def over_items(layout, query, gain, value, items):
 def _forward(layout, query, gain, value, items):
     def step(carry, block):
         out, log_total = carry
-        queries, keys = block[:2]
+        queries, keys = block[0][0], block[1][0]
         logits, key_values = _logits(query, gain, queries, keys)[0], rows(value, keys)
-        weight = weights(layout, items, *block)
+        weight = weights(layout, items.codes, gain.size, *block)
         seen = weight > 0
         before = rows(log_total, queries)
         largest = jnp.maximum(jnp.max(logits, axis=-1, where=seen, initial=-jnp.inf), before)
@@ -208,7 +199,7 @@ def _forward(layout, query, gain, value, items):
         return (out, log_total.at[queries].set(finite + jnp.log(total), mode="drop")), None
 
     start = jnp.zeros(value.shape, jnp.float32), jnp.full(gain.shape, -jnp.inf)
-    (out, log_total), _ = jax.lax.scan(step, start, items[:4])
+    (out, log_total), _ = jax.lax.scan(step, start, items[:2])
     out = out.astype(value.dtype)
     return (out, log_total), (query, gain, value, items, out, log_total)
 
@@ -221,9 +212,9 @@ def _backward(layout, saved, cotangents):
 
     def step(carry, block):
         d_query, d_gain, d_value = carry
-        queries, keys = block[:2]
+        queries, keys = block[0][0], block[1][0]
         (logits, products, key_gain), key_values = _logits(query, gain, queries, keys), rows(value, keys)
-        weight = weights(layout, items, *block)
+        weight = weights(layout, items.codes, gain.size, *block)
         exponent = jnp.where(weight > 0, logits - rows(log_total, queries)[..., None], 0)
         weight = weight * jnp.exp(exponent)
         d_rows = rows(d_out, queries)
@@ -246,7 +237,7 @@ def _backward(layout, saved, cotangents):
         return (d_query, d_gain, d_value), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, gain, value))
-    (d_query, d_gain, d_value), _ = jax.lax.scan(step, start, items[:4])
+    (d_query, d_gain, d_value), _ = jax.lax.scan(step, start, items[:2])
     return d_query.astype(query.dtype), d_gain, d_value.astype(value.dtype), None
 
 
