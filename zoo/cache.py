@@ -82,14 +82,6 @@ class ReformerCache(NamedTuple):
     buckets: Int[Array, "B R S N"]  # of every round
 
 
-class WindowCache(NamedTuple):
-    """Keys and values of the last W tokens, the newest last."""
-
-    key: Float[Array, "B W K H"]
-    value: Float[Array, "B W K V"]
-    valid: Bool[Array, "B W"]  # False: before the first token, or a padding token
-
-
 class LocalCache(NamedTuple):
     """Keys and values of the last W tokens, the newest last."""
 

@@ -360,10 +360,10 @@ def test_to_linen_gives_the_same_numbers(name):
 PATHS = pathlib.Path(__file__).with_name("variable_paths.json")
 
 
-def variable_paths() -> dict[str, dict[str, list[int]]]:
+def variable_paths() -> dict[str, dict[str, str]]:
     return {
         name: {
-            f"{type(v).__name__}:{'/'.join(map(str, path))}": list(v[...].shape)
+            "/".join(map(str, path)): f"{type(v).__name__} {v[...].dtype}[{','.join(map(str, v[...].shape))}]"
             for path, v in nnx.to_flat_state(nnx.state(layer_of(name, directions(name)[-1])))
         }
         for name in CASES
