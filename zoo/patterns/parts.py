@@ -86,14 +86,17 @@ def residues(attend: Attend, query, keys: Keys, stride: int, gap: int, is_causal
 
 
 def residues_cached(attend: Attend, query, cache: Keys, start, stride: int, gap: int) -> Parts:
-    tokens, rows = query.shape[1], -(-cache.key.shape[1] // stride)
+    tokens, rows = query.shape[1], 1 + -(-cache.key.shape[1] // stride)
 
-    def classes(array):  # token u of the query and the keys a number of strides before it: class u
+    def classes(array):
+        # Token u of the query and the keys some strides before it make class u. One stride of nothing goes in front,
+        # so that the first key of every class, which may come before start % stride, has a row.
+        array = jnp.pad(array, ((0, 0), (stride, 0)) + ((0, 0),) * (array.ndim - 2))
         array = jax.lax.dynamic_slice_in_dim(pad(array, (rows + 1) * stride), start % stride, rows * stride, 1)
         return rearrange(rearrange(array, "b (i r) ... -> b i r ...", r=stride)[:, :, :tokens], "b i u ... -> (b u) i ...")
 
     own = rearrange(query, "b u n h -> (b u) 1 n h")
-    parts = beyond(attend, own, cache.map(classes), (start // stride)[None, None], np.arange(rows)[None], gap, True)
+    parts = beyond(attend, own, cache.map(classes), (start // stride)[None, None] + 1, np.arange(rows)[None], gap, True)
     back = lambda array: rearrange(array, "(b u) 1 ... -> b u ...", u=tokens)
     return [(back(out), back(lse)) for out, lse in parts]
 
