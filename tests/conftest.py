@@ -3,8 +3,6 @@
 import os
 import pathlib
 
-import pytest
-
 # Before jax is imported, unless the caller says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 cache = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
@@ -13,10 +11,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    # Tests of one file, and of one layer in the contract suite, share what they compile: one process each.
-    for item in items:
-        layer = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        shared = f"{item.path.name}:{layer}" if layer and item.path.name == "test_contract.py" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(shared))
+    # The contract suite layer by layer: tests of one layer share what they compile, in a process that runs them in a row.
+    layer = lambda item: item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
+    items.sort(key=lambda item: (str(item.path), layer(item) if item.path.name == "test_contract.py" else ""))
