@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import uuid
 from typing import Any
 
@@ -22,27 +21,29 @@ class Interrupted(RunError):
 
 
 def open_folder(folder: str | os.PathLike, needed_bytes: int = 0) -> pathlib.Path:
-    """Makes a folder and tries it by writing a file.
+    """Makes a folder and tries that it can be written and has room.
 
-    Raises: RunError: it cannot be made or written, or its disk has no room for needed_bytes.
+    Raises: RunError: it cannot be made or written, or has no room for needed_bytes.
     """
     folder = pathlib.Path(folder).expanduser().absolute()
+    what = f"out: folder {folder} must be writable, with {needed_bytes / 1e6:.1f} MB for checkpoints"
+    with _explained(what, "Choose another with --out."):
+        folder.mkdir(parents=True, exist_ok=True)
+        _reserve(folder, needed_bytes)
+    return folder
+
+
+def _reserve(folder: pathlib.Path, size: int) -> None:
+    """Raises OSError where `size` bytes cannot be written into a folder now: full, over quota, read-only."""
     probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise RunError(
-            f"out: folder {folder} must be writable, got {line(error)}. Choose another with --out."
-        ) from error
-    if free < needed_bytes:
-        raise RunError(
-            f"out: disk of {folder} must have {needed_bytes / 1e6:.1f} MB free for checkpoints, "
-            f"got {free / 1e6:.1f} MB. Free some, or choose another folder with --out."
-        )
-    return folder
+        with probe.open("wb") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(size, 4096))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def claim(folder: pathlib.Path, configuration: dict, resume: bool) -> dict | None:
@@ -116,6 +117,9 @@ class Checkpoints:
         kept = self.latest()
         kept = "Nothing was saved before." if kept is None else f"The checkpoint of step {kept} is whole."
         with self._explained("save into", f"{kept} Make room and run again with --resume."):
+            # Tried first, because a write that fails inside Orbax leaves threads behind that print their own traces.
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + len(json.dumps(progress))
+            _reserve(self.folder, size + size // 4)
             items = dict(state=self._orbax.args.StandardSave(state), progress=self._orbax.args.JsonSave(progress))
             self._manager.save(step, args=self._orbax.args.Composite(**items), force=True)
 

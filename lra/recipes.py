@@ -56,11 +56,11 @@ class Run:
     positions: Literal["learned", "sinusoidal"] | None = "learned"
     dropout_rate: float = 0.0
     steps: int = 300
-    batch_size: int = 32
+    batch_size: int = 16
     accumulate: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     schedule: Schedule = "cosine"
-    warmup_steps: int = 50
+    warmup_steps: int = 25
     weight_decay: float = 0.05
     decay: Literal["matrices", "all"] = "matrices"
     b1: float = 0.9
@@ -130,19 +130,19 @@ RECIPES = {
             defaults={},
             layers={
                 "softmax": dict(num_heads=4),
-                "blockwise": dict(num_heads=4),
+                "blockwise": dict(num_heads=4, max_length="{length}", block_size=32),
                 "local": dict(num_heads=4, window_size=16),
-                "strided": dict(num_heads=4),
-                "reformer": dict(num_heads=4),
+                "strided": dict(num_heads=4, stride=16),
+                "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
                 "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
                 "performer": dict(num_heads=4, num_features=32),
                 "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
-                "s4": dict(state_size=16),
+                "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
             },
             equal_parameters=True,
             source="subquad",
             # Ten times as long, so wider, too: else Linformer's projections alone would be more than the budget.
-            configs={"lra": dict(in_features=128, mlp_features=512), "tiny": dict(batch_size=16)},
+            configs={"lra": dict(in_features=128, mlp_features=512)},
         ),
         Recipe(
             id="lra-2020",
@@ -154,10 +154,10 @@ RECIPES = {
             layers={
                 "softmax": dict(num_heads=8),
                 "local": dict(num_heads=8, window_size=50),
-                "strided": dict(num_heads=8),
-                "reformer": dict(num_heads=8),
+                "strided": dict(num_heads=8, pattern="fixed", stride=50, num_summary=10),
+                "reformer": dict(num_heads=8, num_hashes=1, num_buckets=10, chunk_size=200),
                 "linformer": dict(num_heads=8, max_length="{length}", num_landmarks=16),
-                "performer": dict(num_heads=8),
+                "performer": dict(num_heads=8, num_features=2),
             },
             equal_parameters=False,
             source="Tay et al. 2020, arXiv 2011.04006, released configuration of ListOps (google-research/"

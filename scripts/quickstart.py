@@ -12,13 +12,14 @@ from subquad.lra.progress import clock
 
 def parse():
     parser = commands.Parser(prog="quickstart", description=__doc__)
-    every = " ".join(recipes.RECIPES["quickstart"].layers)
-    parser.add_argument("--layers", nargs="+", default=every.split(), metavar="LAYER", help=f"of {every}; default: all")
-    parser.add_argument("--steps", type=int, default=recipes.Run.steps, help=f"optimiser steps of each layer; default: {recipes.Run.steps}")
+    every = list(recipes.RECIPES["quickstart"].layers)
+    listed = f"of {' '.join(every)}; default: all"
+    parser.add_argument("--layers", nargs="+", default=every, metavar="LAYER", help=listed)
+    parser.add_argument("--steps", type=int, default=recipes.Run.steps, help=f"of each layer; default: {recipes.Run.steps}")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and order; default: 0")
     parser.add_argument("--task", default="listops", help=f"one of {', '.join(tasks.TASKS)}; default: listops")
-    parser.add_argument("--config", default="small", help="of the task: small, or lra, the full 2K one; default: small")
-    parser.add_argument("--out", default="runs/quickstart", help="folder of table, plot and checkpoints; default: runs/quickstart")
+    parser.add_argument("--config", default="small", help="small, or lra, the full task; default: small")
+    parser.add_argument("--out", default="runs/quickstart", help="folder of all results; default: runs/quickstart")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     return parser.parse_args()
 

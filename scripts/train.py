@@ -12,7 +12,8 @@ from subquad.lra import checkpoints, commands, recipes, results, train
 
 def parse():
     parser = commands.Parser(prog="train", description=__doc__)
-    parser.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipes.RECIPES)}; default: quickstart")
+    named = f"one of {', '.join(recipes.RECIPES)}; default: quickstart"
+    parser.add_argument("--recipe", default="quickstart", help=named)
     parser.add_argument("--layer", default="softmax", help="a name in zoo.LAYERS; default: softmax")
     parser.add_argument("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="of its constructor")
     parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")

@@ -64,7 +64,7 @@ def test_the_length_of_the_task_reaches_the_layers_options():
         (dict(dtype="bfloat"), ValueError, "dtype must .* Did you mean 'bfloat16'"),
         (dict(steps=0), ValueError, "steps must be > 0, got 0"),
         (dict(dropout_rate=1.0), ValueError, r"dropout_rate must be in \[0, 1\), got 1.0"),
-        (dict(accumulate=5), ValueError, r"accumulate must divide batch_size = 32, got 5. Choose one of \[1, 2, 4"),
+        (dict(accumulate=5), ValueError, r"accumulate must divide batch_size = 16, got 5. Choose one of \[1, 2, 4"),
     ],
 )
 def test_bad_values_are_told_with_the_nearest(words, kind, match):

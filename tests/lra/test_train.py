@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -176,16 +177,22 @@ def test_without_the_data_packages_it_trains_all_the_same(monkeypatch, capsys, t
 def test_a_folder_that_cannot_be_written_is_told_before_anything_else(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file" / "out", pathlib.Path("/proc/subquad")):
-        with pytest.raises(checkpoints.RunError, match="out: folder .* must be writable, got .*--out") as caught:
+        with pytest.raises(checkpoints.RunError, match="out: folder .* must be writable.*, got .*--out") as caught:
             train.train(plan(), out=folder)
         assert "\n" not in str(caught.value)
 
 
 def test_a_disk_without_room_is_told_before_anything_else(monkeypatch, tmp_path):
-    usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(checkpoints.RunError, match="MB free for checkpoints, got 0.0 MB"):
+    asked = []
+
+    def full(descriptor, offset, size):
+        asked.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(checkpoints.RunError, match="MB for checkpoints, got .*No space left on device. Choose another"):
         train.train(plan(), out=tmp_path)
+    assert asked[0] > 8 * 4 * 1000 and not any(tmp_path.iterdir())
 
 
 FULL = """
