@@ -11,6 +11,7 @@ from subquad.kernels.softmax import xla as softmax_xla
 from subquad.lra import measure
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
+from tests.oracle import load, relative_error
 
 
 def lists(queries, keys, block_size, heads, *, most=4, density=0.7, seed=1):
@@ -128,6 +129,85 @@ def test_memory_and_work_grow_linearly():
     assert flops >= 4 * 4 * 2048 * 64 * 4 * 32
     more_memory, more_flops = cost(2048, most=8)
     assert more_memory <= 1.1 * memory and 1.9 * flops <= more_flops <= 2.1 * flops
+
+
+def lucid_local(oracle, query, key, value):
+    """Blocks that see some blocks before and after them, but whole ones: no exact window."""
+    cfg = oracle.meta["cfg"]
+    size, back = cfg["window_size"], cfg.get("look_backward", 1)
+    ahead = cfg.get("look_forward", 0 if cfg["causal"] else 1)
+    rows = -(-query.shape[2] // size)
+    blocks = np.arange(rows)[:, None] + np.arange(-back, ahead + 1)
+    blocks = np.where((blocks >= 0) & (blocks < rows), blocks, -1)[None]
+    heads = block_sparse.attention(
+        *(x.swapaxes(1, 2) for x in (query, key, value)), blocks, block_size=size, is_causal=cfg["causal"]
+    )
+    return heads.swapaxes(1, 2)
+
+
+def projected(heads, x, weights, names=("query", "key", "value")):
+    """Query, key and value [B, T, N, H] by a peer's linear maps."""
+    outs = (x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0) for name in names)
+    return [out.reshape(*out.shape[:2], heads, -1) for out in outs]
+
+
+def reformer_local(oracle, hidden_states, weights, attention_mask=None):
+    """Blocks that see their neighbours around the end of the sequence: the first block sees the last."""
+    cfg = oracle.meta["cfg"]
+    rows = hidden_states.shape[1] // cfg["chunk"]
+    blocks = (np.arange(rows)[:, None] + np.arange(-cfg["before"], cfg["after"] + 1)) % rows
+    mask = None if attention_mask is None else jnp.asarray(attention_mask, bool)[:, None, None]
+    heads = block_sparse.attention(
+        *projected(cfg["H"], hidden_states, weights), blocks[None], block_size=cfg["chunk"], mask=mask
+    )
+    return heads.reshape(*heads.shape[:2], -1)
+
+
+def bigbird(oracle, x, weights):
+    """First and last block see and are seen by all; the others see their neighbours and random blocks, by head."""
+    cfg, random = oracle.meta["cfg"], oracle.constants["rand_attn"]
+    rows = x.shape[1] // cfg["block_size"]
+    blocks = np.full((cfg["H"], rows, rows), -1)
+    blocks[:, [0, -1]] = np.arange(rows)
+    for n, i in np.ndindex(cfg["H"], rows - 2):
+        seen = sorted({0, i, i + 1, i + 2, rows - 1} | set(random[n, i].tolist()))
+        blocks[n, i + 1, : len(seen)] = seen
+    heads = block_sparse.attention(*projected(cfg["H"], x, weights), blocks, block_size=cfg["block_size"])
+    return heads.reshape(*heads.shape[:2], -1)
+
+
+PEERS = {
+    "local_lucid_bidir": (lucid_local, "qkv"),
+    "local_lucid_causal": (lucid_local, "qkv"),
+    "local_lucid_back2": (lucid_local, "qkv"),
+    "local_lucid_autopad": (lucid_local, "qkv"),
+    "reformer_local_bidir": (reformer_local, ["hidden_states"]),
+    "reformer_local_bidir_mask": (reformer_local, ["hidden_states"]),
+    "bigbird_train": (bigbird, ["x"]),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers(name):
+    peer = load(name)
+    function, inputs = PEERS[name]
+    fixed = {key: peer.inputs[key] for key in peer.inputs if key == "attention_mask"}
+
+    @jax.jit
+    def outputs_and_gradients(arrays, weights):
+        weights = [weights] if weights else []
+        y, pull = jax.vjp(lambda *args: function(peer, *args, **fixed), *arrays, *weights)
+        return y, pull(jnp.asarray(peer.cotangents["y"]))
+
+    arrays = [jnp.asarray(peer.inputs[key]) for key in inputs]
+    y, grads = outputs_and_gradients(arrays, jax.tree.map(jnp.asarray, peer.weights))
+    output_error = relative_error(y, peer.outputs["y"])
+    wanted = [peer.grad_inputs[key] for key in inputs]
+    errors = [relative_error(grad, want) for grad, want in zip(grads[: len(inputs)], wanted, strict=True)]
+    if peer.weights:
+        errors += [relative_error(grads[-1][key], want) for key, want in peer.grad_weights.items()]
+    print(f"{name}: output {output_error:.1e}, gradients {max(errors):.1e}")
+    assert output_error < 1e-5 and max(errors) < 1e-5
 
 
 REFUSALS = [
