@@ -48,6 +48,7 @@ def hash_buckets(
     Example:
         >>> hash_buckets(jnp.array([1.0, -1.0]).reshape(1, 2, 1, 1), jnp.ones((1, 1, 1, 1))).ravel().tolist()
         [0, 1]
+
     Source: Andoni et al., Practical and Optimal LSH for Angular Distance, 2015, arXiv 1509.02897; Kitaev et al., Reformer,
         ICLR 2020, arXiv 2001.04451, section 2. The factors are those of the authors' implementation.
     """
@@ -136,6 +137,7 @@ def attention(
         >>> buckets = jnp.array([0, 1, 0]).reshape(1, 1, 3, 1)
         >>> attention(x, value, buckets, num_buckets=2, chunk_size=4).ravel().tolist()
         [5.0, 3.0, 1.0]
+
     Source: Kitaev et al., Reformer: The Efficient Transformer, ICLR 2020, arXiv 2001.04451, section 2 and appendix A.
     """
     owner = "lsh.attention"
@@ -204,6 +206,7 @@ def extend(
         >>> value = jnp.array([1.0, 3.0, 5.0]).reshape(1, 3, 1, 1)
         >>> extend(x[:, 2:], x, value, buckets[:, :, 2:], buckets, start=2).ravel().tolist()
         [1.0]
+
     Source: Kitaev et al., 2020, arXiv 2001.04451, eq. 6.
     """
     owner = "lsh.extend"

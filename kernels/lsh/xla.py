@@ -18,6 +18,8 @@ from subquad.kernels.lsh.reference import Layout, inverse_norm
 # Bytes of one tile of logits. On a CPU a tile should stay in the cache; on an accelerator every step of a loop is a kernel
 # launch, so steps should be few.
 CPU_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 20, 1 << 25
+# Chunks whose logits take more are cut into parts of their queries: a larger buffer is mapped anew at every step.
+CHUNK_BYTES = 1 << 24
 
 
 class Items(NamedTuple):
@@ -117,8 +119,18 @@ def lay_out(layout: Layout, buckets, real) -> Items:
         ends = jnp.pad(own, ((0, 0), (0, 0), (0, 0), (before, after), (0, 0)), constant_values=nobody)
         around = jnp.concatenate([ends[:, :, :, before + step :][:, :, :, :chunks] for step in steps], axis=-1)
 
-    count = groups * chunks
-    per_step = max(1, min(count, tile_bytes() // (4 * own.shape[-1] * around.shape[-1])))
+    cuts = min(layout.chunk_size, math.ceil(4 * layout.chunk_size * around.shape[-1] / CHUNK_BYTES))
+    if cuts > 1:
+        per_cut = math.ceil(layout.chunk_size / cuts)
+        unused = cuts * per_cut - layout.chunk_size
+        own = jnp.pad(own, ((0, 0),) * 4 + ((0, unused),), constant_values=nobody)
+        own = rearrange(own, "x g r n (s c) -> x g r (n s) c", s=cuts)
+        around = jnp.repeat(around, cuts, axis=3)
+
+    count = groups * chunks * cuts
+    # Two cuts of one chunk add to the same keys, so they are not taken in one step.
+    most = 1 if cuts > 1 else tile_bytes() // (4 * own.shape[-1] * around.shape[-1])
+    per_step = max(1, min(count, most))
     steps = math.ceil(count / per_step)
     per_step = math.ceil(count / steps)
 
@@ -228,9 +240,8 @@ def _backward(layout, saved, cotangents):
         to_gains = jnp.sum(d_logits * products, axis=1)
         d_query = d_query.at[queries].add(to_queries, mode="drop")
         # A chunk at a time: within one part no place occurs twice, so that sums on an accelerator have one order.
-        chunk = queries.shape[1]
-        for part in range(0, keys.shape[1], chunk):
-            some = slice(part, part + chunk)
+        for part in range(0, keys.shape[1], layout.chunk_size):
+            some = slice(part, part + layout.chunk_size)
             d_query = d_query.at[keys[:, some]].add(to_keys[:, some], mode="drop")
             d_gain = d_gain.at[keys[:, some]].add(to_gains[:, some], mode="drop")
             d_value = d_value.at[keys[:, some]].add(to_values[:, some], mode="drop")

@@ -65,6 +65,7 @@ class ReformerAttention(Attention):
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
         >>> layer.rotations[...] = layer.redraw(nnx.Rngs(1))
+
     Source: Kitaev et al., Reformer: The Efficient Transformer, ICLR 2020, arXiv 2001.04451.
     """
 
