@@ -18,7 +18,7 @@ from subquad.zoo.patterns.steps import in_chunks
 class BlockwiseAttention(Attention):
     """Softmax attention in which the queries of block i see the keys of block pi(i), another pi for each head.
 
-        y_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s,    s in block pi_h(t // block_size)    (eqs. 4-6)
+        y_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s,    s in block pi_h(t // block_size)    (section 3)
         pi_h(i) = (i + shift_h) mod n,    n = ceil(max_length / block_size)
 
     Cost: time O(T block_size N H), memory O(T); one extended token O(block_size N H), cache O(max_length).

@@ -21,7 +21,7 @@ Heads = Literal["merged", "separate"]
 class StridedAttention(Attention):
     """Softmax attention to nearby tokens and, further away, to every l-th token or to summary columns.
 
-        y_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s,    s in A1(t) or A2(t)                       (sections 4.2, 4.3)
+        y_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s,    s in A1(t) or A2(t)                            (section 4.3)
         strided:  A1 = {s: t - l <= s <= t},        A2 = {s <= t: (t - s) mod l = 0}
         fixed:    A1 = {s <= t: s // l = t // l},   A2 = {s <= t: s mod l >= l - c}
 

@@ -1,0 +1,126 @@
+"""Checks that every layer with a fixed pattern shares."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from subquad import zoo
+from tests.oracle import relative_error
+
+FEATURES = 16
+
+
+def inputs(length: int, batch: int = 2, seed: int = 0):
+    return jax.random.normal(jax.random.key(seed), (batch, length, FEATURES))
+
+
+def padding(length: int, batch: int = 2, seed: int = 1):
+    """A key mask with holes."""
+    return jnp.asarray(np.random.default_rng(seed).random((batch, 1, 1, length)) < 0.8)
+
+
+def weights(layer, length: int) -> np.ndarray:
+    """The attention weights [N, T, S] of random queries and keys: the outputs for one-hot values."""
+    shape = (1, length, layer.num_heads, layer.head_features)
+    query, key = (jax.random.normal(jax.random.key(seed), shape) for seed in (2, 3))
+    value = jnp.broadcast_to(jnp.eye(length)[None, :, None], (1, length, layer.num_heads, length))
+    return np.asarray(jax.jit(lambda *arrays: layer.attend(*arrays, None))(query, key, value)[0]).swapaxes(0, 1)
+
+
+def check_support(layer, length: int) -> None:
+    """`layer.pattern` is exactly what the layer attends to, and the weights of a row sum to 1."""
+    found, pattern = weights(layer, length), layer.pattern(length)
+    assert pattern.dtype == bool and pattern.shape in ((1, length, length), found.shape)
+    np.testing.assert_array_equal(found > 0, np.broadcast_to(pattern, found.shape))
+    np.testing.assert_allclose(found.sum(-1), np.broadcast_to(pattern, found.shape).any(-1), atol=1e-5)
+
+
+def check_dense(layer, length: int, mask=None) -> None:
+    """The layer is softmax attention under the mask of its pattern: outputs and every gradient."""
+    dense = zoo.SoftmaxAttention(layer.num_heads, FEATURES, num_kv_heads=layer.num_kv_heads, rngs=nnx.Rngs(0))
+    nnx.update(dense, nnx.state(layer, nnx.Param))
+    allowed = jnp.asarray(layer.pattern(length))[None]
+    allowed = allowed if mask is None else allowed & mask
+    weight = inputs(length, seed=4)
+
+    def loss(model, x, mask):
+        y = model(x, mask=mask)
+        return jnp.sum(y * weight), y
+
+    gradient = nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))
+    (grads, y), (want_grads, want) = gradient(layer, inputs(length), mask), gradient(dense, inputs(length), allowed)
+    assert relative_error(y, want) < 5e-6
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        assert relative_error(ours, theirs) < 2e-5
+
+
+def check_extend(layer, length: int, cuts: list[int], mask=None, max_length: int | None = None):
+    """However the sequence is cut, `extend` gives what one call gives. Returns the last cache."""
+    x = inputs(length)
+    expected = layer(x, mask=mask)
+    step = jax.jit(lambda x, cache, mask: layer.extend(x, cache, mask=mask))
+    cache, start, outputs = layer.init_cache(2, max_length or length), 0, []
+    for width in cuts:
+        part = slice(start, start + width)
+        y, cache = step(x[:, part], cache, None if mask is None else mask[..., part])
+        outputs.append(y)
+        start += width
+    assert start == length
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, atol=1e-5)
+    return cache
+
+
+def kernel(weight, heads: int):
+    """A peer's [out, in] matrix as [in, N, H]."""
+    return jnp.asarray(weight).T.reshape(weight.shape[1], heads, -1)
+
+
+def from_peer(layer, peer, names=("query", "key", "value")) -> None:
+    """Loads a peer's linear maps, [out, in] or [in, N, H], into the layer's projections."""
+    for name in names:
+        own = getattr(layer, name)
+        if f"{name}.weight" in peer.weights:
+            own.kernel[...] = kernel(peer.weights[f"{name}.weight"], layer.num_heads)
+            own.bias[...] = jnp.asarray(peer.weights[f"{name}.bias"]).reshape(layer.num_heads, -1)
+        else:
+            own.kernel[...] = jnp.asarray(peer.weights[f"{name}.kernel"])
+            own.bias[...] = jnp.asarray(peer.weights[f"{name}.bias"])
+
+
+def check_peer_mechanism(layer, peer, axes="b t n h", error=1e-5) -> None:
+    """The mechanism alone against a peer that takes query, key and value: outputs and gradients."""
+    swap = (lambda a: a.swapaxes(1, 2)) if axes == "b n t h" else (lambda a: a)
+
+    @jax.jit
+    def outputs_and_gradients(*arrays):
+        y, pull = jax.vjp(lambda *qkv: swap(layer.attend(*map(swap, qkv), None)), *arrays)
+        return y, pull(jnp.asarray(peer.cotangents["y"]))
+
+    y, grads = outputs_and_gradients(*(jnp.asarray(peer.inputs[name]) for name in "qkv"))
+    output_error = relative_error(y, peer.outputs["y"])
+    grad_error = max(relative_error(g, peer.grad_inputs[name]) for g, name in zip(grads, "qkv", strict=True))
+    print(f"output {output_error:.1e}, gradients {grad_error:.1e}")
+    assert output_error < error and grad_error < error
+
+
+def check_peer_layer(layer, peer, function, error=1e-5) -> None:
+    """A layer that holds the peer's weights: outputs, gradients of the input and of every weight."""
+
+    @nnx.jit
+    def outputs_and_gradients(layer, x):
+        def loss(layer, x):
+            y = function(layer, x)
+            return jnp.sum(y * peer.cotangents["y"]), y
+
+        return nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+
+    (grads, grad_x), y = outputs_and_gradients(layer, jnp.asarray(peer.inputs["x"]))
+    output_error, errors = relative_error(y, peer.outputs["y"]), [relative_error(grad_x, peer.grad_inputs["x"])]
+    found = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(grads)}
+    for name, want in peer.grad_weights.items():
+        if name.endswith(".weight"):
+            name, want = name.removesuffix("weight") + "kernel", kernel(want, layer.num_heads)
+        errors.append(relative_error(found[name].reshape(want.shape if want.ndim > 1 else -1), want))
+    print(f"output {output_error:.1e}, gradients {max(errors):.1e}")
+    assert output_error < error and max(errors) < error
