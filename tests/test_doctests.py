@@ -25,7 +25,7 @@ def modules():
                 yield ".".join(("subquad", *parts)).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("module", modules())
+@pytest.mark.parametrize("module", list(modules()))
 def test_examples_run(module):
     found = importlib.import_module(module)
     failed, tried = doctest.testmod(found, extraglobs=NAMES, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)

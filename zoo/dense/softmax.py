@@ -40,6 +40,7 @@ class SoftmaxAttention(Attention):
         >>> layer = SoftmaxAttention(4, 64, num_kv_heads=2, is_causal=True, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
+
     Source: Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762.
     """
 
