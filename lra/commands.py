@@ -86,7 +86,7 @@ def explained(program: str, main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except KeyboardInterrupt:
-        code, message = INTERRUPTED, "Interrupted. What was saved before stays; run again with --resume."
+        code, message = INTERRUPTED, "Interrupted; what was saved before is kept."
     except Interrupted as stopped:
         code, message = INTERRUPTED, str(stopped)
     except (RunError, DatasetError) as error:

@@ -142,7 +142,7 @@ RECIPES = {
             equal_parameters=True,
             source="subquad",
             # Ten times as long, so wider, too: else Linformer's projections alone would be more than the budget.
-            configs={"lra": dict(in_features=128, mlp_features=512)},
+            configs={"lra": dict(in_features=128, mlp_features=512, evaluate_every=150)},
         ),
         Recipe(
             id="lra-2020",

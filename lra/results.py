@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import math
 import os
 import pathlib
 import platform
@@ -44,6 +45,7 @@ class Result:
     floor_root: float | None
     selection: str
     split: str
+    test_examples: int
     parameters: int
     steps: int
     batch_size: int
@@ -97,7 +99,7 @@ def failure(run, task, reason: str) -> Result:
     blank = {one.name: None for one in dataclasses.fields(Result)}
     shared = ("layer", "task", "config", "recipe", "seed", "selection", "steps", "batch_size")
     known = dict(
-        status=f"failed: {reason}", split="test", data=task.dataset, source=task.source, parameters=0,
+        status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset, source=task.source, parameters=0,
         configuration=json.dumps(dataclasses.asdict(run), sort_keys=True), finished_utc=now(),
     )  # fmt: skip
     return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **environment()})
@@ -216,9 +218,11 @@ def caption(rows: Sequence[Result]) -> str:
     one = rows[0]
     seeds = sorted({row.seed for row in rows})
     chosen = "best on validation" if one.selection == "best" else "of the last step"
+    error = 100 * math.sqrt(0.25 / one.test_examples)
     return (
         f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Accuracy on the {one.split} split, parameters "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Accuracy on the {one.test_examples} "
+        f"examples of the {one.split} split, which leaves a standard error of up to {error:.1f} points, parameters "
         f"{chosen}; majority floor: the commonest answer; root floor: the commonest answer given the root operator. "
         "Peak memory of the compiled training step, its inputs included; FLOPs counted from its jaxpr. "
         f"{one.hardware}; {one.versions}; commit {one.commit[:12]}."

@@ -127,7 +127,9 @@ def train(
     scores: dict[str, Any] = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:
         test = list(pipeline.evaluation_batches(splits["test"], batch_size=run.batch_size, length=task.length))
-        scores = {"accuracy_best": evaluate(best, test)[0], "accuracy_last": evaluate(state["parameters"], test)[0]}
+        last = evaluate(state["parameters"], test)[0]
+        same = progress["best"][0] == run.steps
+        scores = {"accuracy_best": last if same else evaluate(best, test)[0], "accuracy_last": last}
         scores["accuracy"] = scores[f"accuracy_{run.selection}"]
     checkpoints.close()
     memory, floors = measure.memory_of(compiled), task.floors(splits)
@@ -143,6 +145,7 @@ def train(
         floor_majority=floors.get("majority"),
         floor_root=floors.get("root"),
         split="test",
+        test_examples=len(splits["test"]),
         parameters=parameter_count,
         batch_size=run.batch_size,
         steps_per_second=watch.rate,

@@ -50,7 +50,10 @@ def main() -> int:
         results.append(row, out / "quickstart.csv")
         rows.append(row)
     results.write(results.markdown(rows), out / "quickstart.md")
-    plots.accuracy_against_cost(rows, out / "quickstart.png")
+    try:
+        plots.accuracy_against_cost(rows, out / "quickstart.png")
+    except ImportError as error:
+        print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
     results.show(rows)
     took = clock(time.monotonic() - began)
     print(f"{took} in all. {out}/quickstart.csv, .md, .png; each layer's losses in {out}/runs.")

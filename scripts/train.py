@@ -33,6 +33,7 @@ def main() -> int:
     row = train.train(run, out=out / "runs" / run.id, data_dir=arguments.data_dir, resume=arguments.resume)
     results.append(row, out / "results.csv")
     results.show([row])
+    print(f"Added to {out}/results.csv; losses and checkpoint in {out}/runs/{run.id}.")
     return 0 if row.status == "ok" else commands.FAILED
 
 

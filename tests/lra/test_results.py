@@ -17,8 +17,8 @@ def row(layer="softmax", accuracy=0.4, seed=0, status="ok", **other):
         status=status, layer=layer, task="listops", config="small", recipe="quickstart", seed=seed, accuracy=accuracy,
         accuracy_best=accuracy, accuracy_last=accuracy, best_step=100, validation_accuracy_best=0.41,
         validation_accuracy_last=0.4, train_loss_last=1.5, floor_majority=0.188, floor_root=0.36, selection="best",
-        split="test", parameters=81_546, steps=300, batch_size=32, steps_per_second=12.34, train_seconds=30.0,
-        compile_seconds=5.0, flops_per_step=4_000_000_000, memory_temporary_bytes=90 * 2**20,
+        split="test", test_examples=500, parameters=81_546, steps=300, batch_size=32, steps_per_second=12.34,
+        train_seconds=30.0, compile_seconds=5.0, flops_per_step=4_000_000_000, memory_temporary_bytes=90 * 2**20,
         memory_peak_bytes=100 * 2**20, configuration=json.dumps({"layer": layer, "seed": seed}), data="made up",
         source='"quoted", and, commas', commit="0123456789abcdef", versions="jax 1", hardware="none",
         finished_utc="2026-01-01T00:00:00Z",
@@ -85,6 +85,7 @@ def test_the_table_has_what_the_quickstart_promises():
     assert lines[2] == "| s4 | 45.0 % | 18.8 % | 36.0 % | 81,546 | 12 | 100.0 MiB | 4.00 G |"  # the best is first
     assert lines[3].startswith("| softmax | 40.0 % |")
     assert results.markdown([]) == ""
+    assert "500 examples of the test split, which leaves a standard error of up to 2.2 points" in "\n".join(lines)
 
 
 def test_failures_are_rows_and_not_blanks():

@@ -174,6 +174,17 @@ def test_without_the_data_packages_it_trains_all_the_same(monkeypatch, capsys, t
     assert not (tmp_path / "data").exists()
 
 
+def test_training_imports_only_what_a_bare_image_has():
+    code = (
+        "import sys, orbax.checkpoint\n"
+        "for name in 'tensorflow tensorflow_datasets grain array_record rich matplotlib tyro PIL pandas'.split():\n"
+        "    sys.modules[name] = None\n"
+        "import subquad.lra.train, subquad.lra.commands, subquad.lra.recipes, subquad.lra.plots\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_folder_that_cannot_be_written_is_told_before_anything_else(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file" / "out", pathlib.Path("/proc/subquad")):

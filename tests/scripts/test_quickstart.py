@@ -133,7 +133,7 @@ def test_one_layers_fault_is_a_row_and_the_others_still_run(data, tmp_path):
     assert "| performer | failed: memory" in (tmp_path / "quickstart.md").read_text()
 
 
-def interrupted(name, out, *words, at="step 20/"):
+def interrupted(name, *words, at="step 20/"):
     """The command, stopped by Ctrl-C when its progress says `at`."""
     process = subprocess.Popen(command(name, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = ""
@@ -148,7 +148,7 @@ def interrupted(name, out, *words, at="step 20/"):
 
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
     words = ["--config", "tiny", "--steps", "200", "--seed", "1", "--data-dir", str(data), "--dropout-rate", "0.1"]
-    code, said = interrupted("train", tmp_path, *words, "--out", tmp_path / "stopped")
+    code, said = interrupted("train", *words, "--out", tmp_path / "stopped")
     assert code == 130, said
     last = said.strip().splitlines()[-1]
     step = int(re.match(r"train: Stopped at step (\d+) of 200; saved in .*\. Go on with --resume\.$", last)[1])
@@ -165,7 +165,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
 
 def test_a_stopped_quickstart_goes_on_by_the_same_command(data, tmp_path):
     words = ["--config", "tiny", "--steps", "200", "--layers", "softmax", "--out", tmp_path, "--data-dir", data]
-    code, said = interrupted("quickstart", tmp_path, *words)
+    code, said = interrupted("quickstart", *words)
     assert code == 130 and said.strip().endswith("The same command goes on from there.")
     finished = run("quickstart", *words)
     assert finished.returncode == 0 and "step 20/200" not in finished.stderr
