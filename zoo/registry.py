@@ -95,8 +95,8 @@ def attention_fn(name: str, *, seed: int = 0, **given) -> Callable[..., jax.Arra
     if not layer.supports.attention_fn:
         usable = ", ".join(known for known, other in LAYERS.items() if other.supports.attention_fn)
         raise ValueError(
-            f"attention_fn: layer must be a function of query, key and value alone, got {name!r}, which has "
-            f"parameters of its own. Use zoo.make, or one of: {usable}."
+            f"attention_fn: layer must be a function of separate query, key and value, got {name!r}, which has parameters "
+            f"of its own or ties queries to keys. Use zoo.make, or one of: {usable}."
         )
     check_options(name, given)
     owner = f"attention_fn({name!r})"
