@@ -72,21 +72,23 @@ def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: in
     """The mask with one batch axis, [B|1, N|1, T|1, S], or an error that says what is wrong with it."""
     if mask is None:
         return None
-    if mask.dtype != bool:
-        raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-    full = (*batch, heads, queries, keys)
-    shape = (1,) * (len(full) - mask.ndim) + mask.shape
+    if getattr(mask, "dtype", None) != jnp.dtype(bool):
+        raise TypeError(
+            f"{owner}: mask must be a boolean array, True = attend, got {getattr(mask, 'dtype', type(mask).__name__)}. "
+            "Use jnp.asarray(mask, bool)."
+        )
+    full, shape = (*batch, heads, queries, keys), mask.shape
+    # All axes, spelt out: a [B, T, S] mask must not pass for one of [N, T, S].
     if len(shape) != len(full) or any(m not in (1, f) for m, f in zip(shape, full, strict=True)) or shape[-1] != keys:
         raise ValueError(
-            f"{owner}: mask must broadcast to [*B, N, T, S] = {full} and have S keys, got {mask.shape}. "
-            "Build it with subquad.zoo.masks."
+            f"{owner}: mask must have the axes [*B, N, T, S] = {full}, each of the first ones full or 1, got {shape}. "
+            "Insert axes of 1, or build it with subquad.zoo.masks."
         )
     if not pairwise and shape[-3:-1] != (1, 1):
         raise ValueError(
             f"{owner}: mask must be key padding of shape [*B, 1, 1, S] = {(*batch, 1, 1, keys)}, got {mask.shape}. "
             "Use masks.padding_mask(lengths, S), is_causal in the constructor, or SoftmaxAttention for pairwise masks."
         )
-    mask = mask.reshape(shape)
     if math.prod(shape[:-3]) > 1:
         mask = jnp.broadcast_to(mask, (*batch, *shape[-3:]))
     return mask.reshape(-1, *shape[-3:])
@@ -126,8 +128,9 @@ def check_call(
             refuse(owner, name, "an array", "be None (this layer cannot honour it)", "SoftmaxAttention does.")
         if inputs_kv is not inputs_q:
             refuse(owner, name, "an array", "be None in cross-attention", "Pass a mask instead.")
-        if not jnp.issubdtype(value.dtype, jnp.integer):
-            raise TypeError(f"{owner}: {name} must be integers, got {value.dtype}. Cast them.")
+        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"{owner}: {name} must be an array of integers, got {kind}. Use jnp.asarray({name}, int).")
         if value.shape not in ((length,), (*batch, length)):
             refuse(owner, name, value.shape, f"have shape [T] or [*B, T] = {(*batch, length)}", "Broadcast it first.")
         extras[name] = jnp.broadcast_to(value, (*batch, length)).reshape(-1, length)
@@ -300,7 +303,7 @@ class Attention(nnx.Module):
         Args:
             inputs_q: [*B, T, D].
             inputs_kv: [*B, S, D] for cross-attention; None attends to inputs_q.
-            mask: True = attend; broadcasts to [*B, N, T, S]; key padding [*B, 1, 1, S] where the layer takes no other.
+            mask: True = attend; axes [*B, N, T, S], each full or 1; key padding [*B, 1, 1, S] where the layer takes no other.
             positions: integer positions [T] or [*B, T]; None counts from 0.
             segment_ids: [T] or [*B, T]; tokens of different segments do not see each other.
             deterministic, rngs: as in Flax, so that layers interchange; a layer that draws nothing in a call is

@@ -71,8 +71,10 @@ def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given) -> nnx.Module:
     """
     layer = find(name)
     check_options(name, given)
-    if "num_heads" in options(name) and "num_heads" not in given:
-        raise TypeError(f"{layer.__name__}: num_heads must be given, got nothing. Pass num_heads=...")
+    for parameter in inspect.signature(layer.__init__).parameters.values():
+        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        if needed and parameter.name not in ("self", "in_features", "rngs", *given):
+            raise TypeError(f"{layer.__name__}: {parameter.name} must be given, got nothing. Pass {parameter.name}=...")
     return layer(in_features=in_features, rngs=rngs, **given)
 
 

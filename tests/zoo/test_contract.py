@@ -439,8 +439,11 @@ def test_bad_input_is_named(name):
         layer(x[:, :0])
     with refused(name, "inputs_q", TypeError):
         layer(jnp.ones((2, 7, FEATURES), int))
-    with refused(name, "mask"):
-        layer(x, mask=jnp.ones((2, 7), bool))
+    for shape in ((2, 7), (2, 7, 7), (1, 2, 1, 1, 7)):
+        with refused(name, "mask"):
+            layer(x, mask=jnp.ones(shape, bool))
+    with refused(name, "mask", TypeError):
+        layer(x, mask=[[True] * 7])
     with refused(name, "mask"):
         layer(x, mask=jnp.ones((2, 1, 1, 6), bool))
     with refused(name, "mask", TypeError):
@@ -452,7 +455,7 @@ def test_bad_input_is_named(name):
     if "num_heads" in case.options:
         with refused(name, "num_heads"):
             case.make(is_causal, num_heads=3, num_kv_heads=3) if case.supports.grouped else case.make(is_causal, num_heads=3)
-        with pytest.raises(TypeError, match=rf"{zoo.LAYERS[name].__name__}.*num_heads"):
+        with refused(name, "num_heads", TypeError):
             zoo.make(name, in_features=FEATURES, rngs=nnx.Rngs(0))
 
 

@@ -31,7 +31,7 @@ class SoftmaxAttention(Attention):
         rotary_base: longest wavelength of rotary positions in units of 2 pi tokens, usually 10000. None: no rotation.
         shell: see `Attention`.
     Call:
-        inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: anything that broadcasts to [*B, N, T, S].
+        inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: [*B, N, T, S], each axis full or 1.
         positions: [T] or [*B, T]; causality and rotation compare them.  segment_ids: [T] or [*B, T].
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; fully masked rows are the output projection of 0.
     Raises: ValueError: sizes that do not divide; a mask or positions of another shape.
