@@ -99,9 +99,9 @@ def failure(run, task, reason: str) -> Result:
     blank = {one.name: None for one in dataclasses.fields(Result)}
     shared = ("layer", "task", "config", "recipe", "seed", "selection", "steps", "batch_size")
     known = dict(
-        status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset, source=task.source,
-        parameters=0,
-        configuration=json.dumps(dataclasses.asdict(run), sort_keys=True), finished_utc=now(),
+        status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset,
+        source=task.source, parameters=0, configuration=json.dumps(dataclasses.asdict(run), sort_keys=True),
+        finished_utc=now(),
     )  # fmt: skip
     return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **environment()})
 

@@ -177,7 +177,7 @@ def test_without_the_data_packages_it_trains_all_the_same(monkeypatch, capsys, t
 def test_training_imports_only_what_a_bare_image_has():
     code = (
         "import sys, orbax.checkpoint\n"
-        "for name in 'tensorflow tensorflow_datasets grain array_record rich matplotlib tyro PIL pandas'.split():\n"
+        "for name in 'tensorflow tensorflow_datasets grain array_record matplotlib tyro PIL pandas'.split():\n"
         "    sys.modules[name] = None\n"
         "import subquad.lra.train, subquad.lra.commands, subquad.lra.recipes, subquad.lra.plots\n"
     )
