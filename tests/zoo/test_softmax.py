@@ -8,6 +8,7 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.zoo import masks
+from tests.oracle import relative_error
 
 
 def inputs(length, seed=0, features=16):
@@ -30,6 +31,23 @@ def test_checkpoints_interchange_with_flax(kv_heads):
     causal = zoo.SoftmaxAttention(4, 16, num_kv_heads=kv_heads, is_causal=True, rngs=nnx.Rngs(2))
     nnx.update(causal, state)
     np.testing.assert_allclose(causal(x), flax(x, mask=nnx.make_causal_mask(jnp.ones((2, 17)), dtype=bool)), atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_are_flaxs(is_causal):
+    flax = nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(1))
+    ours = zoo.SoftmaxAttention(4, 16, is_causal=is_causal, rngs=nnx.Rngs(2))
+    state = jax.tree.map(lambda a: a + 0.1, nnx.state(flax, nnx.Param))
+    mask = nnx.make_causal_mask(jnp.ones((2, 300)), dtype=bool) if is_causal else None
+    x, weights = inputs(300), inputs(300, seed=1)
+
+    def gradients(layer, mask):
+        graphdef = nnx.graphdef(layer)
+        loss = lambda state, x: jnp.sum(nnx.merge(graphdef, state)(x, mask=mask) * weights)
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(state, x)
+
+    expected = gradients(flax, mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(relative_error(a, b), 0, atol=1e-5), gradients(ours, None), expected)
 
 
 def test_paths_and_shapes_are_flaxs():
