@@ -128,13 +128,19 @@ def show(rows: Iterable[Result]) -> None:
     except ImportError:
         print(markdown(rows))
         return
-    heading, *body = cells(rows)
-    table = Table()
-    for index, name in enumerate(heading):
-        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
+    names, *body = cells(rows)
+    console = Console()
+    narrow = console.is_terminal and console.width < 100
+    # Nothing but spaces between the columns, so that all of them fit into 80 characters.
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if narrow else 2, 0, 0))
+    for index, name in enumerate(names):
+        # On a narrow terminal a heading goes on two lines from the start: shrinking would cut its words.
+        heading = name.replace(" ", "\n") if narrow else name
+        # The reason of a failure is long, and wraps.
+        side = "right" if index else "left"
+        table.add_column(heading, justify=side, no_wrap=name != "test accuracy", overflow="fold")
     for one in body:
         table.add_row(*one)
-    console = Console()
     # A pipe has no width: enough for every column.
     Console(width=console.width if console.is_terminal else 140).print(table)
     print(caption(rows))

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import re
 import sys
 
 import matplotlib.image
@@ -133,6 +134,16 @@ def test_with_rich_every_cell_is_shown_whole_in_a_pipe(capsys):
     shown = capsys.readouterr().out
     for text in ("transformer_xl", "failed: non-finite loss by step 30", "100.0 MiB", "81,546", "FLOPs/step"):
         assert text in shown
+
+
+def test_a_narrow_terminal_shows_every_word(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    results.show([row("transformer_xl"), row("s4", **FAILED)])
+    table = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).partition("Task listops")[0]
+    assert "…" not in table and max(map(len, table.splitlines())) <= 80
+    for word in ("accuracy", "majority", "parameters", "steps/s", "memory", "FLOPs/step", "100.0 MiB", "step 30"):
+        assert word in table
 
 
 def test_the_pareto_front_by_hand():
