@@ -43,7 +43,7 @@ class Encoder(nnx.Module):
         mlp_features: features inside the feed-forward networks; 0 leaves them out.
         max_length: longest sequence; bounds the learned positions.
         mixer: a name in `zoo.LAYERS`, or a function (in_features=..., rngs=...) -> layer.
-        mixer_options: the named layer's options.
+        mixer_options: the named layer's options; a dtype among them is the layer's own.
         positions: "learned" or "sinusoidal" encodings added to the embeddings, or None.
         dropout_rate: of embeddings and block outputs.
     Call:
@@ -81,7 +81,7 @@ class Encoder(nnx.Module):
         def build():
             if callable(mixer):
                 return mixer(in_features=in_features, rngs=rngs)
-            return registry.make(mixer, in_features=in_features, rngs=rngs, **dtypes, **(mixer_options or {}))
+            return registry.make(mixer, in_features=in_features, rngs=rngs, **{**dtypes, **(mixer_options or {})})
 
         self.in_features, self.max_length, self.position_kind = in_features, max_length, positions
         self.embed = nnx.Embed(vocab_size, in_features, **dtypes, rngs=rngs)
