@@ -1,14 +1,25 @@
 """Choose an implementation: the one rule for every operation."""
 
+import contextvars
 import difflib
+import functools
+import importlib
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import jax
+
+from subquad.kernels import launch
 
 Implementation = Literal["reference", "xla", "triton", "cudnn", "interpret"]
+Implementations = Mapping[str, Callable]
 
-# None takes the first of these that the operation has and that can run here; the reference is never a fallback in
-# disguise, it is what an operation without a faster form runs.
-PREFERENCE = ("xla", "reference")
+# Never taken unless asked for: a test's interpreter, and the specification where there is a faster form.
+BY_NAME_ONLY = ("interpret", "reference")
+
+Declined = launch.Declined
+
+_report: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("report", default=None)
 
 
 def nearest(name: str, known) -> str:
@@ -28,24 +39,112 @@ def check_name(owner: str, implementation: str | None) -> None:
         )
 
 
-def choose(operation: str, available: Mapping[str, Callable], implementation: Implementation | None) -> Callable:
-    """Picks the function that runs `operation`.
+def triton(module: str, function: str) -> dict[str, Callable]:
+    """The implementations "triton" and "interpret": `function(*args, mode=...)` of a module that is imported when first run."""
+
+    def run(*args, mode: launch.Mode, **kwargs):
+        launch.require(mode)
+        return getattr(importlib.import_module(module), function)(*args, mode=mode, **kwargs)
+
+    return {mode: functools.partial(run, mode=mode) for mode in get_args(launch.Mode)}
+
+
+def run(operation: str, implementations: Implementations, implementation: Implementation | None, *args, **kwargs) -> Any:
+    """Runs `operation`.
+
+    The choice is made while tracing, by what the implementations themselves say: one that cannot serve a call raises
+    `Declined` before it does any work.
 
     Args:
         operation: the operation's public name, for messages.
-        available: the implementations that exist, by name.
-        implementation: None takes the best that can run here; a name takes exactly that one.
-    Returns: the chosen function.
+        implementations: those that exist, the preferred first.
+        implementation: None takes the first that does not decline; a name takes exactly that one.
+        args, kwargs: what it is called with.
+    Returns: what the implementation returns.
     Raises:
         ValueError: the name is not a known word.
-        NotImplementedError: the named implementation does not exist for this operation.
+        NotImplementedError: the named implementation does not exist for this operation, or declines this call.
     """
     check_name(operation, implementation)
-    if implementation is None:
-        return next(available[name] for name in PREFERENCE if name in available)
-    if implementation not in available:
-        raise NotImplementedError(
-            f"{operation}: implementation={implementation!r} does not exist for this operation yet. "
-            f"Use None or one of {', '.join(sorted(available))}."
+    lines = _report.get()
+    if lines is not None:
+        return _run_and_report(lines, operation, implementations, implementation, *args, **kwargs)
+    if implementation is not None:
+        return _run_named(operation, implementations, implementation, *args, **kwargs)
+    candidates = _candidates(implementations)
+    for name in candidates[:-1]:
+        try:
+            return implementations[name](*args, **kwargs)
+        except Declined:
+            continue
+    return implementations[candidates[-1]](*args, **kwargs)
+
+
+def explain(function: Callable, *args, **kwargs) -> None:
+    """Prints, for each operation inside `function(*args, **kwargs)`, what would run here and why the others would not.
+
+    Nothing is computed. `function` is an operation, a layer or any function that calls them.
+
+    Example:
+        >>> from subquad.kernels import convolution
+        >>> explain(convolution.convolve, jax.numpy.ones((1, 8, 2)), jax.numpy.ones((2, 8)), implementation="reference")
+        convolution.convolve runs reference, asked for by name
+    """
+    lines: list[str] = []
+    token = _report.set(lines)
+    try:
+        jax.eval_shape(lambda: jax.tree.leaves(function(*args, **kwargs)))
+    finally:
+        _report.reset(token)
+    # A layer may run the same operation in several places.
+    print("\n".join(dict.fromkeys(lines)))
+
+
+def _candidates(implementations: Implementations) -> list[str]:
+    names = [name for name in implementations if name not in BY_NAME_ONLY]
+    return names or ["reference"]
+
+
+def _run_named(operation, implementations, implementation, *args, **kwargs):
+    if implementation not in implementations:
+        raise Declined(
+            f"{operation}: implementation={implementation!r} does not exist for this operation. "
+            f"Use None or one of {', '.join(sorted(implementations))}."
         )
-    return available[implementation]
+    try:
+        return implementations[implementation](*args, **kwargs)
+    except Declined as reason:
+        raise Declined(
+            f"{operation}: implementation={implementation!r} declines this call: {reason} "
+            "Use None to take the best that can run it here."
+        ) from reason
+
+
+def _run_and_report(lines, operation, implementations, implementation, *args, **kwargs):
+    """`run`, but every candidate is tried and its answer noted."""
+    if implementation is not None:
+        lines.append(f"{operation} runs {implementation}, asked for by name")
+        return _run_named(operation, implementations, implementation, *args, **kwargs)
+    outputs, chosen, answers = None, None, []
+    candidates = _candidates(implementations)
+    for name in implementations:
+        if name not in candidates:
+            answers.append(f"    {name:9} only by name")
+            continue
+        if chosen is not None:
+            answers.append(f"    {name:9} comes after {chosen}")
+            continue
+        try:
+            outputs, chosen = implementations[name](*args, **kwargs), name
+            answers.append(f"    {name:9} runs")
+        except Declined as reason:
+            answers.append(f"    {name:9} declines: {reason}")
+    lines.append("\n".join([f"{operation} runs {chosen}", *answers]))
+    if chosen is None:
+        raise Declined(lines[-1])
+    return outputs
+
+
+def choose(operation: str, available: Implementations, implementation: Implementation | None) -> Callable:
+    """The function that runs `operation`, for operations without Triton kernels."""
+    return functools.partial(run, operation, available, implementation)

@@ -1,0 +1,529 @@
+"""The one door to Triton: a kernel is launched on a GPU, run by Triton's interpreter, or compiled ahead of time.
+
+    triton      through jax-triton, on the NVIDIA GPU that JAX sees, or lowered for one (`lowering_for`)
+    interpret   Triton's interpreter on NumPy arrays behind `jax.pure_callback`, on any machine: for tests
+    ahead of time: `recording` collects what a traced program launches, `compile` turns it into machine code for a named
+                target and counts registers, spills, shared memory and tensor-core instructions; no GPU is needed
+
+Kernels take array pointers and compile-time constants, nothing else: shapes are static in JAX, and a Python number as a
+run-time argument would be a float64 in one version of jax-triton and a float32 in the next.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Mode = Literal["triton", "interpret"]
+
+PTX_VERSION = 87  # the newest that CUDA 12.8 drivers know; newer Triton would emit what an older driver refuses
+FLOATS = ("float32", "bfloat16", "float16")
+TUNED = pathlib.Path(__file__).parent / "tuned"
+
+
+class Declined(NotImplementedError):
+    """An implementation that cannot serve this call; the message is the reason, one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a kernel's work is cut: block sizes by the names of the kernel's constants, and what Triton needs to know."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __hash__(self):
+        return hash((tuple(sorted(self.blocks.items())), self.num_warps, self.num_stages))
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch as `recording` notes it."""
+
+    kernel: Any
+    dtypes: tuple[tuple[str, str], ...]  # (parameter, dtype) of every pointer, in order
+    constants: tuple[tuple[str, Any], ...]
+    config: Config
+    grid: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+# What `lowering_for` and `recording` say; None: nothing.
+_assumed_capability: int | None = None
+_recorded: list[Launch] | None = None
+_interpreter = threading.Lock()
+
+
+# ------------------------------------------------------------------------------------------------------- what can run
+
+
+def require(mode: Mode) -> None:
+    """Raises `Declined` where kernels cannot run in this mode, and prepares the interpreter where they can."""
+    if importlib.util.find_spec("triton") is None:
+        raise Declined("Triton is not installed; install subquad[gpu].")
+    if mode == "interpret":
+        _start_interpreter()
+        return
+    if _interpreting():
+        raise Declined("this process runs Triton's interpreter (TRITON_INTERPRET is set or was needed).")
+    if capability() is None:
+        raise Declined("JAX sees no NVIDIA GPU here; launch.lowering_for(90) traces for one that is elsewhere.")
+    if _recorded is None and importlib.util.find_spec("jax_triton") is None:
+        raise Declined("jax-triton is not installed; install subquad[gpu].")
+
+
+def capability() -> int | None:
+    """The compute capability that kernels are traced for, as 90 for 9.0; None: there is no GPU to trace for."""
+    if _assumed_capability is not None:
+        return _assumed_capability
+    return _device_capability()
+
+
+@functools.cache
+def _device_capability() -> int | None:
+    if jax.default_backend() != "gpu":
+        return None
+    version = getattr(jax.devices()[0], "compute_capability", None)  # "9.0"; an AMD GPU says "gfx942"
+    return int(version.replace(".", "")) if version and version.replace(".", "").isdigit() else None
+
+
+def device_kind() -> str:
+    """The name under which this device's tuned table is kept: "nvidia-h200", or "sm_90" where the device is elsewhere."""
+    if _assumed_capability is not None or _device_capability() is None:
+        return f"sm_{capability()}"
+    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+
+
+@contextlib.contextmanager
+def lowering_for(compute_capability: int) -> Iterator[None]:
+    """Traces and lowers for an NVIDIA GPU that need not be in this machine.
+
+    Example:
+        with launch.lowering_for(90):
+            jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
+    """
+    global _assumed_capability
+    before, _assumed_capability = _assumed_capability, compute_capability
+    try:
+        yield
+    finally:
+        _assumed_capability = before
+
+
+def dot_precision(dtype) -> str:
+    """The `input_precision` of a tl.dot: three TF32 products make up float32; one would lose half of its digits."""
+    return "tf32x3" if jnp.dtype(dtype) == jnp.float32 else "tf32"
+
+
+def config(kernel: str, heuristic: Config, **sizes) -> Config:
+    """The tuned configuration of a kernel for these sizes on this device, or the heuristic where nothing was measured."""
+    return _tuned(device_kind()).get((kernel, tuple(sorted(sizes.items()))), heuristic)
+
+
+@functools.cache
+def _tuned(kind: str) -> dict:
+    path = TUNED / f"{kind}.json"
+    if not path.exists():
+        return {}
+    return {
+        (row["kernel"], tuple(sorted(row["sizes"].items()))): Config(row["blocks"], row["num_warps"], row["num_stages"])
+        for row in json.loads(path.read_text())["rows"]
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- launching
+
+
+def call(
+    kernel: Any,
+    inputs: Mapping[str, jax.Array | None],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    grid: int,
+    constants: Mapping[str, Any],
+    config: Config,
+    mode: Mode,
+    aliases: Mapping[str, str] | None = None,
+) -> tuple[jax.Array, ...]:
+    """Launches a Triton kernel.
+
+    Args:
+        kernel: a `triton.jit` function whose parameters are its inputs, its outputs and its constants, in this order.
+        inputs: by parameter name. None becomes a pointer that the kernel must not follow, so give it a flag as well;
+            booleans arrive as int8.
+        outputs: by parameter name. Their memory is not initialised.
+        grid: number of programs, all along the first axis: the others end at 65,535.
+        constants: all other compile-time constants by parameter name.
+        config: block sizes and what Triton needs to know.
+        mode: "triton" or "interpret".
+        aliases: {input: output}: the output starts as the input's content, in its memory where XLA can arrange that.
+    Returns: the outputs, in order.
+    Raises: TypeError: a name that is no parameter of the kernel, a parameter without a value, an order that differs.
+    """
+    constants = {**constants, **config.blocks}
+    _check_names(kernel, inputs, outputs, constants)
+    if not 0 < grid < 2**31:
+        raise ValueError(f"launch.call: grid must lie in 1 .. 2^31 - 1, got {grid}. Give every program more work.")
+    for name, value in constants.items():
+        if not isinstance(value, bool | int | float | str | type(None)):
+            raise TypeError(
+                f"launch.call: constants[{name!r}] must be a number, string, bool or None, got {type(value).__name__}. "
+                "Pass arrays as inputs, and NumPy scalars through int() or float()."
+            )
+    some = next(array for array in inputs.values() if array is not None)
+    arrays = [some if array is None else array for array in inputs.values()]
+    arrays = [array.astype(jnp.int8) if array.dtype == bool else array for array in arrays]
+    if _recorded is not None:
+        dtypes = zip((*inputs, *outputs), (x.dtype.name for x in (*arrays, *outputs.values())), strict=True)
+        _recorded.append(Launch(kernel, tuple(dtypes), tuple(constants.items()), config, grid))
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in outputs.values())
+    order = {name: place for place, name in enumerate(inputs)}
+    places = {order[source]: list(outputs).index(target) for source, target in (aliases or {}).items()}
+    shapes = tuple(outputs.values())
+    if mode == "interpret":
+        host = functools.partial(_interpret, kernel, grid, constants, shapes, places)
+        return tuple(jax.pure_callback(host, shapes, *arrays, vmap_method="sequential"))
+    return tuple(_on_gpu(kernel, grid, constants, config, shapes, places, arrays))
+
+
+def _check_names(kernel, inputs, outputs, constants):
+    given, wanted = [*inputs, *outputs], [name for name in kernel.arg_names if name not in constants]
+    unknown = sorted(set(constants) - set(kernel.arg_names))
+    if unknown or given != wanted:
+        raise TypeError(
+            f"launch.call: inputs, outputs and constants must name the parameters of {kernel.__name__}, the pointers in its "
+            f"order {wanted}, got pointers {given}" + (f" and unknown constants {unknown}" if unknown else "") + ". "
+            "Compare the spelling with the kernel's signature."
+        )
+
+
+def _on_gpu(kernel, grid, constants, config, shapes, places, arrays):
+    jax_triton = _jax_triton()
+    options = dict(
+        kernel=kernel,
+        grid=(grid,),
+        name=kernel.__name__,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        compute_capability=capability(),
+        input_output_aliases=places or None,
+    )
+    if hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):  # 0.4
+        options |= dict(out_type=list(shapes), backend_options=dict(ptx_version=PTX_VERSION, enable_fp_fusion=True))
+    else:
+        options |= dict(out_shape=list(shapes), enable_fp_fusion=True)
+    return jax_triton.triton_call(*arrays, **options, **constants)
+
+
+@functools.cache
+def _jax_triton():
+    """jax-triton, mended where its versions and those of Triton do not fit."""
+    import triton.backends.nvidia.driver as driver
+
+    if not hasattr(driver, "TMA_TF32"):  # jax-triton 0.4 looks for it in Triton 3.6 and gives up all of NVIDIA without it
+        driver.TMA_TF32 = 11
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    # Both versions change the variable while they are imported; it is the user's.
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if cache is not None:
+        os.environ["TRITON_CACHE_DIR"] = cache
+    if not hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):
+        _pin_ptx()
+    return jax_triton
+
+
+def _pin_ptx() -> None:
+    """jax-triton 0.3 has no option for the PTX version; its own copy of the backend gets one."""
+    from jax_triton import triton_lib
+
+    class Backend(triton_lib.cb.CUDABackend):
+        def parse_options(self, options):
+            return super().parse_options({**options, "ptx_version": PTX_VERSION})
+
+    triton_lib.cb = types.SimpleNamespace(**{**vars(triton_lib.cb), "CUDABackend": Backend})
+
+
+def fold_vmap(function: Callable) -> Callable:
+    """`function` with a rule for `jax.vmap`: the mapped axis becomes part of the batch, and there is still one launch.
+
+    Args:
+        function: takes arrays [B, ...] or [1, ...] (which all samples share) or None, and returns arrays [B, ...].
+    """
+
+    def folded(*arrays):
+        present = [array is not None for array in arrays]
+
+        @jax.custom_batching.custom_vmap
+        def run(*some):
+            rest = iter(some)
+            return function(*(next(rest) if here else None for here in present))
+
+        @run.def_vmap
+        def rule(size, mapped, *some):
+            shapes = [x.shape[1:] if is_mapped else x.shape for x, is_mapped in zip(some, mapped, strict=True)]
+            batch = max(shape[0] for shape in shapes)
+
+            def flatten(x, is_mapped, shape):
+                if not is_mapped and shape[0] == 1:
+                    return x
+                x = x if is_mapped else jnp.broadcast_to(x, (size, *shape))
+                x = x if shape[0] == batch else jnp.broadcast_to(x, (size, batch, *shape[1:]))
+                return x.reshape(size * batch, *shape[1:])
+
+            outputs = run(*map(flatten, some, mapped, shapes))
+            outputs = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), outputs)
+            return outputs, jax.tree.map(lambda _: True, outputs)
+
+        return run(*(array for array in arrays if array is not None))
+
+    return folded
+
+
+# ------------------------------------------------------------------------------------------------------ the interpreter
+
+GUARD = 256  # bytes of poison before and after every array
+
+
+def _interpreting() -> bool:
+    """Whether Triton was, or will be, imported as an interpreter: it decides when it is imported."""
+    if "triton" not in sys.modules:
+        return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return sys.modules["triton"].jit(_probe).__class__.__name__ == "InterpretedFunction"
+
+
+def _probe():
+    pass
+
+
+@functools.cache
+def _start_interpreter() -> None:
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not _interpreting():
+        raise Declined("Triton was imported for compilation; start Python with TRITON_INTERPRET=1 to interpret.")
+    version = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    if version < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        raise Declined("the interpreter of Triton 3.6 needs NumPy < 2.4; install triton>=3.7 or numpy<2.4.")
+    _mend_bfloat16()
+
+
+def _mend_bfloat16() -> None:
+    """The interpreter's dot multiplies the bit patterns of bfloat16 as integers: give it their values."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        values = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(values, tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return original(self, widen(a), widen(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+class _Buffer:
+    """What Triton's interpreter asks of a tensor, on a NumPy array that lies between two margins of poison."""
+
+    NAMES = dict(float32="fp32", float64="fp64", float16="fp16", bfloat16="bf16", bool="i1", int8="i8", int16="i16",
+                 int32="i32", int64="i64", uint8="u8", uint16="u16", uint32="u32", uint64="u64")  # fmt: skip
+
+    def __init__(self, shape, dtype, content=None):
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        # All ones is NaN in every floating type, and an index that is out of range in every signed one.
+        self.arena = np.full(size + 2 * GUARD + 64, 0xFF, np.uint8)
+        start = GUARD + -(self.arena.__array_interface__["data"][0] + GUARD) % 64
+        self.inside = slice(start, start + size)
+        self.array = self.arena[self.inside].view(dtype).reshape(shape)
+        if content is not None:
+            self.array[...] = content
+        self.dtype, self.shape = self.NAMES[dtype.name], tuple(shape)
+
+    def overrun(self) -> bool:
+        """Whether anything was written outside of the array."""
+        outside = np.ones(self.arena.shape, bool)
+        outside[self.inside] = False
+        return bool((self.arena[outside] != 0xFF).any())
+
+    def data_ptr(self):
+        return self.array.__array_interface__["data"][0]
+
+    def untyped_storage(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def copy_(self, other):
+        pass
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.shape
+
+    def stride(self):
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def new_empty(self, *sizes, **options):
+        return object.__new__(_Buffer)
+
+    def set_(self, storage, *view):
+        self.__dict__.update(storage.__dict__)
+
+
+def _interpret(kernel, grid, constants, shapes, places, *arrays):
+    """Runs on the host, on NumPy arrays. It must not call JAX, which may be waiting for it."""
+    arrays = [np.asarray(array) for array in arrays]
+    inputs = [_Buffer(array.shape, array.dtype, array) for array in arrays]
+    sources = {target: arrays[source] for source, target in places.items()}
+    outputs = [_Buffer(shape.shape, shape.dtype, sources.get(place)) for place, shape in enumerate(shapes)]
+    with _interpreter, np.errstate(all="ignore"):  # the interpreter is one global machine
+        kernel[(grid,)](*inputs, *outputs, **constants)
+    for buffer, name in zip((*inputs, *outputs), kernel.arg_names, strict=False):
+        if buffer.overrun():
+            raise RuntimeError(f"launch.call: {kernel.__name__} wrote outside of {name}. Mask its stores.")
+    for buffer, array, name in zip(inputs, arrays, kernel.arg_names, strict=False):
+        if buffer.array.tobytes() != array.tobytes():
+            raise RuntimeError(f"launch.call: {kernel.__name__} wrote into its input {name}. Declare it an output.")
+    return tuple(buffer.array.copy() for buffer in outputs)
+
+
+# ------------------------------------------------------------------------------------------------------- ahead of time
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a kernel became on a target. Counts are of instructions in the machine code, not of executions.
+
+    Args:
+        registers: per thread.
+        stack: bytes per thread: what did not fit into registers, and arrays indexed at run time.
+        spills: instructions that store to or load from the stack (NVIDIA), spilled registers (AMD).
+        shared: bytes of shared memory per program.
+        tensor_core: matrix instructions: wgmma, mma and tcgen05 (NVIDIA), mfma (AMD).
+        fma: scalar float32 multiply-adds.
+        transposes: of a matrix product through shared memory (stmatrix.trans), which Triton 3.4 to 3.6 get wrong on Hopper.
+    """
+
+    target: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    tensor_core: int
+    fma: int
+    transposes: int
+
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_LIMIT = dict(sm_80=163 << 10, sm_90=227 << 10, sm_100=227 << 10, gfx942=64 << 10)
+
+
+@contextlib.contextmanager
+def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
+    """Collects the launches of everything traced inside instead of launching them; the traced outputs are zeros.
+
+    Example:
+        with launch.recording() as launches:
+            jax.eval_shape(lambda x: softmax.attention(x, x, x, implementation="triton"), x)
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        with lowering_for(compute_capability):
+            yield _recorded
+    finally:
+        _recorded = before
+
+
+def compile(launch: Launch, target: str) -> Compiled:  # noqa: A001
+    """Compiles a recorded launch for one of `TARGETS`, without a GPU, and reads the machine code.
+
+    Raises: RuntimeError: this process runs the interpreter, or Triton cannot compile the kernel for the target.
+    """
+    if _interpreting():
+        raise RuntimeError("launch.compile: this process runs the interpreter. Unset TRITON_INTERPRET.")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as triton_compile
+
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    kernel, config = launch.kernel, launch.config
+    pointers = {name: "*" + _Buffer.NAMES[dtype] for name, dtype in launch.dtypes}
+    signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    if nvidia:
+        options["ptx_version"] = PTX_VERSION
+    source = ASTSource(kernel, signature, dict(launch.constants), aligned)
+    compiled = triton_compile(source, target=gpu, options=options)
+    shared = compiled.metadata.shared
+    return _read_sass(target, compiled, shared) if nvidia else _read_gcn(target, compiled.asm["amdgcn"], shared)
+
+
+def _read_sass(target, compiled, shared) -> Compiled:
+    import triton
+
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
+        code = run(str(tools / "nvdisasm"), "-c", file.name)
+    count = lambda pattern: len(re.findall(pattern, code))
+    number = lambda name: int(re.search(rf"\b{name}:(\d+)", usage).group(1))
+    return Compiled(
+        target=target,
+        registers=number("REG"),
+        stack=number("STACK"),
+        spills=count(r"\b(?:STL|LDL)\b"),
+        shared=shared,
+        tensor_core=count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTC[A-Z]*MMA)\b"),
+        fma=count(r"\bFFMA\b"),
+        transposes=len(re.findall(r"\bstmatrix[.\w]*\.trans\b", compiled.asm["ptx"])),
+    )
+
+
+def _read_gcn(target, code, shared) -> Compiled:
+    number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))
+    return Compiled(
+        target=target,
+        registers=number("vgpr_count"),
+        stack=number("private_segment_fixed_size"),
+        spills=number("vgpr_spill_count"),
+        shared=shared,
+        tensor_core=len(re.findall(r"\bv_mfma", code)),
+        fma=len(re.findall(r"\bv_(?:fma|fmac|pk_fma)_f32", code)),
+        transposes=0,
+    )
