@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import pytest
+
 # Before jax is imported, unless the caller says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 cache = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
@@ -10,8 +12,22 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jax  # noqa: E402
+
 
 def pytest_collection_modifyitems(items):
+    # Triton is an interpreter or a compiler for the whole life of a process, so scripts/test runs these legs one by one.
+    interpreting = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    gpu = None
+    for item in items:
+        if item.get_closest_marker("interpret") and not interpreting:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1; scripts/test sets it"))
+        if item.get_closest_marker("aot") and interpreting:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET unset"))
+        if item.get_closest_marker("gpu"):
+            gpu = jax.default_backend() == "gpu" if gpu is None else gpu
+            if not gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     # The contract suite layer by layer: tests of one layer share what they compile, in a process that runs them in a row.
     layer = lambda item: item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
     items.sort(key=lambda item: (str(item.path), layer(item) if item.path.name == "test_contract.py" else ""))

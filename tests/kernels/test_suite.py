@@ -1,0 +1,131 @@
+"""Every operation in every implementation, against the float64 reference: values, gradients, transformations.
+
+An implementation other than "xla" may be wrong by twice what the XLA path is wrong in the same dtype, plus a few units in
+the last place: the rule adapts itself to dtype and length.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad.kernels import dispatch, specs
+
+SPECS = specs.load()
+# The largest relative error of the XLA path, of outputs and of gradients.
+TOLERANCES = {"float32": (1e-5, 2e-5), "bfloat16": (2e-2, 3e-2), "float16": (3e-3, 5e-3)}
+ULPS = 8
+DTYPE_LENGTHS = (63, 129)
+FEW = (63,)
+
+IMPLEMENTATIONS = [
+    pytest.param("xla", id="xla"),
+    pytest.param("interpret", id="interpret", marks=pytest.mark.interpret),
+    pytest.param("triton", id="triton", marks=pytest.mark.gpu),
+]
+
+
+def serves(spec, implementation):
+    if implementation != "xla" and implementation not in spec.implementations:
+        pytest.skip(f"{spec.name} has no {implementation!r}")
+
+
+@functools.lru_cache(maxsize=64)
+def problem(name, length, dtype):
+    """The arrays, cotangents and what is expected, computed once for the implementations that are compared."""
+    spec = SPECS[name]
+    arrays = spec.draw(length, dtype)
+    cotangents = specs.cotangents(spec, "xla", arrays)
+    return arrays, cotangents, specs.expected(spec, arrays, cotangents)
+
+
+@functools.lru_cache(maxsize=64)
+def errors(name, length, dtype, implementation):
+    """(name of the leaf, relative error) of every output and gradient."""
+    spec = SPECS[name]
+    arrays, cotangents, want = problem(name, length, dtype)
+    inexact, rest = specs.split(arrays)
+    got = jax.jit(specs.forward_backward(spec, implementation, rest))(inexact, cotangents)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    shape_of = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(shape_of, got[1]) == jax.tree.map(shape_of, inexact)
+    leaves = map(jax.tree.leaves, (got, want))
+    return [(leaf, specs.error(x, y)) for leaf, x, y in zip(specs.names_of(got), *leaves, strict=True)]
+
+
+def cases():
+    for name, spec in SPECS.items():
+        for length in spec.lengths:
+            yield name, length, "float32"
+        for dtype in ("bfloat16", "float16"):
+            for length in DTYPE_LENGTHS if dtype == "bfloat16" else FEW:
+                if length in spec.lengths:
+                    yield name, length, dtype
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("name", "length", "dtype"), list(cases()))
+def test_values_and_gradients(name, length, dtype, implementation):
+    spec = SPECS[name]
+    serves(spec, implementation)
+    plain = errors(name, length, dtype, "xla")
+    if implementation == "xla":
+        for leaf, error in plain:
+            tolerance = TOLERANCES[dtype][leaf.startswith("[1]")] * spec.slack
+            assert error <= tolerance, f"{leaf} is wrong by {error:.1e}"
+        return
+    floor = ULPS * float(jnp.finfo(dtype).eps) * spec.slack
+    for (leaf, error), (_, allowed) in zip(errors(name, length, dtype, implementation), plain, strict=True):
+        assert error <= 2 * allowed + floor, f"{leaf} is wrong by {error:.1e}, XLA's by {allowed:.1e}"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", SPECS)
+def test_determinism_jit_and_vmap(name, implementation):
+    """The same bits every time; eager as compiled; a mapped axis as a loop over it."""
+    spec = SPECS[name]
+    serves(spec, implementation)
+    length = 63 if 63 in spec.lengths else spec.lengths[0]
+    arrays, cotangents, _ = problem(name, length, "float32")
+    inexact, rest = specs.split(arrays)
+    function = specs.forward_backward(spec, implementation, rest)
+    run = jax.jit(function)
+    once, again = run(inexact, cotangents), run(inexact, cotangents)
+    for one, other in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    twice = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), (inexact, cotangents))
+    mapped = jax.jit(jax.vmap(function))(*twice)
+    half = run(*jax.tree.map(lambda x: x[1], twice))
+    for leaf, got, *want in zip(specs.names_of(once), *map(jax.tree.leaves, (mapped, once, half)), strict=True):
+        for place, one in enumerate(want):
+            assert specs.error(got[place], one) < 1e-5 * spec.slack, leaf
+
+    def step(carry, x):
+        return carry, function(*x)
+
+    looped = jax.jit(lambda x: jax.lax.scan(step, None, x)[1])(twice)
+    for leaf, got, want in zip(specs.names_of(once), *map(jax.tree.leaves, (looped, mapped)), strict=True):
+        assert specs.error(got, want) < 1e-5 * spec.slack, leaf
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_triton_declines_with_a_reason_where_there_is_no_gpu(name):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU here")
+    spec = SPECS[name]
+    arrays = spec.draw(spec.lengths[0])
+    with pytest.raises(dispatch.Declined, match="GPU|interpreter|not installed"):
+        spec.call(arrays, "triton")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_lowers_for_tpu(name):
+    spec = SPECS[name]
+    arrays = spec.draw(129 if 129 in spec.lengths else spec.lengths[-1])
+    inexact, rest = specs.split(arrays)
+    cotangents = specs.cotangents(spec, "xla", arrays)
+    run = jax.jit(specs.forward_backward(spec, "xla", rest))
+    assert run.trace(inexact, cotangents).lower(lowering_platforms=("tpu",)).as_text()
