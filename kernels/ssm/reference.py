@@ -47,9 +47,19 @@ def _recur(inputs, decay, input_matrix, output_matrix, state):
     return outputs.swapaxes(0, 1).astype(inputs.dtype), jnp.concatenate([state.real, state.imag], axis=-1)
 
 
-def diagonal_recurrence(inputs, log_decay, input_matrix, output_matrix, state):
-    decay = jax.vmap(jnp.diag)(both(jnp.exp(log_decay)))
-    return _recur(inputs, decay, both(input_matrix), both(output_matrix), state)
+def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state):
+    is_complex = jnp.iscomplexobj(log_decay)
+    decay, pairs = jnp.exp(log_decay), log_decay.shape[-1]
+
+    def advance(state, token):
+        state = decay * state + input_matrix * token[..., None]
+        response = jnp.sum(output_matrix * state, axis=-1)
+        return state, 2 * response.real if is_complex else response
+
+    state = state[..., :pairs] + 1j * state[..., pairs:] if is_complex else state
+    state, outputs = jax.lax.scan(advance, state, inputs.swapaxes(0, 1).astype(state.real.dtype))
+    state = jnp.concatenate([state.real, state.imag], axis=-1) if is_complex else state
+    return outputs.swapaxes(0, 1).astype(inputs.dtype), state
 
 
 def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):

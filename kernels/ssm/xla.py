@@ -3,6 +3,7 @@
 Complex numbers are kept as planes of real and imaginary parts wherever there are many of them.
 """
 
+import functools
 import math
 
 import jax
@@ -20,6 +21,10 @@ DAMPING = 1.0
 # Bytes of one [D, P, chunk] plane of the Cauchy sum, and of one group's powers of A_bar.
 CHUNK_BYTES = 1 << 20
 POWER_BYTES = 4 << 20
+# Chunks of the diagonal scan: a chunk's Toeplitz matrix costs as much as the sequence is many chunks. And the bytes of one
+# group's tokens or states between chunks.
+CHUNK, LONG = 32, 2048
+GROUP_BYTES = 4 << 20
 
 
 def _planes(values):
@@ -52,13 +57,71 @@ def diagonal_kernel(log_decay, coefficients, length):
     return product(log_decay, coefficients)
 
 
-def diagonal_recurrence(inputs, log_decay, input_matrix, output_matrix, state):
-    decay = jnp.exp(log_decay)
+def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state):
+    batch, length, features = inputs.shape
+    chunk = min(length, CHUNK if length < LONG else 2 * CHUNK)
+    chunks = -(-length // chunk)
+    groups = divisor(features, -(-batch * features * chunks * max(chunk, state.shape[-1]) * 4 // GROUP_BYTES))
+    padded = jnp.pad(inputs, ((0, 0), (0, chunks * chunk - length), (0, 0)))
+    tokens = rearrange(padded, "b (n c) (g d) -> g d (b n) c", g=groups, c=chunk)
+    modes = (rearrange(x, "(g d) p -> g d p", g=groups) for x in (log_decay, input_matrix, output_matrix))
+    group = lambda arrays: _scan_group(arrays, length - (chunks - 1) * chunk)
+    outputs, state = jax.lax.map(group, (tokens, *modes, rearrange(state, "b (g d) p -> g d b p", g=groups)))
+    outputs = rearrange(outputs, "g d (b n) c -> b (n c) (g d)", b=batch)[:, :length]
+    return outputs, rearrange(state, "g d b p -> b (g d) p")
 
-    def advance(state, token):
-        return decay * state + input_matrix * token[..., None]
 
-    return _recur(inputs, advance, output_matrix, state)
+@functools.partial(jax.checkpoint, static_argnums=1)
+def _scan_group(arrays, rest):
+    """Some features of `diagonal_scan`: tokens [D, B N, C] in N chunks, of which the last has `rest` tokens; state [D, B, P].
+
+    Within a chunk the outputs are a Toeplitz matrix times the inputs, and the state before it read off; between chunks only
+    the state goes on. A checkpoint: the backward makes the tables again and keeps the states before the chunks only.
+    """
+    tokens, log_decay, input_matrix, output_matrix, state = arrays
+    chunk, batch = tokens.shape[-1], state.shape[1]
+    values = tokens.astype(state.dtype)
+    powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk + 1)[:, None])  # [D, C + 1, P]
+    writes = _state_planes(input_matrix[:, None] * powers[:, :chunk])  # what a token leaves after 0 .. C - 1 steps
+    reads = _output_planes(output_matrix[:, None] * powers[:, 1:])
+    dot = functools.partial(jnp.einsum, precision=HIGHEST)
+
+    taps = dot("dcp,dp->dc", writes, _output_planes(output_matrix))
+    added = dot("dnc,dcp->dnp", values, jnp.flip(writes, axis=1))
+    advance = lambda before, after: (_times(powers[:, None, chunk], before) + after, before)
+    state, states = jax.lax.scan(advance, state, rearrange(added, "d (b n) p -> n d b p", b=batch))
+    if rest < chunk:  # the state before the last chunk, and the tokens of it that there are
+        last = rearrange(values, "d (b n) c -> d b n c", b=batch)[:, :, -1, :rest]
+        state = _times(powers[:, None, rest], states[-1]) + dot("dbc,dcp->dbp", last, jnp.flip(writes[:, :rest], axis=1))
+    states = rearrange(states, "n d b p -> d (b n) p")
+    outputs = dot("dnj,dij->dni", values, _toeplitz(taps)) + dot("dnp,dip->dni", states, reads)
+    return outputs.astype(tokens.dtype), state
+
+
+def _state_planes(modes):
+    """How a state of these modes is stored: complex numbers as their real, then their imaginary parts."""
+    return _planes(modes) if jnp.iscomplexobj(modes) else modes
+
+
+def _output_planes(modes):
+    """What a stored state is multiplied by for sum C x, or for 2 Re(sum C x) where the modes are complex."""
+    return _planes(2 * modes.conj()) if jnp.iscomplexobj(modes) else modes
+
+
+def _times(decay, state):
+    """decay times a stored state."""
+    return _planes(decay * _complex(state)) if jnp.iscomplexobj(decay) else decay * state
+
+
+def _toeplitz(taps):
+    """[D, C] -> [D, C, C] with taps[i - j] at i >= j and 0 elsewhere, by repeating and cutting instead of a gather.
+
+    Rows of width 2 C - 1 of a sequence with period 2 C: each begins one place earlier in the period than the one above.
+    """
+    chunk = taps.shape[-1]
+    period = jnp.concatenate([taps[:, :1], jnp.zeros_like(taps), jnp.flip(taps[:, 1:], axis=1)], axis=1)
+    rows = jnp.tile(period, (1, chunk))[:, : chunk * (2 * chunk - 1)]
+    return rows.reshape(-1, chunk, 2 * chunk - 1)[:, :, :chunk]
 
 
 # ------------------------------------------------------------------------------------ diagonal-plus-low-rank systems

