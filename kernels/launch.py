@@ -185,7 +185,7 @@ def call(
     if not 0 < grid < 2**31:
         raise ValueError(f"launch.call: grid must lie in 1 .. 2^31 - 1, got {grid}. Give every program more work.")
     for name, value in constants.items():
-        if not isinstance(value, bool | int | float | str | type(None)):
+        if type(value) not in (bool, int, float, str, type(None)):  # np.float64 is a float too
             raise TypeError(
                 f"launch.call: constants[{name!r}] must be a number, string, bool or None, got {type(value).__name__}. "
                 "Pass arrays as inputs, and NumPy scalars through int() or float()."
@@ -201,6 +201,7 @@ def call(
     places = {order[source]: list(outputs).index(target) for source, target in (aliases or {}).items()}
     shapes = tuple(outputs.values())
     if mode == "interpret":
+        _start_interpreter()
         host = functools.partial(_interpret, kernel, grid, constants, shapes, places)
         return tuple(jax.pure_callback(host, shapes, *arrays, vmap_method="sequential"))
     return tuple(_on_gpu(kernel, grid, constants, config, shapes, places, arrays))
