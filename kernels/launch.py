@@ -432,7 +432,7 @@ class Compiled:
         shared: bytes of shared memory per program.
         tensor_core: matrix instructions: wgmma, mma and tcgen05 (NVIDIA), mfma (AMD).
         fma: scalar float32 multiply-adds.
-        transposes: of a matrix product through shared memory (stmatrix.trans), which Triton 3.4 to 3.6 get wrong on Hopper.
+        transposes: of results of matrix products, which Triton 3.4 to 3.6 get wrong on Hopper when multiplied again.
     """
 
     target: str
@@ -512,8 +512,15 @@ def _read_sass(target, compiled, shared) -> Compiled:
         shared=shared,
         tensor_core=count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTC[A-Z]*MMA)\b"),
         fma=count(r"\bFFMA\b"),
-        transposes=len(re.findall(r"\bstmatrix[.\w]*\.trans\b", compiled.asm["ptx"])),
+        transposes=_transposed_products(compiled.asm["ttgir"]),
     )
+
+
+def _transposed_products(code: str) -> int:
+    """Values in the layout of a matrix product (#mma) that are transposed, in registers or through shared memory."""
+    in_registers = re.findall(r"tt\.trans %[\w#]+ \{[^}]*\} : tensor<[^>]*#mma", code)
+    stored = re.findall(r"(%[\w#]+) = ttg\.local_alloc %[\w#]+ : \(tensor<[^>]*#mma", code)
+    return len(in_registers) + sum(f"ttg.memdesc_trans {name} " in code for name in stored)
 
 
 def _read_gcn(target, code, shared) -> Compiled:

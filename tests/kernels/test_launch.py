@@ -1,0 +1,233 @@
+"""The door to Triton: what it refuses, how the interpreter is guarded, what ahead-of-time compilation tells."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad.kernels import launch
+
+interpret = pytest.mark.interpret
+aot = pytest.mark.aot
+
+
+@pytest.fixture
+def toys():
+    from tests.kernels import toys
+
+    return toys
+
+
+def draw(*shape, dtype="float32", seed=0):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def recorded(function, *args):
+    with launch.recording() as launches:
+        jax.eval_shape(function, *args)
+    return launches
+
+
+@interpret
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_product_in_the_interpreter(toys, dtype):
+    """The interpreter multiplies bfloat16 as integers: off by 1e8 where that is not mended."""
+    x, y = draw(3, 50, 50, dtype=dtype), draw(3, 50, 50, dtype=dtype, seed=1)
+    want = 0.5 * np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+    got = jax.jit(toys.multiply("interpret"))(x, y)
+    assert got.dtype == x.dtype
+    assert np.abs(np.asarray(got, np.float64) - want).max() < 4 * float(jnp.finfo(dtype).eps) * np.abs(want).max()
+
+
+@interpret
+def test_a_mapped_axis_becomes_part_of_the_batch(toys):
+    x, y = draw(3, 20, 20), draw(3, 20, 20, seed=1)
+    multiply = toys.multiply("interpret")
+    pairs = [
+        (jnp.stack([x, 2 * x]), y, (0, None)),
+        (x, jnp.stack([y, 2 * y]), (None, 0)),
+        (jnp.stack([x[:1], 2 * x[:1]]), y, (0, None)),  # one sample for all, mapped: it is copied to each
+        (x[:1], jnp.stack([y, 2 * y]), (None, 0)),  # one sample for all, not mapped: it stays one
+        (jnp.stack([x, 2 * x], 2), jnp.stack([y, y], 1), (2, 1)),
+    ]
+    for x_of, y_of, axes in pairs:
+        got = jax.jit(jax.vmap(multiply, axes))(x_of, y_of)
+        assert got.shape == (2, 3, 20, 20)
+        for i in range(2):
+            one, other = (a if axis is None else jnp.take(a, i, axis) for a, axis in zip((x_of, y_of), axes, strict=True))
+            np.testing.assert_allclose(got[i], 0.5 * one @ other, atol=1e-5)
+    twice = jax.vmap(jax.vmap(multiply, (0, None)), (None, 0))(jnp.stack([x, 2 * x]), jnp.stack([y, 3 * y]))
+    np.testing.assert_allclose(twice[1, 1], 3 * x @ y, atol=1e-4)
+
+
+@interpret
+def test_what_a_kernel_leaves_unwritten_is_not_a_number(toys):
+    x = draw(10)
+    out = toys.shift("interpret", x, out=jax.ShapeDtypeStruct((20,), x.dtype))
+    np.testing.assert_array_equal(out[:10], x)
+    assert np.isnan(out[10:]).all()
+    indices = toys.shift("interpret", jnp.arange(10), out=jax.ShapeDtypeStruct((20,), jnp.int32))
+    assert (np.asarray(indices[10:]) == -1).all()
+
+
+@interpret
+@pytest.mark.parametrize("by", [1, -1, 40])
+def test_a_store_past_the_end_is_found(toys, by):
+    with pytest.raises(Exception, match="copy wrote outside of out_ptr"):
+        jax.block_until_ready(toys.shift("interpret", draw(10), by=by))
+
+
+@interpret
+def test_a_store_into_an_input_is_found(toys):
+    with pytest.raises(Exception, match="copy wrote into its input x_ptr"):
+        jax.block_until_ready(toys.shift("interpret", draw(10), write_input=True))
+
+
+@interpret
+def test_a_load_past_the_end_reads_poison(toys):
+    """T says 12 where there are 10: what lies behind is NaN, not the neighbour's numbers."""
+    x = draw(10)
+    (out,) = launch.call(
+        toys.copy, dict(x_ptr=x), dict(out_ptr=jax.ShapeDtypeStruct((12,), x.dtype)), grid=1,
+        constants=dict(T=12, SHIFT=0, WRITE_INPUT=False), config=launch.Config({"BLOCK": 16}), mode="interpret",
+    )  # fmt: skip
+    assert np.isnan(out[10:]).all()
+
+
+@interpret
+def test_an_alias_starts_as_its_input(toys):
+    x = jnp.arange(10.0)
+    out = toys.shift("interpret", x[:4], out=jax.ShapeDtypeStruct((4,), x.dtype), by=0, aliases={"x_ptr": "out_ptr"})
+    np.testing.assert_array_equal(out, x[:4])
+
+
+@interpret
+def test_an_absent_input_may_not_be_followed_but_may_be_there(toys):
+    x = draw(1, 20, 20)
+    bias = jnp.full((1,), 3.0)
+    np.testing.assert_allclose(
+        toys.multiply("interpret", bias=bias)(x, x) - toys.multiply("interpret")(x, x), 3.0, atol=1e-5
+    )
+
+
+def test_misspelt_operands_are_refused(toys):
+    x = draw(10)
+    with pytest.raises(TypeError, match=r"launch.call: .*parameters of copy.*'x_ptr', 'out_ptr'.*'x_prt'"):
+        recorded(lambda x: toys.shift("triton", x, x_prt=x), x)
+    for extra in (dict(SHIFTS=1), dict(T=None, SHIFT=0)):
+        with pytest.raises(TypeError, match="launch.call"):
+            recorded(
+                lambda x, extra=extra: launch.call(
+                    toys.copy, dict(x_ptr=x), dict(out_ptr=x), grid=1, constants=dict(T=10, SHIFT=0) | extra,
+                    config=launch.Config({"BLOCK": 16}), mode="triton",
+                ),  # fmt: skip
+                x,
+            )
+
+
+def test_run_time_numbers_are_refused(toys):
+    """A Python float would be a float64 in jax-triton 0.3; NumPy's and JAX's numbers are no constants."""
+    for scale in (np.float64(0.5), np.float32(0.5), jnp.float32(0.5)):
+        with pytest.raises(TypeError, match="constants\\['SCALE'\\] must be a number"):
+            recorded(toys.multiply("triton", scale=scale), draw(1, 20, 20), draw(1, 20, 20))
+
+
+def test_a_grid_has_one_axis_of_sane_length(toys):
+    x = draw(10)
+    for grid in (0, 2**31):
+        with pytest.raises(ValueError, match="launch.call: grid must lie in"):
+            recorded(
+                lambda x, grid=grid: launch.call(
+                    toys.copy, dict(x_ptr=x), dict(out_ptr=x), grid=grid, config=launch.Config({"BLOCK": 16}), mode="triton",
+                    constants=dict(T=10, SHIFT=0, WRITE_INPUT=False),
+                ),  # fmt: skip
+                x,
+            )
+
+
+def test_a_tuned_configuration_comes_before_the_heuristic(tmp_path, monkeypatch):
+    (tmp_path / "sm_90.json").write_text(
+        '{"rows": [{"kernel": "k", "sizes": {"features": 64}, "blocks": {"BLOCK": 32}, "num_warps": 8, "num_stages": 3}]}'
+    )
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    launch._tuned.cache_clear()
+    heuristic = launch.Config({"BLOCK": 64})
+    with launch.lowering_for(90):
+        assert launch.config("k", heuristic, features=64) == launch.Config({"BLOCK": 32}, 8, 3)
+        assert launch.config("k", heuristic, features=32) == heuristic
+    with launch.lowering_for(80):
+        assert launch.config("k", heuristic, features=64) == heuristic
+    launch._tuned.cache_clear()
+
+
+def test_neither_triton_nor_a_gpu_is_touched_by_importing():
+    import subprocess
+    import sys
+
+    code = "import subquad.kernels, subquad.zoo, sys; print([m for m in ('triton', 'jax_triton', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@interpret
+def test_an_interpreting_process_does_not_compile(toys):
+    with pytest.raises(launch.Declined, match="interpreter"):
+        launch.require("triton")
+    (launched,) = recorded(toys.multiply("triton"), draw(1, 20, 20), draw(1, 20, 20))
+    with pytest.raises(RuntimeError, match="Unset TRITON_INTERPRET"):
+        launch.compile(launched, "sm_90")
+
+
+@aot
+def test_a_compiling_process_does_not_interpret(toys):
+    with pytest.raises(launch.Declined, match="TRITON_INTERPRET=1"):
+        launch.require("interpret")
+
+
+@aot
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_machine_code_tells_registers_and_tensor_cores(toys, dtype):
+    x = draw(2, 50, 50, dtype=dtype)
+    (launched,) = recorded(toys.multiply("triton"), x, x)
+    assert launched.name == "matmul" and launched.grid == 2
+    for target in launch.TARGETS:
+        if dtype == "float32" and target == "gfx942":
+            continue  # Triton has no three-fold TF32 there
+        compiled = launch.compile(launched, target)
+        assert compiled.tensor_core > 0 and compiled.registers > 16, target
+        assert compiled.spills == compiled.stack == 0, target
+        assert 0 < compiled.shared <= launch.SHARED_LIMIT[target], target
+
+
+@aot
+def test_spills_are_counted(toys):
+    x = draw(1, 64, 64)
+    (launched,) = recorded(toys.multiply("triton"), x, x)
+    one_warp = dataclasses.replace(launched, config=launch.Config({"BLOCK": 64}, num_warps=1))
+    compiled = launch.compile(one_warp, "sm_90")
+    assert compiled.spills > 0 and compiled.stack > 0
+
+
+@aot
+def test_a_transposed_product_is_found(toys):
+    """dot(trans(dot(...)), ...): Triton 3.4 to 3.6 compute it wrongly on Hopper."""
+    x = draw(64, 64, dtype="bfloat16")
+
+    def run(x):
+        return launch.call(
+            toys.transpose_of_product, dict(x_ptr=x, y_ptr=x), dict(out_ptr=jax.ShapeDtypeStruct(x.shape, jnp.float32)),
+            grid=1, constants={}, config=launch.Config({"BLOCK": 64}), mode="triton",
+        )  # fmt: skip
+
+    (launched,) = recorded(run, x)
+    assert launch.compile(launched, "sm_90").transposes > 0
+
+
+@aot
+def test_lowers_for_cuda_without_a_gpu(toys):
+    pytest.importorskip("jax_cuda13_plugin", reason="jax-triton lowers only where JAX's CUDA plugin is installed")
+    x = draw(2, 3, 50, 50)
+    with launch.lowering_for(90):
+        lowered = jax.jit(jax.vmap(toys.multiply("triton"))).trace(x, x).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("triton_kernel_call") == 1
