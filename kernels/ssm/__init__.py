@@ -31,7 +31,7 @@ DISCRETIZATIONS = get_args(Discretization)
 TRITON = "subquad.kernels.ssm.triton"
 DIAGONAL_KERNEL = {"xla": xla.diagonal_kernel, "reference": reference.diagonal_kernel}
 DPLR_KERNEL = {"xla": xla.dplr_kernel, "reference": reference.dplr_kernel}
-DIAGONAL_SCAN = {"xla": xla.diagonal_scan, "reference": reference.diagonal_scan}
+DIAGONAL_SCAN = {**dispatch.triton(TRITON, "diagonal_scan"), "xla": xla.diagonal_scan, "reference": reference.diagonal_scan}
 DPLR_RECURRENCE = {"xla": xla.dplr_recurrence, "reference": reference.dplr_recurrence}
 
 
