@@ -2,8 +2,8 @@
 
     triton      through jax-triton, on the NVIDIA GPU that JAX sees, or lowered for one (`lowering_for`)
     interpret   Triton's interpreter on NumPy arrays behind `jax.pure_callback`, on any machine: for tests
-    ahead of time: `recording` collects what a traced program launches, `compile` turns it into machine code for a named
-                target and counts registers, spills, shared memory and tensor-core instructions; no GPU is needed
+    ahead of time: `recording` collects what a traced program launches, and `machine_code.compile` compiles it for a named
+                target; no GPU is needed
 
 Kernels take array pointers and compile-time constants, nothing else: shapes are static in JAX, and a Python number as a
 run-time argument would be a float64 in one version of jax-triton and a float32 in the next.
@@ -17,10 +17,7 @@ import importlib.util
 import json
 import os
 import pathlib
-import re
-import subprocess
 import sys
-import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +26,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from subquad.kernels.guarded import Guarded
 
 Mode = Literal["triton", "interpret"]
 
@@ -84,7 +83,7 @@ def require(mode: Mode) -> None:
     if mode == "interpret":
         _start_interpreter()
         return
-    if _interpreting():
+    if interpreting():
         raise Declined("this process runs Triton's interpreter (TRITON_INTERPRET is set or was needed).")
     if capability() is None:
         raise Declined("JAX sees no NVIDIA GPU here; launch.lowering_for(90) traces for one that is elsewhere.")
@@ -128,6 +127,23 @@ def lowering_for(compute_capability: int) -> Iterator[None]:
         yield
     finally:
         _assumed_capability = before
+
+
+@contextlib.contextmanager
+def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
+    """Collects the launches of everything traced inside instead of launching them; the traced outputs are zeros.
+
+    Example:
+        with launch.recording() as launches:
+            jax.eval_shape(lambda x: softmax.attention(x, x, x, implementation="triton"), x)
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        with lowering_for(compute_capability):
+            yield _recorded
+    finally:
+        _recorded = before
 
 
 def dot_precision(dtype) -> str:
@@ -304,10 +320,7 @@ def fold_vmap(function: Callable) -> Callable:
 
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
-GUARD = 256  # bytes of poison before and after every array
-
-
-def _interpreting() -> bool:
+def interpreting() -> bool:
     """Whether Triton was, or will be, imported as an interpreter: it decides when it is imported."""
     if "triton" not in sys.modules:
         return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -322,7 +335,7 @@ def _probe():
 def _start_interpreter() -> None:
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-    elif not _interpreting():
+    elif not interpreting():
         raise Declined("Triton was imported for compilation; start Python with TRITON_INTERPRET=1 to interpret.")
     version = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
     if version < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
@@ -349,64 +362,12 @@ def _mend_bfloat16() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-class _Buffer:
-    """What Triton's interpreter asks of a tensor, on a NumPy array that lies between two margins of poison."""
-
-    NAMES = dict(float32="fp32", float64="fp64", float16="fp16", bfloat16="bf16", bool="i1", int8="i8", int16="i16",
-                 int32="i32", int64="i64", uint8="u8", uint16="u16", uint32="u32", uint64="u64")  # fmt: skip
-
-    def __init__(self, shape, dtype, content=None):
-        dtype = np.dtype(dtype)
-        size = int(np.prod(shape)) * dtype.itemsize
-        # All ones is NaN in every floating type, and an index that is out of range in every signed one.
-        self.arena = np.full(size + 2 * GUARD + 64, 0xFF, np.uint8)
-        start = GUARD + -(self.arena.__array_interface__["data"][0] + GUARD) % 64
-        self.inside = slice(start, start + size)
-        self.array = self.arena[self.inside].view(dtype).reshape(shape)
-        if content is not None:
-            self.array[...] = content
-        self.dtype, self.shape = self.NAMES[dtype.name], tuple(shape)
-
-    def overrun(self) -> bool:
-        """Whether anything was written outside of the array."""
-        outside = np.ones(self.arena.shape, bool)
-        outside[self.inside] = False
-        return bool((self.arena[outside] != 0xFF).any())
-
-    def data_ptr(self):
-        return self.array.__array_interface__["data"][0]
-
-    def untyped_storage(self):
-        return self
-
-    def cpu(self):
-        return self
-
-    def copy_(self, other):
-        pass
-
-    def storage_offset(self):
-        return 0
-
-    def size(self):
-        return self.shape
-
-    def stride(self):
-        return tuple(step // self.array.itemsize for step in self.array.strides)
-
-    def new_empty(self, *sizes, **options):
-        return object.__new__(_Buffer)
-
-    def set_(self, storage, *view):
-        self.__dict__.update(storage.__dict__)
-
-
 def _interpret(kernel, grid, constants, shapes, places, *arrays):
     """Runs on the host, on NumPy arrays. It must not call JAX, which may be waiting for it."""
     arrays = [np.asarray(array) for array in arrays]
-    inputs = [_Buffer(array.shape, array.dtype, array) for array in arrays]
+    inputs = [Guarded(array.shape, array.dtype, array) for array in arrays]
     sources = {target: arrays[source] for source, target in places.items()}
-    outputs = [_Buffer(shape.shape, shape.dtype, sources.get(place)) for place, shape in enumerate(shapes)]
+    outputs = [Guarded(shape.shape, shape.dtype, sources.get(place)) for place, shape in enumerate(shapes)]
     with _interpreter, np.errstate(all="ignore"):  # the interpreter is one global machine
         kernel[(grid,)](*inputs, *outputs, **constants)
     for buffer, name in zip((*inputs, *outputs), kernel.arg_names, strict=False):
@@ -416,122 +377,3 @@ def _interpret(kernel, grid, constants, shapes, places, *arrays):
         if buffer.array.tobytes() != array.tobytes():
             raise RuntimeError(f"launch.call: {kernel.__name__} wrote into its input {name}. Declare it an output.")
     return tuple(buffer.array.copy() for buffer in outputs)
-
-
-# ------------------------------------------------------------------------------------------------------- ahead of time
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What a kernel became on a target. Counts are of instructions in the machine code, not of executions.
-
-    Args:
-        registers: per thread.
-        stack: bytes per thread: what did not fit into registers, and arrays indexed at run time.
-        spills: instructions that store to or load from the stack (NVIDIA), spilled registers (AMD).
-        shared: bytes of shared memory per program.
-        tensor_core: matrix instructions: wgmma, mma and tcgen05 (NVIDIA), mfma (AMD).
-        fma: scalar float32 multiply-adds.
-        transposes: of results of matrix products, which Triton 3.4 to 3.6 get wrong on Hopper when multiplied again.
-    """
-
-    target: str
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    tensor_core: int
-    fma: int
-    transposes: int
-
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-SHARED_LIMIT = dict(sm_80=163 << 10, sm_90=227 << 10, sm_100=227 << 10, gfx942=64 << 10)
-
-
-@contextlib.contextmanager
-def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
-    """Collects the launches of everything traced inside instead of launching them; the traced outputs are zeros.
-
-    Example:
-        with launch.recording() as launches:
-            jax.eval_shape(lambda x: softmax.attention(x, x, x, implementation="triton"), x)
-    """
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        with lowering_for(compute_capability):
-            yield _recorded
-    finally:
-        _recorded = before
-
-
-def compile(launch: Launch, target: str) -> Compiled:  # noqa: A001
-    """Compiles a recorded launch for one of `TARGETS`, without a GPU, and reads the machine code.
-
-    Raises: RuntimeError: this process runs the interpreter, or Triton cannot compile the kernel for the target.
-    """
-    if _interpreting():
-        raise RuntimeError("launch.compile: this process runs the interpreter. Unset TRITON_INTERPRET.")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as triton_compile
-
-    nvidia = target.startswith("sm_")
-    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    kernel, config = launch.kernel, launch.config
-    pointers = {name: "*" + _Buffer.NAMES[dtype] for name, dtype in launch.dtypes}
-    signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    if nvidia:
-        options["ptx_version"] = PTX_VERSION
-    source = ASTSource(kernel, signature, dict(launch.constants), aligned)
-    compiled = triton_compile(source, target=gpu, options=options)
-    shared = compiled.metadata.shared
-    return _read_sass(target, compiled, shared) if nvidia else _read_gcn(target, compiled.asm["amdgcn"], shared)
-
-
-def _read_sass(target, compiled, shared) -> Compiled:
-    import triton
-
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
-        code = run(str(tools / "nvdisasm"), "-c", file.name)
-    count = lambda pattern: len(re.findall(pattern, code))
-    number = lambda name: int(re.search(rf"\b{name}:(\d+)", usage).group(1))
-    return Compiled(
-        target=target,
-        registers=number("REG"),
-        stack=number("STACK"),
-        spills=count(r"\b(?:STL|LDL)\b"),
-        shared=shared,
-        tensor_core=count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTC[A-Z]*MMA)\b"),
-        fma=count(r"\bFFMA\b"),
-        transposes=_transposed_products(compiled.asm["ttgir"]),
-    )
-
-
-def _transposed_products(code: str) -> int:
-    """Values in the layout of a matrix product (#mma) that are transposed, in registers or through shared memory."""
-    in_registers = re.findall(r"tt\.trans %[\w#]+ \{[^}]*\} : tensor<[^>]*#mma", code)
-    stored = re.findall(r"(%[\w#]+) = ttg\.local_alloc %[\w#]+ : \(tensor<[^>]*#mma", code)
-    return len(in_registers) + sum(f"ttg.memdesc_trans {name} " in code for name in stored)
-
-
-def _read_gcn(target, code, shared) -> Compiled:
-    number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))
-    return Compiled(
-        target=target,
-        registers=number("vgpr_count"),
-        stack=number("private_segment_fixed_size"),
-        spills=number("vgpr_spill_count"),
-        shared=shared,
-        tensor_core=len(re.findall(r"\bv_mfma", code)),
-        fma=len(re.findall(r"\bv_(?:fma|fmac|pk_fma)_f32", code)),
-        transposes=0,
-    )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subquad.kernels import dispatch
+from subquad.kernels import dispatch, launch
 
 Arrays = dict[str, Any]
 Make = Callable[[int, Any, np.random.Generator], Arrays]
@@ -110,6 +110,15 @@ def cotangents(spec: Spec, implementation: str | None, arrays: Arrays, seed: int
         return jnp.asarray(values, shape.dtype)
 
     return jax.tree.map(draw, shapes)
+
+
+def launches(spec: Spec, dtype="bfloat16", length: int = 4096, bench: bool = True) -> list[launch.Launch]:
+    """The Triton kernels that a forward and backward pass launches on Hopper, each one once."""
+    inexact, rest = split(spec.draw(length, dtype, bench))
+    with launch.recording() as recorded:
+        outputs = jax.eval_shape(forward(spec, "triton", rest), inexact)
+        jax.eval_shape(forward_backward(spec, "triton", rest), inexact, outputs)
+    return list(dict.fromkeys(recorded))
 
 
 def widen(tree):

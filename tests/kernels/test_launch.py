@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import launch
+from subquad.kernels import launch, machine_code
 
 interpret = pytest.mark.interpret
 aot = pytest.mark.aot
@@ -176,7 +176,7 @@ def test_an_interpreting_process_does_not_compile(toys):
         launch.require("triton")
     (launched,) = recorded(toys.multiply("triton"), draw(1, 20, 20), draw(1, 20, 20))
     with pytest.raises(RuntimeError, match="Unset TRITON_INTERPRET"):
-        launch.compile(launched, "sm_90")
+        machine_code.compile(launched, "sm_90")
 
 
 @aot
@@ -191,13 +191,13 @@ def test_machine_code_tells_registers_and_tensor_cores(toys, dtype):
     x = draw(2, 50, 50, dtype=dtype)
     (launched,) = recorded(toys.multiply("triton"), x, x)
     assert launched.name == "matmul" and launched.grid == 2
-    for target in launch.TARGETS:
+    for target in machine_code.TARGETS:
         if dtype == "float32" and target == "gfx942":
             continue  # Triton has no three-fold TF32 there
-        compiled = launch.compile(launched, target)
+        compiled = machine_code.compile(launched, target)
         assert compiled.tensor_core > 0 and compiled.registers > 16, target
         assert compiled.spills == compiled.stack == 0, target
-        assert 0 < compiled.shared <= launch.SHARED_LIMIT[target], target
+        assert 0 < compiled.shared <= machine_code.SHARED_LIMIT[target], target
 
 
 @aot
@@ -205,7 +205,7 @@ def test_spills_are_counted(toys):
     x = draw(1, 64, 64)
     (launched,) = recorded(toys.multiply("triton"), x, x)
     one_warp = dataclasses.replace(launched, config=launch.Config({"BLOCK": 64}, num_warps=1))
-    compiled = launch.compile(one_warp, "sm_90")
+    compiled = machine_code.compile(one_warp, "sm_90")
     assert compiled.spills > 0 and compiled.stack > 0
 
 
@@ -221,7 +221,7 @@ def test_a_transposed_product_is_found(toys):
         )  # fmt: skip
 
     (launched,) = recorded(run, x)
-    assert launch.compile(launched, "sm_90").transposes > 0
+    assert machine_code.compile(launched, "sm_90").transposes > 0
 
 
 @aot

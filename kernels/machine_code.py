@@ -1,0 +1,137 @@
+"""Triton kernels compiled ahead of time, on a machine without a GPU, and what their machine code takes."""
+
+import dataclasses
+import pathlib
+import re
+import subprocess
+import tempfile
+
+from subquad.kernels import launch
+from subquad.kernels.guarded import DTYPE_NAMES
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a kernel became on a target. Counts are of instructions in the machine code, not of executions.
+
+    Args:
+        registers: per thread.
+        stack: bytes per thread: what did not fit into registers, and arrays indexed at run time.
+        spills: instructions that store to or load from the stack (NVIDIA), spilled registers (AMD).
+        shared: bytes of shared memory per program.
+        tensor_core: matrix instructions: wgmma, mma and tcgen05 (NVIDIA), mfma (AMD).
+        fma: scalar float32 multiply-adds.
+        transposes: of results of matrix products, which Triton 3.4 to 3.6 get wrong on Hopper when multiplied again.
+        dots: matrix products in the source, before anything was unrolled.
+        float64: whether anything is computed in float64.
+    """
+
+    target: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    tensor_core: int
+    fma: int
+    transposes: int
+    dots: int
+    float64: bool
+
+    @property
+    def fits(self) -> bool:
+        """Nothing spilled, and the shared memory is there."""
+        return self.spills == 0 and self.shared <= SHARED_LIMIT[self.target]
+
+
+class Refused(RuntimeError):
+    """Triton cannot compile a kernel for a target."""
+
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_LIMIT = dict(sm_80=163 << 10, sm_90=227 << 10, sm_100=227 << 10, gfx942=64 << 10)
+
+
+def compile(launched: launch.Launch, target: str) -> Compiled:
+    """Compiles a recorded launch for one of `TARGETS`, without a GPU, and reads the machine code.
+
+    Raises:
+        RuntimeError: this process runs the interpreter.
+        Refused: Triton cannot compile the kernel for the target.
+    """
+    if launch.interpreting():
+        raise RuntimeError("machine_code.compile: this process runs the interpreter. Unset TRITON_INTERPRET.")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as triton_compile
+
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    kernel, config = launched.kernel, launched.config
+    pointers = {name: "*" + DTYPE_NAMES[dtype] for name, dtype in launched.dtypes}
+    signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    if nvidia:
+        options["ptx_version"] = launch.PTX_VERSION
+    source = ASTSource(kernel, signature, dict(launched.constants), aligned)
+    try:
+        compiled = triton_compile(source, target=gpu, options=options)
+    except Exception as error:  # Triton raises what each of its stages happens to raise
+        raise Refused(f"{launched.name} for {target}: {_reason(error)}") from error
+    source = dict(dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])), float64="f64" in compiled.asm["ttir"])
+    return (_read_sass if nvidia else _read_gcn)(target, compiled, compiled.metadata.shared, source)
+
+
+def _read_sass(target, compiled, shared, source) -> Compiled:
+    import triton
+
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
+        code = run(str(tools / "nvdisasm"), "-c", file.name)
+    count = lambda pattern: len(re.findall(pattern, code))
+    number = lambda name: int(re.search(rf"\b{name}:(\d+)", usage).group(1))
+    return Compiled(
+        target=target,
+        registers=number("REG"),
+        stack=number("STACK"),
+        spills=count(r"\b(?:STL|LDL)\b"),
+        shared=shared,
+        tensor_core=count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTC[A-Z]*MMA)\b"),
+        fma=count(r"\bFFMA\b"),
+        transposes=_transposed_products(compiled.asm["ttgir"]),
+        **source,
+    )
+
+
+def _transposed_products(code: str) -> int:
+    """Values in the layout of a matrix product (#mma) that are transposed, in registers or through shared memory."""
+    in_registers = re.findall(r"tt\.trans %[\w#]+ \{[^}]*\} : tensor<[^>]*#mma", code)
+    stored = re.findall(r"(%[\w#]+) = ttg\.local_alloc %[\w#]+ : \(tensor<[^>]*#mma", code)
+    return len(in_registers) + sum(f"ttg.memdesc_trans {name} " in code for name in stored)
+
+
+def _read_gcn(target, compiled, shared, source) -> Compiled:
+    code = compiled.asm["amdgcn"]
+    number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))
+    return Compiled(
+        target=target,
+        registers=number("vgpr_count"),
+        stack=number("private_segment_fixed_size"),
+        spills=number("vgpr_spill_count"),
+        shared=shared,
+        tensor_core=len(re.findall(r"\bv_mfma", code)),
+        fma=len(re.findall(r"\bv_(?:fma|fmac|pk_fma)_f32", code)),
+        transposes=0,
+        **source,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of the innermost error: Triton wraps them with the source."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__).strip().splitlines()[-1]
