@@ -26,6 +26,15 @@ ensure_venv() {
     echo "Installing subquad[$extra] into $venv (once; a minute or two) ..."
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" ||
       fail "the installation into $venv failed; see above. Run again when it is cured, or remove $venv to start over."
+    if [ "$extra" = test ]; then ensure_cuda_lowering; fi
     touch "$stamp"
   fi
+}
+
+# jax-triton lowers for CUDA, without a GPU, where JAX's CUDA plugin is installed; CUDA itself is not needed.
+ensure_cuda_lowering() {
+  local version
+  version=$("$venv/bin/python" -c 'import jaxlib; print(jaxlib.__version__)')
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "jax-cuda13-plugin==$version" ||
+    echo "jax-cuda13-plugin $version is not to be had here: the tests that lower for CUDA will be skipped." >&2
 }
