@@ -67,6 +67,17 @@ class Launch:
         return self.kernel.__name__
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a configuration is asked for."""
+
+    kernel: str
+    sizes: tuple[tuple[str, int | str | bool], ...]
+
+
+# What `trying` says, and what was asked of `config`.
+_trials: dict[Request, Config] = {}
+_requested: dict[Request, Config] = {}
 # What `lowering_for` and `recording` say; None: nothing.
 _assumed_capability: int | None = None
 _recorded: list[Launch] | None = None
@@ -153,16 +164,33 @@ def dot_precision(dtype) -> str:
 
 def config(kernel: str, heuristic: Config, **sizes) -> Config:
     """The tuned configuration of a kernel for these sizes on this device, or the heuristic where nothing was measured."""
-    return _tuned(device_kind()).get((kernel, tuple(sorted(sizes.items()))), heuristic)
+    request = Request(kernel, tuple(sorted(sizes.items())))
+    _requested[request] = heuristic
+    return _trials.get(request) or tuned(device_kind()).get(request, heuristic)
+
+
+@contextlib.contextmanager
+def trying(trials: Mapping[Request, Config]) -> Iterator[dict[Request, Config]]:
+    """Uses these configurations for what is traced inside, and collects the heuristics of all that is asked for."""
+    before = dict(_trials), dict(_requested)
+    _trials.update(trials)
+    _requested.clear()
+    try:
+        yield _requested
+    finally:
+        for now, then in zip((_trials, _requested), before, strict=True):
+            now.clear()
+            now.update(then)
 
 
 @functools.cache
-def _tuned(kind: str) -> dict:
+def tuned(kind: str) -> dict[Request, Config]:
+    """The committed table of a device; empty where it was never tuned."""
     path = TUNED / f"{kind}.json"
     if not path.exists():
         return {}
     return {
-        (row["kernel"], tuple(sorted(row["sizes"].items()))): Config(row["blocks"], row["num_warps"], row["num_stages"])
+        Request(row["kernel"], tuple(sorted(row["sizes"].items()))): Config(row["blocks"], row["num_warps"], row["num_stages"])
         for row in json.loads(path.read_text())["rows"]
     }
 

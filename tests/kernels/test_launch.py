@@ -152,14 +152,14 @@ def test_a_tuned_configuration_comes_before_the_heuristic(tmp_path, monkeypatch)
         '{"rows": [{"kernel": "k", "sizes": {"features": 64}, "blocks": {"BLOCK": 32}, "num_warps": 8, "num_stages": 3}]}'
     )
     monkeypatch.setattr(launch, "TUNED", tmp_path)
-    launch._tuned.cache_clear()
+    launch.tuned.cache_clear()
     heuristic = launch.Config({"BLOCK": 64})
     with launch.lowering_for(90):
         assert launch.config("k", heuristic, features=64) == launch.Config({"BLOCK": 32}, 8, 3)
         assert launch.config("k", heuristic, features=32) == heuristic
     with launch.lowering_for(80):
         assert launch.config("k", heuristic, features=64) == heuristic
-    launch._tuned.cache_clear()
+    launch.tuned.cache_clear()
 
 
 def test_neither_triton_nor_a_gpu_is_touched_by_importing():

@@ -1,0 +1,128 @@
+"""Finds the fastest configuration of every Triton kernel on this GPU and writes kernels/tuned/<device>.json.
+
+Candidates are block sizes, warps and stages around the heuristic that compile without spills; only these are timed.
+
+python scripts/tune_kernels.py --spec softmax.attention/causal --length 4096
+python scripts/tune_kernels.py --list --target sm_90       what would be timed, on a machine without a GPU
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import time
+
+import jax
+from rich.console import Console
+from rich.progress import track
+
+from subquad.kernels import dispatch, launch, machine_code, specs
+from subquad.lra import commands
+
+WARPS, STAGES = (4, 8), (1, 2, 3, 4)
+SMALLEST, LARGEST = 16, 256  # sides of a block
+
+
+def parse():
+    parser = commands.Parser(prog="tune_kernels", description=__doc__)
+    parser.add_argument("--spec", nargs="+", help="names such as softmax.attention/causal; default: all")
+    parser.add_argument("--length", type=int, nargs="+", default=[1024, 4096, 16384], help="of the sequences")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=launch.FLOATS)
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each candidate; default: 20")
+    parser.add_argument("--list", action="store_true", help="print the candidates that fit, time nothing")
+    parser.add_argument("--target", default="sm_90", help="for --list: the GPU to compile for; default: sm_90")
+    return parser.parse_args()
+
+
+def around(heuristic: launch.Config) -> list[launch.Config]:
+    """The heuristic first, then all with blocks of half, the same and twice its size."""
+    names = list(heuristic.blocks)
+    sides = [[s for s in (n // 2, n, 2 * n) if SMALLEST <= s <= LARGEST] or [n] for n in heuristic.blocks.values()]
+    found = [
+        launch.Config(dict(zip(names, blocks, strict=True)), warps, stages)
+        for blocks, warps, stages in itertools.product(itertools.product(*sides), WARPS, STAGES)
+    ]
+    return [heuristic, *(config for config in found if config != heuristic)]
+
+
+def requests_of(spec, dtype, length) -> dict[launch.Request, launch.Config]:
+    with launch.trying({}) as requested:
+        specs.launches(spec, dtype, length)
+        return dict(requested)
+
+
+def fits(spec, dtype, length, target, request, config) -> bool:
+    """Whether everything that is launched with this configuration compiles for the target and fits it."""
+    with launch.trying({request: config}):
+        jax.clear_caches()
+        launches = specs.launches(spec, dtype, length)
+    try:
+        return all(machine_code.compile(one, target).fits for one in launches if one.config == config)
+    except machine_code.Refused:
+        return False
+
+
+def seconds(spec, dtype, length, request, config, repeats) -> float:
+    """The median time of a forward and backward pass."""
+    inexact, rest = specs.split(spec.draw(length, dtype, bench=True))
+    cotangents = specs.cotangents(spec, "triton", {**inexact, **rest})
+    with launch.trying({request: config}):
+        jax.clear_caches()
+        run = jax.jit(specs.forward_backward(spec, "triton", rest))
+        jax.block_until_ready(run(inexact, cotangents))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(inexact, cotangents))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def write(kind: str, rows: dict[launch.Request, launch.Config]) -> None:
+    """The table of this device, with what is already in it."""
+    launch.TUNED.mkdir(exist_ok=True)
+    rows = launch.tuned(kind) | rows
+    table = [
+        dict(kernel=request.kernel, sizes=dict(request.sizes), blocks=dict(config.blocks), num_warps=config.num_warps,
+             num_stages=config.num_stages)
+        for request, config in sorted(rows.items(), key=lambda row: str(row[0]))
+    ]  # fmt: skip
+    (launch.TUNED / f"{kind}.json").write_text(json.dumps(dict(device=kind, jax=jax.__version__, rows=table), indent=1) + "\n")
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.target not in machine_code.TARGETS:
+        raise ValueError(
+            f"target must be a known one, got {arguments.target!r}. {dispatch.nearest(arguments.target, machine_code.TARGETS)}"
+        )
+    if not arguments.list:
+        try:
+            launch.require("triton")
+        except launch.Declined as reason:
+            raise ValueError(f"tuning needs an NVIDIA GPU: {reason} Use --list to see the candidates.") from None
+    target = arguments.target if arguments.list else f"sm_{launch.capability()}"
+    chosen = [specs.find(name) for name in arguments.spec] if arguments.spec else list(specs.load().values())
+    chosen = [spec for spec in chosen if "triton" in spec.implementations]
+    work = {}
+    for spec, dtype, length in itertools.product(chosen, arguments.dtype, arguments.length):
+        for request, heuristic in requests_of(spec, dtype, length).items():
+            work.setdefault(request, (spec, dtype, length, heuristic))
+    best = {}
+    for request, (spec, dtype, length, heuristic) in track(work.items(), "Tuning", console=Console(stderr=True)):
+        candidates = [c for c in around(heuristic) if fits(spec, dtype, length, target, request, c)]
+        if arguments.list:
+            print(f"{request.kernel} {dict(request.sizes)}: {len(candidates)} of {len(around(heuristic))} fit {target}")
+            for config in candidates:
+                print(f"    {dict(config.blocks)} warps={config.num_warps} stages={config.num_stages}")
+            continue
+        times = {c: seconds(spec, dtype, length, request, c, arguments.repeats) for c in candidates}
+        best[request] = min(times, key=times.get)
+        print(f"{request.kernel} {dict(request.sizes)}: {best[request]}, {times[best[request]] * 1e3:.3f} ms; "
+              f"heuristic {times.get(heuristic, float('nan')) * 1e3:.3f} ms")  # fmt: skip
+        write(launch.device_kind(), best)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(commands.explained("tune_kernels", main))
