@@ -1,0 +1,84 @@
+"""Calls of strided attention for the tests, the ahead-of-time table, the tuner and the benchmarks."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from subquad.kernels import strided
+from subquad.kernels.specs import Spec
+
+
+def drawing(batch=2, heads=2, features=16, values=16, padding=False):
+    """A `make`: query, key and value, and optionally a key mask with holes and one empty sample."""
+
+    def make(length, dtype, rng):
+        wide = lambda size: jnp.asarray(rng.normal(size=(batch, length, heads, size)), dtype)
+        arrays = dict(query=wide(features), key=wide(features), value=wide(values))
+        if padding:
+            empty = np.arange(batch)[:, None, None, None] == 0
+            arrays["mask"] = jnp.asarray((rng.random((batch, 1, 1, length)) < 0.7) & ~empty)
+        return arrays
+
+    return make
+
+
+def calling(function, **options):
+    """A `call` that returns the outputs and the log-sum-exp, finite also for rows that see nothing."""
+
+    def call(arrays, implementation):
+        out, lse = function(**arrays, **options, return_lse=True, implementation=implementation)
+        return out, jnp.where(jnp.isneginf(lse), 0, lse)
+
+    return call
+
+
+BENCH = drawing(1, 4, 64, 64)
+LAST = np.arange(120, 128)[None]
+
+SPECS = [
+    Spec(
+        "strided.attention",
+        "causal",
+        drawing(1),
+        calling(strided.attention, stride=11, window_size=11, is_causal=True),
+    ),
+    Spec(
+        "strided.attention",
+        "padding",
+        drawing(heads=3, values=5, padding=True),
+        calling(strided.attention, stride=20, window_size=33),
+    ),
+    Spec(
+        "strided.attention",
+        "steps only",
+        drawing(features=40),
+        calling(strided.attention, stride=3, window_size=None, is_causal=True),
+    ),
+    Spec(
+        "strided.fixed",
+        "causal",
+        drawing(heads=3, padding=True),
+        calling(strided.fixed, block_size=24, columns=np.array([[22, 23], [1, 20], [0, 23]]), is_causal=True),
+    ),
+    Spec(
+        "strided.fixed",
+        "columns only",
+        drawing(),
+        calling(strided.fixed, block_size=16, columns=np.array([[3, 14, 15]]), own_block=False),
+    ),
+    Spec(
+        "strided.attention",
+        "stride 128",
+        drawing(1, 1),
+        calling(strided.attention, stride=128, window_size=128, is_causal=True),
+        make_bench=BENCH,
+        lengths=(300,),
+    ),
+    Spec(
+        "strided.fixed",
+        "block 128",
+        drawing(1, 1),
+        calling(strided.fixed, block_size=128, columns=LAST, is_causal=True),
+        make_bench=BENCH,
+        lengths=(300,),
+    ),
+]
