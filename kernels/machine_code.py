@@ -24,6 +24,7 @@ class Compiled:
         transposes: of results of matrix products, which Triton 3.4 to 3.6 get wrong on Hopper when multiplied again.
         dots: matrix products in the source, before anything was unrolled.
         float64: whether anything is computed in float64.
+        wide: whether indices are 64 bits wide somewhere: those of large arrays overflow 32.
     """
 
     target: str
@@ -36,6 +37,7 @@ class Compiled:
     transposes: int
     dots: int
     float64: bool
+    wide: bool
 
     @property
     def fits(self) -> bool:
@@ -78,7 +80,12 @@ def compile(launched: launch.Launch, target: str) -> Compiled:
         compiled = triton_compile(source, target=gpu, options=options)
     except Exception as error:  # Triton raises what each of its stages happens to raise
         raise Refused(f"{launched.name} for {target}: {_reason(error)}") from error
-    source = dict(dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])), float64="f64" in compiled.asm["ttir"])
+    code = compiled.asm["ttir"]
+    source = dict(
+        dots=len(re.findall(r"\btt\.dot\b", code)),
+        float64="f64" in code,
+        wide=re.search(r"arith\.extsi .*i64", code) is not None,
+    )
     return (_read_sass if nvidia else _read_gcn)(target, compiled, compiled.metadata.shared, source)
 
 

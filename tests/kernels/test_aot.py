@@ -16,7 +16,7 @@ KERNELS = sorted(pathlib.Path(launch.__file__).parent.glob("*/triton.py"))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", SPECS)
 def test_machine_code(name, dtype):
-    """On Hopper: no spills, tensor cores for every product, float32 products in three TF32 parts, no float64."""
+    """On Hopper: no spills, tensor cores for every product, 64-bit indices, no float64."""
     launches = specs.launches(SPECS[name], dtype)
     assert launches, "nothing was launched"
     for launched in launches:
@@ -26,7 +26,7 @@ def test_machine_code(name, dtype):
         assert compiled.shared <= machine_code.SHARED_LIMIT["sm_90"], said
         assert (compiled.tensor_core > 0) == (compiled.dots > 0), said
         assert compiled.transposes == 0, said
-        assert not compiled.float64, said
+        assert not compiled.float64 and compiled.wide, said
 
 
 @pytest.mark.aot
@@ -54,16 +54,6 @@ def test_lowers_for_cuda_without_a_gpu(name):
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.parent.name)
 def test_sources(path):
-    """What no run on small shapes shows: 64-bit offsets, and nothing tuned while tracing."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    """Nothing is tuned while tracing, and no order of programs decides a sum."""
+    for node in ast.walk(ast.parse(path.read_text())):
         assert not (isinstance(node, ast.Attribute) and node.attr in ("autotune", "atomic_add")), node.lineno
-    programs = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.program_id"]
-    wide = [
-        node.func.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".to") and ast.unparse(node.args[0]) == "tl.int64"
-    ]
-    assert programs
-    for node in programs:
-        assert node in wide, f"line {node.lineno}: the program's number must become int64 before it is multiplied"
