@@ -1,0 +1,219 @@
+"""Races: functions timed in turn in one process, the memory of each in a process of its own, and rows in a CSV file.
+
+Times on a shared machine are noise above a minimum, so what is compared are minima of calls made in turn.
+"""
+
+import csv
+import ctypes
+import gc
+import io
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subquad.lra.checkpoints import RunError, line
+
+QUICK = 0.2  # seconds below which a call is made once untimed before it is timed: its data may have left the caches
+REST = 0.005  # seconds for the threads of the side before to fall asleep
+
+
+class Spread(NamedTuple):
+    """Seconds of several calls."""
+
+    best: float
+    lower: float  # quartile
+    median: float
+    upper: float  # quartile
+    calls: int
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> "Spread":
+        return cls(min(times), *map(float, np.percentile(times, (25, 50, 75))), len(times))
+
+
+def limit_threads(count: int | None) -> int:
+    """Keeps this process, its children and every library in them to `count` processors; None: all it may use.
+
+    Call it before the first computation of JAX, which counts the processors once.
+
+    Raises: ValueError: more than there are.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        if count is not None:
+            raise ValueError(f"threads: count must be left out on this system, got {count}. It cannot bind processes.")
+        return os.cpu_count() or 1
+    available = sorted(os.sched_getaffinity(0))
+    if count is not None and not 1 <= count <= len(available):
+        raise ValueError(f"threads: count must be 1 to {len(available)}, got {count}. So many processors are here.")
+    if count is not None:
+        os.sched_setaffinity(0, available[:count])
+    return len(available) if count is None else count
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """The processor's time for one thread, which other programs on the machine do not stretch; else the time of day."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def alternate(
+    calls: Sequence[Callable[[], Any]],
+    *,
+    seconds: float = 2.0,
+    repeats: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Spread]:
+    """Times the calls in turn: one of each, then again.
+
+    Args:
+        calls: functions that return when their work is done.
+        seconds: for all timed calls together; at least two rounds are made, at most fifty.
+        repeats: rounds, whatever they take. None: by `seconds`.
+        clock: what the calls are timed with.
+    Returns: a `Spread` for each.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    quick = []
+    for call in calls:
+        began = time.perf_counter()
+        call()
+        quick.append(time.perf_counter() - began < QUICK)
+    least, most = (repeats, repeats) if repeats else (2, 50)
+    gc.collect()
+    gc.disable()
+    try:
+        began = time.perf_counter()
+        while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() - began < seconds):
+            for call, taken, again in zip(calls, times, quick, strict=True):
+                time.sleep(REST)
+                if again:
+                    call()
+                start = clock()
+                call()
+                taken.append(clock() - start)
+    finally:
+        gc.enable()
+    return [Spread.of(taken) for taken in times]
+
+
+def memory_growth(call: Callable[[], Any]) -> int:
+    """Bytes by which this process grows at its largest while `call` runs: its temporaries, and results until they go.
+
+    The call runs once before, so that code and lasting caches do not count. Linux only, and meant for a process that has
+    done little else and was started with `PLAIN_MALLOC` in its environment: what the allocator keeps would hide growth.
+    """
+    call()
+    gc.collect()
+    time.sleep(0.2)  # a compiled program's buffers may be freed by another thread, after its results are there
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+# So that every large buffer goes back to the system when it is freed, and none of it is counted twice or not at all.
+PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+
+
+def _status(name: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(text.split()[1]) for text in lines if text.startswith(name))
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes per second that this device reads and writes, together, when it rewrites an array in place."""
+    touch = jax.jit(lambda array: array + 1, donate_argnums=0)
+    array = jnp.zeros(megabytes * 2**18, jnp.float32)
+    best = float("inf")
+    for _ in range(8):
+        array.block_until_ready()
+        began = time.perf_counter()
+        array = touch(array).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * array.nbytes / best
+
+
+def matmul_rate(dtype: Any, size: int = 1024) -> float:
+    """Floating-point operations per second of a square matrix product in `dtype`, summed in float32."""
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    a = jnp.ones((size, size), dtype)
+    call = lambda: multiply(a, a).block_until_ready()
+    return 2 * size**3 / alternate([call], repeats=10)[0].best
+
+
+def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], key: Sequence[str]) -> None:
+    """Writes rows into a CSV file beside those it holds already; one with the same `key` cells takes the older one's place.
+
+    The file is whole at every moment. Values of None are empty cells.
+
+    Raises: RunError: the file cannot be written, or has other columns.
+    """
+    path = pathlib.Path(path)
+    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    if not rows:
+        return
+    check_table(path, list(rows[0]))
+    try:
+        found = {tuple(row[name] for name in key): row for row in read_rows(path)}
+        found.update({tuple(row[name] for name in key): row for row in rows})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found.values())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(text.getvalue())
+        beside.replace(path)
+    except OSError as error:
+        raise RunError(f"racing: file {path} must be writable, got {line(error)}. Choose another --out.") from error
+
+
+def check_table(path: str | os.PathLike, fields: Sequence[str]) -> None:
+    """Refuses a CSV file that holds other columns, or whose folder cannot be made. Call it before any work.
+
+    Raises: RunError.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = read_rows(path)
+    except OSError as error:
+        raise RunError(f"racing: file {path} must be writable, got {line(error)}. Choose another --out.") from error
+    if held and list(held[0]) != list(fields):
+        raise RunError(
+            f"racing: file {path} must have the columns of this version, got {', '.join(held[0])[:80]}... "
+            "Move it away or choose another --out."
+        )
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
+    """The rows of a CSV file as text; none where there is no file."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def show(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """Prints a table on stdout, the first `left` columns to the left: with rich where it is installed, else with tabs."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join("\t".join(row) for row in [heading, *rows]))
+        return
+    console = Console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(heading):
+        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe has no width: enough for every column.
+    Console(width=console.width if console.is_terminal else 180).print(table)

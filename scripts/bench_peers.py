@@ -1,0 +1,220 @@
+"""Races our layers and kernels against other people's: in turn in one process, the memory of each side in its own.
+
+A peer that is not installed is a row that says so. Peers: pip install -e .[bench]
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+from peers import Contest, contests
+from peers.sides import Case
+
+from subquad.kernels.dispatch import nearest
+from subquad.lra import commands, racing, results
+from subquad.lra.checkpoints import line
+
+DIRECTIONS = {"forward": "forward", "both": "train"}
+KEY = ("family", "contest", "device", "length", "batch", "heads", "features", "dtype", "direction", "threads")
+NUMBERS = (
+    *(f"{side}_{word}" for side in ("ours", "theirs") for word in ("ms", "lower_ms", "median_ms", "upper_ms")),
+    "calls", "time_ratio", "ours_peak_bytes", "theirs_peak_bytes", "memory_ratio", "ours_temporary_bytes",
+    "ours_compile_seconds", "difference",
+)  # fmt: skip
+FIELDS = ("status", *KEY, "clock", *NUMBERS, "peer", "note", "torch", "commit", "versions", "hardware", "finished_utc")
+TOLERANCE = {"float32": 1e-3, "bfloat16": 4e-2, "float16": 1e-2}  # of the largest number, where both sides compute the same
+
+
+def parse():
+    parser = commands.Parser(prog="bench_peers", description=__doc__)
+    known = list(dict.fromkeys(one.family for one in contests()))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="default: cpu")
+    parser.add_argument("--family", nargs="+", default=None, metavar="F", help=f"of {' '.join(known)}; default: all")
+    parser.add_argument("--length", nargs="+", type=int, default=[1024, 4096, 16384], help="default: 1024 4096 16384")
+    parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE), help="default: float32")
+    words = list(DIRECTIONS)
+    parser.add_argument("--direction", nargs="+", default=words, choices=words, help="both: with the backward pass")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only races whose name holds this")
+    parser.add_argument("--threads", type=int, default=1, help="of either side; default: 1, timed by the processor's clock")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per race and direction; default: 4")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out: no further processes")
+    parser.add_argument("--out", default="runs/bench/peers_DEVICE.csv", help="CSV; its other rows stay; default: %(default)s")
+    parser.add_argument("--measure", default=None, help=commands.argparse.SUPPRESS)  # one side, in a process of its own
+    arguments = parser.parse_args()
+    for family in arguments.family or ():
+        if family not in known:
+            raise ValueError(f"bench_peers: --family must be a known name, got {family!r}. {nearest(family, known)}")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse()
+    racing.limit_threads(arguments.threads)
+    if arguments.measure:
+        print(json.dumps(measure(json.loads(arguments.measure))))
+        return 0
+    out = arguments.out.replace("DEVICE", arguments.device)
+    racing.check_table(out, FIELDS)
+    rows = []
+    try:
+        for contest in contests():
+            if arguments.family and contest.family not in arguments.family or arguments.match not in contest.name:
+                continue
+            if arguments.device not in contest.devices and contest.theirs is not None:
+                continue
+            for case in cases(contest, arguments):
+                for row in race(contest, case, arguments):
+                    rows.append(row)
+                    racing.write_rows(out, [row], KEY)
+                    print(f"{row['contest']}, T = {row['length']}, {row['direction']}: {row['status']}", file=sys.stderr)
+    finally:
+        if rows:
+            show(rows)
+            print(f"{results.environment()['hardware']}, {arguments.threads} thread(s) a side; rows in {out}.")
+    return commands.FAILED if any(row["status"].startswith("failed") for row in rows) else 0
+
+
+def cases(contest: Contest, arguments) -> list[Case]:
+    given = dict(dtype=arguments.dtype, device=arguments.device)
+    if "length" in contest.fixed:
+        return [Case(**{**given, **contest.fixed})]
+    return [Case(**{**given, "length": length, **contest.fixed}) for length in arguments.length]
+
+
+def race(contest: Contest, case: Case, arguments):
+    """A row for each direction."""
+    shared = dict(
+        family=contest.family, contest=contest.name, **dataclasses.asdict(case), threads=arguments.threads,
+        clock=racing.clock_of(arguments.threads).__name__, peer=_version(contest.peer), torch=_version("torch"),
+        note=contest.note,
+    )  # fmt: skip
+    directions = arguments.direction if contest.theirs else ["both"]
+    built = None
+    for direction in directions:
+        found = dict.fromkeys(NUMBERS)
+        try:
+            if contest.longest and case.length > contest.longest:
+                raise NotRun(f"at most {contest.longest} tokens: {contest.why}")
+            if contest.theirs is None:
+                found |= facts(contest.ours(case), "train")
+            else:
+                built = built or (contest.ours(case), _theirs(contest, case))
+                found |= compare(contest, case, built, direction, arguments)
+            status = "ok"
+        except NotRun as reason:
+            status = f"not run: {reason}"
+        except Exception as error:  # one race's fault is a row; the others still run
+            status = f"failed: {line(error)}"
+        row = dict(shared, direction=direction, status=status, **found, **results.environment(), finished_utc=results.now())
+        yield {name: row[name] for name in FIELDS}
+
+
+class NotRun(Exception):
+    """A race that does not take place, and why."""
+
+
+def _theirs(contest: Contest, case: Case):
+    try:
+        return contest.theirs(case)
+    except ImportError as error:
+        raise NotRun(line(error)) from error
+
+
+def compare(contest: Contest, case: Case, sides, direction: str, arguments) -> dict:
+    """The numbers of a race."""
+    word = DIRECTIONS[direction]
+    calls = [getattr(side, word) for side in sides]
+    found = facts(sides[0], word)
+    if contest.same:
+        found["difference"] = difference(*(side.results(call()) for side, call in zip(sides, calls, strict=True)))
+        if not found["difference"] <= TOLERANCE[case.dtype]:
+            raise ValueError(f"results differ by {found['difference']:.1e} of the largest")
+    spreads = racing.alternate(calls, seconds=arguments.seconds, clock=racing.clock_of(arguments.threads))
+    for side, spread in zip(("ours", "theirs"), spreads, strict=True):
+        for name in ("lower", "median", "upper"):
+            found[f"{side}_{name}_ms"] = round(1e3 * getattr(spread, name), 4)
+        found[f"{side}_ms"] = round(1e3 * spread.best, 4)
+    found |= calls_and_ratio(spreads)
+    if not arguments.no_memory:
+        ours, theirs = (peak(contest, case, side, word, arguments) for side in ("ours", "theirs"))
+        found |= dict(ours_peak_bytes=ours, theirs_peak_bytes=theirs, memory_ratio=round(ours / max(theirs, 1), 3))
+    return found
+
+
+def calls_and_ratio(spreads) -> dict:
+    return dict(calls=spreads[0].calls, time_ratio=round(spreads[0].best / spreads[1].best, 3))
+
+
+def facts(side, direction: str) -> dict:
+    return {f"ours_{name}": round(value, 2) for name, value in side.facts(direction).items()}
+
+
+def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """The largest difference of two lists of arrays, in units of the largest number of each array."""
+    if [array.shape for array in ours] != [array.shape for array in theirs]:
+        shapes = [[array.shape for array in arrays] for arrays in (ours, theirs)]
+        raise ValueError(f"results have the shapes {shapes[0]} and {shapes[1]}")
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def peak(contest: Contest, case: Case, side: str, word: str, arguments) -> int:
+    """Bytes by which a fresh process grows in one call."""
+    task = dict(family=contest.family, name=contest.name, case=dataclasses.asdict(case), side=side, word=word)
+    words = [sys.executable, __file__, "--measure", json.dumps(task), "--threads", str(arguments.threads)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **racing.PLAIN_MALLOC})
+    if done.returncode:
+        raise RuntimeError(f"memory of {side}: {line(RuntimeError(done.stderr[-300:]))}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(task: dict) -> int:
+    """What the process that `peak` starts does."""
+    contest = next(one for one in contests() if (one.family, one.name) == (task["family"], task["name"]))
+    case = Case(**task["case"])
+    side = getattr(contest, task["side"])(case)
+    call = getattr(side, task["word"])
+    if case.device == "cpu":
+        return racing.memory_growth(call)
+    call()
+    if task["side"] == "theirs" and "torch" in sys.modules:
+        import torch
+
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    import jax
+
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+def _version(name: str) -> str:
+    if not name:
+        return ""
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name}, not installed"
+
+
+def show(rows) -> None:
+    heading = "family,race,T,direction,ours ms,theirs ms,time,ours MiB,theirs MiB,memory,compiled MiB".split(",")
+    body = []
+    for row in rows:
+        mebi = lambda name, row=row: "" if row[name] is None else f"{row[name] / 2**20:.0f}"
+        number = lambda name, row=row: "" if row[name] is None else f"{row[name]:.3g}"
+        ratio = lambda name, row=row: "" if row[name] is None else f"{row[name]:.2f}x"
+        body.append([
+            row["family"], row["contest"] if row["status"] == "ok" else f"{row['contest']}: {row['status']}",
+            str(row["length"]), row["direction"], number("ours_ms"), number("theirs_ms"), ratio("time_ratio"),
+            mebi("ours_peak_bytes"), mebi("theirs_peak_bytes"), ratio("memory_ratio"), mebi("ours_temporary_bytes"),
+        ])  # fmt: skip
+    racing.show(heading, body, left=2)
+
+
+if __name__ == "__main__":
+    sys.exit(commands.explained("bench_peers", main))
