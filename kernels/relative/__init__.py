@@ -7,6 +7,11 @@ from subquad.kernels.axes import Mask, Output, Query
 from subquad.kernels.relative import reference, xla
 
 OPERATION = "relative.attention"
+IMPLEMENTATIONS = {
+    **dispatch.triton("subquad.kernels.relative.triton", "attention"),
+    "xla": xla.attention,
+    "reference": reference.attention,
+}
 
 
 def attention(
@@ -45,7 +50,7 @@ def attention(
     Raises:
         ValueError: shapes that do not fit.
         TypeError: a mask that is not boolean.
-        NotImplementedError: the implementation does not exist for this operation.
+        NotImplementedError: the implementation does not exist, or declines this call.
     Numerics: scores, softmax and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
         >>> x = jnp.ones((2, 5, 4, 8))
@@ -54,10 +59,11 @@ def attention(
 
     Source: Dai et al., Transformer-XL, ACL 2019, arXiv 1901.02860.
     """
-    run = dispatch.choose(OPERATION, {"xla": xla.attention, "reference": reference.attention}, implementation)
+    dispatch.check_name(OPERATION, implementation)
     _check(query, key, value, relative_key, content_bias, position_bias, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return run(query, key, value, relative_key, content_bias, position_bias, mask=mask, scale=scale)
+    arrays = query, key, value, relative_key, content_bias, position_bias
+    return dispatch.run(OPERATION, IMPLEMENTATIONS, implementation, *arrays, mask=mask, scale=scale)
 
 
 def _check(query, key, value, relative_key, content_bias, position_bias, mask):

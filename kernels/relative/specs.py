@@ -1,0 +1,60 @@
+"""Calls of relative attention for tests and benchmarks. The length is that of the queries."""
+
+import jax.numpy as jnp
+
+from subquad.kernels import relative
+from subquad.kernels.specs import Spec
+
+
+def arrays(length, memory, heads, features, values, dtype, rng, batch=2):
+    B, T, S = batch, length, length + memory
+    shapes = dict(
+        query=(B, T, heads, features), key=(B, S, heads, features), value=(B, S, heads, values),
+        relative_key=(S + 3, heads, features), content_bias=(heads, features), position_bias=(heads, features),
+    )  # fmt: skip
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+def call(arrays, implementation):
+    return relative.attention(**arrays, implementation=implementation)
+
+
+def segment(length, dtype, rng):
+    return arrays(length, 0, 3, 16, 16, dtype, rng, batch=1)
+
+
+def memory(length, dtype, rng):
+    """A memory that ends anywhere in a tile; features that are no power of two; values of other features than keys."""
+    return arrays(length, 45, 1, 20, 24, dtype, rng)
+
+
+def padding(length, dtype, rng):
+    """Key padding as the layer passes it, with a sample that sees nothing at first."""
+    drawn = arrays(length, 31, 2, 16, 16, dtype, rng)
+    mask = rng.random((2, 1, 1, length + 31)) > 0.3
+    mask[0, ..., : 31 + length // 2] = False
+    return {**drawn, "mask": jnp.asarray(mask)}
+
+
+def pairwise(length, dtype, rng):
+    """A mask of every head's own, and rows that see nothing."""
+    drawn = arrays(length, 17, 2, 16, 16, dtype, rng)
+    mask = rng.random((1, 2, length, length + 17)) > 0.6
+    mask[:, :, ::5] = False
+    return {**drawn, "mask": jnp.asarray(mask)}
+
+
+def bench(length, dtype, rng):
+    return arrays(length, 0, 4, 64, 64, dtype, rng, batch=1)
+
+
+def bench_memory(length, dtype, rng):
+    return arrays(length, length, 4, 64, 64, dtype, rng, batch=1)
+
+
+SPECS = [
+    Spec("relative.attention", "segment", segment, call, make_bench=bench),
+    Spec("relative.attention", "memory", memory, call, make_bench=bench_memory),
+    Spec("relative.attention", "padding", padding, call),
+    Spec("relative.attention", "pairwise", pairwise, call, lengths=(7, 63, 129)),
+]

@@ -1,0 +1,503 @@
+"""Relative attention as fused kernels, forward and backward, with no array of T x S.
+
+The position score of query a and key b of a tile depends on their distance only, so the scores of a tile by distance are
+the product of its queries and two blocks of neighbouring relative keys, an earlier and a later one. Row a of the tile by
+key is that row by distance shifted by a; as the tile is square, the parts of the two blocks that it needs fit together in
+one square, of which each row is then turned by its own number of columns:
+
+    by_distance[a, c] = position_a . (earlier if c >= BLOCK - 1 - a else later)_c
+    by_key[a, b] = by_distance[a, (BLOCK - 1 - a + b) mod BLOCK]
+
+Going from one key tile to the next the later block becomes the earlier one, so each is multiplied once. `_turn` moves the
+elements through shared memory, in an order that keeps its banks free of conflicts.
+
+The backward pass is three kernels, each of which owns what it sums: query tiles (gradients of both queries), key tiles
+(of key and value) and distance blocks (of relative keys, summed over the batch afterwards). Nothing is added atomically,
+so results repeat bit for bit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from subquad.kernels import launch
+
+OWNER = "relative.attention"
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _rows(base, index, limit, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `index` of an array whose row `limit` does not exist: [len(index), PADDED], 0 outside."""
+    column = tl.arange(0, PADDED)
+    inside = ((index >= 0) & (index < limit))[:, None]
+    if WIDTH != PADDED:
+        inside = inside & (column < WIDTH)[None, :]
+    return tl.load(base + index[:, None] * STRIDE + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(base, index, limit, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    column = tl.arange(0, PADDED)
+    inside = ((index >= 0) & (index < limit))[:, None] & (column < WIDTH)[None, :]
+    tl.store(base + index[:, None] * STRIDE + column[None, :], tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn(tile, row, column, BLOCK: tl.constexpr):
+    """out[i, j] = tile[row[i, j], column[i, j]] for a tile of float32 [BLOCK, BLOCK].
+
+    Neighbouring threads hold rows 0 to 7 and pairs of columns of a product, and each writes and reads one element at a
+    time: with bits 1 and 2 of the column and 0 to 2 of the row as the lowest of the address, they meet 32 banks.
+    """
+    place = ((column >> 1) & 3) | ((row & 7) << 2) | ((column & 1) << 5) | ((column >> 3) << 6) | ((row >> 3) * (8 * BLOCK))
+    tile = tl.permute(tl.reshape(tile, [BLOCK // 8, 8, BLOCK // 8, 4, 2]), [0, 2, 4, 1, 3])
+    place = tl.permute(tl.reshape(place, [BLOCK // 8, 8, BLOCK // 8, 4, 2]), [0, 2, 4, 1, 3])
+    turned = tl.gather(tl.reshape(tile, [BLOCK * BLOCK]), tl.reshape(place, [BLOCK * BLOCK]), 0)
+    turned = tl.permute(tl.reshape(turned, [BLOCK // 8, BLOCK // 8, 2, 8, 4]), [0, 3, 1, 4, 2])
+    return tl.reshape(turned, [BLOCK, BLOCK])
+
+
+@triton.jit
+def _seen(mask, at, of, T: tl.constexpr, S: tl.constexpr, OFFSET: tl.constexpr, MASK: tl.constexpr,
+          MASK_T: tl.constexpr, MASK_S: tl.constexpr):  # fmt: skip
+    """Whether query `at` sees key `of`; both broadcast to the shape of a tile."""
+    seen = (of >= 0) & (of < S) & (of <= at + OFFSET)
+    if MASK:
+        inside = seen & (at < T)
+        seen = inside & (tl.load(mask + at.to(tl.int64) * MASK_T + of * MASK_S, mask=inside, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def _forward_tiles(state, first, last, content, position, key, value, relative, mask, start,
+                   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+                   MASK: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr, PRECISION: tl.constexpr,
+                   BLOCK: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+    """The state after the key tiles first to last - 1; PARTIAL: some of their keys may be hidden."""
+    OFFSET: tl.constexpr = S - T
+    top, total, out, earlier = state
+    a = tl.arange(0, BLOCK)[:, None]
+    c = tl.arange(0, BLOCK)
+    t = start + c
+    # Distance of column 0 of the earlier block of key tile 0.
+    far = start + OFFSET + BLOCK - 1
+    for j in range(first, last):
+        near = _rows(relative, far - (j + 1) * BLOCK - c, S, N * H, H, H_PADDED)
+        later = tl.dot(position, tl.trans(near), input_precision=PRECISION)
+        by_distance = tl.where(c[None, :] >= BLOCK - 1 - a, earlier, later)
+        earlier = later
+        k = _rows(key, j * BLOCK + c, S, N * H, H, H_PADDED)
+        scores = tl.dot(content, tl.trans(k), input_precision=PRECISION)
+        scores += _turn(by_distance, a + tl.zeros_like(c)[None, :], (BLOCK - 1 - a + c[None, :]) % BLOCK, BLOCK)
+        scores *= LOG2E
+        if PARTIAL:
+            seen = _seen(mask, t[:, None], (j * BLOCK + c)[None, :], T, S, OFFSET, MASK, MASK_T, MASK_S)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A row that has seen nothing has maximum -inf, and -inf - -inf is not 0.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 1)
+        v = _rows(value, j * BLOCK + c, S, N * V, V, V_PADDED)
+        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        top = new_top
+    return top, total, out, earlier
+
+
+@triton.jit
+def relative_forward(
+    content, position, key, value, relative, mask, out, lse,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr, RELATIVE_B: tl.constexpr,
+    MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_N: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr,
+    PRECISION: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [B, T, N, V] and the natural log-sum-exp [B, N, T], +inf in rows that see nothing; one query tile a program."""
+    OFFSET: tl.constexpr = S - T
+    TILES: tl.constexpr = (T + BLOCK - 1) // BLOCK
+    i = TILES - 1 - tl.program_id(0) % TILES
+    head = (tl.program_id(0) // TILES).to(tl.int64)
+    b, n = head // N, head % N
+    content += b * (T * N * H) + n * H
+    position += b * (T * N * H) + n * H
+    key += b * (S * N * H) + n * H
+    value += b * (S * N * V) + n * V
+    relative += b * RELATIVE_B + n * H
+    mask += b * MASK_B + n * MASK_N
+
+    t = i * BLOCK + tl.arange(0, BLOCK)
+    own_content = _rows(content, t, T, N * H, H, H_PADDED)
+    own_position = _rows(position, t, T, N * H, H, H_PADDED)
+    far = i * BLOCK + OFFSET + BLOCK - 1 - tl.arange(0, BLOCK)
+    earlier = tl.dot(own_position, tl.trans(_rows(relative, far, S, N * H, H, H_PADDED)), input_precision=PRECISION)
+    state = (
+        tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK, V_PADDED], tl.float32), earlier,
+    )  # fmt: skip
+    whole = 0 if MASK else (i * BLOCK + OFFSET + 1) // BLOCK
+    last = tl.cdiv(tl.minimum(i * BLOCK + OFFSET + BLOCK, S), BLOCK)
+    state = _forward_tiles(
+        state, 0, whole, own_content, own_position, key, value, relative, mask, i * BLOCK, T, S, N, H, V, MASK, MASK_T, MASK_S,
+        PRECISION, BLOCK, H_PADDED, V_PADDED, False,
+    )  # fmt: skip
+    top, total, summed, earlier = _forward_tiles(
+        state, whole, last, own_content, own_position, key, value, relative, mask, i * BLOCK, T, S, N, H, V, MASK, MASK_T, MASK_S,
+        PRECISION, BLOCK, H_PADDED, V_PADDED, True,
+    )  # fmt: skip
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    _store_rows(out + b * (T * N * V) + n * V, t, T, summed / total[:, None], N * V, V, V_PADDED)
+    tl.store(lse + head * T + t, tl.where(some, (top + tl.log2(total)) / LOG2E, float("inf")), mask=t < T)
+
+
+@triton.jit
+def _query_tiles(state, first, last, content, position, grad, lse, shift, key, value, relative, mask, start,
+                 T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+                 MASK: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr, PRECISION: tl.constexpr,
+                 BLOCK: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+    OFFSET: tl.constexpr = S - T
+    d_content, d_position, earlier, d_earlier = state
+    a = tl.arange(0, BLOCK)[:, None]
+    c = tl.arange(0, BLOCK)
+    t = start + c
+    far = start + OFFSET + BLOCK - 1
+    rows = a + tl.zeros_like(c)[None, :]
+    in_earlier = c[None, :] >= BLOCK - 1 - a
+    for j in range(first, last):
+        near = _rows(relative, far - (j + 1) * BLOCK - c, S, N * H, H, H_PADDED)
+        later = tl.dot(position, tl.trans(near), input_precision=PRECISION)
+        by_distance = tl.where(in_earlier, earlier, later)
+        earlier = later
+        k = _rows(key, j * BLOCK + c, S, N * H, H, H_PADDED)
+        scores = tl.dot(content, tl.trans(k), input_precision=PRECISION)
+        scores += _turn(by_distance, rows, (BLOCK - 1 - a + c[None, :]) % BLOCK, BLOCK)
+        weights = tl.exp2(scores * LOG2E - lse[:, None])
+        if PARTIAL:
+            seen = _seen(mask, t[:, None], (j * BLOCK + c)[None, :], T, S, OFFSET, MASK, MASK_T, MASK_S)
+            weights = tl.where(seen, weights, 0.0)
+        v = _rows(value, j * BLOCK + c, S, N * V, V, V_PADDED)
+        d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        d_scores = weights * (d_weights - shift[:, None])
+        d_content += tl.dot(d_scores.to(k.dtype), k, input_precision=PRECISION)
+        # A block of relative keys was the later one in the tile before, and is the earlier one now: other columns.
+        d_by_distance = _turn(d_scores, rows, (a + c[None, :] + 1) % BLOCK, BLOCK)
+        both = tl.where(in_earlier, d_by_distance, d_earlier)
+        d_earlier = d_by_distance
+        near = _rows(relative, far - j * BLOCK - c, S, N * H, H, H_PADDED)
+        d_position += tl.dot(both.to(near.dtype), near, input_precision=PRECISION)
+    return d_content, d_position, earlier, d_earlier
+
+
+@triton.jit
+def relative_backward_query(
+    content, position, key, value, relative, mask, grad, lse, shift, d_content, d_position,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr, RELATIVE_B: tl.constexpr,
+    MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_N: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr,
+    PRECISION: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of both queries, [B, T, N, H]; one query tile a program."""
+    OFFSET: tl.constexpr = S - T
+    TILES: tl.constexpr = (T + BLOCK - 1) // BLOCK
+    i = TILES - 1 - tl.program_id(0) % TILES
+    head = (tl.program_id(0) // TILES).to(tl.int64)
+    b, n = head // N, head % N
+    queries = b * (T * N * H) + n * H
+    key += b * (S * N * H) + n * H
+    value += b * (S * N * V) + n * V
+    relative += b * RELATIVE_B + n * H
+    mask += b * MASK_B + n * MASK_N
+
+    t = i * BLOCK + tl.arange(0, BLOCK)
+    own_content = _rows(content + queries, t, T, N * H, H, H_PADDED)
+    own_position = _rows(position + queries, t, T, N * H, H, H_PADDED)
+    own_grad = _rows(grad + b * (T * N * V) + n * V, t, T, N * V, V, V_PADDED)
+    own_lse = tl.load(lse + head * T + t, mask=t < T, other=float("inf")) * LOG2E
+    own_shift = tl.load(shift + head * T + t, mask=t < T, other=0.0)
+    far = i * BLOCK + OFFSET + BLOCK - 1 - tl.arange(0, BLOCK)
+    earlier = tl.dot(own_position, tl.trans(_rows(relative, far, S, N * H, H, H_PADDED)), input_precision=PRECISION)
+    nothing = tl.zeros([BLOCK, H_PADDED], tl.float32)
+    state = nothing, nothing, earlier, tl.zeros([BLOCK, BLOCK], tl.float32)
+    whole = 0 if MASK else (i * BLOCK + OFFSET + 1) // BLOCK
+    # As many tiles as if the keys went on, so that the later block of the last tile is wholly in the future.
+    last = tl.cdiv(i * BLOCK + OFFSET + BLOCK, BLOCK)
+    state = _query_tiles(
+        state, 0, whole, own_content, own_position, own_grad, own_lse, own_shift, key, value, relative, mask, i * BLOCK,
+        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
+    )  # fmt: skip
+    by_content, by_position, earlier, d_earlier = _query_tiles(
+        state, whole, last, own_content, own_position, own_grad, own_lse, own_shift, key, value, relative, mask, i * BLOCK,
+        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
+    )  # fmt: skip
+    _store_rows(d_content + queries, t, T, by_content, N * H, H, H_PADDED)
+    _store_rows(d_position + queries, t, T, by_position, N * H, H, H_PADDED)
+
+
+@triton.jit
+def _key_tiles(state, first, last, content, position, grad, lse, shift, key, value, relative, mask, start,
+               T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+               MASK: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr, PRECISION: tl.constexpr,
+               BLOCK: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+    """Tiles lie on their side, [keys, queries]: no product is transposed before it enters the next."""
+    OFFSET: tl.constexpr = S - T
+    d_key, d_value = state
+    c = tl.arange(0, BLOCK)[:, None]
+    a = tl.arange(0, BLOCK)[None, :]
+    columns = a + tl.zeros_like(c)
+    s = start + tl.arange(0, BLOCK)
+    for i in range(first, last):
+        t = i * BLOCK + tl.arange(0, BLOCK)
+        far = i * BLOCK + OFFSET - start + BLOCK - 1 - tl.arange(0, BLOCK)
+        own_position = tl.trans(_rows(position, t, T, N * H, H, H_PADDED))
+        earlier = tl.dot(_rows(relative, far, S, N * H, H, H_PADDED), own_position, input_precision=PRECISION)
+        later = tl.dot(_rows(relative, far - BLOCK, S, N * H, H, H_PADDED), own_position, input_precision=PRECISION)
+        by_distance = tl.where(c >= BLOCK - 1 - a, earlier, later)
+        own_content = _rows(content, t, T, N * H, H, H_PADDED)
+        scores = tl.dot(key, tl.trans(own_content), input_precision=PRECISION)
+        scores += _turn(by_distance, (BLOCK - 1 - a + c) % BLOCK, columns, BLOCK)
+        own_lse = tl.load(lse + t, mask=t < T, other=float("inf")) * LOG2E
+        weights = tl.exp2(scores * LOG2E - own_lse[None, :])
+        if PARTIAL:
+            seen = _seen(mask, t[None, :], s[:, None], T, S, OFFSET, MASK, MASK_T, MASK_S)
+            weights = tl.where(seen, weights, 0.0)
+        own_grad = _rows(grad, t, T, N * V, V, V_PADDED)
+        d_value += tl.dot(weights.to(own_grad.dtype), own_grad, input_precision=PRECISION)
+        d_weights = tl.dot(value, tl.trans(own_grad), input_precision=PRECISION)
+        own_shift = tl.load(shift + t, mask=t < T, other=0.0)
+        d_scores = weights * (d_weights - own_shift[None, :])
+        d_key += tl.dot(d_scores.to(own_content.dtype), own_content, input_precision=PRECISION)
+    return d_key, d_value
+
+
+@triton.jit
+def relative_backward_key(
+    content, position, key, value, relative, mask, grad, lse, shift, d_key, d_value,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr, RELATIVE_B: tl.constexpr,
+    MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_N: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr,
+    PRECISION: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of key [B, S, N, H] and value [B, S, N, V]; one key tile a program."""
+    OFFSET: tl.constexpr = S - T
+    QUERY_TILES: tl.constexpr = (T + BLOCK - 1) // BLOCK
+    KEY_TILES: tl.constexpr = (S + BLOCK - 1) // BLOCK
+    j = tl.program_id(0) % KEY_TILES
+    head = (tl.program_id(0) // KEY_TILES).to(tl.int64)
+    b, n = head // N, head % N
+    queries = b * (T * N * H) + n * H
+    keys, values = b * (S * N * H) + n * H, b * (S * N * V) + n * V
+    s = j * BLOCK + tl.arange(0, BLOCK)
+    own_key = _rows(key + keys, s, S, N * H, H, H_PADDED)
+    own_value = _rows(value + values, s, S, N * V, V, V_PADDED)
+    content += queries
+    position += queries
+    grad += b * (T * N * V) + n * V
+    lse += head * T
+    shift += head * T
+    relative += b * RELATIVE_B + n * H
+    mask += b * MASK_B + n * MASK_N
+
+    # From `whole` on every query sees every key. Keys after the last one are computed too, and not stored.
+    first = tl.maximum(j * BLOCK - OFFSET, 0) // BLOCK
+    whole = QUERY_TILES if MASK else tl.minimum(tl.cdiv(tl.maximum((j + 1) * BLOCK - 1 - OFFSET, 0), BLOCK), QUERY_TILES)
+    state = tl.zeros([BLOCK, H_PADDED], tl.float32), tl.zeros([BLOCK, V_PADDED], tl.float32)
+    state = _key_tiles(
+        state, first, whole, content, position, grad, lse, shift, own_key, own_value, relative, mask, j * BLOCK,
+        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
+    )  # fmt: skip
+    by_key, by_value = _key_tiles(
+        state, whole, QUERY_TILES, content, position, grad, lse, shift, own_key, own_value, relative, mask, j * BLOCK,
+        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
+    )  # fmt: skip
+    _store_rows(d_key + keys, s, S, by_key, N * H, H, H_PADDED)
+    _store_rows(d_value + values, s, S, by_value, N * V, V, V_PADDED)
+
+
+@triton.jit
+def _distance_tiles(d_relative, first, last, content, position, grad, lse, shift, key, value, relative, mask, e,
+                    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+                    MASK: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr, PRECISION: tl.constexpr,
+                    BLOCK: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+    """Tiles lie by [distances, queries]: here it is the scores of the content, of two key blocks, that are turned."""
+    OFFSET: tl.constexpr = S - T
+    c = tl.arange(0, BLOCK)[:, None]
+    a = tl.arange(0, BLOCK)[None, :]
+    columns = a + tl.zeros_like(c)
+    for i in range(first, last):
+        t = i * BLOCK + tl.arange(0, BLOCK)
+        # Column a of row c is the pair of query t_a and key s_0 + a + c.
+        s = i * BLOCK + OFFSET - (e + 1) * BLOCK + 1 + tl.arange(0, BLOCK)
+        own_content = tl.trans(_rows(content, t, T, N * H, H, H_PADDED))
+        low = tl.dot(_rows(key, s, S, N * H, H, H_PADDED), own_content, input_precision=PRECISION)
+        high = tl.dot(_rows(key, s + BLOCK, S, N * H, H, H_PADDED), own_content, input_precision=PRECISION)
+        own_position = _rows(position, t, T, N * H, H, H_PADDED)
+        scores = tl.dot(relative, tl.trans(own_position), input_precision=PRECISION)
+        scores += _turn(tl.where(c >= a, low, high), (a + c) % BLOCK, columns, BLOCK)
+        own_lse = tl.load(lse + t, mask=t < T, other=float("inf")) * LOG2E
+        weights = tl.exp2(scores * LOG2E - own_lse[None, :])
+        if PARTIAL:
+            of = i * BLOCK + OFFSET - (e + 1) * BLOCK + 1 + a + c
+            seen = _seen(mask, t[None, :], of, T, S, OFFSET, MASK, MASK_T, MASK_S)
+            weights = tl.where(seen, weights, 0.0)
+        own_grad = tl.trans(_rows(grad, t, T, N * V, V, V_PADDED))
+        low = tl.dot(_rows(value, s, S, N * V, V, V_PADDED), own_grad, input_precision=PRECISION)
+        high = tl.dot(_rows(value, s + BLOCK, S, N * V, V, V_PADDED), own_grad, input_precision=PRECISION)
+        d_weights = _turn(tl.where(c >= a, low, high), (a + c) % BLOCK, columns, BLOCK)
+        own_shift = tl.load(shift + t, mask=t < T, other=0.0)
+        d_scores = weights * (d_weights - own_shift[None, :])
+        d_relative += tl.dot(d_scores.to(own_position.dtype), own_position, input_precision=PRECISION)
+    return d_relative
+
+
+@triton.jit
+def relative_backward_distance(
+    content, position, key, value, relative, mask, grad, lse, shift, d_relative,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr, RELATIVE_B: tl.constexpr,
+    MASK: tl.constexpr, MASK_B: tl.constexpr, MASK_N: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr,
+    PRECISION: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each sample's gradient of the relative keys, [B, S, N, H] in float32; one block of distances a program."""
+    OFFSET: tl.constexpr = S - T
+    QUERY_TILES: tl.constexpr = (T + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = (S + BLOCK - 1) // BLOCK
+    e = tl.program_id(0) % BLOCKS
+    head = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    b, n = head // N, head % N
+    content += b * (T * N * H) + n * H
+    position += b * (T * N * H) + n * H
+    key += b * (S * N * H) + n * H
+    value += b * (S * N * V) + n * V
+    grad += b * (T * N * V) + n * V
+    lse += head * T
+    shift += head * T
+    relative += b * RELATIVE_B + n * H
+    mask += b * MASK_B + n * MASK_N
+
+    distance = (e + 1) * BLOCK - 1 - tl.arange(0, BLOCK)
+    own_relative = _rows(relative, distance, S, N * H, H, H_PADDED)
+    # Before `first` all keys would lie before the first one; from `whole` on none does.
+    first = tl.maximum(e * BLOCK - OFFSET, 0) // BLOCK
+    whole = QUERY_TILES if MASK else tl.minimum(tl.cdiv(tl.maximum((e + 1) * BLOCK - 1 - OFFSET, 0), BLOCK), QUERY_TILES)
+    total = tl.zeros([BLOCK, H_PADDED], tl.float32)
+    total = _distance_tiles(
+        total, first, whole, content, position, grad, lse, shift, key, value, own_relative, mask, e,
+        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
+    )  # fmt: skip
+    total = _distance_tiles(
+        total, whole, QUERY_TILES, content, position, grad, lse, shift, key, value, own_relative, mask, e,
+        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
+    )  # fmt: skip
+    _store_rows(d_relative + b * (S * N * H) + n * H, distance, S, total, N * H, H, H_PADDED)
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+def heuristic(mode: launch.Mode, dtype, features: int, length: int) -> launch.Config:
+    """Square tiles, no larger than the queries need; larger ones in the interpreter, where a step costs what it costs."""
+    if mode == "interpret":
+        return launch.Config({"BLOCK": min(256, _padded(length))})
+    return launch.Config({"BLOCK": 32}, num_warps=4, num_stages=2)
+
+
+def _padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _launch(mode, kernel, arrays, outputs, cut):
+    """Runs a kernel that takes one tile of the axis `cut` at a time. The mask and the relative keys may lack the batch."""
+    content, value, relative, mask = (arrays[name] for name in ("content", "value", "relative", "mask"))
+    (B, T, N, H), (_, S, _, V) = content.shape, value.shape
+    strides = (0, 0, 0, 0)
+    if mask is not None:
+        steps = (mask[0].size, mask[0, 0].size, mask.shape[3], 1)
+        strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape, steps, strict=True))
+    constants = dict(
+        T=T, S=S, N=N, H=H, V=V, RELATIVE_B=0 if relative.shape[0] == 1 else S * N * H, MASK=mask is not None,
+        MASK_B=strides[0], MASK_N=strides[1], MASK_T=strides[2], MASK_S=strides[3],
+        PRECISION=launch.dot_precision(jnp.promote_types(content.dtype, value.dtype)),
+        H_PADDED=_padded(H), V_PADDED=_padded(V),
+    )  # fmt: skip
+    own = heuristic(mode, content.dtype, max(H, V), T)
+    config = launch.config(kernel.__name__, own, H=H, V=V, dtype=content.dtype.name)
+    grid = B * N * triton.cdiv(constants[cut], config.blocks["BLOCK"])
+    return launch.call(kernel, arrays, outputs, grid=grid, constants=constants, config=config, mode=mode)
+
+
+def _named(content, position, key, value, relative, mask):
+    """The operands by the names that all kernels give them, and the number of samples."""
+    batch = max(x.shape[0] for x in (content, position, key, value, relative, mask) if x is not None)
+    content, position, key, value = (_full(x, batch) for x in (content, position, key, value))
+    return dict(content=content, position=position, key=key, value=value, relative=relative, mask=mask), batch
+
+
+def _full(array, batch: int):
+    return jnp.broadcast_to(array, (batch, *array.shape[1:]))
+
+
+def _run_forward(mode, *operands):
+    arrays, batch = _named(*operands)
+    _, T, N, _ = arrays["content"].shape
+    value = arrays["value"]
+    outputs = dict(
+        out=jax.ShapeDtypeStruct((batch, T, N, value.shape[3]), value.dtype),
+        lse=jax.ShapeDtypeStruct((batch, N, T), jnp.float32),
+    )
+    return _launch(mode, relative_forward, arrays, outputs, "T")
+
+
+def _run_backward(mode, *operands):
+    *operands, grad, lse, shift = operands
+    arrays, batch = _named(*operands)
+    arrays |= dict(grad=_full(grad, batch), lse=_full(lse, batch), shift=_full(shift, batch))
+    like = lambda name, dtype=None: jax.ShapeDtypeStruct(arrays[name].shape, dtype or arrays[name].dtype)
+    queries = dict(d_content=like("content"), d_position=like("position"))
+    keys = dict(d_key=like("key"), d_value=like("value"))
+    return (
+        *_launch(mode, relative_backward_query, arrays, queries, "T"),
+        *_launch(mode, relative_backward_key, arrays, keys, "S"),
+        *_launch(mode, relative_backward_distance, arrays, dict(d_relative=like("key", jnp.float32)), "S"),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(mode, content, position, key, value, relative, mask):
+    return _forward(mode, content, position, key, value, relative, mask)[0]
+
+
+def _forward(mode, content, position, key, value, relative, mask):
+    operands = content, position, key, value, relative, mask
+    out, lse = launch.fold_vmap(functools.partial(_run_forward, mode))(*operands)
+    return out, (*operands, out, lse)
+
+
+def _backward(mode, saved, grad):
+    *operands, out, lse = saved
+    shift = jnp.einsum("btnv,btnv->bnt", grad, out, preferred_element_type=jnp.float32)
+    run = launch.fold_vmap(functools.partial(_run_backward, mode))
+    *gradients, d_relative = run(*operands, grad, lse, shift)
+    relative = operands[4]
+    return *gradients, d_relative.sum(0, keepdims=True).astype(relative.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale, mode):
+    (_, T, N, H), (_, S, _, V) = query.shape, value.shape
+    if {query.dtype.name, value.dtype.name} - set(launch.FLOATS):
+        raise launch.Declined(f"query and value are {query.dtype} and {value.dtype}, and it takes {', '.join(launch.FLOATS)}.")
+    if max(H, V) > 128:
+        raise launch.Declined(f"heads have {max(H, V)} features, and its tiles hold at most 128.")
+    if S * N * max(H, V) >= 2**31:
+        raise launch.Declined("a sample has 2^31 or more elements, and it counts them in 32 bits.")
+
+    def biased(bias):
+        return ((query.astype(jnp.float32) + bias) * scale).astype(query.dtype)
+
+    key, relative = key.astype(query.dtype), relative_key[None, :S].astype(query.dtype)
+    return _attend(mode, biased(content_bias), biased(position_bias), key, value, relative, mask)
