@@ -16,6 +16,15 @@ Reach = Literal["bucket", "chunk", "ring"]
 Buckets = Int[Array, "B R T N"]
 
 
+def _implementations(function: str) -> dispatch.Implementations:
+    """Those of a public function of this module, the preferred first."""
+    return {
+        **dispatch.triton("subquad.kernels.lsh.triton", function),
+        "xla": getattr(xla, function),
+        "reference": getattr(reference, function),
+    }
+
+
 def hash_buckets(
     vectors: Float[Array, "B T N H"],
     rotations: Float[Array, "N H R F"] | Float[Array, "1 H R F"],
@@ -74,8 +83,10 @@ def hash_buckets(
             f"{owner}: num_rotations must have shape [B] = ({batch},) and one factor, got {num_rotations.shape} with "
             f"{len(factors)} factors. Leave it None."
         )
-    run = dispatch.choose(owner, {"xla": xla.hash_buckets, "reference": reference.hash_buckets}, implementation)
-    return run(jax.lax.stop_gradient(vectors), jax.lax.stop_gradient(rotations), factors, num_rotations)
+    return dispatch.run(
+        owner, _implementations("hash_buckets"), implementation,
+        jax.lax.stop_gradient(vectors), jax.lax.stop_gradient(rotations), factors, num_rotations,
+    )  # fmt: skip
 
 
 def attention(
@@ -163,9 +174,11 @@ def attention(
         reach=reach,
         correct_duplicates=bool(correct_duplicates),
     )
-    run = dispatch.choose(owner, {"xla": xla.attention, "reference": reference.attention}, implementation)
     scale = 1 / math.sqrt(query_key.shape[-1]) if scale is None else scale
-    return run(layout, query_key, value, buckets, mask, scale)
+    return dispatch.run(
+        owner, _implementations("attention"), implementation,
+        layout, query_key, value, buckets, mask, scale,
+    )  # fmt: skip
 
 
 def extend(
@@ -217,9 +230,11 @@ def extend(
             f"{owner}: query and query_buckets must have shapes [B, T, N, H] and [B, R, T, N] beside key {key.shape}, got "
             f"{query.shape} and {query_buckets.shape}. Hash the new tokens alone."
         )
-    run = dispatch.choose(owner, {"xla": xla.extend, "reference": reference.extend}, implementation)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return run(query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates)
+    return dispatch.run(
+        owner, _implementations("extend"), implementation,
+        query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates,
+    )  # fmt: skip
 
 
 def normalize(query: Float[Array, "*B H"]) -> tuple[Float[Array, "*B H"], Float[Array, "*B"]]:

@@ -22,8 +22,8 @@ class Layout(NamedTuple):
 
 def hash_buckets(vectors, rotations, factors, num_rotations):
     """See `lsh.hash_buckets`."""
-    rotations = jnp.broadcast_to(rotations, (vectors.shape[2], *rotations.shape[1:])).astype(jnp.float32)
-    rotated = jnp.einsum("btnh,nhrf->brtnf", vectors.astype(jnp.float32), rotations, precision=jax.lax.Precision.HIGHEST)
+    rotations = wide(jnp.broadcast_to(rotations, (vectors.shape[2], *rotations.shape[1:])))
+    rotated = jnp.einsum("btnh,nhrf->brtnf", wide(vectors), rotations, precision=jax.lax.Precision.HIGHEST)
     if num_rotations is not None:
         used = jnp.arange(rotated.shape[-1]) < num_rotations[:, None, None, None, None]
         rotated = jnp.where(used, rotated, 0)
@@ -61,11 +61,11 @@ def attention(layout, query_key, value, buckets, mask, scale):
     if layout.correct_duplicates:
         counts = jnp.minimum(counts, 1)
 
-    query, value32 = (jnp.where(_rows(real), x, 0).astype(jnp.float32) for x in (query_key, value))
+    query, wide_value = (wide(jnp.where(_rows(real), x, 0)) for x in (query_key, value))
     key = query * inverse_norm(query)[..., None]
     at = jnp.arange(length)
     visible = at[:, None] > at if layout.is_causal else at[:, None] != at
-    outputs = _softmax(query, key, value32, value32, counts * visible, real, real, scale)
+    outputs = _softmax(query, key, wide_value, wide_value, counts * visible, real, real, scale)
     return outputs.astype(value.dtype)
 
 
@@ -80,16 +80,20 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
         counts = jnp.minimum(counts, 1)
     own = start + jnp.arange(length)
     counts = counts * (own[:, None] > jnp.arange(places))
-    query32 = query.astype(jnp.float32)
-    key32, value32 = (jnp.where(_rows(real), x, 0).astype(jnp.float32) for x in (key, value))
-    own_value = jnp.take(value32, own, axis=1, mode="clip")
+    key, wide_value = (wide(jnp.where(_rows(real), x, 0)) for x in (key, value))
+    own_value = jnp.take(wide_value, own, axis=1, mode="clip")
     real_query = jnp.take(real, own, axis=2, mode="clip")
-    return _softmax(query32, key32, value32, own_value, counts, real_query, real, scale).astype(value.dtype)
+    return _softmax(wide(query), key, wide_value, own_value, counts, real_query, real, scale).astype(value.dtype)
+
+
+def wide(x):
+    """In float32, or in float64 where it comes so."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def inverse_norm(query):
-    """1 / |q| in float32, and 0 (with a gradient of 0) where q is 0."""
-    square = jnp.sum(query.astype(jnp.float32) ** 2, axis=-1)
+    """1 / |q|, and 0 (with a gradient of 0) where q is 0; at least float32."""
+    square = jnp.sum(wide(query) ** 2, axis=-1)
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 

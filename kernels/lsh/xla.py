@@ -99,11 +99,7 @@ def lay_out(layout: Layout, buckets, real) -> Items:
     place = jnp.where(sorted_buckets < layout.num_buckets, place, nobody)
     codes = None
     if layout.correct_duplicates and rounds > 1:
-        in_order = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // layout.chunk_size, order.shape)
-        if layout.reach == "bucket":
-            # A new bucket begins further away than any chunk in reach, so one difference tells both.
-            begins = jnp.diff(sorted_buckets, axis=-1, prepend=sorted_buckets[..., :1]) != 0
-            in_order += (before + after + 1) * jnp.cumsum(begins, axis=-1, dtype=jnp.int32)
+        in_order = reach_codes(layout, sorted_buckets)
         row = jnp.arange(rounds)[:, None]
         codes = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(in_order, mode="drop")
 
@@ -152,6 +148,29 @@ def sort(layout: Layout, buckets):
     position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), buckets.shape)
     sorted_buckets, order = jax.lax.sort((buckets, position), num_keys=2)
     return order, sorted_buckets
+
+
+def reach_codes(layout: Layout, sorted_buckets):
+    """An integer for each place of a round: j is in reach of i where code_j - code_i is -before..after."""
+    length = sorted_buckets.shape[-1]
+    chunk = jnp.arange(length, dtype=jnp.int32) // layout.chunk_size
+    if layout.reach != "bucket":
+        return jnp.broadcast_to(chunk, sorted_buckets.shape)
+    # Chunks do not fall where buckets rise, so a new bucket begins further away than any chunk in reach.
+    far, bucket = layout.before + layout.after + 1, sorted_buckets
+    if far * (layout.num_buckets + 1) + length >= 2**31:
+        bucket = jnp.cumsum(jnp.diff(bucket, axis=-1, prepend=bucket[..., :1]) != 0, axis=-1, dtype=jnp.int32)
+    return chunk + far * bucket
+
+
+def at_their_places(order, in_order):
+    """[..., R, T] in sorted order -> [..., T, R] in the order of positions."""
+    lead, (rounds, length) = order.shape[:-2], order.shape[-2:]
+    order, in_order = order.reshape(-1, rounds, length), in_order.reshape(-1, rounds, length)
+    group, row = jnp.arange(order.shape[0])[:, None, None], jnp.arange(rounds)[:, None]
+    out = jnp.zeros((order.shape[0], length, rounds), in_order.dtype)
+    out = out.at[group, order, row].set(in_order, unique_indices=True, mode="promise_in_bounds")
+    return out.reshape(*lead, length, rounds)
 
 
 def tile_bytes() -> int:
