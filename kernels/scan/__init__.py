@@ -1,0 +1,91 @@
+"""First-order linear recurrences, real and complex, one per sample and feature."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact
+
+from subquad.kernels import dispatch
+from subquad.kernels.scan import reference, xla
+
+__all__ = ["first_order"]
+
+OWNER = "scan.first_order"
+IMPLEMENTATIONS = {
+    **dispatch.triton("subquad.kernels.scan.triton", "first_order"),
+    "xla": xla.first_order,
+    "reference": reference.first_order,
+}
+
+
+def first_order(
+    decay: Inexact[Array, "_ _ D"],
+    inputs: Inexact[Array, "B T D"],
+    initial_state: Inexact[Array, "B D"] | None = None,
+    *,
+    reverse: bool = False,
+    implementation: dispatch.Implementation | None = None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
+    """Runs a first-order linear recurrence along the sequence.
+
+        h_t = a_t h_{t-1} + b_t,    t = 0 .. T - 1,          h_{-1} = initial_state
+        h_t = a_t h_{t+1} + b_t,    t = T - 1 .. 0,          h_T = initial_state           (reverse)
+
+    Cost: time O(B T D), memory O(B T D) for the states themselves and O(B D) beside them; the backward pass is the same
+        recurrence in the other direction. One extended token O(B D): call it with T = 1 and the last state.
+
+    Args:
+        decay: a, real or complex. Its first two axes are those of `inputs` or 1: [B, T, D], or constant in time
+            [1, 1, D] and [B, 1, D], or shared by the batch [1, T, D].
+        inputs: b [B, T, D], real or complex.
+        initial_state: the state before the first step [B, D]; None: 0.
+        reverse: run from the last token to the first.
+        implementation: None takes the best that can run here.
+    Returns: (h [B, T, D] in the dtype of `inputs`, the state after the last step [B, D] in float32). If any argument is
+        complex, both are complex64.
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: integers.
+        NotImplementedError: an implementation that does not exist here or declines the call.
+    Numerics: the state is float32 (complex: two float32 planes) whatever the inputs are; the gradient of `decay` uses the
+        states as returned, rounded to the dtype of `inputs`. |a| > 1 is allowed and grows as it must.
+    Example:
+        >>> decay, inputs = jnp.full((1, 1, 1), 0.5), jnp.ones((1, 4, 1))
+        >>> states, last = first_order(decay, inputs)
+        >>> states[0, :, 0].tolist(), last.tolist()
+        ([1.0, 1.5, 1.75, 1.875], [[1.875]])
+
+    Source: Blelloch, Prefix Sums and Their Applications, 1990, section 1.4; Smith et al., Simplified State Space Layers for
+        Sequence Modeling, ICLR 2023, arXiv 2208.04933, section 2.2 and appendix H (constant and varying decay).
+    """
+    _check(decay, inputs, initial_state)
+    if initial_state is None:
+        initial_state = jnp.zeros((inputs.shape[0], inputs.shape[2]), jnp.float32)
+    dtypes = [array.dtype for array in (decay, inputs, initial_state)]
+    state_dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        state_dtype = jnp.promote_types(state_dtype, jnp.complex64)
+        decay, inputs = decay.astype(state_dtype), inputs.astype(state_dtype)
+    initial_state = initial_state.astype(state_dtype)
+    return dispatch.run(OWNER, IMPLEMENTATIONS, implementation, decay, inputs, initial_state, reverse)
+
+
+def _check(decay: Array, inputs: Array, initial_state: Float[Array, "B D"] | None) -> None:
+    if inputs.ndim != 3 or 0 in inputs.shape:
+        raise ValueError(
+            f"{OWNER}: inputs must have shape [B, T, D] with every axis at least 1, got {inputs.shape}. "
+            "Flatten the batch axes."
+        )
+    batch, length, features = inputs.shape
+    fits = decay.ndim == 3 and decay.shape[2] == features
+    if not fits or decay.shape[0] not in (1, batch) or decay.shape[1] not in (1, length):
+        raise ValueError(
+            f"{OWNER}: decay must have shape [{batch} or 1, {length} or 1, {features}] beside inputs {inputs.shape}, "
+            f"got {decay.shape}. Give a decay that is constant in time one step."
+        )
+    if initial_state is not None and initial_state.shape != (batch, features):
+        raise ValueError(
+            f"{OWNER}: initial_state must have shape [B, D] = {(batch, features)}, got {initial_state.shape}. "
+            "Pass the final state of the call before, or None."
+        )
+    for name, array in (("decay", decay), ("inputs", inputs), ("initial_state", initial_state)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.inexact):
+            raise TypeError(f"{OWNER}: {name} must be floating or complex, got {array.dtype}. Convert it first.")

@@ -1,0 +1,18 @@
+"""The first-order recurrence, one step after the other."""
+
+import jax
+import jax.numpy as jnp
+
+
+def first_order(decay, inputs, start, reverse):
+    """See `scan.first_order`."""
+    wide = jnp.promote_types(inputs.dtype, jnp.float32)
+    decay = jnp.broadcast_to(decay, inputs.shape)
+
+    def step(state, now):
+        state = now[0] * state + now[1]
+        return state, state
+
+    steps = decay.swapaxes(0, 1).astype(wide), inputs.swapaxes(0, 1).astype(wide)
+    final, states = jax.lax.scan(step, start.astype(wide), steps, reverse=reverse)
+    return states.swapaxes(0, 1).astype(inputs.dtype), final
