@@ -28,6 +28,15 @@ class Pattern:
         """Rows of `stride` positions that hold `length`."""
         return -(-length // self.stride)
 
+    def summaries(self, length: int) -> int:
+        """Keys in the columns of all blocks that some query sees; the last block may be shorter."""
+        if self.columns is None:
+            return 0
+        blocks = self.rows(length)
+        if self.near and (self.is_causal or blocks == 1):
+            blocks -= 1  # the last block comes before no block
+        return blocks * len(self.columns[0])
+
 
 def visible(pattern: Pattern, length: int) -> np.ndarray:
     """bool [N|1, T, T]: the pattern spelled out."""

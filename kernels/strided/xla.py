@@ -17,7 +17,7 @@ from subquad.kernels.softmax import online
 from subquad.kernels.strided.pattern import Pattern
 
 # Bytes of one tile of logits; the rows of queries and of keys in it. On an accelerator every step is a launch.
-CPU_TILE, ACCELERATOR_TILE = (1 << 21, 128, 512), (1 << 26, 1024, 2048)
+CPU_TILE, ACCELERATOR_TILE = (1 << 19, 64, 512), (1 << 26, 1024, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +44,7 @@ def plan(pattern: Pattern, batch: int, length: int, heads: int) -> tuple[Sweep, 
     make = functools.partial(sweep_of, pattern, batch, length, heads)
     if pattern.columns is None:
         return (*((make("window"),) if pattern.near else ()), *((make("steps"),) if pattern.rows(length) > pattern.gap else ()))
-    return (*((make("block"),) if pattern.near else ()), *((make("columns"),) if number_of_summaries(pattern, length) else ()))
-
-
-def number_of_summaries(pattern: Pattern, length: int) -> int:
-    """Keys in the columns of all blocks that some query sees; the last block may be shorter."""
-    blocks = pattern.rows(length)
-    if pattern.near:
-        # The last block comes before no block.
-        blocks = blocks - 1 if pattern.is_causal or blocks == 1 else blocks
-    return blocks * len(pattern.columns[0])
+    return (*((make("block"),) if pattern.near else ()), *((make("columns"),) if pattern.summaries(length) else ()))
 
 
 def sweep_of(pattern: Pattern, batch: int, length: int, heads: int, kind: str) -> Sweep:
@@ -79,10 +70,10 @@ def sweep_of(pattern: Pattern, batch: int, length: int, heads: int, kind: str) -
     elif kind == "block":
         first, last = starts // stride * stride, ends if causal else (starts // stride + 1) * stride
     else:
-        keys = number_of_summaries(pattern, length)
+        keys = pattern.summaries(length)
         seen = ((ends - 1) // stride + (0 if pattern.near else 1)) * len(pattern.columns[0])
         first, last = np.zeros_like(starts), np.minimum(keys, seen) if causal else np.full_like(ends, keys)
-    limit = number_of_summaries(pattern, length) if kind == "columns" else rows
+    limit = pattern.summaries(length) if kind == "columns" else rows
     first, last = np.maximum(first, 0), np.minimum(last, limit)
     keys = balance(max(1, (last - first).max()), most_keys)
 
@@ -190,7 +181,7 @@ def scan(sweep: Sweep, step, carry):
 def pick(pattern: Pattern, length: int):
     """A function [B, S, N, ...] -> [B, U, N, ...] of the keys in the columns, and their positions [N|1, U]."""
     columns, heads = np.array(pattern.columns), np.arange(len(pattern.columns))
-    blocks = number_of_summaries(pattern, length) // columns.shape[1]
+    blocks = pattern.summaries(length) // columns.shape[1]
     positions = (np.arange(blocks)[None, :, None] * pattern.stride + columns[:, None]).reshape(len(columns), -1)
 
     def function(array):
