@@ -14,6 +14,11 @@ from subquad.kernels.softmax import check_heads, scale_of
 __all__ = ["attention"]
 
 OWNER = "block_sparse.attention"
+IMPLEMENTATIONS = {
+    **dispatch.triton("subquad.kernels.block_sparse.triton", "attention"),
+    "xla": xla.attention,
+    "reference": reference.attention,
+}
 
 
 def attention(
@@ -63,7 +68,7 @@ def attention(
     Source: the lists are those of Qiu et al., Blockwise Self-Attention, 2019, arXiv 1911.02972, and Zaheer et al., Big
         Bird, 2020, arXiv 2007.14062; the online softmax of Milakov and Gimelshein, 2018, arXiv 1805.02867.
     """
-    run = dispatch.choose(OWNER, {"xla": xla.attention, "reference": reference.attention}, implementation)
+    dispatch.check_name(OWNER, implementation)
     check_heads(OWNER, query, key, value)
     batch, queries, heads, features = query.shape
     keys = key.shape[1]
@@ -80,7 +85,9 @@ def attention(
     scale = scale_of(OWNER, scale, features)
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
-    out, lse = run(query, key, value, blocks, int(block_size), mask, bool(is_causal), scale)
+    out, lse = dispatch.run(
+        OWNER, IMPLEMENTATIONS, implementation, query, key, value, blocks, int(block_size), mask, bool(is_causal), scale
+    )
     return (out, lse) if return_lse else out
 
 

@@ -6,13 +6,17 @@ import numpy as np
 from subquad.kernels.softmax import reference, xla
 
 
-def visible(blocks: np.ndarray, block_size: int, queries: int, keys: int, is_causal: bool) -> np.ndarray:
-    """bool [1|N, T, S]: what the lists let each query see."""
-    heads, rows, _ = blocks.shape
-    seen = np.zeros((heads, rows, -(-keys // block_size) + 1), bool)
+def allowed(blocks: np.ndarray, columns: int) -> np.ndarray:
+    """bool [1|N, I, columns]: the pairs of blocks that the lists name."""
+    seen = np.zeros((*blocks.shape[:2], columns + 1), bool)
     # The entry -1 falls on the last column, which is cut off.
     np.put_along_axis(seen, blocks, True, axis=2)
-    seen = seen[..., :-1].repeat(block_size, 1).repeat(block_size, 2)[:, :queries, :keys]
+    return seen[..., :-1]
+
+
+def visible(blocks: np.ndarray, block_size: int, queries: int, keys: int, is_causal: bool) -> np.ndarray:
+    """bool [1|N, T, S]: what the lists let each query see."""
+    seen = allowed(blocks, -(-keys // block_size)).repeat(block_size, 1).repeat(block_size, 2)[:, :queries, :keys]
     return seen & np.tri(queries, keys, dtype=bool) if is_causal else seen
 
 

@@ -1,5 +1,6 @@
 """Exact softmax attention in O(T) memory, and the merge of partial results."""
 
+import functools
 import math
 import numbers
 
@@ -9,11 +10,17 @@ from jaxtyping import Float
 
 from subquad.kernels import dispatch
 from subquad.kernels.axes import Array, Bias, Key, LogSumExp, Mask, Output, Positions, Query, Value
-from subquad.kernels.softmax import reference, xla
+from subquad.kernels.softmax import cudnn, reference, xla
 
 __all__ = ["attention", "merge"]
 
 OWNER = "softmax.attention"
+IMPLEMENTATIONS = {
+    "cudnn": cudnn.attention,
+    **dispatch.triton("subquad.kernels.softmax.triton", "attention"),
+    "xla": xla.attention,
+    "reference": reference.attention,
+}
 
 
 def attention(
@@ -65,9 +72,10 @@ def attention(
     Raises:
         TypeError: a mask that is not boolean; positions or segments that are not integers.
         ValueError: a shape that does not fit; a negative window.
-        NotImplementedError: an implementation that does not exist.
+        NotImplementedError: an implementation that cannot serve this call, with the reason.
     Numerics: operands keep their dtype; logits, softmax and sums are float32. Agrees with the reference to 1e-5
-        (float32), 2e-2 (bfloat16). The gradient recomputes the weights from the log-sum-exp.
+        (float32), 2e-2 (bfloat16). The gradient recomputes the weights from the log-sum-exp. Every implementation gives
+        the same bits every time, but for cuDNN's gradients.
     Example:
         >>> x = jnp.ones((2, 300, 4, 16))
         >>> out, lse = attention(x, x, x, is_causal=True, window_size=32, return_lse=True)
@@ -78,7 +86,7 @@ def attention(
         Gimelshein, 2018, arXiv 1805.02867; the recomputing backward pass of Dao et al., FlashAttention, 2022,
         arXiv 2205.14135.
     """
-    run = dispatch.choose(OWNER, {"xla": xla.attention, "reference": reference.attention}, implementation)
+    dispatch.check_name(OWNER, implementation)
     check_heads(OWNER, query, key, value)
     (batch, queries, heads, features), keys = query.shape, key.shape[1]
     check_square("mask", mask, (batch, heads, queries, keys))
@@ -100,7 +108,9 @@ def attention(
     scale = scale_of(OWNER, scale, features)
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
-    out, lse = run(query, key, value, bias, xla.Visible(**rows, mask=mask), band, scale)
+    visible = xla.Visible(**rows, mask=mask)
+    implementations = {**IMPLEMENTATIONS, "cudnn": functools.partial(cudnn.attention, return_lse=return_lse)}
+    out, lse = dispatch.run(OWNER, implementations, implementation, query, key, value, bias, visible, band, scale)
     return (out, lse) if return_lse else out
 
 

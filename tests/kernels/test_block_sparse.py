@@ -220,7 +220,7 @@ REFUSALS = [
     (ValueError, "block_size must be a positive integer", {"block_size": 0}),
     (TypeError, "mask must be boolean", {"mask": np.ones((1, 1, 1, 5))}),
     (ValueError, "mask must be key padding", {"mask": np.ones((1, 1, 5, 5), bool)}),
-    (NotImplementedError, "implementation='triton' does not exist", {"implementation": "triton"}),
+    (NotImplementedError, "implementation='cudnn' does not exist", {"implementation": "cudnn"}),
 ]
 
 

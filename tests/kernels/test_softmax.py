@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import softmax
+from subquad.kernels import dispatch, launch, softmax
 from subquad.kernels.softmax import xla
 from subquad.lra import measure
 from tests.kernels import dense
@@ -337,8 +337,43 @@ def test_refused_shapes():
         softmax.attention(query.astype(int), key, value)
 
 
-@pytest.mark.parametrize("implementation", ["triton", "cudnn", "interpret"])
-def test_implementations_that_do_not_exist_decline(implementation):
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
+@pytest.mark.parametrize("implementation", ["triton", "cudnn"])
+def test_implementations_decline_with_a_reason(implementation):
     arrays, _ = draw(5)
-    with pytest.raises(NotImplementedError, match=f"softmax.attention: implementation='{implementation}'"):
+    with pytest.raises(
+        NotImplementedError, match=f"softmax.attention: implementation='{implementation}' declines .*GPU|interpreter"
+    ):
         softmax.attention(*arrays, implementation=implementation)
+
+
+CUDNN_REFUSALS = [
+    ("float32, and cuDNN takes", {"dtype": np.float32}, {}),
+    ("features and keys", {"values": 16}, {}),
+    ("multiples of 8", {"features": 12, "values": 12}, {}),
+    ("multiples of 8 up to 256", {"features": 264, "values": 264}, {}),
+    ("a bias", {}, {"bias": jnp.zeros((1, 1, 1, 9))}),
+    ("log-sum-exp", {}, {"return_lse": True}),
+    ("a mask", {}, {"mask": jnp.ones((1, 1, 1, 9), bool)}),
+    ("segments", {}, {"query_segment_ids": jnp.ones((1, 9), int), "key_segment_ids": jnp.ones((1, 9), int)}),
+    ("window", {}, {"window_size": 3}),
+    ("positions", {}, {"is_causal": True, "key_positions": jnp.arange(9)[None]}),
+    ("positions", {}, {"is_causal": True, "query_positions": np.arange(9)[None] + 1}),
+    ("positions", {"keys": 11}, {"is_causal": True}),
+    ("no cuDNN", {}, {}),
+    ("no cuDNN", {"kv_heads": 2}, {"is_causal": True}),
+]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
+@pytest.mark.parametrize(("reason", "shapes", "options"), CUDNN_REFUSALS)
+def test_cudnn_declines_what_it_cannot_do(reason, shapes, options):
+    arrays, _ = draw(9, **{"dtype": jnp.bfloat16, **shapes})
+    with launch.lowering_for(90), pytest.raises(dispatch.Declined, match=f"declines this call: .*{reason}"):
+        softmax.attention(*arrays, implementation="cudnn", **options)
+
+
+def test_cudnn_wants_a_recent_gpu():
+    arrays, _ = draw(9, dtype=jnp.bfloat16)
+    with launch.lowering_for(75), pytest.raises(dispatch.Declined, match="starts at 8.0"):
+        softmax.attention(*arrays, implementation="cudnn")

@@ -1,0 +1,56 @@
+"""Softmax attention by cuDNN, through JAX: the fastest form of plain and causal attention on an NVIDIA GPU."""
+
+import jax
+import numpy as np
+
+from subquad.kernels import launch
+
+OLDEST, HOPPER = 80, 90  # compute capabilities
+
+
+def attention(query, key, value, bias, visible, band, scale: float, *, return_lse: bool):
+    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], None)."""
+    if reason := refusal(query, value, bias, visible, band, return_lse):
+        raise launch.Declined(reason)
+    run = jax.nn.dot_product_attention
+    return run(query, key, value, scale=scale, is_causal=band is not None, implementation="cudnn"), None
+
+
+def refusal(query, value, bias, visible, band, return_lse: bool) -> str | None:
+    """Why cuDNN cannot take a call; None if it can."""
+    capability = launch.capability()
+    if capability is None:
+        return "JAX sees no NVIDIA GPU here."
+    if capability < OLDEST:
+        return f"the GPU has compute capability {capability / 10}, and cuDNN's attention starts at {OLDEST / 10}."
+    if query.dtype.name not in ("bfloat16", "float16"):
+        return f"the operands are {query.dtype}, and cuDNN takes bfloat16 and float16 only."
+    features, largest = query.shape[3], 256 if capability >= HOPPER else 128
+    if value.shape[3] != features:
+        return f"values have {value.shape[3]} features and keys {features}, and JAX wants them equal."
+    if features % 8 or features > largest:
+        return f"a head has {features} features, and cuDNN takes multiples of 8 up to {largest}."
+    if bias is not None:
+        return "a bias keeps cuDNN from skipping anything; the tiled kernels take it."
+    if return_lse:
+        return "JAX rounds cuDNN's log-sum-exp to the operands' dtype and drops its gradient."
+    if visible.mask is not None:
+        return "a mask is an array, and cuDNN would need lengths to skip anything."
+    if visible.query_segment_ids is not None:
+        return "segments are arrays, and cuDNN would need their lengths to skip anything."
+    if band not in (None, (None, 0)):
+        return "cuDNN's window differs from this one; the tiled kernels take it."
+    if band is not None and not from_start(visible):
+        return "cuDNN counts positions from the start, and these queries and keys are elsewhere."
+    if jax.default_backend() != "gpu":
+        return "this machine has no cuDNN to ask."
+    return None
+
+
+def from_start(visible) -> bool:
+    """Whether queries and keys are as many and count from the same position."""
+    known = all(isinstance(positions, np.ndarray) for positions in visible[:2])
+    if not known or visible.query_positions.shape != visible.key_positions.shape:
+        return False
+    first = visible.query_positions.flat[0]
+    return all((positions == first + np.arange(positions.shape[1])).all() for positions in visible[:2])
