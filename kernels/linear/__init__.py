@@ -1,4 +1,6 @@
-"""Linear attention: normalised sums of values weighted by products of nonnegative features."""
+"""Linear attention: normalised sums of values weighted by products of nonnegative features, given or random."""
+
+from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -6,6 +8,21 @@ from jaxtyping import Array, Float
 from subquad.kernels import dispatch
 from subquad.kernels.axes import KeyMask
 from subquad.kernels.linear import reference, xla
+from subquad.kernels.linear.features import FeatureMap, relu_features, softmax_features
+
+__all__ = ["attention", "empty_state", "random_feature_attention", "relu_features", "softmax_features"]
+
+MODULE = "subquad.kernels.linear.triton"
+ATTENTION = {
+    **dispatch.triton(MODULE, "attention"),
+    "xla": xla.attention,
+    "reference": reference.attention,
+}
+RANDOM_FEATURE_ATTENTION = {
+    **dispatch.triton(MODULE, "random_feature_attention"),
+    "xla": xla.random_feature_attention,
+    "reference": reference.random_feature_attention,
+}
 
 State = tuple[Float[Array, "B N M V"], Float[Array, "B N M"], Float[Array, "B N"]]
 
@@ -31,8 +48,9 @@ def attention(
     c_t cancels (where eps = 0); it keeps every weight exp(r_s - c_t) at most 1. In the causal form it is the running
     maximum, so a key of the future changes nothing before it, however large.
 
-    Cost: time O(T M V), causal O(T (M V + C (M + V))) by chunks of C = 128; memory O(T (M + V)), in the backward pass
-        of the causal form O(T (M + V + M V / C)); one extended token O(M V) whatever came before.
+    Cost: time O(T M V), causal O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)), of which only two numbers
+        per query are kept for the backward pass beside arguments and outputs; one extended token O(M V) whatever came
+        before.
 
     Args:
         query: features of the queries, nonnegative.
@@ -63,11 +81,75 @@ def attention(
     Source: Katharopoulos et al., Transformers are RNNs, ICML 2020, arXiv 2006.16236, eqs. 5, 8-12; the log scales
         and their running maximum are ours.
     """
-    _check(query, key, value, key_log_scale, mask, is_causal, initial_state)
-    run = dispatch.choose(
-        "linear.attention", {"xla": xla.attention, "reference": reference.attention}, implementation
+    owner = "linear.attention"
+    _check(owner, query, key, value, key_log_scale, mask, is_causal, initial_state, query.shape[-1])
+    outputs, state = dispatch.run(
+        owner, ATTENTION, implementation, query, key, value, key_log_scale, mask, is_causal, initial_state, eps
     )
-    outputs, state = run(query, key, value, key_log_scale, mask, is_causal, initial_state, eps)
+    return (outputs, state) if return_state else outputs
+
+
+def random_feature_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N V"],
+    projection: Float[Array, "M H"],
+    *,
+    kernel: FeatureMap = "softmax",
+    mask: KeyMask | None = None,
+    is_causal: bool = False,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], State]:
+    """Linear attention over random features of query and key, which are computed where they are used and never stored.
+
+        y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = phi(q_t) . phi(k_s),   s <= t if causal
+        softmax:  phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),  x' = x / H^1/4
+        relu:     phi(x)_i = M^-1/2 (max(w_i . x, 0) + 0.001)
+
+    It is `attention` over `softmax_features` (with their log scales for the keys) or `relu_features`.
+
+    Cost: time O(T M (H + V)), causal O(T M (H + V + C)); memory O(T (H + V)), whatever M; one extended token O(M (H + V)).
+
+    Args:
+        query, key: what the features are made of.
+        value: V may differ from H.
+        projection: rows w_i; the same for all heads.
+        kernel: "softmax" or "relu".
+        mask: key padding, True = attend.
+        is_causal: query t sees keys 0..t, and so T = S.
+        initial_state: what came before, made with the same projection; see `attention`.
+        return_state: also return the state after the last key.
+        implementation: None takes the best that can run here.
+    Returns: [B, T, N, V] in the dtype of value; with return_state also the state, float32.
+    Raises:
+        TypeError: mask is not boolean.
+        ValueError: an unknown kernel; shapes that do not fit; is_causal with T != S.
+        NotImplementedError: an implementation that does not exist here.
+    Numerics: features, sums and exponentials in float32; a fused kernel multiplies bfloat16 features as bfloat16. The
+        derivative takes each token's log scale for a constant, which is exact, and is 0 through a floored feature.
+    Example:
+        >>> x, projection = jnp.ones((1, 5, 2, 4)), jnp.eye(4)
+        >>> value = jnp.arange(10.0).reshape(1, 5, 2, 1)
+        >>> random_feature_attention(x, x, value, projection, is_causal=True)[0, :, 0, 0].round(3).tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0]
+
+    Source: Choromanski et al., Rethinking Attention with Performers, ICLR 2021, arXiv 2009.14794, eqs. 4 and 5.
+    """
+    owner = "linear.random_feature_attention"
+    if kernel not in get_args(FeatureMap):
+        raise ValueError(f"{owner}: kernel must be 'softmax' or 'relu', got {kernel!r}. 'softmax' is the paper's.")
+    if projection.ndim != 2 or projection.shape[1] != query.shape[-1]:
+        raise ValueError(
+            f"{owner}: projection must have shape [M, H] with H = {query.shape[-1]}, got {projection.shape}. "
+            "Draw it for the features of one head."
+        )
+    _check(owner, query, key, value, None, mask, is_causal, initial_state, projection.shape[0])
+    outputs, state = dispatch.run(
+        owner, RANDOM_FEATURE_ATTENTION, implementation,
+        query, key, value, projection, kernel, mask, is_causal, initial_state,
+    )  # fmt: skip
     return (outputs, state) if return_state else outputs
 
 
@@ -80,14 +162,13 @@ def empty_state(batch_size: int, num_heads: int, features: int, value_features: 
     )
 
 
-def _check(query, key, value, key_log_scale, mask, is_causal, initial_state) -> None:
-    owner = "linear.attention"
+def _check(owner, query, key, value, key_log_scale, mask, is_causal, initial_state, features) -> None:
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
             raise ValueError(f"{owner}: {name} must have shape [B, T, N, M], got {array.shape}. Flatten the batch.")
-    (batch, length, heads, features), keys = query.shape, key.shape[1]
+    (batch, length, heads, width), keys = query.shape, key.shape[1]
     expected = {
-        "key": (key, (batch, keys, heads, features)),
+        "key": (key, (batch, keys, heads, width)),
         "value": (value, (batch, keys, heads, value.shape[-1])),
         "key_log_scale": (key_log_scale, (batch, keys, heads)),
     }

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels.linear.features import relu_features, softmax_features
+
 # A denominator below this counts as 0: its reciprocal and the gradients through it stay inside float32.
 SMALLEST_DENOMINATOR = 1e-30
 
@@ -36,6 +38,19 @@ def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, 
         decay = jnp.exp(before - finite(last))[..., None]
         state = state[0] + decay[..., None] * initial_state[0], state[1] + decay * initial_state[1], last
     return divide(numerator, denominator, eps).astype(dtype), state
+
+
+def random_feature_attention(query, key, value, projection, kernel, mask, is_causal, initial_state):
+    """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
+    projection, scale = projection.astype(jnp.promote_types(projection.dtype, jnp.float32)), None
+    if mask is not None:
+        key = jnp.where(mask[:, 0, 0, :, None, None], key, 0)
+    if kernel == "softmax":
+        query, _ = softmax_features(query, projection)  # a query's scale cancels
+        key, scale = softmax_features(key, projection)
+    else:
+        query, key = relu_features(query, projection), relu_features(key, projection)
+    return attention(query, key, value, scale, mask, is_causal, initial_state, 0.0)
 
 
 def finite(largest):

@@ -1,79 +1,397 @@
-"""Linear attention in linear memory: one pair of sums, or a scan over chunks of queries and keys."""
+"""Linear attention in memory O(T (M + V)), O(T (H + V)) with a projection: loops over chunks that carry the state.
+
+Everything of a chunk, features included, is computed where it is used, and again in the backward pass; what is kept of
+the forward pass is the outputs, and two numbers per query: 1 / denominator and the running maximum.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
-from subquad.kernels.linear.reference import divide, finite
+from subquad.kernels.linear.features import LOG_FLOOR, RELU_OFFSET
+from subquad.kernels.linear.gradient import Arrays, Plan, bind, differentiable
+from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite
 
 CHUNK = 128
+# Without the weights inside a chunk, larger ones cost nothing but memory.
+BIDIRECTIONAL_CHUNK = 256
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, eps):
     """See `linear.attention`; returns the outputs and the state after the last key."""
-    scale = jnp.zeros(key.shape[:3]) if key_log_scale is None else key_log_scale.astype(jnp.float32)
-    if mask is not None:
-        # Zeros as well as a weight of 0: 0 times the NaN of a padding token would be NaN.
-        real = mask[:, 0, 0, :, None]
-        scale = jnp.where(real, scale, -jnp.inf)
-        key, value = jnp.where(real[..., None], key, 0), jnp.where(real[..., None], value, 0)
-    if initial_state is None:
-        shape = (key.shape[0], key.shape[2], key.shape[3])
-        initial_state = jnp.zeros((*shape, value.shape[-1])), jnp.zeros(shape), jnp.full(shape[:2], -jnp.inf)
-    run = _causal if is_causal else _bidirectional
-    outputs, state = run(query, key, value, scale, initial_state, eps)
-    return outputs.astype(value.dtype), state
+    arrays = bind(query, key, value, key_log_scale, mask, None, initial_state)
+    return _run(Plan("given", is_causal, float(eps)), arrays)
 
 
-def _bidirectional(query, key, value, scale, state, eps):
-    query, key, value, scale = (
-        rearrange(x, "b t n ... -> b n t ...").astype(jnp.float32) for x in (query, key, value, scale)
+def random_feature_attention(query, key, value, projection, kernel, mask, is_causal, initial_state):
+    """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
+    arrays = bind(query, key, value, None, mask, projection, initial_state)
+    return _run(Plan(kernel, is_causal, 0.0), arrays)
+
+
+# Chunks: [B, N, C, ...] in float32.
+
+
+def sweep(length: int, chunk: int, step, carry, reverse: bool = False):
+    """`carry` after step(carry, start, size) for all chunks; the last may be smaller."""
+    steps = -(-length // chunk)
+    chunk = -(-length // steps)
+    whole, rest = divmod(length, chunk)
+    if rest and reverse:
+        carry = step(carry, whole * chunk, rest)
+    if whole == 1:
+        carry = step(carry, 0, chunk)
+    else:
+        place = (lambda i: (whole - 1 - i) * chunk) if reverse else (lambda i: i * chunk)
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(carry, place(i), chunk), carry)
+    if rest and not reverse:
+        carry = step(carry, whole * chunk, rest)
+    return carry
+
+
+def take(x, start, size):
+    """[B, N, C, ...] in float32 out of [B, T, N, ...]."""
+    return jax.lax.dynamic_slice_in_dim(x, start, size, 1).swapaxes(1, 2).astype(jnp.float32)
+
+
+def put(x, part, start):
+    """`x` [B, T, N, ...] with the chunk [B, N, C, ...]."""
+    return jax.lax.dynamic_update_slice_in_dim(x, part.swapaxes(1, 2).astype(x.dtype), start, 1)
+
+
+def take_rows(x, start, size):
+    """[B, N, C] out of [B, N, T]."""
+    return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
+
+
+def put_rows(x, part, start):
+    return jax.lax.dynamic_update_slice_in_dim(x, part, start, 2)
+
+
+# Features.
+
+
+def project(inputs, projection):
+    if projection.ndim == 3:
+        projection = projection[0]
+    return jnp.einsum("bnch,mh->bncm", inputs, projection, precision=HIGHEST)
+
+
+def scaled_projection(plan: Plan, arrays: Arrays):
+    """The projection in float32, times what the features scale their inputs with."""
+    if arrays.projection is None:
+        return None
+    projection = arrays.projection[0].astype(jnp.float32)
+    return projection * projection.shape[1] ** -0.25 if plan.features == "softmax" else projection
+
+
+def features(plan: Plan, inputs, projection):
+    """[B, N, C, M] features and their log scale without the terms that do not need the projection, or None."""
+    if plan.features == "given":
+        return inputs, None
+    logits = project(inputs, projection)
+    if plan.features == "softmax":
+        largest = logits.max(-1, keepdims=True)
+        return jnp.exp(jnp.maximum(logits - largest, LOG_FLOOR)), largest[..., 0]
+    return (jnp.maximum(logits, 0) + RELU_OFFSET) * projection.shape[0] ** -0.5, None
+
+
+def grad_inputs(plan: Plan, grad, phi, inputs, projection):
+    """(gradient of the inputs, that of the scaled projection) from that of the features [B, N, C, M]."""
+    if plan.features == "given":
+        return grad, None
+    count, width = projection.shape
+    if plan.features == "softmax":
+        grad = jnp.where(phi > 1.01 * math.exp(LOG_FLOOR), grad * phi, 0)
+    else:
+        grad = jnp.where(phi > 1.000001 * RELU_OFFSET * count**-0.5, grad * count**-0.5, 0)
+    of_inputs = jnp.einsum("bncm,mh->bnch", grad, projection)
+    if plan.features == "softmax":
+        of_inputs -= inputs * (grad.sum(-1, keepdims=True) * width**-0.5)
+    return of_inputs, jnp.einsum("bncm,bnch->mh", grad, inputs)
+
+
+def has_scale(plan: Plan, arrays: Arrays) -> bool:
+    """Whether any key or state has a log scale other than 0."""
+    return (
+        plan.features == "softmax" or arrays.scale is not None or arrays.mask is not None or arrays.numerator is not None
     )
-    state = _add(state, key, value, scale)
-    denominator = jnp.einsum("bntm,bnm->bnt", query, state[1])
-    return rearrange(divide(query @ state[0], denominator, eps), "b n t v -> b t n v"), state
 
 
-def _causal(query, key, value, scale, state, eps):
-    length = query.shape[1]
-    steps = math.ceil(length / CHUNK)
-    chunk = math.ceil(length / steps)
-    padding = steps * chunk - length
-
-    def split(x, fill=0.0):
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        return rearrange(x, "b (i c) n ... -> i b n c ...", i=steps)
-
-    # Recomputed in the backward pass: of a chunk only the state before it is kept, not its C x C weights.
-    @jax.checkpoint
-    def step(state, chunk):
-        query, key, value, scale = (x.astype(jnp.float32) for x in chunk)
-        numerator, denominator, before = state
-        largest = jnp.maximum(jax.lax.cummax(scale, axis=2), before[..., None])
-        largest = finite(jax.lax.stop_gradient(largest))
-        scores = jnp.where(visible, scale[:, :, None, :] - largest[..., None], -jnp.inf)
-        weights = jnp.exp(scores) * (query @ key.swapaxes(2, 3))
-        past = query * jnp.exp(before[..., None] - largest)[..., None]
-        outputs = divide(
-            weights @ value + past @ numerator,
-            weights.sum(-1) + jnp.einsum("bntm,bnm->bnt", past, denominator),
-            eps,
-        )
-        return _add(state, key, value, scale), outputs
-
-    visible = jnp.tri(chunk, dtype=bool)
-    state, outputs = jax.lax.scan(step, state, (split(query), split(key), split(value), split(scale, -jnp.inf)))
-    return rearrange(outputs, "i b n c v -> b (i c) n v")[:, :length], state
+def key_chunk(plan: Plan, arrays: Arrays, projection, start, size):
+    """(what the features are made of, features, values, log scales or None) of a chunk of keys, 0 and -inf where masked."""
+    inputs, value = take(arrays.key, start, size), take(arrays.value, start, size)
+    real = None
+    if arrays.mask is not None:
+        # Zeros as well as a weight of 0: 0 times the NaN of a padding token would be NaN.
+        real = jax.lax.dynamic_slice_in_dim(arrays.mask, start, size, 1)[:, None]
+        inputs, value = jnp.where(real[..., None], inputs, 0), jnp.where(real[..., None], value, 0)
+    phi, scale = features(plan, inputs, projection)
+    if not has_scale(plan, arrays):
+        return inputs, phi, value, None
+    if scale is not None:
+        width = inputs.shape[-1]
+        scale -= 0.5 * width**-0.5 * jnp.sum(inputs**2, -1) + 0.5 * math.log(phi.shape[-1])
+    elif arrays.scale is not None:
+        scale = take(arrays.scale, start, size)
+    else:
+        scale = jnp.zeros(inputs.shape[:3])
+    return inputs, phi, value, scale if real is None else jnp.where(real, scale, -jnp.inf)
 
 
-def _add(state, key, value, scale):
-    """The state after the keys [B, N, S, M] with their values and log scales, rescaled to the new maximum."""
+# The state: sums over the keys so far.
+
+
+def first_state(plan: Plan, arrays: Arrays):
+    if arrays.numerator is not None:
+        return arrays.numerator, arrays.denominator, arrays.largest
+    batch, _, heads, count = arrays.query.shape
+    count = count if arrays.projection is None else arrays.projection.shape[1]
+    largest = jnp.full((batch, heads), -jnp.inf if has_scale(plan, arrays) else 0.0)
+    return jnp.zeros((batch, heads, count, arrays.value.shape[-1])), jnp.zeros((batch, heads, count)), largest
+
+
+def transposed(x, y):
+    """x^T y over the chunk: [B, N, C, M], [B, N, C, V] -> [B, N, M, V]."""
+    return jnp.einsum("bncm,bncv->bnmv", x, y)
+
+
+def add(state, phi, value, scale):
+    """The state after the keys of a chunk, relative to the new maximum."""
     numerator, denominator, before = state
-    last = jax.lax.stop_gradient(jnp.maximum(scale.max(-1), before))
+    if scale is None:
+        return numerator + transposed(phi, value), denominator + phi.sum(2), before
+    last = jnp.maximum(scale.max(-1), before)
     weights = jnp.exp(scale - finite(last)[..., None])
     decay = jnp.exp(before - finite(last))
-    numerator = decay[..., None, None] * numerator + key.swapaxes(2, 3) @ (weights[..., None] * value)
-    denominator = decay[..., None] * denominator + jnp.einsum("bnsm,bns->bnm", key, weights)
+    numerator = decay[..., None, None] * numerator + transposed(phi, weights[..., None] * value)
+    denominator = decay[..., None] * denominator + jnp.einsum("bncm,bnc->bnm", phi, weights)
     return numerator, denominator, last
+
+
+def relative(scale, maximum, transpose=False):
+    """exp(r_s - c_t), 0 for s > t: [B, N, t, s], or [B, N, s, t]. Without scales, 1 for 0."""
+    if isinstance(scale, int):
+        tri = jnp.tri(scale, dtype=jnp.float32)
+        return tri.T if transpose else tri
+    size = scale.shape[-1]
+    if transpose:
+        exponent, visible = scale[..., :, None] - maximum[..., None, :], jnp.tri(size, dtype=bool).T
+    else:
+        exponent, visible = scale[..., None, :] - maximum[..., :, None], jnp.tri(size, dtype=bool)
+    return jnp.exp(jnp.where(visible, exponent, -jnp.inf))
+
+
+def over(total, eps):
+    """1 / (total + eps), and 0 where that is no positive number."""
+    total = total + eps
+    positive = total > SMALLEST_DENOMINATOR
+    return jnp.where(positive, 1 / jnp.where(positive, total, 1), 0)
+
+
+# Forward and backward. Residuals: the weights 1 / denominator and the maxima, [B, N, T], and the last state.
+
+
+def forward(plan: Plan, arrays: Arrays):
+    (batch, length, heads), values = arrays.query.shape[:3], arrays.value.shape[-1]
+    projection = scaled_projection(plan, arrays)
+    scaled = has_scale(plan, arrays)
+    out, rows = jnp.zeros((batch, length, heads, values), arrays.value.dtype), jnp.zeros((batch, heads, length))
+
+    def causal(carry, start, size):
+        state, out, weight, maximum = carry
+        numerator, denominator, before = state
+        phi, _ = features(plan, take(arrays.query, start, size), projection)
+        _, key, value, scale = key_chunk(plan, arrays, projection, start, size)
+        sums, total = phi @ numerator, jnp.einsum("bncm,bnm->bnc", phi, denominator)
+        if scaled:
+            largest = jnp.maximum(jax.lax.cummax(scale, axis=2), before[..., None])
+            maximum = put_rows(maximum, largest, start)
+            past = jnp.exp(before[..., None] - finite(largest))
+            sums, total = sums * past[..., None], total * past
+            weights = relative(scale, finite(largest))
+        else:
+            weights = relative(size, None)
+        weights = weights * (phi @ key.swapaxes(2, 3))
+        one_over = over(total + weights.sum(-1), plan.eps)
+        sums = (sums + weights @ value) * one_over[..., None]
+        return add(state, key, value, scale), put(out, sums, start), put_rows(weight, one_over, start), maximum
+
+    def keys(state, start, size):
+        return add(state, *key_chunk(plan, arrays, projection, start, size)[1:])
+
+    def queries(carry, start, size):
+        out, weight = carry
+        phi, _ = features(plan, take(arrays.query, start, size), projection)
+        one_over = over(jnp.einsum("bncm,bnm->bnc", phi, state[1]), plan.eps)
+        return put(out, phi @ state[0] * one_over[..., None], start), put_rows(weight, one_over, start)
+
+    state = first_state(plan, arrays)
+    if plan.is_causal:
+        state, out, weight, maximum = sweep(length, CHUNK, causal, (state, out, rows, rows if scaled else None))
+    else:
+        state = sweep(arrays.key.shape[1], BIDIRECTIONAL_CHUNK, keys, state)
+        out, weight = sweep(length, BIDIRECTIONAL_CHUNK, queries, (out, rows))
+        maximum = None
+    return out, state, (weight, maximum, state)
+
+
+def saved(plan: Plan, arrays: Arrays):
+    """The outputs and residuals of the forward pass."""
+    out, _, residuals = forward(plan, arrays)
+    return out, residuals
+
+
+def backward(plan: Plan, arrays: Arrays, out, residuals, gradients):
+    run = _backward_causal if plan.is_causal else _backward_bidirectional
+    projection = scaled_projection(plan, arrays)
+    grad_query, grad_key, grad_value, grad_scale, grad_projection, of_state = run(
+        plan, arrays, projection, out, residuals, gradients
+    )
+    if projection is not None:
+        factor = projection.shape[1] ** -0.25 if plan.features == "softmax" else 1.0
+        grad_projection = (grad_projection * factor).astype(arrays.projection.dtype)[None]
+    else:
+        grad_projection = None
+    if arrays.scale is None:
+        grad_scale = None
+    if arrays.numerator is None:
+        of_state = None, None, None
+    else:
+        decay, numerator, denominator = of_state
+        numerator, denominator = numerator * decay[..., None, None], denominator * decay[..., None]
+        of_largest = jnp.sum(arrays.numerator * numerator, (2, 3)) + jnp.sum(arrays.denominator * denominator, 2)
+        of_state = numerator, denominator, of_largest
+    return Arrays(grad_query, grad_key, grad_value, grad_scale, None, grad_projection, *of_state)
+
+
+def _start(plan, arrays, projection):
+    """Zeros to write gradients into: query, key, value, scale, projection."""
+    zeros = [jnp.zeros_like(x) for x in (arrays.query, arrays.key, arrays.value)]
+    scale = None if arrays.scale is None else jnp.zeros_like(arrays.scale)
+    return *zeros, scale, None if projection is None else jnp.zeros_like(projection)
+
+
+def _plus(total, more):
+    return None if total is None else total + more
+
+
+def query_rows(arrays, out, weight, grad_out, start, size):
+    """(gradients of the numerators, and minus those of the denominators) of a chunk of queries."""
+    one_over, grad = take_rows(weight, start, size), take(grad_out, start, size)
+    slope = jnp.sum(grad * take(out, start, size), -1) * one_over
+    return grad * one_over[..., None], slope
+
+
+def _backward_bidirectional(plan, arrays, projection, out, residuals, gradients):
+    (weight, _, (numerator, denominator, largest)), (grad_out, grad_state) = residuals, gradients
+    grad_query, grad_key, grad_value, grad_scale, grad_projection = _start(plan, arrays, projection)
+
+    def queries(carry, start, size):
+        above, below, grad_query, grad_projection = carry
+        inputs = take(arrays.query, start, size)
+        phi, _ = features(plan, inputs, projection)
+        grad, slope = query_rows(arrays, out, weight, grad_out, start, size)
+        of_phi = grad @ numerator.swapaxes(2, 3) - slope[..., None] * denominator[:, :, None]
+        of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
+        above, below = above + transposed(phi, grad), below - jnp.einsum("bncm,bnc->bnm", phi, slope)
+        return above, below, put(grad_query, of_inputs, start), _plus(grad_projection, of_projection)
+
+    above, below, grad_query, grad_projection = sweep(
+        arrays.query.shape[1], BIDIRECTIONAL_CHUNK, queries, (*grad_state[:2], grad_query, grad_projection)
+    )
+
+    def keys(carry, start, size):
+        grad_key, grad_value, grad_scale, grad_projection = carry
+        inputs, phi, value, scale = key_chunk(plan, arrays, projection, start, size)
+        of_value = phi @ above
+        of_phi = value @ above.swapaxes(2, 3) + below[:, :, None]
+        if scale is not None:
+            weights = jnp.exp(scale - finite(largest)[..., None])[..., None]
+            of_value, of_phi = of_value * weights, of_phi * weights
+        if grad_scale is not None:
+            grad_scale = put(grad_scale, jnp.sum(of_phi * phi, -1), start)
+        of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
+        grad_projection = _plus(grad_projection, of_projection)
+        return put(grad_key, of_inputs, start), put(grad_value, of_value, start), grad_scale, grad_projection
+
+    grads = sweep(
+        arrays.key.shape[1], BIDIRECTIONAL_CHUNK, keys, (grad_key, grad_value, grad_scale, grad_projection)
+    )
+    decay = None if arrays.largest is None else jnp.exp(arrays.largest - finite(largest))
+    return grad_query, *grads, (decay, above, below)
+
+
+def _backward_causal(plan, arrays, projection, out, residuals, gradients):
+    (weight, maximum, last_state), (grad_out, grad_state) = residuals, gradients
+    grad_query, grad_key, grad_value, grad_scale, grad_projection = _start(plan, arrays, projection)
+    length, scaled = arrays.query.shape[1], has_scale(plan, arrays)
+
+    def ahead(carry, start, size):
+        """The gradient of the query, from the state before each chunk."""
+        state, grad_query, grad_projection = carry
+        numerator, denominator, before = state
+        _, key, value, scale = key_chunk(plan, arrays, projection, start, size)
+        grad, slope = query_rows(arrays, out, weight, grad_out, start, size)
+        of_phi = grad @ numerator.swapaxes(2, 3) - slope[..., None] * denominator[:, :, None]
+        if scaled:
+            largest = finite(take_rows(maximum, start, size))
+            of_phi *= jnp.exp(before[..., None] - largest)[..., None]
+            weights = relative(scale, largest)
+        else:
+            weights = relative(size, None)
+        of_phi += (weights * (grad @ value.swapaxes(2, 3) - slope[..., None])) @ key
+        if plan.features == "given":
+            of_inputs = of_phi
+        else:
+            inputs = take(arrays.query, start, size)
+            phi, _ = features(plan, inputs, projection)
+            of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
+            grad_projection = _plus(grad_projection, of_projection)
+        return add(state, key, value, scale), put(grad_query, of_inputs, start), grad_projection
+
+    _, grad_query, grad_projection = sweep(
+        length, CHUNK, ahead, (first_state(plan, arrays), grad_query, grad_projection)
+    )
+    first = first_state(plan, arrays)[2]
+
+    def back(carry, start, size):
+        """The gradients of key and value, from what all later queries send back, relative to the maximum here."""
+        (above, below, last), grad_key, grad_value, grad_scale, grad_projection = carry
+        inputs, key, value, scale = key_chunk(plan, arrays, projection, start, size)
+        phi, _ = features(plan, take(arrays.query, start, size), projection)
+        grad, slope = query_rows(arrays, out, weight, grad_out, start, size)
+        of_value, of_phi = key @ above, value @ above.swapaxes(2, 3) + below[:, :, None]
+        if scaled:
+            after = jnp.exp(scale - finite(last)[..., None])[..., None]
+            of_value, of_phi = of_value * after, of_phi * after
+            largest = finite(take_rows(maximum, start, size))
+            weights = relative(scale, largest, transpose=True)
+        else:
+            weights = relative(size, None, transpose=True)
+        of_value += (weights * (key @ phi.swapaxes(2, 3))) @ grad
+        of_phi += (weights * (value @ grad.swapaxes(2, 3) - slope[..., None, :])) @ phi
+        if scaled:
+            before = take_rows(maximum, jnp.maximum(start - 1, 0), 1)[..., 0]
+            before = jnp.where(start == 0, first, before)
+            decay, past = jnp.exp(before - finite(last)), jnp.exp(before[..., None] - largest)
+            above, below = above * decay[..., None, None], below * decay[..., None]
+            grad, slope, last = grad * past[..., None], slope * past, before
+        above, below = above + transposed(phi, grad), below - jnp.einsum("bncm,bnc->bnm", phi, slope)
+        if grad_scale is not None:
+            grad_scale = put(grad_scale, jnp.sum(of_phi * key, -1), start)
+        of_inputs, of_projection = grad_inputs(plan, of_phi, key, inputs, projection)
+        grad_projection = _plus(grad_projection, of_projection)
+        later = above, below, last
+        return later, put(grad_key, of_inputs, start), put(grad_value, of_value, start), grad_scale, grad_projection
+
+    later, *grads = sweep(
+        length, CHUNK, back,
+        ((*grad_state[:2], last_state[2]), grad_key, grad_value, grad_scale, grad_projection), reverse=True,
+    )  # fmt: skip
+    return grad_query, *grads, (jnp.ones_like(later[2]), later[0], later[1])
+
+
+_run = differentiable(forward, backward)

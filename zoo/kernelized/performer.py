@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
 from subquad.zoo.cache import PerformerCache
-from subquad.zoo.features import RandomFeature, RowNorm, random_projection, relu_features, softmax_features
+from subquad.zoo.features import RandomFeature, RowNorm, random_projection
 
 
 class PerformerAttention(Attention):
@@ -22,7 +22,7 @@ class PerformerAttention(Attention):
     With the softmax kernel, numerator and denominator are unbiased estimates of those of softmax attention, and the
     error falls as 1/sqrt(M). The relu kernel estimates no softmax: it is an attention of its own.
 
-    Cost: time O(T N M H), memory O(T N (M + H)); one extended token O(N M H) and a cache of that size whatever came
+    Cost: time O(T N M H), memory O(T N H), whatever M; one extended token O(N M H) and a cache of that size whatever came
         before.
     Differs from the paper: its implementations subtract the largest exponent over all keys, so a causal layer's past
         depends on the future; here each token has a log scale of its own and the sums a running maximum, which is
@@ -106,13 +106,7 @@ class PerformerAttention(Attention):
         return heads, PerformerCache(*state)
 
     def _attend(self, query, key, value, mask, **state):
-        projection, key_log_scale = self.projection[...], None
-        if self.kernel == "softmax":
-            query, _ = softmax_features(query, projection)  # a query's scale cancels
-            key, key_log_scale = softmax_features(key, projection)
-        else:
-            query, key = relu_features(query, projection), relu_features(key, projection)
-        return linear.attention(
-            query, key, value, key_log_scale=key_log_scale, mask=mask, is_causal=self.is_causal,
+        return linear.random_feature_attention(
+            query, key, value, self.projection[...], kernel=self.kernel, mask=mask, is_causal=self.is_causal,
             implementation=self.implementation, **state,
         )

@@ -1,0 +1,60 @@
+"""Feature maps whose products estimate or replace a kernel: the sums of linear attention are over their features."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+FeatureMap = Literal["softmax", "relu"]
+
+# Softmax features are floored at exp(-30) = 1e-13 of the token's largest, so that the product of the features of any
+# query and any key is a normal float32.
+LOG_FLOOR = -30.0
+# What the paper's own implementation adds to ReLU features, so that no denominator is 0.
+RELU_OFFSET = 1e-3
+
+
+def softmax_features(
+    inputs: Float[Array, "*B H"], projection: Float[Array, "M H"]
+) -> tuple[Float[Array, "*B M"], Float[Array, "*B"]]:
+    """Positive random features of the softmax kernel, split into features of at most 1 and a log scale per token.
+
+        phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),   x' = x / H^1/4                                (eq. 5, Lemma 1)
+        phi(x) = exp(log_scale) features,   E[phi(q) . phi(k)] = exp(q . k / sqrt(H))
+
+    No maximum is taken over other tokens: the log scale is the token's own, and whoever sums the features weighs them
+    with it.
+
+    Args:
+        inputs: queries or keys.
+        projection: rows w_i, drawn from the standard normal distribution.
+    Returns: features in [exp(-30), 1] and log_scale, both float32. The derivative takes log_scale for a constant,
+        which is exact for everything made of their product.
+    """
+    num_features, head_features = projection.shape
+    scaled = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32)) * head_features**-0.25
+    # Exponents: the short mantissas of an accelerator's default precision would be errors of per cents here.
+    logits = jnp.einsum("...h,mh->...m", scaled, projection, precision=jax.lax.Precision.HIGHEST)
+    logits -= 0.5 * jnp.sum(scaled**2, axis=-1, keepdims=True)
+    largest = jax.lax.stop_gradient(logits.max(-1))
+    features = jnp.exp(jnp.maximum(logits - largest[..., None], LOG_FLOOR))
+    return features, largest - 0.5 * math.log(num_features)
+
+
+def relu_features(
+    inputs: Float[Array, "*B H"], projection: Float[Array, "M H"], *, offset: float = RELU_OFFSET
+) -> Float[Array, "*B M"]:
+    """Random features of the generalised kernel with f = ReLU: phi(x)_i = M^-1/2 (max(w_i . x, 0) + offset).
+
+    Args:
+        inputs: queries or keys.
+        projection: rows w_i, drawn from the standard normal distribution.
+        offset: keeps every feature positive.
+    Returns: [*B, M], float32.
+    Source: Choromanski et al., 2020, arXiv 2009.14794, section 2.2 (generalised attention).
+    """
+    inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+    projected = jnp.einsum("...h,mh->...m", inputs, projection, precision=jax.lax.Precision.HIGHEST)
+    return (jax.nn.relu(projected) + offset) * projection.shape[0] ** -0.5

@@ -1,0 +1,107 @@
+"""Named calls of linear attention, over given and over random features."""
+
+import jax.numpy as jnp
+
+from subquad.kernels import linear
+from subquad.kernels.specs import LENGTHS, Spec
+
+# One key's weight is 1 whatever the query: a gradient of 0, of which no error is a fraction.
+SEVERAL = LENGTHS[1:]
+
+
+def make(length, dtype, rng, *, batch=2, heads=2, features=20, values=24, bench=False):
+    """Positive features, log scales over a few units, a mask, and a state that has seen keys before."""
+    positive = lambda *shape: jnp.asarray(rng.uniform(0.05, 1, shape), dtype)
+    if bench:
+        batch, heads, features, values = 1, 4, 64, 64
+    arrays = dict(
+        query=positive(batch, length, heads, features),
+        key=positive(batch, length, heads, features),
+        value=jnp.asarray(rng.normal(size=(batch, length, heads, values)), dtype),
+    )
+    if bench:
+        return arrays
+    mask = rng.uniform(size=(batch, 1, 1, length)) < 0.8
+    mask[0, ..., : length // 3] = False
+    return arrays | dict(
+        scale=jnp.asarray(2 * rng.normal(size=(batch, length, heads)), jnp.float32),
+        mask=jnp.asarray(mask),
+        numerator=jnp.asarray(rng.normal(size=(batch, heads, features, values)), jnp.float32),
+        denominator=jnp.asarray(rng.uniform(1, 2, (batch, heads, features)), jnp.float32),
+        largest=jnp.asarray(rng.normal(size=(batch, heads)), jnp.float32),
+    )
+
+
+def call(arrays, implementation, *, is_causal, eps=0.0):
+    state = tuple(arrays[name] for name in ("numerator", "denominator", "largest")) if "numerator" in arrays else None
+    outputs, (numerator, denominator, _) = linear.attention(
+        arrays["query"], arrays["key"], arrays["value"], key_log_scale=arrays.get("scale"), mask=arrays.get("mask"),
+        is_causal=is_causal, eps=eps, initial_state=state, return_state=True, implementation=implementation,
+    )  # fmt: skip
+    return outputs, numerator, denominator
+
+
+def make_plain(length, dtype, rng):
+    return {name: x for name, x in make(length, dtype, rng).items() if name in ("query", "key", "value")}
+
+
+def make_random(length, dtype, rng, *, batch=2, heads=2, width=24, features=40, state=False, bench=False):
+    if bench:
+        batch, heads, width, features = 1, 4, 64, 256
+    normal = lambda *shape: rng.normal(size=shape)
+    arrays = dict(
+        query=jnp.asarray(normal(batch, length, heads, width), dtype),
+        key=jnp.asarray(normal(batch, length, heads, width), dtype),
+        value=jnp.asarray(normal(batch, length, heads, width), dtype),
+        projection=jnp.asarray(normal(features, width), jnp.float32),
+    )
+    if bench:
+        return arrays
+    arrays["mask"] = jnp.asarray(rng.uniform(size=(1, 1, 1, length)) < 0.8)
+    if state:
+        arrays |= dict(
+            numerator=jnp.asarray(normal(batch, heads, features, width), jnp.float32),
+            denominator=jnp.asarray(rng.uniform(1, 2, (batch, heads, features)), jnp.float32),
+            largest=jnp.asarray(normal(batch, heads), jnp.float32),
+        )
+    return arrays
+
+
+def make_continued(length, dtype, rng, **options):
+    return make_random(length, dtype, rng, state=True, **options)
+
+
+def call_random(arrays, implementation, *, is_causal, kernel):
+    state = tuple(arrays[name] for name in ("numerator", "denominator", "largest")) if "numerator" in arrays else None
+    return linear.random_feature_attention(
+        arrays["query"], arrays["key"], arrays["value"], arrays["projection"], kernel=kernel, mask=arrays.get("mask"),
+        is_causal=is_causal, initial_state=state, implementation=implementation,
+    )
+
+
+def bench(maker):
+    return lambda length, dtype, rng: maker(length, dtype, rng, bench=True)
+
+
+def spec(name, is_causal, maker=make, eps=0.0, lengths=LENGTHS):
+    def run(arrays, implementation):
+        return call(arrays, implementation, is_causal=is_causal, eps=eps)
+
+    return Spec("linear.attention", name, maker, run, bench(make), lengths)
+
+
+def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
+    def run(arrays, implementation):
+        return call_random(arrays, implementation, is_causal=is_causal, kernel=kernel)
+
+    return Spec("linear.random_feature_attention", name, maker, run, bench(make_random), lengths)
+
+
+SPECS = [
+    spec("causal", True),
+    spec("causal-plain", True, make_plain, lengths=SEVERAL),
+    spec("bidirectional", False, eps=0.5),
+    random_spec("softmax", False, "softmax"),
+    random_spec("softmax-causal", True, "softmax", make_continued, LENGTHS),
+    random_spec("relu-causal", True, "relu"),
+]
