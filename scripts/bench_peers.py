@@ -47,7 +47,7 @@ def parse():
     arguments = parser.parse_args()
     for family in arguments.family or ():
         if family not in known:
-            raise ValueError(f"bench_peers: --family must be a known name, got {family!r}. {nearest(family, known)}")
+            raise ValueError(f"--family must be a known name, got {family!r}. {nearest(family, known)}")
     return arguments
 
 

@@ -1,0 +1,212 @@
+"""Times every operation at named shapes, and prints a number only where the operation was right in this same run.
+
+Beside each time: what part of this machine's copy bandwidth and matrix rate, both measured first, it amounts to.
+"""
+
+import sys
+import time
+
+import jax
+
+from subquad.kernels import dispatch, gate, specs
+from subquad.kernels.launch import FLOATS
+from subquad.lra import commands, measure, racing, results
+from subquad.lra.checkpoints import line
+
+DIRECTIONS = ("forward", "both")
+KEY = ("spec", "implementation", "device", "length", "dtype", "direction", "threads")
+NUMBERS = (
+    "best_ms", "lower_ms", "median_ms", "upper_ms", "calls", "compile_seconds", "temporary_bytes", "moved_bytes", "flops",
+    "copy_percent", "matmul_percent",
+)  # fmt: skip
+GATE = ("error", "allowed", "against")
+MACHINE = ("copy_bytes_per_second", "matmul_flops_per_second", "commit", "versions", "hardware", "finished_utc")
+FIELDS = ("status", *KEY, *NUMBERS, *GATE, *MACHINE)
+
+
+def parse():
+    parser = commands.Parser(prog="bench_kernels", description=__doc__)
+    named = "linear.attention, or one shape of it, linear.attention/causal; default: all"
+    parser.add_argument("--operation", nargs="+", default=None, metavar="NAME", help=named)
+    parser.add_argument("--implementation", nargs="+", default=None, metavar="NAME", help="default: xla, and triton on a GPU")
+    parser.add_argument("--length", nargs="+", type=int, default=None, help="default: those of each shape")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=FLOATS, help="default: float32")
+    parser.add_argument("--direction", nargs="+", default=DIRECTIONS, choices=DIRECTIONS, help="both: with the backward pass")
+    parser.add_argument("--repeats", type=int, default=None, help="timed calls of each; default: what 2 seconds allow, 2 to 50")
+    parser.add_argument("--threads", type=int, default=None, help="default: all processors")
+    parser.add_argument("--out", default="runs/bench/kernels.csv", help="CSV, with a plot beside it; default: %(default)s")
+    arguments = parser.parse_args()
+    for name in arguments.implementation or ():
+        dispatch.check_name("--implementation", name)
+    if arguments.repeats is not None and arguments.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {arguments.repeats}. Leave it out.")
+    return arguments
+
+
+def chosen(names: list[str] | None) -> list[specs.Spec]:
+    """The specs of these operations or of these full names."""
+    known = specs.load()
+    if names is None:
+        return list(known.values())
+    operations = {spec.operation for spec in known.values()}
+    for name in names:
+        if name not in known and name not in operations:
+            hint = dispatch.nearest(name, known if "/" in name else operations)
+            raise ValueError(f"--operation must be a known name, got {name!r}. {hint}")
+    return [spec for spec in known.values() if spec.name in names or spec.operation in names]
+
+
+def main() -> int:
+    arguments = parse()
+    selected = chosen(arguments.operation)
+    racing.check_table(arguments.out, FIELDS)
+    threads = racing.limit_threads(arguments.threads)  # before JAX starts
+    arguments.implementation = arguments.implementation or ["xla", *["triton"] * (jax.default_backend() == "gpu")]
+    rates = {dtype: racing.matmul_rate(dtype) for dtype in arguments.dtype}
+    bandwidth = racing.copy_bandwidth()
+    products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items())
+    print(f"Copy {bandwidth / 1e9:.1f} GB/s; matrix product {products}")
+    rows = []
+    try:
+        for spec in selected:
+            for length in arguments.length or spec.bench_lengths:
+                for dtype in arguments.dtype:
+                    for row in bench(spec, length, dtype, arguments):
+                        row |= rating(row, bandwidth, rates[dtype])
+                        row |= dict(threads=threads, device=jax.default_backend(), finished_utc=results.now())
+                        row |= results.environment()
+                        rows.append({name: row.get(name) for name in FIELDS})
+                        racing.write_rows(arguments.out, rows[-1:], KEY)
+                        print(f"{spec.name}, T = {length}, {row['implementation']}: {row['status']}", file=sys.stderr)
+    finally:
+        if rows:
+            show(rows)
+            print(f"{results.environment()['hardware']}; rows in {arguments.out}.")
+    draw(arguments.out)
+    return commands.FAILED if any(row["status"].startswith("failed") for row in rows) else 0
+
+
+def bench(spec, length, dtype, arguments):
+    """The rows of one shape: all implementations that pass, timed in turn, for each direction."""
+    blank = dict(spec=spec.name, length=length, dtype=dtype)
+    passed = {}
+    for name in arguments.implementation:
+        if name not in ("xla", "reference", *spec.implementations):
+            continue
+        try:
+            verdict = gate.check(spec, name, length, dtype)
+        except dispatch.Declined as reason:
+            yield blank | dict(implementation=name, direction="both", status=f"not run: {line(reason)}")
+        except Exception as error:  # one shape's fault is a row; the others still run
+            yield blank | dict(implementation=name, direction="both", status=f"failed: {line(error)}")
+        else:
+            found = blank | dict(implementation=name) | verdict._asdict()
+            if verdict.passed:
+                passed[name] = found
+            else:
+                wrong = f"failed: wrong by {verdict.error:.1e}, allowed {verdict.allowed:.1e}"
+                yield found | dict(direction="both", status=wrong)
+    for direction in arguments.direction if passed else ():
+        programs = {name: program(spec, name, length, dtype, direction) for name in passed}
+        calls = [call for call, _ in programs.values()]
+        spreads = racing.alternate(calls, seconds=2.0 * len(calls), repeats=arguments.repeats)
+        for (name, (_, facts)), spread in zip(programs.items(), spreads, strict=True):
+            times = {f"{word}_ms": round(1e3 * getattr(spread, word), 4) for word in ("best", "lower", "median", "upper")}
+            yield passed[name] | facts | times | dict(calls=spread.calls, direction=direction, status="ok")
+
+
+def program(spec, name, length, dtype, direction):
+    """(a call that waits for its results, facts of the compiled program)."""
+    inexact, cotangents, rest = gate.problem(spec, length, dtype)
+    if direction == "forward":
+        function, words = specs.forward(spec, name, rest), (inexact,)
+    else:
+        function, words = specs.forward_backward(spec, name, rest), (inexact, cotangents)
+    began = time.perf_counter()
+    compiled = jax.jit(function).lower(*words).compile()
+    seconds = time.perf_counter() - began
+    memory = measure.memory_of(compiled)
+    facts = dict(
+        compile_seconds=round(seconds, 3), temporary_bytes=memory.temporary, moved_bytes=memory.arguments + memory.outputs,
+        flops=flops(spec, length, dtype, direction),
+    )  # fmt: skip
+    return lambda: jax.block_until_ready(compiled(*words)), facts
+
+
+def flops(spec, length, dtype, direction) -> int | None:
+    """Of the XLA path, whatever runs; None where a loop's trip count is not written in the program."""
+    inexact, cotangents, rest = gate.problem(spec, length, dtype)
+    try:
+        if direction == "forward":
+            return measure.flops(specs.forward(spec, "xla", rest), inexact)
+        return measure.flops(specs.forward_backward(spec, "xla", rest), inexact, cotangents)
+    except ValueError:  # so says measure.flops
+        return None
+
+
+def rating(row, bandwidth: float, rate: float) -> dict:
+    """The part of the machine's measured rates that the median amounts to."""
+    found = dict(copy_bytes_per_second=round(bandwidth), matmul_flops_per_second=round(rate))
+    if "median_ms" not in row:
+        return found
+    seconds = row["median_ms"] / 1e3
+    found["copy_percent"] = round(100 * row["moved_bytes"] / seconds / bandwidth, 1)
+    if row["flops"]:
+        found["matmul_percent"] = round(100 * row["flops"] / seconds / rate, 1)
+    return found
+
+
+def show(rows) -> None:
+    heading = "shape,implementation,T,dtype,direction,median ms,quartiles,compile s,temporary MiB,% copy,% matmul,error"
+    body = []
+    for row in rows:
+        text = lambda name, form, row=row: "" if row[name] is None else format(row[name], form)
+        ok = row["status"] == "ok"
+        body.append([
+            row["spec"] if ok else f"{row['spec']}: {row['status']}", row["implementation"], str(row["length"]), row["dtype"],
+            row["direction"], text("median_ms", ".3g"), f"{row['lower_ms']:.3g}-{row['upper_ms']:.3g}" if ok else "",
+            text("compile_seconds", ".2f"), f"{row['temporary_bytes'] / 2**20:.1f}" if ok else "", text("copy_percent", ".1f"),
+            text("matmul_percent", ".1f"), text("error", ".0e"),
+        ])  # fmt: skip
+    racing.show(heading.split(","), body, left=2)
+
+
+def draw(path: str) -> None:
+    """Time and temporary memory against length, a row of panels for each operation, from all rows of the CSV."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
+        return
+    rows = [row for row in racing.read_rows(path) if row["status"] == "ok"]
+    operations = list(dict.fromkeys(row["spec"].split("/")[0] for row in rows))
+    if not rows:
+        return
+    figure, grid = pyplot.subplots(len(operations), 2, figsize=(11, 3.2 * len(operations)), squeeze=False)
+    for panels, operation in zip(grid, operations, strict=True):
+        lines: dict[tuple, list] = {}
+        for row in rows:
+            name, _, variant = row["spec"].partition("/")
+            if name == operation:
+                title = f"{variant}, {row['implementation']}, {row['dtype']}, {row['device']}"
+                lines.setdefault((title, row["direction"]), []).append(row)
+        titles = list(dict.fromkeys(title for title, _ in lines))
+        for panel, column, label, unit in ((panels[0], "median_ms", "ms", 1), (panels[1], "temporary_bytes", "MiB", 2**20)):
+            for (title, direction), points in lines.items():
+                points = sorted(points, key=lambda row: int(row["length"]))
+                panel.plot(
+                    [int(row["length"]) for row in points], [max(float(row[column]) / unit, 1e-3) for row in points],
+                    "--" if direction == "forward" else "-", color=f"C{titles.index(title)}", marker="o", markersize=3,
+                    label=title + ", forward" * (direction == "forward"),
+                )  # fmt: skip
+            panel.set(xscale="log", yscale="log", xlabel="length", ylabel=label, title=operation)
+            panel.set_xticks(sorted({int(row["length"]) for row in rows}))
+            panel.xaxis.set_major_formatter("{x:.0f}")
+            panel.minorticks_off()
+        panels[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.tight_layout()
+    figure.savefig(str(path).removesuffix(".csv") + ".png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(commands.explained("bench_kernels", main))
