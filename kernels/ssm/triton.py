@@ -84,61 +84,6 @@ def _load_modes(real, imag, row, P: tl.constexpr, PP: tl.constexpr, COMPLEX: tl.
 
 
 @triton.jit
-def _advance(real, imag, decay_re, decay_im, N: tl.constexpr, STEPS: tl.constexpr, FORWARD: tl.constexpr,
-             COMPLEX: tl.constexpr):  # fmt: skip
-    """x_n = decay x_{n - 1} + e_n along the columns of e [PP, N], in log2(N) steps; from the right where not FORWARD."""
-    column = tl.arange(0, N)[None, :]
-    for step in tl.static_range(STEPS):
-        if FORWARD:
-            source = column - (1 << step)
-        else:
-            source = column + (1 << step)
-        inside = (source >= 0) & (source < N)
-        index = tl.broadcast_to(tl.where(inside, source, 0), real.shape)
-        shifted_re = tl.where(inside, tl.gather(real, index, 1), 0.0)
-        if COMPLEX:
-            shifted_im = tl.where(inside, tl.gather(imag, index, 1), 0.0)
-            real += decay_re[:, None] * shifted_re - decay_im[:, None] * shifted_im
-            imag += decay_re[:, None] * shifted_im + decay_im[:, None] * shifted_re
-            decay_re, decay_im = decay_re * decay_re - decay_im * decay_im, 2.0 * decay_re * decay_im
-        else:
-            real += decay_re[:, None] * shifted_re
-            decay_re = decay_re * decay_re
-    return real, imag
-
-
-# -------------------------------------------------------------------------------------------------- the diagonal scan
-#
-# A program has one feature of one sample. It cuts the sequence into tiles of N chunks of C tokens and lays a tile out as
-# [C, N], a chunk in each column:
-#
-#     outputs = Toeplitz(taps) tokens + reads states,    states[:, n] = decay^C states[:, n - 1] + writes tokens[:, n - 1]
-#
-# with reads [C, P] = C A^(1 .. C) and writes [P, C] = A^(C - 1 .. 0) B. `entering` is what comes to a tile's first state from
-# the states before it; the tokens of the last chunk before the tile are added to it by the tile itself.
-
-
-@triton.jit
-def _chunk_states(tokens, base, enter_re, enter_im, writes_re, writes_im, jump_re, jump_im, T: tl.constexpr,
-                  C: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, COMPLEX: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
-    """The states before each chunk of the tile that begins at token `base`, [PP, N]."""
-    column = tl.arange(0, N)[None, :]
-    place = base + (column - 1) * C + tl.arange(0, C)[:, None]
-    before = tl.load(tokens + place, mask=(place >= 0) & (place < T), other=0.0).to(tl.float32)
-    real = tl.dot(writes_re, before, input_precision=PRECISION) + tl.where(column == 0, enter_re[:, None], 0.0)
-    imag = real
-    if COMPLEX:
-        imag = tl.dot(writes_im, before, input_precision=PRECISION) + tl.where(column == 0, enter_im[:, None], 0.0)
-    return _advance(real, imag, jump_re, jump_im, N, STEPS, True, COMPLEX)
-
-
-@triton.jit
-def _column(matrix, which, N: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, N)[None, :] == which, matrix, 0.0), axis=1)
-
-
-@triton.jit
 def _times(a_re, a_im, b_re, b_im, COMPLEX: tl.constexpr):
     if COMPLEX:
         return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
@@ -147,310 +92,326 @@ def _times(a_re, a_im, b_re, b_im, COMPLEX: tl.constexpr):
 
 
 @triton.jit
+def _halve(e_re, e_im, d_re, d_im, FORWARD: tl.constexpr, COMPLEX: tl.constexpr):
+    """Of every two neighbours of e [PP, N]: the one met first, and decay first + second [PP, N / 2]."""
+    HALF: tl.constexpr = e_re.shape[1] // 2
+    first_re, second_re = tl.split(tl.reshape(e_re, [e_re.shape[0], HALF, 2]))
+    first_im, second_im = first_re, second_re
+    if COMPLEX:
+        first_im, second_im = tl.split(tl.reshape(e_im, [e_re.shape[0], HALF, 2]))
+    if not FORWARD:
+        first_re, second_re = second_re, first_re
+        first_im, second_im = second_im, first_im
+    moved_re, moved_im = _times(d_re[:, None], d_im[:, None], first_re, first_im, COMPLEX)
+    return first_re, first_im, moved_re + second_re, moved_im + second_im
+
+
+@triton.jit
+def _double(s_re, s_im, e_re, e_im, d_re, d_im, FORWARD: tl.constexpr, COMPLEX: tl.constexpr):
+    """The states before both of every two neighbours [PP, N], from those before the pairs and what the first adds."""
+    next_re, next_im = _times(d_re[:, None], d_im[:, None], s_re, s_im, COMPLEX)
+    next_re += e_re
+    if COMPLEX:
+        next_im += e_im
+    if FORWARD:
+        real, imag = tl.interleave(s_re, next_re), s_im
+        if COMPLEX:
+            imag = tl.interleave(s_im, next_im)
+    else:
+        real, imag = tl.interleave(next_re, s_re), s_im
+        if COMPLEX:
+            imag = tl.interleave(next_im, s_im)
+    return real, imag
+
+
+@triton.jit
+def _jump(jumps, which, SIGN: tl.constexpr, PP: tl.constexpr, COMPLEX: tl.constexpr):
+    source = jumps + which * PP + tl.arange(0, PP)
+    real = tl.load(source)
+    if COMPLEX:
+        return real, SIGN * tl.load(source + 5 * PP)
+    else:
+        return real, real
+
+
+@triton.jit
+def _table(tables, which, PP: tl.constexpr, C: tl.constexpr):
+    return tl.load(tables + (which * PP + tl.arange(0, PP)[:, None]) * C + tl.arange(0, C)[None, :])
+
+
+@triton.jit
+def _states(e_re, e_im, enter_re, enter_im, jumps, SIGN: tl.constexpr, PP: tl.constexpr, FORWARD: tl.constexpr,
+            COMPLEX: tl.constexpr):  # fmt: skip
+    """The states [PP, 16] before each column of e, x' = decay x + e from x = enter on, and the one after all of them.
+
+    Columns are met from the left if FORWARD, else from the right. Neighbours are added in pairs, pairs of pairs and so on,
+    and the way back hands each its state. The decay's powers 1, 2, .. 16 are exponentials, not squares of squares, whose
+    rounding doubles each time; SIGN = -1 conjugates them.
+    """
+    d_re, d_im = _jump(jumps, 0, SIGN, PP, COMPLEX)
+    d2_re, d2_im = _jump(jumps, 1, SIGN, PP, COMPLEX)
+    d4_re, d4_im = _jump(jumps, 2, SIGN, PP, COMPLEX)
+    d8_re, d8_im = _jump(jumps, 3, SIGN, PP, COMPLEX)
+    d16_re, d16_im = _jump(jumps, 4, SIGN, PP, COMPLEX)
+    a_re, a_im, e_re, e_im = _halve(e_re, e_im, d_re, d_im, FORWARD, COMPLEX)
+    b_re, b_im, e_re, e_im = _halve(e_re, e_im, d2_re, d2_im, FORWARD, COMPLEX)
+    c_re, c_im, e_re, e_im = _halve(e_re, e_im, d4_re, d4_im, FORWARD, COMPLEX)
+    f_re, f_im, e_re, e_im = _halve(e_re, e_im, d8_re, d8_im, FORWARD, COMPLEX)
+    s_re, s_im = enter_re[:, None], enter_im[:, None]
+    after_re, after_im = _times(d16_re, d16_im, enter_re, enter_im, COMPLEX)
+    after_re += tl.sum(e_re, axis=1)  # of one column
+    if COMPLEX:
+        after_im += tl.sum(e_im, axis=1)
+    s_re, s_im = _double(s_re, s_im, f_re, f_im, d8_re, d8_im, FORWARD, COMPLEX)
+    s_re, s_im = _double(s_re, s_im, c_re, c_im, d4_re, d4_im, FORWARD, COMPLEX)
+    s_re, s_im = _double(s_re, s_im, b_re, b_im, d2_re, d2_im, FORWARD, COMPLEX)
+    s_re, s_im = _double(s_re, s_im, a_re, a_im, d_re, d_im, FORWARD, COMPLEX)
+    return s_re, s_im, after_re, after_im
+
+
+# -------------------------------------------------------------------------------------------------- the diagonal scan
+#
+# A program has one feature of one sample. It cuts the sequence into tiles of N = 16 chunks of C tokens and lays a tile out as
+# [C, N], a chunk in each column:
+#
+#     outputs = Toeplitz(taps) tokens + reads states,    states[:, n + 1] = decay^C states[:, n] + writes tokens[:, n]
+#
+# with reads [C, P] = C A^(1 .. C) and writes [P, C] = A^(C - 1 .. 0) B. `last` is the state before the chunk that holds the
+# last token; that chunk may be a short one, and XLA goes on from there.
+
+
+@triton.jit
+def _start_of(states, program, P: tl.constexpr, PP: tl.constexpr, COMPLEX: tl.constexpr):
+    """A state [PP] from an array of them."""
+    place = tl.arange(0, PP)
+    if COMPLEX:
+        source = states + program * (2 * P) + place
+        return tl.load(source, mask=place < P, other=0.0), tl.load(source + P, mask=place < P, other=0.0)
+    else:
+        real = tl.load(states + program * P + place, mask=place < P, other=0.0)
+        return real, real
+
+
+@triton.jit
+def _store_state(target, real, imag, P: tl.constexpr, PP: tl.constexpr, COMPLEX: tl.constexpr):
+    place = tl.arange(0, PP)
+    tl.store(target + place, real, mask=place < P)
+    if COMPLEX:
+        tl.store(target + P + place, imag, mask=place < P)
+
+
+@triton.jit
 def scan_forward(
-    tokens, taps, decay_re, decay_im, in_re, in_im, out_re, out_im, start, outputs, last, entering,
-    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, TILES: tl.constexpr, STEPS: tl.constexpr,
-    SHARED: tl.constexpr, COMPLEX: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    tokens, taps, tables, jumps, start, outputs, last, entering,
+    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, TILES: tl.constexpr, SHARED: tl.constexpr,
+    COMPLEX: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program % D if SHARED else program
-    place, row_in_chunk, column = tl.arange(0, PP), tl.arange(0, C), tl.arange(0, N)
-    lag = row_in_chunk[:, None] - row_in_chunk[None, :]
-    toeplitz = tl.load(taps + row * C + lag, mask=lag >= 0, other=0.0)
-    d_re, d_im = _load_modes(decay_re, decay_im, row, P, PP, COMPLEX)
-    b_re, b_im = _load_modes(in_re, in_im, row, P, PP, COMPLEX)
-    c_re, c_im = _load_modes(out_re, out_im, row, P, PP, COMPLEX)
-    p_re, p_im = _power(d_re[None, :], d_im[None, :], (row_in_chunk[:, None] + 1).to(tl.float32), COMPLEX)
-    q_re, q_im = _power(d_re[:, None], d_im[:, None], (C - 1 - row_in_chunk[None, :]).to(tl.float32), COMPLEX)
-    writes_re, writes_im = _times(b_re[:, None], b_im[:, None], q_re, q_im, COMPLEX)
-    reads_re, reads_im = c_re[None, :] * p_re, p_re
-    if COMPLEX:
-        reads_re, reads_im = reads_re + c_im[None, :] * p_im, c_im[None, :] * p_re - c_re[None, :] * p_im
-    jump_re, jump_im = _power(d_re, d_im, tl.full((PP,), C, tl.float32), COMPLEX)
-
-    SIZE: tl.constexpr = 2 * P if COMPLEX else P
+    place, within, column = tl.arange(0, PP), tl.arange(0, C), tl.arange(0, N)
     LAST: tl.constexpr = (T - 1) // C
-    enter_re = tl.load(start + program * SIZE + place, mask=place < P, other=0.0)
-    enter_im = enter_re
-    if COMPLEX:
-        enter_im = tl.load(start + program * SIZE + P + place, mask=place < P, other=0.0)
-    final_re, final_im = enter_re, enter_im
+    SIZE: tl.constexpr = 2 * P if COMPLEX else P
+    PLANES: tl.constexpr = 2 if COMPLEX else 1
+    tokens += program * T
+    outputs += program * T
+    last += program * SIZE
+    entering += program * TILES * SIZE
+    tables += row * (2 * PLANES * PP * C)
+    jumps += row * (5 * PLANES * PP)
+    lag = within[:, None] - within[None, :]
+    toeplitz = tl.load(taps + row * C + lag, mask=lag >= 0, other=0.0)
+    enter_re, enter_im = _start_of(start, program, P, PP, COMPLEX)
     for tile in range(TILES):
-        if TILES > 1:
-            target = entering + (program * TILES + tile) * SIZE + place
-            tl.store(target, enter_re, mask=place < P)
-            if COMPLEX:
-                tl.store(target + P, enter_im, mask=place < P)
-        base = tile * (N * C)
-        state_re, state_im = _chunk_states(tokens + program * T, base, enter_re, enter_im, writes_re, writes_im, jump_re,
-                                           jump_im, T, C, N, STEPS, COMPLEX, PRECISION)  # fmt: skip
-        position = base + column[None, :] * C + row_in_chunk[:, None]
-        now = tl.load(tokens + program * T + position, mask=position < T, other=0.0).to(tl.float32)
+        _store_state(entering + tile * SIZE, enter_re, enter_im, P, PP, COMPLEX)
+        position = tile * (N * C) + column[None, :] * C + within[:, None]
+        now = tl.load(tokens + position, mask=position < T, other=0.0).to(tl.float32)
+        add_re = tl.dot(_table(tables, 0, PP, C), now, input_precision=PRECISION)
+        add_im = add_re
+        if COMPLEX:
+            add_im = tl.dot(_table(tables, 2, PP, C), now, input_precision=PRECISION)
+        s_re, s_im, enter_re, enter_im = _states(add_re, add_im, enter_re, enter_im, jumps, 1, PP, True, COMPLEX)
         result = tl.dot(toeplitz, now, input_precision=PRECISION)
-        result = tl.dot(reads_re, state_re, result, input_precision=PRECISION)
+        result = tl.dot(tl.trans(_table(tables, 1, PP, C)), s_re, result, input_precision=PRECISION)
         if COMPLEX:
-            result = tl.dot(reads_im, state_im, result, input_precision=PRECISION)
-        tl.store(outputs + program * T + position, result.to(outputs.dtype.element_ty), mask=position < T)
-        which = tl.minimum(N - 1, LAST - tile * N)
-        final_re = _column(state_re, which, N)
-        if COMPLEX:
-            final_im = _column(state_im, which, N)
-        enter_re, enter_im = _times(jump_re, jump_im, final_re, final_im, COMPLEX)
-
-    # The state before the last chunk goes through the REST tokens that this has.
-    REST: tl.constexpr = T - LAST * C
-    exponent = REST - 1 - row_in_chunk[None, :]
-    p_re, p_im = _power(d_re[:, None], d_im[:, None], tl.maximum(exponent, 0).to(tl.float32), COMPLEX)
-    w_re, w_im = _times(b_re[:, None], b_im[:, None], p_re, p_im, COMPLEX)
-    rest = tl.load(tokens + program * T + LAST * C + row_in_chunk, mask=row_in_chunk < REST, other=0.0).to(tl.float32)
-    r_re, r_im = _power(d_re, d_im, tl.full((PP,), REST, tl.float32), COMPLEX)
-    final_re, final_im = _times(r_re, r_im, final_re, final_im, COMPLEX)
-    target = last + program * SIZE + place
-    tl.store(target, final_re + tl.sum(w_re * rest[None, :], axis=1), mask=place < P)
-    if COMPLEX:
-        tl.store(target + P, final_im + tl.sum(w_im * rest[None, :], axis=1), mask=place < P)
-
-
-@triton.jit
-def _power_gradient(g_re, g_im, p_re, p_im, exponent, COMPLEX: tl.constexpr):
-    """Of the exponent's base log_decay, elementwise, for the power p and its gradient g."""
-    if COMPLEX:
-        return exponent * (g_re * p_re + g_im * p_im), exponent * (g_im * p_re - g_re * p_im)
-    else:
-        return exponent * g_re * p_re, g_re
-
-
-@triton.jit
-def _write_gradient(g_re, g_im, b_re, b_im, p_re, p_im, exponent, COMPLEX: tl.constexpr):
-    """Of B and of log_decay [PP] each, for writes = B p [PP, C] and their gradient g."""
-    if COMPLEX:
-        db_re = tl.sum(g_re * p_re + g_im * p_im, axis=1)
-        db_im = tl.sum(g_im * p_re - g_re * p_im, axis=1)
-        a_re, a_im = _power_gradient(g_re * b_re[:, None] + g_im * b_im[:, None],
-                                     g_im * b_re[:, None] - g_re * b_im[:, None], p_re, p_im, exponent, True)  # fmt: skip
-        return db_re, db_im, tl.sum(a_re, axis=1), tl.sum(a_im, axis=1)
-    else:
-        da = tl.sum(exponent * g_re * b_re[:, None] * p_re, axis=1)
-        db = tl.sum(g_re * p_re, axis=1)
-        return db, db, da, da
+            result = tl.dot(tl.trans(_table(tables, 3, PP, C)), s_im, result, input_precision=PRECISION)
+        tl.store(outputs + position, result.to(outputs.dtype.element_ty), mask=position < T)
+        if tile == TILES - 1:
+            here = (column[None, :] == LAST - (TILES - 1) * N) & (place[:, None] < P)
+            target = last + place[:, None] + tl.zeros((PP, N), tl.int32)
+            tl.store(target, s_re, mask=here)
+            if COMPLEX:
+                tl.store(target + P, s_im, mask=here)
 
 
 @triton.jit
 def scan_backward(
-    tokens, d_outputs, taps, decay_re, decay_im, in_re, in_im, out_re, out_im, entering, d_last,
+    tokens, d_outputs, taps, tables, jumps, decay_re, decay_im, in_re, in_im, out_re, out_im, entering, d_last,
     d_tokens, d_taps, d_decay_re, d_decay_im, d_in_re, d_in_im, d_out_re, d_out_im, d_start,
-    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, TILES: tl.constexpr, STEPS: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, TILES: tl.constexpr,
     SHARED: tl.constexpr, COMPLEX: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """All gradients in one pass from the last tile to the first; the states of a tile are made again from `entering`."""
     program = tl.program_id(0).to(tl.int64)
     row = program % D if SHARED else program
-    place, row_in_chunk, column = tl.arange(0, PP), tl.arange(0, C), tl.arange(0, N)
-    lag = row_in_chunk[None, :] - row_in_chunk[:, None]
-    transposed = tl.load(taps + row * C + lag, mask=lag >= 0, other=0.0)  # the Toeplitz matrix, transposed
-    d_re, d_im = _load_modes(decay_re, decay_im, row, P, PP, COMPLEX)
-    b_re, b_im = _load_modes(in_re, in_im, row, P, PP, COMPLEX)
-    c_re, c_im = _load_modes(out_re, out_im, row, P, PP, COMPLEX)
-    ahead = (row_in_chunk[None, :] + 1).to(tl.float32)
-    behind = (C - 1 - row_in_chunk[None, :]).to(tl.float32)
-    p_re, p_im = _power(d_re[:, None], d_im[:, None], ahead, COMPLEX)
-    q_re, q_im = _power(d_re[:, None], d_im[:, None], behind, COMPLEX)
-    writes_re, writes_im = _times(b_re[:, None], b_im[:, None], q_re, q_im, COMPLEX)
-    reads_re, reads_im = c_re[:, None] * p_re, p_re  # transposed, [PP, C]
-    if COMPLEX:
-        reads_re, reads_im = reads_re + c_im[:, None] * p_im, c_im[:, None] * p_re - c_re[:, None] * p_im
-    jump_re, jump_im = _power(d_re, d_im, tl.full((PP,), C, tl.float32), COMPLEX)
-    given_re, given_im = tl.trans(writes_re), tl.trans(writes_im)  # [C, PP]
-
-    SIZE: tl.constexpr = 2 * P if COMPLEX else P
+    place, within, column = tl.arange(0, PP), tl.arange(0, C), tl.arange(0, N)
     LAST: tl.constexpr = (T - 1) // C
-    REST: tl.constexpr = T - LAST * C
-    # What the last state says: to the tokens of the last chunk, and to the state before it.
-    l_re = tl.load(d_last + program * SIZE + place, mask=place < P, other=0.0)
-    l_im = l_re
-    if COMPLEX:
-        l_im = tl.load(d_last + program * SIZE + P + place, mask=place < P, other=0.0)
-    exponent = tl.maximum(REST - 1 - row_in_chunk, 0).to(tl.float32)[None, :]
-    w_re, w_im = _power(d_re[:, None], d_im[:, None], exponent, COMPLEX)
-    rest = tl.load(tokens + program * T + LAST * C + row_in_chunk, mask=row_in_chunk < REST, other=0.0).to(tl.float32)
-    db_re, db_im, da_re, da_im = _write_gradient(l_re[:, None] * rest[None, :], l_im[:, None] * rest[None, :], b_re, b_im,
-                                                 w_re, w_im, exponent, COMPLEX)  # fmt: skip
-    v_re, v_im = _times(b_re[:, None], b_im[:, None], w_re, w_im, COMPLEX)
-    direct = v_re * l_re[:, None]
-    r_re, r_im = _power(d_re, d_im, tl.full((PP,), REST, tl.float32), COMPLEX)
-    before_re, before_im = r_re * l_re, l_re
-    if COMPLEX:
-        direct += v_im * l_im[:, None]
-        before_re, before_im = before_re + r_im * l_im, r_re * l_im - r_im * l_re
-    direct = tl.where(row_in_chunk < REST, tl.sum(direct, axis=0), 0.0)
-
+    SIZE: tl.constexpr = 2 * P if COMPLEX else P
+    PLANES: tl.constexpr = 2 if COMPLEX else 1
+    tokens += program * T
+    d_outputs += program * T
+    d_tokens += program * T
+    entering += program * TILES * SIZE
+    tables += row * (2 * PLANES * PP * C)
+    jumps += row * (5 * PLANES * PP)
+    before_re, before_im = _start_of(d_last, program, P, PP, COMPLEX)
+    lag = within[None, :] - within[:, None]
+    toeplitz = tl.load(taps + row * C + lag, mask=lag >= 0, other=0.0)  # transposed
     dt = tl.zeros((C, C), tl.float32)
     dr_re, dw_re = tl.zeros((PP, C), tl.float32), tl.zeros((PP, C), tl.float32)
     dr_im, dw_im = tl.zeros((PP, C), tl.float32), tl.zeros((PP, C), tl.float32)
     dj_re, dj_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
     enter_re, enter_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
-    back_re, back_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
     for step in range(TILES):
         tile = TILES - 1 - step
-        base = tile * (N * C)
-        source = entering + (program * TILES + tile) * SIZE + place
-        s_re = tl.load(source, mask=place < P, other=0.0)
-        s_im = s_re
+        position = tile * (N * C) + column[None, :] * C + within[:, None]
+        at_end = tile * N + column[None, :] == LAST
+        now = tl.load(tokens + position, mask=position < T, other=0.0).to(tl.float32)
+        dy = tl.load(d_outputs + position, mask=position < T, other=0.0).to(tl.float32)
+        add_re = tl.dot(_table(tables, 0, PP, C), now, input_precision=PRECISION)
+        g_re = tl.dot(_table(tables, 1, PP, C), dy, input_precision=PRECISION) + tl.where(at_end, before_re[:, None], 0.0)
+        add_im, g_im = add_re, g_re
         if COMPLEX:
-            s_im = tl.load(source + P, mask=place < P, other=0.0)
-        s_re, s_im = _chunk_states(tokens + program * T, base, s_re, s_im, writes_re, writes_im, jump_re, jump_im, T, C, N,
-                                   STEPS, COMPLEX, PRECISION)  # fmt: skip
+            add_im = tl.dot(_table(tables, 2, PP, C), now, input_precision=PRECISION)
+            g_im = tl.dot(_table(tables, 3, PP, C), dy, input_precision=PRECISION) + tl.where(at_end, before_im[:, None], 0.0)
+        s_re, s_im = _start_of(entering, tile, P, PP, COMPLEX)
+        s_re, s_im, _, _ = _states(add_re, add_im, s_re, s_im, jumps, 1, PP, True, COMPLEX)
         # The gradients of the states after each chunk, from the outputs of the later chunks.
-        chunk = tile * N + column[None, :]
-        position = base + column[None, :] * C + row_in_chunk[:, None]
-        later = tl.load(d_outputs + program * T + position + C, mask=position + C < T, other=0.0).to(tl.float32)
-        edge, end = column[None, :] == N - 1, chunk + 1 == LAST
-        g_re = tl.dot(reads_re, later, input_precision=PRECISION)
-        g_re += tl.where(edge, enter_re[:, None], 0.0) + tl.where(end, before_re[:, None], 0.0)
-        g_im = g_re
-        if COMPLEX:
-            g_im = tl.dot(reads_im, later, input_precision=PRECISION)
-            g_im += tl.where(edge, enter_im[:, None], 0.0) + tl.where(end, before_im[:, None], 0.0)
-        g_re, g_im = _advance(g_re, g_im, jump_re, -jump_im, N, STEPS, False, COMPLEX)
+        g_re, g_im, enter_re, enter_im = _states(g_re, g_im, enter_re, enter_im, jumps, -1, PP, False, COMPLEX)
 
-        now = tl.load(d_outputs + program * T + position, mask=position < T, other=0.0).to(tl.float32)
-        result = tl.dot(transposed, now, input_precision=PRECISION)
-        result = tl.dot(given_re, g_re, result, input_precision=PRECISION)
+        result = tl.dot(toeplitz, dy, input_precision=PRECISION)
+        result = tl.dot(tl.trans(_table(tables, 0, PP, C)), g_re, result, input_precision=PRECISION)
         if COMPLEX:
-            result = tl.dot(given_im, g_im, result, input_precision=PRECISION)
-        result += tl.where(chunk == LAST, direct[:, None], 0.0)
-        tl.store(d_tokens + program * T + position, result.to(d_tokens.dtype.element_ty), mask=position < T)
+            result = tl.dot(tl.trans(_table(tables, 2, PP, C)), g_im, result, input_precision=PRECISION)
+        tl.store(d_tokens + position, result.to(d_tokens.dtype.element_ty), mask=position < T)
 
-        flipped = base + column[:, None] * C + row_in_chunk[None, :]
-        inputs = tl.load(tokens + program * T + flipped, mask=flipped < T, other=0.0).to(tl.float32)
-        dy = tl.load(d_outputs + program * T + flipped, mask=flipped < T, other=0.0).to(tl.float32)
-        dt = tl.dot(now, inputs, dt, input_precision=PRECISION)
+        inputs, dy = tl.trans(now), tl.trans(dy)
+        dt = tl.dot(tl.trans(dy), inputs, dt, input_precision=PRECISION)
         dr_re = tl.dot(s_re, dy, dr_re, input_precision=PRECISION)
         dw_re = tl.dot(g_re, inputs, dw_re, input_precision=PRECISION)
-        back_re = _column(g_re, 0, N)
         if COMPLEX:
             dr_im = tl.dot(s_im, dy, dr_im, input_precision=PRECISION)
             dw_im = tl.dot(g_im, inputs, dw_im, input_precision=PRECISION)
             dj_re += tl.sum(g_re * s_re + g_im * s_im, axis=1)
             dj_im += tl.sum(g_im * s_re - g_re * s_im, axis=1)
-            back_im = _column(g_im, 0, N)
-            enter_re, enter_im = jump_re * back_re + jump_im * back_im, jump_re * back_im - jump_im * back_re
         else:
             dj_re += tl.sum(g_re * s_re, axis=1)
-            enter_re = jump_re * back_re
-        # The power of the decay that carried the state before the last chunk to the end.
-        if step == 0:
-            f_re = _column(s_re, LAST - tile * N, N)
-            if COMPLEX:
-                f_im = _column(s_im, LAST - tile * N, N)
-                x_re, x_im = _power_gradient(l_re * f_re + l_im * f_im, l_im * f_re - l_re * f_im, r_re, r_im, REST, True)
-                da_re += x_re
-                da_im += x_im
-            else:
-                da_re += REST * l_re * f_re * r_re
-
-    first = tl.load(d_outputs + program * T + row_in_chunk, mask=row_in_chunk < T, other=0.0).to(tl.float32)
-    source = d_start + program * SIZE + place
-    total = enter_re + tl.sum(reads_re * first[None, :], axis=1)
-    if LAST == 0:
-        total += before_re
-    tl.store(source, total, mask=place < P)
-    if COMPLEX:
-        total = enter_im + tl.sum(reads_im * first[None, :], axis=1)
-        if LAST == 0:
-            total += before_im
-        tl.store(source + P, total, mask=place < P)
+    _store_state(d_start + program * SIZE, enter_re, enter_im, P, PP, COMPLEX)
 
     # A tap's gradient is the sum of a diagonal: row i of the skewed matrix holds the i-th diagonal below the main one.
-    below = row_in_chunk[:, None] + row_in_chunk[None, :]
+    below = within[:, None] + within[None, :]
     skewed = tl.where(below < C, tl.gather(dt, tl.where(below < C, below, 0), 0), 0.0)
-    tl.store(d_taps + program * C + row_in_chunk, tl.sum(skewed, axis=1))
+    tl.store(d_taps + program * C + within, tl.sum(skewed, axis=1))
 
-    x_re, x_im, y_re, y_im = _write_gradient(dw_re, dw_im, b_re, b_im, q_re, q_im, behind, COMPLEX)
-    db_re, db_im, da_re, da_im = db_re + x_re, db_im + x_im, da_re + y_re, da_im + y_im
+    # From the tables to the modes.
+    d_re, d_im = _load_modes(decay_re, decay_im, row, P, PP, COMPLEX)
+    b_re, b_im = _load_modes(in_re, in_im, row, P, PP, COMPLEX)
+    c_re, c_im = _load_modes(out_re, out_im, row, P, PP, COMPLEX)
+    ahead = (within[None, :] + 1).to(tl.float32)
+    behind = (C - 1 - within[None, :]).to(tl.float32)
+    p_re, p_im = _power(d_re[:, None], d_im[:, None], ahead, COMPLEX)
+    q_re, q_im = _power(d_re[:, None], d_im[:, None], behind, COMPLEX)
+    jump_re, jump_im = _power(d_re, d_im, 1.0 * C, COMPLEX)
     target = program * P + place
+    inside = place < P
     if COMPLEX:
-        # reads_re = c_re p_re + c_im p_im, reads_im = c_im p_re - c_re p_im.
-        tl.store(d_out_re + target, tl.sum(dr_re * p_re - dr_im * p_im, axis=1), mask=place < P)
-        tl.store(d_out_im + target, tl.sum(dr_re * p_im + dr_im * p_re, axis=1), mask=place < P)
-        x_re, x_im = _power_gradient(dr_re * c_re[:, None] + dr_im * c_im[:, None],
-                                     dr_re * c_im[:, None] - dr_im * c_re[:, None], p_re, p_im, ahead, True)  # fmt: skip
-        y_re, y_im = _power_gradient(dj_re, dj_im, jump_re, jump_im, C, True)
-        tl.store(d_decay_re + target, da_re + y_re + tl.sum(x_re, axis=1), mask=place < P)
-        tl.store(d_decay_im + target, da_im + y_im + tl.sum(x_im, axis=1), mask=place < P)
-        tl.store(d_in_im + target, db_im, mask=place < P)
+        # reads_re = c_re p_re + c_im p_im, reads_im = c_im p_re - c_re p_im, and the same sums give the gradient of a power
+        # by the decay: exponent (g_re p_re + g_im p_im), exponent (g_im p_re - g_re p_im).
+        x_re, x_im = dr_re * p_re - dr_im * p_im, dr_re * p_im + dr_im * p_re
+        y_re, y_im = dw_re * q_re + dw_im * q_im, dw_im * q_re - dw_re * q_im
+        tl.store(d_out_re + target, tl.sum(x_re, axis=1), mask=inside)
+        tl.store(d_out_im + target, tl.sum(x_im, axis=1), mask=inside)
+        tl.store(d_in_re + target, tl.sum(y_re, axis=1), mask=inside)
+        tl.store(d_in_im + target, tl.sum(y_im, axis=1), mask=inside)
+        x_re, x_im = tl.sum(ahead * x_re, axis=1), tl.sum(ahead * x_im, axis=1)
+        y_re, y_im = tl.sum(behind * y_re, axis=1), tl.sum(behind * y_im, axis=1)
+        da_re = C * (dj_re * jump_re + dj_im * jump_im) + c_re * x_re + c_im * x_im + b_re * y_re + b_im * y_im
+        da_im = C * (dj_im * jump_re - dj_re * jump_im) + c_im * x_re - c_re * x_im + b_re * y_im - b_im * y_re
+        tl.store(d_decay_re + target, da_re, mask=inside)
+        tl.store(d_decay_im + target, da_im, mask=inside)
     else:
-        tl.store(d_out_re + target, tl.sum(dr_re * p_re, axis=1), mask=place < P)
-        da_re += C * dj_re * jump_re + tl.sum(ahead * dr_re * c_re[:, None] * p_re, axis=1)
-        tl.store(d_decay_re + target, da_re, mask=place < P)
-    tl.store(d_in_re + target, db_re, mask=place < P)
+        x_re, y_re = dr_re * p_re, dw_re * q_re
+        tl.store(d_out_re + target, tl.sum(x_re, axis=1), mask=inside)
+        tl.store(d_in_re + target, tl.sum(y_re, axis=1), mask=inside)
+        da_re = C * dj_re * jump_re + c_re * tl.sum(ahead * x_re, axis=1) + b_re * tl.sum(behind * y_re, axis=1)
+        tl.store(d_decay_re + target, da_re, mask=inside)
+
+
+COLUMNS = 16  # chunks of a tile, as `_states` has them
 
 
 def scan_config(backward: bool, dtype, length: int, pairs: int) -> launch.Config:
-    """Chunks of 64 tokens, of 32 in float32, whose products take three times the registers; longer tiles for longer rows."""
-    chunk = 32 if jnp.dtype(dtype) == jnp.float32 or _pad_size(pairs) > 32 or length <= 512 else 64
-    columns = 16 if length <= 16 * chunk or backward else 32
-    return launch.Config(dict(C=chunk, N=columns), num_warps=8 if backward else 4, num_stages=1)
+    """Chunks of 64 tokens, of 16 in float32, whose products take three times the registers."""
+    chunk = 16 if jnp.dtype(dtype) == jnp.float32 else 32
+    return launch.Config(dict(C=chunk, N=COLUMNS), num_warps=8 if backward else 4, num_stages=1)
 
 
-def _scan_shapes(tokens, decay, config):
-    length, pairs = tokens.shape[-1], decay.shape[-1]
-    chunk, columns = config.blocks["C"], config.blocks["N"]
-    tiles = -(-length // (chunk * columns))
-    constants = dict(T=length, D=tokens.shape[1], P=pairs, PP=_pad_size(pairs), TILES=tiles, STEPS=columns.bit_length() - 1,
-                     PRECISION=launch.dot_precision(tokens.dtype))  # fmt: skip
-    return tiles, constants
+MODES = ("decay_re", "decay_im", "in_re", "in_im", "out_re", "out_im")
 
 
-SCAN_OPERANDS = ("taps", "decay_re", "decay_im", "in_re", "in_im", "out_re", "out_im")
+def _scan_tables(modes, chunk, padded):
+    """writes and reads (transposed) [1, D, 2 or 4, PP, C] of the planes of modes, and decay^(C, 2 C, .. 16 C) [1, D, 5.., PP]."""
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padded - x.shape[-1])))
+    decay, drive, reads = (fill(re) if im is None else jax.lax.complex(fill(re), fill(im))
+                           for re, im in (modes[:2], modes[2:4], modes[4:]))  # fmt: skip
+    powers = jnp.exp(decay[..., None] * jnp.arange(chunk + 1))  # [1, D, PP, C + 1]
+    jumps = jnp.exp(decay[:, :, None] * (chunk * 2 ** jnp.arange(5))[:, None])
+    # The planes of reads are those that a state is multiplied by, 2 Re(C) and -2 Im(C): conj(2 C).
+    tables = [drive[..., None] * jnp.flip(powers[..., :chunk], axis=-1), reads[..., None] * powers[..., 1:].conj()]
+    if jnp.iscomplexobj(powers):
+        tables = [table.real for table in tables] + [table.imag for table in tables]
+        jumps = jnp.concatenate([jumps.real, jumps.imag], axis=2)
+    return jnp.stack(tables, axis=2), jumps
 
 
-def _scan_run(config, mode, tokens, *rest):
-    *shared, start = rest
+def _scan_operands(config, mode, tokens, taps, *modes):
+    """What both kernels take, and the options of both launches."""
     batch, features, length = tokens.shape
-    shared = _common(batch, shared)
-    is_complex = shared[2] is not None
-    tiles, constants = _scan_shapes(tokens, shared[1], config)
-    constants |= dict(SHARED=shared[0].shape[0] == 1, COMPLEX=is_complex)
+    taps, *modes = _common(batch, (taps, *modes))
+    pairs, (chunk, columns) = modes[0].shape[-1], (config.blocks[name] for name in "CN")
+    tables, jumps = _scan_tables(modes, chunk, _pad_size(pairs))
+    constants = dict(
+        T=length, D=features, P=pairs, PP=_pad_size(pairs), TILES=-(-length // (chunk * columns)),
+        SHARED=taps.shape[0] == 1, COMPLEX=modes[1] is not None, PRECISION=launch.dot_precision(tokens.dtype),
+    )  # fmt: skip
+    options = dict(grid=batch * features, constants=constants, config=config, mode=mode)
+    return dict(taps=taps, tables=tables, jumps=jumps), dict(zip(MODES, modes, strict=True)), options
+
+
+def _scan_run(config, mode, tokens, taps, *rest):
+    *modes, start = rest
+    tables, modes, options = _scan_operands(config, mode, tokens, taps, *modes)
+    batch, features, _ = tokens.shape
     start = jnp.broadcast_to(start, (batch, *start.shape[1:]))
-    state = jax.ShapeDtypeStruct(start.shape, jnp.float32)
-    outputs, last, entering = launch.call(
-        scan_forward,
-        dict(tokens=tokens, **dict(zip(SCAN_OPERANDS, shared, strict=True)), start=start),
-        dict(
-            outputs=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), last=state,
-            entering=jax.ShapeDtypeStruct((batch, features, tiles, start.shape[-1]), jnp.float32),
-        ),
-        grid=batch * features, constants=constants, config=config, mode=mode,
+    entering = (batch, features, options["constants"]["TILES"], start.shape[-1])
+    outputs = dict(
+        outputs=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), last=jax.ShapeDtypeStruct(start.shape, jnp.float32),
+        entering=jax.ShapeDtypeStruct(entering, jnp.float32),
     )  # fmt: skip
-    return outputs, last, start[:, :, None] if tiles == 1 else entering
+    return launch.call(scan_forward, dict(tokens=tokens, **tables, start=start), outputs, **options)
 
 
-def _scan_run_backward(config, mode, tokens, d_outputs, *rest):
-    *shared, entering, d_last = rest
-    batch, features, length = tokens.shape
-    shared = _common(batch, shared)
-    is_complex = shared[2] is not None
-    tiles, constants = _scan_shapes(tokens, shared[1], config)
-    constants |= dict(SHARED=shared[0].shape[0] == 1, COMPLEX=is_complex)
-    full = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:]))
-    float32 = lambda *shape: jax.ShapeDtypeStruct((batch, features, *shape), jnp.float32)
-    modes = float32(shared[1].shape[-1])
-    results = launch.call(
-        scan_backward,
-        dict(tokens=tokens, d_outputs=full(d_outputs), **dict(zip(SCAN_OPERANDS, shared, strict=True)),
-             entering=full(entering), d_last=full(d_last)),
-        dict(
-            d_tokens=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), d_taps=float32(config.blocks["C"]), d_decay_re=modes,
-            d_decay_im=modes, d_in_re=modes, d_in_im=modes, d_out_re=modes, d_out_im=modes,
-            d_start=float32(entering.shape[-1]),
-        ),
-        grid=batch * features, constants=constants, config=config, mode=mode,
-    )  # fmt: skip
-    if is_complex:
-        return results
-    d_tokens, d_taps, decay, _, reads, _, writes, _, d_start = results
-    return d_tokens, d_taps, decay, reads, writes, d_start
+def _scan_run_backward(config, mode, tokens, d_outputs, taps, *rest):
+    *modes, entering, d_last = rest
+    tables, modes, options = _scan_operands(config, mode, tokens, taps, *modes)
+    full = lambda x: jnp.broadcast_to(x, (tokens.shape[0], *x.shape[1:]))
+    float32 = lambda size: jax.ShapeDtypeStruct((*tokens.shape[:2], size), jnp.float32)
+    pairs = modes["in_re"].shape[-1]
+    outputs = dict(d_tokens=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), d_taps=float32(taps.shape[-1]))
+    outputs |= {f"d_{name}": float32(pairs) for name in MODES} | dict(d_start=float32(entering.shape[-1]))
+    operands = dict(tokens=tokens, d_outputs=full(d_outputs), **tables, **modes, entering=full(entering), d_last=full(d_last))
+    results = launch.call(scan_backward, operands, outputs, **options)
+    given = [True, True, *(plane is not None for plane in modes.values()), True]
+    return tuple(result for result, there in zip(results, given, strict=True) if there)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -488,11 +449,15 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     chunk = forward.blocks["C"]
     if backward.blocks != forward.blocks:  # the states that the forward saves are those that the backward starts from
         backward = launch.Config(forward.blocks, backward.num_warps, backward.num_stages)
-    powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk)[:, None])
-    taps = jnp.einsum("dp,dcp->dc", output_matrix * input_matrix, powers, precision="highest")
+    powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk + 1)[:, None])  # [D, C + 1, P]
+    taps = jnp.einsum("dp,dcp->dc", output_matrix * input_matrix, powers[:, :chunk], precision="highest")
     taps = 2 * taps.real if is_complex else taps
     readers = 2 * output_matrix.conj() if is_complex else output_matrix
     modes = [plane for modes in (log_decay, input_matrix, readers) for plane in _real_planes(modes)]
     shared = [None if x is None else x[None] for x in (taps, *modes)]
-    outputs, last = _scan(forward, backward, mode, inputs.swapaxes(1, 2), *shared, state)
-    return outputs.swapaxes(1, 2), last
+    outputs, before = _scan(forward, backward, mode, inputs.swapaxes(1, 2), *shared, state)
+    rest = (length - 1) % chunk + 1
+    tail = inputs[:, length - rest :].astype(jnp.float32)
+    writes = xla.state_planes(input_matrix[:, None] * jnp.flip(powers[:, :rest], axis=1))
+    added = jnp.einsum("bcd,dcp->bdp", tail, writes, precision="highest")
+    return outputs.swapaxes(1, 2), xla.times(powers[None, :, rest], before) + added

@@ -82,23 +82,23 @@ def _scan_group(arrays, rest):
     chunk, batch = tokens.shape[-1], state.shape[1]
     values = tokens.astype(state.dtype)
     powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk + 1)[:, None])  # [D, C + 1, P]
-    writes = _state_planes(input_matrix[:, None] * powers[:, :chunk])  # what a token leaves after 0 .. C - 1 steps
+    writes = state_planes(input_matrix[:, None] * powers[:, :chunk])  # what a token leaves after 0 .. C - 1 steps
     reads = _output_planes(output_matrix[:, None] * powers[:, 1:])
     dot = functools.partial(jnp.einsum, precision=HIGHEST)
 
     taps = dot("dcp,dp->dc", writes, _output_planes(output_matrix))
     added = dot("dnc,dcp->dnp", values, jnp.flip(writes, axis=1))
-    advance = lambda before, after: (_times(powers[:, None, chunk], before) + after, before)
+    advance = lambda before, after: (times(powers[:, None, chunk], before) + after, before)
     state, states = jax.lax.scan(advance, state, rearrange(added, "d (b n) p -> n d b p", b=batch))
     if rest < chunk:  # the state before the last chunk, and the tokens of it that there are
         last = rearrange(values, "d (b n) c -> d b n c", b=batch)[:, :, -1, :rest]
-        state = _times(powers[:, None, rest], states[-1]) + dot("dbc,dcp->dbp", last, jnp.flip(writes[:, :rest], axis=1))
+        state = times(powers[:, None, rest], states[-1]) + dot("dbc,dcp->dbp", last, jnp.flip(writes[:, :rest], axis=1))
     states = rearrange(states, "n d b p -> d (b n) p")
     outputs = dot("dnj,dij->dni", values, _toeplitz(taps)) + dot("dnp,dip->dni", states, reads)
     return outputs.astype(tokens.dtype), state
 
 
-def _state_planes(modes):
+def state_planes(modes):
     """How a state of these modes is stored: complex numbers as their real, then their imaginary parts."""
     return _planes(modes) if jnp.iscomplexobj(modes) else modes
 
@@ -108,7 +108,7 @@ def _output_planes(modes):
     return _planes(2 * modes.conj()) if jnp.iscomplexobj(modes) else modes
 
 
-def _times(decay, state):
+def times(decay, state):
     """decay times a stored state."""
     return _planes(decay * _complex(state)) if jnp.iscomplexobj(decay) else decay * state
 
