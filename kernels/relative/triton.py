@@ -147,8 +147,8 @@ def relative_forward(
         PRECISION, BLOCK, H_PADDED, V_PADDED, False,
     )  # fmt: skip
     top, total, summed, earlier = _forward_tiles(
-        state, whole, last, own_content, own_position, key, value, relative, mask, i * BLOCK, T, S, N, H, V, MASK, MASK_T, MASK_S,
-        PRECISION, BLOCK, H_PADDED, V_PADDED, True,
+        state, whole, last, own_content, own_position, key, value, relative, mask, i * BLOCK, T, S, N, H, V, MASK, MASK_T,
+        MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
     )  # fmt: skip
     some = total > 0
     total = tl.where(some, total, 1.0)
@@ -488,7 +488,8 @@ _attend.defvjp(_forward, _backward)
 
 
 def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale, mode):
-    (_, T, N, H), (_, S, _, V) = query.shape, value.shape
+    N, H = query.shape[2:]
+    S, V = value.shape[1], value.shape[3]
     if {query.dtype.name, value.dtype.name} - set(launch.FLOATS):
         raise launch.Declined(f"query and value are {query.dtype} and {value.dtype}, and it takes {', '.join(launch.FLOATS)}.")
     if max(H, V) > 128:

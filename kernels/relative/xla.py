@@ -1,195 +1,228 @@
 """Relative attention in tiles: a running maximum forward, scores recomputed backward.
 
-One tile is C_q queries by C_k keys. Its distances are a band of C_q + C_k neighbours in the table of relative keys, so
-the position scores are one product with that band, [C_q, C_q + C_k], whose row a is shifted by a: `_skew`.
+One loop runs over the triples (part of the batch, query tile, key tile) that hold a key which is not of the future. One
+tile is t queries by s keys. Its distances are a band of t + s neighbours in the table of relative keys, so the position
+scores are one product with that band, [t, t + s], whose row a is shifted by a: `skew`.
 """
 
-from functools import partial
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 
+from subquad.kernels.softmax import online
 
-class Tiles(NamedTuple):
-    """How queries and keys are cut, and where the first query stands among the keys."""
 
+class Plan(NamedTuple):
+    """Everything static about a call: parts of the batch, tile sizes, and by how much the first query follows the first key."""
+
+    parts: int
     query: int
     key: int
     offset: int
+    queries: int
+    keys: int
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Query tiles and key tiles."""
+        return -(-self.queries // self.query), -(-self.keys // self.key)
+
+    def steps(self) -> np.ndarray:
+        """int32 [3, P]: (part, query tile, key tile) of every step, those of a query tile in a row."""
+        last_query = np.minimum((np.arange(self.counts[0]) + 1) * self.query, self.queries) - 1 + self.offset
+        seen = np.arange(self.counts[1]) * self.key <= last_query[:, None]
+        return np.stack(np.nonzero(np.broadcast_to(seen, (self.parts, *seen.shape)))).astype(np.int32)
 
 
-# The largest array of a tile, in elements: well under the 32 MiB above which the allocator asks the system each time.
-TILE_ELEMENTS = 1 << 22
+class Tiles(NamedTuple):
+    """The arguments cut into tiles: i query tiles and j key tiles of t queries and s keys, p parts of b samples."""
+
+    content: jax.Array  # [p, i, b, N, t, H]
+    position: jax.Array  # [p, i, b, N, t, H]
+    key: jax.Array  # [p, j, b, N, s, H]
+    value: jax.Array  # [p, j, b, N, s, V]
+    band: jax.Array  # [N, R, H], distances in descending order
+    mask: jax.Array | None  # [p|1, b|1, N|1, T|1, S|1]
 
 
-def choose_tiles(heads: int, queries: int, keys: int) -> Tiles:
-    """Even tiles of at most 256 x 256, smaller where `heads` (batch times heads) of them would be too large."""
+# Elements of the scores of one tile over the heads of a part: on a CPU they should stay in the cache, and a buffer of 32 MiB
+# is mapped anew at every step; on an accelerator a step is a kernel launch, so steps should be few.
+CPU_TILE, ACCELERATOR_TILE = 1 << 20, 1 << 24
 
-    def even(length, limit):
-        return -(-length // -(-length // limit))
 
-    tile_q, tile_k = even(queries, 256), even(keys, 256)
-    while heads * tile_q * (tile_q + tile_k) > TILE_ELEMENTS and max(tile_q, tile_k) > 16:
-        if tile_k > tile_q:
-            tile_k = even(keys, -(-tile_k // 2))
-        else:
-            tile_q = even(queries, -(-tile_q // 2))
-    return Tiles(tile_q, tile_k, keys - queries)
+def choose_plan(batch: int, heads: int, queries: int, keys: int) -> Plan:
+    """Even tiles, square but for few queries, and parts of the batch so small that a tile need not shrink further."""
+    limit, most = (CPU_TILE, 256) if jax.default_backend() == "cpu" else (ACCELERATOR_TILE, 1024)
+    query = even(queries, most)
+    key = even(keys, max(most, most**2 // query))
+    room = max(1, limit // (heads * query * (query + key)))
+    parts = next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= room)
+    while heads * (batch // parts) * query * (query + key) > 4 * limit and key > 32:
+        query, key = even(queries, max(1, -(-query // 2))), even(keys, -(-key // 2))
+    return Plan(parts, query, key, keys - queries, queries, keys)
+
+
+def even(length: int, limit: int) -> int:
+    """The size that cuts `length` into as many parts as `limit` would, with the least padding."""
+    return -(-length // -(-length // limit))
 
 
 def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale):
     B, T, N, _ = query.shape
-    S = key.shape[1]
-    tiles = choose_tiles(B * N, T, S)
-    pad_q, pad_k = -T % tiles.query, -S % tiles.key
+    plan = choose_plan(B, N, T, key.shape[1])
 
     def biased(bias):
         precise = jnp.promote_types(query.dtype, jnp.float32)
-        return _cut(((query.astype(precise) + bias) * scale).astype(query.dtype), pad_q, tiles.query)
+        return ((query.astype(precise) + bias) * scale).astype(query.dtype)
 
-    # Distances in descending order, from that of the last query to the first key, to that of the first query to the
-    # last key. Those before 0 are of the future and hold zeros; so do those of padded queries.
-    band = jnp.flip(relative_key[:S].astype(query.dtype), axis=0)
-    band = rearrange(jnp.pad(band, ((pad_q, T + pad_k), (0, 0), (0, 0))), "r n h -> n r h")
-
-    if mask is None:
-        mask = jnp.ones((1, 1, 1, 1), bool)
-    mask = jnp.broadcast_to(mask, (*mask.shape[:3], S))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, pad_q if mask.shape[2] > 1 else 0), (0, pad_k)))
-
-    out = _attend(
-        tiles, biased(content_bias), biased(position_bias), _cut(key.astype(query.dtype), pad_k, tiles.key),
-        _cut(value, pad_k, tiles.key), band, mask,
-    )  # fmt: skip
-    return rearrange(out, "i b n c v -> b (i c) n v")[:, :T]
+    key, relative_key = (x.astype(query.dtype) for x in (key, relative_key[: plan.keys]))
+    return _compiled(plan, biased(content_bias), biased(position_bias), key, value, relative_key, mask)
 
 
-def _cut(array, padding, size):
-    array = jnp.pad(array, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    return rearrange(array, "b (i c) n h -> i b n c h", c=size)
+def cut(plan: Plan, content, position, key, value, relative_key, mask) -> Tiles:
+    """The arguments in tiles: transposed once, contiguous, batch axes first."""
+    pad_q, pad_k = (size * count - length for size, count, length in zip(
+        (plan.query, plan.key), plan.counts, (plan.queries, plan.keys), strict=True))  # fmt: skip
+    # From the distance of the last query to the first key, down to that of the first query to the last key. Those before 0
+    # are of the future and hold zeros; so do those of padded queries.
+    band = jnp.pad(jnp.flip(relative_key, axis=0), ((pad_q, plan.queries + pad_k), (0, 0), (0, 0)))
+    if mask is not None:
+        padding = [(0, pad if size > 1 else 0) for size, pad in zip(mask.shape[2:], (pad_q, pad_k), strict=True)]
+        mask = jnp.pad(mask, [(0, 0), (0, 0), *padding])
+        mask = rearrange(mask, "(p b) n t s -> p b n t s", p=plan.parts if mask.shape[0] > 1 else 1)
+    queries = (cut_rows(plan, x, plan.query) for x in (content, position))
+    keys = (cut_rows(plan, x, plan.key) for x in (key, value))
+    return Tiles(*queries, *keys, rearrange(band, "r n h -> n r h"), mask)
 
 
-def _skew(scores, keys):
-    """By falling distance [..., C_q, C_q + C_k] -> by key [..., C_q, C_k]: out[a, b] = scores[a, C_q - 1 - a + b]."""
+def cut_rows(plan: Plan, array, size: int):
+    """[B, T, N, ...] -> [p, i, b, N, t, ...]."""
+    array = jnp.pad(array, [(0, 0), (0, -array.shape[1] % size)] + [(0, 0)] * (array.ndim - 2))
+    return rearrange(array, "(p b) (i t) n ... -> p i b n t ...", p=plan.parts, t=size)
+
+
+def join_rows(array, length: int):
+    """[p, i, b, N, t, ...] -> [B, T, N, ...]."""
+    return rearrange(array, "p i b n t ... -> (p b) (i t) n ...")[:, :length]
+
+
+def skew(scores, keys: int):
+    """By falling distance [..., t, t + s] -> by key [..., t, s]: out[a, b] = scores[a, t - 1 - a + b]."""
     rows, width = scores.shape[-2:]
     flat = scores.reshape(*scores.shape[:-2], rows * width)
     flat = lax.slice_in_dim(flat, rows - 1, rows - 1 + rows * (width - 1), axis=-1)
     return flat.reshape(*scores.shape[:-2], rows, width - 1)[..., :keys]
 
 
-def _unskew(scores):
-    """The transpose of `_skew`: [..., C_q, C_k] -> [..., C_q, C_q + C_k]."""
+def unskew(scores):
+    """The transpose of `skew`: [..., t, s] -> [..., t, t + s]."""
     rows, keys = scores.shape[-2:]
     batch = [(0, 0)] * (scores.ndim - 2)
     flat = jnp.pad(scores, [*batch, (0, 0), (0, rows - 1)]).reshape(*scores.shape[:-2], -1)
     return jnp.pad(flat, [*batch, (rows - 1, 1)]).reshape(*scores.shape[:-2], rows, rows + keys)
 
 
-def _dot(equation, a, b):
+def band_start(plan: Plan, i, j):
+    return (plan.counts[0] - 1 - i) * plan.query + j * plan.key
+
+
+def near(plan: Plan, band, i, j):
+    """The part of the band that tile (i, j) meets, [N, t + s, H]."""
+    return lax.dynamic_slice_in_dim(band, band_start(plan, i, j), plan.query + plan.key, axis=1)
+
+
+def add_near(plan: Plan, band, change, i, j):
+    return lax.dynamic_update_slice_in_dim(band, near(plan, band, i, j) + change, band_start(plan, i, j), axis=1)
+
+
+def put(tiles, tile, p, i):
+    starts = [jnp.int32(at) for at in (p, i, *(0,) * tile.ndim)]
+    return lax.dynamic_update_slice(tiles, tile[None, None], starts)
+
+
+def dot(equation, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _band_start(tiles, counts, i, j):
-    return (counts[0] - 1 - i) * tiles.query + j * tiles.key
+def scores_of(plan: Plan, tiles: Tiles, p, i, j):
+    """The scores of a step, [b, N, t, s]; -inf where the query may not see the key."""
+    by_distance = dot("bnth,nrh->bntr", tiles.position[p, i], near(plan, tiles.band, i, j))
+    scores = dot("bnth,bnsh->bnts", tiles.content[p, i], tiles.key[p, j]) + skew(by_distance, plan.key)
+    at = plan.offset + i * plan.query + jnp.arange(plan.query)
+    seen = j * plan.key + jnp.arange(plan.key) <= at[:, None]
+    if tiles.mask is not None:
+        full = tiles.mask.shape
+        corner = (p, 0, 0, i * plan.query, j * plan.key)
+        starts = [jnp.int32(start if size > 1 else 0) for start, size in zip(corner, full, strict=True)]
+        shape = (1, *full[1:3], plan.query if full[3] > 1 else 1, plan.key if full[4] > 1 else 1)
+        seen = seen & lax.dynamic_slice(tiles.mask, starts, shape)[0]
+    return jnp.where(seen, scores, -jnp.inf)
 
 
-def _band_slice(tiles, counts, band, i, j):
-    return lax.dynamic_slice_in_dim(band, _band_start(tiles, counts, i, j), tiles.query + tiles.key, axis=1)
+def sweep(plan: Plan, step, carry):
+    """`carry` after `step(carry, p, i, j)` for every step of the plan."""
+    steps = plan.steps()
+    if steps.shape[1] == 1:  # no loop around a single step
+        return step(carry, 0, 0, 0)
+    return lax.scan(lambda carry, at: (step(carry, *at), None), carry, tuple(steps))[0]
 
 
-def _scores(tiles, counts, content, position, key, band, mask, i, j):
-    """The scores of tile (i, j), [B, N, C_q, C_k]; -inf where the query may not see the key."""
-    at_q = tiles.offset + i * tiles.query + jnp.arange(tiles.query)
-    at_k = j * tiles.key + jnp.arange(tiles.key)
-    seen = lax.dynamic_slice_in_dim(mask, j * tiles.key, tiles.key, axis=3)
-    if mask.shape[2] > 1:
-        seen = lax.dynamic_slice_in_dim(seen, i * tiles.query, tiles.query, axis=2)
-    near = _band_slice(tiles, counts, band, i, j)
-    scores = _dot("bnqh,bnkh->bnqk", content, key) + _skew(_dot("bnqh,nrh->bnqr", position, near), tiles.key)
-    return jnp.where(seen & (at_k <= at_q[:, None]), scores, -jnp.inf)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, content, position, key, value, relative_key, mask):
+    return _forward(plan, content, position, key, value, relative_key, mask)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(tiles, content, position, key, value, band, mask):
-    return _forward(tiles, content, position, key, value, band, mask)[0]
+def _forward(plan, content, position, key, value, relative_key, mask):
+    tiles = cut(plan, content, position, key, value, relative_key, mask)
 
+    def step(states, p, i, j):
+        state = jax.tree.map(lambda x: x[p, i], states)
+        weigh = lambda weights: dot("bnts,bnsv->bntv", weights.astype(value.dtype), tiles.value[p, j])
+        state = online.update(state, scores_of(plan, tiles, p, i, j), weigh)
+        return jax.tree.map(lambda x, tile: put(x, tile, p, i), states, state)
 
-def _forward(tiles, content, position, key, value, band, mask):
-    counts = content.shape[0], key.shape[0]
-    shape = content.shape[1:4]
     precise = jnp.promote_types(content.dtype, jnp.float32)
-
-    def query_tile(xs):
-        i, content, position = xs
-
-        def key_tile(carry, xs):
-            top, total, out = carry
-            j, key, value = xs
-            scores = _scores(tiles, counts, content, position, key, band, mask, i, j)
-            new_top = jnp.maximum(top, scores.max(-1))
-            base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            weights = jnp.exp(scores - base[..., None])
-            shrink = jnp.exp(top - base)
-            out = out * shrink[..., None] + _dot("bnqk,bnkv->bnqv", weights.astype(value.dtype), value)
-            return (new_top, total * shrink + weights.sum(-1), out), None
-
-        empty = (jnp.full(shape, -jnp.inf, precise), jnp.zeros(shape, precise),
-                 jnp.zeros((*shape, value.shape[-1]), precise))  # fmt: skip
-        (top, total, out), _ = lax.scan(key_tile, empty, (jnp.arange(counts[1]), key, value))
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        return (out / total[..., None]).astype(value.dtype), jnp.where(some, top, 0.0) + jnp.log(total)
-
-    return lax.map(query_tile, (jnp.arange(counts[0]), content, position))
+    states = sweep(plan, step, online.start(tiles.content.shape[:-1], value.shape[-1], precise))
+    out, lse = (join_rows(x, plan.queries) for x in online.finish(states))
+    out = out.astype(value.dtype)
+    return out, (content, position, key, value, relative_key, mask, out, lse)
 
 
-def _forward_saving(tiles, content, position, key, value, band, mask):
-    out, lse = _forward(tiles, content, position, key, value, band, mask)
-    return out, (content, position, key, value, band, mask, out, lse)
+def _backward(plan, saved, d_out):
+    *arguments, out, lse = saved
+    content, position, key, value, relative_key, _ = arguments
+    tiles = cut(plan, *arguments)
+    rows = *online.residue(out, lse, d_out, jnp.zeros((), lse.dtype)), d_out
+    lse, shift, d_out = (cut_rows(plan, x, plan.query) for x in rows)
 
-
-def _backward(tiles, saved, d_out):
-    content, position, key, value, band, mask, out, lse = saved
-    counts = content.shape[0], key.shape[0]
-    precise = jnp.promote_types(content.dtype, jnp.float32)
-
-    def query_tile(carry, xs):
-        d_key, d_value, d_band = carry
-        i, content, position, out, lse, d_out = xs
-        inner = (out.astype(precise) * d_out.astype(precise)).sum(-1)
-
-        def key_tile(carry, xs):
-            d_content, d_position, d_band = carry
-            j, key, value, d_key, d_value = xs
-            weights = jnp.exp(_scores(tiles, counts, content, position, key, band, mask, i, j) - lse[..., None])
-            d_weights = _dot("bnqv,bnkv->bnqk", d_out, value)
-            d_scores = (weights * (d_weights - inner[..., None])).astype(content.dtype)
-            d_by_distance = _unskew(d_scores)
-            d_value += _dot("bnqk,bnqv->bnkv", weights.astype(d_out.dtype), d_out)
-            d_key += _dot("bnqk,bnqh->bnkh", d_scores, content)
-            d_content += _dot("bnqk,bnkh->bnqh", d_scores, key)
-            near = _band_slice(tiles, counts, band, i, j)
-            d_position += _dot("bnqr,nrh->bnqh", d_by_distance, near)
-            d_near = _band_slice(tiles, counts, d_band, i, j) + _dot("bnqr,bnqh->nrh", d_by_distance, position)
-            d_band = lax.dynamic_update_slice_in_dim(d_band, d_near, _band_start(tiles, counts, i, j), axis=1)
-            return (d_content, d_position, d_band), (d_key, d_value)
-
-        empty = jnp.zeros(content.shape, precise)
-        (d_content, d_position, d_band), (d_key, d_value) = lax.scan(
-            key_tile, (empty, empty, d_band), (jnp.arange(counts[1]), key, value, d_key, d_value)
+    def step(carry, p, i, j):
+        d_content, d_position, d_key, d_value, d_band = carry
+        weights = jnp.exp(scores_of(plan, tiles, p, i, j) - lse[p, i][..., None])
+        d_weights = dot("bntv,bnsv->bnts", d_out[p, i], tiles.value[p, j])
+        d_scores = (weights * (d_weights - shift[p, i][..., None])).astype(content.dtype)
+        d_by_distance = unskew(d_scores)
+        add = lambda x, change, at: put(x, x[p, at] + change, p, at)
+        return (
+            add(d_content, dot("bnts,bnsh->bnth", d_scores, tiles.key[p, j]), i),
+            add(d_position, dot("bntr,nrh->bnth", d_by_distance, near(plan, tiles.band, i, j)), i),
+            add(d_key, dot("bnts,bnth->bnsh", d_scores, tiles.content[p, i]), j),
+            add(d_value, dot("bnts,bntv->bnsv", weights.astype(d_out.dtype), d_out[p, i]), j),
+            add_near(plan, d_band, dot("bntr,bnth->nrh", d_by_distance, tiles.position[p, i]), i, j),
         )
-        return (d_key, d_value, d_band), (d_content.astype(content.dtype), d_position.astype(position.dtype))
 
-    empty = tuple(jnp.zeros(x.shape, precise) for x in (key, value, band))
-    (d_key, d_value, d_band), (d_content, d_position) = lax.scan(
-        query_tile, empty, (jnp.arange(counts[0]), content, position, out, lse, d_out)
-    )
-    return (
-        d_content, d_position, d_key.astype(key.dtype), d_value.astype(value.dtype), d_band.astype(band.dtype), None,
-    )  # fmt: skip
+    *gradients, d_band = sweep(plan, step, tuple(jnp.zeros(x.shape, lse.dtype) for x in tiles[:5]))
+    gradients = [join_rows(x, y.shape[1]).astype(y.dtype) for x, y in zip(gradients, arguments[:4], strict=True)]
+    first = plan.counts[0] * plan.query - plan.queries
+    d_relative = jnp.flip(rearrange(d_band, "n r h -> r n h")[first : first + plan.keys], axis=0)
+    return *gradients, d_relative.astype(relative_key.dtype), None
 
 
-_attend.defvjp(_forward_saving, _backward)
+_attend.defvjp(_forward, _backward)
+
+# Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+_compiled = jax.jit(_attend, static_argnums=0)
