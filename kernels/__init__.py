@@ -3,6 +3,30 @@
 Each operation's public functions state their formula, and take `implementation`: see `dispatch`.
 """
 
-from subquad.kernels import block_sparse, convolution, dispatch, linear, lsh, relative, scan, softmax, ssm, strided
+from subquad.kernels import (
+    block_sparse,
+    convolution,
+    dispatch,
+    linear,
+    lsh,
+    matrix,
+    relative,
+    scan,
+    softmax,
+    ssm,
+    strided,
+)
 
-__all__ = ["block_sparse", "convolution", "dispatch", "linear", "lsh", "relative", "scan", "softmax", "ssm", "strided"]
+__all__ = [
+    "block_sparse",
+    "convolution",
+    "dispatch",
+    "linear",
+    "lsh",
+    "matrix",
+    "relative",
+    "scan",
+    "softmax",
+    "ssm",
+    "strided",
+]
