@@ -132,7 +132,7 @@ def random_feature_attention(
     Example:
         >>> x, projection = jnp.ones((1, 5, 2, 4)), jnp.eye(4)
         >>> value = jnp.arange(10.0).reshape(1, 5, 2, 1)
-        >>> random_feature_attention(x, x, value, projection, is_causal=True)[0, :, 0, 0].round(3).tolist()
+        >>> random_feature_attention(x, x, value, projection, is_causal=True)[0, :, 0, 0].round().tolist()
         [0.0, 1.0, 2.0, 3.0, 4.0]
 
     Source: Choromanski et al., Rethinking Attention with Performers, ICLR 2021, arXiv 2009.14794, eqs. 4 and 5.
