@@ -247,10 +247,14 @@ def scan_forward(
 def scan_backward(
     tokens, d_outputs, taps, tables, jumps, decay_re, decay_im, in_re, in_im, out_re, out_im, entering, d_last,
     d_tokens, d_taps, d_decay_re, d_decay_im, d_in_re, d_in_im, d_out_re, d_out_im, d_start,
-    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, TILES: tl.constexpr,
-    SHARED: tl.constexpr, COMPLEX: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, TILES: tl.constexpr, SHARED: tl.constexpr,
+    COMPLEX: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr, TABLES: tl.constexpr, C: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
-    """All gradients in one pass from the last tile to the first; the states of a tile are made again from `entering`."""
+    """Gradients in one pass from the last tile to the first; the states of a tile are made again from `entering`.
+
+    Those of tokens and of the first state (TOKENS), those of taps and modes (TABLES), or all.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = program % D if SHARED else program
     place, within, column = tl.arange(0, PP), tl.arange(0, C), tl.arange(0, N)
@@ -277,35 +281,41 @@ def scan_backward(
         at_end = tile * N + column[None, :] == LAST
         now = tl.load(tokens + position, mask=position < T, other=0.0).to(tl.float32)
         dy = tl.load(d_outputs + position, mask=position < T, other=0.0).to(tl.float32)
-        add_re = tl.dot(_table(tables, 0, PP, C), now, input_precision=PRECISION)
-        g_re = tl.dot(_table(tables, 1, PP, C), dy, input_precision=PRECISION) + tl.where(at_end, before_re[:, None], 0.0)
-        add_im, g_im = add_re, g_re
+        g_re = tl.dot(_table(tables, 1, PP, C), dy, input_precision=PRECISION)
+        g_re += tl.where(at_end, before_re[:, None], 0.0)
+        g_im = g_re
         if COMPLEX:
-            add_im = tl.dot(_table(tables, 2, PP, C), now, input_precision=PRECISION)
-            g_im = tl.dot(_table(tables, 3, PP, C), dy, input_precision=PRECISION) + tl.where(at_end, before_im[:, None], 0.0)
-        s_re, s_im = _start_of(entering, tile, P, PP, COMPLEX)
-        s_re, s_im, _, _ = _states(add_re, add_im, s_re, s_im, jumps, 1, PP, True, COMPLEX)
+            g_im = tl.dot(_table(tables, 3, PP, C), dy, input_precision=PRECISION)
+            g_im += tl.where(at_end, before_im[:, None], 0.0)
         # The gradients of the states after each chunk, from the outputs of the later chunks.
         g_re, g_im, enter_re, enter_im = _states(g_re, g_im, enter_re, enter_im, jumps, -1, PP, False, COMPLEX)
-
-        result = tl.dot(toeplitz, dy, input_precision=PRECISION)
-        result = tl.dot(tl.trans(_table(tables, 0, PP, C)), g_re, result, input_precision=PRECISION)
-        if COMPLEX:
-            result = tl.dot(tl.trans(_table(tables, 2, PP, C)), g_im, result, input_precision=PRECISION)
-        tl.store(d_tokens + position, result.to(d_tokens.dtype.element_ty), mask=position < T)
-
-        inputs, dy = tl.trans(now), tl.trans(dy)
-        dt = tl.dot(tl.trans(dy), inputs, dt, input_precision=PRECISION)
-        dr_re = tl.dot(s_re, dy, dr_re, input_precision=PRECISION)
-        dw_re = tl.dot(g_re, inputs, dw_re, input_precision=PRECISION)
-        if COMPLEX:
-            dr_im = tl.dot(s_im, dy, dr_im, input_precision=PRECISION)
-            dw_im = tl.dot(g_im, inputs, dw_im, input_precision=PRECISION)
-            dj_re += tl.sum(g_re * s_re + g_im * s_im, axis=1)
-            dj_im += tl.sum(g_im * s_re - g_re * s_im, axis=1)
-        else:
-            dj_re += tl.sum(g_re * s_re, axis=1)
-    _store_state(d_start + program * SIZE, enter_re, enter_im, P, PP, COMPLEX)
+        if TOKENS:
+            result = tl.dot(toeplitz, dy, input_precision=PRECISION)
+            result = tl.dot(tl.trans(_table(tables, 0, PP, C)), g_re, result, input_precision=PRECISION)
+            if COMPLEX:
+                result = tl.dot(tl.trans(_table(tables, 2, PP, C)), g_im, result, input_precision=PRECISION)
+            tl.store(d_tokens + position, result.to(d_tokens.dtype.element_ty), mask=position < T)
+        if TABLES:
+            add_re = tl.dot(_table(tables, 0, PP, C), now, input_precision=PRECISION)
+            add_im = add_re
+            if COMPLEX:
+                add_im = tl.dot(_table(tables, 2, PP, C), now, input_precision=PRECISION)
+            s_re, s_im = _start_of(entering, tile, P, PP, COMPLEX)
+            s_re, s_im, _, _ = _states(add_re, add_im, s_re, s_im, jumps, 1, PP, True, COMPLEX)
+            dt = tl.dot(dy, tl.trans(now), dt, input_precision=PRECISION)
+            dr_re = tl.dot(s_re, tl.trans(dy), dr_re, input_precision=PRECISION)
+            dw_re = tl.dot(g_re, tl.trans(now), dw_re, input_precision=PRECISION)
+            if COMPLEX:
+                dr_im = tl.dot(s_im, tl.trans(dy), dr_im, input_precision=PRECISION)
+                dw_im = tl.dot(g_im, tl.trans(now), dw_im, input_precision=PRECISION)
+                dj_re += tl.sum(g_re * s_re + g_im * s_im, axis=1)
+                dj_im += tl.sum(g_im * s_re - g_re * s_im, axis=1)
+            else:
+                dj_re += tl.sum(g_re * s_re, axis=1)
+    if TOKENS:
+        _store_state(d_start + program * SIZE, enter_re, enter_im, P, PP, COMPLEX)
+    if not TABLES:
+        return
 
     # A tap's gradient is the sum of a diagonal: row i of the skewed matrix holds the i-th diagonal below the main one.
     below = within[:, None] + within[None, :]
@@ -351,7 +361,7 @@ COLUMNS = 16  # chunks of a tile, as `_states` has them
 
 def scan_config(backward: bool, dtype, length: int, pairs: int) -> launch.Config:
     """Chunks of 64 tokens, of 16 in float32, whose products take three times the registers."""
-    chunk = 16 if jnp.dtype(dtype) == jnp.float32 else 32
+    chunk = 16
     return launch.Config(dict(C=chunk, N=COLUMNS), num_warps=8 if backward else 4, num_stages=1)
 
 
@@ -409,7 +419,15 @@ def _scan_run_backward(config, mode, tokens, d_outputs, taps, *rest):
     outputs = dict(d_tokens=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), d_taps=float32(taps.shape[-1]))
     outputs |= {f"d_{name}": float32(pairs) for name in MODES} | dict(d_start=float32(entering.shape[-1]))
     operands = dict(tokens=tokens, d_outputs=full(d_outputs), **tables, **modes, entering=full(entering), d_last=full(d_last))
-    results = launch.call(scan_backward, operands, outputs, **options)
+    def run(tokens, tables):
+        constants = options["constants"] | dict(TOKENS=tokens, TABLES=tables)
+        return launch.call(scan_backward, operands, outputs, **{**options, "constants": constants})
+
+    if tokens.dtype != jnp.float32:
+        results = run(True, True)
+    else:  # the products of float32, each three of TF32, would not leave registers enough for all gradients at once
+        d_tokens, *_, d_start = run(True, False)
+        results = d_tokens, *run(False, True)[1:-1], d_start
     given = [True, True, *(plane is not None for plane in modes.values()), True]
     return tuple(result for result, there in zip(results, given, strict=True) if there)
 
