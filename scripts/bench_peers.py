@@ -48,6 +48,8 @@ def parse():
     for family in arguments.family or ():
         if family not in known:
             raise ValueError(f"--family must be a known name, got {family!r}. {nearest(family, known)}")
+    if min(arguments.length) < 1:
+        raise ValueError(f"--length must be at least 1, got {min(arguments.length)}. Count tokens.")
     return arguments
 
 
@@ -158,7 +160,8 @@ def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     if [array.shape for array in ours] != [array.shape for array in theirs]:
         shapes = [[array.shape for array in arrays] for arrays in (ours, theirs)]
         raise ValueError(f"results have the shapes {shapes[0]} and {shapes[1]}")
-    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
+    # NumPy's maximum, which does not lose what is not a number.
+    return float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True)]))
 
 
 def peak(contest: Contest, case: Case, side: str, word: str, arguments) -> int:

@@ -1,15 +1,14 @@
 """LSH attention."""
 
 from peers import Contest
-from peers.sides import Case, jax_side, layer_side, make_layer, torch_side
+from peers.sides import Case, layer_side, make_layer, mechanism_side, torch_side
 
 CHUNK, HASHES = 64, 4
 OPTIONS = dict(chunk_size=CHUNK, num_hashes=HASHES)
 
 
 def ours(case: Case, is_causal: bool):
-    layer = make_layer(case, "reformer", is_causal=is_causal, **OPTIONS)
-    return jax_side(case, lambda qk, v: layer.attend(qk, qk, v, None), case.draw(2))
+    return mechanism_side(case, make_layer(case, "reformer", is_causal=is_causal, **OPTIONS), 2)
 
 
 def lucidrains(case: Case, is_causal: bool):

@@ -1,7 +1,7 @@
 """Our layers against our own dense softmax, and what each needs at 64K tokens."""
 
 from peers import Contest
-from peers.sides import Case, jax_side, layer_side, make_layer
+from peers.sides import Case, layer_side, make_layer, mechanism_side
 
 # Name in the table: layer, its options (of the length), and whether it is causal.
 LAYERS = {
@@ -26,10 +26,7 @@ def layer(case: Case, title: str):
 
 def mechanism(case: Case, title: str):
     """Query, key and value in, heads out, where the layer is made so."""
-    built = layer(case, title)
-    if LAYERS[title][0] == "reformer":
-        return jax_side(case, lambda qk, v: built.attend(qk, qk, v, None), case.draw(2))
-    return jax_side(case, lambda q, k, v: built.attend(q, k, v, None), case.draw(3))
+    return mechanism_side(case, layer(case, title), 2 if LAYERS[title][0] == "reformer" else 3)
 
 
 def softmax(case: Case, is_causal: bool):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from peers import Contest, dense
-from peers.sides import Case, jax_side, layer_side, make_layer, torch_side
+from peers.sides import Case, jax_side, layer_side, make_layer, mechanism_side, torch_side
 
 WINDOW, BLOCK, STRIDE = 128, 128, 128
 BIGBIRD_BLOCK, BIGBIRD_RANDOM = 64, 3
@@ -49,7 +49,7 @@ def longformer(case: Case):
 
 def ours_blockwise(case: Case):
     layer = make_layer(case, "blockwise", max_length=case.length, block_size=BLOCK, shifts=[0] * case.heads)
-    return jax_side(case, lambda q, k, v: layer.attend(q, k, v, None), case.draw(3))
+    return mechanism_side(case, layer)
 
 
 def local_blocks(case: Case):
@@ -103,7 +103,7 @@ def bigbird(case: Case):
 
 def ours_strided(case: Case):
     layer = make_layer(case, "strided", stride=STRIDE, is_causal=True)
-    return jax_side(case, lambda q, k, v: layer.attend(q, k, v, None), case.draw(3))
+    return mechanism_side(case, layer)
 
 
 CONTESTS = [

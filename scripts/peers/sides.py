@@ -106,6 +106,20 @@ def layer_side(case: Case, layer, call: Callable = lambda layer, tokens: layer(t
     )
 
 
+def mechanism_side(case: Case, layer, count: int = 3) -> Side:
+    """Ours: what a layer does between its projections, with gradients of the `count` arrays [B, T, N, H] it is given.
+
+    Two arrays are a shared query and key, and a value.
+    """
+    from flax import nnx
+
+    graph, state = nnx.split(layer)
+    words = lambda arrays: (arrays[0], *arrays) if count == 2 else arrays
+    return jax_side(
+        case, lambda *arrays: nnx.merge(graph, arrays[-1]).attend(*words(arrays[:-1]), None), case.draw(count), (state,)
+    )
+
+
 def make_layer(case: Case, name: str, **options):
     """A layer of the zoo for the width, heads and dtype of the case."""
     from flax import nnx
