@@ -34,36 +34,43 @@ def calling(function, **options):
 BENCH = drawing(1, 4, 64, 64)
 LAST = np.arange(120, 128)[None]
 
+SHORT = (1, 7, 63, 129)
+
 SPECS = [
     Spec(
         "strided.attention",
         "causal",
         drawing(1),
-        calling(strided.attention, stride=11, window_size=11, is_causal=True),
+        calling(strided.attention, stride=5, window_size=5, is_causal=True),
+        lengths=(*SHORT, 100, 500),
     ),
     Spec(
         "strided.attention",
         "padding",
-        drawing(heads=3, values=5, padding=True),
-        calling(strided.attention, stride=20, window_size=33),
+        drawing(heads=1, values=5, padding=True),
+        calling(strided.attention, stride=6, window_size=9),
+        lengths=SHORT,
     ),
     Spec(
         "strided.attention",
         "steps only",
-        drawing(features=40),
+        drawing(1, features=40),
         calling(strided.attention, stride=3, window_size=None, is_causal=True),
+        lengths=(7, 63),
     ),
     Spec(
         "strided.fixed",
         "causal",
         drawing(heads=3, padding=True),
         calling(strided.fixed, block_size=24, columns=np.array([[22, 23], [1, 20], [0, 23]]), is_causal=True),
+        lengths=(*SHORT, 100, 500),
     ),
     Spec(
         "strided.fixed",
         "columns only",
-        drawing(),
+        drawing(1),
         calling(strided.fixed, block_size=16, columns=np.array([[3, 14, 15]]), own_block=False),
+        lengths=SHORT,
     ),
     Spec(
         "strided.attention",
@@ -71,7 +78,7 @@ SPECS = [
         drawing(1, 1),
         calling(strided.attention, stride=128, window_size=128, is_causal=True),
         make_bench=BENCH,
-        lengths=(300,),
+        lengths=(129,),
     ),
     Spec(
         "strided.fixed",

@@ -437,10 +437,14 @@ def heuristic(kernel: str, kind: str, reach: int, features: int, dtype) -> launc
         reach: rows of a column for "steps", else about as many keys as a query sees.
         features: the larger of H and V, as a block.
     """
-    wide = 2 if jnp.dtype(dtype) == jnp.float32 else 1
-    most = 64 if features * wide <= 128 else 32
-    size = min(most, max(16, triton.next_power_of_2(reach)))
-    return launch.Config({"BLOCK_QUERIES": size, "BLOCK_KEYS": min(size, 32) if wide == 2 else size}, 4, 2)
+    # float32 is multiplied in three parts, which takes registers; a gradient of keys has two sums to keep.
+    wide = jnp.dtype(dtype) == jnp.float32
+    own, step = 64, (16 if kernel == "key_gradient" else 32) if wide else 64
+    if features > (64 if wide else 128):
+        own, step = 32 if kernel == "forward" else 16, 16
+    own, step = (min(size, max(16, triton.next_power_of_2(reach))) for size in (own, step))
+    names = ("BLOCK_KEYS", "BLOCK_QUERIES") if kernel == "key_gradient" else ("BLOCK_QUERIES", "BLOCK_KEYS")
+    return launch.Config(dict(zip(names, (own, step), strict=True)), 8 if features > 64 else 4, 2)
 
 
 def launch_kernel(kernel, run: Run, pattern: Pattern, scale: float, mode, inputs, outputs):

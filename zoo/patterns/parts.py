@@ -1,8 +1,8 @@
-"""The pieces of which strided attention is made: each attends to one set of keys, none to a T x T array.
+"""The pieces of which strided attention is made when it extends a sequence: each attends to one set of cached keys.
 
 A piece returns a list of (out [B, T, N, V], lse [B, T, N]), one per disjoint set of keys, for `softmax.merge`. `attend`
-is `softmax.attention` that returns both; `valid` is bool [B|1, S] or None. The `cached` pieces serve T tokens from
-position `start` on, at most one stride of them, and see the whole cache at a cost of what they read of it.
+is `softmax.attention` that returns both. A piece serves T tokens from position `start` on, at most one stride of them,
+and sees the whole cache at a cost of what it reads of it.
 """
 
 from collections.abc import Callable
@@ -38,25 +38,14 @@ def mask_of(valid):
     return valid[:, None, None]
 
 
-def beyond(attend: Attend, query, keys: Keys, at, of, gap: int, is_causal: bool, mask=None) -> Parts:
-    """Keys of row `of` that lies at least `gap` before the query's row `at`; if not causal, also those after it."""
-    mask = mask_of(keys.valid) if mask is None else mask
-    if gap == 0 and not is_causal:
-        return [attend(query, keys.key, keys.value, mask=mask)]
-    rows = dict(mask=mask, key_positions=of)
-    parts = [attend(query, keys.key, keys.value, is_causal=True, query_positions=at - gap, **rows)]
-    if not is_causal:
-        parts.append(attend(query, keys.key, keys.value, window_size=(0, None), query_positions=at + gap, **rows))
-    return parts
+def before(attend: Attend, query, keys: Keys, at, of, gap: int, mask) -> Parts:
+    """Keys of row `of` that lies at least `gap` before the query's row `at`."""
+    return [
+        attend(query, keys.key, keys.value, mask=mask, is_causal=True, query_positions=at - gap, key_positions=of)
+    ]
 
 
-def window(attend: Attend, query, keys: Keys, size: int, is_causal: bool) -> Parts:
-    """The keys at most `size` positions away."""
-    sides = (size, 0 if is_causal else size)
-    return [attend(query, keys.key, keys.value, mask=mask_of(keys.valid), window_size=sides)]
-
-
-def window_cached(attend: Attend, query, cache: Keys, start, size: int) -> Parts:
+def window(attend: Attend, query, cache: Keys, start, size: int) -> Parts:
     tokens, room = query.shape[1], cache.key.shape[1]
     reach = min(room, size + tokens)
     first = jnp.clip(start - size, 0, room - reach)
@@ -68,24 +57,7 @@ def window_cached(attend: Attend, query, cache: Keys, start, size: int) -> Parts
     ]  # fmt: skip
 
 
-def residues(attend: Attend, query, keys: Keys, stride: int, gap: int, is_causal: bool) -> Parts:
-    """The keys at a distance of m strides, m >= gap: one small attention for each remainder of the position."""
-    tokens = query.shape[1]
-    stride = min(stride, tokens)
-    rows = -(-tokens // stride)
-    if rows <= gap:
-        return []
-
-    def classes(array):
-        return rearrange(pad(array, rows * stride), "b (i r) ... -> (b r) i ...", r=stride)
-
-    at = np.arange(rows)[None]
-    parts = beyond(attend, classes(query), keys.map(classes), at, at, gap, is_causal)
-    back = lambda array: rearrange(array, "(b r) i ... -> b (i r) ...", r=stride)[:, :tokens]
-    return [(back(out), back(lse)) for out, lse in parts]
-
-
-def residues_cached(attend: Attend, query, cache: Keys, start, stride: int, gap: int) -> Parts:
+def residues(attend: Attend, query, cache: Keys, start, stride: int, gap: int) -> Parts:
     tokens, rows = query.shape[1], 1 + -(-cache.key.shape[1] // stride)
 
     def classes(array):
@@ -96,26 +68,14 @@ def residues_cached(attend: Attend, query, cache: Keys, start, stride: int, gap:
         return rearrange(rearrange(array, "b (i r) ... -> b i r ...", r=stride)[:, :, :tokens], "b i u ... -> (b u) i ...")
 
     own = rearrange(query, "b u n h -> (b u) 1 n h")
-    parts = beyond(attend, own, cache.map(classes), (start // stride)[None, None] + 1, np.arange(rows)[None], gap, True)
+    seen = cache.map(classes)
+    at, of = (start // stride)[None, None] + 1, np.arange(rows)[None]
+    parts = before(attend, own, seen, at, of, gap, mask_of(seen.valid))
     back = lambda array: rearrange(array, "(b u) 1 ... -> b u ...", u=tokens)
     return [(back(out), back(lse)) for out, lse in parts]
 
 
-def block(attend: Attend, query, keys: Keys, size: int, is_causal: bool, columns=None) -> Parts:
-    """The keys of the query's own block; only `columns` of it, int [N, c], where given."""
-    tokens, heads = query.shape[1:3]
-    is_column = column_mask(columns, heads, size)[:, :tokens]
-    size = min(size, tokens)
-    count = -(-tokens // size)
-    blocks = lambda array: rearrange(pad(array, count * size), "b (i r) ... -> (b i) r ...", r=size)
-    seen = keys.map(blocks)
-    mask = mask_of(seen.valid) & is_column[None, :, None]
-    out, lse = attend(blocks(query), seen.key, seen.value, mask=mask, is_causal=is_causal)
-    back = lambda array: rearrange(array, "(b i) r ... -> b (i r) ...", i=count)[:, :tokens]
-    return [(back(out), back(lse))]
-
-
-def block_cached(attend: Attend, query, cache: Keys, start, size: int, columns=None) -> Parts:
+def block(attend: Attend, query, cache: Keys, start, size: int, columns=None) -> Parts:
     (tokens, heads), room = query.shape[1:3], cache.key.shape[1]
     reach = min(room, 2 * size)  # the tokens lie in at most two blocks
     first = jnp.clip(start // size * size, 0, room - reach)
@@ -135,20 +95,18 @@ def column_mask(columns: np.ndarray | None, heads: int, size: int) -> np.ndarray
     return (np.arange(size) == columns[..., None]).any(1)
 
 
-def summaries(attend: Attend, query, keys: Keys, at: Int[Array, "1 T"], size: int, is_causal: bool, columns) -> Parts:
-    """The summary columns, int [N, c], of the blocks before (or after) the query's block `at`."""
-    room = keys.key.shape[1]
-    # The last block comes before no block.
-    count = (room - 1) // size if is_causal else -(-room // size)
-    if count <= (0 if is_causal else 1):
+def summaries(attend: Attend, query, cache: Keys, at: Int[Array, "1 T"], size: int, columns) -> Parts:
+    """The summary columns, int [N, c], of the blocks before the query's block `at`."""
+    count = (cache.key.shape[1] - 1) // size  # the last block comes before no block
+    if count == 0:
         return []
     heads = np.arange(len(columns))
 
     def pick(array):  # [B, S, N, ...] -> [B, (I c), N, ...]
-        array = rearrange(pad(array[:, : count * size], count * size), "b (i r) ... -> b i r ...", r=size)
+        array = rearrange(array[:, : count * size], "b (i r) ... -> b i r ...", r=size)
         return rearrange(array[:, :, columns.T, heads], "b i c ... -> b (i c) ...")
 
-    valid = pick(repeat(keys.valid, "b s -> b s n", n=len(heads)))
-    seen = Keys(pick(keys.key), pick(keys.value), keys.valid)
+    valid = pick(repeat(cache.valid, "b s -> b s n", n=len(heads)))
+    seen = Keys(pick(cache.key), pick(cache.value), cache.valid)
     of = np.arange(count).repeat(columns.shape[1])[None]
-    return beyond(attend, query, seen, at, of, 1, is_causal, mask=rearrange(valid, "b s n -> b n 1 s"))
+    return before(attend, query, seen, at, of, 1, rearrange(valid, "b s n -> b n 1 s"))

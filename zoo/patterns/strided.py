@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.kernels import softmax
+from subquad.kernels import block_sparse, softmax, strided
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
 from subquad.zoo.cache import KVCache, append
@@ -97,33 +97,27 @@ class StridedAttention(Attention):
         return l - c * (turn[:, None] + 1) + np.arange(c)
 
     def attend(self, query, key, value, mask):
-        tokens = query.shape[1]
-        valid = jnp.ones((len(query), tokens), bool) if mask is None else mask[:, 0, 0]
-        keys = parts.Keys(key, value, jnp.broadcast_to(valid, key.shape[:2]))
-        l, at = self.stride, np.arange(tokens)[None] // self.stride
-
-        def near(attend, query, keys):
-            piece = parts.window if self.kind == "strided" else parts.block
-            return piece(attend, query, keys, l, self.is_causal)
-
-        def far(attend, query, keys, alone):
-            if self.kind == "strided":
-                return parts.residues(attend, query, keys, l, 0 if alone else 2, self.is_causal)
-            columns = self.columns(query.shape[2])
-            own = parts.block(attend, query, keys, l, self.is_causal, columns) if alone else []
-            return own + parts.summaries(attend, query, keys, at, l, self.is_causal, columns)
-
-        return self.mix(query, keys, near, far)
-
-    def mix(self, query, keys, near, far):
-        """Both sets of keys in all heads, or one in even heads and the other in odd heads."""
-        attend = functools.partial(softmax.attention, return_lse=True, implementation=self.implementation)
+        l, options = self.stride, dict(mask=mask, is_causal=self.is_causal, implementation=self.implementation)
+        if self.kind == "strided":
+            union = functools.partial(strided.attention, stride=l, window_size=l, **options)
+            near = functools.partial(softmax.attention, window_size=l, **options)
+            far = functools.partial(strided.attention, stride=l, window_size=None, **options)
+        else:
+            fixed = functools.partial(strided.fixed, block_size=l, **options)
+            columns = lambda query: self.columns(query.shape[2] if self.distinct_summary else 1)
+            union = lambda *arrays: fixed(*arrays, columns=columns(arrays[0]))
+            far = lambda *arrays: fixed(*arrays, columns=columns(arrays[0]), own_block=False)
+            own = np.arange(-(-query.shape[1] // l))[None, :, None]
+            near = functools.partial(block_sparse.attention, blocks=own, block_size=l, **options)
         if self.heads == "merged":
-            return combine(near(attend, query, keys) + far(attend, query, keys, alone=False))
-        halves = [(query[:, :, i::2], parts.Keys(keys.key[:, :, i::2], keys.value[:, :, i::2], keys.valid)) for i in (0, 1)]
-        outputs = combine(near(attend, *halves[0])), combine(far(attend, *halves[1], alone=True))
+            return union(query, key, value)
+        return self.separate(near, far, query, key, value)
+
+    def separate(self, near, far, *arrays):
+        """`near` of the even heads and `far` of the odd ones, of arrays [B, T, N, ...]."""
+        even, odd = (function(*(array[:, :, start::2] for array in arrays)) for start, function in enumerate((near, far)))
         order = np.argsort(np.arange(self.num_heads) % 2, kind="stable")
-        return jnp.concatenate(outputs, axis=2)[:, :, np.argsort(order)]
+        return jnp.concatenate([even, odd], axis=2)[:, :, np.argsort(order)]
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         require_extend(self)
@@ -132,23 +126,27 @@ class StridedAttention(Attention):
     def attend_cached(self, query, key, value, mask, cache):
         start, l = cache.length, self.stride
         cache = append(cache, key, value, None if mask is None else mask[:, 0, 0])
-        keys = parts.Keys(cache.key.astype(query.dtype), cache.value.astype(query.dtype), cache.valid)
+        keys = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+        attend = functools.partial(softmax.attention, return_lse=True, implementation=self.implementation)
 
         def chunk(query, start):
             at = (start + jnp.arange(query.shape[1]))[None] // l
 
-            def near(attend, query, keys):
-                piece = parts.window_cached if self.kind == "strided" else parts.block_cached
-                return piece(attend, query, keys, start, l)
+            def near(query, *keys):
+                piece = parts.window if self.kind == "strided" else parts.block
+                return piece(attend, query, parts.Keys(*keys, cache.valid), start, l)
 
-            def far(attend, query, keys, alone):
+            def far(query, *keys, alone=True):
+                seen = parts.Keys(*keys, cache.valid)
                 if self.kind == "strided":
-                    return parts.residues_cached(attend, query, keys, start, l, 0 if alone else 2)
+                    return parts.residues(attend, query, seen, start, l, 0 if alone else 2)
                 columns = self.columns(query.shape[2])
-                own = parts.block_cached(attend, query, keys, start, l, columns) if alone else []
-                return own + parts.summaries(attend, query, keys, at, l, True, columns)
+                own = parts.block(attend, query, seen, start, l, columns) if alone else []
+                return own + parts.summaries(attend, query, seen, at, l, columns)
 
-            return self.mix(query, keys, near, far)
+            if self.heads == "merged":
+                return combine(near(query, *keys) + far(query, *keys, alone=False))
+            return self.separate(lambda *a: combine(near(*a)), lambda *a: combine(far(*a)), query, *keys)
 
         return in_chunks(chunk, query, start, l), cache
 
