@@ -20,6 +20,7 @@ import numpy as np
 from subquad.lra.checkpoints import RunError, line
 
 QUICK = 0.2  # seconds below which a call is made once untimed before it is timed: its data may have left the caches
+SLOW = 2.0  # seconds from which even the first call counts
 REST = 0.005  # seconds for the threads of the side before to fall asleep
 
 
@@ -67,6 +68,7 @@ def alternate(
     seconds: float = 2.0,
     repeats: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    inspect: Callable[[list[Any]], None] | None = None,
 ) -> list[Spread]:
     """Times the calls in turn: one of each, then again.
 
@@ -75,20 +77,27 @@ def alternate(
         seconds: for all timed calls together; at least two rounds are made, at most fifty.
         repeats: rounds, whatever they take. None: by `seconds`.
         clock: what the calls are timed with.
+        inspect: is given the results of the first calls, before any timing.
     Returns: a `Spread` for each.
     """
     times: list[list[float]] = [[] for _ in calls]
-    quick = []
-    for call in calls:
-        began = time.perf_counter()
-        call()
-        quick.append(time.perf_counter() - began < QUICK)
+    first, quick = [], []
+    for call, taken in zip(calls, times, strict=True):
+        start = clock()
+        first.append(call())
+        seen = clock() - start
+        quick.append(seen < QUICK)
+        if seen >= SLOW:
+            taken.append(seen)  # what the first call does more than others is lost in it
+    if inspect is not None:
+        inspect(first)
+    first.clear()
     least, most = (repeats, repeats) if repeats else (2, 50)
     gc.collect()
     gc.disable()
     try:
         began = time.perf_counter()
-        while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() - began < seconds):
+        while min(map(len, times)) < least or (len(times[0]) < most and time.perf_counter() - began < seconds):
             for call, taken, again in zip(calls, times, quick, strict=True):
                 time.sleep(REST)
                 if again:

@@ -23,7 +23,7 @@ KEY = ("family", "contest", "device", "length", "batch", "heads", "features", "d
 NUMBERS = (
     *(f"{side}_{word}" for side in ("ours", "theirs") for word in ("ms", "lower_ms", "median_ms", "upper_ms")),
     "calls", "time_ratio", "ours_peak_bytes", "theirs_peak_bytes", "memory_ratio", "ours_temporary_bytes",
-    "ours_compile_seconds", "difference",
+    "theirs_temporary_bytes", "ours_compile_seconds", "difference",
 )  # fmt: skip
 FIELDS = ("status", *KEY, "clock", *NUMBERS, "peer", "note", "torch", "commit", "versions", "hardware", "finished_utc")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 4e-2, "float16": 1e-2}  # of the largest number, where both sides compute the same
@@ -131,17 +131,23 @@ def compare(contest: Contest, case: Case, sides, direction: str, arguments) -> d
     word = DIRECTIONS[direction]
     calls = [getattr(side, word) for side in sides]
     found = facts(sides[0], word)
-    if contest.same:
-        found["difference"] = difference(*(side.results(call()) for side, call in zip(sides, calls, strict=True)))
+
+    def agree(outputs):
+        found["difference"] = difference(*(side.results(output) for side, output in zip(sides, outputs, strict=True)))
         if not found["difference"] <= TOLERANCE[case.dtype]:
             raise ValueError(f"results differ by {found['difference']:.1e} of the largest")
-    spreads = racing.alternate(calls, seconds=arguments.seconds, clock=racing.clock_of(arguments.threads))
+
+    clock = racing.clock_of(arguments.threads)
+    spreads = racing.alternate(calls, seconds=arguments.seconds, clock=clock, inspect=agree if contest.same else None)
     for side, spread in zip(("ours", "theirs"), spreads, strict=True):
         for name in ("lower", "median", "upper"):
             found[f"{side}_{name}_ms"] = round(1e3 * getattr(spread, name), 4)
         found[f"{side}_ms"] = round(1e3 * spread.best, 4)
     found |= calls_and_ratio(spreads)
-    if not arguments.no_memory:
+    if theirs := sides[1].facts(word):  # both are compiled, so the compiler knows
+        found["theirs_temporary_bytes"] = theirs["temporary_bytes"]
+        found["memory_ratio"] = round(found["ours_temporary_bytes"] / max(theirs["temporary_bytes"], 1), 3)
+    elif not arguments.no_memory:
         ours, theirs = (peak(contest, case, side, word, arguments) for side in ("ours", "theirs"))
         found |= dict(ours_peak_bytes=ours, theirs_peak_bytes=theirs, memory_ratio=round(ours / max(theirs, 1), 3))
     return found

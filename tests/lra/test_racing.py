@@ -27,10 +27,18 @@ def test_calls_are_made_in_turn_and_each_is_timed():
         return run
 
     slow, fast = racing.alternate([call("a", 3.0), call("b", 1.0)], repeats=4, clock=lambda: now[0])
-    assert slow == racing.Spread(3.0, 3.0, 3.0, 3.0, 4)
+    assert slow == racing.Spread(3.0, 3.0, 3.0, 3.0, 5)  # so slow that the first call counts
     assert (fast.best, fast.calls) == (1.0, 4)
-    # Quick calls are made once untimed before each timed one.
-    assert order == ["a", "b"] + ["a", "a", "b", "b"] * 4
+    assert order == ["a", "b"] * 5
+    order.clear()
+    racing.alternate([call("a", 0.1), call("b", 1.0)], repeats=2, clock=lambda: now[0])
+    assert order == ["a", "b"] + ["a", "a", "b"] * 2  # a quick call is made once untimed before each timed one
+
+
+def test_the_first_results_are_shown_before_any_timing():
+    seen = []
+    racing.alternate([lambda: seen.append("a") or 1, lambda: 2], repeats=2, inspect=lambda found: seen.append(list(found)))
+    assert seen[:2] == ["a", [1, 2]]
 
 
 def test_a_spread_holds_minimum_and_quartiles():
@@ -51,7 +59,7 @@ def test_threads_must_be_there():
 def test_growth_is_what_a_call_takes_at_its_largest():
     environment = {**os.environ, **racing.PLAIN_MALLOC}
     done = subprocess.run([sys.executable, "-c", GROW], env=environment, capture_output=True, text=True, check=True)
-    assert 50 * 2**20 <= int(done.stdout) < 54 * 2**20
+    assert 49 * 2**20 <= int(done.stdout) < 54 * 2**20  # the system counts in strides
 
 
 def test_rates_are_finite_and_plausible():
