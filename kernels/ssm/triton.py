@@ -359,17 +359,15 @@ def scan_backward(
 COLUMNS = 16  # chunks of a tile, as `_states` has them
 
 
-def scan_config(backward: bool, dtype, length: int, pairs: int) -> launch.Config:
-    """Chunks of 64 tokens, of 16 in float32, whose products take three times the registers."""
-    chunk = 16
-    return launch.Config(dict(C=chunk, N=COLUMNS), num_warps=8 if backward else 4, num_stages=1)
+# Chunks of 16 tokens: twice that runs out of registers in the backward kernel where a state is 64.
+SCAN_CONFIG = launch.Config(dict(C=16, N=COLUMNS), num_warps=4, num_stages=1)
 
 
 MODES = ("decay_re", "decay_im", "in_re", "in_im", "out_re", "out_im")
 
 
 def _scan_tables(modes, chunk, padded):
-    """writes and reads (transposed) [1, D, 2 or 4, PP, C] of the planes of modes, and decay^(C, 2 C, .. 16 C) [1, D, 5.., PP]."""
+    """Writes and reads (transposed) [1, D, 2 or 4, PP, C], and decay^(C, 2 C, .. 16 C), [1, D, 5.., PP]."""
     fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padded - x.shape[-1])))
     decay, drive, reads = (fill(re) if im is None else jax.lax.complex(fill(re), fill(im))
                            for re, im in (modes[:2], modes[2:4], modes[4:]))  # fmt: skip
@@ -462,8 +460,8 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     length, pairs = inputs.shape[1], log_decay.shape[1]
     is_complex = jnp.iscomplexobj(log_decay)
     sizes = dict(length=length, pairs=pairs, dtype=inputs.dtype.name)
-    forward = launch.config("scan_forward", scan_config(False, inputs.dtype, length, pairs), **sizes)
-    backward = launch.config("scan_backward", scan_config(True, inputs.dtype, length, pairs), **sizes)
+    forward = launch.config("scan_forward", SCAN_CONFIG, **sizes)
+    backward = launch.config("scan_backward", SCAN_CONFIG, **sizes)
     chunk = forward.blocks["C"]
     if backward.blocks != forward.blocks:  # the states that the forward saves are those that the backward starts from
         backward = launch.Config(forward.blocks, backward.num_warps, backward.num_stages)
