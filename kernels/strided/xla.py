@@ -17,7 +17,7 @@ from subquad.kernels.softmax import online
 from subquad.kernels.strided.pattern import Pattern
 
 # Bytes of one tile of logits; the rows of queries and of keys in it. On an accelerator every step is a launch.
-CPU_TILE, ACCELERATOR_TILE = (1 << 19, 64, 512), (1 << 26, 1024, 2048)
+CPU_TILE, ACCELERATOR_TILE = (1 << 19, 64, 256), (1 << 26, 1024, 2048)
 
 
 @dataclasses.dataclass(frozen=True)

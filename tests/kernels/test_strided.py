@@ -96,9 +96,9 @@ def test_a_future_token_changes_no_past_output():
     (query, key, value), _ = draw(60)
     for function, options in CALLS.values():
         attend = lambda key, value: function(query, key, value, **options, is_causal=True)  # noqa: B023
-        out, later = attend(key, value), attend(key.at[:, 40].mul(1e4), value.at[:, 40].mul(1e4))
-        np.testing.assert_array_equal(out[:, :40], later[:, :40])
-        assert not np.allclose(out[:, 40:], later[:, 40:])
+        out, later = attend(key, value), attend(key.at[:, 46].mul(1e4), value.at[:, 46].mul(1e4))
+        np.testing.assert_array_equal(out[:, :46], later[:, :46])
+        assert not np.allclose(out[:, 46:], later[:, 46:])
 
 
 def test_a_stride_over_everything_is_the_window():
@@ -118,7 +118,7 @@ def test_steps_visit_what_is_visible_and_little_else():
                 pairs += len(np.frombuffer(sweep.work, np.int32)) // 8 * per_step * queries * keys
             # What a row sees on average: its near keys, and its far ones, of which a row in the middle has half.
             far = length / stride / 2 * (1 if columns is None else 2)
-            assert pairs / length < 1.5 * stride + 2.2 * far
+            assert pairs / length <= 2 * (stride + far)
 
 
 def test_memory_grows_linearly_and_stays_below_dense_attention():
@@ -152,7 +152,7 @@ REFUSALS = [
     (ValueError, "attention: window_size must be None", strided.attention, {"window_size": 2.5}),
     (TypeError, "attention: mask must be boolean", strided.attention, {"mask": np.ones((1, 1, 1, 5))}),
     (ValueError, "attention: mask must be key padding", strided.attention, {"mask": np.ones((1, 1, 5, 5), bool)}),
-    (ValueError, "attention: key must have the query's shape", strided.attention, {"key": jnp.ones((2, 5, 2, 8))}),
+    (ValueError, "attention: key must have the query's shape", strided.attention, {"key": jnp.ones((2, 5, 2, 8)), "value": jnp.ones((2, 5, 2, 8))}),
     (ValueError, "fixed: block_size must be a positive", strided.fixed, {"block_size": 2.0}),
     (TypeError, "fixed: columns must be a NumPy array", strided.fixed, {"columns": jnp.zeros((1, 1), int)}),
     (TypeError, "fixed: columns must be a NumPy array", strided.fixed, {"columns": np.zeros((1, 1))}),
