@@ -75,7 +75,7 @@ def sweep_of(pattern: Pattern, batch: int, length: int, heads: int, kind: str) -
         first, last = np.zeros_like(starts), np.minimum(keys, seen) if causal else np.full_like(ends, keys)
     limit = pattern.summaries(length) if kind == "columns" else rows
     first, last = np.maximum(first, 0), np.minimum(last, limit)
-    keys = balance(max(1, (last - first).max()), most_keys)
+    keys = balance(max(1, int((last - first).max())), most_keys)
 
     area = max(1, size // (4 * heads * queries * keys))
     samples = max(part for part in range(1, batch + 1) if batch % part == 0 and part <= max(1, area))
