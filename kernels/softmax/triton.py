@@ -24,7 +24,7 @@ from subquad.kernels.softmax import online
 from subquad.kernels.softmax.xla import Visible
 
 LOG2_E = math.log2(math.e)
-LARGEST_HEAD = 256
+LARGEST_HEAD = 128
 # Bytes of keys and values of the heads that run side by side: they should stay in the L2 cache.
 CACHE_BYTES = 16 << 20
 
@@ -600,33 +600,42 @@ def bounds_of(geometry: Geometry, visible: Visible, query_tile: int, key_tile: i
 # ------------------------------------------------------------------------------------------------------------- the sizes
 
 
+# Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small. By features of a head.
+FLOAT32_TILES = {
+    "softmax_forward": {64: (64, 32, 4, 2), LARGEST_HEAD: (32, 16, 4, 1)},
+    "softmax_backward_query": {64: (64, 32, 4, 2), LARGEST_HEAD: (16, 32, 4, 1)},
+    "softmax_backward_key": {64: (32, 32, 4, 1), LARGEST_HEAD: (16, 16, 4, 1)},
+    "softmax_backward_bias": {64: (32, 32, 4, 2), LARGEST_HEAD: (32, 16, 4, 2)},
+}
+
+
 def tile_sizes(
-    kernel: str, dtype, features: int, reach: int | None, block_size: int | None, mode: launch.Mode
+    kernel: str, dtype, features: int, biased: bool, reach: int | None, block_size: int | None, mode: launch.Mode
 ) -> launch.Config:
-    """The heuristic configuration of a kernel: what compiles without spills for the card.
+    """The heuristic configuration of a kernel: the largest that compiles without spills.
 
     Args:
         features: the larger of H and V, padded.
+        biased: whether there is a bias, whose tiles take shared memory.
         reach: keys that one query can see at most, where that is known.
         block_size: of a pattern.
     """
     if mode == "interpret":  # there a step costs the same whatever its size
         return launch.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
     hopper = (launch.capability() or 90) >= 90
+    # Tiles that stick out of a narrow band, or of a block, are wasted work.
+    narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
     if dtype == jnp.float32:
-        query, key, warps, stages = (64, 32, 4, 2) if features <= 64 else (32, 16, 4, 1)
-    elif features > 128:
-        query, key, warps, stages = 64, 32, 8, 1
-    elif kernel == "softmax_forward":
-        query, key, warps, stages = (128, 128 if hopper else 64, 8, 3 if hopper else 2)
+        sizes = next(sizes for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
+    elif narrow or kernel == "softmax_backward_bias" or not hopper and kernel != "softmax_forward":
+        sizes = 64, 64, 4, 2
+    elif kernel == "softmax_forward" and hopper and not biased:
+        sizes = 128, 128, 8, 3
     else:
-        query, key, warps, stages = (128, 64, 8, 2) if hopper else (64, 64, 4, 2)
+        sizes = 128, 64, 8, 2
+    query, key, warps, stages = sizes
     if kernel == "softmax_backward_key":
         query, key = key, query
-    # Tiles that stick out of a narrow band or of a block are wasted work.
-    for narrow in (reach, block_size):
-        if narrow is not None and narrow < 4 * query and query > 64 or narrow is not None and narrow < 4 * key and key > 64:
-            query, key, warps = min(query, 64), min(key, 64), 4
     return launch.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
 
 
@@ -637,9 +646,9 @@ def config_of(kernel: str, plan: "Plan", query, key, value) -> launch.Config:
     band = geometry.left, geometry.right
     reach = None if None in band else sum(band) + 1
     size = max(padded(features), padded(value_features))
-    config = tile_sizes(kernel, query.dtype, size, reach, geometry.block_size, plan.mode)
+    config = tile_sizes(kernel, query.dtype, size, plan.biased, reach, geometry.block_size, plan.mode)
     if plan.mode == "triton":
-        sizes = dict(dtype=query.dtype.name, features=size, reach=reach, block_size=geometry.block_size)
+        sizes = dict(dtype=query.dtype.name, features=size, biased=plan.biased, reach=reach, block_size=geometry.block_size)
         config = launch.config(kernel, config, **sizes)
     blocks = {name: min(config.blocks[name], padded(length)) for name, length in (("BLOCK_Q", queries), ("BLOCK_K", keys))}
     return dataclasses.replace(config, blocks=blocks)
@@ -659,6 +668,7 @@ class Plan:
 
     geometry: Geometry
     scale: float
+    biased: bool
     samples: int  # that share one bias
     mode: launch.Mode
 
@@ -849,7 +859,7 @@ def listed(query, key, value, bias, visible: Visible, band, scale: float, blocks
         block_size=block_size,
     )
     shared = bias is not None and len(bias) == 1
-    plan = Plan(geometry, scale, len(query) if shared else 1, mode)
+    plan = Plan(geometry, scale, bias is not None, len(query) if shared else 1, mode)
     return flash(plan, query, key, value, bias, Visible(*arrays, *visible[2:]))
 
 
