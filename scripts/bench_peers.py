@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 from peers import Contest, contests
 from peers.sides import Case
@@ -39,7 +40,7 @@ def parse():
     words = list(DIRECTIONS)
     parser.add_argument("--direction", nargs="+", default=words, choices=words, help="both: with the backward pass")
     parser.add_argument("--match", default="", metavar="TEXT", help="only races whose name holds this")
-    parser.add_argument("--threads", type=int, default=1, help="of either side; default: 1, timed by the processor's clock")
+    parser.add_argument("--threads", type=int, default=None, help="of either side; default: 1 with --device cpu, else all")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing per race and direction; default: 4")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out: no further processes")
     parser.add_argument("--out", default="runs/bench/peers_DEVICE.csv", help="CSV; its other rows stay; default: %(default)s")
@@ -55,7 +56,12 @@ def parse():
 
 def main() -> int:
     arguments = parse()
-    racing.limit_threads(arguments.threads)
+    if arguments.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        arguments.threads = 1 if arguments.threads is None else arguments.threads
+    arguments.threads = racing.limit_threads(arguments.threads)
+    # One thread on a processor has a clock of its own, which other programs do not stretch.
+    arguments.clock = racing.clock_of(arguments.threads if arguments.device == "cpu" else 0)
     if arguments.measure:
         print(json.dumps(measure(json.loads(arguments.measure))))
         return 0
@@ -82,16 +88,15 @@ def main() -> int:
 
 def cases(contest: Contest, arguments) -> list[Case]:
     given = dict(dtype=arguments.dtype, device=arguments.device)
-    if "length" in contest.fixed:
-        return [Case(**{**given, **contest.fixed})]
-    return [Case(**{**given, "length": length, **contest.fixed}) for length in arguments.length]
+    found = [Case(**{**given, "length": length, **contest.fixed}) for length in arguments.length]
+    return found[:1] if "length" in contest.fixed else found
 
 
 def race(contest: Contest, case: Case, arguments):
     """A row for each direction."""
     shared = dict(
         family=contest.family, contest=contest.name, **dataclasses.asdict(case), threads=arguments.threads,
-        clock=racing.clock_of(arguments.threads).__name__, peer=_version(contest.peer), torch=_version("torch"),
+        clock=arguments.clock.__name__, peer=_version(contest.peer), torch=_version("torch"),
         note=contest.note,
     )  # fmt: skip
     directions = arguments.direction if contest.theirs else ["both"]
@@ -99,6 +104,8 @@ def race(contest: Contest, case: Case, arguments):
     for direction in directions:
         found = dict.fromkeys(NUMBERS)
         try:
+            if case.device == "gpu" and jax.default_backend() != "gpu":
+                raise NotRun("JAX finds no GPU on this machine")
             if contest.longest and case.length > contest.longest:
                 raise NotRun(f"at most {contest.longest} tokens: {contest.why}")
             if contest.theirs is None:
@@ -137,13 +144,13 @@ def compare(contest: Contest, case: Case, sides, direction: str, arguments) -> d
         if not found["difference"] <= TOLERANCE[case.dtype]:
             raise ValueError(f"results differ by {found['difference']:.1e} of the largest")
 
-    clock = racing.clock_of(arguments.threads)
-    spreads = racing.alternate(calls, seconds=arguments.seconds, clock=clock, inspect=agree if contest.same else None)
+    inspect = agree if contest.same else None
+    spreads = racing.alternate(calls, seconds=arguments.seconds, clock=arguments.clock, inspect=inspect)
     for side, spread in zip(("ours", "theirs"), spreads, strict=True):
         for name in ("lower", "median", "upper"):
             found[f"{side}_{name}_ms"] = round(1e3 * getattr(spread, name), 4)
         found[f"{side}_ms"] = round(1e3 * spread.best, 4)
-    found |= calls_and_ratio(spreads)
+    found |= dict(calls=spreads[0].calls, time_ratio=round(spreads[0].best / spreads[1].best, 3))
     if theirs := sides[1].facts(word):  # both are compiled, so the compiler knows
         found["theirs_temporary_bytes"] = theirs["temporary_bytes"]
         found["memory_ratio"] = round(found["ours_temporary_bytes"] / max(theirs["temporary_bytes"], 1), 3)
@@ -151,10 +158,6 @@ def compare(contest: Contest, case: Case, sides, direction: str, arguments) -> d
         ours, theirs = (peak(contest, case, side, word, arguments) for side in ("ours", "theirs"))
         found |= dict(ours_peak_bytes=ours, theirs_peak_bytes=theirs, memory_ratio=round(ours / max(theirs, 1), 3))
     return found
-
-
-def calls_and_ratio(spreads) -> dict:
-    return dict(calls=spreads[0].calls, time_ratio=round(spreads[0].best / spreads[1].best, 3))
 
 
 def facts(side, direction: str) -> dict:
@@ -173,7 +176,8 @@ def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
 def peak(contest: Contest, case: Case, side: str, word: str, arguments) -> int:
     """Bytes by which a fresh process grows in one call."""
     task = dict(family=contest.family, name=contest.name, case=dataclasses.asdict(case), side=side, word=word)
-    words = [sys.executable, __file__, "--measure", json.dumps(task), "--threads", str(arguments.threads)]
+    words = [sys.executable, __file__, "--measure", json.dumps(task), "--device", case.device]
+    words += ["--threads", str(arguments.threads)]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **racing.PLAIN_MALLOC})
     if done.returncode:
         raise RuntimeError(f"memory of {side}: {line(RuntimeError(done.stderr[-300:]))}")
@@ -196,8 +200,6 @@ def measure(task: dict) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() - before
-    import jax
-
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 

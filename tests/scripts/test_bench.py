@@ -130,6 +130,17 @@ def test_a_peer_that_is_not_installed_is_a_row(load, tmp_path, monkeypatch, caps
     assert "not run" in capsys.readouterr().out
 
 
+def test_without_a_gpu_its_races_are_rows_that_say_so(load, tmp_path):
+    if importlib.import_module("jax").default_backend() == "gpu":
+        pytest.skip("there is a GPU here")
+    _, main = load("bench_peers")
+    out = tmp_path / "peers.csv"
+    assert main("--device", "gpu", "--dtype", "bfloat16", "--length", 4096, "--out", out) == 0
+    rows = rows_of(out)
+    assert {"fused SDPA, causal", "FlexAttention", "fla, causal", "kvax, causal", "accelerated-scan"} <= {r["contest"] for r in rows}
+    assert {row["status"] for row in rows} == {"not run: JAX finds no GPU on this machine"}
+
+
 def test_ours_against_our_softmax(load, tmp_path):
     _, main = load("bench_peers")
     out = tmp_path / "peers.csv"
