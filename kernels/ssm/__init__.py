@@ -28,11 +28,18 @@ __all__ = [
 Discretization = Literal["bilinear", "zoh"]
 DISCRETIZATIONS = get_args(Discretization)
 
-TRITON = "subquad.kernels.ssm.triton"
-DIAGONAL_KERNEL = {"xla": xla.diagonal_kernel, "reference": reference.diagonal_kernel}
-DPLR_KERNEL = {"xla": xla.dplr_kernel, "reference": reference.dplr_kernel}
-DIAGONAL_SCAN = {**dispatch.triton(TRITON, "diagonal_scan"), "xla": xla.diagonal_scan, "reference": reference.diagonal_scan}
-DPLR_RECURRENCE = {"xla": xla.dplr_recurrence, "reference": reference.dplr_recurrence}
+
+
+def _implementations(function):
+    """Those of one function: each of the three files has one of its name."""
+    portable = {"xla": getattr(xla, function), "reference": getattr(reference, function)}
+    return dispatch.triton("subquad.kernels.ssm.triton", function) | portable
+
+
+DIAGONAL_KERNEL = _implementations("diagonal_kernel")
+DIAGONAL_SCAN = _implementations("diagonal_scan")
+DPLR_KERNEL = _implementations("dplr_kernel")
+DPLR_RECURRENCE = _implementations("dplr_recurrence")
 
 
 def discretize(

@@ -47,9 +47,9 @@ def _pad_size(size: int) -> int:
 def _turn(angle):
     """(cos, sin) of angles up to 1e5, by reduction to an eighth of a turn. Triton's own need a stack for larger angles."""
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
-    rest = angle - quarters * 1.5707855224609375  # pi / 2 in three parts, of which the first two have few bits
-    rest = rest - quarters * 1.0804273188114166e-05
-    rest = rest - quarters * 6.077094383e-11
+    rest = angle - quarters * 1.5703125  # pi / 2 in three parts, of which the first two have few bits
+    rest = rest - quarters * 4.837512969970703125e-4
+    rest = rest - quarters * 7.549789948768648e-8
     square = rest * rest
     sine = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * rest + rest
     cosine = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square * square
@@ -477,3 +477,356 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     writes = xla.state_planes(input_matrix[:, None] * jnp.flip(powers[:, :rest], axis=1))
     added = jnp.einsum("bcd,dcp->bdp", tail, writes, precision="highest")
     return outputs.swapaxes(1, 2), xla.times(powers[None, :, rest], before) + added
+
+
+# ----------------------------------------------------------------------------------------- kernels of diagonal systems
+#
+# taps[l] = Re(sum_p coefficients_p exp(l decay_p)), a product with a Vandermonde matrix. A tile of N x C taps is one matrix
+# product, l = base + n C + i: coarse powers times coefficients [N, P], fine powers [P, C].
+
+
+@triton.jit
+def kernel_forward(
+    decay_re, decay_im, in_re, in_im, taps,
+    D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, L: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    TILES: tl.constexpr = (L + C * N - 1) // (C * N)
+    program = tl.program_id(0).to(tl.int64)
+    tile = (program % TILES).to(tl.int32)
+    row = program // TILES
+    d_re, d_im = _load_modes(decay_re, decay_im, row % D if SHARED else row, P, PP, True)
+    c_re, c_im = _load_modes(in_re, in_im, row, P, PP, True)
+    within, column = tl.arange(0, C), tl.arange(0, N)
+    fine_re, fine_im = _power(d_re[:, None], d_im[:, None], within[None, :].to(tl.float32), True)
+    start = (tile * (C * N) + column * C).to(tl.float32)[:, None]
+    p_re, p_im = _power(d_re[None, :], d_im[None, :], start, True)
+    p_re, p_im = _times(c_re[None, :], c_im[None, :], p_re, p_im, True)
+    result = tl.dot(p_re, fine_re, input_precision=PRECISION)
+    result = tl.dot(-p_im, fine_im, result, input_precision=PRECISION)
+    place = tile * (C * N) + column[:, None] * C + within[None, :]
+    tl.store(taps + row * L + place, result, mask=place < L)
+
+
+@triton.jit
+def kernel_backward(
+    decay_re, decay_im, in_re, in_im, d_taps, d_decay_re, d_decay_im, d_in_re, d_in_im,
+    D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, L: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """From the sums over l of d_taps_l exp(l decay) and of the same times l."""
+    TILES: tl.constexpr = (L + C * N - 1) // (C * N)
+    row = tl.program_id(0).to(tl.int64)
+    d_re, d_im = _load_modes(decay_re, decay_im, row % D if SHARED else row, P, PP, True)
+    within, column = tl.arange(0, C), tl.arange(0, N)
+    fine = within[:, None].to(tl.float32)
+    fine_re, fine_im = _power(d_re[None, :], d_im[None, :], fine, True)  # [C, PP]
+    x_re, x_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
+    y_re, y_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
+    for tile in range(TILES):
+        place = tile * (C * N) + column[:, None] * C + within[None, :]
+        given = tl.load(d_taps + row * L + place, mask=place < L, other=0.0)
+        start = (tile * (C * N) + column * C).to(tl.float32)[:, None]
+        p_re, p_im = _power(d_re[None, :], d_im[None, :], start, True)
+        m_re = tl.dot(given, fine_re, input_precision=PRECISION)
+        m_im = tl.dot(given, fine_im, input_precision=PRECISION)
+        f_re, f_im = _times(p_re, p_im, m_re, m_im, True)
+        x_re, x_im = x_re + tl.sum(f_re, axis=0), x_im + tl.sum(f_im, axis=0)
+        y_re, y_im = y_re + tl.sum(start * f_re, axis=0), y_im + tl.sum(start * f_im, axis=0)
+        m_re = tl.dot(given, fine * fine_re, input_precision=PRECISION)
+        m_im = tl.dot(given, fine * fine_im, input_precision=PRECISION)
+        f_re, f_im = _times(p_re, p_im, m_re, m_im, True)
+        y_re, y_im = y_re + tl.sum(f_re, axis=0), y_im + tl.sum(f_im, axis=0)
+    c_re, c_im = _load_modes(in_re, in_im, row, P, PP, True)
+    place = tl.arange(0, PP)
+    target, inside = row * P + place, place < P
+    tl.store(d_in_re + target, x_re, mask=inside)
+    tl.store(d_in_im + target, -x_im, mask=inside)
+    tl.store(d_decay_re + target, c_re * y_re - c_im * y_im, mask=inside)
+    tl.store(d_decay_im + target, -c_re * y_im - c_im * y_re, mask=inside)
+
+
+KERNEL_CONFIG = launch.Config(dict(C=32, N=16), num_warps=4, num_stages=1)
+
+
+def _kernel_launch(kernel, planes, length, extra, outputs, tiles, mode):
+    features, pairs = planes[2].shape[-2:]
+    constants = dict(D=features, P=pairs, PP=_pad_size(pairs), L=length, SHARED=planes[0].shape[0] == 1,
+                     PRECISION=launch.dot_precision(jnp.float32))  # fmt: skip
+    config = launch.config(kernel.__name__, KERNEL_CONFIG, length=length, pairs=pairs)
+    tiles = -(-length // (config.blocks["C"] * config.blocks["N"])) if tiles else 1
+    inputs = dict(zip(MODES[:4], planes, strict=True)) | extra
+    return launch.call(kernel, inputs, outputs, grid=planes[2].shape[0] * features * tiles, constants=constants,
+                       config=config, mode=mode)  # fmt: skip
+
+
+def _kernel_run(length, mode, decay_re, decay_im, *coefficients):
+    batch = max(x.shape[0] for x in (decay_re, *coefficients))
+    planes = *_common(batch, (decay_re, decay_im)), *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in coefficients)
+    taps = jax.ShapeDtypeStruct((*planes[2].shape[:2], length), jnp.float32)
+    return _kernel_launch(kernel_forward, planes, length, {}, dict(taps=taps), True, mode)[0]
+
+
+def _kernel_run_backward(mode, d_taps, decay_re, decay_im, *coefficients):
+    batch = d_taps.shape[0]
+    planes = *_common(batch, (decay_re, decay_im)), *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in coefficients)
+    modes = jax.ShapeDtypeStruct(planes[2].shape, jnp.float32)
+    outputs = {f"d_{name}": modes for name in MODES[:4]}
+    return _kernel_launch(kernel_backward, planes, d_taps.shape[-1], dict(d_taps=d_taps), outputs, False, mode)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel(length, mode, *planes):
+    return launch.fold_vmap(functools.partial(_kernel_run, length, mode))(*planes)
+
+
+def _kernel_forward(length, mode, *planes):
+    return _kernel(length, mode, *planes), planes
+
+
+def _kernel_backward(length, mode, planes, cotangent):
+    gradients = launch.fold_vmap(functools.partial(_kernel_run_backward, mode))(cotangent, *planes)
+    return tuple(g if x.shape[0] > 1 else g.sum(0, keepdims=True) for g, x in zip(gradients, planes, strict=True))
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def diagonal_kernel(log_decay, coefficients, length, *, mode):
+    """See `ssm.diagonal_kernel`."""
+    if log_decay.dtype != jnp.complex64 or coefficients.dtype != jnp.complex64:
+        raise launch.Declined("the kernel takes complex64 modes only.")
+    flat = 2 * coefficients.reshape(-1, *log_decay.shape)
+    taps = _kernel(length, mode, log_decay.real[None], log_decay.imag[None], flat.real, flat.imag)
+    return taps.reshape(*coefficients.shape[:-1], length)
+
+
+# ------------------------------------------------------------------------- kernels of diagonal-plus-low-rank systems
+
+
+@triton.jit
+def _cauchy(decay, turn, real, imag):
+    """1 / ((z - a) (z - conj(a))) for z = real + i imag and a = decay + i turn, and the parts its gradient needs."""
+    distance = real - decay
+    top, bottom = distance * distance + (turn - imag) * (turn + imag), 2.0 * imag * distance
+    inverse = 1.0 / (top * top + bottom * bottom)
+    return top * inverse, -bottom * inverse, distance
+
+
+@triton.jit
+def cauchy_forward(
+    numerators, decay, turn, nodes, sums,
+    D: tl.constexpr, V: tl.constexpr, VV: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, L: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """sums [D, V, 2, L] of numerators [D, V, P] over (z - a) (z - conj(a)) at the nodes z [2, L]."""
+    TILES: tl.constexpr = (L + C - 1) // C
+    program = tl.program_id(0).to(tl.int64)
+    tile = (program % TILES).to(tl.int32)
+    row = program // TILES
+    nodes += 0 if SHARED else row // D * (2 * L)
+    place, line, node = tl.arange(0, PP), tl.arange(0, VV), tile * C + tl.arange(0, C)
+    a = tl.load(decay + row * P + place, mask=place < P, other=-1.0)
+    b = tl.load(turn + row * P + place, mask=place < P, other=0.0)
+    inside = (line[:, None] < V) & (place[None, :] < P)
+    weights = tl.load(numerators + row * (V * P) + line[:, None] * P + place[None, :], mask=inside, other=0.0)
+    # Nodes and modes that are not there get a distance of their own: no division by 0.
+    real = tl.load(nodes + node, mask=node < L, other=1.0)
+    imag = tl.load(nodes + L + node, mask=node < L, other=0.0)
+    c_re, c_im, _ = _cauchy(a[:, None], b[:, None], real[None, :], imag[None, :])
+    target = sums + row * (V * 2 * L) + line[:, None] * (2 * L) + node[None, :]
+    mask = (line[:, None] < V) & (node[None, :] < L)
+    tl.store(target, tl.dot(weights, c_re, input_precision=PRECISION), mask=mask)
+    tl.store(target + L, tl.dot(weights, c_im, input_precision=PRECISION), mask=mask)
+
+
+@triton.jit
+def cauchy_backward(
+    numerators, decay, turn, nodes, d_sums, d_numerators, d_decay, d_turn,
+    D: tl.constexpr, V: tl.constexpr, VV: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, L: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    nodes += 0 if SHARED else row // D * (2 * L)
+    place, line = tl.arange(0, PP), tl.arange(0, VV)
+    a = tl.load(decay + row * P + place, mask=place < P, other=-1.0)
+    b = tl.load(turn + row * P + place, mask=place < P, other=0.0)
+    inside = (line[None, :] < V) & (place[:, None] < P)
+    offset = row * (V * P) + line[None, :] * P + place[:, None]
+    weights = tl.load(numerators + offset, mask=inside, other=0.0)  # transposed, [PP, VV]
+    dw = tl.zeros((PP, VV), tl.float32)
+    da, db = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
+    for tile in range((L + C - 1) // C):
+        node = tile * C + tl.arange(0, C)
+        real = tl.load(nodes + node, mask=node < L, other=1.0)[None, :]
+        imag = tl.load(nodes + L + node, mask=node < L, other=0.0)[None, :]
+        c_re, c_im, distance = _cauchy(a[:, None], b[:, None], real, imag)
+        source = d_sums + row * (V * 2 * L) + line[:, None] * (2 * L) + node[None, :]
+        mask = (line[:, None] < V) & (node[None, :] < L)
+        s_re = tl.load(source, mask=mask, other=0.0)
+        s_im = tl.load(source + L, mask=mask, other=0.0)
+        dw = tl.dot(c_re, tl.trans(s_re), dw, input_precision=PRECISION)
+        dw = tl.dot(c_im, tl.trans(s_im), dw, input_precision=PRECISION)
+        g_re = tl.dot(weights, s_re, input_precision=PRECISION)
+        g_im = tl.dot(weights, s_im, input_precision=PRECISION)
+        # c = 1 / w: the gradient of w = top + i bottom is that of c, conjugated, times -c^2.
+        q_re, q_im = c_re * c_re - c_im * c_im, 2.0 * c_re * c_im
+        top, bottom = -(g_re * q_re + g_im * q_im), g_re * q_im - g_im * q_re
+        da -= tl.sum(2.0 * (distance * top + imag * bottom), axis=1)
+        db += tl.sum(2.0 * b[:, None] * top, axis=1)
+    tl.store(d_numerators + offset, dw, mask=inside)
+    tl.store(d_decay + row * P + place, da, mask=place < P)
+    tl.store(d_turn + row * P + place, db, mask=place < P)
+
+
+CAUCHY_CONFIG = launch.Config(dict(C=64), num_warps=4, num_stages=1)
+SYSTEMS = ("numerators", "decay", "turn")
+
+
+def _cauchy_launch(kernel, arrays, extra, outputs, tiles, mode):
+    numerators, decay, turn, nodes = arrays
+    (batch, features, lines, pairs), length = numerators.shape, nodes.shape[-1]
+    constants = dict(D=features, V=lines, VV=_pad_size(lines), P=pairs, PP=_pad_size(pairs), L=length,
+                     SHARED=nodes.shape[0] == 1, PRECISION=launch.dot_precision(jnp.float32))  # fmt: skip
+    config = launch.config(kernel.__name__, CAUCHY_CONFIG, lines=lines, pairs=pairs)
+    inputs = dict(numerators=numerators, decay=decay, turn=turn, nodes=nodes) | extra
+    grid = batch * features * (-(-length // config.blocks["C"]) if tiles else 1)
+    return launch.call(kernel, inputs, outputs, grid=grid, constants=constants, config=config, mode=mode)
+
+
+def _cauchy_full(batch, numerators, decay, turn, nodes):
+    return *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (numerators, decay, turn)), nodes
+
+
+def _cauchy_run(mode, *arrays):
+    numerators, *_, nodes = arrays = _cauchy_full(max(x.shape[0] for x in arrays), *arrays)
+    sums = jax.ShapeDtypeStruct((*numerators.shape[:3], 2, nodes.shape[-1]), jnp.float32)
+    return _cauchy_launch(cauchy_forward, arrays, {}, dict(sums=sums), True, mode)[0]
+
+
+def _cauchy_run_backward(mode, d_sums, *arrays):
+    arrays = _cauchy_full(d_sums.shape[0], *arrays)
+    outputs = {f"d_{name}": jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in zip(SYSTEMS, arrays, strict=False)}
+    return _cauchy_launch(cauchy_backward, arrays, dict(d_sums=d_sums), outputs, False, mode)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cauchy_sums(mode, *arrays):
+    return launch.fold_vmap(functools.partial(_cauchy_run, mode))(*arrays)
+
+
+def _cauchy_sums_forward(mode, *arrays):
+    return _cauchy_sums(mode, *arrays), arrays
+
+
+def _cauchy_sums_backward(mode, arrays, cotangent):
+    gradients = launch.fold_vmap(functools.partial(_cauchy_run_backward, mode))(cotangent, *arrays)
+    return *gradients, jnp.zeros_like(arrays[-1])  # nobody moves the nodes
+
+
+_cauchy_sums.defvjp(_cauchy_sums_forward, _cauchy_sums_backward)
+
+
+def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length, *, mode):
+    """See `ssm.dplr_kernel`: the Cauchy sums here, the power of A_bar, Woodbury's identity and the FFT in XLA."""
+    arrays = diagonal, low_rank, input_matrix, output_matrix
+    if step.dtype != jnp.float32 or any(x.dtype != jnp.complex64 for x in arrays):
+        raise launch.Declined("the kernel takes complex64 modes and float32 steps only.")
+
+    def sums(numerators, decay, turn, real, imag):
+        return _cauchy_sums(mode, numerators[None], decay[None], turn[None], jnp.stack([real, imag])[None])[0]
+
+    return xla.dplr_kernel(*arrays, step, length, sums)
+
+
+# ------------------------------------------------------------------------------------------- the DPLR recurrence
+
+
+@triton.jit
+def recurrence_forward(
+    inputs, middle, left, right, drive, reads, start, outputs, last,
+    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, RR: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """T steps x' = 2 (middle (x + drive u) - sum_r left_r <right_r, x + drive u>) - x of BLOCK_D features of a sample.
+
+    Planes side by side: inputs [B, T, D], middle, drive, reads and states [.., D, 2, P], left and right [.., R, D, 2, P].
+    """
+    BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // BLOCKS
+    feature = (program % BLOCKS).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    system = 0 if SHARED else sample
+    place, rank = tl.arange(0, PP), tl.arange(0, RR)
+    inside = (feature[:, None] < D) & (place[None, :] < P)
+    flat = feature[:, None] * (2 * P) + place[None, :]
+    deep = rank[:, None, None] * (D * 2 * P) + flat[None, :, :]
+    within = (rank[:, None, None] < R) & inside[None, :, :]
+    middle += system * (D * 2 * P)
+    drive += system * (D * 2 * P)
+    reads += system * (D * 2 * P)
+    left += system * (R * D * 2 * P)
+    right += system * (R * D * 2 * P)
+    m_re, m_im = tl.load(middle + flat, mask=inside, other=0.0), tl.load(middle + P + flat, mask=inside, other=0.0)
+    b_re, b_im = tl.load(drive + flat, mask=inside, other=0.0), tl.load(drive + P + flat, mask=inside, other=0.0)
+    c_re, c_im = tl.load(reads + flat, mask=inside, other=0.0), tl.load(reads + P + flat, mask=inside, other=0.0)
+    l_re, l_im = tl.load(left + deep, mask=within, other=0.0), tl.load(left + P + deep, mask=within, other=0.0)
+    r_re, r_im = tl.load(right + deep, mask=within, other=0.0), tl.load(right + P + deep, mask=within, other=0.0)
+    state = sample * (D * 2 * P) + flat
+    x_re, x_im = tl.load(start + state, mask=inside, other=0.0), tl.load(start + P + state, mask=inside, other=0.0)
+    for t in range(T):
+        token = tl.load(inputs + (sample * T + t) * D + feature, mask=feature < D, other=0.0).to(tl.float32)
+        y_re, y_im = x_re + b_re * token[:, None], x_im + b_im * token[:, None]
+        inner = tl.sum(r_re * y_re[None, :, :] + r_im * y_im[None, :, :], axis=2)[:, :, None]
+        x_re = 2.0 * (m_re * y_re - m_im * y_im - tl.sum(l_re * inner, axis=0)) - x_re
+        x_im = 2.0 * (m_re * y_im + m_im * y_re - tl.sum(l_im * inner, axis=0)) - x_im
+        result = tl.sum(c_re * x_re + c_im * x_im, axis=1)
+        target = outputs + (sample * T + t) * D + feature
+        tl.store(target, result.to(outputs.dtype.element_ty), mask=feature < D)
+    tl.store(last + state, x_re, mask=inside)
+    tl.store(last + P + state, x_im, mask=inside)
+
+
+def _recurrence_run(mode, inputs, *arrays):
+    *systems, start = arrays
+    batch, length, features = inputs.shape
+    systems = _common(batch, systems)
+    rank, pairs = systems[1].shape[1], start.shape[-1] // 2
+    start = jnp.broadcast_to(start, (batch, *start.shape[1:]))
+    # A program per feature on a GPU, where there are many; all of a sample in the interpreter, where a program is slow.
+    block = 1 if mode == "triton" else min(64, _pad_size(features))
+    heuristic = launch.Config(dict(BLOCK_D=block), num_warps=1, num_stages=1)
+    config = launch.config("recurrence_forward", heuristic, pairs=pairs, rank=rank)
+    constants = dict(T=length, D=features, P=pairs, PP=_pad_size(pairs), R=rank, RR=1 << (rank - 1).bit_length(),
+                     SHARED=systems[0].shape[0] == 1)  # fmt: skip
+    names = ("middle", "left", "right", "drive", "reads")
+    state = jax.ShapeDtypeStruct(start.shape, jnp.float32)
+    outputs = dict(outputs=jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), last=state)
+    grid = batch * -(-features // config.blocks["BLOCK_D"])
+    operands = dict(inputs=inputs, **dict(zip(names, systems, strict=True)), start=start)
+    return launch.call(recurrence_forward, operands, outputs, grid=grid, constants=constants, config=config, mode=mode)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recurrence(mode, inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):
+    middle, left, right = xla.resolvent(diagonal, low_rank, step)
+    systems = middle, left, right, step[:, None] / 2 * input_matrix, 2 * output_matrix.conj()
+    systems = [xla.state_planes(x)[None] for x in systems]
+    return launch.fold_vmap(functools.partial(_recurrence_run, mode))(inputs, *systems, state)
+
+
+def _recurrence_forward(mode, *arrays):
+    return _recurrence(mode, *arrays), arrays
+
+
+def _recurrence_backward(mode, arrays, cotangents):
+    return jax.vjp(xla.dplr_recurrence, *arrays)[1](cotangents)
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state, *, mode):
+    """See `ssm.dplr_recurrence`. The gradient is XLA's: training convolves, and the recurrence extends."""
+    _check_dtypes(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state)
+    return _recurrence(mode, inputs, diagonal, low_rank, input_matrix, output_matrix, step, state)

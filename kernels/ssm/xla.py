@@ -18,8 +18,10 @@ HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
 # on top of their own decay. On the unit circle itself a slow or hardly damped mode makes C (I - A_bar^n) small and the
 # resolvent large; here both stay moderate, and undoing the decay costs a factor e of rounding at most.
 DAMPING = 1.0
-# Bytes of one [D, P, chunk] plane of the Cauchy sum, and of one group's powers of A_bar.
+# Bytes of one [D, P, chunk] plane of the Cauchy sum, of the sums where that is never formed, and of one group's powers of
+# A_bar.
 CHUNK_BYTES = 1 << 20
+SUMS_BYTES = 64 << 20
 POWER_BYTES = 4 << 20
 # Chunks of the diagonal scan: a chunk's Toeplitz matrix costs as much as the sequence is many chunks. And the bytes of one
 # group's tokens or states between chunks.
@@ -127,12 +129,12 @@ def _toeplitz(taps):
 # ------------------------------------------------------------------------------------ diagonal-plus-low-rank systems
 
 
-def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length):
+def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length, sums=None):
     outputs = output_matrix.shape[:-2]
     output_matrix = output_matrix.reshape(-1, *diagonal.shape)
     size = fast_length(length)
     truncated = output_matrix - math.exp(-DAMPING) * _output_power(diagonal, low_rank, output_matrix, step, size)
-    damped = _generate(diagonal, low_rank, input_matrix, truncated, step, size)[..., :length]
+    damped = _generate(diagonal, low_rank, input_matrix, truncated, step, size, sums)[..., :length]
     kernel = damped * jnp.exp(DAMPING / size * jnp.arange(length))
     return kernel.reshape(*outputs, *kernel.shape[1:]).astype(damped.dtype)
 
@@ -148,7 +150,7 @@ def _output_power(diagonal, low_rank, output_matrix, step, exponent):
     @jax.checkpoint  # the backward keeps the squares of one group, not of all features
     def power(system):
         diagonal, low_rank, output, step = system  # [P], [R, P], [K, P], []
-        middle, left, right = _inverse(diagonal, low_rank, step)
+        middle, left, right = resolvent(diagonal, low_rank, step)
         dense = jnp.block([[jnp.diag(middle.real), jnp.diag(-middle.imag)], [jnp.diag(middle.imag), jnp.diag(middle.real)]])
         dense = dense - jnp.einsum("rp,rq->pq", _planes(left), _planes(right), precision=HIGHEST)
         square = 2 * dense - jnp.eye(2 * pairs)
@@ -170,7 +172,7 @@ def _output_power(diagonal, low_rank, output_matrix, step, exponent):
     return rearrange(jax.lax.map(jax.vmap(power), systems), "n d k p -> k (n d) p")
 
 
-def _inverse(diagonal, low_rank, step):
+def resolvent(diagonal, low_rank, step):
     """(I - step A / 2)^-1 = diag(middle) - sum_r left_r <right_r, .>, with <a, x> = Re(sum conj(a) x) over the given modes.
 
     By the Sherman-Morrison formula, one column of the low rank after the other. For one feature ([P], [R, P], []), or for
@@ -193,7 +195,7 @@ def _inner(first, second):
     return jnp.sum(first.real * second.real + first.imag * second.imag, axis=-1, keepdims=True)
 
 
-def _generate(diagonal, low_rank, input_matrix, output_matrix, step, size):
+def _generate(diagonal, low_rank, input_matrix, output_matrix, step, size, sums=None):
     """The inverse FFT of the generating function at r exp(-2 pi i k / size), k <= size / 2, with r^size = exp(-DAMPING).
 
     Its taps are r^l K_l. With z = 2 (1 - w) / (1 + w), which has a real part >= 0 and no pole for r < 1, it is
@@ -213,13 +215,8 @@ def _generate(diagonal, low_rank, input_matrix, output_matrix, step, size):
     @jax.checkpoint  # else the backward keeps every chunk of the Cauchy matrix
     def chunk(nodes):
         real, imag = nodes
-        # (z - a) (z - conj(a)), with a difference of squares as a product: it is small at resonance.
-        decay, turn = real - scaled.real[..., None], scaled.imag[..., None]
-        top, bottom = decay**2 + (turn - imag) * (turn + imag), 2 * imag * decay
-        inverse = 1 / (top**2 + bottom**2)
-        cauchy = jnp.concatenate([top * inverse, -bottom * inverse], axis=-1)
-        sums = jnp.einsum("dvp,dpl->vdl", numerators, cauchy, precision=HIGHEST)
-        plain, mixed = rearrange(jax.lax.complex(*jnp.split(sums, 2, axis=-1)), "(n v) d l -> n v d l", n=2)
+        plain, mixed = jnp.split((sums or _cauchy_sums)(numerators, scaled.real, scaled.imag, real, imag), 2, axis=1)
+        plain, mixed = (jax.lax.complex(x[:, :, 0], x[:, :, 1]).swapaxes(0, 1) for x in (plain, mixed))
         nodes = jax.lax.complex(real, imag)
         table = rearrange(2 * step[:, None] * (nodes * plain + mixed), "(i j) d l -> i j d l", i=outputs + rank)
         # Woodbury, one column of the low rank at a time. The pivots have real parts >= 1.
@@ -229,11 +226,23 @@ def _generate(diagonal, low_rank, input_matrix, output_matrix, step, size):
         return (1 + nodes / 2) * table[:outputs, 0]
 
     roots = size // 2 + 1
-    width = max(16, min(roots, CHUNK_BYTES // (4 * features * pairs)))
+    # The XLA sums make a [D, P, width] matrix on the way, others only their results.
+    most = CHUNK_BYTES // (4 * features * pairs) if sums is None else SUMS_BYTES // (8 * features * numerators.shape[1])
+    width = max(16, min(roots, most))
     index = rearrange(jnp.arange(-(-roots // width) * width), "(n l) -> n l", l=width)
     nodes = _nodes(jnp.minimum(index, roots - 1), size, scaled.real.dtype)
     spectrum = rearrange(jax.lax.map(chunk, nodes), "n k d l -> k d (n l)")[..., :roots]
     return jnp.fft.irfft(spectrum, size)
+
+
+def _cauchy_sums(numerators, decay, turn, real, imag):
+    """sum_p numerators_vp / ((z_l - a_p) (z_l - conj(a_p))) over a = decay + i turn and z = real + i imag, [D, V, 2, L]."""
+    # A difference of squares as a product: it is small at resonance.
+    distance, turn = real - decay[..., None], turn[..., None]
+    top, bottom = distance**2 + (turn - imag) * (turn + imag), 2 * imag * distance
+    inverse = 1 / (top**2 + bottom**2)
+    cauchy = jnp.stack([top * inverse, -bottom * inverse], axis=-2)
+    return jnp.einsum("dvp,dpcl->dvcl", numerators, cauchy, precision=HIGHEST)
 
 
 def _nodes(index, size, dtype):
@@ -249,7 +258,7 @@ def _nodes(index, size, dtype):
 
 
 def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):
-    middle, left, right = _inverse(diagonal, low_rank, step)
+    middle, left, right = resolvent(diagonal, low_rank, step)
     drive = step[:, None] / 2 * input_matrix
 
     def advance(state, token):
