@@ -7,6 +7,7 @@ from subquad.kernels.axes import Mask, Output, Query
 from subquad.kernels.relative import reference, xla
 
 OPERATION = "relative.attention"
+SAVED = reference.SAVED
 IMPLEMENTATIONS = {
     **dispatch.triton("subquad.kernels.relative.triton", "attention"),
     "xla": xla.attention,
@@ -97,4 +98,4 @@ def _refuse(argument, condition, got, instead):
     raise ValueError(f"{OPERATION}: {argument} must {condition}, got {got}. {instead}")
 
 
-__all__ = ["attention"]
+__all__ = ["SAVED", "attention"]

@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
+from jax.ad_checkpoint import checkpoint_name
 
 from subquad.kernels import launch
+from subquad.kernels.relative.reference import SAVED
 
 OWNER = "relative.attention"
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -472,6 +474,7 @@ def _attend(mode, content, position, key, value, relative, mask):
 def _forward(mode, content, position, key, value, relative, mask):
     operands = content, position, key, value, relative, mask
     out, lse = launch.fold_vmap(functools.partial(_run_forward, mode))(*operands)
+    out, lse = checkpoint_name((out, lse), SAVED)
     return out, (*operands, out, lse)
 
 

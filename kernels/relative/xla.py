@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
 
 
@@ -189,7 +191,7 @@ def _forward(plan, content, position, key, value, relative_key, mask):
     precise = jnp.promote_types(content.dtype, jnp.float32)
     states = sweep(plan, step, online.start(tiles.content.shape[:-1], value.shape[-1], precise))
     out, lse = (join_rows(x, plan.queries) for x in online.finish(states))
-    out = out.astype(value.dtype)
+    out, lse = checkpoint_name((out.astype(value.dtype), lse), SAVED)
     return out, (content, position, key, value, relative_key, mask, out, lse)
 
 

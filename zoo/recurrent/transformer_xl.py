@@ -2,6 +2,7 @@
 
 from typing import Any, Unpack
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -136,7 +137,9 @@ class TransformerXLAttention(Attention):
         whole = length // size * size if length > size else 0
         if whole:
             chunks = tuple(rearrange(x[:, :whole], "b (i c) ... -> i b c ...", c=size) for x in (inputs, valid))
-            carry, heads = lax.scan(chunk, carry, chunks)
+            # The backward pass projects each chunk and its memory anew, but keeps what attention gave.
+            keep = jax.checkpoint_policies.save_only_these_names(relative.SAVED)
+            carry, heads = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), carry, chunks)
             outputs.append(rearrange(heads, "i b c n h -> b (i c) n h"))
         if whole < length:
             carry, heads = chunk(carry, (inputs[:, whole:], valid[:, whole:]))
