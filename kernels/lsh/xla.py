@@ -20,6 +20,8 @@ from subquad.kernels.lsh.reference import Layout, inverse_norm
 CPU_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 20, 1 << 25
 # Chunks whose logits take more are cut into parts of their queries: a larger buffer is mapped anew at every step.
 CHUNK_BYTES = 1 << 24
+# The logit of a key that is not seen: exp of it, less anything that occurs, is exactly 0.
+LOWEST = -1e30
 
 
 class Items(NamedTuple):
@@ -28,9 +30,11 @@ class Items(NamedTuple):
     Places count the tokens of all heads of the batch, from 0; one past the last is nobody (padding).
     """
 
-    queries: jax.Array  # int32 [K, 2, I, C]: places, and buckets in the item's round
-    keys: jax.Array  # int32 [K, 2, I, W]
-    codes: jax.Array | None  # int32 [R, places]: near each other where in reach; only where duplicates are counted
+    queries: jax.Array  # int32 [K, I, C]: places
+    query_buckets: jax.Array  # int32 [K, I, C]: buckets in the item's round; nobody's is -1
+    keys: jax.Array  # int32 [K, I, W]: places
+    key_buckets: jax.Array  # int32 [K, I, W]; nobody's is -2
+    round: jax.Array  # int32 [K]
 
 
 def hash_buckets(vectors, rotations, factors, num_rotations):
@@ -41,30 +45,32 @@ def hash_buckets(vectors, rotations, factors, num_rotations):
     steps = math.ceil(length / rows)
     rows = math.ceil(length / steps)
     rotations = jnp.broadcast_to(rotations, (heads, *rotations.shape[1:])).astype(jnp.float32)
-    used = None if num_rotations is None else jnp.arange(columns) < num_rotations[:, None, None, None, None]
+    rotations = rearrange(rotations, "n h r f -> n r f h")
+    used = None if num_rotations is None else jnp.arange(columns)[:, None, None] < num_rotations[:, None]
 
     def block(vectors):
-        rotated = jnp.einsum("nbth,nhrf->bntrf", vectors.astype(jnp.float32), rotations, precision=jax.lax.Precision.HIGHEST)
+        # Tokens last: what follows goes along them, and so in long vectors.
+        rotated = jnp.einsum("nrfh,nbth->nrfbt", rotations, vectors.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         if used is not None:
             rotated = jnp.where(used, rotated, 0)
         bucket, unit, column = 0, 1, 0
         for factor in factors:
-            bucket += unit * nearest(rotated[..., column : column + factor // 2])
+            bucket += unit * nearest(rotated[:, :, column : column + factor // 2])
             unit, column = unit * factor, column + factor // 2
         return bucket
 
     padded = jnp.pad(vectors, ((0, 0), (0, steps * rows - length), (0, 0), (0, 0)))
     buckets = jax.lax.map(block, rearrange(padded, "b (k t) n h -> k n b t h", k=steps))
-    return rearrange(buckets, "k b n t r -> b r (k t) n")[:, :, :length]
+    return rearrange(buckets, "k n r b t -> b r (k t) n")[:, :, :length]
 
 
 def nearest(rotated):
-    """argmax([x, -x]) of the last axis, without its slow pairs of value and index."""
-    columns = rotated.shape[-1]
-    largest = jnp.max(jnp.abs(rotated), axis=-1, keepdims=True)
-    column = jnp.arange(columns, dtype=jnp.int32)
+    """argmax([x, -x]) over axis 2 of [N, R, F, B, T], without its slow pairs of value and index."""
+    columns = rotated.shape[2]
+    largest = jnp.max(jnp.abs(rotated), axis=2, keepdims=True)
+    column = jnp.arange(columns, dtype=jnp.int32)[:, None, None]
     names = jnp.where(rotated == largest, column, jnp.where(-rotated == largest, columns + column, 2 * columns - 1))
-    return jnp.min(names, axis=-1)
+    return jnp.min(names, axis=2)
 
 
 def attention(layout, query_key, value, buckets, mask, scale):
@@ -79,16 +85,19 @@ def attention(layout, query_key, value, buckets, mask, scale):
     if layout.reach != "ring":
         others = math.ceil(length / layout.chunk_size) - 1
         layout = layout._replace(before=min(layout.before, others), after=min(layout.after, others))
-    items = lay_out(layout, rearrange(buckets, "b r t n -> (b n) r t"), jnp.repeat(real, heads, axis=0))
+    items, codes = lay_out(layout, rearrange(buckets, "b r t n -> (b n) r t"), jnp.repeat(real, heads, axis=0))
     query, flat_value = (rearrange(x, "b t n h -> (b n t) h") for x in (query_key, value))
-    out, log_total = over_items(layout, query, scale * inverse_norm(query), flat_value, items)
+    out, log_total = over_items(layout, query, scale * inverse_norm(query), flat_value, items, codes)
     out, log_total = (rearrange(x, "(b n t) ... -> b t n ...", b=batch, n=heads) for x in (out, log_total))
     alone = jnp.isneginf(log_total) & real[..., None]
     return jnp.where(alone[..., None], value, out)
 
 
-def lay_out(layout: Layout, buckets, real) -> Items:
-    """Sorts buckets [G, R, T] and cuts the order into items; `real` [G, T]."""
+def lay_out(layout: Layout, buckets, real) -> tuple[Items, jax.Array | None]:
+    """Sorts buckets [G, R, T] and cuts the order into items; `real` [G, T].
+
+    Returns: the items, and where keys count once the `reach_codes` by place, int32 [R, places + 1].
+    """
     groups, rounds, length = buckets.shape
     nobody = groups * length
     order, sorted_buckets = sort(layout, jnp.where(real[:, None], buckets, layout.num_buckets))
@@ -101,10 +110,11 @@ def lay_out(layout: Layout, buckets, real) -> Items:
     if layout.correct_duplicates and rounds > 1:
         in_order = reach_codes(layout, sorted_buckets)
         row = jnp.arange(rounds)[:, None]
-        codes = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(in_order, mode="drop")
+        codes = jnp.zeros((rounds, nobody + 1), jnp.int32).at[row, place].set(in_order)
 
     short, steps = chunks * layout.chunk_size - length, range(-before, after + 1)
-    own = jnp.stack([place, sorted_buckets])
+    # Where buckets are no condition, all have the same.
+    own = jnp.stack([place, sorted_buckets if layout.reach == "bucket" else jnp.zeros_like(sorted_buckets)])
     own = jnp.pad(own, ((0, 0), (0, 0), (0, 0), (0, short)), constant_values=nobody)
     own = rearrange(own, "x g r (n c) -> x g r n c", n=chunks)
     if layout.reach == "ring":
@@ -130,12 +140,14 @@ def lay_out(layout: Layout, buckets, real) -> Items:
     steps = math.ceil(count / per_step)
     per_step = math.ceil(count / steps)
 
-    def blocks(x):
+    def blocks(x, no_bucket):
         x = rearrange(x, "x g r n c -> r x (g n) c")
         x = jnp.pad(x, ((0, 0), (0, 0), (0, steps * per_step - count), (0, 0)), constant_values=nobody)
-        return rearrange(x, "r x (k i) c -> (r k) x i c", k=steps)
+        x = x.at[:, 1].set(jnp.where(x[:, 0] < nobody, x[:, 1], no_bucket))
+        return rearrange(x, "r x (k i) c -> x (r k) i c", k=steps)
 
-    return Items(blocks(own), blocks(around), codes)
+    round_ = jnp.repeat(jnp.arange(rounds, dtype=jnp.int32), steps)
+    return Items(*blocks(own, -1), *blocks(around, -2), round_), codes
 
 
 def sort(layout: Layout, buckets):
@@ -169,7 +181,7 @@ def at_their_places(order, in_order):
     order, in_order = order.reshape(-1, rounds, length), in_order.reshape(-1, rounds, length)
     group, row = jnp.arange(order.shape[0])[:, None, None], jnp.arange(rounds)[:, None]
     out = jnp.zeros((order.shape[0], length, rounds), in_order.dtype)
-    out = out.at[group, order, row].set(in_order, unique_indices=True, mode="promise_in_bounds")
+    out = out.at[group, order, row].set(in_order, unique_indices=True, **IN_BOUNDS)
     return out.reshape(*lead, length, rounds)
 
 
@@ -177,29 +189,39 @@ def tile_bytes() -> int:
     return CPU_TILE_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_TILE_BYTES
 
 
+def with_nobody(flat, fill=0):
+    """A flat array with a row for nobody at its end, so that no index is out of bounds."""
+    return jnp.concatenate([flat, jnp.full_like(flat, fill, shape=(1, *flat.shape[1:]))])
+
+
+IN_BOUNDS = dict(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def rows(flat, places):
-    """Rows of a flat array at these places; zeros for nobody."""
-    return flat.at[places].get(mode="fill", fill_value=0)
+    """Rows of a flat array at these places. They are stored: fused into what follows, an index would be looked up for
+    every pair of a query and a key."""
+    return jax.lax.optimization_barrier(flat.at[places].get(**IN_BOUNDS))
 
 
-def weights(layout: Layout, codes, nobody: int, queries, keys):
-    """How much each key counts, [I, C, W] float32: 0 where it is not visible, 1 / N_ij where it is (eq. 12)."""
-    (queries, query_buckets), (keys, key_buckets) = queries, keys
-    visible = (keys[:, None] < queries[:, :, None]) if layout.is_causal else (keys[:, None] != queries[:, :, None])
-    visible &= (queries[:, :, None] < nobody) & (keys[:, None] < nobody)
-    if layout.reach == "bucket":
-        visible &= query_buckets[:, :, None] == key_buckets[:, None]
-    if codes is None:
-        return visible.astype(jnp.float32)
-    count = jnp.zeros(visible.shape, jnp.int32)
-    for code in codes:
-        ahead = rows(code, keys)[:, None] - rows(code, queries)[:, :, None]
-        count += (-layout.before <= ahead) & (ahead <= layout.after)
-    return jnp.where(visible, 1 / jnp.maximum(count, 1), 0)
+def visible(layout: Layout, block: Items, codes, keys_first: bool):
+    """Which key counts for which query: those visible in this round, and in none before where keys count once.
+
+    Returns: bool [I, C, W], or [I, W, C] with `keys_first`.
+    """
+    query_axis, key_axis = (1, 2) if keys_first else (2, 1)
+    across = lambda queries, keys: (jnp.expand_dims(queries, query_axis), jnp.expand_dims(keys, key_axis))
+    queries, keys = across(block.queries, block.keys)
+    seen = (keys < queries) if layout.is_causal else (keys != queries)
+    queries, keys = across(block.query_buckets, block.key_buckets)
+    seen &= queries == keys
+    for earlier, code in enumerate([] if codes is None else codes[:-1]):
+        queries, keys = across(rows(code, block.queries), rows(code, block.keys))
+        seen &= (keys - queries < -layout.before) | (keys - queries > layout.after) | (block.round <= earlier)
+    return seen
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def over_items(layout, query, gain, value, items):
+def over_items(layout, query, gain, value, items, codes):
     """Flat outputs [places, V] and the log of the softmax's total weight [places], -inf where nothing is visible.
 
     Args:
@@ -207,78 +229,80 @@ def over_items(layout, query, gain, value, items):
         gain: [places], float32: the logit of a query and a key is their product times the key's gain.
         value: [places, V].
     """
-    return _forward(layout, query, gain, value, items)[0]
+    return _forward(layout, query, gain, value, items, codes)[0]
 
 
-def _forward(layout, query, gain, value, items):
+def _forward(layout, query, gain, value, items, codes):
+    flat_query, flat_gain, flat_value = (with_nobody(x) for x in (query, gain, value))
+    into = dict(preferred_element_type=gain.dtype)
+
     def step(carry, block):
         out, log_total = carry
-        queries, keys = block[0][0], block[1][0]
-        logits, key_values = _logits(query, gain, queries, keys)[0], rows(value, keys)
-        weight = weights(layout, items.codes, gain.size, *block)
-        seen = weight > 0
+        block = jax.lax.optimization_barrier(block)
+        queries, keys = block.queries, block.keys
+        logits = jnp.einsum("ich,iwh->icw", rows(flat_query, queries), rows(flat_query, keys), **into)
+        logits *= rows(flat_gain, keys)[:, None]
+        logits = jnp.where(visible(layout, block, codes, False), logits, LOWEST)
         before = rows(log_total, queries)
-        largest = jnp.maximum(jnp.max(logits, axis=-1, where=seen, initial=-jnp.inf), before)
-        finite = jnp.where(jnp.isneginf(largest), 0, largest)
-        weight = weight * jnp.exp(jnp.where(seen, logits - finite[..., None], 0))
-        decay = jnp.exp(before - finite)
+        largest = jnp.maximum(jnp.max(logits, axis=-1), before)
+        largest = jnp.where(largest > LOWEST, largest, 0)
+        weight = jnp.exp(logits - largest[..., None])
+        decay = jnp.exp(before - largest)
         total = decay + weight.sum(-1)
-        new = jnp.einsum("icw,iwv->icv", weight.astype(value.dtype), key_values, preferred_element_type=jnp.float32)
+        new = jnp.einsum("icw,iwv->icv", weight.astype(value.dtype), rows(flat_value, keys), **into)
         new += decay[..., None] * rows(out, queries)
         new /= jnp.where(total > 0, total, 1)[..., None]
-        out = out.at[queries].set(new, mode="drop")
-        return (out, log_total.at[queries].set(finite + jnp.log(total), mode="drop")), None
+        out = out.at[queries].set(new, **IN_BOUNDS)
+        return (out, log_total.at[queries].set(largest + jnp.log(total), **IN_BOUNDS)), None
 
-    start = jnp.zeros(value.shape, jnp.float32), jnp.full(gain.shape, -jnp.inf)
-    (out, log_total), _ = jax.lax.scan(step, start, items[:2])
-    out = out.astype(value.dtype)
-    return (out, log_total), (query, gain, value, items, out, log_total)
+    start = jnp.zeros((len(gain) + 1, value.shape[1]), gain.dtype), jnp.full(len(gain) + 1, -jnp.inf, gain.dtype)
+    (out, log_total), _ = jax.lax.scan(step, start, items)
+    out, log_total = out[:-1].astype(value.dtype), log_total[:-1]
+    return (out, log_total), (query, gain, value, items, codes, out, log_total)
 
 
 def _backward(layout, saved, cotangents):
-    query, gain, value, items, out, log_total = saved
+    query, gain, value, items, codes, out, log_total = saved
     d_out = cotangents[0]
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    log_total = jnp.where(jnp.isneginf(log_total), 0, log_total)
+    delta = with_nobody(jnp.sum(d_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1))
+    log_total = with_nobody(jnp.where(jnp.isneginf(log_total), 0, log_total))
+    flat_query, flat_gain, flat_value, d_out = (with_nobody(x) for x in (query, gain, value, d_out))
+    into = dict(preferred_element_type=gain.dtype)
 
     def step(carry, block):
         d_query, d_gain, d_value = carry
-        queries, keys = block[0][0], block[1][0]
-        (logits, products, key_gain), key_values = _logits(query, gain, queries, keys), rows(value, keys)
-        weight = weights(layout, items.codes, gain.size, *block)
-        exponent = jnp.where(weight > 0, logits - rows(log_total, queries)[..., None], 0)
-        weight = weight * jnp.exp(exponent)
-        d_rows = rows(d_out, queries)
-        d_weight = jnp.einsum("icv,iwv->icw", d_rows, key_values, preferred_element_type=jnp.float32)
-        d_logits = weight * (d_weight - rows(delta, queries)[..., None])
-        d_products = (d_logits * key_gain[:, None]).astype(query.dtype)
-        into = dict(preferred_element_type=jnp.float32)
-        to_values = jnp.einsum("icw,icv->iwv", weight.astype(value.dtype), d_rows, **into)
-        to_queries = jnp.einsum("icw,iwh->ich", d_products, rows(query, keys), **into)
-        to_keys = jnp.einsum("icw,ich->iwh", d_products, rows(query, queries), **into)
-        to_gains = jnp.sum(d_logits * products, axis=1)
-        d_query = d_query.at[queries].add(to_queries, mode="drop")
-        # A chunk at a time: within one part no place occurs twice, so that sums on an accelerator have one order.
-        for part in range(0, keys.shape[1], layout.chunk_size):
-            some = slice(part, part + layout.chunk_size)
-            d_query = d_query.at[keys[:, some]].add(to_keys[:, some], mode="drop")
-            d_gain = d_gain.at[keys[:, some]].add(to_gains[:, some], mode="drop")
-            d_value = d_value.at[keys[:, some]].add(to_values[:, some], mode="drop")
+        block = jax.lax.optimization_barrier(block)
+        queries, keys = block.queries, block.keys
+        query_rows, key_rows, d_rows = rows(flat_query, queries), rows(flat_query, keys), rows(d_out, queries)
+        gains = rows(flat_gain, keys)[..., None]
+        # Keys first: two of the three products with gradients are then of a matrix as it lies in memory.
+        products = jnp.einsum("iwh,ich->iwc", key_rows, query_rows, **into)
+        logits = jnp.where(visible(layout, block, codes, True), products * gains, LOWEST)
+        weight = jnp.exp(logits - rows(log_total, queries)[:, None])
+        d_weight = jnp.einsum("iwv,icv->iwc", rows(flat_value, keys), d_rows, **into)
+        d_logits = weight * (d_weight - rows(delta, queries)[:, None])
+        d_products = (d_logits * gains).astype(query.dtype)
+        to_values = jnp.einsum("iwc,icv->iwv", weight.astype(value.dtype), d_rows, **into)
+        to_keys = jnp.einsum("iwc,ich->iwh", d_products, query_rows, **into)
+        to_queries = jnp.einsum("iwc,iwh->ich", d_products, key_rows, **into)
+        to_gains = jnp.sum(d_logits * products, axis=2)
+        d_query = d_query.at[queries].add(to_queries, **IN_BOUNDS)
+        for some in parts:
+            d_query = d_query.at[keys[:, some]].add(to_keys[:, some], **IN_BOUNDS)
+            d_gain = d_gain.at[keys[:, some]].add(to_gains[:, some], **IN_BOUNDS)
+            d_value = d_value.at[keys[:, some]].add(to_values[:, some], **IN_BOUNDS)
         return (d_query, d_gain, d_value), None
 
-    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, gain, value))
-    (d_query, d_gain, d_value), _ = jax.lax.scan(step, start, items[:2])
-    return d_query.astype(query.dtype), d_gain, d_value.astype(value.dtype), None
+    # Elsewhere than on a CPU a chunk at a time: no place occurs twice in one, so that sums have one order.
+    width = items.keys.shape[2]
+    chunk = width if jax.default_backend() == "cpu" else layout.chunk_size
+    parts = [slice(first, first + chunk) for first in range(0, width, chunk)]
+    start = tuple(jnp.zeros(x.shape, gain.dtype) for x in (flat_query, flat_gain, flat_value))
+    (d_query, d_gain, d_value), _ = jax.lax.scan(step, start, items)
+    return d_query[:-1].astype(query.dtype), d_gain[:-1], d_value[:-1].astype(value.dtype), None, None
 
 
 over_items.defvjp(_forward, _backward)
-
-
-def _logits(query, gain, queries, keys):
-    """Logits [I, C, W], the products of query vectors that they are made of, and the gains [I, W] of the keys."""
-    products = jnp.einsum("ich,iwh->icw", rows(query, queries), rows(query, keys), preferred_element_type=jnp.float32)
-    key_gain = rows(gain, keys)
-    return products * key_gain[:, None], products, key_gain
 
 
 def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates):

@@ -1,0 +1,124 @@
+"""Named calls of LSH attention."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from subquad.kernels import lsh
+from subquad.kernels.specs import LENGTHS, Spec
+
+# A token alone sees itself, whatever the query: a gradient of 0, of which no error is a fraction.
+SEVERAL = LENGTHS[1:]
+CHUNK, ROUNDS = 64, 4
+
+
+def make(length, dtype, rng, *, batch=1, heads=2, rounds=3, buckets=4, masked=False):
+    """A shared query and key, values, and buckets that are no function of them: a hash would depend on rounding."""
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    arrays = dict(
+        query_key=normal(batch, length, heads, 20),
+        value=normal(batch, length, heads, 24),
+        buckets=jnp.asarray(rng.integers(0, buckets, (batch, rounds, length, heads)), jnp.int32),
+    )
+    if masked:
+        mask = rng.uniform(size=(batch, 1, 1, length)) < 0.7
+        arrays["mask"] = jnp.asarray(mask)
+    return arrays
+
+
+def make_bench(length, dtype, rng):
+    """Buckets of vectors that are hashed: half a chunk in each, on average."""
+    arrays = make_hashed_bench(length, dtype, rng)
+    buckets = lsh.hash_buckets(arrays["query_key"], arrays.pop("rotations"), implementation="xla")
+    return arrays | dict(buckets=buckets)
+
+
+def _columns(length):
+    return int(np.clip(length // CHUNK, 1, 64))
+
+
+def call(arrays, implementation, *, chunk_size, num_buckets=4, **options):
+    return lsh.attention(
+        arrays["query_key"], arrays["value"], arrays["buckets"], num_buckets=num_buckets, chunk_size=chunk_size,
+        mask=arrays.get("mask"), implementation=implementation, **options,
+    )  # fmt: skip
+
+
+def call_bench(arrays, implementation, **options):
+    length = arrays["query_key"].shape[1]
+    return call(arrays, implementation, chunk_size=CHUNK, num_buckets=2 * _columns(length), **options)
+
+
+def make_hashed(length, dtype, rng):
+    """Vectors whose components differ enough in size, and rotations that pick some: no rounding changes a bucket."""
+    sizes = rng.permuted(np.broadcast_to(np.arange(1, 21) / 8, (2, length, 1, 20)), axis=-1)
+    axes = np.stack([rng.permutation(20)[:6] for _ in range(2)])
+    return dict(
+        query_key=jnp.asarray(sizes * rng.choice([-1, 1], sizes.shape), dtype),
+        value=jnp.asarray(rng.normal(size=(2, length, 1, 24)), dtype),
+        rotations=jnp.asarray(np.moveaxis(np.eye(20)[axes], -1, 0)[None], jnp.float32),
+    )
+
+
+def make_hashed_bench(length, dtype, rng):
+    query_key, value = (jnp.asarray(rng.normal(size=(1, length, 4, 64)), dtype) for _ in range(2))
+    rotations = jnp.asarray(rng.normal(size=(4, 64, ROUNDS, _columns(length))), jnp.float32)
+    return dict(query_key=query_key, value=value, rotations=rotations)
+
+
+def call_hashed(arrays, implementation):
+    query_key, columns = arrays["query_key"], arrays["rotations"].shape[-1]
+    buckets = lsh.hash_buckets(query_key, arrays["rotations"], implementation=implementation)
+    return lsh.attention(
+        query_key, arrays["value"], buckets, num_buckets=2 * columns, chunk_size=16 if columns == 6 else CHUNK,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def make_extend(length, dtype, rng):
+    """The second half of a cache, whose end is empty, is new."""
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    new, room = (length + 1) // 2, length + 5
+    buckets = jnp.asarray(rng.integers(0, 3, (2, 2, room, 2)), jnp.int32)
+    return dict(
+        query=normal(2, new, 2, 20),
+        key=normal(2, room, 2, 20),
+        value=normal(2, room, 2, 24),
+        query_buckets=buckets[:, :, length - new : length],
+        key_buckets=buckets,
+        start=jnp.int32(length - new),
+        mask=jnp.asarray(np.arange(room) < length)[None, None, None],
+    )
+
+
+def call_extend(arrays, implementation, *, correct_duplicates):
+    return lsh.extend(**arrays, correct_duplicates=correct_duplicates, implementation=implementation)
+
+
+def _variant(variant, make=make, lengths=SEVERAL, bench=False, **options):
+    """A call of `lsh.attention`; one that is measured has the sizes of a layer there."""
+    if not bench:
+        return Spec("lsh.attention", variant, make, lambda a, i: call(a, i, **options), lengths=lengths, bench_lengths=())
+    sizes = dict(options)
+    chunk_size = sizes.pop("chunk_size")
+
+    def run(arrays, implementation):
+        if arrays["query_key"].shape[-1] == 64:
+            return call_bench(arrays, implementation, **sizes)
+        return call(arrays, implementation, chunk_size=chunk_size, **sizes)
+
+    return Spec("lsh.attention", variant, make, run, make_bench=make_bench, lengths=lengths)
+
+
+SPECS = [
+    _variant("full", chunk_size=16, bench=True),
+    _variant("causal", chunk_size=16, is_causal=True, bench=True),
+    _variant("masked", lambda *a: make(*a, batch=2, heads=1, masked=True), chunk_size=7, chunks_after=1, lengths=(63, 129)),
+    _variant("chunk", chunk_size=32, reach="chunk", lengths=(63, 129)),
+    _variant("ring", chunk_size=24, reach="ring", correct_duplicates=False, lengths=(63, 129)),
+    Spec("lsh.attention", "hashed", make_hashed, call_hashed, make_bench=make_hashed_bench, lengths=(63, 129),
+         bench_lengths=()),
+    Spec("lsh.extend", "once", make_extend, lambda a, i: call_extend(a, i, correct_duplicates=True),
+         lengths=(7, 63, 129), bench_lengths=()),
+    Spec("lsh.extend", "counted", make_extend, lambda a, i: call_extend(a, i, correct_duplicates=False),
+         lengths=(63,), bench_lengths=()),
+]  # fmt: skip
