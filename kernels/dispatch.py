@@ -143,8 +143,3 @@ def _run_and_report(lines, operation, implementations, implementation, *args, **
     if chosen is None:
         raise Declined(lines[-1])
     return outputs
-
-
-def choose(operation: str, available: Implementations, implementation: Implementation | None) -> Callable:
-    """The function that runs `operation`, for operations without Triton kernels."""
-    return functools.partial(run, operation, available, implementation)

@@ -1,8 +1,10 @@
-"""Linear attention as a scan over chunks with the state in registers: numerator, denominator and running maximum at once.
+"""Linear attention as a scan over chunks that carries the state: numerator, denominator and running maximum at once.
 
 One program owns one head of one sample, a block of value features and a segment of the sequence. The sums before every
 segment come from a first pass over the keys and a merge; with enough heads there is one segment and one pass. With a
-projection the features are computed from query and key where they are used, and never stored.
+projection the features are computed from query and key where they are used, and never stored; only the largest exponent
+of a token comes from a pass of its own. The state stays in registers where one block of features is all of it; else it
+passes through them block by block, and lives in the output that the caller gets in the end.
 
 The backward pass runs forwards once more for the gradient of the query and backwards for those of key and value. Blocks
 of value features add up: their parts of the gradients of query and key are summed outside. No result of a product is
@@ -24,10 +26,9 @@ from subquad.kernels.linear.gradient import Arrays, Plan, bind, differentiable
 from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite
 
 OWNER = "linear"
-MAX_FEATURES = 256
 MAX_HEAD = 128
 PROGRAMS = 264  # two for each multiprocessor of a large GPU
-ALIGNMENT = 128  # segments start at multiples of it, and every chunk divides it
+ALIGNMENT = 256  # segments start at multiples of it, and every chunk divides it
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -37,6 +38,22 @@ ALIGNMENT = 128  # segments start at multiples of it, and every chunk divides it
 def _operand(x, BF16: tl.constexpr):
     """What goes into a matrix product: bfloat16, or float32 for everything else."""
     return x.to(tl.bfloat16) if BF16 else x.to(tl.float32)
+
+
+@triton.jit
+def _column(x, BF16: tl.constexpr):
+    """The vector as a matrix for a product, [*, 16]: in bfloat16 its digits are in two columns; the others are 0.
+
+    A product, and the sum of its columns, is a product with the vector that asks nobody to hold all of it.
+    """
+    at = tl.arange(0, 16)[None, :]
+    x = x[:, None]
+    if BF16:
+        high = x.to(tl.bfloat16).to(tl.float32)
+        x = tl.where(at == 0, high, tl.where(at == 1, x - high, 0.0)).to(tl.bfloat16)
+    else:
+        x = tl.where(at == 0, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -62,75 +79,86 @@ def _tile(pointer, rows, ok, columns, WIDTH: tl.constexpr, STRIDE: tl.constexpr)
 
 
 @triton.jit
-def _projection(pointer, M: tl.constexpr, MP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr):
-    rows = tl.arange(0, MP)
-    return _tile(pointer, rows, rows < M, tl.arange(0, HP), H, H)
+def _projection(pointer, features, H: tl.constexpr, HP: tl.constexpr, M: tl.constexpr):
+    return _tile(pointer, features, features < M, tl.arange(0, HP), H, H)
+
+
+@triton.jit
+def _inputs(pointer, rows, ok, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, FEATURES: tl.constexpr):
+    """What the features of a chunk are made of, [C, H]. Given features are loaded where they are used."""
+    if FEATURES == "given":
+        return rows
+    else:
+        return _tile(pointer, rows, ok, tl.arange(0, HP), H, N * H)
+
+
+@triton.jit
+def _largest(pointer, rows, ok, FEATURES: tl.constexpr):
+    """The largest exponent among a token's features."""
+    if FEATURES == "softmax":
+        return tl.load(pointer + rows, mask=ok, other=0.0)
+    else:
+        return tl.zeros_like(rows).to(tl.float32)
+
+
+@triton.jit
+def _logits(x, high, low, features, M: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BF16: tl.constexpr,
+            ACROSS: tl.constexpr):  # fmt: skip
+    """The inputs times the projection, [C, M], or [M, C] if ACROSS."""
+    weight, inputs = _operand(_projection(high, features, H, HP, M), BF16), _operand(x, BF16)
+    if ACROSS:
+        logits = tl.dot(weight, tl.trans(inputs), input_precision="tf32x3")
+    else:
+        logits = tl.dot(inputs, tl.trans(weight), input_precision="tf32x3")
+    if BF16:
+        # The projection in two parts: an exponent that lost its digits would be an error of per cents.
+        rest = _operand(_projection(low, features, H, HP, M), BF16)
+        if ACROSS:
+            logits = tl.dot(rest, tl.trans(inputs), logits)
+        else:
+            logits = tl.dot(inputs, tl.trans(rest), logits)
+    return logits
 
 
 @triton.jit
 def _features(
-    pointer, rows, ok, high, low, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, BF16: tl.constexpr, PRECISE: tl.constexpr,
+    pointer, x, rows, ok, largest, high, low, features, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
+    HP: tl.constexpr, FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, BF16: tl.constexpr,
     ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """The features of the rows and their log scales (without log(M) / 2): [C, M], or [M, C] if ACROSS."""
+    """A block of the features of a chunk: [C, M], or [M, C] if ACROSS."""
     if FEATURES == "given":
-        phi = _tile(pointer, rows, ok, tl.arange(0, MP), M, N * M)
+        phi = _tile(pointer, rows, ok, features, M, N * M)
         if ACROSS:
             phi = tl.trans(phi)
-        scale = tl.zeros_like(rows).to(tl.float32)
     else:
         axis: tl.constexpr = 0 if ACROSS else 1
-        x = _tile(pointer, rows, ok, tl.arange(0, HP), H, N * H)
-        weight = _projection(high, M, MP, H, HP)
-        if ACROSS:
-            logits = tl.dot(_operand(weight, BF16), tl.trans(_operand(x, BF16)), input_precision=PRECISE)
-        else:
-            logits = tl.dot(_operand(x, BF16), tl.trans(_operand(weight, BF16)), input_precision=PRECISE)
-        if BF16:
-            # The projection in two parts: an exponent that lost its digits would be an error of per cents.
-            rest = _projection(low, M, MP, H, HP)
-            if ACROSS:
-                logits = tl.dot(rest.to(tl.bfloat16), tl.trans(x.to(tl.bfloat16)), logits)
-            else:
-                logits = tl.dot(x.to(tl.bfloat16), tl.trans(rest.to(tl.bfloat16)), logits)
-        real = tl.expand_dims(tl.arange(0, MP) < M, 1 - axis)
+        logits = _logits(x, high, low, features, M, H, HP, BF16, ACROSS)
         if FEATURES == "softmax":
-            logits = tl.where(real, logits * (H**-0.25), float("-inf"))
-            largest = tl.max(logits, axis)
-            phi = tl.exp(tl.maximum(logits - tl.expand_dims(largest, axis), FLOOR))
-            wide = x.to(tl.float32)
-            scale = largest - (0.5 * H**-0.5) * tl.sum(wide * wide, 1)
+            phi = tl.exp(tl.maximum(logits * (H**-0.25) - tl.expand_dims(largest, axis), FLOOR))
         else:
             phi = (tl.maximum(logits, 0.0) + OFFSET) * (M**-0.5)
-            scale = tl.zeros_like(rows).to(tl.float32)
-        phi = tl.where(real, phi, 0.0)
-    return phi, scale
+        phi = tl.where(tl.expand_dims(features < M, 1 - axis), phi, 0.0)
+    return phi
 
 
 @triton.jit
-def _grad_input(
-    grad, pointer, rows, ok, high, low, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, H: tl.constexpr,
-    HP: tl.constexpr, FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, DEAD: tl.constexpr,
-    BF16: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """[H, C], the gradient of the rows that the features were made of, from that of the features [M, C]."""
-    phi, _ = _features(pointer, rows, ok, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, True)
+def _grad_logits(grad, phi, DEAD: tl.constexpr, M: tl.constexpr, H: tl.constexpr, FEATURES: tl.constexpr):
+    """The gradient of what the projection gave, from that of the features and the features, [M, C]."""
     if FEATURES == "softmax":
-        grad = tl.where(phi > DEAD, grad * phi, 0.0) * (H**-0.25)
+        return tl.where(phi > DEAD, grad * phi, 0.0) * (H**-0.25)
     else:
-        grad = tl.where(phi > DEAD, grad, 0.0) * (M**-0.5)
-    weight = _projection(high, M, MP, H, HP)
-    out = tl.dot(tl.trans(_operand(weight, BF16)), _operand(grad, BF16), input_precision=PRECISION)
-    if FEATURES == "softmax":
-        x = _tile(pointer, rows, ok, tl.arange(0, HP), H, N * H)
-        out -= tl.trans(x).to(tl.float32) * (tl.sum(grad, 0) * (H**-0.25))[None, :]
-    return out
+        return tl.where(phi > DEAD, grad, 0.0) * (M**-0.5)
 
 
 @triton.jit
-def _log_scale(pointer, rows, ok, own, N: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """The log scale of the keys, -inf for those that nothing sees."""
+def _log_scale(pointer, x, largest, rows, ok, N: tl.constexpr, H: tl.constexpr, FEATURES: tl.constexpr,
+               HAS_SCALE: tl.constexpr):  # fmt: skip
+    """The log scale of keys, without softmax features' log(M) / 2, and -inf for those that nothing sees."""
+    own = largest
+    if FEATURES == "softmax":
+        wide = x.to(tl.float32)
+        own -= (0.5 * H**-0.5) * tl.sum(wide * wide, 1)
     if HAS_SCALE:
         own = tl.load(pointer + rows.to(tl.int64) * N, mask=ok, other=0.0).to(tl.float32)
     return tl.where(ok, own, float("-inf"))
@@ -145,69 +173,102 @@ def _real_keys(pointer, rows, S: tl.constexpr, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _add(numerator, denominator, before, phi, value, scale, BF16: tl.constexpr, PRECISION: tl.constexpr):
-    """The state after keys of features [M, C]."""
-    last = tl.maximum(tl.max(scale, 0), before)
-    weight = tl.exp(scale - _finite(last))
-    decay = tl.exp(before - _finite(last))
-    weighed = _operand(value.to(tl.float32) * weight[:, None], BF16)
-    numerator = tl.dot(phi, weighed, numerator * decay, input_precision=PRECISION)
-    denominator = denominator * decay + tl.sum(phi.to(tl.float32) * weight[None, :], 1)
-    return numerator, denominator, last
+def _load_state(numerator, denominator, features, columns, M: tl.constexpr, V: tl.constexpr):
+    numerators = _tile(numerator, features, features < M, columns, V, V)
+    return numerators, tl.load(denominator + features, mask=features < M, other=0.0)
+
+
+@triton.jit
+def _store_state(numerator, denominator, numerators, denominators, features, columns, M: tl.constexpr, V: tl.constexpr):
+    place = features[:, None] * V + columns[None, :]
+    tl.store(numerator + place, numerators, mask=(features < M)[:, None] & (columns < V)[None, :])
+    tl.store(denominator + features, denominators, mask=features < M)
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
+def linear_largest(
+    inputs, high, low, largest,
+    T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PROJECTION_STRIDE: tl.constexpr,
+    BF16: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The largest exponent among each token's softmax features."""
+    sample, head, _, chunk = _place((T + CHUNK - 1) // CHUNK, 1, N)
+    inputs += (sample * T * N + head) * H
+    high += sample * PROJECTION_STRIDE
+    low += sample * PROJECTION_STRIDE
+    rows = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = _tile(inputs, rows, rows < T, tl.arange(0, HP), H, N * H)
+    found = tl.full((CHUNK,), float("-inf"), tl.float32)
+    for m in range(0, M, BLOCK_M):
+        features = m + tl.arange(0, BLOCK_M)
+        logits = _logits(x, high, low, features, M, H, HP, BF16, False) * (H**-0.25)
+        found = tl.maximum(found, tl.max(tl.where((features < M)[None, :], logits, float("-inf")), 1))
+    tl.store(largest + (sample * N + head) * T + rows, found, mask=rows < T)
+
+
+@triton.jit
 def linear_key_sums(
-    key, value, scale, mask, high, low, numerator_out, denominator_out, largest_out,
-    S: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, HP: tl.constexpr,
+    key, value, scale, mask, high, low, key_largest, numerator_out, denominator_out, largest_out,
+    S: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, FEATURES: tl.constexpr,
     FLOOR: tl.constexpr, OFFSET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, MASK_STRIDE: tl.constexpr,
-    PROJECTION_STRIDE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_V: tl.constexpr,
+    PROJECTION_STRIDE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The state of each segment alone: sums over its keys, relative to its own largest log scale."""
-    sample, head, block, segment = _place(SEGMENTS, BLOCKS, N)
+    BLOCKS_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    sample, head, part, segment = _place(SEGMENTS, BLOCKS * BLOCKS_M, N)
+    block, features = part // BLOCKS_M, (part % BLOCKS_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     key += (sample * S * N + head) * WIDTH
     value += (sample * S * N + head) * V
     scale += sample * S * N + head
     mask += sample * MASK_STRIDE
     high += sample * PROJECTION_STRIDE
     low += sample * PROJECTION_STRIDE
+    key_largest += (sample * N + head) * S
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    numerator = tl.zeros((MP, BLOCK_V), tl.float32)
-    denominator = tl.zeros((MP,), tl.float32)
+    numerators = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    denominators = tl.zeros((BLOCK_M,), tl.float32)
     before = float("-inf")
     for start in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, S), CHUNK):
         rows = start + tl.arange(0, CHUNK)
-        ok = _real_keys(mask, rows, S, HAS_MASK)
-        phi, own = _features(key, rows, ok, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, True)
-        own = _log_scale(scale, rows, ok, own, N, HAS_SCALE)
-        values = _tile(value, rows, ok, columns, V, N * V)
-        numerator, denominator, before = _add(
-            numerator, denominator, before, _operand(phi, BF16), values, own, BF16, PRECISION
+        seen = _real_keys(mask, rows, S, HAS_MASK)
+        k = _inputs(key, rows, seen, N, H, HP, FEATURES)
+        k_largest = _largest(key_largest, rows, seen, FEATURES)
+        own = _log_scale(scale, k, k_largest, rows, seen, N, H, FEATURES, HAS_SCALE)
+        last = tl.maximum(tl.max(own, 0), before)
+        decay, weight = tl.exp(before - _finite(last)), tl.exp(own - _finite(last))
+        weighed = _operand(_tile(value, rows, seen, columns, V, N * V).to(tl.float32) * weight[:, None], BF16)
+        weight = _column(weight, BF16)
+        phi = _features(
+            key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
         )
+        phi = _operand(phi, BF16)
+        numerators = tl.dot(phi, weighed, numerators * decay, input_precision=PRECISION)
+        denominators = denominators * decay + tl.sum(tl.dot(phi, weight, input_precision=PRECISION), 1)
+        before = last
     at = (sample * N + head) * SEGMENTS + segment
-    features = tl.arange(0, MP)
-    inside = (features < M)[:, None] & (columns < V)[None, :]
-    tl.store(numerator_out + at * (M * V) + features[:, None] * V + columns[None, :], numerator, mask=inside)
+    place = features[:, None] * V + columns[None, :]
+    tl.store(numerator_out + at * (M * V) + place, numerators, mask=(features < M)[:, None] & (columns < V)[None, :])
     if block == 0:
-        tl.store(denominator_out + at * M + features, denominator, mask=features < M)
+        tl.store(denominator_out + at * M + features, denominators, mask=features < M)
+    if part == 0:
         tl.store(largest_out + at, before)
 
 
 @triton.jit
 def linear_forward(
-    query, key, value, scale, mask, high, low, numerator_in, denominator_in, largest_in,
-    out, weight_out, maximum_out, numerator_out, denominator_out, largest_out,
-    T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, HP: tl.constexpr,
+    query, key, value, scale, mask, high, low, query_largest, key_largest, numerator_in, denominator_in, largest_in,
+    out, weight_out, maximum_out, numerator, denominator, largest_out,
+    T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr,
     FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     MASK_STRIDE: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr,
-    SMALLEST: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_V: tl.constexpr,
+    SMALLEST: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a segment from the state before it (causal), or from that of all keys."""
     sample, head, block, segment = _place(SEGMENTS, BLOCKS, N)
@@ -218,66 +279,95 @@ def linear_forward(
     mask += sample * MASK_STRIDE
     high += sample * PROJECTION_STRIDE
     low += sample * PROJECTION_STRIDE
+    query_largest += (sample * N + head) * T
+    key_largest += (sample * N + head) * T
     out += (sample * T * N + head) * V
     weight_out += (sample * N + head) * T
     maximum_out += (sample * N + head) * T
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    features = tl.arange(0, MP)
-    inside = (features < M)[:, None] & (columns < V)[None, :]
     state = (sample * N + head) * STATES + (segment if CAUSAL else 0)
-    numerator = tl.load(
-        numerator_in + state * (M * V) + features[:, None] * V + columns[None, :], mask=inside, other=0.0
-    )
-    denominator = tl.load(denominator_in + state * M + features, mask=features < M, other=0.0)
+    numerator += state * (M * V)
+    denominator += (state * BLOCKS + block) * M
+    RESIDENT: tl.constexpr = M <= BLOCK_M
+    numerators, denominators = _load_state(numerator, denominator, tl.arange(0, BLOCK_M), columns, M, V)
     before = tl.load(largest_in + state)
     for start in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, T), CHUNK):
         rows = start + tl.arange(0, CHUNK)
         ok = rows < T
-        phi, _ = _features(query, rows, ok, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, False)
-        phi = _operand(phi, BF16)
-        sums = tl.dot(phi, _operand(numerator, BF16), input_precision=PRECISION)
-        total = tl.sum(phi.to(tl.float32) * denominator[None, :], 1)
+        q = _inputs(query, rows, ok, N, H, HP, FEATURES)
+        q_largest = _largest(query_largest, rows, ok, FEATURES)
+        sums = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        total = tl.zeros((CHUNK, 16), tl.float32)
         if CAUSAL:
             seen = _real_keys(mask, rows, T, HAS_MASK)
-            keys, own = _features(key, rows, seen, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, True)
-            keys = _operand(keys, BF16)
-            own = _log_scale(scale, rows, seen, own, N, HAS_SCALE)
+            k = _inputs(key, rows, seen, N, H, HP, FEATURES)
+            k_largest = _largest(key_largest, rows, seen, FEATURES)
+            own = _log_scale(scale, k, k_largest, rows, seen, N, H, FEATURES, HAS_SCALE)
             values = _tile(value, rows, seen, columns, V, N * V)
+            last = tl.maximum(tl.max(own, 0), before)
+            decay, weight = tl.exp(before - _finite(last)), tl.exp(own - _finite(last))
+            weighed = _operand(values.to(tl.float32) * weight[:, None], BF16)
+            weight = _column(weight, BF16)
+            weights = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for first_feature in range(0, M, BLOCK_M):
+            features = first_feature + tl.arange(0, BLOCK_M)
+            if not RESIDENT:
+                numerators, denominators = _load_state(numerator, denominator, features, columns, M, V)
+            phi = _features(
+                query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, False
+            )
+            phi = _operand(phi, BF16)
+            sums = tl.dot(phi, _operand(numerators, BF16), sums, input_precision=PRECISION)
+            total = tl.dot(phi, _column(denominators, BF16), total, input_precision=PRECISION)
+            if CAUSAL:
+                keys = _features(
+                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                )
+                keys = _operand(keys, BF16)
+                weights = tl.dot(phi, keys, weights, input_precision=PRECISION)
+                numerators = tl.dot(keys, weighed, numerators * decay, input_precision=PRECISION)
+                denominators = denominators * decay + tl.sum(tl.dot(keys, weight, input_precision=PRECISION), 1)
+                if not RESIDENT:
+                    _store_state(numerator, denominator, numerators, denominators, features, columns, M, V)
+        total = tl.sum(total, 1)
+        if CAUSAL:
             visible = rows[None, :] <= rows[:, None]
             maximum = tl.maximum(tl.max(tl.where(visible, own[None, :], float("-inf")), 1), before)
             past = tl.exp(before - _finite(maximum))
-            weights = tl.dot(phi, keys, input_precision=PRECISION)
             weights = tl.where(visible, weights * tl.exp(own[None, :] - _finite(maximum)[:, None]), 0.0)
             sums = tl.dot(_operand(weights, BF16), _operand(values, BF16), sums * past[:, None], input_precision=PRECISION)
             total = total * past + tl.sum(weights, 1)
-            numerator, denominator, before = _add(numerator, denominator, before, keys, values, own, BF16, PRECISION)
+            before = last
+            if not RESIDENT:
+                tl.debug_barrier()
         else:
             maximum = tl.zeros_like(total) + before
         total += EPS
-        weight = tl.where(total > SMALLEST, 1.0 / total, 0.0)
+        one_over = tl.where(total > SMALLEST, 1.0 / total, 0.0)
         place = rows.to(tl.int64)[:, None] * (N * V) + columns[None, :]
-        tl.store(out + place, (sums * weight[:, None]).to(out.dtype.element_ty), mask=ok[:, None] & (columns < V)[None, :])
+        tl.store(out + place, (sums * one_over[:, None]).to(out.dtype.element_ty), mask=ok[:, None] & (columns < V)[None, :])
         if block == 0:
-            tl.store(weight_out + rows, weight, mask=ok)
+            tl.store(weight_out + rows, one_over, mask=ok)
             tl.store(maximum_out + rows, maximum, mask=ok)
-    if CAUSAL and segment == SEGMENTS - 1:
-        at = sample * N + head
-        tl.store(numerator_out + at * (M * V) + features[:, None] * V + columns[None, :], numerator, mask=inside)
-        if block == 0:
-            tl.store(denominator_out + at * M + features, denominator, mask=features < M)
-            tl.store(largest_out + at, before)
+    if CAUSAL:
+        if RESIDENT:
+            _store_state(numerator, denominator, numerators, denominators, tl.arange(0, BLOCK_M), columns, M, V)
+        if (segment == SEGMENTS - 1) & (block == 0):
+            tl.store(largest_out + sample * N + head, before)
 
 
 @triton.jit
 def linear_query_sums(
-    query, grad_out, weight, slope, maximum, high, low, before_in, numerator_out, denominator_out,
-    T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, HP: tl.constexpr,
+    query, grad_out, weight, slope, maximum, high, low, query_largest, before_in, numerator_out, denominator_out,
+    T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, FEATURES: tl.constexpr,
     FLOOR: tl.constexpr, OFFSET: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, BF16: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What each segment's queries send back to the state before the segment."""
-    sample, head, block, segment = _place(SEGMENTS, BLOCKS, N)
+    BLOCKS_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    sample, head, part, segment = _place(SEGMENTS, BLOCKS * BLOCKS_M, N)
+    block, features = part // BLOCKS_M, (part % BLOCKS_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     query += (sample * T * N + head) * WIDTH
     grad_out += (sample * T * N + head) * V
     weight += (sample * N + head) * T
@@ -285,39 +375,43 @@ def linear_query_sums(
     maximum += (sample * N + head) * T
     high += sample * PROJECTION_STRIDE
     low += sample * PROJECTION_STRIDE
+    query_largest += (sample * N + head) * T
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
     at = (sample * N + head) * SEGMENTS + segment
     before = tl.load(before_in + at)
-    numerator = tl.zeros((MP, BLOCK_V), tl.float32)
-    denominator = tl.zeros((MP,), tl.float32)
+    numerators = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    denominators = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, T), CHUNK):
         rows = start + tl.arange(0, CHUNK)
         ok = rows < T
-        phi, _ = _features(query, rows, ok, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, True)
-        phi = _operand(phi, BF16)
+        q = _inputs(query, rows, ok, N, H, HP, FEATURES)
+        q_largest = _largest(query_largest, rows, ok, FEATURES)
         factor = tl.load(weight + rows, mask=ok, other=0.0)
         factor *= tl.exp(before - _finite(tl.load(maximum + rows, mask=ok, other=0.0)))
         factor = tl.where(ok, factor, 0.0)
-        grads = _tile(grad_out, rows, ok, columns, V, N * V).to(tl.float32) * factor[:, None]
-        numerator = tl.dot(phi, _operand(grads, BF16), numerator, input_precision=PRECISION)
-        factor *= tl.load(slope + rows, mask=ok, other=0.0)
-        denominator -= tl.sum(phi.to(tl.float32) * factor[None, :], 1)
-    features = tl.arange(0, MP)
-    inside = (features < M)[:, None] & (columns < V)[None, :]
-    tl.store(numerator_out + at * (M * V) + features[:, None] * V + columns[None, :], numerator, mask=inside)
+        grads = _operand(_tile(grad_out, rows, ok, columns, V, N * V).to(tl.float32) * factor[:, None], BF16)
+        down = _column(factor * tl.load(slope + rows, mask=ok, other=0.0), BF16)
+        phi = _features(
+            query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+        )
+        phi = _operand(phi, BF16)
+        numerators = tl.dot(phi, grads, numerators, input_precision=PRECISION)
+        denominators -= tl.sum(tl.dot(phi, down, input_precision=PRECISION), 1)
+    place = features[:, None] * V + columns[None, :]
+    tl.store(numerator_out + at * (M * V) + place, numerators, mask=(features < M)[:, None] & (columns < V)[None, :])
     if block == 0:
-        tl.store(denominator_out + at * M + features, denominator, mask=features < M)
+        tl.store(denominator_out + at * M + features, denominators, mask=features < M)
 
 
 @triton.jit
 def linear_backward_query(
-    query, key, value, scale, mask, high, low, numerator_in, denominator_in, largest_in, grad_out, weight, slope, maximum,
-    grad_query,
-    T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, HP: tl.constexpr,
+    query, key, value, scale, mask, high, low, query_largest, key_largest, numerator_in, denominator_in, largest_in,
+    grad_out, weight, slope, maximum, grad_query, numerator, denominator,
+    T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr,
-    FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, DEAD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
-    MASK_STRIDE: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, BF16: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, DEAD: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr, MASK_STRIDE: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    BF16: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The part of the query's gradient that goes through one block of value features."""
     sample, head, block, segment = _place(SEGMENTS, BLOCKS, N)
@@ -328,62 +422,101 @@ def linear_backward_query(
     mask += sample * MASK_STRIDE
     high += sample * PROJECTION_STRIDE
     low += sample * PROJECTION_STRIDE
+    query_largest += (sample * N + head) * T
+    key_largest += (sample * N + head) * T
     grad_out += (sample * T * N + head) * V
     weight += (sample * N + head) * T
     slope += (sample * N + head) * T
     maximum += (sample * N + head) * T
     grad_query += ((sample * BLOCKS + block) * T * N + head) * WIDTH
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    features = tl.arange(0, MP)
-    inside = (features < M)[:, None] & (columns < V)[None, :]
     state = (sample * N + head) * STATES + (segment if CAUSAL else 0)
-    numerator = tl.load(
-        numerator_in + state * (M * V) + features[:, None] * V + columns[None, :], mask=inside, other=0.0
-    )
-    denominator = tl.load(denominator_in + state * M + features, mask=features < M, other=0.0)
+    numerator += state * (M * V)
+    denominator += (state * BLOCKS + block) * M
+    RESIDENT: tl.constexpr = M <= BLOCK_M
+    numerators, denominators = _load_state(numerator, denominator, tl.arange(0, BLOCK_M), columns, M, V)
     before = tl.load(largest_in + state)
     for start in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, T), CHUNK):
         rows = start + tl.arange(0, CHUNK)
         ok = rows < T
+        here = rows.to(tl.int64)
+        q = _inputs(query, rows, ok, N, H, HP, FEATURES)
+        q_largest = _largest(query_largest, rows, ok, FEATURES)
         grads = tl.trans(_operand(_tile(grad_out, rows, ok, columns, V, N * V), BF16))
+        one_over = tl.load(weight + rows, mask=ok, other=0.0)
         down = tl.load(slope + rows, mask=ok, other=0.0)
         down = tl.where(block == 0, down, 0.0)  # the denominator is not cut into blocks
         largest = _finite(tl.load(maximum + rows, mask=ok, other=0.0))
-        grad = tl.dot(_operand(numerator, BF16), grads, input_precision=PRECISION)
-        grad = (grad - denominator[:, None] * down[None, :]) * tl.exp(before - largest)[None, :]
+        past = tl.exp(before - largest)
         if CAUSAL:
             seen = _real_keys(mask, rows, T, HAS_MASK)
-            keys, own = _features(key, rows, seen, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, True)
-            keys = _operand(keys, BF16)
-            own = _log_scale(scale, rows, seen, own, N, HAS_SCALE)
+            k = _inputs(key, rows, seen, N, H, HP, FEATURES)
+            k_largest = _largest(key_largest, rows, seen, FEATURES)
+            own = _log_scale(scale, k, k_largest, rows, seen, N, H, FEATURES, HAS_SCALE)
             values = _tile(value, rows, seen, columns, V, N * V)
             visible = rows[:, None] <= rows[None, :]
             scores = tl.dot(_operand(values, BF16), grads, input_precision=PRECISION) - down[None, :]
             scores = tl.where(visible, scores * tl.exp(own[:, None] - largest[None, :]), 0.0)
-            grad = tl.dot(keys, _operand(scores, BF16), grad, input_precision=PRECISION)
-            numerator, denominator, before = _add(numerator, denominator, before, keys, values, own, BF16, PRECISION)
-        grad *= tl.load(weight + rows, mask=ok, other=0.0)[None, :]
-        if FEATURES == "given":
-            width = features
-        else:
-            grad = _grad_input(
-                grad, query, rows, ok, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, DEAD, BF16, PRECISION, PRECISE
-            )
+            scores = _operand(scores, BF16)
+            last = tl.maximum(tl.max(own, 0), before)
+            decay, factor = tl.exp(before - _finite(last)), tl.exp(own - _finite(last))
+            weighed = _operand(values.to(tl.float32) * factor[:, None], BF16)
+            factor = _column(factor, BF16)
+        if FEATURES != "given":
+            of_inputs = tl.zeros((HP, CHUNK), tl.float32)
+            of_length = tl.zeros((CHUNK,), tl.float32)
+        for first_feature in range(0, M, BLOCK_M):
+            features = first_feature + tl.arange(0, BLOCK_M)
+            if not RESIDENT:
+                numerators, denominators = _load_state(numerator, denominator, features, columns, M, V)
+            grad = tl.dot(_operand(numerators, BF16), grads, input_precision=PRECISION)
+            grad = (grad - denominators[:, None] * down[None, :]) * past[None, :]
+            if CAUSAL:
+                keys = _features(
+                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                )
+                keys = _operand(keys, BF16)
+                grad = tl.dot(keys, scores, grad, input_precision=PRECISION)
+                numerators = tl.dot(keys, weighed, numerators * decay, input_precision=PRECISION)
+                denominators = denominators * decay + tl.sum(tl.dot(keys, factor, input_precision=PRECISION), 1)
+                if not RESIDENT:
+                    _store_state(numerator, denominator, numerators, denominators, features, columns, M, V)
+            grad *= one_over[None, :]
+            if FEATURES == "given":
+                place = here[None, :] * (N * WIDTH) + features[:, None]
+                inside = (features < WIDTH)[:, None] & ok[None, :]
+                tl.store(grad_query + place, grad.to(grad_query.dtype.element_ty), mask=inside)
+            else:
+                phi = _features(
+                    query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                )
+                grad = _grad_logits(grad, phi, DEAD, M, H, FEATURES)
+                projection = tl.trans(_operand(_projection(high, features, H, HP, M), BF16))
+                of_inputs = tl.dot(projection, _operand(grad, BF16), of_inputs, input_precision=PRECISION)
+                of_length += tl.sum(grad, 0)
+        if FEATURES != "given":
+            if FEATURES == "softmax":
+                of_inputs -= tl.trans(q).to(tl.float32) * (of_length * (H**-0.25))[None, :]
             width = tl.arange(0, HP)
-        place = rows.to(tl.int64)[None, :] * (N * WIDTH) + width[:, None]
-        tl.store(grad_query + place, grad.to(grad_query.dtype.element_ty), mask=(width < WIDTH)[:, None] & ok[None, :])
+            place = here[None, :] * (N * WIDTH) + width[:, None]
+            inside = (width < WIDTH)[:, None] & ok[None, :]
+            tl.store(grad_query + place, of_inputs.to(grad_query.dtype.element_ty), mask=inside)
+        if CAUSAL:
+            before = last
+            if not RESIDENT:
+                tl.debug_barrier()
 
 
 @triton.jit
 def linear_backward_key(
-    query, key, value, scale, mask, high, low, grad_out, weight, slope, maximum,
+    query, key, value, scale, mask, high, low, query_largest, key_largest, grad_out, weight, slope, maximum,
     numerator_in, denominator_in, largest_in, before_in,
-    grad_key, grad_value, grad_scale, numerator_out, denominator_out,
-    S: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, HP: tl.constexpr,
+    grad_key, grad_value, grad_scale, numerator, denominator,
+    S: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr,
-    FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, DEAD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
-    MASK_STRIDE: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, BF16: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, DEAD: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr, MASK_STRIDE: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    BF16: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values, backwards from what comes after the segment; relative to the maximum at each place."""
     sample, head, block, segment = _place(SEGMENTS, BLOCKS, N)
@@ -394,6 +527,8 @@ def linear_backward_key(
     mask += sample * MASK_STRIDE
     high += sample * PROJECTION_STRIDE
     low += sample * PROJECTION_STRIDE
+    query_largest += (sample * N + head) * S
+    key_largest += (sample * N + head) * S
     grad_out += (sample * S * N + head) * V
     weight += (sample * N + head) * S
     slope += (sample * N + head) * S
@@ -402,83 +537,109 @@ def linear_backward_key(
     grad_value += (sample * S * N + head) * V
     grad_scale += (sample * BLOCKS + block) * S * N + head
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    features = tl.arange(0, MP)
-    inside = (features < M)[:, None] & (columns < V)[None, :]
     state = (sample * N + head) * STATES + (segment if CAUSAL else 0)
-    numerator = tl.load(
-        numerator_in + state * (M * V) + features[:, None] * V + columns[None, :], mask=inside, other=0.0
-    )
-    denominator = tl.load(denominator_in + state * M + features, mask=features < M, other=0.0)
-    denominator = tl.where(block == 0, denominator, 0.0)
+    numerator += state * (M * V)
+    denominator += (state * BLOCKS + block) * M
+    RESIDENT: tl.constexpr = M <= BLOCK_M
+    numerators, denominators = _load_state(numerator, denominator, tl.arange(0, BLOCK_M), columns, M, V)
+    alone = tl.where(block == 0, 1.0, 0.0)  # the denominator is not cut into blocks
     last = tl.load(largest_in + state)
     first = segment * SEGMENT
     chunks = tl.cdiv(tl.minimum(SEGMENT, S - first), CHUNK)
     for step in range(0, chunks):
         start = first + (chunks - 1 - step) * CHUNK
         rows = start + tl.arange(0, CHUNK)
+        ok = rows < S
+        here = rows.to(tl.int64)
         seen = _real_keys(mask, rows, S, HAS_MASK)
-        keys, own = _features(key, rows, seen, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, False)
-        keys = _operand(keys, BF16)
-        own = _log_scale(scale, rows, seen, own, N, HAS_SCALE)
-        values = _operand(_tile(value, rows, seen, columns, V, N * V), BF16)
+        k = _inputs(key, rows, seen, N, H, HP, FEATURES)
+        k_largest = _largest(key_largest, rows, seen, FEATURES)
+        own = _log_scale(scale, k, k_largest, rows, seen, N, H, FEATURES, HAS_SCALE)
+        values = tl.trans(_operand(_tile(value, rows, seen, columns, V, N * V), BF16))
         after = tl.exp(own - _finite(last))
-        sums = _operand(numerator, BF16)
-        of_value = tl.dot(keys, sums, input_precision=PRECISION) * after[:, None]
-        of_key = tl.dot(sums, tl.trans(values), input_precision=PRECISION)
-        of_key = (of_key + denominator[:, None]) * after[None, :]
+        of_value = tl.zeros((CHUNK, BLOCK_V), tl.float32)
         if CAUSAL:
-            ok = rows < S
-            queries, _ = _features(query, rows, ok, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, True)
-            queries = _operand(queries, BF16)
-            factor = tl.load(weight + rows, mask=ok, other=0.0)
+            q = _inputs(query, rows, ok, N, H, HP, FEATURES)
+            q_largest = _largest(query_largest, rows, ok, FEATURES)
             largest = _finite(tl.load(maximum + rows, mask=ok, other=0.0))
-            down = tl.load(slope + rows, mask=ok, other=0.0) * factor
-            down = tl.where(block == 0, down, 0.0)
-            wide = _tile(grad_out, rows, ok, columns, V, N * V).to(tl.float32) * factor[:, None]
-            grads = _operand(wide, BF16)
-            weights = tl.dot(keys, queries, input_precision=PRECISION)
+            # To the reference of the chunk before: the maximum at its end.
+            before = tl.load(maximum + tl.maximum(start - 1, 0))
+            before = tl.where(step == chunks - 1, tl.load(before_in + state), before)
+            decay = tl.exp(before - _finite(last))
+            past = tl.where(ok, tl.exp(before - largest), 0.0)
+            one_over = tl.load(weight + rows, mask=ok, other=0.0)
+            down = tl.load(slope + rows, mask=ok, other=0.0) * one_over * alone
+            wide = _tile(grad_out, rows, ok, columns, V, N * V).to(tl.float32) * one_over[:, None]
+            grads, sent = _operand(wide, BF16), _operand(wide * past[:, None], BF16)
+            visible = rows[None, :] <= rows[:, None]
+            scores = tl.dot(grads, values, input_precision=PRECISION) - down[:, None]
+            scores = tl.where(visible, scores * tl.exp(own[None, :] - largest[:, None]), 0.0)
+            scores = _operand(scores, BF16)
+            down = _column(down * past, BF16)
+            weights = tl.zeros((CHUNK, CHUNK), tl.float32)
+        if FEATURES != "given":
+            of_inputs = tl.zeros((HP, CHUNK), tl.float32)
+        of_length = tl.zeros((CHUNK,), tl.float32)
+        for first_feature in range(0, M, BLOCK_M):
+            features = first_feature + tl.arange(0, BLOCK_M)
+            if not RESIDENT:
+                numerators, denominators = _load_state(numerator, denominator, features, columns, M, V)
+            keys = _features(
+                key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, False
+            )
+            keys = _operand(keys, BF16)
+            sums = _operand(numerators, BF16)
+            of_value = tl.dot(keys, sums, of_value, input_precision=PRECISION)
+            grad = tl.dot(sums, values, input_precision=PRECISION)
+            grad = (grad + (denominators * alone)[:, None]) * after[None, :]
+            if CAUSAL:
+                queries = _features(
+                    query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                )
+                queries = _operand(queries, BF16)
+                weights = tl.dot(keys, queries, weights, input_precision=PRECISION)
+                grad = tl.dot(queries, scores, grad, input_precision=PRECISION)
+                numerators = tl.dot(queries, sent, numerators * decay, input_precision=PRECISION)
+                denominators = denominators * decay - tl.sum(tl.dot(queries, down, input_precision=PRECISION), 1)
+                if not RESIDENT:
+                    _store_state(numerator, denominator, numerators, denominators, features, columns, M, V)
+            if FEATURES == "given":
+                place = here[None, :] * (N * WIDTH) + features[:, None]
+                inside = (features < WIDTH)[:, None] & ok[None, :]
+                tl.store(grad_key + place, grad.to(grad_key.dtype.element_ty), mask=inside)
+                if HAS_SCALE:
+                    phi = tl.trans(_tile(key, rows, seen, features, M, N * M))
+                    of_length += tl.sum(phi.to(tl.float32) * grad, 0)
+            else:
+                phi = _features(
+                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                )
+                grad = _grad_logits(grad, phi, DEAD, M, H, FEATURES)
+                projection = tl.trans(_operand(_projection(high, features, H, HP, M), BF16))
+                of_inputs = tl.dot(projection, _operand(grad, BF16), of_inputs, input_precision=PRECISION)
+                of_length += tl.sum(grad, 0)
+        if FEATURES == "given":
+            if HAS_SCALE:
+                tl.store(grad_scale + here * N, of_length, mask=ok)
+        else:
+            if FEATURES == "softmax":
+                of_inputs -= tl.trans(k).to(tl.float32) * (of_length * (H**-0.25))[None, :]
+            width = tl.arange(0, HP)
+            place = here[None, :] * (N * WIDTH) + width[:, None]
+            inside = (width < WIDTH)[:, None] & ok[None, :]
+            tl.store(grad_key + place, of_inputs.to(grad_key.dtype.element_ty), mask=inside)
+        of_value *= after[:, None]
+        if CAUSAL:
             late = rows[:, None] <= rows[None, :]
             weights = tl.where(late, weights * tl.exp(own[:, None] - largest[None, :]), 0.0)
             of_value = tl.dot(_operand(weights, BF16), grads, of_value, input_precision=PRECISION)
-            scores = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - down[:, None]
-            visible = rows[None, :] <= rows[:, None]
-            scores = tl.where(visible, scores * tl.exp(own[None, :] - largest[:, None]), 0.0)
-            of_key = tl.dot(queries, _operand(scores, BF16), of_key, input_precision=PRECISION)
-            # To the reference of the chunk before: the maximum at its end.
-            before = tl.load(before_in + state)
-            before = tl.where(step == chunks - 1, before, tl.load(maximum + tl.maximum(start - 1, 0)))
-            decay = tl.exp(before - _finite(last))
-            past = tl.where(ok, tl.exp(before - largest), 0.0)
-            numerator = tl.dot(
-                queries, _operand(wide * past[:, None], BF16), numerator * decay, input_precision=PRECISION
-            )
-            denominator = denominator * decay - tl.sum(queries.to(tl.float32) * (down * past)[None, :], 1)
             last = before
-        here = rows.to(tl.int64)
+            if not RESIDENT:
+                tl.debug_barrier()
         place = here[:, None] * (N * V) + columns[None, :]
-        exists = rows < S
-        tl.store(
-            grad_value + place, of_value.to(grad_value.dtype.element_ty), mask=exists[:, None] & (columns < V)[None, :]
-        )
-        if FEATURES == "given":
-            width = features
-            if HAS_SCALE:
-                phi, _ = _features(
-                    key, rows, seen, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, BF16, PRECISE, True
-                )
-                tl.store(grad_scale + here * N, tl.sum(phi.to(tl.float32) * of_key, 0), mask=exists)
-        else:
-            of_key = _grad_input(
-                of_key, key, rows, seen, high, low, N, M, MP, H, HP, FEATURES, FLOOR, OFFSET, DEAD, BF16, PRECISION, PRECISE
-            )
-            width = tl.arange(0, HP)
-        place = here[None, :] * (N * WIDTH) + width[:, None]
-        tl.store(grad_key + place, of_key.to(grad_key.dtype.element_ty), mask=(width < WIDTH)[:, None] & exists[None, :])
-    if CAUSAL and segment == 0:
-        at = sample * N + head
-        tl.store(numerator_out + at * (M * V) + features[:, None] * V + columns[None, :], numerator, mask=inside)
-        if block == 0:
-            tl.store(denominator_out + at * M + features, denominator, mask=features < M)
+        tl.store(grad_value + place, of_value.to(grad_value.dtype.element_ty), mask=ok[:, None] & (columns < V)[None, :])
+    if CAUSAL and RESIDENT:
+        _store_state(numerator, denominator, numerators, denominators, tl.arange(0, BLOCK_M), columns, M, V)
 
 
 # -------------------------------------------------------------------------------------------------------- launching it
@@ -486,24 +647,22 @@ def linear_backward_key(
 
 def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, eps, *, mode):
     """See `linear.attention`; returns the outputs and the state after the last key."""
-    _decline(query, key, value, query.shape[-1])
+    _decline(query, key, value, given=True)
     arrays = bind(query, key, value, key_log_scale, mask, None, initial_state)
     return _run(Plan("given", is_causal, eps, mode), arrays)
 
 
 def random_feature_attention(query, key, value, projection, kernel, mask, is_causal, initial_state, *, mode):
     """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
-    _decline(query, key, value, projection.shape[0])
+    _decline(query, key, value, given=False)
     arrays = bind(query, key, value, None, mask, projection, initial_state)
     return _run(Plan(kernel, is_causal, 0.0, mode), arrays)
 
 
-def _decline(query, key, value, features):
+def _decline(query, key, value, given: bool):
     if any(x.dtype.name not in launch.FLOATS for x in (query, key, value)):
         raise launch.Declined("the kernel takes float32, bfloat16 and float16 only.")
-    if features > MAX_FEATURES:
-        raise launch.Declined(f"the state of more than {MAX_FEATURES} features does not fit into registers.")
-    if max(query.shape[-1] if features != query.shape[-1] else 0, value.shape[-1]) > MAX_HEAD:
+    if max(0 if given else query.shape[-1], value.shape[-1]) > MAX_HEAD:
         raise launch.Declined(f"heads have at most {MAX_HEAD} features.")
 
 
@@ -515,8 +674,12 @@ def power(size: int) -> int:
 def heuristic(kernel: str, mode, *, features: int, values: int, bf16: bool, map: str, causal: bool) -> launch.Config:
     """Block sizes and warps for `features` and `values` padded to powers of two."""
     if mode == "interpret":  # the cost there is per step, whatever its size
-        return launch.Config(dict(CHUNK=64, BLOCK_V=values))
-    return launch.Config(dict(CHUNK=64 if bf16 else 32, BLOCK_V=min(64, values)), num_warps=8, num_stages=1)
+        blocks, warps = dict(CHUNK=64, BLOCK_M=features, BLOCK_V=values), 4
+    else:
+        blocks, warps = dict(CHUNK=64 if bf16 else 32, BLOCK_M=min(64, features), BLOCK_V=min(64, values)), 8
+    if kernel == "linear_largest":
+        blocks.pop("BLOCK_V")
+    return launch.Config(blocks, warps, 1)
 
 
 def segments(length: int, programs: int, mode) -> int:
@@ -546,20 +709,38 @@ class _Call:
         dead = 1.01 * math.exp(LOG_FLOOR) if plan.features == "softmax" else 1.000001 * RELU_OFFSET * self.features**-0.5
         self.constants = dict(
             T=self.queries, S=self.keys, N=self.heads, M=self.features, H=self.width, V=self.values,
-            MP=power(self.features), HP=power(self.width), WIDTH=self.width,
+            HP=power(self.width), WIDTH=self.width,
             FEATURES=plan.features, FLOOR=LOG_FLOOR, OFFSET=RELU_OFFSET, DEAD=dead,
             PROJECTION_STRIDE=0 if high is None or high.shape[0] == 1 else self.features * self.width,
             HAS_SCALE=arrays.scale is not None, HAS_MASK=arrays.mask is not None,
             MASK_STRIDE=0 if arrays.mask is None or arrays.mask.shape[0] == 1 else self.keys,
             CAUSAL=plan.is_causal, EPS=float(plan.eps), SMALLEST=SMALLEST_DENOMINATOR, BF16=self.bf16,
             # float16 has neither the range of the sums nor that of the features, but TF32 has all of its digits.
-            PRECISION=launch.dot_precision(jnp.float32 if "float32" in dtypes else jnp.float16), PRECISE="tf32x3",
+            PRECISION=launch.dot_precision(jnp.float32 if "float32" in dtypes else jnp.float16),
         )  # fmt: skip
 
     def config(self, kernel) -> launch.Config:
         features, values = power(self.features), power(self.values)
         sizes = dict(features=features, values=values, bf16=self.bf16, map=self.plan.features, causal=self.plan.is_causal)
         return launch.config(kernel.__name__, heuristic(kernel.__name__, self.plan.mode, **sizes), **sizes)
+
+    def largest(self) -> dict:
+        """The largest exponents of queries and keys, [B, N, T], for kernels with softmax features."""
+        if self.plan.features != "softmax":
+            return dict(query_largest=None, key_largest=None)
+        found = {}
+        for name in ("query", "key"):
+            inputs = getattr(self.arrays, name)
+            length, config = inputs.shape[1], self.config(linear_largest)
+            constants = {**self.constants, "T": length}
+            (found[f"{name}_largest"],) = launch.call(
+                linear_largest, dict(inputs=inputs, **self.projection),
+                dict(largest=jax.ShapeDtypeStruct((self.batch, self.heads, length), jnp.float32)),
+                grid=self.batch * self.heads * -(-length // config.blocks["CHUNK"]),
+                constants={name: value for name, value in constants.items() if name in linear_largest.arg_names},
+                config=config, mode=self.plan.mode,
+            )  # fmt: skip
+        return found
 
     def blocks(self, kernel) -> int:
         return -(-self.values // self.config(kernel).blocks["BLOCK_V"])
@@ -570,8 +751,11 @@ class _Call:
         size = -(-length // (count * ALIGNMENT)) * ALIGNMENT
         return -(-length // size), size
 
-    def launch(self, kernel, inputs, outputs, *, length, states=1):
-        """Every segment of `length` tokens; outputs are given as shapes, or as (shape, dtype) where not float32."""
+    def launch(self, kernel, inputs, outputs, *, length, states=1, state=None):
+        """Every segment of `length` tokens; outputs are given as shapes, or as (shape, dtype) where not float32.
+
+        `state`: the states before the segments, which become the last two outputs: the kernel's to overwrite.
+        """
         count, size = self.cut(length)
         blocks = self.blocks(kernel)
         constants = {**self.constants, "SEGMENTS": count, "SEGMENT": size, "STATES": states, "BLOCKS": blocks}
@@ -579,18 +763,29 @@ class _Call:
             name: jax.ShapeDtypeStruct(shape[0], shape[1]) if isinstance(shape[0], tuple) else
             jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in outputs.items()
         }  # fmt: skip
+        aliases, programs = None, self.batch * self.heads * blocks * count
+        if state is None:
+            programs *= -(-self.features // self.config(kernel).blocks["BLOCK_M"])
+        else:
+            numerator, denominator, largest = state
+            denominator = jnp.broadcast_to(denominator[..., None, :], (*denominator.shape[:3], blocks, self.features))
+            inputs = inputs | dict(numerator_in=numerator, denominator_in=denominator, largest_in=largest)
+            inputs = {name: inputs[name] for name in kernel.arg_names if name in inputs}
+            shapes |= {x: jax.ShapeDtypeStruct(inputs[f"{x}_in"].shape, jnp.float32) for x in ("numerator", "denominator")}
+            shapes = {name: shapes[name] for name in kernel.arg_names if name in shapes}
+            aliases = dict(numerator_in="numerator", denominator_in="denominator")
         return launch.call(
-            kernel, inputs, shapes, grid=self.batch * self.heads * blocks * count,
+            kernel, inputs, shapes, grid=programs,
             constants={name: value for name, value in constants.items() if name in kernel.arg_names},
-            config=self.config(kernel), mode=self.plan.mode,
+            config=self.config(kernel), mode=self.plan.mode, aliases=aliases,
         )  # fmt: skip
 
-    def state_shapes(self, *parts: int):
-        """Of numerator, denominator and maximum."""
-        rows = self.batch, self.heads, *parts
+    def state_shapes(self, segments: int):
+        """Of numerators, denominators and maxima."""
+        rows = self.batch, self.heads, segments
         return (*rows, self.features, self.values), (*rows, self.features), rows
 
-    def before(self):
+    def before(self, key_largest):
         """The states before the segments, [B, N, G, ...], and the state after all keys (None if that is yet to come)."""
         arrays, (count, _) = self.arrays, self.cut(self.keys)
         initial = arrays.numerator, arrays.denominator, arrays.largest
@@ -598,7 +793,8 @@ class _Call:
             return tuple(x[:, :, None] for x in initial), None
         sums = self.launch(
             linear_key_sums,
-            dict(key=arrays.key, value=arrays.value, scale=arrays.scale, mask=arrays.mask, **self.projection),
+            dict(key=arrays.key, value=arrays.value, scale=arrays.scale, mask=arrays.mask, **self.projection,
+                 key_largest=key_largest),
             dict(zip(("numerator_out", "denominator_out", "largest_out"), self.state_shapes(count), strict=True)),
             length=self.keys,
         )
@@ -644,24 +840,25 @@ def _num_features(arrays: Arrays) -> int:
 def _forward(plan: Plan, *arrays):
     (arrays,) = _whole_batch(Arrays(*arrays))
     call = _Call(plan, arrays)
-    states, last = call.before()
+    largest = call.largest()
+    states, last = call.before(largest["key_largest"])
     rows = call.batch, call.heads, call.queries
     causal = plan.is_causal
-    out, weight, maximum, *final = call.launch(
+    out, weight, maximum, numerator, denominator, final = call.launch(
         linear_forward,
         dict(
             query=arrays.query, key=arrays.key if causal else None, value=arrays.value if causal else None,
-            scale=arrays.scale, mask=arrays.mask, **call.projection,
-            numerator_in=states[0], denominator_in=states[1], largest_in=states[2],
+            scale=arrays.scale, mask=arrays.mask, **call.projection, **largest,
         ),
         dict(
             out=((*arrays.query.shape[:3], call.values), arrays.value.dtype), weight_out=rows, maximum_out=rows,
-            **dict(zip(("numerator_out", "denominator_out", "largest_out"),
-                       call.state_shapes() if causal else [(call.batch,)] * 3, strict=True)),
+            largest_out=rows[:2],
         ),
-        length=call.queries, states=states[0].shape[2],
+        length=call.queries, states=states[0].shape[2], state=states,
     )  # fmt: skip
-    return out, *(final if last is None else last), weight, maximum, *states
+    if causal:
+        last = numerator[:, :, -1], denominator[:, :, -1, 0], final
+    return out, *last, weight, maximum, *states
 
 
 def _backward(plan: Plan, *operands):
@@ -673,17 +870,17 @@ def _backward(plan: Plan, *operands):
     wide = functools.partial(jnp.asarray, dtype=jnp.float32)
     slope = jnp.einsum("btnv,btnv->bnt", wide(grad_out), wide(out))
     of_rows = dict(grad_out=grad_out, weight=weight, slope=slope, maximum=maximum)
-    of_keys = dict(key=arrays.key, value=arrays.value, scale=arrays.scale, mask=arrays.mask, **call.projection)
-    state_in = dict(zip(("numerator_in", "denominator_in", "largest_in"), states, strict=True))
+    largest = call.largest()
+    of_keys = dict(key=arrays.key, value=arrays.value, scale=arrays.scale, mask=arrays.mask, **call.projection, **largest)
     width = arrays.query.shape[2:]
 
     none = dict.fromkeys(("key", "value"))
-    (grad_query,) = call.launch(
+    grad_query, *_ = call.launch(
         linear_backward_query,
-        dict(query=arrays.query, **of_keys | ({} if causal else none), **state_in, **of_rows),
+        dict(query=arrays.query, **of_keys | ({} if causal else none), **of_rows),
         dict(grad_query=((call.batch, call.blocks(linear_backward_query), length, *width), _partial(call, arrays.query,
              linear_backward_query))),
-        length=length, states=states[0].shape[2],
+        length=length, states=states[0].shape[2], state=states,
     )  # fmt: skip
 
     # What comes after each segment, [B, N, G, ...]: the queries of later ones, and the final state's own gradient.
@@ -696,7 +893,8 @@ def _backward(plan: Plan, *operands):
     else:
         sums = call.launch(
             linear_query_sums,
-            dict(query=arrays.query, **of_rows, **call.projection, before_in=places),
+            dict(query=arrays.query, **of_rows, **call.projection, query_largest=largest["query_largest"],
+                 before_in=places),
             dict(zip(("numerator_out", "denominator_out"), call.state_shapes(count)[:2], strict=True)),
             length=length,
         )
@@ -713,18 +911,18 @@ def _backward(plan: Plan, *operands):
         linear_backward_key,
         dict(
             query=arrays.query if causal else None, **of_keys, **(of_rows if causal else dict.fromkeys(of_rows)),
-            numerator_in=incoming[0], denominator_in=incoming[1], largest_in=after, before_in=before,
+            before_in=before,
         ),
         dict(
             grad_key=((call.batch, blocks, keys, *width), _partial(call, arrays.key, linear_backward_key)),
             grad_value=(arrays.value.shape, arrays.value.dtype),
             grad_scale=(call.batch, blocks, *arrays.key.shape[1:3]) if given else (call.batch,),
-            numerator_out=call.state_shapes()[0] if causal else (call.batch,),
-            denominator_out=call.state_shapes()[1] if causal else (call.batch,),
         ),
-        length=keys, states=incoming[0].shape[2],
+        length=keys, states=incoming[0].shape[2], state=(*incoming, after),
     )  # fmt: skip
-    if not causal:
+    if causal:
+        of_initial = of_initial[0][:, :, 0], of_initial[1][:, :, 0, 0]
+    else:
         decay = jnp.exp(arrays.largest - finite(before[:, :, 0]))
         of_initial = [incoming[0][:, :, 0] * decay[..., None, None], incoming[1][:, :, 0] * decay[..., None]]
     of_largest = jnp.sum(arrays.numerator * of_initial[0], (2, 3)) + jnp.sum(arrays.denominator * of_initial[1], 2)

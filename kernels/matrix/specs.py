@@ -10,7 +10,7 @@ LENGTHS = (1, 7, 16, 63, 100)
 BENCH_LENGTHS = (32, 64, 128)
 
 
-def _make(kind, size=(2, 3)):
+def _make(kind, size=(1, 3)):
     def make(length, dtype, rng):
         values = rng.normal(size=(*size, length, length))
         if kind == "matrix":

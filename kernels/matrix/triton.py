@@ -1,13 +1,14 @@
-"""Matrix iterations in Triton: a program owns the matrix of one head, which stays on the chip while it is iterated.
+"""Matrix iterations in Triton: a program owns the matrix of one head.
 
-Pseudo-inverse, backward. With X = A Z, U = 7 I - X, V = 15 I - X U, W = 13 I - X V and Z' = Z W / 4, every Z is A^T times a
-polynomial of A A^T, so X, U, V and W are symmetric. Then Y = Z^T follows Y' = W Y / 4 with X = Y A^T, and no product of the
-backward pass needs the transpose of another product, which Triton gets wrong on Hopper in some versions:
+Pseudo-inverse. Float32 products of three passes need four copies of their operands on the chip, more than fits for M = 128.
+So the iterates live in a scratch of the program's own, which stays in the cache, and a product goes through them in tiles.
+An operand is thus always loaded, never the transpose of another product in registers, which Triton gets wrong on Hopper in
+some versions. With X = A Z, U = 7 I - X, V = 15 I - X U, W = 13 I - X V and Z' = Z W / 4, and G the gradient of Z':
 
-    dW = Y G / 4,   dV = -X dW,   dX = -dW V - dV U + X dV,   dA += dX Y,   G <- G W / 4 + A^T dX
+    dW = Z^T G / 4,   dV = -X^T dW,   dX = -dW V^T - dV U^T + X^T dV,   dA += dX Z^T,   G <- G W^T / 4 + A^T dX
 
-Sinkhorn. An iterate is the logits less one number per row and one per column. These vectors are all that the forward pass
-writes for the backward pass.
+Sinkhorn. The matrix stays in registers. An iterate is the logits less one number per row and one per column, and these
+vectors are all that the forward pass writes for the backward pass.
 """
 
 import functools
@@ -27,110 +28,166 @@ LARGEST = 128
 
 
 @triton.jit
-def _places(M: tl.constexpr, BLOCK: tl.constexpr):
-    """(addresses of the entries, those of the transpose, which exist, the identity)."""
-    rows = tl.arange(0, BLOCK)[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
-    return rows * M + columns, columns * M + rows, (rows < M) & (columns < M), (rows == columns).to(tl.float32)
+def _copy(X, OUT, M: tl.constexpr, BLOCK: tl.constexpr):
+    for i in range(0, M, BLOCK):
+        for j in range(0, M, BLOCK):
+            rows = i + tl.arange(0, BLOCK)[:, None]
+            columns = j + tl.arange(0, BLOCK)[None, :]
+            valid = (rows < M) & (columns < M)
+            x = tl.load(X + rows * M + columns, mask=valid, other=0.0)
+            tl.store(OUT + rows * M + columns, x.to(OUT.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def _scale(a):
-    norms = tl.max(tl.sum(tl.abs(a), 0), 0) * tl.max(tl.sum(tl.abs(a), 1), 0)
-    return tl.where(norms > 0, 1 / tl.where(norms > 0, norms, 1.0), 0.0)
+def _product(
+    X, Y, OUT, factor, diagonal,
+    X_T: tl.constexpr, Y_T: tl.constexpr, AS_U: tl.constexpr, ADD: tl.constexpr,
+    M: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """OUT = diagonal I + factor X Y (+ OUT), with X or Y transposed, or 7 I - Y in place of Y. OUT is neither X nor Y."""
+    tl.debug_barrier()  # other threads wrote what is read here
+    for i in range(0, M, BLOCK):
+        for j in range(0, M, BLOCK):
+            rows = i + tl.arange(0, BLOCK)[:, None]
+            columns = j + tl.arange(0, BLOCK)[None, :]
+            total = tl.zeros((BLOCK, BLOCK), tl.float32)
+            for k in range(0, M, BLOCK_K):
+                across = k + tl.arange(0, BLOCK_K)[None, :]
+                down = k + tl.arange(0, BLOCK_K)[:, None]
+                x_place = (across * M + rows) if X_T else (rows * M + across)
+                y_place = (columns * M + down) if Y_T else (down * M + columns)
+                x = tl.load(X + x_place, mask=(rows < M) & (across < M), other=0.0).to(tl.float32)
+                y = tl.load(Y + y_place, mask=(down < M) & (columns < M), other=0.0).to(tl.float32)
+                if AS_U:
+                    y = tl.where(down == columns, 7.0, 0.0) - y
+                total = tl.dot(x, y, total, input_precision=PRECISION)
+            total = total * factor + tl.where(rows == columns, diagonal, 0.0)
+            valid = (rows < M) & (columns < M)
+            if ADD:
+                total += tl.load(OUT + rows * M + columns, mask=valid, other=0.0)
+            tl.store(OUT + rows * M + columns, total, mask=valid)
 
 
 @triton.jit
-def _polynomial(x, identity, PRECISION: tl.constexpr):
-    """U, V and W."""
-    u = 7 * identity - x
-    v = 15 * identity - tl.dot(x, u, input_precision=PRECISION)
-    return u, v, 13 * identity - tl.dot(x, v, input_precision=PRECISION)
+def _polynomial(
+    A, Z, X, V, W, M: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    _product(A, Z, X, 1.0, 0.0, False, False, False, False, M, PRECISION, BLOCK, BLOCK_K)
+    _product(X, X, V, -1.0, 15.0, False, False, True, False, M, PRECISION, BLOCK, BLOCK_K)
+    _product(X, V, W, -1.0, 13.0, False, False, False, False, M, PRECISION, BLOCK, BLOCK_K)
 
 
 @triton.jit
 def inverse_forward_kernel(
-    A, Z,
-    M: tl.constexpr, ITERATIONS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    A, START, OUT, SCRATCH,
+    M: tl.constexpr, ITERATIONS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * M * M
-    place, transposed, valid, identity = _places(M, BLOCK)
-    a = tl.load(A + start + place, mask=valid, other=0.0).to(tl.float32)
-    z = tl.load(A + start + transposed, mask=valid, other=0.0).to(tl.float32) * _scale(a)
-    for _ in range(ITERATIONS):
-        x = tl.dot(a, z, input_precision=PRECISION)
-        u, v, w = _polynomial(x, identity, PRECISION)
-        z = tl.dot(z, w, input_precision=PRECISION) * 0.25
-    tl.store(Z + start + place, z.to(Z.dtype.element_ty), mask=valid)
+    """SCRATCH [B, N, 5, M, M]: X, V, W, and two places for Z in turn."""
+    SIZE: tl.constexpr = M * M
+    program = tl.program_id(0).to(tl.int64)
+    A += program * SIZE
+    X = SCRATCH + program * 5 * SIZE
+    V = X + SIZE
+    W = V + SIZE
+    Z = W + SIZE
+    _copy(START + program * SIZE, Z, M, BLOCK)
+    for step in range(ITERATIONS):
+        here = Z + (step % 2) * SIZE
+        _polynomial(A, here, X, V, W, M, PRECISION, BLOCK, BLOCK_K)
+        there = Z + ((step + 1) % 2) * SIZE
+        _product(here, W, there, 0.25, 0.0, False, False, False, False, M, PRECISION, BLOCK, BLOCK_K)
+    tl.debug_barrier()
+    _copy(Z + (ITERATIONS % 2) * SIZE, OUT + program * SIZE, M, BLOCK)
 
 
 @triton.jit
 def inverse_backward_kernel(
-    A, G, DA, DS,
-    M: tl.constexpr, ITERATIONS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    A, START, G, SCRATCH,
+    M: tl.constexpr, ITERATIONS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """G is the gradient of the result; DA that of A in the iterations, DS that of their start Z_0."""
-    start = tl.program_id(0).to(tl.int64) * M * M
-    place, transposed, valid, identity = _places(M, BLOCK)
-    a = tl.load(A + start + place, mask=valid, other=0.0).to(tl.float32)
-    at = tl.load(A + start + transposed, mask=valid, other=0.0).to(tl.float32)
-    g = tl.load(G + start + place, mask=valid, other=0.0).to(tl.float32)
-    y0 = a * _scale(a)
-    da = tl.zeros((BLOCK, BLOCK), tl.float32)
+    """SCRATCH [B, N, 9 + ITERATIONS, M, M]: dA, two places for G in turn, X, V, W, dW, dV, dX, all Z.
+
+    The gradient of the start is left where G would be read next.
+    """
+    SIZE: tl.constexpr = M * M
+    program = tl.program_id(0).to(tl.int64)
+    A += program * SIZE
+    DA = SCRATCH + program * (9 + ITERATIONS) * SIZE
+    GS = DA + SIZE
+    X = GS + 2 * SIZE
+    V = X + SIZE
+    W = V + SIZE
+    DW = W + SIZE
+    DV = DW + SIZE
+    DX = DV + SIZE
+    Z = DX + SIZE
+    _copy(G + program * SIZE, GS, M, BLOCK)
+    _copy(START + program * SIZE, Z, M, BLOCK)
+    for step in range(ITERATIONS - 1):
+        here = Z + step * SIZE
+        _polynomial(A, here, X, V, W, M, PRECISION, BLOCK, BLOCK_K)
+        _product(here, W, here + SIZE, 0.25, 0.0, False, False, False, False, M, PRECISION, BLOCK, BLOCK_K)
     for step in range(ITERATIONS):
-        y = y0
-        for _ in range(ITERATIONS - 1 - step):
-            u, v, w = _polynomial(tl.dot(y, at, input_precision=PRECISION), identity, PRECISION)
-            y = tl.dot(w, y, input_precision=PRECISION) * 0.25
-        x = tl.dot(y, at, input_precision=PRECISION)
-        u, v, w = _polynomial(x, identity, PRECISION)
-        dw = tl.dot(y, g, input_precision=PRECISION) * 0.25
-        g = tl.dot(g, w, input_precision=PRECISION) * 0.25
-        dv = -tl.dot(x, dw, input_precision=PRECISION)
-        dx = tl.dot(x, dv, input_precision=PRECISION) - tl.dot(dv, u, input_precision=PRECISION)
-        dx -= tl.dot(dw, v, input_precision=PRECISION)
-        da += tl.dot(dx, y, input_precision=PRECISION)
-        g += tl.dot(at, dx, input_precision=PRECISION)
-    tl.store(DA + start + place, da, mask=valid)
-    tl.store(DS + start + place, g, mask=valid)
+        here = Z + (ITERATIONS - 1 - step) * SIZE
+        g = GS + (step % 2) * SIZE
+        next_g = GS + ((step + 1) % 2) * SIZE
+        _polynomial(A, here, X, V, W, M, PRECISION, BLOCK, BLOCK_K)
+        _product(here, g, DW, 0.25, 0.0, True, False, False, False, M, PRECISION, BLOCK, BLOCK_K)
+        _product(g, W, next_g, 0.25, 0.0, False, True, False, False, M, PRECISION, BLOCK, BLOCK_K)
+        _product(X, DW, DV, -1.0, 0.0, True, False, False, False, M, PRECISION, BLOCK, BLOCK_K)
+        _product(DW, V, DX, -1.0, 0.0, False, True, False, False, M, PRECISION, BLOCK, BLOCK_K)
+        _product(DV, X, DX, -1.0, 0.0, False, True, True, True, M, PRECISION, BLOCK, BLOCK_K)
+        _product(X, DV, DX, 1.0, 0.0, True, False, False, True, M, PRECISION, BLOCK, BLOCK_K)
+        if step == 0:
+            _product(DX, here, DA, 1.0, 0.0, False, True, False, False, M, PRECISION, BLOCK, BLOCK_K)
+        else:
+            _product(DX, here, DA, 1.0, 0.0, False, True, False, True, M, PRECISION, BLOCK, BLOCK_K)
+        _product(A, DX, next_g, 1.0, 0.0, True, False, False, True, M, PRECISION, BLOCK, BLOCK_K)
 
 
 def pseudo_inverse(matrix, iterations, *, mode):
     """See `matrix.pseudo_inverse`."""
     _require(matrix)
-    return _inverse(matrix, iterations, mode)
+    wide = matrix.astype(jnp.float32)
+    return _iterate(matrix, scale(wide) * wide.swapaxes(2, 3), iterations, mode)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _inverse(matrix, iterations, mode):
-    def run(matrix):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _iterate(matrix, start, iterations, mode):
+    def run(matrix, start):
+        matrix, start = _alike(matrix, start)
+        outputs = dict(OUT=_like(matrix), SCRATCH=_scratch(matrix, 5))
         return _launch(
-            "matrix.inverse_forward", inverse_forward_kernel, dict(A=matrix), dict(Z=_like(matrix)), matrix.shape,
+            "matrix.inverse_forward", inverse_forward_kernel, dict(A=matrix, START=start), outputs, matrix.shape,
             iterations, mode, PRECISION=launch.dot_precision("float32"),
         )[0]  # fmt: skip
 
-    return launch.fold_vmap(run)(matrix)
+    return launch.fold_vmap(run)(matrix, start)
 
 
-def _inverse_forward(matrix, iterations, mode):
-    return _inverse(matrix, iterations, mode), matrix
+def _iterate_forward(matrix, start, iterations, mode):
+    return _iterate(matrix, start, iterations, mode), (matrix, start)
 
 
-def _inverse_backward(iterations, mode, matrix, gradient):
-    def run(matrix, gradient):
-        matrix, gradient = _alike(matrix, gradient)
-        outputs = dict(DA=_like(matrix, jnp.float32), DS=_like(matrix, jnp.float32))
-        return _launch(
-            "matrix.inverse_backward", inverse_backward_kernel, dict(A=matrix, G=gradient), outputs, matrix.shape,
-            iterations, mode, PRECISION=launch.dot_precision("float32"),
+def _iterate_backward(iterations, mode, saved, gradient):
+    def run(matrix, start, gradient):
+        matrix, start, gradient = _alike(matrix, start, gradient)
+        (scratch,) = _launch(
+            "matrix.inverse_backward", inverse_backward_kernel, dict(A=matrix, START=start, G=gradient),
+            dict(SCRATCH=_scratch(matrix, 9 + iterations)), matrix.shape, iterations, mode,
+            PRECISION=launch.dot_precision("float32"),
         )  # fmt: skip
+        return scratch[:, :, 0].astype(matrix.dtype), scratch[:, :, 1 + iterations % 2]
 
-    d_matrix, d_start = launch.fold_vmap(run)(matrix, gradient)
-    _, pull = jax.vjp(lambda a: scale(a) * a.swapaxes(2, 3), matrix.astype(jnp.float32))
-    return ((d_matrix + pull(d_start)[0]).astype(matrix.dtype),)
+    return launch.fold_vmap(run)(*saved, gradient)
 
 
-_inverse.defvjp(_inverse_forward, _inverse_backward)
+_iterate.defvjp(_iterate_forward, _iterate_backward)
+
+
+def _scratch(matrix, slots):
+    batch, heads, size, _ = matrix.shape
+    return jax.ShapeDtypeStruct((batch, heads, slots, size, size), jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ Sinkhorn
@@ -192,7 +249,8 @@ def sinkhorn_backward_kernel(
     columns = line[None, :]
     valid = (rows < M) & (columns < M)
     place = rows * M + columns
-    x = _logits(X + program * M * M, place, valid, rows, columns, CAUSAL)
+    X += program * M * M
+    x = _logits(X, place, valid, rows, columns, CAUSAL)
     V += program * ITERATIONS * 2 * M
     u = tl.load(V + (ITERATIONS - 1) * 2 * M + line, mask=line < M, other=0.0)
     v = tl.load(V + (ITERATIONS - 1) * 2 * M + M + line, mask=line < M, other=0.0)
@@ -202,12 +260,14 @@ def sinkhorn_backward_kernel(
     dv = -tl.sum(dx, 0)
     for step in range(ITERATIONS):
         k = ITERATIONS - 1 - step
-        # v came from u, and this u from the v before.
+        # v came from u, and this u from the v before. Loaded again, for registers: the logits are in the cache.
+        x = _logits(X, place, valid, rows, columns, CAUSAL)
         share = tl.exp(x - u[:, None] - v[None, :]) * dv[None, :]
         dx += share
         du -= tl.sum(share, 1)
         # Before the first iteration both are 0, and nothing is loaded.
         v = tl.load(V + k * 2 * M - M + line, mask=(line < M) & (line >= M - k * M), other=0.0)
+        x = _logits(X, place, valid, rows, columns, CAUSAL)
         share = tl.exp(x - u[:, None] - v[None, :]) * du[:, None]
         dx += share
         dv = -tl.sum(share, 0)
@@ -277,14 +337,20 @@ def _launch(name, kernel, inputs, outputs, shape, iterations, mode, **constants)
         outputs,
         grid=batch * heads,
         constants=dict(constants, M=size, ITERATIONS=iterations),
-        config=config(name, size),
+        config=config(name, size, mode),
         mode=mode,
     )
 
 
-def config(kernel: str, size: int) -> launch.Config:
+def config(kernel: str, size: int, mode) -> launch.Config:
     block = max(16, triton.next_power_of_2(size))  # the least that a product takes
-    heuristic = launch.Config(dict(BLOCK=block), num_warps={128: 16, 64: 8}.get(block, 4), num_stages=1)
+    if "sinkhorn" in kernel:
+        heuristic = launch.Config(dict(BLOCK=block), num_warps={128: 16, 64: 8}.get(block, 4), num_stages=1)
+    elif mode == "interpret":  # which pays by the tile
+        return launch.Config(dict(BLOCK=block, BLOCK_K=block))
+    else:
+        block = min(block, 64)
+        heuristic = launch.Config(dict(BLOCK=block, BLOCK_K=min(block, 32)), num_warps=8 if block == 64 else 4)
     return launch.config(kernel, heuristic, M=size)
 
 

@@ -1,14 +1,14 @@
 """Relative attention as fused kernels, forward and backward, with no array of T x S.
 
-The position score of query a and key b of a tile depends on their distance only, so the scores of a tile by distance are
-the product of its queries and two blocks of neighbouring relative keys, an earlier and a later one. Row a of the tile by
-key is that row by distance shifted by a; as the tile is square, the parts of the two blocks that it needs fit together in
-one square, of which each row is then turned by its own number of columns:
+The position score of query a and key b of a tile depends on their distance only: on the a - b that is added to that of the
+first ones. So the scores of a tile by distance are the product of its queries and two blocks of neighbouring relative keys,
+the farther one from that distance on and the nearer one before it. As the tile is square, the parts of the two products that
+it needs fit together in one square, whose rows are then turned, each by its own number of columns and mirrored:
 
-    by_distance[a, c] = position_a . (earlier if c >= BLOCK - 1 - a else later)_c
-    by_key[a, b] = by_distance[a, (BLOCK - 1 - a + b) mod BLOCK]
+    by_distance[a, c] = position_a . (farther if c <= a else nearer)_c
+    by_key[a, b] = by_distance[a, (a - b) mod BLOCK]              and by_distance[a, c] = by_key[a, (a - c) mod BLOCK]
 
-Going from one key tile to the next the later block becomes the earlier one, so each is multiplied once. `_turn` moves the
+Going from one key tile to the next the nearer block becomes the farther one, so each is multiplied once. `_turn` moves the
 elements through shared memory, in an order that keeps its banks free of conflicts.
 
 The backward pass is three kernels, each of which owns what it sums: query tiles (gradients of both queries), key tiles
@@ -51,12 +51,18 @@ def _store_rows(base, index, limit, tile, STRIDE: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def _turn(tile, row, column, BLOCK: tl.constexpr):
-    """out[i, j] = tile[row[i, j], column[i, j]] for a tile of float32 [BLOCK, BLOCK].
+def _turn(tile, ACROSS: tl.constexpr, BLOCK: tl.constexpr):
+    """Between by_key and by_distance, either way; queries are the rows of the tile, or its columns if ACROSS.
 
     Neighbouring threads hold rows 0 to 7 and pairs of columns of a product, and each writes and reads one element at a
     time: with bits 1 and 2 of the column and 0 to 2 of the row as the lowest of the address, they meet 32 banks.
     """
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    if ACROSS:
+        row, column = (column - row) & (BLOCK - 1), column + tl.zeros_like(row)
+    else:
+        row, column = row + tl.zeros_like(column), (row - column) & (BLOCK - 1)
     place = ((column >> 1) & 3) | ((row & 7) << 2) | ((column & 1) << 5) | ((column >> 3) << 6) | ((row >> 3) * (8 * BLOCK))
     tile = tl.permute(tl.reshape(tile, [BLOCK // 8, 8, BLOCK // 8, 4, 2]), [0, 2, 4, 1, 3])
     place = tl.permute(tl.reshape(place, [BLOCK // 8, 8, BLOCK // 8, 4, 2]), [0, 2, 4, 1, 3])
@@ -83,20 +89,18 @@ def _forward_tiles(state, first, last, content, position, key, value, relative, 
                    BLOCK: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
     """The state after the key tiles first to last - 1; PARTIAL: some of their keys may be hidden."""
     OFFSET: tl.constexpr = S - T
-    top, total, out, earlier = state
+    top, total, out, farther = state
     a = tl.arange(0, BLOCK)[:, None]
     c = tl.arange(0, BLOCK)
     t = start + c
-    # Distance of column 0 of the earlier block of key tile 0.
-    far = start + OFFSET + BLOCK - 1
     for j in range(first, last):
-        near = _rows(relative, far - (j + 1) * BLOCK - c, S, N * H, H, H_PADDED)
-        later = tl.dot(position, tl.trans(near), input_precision=PRECISION)
-        by_distance = tl.where(c[None, :] >= BLOCK - 1 - a, earlier, later)
-        earlier = later
+        near = _rows(relative, start + OFFSET - (j + 1) * BLOCK + c, S, N * H, H, H_PADDED)
+        nearer = tl.dot(position, tl.trans(near), input_precision=PRECISION)
+        by_distance = tl.where(c[None, :] <= a, farther, nearer)
+        farther = nearer
         k = _rows(key, j * BLOCK + c, S, N * H, H, H_PADDED)
         scores = tl.dot(content, tl.trans(k), input_precision=PRECISION)
-        scores += _turn(by_distance, a + tl.zeros_like(c)[None, :], (BLOCK - 1 - a + c[None, :]) % BLOCK, BLOCK)
+        scores += _turn(by_distance, False, BLOCK)
         scores *= LOG2E
         if PARTIAL:
             seen = _seen(mask, t[:, None], (j * BLOCK + c)[None, :], T, S, OFFSET, MASK, MASK_T, MASK_S)
@@ -110,7 +114,7 @@ def _forward_tiles(state, first, last, content, position, key, value, relative, 
         v = _rows(value, j * BLOCK + c, S, N * V, V, V_PADDED)
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
-    return top, total, out, earlier
+    return top, total, out, farther
 
 
 @triton.jit
@@ -136,11 +140,11 @@ def relative_forward(
     t = i * BLOCK + tl.arange(0, BLOCK)
     own_content = _rows(content, t, T, N * H, H, H_PADDED)
     own_position = _rows(position, t, T, N * H, H, H_PADDED)
-    far = i * BLOCK + OFFSET + BLOCK - 1 - tl.arange(0, BLOCK)
-    earlier = tl.dot(own_position, tl.trans(_rows(relative, far, S, N * H, H, H_PADDED)), input_precision=PRECISION)
+    far = _rows(relative, t + OFFSET, S, N * H, H, H_PADDED)
+    farther = tl.dot(own_position, tl.trans(far), input_precision=PRECISION)
     state = (
         tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK, V_PADDED], tl.float32), earlier,
+        tl.zeros([BLOCK, V_PADDED], tl.float32), farther,
     )  # fmt: skip
     whole = 0 if MASK else (i * BLOCK + OFFSET + 1) // BLOCK
     last = tl.cdiv(tl.minimum(i * BLOCK + OFFSET + BLOCK, S), BLOCK)
@@ -148,7 +152,7 @@ def relative_forward(
         state, 0, whole, own_content, own_position, key, value, relative, mask, i * BLOCK, T, S, N, H, V, MASK, MASK_T, MASK_S,
         PRECISION, BLOCK, H_PADDED, V_PADDED, False,
     )  # fmt: skip
-    top, total, summed, earlier = _forward_tiles(
+    top, total, summed, farther = _forward_tiles(
         state, whole, last, own_content, own_position, key, value, relative, mask, i * BLOCK, T, S, N, H, V, MASK, MASK_T,
         MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
     )  # fmt: skip
@@ -164,36 +168,32 @@ def _query_tiles(state, first, last, content, position, grad, lse, shift, key, v
                  MASK: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr, PRECISION: tl.constexpr,
                  BLOCK: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
     OFFSET: tl.constexpr = S - T
-    d_content, d_position, earlier, d_earlier = state
+    d_content, d_position, farther, before = state
     a = tl.arange(0, BLOCK)[:, None]
     c = tl.arange(0, BLOCK)
     t = start + c
-    far = start + OFFSET + BLOCK - 1
-    rows = a + tl.zeros_like(c)[None, :]
-    in_earlier = c[None, :] >= BLOCK - 1 - a
     for j in range(first, last):
-        near = _rows(relative, far - (j + 1) * BLOCK - c, S, N * H, H, H_PADDED)
-        later = tl.dot(position, tl.trans(near), input_precision=PRECISION)
-        by_distance = tl.where(in_earlier, earlier, later)
-        earlier = later
+        near = _rows(relative, start + OFFSET - (j + 1) * BLOCK + c, S, N * H, H, H_PADDED)
+        nearer = tl.dot(position, tl.trans(near), input_precision=PRECISION)
+        by_distance = tl.where(c[None, :] <= a, farther, nearer)
+        farther = nearer
         k = _rows(key, j * BLOCK + c, S, N * H, H, H_PADDED)
         scores = tl.dot(content, tl.trans(k), input_precision=PRECISION)
-        scores += _turn(by_distance, rows, (BLOCK - 1 - a + c[None, :]) % BLOCK, BLOCK)
+        scores += _turn(by_distance, False, BLOCK)
         weights = tl.exp2(scores * LOG2E - lse[:, None])
         if PARTIAL:
             seen = _seen(mask, t[:, None], (j * BLOCK + c)[None, :], T, S, OFFSET, MASK, MASK_T, MASK_S)
             weights = tl.where(seen, weights, 0.0)
         v = _rows(value, j * BLOCK + c, S, N * V, V, V_PADDED)
         d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        d_scores = weights * (d_weights - shift[:, None])
-        d_content += tl.dot(d_scores.to(k.dtype), k, input_precision=PRECISION)
-        # A block of relative keys was the later one in the tile before, and is the earlier one now: other columns.
-        d_by_distance = _turn(d_scores, rows, (a + c[None, :] + 1) % BLOCK, BLOCK)
-        both = tl.where(in_earlier, d_by_distance, d_earlier)
-        d_earlier = d_by_distance
-        near = _rows(relative, far - j * BLOCK - c, S, N * H, H, H_PADDED)
-        d_position += tl.dot(both.to(near.dtype), near, input_precision=PRECISION)
-    return d_content, d_position, earlier, d_earlier
+        d_scores = (weights * (d_weights - shift[:, None])).to(k.dtype)
+        d_content += tl.dot(d_scores, k, input_precision=PRECISION)
+        # A block of relative keys was the nearer one in the tile before, and is the farther one now: other keys.
+        d_by_distance = _turn(tl.where(c[None, :] <= a, d_scores, before), False, BLOCK)
+        before = d_scores
+        near = _rows(relative, start + OFFSET - j * BLOCK + c, S, N * H, H, H_PADDED)
+        d_position += tl.dot(d_by_distance, near, input_precision=PRECISION)
+    return d_content, d_position, farther, before
 
 
 @triton.jit
@@ -221,18 +221,18 @@ def relative_backward_query(
     own_grad = _rows(grad + b * (T * N * V) + n * V, t, T, N * V, V, V_PADDED)
     own_lse = tl.load(lse + head * T + t, mask=t < T, other=float("inf")) * LOG2E
     own_shift = tl.load(shift + head * T + t, mask=t < T, other=0.0)
-    far = i * BLOCK + OFFSET + BLOCK - 1 - tl.arange(0, BLOCK)
-    earlier = tl.dot(own_position, tl.trans(_rows(relative, far, S, N * H, H, H_PADDED)), input_precision=PRECISION)
+    far = _rows(relative, t + OFFSET, S, N * H, H, H_PADDED)
+    farther = tl.dot(own_position, tl.trans(far), input_precision=PRECISION)
     nothing = tl.zeros([BLOCK, H_PADDED], tl.float32)
-    state = nothing, nothing, earlier, tl.zeros([BLOCK, BLOCK], tl.float32)
+    state = nothing, nothing, farther, tl.zeros([BLOCK, BLOCK], own_content.dtype)
     whole = 0 if MASK else (i * BLOCK + OFFSET + 1) // BLOCK
-    # As many tiles as if the keys went on, so that the later block of the last tile is wholly in the future.
+    # As many tiles as if the keys went on, so that the nearer block of the last tile is wholly in the future.
     last = tl.cdiv(i * BLOCK + OFFSET + BLOCK, BLOCK)
     state = _query_tiles(
         state, 0, whole, own_content, own_position, own_grad, own_lse, own_shift, key, value, relative, mask, i * BLOCK,
         T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
     )  # fmt: skip
-    by_content, by_position, earlier, d_earlier = _query_tiles(
+    by_content, by_position, farther, before = _query_tiles(
         state, whole, last, own_content, own_position, own_grad, own_lse, own_shift, key, value, relative, mask, i * BLOCK,
         T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
     )  # fmt: skip
@@ -250,18 +250,17 @@ def _key_tiles(state, first, last, content, position, grad, lse, shift, key, val
     d_key, d_value = state
     c = tl.arange(0, BLOCK)[:, None]
     a = tl.arange(0, BLOCK)[None, :]
-    columns = a + tl.zeros_like(c)
     s = start + tl.arange(0, BLOCK)
     for i in range(first, last):
         t = i * BLOCK + tl.arange(0, BLOCK)
-        far = i * BLOCK + OFFSET - start + BLOCK - 1 - tl.arange(0, BLOCK)
+        far = t + OFFSET - start
         own_position = tl.trans(_rows(position, t, T, N * H, H, H_PADDED))
-        earlier = tl.dot(_rows(relative, far, S, N * H, H, H_PADDED), own_position, input_precision=PRECISION)
-        later = tl.dot(_rows(relative, far - BLOCK, S, N * H, H, H_PADDED), own_position, input_precision=PRECISION)
-        by_distance = tl.where(c >= BLOCK - 1 - a, earlier, later)
+        farther = tl.dot(_rows(relative, far, S, N * H, H, H_PADDED), own_position, input_precision=PRECISION)
+        nearer = tl.dot(_rows(relative, far - BLOCK, S, N * H, H, H_PADDED), own_position, input_precision=PRECISION)
+        by_distance = tl.where(c <= a, farther, nearer)
         own_content = _rows(content, t, T, N * H, H, H_PADDED)
         scores = tl.dot(key, tl.trans(own_content), input_precision=PRECISION)
-        scores += _turn(by_distance, (BLOCK - 1 - a + c) % BLOCK, columns, BLOCK)
+        scores += _turn(by_distance, True, BLOCK)
         own_lse = tl.load(lse + t, mask=t < T, other=float("inf")) * LOG2E
         weights = tl.exp2(scores * LOG2E - own_lse[None, :])
         if PARTIAL:
@@ -328,27 +327,26 @@ def _distance_tiles(d_relative, first, last, content, position, grad, lse, shift
     OFFSET: tl.constexpr = S - T
     c = tl.arange(0, BLOCK)[:, None]
     a = tl.arange(0, BLOCK)[None, :]
-    columns = a + tl.zeros_like(c)
     for i in range(first, last):
         t = i * BLOCK + tl.arange(0, BLOCK)
-        # Column a of row c is the pair of query t_a and key s_0 + a + c.
-        s = i * BLOCK + OFFSET - (e + 1) * BLOCK + 1 + tl.arange(0, BLOCK)
+        # Row c, column a is the pair of query t_a and key s_0 + a - c: of these keys where c <= a, else of those before.
+        s = t + OFFSET - e * BLOCK
         own_content = tl.trans(_rows(content, t, T, N * H, H, H_PADDED))
-        low = tl.dot(_rows(key, s, S, N * H, H, H_PADDED), own_content, input_precision=PRECISION)
-        high = tl.dot(_rows(key, s + BLOCK, S, N * H, H, H_PADDED), own_content, input_precision=PRECISION)
+        these = tl.dot(_rows(key, s, S, N * H, H, H_PADDED), own_content, input_precision=PRECISION)
+        those = tl.dot(_rows(key, s - BLOCK, S, N * H, H, H_PADDED), own_content, input_precision=PRECISION)
         own_position = _rows(position, t, T, N * H, H, H_PADDED)
         scores = tl.dot(relative, tl.trans(own_position), input_precision=PRECISION)
-        scores += _turn(tl.where(c >= a, low, high), (a + c) % BLOCK, columns, BLOCK)
+        scores += _turn(tl.where(c <= a, these, those), True, BLOCK)
         own_lse = tl.load(lse + t, mask=t < T, other=float("inf")) * LOG2E
         weights = tl.exp2(scores * LOG2E - own_lse[None, :])
         if PARTIAL:
-            of = i * BLOCK + OFFSET - (e + 1) * BLOCK + 1 + a + c
+            of = (i - e) * BLOCK + OFFSET + a - c
             seen = _seen(mask, t[None, :], of, T, S, OFFSET, MASK, MASK_T, MASK_S)
             weights = tl.where(seen, weights, 0.0)
         own_grad = tl.trans(_rows(grad, t, T, N * V, V, V_PADDED))
-        low = tl.dot(_rows(value, s, S, N * V, V, V_PADDED), own_grad, input_precision=PRECISION)
-        high = tl.dot(_rows(value, s + BLOCK, S, N * V, V, V_PADDED), own_grad, input_precision=PRECISION)
-        d_weights = _turn(tl.where(c >= a, low, high), (a + c) % BLOCK, columns, BLOCK)
+        these = tl.dot(_rows(value, s, S, N * V, V, V_PADDED), own_grad, input_precision=PRECISION)
+        those = tl.dot(_rows(value, s - BLOCK, S, N * V, V, V_PADDED), own_grad, input_precision=PRECISION)
+        d_weights = _turn(tl.where(c <= a, these, those), True, BLOCK)
         own_shift = tl.load(shift + t, mask=t < T, other=0.0)
         d_scores = weights * (d_weights - own_shift[None, :])
         d_relative += tl.dot(d_scores.to(own_position.dtype), own_position, input_precision=PRECISION)
@@ -379,7 +377,7 @@ def relative_backward_distance(
     relative += b * RELATIVE_B + n * H
     mask += b * MASK_B + n * MASK_N
 
-    distance = (e + 1) * BLOCK - 1 - tl.arange(0, BLOCK)
+    distance = e * BLOCK + tl.arange(0, BLOCK)
     own_relative = _rows(relative, distance, S, N * H, H, H_PADDED)
     # Before `first` all keys would lie before the first one; from `whole` on none does.
     first = tl.maximum(e * BLOCK - OFFSET, 0) // BLOCK

@@ -29,7 +29,6 @@ Discretization = Literal["bilinear", "zoh"]
 DISCRETIZATIONS = get_args(Discretization)
 
 
-
 def _implementations(function):
     """Those of one function: each of the three files has one of its name."""
     portable = {"xla": getattr(xla, function), "reference": getattr(reference, function)}
@@ -98,7 +97,7 @@ def diagonal_kernel(
         log_decay: log A_bar [D, P], real parts negative.
         coefficients: C times B_bar, [*K, D, P]; leading axes are several outputs of the same states.
         length: L >= 1.
-        implementation: "xla", or "reference", which stores D P L numbers.
+        implementation: "triton" for a GPU, "xla", or "reference", which stores D P L numbers.
     Returns: [*K, D, L] in float32.
     Raises: ValueError: the shapes do not fit, length < 1.
     Numerics: agrees with float64 to 1e-5 of the largest tap.
@@ -142,7 +141,8 @@ def dplr_kernel(
         output_matrix: C [*K, D, P]; leading axes are several outputs of the same states.
         step: [D].
         length: L >= 1, odd or even.
-        implementation: "xla", or "reference", which multiplies by the dense A_bar L times.
+        implementation: "triton" makes the Cauchy sums in one kernel, "xla" by chunks; "reference" multiplies by the dense
+            A_bar L times.
     Returns: [*K, D, L] in float32.
     Raises: ValueError: the shapes do not fit, length < 1.
     Numerics: agrees with float64 to 2e-5 of the largest tap for steps from 1e-4 to 1e-1 and lengths to 4096.
@@ -236,7 +236,8 @@ def dplr_recurrence(
         diagonal, low_rank, input_matrix, step: as in `dplr_kernel`.
         output_matrix: C [D, P].
         state: x before the first step, real parts then imaginary parts [B, D, 2P]; None: 0.
-        implementation: "xla", or "reference", which steps with the dense A_bar.
+        implementation: "triton" keeps the state in registers; "xla"; "reference" steps with the dense A_bar. The gradient of
+            "triton" is that of "xla".
     Returns: (y [B, T, D] in the dtype of `inputs`, the state after the last step in float32).
     Raises: ValueError: the shapes do not fit.
     """

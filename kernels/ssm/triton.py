@@ -546,7 +546,7 @@ def kernel_backward(
     tl.store(d_decay_im + target, -c_re * y_im - c_im * y_re, mask=inside)
 
 
-KERNEL_CONFIG = launch.Config(dict(C=32, N=16), num_warps=4, num_stages=1)
+KERNEL_CONFIG = launch.Config(dict(C=16, N=32), num_warps=4, num_stages=1)
 
 
 def _kernel_launch(kernel, planes, length, extra, outputs, tiles, mode):

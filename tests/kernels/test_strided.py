@@ -146,13 +146,14 @@ def test_the_pattern_spelled_out():
     np.testing.assert_array_equal(visible(pattern, 5)[0], by_hand(5, stride=3, window_size=1, is_causal=True)[0])
 
 
+SHORT = jnp.ones((2, 5, 2, 8))
 REFUSALS = [
     (ValueError, "attention: stride must be a positive", strided.attention, {"stride": 0}),
     (ValueError, "attention: window_size must be None", strided.attention, {"window_size": -1}),
     (ValueError, "attention: window_size must be None", strided.attention, {"window_size": 2.5}),
     (TypeError, "attention: mask must be boolean", strided.attention, {"mask": np.ones((1, 1, 1, 5))}),
     (ValueError, "attention: mask must be key padding", strided.attention, {"mask": np.ones((1, 1, 5, 5), bool)}),
-    (ValueError, "attention: key must have the query's shape", strided.attention, {"key": jnp.ones((2, 5, 2, 8)), "value": jnp.ones((2, 5, 2, 8))}),
+    (ValueError, "attention: key must have the query's shape", strided.attention, {"key": SHORT, "value": SHORT}),
     (ValueError, "fixed: block_size must be a positive", strided.fixed, {"block_size": 2.0}),
     (TypeError, "fixed: columns must be a NumPy array", strided.fixed, {"columns": jnp.zeros((1, 1), int)}),
     (TypeError, "fixed: columns must be a NumPy array", strided.fixed, {"columns": np.zeros((1, 1))}),

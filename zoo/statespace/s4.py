@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import convolution, dispatch, ssm
+from subquad.kernels import dispatch, ssm
 from subquad.zoo.base import Support, check_call, check_causality, check_extend, refuse, require_extend
 from subquad.zoo.cache import S4Cache
 from subquad.zoo.statespace import hippo
@@ -24,10 +24,11 @@ class S4(nnx.Module):
         y = u * K + D u,  K_l = C A_bar^l B_bar             the same as one convolution                    (eqs. 4-5)
         outputs = glu(W gelu(y) + b)
 
-    A = Lambda - P P^* (mode "dplr") or A = Lambda (mode "diagonal"). Training convolves, `extend` recurs.
+    A = Lambda - P P^* (mode "dplr") or A = Lambda (mode "diagonal"). With "dplr" a call convolves and `extend` recurs; with
+    "diagonal" both run the recurrence in chunks, which is the same convolution without the kernel of length T.
 
-    Cost: time O(T (D P + D log T)) and O(D P^3 log T) for mode "dplr", memory O(T D); one extended token O(D P) and a cache
-        of that size whatever came before.
+    Cost: time O(T D P) for mode "diagonal", O(T (D P + D log T) + D P^3 log T) for mode "dplr", memory O(T D); one extended
+        token O(D P) and a cache of that size whatever came before.
     Differs from the paper: C is C itself, not the C (I - A_bar^L) that the paper trains for one length L, so a layer is
         right at every length and its convolution is its recurrence. P and B of LegS are in a basis where they are positive;
         they are not clipped as in the authors' code. Mode "diagonal" with LegS halves B as S4D's theorem says, which that
@@ -140,8 +141,7 @@ class S4(nnx.Module):
         """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; nothing is drawn."""
         call = check_call(self, 1, inputs_q, inputs_kv, mask, positions, segment_ids)
         inputs = self._prepare(call.inputs_q, call.mask)
-        responses = convolution.convolve(inputs, *self.system.kernel(inputs.shape[1]), implementation=self.implementation)
-        outputs = self._mix(inputs, responses)
+        outputs = self._mix(inputs, self.system.respond(inputs))
         return outputs.reshape(*call.batch, *outputs.shape[1:])
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> S4Cache:

@@ -9,7 +9,7 @@ from einops import repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subquad.kernels import dispatch, ssm
+from subquad.kernels import convolution, dispatch, ssm
 from subquad.zoo.base import refuse
 from subquad.zoo.statespace import hippo
 
@@ -111,12 +111,29 @@ class StateSpace(nnx.Module):
         coefficients = output_matrix * input_matrix * scale
         return ssm.diagonal_kernel(log_decay, coefficients, length, implementation=self.implementation)
 
+    def respond(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """C x of every token: through the first C from the past, through the second from the tokens after the present one.
+
+        Diagonal systems run in chunks and make no kernel of length T; others convolve.
+        """
+        if self.mode == "dplr":
+            return convolution.convolve(inputs, *self.kernel(inputs.shape[1]), implementation=self.implementation)
+        responses, *ahead = (
+            self._scan(inputs, which, is_reversed=which == 1) for which in range(self.output_matrix[...].shape[0])
+        )
+        return responses + jnp.pad(ahead[0][:, 1:], ((0, 0), (0, 1), (0, 0))) if ahead else responses
+
     def recur(self, inputs: Float[Array, "B T D"], state: Float[Array, "B D P"]):
         """T more inputs from `state` on, through the first C -> (responses [B, T, D], state)."""
+        if self.mode == "diagonal":
+            return self._scan(inputs, 0, initial_state=state, return_state=True)
         diagonal, low_rank, input_matrix, output_matrix, step = self._system()
-        if self.mode == "dplr":
-            system = diagonal, low_rank[None], input_matrix, output_matrix[0], step
-            return ssm.dplr_recurrence(inputs, *system, state, implementation=self.implementation)
+        system = diagonal, low_rank[None], input_matrix, output_matrix[0], step
+        return ssm.dplr_recurrence(inputs, *system, state, implementation=self.implementation)
+
+    def _scan(self, inputs, which, **options):
+        """The diagonal scan through one C."""
+        diagonal, _, input_matrix, output_matrix, step = self._system()
         log_decay, scale = ssm.discretize(diagonal, step, self.discretization)
-        system = log_decay, input_matrix * scale, output_matrix[0]
-        return ssm.diagonal_scan(inputs, *system, state, return_state=True, implementation=self.implementation)
+        system = log_decay, input_matrix * scale, output_matrix[which]
+        return ssm.diagonal_scan(inputs, *system, implementation=self.implementation, **options)
