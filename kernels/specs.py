@@ -141,10 +141,10 @@ def expected(spec: Spec, arrays: Arrays, cotangents: Any) -> tuple[Any, Arrays]:
         return jax.tree.map(np.asarray, run(widen(inexact), widen(cotangents)))
 
 
-def error(got, want) -> float:
+def error(got, want, least: float = 1e-30) -> float:
     """The largest difference, relative to the largest number that was wanted; infinite if anything is not a number.
 
-    Infinities must agree, and count for nothing else.
+    Infinities must agree, and count for nothing else. `least`: what to be relative to where only less was wanted.
     """
     got, want = (np.asarray(x) for x in (got, want))
     wide = np.complex128 if np.iscomplexobj(want) else np.float64
@@ -153,7 +153,7 @@ def error(got, want) -> float:
     got, want = np.where(same, 0, got), np.where(same, 0, want)
     if not np.isfinite(got).all():
         return np.inf
-    return float(np.abs(got - want).max(initial=0) / max(np.abs(want).max(initial=0), 1e-30))
+    return float(np.abs(got - want).max(initial=0) / max(np.abs(want).max(initial=0), least))
 
 
 def names_of(tree) -> list[str]:

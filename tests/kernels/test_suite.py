@@ -17,6 +17,7 @@ SPECS = specs.load()
 # The largest relative error of the XLA path, of outputs and of gradients.
 TOLERANCES = {"float32": (1e-5, 2e-5), "bfloat16": (2e-2, 3e-2), "float16": (3e-3, 5e-3)}
 ULPS = 8
+LEAST = 0.3
 DTYPE_LENGTHS = (63, 129)
 FEW = (63,)
 
@@ -51,8 +52,11 @@ def errors(name, length, dtype, implementation):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     shape_of = lambda x: (x.shape, x.dtype)
     assert jax.tree.map(shape_of, got[1]) == jax.tree.map(shape_of, inexact)
+    # What cancels to little or nothing, as the gradient of a query with one key, still has the rounding of its terms.
+    largest = max(np.abs(x, where=np.isfinite(x), out=np.zeros(x.shape)).max(initial=0) for x in jax.tree.leaves(want))
+    least = max(LEAST * largest, 1e-30)
     leaves = map(jax.tree.leaves, (got, want))
-    return [(leaf, specs.error(x, y)) for leaf, x, y in zip(specs.names_of(got), *leaves, strict=True)]
+    return [(leaf, specs.error(x, y, least)) for leaf, x, y in zip(specs.names_of(got), *leaves, strict=True)]
 
 
 def cases():
