@@ -112,8 +112,12 @@ def cotangents(spec: Spec, implementation: str | None, arrays: Arrays, seed: int
     return jax.tree.map(draw, shapes)
 
 
-def launches(spec: Spec, dtype="bfloat16", length: int = 4096, bench: bool = True) -> list[launch.Launch]:
-    """The Triton kernels that a forward and backward pass launches on Hopper, each one once."""
+def launches(spec: Spec, dtype="bfloat16", length: int | None = None, bench: bool = True) -> list[launch.Launch]:
+    """The Triton kernels that a forward and backward pass launches on Hopper, each one once.
+
+    `length`: None is the middle one of those the benchmarks run.
+    """
+    length = length or spec.bench_lengths[len(spec.bench_lengths) // 2]
     inexact, rest = split(spec.draw(length, dtype, bench))
     with launch.recording() as recorded:
         outputs = jax.eval_shape(forward(spec, "triton", rest), inexact)
