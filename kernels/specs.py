@@ -115,9 +115,10 @@ def cotangents(spec: Spec, implementation: str | None, arrays: Arrays, seed: int
 def launches(spec: Spec, dtype="bfloat16", length: int | None = None, bench: bool = True) -> list[launch.Launch]:
     """The Triton kernels that a forward and backward pass launches on Hopper, each one once.
 
-    `length`: None is the middle one of those the benchmarks run.
+    `length`: None is the middle one of those that the benchmarks run, or the tests where these run none.
     """
-    length = length or spec.bench_lengths[len(spec.bench_lengths) // 2]
+    lengths = spec.bench_lengths or spec.lengths
+    length = length or lengths[len(lengths) // 2]
     inexact, rest = split(spec.draw(length, dtype, bench))
     with launch.recording() as recorded:
         outputs = jax.eval_shape(forward(spec, "triton", rest), inexact)
