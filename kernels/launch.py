@@ -12,22 +12,18 @@ run-time argument would be a float64 in one version of jax-triton and a float32 
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
-import sys
-import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from subquad.kernels.guarded import Guarded
+from subquad.kernels import interpreter
 
 Mode = Literal["triton", "interpret"]
 
@@ -81,7 +77,6 @@ _requested: dict[Request, Config] = {}
 # What `lowering_for` and `recording` say; None: nothing.
 _assumed_capability: int | None = None
 _recorded: list[Launch] | None = None
-_interpreter = threading.Lock()
 
 
 # ------------------------------------------------------------------------------------------------------- what can run
@@ -92,9 +87,10 @@ def require(mode: Mode) -> None:
     if importlib.util.find_spec("triton") is None:
         raise Declined("Triton is not installed; install subquad[gpu].")
     if mode == "interpret":
-        _start_interpreter()
+        if reason := interpreter.start():
+            raise Declined(reason)
         return
-    if interpreting():
+    if interpreter.running():
         raise Declined("this process runs Triton's interpreter (TRITON_INTERPRET is set or was needed).")
     if capability() is None:
         raise Declined("JAX sees no NVIDIA GPU here; launch.lowering_for(90) traces for one that is elsewhere.")
@@ -245,8 +241,8 @@ def call(
     places = {order[source]: list(outputs).index(target) for source, target in (aliases or {}).items()}
     shapes = tuple(outputs.values())
     if mode == "interpret":
-        _start_interpreter()
-        host = functools.partial(_interpret, kernel, grid, constants, shapes, places)
+        require(mode)
+        host = functools.partial(interpreter.run, kernel, grid, constants, shapes, places)
         return tuple(jax.pure_callback(host, shapes, *arrays, vmap_method="sequential"))
     return tuple(_on_gpu(kernel, grid, constants, config, shapes, places, arrays))
 
@@ -344,64 +340,3 @@ def fold_vmap(function: Callable) -> Callable:
         return run(*(array for array in arrays if array is not None))
 
     return folded
-
-
-# ------------------------------------------------------------------------------------------------------ the interpreter
-
-def interpreting() -> bool:
-    """Whether Triton was, or will be, imported as an interpreter: it decides when it is imported."""
-    if "triton" not in sys.modules:
-        return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    return sys.modules["triton"].jit(_probe).__class__.__name__ == "InterpretedFunction"
-
-
-def _probe():
-    pass
-
-
-@functools.cache
-def _start_interpreter() -> None:
-    if "triton" not in sys.modules:
-        os.environ["TRITON_INTERPRET"] = "1"
-    elif not interpreting():
-        raise Declined("Triton was imported for compilation; start Python with TRITON_INTERPRET=1 to interpret.")
-    version = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
-    if version < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        raise Declined("the interpreter of Triton 3.6 needs NumPy < 2.4; install triton>=3.7 or numpy<2.4.")
-    _mend_bfloat16()
-
-
-def _mend_bfloat16() -> None:
-    """The interpreter's dot multiplies the bit patterns of bfloat16 as integers: give it their values."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    original = interpreter.InterpreterBuilder.create_dot
-
-    def widen(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        values = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(values, tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return original(self, widen(a), widen(b), *rest)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-def _interpret(kernel, grid, constants, shapes, places, *arrays):
-    """Runs on the host, on NumPy arrays. It must not call JAX, which may be waiting for it."""
-    arrays = [np.asarray(array) for array in arrays]
-    inputs = [Guarded(array.shape, array.dtype, array) for array in arrays]
-    sources = {target: arrays[source] for source, target in places.items()}
-    outputs = [Guarded(shape.shape, shape.dtype, sources.get(place)) for place, shape in enumerate(shapes)]
-    with _interpreter, np.errstate(all="ignore"):  # the interpreter is one global machine
-        kernel[(grid,)](*inputs, *outputs, **constants)
-    for buffer, name in zip((*inputs, *outputs), kernel.arg_names, strict=False):
-        if buffer.overrun():
-            raise RuntimeError(f"launch.call: {kernel.__name__} wrote outside of {name}. Mask its stores.")
-    for buffer, array, name in zip(inputs, arrays, kernel.arg_names, strict=False):
-        if buffer.array.tobytes() != array.tobytes():
-            raise RuntimeError(f"launch.call: {kernel.__name__} wrote into its input {name}. Declare it an output.")
-    return tuple(buffer.array.copy() for buffer in outputs)

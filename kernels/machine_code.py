@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 
-from subquad.kernels import launch
+from subquad.kernels import interpreter, launch
 from subquad.kernels.guarded import DTYPE_NAMES
 
 
@@ -60,7 +60,7 @@ def compile(launched: launch.Launch, target: str) -> Compiled:
         RuntimeError: this process runs the interpreter.
         Refused: Triton cannot compile the kernel for the target.
     """
-    if launch.interpreting():
+    if interpreter.running():
         raise RuntimeError("machine_code.compile: this process runs the interpreter. Unset TRITON_INTERPRET.")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

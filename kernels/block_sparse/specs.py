@@ -55,5 +55,5 @@ def attend_local(arrays, implementation):
 
 SPECS = [
     Spec("block_sparse.attention", "bigbird", padded, attend_bigbird, make_bench=bench),
-    Spec("block_sparse.attention", "local causal", draw, attend_local, make_bench=bench),
+    Spec("block_sparse.attention", "local-causal", draw, attend_local, make_bench=bench),
 ]

@@ -33,8 +33,8 @@ def _spec(operation, variant, **options):
 
 
 SPECS = [
-    _spec("pseudo_inverse", "six iterations"),
-    _spec("pseudo_inverse", "three iterations", iterations=3),
+    _spec("pseudo_inverse", "six-iterations"),
+    _spec("pseudo_inverse", "three-iterations", iterations=3),
     _spec("sinkhorn", "plain"),
     _spec("sinkhorn", "causal", is_causal=True, iterations=5),
 ]

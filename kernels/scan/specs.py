@@ -33,8 +33,8 @@ def _spec(variant, reverse=False, **options):
 
 SPECS = [
     _spec("real"),
-    _spec("real, reversed, shared", reverse=True, shared=True),
-    _spec("real, constant", constant=True),
+    _spec("real-reversed-shared", reverse=True, shared=True),
+    _spec("real-constant", constant=True),
     _spec("complex", is_complex=True),
-    _spec("complex, reversed, constant", reverse=True, is_complex=True, constant=True, shared=True),
+    _spec("complex-reversed-constant", reverse=True, is_complex=True, constant=True, shared=True),
 ]

@@ -13,7 +13,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 
@@ -263,8 +262,6 @@ def first_order(decay, inputs, start, reverse, *, mode):
     for array in (decay, inputs):
         if array.dtype.name not in (*launch.FLOATS, "complex64"):
             raise launch.Declined(f"float32, bfloat16, float16 and complex64 only, not {array.dtype.name}.")
-    if mode == "interpret":
-        _mend_interpreter()
     return _scan(decay, inputs, start, reverse, mode)
 
 
@@ -400,21 +397,3 @@ def _launch_backward(decay, start, states, d_states, d_final, *, reverse, mode):
 def _full(x, like):
     """With the batch of `like`: vmap leaves what its axis does not reach with a batch of 1."""
     return jnp.broadcast_to(x, (like.shape[0], *x.shape[1:]))
-
-
-@functools.cache
-def _mend_interpreter() -> None:
-    """The interpreter scans element by element; this does the same row by row, a hundred times faster."""
-    from triton.runtime.interpreter import ScanOps
-
-    def generic_scan(self, inputs):
-        columns = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
-        rows = [[self.to_tensor(c[i], x.dtype) for c, x in zip(columns, inputs, strict=True)] for i in range(len(columns[0]))]
-        for i in range(1, len(rows)):
-            combined = self.combine_fn.fn(*rows[i - 1], *rows[i])
-            rows[i] = list(combined) if isinstance(combined, tuple) else [combined]
-        stack = lambda row: np.stack([x.handle.data.reshape(columns[0].shape[1:]) for x in row])
-        scanned = map(stack, zip(*rows, strict=True))
-        return [self.to_tensor(np.moveaxis(y, 0, self.axis), x.dtype) for x, y in zip(inputs, scanned, strict=True)]
-
-    ScanOps.generic_scan = generic_scan

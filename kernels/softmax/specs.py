@@ -74,5 +74,5 @@ SPECS = [
         bench_lengths=(),
     ),
     Spec("softmax.attention", "bias", biased, call(return_lse=True), make_bench=biased_bench, bench_lengths=(1024,)),
-    Spec("softmax.attention", "few keys", few_keys, call(return_lse=True), make_bench=few_keys_bench),
+    Spec("softmax.attention", "few-keys", few_keys, call(return_lse=True), make_bench=few_keys_bench),
 ]

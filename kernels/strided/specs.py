@@ -53,7 +53,7 @@ SPECS = [
     ),
     Spec(
         "strided.attention",
-        "steps only",
+        "steps-only",
         drawing(1, features=40),
         calling(strided.attention, stride=3, window_size=None, is_causal=True),
         lengths=(7, 63),
@@ -67,14 +67,14 @@ SPECS = [
     ),
     Spec(
         "strided.fixed",
-        "columns only",
+        "columns-only",
         drawing(1),
         calling(strided.fixed, block_size=16, columns=np.array([[3, 14, 15]]), own_block=False),
         lengths=SHORT,
     ),
     Spec(
         "strided.attention",
-        "stride 128",
+        "stride-128",
         drawing(1, 1),
         calling(strided.attention, stride=128, window_size=128, is_causal=True),
         make_bench=BENCH,
@@ -82,7 +82,7 @@ SPECS = [
     ),
     Spec(
         "strided.fixed",
-        "block 128",
+        "block-128",
         drawing(1, 1),
         calling(strided.fixed, block_size=128, columns=LAST, is_causal=True),
         make_bench=BENCH,

@@ -1,0 +1,100 @@
+"""Triton's interpreter on NumPy arrays: started, mended where it is wrong or slow, and watched while it runs a kernel."""
+
+import functools
+import importlib.metadata
+import os
+import sys
+import threading
+
+import numpy as np
+
+from subquad.kernels.guarded import Guarded
+
+_one_at_a_time = threading.Lock()  # the interpreter is one global machine
+
+
+def running() -> bool:
+    """Whether Triton was, or will be, imported as an interpreter: it decides when it is imported."""
+    if "triton" not in sys.modules:
+        return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return sys.modules["triton"].jit(_probe).__class__.__name__ == "InterpretedFunction"
+
+
+def _probe():
+    pass
+
+
+@functools.cache
+def start() -> str | None:
+    """Makes Triton interpret in this process. Returns the reason where that cannot be, else None."""
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not running():
+        return "Triton was imported for compilation; start Python with TRITON_INTERPRET=1 to interpret."
+    version = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    if version < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        return "the interpreter of Triton 3.6 needs NumPy < 2.4; install triton>=3.7 or numpy<2.4."
+    _mend_bfloat16()
+    _mend_scan()
+    return None
+
+
+def _mend_bfloat16() -> None:
+    """The interpreter's dot multiplies the bit patterns of bfloat16 as integers: give it their values."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        values = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(values, tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return original(self, widen(a), widen(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _mend_scan() -> None:
+    """The interpreter scans element by element; this does the same row by row, a hundred times faster."""
+    from triton.runtime.interpreter import ScanOps
+
+    def generic_scan(self, inputs):
+        columns = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+        rows = [[self.to_tensor(c[i], x.dtype) for c, x in zip(columns, inputs, strict=True)] for i in range(len(columns[0]))]
+        for i in range(1, len(rows)):
+            combined = self.combine_fn.fn(*rows[i - 1], *rows[i])
+            rows[i] = list(combined) if isinstance(combined, tuple) else [combined]
+        stack = lambda row: np.stack([x.handle.data.reshape(columns[0].shape[1:]) for x in row])
+        scanned = map(stack, zip(*rows, strict=True))
+        return [self.to_tensor(np.moveaxis(y, 0, self.axis), x.dtype) for x, y in zip(inputs, scanned, strict=True)]
+
+    ScanOps.generic_scan = generic_scan
+
+
+def run(kernel, grid, constants, shapes, places, *arrays):
+    """Runs a kernel on the host. It must not call JAX, which may be waiting for it.
+
+    Args:
+        kernel, grid, constants: as `launch.call` has them.
+        shapes: of the outputs, which start as NaN.
+        places: {input: output} by position: the output starts as the input's content.
+    Returns: the outputs.
+    Raises: RuntimeError: the kernel wrote outside of an array, or into an input.
+    """
+    arrays = [np.asarray(array) for array in arrays]
+    inputs = [Guarded(array.shape, array.dtype, array) for array in arrays]
+    sources = {target: arrays[source] for source, target in places.items()}
+    outputs = [Guarded(shape.shape, shape.dtype, sources.get(place)) for place, shape in enumerate(shapes)]
+    with _one_at_a_time, np.errstate(all="ignore"):
+        kernel[(grid,)](*inputs, *outputs, **constants)
+    for buffer, name in zip((*inputs, *outputs), kernel.arg_names, strict=False):
+        if buffer.overrun():
+            raise RuntimeError(f"launch.call: {kernel.__name__} wrote outside of {name}. Mask its stores.")
+    for buffer, array, name in zip(inputs, arrays, kernel.arg_names, strict=False):
+        if buffer.array.tobytes() != array.tobytes():
+            raise RuntimeError(f"launch.call: {kernel.__name__} wrote into its input {name}. Declare it an output.")
+    return tuple(buffer.array.copy() for buffer in outputs)
