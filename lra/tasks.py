@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.data import listops
+from subquad.lra.data import catalogue, encodings, floors, listops
+
+Kind = Literal["classification", "pair", "language_model"]
 
 
 @dataclass(frozen=True)
@@ -14,13 +17,18 @@ class Task:
     Attributes:
         name, config: what `find` takes.
         dataset: what `data.store.load` takes.
-        vocabulary_size: token ids are 0..vocabulary_size-1; 0 is padding.
-        length: what sequences are padded to, in tokens.
-        num_classes: labels are 0..num_classes-1.
-        splits: examples per split.
-        floors: the splits -> accuracy on test of rules that see (almost) nothing of the input, by name.
+        vocabulary_size: token ids are 0..vocabulary_size-1; 0 is padding, and nothing else.
+        length: what sequences are padded or cut to, in tokens.
+        num_classes: labels are 0..num_classes-1; for a language model the tokens that it chooses from.
+        splits: examples per split, as published or generated.
+        floors: the splits -> scores on test of rules that see (almost) nothing of the input, by name.
         source: where the task comes from.
-        metric: of the predicted class.
+        metric: of the predicted class; "bits per byte" for a language model.
+        kind: "classification": one sequence, one label. "pair": two sequences, one label. "language_model": every
+            token predicts the next.
+        image_shape: (rows, columns) of the picture that the tokens are, row by row; None for other tasks. Token - 1 is
+            the pixel.
+        note: what a reader of its numbers has to know.
     """
 
     name: str
@@ -33,30 +41,60 @@ class Task:
     floors: Callable[[Mapping[str, Sequence]], dict[str, float]]
     source: str
     metric: str = "accuracy"
+    kind: Kind = "classification"
+    image_shape: tuple[int, int] | None = None
+    note: str = ""
 
 
-def _listops_floors(splits: Mapping[str, Sequence]) -> dict[str, float]:
-    pairs = lambda split: ((example["inputs"], int(example["label"])) for example in splits[split])
-    return listops.floors(pairs("train"), pairs("test"))
+_ARENA = "Tay et al. 2020, arXiv 2011.04006"
+_BYTES = encodings.VOCABULARY_SIZE
 
 
-TASKS: dict[str, dict[str, Task]] = {
-    "listops": {
-        name: Task(
-            name="listops",
-            config=name,
-            dataset=f"lra_listops/{name}",
-            vocabulary_size=listops.VOCABULARY_SIZE,
-            # The longest expression; the arena's own files are padded to 2,000.
-            length=2000 if name == "lra" else config.max_length - 1,
-            num_classes=listops.NUM_CLASSES,
-            splits=dict(config.splits),
-            floors=_listops_floors,
-            source="Nangia and Bowman 2018, arXiv 1804.06028; Tay et al. 2020, arXiv 2011.04006",
-        )
-        for name, config in listops.CONFIGS.items()
-    }
-}
+def _task(name: str, config: str, dataset: str, length: int, num_classes: int, source: str, **words) -> Task:
+    """A task on bytes or pixels."""
+    words = {"vocabulary_size": _BYTES, "floors": floors.bag_of_tokens, **words}
+    sizes = dict(catalogue.find(dataset).sizes)
+    return Task(name, config, dataset, length=length, num_classes=num_classes, splits=sizes, source=source, **words)
+
+
+def _listops(config: str, length: int) -> Task:
+    return _task(
+        "listops", config, f"lra_listops/{config}", length, listops.NUM_CLASSES,
+        f"Nangia and Bowman 2018, arXiv 1804.06028; {_ARENA}", vocabulary_size=listops.VOCABULARY_SIZE, floors=floors.root,
+        note="the arena's own files" if config == "release" else "",
+    )  # fmt: skip
+
+
+def _every() -> list[Task]:
+    # The longest expression; the arena's own files are padded to 2,000.
+    lengths = {name: 2000 if name == "lra" else config.max_length - 1 for name, config in listops.CONFIGS.items()}
+    imdb = f"Maas et al. 2011, IMDb; {_ARENA}"
+    return [
+        *(_listops(config, length) for config, length in {**lengths, "release": 2000}.items()),
+        _task(
+            "text", "lra", "lra_text/lra", 1000, 2, imdb,
+            note="validation is the test set, as in the arena: a model chosen by it is chosen on test",
+        ),
+        _task(
+            "text", "modern", "lra_text/modern", 4096, 2, imdb, note="validation is a tenth of the training reviews, held out",
+        ),
+        _task("retrieval", "lra", "lra_retrieval/lra", 4000, 2, f"Radev et al. 2013, AAN; {_ARENA}", kind="pair"),
+        _task(
+            "image", "lra", "lra_image/lra", 1024, 10, f"Krizhevsky 2009, CIFAR-10; {_ARENA}", image_shape=(32, 32),
+            note="256 grey values as symbols 1 to 256; black is no padding, as it was in the arena",
+        ),
+    ]  # fmt: skip
+
+
+def _by_name(every: list[Task]) -> dict[str, dict[str, Task]]:
+    found: dict[str, dict[str, Task]] = {}
+    for one in every:
+        found.setdefault(one.name, {})[one.config] = one
+    return found
+
+
+# Name -> configuration -> task; the first configuration is the usual one.
+TASKS: dict[str, dict[str, Task]] = _by_name(_every())
 
 
 def find(name: str, config: str) -> Task:

@@ -1,48 +1,48 @@
 """Data sets by name: prepared on disk through TFDS, or generated in memory where TFDS is not installed."""
 
 import contextlib
-import importlib
+import hashlib
 import io
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
+from subquad.lra.data import catalogue
+from subquad.lra.data.sources import DatasetError, MissingSource
 
-from subquad.kernels.dispatch import nearest
-from subquad.lra.data import listops
+__all__ = ["DatasetError", "MissingSource", "Split", "folder_of", "generate", "load", "manual_folder", "prepare", "read"]
 
-# The data sets that there are, and their configurations.
-DATASETS = {"lra_listops": listops.CONFIGS}
-
-
-class DatasetError(Exception):
-    """A data set that cannot be prepared or read; the message names the folder and the cure, on one line."""
+# Beside the files: their checksums when they were written.
+CHECKSUMS = "SHA256SUMS"
 
 
 class Split(Sequence):
-    """Random access to one split: `[i]` is {"inputs": unpadded token ids (uint8 array), "label": int}.
+    """Random access to one split: `[i]` is an example as `encodings` makes it, unpadded.
 
     Args:
         examples: what TFDS or a generator gives.
+        encode: from a stored example to tokens.
         folder: named when an example turns out to be unreadable.
     """
 
-    def __init__(self, examples: Sequence, folder: pathlib.Path | None = None):
-        self.examples, self.folder = examples, folder
+    def __init__(self, examples: Sequence, encode: Callable[[dict], dict], folder: pathlib.Path | None = None):
+        self.examples, self.encode, self.folder = examples, encode, folder
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index) -> dict:
+    def stored(self, index: int) -> dict:
+        """The example as it is on disk."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         if self.folder is None:
-            tokens, label = self.examples[index]
-            return {"inputs": np.frombuffer(tokens, np.uint8), "label": label}
+            return self.examples[index]
         with _explained(self.folder):
             return self.examples[index]
+
+    def __getitem__(self, index) -> dict:
+        return self.encode(self.stored(index))
 
 
 def default_folder() -> pathlib.Path:
@@ -50,16 +50,24 @@ def default_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """("lra_listops", "small") of "lra_listops/small", or a ValueError with the nearest known name."""
-    known = [f"{dataset}/{config}" for dataset, configs in DATASETS.items() for config in configs]
-    if name not in known:
-        raise ValueError(f"prepare: name must be a known data set, got {name!r}. {nearest(name, known)}")
-    dataset, config = name.split("/")
-    return dataset, config
+def manual_folder(data_dir: str | os.PathLike | None = None, manual_dir: str | os.PathLike | None = None) -> pathlib.Path:
+    """Where files that were fetched by hand are looked for: `manual_dir`, else downloads/manual in `data_dir`."""
+    if manual_dir is not None:
+        return pathlib.Path(manual_dir).expanduser()
+    return _root(data_dir) / "downloads" / "manual"
 
 
-def prepare(name: str, data_dir: str | os.PathLike | None = None):
+def folder_of(name: str, data_dir: str | os.PathLike | None = None) -> pathlib.Path:
+    """The folder that a data set is in, or will be."""
+    found = catalogue.find(name)
+    return _root(data_dir) / found.builder / found.config / found.version
+
+
+def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
+    return pathlib.Path(data_dir or default_folder()).expanduser()
+
+
+def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: str | os.PathLike | None = None):
     """Builds a data set unless it is there already: array_record files, no TensorFlow.
 
     A build goes into a folder of its own that gets its name at the end, so a killed one leaves no data set behind.
@@ -67,36 +75,74 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None):
     Args:
         name: data set and configuration, as "lra_listops/small".
         data_dir: the folder that holds data sets; None takes `default_folder()`.
+        manual_dir: the folder of files fetched by hand; None takes `manual_folder(data_dir)`.
     Returns: the TFDS builder.
     Raises:
         ValueError: unknown name.
-        DatasetError: the folder cannot be written, or the data set in it is not whole.
+        MissingSource: a file is not here and cannot be downloaded; said within 10 seconds.
+        DatasetError: a file has the wrong checksum or form, the folder cannot be written, or the data set in it is not
+            whole.
         ImportError: tensorflow-datasets is not installed.
     """
-    dataset, config = split_name(name)
+    found = catalogue.find(name)
     import tensorflow_datasets as tfds
 
-    data_dir = pathlib.Path(data_dir or default_folder()).expanduser()
-    module = importlib.import_module(f"subquad.lra.data.{dataset}.{dataset}_dataset_builder")
-    folder = data_dir / dataset / config / str(module.Builder.VERSION)
+    root, manual = _root(data_dir), manual_folder(data_dir, manual_dir)
+    folder = folder_of(name, data_dir)
+    make = lambda: found.module().Builder(config=found.config, data_dir=root, file_format="array_record")
     with _explained(folder):
-        builder = module.Builder(config=config, data_dir=data_dir, file_format="array_record")
-    if not folder.exists():
-        print(f"Generating {name} into {folder}", file=sys.stderr, flush=True)
-        download = tfds.download.DownloadConfig(try_download_gcs=False)
-        tfds.disable_progress_bar()
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(download_config=download)
-        except Exception as error:
-            # Another process may have finished the same data set meanwhile: then theirs is as good as ours.
-            if not (folder / "dataset_info.json").exists():
-                raise DatasetError(
-                    f"{name}: folder {data_dir} must be writable and have room, got {_line(error)}. "
-                    "Choose another with --data-dir or TFDS_DATA_DIR."
-                ) from error
-            builder = module.Builder(config=config, data_dir=data_dir, file_format="array_record")
+        builder = make()
+    if folder.exists():
+        return builder
+    if found.source is not None:
+        found.source.require(name, manual, root / "downloads")
+    print(f"{'Generating' if found.source is None else 'Preparing'} {name} into {folder}", file=sys.stderr, flush=True)
+    download = tfds.download.DownloadConfig(
+        try_download_gcs=False, manual_dir=manual if manual.is_dir() else None, force_checksums_validation=True
+    )
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_config=download)
+        _write_checksums(folder)
+    except DatasetError:
+        raise
+    except tfds.download.DownloadError as error:
+        raise MissingSource(f"{name}: {found.source} must be downloadable, got {_line(error)}. Run again.") from error
+    except Exception as error:
+        if type(error).__name__ == "NonMatchingChecksumError":
+            raise DatasetError(_wrong_checksum(name, found, builder, manual)) from error
+        # Another process may have finished the same data set meanwhile: then theirs is as good as ours.
+        if not (folder / "dataset_info.json").exists():
+            raise DatasetError(
+                f"{name}: folder {root} must be writable and have room, got {_line(error)}. "
+                "Choose another with --data-dir or TFDS_DATA_DIR."
+            ) from error
+        builder = make()
+    finally:
+        if hasattr(builder, "scratch"):
+            builder.scratch.cleanup()
     return builder
+
+
+def _wrong_checksum(name: str, found: catalogue.Dataset, builder, manual: pathlib.Path) -> str:
+    wanted, file = builder.url_infos[found.source.url], manual / found.source.file
+    got = f"{file.stat().st_size:,} bytes, sha256 {sha256(file)}" if file.is_file() else "another file from the server"
+    return (
+        f"{name}: file {file if file.is_file() else found.source.file} must have {wanted.size:,} bytes, sha256 "
+        f"{wanted.checksum}, got {got}. Delete it and fetch {found.source.url} again."
+    )
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_checksums(folder: pathlib.Path) -> None:
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != CHECKSUMS]
+    (folder / CHECKSUMS).write_text("".join(lines))
 
 
 def read(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, Split]:
@@ -104,23 +150,27 @@ def read(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, Spli
 
     Raises: as `prepare`; DatasetError also where a file is missing, cut short or damaged.
     """
-    builder = prepare(name, data_dir)
-    dataset, config = split_name(name)
+    builder, found = prepare(name, data_dir), catalogue.find(name)
     folder, splits = pathlib.Path(builder.data_dir), {}
     with _explained(folder):
-        for split, size in DATASETS[dataset][config].splits:
-            splits[split] = Split(builder.as_data_source(split), folder)
-            if len(splits[split]) != size:
-                raise ValueError(f"{len(splits[split])} examples in {split} where {size} belong")
-            splits[split][0], splits[split][size - 1]
+        for split, part in found.slices.items():
+            splits[split] = Split(builder.as_data_source(part), found.encode, folder)
+            size = len(splits[split])
+            if found.exact and size != found.sizes[split]:
+                raise ValueError(f"{size} examples in {split} where {found.sizes[split]} belong")
+            splits[split].stored(0), splits[split].stored(size - 1)
     return splits
 
 
 def generate(name: str) -> dict[str, Split]:
-    """The same splits, in the same order, generated in memory."""
-    dataset, config = split_name(name)
-    drawn = DATASETS[dataset][config]
-    return {split: Split(list(listops.generate(drawn, split))) for split, _ in drawn.splits}
+    """The same splits, in the same order, generated in memory.
+
+    Raises: ValueError: unknown name.  DatasetError: it cannot be generated.
+    """
+    found = catalogue.find(name)
+    if found.draw is None:
+        raise DatasetError(f"{name}: tensorflow-datasets must be installed to prepare it. pip install 'subquad[lra]'")
+    return {split: Split(list(found.draw(split)), found.encode) for split in found.slices}
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str, Split], str]:
@@ -130,13 +180,14 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str
 
     Raises: ValueError: unknown name.  DatasetError: see `prepare` and `read`.
     """
-    split_name(name)
+    version = catalogue.find(name).version
     try:
         import tensorflow_datasets  # noqa: F401
     except ImportError as error:
+        splits = generate(name)
         print(f"{name}: generated in memory, because tensorflow-datasets is not installed ({error}).", file=sys.stderr)
-        return generate(name), f"{name}:{listops.VERSION} generated in memory"
-    return read(name, data_dir), f"{name}:{listops.VERSION} array_record"
+        return splits, f"{name}:{version} generated in memory"
+    return read(name, data_dir), f"{name}:{version} array_record"
 
 
 @contextlib.contextmanager

@@ -1,23 +1,25 @@
 """The TFDS builder of `lra_listops`: array_record files, written and read without TensorFlow."""
 
 import dataclasses
+import pathlib
+import tempfile
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from subquad.lra.data import listops
+from subquad.lra.data import listops, release, sources
 
 
 @dataclasses.dataclass
 class BuilderConfig(tfds.core.BuilderConfig):
-    """A `listops.Config` under the name that TFDS files it by."""
+    """A `listops.Config` under the name that TFDS files it by; None: the arena's own files are read."""
 
-    drawn: listops.Config = listops.CONFIGS["lra"]
+    drawn: listops.Config | None = listops.CONFIGS["lra"]
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """ListOps, generated: `inputs` the token ids without padding, `label` the value."""
+    """ListOps, generated or read: `inputs` the token ids without padding, `label` the value."""
 
     # Told, because TFDS would look them up from the root package, which in an editable install has no folder.
     code_path = epath.Path(__file__)
@@ -32,7 +34,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             drawn=config,
         )
         for name, config in listops.CONFIGS.items()
-    ]
+    ] + [BuilderConfig(name="release", description="The arena's own basic_{train,val,test}.tsv", drawn=None)]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"For `release` put {', '.join(release.FILES.values())} or {sources.RELEASE_URL} there."
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -47,8 +50,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split, _ in self.builder_config.drawn.splits}
+        drawn = self.builder_config.drawn
+        if drawn is not None:
+            return {split: self._generate_examples(listops.generate(drawn, split)) for split, _ in drawn.splits}
+        self.scratch = tempfile.TemporaryDirectory(dir=pathlib.Path(dl_manager.download_dir))
+        manual_dir = pathlib.Path(dl_manager.manual_dir)
+        found = sources.fetch(manual_dir, tuple(release.FILES.values()), pathlib.Path(self.scratch.name))
+        return {split: self._generate_examples(release.expressions(found[file])) for split, file in release.FILES.items()}
 
-    def _generate_examples(self, split: str):
-        for index, (tokens, label) in enumerate(listops.generate(self.builder_config.drawn, split)):
+    def _generate_examples(self, examples):
+        for index, (tokens, label) in enumerate(examples):
             yield index, {"inputs": np.frombuffer(tokens, np.uint8), "label": label}

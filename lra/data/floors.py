@@ -1,0 +1,95 @@
+"""Floors: what rules reach that see almost nothing of the input. A model that is not above them has learnt nothing."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from subquad.lra.data import listops
+
+# A rule of 257 counts is settled by this many examples.
+MOST = 10_000
+
+
+def root(splits: Mapping[str, Sequence]) -> dict[str, float]:
+    """Floors of ListOps: the commonest value, and the commonest given the root operator. See `listops.floors`."""
+    pairs = lambda split: ((example["inputs"], int(example["label"])) for example in splits[split])
+    return listops.floors(pairs("train"), pairs("test"))
+
+
+def bag_of_tokens(splits: Mapping[str, Sequence]) -> dict[str, float]:
+    """Accuracies on test of two rules that are blind to order.
+
+    "majority": always the commonest label of train. "bag": logistic regression on how often each token occurs; for a
+    pair, on how much the two differ in that. Both are read off up to 10,000 examples, evenly spread, of each split.
+
+    Args:
+        splits: "train" and "test", sequences of {"inputs", "label"} and maybe "inputs2".
+    Returns: accuracies between 0 and 1.
+    """
+    (features, labels), (unseen, answers) = (_counted(splits[split]) for split in ("train", "test"))
+    majority = np.bincount(labels).argmax()
+    mean, scale = features.mean(0), features.std(0) + 1e-3
+    weights = _logistic((features - mean) / scale, labels)
+    predicted = (_with_one((unseen - mean) / scale) @ weights).argmax(1)
+    return {"majority": float((answers == majority).mean()), "bag": float((predicted == answers).mean())}
+
+
+def next_token(splits: Mapping[str, Sequence]) -> dict[str, float]:
+    """Bits per token on test of two rules that see next to nothing: the tokens' frequencies, and those after one token.
+
+    Returns: {"unigram", "bigram"}; both are counted on train, with one added to every count.
+    """
+    counts = np.ones((_TOKENS, _TOKENS))
+    for example in _spread(splits["train"]):
+        np.add.at(counts, (example["inputs"], example["targets"]), 1)
+    bits = lambda table: -np.log2(table / table.sum(-1, keepdims=True))
+    one, two = bits(counts.sum(0)), bits(counts)
+    tests = [(example["inputs"], example["targets"]) for example in _spread(splits["test"])]
+    tokens = sum(len(targets) for _, targets in tests)
+    return {
+        "unigram": float(sum(one[targets].sum() for _, targets in tests) / tokens),
+        "bigram": float(sum(two[inputs, targets].sum() for inputs, targets in tests) / tokens),
+    }
+
+
+_TOKENS = 257
+
+
+def _spread(examples: Sequence):
+    step = max(1, -(-len(examples) // MOST))
+    return (examples[index] for index in range(0, len(examples), step))
+
+
+def _counted(examples: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    rows, labels = [], []
+    for example in _spread(examples):
+        row = _frequencies(example["inputs"])
+        if "inputs2" in example:
+            row = np.abs(row - _frequencies(example["inputs2"]))
+        rows.append(row)
+        labels.append(int(example["label"]))
+    return np.stack(rows), np.array(labels)
+
+
+def _frequencies(tokens: np.ndarray) -> np.ndarray:
+    """Square roots, so that rare tokens are not drowned by common ones."""
+    return np.sqrt(np.bincount(tokens, minlength=_TOKENS) / max(1, len(tokens))).astype(np.float32)
+
+
+def _with_one(features: np.ndarray) -> np.ndarray:
+    return np.concatenate([features, np.ones((len(features), 1), np.float32)], 1)
+
+
+def _logistic(features: np.ndarray, labels: np.ndarray, steps: int = 200) -> np.ndarray:
+    """Weights [features + 1, classes] of a regularised softmax regression, by full-batch Adam: the same every time."""
+    inputs = _with_one(features)
+    wanted = np.eye(labels.max() + 1, dtype=np.float32)[labels]
+    weights, mean, square = (np.zeros((inputs.shape[1], wanted.shape[1]), np.float32) for _ in range(3))
+    for step in range(1, steps + 1):
+        logits = inputs @ weights
+        chances = np.exp(logits - logits.max(1, keepdims=True))
+        chances /= chances.sum(1, keepdims=True)
+        slope = inputs.T @ (chances - wanted) / len(inputs) + 1e-3 * weights
+        mean, square = 0.9 * mean + 0.1 * slope, 0.99 * square + 0.01 * slope**2
+        weights -= 0.05 * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.99**step)) + 1e-8)
+    return weights

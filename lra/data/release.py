@@ -1,0 +1,32 @@
+"""The expressions in the arena's own ListOps files, basic_{train,val,test}.tsv, with this library's token ids."""
+
+import csv
+import pathlib
+from collections.abc import Iterator
+
+from subquad.lra.data import listops, sources
+
+FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
+
+
+def expressions(path: pathlib.Path) -> Iterator[listops.Example]:
+    """Every line's expression and value, in the file's order. Each value is computed anew and compared.
+
+    Raises: DatasetError: no header "Source<TAB>Target", a symbol out of the vocabulary, or a wrong value.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t")
+        header = next(rows, [])
+        if header != ["Source", "Target"]:
+            raise sources.DatasetError(f"lra_listops: {path} must begin with 'Source<TAB>Target', got {header!r:.80}.")
+        for row in rows:
+            try:
+                text, target = row
+                tokens, label = listops.tokenise(text), int(target)
+                if listops.evaluate(tokens) != label:
+                    raise ValueError(f"value {label} where {listops.evaluate(tokens)} is right")
+            except ValueError as error:
+                raise sources.DatasetError(
+                    f"lra_listops: {path}:{rows.line_num} must hold an expression and its value, got {error!s:.150}"
+                ) from None
+            yield listops.Example(tokens, label)
