@@ -604,8 +604,8 @@ def bounds_of(geometry: Geometry, visible: Visible, query_tile: int, key_tile: i
 FLOAT32_TILES = {
     "softmax_forward": {64: (64, 32, 4, 2), LARGEST_HEAD: (32, 16, 4, 1)},
     "softmax_backward_query": {64: (64, 32, 4, 2), LARGEST_HEAD: (16, 32, 4, 1)},
-    "softmax_backward_key": {64: (32, 32, 4, 1), LARGEST_HEAD: (16, 16, 4, 1)},
-    "softmax_backward_bias": {64: (32, 32, 4, 2), LARGEST_HEAD: (32, 16, 4, 2)},
+    "softmax_backward_key": {64: (16, 32, 4, 1), LARGEST_HEAD: (16, 16, 4, 1)},
+    "softmax_backward_bias": {LARGEST_HEAD: (32, 16, 4, 2)},
 }
 
 
@@ -629,7 +629,7 @@ def tile_sizes(
         sizes = next(sizes for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
     elif narrow or kernel == "softmax_backward_bias" or not hopper and kernel != "softmax_forward":
         sizes = 64, 64, 4, 2
-    elif kernel == "softmax_forward" and hopper and not biased:
+    elif kernel == "softmax_forward" and hopper and not biased and block_size is None:
         sizes = 128, 128, 8, 3
     else:
         sizes = 128, 64, 8, 2
