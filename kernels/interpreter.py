@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 
 from subquad.kernels.guarded import Guarded
@@ -40,22 +41,26 @@ def start() -> str | None:
 
 
 def _mend_bfloat16() -> None:
-    """The interpreter's dot multiplies the bit patterns of bfloat16 as integers: give it their values."""
+    """The interpreter multiplies the bit patterns of bfloat16 as integers, and cuts digits off where a GPU rounds."""
     import triton.language as tl
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    original = interpreter.InterpreterBuilder.create_dot
-
-    def widen(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        values = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(values, tl.float32)
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    values_of = lambda handle: handle.data.view(jnp.bfloat16).astype(np.float32)
 
     def create_dot(self, a, b, *rest):
-        return original(self, widen(a), widen(b), *rest)
+        widen = lambda x: TensorHandle(values_of(x), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+        return dot(self, widen(a), widen(b), *rest)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    def cast_impl(self, source, target):
+        types = source.dtype.scalar, target.scalar
+        if types == (tl.float32, tl.bfloat16):
+            return TensorHandle(source.data.astype(jnp.bfloat16).view(np.uint16), tl.bfloat16)
+        if types == (tl.bfloat16, tl.float32):
+            return TensorHandle(values_of(source), tl.float32)
+        return cast(self, source, target)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
 def _mend_scan() -> None:

@@ -42,6 +42,16 @@ def test_a_product_in_the_interpreter(toys, dtype):
 
 
 @interpret
+def test_the_interpreter_rounds_to_bfloat16(toys):
+    """Nearest, even on a tie, as a GPU: it cuts digits off where that is not mended, and makes infinity of some NaN."""
+    ties = np.float32([1 + 1 / 256, 1 + 3 / 256, 1 + 1 / 256 + 1e-6, -1 - 3 / 256, 3.39e38, np.inf, -0.0, 1e-39])
+    nan = np.uint32([0x7F800001]).view(np.float32)
+    x = jnp.concatenate([draw(50), ties, nan])
+    out = toys.shift("interpret", x, out=jax.ShapeDtypeStruct(x.shape, jnp.bfloat16))
+    np.testing.assert_array_equal(out.astype(jnp.float32), x.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@interpret
 def test_a_mapped_axis_becomes_part_of_the_batch(toys):
     x, y = draw(3, 20, 20), draw(3, 20, 20, seed=1)
     multiply = toys.multiply("interpret")
