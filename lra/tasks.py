@@ -6,6 +6,7 @@ from typing import Literal
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra.data import catalogue, encodings, floors, listops
+from subquad.lra.data.offline import corpora
 
 Kind = Literal["classification", "pair", "language_model"]
 
@@ -66,8 +67,8 @@ def _listops(config: str, length: int) -> Task:
 
 
 def _every() -> list[Task]:
-    # The longest expression; the arena's own files are padded to 2,000.
-    lengths = {name: 2000 if name == "lra" else config.max_length - 1 for name, config in listops.CONFIGS.items()}
+    # The longest expression, but in the arena's form the round number above it, which the arena pads to.
+    lengths = {name: config.max_length - (name in ("small", "tiny")) for name, config in listops.CONFIGS.items()}
     imdb = f"Maas et al. 2011, IMDb; {_ARENA}"
     return [
         *(_listops(config, length) for config, length in {**lengths, "release": 2000}.items()),
@@ -82,6 +83,35 @@ def _every() -> list[Task]:
         _task(
             "image", "lra", "lra_image/lra", 1024, 10, f"Krizhevsky 2009, CIFAR-10; {_ARENA}", image_shape=(32, 32),
             note="256 grey values as symbols 1 to 256; black is no padding, as it was in the arena",
+        ),
+        *map(_pathfinder, catalogue.PATHFINDER_CONFIGS),
+        *_offline(),
+    ]  # fmt: skip
+
+
+def _pathfinder(config: str) -> Task:
+    side = 32 if config == "tiny" else int(config.partition("_")[0])
+    note = "Path-X of the arena" if config == "128_hard" else ""
+    return _task(
+        "pathfinder", config, f"lra_pathfinder/{config}", side * side, 2, f"Linsley et al. 2018, arXiv 1805.08315; {_ARENA}",
+        image_shape=(side, side), note=note or "black is no padding, as it was in the arena",
+    )  # fmt: skip
+
+
+def _offline() -> list[Task]:
+    def task(name: str, length: int, num_classes: int, source: str, **words) -> Task:
+        note = "a stand-in that needs no network; no task of the arena"
+        return _task(name, "offline", f"offline/{name}", length, num_classes, source, note=note, **words)
+
+    bbc, side, digit = "Greene and Cunningham 2006, BBC news", corpora.SIDE, corpora.DIGIT_SIDE
+    return [
+        task("bbc_text", 2048, len(corpora.SECTIONS), bbc),
+        task("bbc_halves", 2048, 2, bbc, kind="pair"),
+        task("photo_patches", side**2, len(corpora.PHOTOS), "photographs of scikit-image", image_shape=(side, side)),
+        task("digits", digit**2, 10, "Alpaydin and Kaynak 1998, UCI", image_shape=(digit, digit), vocabulary_size=18),
+        task(
+            "pylib_lm", corpora.LM_LENGTH, _BYTES, "the standard library of Python", kind="language_model",
+            metric="bits per byte", floors=floors.next_token,
         ),
     ]  # fmt: skip
 

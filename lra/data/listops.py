@@ -58,6 +58,11 @@ CONFIGS = {
     # The same trees, short ones kept: 20 < length <= 200, so that a laptop trains on it in a minute. The lower bound
     # leaves out trees so small that a split would soon repeat another's.
     "small": Config("small", 20, 201, splits=(("train", 8_000), ("validation", 500), ("test", 500))),
+    # The same trees at other lengths, in the same ratio, to see what length alone does.
+    **{
+        f"length_{length}": Config(f"length_{length}", min_length=length // 4, max_length=length)
+        for length in (500, 1000, 4000, 8000)
+    },
     # For tests: at most 30 tokens.
     "tiny": Config("tiny", 10, 31, max_depth=4, splits=(("train", 256), ("validation", 64), ("test", 64))),
 }

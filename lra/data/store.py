@@ -150,7 +150,10 @@ def read(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, Spli
 
     Raises: as `prepare`; DatasetError also where a file is missing, cut short or damaged.
     """
-    builder, found = prepare(name, data_dir), catalogue.find(name)
+    return _splits(prepare(name, data_dir), catalogue.find(name))
+
+
+def _splits(builder, found: catalogue.Dataset) -> dict[str, Split]:
     folder, splits = pathlib.Path(builder.data_dir), {}
     with _explained(folder):
         for split, part in found.slices.items():
@@ -187,7 +190,10 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str
         splits = generate(name)
         print(f"{name}: generated in memory, because tensorflow-datasets is not installed ({error}).", file=sys.stderr)
         return splits, f"{name}:{version} generated in memory"
-    return read(name, data_dir), f"{name}:{version} array_record"
+    builder = prepare(name, data_dir)
+    splits = _splits(builder, catalogue.find(name))
+    origin = (builder.info.metadata or {}).get("origin")
+    return splits, f"{name}:{version} array_record" + (f", from {origin}" if origin else "")
 
 
 @contextlib.contextmanager
