@@ -1,5 +1,6 @@
 """Iterations on small matrices, one per sample and head: the pseudo-inverse of Nystromformer, the balancing of Sinkhorn."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from subquad.kernels import dispatch
@@ -46,9 +47,11 @@ def pseudo_inverse(
     Returns: Z [B, N, M, M] in the dtype of `matrix`.
     Raises:
         ValueError: shapes that do not fit, iterations < 1.
+        TypeError: integers or complex numbers.
         NotImplementedError: an implementation that does not exist here or declines the call.
     Numerics: float32 throughout, also for bfloat16, in which the iteration diverges: products by three TF32 passes on a
-        GPU. The scale is differentiated.
+        GPU. The scale is differentiated. |A|_1 |A|_inf must be a float32, so entries lie between about 1e-18 and 1e18. Where A
+        is singular, each iteration makes the rounding in its null space 3.25 times larger: 20 of them are worse than 8.
     Example:
         >>> matrix = jnp.array([[[[2.0, 0.0], [0.0, 4.0]]]])
         >>> pseudo_inverse(matrix)[0, 0].round(3).tolist()
@@ -90,6 +93,7 @@ def sinkhorn(
     Returns: [B, N, M, M] in the dtype of `logits`.
     Raises:
         ValueError: shapes that do not fit, iterations < 1.
+        TypeError: integers or complex numbers.
         NotImplementedError: an implementation that does not exist here or declines the call.
     Numerics: float32, in the domain of logarithms, with the maximum taken out of every sum.
     Example:
@@ -111,5 +115,7 @@ def _check(owner, name, array, iterations) -> None:
             f"{owner}: {name} must have shape [B, N, M, M] with every axis at least 1, got {array.shape}. "
             "Give one square matrix per sample and head."
         )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{owner}: {name} must be floating, got {array.dtype}. Convert it first.")
     if iterations < 1:
         raise ValueError(f"{owner}: iterations must be at least 1, got {iterations}. Six to eight are usual.")
