@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-POOL_BYTES = 16 * 2**20  # of masks in a pool: more falls out of the caches
+POOL_BYTES = 4 * 2**20  # of masks in a pool: more falls out of the caches
 SEED_DIRECTIONS = 360
 SEED_TRIES = EXTENSION_TRIES = 3
 DISTRACTOR_TRIES = 5
