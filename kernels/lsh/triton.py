@@ -181,21 +181,21 @@ def _visible(
         visible = key != query
     if SAME_BUCKET:
         # Nobody's bucket, which is no key's, equals no bucket.
-        query, key = _across(tl.where(q_bucket < NUM_BUCKETS, q_bucket, -1), k_bucket, KEYS_FIRST)
-        visible &= query == key
+        of_query, of_key = _across(tl.where(q_bucket < NUM_BUCKETS, q_bucket, -1), k_bucket, KEYS_FIRST)
+        visible &= of_query == of_key
     else:
-        query, key = _across(q_bucket < NUM_BUCKETS, k_bucket < NUM_BUCKETS, KEYS_FIRST)
-        visible &= query & key
+        real_query, real_key = _across(q_bucket < NUM_BUCKETS, k_bucket < NUM_BUCKETS, KEYS_FIRST)
+        visible &= real_query & real_key
     if SPANS:  # the tile has queries of several chunks; indices start no lower than this many chunks below 0
         LOW: tl.constexpr = (BEFORE + AFTER) * CHUNK
-        query, key = _across((q_index + LOW) // CHUNK, (k_index + LOW) // CHUNK, KEYS_FIRST)
-        visible &= (key - query >= -BEFORE) & (key - query <= AFTER)
+        query_chunk, key_chunk = _across((q_index + LOW) // CHUNK, (k_index + LOW) // CHUNK, KEYS_FIRST)
+        visible &= (key_chunk - query_chunk >= -BEFORE) & (key_chunk - query_chunk <= AFTER)
     if ONCE:
         for earlier in range(0, round_):
-            query = tl.load(codes + q_position * ROUNDS + earlier)
-            key = tl.load(codes + k_position * ROUNDS + earlier)
-            query, key = _across(query, key, KEYS_FIRST)
-            visible &= (key - query < -BEFORE) | (key - query > AFTER)
+            query_code = tl.load(codes + q_position * ROUNDS + earlier)
+            key_code = tl.load(codes + k_position * ROUNDS + earlier)
+            query_code, key_code = _across(query_code, key_code, KEYS_FIRST)
+            visible &= (key_code - query_code < -BEFORE) | (key_code - query_code > AFTER)
     return visible
 
 
@@ -514,9 +514,16 @@ def attention_config(mode, direction, chunk_size, length, features, dtype):
     if mode == "interpret":
         block = _power(min(length, 128))
         return launch.Config(dict(BLOCK_OWN=block, BLOCK_OTHER=block))
-    # A tile no longer than a chunk leaves no query without a key in its range.
-    block = 32 if chunk_size <= 32 or dtype == jnp.float32 else 64
-    heuristic = launch.Config(dict(BLOCK_OWN=block, BLOCK_OTHER=block), num_warps=4, num_stages=1)
+    # The largest tiles that no kernel's registers overflow with on Hopper. One no longer than a chunk leaves no query
+    # without a key in its range.
+    width = _width(features)
+    if dtype == jnp.float32:  # the parts of every operand live beside it
+        tile = 32 if direction == "forward" or width == 64 else 16, 32, 8
+    elif direction == "forward":
+        tile = (32, 64, 4) if chunk_size <= 32 else (64, 64, 8)
+    else:
+        tile = (16, 64, 4) if width <= 32 else (32, 64, 8)
+    heuristic = launch.Config(dict(BLOCK_OWN=tile[0], BLOCK_OTHER=tile[1]), num_warps=tile[2], num_stages=1)
     return launch.config(
         f"lsh.{direction}", heuristic, chunk_size=chunk_size, features=features, bits=8 * jnp.dtype(dtype).itemsize
     )
@@ -771,17 +778,23 @@ def _extend_out(options, *arrays):
 def _extend_gradients(options, *arrays):
     *arrays, d_out, log_total, delta = arrays
     log_total, delta = jnp.broadcast_arrays(log_total, delta)
-    inputs, batch, config, constants = _extend_plan("backward", options, arrays, d_out, log_total)
-    inputs |= dict(d_out=d_out, log_total=log_total, delta=delta)
-    constants |= dict(OUT_STRIDE=_stride(d_out), LOG_STRIDE=_stride(log_total))
-    shape = lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
     query, key, value = arrays[:3]
-    run = lambda kernel, outputs, tiles: launch.call(
-        kernel, inputs, outputs, grid=batch * query.shape[2] * tiles, constants=constants, config=config, mode=options[-1])
-    tiles = math.ceil(query.shape[1] / config.blocks["BLOCK_Q"])
-    (d_query,) = run(extend_query_kernel, dict(d_query=shape(query)), tiles)
-    tiles = math.ceil(key.shape[1] / config.blocks["BLOCK_K"])
-    return d_query, *run(extend_key_kernel, dict(d_key=shape(key), d_value=shape(value)), tiles)
+
+    def run(kernel, direction, length, block, **outputs):
+        inputs, batch, config, constants = _extend_plan(direction, options, arrays, d_out, log_total)
+        return launch.call(
+            kernel,
+            inputs | dict(d_out=d_out, log_total=log_total, delta=delta),
+            {name: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for name, x in outputs.items()},
+            grid=batch * query.shape[2] * math.ceil(length / config.blocks[block]),
+            constants=constants | dict(OUT_STRIDE=_stride(d_out), LOG_STRIDE=_stride(log_total)),
+            config=config, mode=options[-1],
+        )  # fmt: skip
+
+    return (
+        *run(extend_query_kernel, "query", query.shape[1], "BLOCK_Q", d_query=query),
+        *run(extend_key_kernel, "key", key.shape[1], "BLOCK_K", d_key=key, d_value=value),
+    )
 
 
 def _extend_plan(direction, options, arrays, *others):
@@ -804,8 +817,13 @@ def _extend_plan(direction, options, arrays, *others):
 def extend_config(mode, direction, queries, keys, features, dtype):
     if mode == "interpret":
         return launch.Config(dict(BLOCK_Q=_power(min(queries, 128)), BLOCK_K=_power(min(keys, 128))))
-    block = 32 if dtype == jnp.float32 else 64
-    heuristic = launch.Config(dict(BLOCK_Q=_power(min(queries, block)), BLOCK_K=block), num_warps=4, num_stages=1)
+    if dtype == jnp.float32:
+        narrow = (32, 32, 8) if features <= 64 else (16, 32, 4)
+        tile = dict(forward=narrow, query=(16, 32, 8), key=(32, 16, 8))[direction]
+    else:
+        tile = dict(forward=(64, 64, 8), query=(64, 32, 4), key=(64, 64, 8))[direction]
+    heuristic = launch.Config(
+        dict(BLOCK_Q=_power(min(queries, tile[0])), BLOCK_K=tile[1]), num_warps=tile[2], num_stages=1)
     return launch.config(f"lsh.extend.{direction}", heuristic, features=features, bits=8 * jnp.dtype(dtype).itemsize)
 
 
