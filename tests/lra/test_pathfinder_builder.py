@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from subquad.lra.data import pathfinder, sources
+from subquad.lra.data import catalogue, pathfinder, sources
 from subquad.lra.data.lra_pathfinder import blocks, release
 from subquad.lra.data.lra_pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
 
@@ -65,6 +65,14 @@ def test_the_builder_stores_what_the_generator_draws(tmp_path, capfd):
     assert "96 of 96 images" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "lra_pathfinder" / "tiny").iterdir()] == [pathfinder.VERSION]
     assert "script 6" in builder.info.description.replace("\n", " ") and "2011.04006" in builder.info.citation
+
+
+def test_the_catalogue_tells_what_is_drawn():
+    listed = [one for one in catalogue.DATASETS.values() if one.builder == "lra_pathfinder" and one.draw is not None]
+    assert {one.config for one in listed} == set(pathfinder.CONFIGS)
+    for one in listed:
+        assert dict(one.sizes) == dict(pathfinder.CONFIGS[one.config].splits)
+        assert one.version == pathfinder.VERSION
 
 
 def test_a_killed_build_goes_on_and_two_processes_draw_what_one_does(tmp_path, monkeypatch):
