@@ -84,14 +84,14 @@ def _every() -> list[Task]:
             "image", "lra", "lra_image/lra", 1024, 10, f"Krizhevsky 2009, CIFAR-10; {_ARENA}", image_shape=(32, 32),
             note="256 grey values as symbols 1 to 256; black is no padding, as it was in the arena",
         ),
-        *map(_pathfinder, catalogue.PATHFINDER_CONFIGS),
+        *map(_pathfinder, catalogue.PATHFINDER_CONFIGS + catalogue.PATHFINDER_RELEASES),
         *_offline(),
     ]  # fmt: skip
 
 
 def _pathfinder(config: str) -> Task:
-    side = 32 if config == "tiny" else int(config.partition("_")[0])
-    note = "Path-X of the arena" if config == "128_hard" else ""
+    side = 32 if config == "tiny" else int(config.removeprefix("release_").partition("_")[0])
+    note = "Path-X of the arena" if config.endswith("128_hard") else ""
     return _task(
         "pathfinder", config, f"lra_pathfinder/{config}", side * side, 2, f"Linsley et al. 2018, arXiv 1805.08315; {_ARENA}",
         image_shape=(side, side), note=note or "black is no padding, as it was in the arena",

@@ -22,7 +22,10 @@ PATHFINDER_CONFIGS = (
     ),
     "tiny",
 )
-PATHFINDER_COSTS = {"32": (1700, 90e6), "64": (7200, 200e6), "128": (32000, 500e6), "256": (100000, 1.5e9)}
+PATHFINDER_RELEASES = tuple(
+    f"release_{side}_{level}" for side in (32, 64, 128, 256) for level in ("hard", "intermediate", "easy")
+)
+PATHFINDER_COSTS = {"32": (270, 90e6), "64": (4000, 200e6), "128": (4500, 500e6), "256": (18000, 1.5e9)}
 THREE = {"train": "train", "validation": "validation", "test": "test"}
 
 
@@ -80,6 +83,16 @@ def _pathfinder() -> Iterable[Dataset]:
             {"train": (4 if config == "tiny" else 8) * tenth, "validation": tenth, "test": tenth}, encodings.pixels, exact=True,
             draw=drawn(config), seconds=seconds, disk=disk,
         )  # fmt: skip
+    folders = {"hard": "curv_contour_length_14", "intermediate": "curv_contour_length_9", "easy": "curv_baseline"}
+    for side, (_, disk) in PATHFINDER_COSTS.items():
+        for level, folder in folders.items():
+            first = f"pathfinder{side}/{folder}/metadata/0.npy"
+            yield Dataset(
+                f"lra_pathfinder/release_{side}_{level}", "lra_pathfinder", f"release_{side}_{level}", PATHFINDER_VERSION,
+                # One image of the easy ones is an empty file.
+                {"train": 160_000 - ((side, level) == ("32", "easy")), "validation": 20_000, "test": 20_000},
+                encodings.pixels, source=sources.Release((first,)), seconds=900, disk=disk,
+            )  # fmt: skip
 
 
 def _offline() -> Iterable[Dataset]:

@@ -39,10 +39,10 @@ def next_token(splits: Mapping[str, Sequence]) -> dict[str, float]:
 
     Returns: {"unigram", "bigram"}; both are counted on train, with one added to every count.
     """
-    counts = np.ones((_TOKENS, _TOKENS))
+    counts = np.zeros((_TOKENS, _TOKENS))
     for example in _spread(splits["train"]):
         np.add.at(counts, (example["inputs"], example["targets"]), 1)
-    bits = lambda table: -np.log2(table / table.sum(-1, keepdims=True))
+    bits = lambda table: -np.log2((table + 1) / (table + 1).sum(-1, keepdims=True))
     one, two = bits(counts.sum(0)), bits(counts)
     tests = [(example["inputs"], example["targets"]) for example in _spread(splits["test"])]
     tokens = sum(len(targets) for _, targets in tests)

@@ -1,0 +1,222 @@
+"""What scripts/prepare_lra.py does: list the tasks, prepare their data sets, and check what was prepared."""
+
+import hashlib
+import os
+import pathlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from subquad.lra import tasks
+from subquad.lra.data import catalogue, sources, store
+from subquad.lra.tasks import Task
+
+# Data sets that take longer are prepared only when they are named.
+PATIENCE_SECONDS = 600
+# The network needs more data than it is shown to tell Pathfinder's labels, so that nothing follows from a failure there.
+HARD_TO_LEARN = ("pathfinder",)
+
+
+def chosen(words: Sequence[str]) -> list[Task]:
+    """The tasks that words name: "text/modern", or "text" for its usual configuration.
+
+    Raises: ValueError: an unknown task or configuration; the nearest is named.
+    Example:
+        >>> [task.config for task in chosen(["listops/small", "text"])]
+        ['small', 'lra']
+    """
+    found = []
+    for word in words:
+        name, slash, config = word.partition("/")
+        if not slash and name in tasks.TASKS:
+            config = next(iter(tasks.TASKS[name]))
+        found.append(tasks.find(name, config))
+    return found
+
+
+def is_prepared(task: Task, data_dir: str | os.PathLike | None = None) -> bool:
+    """Whether the task's data set is on disk."""
+    return (store.folder_of(task.dataset, data_dir) / "dataset_info.json").exists()
+
+
+def listing(data_dir: str | os.PathLike | None = None) -> list[tuple[str, ...]]:
+    """The table of all tasks, headings first."""
+    rows = [("task", "kind", "classes", "length", "train/validation/test", "source", "disk", "hours", "prepared")]
+    for configs in tasks.TASKS.values():
+        for task in configs.values():
+            found = catalogue.find(task.dataset)
+            sizes = "/".join(f"{size:,}" for size in task.splits.values())
+            rows.append((
+                f"{task.name}/{task.config}", task.kind.replace("_", " "), str(task.num_classes), f"{task.length:,}", sizes,
+                str(found.source or "generated"), sources.size(found.disk), f"{found.seconds / 3600:.2g}",
+                "yes" if is_prepared(task, data_dir) else "no",
+            ))  # fmt: skip
+    return rows
+
+
+def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
+    """Prepares the tasks that are named, or, where none is, all that take minutes and whose source is here.
+
+    A line on stdout for each; for one that cannot be prepared a line on stderr.
+
+    Returns: 0, or 1 where a task that was named, or a data set at hand, could not be prepared.
+    """
+    wanted = chosen(words) or _quick()
+    failed, done = 0, set()
+    for task in wanted:
+        folder = store.folder_of(task.dataset, data_dir)
+        if folder in done:
+            continue
+        done.add(folder)
+        try:
+            store.prepare(task.dataset, data_dir, manual_dir)
+            print(f"{task.name}/{task.config}: in {folder}, {sources.size(_bytes(folder))}", flush=True)
+        except store.MissingSource as error:
+            failed += bool(words)
+            print(error if words else f"skipped: {error}", file=sys.stderr, flush=True)
+        except store.DatasetError as error:
+            failed += 1
+            print(error, file=sys.stderr, flush=True)
+    return int(failed > 0)
+
+
+def _quick() -> list[Task]:
+    every = [task for configs in tasks.TASKS.values() for task in configs.values()]
+    return [task for task in every if catalogue.find(task.dataset).seconds <= PATIENCE_SECONDS]
+
+
+def _bytes(folder: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@dataclass
+class Report:
+    """What `check` found: lines to print, and what is wrong."""
+
+    lines: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
+    """Looks at a prepared data set: checksums, sizes, labels, lengths, repeated examples, floors, and a small network.
+
+    Args:
+        word: as `chosen` takes.
+        data_dir: the folder that holds data sets.
+        cnn_steps: batches that the network is trained for, on tasks that are pictures; 0 leaves it out.
+    Raises: ValueError: unknown task.  DatasetError: it is not prepared, or cannot be read.
+    """
+    (task,) = chosen([word])
+    folder = store.folder_of(task.dataset, data_dir)
+    if not folder.exists():
+        raise store.DatasetError(
+            f"{word}: data set must be prepared first, got no folder {folder}. Run prepare_lra.py prepare {word}"
+        )
+    report = Report([f"{task.name}/{task.config} ({task.dataset}), {sources.size(_bytes(folder))} in {folder}"])
+    if task.note:
+        report.lines.append(f"  note      {task.note}")
+    _check_files(report, folder)
+    splits, source = store.load(task.dataset, data_dir)
+    report.lines.append(f"  data      {source}")
+    _check_examples(report, task, splits)
+    floors = task.floors(splits)
+    unit = "" if task.kind == "language_model" else " %"
+    scores = [f"{name} {score if task.kind == 'language_model' else 100 * score:.1f}{unit}" for name, score in floors.items()]
+    report.lines.append(f"  floors    {', '.join(scores)} ({task.metric}, test)")
+    if task.image_shape and cnn_steps:
+        _check_pictures(report, task, splits, floors["majority"], cnn_steps)
+    report.lines += [f"  WRONG     {fault}" for fault in report.faults] or ["  ok"]
+    return report
+
+
+def _check_files(report: Report, folder: pathlib.Path) -> None:
+    sums = folder / store.CHECKSUMS
+    if not sums.exists():
+        report.lines.append("  checksums none were written; prepare it anew to have them")
+        return
+    wanted = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines())
+    for name, checksum in wanted.items():
+        if not (folder / name).exists():
+            report.faults.append(f"file {name} is missing")
+        elif store.sha256(folder / name) != checksum:
+            report.faults.append(f"file {name} is not what was written: its sha256 differs from {store.CHECKSUMS}")
+    every = hashlib.sha256(sums.read_bytes()).hexdigest()[:16]
+    report.lines.append(f"  checksums of {len(wanted)} files in {store.CHECKSUMS}, itself sha256 {every}...")
+
+
+def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) -> None:
+    found = catalogue.find(task.dataset)
+    seen: dict[str, set[bytes]] = {}
+    for split, part in splits.items():
+        published = task.splits[split]
+        line = f"  {split:9} {len(part):,} examples"
+        if len(part) != published:
+            line += f", where {published:,} are usual"
+            # What is generated from the Python at hand may differ.
+            if found.source is not None or found.exact:
+                report.faults.append(f"{split} has {len(part):,} examples where {published:,} were published")
+        labels, lengths, hashes = Counter(), [], set()
+        for example in part:
+            lengths.append(max(len(example[name]) for name in ("inputs", "inputs2") if name in example))
+            labels[example.get("label")] += 1
+            parts = (example[name].tobytes() for name in ("inputs", "inputs2") if name in example)
+            hashes.add(hashlib.blake2b(b"|".join(parts), digest_size=8).digest())
+        report.lines += [line + f", {len(part) - len(hashes):,} of them repeated", f"  {'':9} lengths {_spread(lengths, task)}"]
+        if task.kind != "language_model":
+            shares = [100 * labels[label] / len(part) for label in range(task.num_classes)]
+            report.lines.append(f"  {'':9} labels {' '.join(f'{share:.1f}' for share in shares)} %")
+            absent = [str(label) for label in range(task.num_classes) if not labels[label]]
+            if absent:
+                report.faults.append(f"{split} has no example of label {', '.join(absent)}")
+        seen[split] = hashes
+    if found.slices.get("validation") != found.slices["test"]:
+        for one, two in (("train", "test"), ("train", "validation")):
+            report.lines.append(f"  in both {one} and {two}: {len(seen[one] & seen[two]):,} examples")
+
+
+def _spread(lengths: list[int], task: Task) -> str:
+    """Quantiles, a histogram of ten bars from the shortest to the longest, and how many are cut."""
+    values = np.array(lengths)
+    marks = np.quantile(values, (0, 0.1, 0.5, 0.9, 0.99, 1)).astype(int)
+    counts, _ = np.histogram(values, bins=10, range=(marks[0], max(marks[-1], marks[0] + 1)))
+    bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(1, counts.max()))] for count in counts)
+    text = "min {} p10 {} p50 {} p90 {} p99 {} max {}".format(*(f"{mark:,}" for mark in marks))
+    return f"{text} |{bars}| {100 * (values > task.length).mean():.1f} % are cut at {task.length:,}"
+
+
+def _check_pictures(report: Report, task: Task, splits: Mapping[str, Sequence], chance: float, steps: int) -> None:
+    from subquad.lra.data import probe
+
+    reached, count = probe.accuracy(splits, task.image_shape, task.num_classes, task.vocabulary_size - 1, steps=steps)
+    # Three standard deviations of guessing.
+    needed = chance + 3 * (chance * (1 - chance) / count) ** 0.5
+    line = f"  network   {100 * reached:.1f} % on {count:,} pictures of test after {steps} steps"
+    line += f"; above chance from {100 * needed:.1f} %"
+    if reached < needed and task.name in HARD_TO_LEARN:
+        line += "; nothing follows: this task takes more data and steps"
+    elif reached < needed:
+        report.faults.append("a small network learns nothing: pictures and labels may not belong together")
+    report.lines.append(line)
+
+
+def show(rows: Iterable[tuple[str, ...]]) -> None:
+    """Prints a table, headings first, on stdout: with rich where it is installed, else with tabs."""
+    names, *body = rows
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join("\t".join(row) for row in (names, *body)))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in names:
+        numeric = name in ("classes", "length", "train/validation/test", "disk", "hours")
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    # A pipe has no width: enough for every column.
+    console = Console()
+    Console(width=console.width if console.is_terminal else 180).print(table)

@@ -1,0 +1,77 @@
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command(*words):
+    return [sys.executable, str(ROOT / "scripts" / "prepare_lra.py"), *map(str, words)]
+
+
+def run(*words):
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
+
+
+def test_list_prepare_check(tmp_path):
+    prepared = run("prepare", "listops/tiny", "--data-dir", tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    assert prepared.stdout.startswith(f"listops/tiny: in {tmp_path}/lra_listops/tiny/")
+    listed = run("list", "--data-dir", tmp_path)
+    assert listed.returncode == 0, listed.stderr
+    lines = {line.split()[0]: line.split() for line in listed.stdout.splitlines()}
+    assert lines["listops/tiny"][-1] == "yes" and lines["listops/small"][-1] == "no"
+    assert {"text/lra", "retrieval/lra", "image/lra", "pathfinder/128_hard", "pylib_lm/offline"} <= set(lines)
+    assert f"Data sets in {tmp_path}; files fetched by hand are looked for in {tmp_path}/downloads/manual." in listed.stdout
+    checked = run("check", "listops/tiny", "--data-dir", tmp_path)
+    assert checked.returncode == 0 and checked.stdout.endswith("  ok\n"), checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("prepare", "txt"), 2, "task must be a known name, got 'txt'. Did you mean 'text'?"),
+        (("chek", "text"), 2, "action must be a known one, got 'chek'. Did you mean 'check'?"),
+        (("check",), 2, "check must be given a task, got none."),
+        (("check", "image"), 1, "image: data set must be prepared first, got no folder"),
+        (("list", "--data-dri", "x"), 2, "option must be a known one, got '--data-dri'. Did you mean '--data-dir'?"),
+    ],
+)
+def test_wrong_words_are_one_line(words, code, said, tmp_path):
+    finished = run(*words, *([] if words[0] == "list" else ["--data-dir", tmp_path]))
+    assert finished.returncode == code
+    assert finished.stderr.startswith(f"prepare_lra: {said}") and finished.stderr.count("\n") == 1
+    assert finished.stdout == ""
+
+
+def test_a_wrong_file_and_a_missing_one_are_a_line_each(tmp_path):
+    manual = tmp_path / "manual"
+    manual.mkdir()
+    (manual / "aclImdb_v1.tar.gz").write_bytes(b"an error page")
+    began = time.monotonic()
+    finished = run("prepare", "text", "retrieval", "--data-dir", tmp_path / "data", "--manual-dir", manual)
+    assert finished.returncode == 1 and time.monotonic() - began < 60
+    lines = [line for line in finished.stderr.splitlines() if not line.startswith("Preparing ")]
+    assert len(lines) == 2, finished.stderr
+    assert lines[0].startswith(f"lra_text/lra: file {manual}/aclImdb_v1.tar.gz must have 84,125,825 bytes")
+    assert lines[1].startswith(f"lra_retrieval/lra: file new_aan_pairs.train.tsv must be under {manual}")
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_data_set(tmp_path):
+    process = subprocess.Popen(command("prepare", "listops", "--data-dir", tmp_path), stderr=subprocess.PIPE, text=True)
+    parent = tmp_path / "lra_listops" / "lra"
+    deadline = time.time() + 60
+    while not list(parent.glob("incomplete.*")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "prepare_lra: Interrupted; what was saved before is kept." and len(said.splitlines()) == 2
+    assert not list(parent.iterdir())
