@@ -160,10 +160,10 @@ def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) 
                 report.faults.append(f"{split} has {len(part):,} examples where {published:,} were published")
         labels, lengths, hashes = Counter(), [], set()
         for example in part:
-            lengths.append(max(len(example[name]) for name in ("inputs", "inputs2") if name in example))
+            parts = [example[name] for name in ("inputs", "inputs1", "inputs2") if name in example]
+            lengths.append(max(map(len, parts)))
             labels[example.get("label")] += 1
-            parts = (example[name].tobytes() for name in ("inputs", "inputs2") if name in example)
-            hashes.add(hashlib.blake2b(b"|".join(parts), digest_size=8).digest())
+            hashes.add(hashlib.blake2b(b"|".join(part.tobytes() for part in parts), digest_size=8).digest())
         report.lines += [line + f", {len(part) - len(hashes):,} of them repeated", f"  {'':9} lengths {_spread(lengths, task)}"]
         if task.kind != "language_model":
             shares = [100 * labels[label] / len(part) for label in range(task.num_classes)]

@@ -1,4 +1,6 @@
-"""From what is stored to tokens: {"inputs": ids, "label"}, and "inputs2" for a pair, or "targets" for a language model.
+"""From what is stored to tokens: {"inputs": ids, "label"}.
+
+A pair has "inputs1" and "inputs2" in place of "inputs", a language model "targets" in place of "label".
 
 Id 0 is padding everywhere and nothing else, so that a byte or pixel of value v has the id v + 1.
 """
@@ -33,7 +35,7 @@ def text(example: dict) -> dict:
 
 def pair(example: dict) -> dict:
     """Two documents' bytes."""
-    return {"inputs": shifted(example["text1"]), "inputs2": shifted(example["text2"]), "label": int(example["label"])}
+    return {"inputs1": shifted(example["text1"]), "inputs2": shifted(example["text2"]), "label": int(example["label"])}
 
 
 def pixels(example: dict) -> dict:

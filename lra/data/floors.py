@@ -23,7 +23,7 @@ def bag_of_tokens(splits: Mapping[str, Sequence]) -> dict[str, float]:
     pair, on how much the two differ in that. Both are read off up to 10,000 examples, evenly spread, of each split.
 
     Args:
-        splits: "train" and "test", sequences of {"inputs", "label"} and maybe "inputs2".
+        splits: "train" and "test", sequences of {"inputs", "label"}, or "inputs1" and "inputs2" for inputs.
     Returns: accuracies between 0 and 1.
     """
     (features, labels), (unseen, answers) = (_counted(splits[split]) for split in ("train", "test"))
@@ -63,10 +63,10 @@ def _spread(examples: Sequence):
 def _counted(examples: Sequence) -> tuple[np.ndarray, np.ndarray]:
     rows, labels = [], []
     for example in _spread(examples):
-        row = _frequencies(example["inputs"])
-        if "inputs2" in example:
-            row = np.abs(row - _frequencies(example["inputs2"]))
-        rows.append(row)
+        if "inputs" in example:
+            rows.append(_frequencies(example["inputs"]))
+        else:
+            rows.append(np.abs(_frequencies(example["inputs1"]) - _frequencies(example["inputs2"])))
         labels.append(int(example["label"]))
     return np.stack(rows), np.array(labels)
 

@@ -1,8 +1,9 @@
 """Batches: shuffled anew every epoch and resumable exactly for training, in order and complete for evaluation.
 
 A batch is a dict of numpy arrays: inputs int32 [B, T], padded with 0; mask bool [B, T], True = a real token; targets
-int32 [B]; weights float32 [B], 0 for the rows that only fill the last evaluation batch. Pairs have inputs2 and mask2 as
-well; a language model's targets are int32 [B, T], the token after each input, and count where mask is True.
+int32 [B]; weights float32 [B], 0 for the rows that only fill the last evaluation batch. Pairs have inputs1, mask1,
+inputs2 and mask2 instead; a language model's targets are int32 [B, T], the token after each input, and count where mask is
+True.
 
 Training batches come from grain. Where it is not installed a small numpy iterator of the same interface takes its
 place; the two shuffle differently, and a checkpoint of one does not resume in the other.
@@ -17,7 +18,7 @@ import numpy as np
 def pad(example: dict, length: int) -> dict[str, np.ndarray]:
     """One example at a fixed length: every sequence in it cut or padded with 0 at the end."""
     row = {}
-    for name in ("inputs", "inputs2"):
+    for name in ("inputs", "inputs1", "inputs2"):
         if name in example:
             row[name] = _cut(example[name], length)
             row[name.replace("inputs", "mask")] = np.arange(length) < len(example[name])

@@ -5,11 +5,12 @@ import hashlib
 import io
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 
 from subquad.lra.data import catalogue
-from subquad.lra.data.sources import DatasetError, MissingSource
+from subquad.lra.data.sources import DatasetError, MissingSource, size
 
 __all__ = ["DatasetError", "MissingSource", "Split", "folder_of", "generate", "load", "manual_folder", "prepare", "read"]
 
@@ -96,6 +97,7 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         return builder
     if found.source is not None:
         found.source.require(name, manual, root / "downloads")
+    _check_room(name, found, root)
     print(f"{'Generating' if found.source is None else 'Preparing'} {name} into {folder}", file=sys.stderr, flush=True)
     download = tfds.download.DownloadConfig(
         try_download_gcs=False, manual_dir=manual if manual.is_dir() else None, force_checksums_validation=True
@@ -123,6 +125,18 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         if hasattr(builder, "scratch"):
             builder.scratch.cleanup()
     return builder
+
+
+def _check_room(name: str, found: catalogue.Dataset, root: pathlib.Path) -> None:
+    """What is downloaded lies beside what is made of it."""
+    needed = found.disk + getattr(found.source, "size", 0)
+    there = next((parent for parent in (root, *root.parents) if parent.exists()), root)
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise DatasetError(
+            f"{name}: folder {root} must have room for about {size(needed)}, got {size(free)}. "
+            "Choose another with --data-dir or TFDS_DATA_DIR."
+        )
 
 
 def _wrong_checksum(name: str, found: catalogue.Dataset, builder, manual: pathlib.Path) -> str:
@@ -158,10 +172,10 @@ def _splits(builder, found: catalogue.Dataset) -> dict[str, Split]:
     with _explained(folder):
         for split, part in found.slices.items():
             splits[split] = Split(builder.as_data_source(part), found.encode, folder)
-            size = len(splits[split])
-            if found.exact and size != found.sizes[split]:
-                raise ValueError(f"{size} examples in {split} where {found.sizes[split]} belong")
-            splits[split].stored(0), splits[split].stored(size - 1)
+            count = len(splits[split])
+            if found.exact and count != found.sizes[split]:
+                raise ValueError(f"{count} examples in {split} where {found.sizes[split]} belong")
+            splits[split].stored(0), splits[split].stored(count - 1)
     return splits
 
 

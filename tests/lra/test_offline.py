@@ -122,9 +122,11 @@ def test_all_of_them_through_the_builder_and_the_same_in_memory(installed, tmp_p
             for index in (0, len(part) - 1):
                 one, two = part[index], splits[split][index]
                 assert list(one) == list(two) and all(np.array_equal(one[key], two[key]) for key in one)
-                assert 1 <= one["inputs"].min() and one["inputs"].max() < task.vocabulary_size
+                for ids in (one[key] for key in one if key.startswith("inputs")):
+                    assert 1 <= ids.min() and ids.max() < task.vocabulary_size
         batch = next(pipeline.training_batches(splits["train"], batch_size=4, length=task.length, seed=0))
-        assert ("inputs2" in batch) == (task.kind == "pair") and batch["inputs"].shape == (4, task.length)
+        first = batch["inputs1" if task.kind == "pair" else "inputs"]
+        assert ("inputs2" in batch) == (task.kind == "pair") and first.shape == (4, task.length)
         assert (batch["targets"].ndim == 2) == (task.kind == "language_model")
     assert "tensorflow" not in sys.modules
 

@@ -158,7 +158,7 @@ def test_floors_by_hand():
     test = [row([1, 1], 0), row([3, 3], 1), row([2, 3], 1), row([1, 2, 1], 1)]
     # The majority of train is 0. The bag sees that 3 means 1; the last example is against its rule.
     assert floors.bag_of_tokens({"train": train, "test": test}) == {"majority": 0.25, "bag": 0.75}
-    pair = lambda first, second, label: {"inputs": np.array(first), "inputs2": np.array(second), "label": label}
+    pair = lambda first, second, label: {"inputs1": np.array(first), "inputs2": np.array(second), "label": label}
     same = [pair([k], [k], 1) for k in range(1, 9)] + [pair([k], [k + 1], 0) for k in range(1, 9)]
     assert floors.bag_of_tokens({"train": same, "test": same})["bag"] == 1.0
 

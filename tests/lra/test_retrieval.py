@@ -59,13 +59,13 @@ def test_a_batch_has_two_sequences(splits):
     task = tasks.find("retrieval", "lra")
     assert task.kind == "pair" and task.length == 4000 and task.vocabulary_size == 257
     batch = next(pipeline.evaluation_batches(splits["train"], batch_size=4, length=task.length))
-    assert batch["inputs"].shape == batch["inputs2"].shape == (4, 4000)
-    assert batch["inputs"][1, :3].tolist() == [0x100, 0xFF, 0]
-    assert batch["mask2"].sum(1).tolist() == [3, 1, 4000, 4000] and batch["mask"].sum(1).tolist() == [11, 2, 1, 1]
+    assert batch["inputs1"].shape == batch["inputs2"].shape == (4, 4000)
+    assert batch["inputs1"][1, :3].tolist() == [0x100, 0xFF, 0]
+    assert batch["mask2"].sum(1).tolist() == [3, 1, 4000, 4000] and batch["mask1"].sum(1).tolist() == [11, 2, 1, 1]
     assert (batch["inputs2"][2] == ord("b") + 1).all()
     assert batch["targets"].tolist() == [1, 0, 1, 1] and batch["weights"].tolist() == [1, 1, 1, 0]
     trained = next(pipeline.training_batches(splits["train"], batch_size=3, length=10, seed=0))
-    assert sorted(trained) == ["inputs", "inputs2", "mask", "mask2", "targets"]
+    assert sorted(trained) == ["inputs1", "inputs2", "mask1", "mask2", "targets"]  # a model of one sequence finds none
     assert np.array_equal(trained["mask2"], trained["inputs2"] != 0)
 
 

@@ -121,6 +121,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_full_disk_is_told_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 50_000))
+    with pytest.raises(store.DatasetError) as caught:
+        store.prepare(NAME, tmp_path / "data")
+    assert str(caught.value).startswith(f"{NAME}: folder {tmp_path}/data must have room for about 100 kB, got 50 kB.")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_killed_build_leaves_no_data_set(tmp_path):
     code = f"from subquad.lra.data import store; store.prepare('lra_listops/lra', {str(tmp_path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
