@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -22,6 +23,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.interpreters import partial_eval
 
 from subquad.kernels import interpreter
 
@@ -77,6 +80,7 @@ _requested: dict[Request, Config] = {}
 # What `lowering_for` and `recording` say; None: nothing.
 _assumed_capability: int | None = None
 _recorded: list[Launch] | None = None
+_traces = itertools.count()
 
 
 # ------------------------------------------------------------------------------------------------------- what can run
@@ -131,9 +135,15 @@ def lowering_for(compute_capability: int) -> Iterator[None]:
     global _assumed_capability
     before, _assumed_capability = _assumed_capability, compute_capability
     try:
-        yield
+        with _apart(f"sm_{compute_capability}"):
+            yield
     finally:
         _assumed_capability = before
+
+
+def _apart(traced_for: str):
+    """Keeps what is traced inside apart from what is traced elsewhere, which JAX would find in its cache and use."""
+    return set_xla_metadata(subquad_traced_for=traced_for)
 
 
 @contextlib.contextmanager
@@ -147,7 +157,7 @@ def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
     global _recorded
     before, _recorded = _recorded, []
     try:
-        with lowering_for(compute_capability):
+        with lowering_for(compute_capability), _apart(f"recording {next(_traces)}"):
             yield _recorded
     finally:
         _recorded = before
@@ -172,7 +182,8 @@ def trying(trials: Mapping[Request, Config]) -> Iterator[dict[Request, Config]]:
     _trials.update(trials)
     _requested.clear()
     try:
-        yield _requested
+        with _apart(f"trial {next(_traces)}"):
+            yield _requested
     finally:
         for now, then in zip((_trials, _requested), before, strict=True):
             now.clear()
@@ -270,6 +281,11 @@ def _on_gpu(kernel, grid, constants, config, shapes, places, arrays):
         input_output_aliases=places or None,
     )
     if hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):  # 0.4
+        # An aliased output is an operand itself: its input is given a second time, in its place.
+        pointers = [name for name in kernel.arg_names if name not in constants]
+        options |= {pointers[len(arrays) + target]: arrays[source] for source, target in places.items()}
+        operands = sorted(places.values())
+        options["input_output_aliases"] = {len(arrays) + operands.index(target): target for target in operands} or None
         options |= dict(out_type=list(shapes), backend_options=dict(ptx_version=PTX_VERSION, enable_fp_fusion=True))
     else:
         options |= dict(out_shape=list(shapes), enable_fp_fusion=True)
@@ -290,7 +306,10 @@ def _jax_triton():
     os.environ.pop("TRITON_CACHE_DIR", None)
     if cache is not None:
         os.environ["TRITON_CACHE_DIR"] = cache
-    if not hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):
+    if hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):
+        # Its rule for dropping what is not used lacks an argument of JAX 0.12's; JAX's own serves where nothing is a Ref.
+        partial_eval.dce_rules.pop(jax_triton.triton_lib.triton_kernel_call_p, None)
+    else:
         _pin_ptx()
     return jax_triton
 

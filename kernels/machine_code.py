@@ -23,6 +23,7 @@ class Compiled:
         fma: scalar float32 multiply-adds.
         transposes: of results of matrix products, which Triton 3.4 to 3.6 get wrong on Hopper when multiplied again.
         dots: matrix products in the source, before anything was unrolled.
+        precisions: how those of float32 operands are computed, as "tf32x3".
         float64: whether anything is computed in float64.
         wide: whether indices are 64 bits wide somewhere: those of large arrays overflow 32.
     """
@@ -36,6 +37,7 @@ class Compiled:
     fma: int
     transposes: int
     dots: int
+    precisions: frozenset[str]
     float64: bool
     wide: bool
 
@@ -83,6 +85,7 @@ def compile(launched: launch.Launch, target: str) -> Compiled:
     code = compiled.asm["ttir"]
     source = dict(
         dots=len(re.findall(r"\btt\.dot\b", code)),
+        precisions=frozenset(re.findall(r"\btt\.dot .*inputPrecision = (\w+) : tensor<[^>]*xf32> \*", code)),
         float64="f64" in code,
         wide=re.search(r"arith\.extsi .*i64", code) is not None,
     )

@@ -54,7 +54,6 @@ def requests_of(spec, dtype, length) -> dict[launch.Request, launch.Config]:
 def fits(spec, dtype, length, target, request, config) -> bool:
     """Whether everything that is launched with this configuration compiles for the target and fits it."""
     with launch.trying({request: config}):
-        jax.clear_caches()
         launches = specs.launches(spec, dtype, length)
     try:
         return all(machine_code.compile(one, target).fits for one in launches if one.config == config)
@@ -66,15 +65,15 @@ def seconds(spec, dtype, length, request, config, repeats) -> float:
     """The median time of a forward and backward pass."""
     inexact, rest = specs.split(spec.draw(length, dtype, bench=True))
     cotangents = specs.cotangents(spec, "triton", {**inexact, **rest})
+    jax.clear_caches()  # of the candidate before
     with launch.trying({request: config}):
-        jax.clear_caches()
         run = jax.jit(specs.forward_backward(spec, "triton", rest))
         jax.block_until_ready(run(inexact, cotangents))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run(inexact, cotangents))
-        times.append(time.perf_counter() - start)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(run(inexact, cotangents))
+            times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 

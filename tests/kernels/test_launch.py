@@ -172,6 +172,29 @@ def test_a_tuned_configuration_comes_before_the_heuristic(tmp_path, monkeypatch)
     launch.tuned.cache_clear()
 
 
+def test_what_was_traced_for_another_target_is_not_reused(toys):
+    """JAX keeps what a jitted function traced to: zeros while recording, Triton kernels where there is no GPU."""
+    seen = []
+
+    @jax.jit
+    def function(x):
+        seen.append(launch.capability())
+        return 2 * x
+
+    function(draw(3))
+    for capability in (90, 80):
+        with launch.lowering_for(capability):
+            jax.eval_shape(lambda x: function(x), draw(3))
+    function(draw(3))
+    assert seen == [None, 90, 80]
+    with launch.trying({}):
+        function(draw(3))
+    assert seen == [None, 90, 80, None]
+    multiply = jax.jit(toys.multiply("triton"))
+    x = draw(1, 20, 20)
+    assert len(recorded(multiply, x, x)) == len(recorded(multiply, x, x)) == 1
+
+
 def test_neither_triton_nor_a_gpu_is_touched_by_importing():
     import subprocess
     import sys
@@ -235,9 +258,36 @@ def test_a_transposed_product_is_found(toys):
 
 
 @aot
-def test_lowers_for_cuda_without_a_gpu(toys):
+@pytest.mark.filterwarnings("ignore:input_output_aliases is deprecated")
+def test_a_gpu_is_told_everything(toys, monkeypatch):
+    """The target, the PTX version, that products and sums may be fused, and which outputs lie where their inputs do."""
     pytest.importorskip("jax_cuda13_plugin", reason="jax-triton lowers only where JAX's CUDA plugin is installed")
-    x = draw(2, 3, 50, 50)
+    jax_triton = launch._jax_triton()
+    asked, original = [], jax_triton.triton_call
+
+    def triton_call(*arrays, **options):
+        asked.append(options)
+        return original(*arrays, **options)
+
+    monkeypatch.setattr(jax_triton, "triton_call", triton_call)
+    run = jax.jit(jax.vmap(toys.multiply("triton")))
+    alias = jax.jit(lambda x: toys.shift("triton", x, aliases={"x_ptr": "out_ptr"}))
     with launch.lowering_for(90):
-        lowered = jax.jit(jax.vmap(toys.multiply("triton"))).trace(x, x).lower(lowering_platforms=("cuda",))
+        lowered = run.trace(draw(2, 3, 50, 50), draw(2, 3, 50, 50)).lower(lowering_platforms=("cuda",))
+        in_place = alias.trace(draw(10)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("triton_kernel_call") == 1
+    for options in asked:
+        backend = options.get("backend_options", options)
+        assert backend["enable_fp_fusion"] is True and options["compute_capability"] == 90
+        assert options["num_warps"] == 4 and options["num_stages"] == 2
+    *without, aliased = (options["input_output_aliases"] for options in asked)
+    assert without and set(without) == {None} and list(aliased.values()) == [0]
+    assert "output_operand_alias" in in_place.as_text() and "output_operand_alias" not in lowered.as_text()
+    if hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):
+        assert all(options["backend_options"]["ptx_version"] == launch.PTX_VERSION for options in asked)
+    else:
+        from jax_triton import triton_lib
+        from triton.backends.compiler import GPUTarget
+
+        backend = triton_lib.cb.CUDABackend(GPUTarget("cuda", 90, 32))
+        assert backend.parse_options(dict(enable_fp_fusion=True)).ptx_version == launch.PTX_VERSION
