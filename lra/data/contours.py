@@ -243,7 +243,9 @@ def _extend(table: Tables, masks, offsets, pivots, directions, streams, rows):
     rows_, columns = (pivots[:, axis, None] + table.candidates[choices, axis] for axis in (0, 1))
     inside = (rows_ >= 0) & (rows_ < table.size) & (columns >= 0) & (columns < table.size)
     at = np.where(inside, rows_ * table.width + columns, 0) + (offsets + table.rim * (table.width + 1))[:, None]
-    taken = masks[at[:, :, None] + table.disc].max(axis=2)
+    taken = masks[at + table.disc[0]]
+    for offset in table.disc[1:]:
+        np.maximum(taken, masks[at + offset], out=taken)
     sums = np.cumsum(weights * inside * (255.0 - taken), axis=1)
     ok = np.zeros(count, bool)
     picks = np.zeros(count, int)
