@@ -28,8 +28,9 @@ def test_machine_code(name, dtype):
         assert compiled.spills == 0 and compiled.stack == 0, said
         assert compiled.shared <= machine_code.SHARED_LIMIT["sm_90"], said
         assert (compiled.tensor_core > 0) == (compiled.dots > 0), said
-        # With two warps Triton multiplies by mma.sync in place of wgmma.
-        assert compiled.dots == 0 or launched.config.num_warps % 4 == 0, said
+        # With two warps Triton multiplies large tiles by mma.sync in place of wgmma.
+        small = max(launched.config.blocks.values()) < 64
+        assert small or compiled.dots == 0 or launched.config.num_warps % 4 == 0, said
         assert compiled.precisions <= {"tf32x3", "bf16x6"}, said
         assert compiled.transposes == 0, said
         assert not compiled.float64 and compiled.wide, said
