@@ -18,6 +18,8 @@ from subquad.lra.tasks import Task
 PATIENCE_SECONDS = 600
 # The network needs more data than it is shown to tell Pathfinder's labels, so that nothing follows from a failure there.
 HARD_TO_LEARN = ("pathfinder",)
+# A share of pictures of one colour that is more than chance: a black sky is one, a faulty archive has many.
+BLANK = 0.05
 
 
 def chosen(words: Sequence[str]) -> list[Task]:
@@ -158,11 +160,12 @@ def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) 
             # What is generated from the Python at hand may differ.
             if found.source is not None or found.exact:
                 report.faults.append(f"{split} has {len(part):,} examples where {published:,} were published")
-        labels, lengths, hashes = Counter(), [], set()
+        labels, lengths, hashes, blank = Counter(), [], set(), 0
         for example in part:
             parts = [example[name] for name in ("inputs", "inputs1", "inputs2") if name in example]
             lengths.append(max(map(len, parts)))
             labels[example.get("label")] += 1
+            blank += int(np.ptp(parts[0]) == 0)
             hashes.add(hashlib.blake2b(b"|".join(part.tobytes() for part in parts), digest_size=8).digest())
         report.lines += [line + f", {len(part) - len(hashes):,} of them repeated", f"  {'':9} lengths {_spread(lengths, task)}"]
         if task.kind != "language_model":
@@ -171,6 +174,8 @@ def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) 
             absent = [str(label) for label in range(task.num_classes) if not labels[label]]
             if absent:
                 report.faults.append(f"{split} has no example of label {', '.join(absent)}")
+        if task.image_shape and blank > BLANK * len(part):
+            report.faults.append(f"{split} has {blank:,} pictures of one colour")
         seen[split] = hashes
     if found.slices.get("validation") != found.slices["test"]:
         for one, two in (("train", "test"), ("train", "validation")):

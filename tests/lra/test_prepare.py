@@ -128,6 +128,15 @@ def test_check_finds_sizes_and_labels_that_are_not_the_published(tmp_path):
     assert any("33.3 % are cut at 4,000" in line for line in report.lines)
 
 
+@pytest.mark.parametrize(("blank", "faults"), [(1, 0), (4, 1)])
+def test_blank_pictures_are_a_fault_where_there_are_many(blank, faults):
+    part = [{"inputs": np.arange(64) % 17 * (index >= blank) + 1, "label": index % 10} for index in range(40)]
+    report, task = prepare.Report(), tasks.find("digits", "offline")
+    task = dataclasses.replace(task, splits=dict.fromkeys(task.splits, 40))
+    prepare._check_examples(report, task, dict.fromkeys(task.splits, part))
+    assert [f"train has {blank} pictures of one colour" in fault for fault in report.faults].count(True) == faults
+
+
 def pictures(count, seed, noise=False):
     """Class 0 is bright above, class 1 below; or the label has nothing to do with the picture."""
     draw = np.random.default_rng(seed)
