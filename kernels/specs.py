@@ -29,7 +29,7 @@ class Spec:
 
     Args:
         operation: the public name, as "linear.attention".
-        variant: what is special about this call, as "causal".
+        variant: what is special about this call, as "causal" or "causal-plain": a shell takes it without quotes.
         make: (length, dtype, generator) -> the arrays by name, of test size. Floating and complex arrays are differentiated.
         call: (arrays, implementation) -> the outputs, a pytree of floating or complex arrays.
         make_bench: as `make`, of the size that the benchmarks use; None: `make`.

@@ -1,9 +1,17 @@
 """The rule that chooses an implementation, and what it says of its choice."""
 
+import inspect
+import pathlib
+
+import jax
 import jax.numpy as jnp
 import pytest
 
-from subquad.kernels import dispatch
+from subquad import kernels
+from subquad.kernels import dispatch, launch, softmax, specs
+
+OPERATIONS = {spec.operation: spec for spec in specs.load().values()}
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def answer(name):
@@ -67,3 +75,49 @@ def test_explain_names_the_choice_and_the_reasons(capsys):
         "    reference only by name",
         "op runs reference, asked for by name",
     ]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_none_always_runs_and_a_name_is_known_or_refused(operation):
+    spec = OPERATIONS[operation]
+    inexact, rest = specs.split(spec.draw(spec.lengths[len(spec.lengths) // 2]))
+    plain, chosen = (jax.eval_shape(specs.forward(spec, name, rest), inexact) for name in ("xla", None))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), plain) == jax.tree.map(lambda x: (x.shape, x.dtype), chosen)
+    with pytest.raises(ValueError, match="[a-z_.]+: implementation must be None or a known name, got 'tritan'.*'triton'"):
+        jax.eval_shape(specs.forward(spec, "tritan", rest), inexact)
+    if jax.default_backend() != "gpu":
+        for name in ("triton", "cudnn"):
+            with pytest.raises(NotImplementedError, match=f"[a-z_.]+: implementation='{name}' (declines|does not exist)"):
+                jax.eval_shape(specs.forward(spec, name, rest), inexact)
+
+
+@pytest.mark.aot
+def test_the_choice_is_made_while_tracing(capsys):
+    """For the GPU that is traced for, wherever that is."""
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU here")
+    query = jnp.ones((1, 64, 2, 16))
+    attend = jax.jit(lambda: softmax.attention(query, query, query))
+    dispatch.explain(attend)
+    with launch.lowering_for(90):
+        dispatch.explain(attend)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("softmax.attention runs")]
+    assert said == ["softmax.attention runs xla", "softmax.attention runs triton"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_tile_sizes_are_no_arguments(operation):
+    """They are a frozen configuration; and no implementation is chosen by position."""
+    module, function = operation.split(".")
+    parameters = inspect.signature(getattr(getattr(kernels, module), function)).parameters
+    assert not {"config", "num_warps", "num_stages", "tile_size", "tiles", "block_q", "block_k"} & set(parameters)
+    asked = parameters["implementation"]
+    assert asked.kind is asked.KEYWORD_ONLY and asked.default is None
+
+
+@pytest.mark.parametrize("part", ["kernels", "zoo"])
+def test_no_environment_variable_decides(part):
+    """But for those of other projects, in the files that talk to them."""
+    for path in sorted((ROOT / part).rglob("*.py")):
+        if path.name not in ("launch.py", "interpreter.py"):
+            assert "environ" not in path.read_text() and "getenv" not in path.read_text(), path

@@ -5,6 +5,7 @@ the last place: the rule adapts itself to dtype and length.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def test_values_and_gradients(name, length, dtype, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", SPECS)
 def test_determinism_jit_and_vmap(name, implementation):
-    """The same bits every time; eager as compiled; a mapped axis as a loop over it."""
+    """The same bits every time; a mapped axis as a loop over it, outside of `scan` and inside."""
     spec = SPECS[name]
     serves(spec, implementation)
     length = 63 if 63 in spec.lengths else spec.lengths[0]
@@ -123,6 +124,11 @@ def test_triton_declines_with_a_reason_where_there_is_no_gpu(name):
     arrays = spec.draw(spec.lengths[0])
     with pytest.raises(dispatch.Declined, match="GPU|interpreter|not installed"):
         spec.call(arrays, "triton")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_names_need_no_quotes(name):
+    assert re.fullmatch(r"[a-z_0-9.]+/[a-z0-9-]+", name)
 
 
 @pytest.mark.parametrize("name", SPECS)
