@@ -15,7 +15,7 @@ from subquad.lra.data import catalogue, sources, store
 from subquad.lra.tasks import Task
 
 # Data sets that take longer are prepared only when they are named.
-PATIENCE_SECONDS = 600
+PATIENCE_SECONDS = 120
 # The network needs more data than it is shown to tell Pathfinder's labels, so that nothing follows from a failure there.
 HARD_TO_LEARN = ("pathfinder",)
 # A share of pictures of one colour that is more than chance: a black sky is one, a faulty archive has many.
@@ -60,7 +60,7 @@ def listing(data_dir: str | os.PathLike | None = None) -> list[tuple[str, ...]]:
 
 
 def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
-    """Prepares the tasks that are named, or, where none is, all that take minutes and whose source is here.
+    """Prepares the tasks that are named, or, where none is, all that take two minutes at most and whose source is here.
 
     A line on stdout for each; for one that cannot be prepared a line on stderr.
 

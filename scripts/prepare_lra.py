@@ -1,7 +1,7 @@
 """Prepares the data sets of the Long Range Arena, and stand-ins that need no network.
 
 python scripts/prepare_lra.py list
-python scripts/prepare_lra.py prepare text image          without a name: all that take minutes
+python scripts/prepare_lra.py prepare text image          without a name: all that take two minutes at most
 python scripts/prepare_lra.py check text/modern           sizes, checksums, labels, lengths, floors, a small network
 """
 
