@@ -1,5 +1,6 @@
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,14 @@ def command(*words):
 
 def run(*words):
     return subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
+
+
+def called(monkeypatch, *words) -> int:
+    """The exit code of the script, run in this process: a new one takes seconds to start."""
+    monkeypatch.setattr(sys, "argv", command(*words)[1:])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return ended.value.code
 
 
 def test_list_prepare_check(tmp_path):
@@ -42,22 +51,23 @@ def test_list_prepare_check(tmp_path):
         (("list", "--data-dri", "x"), 2, "option must be a known one, got '--data-dri'. Did you mean '--data-dir'?"),
     ],
 )
-def test_wrong_words_are_one_line(words, code, said, tmp_path):
-    finished = run(*words, *([] if words[0] == "list" else ["--data-dir", tmp_path]))
-    assert finished.returncode == code
-    assert finished.stderr.startswith(f"prepare_lra: {said}") and finished.stderr.count("\n") == 1
-    assert finished.stdout == ""
+def test_wrong_words_are_one_line(words, code, said, tmp_path, monkeypatch, capsys):
+    words = [*words, *([] if words[0] == "list" else ["--data-dir", str(tmp_path)])]
+    assert called(monkeypatch, *words) == code
+    out, err = capsys.readouterr()
+    assert err.startswith(f"prepare_lra: {said}") and err.count("\n") == 1
+    assert out == ""
 
 
-def test_a_wrong_file_and_a_missing_one_are_a_line_each(tmp_path):
+def test_a_wrong_file_and_a_missing_one_are_a_line_each(tmp_path, monkeypatch, capsys):
     manual = tmp_path / "manual"
     manual.mkdir()
     (manual / "aclImdb_v1.tar.gz").write_bytes(b"an error page")
     began = time.monotonic()
-    finished = run("prepare", "text", "retrieval", "--data-dir", tmp_path / "data", "--manual-dir", manual)
-    assert finished.returncode == 1 and time.monotonic() - began < 60
-    lines = [line for line in finished.stderr.splitlines() if not line.startswith("Preparing ")]
-    assert len(lines) == 2, finished.stderr
+    words = ("prepare", "text", "retrieval", "--data-dir", tmp_path / "data", "--manual-dir", manual)
+    assert called(monkeypatch, *words) == 1 and time.monotonic() - began < 60
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Preparing ")]
+    assert len(lines) == 2, lines
     assert lines[0].startswith(f"lra_text/lra: file {manual}/aclImdb_v1.tar.gz must have 84,125,825 bytes")
     assert lines[1].startswith(f"lra_retrieval/lra: file new_aan_pairs.train.tsv must be under {manual}")
 
