@@ -44,7 +44,7 @@ def convolve(
         NotImplementedError: "triton" and "interpret" take float32, bfloat16 and float16 only.
     Numerics: float32 inside. The FFT mixes the rounding of all positions: a feature's outputs are right to a few float32
         ulps of its largest input times the sum of its taps, so a large future token stirs that rounding in the past, and
-        nothing more. The direct sums do not mix; "triton" multiplies 16-bit inputs in TF32.
+        nothing more. The direct sums do not mix; "triton" rounds taps to 16 bits where they meet bfloat16 inputs.
     Example:
         >>> import jax.numpy as jnp
         >>> convolve(jnp.ones((1, 3, 1)), jnp.ones((1, 2)))[0, :, 0].round(3).tolist()

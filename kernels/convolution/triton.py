@@ -23,7 +23,10 @@ def convolve_chunks(
     """outputs[t] = sum_s taps[t - s + SHIFT] inputs[s] for one feature of one sample and N chunks of C outputs.
 
     outputs [B, D, T], inputs [B, D, S], taps [B or 1, D, L], 0 outside of both. A tile is [C, N], a chunk in each column.
+    Products of 16-bit numbers are exact; a float32 tap is the sum of two bfloat16 where it meets bfloat16.
     """
+    dtype: tl.constexpr = inputs.dtype.element_ty
+    SAME: tl.constexpr = taps.dtype.element_ty == dtype
     TILES: tl.constexpr = (T + C * N - 1) // (C * N)
     program = tl.program_id(0).to(tl.int64)
     tile = (program % TILES).to(tl.int32)
@@ -43,16 +46,24 @@ def convolve_chunks(
     result = tl.zeros((C, N), tl.float32)
     for m in range(first, last + 1):
         index = lag + m * C
-        toeplitz = tl.load(taps + index, mask=(index >= 0) & (index < L), other=0.0).to(tl.float32)
+        toeplitz = tl.load(taps + index, mask=(index >= 0) & (index < L), other=0.0)
         source = position - m * C
-        values = tl.load(inputs + source, mask=(source >= 0) & (source < S), other=0.0).to(tl.float32)
-        result = tl.dot(toeplitz, values, result, input_precision=PRECISION)
+        values = tl.load(inputs + source, mask=(source >= 0) & (source < S), other=0.0)
+        if SAME:
+            result = tl.dot(toeplitz, values, result, input_precision=PRECISION)
+        elif dtype == tl.bfloat16:
+            high = toeplitz.to(tl.bfloat16)
+            low = (toeplitz - high.to(tl.float32)).to(tl.bfloat16)
+            result = tl.dot(high, values, result, input_precision=PRECISION)
+            result = tl.dot(low, values, result, input_precision=PRECISION)
+        else:
+            result = tl.dot(toeplitz, values.to(tl.float32), result, input_precision=PRECISION)
     tl.store(outputs + sequence * T + position, result.to(outputs.dtype.element_ty), mask=position < T)
 
 
 def _config(length: int, dtype) -> launch.Config:
     """Tiles of C = 64 or 32 tokens by N chunks: rows as wide as the sequence fills."""
-    chunk = 32 if length <= 1024 or jnp.dtype(dtype) == jnp.float32 else 64
+    chunk = 64 if length > 1024 and jnp.dtype(dtype) == jnp.bfloat16 else 32
     columns = 16 if length <= 16 * chunk else 32
     return launch.Config(dict(C=chunk, N=columns), num_warps=4, num_stages=2)
 
@@ -65,7 +76,7 @@ def _run(inputs, taps, *, length, shift, dtype, mode):
     tiles = -(-length // (config.blocks["C"] * config.blocks["N"]))
     constants = dict(
         D=features, S=source, T=length, L=taps.shape[-1], SHIFT=shift, SHARED=taps.shape[0] == 1,
-        PRECISION=launch.dot_precision(inputs.dtype),
+        PRECISION=launch.dot_precision(jnp.float32),
     )  # fmt: skip
     output = jax.ShapeDtypeStruct((batch, features, length), dtype)
     (outputs,) = launch.call(

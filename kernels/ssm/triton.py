@@ -253,7 +253,7 @@ def scan_backward(
 ):  # fmt: skip
     """Gradients in one pass from the last tile to the first; the states of a tile are made again from `entering`.
 
-    Those of tokens and of the first state (TOKENS), those of taps and modes (TABLES), or all.
+    Those of tokens and of the first state (TOKENS), or those of taps and modes (TABLES).
     """
     program = tl.program_id(0).to(tl.int64)
     row = program % D if SHARED else program
@@ -389,7 +389,7 @@ def _scan_operands(config, mode, tokens, taps, *modes):
     tables, jumps = _scan_tables(modes, chunk, _pad_size(pairs))
     constants = dict(
         T=length, D=features, P=pairs, PP=_pad_size(pairs), TILES=-(-length // (chunk * columns)),
-        SHARED=taps.shape[0] == 1, COMPLEX=modes[1] is not None, PRECISION=launch.dot_precision(tokens.dtype),
+        SHARED=taps.shape[0] == 1, COMPLEX=modes[1] is not None, PRECISION=launch.dot_precision(jnp.float32),
     )  # fmt: skip
     options = dict(grid=batch * features, constants=constants, config=config, mode=mode)
     return dict(taps=taps, tables=tables, jumps=jumps), dict(zip(MODES, modes, strict=True)), options
@@ -417,15 +417,14 @@ def _scan_run_backward(config, mode, tokens, d_outputs, taps, *rest):
     outputs = dict(d_tokens=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), d_taps=float32(taps.shape[-1]))
     outputs |= {f"d_{name}": float32(pairs) for name in MODES} | dict(d_start=float32(entering.shape[-1]))
     operands = dict(tokens=tokens, d_outputs=full(d_outputs), **tables, **modes, entering=full(entering), d_last=full(d_last))
+
     def run(tokens, tables):
         constants = options["constants"] | dict(TOKENS=tokens, TABLES=tables)
         return launch.call(scan_backward, operands, outputs, **{**options, "constants": constants})
 
-    if tokens.dtype != jnp.float32:
-        results = run(True, True)
-    else:  # the products of float32, each three of TF32, would not leave registers enough for all gradients at once
-        d_tokens, *_, d_start = run(True, False)
-        results = d_tokens, *run(False, True)[1:-1], d_start
+    # The products of float32, each three of TF32, would not leave registers enough for all gradients at once.
+    d_tokens, *_, d_start = run(True, False)
+    results = d_tokens, *run(False, True)[1:-1], d_start
     given = [True, True, *(plane is not None for plane in modes.values()), True]
     return tuple(result for result, there in zip(results, given, strict=True) if there)
 
@@ -546,14 +545,20 @@ def kernel_backward(
     tl.store(d_decay_im + target, -c_re * y_im - c_im * y_re, mask=inside)
 
 
-KERNEL_CONFIG = launch.Config(dict(C=16, N=32), num_warps=4, num_stages=1)
+def _kernel_config(kernel, pairs):
+    """Tiles of 512 taps, and of less in the backward kernel where its sums over many modes need the registers."""
+    if kernel is kernel_forward:
+        blocks = dict(C=16, N=32)
+    else:
+        blocks = dict(C=32 if pairs <= 32 else 16, N=16)
+    return launch.Config(blocks, num_warps=4, num_stages=1)
 
 
 def _kernel_launch(kernel, planes, length, extra, outputs, tiles, mode):
     features, pairs = planes[2].shape[-2:]
     constants = dict(D=features, P=pairs, PP=_pad_size(pairs), L=length, SHARED=planes[0].shape[0] == 1,
                      PRECISION=launch.dot_precision(jnp.float32))  # fmt: skip
-    config = launch.config(kernel.__name__, KERNEL_CONFIG, length=length, pairs=pairs)
+    config = launch.config(kernel.__name__, _kernel_config(kernel, pairs), length=length, pairs=pairs)
     tiles = -(-length // (config.blocks["C"] * config.blocks["N"])) if tiles else 1
     inputs = dict(zip(MODES[:4], planes, strict=True)) | extra
     return launch.call(kernel, inputs, outputs, grid=planes[2].shape[0] * features * tiles, constants=constants,
@@ -679,8 +684,13 @@ def cauchy_backward(
     tl.store(d_turn + row * P + place, db, mask=place < P)
 
 
-CAUCHY_CONFIG = launch.Config(dict(C=64), num_warps=4, num_stages=1)
 SYSTEMS = ("numerators", "decay", "turn")
+
+
+def _cauchy_config(kernel, mode):
+    """The backward kernel has two sums over nodes and two over lines in registers; the interpreter has any number."""
+    few = kernel is cauchy_backward and mode == "triton"
+    return launch.Config(dict(C=16 if few else 64), num_warps=4, num_stages=1)
 
 
 def _cauchy_launch(kernel, arrays, extra, outputs, tiles, mode):
@@ -688,7 +698,7 @@ def _cauchy_launch(kernel, arrays, extra, outputs, tiles, mode):
     (batch, features, lines, pairs), length = numerators.shape, nodes.shape[-1]
     constants = dict(D=features, V=lines, VV=_pad_size(lines), P=pairs, PP=_pad_size(pairs), L=length,
                      SHARED=nodes.shape[0] == 1, PRECISION=launch.dot_precision(jnp.float32))  # fmt: skip
-    config = launch.config(kernel.__name__, CAUCHY_CONFIG, lines=lines, pairs=pairs)
+    config = launch.config(kernel.__name__, _cauchy_config(kernel, mode), lines=lines, pairs=pairs)
     inputs = dict(numerators=numerators, decay=decay, turn=turn, nodes=nodes) | extra
     grid = batch * features * (-(-length // config.blocks["C"]) if tiles else 1)
     return launch.call(kernel, inputs, outputs, grid=grid, constants=constants, config=config, mode=mode)
@@ -744,13 +754,13 @@ def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length, *
 
 @triton.jit
 def recurrence_forward(
-    inputs, middle, left, right, drive, reads, start, outputs, last,
+    inputs, excess, left, right, drive, reads, start, outputs, last,
     T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, RR: tl.constexpr,
     SHARED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """T steps x' = 2 (middle (x + drive u) - sum_r left_r <right_r, x + drive u>) - x of BLOCK_D features of a sample.
+    """T steps x' = x + 2 (excess y + drive u - sum_r left_r <right_r, y>), y = x + drive u, of BLOCK_D features of a sample.
 
-    Planes side by side: inputs [B, T, D], middle, drive, reads and states [.., D, 2, P], left and right [.., R, D, 2, P].
+    Planes side by side: inputs [B, T, D], excess, drive, reads and states [.., D, 2, P], left and right [.., R, D, 2, P].
     """
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0).to(tl.int64)
@@ -762,12 +772,12 @@ def recurrence_forward(
     flat = feature[:, None] * (2 * P) + place[None, :]
     deep = rank[:, None, None] * (D * 2 * P) + flat[None, :, :]
     within = (rank[:, None, None] < R) & inside[None, :, :]
-    middle += system * (D * 2 * P)
+    excess += system * (D * 2 * P)
     drive += system * (D * 2 * P)
     reads += system * (D * 2 * P)
     left += system * (R * D * 2 * P)
     right += system * (R * D * 2 * P)
-    m_re, m_im = tl.load(middle + flat, mask=inside, other=0.0), tl.load(middle + P + flat, mask=inside, other=0.0)
+    e_re, e_im = tl.load(excess + flat, mask=inside, other=0.0), tl.load(excess + P + flat, mask=inside, other=0.0)
     b_re, b_im = tl.load(drive + flat, mask=inside, other=0.0), tl.load(drive + P + flat, mask=inside, other=0.0)
     c_re, c_im = tl.load(reads + flat, mask=inside, other=0.0), tl.load(reads + P + flat, mask=inside, other=0.0)
     l_re, l_im = tl.load(left + deep, mask=within, other=0.0), tl.load(left + P + deep, mask=within, other=0.0)
@@ -776,10 +786,11 @@ def recurrence_forward(
     x_re, x_im = tl.load(start + state, mask=inside, other=0.0), tl.load(start + P + state, mask=inside, other=0.0)
     for t in range(T):
         token = tl.load(inputs + (sample * T + t) * D + feature, mask=feature < D, other=0.0).to(tl.float32)
-        y_re, y_im = x_re + b_re * token[:, None], x_im + b_im * token[:, None]
+        u_re, u_im = b_re * token[:, None], b_im * token[:, None]
+        y_re, y_im = x_re + u_re, x_im + u_im
         inner = tl.sum(r_re * y_re[None, :, :] + r_im * y_im[None, :, :], axis=2)[:, :, None]
-        x_re = 2.0 * (m_re * y_re - m_im * y_im - tl.sum(l_re * inner, axis=0)) - x_re
-        x_im = 2.0 * (m_re * y_im + m_im * y_re - tl.sum(l_im * inner, axis=0)) - x_im
+        x_re += 2.0 * (e_re * y_re - e_im * y_im + u_re - tl.sum(l_re * inner, axis=0))
+        x_im += 2.0 * (e_re * y_im + e_im * y_re + u_im - tl.sum(l_im * inner, axis=0))
         result = tl.sum(c_re * x_re + c_im * x_im, axis=1)
         target = outputs + (sample * T + t) * D + feature
         tl.store(target, result.to(outputs.dtype.element_ty), mask=feature < D)
@@ -799,7 +810,7 @@ def _recurrence_run(mode, inputs, *arrays):
     config = launch.config("recurrence_forward", heuristic, pairs=pairs, rank=rank)
     constants = dict(T=length, D=features, P=pairs, PP=_pad_size(pairs), R=rank, RR=1 << (rank - 1).bit_length(),
                      SHARED=systems[0].shape[0] == 1)  # fmt: skip
-    names = ("middle", "left", "right", "drive", "reads")
+    names = ("excess", "left", "right", "drive", "reads")
     state = jax.ShapeDtypeStruct(start.shape, jnp.float32)
     outputs = dict(outputs=jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), last=state)
     grid = batch * -(-features // config.blocks["BLOCK_D"])
@@ -809,8 +820,8 @@ def _recurrence_run(mode, inputs, *arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recurrence(mode, inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):
-    middle, left, right = xla.resolvent(diagonal, low_rank, step)
-    systems = middle, left, right, step[:, None] / 2 * input_matrix, 2 * output_matrix.conj()
+    excess, left, right = xla.resolvent(diagonal, low_rank, step)
+    systems = excess, left, right, step[:, None] / 2 * input_matrix, 2 * output_matrix.conj()
     systems = [xla.state_planes(x)[None] for x in systems]
     return launch.fold_vmap(functools.partial(_recurrence_run, mode))(inputs, *systems, state)
 

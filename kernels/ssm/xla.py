@@ -143,25 +143,25 @@ def _output_power(diagonal, low_rank, output_matrix, step, exponent):
     """C A_bar^exponent, [K, D, P], by repeated squaring of the dense A_bar, a few features at a time.
 
     In real and imaginary parts the state is a real vector of 2P and A_bar a real matrix. It contracts (A + A^* is negative
-    for this form of A), so rounding grows no faster than in that many steps of the recurrence.
+    for this form of A), so rounding grows no faster than in that many steps of the recurrence. The powers are kept less the
+    identity: a slow mode's distance from 1 is its decay.
     """
     pairs = diagonal.shape[-1]
 
     @jax.checkpoint  # the backward keeps the squares of one group, not of all features
     def power(system):
         diagonal, low_rank, output, step = system  # [P], [R, P], [K, P], []
-        middle, left, right = resolvent(diagonal, low_rank, step)
-        dense = jnp.block([[jnp.diag(middle.real), jnp.diag(-middle.imag)], [jnp.diag(middle.imag), jnp.diag(middle.real)]])
+        excess, left, right = resolvent(diagonal, low_rank, step)
+        dense = jnp.block([[jnp.diag(excess.real), jnp.diag(-excess.imag)], [jnp.diag(excess.imag), jnp.diag(excess.real)]])
         dense = dense - jnp.einsum("rp,rq->pq", _planes(left), _planes(right), precision=HIGHEST)
-        square = 2 * dense - jnp.eye(2 * pairs)
 
         def advance(carry, bit):
-            row, square = carry
-            row = jnp.where(bit, jnp.matmul(row, square, precision=HIGHEST), row)
-            return (row, jnp.matmul(square, square, precision=HIGHEST)), None
+            row, change = carry
+            row = row + jnp.where(bit, jnp.matmul(row, change, precision=HIGHEST), 0)
+            return (row, 2 * change + jnp.matmul(change, change, precision=HIGHEST)), None
 
         row = _planes(output.conj())  # y = 2 (Re C Re x - Im C Im x)
-        (row, _), _ = jax.lax.scan(advance, (row, square), bits)
+        (row, _), _ = jax.lax.scan(advance, (row, 2 * dense), bits)
         return _complex(row).conj()
 
     bits = jnp.array([exponent >> place & 1 for place in range(exponent.bit_length())], bool)
@@ -173,7 +173,7 @@ def _output_power(diagonal, low_rank, output_matrix, step, exponent):
 
 
 def resolvent(diagonal, low_rank, step):
-    """(I - step A / 2)^-1 = diag(middle) - sum_r left_r <right_r, .>, with <a, x> = Re(sum conj(a) x) over the given modes.
+    """(I - step A / 2)^-1 = I + diag(excess) - sum_r left_r <right_r, .>, with <a, x> = Re(sum conj(a) x) over the modes.
 
     By the Sherman-Morrison formula, one column of the low rank after the other. For one feature ([P], [R, P], []), or for
     all of them ([D, P], [R, D, P], [D]).
@@ -187,7 +187,7 @@ def resolvent(diagonal, low_rank, step):
             left, right = left - old_left * _inner(old_right, column), right - old_right * _inner(old_left, column)
         lefts.append(left)
         rights.append(right * (step / (1 + step * _inner(column, left))))
-    return middle, jnp.stack(lefts), jnp.stack(rights)
+    return step / 2 * diagonal * middle, jnp.stack(lefts), jnp.stack(rights)
 
 
 def _inner(first, second):
@@ -258,13 +258,14 @@ def _nodes(index, size, dtype):
 
 
 def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):
-    middle, left, right = resolvent(diagonal, low_rank, step)
+    excess, left, right = resolvent(diagonal, low_rank, step)
     drive = step[:, None] / 2 * input_matrix
 
     def advance(state, token):
-        moved = state + drive * token[..., None]
+        added = drive * token[..., None]
+        moved = state + added
         low = sum(column * _inner(row, moved) for column, row in zip(left, right, strict=True))
-        return 2 * (middle * moved - low) - state
+        return state + 2 * (excess * moved + added - low)  # what is small is added to the state, not what is left of it
 
     return _recur(inputs, advance, output_matrix, state)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from subquad.kernels import machine_code, specs
 from subquad.kernels.convolution import convolve, xla
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -116,6 +117,19 @@ def test_memory_stays_a_few_times_the_inputs():
         # Spectra of the inputs alone would be twice the inputs, those of the backward twice that again.
         assert used < limit * 8 * 4096 * 64 * 4
         assert used < 2.2 * temporary(2048, step)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_machine_code(dtype):
+    """No spills; tensor cores, and float32 taps multiplied as such or as two of 16 bits."""
+    launches = specs.launches(specs.find("convolution.convolve/two-sided"), dtype)
+    assert len(launches) == 2  # forward and back; the gradient of the taps
+    for launched in launches:
+        compiled = machine_code.compile(launched, "sm_90")
+        assert compiled.fits and compiled.stack == 0 and compiled.transposes == 0, compiled
+        assert compiled.tensor_core > 0 and compiled.wide and not compiled.float64, compiled
+        assert compiled.precisions <= {"tf32x3"}, compiled
 
 
 def test_bad_input_is_named():
