@@ -102,21 +102,30 @@ def _largest(pointer, rows, ok, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def _logits(x, high, low, features, M: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BF16: tl.constexpr,
-            ACROSS: tl.constexpr):  # fmt: skip
+def _logits(x, pointer, rows, ok, high, low, features, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
+            HP: tl.constexpr, BF16: tl.constexpr, ACROSS: tl.constexpr):  # fmt: skip
     """The inputs times the projection, [C, M], or [M, C] if ACROSS."""
-    weight, inputs = _operand(_projection(high, features, H, HP, M), BF16), _operand(x, BF16)
-    if ACROSS:
-        logits = tl.dot(weight, tl.trans(inputs), input_precision="tf32x3")
-    else:
-        logits = tl.dot(inputs, tl.trans(weight), input_precision="tf32x3")
     if BF16:
         # The projection in two parts: an exponent that lost its digits would be an error of per cents.
-        rest = _operand(_projection(low, features, H, HP, M), BF16)
+        weight, rest = _projection(high, features, H, HP, M), _projection(low, features, H, HP, M)
         if ACROSS:
-            logits = tl.dot(rest, tl.trans(inputs), logits)
+            logits = tl.dot(rest, tl.trans(x), tl.dot(weight, tl.trans(x)))
         else:
-            logits = tl.dot(inputs, tl.trans(rest), logits)
+            logits = tl.dot(x, tl.trans(rest), tl.dot(x, tl.trans(weight)))
+    else:
+        # A slice at a time, loaded anew: the three parts of a whole operand are more than the registers hold.
+        if ACROSS:
+            logits = tl.zeros((features.shape[0], rows.shape[0]), tl.float32)
+        else:
+            logits = tl.zeros((rows.shape[0], features.shape[0]), tl.float32)
+        for first in range(0, HP + (tl.program_id(0) >> 30), 16):
+            columns = first + tl.arange(0, 16)
+            inputs = _tile(pointer, rows, ok, columns, H, N * H).to(tl.float32)
+            weight = _tile(high, features, features < M, columns, H, H)
+            if ACROSS:
+                logits = tl.dot(weight, tl.trans(inputs), logits, input_precision="tf32x3")
+            else:
+                logits = tl.dot(inputs, tl.trans(weight), logits, input_precision="tf32x3")
     return logits
 
 
@@ -133,7 +142,7 @@ def _features(
             phi = tl.trans(phi)
     else:
         axis: tl.constexpr = 0 if ACROSS else 1
-        logits = _logits(x, high, low, features, M, H, HP, BF16, ACROSS)
+        logits = _logits(x, pointer, rows, ok, high, low, features, N, M, H, HP, BF16, ACROSS)
         if FEATURES == "softmax":
             phi = tl.exp(tl.maximum(logits * (H**-0.25) - tl.expand_dims(largest, axis), FLOOR))
         else:
@@ -204,7 +213,7 @@ def linear_largest(
     found = tl.full((CHUNK,), float("-inf"), tl.float32)
     for m in range(0, M, BLOCK_M):
         features = m + tl.arange(0, BLOCK_M)
-        logits = _logits(x, high, low, features, M, H, HP, BF16, False) * (H**-0.25)
+        logits = _logits(x, inputs, rows, rows < T, high, low, features, N, M, H, HP, BF16, False) * (H**-0.25)
         found = tl.maximum(found, tl.max(tl.where((features < M)[None, :], logits, float("-inf")), 1))
     tl.store(largest + (sample * N + head) * T + rows, found, mask=rows < T)
 
@@ -309,7 +318,7 @@ def linear_forward(
             weighed = _operand(values.to(tl.float32) * weight[:, None], BF16)
             weight = _column(weight, BF16)
             weights = tl.zeros((CHUNK, CHUNK), tl.float32)
-        for first_feature in range(0, M, BLOCK_M):
+        for first_feature in tl.range(0, M, BLOCK_M, disable_licm=True):
             features = first_feature + tl.arange(0, BLOCK_M)
             if not RESIDENT:
                 numerators, denominators = _load_state(numerator, denominator, features, columns, M, V)
@@ -465,7 +474,7 @@ def linear_backward_query(
         if FEATURES != "given":
             of_inputs = tl.zeros((HP, CHUNK), tl.float32)
             of_length = tl.zeros((CHUNK,), tl.float32)
-        for first_feature in range(0, M, BLOCK_M):
+        for first_feature in tl.range(0, M, BLOCK_M, disable_licm=True):
             features = first_feature + tl.arange(0, BLOCK_M)
             if not RESIDENT:
                 numerators, denominators = _load_state(numerator, denominator, features, columns, M, V)
@@ -580,7 +589,7 @@ def linear_backward_key(
         if FEATURES != "given":
             of_inputs = tl.zeros((HP, CHUNK), tl.float32)
         of_length = tl.zeros((CHUNK,), tl.float32)
-        for first_feature in range(0, M, BLOCK_M):
+        for first_feature in tl.range(0, M, BLOCK_M, disable_licm=True):
             features = first_feature + tl.arange(0, BLOCK_M)
             if not RESIDENT:
                 numerators, denominators = _load_state(numerator, denominator, features, columns, M, V)
@@ -674,12 +683,36 @@ def power(size: int) -> int:
 def heuristic(kernel: str, mode, *, features: int, values: int, bf16: bool, map: str, causal: bool) -> launch.Config:
     """Block sizes and warps for `features` and `values` padded to powers of two."""
     if mode == "interpret":  # the cost there is per step, whatever its size
-        blocks, warps = dict(CHUNK=64, BLOCK_M=features, BLOCK_V=values), 4
+        tile = 64, features, values, 4
     else:
-        blocks, warps = dict(CHUNK=64 if bf16 else 32, BLOCK_M=min(64, features), BLOCK_V=min(64, values)), 8
+        tile = _tile_sizes(kernel, bf16, map, causal)
+    blocks = dict(CHUNK=tile[0], BLOCK_M=min(tile[1], features), BLOCK_V=min(tile[2], values))
     if kernel == "linear_largest":
         blocks.pop("BLOCK_V")
-    return launch.Config(blocks, warps, 1)
+    return launch.Config(blocks, tile[3], 1)
+
+
+def _tile_sizes(kernel: str, bf16: bool, map: str, causal: bool) -> tuple[int, int, int, int]:
+    """CHUNK, BLOCK_M, BLOCK_V and warps: the largest found with which nothing overflows the registers of Hopper."""
+    given = map == "given"
+    if bf16:
+        if kernel == "linear_backward_query" and causal and not given:
+            return 64, 16 if map == "softmax" else 32, 64, 8
+        if kernel == "linear_backward_key" and (causal or not given):
+            if given:
+                return 32, 64, 64, 8
+            return (64, 16, 32, 8) if causal else (64, 32, 64, 8)
+        return 64, 64, 64, 8
+    # Three TF32 products need both halves of both operands at once.
+    if kernel == "linear_largest":
+        return 16, 32, 64, 4
+    if kernel in ("linear_key_sums", "linear_query_sums") or (given and not causal):
+        return 32, 64, 64, 8
+    if given:
+        return dict(
+            linear_forward=(16, 16, 32, 4), linear_backward_query=(16, 32, 64, 4), linear_backward_key=(16, 16, 32, 4),
+        )[kernel]  # fmt: skip
+    return 16, 16, 16 if kernel == "linear_backward_key" else 32, 4
 
 
 def segments(length: int, programs: int, mode) -> int:
