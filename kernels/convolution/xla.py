@@ -35,12 +35,10 @@ def convolve(inputs, kernel, anticausal):
     kernel = kernel[:, :length].astype(jnp.promote_types(kernel.dtype, jnp.float32))
     ahead = 0 if anticausal is None else min(anticausal.shape[1], length - 1)
     size = fast_length(length + max(kernel.shape[1] - 1, ahead))
-    # One circular kernel: lag j at index j, lag -1 - j at index size - 1 - j.
-    circular = jnp.pad(kernel, ((0, 0), (0, size - kernel.shape[1])))
+    # One row of taps from the farthest future to the farthest past.
     if ahead:
-        future = jnp.flip(anticausal[:, :ahead].astype(kernel.dtype), axis=1)
-        circular = circular.at[:, size - ahead :].set(future)
-    return _circular(inputs, circular)
+        kernel = jnp.concatenate([jnp.flip(anticausal[:, :ahead].astype(kernel.dtype), axis=1), kernel], axis=1)
+    return _convolve(inputs, kernel, ahead, size)
 
 
 def divisor(number: int, least: int) -> int:
@@ -53,51 +51,57 @@ def _groups(batch: int, features: int, size: int) -> int:
     return divisor(features, -(-batch * features * size * 4 // GROUP_BYTES))
 
 
-def _split(array, groups, dtype):
+def _split(array, groups):
     """[B, T, D] -> [groups, B, D/groups, T]: time last, where the FFT wants it."""
-    return rearrange(array, "b t (n d) -> n b d t", n=groups).astype(dtype)
+    return rearrange(array, "b t (n d) -> n b d t", n=groups)
 
 
 def _join(array):
     return rearrange(array, "n b d t -> b t (n d)")
 
 
-@jax.custom_vjp
-def _circular(inputs, circular):
-    """The first T of the circular convolution of `inputs` [B, T, D], padded with zeros, with `circular` [D, n]."""
-    length, size = inputs.shape[1], circular.shape[1]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(inputs, taps, ahead, size):
+    """Lags -ahead .. of `taps` [D, L] over `inputs` [B, T, D], by circles of `size`.
+
+    Only a group's taps are padded to the circle at a time: all of them would take as much as the inputs in float32 twice.
+    """
+    length = inputs.shape[1]
     groups = _groups(*inputs.shape[::2], size)
 
     def group(arrays):
         values, taps = arrays
-        spectrum = jnp.fft.rfft(values, size) * jnp.fft.rfft(taps)
+        spectrum = jnp.fft.rfft(values.astype(taps.dtype), size) * _spectrum(taps, ahead, size)
         return jnp.fft.irfft(spectrum, size)[..., :length].astype(inputs.dtype)
 
-    taps = rearrange(circular, "(n d) l -> n d l", n=groups)
-    return _join(jax.lax.map(group, (_split(inputs, groups, circular.dtype), taps)))
+    return _join(jax.lax.map(group, (_split(inputs, groups), rearrange(taps, "(n d) l -> n d l", n=groups))))
 
 
-def _forward(inputs, circular):
-    return _circular(inputs, circular), (inputs, circular)
+def _spectrum(taps, ahead, size):
+    """Of the circle with lag j at index j and lag -1 - j at index size - 1 - j."""
+    return jnp.fft.rfft(jnp.roll(jnp.pad(taps, ((0, 0), (0, size - taps.shape[1]))), -ahead, axis=1))
 
 
-def _backward(saved, cotangent):
+def _forward(inputs, taps, ahead, size):
+    return _convolve(inputs, taps, ahead, size), (inputs, taps)
+
+
+def _backward(ahead, size, saved, cotangent):
     """Both gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
-    inputs, circular = saved
-    length, size = inputs.shape[1], circular.shape[1]
+    inputs, taps = saved
+    length, count = inputs.shape[1], taps.shape[1]
     groups = _groups(*inputs.shape[::2], size)
 
     def group(arrays):
         values, outer, taps = arrays
-        outer = jnp.fft.rfft(outer, size)
-        inner = jnp.fft.irfft(outer * jnp.conj(jnp.fft.rfft(taps)), size)[..., :length].astype(inputs.dtype)
-        kernel = jnp.sum(outer * jnp.conj(jnp.fft.rfft(values, size)), axis=0)
-        return inner, jnp.fft.irfft(kernel, size)
+        outer = jnp.fft.rfft(outer.astype(taps.dtype), size)
+        inner = jnp.fft.irfft(outer * jnp.conj(_spectrum(taps, ahead, size)), size)[..., :length].astype(inputs.dtype)
+        kernel = jnp.sum(outer * jnp.conj(jnp.fft.rfft(values.astype(taps.dtype), size)), axis=0)
+        return inner, jnp.roll(jnp.fft.irfft(kernel, size), ahead, axis=1)[:, :count]
 
-    split = functools.partial(_split, groups=groups, dtype=circular.dtype)
-    taps = rearrange(circular, "(n d) l -> n d l", n=groups)
-    inner, kernel = jax.lax.map(group, (split(inputs), split(cotangent), taps))
+    arrays = _split(inputs, groups), _split(cotangent, groups), rearrange(taps, "(n d) l -> n d l", n=groups)
+    inner, kernel = jax.lax.map(group, arrays)
     return _join(inner), rearrange(kernel, "n d l -> (n d) l")
 
 
-_circular.defvjp(_forward, _backward)
+_convolve.defvjp(_forward, _backward)
