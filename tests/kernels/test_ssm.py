@@ -222,6 +222,16 @@ def test_recurrences_agree_with_the_reference(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected)
 
 
+def test_slow_modes_keep_their_decay():
+    # A_bar is I and a little: rounded as one number, what is left of that little has lost digits of the memory.
+    diagonal, low_rank, inputs, outputs, step = system()
+    modes = diagonal, low_rank, inputs, outputs[:1], step / 100
+    impulse = np.zeros((1, 500, 4), np.float32)
+    impulse[:, 0] = 1
+    responses, _ = jax.jit(ssm.dplr_recurrence)(impulse, *modes[:3], modes[3][0], modes[4])
+    close_per_feature(np.asarray(responses)[0].T[None], dplr_taps(*modes, 500), 1e-5)
+
+
 def test_recurrence_in_bfloat16_keeps_a_float32_state():
     run, _ = recurrence("dplr")
     u = jnp.asarray(np.random.default_rng(1).normal(size=(2, 30, 4)), jnp.bfloat16)
