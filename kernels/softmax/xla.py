@@ -1,12 +1,13 @@
 """Tiled softmax attention: memory O(T), a fixed number of steps, a backward pass that recomputes the weights.
 
-One loop runs over the triples (part of the batch, query tile, key tile) that hold at least one visible pair of
-positions. The list is built in NumPy where the positions are known while tracing, so that a causal or windowed call
+One loop runs over the triples (part of the batch and heads, query tile, key tile) that hold at least one visible pair
+of positions. The list is built in NumPy where the positions are known while tracing, so that a causal or windowed call
 visits only its own tiles and its number of steps is a constant of the program.
 """
 
 import dataclasses
 import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -16,19 +17,19 @@ from einops import rearrange
 
 from subquad.kernels.softmax import online
 
-# Bytes of one tile of logits over all heads of the batch. On a CPU a tile should stay in the cache, and a buffer of
-# 32 MiB is mapped anew at every step; on an accelerator every step is a kernel launch, so steps should be few.
-CPU_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 22, 1 << 26
+# Bytes of one tile of logits over all heads of a part. On a CPU, for each core: what a core works on should stay in its
+# cache. On an accelerator every step is a kernel launch, so steps should be few.
+CORE_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 18, 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything static about a call."""
 
-    parts: int  # of the batch
+    parts: tuple[int, int]  # of the batch and of the heads of keys
     tiles: tuple[int, int]  # positions per query tile and per key tile
     counts: tuple[int, int]  # query tiles and key tiles
-    steps: bytes  # int32 [3, P]: the part, the query tile and the key tile of each step
+    steps: bytes  # int32 [3, P]: the part (batch parts times head parts), the query tile and the key tile of each step
     band: tuple[int | None, int | None] | None  # visible: query - left <= key <= query + right; None: no test needed
     scale: float
 
@@ -44,41 +45,52 @@ class Visible(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The arguments cut into tiles: i and j count query tiles and key tiles of t and s positions, p parts of b samples.
+    """The arguments cut into tiles: i and j count query tiles and key tiles of t and s positions, p parts of b samples and
+    r parts of k heads.
 
-    An axis p of 1 stands for all parts, an axis b of 1 for all samples.
+    An axis p or r of 1 stands for all parts, an axis b of 1 for all samples.
     """
 
-    query: jax.Array  # [p, i, b, K, G, t, H]
-    key: jax.Array  # [p, j, b, K, s, H]
-    value: jax.Array  # [p, j, b, K, s, V]
-    bias: jax.Array | None  # [p|1, b|1, K|1, G|1, T|1, S|1]
+    query: jax.Array  # [p r, i, b, k, G, t, H]
+    key: jax.Array  # [p r, j, b, k, s, H]
+    value: jax.Array  # [p r, j, b, k, s, V]
+    bias: jax.Array | None  # [p|1, r|1, b|1, k|1, G|1, T|1, S|1]
     visible: Visible  # [p|1, i, b|1, t] and [p|1, j, b|1, s]; the mask as the bias
     real: jax.Array | None  # [1, j, 1, s]: False past the end of the keys
 
 
-def batch_parts(batch: int, heads: int, queries: int, keys: int) -> int:
-    """How many parts the batch is cut into, so that a tile of a part is neither too large nor made of tiny matrices."""
-    least = 128 if jax.default_backend() == "cpu" else 512
-    room = max(1, tile_bytes() // (4 * heads * min(queries, least) * min(keys, least)))
-    return next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= room)
+def parts_of(batch: int, kv_heads: int, groups: int, queries: int, keys: int, most: int) -> tuple[int, int]:
+    """How many parts batch and heads of keys are cut into, so that a tile of a part is neither too large nor too small.
+
+    Args:
+        most: positions that a tile may hold.
+    """
+    room = max(1, tile_bytes() // (4 * min(queries, most) * min(keys, most)) // groups)  # samples times heads
+    divisor = lambda size, most: next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= most)
+    return divisor(batch, max(1, room // kv_heads)), divisor(kv_heads, room)
 
 
 def tile_bytes() -> int:
-    return CPU_TILE_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_TILE_BYTES
+    if jax.default_backend() != "cpu":
+        return ACCELERATOR_TILE_BYTES
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return CORE_TILE_BYTES * min(cores, 16)
+
+
+def most_of(reach: int | None) -> int:
+    """Positions that a tile may hold; `reach`: keys that one query can see at most, where that is known."""
+    most = 256 if jax.default_backend() == "cpu" else 1024
+    return most if reach is None else max(64, min(most, power(reach) // 2))
 
 
 def tile_sizes(rows: int, queries: int, keys: int, reach: int | None) -> tuple[int, int]:
     """Positions per query tile and per key tile.
 
     Args:
-        rows: samples in a part of the batch, times heads.
-        reach: keys that one query can see at most, where that is known.
+        rows: samples in a part of the batch, times heads in a part of them.
+        reach: as in `most_of`.
     """
-    area = tile_bytes() // (4 * rows)
-    most = 256 if jax.default_backend() == "cpu" else 1024
-    if reach is not None:
-        most = max(64, min(most, power(reach) // 2))
+    area, most = tile_bytes() // (4 * rows), most_of(reach)
     query_tile = balance(queries, max(32, min(most, power(int(area**0.5)))))
     # The fewer queries there are, the more keys fit into a tile: a decoding step takes its whole cache at once.
     limit = most if reach is not None else 2 * most if queries > query_tile else keys
@@ -134,8 +146,8 @@ def cut(plan: Plan, query, key, value, bias, visible: Visible) -> Tiles:
     groups = query.shape[2] // kv_heads
     (query_tile, key_tile), (query_count, key_count) = plan.tiles, plan.counts
 
-    def share(array):  # parts that an axis of samples is cut into
-        return 1 if array.shape[0] == 1 else plan.parts
+    def share(array, axis=0):  # parts that an axis of samples, or of heads, is cut into
+        return 1 if array.shape[axis] == 1 else plan.parts[axis]
 
     def rows(array, tile, count):
         if array is None:
@@ -148,10 +160,11 @@ def cut(plan: Plan, query, key, value, bias, visible: Visible) -> Tiles:
         for axis, tile, count in ((2, query_tile, query_count), (3, key_tile, key_count)):
             array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
         g = 1 if array.shape[1] == 1 else groups
-        return rearrange(array, "(p b) (k g) t s -> p b k g t s", g=g, p=share(array))
+        return rearrange(array, "(p b) (r k g) t s -> p r b k g t s", g=g, p=share(array), r=share(array, 1))
 
+    p, r = plan.parts
     key, value = (
-        rearrange(pad(x, 1, key_tile * key_count), "(p b) (j s) k h -> p j b k s h", j=key_count, p=plan.parts)
+        rearrange(pad(x, 1, key_tile * key_count), "(p b) (j s) (r k) h -> (p r) j b k s h", j=key_count, p=p, r=r)
         for x in (key, value)
     )
     seen = Visible(
@@ -167,15 +180,16 @@ def cut(plan: Plan, query, key, value, bias, visible: Visible) -> Tiles:
 
 
 def cut_queries(plan: Plan, array, kv_heads: int):
-    """[B, T, N, ...] -> [p, i, b, K, G, t, ...]."""
+    """[B, T, N, ...] -> [p r, i, b, k, G, t, ...]."""
     tile, count = plan.tiles[0], plan.counts[0]
     array = pad(array, 1, tile * count)
-    return rearrange(array, "(p b) (i t) (k g) ... -> p i b k g t ...", p=plan.parts, i=count, k=kv_heads)
+    (p, r), k = plan.parts, kv_heads // plan.parts[1]
+    return rearrange(array, "(p b) (i t) (r k g) ... -> (p r) i b k g t ...", p=p, r=r, i=count, k=k)
 
 
-def join_queries(array, length: int):
-    """[p, i, b, K, G, t, ...] -> [B, T, N, ...]."""
-    return rearrange(array, "p i b k g t ... -> (p b) (i t) (k g) ...")[:, :length]
+def join_queries(plan: Plan, array, length: int):
+    """[p r, i, b, k, G, t, ...] -> [B, T, N, ...]."""
+    return rearrange(array, "(p r) i b k g t ... -> (p b) (i t) (r k g) ...", r=plan.parts[1])[:, :length]
 
 
 def take(tiles, part, index):
@@ -194,15 +208,15 @@ def logits_of(plan: Plan, tiles: Tiles, part, i, j):
     logits = plan.scale * jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=precise)
     if tiles.bias is not None:
         logits += tile_of(plan, tiles.bias, part, i, j)
-    visible, tests = tiles.visible, []
+    visible, tests, samples = tiles.visible, [], part // plan.parts[1]
     if plan.band is not None:
-        at, of = take(visible.query_positions, part, i), take(visible.key_positions, part, j)
+        at, of = take(visible.query_positions, samples, i), take(visible.key_positions, samples, j)
         distance = of[:, None, :] - at[:, :, None]
         left, right = plan.band
         tests += [] if left is None else [distance >= -left]
         tests += [] if right is None else [distance <= right]
     if visible.query_segment_ids is not None:
-        at, of = take(visible.query_segment_ids, part, i), take(visible.key_segment_ids, part, j)
+        at, of = take(visible.query_segment_ids, samples, i), take(visible.key_segment_ids, samples, j)
         tests.append(of[:, None, :] == at[:, :, None])
     if tiles.real is not None:
         tests.append(take(tiles.real, part, j)[:, None, :])
@@ -213,22 +227,25 @@ def logits_of(plan: Plan, tiles: Tiles, part, i, j):
 
 
 def tile_corner(plan: Plan, array, part, i, j):
-    """Where the tile of a mask or bias [p|1, b|1, K|1, G|1, T|1, S|1] starts, and its shape."""
-    starts, shape = [part if array.shape[0] > 1 else 0, 0, 0, 0], [1, *array.shape[1:4]]
-    for size, index, tile in zip(array.shape[4:], (i, j), plan.tiles, strict=True):
+    """Where the tile of a mask or bias [p|1, r|1, b|1, k|1, G|1, T|1, S|1] starts, and its shape."""
+    heads = plan.parts[1]
+    starts = [part // heads if array.shape[0] > 1 else 0, part % heads if array.shape[1] > 1 else 0, 0, 0, 0]
+    shape = [1, 1, *array.shape[2:5]]
+    for size, index, tile in zip(array.shape[5:], (i, j), plan.tiles, strict=True):
         starts.append(0 if size == 1 else index * tile)
         shape.append(1 if size == 1 else tile)
     return starts, shape
 
 
 def tile_of(plan: Plan, array, part, i, j):
-    return jax.lax.dynamic_slice(array, *tile_corner(plan, array, part, i, j))[0]
+    return jax.lax.dynamic_slice(array, *tile_corner(plan, array, part, i, j))[0, 0]
 
 
 def add_tile(plan: Plan, array, tile, part, i, j):
     """`array` with `tile`, summed over the axes that `array` broadcasts, added where the tile lies."""
     starts, shape = tile_corner(plan, array, part, i, j)
-    tile = tile[None].sum([axis for axis, size in enumerate(shape[1:], 1) if size != tile.shape[axis - 1]], keepdims=True)
+    summed = [axis for axis, size in enumerate(shape[2:]) if size != tile.shape[axis]]
+    tile = tile.sum(summed, keepdims=True)[None, None]
     return jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice(array, starts, shape) + tile, starts)
 
 
@@ -257,7 +274,7 @@ def flash(plan: Plan, query, key, value, bias, visible: Visible):
 
     states = sweep(plan, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
     out, lse = online.finish(states)
-    return join_queries(out.astype(query.dtype), query.shape[1]), join_queries(lse, query.shape[1])
+    return join_queries(plan, out.astype(query.dtype), query.shape[1]), join_queries(plan, lse, query.shape[1])
 
 
 def flash_forward(plan, query, key, value, bias, visible):
@@ -281,22 +298,25 @@ def flash_backward(plan, residuals, gradients):
         scaled, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
         changes = (
             (dot("bkgts,bksh->bkgth", scaled, own_key), i),
-            (dot("bkgts,bkgth->bksh", scaled, own_query), j),
-            (dot("bkgts,bkgtv->bksv", weights, own_grad), j),
+            (dot("bkgth,bkgts->bkhs", own_query, scaled), j),
+            (dot("bkgtv,bkgts->bkvs", own_grad, weights), j),
         )
         *arrays, grad_bias = grads
         arrays = [put(x, take(x, part, at) + by, part, at) for x, (by, at) in zip(arrays, changes, strict=True)]
         return *arrays, None if bias is None else add_tile(plan, grad_bias, grad_logits, part, i, j)
 
-    grads = sweep(plan, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), tuple(tiles[:4])))
-    grad_query = join_queries(grads[0].astype(query.dtype), query.shape[1])
+    # Gradients of keys and values with the features before the positions: a product that turns a tile of weights takes
+    # twice the time of one that turns a tile of queries.
+    like = tiles.query, tiles.key.swapaxes(4, 5), tiles.value.swapaxes(4, 5), tiles.bias
+    grads = sweep(plan, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), like))
+    grad_query = join_queries(plan, grads[0].astype(query.dtype), query.shape[1])
     grad_key, grad_value = (
-        rearrange(x.astype(like.dtype), "p j b k s h -> (p b) (j s) k h")[:, : like.shape[1]]
+        rearrange(x.astype(like.dtype), "(p r) j b k h s -> (p b) (j s) (r k) h", r=plan.parts[1])[:, : like.shape[1]]
         for x, like in zip(grads[1:3], (key, value), strict=True)
     )
     grad_bias = None
     if bias is not None:
-        grad_bias = rearrange(grads[3].astype(bias.dtype), "p b k g t s -> (p b) (k g) t s")
+        grad_bias = rearrange(grads[3].astype(bias.dtype), "p r b k g t s -> (p b) (r k g) t s")
         grad_bias = grad_bias[:, :, : bias.shape[2], : bias.shape[3]]
     return grad_query, grad_key, grad_value, grad_bias, None
 
@@ -309,11 +329,11 @@ compiled = jax.jit(flash, static_argnums=0)
 
 def attention(query, key, value, bias, visible: Visible, band, scale: float):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
-    (batch, queries, heads), keys = query.shape[:3], key.shape[1]
+    (batch, queries, heads), (_, keys, kv_heads) = query.shape[:3], key.shape[:3]
     reach = None if band is None or None in band else sum(band) + 1
-    parts = batch_parts(batch, heads, queries, keys)
-    tiles = tile_sizes(batch // parts * heads, queries, keys, reach)
+    parts = parts_of(batch, kv_heads, heads // kv_heads, queries, keys, most_of(reach))
+    tiles = tile_sizes(batch * heads // (parts[0] * parts[1]), queries, keys, reach)
     counts = (-(-queries // tiles[0]), -(-keys // tiles[1]))
-    steps = visible_steps(parts, tiles, counts, band, visible.query_positions, visible.key_positions)
+    steps = visible_steps(parts[0] * parts[1], tiles, counts, band, visible.query_positions, visible.key_positions)
     plan = Plan(parts, tiles, counts, steps.tobytes(), band, scale)
     return compiled(plan, query, key, value, bias, visible)

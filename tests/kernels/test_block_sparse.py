@@ -7,7 +7,6 @@ import pytest
 
 from subquad.kernels import block_sparse, softmax
 from subquad.kernels.block_sparse import reference, xla
-from subquad.kernels.softmax import xla as softmax_xla
 from subquad.lra import measure
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
@@ -72,13 +71,13 @@ def test_other_lengths_grouped_heads_and_key_padding(heads, queries, keys):
 
 @pytest.mark.parametrize("block_size", [1, 50, 70, 1000])
 def test_blocks_that_are_no_multiple_of_a_tile(monkeypatch, block_size):
-    monkeypatch.setattr(softmax_xla, "CPU_TILE_BYTES", 4 * 8 * 32 * 32)  # tiles of 32 positions, one per step
+    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 8 * 32 * 32)  # tiles of 32 positions, one per step
     assert xla.plan_of(lists(100, 100, 70, 4), 70, 8, 4, 100, 100, False, 1.0).parts == 3
     check(*draw(100), lists(100, 100, block_size, 4, most=2, density=0.9), block_size, is_causal=block_size == 70)
 
 
 def test_rows_of_unequal_lengths_cost_their_own(monkeypatch):
-    monkeypatch.setattr(softmax_xla, "CPU_TILE_BYTES", 4 * 2 * 32 * 32)
+    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 2 * 32 * 32)
     blocks = np.full((1, 16, 16), -1)
     blocks[:, :, 0] = np.arange(16)
     blocks[:, 5] = np.arange(16)  # one row sees everything

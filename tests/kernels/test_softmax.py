@@ -72,9 +72,9 @@ def test_grouped_heads_and_other_value_features(small_tiles, kv_heads):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 70), (1, 4, 50, 1), (1, 1, 50, 70), (2, 4, 1, 1), (2, 4, 50, 70)])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_masks_and_biases_of_every_broadcast_shape(small_tiles, monkeypatch, shape, parts):
-    monkeypatch.setattr(xla, "batch_parts", lambda *sizes: parts)
+    monkeypatch.setattr(xla, "parts_of", lambda *sizes: parts)
     rng = np.random.default_rng(1)
     mask, bias = rng.random(shape) < 0.7, rng.normal(size=shape).astype(np.float32)
     arrays, cotangents = draw(50, 70, kv_heads=2)
@@ -142,7 +142,7 @@ def test_positions_of_a_cached_prefix(small_tiles, known):
 
 
 def test_positions_in_any_order_and_per_sample(small_tiles, monkeypatch):
-    monkeypatch.setattr(xla, "batch_parts", lambda *sizes: 2)
+    monkeypatch.setattr(xla, "parts_of", lambda *sizes: (2, 2))
     rng = np.random.default_rng(3)
     arrays, cotangents = draw(60, 80)
     for convert in (np.asarray, jnp.asarray):
@@ -286,10 +286,11 @@ def test_work_is_that_of_the_visible_tiles():
 @pytest.mark.parametrize("queries", [1, 60, 512, 8192])
 def test_a_tile_of_logits_stays_below_the_memory_cliff(batch, queries):
     for keys in (queries, 8192):
-        parts = xla.batch_parts(batch, 8, queries, keys)
-        assert batch % parts == 0
-        query_tile, key_tile = xla.tile_sizes(batch // parts * 8, queries, keys, None)
-        assert 4 * batch // parts * 8 * query_tile * key_tile <= 8 << 20
+        parts = xla.parts_of(batch, 8, 2, queries, keys, xla.most_of(None))
+        assert batch % parts[0] == 0 and 8 % parts[1] == 0
+        rows = batch * 16 // (parts[0] * parts[1])
+        query_tile, key_tile = xla.tile_sizes(rows, queries, keys, None)
+        assert 4 * rows * query_tile * key_tile <= 8 << 20
         assert query_tile >= min(queries, 100) and key_tile >= min(keys, 50)
 
 
