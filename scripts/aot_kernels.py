@@ -27,7 +27,7 @@ def parse():
     parser = commands.Parser(prog="aot_kernels", description=__doc__)
     parser.add_argument("--spec", nargs="+", help="names such as softmax.attention/causal; default: all")
     parser.add_argument("--target", nargs="+", help=f"of {', '.join(machine_code.TARGETS)}; default: all")
-    parser.add_argument("--length", type=int, default=4096, help="of the sequences; default: 4096")
+    parser.add_argument("--length", type=int, help="of the sequences; default: the middle one of each operation's benchmarks")
     parser.add_argument("--out", default=str(OUT), help="the CSV; default: kernels/results/aot.csv")
     return parser.parse_args()
 
@@ -37,7 +37,7 @@ def describe(config: launch.Config) -> str:
     return " ".join([*blocks, f"warps={config.num_warps}", f"stages={config.num_stages}"])
 
 
-def rows_of(spec: specs.Spec, targets, length: int):
+def rows_of(spec: specs.Spec, targets, length: int | None):
     """One row per kernel, dtype and target; a target whose compiler refuses is a row that says so."""
     import triton
 

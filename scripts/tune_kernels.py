@@ -26,7 +26,7 @@ SMALLEST, LARGEST = 16, 256  # sides of a block
 def parse():
     parser = commands.Parser(prog="tune_kernels", description=__doc__)
     parser.add_argument("--spec", nargs="+", help="names such as softmax.attention/causal; default: all")
-    parser.add_argument("--length", type=int, nargs="+", default=[1024, 4096, 16384], help="of the sequences")
+    parser.add_argument("--length", type=int, nargs="+", help="of the sequences; default: those of each operation's benchmarks")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=launch.FLOATS)
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each candidate; default: 20")
     parser.add_argument("--list", action="store_true", help="print the candidates that fit, time nothing")
@@ -104,9 +104,10 @@ def main() -> int:
     chosen = [specs.find(name) for name in arguments.spec] if arguments.spec else list(specs.load().values())
     chosen = [spec for spec in chosen if "triton" in spec.implementations]
     work = {}
-    for spec, dtype, length in itertools.product(chosen, arguments.dtype, arguments.length):
-        for request, heuristic in requests_of(spec, dtype, length).items():
-            work.setdefault(request, (spec, dtype, length, heuristic))
+    for spec, dtype in itertools.product(chosen, arguments.dtype):
+        for length in arguments.length or spec.bench_lengths or spec.lengths:
+            for request, heuristic in requests_of(spec, dtype, length).items():
+                work.setdefault(request, (spec, dtype, length, heuristic))
     best = {}
     for request, (spec, dtype, length, heuristic) in track(work.items(), "Tuning", console=Console(stderr=True)):
         candidates = [c for c in around(heuristic) if fits(spec, dtype, length, target, request, c)]

@@ -30,6 +30,14 @@ def test_the_table_of_machine_code(tmp_path):
 
 
 @pytest.mark.aot
+def test_each_operation_has_lengths_of_its_own(tmp_path):
+    """A matrix of 4096 rows is not served by the kernels that balance small ones."""
+    done = run("aot_kernels.py", "--spec", "matrix.sinkhorn/plain", "--target", "sm_90", "--out", tmp_path / "aot.csv")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "aot.csv").read_text().splitlines()) > 4
+
+
+@pytest.mark.aot
 def test_the_tuner_lists_what_fits():
     done = run("tune_kernels.py", "--list", "--spec", "matrix.sinkhorn/plain", "--length", 64, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
