@@ -71,19 +71,36 @@ def test_other_lengths_grouped_heads_and_key_padding(heads, queries, keys):
 
 @pytest.mark.parametrize("block_size", [1, 50, 70, 1000])
 def test_blocks_that_are_no_multiple_of_a_tile(monkeypatch, block_size):
-    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 8 * 32 * 32)  # tiles of 32 positions, one per step
-    assert xla.plan_of(lists(100, 100, 70, 4), 70, 8, 4, 100, 100, False, 1.0).parts == 3
+    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 32 * 32)  # tiles of 32 positions, one per step
+    assert xla.plan_of(lists(100, 100, 70, 4), 70, 2, 4, 100, 100, False, 1.0).parts == 3
     check(*draw(100), lists(100, 100, block_size, 4, most=2, density=0.9), block_size, is_causal=block_size == 70)
 
 
 def test_rows_of_unequal_lengths_cost_their_own(monkeypatch):
-    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 2 * 32 * 32)
+    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 8 * 32 * 32)
+    monkeypatch.setattr(xla, "SHORT", 2 * 32)
+    monkeypatch.setattr(xla, "LONG", 4 * 32)
     blocks = np.full((1, 16, 16), -1)
     blocks[:, :, 0] = np.arange(16)
-    blocks[:, 5] = np.arange(16)  # one row sees everything
-    plan = xla.plan_of(blocks, 32, 2, 2, 512, 512, False, 1.0)
-    assert len(np.frombuffer(plan.steps, np.int32)) == 15 + 16
-    check(*draw(512, batch=1, heads=2), blocks, 32)
+    blocks[:, 5] = np.arange(16)  # one row sees everything, four key tiles at a time
+    blocks[:, 6, :6] = np.arange(6)
+    works = xla.plan_of(blocks, 32, 1, 2, 512, 512, False, 1.0).works
+    assert [work.shape for work in works] == [(6, 1, 2, 1, 4), (4, 1, 2, 4, 1)]
+    assert [work.single for work in works] == [False, True]
+    arrays, cotangents = draw(512, batch=1, heads=2)
+    check(arrays, cotangents, blocks, 32)
+    check(arrays, cotangents, blocks, 32, is_causal=True)
+
+
+def test_each_head_has_its_own_steps(monkeypatch):
+    """Heads in one step whose rows are others, and one of which has none."""
+    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 64 * 32 * 32)
+    blocks = lists(260, 260, 32, 4, most=8, density=0.5)
+    blocks[1] = -1
+    blocks[2, 1:] = -1
+    works = xla.plan_of(blocks, 32, 2, 4, 260, 260, False, 1.0).works
+    assert all(work.shape[2] == 4 and len(set(work.arrays()[1][0, :, 0])) > 2 for work in works)
+    check(*draw(260, kv_heads=2), blocks, 32)
 
 
 def test_lists_of_all_blocks_are_full_attention():
