@@ -396,7 +396,7 @@ def linear_query_sums(
         q = _inputs(query, rows, ok, N, H, HP, FEATURES)
         q_largest = _largest(query_largest, rows, ok, FEATURES)
         factor = tl.load(weight + rows, mask=ok, other=0.0)
-        factor *= tl.exp(before - _finite(tl.load(maximum + rows, mask=ok, other=0.0)))
+        factor *= tl.exp(before - _finite(tl.load(maximum + rows, mask=ok, other=float("inf"))))
         factor = tl.where(ok, factor, 0.0)
         grads = _operand(_tile(grad_out, rows, ok, columns, V, N * V).to(tl.float32) * factor[:, None], BF16)
         down = _column(factor * tl.load(slope + rows, mask=ok, other=0.0), BF16)
@@ -455,7 +455,7 @@ def linear_backward_query(
         one_over = tl.load(weight + rows, mask=ok, other=0.0)
         down = tl.load(slope + rows, mask=ok, other=0.0)
         down = tl.where(block == 0, down, 0.0)  # the denominator is not cut into blocks
-        largest = _finite(tl.load(maximum + rows, mask=ok, other=0.0))
+        largest = _finite(tl.load(maximum + rows, mask=ok, other=float("inf")))
         past = tl.exp(before - largest)
         if CAUSAL:
             seen = _real_keys(mask, rows, T, HAS_MASK)
@@ -570,7 +570,8 @@ def linear_backward_key(
         if CAUSAL:
             q = _inputs(query, rows, ok, N, H, HP, FEATURES)
             q_largest = _largest(query_largest, rows, ok, FEATURES)
-            largest = _finite(tl.load(maximum + rows, mask=ok, other=0.0))
+            # A row past the end has no weight, and no exponent that could overflow.
+            largest = _finite(tl.load(maximum + rows, mask=ok, other=float("inf")))
             # To the reference of the chunk before: the maximum at its end.
             before = tl.load(maximum + tl.maximum(start - 1, 0))
             before = tl.where(step == chunks - 1, tl.load(before_in + state), before)

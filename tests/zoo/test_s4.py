@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from subquad.kernels import convolution, ssm
-from subquad.zoo.statespace import hippo
+from subquad.zoo.statespace import hippo, s4
 from subquad.zoo.statespace.s4 import S4
 from tests import oracle
 
@@ -345,3 +345,16 @@ def test_annotated_s4():
     y = convolution.convolve(peer.inputs["u"][None, :, None], taps[None])[0, :, 0]
     for name in ("y", "y_recurrent"):
         assert oracle.relative_error(y, peer.outputs[name]) < 1e-5
+
+
+def test_long_sequences_are_mixed_by_chunks(monkeypatch):
+    layer, x = S4(4, state_size=8, rngs=nnx.Rngs(0)), u(23)
+    graph, state = nnx.split(layer)
+
+    def loss(state, x):
+        return jnp.sum(jnp.sin(nnx.merge(graph, state)(x)))
+
+    want = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1)))(state, x)
+    monkeypatch.setattr(s4, "CHUNK", 10)
+    got = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1)))(state, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)

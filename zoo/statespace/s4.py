@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
@@ -14,6 +15,8 @@ from subquad.zoo.base import Support, check_call, check_causality, check_extend,
 from subquad.zoo.cache import S4Cache
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.system import Mode, StateSpace, check_system
+
+CHUNK = 4096  # tokens
 
 
 class S4(nnx.Module):
@@ -122,7 +125,20 @@ class S4(nnx.Module):
         return inputs if mask is None else jnp.where(mask[:, 0, 0, :, None], inputs, 0)
 
     def _mix(self, inputs, responses):
-        """The pointwise rest of the layer, from u and C x."""
+        """The pointwise rest of the layer, from u and C x.
+
+        Long sequences by chunks that the backward pass makes anew: what it keeps of a token is several times the token.
+        """
+        length = inputs.shape[1]
+        if length <= CHUNK:
+            return self._mix_tokens(inputs, responses)
+        chunks = -(-length // CHUNK)
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * CHUNK - length), (0, 0)))
+        cut = lambda x: rearrange(pad(x), "b (n c) d -> n b c d", n=chunks)
+        mix = jax.checkpoint(lambda pair: self._mix_tokens(*pair))
+        return rearrange(jax.lax.map(mix, (cut(inputs), cut(responses))), "n b c d -> b (n c) d")[:, :length]
+
+    def _mix_tokens(self, inputs, responses):
         hidden = nnx.gelu(responses + self.skip[...].astype(inputs.dtype) * inputs, approximate=False)
         outputs = self.out(hidden)
         return nnx.glu(outputs) if self.glu else outputs
