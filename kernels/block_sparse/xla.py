@@ -148,6 +148,11 @@ def corner(samples, tiles, heads):
 
 
 def fetch(array, samples, tiles, heads):
+    """The tiles at a `corner`."""
+    if array.dtype in (jnp.bfloat16, jnp.float16):
+        # As bits: XLA would otherwise keep a copy of the whole array in float32 on a CPU, which gathers no halves.
+        bits = fetch(jax.lax.bitcast_convert_type(array, jnp.uint16), samples, tiles, heads)
+        return jax.lax.bitcast_convert_type(bits, array.dtype)
     return array.at[corner(samples, tiles, heads)].get(mode="clip")
 
 
@@ -158,10 +163,10 @@ def fetch_keys(array, at: Step, query_heads: int):
 
 
 def add_keys(array, tiles, at: Step, query_heads: int):
-    """Adds tiles [b, n, g, H, w s] to [B, K, j, H, s]."""
-    tiles = rearrange(tiles, "b n g h (w s) -> b n g w h s", s=array.shape[4])
-    heads = (at.heads // (query_heads // array.shape[1]))[:, None, None]
-    return array.at[at.samples[:, None, None, None], heads, jnp.maximum(at.lists, 0)].add(tiles)
+    """Adds tiles [b, n, g, w s, H] to [B, j, s, K, H]."""
+    tiles = rearrange(tiles, "b n g (w s) h -> b n g w s h", s=array.shape[2])
+    where = corner(at.samples, jnp.maximum(at.lists, 0), at.heads // (query_heads // array.shape[3]))
+    return array.at[where].add(tiles)
 
 
 def tests_of(plan: Plan, mask, queries: int, keys: int):
@@ -243,8 +248,9 @@ def sparse_backward(plan, residuals, gradients):
     (batch, queries, heads, _), keys, precise = query.shape, key.shape[1], lse.dtype
     visible = tests_of(plan, mask, queries, keys)
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
-    lse, shift = online.residue(out[..., :0], lse, gradients[0][..., :0], gradients[1])
-    shift += jnp.where(jnp.isinf(lse), 0.0, dot("btnv,btnv->btn", gradients[0], out))
+    # The sum over features as a product: as a sum of products it takes ten times as long on a CPU.
+    total = dot("btnv,btnv->btn", gradients[0], out)[..., None]
+    lse, shift = online.residue(total, lse, jnp.ones_like(total), gradients[1])
     own = [cut(plan, x) for x in (query, gradients[0], lse, shift)]
     key_tiles, value_tiles = cut(plan, key), cut(plan, value)
 
@@ -252,26 +258,25 @@ def sparse_backward(plan, residuals, gradients):
         grad_query, grad_key, grad_value = grads
         own_query, own_grad, own_lse, own_shift = (fetch(x, at.samples, at.rows, at.heads) for x in own)
         own_key, own_value = (fetch_keys(x, at, heads) for x in (key_tiles, value_tiles))
-        weights = jnp.exp(logits_of(plan, visible, own_query, own_key, work, at) - own_lse[..., None])
-        grad_logits = weights * (dot("bngtv,bngsv->bngts", own_grad, own_value) - own_shift[..., None])
+        # Keys before queries, and `change` with features before positions: a product that turns a tile of weights takes
+        # up to twice the time of one that turns a tile of queries or keys.
+        logits = plan.scale * dot("bngsh,bngth->bngst", own_key, own_query)
+        seen = visible(work, at)
+        logits = logits if seen is None else jnp.where(seen.swapaxes(-1, -2), logits, -jnp.inf)
+        weights = jnp.exp(logits - own_lse[..., None, :])
+        grad_logits = weights * (dot("bngsv,bngtv->bngst", own_value, own_grad) - own_shift[..., None, :])
         grad_logits, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
-        change = dot("bngts,bngsh->bngth", grad_logits, own_key)
+        change = dot("bngsh,bngst->bnght", own_key, grad_logits).swapaxes(-1, -2)
         grad_query = grad_query.at[corner(at.samples, at.rows, at.heads)].add(change, mode="drop")
-        # Features before positions: a product that turns a tile of weights takes twice the time of one that turns a tile
-        # of queries.
-        grad_key = add_keys(grad_key, dot("bngth,bngts->bnghs", own_query, grad_logits), at, heads)
-        grad_value = add_keys(grad_value, dot("bngtv,bngts->bngvs", own_grad, weights), at, heads)
+        grad_key = add_keys(grad_key, dot("bngst,bngth->bngsh", grad_logits, own_query), at, heads)
+        grad_value = add_keys(grad_value, dot("bngst,bngtv->bngsv", weights, own_grad), at, heads)
         return grad_query, grad_key, grad_value
 
-    turned = [jnp.zeros([x.shape[i] for i in (0, 3, 1, 4, 2)], precise) for x in (key_tiles, value_tiles)]
-    grads = jnp.zeros(own[0].shape, precise), *turned
+    grads = tuple(jnp.zeros(x.shape, precise) for x in (own[0], key_tiles, value_tiles))
     for work in plan.works:
         grads = sweep(work, batch, functools.partial(step, work), grads)
-    grad_key, grad_value = (
-        join(plan, rearrange(x.astype(like.dtype), "b k j h s -> b j s k h"), keys)
-        for x, like in zip(grads[1:], (key, value), strict=True)
-    )
-    return join(plan, grads[0].astype(query.dtype), queries), grad_key, grad_value, None
+    lengths, likes = (queries, keys, keys), (query, key, value)
+    return (*(join(plan, x.astype(y.dtype), n) for x, y, n in zip(grads, likes, lengths, strict=True)), None)
 
 
 sparse.defvjp(sparse_forward, sparse_backward)

@@ -147,6 +147,15 @@ def test_memory_and_work_grow_linearly():
     assert more_memory <= 1.1 * memory and 1.9 * flops <= more_flops <= 2.1 * flops
 
 
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 3), ("bfloat16", 6)])
+def test_no_copies_of_the_arguments(dtype, copies):
+    """Temporary memory in arrays of float32: the output and its gradient; at half precision also sums of gradients."""
+    arrays, _ = draw(4096, batch=1, features=32, values=32, dtype=dtype)
+    loss = lambda *arrays: block_sparse.attention(*arrays, own, block_size=64).astype(jnp.float32).sum()
+    own = np.arange(64)[None, :, None]
+    assert measure.memory(jax.grad(loss, (0, 1, 2)), *arrays).temporary <= copies * 4 * arrays[0].size
+
+
 def lucid_local(oracle, query, key, value):
     """Blocks that see some blocks before and after them, but whole ones: no exact window."""
     cfg = oracle.meta["cfg"]
