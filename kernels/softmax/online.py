@@ -6,6 +6,7 @@ batch axes `...` come first.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -49,5 +50,7 @@ def residue(out, lse, grad_out, grad_lse):
     shift = grad_out . out - grad_lse. An empty row gets lse = +inf, so that its weights are 0 and never NaN.
     """
     empty = jnp.isneginf(lse)
-    shift = (grad_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1) - grad_lse
+    # A product is much faster on a CPU than a sum over the last axis.
+    options = dict(preferred_element_type=lse.dtype, precision=jax.lax.Precision.HIGHEST)
+    shift = jnp.einsum("...v,...v->...", grad_out, out, **options) - grad_lse
     return jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0.0, shift)

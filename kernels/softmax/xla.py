@@ -1,8 +1,9 @@
 """Tiled softmax attention: memory O(T), a fixed number of steps, a backward pass that recomputes the weights.
 
-One loop runs over the triples (part of the batch and heads, query tile, key tile) that hold at least one visible pair
-of positions. The list is built in NumPy where the positions are known while tracing, so that a causal or windowed call
-visits only its own tiles and its number of steps is a constant of the program.
+Samples and heads are taken part by part, so that what is kept in tiles and in float32 is that of one part. In a part one
+loop runs over the pairs (query tile, key tile) that hold at least one visible pair of positions. The list is built in
+NumPy where the positions are known while tracing, so that a causal or windowed call visits only its own tiles and its
+number of steps is a constant of the program.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from subquad.kernels.softmax import online
+from subquad.kernels.softmax import online, parts
 
 # Bytes of one tile of logits over all heads of a part. On a CPU, for each core: what a core works on should stay in its
 # cache. On an accelerator every step is a kernel launch, so steps should be few.
@@ -29,7 +30,7 @@ class Plan:
     parts: tuple[int, int]  # of the batch and of the heads of keys
     tiles: tuple[int, int]  # positions per query tile and per key tile
     counts: tuple[int, int]  # query tiles and key tiles
-    steps: bytes  # int32 [3, P]: the part (batch parts times head parts), the query tile and the key tile of each step
+    steps: bytes  # int32 [2, P]: the query tile and the key tile of each step
     band: tuple[int | None, int | None] | None  # visible: query - left <= key <= query + right; None: no test needed
     scale: float
 
@@ -45,29 +46,28 @@ class Visible(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The arguments cut into tiles: i and j count query tiles and key tiles of t and s positions, p parts of b samples and
-    r parts of k heads.
+    """The arguments of one part cut into tiles: i and j count query tiles and key tiles of t and s positions.
 
-    An axis p or r of 1 stands for all parts, an axis b of 1 for all samples.
+    An axis b of 1 stands for all samples.
     """
 
-    query: jax.Array  # [p r, i, b, k, G, t, H]
-    key: jax.Array  # [p r, j, b, k, s, H]
-    value: jax.Array  # [p r, j, b, k, s, V]
-    bias: jax.Array | None  # [p|1, r|1, b|1, k|1, G|1, T|1, S|1]
-    visible: Visible  # [p|1, i, b|1, t] and [p|1, j, b|1, s]; the mask as the bias
-    real: jax.Array | None  # [1, j, 1, s]: False past the end of the keys
+    query: jax.Array  # [i, b, K, G, t, H]
+    key: jax.Array  # [j, b, K, s, H]
+    value: jax.Array  # [j, b, K, s, V]
+    bias: jax.Array | None  # [b|1, K|1, G|1, T|1, S|1]
+    visible: Visible  # [i, b|1, t] and [j, b|1, s]; the mask as the bias
+    real: jax.Array | None  # [j, 1, s]: False past the end of the keys
 
 
-def parts_of(batch: int, kv_heads: int, groups: int, queries: int, keys: int, most: int) -> tuple[int, int]:
-    """How many parts batch and heads of keys are cut into, so that a tile of a part is neither too large nor too small.
+def parts_of(batch: int, kv_heads: int, groups: int, queries: int, keys: int, features: int, most: int) -> tuple[int, int]:
+    """How many parts batch and heads of keys are cut into, so that tiles and arrays of a part are of a good size.
 
     Args:
+        features: of a query or of a value, whichever are more.
         most: positions that a tile may hold.
     """
-    room = max(1, tile_bytes() // (4 * min(queries, most) * min(keys, most)) // groups)  # samples times heads
-    divisor = lambda size, most: next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= most)
-    return divisor(batch, max(1, room // kv_heads)), divisor(kv_heads, room)
+    tiles = tile_bytes() // (4 * min(queries, most) * min(keys, most))  # samples times heads
+    return parts.parts_of(batch, kv_heads, groups, min(tiles, parts.room(max(queries, keys), features)))
 
 
 def tile_bytes() -> int:
@@ -107,12 +107,12 @@ def balance(length: int, tile: int) -> int:
     return -(-length // -(-length // tile))
 
 
-def visible_steps(parts: int, tiles, counts, band, query_positions, key_positions) -> np.ndarray:
-    """int32 [3, P]: the steps (part, query tile, key tile) in which something may be visible, in this order.
+def visible_steps(tiles, counts, band, query_positions, key_positions) -> np.ndarray:
+    """int32 [2, P]: the steps (query tile, key tile) in which something may be visible, in this order.
 
     All of them unless both positions are NumPy arrays.
     """
-    seen = np.ones((parts, *counts), bool)
+    seen = np.ones(counts, bool)
     if isinstance(query_positions, np.ndarray) and isinstance(key_positions, np.ndarray):
         (first_query, last_query), (first_key, last_key) = (
             extremes(positions, tile, count)
@@ -140,31 +140,26 @@ def pad(array, axis: int, length: int):
     return array if width[axis][1] == 0 else jnp.pad(array, width)
 
 
-def cut(plan: Plan, query, key, value, bias, visible: Visible) -> Tiles:
-    """The arguments in tiles: transposed once, contiguous, batch axes first."""
-    kv_heads, keys = key.shape[2:0:-1]
-    groups = query.shape[2] // kv_heads
+def cut(plan: Plan, part, query, key, value, bias, visible: Visible) -> Tiles:
+    """The arguments of a part in tiles: transposed once, contiguous, batch axes first."""
+    keys, groups = key.shape[1], query.shape[2] // key.shape[2]
     (query_tile, key_tile), (query_count, key_count) = plan.tiles, plan.counts
-
-    def share(array, axis=0):  # parts that an axis of samples, or of heads, is cut into
-        return 1 if array.shape[axis] == 1 else plan.parts[axis]
 
     def rows(array, tile, count):
         if array is None:
             return None
-        return rearrange(pad(array, 1, tile * count), "(p b) (i t) -> p i b t", i=count, p=share(array))
+        return rearrange(pad(parts.share(plan.parts, array, part, None), 1, tile * count), "b (i t) -> i b t", i=count)
 
     def square(array):
         if array is None:
             return None
+        array = parts.share(plan.parts, array, part, 1)
         for axis, tile, count in ((2, query_tile, query_count), (3, key_tile, key_count)):
             array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
-        g = 1 if array.shape[1] == 1 else groups
-        return rearrange(array, "(p b) (r k g) t s -> p r b k g t s", g=g, p=share(array), r=share(array, 1))
+        return rearrange(array, "b (k g) t s -> b k g t s", g=1 if array.shape[1] == 1 else groups)
 
-    p, r = plan.parts
     key, value = (
-        rearrange(pad(x, 1, key_tile * key_count), "(p b) (j s) (r k) h -> (p r) j b k s h", j=key_count, p=p, r=r)
+        rearrange(pad(parts.share(plan.parts, x, part), 1, key_tile * key_count), "b (j s) k h -> j b k s h", j=key_count)
         for x in (key, value)
     )
     seen = Visible(
@@ -175,106 +170,95 @@ def cut(plan: Plan, query, key, value, bias, visible: Visible) -> Tiles:
         square(visible.mask),
     )
     whole = keys == key_tile * key_count
-    real = None if whole else jnp.asarray(np.arange(key_tile * key_count).reshape(1, key_count, 1, key_tile) < keys)
-    return Tiles(cut_queries(plan, query, kv_heads), key, value, square(bias), seen, real)
+    real = None if whole else jnp.asarray(np.arange(key_tile * key_count).reshape(key_count, 1, key_tile) < keys)
+    return Tiles(cut_queries(plan, part, query, groups), key, value, square(bias), seen, real)
 
 
-def cut_queries(plan: Plan, array, kv_heads: int):
-    """[B, T, N, ...] -> [p r, i, b, k, G, t, ...]."""
+def cut_queries(plan: Plan, part, array, groups: int):
+    """What a part has of [B, T, N, ...] -> [i, b, K, G, t, ...]."""
     tile, count = plan.tiles[0], plan.counts[0]
-    array = pad(array, 1, tile * count)
-    (p, r), k = plan.parts, kv_heads // plan.parts[1]
-    return rearrange(array, "(p b) (i t) (r k g) ... -> (p r) i b k g t ...", p=p, r=r, i=count, k=k)
+    array = pad(parts.share(plan.parts, array, part), 1, tile * count)
+    return rearrange(array, "b (i t) (k g) ... -> i b k g t ...", i=count, g=groups)
 
 
-def join_queries(plan: Plan, array, length: int):
-    """[p r, i, b, k, G, t, ...] -> [B, T, N, ...]."""
-    return rearrange(array, "(p r) i b k g t ... -> (p b) (i t) (r k g) ...", r=plan.parts[1])[:, :length]
+def join_queries(array, length: int):
+    """[i, b, K, G, t, ...] -> [b, T, N, ...]."""
+    return rearrange(array, "i b k g t ... -> b (i t) (k g) ...")[:, :length]
 
 
-def take(tiles, part, index):
-    """The tile [...] at (part, index) of [p|1, i, ...]."""
-    return tiles[part if tiles.shape[0] > 1 else 0, index]
+def put(tiles, tile, index):
+    return jax.lax.dynamic_update_index_in_dim(tiles, tile, index, 0)
 
 
-def put(tiles, tile, part, index):
-    return jax.lax.dynamic_update_slice(tiles, tile[None, None], (part, index) + (0,) * tile.ndim)
-
-
-def logits_of(plan: Plan, tiles: Tiles, part, i, j):
+def logits_of(plan: Plan, tiles: Tiles, i, j):
     """The logits of one step, [b, K, G, t, s] in float32, -inf where not visible."""
     precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
-    query, key = take(tiles.query, part, i), take(tiles.key, part, j)
-    logits = plan.scale * jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=precise)
+    logits = plan.scale * jnp.einsum("bkgth,bksh->bkgts", tiles.query[i], tiles.key[j], preferred_element_type=precise)
     if tiles.bias is not None:
-        logits += tile_of(plan, tiles.bias, part, i, j)
-    visible, tests, samples = tiles.visible, [], part // plan.parts[1]
+        logits += jax.lax.dynamic_slice(tiles.bias, *tile_corner(plan, tiles.bias, i, j))
+    visible, tests = tiles.visible, []
     if plan.band is not None:
-        at, of = take(visible.query_positions, samples, i), take(visible.key_positions, samples, j)
-        distance = of[:, None, :] - at[:, :, None]
+        distance = visible.key_positions[j][:, None, :] - visible.query_positions[i][:, :, None]
         left, right = plan.band
         tests += [] if left is None else [distance >= -left]
         tests += [] if right is None else [distance <= right]
     if visible.query_segment_ids is not None:
-        at, of = take(visible.query_segment_ids, samples, i), take(visible.key_segment_ids, samples, j)
-        tests.append(of[:, None, :] == at[:, :, None])
+        tests.append(visible.key_segment_ids[j][:, None, :] == visible.query_segment_ids[i][:, :, None])
     if tiles.real is not None:
-        tests.append(take(tiles.real, part, j)[:, None, :])
+        tests.append(tiles.real[j][:, None, :])
     tests = [test[:, None, None] for test in tests]
     if visible.mask is not None:
-        tests.append(tile_of(plan, visible.mask, part, i, j))
+        tests.append(jax.lax.dynamic_slice(visible.mask, *tile_corner(plan, visible.mask, i, j)))
     return jnp.where(functools.reduce(jnp.logical_and, tests), logits, -jnp.inf) if tests else logits
 
 
-def tile_corner(plan: Plan, array, part, i, j):
-    """Where the tile of a mask or bias [p|1, r|1, b|1, k|1, G|1, T|1, S|1] starts, and its shape."""
-    heads = plan.parts[1]
-    starts = [part // heads if array.shape[0] > 1 else 0, part % heads if array.shape[1] > 1 else 0, 0, 0, 0]
-    shape = [1, 1, *array.shape[2:5]]
-    for size, index, tile in zip(array.shape[5:], (i, j), plan.tiles, strict=True):
+def tile_corner(plan: Plan, array, i, j):
+    """Where the tile of a mask or bias [b|1, K|1, G|1, T|1, S|1] starts, and its shape."""
+    starts, shape = [0, 0, 0], [*array.shape[:3]]
+    for size, index, tile in zip(array.shape[3:], (i, j), plan.tiles, strict=True):
         starts.append(0 if size == 1 else index * tile)
         shape.append(1 if size == 1 else tile)
     return starts, shape
 
 
-def tile_of(plan: Plan, array, part, i, j):
-    return jax.lax.dynamic_slice(array, *tile_corner(plan, array, part, i, j))[0, 0]
-
-
-def add_tile(plan: Plan, array, tile, part, i, j):
+def add_tile(plan: Plan, array, tile, i, j):
     """`array` with `tile`, summed over the axes that `array` broadcasts, added where the tile lies."""
-    starts, shape = tile_corner(plan, array, part, i, j)
-    summed = [axis for axis, size in enumerate(shape[2:]) if size != tile.shape[axis]]
-    tile = tile.sum(summed, keepdims=True)[None, None]
+    starts, shape = tile_corner(plan, array, i, j)
+    tile = tile.sum([axis for axis, size in enumerate(shape) if size != tile.shape[axis]], keepdims=True)
     return jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice(array, starts, shape) + tile, starts)
 
 
 def sweep(plan: Plan, step, carry):
-    """`carry` after `step(carry, part, i, j)` for every step of the plan."""
-    steps = np.frombuffer(plan.steps, np.int32).reshape(3, -1)
+    """`carry` after `step(carry, i, j)` for every step of the plan."""
+    steps = np.frombuffer(plan.steps, np.int32).reshape(2, -1)
     if steps.shape[1] == 1:  # no loop around a single step
-        return step(carry, 0, 0, 0)
+        return step(carry, 0, 0)
     return jax.lax.scan(lambda carry, at: (step(carry, *at), None), carry, tuple(steps))[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def flash(plan: Plan, query, key, value, bias, visible: Visible):
     """Attention over the tiles of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
-    tiles = cut(plan, query, key, value, bias, visible)
     precise = jnp.promote_types(query.dtype, jnp.float32)
 
-    def step(states, part, i, j):
-        def weigh(weights):
-            weights = weights.astype(value.dtype)
-            return jnp.einsum("bkgts,bksv->bkgtv", weights, take(tiles.value, part, j), preferred_element_type=precise)
+    def attend(part):
+        tiles = cut(plan, part, query, key, value, bias, visible)
 
-        state = jax.tree.map(lambda all_tiles: take(all_tiles, part, i), states)
-        state = online.update(state, logits_of(plan, tiles, part, i, j), weigh)
-        return jax.tree.map(lambda all_tiles, tile: put(all_tiles, tile, part, i), states, state)
+        def step(states, i, j):
+            def weigh(weights):
+                weights = weights.astype(value.dtype)
+                return jnp.einsum("bkgts,bksv->bkgtv", weights, tiles.value[j], preferred_element_type=precise)
 
-    states = sweep(plan, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
-    out, lse = online.finish(states)
-    return join_queries(plan, out.astype(query.dtype), query.shape[1]), join_queries(plan, lse, query.shape[1])
+            state = online.update(jax.tree.map(lambda x: x[i], states), logits_of(plan, tiles, i, j), weigh)
+            return jax.tree.map(lambda x, tile: put(x, tile, i), states, state)
+
+        states = sweep(plan, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
+        out, lse = online.finish(states)
+        return join_queries(out.astype(query.dtype), query.shape[1]), join_queries(lse, query.shape[1])
+
+    rows = query.shape[:3]
+    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), jax.ShapeDtypeStruct(rows, precise)
+    return parts.part_by_part(plan.parts, attend, shapes, (2, 2))
 
 
 def flash_forward(plan, query, key, value, bias, visible):
@@ -285,40 +269,44 @@ def flash_forward(plan, query, key, value, bias, visible):
 def flash_backward(plan, residuals, gradients):
     *arguments, out, lse = residuals
     query, key, value, bias, _ = arguments
-    tiles = cut(plan, *arguments)
-    precise = lse.dtype
-    lse, shift, grad_out = (cut_queries(plan, x, key.shape[2]) for x in (*online.residue(out, lse, *gradients), gradients[0]))
+    groups, precise = query.shape[2] // key.shape[2], lse.dtype
+    lse, shift = online.residue(out, lse, *gradients)
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
-    def step(grads, part, i, j):
-        own_query, own_grad, own_key = take(tiles.query, part, i), take(grad_out, part, i), take(tiles.key, part, j)
-        weights = jnp.exp(logits_of(plan, tiles, part, i, j) - take(lse, part, i)[..., None])
-        grad_weights = dot("bkgtv,bksv->bkgts", own_grad, take(tiles.value, part, j))
-        grad_logits = weights * (grad_weights - take(shift, part, i)[..., None])
-        scaled, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
-        changes = (
-            (dot("bkgts,bksh->bkgth", scaled, own_key), i),
-            (dot("bkgth,bkgts->bkhs", own_query, scaled), j),
-            (dot("bkgtv,bkgts->bkvs", own_grad, weights), j),
-        )
-        *arrays, grad_bias = grads
-        arrays = [put(x, take(x, part, at) + by, part, at) for x, (by, at) in zip(arrays, changes, strict=True)]
-        return *arrays, None if bias is None else add_tile(plan, grad_bias, grad_logits, part, i, j)
+    def of_part(part):
+        tiles = cut(plan, part, *arguments)
+        own_lse, own_shift, grad_out = (cut_queries(plan, part, x, groups) for x in (lse, shift, gradients[0]))
 
-    # Gradients of keys and values with the features before the positions: a product that turns a tile of weights takes
-    # twice the time of one that turns a tile of queries.
-    like = tiles.query, tiles.key.swapaxes(4, 5), tiles.value.swapaxes(4, 5), tiles.bias
-    grads = sweep(plan, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), like))
-    grad_query = join_queries(plan, grads[0].astype(query.dtype), query.shape[1])
-    grad_key, grad_value = (
-        rearrange(x.astype(like.dtype), "(p r) j b k h s -> (p b) (j s) (r k) h", r=plan.parts[1])[:, : like.shape[1]]
-        for x, like in zip(grads[1:3], (key, value), strict=True)
-    )
-    grad_bias = None
-    if bias is not None:
-        grad_bias = rearrange(grads[3].astype(bias.dtype), "p r b k g t s -> (p b) (r k g) t s")
-        grad_bias = grad_bias[:, :, : bias.shape[2], : bias.shape[3]]
-    return grad_query, grad_key, grad_value, grad_bias, None
+        def step(grads, i, j):
+            weights = jnp.exp(logits_of(plan, tiles, i, j) - own_lse[i][..., None])
+            grad_weights = dot("bkgtv,bksv->bkgts", grad_out[i], tiles.value[j])
+            grad_logits = weights * (grad_weights - own_shift[i][..., None])
+            scaled, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
+            changes = (
+                (dot("bkgts,bksh->bkgth", scaled, tiles.key[j]), i),
+                (dot("bkgth,bkgts->bkhs", tiles.query[i], scaled), j),
+                (dot("bkgtv,bkgts->bkvs", grad_out[i], weights), j),
+            )
+            *arrays, grad_bias = grads
+            arrays = [put(x, x[at] + by, at) for x, (by, at) in zip(arrays, changes, strict=True)]
+            return *arrays, None if bias is None else add_tile(plan, grad_bias, grad_logits, i, j)
+
+        # Gradients of keys and values with the features before the positions: a product that turns a tile of weights
+        # takes twice the time of one that turns a tile of queries.
+        like = tiles.query, tiles.key.swapaxes(3, 4), tiles.value.swapaxes(3, 4), tiles.bias
+        grads = sweep(plan, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), like))
+        by_key = lambda x: rearrange(x, "j b k h s -> b (j s) k h")[:, : key.shape[1]]
+        grad_query, grad_key, grad_value = join_queries(grads[0], query.shape[1]), by_key(grads[1]), by_key(grads[2])
+        if bias is None:
+            return grad_query, grad_key, grad_value
+        grad_bias = rearrange(grads[3], "b k g t s -> b (k g) t s")[:, :, : bias.shape[2], : bias.shape[3]]
+        return grad_query, grad_key, grad_value, grad_bias
+
+    # Of a bias that parts share, the sum is in float32.
+    shapes = query, key, value, *([] if bias is None else [jax.ShapeDtypeStruct(bias.shape, precise)])
+    grads = parts.part_by_part(plan.parts, of_part, shapes, (2, 2, 2, 1)[: len(shapes)])
+    grads = [x.astype(like.dtype) for x, like in zip(grads, arguments, strict=False)]
+    return *grads, *([None] if bias is None else []), None
 
 
 flash.defvjp(flash_forward, flash_backward)
@@ -331,9 +319,11 @@ def attention(query, key, value, bias, visible: Visible, band, scale: float):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
     (batch, queries, heads), (_, keys, kv_heads) = query.shape[:3], key.shape[:3]
     reach = None if band is None or None in band else sum(band) + 1
-    parts = parts_of(batch, kv_heads, heads // kv_heads, queries, keys, most_of(reach))
-    tiles = tile_sizes(batch * heads // (parts[0] * parts[1]), queries, keys, reach)
+    cuts = parts_of(
+        batch, kv_heads, heads // kv_heads, queries, keys, max(query.shape[3], value.shape[3]), most_of(reach)
+    )
+    tiles = tile_sizes(batch * heads // (cuts[0] * cuts[1]), queries, keys, reach)
     counts = (-(-queries // tiles[0]), -(-keys // tiles[1]))
-    steps = visible_steps(parts[0] * parts[1], tiles, counts, band, visible.query_positions, visible.key_positions)
-    plan = Plan(parts, tiles, counts, steps.tobytes(), band, scale)
+    steps = visible_steps(tiles, counts, band, visible.query_positions, visible.key_positions)
+    plan = Plan(cuts, tiles, counts, steps.tobytes(), band, scale)
     return compiled(plan, query, key, value, bias, visible)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from subquad.kernels.softmax import online
+from subquad.kernels.softmax import online, parts
 from subquad.kernels.strided.pattern import Pattern
 
 # Bytes of one tile of logits; the rows of queries and of keys in it. On an accelerator every step is a launch.
@@ -210,9 +210,31 @@ def keys_of(pattern: Pattern, sweep: Sweep, length: int, key, value, valid):
     return columns(key), columns(value), valid, positions
 
 
+def parts_of(pattern: Pattern, query, value) -> tuple[int, int]:
+    """Parts of the batch and of the heads, which stay together where their columns differ."""
+    batch, length, heads = query.shape[:3]
+    room = parts.room(length, max(query.shape[3], value.shape[3]))
+    differ = pattern.columns is not None and len(pattern.columns) > 1
+    return parts.parts_of(batch, 1 if differ else heads, heads if differ else 1, room)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def flash(pattern: Pattern, length: int, scale: float, query, key, value, valid):
     """Attention under `pattern`; the arrays may be padded beyond `length`."""
+    precise = jnp.promote_types(query.dtype, jnp.float32)
+    cuts = parts_of(pattern, query, value)
+
+    def attend(part):
+        own = [parts.share(cuts, x, part) for x in (query, key, value)]
+        return attend_part(pattern, length, scale, *own, parts.share(cuts, valid, part, None))
+
+    rows = query.shape[:3]
+    shapes = jax.ShapeDtypeStruct((*rows, value.shape[3]), query.dtype), jax.ShapeDtypeStruct(rows, precise)
+    return parts.part_by_part(cuts, attend, shapes, (2, 2))
+
+
+def attend_part(pattern, length, scale, query, key, value, valid):
+    """`flash` of some samples and heads."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     states = online.start(query.shape[:3], value.shape[3], precise)
     for sweep in plan(pattern, query.shape[0], length, query.shape[2]):
@@ -239,8 +261,19 @@ def flash_forward(pattern, length, scale, query, key, value, valid):
 
 def flash_backward(pattern, length, scale, residuals, gradients):
     query, key, value, valid, out, lse = residuals
-    grad_out, precise = gradients[0], lse.dtype
-    lse, shift = online.residue(out, lse, *gradients)
+    cuts = parts_of(pattern, query, value)
+    rows = *online.residue(out, lse, *gradients), gradients[0]
+
+    def grads_of(part):
+        own = [parts.share(cuts, x, part) for x in (query, key, value, *rows)]
+        return gradients_part(pattern, length, scale, *own, parts.share(cuts, valid, part, None))
+
+    return *parts.part_by_part(cuts, grads_of, (query, key, value), (2, 2, 2)), None
+
+
+def gradients_part(pattern, length, scale, query, key, value, lse, shift, grad_out, valid):
+    """The gradients of query, key and value of some samples and heads."""
+    precise = lse.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
     grads = tuple(jnp.zeros(x.shape, precise) for x in (query, key, value))
     for sweep in plan(pattern, query.shape[0], length, query.shape[2]):
@@ -268,7 +301,7 @@ def flash_backward(pattern, length, scale, residuals, gradients):
         columns = pick(pattern, length)[0]
         spread = lambda like, grad, columns=columns: like + jax.linear_transpose(columns, like)(grad)[0]
         grads = (grad_query, *map(spread, grads[1:], compact))
-    return *(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), None
+    return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
 
 
 flash.defvjp(flash_forward, flash_backward)

@@ -286,11 +286,12 @@ def test_work_is_that_of_the_visible_tiles():
 @pytest.mark.parametrize("queries", [1, 60, 512, 8192])
 def test_a_tile_of_logits_stays_below_the_memory_cliff(batch, queries):
     for keys in (queries, 8192):
-        parts = xla.parts_of(batch, 8, 2, queries, keys, xla.most_of(None))
+        parts = xla.parts_of(batch, 8, 2, queries, keys, 64, xla.most_of(None))
         assert batch % parts[0] == 0 and 8 % parts[1] == 0
         rows = batch * 16 // (parts[0] * parts[1])
         query_tile, key_tile = xla.tile_sizes(rows, queries, keys, None)
         assert 4 * rows * query_tile * key_tile <= 8 << 20
+        assert 4 * rows * max(queries, keys) * 64 <= 32 << 20
         assert query_tile >= min(queries, 100) and key_tile >= min(keys, 50)
 
 
