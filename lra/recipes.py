@@ -217,6 +217,11 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     config = overrides.get("config", rules.defaults.get("config", Run.config))
     values = {**rules.defaults, **rules.configs.get(config, {}), **overrides, "recipe": recipe, "layer": layer}
     task = tasks.find(values.get("task", Run.task), config)
+    if task.kind != "classification":
+        raise ValueError(
+            f"task must have one sequence and one label, got {task.name!r} ({task.kind.replace('_', ' ')}). "
+            "Its data can be prepared and read, but the trainer does not learn it yet."
+        )
     length = task.length + (values.get("pooling", Run.pooling) == "cls")
     options = {
         name: length if value == "{length}" else value

@@ -323,8 +323,8 @@ def test_time_and_memory_are_linear(monkeypatch):
     flops, memory = cost(4096)
     twice_flops, twice_memory = cost(8192)
     assert twice_flops < 2.1 * flops and twice_memory < 2.2 * memory
-    # The inputs take 4 MiB; weights kept for the backward pass would take 4 x 2 x 4096 x 128 x 4 bytes = 16 MiB.
-    assert memory < 14 * 2**20
+    # The inputs take 4 MiB; weights kept for the backward pass would take 4 x 2 x 4096 x 128 x 4 bytes = 16 MiB more.
+    assert memory < 18 * 2**20
     # More rounds cost indices (10 integers per token and round here), not rows.
     assert cost(4096, rounds=8)[1] - memory < 4 * 2 * 4096 * 16 * 4
 

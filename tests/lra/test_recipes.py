@@ -55,6 +55,7 @@ def test_the_length_of_the_task_reaches_the_layers_options():
         (dict(recipe="quikstart"), ValueError, "recipe must .* Did you mean 'quickstart'"),
         (dict(layer="perfomer"), ValueError, "layer must .* Did you mean 'performer'"),
         (dict(task="listop"), ValueError, "task must .* Did you mean 'listops'"),
+        (dict(task="retrieval", config="lra"), ValueError, "task must have one sequence and one label, got 'retrieval'"),
         (dict(config="smal"), ValueError, "config must .* Did you mean 'small'"),
         (dict(stps=1), TypeError, "stps must .* Did you mean 'steps'"),
         (dict(layer_options=dict(num_head=2)), TypeError, "num_head must .* Did you mean 'num_heads'"),
