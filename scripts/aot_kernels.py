@@ -12,10 +12,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from subquad.kernels import dispatch, launch, machine_code, specs  # noqa: E402
-from subquad.lra import commands  # noqa: E402
+from subquad.lra import commands, racing  # noqa: E402
 
 OUT = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "aot.csv"
 DTYPES = ("bfloat16", "float32")
@@ -66,7 +65,7 @@ def main() -> int:
     chosen = [spec for spec in chosen if "triton" in spec.implementations]
     out = pathlib.Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    table = Table("spec", "kernel", "dtype", "target", "registers", "spills", "shared KiB", "tensor cores", "fits")
+    shown = []
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
@@ -75,13 +74,14 @@ def main() -> int:
                 writer.writerow(row)
                 file.flush()
                 if row["refused"]:
-                    table.add_row(row["spec"], row["kernel"], row["dtype"], row["target"], *4 * ["-"], "refused")
+                    shown.append([row["spec"], row["kernel"], row["dtype"], row["target"], *4 * ["-"], "refused"])
                     continue
-                table.add_row(
+                shown.append([
                     row["spec"], row["kernel"], row["dtype"], row["target"], str(row["registers"]), str(row["spills"]),
                     str(row["shared"] >> 10), str(row["tensor_core"]), "yes" if row["fits"] else "no",
-                )  # fmt: skip
-    Console().print(table)
+                ])  # fmt: skip
+    heading = "spec", "kernel", "dtype", "target", "registers", "spills", "shared KiB", "tensor cores", "fits"
+    racing.show(heading, shown, left=4)
     print(f"Wrote {out}.")
     return 0
 
