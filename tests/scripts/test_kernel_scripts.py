@@ -1,12 +1,15 @@
 """The commands about Triton kernels, on a machine without a GPU."""
 
 import csv
+import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from subquad.kernels import launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -38,10 +41,18 @@ def test_each_operation_has_lengths_of_its_own(tmp_path):
 
 
 @pytest.mark.aot
-def test_the_tuner_lists_what_fits():
-    done = run("tune_kernels.py", "--list", "--spec", "matrix.sinkhorn/plain", "--length", 64, "--dtype", "float32")
-    assert done.returncode == 0, done.stderr
-    assert "fit sm_90" in done.stdout and "warps=4" in done.stdout
+def test_the_tuner_lists_what_fits(monkeypatch, capsys):
+    place = importlib.util.spec_from_file_location("tune_kernels", ROOT / "scripts" / "tune_kernels.py")
+    tuner = importlib.util.module_from_spec(place)
+    place.loader.exec_module(tuner)
+    words = ["--list", "--spec", "matrix.sinkhorn/plain", "--length", "64", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["tune_kernels", *words])
+    candidates = tuner.around(launch.Config({"BLOCK": 64}))
+    assert len(candidates) == len(set(candidates)) > 10
+    monkeypatch.setattr(tuner, "around", lambda heuristic: candidates[:2])  # each takes a second to compile
+    assert tuner.main() == 0
+    listed = capsys.readouterr().out
+    assert "2 of 2 fit sm_90" in listed and "{'BLOCK': 64} warps=4" in listed
 
 
 @pytest.mark.parametrize(
