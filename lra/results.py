@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -62,13 +63,36 @@ class Result:
     versions: str
     hardware: str
     finished_utc: str
+    # Files of earlier versions have no columns for what follows.
+    protocol: str | None = None  # "lra-2020" or "modern"
+    configuration_hash: str | None = None  # of `configuration`, see `configuration_hash`
+    collapsed_step: int | None = None  # from which on the loss stayed at chance level, having been below it
+    bits_per_byte: float | None = None  # of a language model, as `accuracy`, `accuracy_best` and `accuracy_last`
+    bits_per_byte_best: float | None = None
+    bits_per_byte_last: float | None = None
+    floor_bag: float | None = None  # how often each token occurs, and no order
+    floor_network: float | None = None  # a small convolutional network, see `data.probe`
 
 
 FIELDS = [one.name for one in dataclasses.fields(Result)]
+_REQUIRED = [one.name for one in dataclasses.fields(Result) if one.default is dataclasses.MISSING]
+
+
+def configuration_hash(configuration: str | Mapping) -> str:
+    """16 hexadecimal digits that name a configuration, the JSON text or the values.
+
+    Example:
+        >>> configuration_hash({"b": 1, "a": 2}) == configuration_hash('{"a": 2, "b": 1}')
+        True
+    """
+    values = json.loads(configuration) if isinstance(configuration, str) else configuration
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def append(result: Result, path: str | os.PathLike) -> None:
     """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
+
+    A file of an earlier version gets the columns that it lacks first, empty, in one step.
 
     Raises: RunError: the file cannot be written, or has other columns; the message carries the row, so nothing is lost.
     """
@@ -79,7 +103,8 @@ def append(result: Result, path: str | os.PathLike) -> None:
     try:
         held = path.read_text() if path.exists() else ""
         if held and held.split("\n", 1)[0].split(",") != FIELDS:
-            raise ValueError("other columns")
+            held = _upgraded(held)
+            _replace(path, held)
         if text not in held:
             with path.open("a", newline="") as file:
                 file.write(text if held else ",".join(FIELDS) + "\n" + text)
@@ -94,14 +119,37 @@ def append(result: Result, path: str | os.PathLike) -> None:
         ) from error
 
 
+def _upgraded(text: str) -> str:
+    """The text of an earlier version's file with today's columns."""
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    names = text.split("\n", 1)[0].strip().split(",")
+    if not set(_REQUIRED) <= set(names) <= set(FIELDS):
+        raise ValueError("other columns")
+    return ",".join(FIELDS) + "\n" + "".join(_line({name: row.get(name, "") for name in FIELDS}) for row in rows)
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def failure(run, task, reason: str) -> Result:
     """The row of a run that could not be trained."""
     blank = {one.name: None for one in dataclasses.fields(Result)}
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
     shared = ("layer", "task", "config", "recipe", "seed", "selection", "steps", "batch_size")
     known = dict(
         status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset,
-        source=task.source, parameters=0, configuration=json.dumps(dataclasses.asdict(run), sort_keys=True),
-        finished_utc=now(),
+        source=task.source, parameters=0, configuration=configuration, configuration_hash=configuration_hash(configuration),
+        protocol=getattr(run, "protocol", None), finished_utc=now(),
     )  # fmt: skip
     return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **environment()})
 
@@ -153,7 +201,7 @@ def _line(row: Mapping) -> str:
 
 
 def read(path: str | os.PathLike) -> list[Result]:
-    """The rows of a CSV file; none where there is no file.
+    """The rows of a CSV file; none where there is no file. Columns that an earlier version did not have are None.
 
     Raises: RunError: the file has other columns, or a cell that cannot be read.
     """
@@ -163,8 +211,9 @@ def read(path: str | os.PathLike) -> list[Result]:
     kinds = {one.name: one.type for one in dataclasses.fields(Result)}
     try:
         with path.open(newline="") as file:
+            known = lambda row: [name for name in FIELDS if name in row or name in _REQUIRED]
             return [
-                Result(**{name: _parse(row[name], kinds[name]) for name in FIELDS}) for row in csv.DictReader(file)
+                Result(**{name: _parse(row[name], kinds[name]) for name in known(row)}) for row in csv.DictReader(file)
             ]
     except (KeyError, ValueError, TypeError) as error:
         raise RunError(

@@ -66,6 +66,47 @@ def test_a_file_with_other_columns_is_left_alone_and_the_row_is_told(tmp_path):
         results.read(path)
 
 
+def older_file(path):
+    """A file of the version before there were protocols."""
+    rows = [row(), row("s4", 0.1 + 0.2, seed=1)]
+    for one in rows:
+        results.append(one, path)
+    lines = [line.rsplit(",", results.FIELDS[::-1].index("finished_utc"))[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    assert lines[0].endswith("finished_utc") and lines[1].endswith("Z")
+    return rows
+
+
+def test_files_of_earlier_versions_are_read_and_brought_up_to_date(tmp_path):
+    path = tmp_path / "table.csv"
+    rows = older_file(path)
+    assert results.read(path) == rows
+    newer = row("local", protocol="modern", configuration_hash="0123", collapsed_step=4, bits_per_byte=1.25)
+    results.append(newer, path)
+    assert results.read(path) == [*rows, newer]
+    assert path.read_text().split("\n", 1)[0].split(",") == results.FIELDS
+    assert [one.name for one in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_file_that_cannot_be_brought_up_to_date_is_kept(monkeypatch, tmp_path):
+    path = tmp_path / "table.csv"
+    older_file(path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results.os, "replace", full)
+    with pytest.raises(checkpoints.RunError, match="No space left on device.*the row was: ok,local"):
+        results.append(row("local"), path)
+    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_configuration_is_named_whatever_the_order_of_its_values():
+    assert results.configuration_hash({"a": 1, "b": 2}) == results.configuration_hash('{"b": 2, "a": 1}')
+    assert results.configuration_hash({"a": 1}) != results.configuration_hash({"a": 2})
+
+
 def test_a_full_disk_tells_the_row_and_leaves_the_others(monkeypatch, tmp_path):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
