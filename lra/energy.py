@@ -1,0 +1,139 @@
+"""Energy of a call: counters of the machine where it has some, else stated power times time; CO2e and price by stated rates.
+
+    joules = counter after - counter before,    or watts x seconds, marked "estimated"
+"""
+
+import importlib
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+POWERCAP = pathlib.Path("/sys/class/powercap")
+LEAST_CALLS = 3
+
+
+class Meter(NamedTuple):
+    """Counters of energy that only rise, until they start again at 0.
+
+    Attributes:
+        source: what they count.
+        read: their values, in joules.
+        ranges: the value, in joules, at which each starts again; infinity where it does not.
+    """
+
+    source: str
+    read: Callable[[], list[float]]
+    ranges: list[float]
+
+    def spent(self, before: Sequence[float], after: Sequence[float]) -> float:
+        """Joules between two readings, each counter started again at most once."""
+        pairs = zip(before, after, self.ranges, strict=True)
+        return sum(late - early if late >= early else late - early + full for early, late, full in pairs)
+
+
+class Cost(NamedTuple):
+    """What one call costs beside time; None where nothing tells, each number with what it rests on."""
+
+    energy_joules: float | None = None
+    energy_source: str | None = None
+    co2e_grams: float | None = None
+    co2e_assumption: str | None = None
+    price: float | None = None
+    price_assumption: str | None = None
+
+
+def meter(device, powercap: pathlib.Path = POWERCAP) -> tuple[Meter | None, str]:
+    """The meter of a device, and why there is none.
+
+    A GPU's is NVIDIA's NVML (package nvidia-ml-py), of the whole board. A CPU's is Linux's RAPL, of all packages and
+    their memory, which only the superuser may read on most systems. Both count idle power and what other programs do.
+
+    Args:
+        device: a `jax.Device`.
+        powercap: the folder of RAPL's counters.
+    """
+    try:
+        return (_nvml(device) if device.platform == "gpu" else _rapl(powercap)), ""
+    except Exception as error:  # a library that is absent, a driver that does not know the counter, a file not to be read
+        return None, f"{type(error).__name__}: {error}".strip()
+
+
+def _nvml(device) -> Meter:
+    nvml = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    index = device.local_hardware_id
+    name = visible[index] if visible else str(index)
+    if name.isdigit():
+        handle = nvml.nvmlDeviceGetHandleByIndex(int(name))
+    else:
+        handle = nvml.nvmlDeviceGetHandleByUUID(name)
+    read = lambda: [nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3]
+    read()  # refused before Volta
+    return Meter("NVML, the whole board, idle power included", read, [float("inf")])
+
+
+def _rapl(powercap: pathlib.Path) -> Meter:
+    zones = []
+    for zone in sorted(powercap.glob("intel-rapl:*")):
+        name = (zone / "name").read_text().strip()
+        # A package holds its cores and its graphics, but not its memory; psys holds the packages again.
+        if re.match(r"package-\d+$|dram$", name):
+            zones.append(zone)
+    if not zones:
+        raise FileNotFoundError(f"no RAPL counters in {powercap}")
+    number = lambda zone, name: int((zone / name).read_text()) / 1e6
+    read = lambda: [number(zone, "energy_uj") for zone in zones]
+    read()
+    return Meter("RAPL, all packages, idle power included", read, [number(zone, "max_energy_range_uj") for zone in zones])
+
+
+def per_call(
+    call: Callable[[], Any], counters: Meter, seconds: float = 2.0, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Joules of one call: calls are made for so many seconds, three at least, between two readings of the counters.
+
+    NVML's counter moves about ten times a second, so that a shorter time would be read wrong by more than a tenth.
+    """
+    began, before, calls = clock(), counters.read(), 0
+    while calls < LEAST_CALLS or clock() - began < seconds:
+        call()
+        calls += 1
+    return counters.spent(before, counters.read()) / calls
+
+
+def cost(
+    seconds: float,
+    joules: float | None = None,
+    source: str | None = None,
+    *,
+    watts: float | None = None,
+    grid_intensity: float | None = None,
+    price_per_hour: float | None = None,
+    currency: str = "USD",
+) -> Cost:
+    """Everything that a call of `seconds` costs.
+
+    Args:
+        seconds: of one call.
+        joules, source: as a meter measured them; None: estimated from `watts`, where that is given.
+        watts: power of the whole machine or device.
+        grid_intensity: grams of CO2 equivalent per kilowatt-hour. None: not computed.
+        price_per_hour: of the machine, in `currency`. None: not computed.
+    Example:
+        >>> cost(2.0, watts=350.0, grid_intensity=400.0).energy_joules
+        700.0
+    """
+    if joules is None and watts is not None:
+        joules, source = watts * seconds, f"estimated from {watts:g} W"
+    found = Cost(energy_joules=joules, energy_source=source if joules is not None else None)
+    if joules is not None and grid_intensity is not None:
+        grams = joules / 3.6e6 * grid_intensity
+        found = found._replace(co2e_grams=grams, co2e_assumption=f"{grid_intensity:g} g CO2e per kWh")
+    if price_per_hour is not None:
+        price = seconds / 3600 * price_per_hour
+        found = found._replace(price=price, price_assumption=f"{price_per_hour:g} {currency} per hour")
+    return found
