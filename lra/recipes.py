@@ -10,7 +10,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import models, tasks
+from subquad.lra.recipes_arena import CELLS, RECIPES
+from subquad.lra.recipes_base import Cell, Recipe, settings
 from subquad.zoo import LAYERS
+
+__all__ = ["CELLS", "RECIPES", "Cell", "Recipe", "Run", "plan"]
 
 Pooling = Literal["mean", "max", "first", "last", "cls"]
 Schedule = Literal["cosine", "rsqrt", "constant"]
@@ -78,119 +82,6 @@ class Run:
         return f"{self.layer}-seed{self.seed}-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Settings that several layers share.
-
-    Attributes:
-        id: what `plan` takes.
-        defaults: values of `Run`; configs: what replaces them in some of the tasks' configurations.
-        layers: the options of each layer's constructor; `{length}` stands for the length of the task's sequences.
-        equal_parameters: choose mlp_features per layer such that all have the parameters of the softmax model.
-        source: paper or reason.
-    """
-
-    id: str
-    defaults: Mapping[str, Any]
-    layers: Mapping[str, Mapping[str, Any]]
-    equal_parameters: bool
-    source: str
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a published table: the run that answers to it, and what the paper found.
-
-    Attributes:
-        paper, table, row, column: where it stands.
-        recipe, layer, overrides: what `plan` takes.
-        expected: the published value, in per cent.
-        tolerance: a difference up to it, in percentage points, counts as reproduced.
-        note: what the published model really computed, where that is not what its name says.
-    """
-
-    paper: str
-    table: str
-    row: str
-    column: str
-    recipe: str
-    layer: str
-    overrides: Mapping[str, Any]
-    expected: float
-    tolerance: float
-    note: str = ""
-
-
-RECIPES = {
-    recipe.id: recipe
-    for recipe in (
-        Recipe(
-            id="quickstart",
-            defaults={},
-            layers={
-                "softmax": dict(num_heads=4),
-                "blockwise": dict(num_heads=4, max_length="{length}", block_size=32),
-                "local": dict(num_heads=4, window_size=16),
-                "strided": dict(num_heads=4, stride=16),
-                "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
-                "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
-                "performer": dict(num_heads=4, num_features=32),
-                "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
-                "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
-            },
-            equal_parameters=True,
-            source="subquad",
-            # Ten times as long, so wider, too: else Linformer's projections alone would be more than the budget.
-            configs={"lra": dict(in_features=128, mlp_features=512, evaluate_every=150)},
-        ),
-        Recipe(
-            id="lra-2020",
-            defaults=dict(
-                config="lra", in_features=512, num_layers=4, mlp_features=1024, pooling="cls", positions="sinusoidal",
-                dropout_rate=0.1, steps=5000, batch_size=32, learning_rate=0.05, schedule="rsqrt", warmup_steps=1000,
-                weight_decay=0.1, decay="all", eps=1e-9, clip_norm=None, evaluate_every=50, selection="last",
-            ),
-            layers={
-                "softmax": dict(num_heads=8),
-                "local": dict(num_heads=8, window_size=50),
-                "strided": dict(num_heads=8, pattern="fixed", stride=50, num_summary=10),
-                "reformer": dict(num_heads=8, num_hashes=1, num_buckets=10, chunk_size=200),
-                "linformer": dict(num_heads=8, max_length="{length}", num_landmarks=16),
-                "performer": dict(num_heads=8, num_features=2),
-            },
-            equal_parameters=False,
-            source="Tay et al. 2020, arXiv 2011.04006, released configuration of ListOps (google-research/"
-            "long-range-arena@cd31e5c)",
-        ),
-    )
-}  # fmt: skip
-
-
-def _lra_listops(row: str, layer: str, expected: float, note: str = "", **overrides) -> Cell:
-    """One seed was published without a deviation; two points is the spread that re-runs of these models show."""
-    return Cell("lra", "1", row, "ListOps", "lra-2020", layer, overrides, expected, 2.0, note)
-
-
-CELLS = (
-    _lra_listops("Transformer", "softmax", 36.37),
-    _lra_listops(
-        "Local Attention", "local", 15.82,
-        "The released layer attends within strided groups of 50 positions, not to neighbours.",
-    ),
-    _lra_listops(
-        "Sparse Transformer", "strided", 17.07, "The released layer is a dense causal attention under a mask.",
-    ),
-    _lra_listops("Linformer", "linformer", 35.70, "The released rank is 16, one projection for keys and values."),
-    _lra_listops(
-        "Reformer", "reformer", 37.27, "The released layer multiplies the logits by sqrt(d) and has one hash round."
-    ),
-    _lra_listops(
-        "Performer", "performer", 18.01, "The released configuration has 2 random features.",
-    ),
-)  # fmt: skip
-
-
 def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run:
     """The run of a layer under a recipe: defaults < recipe < `overrides`, then an equal number of parameters.
 
@@ -214,9 +105,10 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     for name in overrides:
         if name not in named:
             raise TypeError(f"{name} must be a value of a run, got {name}={overrides[name]!r}. {nearest(name, named)}")
-    config = overrides.get("config", rules.defaults.get("config", Run.config))
-    values = {**rules.defaults, **rules.configs.get(config, {}), **overrides, "recipe": recipe, "layer": layer}
-    task = tasks.find(values.get("task", Run.task), config)
+    task_name = overrides.get("task", rules.defaults.get("task", Run.task))
+    known = settings(rules, task_name, overrides.get("config"), layer)
+    values = {**known, **overrides, "recipe": recipe, "layer": layer}
+    task = tasks.find(task_name, values.get("config", Run.config))
     if task.kind != "classification":
         raise ValueError(
             f"task must have one sequence and one label, got {task.name!r} ({task.kind.replace('_', ' ')}). "
@@ -225,7 +117,7 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     length = task.length + (values.get("pooling", Run.pooling) == "cls")
     options = {
         name: length if value == "{length}" else value
-        for name, value in {**rules.layers.get(layer, {}), **values.get("layer_options", {})}.items()
+        for name, value in {**known["layer_options"], **overrides.get("layer_options", {})}.items()
     }
     run = Run(**{**values, "layer_options": options})
     _check(run)
