@@ -76,13 +76,13 @@ def write_json(path: pathlib.Path, values: dict) -> None:
         aside.replace(path)
 
 
-def write_history(path: pathlib.Path, progress: dict) -> None:
-    """Writes the losses of all steps, and the validations, as CSV."""
-    validation = {step: (accuracy, loss) for step, accuracy, loss in progress["validation"]}
+def write_history(path: pathlib.Path, progress: dict, score: str = "accuracy") -> None:
+    """Writes the losses of all steps, and the validations, as CSV; `score` names what validation measures."""
+    validation = {step: (value, loss) for step, value, loss in progress["validation"]}
     with _explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
         with path.open("w", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["step", "train_loss", "validation_accuracy", "validation_loss"])
+            rows.writerow(["step", "train_loss", f"validation_{score}", "validation_loss"])
             for step, loss in enumerate(progress["losses"], 1):
                 rows.writerow([step, loss, *validation.get(step, ("", ""))])
 

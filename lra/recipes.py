@@ -45,6 +45,7 @@ class Run:
         dtype: of activations; parameters are float32.
         evaluate_every: steps between validations, each of which also saves a checkpoint.
         selection: which parameters the reported test accuracy is of: "best" on validation, or the "last".
+        protocol: the rules that a number was made by: "lra-2020", those of the arena's code, or "modern".
     """
 
     recipe: str = "quickstart"
@@ -74,6 +75,7 @@ class Run:
     dtype: Dtype = "float32"
     evaluate_every: int = 50
     selection: Selection = "best"
+    protocol: Literal["lra-2020", "modern"] = "modern"
 
     @property
     def id(self) -> str:
@@ -88,7 +90,8 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     Args:
         recipe: a key of `RECIPES`.
         layer: a key of `zoo.LAYERS`; one that the recipe does not list is built with its own defaults.
-        overrides: values of `Run`; layer_options are merged into the recipe's.
+        overrides: values of `Run`; layer_options are merged into the recipe's; task may be a `tasks.Task` of your own, which
+            `train` is then given, too.
     Raises:
         ValueError: unknown recipe, layer, task or configuration, or a value out of its range.
         TypeError: an override that is no attribute of `Run`, or has the wrong type.
@@ -101,6 +104,11 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     if layer not in LAYERS:
         raise ValueError(f"layer must be a known name, got {layer!r}. {nearest(layer, LAYERS)}")
     rules = RECIPES[recipe]
+    own = overrides["task"] if isinstance(overrides.get("task"), tasks.Task) else None
+    if own is not None:
+        if overrides.get("config", own.config) != own.config:
+            raise ValueError(f"config must be the task's, {own.config!r}, got {overrides['config']!r}. Leave it out.")
+        overrides = {**overrides, "task": own.name, "config": own.config}
     named = {one.name for one in dataclasses.fields(Run)}
     for name in overrides:
         if name not in named:
@@ -108,7 +116,7 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     task_name = overrides.get("task", rules.defaults.get("task", Run.task))
     known = settings(rules, task_name, overrides.get("config"), layer)
     values = {**known, **overrides, "recipe": recipe, "layer": layer}
-    task = tasks.find(task_name, values.get("config", Run.config))
+    task = tasks.of(task_name, values.get("config", Run.config), own)
     if task.kind != "classification":
         raise ValueError(
             f"task must have one sequence and one label, got {task.name!r} ({task.kind.replace('_', ' ')}). "

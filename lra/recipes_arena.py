@@ -30,6 +30,7 @@ RECIPES = {
                 config="lra", in_features=512, num_layers=4, mlp_features=1024, pooling="cls", positions="sinusoidal",
                 dropout_rate=0.1, steps=5000, batch_size=32, learning_rate=0.05, schedule="rsqrt", warmup_steps=1000,
                 weight_decay=0.1, decay="all", eps=1e-9, clip_norm=None, evaluate_every=50, selection="last",
+                protocol="lra-2020",
             ),
             layers={
                 "softmax": dict(num_heads=8),

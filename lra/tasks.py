@@ -1,8 +1,10 @@
 """The tasks: what goes in, what comes out, and what a rule that computes nothing would reach."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra.data import catalogue, encodings, floors, listops
@@ -140,3 +142,73 @@ def find(name: str, config: str) -> Task:
     if config not in TASKS[name]:
         raise ValueError(f"config must be a configuration of {name}, got {config!r}. {nearest(config, TASKS[name])}")
     return TASKS[name][config]
+
+
+def of(name: str, config: str, task: Task | None = None) -> Task:
+    """The task of a run: `task` where it is given and has this name and configuration, else `find`.
+
+    Raises: ValueError: `task` is another; or as `find`.
+    """
+    if task is None:
+        return find(name, config)
+    if (task.name, task.config) != (name, config):
+        raise ValueError(
+            f"train: task must be the run's, {name}/{config}, got {task.name}/{task.config}. "
+            "Plan the run with the same record: recipes.plan(task=task)."
+        )
+    return task
+
+
+# Arrays of an example, by kind of task, and its label.
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    "classification": ("inputs", "label"),
+    "pair": ("inputs1", "inputs2", "label"),
+    "language_model": ("inputs", "targets"),
+}
+_LOOKED_AT = 1000
+
+
+def check_splits(task: Task, splits: Mapping[str, Iterable[dict]]) -> dict[str, Sequence[dict]]:
+    """A user's own examples, as sequences: what has no length is read into a list.
+
+    Up to 1,000 examples of each split, evenly spread, are looked at.
+
+    Raises: ValueError: a split is missing or empty; an example has other fields than the task's kind, ids outside of
+        1..vocabulary_size-1, or a label outside of 0..num_classes-1.
+    """
+    found: dict[str, Sequence[dict]] = {}
+    for split in ("train", "validation", "test"):
+        if split not in splits:
+            raise ValueError(f"train: splits must have {split!r}, got {sorted(splits)}. Hold some examples out for it.")
+        given = splits[split]
+        examples = given if hasattr(given, "__len__") and hasattr(given, "__getitem__") else list(given)
+        if not len(examples):
+            raise ValueError(f"train: splits[{split!r}] must have examples, got none. An iterator can be read only once.")
+        for index in range(0, len(examples), max(1, len(examples) // _LOOKED_AT)):
+            _check_example(task, f"splits[{split!r}][{index}]", examples[index])
+        found[split] = examples
+    return found
+
+
+def _check_example(task: Task, name: str, example: dict) -> None:
+    wanted = FIELDS[task.kind]
+    if set(example) != set(wanted):
+        raise ValueError(f"train: {name} must have the fields {wanted} of kind {task.kind}, got {sorted(example)}.")
+    bounds = {"label": (0, task.num_classes), "targets": (0, task.num_classes)}
+    for field in wanted:
+        low, high = bounds.get(field, (1, task.vocabulary_size))
+        values = np.asarray(example[field])
+        if values.dtype.kind not in "iu" or values.ndim != (field != "label") or not values.size:
+            raise ValueError(
+                f"train: {name}[{field!r}] must be {'an integer' if field == 'label' else 'a sequence of integers'}, "
+                f"got {values.dtype} of shape {values.shape}."
+            )
+        if values.min() < low or values.max() >= high:
+            raise ValueError(
+                f"train: {name}[{field!r}] must be in {low}..{high - 1}, got {values.min()}..{values.max()}. "
+                "Id 0 is padding: shift yours by one, or set the task's vocabulary_size and num_classes."
+            )
+    if task.kind == "language_model" and len(example["inputs"]) != len(example["targets"]):
+        raise ValueError(
+            f"train: {name} must have as many targets as inputs, got {len(example['targets'])} and {len(example['inputs'])}."
+        )

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,14 @@ from flax import nnx
 from subquad.lra import measure, models, results, tasks
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
+from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.progress import Progress, Stopwatch
 from subquad.lra.recipes import Run
 
 # Steps between looks at the loss. Each look waits for the device.
 LOOK = 10
+# Values of a run that are columns of its result.
+SHARED = ("layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size")
 
 
 def train(
@@ -36,6 +39,8 @@ def train(
     *,
     out: str | os.PathLike,
     data_dir: str | os.PathLike | None = None,
+    task: tasks.Task | None = None,
+    splits: Mapping[str, Iterable[dict]] | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> results.Result:
@@ -48,23 +53,28 @@ def train(
         run: see `recipes.plan`.
         out: the run's folder; made if it is not there.
         data_dir: where data sets are; None takes TFDS's own.
+        task: the task that the run was planned for, where it is none of `tasks.TASKS`.
+        splits: the examples of "train", "validation" and "test" as `data.encodings` makes them; None: the task's data set.
         resume: go on from the checkpoint in `out`, or return the result that is there; with neither, start.
         quiet: no progress on stderr.
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number.
     Raises:
-        ValueError: unknown task, or a batch larger than the data.
+        ValueError: unknown task, another than the run's, or a batch larger than the data.
         RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`.
         Interrupted: Ctrl-C; the checkpoint of that step is saved.
         DatasetError: the data set is damaged or cannot be written.
     """
-    task = tasks.find(run.task, run.config)
+    task = tasks.of(run.task, run.config, task)
+    objective = OBJECTIVES[task.kind]
+    if splits is not None:
+        splits = tasks.check_splits(task, splits)
     parameter_count = models.count_parameters(run, task)
     # Parameters, two moments and the best parameters, 4 bytes each, in the old checkpoint and the new.
     out = open_folder(out, needed_bytes=2 * 4 * 4 * parameter_count)
     finished = claim(out, dataclasses.asdict(run), resume)
     if finished:
         return results.Result(**finished)
-    splits, source = store.load(task.dataset, data_dir)
+    splits, source = store.load(task.dataset, data_dir) if splits is None else (splits, f"{task.dataset} as passed to train")
     batches = pipeline.training_batches(splits["train"], batch_size=run.batch_size, length=task.length, seed=run.seed)
     held_out = list(pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length))
 
@@ -82,11 +92,11 @@ def train(
 
     with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_interrupt(shown) as stop:
         began = time.perf_counter()
-        update = functools.partial(train_step, run, graph, optimiser)
-        example = {"inputs": held_out[0]["inputs"], "mask": held_out[0]["mask"], "targets": held_out[0]["targets"]}
+        update = functools.partial(train_step, run, objective, graph, optimiser)
+        example = {name: array for name, array in held_out[0].items() if name != "weights"}
         flops = _flops(shown, update, state, fixed, example)
         compiled = jax.jit(update, donate_argnums=0).lower(state, fixed, example).compile()
-        evaluate = functools.partial(_evaluate, jax.jit(functools.partial(eval_step, graph)), fixed)
+        evaluate = functools.partial(_evaluate, jax.jit(functools.partial(eval_step, objective, graph)), fixed)
         evaluate(state["parameters"], held_out[:1])
         compile_seconds = time.perf_counter() - began
 
@@ -112,11 +122,12 @@ def train(
                 break
             progress["losses"] += losses
             if step == until and (step % run.evaluate_every == 0 or step == run.steps):
-                accuracy, loss = evaluate(state["parameters"], held_out)
-                progress["validation"].append([step, accuracy, loss])
-                note = f"validation {100 * accuracy:.1f} %"
-                if [accuracy, -loss] > progress["best"][1:]:
-                    progress["best"], best = [step, accuracy, -loss], jax.tree.map(jnp.copy, state["parameters"])
+                score, loss = evaluate(state["parameters"], held_out)
+                progress["validation"].append([step, score, loss])
+                note = f"validation {objective.describe(score)}"
+                rank = objective.rank(score, loss)
+                if progress["best"][0] is None or rank > progress["best"][1:]:
+                    progress["best"], best = [step, *rank], jax.tree.map(jnp.copy, state["parameters"])
                 save()
             if losses:
                 shown.update(step, losses[-1], watch.rate, note)
@@ -124,85 +135,84 @@ def train(
                 save()
                 raise Interrupted(f"Stopped at step {step} of {run.steps}; saved in {out}. Go on with --resume.")
 
-    scores: dict[str, Any] = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
+    scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:
         test = list(pipeline.evaluation_batches(splits["test"], batch_size=run.batch_size, length=task.length))
         last = evaluate(state["parameters"], test)[0]
         same = progress["best"][0] == run.steps
-        scores = {"accuracy_best": last if same else evaluate(best, test)[0], "accuracy_last": last}
-        scores["accuracy"] = scores[f"accuracy_{run.selection}"]
+        found = {"best": last if same else evaluate(best, test)[0], "last": last}
+        scores |= objective.columns(selected=found[run.selection], **found)
     checkpoints.close()
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
     memory, floors = measure.memory_of(compiled), task.floors(splits)
+    judged = objective.column == "accuracy"
     tail = progress["losses"][-max(1, run.steps // 10) :]
     result = results.Result(
         status=failure or "ok",
-        **{name: getattr(run, name) for name in ("layer", "task", "config", "recipe", "seed", "selection", "steps")},
+        **{name: getattr(run, name) for name in SHARED},
         **scores,
         best_step=progress["best"][0],
-        validation_accuracy_best=progress["best"][1] if progress["best"][0] is not None else None,
-        validation_accuracy_last=progress["validation"][-1][1] if progress["validation"] else None,
+        validation_accuracy_best=progress["best"][1] if judged and progress["best"][0] is not None else None,
+        validation_accuracy_last=progress["validation"][-1][1] if judged and progress["validation"] else None,
         train_loss_last=float(np.mean(tail)) if tail else None,
         floor_majority=floors.get("majority"),
         floor_root=floors.get("root"),
+        floor_bag=floors.get("bag"),
         split="test",
         test_examples=len(splits["test"]),
         parameters=parameter_count,
-        batch_size=run.batch_size,
         steps_per_second=watch.rate,
         train_seconds=watch.seconds,
         compile_seconds=compile_seconds,
         flops_per_step=flops,
         memory_temporary_bytes=memory.temporary,
         memory_peak_bytes=memory.peak,
-        configuration=json.dumps(dataclasses.asdict(run), sort_keys=True),
+        configuration=configuration,
+        configuration_hash=results.configuration_hash(configuration),
         data=f"{source}, batches by {batches.kind}",
         source=task.source,
         finished_utc=results.now(),
         **results.environment(),
     )
-    write_history(out / "history.csv", progress)
+    write_history(out / "history.csv", progress, objective.column)
     write_json(out / "result.json", dataclasses.asdict(result))
     return result
 
 
-def train_step(run: Run, graph, optimiser, state, fixed, batch):
+def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch):
     """One step of the optimiser: (state, fixed, batch) -> (state, loss). Its inputs' buffers may be reused."""
     key = jax.random.fold_in(jax.random.key(run.seed), state["step"])
 
     def loss(parameters, part, key):
-        model = nnx.merge(graph, parameters, fixed)
-        logits = model(part["inputs"], part["mask"], deterministic=False, rngs=nnx.Rngs(dropout=key))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, part["targets"]).mean()
+        return objective.loss(nnx.merge(graph, parameters, fixed), part, rngs=nnx.Rngs(dropout=key))
 
     def accumulate(total, part):
         part, index = part
         return jax.tree.map(jnp.add, total, one(part, jax.random.fold_in(key, index))), None
 
-    one = lambda part, key: jax.value_and_grad(loss)(state["parameters"], part, key)
+    one = lambda part, key: jax.value_and_grad(loss, has_aux=True)(state["parameters"], part, key)
     if run.accumulate == 1:
-        value, gradient = one(batch, key)
+        (value, count), gradient = one(batch, key)
     else:
         parts = jax.tree.map(lambda a: a.reshape(run.accumulate, -1, *a.shape[1:]), batch)
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["parameters"]))
-        total, _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(run.accumulate)))
-        value, gradient = jax.tree.map(lambda a: a / run.accumulate, total)
+        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state["parameters"]))
+        ((value, count), gradient), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(run.accumulate)))
+    # Sums until here, because parts of a batch may have different numbers of targets.
+    value, gradient = jax.tree.map(lambda a: a / jnp.maximum(count, 1), (value, gradient))
     updates, memory = optimiser.update(gradient, state["optimiser"], state["parameters"])
     parameters = optax.apply_updates(state["parameters"], updates)
     return {"parameters": parameters, "optimiser": memory, "step": state["step"] + 1}, value
 
 
-def eval_step(graph, parameters, fixed, batch):
-    """Sums over a batch's real rows: (correct answers, losses, rows)."""
-    logits = nnx.merge(graph, parameters, fixed)(batch["inputs"], batch["mask"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    correct = logits.argmax(-1) == batch["targets"]
-    return jnp.stack([(correct * batch["weights"]).sum(), (losses * batch["weights"]).sum(), batch["weights"].sum()])
+def eval_step(objective: Objective, graph, parameters, fixed, batch):
+    """Sums over a batch's real targets: [scores, losses, targets]."""
+    return objective.sums(nnx.merge(graph, parameters, fixed), batch)
 
 
 def _evaluate(step, fixed, parameters, batches) -> tuple[float, float]:
-    """(accuracy, mean loss) over batches."""
-    correct, loss, count = sum(np.asarray(step(parameters, fixed, batch), np.float64) for batch in batches)
-    return float(correct / count), float(loss / count)
+    """(score, mean loss) over batches."""
+    score, loss, count = sum(np.asarray(step(parameters, fixed, batch), np.float64) for batch in batches)
+    return float(score / count), float(loss / count)
 
 
 def _flops(shown: Progress, *call) -> int | None:
@@ -238,8 +248,8 @@ def make_optimiser(run: Run) -> optax.GradientTransformation:
 
 
 def _fresh_progress(run: Run) -> dict:
-    """The plain data of a checkpoint; `best` is [step, validation accuracy, minus validation loss]."""
-    return {"step": 0, "seconds": 0.0, "timed_steps": 0, "losses": [], "validation": [], "best": [None, -1.0, 0.0]}
+    """The plain data of a checkpoint; `best` is [step, *the objective's rank of its validation]."""
+    return {"step": 0, "seconds": 0.0, "timed_steps": 0, "losses": [], "validation": [], "best": [None]}
 
 
 @contextlib.contextmanager

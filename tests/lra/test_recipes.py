@@ -77,7 +77,7 @@ def test_every_value_changes_the_runs_id():
     run, seen = recipes.plan("quickstart"), set()
     other = dict(
         layer_options={"num_heads": 2}, positions="sinusoidal", pooling="last", schedule="rsqrt", decay="all",
-        dtype="bfloat16", selection="last", clip_norm=None, recipe="x", task="x", config="x", layer="x",
+        dtype="bfloat16", selection="last", clip_norm=None, protocol="x", recipe="x", task="x", config="x", layer="x",
     )  # fmt: skip
     for one in dataclasses.fields(run):
         value = other.get(one.name, getattr(run, one.name))

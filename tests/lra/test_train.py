@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import checkpoints, models, recipes, tasks, train
+from subquad.lra import checkpoints, models, objectives, recipes, tasks, train
 from subquad.lra.data import pipeline, store
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=16, evaluate_every=20)
@@ -128,7 +128,7 @@ def test_accumulation_equals_the_large_batch():
         graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
         optimiser = optax.sgd(0.1)
         state = {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
-        step = jax.jit(functools.partial(train.train_step, run, graph, optimiser))
+        step = jax.jit(functools.partial(train.train_step, run, objectives.OBJECTIVES[task.kind], graph, optimiser))
         for _ in range(3):
             state, loss = step(state, fixed, batch)
         after[accumulate] = (*jax.tree.leaves(state["parameters"]), loss)

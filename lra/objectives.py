@@ -1,0 +1,72 @@
+"""What a run minimises and what it is judged by, for each kind of task. Batches are those of `data.pipeline`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from subquad.lra.tasks import Kind
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss and the score of one kind of task.
+
+    Attributes:
+        column: the score's name, and its column in `results.Result`.
+        inputs: the arrays of a batch that the model is called with, in order.
+        score: (logits, targets, losses) -> what is averaged into the score, one per target.
+        sign: 1 where a larger score is better, -1 where a smaller one is.
+        describe: a score in words.
+    """
+
+    column: str
+    inputs: tuple[str, ...]
+    score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    sign: int
+    describe: Callable[[float], str]
+
+    def loss(self, model: nnx.Module, batch: dict, *, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+        """(sum of the cross-entropies in nats, number of targets), with dropout: sums, so that parts of a batch add up."""
+        losses, _, counts = self._each(model, batch, deterministic=False, rngs=rngs)
+        return (losses * counts).sum(), counts.sum()
+
+    def sums(self, model: nnx.Module, batch: dict) -> jax.Array:
+        """Sums over a batch's real targets: [scores, losses, targets], float32; `weights` silences rows."""
+        losses, scores, counts = self._each(model, batch)
+        counts = counts * batch["weights"].reshape(-1, *[1] * (counts.ndim - 1))
+        return jnp.stack([(scores * counts).sum(), (losses * counts).sum(), counts.sum()])
+
+    def rank(self, score: float, loss: float) -> list[float]:
+        """What compares two validations: the larger is the better, of equal scores that of the smaller loss."""
+        return [self.sign * score, -loss]
+
+    def columns(self, **scores: float | None) -> dict[str, float | None]:
+        """The columns of a result: {"accuracy_best": 0.5} of best=0.5; `selected` is the column without an ending."""
+        return {self.column if name == "selected" else f"{self.column}_{name}": value for name, value in scores.items()}
+
+    def _each(self, model, batch, **words):
+        logits = model(*(batch[name] for name in self.inputs), **words)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        counts = batch["mask"] if losses.ndim == 2 else jnp.ones(losses.shape)
+        return losses, self.score(logits, batch["targets"], losses), counts.astype(jnp.float32)
+
+
+def _accuracy(inputs: tuple[str, ...]) -> Objective:
+    right = lambda logits, targets, losses: logits.argmax(-1) == targets
+    return Objective("accuracy", inputs, right, 1, lambda score: f"{100 * score:.1f} %")
+
+
+OBJECTIVES: dict[Kind, Objective] = {
+    "classification": _accuracy(("inputs", "mask")),
+    "pair": _accuracy(("inputs1", "mask1", "inputs2", "mask2")),
+    # A token is a byte.
+    "language_model": Objective(
+        "bits_per_byte", ("inputs", "mask"), lambda logits, targets, losses: losses / math.log(2), -1,
+        lambda score: f"{score:.3f} bits per byte",
+    ),
+}  # fmt: skip
