@@ -1,5 +1,6 @@
 """The suite runs on the CPU wherever it runs, and its processes share what they compile."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -11,8 +12,12 @@ cache = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Compiling takes most of the suite's time, and LLVM's optimisation most of that; what is computed stays the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compiling takes most of the suite's time, and most of that LLVM's optimisation and, where XLA still lets us choose, its newer
+# way to write fused loops; what is computed stays the same.
+flags = ["--xla_backend_optimization_level=0"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    flags.append("--xla_cpu_use_fusion_emitters=false")  # an unknown flag ends the process
+os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
 import jax  # noqa: E402
 
