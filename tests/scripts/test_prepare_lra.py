@@ -1,3 +1,4 @@
+import functools
 import os
 import pathlib
 import runpy
@@ -73,7 +74,9 @@ def test_a_wrong_file_and_a_missing_one_are_a_line_each(tmp_path, monkeypatch, c
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_data_set(tmp_path):
-    process = subprocess.Popen(command("prepare", "listops", "--data-dir", tmp_path), stderr=subprocess.PIPE, text=True)
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores Ctrl-C
+    words = command("prepare", "listops", "--data-dir", tmp_path)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     parent = tmp_path / "lra_listops" / "lra"
     deadline = time.time() + 60
     while not list(parent.glob("incomplete.*")):
