@@ -1,4 +1,4 @@
-"""Recipes as data: every value of a run, the settings that runs share, and the table cells that they answer to."""
+"""Every value of a run, and how a recipe becomes one. `cells` has the published figures that recipes answer to."""
 
 import dataclasses
 import hashlib
@@ -10,11 +10,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import models, tasks
-from subquad.lra.recipes_arena import CELLS, RECIPES
-from subquad.lra.recipes_base import Cell, Recipe, settings
+from subquad.lra.recipes_arena import ARENA, QUICKSTART
+from subquad.lra.recipes_base import Recipe, settings
 from subquad.zoo import LAYERS
 
-__all__ = ["CELLS", "RECIPES", "Cell", "Recipe", "Run", "plan"]
+RECIPES: dict[str, Recipe] = {recipe.id: recipe for recipe in (QUICKSTART, ARENA)}
 
 Pooling = Literal["mean", "max", "first", "last", "cls"]
 Schedule = Literal["cosine", "rsqrt", "constant"]

@@ -1,4 +1,4 @@
-"""What a recipe and a cell are: data, which `recipes.plan` turns into runs."""
+"""What a recipe is: data, which `recipes.plan` turns into runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,27 +55,3 @@ def settings(rules: Recipe, task: str, config: str | None, layer: str) -> dict[s
         options.update(level.get("layer_options", {}))
     named = {} if config is None else {"config": config}
     return {**values, "layer_options": options, **named}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a published table: the run that answers to it, and what the paper found.
-
-    Attributes:
-        paper, table, row, column: where it stands.
-        recipe, layer, overrides: what `plan` takes.
-        expected: the published value, in per cent.
-        tolerance: a difference up to it, in percentage points, counts as reproduced.
-        note: what the published model really computed, where that is not what its name says.
-    """
-
-    paper: str
-    table: str
-    row: str
-    column: str
-    recipe: str
-    layer: str
-    overrides: Mapping[str, Any]
-    expected: float
-    tolerance: float
-    note: str = ""

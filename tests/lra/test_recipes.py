@@ -86,16 +86,6 @@ def test_every_value_changes_the_runs_id():
     assert run.id == recipes.plan("quickstart").id
 
 
-@pytest.mark.parametrize("cell", recipes.CELLS, ids=lambda cell: cell.row)
-def test_cells_answer_to_a_published_value(cell):
-    assert cell.recipe in recipes.RECIPES and cell.layer in recipes.RECIPES[cell.recipe].layers
-    assert 0 < cell.expected < 100 and cell.tolerance > 0
-    if cell.layer not in LAYERS:
-        pytest.skip(f"no layer {cell.layer} yet")
-    run = recipes.plan(cell.recipe, cell.layer, **cell.overrides)
-    assert (run.config, run.steps, run.batch_size, run.selection) == ("lra", 5000, 32, "last")
-
-
 def test_the_arenas_transformer_has_about_the_released_models_size():
     """8,948,746 in the released code; the difference is its classifier's inner layer, 512 x 1024."""
     count = models.count_parameters(recipes.plan("lra-2020", "softmax"), tasks.find("listops", "lra"))
