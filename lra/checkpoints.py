@@ -46,16 +46,16 @@ def _reserve(folder: pathlib.Path, size: int) -> None:
         probe.unlink(missing_ok=True)
 
 
-def claim(folder: pathlib.Path, configuration: dict, resume: bool) -> dict | None:
+def claim(folder: pathlib.Path, configuration: dict, resume: bool) -> tuple[str, dict | None]:
     """Makes sure that a folder is this run's to write, and marks it with the run's configuration.
 
-    Returns: the result that the folder holds, if the run is finished and resume is True.
+    Returns: (the folder, the result that it holds, if the run is finished and resume is True).
     Raises: RunError: the folder holds another run, or this one and not `resume`.
     """
     mark, result = folder / "run.json", folder / "result.json"
     if not mark.exists():
         write_json(mark, configuration)
-        return None
+        return str(folder), None
     theirs = json.loads(mark.read_text())
     for name, value in configuration.items():
         if theirs.get(name) != value:
@@ -65,7 +65,7 @@ def claim(folder: pathlib.Path, configuration: dict, resume: bool) -> dict | Non
             )
     if not resume and ((folder / "checkpoint").exists() or result.exists()):
         raise RunError(f"out: folder {folder} must be empty to start anew, got this run, saved. Pass --resume.")
-    return json.loads(result.read_text()) if result.exists() else None
+    return str(folder), json.loads(result.read_text()) if result.exists() else None
 
 
 def write_json(path: pathlib.Path, values: dict) -> None:
@@ -80,11 +80,13 @@ def write_history(path: pathlib.Path, progress: dict, score: str = "accuracy") -
     """Writes the losses of all steps, and the validations, as CSV; `score` names what validation measures."""
     validation = {step: (value, loss) for step, value, loss in progress["validation"]}
     with _explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
-        with path.open("w", newline="") as file:
+        aside = path.with_suffix(".partial.csv")
+        with aside.open("w", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(["step", "train_loss", f"validation_{score}", "validation_loss"])
             for step, loss in enumerate(progress["losses"], 1):
                 rows.writerow([step, loss, *validation.get(step, ("", ""))])
+        aside.replace(path)
 
 
 class Checkpoints:

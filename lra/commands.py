@@ -36,11 +36,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = ()) -> None:
-    """An option for every field of a frozen dataclass: --learning-rate for learning_rate. Absent if not given."""
+    """An option for every field of a frozen dataclass: --learning-rate for learning_rate. Absent if not given.
+
+    A field that is true or false is an option without a value: --remat, --no-remat.
+    """
     for name, kind in get_type_hints(record).items():
         if name in leave_out:
             continue
         parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+        if bool in parts:
+            option = f"--{name.replace('_', '-')}"
+            parser.add_argument(option, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=" ")
+            continue
         words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
         plain = next((part for part in parts if part in (int, float)), str)
         parser.add_argument(

@@ -38,6 +38,7 @@ class Model(nnx.Module):
             pooling="first" if extra else run.pooling,
             positions=run.positions,
             dropout_rate=run.dropout_rate,
+            remat=run.remat,
             dtype=jnp.dtype(run.dtype),
             rngs=rngs,
         )

@@ -1,6 +1,9 @@
 """A run's progress on stderr: a bar on a terminal, a line now and then elsewhere."""
 
+import contextlib
+import importlib.util
 import math
+import os
 import sys
 import time
 
@@ -98,3 +101,37 @@ class Stopwatch:
     def rate(self) -> float:
         """Steps per second."""
         return self.steps / self.seconds if self.seconds else 0.0
+
+
+class Board:
+    """Numbers by step for TensorBoard, written by tensorboardX; without `wanted` it writes nothing.
+
+    Args:
+        folder: what `tensorboard --logdir` is given.
+        wanted: whether to write.
+    Raises: ValueError: wanted, and tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike, wanted: bool):
+        self._folder, self._wanted, self._writer = folder, wanted, None
+        if wanted and importlib.util.find_spec("tensorboardX") is None:
+            cure = "Run pip install tensorboardX."
+            raise ValueError(f"train: tensorboard must be off where tensorboardX is not installed, got True. {cure}")
+
+    @contextlib.contextmanager
+    def open(self, step: int):
+        """Writes from after `step` on; what an earlier life of the run logged later than that no longer counts."""
+        if not self._wanted:
+            yield
+            return
+        import tensorboardX
+
+        with tensorboardX.SummaryWriter(str(self._folder), purge_step=step + 1) as self._writer:
+            yield
+        self._writer = None
+
+    def add(self, step: int, name: str, *values: float) -> None:
+        """The values of a quantity at `step` and the steps that follow."""
+        if self._writer is not None:
+            for at, value in enumerate(values, step):
+                self._writer.add_scalar(name, value, at)

@@ -17,7 +17,7 @@ from subquad.zoo import LAYERS
 RECIPES: dict[str, Recipe] = {recipe.id: recipe for recipe in (QUICKSTART, ARENA)}
 
 Pooling = Literal["mean", "max", "first", "last", "cls"]
-Schedule = Literal["cosine", "rsqrt", "constant"]
+Schedule = Literal["cosine", "rsqrt", "linear", "constant", "plateau"]
 Selection = Literal["best", "last"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -36,13 +36,17 @@ class Run:
         dropout_rate: of embeddings and block outputs.
         steps: optimiser steps.
         batch_size: examples per step; accumulate: in how many equal parts it is computed.
-        learning_rate: at the peak for "cosine" and "constant"; for "rsqrt" the factor of
-            min(1, t / warmup) / sqrt(max(t, warmup)).
+        learning_rate: at the peak; for the schedule "rsqrt" the factor of min(1, t / warmup) / sqrt(max(t, warmup)).
+        state_learning_rate: the same for the parameters of state spaces, `optim.STATE_SPACE`; None: as the others'.
+        schedule: after the warm-up, "cosine" or "linear" to 0 at the last step, "rsqrt", "constant", or "plateau": times
+            0.2 whenever the validation loss has had no new minimum in `patience` validations.
         warmup_steps: linear warm-up, in steps.
         weight_decay: decoupled, times the learning rate. decay: "matrices" spares biases, norms and the layers'
-            other parameters; "all" spares none.
+            other parameters; "all" spares none but those of state spaces.
         b1, b2, eps: of Adam. clip_norm: largest global norm of the gradient, or None.
+        ema: decay of a moving average of the parameters, which is then what is validated, tested and kept; None: no average.
         dtype: of activations; parameters are float32.
+        remat: compute each block again in the backward pass: less memory, more time, the same numbers.
         evaluate_every: steps between validations, each of which also saves a checkpoint.
         selection: which parameters the reported test accuracy is of: "best" on validation, or the "last".
         protocol: the rules that a number was made by: "lra-2020", those of the arena's code, or "modern".
@@ -75,6 +79,10 @@ class Run:
     dtype: Dtype = "float32"
     evaluate_every: int = 50
     selection: Selection = "best"
+    ema: float | None = None
+    remat: bool = False
+    state_learning_rate: float | None = None
+    patience: int = 10
     protocol: Literal["lra-2020", "modern"] = "modern"
 
     @property
@@ -140,13 +148,13 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
 def _check(run: Run) -> None:
     for name, kind in get_type_hints(Run).items():
         value, allowed = getattr(run, name), _kinds(kind)
-        if isinstance(value, bool) or not isinstance(value, allowed):
+        if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
             raise TypeError(f"{name} must be {' or '.join(k.__name__ for k in allowed)}, got {value!r}.")
         choices = [choice for part in _parts(kind) for choice in get_args(part) if get_origin(part) is Literal]
         if choices and value is not None and value not in choices:
             raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, choices)}")
-    positive = ("in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every")
-    for name in positive + ("clip_norm",):
+    positive = ("in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every", "patience")
+    for name in positive + ("clip_norm", "state_learning_rate"):
         if getattr(run, name) is not None and not getattr(run, name) > 0:
             raise ValueError(f"{name} must be > 0, got {getattr(run, name)}.")
     for name in ("mlp_features", "warmup_steps", "weight_decay", "seed"):
@@ -154,6 +162,8 @@ def _check(run: Run) -> None:
             raise ValueError(f"{name} must be >= 0, got {getattr(run, name)}.")
     if not 0 <= run.dropout_rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {run.dropout_rate}.")
+    if run.ema is not None and not 0 < run.ema < 1:
+        raise ValueError(f"ema must be in (0, 1), got {run.ema}. Use none for no average.")
     if run.batch_size % run.accumulate:
         raise ValueError(
             f"accumulate must divide batch_size = {run.batch_size}, got {run.accumulate}. Choose one of "

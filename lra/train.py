@@ -1,7 +1,7 @@
 """Train a run: the only loop.
 
-`train(run, out=...)` leaves in `out`: `checkpoint/` (parameters, optimiser, best parameters, data position), `run.json`
-(the resolved configuration), and at the end `result.json` and `history.csv`.
+`train(run, out=...)` leaves in `out`: `checkpoint/` (the training state, the best parameters, the data's position),
+`run.json` (the resolved configuration), `history.csv` (losses and validations so far), and at the end `result.json`.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import signal
 import threading
 import time
@@ -18,14 +19,14 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from subquad.lra import measure, models, results, tasks
+from subquad.lra import collapse, measure, models, parallel, results, tasks
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.objectives import OBJECTIVES, Objective
-from subquad.lra.progress import Progress, Stopwatch
+from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, make_optimiser
+from subquad.lra.progress import Board, Progress, Stopwatch
 from subquad.lra.recipes import Run
 
 # Steps between looks at the loss. Each look waits for the device.
@@ -43,11 +44,19 @@ def train(
     splits: Mapping[str, Iterable[dict]] | None = None,
     resume: bool = False,
     quiet: bool = False,
+    devices: int | None = None,
+    shard: parallel.Shard = "batch",
+    tensorboard: bool = False,
 ) -> results.Result:
     """Trains a run and tests it.
 
     The run is validated and saved every `run.evaluate_every` steps. The test split is read once, at the end, with the
-    parameters that were best on validation and with the last ones.
+    parameters that were best on validation and with the last ones. A run that had learned and falls back to chance says so
+    at once and goes on; `collapsed_step` of its result keeps it, see `collapse`.
+
+    On several devices each takes its rows of every batch, and the sum of their gradients is applied: the same numbers as on
+    one, but for rounding and for the draws of dropout. A checkpoint resumes on any number of devices. In several processes
+    (`parallel.start`) each calls this with the same arguments, `out` is a folder that all of them see, and process 0 writes.
 
     Args:
         run: see `recipes.plan`.
@@ -57,9 +66,13 @@ def train(
         splits: the examples of "train", "validation" and "test" as `data.encodings` makes them; None: the task's data set.
         resume: go on from the checkpoint in `out`, or return the result that is there; with neither, start.
         quiet: no progress on stderr.
-    Returns: a `Result`; status is "failed: ..." where the loss stopped being a number.
+        devices: how many devices share a batch; None: one, or in several processes all of them.
+        shard: "zero" also cuts parameters, moments and averages among the devices, which then gather parameters for a step.
+        tensorboard: also log to `out/tensorboard`, by tensorboardX.
+    Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
-        ValueError: unknown task, another than the run's, or a batch larger than the data.
+        ValueError: unknown task, another than the run's, or a batch larger than the data; devices that do not divide the
+            batch; "zero" on one device; tensorboard without tensorboardX.
         RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`.
         Interrupted: Ctrl-C; the checkpoint of that step is saved.
         DatasetError: the data set is damaged or cannot be written.
@@ -68,20 +81,29 @@ def train(
     objective = OBJECTIVES[task.kind]
     if splits is not None:
         splits = tasks.check_splits(task, splits)
+    mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
+    parallel.check_shard(shard, mesh)
     parameter_count = models.count_parameters(run, task)
-    # Parameters, two moments and the best parameters, 4 bytes each, in the old checkpoint and the new.
-    out = open_folder(out, needed_bytes=2 * 4 * 4 * parameter_count)
-    finished = claim(out, dataclasses.asdict(run), resume)
+    # Parameters, two moments, their average and the best parameters, 4 bytes each, in the old checkpoint and the new.
+    needed = 2 * 4 * (4 + (run.ema is not None)) * parameter_count
+    out, finished = parallel.told(lambda: claim(open_folder(out, needed), dataclasses.asdict(run), resume))
+    out = pathlib.Path(out)
     if finished:
         return results.Result(**finished)
-    splits, source = store.load(task.dataset, data_dir) if splits is None else (splits, f"{task.dataset} as passed to train")
+    board = Board(out / "tensorboard", tensorboard and parallel.is_first())
+    if splits is None:
+        with parallel.first_alone():
+            splits, source = store.load(task.dataset, data_dir)
+    else:
+        source = f"{task.dataset} as passed to train"
     batches = pipeline.training_batches(splits["train"], batch_size=run.batch_size, length=task.length, seed=run.seed)
     held_out = list(pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length))
+    floor, spread = collapse.chance(held_out, objective.column)
 
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
     optimiser = make_optimiser(run)
-    state = {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
-    best, progress = parameters, _fresh_progress(run)
+    state = parallel.place(initial_state(run, optimiser, parameters), mesh, shard)
+    best, fixed, progress = state["parameters"], parallel.place(fixed, mesh), _fresh_progress(run)
     checkpoints = Checkpoints(out / "checkpoint")
     if checkpoints.latest() is not None:
         progress = checkpoints.progress()
@@ -90,29 +112,38 @@ def train(
         batches.set_state(progress["data"])
     step, watch = progress["step"], Stopwatch(progress["seconds"], progress["timed_steps"])
 
-    with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_interrupt(shown) as stop:
+    quiet = quiet or not parallel.is_first()
+    with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_interrupt(shown) as stop, board.open(step):
         began = time.perf_counter()
         update = functools.partial(train_step, run, objective, graph, optimiser)
         example = {name: array for name, array in held_out[0].items() if name != "weights"}
         flops = _flops(shown, update, state, fixed, example)
-        compiled = jax.jit(update, donate_argnums=0).lower(state, fixed, example).compile()
-        evaluate = functools.partial(_evaluate, jax.jit(functools.partial(eval_step, objective, graph)), fixed)
-        evaluate(state["parameters"], held_out[:1])
+        arguments = (state, fixed, parallel.feed(example, mesh))
+        update = parallel.compile(functools.partial(update, mesh=mesh), arguments, mesh, shard, donate_argnums=0)
+        # A copy, because it outlives the state, whose buffers the next step reuses.
+        averaged = lambda state: jax.tree.map(jnp.copy, evaluated(run, state))
+        averaged = parallel.compile(averaged, (state,), mesh, shard)
+        evaluate = functools.partial(_evaluate, jax.jit(functools.partial(eval_step, objective, graph, mesh=mesh)), mesh, fixed)
+        best = averaged(state) if progress["best"][0] is None else best
+        evaluate(best, held_out[:1])
         compile_seconds = time.perf_counter() - began
 
         def save():
             progress.update(step=step, seconds=watch.seconds, timed_steps=watch.steps, data=batches.get_state())
             checkpoints.save(step, {"state": state, "best": best, "fixed": fixed}, progress)
+            if parallel.is_first():
+                write_history(out / "history.csv", progress, objective.column)
 
-        # The best parameters outlive the donation of the buffers that they were read from.
-        best, failure, note = jax.tree.map(jnp.copy, best), None, ""
+        failure, note = None, ""
+        # Processes stop at the same step: those that agree on it, at the next look.
+        stopping = stop.is_set if jax.process_count() == 1 else lambda: False
         while step < run.steps and not failure:
             # As far as the next look at the loss, or the next validation.
             until = min(run.steps, step + LOOK - step % LOOK, step + run.evaluate_every - step % run.evaluate_every)
             losses, before = [], step
             watch.start()
-            while step < until and not stop.is_set():
-                state, loss = compiled(state, fixed, next(batches))
+            while step < until and not stopping():
+                state, loss = update(state, fixed, parallel.feed(next(batches), mesh))
                 losses.append(loss)
                 step += 1
             losses = [float(loss) for loss in losses]  # waits for the device
@@ -121,30 +152,38 @@ def train(
                 failure = f"failed: non-finite loss by step {step}"
                 break
             progress["losses"] += losses
+            board.add(before + 1, "train/loss", *losses)
             if step == until and (step % run.evaluate_every == 0 or step == run.steps):
-                score, loss = evaluate(state["parameters"], held_out)
+                now = averaged(state)
+                score, loss = evaluate(now, held_out)
                 progress["validation"].append([step, score, loss])
+                board.add(step, f"validation/{objective.column}", score)
+                board.add(step, "validation/loss", loss)
                 note = f"validation {objective.describe(score)}"
+                collapsed = collapse.collapsed_step(progress["validation"], floor, spread, objective.sign)
+                if collapsed == step:
+                    shown.say(f"{run.layer}: collapsed: {note} at step {step} is chance, after having been above.")
                 rank = objective.rank(score, loss)
                 if progress["best"][0] is None or rank > progress["best"][1:]:
-                    progress["best"], best = [step, *rank], jax.tree.map(jnp.copy, state["parameters"])
+                    progress["best"], best = [step, *rank], now
+                state = parallel.place(after_validation(run, state, loss), mesh, shard)
                 save()
             if losses:
                 shown.update(step, losses[-1], watch.rate, note)
-            if stop.is_set() and step < run.steps:
+            if step < run.steps and parallel.agree(stop.is_set()):
                 save()
                 raise Interrupted(f"Stopped at step {step} of {run.steps}; saved in {out}. Go on with --resume.")
 
     scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:
         test = list(pipeline.evaluation_batches(splits["test"], batch_size=run.batch_size, length=task.length))
-        last = evaluate(state["parameters"], test)[0]
+        last = evaluate(averaged(state), test)[0]
         same = progress["best"][0] == run.steps
         found = {"best": last if same else evaluate(best, test)[0], "last": last}
         scores |= objective.columns(selected=found[run.selection], **found)
     checkpoints.close()
     configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    memory, floors = measure.memory_of(compiled), task.floors(splits)
+    memory, floors = measure.memory_of(update), task.floors(splits)
     judged = objective.column == "accuracy"
     tail = progress["losses"][-max(1, run.steps // 10) :]
     result = results.Result(
@@ -172,16 +211,27 @@ def train(
         data=f"{source}, batches by {batches.kind}",
         source=task.source,
         finished_utc=results.now(),
-        **results.environment(),
+        collapsed_step=collapse.collapsed_step(progress["validation"], floor, spread, objective.sign),
+        **{**results.environment(), "hardware": parallel.hardware(results.environment()["hardware"], mesh)},
     )
-    write_history(out / "history.csv", progress, objective.column)
-    write_json(out / "result.json", dataclasses.asdict(result))
+    if parallel.is_first():
+        write_history(out / "history.csv", progress, objective.column)
+        write_json(out / "result.json", dataclasses.asdict(result))
     return result
 
 
-def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch):
+def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch, *, mesh=None):
     """One step of the optimiser: (state, fixed, batch) -> (state, loss). Its inputs' buffers may be reused."""
     key = jax.random.fold_in(jax.random.key(run.seed), state["step"])
+    total = parallel.over_batch(functools.partial(_gradient, run, objective, graph), mesh)
+    (value, count), gradient = total(state["parameters"], fixed, key, batch)
+    # Sums until here, because parts of a batch may have different numbers of targets.
+    value, gradient = jax.tree.map(lambda a: a / jnp.maximum(count, 1), (value, gradient))
+    return apply_gradient(run, optimiser, state, gradient), value
+
+
+def _gradient(run: Run, objective: Objective, graph, parameters, fixed, key, batch):
+    """((sum of losses, number of targets), gradient of the sum) over a batch, in run.accumulate parts."""
 
     def loss(parameters, part, key):
         return objective.loss(nnx.merge(graph, parameters, fixed), part, rngs=nnx.Rngs(dropout=key))
@@ -190,28 +240,24 @@ def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, b
         part, index = part
         return jax.tree.map(jnp.add, total, one(part, jax.random.fold_in(key, index))), None
 
-    one = lambda part, key: jax.value_and_grad(loss, has_aux=True)(state["parameters"], part, key)
+    one = lambda part, key: jax.value_and_grad(loss, has_aux=True)(parameters, part, key)
     if run.accumulate == 1:
-        (value, count), gradient = one(batch, key)
-    else:
-        parts = jax.tree.map(lambda a: a.reshape(run.accumulate, -1, *a.shape[1:]), batch)
-        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state["parameters"]))
-        ((value, count), gradient), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(run.accumulate)))
-    # Sums until here, because parts of a batch may have different numbers of targets.
-    value, gradient = jax.tree.map(lambda a: a / jnp.maximum(count, 1), (value, gradient))
-    updates, memory = optimiser.update(gradient, state["optimiser"], state["parameters"])
-    parameters = optax.apply_updates(state["parameters"], updates)
-    return {"parameters": parameters, "optimiser": memory, "step": state["step"] + 1}, value
+        return one(batch, key)
+    parts = jax.tree.map(lambda a: a.reshape(run.accumulate, -1, *a.shape[1:]), batch)
+    zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, parameters))
+    return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(run.accumulate)))[0]
 
 
-def eval_step(objective: Objective, graph, parameters, fixed, batch):
+def eval_step(objective: Objective, graph, parameters, fixed, batch, *, mesh=None):
     """Sums over a batch's real targets: [scores, losses, targets]."""
-    return objective.sums(nnx.merge(graph, parameters, fixed), batch)
+    sums = lambda parameters, fixed, _, batch: objective.sums(nnx.merge(graph, parameters, fixed), batch)
+    return parallel.over_batch(sums, mesh)(parameters, fixed, None, batch)
 
 
-def _evaluate(step, fixed, parameters, batches) -> tuple[float, float]:
+def _evaluate(step, mesh, fixed, parameters, batches) -> tuple[float, float]:
     """(score, mean loss) over batches."""
-    score, loss, count = sum(np.asarray(step(parameters, fixed, batch), np.float64) for batch in batches)
+    sums = [step(parameters, fixed, parallel.feed(batch, mesh)) for batch in batches]
+    score, loss, count = sum(np.asarray(one, np.float64) for one in sums)
     return float(score / count), float(loss / count)
 
 
@@ -221,30 +267,6 @@ def _flops(shown: Progress, *call) -> int | None:
     except ValueError as error:  # a kernel that no jaxpr shows: the run is as good without this number
         shown.say(f"FLOPs per step are left blank: {error}")
         return None
-
-
-def make_schedule(run: Run) -> optax.Schedule:
-    """Step -> learning rate."""
-    if run.schedule == "rsqrt":
-        warmup = max(run.warmup_steps, 1)
-        return lambda step: run.learning_rate * jnp.minimum(1, step / warmup) / jnp.sqrt(jnp.maximum(step, warmup))
-    warmup = min(run.warmup_steps, run.steps // 2)
-    if run.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, run.learning_rate, warmup, run.steps)
-    return optax.linear_schedule(0.0, run.learning_rate, max(warmup, 1))
-
-
-def make_optimiser(run: Run) -> optax.GradientTransformation:
-    """AdamW with clipping. Decay spares what is no matrix of a linear map or embedding, unless run.decay is "all"."""
-    name = lambda path: [part.key for part in path if hasattr(part, "key")][-1]
-
-    def decays(parameters):
-        wanted = lambda path, _: run.decay == "all" or name(path) in ("kernel", "embedding")
-        return jax.tree_util.tree_map_with_path(wanted, parameters)
-
-    schedule = make_schedule(run)
-    adam = optax.adamw(schedule, run.b1, run.b2, run.eps, weight_decay=run.weight_decay, mask=decays)
-    return adam if run.clip_norm is None else optax.chain(optax.clip_by_global_norm(run.clip_norm), adam)
 
 
 def _fresh_progress(run: Run) -> dict:

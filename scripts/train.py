@@ -1,13 +1,13 @@
 """Trains one layer on one task under a recipe. Every value of the run is an option; the recipe gives the rest.
 
-python scripts/train.py --layer performer --config lra --steps 5000 --layer-options num_features=128
+python scripts/train.py --layer performer --config lra --steps 5000 --layer-options num_features=128 --seeds 0 1 2
 """
 
 import dataclasses
 import json
 import sys
 
-from subquad.lra import checkpoints, commands, recipes, results, train
+from subquad.lra import checkpoints, commands, parallel, recipes, results, train
 
 
 def parse():
@@ -18,7 +18,14 @@ def parse():
     parser.add_argument("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="of its constructor")
     parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, keep what is finished")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="several runs, one after the other")
+    parser.add_argument("--devices", type=int, help="that share a batch; default: one, or all of several processes")
+    parser.add_argument("--shard", default="batch", metavar="batch|zero", help="zero: parameters and moments, too")
+    parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard/ in each run's folder, too")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, of several; SLURM's are found without")
+    parser.add_argument("--num-processes", type=int, help="how many run this command")
+    parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
     commands.add_options(parser, recipes.Run, leave_out=("recipe", "layer", "layer_options"))
     return parser.parse_args()
 
@@ -26,15 +33,30 @@ def parse():
 def main() -> int:
     arguments = parse()
     words = commands.changes(recipes.Run, arguments)
+    if arguments.seeds and "seed" in words:
+        raise ValueError(f"seed must be left out beside --seeds, got {words['seed']}. Add it to --seeds.")
+    if min(arguments.seeds or [0]) < 0:
+        raise ValueError(f"seeds must be >= 0, got {min(arguments.seeds)}.")
+    parallel.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
     words["layer_options"] = commands.assignments(arguments.layer_options)
     run = recipes.plan(words.pop("recipe"), words.pop("layer"), **words)
+    seeds = list(dict.fromkeys(arguments.seeds or [run.seed]))
     out = checkpoints.open_folder(arguments.out)
-    print(json.dumps(dataclasses.asdict(run)), file=sys.stderr)
-    row = train.train(run, out=out / "runs" / run.id, data_dir=arguments.data_dir, resume=arguments.resume)
-    results.append(row, out / "results.csv")
-    results.show([row])
-    print(f"Added to {out}/results.csv; losses and checkpoint in {out}/runs/{run.id}.")
-    return 0 if row.status == "ok" else commands.FAILED
+    shared = {name: getattr(arguments, name) for name in ("data_dir", "resume", "devices", "shard", "tensorboard")}
+    rows = []
+    for one in (dataclasses.replace(run, seed=seed) for seed in seeds):
+        if parallel.is_first():
+            print(json.dumps(dataclasses.asdict(one)), file=sys.stderr)
+        rows.append(train.train(one, out=out / "runs" / one.id, **shared))
+        if parallel.is_first():
+            results.append(rows[-1], out / "results.csv")
+    if parallel.is_first():
+        results.show(rows)
+        for row in rows:
+            if row.collapsed_step is not None:
+                print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
+        print(f"Added to {out}/results.csv; losses and checkpoints in {out}/runs.")
+    return 0 if all(row.status == "ok" for row in rows) else commands.FAILED
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class EncoderOptions(TypedDict, total=False):
     mixer_options: Mapping[str, Any] | None
     positions: Literal["learned", "sinusoidal"] | None
     dropout_rate: float
+    remat: bool
     dtype: Any
     param_dtype: Any
 
@@ -46,6 +47,7 @@ class Encoder(nnx.Module):
         mixer_options: the named layer's options; a dtype among them is the layer's own.
         positions: "learned" or "sinusoidal" encodings added to the embeddings, or None.
         dropout_rate: of embeddings and block outputs.
+        remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory.
     Call:
         tokens: [B, T] integers.  mask: [B, T], True = a real token, False = padding.
     Raises: ValueError: unknown mixer or positions; a sequence longer than max_length.  TypeError: unknown mixer option.
@@ -63,6 +65,7 @@ class Encoder(nnx.Module):
         mixer_options: Mapping[str, Any] | None = None,
         positions: Literal["learned", "sinusoidal"] | None = "learned",
         dropout_rate: float = 0.0,
+        remat: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -83,7 +86,7 @@ class Encoder(nnx.Module):
                 return mixer(in_features=in_features, rngs=rngs)
             return registry.make(mixer, in_features=in_features, rngs=rngs, **{**dtypes, **(mixer_options or {})})
 
-        self.in_features, self.max_length, self.position_kind = in_features, max_length, positions
+        self.in_features, self.max_length, self.position_kind, self.remat = in_features, max_length, positions, remat
         self.embed = nnx.Embed(vocab_size, in_features, **dtypes, rngs=rngs)
         if positions == "learned":
             self.positions = nnx.Embed(max_length, in_features, **dtypes, rngs=rngs)
@@ -116,8 +119,10 @@ class Encoder(nnx.Module):
         hidden = self.embed_at(tokens, jnp.arange(tokens.shape[1]))
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         key_mask = None if mask is None else mask[:, None, None, :]
+        run = lambda block, hidden, rngs: block(hidden, mask=key_mask, deterministic=deterministic, rngs=rngs)
+        run = nnx.remat(run) if self.remat else run
         for block in self.blocks:
-            hidden = block(hidden, mask=key_mask, deterministic=deterministic, rngs=rngs)
+            hidden = run(block, hidden, rngs)
         return self.norm(hidden)
 
 

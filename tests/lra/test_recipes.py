@@ -77,6 +77,7 @@ def test_every_value_changes_the_runs_id():
     run, seen = recipes.plan("quickstart"), set()
     other = dict(
         layer_options={"num_heads": 2}, positions="sinusoidal", pooling="last", schedule="rsqrt", decay="all",
+        ema=0.9, state_learning_rate=0.1,
         dtype="bfloat16", selection="last", clip_norm=None, protocol="x", recipe="x", task="x", config="x", layer="x",
     )  # fmt: skip
     for one in dataclasses.fields(run):

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import errno
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import checkpoints, models, objectives, recipes, tasks, train
+from subquad.lra import checkpoints, models, objectives, optim, progress, recipes, tasks, train
 from subquad.lra.data import pipeline, store
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=16, evaluate_every=20)
@@ -59,12 +60,12 @@ def test_the_loss_falls(layer, data, tmp_path):
 
 
 def test_both_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
-    run, task = plan(steps=40, selection="last"), tasks.find("listops", "tiny")
+    run, task = dataclasses.replace(plan(steps=40), selection="last"), tasks.find("listops", "tiny")
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     assert result.accuracy == result.accuracy_last
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
-    optimiser = train.make_optimiser(run)
-    state = {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
+    optimiser = optim.make_optimiser(run)
+    state = optim.initial_state(run, optimiser, parameters)
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint").state({"state": state, "best": parameters, "fixed": fixed})
     test = store.generate("lra_listops/tiny")["test"]
     for name, found in (("best", saved["best"]), ("last", saved["state"]["parameters"])):
@@ -81,13 +82,16 @@ from subquad.lra import progress, recipes, train
 slow = float(sys.argv[3])
 if slow:  # leaves the parent time to kill
     progress.Progress.update = lambda self, *_: time.sleep(slow)
-run = recipes.plan("quickstart", "performer", dropout_rate=0.1, steps=60, **{words})
+run = recipes.plan("quickstart", "performer", dropout_rate=0.1, steps=60, **{words}, **{more})
 train.train(run, out=sys.argv[1], data_dir=sys.argv[2], resume=True, quiet=True)
 """
 
+# All that a checkpoint has to hold beside parameters and moments.
+MORE = dict(accumulate=2, ema=0.9, schedule="plateau", patience=1)
+
 
 def start(folder, data, slow=0.0):
-    code = CODE.replace("{words}", repr(SMALL))
+    code = CODE.replace("{words}", repr(SMALL)).replace("{more}", repr(MORE))
     command = [sys.executable, "-c", code, str(folder), str(data), str(slow)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -216,7 +220,7 @@ def filling(self, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     save(self, step, *rest)
 Checkpoints.save = filling
-run = recipes.plan("quickstart", "performer", dropout_rate=0.1, steps=60, **{words})
+run = recipes.plan("quickstart", "performer", dropout_rate=0.1, steps=60, **{words}, **{more})
 try:
     train.train(run, out=sys.argv[1], data_dir=sys.argv[2], quiet=True)
 except checkpoints.RunError as error:
@@ -225,7 +229,8 @@ except checkpoints.RunError as error:
 
 
 def test_a_disk_that_fills_up_keeps_the_checkpoint_before(data, tmp_path):
-    command = [sys.executable, "-c", FULL.replace("{words}", repr(SMALL)), str(tmp_path), str(data)]
+    code = FULL.replace("{words}", repr(SMALL)).replace("{more}", repr(MORE))
+    command = [sys.executable, "-c", code, str(tmp_path), str(data)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     (message,) = done.stderr.strip().splitlines()
@@ -248,37 +253,6 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_schedules():
-    at = lambda schedule, step, **words: float(train.make_schedule(plan(schedule=schedule, **words))(step))
-    cosine = dict(steps=100, warmup_steps=10, learning_rate=1.0)
-    found = [at("cosine", step, **cosine) for step in (0, 5, 10, 55, 100)]
-    assert found == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
-    # The released ListOps configuration: 0.05 * min(1, t/1000) / sqrt(max(t, 1000)), 1.58e-3 at its peak.
-    arena = dict(steps=5000, warmup_steps=1000, learning_rate=0.05)
-    assert [at("rsqrt", step, **arena) for step in (0, 500, 1000, 5000)] == pytest.approx(
-        [0, 0.79e-3, 1.58e-3, 0.707e-3], rel=0.01
-    )
-
-
-def test_weight_decay_spares_what_is_no_matrix():
-    run, task = plan("s4", weight_decay=0.1, warmup_steps=0), tasks.find("listops", "tiny")
-    parameters = nnx.state(models.build(run, task), nnx.Param)
-    moved = {}
-    for decay in ("matrices", "all"):
-        optimiser = train.make_optimiser(dataclasses.replace(run, decay=decay))
-        zeros = jax.tree.map(jnp.zeros_like, parameters)
-        state = optimiser.init(parameters)
-        for _ in range(3):
-            updates, state = optimiser.update(zeros, state, parameters)
-        moved[decay] = {
-            jax.tree_util.keystr(path): bool(jnp.any(update != 0))
-            for path, update in jax.tree_util.tree_leaves_with_path(updates)
-        }
-    for path, moves in moved["matrices"].items():
-        assert moves == ("'kernel'" in path or "'embedding'" in path), path
-    assert sum(moved["all"].values()) > sum(moved["matrices"].values())
-
-
 def test_the_cls_token_is_read_and_the_operators_are_not():
     """With "cls" the head reads the token that stands in front, so the models differ from pooling "first"."""
     task = tasks.find("listops", "tiny")
@@ -291,3 +265,21 @@ def test_the_cls_token_is_read_and_the_operators_are_not():
     assert jnp.array_equal(before, model(tokens.at[:, 12:].set(7), mask))  # padding changes nothing
     embedding.set_value(embedding.get_value().at[-1].set(jnp.arange(16.0) % 3))
     assert not jnp.allclose(before, model(tokens, mask))
+
+
+def test_a_collapse_is_said_and_kept_and_everything_is_logged(data, monkeypatch, capsys, tmp_path):
+    board = importlib.util.find_spec("tensorboardX") is not None
+    scores = iter([0.0, 0.1, 0.9, 0.1, 0.95, 0.5, 0.5])  # the first is a compilation's, the last two are test's
+    monkeypatch.setattr(train, "_evaluate", lambda *_: (next(scores), 1.0))
+    run = plan(steps=40, evaluate_every=10, ema=0.5)
+    result = train.train(run, out=tmp_path, data_dir=data, tensorboard=board)
+    assert result.collapsed_step == 30 and result.best_step == 40
+    assert "softmax: collapsed: validation 10.0 % at step 30 is chance" in capsys.readouterr().err
+    assert len(history(tmp_path)) == 40
+    if board:
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        logged = events.read_bytes()
+        assert logged.count(b"train/loss") == 40 and logged.count(b"validation/accuracy") == 4
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="tensorboard must be off where tensorboardX is not installed, got True. Run pip"):
+        train.train(plan(), out=tmp_path / "other", tensorboard=True)

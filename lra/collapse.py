@@ -1,0 +1,50 @@
+"""A run that had learned and forgot: told as soon as a validation shows it, and kept in the result."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+def chance(batches: Iterable[dict], column: str) -> tuple[float, float]:
+    """(score of the best constant answer, its spread) on evaluation batches.
+
+    For "accuracy" the share p of the commonest target, and the standard error sqrt(p (1 - p) / n) of a share of n
+    targets. For "bits_per_byte" the entropy of the targets in bits, negated so that larger is better, and 1 % of it.
+    """
+    counts = 0
+    for batch in batches:
+        real = np.broadcast_to(batch["weights"].reshape(-1, *[1] * (batch["targets"].ndim - 1)), batch["targets"].shape)
+        real = real * batch["mask"] if batch["targets"].ndim == 2 else real
+        found = np.bincount(batch["targets"].ravel(), real.ravel())
+        size = max(len(found), np.size(counts))
+        counts = np.pad(found, (0, size - len(found))) + np.pad(np.atleast_1d(counts), (0, size - np.size(counts)))
+    shares = counts[counts > 0] / counts.sum()
+    if column == "bits_per_byte":
+        entropy = float(-(shares * np.log2(shares)).sum())
+        return -entropy, 0.01 * entropy
+    best = float(shares.max())
+    return best, float(np.sqrt(best * (1 - best) / counts.sum()))
+
+
+def collapsed_step(validations: Sequence[Sequence[float]], floor: float, spread: float, sign: int = 1) -> int | None:
+    """The step at which a run was seen to have collapsed, or None.
+
+    A run has *learned* at the first validation whose score is above floor + 4 spread. It has *collapsed* at the first
+    validation after that whose score is at most floor + spread: no better than always giving the same answer. A later
+    recovery does not take the collapse back. The two bounds lie apart so that noise around one of them is no collapse;
+    a run that never learned has not collapsed, and is seen by its accuracy beside the floor.
+
+    Args:
+        validations: [step, score, ...] in order of steps.
+        floor, spread: of `chance`, larger is better.
+        sign: -1 where a smaller score is better.
+    Example:
+        >>> collapsed_step([[50, 0.2], [100, 0.5], [150, 0.45], [200, 0.19], [250, 0.4]], 0.18, 0.02)
+        200
+    """
+    learned = False
+    for step, score, *_ in validations:
+        learned = learned or sign * score > floor + 4 * spread
+        if learned and sign * score <= floor + spread:
+            return int(step)
+    return None

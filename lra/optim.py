@@ -1,0 +1,111 @@
+"""How parameters are updated: schedules, groups of parameters, the plateau, the moving average.
+
+A training state is a dict: parameters, optimiser, step, and where the run asks for them plateau and average. It is a
+pytree of arrays, so a checkpoint of it resumes a run exactly.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subquad.lra.recipes import Run
+
+# The parameters of `zoo.statespace` that decide a system's dynamics and its input; C is learned as any other map. A large
+# step in them moves the time constants of every feature, which is why the papers learn them slowly and never decay them.
+STATE_SPACE = frozenset(("log_decay", "frequency", "low_rank", "input_matrix", "log_step"))
+# What a plateau multiplies the learning rate by.
+PLATEAU_FACTOR = 0.2
+
+
+def make_schedule(run: Run, peak: float | None = None) -> optax.Schedule:
+    """Step -> learning rate.
+
+    With w = min(warmup_steps, steps / 2) of linear warm-up from 0 to the peak, then
+
+        cosine: peak (1 + cos(pi (t - w) / (steps - w))) / 2        linear: peak (1 - (t - w) / (steps - w))
+        constant, plateau: peak
+
+    "rsqrt" is peak min(1, t / w) / sqrt(max(t, w)) with w = warmup_steps, the Long Range Arena's. What a plateau takes
+    off is in the training state (`after_validation`), not here.
+
+    Args:
+        run: its schedule, steps, warmup_steps.
+        peak: None takes run.learning_rate.
+    """
+    peak = run.learning_rate if peak is None else peak
+    if run.schedule == "rsqrt":
+        warmup = max(run.warmup_steps, 1)
+        return lambda step: peak * jnp.minimum(1, step / warmup) / jnp.sqrt(jnp.maximum(step, warmup))
+    warmup = min(run.warmup_steps, run.steps // 2)
+    if run.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, run.steps)
+    after = optax.linear_schedule(peak, 0.0, run.steps - warmup) if run.schedule == "linear" else optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def group(path, run: Run) -> str:
+    """The group of a parameter at a path of the model's state: "state_space", "decayed" or "spared" of weight decay."""
+    name = [part.key for part in path if hasattr(part, "key")][-1]
+    if name in STATE_SPACE:
+        return "state_space"
+    return "decayed" if run.decay == "all" or name in ("kernel", "embedding") else "spared"
+
+
+def make_optimiser(run: Run) -> optax.GradientTransformation:
+    """AdamW with clipping, by groups of parameters.
+
+    Decay spares what is no matrix of a linear map or embedding, unless run.decay is "all"; it always spares the
+    parameters of state spaces, whose learning rate is run.state_learning_rate where that is given.
+    """
+    groups = lambda parameters: jax.tree_util.tree_map_with_path(lambda path, _: group(path, run), parameters)
+    decays = lambda parameters: jax.tree.map(lambda name: name == "decayed", groups(parameters))
+    usual = optax.scale_by_learning_rate(make_schedule(run))
+    if run.state_learning_rate is None:
+        rate = usual
+    else:
+        slow = optax.scale_by_learning_rate(make_schedule(run, run.state_learning_rate))
+        rate = optax.partition({"state_space": slow, "decayed": usual, "spared": usual}, groups)
+    adam = optax.scale_by_adam(run.b1, run.b2, run.eps)
+    parts = [adam, optax.add_decayed_weights(run.weight_decay, decays), rate]
+    return optax.chain(*([] if run.clip_norm is None else [optax.clip_by_global_norm(run.clip_norm)]), *parts)
+
+
+def initial_state(run: Run, optimiser: optax.GradientTransformation, parameters) -> dict:
+    """The training state before the first step."""
+    state = {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
+    if run.schedule == "plateau":
+        state["plateau"] = _plateau(run).init(parameters)
+    if run.ema is not None:
+        state["average"] = optax.ema(run.ema).init(parameters)
+    return state
+
+
+def apply_gradient(run: Run, optimiser: optax.GradientTransformation, state: dict, gradient) -> dict:
+    """The state after one step along a gradient."""
+    updates, memory = optimiser.update(gradient, state["optimiser"], state["parameters"])
+    if "plateau" in state:
+        updates = jax.tree.map(lambda update: state["plateau"].scale * update, updates)
+    parameters = optax.apply_updates(state["parameters"], updates)
+    state = {**state, "parameters": parameters, "optimiser": memory, "step": state["step"] + 1}
+    if "average" in state:
+        state["average"] = optax.ema(run.ema).update(parameters, state["average"])[1]
+    return state
+
+
+def evaluated(run: Run, state: dict):
+    """The parameters to evaluate: with run.ema their moving average, of weights (1 - ema) ema^(t - s) / (1 - ema^t)."""
+    if "average" not in state:
+        return state["parameters"]
+    average = state["average"]
+    return optax.bias_correction(average.ema, run.ema, jnp.maximum(average.count, 1))
+
+
+def after_validation(run: Run, state: dict, loss: float) -> dict:
+    """The state after a validation: the plateau counts one more loss, whose minimum it waits for."""
+    if "plateau" not in state:
+        return state
+    return {**state, "plateau": _plateau(run).update({}, state["plateau"], value=loss)[1]}
+
+
+def _plateau(run: Run) -> optax.GradientTransformationExtraArgs:
+    return optax.contrib.reduce_on_plateau(PLATEAU_FACTOR, run.patience)

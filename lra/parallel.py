@@ -1,0 +1,234 @@
+"""Several devices and several processes: the batch is sharded over them, the training state too if wanted.
+
+Every process runs the same command. `start` makes them know each other; process 0 alone writes results.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from subquad.kernels.dispatch import nearest
+from subquad.lra.checkpoints import RunError, line
+
+# The mesh's only axis: examples of a batch, and with "zero" a part of every large array of the training state.
+AXIS = "data"
+Shard = Literal["batch", "zero"]
+# Seconds for all processes to find the coordinator.
+PATIENCE = 300
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the processes of one command into one. Call it before anything is computed.
+
+    Without arguments: what `srun` started as several tasks of one step is joined, any other process stays alone.
+
+    Args:
+        coordinator: "host:port" of process 0, which listens there.
+        num_processes: how many there are.
+        process_id: which one this is, 0..num_processes-1.
+    Raises:
+        ValueError: some of the three without the others, or one out of its range.
+        RunError: the coordinator was not reached.
+    """
+    given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            _join()
+        return
+    if missing:
+        raise ValueError(
+            f"start: {missing[0]} must be given together with the others of coordinator, num_processes and process_id, "
+            "got None. Pass all three, or none under SLURM."
+        )
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise ValueError(f"start: coordinator must be host:port, got {coordinator!r}. For example 10.0.0.1:1234.")
+    if num_processes < 1:
+        raise ValueError(f"start: num_processes must be >= 1, got {num_processes}. Count all processes.")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"start: process_id must be in 0..{num_processes - 1}, got {process_id}. Number the processes from 0."
+        )
+    if num_processes > 1:
+        _join(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+
+
+def _join(**words) -> None:
+    try:
+        jax.distributed.initialize(**words, initialization_timeout=PATIENCE)
+    except RuntimeError as error:
+        raise RunError(
+            f"start: coordinator {words.get('coordinator_address', 'of SLURM')} must be reached by every process, got "
+            f"{line(error)}. Check the address, the port, and that all processes were started."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process writes results and speaks."""
+    return jax.process_index() == 0
+
+
+def make_mesh(devices: int | None, batch_size: int, accumulate: int = 1) -> Mesh | None:
+    """The devices that share a batch, or None for one device.
+
+    Args:
+        devices: how many; None takes one in a single process, and all of them in several.
+        batch_size, accumulate: the devices must divide the examples of each part of a batch.
+    Raises: ValueError: more devices than there are, fewer than all in several processes, or no divisor.
+    """
+    several = jax.process_count() > 1
+    known = jax.device_count()
+    count = (known if several else 1) if devices is None else devices
+    if not 1 <= count <= known:
+        raise ValueError(
+            f"train: devices must be in 1..{known}, the {jax.default_backend()} devices there are, got {count}. "
+            "On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight."
+        )
+    if several and count != known:
+        raise ValueError(
+            f"train: devices must be all {known} of the {jax.process_count()} processes, got {count}. "
+            "Leave it out, or start fewer processes."
+        )
+    if batch_size % (count * accumulate):
+        fitting = [number for number in range(1, known + 1) if batch_size % (number * accumulate) == 0]
+        parts = f" / accumulate = {accumulate}" if accumulate > 1 else ""
+        raise ValueError(
+            f"train: devices must divide batch_size = {batch_size}{parts}, got {count}. "
+            f"Choose one of {fitting}, or a batch_size that is a multiple of {count * accumulate}."
+        )
+    return None if count == 1 else Mesh(np.array(jax.devices()[:count]), (AXIS,))
+
+
+def check_shard(shard: str, mesh: Mesh | None) -> None:
+    """Raises: ValueError: `shard` is no known word, or would do nothing."""
+    if shard not in get_args(Shard):
+        raise ValueError(f"train: shard must be a known word, got {shard!r}. {nearest(shard, get_args(Shard))}")
+    if shard == "zero" and mesh is None:
+        raise ValueError("train: shard must be 'batch' on one device, got 'zero'. Pass devices, 2 or more.")
+
+
+def shardings(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
+    """Where each array of a training state lies: with "zero" cut along its longest axis that the devices divide.
+
+    With "batch", and where no axis can be cut, every device holds the whole array. None without a mesh.
+    """
+    if mesh is None:
+        return None
+
+    def place(leaf):
+        axes = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        if shard == "batch" or not axes:
+            return NamedSharding(mesh, PartitionSpec())
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, AXIS))
+
+    return jax.tree.map(place, tree)
+
+
+def place(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
+    """Puts a training state where `shardings` says; every process has the same one to put."""
+    if mesh is None:
+        return tree
+
+    def put(leaf, sharding):
+        if leaf.sharding == sharding:
+            return leaf
+        if jax.process_count() == 1 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return jax.device_put(leaf, sharding)
+        here = np.asarray(leaf)
+        return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+    return jax.tree.map(put, tree, shardings(tree, mesh, shard))
+
+
+def feed(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
+    """Puts a batch on the devices; of a batch that all processes have drawn, each puts its own rows."""
+    if mesh is None:
+        return batch
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def put(array):
+        share = len(array) // jax.process_count()
+        mine = array[jax.process_index() * share : (jax.process_index() + 1) * share]
+        return jax.make_array_from_process_local_data(sharding, mine, array.shape)
+
+    return {name: put(array) for name, array in batch.items()}
+
+
+def over_batch(function: Callable, mesh: Mesh | None) -> Callable:
+    """Sums `function(parameters, fixed, key, batch)` over the devices, each with its own rows of the batch.
+
+    Every device runs the function on whole arrays of its own, so kernels work as on one device, and their sizes are
+    those of the smaller batch. The key is another on every device: noise depends on how many there are.
+    """
+    if mesh is None:
+        return function
+
+    def local(parameters, fixed, key, batch):
+        key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+        return jax.lax.psum(function(parameters, fixed, key, batch), AXIS)
+
+    whole = PartitionSpec()
+    specs = (whole, whole, whole, PartitionSpec(AXIS))
+    # Unchecked: kernels start their scans from plain zeros, which the check takes for another type than their carries.
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)
+
+
+def compile(function: Callable, arguments: tuple, mesh: Mesh | None, shard: Shard = "batch", **words) -> Any:
+    """`jax.jit(function, **words)`, compiled for these arguments; its results lie where `shardings` says."""
+    if mesh is not None:
+        words["out_shardings"] = shardings(jax.eval_shape(function, *arguments), mesh, shard)
+    return jax.jit(function, **words).lower(*arguments).compile()
+
+
+def hardware(described: str, mesh: Mesh | None) -> str:
+    """The devices that a run used, in words; `described`: the machine."""
+    count = 1 if mesh is None else mesh.size
+    if jax.default_backend() != "cpu":
+        return f"{count} x {jax.devices()[0].device_kind}"
+    return described if mesh is None else f"{described}, as {count} devices of {jax.process_count()} processes"
+
+
+def agree(flag: bool) -> bool:
+    """Whether the flag is set in any process; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def told(function: Callable[[], Any]) -> Any:
+    """Runs a function in process 0 and gives its result, plain data, or its RunError to all processes."""
+    if jax.process_count() == 1:
+        return function()
+    answer = {}
+    if is_first():
+        try:
+            answer = {"result": function()}
+        except RunError as error:
+            answer = {"error": str(error)}
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32)))
+    answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(text, size))))
+    if "error" in answer:
+        raise RunError(answer["error"])
+    return answer["result"]
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Process 0 goes through the block before the others enter: what it makes there, they find."""
+    if not is_first():
+        multihost_utils.sync_global_devices("first")
+    try:
+        yield
+    finally:
+        if is_first() and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("first")

@@ -1,0 +1,112 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subquad.lra import collapse, models, optim, recipes, tasks
+
+
+def plan(layer="softmax", **words):
+    small = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16)
+    return recipes.plan("quickstart", layer, **{**small, **words})
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_schedules():
+    at = lambda schedule, step, **words: float(optim.make_schedule(plan(schedule=schedule, **words))(step))
+    peaked = dict(steps=100, warmup_steps=10, learning_rate=1.0)
+    for schedule in ("cosine", "linear", "constant", "plateau"):
+        wanted = [0, 0.5, 1, 0.5, 0] if schedule in ("cosine", "linear") else [0, 0.5, 1, 1, 1]
+        assert [at(schedule, step, **peaked) for step in (0, 5, 10, 55, 100)] == pytest.approx(wanted, abs=1e-6), schedule
+    assert at("constant", 0, **{**peaked, "warmup_steps": 0}) == at("linear", 0, **{**peaked, "warmup_steps": 0}) == 1
+    assert at("linear", 32, **peaked) == pytest.approx(68 / 90) and at("cosine", 32, **peaked) > 0.8
+    # The released ListOps configuration: 0.05 * min(1, t/1000) / sqrt(max(t, 1000)), 1.58e-3 at its peak.
+    arena = dict(steps=5000, warmup_steps=1000, learning_rate=0.05)
+    assert [at("rsqrt", step, **arena) for step in (0, 500, 1000, 5000)] == pytest.approx(
+        [0, 0.79e-3, 1.58e-3, 0.707e-3], rel=0.01
+    )
+
+
+@pytest.fixture(scope="module")
+def s4():
+    run = plan("s4", weight_decay=0.1, warmup_steps=0, schedule="constant", clip_norm=None)
+    return run, nnx.state(models.build(run, tasks.find("listops", "tiny")), nnx.Param)
+
+
+def test_weight_decay_spares_what_is_no_matrix(s4):
+    run, parameters = s4
+    moved = {}
+    for decay in ("matrices", "all"):
+        optimiser = optim.make_optimiser(dataclasses.replace(run, decay=decay))
+        state, zeros = optimiser.init(parameters), jax.tree.map(jnp.zeros_like, parameters)
+        for _ in range(2):
+            updates, state = optimiser.update(zeros, state, parameters)
+        moved[decay] = {path for path, update in leaves(updates).items() if jnp.any(update != 0)}
+    assert moved["matrices"] == {path for path in leaves(parameters) if "'kernel'" in path or "'embedding'" in path}
+    spared = {path for path in leaves(parameters) if any(f"'{name}'" in path for name in optim.STATE_SPACE)}
+    assert spared and not moved["all"] & spared and any("output_matrix" in path for path in moved["all"])
+
+
+def test_state_spaces_learn_at_a_rate_of_their_own(s4):
+    run, parameters = s4
+    run = dataclasses.replace(run, weight_decay=0.0, learning_rate=0.1, state_learning_rate=0.001)
+    optimiser = optim.make_optimiser(run)
+    state, ones = optimiser.init(parameters), jax.tree.map(jnp.ones_like, parameters)
+    for _ in range(2):
+        updates, state = optimiser.update(ones, state, parameters)
+    for path, update in leaves(updates).items():
+        # The first steps of Adam along a constant gradient are as long as the learning rate.
+        slow = any(f"'{name}'" in path for name in optim.STATE_SPACE)
+        np.testing.assert_allclose(update, -0.001 if slow else -0.1, rtol=1e-4, err_msg=path)
+    # A parameter that zoo.statespace gains is named here, in one group or the other.
+    names = set(re.findall(r"'system'\]\['(\w+)'", " ".join(leaves(parameters))))
+    assert names == optim.STATE_SPACE | {"output_matrix"}
+
+
+def test_a_plateau_cuts_the_steps_and_an_average_follows_them():
+    run = plan(schedule="plateau", patience=2, warmup_steps=0, ema=0.5, weight_decay=0.0, clip_norm=None, learning_rate=1.0)
+    optimiser = optim.make_optimiser(run)
+    state, places = optim.initial_state(run, optimiser, {"kernel": jnp.zeros(())}), []
+    for loss in (2.0, 1.0, 1.5, 1.0, 0.9):
+        state = optim.apply_gradient(run, optimiser, state, {"kernel": jnp.ones(())})
+        places.append(float(state["parameters"]["kernel"]))
+        weights = 0.5 ** np.arange(len(places))[::-1]
+        assert float(optim.evaluated(run, state)["kernel"]) == pytest.approx(np.average(places, weights=weights), rel=1e-5)
+        state = optim.after_validation(run, state, loss)
+    # The third and the fourth loss are no new minimum.
+    np.testing.assert_allclose(np.diff([0.0, *places]), [-1, -1, -1, -1, -optim.PLATEAU_FACTOR], rtol=1e-4)
+
+
+@pytest.mark.parametrize("words,said", [(dict(ema=1.0), "ema must be in"), (dict(patience=0), "patience must be > 0")])
+def test_values_out_of_their_range_are_refused(words, said):
+    with pytest.raises(ValueError, match=said):
+        plan(**words)
+    with pytest.raises(TypeError, match="remat must be bool, got 1"):
+        plan(remat=1)
+
+
+def test_a_collapse_is_a_fall_from_clearly_above_chance_to_chance():
+    step = lambda *scores, **words: collapse.collapsed_step([[k, s, 0.0] for k, s in enumerate(scores)], 0.2, 0.01, **words)
+    assert step(0.2, 0.3, 0.29, 0.21, 0.2) == 3
+    assert step(0.2, 0.3, 0.205, 0.4) == 2  # a recovery does not hide it
+    assert step(0.2, 0.23, 0.2) is None  # noise around chance is no knowledge
+    assert step(0.2, 0.3, 0.25) is None and step() is None
+    assert collapse.collapsed_step([[1, 3.0, 0], [2, 4.0, 0]], -4.0, 0.04, -1) == 2
+
+
+def test_chance_by_hand():
+    batches = [
+        dict(targets=np.array([1, 1, 3]), weights=np.ones(3)),
+        dict(targets=np.array([1, 0, 0]), weights=np.array([1.0, 1.0, 0.0])),
+    ]
+    assert collapse.chance(batches, "accuracy") == pytest.approx((0.6, np.sqrt(0.6 * 0.4 / 5)))
+    targets, mask = np.array([[5, 6, 5, 6], [9, 0, 0, 0]]), np.array([[1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    tokens = [dict(targets=targets, weights=np.ones(2), mask=mask)]
+    assert collapse.chance(tokens, "bits_per_byte") == pytest.approx((-1.0, 0.01))

@@ -1,0 +1,148 @@
+"""Several devices and processes train as one device does."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from subquad.lra import checkpoints, parallel
+
+# Sixteen examples in two parts, so that eight devices hold one example of each part.
+PROGRAM = """
+import json, sys
+import numpy as np
+from subquad.lra import checkpoints, parallel, recipes, tasks, train
+
+out, start, words, replaced = (json.loads(word) for word in sys.argv[1:])
+parallel.start(**start)
+sizes = {"train": 64, "validation": 16, "test": 20}
+floors = lambda splits: {"majority": 0.5}
+task = tasks.Task(
+    "bits", "own", "drawn bits", vocabulary_size=3, length=12, num_classes=2, splits=sizes, floors=floors, source=""
+)
+rng = np.random.default_rng(0)
+draw = lambda: rng.integers(1, 3, rng.integers(4, 13))
+splits = {name: [{"inputs": bits, "label": int(bits.sum() % 2)} for bits in (draw() for _ in range(size))]
+          for name, size in sizes.items()}
+small = dict(in_features=16, num_layers=1, mlp_features=16, batch_size=16, accumulate=2, steps=12, evaluate_every=6)
+run = recipes.plan("quickstart", "softmax", task=task, ema=0.5, schedule="plateau", **{**small, **replaced})
+place = parallel.place
+def measured(tree, mesh, shard="batch"):
+    tree = place(tree, mesh, shard)
+    if mesh is not None and "optimiser" in tree:
+        import jax
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+        parallel.share = held / sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return tree
+parallel.place = measured
+result = train.train(run, out=out, task=task, splits=splits, quiet=True, **words)
+print(json.dumps([result.accuracy_last, result.hardware, getattr(parallel, "share", 1.0)]))
+"""
+
+
+def begin(out, start=(), count=1, replaced=(), **words):
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={count}"
+    command = [sys.executable, "-c", PROGRAM, *map(json.dumps, (str(out), dict(start), words, dict(replaced)))]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": flags}
+    )
+
+
+def finish(process):
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(said.splitlines()[-1])
+
+
+def history(folder):
+    with (folder / "history.csv").open(newline="") as file:
+        return [[float(cell or "nan") for cell in row.values()] for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    accuracy, *_ = finish(begin(folder))
+    return folder, accuracy
+
+
+def test_eight_devices_give_the_losses_of_one_and_hold_an_eighth(alone, tmp_path):
+    accuracy, hardware, share = finish(begin(tmp_path, count=8, devices=8, shard="zero"))
+    np.testing.assert_allclose(history(tmp_path), history(alone[0]), atol=1e-5)
+    assert accuracy == alone[1] and "as 8 devices of 1 processes" in hardware
+    assert share < 0.2
+
+
+def test_two_processes_give_the_losses_of_one_and_the_first_writes(alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    start = dict(coordinator=coordinator, num_processes=2)
+    both = [begin(tmp_path, {**start, "process_id": index}) for index in range(2)]
+    for process in both:
+        accuracy, hardware, share = finish(process)
+        assert accuracy == alone[1] and "as 2 devices of 2 processes" in hardware and share == 1
+    np.testing.assert_allclose(history(tmp_path), history(alone[0]), atol=1e-5)
+    assert (tmp_path / "checkpoint" / "12").is_dir()
+
+
+@pytest.mark.parametrize(
+    "devices,batch_size,accumulate,said",
+    [
+        (2, 16, 1, "devices must be in 1..1, the cpu devices there are, got 2. On a CPU, XLA_FLAGS="),
+        (0, 16, 1, "devices must be in 1..1"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(devices, batch_size, accumulate, said):
+    with pytest.raises(ValueError, match=said):
+        parallel.make_mesh(devices, batch_size, accumulate)
+
+
+def test_devices_that_do_not_divide_the_batch_are_refused(monkeypatch):
+    monkeypatch.setattr(parallel.jax, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match=r"devices must divide batch_size = 16 / accumulate = 4, got 8. Choose .*1, 2, 4"):
+        parallel.make_mesh(8, 16, 4)
+    with pytest.raises(ValueError, match="shard must be a known word, got 'zeor'. Did you mean 'zero'"):
+        parallel.check_shard("zeor", None)
+    with pytest.raises(ValueError, match="shard must be 'batch' on one device, got 'zero'. Pass devices"):
+        parallel.check_shard("zero", parallel.make_mesh(None, 16))
+    monkeypatch.setattr(parallel.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="devices must be all 8 of the 2 processes, got 4. Leave it out"):
+        parallel.make_mesh(4, 16)
+
+
+@pytest.mark.parametrize(
+    "given,said",
+    [
+        (("localhost:1", 2, None), "process_id must be given together with"),
+        (("localhost", 2, 0), "coordinator must be host:port, got 'localhost'"),
+        (("localhost:1", 2, 2), r"process_id must be in 0..1, got 2"),
+        (("localhost:1", 0, 0), r"num_processes must be >= 1, got 0"),
+    ],
+)
+def test_a_command_that_cannot_be_joined_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        parallel.start(*given)
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch):
+    def silent(**words):
+        raise RuntimeError("DEADLINE_EXCEEDED: nobody\nthere")
+
+    monkeypatch.setattr(parallel.jax.distributed, "initialize", silent)
+    with pytest.raises(checkpoints.RunError, match="coordinator h:1 must be reached .* got DEADLINE_EXCEEDED: nobody there"):
+        parallel.start("h:1", 2, 1)
+
+
+def test_tasks_of_a_slurm_step_are_joined_and_a_lone_one_is_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(parallel.jax.distributed, "initialize", lambda **words: asked.append(words))
+    for count in ("1", "4"):
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", count)
+        parallel.start()
+    assert asked == [{"initialization_timeout": parallel.PATIENCE}]
