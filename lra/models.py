@@ -1,4 +1,4 @@
-"""The classifier that a run trains, and how many parameters it has."""
+"""The models that runs train, one for each kind of task, and how many parameters they have."""
 
 import dataclasses
 import math
@@ -9,51 +9,115 @@ import jax.numpy as jnp
 from flax import nnx
 
 from subquad import zoo
+from subquad.lra import layers
 from subquad.lra.tasks import Task
 
 if TYPE_CHECKING:
     from subquad.lra.recipes import Run
 
 
+class PixelEmbed(nnx.Module):
+    """Pixels as numbers: the token v + 1 of the value v becomes W (2 v / most - 1) + b, most the largest value.
+
+    Args:
+        vocabulary_size: of the task: padding and the values 0..most.
+        in_features: features D.
+        first: the token that stands in front of the pixels and has a vector of its own; None: there is none.
+    """
+
+    def __init__(self, vocabulary_size: int, in_features: int, *, first: int | None, dtype, rngs: nnx.Rngs):
+        self.most, self.first, self.dtype = vocabulary_size - 2, first, dtype
+        self.linear = nnx.Linear(1, in_features, dtype=dtype, rngs=rngs)
+        if first is not None:
+            self.vector = nnx.Param(jnp.zeros(in_features))
+
+    def __call__(self, tokens):
+        values = (2 * (tokens - 1) / self.most - 1).astype(self.dtype)
+        hidden = self.linear(values[..., None])
+        if self.first is None:
+            return hidden
+        return jnp.where((tokens == self.first)[..., None], self.vector.get_value().astype(hidden.dtype), hidden)
+
+
 class Model(nnx.Module):
-    """`zoo.Classifier` for a task; with pooling "cls", a token of its own in front, and the head reads that.
+    """A classifier of sequences or of pairs; with pooling "cls", a token of its own in front, and the head reads that.
 
     Call:
-        inputs: [B, T] token ids.  mask: [B, T], True = a real token.
+        inputs: [B, T] token ids.  mask: [B, T], True = a real token.  For a pair the same again for the other sequence.
     Returns: logits [B, num_classes], float32.
     """
 
     def __init__(self, run: "Run", task: Task, *, rngs: nnx.Rngs):
         extra = int(run.pooling == "cls")
         self.first_token = task.vocabulary_size if extra else None
-        self.classifier = zoo.Classifier(
-            task.num_classes,
-            vocab_size=task.vocabulary_size + extra,
-            in_features=run.in_features,
-            num_layers=run.num_layers,
-            mlp_features=run.mlp_features,
-            max_length=task.length + extra,
-            mixer=run.layer,
-            mixer_options=dict(run.layer_options),
-            pooling="first" if extra else run.pooling,
-            positions=run.positions,
-            dropout_rate=run.dropout_rate,
-            remat=run.remat,
-            dtype=jnp.dtype(run.dtype),
-            rngs=rngs,
-        )
+        self.is_pair = task.kind == "pair"
+        dtype, embed = jnp.dtype(run.dtype), None
+        if run.inputs == "continuous":
+            embed = PixelEmbed(task.vocabulary_size, run.in_features, first=self.first_token, dtype=dtype, rngs=rngs)
+        words = dict(
+            _encoder(run, task, extra), embed=embed, pooling="first" if extra else run.pooling, rngs=rngs,
+            head_features=_head_features(run, task),
+        )  # fmt: skip
+        if self.is_pair:
+            self.classifier = zoo.DualEncoder(task.num_classes, interaction=run.interaction, **words)
+        else:
+            self.classifier = zoo.Classifier(task.num_classes, **words)
 
-    def __call__(self, inputs, mask, *, deterministic: bool = True, rngs: nnx.Rngs | None = None):
-        if self.first_token is not None:
-            inputs = jnp.pad(inputs, ((0, 0), (1, 0)), constant_values=self.first_token)
-            mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
-        logits = self.classifier(inputs, mask=mask, deterministic=deterministic, rngs=rngs)
+    def __call__(self, inputs, mask, *other, deterministic: bool = True, rngs: nnx.Rngs | None = None):
+        inputs, mask = self._with_first(inputs, mask)
+        words = dict(mask=mask, deterministic=deterministic, rngs=rngs)
+        if self.is_pair:
+            second, words["other_mask"] = self._with_first(*other)
+            logits = self.classifier(inputs, second, **words)
+        else:
+            logits = self.classifier(inputs, **words)
         return logits.astype(jnp.float32)
 
+    def _with_first(self, inputs, mask):
+        if self.first_token is None:
+            return inputs, mask
+        front = ((0, 0), (1, 0))
+        return jnp.pad(inputs, front, constant_values=self.first_token), jnp.pad(mask, front, constant_values=True)
 
-def build(run: "Run", task: Task) -> Model:
+
+class LanguageModel(nnx.Module):
+    """`zoo.CausalLM` for a task: inputs [B, T] and mask [B, T] -> logits of the next token [B, T, vocabulary], float32."""
+
+    def __init__(self, run: "Run", task: Task, *, rngs: nnx.Rngs):
+        self.model = zoo.CausalLM(**_encoder(run, task, 0), rngs=rngs)
+
+    def __call__(self, inputs, mask, *, deterministic: bool = True, rngs: nnx.Rngs | None = None):
+        return self.model(inputs, mask=mask, deterministic=deterministic, rngs=rngs).astype(jnp.float32)
+
+
+def _encoder(run: "Run", task: Task, extra: int) -> dict:
+    """The options of `zoo.Encoder`, for `extra` tokens beside the task's."""
+    causal = task.kind == "language_model"
+    return dict(
+        vocab_size=task.vocabulary_size + extra,
+        in_features=run.in_features,
+        num_layers=run.num_layers,
+        mlp_features=run.mlp_features,
+        max_length=task.length + extra,
+        mixer=layers.make(run.layer, run.layer_options, dtype=jnp.dtype(run.dtype), is_causal=causal),
+        positions=run.positions,
+        dropout_rate=run.dropout_rate,
+        remat=run.remat,
+        dtype=jnp.dtype(run.dtype),
+    )
+
+
+def _head_features(run: "Run", task: Task) -> tuple[int, ...]:
+    """Features of the head's hidden layers."""
+    if run.head == "linear":
+        return (run.in_features,) if task.kind == "pair" else ()
+    return (run.mlp_features, run.mlp_features // 2) if task.kind == "pair" else (run.mlp_features,)
+
+
+def build(run: "Run", task: Task) -> Model | LanguageModel:
     """The model with its first parameters, drawn from run.seed."""
-    return Model(run, task, rngs=nnx.Rngs(run.seed))
+    kind = LanguageModel if task.kind == "language_model" else Model
+    return kind(run, task, rngs=nnx.Rngs(run.seed))
 
 
 def count_parameters(run: "Run", task: Task) -> int:
@@ -68,12 +132,18 @@ def equal_mlp_features(run: "Run", reference: "Run", task: Task) -> int:
     Raises: ValueError: the layer alone has more parameters than the whole reference.
     """
     target = count_parameters(reference, task)
-    narrow, wide = (count_parameters(dataclasses.replace(run, mlp_features=width), task) for width in (8, 16))
-    width = 8 * max(1, round(1 + (target - narrow) / (wide - narrow)))
-    reached = narrow + (wide - narrow) * (width // 8 - 1)
-    if abs(reached - target) > 0.1 * target:
+    # The head of a pair is quadratic in mlp_features; everything else is linear.
+    widths = (8, 16, 24) if task.kind == "pair" and run.head == "mlp" else (8, 16)
+    first, *more = (count_parameters(dataclasses.replace(run, mlp_features=width), task) for width in widths)
+    slope = more[0] - first
+    bend = more[1] - 2 * more[0] + first if len(more) > 1 else 0
+    at = lambda k: first + k * slope + k * (k - 1) // 2 * bend
+    best = 0
+    while abs(at(best + 1) - target) < abs(at(best) - target):
+        best += 1
+    if abs(at(best) - target) > 0.1 * target:
         raise ValueError(
-            f"layer {run.layer!r} must fit into {target:,} parameters to be compared, got {reached:,}. "
+            f"layer {run.layer!r} must fit into {target:,} parameters to be compared, got {at(best):,}. "
             "Make it smaller by layer_options, or pass mlp_features."
         )
-    return width
+    return 8 * (best + 1)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import models, tasks
+from subquad.lra import layers, models, protocols, tasks
 from subquad.lra.recipes_arena import ARENA, QUICKSTART
 from subquad.lra.recipes_base import Recipe, settings
-from subquad.zoo import LAYERS
+from subquad.lra.recipes_papers import PAPERS
 
-RECIPES: dict[str, Recipe] = {recipe.id: recipe for recipe in (QUICKSTART, ARENA)}
+RECIPES: dict[str, Recipe] = {recipe.id: recipe for recipe in (QUICKSTART, ARENA, *PAPERS)}
 
 Pooling = Literal["mean", "max", "first", "last", "cls"]
 Schedule = Literal["cosine", "rsqrt", "linear", "constant", "plateau"]
@@ -49,7 +49,11 @@ class Run:
         remat: compute each block again in the backward pass: less memory, more time, the same numbers.
         evaluate_every: steps between validations, each of which also saves a checkpoint.
         selection: which parameters the reported test accuracy is of: "best" on validation, or the "last".
-        protocol: the rules that a number was made by: "lra-2020", those of the arena's code, or "modern".
+        protocol: the rules that a number was made by: "lra-2020", those of the arena's code, or "modern", see `protocols`.
+        head: between pooled features and logits: "linear", after one hidden layer of in_features for a pair, or "mlp", the
+            arena's hidden layer of mlp_features, and a second of half as many for a pair.
+        interaction: of a pair a, b: "nli", [a, b, a * b, a - b], or "concat", [a, b].
+        inputs: "tokens", or "continuous": a pixel is one number in -1..1 through a linear map.
     """
 
     recipe: str = "quickstart"
@@ -84,24 +88,29 @@ class Run:
     state_learning_rate: float | None = None
     patience: int = 10
     protocol: Literal["lra-2020", "modern"] = "modern"
+    head: Literal["linear", "mlp"] = "linear"
+    interaction: Literal["concat", "nli"] = "nli"
+    inputs: Literal["tokens", "continuous"] = "tokens"
 
     @property
     def id(self) -> str:
         """Names the run by layer, seed and a hash of all its values."""
         values = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return f"{self.layer}-seed{self.seed}-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
+        return f"{self.layer.replace(':', '.')}-seed{self.seed}-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
 
 
 def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run:
-    """The run of a layer under a recipe: defaults < recipe < `overrides`, then an equal number of parameters.
+    """The run of a layer under a recipe: defaults < protocol < recipe < `overrides`, then an equal number of parameters.
 
     Args:
         recipe: a key of `RECIPES`.
-        layer: a key of `zoo.LAYERS`; one that the recipe does not list is built with its own defaults.
+        layer: a key of `zoo.LAYERS`, or "package.module:ClassName", a layer of your own, see `layers.find`; one that the
+            recipe does not list is built with its own defaults.
         overrides: values of `Run`; layer_options are merged into the recipe's; task may be a `tasks.Task` of your own, which
             `train` is then given, too.
     Raises:
-        ValueError: unknown recipe, layer, task or configuration, or a value out of its range.
+        ValueError: unknown recipe, layer, task or configuration, a value out of its range or against its protocol, a layer
+            that cannot be causal for a language model.
         TypeError: an override that is no attribute of `Run`, or has the wrong type.
     Example:
         >>> plan("quickstart", "softmax", steps=10).steps
@@ -109,8 +118,7 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be a known name, got {recipe!r}. {nearest(recipe, RECIPES)}")
-    if layer not in LAYERS:
-        raise ValueError(f"layer must be a known name, got {layer!r}. {nearest(layer, LAYERS)}")
+    layers.find(layer)
     rules = RECIPES[recipe]
     own = overrides["task"] if isinstance(overrides.get("task"), tasks.Task) else None
     if own is not None:
@@ -122,14 +130,15 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
         if name not in named:
             raise TypeError(f"{name} must be a value of a run, got {name}={overrides[name]!r}. {nearest(name, named)}")
     task_name = overrides.get("task", rules.defaults.get("task", Run.task))
-    known = settings(rules, task_name, overrides.get("config"), layer)
-    values = {**known, **overrides, "recipe": recipe, "layer": layer}
-    task = tasks.of(task_name, values.get("config", Run.config), own)
-    if task.kind != "classification":
-        raise ValueError(
-            f"task must have one sequence and one label, got {task.name!r} ({task.kind.replace('_', ' ')}). "
-            "Its data can be prepared and read, but the trainer does not learn it yet."
-        )
+    config = overrides["config"] if "config" in overrides else _usual_config(rules, task_name, layer, overrides)
+    task = tasks.of(task_name, config, own)
+    known = settings(rules, task_name, config, layer)
+    rest = protocols.defaults({**known, **overrides}.get("protocol", Run.protocol), task.kind)
+    values = {**rest, **known, **overrides, "recipe": recipe, "layer": layer, "config": config}
+    for name in protocols.MEANINGLESS[task.kind]:
+        values[name] = getattr(Run, name)
+    if task.kind == "language_model":
+        layers.check_causal(layer)
     length = task.length + (values.get("pooling", Run.pooling) == "cls")
     options = {
         name: length if value == "{length}" else value
@@ -137,12 +146,21 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     }
     run = Run(**{**values, "layer_options": options})
     _check(run)
+    protocols.check(run, task, overrides)
     if rules.equal_parameters and "mlp_features" not in overrides:
         reference = dataclasses.replace(
             run, layer="softmax", layer_options=rules.layers["softmax"], mlp_features=values.get("mlp_features", 128)
         )
         run = dataclasses.replace(run, mlp_features=models.equal_mlp_features(run, reference, task))
     return run
+
+
+def _usual_config(rules: Recipe, task: str, layer: str, overrides: Mapping[str, Any]) -> str:
+    """The configuration of a task that the recipe names, or that suits the protocol, or the task's usual one."""
+    known, values = tasks.TASKS.get(task, {}), settings(rules, task, None, layer)
+    protocol = overrides.get("protocol", values.get("protocol", Run.protocol))
+    wanted = (values.get("config"), protocols.CONFIGS.get((protocol, task)), Run.config, *known)
+    return next((config for config in wanted if config in known), Run.config)
 
 
 def _check(run: Run) -> None:

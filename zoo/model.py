@@ -1,6 +1,8 @@
 """Models around the mixers: encoder, classifier, dual encoder, causal language model."""
 
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -15,6 +17,7 @@ from subquad.zoo.block import Block
 
 POSITIONS = ("learned", "sinusoidal", None)
 POOLINGS = ("mean", "max", "first", "last")
+INTERACTIONS = {"nli": lambda a, b: [a, b, a * b, a - b], "concat": lambda a, b: [a, b]}
 
 
 class EncoderOptions(TypedDict, total=False):
@@ -30,6 +33,7 @@ class EncoderOptions(TypedDict, total=False):
     positions: Literal["learned", "sinusoidal"] | None
     dropout_rate: float
     remat: bool
+    embed: nnx.Module | None
     dtype: Any
     param_dtype: Any
 
@@ -48,6 +52,7 @@ class Encoder(nnx.Module):
         positions: "learned" or "sinusoidal" encodings added to the embeddings, or None.
         dropout_rate: of embeddings and block outputs.
         remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory.
+        embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D].
     Call:
         tokens: [B, T] integers.  mask: [B, T], True = a real token, False = padding.
     Raises: ValueError: unknown mixer or positions; a sequence longer than max_length.  TypeError: unknown mixer option.
@@ -66,6 +71,7 @@ class Encoder(nnx.Module):
         positions: Literal["learned", "sinusoidal"] | None = "learned",
         dropout_rate: float = 0.0,
         remat: bool = False,
+        embed: nnx.Module | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -87,7 +93,7 @@ class Encoder(nnx.Module):
             return registry.make(mixer, in_features=in_features, rngs=rngs, **{**dtypes, **(mixer_options or {})})
 
         self.in_features, self.max_length, self.position_kind, self.remat = in_features, max_length, positions, remat
-        self.embed = nnx.Embed(vocab_size, in_features, **dtypes, rngs=rngs)
+        self.embed = nnx.Embed(vocab_size, in_features, **dtypes, rngs=rngs) if embed is None else embed
         if positions == "learned":
             self.positions = nnx.Embed(max_length, in_features, **dtypes, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate)
@@ -162,12 +168,32 @@ def check_pooling(owner: str, pooling: str) -> None:
         raise ValueError(f"{owner}: pooling must be a known name, got {pooling!r}. {nearest(pooling, POOLINGS)}")
 
 
+class Head(nnx.Module):
+    """Linear maps with a ReLU between: features [B, D] -> logits [B, num_classes].
+
+    Args:
+        in_features: features D.
+        hidden: features of the layers between; none: one linear map.
+    """
+
+    def __init__(self, in_features: int, hidden: Sequence[int], num_classes: int, *, dtype=None, param_dtype, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.inner = nnx.List(linear(*ends) for ends in itertools.pairwise((in_features, *hidden)))
+        self.outer = linear((in_features, *hidden)[-1], num_classes)
+
+    def __call__(self, inputs: Float[Array, "B D"]) -> Float[Array, "B classes"]:
+        for layer in self.inner:
+            inputs = nnx.relu(layer(inputs))
+        return self.outer(inputs)
+
+
 class Classifier(nnx.Module):
-    """An encoder, pooling over real tokens, and a linear head: tokens [B, T] -> logits [B, num_classes].
+    """An encoder, pooling over real tokens, and a head: tokens [B, T] -> logits [B, num_classes].
 
     Args:
         num_classes: number of classes.
         pooling: "mean", "max", "first" or "last" of the real tokens.
+        head_features: features of the head's hidden layers; none: a linear head.
         encoder: the options of `Encoder`.
     Example:
         >>> model = Classifier(10, vocab_size=16, in_features=32, num_layers=2, mlp_features=64, max_length=100,
@@ -176,12 +202,15 @@ class Classifier(nnx.Module):
         (2, 10)
     """
 
-    def __init__(self, num_classes: int, *, pooling: str = "mean", rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions]):
+    def __init__(
+        self, num_classes: int, *, pooling: str = "mean", head_features: Sequence[int] = (), rngs: nnx.Rngs,
+        **encoder: Unpack[EncoderOptions],
+    ):
         check_pooling("Classifier", pooling)
         self.pooling = pooling
         self.encoder = Encoder(**encoder, rngs=rngs)
-        self.head = nnx.Linear(
-            self.encoder.in_features, num_classes, dtype=encoder.get("dtype"),
+        self.head = Head(
+            self.encoder.in_features, head_features, num_classes, dtype=encoder.get("dtype"),
             param_dtype=encoder.get("param_dtype", jnp.float32), rngs=rngs,
         )
 
@@ -197,18 +226,29 @@ class DualEncoder(nnx.Module):
 
         logits = W_2 relu(W_1 [a, b, a * b, a - b]),   a, b the pooled sequences
 
-    Args: as `Classifier`.
+    Args:
+        interaction: what the head sees: "nli" as above, or "concat", [a, b].
+        head_features: features of the head's hidden layers; None: one of in_features.
+        others: as `Classifier`.
     Source: Tay et al., Long Range Arena, 2020, arXiv 2011.04006, eq. 1.
     """
 
-    def __init__(self, num_classes: int, *, pooling: str = "mean", rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions]):
+    def __init__(
+        self, num_classes: int, *, pooling: str = "mean", interaction: str = "nli", head_features: Sequence[int] | None = None,
+        rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions],
+    ):
         check_pooling("DualEncoder", pooling)
-        self.pooling = pooling
+        if interaction not in INTERACTIONS:
+            raise ValueError(
+                f"DualEncoder: interaction must be a known name, got {interaction!r}. {nearest(interaction, INTERACTIONS)}"
+            )
+        self.pooling, self.interaction = pooling, interaction
         self.encoder = Encoder(**encoder, rngs=rngs)
         features = self.encoder.in_features
-        dtypes = dict(dtype=encoder.get("dtype"), param_dtype=encoder.get("param_dtype", jnp.float32))
-        self.inner = nnx.Linear(4 * features, features, **dtypes, rngs=rngs)
-        self.head = nnx.Linear(features, num_classes, **dtypes, rngs=rngs)
+        self.head = Head(
+            features * (4 if interaction == "nli" else 2), (features,) if head_features is None else head_features, num_classes,
+            dtype=encoder.get("dtype"), param_dtype=encoder.get("param_dtype", jnp.float32), rngs=rngs,
+        )
 
     def __call__(
         self,
@@ -224,7 +264,7 @@ class DualEncoder(nnx.Module):
             pool(self.encoder(sequence, mask=real, deterministic=deterministic, rngs=rngs), real, self.pooling)
             for sequence, real in ((tokens, mask), (other, other_mask))
         )
-        return self.head(nnx.relu(self.inner(jnp.concatenate([a, b, a * b, a - b], axis=-1))))
+        return self.head(jnp.concatenate(INTERACTIONS[self.interaction](a, b), axis=-1))
 
 
 class LMCache(NamedTuple):

@@ -1,9 +1,10 @@
-"""What a user brings along: a task."""
+"""What a user brings along: a task, a layer."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.lra import recipes, tasks, train
+from subquad.lra import models, recipes, tasks, train
 
 PARITY = tasks.Task(
     "parity", "own", "bits that I drew", vocabulary_size=3, length=12, num_classes=2,
@@ -60,3 +61,102 @@ def test_a_split_that_is_missing_or_empty_is_told():
         tasks.check_splits(PARITY, {name: some[name] for name in ("train", "validation")})
     with pytest.raises(ValueError, match=r"splits\['validation'\] must have examples, got none"):
         tasks.check_splits(PARITY, {**splits(), "validation": []})
+
+
+LAYERS = '''
+import jax.numpy as jnp
+from flax import nnx
+
+class Mean(nnx.Module):
+    """Mixes by the mean of the real tokens."""
+
+    def __init__(self, in_features, *, width=8, is_causal=False, rngs):
+        self.inner, self.is_causal = nnx.Linear(in_features, width, rngs=rngs), is_causal
+        self.outer = nnx.Linear(width, in_features, rngs=rngs)
+
+    def __call__(self, inputs, mask=None):
+        real = jnp.ones(inputs.shape[:2], bool) if mask is None else mask[:, 0, 0]
+        hidden = jnp.where(real[..., None], self.inner(inputs), 0)
+        if self.is_causal:
+            mean = hidden.cumsum(1) / jnp.maximum(real.cumsum(1), 1)[..., None]
+        else:
+            mean = hidden.sum(1, keepdims=True) / jnp.maximum(real.sum(1), 1)[:, None, None]
+        return self.outer(jnp.broadcast_to(mean, hidden.shape))
+
+class Deaf(Mean):
+    def __call__(self, inputs):
+        return inputs
+
+class Wide(nnx.Module):
+    def __init__(self, features, rngs):
+        pass
+
+    def __call__(self, inputs, mask=None):
+        return inputs
+
+class Forward(nnx.Module):
+    def __init__(self, in_features, depth, *, rngs):
+        pass
+
+    def __call__(self, inputs, other, mask=None):
+        return inputs
+
+class Bidirectional(nnx.Module):
+    def __init__(self, in_features, depth, *, rngs):
+        pass
+
+    def __call__(self, inputs, mask=None):
+        return inputs
+
+class Plain:
+    pass
+'''
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "my_mixers.py").write_text(LAYERS)
+    (tmp_path / "my_broken.py").write_text("import nothing_like_it")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_layer_of_ones_own_is_trained_and_resumed(module, tmp_path):
+    words = dict(in_features=16, num_layers=1, steps=6, evaluate_every=3, layer_options=dict(width=4))
+    run = recipes.plan("quickstart", "my_mixers:Mean", task=PARITY, **words)
+    assert run.layer == "my_mixers:Mean" and ":" not in run.id
+    result = train.train(run, out=tmp_path / "out", task=PARITY, splits=splits(), quiet=True)
+    assert (result.status, result.layer) == ("ok", "my_mixers:Mean")
+    assert train.train(run, out=tmp_path / "out", task=PARITY, splits=splits(), resume=True) == result
+    # The recipe's equal budget holds for it, too.
+    reference = recipes.plan("quickstart", "softmax", task=PARITY, in_features=16, num_layers=1)
+    assert result.parameters == pytest.approx(models.count_parameters(reference, PARITY), rel=0.1)
+    # Padding is masked for it as for the others.
+    model, rows = models.build(run, PARITY), np.array([[1, 2, 2, 0, 0]])
+    logits = model(jnp.asarray(rows), jnp.asarray(rows > 0))
+    np.testing.assert_array_equal(logits, model(jnp.asarray(np.where(rows > 0, rows, 1)), jnp.asarray(rows > 0)))
+    spoken = recipes.plan("quickstart", "my_mixers:Mean", task="pylib_lm", mlp_features=16, **words)
+    assert models.count_parameters(spoken, tasks.find("pylib_lm", "offline")) > 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "words", "kind", "match"),
+    [
+        ("my_mixer:Mean", {}, ValueError, "must name a module that can be imported, got 'my_mixer'.*No module.*PYTHONPATH"),
+        ("my_broken:Mean", {}, ValueError, "must name a module .*got 'my_broken' .*nothing_like_it"),
+        ("my_mixers:Maen", {}, ValueError, "layer must name a class of my_mixers, got 'Maen'. Did you mean 'Mean'"),
+        ("my_mixers:Plain", {}, ValueError, "got .*Plain'>, which is no subclass of flax.nnx.Module"),
+        ("my_mixers:Deaf", {}, ValueError, "got a __call__ without mask, which could not leave padding out"),
+        ("my_mixers:Wide", {}, ValueError, "got a constructor without in_features"),
+        ("my_mixers:Forward", {}, ValueError, "got a __call__ that also needs other"),
+        ("my_mixers:Mean", dict(widht=4), TypeError, "my_mixers:Mean: widht must be an option .* Did you mean 'width'"),
+        ("my_mixers:Bidirectional", {}, TypeError, "depth must be given, got nothing. Pass --layer-options depth="),
+    ],
+)
+def test_layers_that_do_not_meet_the_contract_are_told_why(module, layer, words, kind, match):
+    with pytest.raises(kind, match=match):
+        recipes.plan("quickstart", layer, task=PARITY, layer_options=words)
+
+
+def test_a_layer_without_is_causal_is_no_language_model(module):
+    with pytest.raises(ValueError, match="got 'my_mixers:Bidirectional', which cannot be .its constructor takes no is_causal"):
+        recipes.plan("lra-2020", "my_mixers:Bidirectional", task="pylib_lm", layer_options=dict(depth=1))

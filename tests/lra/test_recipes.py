@@ -55,7 +55,7 @@ def test_the_length_of_the_task_reaches_the_layers_options():
         (dict(recipe="quikstart"), ValueError, "recipe must .* Did you mean 'quickstart'"),
         (dict(layer="perfomer"), ValueError, "layer must .* Did you mean 'performer'"),
         (dict(task="listop"), ValueError, "task must .* Did you mean 'listops'"),
-        (dict(task="retrieval", config="lra"), ValueError, "task must have one sequence and one label, got 'retrieval'"),
+        (dict(layer="linformer", task="pylib_lm"), ValueError, "layer must be causal for a language model, got 'linformer'"),
         (dict(config="smal"), ValueError, "config must .* Did you mean 'small'"),
         (dict(stps=1), TypeError, "stps must .* Did you mean 'steps'"),
         (dict(layer_options=dict(num_head=2)), TypeError, "num_head must .* Did you mean 'num_heads'"),
@@ -77,8 +77,8 @@ def test_every_value_changes_the_runs_id():
     run, seen = recipes.plan("quickstart"), set()
     other = dict(
         layer_options={"num_heads": 2}, positions="sinusoidal", pooling="last", schedule="rsqrt", decay="all",
-        ema=0.9, state_learning_rate=0.1,
-        dtype="bfloat16", selection="last", clip_norm=None, protocol="x", recipe="x", task="x", config="x", layer="x",
+        ema=0.9, state_learning_rate=0.1, dtype="bfloat16", selection="last", clip_norm=None, protocol="x", head="x",
+        interaction="x", inputs="x", recipe="x", task="x", config="x", layer="x",
     )  # fmt: skip
     for one in dataclasses.fields(run):
         value = other.get(one.name, getattr(run, one.name))

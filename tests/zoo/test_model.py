@@ -165,7 +165,7 @@ def test_a_mixer_may_have_a_dtype_of_its_own():
     options = dict(num_heads=2, param_dtype=jnp.bfloat16)
     model = zoo.Classifier(3, **SMALL, mixer="softmax", mixer_options=options, rngs=nnx.Rngs(0))
     assert model.encoder.blocks[0].mixer.query.kernel[...].dtype == jnp.bfloat16
-    assert model.head.kernel[...].dtype == jnp.float32
+    assert model.head.outer.kernel[...].dtype == jnp.float32
 
 
 def test_a_function_as_mixer():

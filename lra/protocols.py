@@ -1,0 +1,84 @@
+"""The two sets of rules that a number can be made by.
+
+"lra-2020": those of the arena's released code as far as they can be defended. A token of its own is pooled, or the mean;
+a pixel is one of 256 symbols; two sequences are concatenated; the last checkpoint is tested; IMDb validates on its test
+set, which decides nothing then. Mended: black pixels are no padding, means are of real tokens only.
+
+"modern": the best checkpoint on validation is tested, which is never the test set, so IMDb holds a tenth of its training
+reviews out; a pair's head sees [a, b, a * b, a - b]; pixels may be numbers instead of symbols, which is a field of the run.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from subquad.lra.tasks import Kind, Task
+
+if TYPE_CHECKING:
+    from subquad.lra.recipes import Run
+
+# The configuration of a task whose usual one has other rules.
+CONFIGS = {("modern", "text"): "modern"}
+# Values of a run that mean nothing to a kind of task.
+MEANINGLESS: dict[Kind, tuple[str, ...]] = {
+    "classification": ("interaction",),
+    "pair": (),
+    "language_model": ("pooling", "head", "interaction", "inputs"),
+}
+_OTHER = {"lra-2020": "modern", "modern": "lra-2020"}
+
+
+def defaults(protocol: str, kind: Kind) -> dict[str, Any]:
+    """What a protocol sets where neither a recipe nor the caller does."""
+    if protocol != "lra-2020":
+        return {}
+    pooled = {
+        "classification": dict(pooling="cls", head="mlp"),
+        # The released code has no token of its own in front of either sequence, and reads their first bytes.
+        "pair": dict(pooling="first", head="mlp", interaction="concat"),
+        "language_model": {},
+    }
+    return {"selection": "last", **pooled[kind]}
+
+
+def _allowed(protocol: str, task: Task) -> dict[str, tuple[str, ...]]:
+    """The values that are not contradictory, for each name that a protocol has a say in."""
+    if protocol == "modern":
+        allowed: dict[str, tuple[str, ...]] = {"selection": ("best",)}
+        if task.kind == "pair":
+            allowed["interaction"] = ("nli",)
+        return allowed | ({"config": ("modern",)} if task.name == "text" else {})
+    allowed = {"selection": ("last",), "inputs": ("tokens",)}
+    if task.kind == "classification":
+        allowed["pooling"] = ("cls", "mean")
+    elif task.kind == "pair":
+        allowed |= {"pooling": ("first", "cls", "mean"), "interaction": ("concat",)}
+    return allowed | ({"config": ("lra",)} if task.name == "text" else {})
+
+
+def check(run: "Run", task: Task, given: Mapping[str, Any]) -> None:
+    """Refuses what contradicts a run's protocol, and what the caller gave that means nothing to the kind of task.
+
+    Raises: ValueError: naming the value and the cure.
+    """
+    for name, allowed in _allowed(run.protocol, task).items():
+        value = getattr(run, name)
+        if value not in allowed:
+            why = " (there IMDb is validated on its test set)" if (task.name, value) == ("text", "lra") else ""
+            raise ValueError(
+                f"{name} must be {' or '.join(map(repr, allowed))} under protocol {run.protocol!r}, got {value!r}{why}. "
+                f"Pass {name}={allowed[0]!r}, or protocol={_OTHER[run.protocol]!r}."
+            )
+    for name in MEANINGLESS[task.kind]:
+        if name in given:
+            raise ValueError(
+                f"{name} must be left out for {task.name!r}, a task of kind {task.kind}, got {given[name]!r}. "
+                "It would change nothing."
+            )
+    if run.inputs == "continuous" and task.image_shape is None:
+        raise ValueError(
+            f"inputs must be 'tokens' for {task.name!r}, which has no pixels, got 'continuous'. Pass inputs='tokens'."
+        )
+    if run.head == "mlp" and run.mlp_features < 2 and task.kind != "language_model":
+        raise ValueError(
+            f"head must be 'linear' with mlp_features = {run.mlp_features}, got 'mlp'. Pass head='linear', or mlp_features=..."
+        )

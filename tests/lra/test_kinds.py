@@ -1,0 +1,104 @@
+"""Pairs and language models: what is built, what is minimised, what is reported."""
+
+import csv
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subquad.lra import models, objectives, recipes, tasks, train
+from subquad.zoo import LAYERS
+
+TINY = dict(in_features=16, num_layers=1, mlp_features=16, batch_size=8, learning_rate=0.02, warmup_steps=2)
+SPLITS = {"train": 64, "validation": 20, "test": 12}
+
+
+def task(name, kind, length, num_classes, **words):
+    return tasks.Task(
+        name, "own", "drawn here", vocabulary_size=6, length=length, num_classes=num_classes, splits=SPLITS, kind=kind,
+        floors=lambda splits: {}, source="this test", **words,
+    )  # fmt: skip
+
+
+TWINS = task("twins", "pair", 8, 2)
+CYCLE = task("cycle", "language_model", 12, 6, metric="bits per byte")
+
+
+def twins(rng):
+    first, other = rng.integers(1, 6, rng.integers(2, 9)), rng.integers(1, 6, 5)
+    label = int(rng.integers(2))
+    return {"inputs1": first, "inputs2": np.full(3, first[0]) if label else other, "label": label}
+
+
+def cycle(rng):
+    """1 2 3 4 5 1 2 ..., from anywhere."""
+    ids = (np.arange(rng.integers(4, 14)) + rng.integers(5)) % 5 + 1
+    return {"inputs": ids[:-1], "targets": ids[1:]}
+
+
+def splits(draw):
+    return {name: [draw(np.random.default_rng([n, i])) for i in range(n)] for name, n in SPLITS.items()}
+
+
+def test_a_pair_is_trained_through_one_encoder(tmp_path):
+    run = recipes.plan("quickstart", "softmax", task=TWINS, **TINY, steps=10, evaluate_every=10, accumulate=2)
+    result = train.train(run, out=tmp_path, task=TWINS, splits=splits(twins), quiet=True)
+    assert (result.status, result.protocol, result.bits_per_byte) == ("ok", "modern", None)
+    assert result.accuracy * 12 == pytest.approx(round(result.accuracy * 12))
+    model = models.build(run, TWINS)
+    a, b = jnp.array([[1, 2, 3, 0]]), jnp.array([[4, 5, 0, 0]])
+    real = lambda tokens: tokens > 0
+    logits = model(a, real(a), b, real(b))
+    assert jnp.abs(logits - model(b, real(b), a, real(a))).max() > 1e-4  # a - b tells them apart
+    np.testing.assert_allclose(logits, model(jnp.where(real(a), a, 5), real(a), b, real(b)), atol=1e-5)
+    vectors = model.classifier.head.inner[0].kernel
+    assert vectors.shape == (4 * 16, 16)  # [a, b, a * b, a - b]
+
+
+def test_a_language_model_is_judged_by_bits_per_byte(tmp_path):
+    run = recipes.plan("quickstart", "softmax", task=CYCLE, **TINY, steps=60, evaluate_every=20)
+    given = splits(cycle)
+    result = train.train(run, out=tmp_path, task=CYCLE, splits=given, quiet=True)
+    assert (result.status, result.accuracy, result.validation_accuracy_best) == ("ok", None, None)
+    assert result.bits_per_byte == result.bits_per_byte_best < 0.5 < math.log2(5)  # the rule is learnt
+    with (tmp_path / "history.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["validation_bits_per_byte"]]
+    bits = {int(row["step"]): float(row["validation_bits_per_byte"]) for row in rows}
+    assert set(bits) == {20, 40, 60} and result.best_step == min(bits, key=bits.get)
+    assert all(float(row["validation_loss"]) == pytest.approx(bits[int(row["step"])] * math.log(2)) for row in rows)
+
+
+def test_bits_are_of_real_tokens_only_and_of_those_before():
+    model = models.build(recipes.plan("quickstart", "softmax", task=CYCLE, **TINY), CYCLE)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 6, (2, 13))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    mask = np.arange(12) < np.array([[12], [5]])
+    batch = dict(inputs=jnp.asarray(inputs), targets=jnp.asarray(targets), mask=jnp.asarray(mask), weights=jnp.ones(2))
+    objective = objectives.OBJECTIVES["language_model"]
+    logits = model(batch["inputs"], batch["mask"])
+    likely = nnx.log_softmax(logits)[np.arange(2)[:, None], np.arange(12), targets]
+    score, loss, count = objective.sums(model, batch)
+    assert count == 17 and loss == pytest.approx(-float((likely * mask).sum()), rel=1e-4)
+    assert score == pytest.approx(float(loss) / math.log(2), rel=1e-5)
+    total, number = objective.loss(model, batch, rngs=nnx.Rngs(dropout=0))
+    assert number == 17 and total == pytest.approx(float(loss), rel=1e-5)
+    one = objective.sums(model, {**batch, "weights": jnp.array([0.0, 1.0])})
+    assert one[2] == 5 and one[1] == pytest.approx(-float(likely[1, :5].sum()), rel=1e-4)
+    later = batch["inputs"].at[:, 7].set(batch["inputs"][:, 7] % 5 + 1)
+    changed = jnp.abs(model(later, batch["mask"]) - logits).max(axis=(0, 2))
+    assert (changed[:7] == 0).all() and changed[7] > 1e-4
+    assert objective.rank(1.0, 2.0) > objective.rank(1.1, 0.0)  # fewer bits are better
+
+
+@pytest.mark.parametrize("layer", sorted(LAYERS))
+def test_layers_that_can_be_causal_model_language(layer):
+    if not LAYERS[layer].supports.causal:
+        with pytest.raises(ValueError, match=f"layer must be causal for a language model, got '{layer}', .*Use softmax, "):
+            recipes.plan("quickstart", layer, task="pylib_lm")
+        return
+    run = recipes.plan("quickstart", layer, task="pylib_lm", mlp_features=8, num_layers=1)
+    assert run.config == "offline"
+    assert models.count_parameters(run, tasks.find("pylib_lm", "offline")) > 257 * run.in_features

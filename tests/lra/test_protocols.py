@@ -1,0 +1,108 @@
+"""The two protocols: what each sets, what contradicts it, and the sizes of the arena's released models."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad.lra import models, recipes, tasks
+
+# Of the released configurations: embedding without biases in attention, an inner layer in the head.
+RELEASED = dict(protocol="lra-2020", head="mlp", positions="sinusoidal")
+
+
+def released(task, features, heads, inner, *, blocks=4, **words):
+    config = dict(in_features=features, mlp_features=inner, num_layers=blocks)
+    options = dict(num_heads=heads, use_bias=False, **words.pop("layer_options", {}))
+    run = recipes.plan("lra-2020", "softmax", task=task, **{**RELEASED, **config, **words}, layer_options=options)
+    return run, tasks.find(run.task, run.config)
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes", "count"),
+    [
+        ("listops", (512, 8, 1024), 8_948_746),
+        ("text", (256, 4, 1024), 3_486_722),
+        ("retrieval", (128, 4, 512), 1_087_618),
+    ],
+)
+def test_the_vanilla_models_have_the_released_numbers_of_parameters(task, sizes, count):
+    words = dict(pooling="first", interaction="concat") if task == "retrieval" else dict(pooling="cls")
+    run, found = released(task, *sizes, **words, layer_options=dict(qkv_features=sizes[0]))
+    assert models.count_parameters(run, found) == count
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "features", "qkv", "heads", "inner", "blocks", "words", "count"),
+    [
+        ("image", "lra", 128, 64, 8, 128, 1, dict(pooling="cls", positions="learned"), 248_458),
+        ("pathfinder", "32_hard", 32, 16, 4, 32, 4, dict(pooling="mean"), 26_530),
+    ],
+)
+def test_pictures_have_one_more_symbol_than_released_because_black_is_no_padding(
+    task, config, features, qkv, heads, inner, blocks, words, count
+):
+    options = dict(qkv_features=qkv)
+    run, found = released(task, features, heads, inner, blocks=blocks, config=config, **words, layer_options=options)
+    assert models.count_parameters(run, found) == count + features
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (dict(selection="last"), "selection must be 'best' under protocol 'modern', got 'last'. Pass selection='best', or"),
+        (dict(protocol="lra-2020", selection="best"), "selection must be 'last' .* or protocol='modern'"),
+        (dict(protocol="lra-2020", pooling="max"), "pooling must be 'cls' or 'mean' under protocol 'lra-2020', got 'max'"),
+        (dict(protocol="lra-2020", task="image", inputs="continuous"), "inputs must be 'tokens' under protocol 'lra-2020'"),
+        (dict(task="text", config="lra"), r"config must be 'modern' .* got 'lra' \(there IMDb is validated on its test set\)"),
+        (dict(protocol="lra-2020", task="text", config="modern"), "config must be 'lra' under protocol 'lra-2020'"),
+        (dict(task="bbc_halves", interaction="concat"), "interaction must be 'nli' under protocol 'modern', got 'concat'"),
+        (dict(task="bbc_halves", protocol="lra-2020", interaction="nli"), "interaction must be 'concat' under"),
+        (dict(interaction="nli"), "interaction must be left out for 'listops', a task of kind classification, got 'nli'"),
+        (dict(task="pylib_lm", pooling="max"), "pooling must be left out for 'pylib_lm', a task of kind language_model"),
+        (dict(inputs="continuous"), "inputs must be 'tokens' for 'listops', which has no pixels, got 'continuous'"),
+        (dict(head="mlp", mlp_features=0), "head must be 'linear' with mlp_features = 0, got 'mlp'. Pass head='linear'"),
+        (dict(protocol="lra2020"), "protocol must be a known word, got 'lra2020'. Did you mean 'lra-2020'"),
+    ],
+)
+def test_contradictions_are_refused_with_the_cure(words, match):
+    with pytest.raises(ValueError, match=match):
+        recipes.plan("quickstart", **words)
+
+
+def test_a_protocol_sets_what_nobody_else_does():
+    quick = lambda **words: recipes.plan("quickstart", mlp_features=64, **words)
+    assert (quick().selection, quick().pooling, quick().head, quick(task="text").config) == ("best", "mean", "linear", "modern")
+    old = quick(protocol="lra-2020")
+    assert (old.selection, old.pooling, old.head) == ("last", "cls", "mlp")
+    assert quick(protocol="lra-2020", pooling="mean").pooling == "mean"
+    pair = quick(protocol="lra-2020", task="bbc_halves")
+    assert (pair.pooling, pair.interaction, pair.config) == ("first", "concat", "offline")
+    assert quick(protocol="lra-2020", task="text").config == "lra"
+    # A recipe's own values mean nothing to a language model, and are not kept.
+    model = recipes.plan("lra-2020", "softmax", task="pylib_lm")
+    assert (model.selection, model.pooling, model.head, model.config) == ("last", "mean", "linear", "offline")
+
+
+def digits(**words):
+    task = tasks.find("digits", "offline")
+    sizes = dict(in_features=16, num_layers=1, mlp_features=16)
+    return task, recipes.plan("quickstart", "softmax", task="digits", **sizes, **words)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_pixels_may_be_numbers(pooling):
+    task, run = digits(inputs="continuous", pooling=pooling)
+    model = models.build(run, task)
+    embed = model.classifier.encoder.embed
+    kernel, bias = embed.linear.kernel[...], embed.linear.bias[...]
+    hidden = embed(jnp.array([[1, 9, 17]]))[0]  # the values 0, 8 and 16
+    np.testing.assert_allclose(hidden, jnp.array([[-1.0], [0.0], [1.0]]) * kernel + bias, atol=1e-6)
+    tokens, mask = jnp.arange(64)[None] % 17 + 1, jnp.ones((1, 64), bool)
+    assert model(tokens, mask).shape == (1, 10)
+    count = lambda inputs: models.count_parameters(digits(inputs=inputs, pooling=pooling)[1], task)
+    # 18 rows of the embedding against a weight and a bias; the vector in front is a row more, or one of its own.
+    assert count("tokens") - count("continuous") == 16 * (18 - 2)
+    if pooling == "cls":
+        before = model(tokens, mask)
+        embed.vector.set_value(jnp.arange(16.0) % 3)
+        assert jnp.abs(model(tokens, mask) - before).max() > 1e-4
