@@ -1,11 +1,12 @@
 import pytest
 
-from subquad.lra import models, recipes, tasks
+from subquad.lra import recipes, tasks
 from subquad.lra.recipes_base import Recipe, settings
 from subquad.zoo import LAYERS
 
 ARENA_TASKS = [
-    ("listops", "lra"), ("text", "lra"), ("image", "lra"), ("pathfinder", "32_hard"), ("pathfinder", "64_hard"),
+    ("listops", "lra"), ("text", "lra"), ("retrieval", "lra"), ("image", "lra"), ("pathfinder", "32_hard"),
+    ("pathfinder", "64_hard"),
     ("pathfinder", "128_hard"), ("pathfinder", "256_hard"), ("pathfinder", "release_128_hard"),
 ]  # fmt: skip
 
@@ -56,10 +57,3 @@ def test_rows_are_those_of_the_released_configurations():
     run = plan("softmax", "pathfinder", config="128_hard")
     assert (*size(run), heads(run), run.dropout_rate, run.steps, run.pooling) == (1, 32, 16, 32, 2, 0.1, 500_000, "mean")
     assert plan("softmax", "pathfinder", config="64_hard").pooling == "cls"
-
-
-@pytest.mark.parametrize(("task", "config", "released"), [("image", "lra", 248_458), ("pathfinder", "32_hard", 26_530)])
-def test_models_have_about_the_released_ones_size(task, config, released):
-    """The difference is in the head, and in biases that their attention has not."""
-    run = recipes.plan("lra-2020", "softmax", task=task, config=config)
-    assert models.count_parameters(run, tasks.find(task, config)) == pytest.approx(released, rel=0.1)

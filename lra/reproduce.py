@@ -1,0 +1,135 @@
+"""Runs the cells of a table that are missing: cheapest first, within a budget, and on from where it was stopped."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from subquad.lra import costs, ledger, results, tables, tasks
+from subquad.lra.cells import Cell
+from subquad.lra.checkpoints import Interrupted, RunError, line
+from subquad.lra.data.store import DatasetError
+from subquad.lra.ledger import Ledger
+from subquad.lra.recipes import Run
+
+BENCH = pathlib.Path(__file__).parents[1] / "scripts" / "bench_lra.py"
+
+
+def missing(cells: Sequence[Cell], known: Ledger, seeds: int) -> list[tuple[Run, list[str]]]:
+    """The runs that cells wait for, each once, with the ids of its cells."""
+    found: dict[str, tuple[Run, list[str]]] = {}
+    for cell in cells:
+        if cell.cannot or cell.recipe == "bench":
+            continue
+        for seed in range(seeds):
+            run = tables.run_of(cell, seed)
+            if not known.has(run):
+                found.setdefault(run.id, (run, []))[1].append(cell.id)
+    return list(found.values())
+
+
+def train_missing(
+    cells: Sequence[Cell],
+    path: str | os.PathLike,
+    *,
+    known: Ledger,
+    seeds: int = 1,
+    budget_hours: float | None = None,
+    data_dir: str | os.PathLike | None = None,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> int:
+    """Trains what is missing and adds a row for each to the ledger at `path`; checkpoints are in `runs` beside it.
+
+    The next cheapest run is started while its estimate fits into what is left of the budget; one that takes longer is
+    stopped when the budget is used up, and keeps its checkpoint.
+
+    Args:
+        cells: those of a table, or some of them.
+        path: the ledger, a CSV file.
+        known: what was run before.
+        seeds: 0..seeds-1 of each.
+        budget_hours: None: no bound.
+        data_dir: where data sets are.
+        say: is told what happens.
+    Returns: how many runs failed.
+    Raises: Interrupted: Ctrl-C, or the budget is used up.
+    """
+    from subquad.lra import train
+
+    device = results.environment()["hardware"]
+    on_cpu = jax.default_backend() == "cpu"
+    price = lambda run: costs.here(run, tasks.find(run.task, run.config), known.rows(), device, on_cpu)
+    waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
+    say(f"{len(waiting)} runs are missing, about {sum(cost.hours for cost, _, _ in waiting):.3g} hours on {device}.")
+    began, failures = time.monotonic(), 0
+    folder = pathlib.Path(path).parent / "runs"
+    for number, (cost, run, ids) in enumerate(waiting, 1):
+        left = None if budget_hours is None else budget_hours - (time.monotonic() - began) / 3600
+        if left is not None and cost.hours > left:
+            rest = len(waiting) - number + 1
+            say(f"{rest} runs do not fit: the next would take {cost}, and {max(left, 0):.3g} h of the budget are left.")
+            break
+        say(f"[{number}/{len(waiting)}] {', '.join(ids)}, seed {run.seed}: {cost}")
+        say(json.dumps(dataclasses.asdict(run), sort_keys=True))
+        try:
+            with _alarm(left):
+                row = train.train(run, out=folder / run.id, data_dir=data_dir, resume=True)
+        except Interrupted as stopped:
+            saved = str(stopped).partition(" Go on")[0]
+            raise Interrupted(f"{saved} The same command goes on from there.") from None
+        except (ValueError, TypeError, NotImplementedError, RuntimeError, DatasetError, RunError) as error:
+            failures += 1
+            say(f"{run.layer} on {run.task}: {line(error)}")
+            continue
+        ledger.add(row, path)
+        say(f"{run.layer} on {run.task}: {row.status}" + (f", {100 * row.accuracy:.2f} %" if row.accuracy is not None else ""))
+    return failures
+
+
+@contextlib.contextmanager
+def _alarm(hours: float | None) -> Iterator[None]:
+    """Sends this process what Ctrl-C sends after so many hours."""
+    if hours is None:
+        yield
+        return
+    timer = threading.Timer(3600 * hours, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def bench_command(cells: Sequence[Cell], known: Ledger, path: str | os.PathLike, words: Sequence[str] = ()) -> list[str] | None:
+    """The command that measures what cells of ratios wait for, into the CSV at `path`; None where nothing is missing."""
+    verdicts = [tables.judge(cell, known) for cell in cells if cell.recipe == "bench"]
+    wanted = [one.cell for one in verdicts if one.outcome == "not run"]
+    if not wanted:
+        return None
+    lengths = sorted({cell.length for cell in wanted})
+    layers = list(dict.fromkeys(cell.layer for cell in wanted if cell.layer != "softmax"))
+    return [
+        sys.executable, str(BENCH), "--model", tables.MODEL, "--modes", tables.MODE, "--layers", ",".join(["softmax", *layers]),
+        "--lengths", ",".join(map(str, lengths)), "--out", str(path), *words,
+    ]  # fmt: skip
+
+
+def measure_missing(
+    cells: Sequence[Cell], path: str | os.PathLike, *, known: Ledger, words: Sequence[str] = (), say: Callable[[str], None]
+) -> int:
+    """Measures what is missing on this machine. Returns: the exit code of the command, 0 where nothing was missing."""
+    command = bench_command(cells, known, path, words)
+    if command is None:
+        return 0
+    say(" ".join(command))
+    return subprocess.run(command, check=False).returncode

@@ -1,0 +1,58 @@
+import pytest
+
+from subquad.lra import recipes, recipes_papers, tasks
+from subquad.zoo import LAYERS
+
+SMALL = ("nystromformer", "skyformer", "xformers")
+FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+@pytest.mark.parametrize("task", FIVE)
+def test_the_small_model_takes_every_layer_on_every_task(recipe, task):
+    for layer in LAYERS:
+        run = recipes.plan(recipe, layer, task=task)
+        large = (recipe, task) == ("xformers", "text")
+        assert (run.num_layers, run.in_features, run.mlp_features) == ((4, 256, 1024) if large else (2, 64, 128))
+        assert (run.protocol, run.selection, run.schedule, run.head) == ("modern", "best", "linear", "mlp")
+        heads = 4 if large else 2
+        assert run.inputs == "tokens" and run.layer_options.get("num_heads", heads) == heads
+
+
+def test_rows_of_the_small_model():
+    plan = lambda recipe, layer, task: recipes.plan(recipe, layer, task=task)
+    run = plan("nystromformer", "softmax", "retrieval")
+    assert (run.batch_size, run.steps, run.warmup_steps, run.learning_rate, run.interaction) == (32, 30_000, 800, 1e-4, "nli")
+    assert plan("skyformer", "softmax", "pathfinder").learning_rate == 2e-4
+    assert plan("skyformer", "linformer", "text").layer_options["num_landmarks"] == 128
+    assert plan("xformers", "linformer", "image").layer_options["num_landmarks"] == 1024 // 4
+    assert plan("xformers", "softmax", "listops").steps == 2 * plan("nystromformer", "softmax", "listops").steps
+    assert plan("nystromformer", "performer", "listops").layer_options["kernel"] == "relu"
+
+
+@pytest.mark.parametrize("recipe", ["s4", "s4d", "s4-v1"])
+@pytest.mark.parametrize("task", [*FIVE, "path_x"])
+def test_state_spaces_learn_slowly_and_pixels_are_numbers(recipe, task):
+    name, config = ("pathfinder", "128_hard") if task == "path_x" else (task, None)
+    run = recipes.plan(recipe, "s4", task=name, **({"config": config} if config else {}))
+    assert run.state_learning_rate == 1e-3 and run.protocol == "modern" and run.mlp_features == 0
+    assert run.inputs == ("continuous" if name in ("image", "pathfinder") else "tokens")
+    assert run.schedule == ("plateau" if recipe == "s4-v1" else "cosine")
+    assert (run.layer_options.get("dt_min") == 1e-4) == (task == "path_x")
+    assert run.steps <= 500_000 and tasks.find(run.task, run.config).length == tasks.find(name, run.config).length
+
+
+def test_rows_of_s4():
+    run = recipes.plan("s4", "s4", task="image")
+    assert (run.num_layers, run.in_features, run.batch_size, run.steps, run.warmup_steps) == (6, 512, 50, 180_000, 18_000)
+    assert (run.learning_rate, run.weight_decay, run.dropout_rate) == (0.01, 0.05, 0.1)
+    assert run.layer_options == dict(state_size=64, num_ssm=1)
+    assert recipes.plan("s4", "s4").layer_options == dict(state_size=4, num_ssm=1)
+    assert recipes.plan("s4d", "s4", layer_options=dict(mode="diagonal", init="lin")).in_features == 128
+    assert recipes.plan("s4-v1", "s4").layer_options["is_causal"] is True
+
+
+def test_epochs_are_of_the_splits_that_there_are():
+    for task, examples in recipes_papers.EXAMPLES.items():
+        name, config = ("pathfinder", "128_hard") if task == "path_x" else (task, recipes_papers.CONFIGS[task])
+        assert tasks.find(name, config).splits["train"] == examples

@@ -1,0 +1,253 @@
+import csv
+import dataclasses
+import io
+import json
+import statistics
+import time
+
+import pytest
+
+from subquad.lra import bench, cells, costs, figures, ledger, recipes, reproduce, results, tables, tasks
+from subquad.lra.checkpoints import Interrupted
+from subquad.zoo import LAYERS
+from tests.lra.test_results import row as made
+
+TRANSFORMER = "lra.1.transformer"
+
+
+def cell(name, paper="lra", table="1"):
+    return next(one for one in cells.table(paper, table) if one.id == name)
+
+
+def result(name, accuracy, seed=0, **other):
+    """The row of a run that answers to a cell."""
+    run = tables.run_of(cell(name), seed)
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+    named = ("layer", "task", "config", "recipe", "seed")
+    return made(accuracy=accuracy, configuration=configuration, **{word: getattr(run, word) for word in named}, **other)
+
+
+def known(tmp_path, *rows):
+    for one in rows:
+        results.append(one, tmp_path / "runs.csv")
+    return ledger.read([tmp_path / "runs.csv"])
+
+
+def test_cells_have_ids_of_their_own_and_a_run_or_a_reason():
+    every = cells.every()
+    assert len({one.id for one in every}) == len(every) > 500
+    for one in every:
+        assert bool(one.cannot) == (one.recipe is None) == (one.layer is None)
+        assert one.recipe in ("bench", None, *recipes.RECIPES) and one.layer in (None, *LAYERS)
+        assert one.tolerance > 0 and one.source
+
+
+def test_every_answer_names_a_row_that_is_printed():
+    for (paper, table), answers in cells.ANSWERS.items():
+        assert set(answers) <= {figure.row for figure in figures.find(paper, table)[1]}
+    assert set(cells.ANSWERS) == set(figures.sources())
+
+
+def test_every_trained_cell_can_be_planned():
+    runs = [(one, tables.run_of(one)) for one in cells.every() if one.recipe not in ("bench", None)]
+    for one, run in runs:
+        assert (run.layer, run.recipe) == (one.layer, one.recipe)
+        wanted = cells.COLUMNS.get(one.column, (one.column, run.config))
+        assert (run.task, run.config) == wanted
+        assert costs.training_flops(run, tasks.find(run.task, run.config)) > 0
+    assert len(runs) > 40
+
+
+def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
+    listops, text = cell(f"{TRANSFORMER}.listops"), cell(f"{TRANSFORMER}.text")
+    rows = [result(listops.id, 0.36, 0), result(listops.id, 0.38, 1), result(text.id, 0.60)]
+    found = known(tmp_path, *rows)
+    one = tables.judge(listops, found)
+    assert (one.outcome, one.seeds) == ("reproduced within tolerance", 2)
+    assert one.ours == pytest.approx(37) and one.spread == pytest.approx(statistics.stdev([36, 38]))
+    assert one.difference == pytest.approx(37 - 36.37)
+    one = tables.judge(text, found)
+    assert one.outcome == "differs" and one.difference == pytest.approx(60 - 64.27)
+    one = tables.judge(cell("lra.1.reformer.listops"), found)
+    assert one.outcome == "not run" and one.cost.hours > 0 and one.cost.source == "estimate"
+    assert one.command == (
+        "python scripts/reproduce_table.py --paper lra --table 1 --only lra.1.reformer.listops --run"
+    )
+    one = tables.judge(cell("lra.1.bigbird.listops"), found)
+    assert (one.outcome, one.reason) == ("cannot", "no such layer here")
+
+
+def test_what_differs_says_what_the_published_model_was(tmp_path):
+    name = "lra.1.local_attention.listops"
+    one = tables.judge(cell(name), known(tmp_path, result(name, 0.37, collapsed_step=40)))
+    assert one.outcome == "differs" and "groups of 50 distant positions" in one.reason
+    assert "seed 0 collapsed at step 40" in one.reason
+
+
+def test_a_failure_is_a_row(tmp_path):
+    name = f"{TRANSFORMER}.listops"
+    one = tables.judge(cell(name), known(tmp_path, result(name, None, status="failed: non-finite loss by step 30")))
+    assert (one.outcome, one.reason, one.ours) == ("differs", "failed: non-finite loss by step 30", None)
+
+
+def test_another_value_of_the_run_is_no_answer(tmp_path):
+    name = f"{TRANSFORMER}.listops"
+    row = result(name, 0.36)
+    other = dataclasses.replace(row, configuration=json.dumps({**json.loads(row.configuration), "steps": 7}))
+    assert tables.judge(cell(name), known(tmp_path, other)).outcome == "not run"
+
+
+def test_rows_of_earlier_versions_still_answer(tmp_path):
+    """A value of Run that a row does not know had its default."""
+    name = f"{TRANSFORMER}.listops"
+    row = result(name, 0.36)
+    configuration = json.loads(row.configuration)
+    assert configuration.pop("dtype") == recipes.Run.dtype
+    older = dataclasses.replace(row, configuration=json.dumps(configuration))
+    assert tables.judge(cell(name), known(tmp_path, older)).outcome == "reproduced within tolerance"
+
+
+def of_all(tmp_path, path_x=None):
+    scores = dict(listops=0.36, text=0.64, retrieval=0.58, image=0.42, pathfinder=0.70)
+    scores |= {} if path_x is None else dict(path_x=path_x)
+    found = known(tmp_path, *(result(f"{TRANSFORMER}.{task}", score) for task, score in scores.items()))
+    wanted = [one for one in cells.table("lra", "1") if one.row == "Transformer"]
+    return [tables.judge(one, found) for one in wanted], found
+
+
+def test_both_averages_count_a_failed_path_x_as_50_and_mark_it(tmp_path):
+    five, six = tables.averages(of_all(tmp_path)[0])
+    assert (five.tasks, six.tasks) == (5, 6)
+    assert five.theirs == pytest.approx(54.388) and not five.theirs_marked
+    assert six.theirs == pytest.approx((5 * 54.388 + 50) / 6) and six.theirs_marked
+    assert five.ours == pytest.approx(54) and six.ours is None  # Path-X was not run, which is no failure
+    for path_x, ours, marked in ((0.497, (270 + 50) / 6, True), (0.92, (270 + 92) / 6, False)):
+        folder = tmp_path / str(path_x)
+        folder.mkdir()
+        six = tables.averages(of_all(folder, path_x)[0])[1]
+        assert six.ours == pytest.approx(ours) and six.ours_marked == marked
+
+
+def test_all_forms_show_theirs_ours_and_every_outcome(tmp_path):
+    verdicts, found = of_all(tmp_path)
+    shown = {form: tables.render("lra", "1", verdicts, found, form) for form in ("text", "markdown", "latex", "csv")}
+    assert "36.37 / 36.00" in shown["text"] and "54.39 / 54.00" in shown["text"] and "53.66* / -" in shown["text"]
+    assert "| Transformer | 36.37 / 36.00 |" in shown["markdown"] and "\n- Theirs: text of the paper" in shown["markdown"]
+    assert r"Transformer & 36.37 / 36.00 &" in shown["latex"] and shown["latex"].count(r"\end{tabular}") == 2
+    assert "lra.1.transformer.path\\_x" in shown["latex"]
+    rows = list(csv.DictReader(io.StringIO(shown["csv"])))
+    of = {row["id"]: row for row in rows}
+    assert float(of[f"{TRANSFORMER}.text"]["difference"]) == pytest.approx(-0.27)
+    assert of[f"{TRANSFORMER}.path_x"]["outcome"] == "not run" and float(of[f"{TRANSFORMER}.path_x"]["hours"]) > 1
+    assert "Floors of listops/lra, %: chance 10" in shown["text"] and "root operator alone 36.0" in shown["text"]
+    assert "5 reproduced within tolerance; 0 differs; 1 not run; 0 cannot." in shown["text"]
+
+
+def measurement(layer, length, **other):
+    words = dict(
+        status="ok", model="lra-text", layer=layer, layer_options="{}", length=length, batch_size=1, mode="train",
+        dtype="float32", implementation=None, threads=1, hardware="a machine", finished_utc="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    return bench.Measurement(**{**words, **other})
+
+
+def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
+    rows = [measurement("performer", 1024, speed_ratio=1.3, memory_ratio=0.9), measurement("performer", 2048)]
+    bench.write(rows, tmp_path / "bench.csv")
+    found = ledger.read([tmp_path])
+    wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
+    verdicts = {one.id: tables.judge(one, found) for one in wanted}
+    one = verdicts["lra.2.performer.text.1000.speed_ratio"]
+    assert (one.outcome, one.ours) == ("reproduced within tolerance", 1.3)
+    assert one.difference == pytest.approx(1.3 / 1.2) and one.hardware == "a machine, batch 1, float32"
+    one = verdicts["lra.2.performer.text.1000.memory_ratio"]
+    assert one.outcome == "differs" and one.cell.expected == pytest.approx(0.37 / 0.85)
+    assert verdicts["lra.2.performer.text.4000.speed_ratio"].outcome == "not run"
+    assert "Ours: a machine, batch 1, float32." in tables.render("lra", "2", list(verdicts.values()), found)
+    command = reproduce.bench_command(wanted, found, "out.csv", ["--batch-size", "2"])
+    words = "--model lra-text --modes train --layers softmax,performer --lengths 2000,3000,4000 --out out.csv --batch-size 2"
+    assert command[2:] == words.split()
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs are not trained but recorded; the one of the layer "local" is stopped."""
+    done = []
+
+    def train(run, *, out, data_dir, resume):
+        assert resume and out.name == run.id
+        if run.layer == "local":
+            raise Interrupted(f"Stopped at step 3 of {run.steps}; saved in {out}. Go on with --resume.")
+        if run.layer == "linformer":
+            raise RuntimeError("no memory")
+        done.append(run)
+        configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+        named = ("layer", "task", "config", "recipe", "seed")
+        return made(accuracy=0.4, configuration=configuration, **{word: getattr(run, word) for word in named})
+
+    monkeypatch.setattr("subquad.lra.train.train", train)
+    return done
+
+
+def column(task, *rows):
+    return [one for one in cells.table("lra", "1") if one.column == task and one.row in rows]
+
+
+def test_missing_runs_are_trained_cheapest_first_and_once(tmp_path, trained):
+    path, said = tmp_path / "ledger.csv", []
+    wanted = column("listops", "Transformer", "Linformer", "Performer", "BigBird")
+    words = dict(seeds=2, say=said.append)
+    assert reproduce.train_missing(wanted, path, known=ledger.read([path]), **words) == 2  # Linformer's two
+    assert [(run.layer, run.seed) for run in trained] == [
+        ("performer", 0), ("performer", 1), ("softmax", 0), ("softmax", 1)
+    ]  # fmt: skip
+    assert any("no memory" in text for text in said) and '"recipe": "lra-2020"' in "".join(said)
+    assert len(results.read(path)) == 4
+    reproduce.train_missing(wanted, path, known=ledger.read([path]), **words)
+    assert len(trained) == 4
+    assert not ledger.add(results.read(path)[0], path) and len(results.read(path)) == 4
+
+
+def test_a_budget_and_ctrl_c_stop_between_and_in_runs(tmp_path, trained):
+    path, said = tmp_path / "ledger.csv", []
+    wanted = column("listops", "Transformer", "Local Attention")
+    reproduce.train_missing(wanted, path, known=ledger.read([path]), budget_hours=0.001, say=said.append)
+    assert not trained and "2 runs do not fit" in said[-1]
+    with pytest.raises(Interrupted, match="Stopped at step 3 of 5000; saved in .* The same command goes on from there"):
+        reproduce.train_missing(wanted, path, known=ledger.read([path]), say=said.append)
+
+
+def test_a_run_that_outlasts_the_budget_is_interrupted():
+    with pytest.raises(KeyboardInterrupt), reproduce._alarm(0.05 / 3600):
+        time.sleep(20)
+    with reproduce._alarm(0.2 / 3600):
+        pass
+    time.sleep(0.3)  # the alarm is off
+
+
+def test_one_run_that_answers_to_several_tables_is_missing_once():
+    wanted = [one for table in ("1", "3") for one in cells.table("lra", table) if one.row == "Transformer"]
+    found = {tuple(ids) for _, ids in reproduce.missing(wanted, ledger.read(), 1)}
+    assert (f"{TRANSFORMER}.image", "lra.3.transformer.image") in found
+
+
+def test_estimates_grow_with_what_a_run_does():
+    run, task = recipes.plan("lra-2020", "softmax"), tasks.find("listops", "lra")
+    linear = recipes.plan("lra-2020", "performer")
+    assert costs.training_flops(run, task) > 1.3 * costs.training_flops(linear, task)
+    half = dataclasses.replace(run, steps=run.steps // 2)
+    assert costs.training_flops(half, task) == costs.training_flops(run, task) / 2
+    # 4.3 hours of a V100 are published for 50,000 steps of 16 texts.
+    text = dataclasses.replace(
+        run, task="text", config="modern", steps=50_000, batch_size=16, num_layers=2, in_features=64, mlp_features=128,
+        layer_options={},
+    )  # fmt: skip
+    assert 3 < costs.of_run(text, tasks.find("text", "modern")).hours < 6
+    # A measured rate takes the place of the usual one.
+    rows = [made(hardware="this", flops_per_step=10**9, steps_per_second=1.0)]
+    here = costs.here(run, task, rows, "this", True)
+    assert here.hours == pytest.approx(costs.training_flops(run, task) / 1e9 / 3600) and "1 runs" in here.source
+
+
+def test_the_quickstarts_rows_are_in_the_ledger():
+    assert {row.layer for row in ledger.read().rows() if row.recipe == "quickstart"} == set(LAYERS)
