@@ -4,8 +4,9 @@ import csv
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from subquad.lra import racing
 from subquad.lra.checkpoints import RunError, line
@@ -103,3 +104,180 @@ def read(path: str | os.PathLike) -> list[Measurement]:
         raise RunError(
             f"bench: file {pathlib.Path(path)} must have the columns of this version, got {line(error)}. Move it away."
         ) from error
+
+
+class Table(NamedTuple):
+    """One table as text.
+
+    Attributes:
+        title: what its rows share.
+        heading, body: cells; the first is the layer.
+        notes: what is to be known of its numbers, one sentence each.
+    """
+
+    title: str
+    heading: list[str]
+    body: list[list[str]]
+    notes: list[str]
+
+
+def groups(rows: Iterable[Measurement]) -> list[list[Measurement]]:
+    """Rows that one picture holds: of one model, batch size, dtype, implementation, number of threads and machine."""
+    shared = ("model", "batch_size", "dtype", "implementation", "threads", "hardware")
+    found: dict[tuple, list[Measurement]] = {}
+    for row in rows:
+        found.setdefault(tuple(getattr(row, name) for name in shared), []).append(row)
+    return list(found.values())
+
+
+def name_of(row: Measurement, rows: Sequence[Measurement]) -> str:
+    """The layer, with its options where the rows have it with several at one length."""
+    like = {other.layer_options for other in rows if (other.layer, other.length) == (row.layer, row.length)}
+    return f"{row.layer} {row.layer_options}" if len(like) > 1 else row.layer
+
+
+def tokens(count: int) -> str:
+    """A length as people say it.
+
+    Example:
+        >>> tokens(4096), tokens(1000)
+        ('4K', '1000')
+    """
+    return f"{count // 1024}K" if count >= 1024 and count % 1024 == 0 else str(count)
+
+
+def tables(rows: Iterable[Measurement]) -> list[Table]:
+    """Speed and memory against length, as in the Long Range Arena's table 2, and what else is known: one of each per mode."""
+    found = []
+    for group in groups(rows):
+        one = group[0]
+        told = f", {one.implementation}" if one.implementation else ""
+        shared = f"{one.model}, batch {one.batch_size}, {one.dtype}{told}"
+        for mode in MODES:
+            chosen = [row for row in group if row.mode == mode]
+            if chosen:
+                found += [_speed(f"{shared}, {mode}", chosen), *_rest(f"{shared}, {mode}", chosen)]
+    return found
+
+
+def _speed(title: str, rows: Sequence[Measurement]) -> Table:
+    lengths = sorted({row.length for row in rows})
+    heading = ["layer", *(f"calls/s {tokens(n)}" for n in lengths), *(f"MiB {tokens(n)}" for n in lengths)]
+    body, notes = [], []
+    for name in dict.fromkeys(name_of(row, rows) for row in rows):
+        at = {row.length: row for row in rows if name_of(row, rows) == name}
+        for row in at.values():
+            if row.status != "ok":
+                notes.append(f"{name} at {tokens(row.length)}: {row.status}.")
+        speed = [_speed_cell(at.get(length)) for length in lengths]
+        body.append([name, *speed, *(_memory_cell(at.get(length)) for length in lengths)])
+    return Table(title, heading, body, [_caption(rows), *notes])
+
+
+def _speed_cell(row: Measurement | None) -> str:
+    if row is None:
+        return ""
+    if row.steps_per_second is None:
+        return row.status.partition(":")[0]
+    return f"{row.steps_per_second:.3g}" + (f" ({row.speed_ratio:.2f})" if row.speed_ratio else "")
+
+
+def _memory_cell(row: Measurement | None) -> str:
+    if row is None or row.peak_bytes is None:
+        return ""
+    size = row.peak_bytes / 2**20
+    return (f"{size:.3g}" if size < 100 else f"{size:,.0f}") + (f" ({row.memory_ratio:.2f})" if row.memory_ratio else "")
+
+
+# Heading, cell of a row, and what the numbers rest on.
+_REST: tuple[tuple[str, Callable, Callable], ...] = (
+    ("parameters", lambda row: row.parameters and f"{row.parameters:,}", lambda row: None),
+    ("compile s", lambda row: row.compile_seconds and f"{row.compile_seconds:.1f}", lambda row: None),
+    ("tokens/s", lambda row: row.tokens_per_second and f"{row.tokens_per_second:,.0f}", lambda row: None),
+    (
+        "GFLOP", lambda row: row.flops and f"{row.flops / 1e9:.2f}",
+        lambda row: row.flops_source and f"FLOPs from the {row.flops_source}",
+    ),
+    (
+        "utilisation", lambda row: row.utilisation and f"{100 * row.utilisation:.1f} %",
+        lambda row: row.utilisation and f"utilisation: the model's FLOPs of {row.matmul_flops_per_second / 1e9:,.0f} "
+        "GFLOP/s of a square matrix product",
+    ),
+    (
+        "observed peak MiB", lambda row: row.device_peak_bytes and f"{row.device_peak_bytes / 2**20:,.1f}",
+        lambda row: row.device_peak_source and f"observed peak: {row.device_peak_source}",
+    ),
+    (
+        "largest length", lambda row: row.largest_length and f"{row.largest_length:,}",
+        lambda row: row.largest_length and f"limits: {row.memory_limit_bytes / 2**30:.1f} GiB, {row.memory_limit_source}",
+    ),
+    ("largest batch", lambda row: row.largest_batch and f"{row.largest_batch:,}", lambda row: row.limits_note),
+    ("J/call", lambda row: row.energy_joules and f"{row.energy_joules:.3g}", lambda row: row.energy_source),
+    ("g CO2e/call", lambda row: row.co2e_grams and f"{row.co2e_grams:.3g}", lambda row: row.co2e_assumption),
+    ("price/call", lambda row: row.price and f"{row.price:.3g}", lambda row: row.price_assumption),
+)  # fmt: skip
+
+
+def _rest(title: str, rows: Sequence[Measurement]) -> list[Table]:
+    """What else is known, each layer at the longest length that it ran at; columns that no row fills are left out."""
+    longest: dict[str, Measurement] = {}
+    for row in sorted(rows, key=lambda row: row.length):
+        if row.status == "ok":
+            longest[name_of(row, rows)] = row
+    columns = [column for column in _REST if any(column[1](row) for row in longest.values())]
+    if not longest or not columns:
+        return []
+    body = [
+        [name, tokens(row.length), *(cell(row) or "" for _, cell, _ in columns)] for name, row in longest.items()
+    ]
+    notes = dict.fromkeys(note(row) for _, _, note in columns for row in longest.values())
+    heading = ["layer", "at", *(name for name, _, _ in columns)]
+    sentences = [f"{note[0].upper()}{note[1:]}." for note in notes if note]
+    return [Table(f"{title}, at the longest length", heading, body, sentences)]
+
+
+def _caption(rows: Sequence[Measurement]) -> str:
+    one = next((row for row in rows if row.status == "ok"), rows[0])
+    threads = f", {one.threads} processors used" if one.threads else ""
+    ratios = f" In brackets: ratio to {one.baseline} measured in turn; speed above 1 is faster, memory below 1 is less."
+    sessions = len({row.session for row in rows})
+    several = f" Measured in {sessions} sessions; each ratio is of one." if sessions > 1 else ""
+    return (
+        f"{one.protocol or 'Nothing was run'}. MiB: peak of the compiled program, its arguments counted."
+        f"{ratios if one.baseline else ''}{several} {one.hardware}{threads}; {one.versions}; commit {(one.commit or '')[:12]}."
+    )
+
+
+def markdown(rows: Iterable[Measurement]) -> str:
+    """All tables in Markdown."""
+    parts = []
+    for table in tables(rows):
+        line_of = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        lines = [line_of(table.heading), line_of(["---"] + ["---:"] * (len(table.heading) - 1)), *map(line_of, table.body)]
+        parts.append("\n".join([f"### {table.title}", "", *lines, "", *table.notes, ""]))
+    return "\n".join(parts)
+
+
+def latex(rows: Iterable[Measurement]) -> str:
+    """All tables in LaTeX, for the package booktabs."""
+    parts = ["% Needs \\usepackage{booktabs}"]
+    for table in tables(rows):
+        line_of = lambda cells: " & ".join(map(_escaped, cells)) + r" \\"
+        parts.append(
+            "\n".join([
+                r"\begin{table}", r"\centering", r"\caption{" + _escaped(f"{table.title}. {' '.join(table.notes)}") + "}",
+                r"\begin{tabular}{l" + "r" * (len(table.heading) - 1) + "}", r"\toprule", line_of(table.heading), r"\midrule",
+                *map(line_of, table.body), r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+            ])
+        )  # fmt: skip
+    return "\n".join(parts)
+
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"},
+    "<": r"\textless{}", ">": r"\textgreater{}",
+}  # fmt: skip
+
+
+def _escaped(text: str) -> str:
+    return "".join(_SPECIAL.get(letter, letter) for letter in text)

@@ -1,10 +1,12 @@
-"""Accuracy against cost: the plot of a table of results."""
+"""Pictures: accuracy against FLOPs or time of a training step, and time and memory against length."""
 
 import itertools
+import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
 
+from subquad.lra.bench import MODES, Measurement, name_of, tokens
 from subquad.lra.results import Result, groups
 
 # Where a label may stand around its point, in points, nearest first.
@@ -14,6 +16,10 @@ PLACES = [
     for x, y in ((1, 0), (-1, 0), (0.7, 0.9), (-0.7, 0.9), (0.7, -0.9), (-0.7, -0.9), (0, 1.1), (0, -1.1))
 ]
 INK, QUIET, FRONT = "#1b1b1b", "#767676", "#0b5fa5"
+# Told apart by most people whose colour vision differs (Okabe and Ito), then by marker and dash.
+COLORS = ("#e69f00", "#56b4e9", "#009e73", "#d55e00", "#0072b2", "#cc79a7", "#8c6d1f", "#6a3d9a")
+MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.")
+LARGEST_BUBBLE = 900.0  # area in square points
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -42,14 +48,10 @@ def accuracy_against_cost(rows: Iterable[Result], path: str | os.PathLike | None
         path: the file; None does not save.
     Returns: the matplotlib figure; its labels are `figure.axes[0].texts`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    figure, canvas, axes = _figure((8, 5))
     every = groups(rows)
-    drawn = [group for group in ([row for row in rows if row.status == "ok"] for rows in every) if group]
-    drawn = [group for group in drawn if group[0].flops_per_step]
+    drawn = [[row for row in group if row.status == "ok" and row.accuracy is not None] for group in every]
+    drawn = [group for group in drawn if group and group[0].flops_per_step]
     failed = sorted({row.layer for group in every for row in group if row.status != "ok"})
 
     points = [
@@ -58,12 +60,7 @@ def accuracy_against_cost(rows: Iterable[Result], path: str | os.PathLike | None
     ]
     spread = [100 * statistics.stdev(row.accuracy for row in group) if len(group) > 1 else 0.0 for group in drawn]
     best = front(points)
-    axes.set_xscale("log")
-    axes.set_xlabel("FLOPs per training step")
-    axes.set_ylabel("test accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.set(xscale="log", xlabel="FLOPs per training step", ylabel="test accuracy, %")
     if points:
         cost, accuracy = zip(*points, strict=True)
         axes.errorbar(cost, accuracy, yerr=spread, fmt="none", ecolor=QUIET, elinewidth=1)
@@ -92,8 +89,173 @@ def accuracy_against_cost(rows: Iterable[Result], path: str | os.PathLike | None
     return figure
 
 
-def _place_labels(axes, renderer, points, names, steps) -> None:
-    """Puts each name beside its point, inside, where it covers no other name, no point, no floor and no front."""
+def accuracy_against_time(rows: Iterable[Result], path: str | os.PathLike | None = None):
+    """Draws accuracy against the time of a training step; a bubble's area is its peak memory, the Pareto front is marked.
+
+    The Long Range Arena's figure 3, with time the other way round: left and high is good. Rows without accuracy, rate or
+    memory are named in the title.
+
+    Args:
+        rows: results of one task; those that differ in the seed only become one bubble.
+        path: the file, PNG; None does not save.
+    Returns: the matplotlib figure; its labels are `figure.axes[0].texts`.
+    """
+    figure, canvas, axes = _figure((8, 5.4))
+    needed = ("accuracy", "steps_per_second", "memory_peak_bytes")
+    every = groups(rows)
+    whole = [[row for row in group if row.status == "ok" and all(getattr(row, name) for name in needed)] for group in every]
+    drawn = sorted((group for group in whole if group), key=lambda group: -_mean(group, "memory_peak_bytes"))
+    absent = sorted({group[0].layer for group, kept in zip(every, whole, strict=True) if not kept})
+    points = [(1e3 / _mean(group, "steps_per_second"), 100 * _mean(group, "accuracy")) for group in drawn]
+    memory = [_mean(group, "memory_peak_bytes") for group in drawn]
+    best = front(points)
+    axes.set(xscale="log", xlabel="time of a training step, ms", ylabel="test accuracy, %")
+    if drawn:
+        areas = [LARGEST_BUBBLE * size / memory[0] for size in memory]
+        colors = [FRONT if index in best else QUIET for index in range(len(points))]
+        # Large ones first, so that none hides another.
+        axes.scatter(*zip(*points, strict=True), s=areas, c=colors, alpha=0.45, edgecolors=colors, linewidths=1)
+        axes.scatter(*zip(*points, strict=True), s=6, c=INK, zorder=4)
+        line = [points[index] for index in best]
+        axes.plot(*zip(*line, strict=True), drawstyle="steps-post", color=FRONT, linewidth=1.5, label="Pareto front")
+        least, most = min(x for x, _ in points), max(x for x, _ in points)
+        axes.set_xlim(least / 1.8, most * 1.8)
+        _plain_ticks(axes.xaxis)
+        for size in (memory[0] / 4, memory[0]):
+            area = LARGEST_BUBBLE * size / memory[0]
+            axes.scatter([], [], s=area, c=QUIET, alpha=0.45, label=f"{_mebi(size)} peak memory")
+        one = drawn[0][0]
+        title = f"{one.task}, {one.config}, {one.steps} steps of {one.batch_size}; {one.hardware}"
+        axes.set_title(title + (f"\nnot drawn: {', '.join(absent)}" if absent else ""), loc="left", fontsize=9)
+        figure.legend(
+            loc="outside lower center", ncols=3, frameon=False, fontsize=8, handletextpad=1.4, borderpad=2.0, columnspacing=4.0
+        )
+    axes.margins(y=0.22)
+    figure.draw_without_rendering()
+    names, steps = [group[0].layer for group in drawn], [points[index] for index in best]
+    # An area in square points is that of the square around the bubble.
+    radii = [math.sqrt(LARGEST_BUBBLE * size / memory[0]) / 2 for size in memory]
+    _place_labels(axes, canvas.get_renderer(), points, names, steps, radii)
+    if path is not None:
+        figure.savefig(path, format="png")
+    return figure
+
+
+def cost_against_length(rows: Iterable[Measurement], path: str | os.PathLike | None = None):
+    """Draws time and peak memory against length, both logarithmic, a row of panels for each mode.
+
+    A slope in the legend is that between the two longest lengths: 1 is linear, 2 quadratic. Memory of what did not fit is
+    known from its compiled program, and drawn hollow.
+
+    Args:
+        rows: measurements of one model, batch size, dtype and machine: one of `bench.groups`.
+        path: the file, PNG; None does not save.
+    Returns: the matplotlib figure; panels of a mode are neighbours in `figure.axes`.
+    """
+    rows = list(rows)
+    modes = [mode for mode in MODES if any(row.mode == mode and row.peak_bytes for row in rows)]
+    figure, _, _ = _figure((12, 0.8 + 3.1 * max(1, len(modes))), panels=0)
+    names = list(dict.fromkeys(name_of(row, rows) for row in rows))
+    columns = (("median_ms", "time, ms", 1.0), ("peak_bytes", "peak memory, MiB", 2.0**20))
+    for index, mode in enumerate(modes):
+        for place, (column, label, unit) in enumerate(columns):
+            axes = figure.add_subplot(len(modes), 2, 2 * index + place + 1)
+            _style(axes)
+            axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label)
+            axes.set_title(mode, loc="left", fontsize=10)
+            for number, name in enumerate(names):
+                found = [row for row in rows if row.mode == mode and name_of(row, rows) == name and getattr(row, column)]
+                found = sorted(found, key=lambda row: row.length)
+                points = [(row.length, getattr(row, column) / unit) for row in found]
+                if not points:
+                    continue
+                bold = found[0].layer == found[0].baseline
+                color = INK if bold else COLORS[number % len(COLORS)]
+                marker, dash = MARKERS[number // len(COLORS) % len(MARKERS)], DASHES[number // len(COLORS) % len(DASHES)]
+                power = slope(points)
+                label = name if power is None else f"{name}, slope {power:.2f}"
+                words = dict(color=color, marker=marker, markersize=4)
+                axes.plot(*zip(*points, strict=True), dash, linewidth=2.2 if bold else 1.3, label=label, zorder=3, **words)
+                hollow = [point for point, row in zip(points, found, strict=True) if row.status != "ok"]
+                if hollow:
+                    axes.plot(*zip(*hollow, strict=True), linestyle="none", markerfacecolor="white", zorder=4, **words)
+            axes.set_xticks(sorted({row.length for row in rows}), minor=False)
+            axes.xaxis.set_major_formatter(lambda value, _: tokens(round(value)))
+            axes.xaxis.set_minor_locator(_null())
+            _plain_ticks(axes.yaxis)
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if rows:
+        one = rows[0]
+        hollow = any(row.status != "ok" and row.peak_bytes for row in rows)
+        figure.suptitle(
+            f"{one.model}, batch {one.batch_size}, {one.dtype}; {one.hardware}" + "; hollow: did not run" * hollow,
+            x=0.01, ha="left", fontsize=10,
+        )  # fmt: skip
+    if path is not None:
+        figure.savefig(path, format="png")
+    return figure
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """The power of x that y grows with between the two largest x; None for fewer than two points.
+
+    Example:
+        >>> slope([(1, 7.0), (2, 4.0), (4, 16.0)])
+        2.0
+    """
+    if len(points) < 2:
+        return None
+    (x, y), (later, grown) = sorted(points)[-2:]
+    return math.log(grown / y) / math.log(later / x)
+
+
+def _figure(size: tuple[float, float], panels: int = 1):
+    """(figure, its canvas, its one panel or None)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot() if panels else None
+    if axes is not None:
+        _style(axes)
+    return figure, canvas, axes
+
+
+def _style(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _plain_ticks(axis) -> None:
+    """Numbers instead of powers of ten, at 1, 2 and 5 of each."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _null():
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _mean(rows: Sequence[Result], name: str) -> float:
+    return statistics.mean(getattr(row, name) for row in rows)
+
+
+def _mebi(size: float) -> str:
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def _place_labels(axes, renderer, points, names, steps, radii=None) -> None:
+    """Puts each name beside its point, inside, where it covers no other name, no point, no floor and no front.
+
+    Points may be bubbles of `radii`, which names stay outside of.
+    """
     marks = [axes.transData.transform(point) for point in points]
     corners = [corner for one, two in itertools.pairwise(steps) for corner in (one, (two[0], one[1]), two)]
     for one, two in itertools.pairwise(axes.transData.transform(corner) for corner in corners):
@@ -103,7 +265,9 @@ def _place_labels(axes, renderer, points, names, steps) -> None:
     line = dict(arrowstyle="-", color=QUIET, linewidth=0.6, shrinkA=0, shrinkB=3)
     for index, (point, name) in enumerate(zip(points, names, strict=True)):
         scored = []
-        for order, place in enumerate(PLACES):
+        for order, near in enumerate(PLACES):
+            grown = 1 + (radii[index] - 4) / math.hypot(*near) if radii else 1.0
+            place = (near[0] * grown, near[1] * grown)
             across = "left" if place[0] > 0 else "right" if place[0] < 0 else "center"
             text = axes.annotate(
                 name, point, xytext=place, textcoords="offset points", ha=across, va="center", fontsize=9, color=INK
@@ -119,7 +283,7 @@ def _place_labels(axes, renderer, points, names, steps) -> None:
                 break
         _, place, box = min(scored, key=lambda one: one[0])
         across = "left" if place[0] > 0 else "right" if place[0] < 0 else "center"
-        far = max(map(abs, place)) > 20
+        far = max(map(abs, place)) > 20 + (radii[index] if radii else 0)
         axes.annotate(
             name, points[index], xytext=place, textcoords="offset points", ha=across, va="center", fontsize=9,
             color=INK, arrowprops=line if far else None,

@@ -1,8 +1,9 @@
 import dataclasses
+import pathlib
 
 import pytest
 
-from subquad.lra import bench
+from subquad.lra import bench, plots, results
 from subquad.lra.checkpoints import RunError
 
 ROW = bench.Measurement(
@@ -33,3 +34,74 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path):
     path.write_text(text)
     with pytest.raises(RunError, match="many"):
         bench.read(path)
+
+
+def rows():
+    """Softmax and local at two lengths, softmax too large at the longer."""
+    found = []
+    for layer, length, ms, status in (
+        ("softmax", 1024, 3.0, "ok"), ("softmax", 2048, None, "skipped: memory: 10 & 50 % of_it"), ("local", 1024, 1.5, "ok"),
+        ("local", 2048, 3.0, "ok"),
+    ):  # fmt: skip
+        found.append(dataclasses.replace(
+            ROW, layer=layer, length=length, median_ms=ms, status=status, steps_per_second=ms and 1e3 / ms, baseline="softmax",
+            speed_ratio=ms and 3.0 / ms if length == 1024 else None, peak_bytes=length * 2**20, memory_ratio=1.0, session="now",
+            energy_joules=1.5 if ms else None, energy_source="estimated from 100 W" if ms else None,
+        ))  # fmt: skip
+    return found
+
+
+def test_tables_hold_every_row_and_what_became_of_those_that_failed():
+    speed, rest = bench.tables(rows())
+    assert speed.title == "small, batch 1, float32, train"
+    assert speed.heading == ["layer", "calls/s 1K", "calls/s 2K", "MiB 1K", "MiB 2K"]
+    assert speed.body == [
+        ["softmax", "333 (1.00)", "skipped", "1,024 (1.00)", "2,048 (1.00)"],
+        ["local", "667 (2.00)", "333", "1,024 (1.00)", "2,048 (1.00)"],
+    ]
+    assert "softmax at 2K: skipped: memory: 10 & 50 % of_it." in speed.notes and "a machine" in speed.notes[0]
+    # Each layer at the longest length that it ran at, and no column that nothing fills.
+    assert rest.heading == ["layer", "at", "GFLOP", "J/call"]
+    assert [row[:2] for row in rest.body] == [["softmax", "1K"], ["local", "2K"]]
+    assert "Estimated from 100 W." in rest.notes
+    assert len(bench.groups([*rows(), dataclasses.replace(ROW, dtype="bfloat16")])) == 2
+
+
+def test_markdown_and_latex_say_the_same():
+    text = bench.markdown(rows())
+    assert "| local | 667 (2.00) | 333 | 1,024 (1.00) | 2,048 (1.00) |" in text and "| --- | ---: |" in text
+    assert bench.markdown([]) == "" and bench.tables([]) == []
+    latex = bench.latex(rows())
+    assert r"local & 667 (2.00) & 333 & 1,024 (1.00) & 2,048 (1.00) \\" in latex
+    assert r"\begin{tabular}{lrrrr}" in latex and latex.count(r"\toprule") == latex.count(r"\end{table}") == 2
+    assert r"10 \& 50 \% of\_it" in latex
+    assert bench._escaped("a_b \\ 5%") == r"a\_b \textbackslash{} 5\%"
+
+
+def test_cost_is_drawn_against_length_with_slopes_and_what_did_not_run(tmp_path):
+    figure = plots.cost_against_length(rows(), tmp_path / "length.png")
+    time, memory = figure.axes
+    names = lambda axes: [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names(time) == ["softmax", "local, slope 1.00"] and names(memory) == ["softmax, slope 1.00", "local, slope 1.00"]
+    hollow = [line for line in memory.lines if line.get_markerfacecolor() == "white"]
+    assert [tuple(line.get_xdata()) for line in hollow] == [(2048,)]
+    assert (tmp_path / "length.png").read_bytes()[1:4] == b"PNG"
+    assert plots.slope([(4, 16.0), (1, 7.0), (2, 4.0)]) == 2.0 and plots.slope([(1, 1.0)]) is None
+    assert plots.cost_against_length([]).axes == []
+
+
+def test_accuracy_is_drawn_against_time_with_memory_as_area(tmp_path):
+    found = results.read(pathlib.Path(results.__file__).parent / "results" / "quickstart.csv")
+    figure = plots.accuracy_against_time(found, tmp_path / "time.png")
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == sorted(row.layer for row in found)
+    assert plots.overlaps(figure) == []
+    bubbles = figure.axes[0].collections[0]
+    by_size = sorted(found, key=lambda row: -row.memory_peak_bytes)
+    expected = [plots.LARGEST_BUBBLE * row.memory_peak_bytes / by_size[0].memory_peak_bytes for row in by_size]
+    assert list(bubbles.get_sizes()) == pytest.approx(expected)
+    best = plots.front([(1 / row.steps_per_second, row.accuracy) for row in by_size])
+    step = next(line for line in figure.axes[0].lines if line.get_label() == "Pareto front")
+    assert list(step.get_xdata()) == pytest.approx([1e3 / by_size[index].steps_per_second for index in best])
+    # What has no accuracy is named.
+    failed = [dataclasses.replace(row, accuracy=None) if row.layer == "s4" else row for row in found]
+    assert "not drawn: s4" in plots.accuracy_against_time(failed).axes[0].get_title(loc="left")

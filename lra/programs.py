@@ -1,0 +1,292 @@
+"""The programs that `scripts/bench_lra.py` measures: a model forward, with gradient, and in a training step.
+
+Everything is compiled from shapes alone, so that what a program needs is known before any of it is allocated.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from subquad.lra import layers, measure, models, optim, racing, recipes, tasks, train
+from subquad.lra.checkpoints import line
+from subquad.lra.objectives import OBJECTIVES
+from subquad.lra.recipes import Run
+from subquad.lra.tasks import Task
+from subquad.zoo import registry
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model whose layer and length are exchanged.
+
+    Attributes:
+        recipe, task, config: what `recipes.plan` takes: the sizes, and the options of the layers that the recipe lists.
+        num_heads: of layers that have heads and are not listed.
+        options: length in tokens -> options that depend on it, by layer.
+        source: where the sizes come from.
+    """
+
+    recipe: str
+    task: str
+    config: str
+    num_heads: int
+    options: Callable[[int], Mapping[str, Mapping[str, Any]]]
+    source: str
+
+
+MODELS = {
+    "lra-text": Model(
+        "lra-2020", "text", "lra", 4,
+        # Ten chunks, however long the sequence.
+        lambda length: {"reformer": dict(chunk_size=math.ceil(length / 10))},
+        "Tay et al. 2020, arXiv 2011.04006, table 2: the released Text model of 4 layers and 256 features",
+    ),
+    "small": Model(
+        "nystromformer", "text", "modern", 2, lambda length: {},
+        "Xiong et al. 2021, arXiv 2102.03902: 2 layers and 64 features",
+    ),
+}  # fmt: skip
+
+
+def plan(
+    model: str, layer: str, length: int, *, implementation: str | None = None, options: Mapping[str, Any] = {}, **values: Any
+) -> tuple[Run, Task]:
+    """The run of a layer in a model at a length, and the task with sequences of that length.
+
+    Args:
+        model: a key of `MODELS`.
+        layer: a key of `zoo.LAYERS`, or package.module:ClassName.
+        length: tokens of a sequence.
+        implementation: what the layer is told to run; None: its own choice.
+        options: of the layer's constructor, before those of the model; "local.window_size" is told to that layer alone.
+        values: of `Run`, before those of the model.
+    Raises: ValueError, TypeError: what `recipes.plan` raises.
+    """
+    rules = MODELS[model]
+    task = dataclasses.replace(tasks.find(rules.task, rules.config), length=length)
+    known = registry.options(layer) if layer in registry.LAYERS else signature(layers.find(layer).__init__).parameters
+    usual = {} if layer in recipes.RECIPES[rules.recipe].layers else {"num_heads": rules.num_heads, "max_length": "{length}"}
+    given = {name: value for name, value in usual.items() if name in known}
+    given |= rules.options(length).get(layer, {})
+    for name, value in options.items():
+        whose, dot, word = name.rpartition(".")
+        if not dot or whose == layer:
+            given[word] = value
+    if implementation is not None and "implementation" in known:
+        given["implementation"] = implementation
+    return recipes.plan(rules.recipe, layer, task=task, layer_options=given, **values), task
+
+
+class Program(NamedTuple):
+    """A compiled program, and what is known without running it."""
+
+    run: Run
+    task: Task
+    mode: str
+    compiled: Any
+    compile_seconds: float
+    memory: measure.Memory
+
+
+def compiled(run: Run, task: Task, mode: str) -> Program:
+    """Compiles a mode of a run's model from shapes; nothing is allocated or run.
+
+    Raises: ValueError: the layer refuses the length.  Exception: the compiler gives up.
+    """
+    function, arguments = _function(run, task, mode, _abstract(run, task))
+    donated = dict(donate_argnums=0) if mode == "train" else {}
+    began = time.perf_counter()
+    found = jax.jit(function, **donated).lower(*arguments).compile()
+    return Program(run, task, mode, found, time.perf_counter() - began, measure.memory_of(found))
+
+
+def started(program: Program) -> Callable[[], Any]:
+    """Allocates a program's arguments. Returns: a call of it that waits for its results."""
+    model = nnx.split(models.build(program.run, program.task), nnx.Param, ...)
+    _, (first, *rest) = _function(program.run, program.task, program.mode, model, _batch(program.run, program.task))
+    if program.mode != "train":
+        return lambda: jax.block_until_ready(program.compiled(first, *rest))
+    held = [first]
+
+    def step():
+        # The state's buffers are the program's to write into, as in training.
+        held[0], *seen = jax.block_until_ready(program.compiled(held[0], *rest))
+        return seen
+
+    return step
+
+
+def _abstract(run: Run, task: Task):
+    return nnx.split(nnx.eval_shape(lambda: models.build(run, task)), nnx.Param, ...)
+
+
+def _function(run: Run, task: Task, mode: str, model, batch=None) -> tuple[Callable, tuple]:
+    """(function, its arguments): arrays where `model` and `batch` are, else shapes."""
+    (graph, parameters, fixed), objective = model, OBJECTIVES[task.kind]
+    if batch is None:
+        batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _batch(run, task)))
+    if mode == "forward":
+        inputs = {name: batch[name] for name in objective.inputs}
+        return lambda parameters, fixed, inputs: nnx.merge(graph, parameters, fixed)(**inputs), (parameters, fixed, inputs)
+    if mode == "gradient":
+
+        def gradient(parameters, fixed, batch):
+            # As the first training step draws.
+            key = jax.random.fold_in(jax.random.key(run.seed), 0)
+            (value, count), found = train._gradient(run, objective, graph, parameters, fixed, key, batch)
+            return value / count, found
+
+        return gradient, (parameters, fixed, batch)
+    optimiser = optim.make_optimiser(run)
+    state = functools.partial(optim.initial_state, run, optimiser)
+    concrete = isinstance(jax.tree.leaves(parameters)[0], jax.Array)
+    state = state(parameters) if concrete else jax.eval_shape(state, parameters)
+    return lambda *words: train.train_step(run, objective, graph, optimiser, *words), (state, fixed, batch)
+
+
+def _batch(run: Run, task: Task) -> dict[str, np.ndarray]:
+    """Random tokens, none of them padding, and random labels."""
+    random = np.random.default_rng(run.seed)
+    tokens = random.integers(1, task.vocabulary_size, (run.batch_size, task.length), dtype=np.int32)
+    targets = random.integers(0, task.num_classes, run.batch_size, dtype=np.int32)
+    return {"inputs": tokens, "mask": np.ones(tokens.shape, bool), "targets": targets}
+
+
+def work(run: Run, task: Task, mode: str) -> dict[str, Any]:
+    """FLOPs of a program: {"flops", "flops_source", "model_flops"}, None where no jaxpr shows them."""
+    for source, told in (("jaxpr", run), ("jaxpr of the XLA path", _told(run, "xla"))):
+        try:
+            function, arguments = _function(told, task, mode, _abstract(told, task))
+            found = measure.flops(function, *arguments)
+            forward, arguments = _function(told, task, "forward", _abstract(told, task))
+            needed = measure.flops(forward, *arguments)
+        except (ValueError, NotImplementedError, TypeError):  # a kernel or a loop that shows nothing; no such path
+            continue
+        # A backward pass needs two products for each of the forward pass; what is computed again is no need of the model.
+        return dict(flops=found, flops_source=source, model_flops=needed * (1 if mode == "forward" else 3))
+    return dict(flops=None, flops_source=None, model_flops=None)
+
+
+def _told(run: Run, implementation: str) -> Run:
+    return dataclasses.replace(run, layer_options={**run.layer_options, "implementation": implementation})
+
+
+def compiler_counts(program: Program) -> dict[str, int | None]:
+    """XLA's own counts, which take the body of a loop once."""
+    try:
+        found = program.compiled.cost_analysis() or {}
+    except Exception:  # not every back end counts
+        found = {}
+    found = found[0] if isinstance(found, list | tuple) else found
+    number = lambda name: round(found[name]) if name in found else None
+    return dict(compiler_flops=number("flops"), compiler_bytes=number("bytes accessed"))
+
+
+def memory_limit() -> tuple[int, str]:
+    """(bytes that a program may take here, and what says so)."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"], f"what JAX may allocate on {device.device_kind}"
+    free = {}
+    for text in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        if text.startswith("MemAvailable:"):
+            free["memory available at the start"] = 1024 * int(text.split()[1])
+    for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            root = pathlib.Path("/sys/fs/cgroup")
+            free["memory that this control group had left"] = int((root / most).read_text()) - int((root / used).read_text())
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    source = min(free, key=free.get)
+    return free[source] * 9 // 10, f"nine tenths of the {source}"
+
+
+def largest(
+    peak: Callable[[int], int | None], limit: int, start: int, most: int, grain: int = 1
+) -> tuple[int | None, str]:
+    """The largest number whose peak memory fits, to a twentieth, in few tries: each compiles a program.
+
+    Between the largest that fits and the smallest that does not, the next try is where the last two peaks, as a power of
+    the number, say that the limit is; the middle, when that does not close in.
+
+    Args:
+        peak: bytes that a number needs, None where the compiler gives up; more for larger numbers, or nearly so.
+        limit: bytes that there are.
+        start: the first try.
+        most: the search goes no further.
+        grain: tries are its multiples.
+    Returns: (number, what bounded it); (None, why) where not even `grain` fits.
+    Example:
+        >>> largest(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
+        (12375, 'to a twentieth')
+    """
+    low, high, known, tried = 0, None, [], min(max(start // grain * grain, grain), most)
+    while True:
+        size = peak(tried)
+        if size is not None:
+            known.append((tried, size))
+        if size is not None and size <= limit:
+            low = max(low, tried)
+        else:
+            high = tried if high is None else min(high, tried)
+        step = max(grain, low // 20)
+        if low >= most:
+            return low, f"at least: the search ends at {most}"
+        if high is not None and high - low <= step:
+            return (low, "to a twentieth") if low else (None, f"not even {high} fits")
+        if len(known) < 2 or len(known) > 5:
+            guess = 2 * low if high is None else (low + high) // 2
+        else:
+            (before, less), (last, more) = known[-2:]
+            power = math.log(max(more, 1) / max(less, 1)) / math.log(last / before) if last != before else 1.0
+            guess = last * (limit / max(more, 1)) ** (1 / min(max(power, 0.25), 4.0))
+        if high is not None and guess >= high:
+            guess = (low + high) // 2
+        # Beyond what fits by a step, so that the bounds close in from above, too.
+        tried = min(max(int(guess) // grain * grain, low + step // grain * grain), most)
+
+
+def observe(text: str) -> int:
+    """Bytes at the peak of a program's call, in this process: what `observed_peak` starts runs this.
+
+    A GPU's allocator knows; on a CPU it is what the process grows by, without its arguments.
+    """
+    words = json.loads(text)
+    run = Run(**words["run"])
+    task = dataclasses.replace(tasks.find(run.task, run.config), length=words["length"])
+    call = started(compiled(run, task, words["mode"]))
+    if jax.default_backend() == "cpu":
+        return racing.memory_growth(call)
+    call()
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+def observed_peak(program: Program) -> tuple[int | None, str]:
+    """(bytes at the peak, what observed them) of a program that runs alone in a process of its own; (None, why not)."""
+    words = dict(run=dataclasses.asdict(program.run), length=program.task.length, mode=program.mode)
+    code = "import sys; from subquad.lra import programs; print(programs.observe(sys.argv[1]))"
+    environment = {**os.environ, **racing.PLAIN_MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(words)], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        return None, f"not observed: {line(RuntimeError(done.stderr[-300:]))}"
+    on_cpu = jax.default_backend() == "cpu"
+    source = "growth of the process, arguments not counted" if on_cpu else "the device's allocator, arguments counted"
+    return int(done.stdout.splitlines()[-1]), source

@@ -1,0 +1,258 @@
+"""Layers side by side: the programs of several layers at one length and in one mode, timed in turn, one row for each."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from subquad.lra import energy, models, programs, racing, results
+from subquad.lra.bench import Measurement
+from subquad.lra.checkpoints import line
+
+LONGEST, LARGEST_BATCH = 2**20, 2**14  # where the searches for limits end
+GRAIN = 64  # lengths that the search tries are multiples of it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how.
+
+    Attributes:
+        model: a key of `programs.MODELS`; values: of `Run`, before the model's; options: see `programs.plan`.
+        batch_size, dtype, implementation: of every program.
+        baseline: the layer that ratios are to.
+        seconds: of timing for each layer; repeats: timed calls instead.
+        threads: processors that this process may use; None on a GPU or TPU.
+        memory_limit: bytes that a program may take; memory_source: what says so.
+        matmul_rate: FLOP/s of a matrix product in this dtype on this machine.
+        limits: of "length" and "batch": which largest ones to look for.
+        peaks: observe each program's peak memory in a process of its own.
+        meter: of energy, or None; energy_seconds: of reading it, for each layer; 0: not.
+        watts, grid_intensity, price_per_hour, currency: see `energy.cost`.
+        session: names the rows that were measured by one command.
+    """
+
+    model: str
+    session: str
+    memory_limit: int
+    memory_source: str
+    matmul_rate: float
+    batch_size: int = 1
+    dtype: str = "float32"
+    implementation: str | None = None
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    baseline: str = "softmax"
+    seconds: float = 2.0
+    repeats: int | None = None
+    threads: int | None = None
+    limits: Sequence[str] = ()
+    peaks: bool = False
+    meter: energy.Meter | None = None
+    energy_seconds: float = 2.0
+    watts: float | None = None
+    grid_intensity: float | None = None
+    price_per_hour: float | None = None
+    currency: str = "USD"
+
+    def plan(self, layer: str, length: int, **values):
+        """The run and the task of a layer at a length."""
+        values = {"batch_size": self.batch_size, "dtype": self.dtype, **self.values, **values}
+        words = dict(implementation=self.implementation, options=self.options)
+        return programs.plan(self.model, layer, length, **words, **values)
+
+
+def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say: Callable[[str], None]) -> list[Measurement]:
+    """Measures layers in one mode at one length, in turn. What fails is a row that says why, and the others go on.
+
+    Args:
+        layers: names; the baseline among them, if ratios are wanted.
+        say: is told what happens.
+    """
+    rows: dict[str, Measurement] = {}
+    ready: dict[str, Callable[[], Any]] = {}
+    held = 0
+    for layer in layers:
+        say(f"{layer}: compiling")
+        row = _blank(layer, length, mode, settings)
+        try:
+            run, task = settings.plan(layer, length)
+            row = _with(row, layer_options=json.dumps(dict(run.layer_options), sort_keys=True))
+            row = _with(row, configuration=json.dumps(dataclasses.asdict(run), sort_keys=True))
+            program = programs.compiled(run, task, mode)
+            row = _with(row, **facts(program))
+            needed = program.memory.peak + held
+            if needed > settings.memory_limit:
+                row = _with(row, status=_skipped(program.memory.peak, held, settings))
+            else:
+                if settings.peaks:
+                    peak, source = programs.observed_peak(program)
+                    row = _with(row, device_peak_bytes=peak, device_peak_source=source)
+                call = programs.started(program)
+                call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
+                ready[layer], held = call, held + program.memory.arguments
+        except Exception as error:  # one layer's fault is a row; the others still run
+            row = _with(row, status=f"failed: {line(error)}")
+        rows[layer] = row
+    if ready:
+        say(f"timing {', '.join(ready)}")
+        for layer, found in _timed(ready, rows, settings).items():
+            rows[layer] = found
+    for layer in layers:
+        if settings.limits and rows[layer].parameters:
+            say(f"{layer}: looking for limits")
+            rows[layer] = _with(rows[layer], **limits(layer, length, mode, settings))
+    return [_with(row, finished_utc=results.now()) for row in _ratios(rows, settings).values()]
+
+
+def facts(program: programs.Program) -> dict[str, Any]:
+    """What is known of a program without running it, as columns of a row."""
+    memory = program.memory
+    return dict(
+        parameters=models.count_parameters(program.run, program.task), compile_seconds=round(program.compile_seconds, 3),
+        argument_bytes=memory.arguments, temporary_bytes=memory.temporary, peak_bytes=memory.peak,
+        **programs.work(program.run, program.task, program.mode), **programs.compiler_counts(program),
+    )  # fmt: skip
+
+
+def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, Any]:
+    """The largest length at this batch size and the largest batch at this length, by compiled memory; nothing runs."""
+
+    def peak(length: int, batch_size: int) -> int | None:
+        try:
+            run, task = settings.plan(layer, length, batch_size=batch_size)
+            return programs.compiled(run, task, mode).memory.peak
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+                return None  # so says the compiler
+            raise
+
+    found, notes = {}, []
+    searches = {
+        "length": ("largest_length", lambda n: peak(n, settings.batch_size), length, LONGEST, GRAIN),
+        "batch": ("largest_batch", lambda n: peak(length, n), settings.batch_size, LARGEST_BATCH, 1),
+    }
+    for name in settings.limits:
+        column, search, *bounds = searches[name]
+        try:
+            found[column], note = programs.largest(search, settings.memory_limit, *bounds)
+        except Exception as error:
+            found[column], note = None, f"not found: {line(error)}"
+        notes.append(f"largest {name} {note}")
+    return {**found, "limits_note": "; ".join(notes)}
+
+
+def _blank(layer: str, length: int, mode: str, settings: Settings) -> Measurement:
+    environment = results.environment()
+    named = ("model", "batch_size", "dtype", "implementation", "threads", "session")
+    return Measurement(
+        status="ok", layer=layer, layer_options="{}", length=length, mode=mode,
+        **{name: getattr(settings, name) for name in named}, **environment,
+        memory_limit_bytes=settings.memory_limit, memory_limit_source=settings.memory_source,
+        matmul_flops_per_second=settings.matmul_rate,
+    )  # fmt: skip
+
+
+def _timed(ready: Mapping[str, Callable], rows: Mapping[str, Measurement], settings: Settings) -> dict[str, Measurement]:
+    """The rows with their times, and energy."""
+    clock = racing.clock_of(settings.threads or 0)
+    try:
+        seconds = settings.seconds * len(ready)
+        spreads = racing.alternate(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
+    except Exception as error:
+        return {layer: _with(rows[layer], status=f"failed: {line(error)}") for layer in ready}
+    found = {}
+    for (layer, call), spread in zip(ready.items(), spreads, strict=True):
+        row, rate = rows[layer], 1 / spread.median
+        times = {f"{word}_ms": round(1e3 * getattr(spread, word), 4) for word in ("best", "lower", "median", "upper")}
+        use = row.model_flops * rate / settings.matmul_rate if row.model_flops else None
+        row = _with(
+            row, **times, calls=spread.calls, clock=clock.__name__, steps_per_second=_digits(rate),
+            tokens_per_second=_digits(rate * row.length * row.batch_size), utilisation=_digits(use),
+            protocol=(
+                "random tokens, no padding" + ", dropout on" * (row.mode != "forward") + "; warm, each call waited for, "
+                f"in turn with {len(ready) - 1} other layers; median of {spread.calls} calls"
+            ),
+        )  # fmt: skip
+        found[layer] = _with(row, **_energy(call, spread.median, settings))
+    return found
+
+
+def _energy(call: Callable, seconds: float, settings: Settings) -> dict[str, Any]:
+    joules = source = None
+    if settings.meter is not None and settings.energy_seconds > 0:
+        try:
+            joules, source = energy.per_call(call, settings.meter, settings.energy_seconds), settings.meter.source
+        except Exception as error:
+            source = f"not read: {line(error)}"
+    named = ("watts", "grid_intensity", "price_per_hour", "currency")
+    cost = energy.cost(seconds, joules, source, **{name: getattr(settings, name) for name in named})._asdict()
+    return {name: _digits(value) if isinstance(value, float) else value for name, value in cost.items()}
+
+
+def _ratios(rows: dict[str, Measurement], settings: Settings) -> dict[str, Measurement]:
+    """The rows with their ratios to the baseline's."""
+    base = rows.get(settings.baseline)
+    if base is None:
+        return rows
+    found = {}
+    for layer, row in rows.items():
+        speed = base.median_ms / row.median_ms if base.median_ms and row.median_ms else None
+        memory = row.peak_bytes / base.peak_bytes if base.peak_bytes and row.peak_bytes else None
+        found[layer] = _with(row, baseline=settings.baseline, speed_ratio=_digits(speed), memory_ratio=_digits(memory))
+    return found
+
+
+def _skipped(peak: int, held: int, settings: Settings) -> str:
+    mebi = lambda size: f"{size / 2**20:,.0f} MiB"
+    others = f" beside the {mebi(held)} of the others' arguments" if held else ""
+    return f"skipped: memory: the program needs {mebi(peak)}{others}, of {mebi(settings.memory_limit)}"
+
+
+def _digits(value: float | None) -> float | None:
+    """Six significant digits."""
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _with(row: Measurement, **columns) -> Measurement:
+    return dataclasses.replace(row, **columns)
+
+
+@dataclass
+class Forecast:
+    """How long the races that are left will take, from those that were run.
+
+    Attributes:
+        races: (length, mode) of each, in order.
+    """
+
+    races: Sequence[tuple[int, str]]
+    taken: dict[tuple[int, str], float] = dataclasses.field(default_factory=dict)
+
+    def left(self) -> float | None:
+        """Seconds: along each mode's own growth with length; one length alone counts as linear. None: nothing was run.
+
+        Example:
+            >>> Forecast([(1, "train"), (2, "train"), (4, "train")], {(1, "train"): 10.0, (2, "train"): 40.0}).left()
+            160.0
+        """
+        if not self.taken:
+            return None
+        return sum(self._expected(*race) for race in self.races if race not in self.taken)
+
+    def _expected(self, length: int, mode: str) -> float:
+        known = sorted((n, seconds) for (n, other), seconds in self.taken.items() if other == mode)
+        if not known:
+            known = sorted((n, seconds) for (n, _), seconds in self.taken.items())[-1:]
+        (last, seconds), power = known[-1], 1.0
+        if len(known) > 1:
+            (before, less), _ = known[-2:]
+            power = math.log(seconds / less) / math.log(last / before) if last != before and less > 0 else 1.0
+        return seconds * (length / last) ** max(power, 0.0)
+
+
+def races(lengths: Sequence[int], modes: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(length, mode), the shortest lengths first."""
+    return ((length, mode) for length in sorted(lengths) for mode in modes)

@@ -1,0 +1,202 @@
+"""Time, memory, FLOPs and energy of every layer's model against length: forward, with gradient, and in a training step.
+
+python scripts/bench_lra.py --lengths 1024,4096,16384
+
+Layers are timed in turn with the baseline, softmax, so that ratios are of one run. The CSV keeps its other rows; tables
+(Markdown, LaTeX) and plots of all its rows are written beside it. Nothing is run that compiled memory shows not to fit.
+"""
+
+import os
+import pathlib
+import sys
+import time
+
+import jax
+
+from subquad.kernels import dispatch
+from subquad.lra import bench, commands, energy, plots, programs, progress, racing, results, speed
+from subquad.zoo import LAYERS
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+LIMITS = ("length", "batch")
+
+
+def parse():
+    parser = commands.Parser(prog="bench_lra", description=__doc__)
+    add = parser.add_argument
+    add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
+    add("--layers", type=words, default=None, metavar="A,B", help="default: all")
+    add("--lengths", type=sizes, default=[1024, 2048, 3072, 4096], metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
+    add("--modes", type=words, default=list(bench.MODES), metavar="A,B", help=f"of {','.join(bench.MODES)}; default: all")
+    add("--batch-size", type=int, default=None, help="default: 1 on a CPU, else 32")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
+    add("--implementation", default=None, metavar="NAME", help="of the layers' kernels; default: their own choice")
+    add("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="for all layers, or LAYER.NAME=VALUE for one")
+    add("--override", nargs="+", default=[], metavar="NAME=VALUE", help="values of the run, as in_features=512")
+    add("--baseline", default="softmax", metavar="LAYER", help="what ratios are to; default: softmax")
+    add("--seconds", type=float, default=2.0, help="of timing for each layer, mode and length; default: 2")
+    add("--repeats", type=int, default=None, help="timed calls of each, instead")
+    add("--threads", type=int, default=None, help="default: all processors")
+    add("--memory-limit", type=size, default=None, metavar="SIZE", help="for programs, as 16G; default: what is free")
+    add("--limits", type=words, default=[], metavar="A,B", help="of length,batch: find the largest that fit; compiles a lot")
+    peaks = "observe each peak of memory in a process of its own; default: on a GPU"
+    add("--peaks", action=commands.argparse.BooleanOptionalAction, default=None, help=peaks)
+    add("--energy-seconds", type=float, default=2.0, help="of reading the meter for each; 0: not; default: 2")
+    add("--watts", type=float, default=None, help="power to estimate energy from where no meter is")
+    add("--grid-intensity", type=float, default=None, metavar="G", help="grams of CO2e per kWh; default: no CO2e")
+    add("--price-per-hour", type=float, default=None, metavar="P", help="of the machine; default: no price")
+    add("--currency", default="USD", help="of that price; default: USD")
+    add("--results", default=None, metavar="CSV", help="of training: draws accuracy against time, and measures nothing")
+    add("--draw", action="store_true", help="only tables and plots of the rows in --out")
+    add("--out", default="runs/bench/lra.csv", metavar="CSV", help="default: %(default)s")
+    return checked(parser.parse_args())
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.replace(" ", ",").split(",") if word]
+
+
+def size(text: str) -> int:
+    unit = UNITS.get(text[-1:].upper(), 1)
+    return int(float(text[:-1]) * unit) if unit > 1 else int(text)
+
+
+def sizes(text: str) -> list[int]:
+    return [size(word) for word in words(text)]
+
+
+def checked(arguments):
+    arguments.layers = list(LAYERS) if arguments.layers is None else arguments.layers
+    known = {"--layers": (arguments.layers, LAYERS), "--baseline": ([arguments.baseline], LAYERS)}
+    known |= {"--modes": (arguments.modes, bench.MODES), "--limits": (arguments.limits, LIMITS)}
+    for option, (given, names) in known.items():
+        for name in given:
+            # A layer of the user's own is package.module:Class.
+            if name not in names and ":" not in name:
+                raise ValueError(f"{option} must be a known name, got {name!r}. {dispatch.nearest(name, names)}")
+    for option in ("lengths", "modes", "layers"):
+        if not getattr(arguments, option):
+            raise ValueError(f"--{option} must name at least one, got none. Leave it out.")
+    if min(arguments.lengths) < 1:
+        raise ValueError(f"--lengths must be at least 1, got {min(arguments.lengths)}. Count tokens.")
+    for name in ("batch_size", "repeats", "memory_limit", "seconds", "watts"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be > 0, got {value}. Leave it out.")
+    if arguments.implementation is not None:
+        dispatch.check_name("--implementation", arguments.implementation)
+    return arguments
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.results:
+        return draw_results(arguments.results)
+    racing.check_table(arguments.out, bench.FIELDS)
+    if arguments.draw:
+        return show(arguments.out, bench.read(arguments.out))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes that observe a peak need room, too
+    jax.config.update("jax_enable_compilation_cache", False)  # it would make compiling look free
+    settings = prepare(arguments)
+    layers = list(dict.fromkeys([arguments.baseline, *arguments.layers]))
+    forecast = speed.Forecast(list(speed.races(arguments.lengths, arguments.modes)))
+    measured = []
+    try:
+        for number, (length, mode) in enumerate(forecast.races, 1):
+            title = f"[{number}/{len(forecast.races)}] {bench.tokens(length)}, {mode}"
+            began = time.perf_counter()
+            rows = speed.race(layers, length, mode, settings, lambda text, title=title: say(f"{title}: {text}"))
+            forecast.taken[length, mode] = time.perf_counter() - began
+            bench.write(rows, arguments.out)
+            measured += rows
+            for row in rows:
+                if row.status != "ok":
+                    say(f"{title}: {row.layer}: {row.status}")
+            taken, left = progress.clock(forecast.taken[length, mode]), forecast.left()
+            say(f"{title}: done in {taken}" + f", about {progress.clock(left)} left" * bool(left))
+    finally:
+        if measured:
+            show(arguments.out, measured)
+    return commands.FAILED if any(row.status.startswith("failed") for row in measured) else 0
+
+
+def prepare(arguments) -> speed.Settings:
+    """Looks at the machine, and says what it finds."""
+    threads = racing.limit_threads(arguments.threads)  # before JAX starts
+    on_cpu = jax.default_backend() == "cpu"
+    limit, source = programs.memory_limit()
+    if arguments.memory_limit is not None:
+        limit, source = arguments.memory_limit, "--memory-limit"
+    meter, reason = energy.meter(jax.devices()[0])
+    rate = racing.matmul_rate(arguments.dtype)
+    say(f"{results.environment()['hardware']}: matrix product {rate / 1e9:,.0f} GFLOP/s in {arguments.dtype}")
+    say(f"Memory for programs: {limit / 2**30:.1f} GiB, {source}")
+    instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "not told; --watts estimates it"
+    say(f"Energy: {meter.source if meter else f'{instead} (no meter: {reason})'}")
+    named = (
+        "model", "dtype", "implementation", "baseline", "seconds", "repeats", "limits", "energy_seconds", "watts",
+        "grid_intensity", "price_per_hour", "currency",
+    )  # fmt: skip
+    return speed.Settings(
+        **{name: getattr(arguments, name) for name in named},
+        batch_size=arguments.batch_size or (1 if on_cpu else 32), options=commands.assignments(arguments.layer_options),
+        values=commands.assignments(arguments.override), threads=threads if on_cpu else None, memory_limit=limit,
+        memory_source=source, matmul_rate=rate, peaks=not on_cpu if arguments.peaks is None else arguments.peaks,
+        meter=meter, session=results.now(),
+    )  # fmt: skip
+
+
+def show(out: str, measured) -> int:
+    """Prints the tables of these rows; writes those of all rows, and plots, beside the CSV."""
+    for table in bench.tables(measured):
+        print(f"\n{table.title}")
+        racing.show(table.heading, table.body)
+        print("\n".join(table.notes))
+    rows, stem = bench.read(out), pathlib.Path(out).with_suffix("")
+    results.write(bench.markdown(rows), f"{stem}.md")
+    results.write(bench.latex(rows), f"{stem}.tex")
+    written = [f"{stem}.md", f"{stem}.tex"]
+    for number, group in enumerate(bench.groups(rows), 1):
+        picture = f"{stem}-{number}.png"
+        if drawn(plots.cost_against_length, group, picture):
+            written.append(picture)
+    print(f"\nRows in {out}; {', '.join(written)}.")
+    return 0
+
+
+def draw_results(path: str) -> int:
+    """Accuracy against time, a picture for each task and recipe of a CSV of training."""
+    rows = results.read(path)
+    if not rows:
+        raise ValueError(f"--results must be a file with rows, got {path}. Train something first: scripts/train.py.")
+    kinds: dict[tuple, list[results.Result]] = {}
+    for row in rows:
+        kinds.setdefault((row.task, row.config, row.recipe, row.hardware), []).append(row)
+    for number, group in enumerate(kinds.values(), 1):
+        ending = f"-time-{number}.png" if len(kinds) > 1 else "-time.png"
+        picture = f"{pathlib.Path(path).with_suffix('')}{ending}"
+        if drawn(plots.accuracy_against_time, group, picture):
+            print(f"{group[0].task}/{group[0].config}, {group[0].recipe}: {picture}")
+    return 0
+
+
+def drawn(draw, rows, path: str) -> bool:
+    try:
+        draw(rows, path)
+    except ImportError as error:
+        say(f"No plot, because matplotlib is not installed ({error}).")
+        return False
+    return True
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    code = commands.explained("bench_lra", main)
+    if code == commands.INTERRUPTED:
+        # A compiler at work does not live through the interpreter's own end.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

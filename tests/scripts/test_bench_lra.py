@@ -1,0 +1,97 @@
+"""The command that measures models, with races that take no time."""
+
+import dataclasses
+import importlib
+import os
+import pathlib
+import sys
+
+import pytest
+
+from subquad.lra import bench, energy, racing, speed
+
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """main() with these words; races give rows at once."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("bench_lra")
+    monkeypatch.setattr(racing, "limit_threads", lambda count: count or 1)
+    monkeypatch.setattr(racing, "matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(energy, "meter", lambda device: (None, "a test"))
+    monkeypatch.setattr(module.jax.config, "update", lambda *words: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    raced = []
+
+    def race(layers, length, mode, settings, say):
+        raced.append((layers, length, mode, settings))
+        if length == 4096:
+            raise KeyboardInterrupt
+        rows = [dataclasses.replace(speed._blank(layer, length, mode, settings), baseline="softmax") for layer in layers]
+        times = dict(median_ms=2.0, steps_per_second=500.0, speed_ratio=1.0, peak_bytes=2**20, memory_ratio=1.0)
+        failed = dict(status="failed: a reason")
+        return [dataclasses.replace(row, **(failed if row.layer == "s4" else times)) for row in rows]
+
+    monkeypatch.setattr(speed, "race", race)
+    out = tmp_path / "lra.csv"
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["bench_lra", *map(str, words), "--out", str(out)])
+        return module.commands.explained("bench_lra", module.main), raced, out
+
+    return run
+
+
+def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
+    words = ("--lengths", "2K,1024", "--modes", "train", "--layers", "local,linformer", "--watts", 100)
+    code, raced, out = run(*words, "--memory-limit", "1.5G", "--override", "in_features=8", "--limits", "batch")
+    assert code == 0 and [(layers, length, mode) for layers, length, mode, _ in raced] == [
+        (["softmax", "local", "linformer"], 1024, "train"), (["softmax", "local", "linformer"], 2048, "train"),
+    ]  # fmt: skip
+    settings = raced[0][3]
+    assert settings.memory_limit == 3 * 2**29 and settings.values == {"in_features": 8} and settings.limits == ["batch"]
+    assert settings.batch_size == 1 and settings.watts == 100 and not settings.peaks
+    assert len(bench.read(out)) == 6
+    shown = capsys.readouterr()
+    assert "lra-text, batch 1, float32, train" in shown.out and "500 (1.00)" in shown.out
+    assert "estimated from 100 W (no meter: a test)" in shown.err and "left" in shown.err
+    assert "tabular" in out.with_suffix(".tex").read_text() and "| local |" in out.with_suffix(".md").read_text()
+    assert (out.parent / "lra-1.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_ctrl_c_keeps_what_was_measured_before(run, capsys):
+    code, raced, out = run("--lengths", "1K,4K,16K", "--modes", "forward", "--layers", "local")
+    assert code == 130 and [length for _, length, _, _ in raced] == [1024, 4096]
+    assert [row.length for row in bench.read(out)] == [1024, 1024]
+    assert "500 (1.00)" in capsys.readouterr().out
+
+
+def test_a_layer_that_failed_is_told_by_the_exit_code_and_draw_measures_nothing(run, capsys):
+    code, raced, out = run("--lengths", "1K", "--modes", "forward", "--layers", "s4")
+    assert code == 1 and len(raced) == 1 and "s4: failed: a reason" in capsys.readouterr().err
+    out.with_suffix(".md").unlink()
+    assert run("--draw")[0] == 0 and len(raced) == 1 and "s4 at 1K: failed: a reason" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (("--layers", "locl"), "--layers must be a known name, got 'locl'"),
+        (("--modes", "trian"), "--modes must be a known name, got 'trian'"),
+        (("--limits", "depth"), "--limits must be a known name"),
+        (("--lengths", "0"), "--lengths must be at least 1, got 0"),
+        (("--lengths", "1X"), "lengths: invalid sizes value"),
+        (("--batch-size", "0"), "--batch-size must be > 0, got 0"),
+        (("--lenghts", "1"), "--lengths"),
+        (("--results", "absent.csv"), "--results must be a file with rows"),
+    ],
+)
+def test_a_wrong_word_is_one_line(run, capsys, words, message):
+    try:
+        code = run(*words)[0]
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1
