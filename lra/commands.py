@@ -105,7 +105,8 @@ def explained(program: str, main: Callable[[], int | None]) -> int:
         if reason is None:
             raise
         code, message = FAILED, reason
-    print(f"{program}: {message}", file=sys.stderr)
+    # The function's name, where it is the command's, is said once.
+    print(f"{program}: {message.removeprefix(f'{program}: ')}", file=sys.stderr)
     return code
 
 

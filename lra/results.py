@@ -66,7 +66,7 @@ class Result:
     # Files of earlier versions have no columns for what follows.
     protocol: str | None = None  # "lra-2020" or "modern"
     configuration_hash: str | None = None  # of `configuration`, see `configuration_hash`
-    collapsed_step: int | None = None  # from which on the loss stayed at chance level, having been below it
+    collapsed_step: int | None = None  # first validation at chance after one clearly above it, see `collapse`
     bits_per_byte: float | None = None  # of a language model, as `accuracy`, `accuracy_best` and `accuracy_last`
     bits_per_byte_best: float | None = None
     bits_per_byte_last: float | None = None
@@ -186,7 +186,7 @@ def show(rows: Iterable[Result]) -> None:
         heading = name.replace(" ", "\n") if narrow else name
         # The reason of a failure is long, and wraps.
         side = "right" if index else "left"
-        table.add_column(heading, justify=side, no_wrap=name != "test accuracy", overflow="fold")
+        table.add_column(heading, justify=side, no_wrap=not name.startswith("test "), overflow="fold")
     for one in body:
         table.add_row(*one)
     # A pipe has no width: enough for every column.
@@ -231,7 +231,7 @@ def _parse(cell: str, kind):
 # What the table shows: heading, and the cell of a group of rows that differ in seed only.
 COLUMNS = {
     "layer": lambda rows: rows[0].layer,
-    "test accuracy": lambda rows: _accuracy(rows),
+    "test accuracy": lambda rows: _score(rows),
     "majority floor": lambda rows: _per_cent(rows[0].floor_majority),
     "root floor": lambda rows: _per_cent(rows[0].floor_root),
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
@@ -250,12 +250,19 @@ def groups(rows: Iterable[Result]) -> list[list[Result]]:
     for row in latest.values():
         without_seed = {name: value for name, value in json.loads(row.configuration).items() if name != "seed"}
         found.setdefault(json.dumps(without_seed, sort_keys=True), []).append(row)
-    return sorted(found.values(), key=lambda group: -max(row.accuracy or 0.0 for row in group))
+    worth = lambda row: -row.bits_per_byte if row.bits_per_byte is not None else row.accuracy or 0.0
+    return sorted(found.values(), key=lambda group: -max(map(worth, group)))
+
+
+def _models_language(rows: Iterable[Result]) -> bool:
+    return any(row.bits_per_byte is not None for row in rows)
 
 
 def cells(rows: Iterable[Result]) -> list[list[str]]:
     """The table as text, heading first."""
-    return [list(COLUMNS)] + [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
+    rows = list(rows)
+    heading = [name.replace("test accuracy", "test bits per byte") if _models_language(rows) else name for name in COLUMNS]
+    return [heading] + [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
 
 
 def markdown(rows: Iterable[Result]) -> str:
@@ -274,26 +281,32 @@ def caption(rows: Sequence[Result]) -> str:
     one = rows[0]
     seeds = sorted({row.seed for row in rows})
     chosen = "best on validation" if one.selection == "best" else "of the last step"
-    error = 100 * math.sqrt(0.25 / one.test_examples)
+    judged, error, floors = "Bits per byte", "", ""
+    if not _models_language(rows):
+        judged, floors = "Accuracy", "; majority floor: the commonest answer"
+        error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
+        floors += "; root floor: the commonest answer given the root operator" if one.floor_root is not None else ""
     return (
         f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Accuracy on the {one.test_examples} "
-        f"examples of the {one.split} split, which leaves a standard error of up to {error:.1f} points, parameters "
-        f"{chosen}; majority floor: the commonest answer; root floor: the commonest answer given the root operator. "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "
+        f"examples of the {one.split} split{error}, parameters {chosen}{floors}. "
         "Peak memory of the compiled training step, its inputs included; FLOPs counted from its jaxpr. "
         f"{one.hardware}; {one.versions}; commit {one.commit[:12]}."
     )
 
 
-def _accuracy(rows: Sequence[Result]) -> str:
-    values = [row.accuracy for row in rows if row.status == "ok"]
+def _score(rows: Sequence[Result]) -> str:
+    """Of rows that differ in seed only: accuracy, or bits per byte."""
+    name, scale, digits, unit = ("bits_per_byte", 1, 3, "") if _models_language(rows) else ("accuracy", 100, 1, " %")
+    values = [scale * getattr(row, name) for row in rows if row.status == "ok"]
     failures = [row.status for row in rows if row.status != "ok"]
     if not values:
         return failures[0]
-    text = _per_cent(statistics.mean(values))
+    text = f"{statistics.mean(values):.{digits}f}{unit}"
     if len(values) > 1:
-        text += f" ± {100 * statistics.stdev(values):.1f} ({len(values)} seeds)"
-    return text + (f", {len(failures)} failed" if failures else "")
+        text += f" ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)"
+    collapsed = sum(row.collapsed_step is not None for row in rows)
+    return text + (f", {collapsed} collapsed" if collapsed else "") + (f", {len(failures)} failed" if failures else "")
 
 
 def _mean(rows: Sequence[Result], name: str, write) -> str:

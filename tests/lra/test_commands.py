@@ -12,6 +12,7 @@ from subquad.lra.data.store import DatasetError
         (checkpoints.Interrupted("Stopped at step 3 of 10."), 130),
         (KeyboardInterrupt(), 130),
         (ValueError("layer must be a known name,\n got 'x'."), 2),
+        (ValueError("train: devices must divide batch_size = 16, got 3."), 2),
         (TypeError("stps must be a value of a run."), 2),
         (NotImplementedError("S4: no such kernel."), 2),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 1),
@@ -24,7 +25,7 @@ def test_what_a_user_can_cure_is_one_line_and_an_exit_code(error, code, capsys):
 
     assert commands.explained("train", main) == code
     said = capsys.readouterr().err
-    assert said.startswith("train: ") and said.count("\n") == 1
+    assert said.startswith("train: ") and said.count("\n") == 1 and said.count("train:") == 1
 
 
 def test_other_errors_keep_their_trace():
@@ -47,9 +48,9 @@ def parser():
 
 
 def test_every_value_of_a_run_is_an_option_with_its_type():
-    words = "--steps 7 --learning-rate 1e-2 --clip-norm none --positions none --dtype bfloat16"
+    words = "--steps 7 --learning-rate 1e-2 --clip-norm none --positions none --dtype bfloat16 --remat"
     given = commands.changes(recipes.Run, parser().parse_args(words.split()))
-    assert given == dict(steps=7, learning_rate=0.01, clip_norm=None, positions=None, dtype="bfloat16")
+    assert given == dict(steps=7, learning_rate=0.01, clip_norm=None, positions=None, dtype="bfloat16", remat=True)
 
 
 @pytest.mark.parametrize(

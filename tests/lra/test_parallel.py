@@ -3,54 +3,73 @@
 import csv
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from subquad.lra import checkpoints, parallel
-
-# Sixteen examples in two parts, so that eight devices hold one example of each part.
-PROGRAM = """
-import json, sys
-import numpy as np
 from subquad.lra import checkpoints, parallel, recipes, tasks, train
 
-out, start, words, replaced = (json.loads(word) for word in sys.argv[1:])
-parallel.start(**start)
-sizes = {"train": 64, "validation": 16, "test": 20}
-floors = lambda splits: {"majority": 0.5}
-task = tasks.Task(
-    "bits", "own", "drawn bits", vocabulary_size=3, length=12, num_classes=2, splits=sizes, floors=floors, source=""
-)
-rng = np.random.default_rng(0)
-draw = lambda: rng.integers(1, 3, rng.integers(4, 13))
-splits = {name: [{"inputs": bits, "label": int(bits.sum() % 2)} for bits in (draw() for _ in range(size))]
-          for name, size in sizes.items()}
-small = dict(in_features=16, num_layers=1, mlp_features=16, batch_size=16, accumulate=2, steps=12, evaluate_every=6)
-run = recipes.plan("quickstart", "softmax", task=task, ema=0.5, schedule="plateau", **{**small, **replaced})
-place = parallel.place
-def measured(tree, mesh, shard="batch"):
-    tree = place(tree, mesh, shard)
-    if mesh is not None and "optimiser" in tree:
-        import jax
-        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-        parallel.share = held / sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    return tree
-parallel.place = measured
-result = train.train(run, out=out, task=task, splits=splits, quiet=True, **words)
-print(json.dumps([result.accuracy_last, result.hardware, getattr(parallel, "share", 1.0)]))
-"""
+SIZES = {"train": 64, "validation": 16, "test": 20}
+TASK = tasks.Task(
+    "bits", "own", "drawn bits", vocabulary_size=3, length=12, num_classes=2, splits=SIZES,
+    floors=lambda splits: {"majority": 0.5}, source="this test",
+)  # fmt: skip
 
 
-def begin(out, start=(), count=1, replaced=(), **words):
+def examples(size, seed):
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(1, 3, rng.integers(4, 13)) for _ in range(size))
+    return [{"inputs": bits, "label": int(bits.sum() % 2)} for bits in drawn]
+
+
+def fit(out, **words):
+    # Sixteen examples in two parts, so that eight devices hold one example of each part.
+    small = dict(in_features=16, num_layers=1, mlp_features=16, batch_size=16, accumulate=2, steps=12, evaluate_every=6)
+    run = recipes.plan("quickstart", "softmax", task=TASK, ema=0.5, schedule="plateau", **small)
+    splits = {name: examples(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
+    return train.train(run, out=out, task=TASK, splits=splits, quiet=True, **words)
+
+
+def child(out, start, broken, words):
+    """What the processes that this file starts do."""
+    parallel.start(**start)
+    shares, place, save = [], parallel.place, checkpoints.Checkpoints.save
+
+    def measured(tree, mesh, *shard):
+        tree = place(tree, mesh, *shard)
+        if "optimiser" in tree:
+            held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+            shares.append(held / sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+        return tree
+
+    def save_once(self, step, *rest):
+        save(self, step, *rest)
+        raise checkpoints.RunError("stopped")
+
+    parallel.place = measured
+    if broken:
+        checkpoints.Checkpoints.save = save_once
+        with pytest.raises(checkpoints.RunError, match="^stopped$"):
+            fit(out, **words)
+        checkpoints.Checkpoints.save, words["resume"] = save, True
+    result = fit(out, **words)
+    print(json.dumps([result.accuracy_last, result.hardware, max(shares)]))
+
+
+def begin(out, start=(), count=1, broken=False, **words):
+    """A process of its own with `count` devices."""
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={count}"
-    command = [sys.executable, "-c", PROGRAM, *map(json.dumps, (str(out), dict(start), words, dict(replaced)))]
+    code = f"from tests.lra import test_parallel; test_parallel.child({str(out)!r}, {dict(start)}, {broken}, {words})"
+    root = pathlib.Path(__file__).parents[2]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": flags}
-    )
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )  # fmt: skip
 
 
 def finish(process):
@@ -67,8 +86,7 @@ def history(folder):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    accuracy, *_ = finish(begin(folder))
-    return folder, accuracy
+    return folder, fit(folder).accuracy_last
 
 
 def test_eight_devices_give_the_losses_of_one_and_hold_an_eighth(alone, tmp_path):
@@ -78,12 +96,12 @@ def test_eight_devices_give_the_losses_of_one_and_hold_an_eighth(alone, tmp_path
     assert share < 0.2
 
 
-def test_two_processes_give_the_losses_of_one_and_the_first_writes(alone, tmp_path):
+def test_two_processes_stopped_and_resumed_give_the_losses_of_one(alone, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     start = dict(coordinator=coordinator, num_processes=2)
-    both = [begin(tmp_path, {**start, "process_id": index}) for index in range(2)]
+    both = [begin(tmp_path, {**start, "process_id": index}, broken=True) for index in range(2)]
     for process in both:
         accuracy, hardware, share = finish(process)
         assert accuracy == alone[1] and "as 2 devices of 2 processes" in hardware and share == 1
@@ -137,6 +155,18 @@ def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch):
     monkeypatch.setattr(parallel.jax.distributed, "initialize", silent)
     with pytest.raises(checkpoints.RunError, match="coordinator h:1 must be reached .* got DEADLINE_EXCEEDED: nobody there"):
         parallel.start("h:1", 2, 1)
+
+
+def test_an_error_of_the_first_process_is_told_to_all(monkeypatch):
+    monkeypatch.setattr(parallel.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel.multihost_utils, "broadcast_one_to_all", lambda tree: tree)
+    assert parallel.told(lambda: ("folder", {"status": "ok"})) == ["folder", {"status": "ok"}]
+
+    def fail():
+        raise checkpoints.RunError("out: folder x must be writable.")
+
+    with pytest.raises(checkpoints.RunError, match="^out: folder x must be writable.$"):
+        parallel.told(fail)
 
 
 def test_tasks_of_a_slurm_step_are_joined_and_a_lone_one_is_not(monkeypatch):

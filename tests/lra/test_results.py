@@ -141,6 +141,7 @@ def test_seeds_become_a_mean_with_its_spread():
     assert "seeds 0, 1, 2" in table
     mixed = results.markdown([row(accuracy=0.3), row(seed=1, **FAILED)])
     assert "| softmax | 30.0 %, 1 failed |" in mixed
+    assert "| softmax | 30.0 %, 1 collapsed |" in results.markdown([row(accuracy=0.3, collapsed_step=20)])
 
 
 def test_of_two_rows_of_one_run_the_later_counts():
@@ -235,3 +236,15 @@ def test_a_plot_of_nothing_is_still_a_file(rows, tmp_path):
 def test_results_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         row().accuracy = 1.0
+
+
+def test_language_models_are_shown_by_bits_per_byte_the_fewest_first():
+    score = lambda bits: dict(accuracy=None, accuracy_best=None, accuracy_last=None, floor_majority=None, floor_root=None,
+                              bits_per_byte=bits, bits_per_byte_best=bits, bits_per_byte_last=bits)  # fmt: skip
+    rows = [row("s4", **score(2.5)), row("local", **score(2.25)), row("local", seed=1, **score(2.35))]
+    heading, *body = results.cells(rows)
+    assert heading[1] == "test bits per byte"
+    assert [line[1] for line in body] == ["2.300 ± 0.071 (2 seeds)", "2.500"]
+    caption = results.caption(rows)
+    assert "Bits per byte on the 500 examples of the test split, parameters best" in caption and "floor" not in caption
+    assert "root floor" in results.caption([row()]) and "root floor" not in results.caption([row(floor_root=None)])

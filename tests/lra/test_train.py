@@ -76,39 +76,31 @@ def test_both_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
         assert getattr(result, f"accuracy_{name}") == pytest.approx(right)
 
 
+# All that a checkpoint has to hold beside parameters and moments.
+WHOLE = dict(dropout_rate=0.1, steps=60, accumulate=2, ema=0.9, schedule="plateau", patience=1)
+
 CODE = """
 import sys, time
 from subquad.lra import progress, recipes, train
-slow = float(sys.argv[3])
-if slow:  # leaves the parent time to kill
-    progress.Progress.update = lambda self, *_: time.sleep(slow)
-run = recipes.plan("quickstart", "performer", dropout_rate=0.1, steps=60, **{words}, **{more})
-train.train(run, out=sys.argv[1], data_dir=sys.argv[2], resume=True, quiet=True)
+progress.Progress.update = lambda self, *_: time.sleep(0.5)  # leaves the parent time to kill
+run = recipes.plan("quickstart", "performer", **{words})
+train.train(run, out=sys.argv[1], data_dir=sys.argv[2], quiet=True)
 """
-
-# All that a checkpoint has to hold beside parameters and moments.
-MORE = dict(accumulate=2, ema=0.9, schedule="plateau", patience=1)
-
-
-def start(folder, data, slow=0.0):
-    code = CODE.replace("{words}", repr(SMALL)).replace("{more}", repr(MORE))
-    command = [sys.executable, "-c", code, str(folder), str(data), str(slow)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def test_killed_and_resumed_gives_the_same_final_numbers(data, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = start(broken, data, slow=0.5)
+    command = [sys.executable, "-c", CODE.replace("{words}", repr({**SMALL, **WHOLE})), str(broken), str(data)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (broken / "checkpoint" / "20").exists(), process)
     time.sleep(0.7)  # into the steps after the checkpoint, which are lost and done again
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (broken / "result.json").exists()
-    for folder in (whole, broken):
-        process = start(folder, data)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, broken))
+    first, second = (
+        dataclasses.asdict(train.train(plan("performer", **WHOLE), out=folder, data_dir=data, resume=True, quiet=True))
+        for folder in (whole, broken)
+    )
     timing = {"steps_per_second", "train_seconds", "compile_seconds", "finished_utc"}
     assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
     assert (whole / "history.csv").read_bytes() == (broken / "history.csv").read_bytes()
@@ -220,7 +212,7 @@ def filling(self, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     save(self, step, *rest)
 Checkpoints.save = filling
-run = recipes.plan("quickstart", "performer", dropout_rate=0.1, steps=60, **{words}, **{more})
+run = recipes.plan("quickstart", "performer", **{words})
 try:
     train.train(run, out=sys.argv[1], data_dir=sys.argv[2], quiet=True)
 except checkpoints.RunError as error:
@@ -229,16 +221,14 @@ except checkpoints.RunError as error:
 
 
 def test_a_disk_that_fills_up_keeps_the_checkpoint_before(data, tmp_path):
-    code = FULL.replace("{words}", repr(SMALL)).replace("{more}", repr(MORE))
+    code = FULL.replace("{words}", repr({**SMALL, **WHOLE}))
     command = [sys.executable, "-c", code, str(tmp_path), str(data)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     (message,) = done.stderr.strip().splitlines()
     assert message.startswith("checkpoint: folder") and "The checkpoint of step 20 is whole. Make room" in message
-    process = start(tmp_path, data)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert json.loads((tmp_path / "result.json").read_text())["status"] == "ok"
+    result = train.train(plan("performer", **WHOLE), out=tmp_path, data_dir=data, resume=True, quiet=True)
+    assert result.status == "ok" and len(history(tmp_path)) == 60
 
 
 def test_a_damaged_checkpoint_is_told(data, tmp_path):

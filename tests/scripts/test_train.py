@@ -1,0 +1,58 @@
+"""The command, in this process, with runs that are made up."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+from subquad.lra import commands, results, tasks, train
+
+PATH = pathlib.Path(__file__).parents[2] / "scripts" / "train.py"
+TINY = ("--config", "tiny", "--steps", "5")
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, words)])
+    spec = importlib.util.spec_from_file_location("train_script", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return commands.explained("train", module.main)
+
+
+def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def made_up(run, *, out, **words):
+        asked.append((run.seed, out, words))
+        row = results.failure(run, tasks.find(run.task, run.config), "")
+        return dataclasses.replace(
+            row, status="ok", accuracy=0.3 + 0.02 * run.seed, collapsed_step=20 if run.seed == 2 else None
+        )
+
+    monkeypatch.setattr(train, "train", made_up)
+    assert call(monkeypatch, *TINY, "--seeds", 0, 2, 0, "--out", tmp_path, "--tensorboard", "--resume") == 0
+    assert [seed for seed, *_ in asked] == [0, 2] and asked[0][1] != asked[1][1]
+    assert asked[0][2] == dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True)
+    assert [row.seed for row in results.read(tmp_path / "results.csv")] == [0, 2]
+    said = capsys.readouterr().out
+    assert "32.0 % ± 2.8 (2 seeds), 1 collapsed" in said and "Seed 2 collapsed: by step 20" in said
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (("--devices", 3), "devices must be in 1..1, the cpu devices there are, got 3. On a CPU, XLA_FLAGS="),
+        (("--shard", "zero"), "shard must be 'batch' on one device, got 'zero'. Pass devices, 2 or more."),
+        (("--seeds", 1, "--seed", 1), "seed must be left out beside --seeds, got 1. Add it to --seeds."),
+        (("--seeds", -1), "seeds must be >= 0, got -1."),
+        (("--num-processes", 2), "start: coordinator must be given together with"),
+        (("--ema", 2), "ema must be in (0, 1), got 2.0."),
+        (("--schedule", "linaer"), "schedule must be a known word, got 'linaer'. Did you mean 'linear'?"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(words, said, monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, *TINY, "--out", tmp_path, *words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"train: {said}")
