@@ -18,7 +18,7 @@ def parse():
     parser.add_argument("--steps", type=int, default=recipes.Run.steps, help=f"of each layer; default: {recipes.Run.steps}")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and order; default: 0")
     parser.add_argument("--task", default="listops", help=f"one of {', '.join(tasks.TASKS)}; default: listops")
-    parser.add_argument("--config", default="small", help="small, or lra, the full task; default: small")
+    parser.add_argument("--config", help="of the task; of listops small, or lra, the full one; default: the task's usual one")
     parser.add_argument("--out", default="runs/quickstart", help="folder of all results; default: runs/quickstart")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     return parser.parse_args()
@@ -28,7 +28,8 @@ def main() -> int:
     arguments = parse()
     began = time.monotonic()
     layers = list(dict.fromkeys(name for word in arguments.layers for name in word.split(",") if name))
-    shared = {name: getattr(arguments, name) for name in ("steps", "seed", "task", "config")}
+    shared = {name: getattr(arguments, name) for name in ("steps", "seed", "task")}
+    shared |= {} if arguments.config is None else {"config": arguments.config}
     # All of them first: a wrong word is told before anything is trained.
     runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
     out = checkpoints.open_folder(arguments.out)
