@@ -23,6 +23,11 @@ QUICKSTART = Recipe(
     source="subquad",
     # Ten times as long, so wider, too: else Linformer's projections alone would be more than the budget.
     configs={"lra": dict(in_features=128, mlp_features=512, evaluate_every=150)},
+    # As long, and no wider.
+    pairs={
+        (task, "linformer"): dict(layer_options=dict(num_landmarks=8, sharing="key_value"))
+        for task in ("text", "pathfinder", "bbc_text", "bbc_halves", "photo_patches")
+    },
 )
 
 # Features D, those of all heads, heads, blocks, features of the feed-forward networks.

@@ -102,3 +102,9 @@ def test_layers_that_can_be_causal_model_language(layer):
     run = recipes.plan("quickstart", layer, task="pylib_lm", mlp_features=8, num_layers=1)
     assert run.config == "offline"
     assert models.count_parameters(run, tasks.find("pylib_lm", "offline")) > 257 * run.in_features
+
+
+@pytest.mark.parametrize("name", ["bbc_text", "bbc_halves", "photo_patches", "pathfinder", "text"])
+def test_the_quickstarts_budget_holds_on_long_tasks_even_for_the_layer_with_rows_per_position(name):
+    run = recipes.plan("quickstart", "linformer", task=name)
+    assert run.mlp_features >= 8 and run.config in ("offline", "32_hard", "modern")
