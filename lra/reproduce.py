@@ -69,14 +69,14 @@ def train_missing(
     on_cpu = jax.default_backend() == "cpu"
     price = lambda run: costs.here(run, tasks.find(run.task, run.config), known.rows(), device, on_cpu)
     waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
-    say(f"{len(waiting)} runs are missing, about {sum(cost.hours for cost, _, _ in waiting):.3g} hours on {device}.")
+    say(f"Missing runs: {len(waiting)}, about {sum(cost.hours for cost, _, _ in waiting):.3g} hours on {device}.")
     began, failures = time.monotonic(), 0
     folder = pathlib.Path(path).parent / "runs"
     for number, (cost, run, ids) in enumerate(waiting, 1):
         left = None if budget_hours is None else budget_hours - (time.monotonic() - began) / 3600
         if left is not None and cost.hours > left:
             rest = len(waiting) - number + 1
-            say(f"{rest} runs do not fit: the next would take {cost}, and {max(left, 0):.3g} h of the budget are left.")
+            say(f"Left for another time: {rest}. The next would take {cost}, of a budget that has {max(left, 0):.3g} h left.")
             break
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}, seed {run.seed}: {cost}")
         say(json.dumps(dataclasses.asdict(run), sort_keys=True))

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -299,7 +300,7 @@ def comma_separated(verdicts: Sequence[Verdict]) -> str:
     names = (
         "id", "paper", "table", "row", "column", "length", "metric", "unit", "theirs", "their_deviation", "ours",
         "our_deviation", "difference", "seeds", "outcome", "tolerance", "reason", "command", "hours", "hours_hardware",
-        "hours_source", "recipe", "layer", "note", "source",
+        "hours_source", "protocol", "recipe", "layer", "configuration", "note", "source",
     )  # fmt: skip
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
@@ -307,11 +308,13 @@ def comma_separated(verdicts: Sequence[Verdict]) -> str:
         cell = dataclasses.asdict(one.cell)
         values = {name: cell[name] for name in names if name in cell}
         cost = one.cost or costs.Cost(math.nan, "", "")
+        run = None if one.cell.recipe in ("bench", None) else run_of(one.cell)
         writer.writerow({
             **values, "theirs": cell["expected"], "their_deviation": cell["deviation"], "ours": one.ours,
             "our_deviation": one.spread, "difference": one.difference, "seeds": one.seeds, "outcome": one.outcome,
             "reason": one.reason, "command": one.command, "hours": "" if one.cost is None else round(cost.hours, 4),
-            "hours_hardware": cost.hardware, "hours_source": cost.source,
+            "hours_hardware": cost.hardware, "hours_source": cost.source, "protocol": "" if run is None else run.protocol,
+            "configuration": "" if run is None else json.dumps(dataclasses.asdict(run), sort_keys=True),
         })  # fmt: skip
     return buffer.getvalue()
 

@@ -139,6 +139,8 @@ def test_all_forms_show_theirs_ours_and_every_outcome(tmp_path):
     of = {row["id"]: row for row in rows}
     assert float(of[f"{TRANSFORMER}.text"]["difference"]) == pytest.approx(-0.27)
     assert of[f"{TRANSFORMER}.path_x"]["outcome"] == "not run" and float(of[f"{TRANSFORMER}.path_x"]["hours"]) > 1
+    row = of[f"{TRANSFORMER}.listops"]
+    assert (row["protocol"], json.loads(row["configuration"])["steps"], row["tolerance"]) == ("lra-2020", 5000, "2.0")
     assert "Floors of listops/lra, %: chance 10" in shown["text"] and "root operator alone 36.0" in shown["text"]
     assert "5 reproduced within tolerance; 0 differs; 1 not run; 0 cannot." in shown["text"]
 
@@ -212,7 +214,7 @@ def test_a_budget_and_ctrl_c_stop_between_and_in_runs(tmp_path, trained):
     path, said = tmp_path / "ledger.csv", []
     wanted = column("listops", "Transformer", "Local Attention")
     reproduce.train_missing(wanted, path, known=ledger.read([path]), budget_hours=0.001, say=said.append)
-    assert not trained and "2 runs do not fit" in said[-1]
+    assert not trained and "Left for another time: 2." in said[-1]
     with pytest.raises(Interrupted, match="Stopped at step 3 of 5000; saved in .* The same command goes on from there"):
         reproduce.train_missing(wanted, path, known=ledger.read([path]), say=said.append)
 

@@ -1,0 +1,83 @@
+import pathlib
+import runpy
+import sys
+
+import pytest
+
+from subquad.lra import commands, figures, ledger
+from subquad.lra.checkpoints import Interrupted
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "reproduce_table.py"
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """The command in this process: words -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
+        code = commands.explained("reproduce_table", runpy.run_path(str(SCRIPT))["main"])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_list_has_every_table(call):
+    code, out, _ = call("--list")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()[1:]]
+    assert [tuple(line[:2]) for line in lines] == list(figures.sources())
+    for line in lines:
+        cells, *outcomes = map(int, line[2:7])
+        assert cells == sum(outcomes)
+
+
+def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
+    code, out, _ = call("--paper", "lra", "--table", "1")
+    assert code == 0 and "36.37 / " in out and "53.66*" in out and "lra.1.performer.path_x" in out
+    assert "cannot   no such layer here" in out and "--only lra.1.transformer.listops --run [" in out
+    code, _, said = call("--table", "2", "--format", "latex", "--out", "table.tex", "--ledger", "mine.csv")
+    text = (tmp_path / "table.tex").read_text()
+    assert code == 0 and "table.tex" in said and r"\begin{tabular}" in text and "--ledger mine.csv" in text
+    code, out, _ = call("--format", "csv", "--only", "lra.1.transformer.listops", "lra.1.bigbird")
+    assert code == 0 and len(out.splitlines()) == 1 + 1 + 7
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--paper", "lara"), "paper must be a known name, got 'lara'. Did you mean 'lra'?"),
+        (("--table", "7"), "table must be one of lra, got '7'."),
+        (("--only", "lra.1.perfomer"), "--only must start a cell's id, got 'lra.1.perfomer'. Did you mean 'lra.1.performer'?"),
+        (("--tabel", "1"), "option must be a known one, got '--tabel'. Did you mean '--table'?"),
+        (("--run", "--seeds", "0", "--only", "lra.1.bigbird"), "--seeds must be >= 1, got 0."),
+        (("--floors", "listop"), "task must be a known name, got 'listop'. Did you mean 'listops'?"),
+    ],
+)
+def test_wrong_words_are_one_line(call, words, said, capsys):
+    try:
+        code, _, told = call(*words)
+    except SystemExit as stopped:
+        code, told = stopped.code, capsys.readouterr().err
+    assert code == 2 and told.startswith(f"reproduce_table: {said}") and told.count("\n") == 1
+
+
+def test_floors_are_measured_kept_and_read_again(call, tmp_path):
+    code, out, _ = call("--floors", "listops/tiny", "--ledger", "mine/ledger.csv", "--data-dir", tmp_path / "data")
+    assert code == 0 and "root operator alone 0." in out
+    found = ledger.read([tmp_path / "mine"]).floors["listops", "tiny"]
+    assert set(found) == {"majority", "root"} and found["root"].value > found["majority"].value
+    assert found["root"].examples == 64 and found["root"].command.endswith("--floors listops/tiny")
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(call, monkeypatch):
+    def train(run, **words):
+        raise Interrupted(f"Stopped at step 3 of {run.steps}; saved in there. Go on with --resume.")
+
+    monkeypatch.setattr("subquad.lra.train.train", train)
+    code, out, said = call("--run", "--only", "lra.1.performer.listops")
+    assert code == commands.INTERRUPTED and out == ""
+    assert "Stopped at step 3 of 5000; saved in there. The same command goes on from there." in said
+    code, out, said = call("--run", "--only", "lra.1.performer.listops", "--budget-hours", "1e-6")
+    assert code == 0 and "Left for another time: 1." in said and "not run" in out
