@@ -128,7 +128,8 @@ class Encoder(nnx.Module):
         run = lambda block, hidden, rngs: block(hidden, mask=key_mask, deterministic=deterministic, rngs=rngs)
         run = nnx.remat(run) if self.remat else run
         for block in self.blocks:
-            hidden = run(block, hidden, rngs)
+            # nnx.remat writes every variable back, which those made outside of the caller's jax.grad do not allow: a copy.
+            hidden = run(nnx.clone(block) if self.remat else block, hidden, rngs)
         return self.norm(hidden)
 
 

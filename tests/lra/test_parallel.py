@@ -35,7 +35,7 @@ def fit(out, **words):
     return train.train(run, out=out, task=TASK, splits=splits, quiet=True, **words)
 
 
-def child(out, start, broken, words):
+def child(out, start, after, words):
     """What the processes that this file starts do."""
     parallel.start(**start)
     shares, place, save = [], parallel.place, checkpoints.Checkpoints.save
@@ -52,19 +52,18 @@ def child(out, start, broken, words):
         raise checkpoints.RunError("stopped")
 
     parallel.place = measured
-    if broken:
-        checkpoints.Checkpoints.save = save_once
-        with pytest.raises(checkpoints.RunError, match="^stopped$"):
-            fit(out, **words)
-        checkpoints.Checkpoints.save, words["resume"] = save, True
-    result = fit(out, **words)
-    print(json.dumps([result.accuracy_last, result.hardware, max(shares)]))
+    checkpoints.Checkpoints.save = save_once
+    with pytest.raises(checkpoints.RunError, match="^stopped$"):
+        fit(out, **words)
+    checkpoints.Checkpoints.save = save
+    result = fit(out, resume=True, **after)
+    print(json.dumps([result.accuracy_last, result.hardware, shares[0]]))
 
 
-def begin(out, start=(), count=1, broken=False, **words):
-    """A process of its own with `count` devices."""
+def begin(out, start=(), count=1, after=(), **words):
+    """A process of its own with `count` devices, which stops at the first checkpoint and resumes with `after`."""
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={count}"
-    code = f"from tests.lra import test_parallel; test_parallel.child({str(out)!r}, {dict(start)}, {broken}, {words})"
+    code = f"from tests.lra import test_parallel; test_parallel.child({str(out)!r}, {dict(start)}, {dict(after)}, {words})"
     root = pathlib.Path(__file__).parents[2]
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
@@ -89,10 +88,10 @@ def alone(tmp_path_factory):
     return folder, fit(folder).accuracy_last
 
 
-def test_eight_devices_give_the_losses_of_one_and_hold_an_eighth(alone, tmp_path):
-    accuracy, hardware, share = finish(begin(tmp_path, count=8, devices=8, shard="zero"))
+def test_eight_devices_hold_an_eighth_and_they_and_two_give_the_losses_of_one(alone, tmp_path):
+    accuracy, hardware, share = finish(begin(tmp_path, count=8, devices=8, shard="zero", after=dict(devices=2)))
     np.testing.assert_allclose(history(tmp_path), history(alone[0]), atol=1e-5)
-    assert accuracy == alone[1] and "as 8 devices of 1 processes" in hardware
+    assert accuracy == alone[1] and "as 2 devices of 1 processes" in hardware
     assert share < 0.2
 
 
@@ -101,7 +100,7 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(alone, tmp_pat
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     start = dict(coordinator=coordinator, num_processes=2)
-    both = [begin(tmp_path, {**start, "process_id": index}, broken=True) for index in range(2)]
+    both = [begin(tmp_path, {**start, "process_id": index}) for index in range(2)]
     for process in both:
         accuracy, hardware, share = finish(process)
         assert accuracy == alone[1] and "as 2 devices of 2 processes" in hardware and share == 1

@@ -77,7 +77,7 @@ def test_both_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
 
 
 # All that a checkpoint has to hold beside parameters and moments.
-WHOLE = dict(dropout_rate=0.1, steps=60, accumulate=2, ema=0.9, schedule="plateau", patience=1)
+WHOLE = dict(dropout_rate=0.1, steps=60, accumulate=2, ema=0.9, schedule="plateau", patience=1, remat=True)
 
 CODE = """
 import sys, time
