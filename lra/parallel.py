@@ -6,6 +6,8 @@ Every process runs the same command. `start` makes them know each other; process
 import contextlib
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
@@ -35,7 +37,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         process_id: which one this is, 0..num_processes-1.
     Raises:
         ValueError: some of the three without the others, or one out of its range.
-        RunError: the coordinator was not reached.
+        RunError: the coordinator's port is taken, or was not reached within `PATIENCE`.
     """
     given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     missing = [name for name, value in given.items() if value is None]
@@ -58,7 +60,28 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
             f"start: process_id must be in 0..{num_processes - 1}, got {process_id}. Number the processes from 0."
         )
     if num_processes > 1:
+        _check_coordinator(host.strip("[]"), int(port), listens=process_id == 0)
         _join(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+
+
+def _check_coordinator(host: str, port: int, listens: bool) -> None:
+    """Looks before XLA does, which ends the process with a trace of its own where it does not find the others."""
+    ends = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if listens:
+                socket.create_server(("", port)).close()
+            else:
+                socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if listens or time.monotonic() > ends:
+                wanted = "have a free port" if listens else f"be reached within {PATIENCE} s"
+                raise RunError(
+                    f"start: coordinator must {wanted}, got {host}:{port}, {line(error)}. Check the address, the port, and "
+                    "that process 0 was started on that host."
+                ) from error
+        time.sleep(0.2)
 
 
 def _join(**words) -> None:
@@ -66,8 +89,8 @@ def _join(**words) -> None:
         jax.distributed.initialize(**words, initialization_timeout=PATIENCE)
     except RuntimeError as error:
         raise RunError(
-            f"start: coordinator {words.get('coordinator_address', 'of SLURM')} must be reached by every process, got "
-            f"{line(error)}. Check the address, the port, and that all processes were started."
+            f"start: processes must find each other before anything is computed, got {line(error)}. "
+            "Check that all of them were started."
         ) from error
 
 

@@ -1,6 +1,9 @@
 """Trains one layer on one task under a recipe. Every value of the run is an option; the recipe gives the rest.
 
 python scripts/train.py --layer performer --config lra --steps 5000 --layer-options num_features=128 --seeds 0 1 2
+
+Several devices share a batch by --devices 8; several processes by srun, or each started with its own number:
+python scripts/train.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
 """
 
 import dataclasses

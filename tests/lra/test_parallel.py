@@ -151,9 +151,16 @@ def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch):
     def silent(**words):
         raise RuntimeError("DEADLINE_EXCEEDED: nobody\nthere")
 
+    monkeypatch.setattr(parallel, "PATIENCE", 0.1)
     monkeypatch.setattr(parallel.jax.distributed, "initialize", silent)
-    with pytest.raises(checkpoints.RunError, match="coordinator h:1 must be reached .* got DEADLINE_EXCEEDED: nobody there"):
-        parallel.start("h:1", 2, 1)
+    with pytest.raises(checkpoints.RunError, match=r"coordinator must be reached within 0.1 s, got localhost:9, .*Check"):
+        parallel.start("localhost:9", 2, 1)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(checkpoints.RunError, match=f"coordinator must have a free port, got localhost:{port}, "):
+            parallel.start(f"localhost:{port}", 2, 0)
+        with pytest.raises(checkpoints.RunError, match="processes must find each other .* got DEADLINE_EXCEEDED: nobody there"):
+            parallel.start(f"localhost:{port}", 2, 1)
 
 
 def test_an_error_of_the_first_process_is_told_to_all(monkeypatch):
