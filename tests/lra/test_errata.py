@@ -52,9 +52,10 @@ def test_a_pair_is_two_inputs_of_the_model():  # 2
 def test_published_listops_scores_are_at_the_two_floors():  # 3
     scores = sorted(published("lra", "1", "listops").values())
     low, high = [score for score in scores if score < 25], [score for score in scores if score > 25]
-    majority, root = 17.5, 37.3
+    majority, root = 17.0, 36.2  # of 96,000 trees
+    error = 100 * (root / 100 * (1 - root / 100) / 2000) ** 0.5  # of a test split
     assert (len(low), len(high)) == (4, 7)
-    assert all(abs(score - majority) < 2 for score in low) and max(high) <= root
+    assert all(abs(score - majority) < 2 * error for score in low) and max(high) < root + 2 * error
 
 
 def test_token_ids_do_not_depend_on_the_process():  # 4
