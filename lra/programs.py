@@ -234,7 +234,7 @@ def largest(
     Returns: (number, what bounded it); (None, why) where not even `grain` fits.
     Example:
         >>> largest(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
-        (12375, 'to a twentieth')
+        (12336, 'to a twentieth')
     """
     low, high, known, tried = 0, None, [], min(max(start // grain * grain, grain), most)
     while True:

@@ -148,8 +148,13 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * array.nbytes / best
 
 
-def matmul_rate(dtype: Any, size: int = 1024) -> float:
-    """Floating-point operations per second of a square matrix product in `dtype`, summed in float32."""
+def matmul_rate(dtype: Any, size: int | None = None) -> float:
+    """Floating-point operations per second of a square matrix product in `dtype`, summed in float32.
+
+    Args:
+        size: rows and columns. None: 1024 on a CPU; 8192 elsewhere, where a smaller one would not fill the device.
+    """
+    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
     multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     a = jnp.ones((size, size), dtype)
     call = lambda: multiply(a, a).block_until_ready()

@@ -226,16 +226,19 @@ class Forecast:
 
     Attributes:
         races: (length, mode) of each, in order.
+        taken: race -> (seconds, seconds of it that went into compiling).
     """
 
     races: Sequence[tuple[int, str]]
-    taken: dict[tuple[int, str], float] = dataclasses.field(default_factory=dict)
+    taken: dict[tuple[int, str], tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def left(self) -> float | None:
-        """Seconds: along each mode's own growth with length; one length alone counts as linear. None: nothing was run.
+        """Seconds: along each mode's own growth with length. None: nothing was run.
+
+        After one length compiling counts as constant, and the rest as linear.
 
         Example:
-            >>> Forecast([(1, "train"), (2, "train"), (4, "train")], {(1, "train"): 10.0, (2, "train"): 40.0}).left()
+            >>> Forecast([(1, "train"), (2, "train"), (4, "train")], {(1, "train"): (10, 0), (2, "train"): (40, 0)}).left()
             160.0
         """
         if not self.taken:
@@ -243,13 +246,14 @@ class Forecast:
         return sum(self._expected(*race) for race in self.races if race not in self.taken)
 
     def _expected(self, length: int, mode: str) -> float:
-        known = sorted((n, seconds) for (n, other), seconds in self.taken.items() if other == mode)
+        known = sorted((n, *seconds) for (n, other), seconds in self.taken.items() if other == mode)
         if not known:
-            known = sorted((n, seconds) for (n, _), seconds in self.taken.items())[-1:]
-        (last, seconds), power = known[-1], 1.0
-        if len(known) > 1:
-            (before, less), _ = known[-2:]
-            power = math.log(seconds / less) / math.log(last / before) if last != before and less > 0 else 1.0
+            known = sorted((n, *seconds) for (n, _), seconds in self.taken.items())[-1:]
+        last, seconds, compiling = known[-1]
+        if len(known) == 1:
+            return compiling + (seconds - compiling) * length / last
+        before, less, _ = known[-2]
+        power = math.log(seconds / less) / math.log(last / before)
         return seconds * (length / last) ** max(power, 0.0)
 
 

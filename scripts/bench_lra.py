@@ -46,14 +46,14 @@ def parse():
     add("--grid-intensity", type=float, default=None, metavar="G", help="grams of CO2e per kWh; default: no CO2e")
     add("--price-per-hour", type=float, default=None, metavar="P", help="of the machine; default: no price")
     add("--currency", default="USD", help="of that price; default: USD")
-    add("--results", default=None, metavar="CSV", help="of training: draws accuracy against time, and measures nothing")
+    add("--results", default=None, metavar="CSV", help="of training: draw accuracy against time beside --out; measures nothing")
     add("--draw", action="store_true", help="only tables and plots of the rows in --out")
     add("--out", default="runs/bench/lra.csv", metavar="CSV", help="default: %(default)s")
     return checked(parser.parse_args())
 
 
 def words(text: str) -> list[str]:
-    return [word for word in text.replace(" ", ",").split(",") if word]
+    return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
 
 
 def size(text: str) -> int:
@@ -62,7 +62,7 @@ def size(text: str) -> int:
 
 
 def sizes(text: str) -> list[int]:
-    return [size(word) for word in words(text)]
+    return list(dict.fromkeys(size(word) for word in words(text)))
 
 
 def checked(arguments):
@@ -90,9 +90,9 @@ def checked(arguments):
 
 def main() -> int:
     arguments = parse()
-    if arguments.results:
-        return draw_results(arguments.results)
     racing.check_table(arguments.out, bench.FIELDS)
+    if arguments.results:
+        return draw_results(arguments.results, pathlib.Path(arguments.out).parent)
     if arguments.draw:
         return show(arguments.out, bench.read(arguments.out))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes that observe a peak need room, too
@@ -106,14 +106,15 @@ def main() -> int:
             title = f"[{number}/{len(forecast.races)}] {bench.tokens(length)}, {mode}"
             began = time.perf_counter()
             rows = speed.race(layers, length, mode, settings, lambda text, title=title: say(f"{title}: {text}"))
-            forecast.taken[length, mode] = time.perf_counter() - began
+            taken = time.perf_counter() - began
+            forecast.taken[length, mode] = (taken, sum(row.compile_seconds or 0.0 for row in rows))
             bench.write(rows, arguments.out)
             measured += rows
             for row in rows:
                 if row.status != "ok":
                     say(f"{title}: {row.layer}: {row.status}")
-            taken, left = progress.clock(forecast.taken[length, mode]), forecast.left()
-            say(f"{title}: done in {taken}" + f", about {progress.clock(left)} left" * bool(left))
+            left = forecast.left()
+            say(f"{title}: done in {progress.clock(taken)}" + f", about {progress.clock(left)} left" * bool(left))
     finally:
         if measured:
             show(arguments.out, measured)
@@ -164,7 +165,7 @@ def show(out: str, measured) -> int:
     return 0
 
 
-def draw_results(path: str) -> int:
+def draw_results(path: str, folder: pathlib.Path) -> int:
     """Accuracy against time, a picture for each task and recipe of a CSV of training."""
     rows = results.read(path)
     if not rows:
@@ -174,7 +175,7 @@ def draw_results(path: str) -> int:
         kinds.setdefault((row.task, row.config, row.recipe, row.hardware), []).append(row)
     for number, group in enumerate(kinds.values(), 1):
         ending = f"-time-{number}.png" if len(kinds) > 1 else "-time.png"
-        picture = f"{pathlib.Path(path).with_suffix('')}{ending}"
+        picture = str(folder / f"{pathlib.Path(path).stem}{ending}")
         if drawn(plots.accuracy_against_time, group, picture):
             print(f"{group[0].task}/{group[0].config}, {group[0].recipe}: {picture}")
     return 0

@@ -140,7 +140,10 @@ def test_what_is_left_is_told_from_what_was_measured():
     assert races == [(1, "forward"), (1, "train"), (2, "forward"), (2, "train"), (4, "forward"), (4, "train")]
     forecast = speed.Forecast(races)
     assert forecast.left() is None
-    forecast.taken |= {(1, "forward"): 10.0, (2, "forward"): 10.0, (1, "train"): 10.0, (2, "train"): 40.0}
+    forecast.taken |= {(1, "forward"): (10.0, 4.0)}
+    # One race more of this length, two of the next, two of the one after: only what is no compiling grows.
+    assert forecast.left() == pytest.approx(10.0 + 2 * (4 + 12) + 2 * (4 + 24))
+    forecast.taken |= {(2, "forward"): (10.0, 9.0), (1, "train"): (10.0, 0.0), (2, "train"): (40.0, 0.0)}
     assert forecast.left() == pytest.approx(10.0 + 160.0)
 
 

@@ -45,7 +45,7 @@ def run(monkeypatch, tmp_path):
 
 
 def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
-    words = ("--lengths", "2K,1024", "--modes", "train", "--layers", "local,linformer", "--watts", 100)
+    words = ("--lengths", "2K,1024,1K", "--modes", "train", "--layers", "local,linformer", "--watts", 100)
     code, raced, out = run(*words, "--memory-limit", "1.5G", "--override", "in_features=8", "--limits", "batch")
     assert code == 0 and [(layers, length, mode) for layers, length, mode, _ in raced] == [
         (["softmax", "local", "linformer"], 1024, "train"), (["softmax", "local", "linformer"], 2048, "train"),
@@ -73,6 +73,12 @@ def test_a_layer_that_failed_is_told_by_the_exit_code_and_draw_measures_nothing(
     assert code == 1 and len(raced) == 1 and "s4: failed: a reason" in capsys.readouterr().err
     out.with_suffix(".md").unlink()
     assert run("--draw")[0] == 0 and len(raced) == 1 and "s4 at 1K: failed: a reason" in out.with_suffix(".md").read_text()
+
+
+def test_accuracy_against_time_is_drawn_beside_out(run, capsys):
+    path = SCRIPTS.parent / "lra" / "results" / "quickstart.csv"
+    code, raced, out = run("--results", path)
+    assert code == 0 and not raced and (out.parent / "quickstart-time.png").exists()
 
 
 @pytest.mark.parametrize(
