@@ -11,6 +11,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch
+from subquad.zoo.tokenwise import tokenwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +286,9 @@ class Attention(nnx.Module):
 
     def project(self, inputs_q, inputs_kv):
         """Query, key and value heads of checked inputs."""
-        return self.query(inputs_q), self.key(inputs_kv), self.value(inputs_kv)
+        if inputs_kv is inputs_q:
+            return tokenwise(lambda inputs: (self.query(inputs), self.key(inputs), self.value(inputs)), inputs_q)
+        return tokenwise(self.query, inputs_q), *tokenwise(lambda inputs: (self.key(inputs), self.value(inputs)), inputs_kv)
 
     def __call__(
         self,
@@ -315,7 +318,7 @@ class Attention(nnx.Module):
             refuse(type(self).__name__, "inputs_kv", "an array", "be None when is_causal",
                    "Construct a second layer with is_causal=False for cross-attention.")
         heads = self.attend(*self.project(call.inputs_q, call.inputs_kv), call.mask, **call.extras)
-        outputs = self.out(heads)
+        outputs = tokenwise(self.out, heads)
         return outputs.reshape(*call.batch, *outputs.shape[1:])
 
     def extend(self, inputs: Float[Array, "B T D"], cache, *, mask: Bool[Array, "B 1 1 T"] | None = None):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from subquad.kernels.memory import bits, bits_dtype, numbers, zeros_after
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.xla import balance, pad, tile_bytes
 
@@ -149,11 +150,7 @@ def corner(samples, tiles, heads):
 
 def fetch(array, samples, tiles, heads):
     """The tiles at a `corner`."""
-    if array.dtype in (jnp.bfloat16, jnp.float16):
-        # As bits: XLA would otherwise keep a copy of the whole array in float32 on a CPU, which gathers no halves.
-        bits = fetch(jax.lax.bitcast_convert_type(array, jnp.uint16), samples, tiles, heads)
-        return jax.lax.bitcast_convert_type(bits, array.dtype)
-    return array.at[corner(samples, tiles, heads)].get(mode="clip")
+    return numbers(bits(array).at[corner(samples, tiles, heads)].get(mode="clip"), array.dtype)
 
 
 def fetch_keys(array, at: Step, query_heads: int):
@@ -226,16 +223,18 @@ def sparse(plan: Plan, query, key, value, mask):
             state = online.update(state, logits_of(plan, visible, own_query, own_key, work, at), weigh)
             own_out, own_lse = online.finish(state)
             where = corner(at.samples, at.rows, at.heads)
-            out, lse = out.at[where].set(own_out.astype(out.dtype), mode="drop"), lse.at[where].set(own_lse, mode="drop")
+            out = out.at[where].set(bits(own_out.astype(query.dtype)), mode="drop")
+            lse = lse.at[where].set(own_lse, mode="drop")
             return (out, lse), None if work.single else state
 
         return sweep(work, batch, step, (outs, None if work.single else fresh))[0]
 
     tiles = query_tiles.shape[:4]
-    outs = jnp.zeros((*tiles, value.shape[-1]), query.dtype), jnp.full(tiles, -jnp.inf, precise)
+    outs = jnp.zeros((*tiles, value.shape[-1]), bits_dtype(query.dtype)), jnp.full(tiles, -jnp.inf, precise)
     for work in plan.works:
         outs = sweep_forward(work, outs)
-    return tuple(join(plan, x, queries) for x in outs)
+    out, lse = (join(plan, x, queries) for x in outs)
+    return numbers(out, query.dtype), lse
 
 
 def sparse_forward(plan, query, key, value, mask):
@@ -270,7 +269,7 @@ def sparse_backward(plan, residuals, gradients):
         grad_value = add_keys(grad_value, dot("bngst,bngtv->bngsv", weights, own_grad), at, heads)
         return grad_query, grad_key, grad_value
 
-    grads = tuple(jnp.zeros(x.shape, precise) for x in (own[0], key_tiles, value_tiles))
+    grads = tuple(zeros_after(own[1], x.shape, precise) for x in (own[0], key_tiles, value_tiles))
     for work in plan.works:
         grads = sweep(work, batch, functools.partial(step, work), grads)
     lengths, likes = (queries, keys, keys), (query, key, value)

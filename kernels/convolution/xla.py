@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from subquad.kernels.memory import map_after
+
 # Bytes of one group's padded inputs. The spectra of a group then stay well under the 32 MiB above which XLA:CPU pays for
 # fresh pages at every call, and all groups share one set of buffers.
 GROUP_BYTES = 4 << 20
@@ -31,13 +33,10 @@ def fast_length(length: int) -> int:
 
 
 def convolve(inputs, kernel, anticausal):
-    length = inputs.shape[1]
-    kernel = kernel[:, :length].astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    ahead = 0 if anticausal is None else min(anticausal.shape[1], length - 1)
-    size = fast_length(length + max(kernel.shape[1] - 1, ahead))
-    # One row of taps from the farthest future to the farthest past.
-    if ahead:
-        kernel = jnp.concatenate([jnp.flip(anticausal[:, :ahead].astype(kernel.dtype), axis=1), kernel], axis=1)
+    length, wide = inputs.shape[1], jnp.promote_types(kernel.dtype, jnp.float32)
+    kernel = kernel[:, :length].astype(wide)
+    ahead = None if anticausal is None or length == 1 else anticausal[:, : length - 1].astype(wide)
+    size = fast_length(length + max(kernel.shape[1] - 1, 0 if ahead is None else ahead.shape[1]))
     return _convolve(inputs, kernel, ahead, size)
 
 
@@ -60,48 +59,59 @@ def _join(array):
     return rearrange(array, "n b d t -> b t (n d)")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(inputs, taps, ahead, size):
-    """Lags -ahead .. of `taps` [D, L] over `inputs` [B, T, D], by circles of `size`.
+def _features(array, groups):
+    """[D, L] -> [groups, D/groups, L]."""
+    return None if array is None else rearrange(array, "(n d) l -> n d l", n=groups)
 
-    Only a group's taps are padded to the circle at a time: all of them would take as much as the inputs in float32 twice.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _convolve(inputs, kernel, ahead, size):
+    """`kernel` [D, L] over the past of `inputs` [B, T, D], and `ahead` (or None) over what follows, by circles of `size`.
+
+    Only a group's taps are put on the circle at a time: all of them would take as much as the inputs in float32 twice.
     """
     length = inputs.shape[1]
     groups = _groups(*inputs.shape[::2], size)
 
     def group(arrays):
-        values, taps = arrays
-        spectrum = jnp.fft.rfft(values.astype(taps.dtype), size) * _spectrum(taps, ahead, size)
+        values, *taps = arrays
+        spectrum = jnp.fft.rfft(values.astype(kernel.dtype), size) * _spectrum(*taps, size)
         return jnp.fft.irfft(spectrum, size)[..., :length].astype(inputs.dtype)
 
-    return _join(jax.lax.map(group, (_split(inputs, groups), rearrange(taps, "(n d) l -> n d l", n=groups))))
+    arrays = _split(inputs, groups), _features(kernel, groups), _features(ahead, groups)
+    return _join(map_after(inputs, group, arrays))
 
 
-def _spectrum(taps, ahead, size):
+def _spectrum(kernel, ahead, size):
     """Of the circle with lag j at index j and lag -1 - j at index size - 1 - j."""
-    return jnp.fft.rfft(jnp.roll(jnp.pad(taps, ((0, 0), (0, size - taps.shape[1]))), -ahead, axis=1))
+    if ahead is not None:
+        between = jnp.zeros((kernel.shape[0], size - kernel.shape[1] - ahead.shape[1]), kernel.dtype)
+        kernel = jnp.concatenate([kernel, between, jnp.flip(ahead, axis=1)], axis=1)
+    return jnp.fft.rfft(kernel, size)
 
 
-def _forward(inputs, taps, ahead, size):
-    return _convolve(inputs, taps, ahead, size), (inputs, taps)
+def _forward(inputs, kernel, ahead, size):
+    return _convolve(inputs, kernel, ahead, size), (inputs, kernel, ahead)
 
 
-def _backward(ahead, size, saved, cotangent):
-    """Both gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
-    inputs, taps = saved
-    length, count = inputs.shape[1], taps.shape[1]
+def _backward(size, saved, cotangent):
+    """All gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
+    inputs, *taps = saved
+    length, (kernel, ahead) = inputs.shape[1], taps
     groups = _groups(*inputs.shape[::2], size)
 
     def group(arrays):
-        values, outer, taps = arrays
-        outer = jnp.fft.rfft(outer.astype(taps.dtype), size)
-        inner = jnp.fft.irfft(outer * jnp.conj(_spectrum(taps, ahead, size)), size)[..., :length].astype(inputs.dtype)
-        kernel = jnp.sum(outer * jnp.conj(jnp.fft.rfft(values.astype(taps.dtype), size)), axis=0)
-        return inner, jnp.roll(jnp.fft.irfft(kernel, size), ahead, axis=1)[:, :count]
+        values, outer, *taps = arrays
+        outer = jnp.fft.rfft(outer.astype(kernel.dtype), size)
+        inner = jnp.fft.irfft(outer * jnp.conj(_spectrum(*taps, size)), size)[..., :length].astype(inputs.dtype)
+        circle = jnp.sum(outer * jnp.conj(jnp.fft.rfft(values.astype(kernel.dtype), size)), axis=0)
+        circle = jnp.fft.irfft(circle, size)
+        of_ahead = None if ahead is None else jnp.flip(circle[:, size - ahead.shape[1] :], axis=1)
+        return inner, circle[:, : kernel.shape[1]], of_ahead
 
-    arrays = _split(inputs, groups), _split(cotangent, groups), rearrange(taps, "(n d) l -> n d l", n=groups)
-    inner, kernel = jax.lax.map(group, arrays)
-    return _join(inner), rearrange(kernel, "n d l -> (n d) l")
+    arrays = _split(inputs, groups), _split(cotangent, groups), *(_features(x, groups) for x in taps)
+    inner, *taps = map_after(cotangent, group, arrays)
+    return _join(inner), *(None if x is None else rearrange(x, "n d l -> (n d) l") for x in taps)
 
 
 _convolve.defvjp(_forward, _backward)

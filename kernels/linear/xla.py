@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from subquad.kernels.linear.features import LOG_FLOOR, RELU_OFFSET
 from subquad.kernels.linear.gradient import Arrays, Plan, bind, differentiable
 from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite
+from subquad.kernels.memory import bits, bits_dtype, numbers
 
 CHUNK = 128
 # Without the weights inside a chunk, larger ones cost nothing but memory.
@@ -53,12 +54,17 @@ def sweep(length: int, chunk: int, step, carry, reverse: bool = False):
 
 def take(x, start, size):
     """[B, N, C, ...] in float32 out of [B, T, N, ...]."""
-    return jax.lax.dynamic_slice_in_dim(x, start, size, 1).swapaxes(1, 2).astype(jnp.float32)
+    return numbers(jax.lax.dynamic_slice_in_dim(bits(x), start, size, 1), x.dtype).swapaxes(1, 2).astype(jnp.float32)
 
 
-def put(x, part, start):
-    """`x` [B, T, N, ...] with the chunk [B, N, C, ...]."""
-    return jax.lax.dynamic_update_slice_in_dim(x, part.swapaxes(1, 2).astype(x.dtype), start, 1)
+def empty(like):
+    """The bits of zeros, for `put`."""
+    return jnp.zeros(like.shape, bits_dtype(like.dtype))
+
+
+def put(x, part, start, like):
+    """`x`, the bits of an array [B, T, N, ...] of the dtype of `like`, with the chunk [B, N, C, ...]."""
+    return jax.lax.dynamic_update_slice_in_dim(x, bits(part.swapaxes(1, 2).astype(like.dtype)), start, 1)
 
 
 def take_rows(x, start, size):
@@ -198,7 +204,8 @@ def forward(plan: Plan, arrays: Arrays):
     (batch, length, heads), values = arrays.query.shape[:3], arrays.value.shape[-1]
     projection = scaled_projection(plan, arrays)
     scaled = has_scale(plan, arrays)
-    out, rows = jnp.zeros((batch, length, heads, values), arrays.value.dtype), jnp.zeros((batch, heads, length))
+    like = jax.ShapeDtypeStruct((batch, length, heads, values), arrays.value.dtype)
+    out, rows = empty(like), jnp.zeros((batch, heads, length))
 
     def causal(carry, start, size):
         state, out, weight, maximum = carry
@@ -217,7 +224,7 @@ def forward(plan: Plan, arrays: Arrays):
         weights = weights * (phi @ key.swapaxes(2, 3))
         one_over = over(total + weights.sum(-1), plan.eps)
         sums = (sums + weights @ value) * one_over[..., None]
-        return add(state, key, value, scale), put(out, sums, start), put_rows(weight, one_over, start), maximum
+        return add(state, key, value, scale), put(out, sums, start, arrays.value), put_rows(weight, one_over, start), maximum
 
     def keys(state, start, size):
         return add(state, *key_chunk(plan, arrays, projection, start, size)[1:])
@@ -226,7 +233,7 @@ def forward(plan: Plan, arrays: Arrays):
         out, weight = carry
         phi, _ = features(plan, take(arrays.query, start, size), projection)
         one_over = over(jnp.einsum("bncm,bnm->bnc", phi, state[1]), plan.eps)
-        return put(out, phi @ state[0] * one_over[..., None], start), put_rows(weight, one_over, start)
+        return put(out, phi @ state[0] * one_over[..., None], start, arrays.value), put_rows(weight, one_over, start)
 
     state = first_state(plan, arrays)
     if plan.is_causal:
@@ -235,7 +242,7 @@ def forward(plan: Plan, arrays: Arrays):
         state = sweep(arrays.key.shape[1], BIDIRECTIONAL_CHUNK, keys, state)
         out, weight = sweep(length, BIDIRECTIONAL_CHUNK, queries, (out, rows))
         maximum = None
-    return out, state, (weight, maximum, state)
+    return numbers(out, like.dtype), state, (weight, maximum, state)
 
 
 def saved(plan: Plan, arrays: Arrays):
@@ -255,8 +262,8 @@ def backward(plan: Plan, arrays: Arrays, out, residuals, gradients):
         grad_projection = (grad_projection * factor).astype(arrays.projection.dtype)[None]
     else:
         grad_projection = None
-    if arrays.scale is None:
-        grad_scale = None
+    grads = grad_query, grad_key, grad_value, grad_scale
+    grads = (None if like is None else numbers(x, like.dtype) for x, like in zip(grads, arrays[:4], strict=True))
     if arrays.numerator is None:
         of_state = None, None, None
     else:
@@ -264,13 +271,13 @@ def backward(plan: Plan, arrays: Arrays, out, residuals, gradients):
         numerator, denominator = numerator * decay[..., None, None], denominator * decay[..., None]
         of_largest = jnp.sum(arrays.numerator * numerator, (2, 3)) + jnp.sum(arrays.denominator * denominator, 2)
         of_state = numerator, denominator, of_largest
-    return Arrays(grad_query, grad_key, grad_value, grad_scale, None, grad_projection, *of_state)
+    return Arrays(*grads, None, grad_projection, *of_state)
 
 
 def _start(plan, arrays, projection):
     """Zeros to write gradients into: query, key, value, scale, projection."""
-    zeros = [jnp.zeros_like(x) for x in (arrays.query, arrays.key, arrays.value)]
-    scale = None if arrays.scale is None else jnp.zeros_like(arrays.scale)
+    zeros = [empty(x) for x in (arrays.query, arrays.key, arrays.value)]
+    scale = None if arrays.scale is None else empty(arrays.scale)
     return *zeros, scale, None if projection is None else jnp.zeros_like(projection)
 
 
@@ -297,7 +304,7 @@ def _backward_bidirectional(plan, arrays, projection, out, residuals, gradients)
         of_phi = grad @ numerator.swapaxes(2, 3) - slope[..., None] * denominator[:, :, None]
         of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
         above, below = above + transposed(phi, grad), below - jnp.einsum("bncm,bnc->bnm", phi, slope)
-        return above, below, put(grad_query, of_inputs, start), _plus(grad_projection, of_projection)
+        return above, below, put(grad_query, of_inputs, start, arrays.query), _plus(grad_projection, of_projection)
 
     above, below, grad_query, grad_projection = sweep(
         arrays.query.shape[1], BIDIRECTIONAL_CHUNK, queries, (*grad_state[:2], grad_query, grad_projection)
@@ -312,10 +319,11 @@ def _backward_bidirectional(plan, arrays, projection, out, residuals, gradients)
             weights = jnp.exp(scale - finite(largest)[..., None])[..., None]
             of_value, of_phi = of_value * weights, of_phi * weights
         if grad_scale is not None:
-            grad_scale = put(grad_scale, jnp.sum(of_phi * phi, -1), start)
+            grad_scale = put(grad_scale, jnp.sum(of_phi * phi, -1), start, arrays.scale)
         of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
         grad_projection = _plus(grad_projection, of_projection)
-        return put(grad_key, of_inputs, start), put(grad_value, of_value, start), grad_scale, grad_projection
+        grad_key, grad_value = put(grad_key, of_inputs, start, arrays.key), put(grad_value, of_value, start, arrays.value)
+        return grad_key, grad_value, grad_scale, grad_projection
 
     grads = sweep(
         arrays.key.shape[1], BIDIRECTIONAL_CHUNK, keys, (grad_key, grad_value, grad_scale, grad_projection)
@@ -350,7 +358,7 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
             phi, _ = features(plan, inputs, projection)
             of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
             grad_projection = _plus(grad_projection, of_projection)
-        return add(state, key, value, scale), put(grad_query, of_inputs, start), grad_projection
+        return add(state, key, value, scale), put(grad_query, of_inputs, start, arrays.query), grad_projection
 
     _, grad_query, grad_projection = sweep(
         length, CHUNK, ahead, (first_state(plan, arrays), grad_query, grad_projection)
@@ -381,11 +389,11 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
             grad, slope, last = grad * past[..., None], slope * past, before
         above, below = above + transposed(phi, grad), below - jnp.einsum("bncm,bnc->bnm", phi, slope)
         if grad_scale is not None:
-            grad_scale = put(grad_scale, jnp.sum(of_phi * key, -1), start)
+            grad_scale = put(grad_scale, jnp.sum(of_phi * key, -1), start, arrays.scale)
         of_inputs, of_projection = grad_inputs(plan, of_phi, key, inputs, projection)
         grad_projection = _plus(grad_projection, of_projection)
-        later = above, below, last
-        return later, put(grad_key, of_inputs, start), put(grad_value, of_value, start), grad_scale, grad_projection
+        grad_key, grad_value = put(grad_key, of_inputs, start, arrays.key), put(grad_value, of_value, start, arrays.value)
+        return (above, below, last), grad_key, grad_value, grad_scale, grad_projection
 
     later, *grads = sweep(
         length, CHUNK, back,

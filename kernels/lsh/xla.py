@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from subquad.kernels.lsh.reference import Layout, inverse_norm
+from subquad.kernels.memory import bits, numbers, zeros_after
 
 # Bytes of one tile of logits. On a CPU a tile should stay in the cache; on an accelerator every step of a loop is a kernel
 # launch, so steps should be few.
@@ -48,9 +49,10 @@ def hash_buckets(vectors, rotations, factors, num_rotations):
     rotations = rearrange(rotations, "n h r f -> n r f h")
     used = None if num_rotations is None else jnp.arange(columns)[:, None, None] < num_rotations[:, None]
 
-    def block(vectors):
+    def block(own):
+        own = numbers(own, vectors.dtype).astype(jnp.float32)
         # Tokens last: what follows goes along them, and so in long vectors.
-        rotated = jnp.einsum("nrfh,nbth->nrfbt", rotations, vectors.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        rotated = jnp.einsum("nrfh,nbth->nrfbt", rotations, own, precision=jax.lax.Precision.HIGHEST)
         if used is not None:
             rotated = jnp.where(used, rotated, 0)
         bucket, unit, column = 0, 1, 0
@@ -59,7 +61,7 @@ def hash_buckets(vectors, rotations, factors, num_rotations):
             unit, column = unit * factor, column + factor // 2
         return bucket
 
-    padded = jnp.pad(vectors, ((0, 0), (0, steps * rows - length), (0, 0), (0, 0)))
+    padded = jnp.pad(bits(vectors), ((0, 0), (0, steps * rows - length), (0, 0), (0, 0)))
     buckets = jax.lax.map(block, rearrange(padded, "b (k t) n h -> k n b t h", k=steps))
     return rearrange(buckets, "k n r b t -> b r (k t) n")[:, :, :length]
 
@@ -87,7 +89,9 @@ def attention(layout, query_key, value, buckets, mask, scale):
         layout = layout._replace(before=min(layout.before, others), after=min(layout.after, others))
     items, codes = lay_out(layout, rearrange(buckets, "b r t n -> (b n) r t"), jnp.repeat(real, heads, axis=0))
     query, flat_value = (rearrange(x, "b t n h -> (b n t) h") for x in (query_key, value))
-    out, log_total = over_items(layout, query, scale * inverse_norm(query), flat_value, items, codes)
+    # A checkpoint: else the backward pass keeps the query in float32.
+    gain = scale * jax.checkpoint(inverse_norm)(query)
+    out, log_total = over_items(layout, query, gain, flat_value, items, codes)
     out, log_total = (rearrange(x, "(b n t) ... -> b t n ...", b=batch, n=heads) for x in (out, log_total))
     alone = jnp.isneginf(log_total) & real[..., None]
     return jnp.where(alone[..., None], value, out)
@@ -189,9 +193,9 @@ def tile_bytes() -> int:
     return CPU_TILE_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_TILE_BYTES
 
 
-def with_nobody(flat, fill=0):
-    """A flat array with a row for nobody at its end, so that no index is out of bounds."""
-    return jnp.concatenate([flat, jnp.full_like(flat, fill, shape=(1, *flat.shape[1:]))])
+def with_nobody(flat):
+    """A flat array with a row of zeros for nobody at its end, so that no index is out of bounds."""
+    return numbers(jnp.pad(bits(flat), ((0, 1), *((0, 0),) * (flat.ndim - 1))), flat.dtype)
 
 
 IN_BOUNDS = dict(mode="promise_in_bounds", wrap_negative_indices=False)
@@ -200,7 +204,7 @@ IN_BOUNDS = dict(mode="promise_in_bounds", wrap_negative_indices=False)
 def rows(flat, places):
     """Rows of a flat array at these places. They are stored: fused into what follows, an index would be looked up for
     every pair of a query and a key."""
-    return jax.lax.optimization_barrier(flat.at[places].get(**IN_BOUNDS))
+    return numbers(jax.lax.optimization_barrier(bits(flat).at[places].get(**IN_BOUNDS)), flat.dtype)
 
 
 def visible(layout: Layout, block: Items, codes, keys_first: bool):
@@ -297,7 +301,7 @@ def _backward(layout, saved, cotangents):
     width = items.keys.shape[2]
     chunk = width if jax.default_backend() == "cpu" else layout.chunk_size
     parts = [slice(first, first + chunk) for first in range(0, width, chunk)]
-    start = tuple(jnp.zeros(x.shape, gain.dtype) for x in (flat_query, flat_gain, flat_value))
+    start = tuple(zeros_after(d_out, x.shape, gain.dtype) for x in (flat_query, flat_gain, flat_value))
     (d_query, d_gain, d_value), _ = jax.lax.scan(step, start, items)
     return d_query[:-1].astype(query.dtype), d_gain[:-1], d_value[:-1].astype(value.dtype), None, None
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subquad.kernels.memory import bits, bits_dtype, numbers
+
 # Bytes of an array of one part in float32. On a CPU a buffer of more than 32 MiB is mapped anew each time.
 CPU_BYTES, ACCELERATOR_BYTES = 1 << 25, 1 << 28
 
@@ -39,11 +41,7 @@ def share(parts, array, part, heads: int | None = 2):
     """What a part sees of an array."""
     if array is None or parts == (1, 1):
         return array
-    if array.dtype in (jnp.bfloat16, jnp.float16):
-        # As bits: XLA would otherwise keep a copy of the whole array in float32 on a CPU.
-        bits = share(parts, jax.lax.bitcast_convert_type(array, jnp.uint16), part, heads)
-        return jax.lax.bitcast_convert_type(bits, array.dtype)
-    return jax.lax.dynamic_slice(array, *corner(parts, array.shape, part, heads))
+    return numbers(jax.lax.dynamic_slice(bits(array), *corner(parts, array.shape, part, heads)), array.dtype)
 
 
 def part_by_part(parts, work, shapes, heads):
@@ -54,22 +52,16 @@ def part_by_part(parts, work, shapes, heads):
     if parts == (1, 1):
         return work(0)
 
-    halves = [x.dtype in (jnp.bfloat16, jnp.float16) for x in shapes]
-
-    def put(whole, one, like, is_half, axis, *, part):
+    def put(whole, one, like, axis, *, part):
         starts, shape = corner(parts, like.shape, part, axis)
-        if is_half:  # as bits, as in `share`; parts do not overlap
-            one = jax.lax.bitcast_convert_type(one.astype(like.dtype), jnp.uint16)
-        else:
-            one = jax.lax.dynamic_slice(whole, starts, shape) + one.astype(like.dtype)
+        one = bits(one.astype(like.dtype))
+        if whole.dtype == like.dtype:  # else as bits, and then parts do not overlap
+            one += jax.lax.dynamic_slice(whole, starts, shape)
         return jax.lax.dynamic_update_slice(whole, one, starts)
 
     def step(whole, part):
-        return tuple(map(functools.partial(put, part=part), whole, work(part), shapes, halves, heads)), None
+        return tuple(map(functools.partial(put, part=part), whole, work(part), shapes, heads)), None
 
-    start = tuple(jnp.zeros(x.shape, jnp.uint16 if is_half else x.dtype) for x, is_half in zip(shapes, halves, strict=True))
+    start = tuple(jnp.zeros(x.shape, bits_dtype(x.dtype)) for x in shapes)
     whole = jax.lax.scan(step, start, np.arange(parts[0] * parts[1]))[0]
-    return tuple(
-        jax.lax.bitcast_convert_type(x, like.dtype) if is_half else x
-        for x, like, is_half in zip(whole, shapes, halves, strict=True)
-    )
+    return tuple(numbers(x, like.dtype) for x, like in zip(whole, shapes, strict=True))

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from subquad.kernels import convolution, ssm
-from subquad.zoo.statespace import hippo, s4
+from subquad.zoo import tokenwise
+from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.s4 import S4
 from tests import oracle
 
@@ -347,14 +348,15 @@ def test_annotated_s4():
         assert oracle.relative_error(y, peer.outputs[name]) < 1e-5
 
 
-def test_long_sequences_are_mixed_by_chunks(monkeypatch):
-    layer, x = S4(4, state_size=8, rngs=nnx.Rngs(0)), u(23)
+def test_long_sequences_are_mixed_in_pieces(monkeypatch):
+    layer, x = S4(4, state_size=8, rngs=nnx.Rngs(0)), u(100)
     graph, state = nnx.split(layer)
 
     def loss(state, x):
         return jnp.sum(jnp.sin(nnx.merge(graph, state)(x)))
 
     want = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1)))(state, x)
-    monkeypatch.setattr(s4, "CHUNK", 10)
+    monkeypatch.setattr(tokenwise, "LARGE_BYTES", 1)
+    monkeypatch.setattr(tokenwise, "PIECE_BYTES", 1)
     got = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1)))(state, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)

@@ -12,6 +12,7 @@ from subquad.kernels import dispatch, lsh
 from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
 from subquad.zoo.cache import KVCache, ReformerCache, append
 from subquad.zoo.features import RandomFeature
+from subquad.zoo.tokenwise import tokenwise
 
 # Directions per round where the number of buckets follows the length: 2 x 64 buckets, enough for 64 chunks.
 MAX_ROTATIONS = 64
@@ -120,8 +121,8 @@ class ReformerAttention(Attention):
         return jax.random.normal(rngs.params(), shape)
 
     def project(self, inputs_q, inputs_kv):
-        query = self.query(inputs_q)
-        return query, query, self.value(inputs_kv)
+        query, value = tokenwise(lambda inputs: (self.query(inputs), self.value(inputs)), inputs_q)
+        return query, query, value
 
     def attend(self, query, key, value, mask):
         lengths = query.shape[1] if mask is None else jnp.broadcast_to(mask[:, 0, 0].sum(-1), query.shape[:1])

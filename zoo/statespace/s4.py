@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
@@ -15,8 +14,7 @@ from subquad.zoo.base import Support, check_call, check_causality, check_extend,
 from subquad.zoo.cache import S4Cache
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.system import Mode, StateSpace, check_system
-
-CHUNK = 4096  # tokens
+from subquad.zoo.tokenwise import tokenwise
 
 
 class S4(nnx.Module):
@@ -125,20 +123,7 @@ class S4(nnx.Module):
         return inputs if mask is None else jnp.where(mask[:, 0, 0, :, None], inputs, 0)
 
     def _mix(self, inputs, responses):
-        """The pointwise rest of the layer, from u and C x.
-
-        Long sequences by chunks that the backward pass makes anew: what it keeps of a token is several times the token.
-        """
-        length = inputs.shape[1]
-        if length <= CHUNK:
-            return self._mix_tokens(inputs, responses)
-        chunks = -(-length // CHUNK)
-        pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * CHUNK - length), (0, 0)))
-        cut = lambda x: rearrange(pad(x), "b (n c) d -> n b c d", n=chunks)
-        mix = jax.checkpoint(lambda pair: self._mix_tokens(*pair))
-        return rearrange(jax.lax.map(mix, (cut(inputs), cut(responses))), "n b c d -> b (n c) d")[:, :length]
-
-    def _mix_tokens(self, inputs, responses):
+        """The pointwise rest of the layer, from u and C x."""
         hidden = nnx.gelu(responses + self.skip[...].astype(inputs.dtype) * inputs, approximate=False)
         outputs = self.out(hidden)
         return nnx.glu(outputs) if self.glu else outputs
@@ -157,7 +142,7 @@ class S4(nnx.Module):
         """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; nothing is drawn."""
         call = check_call(self, 1, inputs_q, inputs_kv, mask, positions, segment_ids)
         inputs = self._prepare(call.inputs_q, call.mask)
-        outputs = self._mix(inputs, self.system.respond(inputs))
+        outputs = tokenwise(self._mix, inputs, self.system.respond(inputs))
         return outputs.reshape(*call.batch, *outputs.shape[1:])
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> S4Cache:
@@ -175,7 +160,7 @@ class S4(nnx.Module):
         """
         inputs = self._prepare(inputs, check_extend(self, inputs, mask))
         responses, state = self.system.recur(inputs, cache.state)
-        return self._mix(inputs, responses), S4Cache(state)
+        return tokenwise(self._mix, inputs, responses), S4Cache(state)
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""

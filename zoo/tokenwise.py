@@ -1,0 +1,100 @@
+"""What a layer does to every token alone, a piece of the sequence at a time."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from subquad.kernels.memory import bits, bits_dtype, numbers, zeros_after
+
+# Bytes, in float32, of an array that is cut, and of a piece of it.
+LARGE_BYTES, PIECE_BYTES = 1 << 24, 1 << 22
+
+
+def tokenwise(function, *arrays):
+    """function(*arrays), where each token of the results is made of the same token of the arrays alone.
+
+    XLA multiplies half precision on a CPU as float32, and turns arrays for the products of a backward pass: copies as
+    large as all activations of the layer. Of a long sequence on a CPU there are only those of one piece at a time. The
+    backward pass keeps the arrays, and nothing of what the function makes on the way.
+
+    Args:
+        function: of arrays [B, T, ...]; returns arrays [B, T, ...] of floating-point numbers, for any T. Parameters that it
+            closes over have gradients too.
+        arrays: [B, T, ...] of floating-point numbers.
+    """
+    length = arrays[0].shape[1]
+    bytes_of_token = 4 * max(x.shape[0] * math.prod(x.shape[2:]) for x in arrays)
+    if jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
+        return function(*arrays)
+    size = min(length, max(64, PIECE_BYTES // bytes_of_token))
+    pieces = (jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[2:]), x.dtype) for x in arrays)
+    function, parameters = jax.closure_convert(function, *pieces)
+    return _run(function, size, parameters, arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(function, size, parameters, arrays):
+    length = arrays[0].shape[1]
+    results = jax.eval_shape(lambda: function(*(_take(x, 0, size) for x in arrays), *parameters))
+    leaves, tree = jax.tree.flatten(results)
+
+    def step(i, whole):
+        start = _start(i, size, length)
+        parts = function(*(_take(x, start, size) for x in arrays), *parameters)
+        return [_put(x, part, start) for x, part in zip(whole, jax.tree.leaves(parts), strict=True)]
+
+    whole = [_empty(x, arrays[0]) for x in leaves]
+    whole = jax.lax.fori_loop(0, -(-length // size), step, whole)
+    return tree.unflatten([numbers(x, like.dtype) for x, like in zip(whole, leaves, strict=True)])
+
+
+def _forward(function, size, parameters, arrays):
+    return _run(function, size, parameters, arrays), (parameters, arrays)
+
+
+def _backward(function, size, saved, gradients):
+    parameters, arrays = saved
+    length = arrays[0].shape[1]
+    count = -(-length // size)
+
+    def step(i, carry):
+        # From the last piece to the first: where the last begins early, so as to be whole, the one before it has the say.
+        i = count - 1 - i
+        totals, whole = carry
+        start = _start(i, size, length)
+        given = jax.tree.map(lambda x: _take(x, start, size), gradients)
+        if length % size:
+            fresh = start + jnp.arange(size) >= i * size
+            given = jax.tree.map(lambda x: jnp.where(fresh.reshape(-1, *(1,) * (x.ndim - 2)), x, 0), given)
+        _, backward = jax.vjp(
+            lambda parameters, parts: function(*parts, *parameters), parameters, [_take(x, start, size) for x in arrays]
+        )
+        of_parameters, of_parts = backward(given)
+        totals = [total + x.astype(total.dtype) for total, x in zip(totals, of_parameters, strict=True)]
+        return totals, [_put(x, part, start) for x, part in zip(whole, of_parts, strict=True)]
+
+    totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
+    totals, whole = jax.lax.fori_loop(0, count, step, (totals, [_empty(x, jax.tree.leaves(gradients)[0]) for x in arrays]))
+    totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
+    return totals, tuple(numbers(x, like.dtype) for x, like in zip(whole, arrays, strict=True))
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _start(i, size, length):
+    return jnp.minimum(i * size, length - size)
+
+
+def _take(array, start, size):
+    return numbers(jax.lax.dynamic_slice_in_dim(bits(array), start, size, 1), array.dtype)
+
+
+def _put(array, part, start):
+    return jax.lax.dynamic_update_slice_in_dim(array, bits(part), start, 1)
+
+
+def _empty(like, after):
+    return zeros_after(after, (like.shape[0], after.shape[1], *like.shape[2:]), bits_dtype(like.dtype))
