@@ -253,3 +253,12 @@ def test_estimates_grow_with_what_a_run_does():
 
 def test_the_quickstarts_rows_are_in_the_ledger():
     assert {row.layer for row in ledger.read().rows() if row.recipe == "quickstart"} == set(LAYERS)
+
+
+def test_the_floors_that_come_with_the_package_stand_below_the_tables():
+    found = ledger.read()
+    root = found.floors["listops", "lra"]["root"]
+    assert 0.33 < root.value < 0.39 and root.examples == 2000
+    verdicts = [tables.judge(cell(f"{TRANSFORMER}.listops"), found)]
+    (line,) = tables.floors(verdicts, found)
+    assert line.startswith("Floors of listops/lra, %: chance 10, majority class 17.5, root operator alone 34.8")
