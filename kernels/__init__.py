@@ -1,6 +1,11 @@
 """Array functions, one folder per operation: `softmax.attention`, `lsh.attention`, `convolution.convolve`, ...
 
-Each operation's public functions state their formula, and take `implementation`: see `dispatch`.
+Each operation's public functions state their formula, and take `implementation`: see `dispatch`. What would run here, and
+why nothing else, `explain` prints:
+
+    >>> from subquad.kernels import explain, softmax
+    >>> explain(softmax.attention, *(jnp.ones((1, 8, 2, 4)),) * 3)
+    softmax.attention runs ...
 """
 
 from subquad.kernels import (
@@ -16,11 +21,13 @@ from subquad.kernels import (
     ssm,
     strided,
 )
+from subquad.kernels.dispatch import explain
 
 __all__ = [
     "block_sparse",
     "convolution",
     "dispatch",
+    "explain",
     "linear",
     "lsh",
     "matrix",

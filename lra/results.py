@@ -347,7 +347,8 @@ def _hardware() -> str:
         model = [text for text in described if text.startswith("model name")][0].partition(":")[2].strip()
     except (OSError, IndexError):
         model = platform.processor() or platform.machine()
-    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores of {model}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} core{'' if cores == 1 else 's'} of {model}"
 
 
 def now() -> str:
