@@ -256,7 +256,7 @@ def eval_step(objective: Objective, graph, parameters, fixed, batch, *, mesh=Non
 
 def _evaluate(step, mesh, fixed, parameters, batches) -> tuple[float, float]:
     """(score, mean loss) over batches."""
-    sums = [step(parameters, fixed, parallel.feed(batch, mesh)) for batch in batches]
+    sums = (step(parameters, fixed, parallel.feed(batch, mesh)) for batch in batches)
     score, loss, count = sum(np.asarray(one, np.float64) for one in sums)
     return float(score / count), float(loss / count)
 
