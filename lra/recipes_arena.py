@@ -80,7 +80,7 @@ def _pair(task: str, layer: str) -> dict[str, Any]:
         "performer": dict(num_features=2) if task == "listops" else dict(num_features=all_heads // heads, kernel="relu"),
         "transformer_xl": dict(segment_length=256, memory_length=256),
     }
-    options = {"num_heads": heads, "qkv_features": all_heads, **own.get(layer, {})}
+    options = {"num_heads": heads, "qkv_features": all_heads, "use_bias": False, **own.get(layer, {})}
     values = dict(in_features=features, num_layers=blocks, mlp_features=inner, layer_options=options)
     if task.startswith("pathfinder"):
         more = task == "pathfinder" and layer in ("softmax", "strided", "linformer", "reformer", "performer")
@@ -154,5 +154,6 @@ ARENA = Recipe(
     },
     pairs=_pairs(),
     equal_parameters=False,
-    source="Tay et al. 2020, arXiv 2011.04006, configurations released in google-research/long-range-arena@cd31e5c",
+    source="Tay et al. 2020, arXiv 2011.04006, configurations released in google-research/long-range-arena@cd31e5c; without "
+    "its dropout of attention weights",
 )  # fmt: skip

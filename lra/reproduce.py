@@ -69,7 +69,8 @@ def train_missing(
     on_cpu = jax.default_backend() == "cpu"
     price = lambda run: costs.here(run, tasks.find(run.task, run.config), known.rows(), device, on_cpu)
     waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
-    say(f"Missing runs: {len(waiting)}, about {sum(cost.hours for cost, _, _ in waiting):.3g} hours on {device}.")
+    if waiting:
+        say(f"Missing runs: {len(waiting)}, about {sum(cost.hours for cost, _, _ in waiting):.3g} hours on {device}.")
     began, failures = time.monotonic(), 0
     folder = pathlib.Path(path).parent / "runs"
     for number, (cost, run, ids) in enumerate(waiting, 1):

@@ -103,8 +103,9 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
     ours = getattr(row, cell.metric)
     ratio = ours / cell.expected
     close = 1 / cell.tolerance <= ratio <= cell.tolerance
+    reason = "the baseline" if cell.layer == row.baseline else "" if close else f"theirs: {cell.note}" if cell.note else ""
     return Verdict(
-        cell, "reproduced within tolerance" if close else "differs", ours, None, ratio, 1, "" if close else cell.note,
+        cell, "reproduced within tolerance" if close else "differs", ours, None, ratio, 1, reason,
         hardware=f"{row.hardware}, batch {row.batch_size}, {row.dtype}",
     )  # fmt: skip
 

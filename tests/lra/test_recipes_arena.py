@@ -57,3 +57,4 @@ def test_rows_are_those_of_the_released_configurations():
     run = plan("softmax", "pathfinder", config="128_hard")
     assert (*size(run), heads(run), run.dropout_rate, run.steps, run.pooling) == (1, 32, 16, 32, 2, 0.1, 500_000, "mean")
     assert plan("softmax", "pathfinder", config="64_hard").pooling == "cls"
+    assert plan("softmax", "listops").layer_options["use_bias"] is False
