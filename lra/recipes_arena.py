@@ -68,19 +68,22 @@ _LENGTHS = {
 def _pair(task: str, layer: str) -> dict[str, Any]:
     """What the released configurations set for a task and a layer."""
     features, all_heads, heads, blocks, inner = _OF_LAYERS.get((task, layer), _BASE[task])
+    all_heads = features if layer == "reformer" else all_heads  # theirs has no width of its own
     pictures = task.startswith(("image", "pathfinder"))
     block = 64 if pictures else 50
-    # Their Reformer has no width of its own, and cuts every sequence into ten chunks.
+    # Their Reformer cuts every sequence into ten chunks.
     own = {
         "blockwise": dict(max_length="{length}", block_size=block),
         "local": dict(window_size=block // 2),
         "strided": dict(pattern="fixed", stride=50, num_summary=10),
-        "reformer": dict(qkv_features=features, num_hashes=1, num_buckets=10, chunk_size=-(-_LENGTHS[task] // 10)),
+        "reformer": dict(num_hashes=1, num_buckets=10, chunk_size=-(-_LENGTHS[task] // 10)),
         "linformer": dict(max_length="{length}", num_landmarks=16),
         "performer": dict(num_features=2) if task == "listops" else dict(num_features=all_heads // heads, kernel="relu"),
         "transformer_xl": dict(segment_length=256, memory_length=256),
     }
-    options = {"num_heads": heads, "qkv_features": all_heads, "use_bias": False, **own.get(layer, {})}
+    # Where it is the layer's own default it follows in_features, whatever a caller makes of them.
+    width = {"qkv_features": all_heads} if pictures else {}
+    options = {"num_heads": heads, "use_bias": False, **width, **own.get(layer, {})}
     values = dict(in_features=features, num_layers=blocks, mlp_features=inner, layer_options=options)
     if task.startswith("pathfinder"):
         more = task == "pathfinder" and layer in ("softmax", "strided", "linformer", "reformer", "performer")

@@ -42,7 +42,8 @@ def test_every_layer_has_a_row_for_every_task(task, config):
 
 def test_rows_are_those_of_the_released_configurations():
     plan = lambda layer, task, **words: recipes.plan("lra-2020", layer, task=task, **words)
-    size = lambda run: (run.num_layers, run.in_features, run.layer_options["qkv_features"], run.mlp_features)
+    width = lambda run: run.layer_options.get("qkv_features", run.in_features)
+    size = lambda run: (run.num_layers, run.in_features, width(run), run.mlp_features)
     heads = lambda run: run.layer_options["num_heads"]
     run = plan("softmax", "text")
     assert (*size(run), heads(run)) == (4, 256, 256, 1024, 4)
