@@ -8,8 +8,25 @@ import jax.numpy as jnp
 
 
 def bits(array):
-    """The bits of bfloat16 or float16; any other array as it is."""
-    return jax.lax.bitcast_convert_type(array, bits_dtype(array.dtype))
+    """The bits of bfloat16 or float16; any other array as it is.
+
+    Raises: NotImplementedError: halves under differentiation, where their bits would silently count as constants. Passes
+        that are written by hand differentiate nothing, so it is a second derivative that meets this.
+    """
+    return array if bits_dtype(array.dtype) == array.dtype else _bits(array)
+
+
+@jax.custom_jvp
+def _bits(array):
+    return jax.lax.bitcast_convert_type(array, jnp.uint16)
+
+
+@_bits.defjvp
+def _no_derivative(primals, tangents):
+    raise NotImplementedError(
+        f"derivative: order must be 1 in {primals[0].dtype} on this path, got a higher one. Pass float32 arrays, or "
+        'implementation="reference".'
+    )
 
 
 def bits_dtype(dtype):
@@ -19,7 +36,7 @@ def bits_dtype(dtype):
 
 def numbers(array, dtype):
     """The array of this dtype that `bits` was given."""
-    return jax.lax.bitcast_convert_type(array, dtype)
+    return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
 
 
 def zeros_after(array, shape, dtype):

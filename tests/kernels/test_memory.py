@@ -1,0 +1,33 @@
+"""Halves as bits: the same numbers, and no silent second derivative of zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad.kernels import linear, memory
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_bits_and_back(dtype):
+    array = jnp.asarray([0.0, -1.5, jnp.inf, 3e-5], dtype)
+    there = memory.bits(array)
+    assert there.dtype == memory.bits_dtype(array.dtype)
+    np.testing.assert_array_equal(memory.numbers(there, array.dtype), array)
+
+
+def curvature(x, implementation):
+    def loss(x):
+        out = linear.attention(jnp.abs(x), jnp.abs(x) + 0.1, x, is_causal=True, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    return jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x).astype(jnp.float32) ** 2)))(x)
+
+
+def test_a_second_derivative_in_half_precision_is_refused():
+    x = jax.random.normal(jax.random.key(0), (1, 9, 2, 4))
+    want = curvature(x, "reference")
+    np.testing.assert_allclose(curvature(x, "xla"), want, atol=1e-4 * float(jnp.abs(want).max()))
+    with pytest.raises(NotImplementedError, match='order must be 1 in bfloat16 .* implementation="reference"'):
+        curvature(x.astype(jnp.bfloat16), "xla")
+    assert jnp.abs(curvature(x.astype(jnp.bfloat16), "reference")).max() > 0
