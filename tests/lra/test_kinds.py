@@ -1,6 +1,7 @@
 """Pairs and language models: what is built, what is minimised, what is reported."""
 
 import csv
+import functools
 import math
 
 import jax.numpy as jnp
@@ -27,9 +28,10 @@ CYCLE = task("cycle", "language_model", 12, 6, metric="bits per byte")
 
 
 def twins(rng):
-    first, other = rng.integers(1, 6, rng.integers(2, 9)), rng.integers(1, 6, 5)
-    label = int(rng.integers(2))
-    return {"inputs1": first, "inputs2": np.full(3, first[0]) if label else other, "label": label}
+    """Are both sequences of the same token?"""
+    token, label = rng.integers(1, 6), int(rng.integers(2))
+    other = token if label else (token + rng.integers(4)) % 5 + 1
+    return {"inputs1": np.full(rng.integers(2, 9), token), "inputs2": np.full(rng.integers(2, 9), other), "label": label}
 
 
 def cycle(rng):
@@ -43,17 +45,18 @@ def splits(draw):
 
 
 def test_a_pair_is_trained_through_one_encoder(tmp_path):
-    run = recipes.plan("quickstart", "softmax", task=TWINS, **TINY, steps=10, evaluate_every=10, accumulate=2)
+    run = recipes.plan("quickstart", "softmax", task=TWINS, **TINY, steps=80, evaluate_every=40, accumulate=2)
     result = train.train(run, out=tmp_path, task=TWINS, splits=splits(twins), quiet=True)
     assert (result.status, result.protocol, result.bits_per_byte) == ("ok", "modern", None)
-    assert result.accuracy * 12 == pytest.approx(round(result.accuracy * 12))
-    model = models.build(run, TWINS)
+    assert result.accuracy > 0.9  # neither sequence alone tells
+    built = models.build(run, TWINS)
+    model = functools.partial(nnx.jit(lambda model, *inputs: model(*inputs)), built)
     a, b = jnp.array([[1, 2, 3, 0]]), jnp.array([[4, 5, 0, 0]])
     real = lambda tokens: tokens > 0
     logits = model(a, real(a), b, real(b))
     assert jnp.abs(logits - model(b, real(b), a, real(a))).max() > 1e-4  # a - b tells them apart
     np.testing.assert_allclose(logits, model(jnp.where(real(a), a, 5), real(a), b, real(b)), atol=1e-5)
-    vectors = model.classifier.head.inner[0].kernel
+    vectors = built.classifier.head.inner[0].kernel
     assert vectors.shape == (4 * 16, 16)  # [a, b, a * b, a - b]
 
 
@@ -78,17 +81,19 @@ def test_bits_are_of_real_tokens_only_and_of_those_before():
     mask = np.arange(12) < np.array([[12], [5]])
     batch = dict(inputs=jnp.asarray(inputs), targets=jnp.asarray(targets), mask=jnp.asarray(mask), weights=jnp.ones(2))
     objective = objectives.OBJECTIVES["language_model"]
-    logits = model(batch["inputs"], batch["mask"])
+    logits_of = nnx.jit(lambda model, tokens, mask: model(tokens, mask))
+    sums_of = nnx.jit(lambda model, batch: objective.sums(model, batch))
+    logits = logits_of(model, batch["inputs"], batch["mask"])
     likely = nnx.log_softmax(logits)[np.arange(2)[:, None], np.arange(12), targets]
-    score, loss, count = objective.sums(model, batch)
+    score, loss, count = sums_of(model, batch)
     assert count == 17 and loss == pytest.approx(-float((likely * mask).sum()), rel=1e-4)
     assert score == pytest.approx(float(loss) / math.log(2), rel=1e-5)
-    total, number = objective.loss(model, batch, rngs=nnx.Rngs(dropout=0))
+    total, number = nnx.jit(lambda model, batch: objective.loss(model, batch, rngs=nnx.Rngs(dropout=0)))(model, batch)
     assert number == 17 and total == pytest.approx(float(loss), rel=1e-5)
-    one = objective.sums(model, {**batch, "weights": jnp.array([0.0, 1.0])})
+    one = sums_of(model, {**batch, "weights": jnp.array([0.0, 1.0])})
     assert one[2] == 5 and one[1] == pytest.approx(-float(likely[1, :5].sum()), rel=1e-4)
     later = batch["inputs"].at[:, 7].set(batch["inputs"][:, 7] % 5 + 1)
-    changed = jnp.abs(model(later, batch["mask"]) - logits).max(axis=(0, 2))
+    changed = jnp.abs(logits_of(model, later, batch["mask"]) - logits).max(axis=(0, 2))
     assert (changed[:7] == 0).all() and changed[7] > 1e-4
     assert objective.rank(1.0, 2.0) > objective.rank(1.1, 0.0)  # fewer bits are better
 
