@@ -111,9 +111,16 @@ def _alarm(hours: float | None) -> Iterator[None]:
         timer.cancel()
 
 
-def bench_command(cells: Sequence[Cell], known: Ledger, path: str | os.PathLike, words: Sequence[str] = ()) -> list[str] | None:
-    """The command that measures what cells of ratios wait for, into the CSV at `path`; None where nothing is missing."""
-    verdicts = [tables.judge(cell, known) for cell in cells if cell.recipe == "bench"]
+def bench_command(
+    cells: Sequence[Cell], known: Ledger, path: str | os.PathLike, words: Sequence[str] = (), device: str | None = None
+) -> list[str] | None:
+    """The command that measures what cells of ratios wait for, into the CSV at `path`; None where nothing is missing.
+
+    What was measured on another machine than `device` (None: this one) is missing.
+    """
+    device = results.environment()["hardware"] if device is None else device
+    here = dataclasses.replace(known, measurements=[row for row in known.measurements if row.hardware == device])
+    verdicts = [tables.judge(cell, here) for cell in cells if cell.recipe == "bench"]
     wanted = [one.cell for one in verdicts if one.outcome == "not run"]
     if not wanted:
         return None

@@ -87,13 +87,15 @@ def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.
 
 
 def listed(known: ledger.Ledger) -> list[list[str]]:
-    """The tables, with how many of their cells came to what."""
-    rows = [["paper", "table", "cells", "reproduced", "differs", "not run", "cannot", "what it holds"]]
+    """The tables, with how many of their cells came to what, and the estimated hours of a GPU for those that wait."""
+    rows = [["paper", "table", "cells", "reproduced", "differs", "not run", "cannot", "hours to run", "what it holds"]]
     for paper, name in figures.sources():
         every = [cell for cell in cells.table(paper, name) if cell.column != "average"]
-        counts = Counter(tables.judge(cell, known).outcome for cell in every)
+        verdicts = [tables.judge(cell, known) for cell in every]
+        counts = Counter(one.outcome for one in verdicts)
+        hours = sum(one.cost.hours for one in verdicts if one.cost is not None)
         found = [str(counts[outcome]) for outcome in ("reproduced within tolerance", "differs", "not run", "cannot")]
-        rows.append([paper, name, str(len(every)), *found, figures.sources()[paper, name].title])
+        rows.append([paper, name, str(len(every)), *found, f"{hours:.3g}", figures.sources()[paper, name].title])
     return rows
 
 
