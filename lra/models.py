@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from subquad import zoo
-from subquad.lra import layers
+from subquad.lra import layers, optim
 from subquad.lra.tasks import Task
 
 if TYPE_CHECKING:
@@ -122,8 +122,17 @@ def build(run: "Run", task: Task) -> Model | LanguageModel:
 
 def count_parameters(run: "Run", task: Task) -> int:
     """Trainable numbers of a run's model; nothing is allocated."""
-    abstract = nnx.eval_shape(lambda: build(run, task))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_abstract(run, task)))
+
+
+def has_state_space(run: "Run", task: Task) -> bool:
+    """Whether a run's model has parameters that run.state_learning_rate is of."""
+    paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(_abstract(run, task)))
+    return any(optim.group(path, run) == "state_space" for path in paths)
+
+
+def _abstract(run: "Run", task: Task) -> nnx.State:
+    return nnx.state(nnx.eval_shape(lambda: build(run, task)), nnx.Param)
 
 
 def equal_mlp_features(run: "Run", reference: "Run", task: Task) -> int:

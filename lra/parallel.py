@@ -217,7 +217,9 @@ def hardware(described: str, mesh: Mesh | None) -> str:
     count = 1 if mesh is None else mesh.size
     if jax.default_backend() != "cpu":
         return f"{count} x {jax.devices()[0].device_kind}"
-    return described if mesh is None else f"{described}, as {count} devices of {jax.process_count()} processes"
+    if mesh is None:
+        return described
+    return f"{described}, as {count} devices" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
 
 
 def agree(flag: bool) -> bool:

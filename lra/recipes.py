@@ -147,6 +147,11 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
     run = Run(**{**values, "layer_options": options})
     _check(run)
     protocols.check(run, task, overrides)
+    if overrides.get("state_learning_rate") is not None and not models.has_state_space(run, task):
+        raise ValueError(
+            f"state_learning_rate must be none for layer {layer!r}, which has no parameters of state spaces, got "
+            f"{run.state_learning_rate}. Use learning_rate."
+        )
     if rules.equal_parameters and "mlp_features" not in overrides:
         reference = dataclasses.replace(
             run, layer="softmax", layer_options=rules.layers["softmax"], mlp_features=values.get("mlp_features", 128)

@@ -25,7 +25,7 @@ from subquad.lra import collapse, measure, models, parallel, results, tasks
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.objectives import OBJECTIVES, Objective
-from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, make_optimiser
+from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
 from subquad.lra.progress import Board, Progress, Stopwatch
 from subquad.lra.recipes import Run
 
@@ -159,6 +159,8 @@ def train(
                 progress["validation"].append([step, score, loss])
                 board.add(step, f"validation/{objective.column}", score)
                 board.add(step, "validation/loss", loss)
+                if tensorboard:
+                    board.add(step, "train/learning_rate", learning_rate(run, state))
                 note = f"validation {objective.describe(score)}"
                 collapsed = collapse.collapsed_step(progress["validation"], floor, spread, objective.sign)
                 if collapsed == step:

@@ -36,7 +36,8 @@ def test_schedules():
 
 @pytest.fixture(scope="module")
 def s4():
-    run = plan("s4", weight_decay=0.1, warmup_steps=0, schedule="constant", clip_norm=None)
+    words = dict(weight_decay=0.1, warmup_steps=0, schedule="constant", clip_norm=None)
+    run = plan("s4", state_learning_rate=1.0, **words)
     return run, nnx.state(models.build(run, tasks.find("listops", "tiny")), nnx.Param)
 
 
@@ -82,9 +83,17 @@ def test_a_plateau_cuts_the_steps_and_an_average_follows_them():
         state = optim.after_validation(run, state, loss)
     # The third and the fourth loss are no new minimum.
     np.testing.assert_allclose(np.diff([0.0, *places]), [-1, -1, -1, -1, -optim.PLATEAU_FACTOR], rtol=1e-4)
+    assert optim.learning_rate(run, state) == pytest.approx(optim.PLATEAU_FACTOR)
 
 
-@pytest.mark.parametrize("words,said", [(dict(ema=1.0), "ema must be in"), (dict(patience=0), "patience must be > 0")])
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (dict(ema=1.0), "ema must be in"),
+        (dict(patience=0), "patience must be > 0"),
+        (dict(state_learning_rate=1e-3), "state_learning_rate must be none for layer 'softmax', which has no parameters"),
+    ],
+)
 def test_values_out_of_their_range_are_refused(words, said):
     with pytest.raises(ValueError, match=said):
         plan(**words)

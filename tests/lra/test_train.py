@@ -273,6 +273,7 @@ def test_a_collapse_is_said_and_kept_and_everything_is_logged(data, monkeypatch,
         (events,) = (tmp_path / "tensorboard").iterdir()
         logged = events.read_bytes()
         assert logged.count(b"train/loss") == 40 and logged.count(b"validation/accuracy") == 4
+        assert logged.count(b"train/learning_rate") == 4
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="tensorboard must be off where tensorboardX is not installed, got True. Run pip"):
         train.train(plan(), out=tmp_path / "other", tensorboard=True)
