@@ -234,6 +234,7 @@ COLUMNS = {
     "test accuracy": lambda rows: _score(rows),
     "majority floor": lambda rows: _per_cent(rows[0].floor_majority),
     "root floor": lambda rows: _per_cent(rows[0].floor_root),
+    "bag floor": lambda rows: _per_cent(rows[0].floor_bag),
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
     "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
     "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
@@ -259,10 +260,12 @@ def _models_language(rows: Iterable[Result]) -> bool:
 
 
 def cells(rows: Iterable[Result]) -> list[list[str]]:
-    """The table as text, heading first."""
+    """The table as text, heading first; without the floors that the task has not."""
     rows = list(rows)
     heading = [name.replace("test accuracy", "test bits per byte") if _models_language(rows) else name for name in COLUMNS]
-    return [heading] + [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
+    body = [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
+    kept = [at for at, name in enumerate(COLUMNS) if not name.endswith("floor") or any(line[at] for line in body)]
+    return [[line[at] for at in kept] for line in (heading, *body)]
 
 
 def markdown(rows: Iterable[Result]) -> str:
@@ -286,6 +289,7 @@ def caption(rows: Sequence[Result]) -> str:
         judged, floors = "Accuracy", "; majority floor: the commonest answer"
         error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
         floors += "; root floor: the commonest answer given the root operator" if one.floor_root is not None else ""
+        floors += "; bag floor: a linear rule on how often each token occurs" if one.floor_bag is not None else ""
     return (
         f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "

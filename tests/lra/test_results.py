@@ -130,6 +130,12 @@ def test_the_table_has_what_the_quickstart_promises():
     assert "500 examples of the test split, which leaves a standard error of up to 2.2 points" in "\n".join(lines)
 
 
+def test_floors_that_a_task_has_not_are_left_out():
+    table = results.markdown([row(floor_root=None, floor_bag=0.25)])
+    assert "| majority floor | bag floor | parameters |" in table and "| 18.8 % | 25.0 % |" in table
+    assert "bag floor: a linear rule" in table and "root floor" not in table
+
+
 def test_failures_are_rows_and_not_blanks():
     assert "| local | failed: non-finite loss by step 30 |" in results.markdown([row(), row("local", **FAILED)])
 
