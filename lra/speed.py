@@ -56,6 +56,8 @@ class Settings:
     grid_intensity: float | None = None
     price_per_hour: float | None = None
     currency: str = "USD"
+    # The largest length of a layer in a mode does not depend on the length of the race: it is looked for once.
+    found: dict[tuple[str, str, str], tuple[int | None, str]] = dataclasses.field(default_factory=dict, compare=False)
 
     def plan(self, layer: str, length: int, **values):
         """The run and the task of a layer at a length."""
@@ -136,10 +138,13 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
     }
     for name in settings.limits:
         column, search, *bounds = searches[name]
-        try:
-            found[column], note = programs.largest(search, settings.memory_limit, *bounds)
-        except Exception as error:
-            found[column], note = None, f"not found: {line(error)}"
+        known = (layer, mode, "length" if name == "length" else f"batch at {length}")
+        if known not in settings.found:
+            try:
+                settings.found[known] = programs.largest(search, settings.memory_limit, *bounds)
+            except Exception as error:
+                settings.found[known] = None, f"not found: {line(error)}"
+        found[column], note = settings.found[known]
         notes.append(f"largest {name} {note}")
     return {**found, "limits_note": "; ".join(notes)}
 

@@ -6,9 +6,12 @@ Layers are timed in turn with the baseline, softmax, so that ratios are of one r
 (Markdown, LaTeX) and plots of all its rows are written beside it. Nothing is run that compiled memory shows not to fit.
 """
 
+import functools
 import os
 import pathlib
+import signal
 import sys
+import threading
 import time
 
 import jax
@@ -100,12 +103,24 @@ def main() -> int:
     settings = prepare(arguments)
     layers = list(dict.fromkeys([arguments.baseline, *arguments.layers]))
     forecast = speed.Forecast(list(speed.races(arguments.lengths, arguments.modes)))
-    measured = []
+    measured, stopped = [], threading.Event()
+
+    def stop(number, frame):
+        # Raised inside a callback of the garbage collector it would be lost, so it is raised again at the next word.
+        stopped.set()
+        raise KeyboardInterrupt
+
+    def tell(title: str, text: str) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        say(f"{title}: {text}")
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         for number, (length, mode) in enumerate(forecast.races, 1):
             title = f"[{number}/{len(forecast.races)}] {bench.tokens(length)}, {mode}"
             began = time.perf_counter()
-            rows = speed.race(layers, length, mode, settings, lambda text, title=title: say(f"{title}: {text}"))
+            rows = speed.race(layers, length, mode, settings, functools.partial(tell, title))
             taken = time.perf_counter() - began
             forecast.taken[length, mode] = (taken, sum(row.compile_seconds or 0.0 for row in rows))
             bench.write(rows, arguments.out)
@@ -116,6 +131,7 @@ def main() -> int:
             left = forecast.left()
             say(f"{title}: done in {progress.clock(taken)}" + f", about {progress.clock(left)} left" * bool(left))
     finally:
+        signal.signal(signal.SIGINT, before)
         if measured:
             show(arguments.out, measured)
     return commands.FAILED if any(row.status.startswith("failed") for row in measured) else 0

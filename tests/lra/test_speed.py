@@ -9,7 +9,7 @@ from subquad.zoo import LAYERS
 TINY = dict(in_features=8, num_layers=1, mlp_features=8)
 SETTINGS = speed.Settings(
     model="small", session="a test", memory_limit=2**30, memory_source="a test", matmul_rate=1e12, batch_size=2, values=TINY,
-    repeats=2, options={"linformer.max_length": 4}, watts=100.0, grid_intensity=400.0, energy_seconds=0.0,
+    repeats=2, options={"linformer.max_length": 4, "local.window_size": 3}, watts=100.0, grid_intensity=400.0, energy_seconds=0.0,
 )  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def test_layers_are_raced_and_one_that_fails_takes_no_other_with_it():
     softmax, linformer, local = speed.race(["softmax", "linformer", "local"], 16, "train", SETTINGS, told.append)
     assert [row.layer for row in (softmax, linformer, local)] == ["softmax", "linformer", "local"]
     assert linformer.status.startswith("failed: ") and "max_length" in linformer.status and linformer.median_ms is None
-    assert json.loads(local.layer_options) == {"num_heads": 2, "window_size": 32}
+    assert json.loads(local.layer_options)["window_size"] == 3
     assert json.loads(local.configuration)["in_features"] == 8
     for row in (softmax, local):
         assert row.status == "ok" and row.calls >= 2 and 0 < row.best_ms <= row.lower_ms <= row.median_ms <= row.upper_ms
@@ -112,7 +112,13 @@ def test_limits_are_columns_and_a_layers_refusal_is_a_note(monkeypatch):
     settings = dataclasses.replace(SETTINGS, limits=("length", "batch"), memory_limit=10**7)
     found = speed.limits("softmax", 64, "train", settings)
     assert 4700 <= found["largest_length"] <= 5000 and 148 <= found["largest_batch"] <= 156
-    refused = speed.limits("linformer", 64, "train", dataclasses.replace(settings, values={"bogus": 1}))
+    tried = []
+    monkeypatch.setattr(programs, "compiled", lambda run, task, mode: tried.append(run.batch_size) or program(run, task, mode))
+    longer = speed.limits("softmax", 128, "train", settings)
+    assert longer["largest_length"] == found["largest_length"] and 74 <= longer["largest_batch"] <= 78
+    assert set(tried) != {2}  # the length was not looked for again
+    assert speed.limits("softmax", 128, "train", settings) == longer and len(tried) <= 10
+    refused = speed.limits("linformer", 64, "train", dataclasses.replace(settings, values={"bogus": 1}, found={}))
     assert refused["largest_length"] is None and "bogus" in refused["limits_note"]
 
 
@@ -120,8 +126,8 @@ def test_options_are_for_all_layers_or_for_one():
     options = {"local.window_size": 3, "num_heads": 1}
     local, _ = programs.plan("small", "local", 16, options=options, **TINY)
     softmax, task = programs.plan("lra-text", "softmax", 100, options=options)
-    assert local.layer_options == {"window_size": 3, "num_heads": 1}
-    assert softmax.layer_options == {"num_heads": 1, "qkv_features": 256}
+    assert local.layer_options["window_size"] == 3 and "window_size" not in softmax.layer_options
+    assert local.layer_options["num_heads"] == softmax.layer_options["num_heads"] == 1
     assert (softmax.in_features, softmax.num_layers, softmax.mlp_features, task.length) == (256, 4, 1024, 100)
 
 
@@ -131,8 +137,9 @@ def test_every_layer_has_a_plan_in_every_model_that_is_of_the_length(model):
         run, task = programs.plan(model, layer, 3000)
         assert run.layer == layer and task.length == 3000
         assert run.layer_options.get("max_length") in (None, 3000 + (run.pooling == "cls"))
-    reformer, _ = programs.plan(model, "reformer", 3000)
-    assert reformer.layer_options["chunk_size"] == (300 if model == "lra-text" else 64)
+    # The arena's Reformer cuts every sequence into ten chunks.
+    chunks = [programs.plan(model, "reformer", length)[0].layer_options["chunk_size"] for length in (3000, 4096)]
+    assert chunks == [300, 410] if model == "lra-text" else chunks[0] == chunks[1]
 
 
 def test_what_is_left_is_told_from_what_was_measured():

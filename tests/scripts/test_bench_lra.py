@@ -1,9 +1,11 @@
 """The command that measures models, with races that take no time."""
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -66,6 +68,23 @@ def test_ctrl_c_keeps_what_was_measured_before(run, capsys):
     assert code == 130 and [length for _, length, _, _ in raced] == [1024, 4096]
     assert [row.length for row in bench.read(out)] == [1024, 1024]
     assert "500 (1.00)" in capsys.readouterr().out
+
+
+def test_ctrl_c_that_a_callback_swallowed_stops_at_the_next_word(run, monkeypatch):
+    given = speed.race
+
+    def race(layers, length, mode, settings, say):
+        if length == 2048:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            say("compiling")
+            pytest.fail("went on")
+        return given(layers, length, mode, settings, say)
+
+    monkeypatch.setattr(speed, "race", race)
+    code, _, out = run("--lengths", "1K,2K", "--modes", "forward", "--layers", "local")
+    assert code == 130 and [row.length for row in bench.read(out)] == [1024, 1024]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_layer_that_failed_is_told_by_the_exit_code_and_draw_measures_nothing(run, capsys):
