@@ -9,7 +9,8 @@ from subquad.zoo import LAYERS
 TINY = dict(in_features=8, num_layers=1, mlp_features=8)
 SETTINGS = speed.Settings(
     model="small", session="a test", memory_limit=2**30, memory_source="a test", matmul_rate=1e12, batch_size=2, values=TINY,
-    repeats=2, options={"linformer.max_length": 4, "local.window_size": 3}, watts=100.0, grid_intensity=400.0, energy_seconds=0.0,
+    repeats=2, options={"linformer.max_length": 4, "local.window_size": 3}, watts=100.0, grid_intensity=400.0,
+    energy_seconds=0.0,
 )  # fmt: skip
 
 
