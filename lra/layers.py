@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,7 +95,7 @@ def _takes(parameters: Mapping[str, inspect.Parameter], word: str) -> bool:
 
 
 def check_causal(name: str) -> None:
-    """Refuses a layer that cannot be causal, and so cannot model language.
+    """Refuses a layer that cannot be causal, and so cannot model language; warns of one whose future leaks into buckets.
 
     Raises: ValueError: with what to use in its place.
     """
@@ -105,6 +106,12 @@ def check_causal(name: str) -> None:
         usable = ", ".join(known for known, other in LAYERS.items() if other.supports.causal)
         reason = "" if supports is not None else " (its constructor takes no is_causal)"
         raise ValueError(f"layer must be causal for a language model, got {name!r}, which cannot be{reason}. Use {usable}.")
+    if able == "mask":
+        warnings.warn(
+            f"layer {name!r} chooses its buckets by looking at all positions, so that the future decides which keys of the past "
+            "are compared: its bits per byte may flatter it.",
+            stacklevel=3,
+        )
 
 
 def make(name: str, options: Mapping[str, Any], *, dtype: Any, is_causal: bool) -> Callable[..., nnx.Module]:
