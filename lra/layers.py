@@ -108,7 +108,7 @@ def check_causal(name: str) -> None:
         raise ValueError(f"layer must be causal for a language model, got {name!r}, which cannot be{reason}. Use {usable}.")
     if able == "mask":
         warnings.warn(
-            f"layer {name!r} chooses its buckets by looking at all positions, so that the future decides which keys of the past "
+            f"layer {name!r} chooses its buckets by looking at all positions, so that the future decides which past keys "
             "are compared: its bits per byte may flatter it.",
             stacklevel=3,
         )
