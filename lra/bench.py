@@ -200,8 +200,8 @@ _REST: tuple[tuple[str, Callable, Callable], ...] = (
     ),
     (
         "utilisation", lambda row: row.utilisation and f"{100 * row.utilisation:.1f} %",
-        lambda row: row.utilisation and f"utilisation: the model's FLOPs of {row.matmul_flops_per_second / 1e9:,.0f} "
-        "GFLOP/s of a square matrix product",
+        lambda row: row.utilisation and "utilisation: FLOPs that the model needs in a second, of the "
+        f"{row.matmul_flops_per_second / 1e9:,.0f}e9 of a square matrix product",
     ),
     (
         "observed peak MiB", lambda row: row.device_peak_bytes and f"{row.device_peak_bytes / 2**20:,.1f}",
@@ -238,12 +238,14 @@ def _rest(title: str, rows: Sequence[Measurement]) -> list[Table]:
 
 def _caption(rows: Sequence[Measurement]) -> str:
     one = next((row for row in rows if row.status == "ok"), rows[0])
+    protocol, calls = one.protocol or "nothing was run", sorted({row.calls for row in rows if row.calls})
+    counted = f" of {'-'.join(map(str, dict.fromkeys((calls[0], calls[-1]))))} calls" if calls else ""
     threads = f", {one.threads} processors used" if one.threads else ""
     ratios = f" In brackets: ratio to {one.baseline} measured in turn; speed above 1 is faster, memory below 1 is less."
     sessions = len({row.session for row in rows})
     several = f" Measured in {sessions} sessions; each ratio is of one." if sessions > 1 else ""
     return (
-        f"{one.protocol or 'Nothing was run'}. MiB: peak of the compiled program, its arguments counted."
+        f"{protocol[0].upper()}{protocol[1:]}{counted}. MiB: peak of the compiled program, its arguments counted."
         f"{ratios if one.baseline else ''}{several} {one.hardware}{threads}; {one.versions}; commit {(one.commit or '')[:12]}."
     )
 

@@ -179,7 +179,12 @@ def cost_against_length(rows: Iterable[Measurement], path: str | os.PathLike | N
                 hollow = [point for point, row in zip(points, found, strict=True) if row.status != "ok"]
                 if hollow:
                     axes.plot(*zip(*hollow, strict=True), linestyle="none", markerfacecolor="white", zorder=4, **words)
-            axes.set_xticks(sorted({row.length for row in rows}), minor=False)
+            lengths = sorted({row.length for row in rows})
+            axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 1.15)
+            axes.set_xticks(lengths)
+            low, high = axes.get_ylim()
+            if high < 4 * low:  # else a difference of one part in a hundred would look large
+                axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
             axes.xaxis.set_major_formatter(lambda value, _: tokens(round(value)))
             axes.xaxis.set_minor_locator(_null())
             _plain_ticks(axes.yaxis)

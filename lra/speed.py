@@ -178,7 +178,7 @@ def _timed(ready: Mapping[str, Callable], rows: Mapping[str, Measurement], setti
             tokens_per_second=_digits(rate * row.length * row.batch_size), utilisation=_digits(use),
             protocol=(
                 "random tokens, no padding" + ", dropout on" * (row.mode != "forward") + "; warm, each call waited for, "
-                f"in turn with {len(ready) - 1} other layers; median of {spread.calls} calls"
+                f"in turn with {len(ready) - 1} other layers; medians"
             ),
         )  # fmt: skip
         found[layer] = _with(row, **_energy(call, spread.median, settings))

@@ -145,7 +145,7 @@ def prepare(arguments) -> speed.Settings:
     if arguments.memory_limit is not None:
         limit, source = arguments.memory_limit, "--memory-limit"
     meter, reason = energy.meter(jax.devices()[0])
-    rate = racing.matmul_rate(arguments.dtype)
+    rate = racing.matmul_rate(arguments.dtype, clock=racing.clock_of(threads if on_cpu else 0))
     say(f"{results.environment()['hardware']}: matrix product {rate / 1e9:,.0f} GFLOP/s in {arguments.dtype}")
     say(f"Memory for programs: {limit / 2**30:.1f} GiB, {source}")
     instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "not told; --watts estimates it"

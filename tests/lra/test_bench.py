@@ -9,7 +9,7 @@ from subquad.lra.checkpoints import RunError
 ROW = bench.Measurement(
     status="ok", model="small", layer="local", layer_options='{"num_heads": 2, "window_size": 50}', length=1024, batch_size=1,
     mode="train", dtype="float32", implementation=None, threads=2, hardware="a machine", median_ms=1.5, calls=7,
-    flops=10**12, speed_ratio=2.0, protocol="in turn, warm",
+    flops=10**12, speed_ratio=2.0, protocol="warm, medians",
 )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def test_tables_hold_every_row_and_what_became_of_those_that_failed():
         ["softmax", "333 (1.00)", "skipped", "1,024 (1.00)", "2,048 (1.00)"],
         ["local", "667 (2.00)", "333", "1,024 (1.00)", "2,048 (1.00)"],
     ]
+    assert speed.notes[0].startswith("Warm, medians of 7 calls. MiB")
     assert "softmax at 2K: skipped: memory: 10 & 50 % of_it." in speed.notes and "a machine" in speed.notes[0]
     # Each layer at the longest length that it ran at, and no column that nothing fills.
     assert rest.heading == ["layer", "at", "GFLOP", "J/call"]
@@ -81,6 +82,7 @@ def test_markdown_and_latex_say_the_same():
 def test_cost_is_drawn_against_length_with_slopes_and_what_did_not_run(tmp_path):
     figure = plots.cost_against_length(rows(), tmp_path / "length.png")
     time, memory = figure.axes
+    assert all(high >= 3.99 * low for low, high in (axes.get_ylim() for axes in figure.axes))
     names = lambda axes: [text.get_text() for text in axes.get_legend().get_texts()]
     assert names(time) == ["softmax", "local, slope 1.00"] and names(memory) == ["softmax, slope 1.00", "local, slope 1.00"]
     hollow = [line for line in memory.lines if line.get_markerfacecolor() == "white"]

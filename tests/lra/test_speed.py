@@ -35,7 +35,7 @@ def test_layers_are_raced_and_one_that_fails_takes_no_other_with_it():
         assert row.utilisation == pytest.approx(row.model_flops * 1e3 / row.median_ms / 1e12, rel=1e-4)
         assert row.energy_joules == pytest.approx(100 * row.median_ms / 1e3, rel=1e-4)
         assert row.energy_source == "estimated from 100 W" and row.co2e_grams > 0 and row.price is None
-        assert row.hardware and row.commit and row.finished_utc and "in turn with 1 other" in row.protocol
+        assert row.hardware and row.commit and row.finished_utc and "in turn with 1 other layers" in row.protocol
         assert row.speed_ratio == pytest.approx(softmax.median_ms / row.median_ms, rel=1e-3)
         assert row.memory_ratio == pytest.approx(row.peak_bytes / softmax.peak_bytes, rel=1e-3)
     assert softmax.speed_ratio == softmax.memory_ratio == 1.0 and linformer.speed_ratio is None

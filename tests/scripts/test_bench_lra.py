@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import pytest
 
@@ -21,7 +22,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module("bench_lra")
     monkeypatch.setattr(racing, "limit_threads", lambda count: count or 1)
-    monkeypatch.setattr(racing, "matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(racing, "matmul_rate", lambda dtype, clock: 1e11 if clock is time.process_time else 1e12)
     monkeypatch.setattr(energy, "meter", lambda device: (None, "a test"))
     monkeypatch.setattr(module.jax.config, "update", lambda *words: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
@@ -54,6 +55,8 @@ def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
     ]  # fmt: skip
     settings = raced[0][3]
     assert settings.memory_limit == 3 * 2**29 and settings.values == {"in_features": 8} and settings.limits == ["batch"]
+    # One thread is timed by its processor's clock, and so is what its rate is compared with.
+    assert (settings.threads, settings.matmul_rate) == (1, 1e11)
     assert settings.batch_size == 1 and settings.watts == 100 and not settings.peaks
     assert len(bench.read(out)) == 6
     shown = capsys.readouterr()
