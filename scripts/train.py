@@ -17,7 +17,7 @@ def parse():
     parser = commands.Parser(prog="train", description=__doc__)
     named = f"one of {', '.join(recipes.RECIPES)}; default: quickstart"
     parser.add_argument("--recipe", default="quickstart", help=named)
-    parser.add_argument("--layer", default="softmax", help="a name in zoo.LAYERS; default: softmax")
+    parser.add_argument("--layer", default="softmax", help="in zoo.LAYERS, or package.module:ClassName; default: softmax")
     parser.add_argument("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="of its constructor")
     parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
