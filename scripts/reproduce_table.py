@@ -13,7 +13,10 @@ import sys
 from collections import Counter
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import cells, commands, figures, floor_rows, ledger, reproduce, results, tables
+from subquad.lra import commands, results, tables
+from subquad.lra.tables import cells, figures, floor_rows, ledger, reproduce
+
+BENCH = pathlib.Path(__file__).with_name("bench_lra.py")
 
 
 def parse():
@@ -78,7 +81,7 @@ def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
 def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.Ledger, arguments) -> int:
     files["runs"].parent.mkdir(parents=True, exist_ok=True)
     words = [] if arguments.batch_size is None else ["--batch-size", str(arguments.batch_size)]
-    code = reproduce.measure_missing(wanted, files["bench"], known=known, words=words, say=say)
+    code = reproduce.measure_missing(BENCH, wanted, files["bench"], known=known, words=words, say=say)
     failures = reproduce.train_missing(
         wanted, files["runs"], known=known, seeds=arguments.seeds, budget_hours=arguments.budget_hours,
         data_dir=arguments.data_dir, say=say,

@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from subquad.lra import figures, optim, protocols, recipes, tasks
+from subquad.lra import optim, protocols, recipes, tasks
 from subquad.lra.data import catalogue, encodings, listops, pipeline
 from subquad.lra.objectives import OBJECTIVES
+from subquad.lra.tables import figures
 from subquad.zoo import LAYERS
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -2,7 +2,7 @@ import statistics
 
 import pytest
 
-from subquad.lra import figures
+from subquad.lra.tables import figures
 
 FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
 # What papers print that their own rows do not give.

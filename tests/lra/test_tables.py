@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from subquad.lra import bench, cells, costs, figures, ledger, recipes, reproduce, results, tables, tasks
+from subquad.lra import bench, recipes, results, tables, tasks
 from subquad.lra.checkpoints import Interrupted
+from subquad.lra.tables import cells, costs, figures, ledger, reproduce
 from subquad.zoo import LAYERS
 from tests.lra.test_results import row as made
 
@@ -166,11 +167,11 @@ def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
     assert one.outcome == "differs" and one.cell.expected == pytest.approx(0.37 / 0.85)
     assert verdicts["lra.2.performer.text.4000.speed_ratio"].outcome == "not run"
     assert "Ours: a machine, batch 1, float32." in tables.render("lra", "2", list(verdicts.values()), found)
-    command = reproduce.bench_command(wanted, found, "out.csv", ["--batch-size", "2"], device="a machine")
+    found_words = reproduce.bench_words(wanted, found, "out.csv", ["--batch-size", "2"], device="a machine")
     words = "--model lra-text --modes train --layers softmax,performer --lengths 2000,3000,4000 --out out.csv --batch-size 2"
-    assert command[2:] == words.split()
+    assert found_words == words.split()
     # On another machine nothing is known yet.
-    assert "1000,2000,3000,4000" in reproduce.bench_command(wanted, found, "out.csv", device="another")
+    assert "1000,2000,3000,4000" in reproduce.bench_words(wanted, found, "out.csv", device="another")
 
 
 @pytest.fixture

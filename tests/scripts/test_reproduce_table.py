@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from subquad.lra import commands, figures, ledger
+from subquad.lra import commands
 from subquad.lra.checkpoints import Interrupted
+from subquad.lra.tables import figures, ledger
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "reproduce_table.py"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from subquad.kernels.dispatch import nearest
 
-FOLDER = pathlib.Path(__file__).parent / "published"
+FOLDER = pathlib.Path(__file__).parents[1] / "published"
 
 
 @dataclass(frozen=True)

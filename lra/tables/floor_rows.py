@@ -4,7 +4,7 @@ import os
 
 from subquad.lra import prepare, racing, results
 from subquad.lra.data import probe, store
-from subquad.lra.ledger import FLOOR_FIELDS, Floor
+from subquad.lra.tables.ledger import FLOOR_FIELDS, Floor
 
 
 def measure(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: int = 400) -> list[Floor]:

@@ -13,7 +13,7 @@ from subquad.lra.bench import Measurement
 from subquad.lra.recipes import Run
 from subquad.lra.results import Result
 
-SHIPPED = pathlib.Path(__file__).parent / "results"
+SHIPPED = pathlib.Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True)

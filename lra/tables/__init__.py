@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from subquad.lra import cells, costs, figures, prepare, recipes, tasks
-from subquad.lra.cells import Cell
+from subquad.lra import prepare, recipes, tasks
 from subquad.lra.data import catalogue
-from subquad.lra.ledger import NAMES, Ledger
 from subquad.lra.results import Result
+from subquad.lra.tables import cells, costs, figures
+from subquad.lra.tables.cells import Cell
+from subquad.lra.tables.ledger import NAMES, Ledger
 
 Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot"]
 FIVE = ("listops", "text", "retrieval", "image", "pathfinder")

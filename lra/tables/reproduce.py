@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from subquad.lra import costs, ledger, results, tables, tasks
-from subquad.lra.cells import Cell
+from subquad.lra import results, tables, tasks
 from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
-from subquad.lra.ledger import Ledger
 from subquad.lra.recipes import Run
-
-BENCH = pathlib.Path(__file__).parents[1] / "scripts" / "bench_lra.py"
+from subquad.lra.tables import costs, ledger
+from subquad.lra.tables.cells import Cell
+from subquad.lra.tables.ledger import Ledger
 
 
 def missing(cells: Sequence[Cell], known: Ledger, seeds: int) -> list[tuple[Run, list[str]]]:
@@ -111,10 +110,10 @@ def _alarm(hours: float | None) -> Iterator[None]:
         timer.cancel()
 
 
-def bench_command(
+def bench_words(
     cells: Sequence[Cell], known: Ledger, path: str | os.PathLike, words: Sequence[str] = (), device: str | None = None
 ) -> list[str] | None:
-    """The command that measures what cells of ratios wait for, into the CSV at `path`; None where nothing is missing.
+    """What scripts/bench_lra.py measures for the cells of ratios that wait, into the CSV at `path`; None where none does.
 
     What was measured on another machine than `device` (None: this one) is missing.
     """
@@ -127,17 +126,27 @@ def bench_command(
     lengths = sorted({cell.length for cell in wanted})
     layers = list(dict.fromkeys(cell.layer for cell in wanted if cell.layer != "softmax"))
     return [
-        sys.executable, str(BENCH), "--model", tables.MODEL, "--modes", tables.MODE, "--layers", ",".join(["softmax", *layers]),
+        "--model", tables.MODEL, "--modes", tables.MODE, "--layers", ",".join(["softmax", *layers]),
         "--lengths", ",".join(map(str, lengths)), "--out", str(path), *words,
     ]  # fmt: skip
 
 
 def measure_missing(
-    cells: Sequence[Cell], path: str | os.PathLike, *, known: Ledger, words: Sequence[str] = (), say: Callable[[str], None]
+    program: str | os.PathLike,
+    cells: Sequence[Cell],
+    path: str | os.PathLike,
+    *,
+    known: Ledger,
+    words: Sequence[str] = (),
+    say: Callable[[str], None],
 ) -> int:
-    """Measures what is missing on this machine. Returns: the exit code of the command, 0 where nothing was missing."""
-    command = bench_command(cells, known, path, words)
-    if command is None:
+    """Measures what is missing on this machine, by `program`, scripts/bench_lra.py.
+
+    Returns: the exit code of the program, 0 where nothing was missing.
+    """
+    words = bench_words(cells, known, path, words)
+    if words is None:
         return 0
+    command = [sys.executable, str(program), *words]
     say(" ".join(command))
     return subprocess.run(command, check=False).returncode
