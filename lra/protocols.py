@@ -46,13 +46,17 @@ def _allowed(protocol: str, task: Task) -> dict[str, tuple[str, ...]]:
         allowed: dict[str, tuple[str, ...]] = {"selection": ("best",)}
         if task.kind == "pair":
             allowed["interaction"] = ("nli",)
-        return allowed | ({"config": ("modern",)} if task.name == "text" else {})
+        return allowed | ({"config": ("modern",)} if _is_imdb(task) else {})
     allowed = {"selection": ("last",), "inputs": ("tokens",)}
     if task.kind == "classification":
         allowed["pooling"] = ("cls", "mean")
     elif task.kind == "pair":
         allowed |= {"pooling": ("first", "cls", "mean"), "interaction": ("concat",)}
-    return allowed | ({"config": ("lra",)} if task.name == "text" else {})
+    return allowed | ({"config": ("lra",)} if _is_imdb(task) else {})
+
+
+def _is_imdb(task: Task) -> bool:
+    return task.dataset.startswith("lra_text/")
 
 
 def check(run: "Run", task: Task, given: Mapping[str, Any]) -> None:
@@ -63,7 +67,7 @@ def check(run: "Run", task: Task, given: Mapping[str, Any]) -> None:
     for name, allowed in _allowed(run.protocol, task).items():
         value = getattr(run, name)
         if value not in allowed:
-            why = " (there IMDb is validated on its test set)" if (task.name, value) == ("text", "lra") else ""
+            why = " (there IMDb is validated on its test set)" if _is_imdb(task) and value == "lra" else ""
             raise ValueError(
                 f"{name} must be {' or '.join(map(repr, allowed))} under protocol {run.protocol!r}, got {value!r}{why}. "
                 f"Pass {name}={allowed[0]!r}, or protocol={_OTHER[run.protocol]!r}."

@@ -1,5 +1,7 @@
 """What a user brings along: a task, a layer."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -31,6 +33,8 @@ def test_a_task_of_ones_own_is_asked_for_where_it_is_missing(tmp_path):
         train.train(recipes.plan(), out=tmp_path / "other", task=PARITY, splits=splits())
     with pytest.raises(ValueError, match="config must be the task's, 'own', got 'small'. Leave it out"):
         recipes.plan(task=PARITY, config="small")
+    namesake = dataclasses.replace(PARITY, name="text")  # the rules of IMDb are not its
+    assert recipes.plan(task=namesake, mlp_features=8).config == "own"
 
 
 @pytest.mark.parametrize(
