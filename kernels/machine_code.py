@@ -77,7 +77,10 @@ def compile(launched: launch.Launch, target: str) -> Compiled:
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     if nvidia:
         options["ptx_version"] = launch.PTX_VERSION
-    source = ASTSource(kernel, signature, dict(launched.constants), aligned)
+    constants = dict(launched.constants)
+    if not nvidia:  # its matrix cores take float32 as it is, and know no TF32
+        constants = {name: "ieee" if value == "tf32x3" else value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constants, aligned)
     try:
         compiled = triton_compile(source, target=gpu, options=options)
     except Exception as error:  # Triton raises what each of its stages happens to raise
