@@ -52,7 +52,7 @@ def find(name: str) -> type[nnx.Module]:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(
-            f"layer must be a known name or package.module:ClassName, got {name!r}. {nearest(name, LAYERS)}"
+            f"layer must be a known name, got {name!r}. {nearest(name, LAYERS)} One of your own is package.module:ClassName."
         )
     try:
         found = importlib.import_module(module)
