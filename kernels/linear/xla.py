@@ -9,14 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels.linear.chunks import BIDIRECTIONAL_CHUNK, chunk, empty, put, put_rows, sweep, take, take_rows
 from subquad.kernels.linear.features import LOG_FLOOR, RELU_OFFSET
 from subquad.kernels.linear.gradient import Arrays, Plan, bind, differentiable
 from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite
-from subquad.kernels.memory import bits, bits_dtype, numbers
+from subquad.kernels.memory import numbers
 
-CHUNK = 128
-# Without the weights inside a chunk, larger ones cost nothing but memory.
-BIDIRECTIONAL_CHUNK = 256
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -30,50 +28,6 @@ def random_feature_attention(query, key, value, projection, kernel, mask, is_cau
     """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
     arrays = bind(query, key, value, None, mask, projection, initial_state)
     return _run(Plan(kernel, is_causal, 0.0), arrays)
-
-
-# Chunks: [B, N, C, ...] in float32.
-
-
-def sweep(length: int, chunk: int, step, carry, reverse: bool = False):
-    """`carry` after step(carry, start, size) for all chunks; the last may be smaller."""
-    steps = -(-length // chunk)
-    chunk = -(-length // steps)
-    whole, rest = divmod(length, chunk)
-    if rest and reverse:
-        carry = step(carry, whole * chunk, rest)
-    if whole == 1:
-        carry = step(carry, 0, chunk)
-    else:
-        place = (lambda i: (whole - 1 - i) * chunk) if reverse else (lambda i: i * chunk)
-        carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(carry, place(i), chunk), carry)
-    if rest and not reverse:
-        carry = step(carry, whole * chunk, rest)
-    return carry
-
-
-def take(x, start, size):
-    """[B, N, C, ...] in float32 out of [B, T, N, ...]."""
-    return numbers(jax.lax.dynamic_slice_in_dim(bits(x), start, size, 1), x.dtype).swapaxes(1, 2).astype(jnp.float32)
-
-
-def empty(like):
-    """The bits of zeros, for `put`."""
-    return jnp.zeros(like.shape, bits_dtype(like.dtype))
-
-
-def put(x, part, start, like):
-    """`x`, the bits of an array [B, T, N, ...] of the dtype of `like`, with the chunk [B, N, C, ...]."""
-    return jax.lax.dynamic_update_slice_in_dim(x, bits(part.swapaxes(1, 2).astype(like.dtype)), start, 1)
-
-
-def take_rows(x, start, size):
-    """[B, N, C] out of [B, N, T]."""
-    return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
-
-
-def put_rows(x, part, start):
-    return jax.lax.dynamic_update_slice_in_dim(x, part, start, 2)
 
 
 # Features.
@@ -237,7 +191,7 @@ def forward(plan: Plan, arrays: Arrays):
 
     state = first_state(plan, arrays)
     if plan.is_causal:
-        state, out, weight, maximum = sweep(length, CHUNK, causal, (state, out, rows, rows if scaled else None))
+        state, out, weight, maximum = sweep(length, chunk(), causal, (state, out, rows, rows if scaled else None))
     else:
         state = sweep(arrays.key.shape[1], BIDIRECTIONAL_CHUNK, keys, state)
         out, weight = sweep(length, BIDIRECTIONAL_CHUNK, queries, (out, rows))
@@ -361,7 +315,7 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
         return add(state, key, value, scale), put(grad_query, of_inputs, start, arrays.query), grad_projection
 
     _, grad_query, grad_projection = sweep(
-        length, CHUNK, ahead, (first_state(plan, arrays), grad_query, grad_projection)
+        length, chunk(), ahead, (first_state(plan, arrays), grad_query, grad_projection)
     )
     first = first_state(plan, arrays)[2]
 
@@ -396,7 +350,7 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
         return (above, below, last), grad_key, grad_value, grad_scale, grad_projection
 
     later, *grads = sweep(
-        length, CHUNK, back,
+        length, chunk(), back,
         ((*grad_state[:2], last_state[2]), grad_key, grad_value, grad_scale, grad_projection), reverse=True,
     )  # fmt: skip
     return grad_query, *grads, (jnp.ones_like(later[2]), later[0], later[1])

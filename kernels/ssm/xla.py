@@ -18,9 +18,9 @@ HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
 # on top of their own decay. On the unit circle itself a slow or hardly damped mode makes C (I - A_bar^n) small and the
 # resolvent large; here both stay moderate, and undoing the decay costs a factor e of rounding at most.
 DAMPING = 1.0
-# Bytes of one [D, P, chunk] plane of the Cauchy sum, of the sums where that is never formed, and of one group's powers of
-# A_bar.
-CHUNK_BYTES = 1 << 20
+# Nodes and bytes of one [D, P, nodes] plane of the Cauchy sum, bytes of the sums where that is never formed, and of one
+# group's powers of A_bar.
+CHUNK_NODES, CHUNK_BYTES = 4096, 1 << 20
 SUMS_BYTES = 64 << 20
 POWER_BYTES = 4 << 20
 # Chunks of the diagonal scan: a chunk's Toeplitz matrix costs as much as the sequence is many chunks. And the bytes of one
@@ -212,37 +212,75 @@ def _generate(diagonal, low_rank, input_matrix, output_matrix, step, size, sums=
     mixed = -products.real * scaled.real[:, None, None] - products.imag * scaled.imag[:, None, None]
     numerators = rearrange([products.real, mixed], "n d i j p -> d (n i j) p")
 
-    @jax.checkpoint  # else the backward keeps every chunk of the Cauchy matrix
-    def chunk(nodes):
-        real, imag = nodes
-        plain, mixed = jnp.split((sums or _cauchy_sums)(numerators, scaled.real, scaled.imag, real, imag), 2, axis=1)
-        plain, mixed = (jax.lax.complex(x[:, :, 0], x[:, :, 1]).swapaxes(0, 1) for x in (plain, mixed))
-        nodes = jax.lax.complex(real, imag)
-        table = rearrange(2 * step[:, None] * (nodes * plain + mixed), "(i j) d l -> i j d l", i=outputs + rank)
-        # Woodbury, one column of the low rank at a time. The pivots have real parts >= 1.
-        for r in range(rank):
-            column, row = table[:, 1 + r, None], table[None, outputs + r]
-            table = table - column * row / (1 + table[outputs + r, 1 + r])
-        return (1 + nodes / 2) * table[:outputs, 0]
+    def group(systems):
+        @jax.checkpoint  # else the backward keeps every chunk of the Cauchy matrix
+        def chunk(nodes):
+            numerators, decay, turn, step = systems
+            real, imag = nodes
+            plain, mixed = jnp.split((sums or _cauchy_sums)(numerators, decay, turn, real, imag), 2, axis=1)
+            plain, mixed = (jax.lax.complex(x[:, :, 0], x[:, :, 1]).swapaxes(0, 1) for x in (plain, mixed))
+            nodes = jax.lax.complex(real, imag)
+            table = rearrange(2 * step[:, None] * (nodes * plain + mixed), "(i j) d l -> i j d l", i=outputs + rank)
+            # Woodbury, one column of the low rank at a time. The pivots have real parts >= 1.
+            for r in range(rank):
+                column, row = table[:, 1 + r, None], table[None, outputs + r]
+                table = table - column * row / (1 + table[outputs + r, 1 + r])
+            return (1 + nodes / 2) * table[:outputs, 0]
+
+        return rearrange(jax.lax.map(chunk, nodes), "n k d l -> k d (n l)")[..., :roots]
 
     roots = size // 2 + 1
-    # The XLA sums make a [D, P, width] matrix on the way, others only their results.
-    most = CHUNK_BYTES // (4 * features * pairs) if sums is None else SUMS_BYTES // (8 * features * numerators.shape[1])
-    width = max(16, min(roots, most))
+    # The XLA sums make a [D, P, width] matrix on the way, so few features at a time; others only their results.
+    if sums is None:
+        width = -(-roots // -(-roots // CHUNK_NODES))
+        groups = divisor(features, -(-features * pairs * width * 4 // CHUNK_BYTES))
+    else:
+        width, groups = max(16, min(roots, SUMS_BYTES // (8 * features * numerators.shape[1]))), 1
     index = rearrange(jnp.arange(-(-roots // width) * width), "(n l) -> n l", l=width)
     nodes = _nodes(jnp.minimum(index, roots - 1), size, scaled.real.dtype)
-    spectrum = rearrange(jax.lax.map(chunk, nodes), "n k d l -> k d (n l)")[..., :roots]
+    systems = numerators, scaled.real, scaled.imag, step
+    systems = tuple(rearrange(x, "(n d) ... -> n d ...", n=groups) for x in systems)
+    spectrum = rearrange(jax.lax.map(group, systems), "n k d l -> k (n d) l")
     return jnp.fft.irfft(spectrum, size)
 
 
+@jax.custom_vjp
 def _cauchy_sums(numerators, decay, turn, real, imag):
-    """sum_p numerators_vp / ((z_l - a_p) (z_l - conj(a_p))) over a = decay + i turn and z = real + i imag, [D, V, 2, L]."""
+    """sum_p numerators_vp / ((z_l - a_p) (z_l - conj(a_p))) over a = decay + i turn and z = real + i imag, [D, V, 2, L].
+
+    No gradient of z.
+    """
+    return _cauchy_forward(numerators, decay, turn, real, imag)[0]
+
+
+def _cauchy_forward(numerators, decay, turn, real, imag):
     # A difference of squares as a product: it is small at resonance.
-    distance, turn = real - decay[..., None], turn[..., None]
-    top, bottom = distance**2 + (turn - imag) * (turn + imag), 2 * imag * distance
+    distance, height = real - decay[..., None], turn[..., None]
+    top, bottom = distance**2 + (height - imag) * (height + imag), 2 * imag * distance
     inverse = 1 / (top**2 + bottom**2)
-    cauchy = jnp.stack([top * inverse, -bottom * inverse], axis=-2)
-    return jnp.einsum("dvp,dpcl->dvcl", numerators, cauchy, precision=HIGHEST)
+    cauchy = top * inverse, -bottom * inverse
+    sums = jnp.stack([jnp.einsum("dvp,dpl->dvl", numerators, plane, precision=HIGHEST) for plane in cauchy], axis=2)
+    return sums, (numerators, decay, turn, real, imag, cauchy)
+
+
+def _cauchy_backward(saved, grad):
+    """With c the fraction, dc / d decay = 2 (z - decay) c^2 and dc / d turn = -2 turn c^2: sums of c and of its square."""
+    numerators, decay, turn, real, imag, cauchy = saved
+
+    def sums(grad, planes):  # of the real part of conj(grad) times the planes
+        parts = (jnp.einsum("dvl,dpl->dvp", g, x, precision=HIGHEST) for g, x in zip(grad, planes, strict=True))
+        return sum(parts)
+
+    grad = grad[:, :, 0], grad[:, :, 1]
+    square = cauchy[0] ** 2 - cauchy[1] ** 2, 2 * cauchy[0] * cauchy[1]
+    plain = sums(grad, square)
+    with_z = sums((grad[0] * real + grad[1] * imag, grad[1] * real - grad[0] * imag), square)
+    of_decay = 2 * jnp.sum(numerators * (with_z - decay[:, None] * plain), axis=1)
+    of_turn = -2 * turn * jnp.sum(numerators * plain, axis=1)
+    return sums(grad, cauchy), of_decay, of_turn, None, None
+
+
+_cauchy_sums.defvjp(_cauchy_forward, _cauchy_backward)
 
 
 def _nodes(index, size, dtype):
