@@ -72,6 +72,8 @@ class Result:
     bits_per_byte_last: float | None = None
     floor_bag: float | None = None  # how often each token occurs, and no order
     floor_network: float | None = None  # a small convolutional network, see `data.probe`
+    floor_unigram: float | None = None  # bits per byte of the tokens' frequencies
+    floor_bigram: float | None = None  # of those after one token
 
 
 FIELDS = [one.name for one in dataclasses.fields(Result)]
@@ -235,6 +237,8 @@ COLUMNS = {
     "majority floor": lambda rows: _per_cent(rows[0].floor_majority),
     "root floor": lambda rows: _per_cent(rows[0].floor_root),
     "bag floor": lambda rows: _per_cent(rows[0].floor_bag),
+    "unigram floor": lambda rows: _mean(rows, "floor_unigram", "{:.3f}".format),
+    "bigram floor": lambda rows: _mean(rows, "floor_bigram", "{:.3f}".format),
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
     "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
     "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
@@ -285,6 +289,8 @@ def caption(rows: Sequence[Result]) -> str:
     seeds = sorted({row.seed for row in rows})
     chosen = "best on validation" if one.selection == "best" else "of the last step"
     judged, error, floors = "Bits per byte", "", ""
+    if one.floor_unigram is not None:
+        floors = "; unigram and bigram floors: counts of bytes, and of bytes after one byte"
     if not _models_language(rows):
         judged, floors = "Accuracy", "; majority floor: the commonest answer"
         error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"

@@ -24,7 +24,8 @@ class Task:
         length: what sequences are padded or cut to, in tokens.
         num_classes: labels are 0..num_classes-1; for a language model the tokens that it chooses from.
         splits: examples per split, as published or generated.
-        floors: the splits -> scores on test of rules that see (almost) nothing of the input, by name.
+        floors: the splits -> scores on test of rules that see (almost) nothing of the input, by name; a result keeps those
+            that it has a column for: majority, root, bag, network, unigram, bigram.
         source: where the task comes from.
         metric: of the predicted class; "bits per byte" for a language model.
         kind: "classification": one sequence, one label. "pair": two sequences, one label. "language_model": every
