@@ -1,7 +1,7 @@
 import pytest
 
 from subquad.lra import recipes, tasks
-from subquad.lra.recipes_base import Recipe, settings
+from subquad.lra.recipes.base import Recipe, settings
 from subquad.zoo import LAYERS
 
 ARENA_TASKS = [

@@ -1,6 +1,7 @@
 import pytest
 
-from subquad.lra import recipes, recipes_papers, tasks
+from subquad.lra import recipes, tasks
+from subquad.lra.recipes import papers
 from subquad.zoo import LAYERS
 
 SMALL = ("nystromformer", "skyformer", "xformers")
@@ -53,6 +54,6 @@ def test_rows_of_s4():
 
 
 def test_epochs_are_of_the_splits_that_there_are():
-    for task, examples in recipes_papers.EXAMPLES.items():
-        name, config = ("pathfinder", "128_hard") if task == "path_x" else (task, recipes_papers.CONFIGS[task])
+    for task, examples in papers.EXAMPLES.items():
+        name, config = ("pathfinder", "128_hard") if task == "path_x" else (task, papers.CONFIGS[task])
         assert tasks.find(name, config).splits["train"] == examples

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from subquad.lra.recipes_arena import ATTENTION
-from subquad.lra.recipes_base import Recipe
+from subquad.lra.recipes.arena import ATTENTION
+from subquad.lra.recipes.base import Recipe
 
 PICTURES = ("image", "pathfinder")
 PATH_X = ("pathfinder/128_hard", "pathfinder/release_128_hard")

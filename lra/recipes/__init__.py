@@ -10,9 +10,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import layers, models, protocols, tasks
-from subquad.lra.recipes_arena import ARENA, QUICKSTART
-from subquad.lra.recipes_base import Recipe, settings
-from subquad.lra.recipes_papers import PAPERS
+from subquad.lra.recipes.arena import ARENA, QUICKSTART
+from subquad.lra.recipes.base import Recipe, settings
+from subquad.lra.recipes.papers import PAPERS
 
 RECIPES: dict[str, Recipe] = {recipe.id: recipe for recipe in (QUICKSTART, ARENA, *PAPERS)}
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from subquad.lra.recipes_base import Recipe
+from subquad.lra.recipes.base import Recipe
 
 QUICKSTART = Recipe(
     id="quickstart",
