@@ -58,7 +58,7 @@ def accuracy_against_cost(rows: Iterable[Result], path: str | os.PathLike | None
         (statistics.mean(row.flops_per_step for row in group), 100 * statistics.mean(row.accuracy for row in group))
         for group in drawn
     ]
-    spread = [100 * statistics.stdev(row.accuracy for row in group) if len(group) > 1 else 0.0 for group in drawn]
+    spread = _deviations(drawn)
     best = front(points)
     axes.set(xscale="log", xlabel="FLOPs per training step", ylabel="test accuracy, %")
     if points:
@@ -96,7 +96,7 @@ def accuracy_against_time(rows: Iterable[Result], path: str | os.PathLike | None
     memory are named in the title.
 
     Args:
-        rows: results of one task; those that differ in the seed only become one bubble.
+        rows: results of one task; those that differ in the seed only become one bubble with a bar of one standard deviation.
         path: the file, PNG; None does not save.
     Returns: the matplotlib figure; its labels are `figure.axes[0].texts`.
     """
@@ -116,6 +116,7 @@ def accuracy_against_time(rows: Iterable[Result], path: str | os.PathLike | None
         # Large ones first, so that none hides another.
         axes.scatter(*zip(*points, strict=True), s=areas, c=colors, alpha=0.45, edgecolors=colors, linewidths=1)
         axes.scatter(*zip(*points, strict=True), s=6, c=INK, zorder=4)
+        axes.errorbar(*zip(*points, strict=True), yerr=_deviations(drawn), fmt="none", ecolor=INK, elinewidth=1)
         line = [points[index] for index in best]
         axes.plot(*zip(*line, strict=True), drawstyle="steps-post", color=FRONT, linewidth=1.5, label="Pareto front")
         least, most = min(x for x, _ in points), max(x for x, _ in points)
@@ -250,6 +251,11 @@ def _null():
 
 def _mean(rows: Sequence[Result], name: str) -> float:
     return statistics.mean(getattr(row, name) for row in rows)
+
+
+def _deviations(drawn: Sequence[Sequence[Result]]) -> list[float]:
+    """Standard deviations of accuracy over seeds, in per cent; 0 of one seed."""
+    return [100 * statistics.stdev(row.accuracy for row in group) if len(group) > 1 else 0.0 for group in drawn]
 
 
 def _mebi(size: float) -> str:
