@@ -67,7 +67,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     shown = []
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         for spec in track(chosen, description="Compiling", console=Console(stderr=True)):
             for row in rows_of(spec, targets, arguments.length):
