@@ -17,7 +17,8 @@ import time
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import bench, commands, energy, plots, programs, progress, racing, results, speed
+from subquad.lra import bench, commands, plots, progress, racing, results
+from subquad.lra.bench import energy, programs, speed
 from subquad.zoo import LAYERS
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}

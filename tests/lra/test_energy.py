@@ -3,7 +3,7 @@ import types
 
 import pytest
 
-from subquad.lra import energy
+from subquad.lra.bench import energy
 
 GPU = types.SimpleNamespace(platform="gpu", local_hardware_id=1)
 CPU = types.SimpleNamespace(platform="cpu", local_hardware_id=0)

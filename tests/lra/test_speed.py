@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from subquad.lra import energy, programs, racing, speed
+from subquad.lra import racing
+from subquad.lra.bench import energy, programs, speed
 from subquad.zoo import LAYERS
 
 TINY = dict(in_features=8, num_layers=1, mlp_features=8)

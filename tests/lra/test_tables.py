@@ -16,6 +16,12 @@ from tests.lra.test_results import row as made
 TRANSFORMER = "lra.1.transformer"
 
 
+@pytest.fixture
+def nothing_shipped(monkeypatch, tmp_path_factory):
+    """Only the rows that a test writes."""
+    monkeypatch.setattr(ledger, "SHIPPED", tmp_path_factory.mktemp("shipped"))
+
+
 def cell(name, paper="lra", table="1"):
     return next(one for one in cells.table(paper, table) if one.id == name)
 
@@ -154,6 +160,7 @@ def measurement(layer, length, **other):
     return bench.Measurement(**{**words, **other})
 
 
+@pytest.mark.usefixtures("nothing_shipped")
 def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
     rows = [measurement("performer", 1024, speed_ratio=1.3, memory_ratio=0.9), measurement("performer", 2048)]
     bench.write(rows, tmp_path / "bench.csv")

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from subquad.lra import bench, energy, racing, speed
+from subquad.lra import bench, racing
+from subquad.lra.bench import energy, speed
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 

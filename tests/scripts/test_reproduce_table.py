@@ -12,9 +12,10 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "reproduce_table.py"
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path, capsys):
-    """The command in this process: words -> (exit code, stdout, stderr)."""
+def call(monkeypatch, tmp_path, capsys, tmp_path_factory):
+    """The command in this process, where nothing was run before: words -> (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ledger, "SHIPPED", tmp_path_factory.mktemp("shipped"))
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.lra import energy, models, programs, racing, results
-from subquad.lra.bench import Measurement
+from subquad.lra import models, racing, results
+from subquad.lra.bench import Measurement, energy, programs
 from subquad.lra.checkpoints import line
 
 LONGEST, LARGEST_BATCH = 2**20, 2**14  # where the searches for limits end

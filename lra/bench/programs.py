@@ -280,7 +280,7 @@ def observe(text: str) -> int:
 def observed_peak(program: Program) -> tuple[int | None, str]:
     """(bytes at the peak, what observed them) of a program that runs alone in a process of its own; (None, why not)."""
     words = dict(run=dataclasses.asdict(program.run), length=program.task.length, mode=program.mode)
-    code = "import sys; from subquad.lra import programs; print(programs.observe(sys.argv[1]))"
+    code = "import sys; from subquad.lra.bench import programs; print(programs.observe(sys.argv[1]))"
     environment = {**os.environ, **racing.PLAIN_MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(words)], capture_output=True, text=True, env=environment, check=False
