@@ -287,8 +287,10 @@ class Attention(nnx.Module):
     def project(self, inputs_q, inputs_kv):
         """Query, key and value heads of checked inputs."""
         if inputs_kv is inputs_q:
-            return tokenwise(lambda inputs: (self.query(inputs), self.key(inputs), self.value(inputs)), inputs_q)
-        return tokenwise(self.query, inputs_q), *tokenwise(lambda inputs: (self.key(inputs), self.value(inputs)), inputs_kv)
+            heads = lambda inputs: (self.query(inputs), self.key(inputs), self.value(inputs))
+            return tokenwise(heads, inputs_q, is_linear=True)
+        key_value = lambda inputs: (self.key(inputs), self.value(inputs))
+        return tokenwise(self.query, inputs_q, is_linear=True), *tokenwise(key_value, inputs_kv, is_linear=True)
 
     def __call__(
         self,
@@ -318,7 +320,7 @@ class Attention(nnx.Module):
             refuse(type(self).__name__, "inputs_kv", "an array", "be None when is_causal",
                    "Construct a second layer with is_causal=False for cross-attention.")
         heads = self.attend(*self.project(call.inputs_q, call.inputs_kv), call.mask, **call.extras)
-        outputs = tokenwise(self.out, heads)
+        outputs = tokenwise(self.out, heads, is_linear=True)
         return outputs.reshape(*call.batch, *outputs.shape[1:])
 
     def extend(self, inputs: Float[Array, "B T D"], cache, *, mask: Bool[Array, "B 1 1 T"] | None = None):

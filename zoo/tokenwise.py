@@ -12,7 +12,7 @@ from subquad.kernels.memory import bits, bits_dtype, numbers, zeros_after
 LARGE_BYTES, PIECE_BYTES = 1 << 24, 1 << 22
 
 
-def tokenwise(function, *arrays):
+def tokenwise(function, *arrays, is_linear=False):
     """function(*arrays), where each token of the results is made of the same token of the arrays alone.
 
     XLA multiplies half precision on a CPU as float32, and turns arrays for the products of a backward pass: copies as
@@ -23,10 +23,12 @@ def tokenwise(function, *arrays):
         function: of arrays [B, T, ...]; returns arrays [B, T, ...] of floating-point numbers, for any T. Parameters that it
             closes over have gradients too.
         arrays: [B, T, ...] of floating-point numbers.
+        is_linear: the function is a linear map, which makes nothing on the way; float32 then gains nothing and goes at once.
     """
+    at_once = is_linear and all(x.dtype == bits_dtype(x.dtype) for x in arrays)
     length = arrays[0].shape[1]
     bytes_of_token = 4 * max(x.shape[0] * math.prod(x.shape[2:]) for x in arrays)
-    if jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
+    if at_once or jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
         return function(*arrays)
     size = min(length, max(64, PIECE_BYTES // bytes_of_token))
     pieces = (jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[2:]), x.dtype) for x in arrays)

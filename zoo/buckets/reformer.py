@@ -121,7 +121,7 @@ class ReformerAttention(Attention):
         return jax.random.normal(rngs.params(), shape)
 
     def project(self, inputs_q, inputs_kv):
-        query, value = tokenwise(lambda inputs: (self.query(inputs), self.value(inputs)), inputs_q)
+        query, value = tokenwise(lambda inputs: (self.query(inputs), self.value(inputs)), inputs_q, is_linear=True)
         return query, query, value
 
     def attend(self, query, key, value, mask):
