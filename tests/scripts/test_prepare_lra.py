@@ -1,4 +1,3 @@
-import functools
 import os
 import pathlib
 import runpy
@@ -74,9 +73,10 @@ def test_a_wrong_file_and_a_missing_one_are_a_line_each(tmp_path, monkeypatch, c
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_data_set(tmp_path):
-    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and its children ignore Ctrl-C
     words = command("prepare", "listops", "--data-dir", tmp_path)
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     parent = tmp_path / "lra_listops" / "lra"
     deadline = time.time() + 60
     while not list(parent.glob("incomplete.*")):
