@@ -110,7 +110,17 @@ def first_state(plan: Plan, arrays: Arrays):
     batch, _, heads, count = arrays.query.shape
     count = count if arrays.projection is None else arrays.projection.shape[1]
     largest = jnp.full((batch, heads), -jnp.inf if has_scale(plan, arrays) else 0.0)
-    return jnp.zeros((batch, heads, count, arrays.value.shape[-1])), jnp.zeros((batch, heads, count)), largest
+    shapes = (batch, heads, count, arrays.value.shape[-1]), (batch, heads, count)
+    return *unknown(tuple(map(jnp.zeros, shapes))), largest
+
+
+def unknown(arrays):
+    """The arrays, without XLA knowing that they are zeros where they are.
+
+    In a sequence of one chunk the state is known, and one dot product of two that XLA gives to its library for CPUs then
+    multiplies by whatever is in memory where the zeros should be (jaxlib 0.10 to 0.12).
+    """
+    return jax.tree.map(lambda x: x + 0.0 * jax.lax.broadcasted_iota(x.dtype, x.shape, x.ndim - 1), arrays)
 
 
 def transposed(x, y):
@@ -351,7 +361,7 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
 
     later, *grads = sweep(
         length, chunk(), back,
-        ((*grad_state[:2], last_state[2]), grad_key, grad_value, grad_scale, grad_projection), reverse=True,
+        ((*unknown(grad_state[:2]), last_state[2]), grad_key, grad_value, grad_scale, grad_projection), reverse=True,
     )  # fmt: skip
     return grad_query, *grads, (jnp.ones_like(later[2]), later[0], later[1])
 
