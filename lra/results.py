@@ -256,7 +256,7 @@ def groups(rows: Iterable[Result]) -> list[list[Result]]:
         without_seed = {name: value for name, value in json.loads(row.configuration).items() if name != "seed"}
         found.setdefault(json.dumps(without_seed, sort_keys=True), []).append(row)
     worth = lambda row: -row.bits_per_byte if row.bits_per_byte is not None else row.accuracy or 0.0
-    return sorted(found.values(), key=lambda group: -max(map(worth, group)))
+    return sorted(found.values(), key=lambda group: -statistics.mean(map(worth, group)))
 
 
 def _models_language(rows: Iterable[Result]) -> bool:
