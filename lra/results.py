@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import jax
 
+from subquad.lra import markup
 from subquad.lra.checkpoints import RunError, line
 
 
@@ -215,7 +216,7 @@ def read(path: str | os.PathLike) -> list[Result]:
         with path.open(newline="") as file:
             known = lambda row: [name for name in FIELDS if name in row or name in _REQUIRED]
             return [
-                Result(**{name: _parse(row[name], kinds[name]) for name in known(row)}) for row in csv.DictReader(file)
+                Result(**{name: parse_cell(row[name], kinds[name]) for name in known(row)}) for row in csv.DictReader(file)
             ]
     except (KeyError, ValueError, TypeError) as error:
         raise RunError(
@@ -223,7 +224,8 @@ def read(path: str | os.PathLike) -> list[Result]:
         ) from error
 
 
-def _parse(cell: str, kind):
+def parse_cell(cell: str, kind):
+    """A cell of a CSV file as the type of its column; an empty one is None where that may be."""
     parts = getattr(kind, "__args__", (kind,))
     if cell == "" and type(None) in parts:
         return None
@@ -277,10 +279,7 @@ def markdown(rows: Iterable[Result]) -> str:
     rows = list(rows)
     if not rows:
         return ""
-    heading, *body = cells(rows)
-    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *body]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in one) + " |" for one in lines)
-    return f"{table}\n\n{caption(rows)}\n"
+    return f"{markup.markdown(cells(rows))}\n\n{caption(rows)}\n"
 
 
 def caption(rows: Sequence[Result]) -> str:

@@ -223,14 +223,14 @@ def train(
 def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch, *, mesh=None):
     """One step of the optimiser: (state, fixed, batch) -> (state, loss). Its inputs' buffers may be reused."""
     key = jax.random.fold_in(jax.random.key(run.seed), state["step"])
-    total = parallel.over_batch(functools.partial(_gradient, run, objective, graph), mesh)
+    total = parallel.over_batch(functools.partial(batch_gradient, run, objective, graph), mesh)
     (value, count), gradient = total(state["parameters"], fixed, key, batch)
     # Sums until here, because parts of a batch may have different numbers of targets.
     value, gradient = jax.tree.map(lambda a: a / jnp.maximum(count, 1), (value, gradient))
     return apply_gradient(run, optimiser, state, gradient), value
 
 
-def _gradient(run: Run, objective: Objective, graph, parameters, fixed, key, batch):
+def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key, batch):
     """((sum of losses, number of targets), gradient of the sum) over a batch, in run.accumulate parts."""
 
     def loss(parameters, part, key):

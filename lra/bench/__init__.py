@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from subquad.lra import racing
+from subquad.lra import markup, racing
 from subquad.lra.checkpoints import RunError, line
-from subquad.lra.results import _parse
+from subquad.lra.results import parse_cell
 
 MODES = ("forward", "gradient", "train")
 
@@ -99,7 +99,7 @@ def read(path: str | os.PathLike) -> list[Measurement]:
     kinds = {one.name: one.type for one in dataclasses.fields(Measurement)}
     try:
         rows = racing.read_rows(path)
-        return [Measurement(**{name: _parse(row[name], kinds[name]) for name in FIELDS}) for row in rows]
+        return [Measurement(**{name: parse_cell(row[name], kinds[name]) for name in FIELDS}) for row in rows]
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise RunError(
             f"bench: file {pathlib.Path(path)} must have the columns of this version, got {line(error)}. Move it away."
@@ -254,9 +254,7 @@ def markdown(rows: Iterable[Measurement]) -> str:
     """All tables in Markdown."""
     parts = []
     for table in tables(rows):
-        line_of = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-        lines = [line_of(table.heading), line_of(["---"] + ["---:"] * (len(table.heading) - 1)), *map(line_of, table.body)]
-        parts.append("\n".join([f"### {table.title}", "", *lines, "", *table.notes, ""]))
+        parts.append("\n".join([f"### {table.title}", "", markup.markdown([table.heading, *table.body]), "", *table.notes, ""]))
     return "\n".join(parts)
 
 
@@ -264,22 +262,7 @@ def latex(rows: Iterable[Measurement]) -> str:
     """All tables in LaTeX, for the package booktabs."""
     parts = ["% Needs \\usepackage{booktabs}"]
     for table in tables(rows):
-        line_of = lambda cells: " & ".join(map(_escaped, cells)) + r" \\"
-        parts.append(
-            "\n".join([
-                r"\begin{table}", r"\centering", r"\caption{" + _escaped(f"{table.title}. {' '.join(table.notes)}") + "}",
-                r"\begin{tabular}{l" + "r" * (len(table.heading) - 1) + "}", r"\toprule", line_of(table.heading), r"\midrule",
-                *map(line_of, table.body), r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
-            ])
-        )  # fmt: skip
+        caption = markup.escaped(f"{table.title}. {' '.join(table.notes)}")
+        body = markup.latex([table.heading, *table.body])
+        parts.append("\n".join([r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", body, r"\end{table}", ""]))
     return "\n".join(parts)
-
-
-_SPECIAL = {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"},
-    "<": r"\textless{}", ">": r"\textgreater{}",
-}  # fmt: skip
-
-
-def _escaped(text: str) -> str:
-    return "".join(_SPECIAL.get(letter, letter) for letter in text)

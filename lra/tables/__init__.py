@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from subquad.lra import prepare, recipes, tasks
+from subquad.lra import markup, prepare, recipes, tasks
 from subquad.lra.data import catalogue
 from subquad.lra.results import Result
 from subquad.lra.tables import cells, costs, figures
@@ -280,22 +280,6 @@ def text(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first row is the heading."""
-    heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *body]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
-
-
-def latex(rows: Sequence[Sequence[str]]) -> str:
-    """A tabular in LaTeX, with booktabs; the first row is the heading."""
-    written = {"%": "\\%", "_": "\\_", "&": "\\&", "#": "\\#", "±": "$\\pm$"}
-    clean = lambda cell: "".join(written.get(sign, sign) for sign in cell)
-    heading, *body = [" & ".join(map(clean, row)) + r" \\" for row in rows]
-    lines = [r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}", r"\toprule", heading, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}"])
-
-
 def comma_separated(verdicts: Sequence[Verdict]) -> str:
     """One line for each cell, with its source and the values of the run that answers to it."""
     buffer = io.StringIO()
@@ -330,7 +314,7 @@ def render(paper: str, name: str, verdicts: Sequence[Verdict], ledger: Ledger, f
     if form == "csv":
         return comma_separated(verdicts)
     source = figures.sources()[paper, name]
-    draw = {"text": text, "markdown": markdown, "latex": latex}[form]
+    draw = {"text": text, "markdown": markup.markdown, "latex": markup.latex}[form]
     remarks = [f"{title(source)}. Theirs / ours.", *notes(source, verdicts, ledger)]
     if form == "latex":
         return "\n".join([*(f"% {remark}" for remark in remarks), draw(matrix(verdicts)), "", draw(listing(verdicts)), ""])

@@ -43,8 +43,10 @@ def test_machine_code(name, dtype):
 def test_short_sequences_compile(name):
     """tl.dot needs sides of 16 at least; the interpreter does not care."""
     spec = SPECS[name]
-    for launched in specs.launches(spec, "bfloat16", length=spec.lengths[min(1, len(spec.lengths) - 1)], bench=False):
-        machine_code.compile(launched, "sm_90")
+    launches = specs.launches(spec, "bfloat16", length=spec.lengths[min(1, len(spec.lengths) - 1)], bench=False)
+    assert launches, "nothing was launched"
+    for launched in launches:
+        assert machine_code.compile(launched, "sm_90").registers > 0
 
 
 @pytest.mark.aot

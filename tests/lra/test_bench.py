@@ -76,7 +76,6 @@ def test_markdown_and_latex_say_the_same():
     assert r"local & 667 (2.00) & 333 & 1,024 (1.00) & 2,048 (1.00) \\" in latex
     assert r"\begin{tabular}{lrrrr}" in latex and latex.count(r"\toprule") == latex.count(r"\end{table}") == 2
     assert r"10 \& 50 \% of\_it" in latex
-    assert bench._escaped("a_b \\ 5%") == r"a\_b \textbackslash{} 5\%"
 
 
 def test_cost_is_drawn_against_length_with_slopes_and_what_did_not_run(tmp_path):
@@ -93,7 +92,8 @@ def test_cost_is_drawn_against_length_with_slopes_and_what_did_not_run(tmp_path)
 
 
 def test_accuracy_is_drawn_against_time_with_memory_as_area(tmp_path):
-    found = results.read(pathlib.Path(results.__file__).parent / "results" / "quickstart.csv")
+    shipped = results.read(pathlib.Path(results.__file__).parent / "results" / "quickstart.csv")
+    found = [row for row in shipped if row.seed == 0]
     figure = plots.accuracy_against_time(found, tmp_path / "time.png")
     assert sorted(text.get_text() for text in figure.axes[0].texts) == sorted(row.layer for row in found)
     assert plots.overlaps(figure) == []
