@@ -52,19 +52,35 @@ def zeros_after(array, shape, dtype):
     return jnp.full(shape, zero.astype(dtype))
 
 
-def map_after(after, function, arrays):
-    """`jax.lax.map(function, arrays)` with halves as bits and no room for the results before there is `after`.
+def map_parts(function, parts: int, arrays, axes, axes_out, after):
+    """`function` of one part of the arrays at a time, and its results side by side.
 
-    It has no derivative: bits have none.
+    A loop that reads and writes where the parts lie: what the function turns, it turns once and a part at a time. Turned
+    before or after a loop, XLA turns it wherever it is used. The results have no room before there is `after`, and no
+    derivative: bits have none.
+
+    Args:
+        function: takes and returns a part of each of the arrays, and of each of the results.
+        parts: their number; it divides the size of every axis.
+        arrays: a tuple; None in it goes to the function as it is.
+        axes: along which each of them is cut; axes_out: along which each result is put together.
+    Returns: a tuple of the results.
     """
-    take = lambda i: function(
-        jax.tree.map(lambda x: numbers(jax.lax.dynamic_index_in_dim(bits(x), i, 0, keepdims=False), x.dtype), arrays)
-    )
-    count, likes = jax.tree.leaves(arrays)[0].shape[0], jax.eval_shape(take, 0)
+    sizes = [None if x is None else x.shape[axis] // parts for x, axis in zip(arrays, axes, strict=True)]
+
+    def take(i):
+        cut = lambda x, axis, size: jax.lax.dynamic_slice_in_dim(bits(x), i * size, size, axis)
+        words = zip(arrays, axes, sizes, strict=True)
+        return function(*(None if x is None else numbers(cut(x, axis, size), x.dtype) for x, axis, size in words))
 
     def step(i, whole):
-        return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, bits(one), i, 0), whole, take(i))
+        put = lambda x, part, axis: jax.lax.dynamic_update_slice_in_dim(x, bits(part), i * part.shape[axis], axis)
+        return tuple(None if x is None else put(x, *words) for x, *words in zip(whole, take(i), axes_out, strict=True))
 
-    whole = jax.tree.map(lambda x: zeros_after(after, (count, *x.shape), bits_dtype(x.dtype)), likes)
-    whole = jax.lax.fori_loop(0, count, step, whole)
-    return jax.tree.map(lambda x, like: numbers(x, like.dtype), whole, likes)
+    likes = jax.eval_shape(take, 0)
+    room = lambda x, axis: zeros_after(
+        after, tuple(n * parts if i == axis else n for i, n in enumerate(x.shape)), bits_dtype(x.dtype)
+    )
+    whole = tuple(None if x is None else room(x, axis) for x, axis in zip(likes, axes_out, strict=True))
+    whole = jax.lax.fori_loop(0, parts, step, whole)
+    return tuple(None if x is None else numbers(x, like.dtype) for x, like in zip(whole, likes, strict=True))

@@ -4,9 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
-from subquad.kernels.memory import map_after
+from subquad.kernels.memory import map_parts
 
 # Bytes of one group's padded inputs. The spectra of a group then stay well under the 32 MiB above which XLA:CPU pays for
 # fresh pages at every call, and all groups share one set of buffers.
@@ -50,20 +49,6 @@ def _groups(batch: int, features: int, size: int) -> int:
     return divisor(features, -(-batch * features * size * 4 // GROUP_BYTES))
 
 
-def _split(array, groups):
-    """[B, T, D] -> [groups, B, D/groups, T]: time last, where the FFT wants it."""
-    return rearrange(array, "b t (n d) -> n b d t", n=groups)
-
-
-def _join(array):
-    return rearrange(array, "n b d t -> b t (n d)")
-
-
-def _features(array, groups):
-    """[D, L] -> [groups, D/groups, L]."""
-    return None if array is None else rearrange(array, "(n d) l -> n d l", n=groups)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _convolve(inputs, kernel, ahead, size):
     """`kernel` [D, L] over the past of `inputs` [B, T, D], and `ahead` (or None) over what follows, by circles of `size`.
@@ -71,15 +56,23 @@ def _convolve(inputs, kernel, ahead, size):
     Only a group's taps are put on the circle at a time: all of them would take as much as the inputs in float32 twice.
     """
     length = inputs.shape[1]
+
+    def group(values, *taps):
+        spectrum = _circle(values, kernel.dtype, size) * _spectrum(*taps, size)
+        return (_line(spectrum, length, size).astype(inputs.dtype),)
+
     groups = _groups(*inputs.shape[::2], size)
+    return map_parts(group, groups, (inputs, kernel, ahead), (2, 0, 0), (2,), after=inputs)[0]
 
-    def group(arrays):
-        values, *taps = arrays
-        spectrum = jnp.fft.rfft(values.astype(kernel.dtype), size) * _spectrum(*taps, size)
-        return jnp.fft.irfft(spectrum, size)[..., :length].astype(inputs.dtype)
 
-    arrays = _split(inputs, groups), _features(kernel, groups), _features(ahead, groups)
-    return _join(map_after(inputs, group, arrays))
+def _circle(values, dtype, size):
+    """The spectra [B, D, size / 2 + 1] of [B, T, D]."""
+    return jnp.fft.rfft(values.astype(dtype).swapaxes(1, 2), size)
+
+
+def _line(spectrum, length, size):
+    """And back."""
+    return jnp.fft.irfft(spectrum, size)[..., :length].swapaxes(1, 2)
 
 
 def _spectrum(kernel, ahead, size):
@@ -96,22 +89,18 @@ def _forward(inputs, kernel, ahead, size):
 
 def _backward(size, saved, cotangent):
     """All gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
-    inputs, *taps = saved
-    length, (kernel, ahead) = inputs.shape[1], taps
-    groups = _groups(*inputs.shape[::2], size)
+    inputs, kernel, ahead = saved
 
-    def group(arrays):
-        values, outer, *taps = arrays
-        outer = jnp.fft.rfft(outer.astype(kernel.dtype), size)
-        inner = jnp.fft.irfft(outer * jnp.conj(_spectrum(*taps, size)), size)[..., :length].astype(inputs.dtype)
-        circle = jnp.sum(outer * jnp.conj(jnp.fft.rfft(values.astype(kernel.dtype), size)), axis=0)
+    def group(values, outer, *taps):
+        outer = _circle(outer, kernel.dtype, size)
+        inner = _line(outer * jnp.conj(_spectrum(*taps, size)), inputs.shape[1], size).astype(inputs.dtype)
+        circle = jnp.sum(outer * jnp.conj(_circle(values, kernel.dtype, size)), axis=0)
         circle = jnp.fft.irfft(circle, size)
         of_ahead = None if ahead is None else jnp.flip(circle[:, size - ahead.shape[1] :], axis=1)
         return inner, circle[:, : kernel.shape[1]], of_ahead
 
-    arrays = _split(inputs, groups), _split(cotangent, groups), *(_features(x, groups) for x in taps)
-    inner, *taps = map_after(cotangent, group, arrays)
-    return _join(inner), *(None if x is None else rearrange(x, "n d l -> (n d) l") for x in taps)
+    groups = _groups(*inputs.shape[::2], size)
+    return map_parts(group, groups, (inputs, cotangent, kernel, ahead), (2, 2, 0, 0), (2, 0, 0), after=cotangent)
 
 
 _convolve.defvjp(_forward, _backward)

@@ -103,8 +103,8 @@ def _largest(pointer, rows, ok, FEATURES: tl.constexpr):
 
 @triton.jit
 def _logits(x, pointer, rows, ok, high, low, features, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
-            HP: tl.constexpr, BF16: tl.constexpr, ACROSS: tl.constexpr):  # fmt: skip
-    """The inputs times the projection, [C, M], or [M, C] if ACROSS."""
+            HP: tl.constexpr, BF16: tl.constexpr, DIGITS: tl.constexpr, ACROSS: tl.constexpr):  # fmt: skip
+    """The inputs times the projection, [C, M], or [M, C] if ACROSS; in float32 with the precision DIGITS."""
     if BF16:
         # The projection in two parts: an exponent that lost its digits would be an error of per cents.
         weight, rest = _projection(high, features, H, HP, M), _projection(low, features, H, HP, M)
@@ -123,9 +123,9 @@ def _logits(x, pointer, rows, ok, high, low, features, N: tl.constexpr, M: tl.co
             inputs = _tile(pointer, rows, ok, columns, H, N * H).to(tl.float32)
             weight = _tile(high, features, features < M, columns, H, H)
             if ACROSS:
-                logits = tl.dot(weight, tl.trans(inputs), logits, input_precision="tf32x3")
+                logits = tl.dot(weight, tl.trans(inputs), logits, input_precision=DIGITS)
             else:
-                logits = tl.dot(inputs, tl.trans(weight), logits, input_precision="tf32x3")
+                logits = tl.dot(inputs, tl.trans(weight), logits, input_precision=DIGITS)
     return logits
 
 
@@ -133,7 +133,7 @@ def _logits(x, pointer, rows, ok, high, low, features, N: tl.constexpr, M: tl.co
 def _features(
     pointer, x, rows, ok, largest, high, low, features, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
     HP: tl.constexpr, FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, BF16: tl.constexpr,
-    ACROSS: tl.constexpr,
+    DIGITS: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """A block of the features of a chunk: [C, M], or [M, C] if ACROSS."""
     if FEATURES == "given":
@@ -142,7 +142,7 @@ def _features(
             phi = tl.trans(phi)
     else:
         axis: tl.constexpr = 0 if ACROSS else 1
-        logits = _logits(x, pointer, rows, ok, high, low, features, N, M, H, HP, BF16, ACROSS)
+        logits = _logits(x, pointer, rows, ok, high, low, features, N, M, H, HP, BF16, DIGITS, ACROSS)
         if FEATURES == "softmax":
             phi = tl.exp(tl.maximum(logits * (H**-0.25) - tl.expand_dims(largest, axis), FLOOR))
         else:
@@ -201,7 +201,7 @@ def _store_state(numerator, denominator, numerators, denominators, features, col
 def linear_largest(
     inputs, high, low, largest,
     T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PROJECTION_STRIDE: tl.constexpr,
-    BF16: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BF16: tl.constexpr, DIGITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The largest exponent among each token's softmax features."""
     sample, head, _, chunk = _place((T + CHUNK - 1) // CHUNK, 1, N)
@@ -213,7 +213,7 @@ def linear_largest(
     found = tl.full((CHUNK,), float("-inf"), tl.float32)
     for m in range(0, M, BLOCK_M):
         features = m + tl.arange(0, BLOCK_M)
-        logits = _logits(x, inputs, rows, rows < T, high, low, features, N, M, H, HP, BF16, False) * (H**-0.25)
+        logits = _logits(x, inputs, rows, rows < T, high, low, features, N, M, H, HP, BF16, DIGITS, False) * (H**-0.25)
         found = tl.maximum(found, tl.max(tl.where((features < M)[None, :], logits, float("-inf")), 1))
     tl.store(largest + (sample * N + head) * T + rows, found, mask=rows < T)
 
@@ -224,7 +224,7 @@ def linear_key_sums(
     S: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, FEATURES: tl.constexpr,
     FLOOR: tl.constexpr, OFFSET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, MASK_STRIDE: tl.constexpr,
-    PROJECTION_STRIDE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+    PROJECTION_STRIDE: tl.constexpr, BF16: tl.constexpr, DIGITS: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The state of each segment alone: sums over its keys, relative to its own largest log scale."""
@@ -253,7 +253,7 @@ def linear_key_sums(
         weighed = _operand(_tile(value, rows, seen, columns, V, N * V).to(tl.float32) * weight[:, None], BF16)
         weight = _column(weight, BF16)
         phi = _features(
-            key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+            key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, DIGITS, True
         )
         phi = _operand(phi, BF16)
         numerators = tl.dot(phi, weighed, numerators * decay, input_precision=PRECISION)
@@ -276,7 +276,7 @@ def linear_forward(
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr,
     FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     MASK_STRIDE: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr,
-    SMALLEST: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+    SMALLEST: tl.constexpr, BF16: tl.constexpr, DIGITS: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a segment from the state before it (causal), or from that of all keys."""
@@ -323,14 +323,15 @@ def linear_forward(
             if not RESIDENT:
                 numerators, denominators = _load_state(numerator, denominator, features, columns, M, V)
             phi = _features(
-                query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, False
+                query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, DIGITS, False
             )
             phi = _operand(phi, BF16)
             sums = tl.dot(phi, _operand(numerators, BF16), sums, input_precision=PRECISION)
             total = tl.dot(phi, _column(denominators, BF16), total, input_precision=PRECISION)
             if CAUSAL:
                 keys = _features(
-                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET,
+                    BF16, DIGITS, True,
                 )
                 keys = _operand(keys, BF16)
                 weights = tl.dot(phi, keys, weights, input_precision=PRECISION)
@@ -371,7 +372,7 @@ def linear_query_sums(
     T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, FEATURES: tl.constexpr,
     FLOOR: tl.constexpr, OFFSET: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, BF16: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIGITS: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What each segment's queries send back to the state before the segment."""
     BLOCKS_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -401,7 +402,7 @@ def linear_query_sums(
         grads = _operand(_tile(grad_out, rows, ok, columns, V, N * V).to(tl.float32) * factor[:, None], BF16)
         down = _column(factor * tl.load(slope + rows, mask=ok, other=0.0), BF16)
         phi = _features(
-            query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+            query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, DIGITS, True
         )
         phi = _operand(phi, BF16)
         numerators = tl.dot(phi, grads, numerators, input_precision=PRECISION)
@@ -420,7 +421,8 @@ def linear_backward_query(
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr,
     FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, DEAD: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr, MASK_STRIDE: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
-    BF16: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    BF16: tl.constexpr, DIGITS: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The part of the query's gradient that goes through one block of value features."""
     sample, head, block, segment = _place(SEGMENTS, BLOCKS, N)
@@ -482,7 +484,8 @@ def linear_backward_query(
             grad = (grad - denominators[:, None] * down[None, :]) * past[None, :]
             if CAUSAL:
                 keys = _features(
-                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET,
+                    BF16, DIGITS, True,
                 )
                 keys = _operand(keys, BF16)
                 grad = tl.dot(keys, scores, grad, input_precision=PRECISION)
@@ -497,7 +500,8 @@ def linear_backward_query(
                 tl.store(grad_query + place, grad.to(grad_query.dtype.element_ty), mask=inside)
             else:
                 phi = _features(
-                    query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                    query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET,
+                    BF16, DIGITS, True,
                 )
                 grad = _grad_logits(grad, phi, DEAD, M, H, FEATURES)
                 projection = tl.trans(_operand(_projection(high, features, H, HP, M), BF16))
@@ -525,7 +529,8 @@ def linear_backward_key(
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr,
     FEATURES: tl.constexpr, FLOOR: tl.constexpr, OFFSET: tl.constexpr, DEAD: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr, MASK_STRIDE: tl.constexpr, PROJECTION_STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
-    BF16: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    BF16: tl.constexpr, DIGITS: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values, backwards from what comes after the segment; relative to the maximum at each place."""
     sample, head, block, segment = _place(SEGMENTS, BLOCKS, N)
@@ -595,7 +600,7 @@ def linear_backward_key(
             if not RESIDENT:
                 numerators, denominators = _load_state(numerator, denominator, features, columns, M, V)
             keys = _features(
-                key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, False
+                key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, DIGITS, False
             )
             keys = _operand(keys, BF16)
             sums = _operand(numerators, BF16)
@@ -604,7 +609,8 @@ def linear_backward_key(
             grad = (grad + (denominators * alone)[:, None]) * after[None, :]
             if CAUSAL:
                 queries = _features(
-                    query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                    query, q, rows, ok, q_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET,
+                    BF16, DIGITS, True,
                 )
                 queries = _operand(queries, BF16)
                 weights = tl.dot(keys, queries, weights, input_precision=PRECISION)
@@ -622,7 +628,8 @@ def linear_backward_key(
                     of_length += tl.sum(phi.to(tl.float32) * grad, 0)
             else:
                 phi = _features(
-                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET, BF16, True
+                    key, k, rows, seen, k_largest, high, low, features, N, M, H, HP, FEATURES, FLOOR, OFFSET,
+                    BF16, DIGITS, True,
                 )
                 grad = _grad_logits(grad, phi, DEAD, M, H, FEATURES)
                 projection = tl.trans(_operand(_projection(high, features, H, HP, M), BF16))
@@ -749,6 +756,7 @@ class _Call:
             HAS_SCALE=arrays.scale is not None, HAS_MASK=arrays.mask is not None,
             MASK_STRIDE=0 if arrays.mask is None or arrays.mask.shape[0] == 1 else self.keys,
             CAUSAL=plan.is_causal, EPS=float(plan.eps), SMALLEST=SMALLEST_DENOMINATOR, BF16=self.bf16,
+            DIGITS=launch.dot_precision(jnp.float32),
             # float16 has neither the range of the sums nor that of the features, but TF32 has all of its digits.
             PRECISION=launch.dot_precision(jnp.float32 if "float32" in dtypes else jnp.float16),
         )  # fmt: skip

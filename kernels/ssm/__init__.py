@@ -122,17 +122,18 @@ def dplr_kernel(
 
         K_l = C A_bar^l B_bar,    0 <= l < L                                                             (S4 eq. 5)
 
-    by its generating function at n >= L points w of a circle, and an inverse FFT:
+    "xla" takes l = c l1 + l2 with c ~ sqrt(L), and multiplies the rows C A_bar^(c l1) by the columns A_bar^l2 B_bar. The
+    columns double with every squaring of A_bar, the rows go on by A_bar^c. "triton" takes the paper's generating function at
+    n >= L points w of a circle, and an inverse FFT:
 
         K^(w) = sum_{l < n} K_l w^l = 2 / (1 + w) C~ (z - step A)^-1 step B,
             z = 2 (1 - w) / (1 + w),    C~ = C (I - w^n A_bar^n)                                         (S4 appendix C.3)
 
     The resolvent of the diagonal part is a Cauchy sum over modes, and Woodbury's identity adds the low rank. The paper's
     circle goes through w = -1, where z is infinite, and close to the poles of slow modes; ours is inside it, w^n = 1/e, which
-    changes nothing but rounding.
+    changes nothing but rounding. The paper trains C~ for one length; here `output_matrix` is C itself, whatever the length.
 
-    Cost: time O(D P L + D P^3 log L), memory O(D (P^2 + L)). The second term is A_bar^n by repeated squaring, which lets
-    `output_matrix` be C itself, whatever the length; the paper trains C~ for one length instead.
+    Cost: "xla": time O(D P (L + P sqrt(L) + P^2 log L)), "triton": O(D P (L + P^2 log L)); memory O(D L).
 
     Args:
         diagonal: Lambda [D, P], real parts negative.
@@ -141,7 +142,7 @@ def dplr_kernel(
         output_matrix: C [*K, D, P]; leading axes are several outputs of the same states.
         step: [D].
         length: L >= 1, odd or even.
-        implementation: "triton" makes the Cauchy sums in one kernel, "xla" by chunks; "reference" multiplies by the dense
+        implementation: "triton" makes the Cauchy sums in one kernel; "xla" makes none; "reference" multiplies by the dense
             A_bar L times.
     Returns: [*K, D, L] in float32.
     Raises: ValueError: the shapes do not fit, length < 1.

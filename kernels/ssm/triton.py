@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch
-from subquad.kernels.ssm import xla
+from subquad.kernels.ssm import cauchy, xla
 
 FLOATS = launch.FLOATS
 
@@ -746,7 +746,7 @@ def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length, *
     def sums(numerators, decay, turn, real, imag):
         return _cauchy_sums(mode, numerators[None], decay[None], turn[None], jnp.stack([real, imag])[None])[0]
 
-    return xla.dplr_kernel(*arrays, step, length, sums)
+    return cauchy.dplr_kernel(*arrays, step, length, sums)
 
 
 # ------------------------------------------------------------------------------------------- the DPLR recurrence

@@ -31,3 +31,16 @@ def test_a_second_derivative_in_half_precision_is_refused():
     with pytest.raises(NotImplementedError, match='order must be 1 in bfloat16 .* implementation="reference"'):
         curvature(x.astype(jnp.bfloat16), "xla")
     assert jnp.abs(curvature(x.astype(jnp.bfloat16), "reference")).max() > 0
+
+
+def test_parts_come_together_where_they_lie():
+    x, y = jnp.arange(24.0).reshape(2, 3, 4), jnp.arange(4, dtype=jnp.bfloat16)
+
+    def function(x, y, nothing):
+        assert x.shape == (2, 3, 2) and y.shape == (2,) and nothing is None
+        return x * y.astype(x.dtype), None, y + 1
+
+    product, nothing, more = memory.map_parts(function, 2, (x, y, None), (2, 0, 0), (2, 0, 0), after=x)
+    np.testing.assert_array_equal(product, x * y.astype(x.dtype))
+    np.testing.assert_array_equal(more, y + 1)
+    assert nothing is None and more.dtype == jnp.bfloat16
