@@ -19,8 +19,8 @@ def test_pieces_give_what_the_whole_gives(monkeypatch, dtype):
 
     def loss(weight, first, second):
         def function(x, y):
-            heads = (jnp.tanh(x) @ weight).reshape(*x.shape[:2], 2, 3) * y
-            return {"heads": heads, "sum": heads.sum(2)}
+            heads = (jnp.tanh(x) @ weight).reshape(-1, 2, 3) * y
+            return {"heads": heads, "sum": heads.sum(1)}
 
         found = tokenwise(function, first, second)
         return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in found.values()), found

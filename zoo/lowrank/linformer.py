@@ -4,6 +4,7 @@ from typing import Any, Literal, Unpack, get_args
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -66,8 +67,14 @@ class LinformerProjection(nnx.Module):
                 inputs = jnp.where(mask[:, 0, 0, :, None, None], inputs, 0)
             # Cast first: on the CPU a sum of bfloat16 products is either bfloat16 or not implemented.
             rows = matrix[..., : inputs.shape[1], :].astype(jnp.float32)
-            form = "bsnh,sm->bmnh" if self.num_heads is None else "bsnh,nsm->bmnh"
-            mixed.append(jnp.einsum(form, inputs.astype(jnp.float32), rows).astype(inputs.dtype))
+            if self.num_heads is None:
+                # Tokens first, and the rest on one axis: else XLA on a CPU turns the inputs, at the cost of the product.
+                tokens = rearrange(inputs.astype(jnp.float32), "b s n h -> s (b n h)")
+                sums = jnp.einsum("sm,sk->mk", rows, tokens)
+                sums = rearrange(sums, "m (b n h) -> b m n h", b=inputs.shape[0], n=inputs.shape[2])
+            else:
+                sums = jnp.einsum("bsnh,nsm->bmnh", inputs.astype(jnp.float32), rows)
+            mixed.append(sums.astype(inputs.dtype))
         return mixed[0], mixed[1]
 
 
