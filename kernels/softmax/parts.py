@@ -11,8 +11,8 @@ import numpy as np
 
 from subquad.kernels.memory import bits, bits_dtype, numbers
 
-# Bytes of an array of one part in float32. On a CPU a buffer of more than 32 MiB is mapped anew each time.
-CPU_BYTES, ACCELERATOR_BYTES = 1 << 25, 1 << 28
+# Bytes of an array of one part in float32: on a CPU little beside the arguments, and enough for what each step costs anyway.
+CPU_BYTES, ACCELERATOR_BYTES = 1 << 22, 1 << 28
 
 
 def room(length: int, features: int) -> int:
