@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from subquad.kernels.memory import map_parts
 
-# Bytes of one group's padded inputs. The spectra of a group then stay well under the 32 MiB above which XLA:CPU pays for
-# fresh pages at every call, and all groups share one set of buffers.
-GROUP_BYTES = 4 << 20
+# Bytes of one group's padded inputs. On a CPU the spectra of a group then stay well under the 32 MiB above which XLA pays
+# for fresh pages at every call, and all groups share one set of buffers.
+CPU_BYTES, OTHER_BYTES = 1 << 22, 1 << 28
 
 
 def fast_length(length: int) -> int:
@@ -45,8 +45,9 @@ def divisor(number: int, least: int) -> int:
 
 
 def _groups(batch: int, features: int, size: int) -> int:
-    """How many groups the features make, each under GROUP_BYTES."""
-    return divisor(features, -(-batch * features * size * 4 // GROUP_BYTES))
+    """How many groups the features make."""
+    most = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
+    return divisor(features, -(-batch * features * size * 4 // most))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

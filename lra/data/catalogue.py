@@ -25,7 +25,7 @@ PATHFINDER_CONFIGS = (
 PATHFINDER_RELEASES = tuple(
     f"release_{side}_{level}" for side in (32, 64, 128, 256) for level in ("hard", "intermediate", "easy")
 )
-PATHFINDER_COSTS = {"32": (270, 90e6), "64": (4000, 200e6), "128": (4500, 500e6), "256": (18000, 1.5e9)}
+PATHFINDER_COSTS = {"32": (220, 90e6), "64": (2200, 200e6), "128": (2500, 500e6), "256": (750, 1.5e9)}
 THREE = {"train": "train", "validation": "validation", "test": "test"}
 
 
