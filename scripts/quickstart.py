@@ -6,6 +6,7 @@ Finished layers are kept: the same command goes on where an earlier one was stop
 import sys
 import time
 
+from subquad import zoo
 from subquad.lra import checkpoints, commands, plots, recipes, results, tasks, train
 from subquad.lra.progress import clock
 
@@ -13,8 +14,8 @@ from subquad.lra.progress import clock
 def parse():
     parser = commands.Parser(prog="quickstart", description=__doc__)
     every = list(recipes.RECIPES["quickstart"].layers)
-    listed = f"of {' '.join(every)}; default: all"
-    parser.add_argument("--layers", nargs="+", default=every, metavar="LAYER", help=listed)
+    listed = f"of {' '.join(every)}; default: all that the task admits"
+    parser.add_argument("--layers", nargs="+", default=None, metavar="LAYER", help=listed)
     parser.add_argument("--steps", type=int, default=recipes.Run.steps, help=f"of each layer; default: {recipes.Run.steps}")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and order; default: 0")
     parser.add_argument("--task", default="listops", help=f"one of {', '.join(tasks.TASKS)}; default: listops")
@@ -24,12 +25,28 @@ def parse():
     return parser.parse_args()
 
 
+def words(given: list[str]) -> list[str]:
+    return list(dict.fromkeys(name for word in given for name in word.split(",") if name))
+
+
+def admitted(shared: dict) -> list[str]:
+    """The recipe's layers, for a language model those that can be causal."""
+    every = list(recipes.RECIPES["quickstart"].layers)
+    first = recipes.plan("quickstart", every[0], **shared)
+    if tasks.find(first.task, first.config).kind != "language_model":
+        return every
+    causal = [name for name in every if zoo.LAYERS[name].supports.causal]
+    left_out = [name for name in every if name not in causal]
+    print(f"Left out, because a language model must be causal: {', '.join(left_out)}.", file=sys.stderr)
+    return causal
+
+
 def main() -> int:
     arguments = parse()
     began = time.monotonic()
-    layers = list(dict.fromkeys(name for word in arguments.layers for name in word.split(",") if name))
     shared = {name: getattr(arguments, name) for name in ("steps", "seed", "task")}
     shared |= {} if arguments.config is None else {"config": arguments.config}
+    layers = admitted(shared) if arguments.layers is None else words(arguments.layers)
     # All of them first: a wrong word is told before anything is trained.
     runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
     out = checkpoints.open_folder(arguments.out)

@@ -102,6 +102,13 @@ def test_a_read_only_folder_is_told(tmp_path):
     assert finished.returncode == 1 and finished.stderr.startswith("quickstart: out: folder")
 
 
+def test_layers_that_cannot_be_causal_are_left_out_of_a_language_model(tmp_path):
+    (tmp_path / "file").touch()
+    finished = run("quickstart", "--task", "pylib_lm", "--out", tmp_path / "file")
+    assert finished.returncode == 1 and "quickstart: out: folder" in finished.stderr  # past the layers, and no further
+    assert finished.stderr.startswith("Left out, because a language model must be causal: linformer.\n")
+
+
 def test_a_damaged_data_set_is_told(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     shard = next((tmp_path / "data").rglob("*train.array_record*"))
