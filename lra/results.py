@@ -235,10 +235,10 @@ def parse_cell(cell: str, kind):
 # What the table shows: heading, and the cell of a group of rows that differ in seed only.
 COLUMNS = {
     "layer": lambda rows: rows[0].layer,
-    "test accuracy": lambda rows: _score(rows),
-    "majority floor": lambda rows: _per_cent(rows[0].floor_majority),
-    "root floor": lambda rows: _per_cent(rows[0].floor_root),
-    "bag floor": lambda rows: _per_cent(rows[0].floor_bag),
+    "test accuracy": lambda rows: score(rows),
+    "majority floor": lambda rows: per_cent(rows[0].floor_majority),
+    "root floor": lambda rows: per_cent(rows[0].floor_root),
+    "bag floor": lambda rows: per_cent(rows[0].floor_bag),
     "unigram floor": lambda rows: _mean(rows, "floor_unigram", "{:.3f}".format),
     "bigram floor": lambda rows: _mean(rows, "floor_bigram", "{:.3f}".format),
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
@@ -300,11 +300,16 @@ def caption(rows: Sequence[Result]) -> str:
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "
         f"examples of the {one.split} split{error}, parameters {chosen}{floors}. "
         "Peak memory of the compiled training step, its inputs included; FLOPs counted from its jaxpr. "
-        f"{one.hardware}; {one.versions}; commit {one.commit[:12]}."
+        f"{machine(one)}"
     )
 
 
-def _score(rows: Sequence[Result]) -> str:
+def machine(row: Result) -> str:
+    """Where a row is from, as a sentence."""
+    return f"{row.hardware}; {row.versions}; commit {row.commit[:12]}."
+
+
+def score(rows: Sequence[Result]) -> str:
     """Of rows that differ in seed only: accuracy, or bits per byte."""
     name, scale, digits, unit = ("bits_per_byte", 1, 3, "") if _models_language(rows) else ("accuracy", 100, 1, " %")
     values = [scale * getattr(row, name) for row in rows if row.status == "ok"]
@@ -323,7 +328,7 @@ def _mean(rows: Sequence[Result], name: str, write) -> str:
     return write(statistics.mean(values)) if values else ""
 
 
-def _per_cent(value: float | None) -> str:
+def per_cent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 

@@ -5,16 +5,19 @@
 """
 
 import inspect
+import math
 import pathlib
 import re
 import sys
 
 from subquad import zoo
-from subquad.lra import racing, results
+from subquad.lra import bench, markup, racing, results
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 QUICKSTART = ROOT / "lra" / "results" / "quickstart.csv"
+OFFLINE = ROOT / "lra" / "results" / "offline.csv"
+COSTS = ROOT / "lra" / "results" / "bench.csv"
 PEERS = ROOT / "kernels" / "results" / "peers_cpu.csv"
 
 
@@ -68,11 +71,61 @@ def memory_table(rows) -> str:
     return "\n".join([*lines, "", f"{shape}, {first['dtype']}, compiled for {first['hardware']}."])
 
 
+# Columns of a result, what the rule sees, and how its score is written.
+FLOORS = (
+    ("floor_majority", "the commonest answer", results.per_cent),
+    ("floor_bag", "a bag of tokens", results.per_cent),
+    ("floor_unigram", "counts of bytes", "{:.3f}".format),
+    ("floor_bigram", "counts of pairs of bytes", "{:.3f}".format),
+)
+
+
+def task_table(rows) -> str:
+    """Layers by tasks: the score of each, below them the floors, and what each column was measured on."""
+    columns: dict[str, dict[str, list]] = {}
+    for group in sorted(results.groups(rows), key=lambda group: group[0].finished_utc):
+        columns.setdefault(group[0].task, {})[group[0].layer] = group
+    firsts = {task: next(group[0] for group in column.values() if group[0].status == "ok") for task, column in columns.items()}
+    heading, notes = ["layer"], []
+    for task, one in firsts.items():
+        unit, error = "bits per byte", ""
+        if one.bits_per_byte is None:
+            unit, error = "accuracy", f", standard error up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
+        heading.append(f"{task}, {unit}")
+        seeds = sorted({str(row.seed) for group in columns[task].values() for row in group})
+        trained = f"{one.steps} steps of {one.batch_size}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+        notes.append(f"{task}: {trained}, {one.test_examples:,} test examples{error}.")
+    body = []
+    for layer in zoo.LAYERS:
+        body.append([layer, *(score(layer, column.get(layer)) for column in columns.values())])
+    for name, what, written in FLOORS:
+        cells = [getattr(one, name) for one in firsts.values()]
+        if any(value is not None for value in cells):
+            body.append([f"*{what}*", *("" if value is None else written(value) for value in cells)])
+    machines = dict.fromkeys(map(results.machine, firsts.values()))
+    return "\n".join([markup.markdown([heading, *body]), "", " ".join([*notes, *machines])])
+
+
+def score(layer: str, group) -> str:
+    """The score alone; how many seeds it is of is told once, below the table."""
+    if group is None:
+        return "not run" if zoo.LAYERS[layer].supports.causal else "not causal"
+    return results.score(group).partition(" (")[0]
+
+
+def cost_table(rows) -> str:
+    """Steps per second and memory against length, as the arena's table 2."""
+    table = bench.tables(rows)[0]
+    return "\n".join([markup.markdown([table.heading, *table.body]), "", f"{table.title}. {' '.join(table.notes)}"])
+
+
 def generated() -> dict[str, str]:
     peers = racing.read_rows(PEERS)
     return {
         "layers": layer_table(),
         "quickstart": results.markdown(results.read(QUICKSTART)),
+        "tasks": task_table(results.read(OFFLINE)),
+        "costs": cost_table(bench.read(COSTS)),
         "peers": peers_table(peers),
         "memory": memory_table(peers),
     }
