@@ -56,8 +56,8 @@ def map_parts(function, parts: int, arrays, axes, axes_out, after):
     """`function` of one part of the arrays at a time, and its results side by side.
 
     A loop that reads and writes where the parts lie: what the function turns, it turns once and a part at a time. Turned
-    before or after a loop, XLA turns it wherever it is used. The results have no room before there is `after`, and no
-    derivative: bits have none.
+    before or after a loop, XLA turns it wherever it is used. The results have no room before there is `after`, and halves
+    no derivative: bits have none.
 
     Args:
         function: takes and returns a part of each of the arrays, and of each of the results.
