@@ -58,10 +58,11 @@ CPU_TILE, ACCELERATOR_TILE = 1 << 20, 1 << 24
 
 
 def choose_plan(batch: int, heads: int, queries: int, keys: int) -> Plan:
-    """Even tiles, square but for few queries, and parts of the batch so small that a tile need not shrink further."""
-    limit, most = (CPU_TILE, 256) if jax.default_backend() == "cpu" else (ACCELERATOR_TILE, 1024)
-    query = even(queries, most)
-    key = even(keys, max(most, most**2 // query))
+    """Even tiles, the fewer the queries the more keys, and parts of the batch so small that a tile need not shrink further."""
+    # On a CPU fewer queries than keys: t of the t + s distances in the band of a tile belong to no pair.
+    limit, rows, columns = (CPU_TILE, 128, 256) if jax.default_backend() == "cpu" else (ACCELERATOR_TILE, 1024, 1024)
+    query = even(queries, rows)
+    key = even(keys, rows * columns // query)
     room = max(1, limit // (heads * query * (query + key)))
     parts = next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= room)
     while heads * (batch // parts) * query * (query + key) > 4 * limit and key > 32:
@@ -121,12 +122,16 @@ def skew(scores, keys: int):
     return flat.reshape(*scores.shape[:-2], rows, width - 1)[..., :keys]
 
 
-def unskew(scores):
-    """The transpose of `skew`: [..., t, s] -> [..., t, t + s]."""
+def unskew(sheet, scores):
+    """The transpose of `skew`, [..., t, s] -> [..., t, t + s], and the sheet with the scores on it.
+
+    The sheet holds [..., t + 1, t + s - 1] zeros around where the scores are laid. A loop carries it, as an array that is
+    padded anew takes a CPU as long as the products with it.
+    """
     rows, keys = scores.shape[-2:]
-    batch = [(0, 0)] * (scores.ndim - 2)
-    flat = jnp.pad(scores, [*batch, (0, 0), (0, rows - 1)]).reshape(*scores.shape[:-2], -1)
-    return jnp.pad(flat, [*batch, (rows - 1, 1)]).reshape(*scores.shape[:-2], rows, rows + keys)
+    sheet = lax.dynamic_update_slice(sheet, scores, (0,) * (scores.ndim - 1) + (rows - 1,))
+    flat = sheet.reshape(*scores.shape[:-2], -1)[..., : rows * (rows + keys)]
+    return sheet, flat.reshape(*scores.shape[:-2], rows, rows + keys)
 
 
 def band_start(plan: Plan, i, j):
@@ -139,7 +144,9 @@ def near(plan: Plan, band, i, j):
 
 
 def add_near(plan: Plan, band, change, i, j):
-    return lax.dynamic_update_slice_in_dim(band, near(plan, band, i, j) + change, band_start(plan, i, j), axis=1)
+    """The band [N, H, R] with `change` [N, H, t + s] added where tile (i, j) meets it."""
+    old = lax.dynamic_slice_in_dim(band, band_start(plan, i, j), plan.query + plan.key, axis=2)
+    return lax.dynamic_update_slice_in_dim(band, old + change, band_start(plan, i, j), axis=2)
 
 
 def put(tiles, tile, p, i):
@@ -153,7 +160,7 @@ def dot(equation, a, b):
 
 def scores_of(plan: Plan, tiles: Tiles, p, i, j):
     """The scores of a step, [b, N, t, s]; -inf where the query may not see the key."""
-    by_distance = dot("bnth,nrh->bntr", tiles.position[p, i], near(plan, tiles.band, i, j))
+    by_distance = dot("nrh,bnth->bntr", near(plan, tiles.band, i, j), tiles.position[p, i])
     scores = dot("bnth,bnsh->bnts", tiles.content[p, i], tiles.key[p, j]) + skew(by_distance, plan.key)
     at = plan.offset + i * plan.query + jnp.arange(plan.query)
     seen = j * plan.key + jnp.arange(plan.key) <= at[:, None]
@@ -203,24 +210,31 @@ def _backward(plan, saved, d_out):
     lse, shift, d_out = (cut_rows(plan, x, plan.query) for x in rows)
 
     def step(carry, p, i, j):
-        d_content, d_position, d_key, d_value, d_band = carry
+        d_content, d_position, d_key, d_value, d_band, sheet = carry
         weights = jnp.exp(scores_of(plan, tiles, p, i, j) - lse[p, i][..., None])
         d_weights = dot("bntv,bnsv->bnts", d_out[p, i], tiles.value[p, j])
         d_scores = (weights * (d_weights - shift[p, i][..., None])).astype(content.dtype)
-        d_by_distance = unskew(d_scores)
+        sheet, d_by_distance = unskew(sheet, d_scores)
         add = lambda x, change, at: put(x, x[p, at] + change, p, at)
         return (
             add(d_content, dot("bnts,bnsh->bnth", d_scores, tiles.key[p, j]), i),
-            add(d_position, dot("bntr,nrh->bnth", d_by_distance, near(plan, tiles.band, i, j)), i),
-            add(d_key, dot("bnts,bnth->bnsh", d_scores, tiles.content[p, i]), j),
-            add(d_value, dot("bnts,bntv->bnsv", weights.astype(d_out.dtype), d_out[p, i]), j),
-            add_near(plan, d_band, dot("bntr,bnth->nrh", d_by_distance, tiles.position[p, i]), i, j),
+            add(d_position, dot("nrh,bntr->bnth", near(plan, tiles.band, i, j), d_by_distance), i),
+            add(d_key, dot("bnth,bnts->bnhs", tiles.content[p, i], d_scores), j),
+            add(d_value, dot("bntv,bnts->bnvs", d_out[p, i], weights.astype(d_out.dtype)), j),
+            add_near(plan, d_band, dot("bnth,bntr->nhr", tiles.position[p, i], d_by_distance), i, j),
+            sheet,
         )
 
-    *gradients, d_band = sweep(plan, step, tuple(jnp.zeros(x.shape, lse.dtype) for x in tiles[:5]))
+    # Gradients summed over queries have the features before the positions: a product that turns a tile of weights takes
+    # twice the time of one that turns a tile of queries.
+    like = *tiles[:2], *(x.swapaxes(-1, -2) for x in tiles[2:5])
+    sheet = jnp.zeros((*tiles.content.shape[2:4], plan.query + 1, plan.query + plan.key - 1), content.dtype)
+    start = *(jnp.zeros(x.shape, lse.dtype) for x in like), sheet
+    d_content, d_position, d_key, d_value, d_band, _ = sweep(plan, step, start)
+    gradients = d_content, d_position, d_key.swapaxes(-1, -2), d_value.swapaxes(-1, -2)
     gradients = [join_rows(x, y.shape[1]).astype(y.dtype) for x, y in zip(gradients, arguments[:4], strict=True)]
     first = plan.counts[0] * plan.query - plan.queries
-    d_relative = jnp.flip(rearrange(d_band, "n r h -> r n h")[first : first + plan.keys], axis=0)
+    d_relative = jnp.flip(rearrange(d_band, "n h r -> r n h")[first : first + plan.keys], axis=0)
     return *gradients, d_relative.astype(relative_key.dtype), None
 
 

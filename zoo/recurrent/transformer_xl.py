@@ -27,8 +27,8 @@ class TransformerXLAttention(Attention):
     tokens are cut: a token sees the memory of its own segment and its segment up to itself. Through a stack of layers
     information therefore travels back memory_length tokens per layer.
 
-    Cost: time O(T (L + M) N H) and the keys' projection (1 + M / L) times, memory O(T); one extended token
-        O((L + M) D N H), as keys of the memory are projected anew, whatever came before; cache O((L + M) D).
+    Cost: time O(T (L + M) N H), memory O(T); one extended token O((L + M) D N H), as keys of the memory are projected
+        anew, whatever came before; cache O((L + M) D).
         L = segment_length, M = memory_length.
     Differs from the paper: the projections W_q, W_k, W_v and W_o have biases unless use_bias=False; u and v belong to
         the layer and start as in the authors' code, normal with deviation 0.02; normalisation and residual belong to
@@ -120,31 +120,40 @@ class TransformerXLAttention(Attention):
         length, room = inputs.shape[1], past.shape[1]
         size = min(self.segment_length, length)
         relative_key = self.relative(sinusoidal(jnp.arange(room + size), self.position_features))
+        past = lax.stop_gradient(past)
 
-        def chunk(carry, xs):
-            hidden, seen = (jnp.concatenate(pair, axis=1) for pair in zip(carry, xs, strict=True))
+        def chunk(memory, xs):
+            hidden, own = xs
+            key, value, seen = (
+                jnp.concatenate(pair, axis=1)
+                for pair in zip(memory, (self.key(hidden), self.value(hidden), own), strict=True)
+            )
             mask = seen[:, None, None]
             if position is not None:
-                mask &= self._reaches(position, xs[0].shape[1], room)
+                mask &= self._reaches(position, hidden.shape[1], room)
             heads = relative.attention(
-                self.query(xs[0]), self.key(hidden), self.value(hidden), relative_key, self.content_bias[...],
-                self.position_bias[...], mask=mask, implementation=self.implementation,
+                self.query(hidden), key, value, relative_key, self.content_bias[...], self.position_bias[...],
+                mask=mask, implementation=self.implementation,
             )
-            oldest = hidden.shape[1] - room
-            return (lax.stop_gradient(hidden[:, oldest:]), seen[:, oldest:]), heads
+            # The keys and values are those above; as memory they train the projections, but not the inputs.
+            fixed = lax.stop_gradient(hidden)
+            added = self.key(fixed), self.value(fixed), own
+            memory = tuple(jnp.concatenate(pair, axis=1)[:, hidden.shape[1] :] for pair in zip(memory, added, strict=True))
+            return memory, heads
 
-        carry, outputs = (lax.stop_gradient(past), past_valid), []
+        memory, outputs = (self.key(past), self.value(past), past_valid), []
         whole = length // size * size if length > size else 0
         if whole:
             chunks = tuple(rearrange(x[:, :whole], "b (i c) ... -> i b c ...", c=size) for x in (inputs, valid))
-            # The backward pass projects each chunk and its memory anew, but keeps what attention gave.
+            # The backward pass projects each chunk anew, but keeps what attention gave.
             keep = jax.checkpoint_policies.save_only_these_names(relative.SAVED)
-            carry, heads = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), carry, chunks)
+            memory, heads = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), memory, chunks)
             outputs.append(rearrange(heads, "i b c n h -> b (i c) n h"))
         if whole < length:
-            carry, heads = chunk(carry, (inputs[:, whole:], valid[:, whole:]))
+            _, heads = chunk(memory, (inputs[:, whole:], valid[:, whole:]))
             outputs.append(heads)
-        return jnp.concatenate(outputs, axis=1), *carry
+        past = jnp.concatenate([past, lax.stop_gradient(inputs)], axis=1)[:, length:]
+        return jnp.concatenate(outputs, axis=1), past, jnp.concatenate([past_valid, valid], axis=1)[:, length:]
 
     def _reaches(self, position, length, room):
         """True where a token's segment and its memory hold the key: [T, P + T], without regard to causality."""
