@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from subquad.kernels.lsh.reference import Layout, inverse_norm
@@ -28,7 +29,7 @@ LOWEST = -1e30
 class Items(NamedTuple):
     """The items of a call in blocks, K steps of I items of one round: C queries that see W keys each.
 
-    Places count the tokens of all heads of the batch, from 0; one past the last is nobody (padding).
+    Places count samples, tokens and heads as they lie in memory, from 0; one past the last is nobody (padding).
     """
 
     queries: jax.Array  # int32 [K, I, C]: places
@@ -87,34 +88,33 @@ def attention(layout, query_key, value, buckets, mask, scale):
     if layout.reach != "ring":
         others = math.ceil(length / layout.chunk_size) - 1
         layout = layout._replace(before=min(layout.before, others), after=min(layout.after, others))
-    items, codes = lay_out(layout, rearrange(buckets, "b r t n -> (b n) r t"), jnp.repeat(real, heads, axis=0))
-    query, flat_value = (rearrange(x, "b t n h -> (b n t) h") for x in (query_key, value))
+    items, codes = lay_out(layout, buckets, real)
+    query, flat_value = (rearrange(x, "b t n h -> (b t n) h") for x in (query_key, value))
     # A checkpoint: else the backward pass keeps the query in float32.
     gain = scale * jax.checkpoint(inverse_norm)(query)
-    out, log_total = over_items(layout, query, gain, flat_value, items, codes)
-    out, log_total = (rearrange(x, "(b n t) ... -> b t n ...", b=batch, n=heads) for x in (out, log_total))
-    alone = jnp.isneginf(log_total) & real[..., None]
-    return jnp.where(alone[..., None], value, out)
+    return over_items(layout, query, gain, flat_value, items, codes).reshape(value.shape)
 
 
 def lay_out(layout: Layout, buckets, real) -> tuple[Items, jax.Array | None]:
-    """Sorts buckets [G, R, T] and cuts the order into items; `real` [G, T].
+    """Sorts buckets [B, R, T, N] and cuts the order into items; `real` [B, T].
 
     Returns: the items, and where keys count once the `reach_codes` by place, int32 [R, places + 1].
     """
-    groups, rounds, length = buckets.shape
-    nobody = groups * length
-    order, sorted_buckets = sort(layout, jnp.where(real[:, None], buckets, layout.num_buckets))
+    batch, rounds, length, heads = buckets.shape
+    groups, nobody = batch * heads, batch * length * heads
+    buckets = jnp.where(real[:, None, :, None], buckets, layout.num_buckets)
+    order, sorted_buckets = sort(layout, rearrange(buckets, "b r t n -> (b n) r t"))
     chunks = math.ceil(length / layout.chunk_size)
     before, after = layout.before, layout.after
 
-    place = order + jnp.arange(groups, dtype=jnp.int32)[:, None, None] * length
+    sample, head = np.divmod(np.arange(groups, dtype=np.int32)[:, None, None], heads)
+    place = (sample * length + order) * heads + head
     place = jnp.where(sorted_buckets < layout.num_buckets, place, nobody)
     codes = None
     if layout.correct_duplicates and rounds > 1:
         in_order = reach_codes(layout, sorted_buckets)
         row = jnp.arange(rounds)[:, None]
-        codes = jnp.zeros((rounds, nobody + 1), jnp.int32).at[row, place].set(in_order)
+        codes = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(in_order, **NOBODY_WRITTEN)
 
     short, steps = chunks * layout.chunk_size - length, range(-before, after + 1)
     # Where buckets are no condition, all have the same.
@@ -193,18 +193,15 @@ def tile_bytes() -> int:
     return CPU_TILE_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_TILE_BYTES
 
 
-def with_nobody(flat):
-    """A flat array with a row of zeros for nobody at its end, so that no index is out of bounds."""
-    return numbers(jnp.pad(bits(flat), ((0, 1), *((0, 0),) * (flat.ndim - 1))), flat.dtype)
-
-
 IN_BOUNDS = dict(mode="promise_in_bounds", wrap_negative_indices=False)
+NOBODY_READ = dict(mode="fill", fill_value=0, wrap_negative_indices=False)
+NOBODY_WRITTEN = dict(mode="drop", wrap_negative_indices=False)
 
 
 def rows(flat, places):
-    """Rows of a flat array at these places. They are stored: fused into what follows, an index would be looked up for
-    every pair of a query and a key."""
-    return numbers(jax.lax.optimization_barrier(bits(flat).at[places].get(**IN_BOUNDS)), flat.dtype)
+    """Rows of a flat array at these places, zeros for nobody. They are stored: fused into what follows, an index would be
+    looked up for every pair of a query and a key."""
+    return numbers(jax.lax.optimization_barrier(bits(flat).at[places].get(**NOBODY_READ)), flat.dtype)
 
 
 def visible(layout: Layout, block: Items, codes, keys_first: bool):
@@ -226,7 +223,7 @@ def visible(layout: Layout, block: Items, codes, keys_first: bool):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def over_items(layout, query, gain, value, items, codes):
-    """Flat outputs [places, V] and the log of the softmax's total weight [places], -inf where nothing is visible.
+    """Outputs [places, V]: the softmax over what each token sees, and its own value where it sees nothing.
 
     Args:
         query: [places, H].
@@ -237,15 +234,14 @@ def over_items(layout, query, gain, value, items, codes):
 
 
 def _forward(layout, query, gain, value, items, codes):
-    flat_query, flat_gain, flat_value = (with_nobody(x) for x in (query, gain, value))
     into = dict(preferred_element_type=gain.dtype)
 
     def step(carry, block):
         out, log_total = carry
         block = jax.lax.optimization_barrier(block)
         queries, keys = block.queries, block.keys
-        logits = jnp.einsum("ich,iwh->icw", rows(flat_query, queries), rows(flat_query, keys), **into)
-        logits *= rows(flat_gain, keys)[:, None]
+        logits = jnp.einsum("ich,iwh->icw", rows(query, queries), rows(query, keys), **into)
+        logits *= rows(gain, keys)[:, None]
         logits = jnp.where(visible(layout, block, codes, False), logits, LOWEST)
         before = rows(log_total, queries)
         largest = jnp.maximum(jnp.max(logits, axis=-1), before)
@@ -253,57 +249,56 @@ def _forward(layout, query, gain, value, items, codes):
         weight = jnp.exp(logits - largest[..., None])
         decay = jnp.exp(before - largest)
         total = decay + weight.sum(-1)
-        new = jnp.einsum("icw,iwv->icv", weight.astype(value.dtype), rows(flat_value, keys), **into)
+        new = jnp.einsum("icw,iwv->icv", weight.astype(value.dtype), rows(value, keys), **into)
         new += decay[..., None] * rows(out, queries)
         new /= jnp.where(total > 0, total, 1)[..., None]
-        out = out.at[queries].set(new, **IN_BOUNDS)
-        return (out, log_total.at[queries].set(largest + jnp.log(total), **IN_BOUNDS)), None
+        out = out.at[queries].set(new, **NOBODY_WRITTEN)
+        return (out, log_total.at[queries].set(largest + jnp.log(total), **NOBODY_WRITTEN)), None
 
-    start = jnp.zeros((len(gain) + 1, value.shape[1]), gain.dtype), jnp.full(len(gain) + 1, -jnp.inf, gain.dtype)
+    start = jnp.zeros(value.shape, gain.dtype), jnp.full(len(gain), -jnp.inf, gain.dtype)
     (out, log_total), _ = jax.lax.scan(step, start, items)
-    out, log_total = out[:-1].astype(value.dtype), log_total[:-1]
-    return (out, log_total), (query, gain, value, items, codes, out, log_total)
+    out = jnp.where(jnp.isneginf(log_total)[:, None], value, out.astype(value.dtype))
+    return out, (query, gain, value, items, codes, out, log_total)
 
 
-def _backward(layout, saved, cotangents):
+def _backward(layout, saved, d_out):
     query, gain, value, items, codes, out, log_total = saved
-    d_out = cotangents[0]
-    delta = with_nobody(jnp.sum(d_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1))
-    log_total = with_nobody(jnp.where(jnp.isneginf(log_total), 0, log_total))
-    flat_query, flat_gain, flat_value, d_out = (with_nobody(x) for x in (query, gain, value, d_out))
+    delta = jnp.sum(d_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1)
+    alone = jnp.isneginf(log_total)
+    log_total = jnp.where(alone, 0, log_total)
     into = dict(preferred_element_type=gain.dtype)
 
     def step(carry, block):
         d_query, d_gain, d_value = carry
         block = jax.lax.optimization_barrier(block)
         queries, keys = block.queries, block.keys
-        query_rows, key_rows, d_rows = rows(flat_query, queries), rows(flat_query, keys), rows(d_out, queries)
-        gains = rows(flat_gain, keys)[..., None]
+        query_rows, key_rows, d_rows = rows(query, queries), rows(query, keys), rows(d_out, queries)
+        gains = rows(gain, keys)[..., None]
         # Keys first: two of the three products with gradients are then of a matrix as it lies in memory.
         products = jnp.einsum("iwh,ich->iwc", key_rows, query_rows, **into)
         logits = jnp.where(visible(layout, block, codes, True), products * gains, LOWEST)
         weight = jnp.exp(logits - rows(log_total, queries)[:, None])
-        d_weight = jnp.einsum("iwv,icv->iwc", rows(flat_value, keys), d_rows, **into)
+        d_weight = jnp.einsum("iwv,icv->iwc", rows(value, keys), d_rows, **into)
         d_logits = weight * (d_weight - rows(delta, queries)[:, None])
         d_products = (d_logits * gains).astype(query.dtype)
         to_values = jnp.einsum("iwc,icv->iwv", weight.astype(value.dtype), d_rows, **into)
         to_keys = jnp.einsum("iwc,ich->iwh", d_products, query_rows, **into)
         to_queries = jnp.einsum("iwc,iwh->ich", d_products, key_rows, **into)
         to_gains = jnp.sum(d_logits * products, axis=2)
-        d_query = d_query.at[queries].add(to_queries, **IN_BOUNDS)
+        d_query = d_query.at[queries].add(to_queries, **NOBODY_WRITTEN)
         for some in parts:
-            d_query = d_query.at[keys[:, some]].add(to_keys[:, some], **IN_BOUNDS)
-            d_gain = d_gain.at[keys[:, some]].add(to_gains[:, some], **IN_BOUNDS)
-            d_value = d_value.at[keys[:, some]].add(to_values[:, some], **IN_BOUNDS)
+            d_query = d_query.at[keys[:, some]].add(to_keys[:, some], **NOBODY_WRITTEN)
+            d_gain = d_gain.at[keys[:, some]].add(to_gains[:, some], **NOBODY_WRITTEN)
+            d_value = d_value.at[keys[:, some]].add(to_values[:, some], **NOBODY_WRITTEN)
         return (d_query, d_gain, d_value), None
 
     # Elsewhere than on a CPU a chunk at a time: no place occurs twice in one, so that sums have one order.
     width = items.keys.shape[2]
     chunk = width if jax.default_backend() == "cpu" else layout.chunk_size
     parts = [slice(first, first + chunk) for first in range(0, width, chunk)]
-    start = tuple(zeros_after(d_out, x.shape, gain.dtype) for x in (flat_query, flat_gain, flat_value))
-    (d_query, d_gain, d_value), _ = jax.lax.scan(step, start, items)
-    return d_query[:-1].astype(query.dtype), d_gain[:-1], d_value[:-1].astype(value.dtype), None, None
+    start = *(zeros_after(d_out, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], d_out, 0)
+    gradients, _ = jax.lax.scan(step, (*start[:2], start[2].astype(gain.dtype)), items)
+    return *(x.astype(like.dtype) for x, like in zip(gradients, (query, gain, value), strict=True)), None, None
 
 
 over_items.defvjp(_forward, _backward)
