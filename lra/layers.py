@@ -114,6 +114,12 @@ def check_causal(name: str) -> None:
         )
 
 
+def is_causal(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a layer of these options is causal by itself, whatever the task."""
+    supports = getattr(find(name), "supports", None)
+    return bool(options.get("is_causal", supports is not None and not supports.bidirectional))
+
+
 def make(name: str, options: Mapping[str, Any], *, dtype: Any, is_causal: bool) -> Callable[..., nnx.Module]:
     """A function (in_features, rngs) -> layer, as `zoo.Encoder` takes it.
 

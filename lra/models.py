@@ -1,6 +1,7 @@
 """The models that runs train, one for each kind of task, and how many parameters they have."""
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,11 @@ class LanguageModel(nnx.Module):
 def _encoder(run: "Run", task: Task, extra: int) -> dict:
     """The options of `zoo.Encoder`, for `extra` tokens beside the task's."""
     causal = task.kind == "language_model"
+    drawn = {}
+    if run.embedding_std is not None:
+        drawn["embedding_init"] = functools.partial(_embedding_init, run.embedding_std, extra)
+    if run.position_std is not None:
+        drawn["position_init"] = nnx.initializers.normal(run.position_std)
     return dict(
         vocab_size=task.vocabulary_size + extra,
         in_features=run.in_features,
@@ -104,7 +110,15 @@ def _encoder(run: "Run", task: Task, extra: int) -> dict:
         dropout_rate=run.dropout_rate,
         remat=run.remat,
         dtype=jnp.dtype(run.dtype),
+        **drawn,
     )
+
+
+def _embedding_init(std: float, extra: int, key, shape, dtype, **_):
+    """Normal, but 0 for the `extra` tokens at the end, which are the model's own."""
+    count, features = shape
+    drawn = std * jax.random.normal(key, (count - extra, features), dtype)
+    return jnp.concatenate([drawn, jnp.zeros((extra, features), dtype)])
 
 
 def _head_features(run: "Run", task: Task) -> tuple[int, ...]:
@@ -128,7 +142,7 @@ def count_parameters(run: "Run", task: Task) -> int:
 def has_state_space(run: "Run", task: Task) -> bool:
     """Whether a run's model has parameters that run.state_learning_rate is of."""
     paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(_abstract(run, task)))
-    return any(optim.group(path, run) == "state_space" for path in paths)
+    return any(optim.group(path, run) in ("state_space", "step") for path in paths)
 
 
 def _abstract(run: "Run", task: Task) -> nnx.State:

@@ -23,12 +23,12 @@ PLATEAU_FACTOR = 0.2
 def make_schedule(run: "Run", peak: float | None = None) -> optax.Schedule:
     """Step -> learning rate.
 
-    With w = min(warmup_steps, steps / 2) of linear warm-up from 0 to the peak, then
+    With w = warmup_steps of linear warm-up from 0 to the peak, then
 
         cosine: peak (1 + cos(pi (t - w) / (steps - w))) / 2        linear: peak (1 - (t - w) / (steps - w))
         constant, plateau: peak
 
-    "rsqrt" is peak min(1, t / w) / sqrt(max(t, w)) with w = warmup_steps, the Long Range Arena's. What a plateau takes
+    "rsqrt" is peak min(1, t / w) / sqrt(max(t, w)), the Long Range Arena's. What a plateau takes
     off is in the training state (`after_validation`), not here.
 
     Args:
@@ -36,10 +36,10 @@ def make_schedule(run: "Run", peak: float | None = None) -> optax.Schedule:
         peak: None takes run.learning_rate.
     """
     peak = run.learning_rate if peak is None else peak
+    warmup = run.warmup_steps
     if run.schedule == "rsqrt":
-        warmup = max(run.warmup_steps, 1)
+        warmup = max(warmup, 1)
         return lambda step: peak * jnp.minimum(1, step / warmup) / jnp.sqrt(jnp.maximum(step, warmup))
-    warmup = min(run.warmup_steps, run.steps // 2)
     if run.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, run.steps)
     after = optax.linear_schedule(peak, 0.0, run.steps - warmup) if run.schedule == "linear" else optax.constant_schedule(peak)
@@ -47,8 +47,13 @@ def make_schedule(run: "Run", peak: float | None = None) -> optax.Schedule:
 
 
 def group(path, run: "Run") -> str:
-    """The group of a parameter at a path of the model's state: "state_space", "decayed" or "spared" of weight decay."""
+    """The group of a parameter at a path of the model's state.
+
+    "step" and "state_space" are of state spaces; of the others, "decayed" has weight decay and "spared" has none.
+    """
     name = [part.key for part in path if hasattr(part, "key")][-1]
+    if name == "log_step":
+        return "step"
     if name in STATE_SPACE:
         return "state_space"
     return "decayed" if run.decay == "all" or name in ("kernel", "embedding") else "spared"
@@ -58,16 +63,16 @@ def make_optimiser(run: "Run") -> optax.GradientTransformation:
     """AdamW with clipping, by groups of parameters.
 
     Decay spares what is no matrix of a linear map or embedding, unless run.decay is "all"; it always spares the
-    parameters of state spaces, whose learning rate is run.state_learning_rate where that is given.
+    parameters of state spaces, whose learning rates are run.state_learning_rate and step_learning_rate where given.
     """
     groups = lambda parameters: jax.tree_util.tree_map_with_path(lambda path, _: group(path, run), parameters)
     decays = lambda parameters: jax.tree.map(lambda name: name == "decayed", groups(parameters))
-    usual = optax.scale_by_learning_rate(make_schedule(run))
-    if run.state_learning_rate is None:
-        rate = usual
-    else:
-        slow = optax.scale_by_learning_rate(make_schedule(run, run.state_learning_rate))
-        rate = optax.partition({"state_space": slow, "decayed": usual, "spared": usual}, groups)
+    rate_of = lambda peak: optax.scale_by_learning_rate(make_schedule(run, peak))
+    rate = usual = rate_of(None)
+    if (run.state_learning_rate, run.step_learning_rate) != (None, None):
+        steps = run.step_learning_rate or run.state_learning_rate
+        slow = {"state_space": rate_of(run.state_learning_rate), "step": rate_of(steps)}
+        rate = optax.partition({**slow, "decayed": usual, "spared": usual}, groups)
     adam = optax.scale_by_adam(run.b1, run.b2, run.eps)
     parts = [adam, optax.add_decayed_weights(run.weight_decay, decays), rate]
     return optax.chain(*([] if run.clip_norm is None else [optax.clip_by_global_norm(run.clip_norm)]), *parts)

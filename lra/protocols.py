@@ -11,6 +11,7 @@ reviews out; a pair's head sees [a, b, a * b, a - b]; pixels may be numbers inst
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from subquad.lra import layers
 from subquad.lra.tasks import Kind, Task
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ MEANINGLESS: dict[Kind, tuple[str, ...]] = {
     "pair": (),
     "language_model": ("pooling", "head", "interaction", "inputs"),
 }
+# What reads the first token alone, which in a causal layer has seen nothing else.
+FIRST = ("first", "cls")
 _OTHER = {"lra-2020": "modern", "modern": "lra-2020"}
 
 
@@ -78,6 +81,11 @@ def check(run: "Run", task: Task, given: Mapping[str, Any]) -> None:
                 f"{name} must be left out for {task.name!r}, a task of kind {task.kind}, got {given[name]!r}. "
                 "It would change nothing."
             )
+    if run.pooling in FIRST and task.kind != "language_model" and layers.is_causal(run.layer, run.layer_options):
+        raise ValueError(
+            f"pooling must be 'mean' for a causal {run.layer!r}, whose first token sees no other, got {run.pooling!r}. "
+            "Pass pooling='mean'."
+        )
     if run.inputs == "continuous" and task.image_shape is None:
         raise ValueError(
             f"inputs must be 'tokens' for {task.name!r}, which has no pixels, got 'continuous'. Pass inputs='tokens'."

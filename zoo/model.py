@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.linear import default_embed_init
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels.dispatch import nearest
@@ -34,6 +35,8 @@ class EncoderOptions(TypedDict, total=False):
     dropout_rate: float
     remat: bool
     embed: nnx.Module | None
+    embedding_init: nnx.Initializer
+    position_init: nnx.Initializer
     dtype: Any
     param_dtype: Any
 
@@ -53,6 +56,7 @@ class Encoder(nnx.Module):
         dropout_rate: of embeddings and block outputs.
         remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory.
         embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D].
+        embedding_init, position_init: initializers of the token embedding and of the learned positions.
     Call:
         tokens: [B, T] integers.  mask: [B, T], True = a real token, False = padding.
     Raises: ValueError: unknown mixer or positions; a sequence longer than max_length.  TypeError: unknown mixer option.
@@ -72,6 +76,8 @@ class Encoder(nnx.Module):
         dropout_rate: float = 0.0,
         remat: bool = False,
         embed: nnx.Module | None = None,
+        embedding_init: nnx.Initializer = default_embed_init,
+        position_init: nnx.Initializer = default_embed_init,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -93,9 +99,10 @@ class Encoder(nnx.Module):
             return registry.make(mixer, in_features=in_features, rngs=rngs, **{**dtypes, **(mixer_options or {})})
 
         self.in_features, self.max_length, self.position_kind, self.remat = in_features, max_length, positions, remat
-        self.embed = nnx.Embed(vocab_size, in_features, **dtypes, rngs=rngs) if embed is None else embed
+        table = functools.partial(nnx.Embed, features=in_features, **dtypes, rngs=rngs)
+        self.embed = table(vocab_size, embedding_init=embedding_init) if embed is None else embed
         if positions == "learned":
-            self.positions = nnx.Embed(max_length, in_features, **dtypes, rngs=rngs)
+            self.positions = table(max_length, embedding_init=position_init)
         self.dropout = nnx.Dropout(dropout_rate)
         self.blocks = nnx.List(
             Block(build(), in_features, mlp_features=mlp_features, dropout_rate=dropout_rate, **dtypes, rngs=rngs)

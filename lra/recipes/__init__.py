@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,14 +34,17 @@ class Run:
         in_features, num_layers, mlp_features: features D, number of blocks, features inside the feed-forward networks.
         pooling: of the real tokens; "cls" prepends a token of its own and reads that.
         positions: "learned", "sinusoidal" or None.
+        embedding_std, position_std: deviations of token embeddings and learned positions at the start; None: those that
+            `zoo.Encoder` draws, 1 / sqrt(in_features). Where one is given, "cls" starts as 0.
         dropout_rate: of embeddings and block outputs.
         steps: optimiser steps.
         batch_size: examples per step; accumulate: in how many equal parts it is computed.
         learning_rate: at the peak; for the schedule "rsqrt" the factor of min(1, t / warmup) / sqrt(max(t, warmup)).
         state_learning_rate: the same for the parameters of state spaces, `optim.STATE_SPACE`; None: as the others'.
+        step_learning_rate: the same for their step sizes; None: as the parameters of state spaces.
         schedule: after the warm-up, "cosine" or "linear" to 0 at the last step, "rsqrt", "constant", or "plateau": times
             0.2 whenever the validation loss has had no new minimum in `patience` validations.
-        warmup_steps: linear warm-up, in steps.
+        warmup_steps: linear warm-up, in steps; a recipe's is at most half of `steps`, but for "rsqrt".
         weight_decay: decoupled, times the learning rate. decay: "matrices" spares biases, norms and the layers'
             other parameters; "all" spares none but those of state spaces.
         b1, b2, eps: of Adam. clip_norm: largest global norm of the gradient, or None.
@@ -86,6 +90,9 @@ class Run:
     ema: float | None = None
     remat: bool = False
     state_learning_rate: float | None = None
+    step_learning_rate: float | None = None
+    embedding_std: float | None = None
+    position_std: float | None = None
     patience: int = 10
     protocol: Literal["lra-2020", "modern"] = "modern"
     head: Literal["linear", "mlp"] = "linear"
@@ -139,19 +146,25 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
         values[name] = getattr(Run, name)
     if task.kind == "language_model":
         layers.check_causal(layer)
+    options = {**known["layer_options"], **overrides.get("layer_options", {})}
+    if values.get("positions", Run.positions) != "learned" and "position_std" not in overrides:
+        values["position_std"] = None
+    if "pooling" not in overrides and layers.is_causal(layer, options) and values.get("pooling") in protocols.FIRST:
+        values["pooling"] = "mean"
     length = task.length + (values.get("pooling", Run.pooling) == "cls")
-    options = {
-        name: length if value == "{length}" else value
-        for name, value in {**known["layer_options"], **overrides.get("layer_options", {})}.items()
-    }
+    options = {name: length if value == "{length}" else value for name, value in options.items()}
     run = Run(**{**values, "layer_options": options})
-    _check(run)
+    _check_types(run)
+    if run.schedule != "rsqrt" and "warmup_steps" not in overrides:
+        run = dataclasses.replace(run, warmup_steps=min(run.warmup_steps, run.steps // 2))
+    _check_ranges(run)
     protocols.check(run, task, overrides)
-    if overrides.get("state_learning_rate") is not None and not models.has_state_space(run, task):
-        raise ValueError(
-            f"state_learning_rate must be none for layer {layer!r}, which has no parameters of state spaces, got "
-            f"{run.state_learning_rate}. Use learning_rate."
-        )
+    for name in ("state_learning_rate", "step_learning_rate"):
+        if overrides.get(name) is not None and not models.has_state_space(run, task):
+            raise ValueError(
+                f"{name} must be none for layer {layer!r}, which has no parameters of state spaces, got "
+                f"{overrides[name]}. Use learning_rate."
+            )
     if rules.equal_parameters and "mlp_features" not in overrides:
         reference = dataclasses.replace(
             run, layer="softmax", layer_options=rules.layers["softmax"], mlp_features=values.get("mlp_features", 128)
@@ -168,7 +181,7 @@ def _usual_config(rules: Recipe, task: str, layer: str, overrides: Mapping[str, 
     return next((config for config in wanted if config in known), Run.config)
 
 
-def _check(run: Run) -> None:
+def _check_types(run: Run) -> None:
     for name, kind in get_type_hints(Run).items():
         value, allowed = getattr(run, name), _kinds(kind)
         if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
@@ -176,13 +189,31 @@ def _check(run: Run) -> None:
         choices = [choice for part in _parts(kind) for choice in get_args(part) if get_origin(part) is Literal]
         if choices and value is not None and value not in choices:
             raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, choices)}")
-    positive = ("in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every", "patience")
-    for name in positive + ("clip_norm", "state_learning_rate"):
-        if getattr(run, name) is not None and not getattr(run, name) > 0:
-            raise ValueError(f"{name} must be > 0, got {getattr(run, name)}.")
-    for name in ("mlp_features", "warmup_steps", "weight_decay", "seed"):
-        if getattr(run, name) < 0:
-            raise ValueError(f"{name} must be >= 0, got {getattr(run, name)}.")
+
+
+def _check_ranges(run: Run) -> None:
+    positive = (
+        "in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every", "patience", "eps",
+        "clip_norm", "state_learning_rate", "step_learning_rate", "embedding_std", "position_std",
+    )  # fmt: skip
+    for name in positive:
+        if getattr(run, name) is not None and not 0 < getattr(run, name) < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {getattr(run, name)}.")
+    for name in ("mlp_features", "warmup_steps", "weight_decay"):
+        if not 0 <= getattr(run, name) < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {getattr(run, name)}.")
+    for name, word, needed in (("position_std", "positions", "learned"), ("embedding_std", "inputs", "tokens")):
+        if getattr(run, name) is not None and getattr(run, word) != needed:
+            raise ValueError(f"{name} must be none with {word}={getattr(run, word)!r}, got {getattr(run, name)}.")
+    if not 0 <= run.seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {run.seed}.")
+    if run.schedule != "rsqrt" and run.warmup_steps > run.steps:
+        raise ValueError(
+            f"warmup_steps must be at most steps = {run.steps} under schedule {run.schedule!r}, got {run.warmup_steps}."
+        )
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(run, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(run, name)}.")
     if not 0 <= run.dropout_rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {run.dropout_rate}.")
     if run.ema is not None and not 0 < run.ema < 1:

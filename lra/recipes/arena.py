@@ -71,7 +71,7 @@ def _pair(task: str, layer: str) -> dict[str, Any]:
     all_heads = features if layer == "reformer" else all_heads  # theirs has no width of its own
     pictures = task.startswith(("image", "pathfinder"))
     block = 64 if pictures else 50
-    # Their Reformer cuts every sequence into ten chunks.
+    # Their Reformer cuts every sequence of the released configurations into ten chunks.
     own = {
         "blockwise": dict(max_length="{length}", block_size=block),
         "local": dict(window_size=block // 2),
@@ -88,8 +88,8 @@ def _pair(task: str, layer: str) -> dict[str, Any]:
     if task.startswith("pathfinder"):
         more = task == "pathfinder" and layer in ("softmax", "strided", "linformer", "reformer", "performer")
         values["dropout_rate"] = 0.2 if more else 0.1
-    if (task, layer) == ("image", "local") or layer == "transformer_xl":
-        values["pooling"] = "mean"  # a causal layer's first token has seen nothing
+    if (task, layer) == ("image", "local"):
+        values["pooling"] = "mean"
     return values
 
 
@@ -119,13 +119,14 @@ def _sizes(task: str) -> dict[str, int]:
 
 
 _PICTURES = dict(schedule="cosine", weight_decay=0.0)
+_LEARNED = dict(positions="learned", position_std=0.02)
 
 ARENA = Recipe(
     id="lra-2020",
     defaults=dict(
         config="lra", pooling="cls", positions="sinusoidal", dropout_rate=0.1, steps=5000, batch_size=32, learning_rate=0.05,
         schedule="rsqrt", warmup_steps=1000, weight_decay=0.1, decay="all", eps=1e-9, clip_norm=None, evaluate_every=50,
-        selection="last", protocol="lra-2020", **_sizes("listops"),
+        selection="last", protocol="lra-2020", embedding_std=1.0, **_sizes("listops"),
     ),
     layers={layer: _pair("listops", layer)["layer_options"] for layer in ATTENTION} | {"s4": {}},
     tasks={
@@ -134,7 +135,7 @@ ARENA = Recipe(
         "retrieval": dict(warmup_steps=8000, evaluate_every=100, pooling="first", **_sizes("retrieval")),
         "image": dict(
             steps=35_000, batch_size=256, learning_rate=5e-4, warmup_steps=175, evaluate_every=175, dropout_rate=0.3,
-            positions="learned", **_PICTURES, **_sizes("image"),
+            **_LEARNED, **_PICTURES, **_sizes("image"),
         ),
         "pathfinder": dict(
             config="32_hard", steps=62_400, batch_size=512, learning_rate=1e-3, warmup_steps=312, evaluate_every=312,
@@ -142,16 +143,16 @@ ARENA = Recipe(
         ),
         **_spread({
             "pathfinder/64": dict(
-                steps=125_000, batch_size=256, warmup_steps=625, evaluate_every=625, pooling="cls", positions="learned",
-                **_sizes("pathfinder/64"),
+                steps=125_000, batch_size=256, warmup_steps=625, evaluate_every=625, pooling="cls",
+                **_LEARNED, **_sizes("pathfinder/64"),
             ),
             "pathfinder/128": dict(
-                steps=500_000, batch_size=64, warmup_steps=2500, evaluate_every=2500, clip_norm=1.0, positions="learned",
-                **_sizes("pathfinder/128"),
+                steps=500_000, batch_size=64, warmup_steps=2500, evaluate_every=2500, clip_norm=1.0,
+                **_LEARNED, **_sizes("pathfinder/128"),
             ),
             "pathfinder/256": dict(
-                steps=500_000, batch_size=32, warmup_steps=5000, evaluate_every=5000, pooling="cls", positions="learned",
-                **_sizes("pathfinder/256"),
+                steps=500_000, batch_size=32, warmup_steps=5000, evaluate_every=5000, pooling="cls",
+                **_LEARNED, **_sizes("pathfinder/256"),
             ),
         }),
     },

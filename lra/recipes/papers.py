@@ -98,23 +98,30 @@ def _state_space(
     id: str, defaults: dict, layer: dict, rows: dict[str, dict], options: dict[str, dict], source: str
 ) -> Recipe:
     """A recipe of one layer, from a row of values and of layer options for each task; "path_x" is a configuration."""
+    defaults = dict(
+        mlp_features=0, pooling="mean", positions=None, dropout_rate=0.0, decay="all", b2=0.999, clip_norm=None,
+        selection="best", protocol="modern", head="linear",
+    ) | defaults  # fmt: skip
     tasks: dict[str, dict] = {}
     for task, row in rows.items():
-        values = {**row, "layer_options": options.get(task, {})}
-        values["evaluate_every"] = max(100, values["steps"] // 100)
+        # All values: else those of Pathfinder would hold for Path-X, too.
+        values = {**defaults, **row, "layer_options": options.get(task, {})}
+        # A plateau's patience counts epochs.
+        epoch = math.ceil(EXAMPLES[task] / values["batch_size"])
+        values["evaluate_every"] = epoch if values["schedule"] == "plateau" else max(100, values["steps"] // 100)
         values["inputs"] = "continuous" if task in (*PICTURES, "path_x") else "tokens"
         for key in PATH_X if task == "path_x" else (task,):
             tasks[key] = values if task == "path_x" else {"config": CONFIGS[task], **values}
-    shared = dict(
-        mlp_features=0, pooling="mean", positions=None, dropout_rate=0.0, decay="all", b2=0.999, clip_norm=None,
-        selection="best", protocol="modern", head="linear",
-    )  # fmt: skip
-    return Recipe(id, {**shared, **defaults}, {"s4": layer}, False, source, tasks=tasks)
+    return Recipe(id, defaults, {"s4": layer}, False, source, tasks=tasks)
 
 
-def _row(task: str, num_layers: int, in_features: int, batch_size: int, learning_rate: float, steps: int, warmup: int, **other):
+def _row(num_layers: int, in_features: int, batch_size: int, learning_rate: float, steps: int, warmup: int, **other):
     sizes = dict(num_layers=num_layers, in_features=in_features, batch_size=batch_size)
     return dict(**sizes, learning_rate=learning_rate, steps=steps, warmup_steps=warmup, **other)
+
+
+# Step sizes are learned at the rate of all other parameters on tokens, at that of the state spaces on pixels.
+_FAST_STEPS = dict(step_learning_rate=0.01)
 
 
 _S4_SOURCE = "state-spaces/s4@e757cef, configs/experiment/lra; layer norm before the mixer here in place of batch norm"
@@ -123,12 +130,12 @@ S4 = _state_space(
     dict(schedule="cosine", weight_decay=0.05, state_learning_rate=1e-3),
     {},
     dict(
-        listops=_row("listops", 6, 256, 32, 0.01, 120_000, 12_000),
-        text=_row("text", 6, 256, 16, 0.01, 50_000, 5000),
-        retrieval=_row("retrieval", 6, 256, 64, 0.01, 50_000, 5000),
-        image=_row("image", 6, 512, 50, 0.01, 180_000, 18_000, dropout_rate=0.1),
-        pathfinder=_row("pathfinder", 6, 256, 64, 0.004, 500_000, 50_000),
-        path_x=_row("path_x", 6, 256, 16, 0.001, 500_000, 50_000),
+        listops=_row(6, 256, 32, 0.01, 120_000, 12_000, **_FAST_STEPS),
+        text=_row(6, 256, 16, 0.01, 50_000, 5000, **_FAST_STEPS),
+        retrieval=_row(6, 256, 64, 0.01, 50_000, 5000, **_FAST_STEPS),
+        image=_row(6, 512, 50, 0.01, 180_000, 18_000, dropout_rate=0.1),
+        pathfinder=_row(6, 256, 64, 0.004, 500_000, 50_000),
+        path_x=_row(6, 256, 16, 0.001, 500_000, 50_000),
     ),
     dict(
         listops=dict(state_size=4, num_ssm=1), text=dict(state_size=4, num_ssm=1), retrieval=dict(state_size=4, num_ssm=1),
@@ -142,12 +149,12 @@ S4D = _state_space(
     dict(schedule="cosine", weight_decay=0.05, state_learning_rate=1e-3),
     dict(state_size=64),
     dict(
-        listops=_row("listops", 8, 128, 50, 0.01, 80_000, 8000),
-        text=_row("text", 6, 256, 16, 0.01, 50_000, 5000),
-        retrieval=_row("retrieval", 6, 256, 64, 0.01, 50_000, 2500),
-        image=_row("image", 6, 512, 50, 0.01, 180_000, 900, dropout_rate=0.1),
-        pathfinder=_row("pathfinder", 6, 256, 64, 0.004, 500_000, 2500, weight_decay=0.03, pooling="last"),
-        path_x=_row("path_x", 6, 256, 16, 5e-4, 500_000, 10_000),
+        listops=_row(8, 128, 50, 0.01, 80_000, 8000, **_FAST_STEPS),
+        text=_row(6, 256, 16, 0.01, 50_000, 5000, **_FAST_STEPS),
+        retrieval=_row(6, 256, 64, 0.01, 50_000, 2500, **_FAST_STEPS),
+        image=_row(6, 512, 50, 0.01, 180_000, 900, dropout_rate=0.1),
+        pathfinder=_row(6, 256, 64, 0.004, 500_000, 2500, weight_decay=0.03, pooling="last"),
+        path_x=_row(6, 256, 16, 5e-4, 500_000, 10_000),
     ),
     dict(image=dict(num_ssm=2), path_x=dict(dt_min=1e-4)),
     f"Gu et al. 2022, arXiv 2206.11893, third version of the configurations of {_S4_SOURCE}; its warm-up steps that our "
@@ -158,12 +165,12 @@ S4_FIRST = _state_space(
     dict(schedule="plateau", weight_decay=0.0, state_learning_rate=1e-3),
     dict(state_size=64, is_causal=True, glu=False),
     dict(
-        listops=_row("listops", 6, 128, 100, 0.01, _epochs("listops", 50, 100), 0, weight_decay=0.01, patience=5),
-        text=_row("text", 4, 64, 50, 0.001, _epochs("text", 20, 50), 0, patience=5),
-        retrieval=_row("retrieval", 6, 256, 64, 0.002, _epochs("retrieval", 20, 64), 0),
-        image=_row("image", 6, 512, 50, 0.004, _epochs("image", 200, 50), 0, dropout_rate=0.2, weight_decay=0.01),
-        pathfinder=_row("pathfinder", 6, 256, 100, 0.004, _epochs("pathfinder", 200, 100), 0, dropout_rate=0.1),
-        path_x=_row("path_x", 6, 256, 32, 5e-4, _epochs("path_x", 100, 32), 0, patience=20),
+        listops=_row(6, 128, 100, 0.01, _epochs("listops", 50, 100), 0, weight_decay=0.01, patience=5),
+        text=_row(4, 64, 50, 0.001, _epochs("text", 20, 50), 0, patience=5),
+        retrieval=_row(6, 256, 64, 0.002, _epochs("retrieval", 20, 64), 0),
+        image=_row(6, 512, 50, 0.004, _epochs("image", 200, 50), 0, dropout_rate=0.2, weight_decay=0.01),
+        pathfinder=_row(6, 256, 100, 0.004, _epochs("pathfinder", 200, 100), 0, dropout_rate=0.1),
+        path_x=_row(6, 256, 32, 5e-4, _epochs("path_x", 100, 32), 0, patience=20),
     ),
     dict(path_x=dict(dt_min=1e-4)),
     "Gu et al. 2022, arXiv 2111.00396, table 11; one direction, layer norm before the mixer",

@@ -26,6 +26,7 @@ def test_schedules():
         wanted = [0, 0.5, 1, 0.5, 0] if schedule in ("cosine", "linear") else [0, 0.5, 1, 1, 1]
         assert [at(schedule, step, **peaked) for step in (0, 5, 10, 55, 100)] == pytest.approx(wanted, abs=1e-6), schedule
     assert at("constant", 0, **{**peaked, "warmup_steps": 0}) == at("linear", 0, **{**peaked, "warmup_steps": 0}) == 1
+    assert [plan(steps=steps).warmup_steps for steps in (1, 10, 300)] == [0, 5, 25]
     assert at("linear", 32, **peaked) == pytest.approx(68 / 90) and at("cosine", 32, **peaked) > 0.8
     # The released ListOps configuration: 0.05 * min(1, t/1000) / sqrt(max(t, 1000)), 1.58e-3 at its peak.
     arena = dict(steps=5000, warmup_steps=1000, learning_rate=0.05)
@@ -66,6 +67,11 @@ def test_state_spaces_learn_at_a_rate_of_their_own(s4):
         # The first steps of Adam along a constant gradient are as long as the learning rate.
         slow = any(f"'{name}'" in path for name in optim.STATE_SPACE)
         np.testing.assert_allclose(update, -0.001 if slow else -0.1, rtol=1e-4, err_msg=path)
+    optimiser = optim.make_optimiser(dataclasses.replace(run, step_learning_rate=0.01))
+    updates, _ = optimiser.update(ones, optimiser.init(parameters), parameters)
+    for path, update in leaves(updates).items():
+        slow = -0.001 if any(f"'{name}'" in path for name in optim.STATE_SPACE) else -0.1
+        np.testing.assert_allclose(update, -0.01 if "log_step" in path else slow, rtol=1e-4, err_msg=path)
     # A parameter that zoo.statespace gains is named here, in one group or the other.
     names = set(re.findall(r"'system'\]\['(\w+)'", " ".join(leaves(parameters))))
     assert names == optim.STATE_SPACE | {"output_matrix"}
@@ -90,6 +96,13 @@ def test_a_plateau_cuts_the_steps_and_an_average_follows_them():
     "words,said",
     [
         (dict(ema=1.0), "ema must be in"),
+        (dict(b1=2.0), r"b1 must be in \[0, 1\), got 2.0"),
+        (dict(eps=-1.0), "eps must be > 0 and finite"),
+        (dict(weight_decay=float("nan")), "weight_decay must be >= 0 and finite, got nan"),
+        (dict(learning_rate=float("inf")), "learning_rate must be > 0 and finite, got inf"),
+        (dict(seed=2**32), "seed must be in"),
+        (dict(steps=10, warmup_steps=11), "warmup_steps must be at most steps = 10"),
+        (dict(positions="sinusoidal", position_std=0.1), "position_std must be none with positions='sinusoidal'"),
         (dict(patience=0), "patience must be > 0"),
         (dict(state_learning_rate=1e-3), "state_learning_rate must be none for layer 'softmax', which has no parameters"),
     ],

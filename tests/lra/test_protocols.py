@@ -40,6 +40,8 @@ def test_the_vanilla_models_have_the_released_numbers_of_parameters(task, releas
         (dict(task="pylib_lm", pooling="max"), "pooling must be left out for 'pylib_lm', a task of kind language_model"),
         (dict(inputs="continuous"), "inputs must be 'tokens' for 'listops', which has no pixels, got 'continuous'"),
         (dict(head="mlp", mlp_features=0), "head must be 'linear' with mlp_features = 0, got 'mlp'. Pass head='linear'"),
+        (dict(layer="transformer_xl", pooling="first"), "pooling must be 'mean' for a causal 'transformer_xl', whose first"),
+        (dict(layer="s4", layer_options=dict(is_causal=True), pooling="cls"), "pooling must be 'mean' for a causal 's4'"),
         (dict(protocol="lra2020"), "protocol must be a known word, got 'lra2020'. Did you mean 'lra-2020'"),
     ],
 )
@@ -86,3 +88,19 @@ def test_pixels_may_be_numbers(pooling):
     if pooling == "cls":
         embed.vector.set_value(jnp.arange(16.0) % 3)
         assert jnp.abs(logits_of(model, tokens, mask) - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("words", [dict(protocol="lra-2020"), dict(recipe="xformers", task="text"), dict(recipe="lra-2020")])
+def test_a_causal_layer_is_read_where_it_has_seen_something(words):
+    assert recipes.plan(layer="transformer_xl", **words).pooling == "mean"
+    assert recipes.plan(layer="softmax", **words).pooling == "cls"
+
+
+def test_the_arenas_embeddings_start_as_its_code_draws_them():
+    for task in ("listops", "image"):
+        run = recipes.plan("lra-2020", "softmax", task=task, in_features=64, num_layers=1, layer_options=dict(num_heads=1))
+        encoder = models.build(run, tasks.find(run.task, run.config)).classifier.encoder
+        table = np.asarray(encoder.embed.embedding[...])
+        assert abs(table[:-1].std() - 1) < 0.1 and not table[-1].any()  # the last is the token in front
+        if task == "image":
+            assert abs(np.asarray(encoder.positions.embedding[...]).std() - 0.02) < 0.001

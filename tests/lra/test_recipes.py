@@ -63,7 +63,7 @@ def test_the_length_of_the_task_reaches_the_layers_options():
         (dict(steps=True), TypeError, "steps must be int"),
         (dict(pooling=None), TypeError, "pooling must be str"),
         (dict(dtype="bfloat"), ValueError, "dtype must .* Did you mean 'bfloat16'"),
-        (dict(steps=0), ValueError, "steps must be > 0, got 0"),
+        (dict(steps=0), ValueError, "steps must be > 0 and finite, got 0"),
         (dict(dropout_rate=1.0), ValueError, r"dropout_rate must be in \[0, 1\), got 1.0"),
         (dict(accumulate=5), ValueError, r"accumulate must divide batch_size = 16, got 5. Choose one of \[1, 2, 4"),
     ],
@@ -77,8 +77,8 @@ def test_every_value_changes_the_runs_id():
     run, seen = recipes.plan("quickstart"), set()
     other = dict(
         layer_options={"num_heads": 2}, positions="sinusoidal", pooling="last", schedule="rsqrt", decay="all",
-        ema=0.9, state_learning_rate=0.1, dtype="bfloat16", selection="last", clip_norm=None, protocol="x", head="x",
-        interaction="x", inputs="x", recipe="x", task="x", config="x", layer="x",
+        ema=0.9, state_learning_rate=0.1, step_learning_rate=0.1, embedding_std=1.0, position_std=1.0, dtype="bfloat16",
+        selection="last", clip_norm=None, protocol="x", head="x", interaction="x", inputs="x", recipe="x", task="x", config="x", layer="x",
     )  # fmt: skip
     for one in dataclasses.fields(run):
         value = other.get(one.name, getattr(run, one.name))

@@ -53,6 +53,25 @@ def test_rows_of_s4():
     assert recipes.plan("s4-v1", "s4").layer_options["is_causal"] is True
 
 
+def test_path_x_has_nothing_of_pathfinders_own():
+    path_x = dict(task="pathfinder", config="128_hard")
+    assert recipes.plan("s4d", "s4", task="pathfinder").pooling == "last"
+    assert (recipes.plan("s4d", "s4", **path_x).pooling, recipes.plan("s4d", "s4", **path_x).weight_decay) == ("mean", 0.05)
+    assert recipes.plan("s4-v1", "s4", task="pathfinder").dropout_rate == 0.1
+    assert recipes.plan("s4-v1", "s4", **path_x).dropout_rate == 0
+
+
+@pytest.mark.parametrize("task", FIVE)
+def test_a_plateau_waits_for_epochs(task):
+    run = recipes.plan("s4-v1", "s4", task=task)
+    assert (run.evaluate_every - 1) * run.batch_size < papers.EXAMPLES[task] <= run.evaluate_every * run.batch_size
+
+
+def test_step_sizes_are_fast_on_tokens_and_slow_on_pixels():
+    rates = {task: recipes.plan("s4", "s4", task=task).step_learning_rate for task in FIVE}
+    assert rates == dict(listops=0.01, text=0.01, retrieval=0.01, image=None, pathfinder=None)
+
+
 def test_epochs_are_of_the_splits_that_there_are():
     for task, examples in papers.EXAMPLES.items():
         name, config = ("pathfinder", "128_hard") if task == "path_x" else (task, papers.CONFIGS[task])
