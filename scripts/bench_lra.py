@@ -6,7 +6,9 @@ Layers are timed in turn with the baseline, softmax, so that ratios are of one r
 (Markdown, LaTeX) and plots of all its rows are written beside it. Nothing is run that compiled memory shows not to fit.
 """
 
+import dataclasses
 import functools
+import math
 import os
 import pathlib
 import signal
@@ -17,12 +19,15 @@ import time
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import bench, commands, plots, progress, racing, results
+from subquad.lra import bench, commands, models, plots, progress, racing, recipes, results
 from subquad.lra.bench import energy, programs, speed
+from subquad.lra.checkpoints import line
 from subquad.zoo import LAYERS
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 LIMITS = ("length", "batch")
+# What the model, or another option, decides.
+FIXED = ("recipe", "task", "config", "layer", "layer_options")
 
 
 def parse():
@@ -62,7 +67,10 @@ def words(text: str) -> list[str]:
 
 def size(text: str) -> int:
     unit = UNITS.get(text[-1:].upper(), 1)
-    return int(float(text[:-1]) * unit) if unit > 1 else int(text)
+    number = float(text[:-1]) * unit if unit > 1 else int(text)
+    if not math.isfinite(number):
+        raise ValueError("not a number of bytes or tokens")
+    return int(number)
 
 
 def sizes(text: str) -> list[int]:
@@ -83,10 +91,11 @@ def checked(arguments):
             raise ValueError(f"--{option} must name at least one, got none. Leave it out.")
     if min(arguments.lengths) < 1:
         raise ValueError(f"--lengths must be at least 1, got {min(arguments.lengths)}. Count tokens.")
-    for name in ("batch_size", "repeats", "memory_limit", "seconds", "watts"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be > 0, got {value}. Leave it out.")
+    positive = ("batch_size", "repeats", "memory_limit", "seconds", "watts")
+    for name in (*positive, "energy_seconds", "grid_intensity", "price_per_hour"):
+        value, least = getattr(arguments, name), "> 0" if name in positive else ">= 0"
+        if value is not None and (not 0 <= value < math.inf or (name in positive and value == 0)):
+            raise ValueError(f"--{name.replace('_', '-')} must be {least}, got {value}. Leave it out.")
     if arguments.implementation is not None:
         dispatch.check_name("--implementation", arguments.implementation)
     return arguments
@@ -98,11 +107,14 @@ def main() -> int:
     if arguments.results:
         return draw_results(arguments.results, pathlib.Path(arguments.out).parent)
     if arguments.draw:
-        return show(arguments.out, bench.read(arguments.out))
+        rows = bench.read(arguments.out)
+        if not rows:
+            raise ValueError(f"--draw must find rows in --out, got {arguments.out}, which has none. Measure something first.")
+        return show(arguments.out, rows)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes that observe a peak need room, too
     jax.config.update("jax_enable_compilation_cache", False)  # it would make compiling look free
-    settings = prepare(arguments)
     layers = list(dict.fromkeys([arguments.baseline, *arguments.layers]))
+    settings = prepare(arguments, layers)
     forecast = speed.Forecast(list(speed.races(arguments.lengths, arguments.modes)))
     measured, stopped = [], threading.Event()
 
@@ -138,30 +150,54 @@ def main() -> int:
     return commands.FAILED if any(row.status.startswith("failed") for row in measured) else 0
 
 
-def prepare(arguments) -> speed.Settings:
-    """Looks at the machine, and says what it finds."""
+def prepare(arguments, layers: list[str]) -> speed.Settings:
+    """Looks at the machine, and says what it finds, once every layer is known to have a model."""
     threads = racing.limit_threads(arguments.threads)  # before JAX starts
     on_cpu = jax.default_backend() == "cpu"
     limit, source = programs.memory_limit()
     if arguments.memory_limit is not None:
         limit, source = arguments.memory_limit, "--memory-limit"
     meter, reason = energy.meter(jax.devices()[0])
-    rate = racing.matmul_rate(arguments.dtype, clock=racing.clock_of(threads if on_cpu else 0))
-    say(f"{results.environment()['hardware']}: matrix product {rate / 1e9:,.0f} GFLOP/s in {arguments.dtype}")
+    values = commands.assignments(arguments.override)
+    named = (
+        "model", "implementation", "baseline", "seconds", "repeats", "limits", "energy_seconds", "watts", "grid_intensity",
+        "price_per_hour", "currency",
+    )  # fmt: skip
+    settings = speed.Settings(
+        **{name: getattr(arguments, name) for name in named}, dtype=values.pop("dtype", arguments.dtype),
+        batch_size=values.pop("batch_size", arguments.batch_size or programs.usual_batch_size()), values=values,
+        options=commands.assignments(arguments.layer_options), threads=threads if on_cpu else None, memory_limit=limit,
+        memory_source=source, matmul_rate=math.nan, peaks=not on_cpu if arguments.peaks is None else arguments.peaks,
+        meter=meter, session=results.now(),
+    )  # fmt: skip
+    check_models(settings, layers, max(arguments.lengths))
+    rate = racing.matmul_rate(settings.dtype, clock=racing.clock_of(threads if on_cpu else 0))
+    say(f"{results.environment()['hardware']}: matrix product {rate / 1e9:,.0f} GFLOP/s in {settings.dtype}")
     say(f"Memory for programs: {limit / 2**30:.1f} GiB, {source}")
     instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "not told; --watts estimates it"
     say(f"Energy: {meter.source if meter else f'{instead} (no meter: {reason})'}")
-    named = (
-        "model", "dtype", "implementation", "baseline", "seconds", "repeats", "limits", "energy_seconds", "watts",
-        "grid_intensity", "price_per_hour", "currency",
-    )  # fmt: skip
-    return speed.Settings(
-        **{name: getattr(arguments, name) for name in named},
-        batch_size=arguments.batch_size or (1 if on_cpu else 32), options=commands.assignments(arguments.layer_options),
-        values=commands.assignments(arguments.override), threads=threads if on_cpu else None, memory_limit=limit,
-        memory_source=source, matmul_rate=rate, peaks=not on_cpu if arguments.peaks is None else arguments.peaks,
-        meter=meter, session=results.now(),
-    )  # fmt: skip
+    return dataclasses.replace(settings, matmul_rate=rate)
+
+
+def check_models(settings: speed.Settings, layers: list[str], length: int) -> None:
+    """Refuses --override and --layer-options that no model can be built with.
+
+    Raises: ValueError.
+    """
+    known = [one.name for one in dataclasses.fields(recipes.Run) if one.name not in FIXED]
+    for name in settings.values:
+        if name not in known:
+            raise ValueError(f"--override must be a value that can be changed, got {name!r}. {dispatch.nearest(name, known)}")
+    for name in settings.options:
+        layer, dot, _ = name.rpartition(".")
+        if dot and layer not in layers:
+            nearest = dispatch.nearest(layer, layers)
+            raise ValueError(f"--layer-options must be of a layer that is measured, got {name!r}. {nearest}")
+    for layer in layers:
+        try:
+            models.count_parameters(*settings.plan(layer, length))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"layer {layer} must take its options and the values of the run, got {line(error)}.") from error
 
 
 def show(out: str, measured) -> int:
@@ -184,7 +220,7 @@ def show(out: str, measured) -> int:
 
 def draw_results(path: str, folder: pathlib.Path) -> int:
     """Accuracy against time, a picture for each task and recipe of a CSV of training."""
-    rows = results.read(path)
+    rows = results.read(path) if pathlib.Path(path).is_file() else []
     if not rows:
         raise ValueError(f"--results must be a file with rows, got {path}. Train something first: scripts/train.py.")
     kinds: dict[tuple, list[results.Result]] = {}

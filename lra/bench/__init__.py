@@ -24,7 +24,7 @@ class Measurement:
     """
 
     status: str  # "ok"; "skipped: " why it was not run; "failed: " what it ended with
-    model: str  # a key of `programs.MODELS`
+    model: str  # a key of `programs.MODELS`, and what was changed in it: "lra-text, in_features=512"
     layer: str
     layer_options: str  # JSON
     length: int  # tokens of one sequence, as the task has them
@@ -80,7 +80,10 @@ class Measurement:
 
 FIELDS = [one.name for one in dataclasses.fields(Measurement)]
 # A later row with the same cells takes the place of the older.
-KEY = ("model", "layer", "layer_options", "length", "batch_size", "mode", "dtype", "implementation", "threads", "hardware")
+KEY = (
+    "model", "layer", "layer_options", "length", "batch_size", "mode", "dtype", "implementation", "threads", "hardware",
+    "baseline",
+)  # fmt: skip
 
 
 def write(rows: Iterable[Measurement], path: str | os.PathLike) -> None:
@@ -122,8 +125,8 @@ class Table(NamedTuple):
 
 
 def groups(rows: Iterable[Measurement]) -> list[list[Measurement]]:
-    """Rows that one picture holds: of one model, batch size, dtype, implementation, number of threads and machine."""
-    shared = ("model", "batch_size", "dtype", "implementation", "threads", "hardware")
+    """Rows that one picture holds: of one model, batch size, dtype, implementation, number of threads, machine and baseline."""
+    shared = ("model", "batch_size", "dtype", "implementation", "threads", "hardware", "baseline")
     found: dict[tuple, list[Measurement]] = {}
     for row in rows:
         found.setdefault(tuple(getattr(row, name) for name in shared), []).append(row)

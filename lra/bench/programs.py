@@ -92,6 +92,11 @@ def plan(
     return recipes.plan(rules.recipe, layer, task=task, layer_options=given, **values), task
 
 
+def usual_batch_size() -> int:
+    """Sequences that a program takes where nothing else is said."""
+    return 1 if jax.default_backend() == "cpu" else 32
+
+
 class Program(NamedTuple):
     """A compiled program, and what is known without running it."""
 

@@ -59,6 +59,11 @@ class Settings:
     # The largest length of a layer in a mode does not depend on the length of the race: it is looked for once.
     found: dict[tuple[str, str, str], tuple[int | None, str]] = dataclasses.field(default_factory=dict, compare=False)
 
+    @property
+    def label(self) -> str:
+        """The model as rows name it: one with other values is another model, and never takes the place of its rows."""
+        return ", ".join([self.model, *(f"{name}={value}" for name, value in sorted(self.values.items()))])
+
     def plan(self, layer: str, length: int, **values):
         """The run and the task of a layer at a length."""
         values = {"batch_size": self.batch_size, "dtype": self.dtype, **self.values, **values}
@@ -82,7 +87,8 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
         try:
             run, task = settings.plan(layer, length)
             row = _with(row, layer_options=json.dumps(dict(run.layer_options), sort_keys=True))
-            row = _with(row, configuration=json.dumps(dataclasses.asdict(run), sort_keys=True))
+            configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+            row = _with(row, configuration=configuration, batch_size=run.batch_size, dtype=run.dtype)
             program = programs.compiled(run, task, mode)
             row = _with(row, **facts(program))
             needed = program.memory.peak + held
@@ -151,9 +157,9 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
 
 def _blank(layer: str, length: int, mode: str, settings: Settings) -> Measurement:
     environment = results.environment()
-    named = ("model", "batch_size", "dtype", "implementation", "threads", "session")
+    named = ("batch_size", "dtype", "implementation", "threads", "session")
     return Measurement(
-        status="ok", layer=layer, layer_options="{}", length=length, mode=mode,
+        status="ok", model=settings.label, layer=layer, layer_options="{}", length=length, mode=mode,
         **{name: getattr(settings, name) for name in named}, **environment,
         memory_limit_bytes=settings.memory_limit, memory_limit_source=settings.memory_source,
         matmul_flops_per_second=settings.matmul_rate,

@@ -22,6 +22,9 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     bench.write([later], path)
     assert bench.read(path) == [later, other]
     assert bench.read(tmp_path / "absent.csv") == []
+    against_local = dataclasses.replace(ROW, baseline="local")
+    bench.write([against_local], path)
+    assert bench.read(path) == [later, other, against_local]
 
 
 def test_a_file_that_is_none_of_ours_is_refused(tmp_path):
@@ -65,7 +68,8 @@ def test_tables_hold_every_row_and_what_became_of_those_that_failed():
     assert rest.heading == ["layer", "at", "GFLOP", "J/call"]
     assert [row[:2] for row in rest.body] == [["softmax", "1K"], ["local", "2K"]]
     assert "Estimated from 100 W." in rest.notes
-    assert len(bench.groups([*rows(), dataclasses.replace(ROW, dtype="bfloat16")])) == 2
+    others = [dataclasses.replace(rows()[0], **one) for one in (dict(dtype="bfloat16"), dict(baseline="local"))]
+    assert len(bench.groups([*rows(), *others])) == 3
 
 
 def test_markdown_and_latex_say_the_same():

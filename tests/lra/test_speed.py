@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from subquad.lra import racing
+from subquad.lra import bench, racing
 from subquad.lra.bench import energy, programs, speed
 from subquad.zoo import LAYERS
 
@@ -41,6 +41,18 @@ def test_layers_are_raced_and_one_that_fails_takes_no_other_with_it():
         assert row.memory_ratio == pytest.approx(row.peak_bytes / softmax.peak_bytes, rel=1e-3)
     assert softmax.speed_ratio == softmax.memory_ratio == 1.0 and linformer.speed_ratio is None
     assert told[-1] == "timing softmax, local"
+
+
+def test_a_model_with_other_values_has_rows_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "compiled", None)  # a failed row is one, too
+    plain = dataclasses.replace(SETTINGS, model="lra-text", values={}, options={}, batch_size=1)
+    changed = dataclasses.replace(plain, values=dict(mlp_features=16, batch_size=4, dtype="bfloat16"))
+    found = [*speed.race(["softmax"], 16, "train", plain, silent), *speed.race(["softmax"], 16, "train", changed, silent)]
+    bench.write(found, tmp_path / "rows.csv")
+    assert [(row.model, row.batch_size, row.dtype) for row in bench.read(tmp_path / "rows.csv")] == [
+        ("lra-text", 1, "float32"), ("lra-text, batch_size=4, dtype=bfloat16, mlp_features=16", 4, "bfloat16")
+    ]  # fmt: skip
+    assert len(bench.groups(found)) == 2
 
 
 def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):

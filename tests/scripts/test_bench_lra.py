@@ -59,12 +59,23 @@ def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
     # One thread is timed by its processor's clock, and so is what its rate is compared with.
     assert (settings.threads, settings.matmul_rate) == (1, 1e11)
     assert settings.batch_size == 1 and settings.watts == 100 and not settings.peaks
-    assert len(bench.read(out)) == 6
+    assert len(bench.read(out)) == 6 and not (out.parent / "lra-2.png").exists()
     shown = capsys.readouterr()
-    assert "lra-text, batch 1, float32, train" in shown.out and "500 (1.00)" in shown.out
+    assert "lra-text, in_features=8, batch 1, float32, train" in shown.out and "500 (1.00)" in shown.out
     assert "estimated from 100 W (no meter: a test)" in shown.err and "left" in shown.err
     assert "tabular" in out.with_suffix(".tex").read_text() and "| local |" in out.with_suffix(".md").read_text()
     assert (out.parent / "lra-1.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_other_values_leave_the_rows_of_the_model_alone(run):
+    words = ("--lengths", "1K", "--modes", "train", "--layers", "local")
+    _, _, out = run(*words)
+    before = bench.read(out)
+    _, raced, _ = run(*words, "--override", "batch_size=4", "dtype=bfloat16", "in_features=16", "mlp_features=16")
+    after = bench.read(out)
+    assert after[:2] == before and {row.model for row in after[2:]} == {"lra-text, in_features=16, mlp_features=16"}
+    assert {(row.batch_size, row.dtype) for row in after[2:]} == {(4, "bfloat16")}
+    assert (raced[1][3].batch_size, raced[1][3].dtype) == (4, "bfloat16")
 
 
 def test_ctrl_c_keeps_what_was_measured_before(run, capsys):
@@ -115,6 +126,20 @@ def test_accuracy_against_time_is_drawn_beside_out(run, capsys):
         (("--batch-size", "0"), "--batch-size must be > 0, got 0"),
         (("--lenghts", "1"), "--lengths"),
         (("--results", "absent.csv"), "--results must be a file with rows"),
+        (("--results", "."), "--results must be a file with rows"),
+        (("--draw",), "--draw must find rows in --out"),
+        (("--seconds", "nan"), "--seconds must be > 0, got nan"),
+        (("--energy-seconds", "-1"), "--energy-seconds must be >= 0, got -1"),
+        (("--price-per-hour", "-3"), "--price-per-hour must be >= 0, got -3"),
+        (("--grid-intensity", "-5"), "--grid-intensity must be >= 0, got -5"),
+        (("--watts", "inf"), "--watts must be > 0, got inf"),
+        (("--memory-limit", "infG"), "memory-limit: invalid size value"),
+        (("--override", "in_featurs=8"), "changed, got 'in_featurs'. Did you mean 'in_features'?"),
+        (("--override", "layer=local"), "--override must be a value that can be changed, got 'layer'"),
+        (("--override", "in_features=big"), "layer softmax must take its options and the values of the run, got in_features"),
+        (("--override", "batch_size=0"), "got batch_size must be > 0"),
+        (("--layer-options", "locl.window_size=3"), "--layer-options must be of a layer that is measured"),
+        (("--layer-options", "local.windw_size=3"), "layer local must take its options"),
     ],
 )
 def test_a_wrong_word_is_one_line(run, capsys, words, message):
@@ -123,4 +148,5 @@ def test_a_wrong_word_is_one_line(run, capsys, words, message):
     except SystemExit as stopped:
         code = stopped.code
     error = capsys.readouterr().err
-    assert code == 2 and message in error and error.count("\n") == 1
+    assert code == 2 and message in error and error.splitlines()[-1].startswith("bench_lra: ")
+    assert error.count("\n") == 1 or "Memory for programs" in error
