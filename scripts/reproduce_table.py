@@ -3,19 +3,27 @@
 python scripts/reproduce_table.py --paper lra --table 1
 python scripts/reproduce_table.py --paper lra --table 1 --run --budget-hours 8 --seeds 3
 
---run trains what is missing, cheapest first; stopped by Ctrl-C or by its budget, the same command goes on. Rows are added
-to the ledger, checkpoints are beside it. Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
+--run trains what is missing, cheapest first; stopped by Ctrl-C or by its budget, the same command goes on. A budget that is
+used up is no failure: the table is printed, and the exit code is 0. Rows are added to the ledger, checkpoints are beside
+it. Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
 """
 
+import dataclasses
+import math
 import os
 import pathlib
 import sys
+import tempfile
+import time
 from collections import Counter
+from typing import get_args
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import commands, results, tables
+from subquad.lra.checkpoints import RunError, line
 from subquad.lra.tables import cells, figures, floor_rows, ledger, reproduce
 
+LEDGER = "runs/tables/ledger.csv"
 BENCH = pathlib.Path(__file__).with_name("bench_lra.py")
 
 
@@ -31,12 +39,23 @@ def parse():
     add("--budget-hours", type=float, default=None, metavar="H", help="for --run; default: no bound")
     add("--seeds", type=int, default=1, metavar="N", help="of each cell, for --run; default: 1")
     add("--batch-size", type=int, default=None, metavar="N", help="of measured ratios; default: 1 on a CPU, else 32")
-    add("--ledger", default="runs/tables/ledger.csv", metavar="CSV", help="what was run; default: %(default)s")
+    add("--ledger", default=LEDGER, metavar="CSV", help="what was run; default: %(default)s")
     add("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     add("--floors", nargs="+", default=[], metavar="TASK", help="measure what simple rules reach, as listops/lra")
     add("--format", default="text", choices=("text", "markdown", "latex", "csv"), help="default: text")
     add("--out", default=None, metavar="FILE", help="default: the terminal")
-    return parser.parse_args()
+    return checked(parser.parse_args())
+
+
+def checked(arguments):
+    for name in ("seeds", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}. Leave it out.")
+    hours = arguments.budget_hours
+    if hours is not None and not 0 <= hours < math.inf:
+        raise ValueError(f"--budget-hours must be >= 0, got {hours}. Leave it out for no bound.")
+    return arguments
 
 
 def main() -> int:
@@ -44,7 +63,7 @@ def main() -> int:
     files = files_of(arguments.ledger)
     if arguments.floors:
         return measure_floors(arguments.floors, files["floors"], arguments.data_dir)
-    known = ledger.read(files.values())
+    known = read(files, arguments.batch_size)
     if arguments.list:
         return write(tables.text(listed(known)) + "\n", arguments.out)
     name = arguments.table
@@ -54,11 +73,10 @@ def main() -> int:
     wanted = chosen(cells.table(arguments.paper, name), arguments.only)
     code = 0
     if arguments.run:
-        if arguments.seeds < 1:
-            raise ValueError(f"--seeds must be >= 1, got {arguments.seeds}. Leave it out for one.")
         code = run(wanted, files, known, arguments)
-        known = ledger.read(files.values())
-    options = "" if arguments.ledger == "runs/tables/ledger.csv" else f"--ledger {arguments.ledger}"
+        known = read(files, arguments.batch_size)
+    given = {"--ledger": arguments.ledger if arguments.ledger != LEDGER else None, "--batch-size": arguments.batch_size}
+    options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
     verdicts = [tables.judge(cell, known, options=options, data_dir=arguments.data_dir) for cell in wanted]
     return write(tables.render(arguments.paper, name, verdicts, known, arguments.format), arguments.out) or code
 
@@ -70,6 +88,27 @@ def files_of(path: str) -> dict[str, pathlib.Path]:
     return {"runs": ledger_path, **beside}
 
 
+def read(files: dict[str, pathlib.Path], batch_size: int | None) -> ledger.Ledger:
+    """What is known; of measurements those with this batch size, where one is told."""
+    known = ledger.read(files.values())
+    measured = [row for row in known.measurements if batch_size in (None, row.batch_size)]
+    return dataclasses.replace(known, measurements=measured)
+
+
+def writable(path: pathlib.Path) -> None:
+    """Refuses, before any work, a ledger that could not be written after it.
+
+    Raises: RunError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError("a folder")
+    except OSError as error:
+        raise RunError(f"--ledger must be a file that can be written, got {path}: {line(error)}. Choose another.") from error
+
+
 def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
     for word in words:
         if not any(cell.id.startswith(word) for cell in every):
@@ -79,33 +118,36 @@ def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
 
 
 def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.Ledger, arguments) -> int:
-    files["runs"].parent.mkdir(parents=True, exist_ok=True)
-    words = [] if arguments.batch_size is None else ["--batch-size", str(arguments.batch_size)]
-    code = reproduce.measure_missing(BENCH, wanted, files["bench"], known=known, words=words, say=say)
+    writable(files["runs"])
+    began, hours = time.monotonic(), arguments.budget_hours
+    code = reproduce.measure_missing(
+        BENCH, wanted, files["bench"], known=known, batch_size=arguments.batch_size, budget_hours=hours, say=say
+    )
+    left = None if hours is None else hours - (time.monotonic() - began) / 3600
     failures = reproduce.train_missing(
-        wanted, files["runs"], known=known, seeds=arguments.seeds, budget_hours=arguments.budget_hours,
-        data_dir=arguments.data_dir, say=say,
+        wanted, files["runs"], known=known, seeds=arguments.seeds, budget_hours=left, data_dir=arguments.data_dir, say=say
     )  # fmt: skip
     return commands.FAILED if code or failures else 0
 
 
 def listed(known: ledger.Ledger) -> list[list[str]]:
     """The tables, with how many of their cells came to what, and the estimated hours of a GPU for those that wait."""
-    rows = [["paper", "table", "cells", "reproduced", "differs", "not run", "cannot", "hours to run", "what it holds"]]
+    outcomes = get_args(tables.Outcome)
+    rows = [["paper", "table", "cells", "reproduced", *outcomes[1:], "hours to run", "what it holds"]]
     for paper, name in figures.sources():
         every = [cell for cell in cells.table(paper, name) if cell.column != "average"]
         verdicts = [tables.judge(cell, known) for cell in every]
         counts = Counter(one.outcome for one in verdicts)
         hours = sum(one.cost.hours for one in verdicts if one.cost is not None)
-        found = [str(counts[outcome]) for outcome in ("reproduced within tolerance", "differs", "not run", "cannot")]
+        found = [str(counts[outcome]) for outcome in outcomes]
         rows.append([paper, name, str(len(every)), *found, f"{hours:.3g}", figures.sources()[paper, name].title])
     return rows
 
 
 def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
+    writable(path)
     for word in words:
         found = floor_rows.measure(word, data_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
         floor_rows.write(found, path)
         for floor in found:
             print(f"{floor.task}/{floor.config}: {ledger.NAMES.get(floor.floor, floor.floor)} {floor.value:.4f}")

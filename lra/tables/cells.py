@@ -11,6 +11,8 @@ from subquad.lra.tables import figures
 
 # Points. One seed was published without a deviation; this is the spread that re-runs of these models show.
 TOLERANCE = 2.0
+# Where a deviation was published twice that is tolerated, and never less than this.
+LEAST_TOLERANCE = 1.0
 # Of a ratio of speeds or of memory, as a factor: machines differ.
 RATIO_TOLERANCE = 1.25
 COLUMNS = {"path_x": ("pathfinder", "128_hard"), "path_256": ("pathfinder", "256_hard")}
@@ -104,7 +106,7 @@ def _small(recipe: str, **rows: Answer | str) -> dict[str, Answer]:
 
 _S4_ROWS = {
     "S4 (original, v1)": Answer("s4-v1", "s4"),
-    "S4 (updated, = S4-LegS)": Answer("s4", "s4"),
+    "S4 (updated, = S4-LegS)": Answer("s4d", "s4"),  # S4-LegS of the paper of S4D: the same numbers
     "Random": _none("a guess, and no model"),
 }
 _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
@@ -123,7 +125,7 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("s4", "2"): {"S4": _MACHINE},
     ("s4", "repository"): {"S4 (repo, approximate)": Answer("s4", "s4")},
     ("s4", "s4d"): {
-        "S4-LegS": Answer("s4", "s4"),
+        "S4-LegS": Answer("s4d", "s4"),
         "S4D-LegS": Answer("s4d", "s4", dict(mode="diagonal", init="legs"), _DIAGONAL),
         "S4D-Inv": Answer("s4d", "s4", dict(mode="diagonal", init="inv")),
         "S4D-Lin": Answer("s4d", "s4", dict(mode="diagonal", init="lin")),
@@ -182,7 +184,7 @@ def _cell(source: figures.Source, figure: figures.Figure, transformer: Mapping[i
     task, config = COLUMNS.get(figure.task, (figure.task, None))
     overrides = {"task": task, "config": config, "layer_options": answer.layer_options}
     words = (source.paper, source.table, figure.row, figure.task, figure.length, metric if metric != "accuracy" else None)
-    tolerance = TOLERANCE if figure.deviation is None else max(1.0, 2 * figure.deviation)
+    tolerance = TOLERANCE if figure.deviation is None else max(LEAST_TOLERANCE, 2 * figure.deviation)
     return Cell(
         id=".".join(re.sub("[^a-z0-9]+", "_", str(word).lower()).strip("_") for word in words if word is not None),
         paper=source.paper, table=source.table, row=figure.row, column=figure.task, length=figure.length, metric=metric,
@@ -205,6 +207,7 @@ def _unanswered(figure: figures.Figure, metric: str, measured: bool, answer: Ans
     return {
         "train_accuracy": "the trainer scores validation and test",
         "speed_ratio": "of no one length and task that was read",
+        "compute": "counted by a tool of its authors that reads too low, as they say; scripts/bench_lra.py counts our models'",
     }.get(metric, _MACHINE.cannot)
 
 

@@ -96,7 +96,8 @@ def key(configuration: str | dict) -> str:
 def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     """The rows of the files that come with the package, and of `paths`: files, or folders of them.
 
-    A file with other columns is passed over. Of two rows of one configuration the one in the later file counts.
+    A file with other columns is passed over. Of two rows of one configuration the one in the later file counts, but for
+    one that failed where the other did not.
 
     Raises: RunError: a file has our columns and a cell that cannot be read.
     """
@@ -107,7 +108,9 @@ def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
         columns = set(_heading(path))
         if {"accuracy", "configuration", "seed"} <= columns:
             for row in results.read(path):
-                rows[results.configuration_hash(row.configuration)] = row
+                name = results.configuration_hash(row.configuration)
+                if row.status == "ok" or name not in rows or rows[name].status != "ok":
+                    rows[name] = row
         elif set(bench.FIELDS) <= columns:
             measured += bench.read(path)
         elif set(FLOOR_FIELDS) <= columns:

@@ -2,12 +2,15 @@ import csv
 import dataclasses
 import io
 import json
+import signal
 import statistics
+import threading
 import time
 
 import pytest
 
 from subquad.lra import bench, recipes, results, tables, tasks
+from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.tables import cells, costs, figures, ledger, reproduce
 from subquad.zoo import LAYERS
@@ -97,6 +100,22 @@ def test_a_failure_is_a_row(tmp_path):
     assert (one.outcome, one.reason, one.ours) == ("differs", "failed: non-finite loss by step 30", None)
 
 
+def test_a_seed_that_failed_is_told_beside_those_that_did_not(tmp_path):
+    name = f"{TRANSFORMER}.listops"
+    rows = [result(name, None, 0, status="failed: no memory"), result(name, 0.36, 1), result(name, 0.37, 2)]
+    one = tables.judge(cell(name), known(tmp_path, *rows))
+    assert (one.outcome, one.seeds, one.reason) == ("reproduced within tolerance", 2, "seed 0 failed: no memory")
+
+
+def test_a_failure_never_takes_the_place_of_a_number(tmp_path):
+    name = f"{TRANSFORMER}.listops"
+    for file, rows in {"a.csv": [result(name, 0.36)], "b.csv": [result(name, None, status="failed: no memory")]}.items():
+        results.append(rows[0], tmp_path / file)
+    for files in (("a.csv", "b.csv"), ("b.csv", "a.csv")):
+        one = tables.judge(cell(name), ledger.read([tmp_path / file for file in files]))
+        assert (one.outcome, one.reason, one.ours) == ("reproduced within tolerance", "", pytest.approx(36))
+
+
 def test_another_value_of_the_run_is_no_answer(tmp_path):
     name = f"{TRANSFORMER}.listops"
     row = result(name, 0.36)
@@ -135,6 +154,37 @@ def test_both_averages_count_a_failed_path_x_as_50_and_mark_it(tmp_path):
         assert six.ours == pytest.approx(ours) and six.ours_marked == marked
 
 
+def test_a_printed_average_stands_where_its_tasks_do_not():
+    verdicts = [tables.judge(one, ledger.Ledger({}, [], {})) for one in cells.table("s4", "10")]
+    assert tables.Average("Performer", 6, 51.18, True, None, False) in tables.averages(verdicts)
+    heading, *body = tables.matrix(verdicts)
+    assert heading[-1] == "average of 6" and all("".join(row[1:]) for row in body)
+    assert next(row for row in body if row[0] == "Performer")[-1] == "51.18* / -"
+
+
+def test_the_numbers_of_the_paper_of_s4d_are_answered_by_its_recipe():
+    for table, row in (("s4d", "S4-LegS"), ("10", "S4 (updated, = S4-LegS)")):
+        runs = [one for one in cells.table("s4", table) if one.row == row and not one.cannot]
+        assert len(runs) == 6 and {one.recipe for one in runs} == {"s4d"}
+    assert {one.recipe for one in cells.table("s4", "repository")} == {"s4"}
+
+
+def test_the_tolerance_is_what_is_said_of_it():
+    found = [one for one in cells.every() if one.unit == "%" and one.column != "average"]
+    assert {one.tolerance for one in found if one.deviation is None} == {2.0}
+    assert all(one.tolerance == max(1.0, 2 * one.deviation) for one in found if one.deviation is not None)
+    verdicts = [tables.judge(one, ledger.Ledger({}, [], {})) for one in cells.table("s4", "s4d")]
+    assert (
+        "Tolerance: 2 points; twice the published deviation where there is one, 1 point at least."
+        in tables.render("s4", "s4d", verdicts, ledger.Ledger({}, [], {}))
+    )
+
+
+def test_compute_is_no_time_or_memory():
+    reasons = {one.cannot for one in cells.table("xformers", "1") if one.metric == "compute"}
+    assert not any("absolute time" in reason for reason in reasons) and any("counted by a tool" in reason for reason in reasons)
+
+
 def test_all_forms_show_theirs_ours_and_every_outcome(tmp_path):
     verdicts, found = of_all(tmp_path)
     shown = {form: tables.render("lra", "1", verdicts, found, form) for form in ("text", "markdown", "latex", "csv")}
@@ -152,10 +202,12 @@ def test_all_forms_show_theirs_ours_and_every_outcome(tmp_path):
     assert "5 reproduced within tolerance; 0 differs; 1 not run; 0 cannot." in shown["text"]
 
 
-def measurement(layer, length, **other):
+def measurement(layer, length, batch_size=1, values=None, **other):
+    run, _ = programs.plan("lra-text", layer, length, batch_size=batch_size, **values or {})
     words = dict(
-        status="ok", model="lra-text", layer=layer, layer_options="{}", length=length, batch_size=1, mode="train",
+        status="ok", model="lra-text", layer=layer, layer_options="{}", length=length, batch_size=batch_size, mode="train",
         dtype="float32", implementation=None, threads=1, hardware="a machine", finished_utc="2026-01-01T00:00:00Z",
+        baseline="softmax", configuration=json.dumps(dataclasses.asdict(run)),
     )  # fmt: skip
     return bench.Measurement(**{**words, **other})
 
@@ -174,11 +226,72 @@ def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
     assert one.outcome == "differs" and one.cell.expected == pytest.approx(0.37 / 0.85)
     assert verdicts["lra.2.performer.text.4000.speed_ratio"].outcome == "not run"
     assert "Ours: a machine, batch 1, float32." in tables.render("lra", "2", list(verdicts.values()), found)
-    found_words = reproduce.bench_words(wanted, found, "out.csv", ["--batch-size", "2"], device="a machine")
-    words = "--model lra-text --modes train --layers softmax,performer --lengths 2000,3000,4000 --out out.csv --batch-size 2"
+    found_words = reproduce.bench_words(wanted, found, "out.csv", 1, device="a machine")
+    words = "--model lra-text --modes train --layers softmax,performer --lengths 2000,3000,4000 --batch-size 1 --out out.csv"
     assert found_words == words.split()
-    # On another machine nothing is known yet.
-    assert "1000,2000,3000,4000" in reproduce.bench_words(wanted, found, "out.csv", device="another")
+    # On another machine, and with another batch size, nothing is known yet.
+    assert "1000,2000,3000,4000" in reproduce.bench_words(wanted, found, "out.csv", 1, device="another")
+    assert "1000,2000,3000,4000" in reproduce.bench_words(wanted, found, "out.csv", 2, device="a machine")
+
+
+@pytest.mark.usefixtures("nothing_shipped")
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(values=dict(in_features=16)),  # as rows of earlier versions have it
+        dict(values=dict(options=dict(num_features=8))),
+        dict(model="lra-text, in_features=16"),
+        dict(values=dict(dtype="bfloat16"), dtype="bfloat16"),
+        dict(configuration=None),
+        dict(baseline="local"),
+    ],
+)
+def test_a_measurement_of_another_model_is_no_answer(tmp_path, other):
+    bench.write([measurement("performer", 1024, speed_ratio=1.3, **other)], tmp_path / "bench.csv")
+    one = tables.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), ledger.read([tmp_path]))
+    assert one.outcome == "not run"
+
+
+@pytest.mark.usefixtures("nothing_shipped")
+def test_the_baseline_is_no_reproduction(tmp_path):
+    ratios = dict(speed_ratio=1.0, memory_ratio=1.0)
+    bench.write([measurement("softmax", 1024, **ratios), measurement("performer", 1024, **ratios)], tmp_path / "bench.csv")
+    found = ledger.read([tmp_path])
+    wanted = [one for one in cells.table("lra", "2") if one.row in ("Transformer", "Performer") and one.length == 1000]
+    verdicts = [tables.judge(one, found) for one in wanted]
+    outcomes = ["baseline", "baseline", "reproduced within tolerance", "differs"]
+    assert [one.outcome for one in verdicts] == outcomes
+    assert "1 reproduced within tolerance; 1 differs; 0 not run; 0 cannot; 2 baseline." in tables.render(
+        "lra", "2", verdicts, found
+    )
+
+
+def test_the_measurements_that_come_with_the_package_answer():
+    verdicts = [tables.judge(one, ledger.read()) for one in cells.table("lra", "2")]
+    assert {one.cell.layer for one in verdicts if one.ours is not None} == {one.layer for one in cells._SPEED.values()}
+    assert not any(one.outcome == "not run" for one in verdicts)
+
+
+def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
+    mark, said = tmp_path / "interrupted", []
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, time\n"
+        "try:\n    time.sleep(60)\n"
+        f"except KeyboardInterrupt:\n    pathlib.Path({str(mark)!r}).touch()\n"
+    )
+    wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
+    words = dict(known=ledger.Ledger({}, [], {}), say=said.append)
+    budget = tables.MEASURING.hours / 2
+    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=budget, **words) == 0
+    (text,) = said
+    assert text.startswith("Left for another time: measurements. One would take 0.05 h on any device") and not mark.exists()
+    monkeypatch.setattr(tables, "MEASURING", tables.MEASURING._replace(hours=0))
+    began = time.monotonic()
+    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=2 / 3600, **words) == 0
+    assert mark.exists() and time.monotonic() - began < 30 and "The budget is used up" in said[-1]
+    program.write_text("raise SystemExit(3)")
+    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=1, **words) == 3
 
 
 @pytest.fixture
@@ -230,11 +343,46 @@ def test_a_budget_and_ctrl_c_stop_between_and_in_runs(tmp_path, trained):
 
 
 def test_a_run_that_outlasts_the_budget_is_interrupted():
-    with pytest.raises(KeyboardInterrupt), reproduce._alarm(0.05 / 3600):
+    rung = threading.Event()
+    with pytest.raises(KeyboardInterrupt), reproduce._alarm(0.05 / 3600, rung):
         time.sleep(20)
-    with reproduce._alarm(0.2 / 3600):
+    assert rung.is_set()
+    rung.clear()
+    with reproduce._alarm(0.2 / 3600, rung):
         pass
     time.sleep(0.3)  # the alarm is off
+    assert not rung.is_set()
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves):
+    def train(run, **words):
+        try:
+            time.sleep(20)
+        except KeyboardInterrupt:
+            if not saves:  # nothing is trained yet
+                raise
+            raise Interrupted("Stopped at step 3 of 5000; saved in there. Go on with --resume.") from None
+
+    monkeypatch.setattr("subquad.lra.train.train", train)
+    monkeypatch.setattr(costs, "here", lambda *words: costs.Cost(0.0, "this", "a test"))
+    said = []
+    wanted = column("listops", "Transformer", "Performer")
+    words = dict(known=ledger.read([]), budget_hours=0.5 / 3600, say=said.append)
+    assert reproduce.train_missing(wanted, tmp_path / "ledger.csv", **words) == 0
+    saved = "Stopped at step 3 of 5000; saved in there. " * saves
+    assert said[-1] == f"The budget is used up. {saved}The same command goes on from there."
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_a_checkpoint_has_done_is_taken_off_the_estimate(tmp_path):
+    run = tables.run_of(cell(f"{TRANSFORMER}.listops"))
+    assert reproduce.undone(run, tmp_path / "absent") == 1
+    (tmp_path / "checkpoint" / "1250").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "1300.partial").mkdir()
+    assert reproduce.undone(run, tmp_path) == 0.75
+    (tmp_path / "result.json").touch()
+    assert reproduce.undone(run, tmp_path) == 0
 
 
 def test_one_run_that_answers_to_several_tables_is_missing_once():

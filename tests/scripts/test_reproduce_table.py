@@ -31,7 +31,7 @@ def test_the_list_has_every_table(call):
     lines = [line.split() for line in out.splitlines()[1:]]
     assert [tuple(line[:2]) for line in lines] == list(figures.sources())
     for line in lines:
-        cells, *outcomes = map(int, line[2:7])
+        cells, *outcomes = map(int, line[2:8])
         assert cells == sum(outcomes)
 
 
@@ -54,6 +54,9 @@ def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
         (("--only", "lra.1.perfomer"), "--only must start a cell's id, got 'lra.1.perfomer'. Did you mean 'lra.1.performer'?"),
         (("--tabel", "1"), "option must be a known one, got '--tabel'. Did you mean '--table'?"),
         (("--run", "--seeds", "0", "--only", "lra.1.bigbird"), "--seeds must be >= 1, got 0."),
+        (("--batch-size", "0"), "--batch-size must be >= 1, got 0."),
+        (("--budget-hours", "-1"), "--budget-hours must be >= 0, got -1.0."),
+        (("--budget-hours", "nan"), "--budget-hours must be >= 0, got nan."),
         (("--floors", "listop"), "task must be a known name, got 'listop'. Did you mean 'listops'?"),
     ],
 )
@@ -63,6 +66,28 @@ def test_wrong_words_are_one_line(call, words, said, capsys):
     except SystemExit as stopped:
         code, told = stopped.code, capsys.readouterr().err
     assert code == 2 and told.startswith(f"reproduce_table: {said}") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("ledger", "words"),
+    [
+        ("/proc/nope/l.csv", ("--run", "--only", "lra.1.performer.listops")),
+        ("/proc/nope/l.csv", ("--floors", "listops/tiny")),
+        ("/proc", ("--run", "--only", "lra.1.performer.listops")),
+    ],
+)
+def test_a_ledger_that_cannot_be_written_is_refused_before_any_work(call, monkeypatch, words, ledger):
+    monkeypatch.setattr("subquad.lra.train.train", lambda *words, **more: pytest.fail("trained"))
+    monkeypatch.setattr("subquad.lra.tables.floor_rows.measure", lambda *words: pytest.fail("measured"))
+    code, out, said = call(*words, "--ledger", ledger)
+    assert (code, out) == (commands.FAILED, "") and said.count("\n") == 1
+    assert said.startswith("reproduce_table: --ledger must be a file that can be written, got ")
+
+
+def test_a_budget_that_is_used_up_still_gives_the_table(call):
+    code, out, said = call("--table", "2", "--run", "--budget-hours", "1e-5", "--only", "lra.2.linformer.text.4000")
+    assert code == 0 and "Left for another time: measurements." in said and "lra.2.linformer.text.4000.speed_ratio" in out
+    assert "--batch-size 3" in call("--table", "2", "--batch-size", "3")[1]
 
 
 def test_floors_are_measured_kept_and_read_again(call, tmp_path):
