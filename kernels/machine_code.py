@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 
-from subquad.kernels import interpreter, launch
+from subquad.kernels import interpreter, launch, ranges
 from subquad.kernels.guarded import DTYPE_NAMES
 
 
@@ -25,7 +25,6 @@ class Compiled:
         dots: matrix products in the source, before anything was unrolled.
         precisions: how those of float32 operands are computed, as "tf32x3".
         float64: whether anything is computed in float64.
-        wide: whether indices are 64 bits wide somewhere: those of large arrays overflow 32.
     """
 
     target: str
@@ -39,7 +38,6 @@ class Compiled:
     dots: int
     precisions: frozenset[str]
     float64: bool
-    wide: bool
 
     @property
     def fits(self) -> bool:
@@ -62,11 +60,46 @@ def compile(launched: launch.Launch, target: str) -> Compiled:
         RuntimeError: this process runs the interpreter.
         Refused: Triton cannot compile the kernel for the target.
     """
+    source, gpu, options = _prepared(launched, target)
+    from triton.compiler import compile as triton_compile
+
+    try:
+        compiled = triton_compile(source, target=gpu, options=options)
+    except Exception as error:  # Triton raises what each of its stages happens to raise
+        raise Refused(f"{launched.name} for {target}: {_reason(error)}") from error
+    code = compiled.asm["ttir"]
+    source = dict(
+        dots=len(re.findall(r"\btt\.dot\b", code)),
+        precisions=frozenset(re.findall(r"\btt\.dot .*inputPrecision = (\w+) : tensor<[^>]*xf32> \*", code)),
+        float64="f64" in code,
+    )
+    return (_read_sass if target.startswith("sm_") else _read_gcn)(target, compiled, compiled.metadata.shared, source)
+
+
+def overflows(launched: launch.Launch, target: str = "sm_90") -> tuple[str, ...]:
+    """The lines of a recorded launch's source in which 32 bits may be too few, as `ranges.overflows` finds them.
+
+    Raises: RuntimeError: this process runs the interpreter.
+    """
+    source, gpu, options = _prepared(launched, target)
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    backend, context, stages = make_backend(gpu), ir.context(), {}
+    options = backend.parse_options({**options, **source.parse_options()})
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    made = source.make_ir(gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    backend.add_stages(stages, options, source.language)
+    return ranges.overflows(str(stages["ttir"](made, {})), launched.grid)
+
+
+def _prepared(launched: launch.Launch, target: str):
+    """(source, GPU, options) for Triton's compiler."""
     if interpreter.running():
-        raise RuntimeError("machine_code.compile: this process runs the interpreter. Unset TRITON_INTERPRET.")
+        raise RuntimeError("machine_code: this process runs the interpreter. Unset TRITON_INTERPRET.")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.compiler import compile as triton_compile
 
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
@@ -80,19 +113,7 @@ def compile(launched: launch.Launch, target: str) -> Compiled:
     constants = dict(launched.constants)
     if not nvidia:  # its matrix cores take float32 as it is, and know no TF32
         constants = {name: "ieee" if value == "tf32x3" else value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constants, aligned)
-    try:
-        compiled = triton_compile(source, target=gpu, options=options)
-    except Exception as error:  # Triton raises what each of its stages happens to raise
-        raise Refused(f"{launched.name} for {target}: {_reason(error)}") from error
-    code = compiled.asm["ttir"]
-    source = dict(
-        dots=len(re.findall(r"\btt\.dot\b", code)),
-        precisions=frozenset(re.findall(r"\btt\.dot .*inputPrecision = (\w+) : tensor<[^>]*xf32> \*", code)),
-        float64="f64" in code,
-        wide=re.search(r"arith\.extsi .*i64", code) is not None,
-    )
-    return (_read_sass if nvidia else _read_gcn)(target, compiled, compiled.metadata.shared, source)
+    return ASTSource(kernel, signature, constants, aligned), gpu, options
 
 
 def _read_sass(target, compiled, shared, source) -> Compiled:

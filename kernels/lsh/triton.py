@@ -131,7 +131,9 @@ def _tokens(
         inside &= index % PADDED < LENGTH
         at = index // PADDED * LENGTH + index % PADDED
     else:
-        at = round_ * LENGTH + index
+        order += round_.to(tl.int64) * LENGTH
+        buckets += round_.to(tl.int64) * LENGTH
+        at = index
     return tl.load(order + at, mask=inside, other=0), tl.load(buckets + at, mask=inside, other=NUM_BUCKETS)
 
 

@@ -60,8 +60,8 @@ def _where(T: tl.constexpr, D: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl
 
 @triton.jit
 def _place(steps, T: tl.constexpr, FROM_END: tl.constexpr):
-    """The position in the array of the steps of a walk."""
-    return (T - 1 - steps) if FROM_END else steps
+    """The position in the array of the steps of a walk, int64: it is multiplied by the width of a row."""
+    return ((T - 1 - steps) if FROM_END else steps).to(tl.int64)
 
 
 @triton.jit
