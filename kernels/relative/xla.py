@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
+from subquad.kernels.softmax.xla import balance
 
 
 class Plan(NamedTuple):
@@ -61,18 +62,13 @@ def choose_plan(batch: int, heads: int, queries: int, keys: int) -> Plan:
     """Even tiles, the fewer the queries the more keys, and parts of the batch so small that a tile need not shrink further."""
     # On a CPU fewer queries than keys: t of the t + s distances in the band of a tile belong to no pair.
     limit, rows, columns = (CPU_TILE, 128, 256) if jax.default_backend() == "cpu" else (ACCELERATOR_TILE, 1024, 1024)
-    query = even(queries, rows)
-    key = even(keys, rows * columns // query)
+    query = balance(queries, rows)
+    key = balance(keys, rows * columns // query)
     room = max(1, limit // (heads * query * (query + key)))
     parts = next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= room)
     while heads * (batch // parts) * query * (query + key) > 4 * limit and key > 32:
-        query, key = even(queries, max(1, -(-query // 2))), even(keys, -(-key // 2))
+        query, key = balance(queries, -(-query // 2)), balance(keys, -(-key // 2))
     return Plan(parts, query, key, keys - queries, queries, keys)
-
-
-def even(length: int, limit: int) -> int:
-    """The size that cuts `length` into as many parts as `limit` would, with the least padding."""
-    return -(-length // -(-length // limit))
 
 
 def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale):

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import Array, Bias, Key, LogSumExp, Mask, Output, Positions, Query, Value
 from subquad.kernels.softmax import cudnn, reference, xla
 
 __all__ = ["attention", "merge"]
 
 OWNER = "softmax.attention"
+LARGEST_SIDE = 1 << 30  # of a window: what is added to a position in int32
 IMPLEMENTATIONS = {
     "cudnn": cudnn.attention,
     **dispatch.triton("subquad.kernels.softmax.triton", "attention"),
@@ -71,7 +72,7 @@ def attention(
         natural logarithm. A row that sees nothing gives 0 and -inf, and gradients of 0.
     Raises:
         TypeError: a mask that is not boolean; positions or segments that are not integers.
-        ValueError: a shape that does not fit; a negative window.
+        ValueError: a shape that does not fit; a negative window, or one of 2^30 and more that cannot be known to cover all.
         NotImplementedError: an implementation that cannot serve this call, with the reason.
     Numerics: operands keep their dtype; logits, softmax and sums are float32. Agrees with the reference to 1e-5
         (float32), 2e-2 (bfloat16). The gradient recomputes the weights from the log-sum-exp. Every implementation gives
@@ -100,16 +101,17 @@ def attention(
         "query_segment_ids": row("query_segment_ids", query_segment_ids, batch, queries),
         "key_segment_ids": row("key_segment_ids", key_segment_ids, batch, keys),
     }
+    for name, length in (("query_positions", queries), ("key_positions", keys)):
+        rows[name] = np.arange(length, dtype=np.int32)[None] if rows[name] is None else rows[name]
+    band = needed(band, rows["query_positions"], rows["key_positions"])
     if band is None:
         rows["query_positions"] = rows["key_positions"] = None
-    else:
-        for name, length in (("query_positions", queries), ("key_positions", keys)):
-            rows[name] = np.arange(length, dtype=np.int32)[None] if rows[name] is None else rows[name]
     scale = scale_of(OWNER, scale, features)
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
     visible = xla.Visible(**rows, mask=mask)
-    implementations = {**IMPLEMENTATIONS, "cudnn": functools.partial(cudnn.attention, return_lse=return_lse)}
+    by_cudnn = functools.partial(cudnn.attention, return_lse=return_lse, by_name=implementation == "cudnn")
+    implementations = {**IMPLEMENTATIONS, "cudnn": by_cudnn}
     out, lse = dispatch.run(OWNER, implementations, implementation, query, key, value, bias, visible, band, scale)
     return (out, lse) if return_lse else out
 
@@ -146,9 +148,8 @@ def merge(
 
 def check_heads(owner: str, query, key, value) -> None:
     """Refuses query, key and value whose shapes do not go together."""
+    checks.floating(owner, query=query, key=key, value=value)
     for name, array in (("query", query), ("key", key), ("value", value)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{owner}: {name} must be floating-point, got {array.dtype}. Cast it.")
         if array.ndim != 4 or 0 in array.shape:
             raise ValueError(
                 f"{owner}: {name} must have four axes [B, length, heads, features], none empty, got {array.shape}. "
@@ -206,6 +207,26 @@ def band_of(window_size, is_causal: bool) -> tuple[int | None, int | None] | Non
     left, right = (None if side is None else int(side) for side in both)
     if is_causal:
         right = 0
+    return None if left is None and right is None else (left, right)
+
+
+def needed(band, query_positions, key_positions):
+    """The limits of `band` that hide anything, by positions that are known: a position plus a large limit would overflow."""
+    if band is None:
+        return None
+    left, right = band
+    if isinstance(query_positions, np.ndarray) and isinstance(key_positions, np.ndarray):
+        (first_query, last_query), (first_key, last_key) = (
+            (int(positions.min()), int(positions.max())) for positions in (query_positions, key_positions)
+        )
+        left = None if left is not None and left >= last_query - first_key else left
+        right = None if right is not None and right >= last_key - first_query else right
+    largest = max(side or 0 for side in (left, right))
+    if largest >= LARGEST_SIDE:
+        raise ValueError(
+            f"{OWNER}: window_size must be below 2^30 where positions are not known to lie within it, got {largest}. "
+            "Pass None for no limit."
+        )
     return None if left is None and right is None else (left, right)
 
 

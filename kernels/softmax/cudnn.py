@@ -8,21 +8,31 @@ from subquad.kernels import launch
 OLDEST, HOPPER = 80, 90  # compute capabilities
 
 
-def attention(query, key, value, bias, visible, band, scale: float, *, return_lse: bool):
-    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], None)."""
-    if reason := refusal(query, value, bias, visible, band, return_lse):
+def attention(query, key, value, bias, visible, band, scale: float, *, return_lse: bool, by_name: bool):
+    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], None).
+
+    `by_name`: whether the caller asked for cuDNN; else it is taken only where it was measured.
+    """
+    if reason := refusal(query, value, bias, visible, band, return_lse, by_name):
         raise launch.Declined(reason)
     run = jax.nn.dot_product_attention
-    return run(query, key, value, scale=scale, is_causal=band is not None, implementation="cudnn"), None
+    try:
+        return run(query, key, value, scale=scale, is_causal=band is not None, implementation="cudnn"), None
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        # No cuDNN, one too old for this GPU, or operands that are sharded as it cannot serve them.
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise launch.Declined(f"JAX refuses it: {said}.") from error
 
 
-def refusal(query, value, bias, visible, band, return_lse: bool) -> str | None:
-    """Why cuDNN cannot take a call; None if it can."""
+def refusal(query, value, bias, visible, band, return_lse: bool, by_name: bool) -> str | None:
+    """Why cuDNN does not take a call; None if it does."""
     capability = launch.capability()
     if capability is None:
         return "JAX sees no NVIDIA GPU here."
     if capability < OLDEST:
         return f"the GPU has compute capability {capability / 10}, and cuDNN's attention starts at {OLDEST / 10}."
+    if capability < HOPPER and not by_name:
+        return f"the GPU has compute capability {capability / 10}, and below {HOPPER / 10} cuDNN is taken by name only."
     if query.dtype.name not in ("bfloat16", "float16"):
         return f"the operands are {query.dtype}, and cuDNN takes bfloat16 and float16 only."
     features, largest = query.shape[3], 256 if capability >= HOPPER else 128

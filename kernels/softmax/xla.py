@@ -103,8 +103,8 @@ def power(size: int) -> int:
 
 
 def balance(length: int, tile: int) -> int:
-    """The tile that cuts `length` into as many parts as `tile` would, with the least padding."""
-    return -(-length // -(-length // tile))
+    """The size that cuts `length` into as many parts as `tile` would, with the least padding or overlap."""
+    return -(-length // -(-length // max(1, tile)))
 
 
 def visible_steps(tiles, counts, band, query_positions, key_positions) -> np.ndarray:
@@ -129,7 +129,8 @@ def visible_steps(tiles, counts, band, query_positions, key_positions) -> np.nda
 def extremes(positions: np.ndarray, tile: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The smallest and the largest position in each tile, over the batch."""
     short = tile * count - positions.shape[1]
-    parts = np.pad(positions, ((0, 0), (0, short)), mode="edge").reshape(-1, count, tile)
+    # In int64: a limit is added to them.
+    parts = np.pad(positions.astype(np.int64), ((0, 0), (0, short)), mode="edge").reshape(-1, count, tile)
     return parts.min((0, 2)), parts.max((0, 2))
 
 
@@ -218,7 +219,7 @@ def tile_corner(plan: Plan, array, i, j):
     for size, index, tile in zip(array.shape[3:], (i, j), plan.tiles, strict=True):
         starts.append(0 if size == 1 else index * tile)
         shape.append(1 if size == 1 else tile)
-    return starts, shape
+    return list(map(jnp.int32, starts)), shape
 
 
 def add_tile(plan: Plan, array, tile, i, j):

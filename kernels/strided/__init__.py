@@ -70,8 +70,9 @@ def attention(
         raise ValueError(f"{owner}: window_size must be None or a number >= 0, got {window_size!r}. Count keys on each side.")
     check_stride(owner, "stride", stride)
     length, near = query.shape[1], window_size is not None
-    # A stride over everything reaches nothing but the query itself, whatever its length.
-    pattern = Pattern(min(int(stride), length), near, bool(is_causal), int(window_size) if near else 0)
+    # A stride over everything reaches nothing but the query itself, whatever its length; a window over everything no more.
+    window = min(int(window_size), length) if near else 0
+    pattern = Pattern(min(int(stride), length), near, bool(is_causal), window)
     return run(owner, pattern, query, key, value, mask, scale, return_lse, implementation)
 
 
@@ -119,7 +120,9 @@ def fixed(
     check_stride(owner, "block_size", block_size)
     check_columns(owner, columns, query.shape[2], block_size)
     listed = tuple(tuple(sorted(map(int, row))) for row in columns)
-    pattern = Pattern(int(block_size), bool(own_block), bool(is_causal), columns=listed)
+    # Of a block longer than the sequence nothing counts but where the columns are.
+    block = min(int(block_size), max(query.shape[1], int(columns.max()) + 1))
+    pattern = Pattern(block, bool(own_block), bool(is_causal), columns=listed)
     return run(owner, pattern, query, key, value, mask, scale, return_lse, implementation)
 
 

@@ -14,10 +14,12 @@ import numpy as np
 from einops import rearrange
 
 from subquad.kernels.softmax import online, parts
+from subquad.kernels.softmax.xla import balance
 from subquad.kernels.strided.pattern import Pattern
 
 # Bytes of one tile of logits; the rows of queries and of keys in it. On an accelerator every step is a launch.
 CPU_TILE, ACCELERATOR_TILE = (1 << 19, 64, 256), (1 << 26, 1024, 2048)
+ZERO = np.int32(0)  # beside the places of a tile, which are int32 also where JAX's integers have 64 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +34,6 @@ class Sweep:
 
 def tile_limits() -> tuple[int, int, int]:
     return CPU_TILE if jax.default_backend() == "cpu" else ACCELERATOR_TILE
-
-
-def balance(length: int, tile: int) -> int:
-    """The tile that cuts `length` into as many parts as `tile` would, with the least overlap."""
-    return -(-length // -(-length // max(1, tile)))
 
 
 def plan(pattern: Pattern, batch: int, length: int, heads: int) -> tuple[Sweep, ...]:
@@ -111,7 +108,7 @@ class Tile:
         """[B, T, N, ...] -> its tile [b, r, N, t, ...]."""
         starts, sizes = self.corner(of_keys)
         array, rest = self.view(array)
-        tile = jax.lax.dynamic_slice(array, (*starts, *(0 for _ in rest)), (*sizes, *rest))
+        tile = jax.lax.dynamic_slice(array, (*starts, *(ZERO for _ in rest)), (*sizes, *rest))
         return jnp.moveaxis(tile, 1, 3 if rest else 2)
 
     def put(self, array, tile, of_keys: bool):
@@ -119,7 +116,7 @@ class Tile:
         starts, _ = self.corner(of_keys)
         view, rest = self.view(array)
         tile = jnp.moveaxis(tile, 3 if rest else 2, 1)
-        return jax.lax.dynamic_update_slice(view, tile, (*starts, *(0 for _ in rest))).reshape(array.shape)
+        return jax.lax.dynamic_update_slice(view, tile, (*starts, *(ZERO for _ in rest))).reshape(array.shape)
 
     def add(self, array, tile, of_keys: bool):
         return self.put(array, self.take(array, of_keys) + tile, of_keys)
@@ -174,7 +171,7 @@ def scan(sweep: Sweep, step, carry):
     """`carry` after `step(carry, tile)` for all the work."""
     work = np.frombuffer(sweep.work, np.int32).reshape(-1, 8)
     if len(work) == 1:
-        return step(carry, Tile(sweep, tuple(map(int, work[0]))))
+        return step(carry, Tile(sweep, tuple(work[0])))
     return jax.lax.scan(lambda carry, at: (step(carry, Tile(sweep, tuple(at))), None), carry, work)[0]
 
 

@@ -1,5 +1,8 @@
 """Softmax attention: the tiled form and its gradients against the formula in float64."""
 
+import functools
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +138,40 @@ def test_windows(small_tiles, window, is_causal):
 def test_window_over_everything_is_full_attention():
     arrays, _ = draw(100)
     np.testing.assert_allclose(softmax.attention(*arrays, window_size=99), softmax.attention(*arrays), atol=1e-6)
+
+
+NO_LIMIT = [2**31 - 10, 2**31 - 1, 2**31, sys.maxsize]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("size", NO_LIMIT)
+def test_a_window_that_stands_for_no_limit(small_tiles, size, implementation):
+    """A position plus such a number is no int32."""
+    arrays, _ = draw(40, batch=1, heads=2)
+    attend = functools.partial(softmax.attention, *arrays, implementation=implementation)
+    at = np.random.default_rng(0).permutation(40)[None] - 7
+    for options in ({}, {"is_causal": True}, {"query_positions": at, "key_positions": at + 3, "is_causal": True}):
+        for window in (size, (size, None), (size, size)):
+            np.testing.assert_array_equal(attend(window_size=window, **options), attend(**options))
+        narrow, limited = attend(window_size=(2, size), **options), attend(window_size=(2, None), **options)
+        np.testing.assert_array_equal(narrow, limited)
+
+
+@pytest.mark.parametrize("size", NO_LIMIT)
+def test_such_a_window_around_positions_that_are_not_known_is_refused(size):
+    arrays, _ = draw(9)
+    refused = pytest.raises(ValueError, match=r"softmax.attention: window_size must be below 2\^30 .*Pass None for no limit")
+    with refused:
+        softmax.attention(*arrays, window_size=size, query_positions=jnp.arange(9)[None])
+    with refused:
+        jax.eval_shape(lambda at: softmax.attention(*arrays, window_size=(0, size), key_positions=at), jnp.arange(9)[None])
+
+
+def test_positions_far_apart_are_tiled_without_overflow(small_tiles):
+    arrays, _ = draw(40, batch=1, heads=2)
+    at = np.arange(40)[None] + 2**31 - 41
+    attend = functools.partial(softmax.attention, *arrays, window_size=(4, 4))
+    np.testing.assert_array_equal(attend(query_positions=at, key_positions=at), attend())
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -388,3 +425,43 @@ def test_cudnn_wants_a_recent_gpu():
     arrays, _ = draw(9, dtype=jnp.bfloat16)
     with launch.lowering_for(75), pytest.raises(dispatch.Declined, match="starts at 8.0"):
         softmax.attention(*arrays, implementation="cudnn")
+
+
+@pytest.fixture
+def gpu_that_is_not_there(monkeypatch):
+    """What `softmax.attention` asks of JAX answers as on a GPU; returns what was asked of JAX's attention."""
+    asked = []
+
+    def decline(*args):
+        raise dispatch.Declined("no Triton here.")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(softmax, "IMPLEMENTATIONS", {**softmax.IMPLEMENTATIONS, "triton": decline})
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda query, *args, **options: asked.append(options) or query)
+    return asked
+
+
+@pytest.mark.parametrize(("capability", "implementation", "taken"), [(90, None, 1), (80, None, 0), (80, "cudnn", 1)])
+def test_cudnn_is_taken_where_it_was_measured(gpu_that_is_not_there, capability, implementation, taken):
+    arrays, _ = draw(9, dtype=jnp.bfloat16)
+    with launch.lowering_for(capability):
+        jax.eval_shape(functools.partial(softmax.attention, implementation=implementation), *arrays)
+    assert len(gpu_that_is_not_there) == taken
+
+
+REFUSED_BY_JAX = [RuntimeError("cuDNN is not there."), NotImplementedError("requires cuDNN\nand more"), ValueError("sharding")]
+
+
+@pytest.mark.parametrize("error", REFUSED_BY_JAX, ids=lambda error: type(error).__name__)
+def test_what_jax_refuses_cudnn_declines(gpu_that_is_not_there, monkeypatch, error):
+    """And so something else runs, unless cuDNN was asked for."""
+
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", refuse)
+    arrays, _ = draw(9, dtype=jnp.bfloat16)
+    with launch.lowering_for(90):
+        assert jax.eval_shape(softmax.attention, *arrays).shape == arrays[0].shape
+        with pytest.raises(dispatch.Declined, match="'cudnn' declines this call: JAX refuses it: (cuDNN|requires|sharding)"):
+            jax.eval_shape(functools.partial(softmax.attention, implementation="cudnn"), *arrays)

@@ -1,5 +1,8 @@
 """Strided attention: the tiled form against dense attention under its pattern; tiles, costs and refusals."""
 
+import functools
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +108,19 @@ def test_a_stride_over_everything_is_the_window():
     arrays, _ = draw(30)
     out = strided.attention(*arrays, stride=1000, window_size=7)
     np.testing.assert_allclose(out, softmax.attention(*arrays, window_size=7), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("size", [30, 2**31 - 1, 2**31, sys.maxsize])
+def test_a_window_or_a_block_over_everything_is_full_attention(size, implementation):
+    """However large it is: a position plus such a number is no int32."""
+    arrays, _ = draw(30)
+    want = softmax.attention(*arrays)
+    attend = functools.partial(strided.attention, *arrays, stride=3, implementation=implementation)
+    np.testing.assert_allclose(attend(window_size=size), want, atol=2e-6)
+    attend = functools.partial(strided.fixed, *arrays, columns=np.array([[7, 29]]), implementation=implementation)
+    np.testing.assert_allclose(attend(block_size=size), want, atol=2e-6)
+    np.testing.assert_array_equal(attend(block_size=size, own_block=False), attend(block_size=30, own_block=False))
 
 
 def test_steps_visit_what_is_visible_and_little_else():

@@ -1,0 +1,28 @@
+"""Checks that several operations make of their arguments."""
+
+import numbers
+
+import jax.numpy as jnp
+
+
+def floating(owner: str, **arrays) -> None:
+    """Refuses what is not floating-point (TypeError): of integers an output would be cut to integers. None passes."""
+    _of_kind(owner, jnp.floating, "floating-point", arrays)
+
+
+def inexact(owner: str, **arrays) -> None:
+    """Refuses what is neither floating-point nor complex (TypeError). None passes."""
+    _of_kind(owner, jnp.inexact, "floating or complex", arrays)
+
+
+def _of_kind(owner, kind, word, arrays):
+    for name, array in arrays.items():
+        dtype = getattr(array, "dtype", type(array))
+        if array is not None and not jnp.issubdtype(dtype, kind):
+            raise TypeError(f"{owner}: {name} must be {word}, got {getattr(dtype, '__name__', dtype)}. Cast it.")
+
+
+def at_least(owner: str, name: str, value, least: int, instead: str) -> None:
+    """Refuses what is no integer, or one below `least` (ValueError). `instead`: what to do, a sentence."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{owner}: {name} must be an integer of at least {least}, got {value!r}. {instead}")
