@@ -1,11 +1,13 @@
 """Linear attention: normalised sums of values weighted by products of nonnegative features, given or random."""
 
+import math
+import numbers
 from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import KeyMask
 from subquad.kernels.linear import reference, xla
 from subquad.kernels.linear.features import FeatureMap, relu_features, softmax_features
@@ -66,8 +68,8 @@ def attention(
         implementation: None takes the best that can run here.
     Returns: [B, T, N, V] in the dtype of value; with return_state also the state, float32.
     Raises:
-        TypeError: mask is not boolean.
-        ValueError: shapes that do not fit; is_causal with T != S.
+        TypeError: mask is not boolean; arrays of integers; eps is not a number.
+        ValueError: shapes that do not fit, axes of 0; is_causal with T != S; a negative eps.
         NotImplementedError: an implementation that does not exist here.
     Numerics: sums and exponentials in float32. With eps = 0 a row is a mean of values: its weights sum to 1. A row
         whose denominator is below 1e-30 (no visible key, or only keys whose features are 0 where the query's are not)
@@ -83,8 +85,12 @@ def attention(
     """
     owner = "linear.attention"
     _check(owner, query, key, value, key_log_scale, mask, is_causal, initial_state, query.shape[-1])
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"{owner}: eps must be a number, got {type(eps).__name__}. It is part of the program, not an array.")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{owner}: eps must be finite and at least 0, got {eps}. 0 gives means of the values.")
     outputs, state = dispatch.run(
-        owner, ATTENTION, implementation, query, key, value, key_log_scale, mask, is_causal, initial_state, eps
+        owner, ATTENTION, implementation, query, key, value, key_log_scale, mask, is_causal, initial_state, float(eps)
     )
     return (outputs, state) if return_state else outputs
 
@@ -124,8 +130,8 @@ def random_feature_attention(
         implementation: None takes the best that can run here.
     Returns: [B, T, N, V] in the dtype of value; with return_state also the state, float32.
     Raises:
-        TypeError: mask is not boolean.
-        ValueError: an unknown kernel; shapes that do not fit; is_causal with T != S.
+        TypeError: mask is not boolean; arrays of integers.
+        ValueError: an unknown kernel; shapes that do not fit, axes of 0; is_causal with T != S.
         NotImplementedError: an implementation that does not exist here.
     Numerics: features, sums and exponentials in float32; a fused kernel multiplies bfloat16 features as bfloat16. The
         derivative takes each token's log scale for a constant, which is exact, and is 0 through a floored feature.
@@ -140,9 +146,10 @@ def random_feature_attention(
     owner = "linear.random_feature_attention"
     if kernel not in get_args(FeatureMap):
         raise ValueError(f"{owner}: kernel must be 'softmax' or 'relu', got {kernel!r}. 'softmax' is the paper's.")
-    if projection.ndim != 2 or projection.shape[1] != query.shape[-1]:
+    checks.floating(owner, projection=projection)
+    if projection.ndim != 2 or projection.shape[1] != query.shape[-1] or projection.shape[0] < 1:
         raise ValueError(
-            f"{owner}: projection must have shape [M, H] with H = {query.shape[-1]}, got {projection.shape}. "
+            f"{owner}: projection must have shape [M, H] with M >= 1 and H = {query.shape[-1]}, got {projection.shape}. "
             "Draw it for the features of one head."
         )
     _check(owner, query, key, value, None, mask, is_causal, initial_state, projection.shape[0])
@@ -156,16 +163,20 @@ def random_feature_attention(
 def empty_state(batch_size: int, num_heads: int, features: int, value_features: int) -> State:
     """The state before any key: zero sums, and -inf for the maximum of nothing."""
     return (
-        jnp.zeros((batch_size, num_heads, features, value_features)),
-        jnp.zeros((batch_size, num_heads, features)),
-        jnp.full((batch_size, num_heads), -jnp.inf),
+        jnp.zeros((batch_size, num_heads, features, value_features), jnp.float32),
+        jnp.zeros((batch_size, num_heads, features), jnp.float32),
+        jnp.full((batch_size, num_heads), -jnp.inf, jnp.float32),
     )
 
 
 def _check(owner, query, key, value, key_log_scale, mask, is_causal, initial_state, features) -> None:
+    checks.floating(owner, query=query, key=key, value=value, key_log_scale=key_log_scale)
     for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != 4:
-            raise ValueError(f"{owner}: {name} must have shape [B, T, N, M], got {array.shape}. Flatten the batch.")
+        if array.ndim != 4 or 0 in array.shape:
+            raise ValueError(
+                f"{owner}: {name} must have shape [B, T, N, M] with every axis at least 1, got {array.shape}. "
+                "Flatten the batch axes."
+            )
     (batch, length, heads, width), keys = query.shape, key.shape[1]
     expected = {
         "key": (key, (batch, keys, heads, width)),

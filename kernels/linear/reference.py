@@ -19,7 +19,7 @@ def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, 
         scale = jnp.where(real, scale, -jnp.inf)
         key, value = jnp.where(real[..., None], key, 0), jnp.where(real[..., None], value, 0)
     scale = scale.swapaxes(1, 2)  # [B, N, S]
-    before = jnp.full(scale.shape[:2], -jnp.inf) if initial_state is None else initial_state[2]
+    before = jnp.full(scale.shape[:2], -jnp.inf, scale.dtype) if initial_state is None else initial_state[2]
     visible = jnp.tri(query.shape[1], dtype=bool) if is_causal else jnp.ones((query.shape[1], key.shape[1]), bool)
 
     scores = jnp.where(visible, scale[:, :, None], -jnp.inf)  # [B, N, T, S]

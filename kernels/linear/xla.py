@@ -53,7 +53,7 @@ def features(plan: Plan, inputs, projection):
         return inputs, None
     logits = project(inputs, projection)
     if plan.features == "softmax":
-        largest = logits.max(-1, keepdims=True)
+        largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         return jnp.exp(jnp.maximum(logits - largest, LOG_FLOOR)), largest[..., 0]
     return (jnp.maximum(logits, 0) + RELU_OFFSET) * projection.shape[0] ** -0.5, None
 
@@ -97,7 +97,7 @@ def key_chunk(plan: Plan, arrays: Arrays, projection, start, size):
     elif arrays.scale is not None:
         scale = take(arrays.scale, start, size)
     else:
-        scale = jnp.zeros(inputs.shape[:3])
+        scale = jnp.zeros(inputs.shape[:3], jnp.float32)
     return inputs, phi, value, scale if real is None else jnp.where(real, scale, -jnp.inf)
 
 
@@ -109,9 +109,9 @@ def first_state(plan: Plan, arrays: Arrays):
         return arrays.numerator, arrays.denominator, arrays.largest
     batch, _, heads, count = arrays.query.shape
     count = count if arrays.projection is None else arrays.projection.shape[1]
-    largest = jnp.full((batch, heads), -jnp.inf if has_scale(plan, arrays) else 0.0)
+    largest = jnp.full((batch, heads), -jnp.inf if has_scale(plan, arrays) else 0.0, jnp.float32)
     shapes = (batch, heads, count, arrays.value.shape[-1]), (batch, heads, count)
-    return *unknown(tuple(map(jnp.zeros, shapes))), largest
+    return *unknown(tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)), largest
 
 
 def unknown(arrays):
@@ -133,12 +133,17 @@ def add(state, phi, value, scale):
     numerator, denominator, before = state
     if scale is None:
         return numerator + transposed(phi, value), denominator + phi.sum(2), before
-    last = jnp.maximum(scale.max(-1), before)
+    last = maximum_of(scale.max(-1), before)
     weights = jnp.exp(scale - finite(last)[..., None])
     decay = jnp.exp(before - finite(last))
     numerator = decay[..., None, None] * numerator + transposed(phi, weights[..., None] * value)
     denominator = decay[..., None] * denominator + jnp.einsum("bncm,bnc->bnm", phi, weights)
     return numerator, denominator, last
+
+
+def maximum_of(scales, before):
+    """The largest log scale, a constant to every derivative: it cancels, or is the unit of what it does not cancel from."""
+    return jax.lax.stop_gradient(jnp.maximum(scales, before))
 
 
 def relative(scale, maximum, transpose=False):
@@ -169,7 +174,7 @@ def forward(plan: Plan, arrays: Arrays):
     projection = scaled_projection(plan, arrays)
     scaled = has_scale(plan, arrays)
     like = jax.ShapeDtypeStruct((batch, length, heads, values), arrays.value.dtype)
-    out, rows = empty(like), jnp.zeros((batch, heads, length))
+    out, rows = empty(like), jnp.zeros((batch, heads, length), jnp.float32)
 
     def causal(carry, start, size):
         state, out, weight, maximum = carry
@@ -178,7 +183,7 @@ def forward(plan: Plan, arrays: Arrays):
         _, key, value, scale = key_chunk(plan, arrays, projection, start, size)
         sums, total = phi @ numerator, jnp.einsum("bncm,bnm->bnc", phi, denominator)
         if scaled:
-            largest = jnp.maximum(jax.lax.cummax(scale, axis=2), before[..., None])
+            largest = maximum_of(jax.lax.cummax(scale, axis=2), before[..., None])
             maximum = put_rows(maximum, largest, start)
             past = jnp.exp(before[..., None] - finite(largest))
             sums, total = sums * past[..., None], total * past

@@ -19,7 +19,7 @@ def discretize_dplr(diagonal, low_rank, input_matrix, step):
     diagonal, low_rank, input_matrix = both(diagonal), both(low_rank), both(input_matrix)
     matrix = jax.vmap(jnp.diag)(diagonal) - jnp.einsum("rdp,rdq->dpq", low_rank, low_rank.conj(), precision="highest")
     half = step[:, None, None] / 2 * matrix
-    identity = jnp.eye(diagonal.shape[-1])
+    identity = jnp.eye(diagonal.shape[-1], dtype=half.dtype)
     decay = jnp.linalg.solve(identity - half, identity + half)
     return decay, jnp.linalg.solve(identity - half, (step[:, None] * input_matrix)[..., None])[..., 0]
 

@@ -253,6 +253,38 @@ def test_features_that_do_not_meet_give_zero(implementation):
         assert (gradient == 0).all()
 
 
+SECOND = [(is_causal, eps, with_state) for is_causal in (False, True) for eps, with_state in ((0.0, False), (0.5, True))]
+
+
+@pytest.mark.parametrize(("is_causal", "eps", "with_state"), SECOND)
+def test_second_derivatives_are_those_of_the_definition(is_causal, eps, with_state):
+    """Where the maximum does not cancel, in the state and beside eps, it is a constant to every derivative."""
+    query, key, value, scale, mask = draw(9, spread=1.0)
+    batch, _, heads, features = query.shape
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    arrays = query, key, value, scale
+    if with_state:
+        arrays += jnp.abs(normal(batch, heads, features, value.shape[3])), 1 + jnp.abs(normal(batch, heads, features))
+        arrays += (normal(batch, heads),)
+    weights = normal(*value.shape[:1], query.shape[1], *value.shape[2:]), normal(batch, heads, features, value.shape[3])
+
+    def loss(arrays, implementation):
+        query, key, value, scale, *state = arrays
+        out, (numerator, *_) = linear.attention(
+            query, key, value, key_log_scale=scale, mask=mask, is_causal=is_causal, initial_state=tuple(state) or None,
+            return_state=True, eps=eps, implementation=implementation,
+        )  # fmt: skip
+        return jnp.vdot(out, weights[0]) + with_state * jnp.vdot(numerator, weights[1])
+
+    def slopes(arrays, implementation):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(jax.grad(loss)(arrays, implementation)))
+
+    second = jax.jit(jax.grad(slopes), static_argnums=1)
+    for got, want in zip(second(arrays, "xla"), second(arrays, "reference"), strict=True):
+        assert oracle.relative_error(got, want) < 1e-4
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_bfloat16(is_causal):
     query, key, value, scale, mask = draw(200)

@@ -126,6 +126,20 @@ def test_triton_declines_with_a_reason_where_there_is_no_gpu(name):
         spec.call(arrays, "triton")
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("name", SPECS)
+def test_64_bits_for_others_change_nothing_here(name, implementation):
+    """With JAX's 64 bits on, for another part of a program, float32 arrays stay what they are."""
+    spec = SPECS[name]
+    arrays = spec.draw(spec.lengths[-1 if implementation == "xla" else 0])  # several tiles
+    inexact, rest = specs.split(arrays)
+    cotangents = specs.cotangents(spec, implementation, arrays)
+    with jax.enable_x64(True):
+        got = jax.eval_shape(specs.forward_backward(spec, implementation, rest), inexact, cotangents)
+    shape_of = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(shape_of, got) == jax.tree.map(shape_of, (cotangents, inexact))
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_names_need_no_quotes(name):
     assert re.fullmatch(r"[a-z_0-9.]+/[a-z0-9-]+", name)
