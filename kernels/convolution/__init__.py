@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.convolution import reference, xla
 
 __all__ = ["convolve"]
@@ -40,7 +40,8 @@ def convolve(
             taps, whatever T is) and for outputs that no later token may stir; "reference" by the direct sum; None: "xla".
     Returns: y [B, T, D] in the dtype of `inputs`.
     Raises:
-        ValueError: the shapes do not fit.
+        TypeError: arrays of integers or complex numbers.
+        ValueError: the shapes do not fit; an axis of 0.
         NotImplementedError: "triton" and "interpret" take float32, bfloat16 and float16 only.
     Numerics: float32 inside. The FFT mixes the rounding of all positions: a feature's outputs are right to a few float32
         ulps of its largest input times the sum of its taps, so a large future token stirs that rounding in the past, and
@@ -53,8 +54,11 @@ def convolve(
     Source: Gu et al., Efficiently Modeling Long Sequences with Structured State Spaces, ICLR 2022, arXiv 2111.00396,
         eqs. 4-5.
     """
-    if inputs.ndim != 3:
-        raise ValueError(f"convolve: inputs must have shape [B, T, D], got {inputs.shape}. Flatten the batch axes.")
+    checks.floating("convolve", inputs=inputs, kernel=kernel, anticausal=anticausal)
+    if inputs.ndim != 3 or 0 in inputs.shape:
+        raise ValueError(
+            f"convolve: inputs must have shape [B, T, D] with every axis at least 1, got {inputs.shape}. Flatten the batch."
+        )
     for name, taps in (("kernel", kernel), ("anticausal", anticausal)):
         if taps is not None and (taps.ndim != 2 or taps.shape[0] != inputs.shape[2] or taps.shape[1] < 1):
             raise ValueError(

@@ -1,14 +1,14 @@
 """Locality-sensitive hashing (LSH) attention: a token sees the tokens that hash as it does, through sorted chunks."""
 
 import math
+import numbers
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import KeyMask
 from subquad.kernels.lsh import reference, xla
 
@@ -51,7 +51,8 @@ def hash_buckets(
         implementation: None takes the best that can run here.
     Returns: int32 [B, R, T, N], below the product of the factors.
     Raises:
-        ValueError: shapes that do not fit; factors that are odd or do not sum to 2 F.
+        TypeError: arrays of integers.
+        ValueError: shapes that do not fit, axes of 0; factors that are odd or do not sum to 2 F.
         NotImplementedError: an implementation that does not exist here.
     Numerics: products in float32 at the highest precision, because a bucket is a decision.
     Example:
@@ -62,10 +63,11 @@ def hash_buckets(
         ICLR 2020, arXiv 2001.04451, section 2. The factors are those of the authors' implementation.
     """
     owner = "lsh.hash_buckets"
-    if vectors.ndim != 4 or rotations.ndim != 4:
+    checks.floating(owner, vectors=vectors, rotations=rotations)
+    if vectors.ndim != 4 or rotations.ndim != 4 or 0 in vectors.shape + rotations.shape:
         raise ValueError(
-            f"{owner}: vectors and rotations must have shapes [B, T, N, H] and [N|1, H, R, F], got {vectors.shape} and "
-            f"{rotations.shape}. Flatten the batch axes."
+            f"{owner}: vectors and rotations must have shapes [B, T, N, H] and [N|1, H, R, F] with every axis at least 1, got "
+            f"{vectors.shape} and {rotations.shape}. Flatten the batch axes."
         )
     (batch, _, heads, features), columns = vectors.shape, rotations.shape[-1]
     if rotations.shape[0] not in (1, heads) or rotations.shape[1] != features:
@@ -139,8 +141,8 @@ def attention(
         implementation: None takes the best that can run here.
     Returns: [B, T, N, V] in the dtype of value.
     Raises:
-        TypeError: mask is not boolean, buckets are not integers.
-        ValueError: shapes that do not fit, sizes out of range, an unknown reach, a ring with correct_duplicates.
+        TypeError: mask is not boolean, buckets are not integers, other arrays or the scale are no numbers with a fraction.
+        ValueError: shapes that do not fit, axes of 0, sizes out of range, an unknown reach, a ring with correct_duplicates.
         NotImplementedError: an implementation that does not exist here.
     Numerics: logits, softmax and sums in float32.
     Example:
@@ -152,12 +154,11 @@ def attention(
     Source: Kitaev et al., Reformer: The Efficient Transformer, ICLR 2020, arXiv 2001.04451, section 2 and appendix A.
     """
     owner = "lsh.attention"
-    _check_shapes(owner, dict(value=value), query_key, dict(buckets=buckets), mask)
-    lowest = dict(num_buckets=1, chunk_size=1, chunks_before=0, chunks_after=0)
-    sizes = dict(num_buckets=num_buckets, chunk_size=chunk_size, chunks_before=chunks_before, chunks_after=chunks_after)
-    for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < lowest[name]:
-            raise ValueError(f"{owner}: {name} must be an integer of at least {lowest[name]}, got {size!r}. Change it.")
+    _check_shapes(owner, dict(query_key=query_key), dict(value=value), dict(buckets=buckets), mask)
+    checks.at_least(owner, "num_buckets", num_buckets, 1, "Count those of lsh.hash_buckets.")
+    checks.at_least(owner, "chunk_size", chunk_size, 1, "Count tokens.")
+    checks.at_least(owner, "chunks_before", chunks_before, 0, "0 is the chunk alone.")
+    checks.at_least(owner, "chunks_after", chunks_after, 0, "0 is the chunk alone.")
     if reach not in get_args(Reach):
         raise ValueError(f"{owner}: reach must be a known word, got {reach!r}. {dispatch.nearest(reach, get_args(Reach))}")
     if reach == "ring" and correct_duplicates:
@@ -174,7 +175,7 @@ def attention(
         reach=reach,
         correct_duplicates=bool(correct_duplicates),
     )
-    scale = 1 / math.sqrt(query_key.shape[-1]) if scale is None else scale
+    scale = _scale_of(owner, scale, query_key.shape[-1])
     return dispatch.run(
         owner, _implementations("attention"), implementation,
         layout, query_key, value, buckets, mask, scale,
@@ -190,7 +191,7 @@ def extend(
     *,
     start: int | Int[Array, ""],
     mask: KeyMask | None = None,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     correct_duplicates: bool = True,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "B T N V"]:
@@ -223,14 +224,22 @@ def extend(
     Source: Kitaev et al., 2020, arXiv 2001.04451, eq. 6.
     """
     owner = "lsh.extend"
-    _check_shapes(owner, dict(value=value), key, dict(key_buckets=key_buckets), mask)
+    _check_shapes(owner, dict(key=key), dict(value=value), dict(key_buckets=key_buckets), mask)
+    checks.floating(owner, query=query)
+    if not jnp.issubdtype(query_buckets.dtype, jnp.integer):
+        raise TypeError(f"{owner}: query_buckets must be integers, got {query_buckets.dtype}. Use lsh.hash_buckets.")
+    if query.ndim != 4 or query_buckets.ndim != 4 or not query.shape[1]:
+        raise ValueError(
+            f"{owner}: query and query_buckets must have shapes [B, T, N, H] and [B, R, T, N] with T >= 1, got "
+            f"{query.shape} and {query_buckets.shape}. Without new tokens there is nothing to attend."
+        )
     expected = (query.shape[0], query_buckets.shape[1], query.shape[1], query.shape[2])
     if query.shape[::2] + query.shape[3:] != key.shape[::2] + key.shape[3:] or query_buckets.shape != expected:
         raise ValueError(
             f"{owner}: query and query_buckets must have shapes [B, T, N, H] and [B, R, T, N] beside key {key.shape}, got "
             f"{query.shape} and {query_buckets.shape}. Hash the new tokens alone."
         )
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = _scale_of(owner, scale, query.shape[-1])
     return dispatch.run(
         owner, _implementations("extend"), implementation,
         query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates,
@@ -243,10 +252,25 @@ def normalize(query: Float[Array, "*B H"]) -> tuple[Float[Array, "*B H"], Float[
     return (query * gain[..., None]).astype(query.dtype), gain
 
 
-def _check_shapes(owner: str, values: dict, key, buckets: dict, mask) -> None:
-    for name, array in (values | buckets).items():
-        if array.ndim != 4 or key.ndim != 4:
-            raise ValueError(f"{owner}: {name} must have 4 axes, got {array.shape}. Flatten the batch axes.")
+def _scale_of(owner: str, scale, features: int):
+    """The factor of the logits: a number or a scalar array."""
+    if scale is None:
+        return 1 / math.sqrt(features)
+    if isinstance(scale, numbers.Real):
+        return scale
+    checks.floating(owner, scale=scale)
+    if jnp.shape(scale):
+        raise ValueError(f"{owner}: scale must be a number or a scalar array, got shape {jnp.shape(scale)}. Scale the query.")
+    return scale
+
+
+def _check_shapes(owner: str, keys: dict, values: dict, buckets: dict, mask) -> None:
+    """Each of the dicts holds one array by its name."""
+    checks.floating(owner, **keys, **values)
+    for name, array in (keys | values | buckets).items():
+        if array.ndim != 4 or 0 in array.shape:
+            raise ValueError(f"{owner}: {name} must have 4 axes, none of them 0, got {array.shape}. Flatten the batch axes.")
+    (key,) = keys.values()
     batch, length, heads, _ = key.shape
     for name, array in values.items():
         if array.shape[:3] != key.shape[:3]:

@@ -1,9 +1,8 @@
 """Iterations on small matrices, one per sample and head: the pseudo-inverse of Nystromformer, the balancing of Sinkhorn."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.matrix import reference, xla
 
 __all__ = ["pseudo_inverse", "sinkhorn"]
@@ -46,7 +45,7 @@ def pseudo_inverse(
         implementation: None takes the best that can run here.
     Returns: Z [B, N, M, M] in the dtype of `matrix`.
     Raises:
-        ValueError: shapes that do not fit, iterations < 1.
+        ValueError: shapes that do not fit, iterations that are no integer of at least 1.
         TypeError: integers or complex numbers.
         NotImplementedError: an implementation that does not exist here or declines the call.
     Numerics: float32 throughout, also for bfloat16, in which the iteration diverges: products by three TF32 passes on a
@@ -62,7 +61,7 @@ def pseudo_inverse(
     """
     owner = "matrix.pseudo_inverse"
     _check(owner, "matrix", matrix, iterations)
-    return dispatch.run(owner, PSEUDO_INVERSE, implementation, matrix, iterations)
+    return dispatch.run(owner, PSEUDO_INVERSE, implementation, matrix, int(iterations))
 
 
 def sinkhorn(
@@ -92,7 +91,7 @@ def sinkhorn(
         implementation: None takes the best that can run here.
     Returns: [B, N, M, M] in the dtype of `logits`.
     Raises:
-        ValueError: shapes that do not fit, iterations < 1.
+        ValueError: shapes that do not fit, iterations that are no integer of at least 1.
         TypeError: integers or complex numbers.
         NotImplementedError: an implementation that does not exist here or declines the call.
     Numerics: float32, in the domain of logarithms, with the maximum taken out of every sum.
@@ -106,7 +105,7 @@ def sinkhorn(
     """
     owner = "matrix.sinkhorn"
     _check(owner, "logits", logits, iterations)
-    return dispatch.run(owner, SINKHORN, implementation, logits, iterations, is_causal)
+    return dispatch.run(owner, SINKHORN, implementation, logits, int(iterations), bool(is_causal))
 
 
 def _check(owner, name, array, iterations) -> None:
@@ -115,7 +114,5 @@ def _check(owner, name, array, iterations) -> None:
             f"{owner}: {name} must have shape [B, N, M, M] with every axis at least 1, got {array.shape}. "
             "Give one square matrix per sample and head."
         )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{owner}: {name} must be floating, got {array.dtype}. Convert it first.")
-    if iterations < 1:
-        raise ValueError(f"{owner}: iterations must be at least 1, got {iterations}. Six to eight are usual.")
+    checks.floating(owner, **{name: array})
+    checks.at_least(owner, "iterations", iterations, 1, "Six to eight are usual.")

@@ -2,9 +2,10 @@
 
 from jaxtyping import Array, Float
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import Mask, Output, Query
 from subquad.kernels.relative import reference, xla
+from subquad.kernels.softmax import scale_of
 
 OPERATION = "relative.attention"
 SAVED = reference.SAVED
@@ -50,7 +51,7 @@ def attention(
     Returns: [B, T, N, V] in the dtype of value.
     Raises:
         ValueError: shapes that do not fit.
-        TypeError: a mask that is not boolean.
+        TypeError: a mask that is not boolean; arrays of integers; a scale that is not a number.
         NotImplementedError: the implementation does not exist, or declines this call.
     Numerics: scores, softmax and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
@@ -62,12 +63,16 @@ def attention(
     """
     dispatch.check_name(OPERATION, implementation)
     _check(query, key, value, relative_key, content_bias, position_bias, mask)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(OPERATION, scale, query.shape[-1])
     arrays = query, key, value, relative_key, content_bias, position_bias
     return dispatch.run(OPERATION, IMPLEMENTATIONS, implementation, *arrays, mask=mask, scale=scale)
 
 
 def _check(query, key, value, relative_key, content_bias, position_bias, mask):
+    checks.floating(
+        OPERATION, query=query, key=key, value=value, relative_key=relative_key, content_bias=content_bias,
+        position_bias=position_bias,
+    )  # fmt: skip
     if query.ndim != 4 or 0 in query.shape:
         _refuse("query", "have shape [B, T, N, H] with every axis at least 1", query.shape, "Flatten the batch axes.")
     B, T, N, H = query.shape
@@ -76,8 +81,8 @@ def _check(query, key, value, relative_key, content_bias, position_bias, mask):
     S = key.shape[1]
     if S < T:
         _refuse("key", f"hold memory and segment, S >= T = {T}", key.shape, "Put the memory before the segment's keys.")
-    if value.ndim != 4 or value.shape[:3] != (B, S, N):
-        _refuse("value", f"have shape [B, S, N, V] with B, S, N = {(B, S, N)}", value.shape, "One value per key.")
+    if value.ndim != 4 or value.shape[:3] != (B, S, N) or not value.shape[3]:
+        _refuse("value", f"have shape [B, S, N, V] with B, S, N = {(B, S, N)}, V >= 1", value.shape, "One value per key.")
     if relative_key.ndim != 3 or relative_key.shape[1:] != (N, H) or relative_key.shape[0] < S:
         _refuse(
             "relative_key", f"have shape [R, N, H] with R >= S = {S} and N, H = {(N, H)}", relative_key.shape,

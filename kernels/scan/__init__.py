@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.scan import reference, xla
 
 __all__ = ["first_order"]
@@ -86,6 +86,4 @@ def _check(decay: Array, inputs: Array, initial_state: Float[Array, "B D"] | Non
             f"{OWNER}: initial_state must have shape [B, D] = {(batch, features)}, got {initial_state.shape}. "
             "Pass the final state of the call before, or None."
         )
-    for name, array in (("decay", decay), ("inputs", inputs), ("initial_state", initial_state)):
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.inexact):
-            raise TypeError(f"{OWNER}: {name} must be floating or complex, got {array.dtype}. Convert it first.")
+    checks.inexact(OWNER, decay=decay, inputs=inputs, initial_state=initial_state)

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.ssm import reference, xla
 
 __all__ = [
@@ -54,7 +54,9 @@ def discretize(
         step: the step of each feature [D], or of each of its modes [D, P].
         method: "zoh" or "bilinear".
     Returns: (log A_bar, B_bar / B), each [D, P]. The logarithm, because powers of A_bar are exponentials of its multiples.
-    Raises: ValueError: unknown method.
+    Raises:
+        TypeError: arrays of integers.
+        ValueError: unknown method; the shapes do not fit.
     Numerics: by expm1 and log1p, so a small step loses no digits.
     Source: Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, NeurIPS 2022,
         arXiv 2206.11893, section 3.
@@ -62,6 +64,13 @@ def discretize(
     if method not in DISCRETIZATIONS:
         raise ValueError(
             f"discretize: method must be a known name, got {method!r}. {dispatch.nearest(method, DISCRETIZATIONS)}"
+        )
+    _check_modes("discretize", diagonal=diagonal)
+    checks.floating("discretize", step=step)
+    if jnp.shape(step) not in (diagonal.shape[:1], diagonal.shape):
+        raise ValueError(
+            f"discretize: step must have shape [D] = {diagonal.shape[:1]} or [D, P] = {diagonal.shape}, got {jnp.shape(step)}. "
+            "Give every feature its own."
         )
     step = step if step.ndim == 2 else step[:, None]
     scaled = step * diagonal
@@ -99,13 +108,16 @@ def diagonal_kernel(
         length: L >= 1.
         implementation: "triton" for a GPU, "xla", or "reference", which stores D P L numbers.
     Returns: [*K, D, L] in float32.
-    Raises: ValueError: the shapes do not fit, length < 1.
+    Raises:
+        TypeError: arrays of integers.
+        ValueError: the shapes do not fit, length is no integer of at least 1.
     Numerics: agrees with float64 to 1e-5 of the largest tap.
     Source: Gu et al., arXiv 2206.11893, section 3.
     """
     _check_length("diagonal_kernel", length)
-    _check_modes("diagonal_kernel", log_decay, coefficients=coefficients)
-    return dispatch.run("ssm.diagonal_kernel", DIAGONAL_KERNEL, implementation, log_decay, coefficients, length)
+    _check_modes("diagonal_kernel", log_decay=log_decay)
+    _check_outputs("diagonal_kernel", "coefficients", coefficients, log_decay)
+    return dispatch.run("ssm.diagonal_kernel", DIAGONAL_KERNEL, implementation, log_decay, coefficients, int(length))
 
 
 def dplr_kernel(
@@ -145,14 +157,18 @@ def dplr_kernel(
         implementation: "triton" makes the Cauchy sums in one kernel; "xla" makes none; "reference" multiplies by the dense
             A_bar L times.
     Returns: [*K, D, L] in float32.
-    Raises: ValueError: the shapes do not fit, length < 1.
+    Raises:
+        TypeError: arrays of integers.
+        ValueError: the shapes do not fit, length is no integer of at least 1.
     Numerics: agrees with float64 to 2e-5 of the largest tap for steps from 1e-4 to 1e-1 and lengths to 4096.
     Source: Gu et al., arXiv 2111.00396, theorem 3 and appendix C.
     """
     _check_length("dplr_kernel", length)
-    _check_modes("dplr_kernel", diagonal, low_rank=low_rank, input_matrix=input_matrix, output_matrix=output_matrix)
+    _check_modes("dplr_kernel", diagonal=diagonal, input_matrix=input_matrix)
+    _check_low_rank("dplr_kernel", low_rank, step, diagonal)
+    _check_outputs("dplr_kernel", "output_matrix", output_matrix, diagonal)
     system = diagonal, low_rank, input_matrix, output_matrix, step
-    return dispatch.run("ssm.dplr_kernel", DPLR_KERNEL, implementation, *system, length)
+    return dispatch.run("ssm.dplr_kernel", DPLR_KERNEL, implementation, *system, int(length))
 
 
 def diagonal_scan(
@@ -190,7 +206,7 @@ def diagonal_scan(
             steps token by token.
     Returns: y [B, T, D] in the dtype of `inputs`; with return_state also the state in float32.
     Raises:
-        TypeError: real and complex modes together.
+        TypeError: real and complex modes together, arrays of integers.
         ValueError: the shapes do not fit.
         NotImplementedError: "triton" and "interpret" take float32, bfloat16 and float16 inputs only.
     Numerics: tables, sums and states in float32; agrees with float64 to 1e-5 of the largest output.
@@ -202,8 +218,10 @@ def diagonal_scan(
 
     Source: Gu et al., arXiv 2111.00396, eq. 3; Gu et al., arXiv 2206.11893; the chunks are ours.
     """
-    modes = dict(input_matrix=input_matrix, output_matrix=output_matrix)
-    state = _start("diagonal_scan", inputs, initial_state, log_decay, **modes)
+    modes = dict(log_decay=log_decay, input_matrix=input_matrix, output_matrix=output_matrix)
+    _check_modes("diagonal_scan", **modes)
+    _check_one_kind("diagonal_scan", **modes)
+    state = _start("diagonal_scan", inputs, initial_state, log_decay)
     inputs = jnp.flip(inputs, axis=1) if is_reversed else inputs
     outputs, state = dispatch.run(
         "ssm.diagonal_scan", DIAGONAL_SCAN, implementation, inputs, log_decay, input_matrix, output_matrix, state
@@ -240,46 +258,83 @@ def dplr_recurrence(
         implementation: "triton" keeps the state in registers; "xla"; "reference" steps with the dense A_bar. The gradient of
             "triton" is that of "xla".
     Returns: (y [B, T, D] in the dtype of `inputs`, the state after the last step in float32).
-    Raises: ValueError: the shapes do not fit.
+    Raises:
+        TypeError: a system that is not complex, arrays of integers.
+        ValueError: the shapes do not fit.
     """
-    modes = dict(low_rank=low_rank, input_matrix=input_matrix, output_matrix=output_matrix)
-    state = _start("dplr_recurrence", inputs, state, diagonal, **modes)
+    modes = dict(diagonal=diagonal, input_matrix=input_matrix, output_matrix=output_matrix)
+    _check_modes("dplr_recurrence", **modes)
+    _check_low_rank("dplr_recurrence", low_rank, step, diagonal)
+    for name, array in dict(modes, low_rank=low_rank).items():
+        if not jnp.iscomplexobj(array):
+            raise TypeError(f"dplr_recurrence: {name} must be complex, got {array.dtype}. Give one mode of each pair.")
+    state = _start("dplr_recurrence", inputs, state, diagonal)
     system = diagonal, low_rank, input_matrix, output_matrix, step
     return dispatch.run("ssm.dplr_recurrence", DPLR_RECURRENCE, implementation, inputs, *system, state)
 
 
 def _check_length(owner, length):
-    if length < 1:
-        raise ValueError(f"{owner}: length must be at least 1, got {length}. Ask for the taps that the sequence needs.")
+    checks.at_least(owner, "length", length, 1, "Ask for the taps that the sequence needs.")
 
 
-def _check_modes(owner, modes, **others):
-    """Every array ends in the [D, P] of the first."""
-    for name, array in others.items():
-        if array.shape[-2:] != modes.shape:
+def _check_modes(owner, **arrays):
+    """Every array is [D, P] as the first."""
+    checks.inexact(owner, **arrays)
+    shape = next(iter(arrays.values())).shape
+    for name, array in arrays.items():
+        if array.ndim != 2 or 0 in array.shape or array.shape != shape:
+            got = "[D, P], neither of them 0" if len(shape) != 2 or 0 in shape else f"[D, P] = {shape}"
             raise ValueError(
-                f"{owner}: {name} must end in the axes [D, P] = {modes.shape}, got {array.shape}. "
+                f"{owner}: {name} must have shape {got}, got {array.shape}. "
                 "Give one number per feature and conjugate pair of modes."
             )
 
 
-def _start(owner, inputs, state, modes, **others):
-    """The state before the first step, after the checks that both recurrences share."""
-    _check_modes(owner, modes, **others)
-    is_complex = jnp.iscomplexobj(modes)
-    for name, array in others.items():
-        if jnp.iscomplexobj(array) != is_complex:
-            raise TypeError(
-                f"{owner}: {name} must be {'complex' if is_complex else 'real'} as the decays are, got {array.dtype}. "
-                "Cast one of them."
-            )
-    features, pairs = modes.shape
-    if inputs.ndim != 3 or inputs.shape[2] != features or inputs.shape[1] < 1:
+def _check_outputs(owner, name, array, modes):
+    """Some outputs of the same states, [*K, D, P]."""
+    checks.inexact(owner, **{name: array})
+    if array.shape[-2:] != modes.shape:
         raise ValueError(
-            f"{owner}: inputs must have shape [B, T, {features}] with T >= 1, got {inputs.shape}. Check the features."
+            f"{owner}: {name} must end in the axes [D, P] = {modes.shape}, got {array.shape}. "
+            "Give one number per feature and conjugate pair of modes."
         )
-    size = 2 * pairs if is_complex else pairs
-    full = (inputs.shape[0], features, size)
+
+
+def _check_low_rank(owner, low_rank, step, modes):
+    checks.inexact(owner, low_rank=low_rank)
+    checks.floating(owner, step=step)
+    if low_rank.ndim != 3 or low_rank.shape[1:] != modes.shape or low_rank.shape[0] < 1:
+        raise ValueError(
+            f"{owner}: low_rank must have shape [R, D, P] with [D, P] = {modes.shape}, got {low_rank.shape}. "
+            "Of rank one it is low_rank[None]."
+        )
+    if jnp.shape(step) != modes.shape[:1]:
+        raise ValueError(
+            f"{owner}: step must have shape [D] = {modes.shape[:1]}, got {jnp.shape(step)}. Give every feature its own."
+        )
+
+
+def _check_one_kind(owner, **modes):
+    """All are complex, or all are real."""
+    first, *_ = modes.values()
+    for name, array in modes.items():
+        if jnp.iscomplexobj(array) != jnp.iscomplexobj(first):
+            raise TypeError(
+                f"{owner}: {name} must be {'complex' if jnp.iscomplexobj(first) else 'real'} as the decays are, "
+                f"got {array.dtype}. Cast one of them."
+            )
+
+
+def _start(owner, inputs, state, modes):
+    """The state before the first step, after the checks that both recurrences share."""
+    checks.floating(owner, inputs=inputs, state=state)
+    features, pairs = modes.shape
+    if inputs.ndim != 3 or inputs.shape[2] != features or 0 in inputs.shape:
+        raise ValueError(
+            f"{owner}: inputs must have shape [B, T, {features}] with B and T >= 1, got {inputs.shape}. Check the features."
+        )
+    is_complex = jnp.iscomplexobj(modes)
+    full = (inputs.shape[0], features, 2 * pairs if is_complex else pairs)
     if state is None:
         return jnp.zeros(full, jnp.promote_types(modes.real.dtype, jnp.float32))
     if state.shape != full:

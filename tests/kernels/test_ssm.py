@@ -274,12 +274,15 @@ def test_bad_input_is_named():
     diagonal, low_rank, inputs, outputs, step = system()
     with pytest.raises(ValueError, match="discretize: method must be a known name, got 'zero'.*zoh"):
         ssm.discretize(diagonal, step, "zero")
-    with pytest.raises(ValueError, match="diagonal_kernel: length must be at least 1"):
+    with pytest.raises(ValueError, match="diagonal_kernel: length must be an integer of at least 1"):
         ssm.diagonal_kernel(diagonal, outputs, 0)
     with pytest.raises(ValueError, match="diagonal_kernel: coefficients must end in the axes"):
         ssm.diagonal_kernel(diagonal, outputs[..., :3], 5)
-    with pytest.raises(ValueError, match="dplr_kernel: low_rank must end in the axes"):
+    with pytest.raises(ValueError, match=r"dplr_kernel: low_rank must have shape \[R, D, P\]"):
         ssm.dplr_kernel(diagonal, low_rank[:, :2], inputs, outputs, step, 5)
+    # Read as 4 columns of rank one, it would be a system of its own.
+    with pytest.raises(ValueError, match=r"dplr_recurrence: low_rank must have shape .*low_rank\[None\]"):
+        ssm.dplr_recurrence(jnp.ones((2, 5, 4)), diagonal, low_rank[0], inputs, outputs[0], step)
     with pytest.raises(ValueError, match="dplr_recurrence: inputs must have shape"):
         ssm.dplr_recurrence(jnp.ones((2, 5, 3)), diagonal, low_rank, inputs, outputs[0], step)
     with pytest.raises(ValueError, match="diagonal_scan: state must have shape"):
