@@ -4,6 +4,7 @@ import contextvars
 import difflib
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ BY_NAME_ONLY = ("interpret", "reference")
 
 Declined = launch.Declined
 
+_explained = itertools.count()
 _report: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("report", default=None)
 
 
@@ -93,7 +95,9 @@ def explain(function: Callable, *args, **kwargs) -> None:
     lines: list[str] = []
     token = _report.set(lines)
     try:
-        jax.eval_shape(lambda: jax.tree.leaves(function(*args, **kwargs)))
+        # Apart, or JAX would find what is compiled already in its cache and choose nothing.
+        with launch._apart(f"explanation {next(_explained)}"):
+            jax.eval_shape(lambda: jax.tree.leaves(function(*args, **kwargs)))
     finally:
         _report.reset(token)
     # A layer may run the same operation in several places.

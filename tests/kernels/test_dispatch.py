@@ -77,6 +77,15 @@ def test_explain_names_the_choice_and_the_reasons(capsys):
     ]
 
 
+def test_explain_tells_of_what_is_compiled_already(capsys):
+    """JAX has its trace in a cache, and would not choose again."""
+    attend, query = jax.jit(lambda x: softmax.attention(x, x, x)), jnp.ones((1, 8, 2, 4))
+    attend(query)
+    for _ in range(2):
+        dispatch.explain(attend, query)
+        assert capsys.readouterr().out.startswith("softmax.attention runs ")
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_none_always_runs_and_a_name_is_known_or_refused(operation):
     spec = OPERATIONS[operation]
