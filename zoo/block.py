@@ -3,8 +3,11 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+
+from subquad.zoo.base import refuse
 
 
 class FeedForward(nnx.Module):
@@ -36,7 +39,9 @@ class Block(nnx.Module):
         mixer: any layer of the zoo with D features in and out.
         in_features: features D.
         mlp_features: features inside the feed-forward network; 0 leaves the second half out.
-        dropout_rate: probability of dropping an output feature of mixer or network.
+        dropout_rate: probability of dropping an output feature of mixer or network; `train()` and `eval()` turn it on and
+            off, off to begin with.
+    Raises: ValueError: mlp_features or dropout_rate out of range; a mixer whose out_features are not in_features.
     """
 
     def __init__(
@@ -50,6 +55,14 @@ class Block(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if not isinstance(mlp_features, int | np.integer) or mlp_features < 0:
+            refuse("Block", "mlp_features", repr(mlp_features), "be an integer >= 0", "Use 0 for no feed-forward network.")
+        if not 0 <= dropout_rate <= 1:
+            refuse("Block", "dropout_rate", dropout_rate, "be in 0..1", "It is the probability of dropping a feature.")
+        out_features = getattr(mixer, "out_features", in_features)
+        if out_features != in_features:
+            refuse("Block", "mixer", f"out_features = {out_features}", f"have out_features = in_features = {in_features}",
+                   "Leave out_features out of its options.")
         self.mixer = mixer
         self.mixer_norm = nnx.LayerNorm(in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.has_mlp = mlp_features > 0
@@ -57,12 +70,17 @@ class Block(nnx.Module):
             self.mlp_norm = nnx.LayerNorm(in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             self.mlp = FeedForward(in_features, mlp_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         # The caller's rngs, not a stored stream: a block holds no state that a call would change.
-        self.dropout = nnx.Dropout(dropout_rate)
+        self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
 
     def __call__(
-        self, inputs: Float[Array, "*B T D"], *, deterministic: bool = True, rngs: nnx.Rngs | None = None, **call
+        self, inputs: Float[Array, "*B T D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **call
     ) -> Float[Array, "*B T D"]:
-        """`call` holds the mixer's mask, positions and segment_ids."""
+        """`call` holds the mixer's mask, positions and segment_ids.
+
+        Without dropout where `deterministic`; None takes what `train()` or `eval()` set. With it, `rngs.dropout()` draws.
+        """
+        if deterministic is None:  # a mixer of the user's may know True and False only
+            deterministic = self.dropout.deterministic
         mixed = self.mixer(self.mixer_norm(inputs), deterministic=deterministic, rngs=rngs, **call)
         hidden = inputs + self.dropout(mixed, deterministic=deterministic, rngs=rngs)
         if not self.has_mlp:

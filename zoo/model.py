@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.linear import default_embed_init
 from jaxtyping import Array, Bool, Float, Int
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels.dispatch import nearest
 from subquad.zoo import positions as encodings
 from subquad.zoo import registry
+from subquad.zoo.base import refuse
 from subquad.zoo.block import Block
 
 POSITIONS = ("learned", "sinusoidal", None)
@@ -49,17 +51,24 @@ class Encoder(nnx.Module):
         in_features: features D.
         num_layers: number of blocks.
         mlp_features: features inside the feed-forward networks; 0 leaves them out.
-        max_length: longest sequence; bounds the learned positions.
+        max_length: longest sequence with learned positions; other positions have no bound.
         mixer: a name in `zoo.LAYERS`, or a function (in_features=..., rngs=...) -> layer.
         mixer_options: the named layer's options; a dtype among them is the layer's own.
         positions: "learned" or "sinusoidal" encodings added to the embeddings, or None.
-        dropout_rate: of embeddings and block outputs.
+        dropout_rate: of embeddings and block outputs; `train()` and `eval()` turn it on and off, off to begin with.
         remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory.
+            What a mixer of the user's writes into itself in a call (`sow`, counters) is then lost.
         embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D].
         embedding_init, position_init: initializers of the token embedding and of the learned positions.
     Call:
-        tokens: [B, T] integers.  mask: [B, T], True = a real token, False = padding.
-    Raises: ValueError: unknown mixer or positions; a sequence longer than max_length.  TypeError: unknown mixer option.
+        tokens: [B, T] integers.  mask: [B, T], True = a real token, False = padding. Positions count from the first
+            column, padding or not: pad on the right.
+        deterministic: without dropout; None takes what `train()` or `eval()` set.
+        rngs: `rngs.dropout()` draws the dropout.
+    Raises:
+        ValueError: unknown mixer or positions; num_layers, mlp_features or dropout_rate out of range; a mixer with other
+            features out than in; with learned positions, a sequence longer than max_length.
+        TypeError: unknown mixer option; tokens or mask that are no arrays.
     """
 
     def __init__(
@@ -86,6 +95,8 @@ class Encoder(nnx.Module):
             raise ValueError(
                 f"Encoder: positions must be one of {POSITIONS}, got {positions!r}. Use mixer_options for the mixer's own."
             )
+        if not isinstance(num_layers, int | np.integer) or num_layers < 1:
+            refuse("Encoder", "num_layers", repr(num_layers), "be a positive integer", "Use 1 for a single block.")
         if callable(mixer) and mixer_options:
             raise ValueError(
                 f"Encoder: mixer_options must be empty when mixer is a function, got {dict(mixer_options)}. "
@@ -103,7 +114,7 @@ class Encoder(nnx.Module):
         self.embed = table(vocab_size, embedding_init=embedding_init) if embed is None else embed
         if positions == "learned":
             self.positions = table(max_length, embedding_init=position_init)
-        self.dropout = nnx.Dropout(dropout_rate)
+        self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
         self.blocks = nnx.List(
             Block(build(), in_features, mlp_features=mlp_features, dropout_rate=dropout_rate, **dtypes, rngs=rngs)
             for _ in range(num_layers)
@@ -112,7 +123,6 @@ class Encoder(nnx.Module):
 
     def embed_at(self, tokens: Int[Array, "B T"], positions: Int[Array, "... T"]) -> Float[Array, "B T D"]:
         """Embeddings of tokens at positions."""
-        check_tokens(self, tokens)
         hidden = self.embed(tokens)
         if self.position_kind == "learned":
             hidden = hidden + self.positions(positions)
@@ -125,11 +135,15 @@ class Encoder(nnx.Module):
         tokens: Int[Array, "B T"],
         *,
         mask: Bool[Array, "B T"] | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"]:
         check_tokens(self, tokens, mask)
         hidden = self.embed_at(tokens, jnp.arange(tokens.shape[1]))
+        return self.transform(hidden, mask=mask, deterministic=deterministic, rngs=rngs)
+
+    def transform(self, hidden: Float[Array, "B T D"], *, mask, deterministic, rngs) -> Float[Array, "B T D"]:
+        """Dropout, blocks and final normalisation of embedded tokens."""
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         key_mask = None if mask is None else mask[:, None, None, :]
         run = lambda block, hidden, rngs: block(hidden, mask=key_mask, deterministic=deterministic, rngs=rngs)
@@ -141,6 +155,9 @@ class Encoder(nnx.Module):
 
 
 def check_tokens(encoder: Encoder, tokens, mask=None) -> None:
+    for name, array in (("tokens", tokens), ("mask", mask)):
+        if array is not None and not hasattr(array, "shape"):
+            raise TypeError(f"Encoder: {name} must be an array [B, T], got {type(array).__name__}. Use jnp.asarray({name}).")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"Encoder: tokens must be integers of shape [B, T], got {tokens.dtype} {tokens.shape}. Pad and stack them."
@@ -158,7 +175,7 @@ def check_tokens(encoder: Encoder, tokens, mask=None) -> None:
 
 
 def pool(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, pooling: str) -> Float[Array, "B D"]:
-    """One vector per sequence, of its real tokens only: their mean or maximum, the first or the last of them."""
+    """One vector per sequence, of its real tokens only: their mean or maximum, the first or the last of them; 0 of none."""
     if mask is None:
         mask = jnp.ones(hidden.shape[:2], bool)
     if pooling == "mean":
@@ -168,7 +185,7 @@ def pool(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, pooling
         top = jnp.max(jnp.where(mask[..., None], hidden, -jnp.inf), axis=1)
         return jnp.where(mask.any(1)[:, None], top, 0)
     at = jnp.argmax(mask, 1) if pooling == "first" else mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], 1)
-    return jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+    return jnp.where(mask.any(1)[:, None], jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0], 0)
 
 
 def check_pooling(owner: str, pooling: str) -> None:
@@ -223,7 +240,7 @@ class Classifier(nnx.Module):
         )
 
     def __call__(
-        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool = True, rngs=None
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool | None = None, rngs=None
     ) -> Float[Array, "B classes"]:
         hidden = self.encoder(tokens, mask=mask, deterministic=deterministic, rngs=rngs)
         return self.head(pool(hidden, mask, self.pooling))
@@ -265,7 +282,7 @@ class DualEncoder(nnx.Module):
         *,
         mask: Bool[Array, "B T"] | None = None,
         other_mask: Bool[Array, "B S"] | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B classes"]:
         a, b = (
@@ -276,18 +293,27 @@ class DualEncoder(nnx.Module):
 
 
 class LMCache(NamedTuple):
-    """The caches of a language model's layers, and how many tokens they have seen."""
+    """The caches of a language model's layers, and how many real tokens of each sample they have seen."""
 
     layers: tuple
-    length: Int[Array, ""]
+    length: Int[Array, "B"]
+
+
+def positions_of_real(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None) -> Int[Array, "... T"]:
+    """Where each token stands among the real ones; padding stands where the token before it does, or at -1."""
+    if mask is None:
+        return jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    return jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
 
 
 class CausalLM(nnx.Module):
     """A causal language model: tokens [B, T] -> logits [B, T, vocab_size] of each next token.
 
-    The output projection is the embedding, transposed.
+    The output projection is the embedding, transposed. Positions count real tokens: pad on either side.
 
-    Args: those of `Encoder`; the mixer is built with is_causal=True.
+    Args: those of `Encoder`; the mixer is built with is_causal=True, and an `embed` has the `attend` and the
+        `num_embeddings` of nnx.Embed.
+    Raises: ValueError, beside those of `Encoder`: a mixer that is not causal; an `embed` without a way back to logits.
     Example:
         >>> model = CausalLM(vocab_size=16, in_features=32, num_layers=1, mlp_features=64, max_length=64,
         ...                  mixer="softmax", mixer_options=dict(num_heads=4), rngs=nnx.Rngs(0))
@@ -296,42 +322,52 @@ class CausalLM(nnx.Module):
     """
 
     def __init__(self, *, rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions]):
-        mixer = encoder.get("mixer", "softmax")
-        if not callable(mixer):
-            encoder["mixer_options"] = {**(encoder.get("mixer_options") or {}), "is_causal": True}
+        embed = encoder.get("embed")
+        if embed is not None and not (hasattr(embed, "attend") and hasattr(embed, "num_embeddings")):
+            refuse("CausalLM", "embed", f"a {type(embed).__name__}", "have attend and num_embeddings, as nnx.Embed has",
+                   "Derive it from nnx.Embed, or use Encoder with an output projection of your own.")
+        if not callable(encoder.get("mixer", "softmax")):
+            options = encoder.get("mixer_options") or {}
+            if not options.get("is_causal", True):
+                refuse("CausalLM", "mixer_options", f"is_causal={options['is_causal']}", "leave is_causal out or True",
+                       "Use Encoder or Classifier for a bidirectional model.")
+            encoder["mixer_options"] = {**options, "is_causal": True}
         self.encoder = Encoder(**encoder, rngs=rngs)
         for block in self.encoder.blocks:
-            if not block.mixer.is_causal:
-                raise ValueError(
-                    f"CausalLM: mixer must build causal layers, got a bidirectional {type(block.mixer).__name__}. "
-                    "Pass is_causal=True."
-                )
+            if not getattr(block.mixer, "is_causal", False):
+                found = getattr(block.mixer, "is_causal", "no is_causal")
+                refuse("CausalLM", "mixer", f"a {type(block.mixer).__name__} with {found}",
+                       "build layers whose is_causal is True", "Pass is_causal=True, or give your own layer the attribute.")
 
     def __call__(
-        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool = True, rngs=None
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool | None = None, rngs=None
     ) -> Float[Array, "B T vocab"]:
-        return self.encoder.embed.attend(self.encoder(tokens, mask=mask, deterministic=deterministic, rngs=rngs))
+        check_tokens(self.encoder, tokens, mask)
+        hidden = self.encoder.embed_at(tokens, jnp.maximum(positions_of_real(tokens, mask), 0))
+        return self.encoder.embed.attend(self.encoder.transform(hidden, mask=mask, deterministic=deterministic, rngs=rngs))
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LMCache:
-        """Empty caches of all layers, for max_length tokens."""
+        """Empty caches of all layers, for max_length tokens, padding included."""
         if self.encoder.position_kind == "learned" and max_length > self.encoder.max_length:
             raise ValueError(
                 f"CausalLM: max_length of the cache must be <= max_length = {self.encoder.max_length} of the model, got "
                 f"{max_length}. Construct the model with a larger max_length, or with positions='sinusoidal'."
             )
         caches = tuple(block.mixer.init_cache(batch_size, max_length, dtype) for block in self.encoder.blocks)
-        return LMCache(caches, jnp.zeros((), jnp.int32))
+        return LMCache(caches, jnp.zeros(batch_size, jnp.int32))
 
     def extend(self, tokens: Int[Array, "B T"], cache: LMCache, *, mask: Bool[Array, "B T"] | None = None):
-        """T more tokens -> (logits [B, T, vocab_size], cache)."""
-        hidden = self.encoder.embed_at(tokens, cache.length + jnp.arange(tokens.shape[1]))
+        """T more tokens -> (logits [B, T, vocab_size], cache), without dropout; mask: True = a real token."""
+        check_tokens(self.encoder, tokens, mask)
+        positions = cache.length[:, None] + positions_of_real(tokens, mask)
+        hidden = self.encoder.embed_at(tokens, jnp.maximum(positions, 0))
         key_mask = None if mask is None else mask[:, None, None, :]
         layers = []
         for block, layer in zip(self.encoder.blocks, cache.layers, strict=True):
             hidden, layer = block.extend(hidden, layer, mask=key_mask)
             layers.append(layer)
         logits = self.encoder.embed.attend(self.encoder.norm(hidden))
-        return logits, LMCache(tuple(layers), cache.length + tokens.shape[1])
+        return logits, LMCache(tuple(layers), positions[:, -1] + 1)
 
     def generate(
         self,
@@ -340,55 +376,72 @@ class CausalLM(nnx.Module):
         *,
         temperature: float = 0.0,
         top_k: int | None = None,
+        stop_token: int | None = None,
         mask: Bool[Array, "B T"] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Int[Array, "B num_tokens"]:
-        """Continues the prompt: one compiled program, a prefill and a loop over `extend`.
+        """Continues the prompt: one compiled program, a prefill and a loop over `extend`; without dropout.
 
         Args:
-            prompt: [B, T] tokens, T >= 1; pad shorter prompts on the left.
+            prompt: [B, T] tokens, T >= 1; pad shorter prompts on the left. The padding changes nothing, except where
+                the mixer is "blockwise", which counts it in its blocks.
             num_tokens: how many tokens to add.
             temperature: divides the logits before sampling; 0 takes the most likely token.
-            top_k: sample among the k most likely tokens only; None among all.
+            top_k: sample among the k most likely tokens only, the first of equal ones; None among all.
+            stop_token: a sample that has drawn this token holds nothing else after it; None: there is no such token.
             mask: [B, T], True = a real token of the prompt.
             rngs: `rngs.dropout()`, or the default stream, draws the samples; needed when temperature > 0.
-        Raises: ValueError: an argument out of its range; sampling without rngs; a prompt that ends in padding.
+        Returns: [B, num_tokens] int32, the new tokens.
+        Raises: ValueError: an argument out of its range; sampling without rngs; a prompt that ends in padding; with
+            learned positions, more than max_length tokens, the last one not counted.
         """
         vocabulary = self.encoder.embed.num_embeddings
         if num_tokens < 1:
             raise ValueError(f"generate: num_tokens must be >= 1, got {num_tokens}. Ask for at least one token.")
-        if temperature < 0:
-            raise ValueError(f"generate: temperature must be >= 0, got {temperature}. Use 0 for the most likely token.")
+        if not 0 <= temperature < jnp.inf:
+            raise ValueError(f"generate: temperature must be in [0, inf), got {temperature}. Use 0 for the most likely token.")
         if top_k is not None and not 1 <= top_k <= vocabulary:
             raise ValueError(f"generate: top_k must be in 1..{vocabulary}, got {top_k}. Use None for all tokens.")
         if top_k is not None and temperature == 0:
             raise ValueError(f"generate: top_k must be None when temperature is 0, got {top_k}. Set a temperature.")
+        if stop_token is not None and not 0 <= stop_token < vocabulary:
+            raise ValueError(f"generate: stop_token must be in 0..{vocabulary - 1}, got {stop_token}. Use None for none.")
         if temperature > 0 and rngs is None:
             raise ValueError("generate: rngs must be given when temperature > 0, got None. Pass nnx.Rngs(seed).")
         check_tokens(self.encoder, prompt, mask)
-        if mask is not None and not isinstance(mask, jax.core.Tracer) and not bool(mask[:, -1].all()):
+        if mask is not None and not isinstance(mask, jax.core.Tracer) and not np.asarray(mask)[:, -1].all():
             raise ValueError("generate: mask must end in real tokens, got padding on the right. Pad prompts on the left.")
         key = jax.random.key(0) if rngs is None else rngs.dropout()
-        return _generate(self, prompt, mask, key, temperature, num_tokens, top_k, temperature == 0)
+        # By its state: nnx.jit would write the model back, which a caller's jax.jit does not allow.
+        graph, state = nnx.split(self)
+        prompt, is_greedy = prompt.astype(jnp.int32), temperature == 0
+        return _generate(graph, state, prompt, mask, key, temperature, stop_token, num_tokens, top_k, is_greedy)
 
 
-@nnx.jit(static_argnums=(5, 6, 7))
-def _generate(model, prompt, mask, key, temperature, num_tokens, top_k, greedy):
+@functools.partial(jax.jit, static_argnums=(0, 7, 8, 9))
+def _generate(graph, state, prompt, mask, key, temperature, stop_token, num_tokens, top_k, is_greedy):
+    model = nnx.merge(graph, state)
+
     def pick(logits, key):
         logits = logits[:, -1].astype(jnp.float32)
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(prompt.dtype)
+        if is_greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # Differences from the best, so that no temperature, however small, leads to inf - inf.
+        logits = (logits - logits.max(-1, keepdims=True)) / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
         if top_k is not None:
-            logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][:, -1:], -jnp.inf, logits)
-        return jax.random.categorical(key, logits / temperature).astype(prompt.dtype)
+            best, at = jax.lax.top_k(logits, top_k)
+            logits = jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), at, best, axis=-1, inplace=False)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
 
     def step(carry, key):
         token, cache = carry
         logits, cache = model.extend(token[:, None], cache)
         following = pick(logits, key)
+        if stop_token is not None:
+            following = jnp.where(token == stop_token, token, following)
         return (following, cache), following
 
-    cache = model.init_cache(prompt.shape[0], prompt.shape[1] + num_tokens)
+    cache = model.init_cache(prompt.shape[0], prompt.shape[1] + num_tokens - 1)  # the last token is never fed
     logits, cache = model.extend(prompt, cache, mask=mask)
     keys = jax.random.split(key, num_tokens)
     first = pick(logits, keys[0])

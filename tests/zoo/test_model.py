@@ -50,7 +50,8 @@ def test_poolings_differ():
 def test_all_padding_pools_to_zero():
     for pooling in ("mean", "max", "first", "last"):
         model = zoo.Classifier(3, pooling=pooling, **SMALL, **SOFTMAX, rngs=nnx.Rngs(0))
-        assert jnp.isfinite(model(tokens((1, 5)), mask=jnp.zeros((1, 5), bool))).all()
+        logits = model(tokens((1, 5)), mask=jnp.zeros((1, 5), bool))
+        np.testing.assert_array_equal(logits, model.head(jnp.zeros((1, SMALL["in_features"]))), pooling)
 
 
 def test_dual_encoder_shares_its_encoder():
@@ -70,6 +71,38 @@ def test_dropout_draws_only_when_asked():
     draw = lambda seed: model(x, deterministic=False, rngs=nnx.Rngs(dropout=seed))
     np.testing.assert_array_equal(draw(1), draw(1))
     assert jnp.abs(draw(1) - draw(2)).max() > 1e-3
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_train_and_eval_turn_dropout_on_and_off(remat):
+    asked = []
+
+    class Asked(zoo.LocalAttention):
+        def __call__(self, inputs, *, deterministic, **call):
+            asked.append(deterministic)
+            return super().__call__(inputs, deterministic=deterministic, **call)
+
+    mixer = functools.partial(Asked, 2, window_size=4)
+    options = dict(**SMALL, mixer=mixer, dropout_rate=0.5, remat=remat)
+    x, causal = tokens((2, 20)), functools.partial(Asked, 2, window_size=4, is_causal=True)
+    for model, inputs in (
+        (zoo.Encoder(**options, rngs=nnx.Rngs(0)), (x,)),
+        (zoo.Classifier(3, **options, rngs=nnx.Rngs(0)), (x,)),
+        (zoo.DualEncoder(3, **options, rngs=nnx.Rngs(0)), (x, x)),
+        (zoo.CausalLM(**{**options, "mixer": causal}, rngs=nnx.Rngs(0)), (x,)),
+    ):
+        call = lambda seed=1, model=model, inputs=inputs, **words: model(*inputs, rngs=nnx.Rngs(seed), **words)
+        without, drawn = call(deterministic=True), call(deterministic=False)
+        np.testing.assert_array_equal(call(), without)
+        model.train()
+        asked.clear()
+        np.testing.assert_array_equal(call(), drawn)
+        assert set(asked) == {False}
+        np.testing.assert_array_equal(call(deterministic=True), without)
+        model.eval()
+        asked.clear()
+        np.testing.assert_array_equal(call(), without)
+        assert set(asked) == {True}
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", None])
@@ -93,12 +126,87 @@ def test_greedy_generation_is_the_argmax_of_the_full_pass(mixer):
     np.testing.assert_array_equal(generated, expected)
 
 
-def test_generation_ignores_padding_on_the_left():
-    model = language_model(positions=None)
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", None])
+def test_generation_ignores_padding_on_the_left(positions):
+    model = nnx.clone(language_model(positions=positions))
+    model.encoder.embed.embedding[...] *= 5  # or else it says the same token whatever the positions
+    prompts = tokens((2, 5))
+    padded = jnp.concatenate([tokens((2, 3), seed=4), prompts], axis=1).at[1, 4:6].set(7)
+    mask = jnp.arange(8) >= jnp.array([[3], [6]])
+    generated, logits = model.generate(padded, 6, mask=mask), model(padded, mask=mask)
+    extended, cache = [], model.init_cache(2, 9)
+    for start, stop in ((0, 2), (2, 7), (7, 8)):
+        pieces, cache = model.extend(padded[:, start:stop], cache, mask=mask[:, start:stop])
+        extended.append(pieces)
+    extended.append(model.extend(generated[:, :1], cache)[0])
+    for i, prompt in enumerate((prompts[:1], prompts[1:, 3:])):
+        whole = model(jnp.concatenate([prompt, generated[i : i + 1, :1]], axis=1))[0]
+        np.testing.assert_array_equal(generated[i : i + 1], model.generate(prompt, 6))
+        np.testing.assert_allclose(logits[i, mask[i]], whole[:-1], atol=1e-4)
+        np.testing.assert_allclose(jnp.concatenate(extended, axis=1)[i, -len(whole) :], whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", ["local", "strided", "reformer", "performer", "transformer_xl", "s4"])
+def test_padding_on_the_left_changes_no_logit(mixer):
+    options = {
+        "local": dict(num_heads=2, window_size=4), "strided": dict(num_heads=2, stride=4),
+        "reformer": dict(num_heads=2, chunk_size=4), "performer": dict(num_heads=2, num_features=8),
+        "transformer_xl": dict(num_heads=2, segment_length=4, memory_length=4), "s4": dict(state_size=8),
+    }[mixer]  # fmt: skip
+    model = zoo.CausalLM(**{**SMALL, "num_layers": 1}, mixer=mixer, mixer_options=options, rngs=nnx.Rngs(0))
     prompt = tokens((1, 5))
-    padded = jnp.concatenate([tokens((1, 3), seed=4), prompt], axis=1)
-    mask = jnp.arange(8)[None] >= 3
-    np.testing.assert_array_equal(model.generate(padded, 6, mask=mask), model.generate(prompt, 6))
+    padded, mask = jnp.concatenate([tokens((1, 3), seed=4), prompt], axis=1), jnp.arange(8)[None] >= 3
+    wanted, _ = model.extend(prompt, model.init_cache(1, 9))
+    found, _ = model.extend(padded, model.init_cache(1, 9), mask=mask)
+    np.testing.assert_allclose(found[:, -1], wanted[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_generated_tokens_do_not_wrap_into_the_dtype_of_the_prompt(dtype):
+    model = zoo.CausalLM(**{**SMALL, "vocab_size": 300}, **SOFTMAX, rngs=nnx.Rngs(0))
+    sample = lambda prompt: model.generate(prompt, 12, temperature=5.0, rngs=nnx.Rngs(0))
+    wanted, found = sample(tokens((2, 4))), sample(tokens((2, 4)).astype(dtype))
+    assert wanted.max() > 255 and found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("transform", ["jit", "vmap", "eval_shape"])
+def test_generation_under_a_transform_leaves_the_model_whole(transform):
+    model = zoo.CausalLM(**SMALL, **SOFTMAX, rngs=nnx.Rngs(0))
+    prompt, mask = tokens((2, 4)), jnp.arange(4) >= jnp.array([[0], [2]])
+    wanted, logits = model.generate(prompt, 3, mask=mask), model(prompt)
+    run = lambda prompt: model.generate(prompt, 3, mask=mask)
+    if transform == "jit":
+        np.testing.assert_array_equal(jax.jit(run)(prompt), wanted)
+    elif transform == "vmap":
+        found = jax.vmap(lambda prompt, mask: model.generate(prompt[None], 3, mask=mask[None])[0])(prompt, mask)
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        assert jax.eval_shape(run, prompt).shape == wanted.shape
+    np.testing.assert_array_equal(model(prompt), logits)
+    np.testing.assert_array_equal(model.generate(prompt, 3, mask=mask), wanted)
+
+
+def test_generation_fills_the_learned_positions():
+    model = language_model()
+    prompt = tokens((1, 4))
+    generated = model.generate(prompt, 37)  # the last token is never fed
+    whole = jnp.concatenate([prompt, generated[:, :-1]], axis=1)
+    np.testing.assert_array_equal(generated, jnp.argmax(model(whole), -1)[:, 3:])
+    assert model.generate(tokens((1, 40)), 1).shape == (1, 1)
+    with pytest.raises(ValueError, match="max_length"):
+        model.generate(prompt, 38)
+
+
+def test_generation_stops_at_the_stop_token():
+    model, prompt = language_model(), tokens((4, 4))
+    sample = lambda **options: np.asarray(model.generate(prompt, 30, temperature=9.0, rngs=nnx.Rngs(0), **options))
+    free, stopped = sample(), sample(stop_token=3)
+    assert (free == 3).any(axis=1).all()
+    for row, wanted in zip(stopped, free, strict=True):
+        end = int(np.argmax(wanted == 3))
+        np.testing.assert_array_equal(row[: end + 1], wanted[: end + 1])
+        assert (row[end:] == 3).all()
 
 
 def test_sampling():
@@ -108,7 +216,23 @@ def test_sampling():
     np.testing.assert_array_equal(sample(0), sample(0))
     assert (sample(0) != sample(1)).any()
     np.testing.assert_array_equal(sample(0, top_k=1), model.generate(prompt, 20))
-    assert sample(0, top_k=3).shape == (4, 20)
+    drawn = sample(0, top_k=3)
+    logits = model(jnp.concatenate([prompt, drawn[:, :-1]], axis=1))[:, 3:]
+    ranks = (logits > jnp.take_along_axis(logits, drawn[..., None], axis=-1)).sum(-1)
+    assert set(np.unique(ranks)) == {0, 1, 2}
+
+
+def test_the_smallest_temperature_takes_the_most_likely_token():
+    model, prompt = language_model(), tokens((4, 4))
+    for temperature in (1e-39, 1e-45, 1e-30):
+        drawn = model.generate(prompt, 6, temperature=temperature, rngs=nnx.Rngs(0))
+        np.testing.assert_array_equal(drawn, model.generate(prompt, 6))
+
+
+def test_top_k_takes_the_first_of_equal_tokens():
+    model = zoo.CausalLM(**SMALL, **SOFTMAX, rngs=nnx.Rngs(0))
+    model.encoder.embed.embedding[...] *= 0
+    assert set(np.unique(model.generate(tokens((4, 4)), 20, temperature=1.0, top_k=2, rngs=nnx.Rngs(0)))) == {0, 1}
 
 
 def test_generation_compiles_once():
@@ -116,9 +240,9 @@ def test_generation_compiles_once():
 
     model = language_model()
     model.generate(tokens((1, 3)), 4)
-    before = module._generate.jitted_fn._cache_size()
+    before = module._generate._cache_size()
     model.generate(tokens((1, 3), seed=1), 4)
-    assert module._generate.jitted_fn._cache_size() == before
+    assert module._generate._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -126,7 +250,11 @@ def test_generation_compiles_once():
     [
         (dict(num_tokens=0), "num_tokens"),
         (dict(num_tokens=2, temperature=-1.0), "temperature"),
+        (dict(num_tokens=2, temperature=float("nan"), rngs=nnx.Rngs(0)), "temperature"),
+        (dict(num_tokens=2, temperature=float("inf"), rngs=nnx.Rngs(0)), "temperature"),
         (dict(num_tokens=2, top_k=0, temperature=1.0), "top_k"),
+        (dict(num_tokens=2, stop_token=11), "stop_token"),
+        (dict(num_tokens=2, stop_token=-1), "stop_token"),
         (dict(num_tokens=2, top_k=2), "top_k"),
         (dict(num_tokens=2, temperature=1.0), "rngs"),
         (dict(num_tokens=100), "max_length"),
@@ -137,6 +265,56 @@ def test_generation_compiles_once():
 def test_generate_refuses(arguments, word):
     with pytest.raises(ValueError, match=word):
         language_model().generate(tokens((1, 3)), **arguments)
+
+
+def test_what_is_no_array_is_refused_by_name():
+    model = language_model()
+    for call in (model, model.encoder, lambda tokens: model.generate(tokens, 2), lambda tokens: model.extend(tokens, None)):
+        with pytest.raises(TypeError, match="tokens must be an array"):
+            call([[1, 2]])
+    with pytest.raises(TypeError, match="mask must be an array"):
+        model.generate(tokens((1, 2)), 2, mask=[[True, True]])
+    with pytest.raises(ValueError, match="mask must be boolean of shape"):
+        model.extend(tokens((1, 2)), model.init_cache(1, 2), mask=jnp.ones((1, 1, 1, 2), bool))
+
+
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        (dict(num_layers=-5), "num_layers"),
+        (dict(num_layers=0), "num_layers"),
+        (dict(num_layers=1.0), "num_layers"),
+        (dict(mlp_features=-5), "mlp_features"),
+        (dict(mlp_features=2.0), "mlp_features"),
+        (dict(dropout_rate=1.5), "dropout_rate"),
+        (dict(dropout_rate=-0.1), "dropout_rate"),
+        (dict(dropout_rate=float("nan")), "dropout_rate"),
+        (dict(mixer_options=dict(num_heads=2, out_features=1)), "out_features"),
+        (dict(mixer_options=dict(num_heads=2, out_features=8)), "out_features"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, word):
+    with pytest.raises(ValueError, match=word):
+        zoo.Classifier(3, **{**SMALL, **SOFTMAX, **options}, rngs=nnx.Rngs(0))
+
+
+def test_a_language_model_refuses_what_it_cannot_honour():
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match="mixer_options must leave is_causal out or True, got is_causal=False"):
+        zoo.CausalLM(**SMALL, mixer="softmax", mixer_options=dict(num_heads=2, is_causal=False), rngs=rngs)
+    with pytest.raises(ValueError, match="embed must have attend"):
+        zoo.CausalLM(**SMALL, **SOFTMAX, embed=nnx.Linear(1, 16, rngs=rngs), rngs=rngs)
+    with pytest.raises(ValueError, match="mixer must build layers whose is_causal is True, got a Linear with no is_causal"):
+        zoo.CausalLM(**SMALL, mixer=lambda in_features, rngs: nnx.Linear(in_features, in_features, rngs=rngs), rngs=rngs)
+    model = zoo.CausalLM(**SMALL, **SOFTMAX, embed=nnx.Embed(7, 16, rngs=rngs), rngs=rngs)
+    assert model(jnp.ones((1, 6), jnp.int32)).shape == (1, 6, 7)
+    assert model.generate(jnp.ones((1, 3), jnp.int32), 2).shape == (1, 2)
+
+
+def test_only_learned_positions_bound_the_length():
+    for positions in ("sinusoidal", None):
+        model = zoo.Classifier(3, **SMALL, **SOFTMAX, positions=positions, rngs=nnx.Rngs(0))
+        assert model(tokens((1, 41))).shape == (1, 3)
 
 
 def test_bad_models_are_refused():
