@@ -78,7 +78,8 @@ def test_every_value_changes_the_runs_id():
     other = dict(
         layer_options={"num_heads": 2}, positions="sinusoidal", pooling="last", schedule="rsqrt", decay="all",
         ema=0.9, state_learning_rate=0.1, step_learning_rate=0.1, embedding_std=1.0, position_std=1.0, dtype="bfloat16",
-        selection="last", clip_norm=None, protocol="x", head="x", interaction="x", inputs="x", recipe="x", task="x", config="x", layer="x",
+        selection="last", clip_norm=None, protocol="x", head="x", interaction="x", inputs="x", recipe="x", task="x",
+        config="x", layer="x",
     )  # fmt: skip
     for one in dataclasses.fields(run):
         value = other.get(one.name, getattr(run, one.name))
