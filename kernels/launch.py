@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -325,34 +325,41 @@ def _pin_ptx() -> None:
     triton_lib.cb = types.SimpleNamespace(**{**vars(triton_lib.cb), "CUDABackend": Backend})
 
 
-def fold_vmap(function: Callable) -> Callable:
+def fold_vmap(function: Callable, shared: Iterable[Iterable[int]] | None = None) -> Callable:
     """`function` with a rule for `jax.vmap`: the mapped axis becomes part of the batch, and there is still one launch.
 
     Args:
-        function: takes arrays [B, ...] or [1, ...] (which all samples share) or None, and returns arrays [B, ...].
+        function: takes arrays [B, ...] or None, and returns arrays [B, ...].
+        shared: the operands, by place, that may be [1, ...] for all samples; the operands of one group are so together or
+            not at all. None: each may, as long as another one has the batch.
     """
 
     def folded(*arrays):
-        present = [array is not None for array in arrays]
+        places = [place for place, array in enumerate(arrays) if array is not None]
+        groups = [{place} for place in places] if shared is None else [{*group} & {*places} for group in shared]
 
         @jax.custom_batching.custom_vmap
         def run(*some):
-            rest = iter(some)
-            return function(*(next(rest) if here else None for here in present))
+            given = dict(zip(places, some, strict=True))
+            return function(*map(given.get, range(len(arrays))))
 
         @run.def_vmap
         def rule(size, mapped, *some):
             shapes = [x.shape[1:] if is_mapped else x.shape for x, is_mapped in zip(some, mapped, strict=True)]
             batch = max(shape[0] for shape in shapes)
+            single = {
+                place for place, is_mapped, shape in zip(places, mapped, shapes, strict=True) if not is_mapped and shape[0] == 1
+            }
+            kept = {place for group in groups if group <= single for place in group}
 
-            def flatten(x, is_mapped, shape):
-                if not is_mapped and shape[0] == 1:
+            def flatten(place, x, is_mapped, shape):
+                if place in kept:
                     return x
                 x = x if is_mapped else jnp.broadcast_to(x, (size, *shape))
                 x = x if shape[0] == batch else jnp.broadcast_to(x, (size, batch, *shape[1:]))
                 return x.reshape(size * batch, *shape[1:])
 
-            outputs = run(*map(flatten, some, mapped, shapes))
+            outputs = run(*map(flatten, places, some, mapped, shapes))
             outputs = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), outputs)
             return outputs, jax.tree.map(lambda _: True, outputs)
 

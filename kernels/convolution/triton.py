@@ -89,7 +89,7 @@ def _run(inputs, taps, *, length, shift, dtype, mode):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(inputs, taps, shift, mode):
     run = functools.partial(_run, length=inputs.shape[-1], shift=shift, dtype=inputs.dtype, mode=mode)
-    return launch.fold_vmap(run)(inputs, taps)
+    return launch.fold_vmap(run, shared=[[1]])(inputs, taps)
 
 
 def _forward(inputs, taps, shift, mode):
@@ -102,10 +102,10 @@ def _backward(shift, mode, saved, cotangent):
 
     def run(inputs, cotangent, taps):
         back = _run(cotangent, jnp.flip(taps, axis=-1), length=length, shift=size - 1 - shift, dtype=inputs.dtype, mode=mode)
-        turned = jnp.flip(jnp.broadcast_to(inputs, cotangent.shape), axis=-1)
+        turned = jnp.flip(inputs, axis=-1)
         return back, _run(cotangent, turned, length=size, shift=length - 1 - shift, dtype=jnp.float32, mode=mode)
 
-    back, d_taps = launch.fold_vmap(run)(inputs, cotangent, taps)
+    back, d_taps = launch.fold_vmap(run, shared=[[2]])(inputs, cotangent, taps)
     return back, d_taps.sum(0, keepdims=True)
 
 

@@ -26,6 +26,7 @@ from subquad.kernels.linear.gradient import Arrays, Plan, bind, differentiable
 from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite
 
 OWNER = "linear"
+SHARED = [[Arrays._fields.index(name)] for name in ("mask", "projection")]  # may be one for all samples
 MAX_HEAD = 128
 PROGRAMS = 264  # two for each multiprocessor of a large GPU
 ALIGNMENT = 256  # segments start at multiples of it, and every chunk divides it
@@ -859,20 +860,16 @@ def _weigh(weights, numerators, denominators):
     return add("bnij,bnjmv->bnimv", weights, numerators), add("bnij,bnjm->bnim", weights, denominators)
 
 
-def _whole_batch(arrays: Arrays, *others):
-    """The arrays, and others, with the same batch, from a state; mask and projection may be one for all."""
-    size = max(x.shape[0] for x in (*arrays, *others) if x is not None)
-    whole = lambda x: x if x is None or x.shape[0] == size else jnp.broadcast_to(x, (size, *x.shape[1:]))
-    arrays = Arrays(*(
-        x if name in ("mask", "projection") else whole(x) for name, x in zip(Arrays._fields, arrays, strict=True)
-    ))  # fmt: skip
-    if arrays.numerator is None:
-        shape = size, arrays.query.shape[2], _num_features(arrays)
-        arrays = arrays._replace(
-            numerator=jnp.zeros((*shape, arrays.value.shape[-1])), denominator=jnp.zeros(shape),
-            largest=jnp.full(shape[:2], -jnp.inf),
-        )  # fmt: skip
-    return arrays, *map(whole, others)
+def _with_state(arrays: Arrays) -> Arrays:
+    """The arrays with an initial state, that of no keys if none was given."""
+    if arrays.numerator is not None:
+        return arrays
+    batch, _, heads, _ = arrays.query.shape
+    shape = batch, heads, _num_features(arrays)
+    return arrays._replace(
+        numerator=jnp.zeros((*shape, arrays.value.shape[-1])), denominator=jnp.zeros(shape),
+        largest=jnp.full(shape[:2], -jnp.inf),
+    )  # fmt: skip
 
 
 def _num_features(arrays: Arrays) -> int:
@@ -880,7 +877,7 @@ def _num_features(arrays: Arrays) -> int:
 
 
 def _forward(plan: Plan, *arrays):
-    (arrays,) = _whole_batch(Arrays(*arrays))
+    arrays = _with_state(Arrays(*arrays))
     call = _Call(plan, arrays)
     largest = call.largest()
     states, last = call.before(largest["key_largest"])
@@ -904,9 +901,10 @@ def _forward(plan: Plan, *arrays):
 
 
 def _backward(plan: Plan, *operands):
-    count = len(operands) - len(Arrays._fields)
-    arrays, out, weight, maximum, *rest = _whole_batch(Arrays(*operands[count:]), *operands[:count])
-    states, grad_out, grad_state, after_all = rest[:3], rest[3], rest[4:6], rest[6]
+    count = len(Arrays._fields)
+    arrays = _with_state(Arrays(*operands[:count]))
+    out, weight, maximum, *states, grad_out, grad_numerator, grad_denominator, after_all = operands[count:]
+    grad_state = grad_numerator, grad_denominator
     call = _Call(plan, arrays)
     causal, length = plan.is_causal, arrays.query.shape[1]
     wide = functools.partial(jnp.asarray, dtype=jnp.float32)
@@ -982,7 +980,7 @@ def _partial(call, array, kernel):
 
 def forward(plan: Plan, arrays: Arrays):
     arrays, shift = _shifted(plan, arrays)
-    out, *rest = launch.fold_vmap(functools.partial(_forward, plan))(*arrays)
+    out, *rest = launch.fold_vmap(functools.partial(_forward, plan), SHARED)(*arrays)
     numerator, denominator, largest = rest[:3]
     return out, (numerator, denominator, largest - shift), (largest, *rest[3:])
 
@@ -990,8 +988,8 @@ def forward(plan: Plan, arrays: Arrays):
 def backward(plan: Plan, arrays: Arrays, out, residuals, gradients):
     grad_out, grad_state = gradients
     largest, *residuals = residuals
-    run = launch.fold_vmap(functools.partial(_backward, plan))
-    grads = run(out, *residuals, grad_out, *grad_state[:2], largest, *_shifted(plan, arrays)[0])
+    run = launch.fold_vmap(functools.partial(_backward, plan), SHARED)
+    grads = run(*_shifted(plan, arrays)[0], out, *residuals, grad_out, *grad_state[:2], largest)
     of_scale = grads[3] if len(grads) == 7 else None
     of_projection = None
     if arrays.projection is not None:

@@ -155,14 +155,13 @@ def pseudo_inverse(matrix, iterations, *, mode):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _iterate(matrix, start, iterations, mode):
     def run(matrix, start):
-        matrix, start = _alike(matrix, start)
         outputs = dict(OUT=_like(matrix), SCRATCH=_scratch(matrix, 5))
         return _launch(
             "matrix.inverse_forward", inverse_forward_kernel, dict(A=matrix, START=start), outputs, matrix.shape,
             iterations, mode, PRECISION=launch.dot_precision("float32"),
         )[0]  # fmt: skip
 
-    return launch.fold_vmap(run)(matrix, start)
+    return launch.fold_vmap(run, shared=())(matrix, start)
 
 
 def _iterate_forward(matrix, start, iterations, mode):
@@ -171,7 +170,6 @@ def _iterate_forward(matrix, start, iterations, mode):
 
 def _iterate_backward(iterations, mode, saved, gradient):
     def run(matrix, start, gradient):
-        matrix, start, gradient = _alike(matrix, start, gradient)
         (scratch,) = _launch(
             "matrix.inverse_backward", inverse_backward_kernel, dict(A=matrix, START=start, G=gradient),
             dict(SCRATCH=_scratch(matrix, 9 + iterations)), matrix.shape, iterations, mode,
@@ -179,7 +177,7 @@ def _iterate_backward(iterations, mode, saved, gradient):
         )  # fmt: skip
         return scratch[:, :, 0].astype(matrix.dtype), scratch[:, :, 1 + iterations % 2]
 
-    return launch.fold_vmap(run)(*saved, gradient)
+    return launch.fold_vmap(run, shared=())(*saved, gradient)
 
 
 _iterate.defvjp(_iterate_forward, _iterate_backward)
@@ -307,13 +305,12 @@ def _balance(logits, iterations, is_causal, keep, mode):
 
 def _sinkhorn_backward(iterations, is_causal, mode, saved, gradient):
     def run(logits, vectors, gradient):
-        logits, vectors, gradient = _alike(logits, vectors, gradient)
         return _launch(
             "matrix.sinkhorn_backward", sinkhorn_backward_kernel, dict(X=logits, V=vectors, G=gradient),
             dict(DX=_like(logits)), logits.shape, iterations, mode, CAUSAL=is_causal,
         )[0]  # fmt: skip
 
-    return (launch.fold_vmap(run)(*saved, gradient),)
+    return (launch.fold_vmap(run, shared=())(*saved, gradient),)
 
 
 _sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
@@ -356,9 +353,3 @@ def config(kernel: str, size: int, mode) -> launch.Config:
 
 def _like(array, dtype=None):
     return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype)
-
-
-def _alike(*arrays):
-    """With one batch: vmap leaves what its axis does not reach with a batch of 1."""
-    batch = max(array.shape[0] for array in arrays)
-    return [jnp.broadcast_to(array, (batch, *array.shape[1:])) for array in arrays]

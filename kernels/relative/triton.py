@@ -28,6 +28,7 @@ from subquad.kernels import launch
 from subquad.kernels.relative.reference import SAVED
 
 OWNER = "relative.attention"
+SHARED = [[4], [5]]  # relative keys and mask may be one for all samples
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -434,19 +435,13 @@ def _launch(mode, kernel, arrays, outputs, cut):
 
 
 def _named(content, position, key, value, relative, mask):
-    """The operands by the names that all kernels give them, and the number of samples."""
-    batch = max(x.shape[0] for x in (content, position, key, value, relative, mask) if x is not None)
-    content, position, key, value = (_full(x, batch) for x in (content, position, key, value))
-    return dict(content=content, position=position, key=key, value=value, relative=relative, mask=mask), batch
-
-
-def _full(array, batch: int):
-    return jnp.broadcast_to(array, (batch, *array.shape[1:]))
+    """The operands by the names that all kernels give them."""
+    return dict(content=content, position=position, key=key, value=value, relative=relative, mask=mask)
 
 
 def _run_forward(mode, *operands):
-    arrays, batch = _named(*operands)
-    _, T, N, _ = arrays["content"].shape
+    arrays = _named(*operands)
+    batch, T, N, _ = arrays["content"].shape
     value = arrays["value"]
     outputs = dict(
         out=jax.ShapeDtypeStruct((batch, T, N, value.shape[3]), value.dtype),
@@ -457,8 +452,7 @@ def _run_forward(mode, *operands):
 
 def _run_backward(mode, *operands):
     *operands, grad, lse, shift = operands
-    arrays, batch = _named(*operands)
-    arrays |= dict(grad=_full(grad, batch), lse=_full(lse, batch), shift=_full(shift, batch))
+    arrays = _named(*operands) | dict(grad=grad, lse=lse, shift=shift)
     like = lambda name, dtype=None: jax.ShapeDtypeStruct(arrays[name].shape, dtype or arrays[name].dtype)
     queries = dict(d_content=like("content"), d_position=like("position"))
     keys = dict(d_key=like("key"), d_value=like("value"))
@@ -476,7 +470,7 @@ def _attend(mode, content, position, key, value, relative, mask):
 
 def _forward(mode, content, position, key, value, relative, mask):
     operands = content, position, key, value, relative, mask
-    out, lse = launch.fold_vmap(functools.partial(_run_forward, mode))(*operands)
+    out, lse = launch.fold_vmap(functools.partial(_run_forward, mode), SHARED)(*operands)
     out, lse = checkpoint_name((out, lse), SAVED)
     return out, (*operands, out, lse)
 
@@ -484,7 +478,7 @@ def _forward(mode, content, position, key, value, relative, mask):
 def _backward(mode, saved, grad):
     *operands, out, lse = saved
     shift = jnp.einsum("btnv,btnv->bnt", grad, out, preferred_element_type=jnp.float32)
-    run = launch.fold_vmap(functools.partial(_run_backward, mode))
+    run = launch.fold_vmap(functools.partial(_run_backward, mode), SHARED)
     *gradients, d_relative = run(*operands, grad, lse, shift)
     relative = operands[4]
     return *gradients, d_relative.sum(0, keepdims=True).astype(relative.dtype), None

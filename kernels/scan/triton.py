@@ -267,7 +267,8 @@ def first_order(decay, inputs, start, reverse, *, mode):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _scan(decay, inputs, start, reverse, mode):
-    return launch.fold_vmap(functools.partial(_launch_forward, reverse=reverse, mode=mode))(decay, inputs, start)
+    run = functools.partial(_launch_forward, reverse=reverse, mode=mode)
+    return launch.fold_vmap(run, shared=[[0]])(decay, inputs, start)
 
 
 def _forward(decay, inputs, start, reverse, mode):
@@ -276,7 +277,7 @@ def _forward(decay, inputs, start, reverse, mode):
 
 
 def _backward(reverse, mode, saved, cotangents):
-    run = launch.fold_vmap(functools.partial(_launch_backward, reverse=reverse, mode=mode))
+    run = launch.fold_vmap(functools.partial(_launch_backward, reverse=reverse, mode=mode), shared=[[0]])
     decay = saved[0]
     d_decay, d_inputs, d_start = run(*saved, *cotangents)
     if decay.shape[0] == 1:
@@ -350,7 +351,7 @@ def _launch_forward(decay, inputs, start, *, reverse, mode):
     packed = _pack(inputs)
     states, final = launch.call(
         forward_kernel,
-        dict(A=_pack(decay), B=packed, H0=_pack(_full(start, inputs)), **segments),
+        dict(A=_pack(decay), B=packed, H0=_pack(start), **segments),
         dict(
             H=jax.ShapeDtypeStruct(packed.shape, packed.dtype),
             F=jax.ShapeDtypeStruct((packed.shape[0], packed.shape[2]), jnp.float32),
@@ -365,7 +366,6 @@ def _launch_forward(decay, inputs, start, *, reverse, mode):
 
 def _launch_backward(decay, start, states, d_states, d_final, *, reverse, mode):
     sizes = _sizes(decay, states, reverse)
-    d_states = _full(d_states, states)
     chosen, grid, segments = _segments("scan.backward", decay, d_states, sizes, True, mode)
     batch, length, _ = states.shape
     rows = chosen.blocks["SEGMENTS"] if sizes["CONSTANT"] else length
@@ -376,8 +376,7 @@ def _launch_backward(decay, start, states, d_states, d_final, *, reverse, mode):
     d_decay, d_inputs, d_start = launch.call(
         backward_kernel,
         dict(
-            A=_pack(decay), H0=_pack(_full(start, states)), H=packed, DH=_pack(d_states),
-            DF=_pack(_full(d_final, states)), **segments,
+            A=_pack(decay), H0=_pack(start), H=packed, DH=_pack(d_states), DF=_pack(d_final), **segments,
         ),
         dict(
             DA=jax.ShapeDtypeStruct((batch, rows, sizes["WIDTH"]), dtype),
@@ -392,8 +391,3 @@ def _launch_backward(decay, start, states, d_states, d_final, *, reverse, mode):
     if sizes["CONSTANT"]:
         d_decay = d_decay.sum(1, keepdims=True)
     return tuple(_unpack(x, sizes["COMPLEX"]) for x in (d_decay, d_inputs, d_start))
-
-
-def _full(x, like):
-    """With the batch of `like`: vmap leaves what its axis does not reach with a batch of 1."""
-    return jnp.broadcast_to(x, (like.shape[0], *x.shape[1:]))

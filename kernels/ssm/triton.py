@@ -29,13 +29,6 @@ def _real_planes(modes):
     return (modes.real, modes.imag) if jnp.iscomplexobj(modes) else (modes, None)
 
 
-def _common(batch, arrays):
-    """Operands that all samples share stay [1, ...] if they all do, else they are repeated for the whole batch."""
-    if all(x is None or x.shape[0] == 1 for x in arrays):
-        return arrays
-    return [None if x is None else jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in arrays]
-
-
 def _pad_size(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
@@ -384,7 +377,6 @@ def _scan_tables(modes, chunk, padded):
 def _scan_operands(config, mode, tokens, taps, *modes):
     """What both kernels take, and the options of both launches."""
     batch, features, length = tokens.shape
-    taps, *modes = _common(batch, (taps, *modes))
     pairs, (chunk, columns) = modes[0].shape[-1], (config.blocks[name] for name in "CN")
     tables, jumps = _scan_tables(modes, chunk, _pad_size(pairs))
     constants = dict(
@@ -399,7 +391,6 @@ def _scan_run(config, mode, tokens, taps, *rest):
     *modes, start = rest
     tables, modes, options = _scan_operands(config, mode, tokens, taps, *modes)
     batch, features, _ = tokens.shape
-    start = jnp.broadcast_to(start, (batch, *start.shape[1:]))
     entering = (batch, features, options["constants"]["TILES"], start.shape[-1])
     outputs = dict(
         outputs=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), last=jax.ShapeDtypeStruct(start.shape, jnp.float32),
@@ -411,12 +402,11 @@ def _scan_run(config, mode, tokens, taps, *rest):
 def _scan_run_backward(config, mode, tokens, d_outputs, taps, *rest):
     *modes, entering, d_last = rest
     tables, modes, options = _scan_operands(config, mode, tokens, taps, *modes)
-    full = lambda x: jnp.broadcast_to(x, (tokens.shape[0], *x.shape[1:]))
     float32 = lambda size: jax.ShapeDtypeStruct((*tokens.shape[:2], size), jnp.float32)
     pairs = modes["in_re"].shape[-1]
     outputs = dict(d_tokens=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), d_taps=float32(taps.shape[-1]))
     outputs |= {f"d_{name}": float32(pairs) for name in MODES} | dict(d_start=float32(entering.shape[-1]))
-    operands = dict(tokens=tokens, d_outputs=full(d_outputs), **tables, **modes, entering=full(entering), d_last=full(d_last))
+    operands = dict(tokens=tokens, d_outputs=d_outputs, **tables, **modes, entering=entering, d_last=d_last)
 
     def run(tokens, tables):
         constants = options["constants"] | dict(TOKENS=tokens, TABLES=tables)
@@ -435,7 +425,7 @@ def _scan(forward_config, backward_config, mode, tokens, *rest):
 
 
 def _scan_forward(forward_config, backward_config, mode, tokens, *rest):
-    run = launch.fold_vmap(functools.partial(_scan_run, forward_config, mode))
+    run = launch.fold_vmap(functools.partial(_scan_run, forward_config, mode), shared=[range(1, 8)])
     outputs, last, entering = run(tokens, *rest)
     return (outputs, last), (tokens, *rest[:-1], entering)
 
@@ -443,7 +433,7 @@ def _scan_forward(forward_config, backward_config, mode, tokens, *rest):
 def _scan_backward(forward_config, backward_config, mode, saved, cotangents):
     tokens, *shared, entering = saved
     d_outputs, d_last = cotangents
-    run = launch.fold_vmap(functools.partial(_scan_run_backward, backward_config, mode))
+    run = launch.fold_vmap(functools.partial(_scan_run_backward, backward_config, mode), shared=[range(2, 9)])
     d_tokens, *gradients, d_start = run(tokens, d_outputs, *shared, entering, d_last)
     gradients = iter(gradients)
     summed = (None if x is None else next(gradients).sum(0, keepdims=True) for x in shared)
@@ -565,16 +555,12 @@ def _kernel_launch(kernel, planes, length, extra, outputs, tiles, mode):
                        config=config, mode=mode)  # fmt: skip
 
 
-def _kernel_run(length, mode, decay_re, decay_im, *coefficients):
-    batch = max(x.shape[0] for x in (decay_re, *coefficients))
-    planes = *_common(batch, (decay_re, decay_im)), *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in coefficients)
+def _kernel_run(length, mode, *planes):
     taps = jax.ShapeDtypeStruct((*planes[2].shape[:2], length), jnp.float32)
     return _kernel_launch(kernel_forward, planes, length, {}, dict(taps=taps), True, mode)[0]
 
 
-def _kernel_run_backward(mode, d_taps, decay_re, decay_im, *coefficients):
-    batch = d_taps.shape[0]
-    planes = *_common(batch, (decay_re, decay_im)), *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in coefficients)
+def _kernel_run_backward(mode, d_taps, *planes):
     modes = jax.ShapeDtypeStruct(planes[2].shape, jnp.float32)
     outputs = {f"d_{name}": modes for name in MODES[:4]}
     return _kernel_launch(kernel_backward, planes, d_taps.shape[-1], dict(d_taps=d_taps), outputs, False, mode)
@@ -582,7 +568,7 @@ def _kernel_run_backward(mode, d_taps, decay_re, decay_im, *coefficients):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _kernel(length, mode, *planes):
-    return launch.fold_vmap(functools.partial(_kernel_run, length, mode))(*planes)
+    return launch.fold_vmap(functools.partial(_kernel_run, length, mode), shared=[[0, 1]])(*planes)
 
 
 def _kernel_forward(length, mode, *planes):
@@ -590,7 +576,7 @@ def _kernel_forward(length, mode, *planes):
 
 
 def _kernel_backward(length, mode, planes, cotangent):
-    gradients = launch.fold_vmap(functools.partial(_kernel_run_backward, mode))(cotangent, *planes)
+    gradients = launch.fold_vmap(functools.partial(_kernel_run_backward, mode), shared=[[1, 2]])(cotangent, *planes)
     return tuple(g if x.shape[0] > 1 else g.sum(0, keepdims=True) for g, x in zip(gradients, planes, strict=True))
 
 
@@ -704,25 +690,20 @@ def _cauchy_launch(kernel, arrays, extra, outputs, tiles, mode):
     return launch.call(kernel, inputs, outputs, grid=grid, constants=constants, config=config, mode=mode)
 
 
-def _cauchy_full(batch, numerators, decay, turn, nodes):
-    return *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (numerators, decay, turn)), nodes
-
-
 def _cauchy_run(mode, *arrays):
-    numerators, *_, nodes = arrays = _cauchy_full(max(x.shape[0] for x in arrays), *arrays)
+    numerators, *_, nodes = arrays
     sums = jax.ShapeDtypeStruct((*numerators.shape[:3], 2, nodes.shape[-1]), jnp.float32)
     return _cauchy_launch(cauchy_forward, arrays, {}, dict(sums=sums), True, mode)[0]
 
 
 def _cauchy_run_backward(mode, d_sums, *arrays):
-    arrays = _cauchy_full(d_sums.shape[0], *arrays)
     outputs = {f"d_{name}": jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in zip(SYSTEMS, arrays, strict=False)}
     return _cauchy_launch(cauchy_backward, arrays, dict(d_sums=d_sums), outputs, False, mode)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cauchy_sums(mode, *arrays):
-    return launch.fold_vmap(functools.partial(_cauchy_run, mode))(*arrays)
+    return launch.fold_vmap(functools.partial(_cauchy_run, mode), shared=[[3]])(*arrays)
 
 
 def _cauchy_sums_forward(mode, *arrays):
@@ -730,7 +711,7 @@ def _cauchy_sums_forward(mode, *arrays):
 
 
 def _cauchy_sums_backward(mode, arrays, cotangent):
-    gradients = launch.fold_vmap(functools.partial(_cauchy_run_backward, mode))(cotangent, *arrays)
+    gradients = launch.fold_vmap(functools.partial(_cauchy_run_backward, mode), shared=[[4]])(cotangent, *arrays)
     return *gradients, jnp.zeros_like(arrays[-1])  # nobody moves the nodes
 
 
@@ -801,9 +782,7 @@ def recurrence_forward(
 def _recurrence_run(mode, inputs, *arrays):
     *systems, start = arrays
     batch, length, features = inputs.shape
-    systems = _common(batch, systems)
     rank, pairs = systems[1].shape[1], start.shape[-1] // 2
-    start = jnp.broadcast_to(start, (batch, *start.shape[1:]))
     # A program per feature on a GPU, where there are many; all of a sample in the interpreter, where a program is slow.
     block = 1 if mode == "triton" else min(64, _pad_size(features))
     heuristic = launch.Config(dict(BLOCK_D=block), num_warps=1, num_stages=1)
@@ -823,7 +802,7 @@ def _recurrence(mode, inputs, diagonal, low_rank, input_matrix, output_matrix, s
     excess, left, right = xla.resolvent(diagonal, low_rank, step)
     systems = excess, left, right, step[:, None] / 2 * input_matrix, 2 * output_matrix.conj()
     systems = [xla.state_planes(x)[None] for x in systems]
-    return launch.fold_vmap(functools.partial(_recurrence_run, mode))(inputs, *systems, state)
+    return launch.fold_vmap(functools.partial(_recurrence_run, mode), shared=[range(1, 6)])(inputs, *systems, state)
 
 
 def _recurrence_forward(mode, *arrays):

@@ -495,15 +495,8 @@ def shape(array, dtype, rows: int | None = None):
     return jax.ShapeDtypeStruct((batch, rows or length, *rest), dtype)
 
 
-def same_batch(*arrays):
-    """One batch for all of them: under `vmap` some may be shared."""
-    batch = max(len(array) for array in arrays)
-    return [jnp.broadcast_to(array, (batch, *array.shape[1:])) for array in arrays]
-
-
 def run_forward(pattern: Pattern, scale: float, mode, query, key, value, valid):
     """(out, lse) by one run of the kernel or two."""
-    query, key, value = same_batch(query, key, value)
     runs = runs_of(pattern, query.shape[1])
     out = lse = None
     for run in runs:
@@ -517,7 +510,6 @@ def run_forward(pattern: Pattern, scale: float, mode, query, key, value, valid):
 
 def run_backward(pattern: Pattern, scale: float, mode, query, key, value, grad, lse, shift, valid):
     """The gradients of query, key and value."""
-    query, key, value, grad, lse, shift = same_batch(query, key, value, grad, lse, shift)
     length = query.shape[1]
     common = dict(QUERY=query, KEY=key, VALUE=value, VALID=valid, COLUMNS=None, GRAD=grad, ROW_LSE=lse, SHIFT=shift)
     runs, grad_query = runs_of(pattern, length), None
@@ -549,7 +541,8 @@ def run_backward(pattern: Pattern, scale: float, mode, query, key, value, grad, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def flash(pattern: Pattern, scale: float, mode, query, key, value, valid):
-    return launch.fold_vmap(functools.partial(run_forward, pattern, scale, mode))(query, key, value, valid)
+    run = functools.partial(run_forward, pattern, scale, mode)
+    return launch.fold_vmap(run, shared=[[3]])(query, key, value, valid)
 
 
 def flash_forward(pattern, scale, mode, query, key, value, valid):
@@ -560,7 +553,7 @@ def flash_forward(pattern, scale, mode, query, key, value, valid):
 def flash_backward(pattern, scale, mode, residuals, gradients):
     query, key, value, valid, out, lse = residuals
     lse, shift = online.residue(out, lse, *gradients)
-    pull = launch.fold_vmap(functools.partial(run_backward, pattern, scale, mode))
+    pull = launch.fold_vmap(functools.partial(run_backward, pattern, scale, mode), shared=[[6]])
     return *pull(query, key, value, gradients[0], lse, shift, valid), None
 
 
