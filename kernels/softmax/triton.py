@@ -23,7 +23,7 @@ from subquad.kernels import launch
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.xla import Visible
 
-LOG2_E = math.log2(math.e)
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 LARGEST_HEAD = 128
 # Bytes of keys and values of the heads that run side by side: they should stay in the L2 cache.
 CACHE_BYTES = 16 << 20
@@ -78,10 +78,10 @@ def online_update(maximum, normaliser, accumulator, logits, value, FACTOR: tl.co
 
 @triton.jit
 def online_finish(maximum, normaliser, accumulator):
-    """Outputs and natural log-sum-exp: 0 and -inf for rows that have seen nothing."""
+    """Outputs and log-sum-exp in base 2: 0 and -inf for rows that have seen nothing."""
     empty = normaliser == 0.0
     normaliser = tl.where(empty, 1.0, normaliser)
-    lse = tl.where(empty, float("-inf"), (maximum + tl.log2(normaliser)) * 0.6931471805599453)
+    lse = tl.where(empty, float("-inf"), maximum + tl.log2(normaliser))
     return accumulator / normaliser[:, None], lse
 
 
@@ -100,6 +100,14 @@ def square(pointer, b, n, q, k, OF_B: tl.constexpr, OF_N: tl.constexpr, OF_T: tl
     else:
         tile = tl.load(base + q.to(tl.int64) * OF_T + k * OF_S, mask=(q < T) & (k < S), other=0)
     return tile
+
+
+@triton.jit
+def bias_tile(pointer, b, n, q, k, OF_B: tl.constexpr, OF_N: tl.constexpr, OF_T: tl.constexpr, OF_S: tl.constexpr,
+              T: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """A tile of the bias as `square` has it, in base 2 and float32. Only -inf hides: the least of the others stays finite."""
+    tile = square(pointer, b, n, q, k, OF_B, OF_N, OF_T, OF_S, T, S).to(tl.float32)
+    return tl.where(tile == float("-inf"), tile, tl.maximum(tile * 1.4426950408889634, -3.3e38))
 
 
 @triton.jit
@@ -223,9 +231,7 @@ def softmax_forward(
             if FACTOR != SCALE:
                 logits = logits * SCALE
             if HAS_BIAS:
-                logits += 1.4426950408889634 * square(
-                    bias, b, n, q[:, None], k[None, :], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S
-                ).to(tl.float32)
+                logits += bias_tile(bias, b, n, q[:, None], k[None, :], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S)
             if TESTED:
                 seen = is_seen(
                     b, n, q[:, None], k[None, :], mask, query_positions, key_positions, query_segments, key_segments,
@@ -282,9 +288,7 @@ def softmax_backward_query(
             if FACTOR != SCALE:
                 logits = logits * SCALE
             if HAS_BIAS:
-                logits += 1.4426950408889634 * square(
-                    bias, b, n, q[:, None], k[None, :], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S
-                ).to(tl.float32)
+                logits += bias_tile(bias, b, n, q[:, None], k[None, :], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S)
             weights = tl.exp2(logits * FACTOR - log_sum[:, None])
             if TESTED:
                 seen = is_seen(
@@ -346,9 +350,7 @@ def softmax_backward_key(
                 if FACTOR != SCALE:
                     logits = logits * SCALE
                 if HAS_BIAS:
-                    logits += 1.4426950408889634 * square(
-                        bias, b, n, q[None, :], k[:, None], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S
-                    ).to(tl.float32)
+                    logits += bias_tile(bias, b, n, q[None, :], k[:, None], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S)
                 weights = tl.exp2(logits * FACTOR - log_sum[None, :])
                 if TESTED:
                     seen = is_seen(
@@ -414,9 +416,7 @@ def softmax_backward_bias(
         log_sum = tl.load(lse + b * OF_LSE + n * T + q, mask=q < T, other=float("inf"))
         mean = tl.load(shift + b * OF_SHIFT + n * T + q, mask=q < T, other=0.0)
         logits = tl.dot(own, tl.trans(keys), input_precision=PRECISION) * SCALE
-        logits += 1.4426950408889634 * square(bias, b, n, q[:, None], k[None, :], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S).to(
-            tl.float32
-        )
+        logits += bias_tile(bias, b, n, q[:, None], k[None, :], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S)
         seen = is_seen(
             b, n, q[:, None], k[None, :], mask, query_positions, key_positions, query_segments, key_segments,
             pattern, T, S, LEFT, RIGHT, QUERY_START, KEY_START, OF_QUERY_POSITIONS, OF_KEY_POSITIONS,
@@ -764,7 +764,7 @@ def strides(name: str, array) -> dict[str, int]:
 
 
 def forward(plan: Plan, query, key, value, bias, *visible):
-    """(out [B, T, N, V], lse [B, N, T])."""
+    """(out [B, T, N, V], lse [B, N, T] in base 2)."""
     call = Call(plan, batch_of(query, key, value, bias, *visible), query, key, value, bias, Visible(*visible))
     (_, queries, heads, _), features = query.shape, value.shape[3]
     outputs = dict(
@@ -815,19 +815,20 @@ def bias_gradient(call: Call, bias, inputs, constants):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def flash(plan: Plan, query, key, value, bias, visible: Visible):
     """Attention as `plan` says -> (out [B, T, N, V], lse [B, T, N])."""
-    out, lse = launch.fold_vmap(functools.partial(forward, plan))(query, key, value, bias, *visible)
-    return out, lse.swapaxes(1, 2)
+    return flash_forward(plan, query, key, value, bias, visible)[0]
 
 
 def flash_forward(plan, query, key, value, bias, visible):
-    out, lse = flash(plan, query, key, value, bias, visible)
-    return (out, lse), (query, key, value, bias, visible, out, lse)
+    out, lse = launch.fold_vmap(functools.partial(forward, plan))(query, key, value, bias, *visible)
+    lse = lse.swapaxes(1, 2)
+    # Kept in base 2: there and back, a log-sum-exp of -1e9 would be so far from its logits that weights overflow.
+    return (out, lse * LN_2), (query, key, value, bias, visible, out, lse)
 
 
 def flash_backward(plan, residuals, gradients):
     query, key, value, bias, visible, out, lse = residuals
     lse, shift = online.residue(out, lse, *gradients)
-    lse, shift = (x.swapaxes(1, 2) for x in (lse * LOG2_E, shift))
+    lse, shift = (x.swapaxes(1, 2) for x in (lse, shift))
     run = launch.fold_vmap(functools.partial(backward, plan))
     grad_query, grad_key, grad_value, *rest = run(query, key, value, bias, lse, shift, gradients[0], *visible)
     return grad_query, grad_key, grad_value, rest[0].astype(bias.dtype) if rest else None, None

@@ -80,6 +80,25 @@ def test_bias_of_minus_infinity_hides_a_key(small_tiles):
 
 
 @interpret
+@pytest.mark.parametrize("least", [float(jnp.finfo(jnp.float32).min), -1e9])
+def test_finite_biases_hide_nothing(small_tiles, least):
+    """The mean of all values where all biases are the least number that there is, and gradients are XLA's."""
+    (query, key, value), _ = draw(40, batch=1, heads=2)
+    bias = jnp.zeros((1, 2, 40, 40)).at[:, :, 3].set(least).at[:, :, 5, :10].set(least)
+
+    def run(implementation):
+        attend = lambda *x: softmax.attention(*x[:3], bias=x[3], return_lse=True, implementation=implementation)
+        (out, lse), pull = jax.vjp(attend, query, key, value, bias)
+        return out, pull((jnp.ones_like(out), jnp.zeros_like(lse)))
+
+    (out, gradients), (want, others) = run("interpret"), run("xla")
+    np.testing.assert_allclose(out[:, 3], value.mean(1), atol=1e-5)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    for ours, theirs in zip(gradients, others, strict=True):
+        assert specs.error(ours, theirs) < 1e-5
+
+
+@interpret
 def test_rows_that_see_nothing(small_tiles):
     (query, key, value), (grad_out, grad_lse) = draw(40)
     mask = np.ones((2, 1, 40, 40), bool)
