@@ -175,6 +175,11 @@ def config(kernel: str, heuristic: Config, **sizes) -> Config:
     return _trials.get(request) or tuned(device_kind()).get(request, heuristic)
 
 
+def size_class(size: int, most: int) -> int:
+    """The power of two that holds a size, `most` at most: sizes of one class share what was tuned for one of them."""
+    return min(1 << (size - 1).bit_length(), most)
+
+
 @contextlib.contextmanager
 def trying(trials: Mapping[Request, Config]) -> Iterator[dict[Request, Config]]:
     """Uses these configurations for what is traced inside, and collects the heuristics of all that is asked for."""

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from subquad.kernels import launch
 
+LONGEST_CLASS = 1 << 14  # of lengths that share a tuned configuration: from here on all do
+
 
 @triton.jit
 def convolve_chunks(
@@ -71,7 +73,8 @@ def _config(length: int, dtype) -> launch.Config:
 def _run(inputs, taps, *, length, shift, dtype, mode):
     """[B, D, length] in `dtype`: sum_s taps[t - s + shift] inputs[s]."""
     batch, features, source = inputs.shape
-    sizes = dict(length=length, taps=taps.shape[-1], dtype=inputs.dtype.name)
+    length_class, taps_class = (launch.size_class(size, LONGEST_CLASS) for size in (length, taps.shape[-1]))
+    sizes = dict(length=length_class, taps=taps_class, dtype=inputs.dtype.name)
     config = launch.config("convolve_chunks", _config(length, inputs.dtype), **sizes)
     tiles = -(-length // (config.blocks["C"] * config.blocks["N"]))
     constants = dict(

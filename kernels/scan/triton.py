@@ -307,7 +307,12 @@ def config(kernel: str, mode, batch: int, length: int, features: int, dtype) -> 
     tiles = triton.cdiv(length, rows)
     segments = max(1, min(PROGRAMS // programs, tiles // SEGMENT_TILES, 32))
     heuristic = launch.Config(dict(SEGMENTS=segments, BLOCK_T=rows, BLOCK_D=columns), num_warps=4)
-    return launch.config(kernel, heuristic, B=batch, T=length, D=features, bits=jnp.dtype(dtype).itemsize * 8)
+    # What decides: how long a program runs, and how many there are without segments.
+    sizes = dict(
+        length=launch.size_class(length, 1 << 16), columns=columns, programs=launch.size_class(programs, PROGRAMS),
+        bits=jnp.dtype(dtype).itemsize * 8,
+    )  # fmt: skip
+    return launch.config(kernel, heuristic, **sizes)
 
 
 def _sizes(decay, inputs, reverse):

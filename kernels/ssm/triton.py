@@ -15,6 +15,7 @@ from subquad.kernels import launch
 from subquad.kernels.ssm import cauchy, xla
 
 FLOATS = launch.FLOATS
+LONGEST_CLASS = 1 << 14  # of lengths that share a tuned configuration: from here on all do
 
 
 def _check_dtypes(inputs, *modes):
@@ -448,7 +449,7 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     _check_dtypes(inputs, log_decay, input_matrix, output_matrix, state)
     length, pairs = inputs.shape[1], log_decay.shape[1]
     is_complex = jnp.iscomplexobj(log_decay)
-    sizes = dict(length=length, pairs=pairs, dtype=inputs.dtype.name)
+    sizes = dict(length=launch.size_class(length, LONGEST_CLASS), pairs=_pad_size(pairs), dtype=inputs.dtype.name)
     forward = launch.config("scan_forward", SCAN_CONFIG, **sizes)
     backward = launch.config("scan_backward", SCAN_CONFIG, **sizes)
     chunk = forward.blocks["C"]
@@ -548,7 +549,8 @@ def _kernel_launch(kernel, planes, length, extra, outputs, tiles, mode):
     features, pairs = planes[2].shape[-2:]
     constants = dict(D=features, P=pairs, PP=_pad_size(pairs), L=length, SHARED=planes[0].shape[0] == 1,
                      PRECISION=launch.dot_precision(jnp.float32))  # fmt: skip
-    config = launch.config(kernel.__name__, _kernel_config(kernel, pairs), length=length, pairs=pairs)
+    sizes = dict(length=launch.size_class(length, LONGEST_CLASS), pairs=_pad_size(pairs))
+    config = launch.config(kernel.__name__, _kernel_config(kernel, pairs), **sizes)
     tiles = -(-length // (config.blocks["C"] * config.blocks["N"])) if tiles else 1
     inputs = dict(zip(MODES[:4], planes, strict=True)) | extra
     return launch.call(kernel, inputs, outputs, grid=planes[2].shape[0] * features * tiles, constants=constants,
@@ -684,7 +686,8 @@ def _cauchy_launch(kernel, arrays, extra, outputs, tiles, mode):
     (batch, features, lines, pairs), length = numerators.shape, nodes.shape[-1]
     constants = dict(D=features, V=lines, VV=_pad_size(lines), P=pairs, PP=_pad_size(pairs), L=length,
                      SHARED=nodes.shape[0] == 1, PRECISION=launch.dot_precision(jnp.float32))  # fmt: skip
-    config = launch.config(kernel.__name__, _cauchy_config(kernel, mode), lines=lines, pairs=pairs)
+    sizes = dict(lines=_pad_size(lines), pairs=_pad_size(pairs))
+    config = launch.config(kernel.__name__, _cauchy_config(kernel, mode), **sizes)
     inputs = dict(numerators=numerators, decay=decay, turn=turn, nodes=nodes) | extra
     grid = batch * features * (-(-length // config.blocks["C"]) if tiles else 1)
     return launch.call(kernel, inputs, outputs, grid=grid, constants=constants, config=config, mode=mode)
@@ -786,7 +789,7 @@ def _recurrence_run(mode, inputs, *arrays):
     # A program per feature on a GPU, where there are many; all of a sample in the interpreter, where a program is slow.
     block = 1 if mode == "triton" else min(64, _pad_size(features))
     heuristic = launch.Config(dict(BLOCK_D=block), num_warps=1, num_stages=1)
-    config = launch.config("recurrence_forward", heuristic, pairs=pairs, rank=rank)
+    config = launch.config("recurrence_forward", heuristic, pairs=_pad_size(pairs), rank=rank)
     constants = dict(T=length, D=features, P=pairs, PP=_pad_size(pairs), R=rank, RR=1 << (rank - 1).bit_length(),
                      SHARED=systems[0].shape[0] == 1)  # fmt: skip
     names = ("excess", "left", "right", "drive", "reads")

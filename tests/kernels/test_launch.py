@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import launch, machine_code
+from subquad.kernels import launch, machine_code, scan, specs
 
 interpret = pytest.mark.interpret
 aot = pytest.mark.aot
@@ -170,6 +170,30 @@ def test_a_tuned_configuration_comes_before_the_heuristic(tmp_path, monkeypatch)
     with launch.lowering_for(80):
         assert launch.config("k", heuristic, features=64) == heuristic
     launch.tuned.cache_clear()
+
+
+OPERATIONS = {spec.operation: spec for spec in specs.load().values() if not spec.operation.startswith("matrix.")}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_neighbouring_sizes_share_what_was_tuned(operation):
+    """A row of the table for the very sizes that were tuned would serve nobody else."""
+    spec, requests = OPERATIONS[operation], []
+    for length in (500, 512):
+        with launch.trying({}) as asked:
+            specs.launches(spec, length=length, bench=False)
+            requests.append(set(asked))
+    assert requests[0] and requests[0] == requests[1]
+
+
+def test_batches_and_features_of_scans_share_what_was_tuned():
+    requests = []
+    for batch, length, features in ((30, 1000, 250), (32, 1024, 256)):
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (2 * [(batch, length, features)] + [(batch, features)])]
+        with launch.trying({}) as asked:
+            recorded(lambda *x: scan.first_order(*x, implementation="triton"), *shapes)
+            requests.append(set(asked))
+    assert requests[0] and requests[0] == requests[1]
 
 
 def test_what_was_traced_for_another_target_is_not_reused(toys):
