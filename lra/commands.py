@@ -3,16 +3,21 @@
 import argparse
 import ast
 import dataclasses
+import inspect
+import os
+import re
 import sys
 import types
 from collections.abc import Callable
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from subquad.kernels.dispatch import nearest
+from subquad.lra import starting
 from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
 
-USAGE, FAILED, INTERRUPTED = 2, 1, 130
+USAGE, FAILED, INTERRUPTED = 2, 1, starting.INTERRUPTED
+SEEDS = 2**32  # a key of JAX keeps 32 bits of its seed
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,25 +40,61 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {message}\n")
 
 
-def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = ()) -> None:
+def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), **helps: str) -> None:
     """An option for every field of a frozen dataclass: --learning-rate for learning_rate. Absent if not given.
 
-    A field that is true or false is an option without a value: --remat, --no-remat.
+    A field that is true or false is an option without a value: --remat, --no-remat. Its help is that in `helps`, else what
+    `described` finds.
     """
+    helps = described(record) | helps
     for name, kind in get_type_hints(record).items():
         if name in leave_out:
             continue
         parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
         if bool in parts:
             option = f"--{name.replace('_', '-')}"
-            parser.add_argument(option, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=" ")
+            parser.add_argument(option, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=helps[name])
             continue
         words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
-        plain = next((part for part in parts if part in (int, float)), str)
+        plain = seed if name == "seed" else next((part for part in parts if part in (int, float)), str)
         parser.add_argument(
             f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="|".join(words) or plain.__name__.upper(),
-            type=_optional(plain) if type(None) in parts else plain, help=" ",
+            type=_optional(plain) if type(None) in parts else plain, help=helps[name],
         )  # fmt: skip
+
+
+def described(record: type) -> dict[str, str]:
+    """What a dataclass's docstring says of each field under "Attributes", on one line, as argparse takes it.
+
+    Names that share a text share it here, too, unless the text has a part between commas for each of them. A field that only
+    the text of another one mentions, in backquotes, refers to that.
+    """
+    section = inspect.getdoc(record).partition("Attributes:\n")[2]
+    text = " ".join(section.split()).replace("%", "%%")
+    found: dict[str, str] = {}
+    # "b1, b2, eps: of Adam. clip_norm: largest norm": names, then words up to the next names.
+    known = "|".join(one.name for one in dataclasses.fields(record))
+    heads = list(re.finditer(rf"(?:^|(?<=[.;] ))((?:{known})(?:, (?:{known}))*): ", text))
+    for head, after in zip(heads, [*heads[1:], None], strict=True):
+        names, words = head[1].split(", "), text[head.end() : after.start() if after else None].rstrip(" .;")
+        parts = words.split(", ")
+        found |= zip(names, parts if len(parts) == len(names) else [words] * len(names), strict=True)
+    for one in dataclasses.fields(record):
+        if one.name not in found:
+            other = next((name for name, words in found.items() if f"`{one.name}`" in words), "")
+            found[one.name] = f"see --{other.replace('_', '-')}" if other else " "
+    return found
+
+
+def seed(text: str) -> int:
+    """A seed as an option: what a random key can tell apart.
+
+    Raises: argparse.ArgumentTypeError: it is too large; one below 0 is told by the run.
+    """
+    value = int(text)
+    if value >= SEEDS:
+        raise argparse.ArgumentTypeError(f"must be in 0..{SEEDS - 1}, got {value}.")
+    return value
 
 
 def _optional(kind: type) -> Callable:
@@ -84,6 +125,19 @@ def assignments(words: list[str]) -> dict:
     return found
 
 
+def run(program: str, main: Callable[[], int | None]) -> NoReturn:
+    """Ends the process with the exit code of `explained`; the last line of a script.
+
+    After Ctrl-C at once: a compiler that is at work does not live through the interpreter's own end.
+    """
+    code = explained(program, main)
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def explained(program: str, main: Callable[[], int | None]) -> int:
     """Runs a command; what a user can cure becomes one line on stderr and an exit code.
 
@@ -91,6 +145,7 @@ def explained(program: str, main: Callable[[], int | None]) -> int:
         Ctrl-C.
     """
     try:
+        starting.done()
         return main() or 0
     except KeyboardInterrupt:
         code, message = INTERRUPTED, "Interrupted; what was saved before is kept."

@@ -3,10 +3,14 @@
 python scripts/aot_kernels.py --spec softmax.attention/causal --target sm_90
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("aot_kernels")
+
 import csv
 import os
 import pathlib
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -87,4 +91,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.explained("aot_kernels", main))
+    commands.run("aot_kernels", main)

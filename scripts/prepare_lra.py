@@ -5,8 +5,12 @@ python scripts/prepare_lra.py prepare text image          without a name: all th
 python scripts/prepare_lra.py check text/modern           sizes, checksums, labels, lengths, floors, a small network
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("prepare_lra")
+
 import argparse
-import sys
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import commands, prepare
@@ -17,13 +21,15 @@ ACTIONS = ("list", "prepare", "check")
 
 def parse():
     parser = commands.Parser(prog="prepare_lra", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", metavar="|".join(ACTIONS))
+    parser.add_argument("action", nargs="?", metavar="|".join(ACTIONS))
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="as in the list: text, or text/modern")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--manual-dir", default=None, help="folder of files fetched by hand; default: downloads/manual in it")
-    steps = "batches that check's network learns from; 0: none; default: 400"
+    steps = "batches that check's network of pictures learns from; 0: pictures are not tried; default: 400"
     parser.add_argument("--cnn-steps", type=int, default=400, help=steps)
     arguments = parser.parse_args()
+    if arguments.action is None:
+        parser.error(f"action must be one of {', '.join(ACTIONS)}, got none. `list` shows every task.")
     if arguments.action not in ACTIONS:
         parser.error(f"action must be a known one, got {arguments.action!r}. {nearest(arguments.action, ACTIONS)}")
     if arguments.action == "check" and not arguments.tasks:
@@ -54,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.explained("prepare_lra", main))
+    commands.run("prepare_lra", main)

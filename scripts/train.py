@@ -6,15 +6,21 @@ Several devices share a batch by --devices 8; several processes by srun, or each
 python scripts/train.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("train")
+
+import argparse
 import dataclasses
 import json
 import sys
 
-from subquad.lra import checkpoints, commands, parallel, recipes, results, train
+from subquad.lra import checkpoints, commands, parallel, recipes, results, tasks, train
 
 
 def parse():
-    parser = commands.Parser(prog="train", description=__doc__)
+    parser = commands.Parser(prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     named = f"one of {', '.join(recipes.RECIPES)}; default: quickstart"
     parser.add_argument("--recipe", default="quickstart", help=named)
     parser.add_argument("--layer", default="softmax", help="in zoo.LAYERS, or package.module:ClassName; default: softmax")
@@ -22,14 +28,17 @@ def parse():
     parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, keep what is finished")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="several runs, one after the other")
+    parser.add_argument("--seeds", nargs="+", type=commands.seed, metavar="SEED", help="several runs, one after the other")
     parser.add_argument("--devices", type=int, help="that share a batch; default: one, or all of several processes")
     parser.add_argument("--shard", default="batch", metavar="batch|zero", help="zero: parameters and moments, too")
     parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard/ in each run's folder, too")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, of several; SLURM's are found without")
     parser.add_argument("--num-processes", type=int, help="how many run this command")
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
-    commands.add_options(parser, recipes.Run, leave_out=("recipe", "layer", "layer_options"))
+    commands.add_options(
+        parser, recipes.Run, leave_out=("recipe", "layer", "layer_options"), task=f"one of {', '.join(tasks.TASKS)}",
+        config="of the task, as scripts/prepare_lra.py lists them", seed="of parameters and order; default: 0",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -63,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.explained("train", main))
+    commands.run("train", main)

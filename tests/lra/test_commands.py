@@ -1,6 +1,12 @@
+import dataclasses
+import pathlib
+import signal
+import subprocess
+import sys
+
 import pytest
 
-from subquad.lra import checkpoints, commands, progress, recipes
+from subquad.lra import checkpoints, commands, progress, recipes, starting
 from subquad.lra.data.store import DatasetError
 
 
@@ -41,9 +47,50 @@ def test_exit_codes_of_main_pass():
     assert commands.explained("train", lambda: 1) == 1
 
 
+SCRIPT = """
+import os, signal, sys
+if sys.argv[1] != "at work":
+    from subquad.lra import starting
+    starting.begin("train")
+    if sys.argv[1] == "loading":
+        os.kill(os.getpid(), signal.SIGINT)
+from subquad.lra import commands
+def main():
+    import atexit
+    atexit.register(os._exit, 9)  # the interpreter's own end goes wrong, as it does while a compiler is at work
+    print("a row")
+    os.kill(os.getpid(), signal.SIGINT)
+commands.run("train", main)
+"""
+
+
+@pytest.mark.parametrize("when", ["loading", "running", "at work"])
+def test_ctrl_c_is_one_line_and_130_at_any_time(when):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
+    done = subprocess.run([sys.executable, "-c", SCRIPT, when], capture_output=True, text=True)
+    signal.signal(signal.SIGINT, before)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("train: Interrupted") and done.stderr.count("\n") == 1
+    assert done.stdout == ("" if when == "loading" else "a row\n")  # what was printed is there, though the end is sudden
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    starting.begin("train")
+    starting.done()
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
+def test_every_script_guards_its_start_and_ends_by_run():
+    for path in (pathlib.Path(__file__).parents[2] / "scripts").glob("*.py"):
+        text = path.read_text()
+        if path.stem not in ("bench_lra", "reproduce_table"):
+            assert f'starting.begin("{path.stem}")\n' in text and f'commands.run("{path.stem}", main)' in text, path
+
+
 def parser():
     made = commands.Parser(prog="train")
-    commands.add_options(made, recipes.Run, leave_out=("layer_options",))
+    commands.add_options(made, recipes.Run, leave_out=("layer_options",), task="explain me")
     return made
 
 
@@ -53,9 +100,18 @@ def test_every_value_of_a_run_is_an_option_with_its_type():
     assert given == dict(steps=7, learning_rate=0.01, clip_norm=None, positions=None, dtype="bfloat16", remat=True)
 
 
+def test_every_value_of_a_run_is_explained():
+    helps = commands.described(recipes.Run)
+    assert set(helps) == {one.name for one in dataclasses.fields(recipes.Run)} and all(map(str.strip, helps.values()))
+    assert helps["clip_norm"] == "largest global norm of the gradient, or None" and helps["num_layers"] == "number of blocks"
+    assert helps["b1"] == helps["b2"] == "of Adam" and helps["patience"] == "see --schedule"
+    assert "explain me" in commands.Parser.format_help(parser())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--seed", "99999999999999999999999"], "--seed: must be in 0..4294967295, got 99999999999999999999999."),
         (["--stesp", "7"], "option must be a known one, got '--stesp'. Did you mean '--steps'?"),
         (["--stesp=7"], "option must be a known one, got '--stesp=7'. Did you mean '--steps'?"),
         (["--step", "7"], "option must be a known one, got '--step'. Did you mean '--steps'?"),

@@ -46,13 +46,14 @@ def test_list_prepare_check(tmp_path):
     [
         (("prepare", "txt"), 2, "task must be a known name, got 'txt'. Did you mean 'text'?"),
         (("chek", "text"), 2, "action must be a known one, got 'chek'. Did you mean 'check'?"),
+        ((), 2, "action must be one of list, prepare, check, got none."),
         (("check",), 2, "check must be given a task, got none."),
         (("check", "image"), 1, "image: data set must be prepared first, got no folder"),
         (("list", "--data-dri", "x"), 2, "option must be a known one, got '--data-dri'. Did you mean '--data-dir'?"),
     ],
 )
 def test_wrong_words_are_one_line(words, code, said, tmp_path, monkeypatch, capsys):
-    words = [*words, *([] if words[0] == "list" else ["--data-dir", str(tmp_path)])]
+    words = [*words, *([] if words[:1] == ("list",) else ["--data-dir", str(tmp_path)])]
     assert called(monkeypatch, *words) == code
     out, err = capsys.readouterr()
     assert err.startswith(f"prepare_lra: {said}") and err.count("\n") == 1
