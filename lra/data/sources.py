@@ -58,10 +58,14 @@ class Download:
             return
         reason = unreachable(self.url)
         if reason:
-            raise MissingSource(
-                f"{name}: file {self.file} ({size(self.size)}) must be downloadable or in {manual_dir}, got no connection: "
-                f"{reason}. Fetch {self.url} on another machine and put it into {manual_dir}"
-            )
+            raise self.missing(name, manual_dir, f"no connection: {reason}")
+
+    def missing(self, name: str, manual_dir: pathlib.Path, got: str) -> MissingSource:
+        """The error that says where the file is to be put, when `got` is what came of fetching it."""
+        return MissingSource(
+            f"{name}: file {self.file} ({size(self.size)}) must be downloadable or in {manual_dir}, got {got}. Fetch "
+            f"{self.url} on another machine and put it into {manual_dir}"
+        )
 
 
 @dataclass(frozen=True)

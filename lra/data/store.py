@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 
-from subquad.lra.data import catalogue
+from subquad.lra.data import catalogue, sources
 from subquad.lra.data.sources import DatasetError, MissingSource, size
 
 __all__ = ["DatasetError", "MissingSource", "Split", "folder_of", "generate", "load", "manual_folder", "prepare", "read"]
@@ -81,12 +81,16 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
     Raises:
         ValueError: unknown name.
         MissingSource: a file is not here and cannot be downloaded; said within 10 seconds.
-        DatasetError: a file has the wrong checksum or form, the folder cannot be written, or the data set in it is not
-            whole.
-        ImportError: tensorflow-datasets is not installed.
+        DatasetError: a file has the wrong checksum or form, the folder cannot be written, the data set in it is not
+            whole, or tensorflow-datasets is not installed.
     """
     found = catalogue.find(name)
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DatasetError(
+            f"{name}: tensorflow-datasets must be installed to prepare it, got {_line(error)}. pip install 'subquad[lra]'"
+        ) from error
 
     root, manual = _root(data_dir), manual_folder(data_dir, manual_dir)
     folder = folder_of(name, data_dir)
@@ -109,9 +113,9 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         _write_checksums(folder)
     except DatasetError:
         raise
-    except tfds.download.DownloadError as error:
-        raise MissingSource(f"{name}: {found.source} must be downloadable, got {_line(error)}. Run again.") from error
     except Exception as error:
+        if isinstance(found.source, sources.Download) and _is_of_the_network(error):
+            raise found.source.missing(name, manual, _line(error)) from error
         if type(error).__name__ == "NonMatchingChecksumError":
             raise DatasetError(_wrong_checksum(name, found, builder, manual)) from error
         # Another process may have finished the same data set meanwhile: then theirs is as good as ours.
@@ -125,6 +129,11 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         if hasattr(builder, "scratch"):
             builder.scratch.cleanup()
     return builder
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether TFDS, or what it fetches with, raised it: an answer that is no file, a connection that broke."""
+    return type(error).__name__ == "DownloadError" or type(error).__module__.partition(".")[0] in ("requests", "urllib3")
 
 
 def _check_room(name: str, found: catalogue.Dataset, root: pathlib.Path) -> None:

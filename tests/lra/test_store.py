@@ -153,6 +153,12 @@ def test_without_tensorflow_datasets_the_data_are_generated_and_it_is_said(monke
     assert not any(tmp_path.iterdir())
 
 
+def test_without_tensorflow_datasets_nothing_is_prepared_and_the_cure_is_told(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(store.DatasetError, match=r"tensorflow-datasets must be installed .*pip install 'subquad\[lra\]'"):
+        store.prepare(NAME, tmp_path)
+
+
 def test_the_default_folder_is_that_of_tfds(monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", "/data/sets")
     assert store.default_folder() == pathlib.Path("/data/sets")
