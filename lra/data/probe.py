@@ -44,7 +44,7 @@ def accuracy(
     Returns: (accuracy between 0 and 1, pictures that it was tested on).
     """
     (pictures, labels), (unseen, answers) = (
-        _pictures(splits[split], most, shape, levels) for split, most in (("train", TRAIN), ("test", TEST))
+        read(splits[split], most, shape, levels) for split, most in (("train", TRAIN), ("test", TEST))
     )
     graph, parameters = nnx.split(Network(shape, num_classes, rngs=nnx.Rngs(seed)))
     optimiser = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
@@ -68,7 +68,7 @@ def accuracy(
     return float((predicted == answers).mean()), len(answers)
 
 
-def _pictures(examples: Sequence, most: int, shape: tuple[int, int], levels: int) -> tuple[np.ndarray, np.ndarray]:
+def read(examples: Sequence, most: int, shape: tuple[int, int], levels: int) -> tuple[np.ndarray, np.ndarray]:
     """At most `most` examples, evenly spread, as numbers around 0."""
     chosen = np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int)
     found = [examples[int(index)] for index in chosen]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from subquad.lra import prepare, tasks
-from subquad.lra.data import catalogue, floors, pathfinder, probe, store
+from subquad.lra.data import catalogue, floors, lines, pathfinder, probe, store
 from tests.lra import archives
 
 
@@ -159,6 +159,34 @@ def test_the_network_learns_where_there_is_something_to_learn(noise):
     report = prepare.Report()
     prepare._check_pictures(report, dataclasses.replace(task, num_classes=2, vocabulary_size=257), splits, 0.5, 60)
     assert bool(report.faults) == noise
+
+
+def drawn(count, split, noise):
+    """Easy pictures; or labels that have nothing to do with them, as in the faulty folder of the arena's archive."""
+    config = dataclasses.replace(pathfinder.CONFIGS["32_easy"], splits=((split, count),), seed=ord(split[1]))
+    guesses = np.random.default_rng(len(split)).integers(0, 2, count)
+    return [
+        {"inputs": one.image.reshape(-1).astype(int) + 1, "label": int(guess if noise else one.label)}
+        for one, guess in zip(pathfinder.generate(config, split), guesses, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["good", "labels that cannot be seen"])
+def test_pathfinders_labels_are_told_by_its_lines_or_it_is_a_fault(noise):
+    splits = {"train": drawn(600, "train", noise), "test": drawn(300, "test", noise)}
+    report = prepare.Report()
+    prepare._check_pictures(report, tasks.find("pathfinder", "32_easy"), splits, 0.5, 10)
+    assert "by following them from disc to disc" in report.lines[-1]
+    assert bool(report.faults) == noise and not report.doubts
+    if noise:
+        assert report.faults[0].startswith("neither a small network nor following the lines tells their labels: ")
+
+
+def test_too_few_pictures_show_nothing_and_the_check_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "accuracy", lambda splits, side: (0.5, 16))
+    assert prepare.prepare(["pathfinder/tiny"], tmp_path) == 0
+    report = prepare.check("pathfinder/tiny", tmp_path, cnn_steps=5)
+    assert report.faults == [] and report.lines[-1].startswith("  NOT SHOWN that pictures and labels belong together: 16 ")
 
 
 def test_floors_by_hand():
