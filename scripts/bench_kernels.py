@@ -3,6 +3,11 @@
 Beside each time: what part of this machine's copy bandwidth and matrix rate, both measured first, it amounts to.
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("bench_kernels")
+
 import sys
 import time
 
@@ -209,4 +214,4 @@ def draw(path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.explained("bench_kernels", main))
+    commands.run("bench_kernels", main)

@@ -3,6 +3,11 @@
 A peer that is not installed is a row that says so. Peers: pip install -e .[bench]
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("bench_peers")
+
 import dataclasses
 import importlib.metadata
 import json
@@ -228,4 +233,4 @@ def show(rows) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.explained("bench_peers", main))
+    commands.run("bench_peers", main)

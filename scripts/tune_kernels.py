@@ -6,10 +6,14 @@ python scripts/tune_kernels.py --spec softmax.attention/causal --length 4096
 python scripts/tune_kernels.py --list --target sm_90       what would be timed, on a machine without a GPU
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("tune_kernels")
+
 import itertools
 import json
 import statistics
-import sys
 import time
 
 import jax
@@ -125,4 +129,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.explained("tune_kernels", main))
+    commands.run("tune_kernels", main)
