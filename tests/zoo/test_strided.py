@@ -106,6 +106,18 @@ def test_no_square_is_made():
         assert "512,512" not in str(jax.make_jaxpr(lambda x, layer=layer: layer(x))(inputs(512)))
 
 
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("dtypes", [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)], ids=str)
+def test_a_token_reads_a_part_of_the_cache(options, dtypes):
+    """One extended token holds nothing as large as the cache, in whatever dtype that is."""
+    cached, dtype = dtypes
+    layer = make(**{**options, "stride": 64}, is_causal=True, dtype=dtype)
+    cache = jax.eval_shape(lambda: layer.init_cache(1, 8192, cached))
+    token = jax.ShapeDtypeStruct((1, 1, FEATURES), dtype)
+    compiled = jax.jit(lambda x, cache: layer.extend(x, cache), donate_argnums=1).lower(token, cache).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.key.size * cache.key.dtype.itemsize / 2
+
+
 def test_lra_strided():
     """The copy in LRA is dense attention under the union of both sets: here the same, without the square."""
     peer = load("lra_sparse_strided")
@@ -156,6 +168,7 @@ def test_refusals():
         ("pattern", dict(pattern="stride")),
         ("heads", dict(heads="merge")),
         ("stride", dict(stride=0)),
+        ("stride", dict(stride="4")),
         ("num_summary", dict(num_summary=6)),
         ("num_summary", dict(num_summary=0)),
         ("num_heads", dict(heads="separate", num_heads=1)),

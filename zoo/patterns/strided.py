@@ -16,6 +16,7 @@ from subquad.zoo.patterns.steps import in_chunks
 
 Pattern = Literal["strided", "fixed"]
 Heads = Literal["merged", "separate"]
+EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # heads of the near set and of the far one, where they are separate
 
 
 class StridedAttention(Attention):
@@ -78,11 +79,11 @@ class StridedAttention(Attention):
         for name, word, known in (("pattern", pattern, get_args(Pattern)), ("heads", heads, get_args(Heads))):
             if word not in known:
                 refuse("StridedAttention", name, repr(word), f"be one of {known}", nearest(word, known))
-        if num_summary is None:
-            num_summary = max(1, stride // 16)
-        for name, size in (("stride", stride), ("num_summary", num_summary)):
+        for name, size in (("stride", stride), ("num_summary", 1 if num_summary is None else num_summary)):
             if not isinstance(size, int | np.integer) or size < 1:
                 refuse("StridedAttention", name, repr(size), "be a positive integer", "Count tokens.")
+        if num_summary is None:
+            num_summary = max(1, stride // 16)
         if num_summary > stride:
             refuse("StridedAttention", "num_summary", num_summary, f"be at most stride = {stride}", "Choose it smaller.")
         if heads == "separate" and num_heads < 2:
@@ -115,38 +116,41 @@ class StridedAttention(Attention):
 
     def separate(self, near, far, *arrays):
         """`near` of the even heads and `far` of the odd ones, of arrays [B, T, N, ...]."""
-        even, odd = (function(*(array[:, :, start::2] for array in arrays)) for start, function in enumerate((near, far)))
+        even, odd = (function(*(array[:, :, of] for array in arrays)) for function, of in ((near, EVEN), (far, ODD)))
         order = np.argsort(np.arange(self.num_heads) % 2, kind="stable")
         return jnp.concatenate([even, odd], axis=2)[:, :, np.argsort(order)]
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        require_extend(self)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         return KVCache.zeros(batch_size, max_length, self.num_heads, self.head_features, self.cache_dtype(dtype))
 
     def attend_cached(self, query, key, value, mask, cache):
         start, l = cache.length, self.stride
         cache = append(cache, key, value, None if mask is None else mask[:, 0, 0])
-        keys = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
-        attend = functools.partial(softmax.attention, return_lse=True, implementation=self.implementation)
+        keys = parts.Keys(cache.key, cache.value, cache.valid)
+
+        def attend(query, key, value, **options):
+            key, value = key.astype(query.dtype), value.astype(query.dtype)  # what a piece reads, not the whole cache
+            return softmax.attention(query, key, value, return_lse=True, implementation=self.implementation, **options)
 
         def chunk(query, start):
             at = (start + jnp.arange(query.shape[1]))[None] // l
 
-            def near(query, *keys):
+            def near(query, keys):
                 piece = parts.window if self.kind == "strided" else parts.block
-                return piece(attend, query, parts.Keys(*keys, cache.valid), start, l)
+                return piece(attend, query, keys, start, l)
 
-            def far(query, *keys, alone=True):
-                seen = parts.Keys(*keys, cache.valid)
+            def far(query, keys, alone=True):
                 if self.kind == "strided":
-                    return parts.residues(attend, query, seen, start, l, 0 if alone else 2)
+                    return parts.residues(attend, query, keys, start, l, 0 if alone else 2)
                 columns = self.columns(query.shape[2])
-                own = parts.block(attend, query, seen, start, l, columns) if alone else []
-                return own + parts.summaries(attend, query, seen, at, l, columns)
+                own = parts.block(attend, query, keys, start, l, columns) if alone else []
+                return own + parts.summaries(attend, query, keys, at, l, columns)
 
             if self.heads == "merged":
-                return combine(near(query, *keys) + far(query, *keys, alone=False))
-            return self.separate(lambda *a: combine(near(*a)), lambda *a: combine(far(*a)), query, *keys)
+                return combine(near(query, keys) + far(query, keys, alone=False))
+            even, odd = (lambda query: near(query, keys.of(EVEN))), (lambda query: far(query, keys.of(ODD)))
+            return self.separate(lambda query: combine(even(query)), lambda query: combine(odd(query)), query)
 
         return in_chunks(chunk, query, start, l), cache
 
