@@ -1,6 +1,7 @@
 """Finds the fastest configuration of every Triton kernel on this GPU and writes kernels/tuned/<device>.json.
 
-Candidates are block sizes, warps and stages around the heuristic that compile without spills; only these are timed.
+Candidates are block sizes, warps and stages around the heuristic; timed are only those that compile without spills and are
+as right as the tests ask.
 
 python scripts/tune_kernels.py --spec softmax.attention/causal --length 4096
 python scripts/tune_kernels.py --list --target sm_90       what would be timed, on a machine without a GPU
@@ -20,7 +21,7 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
-from subquad.kernels import dispatch, launch, machine_code, specs
+from subquad.kernels import dispatch, gate, launch, machine_code, specs
 from subquad.lra import commands
 
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
@@ -55,14 +56,35 @@ def requests_of(spec, dtype, length) -> dict[launch.Request, launch.Config]:
         return dict(requested)
 
 
-def fits(spec, dtype, length, target, request, config) -> bool:
-    """Whether everything that is launched with this configuration compiles for the target and fits it."""
+def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
+    """Whether the configuration is launched as it stands, and all that is launched because of it compiles and fits the target.
+
+    An operation may cut blocks down to a short axis, or take those of another kernel: then this is no candidate.
+    """
+    with launch.trying({request: heuristic}):
+        usual = specs.launches(spec, dtype, length)
     with launch.trying({request: config}):
         launches = specs.launches(spec, dtype, length)
+    if config == heuristic:  # which changes nothing
+        changed = [one for one in launches if uses(one, config)]
+    else:
+        changed = [one for one in launches if one not in usual]
     try:
-        return all(machine_code.compile(one, target).fits for one in launches if one.config == config)
+        return any(uses(one, config) for one in changed) and all(machine_code.compile(one, target).fits for one in changed)
     except machine_code.Refused:
         return False
+
+
+def uses(one: launch.Launch, config: launch.Config) -> bool:
+    """Whether this launch has the configuration, with any other blocks beside its own."""
+    same = (one.config.num_warps, one.config.num_stages) == (config.num_warps, config.num_stages)
+    return same and config.blocks.items() <= one.config.blocks.items()
+
+
+def right(spec, dtype, length, request, config) -> bool:
+    """Whether outputs and gradients pass the gate of the benchmarks, at this length."""
+    with launch.trying({request: config}):
+        return gate.check(spec, "triton", length, dtype).passed
 
 
 def seconds(spec, dtype, length, request, config, repeats) -> float:
@@ -105,27 +127,41 @@ def main() -> int:
         except launch.Declined as reason:
             raise ValueError(f"tuning needs an NVIDIA GPU: {reason} Use --list to see the candidates.") from None
     target = arguments.target if arguments.list else f"sm_{launch.capability()}"
-    chosen = [specs.find(name) for name in arguments.spec] if arguments.spec else list(specs.load().values())
-    chosen = [spec for spec in chosen if "triton" in spec.implementations]
     work = {}
-    for spec, dtype in itertools.product(chosen, arguments.dtype):
-        for length in arguments.length or spec.bench_lengths or spec.lengths:
+    for spec, dtype in itertools.product(chosen(arguments), arguments.dtype):
+        for length in arguments.length or spec.bench_lengths:
             for request, heuristic in requests_of(spec, dtype, length).items():
                 work.setdefault(request, (spec, dtype, length, heuristic))
     best = {}
     for request, (spec, dtype, length, heuristic) in track(work.items(), "Tuning", console=Console(stderr=True)):
-        candidates = [c for c in around(heuristic) if fits(spec, dtype, length, target, request, c)]
+        name, candidates = f"{request.kernel} {dict(request.sizes)}", around(heuristic)
+        fitting = [c for c in candidates if fits(spec, dtype, length, target, request, c, heuristic)]
         if arguments.list:
-            print(f"{request.kernel} {dict(request.sizes)}: {len(candidates)} of {len(around(heuristic))} fit {target}")
-            for config in candidates:
+            print(f"{name}: {len(fitting)} of {len(candidates)} fit {target}")
+            for config in fitting:
                 print(f"    {dict(config.blocks)} warps={config.num_warps} stages={config.num_stages}")
             continue
-        times = {c: seconds(spec, dtype, length, request, c, arguments.repeats) for c in candidates}
+        passed = [c for c in fitting if right(spec, dtype, length, request, c)]
+        found = f"{len(fitting)} of {len(candidates)} fit, {len(passed)} are right"
+        if not passed:
+            print(f"{name}: skipped, {found}")
+            continue
+        times = {c: seconds(spec, dtype, length, request, c, arguments.repeats) for c in passed}
         best[request] = min(times, key=times.get)
-        print(f"{request.kernel} {dict(request.sizes)}: {best[request]}, {times[best[request]] * 1e3:.3f} ms; "
+        print(f"{name}: {found}; {best[request]}, {times[best[request]] * 1e3:.3f} ms; "
               f"heuristic {times.get(heuristic, float('nan')) * 1e3:.3f} ms")  # fmt: skip
         write(launch.device_kind(), best)
     return 0
+
+
+def chosen(arguments) -> list[specs.Spec]:
+    """The specs named, or all that have lengths to be tuned at."""
+    found = [specs.find(name) for name in arguments.spec] if arguments.spec else list(specs.load().values())
+    found = [spec for spec in found if "triton" in spec.implementations]
+    for spec in found:
+        if arguments.spec and not (arguments.length or spec.bench_lengths):
+            raise ValueError(f"--length must be given for {spec.name}, got none. It is no shape of the benchmarks.")
+    return [spec for spec in found if arguments.spec or spec.bench_lengths]
 
 
 if __name__ == "__main__":

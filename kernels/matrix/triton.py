@@ -11,6 +11,7 @@ Sinkhorn. The matrix stays in registers. An iterate is the logits less one numbe
 vectors are all that the forward pass writes for the backward pass.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -341,13 +342,13 @@ def _launch(name, kernel, inputs, outputs, shape, iterations, mode, **constants)
 
 def config(kernel: str, size: int, mode) -> launch.Config:
     block = max(16, triton.next_power_of_2(size))  # the least that a product takes
-    if "sinkhorn" in kernel:
-        heuristic = launch.Config(dict(BLOCK=block), num_warps={128: 16, 64: 8}.get(block, 4), num_stages=1)
-    elif mode == "interpret":  # which pays by the tile
+    if "sinkhorn" in kernel:  # its block is the whole matrix, no choice: what can be chosen are the warps
+        heuristic = launch.Config({}, num_warps={128: 16, 64: 8}.get(block, 4), num_stages=1)
+        return dataclasses.replace(launch.config(kernel, heuristic, M=size), blocks=dict(BLOCK=block))
+    if mode == "interpret":  # which pays by the tile
         return launch.Config(dict(BLOCK=block, BLOCK_K=block))
-    else:
-        block = min(block, 64)
-        heuristic = launch.Config(dict(BLOCK=block, BLOCK_K=min(block, 32)), num_warps=8 if block == 64 else 4)
+    block = min(block, 64)
+    heuristic = launch.Config(dict(BLOCK=block, BLOCK_K=min(block, 32)), num_warps=8 if block == 64 else 4)
     return launch.config(kernel, heuristic, M=size)
 
 

@@ -1,15 +1,18 @@
 """The commands about Triton kernels, on a machine without a GPU."""
 
+import contextlib
 import csv
+import dataclasses
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
-from subquad.kernels import launch
+from subquad.kernels import gate, launch, specs
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -40,19 +43,97 @@ def test_each_operation_has_lengths_of_its_own(tmp_path):
     assert len((tmp_path / "aot.csv").read_text().splitlines()) > 4
 
 
-@pytest.mark.aot
-def test_the_tuner_lists_what_fits(monkeypatch, capsys):
+@pytest.fixture
+def tuner():
     place = importlib.util.spec_from_file_location("tune_kernels", ROOT / "scripts" / "tune_kernels.py")
-    tuner = importlib.util.module_from_spec(place)
-    place.loader.exec_module(tuner)
-    words = ["--list", "--spec", "matrix.sinkhorn/plain", "--length", "64", "--dtype", "float32"]
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
+def asked(tuner, name, kernel, length, dtype="float32"):
+    """(spec, dtype, length), the request and the heuristic of a kernel of this spec."""
+    spec = specs.find(name)
+    found = tuner.requests_of(spec, dtype, length)
+    return (spec, dtype, length), *next(pair for pair in found.items() if pair[0].kernel == kernel)
+
+
+@pytest.mark.aot
+def test_the_tuner_lists_what_fits(tuner, monkeypatch, capsys):
+    words = ["--list", "--spec", "softmax.attention/causal", "--length", "64", "--dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", ["tune_kernels", *words])
-    candidates = tuner.around(launch.Config({"BLOCK": 64}))
-    assert len(candidates) == len(set(candidates)) > 10
-    monkeypatch.setattr(tuner, "around", lambda heuristic: candidates[:2])  # each takes a second to compile
+    candidates = tuner.around(launch.Config({"BLOCK_Q": 64, "BLOCK_K": 64}))
+    assert len(candidates) == len(set(candidates)) > 50
+    larger = launch.Config({"BLOCK_Q": 128, "BLOCK_K": 64})  # than the 64 tokens, to which it is cut
+    monkeypatch.setattr(tuner, "around", lambda heuristic: [candidates[0], larger])  # each takes a second to compile
     assert tuner.main() == 0
     listed = capsys.readouterr().out
-    assert "2 of 2 fit sm_90" in listed and "{'BLOCK': 64} warps=4" in listed
+    assert "softmax_forward" in listed and listed.count("1 of 2 fit sm_90") == listed.count(" fit sm_90")
+    assert "{'BLOCK_Q': 64, 'BLOCK_K': 64} warps=4" in listed and "128" not in listed
+
+
+@pytest.mark.aot
+def test_blocks_that_an_operation_adds_hide_no_spills(tuner):
+    """Strided attention launches with blocks of features beside those that can be chosen."""
+    case, request, heuristic = asked(tuner, "strided.attention/stride-128", "strided.forward", 1024)
+    assert tuner.fits(*case, "sm_90", request, heuristic, heuristic)
+    absurd = launch.Config(dict.fromkeys(heuristic.blocks, 256), 4, 4)
+    assert not tuner.fits(*case, "sm_90", request, absurd, heuristic)
+
+
+@pytest.mark.aot
+def test_a_kernel_with_the_blocks_of_another_has_only_warps_to_choose(tuner, monkeypatch):
+    """The backward scan starts from states that the forward scan saved, so its chunks are those."""
+    case, request, heuristic = asked(tuner, "ssm.diagonal_scan/complex", "scan_backward", 1024)
+    monkeypatch.setattr(tuner.machine_code, "compile", lambda one, target: types.SimpleNamespace(fits=True))
+    other = dataclasses.replace(heuristic, blocks={name: 2 * size for name, size in heuristic.blocks.items()})
+    assert not tuner.fits(*case, "sm_90", request, other, heuristic)
+    assert tuner.fits(*case, "sm_90", request, dataclasses.replace(heuristic, num_warps=8), heuristic)
+
+
+@pytest.mark.aot
+def test_the_size_of_a_matrix_is_no_candidate(tuner):
+    """A smaller block would balance a part of the matrix only, in less time."""
+    case, request, heuristic = asked(tuner, "matrix.sinkhorn/plain", "matrix.sinkhorn_forward", 40)
+    assert all(not config.blocks for config in tuner.around(heuristic))
+    with launch.trying({request: dataclasses.replace(heuristic, num_warps=2)}):
+        forward = specs.launches(*case)[0]
+    assert dict(forward.config.blocks) == dict(BLOCK=64) and forward.config.num_warps == 2
+
+
+def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
+    """The fastest candidate is wrong; of another kernel none fits."""
+    spec = specs.find("matrix.pseudo_inverse/six-iterations")
+    heuristic, wrong, good = launch.Config({"BLOCK": 64}), launch.Config({"BLOCK": 32}), launch.Config({"BLOCK": 128})
+    requests = {launch.Request("forward", ()): heuristic, launch.Request("backward", ()): heuristic}
+    tried, timed, written = [], [], {}
+
+    @contextlib.contextmanager
+    def trying(trials):
+        tried[:] = trials.values()
+        yield {}
+
+    def check(spec, implementation, length, dtype):
+        return gate.Verdict(1.0 if tried == [wrong] else 0.0, 0.1, "reference")
+
+    def seconds(spec, dtype, length, request, config, repeats):
+        timed.append(config)
+        return {32: 1.0, 64: 3.0, 128: 2.0}[config.blocks["BLOCK"]]
+
+    monkeypatch.setattr(sys, "argv", ["tune_kernels", "--spec", spec.name, "--length", "64", "--dtype", "float32"])
+    monkeypatch.setattr(launch, "require", lambda mode: None)
+    monkeypatch.setattr(launch, "capability", lambda: 90)
+    monkeypatch.setattr(launch, "trying", trying)
+    monkeypatch.setattr(gate, "check", check)
+    monkeypatch.setattr(tuner, "requests_of", lambda *words: requests)
+    monkeypatch.setattr(tuner, "around", lambda heuristic: [heuristic, wrong, good])
+    monkeypatch.setattr(tuner, "fits", lambda spec, dtype, length, target, request, *configs: request.kernel == "forward")
+    monkeypatch.setattr(tuner, "seconds", seconds)
+    monkeypatch.setattr(tuner, "write", lambda kind, rows: written.update(rows))
+    assert tuner.main() == 0
+    assert timed == [heuristic, good] and written == {launch.Request("forward", ()): good}
+    said = capsys.readouterr().out
+    assert "forward {}: 3 of 3 fit, 2 are right" in said and "backward {}: skipped, 0 of 3 fit, 0 are right" in said
 
 
 @pytest.mark.parametrize(
@@ -62,6 +143,7 @@ def test_the_tuner_lists_what_fits(monkeypatch, capsys):
         ("aot_kernels.py", ["--target", "sm_9"], "Did you mean 'sm_90'"),
         ("tune_kernels.py", ["--target", "gfx94", "--list"], "Did you mean 'gfx942'"),
         ("tune_kernels.py", [], "needs an NVIDIA GPU"),
+        ("tune_kernels.py", ["--spec", "strided.attention/causal", "--list"], "--length must be given"),
     ],
 )
 def test_bad_input_is_one_line(script, arguments, says):
