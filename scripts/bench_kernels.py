@@ -1,5 +1,8 @@
 """Times every operation at named shapes, and prints a number only where the operation was right in this same run.
 
+Right means by the float64 reference at that length. Where that takes more than 1 GiB, dense attention is checked with a sample
+of queries at that length, and the XLA path of other operations at a shorter length: the last column says what was checked.
+
 Beside each time: what part of this machine's copy bandwidth and matrix rate, both measured first, it amounts to.
 """
 
@@ -163,6 +166,7 @@ def rating(row, bandwidth: float, rate: float) -> dict:
 
 def show(rows) -> None:
     heading = "shape,implementation,T,dtype,direction,median ms,quartiles,compile s,temporary MiB,% copy,% matmul,error"
+    heading += ",checked against"
     body = []
     for row in rows:
         text = lambda name, form, row=row: "" if row[name] is None else format(row[name], form)
@@ -171,7 +175,7 @@ def show(rows) -> None:
             row["spec"] if ok else f"{row['spec']}: {row['status']}", row["implementation"], str(row["length"]), row["dtype"],
             row["direction"], text("median_ms", ".3g"), f"{row['lower_ms']:.3g}-{row['upper_ms']:.3g}" if ok else "",
             text("compile_seconds", ".2f"), f"{row['temporary_bytes'] / 2**20:.1f}" if ok else "", text("copy_percent", ".1f"),
-            text("matmul_percent", ".1f"), text("error", ".0e"),
+            text("matmul_percent", ".1f"), text("error", ".0e"), row["against"] or "",
         ])  # fmt: skip
     racing.show(heading.split(","), body, left=2)
 

@@ -43,6 +43,7 @@ SPECS = [
         drawing(1),
         calling(strided.attention, stride=5, window_size=5, is_causal=True),
         lengths=(*SHORT, 100, 500),
+        bench_lengths=(),
     ),
     Spec(
         "strided.attention",
@@ -50,6 +51,7 @@ SPECS = [
         drawing(heads=1, values=5, padding=True),
         calling(strided.attention, stride=6, window_size=9),
         lengths=SHORT,
+        bench_lengths=(),
     ),
     Spec(
         "strided.attention",
@@ -57,6 +59,7 @@ SPECS = [
         drawing(1, features=40),
         calling(strided.attention, stride=3, window_size=None, is_causal=True),
         lengths=(7, 63),
+        bench_lengths=(),
     ),
     Spec(
         "strided.fixed",
@@ -64,6 +67,7 @@ SPECS = [
         drawing(heads=3, padding=True),
         calling(strided.fixed, block_size=24, columns=np.array([[22, 23], [1, 20], [0, 23]]), is_causal=True),
         lengths=(*SHORT, 100, 500),
+        bench_lengths=(),
     ),
     Spec(
         "strided.fixed",
@@ -71,6 +75,7 @@ SPECS = [
         drawing(1),
         calling(strided.fixed, block_size=16, columns=np.array([[3, 14, 15]]), own_block=False),
         lengths=SHORT,
+        bench_lengths=(),
     ),
     Spec(
         "strided.attention",
