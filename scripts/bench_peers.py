@@ -1,5 +1,6 @@
 """Races our layers and kernels against other people's: in turn in one process, the memory of each side in its own.
 
+`ours_ms`, `theirs_ms` and `time_ratio` are of the best call of each side; medians and quartiles stand in columns of their own.
 A peer that is not installed is a row that says so. Peers: pip install -e .[bench]
 """
 
@@ -9,6 +10,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds to load
     starting.begin("bench_peers")
 
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -197,15 +199,25 @@ def measure(task: dict) -> int:
     call = getattr(side, task["word"])
     if case.device == "cpu":
         return racing.memory_growth(call)
-    call()
     if task["side"] == "theirs" and "torch" in sys.modules:
-        import torch
+        from torch import cuda
 
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        return growth(call, cuda.memory_allocated, cuda.max_memory_allocated, cuda.reset_peak_memory_stats)
+    memory = lambda name: jax.devices()[0].memory_stats()[name]
+    return growth(call, lambda: memory("bytes_in_use"), lambda: memory("peak_bytes_in_use"))
+
+
+def growth(call, in_use, peak, reset=lambda: None) -> int:
+    """Bytes by which a GPU's allocator holds more at its largest while `call` runs than before: temporaries and results.
+
+    JAX cannot `reset` the peak of the process. If building our side and compiling took more than the call, that counts.
+    """
+    call()  # so that code and lasting caches do not count
+    gc.collect()
+    before = in_use()
+    reset()
+    call()
+    return peak() - before
 
 
 def _version(name: str) -> str:
@@ -218,7 +230,7 @@ def _version(name: str) -> str:
 
 
 def show(rows) -> None:
-    heading = "family,race,T,direction,ours ms,theirs ms,time,ours MiB,theirs MiB,memory,compiled MiB".split(",")
+    heading = "family,race,T,direction,ours best ms,theirs best ms,time,ours MiB,theirs MiB,memory,compiled MiB".split(",")
     body = []
     for row in rows:
         mebi = lambda name, row=row: "" if row[name] is None else f"{row[name] / 2**20:.0f}"

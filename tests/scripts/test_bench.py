@@ -55,7 +55,8 @@ def test_kernels_are_timed_after_they_proved_right(load, tmp_path, capsys):
         assert float(row["error"]) <= float(row["allowed"]) and row["against"] == f"reference, T = {row['length']}"
         assert float(row["compile_seconds"]) > 0 and float(row["copy_percent"]) > 0 and row["hardware"] and row["commit"]
     assert (tmp_path / "kernels.png").read_bytes()[1:4] == b"PNG"
-    assert SHAPE in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert SHAPE in shown and "reference, T = 64" in shown
 
 
 def test_a_wrong_kernel_has_no_time(load, tmp_path, monkeypatch, capsys):
@@ -205,6 +206,19 @@ def test_every_peer_that_is_here_runs_and_agrees(contest, load):
     if contest.same:
         ours = contest.ours(case)
         assert module.difference(ours.results(ours.train()), found) < 1e-4
+
+
+@pytest.mark.parametrize("resets", [True, False])
+def test_memory_on_a_gpu_is_growth_on_both_sides(load, resets):
+    """PyTorch's allocator can forget its peak and JAX's cannot; arguments count for neither."""
+    module, _ = load("bench_peers")
+    memory = dict(now=700, peak=800)  # arguments, and what made them
+
+    def call():
+        memory["peak"] = max(memory["peak"], memory["now"] + 300)
+
+    reset = [lambda: memory.update(peak=memory["now"])] * resets
+    assert module.growth(call, lambda: memory["now"], lambda: memory["peak"], *reset) == 300
 
 
 def test_memory_is_measured_in_a_process_of_its_own():
