@@ -72,13 +72,20 @@ class Result:
     bits_per_byte_best: float | None = None
     bits_per_byte_last: float | None = None
     floor_bag: float | None = None  # how often each token occurs, and no order
-    floor_network: float | None = None  # a small convolutional network, see `data.probe`
+    floor_network: float | None = None  # a small convolutional network, see `network_floor`
     floor_unigram: float | None = None  # bits per byte of the tokens' frequencies
     floor_bigram: float | None = None  # of those after one token
 
 
 FIELDS = [one.name for one in dataclasses.fields(Result)]
 _REQUIRED = [one.name for one in dataclasses.fields(Result) if one.default is dataclasses.MISSING]
+
+
+def network_floor(task: str, config: str) -> float | None:
+    """What the small network of `data.probe` reached on a task of pictures, where that was measured: results/floors.csv."""
+    with (pathlib.Path(__file__).with_suffix("") / "floors.csv").open(newline="") as file:
+        found = {(row["task"], row["config"]): row["value"] for row in csv.DictReader(file) if row["floor"] == "network"}
+    return float(found[task, config]) if (task, config) in found else None
 
 
 def configuration_hash(configuration: str | Mapping) -> str:
@@ -157,17 +164,15 @@ def failure(run, task, reason: str) -> Result:
     return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **environment()})
 
 
-def write(text: str, path: str | os.PathLike) -> None:
+def write(text: str, path: str | os.PathLike, cure: str = "Choose another with --out.") -> None:
     """Writes a text file.
 
-    Raises: RunError: it cannot be written.
+    Raises: RunError: it cannot be written; the message ends with `cure`.
     """
     try:
         pathlib.Path(path).write_text(text)
     except OSError as error:
-        raise RunError(
-            f"results: file {path} must be writable, got {line(error)}. Its rows are in the CSV beside it."
-        ) from error
+        raise RunError(f"results: file {path} must be writable, got {line(error)}. {cure}") from error
 
 
 def show(rows: Iterable[Result]) -> None:
@@ -239,6 +244,7 @@ COLUMNS = {
     "majority floor": lambda rows: per_cent(rows[0].floor_majority),
     "root floor": lambda rows: per_cent(rows[0].floor_root),
     "bag floor": lambda rows: per_cent(rows[0].floor_bag),
+    "network floor": lambda rows: per_cent(rows[0].floor_network),
     "unigram floor": lambda rows: _mean(rows, "floor_unigram", "{:.3f}".format),
     "bigram floor": lambda rows: _mean(rows, "floor_bigram", "{:.3f}".format),
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
@@ -295,6 +301,7 @@ def caption(rows: Sequence[Result]) -> str:
         error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
         floors += "; root floor: the commonest answer given the root operator" if one.floor_root is not None else ""
         floors += "; bag floor: a linear rule on how often each token occurs" if one.floor_bag is not None else ""
+        floors += "; network floor: a small convolutional network" if one.floor_network is not None else ""
     return (
         f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "

@@ -185,7 +185,8 @@ def train(
         scores |= objective.columns(selected=found[run.selection], **found)
     checkpoints.close()
     configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    memory, floors = measure.memory_of(update), task.floors(splits)
+    floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}
+    memory = measure.memory_of(update)
     judged = objective.column == "accuracy"
     tail = progress["losses"][-max(1, run.steps // 10) :]
     result = results.Result(

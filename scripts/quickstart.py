@@ -3,6 +3,12 @@
 Finished layers are kept: the same command goes on where an earlier one was stopped.
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("quickstart")
+
+import pathlib
 import sys
 import time
 
@@ -17,12 +23,15 @@ def parse():
     listed = f"of {' '.join(every)}; default: all that the task admits"
     parser.add_argument("--layers", nargs="+", default=None, metavar="LAYER", help=listed)
     parser.add_argument("--steps", type=int, default=recipes.Run.steps, help=f"of each layer; default: {recipes.Run.steps}")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and order; default: 0")
+    parser.add_argument("--seed", type=commands.seed, default=0, help="of parameters and order; default: 0")
     parser.add_argument("--task", default="listops", help=f"one of {', '.join(tasks.TASKS)}; default: listops")
     parser.add_argument("--config", help="of the task; of listops small, or lra, the full one; default: the task's usual one")
     parser.add_argument("--out", default="runs/quickstart", help="folder of all results; default: runs/quickstart")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.layers is not None and not words(arguments.layers):
+        parser.error(f"--layers must name at least one, got {' '.join(arguments.layers)!r}. Leave it out for all.")
+    return arguments
 
 
 def words(given: list[str]) -> list[str]:
@@ -41,14 +50,30 @@ def admitted(shared: dict) -> list[str]:
     return causal
 
 
+def drawn(rows: list[results.Result], path: pathlib.Path) -> bool:
+    """Draws accuracy against cost, where there is any, and says whether it did."""
+    if all(row.accuracy is None for row in rows):
+        return False
+    try:
+        plots.accuracy_against_cost(rows, path)
+    except ImportError as error:
+        print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
+        return False
+    return True
+
+
 def main() -> int:
     arguments = parse()
     began = time.monotonic()
     shared = {name: getattr(arguments, name) for name in ("steps", "seed", "task")}
     shared |= {} if arguments.config is None else {"config": arguments.config}
-    layers = admitted(shared) if arguments.layers is None else words(arguments.layers)
-    # All of them first: a wrong word is told before anything is trained.
-    runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
+    try:
+        layers = admitted(shared) if arguments.layers is None else words(arguments.layers)
+        # All of them first: a wrong word is told before anything is trained.
+        runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
+    except ValueError as error:
+        where = " The protocol is an option of scripts/train.py." if "protocol=" in str(error) else ""
+        raise ValueError(f"{error}{where}") from None
     out = checkpoints.open_folder(arguments.out)
     rows = []
     for run in runs:
@@ -67,16 +92,13 @@ def main() -> int:
             print(f"{run.layer}: {row.status}", file=sys.stderr)
         results.append(row, out / "quickstart.csv")
         rows.append(row)
-    results.write(results.markdown(rows), out / "quickstart.md")
-    try:
-        plots.accuracy_against_cost(rows, out / "quickstart.png")
-    except ImportError as error:
-        print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
+    results.write(results.markdown(rows), out / "quickstart.md", "Its rows are in the CSV beside it.")
+    endings = [".csv", ".md", ".png"] if drawn(rows, out / "quickstart.png") else [".csv", ".md"]
     results.show(rows)
     took = clock(time.monotonic() - began)
-    print(f"{took} in all. {out}/quickstart.csv, .md, .png; each layer's losses in {out}/runs.")
+    print(f"{took} in all. {out}/quickstart{', '.join(endings)}; each layer's losses in {out}/runs.")
     return commands.FAILED if any(row.status != "ok" for row in rows) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(commands.explained("quickstart", main))
+    commands.run("quickstart", main)

@@ -7,6 +7,14 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def test_only_known_words_are_taken_and_help_writes_nothing():
+    before = (ROOT / "README.md").stat().st_mtime_ns
+    for word, code in (("--help", 0), ("--chek", 2)):
+        done = subprocess.run([sys.executable, "scripts/readme.py", word], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "Did you mean '--check'?" in done.stderr and (ROOT / "README.md").stat().st_mtime_ns == before
+
+
 def test_generated_parts_are_up_to_date():
     done = subprocess.run([sys.executable, "scripts/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

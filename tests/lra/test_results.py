@@ -136,6 +136,19 @@ def test_floors_that_a_task_has_not_are_left_out():
     assert "bag floor: a linear rule" in table and "root floor" not in table
 
 
+def test_the_small_networks_floor_is_that_of_the_committed_file():
+    assert results.network_floor("digits", "offline") > 0.8 and results.network_floor("listops", "small") is None
+    table = results.markdown([row(floor_network=0.9)])
+    assert "| network floor |" in table and "| 90.0 % |" in table and "network floor: a small convolutional" in table
+
+
+def test_a_text_that_cannot_be_written_tells_the_callers_cure(tmp_path):
+    for words, cure in (((), "Choose another with --out."), (("Its rows are kept.",), "Its rows are kept.")):
+        with pytest.raises(checkpoints.RunError, match="must be writable") as caught:
+            results.write("text", tmp_path / "nowhere" / "x", *words)
+        assert str(caught.value).endswith(f". {cure}")
+
+
 def test_failures_are_rows_and_not_blanks():
     assert "| local | failed: non-finite loss by step 30 |" in results.markdown([row(), row("local", **FAILED)])
 

@@ -1,7 +1,9 @@
 import csv
+import dataclasses
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import time
 
 import pytest
 
-from subquad.lra import recipes, results
+from subquad.lra import recipes, results, tasks, train
 from subquad.lra.data import store
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -83,7 +85,9 @@ def test_the_csv_is_plain(done):
         (("--task", "listop"), 2, "task must be a known name, got 'listop'. Did you mean 'listops'?"),
         (("--config", "smal"), 2, "config must be a configuration of listops, got 'smal'. Did you mean 'small'?"),
         (("--stesp", "3"), 2, "option must be a known one, got '--stesp'. Did you mean '--steps'?"),
-        (("--steps", "0"), 2, "steps must be > 0, got 0."),
+        (("--layers", ","), 2, "--layers must name at least one, got ','. Leave it out for all."),
+        (("--task", "text", "--config", "lra"), 2, "config must be 'modern' under protocol 'modern', got 'lra'"),
+        (("--steps", "0"), 2, "steps must be > 0 and finite, got 0."),
         (("--layers", "softmax", "--out", "/proc/subquad/out"), 1, "out: folder /proc/subquad/out must be writable"),
     ],
 )
@@ -107,6 +111,18 @@ def test_layers_that_cannot_be_causal_are_left_out_of_a_language_model(tmp_path)
     finished = run("quickstart", "--task", "pylib_lm", "--out", tmp_path / "file")
     assert finished.returncode == 1 and "quickstart: out: folder" in finished.stderr  # past the layers, and no further
     assert finished.stderr.startswith("Left out, because a language model must be causal: linformer.\n")
+
+
+def test_a_language_model_has_no_plot_of_accuracy_and_none_is_announced(tmp_path, monkeypatch, capsys):
+    made_up = lambda run, **_: dataclasses.replace(
+        results.failure(run, tasks.find(run.task, run.config), ""), status="ok", bits_per_byte=3.5
+    )
+    monkeypatch.setattr(train, "train", made_up)
+    words = ["--task", "pylib_lm", "--layers", "softmax", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["quickstart", *words])
+    assert runpy.run_path(str(ROOT / "scripts" / "quickstart.py"))["main"]() == 0
+    assert f"{tmp_path}/quickstart.csv, .md; each layer's" in capsys.readouterr().out
+    assert not (tmp_path / "quickstart.png").exists()
 
 
 def test_a_damaged_data_set_is_told(data, tmp_path):
