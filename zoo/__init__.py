@@ -5,6 +5,7 @@
     >>> layer = zoo.make("softmax", in_features=64, num_heads=4, rngs=nnx.Rngs(0))
 """
 
+from subquad.zoo import masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
@@ -43,4 +44,6 @@ __all__ = [
     "TransformerXLAttention",
     "attention_fn",
     "make",
+    "masks",
+    "positions",
 ]

@@ -1,6 +1,7 @@
 """The contract of every layer, and the shell that attention layers share."""
 
 import dataclasses
+import inspect
 import math
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
@@ -55,17 +56,21 @@ class Call(NamedTuple):
 
 
 def check_features(owner: str, name: str, inputs, features: int) -> None:
-    """Refuses `inputs` that are not [*B, T, features] floating-point numbers with T >= 1."""
+    """Refuses `inputs` that are not [*B, T, features] floating-point numbers, at least one of them."""
     if not hasattr(inputs, "shape") or not jnp.issubdtype(inputs.dtype, jnp.floating):
         kind = getattr(inputs, "dtype", type(inputs).__name__)
         raise TypeError(
             f"{owner}: {name} must be an array of floating-point features, got {kind}. "
             "Embed integer tokens first, for example with nnx.Embed."
         )
-    if inputs.ndim < 2 or inputs.shape[-1] != features or inputs.shape[-2] < 1:
+    if inputs.ndim < 2 or inputs.shape[-1] != features:
         raise ValueError(
-            f"{owner}: {name} must have shape [*B, T, {features}] with T >= 1, got {inputs.shape}. "
+            f"{owner}: {name} must have shape [*B, T, {features}], got {inputs.shape}. "
             "Project it, or construct the layer with another in_features."
+        )
+    if 0 in inputs.shape:
+        raise ValueError(
+            f"{owner}: {name} must have a token and a sample at least, got {inputs.shape}. Leave empty batches out."
         )
 
 
@@ -79,20 +84,22 @@ def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: in
             "Use jnp.asarray(mask, bool)."
         )
     full, shape = (*batch, heads, queries, keys), mask.shape
+    if len(shape) > 3 and set(shape[:-3]) == {1}:  # one mask for all samples, whatever their batch axes
+        shape = (1,) * len(batch) + shape[-3:]
     # All axes, spelt out: a [B, T, S] mask must not pass for one of [N, T, S].
-    if len(shape) != len(full) or any(m not in (1, f) for m, f in zip(shape, full, strict=True)) or shape[-1] != keys:
+    if len(shape) != len(full) or any(m not in (1, f) for m, f in zip(shape, full, strict=True)):
         raise ValueError(
-            f"{owner}: mask must have the axes [*B, N, T, S] = {full}, each of the first ones full or 1, got {shape}. "
+            f"{owner}: mask must have the axes [*B, N, T, S] = {full}, each full or 1, got {mask.shape}. "
             "Insert axes of 1, or build it with subquad.zoo.masks."
         )
-    if not pairwise and shape[-3:-1] != (1, 1):
+    if not pairwise and shape[-3:] != (1, 1, keys):
         raise ValueError(
             f"{owner}: mask must be key padding of shape [*B, 1, 1, S] = {(*batch, 1, 1, keys)}, got {mask.shape}. "
             "Use masks.padding_mask(lengths, S), is_causal in the constructor, or SoftmaxAttention for pairwise masks."
         )
-    if math.prod(shape[:-3]) > 1:
-        mask = jnp.broadcast_to(mask, (*batch, *shape[-3:]))
-    return mask.reshape(-1, *shape[-3:])
+    batch = batch if math.prod(shape[:-3]) > 1 else (1,) * len(batch)
+    mask = jnp.broadcast_to(mask.reshape(shape), (*batch, *shape[-3:-1], keys))
+    return mask.reshape(-1, *mask.shape[-3:])
 
 
 def refuse(owner: str, argument: str, value, condition: str, instead: str) -> None:
@@ -115,7 +122,8 @@ def check_call(
     if inputs_kv is None or inputs_kv is inputs_q:
         inputs_kv = inputs_q
     elif not supports.cross:
-        refuse(owner, "inputs_kv", f"an array of shape {inputs_kv.shape}", "be None (this layer attends to its own input)",
+        refuse(owner, "inputs_kv", getattr(inputs_kv, "shape", type(inputs_kv).__name__),
+               "be None (this layer attends to its own input)",
                "Use SoftmaxAttention or PerformerAttention for cross-attention.")
     else:
         check_features(owner, "inputs_kv", inputs_kv, layer.in_features)
@@ -153,14 +161,17 @@ def check_extend(layer, inputs, mask) -> Bool[Array, "B 1 1 T"] | None:
     return None if mask is None else jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))
 
 
-def require_extend(layer) -> None:
-    """Refuses `init_cache` and `extend` where the layer has none or was built bidirectional."""
+def require_extend(layer, **sizes: int) -> None:
+    """Refuses `init_cache` and `extend` where the layer has none or was built bidirectional, and sizes of a cache below 1."""
     owner = type(layer).__name__
     if not layer.supports.extend:
         refuse(owner, "extend", "a call", "not be used (the paper's mechanism looks at the whole sequence)",
                "Use a layer whose supports.extend is True, such as PerformerAttention.")
     if not layer.is_causal:
         refuse(owner, "is_causal", False, "be True for init_cache and extend", "Construct the layer with is_causal=True.")
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer) or size < 1:
+            refuse(owner, name, repr(size), "be a positive integer", "Count the sequences, and the tokens of the longest.")
 
 
 def check_causality(owner: str, supports: Support, is_causal: bool) -> None:
@@ -187,6 +198,21 @@ class Shell(TypedDict, total=False):
     implementation: dispatch.Implementation | None
 
 
+def options_of(layer: type) -> set[str]:
+    """The words that the constructor of a layer knows."""
+    parameters = inspect.signature(layer.__init__).parameters.values()
+    known = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
+    return known | set(Shell.__annotations__) if issubclass(layer, Attention) else known
+
+
+def check_options(owner: str, given: dict[str, Any], known: set[str]) -> None:
+    """Refuses a word that is not known, with the nearest that is."""
+    for word, value in given.items():
+        if word not in known:
+            nearest = dispatch.nearest(word, known)
+            raise TypeError(f"{owner}: {word} must be one of its options, got {word}={value!r}. {nearest}")
+
+
 class Attention(nnx.Module):
     """The shell of an attention layer: projections, checks, masks. A variant writes `attend`.
 
@@ -210,7 +236,7 @@ class Attention(nnx.Module):
         implementation: of the kernel; None takes the best that can run here.
         rngs: `rngs.params()` draws the parameters.
     Raises: ValueError: num_heads does not divide qkv_features, num_kv_heads does not divide num_heads, a direction or
-        option that the layer does not support.
+        option that the layer does not support.  TypeError: an unknown option.
     """
 
     supports: ClassVar[Support]
@@ -232,8 +258,10 @@ class Attention(nnx.Module):
         bias_init: nnx.Initializer = default_bias_init,
         implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **unknown: Any,
     ):
         owner = type(self).__name__
+        check_options(owner, unknown, options_of(type(self)) - set(unknown))
         qkv_features = in_features if qkv_features is None else qkv_features
         out_features = in_features if out_features is None else out_features
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -281,7 +309,7 @@ class Attention(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
-        require_extend(self)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         raise NotImplementedError(f"{type(self).__name__} has no init_cache")
 
     def project(self, inputs_q, inputs_kv):
@@ -339,7 +367,9 @@ class Attention(nnx.Module):
 
     def cache_dtype(self, dtype: Any):
         """The dtype of cached keys and values: `dtype`, or that of the computation on float32 inputs."""
-        return jnp.result_type(self.dtype or self.param_dtype) if dtype is None else jnp.dtype(dtype)
+        if dtype is not None:
+            return jnp.dtype(dtype)
+        return jnp.result_type(self.param_dtype, jnp.float32) if self.dtype is None else jnp.result_type(self.dtype)
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [N|1, T, S] for T = S = length, True where the query may see the key."""

@@ -1,4 +1,4 @@
-"""Random features: the variable type that holds them, the projections they are made of, and the feature maps."""
+"""Random features: the variable type that holds them, and the projections they are made of."""
 
 import math
 from typing import Literal
@@ -7,10 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
-
-from subquad.kernels.linear import relu_features, softmax_features
-
-__all__ = ["RandomFeature", "RowNorm", "random_projection", "relu_features", "softmax_features"]
 
 RowNorm = Literal["chi", "sqrt"]
 
@@ -45,10 +41,10 @@ def random_projection(
     if row_norm not in ("chi", "sqrt"):
         raise ValueError(f"random_projection: row_norm must be 'chi' or 'sqrt', got {row_norm!r}. Use 'chi'.")
     directions, norms = jax.random.split(key)
-    rows = jax.random.normal(norms, (num_features, head_features))
+    rows = jax.random.normal(norms, (num_features, head_features), jnp.float32)
     if orthogonal:
         blocks = math.ceil(num_features / head_features)
-        gaussian = jax.random.normal(directions, (blocks, head_features, head_features))
+        gaussian = jax.random.normal(directions, (blocks, head_features, head_features), jnp.float32)
         # The signs make the factor uniform (Haar) over the orthogonal matrices: QR fixes them by convention.
         basis, triangle = jnp.linalg.qr(gaussian)
         basis *= jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]

@@ -1,9 +1,10 @@
 """Masks: functions of positions, lengths and segments. True = attend, as in Flax.
 
-A mask broadcasts to [B, N, T, S]. Combine masks with `&`.
+A mask broadcasts to [B, N, T, S]. Combine masks with `&`. Positions and segments [T] hold for all samples: [1, 1, T, S].
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -17,20 +18,27 @@ def padding_mask(lengths: Int[Array, "*B"], length: int) -> Bool[Array, "*B 1 1 
     return jnp.arange(length) < jnp.asarray(lengths)[..., None, None, None]
 
 
-def causal_mask(query_positions: Int[Array, "*B T"], key_positions: Int[Array, "*B S"]) -> Bool[Array, "*B 1 T S"]:
+def causal_mask(query_positions: Int[Array, "*B T"], key_positions: Int[Array, "*B S"]) -> Bool[Array, "... 1 T S"]:
     """True where the key's position is not after the query's."""
-    return (key_positions[..., None, :] <= query_positions[..., :, None])[..., None, :, :]
+    query, key = pairs(query_positions, key_positions)
+    return key <= query
 
 
 def window_mask(
     query_positions: Int[Array, "*B T"], key_positions: Int[Array, "*B S"], window_size: int | tuple[int, int]
-) -> Bool[Array, "*B 1 T S"]:
+) -> Bool[Array, "... 1 T S"]:
     """True where query - left <= key <= query + right; `window_size` is (left, right), or one number for both."""
-    left, right = (window_size, window_size) if isinstance(window_size, int) else window_size
-    distance = key_positions[..., None, :] - query_positions[..., :, None]
-    return ((-left <= distance) & (distance <= right))[..., None, :, :]
+    left, right = (window_size, window_size) if isinstance(window_size, int | np.integer) else window_size
+    query, key = pairs(query_positions, key_positions)
+    return (-left <= key - query) & (key - query <= right)
 
 
-def segment_mask(query_segment_ids: Int[Array, "*B T"], key_segment_ids: Int[Array, "*B S"]) -> Bool[Array, "*B 1 T S"]:
+def segment_mask(query_segment_ids: Int[Array, "*B T"], key_segment_ids: Int[Array, "*B S"]) -> Bool[Array, "... 1 T S"]:
     """True where query and key belong to the same packed segment."""
-    return (query_segment_ids[..., :, None] == key_segment_ids[..., None, :])[..., None, :, :]
+    query, key = pairs(query_segment_ids, key_segment_ids)
+    return query == key
+
+
+def pairs(query: Int[Array, "*B T"], key: Int[Array, "*B S"]) -> tuple[Int[Array, "... 1 T 1"], Int[Array, "... 1 1 S"]]:
+    """Arrays that broadcast to all pairs of a query and a key, with an axis of heads; one sample's have a batch axis of 1."""
+    return jnp.atleast_2d(query)[..., None, :, None], jnp.atleast_2d(key)[..., None, None, :]

@@ -30,7 +30,7 @@ def rotary(inputs: Float[Array, "*B T N H"], positions: Int[Array, "*#B T"], bas
     Args:
         inputs: queries or keys; H even.
         positions: integer positions of the tokens.
-        base: the longest wavelength in units of 2 pi tokens, usually 10000.
+        base: the longest wavelength in units of 2 pi tokens, usually 10000; positive.
     Raises: ValueError: H is odd.
     Source: Su et al., RoFormer, 2021, arXiv 2104.09864, eq. 34.
     """

@@ -1,15 +1,15 @@
 """Layers by name: the table, and the two ways to build from it."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from subquad.kernels.dispatch import nearest
-from subquad.zoo.base import Attention, Shell, check_mask, refuse
+from subquad.zoo.base import Shell, check_mask, check_options, options_of, refuse
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
@@ -42,19 +42,15 @@ def find(name: str) -> type[nnx.Module]:
 
 def options(name: str) -> set[str]:
     """The words that the constructor of a layer knows."""
-    layer = find(name)
-    known = {parameter for parameter in inspect.signature(layer.__init__).parameters if parameter not in ("self", "shell")}
-    return known | set(Shell.__annotations__) if issubclass(layer, Attention) else known
+    return options_of(find(name))
 
 
-def check_options(name: str, given: dict[str, Any]) -> None:
-    """Refuses a word that the layer does not know, with the nearest that it does."""
-    for option in given:
-        if option not in options(name):
-            raise TypeError(
-                f"{find(name).__name__}: {option} must be an option of the layer, got {option}={given[option]!r}. "
-                f"{nearest(option, options(name))}"
-            )
+def check_complete(owner: str, layer: type[nnx.Module], given: set[str]) -> None:
+    """Refuses to leave out a word that the layer has no default for."""
+    for parameter in inspect.signature(layer.__init__).parameters.values():
+        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        if needed and parameter.name not in {"self", *given}:
+            raise TypeError(f"{owner}: {parameter.name} must be given, got nothing. Pass {parameter.name}=...")
 
 
 def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given) -> nnx.Module:
@@ -70,12 +66,25 @@ def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given) -> nnx.Module:
         (1, 10, 64)
     """
     layer = find(name)
-    check_options(name, given)
-    for parameter in inspect.signature(layer.__init__).parameters.values():
-        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-        if needed and parameter.name not in ("self", "in_features", "rngs", *given):
-            raise TypeError(f"{layer.__name__}: {parameter.name} must be given, got nothing. Pass {parameter.name}=...")
+    check_options(layer.__name__, given, options(name))
+    check_complete(layer.__name__, layer, {"in_features", "rngs", *given})
     return layer(in_features=in_features, rngs=rngs, **given)
+
+
+# What Flax's attention has of its own, and says by the arrays it hands over.
+SIZES = {"num_heads", "num_kv_heads", "in_features", "rngs"}
+
+
+def matmul_precision(owner: str, precision):
+    """The context in which products have this precision; None: the caller's own."""
+    if precision is None:
+        return contextlib.nullcontext()
+    try:
+        is_preset = isinstance(precision, jax.lax.DotAlgorithmPreset)
+        return jax.default_matmul_precision(precision.name if is_preset else jax.lax.Precision(precision).name.lower())
+    except (TypeError, ValueError):
+        refuse(owner, "precision", precision, "be one jax.lax.Precision, its name, or a jax.lax.DotAlgorithmPreset",
+               "One precision holds for all products of a mechanism.")
 
 
 def attention_fn(name: str, *, seed: int = 0, **given) -> Callable[..., jax.Array]:
@@ -86,12 +95,12 @@ def attention_fn(name: str, *, seed: int = 0, **given) -> Callable[..., jax.Arra
     Args:
         name: a key of `LAYERS` whose mechanism is a function of query, key and value alone.
         seed: of the random features, where the mechanism has any: the same in every call.
-        given: the layer's own options.
+        given: the layer's own options, `is_causal` and `implementation`. Projections, dtypes and precision are Flax's.
     Returns: f(query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, H], *, mask, is_causal, ...) -> [*B, T, N, H].
     Raises:
         ValueError: unknown name; a mechanism with parameters of its own; at the call, what the mechanism cannot honour
-            (bias, dropout, sowing, a pairwise mask).
-        TypeError: unknown option.
+            (bias, dropout, sowing, a pairwise mask, a pair of precisions).
+        TypeError: an option that is unknown or missing.
     """
     layer = find(name)
     if not layer.supports.attention_fn:
@@ -100,8 +109,9 @@ def attention_fn(name: str, *, seed: int = 0, **given) -> Callable[..., jax.Arra
             f"attention_fn: layer must be a function of separate query, key and value, got {name!r}, which has parameters "
             f"of its own or ties queries to keys. Use zoo.make, or one of: {usable}."
         )
-    check_options(name, given)
     owner = f"attention_fn({name!r})"
+    check_options(owner, given, options(name) - set(Shell.__annotations__) - SIZES | {"is_causal", "implementation"})
+    check_complete(owner, layer, {*SIZES, *given})
 
     def apply(
         query, key, value, bias=None, mask=None, broadcast_dropout=True, dropout_rng=None, dropout_rate=0.0,
@@ -127,7 +137,7 @@ def attention_fn(name: str, *, seed: int = 0, **given) -> Callable[..., jax.Arra
             layer.supports.pairwise_mask,
         )
         flat = (a.reshape(-1, *a.shape[-3:]) for a in (query, key, value))
-        with jax.default_matmul_precision(None if precision is None else str(getattr(precision, "name", precision)).lower()):
+        with matmul_precision(owner, precision):
             heads_out = mechanism.attend(*flat, mask)
         return heads_out.reshape(*batch, *heads_out.shape[1:])
 

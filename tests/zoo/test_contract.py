@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -262,6 +263,17 @@ def test_extend_leaves_its_cache_alone(name):
     jax.tree.map(np.testing.assert_array_equal, before, cache)
 
 
+@extending_only
+@pytest.mark.parametrize("dtypes", [(jnp.bfloat16, None), (jnp.float32, jnp.bfloat16)], ids=["param", "both"])
+def test_extend_computes_in_the_dtype_of_the_call(name, dtypes):
+    param_dtype, dtype = dtypes
+    layer, x = CASES[name].make(True, param_dtype=param_dtype, dtype=dtype), inputs(LENGTH)
+    y, extended = layer(x), extend_all(layer, x, [9, 1, 13])
+    assert extended.dtype == y.dtype == (dtype or jnp.float32)
+    if dtype is None and CASES[name].extend_equals_call:
+        close(extended, y, name)
+
+
 # 7. Transformations.
 
 
@@ -275,6 +287,20 @@ def test_transformations(name, is_causal):
     close(jax.jit(jax.vmap(lambda x: layer(x)))(x), y, name)
     loss = lambda x: jnp.sum(layer(x) ** 2)
     close(jax.jit(jax.grad(jax.checkpoint(loss)))(x), jax.jit(jax.grad(loss))(x), name, scale=10)
+
+
+@by_direction
+def test_x64_changes_nothing_for_float32(name, is_causal):
+    """A layer built and called where JAX has 64 bits is, for float32 inputs, the layer that it is elsewhere."""
+    x, expected = inputs(LENGTH), jitted(name, is_causal)(inputs(LENGTH))
+    with jax.enable_x64(True):
+        layer = CASES[name].make(is_causal)
+        assert {a.dtype for a in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype(jnp.float32)}
+        y, gradient = jax.jit(lambda x: (layer(x), jax.grad(lambda x: jnp.sum(layer(x) ** 2))(x)))(x)
+        assert y.dtype == gradient.dtype == jnp.float32 and jnp.isfinite(gradient).all()
+        close(y, expected, name)
+        if name in EXTENDING and is_causal and CASES[name].extend_equals_call:
+            close(extend_all(layer, x, [9, 1, 13]), expected, name)
 
 
 @by_name
@@ -396,8 +422,10 @@ def test_unsupported_requests_are_refused(name):
         with refused(name, "is_causal"):
             case.make(False)
     if not supports.cross:
-        with refused(name, "inputs_kv"):
+        with refused(name, "inputs_kv must be None"):
             layer(x, inputs(5))
+        with refused(name, "inputs_kv must be None"):
+            layer(x, [1])
     if not supports.pairwise_mask:
         with refused(name, "mask"):
             layer(x, mask=jnp.ones((2, 1, 7, 7), bool))
@@ -417,6 +445,12 @@ def test_unsupported_requests_are_refused(name):
             layer.init_cache(2, 7)
         with refused(name, "is_causal"):
             layer.extend(x, None)
+    if name in EXTENDING:
+        for size in (0, -1, None, 7.0):
+            with refused(name, f"max_length must be a positive integer, got {size}"):
+                layer_of(name, True).init_cache(2, size)
+            with refused(name, f"batch_size must be a positive integer, got {size}"):
+                layer_of(name, True).init_cache(size, 7)
     if "num_heads" in case.options and not supports.grouped:
         with refused(name, "num_kv_heads", TypeError):
             case.make(is_causal, num_kv_heads=1)
@@ -436,6 +470,8 @@ def test_bad_input_is_named(name):
         layer(x[0, 0])
     with refused(name, "inputs_q"):
         layer(x[:, :0])
+    with refused(name, "inputs_q"):
+        layer(x[:0])
     with refused(name, "inputs_q", TypeError):
         layer(jnp.ones((2, 7, FEATURES), int))
     for shape in ((2, 7), (2, 7, 7), (1, 2, 1, 1, 7)):
@@ -452,6 +488,8 @@ def test_bad_input_is_named(name):
     with refused(name, "no_such_option", TypeError):
         case.make(is_causal, no_such_option=1)
     if "num_heads" in case.options:
+        with refused(name, "no_such_option must be one of its options", TypeError):
+            zoo.LAYERS[name](in_features=FEATURES, rngs=nnx.Rngs(0), **case.options, no_such_option=1)
         with refused(name, "num_heads"):
             case.make(is_causal, num_heads=3, num_kv_heads=3) if case.supports.grouped else case.make(is_causal, num_heads=3)
         with refused(name, "num_heads", TypeError):
@@ -511,6 +549,45 @@ def test_attention_fn_drops_into_flax(name):
     with pytest.raises(ValueError, match="dropout_rate"):
         noisy = nnx.MultiHeadAttention(heads, FEATURES, attention_fn=fn, dropout_rate=0.1, decode=False, rngs=nnx.Rngs(0))
         noisy(x, deterministic=False)
+
+
+def attention_arrays():
+    return jax.random.normal(jax.random.key(0), (3, 2, 12, 2, 8))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].supports.attention_fn])
+def test_attention_fn_has_the_precision_of_the_call_or_of_the_caller(name):
+    options = {k: v for k, v in CASES[name].options.items() if k not in ("num_heads", "num_kv_heads")}
+    fn = zoo.attention_fn(name, **options)
+
+    def precisions(ambient, **call):
+        with jax.default_matmul_precision(ambient):
+            text = jax.jit(lambda *arrays: fn(*arrays, **call)).lower(*attention_arrays()).as_text()
+        return set(re.findall(r"precision = \[(\w+)", text))
+
+    assert precisions("highest") == precisions("default", precision=jax.lax.Precision.HIGHEST) == {"HIGHEST"}
+    # The exponents of random features are always exact.
+    assert precisions("highest", precision="default") - {"HIGHEST"} == precisions("default") - {"HIGHEST"} == {"DEFAULT"}
+
+
+def test_attention_fn_takes_what_the_layer_alone_can_say():
+    for word in ("use_bias", "dtype", "param_dtype", "precision", "out_features", "qkv_features", "kernel_init", "num_heads",
+                 "num_kv_heads", "in_features", "rngs"):
+        with pytest.raises(TypeError, match=rf"attention_fn\('softmax'\): {word} must be one of its options"):
+            zoo.attention_fn("softmax", **{word: None})
+    with pytest.raises(TypeError, match="Did you mean 'window_size'"):
+        zoo.attention_fn("local", windw_size=3)
+    with pytest.raises(TypeError, match="max_length must be given"):
+        zoo.attention_fn("blockwise")
+    zoo.attention_fn("softmax", implementation="reference", is_causal=True)(*attention_arrays())
+
+
+def test_attention_fn_takes_one_precision():
+    fn, arrays = zoo.attention_fn("softmax"), attention_arrays()
+    np.testing.assert_allclose(fn(*arrays, precision=jax.lax.DotAlgorithmPreset.F32_F32_F32), fn(*arrays), atol=1e-6)
+    for precision in ((jax.lax.Precision.HIGHEST,) * 2, ["high", "high"], jax.lax.DotAlgorithmPreset.DEFAULT, "best"):
+        with pytest.raises(ValueError, match="precision must be one"):
+            fn(*arrays, precision=precision)
 
 
 # Cost.

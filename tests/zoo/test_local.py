@@ -123,6 +123,11 @@ def test_refused_windows(window_size):
         make(window_size)
 
 
+def test_an_unknown_option_is_refused_with_the_nearest():
+    with pytest.raises(TypeError, match="LocalAttention: windw_size must be one of its options.* Did you mean 'window_size'"):
+        zoo.LocalAttention(2, 16, windw_size=4, rngs=nnx.Rngs(0))
+
+
 def test_refused_right_side_when_causal():
     with pytest.raises(ValueError, match=r"LocalAttention: window_size must be \(left, 0\) when causal"):
         make((3, 1), is_causal=True)

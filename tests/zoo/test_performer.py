@@ -8,7 +8,7 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.kernels import linear
-from subquad.zoo.features import random_projection, relu_features, softmax_features
+from subquad.zoo.features import random_projection
 from subquad.zoo.kernelized.performer import PerformerAttention
 from tests import oracle
 
@@ -61,7 +61,7 @@ def test_softmax_features_are_unbiased(orthogonal):
     query, key = normal(6, HEAD, seed=1), normal(6, HEAD, seed=2)
 
     def estimate(projection):
-        (q, q_scale), (k, k_scale) = softmax_features(query, projection), softmax_features(key, projection)
+        (q, q_scale), (k, k_scale) = linear.softmax_features(query, projection), linear.softmax_features(key, projection)
         return jnp.exp(q_scale + k_scale) * jnp.sum(q * k, -1)
 
     estimates = jax.lax.map(estimate, draws(4000, 2 * HEAD, orthogonal=orthogonal), batch_size=500)
@@ -75,7 +75,7 @@ def test_orthogonal_rows_have_the_smaller_variance():
 
     def variance(orthogonal):
         def estimate(projection):
-            (q, q_scale), (k, k_scale) = softmax_features(query, projection), softmax_features(key, projection)
+            (q, q_scale), (k, k_scale) = linear.softmax_features(query, projection), linear.softmax_features(key, projection)
             return jnp.exp(q_scale + k_scale) * jnp.sum(q * k, -1)
 
         return jax.vmap(estimate)(draws(4000, HEAD, orthogonal=orthogonal)).var(0)
@@ -86,20 +86,20 @@ def test_orthogonal_rows_have_the_smaller_variance():
 def test_softmax_features_are_scaled_by_token():
     projection = random_projection(jax.random.key(0), 32, HEAD)
     x = normal(5, HEAD).at[3].multiply(1e3)
-    features, scale = softmax_features(x, projection)
+    features, scale = linear.softmax_features(x, projection)
     np.testing.assert_allclose(features.max(-1), 1, rtol=1e-6)
     assert features.min() >= np.exp(-30.001) and np.isfinite(scale).all()
-    alone, alone_scale = softmax_features(x[:1], projection)
+    alone, alone_scale = linear.softmax_features(x[:1], projection)
     np.testing.assert_allclose(features[:1], alone, rtol=1e-5)
     np.testing.assert_allclose(scale[:1], alone_scale, rtol=1e-5)
-    gradient = jax.grad(lambda x: sum(jnp.sum(part) for part in softmax_features(x, projection)))(x)
+    gradient = jax.grad(lambda x: sum(jnp.sum(part) for part in linear.softmax_features(x, projection)))(x)
     assert np.isfinite(gradient).all()
 
 
 def test_relu_features_are_positive_and_rectified():
     projection = random_projection(jax.random.key(0), 32, HEAD)
     x = normal(5, HEAD)
-    features = relu_features(x, projection) * 32**0.5
+    features = linear.relu_features(x, projection) * 32**0.5
     np.testing.assert_allclose(features, np.maximum(x @ projection.T, 0) + 1e-3, rtol=1e-4, atol=1e-6)
 
 

@@ -91,11 +91,29 @@ def test_rotary_extend_equals_one_call():
 
 def test_masks_of_positions():
     q, k = jnp.arange(4), jnp.arange(6)
-    assert masks.causal_mask(q + 2, k)[0].tolist() == np.tril(np.ones((4, 6)), 2).astype(bool).tolist()
-    assert masks.window_mask(q, k, 1)[0].tolist() == (np.abs(np.subtract.outer(np.arange(4), np.arange(6))) <= 1).tolist()
-    assert masks.window_mask(q, k, (2, 0))[0, 3].tolist() == [False, True, True, True, False, False]
-    assert masks.segment_mask(jnp.array([0, 1]), jnp.array([1, 0]))[0].tolist() == [[False, True], [True, False]]
+    assert masks.causal_mask(q + 2, k)[0, 0].tolist() == np.tril(np.ones((4, 6)), 2).astype(bool).tolist()
+    assert masks.window_mask(q, k, 1)[0, 0].tolist() == (np.abs(np.subtract.outer(np.arange(4), np.arange(6))) <= 1).tolist()
+    assert masks.window_mask(q, k, (2, 0))[0, 0, 3].tolist() == [False, True, True, True, False, False]
+    assert masks.window_mask(q, k, np.int64(1)).tolist() == masks.window_mask(q, k, 1).tolist()
+    assert masks.segment_mask(jnp.array([0, 1]), jnp.array([1, 0]))[0, 0].tolist() == [[False, True], [True, False]]
     assert masks.padding_mask(jnp.array([1, 2]), 2).shape == (2, 1, 1, 2)
+    two = jnp.stack([q, q + 1])
+    assert masks.causal_mask(two, k)[1, 0].tolist() == masks.causal_mask(q + 1, k)[0, 0].tolist()
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_masks_of_one_sample_serve_any_batch(batch):
+    at, x = jnp.arange(5), jax.random.normal(jax.random.key(0), (*batch, 5, 16))
+    layer, causal = (zoo.SoftmaxAttention(4, 16, is_causal=is_causal, rngs=nnx.Rngs(0)) for is_causal in (False, True))
+    np.testing.assert_allclose(layer(x, mask=masks.causal_mask(at, at)), causal(x), atol=1e-6)
+    assert masks.window_mask(at, at, 1).shape == masks.segment_mask(at, at).shape == (1, 1, 5, 5)
+
+
+def test_each_axis_of_a_mask_may_be_one():
+    layer, x = zoo.SoftmaxAttention(4, 16, rngs=nnx.Rngs(0)), inputs(5)
+    rows = jnp.array([True, False, True, True, False])[:, None]
+    for mask in (rows[None, None], jnp.ones((1, 1, 1, 1), bool), jnp.zeros((2, 4, 1, 1), bool).at[0].set(True)):
+        np.testing.assert_allclose(layer(x, mask=mask), layer(x, mask=jnp.broadcast_to(mask, (2, 4, 5, 5))), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +123,8 @@ def test_masks_of_positions():
         (dict(num_heads=4, num_kv_heads=3), "num_kv_heads"),
         (dict(num_heads=0), "num_heads"),
         (dict(num_heads=4, qkv_features=12, rotary_base=1e4), "rotary_base"),
+        (dict(num_heads=4, rotary_base=0), "rotary_base"),
+        (dict(num_heads=4, rotary_base=-1.0), "rotary_base"),
     ],
 )
 def test_sizes_are_refused(arguments, word):
@@ -116,6 +136,8 @@ def test_positions_of_another_shape_are_refused():
     layer = zoo.SoftmaxAttention(4, 16, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="positions"):
         layer(inputs(9), positions=jnp.arange(8))
+    with pytest.raises(ValueError, match="SoftmaxAttention: positions must be None where neither"):
+        layer(inputs(9), positions=jnp.arange(9))
     with pytest.raises(TypeError, match="segment_ids"):
         layer(inputs(9), segment_ids=jnp.ones(9))
     with pytest.raises(ValueError, match="inputs_kv"):

@@ -154,7 +154,7 @@ def test_the_cache_keeps_a_window_whatever_max_length():
     half = layer.init_cache(3, 9, dtype=jnp.bfloat16)
     after = jax.eval_shape(layer.extend, inputs(2, batch=3), half)[1]
     assert after.hidden.dtype == half.hidden.dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="TransformerXLAttention.init_cache: max_length"):
+    with pytest.raises(ValueError, match="TransformerXLAttention: max_length must be a positive integer"):
         layer.init_cache(3, 0)
 
 

@@ -118,7 +118,7 @@ class ReformerAttention(Attention):
         A cache of `extend` was hashed with the rotations of its time and ends with them.
         """
         shape = (self.num_heads, self.head_features, self.num_hashes, sum(self.factors) // 2)
-        return jax.random.normal(rngs.params(), shape)
+        return jax.random.normal(rngs.params(), shape, jnp.float32)
 
     def project(self, inputs_q, inputs_kv):
         query, value = tokenwise(lambda inputs: (self.query(inputs), self.value(inputs)), inputs_q, is_linear=True)
@@ -148,7 +148,7 @@ class ReformerAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> ReformerCache:
         """An empty cache; the number of buckets, where it follows the length, follows max_length."""
-        require_extend(self)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         if self.reach != "bucket":
             refuse(type(self).__name__, "reach", repr(self.reach), "be 'bucket' for extend", "A cache has no chunks.")
         tokens = KVCache.zeros(batch_size, max_length, self.num_heads, self.head_features, self.cache_dtype(dtype))

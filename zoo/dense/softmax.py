@@ -1,5 +1,6 @@
 """Softmax attention: every token sees every other, exactly."""
 
+import math
 from typing import Any, Unpack
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ from flax import nnx
 
 from subquad.kernels import softmax
 from subquad.zoo import positions as encodings
-from subquad.zoo.base import Attention, Shell, Support, require_extend
+from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
 from subquad.zoo.cache import KVCache, append
 
 
@@ -32,9 +33,9 @@ class SoftmaxAttention(Attention):
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: [*B, N, T, S], each axis full or 1.
-        positions: [T] or [*B, T]; causality and rotation compare them.  segment_ids: [T] or [*B, T].
+        positions: [T] or [*B, T]; causality and rotation compare them, so one of both must be on.  segment_ids: [T] or [*B, T].
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; fully masked rows are the output projection of 0.
-    Raises: ValueError: sizes that do not divide; a mask or positions of another shape.
+    Raises: ValueError: sizes that do not divide; a rotary_base that is not positive; a mask or positions of another shape.
     Numerics: softmax in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
         >>> layer = SoftmaxAttention(4, 64, num_kv_heads=2, is_causal=True, rngs=nnx.Rngs(0))
@@ -65,9 +66,14 @@ class SoftmaxAttention(Attention):
                 f"SoftmaxAttention: rotary_base must be None with an odd number of head features, got {rotary_base} "
                 f"with {self.head_features}. Choose qkv_features / num_heads even."
             )
+        if rotary_base is not None and not 0 < rotary_base < math.inf:
+            refuse("SoftmaxAttention", "rotary_base", rotary_base, "be None or a positive number", "10000 is usual.")
         self.rotary_base = rotary_base
 
     def attend(self, query, key, value, mask, positions=None, segment_ids=None):
+        if positions is not None and not self.is_causal and self.rotary_base is None:
+            refuse("SoftmaxAttention", "positions", "an array", "be None where neither causality nor rotation compares them",
+                   "Pass is_causal=True or rotary_base to the constructor.")
         if self.rotary_base is not None:
             at = jnp.arange(query.shape[1])[None] if positions is None else positions
             query = encodings.rotary(query, at, self.rotary_base)
@@ -79,7 +85,7 @@ class SoftmaxAttention(Attention):
         )
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        require_extend(self)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         return KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
 
     def attend_cached(self, query, key, value, mask, cache):

@@ -97,7 +97,7 @@ class PerformerAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> PerformerCache:
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        require_extend(self)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         state = linear.empty_state(batch_size, self.num_heads, self.num_features, self.head_features)
         return PerformerCache(*state)
 

@@ -115,7 +115,7 @@ class BlockwiseAttention(Attention):
         )
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        require_extend(self)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         if max_length > self.max_length:
             refuse(
                 "BlockwiseAttention",

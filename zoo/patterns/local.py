@@ -84,7 +84,7 @@ class LocalAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LocalCache:
         """An empty cache; it holds one window and never fills, so max_length does not matter."""
-        require_extend(self)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         shape = (batch_size, self.window_size[0], self.num_kv_heads, self.head_features)
         zeros = jnp.zeros(shape, self.cache_dtype(dtype))
         return LocalCache(zeros, zeros, jnp.zeros(shape[:2], bool))

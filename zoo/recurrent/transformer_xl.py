@@ -70,7 +70,8 @@ class TransformerXLAttention(Attention):
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         for name, length, least in (("segment_length", segment_length, 1), ("memory_length", memory_length, 0)):
-            _check_length(type(self).__name__, name, length, least)
+            if not isinstance(length, int | np.integer) or length < least:
+                refuse(type(self).__name__, name, repr(length), f"be an integer of at least {least}", "Count tokens.")
         self.segment_length, self.memory_length = segment_length, memory_length
         self.position_features = in_features + in_features % 2
         self.relative = nnx.LinearGeneral(
@@ -95,8 +96,7 @@ class TransformerXLAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> TransformerXLCache:
         """An empty cache; it keeps a fixed number of tokens and takes more than max_length without harm."""
-        require_extend(self)
-        _check_length("TransformerXLAttention.init_cache", "max_length", max_length, 1)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         room = self.memory_length + self.segment_length - 1
         hidden = jnp.zeros((batch_size, room, self.in_features), self.cache_dtype(dtype))
         return TransformerXLCache(hidden, jnp.zeros((batch_size, room), bool), jnp.zeros((), jnp.int32))
@@ -172,8 +172,3 @@ def _valid(inputs, mask):
     if mask is None:
         return jnp.ones(inputs.shape[:2], bool)
     return jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))[:, 0, 0]
-
-
-def _check_length(owner, name, length, least):
-    if not isinstance(length, int | np.integer) or length < least:
-        refuse(owner, name, repr(length), f"be an integer of at least {least}", "Count tokens.")

@@ -112,7 +112,7 @@ class S4(nnx.Module):
             in_features, num_outputs=1 if is_causal else 2, param_dtype=param_dtype, implementation=implementation, rngs=rngs,
             **system,
         )
-        self.skip = nnx.Param(jax.random.normal(rngs.params(), (in_features,)).astype(param_dtype))
+        self.skip = nnx.Param(jax.random.normal(rngs.params(), (in_features,), jnp.float32).astype(param_dtype))
         self.out = nnx.Linear(
             in_features, out_features * (2 if glu else 1), dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
         )
@@ -147,7 +147,7 @@ class S4(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> S4Cache:
         """The state before the first token. It holds float32 numbers for any length: max_length and dtype change nothing."""
-        require_extend(self)
+        require_extend(self, batch_size=batch_size, max_length=max_length)
         return S4Cache(jnp.zeros((batch_size, self.in_features, self.state_size), jnp.float32))
 
     def extend(self, inputs: Float[Array, "B T D"], cache: S4Cache, *, mask: Bool[Array, "B 1 1 T"] | None = None):

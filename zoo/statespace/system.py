@@ -79,9 +79,9 @@ class StateSpace(nnx.Module):
         self.input_matrix = planes(modes.input_matrix)  # [num_ssm, P/2, 2]
         self.low_rank = planes(modes.low_rank) if mode == "dplr" else None
         # Complex normal numbers of variance 1.
-        output_matrix = jax.random.normal(rngs.params(), (num_outputs, features, state_size // 2, 2)) / np.sqrt(2)
+        output_matrix = jax.random.normal(rngs.params(), (num_outputs, features, state_size // 2, 2), jnp.float32) / np.sqrt(2)
         self.output_matrix = nnx.Param(output_matrix.astype(param_dtype))
-        log_step = jax.random.uniform(rngs.params(), (features,), minval=np.log(dt_min), maxval=np.log(dt_max))
+        log_step = jax.random.uniform(rngs.params(), (features,), jnp.float32, np.log(dt_min), np.log(dt_max))
         self.log_step = nnx.Param(log_step.astype(param_dtype))
 
     def _system(self):
