@@ -296,7 +296,7 @@ def _backward(layout, saved, d_out):
     width = items.keys.shape[2]
     chunk = width if jax.default_backend() == "cpu" else layout.chunk_size
     parts = [slice(first, first + chunk) for first in range(0, width, chunk)]
-    start = *(zeros_after(d_out, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], d_out, 0)
+    start = *(zeros_after(delta, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], d_out, 0)
     gradients, _ = jax.lax.scan(step, (*start[:2], start[2].astype(gain.dtype)), items)
     return *(x.astype(like.dtype) for x, like in zip(gradients, (query, gain, value), strict=True)), None, None
 
