@@ -6,6 +6,11 @@ Layers are timed in turn with the baseline, softmax, so that ratios are of one r
 (Markdown, LaTeX) and plots of all its rows are written beside it. Nothing is run that compiled memory shows not to fit.
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("bench_lra")
+
 import dataclasses
 import functools
 import math
@@ -248,9 +253,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    code = commands.explained("bench_lra", main)
-    if code == commands.INTERRUPTED:
-        # A compiler at work does not live through the interpreter's own end.
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    commands.run("bench_lra", main)

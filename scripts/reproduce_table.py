@@ -8,6 +8,11 @@ used up is no failure: the table is printed, and the exit code is 0. Rows are ad
 it. Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import starting
+
+    starting.begin("reproduce_table")
+
 import dataclasses
 import math
 import os
@@ -169,4 +174,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.explained("reproduce_table", main))
+    commands.run("reproduce_table", main)
