@@ -17,7 +17,6 @@ from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
 
 USAGE, FAILED, INTERRUPTED = 2, 1, starting.INTERRUPTED
-SEEDS = 2**32  # a key of JAX keeps 32 bits of its seed
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +55,7 @@ def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), *
             parser.add_argument(option, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=helps[name])
             continue
         words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
-        plain = seed if name == "seed" else next((part for part in parts if part in (int, float)), str)
+        plain = next((part for part in parts if part in (int, float)), str)
         parser.add_argument(
             f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="|".join(words) or plain.__name__.upper(),
             type=_optional(plain) if type(None) in parts else plain, help=helps[name],
@@ -64,37 +63,10 @@ def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), *
 
 
 def described(record: type) -> dict[str, str]:
-    """What a dataclass's docstring says of each field under "Attributes", on one line, as argparse takes it.
-
-    Names that share a text share it here, too, unless the text has a part between commas for each of them. A field that only
-    the text of another one mentions, in backquotes, refers to that.
-    """
+    """What a dataclass's docstring says of each field under "Attributes", on one line, as argparse takes it."""
     section = inspect.getdoc(record).partition("Attributes:\n")[2]
-    text = " ".join(section.split()).replace("%", "%%")
-    found: dict[str, str] = {}
-    # "b1, b2, eps: of Adam. clip_norm: largest norm": names, then words up to the next names.
-    known = "|".join(one.name for one in dataclasses.fields(record))
-    heads = list(re.finditer(rf"(?:^|(?<=[.;] ))((?:{known})(?:, (?:{known}))*): ", text))
-    for head, after in zip(heads, [*heads[1:], None], strict=True):
-        names, words = head[1].split(", "), text[head.end() : after.start() if after else None].rstrip(" .;")
-        parts = words.split(", ")
-        found |= zip(names, parts if len(parts) == len(names) else [words] * len(names), strict=True)
-    for one in dataclasses.fields(record):
-        if one.name not in found:
-            other = next((name for name, words in found.items() if f"`{one.name}`" in words), "")
-            found[one.name] = f"see --{other.replace('_', '-')}" if other else " "
-    return found
-
-
-def seed(text: str) -> int:
-    """A seed as an option: what a random key can tell apart.
-
-    Raises: argparse.ArgumentTypeError: it is too large; one below 0 is told by the run.
-    """
-    value = int(text)
-    if value >= SEEDS:
-        raise argparse.ArgumentTypeError(f"must be in 0..{SEEDS - 1}, got {value}.")
-    return value
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in found}
 
 
 def _optional(kind: type) -> Callable:

@@ -31,6 +31,7 @@ from subquad.zoo import LAYERS
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 LIMITS = ("length", "batch")
+KEPT = "Its rows are in the CSV beside it."
 # What the model, or another option, decides.
 FIXED = ("recipe", "task", "config", "layer", "layer_options")
 
@@ -212,8 +213,8 @@ def show(out: str, measured) -> int:
         racing.show(table.heading, table.body)
         print("\n".join(table.notes))
     rows, stem = bench.read(out), pathlib.Path(out).with_suffix("")
-    results.write(bench.markdown(rows), f"{stem}.md")
-    results.write(bench.latex(rows), f"{stem}.tex")
+    results.write(bench.markdown(rows), f"{stem}.md", KEPT)
+    results.write(bench.latex(rows), f"{stem}.tex", KEPT)
     written = [f"{stem}.md", f"{stem}.tex"]
     for number, group in enumerate(bench.groups(rows), 1):
         picture = f"{stem}-{number}.png"

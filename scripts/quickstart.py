@@ -23,7 +23,7 @@ def parse():
     listed = f"of {' '.join(every)}; default: all that the task admits"
     parser.add_argument("--layers", nargs="+", default=None, metavar="LAYER", help=listed)
     parser.add_argument("--steps", type=int, default=recipes.Run.steps, help=f"of each layer; default: {recipes.Run.steps}")
-    parser.add_argument("--seed", type=commands.seed, default=0, help="of parameters and order; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and order; default: 0")
     parser.add_argument("--task", default="listops", help=f"one of {', '.join(tasks.TASKS)}; default: listops")
     parser.add_argument("--config", help="of the task; of listops small, or lra, the full one; default: the task's usual one")
     parser.add_argument("--out", default="runs/quickstart", help="folder of all results; default: runs/quickstart")

@@ -28,7 +28,7 @@ def parse():
     parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, keep what is finished")
-    parser.add_argument("--seeds", nargs="+", type=commands.seed, metavar="SEED", help="several runs, one after the other")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="several runs, one after the other")
     parser.add_argument("--devices", type=int, help="that share a batch; default: one, or all of several processes")
     parser.add_argument("--shard", default="batch", metavar="batch|zero", help="zero: parameters and moments, too")
     parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard/ in each run's folder, too")
@@ -47,16 +47,15 @@ def main() -> int:
     words = commands.changes(recipes.Run, arguments)
     if arguments.seeds and "seed" in words:
         raise ValueError(f"seed must be left out beside --seeds, got {words['seed']}. Add it to --seeds.")
-    if min(arguments.seeds or [0]) < 0:
-        raise ValueError(f"seeds must be >= 0, got {min(arguments.seeds)}.")
     parallel.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
     words["layer_options"] = commands.assignments(arguments.layer_options)
-    run = recipes.plan(words.pop("recipe"), words.pop("layer"), **words)
-    seeds = list(dict.fromkeys(arguments.seeds or [run.seed]))
+    seeds = [{"seed": seed} for seed in dict.fromkeys(arguments.seeds or [])] or [{}]
+    recipe, layer = words.pop("recipe"), words.pop("layer")
+    runs = [recipes.plan(recipe, layer, **words, **seed) for seed in seeds]
     out = checkpoints.open_folder(arguments.out)
     shared = {name: getattr(arguments, name) for name in ("data_dir", "resume", "devices", "shard", "tensorboard")}
     rows = []
-    for one in (dataclasses.replace(run, seed=seed) for seed in seeds):
+    for one in runs:
         if parallel.is_first():
             print(json.dumps(dataclasses.asdict(one)), file=sys.stderr)
         rows.append(train.train(one, out=out / "runs" / one.id, **shared))

@@ -29,30 +29,40 @@ class Run:
 
     Attributes:
         recipe: id of the recipe that it was planned from.
-        task, config, layer, seed: what is trained.
+        task: a key of `tasks.TASKS`.
+        config: which of the task's data sets.
+        layer: a key of `zoo.LAYERS`, or "package.module:ClassName".
+        seed: of the first parameters, the order of the data and dropout; below 2**32.
         layer_options: of the layer's constructor.
-        in_features, num_layers, mlp_features: features D, number of blocks, features inside the feed-forward networks.
+        in_features: features D.
+        num_layers: number of blocks.
+        mlp_features: features inside the feed-forward networks.
         pooling: of the real tokens; "cls" prepends a token of its own and reads that.
         positions: "learned", "sinusoidal" or None.
-        embedding_std, position_std: deviations of token embeddings and learned positions at the start; None: those that
-            `zoo.Encoder` draws, 1 / sqrt(in_features). Where one is given, "cls" starts as 0.
         dropout_rate: of embeddings and block outputs.
         steps: optimiser steps.
-        batch_size: examples per step; accumulate: in how many equal parts it is computed.
+        batch_size: examples per step.
+        accumulate: in how many equal parts a batch is computed.
         learning_rate: at the peak; for the schedule "rsqrt" the factor of min(1, t / warmup) / sqrt(max(t, warmup)).
-        state_learning_rate: the same for the parameters of state spaces, `optim.STATE_SPACE`; None: as the others'.
-        step_learning_rate: the same for their step sizes; None: as the parameters of state spaces.
         schedule: after the warm-up, "cosine" or "linear" to 0 at the last step, "rsqrt", "constant", or "plateau": times
             0.2 whenever the validation loss has had no new minimum in `patience` validations.
         warmup_steps: linear warm-up, in steps; a recipe's is at most half of `steps`, but for "rsqrt".
-        weight_decay: decoupled, times the learning rate. decay: "matrices" spares biases, norms and the layers'
-            other parameters; "all" spares none but those of state spaces.
-        b1, b2, eps: of Adam. clip_norm: largest global norm of the gradient, or None.
-        ema: decay of a moving average of the parameters, which is then what is validated, tested and kept; None: no average.
+        weight_decay: decoupled, times the learning rate.
+        decay: "matrices" spares biases, norms and the layers' other parameters; "all" spares none but those of state spaces.
+        b1: of Adam, of the gradients' average.
+        b2: of Adam, of their squares' average.
+        eps: of Adam, added to the root of the squares' average.
+        clip_norm: largest global norm of the gradient; None: no limit.
         dtype: of activations; parameters are float32.
-        remat: compute each block again in the backward pass: less memory, more time, the same numbers.
         evaluate_every: steps between validations, each of which also saves a checkpoint.
         selection: which parameters the reported test accuracy is of: "best" on validation, or the "last".
+        ema: decay of a moving average of the parameters, which is then what is validated, tested and kept; None: no average.
+        remat: compute each block again in the backward pass: less memory, more time, the same numbers.
+        state_learning_rate: as learning_rate, of the parameters of state spaces, `optim.STATE_SPACE`; None: as the others'.
+        step_learning_rate: as learning_rate, of their step sizes; None: as the parameters of state spaces.
+        embedding_std: deviation of the token embeddings at the start, and "cls" starts as 0; None: 1 / sqrt(in_features).
+        position_std: deviation of the learned positions at the start; None: 1 / sqrt(in_features).
+        patience: validations that a plateau waits for a new minimum.
         protocol: the rules that a number was made by: "lra-2020", those of the arena's code, or "modern", see `protocols`.
         head: between pooled features and logits: "linear", after one hidden layer of in_features for a pair, or "mlp", the
             arena's hidden layer of mlp_features, and a second of half as many for a pair.

@@ -46,7 +46,7 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
         (("--devices", 3), "devices must be in 1..1, the cpu devices there are, got 3. On a CPU, XLA_FLAGS="),
         (("--shard", "zero"), "shard must be 'batch' on one device, got 'zero'. Pass devices, 2 or more."),
         (("--seeds", 1, "--seed", 1), "seed must be left out beside --seeds, got 1. Add it to --seeds."),
-        (("--seeds", -1), "seeds must be >= 0, got -1."),
+        (("--seeds", -1), "seed must be in [0, 2**32), got -1."),
         (("--num-processes", 2), "start: coordinator must be given together with"),
         (("--ema", 2), "ema must be in (0, 1), got 2.0."),
         (("--schedule", "linaer"), "schedule must be a known word, got 'linaer'. Did you mean 'linear'?"),
