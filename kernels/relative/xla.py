@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
-from subquad.kernels.softmax.xla import balance
+from subquad.kernels.softmax.xla import balance, cores
 
 
 class Plan(NamedTuple):
@@ -60,8 +60,11 @@ CPU_TILE, ACCELERATOR_TILE = 1 << 20, 1 << 24
 
 def choose_plan(batch: int, heads: int, queries: int, keys: int) -> Plan:
     """Even tiles, the fewer the queries the more keys, and parts of the batch so small that a tile need not shrink further."""
-    # On a CPU fewer queries than keys: t of the t + s distances in the band of a tile belong to no pair.
-    limit, rows, columns = (CPU_TILE, 128, 256) if jax.default_backend() == "cpu" else (ACCELERATOR_TILE, 1024, 1024)
+    # On a CPU fewer queries than keys: t of the t + s distances in the band of a tile belong to no pair. One core likes
+    # small tiles; what several share may be larger.
+    share = min(cores(), 2)
+    cpu, accelerator = (CPU_TILE, 128 * share, 256 * share), (ACCELERATOR_TILE, 1024, 1024)
+    limit, rows, columns = cpu if jax.default_backend() == "cpu" else accelerator
     query = balance(queries, rows)
     key = balance(keys, rows * columns // query)
     room = max(1, limit // (heads * query * (query + key)))

@@ -73,8 +73,12 @@ def parts_of(batch: int, kv_heads: int, groups: int, queries: int, keys: int, fe
 def tile_bytes() -> int:
     if jax.default_backend() != "cpu":
         return ACCELERATOR_TILE_BYTES
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return CORE_TILE_BYTES * min(cores, 16)
+    return CORE_TILE_BYTES * min(cores(), 16)
+
+
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def most_of(reach: int | None) -> int:
