@@ -53,12 +53,12 @@ class Download:
         return f"{self.file}, {size(self.size)}, {urllib.parse.urlsplit(self.url).hostname}"
 
     def require(self, name: str, manual_dir: pathlib.Path, downloads: pathlib.Path) -> None:
-        """The file is in manual_dir or among the downloads, or its host answers; else `MissingSource`."""
+        """The file is in manual_dir or among the downloads, or its host begins to send it; else `MissingSource`."""
         if (manual_dir / self.file).is_file() or _downloaded(self.url, downloads):
             return
         reason = unreachable(self.url)
         if reason:
-            raise self.missing(name, manual_dir, f"no connection: {reason}")
+            raise self.missing(name, manual_dir, f"no file from there: {reason}")
 
     def missing(self, name: str, manual_dir: pathlib.Path, got: str) -> MissingSource:
         """The error that says where the file is to be put, when `got` is what came of fetching it."""
@@ -140,17 +140,18 @@ def _downloaded(url: str, downloads: pathlib.Path) -> bool:
 
 
 def unreachable(url: str, patience: float | None = None) -> str | None:
-    """Why an address does not answer within `patience` seconds, or None where it does. Proxies are honoured."""
+    """Why no file begins to come from an address within `patience` seconds, or None where it does. Proxies are honoured."""
     patience = PATIENCE if patience is None else patience
     answer: list[str | None] = [f"no answer within {patience:.0f} seconds"]
 
     def ask():
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=patience):
-                answer[0] = None
+            # Not HEAD: some hosts refuse that and give the file, others answer it and refuse the file.
+            with urllib.request.urlopen(url, timeout=patience) as file:
+                file.read(1)
+            answer[0] = None
         except urllib.error.HTTPError as error:
-            # The host is there; some refuse HEAD and give the file all the same.
-            answer[0] = None if error.code in (403, 405, 501) else f"{url} answers {error.code} {error.reason}"
+            answer[0] = f"{url} answers {error.code} {error.reason}"
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             answer[0] = " ".join(str(reason).split()) or type(error).__name__
