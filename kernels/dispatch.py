@@ -4,7 +4,6 @@ import contextvars
 import difflib
 import functools
 import importlib
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -20,7 +19,6 @@ BY_NAME_ONLY = ("interpret", "reference")
 
 Declined = launch.Declined
 
-_explained = itertools.count()
 _report: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("report", default=None)
 
 
@@ -96,7 +94,7 @@ def explain(function: Callable, *args, **kwargs) -> None:
     token = _report.set(lines)
     try:
         # Apart, or JAX would find what is compiled already in its cache and choose nothing.
-        with launch._apart(f"explanation {next(_explained)}"):
+        with launch.apart():
             jax.eval_shape(lambda: jax.tree.leaves(function(*args, **kwargs)))
     finally:
         _report.reset(token)

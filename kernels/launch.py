@@ -135,15 +135,18 @@ def lowering_for(compute_capability: int) -> Iterator[None]:
     global _assumed_capability
     before, _assumed_capability = _assumed_capability, compute_capability
     try:
-        with _apart(f"sm_{compute_capability}"):
+        with apart(f"sm_{compute_capability}"):
             yield
     finally:
         _assumed_capability = before
 
 
-def _apart(traced_for: str):
-    """Keeps what is traced inside apart from what is traced elsewhere, which JAX would find in its cache and use."""
-    return set_xla_metadata(subquad_traced_for=traced_for)
+def apart(traced_for: str | None = None):
+    """Keeps what is traced inside apart from what is traced elsewhere, which JAX would find in its cache and use.
+
+    `traced_for`: what all such traces may share; None: nothing, not even with the same one again.
+    """
+    return set_xla_metadata(subquad_traced_for=traced_for or f"once {next(_traces)}")
 
 
 @contextlib.contextmanager
@@ -157,7 +160,7 @@ def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
     global _recorded
     before, _recorded = _recorded, []
     try:
-        with lowering_for(compute_capability), _apart(f"recording {next(_traces)}"):
+        with lowering_for(compute_capability), apart():
             yield _recorded
     finally:
         _recorded = before
@@ -187,7 +190,7 @@ def trying(trials: Mapping[Request, Config]) -> Iterator[dict[Request, Config]]:
     _trials.update(trials)
     _requested.clear()
     try:
-        with _apart(f"trial {next(_traces)}"):
+        with apart():
             yield _requested
     finally:
         for now, then in zip((_trials, _requested), before, strict=True):

@@ -159,6 +159,7 @@ def dot(equation, a, b):
 
 def scores_of(plan: Plan, tiles: Tiles, p, i, j):
     """The scores of a step, [b, N, t, s]; -inf where the query may not see the key."""
+    # The band comes first in a product: XLA on a CPU would else give [.., r, t], which every later step turns.
     by_distance = dot("nrh,bnth->bntr", near(plan, tiles.band, i, j), tiles.position[p, i])
     scores = dot("bnth,bnsh->bnts", tiles.content[p, i], tiles.key[p, j]) + skew(by_distance, plan.key)
     at = plan.offset + i * plan.query + jnp.arange(plan.query)

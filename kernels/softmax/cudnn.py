@@ -11,7 +11,7 @@ OLDEST, HOPPER = 80, 90  # compute capabilities
 def attention(query, key, value, bias, visible, band, scale: float, *, return_lse: bool, by_name: bool):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], None).
 
-    `by_name`: whether the caller asked for cuDNN; else it is taken only where it was measured.
+    `by_name`: whether the caller asked for cuDNN; else it is taken from Hopper on only.
     """
     if reason := refusal(query, value, bias, visible, band, return_lse, by_name):
         raise launch.Declined(reason)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 import http.server
@@ -128,16 +129,12 @@ def test_a_host_that_accepts_and_says_nothing_is_given_up(monkeypatch):
 
 def test_a_download_is_checked_kept_and_not_repeated(tmp_path, monkeypatch):
     archive = archives.imdb(tmp_path / "server")
-    handler = functools.partial(Quiet, directory=str(archive.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/aclImdb_v1.tar.gz"
+    with serving(Quiet, archive.parent) as url:
         elsewhere(monkeypatch, url)
         assert "404" in sources.unreachable(url.replace("v1", "v2"))
         with archives.trusted("lra_text", url, archive):
             store.prepare("lra_text/lra", tmp_path / "data")
             assert len(store.read("lra_text/lra", tmp_path / "data")["test"]) == 20
-        server.shutdown()
     # The server is gone; what was downloaded serves again.
     shutil.rmtree(tmp_path / "data" / "lra_text")
     with archives.trusted("lra_text", url, archive):
@@ -158,21 +155,28 @@ def test_a_host_that_refuses_the_file_is_told_as_one_that_is_not_there(answer, t
             self.close_connection = True
 
     archive = archives.imdb(tmp_path / "server")
-    handler = functools.partial(Refusing, directory=str(archive.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/aclImdb_v1.tar.gz"
+    with serving(Refusing, archive.parent) as url:
         elsewhere(monkeypatch, url)
         began = time.monotonic()
         with archives.trusted("lra_text", url, archive):
             with pytest.raises(store.MissingSource) as caught:
                 store.prepare("lra_text/lra", tmp_path)
         assert time.monotonic() - began < 10
-        server.shutdown()
     message, folder = str(caught.value), tmp_path / "downloads" / "manual"
     assert message.startswith(f"lra_text/lra: file aclImdb_v1.tar.gz (84 MB) must be downloadable or in {folder}, got ")
     assert message.endswith(f"Fetch {url} on another machine and put it into {folder}") and "\n" not in message
     assert ("403" in message) == (answer != "nothing")
+
+
+@contextlib.contextmanager
+def serving(kind, folder):
+    """The address at which a server of this kind has the archive in the folder."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/aclImdb_v1.tar.gz"
+        finally:
+            server.shutdown()
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
