@@ -27,7 +27,7 @@ from subquad.lra.checkpoints import RunError, line
 class Result:
     """One run. The fields are the columns of the CSV; a field that does not apply is None, an empty cell.
 
-    Accuracies are fractions of 1, all on the split that `split` names unless the name says validation.
+    Accuracies are fractions of 1, all on the split that `split` names unless the name says train or validation.
     """
 
     status: str  # "ok", or "failed: " and why
@@ -75,6 +75,8 @@ class Result:
     floor_network: float | None = None  # a small convolutional network, see `network_floor`
     floor_unigram: float | None = None  # bits per byte of the tokens' frequencies
     floor_bigram: float | None = None  # of those after one token
+    accuracy_train: float | None = None  # as `accuracy`, of training examples: the first, as many as there are of test
+    bits_per_byte_train: float | None = None
 
 
 FIELDS = [one.name for one in dataclasses.fields(Result)]

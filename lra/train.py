@@ -179,10 +179,13 @@ def train(
     scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:
         test = list(pipeline.evaluation_batches(splits["test"], batch_size=run.batch_size, length=task.length))
-        last = evaluate(averaged(state), test)[0]
+        now = averaged(state)
+        last = evaluate(now, test)[0]
         same = progress["best"][0] == run.steps
         found = {"best": last if same else evaluate(best, test)[0], "last": last}
-        scores |= objective.columns(selected=found[run.selection], **found)
+        some = dict(batch_size=run.batch_size, length=task.length, count=len(splits["test"]))
+        seen = evaluate(best if run.selection == "best" else now, pipeline.evaluation_batches(splits["train"], **some))[0]
+        scores |= objective.columns(selected=found[run.selection], train=seen, **found)
     checkpoints.close()
     configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
     floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}

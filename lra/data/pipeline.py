@@ -124,10 +124,13 @@ def training_batches(source: Sequence, *, batch_size: int, length: int, seed: in
     return GrainBatches(source, batch_size, length, seed)
 
 
-def evaluation_batches(source: Sequence, *, batch_size: int, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order. The last batch is filled up with copies of its last row, at weight 0."""
-    for start in range(0, len(source), batch_size):
-        rows = list(range(start, min(start + batch_size, len(source))))
+def evaluation_batches(
+    source: Sequence, *, batch_size: int, length: int, count: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every example, or the first `count`, in order. The last batch is filled up with copies of its last row, at weight 0."""
+    count = len(source) if count is None else min(count, len(source))
+    for start in range(0, count, batch_size):
+        rows = list(range(start, min(start + batch_size, count)))
         missing = batch_size - len(rows)
         batch = _stack([source[row] for row in rows + rows[-1:] * missing], length)
         batch["weights"] = np.array([1.0] * len(rows) + [0.0] * missing, np.float32)

@@ -90,7 +90,11 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
         task = tasks.find(run.task, run.config)
         command = _command(cell, f"{_prepare(task, data_dir)}python scripts/reproduce_table.py", options)
         return Verdict(cell, "not run", reason=cell.note, command=command, cost=costs.of_run(run, task))
-    values = [100 * row.accuracy for row in rows]
+    if cell.metric == "train_accuracy":
+        rows = [row for row in rows if row.accuracy_train is not None]
+        if not rows:
+            return Verdict(cell, "cannot", reason="its run is of a version that did not score train")
+    values = [100 * (row.accuracy_train if cell.metric == "train_accuracy" else row.accuracy) for row in rows]
     ours, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
     theirs = CHANCE if cell.expected is None else cell.expected
     close = abs(ours - theirs) <= cell.tolerance

@@ -198,14 +198,13 @@ def _cell(source: figures.Source, figure: figures.Figure, transformer: Mapping[i
 
 def _unanswered(figure: figures.Figure, metric: str, measured: bool, answer: Answer) -> str:
     """Why a figure has no answer although its row has a layer here; "" where it has one."""
-    if metric == "accuracy":
+    if metric in ("accuracy", "train_accuracy"):
         if figure.task == "average":
             return "made of the other columns"
         return "its schedule is not in what was read" if answer.recipe == "bench" else ""
     if measured:
         return ""
     return {
-        "train_accuracy": "the trainer scores validation and test",
         "speed_ratio": "of no one length and task that was read",
         "compute": "counted by a tool of its authors that reads too low, as they say; scripts/bench_lra.py counts our models'",
     }.get(metric, _MACHINE.cannot)

@@ -91,6 +91,9 @@ def test_evaluation_sees_every_example_once_and_weighs_the_fillers_0(splits):
     expected = [pipeline.pad(one, LENGTH)["inputs"] for one in splits["test"]]
     assert np.array_equal(real, np.stack(expected))
     assert all(batch["mask"].any(axis=1).all() for batch in batches)  # no filler is a row of padding alone
+    first = list(pipeline.evaluation_batches(splits["test"], batch_size=24, length=LENGTH, count=30))
+    assert [batch["weights"].sum() for batch in first] == [24, 6]
+    assert np.array_equal(first[1]["inputs"][:6], batches[1]["inputs"][:6])
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 257])

@@ -17,6 +17,7 @@ from subquad.zoo import LAYERS
 from tests.lra.test_results import row as made
 
 TRANSFORMER = "lra.1.transformer"
+IMAGE = "lra.3.transformer.image"
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def cell(name, paper="lra", table="1"):
     return next(one for one in cells.table(paper, table) if one.id == name)
 
 
-def result(name, accuracy, seed=0, **other):
+def result(name, accuracy, seed=0, table="1", **other):
     """The row of a run that answers to a cell."""
-    run = tables.run_of(cell(name), seed)
+    run = tables.run_of(cell(name, table=table), seed)
     configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
     named = ("layer", "task", "config", "recipe", "seed")
     return made(accuracy=accuracy, configuration=configuration, **{word: getattr(run, word) for word in named}, **other)
@@ -92,6 +93,19 @@ def test_what_differs_says_what_the_published_model_was(tmp_path):
     one = tables.judge(cell(name), known(tmp_path, result(name, 0.37, collapsed_step=40)))
     assert one.outcome == "differs" and "groups of 50 distant positions" in one.reason
     assert "seed 0 collapsed at step 40" in one.reason
+
+
+def test_accuracies_of_train_are_answered_by_the_run_of_test(tmp_path):
+    of_test, of_train = (cell(name, table="3") for name in (IMAGE, f"{IMAGE}.train_accuracy"))
+    assert tables.run_of(of_test) == tables.run_of(of_train)
+    one = tables.judge(of_train, known(tmp_path, made("local")))
+    assert one.outcome == "not run" and f"--only {IMAGE} --run" in one.command
+    run = result(IMAGE, 0.42, table="3")
+    one = tables.judge(of_train, known(tmp_path, run))
+    assert (one.outcome, one.reason) == ("cannot", "its run is of a version that did not score train")
+    found = known(tmp_path, dataclasses.replace(run, accuracy_train=0.70))
+    assert [tables.judge(one, found).ours for one in (of_test, of_train)] == [pytest.approx(42), pytest.approx(70)]
+    assert tables.judge(of_train, found).outcome == "reproduced within tolerance"
 
 
 def test_a_failure_is_a_row(tmp_path):
@@ -388,7 +402,7 @@ def test_what_a_checkpoint_has_done_is_taken_off_the_estimate(tmp_path):
 def test_one_run_that_answers_to_several_tables_is_missing_once():
     wanted = [one for table in ("1", "3") for one in cells.table("lra", table) if one.row == "Transformer"]
     found = {tuple(ids) for _, ids in reproduce.missing(wanted, ledger.read(), 1)}
-    assert (f"{TRANSFORMER}.image", "lra.3.transformer.image") in found
+    assert (f"{TRANSFORMER}.image", f"{IMAGE}.train_accuracy", IMAGE) in found
 
 
 def test_estimates_grow_with_what_a_run_does():
