@@ -18,7 +18,7 @@ import numpy as np
 
 from subquad.lra.data import sources
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 SPLITS = ("train", "validation", "test")
 SECTIONS = ("business", "entertainment", "politics", "sport", "tech")
 PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon", "rocket")
@@ -78,15 +78,22 @@ def _bbc_text(split: str) -> Iterator[dict]:
 
 
 def _bbc_halves(split: str) -> Iterator[dict]:
-    """Each half is in one pair of either label, so that no half alone tells the label; an article is in one split."""
+    """Each half is in one pair of either label, so that no half alone tells the label; an article is in one split.
+
+    Nor do lengths: halves lose up to a quarter at their ends, and the other article is one of about the same length.
+    """
+    draw = random.Random(f"0/{split}")
+    cut = lambda half: half[: round(draw.uniform(0.75, 1) * len(half))]
     by_section: dict[int, list[tuple[bytes, bytes]]] = {}
     for article, label in _articles("bbc_halves", split):
         if len(article) >= _LEAST_ARTICLE:
             middle = article.index(b" ", len(article) // 2)  # between words
-            by_section.setdefault(label, []).append((article[:middle], article[middle + 1 :]))
+            by_section.setdefault(label, []).append((cut(article[:middle]), cut(article[middle + 1 :])))
     for halves in by_section.values():
         if len(halves) < 2:
             continue  # there is no other article
+        halves = sorted(halves, key=lambda pair: len(pair[1]))
+        halves = halves[::2] + halves[1::2][::-1]  # a ring, in which neighbours are of about the same length
         for (first, second), (_, other) in zip(halves, halves[1:] + halves[:1], strict=True):
             for text, label in ((second, 1), (other, 0)):
                 yield {"text1": np.frombuffer(first, np.uint8), "text2": np.frombuffer(text, np.uint8), "label": label}

@@ -13,7 +13,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     code_path = epath.Path(__file__)
     pkg_dir_path = epath.Path(__file__).parent
     VERSION = tfds.core.Version(corpora.VERSION)
-    RELEASE_NOTES = {corpora.VERSION: "First release."}
+    RELEASE_NOTES = {"1.0.0": "First release.", "1.1.0": "bbc_halves: lengths do not tell the label any more."}
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="bbc_text", description="BBC news, five sections"),
         tfds.core.BuilderConfig(name="bbc_halves", description="Halves of BBC news: of one article or of two"),
