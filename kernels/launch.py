@@ -30,6 +30,7 @@ from subquad.kernels import interpreter
 
 Mode = Literal["triton", "interpret"]
 
+CAPABILITIES = (80, 90, 100)  # whose machine code is checked ahead of time; some of the others have half the shared memory
 PTX_VERSION = 87  # the newest that CUDA 12.8 drivers know; newer Triton would emit what an older driver refuses
 FLOATS = ("float32", "bfloat16", "float16")
 TUNED = pathlib.Path(__file__).parent / "tuned"
@@ -98,6 +99,11 @@ def require(mode: Mode) -> None:
         raise Declined("this process runs Triton's interpreter (TRITON_INTERPRET is set or was needed).")
     if capability() is None:
         raise Declined("JAX sees no NVIDIA GPU here; launch.lowering_for(90) traces for one that is elsewhere.")
+    if capability() not in CAPABILITIES:
+        *known, last = (f"{number / 10}" for number in CAPABILITIES)
+        raise Declined(
+            f"the GPU has compute capability {capability() / 10}, and the kernels are made for {', '.join(known)} and {last}."
+        )
     if _recorded is None and importlib.util.find_spec("jax_triton") is None:
         raise Declined("jax-triton is not installed; install subquad[gpu].")
 
@@ -106,22 +112,27 @@ def capability() -> int | None:
     """The compute capability that kernels are traced for, as 90 for 9.0; None: there is no GPU to trace for."""
     if _assumed_capability is not None:
         return _assumed_capability
-    return _device_capability()
+    return _capability_of(_device())
 
 
-@functools.cache
-def _device_capability() -> int | None:
-    if jax.default_backend() != "gpu":
+def _device() -> jax.Device:
+    """Where what is traced now will run: `jax.default_device` may say other than the first GPU, or a CPU beside it."""
+    chosen = jax.config.jax_default_device
+    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+
+
+def _capability_of(device: jax.Device) -> int | None:
+    if device.platform != "gpu":
         return None
-    version = getattr(jax.devices()[0], "compute_capability", None)  # "9.0"; an AMD GPU says "gfx942"
+    version = getattr(device, "compute_capability", None)  # "9.0"; an AMD GPU says "gfx942"
     return int(version.replace(".", "")) if version and version.replace(".", "").isdigit() else None
 
 
 def device_kind() -> str:
     """The name under which this device's tuned table is kept: "nvidia-h200", or "sm_90" where the device is elsewhere."""
-    if _assumed_capability is not None or _device_capability() is None:
+    if _assumed_capability is not None or capability() is None:
         return f"sm_{capability()}"
-    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+    return _device().device_kind.lower().replace(" ", "-")
 
 
 @contextlib.contextmanager

@@ -112,15 +112,17 @@ def cotangents(spec: Spec, implementation: str | None, arrays: Arrays, seed: int
     return jax.tree.map(draw, shapes)
 
 
-def launches(spec: Spec, dtype="bfloat16", length: int | None = None, bench: bool = True) -> list[launch.Launch]:
-    """The Triton kernels that a forward and backward pass launches on Hopper, each one once.
+def launches(
+    spec: Spec, dtype="bfloat16", length: int | None = None, bench: bool = True, compute_capability: int = 90
+) -> list[launch.Launch]:
+    """The Triton kernels that a forward and backward pass launches on a GPU, by default Hopper, each one once.
 
     `length`: None is the middle one of those that the benchmarks run, or the tests where these run none.
     """
     lengths = spec.bench_lengths or spec.lengths
     length = length or lengths[len(lengths) // 2]
     inexact, rest = split(spec.draw(length, dtype, bench))
-    with launch.recording() as recorded:
+    with launch.recording(compute_capability) as recorded:
         outputs = jax.eval_shape(forward(spec, "triton", rest), inexact)
         jax.eval_shape(forward_backward(spec, "triton", rest), inexact, outputs)
     return list(dict.fromkeys(recorded))

@@ -50,9 +50,15 @@ def around(heuristic: launch.Config) -> list[launch.Config]:
     return [heuristic, *(config for config in found if config != heuristic)]
 
 
-def requests_of(spec, dtype, length) -> dict[launch.Request, launch.Config]:
+def launches(spec, dtype, length, target) -> list[launch.Launch]:
+    """What is launched on the target: an A100 has heuristics of its own."""
+    number = target.removeprefix("sm_")
+    return specs.launches(spec, dtype, length, compute_capability=int(number) if number.isdigit() else 90)
+
+
+def requests_of(spec, dtype, length, target="sm_90") -> dict[launch.Request, launch.Config]:
     with launch.trying({}) as requested:
-        specs.launches(spec, dtype, length)
+        launches(spec, dtype, length, target)
         return dict(requested)
 
 
@@ -62,13 +68,13 @@ def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
     An operation may cut blocks down to a short axis, or take those of another kernel: then this is no candidate.
     """
     with launch.trying({request: heuristic}):
-        usual = specs.launches(spec, dtype, length)
+        usual = launches(spec, dtype, length, target)
     with launch.trying({request: config}):
-        launches = specs.launches(spec, dtype, length)
+        tried = launches(spec, dtype, length, target)
     if config == heuristic:  # which changes nothing
-        changed = [one for one in launches if uses(one, config)]
+        changed = [one for one in tried if uses(one, config)]
     else:
-        changed = [one for one in launches if one not in usual]
+        changed = [one for one in tried if one not in usual]
     try:
         return any(uses(one, config) for one in changed) and all(machine_code.compile(one, target).fits for one in changed)
     except machine_code.Refused:
@@ -130,7 +136,7 @@ def main() -> int:
     work = {}
     for spec, dtype in itertools.product(chosen(arguments), arguments.dtype):
         for length in arguments.length or spec.bench_lengths:
-            for request, heuristic in requests_of(spec, dtype, length).items():
+            for request, heuristic in requests_of(spec, dtype, length, target).items():
                 work.setdefault(request, (spec, dtype, length, heuristic))
     best = {}
     for request, (spec, dtype, length, heuristic) in track(work.items(), "Tuning", console=Console(stderr=True)):

@@ -1,6 +1,7 @@
 """The door to Triton: what it refuses, how the interpreter is guarded, what ahead-of-time compilation tells."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +218,37 @@ def test_what_was_traced_for_another_target_is_not_reused(toys):
     multiply = jax.jit(toys.multiply("triton"))
     x = draw(1, 20, 20)
     assert len(recorded(multiply, x, x)) == len(recorded(multiply, x, x)) == 1
+
+
+def test_a_gpu_beside_the_default_device_is_not_traced_for(monkeypatch):
+    """`jax.default_device` on a machine with a GPU: what runs on the CPU must not be lowered to its kernels."""
+    gpu, cpus = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200"), jax.devices("cpu")
+    monkeypatch.setattr(jax, "devices", lambda backend=None: cpus if backend == "cpu" else [gpu])
+    assert launch.capability() == 90 and launch.device_kind() == "nvidia-h200"
+    seen = []
+    function = jax.jit(lambda x: seen.append(launch.capability()) or 2 * x)
+    jax.eval_shape(function, draw(3))
+    for device in ("cpu", cpus[0]):
+        with jax.default_device(device):
+            jax.eval_shape(function, draw(3))
+            with pytest.raises(launch.Declined, match="no NVIDIA GPU|interpreter"):
+                launch.require("triton")
+    assert seen[0] == 90 and set(seen[1:]) == {None}
+
+
+@pytest.mark.parametrize("compute_capability", [70, 75, 86, 89, 120])
+def test_a_gpu_that_the_kernels_are_not_made_for(compute_capability):
+    """They would not compile for it, or ask for more shared memory than it has, and that only when they run."""
+    with launch.lowering_for(compute_capability), pytest.raises(launch.Declined, match="8.0, 9.0 and 10.0|interpreter"):
+        launch.require("triton")
+
+
+def test_the_kernels_of_another_gpu():
+    """What is recorded for an A100 is what an A100 launches: its attention has smaller tiles than Hopper's."""
+    spec = specs.find("softmax.attention/full")
+    hopper, ampere = (specs.launches(spec, compute_capability=number) for number in (90, 80))
+    assert [x.name for x in hopper] == [x.name for x in ampere]
+    assert hopper[0].config.blocks["BLOCK_K"] > ampere[0].config.blocks["BLOCK_K"]
 
 
 def test_neither_triton_nor_a_gpu_is_touched_by_importing():
