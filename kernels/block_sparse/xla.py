@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from subquad.kernels import precision
 from subquad.kernels.memory import bits, bits_dtype, numbers, zeros_after
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.xla import balance, pad, tile_bytes
@@ -199,6 +200,7 @@ def logits_of(plan: Plan, visible, query, key, work: Work, at: Step):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@precision.full
 def sparse(plan: Plan, query, key, value, mask):
     """Attention over the lists of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
     batch, queries, heads, _ = query.shape
@@ -242,6 +244,7 @@ def sparse_forward(plan, query, key, value, mask):
     return (out, lse), (query, key, value, mask, out, lse)
 
 
+@precision.full
 def sparse_backward(plan, residuals, gradients):
     query, key, value, mask, out, lse = residuals
     (batch, queries, heads, _), keys, precise = query.shape, key.shape[1], lse.dtype

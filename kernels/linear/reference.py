@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
 from subquad.kernels.linear.features import relu_features, softmax_features
 
 # A denominator below this counts as 0: its reciprocal and the gradients through it stay inside float32.
 SMALLEST_DENOMINATOR = 1e-30
 
 
+@precision.full
 def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, eps):
     """See `linear.attention`; returns the outputs and the state after the last key."""
     dtype = value.dtype

@@ -867,8 +867,8 @@ def _with_state(arrays: Arrays) -> Arrays:
     batch, _, heads, _ = arrays.query.shape
     shape = batch, heads, _num_features(arrays)
     return arrays._replace(
-        numerator=jnp.zeros((*shape, arrays.value.shape[-1])), denominator=jnp.zeros(shape),
-        largest=jnp.full(shape[:2], -jnp.inf),
+        numerator=jnp.zeros((*shape, arrays.value.shape[-1]), jnp.float32), denominator=jnp.zeros(shape, jnp.float32),
+        largest=jnp.full(shape[:2], -jnp.inf, jnp.float32),
     )  # fmt: skip
 
 
@@ -908,7 +908,7 @@ def _backward(plan: Plan, *operands):
     call = _Call(plan, arrays)
     causal, length = plan.is_causal, arrays.query.shape[1]
     wide = functools.partial(jnp.asarray, dtype=jnp.float32)
-    slope = jnp.einsum("btnv,btnv->bnt", wide(grad_out), wide(out))
+    slope = jnp.einsum("btnv,btnv->bnt", wide(grad_out), wide(out), precision=jax.lax.Precision.HIGHEST)
     of_rows = dict(grad_out=grad_out, weight=weight, slope=slope, maximum=maximum)
     largest = call.largest()
     of_keys = dict(key=arrays.key, value=arrays.value, scale=arrays.scale, mask=arrays.mask, **call.projection, **largest)

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
 from subquad.kernels.linear.chunks import BIDIRECTIONAL_CHUNK, chunk, empty, put, put_rows, sweep, take, take_rows
 from subquad.kernels.linear.features import LOG_FLOOR, RELU_OFFSET
 from subquad.kernels.linear.gradient import Arrays, Plan, bind, differentiable
@@ -169,6 +170,7 @@ def over(total, eps):
 # Forward and backward. Residuals: the weights 1 / denominator and the maxima, [B, N, T], and the last state.
 
 
+@precision.full
 def forward(plan: Plan, arrays: Arrays):
     (batch, length, heads), values = arrays.query.shape[:3], arrays.value.shape[-1]
     projection = scaled_projection(plan, arrays)
@@ -220,6 +222,7 @@ def saved(plan: Plan, arrays: Arrays):
     return out, residuals
 
 
+@precision.full
 def backward(plan: Plan, arrays: Arrays, out, residuals, gradients):
     run = _backward_causal if plan.is_causal else _backward_bidirectional
     projection = scaled_projection(plan, arrays)

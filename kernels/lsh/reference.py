@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from subquad.kernels import precision
+
 
 class Layout(NamedTuple):
     """Everything static about a call of `lsh.attention`."""
@@ -35,6 +37,7 @@ def hash_buckets(vectors, rotations, factors, num_rotations):
     return bucket.astype(jnp.int32)
 
 
+@precision.full
 def attention(layout, query_key, value, buckets, mask, scale):
     """See `lsh.attention`."""
     batch, length, heads, _ = query_key.shape
@@ -69,6 +72,7 @@ def attention(layout, query_key, value, buckets, mask, scale):
     return outputs.astype(value.dtype)
 
 
+@precision.full
 def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates):
     """See `lsh.extend`."""
     batch, length = query.shape[:2]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from subquad.kernels import precision
 from subquad.kernels.lsh.reference import Layout, inverse_norm
 from subquad.kernels.memory import bits, numbers, zeros_after
 
@@ -233,6 +234,7 @@ def over_items(layout, query, gain, value, items, codes):
     return _forward(layout, query, gain, value, items, codes)[0]
 
 
+@precision.full
 def _forward(layout, query, gain, value, items, codes):
     into = dict(preferred_element_type=gain.dtype)
 
@@ -261,6 +263,7 @@ def _forward(layout, query, gain, value, items, codes):
     return out, (query, gain, value, items, codes, out, log_total)
 
 
+@precision.full
 def _backward(layout, saved, d_out):
     query, gain, value, items, codes, out, log_total = saved
     delta = jnp.sum(d_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1)
@@ -304,6 +307,7 @@ def _backward(layout, saved, d_out):
 over_items.defvjp(_forward, _backward)
 
 
+@precision.full
 def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates):
     """See `lsh.extend`; by tiles of queries."""
     batch, length, heads, _ = query.shape

@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
+
 # What the backward passes of the other implementations need beside the arguments bears this name, so that a caller who
 # recomputes the arguments can keep it: jax.checkpoint(policy=jax.checkpoint_policies.save_only_these_names(SAVED)).
 SAVED = "relative.attention"
 
 
+@precision.full
 def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale):
     T, S = query.shape[1], key.shape[1]
     precise = jnp.promote_types(query.dtype, jnp.float32)

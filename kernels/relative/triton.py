@@ -477,7 +477,8 @@ def _forward(mode, content, position, key, value, relative, mask):
 
 def _backward(mode, saved, grad):
     *operands, out, lse = saved
-    shift = jnp.einsum("btnv,btnv->bnt", grad, out, preferred_element_type=jnp.float32)
+    options = dict(preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    shift = jnp.einsum("btnv,btnv->bnt", grad, out, **options)
     run = launch.fold_vmap(functools.partial(_run_backward, mode), SHARED)
     *gradients, d_relative = run(*operands, grad, lse, shift)
     relative = operands[4]

@@ -15,6 +15,7 @@ from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from subquad.kernels import precision
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.xla import balance, cores
@@ -186,6 +187,7 @@ def _attend(plan, content, position, key, value, relative_key, mask):
     return _forward(plan, content, position, key, value, relative_key, mask)[0]
 
 
+@precision.full
 def _forward(plan, content, position, key, value, relative_key, mask):
     tiles = cut(plan, content, position, key, value, relative_key, mask)
 
@@ -202,6 +204,7 @@ def _forward(plan, content, position, key, value, relative_key, mask):
     return out, (content, position, key, value, relative_key, mask, out, lse)
 
 
+@precision.full
 def _backward(plan, saved, d_out):
     *arguments, out, lse = saved
     content, position, key, value, relative_key, _ = arguments

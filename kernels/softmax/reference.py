@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
 
+
+@precision.full
 def attention(query, key, value, bias, visible, band, scale: float):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
     precise = jnp.promote_types(query.dtype, jnp.float32)

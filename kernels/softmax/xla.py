@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from subquad.kernels import precision
 from subquad.kernels.softmax import online, parts
 
 # Bytes of one tile of logits over all heads of a part. On a CPU, for each core: what a core works on should stay in its
@@ -242,6 +243,7 @@ def sweep(plan: Plan, step, carry):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@precision.full
 def flash(plan: Plan, query, key, value, bias, visible: Visible):
     """Attention over the tiles of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
@@ -271,6 +273,7 @@ def flash_forward(plan, query, key, value, bias, visible):
     return (out, lse), (query, key, value, bias, visible, out, lse)
 
 
+@precision.full
 def flash_backward(plan, residuals, gradients):
     *arguments, out, lse = residuals
     query, key, value, bias, _ = arguments

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from subquad.kernels import precision
 from subquad.kernels.softmax import online, parts
 from subquad.kernels.softmax.xla import balance
 from subquad.kernels.strided.pattern import Pattern
@@ -216,6 +217,7 @@ def parts_of(pattern: Pattern, query, value) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@precision.full
 def flash(pattern: Pattern, length: int, scale: float, query, key, value, valid):
     """Attention under `pattern`; the arrays may be padded beyond `length`."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
@@ -256,6 +258,7 @@ def flash_forward(pattern, length, scale, query, key, value, valid):
     return (out, lse), (query, key, value, valid, out, lse)
 
 
+@precision.full
 def flash_backward(pattern, length, scale, residuals, gradients):
     query, key, value, valid, out, lse = residuals
     cuts = parts_of(pattern, query, value)

@@ -4,6 +4,7 @@ An implementation other than "xla" may be wrong by twice what the XLA path is wr
 the last place: the rule adapts itself to dtype and length.
 """
 
+import contextlib
 import functools
 import re
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, specs
+from subquad.kernels import dispatch, launch, specs
 
 SPECS = specs.load()
 # The largest relative error of the XLA path, of outputs and of gradients.
@@ -138,6 +139,46 @@ def test_64_bits_for_others_change_nothing_here(name, implementation):
         got = jax.eval_shape(specs.forward_backward(spec, implementation, rest), inexact, cotangents)
     shape_of = lambda x: (x.shape, x.dtype)
     assert jax.tree.map(shape_of, got) == jax.tree.map(shape_of, (cotangents, inexact))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_64_bits_for_others_change_no_launch(name):
+    """A pointer to float64 has another stride than the kernel's, and no float32 output can lie in its memory."""
+    spec = SPECS[name]
+    serves(spec, "interpret")
+    inexact, rest = specs.split(spec.draw(spec.lengths[len(spec.lengths) // 2]))
+    seen = []
+    for wide in (False, True):
+        with jax.enable_x64(wide), launch.recording() as launches:
+            outputs = jax.eval_shape(specs.forward(spec, "triton", rest), inexact)
+            jax.eval_shape(specs.forward_backward(spec, "triton", rest), inexact, outputs)
+        seen.append(launches)
+    assert seen[0] and seen[0] == seen[1]
+
+
+def products(jaxpr):
+    """The precision of every product of float32 matrices in a jaxpr, and in those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and {x.aval.dtype.name for x in equation.invars} == {"float32"}:
+            yield equation.params["precision"]
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", "triton"])
+@pytest.mark.parametrize("name", SPECS)
+def test_products_of_float32_have_all_digits(name, implementation):
+    """The default is TF32 on a GPU and bfloat16 on a TPU, and no test on a CPU would see that."""
+    spec = SPECS[name]
+    serves(spec, "interpret" if implementation == "triton" else "xla")
+    arrays = spec.draw(spec.lengths[len(spec.lengths) // 2])
+    inexact, rest = specs.split(arrays)
+    cotangents = specs.cotangents(spec, "xla", arrays)
+    with launch.recording() if implementation == "triton" else contextlib.nullcontext():
+        traced = jax.make_jaxpr(specs.forward_backward(spec, implementation, rest))(inexact, cotangents)
+    assert set(products(traced.jaxpr)) <= {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 @pytest.mark.parametrize("name", SPECS)
