@@ -66,6 +66,8 @@ def main() -> int:
     if arguments.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         arguments.threads = 1 if arguments.threads is None else arguments.threads
+    else:  # PyTorch needs room beside JAX, and so do the processes that observe a peak
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     arguments.threads = racing.limit_threads(arguments.threads)
     # One thread on a processor has a clock of its own, which other programs do not stretch.
     arguments.clock = racing.clock_of(arguments.threads if arguments.device == "cpu" else 0)
