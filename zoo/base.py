@@ -5,6 +5,7 @@ import inspect
 import math
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -72,6 +73,10 @@ def check_features(owner: str, name: str, inputs, features: int) -> None:
         raise ValueError(
             f"{owner}: {name} must have a token and a sample at least, got {inputs.shape}. Leave empty batches out."
         )
+    # Of arrays on explicit axes each operation must be told how its result lies; the kernels leave that to the compiler.
+    if jax.sharding.AxisType.Explicit in jax.typeof(inputs).sharding.mesh.axis_types:
+        refuse(owner, name, jax.typeof(inputs), "lie on a mesh without explicit axes",
+               "Pass axis_types=(jax.sharding.AxisType.Auto,) * axes to jax.make_mesh, or call within jax.sharding.auto_axes.")
 
 
 def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: int, keys: int, pairwise: bool):
@@ -150,13 +155,23 @@ def check_call(
     return Call(flat_q, flat_kv, mask, extras, batch)
 
 
-def check_extend(layer, inputs, mask) -> Bool[Array, "B 1 1 T"] | None:
+def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
     """Checks the arguments of `extend`, [B, T, D] new tokens and their key padding, and returns the mask as [B, 1, 1, T]."""
     owner = type(layer).__name__
     require_extend(layer)
     check_features(owner, "inputs", inputs, layer.in_features)
     if inputs.ndim != 3:
         refuse(owner, "inputs", inputs.shape, "have shape [B, T, D] in extend", "Flatten the batch axes.")
+    like = jax.eval_shape(lambda: layer.init_cache(inputs.shape[0], 1))
+    if jax.tree.structure(cache) != jax.tree.structure(like):
+        raise TypeError(
+            f"{owner}: cache must be a {type(like).__name__}, got {type(cache).__name__}. "
+            "Pass what init_cache, or the call before, returned."
+        )
+    for array, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(like), strict=True):
+        if jnp.shape(array)[:1] != expected.shape[:1]:
+            refuse(owner, "cache", f"an array of shape {jnp.shape(array)}", f"hold {inputs.shape[0]} sequences, as inputs do",
+                   "Call init_cache with that batch_size.")
     mask = check_mask(owner, mask, inputs.shape[:1], 1, 1, inputs.shape[1], pairwise=False)
     return None if mask is None else jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))
 
@@ -233,8 +248,11 @@ class Attention(nnx.Module):
         param_dtype: dtype of the parameters.
         precision: `jax.lax.Precision` of the projections.
         kernel_init, bias_init: initialisers of the projections.
-        implementation: of the kernel; None takes the best that can run here.
+        implementation: of the kernel; None takes the best that can run here. Forward derivatives (`jax.jvp`, `jax.linearize`)
+            need "reference": the others have backward passes written by hand.
         rngs: `rngs.params()` draws the parameters.
+    Devices: under `jax.jit` the mesh's axes must be AxisType.Auto, which `jax.make_mesh` does not make them by itself;
+        `jax.shard_map` needs check_vma=False.
     Raises: ValueError: num_heads does not divide qkv_features, num_kv_heads does not divide num_heads, a direction or
         option that the layer does not support.  TypeError: an unknown option.
     """
@@ -361,13 +379,16 @@ class Attention(nnx.Module):
             cache: of `init_cache`, or of the call before; not changed.
             mask: key padding of the new tokens; a token masked out is seen by none, now or later.
         """
-        mask = check_extend(self, inputs, mask)
+        mask = check_extend(self, inputs, cache, mask)
         heads, cache = self.attend_cached(*self.project(inputs, inputs), mask, cache)
         return self.out(heads), cache
 
     def cache_dtype(self, dtype: Any):
         """The dtype of cached keys and values: `dtype`, or that of the computation on float32 inputs."""
         if dtype is not None:
+            if not jnp.issubdtype(dtype, jnp.floating):
+                refuse(type(self).__name__, "dtype", jnp.dtype(dtype), "be a floating-point dtype in init_cache",
+                       "Integers would cut off keys and values; jnp.bfloat16 halves the cache.")
             return jnp.dtype(dtype)
         return jnp.result_type(self.param_dtype, jnp.float32) if self.dtype is None else jnp.result_type(self.dtype)
 

@@ -264,6 +264,15 @@ def test_extend_leaves_its_cache_alone(name):
 
 
 @extending_only
+def test_extend_takes_a_cache_that_is_donated(name):
+    layer, x = layer_of(name, True), inputs(5)
+    step = jax.jit(lambda x, cache: layer.extend(x, cache), donate_argnums=1)
+    first, cache = step(x[:, :3], layer.init_cache(2, 5))
+    second, _ = step(x[:, 3:], cache)
+    close(jnp.concatenate([first, second], axis=1), extend_all(layer, x, [3, 2]), name)
+
+
+@extending_only
 @pytest.mark.parametrize("dtypes", [(jnp.bfloat16, None), (jnp.float32, jnp.bfloat16)], ids=["param", "both"])
 def test_extend_computes_in_the_dtype_of_the_call(name, dtypes):
     param_dtype, dtype = dtypes
@@ -287,6 +296,27 @@ def test_transformations(name, is_causal):
     close(jax.jit(jax.vmap(lambda x: layer(x)))(x), y, name)
     loss = lambda x: jnp.sum(layer(x) ** 2)
     close(jax.jit(jax.grad(jax.checkpoint(loss)))(x), jax.jit(jax.grad(loss))(x), name, scale=10)
+
+
+@by_direction
+def test_forward_derivatives_of_the_reference(name, is_causal):
+    layer, x = CASES[name].make(is_causal, implementation="reference"), inputs(LENGTH)
+    loss = lambda x: jnp.sum(layer(x) ** 2)
+    gradient, curvature = jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (x,)))(x)
+    forward = jax.jit(lambda x: jax.jvp(loss, (x,), (x,))[1])(x)
+    np.testing.assert_allclose(forward, jnp.vdot(gradient, x), rtol=1e-3, atol=1e-3)
+    assert jnp.isfinite(curvature).all()
+
+
+@by_direction
+def test_shard_map(name, is_causal):
+    """Without its check of what varies over the mesh, which loops of the kernels do not pass."""
+    layer, x = layer_of(name, is_causal), inputs(LENGTH)
+    mesh, batch = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("data")
+    shared = jax.shard_map(lambda x: layer(x), mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)
+    y, backward = jax.jit(lambda x: jax.vjp(shared, x))(x)
+    close(y, jitted(name, is_causal)(x), name)
+    close(backward(y)[0], jax.jit(jax.grad(lambda x: jnp.sum(layer(x) ** 2) / 2))(x), name, scale=10)
 
 
 @by_direction
@@ -451,6 +481,14 @@ def test_unsupported_requests_are_refused(name):
                 layer_of(name, True).init_cache(2, size)
             with refused(name, f"batch_size must be a positive integer, got {size}"):
                 layer_of(name, True).init_cache(size, 7)
+        with refused(name, "cache must be a .*Cache, got NoneType", TypeError):
+            layer_of(name, True).extend(x, None)
+        with refused(name, "cache must hold 2 sequences"):
+            layer_of(name, True).extend(x, layer_of(name, True).init_cache(3, 7))
+        kind = layer_of(name, True).init_cache(2, 7)[0].dtype
+        if layer_of(name, True).init_cache(2, 7, jnp.bfloat16)[0].dtype != kind:
+            with refused(name, "dtype must be a floating-point dtype"):
+                layer_of(name, True).init_cache(2, 7, jnp.int8)
     if "num_heads" in case.options and not supports.grouped:
         with refused(name, "num_kv_heads", TypeError):
             case.make(is_causal, num_kv_heads=1)
@@ -474,6 +512,9 @@ def test_bad_input_is_named(name):
         layer(x[:0])
     with refused(name, "inputs_q", TypeError):
         layer(jnp.ones((2, 7, FEATURES), int))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with refused(name, "inputs_q must lie on a mesh without explicit axes"):
+        layer(jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))))
     for shape in ((2, 7), (2, 7, 7), (1, 2, 1, 1, 7)):
         with refused(name, "mask"):
             layer(x, mask=jnp.ones(shape, bool))

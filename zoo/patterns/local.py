@@ -86,8 +86,9 @@ class LocalAttention(Attention):
         """An empty cache; it holds one window and never fills, so max_length does not matter."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
         shape = (batch_size, self.window_size[0], self.num_kv_heads, self.head_features)
-        zeros = jnp.zeros(shape, self.cache_dtype(dtype))
-        return LocalCache(zeros, zeros, jnp.zeros(shape[:2], bool))
+        # Two arrays: one array in two places cannot be donated.
+        key, value = (jnp.zeros(shape, self.cache_dtype(dtype)) for _ in range(2))
+        return LocalCache(key, value, jnp.zeros(shape[:2], bool))
 
     def attend_cached(self, query, key, value, mask, cache):
         tokens, window = query.shape[1], self.window_size[0]

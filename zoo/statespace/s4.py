@@ -50,7 +50,7 @@ class S4(nnx.Module):
         dtype: dtype of the computation outside the state space model. None: promoted from inputs and parameters.
         param_dtype: dtype of the parameters.
         precision: `jax.lax.Precision` of the output map.
-        implementation: of the kernels; None takes the best that can run here.
+        implementation: of the kernels; None takes the best that can run here, "reference" has forward derivatives, too.
         rngs: `rngs.params()` draws the parameters.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]. A token masked out counts as 0; time
@@ -158,7 +158,7 @@ class S4(nnx.Module):
             cache: of `init_cache`, or of the call before; not changed.
             mask: key padding of the new tokens; a token masked out counts as 0 and time passes, as in a call.
         """
-        inputs = self._prepare(inputs, check_extend(self, inputs, mask))
+        inputs = self._prepare(inputs, check_extend(self, inputs, cache, mask))
         responses, state = self.system.recur(inputs, cache.state)
         return tokenwise(self._mix, inputs, responses), S4Cache(state)
 
