@@ -16,6 +16,12 @@ from subquad.kernels.ssm import cauchy, xla
 
 FLOATS = launch.FLOATS
 LONGEST_CLASS = 1 << 14  # of lengths that share a tuned configuration: from here on all do
+MOST_MODES = 256  # of a feature: a program holds them all, and for twice as many the scan asks for more than Hopper has
+
+
+def _check_modes(count):
+    if count > MOST_MODES:
+        raise launch.Declined(f"a feature has {count} modes, and the kernel holds at most {MOST_MODES}.")
 
 
 def _check_dtypes(inputs, *modes):
@@ -448,6 +454,7 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     """See `ssm.diagonal_scan`."""
     _check_dtypes(inputs, log_decay, input_matrix, output_matrix, state)
     length, pairs = inputs.shape[1], log_decay.shape[1]
+    _check_modes(pairs)
     is_complex = jnp.iscomplexobj(log_decay)
     sizes = dict(length=launch.size_class(length, LONGEST_CLASS), pairs=_pad_size(pairs), dtype=inputs.dtype.name)
     forward = launch.config("scan_forward", SCAN_CONFIG, **sizes)
@@ -589,6 +596,7 @@ def diagonal_kernel(log_decay, coefficients, length, *, mode):
     """See `ssm.diagonal_kernel`."""
     if log_decay.dtype != jnp.complex64 or coefficients.dtype != jnp.complex64:
         raise launch.Declined("the kernel takes complex64 modes only.")
+    _check_modes(log_decay.shape[1])
     flat = 2 * coefficients.reshape(-1, *log_decay.shape)
     taps = _kernel(length, mode, log_decay.real[None], log_decay.imag[None], flat.real, flat.imag)
     return taps.reshape(*coefficients.shape[:-1], length)
@@ -726,6 +734,7 @@ def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length, *
     arrays = diagonal, low_rank, input_matrix, output_matrix
     if step.dtype != jnp.float32 or any(x.dtype != jnp.complex64 for x in arrays):
         raise launch.Declined("the kernel takes complex64 modes and float32 steps only.")
+    _check_modes(diagonal.shape[1])
 
     def sums(numerators, decay, turn, real, imag):
         return _cauchy_sums(mode, numerators[None], decay[None], turn[None], jnp.stack([real, imag])[None])[0]

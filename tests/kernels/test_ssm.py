@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import convolution, ssm
+from subquad.kernels import convolution, dispatch, launch, ssm
 from subquad.zoo.statespace import hippo
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -289,3 +289,16 @@ def test_bad_input_is_named():
         ssm.diagonal_scan(jnp.ones((2, 5, 4)), diagonal, inputs, outputs[0], jnp.ones((2, 4, 6)))
     with pytest.raises(NotImplementedError, match="triton"):
         ssm.dplr_kernel(diagonal, low_rank, inputs, outputs, step, 5, implementation="triton")
+
+
+@pytest.mark.parametrize("operation", ["diagonal_scan", "diagonal_kernel", "dplr_kernel"])
+def test_more_modes_than_the_shared_memory_holds_are_declined(operation):
+    """A GPU would say so only when the kernel is launched."""
+    modes, low_rank, one = (jnp.ones(shape, jnp.complex64) for shape in ((2, 257), (1, 2, 257), (2, 257)))
+    calls = dict(
+        diagonal_scan=lambda: ssm.diagonal_scan(jnp.ones((1, 20, 2)), modes, one, one, implementation="triton"),
+        diagonal_kernel=lambda: ssm.diagonal_kernel(modes, one, 20, implementation="triton"),
+        dplr_kernel=lambda: ssm.dplr_kernel(modes, low_rank, one, one, jnp.ones(2), 20, implementation="triton"),
+    )
+    with launch.recording(), pytest.raises(dispatch.Declined, match="257 modes|interpreter"):
+        calls[operation]()
