@@ -265,8 +265,10 @@ def _mebi(size: float) -> str:
 def _place_labels(axes, renderer, points, names, steps, radii=None) -> None:
     """Puts each name beside its point, inside, where it covers no other name, no point, no floor and no front.
 
-    Points may be bubbles of `radii`, which names stay outside of.
+    Points may be bubbles of `radii`, in points, which names stay outside of.
     """
+    bubbles = [] if radii is None else [radius * axes.figure.dpi / 72 for radius in radii]
+    centres = list(axes.transData.transform(points)) if bubbles else []
     marks = [axes.transData.transform(point) for point in points]
     corners = [corner for one, two in itertools.pairwise(steps) for corner in (one, (two[0], one[1]), two)]
     for one, two in itertools.pairwise(axes.transData.transform(corner) for corner in corners):
@@ -286,6 +288,8 @@ def _place_labels(axes, renderer, points, names, steps, radii=None) -> None:
             box = text.get_window_extent(renderer).padded(2)
             covered = sum(box.overlaps(other) for other in taken)
             covered += sum(box.contains(*mark) for mark in marks)
+            others = zip(centres[:index] + centres[index + 1 :], bubbles[:index] + bubbles[index + 1 :], strict=True)
+            covered += sum(_distance(box, centre) < bubble for centre, bubble in others)
             crossed = sum(box.y0 <= height <= box.y1 for height in floors)
             outside = not (inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1)
             scored.append(((covered, outside, crossed, order), place, box))
@@ -300,6 +304,12 @@ def _place_labels(axes, renderer, points, names, steps, radii=None) -> None:
             color=INK, arrowprops=line if far else None,
         )  # fmt: skip
         taken.append(box)
+
+
+def _distance(box, point) -> float:
+    """From a point to the nearest edge of a box, 0 inside of it."""
+    across, up = (max(low - at, 0, at - high) for low, high, at in zip(box.min, box.max, point, strict=True))
+    return math.hypot(across, up)
 
 
 def overlaps(figure) -> list[tuple[str, str]]:

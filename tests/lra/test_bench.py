@@ -1,6 +1,7 @@
 import dataclasses
 import pathlib
 
+import numpy as np
 import pytest
 
 from subquad.lra import bench, plots, results
@@ -111,3 +112,16 @@ def test_accuracy_is_drawn_against_time_with_memory_as_area(tmp_path):
     # What has no accuracy is named.
     failed = [dataclasses.replace(row, accuracy=None) if row.layer == "s4" else row for row in found]
     assert "not drawn: s4" in plots.accuracy_against_time(failed).axes[0].get_title(loc="left")
+
+
+def test_names_stay_out_of_the_bubbles_of_others():
+    shipped = results.read(pathlib.Path(results.__file__).parent / "results" / "offline.csv")
+    figure = plots.accuracy_against_time(row for row in shipped if row.task == "digits")
+    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
+    bubbles = axes.collections[0]
+    centres = axes.transData.transform(bubbles.get_offsets())
+    radii = np.sqrt(bubbles.get_sizes()) / 2 * figure.dpi / 72
+    for text in axes.texts:
+        box = text.get_window_extent(renderer)
+        away = np.hypot(*np.maximum(0, np.maximum(box.min - centres, centres - box.max)).T)
+        assert (away >= radii).all(), text.get_text()
