@@ -116,6 +116,8 @@ def test_refusals():
     with refused("shifts"):
         make(16, 8, shifts=(0, 1))
     with refused("shifts"):
+        make(16, 8, shifts=3)
+    with refused("shifts"):
         make(16, 8, shifts=(0, 1, 0.5, 1))
     with refused("max_length"):
         make(16, 8, is_causal=True).init_cache(1, 17)

@@ -51,7 +51,7 @@ def index_sets(pattern, stride, summary, t, last, is_causal):
 @pytest.mark.parametrize("pattern", ["strided", "fixed"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_index_sets_of_the_paper(pattern, is_causal):
-    length, options = 23, dict(pattern=pattern, num_summary=2, is_causal=is_causal)
+    length, options = 23, dict(pattern=pattern, num_summary=2 if pattern == "fixed" else None, is_causal=is_causal)
     merged, separate = make(heads="merged", **options).pattern(length), make(heads="separate", **options).pattern(length)
     for t in range(length):
         near, far = index_sets(pattern, 5, 2, t, length, is_causal)
@@ -86,7 +86,7 @@ def test_two_steps_reach_every_earlier_token():
     """The factorisation is valid (section 4.2): a path of two steps leads to every earlier token."""
     sets = {}
     for pattern in ("strided", "fixed"):
-        layer = make(pattern=pattern, heads="separate", num_summary=1, is_causal=True, num_heads=2)
+        layer = make(pattern=pattern, heads="separate", is_causal=True, num_heads=2)
         sets[pattern] = layer.pattern(23).astype(int)
     near, far = sets["strided"]
     np.testing.assert_array_equal(near @ far > 0, np.tri(23, dtype=bool))
@@ -169,8 +169,10 @@ def test_refusals():
         ("heads", dict(heads="merge")),
         ("stride", dict(stride=0)),
         ("stride", dict(stride="4")),
-        ("num_summary", dict(num_summary=6)),
-        ("num_summary", dict(num_summary=0)),
+        ("num_summary", dict(num_summary=6, pattern="fixed")),
+        ("num_summary", dict(num_summary=0, pattern="fixed")),
+        ("num_summary", dict(num_summary=2)),  # "strided" has no summary columns
+        ("distinct_summary", dict(distinct_summary=True)),
         ("num_heads", dict(heads="separate", num_heads=1)),
     ):
         with pytest.raises(ValueError, match=f"StridedAttention: {word} must"):

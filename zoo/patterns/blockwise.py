@@ -73,7 +73,7 @@ class BlockwiseAttention(Attention):
             ones, twos = (shifted if num_heads > least else 0 for least in (1, 2))
             shifts = [0] * (num_heads - ones - twos) + [1] * ones + [2] * twos
             shifts = [-shift if is_causal else shift for shift in shifts]
-        if len(shifts) != num_heads or any(not isinstance(shift, int | np.integer) for shift in shifts):
+        if np.shape(shifts) != (num_heads,) or any(not isinstance(shift, int | np.integer) for shift in shifts):
             refuse(
                 "BlockwiseAttention",
                 "shifts",

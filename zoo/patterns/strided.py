@@ -48,8 +48,8 @@ class StridedAttention(Attention):
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; a head that sees nothing adds 0.
-    Raises: ValueError: an unknown pattern; more summary columns than the stride; one head to separate; a mask that is not
-        key padding.
+    Raises: ValueError: an unknown pattern; summary columns that are more than the stride, or any where the pattern is not
+        "fixed"; one head to separate; a mask that is not key padding.
     Numerics: softmax in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
         >>> layer = StridedAttention(4, 64, stride=16, is_causal=True, rngs=nnx.Rngs(0))
@@ -82,6 +82,9 @@ class StridedAttention(Attention):
         for name, size in (("stride", stride), ("num_summary", 1 if num_summary is None else num_summary)):
             if not isinstance(size, int | np.integer) or size < 1:
                 refuse("StridedAttention", name, repr(size), "be a positive integer", "Count tokens.")
+        for name, given in (("num_summary", num_summary is not None), ("distinct_summary", distinct_summary)):
+            if given and pattern == "strided":
+                refuse("StridedAttention", name, "a value", "be left out with pattern='strided'", "Use pattern='fixed'.")
         if num_summary is None:
             num_summary = max(1, stride // 16)
         if num_summary > stride:
