@@ -85,7 +85,8 @@ class LinformerAttention(Attention):
 
     Cost: time O((T + S) M N H), memory O(T + M); no extension: every mixture contains every token.
     Differs from the paper: padding tokens are set to 0 before they are mixed, so that neither they nor their number
-        change a result; shorter sequences use the first rows of E and F. The paper has one length and no padding.
+        change a result; shorter sequences use the first rows of E and F. The paper has one length and no padding. E and
+        F start with variance 1 / max_length, so that mixtures start as large as keys are; its proof draws with 1 / M.
 
     Args:
         num_heads: query heads N; must divide qkv_features.

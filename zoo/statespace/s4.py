@@ -35,6 +35,8 @@ class S4(nnx.Module):
         they are not clipped as in the authors' code. Mode "diagonal" with LegS halves B as S4D's theorem says, which that
         code leaves out. Not in the paper: bidirectional layers are the code's, a second C and kernel over the tokens after
         the present one, which is counted once; `glu=False` gives the linear map of the first version.
+    Training: the papers learn A, B and the steps, all of `layer.system` but output_matrix, slowly (at most 0.001) and without
+        weight decay. That is the optimiser's to do, for example by optax.multi_transform.
 
     Args:
         in_features: features D of the inputs, one system each.
