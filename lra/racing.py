@@ -197,14 +197,22 @@ def check_table(path: str | os.PathLike, fields: Sequence[str]) -> None:
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = read_rows(path)
+        held = _first_line(path)
     except OSError as error:
         raise RunError(f"racing: file {path} must be writable, got {line(error)}. Choose another --out.") from error
-    if held and list(held[0]) != list(fields):
+    # The line itself: a file of one line has no rows, and would be lost.
+    if held and held.rstrip("\r\n").split(",") != list(fields):
         raise RunError(
-            f"racing: file {path} must have the columns of this version, got {', '.join(held[0])[:80]}... "
+            f"racing: file {path} must have the columns of this version, got {' '.join(held.split())[:80]!r}... "
             "Move it away or choose another --out."
         )
+
+
+def _first_line(path: pathlib.Path) -> str:
+    if not path.exists():
+        return ""
+    with path.open(errors="replace", newline="\n") as file:
+        return file.readline(10_000)
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:

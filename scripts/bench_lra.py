@@ -73,10 +73,10 @@ def words(text: str) -> list[str]:
 
 def size(text: str) -> int:
     unit = UNITS.get(text[-1:].upper(), 1)
-    number = float(text[:-1]) * unit if unit > 1 else int(text)
-    if not math.isfinite(number):
-        raise ValueError("not a number of bytes or tokens")
-    return int(number)
+    try:
+        return int(float(text[:-1]) * unit) if unit > 1 else int(text)
+    except (ValueError, OverflowError):
+        raise commands.argparse.ArgumentTypeError(f"must be a number such as 4096, 16K or 2G, got {text!r}.") from None
 
 
 def sizes(text: str) -> list[int]:

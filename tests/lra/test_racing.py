@@ -76,12 +76,13 @@ def test_a_row_takes_the_place_of_the_one_with_its_key_and_leaves_the_others(tmp
     assert [file.name for file in path.parent.iterdir()] == ["rows.csv"]
 
 
-def test_a_file_with_other_columns_is_left_alone(tmp_path):
+@pytest.mark.parametrize("content", [b"other\n1\n", b"a line\n", b"no line", b"\n", b"\x89PNG\xff\x00\n"])
+def test_a_file_with_other_columns_is_left_alone(tmp_path, content):
     path = tmp_path / "rows.csv"
-    path.write_text("other\n1\n")
+    path.write_bytes(content)
     with pytest.raises(RunError, match="must have the columns of this version"):
         racing.write_rows(path, [dict(name="a")], ("name",))
-    assert path.read_text() == "other\n1\n"
+    assert path.read_bytes() == content
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_any_work(tmp_path):
