@@ -113,16 +113,18 @@ def cotangents(spec: Spec, implementation: str | None, arrays: Arrays, seed: int
 
 
 def launches(
-    spec: Spec, dtype="bfloat16", length: int | None = None, bench: bool = True, compute_capability: int = 90
+    spec: Spec, dtype="bfloat16", length: int | None = None, bench: bool = True, target: str = "sm_90"
 ) -> list[launch.Launch]:
-    """The Triton kernels that a forward and backward pass launches on a GPU, by default Hopper, each one once.
+    """The Triton kernels that a forward and backward pass launches on a GPU, each one once.
 
     `length`: None is the middle one of those that the benchmarks run, or the tests where these run none.
+    `target`: of `machine_code.TARGETS`; what is not NVIDIA's launches what Hopper does.
     """
+    number = target.removeprefix("sm_")
     lengths = spec.bench_lengths or spec.lengths
     length = length or lengths[len(lengths) // 2]
     inexact, rest = split(spec.draw(length, dtype, bench))
-    with launch.recording(compute_capability) as recorded:
+    with launch.recording(int(number) if number.isdigit() else 90) as recorded:
         outputs = jax.eval_shape(forward(spec, "triton", rest), inexact)
         jax.eval_shape(forward_backward(spec, "triton", rest), inexact, outputs)
     return list(dict.fromkeys(recorded))

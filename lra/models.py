@@ -64,7 +64,7 @@ class Model(nnx.Module):
         else:
             self.classifier = zoo.Classifier(task.num_classes, **words)
 
-    def __call__(self, inputs, mask, *other, deterministic: bool = True, rngs: nnx.Rngs | None = None):
+    def __call__(self, inputs, mask, *other, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
         inputs, mask = self._with_first(inputs, mask)
         words = dict(mask=mask, deterministic=deterministic, rngs=rngs)
         if self.is_pair:
@@ -87,7 +87,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, run: "Run", task: Task, *, rngs: nnx.Rngs):
         self.model = zoo.CausalLM(**_encoder(run, task, 0), rngs=rngs)
 
-    def __call__(self, inputs, mask, *, deterministic: bool = True, rngs: nnx.Rngs | None = None):
+    def __call__(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
         return self.model(inputs, mask=mask, deterministic=deterministic, rngs=rngs).astype(jnp.float32)
 
 

@@ -87,7 +87,7 @@ def _every() -> list[Task]:
         _task("retrieval", "lra", "lra_retrieval/lra", 4000, 2, f"Radev et al. 2013, AAN; {_ARENA}", kind="pair"),
         _task(
             "image", "lra", "lra_image/lra", 1024, 10, f"Krizhevsky 2009, CIFAR-10; {_ARENA}", image_shape=(32, 32),
-            note="256 grey values as symbols 1 to 256; black is no padding, as it was in the arena",
+            note="256 grey values as symbols 1 to 256; black is no padding, unlike in the arena",
         ),
         *map(_pathfinder, catalogue.PATHFINDER_CONFIGS + catalogue.PATHFINDER_RELEASES),
         *_offline(),
@@ -99,7 +99,7 @@ def _pathfinder(config: str) -> Task:
     note = "Path-X of the arena" if config.endswith("128_hard") else ""
     return _task(
         "pathfinder", config, f"lra_pathfinder/{config}", side * side, 2, f"Linsley et al. 2018, arXiv 1805.08315; {_ARENA}",
-        image_shape=(side, side), note=note or "black is no padding, as it was in the arena",
+        image_shape=(side, side), note=note or "black is no padding, unlike in the arena",
     )  # fmt: skip
 
 

@@ -45,8 +45,8 @@ def rows_of(spec: specs.Spec, targets, length: int | None):
     import triton
 
     for dtype in DTYPES:
-        for launched in specs.launches(spec, dtype, length):
-            for target in targets:
+        for target in targets:
+            for launched in specs.launches(spec, dtype, length, target=target):
                 row = dict(
                     spec=spec.name, dtype=dtype, kernel=launched.name, configuration=describe(launched.config), target=target,
                     triton=triton.__version__,

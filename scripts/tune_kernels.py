@@ -50,15 +50,9 @@ def around(heuristic: launch.Config) -> list[launch.Config]:
     return [heuristic, *(config for config in found if config != heuristic)]
 
 
-def launches(spec, dtype, length, target) -> list[launch.Launch]:
-    """What is launched on the target: an A100 has heuristics of its own."""
-    number = target.removeprefix("sm_")
-    return specs.launches(spec, dtype, length, compute_capability=int(number) if number.isdigit() else 90)
-
-
 def requests_of(spec, dtype, length, target="sm_90") -> dict[launch.Request, launch.Config]:
     with launch.trying({}) as requested:
-        launches(spec, dtype, length, target)
+        specs.launches(spec, dtype, length, target=target)
         return dict(requested)
 
 
@@ -68,9 +62,9 @@ def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
     An operation may cut blocks down to a short axis, or take those of another kernel: then this is no candidate.
     """
     with launch.trying({request: heuristic}):
-        usual = launches(spec, dtype, length, target)
+        usual = specs.launches(spec, dtype, length, target=target)
     with launch.trying({request: config}):
-        tried = launches(spec, dtype, length, target)
+        tried = specs.launches(spec, dtype, length, target=target)
     if config == heuristic:  # which changes nothing
         changed = [one for one in tried if uses(one, config)]
     else:

@@ -13,8 +13,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Compiling takes most of the suite's time, and most of that LLVM's optimisation and, where XLA still lets us choose, its newer
-# way to write fused loops; what is computed stays the same.
-flags = ["--xla_backend_optimization_level=0"]
+# way to write fused loops; what is computed stays the same. XLA for GPUs compiles nothing without optimising it.
+flags = ["--xla_backend_optimization_level=0"] if os.environ["JAX_PLATFORMS"] == "cpu" else []
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # an unknown flag ends the process
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))

@@ -246,7 +246,7 @@ def test_a_gpu_that_the_kernels_are_not_made_for(compute_capability):
 def test_the_kernels_of_another_gpu():
     """What is recorded for an A100 is what an A100 launches: its attention has smaller tiles than Hopper's."""
     spec = specs.find("softmax.attention/full")
-    hopper, ampere = (specs.launches(spec, compute_capability=number) for number in (90, 80))
+    hopper, ampere = (specs.launches(spec, target=target) for target in ("sm_90", "sm_80"))
     assert [x.name for x in hopper] == [x.name for x in ampere]
     assert hopper[0].config.blocks["BLOCK_K"] > ampere[0].config.blocks["BLOCK_K"]
 
