@@ -444,7 +444,9 @@ def heuristic(kernel: str, kind: str, reach: int, features: int, dtype) -> launc
         own, step = 32 if kernel == "forward" else 16, 16
     own, step = (min(size, max(16, triton.next_power_of_2(reach))) for size in (own, step))
     names = ("BLOCK_KEYS", "BLOCK_QUERIES") if kernel == "key_gradient" else ("BLOCK_QUERIES", "BLOCK_KEYS")
-    return launch.Config(dict(zip(names, (own, step), strict=True)), 8 if features > 64 else 4, 2)
+    # With two stages some of the small ones in float32 spill.
+    stages = 3 if wide and kernel == "key_gradient" and features <= 64 else 2
+    return launch.Config(dict(zip(names, (own, step), strict=True)), 8 if features > 64 else 4, stages)
 
 
 def launch_kernel(kernel, run: Run, pattern: Pattern, scale: float, mode, inputs, outputs):

@@ -15,10 +15,13 @@ OPERATIONS = sorted({spec.operation: name for name, spec in SPECS.items()}.value
 KERNELS = sorted(pathlib.Path(launch.__file__).parent.glob("*/triton.py"))
 
 
-# In float32 one of each operation's specs; scripts/aot_kernels.py compiles them all, for every target.
+# In float32 one of each operation's specs, and all of strided's; scripts/aot_kernels.py compiles them all, for every target.
+FLOAT32 = {*OPERATIONS, *(name for name in SPECS if name.startswith("strided."))}
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, "bfloat16") for name in SPECS] + [(name, "float32") for name in OPERATIONS]
+    ("name", "dtype"), [(name, "bfloat16") for name in SPECS] + [(name, "float32") for name in sorted(FLOAT32)]
 )
 def test_machine_code(name, dtype):
     """On Hopper: no spills, tensor cores for every product, float32 digits for float32, no float64."""
