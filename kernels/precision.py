@@ -8,17 +8,19 @@ import jax.numpy as jnp
 
 
 def full(function):
-    """`function`, with matrix products of all digits where its arrays are float32.
+    """`function`, with matrix products of all digits where its arrays are float32 and the caller has chosen no precision.
 
     By default a GPU rounds their operands to TF32, and a TPU to bfloat16: errors of 1e-3 and 1e-2 where an operation says
-    1e-5. Arrays of 16 bits have no more digits than that, and keep the fast products. A CPU knows one kind only.
+    1e-5. `jax.default_matmul_precision` chooses others. Arrays of 16 bits have no more digits than that, and keep the fast
+    products. A CPU knows one kind only.
     """
 
     @functools.wraps(function)
     def run(*args, **kwargs):
         leaves = jax.tree.leaves((args, kwargs))
         short = any(getattr(x, "dtype", None) in (jnp.bfloat16, jnp.float16) for x in leaves)
-        with contextlib.nullcontext() if short else jax.default_matmul_precision("highest"):
+        chosen = jax.config.jax_default_matmul_precision is not None
+        with contextlib.nullcontext() if short or chosen else jax.default_matmul_precision("highest"):
             return function(*args, **kwargs)
 
     return run
