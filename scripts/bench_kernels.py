@@ -184,6 +184,7 @@ def draw(path: str) -> None:
     """Time and temporary memory against length, a row of panels for each operation, from all rows of the CSV."""
     try:
         from matplotlib import pyplot
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
         return
@@ -209,8 +210,10 @@ def draw(path: str) -> None:
                     label=title + ", forward" * (direction == "forward"),
                 )  # fmt: skip
             panel.set(xscale="log", yscale="log", xlabel="length", ylabel=label, title=operation)
-            panel.set_xticks(sorted({int(row["length"]) for row in rows}))
+            panel.set_xticks(sorted({int(row["length"]) for points in lines.values() for row in points}))
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.xaxis.set_major_formatter("{x:.0f}")
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.minorticks_off()
         panels[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.tight_layout()

@@ -1,6 +1,7 @@
 """Named calls of linear attention, over given and over random features."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from subquad.kernels import linear
 from subquad.kernels.specs import LENGTHS, Spec
@@ -67,6 +68,16 @@ def make_random(length, dtype, rng, *, batch=2, heads=2, width=24, features=40, 
     return arrays
 
 
+def make_relu(length, dtype, rng, **options):
+    """As `make_random`, but where rounding decides on which side of the ReLU's kink a feature lies, another row stands."""
+    arrays = make_random(length, dtype, rng, **options)
+    for name in ("query", "key"):
+        rows = np.asarray(arrays[name], np.float32)
+        clear = (abs(rows @ np.asarray(arrays["projection"]).T) > 1e-4).all(-1, keepdims=True)
+        arrays[name] = jnp.asarray(np.where(clear, rows, rows[clear[..., 0]][0]), dtype)
+    return arrays
+
+
 def make_continued(length, dtype, rng, **options):
     return make_random(length, dtype, rng, state=True, **options)
 
@@ -94,7 +105,8 @@ def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
     def run(arrays, implementation):
         return call_random(arrays, implementation, is_causal=is_causal, kernel=kernel)
 
-    return Spec("linear.random_feature_attention", name, maker, run, bench(make_random), lengths)
+    large = bench(make_relu if kernel == "relu" else make_random)
+    return Spec("linear.random_feature_attention", name, maker, run, large, lengths)
 
 
 SPECS = [
@@ -103,5 +115,5 @@ SPECS = [
     spec("bidirectional", False, eps=0.5),
     random_spec("softmax", False, "softmax"),
     random_spec("softmax-causal", True, "softmax", make_continued, LENGTHS),
-    random_spec("relu-causal", True, "relu"),
+    random_spec("relu-causal", True, "relu", make_relu),
 ]
