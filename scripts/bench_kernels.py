@@ -217,7 +217,7 @@ def draw(path: str) -> None:
             panel.minorticks_off()
         panels[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.tight_layout()
-    figure.savefig(str(path).removesuffix(".csv") + ".png", dpi=120)
+    figure.savefig(str(path).removesuffix(".csv") + ".png", dpi=80)
 
 
 if __name__ == "__main__":
