@@ -120,7 +120,7 @@ def score(layer: str, group) -> str:
 
 def cost_table(rows) -> str:
     """Steps per second and memory against length, as the arena's table 2."""
-    table = bench.tables(rows)[0]
+    table = bench.tables([row for row in rows if row.mode == "train"])[0]
     return "\n".join([markup.markdown([table.heading, *table.body]), "", f"{table.title}. {' '.join(table.notes)}"])
 
 
