@@ -75,7 +75,7 @@ class Result:
     floor_network: float | None = None  # a small convolutional network, see `network_floor`
     floor_unigram: float | None = None  # bits per byte of the tokens' frequencies
     floor_bigram: float | None = None  # of those after one token
-    accuracy_train: float | None = None  # as `accuracy`, of training examples: the first, as many as there are of test
+    accuracy_train: float | None = None  # as `accuracy`, of drawn training examples, as many as of test
     bits_per_byte_train: float | None = None
 
 

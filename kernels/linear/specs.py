@@ -105,8 +105,7 @@ def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
     def run(arrays, implementation):
         return call_random(arrays, implementation, is_causal=is_causal, kernel=kernel)
 
-    large = bench(make_relu if kernel == "relu" else make_random)
-    return Spec("linear.random_feature_attention", name, maker, run, large, lengths)
+    return Spec("linear.random_feature_attention", name, maker, run, bench(maker), lengths)
 
 
 SPECS = [

@@ -127,10 +127,12 @@ def training_batches(source: Sequence, *, batch_size: int, length: int, seed: in
 def evaluation_batches(
     source: Sequence, *, batch_size: int, length: int, count: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example, or the first `count`, in order. The last batch is filled up with copies of its last row, at weight 0."""
-    count = len(source) if count is None else min(count, len(source))
-    for start in range(0, count, batch_size):
-        rows = list(range(start, min(start + batch_size, count)))
+    """Every example once, or `count` drawn ones, in order. The last batch is filled up with its last row, at weight 0."""
+    chosen = list(range(len(source)))
+    if count is not None:  # drawn: sets of data may be sorted by label
+        chosen = sorted(np.random.default_rng(0).permutation(len(source))[:count].tolist())
+    for start in range(0, len(chosen), batch_size):
+        rows = chosen[start : start + batch_size]
         missing = batch_size - len(rows)
         batch = _stack([source[row] for row in rows + rows[-1:] * missing], length)
         batch["weights"] = np.array([1.0] * len(rows) + [0.0] * missing, np.float32)

@@ -91,9 +91,14 @@ def test_evaluation_sees_every_example_once_and_weighs_the_fillers_0(splits):
     expected = [pipeline.pad(one, LENGTH)["inputs"] for one in splits["test"]]
     assert np.array_equal(real, np.stack(expected))
     assert all(batch["mask"].any(axis=1).all() for batch in batches)  # no filler is a row of padding alone
-    first = list(pipeline.evaluation_batches(splits["test"], batch_size=24, length=LENGTH, count=30))
-    assert [batch["weights"].sum() for batch in first] == [24, 6]
-    assert np.array_equal(first[1]["inputs"][:6], batches[1]["inputs"][:6])
+
+
+def test_a_part_of_a_set_sorted_by_label_has_its_labels():
+    source = [{"inputs": np.full(3, 1 + at), "label": at // 50} for at in range(100)]
+    part = list(pipeline.evaluation_batches(source, batch_size=24, length=LENGTH, count=30))
+    assert [batch["weights"].sum() for batch in part] == [24, 6]
+    seen = np.concatenate([batch["inputs"][batch["weights"] > 0, 0] for batch in part])
+    assert len(set(seen)) == 30 and (np.diff(seen) > 0).all() and 10 <= (seen > 50).sum() <= 20
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 257])
