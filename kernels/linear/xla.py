@@ -21,6 +21,9 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, eps):
     """See `linear.attention`; returns the outputs and the state after the last key."""
+    if key_log_scale is not None:
+        # Rows [B, N, S], before any loop: in one that cuts them out of [B, S, N] XLA on a CPU gathers them for every pair.
+        key_log_scale = key_log_scale.astype(jnp.float32).swapaxes(1, 2)
     arrays = bind(query, key, value, key_log_scale, mask, None, initial_state)
     return _run(Plan("given", is_causal, float(eps)), arrays)
 
@@ -96,7 +99,7 @@ def key_chunk(plan: Plan, arrays: Arrays, projection, start, size):
         width = inputs.shape[-1]
         scale -= 0.5 * width**-0.5 * jnp.sum(inputs**2, -1) + 0.5 * math.log(phi.shape[-1])
     elif arrays.scale is not None:
-        scale = take(arrays.scale, start, size)
+        scale = take_rows(arrays.scale, start, size)
     else:
         scale = jnp.zeros(inputs.shape[:3], jnp.float32)
     return inputs, phi, value, scale if real is None else jnp.where(real, scale, -jnp.inf)
@@ -126,6 +129,8 @@ def unknown(arrays):
 
 def transposed(x, y):
     """x^T y over the chunk: [B, N, C, M], [B, N, C, V] -> [B, N, M, V]."""
+    if x.shape[-1] > y.shape[-1]:  # XLA on a CPU turns the left operand
+        return transposed(y, x).swapaxes(2, 3)
     return jnp.einsum("bncm,bncv->bnmv", x, y)
 
 
@@ -257,11 +262,14 @@ def _plus(total, more):
     return None if total is None else total + more
 
 
-def query_rows(arrays, out, weight, grad_out, start, size):
-    """(gradients of the numerators, and minus those of the denominators) of a chunk of queries."""
-    one_over, grad = take_rows(weight, start, size), take(grad_out, start, size)
-    slope = jnp.sum(grad * take(out, start, size), -1) * one_over
-    return grad * one_over[..., None], slope
+def of_numerators(weight, grad_out, start, size):
+    """The gradients of the numerators of a chunk of queries."""
+    return take(grad_out, start, size) * take_rows(weight, start, size)[..., None]
+
+
+def of_denominators(out, grad, start, size):
+    """Minus the gradients of the denominators of a chunk of queries, from those of the numerators."""
+    return jnp.sum(grad * take(out, start, size), -1)
 
 
 def _backward_bidirectional(plan, arrays, projection, out, residuals, gradients):
@@ -272,7 +280,8 @@ def _backward_bidirectional(plan, arrays, projection, out, residuals, gradients)
         above, below, grad_query, grad_projection = carry
         inputs = take(arrays.query, start, size)
         phi, _ = features(plan, inputs, projection)
-        grad, slope = query_rows(arrays, out, weight, grad_out, start, size)
+        grad = of_numerators(weight, grad_out, start, size)
+        slope = of_denominators(out, grad, start, size)
         of_phi = grad @ numerator.swapaxes(2, 3) - slope[..., None] * denominator[:, :, None]
         of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
         above, below = above + transposed(phi, grad), below - jnp.einsum("bncm,bnc->bnm", phi, slope)
@@ -291,7 +300,7 @@ def _backward_bidirectional(plan, arrays, projection, out, residuals, gradients)
             weights = jnp.exp(scale - finite(largest)[..., None])[..., None]
             of_value, of_phi = of_value * weights, of_phi * weights
         if grad_scale is not None:
-            grad_scale = put(grad_scale, jnp.sum(of_phi * phi, -1), start, arrays.scale)
+            grad_scale = put_rows(grad_scale, jnp.sum(of_phi * phi, -1), start)
         of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
         grad_projection = _plus(grad_projection, of_projection)
         grad_key, grad_value = put(grad_key, of_inputs, start, arrays.key), put(grad_value, of_value, start, arrays.value)
@@ -310,11 +319,12 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
     length, scaled = arrays.query.shape[1], has_scale(plan, arrays)
 
     def ahead(carry, start, size):
-        """The gradient of the query, from the state before each chunk."""
-        state, grad_query, grad_projection = carry
+        """The gradients of the denominators and of the query, from the state before each chunk."""
+        state, slopes, grad_query, grad_projection = carry
         numerator, denominator, before = state
         _, key, value, scale = key_chunk(plan, arrays, projection, start, size)
-        grad, slope = query_rows(arrays, out, weight, grad_out, start, size)
+        grad = of_numerators(weight, grad_out, start, size)
+        slope = of_denominators(out, grad, start, size)
         of_phi = grad @ numerator.swapaxes(2, 3) - slope[..., None] * denominator[:, :, None]
         if scaled:
             largest = finite(take_rows(maximum, start, size))
@@ -330,10 +340,11 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
             phi, _ = features(plan, inputs, projection)
             of_inputs, of_projection = grad_inputs(plan, of_phi, phi, inputs, projection)
             grad_projection = _plus(grad_projection, of_projection)
-        return add(state, key, value, scale), put(grad_query, of_inputs, start, arrays.query), grad_projection
+        grad_query = put(grad_query, of_inputs, start, arrays.query)
+        return add(state, key, value, scale), put_rows(slopes, slope, start), grad_query, grad_projection
 
-    _, grad_query, grad_projection = sweep(
-        length, chunk(), ahead, (first_state(plan, arrays), grad_query, grad_projection)
+    _, slopes, grad_query, grad_projection = sweep(
+        length, chunk(), ahead, (first_state(plan, arrays), jnp.zeros_like(weight), grad_query, grad_projection)
     )
     first = first_state(plan, arrays)[2]
 
@@ -342,7 +353,7 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
         (above, below, last), grad_key, grad_value, grad_scale, grad_projection = carry
         inputs, key, value, scale = key_chunk(plan, arrays, projection, start, size)
         phi, _ = features(plan, take(arrays.query, start, size), projection)
-        grad, slope = query_rows(arrays, out, weight, grad_out, start, size)
+        grad, slope = of_numerators(weight, grad_out, start, size), take_rows(slopes, start, size)
         of_value, of_phi = key @ above, value @ above.swapaxes(2, 3) + below[:, :, None]
         if scaled:
             after = jnp.exp(scale - finite(last)[..., None])[..., None]
@@ -361,7 +372,7 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
             grad, slope, last = grad * past[..., None], slope * past, before
         above, below = above + transposed(phi, grad), below - jnp.einsum("bncm,bnc->bnm", phi, slope)
         if grad_scale is not None:
-            grad_scale = put(grad_scale, jnp.sum(of_phi * key, -1), start, arrays.scale)
+            grad_scale = put_rows(grad_scale, jnp.sum(of_phi * key, -1), start)
         of_inputs, of_projection = grad_inputs(plan, of_phi, key, inputs, projection)
         grad_projection = _plus(grad_projection, of_projection)
         grad_key, grad_value = put(grad_key, of_inputs, start, arrays.key), put(grad_value, of_value, start, arrays.value)
