@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 # XLA on a CPU has no halves to slice, gather or update: of an array of them that a loop reads or writes it keeps a copy in
 # float32. As unsigned integers they are moved as they are.
@@ -37,6 +40,33 @@ def bits_dtype(dtype):
 def numbers(array, dtype):
     """The array of this dtype that `bits` was given."""
     return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
+
+
+def laid(array):
+    """`array` as it is, with its axes in memory in their order.
+
+    What a loop reads and was turned before it, XLA on a CPU copies twice: in the old order, and from that in the new one.
+    Told the order, it copies once.
+    """
+    return laid_p.bind(array)
+
+
+def _lay(context, array):
+    module = context.module_context
+    # An export takes no operation without guarantees, and what several devices share would be gathered on each of them.
+    if module.lowering_parameters.for_export or getattr(module.axis_context, "num_devices", 1) != 1:
+        return [array]
+    ordered = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return mlir.lower_fun(ordered, multiple_results=False)(context, array)
+
+
+laid_p = Primitive("laid")
+laid_p.def_impl(lambda x: x)
+laid_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(laid_p, lambda cotangent, _: [cotangent])
+batching.primitive_batchers[laid_p] = lambda arrays, axes: (laid_p.bind(jnp.moveaxis(arrays[0], axes[0], 0)), 0)
+mlir.register_lowering(laid_p, lambda _, array: [array])
+mlir.register_lowering(laid_p, _lay, platform="cpu")
 
 
 def zeros_after(array, shape, dtype):

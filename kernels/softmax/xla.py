@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from subquad.kernels import precision
+from subquad.kernels.memory import laid
 from subquad.kernels.softmax import online, parts
 
 # Bytes of one tile of logits over all heads of a part. On a CPU, for each core: what a core works on should stay in its
@@ -47,14 +48,13 @@ class Visible(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The arguments of one part cut into tiles: i and j count query tiles and key tiles of t and s positions.
+    """What makes the logits of one part, cut into tiles: i and j count query tiles and key tiles of t and s positions.
 
     An axis b of 1 stands for all samples.
     """
 
     query: jax.Array  # [i, b, K, G, t, H]
-    key: jax.Array  # [j, b, K, s, H]
-    value: jax.Array  # [j, b, K, s, V]
+    key: jax.Array  # [j, b, K, H, s], see `cut_keys`
     bias: jax.Array | None  # [b|1, K|1, G|1, T|1, S|1]
     visible: Visible  # [i, b|1, t] and [j, b|1, s]; the mask as the bias
     real: jax.Array | None  # [j, 1, s]: False past the end of the keys
@@ -146,7 +146,7 @@ def pad(array, axis: int, length: int):
     return array if width[axis][1] == 0 else jnp.pad(array, width)
 
 
-def cut(plan: Plan, part, query, key, value, bias, visible: Visible) -> Tiles:
+def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
     """The arguments of a part in tiles: transposed once, contiguous, batch axes first."""
     keys, groups = key.shape[1], query.shape[2] // key.shape[2]
     (query_tile, key_tile), (query_count, key_count) = plan.tiles, plan.counts
@@ -164,10 +164,6 @@ def cut(plan: Plan, part, query, key, value, bias, visible: Visible) -> Tiles:
             array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
         return rearrange(array, "b (k g) t s -> b k g t s", g=1 if array.shape[1] == 1 else groups)
 
-    key, value = (
-        rearrange(pad(parts.share(plan.parts, x, part), 1, key_tile * key_count), "b (j s) k h -> j b k s h", j=key_count)
-        for x in (key, value)
-    )
     seen = Visible(
         rows(visible.query_positions, query_tile, query_count),
         rows(visible.key_positions, key_tile, key_count),
@@ -177,14 +173,25 @@ def cut(plan: Plan, part, query, key, value, bias, visible: Visible) -> Tiles:
     )
     whole = keys == key_tile * key_count
     real = None if whole else jnp.asarray(np.arange(key_tile * key_count).reshape(key_count, 1, key_tile) < keys)
-    return Tiles(cut_queries(plan, part, query, groups), key, value, square(bias), seen, real)
+    return Tiles(cut_queries(plan, part, query, groups), cut_keys(plan, part, key, "h s"), square(bias), seen, real)
+
+
+# A product on a CPU wants the positions last in one of its operands: what is turned here, once, costs a sixth of what it
+# costs turned in each step.
 
 
 def cut_queries(plan: Plan, part, array, groups: int):
     """What a part has of [B, T, N, ...] -> [i, b, K, G, t, ...]."""
     tile, count = plan.tiles[0], plan.counts[0]
     array = pad(parts.share(plan.parts, array, part), 1, tile * count)
-    return rearrange(array, "b (i t) (k g) ... -> i b k g t ...", i=count, g=groups)
+    return laid(rearrange(array, "b (i t) (k g) ... -> i b k g t ...", i=count, g=groups))
+
+
+def cut_keys(plan: Plan, part, array, order: str):
+    """What a part has of [B, S, K, H] -> [j, b, K, s, H] for the order "s h", [j, b, K, H, s] for "h s"."""
+    tile, count = plan.tiles[1], plan.counts[1]
+    array = pad(parts.share(plan.parts, array, part), 1, tile * count)
+    return laid(rearrange(array, "b (j s) k h -> j b k " + order, j=count))
 
 
 def join_queries(array, length: int):
@@ -199,7 +206,7 @@ def put(tiles, tile, index):
 def logits_of(plan: Plan, tiles: Tiles, i, j):
     """The logits of one step, [b, K, G, t, s] in float32, -inf where not visible."""
     precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
-    logits = plan.scale * jnp.einsum("bkgth,bksh->bkgts", tiles.query[i], tiles.key[j], preferred_element_type=precise)
+    logits = plan.scale * jnp.einsum("bkgth,bkhs->bkgts", tiles.query[i], tiles.key[j], preferred_element_type=precise)
     if tiles.bias is not None:
         logits += jax.lax.dynamic_slice(tiles.bias, *tile_corner(plan, tiles.bias, i, j))
     visible, tests = tiles.visible, []
@@ -249,12 +256,12 @@ def flash(plan: Plan, query, key, value, bias, visible: Visible):
     precise = jnp.promote_types(query.dtype, jnp.float32)
 
     def attend(part):
-        tiles = cut(plan, part, query, key, value, bias, visible)
+        tiles, values = cut(plan, part, query, key, bias, visible), cut_keys(plan, part, value, "s h")
 
         def step(states, i, j):
             def weigh(weights):
                 weights = weights.astype(value.dtype)
-                return jnp.einsum("bkgts,bksv->bkgtv", weights, tiles.value[j], preferred_element_type=precise)
+                return jnp.einsum("bkgts,bksv->bkgtv", weights, values[j], preferred_element_type=precise)
 
             state = online.update(jax.tree.map(lambda x: x[i], states), logits_of(plan, tiles, i, j), weigh)
             return jax.tree.map(lambda x, tile: put(x, tile, i), states, state)
@@ -276,22 +283,22 @@ def flash_forward(plan, query, key, value, bias, visible):
 @precision.full
 def flash_backward(plan, residuals, gradients):
     *arguments, out, lse = residuals
-    query, key, value, bias, _ = arguments
+    query, key, value, bias, visible = arguments
     groups, precise = query.shape[2] // key.shape[2], lse.dtype
     lse, shift = online.residue(out, lse, *gradients)
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
     def of_part(part):
-        tiles = cut(plan, part, *arguments)
+        tiles, values = cut(plan, part, query, key, bias, visible), cut_keys(plan, part, value, "h s")
         own_lse, own_shift, grad_out = (cut_queries(plan, part, x, groups) for x in (lse, shift, gradients[0]))
 
         def step(grads, i, j):
             weights = jnp.exp(logits_of(plan, tiles, i, j) - own_lse[i][..., None])
-            grad_weights = dot("bkgtv,bksv->bkgts", grad_out[i], tiles.value[j])
+            grad_weights = dot("bkgtv,bkvs->bkgts", grad_out[i], values[j])
             grad_logits = weights * (grad_weights - own_shift[i][..., None])
             scaled, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
             changes = (
-                (dot("bkgts,bksh->bkgth", scaled, tiles.key[j]), i),
+                (dot("bkgts,bkhs->bkgth", scaled, tiles.key[j]), i),
                 (dot("bkgth,bkgts->bkhs", tiles.query[i], scaled), j),
                 (dot("bkgtv,bkgts->bkvs", grad_out[i], weights), j),
             )
@@ -301,7 +308,7 @@ def flash_backward(plan, residuals, gradients):
 
         # Gradients of keys and values with the features before the positions: a product that turns a tile of weights
         # takes twice the time of one that turns a tile of queries.
-        like = tiles.query, tiles.key.swapaxes(3, 4), tiles.value.swapaxes(3, 4), tiles.bias
+        like = tiles.query, tiles.key, values, tiles.bias
         grads = sweep(plan, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), like))
         by_key = lambda x: rearrange(x, "j b k h s -> b (j s) k h")[:, : key.shape[1]]
         grad_query, grad_key, grad_value = join_queries(grads[0], query.shape[1]), by_key(grads[1]), by_key(grads[2])
@@ -327,9 +334,7 @@ def attention(query, key, value, bias, visible: Visible, band, scale: float):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
     (batch, queries, heads), (_, keys, kv_heads) = query.shape[:3], key.shape[:3]
     reach = None if band is None or None in band else sum(band) + 1
-    cuts = parts_of(
-        batch, kv_heads, heads // kv_heads, queries, keys, max(query.shape[3], value.shape[3]), most_of(reach)
-    )
+    cuts = parts_of(batch, kv_heads, heads // kv_heads, queries, keys, max(query.shape[3], value.shape[3]), most_of(reach))
     tiles = tile_sizes(batch * heads // (cuts[0] * cuts[1]), queries, keys, reach)
     counts = (-(-queries // tiles[0]), -(-keys // tiles[1]))
     steps = visible_steps(tiles, counts, band, visible.query_positions, visible.key_positions)
