@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from subquad.kernels import precision
+from subquad.kernels.memory import laid
 from subquad.kernels.softmax import online, parts
 from subquad.kernels.softmax.xla import balance
 from subquad.kernels.strided.pattern import Pattern
@@ -117,7 +118,8 @@ class Tile:
         starts, _ = self.corner(of_keys)
         view, rest = self.view(array)
         tile = jnp.moveaxis(tile, 3 if rest else 2, 1)
-        return jax.lax.dynamic_update_slice(view, tile, (*starts, *(ZERO for _ in rest))).reshape(array.shape)
+        # Else XLA on a CPU may turn all of the array before a loop, and again after it.
+        return laid(jax.lax.dynamic_update_slice(view, tile, (*starts, *(ZERO for _ in rest))).reshape(array.shape))
 
     def add(self, array, tile, of_keys: bool):
         return self.put(array, self.take(array, of_keys) + tile, of_keys)
@@ -298,9 +300,9 @@ def gradients_part(pattern, length, scale, query, key, value, lse, shift, grad_o
             continue
         zeros = tuple(jnp.zeros(x.shape, precise) for x in (own_key, own_value))
         grad_query, *compact = scan(sweep, step, (grads[0], *zeros))
-        columns = pick(pattern, length)[0]
-        spread = lambda like, grad, columns=columns: like + jax.linear_transpose(columns, like)(grad)[0]
-        grads = (grad_query, *map(spread, grads[1:], compact))
+        places = (positions[0],) if len(positions) == 1 else (positions.T, np.arange(len(positions)))
+        add = lambda grad, change, places=places: grad.at[:, *places].add(change, mode="drop", unique_indices=True)
+        grads = (grad_query, *map(add, grads[1:], compact))
     return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
 
 
