@@ -127,8 +127,12 @@ class S4(nnx.Module):
     def _mix(self, inputs, responses):
         """The pointwise rest of the layer, from u and C x."""
         hidden = nnx.gelu(responses + self.skip[...].astype(inputs.dtype) * inputs, approximate=False)
-        outputs = self.out(hidden)
-        return nnx.glu(outputs) if self.glu else outputs
+        if not self.glu:
+            return self.out(hidden)
+        # Each half by itself: the gradient of both would be put together as one array, twice as wide as any other.
+        graph, params = nnx.split(self.out)
+        half = lambda i: nnx.merge(graph, jax.tree.map(lambda x: jnp.split(x, 2, -1)[i], params))(hidden)
+        return half(0) * nnx.sigmoid(half(1))
 
     def __call__(
         self,
