@@ -165,7 +165,9 @@ def test_a_host_that_refuses_the_file_is_told_as_one_that_is_not_there(answer, t
     message, folder = str(caught.value), tmp_path / "downloads" / "manual"
     assert message.startswith(f"lra_text/lra: file aclImdb_v1.tar.gz (84 MB) must be downloadable or in {folder}, got ")
     assert message.endswith(f"Fetch {url} on another machine and put it into {folder}") and "\n" not in message
-    assert ("403" in message) == (answer != "nothing")
+    # The address holds a random port, which may be 40321, and the folder the number of pytest's run.
+    reason = message.replace(url, "").replace(str(folder), "")
+    assert ("403" in reason) == (answer != "nothing")
 
 
 @contextlib.contextmanager
