@@ -54,10 +54,17 @@ def laid(array):
 def _lay(context, array):
     module = context.module_context
     # An export takes no operation without guarantees, and what several devices share would be gathered on each of them.
-    if module.lowering_parameters.for_export or getattr(module.axis_context, "num_devices", 1) != 1:
+    if module.lowering_parameters.for_export or not _of_one_device(module.axis_context):
         return [array]
     ordered = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return mlir.lower_fun(ordered, multiple_results=False)(context, array)
+
+
+def _of_one_device(axes) -> bool:
+    """Whether an array is whole: in a program of one device, or under a `shard_map` over all axes of its mesh."""
+    if hasattr(axes, "manual_axes"):
+        return axes.manual_axes == frozenset(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", None) == 1
 
 
 laid_p = Primitive("laid")

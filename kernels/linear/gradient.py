@@ -20,7 +20,7 @@ class Arrays(NamedTuple):
     query: Float[Array, "B T N M"]
     key: Float[Array, "B S N M"]
     value: Float[Array, "B S N V"]
-    scale: Float[Array, "B S N"] | None  # in xla.py its rows, [B, N, S]
+    scale: Float[Array, "B S N"] | Float[Array, "B N S"] | None  # the latter in xla.py
     mask: Bool[Array, "_ S"] | None
     projection: Float[Array, "1 M H"] | None
     numerator: Float[Array, "B N M V"] | None  # the initial state

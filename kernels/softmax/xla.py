@@ -176,10 +176,6 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
     return Tiles(cut_queries(plan, part, query, groups), cut_keys(plan, part, key, "h s"), square(bias), seen, real)
 
 
-# A product on a CPU wants the positions last in one of its operands: what is turned here, once, costs a sixth of what it
-# costs turned in each step.
-
-
 def cut_queries(plan: Plan, part, array, groups: int):
     """What a part has of [B, T, N, ...] -> [i, b, K, G, t, ...]."""
     tile, count = plan.tiles[0], plan.counts[0]
@@ -188,7 +184,11 @@ def cut_queries(plan: Plan, part, array, groups: int):
 
 
 def cut_keys(plan: Plan, part, array, order: str):
-    """What a part has of [B, S, K, H] -> [j, b, K, s, H] for the order "s h", [j, b, K, H, s] for "h s"."""
+    """What a part has of [B, S, K, H] -> [j, b, K, s, H] for the order "s h", [j, b, K, H, s] for "h s".
+
+    A product on a CPU wants the positions last in one of its operands: what is turned here, once, costs a sixth of what it
+    costs turned in each step.
+    """
     tile, count = plan.tiles[1], plan.counts[1]
     array = pad(parts.share(plan.parts, array, part), 1, tile * count)
     return laid(rearrange(array, "b (j s) k h -> j b k " + order, j=count))

@@ -84,11 +84,13 @@ def test_laid_is_the_identity_under_every_transformation():
 SHARED = """
 import jax
 from subquad.kernels import memory
-mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-shared = jax.sharding.NamedSharding(mesh, jax.P("batch"))
-x = jax.ShapeDtypeStruct((2, 16, 4), "float32", sharding=shared)
-text = jax.jit(lambda x: memory.laid(x.swapaxes(1, 2)) * 2).lower(x).compile().as_text()
-assert "f32[1,4,16]" in text and "gather" not in text, text
+mesh = jax.make_mesh((1, 2), ("one", "two"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+x = jax.ShapeDtypeStruct((2, 16, 4), "float32", sharding=jax.sharding.NamedSharding(mesh, jax.P("two")))
+turn = lambda x: memory.laid(x.swapaxes(1, 2)) * 2
+part = lambda axes, spec: jax.shard_map(turn, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False)
+for function in (turn, part({"one"}, jax.P()), part({"one", "two"}, jax.P("two"))):
+    text = jax.jit(function).lower(x).compile().as_text()
+    assert "f32[1,4,16]" in text and "gather" not in text, text
 """
 
 
