@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subquad.zoo.base import refuse
+from subquad.zoo.checks import refuse
 
 
 class FeedForward(nnx.Module):

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels.dispatch import nearest
 from subquad.zoo import positions as encodings
 from subquad.zoo import registry
-from subquad.zoo.base import refuse
 from subquad.zoo.block import Block
+from subquad.zoo.checks import refuse
 
 POSITIONS = ("learned", "sinusoidal", None)
 POOLINGS = ("mean", "max", "first", "last")

@@ -9,8 +9,9 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from subquad.kernels.dispatch import nearest
-from subquad.zoo.base import Shell, check_mask, check_options, options_of, refuse
+from subquad.zoo.base import Shell, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.checks import check_mask, refuse
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import dispatch, lsh
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, ReformerCache, append
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.tokenwise import tokenwise
 
@@ -120,7 +121,7 @@ class ReformerAttention(Attention):
         shape = (self.num_heads, self.head_features, self.num_hashes, sum(self.factors) // 2)
         return jax.random.normal(rngs.params(), shape, jnp.float32)
 
-    def project(self, inputs_q, inputs_kv):
+    def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         query, value = tokenwise(lambda inputs: (self.query(inputs), self.value(inputs)), inputs_q, is_linear=True)
         return query, query, value
 

@@ -8,8 +8,9 @@ from flax import nnx
 
 from subquad.kernels import softmax
 from subquad.zoo import positions as encodings
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, append
+from subquad.zoo.checks import refuse, require_extend
 
 
 class SoftmaxAttention(Attention):

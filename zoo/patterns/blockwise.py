@@ -10,8 +10,9 @@ from einops import rearrange, repeat
 from flax import nnx
 
 from subquad.kernels import block_sparse, softmax
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, append
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.patterns.steps import in_chunks
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from flax import nnx
 
 from subquad.kernels import softmax
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LocalCache
+from subquad.zoo.checks import refuse, require_extend
 
 
 class LocalAttention(Attention):

@@ -9,8 +9,9 @@ from flax import nnx
 
 from subquad.kernels import block_sparse, softmax, strided
 from subquad.kernels.dispatch import nearest
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, append
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.patterns import parts
 from subquad.zoo.patterns.steps import in_chunks
 

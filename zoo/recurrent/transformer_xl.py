@@ -11,8 +11,9 @@ from flax.nnx.nn.linear import default_kernel_init
 from jax import lax
 
 from subquad.kernels import relative
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import TransformerXLCache
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.positions import sinusoidal
 
 
@@ -84,7 +85,7 @@ class TransformerXLAttention(Attention):
         self.content_bias = nnx.Param(bias(rngs.params(), shape, self.param_dtype))
         self.position_bias = nnx.Param(bias(rngs.params(), shape, self.param_dtype))
 
-    def project(self, inputs_q, inputs_kv):
+    def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """The inputs themselves: they are projected segment by segment, with their memory."""
         return (inputs_q,)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import convolution, dispatch, ssm
-from subquad.zoo.base import refuse
+from subquad.zoo.checks import refuse
 from subquad.zoo.statespace import hippo
 
 Mode = Literal["dplr", "diagonal"]
