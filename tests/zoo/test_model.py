@@ -236,7 +236,7 @@ def test_top_k_takes_the_first_of_equal_tokens():
 
 
 def test_generation_compiles_once():
-    from subquad.zoo import model as module
+    from subquad.zoo import generation as module
 
     model = language_model()
     model.generate(tokens((1, 3)), 4)
@@ -270,7 +270,7 @@ def test_generate_refuses(arguments, word):
 def test_what_is_no_array_is_refused_by_name():
     model = language_model()
     for call in (model, model.encoder, lambda tokens: model.generate(tokens, 2), lambda tokens: model.extend(tokens, None)):
-        with pytest.raises(TypeError, match="tokens must be an array"):
+        with pytest.raises(TypeError, match="(tokens|prompt) must be an array"):
             call([[1, 2]])
     with pytest.raises(TypeError, match="mask must be an array"):
         model.generate(tokens((1, 2)), 2, mask=[[True, True]])
