@@ -56,7 +56,7 @@ def generate(
         not known under the caller's `jax.jit`, holds -1 from there on.
     Raises: ValueError: an argument out of its range; sampling without rngs; a prompt that ends in padding; an id out of range;
         of a `CausalLM` with learned positions, more than max_length tokens, the last one not counted.
-        TypeError: a prompt or mask that is no array.
+        TypeError: a prompt or mask that is no array; a model that is not as above.
     """
     request = _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, mask, rngs)
     return _generate(*request, num_tokens=num_tokens)
@@ -77,6 +77,12 @@ def stream(
     """The tokens of `generate` as they come, one [B] array after another; ends once every sample has drawn a stop token.
 
     The arguments are those of `generate`, and are checked at once. It runs outside of `jax.jit`.
+
+    Example:
+        >>> model = zoo.CausalLM(vocab_size=16, in_features=32, num_layers=1, mlp_features=64, max_length=64,
+        ...                      mixer="softmax", mixer_options=dict(num_heads=4), rngs=nnx.Rngs(0))
+        >>> [token.shape for token in stream(model, jnp.ones((2, 5), jnp.int32), 3)]
+        [(2,), (2,), (2,)]
     """
     sampling, state, prompt, mask, keys, temperature, top_p = _request(
         model, prompt, num_tokens, temperature, top_k, top_p, stop_token, mask, rngs
@@ -96,6 +102,8 @@ def stream(
 
 def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, mask, rngs):
     """The checked arguments of the compiled programs; static: the model's graph and `Sampling`, in one."""
+    if not (hasattr(model, "init_cache") and hasattr(model, "extend")):
+        raise TypeError(f"generate: model must have init_cache and extend, got a {type(model).__name__}. CausalLM has.")
     stop_tokens = () if stop_token is None else tuple(int(x) for x in np.atleast_1d(stop_token))
     if not isinstance(num_tokens, int | np.integer) or num_tokens < 1:
         raise ValueError(f"generate: num_tokens must be an integer >= 1, got {num_tokens}. Ask for at least one token.")
@@ -119,6 +127,11 @@ def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, m
     keys = jax.random.split(jax.random.key(0) if rngs is None else rngs.dropout(), num_tokens)
     # By its state: nnx.jit would write the model back, which a caller's jax.jit does not allow.
     graph, state = nnx.split(model)
+    if state is model:
+        raise TypeError(
+            f"generate: model must be an nnx.Module or a pytree, got a {type(model).__name__}. "
+            "Register it, for example with jax.tree_util.register_dataclass."
+        )
     sampling = Sampling(temperature == 0, top_k, stop_tokens)
     return (graph, sampling), state, prompt.astype(jnp.int32), mask, keys, temperature, top_p
 
@@ -151,7 +164,7 @@ def _first(static, state, prompt, mask, key, temperature, top_p, *, num_tokens):
     return _pick(logits[:, -1], key, temperature, top_p, sampling), cache
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
 def _next(static, state, token, cache, key, temperature, top_p):
     """A token -> (the token after it, cache)."""
     graph, sampling = static
