@@ -66,6 +66,10 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
 
     def run_backward(plan, saved, gradients):
         arrays, outputs, residuals = saved
+        if arrays.mask is not None:
+            # Queries may be padding, which holds anything: one whose output nobody used counts as 0.
+            idle = (gradients[0] == 0).all(-1, keepdims=True)
+            arrays, outputs = arrays._replace(query=jnp.where(idle, 0, arrays.query)), jnp.where(idle, 0, outputs)
         return (backward(plan, arrays, outputs, residuals, gradients),)
 
     run.defvjp(run_forward, run_backward)

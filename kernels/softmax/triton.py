@@ -827,7 +827,7 @@ def flash_forward(plan, query, key, value, bias, visible):
 
 def flash_backward(plan, residuals, gradients):
     query, key, value, bias, visible, out, lse = residuals
-    lse, shift = online.residue(out, lse, *gradients)
+    lse, shift, query = online.residue(out, (lse,), *gradients, plan.geometry.tested, query)
     lse, shift = (x.swapaxes(1, 2) for x in (lse, shift))
     run = launch.fold_vmap(functools.partial(backward, plan))
     grad_query, grad_key, grad_value, *rest = run(query, key, value, bias, lse, shift, gradients[0], *visible)

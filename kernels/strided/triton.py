@@ -554,7 +554,7 @@ def flash_forward(pattern, scale, mode, query, key, value, valid):
 
 def flash_backward(pattern, scale, mode, residuals, gradients):
     query, key, value, valid, out, lse = residuals
-    lse, shift = online.residue(out, lse, *gradients)
+    lse, shift, query = online.residue(out, (lse,), *gradients, valid is not None, query)
     pull = launch.fold_vmap(functools.partial(run_backward, pattern, scale, mode), shared=[[6]])
     return *pull(query, key, value, gradients[0], lse, shift, valid), None
 
