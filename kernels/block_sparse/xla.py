@@ -280,7 +280,7 @@ def sparse_backward(plan, residuals, gradients):
     return (*(join(plan, x.astype(y.dtype), n) for x, y, n in zip(grads, likes, lengths, strict=True)), None)
 
 
-sparse.defvjp(sparse_forward, sparse_backward)
+precision.define_passes(sparse, sparse_forward, sparse_backward)
 
 compiled = jax.jit(sparse, static_argnums=0)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 
 Features = Literal["given", "softmax", "relu"]
 
@@ -72,5 +72,5 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
             arrays, outputs = arrays._replace(query=jnp.where(idle, 0, arrays.query)), jnp.where(idle, 0, outputs)
         return (backward(plan, arrays, outputs, residuals, gradients),)
 
-    run.defvjp(run_forward, run_backward)
+    precision.define_passes(run, run_forward, run_backward)
     return run

@@ -300,7 +300,7 @@ def _backward(layout, saved, d_out):
     return *(x.astype(like.dtype) for x, like in zip(gradients, (query, gain, value), strict=True)), None, None
 
 
-over_items.defvjp(_forward, _backward)
+precision.define_passes(over_items, _forward, _backward)
 
 
 @precision.full

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from jax.ad_checkpoint import checkpoint_name
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
 
@@ -486,7 +486,7 @@ def _backward(mode, saved, grad):
     return *gradients, d_relative.sum(0, keepdims=True).astype(relative.dtype), None
 
 
-_attend.defvjp(_forward, _backward)
+precision.define_passes(_attend, _forward, _backward)
 
 
 def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale, mode):

@@ -244,7 +244,7 @@ def _backward(plan, saved, d_out):
     return *gradients, d_relative.astype(relative_key.dtype), None
 
 
-_attend.defvjp(_forward, _backward)
+precision.define_passes(_attend, _forward, _backward)
 
 # Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
 _compiled = jax.jit(_attend, static_argnums=0)

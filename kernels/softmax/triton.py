@@ -19,7 +19,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.xla import Visible
 
@@ -834,7 +834,7 @@ def flash_backward(plan, residuals, gradients):
     return grad_query, grad_key, grad_value, rest[0].astype(bias.dtype) if rest else None, None
 
 
-flash.defvjp(flash_forward, flash_backward)
+precision.define_passes(flash, flash_forward, flash_backward)
 
 
 def attention(query, key, value, bias, visible: Visible, band, scale: float, *, mode: launch.Mode):

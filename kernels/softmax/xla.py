@@ -328,7 +328,7 @@ def flash_backward(plan, residuals, gradients):
     return *grads, *([None] if bias is None else []), None
 
 
-flash.defvjp(flash_forward, flash_backward)
+precision.define_passes(flash, flash_forward, flash_backward)
 
 # Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
 compiled = jax.jit(flash, static_argnums=0)

@@ -23,7 +23,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.softmax import online
 from subquad.kernels.strided.pattern import Pattern
 
@@ -559,7 +559,7 @@ def flash_backward(pattern, scale, mode, residuals, gradients):
     return *pull(query, key, value, gradients[0], lse, shift, valid), None
 
 
-flash.defvjp(flash_forward, flash_backward)
+precision.define_passes(flash, flash_forward, flash_backward)
 
 
 def attention(query, key, value, valid, pattern: Pattern, scale: float, *, mode: launch.Mode):

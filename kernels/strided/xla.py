@@ -308,7 +308,7 @@ def gradients_part(pattern, length, scale, query, key, value, maximum, log_norma
     return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
 
 
-flash.defvjp(flash_forward, flash_backward)
+precision.define_passes(flash, flash_forward, flash_backward)
 
 # Compiled once per pattern and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
 compiled = jax.jit(flash, static_argnums=(0, 1, 2))
