@@ -176,6 +176,7 @@ def attention(
         correct_duplicates=bool(correct_duplicates),
     )
     scale = _scale_of(owner, scale, query_key.shape[-1])
+    query_key, value = checks.hide(mask, query_key, value)
     return dispatch.run(
         owner, _implementations("attention"), implementation,
         layout, query_key, value, buckets, mask, scale,
@@ -240,6 +241,9 @@ def extend(
             f"{query.shape} and {query_buckets.shape}. Hash the new tokens alone."
         )
     scale = _scale_of(owner, scale, query.shape[-1])
+    if mask is not None:
+        own = jnp.take(mask, start + jnp.arange(query.shape[1]), axis=3, mode="clip")
+        (query,), (key, value) = checks.hide(own, query), checks.hide(mask, key, value)
     return dispatch.run(
         owner, _implementations("extend"), implementation,
         query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates,
