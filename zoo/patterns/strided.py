@@ -10,7 +10,7 @@ from flax import nnx
 from subquad.kernels import block_sparse, softmax, strided
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append
+from subquad.zoo.cache import KVCache, append, poisoned
 from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.patterns import parts
 from subquad.zoo.patterns.steps import in_chunks
@@ -130,25 +130,25 @@ class StridedAttention(Attention):
 
     def attend_cached(self, query, key, value, mask, cache):
         start, l = cache.length, self.stride
-        cache = append(cache, key, value, None if mask is None else mask[:, 0, 0])
-        keys = parts.Keys(cache.key, cache.value, cache.valid)
+        cache = append(cache, key, value, mask)
+        keys = parts.Keys(cache.key, cache.value)
 
         def attend(query, key, value, **options):
             key, value = key.astype(query.dtype), value.astype(query.dtype)  # what a piece reads, not the whole cache
             return softmax.attention(query, key, value, return_lse=True, implementation=self.implementation, **options)
 
         def chunk(query, start):
-            at = (start + jnp.arange(query.shape[1]))[None] // l
+            at = start[:, None] + jnp.arange(query.shape[1])
 
             def near(query, keys):
                 piece = parts.window if self.kind == "strided" else parts.block
-                return piece(attend, query, keys, start, l)
+                return piece(attend, query, keys, at, l)
 
             def far(query, keys, alone=True):
                 if self.kind == "strided":
-                    return parts.residues(attend, query, keys, start, l, 0 if alone else 2)
+                    return parts.residues(attend, query, keys, at, l, 0 if alone else 2)
                 columns = self.columns(query.shape[2])
-                own = parts.block(attend, query, keys, start, l, columns) if alone else []
+                own = parts.block(attend, query, keys, at, l, columns) if alone else []
                 return own + parts.summaries(attend, query, keys, at, l, columns)
 
             if self.heads == "merged":
@@ -156,7 +156,7 @@ class StridedAttention(Attention):
             even, odd = (lambda query: near(query, keys.of(EVEN))), (lambda query: far(query, keys.of(ODD)))
             return self.separate(lambda query: combine(even(query)), lambda query: combine(odd(query)), query)
 
-        return in_chunks(chunk, query, start, l), cache
+        return poisoned(in_chunks(chunk, query, start, l), cache), cache
 
     def pattern(self, length: int) -> np.ndarray:
         at, of, l = np.arange(length)[:, None], np.arange(length), self.stride
