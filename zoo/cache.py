@@ -32,15 +32,10 @@ def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B 
 
     Slots are positions, so there is nothing behind a real token that causality would not hide, and padding takes no slot.
 
-    Raises: ValueError: the tokens do not fit. Under `jit` the length is not known, so there `poisoned` makes the outputs
-        of a sample that overflows NaN, now and later: a wrong answer must not look like one.
+    What does not fit is lost, and `poisoned` makes the outputs of such a sample NaN, now and later: the length is not known
+    under `jit`, and a wrong answer must not look like one.
     """
-    room, length = cache.key.shape[1], cache.length + counts(key, mask)
-    if (mask is None and key.shape[1] > room) or (not isinstance(length, jax.core.Tracer) and jnp.any(length > room)):
-        raise ValueError(
-            f"extend: cache must have room for {key.shape[1]} more tokens, got a max_length of {room}. "
-            "Call init_cache with a larger max_length."
-        )
+    length = cache.length + counts(key, mask)
     return KVCache(write(cache.key, key, cache.length, mask), write(cache.value, value, cache.length, mask), length)
 
 

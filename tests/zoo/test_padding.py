@@ -1,6 +1,7 @@
-"""Padding on either side and holes in every layer and every pattern: positions, blocks, windows and states count real tokens."""
+"""Padding on either side and holes, in every layer and pattern: positions, blocks, windows, states count real tokens."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from subquad import zoo
 
 from .cases import FEATURES, inputs
 
-LENGTH, PADDINGS = 9, (1, 2, 3, 4, 7)
+LENGTH, FULL, PADDINGS = 9, 16, (1, 2, 3, 4, 7)
 
 # Blocks, strides and segments of 4 and a memory of 3, so that 9 tokens after 1 to 7 of padding meet every border.
 STRIDED = dict(num_heads=2, stride=4)
@@ -30,65 +31,102 @@ LAYERS = {
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
 }
-by_layer = pytest.mark.parametrize("label", LAYERS)
+BOTH = [
+    (label, is_causal)
+    for label, is_causal in itertools.product(LAYERS, (True, False))
+    if is_causal or zoo.LAYERS[LAYERS[label][0]].supports.bidirectional
+]
 
 
 @functools.cache
-def layer_of(label: str) -> nnx.Module:
+def layer_of(label: str, is_causal: bool = True) -> nnx.Module:
     name, options = LAYERS[label]
-    return zoo.make(name, in_features=FEATURES, is_causal=True, rngs=nnx.Rngs(0), **options)
-
-
-def ragged() -> tuple[np.ndarray, list[np.ndarray]]:
-    """Where the real tokens of each sample stand, [B, 16]: padding on the left, on the right and in between, and none."""
-    rng = np.random.default_rng(0)
-    left = [np.arange(16) >= padding for padding in PADDINGS]
-    holes = [np.isin(np.arange(16), rng.choice(16, count, replace=False)) for count in (LENGTH, LENGTH, 5, 1)]
-    return np.stack([*left, np.arange(16) < LENGTH, np.ones(16, bool), *holes])
-
-
-def spread(real: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Each sample's tokens at its real places, and loud numbers elsewhere."""
-    out = np.full((*real.shape, FEATURES), 100.0, np.float32)
-    for sample, places in enumerate(real):
-        out[sample, places] = x[sample, : places.sum()]
-    return out
+    return zoo.make(name, in_features=FEATURES, is_causal=is_causal, rngs=nnx.Rngs(0), **options)
 
 
 @functools.cache
-def alone(label: str):
-    """The outputs for the samples without any padding: those of a causal layer do not depend on what comes after."""
-    x = np.asarray(inputs(16, batch=len(ragged())))
-    return x, np.asarray(extend_all(label, x, np.ones(x.shape[:2], bool), [16]))
+def run(label: str, is_causal: bool = True):
+    return jax.jit(lambda x, mask=None: layer_of(label, is_causal)(x, mask=mask))
 
 
 @functools.cache
 def step(label: str):
-    return jax.jit(lambda x, cache, mask: layer_of(label).extend(x, cache, mask=mask))
+    return jax.jit(lambda x, cache, mask=None: layer_of(label).extend(x, cache, mask=mask))
 
 
-def extend_all(label, x, real, cuts):
-    cache, outputs = layer_of(label).init_cache(len(x), x.shape[1]), []
-    for part in np.split(np.arange(x.shape[1]), np.cumsum(cuts)[:-1]):
-        y, cache = step(label)(x[:, part], cache, jnp.asarray(real[:, part])[:, None, None])
-        outputs.append(y)
-    return jnp.concatenate(outputs, axis=1)
+def places() -> np.ndarray:
+    """Where the real tokens of each sample stand, [B, FULL]: after padding, around holes, before padding; one has fewer."""
+    rng, at = np.random.default_rng(0), np.arange(FULL)
+    after = [(padding <= at) & (at < padding + LENGTH) for padding in (0, *PADDINGS)]
+    holes = [np.isin(at, rng.choice(FULL, count, replace=False)) for count in (LENGTH, LENGTH, 5)]
+    return np.stack([*after, *holes])
 
 
-def check(label, outputs, real, expected):
-    outputs = np.asarray(outputs)
+def spread(x, real):
+    """Each sample's tokens at its real places, and NaN elsewhere."""
+    out = np.full((*real.shape, x.shape[-1]), np.nan, np.float32)
+    for into, sample, at in zip(out, np.asarray(x), real, strict=True):
+        into[at] = sample[: at.sum()]
+    return out
+
+
+def mask_of(real):
+    return jnp.asarray(real)[:, None, None]
+
+
+def check(outputs, real, alone):
+    """The outputs at real tokens are those of each sample `alone`, a function of its number of tokens."""
     assert np.isfinite(outputs).all()
-    for sample, places in enumerate(real):
-        count = places.sum()
-        np.testing.assert_allclose(outputs[sample, places], expected[sample, :count], rtol=0, atol=2e-5 * np.abs(expected).max(),
-                                   err_msg=f"{label}: sample {sample}")  # fmt: skip
+    for sample, at in enumerate(real):
+        expected = np.asarray(alone(int(at.sum())))[sample]
+        np.testing.assert_allclose(outputs[sample][at], expected, rtol=0, atol=2e-5 * abs(expected).max(), err_msg=str(at * 1))
 
 
-@by_layer
-@pytest.mark.parametrize("cuts", [[16], [3, 1, 12], [1] * 5 + [7, 4]], ids=str)
-def test_extend(label, cuts):
-    x, expected = alone(label)
-    real = ragged()
-    for part in np.split(np.arange(16), np.cumsum(cuts)[:-1]):
-        real[:, part] = np.sort(real[:, part], axis=1)[:, ::-1]
-    check(label, extend_all(label, spread(real, x), real, cuts), real, expected)
+@pytest.mark.parametrize("label,is_causal", BOTH)
+def test_a_call(label, is_causal):
+    real, x = places(), inputs(LENGTH, batch=len(places()))
+    alone = functools.cache(lambda count: run(label, is_causal)(x[:, :count]))
+    check(run(label, is_causal)(spread(x, real), mask_of(real)), real, alone)
+
+
+@pytest.mark.parametrize("label", LAYERS)
+def test_extend_in_any_cutting(label):
+    real, x, layer = places(), inputs(LENGTH, batch=len(places())), layer_of(label)
+    whole = step(label)(x, layer.init_cache(len(x), LENGTH))[0]
+    for cuts in ([FULL], [5, 1, 5, 5], [1] * 11 + [5]):
+        cache, outputs = layer.init_cache(len(x), LENGTH), []  # room for the real tokens, and for no padding
+        for part in np.split(np.arange(FULL), np.cumsum(cuts)[:-1]):
+            y, cache = step(label)(spread(x, real)[:, part], cache, mask_of(real[:, part]))
+            outputs.append(y)
+        check(np.concatenate(outputs, axis=1), real, lambda count: whole[:, :count])
+
+
+@pytest.mark.parametrize("label", [label for label in LAYERS if hasattr(layer_of(label).init_cache(1, 1), "length")])
+def test_only_the_samples_that_overflow_are_poisoned(label):
+    layer, x = layer_of(label), inputs(5, batch=2)
+    real = np.array([[1, 1, 0, 1, 1], [1, 0, 1, 0, 1]], bool)
+    with pytest.raises(ValueError, match="cache must have room for 4 tokens, got room for 3"):
+        layer.extend(x, layer.init_cache(2, 3), mask=mask_of(real))
+    y, cache = step(label)(x, layer.init_cache(2, 3), mask_of(real))
+    later, _ = step(label)(x[:, :1], cache, mask_of(real[:, :1]))
+    assert jnp.isnan(y[0]).all() and jnp.isfinite(y[1]).all() and jnp.isnan(later).all()
+
+
+@pytest.mark.parametrize("label", ["transformer_xl", "fixed"])
+def test_three_layers(label):
+    """In the call, in extend and in generation."""
+    name, options = LAYERS[label]
+    model = zoo.CausalLM(vocab_size=32, in_features=FEATURES, num_layers=3, mlp_features=32, max_length=40, mixer=name,
+                         mixer_options=options, rngs=nnx.Rngs(3))  # fmt: skip
+    real = np.stack([np.arange(FULL) >= FULL - LENGTH] + [np.arange(FULL) >= padding for padding in PADDINGS])
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(rng.integers(1, 32, real.shape))
+    mask = jnp.asarray(real)
+    logits = jax.jit(lambda tokens, mask: model(tokens, mask=mask))(tokens, mask)
+    extended, _ = jax.jit(lambda tokens, mask: model.extend(tokens, model.init_cache(len(tokens), FULL), mask=mask))(tokens, mask)
+    generated = model.generate(tokens, 12, mask=mask)
+    for sample, at in enumerate(real):
+        own = tokens[sample : sample + 1, at]
+        expected = model(own)[0]
+        print(jnp.abs(logits[sample][at] - expected).max(), jnp.abs(extended[sample][at] - expected).max(), generated[sample])
+        print(model.generate(own, 12)[0])
