@@ -84,7 +84,7 @@ class BlockwiseAttention(Attention):
         self.max_length, self.block_size = int(max_length), int(block_size)
         self.shifts = tuple(int(shift) for shift in shifts)
 
-    def blocks(self, length: int) -> np.ndarray:
+    def _blocks(self, length: int) -> np.ndarray:
         """int [N, ceil(length / block_size), 1]: the block of keys of each block of queries, -1 past the end."""
         if length > self.max_length:
             refuse(
@@ -95,10 +95,10 @@ class BlockwiseAttention(Attention):
                 "Construct the layer with a larger max_length.",
             )
         count = -(-length // self.block_size)
-        blocks = self.keys_of(np.arange(count)[None], np.array(self.shifts)[:, None])
+        blocks = self._keys_of(np.arange(count)[None], np.array(self.shifts)[:, None])
         return np.where(blocks < count, blocks, -1)[..., None]
 
-    def keys_of(self, block, shift):
+    def _keys_of(self, block, shift):
         """pi(block)."""
         return (block + shift) % -(-self.max_length // self.block_size)
 
@@ -107,7 +107,7 @@ class BlockwiseAttention(Attention):
             query,
             key,
             value,
-            self.blocks(query.shape[1]),
+            self._blocks(query.shape[1]),
             block_size=self.block_size,
             mask=mask,
             is_causal=self.is_causal,
@@ -135,7 +135,7 @@ class BlockwiseAttention(Attention):
 
         def chunk(query, start):
             at = jnp.minimum(start[:, None] + jnp.arange(query.shape[1]), self.max_length - 1)
-            wanted = self.keys_of(at[:, None] // self.block_size, shifts)  # block of keys, [B, N, t]
+            wanted = self._keys_of(at[:, None] // self.block_size, shifts)  # block of keys, [B, N, t]
             # Where the two wanted blocks are no neighbours, the one with the larger number lies in the future.
             first = jnp.clip(wanted.min(2) * self.block_size, 0, room - reach)
             of = first[..., None] + jnp.arange(reach)  # position of keys, [B, N, s]
@@ -158,5 +158,5 @@ class BlockwiseAttention(Attention):
 
     def pattern(self, length: int) -> np.ndarray:
         block = np.arange(length) // self.block_size
-        seen = block == self.keys_of(block, np.array(self.shifts)[:, None])[..., None]
+        seen = block == self._keys_of(block, np.array(self.shifts)[:, None])[..., None]
         return np.tril(seen) if self.is_causal else seen
