@@ -83,11 +83,11 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
     counts = rearrange(same.sum(1), "b t s n -> b n t s")
     if correct_duplicates:
         counts = jnp.minimum(counts, 1)
-    own = start + jnp.arange(length)
-    counts = counts * (own[:, None] > jnp.arange(places))
+    own = jnp.reshape(start, (-1, 1)) + jnp.arange(length)[None]  # the place in the cache of each new token, [B|1, T]
+    counts = counts * (own[:, None, :, None] > jnp.arange(places)[None, None, None])
     key, wide_value = wide(key), wide(value)
-    own_value = jnp.take(wide_value, own, axis=1, mode="clip")
-    real_query = jnp.take(real, own, axis=2, mode="clip")
+    own_value = jnp.take_along_axis(wide_value, own[..., None, None], axis=1, mode="clip")
+    real_query = jnp.take_along_axis(real, own[:, None], axis=2, mode="clip")
     return _softmax(wide(query), key, wide_value, own_value, counts, real_query, real, scale).astype(value.dtype)
 
 

@@ -739,7 +739,7 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
     if not query.dtype == key.dtype == value.dtype:
         raise launch.Declined("query, key and value must have one dtype.")
     valid = None if mask is None else mask[:, 0, 0]
-    start = jnp.asarray(start, jnp.int32).reshape(1)
+    start = jnp.asarray(start, jnp.int32).reshape(-1)
     options = float(scale), bool(correct_duplicates), mode
     return _extend(options, query, key, value, query_buckets, key_buckets, valid, start)
 

@@ -320,8 +320,9 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
         query, buckets, own = queries
         same = sum((a[..., None] == b).astype(jnp.float32) for a, b in zip(buckets, key_buckets, strict=True))
         same = jnp.minimum(same, 1) if correct_duplicates else same
-        own_real = jnp.take(real, own, axis=1, mode="clip")[:, None]
-        weight = same * (own_real[..., None] & real[:, None, None] & (jnp.arange(places) < own[:, None]))
+        own_real = jnp.take_along_axis(real, own, axis=1, mode="clip")[:, None]
+        is_before = jnp.arange(places)[None, None, None] < own[:, None, :, None]
+        weight = same * (own_real[..., None] & real[:, None, None] & is_before)
         logits = online.rounded(scale * jnp.einsum("bnth,bnhs->bnts", query, key, preferred_element_type=jnp.float32))
         seen = weight > 0
         largest = jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30)
@@ -329,7 +330,8 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
         total = weight.sum(-1, keepdims=True)
         out = jnp.einsum("bnts,bnsv->bntv", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
         alone = own_real[..., None] & (total == 0)
-        return jnp.where(alone, jnp.take(value, own, axis=2, mode="clip"), out / jnp.where(total > 0, total, 1))
+        own_value = jnp.take_along_axis(value, own[:, None, :, None], axis=2, mode="clip")
+        return jnp.where(alone, own_value, out / jnp.where(total > 0, total, 1))
 
     short = steps * count - length
     query = jnp.pad(query, ((0, 0), (0, short), (0, 0), (0, 0)))
@@ -337,7 +339,7 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
     queries = (
         rearrange(query, "b (k t) n h -> k b n t h", k=steps),
         rearrange(query_buckets, "b r (k t) n -> k r b n t", k=steps),
-        start + jnp.arange(steps * count).reshape(steps, count),
+        jnp.reshape(start, (-1, 1)) + jnp.arange(steps * count).reshape(steps, 1, count),
     )
     out = rearrange(jax.lax.map(tile, queries), "k b n t v -> b (k t) n v")[:, :length]
     return out.astype(value.dtype)

@@ -565,7 +565,7 @@ def test_reference_and_xla_agree(name, is_causal):
 def test_a_full_cache_is_refused_or_poisoned(name):
     layer = layer_of(name, True)
     cache = layer.init_cache(2, 4)
-    if not hasattr(cache, "length") or not hasattr(cache, "valid"):
+    if not hasattr(cache, "length"):
         pytest.skip("this cache never fills")
     with pytest.raises(ValueError, match="max_length"):
         layer.extend(inputs(5), cache)

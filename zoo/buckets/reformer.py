@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from subquad.kernels import dispatch, lsh
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, ReformerCache, append
+from subquad.zoo.cache import KVCache, ReformerCache, append, poisoned, write
 from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.tokenwise import tokenwise
@@ -157,14 +157,12 @@ class ReformerAttention(Attention):
         return ReformerCache(*tokens, buckets)
 
     def attend_cached(self, query, key, value, mask, cache):
-        start, room = cache.length, cache.key.shape[1]
-        tokens = append(KVCache(*cache[:4]), lsh.normalize(query)[0], value, None if mask is None else mask[:, 0, 0])
-        new = self.hash(query, room)
-        buckets = jax.lax.dynamic_update_slice_in_dim(cache.buckets, new, start, axis=2)
+        *cached, buckets = cache
+        tokens = append(KVCache(*cached), lsh.normalize(query)[0], value, mask)
+        new = self.hash(query, cache.key.shape[1])
+        buckets = write(buckets, new, cache.length, mask, axis=2)
         heads = lsh.extend(
-            query, tokens.key.astype(query.dtype), tokens.value.astype(query.dtype), new, buckets, start=start,
-            mask=tokens.valid[:, None, None], scale=self.scale, correct_duplicates=self.correct_duplicates,
-            implementation=self.implementation,
+            query, tokens.key.astype(query.dtype), tokens.value.astype(query.dtype), new, buckets, start=cache.length,
+            scale=self.scale, correct_duplicates=self.correct_duplicates, implementation=self.implementation,
         )
-        heads = jnp.where(tokens.length > room, jnp.nan, heads)  # a lonely token would not see the poisoned cache
-        return heads, ReformerCache(*tokens, buckets)
+        return poisoned(heads, tokens), ReformerCache(*tokens, buckets)

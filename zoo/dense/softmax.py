@@ -9,7 +9,7 @@ from flax import nnx
 from subquad.kernels import softmax
 from subquad.zoo import positions as encodings
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append
+from subquad.zoo.cache import KVCache, append, poisoned
 from subquad.zoo.checks import refuse, require_extend
 
 
@@ -90,14 +90,13 @@ class SoftmaxAttention(Attention):
         return KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
 
     def attend_cached(self, query, key, value, mask, cache):
-        at = cache.length + jnp.arange(query.shape[1])[None]
+        at = cache.length[:, None] + jnp.arange(query.shape[1])
         if self.rotary_base is not None:
             query = encodings.rotary(query, at, self.rotary_base)
             key = encodings.rotary(key, at, self.rotary_base)
-        cache = append(cache, key, value, None if mask is None else mask[:, 0, 0])
+        cache = append(cache, key, value, mask)
         heads = softmax.attention(
-            query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), mask=cache.valid[:, None, None],
-            is_causal=True, query_positions=at, key_positions=jnp.arange(cache.key.shape[1])[None],
-            implementation=self.implementation,
+            query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), is_causal=True, query_positions=at,
+            key_positions=jnp.arange(cache.key.shape[1])[None], implementation=self.implementation,
         )
-        return heads, cache
+        return poisoned(heads, cache), cache

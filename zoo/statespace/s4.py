@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from subquad.kernels import dispatch, ssm
 from subquad.zoo import padding
 from subquad.zoo.base import Support
-from subquad.zoo.cache import S4Cache
+from subquad.zoo.cache import S4Cache, counts
 from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.statespace import hippo
@@ -176,7 +176,7 @@ class S4(nnx.Module):
     def _extend(self, inputs, cache, mask):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         inputs = self._promote(inputs if order is None else order.pack(inputs))
-        responses, state = self.system.recur(inputs, cache.state)
+        responses, state = self.system.recur(inputs, cache.state, None if mask is None else counts(inputs, mask))
         outputs = tokenwise(self._mix, inputs, responses)
         return outputs if order is None else order.unpack(outputs), S4Cache(state)
 
