@@ -110,7 +110,11 @@ class LocalAttention(Attention):
         )
         return heads, LocalCache(*(array[:, tokens:] for array in seen))
 
-    def pattern(self, length: int) -> np.ndarray:
-        distance = np.arange(length) - np.arange(length)[:, None]
+    def allowed(self, query_positions, key_positions):
+        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, 1, T, S]."""
+        distance = key_positions[..., None, None, :] - query_positions[..., None, :, None]
         left, right = self.window_size
-        return ((-left <= distance) & (distance <= right))[None]
+        return (-left <= distance) & (distance <= right)
+
+    def pattern(self, length: int) -> np.ndarray:
+        return self.allowed(np.arange(length), np.arange(length))
