@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import softmax
+from subquad.kernels import precision, softmax
 from subquad.zoo import masks
 from subquad.zoo import positions as encodings
 from subquad.zoo.base import Attention, Shell, Support
@@ -150,6 +150,7 @@ class SoftmaxAttention(Attention):
         return heads, cache
 
 
+@precision.full
 def weighted_mean(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
