@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import softmax
 from subquad.zoo import padding
-from subquad.zoo.base import Shell, check_mask, check_options, refuse
-from subquad.zoo.dense.softmax import drop
+from subquad.zoo.base import Shell, check_options
+from subquad.zoo.checks import check_mask, refuse
+from subquad.zoo.dense.softmax import check_rate, drop
 from subquad.zoo.registry import LAYERS, check_complete, find, options
 
 # What Flax's attention has itself, and says by the arrays it hands over or in the call.
@@ -123,8 +124,8 @@ class AttentionFn:
                 refuse(owner, "sow_weights", True, "be False (its weights are never stored)",
                        "Use layer.pattern to see which keys count, or attention_fn('softmax').")
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        batch, (queries, heads, features), keys = query.shape[:-3], query.shape[-3:], key.shape[-3]
         check_arrays(owner, query, key, value)
+        batch, (queries, heads, features), keys = query.shape[:-3], query.shape[-3:], key.shape[-3]
         if queries > keys and is_causal:
             refuse(owner, "query", query.shape, f"have at most the length {keys} of key when causal",
                    "Leave is_causal out for cross-attention.")
@@ -149,14 +150,18 @@ class AttentionFn:
         extras = {}
         if bias is not None:
             extras["bias"] = flat_bias(owner, bias, (*batch, heads, queries, keys))
+        if drops:
+            check_rate(owner, dropout_rate)
+            if dropout_rng is None:
+                refuse(owner, "dropout_rng", None, "be given for dropout", "Pass a key of jax.random, or deterministic=True.")
         if drops or module is not None:
-            extras["on_weights"] = functools.partial(
-                on_weights, batch, query.dtype, module, functools.partial(
-                    drop, owner, dropout_rng, dropout_rate, broadcast_dropout) if drops else None,
-            )
-        flat = (a.reshape(-1, *a.shape[-3:]) for a in (query, key, value))
+            dropped = functools.partial(drop, dropout_rng, dropout_rate, broadcast_dropout) if drops else None
+            extras["on_weights"] = functools.partial(on_weights, batch, query.dtype, module, dropped)
+        query, key, value = (a.reshape(-1, *a.shape[-3:]) for a in (query, key, value))
+        if mask is not None:  # what no query may see
+            key, value = (padding.clear(a, mask.any((1, 2))) for a in (key, value))
         with matmul_precision(owner, precision):
-            outputs = (step if steps else whole)(mechanism, *flat, mask, **extras)
+            outputs = (step if steps else whole)(mechanism, query, key, value, mask, **extras)
         return outputs.reshape(*batch, *outputs.shape[1:])
 
 
@@ -168,7 +173,7 @@ def whole(mechanism, query, key, value, mask, **extras):
     # Cross-attention's queries are no tokens of the keys. It knows no positions but their order, which padding leaves as it is.
     if not is_padding or mechanism.supports.cross:
         return mechanism.attend(query, key, value, mask, **extras)
-    order = padding.real_first(jnp.broadcast_to(mask[:, 0, 0], key.shape[:2]))
+    order = padding.real_first(mask, len(query))
     packed = (order.pack(array) for array in (query, key, value))
     return order.unpack(mechanism.attend(*packed, order.mask[:, None, None], **extras))
 
@@ -191,12 +196,12 @@ def step(mechanism, query, key, value, mask, **extras):
     return mechanism.attend(query, key, value, mask, **extras)  # of one query, built without causality
 
 
-def on_weights(batch: tuple[int, ...], dtype, module, drops, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+def on_weights(batch: tuple[int, ...], dtype, module, dropped, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
     """Sows the weights in a module of Flax and drops some of them, where asked for."""
     if module is not None:
         collection = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
         module.sow(collection, "attention_weights", weights.reshape(*batch, *weights.shape[1:]).astype(dtype))
-    return weights if drops is None else drops(weights)
+    return weights if dropped is None else dropped(weights)
 
 
 def check_arrays(owner: str, query, key, value) -> None:

@@ -89,11 +89,14 @@ class SoftmaxAttention(Attention):
     def draws(self, deterministic, rngs):
         if not self.dropout_rate or (self.deterministic if deterministic is None else deterministic):
             return {}
-        key = None if rngs is None else rngs.dropout()
-        return {"on_weights": functools.partial(drop, "SoftmaxAttention", key, self.dropout_rate, self.broadcast_dropout)}
+        if rngs is None:
+            refuse("SoftmaxAttention", "rngs", None, "be given for dropout",
+                   "Pass nnx.Rngs(dropout=seed), or deterministic=True.")
+        return {"dropout_rng": rngs.dropout()}
 
     def attend(
-        self, query, key, value, mask, positions=None, segment_ids=None, *, key_positions=None, bias=None, on_weights=None
+        self, query, key, value, mask, positions=None, segment_ids=None, dropout_rng=None,
+        *, key_positions=None, bias=None, on_weights=None,
     ):
         """The mechanism, as in `Attention`.
 
@@ -113,6 +116,8 @@ class SoftmaxAttention(Attention):
             query = encodings.rotary(query, at, self.rotary_base)
             at = jnp.arange(key.shape[1])[None] if key_positions is None else key_positions
             key = encodings.rotary(key, at, self.rotary_base)
+        if dropout_rng is not None:
+            on_weights = functools.partial(drop, dropout_rng, self.dropout_rate, self.broadcast_dropout)
         if on_weights is not None:
             if self.implementation not in (None, "xla", "reference"):
                 raise NotImplementedError(
@@ -165,9 +170,6 @@ def weighted_mean(
         on_weights: what it returns takes the place of the weights.
     """
     groups = query.shape[2] // key.shape[2]
-    if mask is not None:  # weights of 0 times values of NaN would be NaN
-        seen = jnp.broadcast_to(mask.any((1, 2)), key.shape[:2])[..., None, None]
-        key, value = (jnp.where(seen, x, jnp.zeros((), x.dtype)) for x in (key, value))
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
     logits = product("btnh,bsnh->bnts", query, key) / math.sqrt(query.shape[3])
@@ -191,16 +193,13 @@ def check_rate(owner: str, rate: float) -> None:
         refuse(owner, "dropout_rate", rate, "be in 0..1", "It is the probability of dropping a weight.")
 
 
-def drop(owner: str, key, rate: float, is_broadcast: bool, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+def drop(key, rate: float, is_broadcast: bool, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
     """Weights of which each is 0 with probability `rate`, and the others are so much larger; the same draws as Flax's.
 
     Args:
         key: of jax.random.
         is_broadcast: all samples and heads drop the same pairs.
     """
-    check_rate(owner, rate)
-    if key is None:
-        refuse(owner, "rngs", None, "be given for dropout", "Pass rngs=nnx.Rngs(dropout=seed), or deterministic=True.")
     shape = (1, 1, *weights.shape[2:]) if is_broadcast else weights.shape
     keep = jax.random.bernoulli(key, 1 - rate, shape)
     return jnp.where(keep, weights / (1 - rate) if rate < 1 else 0.0, 0.0)
