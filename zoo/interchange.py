@@ -107,62 +107,59 @@ class AttentionFn:
         force_fp32_for_softmax=False, einsum_dot_general=None, qk_attn_weights_einsum=None, attn_weights_value_einsum=None,
     ) -> Float[Array, "*B T N V"]:
         """See the class. Linen's force_fp32_for_softmax holds always; its products are not to be replaced."""
-        owner, layer, given = f"attention_fn({self.name!r})", find(self.name), dict(self.options)
+        owner, layer = repr(AttentionFn(self.name)), find(self.name)
         for word, product in (("einsum_dot_general", einsum_dot_general), ("qk_attn_weights_einsum", qk_attn_weights_einsum),
                               ("attn_weights_value_einsum", attn_weights_value_einsum)):
             if product is not None:
                 refuse(owner, word, "a function", "be None (products are inside the kernels)", "Use Flax's own attention.")
-        is_causal = bool(is_causal or given.get("is_causal", False))
-        drops = dropout_rate > 0 and not deterministic
-        if not layer.supports.weights:
-            if bias is not None:
-                refuse(owner, "bias", "an array", "be None (its logits are not all made)", "Use attention_fn('softmax').")
-            if drops:
-                refuse(owner, "dropout_rate", dropout_rate, "be 0 (its weights are never stored)",
-                       "Drop outputs instead, or use attention_fn('softmax').")
-            if module is not None:
-                refuse(owner, "sow_weights", True, "be False (its weights are never stored)",
-                       "Use layer.pattern to see which keys count, or attention_fn('softmax').")
+        rate = 0.0 if deterministic else dropout_rate
+        check_weights(owner, layer, bias, rate, dropout_rng, module)
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        check_arrays(owner, query, key, value)
-        batch, (queries, heads, features), keys = query.shape[:-3], query.shape[-3:], key.shape[-3]
-        if queries > keys and is_causal:
-            refuse(owner, "query", query.shape, f"have at most the length {keys} of key when causal",
-                   "Leave is_causal out for cross-attention.")
-        if queries != keys and not is_causal and not layer.supports.cross:
-            refuse(owner, "key", key.shape, f"have the length {queries} of query where is_causal is False",
-                   "Pass is_causal=True for decoding; use softmax or performer for cross-attention.")
-        steps = is_causal and queries < keys
-        if steps and not layer.supports.positions and not hasattr(layer, "allowed"):
-            # What knows no positions but their order, and takes queries that are no tokens of the keys.
-            if queries > 1 or not layer.supports.cross:
-                refuse(owner, "query", query.shape, f"have length 1, or the length {keys} of key, when causal",
-                       "Decode one token at a time, or use the layer's extend.")
-            is_causal = False  # the last token sees all before it
-        if mask is not None and hasattr(mask, "astype"):
+        is_causal = bool(is_causal or dict(self.options).get("is_causal", False))
+        check_arrays(owner, layer, is_causal, query, key, value)
+        batch, (queries, heads, _), keys = query.shape[:-3], query.shape[-3:], key.shape[-3]
+        if hasattr(mask, "astype"):
             mask = mask.astype(bool)  # Flax's masks are 0 and 1 in float32
         mask = check_mask(owner, mask, batch, heads, queries, keys, layer.supports.pairwise_mask)
-        words = dict(given, is_causal=is_causal)
-        if key.shape[-2] != heads:
-            words["num_kv_heads"] = key.shape[-2]
-        with jax.ensure_compile_time_eval():  # its random features are constants of the computation
-            mechanism = layer(heads, 1, qkv_features=heads * features, rngs=nnx.Rngs(self.seed), **words)
-        extras = {}
-        if bias is not None:
-            extras["bias"] = flat_bias(owner, bias, (*batch, heads, queries, keys))
-        if drops:
-            check_rate(owner, dropout_rate)
-            if dropout_rng is None:
-                refuse(owner, "dropout_rng", None, "be given for dropout", "Pass a key of jax.random, or deterministic=True.")
-        if drops or module is not None:
-            dropped = functools.partial(drop, dropout_rng, dropout_rate, broadcast_dropout) if drops else None
-            extras["on_weights"] = functools.partial(on_weights, batch, query.dtype, module, dropped)
-        query, key, value = (a.reshape(-1, *a.shape[-3:]) for a in (query, key, value))
-        if mask is not None:  # what no query may see
-            key, value = (padding.clear(a, mask.any((1, 2))) for a in (key, value))
+        bias = None if bias is None else flat_bias(owner, bias, (*batch, heads, queries, keys))
+        sow = None if module is None else functools.partial(sow_weights, module, batch, query.dtype)
+        flat = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
         with matmul_precision(owner, precision):
-            outputs = (step if steps else whole)(mechanism, query, key, value, mask, **extras)
+            mix = mix_once if sow is None else mix_now
+            outputs = mix(self, is_causal, (rate, broadcast_dropout), sow, *flat, mask, bias, dropout_rng if rate else None)
         return outputs.reshape(*batch, *outputs.shape[1:])
+
+
+def mix_now(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sow, query, key, value, mask, bias, dropout_rng):
+    """The mechanism for checked arrays with one batch axis.
+
+    Args:
+        dropout: its rate, and whether all samples and heads drop the same weights.
+        sow: is given the weights, where it is not None.
+    """
+    (queries, heads, features), layer = query.shape[1:], find(fn.name)
+    steps = is_causal and queries < key.shape[1]
+    words = dict(fn.options, is_causal=is_causal and not (steps and not knows_positions(layer)))
+    if key.shape[2] != heads:
+        words["num_kv_heads"] = key.shape[2]
+    with jax.ensure_compile_time_eval():  # its random features are constants of the computation
+        mechanism = layer(heads, 1, qkv_features=heads * features, rngs=nnx.Rngs(fn.seed), **words)
+    extras = {} if bias is None else {"bias": bias}
+    if sow is not None or dropout_rng is not None:
+        dropped = None if dropout_rng is None else functools.partial(drop, dropout_rng, *dropout)
+        extras["on_weights"] = functools.partial(on_weights, sow, dropped)
+    if mask is not None:  # what no query may see
+        key, value = (padding.clear(array, mask.any((1, 2))) for array in (key, value))
+    return (step if steps else whole)(mechanism, query, key, value, mask, **extras)
+
+
+# Called eagerly, it compiles once per shape; and inside a caller's jit it leaves no function of its own.
+mix_once = jax.jit(mix_now, static_argnums=(0, 1, 2, 3), inline=True)
+
+
+def knows_positions(layer: type[nnx.Module]) -> bool:
+    """Whether the mechanism can be told where queries and keys stand. One that cannot knows their order alone."""
+    return layer.supports.positions or hasattr(layer, "allowed")
 
 
 def whole(mechanism, query, key, value, mask, **extras):
@@ -196,16 +193,37 @@ def step(mechanism, query, key, value, mask, **extras):
     return mechanism.attend(query, key, value, mask, **extras)  # of one query, built without causality
 
 
-def on_weights(batch: tuple[int, ...], dtype, module, dropped, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
-    """Sows the weights in a module of Flax and drops some of them, where asked for."""
-    if module is not None:
-        collection = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
-        module.sow(collection, "attention_weights", weights.reshape(*batch, *weights.shape[1:]).astype(dtype))
+def on_weights(sow, dropped, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+    """Sows the weights, then drops some of them, where asked for."""
+    if sow is not None:
+        sow(weights)
     return weights if dropped is None else dropped(weights)
 
 
-def check_arrays(owner: str, query, key, value) -> None:
-    """Refuses arrays whose batch axes differ, which would go together once they are flat."""
+def sow_weights(module, batch: tuple[int, ...], dtype, weights: Float[Array, "B N T S"]) -> None:
+    """Sows the weights in a module of Flax, as Flax's own attention does."""
+    collection = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
+    module.sow(collection, "attention_weights", weights.reshape(*batch, *weights.shape[1:]).astype(dtype))
+
+
+def check_weights(owner: str, layer: type[nnx.Module], bias, rate: float, dropout_rng, module) -> None:
+    """Refuses what a mechanism without weights cannot honour, and dropout that cannot be drawn."""
+    if not layer.supports.weights:
+        if bias is not None:
+            refuse(owner, "bias", "an array", "be None (its logits are not all made)", "Use attention_fn('softmax').")
+        if rate:
+            refuse(owner, "dropout_rate", rate, "be 0 (its weights are never stored)",
+                   "Drop outputs instead, or use attention_fn('softmax').")
+        if module is not None:
+            refuse(owner, "sow_weights", True, "be False (its weights are never stored)",
+                   "Use layer.pattern to see which keys count, or attention_fn('softmax').")
+    check_rate(owner, rate)
+    if rate and dropout_rng is None:
+        refuse(owner, "dropout_rng", None, "be given for dropout", "Pass a key of jax.random, or deterministic=True.")
+
+
+def check_arrays(owner: str, layer: type[nnx.Module], is_causal: bool, query, key, value) -> None:
+    """Refuses arrays that do not go together, and lengths that mean nothing to the mechanism."""
     if query.ndim < 3:
         refuse(owner, "query", query.shape, "have the axes [*B, T, N, H]", "Split the features into heads.")
     for name, array in (("key", key), ("value", value)):
@@ -213,6 +231,17 @@ def check_arrays(owner: str, query, key, value) -> None:
             refuse(owner, name, array.shape, f"have the batch axes {query.shape[:-3]} of query", "Broadcast it first.")
         if array.shape[-3:-1] != key.shape[-3:-1]:
             refuse(owner, name, array.shape, f"have the length and heads {key.shape[-3:-1]} of key", "Check the projections.")
+    queries, keys = query.shape[-3], key.shape[-3]
+    if is_causal and queries > keys:
+        refuse(owner, "query", query.shape, f"have at most the length {keys} of key when causal",
+               "Leave is_causal out for cross-attention.")
+    if not is_causal and queries != keys and not layer.supports.cross:
+        refuse(owner, "key", key.shape, f"have the length {queries} of query where is_causal is False",
+               "Pass is_causal=True for decoding; use softmax or performer for cross-attention.")
+    # Of a mechanism that knows no positions, the last token sees all keys: cross-attention of one query.
+    if is_causal and queries < keys and not knows_positions(layer) and (queries > 1 or not layer.supports.cross):
+        refuse(owner, "query", query.shape, f"have length 1, or the length {keys} of key, when causal",
+               "Decode one token at a time, or use the layer's extend.")
 
 
 def flat_bias(owner: str, bias, full: tuple[int, ...]) -> Float[Array, "_ _ _ _"]:
