@@ -13,6 +13,7 @@ from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.generation import generate, stream
+from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
@@ -20,7 +21,7 @@ from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
-from subquad.zoo.registry import LAYERS, attention_fn, make
+from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [

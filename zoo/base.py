@@ -34,6 +34,7 @@ class Support:
         positions: `positions` other than 0, 1, 2, ...
         grouped: fewer key/value heads than query heads.
         attention_fn: the mechanism is a function of query, key and value alone.
+        weights: there is a weight of each query and key, to which a bias can be added, and which dropout can drop.
     """
 
     cost: Literal["T", "T log T", "T^1.5", "T^2"]
@@ -46,6 +47,7 @@ class Support:
     positions: bool = False
     grouped: bool = False
     attention_fn: bool = False
+    weights: bool = False
 
 
 class Shell(TypedDict, total=False):
@@ -174,6 +176,10 @@ class Attention(nnx.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no attend")
 
+    def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Array]:
+        """The keys of a call's random draws, by their words in `attend`; none where a layer draws nothing in a call."""
+        return {}
+
     def attend_cached(self, query, key, value, mask, cache):
         """The mechanism for T new tokens after those in `cache` -> ([B, T, N, H], cache); mask [B, 1, 1, T] or None."""
         raise NotImplementedError(f"{type(self).__name__} has no attend_cached")
@@ -225,11 +231,12 @@ class Attention(nnx.Module):
         if self.is_causal and call.inputs_kv is not None:
             refuse(type(self).__name__, "inputs_kv", "an array", "be None when is_causal",
                    "Construct a second layer with is_causal=False for cross-attention.")
-        outputs = self._mix(call.inputs_q, call.inputs_kv, call.inputs_v, call.mask, call.extras)
+        draws = self.draws(deterministic, rngs)
+        outputs = self._mix(call.inputs_q, call.inputs_kv, call.inputs_v, call.mask, call.extras, draws)
         return outputs.reshape(*call.batch, *outputs.shape[1:])
 
     @compile_once
-    def _mix(self, inputs_q, inputs_kv, inputs_v, mask, extras):
+    def _mix(self, inputs_q, inputs_kv, inputs_v, mask, extras, draws):
         """The layer for checked arguments with one batch axis."""
         order = None
         if mask is not None and mask.shape[1:3] == (1, 1):
@@ -244,7 +251,7 @@ class Attention(nnx.Module):
             inputs_kv = inputs_q if inputs_kv is None else inputs_kv
             inputs_kv, inputs_v = (padding.clear(inputs, mask.any((1, 2))) for inputs in (inputs_kv, inputs_v))
             inputs_q = padding.clear(inputs_q, mask.any((1, 3)))
-        heads = self.attend(*self.project(inputs_q, inputs_kv, inputs_v), mask, **extras)
+        heads = self.attend(*self.project(inputs_q, inputs_kv, inputs_v), mask, **extras, **draws)
         outputs = tokenwise(self.out, heads, is_linear=True)
         return outputs if order is None or inputs_kv is not None else order.unpack(outputs)
 

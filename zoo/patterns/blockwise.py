@@ -156,7 +156,12 @@ class BlockwiseAttention(Attention):
 
         return poisoned(in_chunks(chunk, query, start, self.block_size), cache), cache
 
+    def allowed(self, query_positions, key_positions):
+        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, N, T, S]."""
+        query, key = query_positions[..., None, :, None], key_positions[..., None, None, :]
+        shifts = np.array(self.shifts, np.int32).reshape(*(1,) * (query.ndim - 3), -1, 1, 1)
+        seen = key // self.block_size == self._keys_of(query // self.block_size, shifts)
+        return seen & (key <= query) if self.is_causal else seen
+
     def pattern(self, length: int) -> np.ndarray:
-        block = np.arange(length) // self.block_size
-        seen = block == self._keys_of(block, np.array(self.shifts)[:, None])[..., None]
-        return np.tril(seen) if self.is_causal else seen
+        return self.allowed(np.arange(length), np.arange(length))

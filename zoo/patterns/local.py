@@ -112,7 +112,11 @@ class LocalAttention(Attention):
         newest = (last(array, window, tokens, mask) for array in (keys, values))
         return heads, LocalCache(*newest, cache.seen + counts(query, mask))
 
-    def pattern(self, length: int) -> np.ndarray:
-        distance = np.arange(length) - np.arange(length)[:, None]
+    def allowed(self, query_positions, key_positions):
+        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, 1, T, S]."""
+        distance = key_positions[..., None, None, :] - query_positions[..., None, :, None]
         left, right = self.window_size
-        return ((-left <= distance) & (distance <= right))[None]
+        return (-left <= distance) & (distance <= right)
+
+    def pattern(self, length: int) -> np.ndarray:
+        return self.allowed(np.arange(length), np.arange(length))

@@ -158,21 +158,24 @@ class StridedAttention(Attention):
 
         return poisoned(in_chunks(chunk, query, start, l), cache), cache
 
-    def pattern(self, length: int) -> np.ndarray:
-        at, of, l = np.arange(length)[:, None], np.arange(length), self.stride
+    def allowed(self, query_positions, key_positions):
+        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, N|1, T, S]."""
+        query, key, l = query_positions[..., None, :, None], key_positions[..., None, None, :], self.stride
+        by_head = lambda array: array.reshape(*(1,) * (query.ndim - 3), *array.shape)
         if self.kind == "strided":
-            near, far = (abs(at - of) <= l)[None], ((at - of) % l == 0)[None]
+            near, far = abs(query - key) <= l, (query - key) % l == 0
         else:
-            ranks = self.num_heads if self.heads == "merged" else self.num_heads // 2
-            near, far = (at // l == of // l)[None], parts.column_mask(self._columns(ranks), ranks, l)[:, None, of % l]
-        shape = (self.num_heads, length, length)
-        near, far = np.broadcast_to(near, (1, length, length)), np.broadcast_to(far, (len(far), length, length))
-        if self.heads == "merged":
-            seen = near | far
-        else:
-            seen = np.empty(shape, bool)
-            seen[0::2], seen[1::2] = near, far
-        return np.tril(seen) if self.is_causal else seen
+            columns = self._columns(self.num_heads)
+            if self.heads == "separate":  # head 2 i + 1 is number i of the odd ones
+                columns = columns[np.arange(self.num_heads) // 2]
+            is_column = (key % l)[..., None] == by_head(columns.astype(np.int32)[:, None, None])
+            near, far = query // l == key // l, is_column.any(-1)
+        is_odd = by_head((np.arange(self.num_heads) % 2 == 1)[:, None, None])
+        seen = near | far if self.heads == "merged" else ~is_odd & near | is_odd & far
+        return seen & (key <= query) if self.is_causal else seen
+
+    def pattern(self, length: int) -> np.ndarray:
+        return self.allowed(np.arange(length), np.arange(length))
 
 
 def combine(pieces: parts.Parts):
