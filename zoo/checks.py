@@ -1,6 +1,5 @@
 """The checks that every layer makes of its arguments, before any work."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -67,7 +66,7 @@ def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: in
             f"{owner}: mask must be key padding of shape [*B, 1, 1, S] = {(*batch, 1, 1, keys)}, got {mask.shape}. "
             "Use masks.padding_mask(lengths, S), is_causal in the constructor, or SoftmaxAttention for pairwise masks."
         )
-    batch = batch if math.prod(shape[:-3]) > 1 else (1,) * len(batch)
+    batch = batch if any(size != 1 for size in shape[:-3]) else (1,) * len(batch)
     mask = jnp.broadcast_to(mask.reshape(shape), (*batch, *shape[-3:-1], keys))
     return mask.reshape(-1, *mask.shape[-3:])
 

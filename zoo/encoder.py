@@ -63,7 +63,8 @@ class Encoder(nnx.Module):
         embedding_init, position_init: initializers of the token embedding and of the learned positions.
     Call:
         tokens: [B, T] integers. An id out of range raises a ValueError where its value is known; under `jax.jit` it is not,
-            and the token is NaN there: a wrong answer must not look like one. Padding may hold any id.
+            and the token is NaN there, and so may be others of its sample: a wrong answer must not look like one. Padding may
+            hold any id.
         mask: [B, T], True = a real token, False = padding, at any place: positions count real tokens, and features of
             padding are set to 0 before the blocks.
         segment_ids: [B, T] integers, for several sequences packed into one: tokens of different segments do not see each

@@ -212,7 +212,7 @@ class CausalLM(nnx.Module):
         """T more tokens -> (logits [B, T, vocab_size], cache), without dropout; mask: True = a real token.
 
         Raises: ValueError: a token id, or with learned positions a real token's position, out of range. Where the values are
-            not known, as under `jax.jit`, such a token is NaN.
+            not known, as under `jax.jit`, such a token is NaN, and so may be others of its sample.
         """
         encoder = self.encoder
         encoder.check(tokens, mask)

@@ -253,3 +253,29 @@ def test_remat_keeps_less_for_the_backward_pass_and_changes_no_number():
         found[remat] = jax.jit(jax.value_and_grad(loss))(state)
     assert kept[True] < 0.6 * kept[False]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found[True], found[False])
+
+
+def test_an_untied_output_projection_is_a_map_of_its_own():
+    model = zoo.CausalLM(**SMALL, **SOFTMAX, tie_embeddings=False, rngs=nnx.Rngs(0))
+    x = tokens((2, 6))
+    hidden = model.encoder(x)
+    wanted = np.asarray(hidden) @ np.asarray(model.head.kernel[...])
+    np.testing.assert_allclose(model(x), wanted, atol=1e-5)
+    assert model.head.kernel.shape == (16, 11) and model.head.bias is None
+    assert jnp.abs(model(x) - model.encoder.embed.attend(hidden)).max() > 1e-2
+    found, _ = model.extend(x, model.init_cache(2, 6))
+    np.testing.assert_allclose(found, model(x), atol=1e-4)
+    assert not hasattr(zoo.CausalLM(**SMALL, **SOFTMAX, rngs=nnx.Rngs(0)), "head")
+
+
+def test_an_embed_without_attend_needs_an_output_projection():
+    class Halves(nnx.Module):
+        def __call__(self, inputs):
+            return inputs[..., None] * jnp.ones(16) / 10
+
+    model = zoo.CausalLM(**SMALL, **SOFTMAX, embed=Halves(), tie_embeddings=False, rngs=nnx.Rngs(0))
+    assert model.generate(tokens((2, 3)), 2).shape == (2, 2)
+    with pytest.raises(ValueError, match="generate: prompt must be in 0..10, got 11"):
+        model.generate(jnp.array([[11]]), 2)
+    with pytest.raises(ValueError, match="embed must have num_embeddings >= vocab_size = 11, got 7"):
+        zoo.CausalLM(**SMALL, **SOFTMAX, embed=nnx.Embed(7, 16, rngs=nnx.Rngs(0)), tie_embeddings=False, rngs=nnx.Rngs(0))
