@@ -10,7 +10,7 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.kernels import lsh
-from subquad.zoo.base import Attention, Shell, options_of
+from subquad.zoo.base import Attention, options_of
 from subquad.zoo.lowrank.linformer import LinformerProjection
 
 from .cases import FEATURES, inputs
@@ -75,8 +75,8 @@ SHAPED = [
 ]
 
 # Each has a test of its own: below, in the layer's own file (dropout), or in the contract suite.
-SHARED = set(Shell.__annotations__) | {"num_heads", "in_features", "is_causal", "rngs"}
 OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
+SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {"linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}}
 
 SIZES = {"blockwise": dict(max_length=24), "linformer": dict(max_length=24)}
@@ -187,6 +187,17 @@ def test_the_shell_takes_sizes_and_initialisers(name):
     assert {"query/bias", "value/bias", "out/bias"} <= set(biases) and all((leaf == 2).all() for leaf in biases.values())
     bare = variables(build(name, use_bias=False, **SIZES.get(name, {})))
     assert set(bare) == set(variables(build(name, **SIZES.get(name, {})))) - set(biases)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_THE_SHELL if zoo.LAYERS[name].supports.cross])
+def test_keys_and_values_may_have_other_features(name):
+    layer = build(name, in_kv_features=5, **SIZES.get(name, {}))
+    found = variables(layer)
+    assert {path: found[f"{path}/kernel"].shape[0] for path in ("query", "key", "value")} == {
+        "query": FEATURES, "key": 5, "value": 5}  # fmt: skip
+    context = jax.random.normal(jax.random.key(1), (2, 9, 5))
+    y, other = layer(inputs(7), context), layer(inputs(7), context, context[:, ::-1])
+    assert y.shape == (2, 7, FEATURES) and jnp.abs(y - other).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", zoo.LAYERS)
