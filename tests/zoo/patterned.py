@@ -16,8 +16,10 @@ def inputs(length: int, batch: int = 2, seed: int = 0):
 
 
 def padding(length: int, batch: int = 2, seed: int = 1):
-    """A key mask with holes."""
-    return jnp.asarray(np.random.default_rng(seed).random((batch, 1, 1, length)) < 0.8)
+    """A key mask with holes, the first tokens of one sample among them."""
+    is_real = np.random.default_rng(seed).random((batch, 1, 1, length)) < 0.8
+    is_real[0, ..., : length // 6] = False
+    return jnp.asarray(is_real)
 
 
 def weights(layer, length: int) -> np.ndarray:
@@ -36,16 +38,28 @@ def check_support(layer, length: int) -> None:
     np.testing.assert_allclose(found.sum(-1), np.broadcast_to(pattern, found.shape).any(-1), atol=1e-5)
 
 
+def among_real(layer, mask, length: int) -> np.ndarray:
+    """The layer's pattern among the real tokens of each sample, wherever padding stands: bool [B, N|1, T, T]."""
+    allowed = []
+    for is_real in np.asarray(mask)[:, 0, 0]:
+        real = np.flatnonzero(is_real)
+        pattern = layer.pattern(len(real))
+        allowed.append(np.zeros((len(pattern), length, length), bool))
+        allowed[-1][:, real[:, None], real] = pattern
+    return np.stack(allowed)
+
+
 def check_dense(layer, length: int, mask=None) -> None:
-    """The layer is softmax attention under the mask of its pattern: outputs and every gradient."""
+    """The layer is softmax attention under the mask of its pattern, among real tokens: outputs and every gradient."""
     dense = zoo.SoftmaxAttention(layer.num_heads, FEATURES, num_kv_heads=layer.num_kv_heads, rngs=nnx.Rngs(0))
     nnx.update(dense, nnx.state(layer, nnx.Param))
-    allowed = jnp.asarray(layer.pattern(length))[None]
-    allowed = allowed if mask is None else allowed & mask
-    weight = inputs(length, seed=4)
+    everything = jnp.ones((2, 1, 1, length), bool)
+    allowed = jnp.asarray(among_real(layer, everything if mask is None else mask, length))
+    # Outputs at padding mean nothing.
+    weight = inputs(length, seed=4) * (everything if mask is None else mask)[:, 0, 0, :, None]
 
     def loss(model, x, mask):
-        y = model(x, mask=mask)
+        y = model(x, mask=mask) * (weight != 0)
         return jnp.sum(y * weight), y
 
     gradient = nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))
