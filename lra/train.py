@@ -97,7 +97,7 @@ def train(
     else:
         source = f"{task.dataset} as passed to train"
     batches = pipeline.training_batches(splits["train"], batch_size=run.batch_size, length=task.length, seed=run.seed)
-    held_out = list(pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length))
+    held_out = pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length)
     floor, spread = collapse.chance(held_out, objective.column)
 
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
@@ -116,7 +116,8 @@ def train(
     with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_interrupt(shown) as stop, board.open(step):
         began = time.perf_counter()
         update = functools.partial(train_step, run, objective, graph, optimiser)
-        example = {name: array for name, array in held_out[0].items() if name != "weights"}
+        first = next(iter(held_out))
+        example = {name: array for name, array in first.items() if name != "weights"}
         flops = _flops(shown, update, state, fixed, example)
         arguments = (state, fixed, parallel.feed(example, mesh))
         update = parallel.compile(functools.partial(update, mesh=mesh), arguments, mesh, shard, donate_argnums=0)
@@ -125,7 +126,8 @@ def train(
         averaged = parallel.compile(averaged, (state,), mesh, shard)
         evaluate = functools.partial(_evaluate, jax.jit(functools.partial(eval_step, objective, graph, mesh=mesh)), mesh, fixed)
         best = averaged(state) if progress["best"][0] is None else best
-        evaluate(best, held_out[:1])
+        evaluate(best, [first])
+        del first, example, arguments  # the batch is not held while the run trains
         compile_seconds = time.perf_counter() - began
 
         def save():
@@ -178,7 +180,7 @@ def train(
 
     scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:
-        test = list(pipeline.evaluation_batches(splits["test"], batch_size=run.batch_size, length=task.length))
+        test = pipeline.evaluation_batches(splits["test"], batch_size=run.batch_size, length=task.length)
         now = averaged(state)
         last = evaluate(now, test)[0]
         same = progress["best"][0] == run.steps
