@@ -10,6 +10,7 @@ from subquad.lra import collapse, recipes, tasks, train
 from subquad.lra.data import floors, listops, pipeline, probe, store
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=8, evaluate_every=2, steps=8)
+DIGITS = tasks.find("digits", "offline")
 MARKS = dict(train=1, validation=2, test=3)
 
 
@@ -126,7 +127,7 @@ def texts(count):
         (floors.root, trees),
         (floors.next_token, texts),
         (lambda splits: probe.read(splits["test"], 100, (8, 8)), pictures),
-        (lambda splits: tasks.check_splits(tasks.find("digits", "offline"), {**splits, "validation": splits["test"]}), pictures),
+        (lambda splits: tasks.check_splits(DIGITS, {**splits, "validation": splits["test"]}), pictures),
     ],
     ids=["bag", "root", "next token", "network", "a user's own"],
 )
