@@ -113,18 +113,33 @@ def claim(folder: pathlib.Path, configuration: dict, resume: bool, result_type: 
     Returns: the result that the folder holds, if the run is finished and resume is True.
     Raises: RunError: the folder holds another run, or this one and not `resume`, or a file that cannot be read.
     """
-    mark, result = folder / "run.json", folder / "result.json"
+    mark = folder / "run.json"
     if mark.exists():
-        cure = "Delete it if the run in that folder is this one, and pass --resume; else choose another --out."
-        theirs = read_json(mark, cure)
-        _check_same(folder, configuration, theirs)
+        _check_same(folder, configuration, read_configuration(folder))
     else:
         write_json(mark, configuration)
-    if not resume and ((folder / "checkpoint").exists() or result.exists()):
+    if not resume and ((folder / "checkpoint").exists() or (folder / "result.json").exists()):
         raise RunError(f"out: folder {folder} must be empty to start anew, got this run, saved. Pass --resume.")
+    return read_result(folder, configuration, result_type)
+
+
+def read_configuration(folder: pathlib.Path) -> dict:
+    """The configuration of the run in a folder.
+
+    Raises: RunError: it cannot be read.
+    """
+    cure = "Delete it if the run in that folder is this one, and pass --resume; else choose another --out."
+    return read_json(folder / "run.json", cure)
+
+
+def read_result(folder: pathlib.Path, configuration: dict, result_type: type) -> dict | None:
+    """The result of the run in a folder, as values of `result_type`, a dataclass; None where there is none.
+
+    Raises: RunError: it cannot be read, has other fields or types, or is of another configuration.
+    """
+    result, cure = folder / "result.json", "Delete it and pass --resume: the run goes on from its checkpoint."
     if not result.exists():
         return None
-    cure = "Delete it and pass --resume: the run goes on from its checkpoint."
     finished = read_json(result, cure)
     check_record(result, finished, result_type, cure)
     try:

@@ -97,7 +97,7 @@ def test_rows_of_processes_that_write_at_once_are_all_there(tmp_path):
 
 def test_a_lock_that_is_never_released_is_told_and_one_of_the_dead_is_none(tmp_path, monkeypatch):
     path = tmp_path / "rows.csv"
-    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    code = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / ".rows.csv.lock")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
