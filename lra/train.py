@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from subquad.lra import collapse, measure, models, parallel, results, tasks
-from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, open_folder, write_history, write_json
+from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
@@ -47,12 +47,13 @@ def train(
     devices: int | None = None,
     shard: parallel.Shard = "batch",
     tensorboard: bool = False,
+    checkpoint_minutes: float = 10,
 ) -> results.Result:
     """Trains a run and tests it.
 
-    The run is validated and saved every `run.evaluate_every` steps. The test split is read once, at the end, with the
-    parameters that were best on validation and with the last ones. A run that had learned and falls back to chance says so
-    at once and goes on; `collapsed_step` of its result keeps it, see `collapse`.
+    The run is validated every `run.evaluate_every` steps, and saved then and every `checkpoint_minutes`. The test split is
+    read once, at the end, with the parameters that were best on validation and with the last ones. A run that had
+    learned and falls back to chance says so at once and goes on; `collapsed_step` of its result keeps it, see `collapse`.
 
     On several devices each takes its rows of every batch, and the sum of their gradients is applied: the same numbers as on
     one, but for rounding and for the draws of dropout. A checkpoint resumes on any number of devices. In several processes
@@ -69,27 +70,48 @@ def train(
         devices: how many devices share a batch; None: one, or in several processes all of them.
         shard: "zero" also cuts parameters, moments and averages among the devices, which then gather parameters for a step.
         tensorboard: also log to `out/tensorboard`, by tensorboardX.
+        checkpoint_minutes: between checkpoints, at the next tenth step; 0: at every one, inf: only at validations. They
+            change no number.
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
         ValueError: unknown task, another than the run's, or a batch larger than the data; devices that do not divide the
-            batch; "zero" on one device; tensorboard without tensorboardX.
-        RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`.
-        Interrupted: Ctrl-C; the checkpoint of that step is saved.
+            batch; "zero" on one device; tensorboard without tensorboardX; checkpoint_minutes < 0.
+        RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`; another process that
+            trains in it; a file in it that cannot be read.
+        Interrupted: Ctrl-C or SIGTERM; the checkpoint of that step is saved.
         DatasetError: the data set is damaged or cannot be written.
     """
     task = tasks.of(run.task, run.config, task)
-    objective = OBJECTIVES[task.kind]
     if splits is not None:
         splits = tasks.check_splits(task, splits)
+    if not checkpoint_minutes >= 0:
+        raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
     mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
     parallel.check_shard(shard, mesh)
     parameter_count = models.count_parameters(run, task)
     # Parameters, two moments, their average and the best parameters, 4 bytes each, in the old checkpoint and the new.
     needed = 2 * 4 * (4 + (run.ema is not None)) * parameter_count
-    out, finished = parallel.told(lambda: claim(open_folder(out, needed), dataclasses.asdict(run), resume))
-    out = pathlib.Path(out)
-    if finished:
-        return results.Result(**finished)
+    with contextlib.ExitStack() as held:
+
+        def enter():
+            folder = open_folder(out, needed)
+            held.enter_context(occupied(folder))
+            return str(folder), claim(folder, dataclasses.asdict(run), resume, results.Result)
+
+        folder, finished = parallel.told(enter)
+        if finished:
+            return results.Result(**finished)
+        return _train(
+            run, task, splits, pathlib.Path(folder), parameter_count, data_dir=data_dir, mesh=mesh, shard=shard, quiet=quiet,
+            tensorboard=tensorboard, checkpoint_minutes=checkpoint_minutes,
+        )  # fmt: skip
+
+
+def _train(
+    run, task, splits, out, parameter_count, *, data_dir, mesh, shard, quiet, tensorboard, checkpoint_minutes
+) -> results.Result:
+    """`train` in a folder that is this process's."""
+    objective = OBJECTIVES[task.kind]
     board = Board(out / "tensorboard", tensorboard and parallel.is_first())
     if splits is None:
         with parallel.first_alone():
@@ -113,7 +135,7 @@ def train(
     step, watch = progress["step"], Stopwatch(progress["seconds"], progress["timed_steps"])
 
     quiet = quiet or not parallel.is_first()
-    with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_interrupt(shown) as stop, board.open(step):
+    with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_signal(shown) as stop, board.open(step):
         began = time.perf_counter()
         update = functools.partial(train_step, run, objective, graph, optimiser)
         first = next(iter(held_out))
@@ -130,14 +152,18 @@ def train(
         del first, example, arguments  # the batch is not held while the run trains
         compile_seconds = time.perf_counter() - began
 
+        saved_at = time.monotonic()
+
         def save():
+            nonlocal saved_at
             progress.update(step=step, seconds=watch.seconds, timed_steps=watch.steps, data=batches.get_state())
             checkpoints.save(step, {"state": state, "best": best, "fixed": fixed}, progress)
             if parallel.is_first():
                 write_history(out / "history.csv", progress, objective.column)
+            saved_at = time.monotonic()
 
         failure, note = None, ""
-        # Processes stop at the same step: those that agree on it, at the next look.
+        # Processes stop and save at the same step: those that agree on it, at the next look.
         stopping = stop.is_set if jax.process_count() == 1 else lambda: False
         while step < run.steps and not failure:
             # As far as the next look at the loss, or the next validation.
@@ -174,9 +200,14 @@ def train(
                 save()
             if losses:
                 shown.update(step, losses[-1], watch.rate, note)
-            if step < run.steps and parallel.agree(stop.is_set()):
+            if step == run.steps:
+                break
+            stopped = parallel.agree(stop.is_set())
+            if parallel.agree(time.monotonic() - saved_at >= 60 * checkpoint_minutes) or stopped:
                 save()
-                raise Interrupted(f"Stopped at step {step} of {run.steps}; saved in {out}. Go on with --resume.")
+            if stopped:
+                words = f"Stopped at step {step} of {run.steps}; saved in {out}. Go on with --resume."
+                raise Interrupted(words, stop.number)
 
     scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:
@@ -189,20 +220,13 @@ def train(
         seen = evaluate(best if run.selection == "best" else now, pipeline.evaluation_batches(splits["train"], **some))[0]
         scores |= objective.columns(selected=found[run.selection], train=seen, **found)
     checkpoints.close()
-    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}
     memory = measure.memory_of(update)
-    judged = objective.column == "accuracy"
-    tail = progress["losses"][-max(1, run.steps // 10) :]
     result = results.Result(
         status=failure or "ok",
-        **{name: getattr(run, name) for name in SHARED},
         **scores,
-        best_step=progress["best"][0],
-        validation_accuracy_best=progress["best"][1] if judged and progress["best"][0] is not None else None,
-        validation_accuracy_last=progress["validation"][-1][1] if judged and progress["validation"] else None,
-        train_loss_last=float(np.mean(tail)) if tail else None,
-        **{name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")},
+        **_told_by_the_run(run),
+        **_told_by_progress(run, objective, progress),
+        **_floors(task, splits),
         split="test",
         test_examples=len(splits["test"]),
         parameters=parameter_count,
@@ -212,8 +236,6 @@ def train(
         flops_per_step=flops,
         memory_temporary_bytes=memory.temporary,
         memory_peak_bytes=memory.peak,
-        configuration=configuration,
-        configuration_hash=results.configuration_hash(configuration),
         data=f"{source}, batches by {batches.kind}",
         source=task.source,
         finished_utc=results.now(),
@@ -224,6 +246,34 @@ def train(
         write_history(out / "history.csv", progress, objective.column)
         write_json(out / "result.json", dataclasses.asdict(result))
     return result
+
+
+def _told_by_the_run(run: Run) -> dict:
+    """Columns of the result that the run decides."""
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+    return dict(
+        **{name: getattr(run, name) for name in SHARED},
+        configuration=configuration,
+        configuration_hash=results.configuration_hash(configuration),
+    )
+
+
+def _told_by_progress(run: Run, objective: Objective, progress: dict) -> dict:
+    """Columns of the result that the losses and validations decide."""
+    judged = objective.column == "accuracy"
+    tail = progress["losses"][-max(1, run.steps // 10) :]
+    return dict(
+        best_step=progress["best"][0],
+        validation_accuracy_best=progress["best"][1] if judged and progress["best"][0] is not None else None,
+        validation_accuracy_last=progress["validation"][-1][1] if judged and progress["validation"] else None,
+        train_loss_last=float(np.mean(tail)) if tail else None,
+    )
+
+
+def _floors(task: tasks.Task, splits: Mapping) -> dict:
+    """Columns of the result that simple rules reach; None for those that the task has not."""
+    floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}
+    return {name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")}
 
 
 def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch, *, mesh=None):
@@ -280,21 +330,34 @@ def _fresh_progress(run: Run) -> dict:
     return {"step": 0, "seconds": 0.0, "timed_steps": 0, "losses": [], "validation": [], "best": [None]}
 
 
+class _Stop(threading.Event):
+    """Set by a signal, whose number it keeps."""
+
+    number = signal.SIGINT
+
+
 @contextlib.contextmanager
-def _stop_on_interrupt(shown: Progress):
-    """An event that Ctrl-C sets. A second Ctrl-C stops at once, as Python does."""
-    stop = threading.Event()
+def _stop_on_signal(shown: Progress):
+    """An event that Ctrl-C and SIGTERM set.
+
+    A second Ctrl-C stops at once, as Python does. A second SIGTERM changes nothing: schedulers send several, and then SIGKILL.
+    """
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handler(number, frame):
-        signal.signal(number, before)
-        stop.set()
-        shown.say("Stopping after this step, to save the checkpoint; Ctrl-C again stops without.")
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+        if not stop.is_set():
+            stop.number = number
+            stop.set()
+            shown.say("Stopping after this step, to save the checkpoint; Ctrl-C again stops without.")
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, usual in before.items():
+            signal.signal(number, signal.SIG_DFL if usual is None else usual)  # None: it was not of Python

@@ -18,13 +18,12 @@ import os
 import pathlib
 import signal
 import sys
-import threading
 import time
 
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import bench, commands, models, plots, progress, racing, recipes, results
+from subquad.lra import bench, commands, csvfile, models, plots, progress, racing, recipes, results, starting
 from subquad.lra.bench import energy, programs, speed
 from subquad.lra.checkpoints import line
 from subquad.zoo import LAYERS
@@ -109,7 +108,7 @@ def checked(arguments):
 
 def main() -> int:
     arguments = parse()
-    racing.check_table(arguments.out, bench.FIELDS)
+    csvfile.check(arguments.out, bench.FIELDS)
     if arguments.results:
         return draw_results(arguments.results, pathlib.Path(arguments.out).parent)
     if arguments.draw:
@@ -122,19 +121,19 @@ def main() -> int:
     layers = list(dict.fromkeys([arguments.baseline, *arguments.layers]))
     settings = prepare(arguments, layers)
     forecast = speed.Forecast(list(speed.races(arguments.lengths, arguments.modes)))
-    measured, stopped = [], threading.Event()
+    measured, stopped = [], []
 
     def stop(number, frame):
         # Raised inside a callback of the garbage collector it would be lost, so it is raised again at the next word.
-        stopped.set()
-        raise KeyboardInterrupt
+        stopped.append(number)
+        raise starting.interruption(number)
 
     def tell(title: str, text: str) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
+        if stopped:
+            raise starting.interruption(stopped[0])
         say(f"{title}: {text}")
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number, (length, mode) in enumerate(forecast.races, 1):
             title = f"[{number}/{len(forecast.races)}] {bench.tokens(length)}, {mode}"
@@ -150,7 +149,8 @@ def main() -> int:
             left = forecast.left()
             say(f"{title}: done in {progress.clock(taken)}" + f", about {progress.clock(left)} left" * bool(left))
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if measured:
             show(arguments.out, measured)
     return commands.FAILED if any(row.status.startswith("failed") for row in measured) else 0

@@ -75,6 +75,7 @@ def main() -> int:
         where = " The protocol is an option of scripts/train.py." if "protocol=" in str(error) else ""
         raise ValueError(f"{error}{where}") from None
     out = checkpoints.open_folder(arguments.out)
+    results.check(out / "quickstart.csv")
     rows = []
     for run in runs:
         folder = out / "runs" / run.id
@@ -84,7 +85,7 @@ def main() -> int:
             row = train.train(run, out=folder, data_dir=arguments.data_dir, resume=True)
         except checkpoints.Interrupted as stopped:
             saved = str(stopped).partition(" Go on")[0]
-            raise checkpoints.Interrupted(f"{saved} The same command goes on from there.") from None
+            raise checkpoints.Interrupted(f"{saved} The same command goes on from there.", stopped.number) from None
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             # One layer's fault is a row of the table; the others still run.
             reason = commands.cause(error) or checkpoints.line(error)

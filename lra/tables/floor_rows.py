@@ -1,8 +1,9 @@
 """Floors of prepared tasks as rows of a CSV: majority class, root operator, bag of bytes, a small network for pictures."""
 
+import dataclasses
 import os
 
-from subquad.lra import prepare, racing, results
+from subquad.lra import csvfile, prepare, results
 from subquad.lra.data import probe, store
 from subquad.lra.tables.ledger import FLOOR_FIELDS, Floor
 
@@ -38,5 +39,4 @@ def write(floors: list[Floor], path: str | os.PathLike) -> None:
 
     Raises: RunError: the file cannot be written, or has other columns.
     """
-    rows = [{name: getattr(floor, name) for name in FLOOR_FIELDS} for floor in floors]
-    racing.write_rows(path, rows, ("task", "config", "floor"))
+    csvfile.write(path, FLOOR_FIELDS, map(dataclasses.asdict, floors), ("task", "config", "floor"))

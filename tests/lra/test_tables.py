@@ -2,11 +2,11 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import signal
 import statistics
 import subprocess
 import threading
-import time
 
 import pytest
 
@@ -293,13 +293,24 @@ def test_the_measurements_that_come_with_the_package_answer():
 
 
 def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
-    started, mark, said = tmp_path / "started", tmp_path / "interrupted", []
-    program = tmp_path / "program.py"
+    mark, said = tmp_path / "interrupted", []
+    program, ready = tmp_path / "program.py", tmp_path / "ready"
     program.write_text(
-        "import pathlib, threading\n"
-        f"try:\n    pathlib.Path({str(started)!r}).touch()\n    threading.Event().wait()\n"
+        "import pathlib, signal\n"
+        f"try:\n    pathlib.Path({str(ready)!r}).write_text('ready')\n    signal.pause()\n"
         f"except KeyboardInterrupt:\n    pathlib.Path({str(mark)!r}).touch()\n"
     )
+    os.mkfifo(ready)
+    wait = subprocess.Popen.wait
+
+    def patience(self, seconds=None):
+        """The budget is used up as soon as the program is at work."""
+        if seconds == 3600 * 0.5:
+            ready.read_text()
+            raise subprocess.TimeoutExpired("program", seconds)
+        return wait(self, seconds)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", patience)
     wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
     words = dict(known=ledger.Ledger({}, [], {}), say=said.append)
     budget = tables.MEASURING.hours / 2
@@ -307,18 +318,7 @@ def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
     (text,) = said
     assert text.startswith("Left for another time: measurements. One would take 0.05 h on any device") and not mark.exists()
     monkeypatch.setattr(tables, "MEASURING", tables.MEASURING._replace(hours=0))
-    wait = reproduce.subprocess.Popen.wait
-
-    def used_up(process, timeout=None):
-        """The budget ends when the program has begun, however long that takes."""
-        if timeout == 3600 * 0.25:
-            while not started.exists():
-                assert process.poll() is None
-            raise subprocess.TimeoutExpired("program", timeout)
-        return wait(process, timeout)
-
-    monkeypatch.setattr(reproduce.subprocess.Popen, "wait", used_up)
-    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=0.25, **words) == 0
+    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=0.5, **words) == 0
     assert mark.exists() and "The budget is used up" in said[-1]
     program.write_text("raise SystemExit(3)")
     assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=1, **words) == 3
@@ -372,51 +372,23 @@ def test_a_budget_and_ctrl_c_stop_between_and_in_runs(tmp_path, trained):
         reproduce.train_missing(wanted, path, known=ledger.read([path]), say=said.append)
 
 
-@pytest.fixture
-def bell(monkeypatch):
-    """The timers that were set: [(seconds, ring, whether it is off)]; a test rings them itself."""
-
-    class Timer:
-        def __init__(self, seconds, ring):
-            self.seconds, self.ring, self.off = seconds, ring, True
-            timers.append(self)
-
-        def start(self):
-            self.off = False
-
-        def cancel(self):
-            self.off = True
-
-        def join(self):
-            assert self.off
-
-    timers = []
-    monkeypatch.setattr(reproduce.threading, "Timer", Timer)
-    return timers
-
-
-def test_a_run_that_outlasts_the_budget_is_interrupted(bell):
+def test_a_run_that_outlasts_the_budget_is_interrupted():
     rung = threading.Event()
-    with pytest.raises(KeyboardInterrupt), reproduce._alarm(0.5, rung):
-        (timer,) = bell
-        assert timer.seconds == 1800 and not timer.off and not rung.is_set()
-        timer.ring()
-        time.sleep(60)  # for the signal, which ends it
-    assert rung.is_set() and timer.off
+    with pytest.raises(KeyboardInterrupt), reproduce._alarm(0.05 / 3600, rung):
+        signal.pause()
+    assert rung.is_set()
     rung.clear()
-    with reproduce._alarm(0.5, rung):
-        pass
-    assert bell[1].off and not rung.is_set()
-    with reproduce._alarm(None, rung):
-        assert len(bell) == 2
+    with reproduce._alarm(1.0, rung):
+        (timer,) = (one for one in threading.enumerate() if isinstance(one, threading.Timer))
+        assert timer.interval == 3600
+    assert not timer.is_alive() and not rung.is_set()  # the alarm is off
 
 
 @pytest.mark.parametrize("saves", [True, False])
-def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves, bell):
+def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves):
     def train(run, **words):
         try:
-            bell[-1].ring()
-            time.sleep(60)  # for the signal, which ends it
+            signal.pause()
         except KeyboardInterrupt:
             if not saves:  # nothing is trained yet
                 raise
@@ -426,7 +398,7 @@ def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves,
     monkeypatch.setattr(costs, "here", lambda *words: costs.Cost(0.0, "this", "a test"))
     said = []
     wanted = column("listops", "Transformer", "Performer")
-    words = dict(known=ledger.read([]), budget_hours=0.5, say=said.append)
+    words = dict(known=ledger.read([]), budget_hours=0.5 / 3600, say=said.append)
     assert reproduce.train_missing(wanted, tmp_path / "ledger.csv", **words) == 0
     saved = "Stopped at step 3 of 5000; saved in there. " * saves
     assert said[-1] == f"The budget is used up. {saved}The same command goes on from there."

@@ -34,7 +34,7 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(train, "train", made_up)
     assert call(monkeypatch, *TINY, "--seeds", 0, 2, 0, "--out", tmp_path, "--tensorboard", "--resume") == 0
     assert [seed for seed, *_ in asked] == [0, 2] and asked[0][1] != asked[1][1]
-    assert asked[0][2] == dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True)
+    assert asked[0][2] == dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True, checkpoint_minutes=10)
     assert [row.seed for row in results.read(tmp_path / "results.csv")] == [0, 2]
     said = capsys.readouterr().out
     assert "32.0 % ± 2.8 (2 seeds), 1 collapsed" in said and "Seed 2 collapsed: by step 20" in said
