@@ -108,6 +108,7 @@ class Work:
         label: what is done.
         total: how many steps it has; None: only the time is shown.
         note: more words, asked for at every look.
+        at_once: begin with the block; else with the first item of `over`.
         quiet: show nothing.
     Example:
         >>> with Work("counting", 3) as work:
@@ -116,16 +117,23 @@ class Work:
 
     _shown = threading.Lock()
 
-    def __init__(self, label: str, total: int | None = None, *, note: Callable[[], str] | None = None, quiet: bool = False):
+    def __init__(
+        self, label: str, total: int | None = None, *, note: Callable[[], str] | None = None, at_once: bool = True,
+        quiet: bool = False,
+    ):  # fmt: skip
         self.label, self.total, self.note, self.quiet, self.done = label, total, note, quiet, 0
-        self._ended, self._thread = threading.Event(), None
+        self._at_once, self._ended, self._thread = at_once, threading.Event(), None
 
     def __enter__(self) -> "Work":
-        self._began = time.monotonic()
-        if not self.quiet:
+        if self._at_once:
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
+        if self._thread is None and not self.quiet:
+            self._began = time.monotonic()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
-        return self
 
     def __exit__(self, *_) -> None:
         self._ended.set()
@@ -138,6 +146,7 @@ class Work:
 
     def over(self, items: Iterable) -> Iterator:
         """The items; each is a step."""
+        self._begin()
         for item in items:
             yield item
             self.advance()
