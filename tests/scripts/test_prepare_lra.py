@@ -64,9 +64,8 @@ def test_a_wrong_file_and_a_missing_one_are_a_line_each(tmp_path, monkeypatch, c
     manual = tmp_path / "manual"
     manual.mkdir()
     (manual / "aclImdb_v1.tar.gz").write_bytes(b"an error page")
-    began = time.monotonic()
     words = ("prepare", "text", "retrieval", "--data-dir", tmp_path / "data", "--manual-dir", manual)
-    assert called(monkeypatch, *words) == 1 and time.monotonic() - began < 60
+    assert called(monkeypatch, *words) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Preparing ")]
     assert len(lines) == 2, lines
     assert lines[0].startswith(f"lra_text/lra: file {manual}/aclImdb_v1.tar.gz must have 84,125,825 bytes")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -65,10 +64,9 @@ def test_it_shows_loss_speed_and_time_left(done):
 def test_a_second_call_keeps_what_is_finished(done, data):
     out = done[1]
     before = (out / "quickstart.csv").read_bytes()
-    began = time.monotonic()
     again = run("quickstart", *TINY, "--seed", 3, "--out", out, "--data-dir", data)
     assert again.returncode == 0 and "softmax: finished before, kept" in again.stderr
-    assert "step 20/20" not in again.stderr and time.monotonic() - began < 120
+    assert "step 20/20" not in again.stderr
     assert (out / "quickstart.csv").read_bytes() == before
 
 
