@@ -114,7 +114,7 @@ def verify(files: dict[str, pathlib.Path]) -> int:
             checkpoints.read_result(path.parent, checkpoints.read_configuration(path.parent), results.Result)
         except RunError as error:
             damaged.append(str(error))
-    print("\n".join([*damaged, f"{len(found)} files of rows and {len(runs)} runs read, {len(damaged)} faults."]))
+    print("\n".join([*damaged, f"Files of rows: {len(found)}; runs: {len(runs)}; faults: {len(damaged)}."]))
     return commands.FAILED if damaged else 0
 
 

@@ -89,6 +89,7 @@ def test_a_file_is_whole_or_as_before_whatever_ends_its_writing(tmp_path, monkey
     checkpoints.write_json(tmp_path / "run.json", CONFIGURATION)
     checkpoints.write_history(tmp_path / "history.csv", progress)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"run.json", "history.csv"}
     for name in ("fsync", "replace"):  # the contents are handed over, and the name not yet
 
         def killed(*_):

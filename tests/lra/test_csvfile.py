@@ -152,8 +152,11 @@ def test_a_damaged_row_is_told_once_kept_and_costs_no_other(damage, tmp_path, ca
 
 def test_a_last_row_that_was_cut_is_not_glued_to_the_next(tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    write(path, ("a", 1, 1.0), ("b", 2, 2.0))
-    path.write_bytes(path.read_bytes()[:-5])
-    write(path, ("c", 3, 3.0))
-    assert [one["name"] for one in csvfile.read(path)] == ["a", "c"]
+    write(path, ("a", 1, 1.0))
+    for cut in (("b", 2, 2.0), ("c", 3, 3.0)):
+        write(path, cut)
+        path.write_bytes(path.read_bytes()[:-5])
+    write(path, ("d", 4, 4.0))
+    assert [one["name"] for one in csvfile.read(path)] == ["a", "d"]
+    assert path.read_text().splitlines()[2:4] == ["b,2", "c,3"]
     assert "rows.csv:3 must be a row of 3 readable cells, got 2 cells, as of a line that was cut" in capsys.readouterr().err

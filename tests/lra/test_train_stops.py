@@ -67,12 +67,16 @@ def saved_losses(folder):
 
 
 def test_sigterm_saves_as_ctrl_c_does_and_loses_nothing(undisturbed, looks, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+    handled = lambda *_: pytest.fail("SIGTERM reached the program")
+    before = signal.signal(signal.SIGTERM, handled)
     # Twice, as schedulers do: the second one must not end the process while it saves.
     looks.append(lambda step: [signal.raise_signal(signal.SIGTERM) for _ in range(2) if step == 20])
-    with pytest.raises(checkpoints.Interrupted, match="Stopped at step 20 of 60; saved in .* Go on with --resume") as stopped:
-        fit(tmp_path)
-    assert stopped.value.number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    try:
+        with pytest.raises(checkpoints.Interrupted, match="Stopped at step 20 of 60; saved in .* Go on with --re") as stopped:
+            fit(tmp_path)
+    finally:
+        assert signal.signal(signal.SIGTERM, before) is handled
+    assert stopped.value.number == signal.SIGTERM
     assert saved_losses(tmp_path) == 20 and (tmp_path / "checkpoint" / "20").is_dir()
     looks.clear()
     assert (fit(tmp_path, resume=True), (tmp_path / "history.csv").read_bytes()) == undisturbed

@@ -56,3 +56,11 @@ def test_a_wrong_argument_is_one_line_that_names_it(words, said, monkeypatch, ca
     assert call(monkeypatch, *TINY, "--out", tmp_path, *words) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"train: {said}")
+
+
+def test_a_table_that_could_not_take_the_row_is_refused_before_the_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / "results.csv").write_text("mine\n1\n")
+    assert call(monkeypatch, *TINY, "--out", tmp_path) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"train: table: file {tmp_path}/results.csv must have the columns of this version in its first line")
