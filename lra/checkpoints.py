@@ -2,14 +2,25 @@
 
 import contextlib
 import csv
+import dataclasses
+import io
 import json
 import logging
 import os
 import pathlib
+import shutil
+import signal
+import socket
 import uuid
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+
+# The plain data of a checkpoint.
+PROGRESS = {
+    "step": int, "seconds": (int, float), "timed_steps": int, "losses": list, "validation": list, "best": list, "data": dict,
+}  # fmt: skip
 
 
 class RunError(Exception):
@@ -17,7 +28,11 @@ class RunError(Exception):
 
 
 class Interrupted(RunError):
-    """A run that was stopped by the user, after its checkpoint was saved."""
+    """A run that was stopped by a signal, SIGINT (Ctrl-C) or SIGTERM (a scheduler's), after its checkpoint was saved."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT):
+        super().__init__(message)
+        self.number = number
 
 
 def open_folder(folder: str | os.PathLike, needed_bytes: int = 0) -> pathlib.Path:
@@ -46,47 +61,177 @@ def _reserve(folder: pathlib.Path, size: int) -> None:
         probe.unlink(missing_ok=True)
 
 
-def claim(folder: pathlib.Path, configuration: dict, resume: bool) -> tuple[str, dict | None]:
+@contextlib.contextmanager
+def locked(path: pathlib.Path, seconds: float, busy: str) -> Iterator[None]:
+    """Holds the lock of a file: the operating system's, on .NAME.lock beside it. It goes when its process ends, however.
+
+    On NFS it holds between machines too, where the server grants locks, as version 4 does.
+
+    Args:
+        seconds: to wait for another that holds it.
+        busy: the message of the error after that.
+    Raises: RunError: another holds it.  OSError: the folder does not let itself be locked.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=seconds)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(busy) from None
+    except NotImplementedError as error:
+        raise OSError(line(error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def occupied(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder meanwhile. A process that died keeps nobody out.
+
+    Raises: RunError: another process trains there, or the folder does not let itself be locked.
+    """
+    note, trainer = folder / ".trainer", "another process"
+    with contextlib.suppress(OSError, ValueError):
+        trainer = note.read_text() or trainer
+    busy = f"out: folder {folder} must be free, got one that {trainer} trains in. Wait for it or choose another with --out."
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / "run", 0, busy))
+            note.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except OSError as error:
+            raise RunError(f"out: folder {folder} must be lockable, got {line(error)}. Choose another with --out.") from error
+        held.callback(note.unlink, missing_ok=True)
+        yield
+
+
+def claim(folder: pathlib.Path, configuration: dict, resume: bool, result_type: type) -> dict | None:
     """Makes sure that a folder is this run's to write, and marks it with the run's configuration.
 
-    Returns: (the folder, the result that it holds, if the run is finished and resume is True).
-    Raises: RunError: the folder holds another run, or this one and not `resume`.
+    Returns: the result that the folder holds, if the run is finished and resume is True.
+    Raises: RunError: the folder holds another run, or this one and not `resume`, or a file that cannot be read.
     """
-    mark, result = folder / "run.json", folder / "result.json"
-    if not mark.exists():
+    mark = folder / "run.json"
+    if mark.exists():
+        _check_same(folder, configuration, read_configuration(folder))
+    else:
         write_json(mark, configuration)
-        return str(folder), None
-    theirs = json.loads(mark.read_text())
-    for name, value in configuration.items():
-        if theirs.get(name) != value:
-            raise RunError(
-                f"out: folder {folder} must hold this run or none, got one with {name}={theirs.get(name)!r} "
-                f"instead of {value!r}. Choose another with --out."
-            )
-    if not resume and ((folder / "checkpoint").exists() or result.exists()):
+    if not resume and ((folder / "checkpoint").exists() or (folder / "result.json").exists()):
         raise RunError(f"out: folder {folder} must be empty to start anew, got this run, saved. Pass --resume.")
-    return str(folder), json.loads(result.read_text()) if result.exists() else None
+    return read_result(folder, configuration, result_type)
+
+
+def read_configuration(folder: pathlib.Path) -> dict:
+    """The configuration of the run in a folder.
+
+    Raises: RunError: it cannot be read.
+    """
+    cure = "Delete it if the run in that folder is this one, and pass --resume; else choose another --out."
+    return read_json(folder / "run.json", cure)
+
+
+def read_result(folder: pathlib.Path, configuration: dict, result_type: type) -> dict | None:
+    """The result of the run in a folder, as values of `result_type`, a dataclass; None where there is none.
+
+    Raises: RunError: it cannot be read, has other fields or types, or is of another configuration.
+    """
+    result, cure = folder / "result.json", "Delete it and pass --resume: the run goes on from its checkpoint."
+    if not result.exists():
+        return None
+    finished = read_json(result, cure)
+    check_record(result, finished, result_type, cure)
+    try:
+        theirs = json.loads(finished["configuration"])
+    except ValueError as error:
+        raise _damaged(result, f"a configuration that is no JSON, {line(error)}", cure) from error
+    if theirs != configuration:
+        raise _damaged(result, "the result of another configuration", cure)
+    return finished
+
+
+def _check_same(folder: pathlib.Path, ours: dict, theirs: dict) -> None:
+    for name, value in {**dict.fromkeys(theirs), **ours}.items():
+        if name not in ours or theirs.get(name) != value:
+            got = f"{name}={theirs[name]!r}" if name in theirs else f"no {name}"
+            instead = f"instead of {value!r}" if name in ours else "which this version does not know"
+            raise RunError(
+                f"out: folder {folder} must hold this run or none, got one with {got} {instead}. Choose another with --out."
+            )
+
+
+def read_json(path: pathlib.Path, cure: str) -> dict:
+    """The object in a JSON file.
+
+    Raises: RunError: it cannot be read, or is no object of finite numbers; the message ends with `cure`.
+    """
+
+    def refuse(constant: str):
+        raise ValueError(f"the number {constant}")
+
+    try:
+        found = json.loads(path.read_bytes(), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, line(error), cure) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, f"{json.dumps(found)[:60]}", cure)
+    return found
+
+
+def check_record(path: pathlib.Path, values: Mapping[str, Any], record: type, cure: str) -> None:
+    """Refuses what was read from a file where it is no `record`, a dataclass: other fields, or values of another type.
+
+    Raises: RunError.
+    """
+    fields = {one.name: one for one in dataclasses.fields(record)}
+    missing = [name for name, one in fields.items() if one.default is dataclasses.MISSING and name not in values]
+    if missing:
+        raise _damaged(path, f"no {missing[0]}", cure)
+    for name, value in values.items():
+        if name not in fields:
+            raise _damaged(path, f"a field {name!r:.60}, which this version does not know", cure)
+        kinds = getattr(fields[name].type, "__args__", (fields[name].type,))
+        whole = isinstance(value, int) and not isinstance(value, bool) and float in kinds
+        if not whole and type(value) not in kinds:
+            raise _damaged(path, f"{name}={value!r:.60}", cure)
+
+
+def _damaged(path: pathlib.Path, got: str, cure: str) -> RunError:
+    return RunError(f"out: file {path} must be a whole one that was written here, got {got}. {cure}")
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file aside and renames it, so that it is all new or as it was, whatever ends the process or the machine."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, values: dict) -> None:
-    """Writes a file aside and renames it, so that it is whole or absent."""
-    aside = path.with_suffix(".partial")
+    """Writes an object as JSON, whole or not at all."""
     with _explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
-        aside.write_text(json.dumps(values, indent=1) + "\n")
-        aside.replace(path)
+        write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_history(path: pathlib.Path, progress: dict, score: str = "accuracy") -> None:
     """Writes the losses of all steps, and the validations, as CSV; `score` names what validation measures."""
     validation = {step: (value, loss) for step, value, loss in progress["validation"]}
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["step", "train_loss", f"validation_{score}", "validation_loss"])
+    for step, loss in enumerate(progress["losses"], 1):
+        rows.writerow([step, loss, *validation.get(step, ("", ""))])
     with _explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
-        aside = path.with_suffix(".partial.csv")
-        with aside.open("w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["step", "train_loss", f"validation_{score}", "validation_loss"])
-            for step, loss in enumerate(progress["losses"], 1):
-                rows.writerow([step, loss, *validation.get(step, ("", ""))])
-        aside.replace(path)
+        write_whole(path, text.getvalue().encode())
 
 
 class Checkpoints:
@@ -127,7 +272,12 @@ class Checkpoints:
 
     def progress(self) -> dict:
         """The plain data of the checkpoint."""
-        return self._restore(progress=self._orbax.args.JsonRestore())["progress"]
+        found = self._restore(progress=self._orbax.args.JsonRestore())["progress"]
+        with self._explained("read", "Delete it and start anew."):
+            for name, kind in PROGRESS.items():
+                if not isinstance(found[name], kind):
+                    raise TypeError(f"{name}={found[name]!r:.60}")
+        return found
 
     def state(self, like: Any) -> Any:
         """The arrays of the checkpoint, in the structure of `like`."""

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import re
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from subquad.lra import starting
 from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
 
-USAGE, FAILED, INTERRUPTED = 2, 1, starting.INTERRUPTED
+USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, starting.INTERRUPTED, starting.TERMINATED
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,10 +101,10 @@ def assignments(words: list[str]) -> dict:
 def run(program: str, main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with the exit code of `explained`; the last line of a script.
 
-    After Ctrl-C at once: a compiler that is at work does not live through the interpreter's own end.
+    After Ctrl-C and SIGTERM at once: a compiler that is at work does not live through the interpreter's own end.
     """
     code = explained(program, main)
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -114,15 +115,15 @@ def explained(program: str, main: Callable[[], int | None]) -> int:
     """Runs a command; what a user can cure becomes one line on stderr and an exit code.
 
     Returns: 0, or what `main` returns; 1 for a run, folder or data set that failed; 2 for a wrong argument; 130 for
-        Ctrl-C.
+        Ctrl-C; 143 for SIGTERM.
     """
     try:
         starting.done()
         return main() or 0
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "Interrupted; what was saved before is kept."
+    except KeyboardInterrupt as stopped:
+        code, message = 128 + getattr(stopped, "number", signal.SIGINT), "Interrupted; what was saved before is kept."
     except Interrupted as stopped:
-        code, message = INTERRUPTED, str(stopped)
+        code, message = 128 + stopped.number, str(stopped)
     except (RunError, DatasetError) as error:
         code, message = FAILED, str(error)
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -1,23 +1,19 @@
-"""Races: functions timed in turn in one process, the memory of each in a process of its own, and rows in a CSV file.
+"""Races: functions timed in turn in one process, and the memory of each in a process of its own.
 
 Times on a shared machine are noise above a minimum, so what is compared are minima of calls made in turn.
 """
 
-import csv
 import ctypes
 import gc
-import io
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from subquad.lra.checkpoints import RunError, line
 
 QUICK = 0.2  # seconds below which a call is made once untimed before it is timed: its data may have left the caches
 SLOW = 2.0  # seconds from which even the first call counts
@@ -160,68 +156,6 @@ def matmul_rate(dtype: Any, size: int | None = None, clock: Callable[[], float] 
     a = jnp.ones((size, size), dtype)
     call = lambda: multiply(a, a).block_until_ready()
     return 2 * size**3 / alternate([call], repeats=10, clock=clock)[0].best
-
-
-def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], key: Sequence[str]) -> None:
-    """Writes rows into a CSV file beside those it holds already; one with the same `key` cells takes the older one's place.
-
-    The file is whole at every moment. Values of None are empty cells.
-
-    Raises: RunError: the file cannot be written, or has other columns.
-    """
-    path = pathlib.Path(path)
-    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
-    if not rows:
-        return
-    check_table(path, list(rows[0]))
-    try:
-        found = {tuple(row[name] for name in key): row for row in read_rows(path)}
-        found.update({tuple(row[name] for name in key): row for row in rows})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found.values())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(text.getvalue())
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"racing: file {path} must be writable, got {line(error)}. Choose another --out.") from error
-
-
-def check_table(path: str | os.PathLike, fields: Sequence[str]) -> None:
-    """Refuses a CSV file that holds other columns, or whose folder cannot be made. Call it before any work.
-
-    Raises: RunError.
-    """
-    path = pathlib.Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held = _first_line(path)
-    except OSError as error:
-        raise RunError(f"racing: file {path} must be writable, got {line(error)}. Choose another --out.") from error
-    # The line itself: a file of one line has no rows, and would be lost.
-    if held and held.rstrip("\r\n").split(",") != list(fields):
-        raise RunError(
-            f"racing: file {path} must have the columns of this version, got {' '.join(held.split())[:80]!r}... "
-            "Move it away or choose another --out."
-        )
-
-
-def _first_line(path: pathlib.Path) -> str:
-    if not path.exists():
-        return ""
-    with path.open(errors="replace", newline="\n") as file:
-        return file.readline(10_000)
-
-
-def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The rows of a CSV file as text; none where there is no file."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def show(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:

@@ -1,12 +1,10 @@
 """What runs found: one CSV row each, and the table and plot made of the rows."""
 
-import csv
 import dataclasses
 import datetime
 import functools
 import hashlib
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -14,12 +12,12 @@ import pathlib
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 
-from subquad.lra import markup
+from subquad.lra import csvfile, markup
 from subquad.lra.checkpoints import RunError, line
 
 
@@ -80,13 +78,13 @@ class Result:
 
 
 FIELDS = [one.name for one in dataclasses.fields(Result)]
-_REQUIRED = [one.name for one in dataclasses.fields(Result) if one.default is dataclasses.MISSING]
+REQUIRED = [one.name for one in dataclasses.fields(Result) if one.default is dataclasses.MISSING]
 
 
 def network_floor(task: str, config: str) -> float | None:
     """What the small network of `data.probe` reached on a task of pictures, where that was measured: results/floors.csv."""
-    with (pathlib.Path(__file__).with_suffix("") / "floors.csv").open(newline="") as file:
-        found = {(row["task"], row["config"]): row["value"] for row in csv.DictReader(file) if row["floor"] == "network"}
+    floors = csvfile.read(pathlib.Path(__file__).with_suffix("") / "floors.csv")
+    found = {(row["task"], row["config"]): row["value"] for row in floors if row["floor"] == "network"}
     return float(found[task, config]) if (task, config) in found else None
 
 
@@ -101,56 +99,29 @@ def configuration_hash(configuration: str | Mapping) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def append(result: Result, path: str | os.PathLike) -> None:
+def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]], bool] = lambda held: False) -> bool:
     """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
 
-    A file of an earlier version gets the columns that it lacks first, empty, in one step.
+    A file of an earlier version gets the columns that it lacks, empty. See `csvfile.write` for several processes.
 
+    Args:
+        unless: of the rows held, as text, whether to add nothing.
+    Returns: whether the row is in the file now.
     Raises: RunError: the file cannot be written, or has other columns; the message carries the row, so nothing is lost.
     """
-    path = pathlib.Path(path)
-    row = {name: "" if value is None else value for name, value in dataclasses.asdict(result).items()}
-    text = _line(row)
-    held = None
+    row = dataclasses.asdict(result)
     try:
-        held = path.read_text() if path.exists() else ""
-        if held and held.split("\n", 1)[0].split(",") != FIELDS:
-            held = _upgraded(held)
-            _replace(path, held)
-        if text not in held:
-            with path.open("a", newline="") as file:
-                file.write(text if held else ",".join(FIELDS) + "\n" + text)
-                file.flush()
-                os.fsync(file.fileno())
-    except (OSError, ValueError) as error:
-        if held is not None and path.exists() and path.stat().st_size > len(held.encode()):
-            os.truncate(path, len(held.encode()))  # the part of a row that a full disk still took
-        raise RunError(
-            f"results: file {path} must be writable with the columns of this version, got {line(error)}. "
-            f"Move it away or choose another --out; the row was: {text.strip()}"
-        ) from error
+        return csvfile.write(path, FIELDS, [row], FIELDS, required=REQUIRED, unless=unless)
+    except RunError as error:
+        raise RunError(f"{str(error).rstrip('.')}; the row was: {csvfile.text(row, FIELDS)}") from error
 
 
-def _upgraded(text: str) -> str:
-    """The text of an earlier version's file with today's columns."""
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    names = text.split("\n", 1)[0].strip().split(",")
-    if not set(_REQUIRED) <= set(names) <= set(FIELDS):
-        raise ValueError("other columns")
-    return ",".join(FIELDS) + "\n" + "".join(_line({name: row.get(name, "") for name in FIELDS}) for row in rows)
+def check(path: str | os.PathLike) -> None:
+    """Refuses, before a run, a file that `append` would refuse after it.
 
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    Raises: RunError.
+    """
+    csvfile.check(path, FIELDS, REQUIRED)
 
 
 def failure(run, task, reason: str) -> Result:
@@ -204,31 +175,26 @@ def show(rows: Iterable[Result]) -> None:
     print(caption(rows))
 
 
-def _line(row: Mapping) -> str:
-    buffer = io.StringIO()
-    csv.DictWriter(buffer, FIELDS, lineterminator="\n").writerow(row)
-    return buffer.getvalue()
-
-
 def read(path: str | os.PathLike) -> list[Result]:
     """The rows of a CSV file; none where there is no file. Columns that an earlier version did not have are None.
 
-    Raises: RunError: the file has other columns, or a cell that cannot be read.
+    A line that cannot be read is told on stderr, and passed over.
+
+    Raises: RunError: the file has other columns.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    kinds = {one.name: one.type for one in dataclasses.fields(Result)}
-    try:
-        with path.open(newline="") as file:
-            known = lambda row: [name for name in FIELDS if name in row or name in _REQUIRED]
-            return [
-                Result(**{name: parse_cell(row[name], kinds[name]) for name in known(row)}) for row in csv.DictReader(file)
-            ]
-    except (KeyError, ValueError, TypeError) as error:
-        raise RunError(
-            f"results: file {path} must have the columns of this version, got {line(error)}. Move it away."
-        ) from error
+    return csvfile.read(path, of_cells, FIELDS, REQUIRED)
+
+
+def of_cells(cells: Mapping[str, str]) -> Result:
+    """A row of its cells.
+
+    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
+    """
+    known = [one for one in dataclasses.fields(Result) if one.name in cells or one.name in REQUIRED]
+    found = Result(**{one.name: parse_cell(cells[one.name], one.type) for one in known})
+    if not isinstance(json.loads(found.configuration), dict):
+        raise ValueError(f"a configuration that is no JSON object, {found.configuration:.60}")
+    return found
 
 
 def parse_cell(cell: str, kind):

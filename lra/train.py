@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import collapse, measure, models, parallel, results, tasks
-from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, open_folder, write_history, write_json
+from subquad.lra import collapse, measure, models, parallel, results, sizes, tasks
+from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
-from subquad.lra.progress import Board, Progress, Stopwatch
+from subquad.lra.progress import Board, Progress, Stopwatch, Work, over
 from subquad.lra.recipes import Run
 
 # Steps between looks at the loss. Each look waits for the device.
@@ -47,12 +47,13 @@ def train(
     devices: int | None = None,
     shard: parallel.Shard = "batch",
     tensorboard: bool = False,
+    checkpoint_minutes: float = 10,
 ) -> results.Result:
     """Trains a run and tests it.
 
-    The run is validated and saved every `run.evaluate_every` steps. The test split is read once, at the end, with the
-    parameters that were best on validation and with the last ones. A run that had learned and falls back to chance says so
-    at once and goes on; `collapsed_step` of its result keeps it, see `collapse`.
+    The run is validated every `run.evaluate_every` steps, and saved then and every `checkpoint_minutes`. The test split is
+    read once, at the end, with the parameters that were best on validation and with the last ones. A run that had
+    learned and falls back to chance says so at once and goes on; `collapsed_step` of its result keeps it, see `collapse`.
 
     On several devices each takes its rows of every batch, and the sum of their gradients is applied: the same numbers as on
     one, but for rounding and for the draws of dropout. A checkpoint resumes on any number of devices. In several processes
@@ -69,27 +70,51 @@ def train(
         devices: how many devices share a batch; None: one, or in several processes all of them.
         shard: "zero" also cuts parameters, moments and averages among the devices, which then gather parameters for a step.
         tensorboard: also log to `out/tensorboard`, by tensorboardX.
+        checkpoint_minutes: between checkpoints, at the next tenth step; 0: at every one, inf: only at validations. They
+            change no number.
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
-        ValueError: unknown task, another than the run's, or a batch larger than the data; devices that do not divide the
-            batch; "zero" on one device; tensorboard without tensorboardX.
-        RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`.
-        Interrupted: Ctrl-C; the checkpoint of that step is saved.
+        ValueError: unknown task, another than the run's; a batch larger than the data, or a run larger than the memory;
+            devices that do not divide the batch; "zero" on one device; tensorboard without tensorboardX; a negative
+            checkpoint_minutes.
+        RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`; another process that
+            trains in it; a file in it that cannot be read.
+        Interrupted: Ctrl-C or SIGTERM; the checkpoint of that step is saved.
         DatasetError: the data set is damaged or cannot be written.
     """
     task = tasks.of(run.task, run.config, task)
-    objective = OBJECTIVES[task.kind]
     if splits is not None:
         splits = tasks.check_splits(task, splits)
+    if not checkpoint_minutes >= 0:
+        raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
     mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
     parallel.check_shard(shard, mesh)
+    devices, sharded = 1 if mesh is None else mesh.size, shard == "zero"
+    sizes.check(run, task, splits, devices=devices, sharded=sharded)
     parameter_count = models.count_parameters(run, task)
     # Parameters, two moments, their average and the best parameters, 4 bytes each, in the old checkpoint and the new.
     needed = 2 * 4 * (4 + (run.ema is not None)) * parameter_count
-    out, finished = parallel.told(lambda: claim(open_folder(out, needed), dataclasses.asdict(run), resume))
-    out = pathlib.Path(out)
-    if finished:
-        return results.Result(**finished)
+    with contextlib.ExitStack() as held:
+
+        def enter():
+            folder = open_folder(out, needed)
+            held.enter_context(occupied(folder))
+            return str(folder), claim(folder, dataclasses.asdict(run), resume, results.Result)
+
+        folder, finished = parallel.told(enter)
+        if finished:
+            return results.Result(**finished)
+        return _train(
+            run, task, splits, pathlib.Path(folder), parameter_count, data_dir=data_dir, mesh=mesh, shard=shard, quiet=quiet,
+            tensorboard=tensorboard, checkpoint_minutes=checkpoint_minutes,
+        )  # fmt: skip
+
+
+def _train(
+    run, task, splits, out, parameter_count, *, data_dir, mesh, shard, quiet, tensorboard, checkpoint_minutes
+) -> results.Result:
+    """`train` in a folder that is this process's."""
+    objective = OBJECTIVES[task.kind]
     board = Board(out / "tensorboard", tensorboard and parallel.is_first())
     if splits is None:
         with parallel.first_alone():
@@ -97,8 +122,9 @@ def train(
     else:
         source = f"{task.dataset} as passed to train"
     batches = pipeline.training_batches(splits["train"], batch_size=run.batch_size, length=task.length, seed=run.seed)
-    held_out = list(pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length))
-    floor, spread = collapse.chance(held_out, objective.column)
+    held_out = pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length)
+    quiet = quiet or not parallel.is_first()
+    floor, spread = collapse.chance(over(held_out, f"{run.layer}: floor of validation", quiet=quiet), objective.column)
 
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
     optimiser = make_optimiser(run)
@@ -112,30 +138,37 @@ def train(
         batches.set_state(progress["data"])
     step, watch = progress["step"], Stopwatch(progress["seconds"], progress["timed_steps"])
 
-    quiet = quiet or not parallel.is_first()
-    with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_interrupt(shown) as stop, board.open(step):
+    with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_signal(shown) as stop, board.open(step):
         began = time.perf_counter()
-        update = functools.partial(train_step, run, objective, graph, optimiser)
-        example = {name: array for name, array in held_out[0].items() if name != "weights"}
-        flops = _flops(shown, update, state, fixed, example)
-        arguments = (state, fixed, parallel.feed(example, mesh))
-        update = parallel.compile(functools.partial(update, mesh=mesh), arguments, mesh, shard, donate_argnums=0)
-        # A copy, because it outlives the state, whose buffers the next step reuses.
-        averaged = lambda state: jax.tree.map(jnp.copy, evaluated(run, state))
-        averaged = parallel.compile(averaged, (state,), mesh, shard)
-        evaluate = functools.partial(_evaluate, jax.jit(functools.partial(eval_step, objective, graph, mesh=mesh)), mesh, fixed)
-        best = averaged(state) if progress["best"][0] is None else best
-        evaluate(best, held_out[:1])
+        with shown.during("compiling"):
+            update = functools.partial(train_step, run, objective, graph, optimiser)
+            first = next(iter(held_out))
+            example = {name: array for name, array in first.items() if name != "weights"}
+            flops = _flops(shown, update, state, fixed, example)
+            arguments = (state, fixed, parallel.feed(example, mesh))
+            update = parallel.compile(functools.partial(update, mesh=mesh), arguments, mesh, shard, donate_argnums=0)
+            # A copy, because it outlives the state, whose buffers the next step reuses.
+            averaged = lambda state: jax.tree.map(jnp.copy, evaluated(run, state))
+            averaged = parallel.compile(averaged, (state,), mesh, shard)
+            scoring = jax.jit(functools.partial(eval_step, objective, graph, mesh=mesh))
+            evaluate = functools.partial(_evaluate, scoring, mesh, fixed)
+            best = averaged(state) if progress["best"][0] is None else best
+            evaluate(best, [first])
+            del first, example, arguments  # the batch is not held while the run trains
         compile_seconds = time.perf_counter() - began
 
+        saved_at = time.monotonic()
+
         def save():
+            nonlocal saved_at
             progress.update(step=step, seconds=watch.seconds, timed_steps=watch.steps, data=batches.get_state())
             checkpoints.save(step, {"state": state, "best": best, "fixed": fixed}, progress)
             if parallel.is_first():
                 write_history(out / "history.csv", progress, objective.column)
+            saved_at = time.monotonic()
 
         failure, note = None, ""
-        # Processes stop at the same step: those that agree on it, at the next look.
+        # Processes stop and save at the same step: those that agree on it, at the next look.
         stopping = stop.is_set if jax.process_count() == 1 else lambda: False
         while step < run.steps and not failure:
             # As far as the next look at the loss, or the next validation.
@@ -155,7 +188,7 @@ def train(
             board.add(before + 1, "train/loss", *losses)
             if step == until and (step % run.evaluate_every == 0 or step == run.steps):
                 now = averaged(state)
-                score, loss = evaluate(now, held_out)
+                score, loss = evaluate(now, shown.over(held_out, "validation"))
                 progress["validation"].append([step, score, loss])
                 board.add(step, f"validation/{objective.column}", score)
                 board.add(step, "validation/loss", loss)
@@ -172,35 +205,36 @@ def train(
                 save()
             if losses:
                 shown.update(step, losses[-1], watch.rate, note)
-            if step < run.steps and parallel.agree(stop.is_set()):
+            if step == run.steps:
+                break
+            stopped = parallel.agree(stop.is_set())
+            if parallel.agree(time.monotonic() - saved_at >= 60 * checkpoint_minutes) or stopped:
                 save()
-                raise Interrupted(f"Stopped at step {step} of {run.steps}; saved in {out}. Go on with --resume.")
+            if stopped:
+                words = f"Stopped at step {step} of {run.steps}; saved in {out}. Go on with --resume."
+                raise Interrupted(words, stop.number)
 
     scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:
-        test = list(pipeline.evaluation_batches(splits["test"], batch_size=run.batch_size, length=task.length))
+
+        def scored(parameters, split, count=None):
+            some = dict(batch_size=run.batch_size, length=task.length, count=count)
+            return evaluate(parameters, over(pipeline.evaluation_batches(splits[split], **some), split, quiet=quiet))[0]
+
         now = averaged(state)
-        last = evaluate(now, test)[0]
+        last = scored(now, "test")
         same = progress["best"][0] == run.steps
-        found = {"best": last if same else evaluate(best, test)[0], "last": last}
-        some = dict(batch_size=run.batch_size, length=task.length, count=len(splits["test"]))
-        seen = evaluate(best if run.selection == "best" else now, pipeline.evaluation_batches(splits["train"], **some))[0]
+        found = {"best": last if same else scored(best, "test"), "last": last}
+        seen = scored(best if run.selection == "best" else now, "train", len(splits["test"]))
         scores |= objective.columns(selected=found[run.selection], train=seen, **found)
     checkpoints.close()
-    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}
     memory = measure.memory_of(update)
-    judged = objective.column == "accuracy"
-    tail = progress["losses"][-max(1, run.steps // 10) :]
     result = results.Result(
         status=failure or "ok",
-        **{name: getattr(run, name) for name in SHARED},
         **scores,
-        best_step=progress["best"][0],
-        validation_accuracy_best=progress["best"][1] if judged and progress["best"][0] is not None else None,
-        validation_accuracy_last=progress["validation"][-1][1] if judged and progress["validation"] else None,
-        train_loss_last=float(np.mean(tail)) if tail else None,
-        **{name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")},
+        **_told_by_the_run(run),
+        **_told_by_progress(run, objective, progress),
+        **_floors(task, splits, quiet),
         split="test",
         test_examples=len(splits["test"]),
         parameters=parameter_count,
@@ -210,8 +244,6 @@ def train(
         flops_per_step=flops,
         memory_temporary_bytes=memory.temporary,
         memory_peak_bytes=memory.peak,
-        configuration=configuration,
-        configuration_hash=results.configuration_hash(configuration),
         data=f"{source}, batches by {batches.kind}",
         source=task.source,
         finished_utc=results.now(),
@@ -222,6 +254,35 @@ def train(
         write_history(out / "history.csv", progress, objective.column)
         write_json(out / "result.json", dataclasses.asdict(result))
     return result
+
+
+def _told_by_the_run(run: Run) -> dict:
+    """Columns of the result that the run decides."""
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+    return dict(
+        **{name: getattr(run, name) for name in SHARED},
+        configuration=configuration,
+        configuration_hash=results.configuration_hash(configuration),
+    )
+
+
+def _told_by_progress(run: Run, objective: Objective, progress: dict) -> dict:
+    """Columns of the result that the losses and validations decide."""
+    judged = objective.column == "accuracy"
+    tail = progress["losses"][-max(1, run.steps // 10) :]
+    return dict(
+        best_step=progress["best"][0],
+        validation_accuracy_best=progress["best"][1] if judged and progress["best"][0] is not None else None,
+        validation_accuracy_last=progress["validation"][-1][1] if judged and progress["validation"] else None,
+        train_loss_last=float(np.mean(tail)) if tail else None,
+    )
+
+
+def _floors(task: tasks.Task, splits: Mapping, quiet: bool) -> dict:
+    """Columns of the result that simple rules reach; None for those that the task has not."""
+    with Work(f"{task.name}/{task.config}: floors", quiet=quiet):
+        floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}
+    return {name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")}
 
 
 def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch, *, mesh=None):
@@ -278,21 +339,34 @@ def _fresh_progress(run: Run) -> dict:
     return {"step": 0, "seconds": 0.0, "timed_steps": 0, "losses": [], "validation": [], "best": [None]}
 
 
+class _Stop(threading.Event):
+    """Set by a signal, whose number it keeps."""
+
+    number = signal.SIGINT
+
+
 @contextlib.contextmanager
-def _stop_on_interrupt(shown: Progress):
-    """An event that Ctrl-C sets. A second Ctrl-C stops at once, as Python does."""
-    stop = threading.Event()
+def _stop_on_signal(shown: Progress):
+    """An event that Ctrl-C and SIGTERM set.
+
+    A second Ctrl-C stops at once, as Python does. A second SIGTERM changes nothing: schedulers send several, and then SIGKILL.
+    """
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handler(number, frame):
-        signal.signal(number, before)
-        stop.set()
-        shown.say("Stopping after this step, to save the checkpoint; Ctrl-C again stops without.")
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+        if not stop.is_set():
+            stop.number = number
+            stop.set()
+            shown.say("Stopping after this step, to save the checkpoint; Ctrl-C again stops without.")
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, usual in before.items():
+            signal.signal(number, signal.SIG_DFL if usual is None else usual)  # None: it was not of Python

@@ -23,7 +23,7 @@ from peers import Contest, contests
 from peers.sides import Case
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import commands, racing, results
+from subquad.lra import commands, csvfile, racing, results
 from subquad.lra.checkpoints import line
 
 DIRECTIONS = {"forward": "forward", "both": "train"}
@@ -75,7 +75,7 @@ def main() -> int:
         print(json.dumps(measure(json.loads(arguments.measure))))
         return 0
     out = arguments.out.replace("DEVICE", arguments.device)
-    racing.check_table(out, FIELDS)
+    csvfile.check(out, FIELDS)
     rows = []
     try:
         for contest in contests():
@@ -86,7 +86,7 @@ def main() -> int:
             for case in cases(contest, arguments):
                 for row in race(contest, case, arguments):
                     rows.append(row)
-                    racing.write_rows(out, [row], KEY)
+                    csvfile.write(out, FIELDS, [row], KEY)
                     print(f"{row['contest']}, T = {row['length']}, {row['direction']}: {row['status']}", file=sys.stderr)
     finally:
         if rows:

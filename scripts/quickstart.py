@@ -13,8 +13,8 @@ import sys
 import time
 
 from subquad import zoo
-from subquad.lra import checkpoints, commands, plots, recipes, results, tasks, train
-from subquad.lra.progress import clock
+from subquad.lra import checkpoints, commands, plots, recipes, results, sizes, tasks, train
+from subquad.lra.progress import Work, clock
 
 
 def parse():
@@ -70,11 +70,15 @@ def main() -> int:
     try:
         layers = admitted(shared) if arguments.layers is None else words(arguments.layers)
         # All of them first: a wrong word is told before anything is trained.
-        runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
+        with Work("planning"):
+            runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
     except ValueError as error:
         where = " The protocol is an option of scripts/train.py." if "protocol=" in str(error) else ""
         raise ValueError(f"{error}{where}") from None
+    for run in runs:  # and what cannot fit before a folder is made
+        sizes.check(run, tasks.find(run.task, run.config))
     out = checkpoints.open_folder(arguments.out)
+    results.check(out / "quickstart.csv")
     rows = []
     for run in runs:
         folder = out / "runs" / run.id
@@ -84,7 +88,7 @@ def main() -> int:
             row = train.train(run, out=folder, data_dir=arguments.data_dir, resume=True)
         except checkpoints.Interrupted as stopped:
             saved = str(stopped).partition(" Go on")[0]
-            raise checkpoints.Interrupted(f"{saved} The same command goes on from there.") from None
+            raise checkpoints.Interrupted(f"{saved} The same command goes on from there.", stopped.number) from None
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             # One layer's fault is a row of the table; the others still run.
             reason = commands.cause(error) or checkpoints.line(error)

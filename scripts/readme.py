@@ -12,7 +12,7 @@ import re
 import sys
 
 from subquad import zoo
-from subquad.lra import bench, commands, markup, racing, results
+from subquad.lra import bench, commands, csvfile, markup, results
 from subquad.lra.tables import ledger
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def cost_table(rows) -> str:
 
 
 def generated() -> dict[str, str]:
-    peers = racing.read_rows(PEERS)
+    peers = csvfile.read(PEERS)
     return {
         "layers": layer_table(),
         "quickstart": results.markdown(results.read(QUICKSTART)),

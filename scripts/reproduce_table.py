@@ -5,7 +5,7 @@ python scripts/reproduce_table.py --paper lra --table 1 --run --budget-hours 8 -
 
 --run trains what is missing, cheapest first; stopped by Ctrl-C or by its budget, the same command goes on. A budget that is
 used up is no failure: the table is printed, and the exit code is 0. Rows are added to the ledger, checkpoints are beside
-it. Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
+it; several of these commands may share them. Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
@@ -21,10 +21,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import get_args
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import commands, results, tables
+from subquad.lra import checkpoints, commands, csvfile, results, tables
 from subquad.lra.checkpoints import RunError, line
 from subquad.lra.tables import cells, figures, floor_rows, ledger, reproduce
 
@@ -37,6 +38,7 @@ def parse():
     parser = commands.Parser(prog="reproduce_table", description=__doc__)
     add = parser.add_argument
     add("--list", action="store_true", help="the papers and their tables")
+    add("--verify", action="store_true", help="list every row and file beside the ledger that is damaged; exit code 1 if any")
     add("--paper", default="lra", metavar="NAME", help=f"of {', '.join(papers)}; default: lra")
     add("--table", default=None, metavar="NAME", help="as --list has it; default: the paper's first")
     add("--only", nargs="+", default=[], metavar="CELL", help="only cells whose id starts so, as lra.1.performer")
@@ -47,7 +49,7 @@ def parse():
     add("--ledger", default=LEDGER, metavar="CSV", help="what was run; default: %(default)s")
     add("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     add("--floors", nargs="+", default=[], metavar="TASK", help="measure what simple rules reach, as listops/lra")
-    add("--format", default="text", choices=("text", "markdown", "latex", "csv"), help="default: text")
+    add("--format", default="text", choices=tables.FORMS, help="default: text")
     add("--out", default=None, metavar="FILE", help="default: the terminal")
     return checked(parser.parse_args())
 
@@ -66,6 +68,8 @@ def checked(arguments):
 def main() -> int:
     arguments = parse()
     files = files_of(arguments.ledger)
+    if arguments.verify:
+        return verify(files)
     if arguments.floors:
         return measure_floors(arguments.floors, files["floors"], arguments.data_dir)
     known = read(files, arguments.batch_size)
@@ -100,8 +104,22 @@ def read(files: dict[str, pathlib.Path], batch_size: int | None) -> ledger.Ledge
     return dataclasses.replace(known, measurements=measured)
 
 
-def writable(path: pathlib.Path) -> None:
-    """Refuses, before any work, a ledger that could not be written after it.
+def verify(files: dict[str, pathlib.Path]) -> int:
+    """Lists what is damaged among the rows and the runs that there are."""
+    found, faults = ledger.verify(files.values())
+    runs = sorted((files["runs"].parent / "runs").glob("*/run.json"))
+    damaged = list(map(str, faults))
+    for path in runs:
+        try:
+            checkpoints.read_result(path.parent, checkpoints.read_configuration(path.parent), results.Result)
+        except RunError as error:
+            damaged.append(str(error))
+    print("\n".join([*damaged, f"Files of rows: {len(found)}; runs: {len(runs)}; faults: {len(damaged)}."]))
+    return commands.FAILED if damaged else 0
+
+
+def writable(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> None:
+    """Refuses, before any work, a ledger that could not be written after it, or that `check` refuses.
 
     Raises: RunError.
     """
@@ -112,6 +130,7 @@ def writable(path: pathlib.Path) -> None:
             raise IsADirectoryError("a folder")
     except OSError as error:
         raise RunError(f"--ledger must be a file that can be written, got {path}: {line(error)}. Choose another.") from error
+    check(path)
 
 
 def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
@@ -123,7 +142,7 @@ def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
 
 
 def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.Ledger, arguments) -> int:
-    writable(files["runs"])
+    writable(files["runs"], results.check)
     began, hours = time.monotonic(), arguments.budget_hours
     code = reproduce.measure_missing(
         BENCH, wanted, files["bench"], known=known, batch_size=arguments.batch_size, budget_hours=hours, say=say
@@ -150,7 +169,7 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
 
 
 def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
-    writable(path)
+    writable(path, lambda path: csvfile.check(path, ledger.FLOOR_FIELDS))
     for word in words:
         found = floor_rows.measure(word, data_dir)
         floor_rows.write(found, path)

@@ -16,7 +16,9 @@ import dataclasses
 import json
 import sys
 
-from subquad.lra import checkpoints, commands, parallel, recipes, results, tasks, train
+import jax
+
+from subquad.lra import checkpoints, commands, parallel, recipes, results, sizes, tasks, train
 
 
 def parse():
@@ -32,6 +34,8 @@ def parse():
     parser.add_argument("--devices", type=int, help="that share a batch; default: one, or all of several processes")
     parser.add_argument("--shard", default="batch", metavar="batch|zero", help="zero: parameters and moments, too")
     parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard/ in each run's folder, too")
+    minutes = "between checkpoints, beside those at validations; default: 10"
+    parser.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help=minutes)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, of several; SLURM's are found without")
     parser.add_argument("--num-processes", type=int, help="how many run this command")
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
@@ -52,8 +56,13 @@ def main() -> int:
     seeds = [{"seed": seed} for seed in dict.fromkeys(arguments.seeds or [])] or [{}]
     recipe, layer = words.pop("recipe"), words.pop("layer")
     runs = [recipes.plan(recipe, layer, **words, **seed) for seed in seeds]
+    together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
+    for one in runs:  # what cannot fit is told before a folder is made
+        sizes.check(one, tasks.find(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
-    shared = {name: getattr(arguments, name) for name in ("data_dir", "resume", "devices", "shard", "tensorboard")}
+    results.check(out / "results.csv")
+    named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes")
+    shared = {name: getattr(arguments, name) for name in named}
     rows = []
     for one in runs:
         if parallel.is_first():

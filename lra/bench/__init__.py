@@ -1,15 +1,13 @@
 """What a layer's model costs at a length: one CSV row for each measurement."""
 
-import csv
 import dataclasses
+import json
 import os
-import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from subquad.lra import markup, racing
-from subquad.lra.checkpoints import RunError, line
+from subquad.lra import csvfile, markup
 from subquad.lra.results import parse_cell
 
 MODES = ("forward", "gradient", "train")
@@ -91,22 +89,26 @@ def write(rows: Iterable[Measurement], path: str | os.PathLike) -> None:
 
     Raises: RunError: the file cannot be written, or has other columns.
     """
-    racing.write_rows(path, [dataclasses.asdict(row) for row in rows], KEY)
+    csvfile.write(path, FIELDS, map(dataclasses.asdict, rows), KEY)
 
 
 def read(path: str | os.PathLike) -> list[Measurement]:
-    """The rows of a CSV file; none where there is no file.
+    """The rows of a CSV file; none where there is no file. A line that cannot be read is told on stderr, and passed over.
 
-    Raises: RunError: the file has other columns, or a cell that cannot be read.
+    Raises: RunError: the file has other columns.
     """
-    kinds = {one.name: one.type for one in dataclasses.fields(Measurement)}
-    try:
-        rows = racing.read_rows(path)
-        return [Measurement(**{name: parse_cell(row[name], kinds[name]) for name in FIELDS}) for row in rows]
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise RunError(
-            f"bench: file {pathlib.Path(path)} must have the columns of this version, got {line(error)}. Move it away."
-        ) from error
+    return csvfile.read(path, of_cells, FIELDS)
+
+
+def of_cells(cells: Mapping[str, str]) -> Measurement:
+    """A row of its cells.
+
+    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
+    """
+    found = Measurement(**{one.name: parse_cell(cells[one.name], one.type) for one in dataclasses.fields(Measurement)})
+    if found.configuration is not None and not isinstance(json.loads(found.configuration), dict):
+        raise ValueError(f"a configuration that is no JSON object, {found.configuration:.60}")
+    return found
 
 
 class Table(NamedTuple):

@@ -23,7 +23,7 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SIZE = 170_052_171
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
-_RECORD = 1 + 3 * SIDE * SIDE
+_RECORD, _IMAGES = 1 + 3 * SIDE * SIDE, 10_000  # bytes of an image, images of a file
 _FILES = {"train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test": ("test_batch.bin",)}
 
 
@@ -33,10 +33,10 @@ def images(archive: pathlib.Path, split: str) -> Iterator[tuple[np.ndarray, int]
     Raises: DatasetError: the archive is damaged, or a file in it is missing or has not whole images.
     """
     wanted, found = _FILES[split], {}
-    with sources.reading(archive) as members:
+    largest = lambda path: _RECORD * _IMAGES if path.rsplit("/", 1)[-1] in wanted else None
+    with sources.reading(archive, largest, _RECORD * _IMAGES * len(wanted)) as members:
         for path, stream in members:
-            if path.rsplit("/", 1)[-1] in wanted:
-                found[path.rsplit("/", 1)[-1]] = stream.read()
+            found[path.rsplit("/", 1)[-1]] = stream.read()
     for name in wanted:
         data = found.get(name, b"")
         if not data or len(data) % _RECORD:

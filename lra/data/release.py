@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from subquad.lra.data import listops, sources
 
+# Bytes of a file: 96,000 rows of 2,000 symbols, each in brackets of its own.
+LARGEST = 2_000_000_000
 FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
 
 
@@ -14,19 +16,20 @@ def expressions(path: pathlib.Path) -> Iterator[listops.Example]:
 
     Raises: DatasetError: no header "Source<TAB>Target", a symbol out of the vocabulary, or a wrong value.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    # A byte that is no UTF-8 becomes a symbol that is none.
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
         rows = csv.reader(file, delimiter="\t")
-        header = next(rows, [])
-        if header != ["Source", "Target"]:
-            raise sources.DatasetError(f"lra_listops: {path} must begin with 'Source<TAB>Target', got {header!r:.80}.")
-        for row in rows:
-            try:
+        try:
+            header = next(rows, [])
+            if header != ["Source", "Target"]:
+                raise sources.DatasetError(f"lra_listops: {path} must begin with 'Source<TAB>Target', got {header!r:.80}.")
+            for row in rows:
                 text, target = row
                 tokens, label = listops.tokenise(text), int(target)
                 if listops.evaluate(tokens) != label:
                     raise ValueError(f"value {label} where {listops.evaluate(tokens)} is right")
-            except ValueError as error:
-                raise sources.DatasetError(
-                    f"lra_listops: {path}:{rows.line_num} must hold an expression and its value, got {error!s:.150}"
-                ) from None
-            yield listops.Example(tokens, label)
+                yield listops.Example(tokens, label)
+        except (ValueError, csv.Error) as error:
+            raise sources.DatasetError(
+                f"lra_listops: {path}:{rows.line_num} must hold an expression and its value, got {error!s:.150}"
+            ) from None

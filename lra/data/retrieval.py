@@ -18,6 +18,7 @@ VERSION = "1.0.0"
 FILES = {split: f"new_aan_pairs.{word}.tsv" for split, word in
          (("train", "train"), ("validation", "eval"), ("test", "test"))}  # fmt: skip
 MAX_BYTES = 10_000
+LONGEST = 50_000_000  # bytes of a line: a file without line ends would fill the memory
 
 
 def pairs(path: pathlib.Path) -> Iterator[tuple[int, bytes, bytes, bytes, bytes]]:
@@ -26,7 +27,9 @@ def pairs(path: pathlib.Path) -> Iterator[tuple[int, bytes, bytes, bytes, bytes]
     Raises: DatasetError: a line has not five columns, or its label is neither 0 nor 1.
     """
     with path.open("rb") as file:  # in bytes: Python's text mode would end lines where these files do not
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+            if len(line) == LONGEST:
+                raise sources.DatasetError(f"lra_retrieval: {path}:{number} must be shorter than {LONGEST:,} bytes.")
             columns = line.rstrip(b"\r\n").split(b"\t")
             if len(columns) != 5:
                 raise sources.DatasetError(f"lra_retrieval: {path}:{number} must have 5 columns, got {len(columns)}.")

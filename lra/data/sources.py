@@ -18,7 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -26,6 +26,9 @@ from typing import IO
 RELEASE_URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 RELEASE_FILES = ("lra_release.gz", "lra_release.tar.gz", "lra_release.tgz")
 RELEASE_BYTES = 7_700_000_000
+# Bounds of what an archive unpacks to, beside those of each data set: times its own size (text shrinks to a third, pictures
+# hardly), bytes of a header, bytes of a file of the release.
+EXPANSION, LARGEST_HEADER, LARGEST_FILE = 20, 1 << 20, 50_000_000_000
 # Seconds that a host is given to answer. TFDS itself would retry for minutes.
 PATIENCE = 6.0
 
@@ -188,10 +191,14 @@ def _deeper(path: pathlib.Path, other: pathlib.Path | None) -> bool:
     return other is None or len(path.parts) > len(other.parts)
 
 
-def fetch(manual_dir: pathlib.Path, files: Sequence[str], scratch: pathlib.Path) -> dict[str, pathlib.Path]:
+def fetch(
+    manual_dir: pathlib.Path, files: Sequence[str], scratch: pathlib.Path, largest: int = LARGEST_FILE
+) -> dict[str, pathlib.Path]:
     """The release's files: from the unpacked tree, else copied out of the archive, which is read once, into `scratch`.
 
-    Raises: DatasetError: the archive is cut short, or lacks a file.
+    Args:
+        largest: bytes that a file has at most.
+    Raises: DatasetError: the archive is damaged, lacks a file, or holds more than it can.
     """
     found = find(manual_dir, files)
     if len(found) == len(files):
@@ -200,10 +207,12 @@ def fetch(manual_dir: pathlib.Path, files: Sequence[str], scratch: pathlib.Path)
     if packed is None:
         raise MissingSource(f"release: {files[0]} must be under {manual_dir}, got no such file there.")
     depth: dict[str, int] = {}
-    with reading(packed) as members:
+    ends = lambda member: [file for file in files if f"/{member}".endswith(f"/{file}")]
+    # Twice, because the release holds some folders twice.
+    with reading(packed, lambda member: largest if ends(member) else None, 2 * largest * len(files)) as members:
         for member, stream in members:
-            for file in files:
-                if f"/{member}".endswith(f"/{file}") and member.count("/") > depth.get(file, -1):
+            for file in ends(member):
+                if member.count("/") > depth.get(file, -1):
                     depth[file] = member.count("/")
                     found[file] = scratch / file.replace("/", "_")
                     with found[file].open("wb") as output:
@@ -214,18 +223,76 @@ def fetch(manual_dir: pathlib.Path, files: Sequence[str], scratch: pathlib.Path)
     return found
 
 
-@contextlib.contextmanager
-def reading(packed: pathlib.Path) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
-    """Gives (path, open file) of every plain file in a gzipped tar, in the archive's order, read as a stream.
+class _Bounded:
+    """What is read of a stream until it has given more than `most` bytes."""
 
-    Raises: DatasetError: it is no gzipped tar, or cut short.
+    def __init__(self, stream: IO[bytes], most: int, packed: pathlib.Path):
+        self.stream, self.left, self.most, self.packed = stream, most, most, packed
+
+    def read(self, count: int) -> bytes:
+        data = self.stream.read(count)
+        self.left -= len(data)
+        if self.left < 0:
+            raise _too_large(self.packed, self.most, "more")
+        return data
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. One that only names another, or gives it attributes, is read as a whole, so it has to be small."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        found = super().frombuf(buf, encoding, errors)
+        if found.size > LARGEST_HEADER and (not found.isreg() and not found.issym() and not found.islnk()):
+            raise tarfile.ReadError(f"a header of {size(found.size)}")
+        return found
+
+
+@contextlib.contextmanager
+def reading(
+    packed: pathlib.Path, largest: Callable[[str], int | None], total: int
+) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
+    """Gives (path, open file) of every file in a gzipped tar that is wanted, in the archive's order, read as a stream.
+
+    A member is judged by its header, before any of it is given out; what is not wanted is not looked at.
+
+    Args:
+        largest: of a path, the bytes that its file has at most, or None where it is not wanted.
+        total: bytes that all wanted files have at most.
+    Raises: DatasetError: it is no gzipped tar, or cut short; it unpacks to more than `EXPANSION` times its size; a path in
+        it is absolute or has ".."; a wanted file is a link, or larger than it can be.
     """
+    most = EXPANSION * packed.stat().st_size + LARGEST_HEADER
     try:
         # Not tarfile's own "r|gz", which takes a file that is cut short for one that ends there.
-        with gzip.open(packed) as plain, tarfile.open(fileobj=plain, mode="r|") as opened:
-            yield ((one.name.removeprefix("./"), opened.extractfile(one)) for one in opened if one.isfile())
+        with gzip.open(packed) as plain:
+            with tarfile.open(fileobj=_Bounded(plain, most, packed), mode="r|", tarinfo=_Header) as opened:
+                yield _wanted(opened, packed, largest, total)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(f"archive: {packed} must be a whole gzipped tar, got {reason}. Fetch it again.") from error
+
+
+def _wanted(opened: tarfile.TarFile, packed: pathlib.Path, largest, total: int) -> Iterator[tuple[str, IO[bytes]]]:
+    left = total
+    for one in opened:
+        if one.name.startswith("/") or ".." in one.name.split("/"):
+            raise DatasetError(f"archive: {packed} must hold paths inside it, got {one.name!r:.100}. Fetch it again.")
+        path = one.name.removeprefix("./")
+        bound = None if one.isdir() else largest(path)
+        if bound is None:
+            continue
+        if not one.isreg():
+            raise DatasetError(f"archive: {packed} must hold {path} as a plain file, got a link or a device. Fetch it again.")
+        left -= one.size
+        if one.size > bound:
+            raise _too_large(packed, bound, f"{path} of {one.size:,}", "files such as this one")
+        if left < 0:
+            raise _too_large(packed, total, "more", "files of this data set")
+        yield path, opened.extractfile(one)
+
+
+def _too_large(packed: pathlib.Path, most: int, got: str, what: str = "data") -> DatasetError:
+    return DatasetError(f"archive: {packed} must hold {what} of at most {most:,} bytes, got {got}. Fetch it again.")

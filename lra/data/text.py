@@ -19,6 +19,7 @@ VERSION = "1.0.0"
 URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SIZE = 84_125_825
 LABELS = ("neg", "pos")
+LARGEST, REVIEWS = 100_000, 25_000  # bytes of a review (the longest has 14,000), reviews of a split
 
 
 def reviews(archive: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int]]:
@@ -26,12 +27,14 @@ def reviews(archive: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int
 
     Raises: DatasetError: the archive is damaged or holds no such review.
     """
+    def largest(path: str) -> int | None:
+        parts = path.split("/")
+        return LARGEST if len(parts) == 4 and parts[:2] == ["aclImdb", split] and parts[2] in LABELS else None
+
     count = 0
-    with sources.reading(archive) as members:
+    with sources.reading(archive, largest, LARGEST * REVIEWS) as members:
         for path, stream in members:
-            parts = path.split("/")
-            if len(parts) == 4 and parts[:2] == ["aclImdb", split] and parts[2] in LABELS:
-                count += 1
-                yield path, stream.read().strip(), LABELS.index(parts[2])
+            count += 1
+            yield path, stream.read().strip(), LABELS.index(path.split("/")[2])
     if not count:
         raise sources.DatasetError(f"lra_text: archive {archive} must hold aclImdb/{split}/pos and neg, got none.")

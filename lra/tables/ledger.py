@@ -1,19 +1,20 @@
 """What was run before: rows of training, measurements and floors, found in CSV files by their columns."""
 
-import csv
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from subquad.lra import bench, results
+from subquad.lra import bench, csvfile, results
 from subquad.lra.bench import Measurement
 from subquad.lra.recipes import Run
 from subquad.lra.results import Result
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results"
+# Columns of a result that its configuration has, too.
+SAME = {"layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -96,30 +97,72 @@ def key(configuration: str | dict) -> str:
 def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     """The rows of the files that come with the package, and of `paths`: files, or folders of them.
 
-    A file with other columns is passed over. Of two rows of one configuration the one in the later file counts, but for
-    one that failed where the other did not.
-
-    Raises: RunError: a file has our columns and a cell that cannot be read.
+    A line that cannot be read, and a file whose first line names no columns of ours, is told on stderr and passed over. Of
+    two rows of one configuration the one in the later file counts, but for one that failed where the other did not.
     """
     rows: dict[str, Result] = {}
     measured: list[Measurement] = []
     floors: dict[tuple[str, str], dict[str, Floor]] = {}
     for path in _files([SHIPPED, *paths]):
-        columns = set(_heading(path))
-        if {"accuracy", "configuration", "seed"} <= columns:
-            for row in results.read(path):
+        header, _ = csvfile.load(path)
+        make = _maker(header)
+        if make is None:
+            csvfile.tell(_unknown(path, header), "The file is passed over; mend that line or move the file away.")
+            continue
+        for row in csvfile.read(path, make):
+            if isinstance(row, Measurement):
+                measured.append(row)
+            elif isinstance(row, Floor):
+                floors.setdefault((row.task, row.config), {})[row.floor] = row
+            else:
                 name = results.configuration_hash(row.configuration)
                 if row.status == "ok" or name not in rows or rows[name].status != "ok":
                     rows[name] = row
-        elif set(bench.FIELDS) <= columns:
-            measured += bench.read(path)
-        elif set(FLOOR_FIELDS) <= columns:
-            for floor in read_floors(path):
-                floors.setdefault((floor.task, floor.config), {})[floor.floor] = floor
     found: dict[str, list[Result]] = {}
     for row in rows.values():
         found.setdefault(key(row.configuration), []).append(row)
     return Ledger(found, measured, floors)
+
+
+def _maker(header: list[str]) -> Callable[[dict[str, str]], Result | Measurement | Floor] | None:
+    """What reads the rows of a file with these columns; None for a file that is none of ours."""
+    kinds = ((results.REQUIRED, results.of_cells), (bench.FIELDS, bench.of_cells), (FLOOR_FIELDS, floor_of_cells))
+    return next((make for fields, make in kinds if not header or set(fields) <= set(header)), None)
+
+
+def _unknown(path: pathlib.Path, header: list[str]) -> csvfile.Fault:
+    return csvfile.Fault(path, 1, f"must name the columns of results, measurements or floors, got {','.join(header)[:60]!r}.")
+
+
+def verify(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path], list[csvfile.Fault]]:
+    """(the files that `read` reads, every fault in them).
+
+    Beside what `read` tells: a result whose configuration has another hash than its column says, or other values than its
+    columns of the same names.
+    """
+    files, found = _files([SHIPPED, *paths]), []
+    for path in files:
+        header, _ = csvfile.load(path)
+        make = _maker(header)
+        if make is None:
+            found.append(_unknown(path, header))
+            continue
+        found += csvfile.sort(path, lambda cells, make=make: _consistent(make(cells)))[1]
+    return files, found
+
+
+def _consistent(row):
+    """Raises: ValueError: a result whose columns contradict its configuration."""
+    if not isinstance(row, Result):
+        return row
+    values = json.loads(row.configuration)
+    actual = results.configuration_hash(values)
+    if row.configuration_hash not in (None, actual):
+        raise ValueError(f"configuration_hash {row.configuration_hash} where {actual} is its configuration's")
+    for name in values.keys() & SAME:
+        if getattr(row, name) not in (None, values[name]):
+            raise ValueError(f"{name}={getattr(row, name)} where its configuration says {values[name]}")
+    return row
 
 
 def _files(paths: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
@@ -129,26 +172,35 @@ def _files(paths: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     return found
 
 
-def _heading(path: pathlib.Path) -> list[str]:
-    with path.open(newline="") as file:
-        return next(csv.reader(file), [])
-
-
 def add(row: Result, path: str | os.PathLike) -> bool:
     """Appends a result unless the file holds one of the same configuration that ended well. Returns: whether it did.
 
     Raises: RunError: as `results.append`.
     """
-    known = {results.configuration_hash(one.configuration) for one in results.read(path) if one.status == "ok"}
-    if results.configuration_hash(row.configuration) in known:
-        return False
-    results.append(row, path)
-    return True
+    ours = results.configuration_hash(row.configuration)
+    known = lambda cells: cells.get("status") == "ok" and _hash(cells.get("configuration", "")) == ours
+    return results.append(row, path, unless=lambda held: any(map(known, held)))
+
+
+def _hash(configuration: str) -> str | None:
+    try:
+        return results.configuration_hash(configuration)
+    except ValueError:  # a line that `read` passes over
+        return None
+
+
+def floor_of_cells(cells: Mapping[str, str]) -> Floor:
+    """A row of floors of its cells.
+
+    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
+    """
+    found = {name: cells[name] for name in FLOOR_FIELDS}
+    return Floor(**{**found, "value": float(found["value"]), "examples": int(found["examples"])})
 
 
 def read_floors(path: str | os.PathLike) -> list[Floor]:
-    """The rows of a file of floors."""
-    with pathlib.Path(path).open(newline="") as file:
-        return [
-            Floor(**{**row, "value": float(row["value"]), "examples": int(row["examples"])}) for row in csv.DictReader(file)
-        ]
+    """The rows of a file of floors; a line that cannot be read is told on stderr, and passed over.
+
+    Raises: RunError: the file has other columns.
+    """
+    return csvfile.read(path, floor_of_cells, FLOOR_FIELDS)

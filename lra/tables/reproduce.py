@@ -63,7 +63,7 @@ def train_missing(
         data_dir: where data sets are.
         say: is told what happens.
     Returns: how many runs failed.
-    Raises: Interrupted: Ctrl-C.
+    Raises: Interrupted: Ctrl-C or SIGTERM.
     """
     from subquad.lra import train
 
@@ -95,7 +95,7 @@ def train_missing(
             saved = str(stopped).partition(" Go on")[0]
             words = " ".join(filter(None, [saved, "The same command goes on from there."]))
             if not used_up.is_set():
-                raise Interrupted(words) from None
+                raise Interrupted(words, getattr(stopped, "number", signal.SIGINT)) from None
             say(f"The budget is used up. {words}")
             break
         except (ValueError, TypeError, NotImplementedError, RuntimeError, DatasetError, RunError) as error:

@@ -17,6 +17,8 @@ from subquad.lra.data.store import DatasetError
         (DatasetError("data set: folder x must hold a whole data set."), 1),
         (checkpoints.Interrupted("Stopped at step 3 of 10."), 130),
         (KeyboardInterrupt(), 130),
+        (checkpoints.Interrupted("Stopped at step 3 of 10.", signal.SIGTERM), 143),
+        (starting.Terminated(), 143),
         (ValueError("layer must be a known name,\n got 'x'."), 2),
         (ValueError("train: devices must divide batch_size = 16, got 3."), 2),
         (TypeError("stps must be a value of a run."), 2),
@@ -53,23 +55,27 @@ if sys.argv[1] != "at work":
     from subquad.lra import starting
     starting.begin("train")
     if sys.argv[1] == "loading":
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), int(sys.argv[2]))
 from subquad.lra import commands
 def main():
     import atexit
     atexit.register(os._exit, 9)  # the interpreter's own end goes wrong, as it does while a compiler is at work
     print("a row")
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), int(sys.argv[2]))
 commands.run("train", main)
 """
 
 
-@pytest.mark.parametrize("when", ["loading", "running", "at work"])
-def test_ctrl_c_is_one_line_and_130_at_any_time(when):
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("loading", signal.SIGINT), ("running", signal.SIGINT), ("at work", signal.SIGINT), ("loading", signal.SIGTERM),
+     ("running", signal.SIGTERM)],
+)  # fmt: skip
+def test_ctrl_c_and_sigterm_are_one_line_and_their_code_at_any_time(when, number):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
-    done = subprocess.run([sys.executable, "-c", SCRIPT, when], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, when, str(int(number))], capture_output=True, text=True)
     signal.signal(signal.SIGINT, before)
-    assert done.returncode == 130, done.stderr
+    assert done.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], done.stderr
     assert done.stderr.startswith("train: Interrupted") and done.stderr.count("\n") == 1
     assert done.stdout == ("" if when == "loading" else "a row\n")  # what was printed is there, though the end is sudden
 

@@ -35,8 +35,16 @@ def fit(out, **words):
     return train.train(run, out=out, task=TASK, splits=splits, quiet=True, **words)
 
 
-def child(out, start, after, words):
-    """What the processes that this file starts do."""
+def draws(count):
+    """What each of `count` devices draws, in a place of its own."""
+    mesh = parallel.make_mesh(count, count)
+    drawn = parallel.over_batch(lambda _, fixed, key, batch: jax.random.uniform(key) * batch["pick"].sum(0), mesh)
+    pick = parallel.feed({"pick": np.eye(count, dtype=np.float32)}, mesh)
+    return np.asarray(jax.jit(drawn)(None, None, jax.random.key(0), pick)).tolist()
+
+
+def child(out, start, after, words, at=6):
+    """What the processes that this file starts do: they stop after the checkpoint of a step."""
     parallel.start(**start)
     shares, place, save = [], parallel.place, checkpoints.Checkpoints.save
 
@@ -49,7 +57,8 @@ def child(out, start, after, words):
 
     def save_once(self, step, *rest):
         save(self, step, *rest)
-        raise checkpoints.RunError("stopped")
+        if step == at:
+            raise checkpoints.RunError("stopped")
 
     parallel.place = measured
     checkpoints.Checkpoints.save = save_once
@@ -57,13 +66,14 @@ def child(out, start, after, words):
         fit(out, **words)
     checkpoints.Checkpoints.save = save
     result = fit(out, resume=True, **after)
-    print(json.dumps([result.accuracy_last, result.hardware, shares[0]]))
+    print(json.dumps([result.accuracy_last, result.hardware, shares[0], draws(jax.device_count())]))
 
 
-def begin(out, start=(), count=1, after=(), **words):
-    """A process of its own with `count` devices, which stops at the first checkpoint and resumes with `after`."""
+def begin(out, start=(), count=1, after=(), at=6, **words):
+    """A process of its own with `count` devices, which stops at the checkpoint of step `at` and resumes with `after`."""
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={count}"
-    code = f"from tests.lra import test_parallel; test_parallel.child({str(out)!r}, {dict(start)}, {dict(after)}, {words})"
+    given = f"{str(out)!r}, {dict(start)}, {dict(after)}, {words}, {at}"
+    code = f"from math import inf; from tests.lra import test_parallel; test_parallel.child({given})"
     root = pathlib.Path(__file__).parents[2]
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
@@ -72,7 +82,7 @@ def begin(out, start=(), count=1, after=(), **words):
 
 
 def finish(process):
-    said, errors = process.communicate(timeout=300)
+    said, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     return json.loads(said.splitlines()[-1])
 
@@ -89,10 +99,11 @@ def alone(tmp_path_factory):
 
 
 def test_eight_devices_hold_an_eighth_and_they_and_two_give_the_losses_of_one(alone, tmp_path):
-    accuracy, hardware, share = finish(begin(tmp_path, count=8, devices=8, shard="zero", after=dict(devices=2)))
+    accuracy, hardware, share, drawn = finish(begin(tmp_path, count=8, devices=8, shard="zero", after=dict(devices=2)))
     np.testing.assert_allclose(history(tmp_path), history(alone[0]), atol=1e-5)
     assert accuracy == alone[1] and hardware.endswith("as 2 devices")
     assert share < 0.2
+    assert len(set(drawn)) == 8 and 0 < min(drawn) and max(drawn) < 1  # dropout is another on every device
 
 
 def test_two_processes_stopped_and_resumed_give_the_losses_of_one(alone, tmp_path):
@@ -100,9 +111,13 @@ def test_two_processes_stopped_and_resumed_give_the_losses_of_one(alone, tmp_pat
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     start = dict(coordinator=coordinator, num_processes=2)
-    both = [begin(tmp_path, {**start, "process_id": index}) for index in range(2)]
+    # Step 10 is no validation: they save there because the clock of one of them says so.
+    minutes = ("inf", "0")
+    both = [
+        begin(tmp_path, {**start, "process_id": index}, at=10, checkpoint_minutes=float(minutes[index])) for index in range(2)
+    ]
     for process in both:
-        accuracy, hardware, share = finish(process)
+        accuracy, hardware, share, _ = finish(process)
         assert accuracy == alone[1] and hardware.endswith("as 2 devices of 2 processes") and share == 1
     np.testing.assert_allclose(history(tmp_path), history(alone[0]), atol=1e-5)
     assert (tmp_path / "checkpoint" / "12").is_dir()

@@ -1,4 +1,3 @@
-import csv
 import os
 import subprocess
 import sys
@@ -7,7 +6,6 @@ import numpy as np
 import pytest
 
 from subquad.lra import racing
-from subquad.lra.checkpoints import RunError
 
 GROW = """
 import numpy as np
@@ -65,30 +63,6 @@ def test_growth_is_what_a_call_takes_at_its_largest():
 def test_rates_are_finite_and_plausible():
     assert 1e8 < racing.copy_bandwidth(megabytes=4) < 1e14
     assert 1e8 < racing.matmul_rate("float32", size=64) < 1e16
-
-
-def test_a_row_takes_the_place_of_the_one_with_its_key_and_leaves_the_others(tmp_path):
-    path = tmp_path / "new" / "rows.csv"
-    racing.write_rows(path, [dict(name="a", length=1, ms=1.0), dict(name="b", length=1, ms=None)], ("name", "length"))
-    racing.write_rows(path, [dict(name="a", length=1, ms=0.5), dict(name="a", length=2, ms=2.0)], ("name", "length"))
-    rows = list(csv.DictReader(path.open()))
-    assert [(row["name"], row["length"], row["ms"]) for row in rows] == [("a", "1", "0.5"), ("b", "1", ""), ("a", "2", "2.0")]
-    assert [file.name for file in path.parent.iterdir()] == ["rows.csv"]
-
-
-@pytest.mark.parametrize("content", [b"other\n1\n", b"a line\n", b"no line", b"\n", b"\x89PNG\xff\x00\n"])
-def test_a_file_with_other_columns_is_left_alone(tmp_path, content):
-    path = tmp_path / "rows.csv"
-    path.write_bytes(content)
-    with pytest.raises(RunError, match="must have the columns of this version"):
-        racing.write_rows(path, [dict(name="a")], ("name",))
-    assert path.read_bytes() == content
-
-
-def test_a_folder_that_cannot_be_made_is_told_before_any_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="must be writable"):
-        racing.check_table(tmp_path / "file" / "rows.csv", ["name"])
 
 
 def test_the_table_is_printed(capsys):

@@ -59,7 +59,7 @@ def test_a_row_is_added_once(tmp_path):
 def test_a_file_with_other_columns_is_left_alone_and_the_row_is_told(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("mine\n1\n")
-    with pytest.raises(checkpoints.RunError, match="must be writable with the columns.*the row was: ok,softmax"):
+    with pytest.raises(checkpoints.RunError, match="must have the columns of this version.*; the row was: ok,softmax"):
         results.append(row(), path)
     assert path.read_text() == "mine\n1\n"
     with pytest.raises(checkpoints.RunError, match="must have the columns of this version"):
@@ -85,7 +85,7 @@ def test_files_of_earlier_versions_are_read_and_brought_up_to_date(tmp_path):
     results.append(newer, path)
     assert results.read(path) == [*rows, newer]
     assert path.read_text().split("\n", 1)[0].split(",") == results.FIELDS
-    assert [one.name for one in tmp_path.iterdir()] == ["table.csv"]
+    assert [one.name for one in tmp_path.iterdir() if not one.name.endswith(".lock")] == ["table.csv"]
 
 
 def test_a_file_that_cannot_be_brought_up_to_date_is_kept(monkeypatch, tmp_path):
@@ -99,7 +99,8 @@ def test_a_file_that_cannot_be_brought_up_to_date_is_kept(monkeypatch, tmp_path)
     monkeypatch.setattr(results.os, "replace", full)
     with pytest.raises(checkpoints.RunError, match="No space left on device.*the row was: ok,local"):
         results.append(row("local"), path)
-    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == ["table.csv"]
+    assert path.read_bytes() == before
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".table.csv.lock", "table.csv"]
 
 
 def test_a_configuration_is_named_whatever_the_order_of_its_values():

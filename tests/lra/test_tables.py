@@ -2,8 +2,10 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import signal
 import statistics
+import subprocess
 import threading
 import time
 
@@ -88,11 +90,11 @@ def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
     assert (one.outcome, one.reason) == ("cannot", "no such layer here")
 
 
-def test_what_differs_says_what_the_published_model_was(tmp_path):
+def test_what_differs_says_what_else_there_is_to_it(tmp_path):
     name = "lra.1.local_attention.listops"
     one = tables.judge(cell(name), known(tmp_path, result(name, 0.37, collapsed_step=40)))
-    assert one.outcome == "differs" and "groups of 50 distant positions" in one.reason
-    assert "seed 0 collapsed at step 40" in one.reason
+    assert one.outcome == "differs" and one.reason == "seed 0 collapsed at step 40"
+    assert any("groups of 50 distant positions" in sentence for sentence in one.cell.deviations)
 
 
 def test_accuracies_of_train_are_answered_by_the_run_of_test(tmp_path):
@@ -161,7 +163,12 @@ def test_both_averages_count_a_failed_path_x_as_50_and_mark_it(tmp_path):
     assert five.theirs == pytest.approx(54.388) and not five.theirs_marked
     assert six.theirs == pytest.approx((5 * 54.388 + 50) / 6) and six.theirs_marked
     assert five.ours == pytest.approx(54) and six.ours is None  # Path-X was not run, which is no failure
-    for path_x, ours, marked in ((0.497, (270 + 50) / 6, True), (0.92, (270 + 92) / 6, False)):
+    failed = (270 + 50) / 6
+    # Within the tolerance of chance, 2 points, is chance, and no luckier seed makes a success of it.
+    for path_x, ours, marked in (
+        (0.497, failed, True), (0.515, failed, True), (0.5199, failed, True), (0.521, (270 + 52.1) / 6, False),
+        (0.92, (270 + 92) / 6, False),
+    ):  # fmt: skip
         folder = tmp_path / str(path_x)
         folder.mkdir()
         six = tables.averages(of_all(folder, path_x)[0])[1]
@@ -201,10 +208,10 @@ def test_compute_is_no_time_or_memory():
 
 def test_all_forms_show_theirs_ours_and_every_outcome(tmp_path):
     verdicts, found = of_all(tmp_path)
-    shown = {form: tables.render("lra", "1", verdicts, found, form) for form in ("text", "markdown", "latex", "csv")}
+    shown = {form: tables.render("lra", "1", verdicts, found, form) for form in tables.FORMS}
     assert "36.37 / 36.00" in shown["text"] and "54.39 / 54.00" in shown["text"] and "53.66* / -" in shown["text"]
     assert "| Transformer | 36.37 / 36.00 |" in shown["markdown"] and "\n- Theirs: text of the paper" in shown["markdown"]
-    assert r"Transformer & 36.37 / 36.00 &" in shown["latex"] and shown["latex"].count(r"\end{tabular}") == 2
+    assert r"Transformer & 36.37 / 36.00 &" in shown["latex"] and shown["latex"].count(r"\end{tabular}") == 3
     assert "lra.1.transformer.path\\_x" in shown["latex"]
     rows = list(csv.DictReader(io.StringIO(shown["csv"])))
     of = {row["id"]: row for row in rows}
@@ -288,12 +295,23 @@ def test_the_measurements_that_come_with_the_package_answer():
 
 def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
     mark, said = tmp_path / "interrupted", []
-    program = tmp_path / "program.py"
+    program, ready = tmp_path / "program.py", tmp_path / "ready"
     program.write_text(
         "import pathlib, time\n"
-        "try:\n    time.sleep(60)\n"
+        f"try:\n    pathlib.Path({str(ready)!r}).write_text('ready')\n    while True: time.sleep(0.01)\n"
         f"except KeyboardInterrupt:\n    pathlib.Path({str(mark)!r}).touch()\n"
     )
+    os.mkfifo(ready)
+    wait = subprocess.Popen.wait
+
+    def patience(self, timeout=None):
+        """The budget is used up as soon as the program is at work."""
+        if timeout == 3600 * 0.5:
+            ready.read_text()
+            raise subprocess.TimeoutExpired("program", timeout)
+        return wait(self, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", patience)
     wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
     words = dict(known=ledger.Ledger({}, [], {}), say=said.append)
     budget = tables.MEASURING.hours / 2
@@ -301,9 +319,8 @@ def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
     (text,) = said
     assert text.startswith("Left for another time: measurements. One would take 0.05 h on any device") and not mark.exists()
     monkeypatch.setattr(tables, "MEASURING", tables.MEASURING._replace(hours=0))
-    began = time.monotonic()
-    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=2 / 3600, **words) == 0
-    assert mark.exists() and time.monotonic() - began < 30 and "The budget is used up" in said[-1]
+    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=0.5, **words) == 0
+    assert mark.exists() and "The budget is used up" in said[-1]
     program.write_text("raise SystemExit(3)")
     assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=1, **words) == 3
 
@@ -356,23 +373,29 @@ def test_a_budget_and_ctrl_c_stop_between_and_in_runs(tmp_path, trained):
         reproduce.train_missing(wanted, path, known=ledger.read([path]), say=said.append)
 
 
+def idle():
+    """Until a signal raises; a pause could miss one that comes just before it."""
+    while True:
+        time.sleep(0.01)
+
+
 def test_a_run_that_outlasts_the_budget_is_interrupted():
     rung = threading.Event()
     with pytest.raises(KeyboardInterrupt), reproduce._alarm(0.05 / 3600, rung):
-        time.sleep(20)
+        idle()
     assert rung.is_set()
     rung.clear()
-    with reproduce._alarm(0.2 / 3600, rung):
-        pass
-    time.sleep(0.3)  # the alarm is off
-    assert not rung.is_set()
+    with reproduce._alarm(1.0, rung):
+        (timer,) = (one for one in threading.enumerate() if isinstance(one, threading.Timer))
+        assert timer.interval == 3600
+    assert not timer.is_alive() and not rung.is_set()  # the alarm is off
 
 
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves):
     def train(run, **words):
         try:
-            time.sleep(20)
+            idle()
         except KeyboardInterrupt:
             if not saves:  # nothing is trained yet
                 raise

@@ -9,7 +9,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +82,13 @@ def test_the_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
 WHOLE = dict(dropout_rate=0.1, steps=60, accumulate=2, ema=0.9, schedule="plateau", patience=1, remat=True)
 
 CODE = """
-import sys, time
+import sys
 from subquad.lra import progress, recipes, train
-progress.Progress.update = lambda self, *_: time.sleep(0.5)  # leaves the parent time to kill
+def pause(self, step, *_):
+    if step == 30:  # into the steps after the checkpoint, which are lost and done again
+        print("at 30", flush=True)
+        sys.stdin.read()  # until the parent kills
+progress.Progress.update = pause
 run = recipes.plan("quickstart", "performer", **{words})
 train.train(run, out=sys.argv[1], data_dir=sys.argv[2], quiet=True)
 """
@@ -94,9 +97,9 @@ train.train(run, out=sys.argv[1], data_dir=sys.argv[2], quiet=True)
 def test_killed_and_resumed_gives_the_same_final_numbers(data, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     command = [sys.executable, "-c", CODE.replace("{words}", repr({**SMALL, **WHOLE})), str(broken), str(data)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (broken / "checkpoint" / "20").exists(), process)
-    time.sleep(0.7)  # into the steps after the checkpoint, which are lost and done again
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "at 30\n", process.communicate()
+    assert [path.name for path in (broken / "checkpoint").iterdir()] == ["20"]
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (broken / "result.json").exists()
@@ -107,14 +110,6 @@ def test_killed_and_resumed_gives_the_same_final_numbers(data, tmp_path):
     timing = {"steps_per_second", "train_seconds", "compile_seconds", "finished_utc"}
     assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
     assert (whole / "history.csv").read_bytes() == (broken / "history.csv").read_bytes()
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("kind", ["classification", "language_model"])

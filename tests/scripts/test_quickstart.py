@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -65,10 +64,9 @@ def test_it_shows_loss_speed_and_time_left(done):
 def test_a_second_call_keeps_what_is_finished(done, data):
     out = done[1]
     before = (out / "quickstart.csv").read_bytes()
-    began = time.monotonic()
     again = run("quickstart", *TINY, "--seed", 3, "--out", out, "--data-dir", data)
     assert again.returncode == 0 and "softmax: finished before, kept" in again.stderr
-    assert "step 20/20" not in again.stderr and time.monotonic() - began < 120
+    assert "step 20/20" not in again.stderr
     assert (out / "quickstart.csv").read_bytes() == before
 
 
@@ -156,14 +154,14 @@ def test_one_layers_fault_is_a_row_and_the_others_still_run(data, tmp_path):
     assert "| performer | failed: memory" in (tmp_path / "quickstart.md").read_text()
 
 
-def interrupted(name, *words, at="step 20/"):
-    """The command, stopped by Ctrl-C when its progress says `at`."""
+def interrupted(name, *words, at="step 20/", by=signal.SIGINT):
+    """The command, stopped by a signal when its progress says `at`."""
     process = subprocess.Popen(command(name, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = ""
     for line in process.stderr:
         said += line
         if at in line:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(by)
             break
     rest = process.communicate(timeout=300)[1]
     return process.returncode, said + rest
@@ -188,8 +186,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
 
 def test_a_stopped_quickstart_goes_on_by_the_same_command(data, tmp_path):
     words = ["--config", "tiny", "--steps", "200", "--layers", "softmax", "--out", tmp_path, "--data-dir", data]
-    code, said = interrupted("quickstart", *words)
-    assert code == 130 and said.strip().endswith("The same command goes on from there.")
+    code, said = interrupted("quickstart", *words, by=signal.SIGTERM)
+    assert code == 143 and said.strip().endswith("The same command goes on from there.")
     finished = run("quickstart", *words)
     assert finished.returncode == 0 and "step 20/200" not in finished.stderr
     assert results.read(tmp_path / "quickstart.csv")[0].status == "ok"

@@ -1,12 +1,16 @@
+import json
 import pathlib
+import re
 import runpy
+import signal
 import sys
 
 import pytest
 
-from subquad.lra import commands
+from subquad.lra import commands, results
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.tables import figures, ledger
+from tests.lra.test_results import row as made
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "reproduce_table.py"
 
@@ -38,12 +42,16 @@ def test_the_list_has_every_table(call):
 def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
     code, out, _ = call("--paper", "lra", "--table", "1")
     assert code == 0 and "36.37 / " in out and "53.66*" in out and "lra.1.performer.path_x" in out
-    assert "cannot   no such layer here" in out and "--only lra.1.transformer.listops --run [" in out
+    assert re.search("cannot +no such layer here", out) and "--only lra.1.transformer.listops --run [" in out
+    assert "\n[1] Sizes and schedules are of the released" in out
     code, _, said = call("--table", "2", "--format", "latex", "--out", "table.tex", "--ledger", "mine.csv")
     text = (tmp_path / "table.tex").read_text()
     assert code == 0 and "table.tex" in said and r"\begin{tabular}" in text and "--ledger mine.csv" in text
     code, out, _ = call("--format", "csv", "--only", "lra.1.transformer.listops", "lra.1.bigbird")
     assert code == 0 and len(out.splitlines()) == 1 + 1 + 7
+    code, out, _ = call("--format", "json", "--only", "lra.1.transformer.listops")
+    (record,) = json.loads(out)
+    assert code == 0 and record["theirs"] == 36.37 and len(record["deviations"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -98,13 +106,60 @@ def test_floors_are_measured_kept_and_read_again(call, tmp_path):
     assert found["root"].examples == 64 and found["root"].command.endswith("--floors listops/tiny")
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(call, monkeypatch):
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, commands.INTERRUPTED), (signal.SIGTERM, commands.TERMINATED)])
+def test_ctrl_c_and_sigterm_say_that_the_same_command_goes_on(number, ends, call, monkeypatch):
     def train(run, **words):
-        raise Interrupted(f"Stopped at step 3 of {run.steps}; saved in there. Go on with --resume.")
+        raise Interrupted(f"Stopped at step 3 of {run.steps}; saved in there. Go on with --resume.", number)
 
     monkeypatch.setattr("subquad.lra.train.train", train)
     code, out, said = call("--run", "--only", "lra.1.performer.listops")
-    assert code == commands.INTERRUPTED and out == ""
+    assert code == ends and out == ""
     assert "Stopped at step 3 of 5000; saved in there. The same command goes on from there." in said
     code, out, said = call("--run", "--only", "lra.1.performer.listops", "--budget-hours", "1e-6")
     assert code == 0 and "Left for another time: 1." in said and "not run" in out
+
+
+def test_verify_lists_every_damaged_row_and_file(call, tmp_path):
+    folder = tmp_path / "mine"
+    for one in (made(), made("local"), made("s4")):
+        results.append(one, folder / "ledger.csv")
+    words = ("--verify", "--ledger", "mine/ledger.csv")
+    assert call(*words) == (0, "Files of rows: 1; runs: 0; faults: 0.\n", "")
+    lines = (folder / "ledger.csv").read_text().splitlines()
+    lines[1:3] = [lines[1][:100], lines[2].replace(",listops,small,quickstart,0,", ",listops,small,quickstart,1,")]
+    (folder / "ledger.csv").write_text("\n".join(lines))
+    (folder / "ledger-floors.csv").write_text("listops,small,majority,0.2\n")
+    for name, configuration, result in (("good", '{"seed": 0}', None), ("bad", "{", None), ("worse", "{}", "[1]")):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "run.json").write_text(configuration)
+        if result:
+            (folder / "runs" / name / "result.json").write_text(result)
+    code, out, said = call(*words)
+    assert (code, said) == (commands.FAILED, "")
+    first, second, floors, bad, worse, last = out.splitlines()
+    assert first.startswith("mine/ledger.csv:2 must be a row of ") and "cut short" in first
+    assert second.startswith("mine/ledger.csv:3 must be a row") and "seed=1 where its configuration says 0" in second
+    assert floors.startswith("mine/ledger-floors.csv:1 must name the columns of results, measurements or floors, got 'listops,")
+    assert "runs/bad/run.json must be a whole one" in bad and "runs/worse/result.json must be a whole one" in worse
+    assert last == "Files of rows: 2; runs: 3; faults: 5."
+    # A table is made of what is whole, and says what it passed over, once.
+    code, out, said = call("--list", "--ledger", "mine/ledger.csv")
+    assert code == 0 and [line.split()[1] for line in said.splitlines()] == ["mine/ledger.csv:2", "mine/ledger-floors.csv:1"]
+
+
+def test_a_configuration_that_is_not_its_hashs_is_found(tmp_path):
+    results.append(made(configuration_hash=results.configuration_hash(made().configuration)), tmp_path / "ledger.csv")
+    assert ledger.verify([tmp_path])[1] == []
+    results.append(made(configuration_hash="0123456789abcdef"), tmp_path / "ledger.csv")
+    (fault,) = ledger.verify([tmp_path])[1]
+    assert fault.line == 3 and "configuration_hash 0123456789abcdef where" in fault.reason
+
+
+def test_a_ledger_without_its_first_line_is_refused_before_any_work(call, monkeypatch, tmp_path):
+    monkeypatch.setattr("subquad.lra.train.train", lambda *words, **more: pytest.fail("trained"))
+    monkeypatch.setattr("subquad.lra.tables.floor_rows.measure", lambda *words: pytest.fail("measured"))
+    kinds = {"l.csv": ("--run", "--only", "lra.1.performer.listops"), "l-floors.csv": ("--floors", "listops/tiny")}
+    for file, words in kinds.items():
+        (tmp_path / file).write_text("ok,softmax,listops\n")
+        code, _, said = call(*words, "--ledger", "l.csv")
+        assert code == commands.FAILED and "must have the columns of this version in its first line, got 'ok,softmax" in said

@@ -34,7 +34,7 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(train, "train", made_up)
     assert call(monkeypatch, *TINY, "--seeds", 0, 2, 0, "--out", tmp_path, "--tensorboard", "--resume") == 0
     assert [seed for seed, *_ in asked] == [0, 2] and asked[0][1] != asked[1][1]
-    assert asked[0][2] == dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True)
+    assert asked[0][2] == dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True, checkpoint_minutes=10)
     assert [row.seed for row in results.read(tmp_path / "results.csv")] == [0, 2]
     said = capsys.readouterr().out
     assert "32.0 % ± 2.8 (2 seeds), 1 collapsed" in said and "Seed 2 collapsed: by step 20" in said
@@ -56,3 +56,11 @@ def test_a_wrong_argument_is_one_line_that_names_it(words, said, monkeypatch, ca
     assert call(monkeypatch, *TINY, "--out", tmp_path, *words) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"train: {said}")
+
+
+def test_a_table_that_could_not_take_the_row_is_refused_before_the_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / "results.csv").write_text("mine\n1\n")
+    assert call(monkeypatch, *TINY, "--out", tmp_path) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"train: table: file {tmp_path}/results.csv must have the columns of this version in its first line")

@@ -55,7 +55,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             return {split: self._generate_examples(listops.generate(drawn, split)) for split, _ in drawn.splits}
         self.scratch = tempfile.TemporaryDirectory(dir=pathlib.Path(dl_manager.download_dir))
         manual_dir = pathlib.Path(dl_manager.manual_dir)
-        found = sources.fetch(manual_dir, tuple(release.FILES.values()), pathlib.Path(self.scratch.name))
+        found = sources.fetch(manual_dir, tuple(release.FILES.values()), pathlib.Path(self.scratch.name), release.LARGEST)
         return {split: self._generate_examples(release.expressions(found[file])) for split, file in release.FILES.items()}
 
     def _generate_examples(self, examples):

@@ -17,6 +17,8 @@ import numpy as np
 
 from subquad.lra.data import pathfinder, sources
 
+# Images of a folder, bytes of a picture's file beside its pixels, bytes of a file of metadata, which lists a thousand.
+IMAGES, SPARE, LARGEST_LIST = 200_000, 4_096, 10_000_000
 FOLDERS = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9", "hard": "curv_contour_length_14"}
 
 
@@ -70,15 +72,19 @@ def fetch(source: Source, manual_dir: pathlib.Path, scratch: pathlib.Path) -> pa
     if found is not None:
         return found
     source.require(f"lra_pathfinder/release_{source.size}_{source.level}", manual_dir, scratch)
-    packed = sources.archive(manual_dir)
-    with sources.reading(packed) as members:
+    packed, pixels = sources.archive(manual_dir), source.size**2
+    inside = lambda member: f"/{member}".rpartition(f"/{source.folder}/")
+
+    def largest(member: str) -> int | None:
+        _, found, tail = inside(member)
+        return (LARGEST_LIST if tail.startswith("metadata/") else 4 * pixels + SPARE) if found else None
+
+    # Twice, because the release holds some folders twice.
+    with sources.reading(packed, largest, 2 * IMAGES * (pixels + SPARE)) as members:
         for member, stream in members:
-            before, inside, tail = f"/{member}".rpartition(f"/{source.folder}/")
-            parts = tail.split("/")
-            if not inside or ".." in parts:
-                continue
+            before, _, tail = inside(member)
             # As deep as in the archive, so that `find` prefers the inner tree.
-            target = scratch.joinpath(*["_"] * before.count("/"), source.folder, *parts)
+            target = scratch.joinpath(*["_"] * before.count("/"), source.folder, *tail.split("/"))
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as output:
                 shutil.copyfileobj(stream, output)
@@ -96,7 +102,13 @@ def samples(folder: pathlib.Path) -> list[Sample]:
     found = []
     files = sorted((folder / "metadata").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
     for path in files:
-        for number, fields in enumerate(_lines(path), 1):
+        try:
+            listed = _lines(path)
+        except (OSError, ValueError, MemoryError, EOFError) as error:
+            raise sources.DatasetError(
+                f"release: {path} must list images as text or as an array of it, got {error!s:.100}. Unpack the archive again."
+            ) from None
+        for number, fields in enumerate(listed, 1):
             try:
                 image, label = folder / fields[0] / fields[1], int(float(fields[3]))
                 if label not in (0, 1):
@@ -137,10 +149,11 @@ def images(listed: list[Sample], size: int) -> Iterator[pathfinder.Example]:
     for path, label in listed:
         try:
             with Image.open(path) as opened:
+                # Looked at before it is unpacked: a small file may hold a huge picture.
+                if opened.size != (size, size):
+                    raise ValueError(f"an image of {opened.size[0]} x {opened.size[1]}")
                 image = np.asarray(opened.convert("L"))
-            if image.shape != (size, size):
-                raise ValueError(f"an image of {image.shape[1]} x {image.shape[0]}")
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise sources.DatasetError(
                 f"release: {path} must be an image of {size} x {size}, got {error!s:.100}. Unpack the archive again."
             ) from None

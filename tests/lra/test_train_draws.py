@@ -1,0 +1,101 @@
+"""Where a run's draws act, and of which data and which parameters each of its numbers is."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from subquad.lra import optim, recipes, tasks, train
+
+SIZES = {"train": 60, "validation": 20, "test": 24}
+TASK = tasks.Task(
+    "bits", "own", "drawn bits", vocabulary_size=3, length=12, num_classes=2, splits=SIZES,
+    floors=lambda splits: {"majority": 0.5}, source="this test",
+)  # fmt: skip
+
+
+def plan(**words):
+    small = dict(in_features=8, num_layers=1, mlp_features=8, batch_size=8, steps=30, evaluate_every=10)
+    return recipes.plan("quickstart", "softmax", task=TASK, **{**small, **words})
+
+
+class Weights(nnx.Module):
+    def __init__(self):
+        self.values = nnx.Param(jnp.ones(4))
+
+
+class Drawing:
+    """An objective whose loss is a draw from the dropout stream times the weight that the part of the batch picks.
+
+    So the loss is the draw, and the gradient has the draw of every part in a place of its own.
+    """
+
+    def loss(self, model, batch, *, rngs):
+        return jax.random.uniform(rngs.dropout()) * (batch["pick"] @ model.values.get_value()).sum(), jnp.ones(())
+
+
+GRAPH, WEIGHTS, FIXED = nnx.split(Weights(), nnx.Param, ...)
+
+
+def test_every_part_of_a_batch_has_draws_of_its_own():
+    gradient = functools.partial(train.batch_gradient, plan(accumulate=4), Drawing(), GRAPH, WEIGHTS, FIXED)
+    batch = {"pick": jnp.eye(4)}
+    (total, count), slopes = gradient(jax.random.key(0), batch)
+    (draws,) = jax.tree.leaves(slopes)
+    assert count == 4 and total == pytest.approx(float(draws.sum())) and 0 < draws.min() and draws.max() < 1
+    assert len(set(draws.tolist())) == 4
+    np.testing.assert_array_equal(*(jax.tree.leaves(gradient(jax.random.key(0), batch)[1]) for _ in range(2)))
+
+
+def test_every_step_and_every_seed_has_draws_of_its_own_and_repeats_them():
+    def losses(seed):
+        run, optimiser = plan(seed=seed), optax.sgd(0.0)
+        state = optim.initial_state(run, optimiser, WEIGHTS)
+        step = jax.jit(functools.partial(train.train_step, run, Drawing(), GRAPH, optimiser))
+        found = []
+        for _ in range(4):
+            state, loss = step(state, FIXED, {"pick": jnp.eye(4)[:1]})
+            found.append(float(loss))
+        return found
+
+    one, again, other = losses(0), losses(0), losses(1)
+    assert one == again and len({*one, *other}) == 8
+
+
+def examples(length, count):
+    rng = np.random.default_rng(length)
+    return [{"inputs": rng.integers(1, 3, length), "label": int(rng.integers(2))} for _ in range(count)]
+
+
+@pytest.mark.parametrize("selection", ["best", "last"])
+def test_every_number_is_of_its_split_and_of_its_parameters(selection, monkeypatch, tmp_path):
+    """Validation sees validation alone; test, once, the last parameters and those that were best on validation."""
+    lengths = {5: "train", 7: "validation", 9: "test"}
+    splits = {name: examples(length, SIZES[name]) for length, name in lengths.items()}
+    validations, seen, reported = iter([0.0, 0.2, 0.9, 0.5]), [], {}
+
+    def evaluate(step, mesh, fixed, parameters, batches):
+        batches = list(batches)
+        (split,) = {lengths[int(length)] for one in batches for length in one["mask"].sum(1)[one["weights"] > 0]}
+        mark = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(parameters))
+        seen.append((split, mark, sum(int(one["weights"].sum()) for one in batches)))
+        if split == "validation":
+            return next(validations), 1.0
+        return reported.setdefault((split, mark), 0.01 * (1 + len(reported))), 1.0
+
+    monkeypatch.setattr(train, "_evaluate", evaluate)
+    run = dataclasses.replace(plan(learning_rate=0.01, warmup_steps=0), selection=selection)
+    result = train.train(run, out=tmp_path, task=TASK, splits=splits, quiet=True)
+    _, (_, first, _), (_, best, _), (_, last, _), *after = seen  # the one before the first step is for its compilation
+    assert len({first, best, last}) == 3 and [split for split, *_ in seen[:4]] == ["validation"] * 4
+    assert [count for _, _, count in seen[1:4]] == [20] * 3
+    assert after == [("test", last, 24), ("test", best, 24), ("train", {"best": best, "last": last}[selection], 24)]
+    assert (result.accuracy_best, result.accuracy_last) == (reported["test", best], reported["test", last])
+    assert result.accuracy == {"best": result.accuracy_best, "last": result.accuracy_last}[selection]
+    assert result.accuracy_train == reported["train", {"best": best, "last": last}[selection]]
+    assert (result.best_step, result.validation_accuracy_best, result.validation_accuracy_last) == (20, 0.9, 0.5)

@@ -1,0 +1,145 @@
+"""Runs that end early: by SIGTERM, or killed between validations. They go on from the last checkpoint to the same numbers."""
+
+import csv
+import dataclasses
+import signal
+import types
+
+import numpy as np
+import pytest
+
+from subquad.lra import checkpoints, progress, recipes, tasks, train
+
+SIZES = {"train": 64, "validation": 16, "test": 20}
+TASK = tasks.Task(
+    "bits", "own", "drawn bits", vocabulary_size=3, length=12, num_classes=2, splits=SIZES,
+    floors=lambda splits: {"majority": 0.5}, source="this test",
+)  # fmt: skip
+TIMING = {"steps_per_second", "train_seconds", "compile_seconds", "finished_utc"}
+
+
+def examples(count, seed):
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(1, 3, rng.integers(4, 13)) for _ in range(count))
+    return [{"inputs": bits, "label": int(bits.sum() % 2)} for bits in drawn]
+
+
+def fit(out, **words):
+    """Sixty steps with all that a checkpoint has to hold beside parameters and moments, and a validation every hundred."""
+    small = dict(in_features=8, num_layers=1, mlp_features=8, batch_size=8, steps=60, evaluate_every=100)
+    whole = dict(dropout_rate=0.1, accumulate=2, ema=0.9, schedule="plateau", patience=1)
+    run = recipes.plan("quickstart", "softmax", task=TASK, **small, **whole)
+    splits = {name: examples(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
+    result = train.train(run, out=out, task=TASK, splits=splits, quiet=True, **words)
+    return {name: value for name, value in dataclasses.asdict(result).items() if name not in TIMING}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return fit(folder), (folder / "history.csv").read_bytes()
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """What the test appends is called with the step at every look."""
+    found = []
+    monkeypatch.setattr(progress.Progress, "update", lambda self, step, *_: [call(step) for call in found])
+    return found
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """The steps of the checkpoints."""
+    found, save = [], checkpoints.Checkpoints.save
+
+    def recorded(self, step, *rest):
+        save(self, step, *rest)
+        found.append(step)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", recorded)
+    return found
+
+
+def saved_losses(folder):
+    with (folder / "history.csv").open(newline="") as file:
+        return len(list(csv.DictReader(file)))
+
+
+def test_sigterm_saves_as_ctrl_c_does_and_loses_nothing(undisturbed, looks, tmp_path):
+    handled = lambda *_: pytest.fail("SIGTERM reached the program")
+    before = signal.signal(signal.SIGTERM, handled)
+    # Twice, as schedulers do: the second one must not end the process while it saves.
+    looks.append(lambda step: [signal.raise_signal(signal.SIGTERM) for _ in range(2) if step == 20])
+    try:
+        with pytest.raises(checkpoints.Interrupted, match="Stopped at step 20 of 60; saved in .* Go on with --re") as stopped:
+            fit(tmp_path)
+    finally:
+        assert signal.signal(signal.SIGTERM, before) is handled
+    assert stopped.value.number == signal.SIGTERM
+    assert saved_losses(tmp_path) == 20 and (tmp_path / "checkpoint" / "20").is_dir()
+    looks.clear()
+    assert (fit(tmp_path, resume=True), (tmp_path / "history.csv").read_bytes()) == undisturbed
+
+
+def test_a_second_ctrl_c_stops_at_once(looks, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    looks.append(lambda step: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not any((tmp_path / "checkpoint").iterdir())
+
+
+def test_a_run_that_dies_between_validations_goes_on_from_the_last_ten_minutes(undisturbed, looks, saves, tmp_path):
+    class Died(Exception):
+        pass
+
+    def die(step):
+        if step == 50:
+            raise Died
+
+    looks.append(die)
+    with pytest.raises(Died):
+        fit(tmp_path, checkpoint_minutes=0)
+    assert saves == [10, 20, 30, 40] and saved_losses(tmp_path) == 40
+    looks.clear()
+    steps = []
+    looks.append(steps.append)
+    assert (fit(tmp_path, resume=True), (tmp_path / "history.csv").read_bytes()) == undisturbed
+    assert steps == [50, 60] and saves[4:] == [60]
+
+
+@pytest.mark.parametrize(("words", "wanted"), [({}, [30, 60]), (dict(checkpoint_minutes=5), [20, 40, 60]),
+                                               (dict(checkpoint_minutes=float("inf")), [60])])  # fmt: skip
+def test_checkpoints_come_by_the_clock(words, wanted, looks, saves, monkeypatch, tmp_path, undisturbed):
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr(train, "time", clock)
+    looks.append(lambda step: now.__setitem__(0, now[0] + 250))  # seconds: the third look is past ten minutes
+    assert fit(tmp_path, **words) == undisturbed[0]
+    assert saves == wanted
+
+
+@pytest.mark.parametrize("minutes", [-1, float("nan")])
+def test_minutes_that_are_none_are_refused(minutes, tmp_path):
+    with pytest.raises(ValueError, match="train: checkpoint_minutes must be >= 0, got .*Leave it out for 10."):
+        fit(tmp_path / "out", checkpoint_minutes=minutes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_a_folder_where_another_trains_is_refused_in_words(tmp_path):
+    with checkpoints.occupied(tmp_path):
+        with pytest.raises(checkpoints.RunError, match="must be free, got one that process .* trains in. Wait"):
+            fit(tmp_path, resume=True)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_checkpoint_with_other_plain_data_is_told(looks, monkeypatch, tmp_path):
+    fit(tmp_path)
+    (tmp_path / "result.json").unlink()
+    monkeypatch.setitem(checkpoints.PROGRESS, "losses", dict)
+    with pytest.raises(checkpoints.RunError, match="checkpoint: folder .* must be whole .*got losses=.* Delete it and start"):
+        fit(tmp_path, resume=True)
