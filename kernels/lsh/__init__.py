@@ -258,7 +258,7 @@ def extend(
 def normalize(query: Float[Array, "*B H"]) -> tuple[Float[Array, "*B H"], Float[Array, "*B"]]:
     """The keys q / |q| of queries, in their dtype, and 1 / |q| in float32; both 0, without gradient, where q is 0."""
     gain = reference.inverse_norm(query)
-    return (query * gain[..., None]).astype(query.dtype), gain
+    return (reference.wide(query) * gain[..., None]).astype(query.dtype), gain
 
 
 def _scale_of(owner: str, scale, features: int):

@@ -135,16 +135,16 @@ def merge(
         True
     """
     lses = jnp.stack(list(lses))
-    maximum = lses.max(0)
+    maximum = lses.max(0, keepdims=True)
     shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
     weights = jnp.exp(lses - shift)
-    total = weights.sum(0)
+    total = weights.sum(0, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     mixed = sum(
         weight[..., None] * output.astype(weight.dtype) for weight, output in zip(weights / total, outputs, strict=True)
     )
-    return mixed.astype(outputs[0].dtype), jnp.where(empty, -jnp.inf, shift + jnp.log(total))
+    return mixed.astype(outputs[0].dtype), jnp.where(empty, -jnp.inf, shift + jnp.log(total))[0]
 
 
 def check_heads(owner: str, query, key, value) -> None:

@@ -14,7 +14,7 @@ from subquad.kernels import precision, softmax
 from subquad.zoo import masks
 from subquad.zoo import positions as encodings
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append, poisoned
+from subquad.zoo.cache import KVCache, append, places, poisoned
 from subquad.zoo.checks import refuse, require_extend
 
 
@@ -142,7 +142,7 @@ class SoftmaxAttention(Attention):
         return KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
 
     def attend_cached(self, query, key, value, mask, cache):
-        at = cache.length[:, None] + jnp.arange(query.shape[1])
+        at = places(cache.length, query.shape[1])
         if self.rotary_base is not None:
             query = encodings.rotary(query, at, self.rotary_base)
             key = encodings.rotary(key, at, self.rotary_base)
