@@ -60,7 +60,8 @@ def attention(
         mask: bool, True = attend; each axis full or 1, of [B, N, T, S]. What is in a key or value that no query sees by it
             reaches nothing, NaN and infinities included. What only some queries see must be finite, of any size: a weight
             of 0 hides it from the others, but 0 times NaN or infinity is NaN. So it is with a future, a window or a segment.
-            Queries that see nothing, or whose outputs get no gradient, may be padding and give none either.
+            Queries that see nothing may be padding too; where there is a mask or segments, so may those whose outputs nobody
+            uses, but for "reference".
         bias: added to the logits; each axis full or 1, of [B, N, T, S]; differentiable. -inf hides a key.
         is_causal: a query sees positions up to its own.
         window_size: keys seen on each side, the query's own position not counted; one number or (left, right), with
