@@ -288,6 +288,9 @@ def test_arrays_that_do_not_go_together_are_refused():
         fn(batched(query, 2, 3), batched(key, 3, 2), batched(value, 2, 3))
     with pytest.raises(ValueError, match="value must have the length and heads"):
         fn(query, key, value[:, :5])
+    for call in ({}, dict(module=nnx.Dict())):
+        with pytest.raises(ValueError, match="key must have the 8 features of query"):
+            fn(query, key[..., :7], value, **call)
     with pytest.raises(ValueError, match=r"query must have the axes \[\*B, T, N, H\]"):
         fn(query[0, 0], key, value)
     close(fn(batched(query, 2, 3), batched(key, 2, 3), batched(value, 2, 3)), batched(fn(query, key, value), 2, 3))
