@@ -206,6 +206,9 @@ def test_dropout_and_weights_are_flaxs(kv_heads, broadcast):
     weights, expected_weights = (state["attention_weights"][0] for state in (sown, expected_sown))
     assert weights.shape == (2, 1, HEADS, LENGTH, LENGTH) and weights.dtype == x.dtype
     close(weights, expected_weights)
+    half = nnx.Dict()
+    zoo.attention_fn("softmax")(*(x.astype(jnp.bfloat16) for x in arrays()), module=half)
+    assert half.attention_weights[0].dtype == jnp.bfloat16
     # Without them both are the kernel, which drops nothing.
     close(ours(x, mask=mask, deterministic=True), theirs(x, mask=mask, deterministic=True))
 
