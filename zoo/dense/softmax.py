@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -170,7 +171,7 @@ def weighted_mean(
     """
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
+    product = functools.partial(jnp.einsum, preferred_element_type=np.promote_types(query.dtype, np.float32))
     logits = product("btnh,bsnh->bnts", query, key) / math.sqrt(query.shape[3])
     if bias is not None:
         logits += bias.astype(logits.dtype)
