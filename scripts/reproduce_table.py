@@ -28,7 +28,7 @@ from typing import get_args
 from subquad.kernels.dispatch import nearest
 from subquad.lra import checkpoints, commands, csvfile, progress, results, tables
 from subquad.lra.checkpoints import RunError, line
-from subquad.lra.tables import cells, figures, floor_rows, ledger, reproduce
+from subquad.lra.tables import cells, costs, figures, floor_rows, ledger, reproduce
 
 LEDGER = "runs/tables/ledger.csv"
 BENCH = pathlib.Path(__file__).with_name("bench_lra.py")
@@ -84,7 +84,7 @@ def main() -> int:
     wanted = chosen(cells.table(arguments.paper, name), arguments.only)
     code = 0
     if arguments.probe:
-        writable(files["hours"])
+        writable(files["hours"], lambda path: csvfile.check(path, costs.PROBE_FIELDS))
         failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=say)
         code, known = commands.FAILED if failed else 0, read(files, arguments.batch_size)
     if arguments.run:

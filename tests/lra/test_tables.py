@@ -438,8 +438,7 @@ def test_estimates_grow_with_what_a_run_does():
     # 4.3 hours of a V100 are published for 50,000 steps of 16 texts.
     text = dataclasses.replace(
         run, task="text", config="modern", steps=50_000, batch_size=16, evaluate_every=500, num_layers=2, in_features=64,
-        mlp_features=128,
-        layer_options={},
+        mlp_features=128, layer_options={},
     )  # fmt: skip
     assert 3 < costs.of_run(text, tasks.find("text", "modern")).hours < 6
     # A measured rate takes the place of the usual one.
