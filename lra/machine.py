@@ -1,11 +1,18 @@
-"""The memory of this machine."""
+"""This machine: its name in rows of results, and its memory."""
 
 import pathlib
 
 import jax
 
+from subquad.lra import parallel, results
+
 # Of the control group of a container: all of it, what of it is used.
 _GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+def name() -> str:
+    """This machine as the rows of runs on one device name it."""
+    return parallel.hardware(results.environment()["hardware"], None)
 
 
 def memory() -> tuple[int, str]:

@@ -47,6 +47,7 @@ def main() -> int:
     if arguments.action == "list":
         prepare.show(prepare.listing(arguments.data_dir))
         manual = store.manual_folder(arguments.data_dir, arguments.manual_dir)
+        print("Hours are those of two cores, without the download; while it prepares, the hours of this machine are shown.")
         print(f"Data sets in {arguments.data_dir or store.default_folder()}; files fetched by hand are looked for in {manual}.")
         return 0
     if arguments.action == "prepare":

@@ -5,7 +5,8 @@ python scripts/reproduce_table.py --paper lra --table 1 --run --budget-hours 8 -
 
 --run trains what is missing, cheapest first; stopped by Ctrl-C or by its budget, the same command goes on. A budget that is
 used up is no failure: the table is printed, and the exit code is 0. Rows are added to the ledger, checkpoints are beside
-it; several of these commands may share them. Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
+it; several of these commands may share them. Hours are this machine's where runs, or steps by --probe, were timed on it.
+Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
@@ -25,9 +26,9 @@ from collections.abc import Callable
 from typing import get_args
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import checkpoints, commands, csvfile, results, tables
+from subquad.lra import checkpoints, commands, csvfile, progress, results, tables
 from subquad.lra.checkpoints import RunError, line
-from subquad.lra.tables import cells, figures, floor_rows, ledger, reproduce
+from subquad.lra.tables import cells, costs, figures, floor_rows, ledger, reproduce
 
 LEDGER = "runs/tables/ledger.csv"
 BENCH = pathlib.Path(__file__).with_name("bench_lra.py")
@@ -43,6 +44,7 @@ def parse():
     add("--table", default=None, metavar="NAME", help="as --list has it; default: the paper's first")
     add("--only", nargs="+", default=[], metavar="CELL", help="only cells whose id starts so, as lra.1.performer")
     add("--run", action="store_true", help="run what is missing, cheapest first")
+    add("--probe", type=int, default=None, metavar="STEPS", help="time so many steps of what is missing: its hours here")
     add("--budget-hours", type=float, default=None, metavar="H", help="for --run; default: no bound")
     add("--seeds", type=int, default=1, metavar="N", help="of each cell, for --run; default: 1")
     add("--batch-size", type=int, default=None, metavar="N", help="of measured ratios; default: 1 on a CPU, else 32")
@@ -55,7 +57,7 @@ def parse():
 
 
 def checked(arguments):
-    for name in ("seeds", "batch_size"):
+    for name in ("seeds", "batch_size", "probe"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}. Leave it out.")
@@ -81,8 +83,12 @@ def main() -> int:
         name = next(table for paper, table in figures.sources() if paper == arguments.paper)
     wanted = chosen(cells.table(arguments.paper, name), arguments.only)
     code = 0
+    if arguments.probe:
+        writable(files["hours"], lambda path: csvfile.check(path, costs.PROBE_FIELDS))
+        failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=say)
+        code, known = commands.FAILED if failed else 0, read(files, arguments.batch_size)
     if arguments.run:
-        code = run(wanted, files, known, arguments)
+        code = run(wanted, files, known, arguments) or code
         known = read(files, arguments.batch_size)
     given = {"--ledger": arguments.ledger if arguments.ledger != LEDGER else None, "--batch-size": arguments.batch_size}
     options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
@@ -91,9 +97,9 @@ def main() -> int:
 
 
 def files_of(path: str) -> dict[str, pathlib.Path]:
-    """The ledger, and beside it the files of measurements and of floors."""
+    """The ledger, and beside it the files of measurements, of floors, and of timed steps."""
     ledger_path = pathlib.Path(path)
-    beside = {kind: ledger_path.with_name(f"{ledger_path.stem}-{kind}.csv") for kind in ("bench", "floors")}
+    beside = {kind: ledger_path.with_name(f"{ledger_path.stem}-{kind}.csv") for kind in ("bench", "floors", "hours")}
     return {"runs": ledger_path, **beside}
 
 
@@ -155,16 +161,20 @@ def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.
 
 
 def listed(known: ledger.Ledger) -> list[list[str]]:
-    """The tables, with how many of their cells came to what, and the estimated hours of a GPU for those that wait."""
+    """The tables, with how many of their cells came to what, and the hours of those that wait, on which machine."""
     outcomes = get_args(tables.Outcome)
     rows = [["paper", "table", "cells", "reproduced", *outcomes[1:], "hours to run", "what it holds"]]
-    for paper, name in figures.sources():
+    for paper, name in progress.over(figures.sources(), "Tables"):
         every = [cell for cell in cells.table(paper, name) if cell.column != "average"]
         verdicts = [tables.judge(cell, known) for cell in every]
         counts = Counter(one.outcome for one in verdicts)
-        hours = sum(one.cost.hours for one in verdicts if one.cost is not None)
+        hours: dict[str, float] = {}
+        for one in verdicts:
+            if one.cost is not None:
+                hours[one.cost.hardware] = hours.get(one.cost.hardware, 0.0) + one.cost.hours
+        told = ", ".join(f"{total:.3g} on {hardware}" for hardware, total in hours.items()) or "0"
         found = [str(counts[outcome]) for outcome in outcomes]
-        rows.append([paper, name, str(len(every)), *found, f"{hours:.3g}", figures.sources()[paper, name].title])
+        rows.append([paper, name, str(len(every)), *found, told, figures.sources()[paper, name].title])
     return rows
 
 

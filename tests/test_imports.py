@@ -14,7 +14,8 @@ ALLOWED = {
     "kernels": {"subquad.kernels"},
     "zoo": {"subquad.kernels", "subquad.zoo", "flax", "einops"},
     "lra": {"subquad.kernels", "subquad.zoo", "subquad.lra", "flax", "einops", "optax", "orbax", "grain",
-            "tensorflow_datasets", "array_record", "PIL", "rich", "matplotlib", "tensorboardX", "absl", "etils", "pandas"},
+            "tensorflow_datasets", "array_record", "PIL", "rich", "matplotlib", "tensorboardX", "absl", "etils", "pandas",
+            "filelock"},
 }
 MAY_IMPORT_TRITON = ("triton.py", "launch.py", "interpreter.py", "machine_code.py")
 ANYWHERE = {"jax", "jaxtyping", "numpy", "einops"} | set(sys.stdlib_module_names)

@@ -166,9 +166,12 @@ def _function(run: Run, task: Task, mode: str, model, batch=None) -> tuple[Calla
 def _batch(run: Run, task: Task) -> dict[str, np.ndarray]:
     """Random tokens, none of them padding, and random labels."""
     random = np.random.default_rng(run.seed)
-    tokens = random.integers(1, task.vocabulary_size, (run.batch_size, task.length), dtype=np.int32)
-    targets = random.integers(0, task.num_classes, run.batch_size, dtype=np.int32)
-    return {"inputs": tokens, "mask": np.ones(tokens.shape, bool), "targets": targets}
+    shape, batch = (run.batch_size, task.length), {}
+    for ending in ("1", "2") if task.kind == "pair" else ("",):
+        batch[f"inputs{ending}"] = random.integers(1, task.vocabulary_size, shape, dtype=np.int32)
+        batch[f"mask{ending}"] = np.ones(shape, bool)
+    targets = shape if task.kind == "language_model" else run.batch_size
+    return {**batch, "targets": random.integers(0, task.num_classes, targets, dtype=np.int32)}
 
 
 def work(run: Run, task: Task, mode: str) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""What a run will take: hours before it is started, roughly, so that cells can be put in order of cost and fit a budget.
+"""What a run will take: hours of this machine, validation included, so that cells can be put in order of cost.
 
-Good to a factor of two or three. What was measured is in `results` and `bench`.
+Where some steps of the run were timed here (`probes`), they are those steps'. Else they come from the rate of other runs that
+were measured here, good to a factor of two or three; where there is none, from what is published, and say of which machine.
 """
 
+import dataclasses
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from subquad.lra.recipes import Run
@@ -36,20 +40,98 @@ class Cost(NamedTuple):
         return f"{self.hours:.3g} h on {self.hardware} ({self.source})"
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Some steps of a run, timed on a machine.
+
+    Attributes:
+        configuration_hash: of the run's values but the seed, `ledger.key`.
+        probe_steps: how many were timed, after a first one.
+        step_seconds, evaluation_seconds: of a step, and of a batch of validation; compile_seconds: of both programs.
+        step_flops: of a step, as `training_flops` estimates them.
+    """
+
+    configuration_hash: str
+    recipe: str
+    layer: str
+    task: str
+    config: str
+    probe_steps: int
+    step_seconds: float
+    evaluation_seconds: float
+    compile_seconds: float
+    step_flops: float
+    hardware: str
+    finished_utc: str
+
+
+PROBE_FIELDS = [one.name for one in dataclasses.fields(Probe)]
+
+
+def probe_of_cells(cells: Mapping[str, str]) -> Probe:
+    """A row of probes of its cells.
+
+    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
+    """
+    numbers = {name: float(cells[name]) for name in ("step_seconds", "evaluation_seconds", "compile_seconds", "step_flops")}
+    return Probe(**{**{name: cells[name] for name in PROBE_FIELDS}, **numbers, "probe_steps": int(cells["probe_steps"])})
+
+
 def of_run(run: Run, task: Task) -> Cost:
-    """Hours on a GPU: those that its authors state, else an estimate from the FLOPs."""
+    """Hours on a GPU of others: those that its authors state, else an estimate from the FLOPs and a published time."""
     for key in (f"{run.task}/{run.config}", run.task):
         if (run.recipe, key) in STATED:
-            return Cost(*STATED[run.recipe, key], "as its authors state")
-    return Cost(training_flops(run, task) / GPU / 3600, "one V100", "estimate")
+            return Cost(*STATED[run.recipe, key], f"as its authors state; {_ELSEWHERE}")
+    flops = training_flops(run, task) + evaluation_flops(run, task)
+    return Cost(flops / GPU / 3600, "one V100", f"estimate from published hours, validation included; {_ELSEWHERE}")
 
 
-def here(run: Run, task: Task, rows: Iterable[Result], hardware: str, is_cpu: bool) -> Cost:
-    """Hours on this machine, by the rate of the runs that were measured on it, else by a usual rate."""
-    rates = [row.flops_per_step * row.steps_per_second for row in rows if row.hardware == hardware and _timed(row)]
+_ELSEWHERE = "this machine's are told by --probe"
+
+
+def here(
+    run: Run, task: Task, rows: Iterable[Result], hardware: str, is_cpu: bool, probes: Sequence[Probe] = (),
+    probe: Probe | None = None,
+) -> Cost:  # fmt: skip
+    """Hours on this machine, validation included.
+
+    Args:
+        rows, probes: what was measured, on whatever machine; those of `hardware` count.
+        probe: of this very run on this machine: it is what counts.
+    """
+    if probe is not None:
+        seconds = probe.compile_seconds + run.steps * probe.step_seconds
+        seconds += evaluation_batches(run, task) * probe.evaluation_seconds
+        return Cost(seconds / 3600, hardware, f"from {probe.probe_steps} steps timed on it, validation included")
+    rates = _rates(rows, probes, hardware)
     rate = statistics.median(rates) if rates else CPU if is_cpu else GPU
-    source = f"estimate from {len(rates)} runs on it" if rates else "estimate"
-    return Cost(training_flops(run, task) / rate / 3600, hardware, source)
+    counted = f"estimate from {len(rates)} runs on it" if rates else f"rough estimate, nothing was measured on it; {_ELSEWHERE}"
+    hours = (training_flops(run, task) + evaluation_flops(run, task)) / rate / 3600
+    return Cost(hours, hardware, f"{counted}, validation included")
+
+
+def forecast(run: Run, task: Task, rows: Sequence[Result], hardware: str, is_cpu: bool, probes=(), probe=None) -> Cost:
+    """Hours on this machine where anything was measured on it, else on the machine of others that is known."""
+    if probe is None and not _rates(rows, probes, hardware):
+        return of_run(run, task)
+    return here(run, task, rows, hardware, is_cpu, probes, probe)
+
+
+def _rates(rows: Iterable[Result], probes: Iterable[Probe], hardware: str) -> list[float]:
+    """FLOPs per second of the runs that were measured on a machine."""
+    found = [row.flops_per_step * row.steps_per_second for row in rows if row.hardware == hardware and _timed(row)]
+    return found + [one.step_flops / one.step_seconds for one in probes if one.hardware == hardware and one.step_seconds > 0]
+
+
+def evaluation_batches(run: Run, task: Task) -> int:
+    """Batches that a run scores: validation now and again, and test with two sets of parameters and as many of train."""
+    count = lambda split: math.ceil(task.splits[split] / run.batch_size)
+    return math.ceil(run.steps / run.evaluate_every) * count("validation") + 3 * count("test")
+
+
+def evaluation_flops(run: Run, task: Task) -> float:
+    """FLOPs of a run's `evaluation_batches`: a forward pass, a third of a step, each."""
+    return evaluation_batches(run, task) * training_flops(run, task) / run.steps / 3
 
 
 def _timed(row: Result) -> bool:

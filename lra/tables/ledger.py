@@ -5,12 +5,13 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from subquad.lra import bench, csvfile, results
 from subquad.lra.bench import Measurement
 from subquad.lra.recipes import Run
 from subquad.lra.results import Result
+from subquad.lra.tables import costs
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results"
 # Columns of a result that its configuration has, too.
@@ -56,11 +57,18 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Ledger:
-    """All that was read: results by the key of their configuration, measurements, floors."""
+    """All that was read: results by the key of their configuration, measurements, floors, probes."""
 
     results: dict[str, list[Result]]
     measurements: list[Measurement]
     floors: dict[tuple[str, str], dict[str, Floor]]
+    probes: list[costs.Probe] = field(default_factory=list)
+
+    def probe(self, run: Run, hardware: str) -> costs.Probe | None:
+        """The steps of a run, whatever its seed, that were timed on a machine."""
+        name = key(dataclasses.asdict(run))
+        found = [one for one in self.probes if (one.configuration_hash, one.hardware) == (name, hardware)]
+        return max(found, key=lambda one: one.finished_utc) if found else None
 
     def rows(self) -> list[Result]:
         """Every result."""
@@ -103,6 +111,7 @@ def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     rows: dict[str, Result] = {}
     measured: list[Measurement] = []
     floors: dict[tuple[str, str], dict[str, Floor]] = {}
+    probes: list[costs.Probe] = []
     for path in _files([SHIPPED, *paths]):
         header, _ = csvfile.load(path)
         make = _maker(header)
@@ -112,6 +121,8 @@ def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
         for row in csvfile.read(path, make):
             if isinstance(row, Measurement):
                 measured.append(row)
+            elif isinstance(row, costs.Probe):
+                probes.append(row)
             elif isinstance(row, Floor):
                 floors.setdefault((row.task, row.config), {})[row.floor] = row
             else:
@@ -121,12 +132,15 @@ def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     found: dict[str, list[Result]] = {}
     for row in rows.values():
         found.setdefault(key(row.configuration), []).append(row)
-    return Ledger(found, measured, floors)
+    return Ledger(found, measured, floors, probes)
 
 
-def _maker(header: list[str]) -> Callable[[dict[str, str]], Result | Measurement | Floor] | None:
+def _maker(header: list[str]) -> Callable[[dict[str, str]], Result | Measurement | Floor | costs.Probe] | None:
     """What reads the rows of a file with these columns; None for a file that is none of ours."""
-    kinds = ((results.REQUIRED, results.of_cells), (bench.FIELDS, bench.of_cells), (FLOOR_FIELDS, floor_of_cells))
+    kinds = (
+        (results.REQUIRED, results.of_cells), (bench.FIELDS, bench.of_cells), (FLOOR_FIELDS, floor_of_cells),
+        (costs.PROBE_FIELDS, costs.probe_of_cells),
+    )  # fmt: skip
     return next((make for fields, make in kinds if not header or set(fields) <= set(header)), None)
 
 

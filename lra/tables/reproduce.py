@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from subquad.lra import results, tables, tasks
+from subquad.lra import machine, results, tables, tasks
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
 from subquad.lra.recipes import Run
-from subquad.lra.tables import costs, ledger
+from subquad.lra.tables import costs, ledger, probes
 from subquad.lra.tables.cells import Cell
 from subquad.lra.tables.ledger import Ledger
 
@@ -67,12 +67,14 @@ def train_missing(
     """
     from subquad.lra import train
 
-    device = results.environment()["hardware"]
+    device = machine.name()
     on_cpu = jax.default_backend() == "cpu"
     folder = pathlib.Path(path).parent / "runs"
 
     def price(run: Run) -> costs.Cost:
-        whole = costs.here(run, tasks.find(run.task, run.config), known.rows(), device, on_cpu)
+        whole = costs.here(
+            run, tasks.find(run.task, run.config), known.rows(), device, on_cpu, known.probes, known.probe(run, device)
+        )
         return whole._replace(hours=whole.hours * undone(run, folder / run.id))
 
     waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
@@ -104,6 +106,28 @@ def train_missing(
             continue
         ledger.add(row, path)
         say(f"{run.layer} on {run.task}: {row.status}" + (f", {100 * row.accuracy:.2f} %" if row.accuracy is not None else ""))
+    return failures
+
+
+def time_missing(
+    cells: Sequence[Cell], path: str | os.PathLike, *, known: Ledger, steps: int, say: Callable[[str], None]
+) -> int:
+    """Times `steps` steps of every run that is missing, on this machine, into the CSV at `path`. See `probes`.
+
+    Returns: how many could not be timed.
+    """
+    waiting, failures = missing(cells, known, 1), 0
+    for number, (run, ids) in enumerate(waiting, 1):
+        task = tasks.find(run.task, run.config)
+        try:
+            probe = probes.measure(run, task, steps)
+        except (ValueError, TypeError, NotImplementedError, RuntimeError, MemoryError) as error:
+            failures += 1
+            say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {line(error)}")
+            continue
+        probes.write(probe, path)
+        cost = costs.here(run, task, (), probe.hardware, True, (), probe)
+        say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from subquad.lra import prepare, recipes, tasks
+import jax
+
+from subquad.lra import machine, prepare, recipes, tasks
 from subquad.lra.bench import Measurement, programs
 from subquad.lra.data import catalogue
 from subquad.lra.results import Result
@@ -75,6 +77,17 @@ def run_of(cell: Cell, seed: int = 0) -> recipes.Run:
     return recipes.plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
 
 
+def forecast(run: recipes.Run, task: tasks.Task, ledger: Ledger) -> costs.Cost:
+    """What a run will take: on this machine where anything was measured on it."""
+    here = _this_machine()
+    return costs.forecast(run, task, ledger.rows(), *here, ledger.probes, ledger.probe(run, here[0]))
+
+
+@functools.cache
+def _this_machine() -> tuple[str, bool]:
+    return machine.name(), jax.default_backend() == "cpu"
+
+
 def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     run = run_of(cell)
     rows = ledger.of(run)
@@ -84,7 +97,7 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     if not rows:
         task = tasks.find(run.task, run.config)
         command = _command(cell, f"{_prepare(task, data_dir)}python scripts/reproduce_table.py", options)
-        return Verdict(cell, "not run", reason=cell.note, command=command, cost=costs.of_run(run, task))
+        return Verdict(cell, "not run", reason=cell.note, command=command, cost=forecast(run, task, ledger))
     if cell.metric == "train_accuracy":
         rows = [row for row in rows if row.accuracy_train is not None]
         if not rows:

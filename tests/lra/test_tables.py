@@ -82,7 +82,8 @@ def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
     one = tables.judge(text, found)
     assert one.outcome == "differs" and one.difference == pytest.approx(60 - 64.27)
     one = tables.judge(cell("lra.1.reformer.listops"), found)
-    assert one.outcome == "not run" and one.cost.hours > 0 and one.cost.source == "estimate"
+    assert one.outcome == "not run" and one.cost.hours > 0 and one.cost.hardware == "one V100"
+    assert one.cost.source.endswith("validation included; this machine's are told by --probe")
     assert one.command == (
         "python scripts/reproduce_table.py --paper lra --table 1 --only lra.1.reformer.listops --run"
     )
@@ -436,14 +437,15 @@ def test_estimates_grow_with_what_a_run_does():
     assert costs.training_flops(half, task) == costs.training_flops(run, task) / 2
     # 4.3 hours of a V100 are published for 50,000 steps of 16 texts.
     text = dataclasses.replace(
-        run, task="text", config="modern", steps=50_000, batch_size=16, num_layers=2, in_features=64, mlp_features=128,
-        layer_options={},
+        run, task="text", config="modern", steps=50_000, batch_size=16, evaluate_every=500, num_layers=2, in_features=64,
+        mlp_features=128, layer_options={},
     )  # fmt: skip
     assert 3 < costs.of_run(text, tasks.find("text", "modern")).hours < 6
     # A measured rate takes the place of the usual one.
     rows = [made(hardware="this", flops_per_step=10**9, steps_per_second=1.0)]
     here = costs.here(run, task, rows, "this", True)
-    assert here.hours == pytest.approx(costs.training_flops(run, task) / 1e9 / 3600) and "1 runs" in here.source
+    flops = costs.training_flops(run, task) + costs.evaluation_flops(run, task)
+    assert here.hours == pytest.approx(flops / 1e9 / 3600) and "1 runs" in here.source
 
 
 def test_the_quickstarts_rows_are_in_the_ledger():

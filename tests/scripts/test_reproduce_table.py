@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
-from subquad.lra import commands, results
+from subquad.lra import commands, machine, results
+from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.tables import figures, ledger
 from tests.lra.test_results import row as made
+from tests.lra.test_tables import result as answer
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "reproduce_table.py"
 
@@ -63,6 +65,7 @@ def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
         (("--tabel", "1"), "option must be a known one, got '--tabel'. Did you mean '--table'?"),
         (("--run", "--seeds", "0", "--only", "lra.1.bigbird"), "--seeds must be >= 1, got 0."),
         (("--batch-size", "0"), "--batch-size must be >= 1, got 0."),
+        (("--probe", "0"), "--probe must be >= 1, got 0."),
         (("--budget-hours", "-1"), "--budget-hours must be >= 0, got -1.0."),
         (("--budget-hours", "nan"), "--budget-hours must be >= 0, got nan."),
         (("--floors", "listop"), "task must be a known name, got 'listop'. Did you mean 'listops'?"),
@@ -163,3 +166,44 @@ def test_a_ledger_without_its_first_line_is_refused_before_any_work(call, monkey
         (tmp_path / file).write_text("ok,softmax,listops\n")
         code, _, said = call(*words, "--ledger", "l.csv")
         assert code == commands.FAILED and "must have the columns of this version in its first line, got 'ok,softmax" in said
+
+
+def test_hours_are_told_by_a_probe_and_kept(call, monkeypatch, tmp_path):
+    program = lambda run, task, mode: programs.Program(run, task, mode, None, 5.0, None)
+    monkeypatch.setattr(programs, "compiled", program)
+    monkeypatch.setattr(programs, "started", lambda program: lambda: None)
+    words = ("--only", "lra.1.performer.listops", "--format", "json")
+    (before,) = json.loads(call(*words)[1])
+    assert before["hours_hardware"] == "one V100" and before["hours_source"].endswith("are told by --probe")
+    code, out, said = call(*words, "--probe", "2")
+    (record,) = json.loads(out)
+    assert code == 0 and record["hours_source"] == "from 2 steps timed on it, validation included"
+    assert record["hours_hardware"] == machine.name() and "[1/1] lra.1.performer.listops: " in said
+    assert json.loads(call(*words)[1]) == [record]  # kept beside the ledger
+    assert f"on {machine.name()}" in call("--list")[1]
+    monkeypatch.setattr(programs, "compiled", lambda *words: pytest.fail("compiled"))
+    assert call(*words, "--probe", "2", "--ledger", "/proc/nope/l.csv")[0] == commands.FAILED
+
+
+@pytest.mark.parametrize(("options", "seeds"), [((), [0]), (("--seeds", "3"), [0, 1, 2])])
+def test_seeds_and_the_folder_of_data_reach_the_runs(call, monkeypatch, tmp_path, options, seeds):
+    trained = []
+
+    def train(run, *, data_dir, **words):
+        trained.append((run.seed, data_dir))
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("subquad.lra.train.train", train)
+    code, _, _ = call("--run", "--only", "lra.1.performer.listops", "--data-dir", tmp_path / "data", *options)
+    assert code == commands.FAILED and trained == [(seed, str(tmp_path / "data")) for seed in seeds]
+
+
+def test_a_path_x_a_little_above_chance_has_failed_in_the_table_that_is_printed(call):
+    """51.5 per cent is within the tolerance of 50; 52.5 is not."""
+    row = "Transformer"
+    for accuracy, average in ((0.515, "53.33*"), (0.525, "53.75")):
+        for name in ("listops", "text", "retrieval", "image", "pathfinder", "path_x"):
+            score = accuracy if name == "path_x" else 0.54
+            results.append(answer(f"lra.1.transformer.{name}", score), f"ledger-{accuracy}.csv")
+        out = call("--ledger", f"ledger-{accuracy}.csv")[1]
+        assert next(line for line in out.splitlines() if line.startswith(row)).endswith(f"/ {average}")
