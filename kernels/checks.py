@@ -22,6 +22,22 @@ def _of_kind(owner, kind, word, arrays):
             raise TypeError(f"{owner}: {name} must be {word}, got {getattr(dtype, '__name__', dtype)}. Cast it.")
 
 
+def hide(mask, *arrays):
+    """Keys and values [B, S, ...] with 0 where the mask shows a key to no query, and gradients that are exactly 0 there.
+
+    A weight of 0 hides what is finite only: 0 times the NaN of a padding token is NaN, in a tile of outputs and in gradients.
+
+    Args:
+        mask: bool, True = attend; each axis full or 1, of [B, N, T, S]. None: the arrays as they are.
+        arrays: None stays None.
+    """
+    if mask is None:
+        return arrays
+    seen = mask.any((1, 2))
+    rows = lambda x: seen.reshape(*seen.shape, *(1,) * (x.ndim - 2))
+    return tuple(None if x is None else jnp.where(rows(x), x, 0) for x in arrays)
+
+
 def at_least(owner: str, name: str, value, least: int, instead: str) -> None:
     """Refuses what is no integer, or one below `least` (ValueError). `instead`: what to do, a sentence."""
     if not isinstance(value, numbers.Integral) or value < least:

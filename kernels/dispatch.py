@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 
 Implementation = Literal["reference", "xla", "triton", "cudnn", "interpret"]
 Implementations = Mapping[str, Callable]
@@ -49,6 +49,7 @@ def triton(module: str, function: str) -> dict[str, Callable]:
     return {mode: functools.partial(run, mode=mode) for mode in get_args(launch.Mode)}
 
 
+@precision.promoting
 def run(operation: str, implementations: Implementations, implementation: Implementation | None, *args, **kwargs) -> Any:
     """Runs `operation`.
 

@@ -1,4 +1,4 @@
-"""Float32 stays float32 on every device."""
+"""Float32 stays float32 on every device, and operations promote as they say, whatever JAX is told to do elsewhere."""
 
 import contextlib
 import functools
@@ -24,3 +24,23 @@ def full(function):
             return function(*args, **kwargs)
 
     return run
+
+
+def promoting(function):
+    """`function`, also where JAX is told to raise at what promotes ranks or dtypes.
+
+    `jax_numpy_rank_promotion` and `jax_numpy_dtype_promotion` guard a caller's own arithmetic: what an operation's arguments
+    do together is its formula, and tested against float64.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def define_passes(function, forward, backward) -> None:
+    """`function.defvjp(forward, backward)`, both promoting: JAX traces them when it likes, not inside of the operation."""
+    function.defvjp(promoting(forward), promoting(backward))

@@ -12,6 +12,7 @@ import numpy as np
 
 from subquad.lra import tasks
 from subquad.lra.data import catalogue, sources, store
+from subquad.lra.progress import Work, over
 from subquad.lra.tasks import Task
 
 # Data sets that take longer are prepared only when they are named.
@@ -128,7 +129,8 @@ def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
     splits, source = store.load(task.dataset, data_dir)
     report.lines.append(f"  data      {source}")
     _check_examples(report, task, splits)
-    floors = task.floors(splits)
+    with Work(f"{task.name}/{task.config}: floors"):
+        floors = task.floors(splits)
     unit = "" if task.kind == "language_model" else " %"
     scores = [f"{name} {score if task.kind == 'language_model' else 100 * score:.1f}{unit}" for name, score in floors.items()]
     report.lines.append(f"  floors    {', '.join(scores)} ({task.metric}, test)")
@@ -147,7 +149,7 @@ def _check_files(report: Report, folder: pathlib.Path) -> None:
     cut = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
     wanted = {name: checksum for checksum, _, name in cut if name}
     report.faults += [f"{store.CHECKSUMS} has a line without a file, {line!r:.60}" for line, _, name in cut if not name]
-    for name, checksum in wanted.items():
+    for name, checksum in over(wanted.items(), f"{folder.parent.name}: checksums", len(wanted)):
         if not (folder / name).exists():
             report.faults.append(f"file {name} is missing")
         elif store.sha256(folder / name) != checksum:
@@ -168,7 +170,7 @@ def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) 
             if found.source is not None or found.exact:
                 report.faults.append(f"{split} has {len(part):,} examples where {published:,} were published")
         labels, lengths, hashes, blank = Counter(), [], set(), 0
-        for example in part:
+        for example in over(part, f"{task.name}/{task.config}: {split}"):
             parts = [example[name] for name in ("inputs", "inputs1", "inputs2") if name in example]
             lengths.append(max(map(len, parts)))
             labels[example.get("label")] += 1
@@ -203,7 +205,8 @@ def _check_pictures(report: Report, task: Task, splits: Mapping[str, Sequence], 
     """Something has to tell the labels of pictures that it has not seen: a small network, or a rule made for the task."""
     from subquad.lra.data import lines, probe
 
-    reached, count = probe.accuracy(splits, task.image_shape, task.num_classes, task.vocabulary_size - 1, steps=steps)
+    with Work(f"{task.name}/{task.config}: a small network"):
+        reached, count = probe.accuracy(splits, task.image_shape, task.num_classes, task.vocabulary_size - 1, steps=steps)
     # Three standard deviations of guessing.
     needed = chance + 3 * (chance * (1 - chance) / count) ** 0.5
     above = f"above chance from {100 * needed:.1f} %"
@@ -211,7 +214,8 @@ def _check_pictures(report: Report, task: Task, splits: Mapping[str, Sequence], 
     who = "a small network learns nothing"
     if reached < needed and task.name == "pathfinder":
         # Whose labels take a network more pictures and steps than that.
-        reached, count = lines.accuracy(splits, task.image_shape[0])
+        with Work(f"{task.name}/{task.config}: following the lines"):
+            reached, count = lines.accuracy(splits, task.image_shape[0])
         report.lines.append(f"  lines     {100 * reached:.1f} % by following them from disc to disc; {above}")
         who = "neither a small network nor following the lines tells their labels"
     if reached >= needed:

@@ -1,11 +1,17 @@
-"""A run's progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on stderr, of runs and of whatever takes over two seconds: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
 import importlib.util
 import math
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+# Seconds that work may take before it is shown, between two looks at it, and between two lines where there is no terminal.
+PATIENCE, BEAT, SILENCE = 2.0, 0.25, 30.0
 
 
 class Progress:
@@ -50,6 +56,27 @@ class Progress:
                 flush=True,
             )
 
+    def over(self, items: Sequence, name: str) -> Iterator:
+        """The items, and how many of them are done, in place of the loss."""
+        if self._bar is None:
+            yield from over(items, f"{self.label}: {name}", quiet=self.quiet)
+            return
+        bar, row = self._bar
+        for number, item in enumerate(items):
+            bar.update(row, text=f"{name} {number}/{len(items)}")
+            yield item
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Shows `name` in place of the loss while the block runs."""
+        if self._bar is not None:
+            bar, row = self._bar
+            bar.update(row, text=name)
+            yield
+        else:
+            with Work(f"{self.label}: {name}", quiet=self.quiet):
+                yield
+
     def say(self, text: str) -> None:
         """One line, above the bar."""
         if self._bar is not None:
@@ -68,6 +95,106 @@ def _bar(label: str, steps: int, start: int):
     bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
     bar.start()
     return bar, bar.add_task(label, total=steps, completed=start, text="compiling")
+
+
+class Work:
+    """Shows work that is not done within two seconds, whatever it waits for: a thread looks at it.
+
+    With rich and a terminal it draws a bar, which goes when the work is done; else it prints a line at first, one at every
+    tenth of the way, and one after every half minute without. Of works within each other the outermost that takes so long is
+    shown.
+
+    Args:
+        label: what is done.
+        total: how many steps it has; None: only the time is shown.
+        note: more words, asked for at every look.
+        at_once: begin with the block; else with the first item of `over`.
+        quiet: show nothing.
+    Example:
+        >>> with Work("counting", 3) as work:
+        ...     work.advance(3)
+    """
+
+    _shown = threading.Lock()
+
+    def __init__(
+        self, label: str, total: int | None = None, *, note: Callable[[], str] | None = None, at_once: bool = True,
+        quiet: bool = False,
+    ):  # fmt: skip
+        self.label, self.total, self.note, self.quiet, self.done = label, total, note, quiet, 0
+        self._at_once, self._ended, self._thread = at_once, threading.Event(), None
+
+    def __enter__(self) -> "Work":
+        if self._at_once:
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
+        if self._thread is None and not self.quiet:
+            self._began = time.monotonic()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def advance(self, steps: int = 1) -> None:
+        """So many more steps are done."""
+        self.done += steps
+
+    def over(self, items: Iterable) -> Iterator:
+        """The items; each is a step."""
+        self._begin()
+        for item in items:
+            yield item
+            self.advance()
+
+    def _watch(self) -> None:
+        if self._ended.wait(PATIENCE) or not Work._shown.acquire(blocking=False):
+            return
+        try:
+            (self._draw if sys.stderr.isatty() and importlib.util.find_spec("rich") else self._print)()
+        finally:
+            Work._shown.release()
+
+    def _print(self) -> None:
+        tenth, said = -1, -math.inf
+        while True:
+            reached = 10 * self.done // self.total if self.total else -1
+            if reached > tenth or time.monotonic() - said >= SILENCE:
+                tenth, said = reached, time.monotonic()
+                print(f"{self.label}: {self._words()}", file=sys.stderr, flush=True)
+            if self._ended.wait(BEAT):
+                return
+
+    def _draw(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            row = bar.add_task(self.label, total=self.total, text=self._words())
+            while not self._ended.wait(BEAT):
+                bar.update(row, completed=self.done, text=self._words())
+
+    def _words(self) -> str:
+        taken = time.monotonic() - self._began
+        words = [clock(taken)]
+        if self.total:
+            words = [f"{self.done:,}/{self.total:,}", *words]
+            if 0 < self.done < self.total:
+                words.append(f"about {clock(taken * (self.total - self.done) / self.done)} left")
+        return "  ".join([*words, *filter(None, [self.note and self.note()])])
+
+
+def over(items: Iterable, label: str, total: int | None = None, **words: Any) -> Iterator:
+    """The items, shown as `Work` where they take longer than two seconds; `total`: how many there are, None: their len."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with Work(label, total, **words) as work:
+        yield from work.over(items)
 
 
 def clock(seconds: float) -> str:

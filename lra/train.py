@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import collapse, measure, models, parallel, results, tasks
+from subquad.lra import collapse, measure, models, parallel, results, sizes, tasks
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
-from subquad.lra.progress import Board, Progress, Stopwatch
+from subquad.lra.progress import Board, Progress, Stopwatch, Work, over
 from subquad.lra.recipes import Run
 
 # Steps between looks at the loss. Each look waits for the device.
@@ -74,8 +74,9 @@ def train(
             change no number.
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
-        ValueError: unknown task, another than the run's, or a batch larger than the data; devices that do not divide the
-            batch; "zero" on one device; tensorboard without tensorboardX; checkpoint_minutes < 0.
+        ValueError: unknown task, another than the run's; a batch larger than the data, or a run larger than the memory;
+            devices that do not divide the batch; "zero" on one device; tensorboard without tensorboardX; a negative
+            checkpoint_minutes.
         RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`; another process that
             trains in it; a file in it that cannot be read.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint of that step is saved.
@@ -88,6 +89,8 @@ def train(
         raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
     mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
     parallel.check_shard(shard, mesh)
+    devices, sharded = 1 if mesh is None else mesh.size, shard == "zero"
+    sizes.check(run, task, splits, devices=devices, sharded=sharded)
     parameter_count = models.count_parameters(run, task)
     # Parameters, two moments, their average and the best parameters, 4 bytes each, in the old checkpoint and the new.
     needed = 2 * 4 * (4 + (run.ema is not None)) * parameter_count
@@ -119,8 +122,9 @@ def _train(
     else:
         source = f"{task.dataset} as passed to train"
     batches = pipeline.training_batches(splits["train"], batch_size=run.batch_size, length=task.length, seed=run.seed)
-    held_out = list(pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length))
-    floor, spread = collapse.chance(held_out, objective.column)
+    held_out = pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length)
+    quiet = quiet or not parallel.is_first()
+    floor, spread = collapse.chance(over(held_out, f"{run.layer}: floor of validation", quiet=quiet), objective.column)
 
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
     optimiser = make_optimiser(run)
@@ -134,20 +138,23 @@ def _train(
         batches.set_state(progress["data"])
     step, watch = progress["step"], Stopwatch(progress["seconds"], progress["timed_steps"])
 
-    quiet = quiet or not parallel.is_first()
     with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_signal(shown) as stop, board.open(step):
         began = time.perf_counter()
-        update = functools.partial(train_step, run, objective, graph, optimiser)
-        example = {name: array for name, array in held_out[0].items() if name != "weights"}
-        flops = _flops(shown, update, state, fixed, example)
-        arguments = (state, fixed, parallel.feed(example, mesh))
-        update = parallel.compile(functools.partial(update, mesh=mesh), arguments, mesh, shard, donate_argnums=0)
-        # A copy, because it outlives the state, whose buffers the next step reuses.
-        averaged = lambda state: jax.tree.map(jnp.copy, evaluated(run, state))
-        averaged = parallel.compile(averaged, (state,), mesh, shard)
-        evaluate = functools.partial(_evaluate, jax.jit(functools.partial(eval_step, objective, graph, mesh=mesh)), mesh, fixed)
-        best = averaged(state) if progress["best"][0] is None else best
-        evaluate(best, held_out[:1])
+        with shown.during("compiling"):
+            update = functools.partial(train_step, run, objective, graph, optimiser)
+            first = next(iter(held_out))
+            example = {name: array for name, array in first.items() if name != "weights"}
+            flops = _flops(shown, update, state, fixed, example)
+            arguments = (state, fixed, parallel.feed(example, mesh))
+            update = parallel.compile(functools.partial(update, mesh=mesh), arguments, mesh, shard, donate_argnums=0)
+            # A copy, because it outlives the state, whose buffers the next step reuses.
+            averaged = lambda state: jax.tree.map(jnp.copy, evaluated(run, state))
+            averaged = parallel.compile(averaged, (state,), mesh, shard)
+            scoring = jax.jit(functools.partial(eval_step, objective, graph, mesh=mesh))
+            evaluate = functools.partial(_evaluate, scoring, mesh, fixed)
+            best = averaged(state) if progress["best"][0] is None else best
+            evaluate(best, [first])
+            del first, example, arguments  # the batch is not held while the run trains
         compile_seconds = time.perf_counter() - began
 
         saved_at = time.monotonic()
@@ -181,7 +188,7 @@ def _train(
             board.add(before + 1, "train/loss", *losses)
             if step == until and (step % run.evaluate_every == 0 or step == run.steps):
                 now = averaged(state)
-                score, loss = evaluate(now, held_out)
+                score, loss = evaluate(now, shown.over(held_out, "validation"))
                 progress["validation"].append([step, score, loss])
                 board.add(step, f"validation/{objective.column}", score)
                 board.add(step, "validation/loss", loss)
@@ -209,13 +216,16 @@ def _train(
 
     scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:
-        test = list(pipeline.evaluation_batches(splits["test"], batch_size=run.batch_size, length=task.length))
+
+        def scored(parameters, split, count=None):
+            some = dict(batch_size=run.batch_size, length=task.length, count=count)
+            return evaluate(parameters, over(pipeline.evaluation_batches(splits[split], **some), split, quiet=quiet))[0]
+
         now = averaged(state)
-        last = evaluate(now, test)[0]
+        last = scored(now, "test")
         same = progress["best"][0] == run.steps
-        found = {"best": last if same else evaluate(best, test)[0], "last": last}
-        some = dict(batch_size=run.batch_size, length=task.length, count=len(splits["test"]))
-        seen = evaluate(best if run.selection == "best" else now, pipeline.evaluation_batches(splits["train"], **some))[0]
+        found = {"best": last if same else scored(best, "test"), "last": last}
+        seen = scored(best if run.selection == "best" else now, "train", len(splits["test"]))
         scores |= objective.columns(selected=found[run.selection], train=seen, **found)
     checkpoints.close()
     memory = measure.memory_of(update)
@@ -224,7 +234,7 @@ def _train(
         **scores,
         **_told_by_the_run(run),
         **_told_by_progress(run, objective, progress),
-        **_floors(task, splits),
+        **_floors(task, splits, quiet),
         split="test",
         test_examples=len(splits["test"]),
         parameters=parameter_count,
@@ -268,9 +278,10 @@ def _told_by_progress(run: Run, objective: Objective, progress: dict) -> dict:
     )
 
 
-def _floors(task: tasks.Task, splits: Mapping) -> dict:
+def _floors(task: tasks.Task, splits: Mapping, quiet: bool) -> dict:
     """Columns of the result that simple rules reach; None for those that the task has not."""
-    floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}
+    with Work(f"{task.name}/{task.config}: floors", quiet=quiet):
+        floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}
     return {name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")}
 
 

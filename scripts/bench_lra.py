@@ -23,9 +23,10 @@ import time
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import bench, commands, csvfile, models, plots, progress, racing, recipes, results, starting
+from subquad.lra import bench, commands, csvfile, machine, models, plots, progress, racing, recipes, results, sizes, starting
 from subquad.lra.bench import energy, programs, speed
 from subquad.lra.checkpoints import line
+from subquad.lra.data.sources import size as size_of
 from subquad.zoo import LAYERS
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -40,7 +41,7 @@ def parse():
     add = parser.add_argument
     add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
     add("--layers", type=words, default=None, metavar="A,B", help="default: all")
-    add("--lengths", type=sizes, default=[1024, 2048, 3072, 4096], metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
+    add("--lengths", type=lengths, default=[1024, 2048, 3072, 4096], metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
     add("--modes", type=words, default=list(bench.MODES), metavar="A,B", help=f"of {','.join(bench.MODES)}; default: all")
     add("--batch-size", type=int, default=None, help="default: 1 on a CPU, else 32")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
@@ -78,7 +79,7 @@ def size(text: str) -> int:
         raise commands.argparse.ArgumentTypeError(f"must be a number such as 4096, 16K or 2G, got {text!r}.") from None
 
 
-def sizes(text: str) -> list[int]:
+def lengths(text: str) -> list[int]:
     return list(dict.fromkeys(size(word) for word in words(text)))
 
 
@@ -160,7 +161,7 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
     """Looks at the machine, and says what it finds, once every layer is known to have a model."""
     threads = racing.limit_threads(arguments.threads)  # before JAX starts
     on_cpu = jax.default_backend() == "cpu"
-    limit, source = programs.memory_limit()
+    limit, source = machine.available_memory()
     if arguments.memory_limit is not None:
         limit, source = arguments.memory_limit, "--memory-limit"
     meter, reason = energy.meter(jax.devices()[0])
@@ -176,6 +177,8 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
         memory_source=source, matmul_rate=math.nan, peaks=not on_cpu if arguments.peaks is None else arguments.peaks,
         meter=meter, session=results.now(),
     )  # fmt: skip
+    for length in arguments.lengths:
+        check_length(settings, layers[0], length, arguments.modes)
     check_models(settings, layers, max(arguments.lengths))
     rate = racing.matmul_rate(settings.dtype, clock=racing.clock_of(threads if on_cpu else 0))
     say(f"{results.environment()['hardware']}: matrix product {rate / 1e9:,.0f} GFLOP/s in {settings.dtype}")
@@ -199,11 +202,28 @@ def check_models(settings: speed.Settings, layers: list[str], length: int) -> No
         if dot and layer not in layers:
             nearest = dispatch.nearest(layer, layers)
             raise ValueError(f"--layer-options must be of a layer that is measured, got {name!r}. {nearest}")
-    for layer in layers:
+    for layer in progress.over(layers, "Models"):
         try:
             models.count_parameters(*settings.plan(layer, length))
         except (ValueError, TypeError) as error:
             raise ValueError(f"layer {layer} must take its options and the values of the run, got {line(error)}.") from error
+
+
+def check_length(settings: speed.Settings, layer: str, length: int, modes: list[str]) -> None:
+    """Refuses a length of which no mode of any layer fits into memory, whatever its layers do.
+
+    Raises: ValueError.
+    """
+    try:
+        run, task = settings.plan(layer, length)
+    except (ValueError, TypeError):  # which `check_models` explains
+        return
+    needed = min(sizes.least(run, task, mode, counted=False).total for mode in modes)
+    if needed > settings.memory_limit:
+        raise ValueError(
+            f"--lengths must fit into {size_of(settings.memory_limit)} ({settings.memory_source}), got {length:,}: a batch of "
+            f"{run.batch_size:,} at {run.in_features:,} features takes {size_of(needed)} at the least. Leave it out."
+        )
 
 
 def show(out: str, measured) -> int:

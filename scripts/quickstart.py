@@ -13,8 +13,8 @@ import sys
 import time
 
 from subquad import zoo
-from subquad.lra import checkpoints, commands, plots, recipes, results, tasks, train
-from subquad.lra.progress import clock
+from subquad.lra import checkpoints, commands, plots, recipes, results, sizes, tasks, train
+from subquad.lra.progress import Work, clock
 
 
 def parse():
@@ -70,10 +70,13 @@ def main() -> int:
     try:
         layers = admitted(shared) if arguments.layers is None else words(arguments.layers)
         # All of them first: a wrong word is told before anything is trained.
-        runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
+        with Work("planning"):
+            runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
     except ValueError as error:
         where = " The protocol is an option of scripts/train.py." if "protocol=" in str(error) else ""
         raise ValueError(f"{error}{where}") from None
+    for run in runs:  # and what cannot fit before a folder is made
+        sizes.check(run, tasks.find(run.task, run.config))
     out = checkpoints.open_folder(arguments.out)
     results.check(out / "quickstart.csv")
     rows = []

@@ -49,7 +49,7 @@ def parse():
     add("--ledger", default=LEDGER, metavar="CSV", help="what was run; default: %(default)s")
     add("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     add("--floors", nargs="+", default=[], metavar="TASK", help="measure what simple rules reach, as listops/lra")
-    add("--format", default="text", choices=("text", "markdown", "latex", "csv"), help="default: text")
+    add("--format", default="text", choices=tables.FORMS, help="default: text")
     add("--out", default=None, metavar="FILE", help="default: the terminal")
     return checked(parser.parse_args())
 

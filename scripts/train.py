@@ -16,7 +16,9 @@ import dataclasses
 import json
 import sys
 
-from subquad.lra import checkpoints, commands, parallel, recipes, results, tasks, train
+import jax
+
+from subquad.lra import checkpoints, commands, parallel, recipes, results, sizes, tasks, train
 
 
 def parse():
@@ -54,6 +56,9 @@ def main() -> int:
     seeds = [{"seed": seed} for seed in dict.fromkeys(arguments.seeds or [])] or [{}]
     recipe, layer = words.pop("recipe"), words.pop("layer")
     runs = [recipes.plan(recipe, layer, **words, **seed) for seed in seeds]
+    together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
+    for one in runs:  # what cannot fit is told before a folder is made
+        sizes.check(one, tasks.find(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
     results.check(out / "results.csv")
     named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes")

@@ -17,7 +17,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 flags = ["--xla_backend_optimization_level=0"] if os.environ["JAX_PLATFORMS"] == "cpu" else []
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # an unknown flag ends the process
-os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+# The caller's own flags come last, so that they win: XLA_FLAGS=--xla_cpu_max_isa=AVX2 scripts/test.
+given = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([flag for flag in flags if flag not in given] + given)
 
 import jax  # noqa: E402
 

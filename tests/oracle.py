@@ -5,10 +5,8 @@ import pathlib
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
 HERE = pathlib.Path(__file__).parent / "oracles"
-FROM_SOURCE = pathlib.Path(__file__).parents[2] / "shared" / "oracles" / "from_source"
 GROUPS = {
     "in": "inputs",
     "w": "weights",
@@ -21,18 +19,9 @@ GROUPS = {
 
 
 def load(name: str) -> SimpleNamespace:
-    """The oracle `name`: `.meta` (dict) and one dict of arrays per group.
-
-    Files of PyPI peers lie in tests/oracles. The others are read beside the checkout, and the test that asks for one is
-    skipped where they are absent.
-    """
-    path = HERE / f"{name}.npz"
-    if not path.exists():
-        path = FROM_SOURCE / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"oracle {name} is neither in tests/oracles nor beside the checkout")
+    """The oracle `name`: `.meta` (dict) and one dict of arrays per group."""
     oracle = SimpleNamespace(**{group: {} for group in GROUPS.values()})
-    with np.load(path) as arrays:
+    with np.load(HERE / f"{name}.npz") as arrays:
         oracle.meta = json.loads(str(arrays["meta"]))
         for key in arrays.files:
             for prefix, group in GROUPS.items():

@@ -13,14 +13,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TRY = """
-import importlib.util, sys
+import importlib.metadata, importlib.resources, importlib.util, sys
 import jax.numpy as jnp
 from flax import nnx
+import subquad
 from subquad import zoo
 import subquad.kernels.softmax
 layer = zoo.SoftmaxAttention(2, 8, rngs=nnx.Rngs(0))
 assert layer(jnp.ones((1, 5, 8))).shape == (1, 5, 8)
 assert "tensorflow" not in sys.modules
+assert subquad.__version__ == importlib.metadata.version("subquad")
+assert importlib.resources.files("subquad").joinpath("py.typed").is_file()
 for name in ("kernels", "zoo", "lra", "tests"):
     assert importlib.util.find_spec(name) is None, name
 print(zoo.__file__)
@@ -33,6 +36,7 @@ def test_every_package_is_listed():
         for part in ("kernels", "zoo", "lra")
         for path in (ROOT / part).rglob("__init__.py")
     }
+    found.add("subquad")  # the import root, which holds the version and py.typed only
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 
@@ -48,7 +52,7 @@ def test_dependencies_have_ranges():
 def source(tmp_path_factory) -> pathlib.Path:
     """The tracked tree, copied: a build leaves its folders there."""
     target = tmp_path_factory.mktemp("source")
-    for part in ("kernels", "zoo", "lra"):
+    for part in ("kernels", "lra", "subquad", "zoo"):
         shutil.copytree(ROOT / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, target)
@@ -80,6 +84,7 @@ def test_wheel(source, tmp_path):
         assert tops == {"subquad", wheel.name.split("-py3")[0] + ".dist-info"}
         ours = [path for part in ("kernels", "zoo", "lra") for path in (source / part).rglob("*.py")]
         assert {f"subquad/{path.relative_to(source)}" for path in ours} <= set(archive.namelist())
+        assert {"subquad/__init__.py", "subquad/py.typed"} <= set(archive.namelist())
     python = clean_python(tmp_path / "venv")
     pip(python, "install", str(wheel))
     assert str(tmp_path / "venv") in try_out(python, tmp_path)

@@ -10,15 +10,18 @@ from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import RandomFeature
+from subquad.zoo.generation import generate, stream
+from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
-from subquad.zoo.model import CausalLM, Classifier, DualEncoder, Encoder
+from subquad.zoo.model import CausalLM, Classifier, DualEncoder
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
-from subquad.zoo.registry import LAYERS, attention_fn, make
+from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
@@ -43,7 +46,9 @@ __all__ = [
     "Support",
     "TransformerXLAttention",
     "attention_fn",
+    "generate",
     "make",
     "masks",
     "positions",
+    "stream",
 ]

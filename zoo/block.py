@@ -7,7 +7,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subquad.zoo.base import refuse
+from subquad.zoo.checks import refuse
+from subquad.zoo.linen import call_rngs
 
 
 class FeedForward(nnx.Module):
@@ -77,8 +78,10 @@ class Block(nnx.Module):
     ) -> Float[Array, "*B T D"]:
         """`call` holds the mixer's mask, positions and segment_ids.
 
-        Without dropout where `deterministic`; None takes what `train()` or `eval()` set. With it, `rngs.dropout()` draws.
+        Without dropout where `deterministic`; None takes what `train()` or `eval()` set. With it, `rngs.dropout()` draws;
+        inside a Linen module its "dropout" collection does where `rngs` is None.
         """
+        rngs = call_rngs(rngs)
         if deterministic is None:  # a mixer of the user's may know True and False only
             deterministic = self.dropout.deterministic
         mixed = self.mixer(self.mixer_norm(inputs), deterministic=deterministic, rngs=rngs, **call)

@@ -8,46 +8,67 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all tokens so far, in slots 0..length-1 of S."""
+    """Keys and values of each sample's real tokens so far: the token at position t in slot t of S."""
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K V"]
-    valid: Bool[Array, "B S"]  # False: empty, or a padding token
-    length: Int[Array, ""]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
 
     @classmethod
     def zeros(cls, batch_size: int, max_length: int, num_kv_heads: int, head_features: int, dtype) -> "KVCache":
         shape = (batch_size, max_length, num_kv_heads, head_features)
-        valid = jnp.zeros((batch_size, max_length), bool)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), valid, jnp.zeros((), jnp.int32))
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32))
 
 
-def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"], valid) -> KVCache:
-    """The cache with T more tokens; `valid` [B, T] or None (all real).
+def counts(tokens: Array, mask: Bool[Array, "B 1 1 T"] | None) -> Int[Array, "B"]:
+    """How many of T new tokens [B, T, ...] are real in each sample: the first ones, as the shell of a layer hands them over."""
+    if mask is None:
+        return jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    return jnp.broadcast_to(mask.sum(axis=(1, 2, 3), dtype=jnp.int32), tokens.shape[0])
 
-    Raises: ValueError: the tokens do not fit. Under `jit` the length is not known, so there a cache that overflows
-        turns to NaN instead: a wrong answer must not look like one.
+
+def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"], mask) -> KVCache:
+    """The cache with each sample's real tokens of T more, the first ones; `mask` [B, 1, 1, T] or None (all real).
+
+    Slots are positions, so there is nothing behind a real token that causality would not hide, and padding takes no slot.
+
+    What does not fit is lost, and `poisoned` makes the outputs of such a sample NaN, now and later: the length is not known
+    under `jit`, and a wrong answer must not look like one.
     """
-    tokens, room = key.shape[1], cache.key.shape[1]
-    full = cache.length + tokens > room
-    traced = isinstance(full, jax.core.Tracer)
-    if tokens > room or (not traced and full):
-        taken = "an unknown number" if traced else int(cache.length)
-        raise ValueError(
-            f"extend: cache must have room for {tokens} more tokens, got {taken} of {room} taken. "
-            "Call init_cache with a larger max_length."
-        )
-    if valid is None:
-        valid = jnp.ones(key.shape[:2], bool)
-    slot = cache.length
+    length = cache.length + counts(key, mask)
+    return KVCache(write(cache.key, key, cache.length, mask), write(cache.value, value, cache.length, mask), length)
 
-    def write(old, new):
-        new = jnp.where(full, jnp.nan, new.astype(old.dtype)) if old.dtype != bool else new
-        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
 
-    return KVCache(
-        write(cache.key, key), write(cache.value, value), write(cache.valid, valid), cache.length + tokens
+def write(cached, new, start: Int[Array, "B"], mask, axis: int = 1):
+    """The cached array with the real ones of the new tokens written along `axis`, from `start` of each sample on."""
+    new = new.astype(cached.dtype)
+    if mask is None:
+        return jax.vmap(lambda *sample: jax.lax.dynamic_update_slice_in_dim(*sample, axis - 1))(cached, new, start)
+    room, tokens = cached.shape[axis], new.shape[axis]
+    slots = jnp.where(mask[:, 0, 0], start[:, None], room) + jnp.arange(tokens)
+    put = lambda cached, new, slots: cached.at[(slice(None),) * (axis - 1) + (slots,)].set(
+        new, mode="drop", unique_indices=True
     )
+    return jax.vmap(put)(cached, new, slots)
+
+
+def poisoned(heads: Float[Array, "B T N V"], cache: KVCache) -> Float[Array, "B T N V"]:
+    """The outputs, NaN for samples that have had more tokens than the cache has slots."""
+    return jnp.where((cache.length > cache.key.shape[1])[:, None, None, None], jnp.nan, heads)
+
+
+def pieces(tokens, start: Int[Array, "B *N"], size: int):
+    """`size` tokens of [B, S, ...] from each sample's `start` on, or of [B, S, N, ...] from that of each of its heads."""
+    take = lambda tokens, start: jax.lax.dynamic_slice_in_dim(tokens, start, size)
+    if start.ndim == 2:
+        take = jax.vmap(take, (1, 0), 1)
+    return jax.vmap(take)(tokens, start)
+
+
+def last(tokens: Float[Array, "B S *features"], size: int, new: int, mask) -> Float[Array, "B size *features"]:
+    """The last `size` real tokens of each sample, where `mask` [B, 1, 1, new] tells which of the last `new` are real."""
+    before = tokens.shape[1] - new
+    return tokens[:, before + new - size :] if mask is None else pieces(tokens, before - size + counts(tokens, mask), size)
 
 
 class PerformerCache(NamedTuple):
@@ -59,32 +80,30 @@ class PerformerCache(NamedTuple):
 
 
 class TransformerXLCache(NamedTuple):
-    """The layer's inputs of the last P = memory_length + segment_length - 1 tokens, the newest last."""
+    """The layer's inputs of each sample's last P = memory_length + segment_length - 1 real tokens, the newest last."""
 
     hidden: Float[Array, "B P D"]
-    valid: Bool[Array, "B P"]  # False: before the first token, or a padding token
-    position: Int[Array, ""]  # of the next token in its segment, 0..segment_length-1
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
 class S4Cache(NamedTuple):
-    """The states of all systems after the last token, in float32: the whole past, whatever its length."""
+    """The states of all systems after each sample's last real token, in float32: the whole past, whatever its length."""
 
     state: Float[Array, "B D P"]  # real parts of the modes, then imaginary parts
 
 
 class ReformerCache(NamedTuple):
-    """Normalised keys, values and buckets of all tokens so far, in slots 0..length-1 of S."""
+    """Normalised keys, values and buckets of each sample's real tokens so far: the token at position t in slot t of S."""
 
     key: Float[Array, "B S N H"]
     value: Float[Array, "B S N V"]
-    valid: Bool[Array, "B S"]  # False: empty, or a padding token
-    length: Int[Array, ""]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     buckets: Int[Array, "B R S N"]  # of every round
 
 
 class LocalCache(NamedTuple):
-    """Keys and values of the last W tokens, the newest last."""
+    """Keys and values of each sample's last W real tokens, the newest last."""
 
     key: Float[Array, "B W K H"]
     value: Float[Array, "B W K V"]
-    valid: Bool[Array, "B W"]  # False: before the first token, or a padding token
+    seen: Int[Array, "B"]  # real tokens so far

@@ -3,6 +3,7 @@
 A mask broadcasts to [B, N, T, S]. Combine masks with `&`. Positions and segments [T] hold for all samples: [1, 1, T, S].
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -15,7 +16,8 @@ def padding_mask(lengths: Int[Array, "*B"], length: int) -> Bool[Array, "*B 1 1 
         >>> padding_mask(jnp.array([1, 3]), 3)[:, 0, 0].tolist()
         [[True, False, False], [True, True, True]]
     """
-    return jnp.arange(length) < jnp.asarray(lengths)[..., None, None, None]
+    lengths = jnp.asarray(lengths)[..., None, None, None]
+    return jax.lax.broadcasted_iota(lengths.dtype, (*lengths.shape[:-1], length), lengths.ndim - 1) < lengths
 
 
 def causal_mask(query_positions: Int[Array, "*B T"], key_positions: Int[Array, "*B S"]) -> Bool[Array, "... 1 T S"]:

@@ -1,7 +1,33 @@
-"""Where a token stands: sinusoidal, rotary and ALiBi encodings as functions of integer positions."""
+"""Where a token stands: its position among the real ones, and encodings as functions of integer positions."""
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+
+def positions_of_real(
+    tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None
+) -> Int[Array, "#B T"]:
+    """Where each token stands among the real ones of its segment; padding stands where the real token before it does.
+
+    Args:
+        tokens: only their shape counts.
+        mask: True = a real token; None: all are. Padding before the first real token stands at -1.
+        segment_ids: positions start from 0 again wherever a real token's segment is not that of the real token before it.
+    """
+    if mask is None and segment_ids is None:
+        return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    if mask is None:
+        mask = jnp.ones(tokens.shape, bool)
+    count = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    if segment_ids is None:
+        return count
+    at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], mask.shape)
+    latest = jax.lax.cummax(jnp.where(mask, at, -1), axis=1)
+    previous = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)  # the real token before this one
+    same = segment_ids == jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
+    starts = mask & ~((previous >= 0) & same)
+    return count - jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
 
 
 def sinusoidal(positions: Int[Array, "*B T"], features: int) -> Float[Array, "*B T D"]:
@@ -17,8 +43,7 @@ def sinusoidal(positions: Int[Array, "*B T"], features: int) -> Float[Array, "*B
     """
     if features % 2:
         raise ValueError(f"sinusoidal: features must be even, got {features}. Use one feature more.")
-    frequency = 10000.0 ** (-jnp.arange(0, features, 2) / features)
-    angle = positions[..., None] * frequency
+    angle = _angles(positions[..., None], 10000.0, features)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
@@ -37,10 +62,17 @@ def rotary(inputs: Float[Array, "*B T N H"], positions: Int[Array, "*#B T"], bas
     features = inputs.shape[-1]
     if features % 2:
         raise ValueError(f"rotary: the head features must be even, got {features}. Choose qkv_features accordingly.")
-    angle = positions[..., None, None] * base ** (-jnp.arange(0, features, 2) / features)
+    angle = _angles(positions[..., None, None], base, features)
+    angle = jnp.expand_dims(angle, tuple(range(inputs.ndim - angle.ndim)))
     first, second = jnp.split(inputs.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(inputs.dtype)
+
+
+def _angles(positions: Int[Array, "*B 1"], base: float, features: int) -> Float[Array, "*B D2"]:
+    """position / base^{2i/D} for i = 0..D/2-1."""
+    frequency = base ** (-jnp.arange(0, features, 2) / features)
+    return positions.astype(frequency.dtype) * jnp.expand_dims(frequency, tuple(range(positions.ndim - 1)))
 
 
 def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
@@ -72,5 +104,6 @@ def alibi(
         num_heads: query heads N.
     Source: Press et al., Train Short, Test Long, ICLR 2022, arXiv 2108.12409.
     """
-    distance = jnp.abs(query_positions[..., :, None] - key_positions[..., None, :])
-    return -alibi_slopes(num_heads)[:, None, None] * distance[..., None, :, :]
+    distance = jnp.abs(query_positions[..., :, None] - key_positions[..., None, :])[..., None, :, :]
+    slopes = jnp.expand_dims(alibi_slopes(num_heads)[:, None, None], tuple(range(distance.ndim - 3)))
+    return -slopes * distance.astype(slopes.dtype)

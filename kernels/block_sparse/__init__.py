@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import Key, KeyMask, LogSumExp, Output, Query, Value
 from subquad.kernels.block_sparse import reference, xla
 from subquad.kernels.softmax import check_heads, scale_of
@@ -85,6 +85,7 @@ def attention(
     scale = scale_of(OWNER, scale, features)
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
+    key, value = checks.hide(mask, key, value)
     out, lse = dispatch.run(
         OWNER, IMPLEMENTATIONS, implementation, query, key, value, blocks, int(block_size), mask, bool(is_causal), scale
     )

@@ -194,7 +194,7 @@ def tests_of(plan: Plan, mask, queries: int, keys: int):
 def logits_of(plan: Plan, visible, query, key, work: Work, at: Step):
     """The logits of one step, [b, n, g, t, w s] in float32, -inf where not visible."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
-    logits = plan.scale * jnp.einsum("bngth,bngsh->bngts", query, key, preferred_element_type=precise)
+    logits = online.rounded(plan.scale * jnp.einsum("bngth,bngsh->bngts", query, key, preferred_element_type=precise))
     seen = visible(work, at)
     return logits if seen is None else jnp.where(seen, logits, -jnp.inf)
 
@@ -203,6 +203,11 @@ def logits_of(plan: Plan, visible, query, key, work: Work, at: Step):
 @precision.full
 def sparse(plan: Plan, query, key, value, mask):
     """Attention over the lists of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
+    return sparse_forward(plan, query, key, value, mask)[0]
+
+
+@precision.full
+def sparse_forward(plan, query, key, value, mask):
     batch, queries, heads, _ = query.shape
     precise = jnp.promote_types(query.dtype, jnp.float32)
     visible = tests_of(plan, mask, queries, key.shape[1])
@@ -213,7 +218,7 @@ def sparse(plan: Plan, query, key, value, mask):
         fresh = online.start(rows, value.shape[-1], precise)
 
         def step(carry, at):
-            (out, lse), state = carry
+            (out, *sums), state = carry
             state = fresh if work.single else jax.tree.map(lambda x, y: jnp.where(at.is_first, x, y), fresh, state)
 
             def weigh(weights):
@@ -223,47 +228,43 @@ def sparse(plan: Plan, query, key, value, mask):
             own_query = fetch(query_tiles, at.samples, at.rows, at.heads)
             own_key = fetch_keys(key_tiles, at, heads)
             state = online.update(state, logits_of(plan, visible, own_query, own_key, work, at), weigh)
-            own_out, own_lse = online.finish(state)
+            own_out, *own_sums = online.finish(state)
             where = corner(at.samples, at.rows, at.heads)
             out = out.at[where].set(bits(own_out.astype(query.dtype)), mode="drop")
-            lse = lse.at[where].set(own_lse, mode="drop")
-            return (out, lse), None if work.single else state
+            sums = (x.at[where].set(own, mode="drop") for x, own in zip(sums, own_sums, strict=True))
+            return (out, *sums), None if work.single else state
 
         return sweep(work, batch, step, (outs, None if work.single else fresh))[0]
 
     tiles = query_tiles.shape[:4]
-    outs = jnp.zeros((*tiles, value.shape[-1]), bits_dtype(query.dtype)), jnp.full(tiles, -jnp.inf, precise)
+    outs = jnp.zeros((*tiles, value.shape[-1]), bits_dtype(query.dtype)), *online.start(tiles, 0, precise)[:2]
     for work in plan.works:
         outs = sweep_forward(work, outs)
-    out, lse = (join(plan, x, queries) for x in outs)
-    return numbers(out, query.dtype), lse
-
-
-def sparse_forward(plan, query, key, value, mask):
-    out, lse = sparse(plan, query, key, value, mask)
-    return (out, lse), (query, key, value, mask, out, lse)
+    out, maximum, log_normaliser = (join(plan, x, queries) for x in outs)
+    out = numbers(out, query.dtype)
+    return (out, maximum + log_normaliser), (query, key, value, mask, out, maximum, log_normaliser)
 
 
 @precision.full
 def sparse_backward(plan, residuals, gradients):
-    query, key, value, mask, out, lse = residuals
-    (batch, queries, heads, _), keys, precise = query.shape, key.shape[1], lse.dtype
+    query, key, value, mask, out, *sums = residuals
+    (batch, queries, heads, _), keys, precise = query.shape, key.shape[1], sums[0].dtype
     visible = tests_of(plan, mask, queries, keys)
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
-    lse, shift = online.residue(out, lse, *gradients)
-    own = [cut(plan, x) for x in (query, gradients[0], lse, shift)]
+    *rows, query = online.residue(out, sums, *gradients, mask is not None, query)
+    own = [cut(plan, x) for x in (query, gradients[0], *rows)]
     key_tiles, value_tiles = cut(plan, key), cut(plan, value)
 
     def step(work, grads, at):
         grad_query, grad_key, grad_value = grads
-        own_query, own_grad, own_lse, own_shift = (fetch(x, at.samples, at.rows, at.heads) for x in own)
+        own_query, own_grad, *own_sums, own_shift = (fetch(x, at.samples, at.rows, at.heads) for x in own)
         own_key, own_value = (fetch_keys(x, at, heads) for x in (key_tiles, value_tiles))
         # Keys before queries, and `change` with features before positions: a product that turns a tile of weights takes
         # up to twice the time of one that turns a tile of queries or keys.
-        logits = plan.scale * dot("bngsh,bngth->bngst", own_key, own_query)
+        logits = online.rounded(plan.scale * dot("bngsh,bngth->bngst", own_key, own_query))
         seen = visible(work, at)
         logits = logits if seen is None else jnp.where(seen.swapaxes(-1, -2), logits, -jnp.inf)
-        weights = jnp.exp(logits - own_lse[..., None, :])
+        weights = online.weights_of(logits, *(x[..., None, :] for x in own_sums))
         grad_logits = weights * (dot("bngsv,bngtv->bngst", own_value, own_grad) - own_shift[..., None, :])
         grad_logits, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
         change = dot("bngsh,bngst->bnght", own_key, grad_logits).swapaxes(-1, -2)
@@ -279,7 +280,7 @@ def sparse_backward(plan, residuals, gradients):
     return (*(join(plan, x.astype(y.dtype), n) for x, y, n in zip(grads, likes, lengths, strict=True)), None)
 
 
-sparse.defvjp(sparse_forward, sparse_backward)
+precision.define_passes(sparse, sparse_forward, sparse_backward)
 
 compiled = jax.jit(sparse, static_argnums=0)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 
 LONGEST_CLASS = 1 << 14  # of lengths that share a tuned configuration: from here on all do
 
@@ -112,7 +112,7 @@ def _backward(shift, mode, saved, cotangent):
     return back, d_taps.sum(0, keepdims=True)
 
 
-_convolve.defvjp(_forward, _backward)
+precision.define_passes(_convolve, _forward, _backward)
 
 
 def convolve(inputs, kernel, anticausal, *, mode):

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
 from subquad.kernels.memory import bits, map_parts, numbers
 
 # Bytes of one group's padded inputs. On a CPU the spectra of a group then stay well under the 32 MiB above which XLA pays
@@ -120,4 +121,4 @@ def _backward(size, saved, cotangent):
     return map_parts(group, groups, (inputs, cotangent, kernel, ahead), (2, 2, 0, 0), (2, 0, 0), after=cotangent)
 
 
-_convolve.defvjp(_forward, _backward)
+precision.define_passes(_convolve, _forward, _backward)

@@ -89,6 +89,7 @@ def attention(
         raise TypeError(f"{owner}: eps must be a number, got {type(eps).__name__}. It is part of the program, not an array.")
     if not 0 <= eps < math.inf:
         raise ValueError(f"{owner}: eps must be finite and at least 0, got {eps}. 0 gives means of the values.")
+    key, value, key_log_scale = checks.hide(mask, key, value, key_log_scale)
     outputs, state = dispatch.run(
         owner, ATTENTION, implementation, query, key, value, key_log_scale, mask, is_causal, initial_state, float(eps)
     )
@@ -153,6 +154,7 @@ def random_feature_attention(
             "Draw it for the features of one head."
         )
     _check(owner, query, key, value, None, mask, is_causal, initial_state, projection.shape[0])
+    key, value = checks.hide(mask, key, value)
     outputs, state = dispatch.run(
         owner, RANDOM_FEATURE_ATTENTION, implementation,
         query, key, value, projection, kernel, mask, is_causal, initial_state,

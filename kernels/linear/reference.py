@@ -17,9 +17,7 @@ def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, 
     query, key, value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
     scale = jnp.zeros(key.shape[:3], key.dtype) if key_log_scale is None else key_log_scale.astype(key.dtype)
     if mask is not None:
-        real = mask[:, 0, 0, :, None]
-        scale = jnp.where(real, scale, -jnp.inf)
-        key, value = jnp.where(real[..., None], key, 0), jnp.where(real[..., None], value, 0)
+        scale = jnp.where(mask[:, 0, 0, :, None], scale, -jnp.inf)
     scale = scale.swapaxes(1, 2)  # [B, N, S]
     before = jnp.full(scale.shape[:2], -jnp.inf, scale.dtype) if initial_state is None else initial_state[2]
     visible = jnp.tri(query.shape[1], dtype=bool) if is_causal else jnp.ones((query.shape[1], key.shape[1]), bool)
@@ -45,8 +43,6 @@ def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, 
 def random_feature_attention(query, key, value, projection, kernel, mask, is_causal, initial_state):
     """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
     projection, scale = projection.astype(jnp.promote_types(projection.dtype, jnp.float32)), None
-    if mask is not None:
-        key = jnp.where(mask[:, 0, 0, :, None, None], key, 0)
     if kernel == "softmax":
         query, _ = softmax_features(query, projection)  # a query's scale cancels
         key, scale = softmax_features(key, projection)

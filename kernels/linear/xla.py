@@ -85,13 +85,8 @@ def has_scale(plan: Plan, arrays: Arrays) -> bool:
 
 
 def key_chunk(plan: Plan, arrays: Arrays, projection, start, size):
-    """(what the features are made of, features, values, log scales or None) of a chunk of keys, 0 and -inf where masked."""
+    """(what the features are made of, features, values, log scales or None) of a chunk of keys, -inf where masked."""
     inputs, value = take(arrays.key, start, size), take(arrays.value, start, size)
-    real = None
-    if arrays.mask is not None:
-        # Zeros as well as a weight of 0: 0 times the NaN of a padding token would be NaN.
-        real = jax.lax.dynamic_slice_in_dim(arrays.mask, start, size, 1)[:, None]
-        inputs, value = jnp.where(real[..., None], inputs, 0), jnp.where(real[..., None], value, 0)
     phi, scale = features(plan, inputs, projection)
     if not has_scale(plan, arrays):
         return inputs, phi, value, None
@@ -102,7 +97,9 @@ def key_chunk(plan: Plan, arrays: Arrays, projection, start, size):
         scale = take_rows(arrays.scale, start, size)
     else:
         scale = jnp.zeros(inputs.shape[:3], jnp.float32)
-    return inputs, phi, value, scale if real is None else jnp.where(real, scale, -jnp.inf)
+    if arrays.mask is not None:
+        scale = jnp.where(jax.lax.dynamic_slice_in_dim(arrays.mask, start, size, 1)[:, None], scale, -jnp.inf)
+    return inputs, phi, value, scale
 
 
 # The state: sums over the keys so far.

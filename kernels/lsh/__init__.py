@@ -176,6 +176,7 @@ def attention(
         correct_duplicates=bool(correct_duplicates),
     )
     scale = _scale_of(owner, scale, query_key.shape[-1])
+    query_key, value = checks.hide(mask, query_key, value)
     return dispatch.run(
         owner, _implementations("attention"), implementation,
         layout, query_key, value, buckets, mask, scale,
@@ -189,7 +190,7 @@ def extend(
     query_buckets: Buckets,
     key_buckets: Int[Array, "B R S N"],
     *,
-    start: int | Int[Array, ""],
+    start: int | Int[Array, ""] | Int[Array, "B"],
     mask: KeyMask | None = None,
     scale: float | Float[Array, ""] | None = None,
     correct_duplicates: bool = True,
@@ -209,7 +210,7 @@ def extend(
         key: the normalised keys of all tokens, in the order of their positions: `normalize(query)[0]`.
         value: of all tokens.
         query_buckets, key_buckets: from `hash_buckets`.
-        start: the place in the cache of the first new token.
+        start: the place in the cache of the first new token, the same for all samples or one for each.
         mask: True = attend; False for empty places and padding. A padded query gives 0.
         scale, correct_duplicates, implementation: as in `attention`.
     Returns: [B, T, N, V] in the dtype of value.
@@ -239,7 +240,15 @@ def extend(
             f"{owner}: query and query_buckets must have shapes [B, T, N, H] and [B, R, T, N] beside key {key.shape}, got "
             f"{query.shape} and {query_buckets.shape}. Hash the new tokens alone."
         )
+    if jnp.shape(start) not in ((), (query.shape[0],)) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
+        raise ValueError(
+            f"{owner}: start must be an integer, or one for each of {query.shape[0]} samples, got {jnp.result_type(start)} of "
+            f"shape {jnp.shape(start)}. Count the tokens before."
+        )
     scale = _scale_of(owner, scale, query.shape[-1])
+    if mask is not None:
+        own = jnp.take(mask, start + jnp.arange(query.shape[1]), axis=3, mode="clip")
+        (query,), (key, value) = checks.hide(own, query), checks.hide(mask, key, value)
     return dispatch.run(
         owner, _implementations("extend"), implementation,
         query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates,

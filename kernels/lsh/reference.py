@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from subquad.kernels import precision
+from subquad.kernels.softmax import online
 
 
 class Layout(NamedTuple):
@@ -64,7 +65,7 @@ def attention(layout, query_key, value, buckets, mask, scale):
     if layout.correct_duplicates:
         counts = jnp.minimum(counts, 1)
 
-    query, wide_value = (wide(jnp.where(_rows(real), x, 0)) for x in (query_key, value))
+    query, wide_value = wide(query_key), wide(value)
     key = query * inverse_norm(query)[..., None]
     at = jnp.arange(length)
     visible = at[:, None] > at if layout.is_causal else at[:, None] != at
@@ -82,11 +83,11 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
     counts = rearrange(same.sum(1), "b t s n -> b n t s")
     if correct_duplicates:
         counts = jnp.minimum(counts, 1)
-    own = start + jnp.arange(length)
-    counts = counts * (own[:, None] > jnp.arange(places))
-    key, wide_value = (wide(jnp.where(_rows(real), x, 0)) for x in (key, value))
-    own_value = jnp.take(wide_value, own, axis=1, mode="clip")
-    real_query = jnp.take(real, own, axis=2, mode="clip")
+    own = jnp.reshape(start, (-1, 1)) + jnp.arange(length)[None]  # the place in the cache of each new token, [B|1, T]
+    counts = counts * (own[:, None, :, None] > jnp.arange(places)[None, None, None])
+    key, wide_value = wide(key), wide(value)
+    own_value = jnp.take_along_axis(wide_value, own[..., None, None], axis=1, mode="clip")
+    real_query = jnp.take_along_axis(real, own[:, None], axis=2, mode="clip")
     return _softmax(wide(query), key, wide_value, own_value, counts, real_query, real, scale).astype(value.dtype)
 
 
@@ -104,7 +105,7 @@ def inverse_norm(query):
 def _softmax(query, key, value, own_value, counts, real_query, real_key, scale):
     """Softmax over keys that weigh `counts` [B, N, T, S]; the own value where a real query sees nothing."""
     counts = jnp.where(real_key[:, :, None, :] & real_query[:, :, :, None], counts, 0)
-    logits = scale * jnp.einsum("btnh,bsnh->bnts", query, key)
+    logits = online.rounded(scale * jnp.einsum("btnh,bsnh->bnts", query, key))
     seen = counts > 0
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30))
     weights = counts * jnp.exp(jnp.where(seen, logits - largest, 0))
@@ -112,8 +113,3 @@ def _softmax(query, key, value, own_value, counts, real_query, real_key, scale):
     alone = rearrange(real_query & (total == 0), "b n t -> b t n 1")
     weights /= jnp.where(total > 0, total, 1)[..., None]
     return jnp.where(alone, own_value, jnp.einsum("bnts,bsnv->btnv", weights, value))
-
-
-def _rows(real):
-    """[B, 1, S] -> [B, S, 1, 1]."""
-    return real[:, 0, :, None, None]

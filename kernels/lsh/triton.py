@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from einops import rearrange
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.lsh import xla
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -435,7 +435,7 @@ def _backward(layout, mode, saved, d_out):
     return d_query_key, d_value, d_scale.sum(keepdims=True), None, None, None
 
 
-_attention.defvjp(_forward, _backward)
+precision.define_passes(_attention, _forward, _backward)
 
 
 def _forward_rounds(layout, mode, query_key, value, scale, order, buckets, codes):
@@ -739,7 +739,7 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
     if not query.dtype == key.dtype == value.dtype:
         raise launch.Declined("query, key and value must have one dtype.")
     valid = None if mask is None else mask[:, 0, 0]
-    start = jnp.asarray(start, jnp.int32).reshape(1)
+    start = jnp.asarray(start, jnp.int32).reshape(-1)
     options = float(scale), bool(correct_duplicates), mode
     return _extend(options, query, key, value, query_buckets, key_buckets, valid, start)
 
@@ -761,7 +761,7 @@ def _extend_backward(options, saved, d_out):
     return *gradients, None, None, None, None
 
 
-_extend.defvjp(_extend_forward, _extend_backward)
+precision.define_passes(_extend, _extend_forward, _extend_backward)
 
 
 def _extend_out(options, *arrays):

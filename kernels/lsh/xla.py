@@ -17,6 +17,7 @@ from einops import rearrange
 from subquad.kernels import precision
 from subquad.kernels.lsh.reference import Layout, inverse_norm
 from subquad.kernels.memory import bits, numbers, zeros_after
+from subquad.kernels.softmax import online
 
 # Bytes of one tile of logits. On a CPU a tile should stay in the cache; on an accelerator every step of a loop is a kernel
 # launch, so steps should be few.
@@ -80,12 +81,7 @@ def nearest(rotated):
 def attention(layout, query_key, value, buckets, mask, scale):
     """See `lsh.attention`."""
     batch, length, heads, _ = query_key.shape
-    if mask is None:
-        real = jnp.ones((batch, length), bool)
-    else:
-        real = jnp.broadcast_to(mask[:, 0, 0], (batch, length))
-        query_key = jnp.where(real[..., None, None], query_key, 0)  # 0 times the NaN of a padding token would be NaN
-        value = jnp.where(real[..., None, None], value, 0)
+    real = jnp.ones((batch, length), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, length))
     if layout.reach != "ring":
         others = math.ceil(length / layout.chunk_size) - 1
         layout = layout._replace(before=min(layout.before, others), after=min(layout.after, others))
@@ -243,7 +239,7 @@ def _forward(layout, query, gain, value, items, codes):
         block = jax.lax.optimization_barrier(block)
         queries, keys = block.queries, block.keys
         logits = jnp.einsum("ich,iwh->icw", rows(query, queries), rows(query, keys), **into)
-        logits *= rows(gain, keys)[:, None]
+        logits = online.rounded(logits * rows(gain, keys)[:, None])
         logits = jnp.where(visible(layout, block, codes, False), logits, LOWEST)
         before = rows(log_total, queries)
         largest = jnp.maximum(jnp.max(logits, axis=-1), before)
@@ -279,8 +275,8 @@ def _backward(layout, saved, d_out):
         gains = rows(gain, keys)[..., None]
         # Keys first: two of the three products with gradients are then of a matrix as it lies in memory.
         products = jnp.einsum("iwh,ich->iwc", key_rows, query_rows, **into)
-        logits = jnp.where(visible(layout, block, codes, True), products * gains, LOWEST)
-        weight = jnp.exp(logits - rows(log_total, queries)[:, None])
+        logits = jnp.where(visible(layout, block, codes, True), online.rounded(products * gains), LOWEST)
+        weight = online.weights_of(logits, rows(log_total, queries)[:, None], 0)
         d_weight = jnp.einsum("iwv,icv->iwc", rows(value, keys), d_rows, **into)
         d_logits = weight * (d_weight - rows(delta, queries)[:, None])
         d_products = (d_logits * gains).astype(query.dtype)
@@ -304,7 +300,7 @@ def _backward(layout, saved, d_out):
     return *(x.astype(like.dtype) for x, like in zip(gradients, (query, gain, value), strict=True)), None, None
 
 
-over_items.defvjp(_forward, _backward)
+precision.define_passes(over_items, _forward, _backward)
 
 
 @precision.full
@@ -313,7 +309,6 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
     batch, length, heads, _ = query.shape
     places = key.shape[1]
     real = jnp.ones((batch, places), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, places))
-    key, value = (jnp.where(real[..., None, None], x, 0) for x in (key, value))
     key, value = rearrange(key, "b s n h -> b n h s"), rearrange(value, "b s n v -> b n s v")
     key_buckets = rearrange(key_buckets, "b r s n -> r b n 1 s")
     count = max(1, min(length, tile_bytes() // (4 * batch * heads * places)))
@@ -325,16 +320,18 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
         query, buckets, own = queries
         same = sum((a[..., None] == b).astype(jnp.float32) for a, b in zip(buckets, key_buckets, strict=True))
         same = jnp.minimum(same, 1) if correct_duplicates else same
-        own_real = jnp.take(real, own, axis=1, mode="clip")[:, None]
-        weight = same * (own_real[..., None] & real[:, None, None] & (jnp.arange(places) < own[:, None]))
-        logits = scale * jnp.einsum("bnth,bnhs->bnts", query, key, preferred_element_type=jnp.float32)
+        own_real = jnp.take_along_axis(real, own, axis=1, mode="clip")[:, None]
+        is_before = jnp.arange(places)[None, None, None] < own[:, None, :, None]
+        weight = same * (own_real[..., None] & real[:, None, None] & is_before)
+        logits = online.rounded(scale * jnp.einsum("bnth,bnhs->bnts", query, key, preferred_element_type=jnp.float32))
         seen = weight > 0
         largest = jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30)
         weight = weight * jnp.exp(jnp.where(seen, logits - jax.lax.stop_gradient(largest), 0))
         total = weight.sum(-1, keepdims=True)
         out = jnp.einsum("bnts,bnsv->bntv", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
         alone = own_real[..., None] & (total == 0)
-        return jnp.where(alone, jnp.take(value, own, axis=2, mode="clip"), out / jnp.where(total > 0, total, 1))
+        own_value = jnp.take_along_axis(value, own[:, None, :, None], axis=2, mode="clip")
+        return jnp.where(alone, own_value, out / jnp.where(total > 0, total, 1))
 
     short = steps * count - length
     query = jnp.pad(query, ((0, 0), (0, short), (0, 0), (0, 0)))
@@ -342,7 +339,7 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
     queries = (
         rearrange(query, "b (k t) n h -> k b n t h", k=steps),
         rearrange(query_buckets, "b r (k t) n -> k r b n t", k=steps),
-        start + jnp.arange(steps * count).reshape(steps, count),
+        jnp.reshape(start, (-1, 1)) + jnp.arange(steps * count).reshape(steps, 1, count),
     )
     out = rearrange(jax.lax.map(tile, queries), "k b n t v -> b (k t) n v")[:, :length]
     return out.astype(value.dtype)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.matrix.reference import scale
 
 LARGEST = 128
@@ -181,7 +181,7 @@ def _iterate_backward(iterations, mode, saved, gradient):
     return launch.fold_vmap(run, shared=())(*saved, gradient)
 
 
-_iterate.defvjp(_iterate_forward, _iterate_backward)
+precision.define_passes(_iterate, _iterate_forward, _iterate_backward)
 
 
 def _scratch(matrix, slots):
@@ -314,7 +314,7 @@ def _sinkhorn_backward(iterations, is_causal, mode, saved, gradient):
     return (launch.fold_vmap(run, shared=())(*saved, gradient),)
 
 
-_sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
+precision.define_passes(_sinkhorn, _sinkhorn_forward, _sinkhorn_backward)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches

@@ -64,6 +64,7 @@ def attention(
     dispatch.check_name(OPERATION, implementation)
     _check(query, key, value, relative_key, content_bias, position_bias, mask)
     scale = scale_of(OPERATION, scale, query.shape[-1])
+    key, value = checks.hide(mask, key, value)
     arrays = query, key, value, relative_key, content_bias, position_bias
     return dispatch.run(OPERATION, IMPLEMENTATIONS, implementation, *arrays, mask=mask, scale=scale)
 

@@ -19,6 +19,9 @@ def attention(query, key, value, relative_key, content_bias, position_bias, *, m
     )
     distance = (S - T + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
     visible = distance >= 0 if mask is None else mask & (distance >= 0)
+    some = visible.any(-1, keepdims=True)
+    if mask is not None:
+        q = jnp.where(some.swapaxes(1, 2), q, 0)  # 0 times NaN would be NaN in gradients
 
     content = jnp.einsum("btnh,bsnh->bnts", q + u, k)
     by_distance = jnp.einsum("btnh,rnh->bntr", q + w, r)
@@ -26,7 +29,6 @@ def attention(query, key, value, relative_key, content_bias, position_bias, *, m
     scores = jnp.where(visible, scale * (content + position), -jnp.inf)
 
     # A row that sees nothing has no maximum; it and its gradients are 0.
-    some = visible.any(-1, keepdims=True)
     weights = jax.nn.softmax(jnp.where(some, scores, 0.0), axis=-1)
     weights = jnp.where(some, weights, 0.0)
     return jnp.einsum("bnts,bsnv->btnv", weights, v).astype(value.dtype)

@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from jax.ad_checkpoint import checkpoint_name
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.relative.reference import SAVED
+from subquad.kernels.softmax import online
 
 OWNER = "relative.attention"
 SHARED = [[4], [5]]  # relative keys and mask may be one for all samples
@@ -476,16 +477,16 @@ def _forward(mode, content, position, key, value, relative, mask):
 
 
 def _backward(mode, saved, grad):
-    *operands, out, lse = saved
-    options = dict(preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
-    shift = jnp.einsum("btnv,btnv->bnt", grad, out, **options)
+    content, position, *others, out, lse = saved
+    no_lse, is_masked = jnp.zeros((), lse.dtype), others[-1] is not None
+    lse, shift, *queries = online.residue(out, (lse.swapaxes(1, 2),), grad, no_lse, is_masked, content, position)
     run = launch.fold_vmap(functools.partial(_run_backward, mode), SHARED)
-    *gradients, d_relative = run(*operands, grad, lse, shift)
-    relative = operands[4]
+    *gradients, d_relative = run(*queries, *others, grad, lse.swapaxes(1, 2), shift.swapaxes(1, 2))
+    relative = others[2]
     return *gradients, d_relative.sum(0, keepdims=True).astype(relative.dtype), None
 
 
-_attend.defvjp(_forward, _backward)
+precision.define_passes(_attend, _forward, _backward)
 
 
 def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale, mode):

@@ -199,22 +199,25 @@ def _forward(plan, content, position, key, value, relative_key, mask):
 
     precise = jnp.promote_types(content.dtype, jnp.float32)
     states = sweep(plan, step, online.start(tiles.content.shape[:-1], value.shape[-1], precise))
-    out, lse = (join_rows(x, plan.queries) for x in online.finish(states))
-    out, lse = checkpoint_name((out.astype(value.dtype), lse), SAVED)
-    return out, (content, position, key, value, relative_key, mask, out, lse)
+    out, *sums = (join_rows(x, plan.queries) for x in online.finish(states))
+    out, *sums = checkpoint_name((out.astype(value.dtype), *sums), SAVED)
+    return out, (content, position, key, value, relative_key, mask, out, *sums)
 
 
 @precision.full
 def _backward(plan, saved, d_out):
-    *arguments, out, lse = saved
-    content, position, key, value, relative_key, _ = arguments
-    tiles = cut(plan, *arguments)
-    rows = *online.residue(out, lse, d_out, jnp.zeros((), lse.dtype)), d_out
-    lse, shift, d_out = (cut_rows(plan, x, plan.query) for x in rows)
+    *arguments, out, maximum, log_normaliser = saved
+    content, position, key, value, relative_key, mask = arguments
+    no_lse = jnp.zeros((), maximum.dtype)
+    sums = maximum, log_normaliser
+    *rows, content, position = online.residue(out, sums, d_out, no_lse, mask is not None, content, position)
+    tiles = cut(plan, content, position, *arguments[2:])
+    maximum, log_normaliser, shift, d_out = (cut_rows(plan, x, plan.query) for x in (*rows, d_out))
 
     def step(carry, p, i, j):
         d_content, d_position, d_key, d_value, d_band, sheet = carry
-        weights = jnp.exp(scores_of(plan, tiles, p, i, j) - lse[p, i][..., None])
+        sums = (x[p, i][..., None] for x in (maximum, log_normaliser))
+        weights = online.weights_of(scores_of(plan, tiles, p, i, j), *sums)
         d_weights = dot("bntv,bnsv->bnts", d_out[p, i], tiles.value[p, j])
         d_scores = (weights * (d_weights - shift[p, i][..., None])).astype(content.dtype)
         sheet, d_by_distance = unskew(sheet, d_scores)
@@ -232,7 +235,7 @@ def _backward(plan, saved, d_out):
     # twice the time of one that turns a tile of queries.
     like = *tiles[:2], *(x.swapaxes(-1, -2) for x in tiles[2:5])
     sheet = jnp.zeros((*tiles.content.shape[2:4], plan.query + 1, plan.query + plan.key - 1), content.dtype)
-    start = *(jnp.zeros(x.shape, lse.dtype) for x in like), sheet
+    start = *(jnp.zeros(x.shape, shift.dtype) for x in like), sheet
     d_content, d_position, d_key, d_value, d_band, _ = sweep(plan, step, start)
     gradients = d_content, d_position, d_key.swapaxes(-1, -2), d_value.swapaxes(-1, -2)
     gradients = [join_rows(x, y.shape[1]).astype(y.dtype) for x, y in zip(gradients, arguments[:4], strict=True)]
@@ -241,7 +244,7 @@ def _backward(plan, saved, d_out):
     return *gradients, d_relative.astype(relative_key.dtype), None
 
 
-_attend.defvjp(_forward, _backward)
+precision.define_passes(_attend, _forward, _backward)
 
 # Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
 _compiled = jax.jit(_attend, static_argnums=0)

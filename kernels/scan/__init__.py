@@ -60,9 +60,10 @@ def first_order(
     if initial_state is None:
         initial_state = jnp.zeros((inputs.shape[0], inputs.shape[2]), jnp.float32)
     dtypes = [array.dtype for array in (decay, inputs, initial_state)]
-    state_dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    is_wide = inputs.real.dtype == jnp.float64
+    state_dtype = jnp.float64 if is_wide else jnp.float32
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
-        state_dtype = jnp.promote_types(state_dtype, jnp.complex64)
+        state_dtype = jnp.complex128 if is_wide else jnp.complex64
         decay, inputs = decay.astype(state_dtype), inputs.astype(state_dtype)
     initial_state = initial_state.astype(state_dtype)
     return dispatch.run(OWNER, IMPLEMENTATIONS, implementation, decay, inputs, initial_state, reverse)

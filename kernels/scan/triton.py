@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 
 PROGRAMS = 512  # that fill a large GPU: with fewer, time is cut into segments
 SEGMENT_TILES = 4  # that a segment has at least
@@ -285,7 +285,7 @@ def _backward(reverse, mode, saved, cotangents):
     return d_decay.astype(decay.dtype), d_inputs, d_start
 
 
-_scan.defvjp(_forward, _backward)
+precision.define_passes(_scan, _forward, _backward)
 
 
 def _pack(x):

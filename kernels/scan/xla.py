@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
+
 CHUNK = 256
 
 
@@ -34,7 +36,7 @@ def _backward(reverse, chunk, saved, cotangents):
     return _adjoint_chunks(*saved, *cotangents, reverse, chunk)
 
 
-_scan.defvjp(_forward, _backward)
+precision.define_passes(_scan, _forward, _backward)
 
 
 def _widen(x):

@@ -109,6 +109,7 @@ def attention(
     scale = scale_of(OWNER, scale, features)
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
+    key, value = checks.hide(mask, key, value)
     visible = xla.Visible(**rows, mask=mask)
     by_cudnn = functools.partial(cudnn.attention, return_lse=return_lse, by_name=implementation == "cudnn")
     implementations = {**IMPLEMENTATIONS, "cudnn": by_cudnn}

@@ -1,7 +1,8 @@
 """The online softmax: one tile of logits after another, with the running maximum and sum of each row.
 
 Shared by every operation that visits attention tile by tile. Logits are float32 with -inf where a key is not seen; any
-batch axes `...` come first.
+batch axes `...` come first. They may be of any finite size: float32 has no room for log(normaliser) beside a maximum of
+1e10, so the backward pass is given the two apart.
 """
 
 from typing import NamedTuple
@@ -17,6 +18,15 @@ class State(NamedTuple):
     maximum: Float[Array, "... T"]
     normaliser: Float[Array, "... T"]  # sum of exp(logit - maximum)
     accumulator: Float[Array, "... T V"]  # sum of exp(logit - maximum) value
+
+
+def rounded(logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Logits that were just multiplied, at most the largest finite number.
+
+    A compiler that may contract x * y - z into one operation would else subtract a maximum that was rounded from a product
+    that was not: beyond 1e9 the difference is hundreds, and exp of it overflows. A comparison between the two forbids that.
+    """
+    return jnp.minimum(logits, jnp.finfo(logits.dtype).max)
 
 
 def start(rows: tuple[int, ...], features: int, dtype=jnp.float32) -> State:
@@ -35,22 +45,38 @@ def update(state: State, logits: Float[Array, "... T S"], weigh) -> State:
     return State(maximum, normaliser, state.accumulator * decay[..., None] + weigh(weights))
 
 
-def finish(state: State) -> tuple[Float[Array, "... T V"], Float[Array, "... T"]]:
-    """Outputs and log-sum-exp; 0 and -inf for rows that have seen nothing."""
+def finish(state: State) -> tuple[Float[Array, "... T V"], Float[Array, "... T"], Float[Array, "... T"]]:
+    """Outputs, maximum and log(normaliser), whose sum is the log-sum-exp; 0, -inf and 0 for rows that have seen nothing."""
     empty = state.normaliser == 0
     normaliser = jnp.where(empty, 1.0, state.normaliser)
-    lse = jnp.where(empty, -jnp.inf, state.maximum + jnp.log(normaliser))
-    return state.accumulator / normaliser[..., None], lse
+    return state.accumulator / normaliser[..., None], jnp.where(empty, -jnp.inf, state.maximum), jnp.log(normaliser)
 
 
-def residue(out, lse, grad_out, grad_lse):
-    """What the backward pass needs of each row, in float32: (log-sum-exp, shift of the logits' gradient).
+def weights_of(logits, maximum, log_normaliser):
+    """The weights of a row, computed again in the backward pass; `maximum` of `residue`.
+
+    Logits that come out of another product may be above their maximum, by a rounding that is hundreds at 1e10.
+    """
+    return jnp.exp(jnp.minimum(logits - maximum, 0) - log_normaliser)
+
+
+def residue(out, sums, grad_out, grad_lse, is_masked: bool, *queries):
+    """What the backward pass needs of each row, in float32: (*sums, shift of the logits' gradient, *queries).
 
     With weights p = exp(logits - lse) the gradient of the logits is p * (grad_out . value - shift), where
-    shift = grad_out . out - grad_lse. An empty row gets lse = +inf, so that its weights are 0 and never NaN.
+    shift = grad_out . out - grad_lse. An empty row gets +inf as the first of its sums, so that its weights are 0 and not NaN.
+
+    Args:
+        sums: maximum and log(normaliser) of each row, or the log-sum-exp alone.
+        is_masked: whether queries may be padding, which holds anything: one that saw nothing, or whose output nobody used,
+            then counts as 0, and its row as empty.
     """
-    empty = jnp.isneginf(lse)
+    first, *rest = sums
+    empty = jnp.isneginf(first)
     # A product is much faster on a CPU than a sum over the last axis.
-    options = dict(preferred_element_type=lse.dtype, precision=jax.lax.Precision.HIGHEST)
+    options = dict(preferred_element_type=first.dtype, precision=jax.lax.Precision.HIGHEST)
     shift = jnp.einsum("...v,...v->...", grad_out, out, **options) - grad_lse
-    return jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0.0, shift)
+    if is_masked:
+        empty |= (grad_out == 0).all(-1) & (grad_lse == 0)
+        queries = (jnp.where(empty[..., None], 0, query) for query in queries)
+    return jnp.where(empty, jnp.inf, first), *(jnp.where(empty, 0.0, x) for x in (*rest, shift)), *queries

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels import precision
+from subquad.kernels.softmax import online
 
 
 @precision.full
@@ -12,9 +13,6 @@ def attention(query, key, value, bias, visible, band, scale: float):
     precise = jnp.promote_types(query.dtype, jnp.float32)
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x.astype(precise), groups, axis=2) for x in (key, value))
-    logits = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(precise), key)
-    if bias is not None:
-        logits += bias.astype(precise)
     seen = jnp.ones((1, 1, 1, 1), bool) if visible.mask is None else visible.mask
     if band is not None:
         distance = visible.key_positions[:, None, None, :] - visible.query_positions[:, None, :, None]
@@ -23,6 +21,10 @@ def attention(query, key, value, bias, visible, band, scale: float):
         seen &= True if right is None else distance <= right
     if visible.query_segment_ids is not None:
         seen &= visible.query_segment_ids[:, None, :, None] == visible.key_segment_ids[:, None, None, :]
+    query = jnp.where(seen.any(-1).swapaxes(1, 2)[..., None], query, 0)  # 0 times NaN would be NaN in gradients
+    logits = online.rounded(scale * jnp.einsum("btnh,bsnh->bnts", query.astype(precise), key))
+    if bias is not None:
+        logits += bias.astype(precise)
     logits = jnp.where(seen, logits, -jnp.inf)
     maximum = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     empty = jnp.isneginf(maximum)

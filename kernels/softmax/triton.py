@@ -19,7 +19,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.xla import Visible
 
@@ -827,14 +827,14 @@ def flash_forward(plan, query, key, value, bias, visible):
 
 def flash_backward(plan, residuals, gradients):
     query, key, value, bias, visible, out, lse = residuals
-    lse, shift = online.residue(out, lse, *gradients)
+    lse, shift, query = online.residue(out, (lse,), *gradients, plan.geometry.tested, query)
     lse, shift = (x.swapaxes(1, 2) for x in (lse, shift))
     run = launch.fold_vmap(functools.partial(backward, plan))
     grad_query, grad_key, grad_value, *rest = run(query, key, value, bias, lse, shift, gradients[0], *visible)
     return grad_query, grad_key, grad_value, rest[0].astype(bias.dtype) if rest else None, None
 
 
-flash.defvjp(flash_forward, flash_backward)
+precision.define_passes(flash, flash_forward, flash_backward)
 
 
 def attention(query, key, value, bias, visible: Visible, band, scale: float, *, mode: launch.Mode):

@@ -206,7 +206,8 @@ def put(tiles, tile, index):
 def logits_of(plan: Plan, tiles: Tiles, i, j):
     """The logits of one step, [b, K, G, t, s] in float32, -inf where not visible."""
     precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
-    logits = plan.scale * jnp.einsum("bkgth,bkhs->bkgts", tiles.query[i], tiles.key[j], preferred_element_type=precise)
+    products = jnp.einsum("bkgth,bkhs->bkgts", tiles.query[i], tiles.key[j], preferred_element_type=precise)
+    logits = online.rounded(plan.scale * products)
     if tiles.bias is not None:
         logits += jax.lax.dynamic_slice(tiles.bias, *tile_corner(plan, tiles.bias, i, j))
     visible, tests = tiles.visible, []
@@ -253,6 +254,11 @@ def sweep(plan: Plan, step, carry):
 @precision.full
 def flash(plan: Plan, query, key, value, bias, visible: Visible):
     """Attention over the tiles of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
+    return flash_forward(plan, query, key, value, bias, visible)[0]
+
+
+@precision.full
+def flash_forward(plan, query, key, value, bias, visible):
     precise = jnp.promote_types(query.dtype, jnp.float32)
 
     def attend(part):
@@ -267,33 +273,31 @@ def flash(plan: Plan, query, key, value, bias, visible: Visible):
             return jax.tree.map(lambda x, tile: put(x, tile, i), states, state)
 
         states = sweep(plan, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
-        out, lse = online.finish(states)
-        return join_queries(out.astype(query.dtype), query.shape[1]), join_queries(lse, query.shape[1])
+        out, *sums = online.finish(states)
+        return tuple(join_queries(x, query.shape[1]) for x in (out.astype(query.dtype), *sums))
 
     rows = query.shape[:3]
-    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), jax.ShapeDtypeStruct(rows, precise)
-    return parts.part_by_part(plan.parts, attend, shapes, (2, 2))
-
-
-def flash_forward(plan, query, key, value, bias, visible):
-    out, lse = flash(plan, query, key, value, bias, visible)
-    return (out, lse), (query, key, value, bias, visible, out, lse)
+    sums = jax.ShapeDtypeStruct(rows, precise)
+    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), sums, sums
+    out, maximum, log_normaliser = parts.part_by_part(plan.parts, attend, shapes, (2, 2, 2))
+    return (out, maximum + log_normaliser), (query, key, value, bias, visible, out, maximum, log_normaliser)
 
 
 @precision.full
 def flash_backward(plan, residuals, gradients):
-    *arguments, out, lse = residuals
+    *arguments, out, maximum, log_normaliser = residuals
     query, key, value, bias, visible = arguments
-    groups, precise = query.shape[2] // key.shape[2], lse.dtype
-    lse, shift = online.residue(out, lse, *gradients)
+    groups, precise = query.shape[2] // key.shape[2], maximum.dtype
+    is_masked = visible.mask is not None or visible.query_segment_ids is not None
+    *rows, query = online.residue(out, (maximum, log_normaliser), *gradients, is_masked, query)
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
     def of_part(part):
         tiles, values = cut(plan, part, query, key, bias, visible), cut_keys(plan, part, value, "h s")
-        own_lse, own_shift, grad_out = (cut_queries(plan, part, x, groups) for x in (lse, shift, gradients[0]))
+        *own_sums, own_shift, grad_out = (cut_queries(plan, part, x, groups) for x in (*rows, gradients[0]))
 
         def step(grads, i, j):
-            weights = jnp.exp(logits_of(plan, tiles, i, j) - own_lse[i][..., None])
+            weights = online.weights_of(logits_of(plan, tiles, i, j), *(x[i][..., None] for x in own_sums))
             grad_weights = dot("bkgtv,bkvs->bkgts", grad_out[i], values[j])
             grad_logits = weights * (grad_weights - own_shift[i][..., None])
             scaled, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
@@ -324,7 +328,7 @@ def flash_backward(plan, residuals, gradients):
     return *grads, *([None] if bias is None else []), None
 
 
-flash.defvjp(flash_forward, flash_backward)
+precision.define_passes(flash, flash_forward, flash_backward)
 
 # Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
 compiled = jax.jit(flash, static_argnums=0)

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
-from subquad.kernels import checks, dispatch
+from subquad.kernels import checks, dispatch, precision
 from subquad.kernels.ssm import reference, xla
 
 __all__ = [
@@ -41,6 +41,7 @@ DPLR_KERNEL = _implementations("dplr_kernel")
 DPLR_RECURRENCE = _implementations("dplr_recurrence")
 
 
+@precision.promoting
 def discretize(
     diagonal: Complex[Array, "D P"], step: Float[Array, "D"] | Float[Array, "D P"], method: Discretization = "zoh"
 ) -> tuple[Complex[Array, "D P"], Complex[Array, "D P"]]:

@@ -56,6 +56,7 @@ def _make_scan(size=(2, 3, 6), is_complex=True, state=False):
 def _scan(variant, is_reversed=False, lengths=FEW, **options):
     def call(arrays, implementation):
         step, state = jnp.exp(arrays["log_step"])[:, None], arrays.get("initial_state")
+        step = step.astype(arrays["diagonal"].dtype)
         system = step * arrays["diagonal"], jnp.sqrt(step) * arrays["input_matrix"], arrays["output_matrix"]
         return ssm.diagonal_scan(
             arrays["inputs"], *system, state, is_reversed=is_reversed, return_state=state is not None,
@@ -77,7 +78,7 @@ def _make_diagonal_kernel(size=(3, 6), outputs=()):
 
 
 def _call_diagonal_kernel(arrays, implementation):
-    log_decay = jnp.exp(arrays["log_step"])[:, None] * arrays["diagonal"]
+    log_decay = jnp.exp(arrays["log_step"])[:, None].astype(arrays["diagonal"].dtype) * arrays["diagonal"]
     return ssm.diagonal_kernel(log_decay, arrays["coefficients"], len(arrays["taps"]), implementation=implementation)
 
 

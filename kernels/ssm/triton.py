@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.ssm import cauchy, xla
 
 FLOATS = launch.FLOATS
@@ -447,7 +447,7 @@ def _scan_backward(forward_config, backward_config, mode, saved, cotangents):
     return d_tokens, *summed, d_start
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+precision.define_passes(_scan, _scan_forward, _scan_backward)
 
 
 def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode):
@@ -589,7 +589,7 @@ def _kernel_backward(length, mode, planes, cotangent):
     return tuple(g if x.shape[0] > 1 else g.sum(0, keepdims=True) for g, x in zip(gradients, planes, strict=True))
 
 
-_kernel.defvjp(_kernel_forward, _kernel_backward)
+precision.define_passes(_kernel, _kernel_forward, _kernel_backward)
 
 
 def diagonal_kernel(log_decay, coefficients, length, *, mode):
@@ -726,7 +726,7 @@ def _cauchy_sums_backward(mode, arrays, cotangent):
     return *gradients, jnp.zeros_like(arrays[-1])  # nobody moves the nodes
 
 
-_cauchy_sums.defvjp(_cauchy_sums_forward, _cauchy_sums_backward)
+precision.define_passes(_cauchy_sums, _cauchy_sums_forward, _cauchy_sums_backward)
 
 
 def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length, *, mode):
@@ -825,7 +825,7 @@ def _recurrence_backward(mode, arrays, cotangents):
     return jax.vjp(xla.dplr_recurrence, *arrays)[1](cotangents)
 
 
-_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+precision.define_passes(_recurrence, _recurrence_forward, _recurrence_backward)
 
 
 def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state, *, mode):

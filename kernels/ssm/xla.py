@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from subquad.kernels import precision
 from subquad.kernels.convolution.xla import divisor
 from subquad.kernels.memory import map_parts
 
@@ -83,7 +84,7 @@ def _scan_backward(chunk, groups, arrays, gradients):
     return map_parts(group, groups, (*arrays, *gradients), (*FEATURE_AXES, 2, 1), FEATURE_AXES, after=gradients[0])
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+precision.define_passes(_scan, _scan_forward, _scan_backward)
 
 
 def _scan_group(chunk, inputs, log_decay, input_matrix, output_matrix, state):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from subquad.kernels import dispatch
+from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import KeyMask, LogSumExp, Output, Query, Value
 from subquad.kernels.softmax import check_heads, scale_of
 from subquad.kernels.strided import reference, xla
@@ -141,6 +141,7 @@ def run(owner: str, pattern: Pattern, query, key, value, mask, scale, return_lse
         )
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
+    key, value = checks.hide(mask, key, value)
     valid, scale = None if mask is None else mask[:, 0, 0], scale_of(owner, scale, query.shape[3])
     out, lse = dispatch.run(owner, IMPLEMENTATIONS, implementation, query, key, value, valid, pattern, scale)
     return (out, lse) if return_lse else out

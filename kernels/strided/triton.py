@@ -23,7 +23,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, precision
 from subquad.kernels.softmax import online
 from subquad.kernels.strided.pattern import Pattern
 
@@ -554,12 +554,12 @@ def flash_forward(pattern, scale, mode, query, key, value, valid):
 
 def flash_backward(pattern, scale, mode, residuals, gradients):
     query, key, value, valid, out, lse = residuals
-    lse, shift = online.residue(out, lse, *gradients)
+    lse, shift, query = online.residue(out, (lse,), *gradients, valid is not None, query)
     pull = launch.fold_vmap(functools.partial(run_backward, pattern, scale, mode), shared=[[6]])
     return *pull(query, key, value, gradients[0], lse, shift, valid), None
 
 
-flash.defvjp(flash_forward, flash_backward)
+precision.define_passes(flash, flash_forward, flash_backward)
 
 
 def attention(query, key, value, valid, pattern: Pattern, scale: float, *, mode: launch.Mode):

@@ -166,7 +166,7 @@ def valid_of(tile: Tile, valid):
 def logits_of(scale: float, tile: Tile, seen, query, key):
     precise = jnp.promote_types(query.dtype, jnp.float32)
     query, key = tile.take(query, False), tile.take(key, True)
-    logits = scale * jnp.einsum("brnth,brnsh->brnts", query, key, preferred_element_type=precise)
+    logits = online.rounded(scale * jnp.einsum("brnth,brnsh->brnts", query, key, preferred_element_type=precise))
     return jnp.where(seen, logits, -jnp.inf)
 
 
@@ -222,6 +222,11 @@ def parts_of(pattern: Pattern, query, value) -> tuple[int, int]:
 @precision.full
 def flash(pattern: Pattern, length: int, scale: float, query, key, value, valid):
     """Attention under `pattern`; the arrays may be padded beyond `length`."""
+    return flash_forward(pattern, length, scale, query, key, value, valid)[0]
+
+
+@precision.full
+def flash_forward(pattern, length, scale, query, key, value, valid):
     precise = jnp.promote_types(query.dtype, jnp.float32)
     cuts = parts_of(pattern, query, value)
 
@@ -230,12 +235,14 @@ def flash(pattern: Pattern, length: int, scale: float, query, key, value, valid)
         return attend_part(pattern, length, scale, *own, parts.share(cuts, valid, part, None))
 
     rows = query.shape[:3]
-    shapes = jax.ShapeDtypeStruct((*rows, value.shape[3]), query.dtype), jax.ShapeDtypeStruct(rows, precise)
-    return parts.part_by_part(cuts, attend, shapes, (2, 2))
+    sums = jax.ShapeDtypeStruct(rows, precise)
+    shapes = jax.ShapeDtypeStruct((*rows, value.shape[3]), query.dtype), sums, sums
+    out, maximum, log_normaliser = parts.part_by_part(cuts, attend, shapes, (2, 2, 2))
+    return (out, maximum + log_normaliser), (query, key, value, valid, out, maximum, log_normaliser)
 
 
 def attend_part(pattern, length, scale, query, key, value, valid):
-    """`flash` of some samples and heads."""
+    """Outputs, maximum and log(normaliser) of some samples and heads."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     states = online.start(query.shape[:3], value.shape[3], precise)
     for sweep in plan(pattern, query.shape[0], length, query.shape[2]):
@@ -251,31 +258,26 @@ def attend_part(pattern, length, scale, query, key, value, valid):
             return jax.tree.map(lambda x, new: tile.put(x, new, False), states, state)
 
         states = scan(sweep, step, states)
-    out, lse = online.finish(states)
-    return out.astype(query.dtype), lse
-
-
-def flash_forward(pattern, length, scale, query, key, value, valid):
-    out, lse = flash(pattern, length, scale, query, key, value, valid)
-    return (out, lse), (query, key, value, valid, out, lse)
+    out, *sums = online.finish(states)
+    return out.astype(query.dtype), *sums
 
 
 @precision.full
 def flash_backward(pattern, length, scale, residuals, gradients):
-    query, key, value, valid, out, lse = residuals
+    query, key, value, valid, out, *sums = residuals
     cuts = parts_of(pattern, query, value)
-    rows = *online.residue(out, lse, *gradients), gradients[0]
+    *rows, query = online.residue(out, sums, *gradients, valid is not None, query)
 
     def grads_of(part):
-        own = [parts.share(cuts, x, part) for x in (query, key, value, *rows)]
+        own = [parts.share(cuts, x, part) for x in (query, key, value, *rows, gradients[0])]
         return gradients_part(pattern, length, scale, *own, parts.share(cuts, valid, part, None))
 
     return *parts.part_by_part(cuts, grads_of, (query, key, value), (2, 2, 2)), None
 
 
-def gradients_part(pattern, length, scale, query, key, value, lse, shift, grad_out, valid):
+def gradients_part(pattern, length, scale, query, key, value, maximum, log_normaliser, shift, grad_out, valid):
     """The gradients of query, key and value of some samples and heads."""
-    precise = lse.dtype
+    precise = maximum.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
     grads = tuple(jnp.zeros(x.shape, precise) for x in (query, key, value))
     for sweep in plan(pattern, query.shape[0], length, query.shape[2]):
@@ -284,7 +286,7 @@ def gradients_part(pattern, length, scale, query, key, value, lse, shift, grad_o
         def step(grads, tile, key=own_key, value=own_value, valid=own_valid, positions=positions):
             own_query, own_grad = tile.take(query, False), tile.take(grad_out, False)
             logits = logits_of(scale, tile, visible(pattern, length, tile, valid, positions), query, key)
-            weights = jnp.exp(logits - tile.take(lse, False)[..., None])
+            weights = online.weights_of(logits, *(tile.take(x, False)[..., None] for x in (maximum, log_normaliser)))
             grad_weights = dot("brntv,brnsv->brnts", own_grad, tile.take(value, True))
             grad_logits = weights * (grad_weights - tile.take(shift, False)[..., None])
             scaled, weights = (scale * grad_logits).astype(query.dtype), weights.astype(value.dtype)
@@ -306,7 +308,7 @@ def gradients_part(pattern, length, scale, query, key, value, lse, shift, grad_o
     return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
 
 
-flash.defvjp(flash_forward, flash_backward)
+precision.define_passes(flash, flash_forward, flash_backward)
 
 # Compiled once per pattern and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
 compiled = jax.jit(flash, static_argnums=(0, 1, 2))

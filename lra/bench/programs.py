@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -200,26 +199,6 @@ def compiler_counts(program: Program) -> dict[str, int | None]:
     found = found[0] if isinstance(found, list | tuple) else found
     number = lambda name: round(found[name]) if name in found else None
     return dict(compiler_flops=number("flops"), compiler_bytes=number("bytes accessed"))
-
-
-def memory_limit() -> tuple[int, str]:
-    """(bytes that a program may take here, and what says so)."""
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"], f"what JAX may allocate on {device.device_kind}"
-    free = {}
-    for text in pathlib.Path("/proc/meminfo").read_text().splitlines():
-        if text.startswith("MemAvailable:"):
-            free["memory available at the start"] = 1024 * int(text.split()[1])
-    for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            root = pathlib.Path("/sys/fs/cgroup")
-            free["memory that this control group had left"] = int((root / most).read_text()) - int((root / used).read_text())
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    source = min(free, key=free.get)
-    return free[source] * 9 // 10, f"nine tenths of the {source}"
 
 
 def largest(

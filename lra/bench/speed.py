@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.lra import models, racing, results
+from subquad.lra import models, racing, results, sizes
 from subquad.lra.bench import Measurement, energy, programs
 from subquad.lra.checkpoints import line
+from subquad.lra.progress import Work
 
 LONGEST, LARGEST_BATCH = 2**20, 2**14  # where the searches for limits end
 GRAIN = 64  # lengths that the search tries are multiples of it
@@ -89,29 +90,37 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
             row = _with(row, layer_options=json.dumps(dict(run.layer_options), sort_keys=True))
             configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
             row = _with(row, configuration=configuration, batch_size=run.batch_size, dtype=run.dtype)
-            program = programs.compiled(run, task, mode)
-            row = _with(row, **facts(program))
+            too_large = _too_large(run, task, mode, settings)
+            if too_large:
+                rows[layer] = _with(row, status=too_large)
+                continue
+            with Work(f"{layer}: compiling"):
+                program = programs.compiled(run, task, mode)
+                row = _with(row, **facts(program))
             needed = program.memory.peak + held
             if needed > settings.memory_limit:
                 row = _with(row, status=_skipped(program.memory.peak, held, settings))
             else:
                 if settings.peaks:
-                    peak, source = programs.observed_peak(program)
+                    with Work(f"{layer}: observing its peak of memory"):
+                        peak, source = programs.observed_peak(program)
                     row = _with(row, device_peak_bytes=peak, device_peak_source=source)
-                call = programs.started(program)
-                call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
+                with Work(f"{layer}: first call"):
+                    call = programs.started(program)
+                    call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
                 ready[layer], held = call, held + program.memory.arguments
         except Exception as error:  # one layer's fault is a row; the others still run
             row = _with(row, status=f"failed: {line(error)}")
         rows[layer] = row
     if ready:
         say(f"timing {', '.join(ready)}")
-        for layer, found in _timed(ready, rows, settings).items():
-            rows[layer] = found
+        with Work("timing"):
+            rows |= _timed(ready, rows, settings)
     for layer in layers:
         if settings.limits and rows[layer].parameters:
             say(f"{layer}: looking for limits")
-            rows[layer] = _with(rows[layer], **limits(layer, length, mode, settings))
+            with Work(f"{layer}: limits"):
+                rows[layer] = _with(rows[layer], **limits(layer, length, mode, settings))
     return [_with(row, finished_utc=results.now()) for row in _ratios(rows, settings).values()]
 
 
@@ -214,6 +223,15 @@ def _ratios(rows: dict[str, Measurement], settings: Settings) -> dict[str, Measu
         memory = row.peak_bytes / base.peak_bytes if base.peak_bytes and row.peak_bytes else None
         found[layer] = _with(row, baseline=settings.baseline, speed_ratio=_digits(speed), memory_ratio=_digits(memory))
     return found
+
+
+def _too_large(run, task, mode: str, settings: Settings) -> str:
+    """The status of a program that cannot fit, which would compile for long; "" for one that may."""
+    try:
+        sizes.check_fits(run, task, mode, settings.memory_limit, settings.memory_source)
+    except ValueError as error:
+        return f"skipped: {line(error)}"
+    return ""
 
 
 def _skipped(peak: int, held: int, settings: Settings) -> str:

@@ -44,12 +44,12 @@ def next_token(splits: Mapping[str, Sequence]) -> dict[str, float]:
         np.add.at(counts, (example["inputs"], example["targets"]), 1)
     bits = lambda table: -np.log2((table + 1) / (table + 1).sum(-1, keepdims=True))
     one, two = bits(counts.sum(0)), bits(counts)
-    tests = [(example["inputs"], example["targets"]) for example in _spread(splits["test"])]
-    tokens = sum(len(targets) for _, targets in tests)
-    return {
-        "unigram": float(sum(one[targets].sum() for _, targets in tests) / tokens),
-        "bigram": float(sum(two[inputs, targets].sum() for inputs, targets in tests) / tokens),
-    }
+    unigram = bigram = tokens = 0
+    for example in _spread(splits["test"]):
+        inputs, targets = example["inputs"], example["targets"]
+        unigram, bigram = unigram + one[targets].sum(), bigram + two[inputs, targets].sum()
+        tokens += len(targets)
+    return {"unigram": float(unigram / tokens), "bigram": float(bigram / tokens)}
 
 
 _TOKENS = 257

@@ -205,8 +205,9 @@ def floors(train: Iterable[Example], test: Iterable[Example]) -> dict[str, float
         by_root.setdefault(tokens[0], Counter())[label] += 1
     majority = values.most_common(1)[0][0]
     answer = {root: counts.most_common(1)[0][0] for root, counts in by_root.items()}
-    test = list(test)
-    return {
-        "majority": sum(label == majority for _, label in test) / len(test),
-        "root": sum(label == answer.get(tokens[0], majority) for tokens, label in test) / len(test),
-    }
+    count = by_majority = by_operator = 0
+    for tokens, label in test:
+        count += 1
+        by_majority += label == majority
+        by_operator += label == answer.get(tokens[0], majority)
+    return {"majority": by_majority / count, "root": by_operator / count}

@@ -9,6 +9,7 @@ Training batches come from grain. Where it is not installed a small numpy iterat
 place; the two shuffle differently, and a checkpoint of one does not resume in the other.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -124,16 +125,36 @@ def training_batches(source: Sequence, *, batch_size: int, length: int, seed: in
     return GrainBatches(source, batch_size, length, seed)
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluationBatches:
+    """Batches of a split, made anew by every loop over them, so that one is held at a time. See `evaluation_batches`."""
+
+    source: Sequence
+    batch_size: int
+    length: int
+    count: int | None = None
+
+    def __len__(self) -> int:
+        examples = len(self.source) if self.count is None else min(self.count, len(self.source))
+        return -(-examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        chosen: Sequence[int] = range(len(self.source))
+        if self.count is not None:  # drawn: sets of data may be sorted by label
+            chosen = sorted(np.random.default_rng(0).permutation(len(self.source))[: self.count].tolist())
+        for start in range(0, len(chosen), self.batch_size):
+            rows = list(chosen[start : start + self.batch_size])
+            missing = self.batch_size - len(rows)
+            batch = _stack([self.source[row] for row in rows + rows[-1:] * missing], self.length)
+            batch["weights"] = np.array([1.0] * len(rows) + [0.0] * missing, np.float32)
+            yield batch
+
+
 def evaluation_batches(
     source: Sequence, *, batch_size: int, length: int, count: int | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, or `count` drawn ones, in order. The last batch is filled up with its last row, at weight 0."""
-    chosen = list(range(len(source)))
-    if count is not None:  # drawn: sets of data may be sorted by label
-        chosen = sorted(np.random.default_rng(0).permutation(len(source))[:count].tolist())
-    for start in range(0, len(chosen), batch_size):
-        rows = chosen[start : start + batch_size]
-        missing = batch_size - len(rows)
-        batch = _stack([source[row] for row in rows + rows[-1:] * missing], length)
-        batch["weights"] = np.array([1.0] * len(rows) + [0.0] * missing, np.float32)
-        yield batch
+) -> EvaluationBatches:
+    """Every example once, or `count` drawn ones, in order. The last batch is filled up with its last row, at weight 0.
+
+    Returns: what can be looped over again and again; each loop reads and pads its batches anew, one at a time.
+    """
+    return EvaluationBatches(source, batch_size, length, count)

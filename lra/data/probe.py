@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-# Pictures that it learns from, and that it is judged on; both read into memory.
+# Pictures that it learns from, and that it is judged on; both in memory, as bytes.
 TRAIN, TEST = 8_000, 2_000
 BATCH = 64
 
@@ -44,7 +43,7 @@ def accuracy(
     Returns: (accuracy between 0 and 1, pictures that it was tested on).
     """
     (pictures, labels), (unseen, answers) = (
-        read(splits[split], most, shape, levels) for split, most in (("train", TRAIN), ("test", TEST))
+        read(splits[split], most, shape) for split, most in (("train", TRAIN), ("test", TEST))
     )
     graph, parameters = nnx.split(Network(shape, num_classes, rngs=nnx.Rngs(seed)))
     optimiser = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
@@ -61,16 +60,23 @@ def accuracy(
     draw, memory = np.random.default_rng(seed), optimiser.init(parameters)
     for _ in range(steps):
         rows = draw.integers(0, len(pictures), BATCH)
-        parameters, memory = step(parameters, memory, pictures[rows], labels[rows])
+        parameters, memory = step(parameters, memory, scaled(pictures[rows], levels), labels[rows])
     predict = jax.jit(lambda batch: nnx.merge(graph, parameters)(batch).argmax(-1))
     blocks = range(0, len(unseen), 250)
-    predicted = np.concatenate([predict(jnp.asarray(unseen[start : start + 250])) for start in blocks])
+    predicted = np.concatenate([predict(scaled(unseen[start : start + 250], levels)) for start in blocks])
     return float((predicted == answers).mean()), len(answers)
 
 
-def read(examples: Sequence, most: int, shape: tuple[int, int], levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` examples, evenly spread, as numbers around 0."""
+def read(examples: Sequence, most: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` examples, evenly spread: (pixels [N, R, C, 1], one byte each, labels)."""
     chosen = np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int)
-    found = [examples[int(index)] for index in chosen]
-    pictures = np.stack([one["inputs"].reshape(*shape, 1) for one in found])
-    return (pictures - 1).astype(np.float32) * (2 / (levels - 1)) - 1, np.array([one["label"] for one in found])
+    pictures, labels = np.empty((len(chosen), *shape, 1), np.uint8), np.empty(len(chosen), int)
+    for row, index in enumerate(chosen):
+        one = examples[int(index)]
+        pictures[row], labels[row] = one["inputs"].reshape(*shape, 1) - 1, one["label"]
+    return pictures, labels
+
+
+def scaled(pictures: np.ndarray, levels: int) -> np.ndarray:
+    """Pixels 0..levels - 1 as numbers in -1..1."""
+    return pictures.astype(np.float32) * (2 / (levels - 1)) - 1

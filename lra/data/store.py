@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from subquad.lra.data import catalogue, sources
 from subquad.lra.data.sources import DatasetError, MissingSource, size
+from subquad.lra.progress import Work, over
 
 __all__ = ["DatasetError", "MissingSource", "Split", "folder_of", "generate", "load", "manual_folder", "prepare", "read"]
 
@@ -107,10 +108,11 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         try_download_gcs=False, manual_dir=manual if manual.is_dir() else None, force_checksums_validation=True
     )
     tfds.disable_progress_bar()
+    shown = _shown(name, found, builder, root / "downloads")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with shown, contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
-        _write_checksums(folder)
+            _write_checksums(folder)
     except DatasetError:
         raise
     except Exception as error:
@@ -129,6 +131,19 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         if hasattr(builder, "scratch"):
             builder.scratch.cleanup()
     return builder
+
+
+def _shown(name: str, found: catalogue.Dataset, builder, downloads: pathlib.Path) -> Work:
+    """Counts the examples that a builder makes, and before them the bytes that are downloaded."""
+    stored = {part: found.sizes[split] for split, part in found.slices.items()}  # two splits may be slices of one
+    fetched = lambda: sum(path.stat().st_size for path in downloads.glob("*.tmp.*/*"))
+    note = lambda: "" if shown.done or not fetched() else f"{size(fetched())} downloaded"
+    # Pictures are drawn before the first of them is made an example, and show that themselves.
+    at_once = found.source is not None or found.builder != "lra_pathfinder"
+    shown = Work(name, sum(stored.values()), note=note, at_once=at_once)
+    examples = builder._generate_examples
+    builder._generate_examples = lambda *words, **named: shown.over(examples(*words, **named))
+    return shown
 
 
 def _is_of_the_network(error: Exception) -> bool:
@@ -198,7 +213,8 @@ def generate(name: str) -> dict[str, Split]:
     found = catalogue.find(name)
     if found.draw is None:
         raise DatasetError(f"{name}: tensorflow-datasets must be installed to prepare it. pip install 'subquad[lra]'")
-    return {split: Split(list(found.draw(split)), found.encode) for split in found.slices}
+    drawn = lambda split: list(over(found.draw(split), f"{name}, {split}", found.sizes[split]))
+    return {split: Split(drawn(split), found.encode) for split in found.slices}
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str, Split], str]:

@@ -13,6 +13,7 @@ from subquad.kernels.dispatch import nearest
 from subquad.lra import layers, models, protocols, tasks
 from subquad.lra.recipes.arena import ARENA, QUICKSTART
 from subquad.lra.recipes.base import Recipe, settings
+from subquad.lra.recipes.base import deviations as deviations
 from subquad.lra.recipes.papers import PAPERS
 
 RECIPES: dict[str, Recipe] = {recipe.id: recipe for recipe in (QUICKSTART, ARENA, *PAPERS)}

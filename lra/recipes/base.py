@@ -18,6 +18,8 @@ class Recipe:
             layer_options of `tasks` and `pairs` are merged into them.
         equal_parameters: choose mlp_features per layer such that all have the parameters of the softmax model.
         source: paper or reason.
+        deviations: what its runs do otherwise than the source, a sentence each; own_deviations: what some of them do besides,
+            by layer, by task, by "task/config", or by (task, layer).
     """
 
     id: str
@@ -28,6 +30,8 @@ class Recipe:
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     pairs: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    deviations: tuple[str, ...] = ()
+    own_deviations: Mapping[str | tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
 
 
 def settings(rules: Recipe, task: str, config: str | None, layer: str) -> dict[str, Any]:
@@ -55,3 +59,29 @@ def settings(rules: Recipe, task: str, config: str | None, layer: str) -> dict[s
         options.update(level.get("layer_options", {}))
     named = {} if config is None else {"config": config}
     return {**values, "layer_options": options, **named}
+
+
+def deviations(rules: Recipe, task: str, config: str, layer: str) -> tuple[str, ...]:
+    """What a run of a recipe does otherwise than its source: that of all its runs, of the layer, of the task.
+
+    Example:
+        >>> rules = Recipe("x", {}, {}, False, "", deviations=("No dropout.",), own_deviations={"image": ("Grey.",)})
+        >>> deviations(rules, "image", "lra", "s4")
+        ('No dropout.', 'Grey.')
+    """
+    keys = (layer, (task, layer), task, f"{task}/{config}")
+    return rules.deviations + tuple(sentence for key in keys for sentence in rules.own_deviations.get(key, ()))
+
+
+# What is generated here where others read the arena's files.
+_LEVELS = ("hard", "intermediate", "easy", "hard_all_directions", "hard_10k")
+DRAWN: dict[str, tuple[str, ...]] = {
+    "listops/lra": ("Trees are drawn anew by the arena's rules; its own files are listops/release.",),
+} | {
+    f"pathfinder/{side}_{level}": ("Pictures are drawn by our own generator; the arena's are pathfinder/release_*.",)
+    for side in (32, 64, 128, 256)
+    for level in _LEVELS
+}
+# Of papers that inherit the arena's reading of pictures.
+BLACK = "Black is the id 1 and is attended to; theirs takes it for padding."
+HELD_OUT = "Validation is a tenth of the training reviews, held out, and the rest trains; theirs validates on test."

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from subquad.lra.recipes.arena import ATTENTION
-from subquad.lra.recipes.base import Recipe
+from subquad.lra.recipes.base import BLACK, DRAWN, HELD_OUT, Recipe
 
 PICTURES = ("image", "pathfinder")
 PATH_X = ("pathfinder/128_hard", "pathfinder/release_128_hard")
@@ -37,6 +37,9 @@ def _task(task: str, steps: int, batch_size: int, warmup_steps: int, **values: A
     return {**shared, "evaluate_every": max(50, steps // 100), **values}
 
 
+# What the three share.
+_SMALL_DEVIATIONS = {"image": (BLACK,), "pathfinder": (BLACK,), **DRAWN}
+_ONE_CYCLE = "A linear warm-up and decay take the place of PyTorch's OneCycle."
 _NYSTROMFORMER = dict(
     listops=_task("listops", 5000, 32, 1000),
     text=_task("text", 20_000, 32, 8000),
@@ -50,7 +53,11 @@ NYSTROMFORMER = Recipe(
     layers=_SMALL_LAYERS,
     tasks=_NYSTROMFORMER,
     equal_parameters=False,
-    source="Xiong et al. 2021, arXiv 2102.03902, as in mlpen/Nystromformer@5689313; AdamW under OneCycle there",
+    source="Xiong et al. 2021, arXiv 2102.03902, as in mlpen/Nystromformer@5689313",
+    deviations=(_ONE_CYCLE, "Activations are float32; theirs are in half precision."),
+    own_deviations=_SMALL_DEVIATIONS | {
+        "text": ("Sequences have 4,096 bytes, as the paper says; their script makes 1,000 of them.",),
+    },
 )
 SKYFORMER = Recipe(
     id="skyformer",
@@ -67,9 +74,14 @@ SKYFORMER = Recipe(
         pathfinder=_task("pathfinder", 50_000, 128, 312, learning_rate=2e-4),
     ),
     equal_parameters=False,
-    source="Chen et al. 2021, arXiv 2111.00035, as in pkuzengqi/Skyformer@1a677cb; which batch size is which task's is "
-    "inferred from their order; its early stop (patience 10) is left out: the best on validation is taken of all steps",
+    source="Chen et al. 2021, arXiv 2111.00035, as in pkuzengqi/Skyformer@1a677cb",
+    deviations=(
+        "Which batch size is which task's is inferred from their order.",
+        "The best on validation is taken of all steps; theirs stops early, at patience 10.",
+    ),
+    own_deviations=_SMALL_DEVIATIONS,
 )  # fmt: skip
+_PLAIN = "Blocks are plain ones; theirs are reversible, which saves memory."
 XFORMERS = Recipe(
     id="xformers",
     defaults=_SMALL,
@@ -85,8 +97,11 @@ XFORMERS = Recipe(
     } | {("text", layer): dict(layer_options=dict(num_heads=4)) for layer in ATTENTION if layer != "linformer"}
     | {("text", "linformer"): dict(layer_options=dict(num_heads=4, num_landmarks=1024))},
     equal_parameters=False,
-    source="facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab; its reversible blocks, which "
-    "save memory, are plain ones here",
+    source="facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab",
+    own_deviations=_SMALL_DEVIATIONS | {
+        "performer": ("Random features are fixed; theirs are drawn anew every 1000 steps.",),
+        "retrieval": (_PLAIN,), "image": (_PLAIN, BLACK), "pathfinder": (_PLAIN, BLACK),
+    },
 )  # fmt: skip
 
 
@@ -94,8 +109,20 @@ def _epochs(task: str, epochs: int, batch_size: int) -> int:
     return epochs * math.ceil(EXAMPLES[task] / batch_size)
 
 
+# What the configurations of S4 share.
+_AFTER = "The norm stands before the mixer; theirs stands after it."
+_CHARACTERS = "Tokens are bytes, and none ends a text; theirs are characters with an end."
+_STATE_SPACE_DEVIATIONS = DRAWN | {
+    "listops": ("No token ends an expression; theirs has one.",),
+    "text": (HELD_OUT, _CHARACTERS),
+    "retrieval": (_CHARACTERS,),
+    "image": ("Pixels are scaled to -1..1; theirs are normalised by their mean and deviation.",),
+}
+
+
 def _state_space(
-    id: str, defaults: dict, layer: dict, rows: dict[str, dict], options: dict[str, dict], source: str
+    id: str, defaults: dict, layer: dict, rows: dict[str, dict], options: dict[str, dict], source: str,
+    deviations: tuple[str, ...], own: dict[str, tuple[str, ...]],
 ) -> Recipe:
     """A recipe of one layer, from a row of values and of layer options for each task; "path_x" is a configuration."""
     defaults = dict(
@@ -112,7 +139,8 @@ def _state_space(
         values["inputs"] = "continuous" if task in (*PICTURES, "path_x") else "tokens"
         for key in PATH_X if task == "path_x" else (task,):
             tasks[key] = values if task == "path_x" else {"config": CONFIGS[task], **values}
-    return Recipe(id, defaults, {"s4": layer}, False, source, tasks=tasks)
+    own = {key: own.get(key, ()) + _STATE_SPACE_DEVIATIONS.get(key, ()) for key in {**own, **_STATE_SPACE_DEVIATIONS}}
+    return Recipe(id, defaults, {"s4": layer}, False, source, tasks=tasks, deviations=deviations, own_deviations=own)
 
 
 def _row(num_layers: int, in_features: int, batch_size: int, learning_rate: float, steps: int, warmup: int, **other):
@@ -124,7 +152,8 @@ def _row(num_layers: int, in_features: int, batch_size: int, learning_rate: floa
 _FAST_STEPS = dict(step_learning_rate=0.01)
 
 
-_S4_SOURCE = "state-spaces/s4@e757cef, configs/experiment/lra; layer norm before the mixer here in place of batch norm"
+_S4_SOURCE = "state-spaces/s4@e757cef, configs/experiment/lra"
+_LAYER_NORM = "Layer norm takes the place of batch norm."
 S4 = _state_space(
     "s4",
     dict(schedule="cosine", weight_decay=0.05, state_learning_rate=1e-3),
@@ -143,6 +172,7 @@ S4 = _state_space(
         path_x=dict(state_size=64, dt_min=1e-4),
     ),
     f"Gu et al. 2022, arXiv 2111.00396, configurations of {_S4_SOURCE}",
+    (_LAYER_NORM,), {"listops": (_AFTER,), "image": (_AFTER,)},
 )  # fmt: skip
 S4D = _state_space(
     "s4d",
@@ -157,9 +187,12 @@ S4D = _state_space(
         path_x=_row(6, 256, 16, 5e-4, 500_000, 10_000),
     ),
     dict(image=dict(num_ssm=2), path_x=dict(dt_min=1e-4)),
-    f"Gu et al. 2022, arXiv 2206.11893, third version of the configurations of {_S4_SOURCE}; its warm-up steps that our "
-    "source does not give (ListOps) are a tenth of all",
-)
+    f"Gu et al. 2022, arXiv 2206.11893, third version of the configurations of {_S4_SOURCE}",
+    (), {
+        **{task: (_LAYER_NORM,) for task in ("text", "retrieval", "pathfinder")},
+        "listops": (_LAYER_NORM, "The warm-up is a tenth of all steps; our source does not give theirs."),
+    },
+)  # fmt: skip
 S4_FIRST = _state_space(
     "s4-v1",
     dict(schedule="plateau", weight_decay=0.0, state_learning_rate=1e-3),
@@ -173,6 +206,7 @@ S4_FIRST = _state_space(
         path_x=_row(6, 256, 32, 5e-4, _epochs("path_x", 100, 32), 0, patience=20),
     ),
     dict(path_x=dict(dt_min=1e-4)),
-    "Gu et al. 2022, arXiv 2111.00396, table 11; one direction, layer norm before the mixer",
-)
+    "Gu et al. 2022, arXiv 2111.00396, table 11",
+    (), {"listops": (_LAYER_NORM, _AFTER), "text": (_LAYER_NORM,), "image": (_AFTER,)},
+)  # fmt: skip
 PAPERS = (NYSTROMFORMER, SKYFORMER, XFORMERS, S4, S4D, S4_FIRST)

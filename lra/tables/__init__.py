@@ -2,199 +2,34 @@
 
 import csv
 import dataclasses
-import functools
 import io
 import json
-import math
-import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, get_args
 
-from subquad.lra import markup, prepare, recipes, tasks
-from subquad.lra.bench import Measurement, programs
-from subquad.lra.data import catalogue
-from subquad.lra.results import Result
-from subquad.lra.tables import cells, costs, figures
-from subquad.lra.tables.cells import Cell
+from subquad.lra import markup, tasks
+from subquad.lra.tables import cells, figures
 from subquad.lra.tables.ledger import NAMES, Ledger
+from subquad.lra.tables.verdicts import (
+    BASELINE,
+    MEASURING,
+    MODE,
+    MODEL,
+    Average,
+    Outcome,
+    Verdict,
+    averages,
+    judge,
+    run_of,
+)
 
-# "baseline": what ratios are to, 1 by definition.
-Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot", "baseline"]
-FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
-SIX = (*FIVE, "path_x")
-CHANCE = 50.0  # of Path-X, in per cent
-# Lengths within it count as the same: papers write 1K for 1000 and for 1024.
-SAME_LENGTH = 0.05
-MODEL, MODE, BASELINE = "lra-text", "train", "softmax"
-# Values of a run that decide what its program computes; the others are numbers in it, or how often it is called.
-PROGRAM = (
-    "task", "layer", "layer_options", "in_features", "num_layers", "mlp_features", "pooling", "positions", "dropout_rate",
-    "batch_size", "accumulate", "clip_norm", "dtype", "ema", "remat", "head", "inputs",
-)  # fmt: skip
-MEASURING = costs.Cost(0.05, "any device", "estimate")  # of one layer at one length
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of a cell.
-
-    Attributes:
-        ours: mean over seeds, in the cell's unit; None where nothing was run. spread: their standard deviation.
-        difference: ours - theirs; of ratios ours / theirs.
-        seeds: how many runs.
-        outcome, reason: the latter for a cell that cannot be run, or differs from a model that was another, and for seeds
-            that failed or collapsed.
-        command, cost: what runs it, and the hours.
-        results: the rows behind it.
-        hardware: of a measurement.
-    """
-
-    cell: Cell
-    outcome: Outcome
-    ours: float | None = None
-    spread: float | None = None
-    difference: float | None = None
-    seeds: int = 0
-    reason: str = ""
-    command: str = ""
-    cost: costs.Cost | None = None
-    results: tuple[Result, ...] = ()
-    hardware: str = ""
-
-
-def judge(cell: Cell, ledger: Ledger, *, options: str = "", data_dir=None) -> Verdict:
-    """What came of a cell, by the rows that there are.
-
-    Args:
-        options: more words for the command of a cell that was not run.
-        data_dir: where data sets are; one that is not there is part of the command.
-    """
-    if cell.cannot:
-        return Verdict(cell, "cannot", reason=cell.cannot)
-    return _measured(cell, ledger, options) if cell.recipe == "bench" else _trained(cell, ledger, options, data_dir)
-
-
-def run_of(cell: Cell, seed: int = 0) -> recipes.Run:
-    """The run that answers to a cell."""
-    return recipes.plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
-
-
-def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
-    run = run_of(cell)
-    rows = ledger.of(run)
-    failed = [row for row in ledger.failed(run) if row.seed not in {one.seed for one in rows}]
-    if failed and not rows:
-        return Verdict(cell, "differs", seeds=len(failed), reason=failed[-1].status)
-    if not rows:
-        task = tasks.find(run.task, run.config)
-        command = _command(cell, f"{_prepare(task, data_dir)}python scripts/reproduce_table.py", options)
-        return Verdict(cell, "not run", reason=cell.note, command=command, cost=costs.of_run(run, task))
-    if cell.metric == "train_accuracy":
-        rows = [row for row in rows if row.accuracy_train is not None]
-        if not rows:
-            return Verdict(cell, "cannot", reason="its run is of a version that did not score train")
-    values = [100 * (row.accuracy_train if cell.metric == "train_accuracy" else row.accuracy) for row in rows]
-    ours, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-    theirs = CHANCE if cell.expected is None else cell.expected
-    close = abs(ours - theirs) <= cell.tolerance
-    collapsed = [f"seed {row.seed} collapsed at step {row.collapsed_step}" for row in rows if row.collapsed_step is not None]
-    lost = [f"seed {row.seed} {row.status}" for row in failed]
-    reason = "; ".join([*([] if close else filter(None, [cell.note])), *collapsed, *lost])
-    found = dict(ours=ours, spread=spread, difference=ours - theirs, seeds=len(rows), reason=reason, results=tuple(rows))
-    return Verdict(cell, "reproduced within tolerance" if close else "differs", **found)
-
-
-def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
-    near = lambda row: abs(row.length - cell.length) <= SAME_LENGTH * cell.length
-    rows = [
-        row for row in ledger.measurements
-        if (row.model, row.mode, row.layer, row.status, row.baseline) == (MODEL, MODE, cell.layer, "ok", BASELINE)
-        and near(row) and getattr(row, cell.metric) is not None and _as_planned(row)
-    ]  # fmt: skip
-    if not rows:
-        command = _command(cell, "python scripts/reproduce_table.py", options)
-        return Verdict(cell, "not run", reason=cell.note, command=command, cost=MEASURING)
-    row = max(rows, key=lambda row: row.finished_utc or "")
-    ours = getattr(row, cell.metric)
-    found = dict(ours=ours, seeds=1, hardware=f"{row.hardware}, batch {row.batch_size}, {row.dtype}")
-    if cell.layer == BASELINE:
-        return Verdict(cell, "baseline", **found)
-    ratio = ours / cell.expected
-    close = 1 / cell.tolerance <= ratio <= cell.tolerance
-    reason = "" if close or not cell.note else f"theirs: {cell.note}"
-    return Verdict(cell, "reproduced within tolerance" if close else "differs", difference=ratio, reason=reason, **found)
-
-
-def _as_planned(row: Measurement) -> bool:
-    """Whether the program is the one that is measured where nothing but the batch size is told."""
-    given = json.loads(row.configuration or "{}")
-    run = _planned(row.layer, row.length, row.batch_size)
-    return all(name in given and given[name] == getattr(run, name) for name in PROGRAM)
-
-
-@functools.cache
-def _planned(layer: str, length: int, batch_size: int) -> recipes.Run:
-    return programs.plan(MODEL, layer, length, batch_size=batch_size)[0]
-
-
-def _command(cell: Cell, program: str, options: str) -> str:
-    # Both ratios are measured at once.
-    only = cell.id.removesuffix(f".{cell.metric}")
-    words = f"--paper {cell.paper} --table {cell.table} --only {only} --run"
-    return " ".join(filter(None, [program, words, options]))
-
-
-def _prepare(task: tasks.Task, data_dir) -> str:
-    """The command that has to come first, for data that has to be fetched."""
-    if catalogue.find(task.dataset).source is None or prepare.is_prepared(task, data_dir):
-        return ""
-    return f"python scripts/prepare_lra.py prepare {task.name}/{task.config} && "
-
-
-@dataclass(frozen=True)
-class Average:
-    """The mean of a row's tasks, theirs and ours (None where one of them was not run).
-
-    Marked where a Path-X that failed, or that the table leaves out, counts as 50.
-    """
-
-    row: str
-    tasks: int
-    theirs: float
-    theirs_marked: bool
-    ours: float | None
-    ours_marked: bool
-
-
-def averages(verdicts: Sequence[Verdict]) -> list[Average]:
-    """Both averages of every row of a table of accuracies: over five tasks, and over six; else the one that it prints."""
-    found = []
-    scores = [one for one in verdicts if one.cell.metric == "accuracy"]
-    for row in dict.fromkeys(one.cell.row for one in scores):
-        of = {one.cell.column: one for one in scores if one.cell.row == row}
-        if not set(FIVE) <= set(of):
-            if "average" in of:
-                printed = of["average"].cell
-                count, marked = 6 if "six tasks" in printed.note else 5, "failed Path-X" in printed.note
-                found.append(Average(row, count, printed.expected, marked, None, False))
-            continue
-        path_x = of.get("path_x")
-        theirs = [of[name].cell.expected for name in FIVE]
-        ours = [of[name].ours for name in FIVE]
-        found.append(Average(row, 5, statistics.mean(theirs), False, _whole(ours), False))
-        last = None if path_x is None else path_x.cell.expected
-        mine = CHANCE if path_x is None else path_x.ours
-        failed = path_x is None or (mine is not None and mine <= CHANCE + cells.TOLERANCE)
-        found.append(Average(
-            row, 6, statistics.mean([*theirs, CHANCE if last is None else last]), last is None,
-            _whole([*ours, CHANCE if failed else mine]), failed,
-        ))  # fmt: skip
-    return found
-
-
-def _whole(values: Sequence[float | None]) -> float | None:
-    return None if None in values else statistics.mean(values)
+__all__ = [
+    "BASELINE", "FORMS", "MEASURING", "MODE", "MODEL", "Average", "Outcome", "Verdict", "averages", "floors", "footnotes",
+    "judge", "listing", "matrix", "notes", "number", "records", "render", "run_of", "text", "title",
+]  # fmt: skip
+FORMS = ("text", "markdown", "latex", "csv", "json")
+# Of a cell that another published value of the same configuration contradicts.
+CONTRADICTED = "†"
 
 
 def title(source: figures.Source) -> str:
@@ -219,6 +54,8 @@ def notes(source: figures.Source, verdicts: Sequence[Verdict], ledger: Ledger) -
     if any(one.cell.unit == "ratio" for one in verdicts):
         tolerated = f"the difference is a factor, tolerated up to {cells.RATIO_TOLERANCE:g}"
         found.append(f"Ratios: to the Transformer's, measured in turn with it; {tolerated}.")
+    if any(mark.endswith(CONTRADICTED) for mark in footnotes(verdicts).values()):
+        found.append(f"{CONTRADICTED} Another paper has a value of the same configuration beyond the tolerance.")
     count = lambda name: sum(one.outcome == name and one.cell.column != "average" for one in verdicts)
     return [*found, "; ".join(f"{count(name)} {name}" for name in get_args(Outcome) if name != "baseline" or count(name)) + "."]
 
@@ -241,6 +78,31 @@ def floors(verdicts: Iterable[Verdict], ledger: Ledger) -> list[str]:
         chance = f"chance {100 / tasks.find(run.task, run.config).num_classes:.0f}"
         more = "" if words else f"; others by python scripts/reproduce_table.py --floors {run.task}/{run.config}"
         found.append(f"Floors of {run.task}/{run.config}, %: {', '.join([chance, *words])}{more}.")
+    return found
+
+
+def footnotes(verdicts: Iterable[Verdict]) -> dict[str, str]:
+    """Sentence -> its mark: what runs do otherwise than their papers, and other values of the same configurations.
+
+    Marks are numbers in the order of the cells, with a dagger where the other value is a contradiction.
+    """
+    found: dict[str, str] = {}
+    for one in verdicts:
+        if one.cell.column != "average" and not one.cell.cannot:
+            for sentence, contradicts in remarks(one.cell):
+                found.setdefault(sentence, f"{len(found) + 1}{CONTRADICTED * contradicts}")
+    return found
+
+
+def remarks(cell: cells.Cell) -> list[tuple[str, bool]]:
+    """(sentence, whether it is a contradiction) of a cell."""
+    found = [(sentence, False) for sentence in cell.deviations]
+    for other in cells.elsewhere(cell):
+        contradicts = cells.contradict(cell, other)
+        value, unit = _value(other), " %" * (other.unit == "%" and other.expected is not None)
+        words = "contradicted by" if contradicts else "also published:"
+        printed = f"table {other.table}, row {other.row}" if other.paper == cell.paper else other.source
+        found.append((f"{cell.id} ({_value(cell)}) {words} {value}{unit} of {printed}.", contradicts))
     return found
 
 
@@ -268,8 +130,12 @@ def _column(task: str, length: int | None, metric: str, unit: str) -> str:
 def _both(one: Verdict | None) -> str:
     if one is None:
         return ""
-    theirs = "chance" if one.cell.expected is None else number(one.cell.expected, one.cell.unit)
-    return f"{theirs} / {number(one.ours, one.cell.unit)}"
+    contradicted = any(cells.contradict(one.cell, other) for other in cells.elsewhere(one.cell))
+    return f"{_value(one.cell)}{CONTRADICTED * contradicted} / {number(one.ours, one.cell.unit)}"
+
+
+def _value(cell: cells.Cell) -> str:
+    return "chance" if cell.expected is None else number(cell.expected, cell.unit)
 
 
 def _mean(one: Average | None) -> str:
@@ -286,12 +152,12 @@ def number(value: float | None, unit: str) -> str:
     return f"{value:.2f}" if unit == "%" else f"{value:.3g}"
 
 
-HEADING = ("cell", "theirs", "ours", "difference", "seeds", "outcome", "why, or how")
+HEADING = ("cell", "theirs", "ours", "difference", "seeds", "outcome", "notes", "why, or how")
 
 
 def listing(verdicts: Sequence[Verdict]) -> list[list[str]]:
-    """A line for each cell, heading first."""
-    body = []
+    """A line for each cell, heading first; its notes are the marks of `footnotes`."""
+    body, marks = [], footnotes(verdicts)
     for one in verdicts:
         if one.cell.column == "average":
             continue
@@ -299,10 +165,10 @@ def listing(verdicts: Sequence[Verdict]) -> list[list[str]]:
         sign = "x{:.2f}" if one.cell.unit == "ratio" else "{:+.2f}"
         sign = "" if one.difference is None else sign.format(one.difference)
         how = f"{one.command} [{one.cost}]" if one.outcome == "not run" else one.reason
-        theirs = "chance" if one.cell.expected is None else number(one.cell.expected, one.cell.unit)
-        theirs += "" if one.cell.deviation is None else f" ± {one.cell.deviation:g}"
-        seeds = str(one.seeds or "")
-        body.append([one.cell.id, theirs, number(one.ours, one.cell.unit) + spread, sign, seeds, one.outcome, how])
+        theirs = _value(one.cell) + ("" if one.cell.deviation is None else f" ± {one.cell.deviation:g}")
+        marked = [] if one.cell.cannot else [marks[sentence] for sentence, _ in remarks(one.cell)]
+        ours = number(one.ours, one.cell.unit) + spread
+        body.append([one.cell.id, theirs, ours, sign, str(one.seeds or ""), one.outcome, " ".join(marked), how])
     return [list(HEADING), *body]
 
 
@@ -312,28 +178,37 @@ def text(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def comma_separated(verdicts: Sequence[Verdict]) -> str:
-    """One line for each cell, with its source and the values of the run that answers to it."""
-    buffer = io.StringIO()
+def records(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """A record for each cell, with its source, the values of the run that answers to it, and what is to be known of it."""
     names = (
-        "id", "paper", "table", "row", "column", "length", "metric", "unit", "theirs", "their_deviation", "ours",
-        "our_deviation", "difference", "seeds", "outcome", "tolerance", "reason", "command", "hours", "hours_hardware",
-        "hours_source", "protocol", "recipe", "layer", "configuration", "note", "source",
+        "id", "paper", "table", "row", "column", "length", "metric", "unit", "tolerance", "recipe", "layer", "note", "source",
     )  # fmt: skip
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
-    writer.writeheader()
+    found = []
     for one in verdicts:
-        cell = dataclasses.asdict(one.cell)
-        values = {name: cell[name] for name in names if name in cell}
-        cost = one.cost or costs.Cost(math.nan, "", "")
-        run = None if one.cell.recipe in ("bench", None) else run_of(one.cell)
-        writer.writerow({
-            **values, "theirs": cell["expected"], "their_deviation": cell["deviation"], "ours": one.ours,
-            "our_deviation": one.spread, "difference": one.difference, "seeds": one.seeds, "outcome": one.outcome,
-            "reason": one.reason, "command": one.command, "hours": "" if one.cost is None else round(cost.hours, 4),
-            "hours_hardware": cost.hardware, "hours_source": cost.source, "protocol": "" if run is None else run.protocol,
-            "configuration": "" if run is None else json.dumps(dataclasses.asdict(run), sort_keys=True),
+        cell, cost = one.cell, one.cost
+        run = None if cell.recipe in ("bench", None) else run_of(cell)
+        other = [] if cell.cannot else cells.elsewhere(cell)
+        found.append({
+            **{name: getattr(cell, name) for name in names}, "theirs": cell.expected, "their_deviation": cell.deviation,
+            "ours": one.ours, "our_deviation": one.spread, "difference": one.difference, "seeds": one.seeds,
+            "outcome": one.outcome, "reason": one.reason, "command": one.command,
+            "hours": None if cost is None else round(cost.hours, 4), "hours_hardware": None if cost is None else cost.hardware,
+            "hours_source": None if cost is None else cost.source, "protocol": None if run is None else run.protocol,
+            "configuration": None if run is None else json.dumps(dataclasses.asdict(run), sort_keys=True),
+            "deviations": list(cell.deviations),
+            "published_elsewhere": [f"{one.id}: {_value(one)}" for one in other],
+            "contradicted_by": [f"{one.id}: {_value(one)}" for one in other if cells.contradict(cell, one)],
         })  # fmt: skip
+    return found
+
+
+def _comma_separated(verdicts: Sequence[Verdict]) -> str:
+    rows = records(verdicts)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    # A list is a cell of sentences.
+    writer.writerows({name: "; ".join(v) if isinstance(v, list) else v for name, v in row.items()} for row in rows)
     return buffer.getvalue()
 
 
@@ -341,15 +216,19 @@ def render(paper: str, name: str, verdicts: Sequence[Verdict], ledger: Ledger, f
     """The whole table: as it is printed, cell by cell, and what is to be known of its numbers.
 
     Args:
-        form: "text", "markdown", "latex" or "csv".
+        form: one of `FORMS`.
     """
     if form == "csv":
-        return comma_separated(verdicts)
+        return _comma_separated(verdicts)
+    if form == "json":
+        return json.dumps(records(verdicts), indent=1) + "\n"
     source = figures.sources()[paper, name]
     draw = {"text": text, "markdown": markup.markdown, "latex": markup.latex}[form]
-    remarks = [f"{title(source)}. Theirs / ours.", *notes(source, verdicts, ledger)]
+    first, *rest = [f"{title(source)}. Theirs / ours.", *notes(source, verdicts, ledger)]
+    marked = [[mark, sentence] for sentence, mark in footnotes(verdicts).items()]
     if form == "latex":
-        return "\n".join([*(f"% {remark}" for remark in remarks), draw(matrix(verdicts)), "", draw(listing(verdicts)), ""])
-    first, *rest = remarks
+        drawn = [draw(rows) for rows in (matrix(verdicts), listing(verdicts), [["note", ""], *marked]) if len(rows) > 1]
+        return "\n".join([*(f"% {remark}" for remark in (first, *rest)), "\n\n".join(drawn), ""])
+    rest += [f"[{mark}] {sentence}" for mark, sentence in marked]
     ends = [f"- {remark}" for remark in rest] if form == "markdown" else rest
     return "\n".join([first, "", draw(matrix(verdicts)), "", draw(listing(verdicts)), "", *ends, ""])

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from subquad.lra import recipes
 from subquad.lra.tables import figures
 
 # Points. One seed was published without a deviation; this is the spread that re-runs of these models show.
@@ -15,6 +17,7 @@ TOLERANCE = 2.0
 LEAST_TOLERANCE = 1.0
 # Of a ratio of speeds or of memory, as a factor: machines differ.
 RATIO_TOLERANCE = 1.25
+CHANCE = 50.0  # of Path-X, in per cent
 COLUMNS = {"path_x": ("pathfinder", "128_hard"), "path_256": ("pathfinder", "256_hard")}
 NAMES = {
     "listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "image": "Image", "pathfinder": "Pathfinder",
@@ -53,6 +56,7 @@ class Cell:
         source: of the figure.
         note: what the published model really computed, where that is not what its name says.
         cannot: why no run here answers to it.
+        deviations: what that run does otherwise than the paper, a sentence each.
     """
 
     id: str
@@ -72,6 +76,7 @@ class Cell:
     source: str
     note: str = ""
     cannot: str = ""
+    deviations: tuple[str, ...] = ()
 
 
 def _none(reason: str) -> Answer:
@@ -79,23 +84,11 @@ def _none(reason: str) -> Answer:
 
 
 _NO_LAYER = _none("no such layer here")
-# What the arena's code computes under these names, see ERRATA.md.
-_DENSE = "The released code masks a dense causal attention; here the pattern looks both ways."
-_ARENA_NOTES = {
-    "Local Attention": "The released layer attends within groups of 50 distant positions; here to as many neighbours.",
-    "Sparse Transformer": _DENSE,
-    "Linformer": "The released rank is 16, one projection for keys and values of a layer.",
-    "Reformer": "The released layer multiplies the logits by sqrt(d), has one hash round, and no normalised keys.",
-    "Performer": "Released with 2 random features on ListOps, elsewhere with a ReLU of the features and no projection; here "
-    "the ReLU is of a random projection.",
-}
 _ARENA_LAYERS = {
     "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Linformer": "linformer",
     "Reformer": "reformer", "Performer": "performer",
 }  # fmt: skip
-_ARENA = {
-    row: Answer("lra-2020", layer, note=_ARENA_NOTES.get(row, "")) for row, layer in _ARENA_LAYERS.items()
-}  # fmt: skip
+_ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
 # The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.
 _SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if row != "Sparse Transformer"}
 
@@ -110,7 +103,6 @@ _S4_ROWS = {
     "Random": _none("a guess, and no model"),
 }
 _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
-_XFORMERS = "Its features were drawn anew every 1000 steps; here they are fixed."
 _UNKNOWN = "the size of its model is not in what was read"
 _MACHINE = _none("an absolute time or memory of its authors' machine; scripts/bench_lra.py has this machine's")
 
@@ -158,7 +150,7 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("xformers", "1"): _small(
         "xformers", **{
             "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer",
-            "Favor-256 (redraw)": Answer("xformers", "performer", note=_XFORMERS),
+            "Favor-256 (redraw)": "performer",
         },
     ),
     ("flashattention", "3"): _small(
@@ -185,6 +177,11 @@ def _cell(source: figures.Source, figure: figures.Figure, transformer: Mapping[i
     overrides = {"task": task, "config": config, "layer_options": answer.layer_options}
     words = (source.paper, source.table, figure.row, figure.task, figure.length, metric if metric != "accuracy" else None)
     tolerance = TOLERANCE if figure.deviation is None else max(LEAST_TOLERANCE, 2 * figure.deviation)
+    deviations: tuple[str, ...] = ()
+    if not cannot and not measured:
+        rules = recipes.RECIPES[answer.recipe]
+        config = config or recipes.settings(rules, task, None, answer.layer).get("config", "")
+        deviations = recipes.deviations(rules, task, config, answer.layer)
     return Cell(
         id=".".join(re.sub("[^a-z0-9]+", "_", str(word).lower()).strip("_") for word in words if word is not None),
         paper=source.paper, table=source.table, row=figure.row, column=figure.task, length=figure.length, metric=metric,
@@ -192,7 +189,7 @@ def _cell(source: figures.Source, figure: figures.Figure, transformer: Mapping[i
         overrides={} if cannot else {name: value for name, value in overrides.items() if value}, expected=expected,
         deviation=figure.deviation, tolerance=RATIO_TOLERANCE if measured else tolerance,
         source=f"{source.work}{f', arXiv {source.arxiv}' * bool(source.arxiv)}, table {source.table}, row {figure.row}",
-        note="; ".join(filter(None, [answer.note, note])), cannot=cannot,
+        note="; ".join(filter(None, [answer.note, note])), cannot=cannot, deviations=deviations,
     )  # fmt: skip
 
 
@@ -239,3 +236,45 @@ def table(paper: str, name: str) -> tuple[Cell, ...]:
 def every() -> tuple[Cell, ...]:
     """The cells of all tables."""
     return tuple(cell for paper, name in figures.sources() for cell in table(paper, name))
+
+
+def _configuration(cell: Cell) -> tuple:
+    """What two cells share that one run, or one measurement, answers to."""
+    return cell.recipe, cell.layer, cell.length, cell.metric, json.dumps(cell.overrides, sort_keys=True)
+
+
+@functools.cache
+def _answered() -> Mapping[tuple, tuple[Cell, ...]]:
+    found: dict[tuple, list[Cell]] = {}
+    for cell in every():
+        if not cell.cannot:
+            found.setdefault(_configuration(cell), []).append(cell)
+    return {key: tuple(cells) for key, cells in found.items()}
+
+
+def elsewhere(cell: Cell) -> tuple[Cell, ...]:
+    """The cells with another published value for what answers to this one; one that is rounded more is no other.
+
+    Example:
+        >>> cell = next(one for one in table("nystromformer", "3") if one.id.endswith("performer_256.listops"))
+        >>> cell.expected, [(other.paper, other.expected) for other in elsewhere(cell)]
+        (18.8, [('flashattention', 36.8)])
+    """
+    others = () if cell.cannot else _answered()[_configuration(cell)]
+    return tuple(one for one in others if one.id != cell.id and not _same(one.expected, cell.expected))
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    """Whether two printed values agree to the digits that both have."""
+    if one is None or other is None:
+        return one is other
+    digits = min(len(f"{value:g}".partition(".")[2]) for value in (one, other))
+    return abs(one - other) <= 0.51 * 10**-digits
+
+
+def contradict(one: Cell, other: Cell) -> bool:
+    """Whether two published values of one configuration cannot both be reproduced: no value is within both tolerances."""
+    first, second = (CHANCE if cell.expected is None else cell.expected for cell in (one, other))
+    if one.unit == "ratio":
+        return max(first / second, second / first) > one.tolerance * other.tolerance
+    return abs(first - second) > one.tolerance + other.tolerance

@@ -5,6 +5,7 @@ import os
 
 from subquad.lra import csvfile, prepare, results
 from subquad.lra.data import probe, store
+from subquad.lra.progress import Work
 from subquad.lra.tables.ledger import FLOOR_FIELDS, Floor
 
 
@@ -26,10 +27,12 @@ def measure(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: 
     )  # fmt: skip
     # A rule that counts is read off up to 10,000 examples, see `data.floors`; that of ListOps off all.
     examples = len(splits["test"])
-    found = [Floor(floor=name, value=value, examples=examples, **shared) for name, value in task.floors(splits).items()]
+    with Work(f"{task.name}/{task.config}: floors"):
+        found = [Floor(floor=name, value=value, examples=examples, **shared) for name, value in task.floors(splits).items()]
     if task.image_shape and cnn_steps:
         levels = task.vocabulary_size - 1
-        value, count = probe.accuracy(splits, task.image_shape, task.num_classes, levels, steps=cnn_steps)
+        with Work(f"{task.name}/{task.config}: a small network"):
+            value, count = probe.accuracy(splits, task.image_shape, task.num_classes, levels, steps=cnn_steps)
         found.append(Floor(floor="network", value=value, examples=count, **shared))
     return found
 

@@ -116,7 +116,7 @@ def test_pylib_lm_predicts_the_next_byte_of_files_that_are_in_one_split():
     assert b"def wraps(wrapped," in texts[corpora._share("functools.py")]
     one, two = [one for one, _ in zip(corpora.examples("pylib_lm", "test"), range(2), strict=False)]
     assert len(one["text"]) == 2049 and one["text"][-1] == two["text"][0]
-    batch = next(pipeline.evaluation_batches([store.catalogue.encodings.next_byte(one)], batch_size=2, length=2048))
+    batch = next(iter(pipeline.evaluation_batches([store.catalogue.encodings.next_byte(one)], batch_size=2, length=2048)))
     assert np.array_equal(batch["inputs"][0, 1:], batch["targets"][0, :-1]) and batch["mask"].all()
     assert batch["targets"].shape == (2, 2048) and batch["weights"].tolist() == [1, 0]
 

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from subquad.lra import prepare, tasks
+from subquad.lra import prepare, progress, tasks
 from subquad.lra.data import catalogue, floors, lines, pathfinder, probe, store
 from tests.lra import archives
 
@@ -220,3 +220,24 @@ def test_floors_of_a_language_model_by_hand():
     found = floors.next_token({"train": [{"inputs": turns[:-1], "targets": turns[1:]}] * 5, "test": [coin | {
         "inputs": turns[:-1], "targets": turns[1:]}]})  # fmt: skip
     assert found["unigram"] == pytest.approx(1.0, abs=0.05) and found["bigram"] < 0.05
+
+
+def test_whatever_prepare_and_check_wait_for_is_shown(tmp_path, monkeypatch, capsys):
+    """Every phase, as if it took longer than two seconds."""
+    labels = []
+    begin = progress.Work._begin
+    monkeypatch.setattr(progress.Work, "_begin", lambda work: labels.append((work.label, work.total)) or begin(work))
+    monkeypatch.setattr(lines, "accuracy", lambda splits, side: (0.5, 16))
+    words = ["listops/tiny", "pathfinder/tiny"]
+    assert prepare.prepare(words, tmp_path) == 0
+    assert ("lra_listops/tiny", 384) in labels and ("lra_pathfinder/tiny", 96) in labels
+    labels.clear()
+    for word in words:
+        prepare.check(word, tmp_path, cnn_steps=1)
+    for word, sizes in zip(words, ((256, 64, 64), (64, 16, 16)), strict=True):
+        shares = zip(("train", "validation", "test"), sizes, strict=True)
+        assert {(f"{word}: {split}", size) for split, size in shares} | {(f"{word}: floors", None)} <= set(labels)
+    assert ("pathfinder/tiny: a small network", None) in labels and ("pathfinder/tiny: following the lines", None) in labels
+    assert any(label.endswith(": checksums") for label, _ in labels)
+    store.generate("lra_listops/tiny")
+    assert ("lra_listops/tiny, train", 256) in labels

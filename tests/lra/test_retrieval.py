@@ -58,7 +58,7 @@ def test_quote_marks_are_text(splits):
 def test_a_batch_has_two_sequences(splits):
     task = tasks.find("retrieval", "lra")
     assert task.kind == "pair" and task.length == 4000 and task.vocabulary_size == 257
-    batch = next(pipeline.evaluation_batches(splits["train"], batch_size=4, length=task.length))
+    batch = next(iter(pipeline.evaluation_batches(splits["train"], batch_size=4, length=task.length)))
     assert batch["inputs1"].shape == batch["inputs2"].shape == (4, 4000)
     assert batch["inputs1"][1, :3].tolist() == [0x100, 0xFF, 0]
     assert batch["mask2"].sum(1).tolist() == [3, 1, 4000, 4000] and batch["mask1"].sum(1).tolist() == [11, 2, 1, 1]

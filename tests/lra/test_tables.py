@@ -90,11 +90,11 @@ def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
     assert (one.outcome, one.reason) == ("cannot", "no such layer here")
 
 
-def test_what_differs_says_what_the_published_model_was(tmp_path):
+def test_what_differs_says_what_else_there_is_to_it(tmp_path):
     name = "lra.1.local_attention.listops"
     one = tables.judge(cell(name), known(tmp_path, result(name, 0.37, collapsed_step=40)))
-    assert one.outcome == "differs" and "groups of 50 distant positions" in one.reason
-    assert "seed 0 collapsed at step 40" in one.reason
+    assert one.outcome == "differs" and one.reason == "seed 0 collapsed at step 40"
+    assert any("groups of 50 distant positions" in sentence for sentence in one.cell.deviations)
 
 
 def test_accuracies_of_train_are_answered_by_the_run_of_test(tmp_path):
@@ -163,9 +163,10 @@ def test_both_averages_count_a_failed_path_x_as_50_and_mark_it(tmp_path):
     assert five.theirs == pytest.approx(54.388) and not five.theirs_marked
     assert six.theirs == pytest.approx((5 * 54.388 + 50) / 6) and six.theirs_marked
     assert five.ours == pytest.approx(54) and six.ours is None  # Path-X was not run, which is no failure
-    # Chance is 50 per cent, and up to two points above it a Path-X has failed.
+    failed = (270 + 50) / 6
+    # Within the tolerance of chance, 2 points, is chance, and no luckier seed makes a success of it.
     for path_x, ours, marked in (
-        (0.497, (270 + 50) / 6, True), (0.515, (270 + 50) / 6, True), (0.525, (270 + 52.5) / 6, False),
+        (0.497, failed, True), (0.515, failed, True), (0.5199, failed, True), (0.521, (270 + 52.1) / 6, False),
         (0.92, (270 + 92) / 6, False),
     ):  # fmt: skip
         folder = tmp_path / str(path_x)
@@ -207,10 +208,10 @@ def test_compute_is_no_time_or_memory():
 
 def test_all_forms_show_theirs_ours_and_every_outcome(tmp_path):
     verdicts, found = of_all(tmp_path)
-    shown = {form: tables.render("lra", "1", verdicts, found, form) for form in ("text", "markdown", "latex", "csv")}
+    shown = {form: tables.render("lra", "1", verdicts, found, form) for form in tables.FORMS}
     assert "36.37 / 36.00" in shown["text"] and "54.39 / 54.00" in shown["text"] and "53.66* / -" in shown["text"]
     assert "| Transformer | 36.37 / 36.00 |" in shown["markdown"] and "\n- Theirs: text of the paper" in shown["markdown"]
-    assert r"Transformer & 36.37 / 36.00 &" in shown["latex"] and shown["latex"].count(r"\end{tabular}") == 2
+    assert r"Transformer & 36.37 / 36.00 &" in shown["latex"] and shown["latex"].count(r"\end{tabular}") == 3
     assert "lra.1.transformer.path\\_x" in shown["latex"]
     rows = list(csv.DictReader(io.StringIO(shown["csv"])))
     of = {row["id"]: row for row in rows}

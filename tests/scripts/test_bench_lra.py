@@ -25,6 +25,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(racing, "limit_threads", lambda count: count or 1)
     monkeypatch.setattr(racing, "matmul_rate", lambda dtype, clock: 1e11 if clock is time.process_time else 1e12)
     monkeypatch.setattr(energy, "meter", lambda device: (None, "a test"))
+    monkeypatch.setattr(module.progress, "PATIENCE", 1e6)
     monkeypatch.setattr(module.jax.config, "update", lambda *words: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     raced = []
@@ -136,10 +137,15 @@ def test_accuracy_against_time_is_drawn_beside_out(run, capsys):
         (("--memory-limit", "infG"), "--memory-limit: must be a number such as 4096, 16K or 2G, got 'infG'"),
         (("--override", "in_featurs=8"), "changed, got 'in_featurs'. Did you mean 'in_features'?"),
         (("--override", "layer=local"), "--override must be a value that can be changed, got 'layer'"),
-        (("--override", "in_features=big"), "layer softmax must take its options and the values of the run, got in_features"),
+        (("--override", "in_features=big", "--layers", "softmax"), "layer softmax must take its options and the values"),
         (("--override", "batch_size=0"), "got batch_size must be > 0"),
         (("--layer-options", "locl.window_size=3"), "--layer-options must be of a layer that is measured"),
         (("--layer-options", "local.windw_size=3"), "layer local must take its options"),
+        (("--lengths", "1K,1000000000"), "--lengths must fit into "),
+        (("--lengths", "1000000000", "--modes", "forward"), ", got 1,000,000,000: a batch of 1 at 256 features takes 10"),
+        (("--batch-size", "1000000000"), "got 1,024: a batch of 1,000,000,000 at 256 features takes "),
+        (("--override", "in_features=1000000000"), "got 1,024: a batch of 1 at 1,000,000,000 features takes "),
+        (("--override", "num_layers=1000000000"), "got 1,024: a batch of 1 at 256 features takes "),
     ],
 )
 def test_a_wrong_word_is_one_line(run, capsys, words, message):

@@ -1,10 +1,10 @@
 import os
 import pathlib
+import re
 import runpy
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -78,13 +78,15 @@ def test_ctrl_c_is_one_line_and_leaves_no_data_set(tmp_path):
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     parent = tmp_path / "lra_listops" / "lra"
-    deadline = time.time() + 60
-    while not list(parent.glob("incomplete.*")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    time.sleep(0.3)
+    # It is at work, and shows it.
+    said = [process.stderr.readline()]
+    while not re.match(r"lra_listops/lra: [1-9][\d,]*/100,000  \d:\d\d  about .* left$", said[-1]):
+        assert said[-1], said
+        said.append(process.stderr.readline())
     os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    said += process.communicate(timeout=600)[1].splitlines()
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "prepare_lra: Interrupted; what was saved before is kept." and len(said.splitlines()) == 2
+    assert said[0] == f"Generating lra_listops/lra into {parent / '1.0.0'}\n"
+    assert said[-1] == "prepare_lra: Interrupted; what was saved before is kept."
+    assert all(line.startswith("lra_listops/lra: ") for line in said[1:-1])
     assert not list(parent.iterdir())

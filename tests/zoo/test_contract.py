@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +68,8 @@ def test_bfloat16(name, is_causal):
     assert y.dtype == jnp.bfloat16
     exact = jitted(name, is_causal)(x.astype(jnp.bfloat16).astype(jnp.float32))
     error = jnp.abs(y.astype(jnp.float32) - exact)
-    # Rounding may move a token to another bucket, which is no small change; most tokens stay.
-    assert jnp.quantile(error, 0.9) < 0.05 * jnp.abs(exact).max()
+    # Rounding may move a token to another of Reformer's buckets, which is no small change; most tokens stay.
+    assert jnp.quantile(error, 0.9 if name == "reformer" else 1.0) < 0.03 * jnp.abs(exact).max()
 
 
 @by_direction
@@ -565,7 +564,7 @@ def test_reference_and_xla_agree(name, is_causal):
 def test_a_full_cache_is_refused_or_poisoned(name):
     layer = layer_of(name, True)
     cache = layer.init_cache(2, 4)
-    if not hasattr(cache, "length") or not hasattr(cache, "valid"):
+    if not hasattr(cache, "length"):
         pytest.skip("this cache never fills")
     with pytest.raises(ValueError, match="max_length"):
         layer.extend(inputs(5), cache)
@@ -574,66 +573,6 @@ def test_a_full_cache_is_refused_or_poisoned(name):
         layer.extend(inputs(2), cache)
     y, _ = jax.jit(layer.extend)(inputs(2), cache)
     assert jnp.isnan(y).any(axis=(1, 2)).all(), "under jit an overflow must not look like an answer"
-
-
-# attention_fn.
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].supports.attention_fn])
-def test_attention_fn_drops_into_flax(name):
-    heads = CASES[name].options["num_heads"]
-    options = {k: v for k, v in CASES[name].options.items() if k not in ("num_heads", "num_kv_heads")}
-    fn = zoo.attention_fn(name, seed=3, **options)
-    flax = nnx.MultiHeadAttention(heads, FEATURES, attention_fn=fn, decode=False, rngs=nnx.Rngs(0))
-    ours = zoo.make(name, in_features=FEATURES, num_heads=heads, **options, rngs=nnx.Rngs(3))
-    nnx.update(ours, nnx.state(flax, nnx.Param))
-    fixed = zoo.LAYERS[name](heads, 1, qkv_features=FEATURES, **options, rngs=nnx.Rngs(3))
-    nnx.update(ours, nnx.state(fixed, zoo.RandomFeature))
-    x = inputs(LENGTH)
-    mask = padding(jnp.arange(LENGTH)[None] < jnp.array([[LENGTH], [17]]))
-    close(jax.jit(lambda x: flax(x, mask=mask))(x), ours(x, mask=mask), name)
-    with pytest.raises(ValueError, match="dropout_rate"):
-        noisy = nnx.MultiHeadAttention(heads, FEATURES, attention_fn=fn, dropout_rate=0.1, decode=False, rngs=nnx.Rngs(0))
-        noisy(x, deterministic=False)
-
-
-def attention_arrays():
-    return jax.random.normal(jax.random.key(0), (3, 2, 12, 2, 8))
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].supports.attention_fn])
-def test_attention_fn_has_the_precision_of_the_call_or_of_the_caller(name):
-    options = {k: v for k, v in CASES[name].options.items() if k not in ("num_heads", "num_kv_heads")}
-    fn = zoo.attention_fn(name, **options)
-
-    def precisions(ambient, **call):
-        with jax.default_matmul_precision(ambient):
-            text = jax.jit(lambda *arrays: fn(*arrays, **call)).lower(*attention_arrays()).as_text()
-        return set(re.findall(r"precision = \[(\w+)", text))
-
-    assert precisions("highest") == precisions("default", precision=jax.lax.Precision.HIGHEST) == {"HIGHEST"}
-    # The exponents of random features are always exact.
-    assert precisions("highest", precision="default") - {"HIGHEST"} == precisions("default") - {"HIGHEST"} == {"DEFAULT"}
-
-
-def test_attention_fn_takes_what_the_layer_alone_can_say():
-    for word in ("use_bias", "dtype", "param_dtype", "precision", "out_features", "qkv_features", "kernel_init", "num_heads",
-                 "num_kv_heads", "in_features", "rngs"):
-        with pytest.raises(TypeError, match=rf"attention_fn\('softmax'\): {word} must be one of its options"):
-            zoo.attention_fn("softmax", **{word: None})
-    with pytest.raises(TypeError, match="Did you mean 'window_size'"):
-        zoo.attention_fn("local", windw_size=3)
-    with pytest.raises(TypeError, match="max_length must be given"):
-        zoo.attention_fn("blockwise")
-    zoo.attention_fn("softmax", implementation="reference", is_causal=True)(*attention_arrays())
-
-
-def test_attention_fn_takes_one_precision():
-    fn, arrays = zoo.attention_fn("softmax"), attention_arrays()
-    np.testing.assert_allclose(fn(*arrays, precision=jax.lax.DotAlgorithmPreset.F32_F32_F32), fn(*arrays), atol=1e-6)
-    for precision in ((jax.lax.Precision.HIGHEST,) * 2, ["high", "high"], jax.lax.DotAlgorithmPreset.DEFAULT, "best"):
-        with pytest.raises(ValueError, match="precision must be one"):
-            fn(*arrays, precision=precision)
 
 
 # Cost.

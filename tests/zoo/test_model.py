@@ -116,16 +116,6 @@ def test_extend_equals_one_call(positions):
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), model(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "performer"])
-def test_greedy_generation_is_the_argmax_of_the_full_pass(mixer):
-    model = language_model(mixer)
-    prompt = tokens((2, 4))
-    generated = model.generate(prompt, 6)
-    whole = jnp.concatenate([prompt, generated], axis=1)
-    expected = jnp.argmax(model(whole), -1)[:, 3:-1]
-    np.testing.assert_array_equal(generated, expected)
-
-
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", None])
 def test_generation_ignores_padding_on_the_left(positions):
     model = nnx.clone(language_model(positions=positions))
@@ -161,116 +151,10 @@ def test_padding_on_the_left_changes_no_logit(mixer):
     np.testing.assert_allclose(found[:, -1], wanted[:, -1], atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8"])
-def test_generated_tokens_do_not_wrap_into_the_dtype_of_the_prompt(dtype):
-    model = zoo.CausalLM(**{**SMALL, "vocab_size": 300}, **SOFTMAX, rngs=nnx.Rngs(0))
-    sample = lambda prompt: model.generate(prompt, 12, temperature=5.0, rngs=nnx.Rngs(0))
-    wanted, found = sample(tokens((2, 4))), sample(tokens((2, 4)).astype(dtype))
-    assert wanted.max() > 255 and found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, wanted)
-
-
-@pytest.mark.parametrize("transform", ["jit", "vmap", "eval_shape"])
-def test_generation_under_a_transform_leaves_the_model_whole(transform):
-    model = zoo.CausalLM(**SMALL, **SOFTMAX, rngs=nnx.Rngs(0))
-    prompt, mask = tokens((2, 4)), jnp.arange(4) >= jnp.array([[0], [2]])
-    wanted, logits = model.generate(prompt, 3, mask=mask), model(prompt)
-    run = lambda prompt: model.generate(prompt, 3, mask=mask)
-    if transform == "jit":
-        np.testing.assert_array_equal(jax.jit(run)(prompt), wanted)
-    elif transform == "vmap":
-        found = jax.vmap(lambda prompt, mask: model.generate(prompt[None], 3, mask=mask[None])[0])(prompt, mask)
-        np.testing.assert_array_equal(found, wanted)
-    else:
-        assert jax.eval_shape(run, prompt).shape == wanted.shape
-    np.testing.assert_array_equal(model(prompt), logits)
-    np.testing.assert_array_equal(model.generate(prompt, 3, mask=mask), wanted)
-
-
-def test_generation_fills_the_learned_positions():
-    model = language_model()
-    prompt = tokens((1, 4))
-    generated = model.generate(prompt, 37)  # the last token is never fed
-    whole = jnp.concatenate([prompt, generated[:, :-1]], axis=1)
-    np.testing.assert_array_equal(generated, jnp.argmax(model(whole), -1)[:, 3:])
-    assert model.generate(tokens((1, 40)), 1).shape == (1, 1)
-    with pytest.raises(ValueError, match="max_length"):
-        model.generate(prompt, 38)
-
-
-def test_generation_stops_at_the_stop_token():
-    model, prompt = language_model(), tokens((4, 4))
-    sample = lambda **options: np.asarray(model.generate(prompt, 30, temperature=9.0, rngs=nnx.Rngs(0), **options))
-    free, stopped = sample(), sample(stop_token=3)
-    assert (free == 3).any(axis=1).all()
-    for row, wanted in zip(stopped, free, strict=True):
-        end = int(np.argmax(wanted == 3))
-        np.testing.assert_array_equal(row[: end + 1], wanted[: end + 1])
-        assert (row[end:] == 3).all()
-
-
-def test_sampling():
-    model = language_model()
-    prompt = tokens((4, 4))
-    sample = lambda seed, **options: model.generate(prompt, 20, temperature=1.5, rngs=nnx.Rngs(seed), **options)
-    np.testing.assert_array_equal(sample(0), sample(0))
-    assert (sample(0) != sample(1)).any()
-    np.testing.assert_array_equal(sample(0, top_k=1), model.generate(prompt, 20))
-    drawn = sample(0, top_k=3)
-    logits = model(jnp.concatenate([prompt, drawn[:, :-1]], axis=1))[:, 3:]
-    ranks = (logits > jnp.take_along_axis(logits, drawn[..., None], axis=-1)).sum(-1)
-    assert set(np.unique(ranks)) == {0, 1, 2}
-
-
-def test_the_smallest_temperature_takes_the_most_likely_token():
-    model, prompt = language_model(), tokens((4, 4))
-    for temperature in (1e-39, 1e-45, 1e-30):
-        drawn = model.generate(prompt, 6, temperature=temperature, rngs=nnx.Rngs(0))
-        np.testing.assert_array_equal(drawn, model.generate(prompt, 6))
-
-
-def test_top_k_takes_the_first_of_equal_tokens():
-    model = zoo.CausalLM(**SMALL, **SOFTMAX, rngs=nnx.Rngs(0))
-    model.encoder.embed.embedding[...] *= 0
-    assert set(np.unique(model.generate(tokens((4, 4)), 20, temperature=1.0, top_k=2, rngs=nnx.Rngs(0)))) == {0, 1}
-
-
-def test_generation_compiles_once():
-    from subquad.zoo import model as module
-
-    model = language_model()
-    model.generate(tokens((1, 3)), 4)
-    before = module._generate._cache_size()
-    model.generate(tokens((1, 3), seed=1), 4)
-    assert module._generate._cache_size() == before
-
-
-@pytest.mark.parametrize(
-    "arguments,word",
-    [
-        (dict(num_tokens=0), "num_tokens"),
-        (dict(num_tokens=2, temperature=-1.0), "temperature"),
-        (dict(num_tokens=2, temperature=float("nan"), rngs=nnx.Rngs(0)), "temperature"),
-        (dict(num_tokens=2, temperature=float("inf"), rngs=nnx.Rngs(0)), "temperature"),
-        (dict(num_tokens=2, top_k=0, temperature=1.0), "top_k"),
-        (dict(num_tokens=2, stop_token=11), "stop_token"),
-        (dict(num_tokens=2, stop_token=-1), "stop_token"),
-        (dict(num_tokens=2, top_k=2), "top_k"),
-        (dict(num_tokens=2, temperature=1.0), "rngs"),
-        (dict(num_tokens=100), "max_length"),
-        (dict(num_tokens=2, mask=jnp.array([[True, True, False]])), "mask"),
-        (dict(num_tokens=2, mask=jnp.ones((1, 4), bool)), "mask"),
-    ],
-)
-def test_generate_refuses(arguments, word):
-    with pytest.raises(ValueError, match=word):
-        language_model().generate(tokens((1, 3)), **arguments)
-
-
 def test_what_is_no_array_is_refused_by_name():
     model = language_model()
     for call in (model, model.encoder, lambda tokens: model.generate(tokens, 2), lambda tokens: model.extend(tokens, None)):
-        with pytest.raises(TypeError, match="tokens must be an array"):
+        with pytest.raises(TypeError, match="(tokens|prompt) must be an array"):
             call([[1, 2]])
     with pytest.raises(TypeError, match="mask must be an array"):
         model.generate(tokens((1, 2)), 2, mask=[[True, True]])
@@ -369,3 +253,29 @@ def test_remat_keeps_less_for_the_backward_pass_and_changes_no_number():
         found[remat] = jax.jit(jax.value_and_grad(loss))(state)
     assert kept[True] < 0.6 * kept[False]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found[True], found[False])
+
+
+def test_an_untied_output_projection_is_a_map_of_its_own():
+    model = zoo.CausalLM(**SMALL, **SOFTMAX, tie_embeddings=False, rngs=nnx.Rngs(0))
+    x = tokens((2, 6))
+    hidden = model.encoder(x)
+    wanted = np.asarray(hidden) @ np.asarray(model.head.kernel[...])
+    np.testing.assert_allclose(model(x), wanted, atol=1e-5)
+    assert model.head.kernel.shape == (16, 11) and model.head.bias is None
+    assert jnp.abs(model(x) - model.encoder.embed.attend(hidden)).max() > 1e-2
+    found, _ = model.extend(x, model.init_cache(2, 6))
+    np.testing.assert_allclose(found, model(x), atol=1e-4)
+    assert not hasattr(zoo.CausalLM(**SMALL, **SOFTMAX, rngs=nnx.Rngs(0)), "head")
+
+
+def test_an_embed_without_attend_needs_an_output_projection():
+    class Halves(nnx.Module):
+        def __call__(self, inputs):
+            return inputs[..., None] * jnp.ones(16) / 10
+
+    model = zoo.CausalLM(**SMALL, **SOFTMAX, embed=Halves(), tie_embeddings=False, rngs=nnx.Rngs(0))
+    assert model.generate(tokens((2, 3)), 2).shape == (2, 2)
+    with pytest.raises(ValueError, match="generate: prompt must be in 0..10, got 11"):
+        model.generate(jnp.array([[11]]), 2)
+    with pytest.raises(ValueError, match="embed must have num_embeddings >= vocab_size = 11, got 7"):
+        zoo.CausalLM(**SMALL, **SOFTMAX, embed=nnx.Embed(7, 16, rngs=nnx.Rngs(0)), tie_embeddings=False, rngs=nnx.Rngs(0))

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import dispatch, lsh
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
-from subquad.zoo.cache import KVCache, ReformerCache, append
+from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.cache import KVCache, ReformerCache, append, poisoned, write
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.tokenwise import tokenwise
 
@@ -120,7 +121,7 @@ class ReformerAttention(Attention):
         shape = (self.num_heads, self.head_features, self.num_hashes, sum(self.factors) // 2)
         return jax.random.normal(rngs.params(), shape, jnp.float32)
 
-    def project(self, inputs_q, inputs_kv):
+    def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         query, value = tokenwise(lambda inputs: (self.query(inputs), self.value(inputs)), inputs_q, is_linear=True)
         return query, query, value
 
@@ -156,14 +157,12 @@ class ReformerAttention(Attention):
         return ReformerCache(*tokens, buckets)
 
     def attend_cached(self, query, key, value, mask, cache):
-        start, room = cache.length, cache.key.shape[1]
-        tokens = append(KVCache(*cache[:4]), lsh.normalize(query)[0], value, None if mask is None else mask[:, 0, 0])
-        new = self.hash(query, room)
-        buckets = jax.lax.dynamic_update_slice_in_dim(cache.buckets, new, start, axis=2)
+        *cached, buckets = cache
+        tokens = append(KVCache(*cached), lsh.normalize(query)[0], value, mask)
+        new = self.hash(query, cache.key.shape[1])
+        buckets = write(buckets, new, cache.length, mask, axis=2)
         heads = lsh.extend(
-            query, tokens.key.astype(query.dtype), tokens.value.astype(query.dtype), new, buckets, start=start,
-            mask=tokens.valid[:, None, None], scale=self.scale, correct_duplicates=self.correct_duplicates,
-            implementation=self.implementation,
+            query, tokens.key.astype(query.dtype), tokens.value.astype(query.dtype), new, buckets, start=cache.length,
+            scale=self.scale, correct_duplicates=self.correct_duplicates, implementation=self.implementation,
         )
-        heads = jnp.where(tokens.length > room, jnp.nan, heads)  # a lonely token would not see the poisoned cache
-        return heads, ReformerCache(*tokens, buckets)
+        return poisoned(heads, tokens), ReformerCache(*tokens, buckets)

@@ -1,15 +1,21 @@
 """Softmax attention: every token sees every other, exactly."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Unpack
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import softmax
+from subquad.kernels import precision, softmax
+from subquad.zoo import masks
 from subquad.zoo import positions as encodings
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
-from subquad.zoo.cache import KVCache, append
+from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.cache import KVCache, append, poisoned
+from subquad.zoo.checks import refuse, require_extend
 
 
 class SoftmaxAttention(Attention):
@@ -20,7 +26,7 @@ class SoftmaxAttention(Attention):
     Cost: time O(T^2 N H), memory O(T) (tiles with a running maximum, recomputed in the backward pass); one extended token
         O(S N H) after S tokens.
     Differs from the paper: a row that may see no key gives 0; rotary positions (`rotary_base`) and grouped heads
-        (`num_kv_heads`) are later inventions and off by default.
+        (`num_kv_heads`) are later inventions and off by default, as is dropout of the weights (`dropout_rate`).
 
     The parameters are those of `nnx.MultiHeadAttention`: a checkpoint of one loads into the other.
 
@@ -30,12 +36,17 @@ class SoftmaxAttention(Attention):
         num_kv_heads: key/value heads K; must divide num_heads. None: num_heads; 1: multi-query attention.
         is_causal: a token sees those at its position and before.
         rotary_base: longest wavelength of rotary positions in units of 2 pi tokens, usually 10000. None: no rotation.
+        dropout_rate: probability of dropping an attention weight; `train()` and `eval()` turn it on and off, off to begin
+            with. With it a call takes memory O(T S): all weights are made. `extend` drops nothing.
+        broadcast_dropout: all samples and heads drop the same pairs of query and key, as in Flax; False: each its own.
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: [*B, N, T, S], each axis full or 1.
         positions: [T] or [*B, T]; causality and rotation compare them, so one of both must be on.  segment_ids: [T] or [*B, T].
+        deterministic: without dropout; None takes what `train()` or `eval()` set.  rngs: `rngs.dropout()` draws the dropout.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; fully masked rows are the output projection of 0.
-    Raises: ValueError: sizes that do not divide; a rotary_base that is not positive; a mask or positions of another shape.
+    Raises: ValueError: sizes that do not divide; a rotary_base that is not positive; a mask or positions of another shape;
+        a dropout_rate outside 0..1; dropout without rngs.
     Numerics: softmax in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
         >>> layer = SoftmaxAttention(4, 64, num_kv_heads=2, is_causal=True, rngs=nnx.Rngs(0))
@@ -46,7 +57,8 @@ class SoftmaxAttention(Attention):
     """
 
     supports = Support(
-        cost="T^2", cross=True, pairwise_mask=True, segment_ids=True, positions=True, grouped=True, attention_fn=True
+        cost="T^2", cross=True, pairwise_mask=True, segment_ids=True, positions=True, grouped=True, attention_fn=True,
+        weights=True,
     )
 
     def __init__(
@@ -57,6 +69,8 @@ class SoftmaxAttention(Attention):
         num_kv_heads: int | None = None,
         is_causal: bool = False,
         rotary_base: float | None = None,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
         rngs: nnx.Rngs,
         **shell: Unpack[Shell],
     ):
@@ -68,20 +82,59 @@ class SoftmaxAttention(Attention):
             )
         if rotary_base is not None and not 0 < rotary_base < math.inf:
             refuse("SoftmaxAttention", "rotary_base", rotary_base, "be None or a positive number", "10000 is usual.")
-        self.rotary_base = rotary_base
+        check_rate("SoftmaxAttention", dropout_rate)
+        self.rotary_base, self.dropout_rate, self.broadcast_dropout = rotary_base, dropout_rate, broadcast_dropout
+        self.deterministic = True  # `train()` and `eval()` set it
 
-    def attend(self, query, key, value, mask, positions=None, segment_ids=None):
-        if positions is not None and not self.is_causal and self.rotary_base is None:
-            refuse("SoftmaxAttention", "positions", "an array", "be None where neither causality nor rotation compares them",
-                   "Pass is_causal=True or rotary_base to the constructor.")
+    def draws(self, deterministic, rngs):
+        if not self.dropout_rate or (self.deterministic if deterministic is None else deterministic):
+            return {}
+        if rngs is None:
+            refuse("SoftmaxAttention", "rngs", None, "be given for dropout",
+                   "Pass nnx.Rngs(dropout=seed), or deterministic=True.")
+        return {"dropout_rng": rngs.dropout()}
+
+    def attend(
+        self, query, key, value, mask, positions=None, segment_ids=None, dropout_rng=None,
+        *, key_positions=None, bias=None, on_weights=None,
+    ):
+        """The mechanism, as in `Attention`.
+
+        Args:
+            key_positions: int [B|1, S], where they are not those of the queries.
+            bias: added to the logits; each axis full or 1, of [B, N, T, S].
+            on_weights: see `weighted_mean`.
+        """
+        if positions is not None and key_positions is None:
+            if not self.is_causal and self.rotary_base is None:
+                refuse("SoftmaxAttention", "positions", "an array",
+                       "be None where neither causality nor rotation compares them",
+                       "Pass is_causal=True or rotary_base to the constructor.")
+            key_positions = positions
         if self.rotary_base is not None:
             at = jnp.arange(query.shape[1])[None] if positions is None else positions
             query = encodings.rotary(query, at, self.rotary_base)
-            at = jnp.arange(key.shape[1])[None] if positions is None else positions
+            at = jnp.arange(key.shape[1])[None] if key_positions is None else key_positions
             key = encodings.rotary(key, at, self.rotary_base)
+        if dropout_rng is not None:
+            on_weights = functools.partial(drop, dropout_rng, self.dropout_rate, self.broadcast_dropout)
+        if on_weights is not None:
+            if self.implementation not in (None, "xla", "reference"):
+                raise NotImplementedError(
+                    f"SoftmaxAttention: implementation {self.implementation!r} stores no weights to drop or to sow. "
+                    "Pass implementation=None, dropout_rate=0 or sow_weights=False."
+                )
+            if self.is_causal:
+                at = [jnp.arange(x.shape[1])[None] if given is None else given
+                      for x, given in ((query, positions), (key, key_positions))]
+                mask = both(mask, masks.causal_mask(*at))
+            if segment_ids is not None:
+                mask = both(mask, masks.segment_mask(segment_ids, segment_ids))
+            return weighted_mean(query, key, value, mask, bias, on_weights)
         return softmax.attention(
-            query, key, value, mask=mask, is_causal=self.is_causal, query_positions=positions, key_positions=positions,
-            query_segment_ids=segment_ids, key_segment_ids=segment_ids, implementation=self.implementation,
+            query, key, value, mask=mask, bias=bias, is_causal=self.is_causal, query_positions=positions,
+            key_positions=key_positions, query_segment_ids=segment_ids, key_segment_ids=segment_ids,
+            implementation=self.implementation,
         )
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
@@ -89,14 +142,63 @@ class SoftmaxAttention(Attention):
         return KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
 
     def attend_cached(self, query, key, value, mask, cache):
-        at = cache.length + jnp.arange(query.shape[1])[None]
+        at = cache.length[:, None] + jnp.arange(query.shape[1])
         if self.rotary_base is not None:
             query = encodings.rotary(query, at, self.rotary_base)
             key = encodings.rotary(key, at, self.rotary_base)
-        cache = append(cache, key, value, None if mask is None else mask[:, 0, 0])
+        cache = append(cache, key, value, mask)
         heads = softmax.attention(
-            query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), mask=cache.valid[:, None, None],
-            is_causal=True, query_positions=at, key_positions=jnp.arange(cache.key.shape[1])[None],
-            implementation=self.implementation,
+            query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), is_causal=True, query_positions=at,
+            key_positions=jnp.arange(cache.key.shape[1])[None], implementation=self.implementation,
         )
-        return heads, cache
+        return poisoned(heads, cache), cache
+
+
+@precision.full
+def weighted_mean(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    mask: Bool[Array, "_ _ _ _"] | None,
+    bias: Float[Array, "_ _ _ _"] | None,
+    on_weights: Callable[[Float[Array, "B N T S"]], Float[Array, "B N T S"]],
+) -> Float[Array, "B T N V"]:
+    """Softmax attention with all its weights at once, in float32: memory O(T S).
+
+    Args:
+        on_weights: what it returns takes the place of the weights.
+    """
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
+    logits = product("btnh,bsnh->bnts", query, key) / math.sqrt(query.shape[3])
+    if bias is not None:
+        logits += bias.astype(logits.dtype)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
+    # A row that sees nothing gives 0, and constants in place of its logits keep -inf - -inf out of the gradient.
+    empty = jnp.isneginf(logits.max(-1, keepdims=True))
+    weights = jnp.where(empty, 0.0, jax.nn.softmax(jnp.where(empty, 0.0, logits)))
+    return product("bnts,bsnv->btnv", on_weights(weights).astype(value.dtype), value).astype(query.dtype)
+
+
+def both(mask, other):
+    """What both masks show; None shows all."""
+    return other if mask is None else mask & other
+
+
+def check_rate(owner: str, rate: float) -> None:
+    if not 0 <= rate <= 1:
+        refuse(owner, "dropout_rate", rate, "be in 0..1", "It is the probability of dropping a weight.")
+
+
+def drop(key, rate: float, is_broadcast: bool, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+    """Weights of which each is 0 with probability `rate`, and the others are so much larger; the same draws as Flax's.
+
+    Args:
+        key: of jax.random.
+        is_broadcast: all samples and heads drop the same pairs.
+    """
+    shape = (1, 1, *weights.shape[2:]) if is_broadcast else weights.shape
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return jnp.where(keep, weights / (1 - rate) if rate < 1 else 0.0, 0.0)

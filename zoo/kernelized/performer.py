@@ -7,8 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import linear
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
+from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import PerformerCache
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.features import RandomFeature, RowNorm, random_projection
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import softmax
 from subquad.kernels.axes import KeyMask
-from subquad.zoo.base import Attention, Shell, Support, refuse
+from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.checks import refuse
 
 Sharing = Literal["none", "headwise", "key_value", "layerwise"]
 

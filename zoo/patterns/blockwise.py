@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
 from subquad.kernels import block_sparse, softmax
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
-from subquad.zoo.cache import KVCache, append
+from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.cache import KVCache, append, pieces, poisoned
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.patterns.steps import in_chunks
 
 
@@ -84,7 +84,7 @@ class BlockwiseAttention(Attention):
         self.max_length, self.block_size = int(max_length), int(block_size)
         self.shifts = tuple(int(shift) for shift in shifts)
 
-    def blocks(self, length: int) -> np.ndarray:
+    def _blocks(self, length: int) -> np.ndarray:
         """int [N, ceil(length / block_size), 1]: the block of keys of each block of queries, -1 past the end."""
         if length > self.max_length:
             refuse(
@@ -95,10 +95,10 @@ class BlockwiseAttention(Attention):
                 "Construct the layer with a larger max_length.",
             )
         count = -(-length // self.block_size)
-        blocks = self.keys_of(np.arange(count)[None], np.array(self.shifts)[:, None])
+        blocks = self._keys_of(np.arange(count)[None], np.array(self.shifts)[:, None])
         return np.where(blocks < count, blocks, -1)[..., None]
 
-    def keys_of(self, block, shift):
+    def _keys_of(self, block, shift):
         """pi(block)."""
         return (block + shift) % -(-self.max_length // self.block_size)
 
@@ -107,7 +107,7 @@ class BlockwiseAttention(Attention):
             query,
             key,
             value,
-            self.blocks(query.shape[1]),
+            self._blocks(query.shape[1]),
             block_size=self.block_size,
             mask=mask,
             is_causal=self.is_causal,
@@ -128,39 +128,40 @@ class BlockwiseAttention(Attention):
 
     def attend_cached(self, query, key, value, mask, cache):
         start, batch = cache.length, len(query)
-        cache = append(cache, key, value, None if mask is None else mask[:, 0, 0])
+        cache = append(cache, key, value, mask)
         room, shifts = cache.key.shape[1], jnp.array(self.shifts)[:, None]
         # A chunk of at most one block lies in at most two blocks, and so do the keys that one head shows it.
         reach = min(room, 2 * self.block_size)
 
-        def chunk(query, at):
-            at = jnp.minimum(at + jnp.arange(query.shape[1]), self.max_length - 1)
-            wanted = self.keys_of(at // self.block_size, shifts)  # block of keys, [N, t]
+        def chunk(query, start):
+            at = jnp.minimum(start[:, None] + jnp.arange(query.shape[1]), self.max_length - 1)
+            wanted = self._keys_of(at[:, None] // self.block_size, shifts)  # block of keys, [B, N, t]
             # Where the two wanted blocks are no neighbours, the one with the larger number lies in the future.
-            first = jnp.clip(wanted.min(1) * self.block_size, 0, room - reach)
-            of = first[:, None] + jnp.arange(reach)  # position of keys, [N, s]
-
-            def own(array):  # [B, S, N, ...] -> [(N B), s, 1, ...]: for each head its own part of the cache
-                array = jax.vmap(jax.lax.dynamic_slice_in_dim, (2, 0, None, None))(array, first, reach, 1)
-                return rearrange(array, "n b s ... -> (n b) s 1 ...")
-
+            first = jnp.clip(wanted.min(2) * self.block_size, 0, room - reach)
+            of = first[..., None] + jnp.arange(reach)  # position of keys, [B, N, s]
+            own = lambda array: rearrange(pieces(array, first, reach), "b s n h -> (b n) s 1 h").astype(query.dtype)
+            by_head = lambda array: rearrange(array, "b n s -> (b n) s")
             heads = softmax.attention(
-                rearrange(query, "b t n h -> (n b) t 1 h"),
-                own(cache.key).astype(query.dtype),
-                own(cache.value).astype(query.dtype),
-                mask=rearrange(own(repeat(cache.valid, "b s -> b s n", n=self.num_heads)), "b s 1 -> b 1 1 s"),
+                rearrange(query, "b t n h -> (b n) t 1 h"),
+                own(cache.key),
+                own(cache.value),
                 is_causal=True,
-                query_positions=at[None],
-                key_positions=repeat(of, "n s -> (n b) s", b=batch),
-                query_segment_ids=repeat(wanted, "n t -> (n b) t", b=batch),
-                key_segment_ids=repeat(of // self.block_size, "n s -> (n b) s", b=batch),
+                query_positions=repeat(at, "b t -> (b n) t", n=self.num_heads),
+                key_positions=by_head(of),
+                query_segment_ids=by_head(wanted),
+                key_segment_ids=by_head(of // self.block_size),
                 implementation=self.implementation,
             )
-            return rearrange(heads, "(n b) t 1 h -> b t n h", b=batch)
+            return rearrange(heads, "(b n) t 1 h -> b t n h", b=batch)
 
-        return in_chunks(chunk, query, start, self.block_size), cache
+        return poisoned(in_chunks(chunk, query, start, self.block_size), cache), cache
+
+    def allowed(self, query_positions, key_positions):
+        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, N, T, S]."""
+        query, key = query_positions[..., None, :, None], key_positions[..., None, None, :]
+        shifts = np.array(self.shifts, np.int32).reshape(*(1,) * (query.ndim - 3), -1, 1, 1)
+        seen = key // self.block_size == self._keys_of(query // self.block_size, shifts)
+        return seen & (key <= query) if self.is_causal else seen
 
     def pattern(self, length: int) -> np.ndarray:
-        block = np.arange(length) // self.block_size
-        seen = block == self.keys_of(block, np.array(self.shifts)[:, None])[..., None]
-        return np.tril(seen) if self.is_causal else seen
+        return self.allowed(np.arange(length), np.arange(length))

@@ -7,8 +7,9 @@ import numpy as np
 from flax import nnx
 
 from subquad.kernels import softmax
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
-from subquad.zoo.cache import LocalCache
+from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.cache import LocalCache, counts, last
+from subquad.zoo.checks import refuse, require_extend
 
 
 class LocalAttention(Attention):
@@ -30,7 +31,8 @@ class LocalAttention(Attention):
         is_causal: a token sees itself and those before it.
         shell: see `Attention`.
     Call:
-        inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; padding counts as a neighbour.
+        inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; a window
+            counts real tokens.
         segment_ids: [T] or [*B, T].
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; rows that see nothing are the projection of 0.
     Raises: ValueError: a negative window; a right side when causal; a mask that is not key padding.
@@ -88,28 +90,33 @@ class LocalAttention(Attention):
         shape = (batch_size, self.window_size[0], self.num_kv_heads, self.head_features)
         # Two arrays: one array in two places cannot be donated.
         key, value = (jnp.zeros(shape, self.cache_dtype(dtype)) for _ in range(2))
-        return LocalCache(key, value, jnp.zeros(shape[:2], bool))
+        return LocalCache(key, value, jnp.zeros(batch_size, jnp.int32))
 
     def attend_cached(self, query, key, value, mask, cache):
         tokens, window = query.shape[1], self.window_size[0]
-        valid = jnp.ones(key.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], key.shape[:2])
-        new = LocalCache(key.astype(cache.key.dtype), value.astype(cache.value.dtype), valid)
-        seen = LocalCache(*(jnp.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True)))
+        keys, values = (
+            jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in ((cache.key, key), (cache.value, value))
+        )
         # The newest of the window lies just before the new tokens: distances are known, whatever came before.
         at = np.arange(window + tokens)[None]
         heads = softmax.attention(
             query,
-            seen.key.astype(query.dtype),
-            seen.value.astype(query.dtype),
-            mask=seen.valid[:, None, None],
+            keys.astype(query.dtype),
+            values.astype(query.dtype),
+            mask=(at >= window - cache.seen[:, None])[:, None, None],
             window_size=self.window_size,
             query_positions=at[:, window:],
             key_positions=at,
             implementation=self.implementation,
         )
-        return heads, LocalCache(*(array[:, tokens:] for array in seen))
+        newest = (last(array, window, tokens, mask) for array in (keys, values))
+        return heads, LocalCache(*newest, cache.seen + counts(query, mask))
+
+    def allowed(self, query_positions, key_positions):
+        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, 1, T, S]."""
+        distance = key_positions[..., None, None, :] - query_positions[..., None, :, None]
+        left, right = self.window_size
+        return (-left <= distance) & (distance <= right)
 
     def pattern(self, length: int) -> np.ndarray:
-        distance = np.arange(length) - np.arange(length)[:, None]
-        left, right = self.window_size
-        return ((-left <= distance) & (distance <= right))[None]
+        return self.allowed(np.arange(length), np.arange(length))

@@ -9,8 +9,9 @@ from flax import nnx
 
 from subquad.kernels import block_sparse, softmax, strided
 from subquad.kernels.dispatch import nearest
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
-from subquad.zoo.cache import KVCache, append
+from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.cache import KVCache, append, poisoned
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.patterns import parts
 from subquad.zoo.patterns.steps import in_chunks
 
@@ -94,7 +95,7 @@ class StridedAttention(Attention):
         self.kind, self.heads, self.stride = pattern, heads, int(stride)
         self.num_summary, self.distinct_summary = int(num_summary), distinct_summary
 
-    def columns(self, heads: int) -> np.ndarray:
+    def _columns(self, heads: int) -> np.ndarray:
         """int [N, c]: the summary columns of each head."""
         c, l = self.num_summary, self.stride
         turn = np.arange(heads) % (l // c) if self.distinct_summary else np.zeros(heads, int)
@@ -108,16 +109,16 @@ class StridedAttention(Attention):
             far = functools.partial(strided.attention, stride=l, window_size=None, **options)
         else:
             fixed = functools.partial(strided.fixed, block_size=l, **options)
-            columns = lambda query: self.columns(query.shape[2] if self.distinct_summary else 1)
+            columns = lambda query: self._columns(query.shape[2] if self.distinct_summary else 1)
             union = lambda *arrays: fixed(*arrays, columns=columns(arrays[0]))
             far = lambda *arrays: fixed(*arrays, columns=columns(arrays[0]), own_block=False)
             own = np.arange(-(-query.shape[1] // l))[None, :, None]
             near = functools.partial(block_sparse.attention, blocks=own, block_size=l, **options)
         if self.heads == "merged":
             return union(query, key, value)
-        return self.separate(near, far, query, key, value)
+        return self._separate(near, far, query, key, value)
 
-    def separate(self, near, far, *arrays):
+    def _separate(self, near, far, *arrays):
         """`near` of the even heads and `far` of the odd ones, of arrays [B, T, N, ...]."""
         even, odd = (function(*(array[:, :, of] for array in arrays)) for function, of in ((near, EVEN), (far, ODD)))
         order = np.argsort(np.arange(self.num_heads) % 2, kind="stable")
@@ -129,49 +130,52 @@ class StridedAttention(Attention):
 
     def attend_cached(self, query, key, value, mask, cache):
         start, l = cache.length, self.stride
-        cache = append(cache, key, value, None if mask is None else mask[:, 0, 0])
-        keys = parts.Keys(cache.key, cache.value, cache.valid)
+        cache = append(cache, key, value, mask)
+        keys = parts.Keys(cache.key, cache.value)
 
         def attend(query, key, value, **options):
             key, value = key.astype(query.dtype), value.astype(query.dtype)  # what a piece reads, not the whole cache
             return softmax.attention(query, key, value, return_lse=True, implementation=self.implementation, **options)
 
         def chunk(query, start):
-            at = (start + jnp.arange(query.shape[1]))[None] // l
+            at = start[:, None] + jnp.arange(query.shape[1])
 
             def near(query, keys):
                 piece = parts.window if self.kind == "strided" else parts.block
-                return piece(attend, query, keys, start, l)
+                return piece(attend, query, keys, at, l)
 
             def far(query, keys, alone=True):
                 if self.kind == "strided":
-                    return parts.residues(attend, query, keys, start, l, 0 if alone else 2)
-                columns = self.columns(query.shape[2])
-                own = parts.block(attend, query, keys, start, l, columns) if alone else []
+                    return parts.residues(attend, query, keys, at, l, 0 if alone else 2)
+                columns = self._columns(query.shape[2])
+                own = parts.block(attend, query, keys, at, l, columns) if alone else []
                 return own + parts.summaries(attend, query, keys, at, l, columns)
 
             if self.heads == "merged":
                 return combine(near(query, keys) + far(query, keys, alone=False))
             even, odd = (lambda query: near(query, keys.of(EVEN))), (lambda query: far(query, keys.of(ODD)))
-            return self.separate(lambda query: combine(even(query)), lambda query: combine(odd(query)), query)
+            return self._separate(lambda query: combine(even(query)), lambda query: combine(odd(query)), query)
 
-        return in_chunks(chunk, query, start, l), cache
+        return poisoned(in_chunks(chunk, query, start, l), cache), cache
+
+    def allowed(self, query_positions, key_positions):
+        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, N|1, T, S]."""
+        query, key, l = query_positions[..., None, :, None], key_positions[..., None, None, :], self.stride
+        by_head = lambda array: array.reshape(*(1,) * (query.ndim - 3), *array.shape)
+        if self.kind == "strided":
+            near, far = abs(query - key) <= l, (query - key) % l == 0
+        else:
+            columns = self._columns(self.num_heads)
+            if self.heads == "separate":  # head 2 i + 1 is number i of the odd ones
+                columns = columns[np.arange(self.num_heads) // 2]
+            is_column = (key % l)[..., None] == by_head(columns.astype(np.int32)[:, None, None])
+            near, far = query // l == key // l, is_column.any(-1)
+        is_odd = by_head((np.arange(self.num_heads) % 2 == 1)[:, None, None])
+        seen = near | far if self.heads == "merged" else ~is_odd & near | is_odd & far
+        return seen & (key <= query) if self.is_causal else seen
 
     def pattern(self, length: int) -> np.ndarray:
-        at, of, l = np.arange(length)[:, None], np.arange(length), self.stride
-        if self.kind == "strided":
-            near, far = (abs(at - of) <= l)[None], ((at - of) % l == 0)[None]
-        else:
-            ranks = self.num_heads if self.heads == "merged" else self.num_heads // 2
-            near, far = (at // l == of // l)[None], parts.column_mask(self.columns(ranks), ranks, l)[:, None, of % l]
-        shape = (self.num_heads, length, length)
-        near, far = np.broadcast_to(near, (1, length, length)), np.broadcast_to(far, (len(far), length, length))
-        if self.heads == "merged":
-            seen = near | far
-        else:
-            seen = np.empty(shape, bool)
-            seen[0::2], seen[1::2] = near, far
-        return np.tril(seen) if self.is_causal else seen
+        return self.allowed(np.arange(length), np.arange(length))
 
 
 def combine(pieces: parts.Parts):

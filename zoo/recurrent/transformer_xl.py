@@ -11,8 +11,9 @@ from flax.nnx.nn.linear import default_kernel_init
 from jax import lax
 
 from subquad.kernels import relative
-from subquad.zoo.base import Attention, Shell, Support, refuse, require_extend
-from subquad.zoo.cache import TransformerXLCache
+from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.cache import TransformerXLCache, counts, last
+from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.positions import sinusoidal
 
 
@@ -38,7 +39,7 @@ class TransformerXLAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features.
         in_features: features D of the inputs.
-        segment_length: tokens L of a segment, counted from the first token (padding counts).
+        segment_length: tokens L of a segment, counted from the first real token.
         memory_length: tokens M of memory before a segment; 0: none.
         is_causal: must be True.
         shell: see `Attention`.
@@ -84,7 +85,7 @@ class TransformerXLAttention(Attention):
         self.content_bias = nnx.Param(bias(rngs.params(), shape, self.param_dtype))
         self.position_bias = nnx.Param(bias(rngs.params(), shape, self.param_dtype))
 
-    def project(self, inputs_q, inputs_kv):
+    def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """The inputs themselves: they are projected segment by segment, with their memory."""
         return (inputs_q,)
 
@@ -92,35 +93,37 @@ class TransformerXLAttention(Attention):
         # No more memory than the last segment can have.
         room = min(self.memory_length, (inputs.shape[1] - 1) // self.segment_length * self.segment_length)
         past = jnp.zeros((inputs.shape[0], room, inputs.shape[2]), inputs.dtype)
-        return self._run(inputs, _valid(inputs, mask), past, jnp.zeros(past.shape[:2], bool))[0]
+        return self._run(inputs, past, jnp.zeros(inputs.shape[0], jnp.int32), mask)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> TransformerXLCache:
         """An empty cache; it keeps a fixed number of tokens and takes more than max_length without harm."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
         room = self.memory_length + self.segment_length - 1
         hidden = jnp.zeros((batch_size, room, self.in_features), self.cache_dtype(dtype))
-        return TransformerXLCache(hidden, jnp.zeros((batch_size, room), bool), jnp.zeros((), jnp.int32))
+        return TransformerXLCache(hidden, jnp.zeros(batch_size, jnp.int32))
 
     def attend_cached(self, inputs, mask, cache):
-        past = cache.hidden.astype(inputs.dtype)
-        heads, past, valid = self._run(inputs, _valid(inputs, mask), past, cache.valid, cache.position)
-        position = (cache.position + inputs.shape[1]) % self.segment_length
-        return heads, TransformerXLCache(past.astype(cache.hidden.dtype), valid, position)
+        past, (room, tokens) = cache.hidden.astype(inputs.dtype), (cache.hidden.shape[1], inputs.shape[1])
+        heads = self._run(inputs, past, cache.seen, mask, cache.seen % self.segment_length)
+        past = last(jnp.concatenate([past, lax.stop_gradient(inputs)], axis=1), room, tokens, mask)
+        return heads, TransformerXLCache(past.astype(cache.hidden.dtype), cache.seen + counts(inputs, mask))
 
-    def _run(self, inputs, valid, past, past_valid, position=None):
+    def _run(self, inputs, past, known, mask, position=None):
         """Attention of the inputs in chunks of segment_length, each to the `past` before it and to itself.
 
         Args:
-            inputs: [B, T, D] with `valid` [B, T].
-            past: [B, P, D], the inputs just before, with `past_valid` [B, P].
-            position: of the first input in its segment; then each token's own segment bounds what it sees of the past.
+            inputs: [B, T, D] with key padding `mask` [B, 1, 1, T] or None.
+            past: [B, P, D], the inputs just before, of which the last `known` [B] are some.
+            position: of the first input in its segment, [B]; then each token's own segment bounds what it sees of the past.
                 None: the chunks are the segments, and the past is their memory.
-        Returns: the heads [B, T, N, H], and `past` and `past_valid` of the token after the last.
+        Returns: the heads [B, T, N, H].
         """
         length, room = inputs.shape[1], past.shape[1]
         size = min(self.segment_length, length)
         relative_key = self.relative(sinusoidal(jnp.arange(room + size), self.position_features))
         past = lax.stop_gradient(past)
+        past_valid = jnp.arange(room) >= room - known[:, None]
+        valid = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], inputs.shape[:2])
 
         def chunk(memory, xs):
             hidden, own = xs
@@ -152,23 +155,15 @@ class TransformerXLAttention(Attention):
         if whole < length:
             _, heads = chunk(memory, (inputs[:, whole:], valid[:, whole:]))
             outputs.append(heads)
-        past = jnp.concatenate([past, lax.stop_gradient(inputs)], axis=1)[:, length:]
-        return jnp.concatenate(outputs, axis=1), past, jnp.concatenate([past_valid, valid], axis=1)[:, length:]
+        return jnp.concatenate(outputs, axis=1)
 
     def _reaches(self, position, length, room):
-        """True where a token's segment and its memory hold the key: [T, P + T], without regard to causality."""
-        in_segment = (position + jnp.arange(length)) % self.segment_length
+        """True where a token's segment and its memory hold the key: [B, 1, T, P + T], without regard to causality."""
+        in_segment = (position[:, None] + jnp.arange(length)) % self.segment_length
         distance = room + jnp.arange(length)[:, None] - jnp.arange(room + length)
-        return distance <= self.memory_length + in_segment[:, None]
+        return distance <= self.memory_length + in_segment[:, None, :, None]
 
     def pattern(self, length: int) -> np.ndarray:
         query, key = np.arange(length)[:, None], np.arange(length)
         start = query // self.segment_length * self.segment_length
         return ((start - self.memory_length <= key) & (key <= query))[None]
-
-
-def _valid(inputs, mask):
-    """Key padding as [B, T]."""
-    if mask is None:
-        return jnp.ones(inputs.shape[:2], bool)
-    return jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))[:, 0, 0]

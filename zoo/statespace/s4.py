@@ -10,8 +10,11 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import dispatch, ssm
-from subquad.zoo.base import Support, check_call, check_causality, check_extend, refuse, require_extend
-from subquad.zoo.cache import S4Cache
+from subquad.zoo import padding
+from subquad.zoo.base import Support
+from subquad.zoo.cache import S4Cache, counts
+from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
+from subquad.zoo.compilation import compile_once
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.system import Mode, StateSpace, check_system
 from subquad.zoo.tokenwise import tokenwise
@@ -55,8 +58,7 @@ class S4(nnx.Module):
         implementation: of the kernels; None takes the best that can run here, "reference" has forward derivatives, too.
         rngs: `rngs.params()` draws the parameters.
     Call:
-        inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]. A token masked out counts as 0; time
-            passes at it all the same.
+        inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
     Raises: ValueError: an odd state_size, an unknown name, or a mode without that init or discretisation.
     Numerics: kernels, convolution and states in float32; convolution and recurrence agree to 2e-5.
@@ -99,10 +101,7 @@ class S4(nnx.Module):
         num_ssm = in_features if num_ssm is None else num_ssm
         if discretization is None:
             discretization = "bilinear" if mode == "dplr" else "zoh"
-        sizes = dict(in_features=in_features, out_features=out_features, state_size=state_size, num_ssm=num_ssm)
-        for name, size in sizes.items():
-            if not isinstance(size, int | np.integer) or size < 1:
-                refuse(owner, name, repr(size), "be a positive integer", "Check the constructor.")
+        check_sizes(owner, in_features=in_features, out_features=out_features, state_size=state_size, num_ssm=num_ssm)
         system = dict(state_size=state_size, mode=mode, init=init, discretization=discretization, num_ssm=num_ssm,
                       dt_min=dt_min, dt_max=dt_max)
         check_system(owner, in_features, **system)
@@ -119,10 +118,9 @@ class S4(nnx.Module):
             in_features, out_features * (2 if glu else 1), dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
         )
 
-    def _prepare(self, inputs, mask):
-        """The inputs in the dtype of the computation, 0 where masked out."""
-        (inputs, _) = promote_dtype((inputs, self.skip[...]), dtype=self.dtype)
-        return inputs if mask is None else jnp.where(mask[:, 0, 0, :, None], inputs, 0)
+    def _promote(self, inputs):
+        """The inputs in the dtype of the computation."""
+        return promote_dtype((inputs, self.skip[...]), dtype=self.dtype)[0]
 
     def _mix(self, inputs, responses):
         """The pointwise rest of the layer, from u and C x."""
@@ -138,6 +136,7 @@ class S4(nnx.Module):
         self,
         inputs_q: Float[Array, "*B T D"],
         inputs_kv: None = None,
+        inputs_v: None = None,
         *,
         mask: Bool[Array, "..."] | None = None,
         positions: None = None,
@@ -146,10 +145,16 @@ class S4(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*B T F"]:
         """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; nothing is drawn."""
-        call = check_call(self, 1, inputs_q, inputs_kv, mask, positions, segment_ids)
-        inputs = self._prepare(call.inputs_q, call.mask)
-        outputs = tokenwise(self._mix, inputs, self.system.respond(inputs))
+        call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
+        outputs = self._call(call.inputs_q, call.mask)
         return outputs.reshape(*call.batch, *outputs.shape[1:])
+
+    @compile_once
+    def _call(self, inputs, mask):
+        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
+        inputs = self._promote(inputs if order is None else order.pack(inputs))
+        outputs = tokenwise(self._mix, inputs, self.system.respond(inputs))
+        return outputs if order is None else order.unpack(outputs)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> S4Cache:
         """The state before the first token. It holds float32 numbers for any length: max_length and dtype change nothing."""
@@ -162,11 +167,18 @@ class S4(nnx.Module):
         Args:
             inputs: the new tokens.
             cache: of `init_cache`, or of the call before; not changed.
-            mask: key padding of the new tokens; a token masked out counts as 0 and time passes, as in a call.
+            mask: key padding of the new tokens; no time passes at a token masked out.
         """
-        inputs = self._prepare(inputs, check_extend(self, inputs, cache, mask))
-        responses, state = self.system.recur(inputs, cache.state)
-        return tokenwise(self._mix, inputs, responses), S4Cache(state)
+        mask = check_extend(self, inputs, cache, mask)
+        return self._extend(inputs, cache, mask)
+
+    @compile_once
+    def _extend(self, inputs, cache, mask):
+        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
+        inputs = self._promote(inputs if order is None else order.pack(inputs))
+        responses, state = self.system.recur(inputs, cache.state, None if mask is None else counts(inputs, mask))
+        outputs = tokenwise(self._mix, inputs, responses)
+        return outputs if order is None else order.unpack(outputs), S4Cache(state)
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""

@@ -1,16 +1,18 @@
 """Trainable linear systems, one per feature: the parameters of state space layers, and their two ways to run."""
 
+import math
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import repeat
+from einops import rearrange, repeat
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from subquad.kernels import convolution, dispatch, ssm
-from subquad.zoo.base import refuse
+from subquad.zoo.cache import pieces
+from subquad.zoo.checks import refuse
 from subquad.zoo.statespace import hippo
 
 Mode = Literal["dplr", "diagonal"]
@@ -123,8 +125,37 @@ class StateSpace(nnx.Module):
         )
         return responses + jnp.pad(ahead[0][:, 1:], ((0, 0), (0, 1), (0, 0))) if ahead else responses
 
-    def recur(self, inputs: Float[Array, "B T D"], state: Float[Array, "B D P"]):
-        """T more inputs from `state` on, through the first C -> (responses [B, T, D], state)."""
+    def recur(self, inputs: Float[Array, "B T D"], state: Float[Array, "B D P"], counts: Int[Array, "B"] | None = None):
+        """T more inputs from `state` on, through the first C -> (responses [B, T, D], state).
+
+        `counts` is how many of them each sample has, the first ones: the state is that after these, and the responses to
+        the others mean nothing. It costs sqrt(T) steps more. None: all.
+        """
+        if counts is None:
+            return self._advance(inputs, state)
+
+        def advance(parts, state, taken):  # of parts [n, B, c, D], the first `taken` [B] of which move the state that is kept
+
+            def step(states, work):
+                running, kept = states
+                part, i = work
+                responses, running = self._advance(part, running)
+                return (running, jnp.where((i < taken)[:, None, None], running, kept)), responses
+
+            (_, kept), responses = jax.lax.scan(step, (state, state), (parts, jnp.arange(len(parts))))
+            return rearrange(responses, "n b c d -> b (n c) d"), kept
+
+        # A sample's last state is after whole parts of c tokens, and then after some tokens of the next part.
+        length = inputs.shape[1]
+        size = math.isqrt(length)
+        padded = jnp.pad(inputs, ((0, 0), (0, -length % size), (0, 0)))
+        responses, state = advance(rearrange(padded, "b (n c) d -> n b c d", c=size), state, counts // size)
+        if size > 1:
+            rest = pieces(padded, counts // size * size, size)
+            _, state = advance(rearrange(rest, "b n d -> n b 1 d"), state, counts % size)
+        return responses[:, :length], state
+
+    def _advance(self, inputs, state):
         if self.mode == "diagonal":
             return self._scan(inputs, 0, initial_state=state, return_state=True)
         diagonal, low_rank, input_matrix, output_matrix, step = self._system()

@@ -1,0 +1,137 @@
+"""Patterns against the papers' definitions, spelt out here query by query and key by key, without the layers' own code."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from subquad import zoo
+
+LENGTHS = (1, 2, 7, 8, 9, 23)
+
+
+def spelt_out(heads, length, sees) -> np.ndarray:
+    """bool [N, T, T]: `sees(head, query, key)` of every head, query and key."""
+    return np.array([[[sees(h, t, s) for s in range(length)] for t in range(length)] for h in range(heads)], bool)
+
+
+def check(layer, heads, sees):
+    for length in LENGTHS:
+        pattern = layer.pattern(length)
+        assert pattern.dtype == bool and pattern.shape in ((1, length, length), (heads, length, length))
+        want = spelt_out(heads, length, sees)
+        np.testing.assert_array_equal(np.broadcast_to(pattern, want.shape), want, err_msg=f"{length} tokens")
+
+
+def build(name, count, is_causal, **options):
+    return zoo.make(name, in_features=4 * count, num_heads=count, is_causal=is_causal, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("given,left,right,is_causal", [
+    (0, 0, 0, False), (3, 3, 3, False), ((2, 5), 2, 5, False), ((5, 2), 5, 2, False), ((4, 0), 4, 0, False),
+    ([0, 3], 0, 3, False), (0, 0, 0, True), (3, 3, 0, True), ((6, 0), 6, 0, True), (100, 100, 100, False),
+], ids=str)
+def test_local(given, left, right, is_causal):
+    """A token, `left` tokens before it and `right` after it (Longformer, section 3.1)."""
+    check(build("local", 2, is_causal, window_size=given), 2, lambda h, t, s: t - left <= s <= t + right)
+
+
+@pytest.mark.parametrize("heads", ["merged", "separate"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("stride", [1, 4, 5, 40])
+def test_strided(heads, is_causal, stride):
+    """Sparse Transformer, section 4.3: A1 = {t - l, ..., t} and A2 = {s : (t - s) mod l = 0}; mirrored where not causal."""
+
+    def sees(head, t, s):
+        if is_causal and s > t:
+            return False
+        near, far = abs(t - s) <= stride, (t - s) % stride == 0
+        return (near or far) if heads == "merged" else (far if head % 2 else near)
+
+    check(build("strided", 5, is_causal, stride=stride, heads=heads), 5, sees)
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("heads", ["merged", "separate"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("stride,summary", [(4, 1), (5, 2), (6, 3), (3, 3)])
+def test_fixed(heads, is_causal, distinct, stride, summary):
+    """Section 4.3: A1 = {s : s // l = t // l} and A2 = {s : the last c of a block of l}; with `distinct_summary` the n-th head
+    that has columns takes the n-th c from the end of the block, and begins again where a block has no more."""
+    count = 6
+
+    def columns(head):
+        rank = 0
+        if distinct:
+            rank = (head if heads == "merged" else head // 2) % (stride // summary)
+        last = stride - rank * summary
+        return range(last - summary, last)
+
+    def sees(head, t, s):
+        if is_causal and s > t:
+            return False
+        near, far = t // stride == s // stride, s % stride in columns(head)
+        return (near or far) if heads == "merged" else (far if head % 2 else near)
+
+    options = dict(pattern="fixed", stride=stride, num_summary=summary, distinct_summary=distinct, heads=heads)
+    check(build("strided", count, is_causal, **options), count, sees)
+
+
+@pytest.mark.parametrize("stride,summary", [(4, 1), (15, 1), (16, 1), (32, 2), (100, 6)])
+def test_fixed_has_a_sixteenth_of_the_stride_as_columns(stride, summary):
+    layer = build("strided", 2, True, pattern="fixed", stride=stride, heads="separate")
+    assert layer.pattern(2 * stride)[1, -1].sum() == 2 * summary
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("longest,size,shifts", [
+    (24, 4, (0, 1, 2, 5)), (23, 5, (0, -1, 3, 14)), (30, 7, (-1, 12, -16, 2)), (23, 40, (0, 1, 2, 3)),
+])
+def test_blockwise(is_causal, longest, size, shifts):
+    """BlockBERT, section 3: head h sends the queries of block i to the keys of block pi_h(i) = (i + shift_h) mod n."""
+    blocks = 0
+    while blocks * size < longest:
+        blocks += 1
+
+    def sees(head, t, s):
+        target = t // size + shifts[head]
+        while target < 0:
+            target += blocks
+        while target >= blocks:
+            target -= blocks
+        return s // size == target and not (is_causal and s > t)
+
+    check(build("blockwise", 4, is_causal, max_length=longest, block_size=size, shifts=shifts), 4, sees)
+
+
+@pytest.mark.parametrize("heads,ones,twos", [(1, 0, 0), (2, 1, 0), (3, 1, 1), (6, 1, 1), (11, 1, 1), (12, 2, 2), (24, 4, 4)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_blockwise_divides_its_heads(heads, ones, twos, is_causal):
+    """Most heads stay, a sixth moves by one block and a sixth by two: forward, or back where a token sees no later one."""
+    sign = -1 if is_causal else 1
+    want = (0,) * (heads - ones - twos) + (sign,) * ones + (2 * sign,) * twos
+    assert build("blockwise", heads, is_causal, max_length=24, block_size=4).shifts == want
+
+
+@pytest.mark.parametrize("segment,memory", [(5, 7), (4, 2), (3, 0), (1, 3), (32, 8)])
+def test_transformer_xl(segment, memory):
+    """Dai et al., section 3.2: the tokens of the own segment so far and the `memory` tokens before the segment."""
+
+    def sees(head, t, s):
+        first = t
+        while first % segment:  # back to the first token of the segment
+            first -= 1
+        return first - memory <= s <= t
+
+    check(build("transformer_xl", 2, True, segment_length=segment, memory_length=memory), 2, sees)
+
+
+@pytest.mark.parametrize("name,options", [
+    ("softmax", dict(num_heads=2)), ("performer", dict(num_heads=2)), ("reformer", dict(num_heads=2)),
+    ("linformer", dict(num_heads=2, max_length=30)), ("s4", {}),
+], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_all_others_may_see_all(name, options, is_causal):
+    if is_causal and not zoo.LAYERS[name].supports.causal:
+        pytest.skip("bidirectional only")
+    layer = zoo.make(name, in_features=8, is_causal=is_causal, rngs=nnx.Rngs(0), **options)
+    check(layer, 1, lambda h, t, s: s <= t or not is_causal)

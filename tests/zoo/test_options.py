@@ -1,0 +1,213 @@
+"""Every option of every constructor reaches the layer: what it computes, what it draws, or what shapes it has."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subquad import zoo
+from subquad.kernels import lsh
+from subquad.zoo.base import Attention, options_of
+from subquad.zoo.lowrank.linformer import LinformerProjection
+
+from .cases import FEATURES, inputs
+
+LENGTH = 24
+
+# What an option does to the outputs of a layer with the same variables: (layer, the other options, the option, its value).
+# `is_causal` has no row: the contract suite runs both directions.
+COMPUTED = [
+    ("softmax", dict(num_heads=2), "rotary_base", 100.0),
+    ("blockwise", dict(num_heads=4, block_size=5, max_length=25), "max_length", 40),  # other permutations
+    ("blockwise", dict(num_heads=4, max_length=24), "block_size", 5),
+    ("blockwise", dict(num_heads=4, max_length=24, block_size=5), "shifts", (1, -1, 0, 3)),
+    ("local", dict(num_heads=2, window_size=3), "window_size", 5),
+    ("local", dict(num_heads=2, window_size=3), "window_size", (3, 2)),
+    ("local", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
+    ("local", dict(num_heads=2, window_size=3, is_causal=True), "window_size", (5, 0)),
+    ("strided", dict(num_heads=2, stride=4), "pattern", "fixed"),
+    ("strided", dict(num_heads=2, stride=4), "stride", 5),
+    ("strided", dict(num_heads=2, stride=4), "heads", "separate"),
+    ("strided", dict(num_heads=2, stride=4, pattern="fixed"), "num_summary", 2),
+    ("strided", dict(num_heads=2, stride=4, pattern="fixed"), "distinct_summary", True),
+    ("strided", dict(num_heads=2, stride=4, pattern="fixed"), "heads", "separate"),
+    ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "chunk_size", 4),
+    ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=4), "chunks_before", 2),
+    ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=4), "chunks_after", 1),
+    ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "scale", 1.0),
+    ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "reach", "chunk"),
+    ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "correct_duplicates", False),
+    ("performer", dict(num_heads=2, num_features=16), "kernel", "relu"),
+    ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
+    ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
+    ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
+]
+
+# What an option does to the values that are drawn; all other variables stay: (..., the variables that change).
+DRAWN = [
+    ("performer", dict(num_heads=2, num_features=16), "orthogonal", False, {"projection"}),
+    ("performer", dict(num_heads=2, num_features=16), "row_norm", "sqrt", {"projection"}),
+    ("s4", dict(state_size=4, mode="diagonal"), "init", "lin", {"system/frequency", "system/input_matrix"}),
+    ("s4", dict(state_size=8, mode="diagonal"), "init", "inv", {"system/frequency", "system/input_matrix"}),
+    ("s4", dict(state_size=4), "dt_min", 0.01, {"system/log_step"}),
+    ("s4", dict(state_size=4), "dt_max", 0.5, {"system/log_step"}),
+]
+
+# What an option does to the shapes of variables; None: there is no such variable.
+SHAPED = [
+    ("softmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("local", dict(num_heads=4), "num_kv_heads", 1, {"key/kernel": (16, 1, 4), "value/kernel": (16, 1, 4)}),
+    ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
+    ("reformer", dict(num_heads=2), "num_buckets", (4, 6), {"rotations": (2, 8, 4, 5)}),
+    ("linformer", dict(num_heads=2, max_length=24), "max_length", 30, {"projection/key": (30, 256)}),
+    ("linformer", dict(num_heads=2, max_length=24), "num_landmarks", 5, {"projection/value": (24, 5)}),
+    ("linformer", dict(num_heads=2, max_length=24), "sharing", "key_value", {"projection/value": None}),
+    ("linformer", dict(num_heads=2, max_length=24), "sharing", "none", {"projection/key": (2, 24, 256)}),
+    ("performer", dict(num_heads=2), "num_features", 20, {"projection": (20, 8)}),
+    ("s4", dict(), "state_size", 6, {"system/frequency": (16, 3), "system/output_matrix": (2, 16, 3, 2)}),
+    ("s4", dict(), "num_ssm", 4, {"system/frequency": (4, 32), "system/log_step": (16,)}),
+    ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
+    ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
+    ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+]
+
+# Each has a test of its own: below, in the layer's own file (dropout), or in the contract suite.
+OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
+SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
+ALONE = {"linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}}
+
+SIZES = {"blockwise": dict(max_length=24), "linformer": dict(max_length=24)}
+
+
+def build(name, **options):
+    heads = {} if name == "s4" else dict(num_heads=2)
+    return zoo.make(name, in_features=FEATURES, rngs=nnx.Rngs(0), **{**heads, **options})
+
+
+def variables(layer) -> dict:
+    return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(layer))}
+
+
+@functools.cache
+def default(name, items):
+    layer = build(name, **dict(items))
+    return nnx.state(layer), jax.jit(lambda x: layer(x))(inputs(LENGTH))
+
+
+@pytest.mark.parametrize("name,options,option,value", COMPUTED, ids=str)
+def test_an_option_changes_the_outputs(name, options, option, value):
+    state, want = default(name, tuple(options.items()))
+    layer = build(name, **{**options, option: value})
+    nnx.update(layer, state)
+    got = jax.jit(lambda x: layer(x))(inputs(LENGTH))
+    assert got.shape == want.shape and jnp.isfinite(got).all()
+    assert jnp.abs(got - want).max() > 0.01 * jnp.abs(want).max()
+
+
+@pytest.mark.parametrize("name,options,option,value,changed", DRAWN, ids=str)
+def test_an_option_changes_what_is_drawn(name, options, option, value, changed):
+    before, after = variables(build(name, **options)), variables(build(name, **{**options, option: value}))
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+    assert {path for path in before if (before[path] != after[path]).any()} == changed
+
+
+@pytest.mark.parametrize("name,options,option,value,shapes", SHAPED, ids=str)
+def test_an_option_changes_shapes(name, options, option, value, shapes):
+    before, after = variables(build(name, **options)), variables(build(name, **{**options, option: value}))
+    for path, shape in shapes.items():
+        assert path in before
+        assert jnp.shape(after[path]) == shape if shape else path not in after
+
+
+@pytest.mark.parametrize("name", zoo.LAYERS)
+def test_every_option_has_a_test(name):
+    known = {row[2] for row in [*COMPUTED, *DRAWN, *SHAPED] if row[0] == name} | ALONE.get(name, set())
+    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_S4
+    assert options_of(zoo.LAYERS[name]) <= known, "a new option needs a row in COMPUTED, DRAWN or SHAPED"
+
+
+# Options with an exact meaning.
+
+
+def test_s4s_gate_is_the_second_half():
+    layer, plain = (build("s4", state_size=4, mode="diagonal", glu=glu) for glu in (True, False))
+    x, halves, graph = inputs(7), [], nnx.graphdef(plain)
+    run = jax.jit(lambda state: nnx.merge(graph, state)(x))
+    nnx.update(plain.system, nnx.state(layer.system))
+    plain.skip[...] = layer.skip[...]
+    for half in (slice(0, FEATURES), slice(FEATURES, None)):
+        plain.out.kernel[...], plain.out.bias[...] = layer.out.kernel[..., half], layer.out.bias[half]
+        halves.append(run(nnx.state(plain)))
+    np.testing.assert_allclose(jax.jit(lambda: layer(x))(), halves[0] * jax.nn.sigmoid(halves[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [
+    dict(chunks_before=0, chunks_after=2, scale=0.7, reach="chunk"),
+    dict(chunks_before=2, chunks_after=0, scale=None, reach="bucket", correct_duplicates=False),
+    dict(chunks_before=1, chunks_after=1, scale=1.0, reach="ring", correct_duplicates=False),
+], ids=str)
+def test_reformer_hands_its_options_on(given):
+    layer = build("reformer", num_hashes=2, num_buckets=4, chunk_size=4, is_causal=True, **given)
+    query, value = (jax.random.normal(jax.random.key(seed), (2, LENGTH, 2, 8)) for seed in range(2))
+    mask = jnp.ones((2, 1, 1, LENGTH), bool).at[0, ..., 20:].set(False)
+    buckets = lsh.hash_buckets(query, layer.rotations[...], factors=(4,))
+    want = lsh.attention(query, value, buckets, num_buckets=4, chunk_size=4, mask=mask, is_causal=True, **given)
+    np.testing.assert_allclose(layer.attend(query, query, value, mask), want, atol=1e-6)
+
+
+def test_linformer_mixes_with_the_projection_it_is_given():
+    given = LinformerProjection(LENGTH, 4, num_heads=2, share_key_value=False, rngs=nnx.Rngs(5))
+    layer = build("linformer", sharing="layerwise", projection=given)
+    assert layer.projection is given
+    owned = build("linformer", max_length=LENGTH, num_landmarks=4, sharing="none")
+    nnx.update(owned, nnx.state(layer))
+    np.testing.assert_array_equal(layer(inputs(LENGTH)), owned(inputs(LENGTH)))
+
+
+# The shell.
+
+OF_THE_SHELL = [name for name, layer in zoo.LAYERS.items() if issubclass(layer, Attention)]
+
+
+@pytest.mark.parametrize("name", OF_THE_SHELL)
+def test_the_shell_takes_sizes_and_initialisers(name):
+    ones, twos = nnx.initializers.ones, nnx.initializers.constant(2.0)
+    layer = build(name, num_heads=4, qkv_features=8, out_features=5, kernel_init=ones, bias_init=twos, **SIZES.get(name, {}))
+    found = variables(layer)
+    kernels = {path: leaf for path, leaf in found.items() if path.endswith("/kernel")}
+    assert {path: leaf.shape for path, leaf in kernels.items()} == {
+        path: (4, 2, 5) if path == "out/kernel" else (FEATURES, 4, 2) for path in kernels
+    }
+    assert {"query/kernel", "value/kernel", "out/kernel"} <= set(kernels)
+    assert all((leaf == 1).all() for leaf in kernels.values())
+    biases = {path: leaf for path, leaf in found.items() if path.endswith("/bias")}
+    assert {"query/bias", "value/bias", "out/bias"} <= set(biases) and all((leaf == 2).all() for leaf in biases.values())
+    bare = variables(build(name, use_bias=False, **SIZES.get(name, {})))
+    assert set(bare) == set(variables(build(name, **SIZES.get(name, {})))) - set(biases)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_THE_SHELL if zoo.LAYERS[name].supports.cross])
+def test_keys_and_values_may_have_other_features(name):
+    layer = build(name, in_kv_features=5, **SIZES.get(name, {}))
+    found = variables(layer)
+    assert {path: found[f"{path}/kernel"].shape[0] for path in ("query", "key", "value")} == {
+        "query": FEATURES, "key": 5, "value": 5}  # fmt: skip
+    context = jax.random.normal(jax.random.key(1), (2, 9, 5))
+    y, other = layer(inputs(7), context), layer(inputs(7), context, context[:, ::-1])
+    assert y.shape == (2, 7, FEATURES) and jnp.abs(y - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", zoo.LAYERS)
+def test_dtypes_and_precision_reach_every_map(name):
+    highest = jax.lax.Precision.HIGHEST
+    layer = build(name, dtype=jnp.bfloat16, param_dtype=jnp.float16, precision=highest, **SIZES.get(name, {}))
+    maps = [module for _, module in nnx.iter_graph(layer) if isinstance(module, nnx.Linear | nnx.LinearGeneral)]
+    assert len(maps) == {"s4": 1, "reformer": 3, "transformer_xl": 5}.get(name, 4)
+    for module in maps:
+        assert (module.dtype, module.param_dtype, module.precision) == (jnp.bfloat16, jnp.float16, highest)
+    params = jax.tree.leaves(nnx.state(layer, nnx.Param))
+    assert {leaf.dtype for leaf in params} == {jnp.dtype(jnp.float16)}
+    assert jax.eval_shape(layer, inputs(5)).dtype == jnp.bfloat16

@@ -1,0 +1,97 @@
+"""What no layer takes, asked of every layer that could: refused by name, with what there is instead."""
+
+import inspect
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad import zoo
+
+from .cases import CASES, EXTENDING, FEATURES, inputs
+
+CROSS = [name for name in CASES if CASES[name].supports.cross]
+
+
+def refused(name, words, kind=ValueError):
+    return pytest.raises(kind, match=f"^{zoo.LAYERS[name].__name__}: {words}")
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_keys_of_another_batch(name):
+    layer = CASES[name].make()
+    for shape, batch in (((1, 5), (2,)), ((3, 5), (2,)), ((2, 1, 5), (2,)), ((5,), (2,))):
+        with refused(name, re.escape(f"inputs_kv must have the batch axes {batch} of inputs_q, got {(*shape, FEATURES)}")):
+            layer(inputs(7), jnp.ones((*shape, FEATURES)))
+    with refused(name, r"inputs_kv must have the batch axes \(1, 2\)"):
+        layer(inputs(7)[None], inputs(5))
+    assert layer(inputs(7)[0], inputs(5)[0]).shape == (7, FEATURES)
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_keys_of_other_features_or_kind(name):
+    layer = CASES[name].make()
+    with refused(name, rf"inputs_kv must have shape .*{FEATURES}"):
+        layer(inputs(7), jnp.ones((2, 5, FEATURES + 1)))
+    with refused(name, "inputs_kv must be an array of floating-point", TypeError):
+        layer(inputs(7), jnp.ones((2, 5, FEATURES), int))
+    with refused(name, "inputs_kv must have a token"):
+        layer(inputs(7), inputs(5)[:, :0])
+    with refused(name, "mask must be|mask must have"):
+        layer(inputs(7), inputs(5), mask=jnp.ones((2, 1, 1, 7), bool))  # of the queries
+    for word in ("positions", "segment_ids"):
+        with refused(name, f"{word} must be None"):
+            layer(inputs(7), inputs(5), **{word: jnp.zeros(7, int)})
+
+
+@pytest.mark.parametrize("name", [name for name in CROSS if CASES[name].supports.causal])
+def test_a_causal_layer_has_no_other_keys(name):
+    with refused(name, "inputs_kv must be None when is_causal"):
+        CASES[name].make(True)(inputs(7), inputs(7, seed=1))
+
+
+@pytest.mark.parametrize("name", EXTENDING)
+def test_extend_takes_one_batch_axis(name):
+    layer = CASES[name].make(True)
+    cache = layer.init_cache(2, 7)
+    for wrong in (inputs(3)[None], inputs(3)[:, None], inputs(3)[0]):
+        with refused(name, re.escape(f"inputs must have shape [B, T, D] in extend, got {wrong.shape}")):
+            layer.extend(wrong, cache)
+    with refused(name, "inputs must have shape"):
+        layer.extend(inputs(3)[..., :5], cache)
+    with refused(name, "inputs must have a token"):
+        layer.extend(inputs(3)[:, :0], cache)
+    with refused(name, "inputs must be an array of floating-point", TypeError):
+        layer.extend(np.ones((2, 3, FEATURES), int), cache)
+    for shape in ((2, 3), (2, 1, 3, 3), (2, 1, 1, 4), (3, 1, 1, 3)):
+        with refused(name, "mask must be|mask must have"):
+            layer.extend(inputs(3), cache, mask=jnp.ones(shape, bool))
+    with refused(name, "mask must be a boolean array", TypeError):
+        layer.extend(inputs(3), cache, mask=jnp.ones((2, 1, 1, 3)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_of_the_other_direction_says_so(name):
+    """Each direction that a layer lacks is refused by its constructor, and each that it has is built as asked."""
+    supports = CASES[name].supports
+    for is_causal, has in ((True, supports.causal), (False, supports.bidirectional)):
+        if has:
+            layer = CASES[name].make(is_causal)
+            assert layer.is_causal is is_causal
+            assert np.triu(layer.pattern(6).any(0), 1).any() != is_causal
+        else:
+            with refused(name, f"is_causal must be {not is_causal}"):
+                CASES[name].make(is_causal)
+    default = inspect.signature(zoo.LAYERS[name].__init__).parameters["is_causal"].default
+    assert default is not supports.bidirectional, "bidirectional where that exists"
+
+
+@pytest.mark.parametrize("name", EXTENDING)
+def test_what_is_not_causal_does_not_extend(name):
+    if not CASES[name].supports.bidirectional:
+        pytest.skip("causal only")
+    layer = CASES[name].make(False)
+    for call in (lambda: layer.init_cache(2, 7), lambda: layer.extend(inputs(3), None)):
+        with refused(name, "is_causal must be True for init_cache and extend, got False"):
+            call()

@@ -1,0 +1,189 @@
+"""The checks that every layer makes of its arguments, before any work."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+
+class Call(NamedTuple):
+    """The arguments of a call, checked, with one batch axis."""
+
+    inputs_q: Float[Array, "B T D"]
+    inputs_kv: Float[Array, "B S E"] | None  # None: attends to inputs_q
+    inputs_v: Float[Array, "B S E"] | None  # None: values are made of what keys are made of
+    mask: Bool[Array, "_ _ _ S"] | None
+    extras: dict[str, Array]  # `positions` [B, T] and `segment_ids` [B, T], where given
+    batch: tuple[int, ...]  # the caller's batch axes
+
+
+def check_features(owner: str, name: str, inputs, features: int) -> None:
+    """Refuses `inputs` that are not [*B, T, features] floating-point numbers, at least one of them."""
+    if not hasattr(inputs, "shape") or not jnp.issubdtype(inputs.dtype, jnp.floating):
+        kind = getattr(inputs, "dtype", type(inputs).__name__)
+        raise TypeError(
+            f"{owner}: {name} must be an array of floating-point features, got {kind}. "
+            "Embed integer tokens first, for example with nnx.Embed."
+        )
+    if inputs.ndim < 2 or inputs.shape[-1] != features:
+        raise ValueError(
+            f"{owner}: {name} must have shape [*B, T, {features}], got {inputs.shape}. "
+            "Project it, or construct the layer with another in_features."
+        )
+    if 0 in inputs.shape:
+        raise ValueError(
+            f"{owner}: {name} must have a token and a sample at least, got {inputs.shape}. Leave empty batches out."
+        )
+    # Of arrays on explicit axes each operation must be told how its result lies; the kernels leave that to the compiler.
+    if jax.sharding.AxisType.Explicit in jax.typeof(inputs).sharding.mesh.axis_types:
+        refuse(owner, name, jax.typeof(inputs), "lie on a mesh without explicit axes",
+               "Pass axis_types=(jax.sharding.AxisType.Auto,) * axes to jax.make_mesh, or call within jax.sharding.auto_axes.")
+
+
+def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: int, keys: int, pairwise: bool):
+    """The mask with one batch axis, [B|1, N|1, T|1, S], or an error that says what is wrong with it."""
+    if mask is None:
+        return None
+    if getattr(mask, "dtype", None) != jnp.dtype(bool):
+        raise TypeError(
+            f"{owner}: mask must be a boolean array, True = attend, got {getattr(mask, 'dtype', type(mask).__name__)}. "
+            "Use jnp.asarray(mask, bool), or mask > 0 for Flax's masks of 0 and 1."
+        )
+    full, shape = (*batch, heads, queries, keys), mask.shape
+    if len(shape) > 3 and set(shape[:-3]) == {1}:  # one mask for all samples, whatever their batch axes
+        shape = (1,) * len(batch) + shape[-3:]
+    # All axes, spelt out: a [B, T, S] mask must not pass for one of [N, T, S].
+    if len(shape) != len(full) or any(m not in (1, f) for m, f in zip(shape, full, strict=True)):
+        is_padding = mask.shape == (*batch, keys)
+        cure = "Pass mask[..., None, None, :]." if is_padding else "Insert axes of 1, or build it with subquad.zoo.masks."
+        raise ValueError(
+            f"{owner}: mask must have the axes [*B, N, T, S] = {full}, each full or 1, got {mask.shape}. {cure}"
+        )
+    if not pairwise and shape[-3:] != (1, 1, keys):
+        raise ValueError(
+            f"{owner}: mask must be key padding of shape [*B, 1, 1, S] = {(*batch, 1, 1, keys)}, got {mask.shape}. "
+            "Use masks.padding_mask(lengths, S), is_causal in the constructor, or SoftmaxAttention for pairwise masks."
+        )
+    batch = batch if any(size != 1 for size in shape[:-3]) else (1,) * len(batch)
+    mask = jnp.broadcast_to(mask.reshape(shape), (*batch, *shape[-3:-1], keys))
+    return mask.reshape(-1, *mask.shape[-3:])
+
+
+def refuse(owner: str, argument: str, value, condition: str, instead: str) -> None:
+    """Raises the error for an argument that this layer cannot honour."""
+    raise ValueError(f"{owner}: {argument} must {condition}, got {value}. {instead}")
+
+
+def check_sizes(owner: str, **sizes: int) -> None:
+    """Refuses sizes that are no positive integers."""
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+            refuse(owner, name, repr(size), "be a positive integer", f"Pass {name}=1 or more.")
+
+
+def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids) -> Call:
+    """Checks a call of any layer against its `supports` and flattens the batch axes into one.
+
+    Args:
+        layer: has `in_features` and `supports`, and `in_kv_features` where it supports cross-attention.
+        heads: number of heads N that a pairwise mask may have.
+    """
+    owner, supports = type(layer).__name__, layer.supports
+    check_features(owner, "inputs_q", inputs_q, layer.in_features)
+    batch, length = inputs_q.shape[:-2], inputs_q.shape[-2]
+    kv_features = getattr(layer, "in_kv_features", layer.in_features)
+    # layer(x, x, x) attends to its own input, as layer(x) does.
+    inputs_v = None if inputs_v is inputs_kv else inputs_v
+    inputs_kv = None if inputs_kv is inputs_q else inputs_kv
+    if inputs_v is not None and inputs_kv is None:
+        inputs_kv = inputs_q
+    for name, inputs in (("inputs_kv", inputs_kv), ("inputs_v", inputs_v)):
+        if inputs is None:
+            continue
+        if not supports.cross:
+            refuse(owner, name, getattr(inputs, "shape", type(inputs).__name__),
+                   "be None (this layer attends to its own input)",
+                   "Use SoftmaxAttention or PerformerAttention for cross-attention.")
+        check_features(owner, name, inputs, kv_features)
+        if inputs.shape[:-2] != batch:
+            refuse(owner, name, inputs.shape, f"have the batch axes {batch} of inputs_q", "Broadcast it first.")
+        if inputs.shape[-2] != inputs_kv.shape[-2]:
+            refuse(owner, name, inputs.shape, f"have the length {inputs_kv.shape[-2]} of inputs_kv", "Pad the shorter one.")
+    if inputs_kv is None and kv_features != layer.in_features:
+        refuse(owner, "inputs_kv", None, f"be given where in_kv_features = {kv_features}", "Pass what keys are made of.")
+    extras = {}
+    for name, value in (("positions", positions), ("segment_ids", segment_ids)):
+        if value is None:
+            continue
+        if not getattr(supports, name):
+            refuse(owner, name, "an array", "be None (this layer cannot honour it)", "SoftmaxAttention does.")
+        if inputs_kv is not None:
+            refuse(owner, name, "an array", "be None in cross-attention", "Pass a mask instead.")
+        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"{owner}: {name} must be an array of integers, got {kind}. Use jnp.asarray({name}, int).")
+        if value.shape not in ((length,), (*batch, length)):
+            refuse(owner, name, value.shape, f"have shape [T] or [*B, T] = {(*batch, length)}", "Broadcast it first.")
+        extras[name] = jnp.broadcast_to(value, (*batch, length)).reshape(-1, length)
+    keys = length if inputs_kv is None else inputs_kv.shape[-2]
+    mask = check_mask(owner, mask, batch, heads, length, keys, supports.pairwise_mask)
+    flat = (None if inputs is None else inputs.reshape(-1, *inputs.shape[-2:]) for inputs in (inputs_q, inputs_kv, inputs_v))
+    return Call(*flat, mask, extras, batch)
+
+
+def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
+    """Checks the arguments of `extend`, [B, T, D] new tokens and their key padding, and returns the mask as [B, 1, 1, T]."""
+    owner = type(layer).__name__
+    require_extend(layer)
+    check_features(owner, "inputs", inputs, layer.in_features)
+    if inputs.ndim != 3:
+        refuse(owner, "inputs", inputs.shape, "have shape [B, T, D] in extend", "Flatten the batch axes.")
+    like = jax.eval_shape(lambda: layer.init_cache(inputs.shape[0], 1))
+    if jax.tree.structure(cache) != jax.tree.structure(like):
+        raise TypeError(
+            f"{owner}: cache must be a {type(like).__name__}, got {type(cache).__name__}. "
+            "Pass what init_cache, or the call before, returned."
+        )
+    for array, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(like), strict=True):
+        if jnp.shape(array)[:1] != expected.shape[:1]:
+            refuse(owner, "cache", f"an array of shape {jnp.shape(array)}", f"hold {inputs.shape[0]} sequences, as inputs do",
+                   "Call init_cache with that batch_size.")
+    mask = check_mask(owner, mask, inputs.shape[:1], 1, 1, inputs.shape[1], pairwise=False)
+    mask = None if mask is None else jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))
+    if hasattr(cache, "length"):
+        check_room(owner, cache, inputs.shape[1], mask)
+    return mask
+
+
+def check_room(owner: str, cache, tokens: int, mask) -> None:
+    """Refuses tokens that do not fit into a cache, where the numbers are known; under `jax.jit` such a cache turns to NaN."""
+    room, needed = cache.key.shape[1], tokens if mask is None else mask.sum(axis=(1, 2, 3))
+    total, cure = cache.length + needed, "Pass init_cache a larger max_length."
+    if isinstance(total, jax.core.Tracer):
+        if mask is None and tokens > room:
+            refuse(owner, "cache", f"room for {room}", f"have room for {tokens} more tokens", cure)
+    elif np.max(total) > room:
+        refuse(owner, "cache", f"room for {room}", f"have room for {np.max(total)} tokens", cure)
+
+
+def require_extend(layer, **sizes: int) -> None:
+    """Refuses `init_cache` and `extend` where the layer has none or was built bidirectional, and sizes of a cache below 1."""
+    owner = type(layer).__name__
+    if not layer.supports.extend:
+        refuse(owner, "extend", "a call", "not be used (the paper's mechanism looks at the whole sequence)",
+               "Use a layer whose supports.extend is True, such as PerformerAttention.")
+    if not layer.is_causal:
+        refuse(owner, "is_causal", False, "be True for init_cache and extend", "Construct the layer with is_causal=True.")
+    check_sizes(owner, **sizes)
+
+
+def check_causality(owner: str, supports, is_causal: bool) -> None:
+    """Refuses a direction that the layer does not have."""
+    if is_causal and not supports.causal:
+        refuse(owner, "is_causal", True, "be False (the paper's mechanism mixes all positions)",
+               "Use a layer whose supports.causal is True, such as PerformerAttention.")
+    if not is_causal and not supports.bidirectional:
+        refuse(owner, "is_causal", False, "be True (the paper's mechanism is causal)",
+               "Use a layer whose supports.bidirectional is True, such as SoftmaxAttention.")

@@ -1,0 +1,233 @@
+"""The encoder inside every model: token embedding, positions, blocks, final normalisation."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx.nn.linear import default_embed_init
+from jaxtyping import Array, Bool, Float, Int
+
+from subquad.zoo import positions as encodings
+from subquad.zoo import registry
+from subquad.zoo.block import Block
+from subquad.zoo.checks import refuse
+from subquad.zoo.linen import call_rngs
+
+POSITIONS = ("learned", "sinusoidal", None)
+Mixer = str | Callable[..., nnx.Module]
+
+
+class EncoderOptions(TypedDict, total=False):
+    """The options of `Encoder`, which every model takes."""
+
+    vocab_size: int
+    in_features: int
+    num_layers: int
+    mlp_features: int
+    max_length: int
+    mixer: Mixer | Sequence[Mixer]
+    mixer_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None
+    positions: Literal["learned", "sinusoidal"] | None
+    dropout_rate: float
+    remat: bool
+    embed: nnx.Module | None
+    embedding_init: nnx.Initializer
+    position_init: nnx.Initializer
+    dtype: Any
+    param_dtype: Any
+
+
+class Encoder(nnx.Module):
+    """Token embedding, positions, blocks, final normalisation: tokens [B, T] -> features [B, T, D].
+
+    Args:
+        vocab_size: token ids are 0..vocab_size-1.
+        in_features: features D.
+        num_layers: number of blocks.
+        mlp_features: features inside the feed-forward networks; 0 leaves them out.
+        max_length: longest sequence with learned positions; other positions have no bound.
+        mixer: a name in `zoo.LAYERS`, or a function (in_features=..., rngs=...) -> layer; or a sequence of them, one for each
+            layer: ["local", "local", "softmax"], or [choose(i) for i in range(num_layers)].
+        mixer_options: the named layer's options, for every layer alike; or a sequence, one mapping (None: no options) for each
+            layer. A dtype among them is the layer's own. A function has none.
+        positions: "learned" or "sinusoidal" encodings added to the embeddings, or None.
+        dropout_rate: of embeddings and block outputs; `train()` and `eval()` turn it on and off, off to begin with.
+        remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory.
+            What a mixer of the user's writes into itself in a call (`sow`, counters) is then lost.
+        embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D]. Where it has `num_embeddings`,
+            ids are below that; otherwise it decides itself what it takes.
+        embedding_init, position_init: initializers of the token embedding and of the learned positions.
+    Call:
+        tokens: [B, T] integers. An id out of range raises a ValueError where its value is known; under `jax.jit` it is not,
+            and the token is NaN there, and so may be others of its sample: a wrong answer must not look like one. Padding may
+            hold any id.
+        mask: [B, T], True = a real token, False = padding, at any place: positions count real tokens, and features of
+            padding are set to 0 before the blocks.
+        segment_ids: [B, T] integers, for several sequences packed into one: tokens of different segments do not see each
+            other, and positions count from 0 in each. The tokens of a segment follow each other. The mixers must support it.
+        deterministic: without dropout; None takes what `train()` or `eval()` set.
+        rngs: `rngs.dropout()` draws the dropout; inside a Linen module its "dropout" collection does where this is None.
+    Raises:
+        ValueError: unknown mixer or positions; num_layers, mlp_features or dropout_rate out of range; a mixer with other
+            features out than in; not one mixer for each layer; a token id out of range; with learned positions, a sequence
+            longer than max_length; segment_ids that a mixer cannot honour.
+        TypeError: unknown mixer option; tokens, mask or segment_ids that are no arrays.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        in_features: int,
+        *,
+        num_layers: int,
+        mlp_features: int,
+        max_length: int,
+        mixer: Mixer | Sequence[Mixer] = "softmax",
+        mixer_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        positions: Literal["learned", "sinusoidal"] | None = "learned",
+        dropout_rate: float = 0.0,
+        remat: bool = False,
+        embed: nnx.Module | None = None,
+        embedding_init: nnx.Initializer = default_embed_init,
+        position_init: nnx.Initializer = default_embed_init,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if positions not in POSITIONS:
+            raise ValueError(
+                f"Encoder: positions must be one of {POSITIONS}, got {positions!r}. Use mixer_options for the mixer's own."
+            )
+        dtypes = dict(dtype=dtype, param_dtype=param_dtype)
+
+        def build(mixer, options):
+            if callable(mixer):
+                return mixer(in_features=in_features, rngs=rngs)
+            return registry.make(mixer, in_features=in_features, rngs=rngs, **{**dtypes, **options})
+
+        mixers = mixers_of_layers(mixer, mixer_options, num_layers)
+        self.in_features, self.max_length, self.position_kind, self.remat = in_features, max_length, positions, remat
+        table = functools.partial(nnx.Embed, features=in_features, **dtypes, rngs=rngs)
+        self.embed = table(vocab_size, embedding_init=embedding_init) if embed is None else embed
+        self.vocab_size = getattr(self.embed, "num_embeddings", None)
+        if positions == "learned":
+            self.positions = table(max_length, embedding_init=position_init)
+        self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
+        self.blocks = nnx.List(
+            Block(build(*one), in_features, mlp_features=mlp_features, dropout_rate=dropout_rate, **dtypes, rngs=rngs)
+            for one in mixers
+        )
+        self.norm = nnx.LayerNorm(in_features, **dtypes, rngs=rngs)
+
+    def embed_at(self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"], mask) -> Float[Array, "B T D"]:
+        """Embeddings of tokens at positions: 0 of padding, NaN of a token whose id or position is out of range."""
+        hidden = self.embed(tokens)
+        positions = jnp.maximum(positions, 0)  # padding in front stands at -1
+        if self.position_kind == "learned":
+            hidden = hidden + self.positions(positions)
+            hidden = jnp.where((positions < self.max_length)[..., None], hidden, jnp.nan)
+        elif self.position_kind == "sinusoidal":
+            hidden = hidden + encodings.sinusoidal(positions, self.in_features).astype(hidden.dtype)
+        if self.vocab_size is not None:
+            hidden = jnp.where(is_within(tokens, self.vocab_size)[..., None], hidden, jnp.nan)
+        return hidden if mask is None else jnp.where(mask[..., None], hidden, 0)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T D"]:
+        self.check(tokens, mask, segment_ids)
+        hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
+        rngs = call_rngs(rngs)
+        hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
+        call = dict(mask=None if mask is None else mask[:, None, None, :])
+        if segment_ids is not None:  # a mixer of the user's may not know the word
+            call["segment_ids"] = segment_ids
+        run = lambda block, hidden, rngs: block(hidden, deterministic=deterministic, rngs=rngs, **call)
+        run = nnx.remat(run) if self.remat else run
+        for block in self.blocks:
+            # nnx.remat writes every variable back, which those made outside of the caller's jax.grad do not allow: a copy.
+            hidden = run(nnx.clone(block) if self.remat else block, hidden, rngs)
+        return self.norm(hidden)
+
+    def check(self, tokens, mask=None, segment_ids=None) -> None:
+        """Refuses what a call of the model cannot take."""
+        check_tokens("Encoder", "tokens", tokens, mask, segment_ids, vocab_size=self.vocab_size)
+        if self.position_kind == "learned" and tokens.shape[1] > self.max_length:
+            refuse("Encoder", "tokens", tokens.shape[1], f"have length <= max_length = {self.max_length}",
+                   "Truncate them, or construct the model with a larger max_length.")
+
+
+def mixers_of_layers(mixer, mixer_options, num_layers: int) -> list[tuple[Mixer, dict[str, Any]]]:
+    """The mixer of each layer and its options."""
+    if not isinstance(num_layers, int | np.integer) or num_layers < 1:
+        refuse("Encoder", "num_layers", repr(num_layers), "be a positive integer", "Use 1 for a single block.")
+
+    def spread(name, value, is_one, kind):
+        if is_one(value):
+            return [value] * num_layers
+        if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(is_one, value)):
+            raise TypeError(f"Encoder: {name} must be {kind}, or a sequence of them, got {value!r}. Pass one for each layer.")
+        if len(value) != num_layers:
+            refuse("Encoder", name, f"{len(value)} for {num_layers} layers", "have one entry for each layer",
+                   "Repeat entries, or change num_layers.")
+        return list(value)
+
+    mixers = spread("mixer", mixer, lambda x: isinstance(x, str) or callable(x), "a name or a function")
+    every = spread("mixer_options", mixer_options, lambda x: x is None or isinstance(x, Mapping), "a mapping or None")
+    for one, options in zip(mixers, every, strict=True):
+        if callable(one) and options:
+            refuse("Encoder", "mixer_options", dict(options), "be empty when mixer is a function",
+                   "Bind them with functools.partial.")
+    return [(one, dict(options or {})) for one, options in zip(mixers, every, strict=True)]
+
+
+def check_tokens(owner: str, name: str, tokens, mask=None, segment_ids=None, *, vocab_size: int | None) -> None:
+    """Refuses tokens that are not integers [B, T], ids out of range at real tokens, and a mask or segments of another shape."""
+    for word, array in ((name, tokens), ("mask", mask), ("segment_ids", segment_ids)):
+        if array is not None and not hasattr(array, "shape"):
+            raise TypeError(f"{owner}: {word} must be an array [B, T], got {type(array).__name__}. Use jnp.asarray({word}).")
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        refuse(owner, name, f"{tokens.dtype} {tokens.shape}", "be integers of shape [B, T]", "Pad and stack them.")
+    if mask is not None and (mask.shape != tokens.shape or mask.dtype != bool):
+        refuse(owner, "mask", f"{mask.dtype} {mask.shape}", f"be boolean of shape [B, T] = {tokens.shape}",
+               "True = a real token.")
+    if segment_ids is not None and (
+        segment_ids.shape != tokens.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
+    ):
+        refuse(owner, "segment_ids", f"{segment_ids.dtype} {segment_ids.shape}",
+               f"be integers of shape [B, T] = {tokens.shape}", "Broadcast them.")
+    if vocab_size is not None and (wrong := first_outside(tokens, vocab_size, mask)) is not None:
+        refuse(owner, name, wrong, f"be in 0..{vocab_size - 1}", "Padding may hold any id where mask is False.")
+
+
+def is_known(array) -> bool:
+    """Whether this process can look at the values: they are not traced, and none is on another process's devices."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+
+
+def first_outside(values: Int[Array, "B T"], bound: int, mask: Bool[Array, "B T"] | None) -> int | None:
+    """The first value of a real token outside 0..bound-1; None where there is none, or where values are not known."""
+    if not is_known(values) or not is_known(mask):
+        return None
+    values = np.asarray(values)
+    wrong = (values < 0) | (values >= bound)
+    if mask is not None:
+        wrong &= np.asarray(mask)
+    return int(values[wrong][0]) if wrong.any() else None
+
+
+def is_within(values: Int[Array, "B T"], bound: int) -> Bool[Array, "B T"]:
+    """True where 0 <= value < bound."""
+    if values.dtype.itemsize < 4:  # so that the bound fits
+        values = values.astype(jnp.int32)
+    return (values >= 0) & (values < bound)
