@@ -59,7 +59,8 @@ class Encoder(nnx.Module):
         remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory.
             What a mixer of the user's writes into itself in a call (`sow`, counters) is then lost.
         embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D]. Where it has `num_embeddings`,
-            ids are below that; otherwise it decides itself what it takes.
+            ids are below that; otherwise it decides itself what it takes. It sees padding's ids too: what it returns there
+            counts for nothing, but a parameter that it multiplies with NaN there has a NaN gradient.
         embedding_init, position_init: initializers of the token embedding and of the learned positions.
     Call:
         tokens: [B, T] integers. An id out of range raises a ValueError where its value is known; under `jax.jit` it is not,
