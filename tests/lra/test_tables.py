@@ -275,6 +275,24 @@ def test_a_measurement_of_another_model_is_no_answer(tmp_path, other):
 
 
 @pytest.mark.usefixtures("nothing_shipped")
+def test_the_newest_measurement_counts_wherever_it_stands(tmp_path):
+    dated = lambda ratio, date, **other: measurement("performer", 1024, speed_ratio=ratio, finished_utc=date, **other)
+    new, old = dated(1.2, "2026-03-01T00:00:00Z", hardware="new"), dated(9.0, "2026-02-01T00:00:00Z", hardware="old")
+    for order in ([new, old], [old, new]):
+        known = ledger.Ledger({}, order, {})
+        one = tables.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), known)
+        assert (one.ours, one.hardware) == (1.2, "new, batch 1, float32")
+    # A factor of 1.25 is tolerated, either way; a length of another twentieth is another.
+    expected = one.cell.expected
+    for factor, outcome in ((1.249, True), (1.251, False), (1 / 1.249, True), (1 / 1.251, False)):
+        known = ledger.Ledger({}, [dated(expected * factor, None)], {})
+        assert (tables.judge(one.cell, known).outcome == "reproduced within tolerance") == outcome
+    for length, found in ((1050, True), (1051, False), (950, True), (949, False)):
+        known = ledger.Ledger({}, [measurement("performer", length, speed_ratio=1.2)], {})
+        assert (tables.judge(one.cell, known).outcome != "not run") == found
+
+
+@pytest.mark.usefixtures("nothing_shipped")
 def test_the_baseline_is_no_reproduction(tmp_path):
     ratios = dict(speed_ratio=1.0, memory_ratio=1.0)
     bench.write([measurement("softmax", 1024, **ratios), measurement("performer", 1024, **ratios)], tmp_path / "bench.csv")
