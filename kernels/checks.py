@@ -19,7 +19,8 @@ def _of_kind(owner, kind, word, arrays):
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", type(array))
         if array is not None and not jnp.issubdtype(dtype, kind):
-            raise TypeError(f"{owner}: {name} must be {word}, got {getattr(dtype, '__name__', dtype)}. Cast it.")
+            got = getattr(dtype, "__name__", dtype)
+            raise TypeError(f"{owner}: {name} must be {word}, got {got}. Use {name}.astype(jnp.float32).")
 
 
 def hide(mask, *arrays):

@@ -146,7 +146,9 @@ def _check_files(report: Report, folder: pathlib.Path) -> None:
     if not sums.exists():
         report.lines.append("  checksums none were written; prepare it anew to have them")
         return
-    wanted = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines())
+    cut = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
+    wanted = {name: checksum for checksum, _, name in cut if name}
+    report.faults += [f"{store.CHECKSUMS} has a line without a file, {line!r:.60}" for line, _, name in cut if not name]
     for name, checksum in over(wanted.items(), f"{folder.parent.name}: checksums", len(wanted)):
         if not (folder / name).exists():
             report.faults.append(f"file {name} is missing")

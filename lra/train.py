@@ -211,8 +211,9 @@ def _train(
             if parallel.agree(time.monotonic() - saved_at >= 60 * checkpoint_minutes) or stopped:
                 save()
             if stopped:
+                number = signal.SIGTERM if parallel.agree(stop.number == signal.SIGTERM) else signal.SIGINT
                 words = f"Stopped at step {step} of {run.steps}; saved in {out}. Go on with --resume."
-                raise Interrupted(words, stop.number)
+                raise Interrupted(words, number)
 
     scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
     if not failure:

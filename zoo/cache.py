@@ -20,6 +20,11 @@ class KVCache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32))
 
 
+def places(start: Int[Array, "*B"], length: int) -> Int[Array, "*B T"]:
+    """The `length` places from each `start` on."""
+    return start[..., None] + jax.lax.broadcasted_iota(start.dtype, (*start.shape, length), start.ndim)
+
+
 def counts(tokens: Array, mask: Bool[Array, "B 1 1 T"] | None) -> Int[Array, "B"]:
     """How many of T new tokens [B, T, ...] are real in each sample: the first ones, as the shell of a layer hands them over."""
     if mask is None:
@@ -45,7 +50,7 @@ def write(cached, new, start: Int[Array, "B"], mask, axis: int = 1):
     if mask is None:
         return jax.vmap(lambda *sample: jax.lax.dynamic_update_slice_in_dim(*sample, axis - 1))(cached, new, start)
     room, tokens = cached.shape[axis], new.shape[axis]
-    slots = jnp.where(mask[:, 0, 0], start[:, None], room) + jnp.arange(tokens)
+    slots = jnp.where(mask[:, 0, 0], places(start, tokens), room)
     put = lambda cached, new, slots: cached.at[(slice(None),) * (axis - 1) + (slots,)].set(
         new, mode="drop", unique_indices=True
     )

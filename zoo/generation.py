@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
 
 
 def generate(
-    model: nnx.Module,
+    model: Any,
     prompt: Int[Array, "B T"],
     num_tokens: int,
     *,
@@ -63,7 +63,7 @@ def generate(
 
 
 def stream(
-    model: nnx.Module,
+    model: Any,
     prompt: Int[Array, "B T"],
     num_tokens: int,
     *,

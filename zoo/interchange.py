@@ -85,8 +85,9 @@ class AttentionFn:
         dtype, precision, promote_dtype: as in Flax, but of one precision for all products.
     Positions: with key padding, those of windows, blocks, strides and rotation count real tokens only, wherever the
         padding stands. Where T = S, query t is the token of key t. Where T < S and causal, the queries are the last T of
-        the keys that the mask shows, as in the decode mode of Flax; such a step costs O(T S), as it does in Flax. With a
-        pairwise mask (softmax) positions count all keys, and the last query is the last key that any query may see.
+        the keys that the mask shows, as in the decode mode of Flax (where Flax's own `is_causal` takes them for the first
+        T); such a step costs O(T S), as it does in Flax. With a pairwise mask (softmax) positions count all keys, and the
+        last query is the last key that any query may see.
     Returns: [*B, T, N, V]; a query that may see no key gives 0.
     Raises: ValueError: what the mechanism cannot honour: bias, dropout, sowing, a pairwise mask, a pair of precisions;
         lengths T != S, where it is neither causal nor one of cross-attention; T > S where it is causal; 1 < T < S for a
@@ -231,6 +232,8 @@ def check_arrays(owner: str, layer: type[nnx.Module], is_causal: bool, query, ke
             refuse(owner, name, array.shape, f"have the batch axes {query.shape[:-3]} of query", "Broadcast it first.")
         if array.shape[-3:-1] != key.shape[-3:-1]:
             refuse(owner, name, array.shape, f"have the length and heads {key.shape[-3:-1]} of key", "Check the projections.")
+    if key.shape[-1] != query.shape[-1]:
+        refuse(owner, "key", key.shape, f"have the {query.shape[-1]} features of query", "Project both to one size.")
     queries, keys = query.shape[-3], key.shape[-3]
     if is_causal and queries > keys:
         refuse(owner, "query", query.shape, f"have at most the length {keys} of key when causal",

@@ -47,7 +47,8 @@ def attention(
         blocks: NumPy int [N, ceil(T / block_size), L], or [1, ...] for all heads: the key blocks that each query block
             sees, in any order, each at most once; -1 = no entry.
         block_size: positions per block, of queries and keys; the last block may be shorter.
-        mask: key padding, bool [B, 1, 1, S] or [1, 1, 1, S], True = attend.
+        mask: key padding, bool [B, 1, 1, S] or [1, 1, 1, S], True = attend. What padding holds reaches nothing, NaN
+            included.
         is_causal: a query sees positions up to its own, within the blocks of its list.
         scale: of the logits. None: 1 / sqrt(H).
         return_lse: also return the log-sum-exp.

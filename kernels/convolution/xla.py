@@ -38,7 +38,7 @@ def convolve(inputs, kernel, anticausal):
     kernel = kernel[:, :length].astype(wide)
     ahead = None if anticausal is None or length == 1 else anticausal[:, : length - 1].astype(wide)
     size = fast_length(length + max(kernel.shape[1] - 1, 0 if ahead is None else ahead.shape[1]))
-    return _convolve(inputs, kernel, ahead, size)
+    return compiled(inputs, kernel, ahead, size, _groups(*inputs.shape[::2], size))
 
 
 def divisor(number: int, least: int) -> int:
@@ -52,8 +52,8 @@ def _groups(batch: int, features: int, size: int) -> int:
     return divisor(features, -(-batch * features * size * 4 // most))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _convolve(inputs, kernel, ahead, size):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _convolve(inputs, kernel, ahead, size, groups):
     """`kernel` [D, L] over the past of `inputs` [B, T, D], and `ahead` (or None) over what follows, by circles of `size`.
 
     Only a group's taps are put on the circle at a time: all of them would take as much as the inputs in float32 twice.
@@ -64,7 +64,6 @@ def _convolve(inputs, kernel, ahead, size):
         spectrum = _circle(values, kernel.dtype, size) * _spectrum(*taps, size)
         return (_line(spectrum, length, size).astype(inputs.dtype),)
 
-    groups = _groups(*inputs.shape[::2], size)
     return map_parts(group, groups, (inputs, kernel, ahead), (2, 0, 0), (2,), after=inputs)[0]
 
 
@@ -101,11 +100,11 @@ def _spectrum(kernel, ahead, size):
     return jnp.fft.rfft(kernel, size)
 
 
-def _forward(inputs, kernel, ahead, size):
-    return _convolve(inputs, kernel, ahead, size), (inputs, kernel, ahead)
+def _forward(inputs, kernel, ahead, size, groups):
+    return _convolve(inputs, kernel, ahead, size, groups), (inputs, kernel, ahead)
 
 
-def _backward(size, saved, cotangent):
+def _backward(size, groups, saved, cotangent):
     """All gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
     inputs, kernel, ahead = saved
 
@@ -117,8 +116,10 @@ def _backward(size, saved, cotangent):
         of_ahead = None if ahead is None else jnp.flip(circle[:, size - ahead.shape[1] :], axis=1)
         return inner, circle[:, : kernel.shape[1]], of_ahead
 
-    groups = _groups(*inputs.shape[::2], size)
     return map_parts(group, groups, (inputs, cotangent, kernel, ahead), (2, 2, 0, 0), (2, 0, 0), after=cotangent)
 
 
 precision.define_passes(_convolve, _forward, _backward)
+
+# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+compiled = jax.jit(_convolve, static_argnums=(3, 4))

@@ -59,7 +59,7 @@ def attention(
         key: features of the keys, nonnegative.
         value: V may differ from M.
         key_log_scale: r, weighs key s by exp(r_s); any finite size. None: 0.
-        mask: key padding, True = attend.
+        mask: key padding, True = attend. What padding holds reaches nothing, NaN included.
         is_causal: query t sees keys 0..t, and so T = S.
         initial_state: what came before, seen by every query: numerator [B, N, M, V], the sum of exp(r_s - c) k_s v_s^T;
             denominator [B, N, M], the sum of exp(r_s - c) k_s; and c [B, N], the maximum of r_s, -inf before any key.
@@ -124,7 +124,7 @@ def random_feature_attention(
         value: V may differ from H.
         projection: rows w_i; the same for all heads.
         kernel: "softmax" or "relu".
-        mask: key padding, True = attend.
+        mask: key padding, True = attend. What padding holds reaches nothing, NaN included.
         is_causal: query t sees keys 0..t, and so T = S.
         initial_state: what came before, made with the same projection; see `attention`.
         return_state: also return the state after the last key.

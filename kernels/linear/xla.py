@@ -382,4 +382,5 @@ def _backward_causal(plan, arrays, projection, out, residuals, gradients):
     return grad_query, *grads, (jnp.ones_like(later[2]), later[0], later[1])
 
 
-_run = differentiable(forward, backward)
+# Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+_run = jax.jit(differentiable(forward, backward), static_argnums=0)

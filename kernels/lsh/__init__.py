@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import checks, dispatch
+from subquad.kernels import checks, dispatch, precision
 from subquad.kernels.axes import KeyMask
 from subquad.kernels.lsh import reference, xla
 
@@ -255,6 +255,7 @@ def extend(
     )  # fmt: skip
 
 
+@precision.promoting
 def normalize(query: Float[Array, "*B H"]) -> tuple[Float[Array, "*B H"], Float[Array, "*B"]]:
     """The keys q / |q| of queries, in their dtype, and 1 / |q| in float32; both 0, without gradient, where q is 0."""
     gain = reference.inverse_norm(query)

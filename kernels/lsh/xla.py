@@ -46,7 +46,13 @@ def hash_buckets(vectors, rotations, factors, num_rotations):
     batch, length, heads, _ = vectors.shape
     _, _, rounds, columns = rotations.shape
     rows = max(1, min(length, tile_bytes() // (4 * batch * heads * rounds * columns)))
-    steps = math.ceil(length / rows)
+    return _hash_buckets(math.ceil(length / rows), factors, vectors, rotations, num_rotations)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _hash_buckets(steps, factors, vectors, rotations, num_rotations):
+    _, length, heads, _ = vectors.shape
+    columns = rotations.shape[-1]
     rows = math.ceil(length / steps)
     rotations = jnp.broadcast_to(rotations, (heads, *rotations.shape[1:])).astype(jnp.float32)
     rotations = rearrange(rotations, "n h r f -> n r f h")
@@ -89,7 +95,7 @@ def attention(layout, query_key, value, buckets, mask, scale):
     query, flat_value = (rearrange(x, "b t n h -> (b t n) h") for x in (query_key, value))
     # A checkpoint: else the backward pass keeps the query in float32.
     gain = scale * jax.checkpoint(inverse_norm)(query)
-    return over_items(layout, query, gain, flat_value, items, codes).reshape(value.shape)
+    return compiled(layout, query, gain, flat_value, items, codes).reshape(value.shape)
 
 
 def lay_out(layout: Layout, buckets, real) -> tuple[Items, jax.Array | None]:
@@ -302,17 +308,26 @@ def _backward(layout, saved, d_out):
 
 precision.define_passes(over_items, _forward, _backward)
 
+# Compiled once per layout and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+compiled = jax.jit(over_items, static_argnums=0)
 
-@precision.full
+
 def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates):
     """See `lsh.extend`; by tiles of queries."""
     batch, length, heads, _ = query.shape
+    rows = max(1, min(length, tile_bytes() // (4 * batch * heads * key.shape[1])))
+    options = math.ceil(length / rows), correct_duplicates
+    return _extend(*options, query, key, value, query_buckets, key_buckets, start, mask, scale)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@precision.full
+def _extend(steps, correct_duplicates, query, key, value, query_buckets, key_buckets, start, mask, scale):
+    batch, length = query.shape[:2]
     places = key.shape[1]
     real = jnp.ones((batch, places), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, places))
     key, value = rearrange(key, "b s n h -> b n h s"), rearrange(value, "b s n v -> b n s v")
     key_buckets = rearrange(key_buckets, "b r s n -> r b n 1 s")
-    count = max(1, min(length, tile_bytes() // (4 * batch * heads * places)))
-    steps = math.ceil(length / count)
     count = math.ceil(length / steps)
 
     @jax.checkpoint

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from subquad.kernels.matrix.reference import allow, improve, normaliser, scale
 
 
+@functools.partial(jax.jit, static_argnames="iterations")
 def pseudo_inverse(matrix, iterations):
     """See `matrix.pseudo_inverse`."""
     a = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
@@ -16,6 +17,7 @@ def pseudo_inverse(matrix, iterations):
     return z.astype(matrix.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("iterations", "is_causal"))
 def sinkhorn(logits, iterations, is_causal):
     """See `matrix.sinkhorn`: L = logits - rows - columns."""
     _, x = allow(logits, is_causal)

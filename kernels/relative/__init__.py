@@ -45,7 +45,8 @@ def attention(
         relative_key: [R, N, H], the projected encoding W_R R_d of distance d = 0, 1, 2, ... in tokens; R >= S.
         content_bias: [N, H], the u of the paper.
         position_bias: [N, H], the v of the paper.
-        mask: True = attend; each axis full or 1, of [B, N, T, S]. Key padding is [B, 1, 1, S].
+        mask: True = attend; each axis full or 1, of [B, N, T, S]. Key padding is [B, 1, 1, S]. What no
+            query sees by it reaches nothing, NaN included.
         scale: of the scores. None: 1 / sqrt(H).
         implementation: None takes the best that can run here.
     Returns: [B, T, N, V] in the dtype of value.

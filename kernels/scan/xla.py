@@ -17,7 +17,7 @@ CHUNK = 256
 
 def first_order(decay, inputs, start, reverse):
     """See `scan.first_order`."""
-    return _scan(decay, inputs, start, reverse, 1 if jax.default_backend() == "cpu" else CHUNK)
+    return compiled(decay, inputs, start, reverse, 1 if jax.default_backend() == "cpu" else CHUNK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -37,6 +37,9 @@ def _backward(reverse, chunk, saved, cotangents):
 
 
 precision.define_passes(_scan, _forward, _backward)
+
+# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+compiled = jax.jit(_scan, static_argnums=(3, 4))
 
 
 def _widen(x):

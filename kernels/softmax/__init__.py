@@ -57,7 +57,11 @@ def attention(
         query: [B, T, N, H].
         key: [B, S, K, H]; K divides N, and query head n reads key head n // (N / K).
         value: [B, S, K, V].
-        mask: bool, True = attend; each axis full or 1, of [B, N, T, S].
+        mask: bool, True = attend; each axis full or 1, of [B, N, T, S]. What is in a key or value that no query sees by it
+            reaches nothing, NaN and infinities included. What only some queries see must be finite, of any size: a weight
+            of 0 hides it from the others, but 0 times NaN or infinity is NaN. So it is with a future, a window or a segment.
+            Queries that see nothing may be padding too; where there is a mask or segments, so may those whose outputs nobody
+            uses, but for "reference".
         bias: added to the logits; each axis full or 1, of [B, N, T, S]; differentiable. -inf hides a key.
         is_causal: a query sees positions up to its own.
         window_size: keys seen on each side, the query's own position not counted; one number or (left, right), with
@@ -135,16 +139,16 @@ def merge(
         True
     """
     lses = jnp.stack(list(lses))
-    maximum = lses.max(0)
+    maximum = lses.max(0, keepdims=True)
     shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
     weights = jnp.exp(lses - shift)
-    total = weights.sum(0)
+    total = weights.sum(0, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     mixed = sum(
         weight[..., None] * output.astype(weight.dtype) for weight, output in zip(weights / total, outputs, strict=True)
     )
-    return mixed.astype(outputs[0].dtype), jnp.where(empty, -jnp.inf, shift + jnp.log(total))
+    return mixed.astype(outputs[0].dtype), jnp.where(empty, -jnp.inf, shift + jnp.log(total))[0]
 
 
 def check_heads(owner: str, query, key, value) -> None:
@@ -189,10 +193,11 @@ def row(name: str, array, batch: int, length: int):
     if array is None:
         return None
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{OWNER}: {name} must be integers, got {array.dtype}. Cast them.")
+        raise TypeError(f"{OWNER}: {name} must be integers, got {array.dtype}. Use {name}.astype(jnp.int32).")
     if array.shape not in ((batch, length), (1, length)):
         raise ValueError(
-            f"{OWNER}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. Broadcast them."
+            f"{OWNER}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. "
+            "Give every sample a row, or all samples one."
         )
     return array.astype(np.int32)
 

@@ -322,7 +322,7 @@ def _check_one_kind(owner, **modes):
         if jnp.iscomplexobj(array) != jnp.iscomplexobj(first):
             raise TypeError(
                 f"{owner}: {name} must be {'complex' if jnp.iscomplexobj(first) else 'real'} as the decays are, "
-                f"got {array.dtype}. Cast one of them."
+                f"got {array.dtype}. Take its .real, or use .astype(jnp.complex64)."
             )
 
 
@@ -332,7 +332,8 @@ def _start(owner, inputs, state, modes):
     features, pairs = modes.shape
     if inputs.ndim != 3 or inputs.shape[2] != features or 0 in inputs.shape:
         raise ValueError(
-            f"{owner}: inputs must have shape [B, T, {features}] with B and T >= 1, got {inputs.shape}. Check the features."
+            f"{owner}: inputs must have shape [B, T, {features}] with B and T >= 1, got {inputs.shape}. "
+            "Give inputs one feature per system."
         )
     is_complex = jnp.iscomplexobj(modes)
     full = (inputs.shape[0], features, 2 * pairs if is_complex else pairs)

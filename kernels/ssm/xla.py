@@ -59,7 +59,7 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state):
     chunk = min(length, CHUNK if length < LONG else 2 * CHUNK)
     most = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
     groups = divisor(features, -(-batch * features * length * max(1, state.shape[-1] // chunk) * 4 // most))
-    return _scan(chunk, groups, inputs, log_decay, input_matrix, output_matrix, state)
+    return compiled_scan(chunk, groups, inputs, log_decay, input_matrix, output_matrix, state)
 
 
 FEATURE_AXES = 2, 0, 0, 0, 1  # of the arguments of a group
@@ -85,6 +85,9 @@ def _scan_backward(chunk, groups, arrays, gradients):
 
 
 precision.define_passes(_scan, _scan_forward, _scan_backward)
+
+# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+compiled_scan = jax.jit(_scan, static_argnums=(0, 1))
 
 
 def _scan_group(chunk, inputs, log_decay, input_matrix, output_matrix, state):
@@ -146,6 +149,7 @@ def _toeplitz(taps):
 # ------------------------------------------------------------------------------------ diagonal-plus-low-rank systems
 
 
+@functools.partial(jax.jit, static_argnames="length")
 def dplr_kernel(diagonal, low_rank, input_matrix, output_matrix, step, length):
     # l = block l1 + l2: the rows C A_bar^(block l1) times the columns A_bar^l2 B_bar. Twice as many columns are those there
     # are and A_bar to the power of their number times them, and that power is squared for the next: log2(block) squarings.
@@ -217,6 +221,7 @@ def _inner(first, second):
     return jnp.sum(first.real * second.real + first.imag * second.imag, axis=-1, keepdims=True)
 
 
+@jax.jit
 def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):
     excess, left, right = resolvent(diagonal, low_rank, step)
     drive = step[:, None] / 2 * input_matrix

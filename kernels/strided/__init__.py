@@ -45,7 +45,8 @@ def attention(
         value: [B, T, N, V].
         stride: l, in positions.
         window_size: keys near the query on each side, itself not counted. None: only every l-th key, itself included.
-        mask: key padding, bool [B, 1, 1, T] or [1, 1, 1, T], True = attend.
+        mask: key padding, bool [B, 1, 1, T] or [1, 1, 1, T], True = attend. What padding holds reaches nothing, NaN
+            included.
         is_causal: a query sees positions up to its own.
         scale: of the logits. None: 1 / sqrt(H).
         return_lse: also return the log-sum-exp.

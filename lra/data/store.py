@@ -180,7 +180,9 @@ def sha256(path: pathlib.Path) -> str:
 
 def _write_checksums(folder: pathlib.Path) -> None:
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != CHECKSUMS]
-    (folder / CHECKSUMS).write_text("".join(lines))
+    aside = folder / f".{CHECKSUMS}"
+    aside.write_text("".join(lines))
+    aside.replace(folder / CHECKSUMS)  # whole, or not there
 
 
 def read(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, Split]:

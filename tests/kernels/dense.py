@@ -107,6 +107,8 @@ def compare(result, expected, dtype="float32", slack=1):
     assert (np.asarray(out, np.float32)[empty] == 0).all()
     assert relative_error(np.where(empty, 0, lse), np.where(empty, 0, want_lse)) < value_error
     assert len(grads) == len(want_grads) >= 3
+    # A query with one key has a gradient of 0, up to the rounding of its terms.
+    least = 0.1 * max(np.abs(want).max(initial=0) for want in want_grads)
     for grad, want in zip(grads, want_grads, strict=True):
         assert np.isfinite(np.asarray(grad, np.float32)).all()
-        assert relative_error(grad, want) < grad_error
+        assert relative_error(grad, want, least) < grad_error

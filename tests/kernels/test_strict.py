@@ -1,35 +1,52 @@
-"""Every operation traces where JAX promotes nothing: neither ranks nor dtypes."""
+"""Every operation traces where JAX is told to raise at what promotes ranks or dtypes."""
 
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from subquad.kernels import launch, specs
+from subquad.kernels import launch, softmax, specs, ssm
 
 SPECS = specs.load()
+LENGTH = 11  # of no other test: what was traced before under other rules would be taken as it is
 
 
-@contextlib.contextmanager
-def strict():
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        yield
+def strict(stack):
+    stack.enter_context(jax.numpy_rank_promotion("raise"))
+    stack.enter_context(jax.numpy_dtype_promotion("strict"))
 
 
-def trace(spec, implementation, length, dtype):
-    """Values and gradients, without what was traced before under other rules."""
-    arrays = spec.draw(length, dtype)
-    inexact, rest = specs.split(arrays)
-    jax.clear_caches()
-    with launch.recording() if implementation == "triton" else contextlib.nullcontext(), strict():
-        outputs = jax.eval_shape(specs.forward(spec, implementation, rest), inexact)
-        return jax.eval_shape(specs.forward_backward(spec, implementation, rest), inexact, outputs)
-
-
-@pytest.mark.parametrize("implementation", ["xla", "reference", "triton"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [("xla", "float32"), ("xla", "bfloat16"), ("reference", "float32"), ("triton", "bfloat16")]
+)
 @pytest.mark.parametrize("name", SPECS)
-def test_nothing_is_promoted(name, implementation):
+def test_values_and_gradients_are_traced(name, implementation, dtype):
     spec = SPECS[name]
     if implementation == "triton" and "interpret" not in spec.implementations:
         pytest.skip(f"{name} has no 'triton'")
-    trace(spec, implementation, next(length for length in spec.lengths if length > 1), "float32")
+    inexact, rest = specs.split(spec.draw(LENGTH, dtype))
+    with contextlib.ExitStack() as stack:
+        if implementation == "triton":
+            stack.enter_context(launch.recording())
+        strict(stack)
+        outputs = jax.eval_shape(specs.forward(spec, implementation, rest), inexact)
+        # Both at once, and a gradient of what was compiled: the passes are then traced after the operation has returned.
+        jax.eval_shape(specs.forward_backward(spec, implementation, rest), inexact, outputs)
+        late = jax.jit(specs.forward(spec, implementation, rest))
+        jax.eval_shape(lambda x, y: jax.vjp(late, x)[1](y), inexact, outputs)
+
+
+def test_a_system_is_discretised():
+    with contextlib.ExitStack() as stack:
+        strict(stack)
+        for method in ("bilinear", "zoh"):
+            jax.eval_shape(lambda x, step, m=method: ssm.discretize(x, step, m), -jnp.ones((2, 3), complex), jnp.ones(2))
+
+
+def test_what_a_caller_mixes_is_still_refused():
+    """The rules are the caller's own where arguments meet."""
+    x = jnp.ones((1, LENGTH, 1, 4))
+    with contextlib.ExitStack() as stack, pytest.raises(Exception, match="promotion"):
+        strict(stack)
+        jax.eval_shape(lambda x: softmax.attention(x, x.astype(jnp.bfloat16), x), x)

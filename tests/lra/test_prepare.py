@@ -113,6 +113,10 @@ def test_check_names_a_file_that_changed(built, tmp_path):
     report = prepare.check("listops/tiny", tmp_path / "data")
     assert report.faults == ["file features.json is not what was written: its sha256 differs from SHA256SUMS"]
     assert report.lines[-1] == f"  WRONG     {report.faults[0]}"
+    sums = readable.with_name(store.CHECKSUMS)
+    sums.write_bytes(sums.read_bytes()[:40] + b"\xff")
+    (fault,) = prepare.check("listops/tiny", tmp_path / "data").faults
+    assert fault.startswith("SHA256SUMS has a line without a file, '")
 
 
 def test_check_of_what_is_not_prepared_builds_nothing(tmp_path):

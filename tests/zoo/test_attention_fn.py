@@ -206,6 +206,9 @@ def test_dropout_and_weights_are_flaxs(kv_heads, broadcast):
     weights, expected_weights = (state["attention_weights"][0] for state in (sown, expected_sown))
     assert weights.shape == (2, 1, HEADS, LENGTH, LENGTH) and weights.dtype == x.dtype
     close(weights, expected_weights)
+    half = nnx.Dict()
+    zoo.attention_fn("softmax")(*(x.astype(jnp.bfloat16) for x in arrays()), module=half)
+    assert half.attention_weights[0].dtype == jnp.bfloat16
     # Without them both are the kernel, which drops nothing.
     close(ours(x, mask=mask, deterministic=True), theirs(x, mask=mask, deterministic=True))
 
@@ -288,6 +291,9 @@ def test_arrays_that_do_not_go_together_are_refused():
         fn(batched(query, 2, 3), batched(key, 3, 2), batched(value, 2, 3))
     with pytest.raises(ValueError, match="value must have the length and heads"):
         fn(query, key, value[:, :5])
+    for call in ({}, dict(module=nnx.Dict())):
+        with pytest.raises(ValueError, match="key must have the 8 features of query"):
+            fn(query, key[..., :7], value, **call)
     with pytest.raises(ValueError, match=r"query must have the axes \[\*B, T, N, H\]"):
         fn(query[0, 0], key, value)
     close(fn(batched(query, 2, 3), batched(key, 2, 3), batched(value, 2, 3)), batched(fn(query, key, value), 2, 3))

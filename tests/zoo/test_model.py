@@ -279,3 +279,13 @@ def test_an_embed_without_attend_needs_an_output_projection():
         model.generate(jnp.array([[11]]), 2)
     with pytest.raises(ValueError, match="embed must have num_embeddings >= vocab_size = 11, got 7"):
         zoo.CausalLM(**SMALL, **SOFTMAX, embed=nnx.Embed(7, 16, rngs=nnx.Rngs(0)), tie_embeddings=False, rngs=nnx.Rngs(0))
+
+
+def test_models_tabulate_one_after_the_other():
+    words, x = dict(SMALL, num_layers=1), tokens((2, 6))
+    for model, inputs in (
+        (zoo.Classifier(3, **words, **SOFTMAX, rngs=nnx.Rngs(0)), (x,)),
+        (zoo.DualEncoder(3, **words, **SOFTMAX, rngs=nnx.Rngs(0)), (x, x)),
+        (zoo.CausalLM(**words, **SOFTMAX, rngs=nnx.Rngs(0)), (x,)),
+    ):
+        assert "SoftmaxAttention" in nnx.tabulate(model, *inputs)

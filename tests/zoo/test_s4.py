@@ -142,15 +142,40 @@ def test_convolution_equals_recurrence(options):
     np.testing.assert_allclose(outputs, expected, atol=2e-5)
 
 
-def test_time_passes_at_padding():
-    layer = S4(4, state_size=8, is_causal=True, rngs=nnx.Rngs(0))
-    x = u(20)
-    mask = np.ones((2, 1, 1, 20), bool)
-    mask[..., 5:9] = False
-    zeroed = x * mask[:, 0, 0, :, None]
-    np.testing.assert_allclose(layer(x, mask=jnp.asarray(mask)), layer(zeroed), atol=1e-6)
-    outputs, cache = layer.extend(jnp.full((2, 3, 4), jnp.nan), layer.init_cache(2, 20), mask=jnp.zeros((2, 1, 1, 3), bool))
-    assert not cache.state.any() and jnp.isfinite(outputs).all()
+@pytest.mark.parametrize("mode", ["dplr", "diagonal"])
+def test_no_time_passes_at_padding(mode):
+    layer, x = S4(4, state_size=8, mode=mode, is_causal=True, rngs=nnx.Rngs(0)), u(11)
+    extend = jax.jit(lambda x, cache, mask=None: layer.extend(x, cache, mask=mask))
+    _, before = extend(x[:, :4], layer.init_cache(2, 20))
+    mask = jnp.arange(7) < jnp.array([[[[0]]], [[[5]]]])
+    outputs, after = extend(jnp.where(mask[:, 0, 0, :, None], x[:, 4:], jnp.nan), before, mask)
+    expected, (state,) = extend(x[:, 4:9], before)
+    np.testing.assert_array_equal(after.state[0], before.state[0])
+    np.testing.assert_allclose(after.state[1], state[1], atol=2e-6)
+    np.testing.assert_allclose(outputs[1, :5], expected[1], atol=2e-6)
+    assert jnp.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize("mode", ["dplr", "diagonal"])
+def test_bidirectional_layers_count_the_present_token_once(mode):
+    """One kernel over the present token and those before it, the other over those after it, from the next one on."""
+    system, x = S4(4, state_size=8, mode=mode, rngs=nnx.Rngs(0)).system, np.asarray(u(9))
+    past, ahead = np.asarray(system.kernel(9))
+    expected = np.zeros_like(x)
+    for t in range(9):
+        for s in range(9):
+            expected[:, t] += (past[:, t - s] if s <= t else ahead[:, s - t - 1]) * x[:, s]
+    np.testing.assert_allclose(system.respond(jnp.asarray(x)), expected, rtol=0, atol=1e-5 * abs(expected).max())
+
+
+def test_many_features_are_kernels_in_groups():
+    """64 states of 52 features have too many powers to be kept at once; each feature's kernel is in its own place."""
+    system = S4(52, rngs=nnx.Rngs(0)).system
+    taps = jax.jit(lambda: system.kernel(64))()
+    assert len(ssm.xla.feature_groups((52, 32), 3)[0](taps[0], 0)) == 2
+    system.implementation = "reference"
+    expected = jax.jit(lambda: system.kernel(64))()
+    np.testing.assert_allclose(taps, expected, rtol=0, atol=1e-4 * abs(expected).max())
 
 
 def test_memory_lasts_as_long_as_the_step_says():

@@ -1,5 +1,7 @@
 """SoftmaxAttention is nnx.MultiHeadAttention, and more."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 from subquad import zoo
 from subquad.zoo import masks
 from tests.assertions import assert_close
+from tests.oracle import relative_error
 
 
 def inputs(length, seed=0, features=16):
@@ -47,6 +50,65 @@ def test_gradients_are_flaxs(is_causal):
         return jax.jit(jax.grad(loss, argnums=(0, 1)))(state, x)
 
     assert_close(gradients(ours, None), gradients(flax, mask), 1e-5)
+
+
+@pytest.mark.parametrize(("kv_heads", "broadcast"), [(4, True), (2, False)])
+def test_dropout_is_flaxs(kv_heads, broadcast):
+    """The same key drops the same weights; off until `train()`, or until a call says so."""
+    options = dict(num_kv_heads=kv_heads, dropout_rate=0.4, broadcast_dropout=broadcast)
+    flax = nnx.MultiHeadAttention(4, 16, **options, decode=False, deterministic=True, rngs=nnx.Rngs(1))
+    ours = zoo.SoftmaxAttention(4, 16, **options, rngs=nnx.Rngs(2))
+    nnx.update(ours, nnx.state(flax, nnx.Param))
+    x, cotangent = inputs(9), inputs(9, seed=1)
+
+    @nnx.jit
+    def run(layer, seed):
+        def loss(layer):
+            y = layer(x, rngs=nnx.Rngs(dropout=jax.random.key(seed)))
+            return jnp.sum(y * cotangent), y
+
+        (_, y), gradients = nnx.value_and_grad(loss, has_aux=True)(layer)
+        return y, nnx.to_pure_dict(nnx.state(gradients, nnx.Param))
+
+    quiet = run(ours, 0)
+    assert_close(quiet, run(flax, 0), 1e-5)
+    ours.train(), flax.train()
+    noisy = run(ours, 0)
+    assert_close(noisy, run(flax, 0), 1e-5)
+    np.testing.assert_array_equal(run(ours, 0)[0], noisy[0])
+    for other in (quiet, run(ours, 1)):
+        assert relative_error(other[0], noisy[0]) > 0.1
+    assert_close(ours(x, deterministic=True), quiet[0], 1e-5)
+    ours.eval()
+    assert_close(ours(x, deterministic=False, rngs=nnx.Rngs(dropout=0)), noisy[0], 1e-5)
+
+
+def test_dropout_under_every_mask_and_in_steps():
+    """A rate so small that nothing is dropped shows the path that makes all weights: causality, masks, segments, rotation."""
+    options = dict(num_kv_heads=2, is_causal=True, rotary_base=100.0, rngs=nnx.Rngs(0))
+    ours = zoo.SoftmaxAttention(4, 16, dropout_rate=1e-12, **options)
+    x, draws = inputs(12), dict(deterministic=False, rngs=nnx.Rngs(dropout=0))
+    masked = dict(mask=jax.random.bernoulli(jax.random.key(3), 0.6, (2, 4, 12, 12)).at[:, :, 4].set(False))
+    padded = dict(mask=jnp.ones((2, 1, 1, 12), bool).at[0, ..., :5].set(False).at[1, ..., 7].set(False))
+    packed = dict(segment_ids=jnp.array([0] * 5 + [1] * 7), positions=jnp.concatenate([jnp.arange(5), jnp.arange(7)]))
+    for call in ({}, masked, padded, packed):
+        assert_close(ours(x, **call, **draws), ours(x, **call), 1e-5)
+    # Steps drop nothing.
+    ours.dropout_rate = 0.5
+    ours.train()
+    assert_close(ours.extend(x, ours.init_cache(2, 12))[0], ours(x, deterministic=True), 1e-5)
+    with pytest.raises(ValueError, match="SoftmaxAttention: rngs must be given for dropout"):
+        ours(x)
+    with pytest.raises(NotImplementedError, match="stores no weights"):
+        zoo.SoftmaxAttention(4, 16, dropout_rate=0.5, implementation="triton", rngs=nnx.Rngs(0))(x, **draws)
+
+
+def test_dropout_of_everything_leaves_the_bias():
+    layer = zoo.SoftmaxAttention(4, 16, dropout_rate=1.0, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    value, gradient = jax.value_and_grad(
+        lambda x: jnp.sum(layer(x, deterministic=False, rngs=nnx.Rngs(dropout=0)))
+    )(inputs(5))
+    assert value == 2 * 5 * 16 and not gradient.any()
 
 
 def test_paths_and_shapes_are_flaxs():
@@ -124,6 +186,8 @@ def test_each_axis_of_a_mask_may_be_one():
         (dict(num_heads=4, qkv_features=12, rotary_base=1e4), "rotary_base"),
         (dict(num_heads=4, rotary_base=0), "rotary_base"),
         (dict(num_heads=4, rotary_base=-1.0), "rotary_base"),
+        (dict(num_heads=4, dropout_rate=1.5), "dropout_rate"),
+        (dict(num_heads=4, dropout_rate=math.nan), "dropout_rate"),
     ],
 )
 def test_sizes_are_refused(arguments, word):

@@ -42,10 +42,10 @@ def test_masks_and_positions_trace_under_strict_settings(setting):
 
 
 @STRICT
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-def test_models_trace_under_strict_settings(setting, positions, dtype):
-    options = dict(vocab_size=7, in_features=8, num_layers=1, mlp_features=8, max_length=20, positions=positions, dtype=dtype)
+def test_models_trace_under_strict_settings(setting, positions):
+    # In float32 alone: Flax's own LayerNorm promotes half precision.
+    options = dict(vocab_size=7, in_features=8, num_layers=1, mlp_features=8, max_length=20, positions=positions)
     options |= dict(dropout_rate=0.1, mixer="softmax", mixer_options=dict(num_heads=2), rngs=nnx.Rngs(0))
     tokens, mask = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), bool)
     sampling = dict(mask=mask, temperature=1.0, top_k=2, stop_token=3)

@@ -72,9 +72,9 @@ def close(actual, expected, atol=2e-5):
 @pytest.mark.parametrize("segment,memory,length", [(5, 7, 18), (5, 3, 15), (5, 0, 13), (1, 3, 5)])
 def test_a_long_call_is_segment_after_segment(segment, memory, length):
     layer, x = make(segment, memory), inputs(length)
-    valid = jnp.ones((2, length), bool).at[0, 2:4].set(False).at[1, length - 2 :].set(False)
-    actual = with_gradients(lambda layer, x: layer(x, mask=valid[:, None, None]), layer, x)
-    close(actual, with_gradients(lambda layer, x: by_segments(layer, x, valid), layer, x))
+    valid = jnp.ones((2, length), bool).at[1, length - 2 :].set(False)
+    actual = with_gradients(lambda layer, x: layer(x, mask=valid[:, None, None]) * valid[..., None], layer, x)
+    close(actual, with_gradients(lambda layer, x: by_segments(layer, x, valid) * valid[..., None], layer, x))
 
 
 @pytest.mark.parametrize("length", [1, 5, 6, 10])
@@ -123,11 +123,12 @@ def test_without_memory_and_relative_terms_it_is_causal_softmax():
 
 
 def test_only_distances_count():
-    """The same tokens after a whole segment of padding give the same numbers."""
+    """The same tokens after padding, a whole segment of it or not, give the same numbers."""
     layer, x = make(), inputs(13)
-    shifted = jnp.concatenate([inputs(5, seed=3), x], axis=1)
-    mask = jnp.arange(18) >= 5
-    close(run(layer, shifted, mask[None, None, None])[:, 5:], run(layer, x))
+    for padding in (5, 3):
+        shifted = jnp.concatenate([inputs(padding, seed=3), x], axis=1)
+        mask = jnp.arange(13 + padding) >= padding
+        close(run(layer, shifted, mask[None, None, None])[:, padding:], run(layer, x))
 
 
 def test_extend_in_any_cutting_with_padding():
@@ -142,15 +143,16 @@ def test_extend_in_any_cutting_with_padding():
             y, cache = extend(x[:, part], cache, valid[..., part])
             outputs.append(y)
             start += width
-        close(jnp.concatenate(outputs, axis=1), expected)
-        assert int(cache.position) == 37 % 5
+        is_real = valid[:, 0, 0, :, None]
+        close(jnp.concatenate(outputs, axis=1) * is_real, expected * is_real)
+        np.testing.assert_array_equal(cache.seen, is_real.sum((1, 2)))
 
 
 def test_the_cache_keeps_a_window_whatever_max_length():
     layer = make(segment_length=5, memory_length=7)
     small, large = (layer.init_cache(3, n) for n in (1, 10**6))
     assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, large)
-    assert small.hidden.shape == (3, 11, D) and not small.valid.any()
+    assert small.hidden.shape == (3, 11, D) and not small.seen.any()
     half = layer.init_cache(3, 9, dtype=jnp.bfloat16)
     after = jax.eval_shape(layer.extend, inputs(2, batch=3), half)[1]
     assert after.hidden.dtype == half.hidden.dtype == jnp.bfloat16
@@ -201,9 +203,8 @@ def by_extend(layer, memory, x):
     """The peer's call: its memory in the cache, and one segment."""
     cache = layer.init_cache(x.shape[0], 1)
     known = memory.shape[1]
-    cache = cache._replace(
-        hidden=cache.hidden.at[:, -known:].set(memory), valid=cache.valid.at[:, -known:].set(True)
-    )
+    before = -(-known // layer.segment_length) * layer.segment_length  # whole segments
+    cache = cache._replace(hidden=cache.hidden.at[:, -known:].set(memory), seen=cache.seen + before)
     return layer.extend(x, cache)[0]
 
 

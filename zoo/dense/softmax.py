@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -14,7 +15,7 @@ from subquad.kernels import precision, softmax
 from subquad.zoo import masks
 from subquad.zoo import positions as encodings
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append, poisoned
+from subquad.zoo.cache import KVCache, append, places, poisoned
 from subquad.zoo.checks import refuse, require_extend
 
 
@@ -142,7 +143,7 @@ class SoftmaxAttention(Attention):
         return KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
 
     def attend_cached(self, query, key, value, mask, cache):
-        at = cache.length[:, None] + jnp.arange(query.shape[1])
+        at = places(cache.length, query.shape[1])
         if self.rotary_base is not None:
             query = encodings.rotary(query, at, self.rotary_base)
             key = encodings.rotary(key, at, self.rotary_base)
@@ -170,7 +171,7 @@ def weighted_mean(
     """
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
+    product = functools.partial(jnp.einsum, preferred_element_type=np.promote_types(query.dtype, np.float32))
     logits = product("btnh,bsnh->bnts", query, key) / math.sqrt(query.shape[3])
     if bias is not None:
         logits += bias.astype(logits.dtype)

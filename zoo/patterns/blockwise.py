@@ -10,7 +10,7 @@ from flax import nnx
 
 from subquad.kernels import block_sparse, softmax
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append, pieces, poisoned
+from subquad.zoo.cache import KVCache, append, pieces, places, poisoned
 from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.patterns.steps import in_chunks
 
@@ -129,16 +129,16 @@ class BlockwiseAttention(Attention):
     def attend_cached(self, query, key, value, mask, cache):
         start, batch = cache.length, len(query)
         cache = append(cache, key, value, mask)
-        room, shifts = cache.key.shape[1], jnp.array(self.shifts)[:, None]
+        room, shifts = cache.key.shape[1], jnp.array(self.shifts)[None, :, None]
         # A chunk of at most one block lies in at most two blocks, and so do the keys that one head shows it.
         reach = min(room, 2 * self.block_size)
 
         def chunk(query, start):
-            at = jnp.minimum(start[:, None] + jnp.arange(query.shape[1]), self.max_length - 1)
+            at = jnp.minimum(places(start, query.shape[1]), self.max_length - 1)
             wanted = self._keys_of(at[:, None] // self.block_size, shifts)  # block of keys, [B, N, t]
             # Where the two wanted blocks are no neighbours, the one with the larger number lies in the future.
             first = jnp.clip(wanted.min(2) * self.block_size, 0, room - reach)
-            of = first[..., None] + jnp.arange(reach)  # position of keys, [B, N, s]
+            of = places(first, reach)  # position of keys, [B, N, s]
             own = lambda array: rearrange(pieces(array, first, reach), "b s n h -> (b n) s 1 h").astype(query.dtype)
             by_head = lambda array: rearrange(array, "b n s -> (b n) s")
             heads = softmax.attention(

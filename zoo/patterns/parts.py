@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from subquad.zoo.cache import pieces
+from subquad.zoo.cache import pieces, places
 
 Parts = list[tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]]
 Attend = Callable[..., tuple[Array, Array]]
@@ -45,14 +45,14 @@ def window(attend: Attend, query, cache: Keys, at: Int[Array, "B T"], size: int)
     reach = min(room, size + query.shape[1])
     first = jnp.clip(at[:, 0] - size, 0, room - reach)
     key, value = cache.read(lambda array: pieces(array, first, reach))
-    of = first[:, None] + jnp.arange(reach)
+    of = places(first, reach)
     return [attend(query, key, value, window_size=(size, 0), query_positions=at, key_positions=of)]
 
 
 def residues(attend: Attend, query, cache: Keys, at: Int[Array, "B T"], stride: int, gap: int) -> Parts:
     tokens, rows = query.shape[1], np.arange(-(-cache.key.shape[1] // stride))
     # The class of token u: what lies past the room counts as the last key, in a row that comes after the query's.
-    of = at[..., None] % stride + stride * rows
+    of = at[..., None] % stride + (stride * rows)[None, None]
     take = jax.vmap(lambda array, of: jnp.take(array, of, axis=0, mode="clip"))
     key, value = cache.read(lambda array: rearrange(take(array, of), "b u i ... -> (b u) i ..."))
     own, row = rearrange(query, "b u n h -> (b u) 1 n h"), rearrange(at // stride, "b u -> (b u) 1")
@@ -66,7 +66,7 @@ def block(attend: Attend, query, cache: Keys, at: Int[Array, "B T"], size: int, 
     reach = min(room, 2 * size)  # the tokens lie in at most two blocks
     first = jnp.clip(at[:, 0] // size * size, 0, room - reach)
     key, value = cache.read(lambda array: pieces(array, first, reach))
-    of = first[:, None] + jnp.arange(reach)
+    of = places(first, reach)
     mask = None
     if columns is not None:
         mask = rearrange(jnp.asarray(column_mask(columns, heads, size))[:, of % size], "n b s -> b n 1 s")

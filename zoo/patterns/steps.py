@@ -25,5 +25,5 @@ def in_chunks(
         return attend(query, start)
     query = jnp.pad(query, ((0, 0), (0, count * size - tokens), (0, 0), (0, 0)))
     chunks = rearrange(query, "b (c t) n h -> c b t n h", c=count)
-    heads = jax.lax.map(lambda work: attend(*work), (chunks, start + size * jnp.arange(count)[:, None]))
+    heads = jax.lax.map(lambda work: attend(*work), (chunks, start[None] + size * jnp.arange(count)[:, None]))
     return rearrange(heads, "c b t n h -> b (c t) n h")[:, :tokens]

@@ -10,7 +10,7 @@ from flax import nnx
 from subquad.kernels import block_sparse, softmax, strided
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append, poisoned
+from subquad.zoo.cache import KVCache, append, places, poisoned
 from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.patterns import parts
 from subquad.zoo.patterns.steps import in_chunks
@@ -138,7 +138,7 @@ class StridedAttention(Attention):
             return softmax.attention(query, key, value, return_lse=True, implementation=self.implementation, **options)
 
         def chunk(query, start):
-            at = start[:, None] + jnp.arange(query.shape[1])
+            at = places(start, query.shape[1])
 
             def near(query, keys):
                 piece = parts.window if self.kind == "strided" else parts.block

@@ -12,7 +12,7 @@ from jax import lax
 
 from subquad.kernels import relative
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import TransformerXLCache, counts, last
+from subquad.zoo.cache import TransformerXLCache, counts, last, places
 from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.positions import sinusoidal
 
@@ -122,7 +122,7 @@ class TransformerXLAttention(Attention):
         size = min(self.segment_length, length)
         relative_key = self.relative(sinusoidal(jnp.arange(room + size), self.position_features))
         past = lax.stop_gradient(past)
-        past_valid = jnp.arange(room) >= room - known[:, None]
+        past_valid = jnp.arange(room)[None] >= room - known[:, None]
         valid = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], inputs.shape[:2])
 
         def chunk(memory, xs):
@@ -159,9 +159,9 @@ class TransformerXLAttention(Attention):
 
     def _reaches(self, position, length, room):
         """True where a token's segment and its memory hold the key: [B, 1, T, P + T], without regard to causality."""
-        in_segment = (position[:, None] + jnp.arange(length)) % self.segment_length
-        distance = room + jnp.arange(length)[:, None] - jnp.arange(room + length)
-        return distance <= self.memory_length + in_segment[:, None, :, None]
+        in_segment = places(position, length) % self.segment_length
+        distance = room + jnp.arange(length)[:, None] - jnp.arange(room + length)[None]
+        return distance[None, None] <= self.memory_length + in_segment[:, None, :, None]
 
     def pattern(self, length: int) -> np.ndarray:
         query, key = np.arange(length)[:, None], np.arange(length)

@@ -124,7 +124,7 @@ class S4(nnx.Module):
 
     def _mix(self, inputs, responses):
         """The pointwise rest of the layer, from u and C x."""
-        hidden = nnx.gelu(responses + self.skip[...].astype(inputs.dtype) * inputs, approximate=False)
+        hidden = nnx.gelu(responses + self.skip[...].astype(inputs.dtype)[None] * inputs, approximate=False)
         if not self.glu:
             return self.out(hidden)
         # Each half by itself: the gradient of both would be put together as one array, twice as wide as any other.
