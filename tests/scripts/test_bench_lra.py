@@ -68,6 +68,24 @@ def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
     assert (out.parent / "lra-1.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_every_option_of_what_is_measured_reaches_the_races(run):
+    words = "--lengths 1K --modes forward --layers performer --baseline local --model small --batch-size 3 --dtype bfloat16"
+    words += " --implementation xla --layer-options performer.num_features=8 --seconds 0.5 --repeats 7 --peaks --threads 1"
+    words += " --energy-seconds 0 --watts 50 --grid-intensity 300 --price-per-hour 2.5 --currency EUR --limits length"
+    _, raced, _ = run(*words.split())
+    ((layers, length, mode, settings),) = raced
+    assert (layers, length, mode) == (["local", "performer"], 1024, "forward")
+    named = {name: getattr(settings, name) for name in (
+        "model", "baseline", "batch_size", "dtype", "implementation", "options", "seconds", "repeats", "peaks", "threads",
+        "energy_seconds", "watts", "grid_intensity", "price_per_hour", "currency", "limits",
+    )}  # fmt: skip
+    assert named == dict(
+        model="small", baseline="local", batch_size=3, dtype="bfloat16", implementation="xla",
+        options={"performer.num_features": 8}, seconds=0.5, repeats=7, peaks=True, threads=1, energy_seconds=0, watts=50,
+        grid_intensity=300, price_per_hour=2.5, currency="EUR", limits=["length"],
+    )  # fmt: skip
+
+
 def test_other_values_leave_the_rows_of_the_model_alone(run):
     words = ("--lengths", "1K", "--modes", "train", "--layers", "local")
     _, _, out = run(*words)

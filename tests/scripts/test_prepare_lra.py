@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from subquad.lra import prepare
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -90,3 +92,21 @@ def test_ctrl_c_is_one_line_and_leaves_no_data_set(tmp_path):
     assert said[-1] == "prepare_lra: Interrupted; what was saved before is kept."
     assert all(line.startswith("lra_listops/lra: ") for line in said[1:-1])
     assert not list(parent.iterdir())
+
+
+def test_every_option_reaches_what_is_done(monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def check(word, data_dir, *, cnn_steps):
+        asked.append((word, data_dir, cnn_steps))
+        return prepare.Report(["a line"], ["wrong"])
+
+    monkeypatch.setattr(prepare, "check", check)
+    monkeypatch.setattr(prepare, "prepare", lambda *words: asked.append(words) or 0)
+    assert called(monkeypatch, "check", "text", "image", "--data-dir", "there", "--cnn-steps", "7") == 1
+    assert called(monkeypatch, "prepare", "text", "--data-dir", "there", "--manual-dir", "here") == 0
+    assert asked == [("text", "there", 7), ("image", "there", 7), (["text"], "there", "here")]
+    assert called(monkeypatch, "check", "text", "--cnn-steps", "-1") == 2
+    assert "--cnn-steps must be >= 0, got -1." in capsys.readouterr().err
+    assert called(monkeypatch, "list", "--data-dir", tmp_path) == 0
+    assert "Hours are those of two cores" in capsys.readouterr().out

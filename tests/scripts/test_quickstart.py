@@ -33,6 +33,11 @@ def run(name, *words, **options):
     return subprocess.run(command(name, *words), capture_output=True, text=True, timeout=500, **options)
 
 
+def told(finished) -> str:
+    """What it said on stderr, but for the progress of planning, which a busy machine shows."""
+    return "".join(line for line in finished.stderr.splitlines(keepends=True) if not line.startswith("planning: "))
+
+
 @pytest.fixture(scope="module")
 def done(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
@@ -92,7 +97,7 @@ def test_the_csv_is_plain(done):
 def test_wrong_words_are_one_line(words, code, said):
     finished = run("quickstart", *words)
     assert finished.returncode == code
-    assert finished.stderr.startswith(f"quickstart: {said}") and finished.stderr.count("\n") == 1
+    assert told(finished).startswith(f"quickstart: {said}") and told(finished).count("\n") == 1
     assert finished.stdout == ""
 
 
@@ -108,7 +113,7 @@ def test_layers_that_cannot_be_causal_are_left_out_of_a_language_model(tmp_path)
     (tmp_path / "file").touch()
     finished = run("quickstart", "--task", "pylib_lm", "--out", tmp_path / "file")
     assert finished.returncode == 1 and "quickstart: out: folder" in finished.stderr  # past the layers, and no further
-    assert finished.stderr.startswith("Left out, because a language model must be causal: linformer.\n")
+    assert told(finished).startswith("Left out, because a language model must be causal: linformer.\n")
 
 
 def test_a_language_model_has_no_plot_of_accuracy_and_none_is_announced(tmp_path, monkeypatch, capsys):
@@ -129,8 +134,8 @@ def test_a_damaged_data_set_is_told(data, tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     finished = run("quickstart", *TINY, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
     assert finished.returncode == 1
-    assert finished.stderr.startswith(f"quickstart: data set: folder {shard.parent} must hold a whole data set")
-    assert finished.stderr.count("\n") == 1
+    assert told(finished).startswith(f"quickstart: data set: folder {shard.parent} must hold a whole data set")
+    assert told(finished).count("\n") == 1
 
 
 def test_one_layers_fault_is_a_row_and_the_others_still_run(data, tmp_path):

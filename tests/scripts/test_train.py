@@ -64,3 +64,15 @@ def test_a_table_that_could_not_take_the_row_is_refused_before_the_run(monkeypat
     assert call(monkeypatch, *TINY, "--out", tmp_path) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"train: table: file {tmp_path}/results.csv must have the columns of this version in its first line")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--in-features", 10**9), "memory: run must fit into "),
+        (("--batch-size", 257), "batches: batch_size must be in 1..256, the training examples of listops/tiny, got 257."),
+    ],
+)
+def test_what_cannot_fit_makes_no_folder(words, said, monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, *TINY, "--recipe", "nystromformer", "--out", tmp_path / "out", *words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"train: {said}") and not any(tmp_path.iterdir())
