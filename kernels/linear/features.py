@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from subquad.kernels import precision
+
 FeatureMap = Literal["softmax", "relu"]
 
 # Softmax features are floored at exp(-30) = 1e-13 of the token's largest, so that the product of the features of any
@@ -16,6 +18,7 @@ LOG_FLOOR = -30.0
 RELU_OFFSET = 1e-3
 
 
+@precision.promoting
 def softmax_features(
     inputs: Float[Array, "*B H"], projection: Float[Array, "M H"]
 ) -> tuple[Float[Array, "*B M"], Float[Array, "*B"]]:
@@ -43,6 +46,7 @@ def softmax_features(
     return features, largest - 0.5 * math.log(num_features)
 
 
+@precision.promoting
 def relu_features(
     inputs: Float[Array, "*B H"], projection: Float[Array, "M H"], *, offset: float = RELU_OFFSET
 ) -> Float[Array, "*B M"]:

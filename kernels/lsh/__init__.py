@@ -247,8 +247,9 @@ def extend(
         )
     scale = _scale_of(owner, scale, query.shape[-1])
     if mask is not None:
-        own = jnp.take(mask, start + jnp.arange(query.shape[1]), axis=3, mode="clip")
-        (query,), (key, value) = checks.hide(own, query), checks.hide(mask, key, value)
+        own = jnp.reshape(start, (-1, 1, 1, 1)) + jnp.arange(query.shape[1])[None, None, None]  # [B|1, 1, 1, T]
+        real = jnp.take_along_axis(jnp.broadcast_to(mask, (len(query), *mask.shape[1:])), own, axis=3, mode="clip")
+        (query,), (key, value) = checks.hide(real, query), checks.hide(mask, key, value)
     return dispatch.run(
         owner, _implementations("extend"), implementation,
         query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates,

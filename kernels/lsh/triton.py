@@ -353,7 +353,8 @@ def backward_kernel(
         visible = _visible(
             codes, round_, own + offset, position, bucket, other, k_position, k_bucket, False,
             ROUNDS, CHUNK, BEFORE, AFTER, NUM_BUCKETS, IS_CAUSAL, SAME_BUCKET, SPANS, ONCE)
-        weights = tl.exp2(tl.where(visible, logits - log[:, None], LOWEST))
+        # At most 0: a log-sum-exp beyond 1e9 is rounded by hundreds, and exp2 of that overflows.
+        weights = tl.exp2(tl.where(visible, tl.minimum(logits - log[:, None], 0.0), LOWEST))
         d_weights = tl.dot(d_own, tl.trans(k_value), input_precision=PRECISION)
         d_logits = weights * (d_weights - own_delta[:, None]) * gain[None, :]
         d_products = tl.dot(d_logits.to(key.dtype), key, d_products, input_precision=PRECISION)
@@ -378,7 +379,7 @@ def backward_kernel(
             codes, round_, other, q_position, q_bucket, own + offset, position, bucket, True,
             ROUNDS, CHUNK, BEFORE, AFTER, NUM_BUCKETS, IS_CAUSAL, SAME_BUCKET, SPANS, ONCE)
         logits = products * (gain * factor)[:, None]
-        weights = tl.exp2(tl.where(visible, logits - q_log[None, :], LOWEST))
+        weights = tl.exp2(tl.where(visible, tl.minimum(logits - q_log[None, :], 0.0), LOWEST))
         d_values = tl.dot(weights.to(d_rows.dtype), d_rows, d_values, input_precision=PRECISION)
         d_weights = tl.dot(own_value, tl.trans(d_rows), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_delta[None, :])
@@ -661,7 +662,7 @@ def extend_query_kernel(
             query_buckets, key_buckets, q_token, k_token, q_real, k_real, begin, False,
             QUERIES, KEYS, HEADS, ROUNDS, ONCE)
         logits = tl.dot(rows, tl.trans(k_rows), input_precision=PRECISION) * (SCALE * LOG2E)
-        weights = count * tl.exp2(tl.where(count > 0, logits - log[:, None], LOWEST))
+        weights = count * tl.exp2(tl.where(count > 0, tl.minimum(logits - log[:, None], 0.0), LOWEST))
         d_weights = tl.dot(d_rows, tl.trans(k_value), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_delta[:, None])
         sums = tl.dot(d_logits.to(k_rows.dtype), k_rows, sums, input_precision=PRECISION)
@@ -720,7 +721,7 @@ def extend_key_kernel(
             query_buckets, key_buckets, q_token, k_token, q_real, k_real, begin, True,
             QUERIES, KEYS, HEADS, ROUNDS, ONCE)
         logits = tl.dot(k_rows, tl.trans(rows), input_precision=PRECISION) * (SCALE * LOG2E)
-        weights = count * tl.exp2(tl.where(count > 0, logits - log[None, :], LOWEST))
+        weights = count * tl.exp2(tl.where(count > 0, tl.minimum(logits - log[None, :], 0.0), LOWEST))
         to_values = tl.dot(weights.to(d_rows.dtype), d_rows, to_values, input_precision=PRECISION)
         d_weights = tl.dot(k_value, tl.trans(d_rows), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_delta[None, :])

@@ -182,7 +182,8 @@ def _query_tiles(state, first, last, content, position, grad, lse, shift, key, v
         k = _rows(key, j * BLOCK + c, S, N * H, H, H_PADDED)
         scores = tl.dot(content, tl.trans(k), input_precision=PRECISION)
         scores += _turn(by_distance, False, BLOCK)
-        weights = tl.exp2(scores * LOG2E - lse[:, None])
+        # At most 0: a log-sum-exp beyond 1e9 is rounded by hundreds, and exp2 of that overflows.
+        weights = tl.exp2(tl.minimum(scores * LOG2E - lse[:, None], 0.0))
         if PARTIAL:
             seen = _seen(mask, t[:, None], (j * BLOCK + c)[None, :], T, S, OFFSET, MASK, MASK_T, MASK_S)
             weights = tl.where(seen, weights, 0.0)
@@ -264,7 +265,7 @@ def _key_tiles(state, first, last, content, position, grad, lse, shift, key, val
         scores = tl.dot(key, tl.trans(own_content), input_precision=PRECISION)
         scores += _turn(by_distance, True, BLOCK)
         own_lse = tl.load(lse + t, mask=t < T, other=float("inf")) * LOG2E
-        weights = tl.exp2(scores * LOG2E - own_lse[None, :])
+        weights = tl.exp2(tl.minimum(scores * LOG2E - own_lse[None, :], 0.0))
         if PARTIAL:
             seen = _seen(mask, t[None, :], s[:, None], T, S, OFFSET, MASK, MASK_T, MASK_S)
             weights = tl.where(seen, weights, 0.0)
@@ -340,7 +341,7 @@ def _distance_tiles(d_relative, first, last, content, position, grad, lse, shift
         scores = tl.dot(relative, tl.trans(own_position), input_precision=PRECISION)
         scores += _turn(tl.where(c <= a, these, those), True, BLOCK)
         own_lse = tl.load(lse + t, mask=t < T, other=float("inf")) * LOG2E
-        weights = tl.exp2(scores * LOG2E - own_lse[None, :])
+        weights = tl.exp2(tl.minimum(scores * LOG2E - own_lse[None, :], 0.0))
         if PARTIAL:
             of = (i - e) * BLOCK + OFFSET + a - c
             seen = _seen(mask, t[None, :], of, T, S, OFFSET, MASK, MASK_T, MASK_S)

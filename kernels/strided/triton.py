@@ -265,7 +265,8 @@ def pull_query(
         value = load(VALUE, of, real, batch, head, T, N, V, BLOCK_V)
         seen = visible_keys(VALID, at[:, None], of, real, batch, KIND, CAUSAL, STRIDE, WINDOW, GAP, NEAR, HAS_VALID, VALID_STEP)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * SCALE
-        weights = tl.where(seen, tl.exp2(logits - lse[:, None]), 0.0)
+        # At most 0: a log-sum-exp beyond 1e9 is rounded by hundreds, and exp2 of that overflows.
+        weights = tl.where(seen, tl.exp2(tl.minimum(logits - lse[:, None], 0.0)), 0.0)
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         grad_logits = weights * (grad_weights - shift[:, None])
         grad_query = tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision=PRECISION)
@@ -362,7 +363,7 @@ def key_gradient(
             # Everything is transposed from the start, [keys, queries]: a product is never transposed into another one.
             seen = sees(at[None, :], of[:, None], KIND, CAUSAL, STRIDE, WINDOW, GAP, NEAR) & seen_keys[:, None] & real[None, :]
             logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * SCALE
-            weights = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0)
+            weights = tl.where(seen, tl.exp2(tl.minimum(logits - lse[None, :], 0.0)), 0.0)
             grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
             grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
             grad_logits = weights * (grad_weights - shift[None, :])

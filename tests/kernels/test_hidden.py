@@ -40,6 +40,9 @@ CALLS = {
     ),
     "lsh": lambda q, k, v, i: lsh.attention(q, v, BUCKETS, num_buckets=1, chunk_size=4, mask=MASK, implementation=i),
     "lsh-extend": lambda q, k, v, i: lsh.extend(q, k, v, BUCKETS, BUCKETS, start=0, mask=MASK, implementation=i),
+    "lsh-extend-each": lambda q, k, v, i: lsh.extend(
+        q, k, v, BUCKETS, BUCKETS, start=jnp.zeros(B, jnp.int32), mask=MASK, implementation=i
+    ),
 }
 SHARED = ("lsh",)  # query and key are one array
 

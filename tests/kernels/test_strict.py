@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from subquad.kernels import launch, softmax, specs, ssm
+from subquad.kernels import launch, linear, lsh, softmax, specs, ssm
 
 SPECS = specs.load()
 LENGTH = 11  # of no other test: what was traced before under other rules would be taken as it is
@@ -42,6 +42,21 @@ def test_a_system_is_discretised():
         strict(stack)
         for method in ("bilinear", "zoh"):
             jax.eval_shape(lambda x, step, m=method: ssm.discretize(x, step, m), -jnp.ones((2, 3), complex), jnp.ones(2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_functions_that_choose_no_implementation(dtype):
+    x, lse, projection = jnp.ones((1, LENGTH, 2, 4), dtype), jnp.zeros((1, LENGTH, 2)), jnp.ones((3, 4))
+    calls = [
+        lambda x, lse: softmax.merge([x, x], [lse, lse]),
+        lambda x, _: linear.softmax_features(x, projection),
+        lambda x, _: linear.relu_features(x, projection),
+        lambda x, _: lsh.normalize(x),
+    ]
+    with contextlib.ExitStack() as stack:
+        strict(stack)
+        for call in calls:
+            jax.eval_shape(lambda x, y, call=call: (lambda out, pull: pull(out))(*jax.vjp(call, x, y)), x, lse)
 
 
 def test_what_a_caller_mixes_is_still_refused():
