@@ -45,16 +45,30 @@ def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B 
 
 
 def write(cached, new, start: Int[Array, "B"], mask, axis: int = 1):
-    """The cached array with the real ones of the new tokens written along `axis`, from `start` of each sample on."""
-    new = new.astype(cached.dtype)
-    if mask is None:
+    """The cached array with the real ones of the new tokens written along `axis`, from `start` of each sample on.
+
+    What stands in slots after them means nothing, as nothing sees these before a token is written there.
+    """
+    room, new = cached.shape[axis], new.astype(cached.dtype)
+    if mask is not None:  # the padding after the real tokens may not fit where these do
+        new = jax.lax.slice_in_dim(new, 0, min(room, new.shape[axis]), axis=axis)
+        tokens, first = new.shape[axis], jnp.minimum(start, room - new.shape[axis])
+
+        def moved(cached, new, first, start):
+            old, at = jax.lax.dynamic_slice_in_dim(cached, first, tokens, axis - 1), jnp.arange(tokens) - (start - first)
+            is_new = (at >= 0).reshape(-1, *(1,) * (new.ndim - axis))
+            return jnp.where(is_new, jnp.take(new, at, axis=axis - 1, mode="clip"), old)
+
+        new, start = jax.vmap(moved)(cached, new, first, start), first
+    if cached.dtype.itemsize > 2 or jax.default_backend() != "cpu":
         return jax.vmap(lambda *sample: jax.lax.dynamic_update_slice_in_dim(*sample, axis - 1))(cached, new, start)
-    room, tokens = cached.shape[axis], new.shape[axis]
-    slots = jnp.where(mask[:, 0, 0], places(start, tokens), room)
-    put = lambda cached, new, slots: cached.at[(slice(None),) * (axis - 1) + (slots,)].set(
-        new, mode="drop", unique_indices=True
-    )
-    return jax.vmap(put)(cached, new, slots)
+
+    def put(sample, cached):  # XLA on a CPU would write halves of all samples at once through a copy of the cache in float32
+        place = [jnp.int32(0)] * cached.ndim
+        place[0], place[axis] = jnp.int32(sample), start[sample]
+        return jax.lax.dynamic_update_slice(cached, jax.lax.dynamic_slice_in_dim(new, sample, 1), place)
+
+    return jax.lax.fori_loop(0, len(new), put, cached)
 
 
 def poisoned(heads: Float[Array, "B T N V"], cache: KVCache) -> Float[Array, "B T N V"]:
