@@ -83,8 +83,12 @@ def test_every_token_is_drawn_by_a_key_of_its_own():
         **SIZES | dict(num_layers=1, mlp_features=0), mixer="performer", mixer_options=dict(num_heads=2, num_features=4),
         embedding_init=nnx.initializers.zeros, rngs=nnx.Rngs(0),
     )
-    drawn = np.asarray(model.generate(jnp.zeros((150, 2), int), 6, temperature=1.0, rngs=nnx.Rngs(dropout=0)))[:, -6:]
-    for i in range(6):
-        for j in range(i):
-            assert (drawn[:, i] == drawn[:, j]).mean() < 0.25, f"tokens {j} and {i} of 11 possible ones are mostly equal"
-        assert np.bincount(drawn[:, i], minlength=11).max() < 40
+    prompt, call = np.zeros((150, 2), int), dict(temperature=1.0, rngs=nnx.Rngs(dropout=0))
+    at_once = np.asarray(model.generate(prompt, 6, **call))
+    one_by_one = np.stack(list(zoo.stream(model, prompt, 6, **call)), axis=1)
+    for drawn in (at_once, one_by_one):
+        for i in range(6):
+            for j in range(i):
+                assert (drawn[:, i] == drawn[:, j]).mean() < 0.25, f"tokens {j} and {i} of 11 possible ones are mostly equal"
+            assert np.bincount(drawn[:, i], minlength=11).max() < 40
+    assert (at_once == one_by_one).mean() < 0.25  # the next call draws anew
