@@ -20,6 +20,7 @@ class Compiled:
         spills: instructions that store to or load from the stack (NVIDIA), spilled registers (AMD).
         shared: bytes of shared memory per program.
         tensor_core: matrix instructions: wgmma, mma and tcgen05 (NVIDIA), mfma (AMD).
+        wgmma: those of Hopper's warp groups among them, which alone reach its full speed.
         fma: scalar float32 multiply-adds.
         transposes: of results of matrix products, which Triton 3.4 to 3.6 get wrong on Hopper when multiplied again.
         dots: matrix products in the source, before anything was unrolled.
@@ -33,6 +34,7 @@ class Compiled:
     spills: int
     shared: int
     tensor_core: int
+    wgmma: int
     fma: int
     transposes: int
     dots: int
@@ -135,6 +137,7 @@ def _read_sass(target, compiled, shared, source) -> Compiled:
         spills=count(r"\b(?:STL|LDL)\b"),
         shared=shared,
         tensor_core=count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTC[A-Z]*MMA)\b"),
+        wgmma=count(r"\bHGMMA\b"),
         fma=count(r"\bFFMA\b"),
         transposes=_transposed_products(compiled.asm["ttgir"]),
         **source,
@@ -158,6 +161,7 @@ def _read_gcn(target, compiled, shared, source) -> Compiled:
         spills=number("vgpr_spill_count"),
         shared=shared,
         tensor_core=len(re.findall(r"\bv_mfma", code)),
+        wgmma=0,
         fma=len(re.findall(r"\bv_(?:fma|fmac|pk_fma)_f32", code)),
         transposes=0,
         **source,
