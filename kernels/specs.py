@@ -93,8 +93,8 @@ def _collect(name: str) -> dict[str, Spec]:
 
 
 def find(name: str) -> Spec:
-    """The spec of this name. Raises ValueError, with the nearest match, where there is none."""
-    known = load()
+    """The spec of this name, of the grid too. Raises ValueError, with the nearest match, where there is none."""
+    known = load() | grid()
     if name not in known:
         raise ValueError(f"specs.find: name must be that of a spec, got {name!r}. {dispatch.nearest(name, known)}")
     return known[name]

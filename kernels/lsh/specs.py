@@ -140,7 +140,8 @@ def over(kind, masked=False, **options):
 def over_extend(kind, correct_duplicates):
     def draw(head, length, dtype, rng):
         arrays = make_extend(length, dtype, rng)
-        return arrays | {x: jnp.asarray(rng.normal(size=(*arrays[x].shape[:3], head)), dtype) for x in ("query", "key", "value")}
+        wide = lambda x: jnp.asarray(rng.normal(size=(*x.shape[:3], head)), dtype)
+        return arrays | {name: wide(arrays[name]) for name in ("query", "key", "value")}
 
     run = functools.partial(call_extend, correct_duplicates=correct_duplicates)
     return over_heads("lsh.extend", kind, draw, run, most=128)
