@@ -696,7 +696,9 @@ def power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def heuristic(kernel: str, mode, *, features: int, values: int, width: int, bf16: bool, map: str, causal: bool) -> launch.Config:
+def heuristic(
+    kernel: str, mode, *, features: int, values: int, width: int, bf16: bool, map: str, causal: bool
+) -> launch.Config:
     """Block sizes and warps for `features`, `values` and the `width` of a head, all padded to powers of two."""
     if mode == "interpret":  # the cost there is per step, whatever its size
         tile = 64, features, values, 4
@@ -716,7 +718,8 @@ def _tile_sizes(kernel: str, features: int, width: int, bf16: bool, map: str, ca
             if not causal or features > 32 and name != "backward_key":
                 return 64, 64, 64, 8
             # The state of few features stays in registers.
-            few = dict(forward=(32, 32, 64, 8), backward_query=(32, 32, 64, 4), backward_key=(32, 64 if features == 64 else 32, 64, 8))
+            of_key = 32, 64 if features == 64 else 32, 64, 8
+            few = dict(forward=(32, 32, 64, 8), backward_query=(32, 32, 64, 4), backward_key=of_key)
             return few.get(name, (64, 64, 64, 8))
         if causal:
             softmax = map == "softmax"
@@ -731,8 +734,8 @@ def _tile_sizes(kernel: str, features: int, width: int, bf16: bool, map: str, ca
     if name in ("key_sums", "query_sums") or (map == "given" and not causal):
         return 32, 32 if name == "forward" else 64, 64, 8
     if map == "given":
-        return dict(forward=(16, 16, 16, 4), backward_query=(16, 16, 32, 4), backward_key=(16, 16, 16, 4))[name]
-    return dict(forward=(16, 16, 16, 4), backward_query=(16, 16, 32, 4), backward_key=(16, 16, 16, 8))[name]
+        return dict(forward=(16, 16, 16, 8), backward_query=(16, 16, 32, 4), backward_key=(16, 16, 16, 4))[name]
+    return dict(forward=(16, 16, 16, 8), backward_query=(16, 16, 32, 4), backward_key=(16, 16, 16, 8))[name]
 
 
 def segments(length: int, programs: int, mode) -> int:

@@ -650,6 +650,7 @@ def extend_query_kernel(
     d_rows = _rows(d_out + batch * OUT_STRIDE + head * VALUES, q_token, present, HEADS * VALUES, VALUES, BLOCK_V)
     sums = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     last = tl.minimum(begin + tl.minimum(tile * BLOCK_Q + BLOCK_Q, QUERIES) - 1, KEYS)
+    # The parts of wide operands, for three TF32 products, would fill the registers if they were made before the loop.
     for first in tl.range(0, last, BLOCK_K, disable_licm=PRECISION == "tf32x3" and BLOCK_H > 64):
         k_token = first + tl.arange(0, BLOCK_K)
         k_real = k_token < last

@@ -51,12 +51,19 @@ def _products(left, left_at, right, right_at, left_limit, right_limit, STRIDE: t
 
     Of wide float32 rows a slice at a time: the parts of whole ones, for three TF32 products, are more than the registers hold.
     """
-    SLICE: tl.constexpr = 32 if PRECISION == "tf32x3" and PADDED > 64 else PADDED
-    total = tl.zeros((left_at.shape[0], right_at.shape[0]), tl.float32)
-    for first in tl.static_range(0, PADDED, SLICE):
-        rows = _rows(left + first, left_at, left_limit, STRIDE, WIDTH - first, SLICE)
-        others = _rows(right + first, right_at, right_limit, STRIDE, WIDTH - first, SLICE)
-        total = tl.dot(rows, tl.trans(others), total, input_precision=PRECISION)
+    if PRECISION != "tf32x3" or PADDED <= 64:
+        rows = _rows(left, left_at, left_limit, STRIDE, WIDTH, PADDED)
+        others = _rows(right, right_at, right_limit, STRIDE, WIDTH, PADDED)
+        total = tl.dot(rows, tl.trans(others), input_precision=PRECISION)
+    else:
+        total = tl.zeros((left_at.shape[0], right_at.shape[0]), tl.float32)
+        for first in range(0, PADDED + (tl.program_id(0) >> 30), 16):
+            column = first + tl.arange(0, 16)[None, :]
+            inside = (left_at >= 0) & (left_at < left_limit)
+            rows = tl.load(left + left_at[:, None] * STRIDE + column, mask=inside[:, None] & (column < WIDTH), other=0.0)
+            inside = (right_at >= 0) & (right_at < right_limit)
+            others = tl.load(right + right_at[:, None] * STRIDE + column, mask=inside[:, None] & (column < WIDTH), other=0.0)
+            total = tl.dot(rows, tl.trans(others), total, input_precision=PRECISION)
     return total
 
 

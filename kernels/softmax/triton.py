@@ -279,7 +279,8 @@ def softmax_backward_query(
     accumulator = tl.zeros([BLOCK_Q, PADDED_H], tl.float32)
     for TESTED in tl.static_range(1, -1, -1):
         count = first_count + second_count if TESTED else full_end - full
-        for i in tl.range(count, disable_licm=PRECISION == "tf32x3" and PADDED_H > 64):  # parts of the operands stay out of registers
+        # The parts of wide operands, for three TF32 products, would fill the registers if they were made before the loop.
+        for i in tl.range(count, disable_licm=PRECISION == "tf32x3" and PADDED_H > 64):
             at = tile_at(tiles, i, first, first_count, second, full, TESTED, LISTED) * BLOCK_K
             keys = load_rows(key + b * OF_KEY + head * H, at, S, K * H, H, BLOCK_K, PADDED_H, TESTED and S % BLOCK_K != 0)
             values = load_rows(value + b * OF_VALUE + head * V, at, S, K * V, V, BLOCK_K, PADDED_V, TESTED and S % BLOCK_K != 0)
