@@ -345,7 +345,7 @@ def test_a_transposed_product_is_found(toys):
 @pytest.mark.filterwarnings("ignore:input_output_aliases is deprecated")
 def test_a_gpu_is_told_everything(toys, monkeypatch):
     """The target, the PTX version, that products and sums may be fused, and which outputs lie where their inputs do."""
-    pytest.importorskip("jax_cuda13_plugin", reason="jax-triton lowers only where JAX's CUDA plugin is installed")
+    pytest.importorskip("jax_cuda13_plugin", reason="needs pip install --no-deps jax-cuda13-plugin, as scripts/test does")
     jax_triton = launch._jax_triton()
     asked, original = [], jax_triton.triton_call
 
