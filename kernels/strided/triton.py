@@ -448,8 +448,10 @@ def heuristic(kernel: str, kind: str, reach: int, features: int, dtype) -> launc
     elif broad:
         own, step, warps = 16, 16, 4 if kernel == "query_gradient" else 8
         stages = 1 if kernel == "query_gradient" else 2
+    elif of_keys:  # with two stages some of the small ones spill
+        own, step, warps, stages = (32, 16, 4, 2) if features > 32 else (64, 16, 4, 3)
     else:
-        own, step, warps = (32, 16, 4) if of_keys else (64, 32, 4)
+        own, step, warps = 64, 32, 4
     own, step = (min(size, max(16, triton.next_power_of_2(reach))) for size in (own, step))
     names = ("BLOCK_KEYS", "BLOCK_QUERIES") if of_keys else ("BLOCK_QUERIES", "BLOCK_KEYS")
     return launch.Config(dict(zip(names, (own, step), strict=True)), warps, stages)
