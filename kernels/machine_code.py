@@ -20,6 +20,8 @@ class Compiled:
         spills: instructions that store to or load from the stack (NVIDIA), spilled registers (AMD).
         shared: bytes of shared memory per program.
         tensor_core: matrix instructions: wgmma, mma and tcgen05 (NVIDIA), mfma (AMD).
+        missed: products of 16-bit tiles of 64 rows or more that are not made by Hopper's warp groups (wgmma), where its
+            full speed lies.
         fma: scalar float32 multiply-adds.
         transposes: of results of matrix products, which Triton 3.4 to 3.6 get wrong on Hopper when multiplied again.
         dots: matrix products in the source, before anything was unrolled.
@@ -33,6 +35,7 @@ class Compiled:
     spills: int
     shared: int
     tensor_core: int
+    missed: int
     fma: int
     transposes: int
     dots: int
@@ -135,6 +138,7 @@ def _read_sass(target, compiled, shared, source) -> Compiled:
         spills=count(r"\b(?:STL|LDL)\b"),
         shared=shared,
         tensor_core=count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTC[A-Z]*MMA)\b"),
+        missed=_missed_products(compiled.asm["ttgir"]) if target == "sm_90" else 0,
         fma=count(r"\bFFMA\b"),
         transposes=_transposed_products(compiled.asm["ttgir"]),
         **source,
@@ -148,6 +152,12 @@ def _transposed_products(code: str) -> int:
     return len(in_registers) + sum(f"ttg.memdesc_trans {name} " in code for name in stored)
 
 
+def _missed_products(code: str) -> int:
+    """Products that Triton left to mma.sync, [m, k] by [k, n] in 16 bits with m >= 64: what wgmma takes."""
+    rows = re.findall(r"\btt\.dot .* : tensor<\d+x\d+xb?f16, .* -> tensor<(\d+)x\d+xf32", code)
+    return sum(int(m) >= 64 for m in rows)
+
+
 def _read_gcn(target, compiled, shared, source) -> Compiled:
     code = compiled.asm["amdgcn"]
     number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))
@@ -158,6 +168,7 @@ def _read_gcn(target, compiled, shared, source) -> Compiled:
         spills=number("vgpr_spill_count"),
         shared=shared,
         tensor_core=len(re.findall(r"\bv_mfma", code)),
+        missed=0,
         fma=len(re.findall(r"\bv_(?:fma|fmac|pk_fma)_f32", code)),
         transposes=0,
         **source,

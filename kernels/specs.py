@@ -4,6 +4,7 @@ Each operation's `specs.py` holds a list `SPECS` of its own calls; `load` collec
 """
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import zlib
@@ -21,6 +22,8 @@ Make = Callable[[int, Any, np.random.Generator], Arrays]
 
 LENGTHS = (1, 7, 63, 100, 129, 500)
 BENCH_LENGTHS = (1024, 4096, 16384)
+# What the ahead-of-time grid is made of: sizes of a head, and a length that no tile divides.
+HEADS, DTYPES, GRID_LENGTH = (16, 40, 64, 96, 128, 256), ("bfloat16", "float16", "float32"), 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +64,37 @@ class Spec:
 
 def load() -> dict[str, Spec]:
     """All specs by name."""
+    return _collect("SPECS")
+
+
+def grid() -> dict[str, Spec]:
+    """By name, the calls that the kernels are compiled for ahead of time: every size of a head by every kind of call.
+
+    They are too many to be run; `GRID_LENGTH` is their only length.
+    """
+    return _collect("GRID")
+
+
+def over_heads(operation: str, kind: str, make, call, most: int = HEADS[-1]) -> list[Spec]:
+    """A kind of call at every size of a head that the operation takes; `make` is as in `Spec`, with the size first."""
+    return [
+        Spec(operation, f"{kind}-{head}", functools.partial(make, head), call, lengths=(GRID_LENGTH,), bench_lengths=())
+        for head in HEADS
+        if head <= most
+    ]
+
+
+def _collect(name: str) -> dict[str, Spec]:
     found = {}
     for path in sorted(pathlib.Path(__file__).parent.glob("*/specs.py")):
         module = importlib.import_module(f"subquad.kernels.{path.parent.name}.specs")
-        found |= {spec.name: spec for spec in module.SPECS}
+        found |= {spec.name: spec for spec in getattr(module, name, ())}
     return found
 
 
 def find(name: str) -> Spec:
-    """The spec of this name. Raises ValueError, with the nearest match, where there is none."""
-    known = load()
+    """The spec of this name, of the grid too. Raises ValueError, with the nearest match, where there is none."""
+    known = load() | grid()
     if name not in known:
         raise ValueError(f"specs.find: name must be that of a spec, got {name!r}. {dispatch.nearest(name, known)}")
     return known[name]

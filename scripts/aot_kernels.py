@@ -1,6 +1,9 @@
 """Compiles every Triton kernel for real GPUs, on a machine that needs none, and writes what the machine code takes as CSV.
 
+A file that is there keeps its rows of other calls, dtypes and targets, so that one kernel can be done again.
+
 python scripts/aot_kernels.py --spec softmax.attention/causal --target sm_90
+python scripts/aot_kernels.py --grid --target sm_90 --dtype bfloat16 float16 float32 --out grid.csv
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
@@ -21,7 +24,6 @@ from subquad.kernels import dispatch, launch, machine_code, specs  # noqa: E402
 from subquad.lra import commands, racing  # noqa: E402
 
 OUT = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "aot.csv"
-DTYPES = ("bfloat16", "float32")
 COUNTS = ("registers", "stack", "spills", "shared", "tensor_core", "fma", "transposes")
 FIELDS = ("spec", "dtype", "kernel", "configuration", "target", *COUNTS, "fits", "refused", "triton")
 
@@ -29,6 +31,8 @@ FIELDS = ("spec", "dtype", "kernel", "configuration", "target", *COUNTS, "fits",
 def parse():
     parser = commands.Parser(prog="aot_kernels", description=__doc__)
     parser.add_argument("--spec", nargs="+", help="names such as softmax.attention/causal; default: all")
+    parser.add_argument("--grid", action="store_true", help="the grid of head sizes by kinds of call as well: takes hours")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=specs.DTYPES)
     parser.add_argument("--target", nargs="+", help=f"of {', '.join(machine_code.TARGETS)}; default: all")
     parser.add_argument("--length", type=int, help="of the sequences; default: the middle one of each operation's benchmarks")
     parser.add_argument("--out", default=str(OUT), help="the CSV; default: kernels/results/aot.csv")
@@ -40,11 +44,33 @@ def describe(config: launch.Config) -> str:
     return " ".join([*blocks, f"warps={config.num_warps}", f"stages={config.num_stages}"])
 
 
-def rows_of(spec: specs.Spec, targets, length: int | None):
+def write(out: pathlib.Path, rows: list[dict]) -> None:
+    """The rows by spec, dtype and target, in the order of those."""
+    place = [{name: place for place, name in enumerate(names)} for names in (specs.load() | specs.grid(), specs.DTYPES)]
+    order = lambda row: (place[0][row["spec"]], place[1][row["dtype"]], machine_code.TARGETS.index(row["target"]))
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=order))
+
+
+def others(out: pathlib.Path, chosen, dtypes, targets) -> list[dict]:
+    """What the file holds of other calls, and of these for other dtypes and targets."""
+    if not out.exists():
+        return []
+    names, known = {spec.name for spec in chosen}, specs.load() | specs.grid()
+    with out.open(newline="") as file:
+        return [
+            row for row in csv.DictReader(file)
+            if row["spec"] in known and not (row["spec"] in names and row["dtype"] in dtypes and row["target"] in targets)
+        ]  # fmt: skip
+
+
+def rows_of(spec: specs.Spec, dtypes, targets, length: int | None):
     """One row per kernel, dtype and target; a target whose compiler refuses is a row that says so."""
     import triton
 
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for target in targets:
             for launched in specs.launches(spec, dtype, length, target=target):
                 row = dict(
@@ -65,25 +91,23 @@ def main() -> int:
     for target in targets:
         if target not in machine_code.TARGETS:
             raise ValueError(f"target must be a known one, got {target!r}. {dispatch.nearest(target, machine_code.TARGETS)}")
-    chosen = [specs.find(name) for name in arguments.spec] if arguments.spec else list(specs.load().values())
+    everything = specs.load() | (specs.grid() if arguments.grid else {})
+    chosen = [specs.find(name) for name in arguments.spec] if arguments.spec else list(everything.values())
     chosen = [spec for spec in chosen if "triton" in spec.implementations]
     out = pathlib.Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    shown = []
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        for spec in track(chosen, description="Compiling", console=Console(stderr=True)):
-            for row in rows_of(spec, targets, arguments.length):
-                writer.writerow(row)
-                file.flush()
-                if row["refused"]:
-                    shown.append([row["spec"], row["kernel"], row["dtype"], row["target"], *4 * ["-"], "refused"])
-                    continue
-                shown.append([
-                    row["spec"], row["kernel"], row["dtype"], row["target"], str(row["registers"]), str(row["spills"]),
-                    str(row["shared"] >> 10), str(row["tensor_core"]), "yes" if row["fits"] else "no",
-                ])  # fmt: skip
+    rows, shown = others(out, chosen, arguments.dtype, targets), []
+    for spec in track(chosen, description="Compiling", console=Console(stderr=True)):
+        for row in rows_of(spec, arguments.dtype, targets, arguments.length):
+            rows.append(row)
+            if row["refused"]:
+                shown.append([row["spec"], row["kernel"], row["dtype"], row["target"], *4 * ["-"], "refused"])
+                continue
+            shown.append([
+                row["spec"], row["kernel"], row["dtype"], row["target"], str(row["registers"]), str(row["spills"]),
+                str(row["shared"] >> 10), str(row["tensor_core"]), "yes" if row["fits"] else "no",
+            ])  # fmt: skip
+        write(out, rows)
     heading = "spec", "kernel", "dtype", "target", "registers", "spills", "shared KiB", "tensor cores", "fits"
     racing.show(heading, shown, left=4)
     print(f"Wrote {out}.")

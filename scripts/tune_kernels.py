@@ -63,8 +63,11 @@ def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
     """
     with launch.trying({request: heuristic}):
         usual = specs.launches(spec, dtype, length, target=target)
-    with launch.trying({request: config}):
-        tried = specs.launches(spec, dtype, length, target=target)
+    try:
+        with launch.trying({request: config}):
+            tried = specs.launches(spec, dtype, length, target=target)
+    except launch.Unordered:
+        return False
     if config == heuristic:  # which changes nothing
         changed = [one for one in tried if uses(one, config)]
     else:

@@ -31,7 +31,8 @@ ensure_venv() {
   fi
 }
 
-# jax-triton lowers for CUDA, without a GPU, where JAX's CUDA plugin is installed; CUDA itself is not needed.
+# jax-triton lowers for CUDA, without a GPU, where JAX's CUDA plugin is installed; CUDA itself is not needed. No extra can ask
+# for that alone: the plugin requires jax-cuda13-pjrt, 124 MB that make every process of this environment look for a GPU.
 ensure_cuda_lowering() {
   local version
   version=$("$venv/bin/python" -c 'import jaxlib; print(jaxlib.__version__)')

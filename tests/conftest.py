@@ -24,7 +24,10 @@ os.environ["XLA_FLAGS"] = " ".join([flag for flag in flags if flag not in given]
 import jax  # noqa: E402
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "full" not in config.getoption("markexpr"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     # Triton is an interpreter or a compiler for the whole life of a process, so scripts/test runs these legs one by one.
     interpreting = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     gpu = None

@@ -1,11 +1,13 @@
 """The calls of `block_sparse.attention` that tests and benchmarks share."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
 from subquad.kernels import block_sparse
-from subquad.kernels.softmax.specs import bench, draw
-from subquad.kernels.specs import Spec
+from subquad.kernels.softmax.specs import bench, draw, grid_draw
+from subquad.kernels.specs import Spec, over_heads
 
 
 def bigbird(length: int, block_size: int, heads: int) -> np.ndarray:
@@ -56,4 +58,25 @@ def attend_local(arrays, implementation):
 SPECS = [
     Spec("block_sparse.attention", "bigbird", padded, attend_bigbird, make_bench=bench),
     Spec("block_sparse.attention", "local-causal", draw, attend_local, make_bench=bench),
+]
+
+
+def over(kind, make_blocks, size, more, **options):
+    """A kind of call at every size of a head."""
+
+    def attend(arrays, implementation):
+        blocks = make_blocks(arrays["query"].shape[1], size)
+        return block_sparse.attention(
+            **arrays, blocks=blocks, block_size=size, return_lse=True, implementation=implementation, **options
+        )
+
+    make = functools.partial(grid_draw, **more)
+    return over_heads("block_sparse.attention", kind, make, attend, most=128)
+
+
+MASK = dict(mask=lambda length, dtype, rng: jnp.asarray(rng.random((2, 1, 1, length)) < 0.8))
+GRID = [
+    *over("mask-grouped-causal", functools.partial(bigbird, heads=4), 64, dict(kv_heads=2, **MASK), is_causal=True),
+    *over("plain", functools.partial(bigbird, heads=4), 64, {}),
+    *over("local-causal", local, 128, {}, is_causal=True),
 ]

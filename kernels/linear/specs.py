@@ -1,10 +1,12 @@
 """Named calls of linear attention, over given and over random features."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
 from subquad.kernels import linear
-from subquad.kernels.specs import LENGTHS, Spec
+from subquad.kernels.specs import LENGTHS, Spec, over_heads
 
 # One key's weight is 1 whatever the query: a gradient of 0, of which no error is a fraction.
 SEVERAL = LENGTHS[1:]
@@ -115,4 +117,33 @@ SPECS = [
     random_spec("softmax", False, "softmax"),
     random_spec("softmax-causal", True, "softmax", make_continued, LENGTHS),
     random_spec("relu-causal", True, "relu", make_relu),
+]
+
+
+def over(kind, is_causal, plain=False, values=None):
+    """A kind of call with given features at every size of a head; values are as wide, or `values` at most."""
+
+    def draw(head, length, dtype, rng):
+        arrays = make(length, dtype, rng, features=head, values=min(head, values or head))
+        return {name: arrays[name] for name in ("query", "key", "value")} if plain else arrays
+
+    return over_heads("linear.attention", kind, draw, functools.partial(call, is_causal=is_causal), most=256 if values else 128)
+
+
+def over_random(kind, is_causal, kernel):
+    """A kind of call with 256 random features at every size of a head."""
+    draw = lambda head, *rest: make_random(*rest, width=head, features=256, state=is_causal)
+    run = functools.partial(call_random, is_causal=is_causal, kernel=kernel)
+    return over_heads("linear.random_feature_attention", kind, draw, run, most=128)
+
+
+GRID = [
+    *over("mask-causal", True, values=128),
+    *over("mask", False, values=128),
+    *over("causal", True, plain=True),
+    *over("plain", False, plain=True),
+    *over_random("softmax-causal", True, "softmax"),
+    *over_random("softmax", False, "softmax"),
+    *over_random("relu-causal", True, "relu"),
+    *over_random("relu", False, "relu"),
 ]

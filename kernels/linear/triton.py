@@ -106,7 +106,7 @@ def _largest(pointer, rows, ok, FEATURES: tl.constexpr):
 def _logits(x, pointer, rows, ok, high, low, features, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
             HP: tl.constexpr, BF16: tl.constexpr, DIGITS: tl.constexpr, ACROSS: tl.constexpr):  # fmt: skip
     """The inputs times the projection, [C, M], or [M, C] if ACROSS; in float32 with the precision DIGITS."""
-    if BF16:
+    if BF16 and HP <= 64:
         # The projection in two parts: an exponent that lost its digits would be an error of per cents.
         weight, rest = _projection(high, features, H, HP, M), _projection(low, features, H, HP, M)
         if ACROSS:
@@ -114,16 +114,23 @@ def _logits(x, pointer, rows, ok, high, low, features, N: tl.constexpr, M: tl.co
         else:
             logits = tl.dot(x, tl.trans(rest), tl.dot(x, tl.trans(weight)))
     else:
-        # A slice at a time, loaded anew: the three parts of a whole operand are more than the registers hold.
+        # A slice at a time, loaded anew: the parts of a whole operand are more than the registers hold.
+        SLICE: tl.constexpr = 64 if BF16 else 16
         if ACROSS:
             logits = tl.zeros((features.shape[0], rows.shape[0]), tl.float32)
         else:
             logits = tl.zeros((rows.shape[0], features.shape[0]), tl.float32)
-        for first in range(0, HP + (tl.program_id(0) >> 30), 16):
-            columns = first + tl.arange(0, 16)
-            inputs = _tile(pointer, rows, ok, columns, H, N * H).to(tl.float32)
+        for first in range(0, HP + (tl.program_id(0) >> 30), SLICE):
+            columns = first + tl.arange(0, SLICE)
+            inputs = _operand(_tile(pointer, rows, ok, columns, H, N * H), BF16)
             weight = _tile(high, features, features < M, columns, H, H)
-            if ACROSS:
+            if BF16:
+                rest = _tile(low, features, features < M, columns, H, H)
+                if ACROSS:
+                    logits = tl.dot(rest, tl.trans(inputs), tl.dot(weight, tl.trans(inputs), logits))
+                else:
+                    logits = tl.dot(inputs, tl.trans(rest), tl.dot(inputs, tl.trans(weight), logits))
+            elif ACROSS:
                 logits = tl.dot(weight, tl.trans(inputs), logits, input_precision=DIGITS)
             else:
                 logits = tl.dot(inputs, tl.trans(weight), logits, input_precision=DIGITS)
@@ -689,39 +696,46 @@ def power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def heuristic(kernel: str, mode, *, features: int, values: int, bf16: bool, map: str, causal: bool) -> launch.Config:
-    """Block sizes and warps for `features` and `values` padded to powers of two."""
+def heuristic(
+    kernel: str, mode, *, features: int, values: int, width: int, bf16: bool, map: str, causal: bool
+) -> launch.Config:
+    """Block sizes and warps for `features`, `values` and the `width` of a head, all padded to powers of two."""
     if mode == "interpret":  # the cost there is per step, whatever its size
         tile = 64, features, values, 4
     else:
-        tile = _tile_sizes(kernel, bf16, map, causal)
+        tile = _tile_sizes(kernel, features, width, bf16, map, causal)
     blocks = dict(CHUNK=tile[0], BLOCK_M=min(tile[1], features), BLOCK_V=min(tile[2], values))
     if kernel == "linear_largest":
         blocks.pop("BLOCK_V")
     return launch.Config(blocks, tile[3], 1)
 
 
-def _tile_sizes(kernel: str, bf16: bool, map: str, causal: bool) -> tuple[int, int, int, int]:
+def _tile_sizes(kernel: str, features: int, width: int, bf16: bool, map: str, causal: bool) -> tuple[int, int, int, int]:
     """CHUNK, BLOCK_M, BLOCK_V and warps: the largest found with which nothing overflows the registers of Hopper."""
-    given = map == "given"
+    name, wide = kernel.removeprefix("linear_"), width > 64
     if bf16:
-        if kernel == "linear_backward_query" and causal and not given:
-            return 64, 16 if map == "softmax" else 32, 64, 8
-        if kernel == "linear_backward_key" and (causal or not given):
-            if given:
-                return 32, 64, 64, 8
-            return (64, 16, 32, 8) if causal else (64, 32, 64, 8)
-        return 64, 64, 64, 8
+        if map == "given":
+            if not causal or features > 32 and name != "backward_key":
+                return 64, 64, 64, 8
+            # The state of few features stays in registers.
+            of_key = 32, 64 if features == 64 else 32, 64, 8
+            few = dict(forward=(32, 32, 64, 8), backward_query=(32, 32, 64, 4), backward_key=of_key)
+            return few.get(name, (64, 64, 64, 8))
+        if causal:
+            softmax = map == "softmax"
+            narrow = dict(forward=(64, 64, 32, 8), backward_query=(64, 16, 64 if softmax else 32, 8),
+                          backward_key=(32 if softmax else 64, 16, 32, 8))  # fmt: skip
+            broad = dict(forward=(64, 64, 32, 8), backward_query=(32, 16, 64, 8), backward_key=(32, 16, 16, 8))
+            return (broad if wide else narrow).get(name, (64, 64, 64, 8))
+        return (64, 32, 64, 8) if name == "backward_key" else (64, 64, 64, 8)
     # Three TF32 products need both halves of both operands at once.
-    if kernel == "linear_largest":
+    if name == "largest":
         return 16, 32, 64, 4
-    if kernel in ("linear_key_sums", "linear_query_sums") or (given and not causal):
-        return 32, 64, 64, 8
-    if given:
-        return dict(
-            linear_forward=(16, 16, 32, 4), linear_backward_query=(16, 32, 64, 4), linear_backward_key=(16, 16, 32, 4),
-        )[kernel]  # fmt: skip
-    return 16, 16, 16 if kernel == "linear_backward_key" else 32, 4
+    if name in ("key_sums", "query_sums") or (map == "given" and not causal):
+        return 32, 32 if name == "forward" else 64, 64, 8
+    if map == "given":
+        return dict(forward=(16, 16, 16, 8), backward_query=(16, 16, 32, 4), backward_key=(16, 16, 16, 4))[name]
+    return dict(forward=(16, 16, 16, 8), backward_query=(16, 16, 32, 4), backward_key=(16, 16, 16, 8))[name]
 
 
 def segments(length: int, programs: int, mode) -> int:
@@ -764,7 +778,10 @@ class _Call:
 
     def config(self, kernel) -> launch.Config:
         features, values = power(self.features), power(self.values)
-        sizes = dict(features=features, values=values, bf16=self.bf16, map=self.plan.features, causal=self.plan.is_causal)
+        sizes = dict(
+            features=features, values=values, width=power(self.width), bf16=self.bf16, map=self.plan.features,
+            causal=self.plan.is_causal,
+        )  # fmt: skip
         return launch.config(kernel.__name__, heuristic(kernel.__name__, self.plan.mode, **sizes), **sizes)
 
     def largest(self) -> dict:

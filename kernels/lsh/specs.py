@@ -1,10 +1,12 @@
 """Named calls of LSH attention."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
 from subquad.kernels import lsh
-from subquad.kernels.specs import LENGTHS, Spec
+from subquad.kernels.specs import LENGTHS, Spec, over_heads
 
 # A token alone sees itself, whatever the query: a gradient of 0, of which no error is a fraction.
 SEVERAL = LENGTHS[1:]
@@ -122,3 +124,45 @@ SPECS = [
     Spec("lsh.extend", "counted", make_extend, lambda a, i: call_extend(a, i, correct_duplicates=False),
          lengths=(63,), bench_lengths=()),
 ]  # fmt: skip
+
+
+def over(kind, masked=False, **options):
+    """A kind of call at every size of a head."""
+
+    def draw(head, length, dtype, rng):
+        arrays = make(length, dtype, rng, batch=2, masked=masked)
+        wide = lambda: jnp.asarray(rng.normal(size=(2, length, 2, head)), dtype)
+        return arrays | dict(query_key=wide(), value=wide())
+
+    return over_heads("lsh.attention", kind, draw, functools.partial(call, **options), most=128)
+
+
+def over_extend(kind, correct_duplicates):
+    def draw(head, length, dtype, rng):
+        arrays = make_extend(length, dtype, rng)
+        wide = lambda x: jnp.asarray(rng.normal(size=(*x.shape[:3], head)), dtype)
+        return arrays | {name: wide(arrays[name]) for name in ("query", "key", "value")}
+
+    run = functools.partial(call_extend, correct_duplicates=correct_duplicates)
+    return over_heads("lsh.extend", kind, draw, run, most=128)
+
+
+def over_hashed(kind):
+    def draw(head, length, dtype, rng):
+        wide = lambda: jnp.asarray(rng.normal(size=(2, length, 2, head)), dtype)
+        rotations = jnp.asarray(rng.normal(size=(2, head, ROUNDS, 64)), jnp.float32)
+        return dict(query_key=wide(), value=wide(), rotations=rotations)
+
+    return over_heads("lsh.attention", kind, draw, call_hashed, most=128)
+
+
+GRID = [
+    *over("mask", True, chunk_size=CHUNK, chunks_after=1),
+    *over("causal", chunk_size=CHUNK, is_causal=True),
+    *over("short-chunks", True, chunk_size=20, chunks_after=1),
+    *over("chunk", chunk_size=CHUNK, reach="chunk"),
+    *over("ring-counted", True, chunk_size=CHUNK, reach="ring", correct_duplicates=False),
+    *over_hashed("hashed"),
+    *over_extend("once", True),
+    *over_extend("counted", False),
+]

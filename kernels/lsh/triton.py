@@ -651,7 +651,8 @@ def extend_query_kernel(
     d_rows = _rows(d_out + batch * OUT_STRIDE + head * VALUES, q_token, present, HEADS * VALUES, VALUES, BLOCK_V)
     sums = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     last = tl.minimum(begin + tl.minimum(tile * BLOCK_Q + BLOCK_Q, QUERIES) - 1, KEYS)
-    for first in range(0, last, BLOCK_K):
+    # The parts of wide operands, for three TF32 products, would fill the registers if they were made before the loop.
+    for first in tl.range(0, last, BLOCK_K, disable_licm=PRECISION == "tf32x3" and BLOCK_H > 64):
         k_token = first + tl.arange(0, BLOCK_K)
         k_real = k_token < last
         if HAS_VALID:
@@ -824,7 +825,7 @@ def extend_config(mode, direction, queries, keys, features, dtype):
         narrow = (32, 32, 8) if features <= 64 else (16, 32, 4)
         tile = dict(forward=narrow, query=(16, 32, 8), key=(32, 16, 8))[direction]
     else:
-        tile = dict(forward=(64, 64, 8), query=(64, 32, 4), key=(64, 64, 8))[direction]
+        tile = dict(forward=(64, 64, 8), query=(64, 32, 4), key=(64, 64 if features <= 64 else 32, 8))[direction]
     heuristic = launch.Config(
         dict(BLOCK_Q=_power(min(queries, tile[0])), BLOCK_K=tile[1]), num_warps=tile[2], num_stages=1)
     return launch.config(f"lsh.extend.{direction}", heuristic, features=features, bits=8 * jnp.dtype(dtype).itemsize)

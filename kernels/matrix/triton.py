@@ -346,9 +346,9 @@ def config(kernel: str, size: int, mode) -> launch.Config:
         heuristic = launch.Config({}, num_warps={128: 16, 64: 8}.get(block, 4), num_stages=1)
         return dataclasses.replace(launch.config(kernel, heuristic, M=size), blocks=dict(BLOCK=block))
     if mode == "interpret":  # which pays by the tile
-        return launch.Config(dict(BLOCK=block, BLOCK_K=block))
+        return launch.Config(dict(BLOCK=block, BLOCK_K=block), num_stages=1)
     block = min(block, 64)
-    heuristic = launch.Config(dict(BLOCK=block, BLOCK_K=min(block, 32)), num_warps=8 if block == 64 else 4)
+    heuristic = launch.Config(dict(BLOCK=block, BLOCK_K=min(block, 32)), num_warps=8 if block == 64 else 4, num_stages=1)
     return launch.config(kernel, heuristic, M=size)
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from subquad.kernels import relative
-from subquad.kernels.specs import Spec
+from subquad.kernels.specs import Spec, over_heads
 
 
 def arrays(length, memory, heads, features, values, dtype, rng, batch=2):
@@ -57,4 +57,21 @@ SPECS = [
     Spec("relative.attention", "memory", memory, call, make_bench=bench_memory),
     Spec("relative.attention", "padding", padding, call, bench_lengths=()),
     Spec("relative.attention", "pairwise", pairwise, call, lengths=(7, 63, 129), bench_lengths=()),
+]
+
+
+def over(kind, shape=None):
+    """A kind of call at every size of a head, with a mask of the shape that `shape` makes of (length of queries, of keys)."""
+
+    def make(head, length, dtype, rng):
+        drawn = arrays(length, 45, 2, head, head, dtype, rng)
+        return drawn if shape is None else drawn | dict(mask=jnp.asarray(rng.random(shape(length, length + 45)) < 0.8))
+
+    return over_heads("relative.attention", kind, make, call, most=128)
+
+
+GRID = [
+    *over("pairwise", lambda T, S: (1, 2, T, S)),
+    *over("plain"),
+    *over("mask", lambda T, S: (2, 1, 1, S)),
 ]

@@ -46,6 +46,29 @@ def _rows(base, index, limit, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED:
 
 
 @triton.jit
+def _products(left, left_at, right, right_at, left_limit, right_limit, STRIDE: tl.constexpr, WIDTH: tl.constexpr,
+              PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Of rows of two arrays, [len(left_at), len(right_at)].
+
+    Of wide float32 rows a slice at a time: the parts of whole ones, for three TF32 products, are more than the registers hold.
+    """
+    if PRECISION != "tf32x3" or PADDED <= 64:
+        rows = _rows(left, left_at, left_limit, STRIDE, WIDTH, PADDED)
+        others = _rows(right, right_at, right_limit, STRIDE, WIDTH, PADDED)
+        total = tl.dot(rows, tl.trans(others), input_precision=PRECISION)
+    else:
+        total = tl.zeros((left_at.shape[0], right_at.shape[0]), tl.float32)
+        for first in range(0, PADDED + (tl.program_id(0) >> 30), 16):
+            column = first + tl.arange(0, 16)[None, :]
+            inside = (left_at >= 0) & (left_at < left_limit)
+            rows = tl.load(left + left_at[:, None] * STRIDE + column, mask=inside[:, None] & (column < WIDTH), other=0.0)
+            inside = (right_at >= 0) & (right_at < right_limit)
+            others = tl.load(right + right_at[:, None] * STRIDE + column, mask=inside[:, None] & (column < WIDTH), other=0.0)
+            total = tl.dot(rows, tl.trans(others), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _store_rows(base, index, limit, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     column = tl.arange(0, PADDED)
     inside = ((index >= 0) & (index < limit))[:, None] & (column < WIDTH)[None, :]
@@ -330,15 +353,14 @@ def _distance_tiles(d_relative, first, last, content, position, grad, lse, shift
     OFFSET: tl.constexpr = S - T
     c = tl.arange(0, BLOCK)[:, None]
     a = tl.arange(0, BLOCK)[None, :]
+    distance = e * BLOCK + tl.arange(0, BLOCK)
     for i in range(first, last):
         t = i * BLOCK + tl.arange(0, BLOCK)
         # Row c, column a is the pair of query t_a and key s_0 + a - c: of these keys where c <= a, else of those before.
         s = t + OFFSET - e * BLOCK
-        own_content = tl.trans(_rows(content, t, T, N * H, H, H_PADDED))
-        these = tl.dot(_rows(key, s, S, N * H, H, H_PADDED), own_content, input_precision=PRECISION)
-        those = tl.dot(_rows(key, s - BLOCK, S, N * H, H, H_PADDED), own_content, input_precision=PRECISION)
-        own_position = _rows(position, t, T, N * H, H, H_PADDED)
-        scores = tl.dot(relative, tl.trans(own_position), input_precision=PRECISION)
+        these = _products(key, s, content, t, S, T, N * H, H, H_PADDED, PRECISION)
+        those = _products(key, s - BLOCK, content, t, S, T, N * H, H, H_PADDED, PRECISION)
+        scores = _products(relative, distance, position, t, S, T, N * H, H, H_PADDED, PRECISION)
         scores += _turn(tl.where(c <= a, these, those), True, BLOCK)
         own_lse = tl.load(lse + t, mask=t < T, other=float("inf")) * LOG2E
         weights = tl.exp2(tl.minimum(scores * LOG2E - own_lse[None, :], 0.0))
@@ -346,12 +368,12 @@ def _distance_tiles(d_relative, first, last, content, position, grad, lse, shift
             of = (i - e) * BLOCK + OFFSET + a - c
             seen = _seen(mask, t[None, :], of, T, S, OFFSET, MASK, MASK_T, MASK_S)
             weights = tl.where(seen, weights, 0.0)
-        own_grad = tl.trans(_rows(grad, t, T, N * V, V, V_PADDED))
-        these = tl.dot(_rows(value, s, S, N * V, V, V_PADDED), own_grad, input_precision=PRECISION)
-        those = tl.dot(_rows(value, s - BLOCK, S, N * V, V, V_PADDED), own_grad, input_precision=PRECISION)
+        these = _products(value, s, grad, t, S, T, N * V, V, V_PADDED, PRECISION)
+        those = _products(value, s - BLOCK, grad, t, S, T, N * V, V, V_PADDED, PRECISION)
         d_weights = _turn(tl.where(c <= a, these, those), True, BLOCK)
         own_shift = tl.load(shift + t, mask=t < T, other=0.0)
         d_scores = weights * (d_weights - own_shift[None, :])
+        own_position = _rows(position, t, T, N * H, H, H_PADDED)
         d_relative += tl.dot(d_scores.to(own_position.dtype), own_position, input_precision=PRECISION)
     return d_relative
 
@@ -381,17 +403,16 @@ def relative_backward_distance(
     mask += b * MASK_B + n * MASK_N
 
     distance = e * BLOCK + tl.arange(0, BLOCK)
-    own_relative = _rows(relative, distance, S, N * H, H, H_PADDED)
     # Before `first` all keys would lie before the first one; from `whole` on none does.
     first = tl.maximum(e * BLOCK - OFFSET, 0) // BLOCK
     whole = QUERY_TILES if MASK else tl.minimum(tl.cdiv(tl.maximum((e + 1) * BLOCK - 1 - OFFSET, 0), BLOCK), QUERY_TILES)
     total = tl.zeros([BLOCK, H_PADDED], tl.float32)
     total = _distance_tiles(
-        total, first, whole, content, position, grad, lse, shift, key, value, own_relative, mask, e,
+        total, first, whole, content, position, grad, lse, shift, key, value, relative, mask, e,
         T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
     )  # fmt: skip
     total = _distance_tiles(
-        total, whole, QUERY_TILES, content, position, grad, lse, shift, key, value, own_relative, mask, e,
+        total, whole, QUERY_TILES, content, position, grad, lse, shift, key, value, relative, mask, e,
         T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
     )  # fmt: skip
     _store_rows(d_relative + b * (S * N * H) + n * H, distance, S, total, N * H, H, H_PADDED)

@@ -1,9 +1,11 @@
 """The calls of `softmax.attention` that tests and benchmarks share."""
 
+import functools
+
 import jax.numpy as jnp
 
 from subquad.kernels import softmax
-from subquad.kernels.specs import LENGTHS, Spec
+from subquad.kernels.specs import LENGTHS, Spec, over_heads
 
 
 def draw(length, dtype, rng, *, batch=2, heads=3, kv_heads=None, features=16, values=None, keys=None):
@@ -75,4 +77,39 @@ SPECS = [
     ),
     Spec("softmax.attention", "bias", biased, call(return_lse=True), make_bench=biased_bench, bench_lengths=(1024,)),
     Spec("softmax.attention", "few-keys", few_keys, call(return_lse=True), make_bench=few_keys_bench),
+]
+
+
+def grid_draw(head, length, dtype, rng, *, kv_heads=4, **more):
+    arrays = draw(length, dtype, rng, heads=4, kv_heads=kv_heads, features=head)
+    return arrays | {name: make(length, dtype, rng) for name, make in more.items()}
+
+
+MORE = dict(
+    mask=lambda length, dtype, rng: jnp.asarray(rng.random((2, 1, length, length)) < 0.7),
+    bias=lambda length, dtype, rng: jnp.asarray(rng.normal(size=(1, 4, length, length)), dtype),
+    query_segment_ids=lambda length, dtype, rng: jnp.zeros((2, length), jnp.int32),
+    key_segment_ids=lambda length, dtype, rng: jnp.zeros((2, length), jnp.int32),
+    query_positions=lambda length, dtype, rng: jnp.arange(length, dtype=jnp.int32)[None],
+    key_positions=lambda length, dtype, rng: jnp.arange(length, dtype=jnp.int32)[None],
+)
+
+
+def over(kind, *names, kv_heads=4, **options):
+    """A kind of call with these of `MORE`, at every size of a head."""
+    more = {name: MORE[name] for name in names}
+    make = functools.partial(grid_draw, kv_heads=kv_heads, **more)
+    return over_heads("softmax.attention", kind, make, call(**options, return_lse=True), most=128)
+
+
+GRID = [
+    *over("everything", *MORE, kv_heads=2, window_size=(700, 700)),
+    *over("plain"),
+    *over("causal", is_causal=True),
+    *over("mask", "mask"),
+    *over("segments", "query_segment_ids", "key_segment_ids", is_causal=True),
+    *over("bias", "bias", is_causal=True),
+    *over("grouped", kv_heads=1, is_causal=True),
+    *over("positions", "query_positions", "key_positions", is_causal=True),
+    *over("window", "query_positions", "key_positions", window_size=(20, 9)),
 ]

@@ -279,7 +279,8 @@ def softmax_backward_query(
     accumulator = tl.zeros([BLOCK_Q, PADDED_H], tl.float32)
     for TESTED in tl.static_range(1, -1, -1):
         count = first_count + second_count if TESTED else full_end - full
-        for i in range(count):
+        # The parts of wide operands, for three TF32 products, would fill the registers if they were made before the loop.
+        for i in tl.range(count, disable_licm=PRECISION == "tf32x3" and PADDED_H > 64):
             at = tile_at(tiles, i, first, first_count, second, full, TESTED, LISTED) * BLOCK_K
             keys = load_rows(key + b * OF_KEY + head * H, at, S, K * H, H, BLOCK_K, PADDED_H, TESTED and S % BLOCK_K != 0)
             values = load_rows(value + b * OF_VALUE + head * V, at, S, K * V, V, BLOCK_K, PADDED_V, TESTED and S % BLOCK_K != 0)
@@ -600,42 +601,46 @@ def bounds_of(geometry: Geometry, visible: Visible, query_tile: int, key_tile: i
 # ------------------------------------------------------------------------------------------------------------- the sizes
 
 
-# Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small. By features of a head.
+# BLOCK_Q, BLOCK_K, warps and stages by features of a head, of the tiles that meet nothing but a band and of all others.
+# Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
 FLOAT32_TILES = {
-    "softmax_forward": {64: (64, 32, 4, 2), LARGEST_HEAD: (32, 16, 4, 1)},
-    "softmax_backward_query": {64: (64, 32, 4, 2), LARGEST_HEAD: (16, 32, 4, 1)},
-    "softmax_backward_key": {64: (16, 32, 4, 1), LARGEST_HEAD: (16, 16, 4, 1)},
-    "softmax_backward_bias": {LARGEST_HEAD: (32, 16, 4, 2)},
+    "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
+    "softmax_backward_query": {64: ((64, 32, 4, 2), (16, 32, 4, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
+    "softmax_backward_key": {64: ((32, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
+    "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
 }
 
 
 def tile_sizes(
-    kernel: str, dtype, features: int, biased: bool, reach: int | None, block_size: int | None, mode: launch.Mode
+    kernel: str, dtype, features: int, biased: bool, crowded: bool, reach: int | None, block_size: int | None, mode: launch.Mode
 ) -> launch.Config:
     """The heuristic configuration of a kernel: the largest that compiles without spills.
 
     Args:
         features: the larger of H and V, padded.
         biased: whether there is a bias, whose tiles take shared memory.
+        crowded: whether a tile meets more than a band that is known beforehand, which takes registers.
         reach: keys that one query can see at most, where that is known.
         block_size: of a pattern.
     """
     if mode == "interpret":  # there a step costs the same whatever its size
         return launch.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
     hopper = (launch.capability() or 90) >= 90
+    wide = features > 64
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
     narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
     if dtype == jnp.float32:
-        sizes = next(sizes for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
-    elif narrow or kernel == "softmax_backward_bias" or not hopper and kernel != "softmax_forward":
-        sizes = 64, 64, 4, 2
-    elif kernel == "softmax_forward" and hopper and not biased and block_size is None:
+        sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
+    elif kernel == "softmax_backward_key":
+        tile = 64 if narrow or not hopper else 128
+        sizes = 32 if wide else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
+    elif kernel == "softmax_backward_bias" or narrow or not hopper and kernel != "softmax_forward":
+        sizes = 64, 64, 8 if wide else 4, 2
+    elif kernel == "softmax_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
         sizes = 128, 128, 8, 3
     else:
         sizes = 128, 64, 8, 2
     query, key, warps, stages = sizes
-    if kernel == "softmax_backward_key":
-        query, key = key, query
     return launch.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
 
 
@@ -646,9 +651,14 @@ def config_of(kernel: str, plan: "Plan", query, key, value) -> launch.Config:
     band = geometry.left, geometry.right
     reach = None if None in band else sum(band) + 1
     size = max(padded(features), padded(value_features))
-    config = tile_sizes(kernel, query.dtype, size, plan.biased, reach, geometry.block_size, plan.mode)
+    crowded = plan.biased or geometry.tested or geometry.pattern is not None
+    crowded = crowded or geometry.query_positions is None or geometry.key_positions is None
+    config = tile_sizes(kernel, query.dtype, size, plan.biased, crowded, reach, geometry.block_size, plan.mode)
     if plan.mode == "triton":
-        sizes = dict(dtype=query.dtype.name, features=size, biased=plan.biased, reach=reach, block_size=geometry.block_size)
+        sizes = dict(
+            dtype=query.dtype.name, features=size, biased=plan.biased, crowded=crowded, reach=reach,
+            block_size=geometry.block_size,
+        )  # fmt: skip
         config = launch.config(kernel, config, **sizes)
     blocks = {name: min(config.blocks[name], padded(length)) for name, length in (("BLOCK_Q", queries), ("BLOCK_K", keys))}
     return dataclasses.replace(config, blocks=blocks)

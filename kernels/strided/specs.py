@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subquad.kernels import strided
-from subquad.kernels.specs import Spec
+from subquad.kernels.specs import Spec, over_heads
 
 
 def drawing(batch=2, heads=2, features=16, values=16, padding=False):
@@ -93,4 +93,20 @@ SPECS = [
         make_bench=BENCH,
         lengths=(300,),
     ),
+]
+
+
+def over(kind, function, padding=False, **options):
+    """A kind of call at every size of a head."""
+    make = lambda head, *rest: drawing(2, 2, head, head, padding)(*rest)
+    return over_heads(f"strided.{function.__name__}", kind, make, calling(function, **options))
+
+
+GRID = [
+    *over("mask", strided.attention, True, stride=128, window_size=128),
+    *over("mask-causal", strided.fixed, True, block_size=128, columns=LAST, is_causal=True),
+    *over("plain", strided.attention, stride=128, window_size=128, is_causal=True),
+    *over("steps-only", strided.attention, stride=5, window_size=None, is_causal=True),
+    *over("plain", strided.fixed, block_size=128, columns=LAST),
+    *over("columns-only", strided.fixed, block_size=128, columns=LAST, own_block=False),
 ]

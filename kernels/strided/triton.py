@@ -439,15 +439,23 @@ def heuristic(kernel: str, kind: str, reach: int, features: int, dtype) -> launc
         features: the larger of H and V, as a block.
     """
     # float32 is multiplied in three parts, which takes registers; a gradient of keys has two sums to keep.
-    wide = jnp.dtype(dtype) == jnp.float32
-    own, step = 64, (16 if kernel == "key_gradient" else 32) if wide else 64
-    if features > (64 if wide else 128):
-        own, step = 32 if kernel == "forward" else 16, 16
+    of_keys, broad, stages = kernel == "key_gradient", features > 64, 2
+    if jnp.dtype(dtype) != jnp.float32:
+        own, step, warps = 64, 64, 8 if broad else 4
+        if features > 128:
+            own, step = 32 if kernel == "forward" else 16, 16
+        elif of_keys and broad:
+            step = 32
+    elif broad:
+        own, step, warps = 16, 16, 4 if kernel == "query_gradient" else 8
+        stages = 1 if kernel == "query_gradient" else 2
+    elif of_keys:  # with two stages some of the small ones spill
+        own, step, warps, stages = (32, 16, 4, 2) if features > 32 else (64, 16, 4, 3)
+    else:
+        own, step, warps = 64, 32, 4
     own, step = (min(size, max(16, triton.next_power_of_2(reach))) for size in (own, step))
-    names = ("BLOCK_KEYS", "BLOCK_QUERIES") if kernel == "key_gradient" else ("BLOCK_QUERIES", "BLOCK_KEYS")
-    # With two stages some of the small ones in float32 spill.
-    stages = 3 if wide and kernel == "key_gradient" and features <= 64 else 2
-    return launch.Config(dict(zip(names, (own, step), strict=True)), 8 if features > 64 else 4, stages)
+    names = ("BLOCK_KEYS", "BLOCK_QUERIES") if of_keys else ("BLOCK_QUERIES", "BLOCK_KEYS")
+    return launch.Config(dict(zip(names, (own, step), strict=True)), warps, stages)
 
 
 def launch_kernel(kernel, run: Run, pattern: Pattern, scale: float, mode, inputs, outputs):
@@ -567,6 +575,7 @@ def attention(query, key, value, valid, pattern: Pattern, scale: float, *, mode:
     """Arguments as checked by `subquad.kernels.strided` -> (out [B, T, N, V], lse [B, T, N])."""
     if query.dtype.name not in launch.FLOATS:
         raise launch.Declined(f"the kernels take float32, bfloat16 and float16, got {query.dtype}.")
-    if max(query.shape[3], value.shape[3]) > 256:
-        raise launch.Declined(f"the kernels take up to 256 features, got {max(query.shape[3], value.shape[3])}.")
+    features, most = max(query.shape[3], value.shape[3]), 128 if query.dtype == jnp.float32 else 256
+    if features > most:  # the parts of wider float32 tiles are more than the registers hold
+        raise launch.Declined(f"the kernels take up to {most} features in {query.dtype}, got {features}.")
     return flash(pattern, scale, mode, query, key, value, valid)

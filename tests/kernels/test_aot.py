@@ -1,7 +1,11 @@
 """Every kernel that is shipped, compiled for real targets without a GPU."""
 
 import ast
+import dataclasses
+import functools
+import itertools
 import pathlib
+import zlib
 
 import jax
 import numpy as np
@@ -17,15 +21,48 @@ KERNELS = sorted(pathlib.Path(launch.__file__).parent.glob("*/triton.py"))
 
 # In float32 one of each operation's specs, and all of strided's; scripts/aot_kernels.py compiles them all, for every target.
 FLOAT32 = {*OPERATIONS, *(name for name in SPECS if name.startswith("strided."))}
+# Those that take float16 another way than bfloat16, and one that does not; the grid has it everywhere.
+FLOAT16 = {name for name in OPERATIONS if name.startswith(("linear.attention", "scan.", "softmax."))}
+
+# Of the grid, some of the worst kernels and a chosen few of the others; `scripts/test -m full` compiles all of it.
+WORST = {
+    ("softmax.attention/everything-128", "bfloat16"),
+    ("softmax.attention/everything-64", "float32"),
+    ("linear.attention/mask-causal-128", "bfloat16"),
+    ("linear.attention/mask-causal-96", "float32"),
+    ("strided.fixed/mask-causal-128", "float32"),
+}
+GRID = specs.grid()
+
+
+def chosen():
+    for name, dtype in itertools.product(GRID, specs.DTYPES):
+        if name.startswith("strided.") and name.endswith("-256") and dtype == "float32":
+            continue  # declined, see below
+        sampled = (name, dtype) in WORST or zlib.crc32(f"{name} {dtype}".encode()) % 200 == 0
+        yield pytest.param(name, dtype, marks=() if sampled else pytest.mark.full)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, "bfloat16") for name in SPECS] + [(name, "float32") for name in sorted(FLOAT32)]
+    ("name", "dtype"),
+    [(name, "bfloat16") for name in SPECS]
+    + [(name, "float32") for name in sorted(FLOAT32)]
+    + [(name, "float16") for name in sorted(FLOAT16)],
 )
 def test_machine_code(name, dtype):
+    check(specs.launches(SPECS[name], dtype), dtype)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("name", "dtype"), list(chosen()))
+def test_the_grid(name, dtype):
+    """Every size of a head by every kind of call: what a layer of another width or with another mask launches."""
+    check(specs.launches(GRID[name], dtype), dtype)
+
+
+def check(launches, dtype):
     """On Hopper: no spills, tensor cores for every product, float32 digits for float32, no float64."""
-    launches = specs.launches(SPECS[name], dtype)
     assert launches, "nothing was launched"
     for launched in launches:
         compiled = machine_code.compile(launched, "sm_90")
@@ -33,12 +70,35 @@ def test_machine_code(name, dtype):
         assert compiled.spills == 0 and compiled.stack == 0, said
         assert compiled.shared <= machine_code.SHARED_LIMIT["sm_90"], said
         assert (compiled.tensor_core > 0) == (compiled.dots > 0), said
+        assert compiled.missed == 0, said
         # With two warps Triton multiplies large tiles by mma.sync in place of wgmma.
         small = max(launched.config.blocks.values()) < 64
         assert small or compiled.dots == 0 or launched.config.num_warps % 4 == 0, said
-        assert compiled.precisions <= {"tf32x3", "bf16x6"}, said
+        # A float16 has no more digits than a TF32 number, which has the range of float32.
+        assert compiled.precisions <= {"tf32x3", "bf16x6", *(["tf32"] if dtype == "float16" else [])}, said
         assert compiled.transposes == 0, said
         assert not compiled.float64, said
+
+
+def test_the_grid_goes_as_far_as_the_kernels_do():
+    """The largest head that the grid has is taken by each operation; where that is not the largest of all, that one is not."""
+    largest, declined = {}, set()
+    for name, spec in GRID.items():
+        head = int(name.rsplit("-", 1)[1])
+        largest[spec.operation] = max(head, largest.get(spec.operation, 0))
+    for operation, head in largest.items():
+        if head == specs.HEADS[-1]:
+            continue
+        name = next(name for name in GRID if name.startswith(f"{operation}/") and name.endswith(f"-{head}"))
+        make = GRID[name].make
+        wider = dataclasses.replace(GRID[name], make=functools.partial(make.func, specs.HEADS[-1]))
+        with pytest.raises(launch.Declined, match=f"{head}|features"):
+            specs.launches(wider, "bfloat16", 64)
+        declined.add(operation)
+    assert {"softmax.attention", "relative.attention", "lsh.attention"} <= declined and len(largest) >= 8
+    for operation in ("attention", "fixed"):
+        with pytest.raises(launch.Declined, match="128 features in float32, got 256"):
+            specs.launches(GRID[f"strided.{operation}/plain-256"], "float32", 64)
 
 
 @pytest.mark.aot
@@ -56,7 +116,7 @@ def test_short_sequences_compile(name):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_exports_for_each_platform(name):
     """One jitted function, no GPU: Triton's kernels for CUDA, XLA's own operations for a CPU and a TPU."""
-    pytest.importorskip("jax_cuda13_plugin", reason="jax-triton lowers only where JAX's CUDA plugin is installed")
+    pytest.importorskip("jax_cuda13_plugin", reason="needs pip install --no-deps jax-cuda13-plugin, as scripts/test does")
     spec = SPECS[name]
     arrays = spec.draw(63 if 63 in spec.lengths else spec.lengths[-1], "bfloat16")
     inexact, rest = specs.split(arrays)

@@ -1,6 +1,7 @@
 """The door to Triton: what it refuses, how the interpreter is guarded, what ahead-of-time compilation tells."""
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -173,6 +174,35 @@ def test_a_tuned_configuration_comes_before_the_heuristic(tmp_path, monkeypatch)
     launch.tuned.cache_clear()
 
 
+def test_no_load_is_lifted_over_a_barrier(tmp_path, monkeypatch):
+    """Threads read what others wrote to global memory: a second stage would load it before, whoever asks for that stage."""
+    guarded = {
+        "linear.attention/causal": {"linear_forward", "linear_backward_query", "linear_backward_key"},
+        "matrix.pseudo_inverse/six-iterations": {"inverse_forward_kernel", "inverse_backward_kernel"},
+        "matrix.sinkhorn/plain": set(),
+        "softmax.attention/causal": set(),
+    }
+    for name, kernels in guarded.items():
+        launches = specs.launches(specs.find(name))
+        assert {one.name for one in launches if launch.guards_memory(one.kernel)} == kernels
+        assert all(one.config.num_stages == 1 for one in launches if one.name in kernels)
+
+    spec = specs.find("matrix.pseudo_inverse/six-iterations")
+    with launch.trying({}) as asked:
+        specs.launches(spec)
+        request, heuristic = next(iter(asked.items()))
+    two = dataclasses.replace(heuristic, num_stages=2)
+    with launch.trying({request: two}), pytest.raises(ValueError, match="must be 1 for inverse_forward_kernel, got 2"):
+        specs.launches(spec)
+    row = dict(kernel=request.kernel, sizes=dict(request.sizes), blocks=dict(two.blocks), num_warps=4, num_stages=2)
+    (tmp_path / "sm_90.json").write_text(json.dumps(dict(rows=[row])))
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    launch.tuned.cache_clear()
+    with pytest.raises(ValueError, match="got 2. It reads back what it wrote"):
+        specs.launches(spec)
+    launch.tuned.cache_clear()
+
+
 OPERATIONS = {spec.operation: spec for spec in specs.load().values() if not spec.operation.startswith("matrix.")}
 
 
@@ -315,7 +345,7 @@ def test_a_transposed_product_is_found(toys):
 @pytest.mark.filterwarnings("ignore:input_output_aliases is deprecated")
 def test_a_gpu_is_told_everything(toys, monkeypatch):
     """The target, the PTX version, that products and sums may be fused, and which outputs lie where their inputs do."""
-    pytest.importorskip("jax_cuda13_plugin", reason="jax-triton lowers only where JAX's CUDA plugin is installed")
+    pytest.importorskip("jax_cuda13_plugin", reason="needs pip install --no-deps jax-cuda13-plugin, as scripts/test does")
     jax_triton = launch._jax_triton()
     asked, original = [], jax_triton.triton_call
 
