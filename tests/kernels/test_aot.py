@@ -33,6 +33,11 @@ WORST = {
     ("strided.fixed/mask-causal-128", "float32"),
 }
 GRID = specs.grid()
+# Found in the grid and not mended yet: a few bytes of the stack, with the smallest heads.
+SPILLING = {
+    ("relative.attention/plain-16", "bfloat16"),  # relative_forward: 2
+    ("linear.random_feature_attention/softmax-causal-16", "float32"),  # linear_backward_key: 4
+}
 
 
 def chosen():
@@ -40,7 +45,10 @@ def chosen():
         if name.startswith("strided.") and name.endswith("-256") and dtype == "float32":
             continue  # declined, see below
         sampled = (name, dtype) in WORST or zlib.crc32(f"{name} {dtype}".encode()) % 200 == 0
-        yield pytest.param(name, dtype, marks=() if sampled else pytest.mark.full)
+        marks = [] if sampled else [pytest.mark.full]
+        if (name, dtype) in SPILLING:
+            marks.append(pytest.mark.xfail(strict=True, raises=AssertionError))
+        yield pytest.param(name, dtype, marks=marks)
 
 
 @pytest.mark.aot
