@@ -140,14 +140,14 @@ def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
     check_features(owner, "inputs", inputs, layer.in_features)
     if inputs.ndim != 3:
         refuse(owner, "inputs", inputs.shape, "have shape [B, T, D] in extend", "Flatten the batch axes.")
-    like = jax.eval_shape(lambda: layer.init_cache(inputs.shape[0], 1))
+    like = jax.eval_shape(lambda: layer.init_cache(1, 1))
     if jax.tree.structure(cache) != jax.tree.structure(like):
         raise TypeError(
             f"{owner}: cache must be a {type(like).__name__}, got {type(cache).__name__}. "
             "Pass what init_cache, or the call before, returned."
         )
     for array, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(like), strict=True):
-        if jnp.shape(array)[:1] != expected.shape[:1]:
+        if expected.ndim and jnp.shape(array)[:1] != inputs.shape[:1]:
             refuse(owner, "cache", f"an array of shape {jnp.shape(array)}", f"hold {inputs.shape[0]} sequences, as inputs do",
                    "Call init_cache with that batch_size.")
     mask = check_mask(owner, mask, inputs.shape[:1], 1, 1, inputs.shape[1], pairwise=False)

@@ -1,4 +1,4 @@
-"""Layers called eagerly, as in a notebook, compile once per shape."""
+"""Layers called eagerly, as in a notebook, compile once per shape; exported for any batch size, they run sample by sample."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,8 @@ def compile_once(method: Callable) -> Callable:
     `jax.jit` the method becomes a part of the caller's program.
 
     Args:
-        method: of a module that it does not change; its arguments and results are pytrees of arrays.
+        method: of a module that it does not change; its arguments and results are pytrees of arrays, the results with a
+            batch axis in front.
     """
 
     @functools.wraps(method)
@@ -26,4 +27,21 @@ def compile_once(method: Callable) -> Callable:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(method, graph, state, arguments):
-    return method(nnx.merge(graph, state), *arguments)
+    call = lambda arguments: method(nnx.merge(graph, state), *arguments)
+    leaves, tree = jax.tree.flatten(arguments)
+    is_batched = [leaf.ndim > 0 and not isinstance(leaf.shape[0], int) for leaf in leaves]
+    if not any(is_batched):
+        return call(arguments)
+    if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves):
+        raise ValueError(
+            "deterministic: must be True where jax.export leaves the batch size open, got a call that draws. "
+            "Export model.eval()."
+        )
+
+    # Kernels cut their work by the batch size, which jax.export may leave open: each sample is then a batch of its own.
+    def one(rows):
+        rows = iter(rows)
+        sample = [next(rows)[None] if batched else leaf for leaf, batched in zip(leaves, is_batched, strict=True)]
+        return jax.tree.map(lambda result: result[0], call(tree.unflatten(sample)))
+
+    return jax.lax.map(one, [leaf for leaf, batched in zip(leaves, is_batched, strict=True) if batched])

@@ -42,7 +42,9 @@ def generate(
         model: an nnx.Module, or another pytree, with `init_cache(batch_size, max_length)` -> cache and
             `extend(tokens [B, T], cache)` -> (logits [B, T, vocabulary], cache); with `mask=` where a mask is given here.
             `CausalLM` is one. If it has `vocab_size`, ids of the prompt are checked against it.
-        prompt: [B, T] tokens, T >= 1; pad shorter prompts on the left. Padding changes nothing and may hold any id.
+        prompt: [B, T] tokens, T >= 1; pad shorter prompts on the left. Padding may hold any id and changes nothing,
+            except where the mixer is "reformer" with num_buckets=None: the room for the prompt, padding included, decides
+            there how many buckets there are.
         num_tokens: how many tokens to add.
         temperature: divides the logits before sampling; 0 takes the most likely token.
         top_k: sample among the k most likely tokens only, the first of equal ones; None among all.
