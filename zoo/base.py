@@ -13,8 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch
 from subquad.zoo import padding
-from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, refuse, require_extend
+from subquad.zoo.cache import places
+from subquad.zoo.checks import check_call, check_causality, check_extend, check_rotary, check_sizes, refuse, require_extend
 from subquad.zoo.compilation import compile_once
+from subquad.zoo.positions import rotary
 from subquad.zoo.tokenwise import tokenwise
 
 
@@ -33,6 +35,7 @@ class Support:
         segment_ids: packed sequences.
         positions: `positions` other than 0, 1, 2, ...
         grouped: fewer key/value heads than query heads.
+        rotary: queries and keys can be rotated by their positions (`rotary_base`).
         attention_fn: the mechanism is a function of query, key and value alone.
         weights: there is a weight of each query and key, to which a bias can be added, and which dropout can drop.
     """
@@ -46,6 +49,7 @@ class Support:
     segment_ids: bool = False
     positions: bool = False
     grouped: bool = False
+    rotary: bool = False
     attention_fn: bool = False
     weights: bool = False
 
@@ -56,6 +60,7 @@ class Shell(TypedDict, total=False):
     qkv_features: int | None
     out_features: int | None
     in_kv_features: int | None
+    rotary_base: float | None
     use_bias: bool
     dtype: Any
     param_dtype: Any
@@ -96,6 +101,7 @@ class Attention(nnx.Module):
         out_features: features F of the output. None: in_features.
         in_kv_features: features E of inputs_kv in cross-attention. None: in_features.
         is_causal: a token sees itself and those before it.
+        rotary_base: longest wavelength of rotary positions in units of 2 pi tokens, usually 10000. None: no rotation.
         use_bias: the projections have biases.
         dtype: dtype of the computation. None: promoted from inputs and parameters.
         param_dtype: dtype of the parameters.
@@ -122,6 +128,7 @@ class Attention(nnx.Module):
         out_features: int | None = None,
         in_kv_features: int | None = None,
         is_causal: bool = False,
+        rotary_base: float | None = None,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -150,12 +157,14 @@ class Attention(nnx.Module):
             refuse(owner, "num_kv_heads", num_kv_heads, f"be num_heads = {num_heads}", "SoftmaxAttention has grouped heads.")
         if num_heads % num_kv_heads:
             refuse(owner, "num_kv_heads", num_kv_heads, f"divide num_heads = {num_heads}", "Choose a divisor.")
+        if rotary_base is not None:
+            check_rotary(owner, self.supports, rotary_base, qkv_features // num_heads)
         check_causality(owner, self.supports, is_causal)
         dispatch.check_name(owner, implementation)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.in_features, self.in_kv_features, self.out_features = in_features, in_kv_features, out_features
         self.head_features = qkv_features // num_heads
-        self.is_causal, self.implementation = is_causal, implementation
+        self.is_causal, self.rotary_base, self.implementation = is_causal, rotary_base, implementation
         self.dtype, self.param_dtype = dtype, param_dtype
 
         def linear(inputs, outputs, axis=-1):
@@ -175,6 +184,14 @@ class Attention(nnx.Module):
         `extras` holds `positions` and `segment_ids` [B, T] where the layer supports them and the caller gave them.
         """
         raise NotImplementedError(f"{type(self).__name__} has no attend")
+
+    def rotate(self, query, key, query_positions=None, key_positions=None):
+        """Query and key heads, rotated by positions [B|1, T] and [B|1, S] if the layer does so; None counts from 0."""
+        if self.rotary_base is None:
+            return query, key
+        given = (query, query_positions), (key, key_positions)
+        at = (jnp.arange(x.shape[1])[None] if positions is None else positions for x, positions in given)
+        return tuple(rotary(x, positions, self.rotary_base) for x, positions in zip((query, key), at, strict=True))
 
     def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Array]:
         """The keys of a call's random draws, by their words in `attend`; none where a layer draws nothing in a call."""
@@ -251,7 +268,11 @@ class Attention(nnx.Module):
             inputs_kv = inputs_q if inputs_kv is None else inputs_kv
             inputs_kv, inputs_v = (padding.clear(inputs, mask.any((1, 2))) for inputs in (inputs_kv, inputs_v))
             inputs_q = padding.clear(inputs_q, mask.any((1, 3)))
-        heads = self.attend(*self.project(inputs_q, inputs_kv, inputs_v), mask, **extras, **draws)
+        heads = self.project(inputs_q, inputs_kv, inputs_v)
+        if self.rotary_base is not None:
+            positions = extras.get("positions")
+            heads = *self.rotate(*heads[:2], positions, positions), heads[2]
+        heads = self.attend(*heads, mask, **extras, **draws)
         outputs = tokenwise(self.out, heads, is_linear=True)
         return outputs if order is None or inputs_kv is not None else order.unpack(outputs)
 
@@ -273,7 +294,11 @@ class Attention(nnx.Module):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         if order is not None:
             inputs, mask = order.pack(inputs), order.mask[:, None, None]
-        heads, cache = self.attend_cached(*self.project(inputs), mask, cache)
+        heads = self.project(inputs)
+        if self.rotary_base is not None:
+            positions = places(cache.seen, inputs.shape[1])
+            heads = *self.rotate(*heads[:2], positions, positions), heads[2]
+        heads, cache = self.attend_cached(*heads, mask, cache)
         outputs = self.out(heads)
         return outputs if order is None else order.unpack(outputs), cache
 

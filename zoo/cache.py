@@ -14,6 +14,11 @@ class KVCache(NamedTuple):
     value: Float[Array, "B S K V"]
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
 
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """Real tokens so far: the position of the next one."""
+        return self.length
+
     @classmethod
     def zeros(cls, batch_size: int, max_length: int, num_kv_heads: int, head_features: int, dtype) -> "KVCache":
         shape = (batch_size, max_length, num_kv_heads, head_features)

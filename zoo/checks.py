@@ -1,5 +1,6 @@
 """The checks that every layer makes of its arguments, before any work."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -177,6 +178,18 @@ def require_extend(layer, **sizes: int) -> None:
     if not layer.is_causal:
         refuse(owner, "is_causal", False, "be True for init_cache and extend", "Construct the layer with is_causal=True.")
     check_sizes(owner, **sizes)
+
+
+def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -> None:
+    """Refuses a rotation that the layer does not have, or that its heads cannot take."""
+    if not supports.rotary:
+        refuse(owner, "rotary_base", rotary_base, "be None (its scores are not of one query and one key each)",
+               "Use SoftmaxAttention, LocalAttention, BlockwiseAttention or StridedAttention.")
+    if head_features % 2:
+        refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",
+               "Choose qkv_features / num_heads even.")
+    if not 0 < rotary_base < math.inf:
+        refuse(owner, "rotary_base", rotary_base, "be None or a positive number", "10000 is usual.")
 
 
 def check_causality(owner: str, supports, is_causal: bool) -> None:

@@ -50,7 +50,8 @@ def attention_fn(name: str, *, seed: int = 0, **given) -> "AttentionFn":
             f"of its own or ties queries to keys. Use zoo.make, or one of: {usable}."
         )
     owner = f"attention_fn({name!r})"
-    check_options(owner, given, options(name) - set(Shell.__annotations__) - FLAXS | {"is_causal", "implementation"})
+    shared = {"is_causal", "implementation"} | ({"rotary_base"} if layer.supports.rotary else set())
+    check_options(owner, given, options(name) - set(Shell.__annotations__) - FLAXS | shared)
     check_complete(owner, layer, {*FLAXS, *given})
     return AttentionFn(name, seed, tuple((word, plain(owner, word, given[word])) for word in sorted(given)))
 
@@ -166,8 +167,8 @@ def knows_positions(layer: type[nnx.Module]) -> bool:
 def whole(mechanism, query, key, value, mask, **extras):
     """The mechanism for queries that are the tokens of the keys, or for cross-attention."""
     is_padding = mask is not None and mask.shape[1:3] == (1, 1) and query.shape[1] == key.shape[1]
-    if is_padding and getattr(mechanism, "rotary_base", None) is not None:
-        extras["positions"] = jnp.cumsum(mask[:, 0, 0], axis=1, dtype=jnp.int32) - 1
+    positions = jnp.cumsum(mask[:, 0, 0], axis=1, dtype=jnp.int32) - 1 if is_padding else None
+    query, key = mechanism.rotate(query, key, positions, positions)
     # Cross-attention's queries are no tokens of the keys. It knows no positions but their order, which padding leaves as it is.
     if not is_padding or mechanism.supports.cross:
         return mechanism.attend(query, key, value, mask, **extras)
@@ -185,6 +186,7 @@ def step(mechanism, query, key, value, mask, **extras):
     at_keys = jnp.cumsum(shown, axis=1, dtype=jnp.int32) - 1 if is_padding else jnp.broadcast_to(slots, shown.shape)
     last = jnp.where(shown, at_keys, -1).max(axis=1, keepdims=True)
     at_queries = last + jnp.arange(1 - queries, 1, dtype=jnp.int32)[None]
+    query, key = mechanism.rotate(query, key, at_queries, at_keys)
     if mechanism.supports.positions:
         return mechanism.attend(query, key, value, mask, positions=at_queries, key_positions=at_keys, **extras)
     if hasattr(mechanism, "allowed"):

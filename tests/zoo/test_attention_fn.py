@@ -342,12 +342,17 @@ CHANGES = {
     "softmax": [({}, dict(is_causal=True)), ({}, dict(rotary_base=50.0))],
     "blockwise": [
         (dict(max_length=12, block_size=3), change)
-        for change in (dict(is_causal=True), dict(block_size=4), dict(shifts=[0, 1, 1, 2]), dict(max_length=18))
+        for change in (
+            dict(is_causal=True), dict(block_size=4), dict(shifts=[0, 1, 1, 2]), dict(max_length=18), dict(rotary_base=9.0)
+        )
     ],
-    "local": [(dict(window_size=2), dict(is_causal=True)), (dict(window_size=2), dict(window_size=(2, 1)))],
+    "local": [
+        (dict(window_size=2), change) for change in (dict(is_causal=True), dict(window_size=(2, 1)), dict(rotary_base=9.0))
+    ],
     "strided": [
         (dict(stride=4), dict(is_causal=True)), (dict(stride=4), dict(stride=3)), (dict(stride=4), dict(pattern="fixed")),
-        (dict(stride=4), dict(heads="separate")), (dict(stride=4, pattern="fixed"), dict(num_summary=2)),
+        (dict(stride=4), dict(heads="separate")), (dict(stride=4), dict(rotary_base=9.0)),
+        (dict(stride=4, pattern="fixed"), dict(num_summary=2)),
         (dict(stride=4, pattern="fixed"), dict(distinct_summary=True)),
     ],
     "performer": [
@@ -362,7 +367,8 @@ CHANGES = {
 def test_every_option_acts(name):
     shown = {word for _, change in CHANGES[name] for word in change}
     flaxs_own = {"num_heads", "num_kv_heads", "in_features", "rngs", "dropout_rate", "broadcast_dropout"}
-    assert shown - {"seed"} == set(zoo.registry.options(name)) - set(zoo.base.Shell.__annotations__) - flaxs_own
+    of_the_shell = set(zoo.base.Shell.__annotations__) - ({"rotary_base"} if zoo.LAYERS[name].supports.rotary else set())
+    assert shown - {"seed"} == set(zoo.registry.options(name)) - of_the_shell - flaxs_own
     for options, change in CHANGES[name]:
         plain, changed = (zoo.attention_fn(name, **o)(*arrays()) for o in (options, options | change))
         assert relative_error(changed, plain) > 1e-3, change

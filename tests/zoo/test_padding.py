@@ -19,11 +19,11 @@ LENGTH, FULL, PADDINGS = 9, 16, (1, 2, 3, 4, 7)
 STRIDED = dict(num_heads=2, stride=4)
 LAYERS = {
     "softmax": ("softmax", dict(num_heads=2, rotary_base=100.0)),
-    "blockwise": ("blockwise", dict(num_heads=3, max_length=20, block_size=4, qkv_features=18)),
-    "local": ("local", dict(num_heads=2, window_size=3)),
+    "blockwise": ("blockwise", dict(num_heads=3, max_length=20, block_size=4, qkv_features=18, rotary_base=100.0)),
+    "local": ("local", dict(num_heads=2, window_size=3, rotary_base=100.0)),
     "strided": ("strided", STRIDED),
     "strided-separate": ("strided", dict(STRIDED, heads="separate")),
-    "fixed": ("strided", dict(STRIDED, pattern="fixed", num_summary=2, distinct_summary=True)),
+    "fixed": ("strided", dict(STRIDED, pattern="fixed", num_summary=2, distinct_summary=True, rotary_base=100.0)),
     "fixed-separate": ("strided", dict(STRIDED, num_heads=4, pattern="fixed", heads="separate")),
     "reformer": ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=4)),
     "performer": ("performer", dict(num_heads=2, num_features=24)),

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision, softmax
 from subquad.zoo import masks
-from subquad.zoo import positions as encodings
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, append, places, poisoned
 from subquad.zoo.checks import refuse, require_extend
@@ -36,7 +35,6 @@ class SoftmaxAttention(Attention):
         in_features: features D of the inputs.
         num_kv_heads: key/value heads K; must divide num_heads. None: num_heads; 1: multi-query attention.
         is_causal: a token sees those at its position and before.
-        rotary_base: longest wavelength of rotary positions in units of 2 pi tokens, usually 10000. None: no rotation.
         dropout_rate: probability of dropping an attention weight; `train()` and `eval()` turn it on and off, off to begin
             with. With it a call takes memory O(T S): all weights are made. `extend` drops nothing.
         broadcast_dropout: all samples and heads drop the same pairs of query and key, as in Flax; False: each its own.
@@ -58,8 +56,8 @@ class SoftmaxAttention(Attention):
     """
 
     supports = Support(
-        cost="T^2", cross=True, pairwise_mask=True, segment_ids=True, positions=True, grouped=True, attention_fn=True,
-        weights=True,
+        cost="T^2", cross=True, pairwise_mask=True, segment_ids=True, positions=True, grouped=True, rotary=True,
+        attention_fn=True, weights=True,
     )
 
     def __init__(
@@ -69,22 +67,14 @@ class SoftmaxAttention(Attention):
         *,
         num_kv_heads: int | None = None,
         is_causal: bool = False,
-        rotary_base: float | None = None,
         dropout_rate: float = 0.0,
         broadcast_dropout: bool = True,
         rngs: nnx.Rngs,
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
-        if rotary_base is not None and self.head_features % 2:
-            raise ValueError(
-                f"SoftmaxAttention: rotary_base must be None with an odd number of head features, got {rotary_base} "
-                f"with {self.head_features}. Choose qkv_features / num_heads even."
-            )
-        if rotary_base is not None and not 0 < rotary_base < math.inf:
-            refuse("SoftmaxAttention", "rotary_base", rotary_base, "be None or a positive number", "10000 is usual.")
         check_rate("SoftmaxAttention", dropout_rate)
-        self.rotary_base, self.dropout_rate, self.broadcast_dropout = rotary_base, dropout_rate, broadcast_dropout
+        self.dropout_rate, self.broadcast_dropout = dropout_rate, broadcast_dropout
         self.deterministic = True  # `train()` and `eval()` set it
 
     def draws(self, deterministic, rngs):
@@ -112,11 +102,6 @@ class SoftmaxAttention(Attention):
                        "be None where neither causality nor rotation compares them",
                        "Pass is_causal=True or rotary_base to the constructor.")
             key_positions = positions
-        if self.rotary_base is not None:
-            at = jnp.arange(query.shape[1])[None] if positions is None else positions
-            query = encodings.rotary(query, at, self.rotary_base)
-            at = jnp.arange(key.shape[1])[None] if key_positions is None else key_positions
-            key = encodings.rotary(key, at, self.rotary_base)
         if dropout_rng is not None:
             on_weights = functools.partial(drop, dropout_rng, self.dropout_rate, self.broadcast_dropout)
         if on_weights is not None:
@@ -144,9 +129,6 @@ class SoftmaxAttention(Attention):
 
     def attend_cached(self, query, key, value, mask, cache):
         at = places(cache.length, query.shape[1])
-        if self.rotary_base is not None:
-            query = encodings.rotary(query, at, self.rotary_base)
-            key = encodings.rotary(key, at, self.rotary_base)
         cache = append(cache, key, value, mask)
         heads = softmax.attention(
             query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), is_causal=True, query_positions=at,

@@ -50,7 +50,7 @@ class BlockwiseAttention(Attention):
     Source: Qiu et al., Blockwise Self-Attention for Long Document Understanding (BlockBERT), 2020, arXiv 1911.02972.
     """
 
-    supports = Support(cost="T", attention_fn=True)
+    supports = Support(cost="T", rotary=True, attention_fn=True)
 
     def __init__(
         self,

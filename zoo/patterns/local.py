@@ -45,7 +45,7 @@ class LocalAttention(Attention):
     Source: Beltagy et al., Longformer, 2020, arXiv 2004.05150.
     """
 
-    supports = Support(cost="T", segment_ids=True, grouped=True, attention_fn=True)
+    supports = Support(cost="T", segment_ids=True, grouped=True, rotary=True, attention_fn=True)
 
     def __init__(
         self,

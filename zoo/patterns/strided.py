@@ -60,7 +60,7 @@ class StridedAttention(Attention):
     Source: Child et al., Generating Long Sequences with Sparse Transformers, 2019, arXiv 1904.10509.
     """
 
-    supports = Support(cost="T^1.5", attention_fn=True)
+    supports = Support(cost="T^1.5", rotary=True, attention_fn=True)
 
     def __init__(
         self,

@@ -1,0 +1,54 @@
+"""Rotary positions: pattern layers are softmax attention with the same rotation, under their pattern as a mask."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from subquad import zoo
+from tests.assertions import assert_close
+from tests.zoo.cases import CASES, FEATURES, inputs
+
+LENGTH = 13
+OPTIONS = {
+    "local": dict(num_heads=2, window_size=3),
+    "blockwise": dict(num_heads=2, max_length=20, block_size=4),
+    "strided": dict(num_heads=2, stride=4),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_pattern_layers_rotate_as_softmax_does(name):
+    options = dict(in_features=FEATURES, is_causal=True, rotary_base=20.0, rngs=nnx.Rngs(0))
+    layer, dense = zoo.make(name, **OPTIONS[name], **options), zoo.make("softmax", num_heads=2, **options)
+    nnx.update(dense, nnx.state(layer))
+    mask = jnp.asarray(layer.pattern(LENGTH))[None]
+    found = jax.jit(nnx.value_and_grad(lambda layer, x: jnp.sum(layer(x) ** 2)))(layer, inputs(LENGTH))
+    expected = jax.jit(nnx.value_and_grad(lambda layer, x: jnp.sum(layer(x, mask=mask) ** 2)))(dense, inputs(LENGTH))
+    assert_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_extended_tokens_rotate_by_their_position(name):
+    layer = zoo.make(name, in_features=FEATURES, is_causal=True, rotary_base=20.0, rngs=nnx.Rngs(0), **OPTIONS[name])
+    x, cache, parts = inputs(LENGTH), layer.init_cache(2, LENGTH), []
+    for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
+        part, cache = layer.extend(x[:, start:stop], cache)
+        parts.append(part)
+    assert_close(jnp.concatenate(parts, axis=1), layer(x), 1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "num_heads" in case.options])
+def test_a_rotation_that_a_layer_cannot_take_is_refused(name):
+    make = lambda **more: zoo.make(name, in_features=FEATURES, rngs=nnx.Rngs(0), **{**CASES[name].options, **more})
+    if not CASES[name].supports.rotary:
+        with pytest.raises(ValueError, match="rotary_base must be None"):
+            make(rotary_base=100.0)
+        return
+    heads = CASES[name].options["num_heads"]
+    for more, words in (
+        (dict(rotary_base=100.0, qkv_features=3 * heads), "rotary_base must be None with an odd number"),
+        (dict(rotary_base=0.0), "rotary_base must be None or a positive number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make(**more)
