@@ -20,12 +20,17 @@ def compile_once(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def run(module, *arguments):
-        return _run(method, *nnx.split(module), arguments)
+        graph, state = nnx.split(module)
+        return _program(method, graph)(state, arguments)
 
     return run
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.lru_cache(maxsize=64)  # programs take memory, and memory maps, of which Linux gives a process 65,530
+def _program(method, graph):
+    return jax.jit(functools.partial(_run, method, graph))
+
+
 def _run(method, graph, state, arguments):
     call = lambda arguments: method(nnx.merge(graph, state), *arguments)
     leaves, tree = jax.tree.flatten(arguments)
