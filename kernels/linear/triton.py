@@ -724,7 +724,7 @@ def _tile_sizes(kernel: str, features: int, width: int, bf16: bool, map: str, ca
         if causal:
             softmax = map == "softmax"
             if width == 32 or not softmax and width < 32:
-                of_key = 64, 16, 16 if softmax else 32, 4
+                of_key = (64, 16, 16, 8) if softmax else (64, 16, 32, 4)
             else:
                 of_key = 32 if softmax else 64, 16, 32, 8
             narrow = dict(forward=(64, 64, 32, 8), backward_query=(64, 16, 64 if softmax else 32, 8), backward_key=of_key)
