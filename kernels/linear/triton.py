@@ -727,7 +727,8 @@ def _tile_sizes(kernel: str, features: int, width: int, bf16: bool, map: str, ca
                 of_key = (64, 16, 16, 8) if softmax else (64, 16, 32, 4)
             else:
                 of_key = 32 if softmax else 64, 16, 32, 8
-            narrow = dict(forward=(64, 64, 32, 8), backward_query=(64, 16, 64 if softmax else 32, 8), backward_key=of_key)
+            sums = 64, 128 if softmax and width == 64 else 64, 64, 8
+            narrow = dict(forward=sums, backward_query=(64, 16, 64 if softmax else 32, 8), backward_key=of_key)
             broad = dict(forward=(64, 64, 32, 8), backward_query=(32, 16, 64, 8), backward_key=(32, 16, 16, 8))
             return (broad if wide else narrow).get(name, (64, 64, 64, 8))
         return (64, 32, 64, 8) if name == "backward_key" else (64, 64, 64, 8)
