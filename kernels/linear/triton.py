@@ -718,13 +718,17 @@ def _tile_sizes(kernel: str, features: int, width: int, bf16: bool, map: str, ca
             if not causal or features > 32 and name != "backward_key":
                 return 64, 64, 64, 8
             # The state of few features stays in registers.
-            of_key = 32, 64 if features == 64 else 32, 64, 8
-            few = dict(forward=(32, 32, 64, 8), backward_query=(32, 32, 64, 4), backward_key=of_key)
+            of_key = 32, 64 if features == 64 else 32, 64, 8 if features > 32 else 4
+            few = dict(forward=(32, 32, 64, 4), backward_query=(32, 32, 64, 4), backward_key=of_key)
             return few.get(name, (64, 64, 64, 8))
         if causal:
             softmax = map == "softmax"
-            narrow = dict(forward=(64, 64, 32, 8), backward_query=(64, 16, 64 if softmax else 32, 8),
-                          backward_key=(32 if softmax else 64, 16, 32, 8))  # fmt: skip
+            if width == 32 or not softmax and width < 32:
+                of_key = (64, 16, 16, 8) if softmax else (64, 16, 32, 4)
+            else:
+                of_key = 32 if softmax else 64, 16, 32, 8
+            sums = 64, 128 if softmax and width == 64 else 64, 64, 8
+            narrow = dict(forward=sums, backward_query=(64, 16, 64 if softmax else 32, 8), backward_key=of_key)
             broad = dict(forward=(64, 64, 32, 8), backward_query=(32, 16, 64, 8), backward_key=(32, 16, 16, 8))
             return (broad if wide else narrow).get(name, (64, 64, 64, 8))
         return (64, 32, 64, 8) if name == "backward_key" else (64, 64, 64, 8)
@@ -735,7 +739,8 @@ def _tile_sizes(kernel: str, features: int, width: int, bf16: bool, map: str, ca
         return 32, 32 if name == "forward" else 64, 64, 8
     if map == "given":
         return dict(forward=(16, 16, 16, 8), backward_query=(16, 16, 32, 4), backward_key=(16, 16, 16, 4))[name]
-    return dict(forward=(16, 16, 16, 8), backward_query=(16, 16, 32, 4), backward_key=(16, 16, 16, 8))[name]
+    of_key = (16, 32, 16, 4) if map == "softmax" and width == 16 else (16, 16, 16, 8)
+    return dict(forward=(16, 16, 16, 8), backward_query=(16, 16, 32, 4), backward_key=of_key)[name]
 
 
 def segments(length: int, programs: int, mode) -> int:

@@ -430,7 +430,7 @@ def heuristic(mode: launch.Mode, dtype, features: int, length: int) -> launch.Co
         return launch.Config({"BLOCK": min(256, _padded(length))})
     if dtype == jnp.float32:
         return launch.Config({"BLOCK": 16}, num_warps=8, num_stages=2)
-    return launch.Config({"BLOCK": 32}, num_warps=4, num_stages=2)
+    return launch.Config({"BLOCK": 32}, num_warps=4, num_stages=1 if features <= 16 else 2)
 
 
 def _padded(size: int) -> int:

@@ -371,6 +371,31 @@ def softmax_backward_key(
 
 
 @triton.jit
+def products(left, start, right, at, T: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+             FEATURES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """Of rows start .. of [T, FEATURES] and rows at .. of [S, FEATURES], which lie LEFT and RIGHT apart: [ROWS, COLUMNS].
+
+    Of wide float32 rows a slice at a time: the parts of whole ones, for three TF32 products, are more than the registers hold.
+    """
+    if PRECISION != "tf32x3" or PADDED <= 64:
+        rows = load_rows(left, start, T, LEFT, FEATURES, ROWS, PADDED, T % ROWS != 0)
+        others = load_rows(right, at, S, RIGHT, FEATURES, COLUMNS, PADDED, S % COLUMNS != 0)
+        total = tl.dot(rows, tl.trans(others), input_precision=PRECISION)
+    else:
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[:, None]
+        left += start.to(tl.int64) * LEFT
+        right += at.to(tl.int64) * RIGHT
+        for first in range(0, FEATURES + (tl.program_id(0) >> 30), 16):
+            feature = first + tl.arange(0, 16)[None, :]
+            rows = tl.load(left + row * LEFT + feature, mask=(start + row < T) & (feature < FEATURES), other=0.0)
+            others = tl.load(right + column * RIGHT + feature, mask=(at + column < S) & (feature < FEATURES), other=0.0)
+            total = tl.dot(rows, tl.trans(others), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def softmax_backward_bias(
     query, key, value, bias, mask, query_positions, key_positions, query_segments, key_segments, pattern, states, lse,
     shift, grad_out, grad_bias,
@@ -410,13 +435,12 @@ def softmax_backward_bias(
         head = n // (N // K)
         start, at = i * BLOCK_Q, j * BLOCK_K
         q, k = start + tl.arange(0, BLOCK_Q), at + tl.arange(0, BLOCK_K)
-        own = load_rows(query + b * OF_QUERY + n * H, start, T, N * H, H, BLOCK_Q, PADDED_H, T % BLOCK_Q != 0)
-        grad = load_rows(grad_out + b * OF_GRAD + n * V, start, T, N * V, V, BLOCK_Q, PADDED_V, T % BLOCK_Q != 0)
-        keys = load_rows(key + b * OF_KEY + head * H, at, S, K * H, H, BLOCK_K, PADDED_H, S % BLOCK_K != 0)
-        values = load_rows(value + b * OF_VALUE + head * V, at, S, K * V, V, BLOCK_K, PADDED_V, S % BLOCK_K != 0)
         log_sum = tl.load(lse + b * OF_LSE + n * T + q, mask=q < T, other=float("inf"))
         mean = tl.load(shift + b * OF_SHIFT + n * T + q, mask=q < T, other=0.0)
-        logits = tl.dot(own, tl.trans(keys), input_precision=PRECISION) * SCALE
+        logits = products(
+            query + b * OF_QUERY + n * H, start, key + b * OF_KEY + head * H, at, T, S, N * H, K * H, H, BLOCK_Q, BLOCK_K,
+            PADDED_H, PRECISION,
+        ) * SCALE  # fmt: skip
         logits += bias_tile(bias, b, n, q[:, None], k[None, :], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S)
         seen = is_seen(
             b, n, q[:, None], k[None, :], mask, query_positions, key_positions, query_segments, key_segments,
@@ -425,7 +449,10 @@ def softmax_backward_bias(
             BLOCK_SIZE, PATTERN_N,
         )  # fmt: skip
         weights = tl.where(seen, tl.exp2(logits - log_sum[:, None]), 0.0)
-        grad_weights = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+        grad_weights = products(
+            grad_out + b * OF_GRAD + n * V, start, value + b * OF_VALUE + head * V, at, T, S, N * V, K * V, V, BLOCK_Q, BLOCK_K,
+            PADDED_V, PRECISION,
+        )  # fmt: skip
         total += weights * (grad_weights - mean[:, None])
     base = grad_bias + (own_b * HEADS + own_n).to(tl.int64) * (WIDE_T * WIDE_S)
     row, column = own_i * BLOCK_Q + tl.arange(0, BLOCK_Q), own_j * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -605,9 +632,9 @@ def bounds_of(geometry: Geometry, visible: Visible, query_tile: int, key_tile: i
 # Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
 FLOAT32_TILES = {
     "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "softmax_backward_query": {64: ((64, 32, 4, 2), (16, 32, 4, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
+    "softmax_backward_query": {64: ((64, 32, 4, 2), (32, 32, 8, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
     "softmax_backward_key": {64: ((32, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
-    "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
+    "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
 
 
@@ -635,7 +662,7 @@ def tile_sizes(
         tile = 64 if narrow or not hopper else 128
         sizes = 32 if wide else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
     elif kernel == "softmax_backward_bias" or narrow or not hopper and kernel != "softmax_forward":
-        sizes = 64, 64, 8 if wide else 4, 2
+        sizes = 64, 64, 8 if wide or kernel == "softmax_backward_bias" else 4, 2
     elif kernel == "softmax_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
         sizes = 128, 128, 8, 3
     else:

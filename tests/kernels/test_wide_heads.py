@@ -12,6 +12,7 @@ from subquad.kernels import gate, specs
         ("linear.random_feature_attention/relu-causal-96", "bfloat16"),
         ("lsh.extend/once-96", "float32"),
         ("relative.attention/mask-96", "float32"),
+        ("softmax.attention/everything-96", "float32"),
     ],
 )
 def test_wide_heads(name, dtype):
