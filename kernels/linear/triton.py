@@ -718,7 +718,7 @@ def _tile_sizes(kernel: str, features: int, width: int, bf16: bool, map: str, ca
             if not causal or features > 32 and name != "backward_key":
                 return 64, 64, 64, 8
             # The state of few features stays in registers.
-            of_key = 32, 64 if features == 64 else 32, 64, 8 if features > 32 else 4
+            of_key = (32, 64 if features == 64 else 16, 64, 8) if features > 32 else (32, 32, 64, 4)
             few = dict(forward=(32, 32, 64, 4), backward_query=(32, 32, 64, 4), backward_key=of_key)
             return few.get(name, (64, 64, 64, 8))
         if causal:

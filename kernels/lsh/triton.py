@@ -521,7 +521,7 @@ def attention_config(mode, direction, chunk_size, length, features, dtype):
     # without a key in its range.
     width = _width(features)
     if dtype == jnp.float32:  # the parts of every operand live beside it
-        tile = 32 if direction == "forward" or width == 64 else 16, 32, 8
+        tile = 32 if direction == "forward" or width == 64 else 16, 16 if direction == "forward" and width == 16 else 32, 8
     elif direction == "forward":
         tile = (32, 64, 4) if chunk_size <= 32 else (64, 64, 8)
     else:

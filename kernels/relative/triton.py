@@ -421,7 +421,7 @@ def relative_backward_distance(
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-def heuristic(mode: launch.Mode, dtype, features: int, length: int) -> launch.Config:
+def heuristic(kernel: str, mode: launch.Mode, dtype, features: int, length: int) -> launch.Config:
     """Square tiles that compile without spills, which three TF32 products for one of float32 make small.
 
     In the interpreter, where a step costs the same whatever its size, they are as large as the queries need.
@@ -430,7 +430,8 @@ def heuristic(mode: launch.Mode, dtype, features: int, length: int) -> launch.Co
         return launch.Config({"BLOCK": min(256, _padded(length))})
     if dtype == jnp.float32:
         return launch.Config({"BLOCK": 16}, num_warps=8, num_stages=2)
-    return launch.Config({"BLOCK": 32}, num_warps=4, num_stages=1 if features <= 16 else 2)
+    warps = 8 if kernel == "relative_backward_key" and features > 64 else 4
+    return launch.Config({"BLOCK": 32}, num_warps=warps, num_stages=1 if features <= 16 else 2)
 
 
 def _padded(size: int) -> int:
@@ -451,7 +452,7 @@ def _launch(mode, kernel, arrays, outputs, cut):
         PRECISION=launch.dot_precision(jnp.promote_types(content.dtype, value.dtype)),
         H_PADDED=_padded(H), V_PADDED=_padded(V),
     )  # fmt: skip
-    own = heuristic(mode, content.dtype, max(H, V), T)
+    own = heuristic(kernel.__name__, mode, content.dtype, max(H, V), T)
     config = launch.config(kernel.__name__, own, H=H, V=V, dtype=content.dtype.name)
     grid = B * N * triton.cdiv(constants[cut], config.blocks["BLOCK"])
     return launch.call(kernel, arrays, outputs, grid=grid, constants=constants, config=config, mode=mode)

@@ -632,8 +632,8 @@ def bounds_of(geometry: Geometry, visible: Visible, query_tile: int, key_tile: i
 # Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
 FLOAT32_TILES = {
     "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "softmax_backward_query": {64: ((64, 32, 4, 2), (32, 32, 8, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
-    "softmax_backward_key": {64: ((32, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
+    "softmax_backward_query": {64: ((64, 32, 4, 2), (16, 32, 8, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
+    "softmax_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((32, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
     "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
 
@@ -658,6 +658,8 @@ def tile_sizes(
     narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
     if dtype == jnp.float32:
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
+        if kernel == "softmax_forward" and block_size is not None:
+            sizes = *sizes[:2], 8, sizes[3]
     elif kernel == "softmax_backward_key":
         tile = 64 if narrow or not hopper else 128
         sizes = 32 if wide else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
