@@ -100,7 +100,12 @@ def default(name, items):
     return nnx.state(layer), jax.jit(lambda x: layer(x))(inputs(LENGTH))
 
 
-@pytest.mark.parametrize("name,options,option,value", COMPUTED, ids=str)
+def readable(rows) -> list[str]:
+    """Names of the cases, the same in every process: a set would be written in any order."""
+    return [f"{name}-{option}-{value}" for name, _, option, value, *_ in rows]
+
+
+@pytest.mark.parametrize("name,options,option,value", COMPUTED, ids=readable(COMPUTED))
 def test_an_option_changes_the_outputs(name, options, option, value):
     state, want = default(name, tuple(options.items()))
     layer = build(name, **{**options, option: value})
@@ -110,14 +115,14 @@ def test_an_option_changes_the_outputs(name, options, option, value):
     assert jnp.abs(got - want).max() > 0.01 * jnp.abs(want).max()
 
 
-@pytest.mark.parametrize("name,options,option,value,changed", DRAWN, ids=str)
+@pytest.mark.parametrize("name,options,option,value,changed", DRAWN, ids=readable(DRAWN))
 def test_an_option_changes_what_is_drawn(name, options, option, value, changed):
     before, after = variables(build(name, **options)), variables(build(name, **{**options, option: value}))
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
     assert {path for path in before if (before[path] != after[path]).any()} == changed
 
 
-@pytest.mark.parametrize("name,options,option,value,shapes", SHAPED, ids=str)
+@pytest.mark.parametrize("name,options,option,value,shapes", SHAPED, ids=readable(SHAPED))
 def test_an_option_changes_shapes(name, options, option, value, shapes):
     before, after = variables(build(name, **options)), variables(build(name, **{**options, option: value}))
     for path, shape in shapes.items():
