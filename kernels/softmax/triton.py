@@ -290,7 +290,8 @@ def softmax_backward_query(
                 logits = logits * SCALE
             if HAS_BIAS:
                 logits += bias_tile(bias, b, n, q[:, None], k[None, :], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S)
-            weights = tl.exp2(logits * FACTOR - log_sum[:, None])
+            # At most 0: a log-sum-exp beyond 1e9 is rounded by hundreds, and exp2 of that overflows.
+            weights = tl.exp2(tl.minimum(logits * FACTOR - log_sum[:, None], 0.0))
             if TESTED:
                 seen = is_seen(
                     b, n, q[:, None], k[None, :], mask, query_positions, key_positions, query_segments, key_segments,
@@ -352,7 +353,7 @@ def softmax_backward_key(
                     logits = logits * SCALE
                 if HAS_BIAS:
                     logits += bias_tile(bias, b, n, q[None, :], k[:, None], BIAS_B, BIAS_N, BIAS_T, BIAS_S, T, S)
-                weights = tl.exp2(logits * FACTOR - log_sum[None, :])
+                weights = tl.exp2(tl.minimum(logits * FACTOR - log_sum[None, :], 0.0))
                 if TESTED:
                     seen = is_seen(
                         b, n, q[None, :], k[:, None], mask, query_positions, key_positions, query_segments, key_segments,
@@ -448,7 +449,7 @@ def softmax_backward_bias(
             HAS_SEGMENTS, OF_QUERY_SEGMENTS, OF_KEY_SEGMENTS, HAS_MASK, MASK_B, MASK_N, MASK_T, MASK_S,
             BLOCK_SIZE, PATTERN_N,
         )  # fmt: skip
-        weights = tl.where(seen, tl.exp2(logits - log_sum[:, None]), 0.0)
+        weights = tl.where(seen, tl.exp2(tl.minimum(logits - log_sum[:, None], 0.0)), 0.0)
         grad_weights = products(
             grad_out + b * OF_GRAD + n * V, start, value + b * OF_VALUE + head * V, at, T, S, N * V, K * V, V, BLOCK_Q, BLOCK_K,
             PADDED_V, PRECISION,

@@ -21,7 +21,7 @@ TOLERANCES = {"float32": (1e-5, 2e-5), "bfloat16": (2e-2, 3e-2), "float16": (3e-
 ULPS = 8
 # Of the largest number of all leaves: what a leaf that is smaller is relative to, since what cancels to little or nothing, as
 # the gradient of a query with one key, still has the rounding of its terms.
-LEAST = {"float32": 1e-2, "bfloat16": 1e-1, "float16": 1e-1}
+LEAST = {"float32": 2e-2, "bfloat16": 1e-1, "float16": 1e-1}
 DTYPE_LENGTHS = (63, 129)
 FEW = (63,)
 
@@ -95,10 +95,11 @@ def test_values_and_gradients(name, length, dtype, implementation):
             assert error <= tolerance, f"{leaf} is wrong by {error:.1e}"
             assert mean <= tolerance / 2, f"{leaf} is wrong by {mean:.1e} on average"
         return
-    floor = ULPS * float(jnp.finfo(dtype).eps) * spec.slack
     for (leaf, *found), (_, *others) in zip(errors(name, length, dtype, implementation), plain, strict=True):
+        # Twice what XLA's path is wrong by, or half of what it may be.
+        floor = max(ULPS * float(jnp.finfo(dtype).eps), TOLERANCES[dtype][leaf.startswith("[1]")] / 2) * spec.slack
         for error, allowed, least, word in zip(found, others, (floor, floor / 2), ("the most", "on average"), strict=True):
-            assert error <= 2 * allowed + least, f"{leaf} is wrong by {error:.1e} ({word}), XLA's by {allowed:.1e}"
+            assert error <= max(2 * allowed, least), f"{leaf} is wrong by {error:.1e} ({word}), XLA's by {allowed:.1e}"
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
