@@ -97,7 +97,7 @@ class ReformerAttention(Attention):
         sizes = dict(num_hashes=num_hashes, chunk_size=chunk_size, chunks_before=chunks_before, chunks_after=chunks_after)
         for name, size in sizes.items():
             if not isinstance(size, int | np.integer) or size < lowest[name]:
-                refuse(owner, name, repr(size), f"be an integer of at least {lowest[name]}", "Check the constructor.")
+                refuse(owner, name, repr(size), f"be an integer of at least {lowest[name]}", f"Pass {name}=1 or more.")
         if not factors or any(not isinstance(n, int) or n < 2 or n % 2 for n in factors):
             refuse(owner, "num_buckets", repr(num_buckets), "be even, or a tuple of even factors, or None",
                    "A direction and its opposite are two buckets.")

@@ -48,7 +48,7 @@ class LinformerProjection(nnx.Module):
     ):
         for name, size in (("max_length", max_length), ("num_landmarks", num_landmarks), ("num_heads", num_heads)):
             if not (name == "num_heads" and size is None) and (not isinstance(size, int | np.integer) or size < 1):
-                refuse("LinformerProjection", name, repr(size), "be a positive integer", "Check the constructor.")
+                refuse("LinformerProjection", name, repr(size), "be a positive integer", f"Pass {name}=1 or more.")
         self.max_length, self.num_landmarks, self.num_heads = max_length, num_landmarks, num_heads
         shape = (max_length, num_landmarks) if num_heads is None else (num_heads, max_length, num_landmarks)
 
