@@ -1,0 +1,232 @@
+"""What a query may see, as one value.
+
+A pattern is a frozen dataclass of numbers, so that equal patterns are one compilation. It is asked by the reference, the tiled
+paths, the layers that extend a sequence, their plots and the tests of cost. Patterns compose:
+
+    Band(window, 0) | Blocks.of(lists, 64)      either shows the key
+    BlockPermutation(64, 8, shifts) & CAUSAL    both show it
+
+As a picture, queries down and keys across, `x` where a query sees a key:
+
+    CAUSAL      Band(1, 0)    Band(0, 1)    BlockPermutation(2, 2, (1,))
+    x . . .     x . . .       x x . .       . . x x
+    x x . .     x x . .       . x x .       . . x x
+    x x x .     . x x .       . . x x       x x . .
+    x x x x     . . x x       . . . x       x x . .
+
+Positions, and numbers of heads, are integers or integer arrays that broadcast, of NumPy or JAX.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+NONE, SOME, ALL = 0, 1, 2  # how much of a rectangle of pairs is allowed
+
+
+class Pattern:
+    """Which pairs of query and key are allowed. A subclass is a frozen dataclass that defines `allowed`."""
+
+    @property
+    def heads(self) -> int:
+        """How many heads the pattern tells apart; 1 where all see the same."""
+        return 1
+
+    def allowed(self, query, key, head):
+        """The definition: bool, whether the query at one position sees the key at another, in a head."""
+        raise NotImplementedError(f"{type(self).__name__} has no allowed")
+
+    def coverage(self, queries, keys, head):
+        """int8: NONE, SOME or ALL of the pairs of a range of queries and a range of keys; SOME is always right.
+
+        Args:
+            queries, keys: (first, last) positions, both included, as NumPy arrays that broadcast with `head`.
+        """
+        return np.full(np.broadcast_shapes(*map(np.shape, (*queries, *keys, head))), SOME, np.int8)
+
+    def key_positions(self, first, count: int, capacity: int, head):
+        """Every key that queries first .. first + count may see: int [..., L], each once, in any order, -1 for none.
+
+        L is static, and much less than the capacity where the pattern is sparse: it is what an extended token costs.
+
+        Args:
+            first: int array, the position of the first query; the result has the axes of `first` and `head`, and L.
+            capacity: keys exist at 0 .. capacity.
+        """
+        shape = np.broadcast_shapes(np.shape(first), np.shape(head))
+        return jnp.broadcast_to(jnp.arange(capacity), (*shape, capacity))
+
+    def __and__(self, other: "Pattern | None") -> "Pattern":
+        return self if other is None else Both(self, other)
+
+    def __or__(self, other: "Pattern") -> "Pattern":
+        return Either(self, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Band(Pattern):
+    """q - left <= k <= q + right; None for no limit on a side."""
+
+    left: int | None
+    right: int | None
+
+    def allowed(self, query, key, head):
+        distance = key - query
+        seen = True if self.left is None else distance >= -self.left
+        return seen & (True if self.right is None else distance <= self.right)
+
+    def coverage(self, queries, keys, head):
+        (first_query, last_query), (first_key, last_key) = queries, keys
+        left, right = self.left, self.right
+        some = np.broadcast_to(True, np.broadcast_shapes(*map(np.shape, (*queries, *keys, head))))
+        every = some
+        if left is not None:
+            some, every = some & (last_key >= first_query - left), every & (first_key >= last_query - left)
+        if right is not None:
+            some, every = some & (first_key <= last_query + right), every & (last_key <= first_query + right)
+        return np.where(every, ALL, np.where(some, SOME, NONE)).astype(np.int8)
+
+    def key_positions(self, first, count, capacity, head):
+        if self.left is None or self.right is None:
+            return super().key_positions(first, count, capacity, head)
+        return _range(first - self.left, count + self.left + self.right, capacity, head)
+
+
+CAUSAL = Band(None, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPermutation(Pattern):
+    """The queries of block i see the keys of block (i + shift) mod num_blocks, with a shift for each head."""
+
+    block_size: int
+    num_blocks: int
+    shifts: tuple[int, ...]
+
+    @property
+    def heads(self):
+        return len(self.shifts)
+
+    def key_block(self, query_block, head):
+        shifts = self.shifts[head] if isinstance(head, int) else jnp.asarray(self.shifts)[head]
+        if isinstance(query_block, np.ndarray) and isinstance(head, int | np.ndarray):
+            shifts = np.asarray(self.shifts)[head]
+        return (query_block + shifts) % self.num_blocks
+
+    def allowed(self, query, key, head):
+        return key // self.block_size == self.key_block(query // self.block_size, head)
+
+    def coverage(self, queries, keys, head):
+        return _coverage_of_blocks(self.block_size, queries, keys, lambda q, k: k == self.key_block(q, head))
+
+    def key_positions(self, first, count, capacity, head):
+        """The blocks of the first and of the last query; queries of a chunk longer than a block see more."""
+        if count > self.block_size:
+            return super().key_positions(first, count, capacity, head)
+        blocks = [self.key_block(query // self.block_size, head) for query in (first, first + count - 1)]
+        ranges = [_range(block * self.block_size, self.block_size, capacity, 0) for block in blocks]
+        again = (blocks[1] == blocks[0])[..., None]
+        return jnp.concatenate([ranges[0], jnp.where(again, -1, ranges[1])], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Pattern):
+    """The queries of block i see the keys of block j where table[n, i, j] is True."""
+
+    block_size: int
+    shape: tuple[int, int, int]  # of the table: heads or 1, blocks of queries, blocks of keys
+    table: bytes
+
+    @classmethod
+    def of(cls, lists: np.ndarray, block_size: int, columns: int) -> "Blocks":
+        """From lists of key blocks, int [N|1, blocks of queries, L], -1 for no entry."""
+        table = np.zeros((*lists.shape[:2], columns + 1), bool)
+        np.put_along_axis(table, lists, True, axis=2)  # -1 is the last column, which is cut off
+        return cls(block_size, (*lists.shape[:2], columns), table[..., :-1].tobytes())
+
+    @property
+    def heads(self):
+        return self.shape[0]
+
+    @functools.cached_property
+    def array(self) -> np.ndarray:
+        return np.frombuffer(self.table, bool).reshape(self.shape)
+
+    def allowed(self, query, key, head):
+        known = all(isinstance(x, int | np.ndarray) for x in (query, key, head))
+        table = self.array if known else jnp.asarray(self.array)
+        return table[head if self.heads > 1 else 0, query // self.block_size, key // self.block_size]
+
+    def coverage(self, queries, keys, head):
+        head = np.asarray(head) % self.heads
+        total = np.pad(self.array, ((0, 0), (1, 0), (1, 0))).astype(np.int64).cumsum(1).cumsum(2)
+        first_query, first_key = (x[0] // self.block_size for x in (queries, keys))
+        end_query, end_key = (x[1] // self.block_size + 1 for x in (queries, keys))
+        count = total[head, end_query, end_key] - total[head, first_query, end_key]
+        count = count - total[head, end_query, first_key] + total[head, first_query, first_key]
+        every = (end_query - first_query) * (end_key - first_key)
+        return np.where(count == every, ALL, np.where(count > 0, SOME, NONE)).astype(np.int8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(Pattern):
+    """What two patterns allow together."""
+
+    one: Pattern
+    other: Pattern
+
+    @property
+    def heads(self):
+        return max(self.one.heads, self.other.heads)
+
+    def allowed(self, query, key, head):
+        return self.one.allowed(query, key, head) & self.other.allowed(query, key, head)
+
+    def coverage(self, queries, keys, head):
+        return np.minimum(*(x.coverage(queries, keys, head) for x in (self.one, self.other)))
+
+    def key_positions(self, first, count, capacity, head):
+        return min((x.key_positions(first, count, capacity, head) for x in (self.one, self.other)), key=lambda x: x.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Either(Pattern):
+    """What at least one of two patterns allows."""
+
+    one: Pattern
+    other: Pattern
+
+    @property
+    def heads(self):
+        return max(self.one.heads, self.other.heads)
+
+    def allowed(self, query, key, head):
+        return self.one.allowed(query, key, head) | self.other.allowed(query, key, head)
+
+    def coverage(self, queries, keys, head):
+        return np.maximum(*(x.coverage(queries, keys, head) for x in (self.one, self.other)))
+
+
+def grid(pattern: Pattern | None, queries: int, keys: int) -> np.ndarray:
+    """bool [N|1, queries, keys]: the pattern spelled out, with positions from 0 on."""
+    if pattern is None:
+        return np.ones((1, queries, keys), bool)
+    head = np.arange(pattern.heads)[:, None, None]
+    return np.broadcast_to(pattern.allowed(np.arange(queries)[:, None], np.arange(keys), head), (pattern.heads, queries, keys))
+
+
+def _range(first, length: int, capacity: int, head):
+    """The positions first .. first + length that exist, as `Pattern.key_positions` has them."""
+    length = min(length, capacity)
+    shape = np.broadcast_shapes(np.shape(first), np.shape(head))
+    positions = jnp.broadcast_to(first, shape)[..., None] + jnp.arange(length)
+    return jnp.where((positions >= 0) & (positions < capacity), positions, -1)
+
+
+def _coverage_of_blocks(size: int, queries, keys, allowed):
+    """`coverage` of a pattern that is the same for all pairs of two blocks, if the ranges lie in one block each."""
+    (first_query, last_query), (first_key, last_key) = (tuple(x // size for x in both) for both in (queries, keys))
+    single = (first_query == last_query) & (first_key == last_key)
+    return np.where(single, np.where(allowed(first_query, first_key), ALL, NONE), SOME).astype(np.int8)
