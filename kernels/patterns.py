@@ -97,8 +97,51 @@ class Band(Pattern):
 CAUSAL = Band(None, 0)
 
 
+class BlockPattern(Pattern):
+    """The same for all pairs of a block of queries and a block of keys. A subclass has a `block_size` and `table`."""
+
+    block_size: int
+
+    def table(self, rows: int, columns: int) -> np.ndarray:
+        """bool [heads, rows, columns]: whether a block of queries sees a block of keys."""
+        raise NotImplementedError(f"{type(self).__name__} has no table")
+
+    def coverage(self, queries, keys, head):
+        first_query, first_key = (first // self.block_size for first, _ in (queries, keys))
+        end_query, end_key = (last // self.block_size + 1 for _, last in (queries, keys))
+        table = self.table(int(np.max(end_query)), int(np.max(end_key)))
+        total = np.pad(table, ((0, 0), (1, 0), (1, 0))).astype(np.int64).cumsum(1).cumsum(2)
+        head = np.asarray(head) % self.heads
+        count = total[head, end_query, end_key] - total[head, first_query, end_key]
+        count = count - total[head, end_query, first_key] + total[head, first_query, first_key]
+        every = (end_query - first_query) * (end_key - first_key)
+        return np.where(count == every, ALL, np.where(count > 0, SOME, NONE)).astype(np.int8)
+
+    def key_positions(self, first, count, capacity, head):
+        """The key blocks of the first query's block and of the last one's."""
+        if count > self.block_size:  # they may span more than two blocks
+            return super().key_positions(first, count, capacity, head)
+        rows = -(-capacity // self.block_size)
+        lists = jnp.asarray(self.lists(rows, rows))
+        near, far = (
+            lists[head % self.heads, jnp.minimum(query // self.block_size, rows - 1)] for query in (first, first + count - 1)
+        )
+        far = jnp.where((far[..., None] == near[..., None, :]).any(-1), -1, far)
+        blocks = jnp.concatenate([near, far], -1)[..., None]
+        positions = blocks * self.block_size + jnp.arange(self.block_size)
+        positions = jnp.where((blocks >= 0) & (positions < capacity), positions, -1)
+        return positions.reshape(*positions.shape[:-2], -1)
+
+    def lists(self, rows: int, columns: int) -> np.ndarray:
+        """int [heads, rows, L]: the blocks of keys that each block of queries sees, -1 for no entry."""
+        table = self.table(rows, columns)
+        longest = max(1, int(table.sum(2).max()))
+        order = np.argsort(~table, axis=2, kind="stable")[..., :longest]
+        return np.where(np.take_along_axis(table, order, 2), order, -1)
+
+
 @dataclasses.dataclass(frozen=True)
-class BlockPermutation(Pattern):
+class BlockPermutation(BlockPattern):
     """The queries of block i see the keys of block (i + shift) mod num_blocks, with a shift for each head."""
 
     block_size: int
@@ -109,35 +152,23 @@ class BlockPermutation(Pattern):
     def heads(self):
         return len(self.shifts)
 
-    def key_block(self, query_block, head):
-        shifts = self.shifts[head] if isinstance(head, int) else jnp.asarray(self.shifts)[head]
-        if isinstance(query_block, np.ndarray) and isinstance(head, int | np.ndarray):
-            shifts = np.asarray(self.shifts)[head]
-        return (query_block + shifts) % self.num_blocks
-
     def allowed(self, query, key, head):
-        return key // self.block_size == self.key_block(query // self.block_size, head)
+        known = isinstance(head, int | np.ndarray) and isinstance(query, int | np.ndarray)
+        shifts = (np if known else jnp).asarray(self.shifts)[head]
+        return key // self.block_size == (query // self.block_size + shifts) % self.num_blocks
 
-    def coverage(self, queries, keys, head):
-        return _coverage_of_blocks(self.block_size, queries, keys, lambda q, k: k == self.key_block(q, head))
-
-    def key_positions(self, first, count, capacity, head):
-        """The blocks of the first and of the last query; queries of a chunk longer than a block see more."""
-        if count > self.block_size:
-            return super().key_positions(first, count, capacity, head)
-        blocks = [self.key_block(query // self.block_size, head) for query in (first, first + count - 1)]
-        ranges = [_range(block * self.block_size, self.block_size, capacity, 0) for block in blocks]
-        again = (blocks[1] == blocks[0])[..., None]
-        return jnp.concatenate([ranges[0], jnp.where(again, -1, ranges[1])], -1)
+    def table(self, rows, columns):
+        blocks = (np.arange(rows) + np.array(self.shifts)[:, None]) % self.num_blocks
+        return blocks[..., None] == np.arange(columns)
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks(Pattern):
-    """The queries of block i see the keys of block j where table[n, i, j] is True."""
+class Blocks(BlockPattern):
+    """The queries of block i see the keys of block j where it says so in a table."""
 
     block_size: int
-    shape: tuple[int, int, int]  # of the table: heads or 1, blocks of queries, blocks of keys
-    table: bytes
+    shape: tuple[int, int, int]  # heads or 1, blocks of queries, blocks of keys
+    bits: bytes
 
     @classmethod
     def of(cls, lists: np.ndarray, block_size: int, columns: int) -> "Blocks":
@@ -150,24 +181,13 @@ class Blocks(Pattern):
     def heads(self):
         return self.shape[0]
 
-    @functools.cached_property
-    def array(self) -> np.ndarray:
-        return np.frombuffer(self.table, bool).reshape(self.shape)
-
     def allowed(self, query, key, head):
         known = all(isinstance(x, int | np.ndarray) for x in (query, key, head))
-        table = self.array if known else jnp.asarray(self.array)
-        return table[head if self.heads > 1 else 0, query // self.block_size, key // self.block_size]
+        table = (np if known else jnp).asarray(self.table(*self.shape[1:]))
+        return table[head % self.heads, query // self.block_size, key // self.block_size]
 
-    def coverage(self, queries, keys, head):
-        head = np.asarray(head) % self.heads
-        total = np.pad(self.array, ((0, 0), (1, 0), (1, 0))).astype(np.int64).cumsum(1).cumsum(2)
-        first_query, first_key = (x[0] // self.block_size for x in (queries, keys))
-        end_query, end_key = (x[1] // self.block_size + 1 for x in (queries, keys))
-        count = total[head, end_query, end_key] - total[head, first_query, end_key]
-        count = count - total[head, end_query, first_key] + total[head, first_query, first_key]
-        every = (end_query - first_query) * (end_key - first_key)
-        return np.where(count == every, ALL, np.where(count > 0, SOME, NONE)).astype(np.int8)
+    def table(self, rows, columns):
+        return np.frombuffer(self.bits, bool).reshape(self.shape)[:, :rows, :columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,9 +244,3 @@ def _range(first, length: int, capacity: int, head):
     positions = jnp.broadcast_to(first, shape)[..., None] + jnp.arange(length)
     return jnp.where((positions >= 0) & (positions < capacity), positions, -1)
 
-
-def _coverage_of_blocks(size: int, queries, keys, allowed):
-    """`coverage` of a pattern that is the same for all pairs of two blocks, if the ranges lie in one block each."""
-    (first_query, last_query), (first_key, last_key) = (tuple(x // size for x in both) for both in (queries, keys))
-    single = (first_query == last_query) & (first_key == last_key)
-    return np.where(single, np.where(allowed(first_query, first_key), ALL, NONE), SOME).astype(np.int8)
