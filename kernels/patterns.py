@@ -18,7 +18,6 @@ Positions, and numbers of heads, are integers or integer arrays that broadcast, 
 """
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +32,16 @@ class Pattern:
     def heads(self) -> int:
         """How many heads the pattern tells apart; 1 where all see the same."""
         return 1
+
+    @property
+    def reach(self) -> int | None:
+        """How many keys a query sees at most; None where that depends on the length."""
+        return None
+
+    @property
+    def tile(self) -> int | None:
+        """A size of tiles, in positions, for which a tile is allowed as a whole or not at all; None where there is none."""
+        return None
 
     def allowed(self, query, key, head):
         """The definition: bool, whether the query at one position sees the key at another, in a head."""
@@ -72,6 +81,10 @@ class Band(Pattern):
     left: int | None
     right: int | None
 
+    @property
+    def reach(self):
+        return None if self.left is None or self.right is None else self.left + self.right + 1
+
     def allowed(self, query, key, head):
         distance = key - query
         seen = True if self.left is None else distance >= -self.left
@@ -101,6 +114,10 @@ class BlockPattern(Pattern):
     """The same for all pairs of a block of queries and a block of keys. A subclass has a `block_size` and `table`."""
 
     block_size: int
+
+    @property
+    def tile(self):
+        return self.block_size
 
     def table(self, rows: int, columns: int) -> np.ndarray:
         """bool [heads, rows, columns]: whether a block of queries sees a block of keys."""
@@ -201,6 +218,14 @@ class Both(Pattern):
     def heads(self):
         return max(self.one.heads, self.other.heads)
 
+    @property
+    def reach(self):
+        return min((x.reach for x in (self.one, self.other) if x.reach is not None), default=None)
+
+    @property
+    def tile(self):
+        return self.other.tile if self.one.tile is None else self.one.tile
+
     def allowed(self, query, key, head):
         return self.one.allowed(query, key, head) & self.other.allowed(query, key, head)
 
@@ -227,6 +252,21 @@ class Either(Pattern):
 
     def coverage(self, queries, keys, head):
         return np.maximum(*(x.coverage(queries, keys, head) for x in (self.one, self.other)))
+
+
+def undecided(pattern: Pattern | None, some: np.ndarray, queries, keys, head) -> Pattern | None:
+    """What of a pattern must still be tested within rectangles: what does not allow all of each; None where nothing is left.
+
+    Args:
+        some: bool, the rectangles that count, of those that the ranges of queries and keys make, as in `coverage`.
+    """
+    coverage = np.broadcast_to(pattern.coverage(queries, keys, head), some.shape)
+    if (coverage[some] == ALL).all():
+        return None
+    if not isinstance(pattern, Both):
+        return pattern
+    one, other = (undecided(x, some, queries, keys, head) for x in (pattern.one, pattern.other))
+    return other if one is None else one & other
 
 
 def grid(pattern: Pattern | None, queries: int, keys: int) -> np.ndarray:
