@@ -84,8 +84,8 @@ def attention(
     pattern = Blocks.of(blocks, int(block_size), columns) & (CAUSAL if is_causal else None)
     positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
     visible = Visible(*positions, None, None, mask)
-    out, lse = softmax.run(OWNER, IMPLEMENTATIONS, implementation, query, key, value, None, visible, pattern, scale)
-    return (out, lse) if return_lse else out
+    out, *sums = softmax.run(OWNER, IMPLEMENTATIONS, implementation, query, key, value, None, visible, pattern, scale)
+    return (out, sum(sums)) if return_lse else out
 
 
 def check_blocks(blocks, heads: int, query_blocks: int, key_blocks: int) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import Array, Bias, Key, LogSumExp, Mask, Output, Positions, Query, Value
 from subquad.kernels.patterns import Band, Pattern
-from subquad.kernels.softmax import cudnn, reference, xla
+from subquad.kernels.softmax import cudnn, online, reference, xla
 
 __all__ = ["attention", "merge"]
 
@@ -119,12 +119,12 @@ def attention(
     by_cudnn = functools.partial(cudnn.attention, return_lse=return_lse, by_name=implementation == "cudnn")
     implementations = {**IMPLEMENTATIONS, "cudnn": by_cudnn}
     visible = xla.Visible(**rows, mask=mask)
-    out, lse = run(OWNER, implementations, implementation, query, key, value, bias, visible, pattern, scale)
-    return (out, lse) if return_lse else out
+    out, *sums = run(OWNER, implementations, implementation, query, key, value, bias, visible, pattern, scale)
+    return (out, sum(sums)) if return_lse else out
 
 
 def run(owner: str, implementations, implementation, query, key, value, bias, visible: xla.Visible, pattern, scale):
-    """(out, lse) of checked arguments, for every operation that is softmax attention under some pattern."""
+    """Out, maximum and log(normaliser) of checked arguments, for every operation that is softmax attention under a pattern."""
     if pattern is None:
         visible = visible._replace(query_positions=None, key_positions=None)
     scale = scale_of(owner, scale, query.shape[3])
@@ -151,17 +151,8 @@ def merge(
         >>> bool(jnp.allclose(merge(*zip(*parts))[0], attention(q, k, k), atol=1e-5))
         True
     """
-    lses = jnp.stack(list(lses))
-    maximum = lses.max(0, keepdims=True)
-    shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    weights = jnp.exp(lses - shift)
-    total = weights.sum(0, keepdims=True)
-    empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    mixed = sum(
-        weight[..., None] * output.astype(weight.dtype) for weight, output in zip(weights / total, outputs, strict=True)
-    )
-    return mixed.astype(outputs[0].dtype), jnp.where(empty, -jnp.inf, shift + jnp.log(total))[0]
+    out, *sums = online.merge(list(outputs), *zip(*map(online.apart, lses), strict=True))
+    return out, sum(sums)
 
 
 def check_heads(owner: str, query, key, value) -> None:

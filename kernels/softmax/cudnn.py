@@ -18,7 +18,7 @@ def attention(query, key, value, bias, visible, pattern, scale: float, *, return
         raise launch.Declined(reason)
     run = jax.nn.dot_product_attention
     try:
-        return run(query, key, value, scale=scale, is_causal=pattern is not None, implementation="cudnn"), None
+        return run(query, key, value, scale=scale, is_causal=pattern is not None, implementation="cudnn"), None, None
     except (RuntimeError, NotImplementedError, ValueError) as error:
         # No cuDNN, one too old for this GPU, or operands that are sharded as it cannot serve them.
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -10,7 +10,7 @@ from subquad.kernels.softmax import online
 
 @precision.full
 def attention(query, key, value, bias, visible, pattern, scale: float):
-    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
+    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], maximum, log(normaliser))."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     heads, groups = query.shape[2], query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x.astype(precise), groups, axis=2) for x in (key, value))
@@ -32,5 +32,5 @@ def attention(query, key, value, bias, visible, pattern, scale: float):
     weights = jnp.where(empty, 0.0, jnp.exp(logits - jnp.where(empty, 0.0, maximum)))
     normaliser = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(empty, 1.0, normaliser), value)
-    lse = jnp.where(empty, -jnp.inf, maximum + jnp.log(jnp.where(empty, 1.0, normaliser)))
-    return out.astype(query.dtype), jnp.swapaxes(lse[..., 0], 1, 2)
+    rows = lambda x: jnp.swapaxes(x[..., 0], 1, 2)
+    return out.astype(query.dtype), rows(maximum), rows(jnp.log(jnp.where(empty, 1.0, normaliser)))

@@ -73,14 +73,14 @@ class Tiles(NamedTuple):
 
 
 def attention(query, key, value, bias, visible: Visible, pattern: Pattern | None, scale: float):
-    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
+    """Arguments as checked by `subquad.kernels.softmax` -> (out [B, T, N, V], maximum, log(normaliser) [B, T, N])."""
     return compiled(plan_of(query, key, value, visible, pattern, scale), query, key, value, bias, visible)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @precision.full
 def flash(plan: Plan, query, key, value, bias, visible: Visible):
-    """Attention over the tiles of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
+    """Attention over the tiles of `plan`; the maximum has no gradient, and the log(normaliser) that of the log-sum-exp."""
     return flash_forward(plan, query, key, value, bias, visible)[0]
 
 
@@ -107,31 +107,32 @@ def flash_forward(plan, query, key, value, bias, visible):
     sums = jax.ShapeDtypeStruct(rows, precise)
     shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), sums, sums
     out, maximum, log_normaliser = parts.part_by_part(plan.parts, attend, shapes, (2, 2, 2))
-    return (out, maximum + log_normaliser), (query, key, value, bias, visible, out, maximum, log_normaliser)
+    return (out, maximum, log_normaliser), (query, key, value, bias, visible, out, maximum, log_normaliser)
 
 
 @precision.full
 def flash_backward(plan, residuals, gradients):
     *arguments, out, maximum, log_normaliser = residuals
+    grad_out, _, grad_lse = gradients
     query, key, value, bias, visible = arguments
     groups, precise = query.shape[2] // key.shape[2], maximum.dtype
     is_masked = visible.mask is not None or visible.query_segment_ids is not None
-    *rows, query = online.residue(out, (maximum, log_normaliser), *gradients, is_masked, query)
+    *rows, query = online.residue(out, (maximum, log_normaliser), grad_out, grad_lse, is_masked, query)
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
     def gradients_of(part):
         tiles, values = cut(plan, part, query, key, bias, visible), cut_keys(plan, part, value, "h s")
-        *row_sums, row_delta, grad_out = (cut_queries(plan, part, x, groups) for x in (*rows, gradients[0]))
+        *row_sums, row_delta, row_grad = (cut_queries(plan, part, x, groups) for x in (*rows, grad_out))
 
         def step(grads, i, js):
             grad_query, grad_key, grad_value, grad_bias = grads
             weights = online.weights_of(logits_of(plan, tiles, i, js), *(x[i][..., None] for x in row_sums))
-            grad_weights = dot("bkgtv,bkvs->bkgts", grad_out[i], beside(values, js, -1))
+            grad_weights = dot("bkgtv,bkvs->bkgts", row_grad[i], beside(values, js, -1))
             grad_logits = weights * (grad_weights - row_delta[i][..., None])
             scaled, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
             grad_query = add_at(grad_query, dot("bkgts,bkhs->bkgth", scaled, beside(tiles.key, js, -1)), i)
             grad_key = add_beside(grad_key, dot("bkgth,bkgts->bkhs", tiles.query[i], scaled), js)
-            grad_value = add_beside(grad_value, dot("bkgtv,bkgts->bkvs", grad_out[i], weights), js)
+            grad_value = add_beside(grad_value, dot("bkgtv,bkgts->bkvs", row_grad[i], weights), js)
             grad_bias = None if bias is None else add_to_bias(plan, grad_bias, grad_logits, i, js)
             return grad_query, grad_key, grad_value, grad_bias
 
