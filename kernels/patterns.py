@@ -208,6 +208,48 @@ class Blocks(BlockPattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class Strided(Pattern):
+    """Keys within a window on each side, None for no window, and keys whose distance is a multiple of a stride."""
+
+    stride: int
+    window: int | None
+
+    def allowed(self, query, key, head):
+        far = (query - key) % self.stride == 0
+        return far if self.window is None else far | (abs(query - key) <= self.window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns(Pattern):
+    """Keys that stand in some columns of every block of positions, with columns for all heads or for each."""
+
+    block_size: int
+    columns: tuple[tuple[int, ...], ...]  # [N|1][c], in rising order
+
+    @property
+    def heads(self):
+        return len(self.columns)
+
+    def allowed(self, query, key, head):
+        known = all(isinstance(x, int | np.ndarray) for x in (query, key, head))
+        table = (np.arange(self.block_size) == np.array(self.columns)[..., None]).any(1)
+        return (np if known else jnp).asarray(table)[head % self.heads, key % self.block_size]
+
+
+@dataclasses.dataclass(frozen=True)
+class SameBlock(BlockPattern):
+    """Keys in the block of the query."""
+
+    block_size: int
+
+    def allowed(self, query, key, head):
+        return query // self.block_size == key // self.block_size
+
+    def table(self, rows, columns):
+        return np.eye(rows, columns, dtype=bool)[None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Both(Pattern):
     """What two patterns allow together."""
 

@@ -1,24 +1,26 @@
-"""The two patterns of the Sparse Transformer: nearby keys, and keys in regular steps or columns far away."""
+"""The two patterns of the Sparse Transformer: nearby keys, and keys in regular steps or columns far away.
+
+Each is two calls of softmax attention, to a near and to a far set of keys that share none, merged by their normalisers. The
+far keys of a stride are rows of a column, so the columns go into the batch; summary columns are gathered, block by block.
+"""
 
 import numbers
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Int
 
-from subquad.kernels import checks, dispatch
+from subquad.kernels import dispatch, softmax
 from subquad.kernels.axes import KeyMask, LogSumExp, Output, Query, Value
-from subquad.kernels.softmax import check_heads, scale_of
-from subquad.kernels.strided import reference, xla
-from subquad.kernels.strided.pattern import Pattern
+from subquad.kernels.patterns import CAUSAL, Band, Columns, Pattern, SameBlock, Strided
+from subquad.kernels.softmax import check_heads, online
+from subquad.kernels.softmax.xla import Visible
 
 __all__ = ["attention", "fixed"]
 
-IMPLEMENTATIONS = {
-    **dispatch.triton("subquad.kernels.strided.triton", "attention"),
-    "xla": xla.attention,
-    "reference": reference.attention,
-}
+IMPLEMENTATIONS = {name: function for name, function in softmax.IMPLEMENTATIONS.items() if name != "cudnn"}
+BEFORE, AFTER = Band(None, -1), Band(-1, None)
 
 
 def attention(
@@ -70,11 +72,25 @@ def attention(
     if window_size is not None and (not isinstance(window_size, numbers.Integral) or window_size < 0):
         raise ValueError(f"{owner}: window_size must be None or a number >= 0, got {window_size!r}. Count keys on each side.")
     check_stride(owner, "stride", stride)
-    length, near = query.shape[1], window_size is not None
+    check(owner, query, key, value, mask)
+    length = query.shape[1]
     # A stride over everything reaches nothing but the query itself, whatever its length; a window over everything no more.
-    window = min(int(window_size), length) if near else 0
-    pattern = Pattern(min(int(stride), length), near, bool(is_causal), window)
-    return run(owner, pattern, query, key, value, mask, scale, return_lse, implementation)
+    stride, window = min(int(stride), length), None if window_size is None else min(int(window_size), length)
+
+    def near_and_far(run):
+        gap = 0 if window is None else window // stride + 1  # strides to the first far row that is in no window
+        far = Band(None, -gap) if is_causal else Band(None, -gap) | Band(-gap, None) if gap else None
+        parts = [] if window is None else [run(query, key, value, mask, Band(window, 0 if is_causal else window))]
+        if gap * stride < length:
+            by_column = [rows(x, stride, "b (r c) ... -> (b c) r ...") for x in (query, key, value)]
+            valid = real(mask, query, stride, is_causal)
+            valid = None if valid is None else rearrange(valid, "b 1 1 (r c) -> (b c) 1 1 r", c=stride)
+            out = run(*by_column, valid, far)
+            parts.append([rearrange(x, "(b c) r ... -> b (r c) ...", c=stride)[:, :length] for x in out])
+        return parts
+
+    pattern = Strided(stride, window) & (CAUSAL if is_causal else None)
+    return merged(owner, near_and_far, pattern, query, key, value, mask, scale, return_lse, implementation)
 
 
 def fixed(
@@ -120,15 +136,80 @@ def fixed(
     owner = "strided.fixed"
     check_stride(owner, "block_size", block_size)
     check_columns(owner, columns, query.shape[2], block_size)
-    listed = tuple(tuple(sorted(map(int, row))) for row in columns)
+    check(owner, query, key, value, mask)
+    length, heads = query.shape[1:3]
     # Of a block longer than the sequence nothing counts but where the columns are.
-    block = min(int(block_size), max(query.shape[1], int(columns.max()) + 1))
-    pattern = Pattern(block, bool(own_block), bool(is_causal), columns=listed)
-    return run(owner, pattern, query, key, value, mask, scale, return_lse, implementation)
+    size = min(int(block_size), max(length, int(columns.max()) + 1))
+    columns = np.sort(columns, axis=1)
+    summaries = Columns(size, tuple(map(tuple, columns.tolist())))
+    count = -(-length // size)
+    block_of = lambda block: np.asarray(block, np.int32)[None]
+
+    def near_and_far(run):
+        # The query's own block, whole or its columns only.
+        blocks = [rows(x, size, "b (i l) ... -> (b i) l ...") for x in (query, key, value)]
+        valid = real(mask, query, size, is_causal)
+        valid = None if valid is None else rearrange(valid, "b 1 1 (i l) -> (b i) 1 1 l", l=size)
+        if not own_block:
+            column = jnp.asarray(summaries.allowed(0, np.arange(size), np.arange(summaries.heads)[:, None]))[None, :, None]
+            valid = column if valid is None else valid & column
+        own = run(*blocks, valid, CAUSAL if is_causal else None)
+        parts = [[rearrange(x, "(b i) l ... -> b (i l) ...", i=count)[:, :length] for x in own]]
+        if count > 1:  # the columns of the other blocks
+            seen = count - 1 if is_causal else count  # the last block comes before no block
+            positions = (np.arange(seen)[:, None, None] * size + columns.T).reshape(-1, len(columns))
+            head = np.arange(heads) if len(columns) > 1 else slice(None)
+            gather = lambda x: x[:, np.minimum(positions, length - 1), head] if len(columns) > 1 else x[:, np.minimum(positions[:, 0], length - 1)]
+            valid = real(mask, query, size, is_causal)
+            valid = None if valid is None else jnp.moveaxis(valid[:, 0, 0, positions], 1, 2)[:, :, None]
+            ids = block_of(np.arange(length) // size), block_of(np.arange(seen).repeat(columns.shape[1]))
+            parts.append(run(query, gather(key), gather(value), valid, BEFORE if is_causal else BEFORE | AFTER, *ids))
+        return parts
+
+    pattern = (SameBlock(size) | summaries if own_block else summaries) & (CAUSAL if is_causal else None)
+    return merged(owner, near_and_far, pattern, query, key, value, mask, scale, return_lse, implementation)
 
 
-def run(owner: str, pattern: Pattern, query, key, value, mask, scale, return_lse: bool, implementation):
-    """What both functions do with their pattern."""
+def merged(owner: str, near_and_far, pattern: Pattern, query, key, value, mask, scale, return_lse: bool, implementation):
+    """Attention under `pattern`: as one call for "reference", for the others merged from the sets of `near_and_far`."""
+    dtype = jnp.result_type(query, key, value)
+
+    def run(query, key, value, mask, pattern, query_positions=None, key_positions=None):
+        positions = [
+            np.arange(x.shape[1], dtype=np.int32)[None] if given is None else given
+            for x, given in ((query, query_positions), (key, key_positions))
+        ]
+        arrays = (x.astype(dtype) for x in (query, key, value))
+        visible = Visible(*positions, None, None, mask)
+        return softmax.run(owner, IMPLEMENTATIONS, implementation, *arrays, None, visible, pattern, scale)
+
+    if implementation == "reference":
+        parts = [run(query, key, value, mask, pattern)]
+    else:
+        parts = near_and_far(run)
+    out, *sums = parts[0] if len(parts) == 1 else online.merge(*zip(*parts, strict=True))
+    return (out, sum(sums)) if return_lse else out
+
+
+def rows(array, size: int, form: str):
+    """[B, T, ...] rearranged in rows of `size` positions, the last one filled with zeros."""
+    short = -array.shape[1] % size
+    axes = {"c" if "c" in form else "l": size}
+    return rearrange(jnp.pad(array, ((0, 0), (0, short), (0, 0), (0, 0))), form, **axes)
+
+
+def real(mask, query, size: int, is_causal: bool):
+    """The key mask of whole rows of `size`: bool [B, 1, 1, rows x size]; None where it hides nothing that is not hidden."""
+    batch, length = query.shape[:2]
+    short = -length % size
+    if mask is None and (is_causal or not short):  # what fills the last row comes after every query
+        return None
+    mask = jnp.broadcast_to(jnp.ones((), bool) if mask is None else mask, (batch, 1, 1, length))
+    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, short)))
+
+
+def check(owner: str, query, key, value, mask) -> None:
+    """Refuses what does not fit together."""
     check_heads(owner, query, key, value)
     if key.shape != query.shape:
         raise ValueError(f"{owner}: key must have the query's shape {query.shape}, got {key.shape}. Repeat grouped heads.")
@@ -140,12 +221,6 @@ def run(owner: str, pattern: Pattern, query, key, value, mask, scale, return_lse
             f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. "
             "Use softmax.attention for pairwise masks."
         )
-    dtype = jnp.result_type(query, key, value)
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
-    key, value = checks.hide(mask, key, value)
-    valid, scale = None if mask is None else mask[:, 0, 0], scale_of(owner, scale, query.shape[3])
-    out, lse = dispatch.run(owner, IMPLEMENTATIONS, implementation, query, key, value, valid, pattern, scale)
-    return (out, lse) if return_lse else out
 
 
 def check_stride(owner: str, name: str, size) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from subquad.kernels import softmax, strided
-from subquad.kernels.strided import xla
-from subquad.kernels.strided.pattern import Pattern, visible
+from subquad.kernels.softmax import xla
 from subquad.lra import measure
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
@@ -42,7 +41,7 @@ def by_hand(length, *, stride=None, window_size=None, block_size=None, columns=N
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short inputs take many steps, with ragged last tiles in every direction."""
-    monkeypatch.setattr(xla, "CPU_TILE", (4 * 4 * 6 * 5 * 3, 6, 5))
+    monkeypatch.setattr(xla, "tile_sizes", lambda rows, queries, keys, reach: (min(queries, 6), min(keys, 5)))
 
 
 def check(name, length, dtype="float32", mask=None, is_causal=False, batch=2, **options):
