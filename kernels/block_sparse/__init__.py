@@ -6,16 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from subquad.kernels import dispatch, softmax
+from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import Key, KeyMask, LogSumExp, Output, Query, Value
 from subquad.kernels.patterns import CAUSAL, Blocks
 from subquad.kernels.softmax import check_heads
-from subquad.kernels.softmax.xla import Visible
+from subquad.kernels.softmax.sets import KeySet, Visible
 
 __all__ = ["attention"]
 
 OWNER = "block_sparse.attention"
-IMPLEMENTATIONS = {name: function for name, function in softmax.IMPLEMENTATIONS.items() if name != "cudnn"}
 
 
 def attention(
@@ -83,8 +82,9 @@ def attention(
         )
     pattern = Blocks.of(blocks, int(block_size), columns) & (CAUSAL if is_causal else None)
     positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
-    visible = Visible(*positions, None, None, mask)
-    out, *sums = softmax.run(OWNER, IMPLEMENTATIONS, implementation, query, key, value, None, visible, pattern, scale)
+    sets = (KeySet(pattern, Visible(*positions, None, None, mask)),)
+    key, value = checks.hide(mask, key, value)
+    out, *sums = softmax.run(OWNER, softmax.IMPLEMENTATIONS, implementation, query, (key,), (value,), None, sets, scale)
     return (out, sum(sums)) if return_lse else out
 
 

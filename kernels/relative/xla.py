@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from subquad.kernels import precision
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
-from subquad.kernels.softmax.xla import balance, cores
+from subquad.kernels.softmax.plan import balance, cores
 
 
 class Plan(NamedTuple):

@@ -4,6 +4,7 @@ import functools
 import math
 import numbers
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -12,16 +13,16 @@ from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import Array, Bias, Key, LogSumExp, Mask, Output, Positions, Query, Value
 from subquad.kernels.patterns import Band, Pattern
 from subquad.kernels.softmax import cudnn, online, reference, xla
+from subquad.kernels.softmax.sets import KeySet, Visible, one_by_one
 
 __all__ = ["attention", "merge"]
 
 OWNER = "softmax.attention"
 LARGEST_SIDE = 1 << 30  # of a window: what is added to a position in int32
 IMPLEMENTATIONS = {
-    "cudnn": cudnn.attention,
-    **dispatch.triton("subquad.kernels.softmax.triton", "attention"),
+    **{name: one_by_one(f) for name, f in dispatch.triton("subquad.kernels.softmax.triton", "attention").items()},
     "xla": xla.attention,
-    "reference": reference.attention,
+    "reference": one_by_one(reference.attention),
 }
 
 
@@ -117,21 +118,21 @@ def attention(
     band = needed(band, rows["query_positions"], rows["key_positions"])
     pattern = pattern if band is None else band & pattern
     by_cudnn = functools.partial(cudnn.attention, return_lse=return_lse, by_name=implementation == "cudnn")
-    implementations = {**IMPLEMENTATIONS, "cudnn": by_cudnn}
-    visible = xla.Visible(**rows, mask=mask)
-    out, *sums = run(OWNER, implementations, implementation, query, key, value, bias, visible, pattern, scale)
+    implementations = {"cudnn": one_by_one(by_cudnn), **IMPLEMENTATIONS}
+    sets = (KeySet(pattern, Visible(**rows, mask=mask)),)
+    key, value = checks.hide(mask, key, value)
+    out, *sums = run(OWNER, implementations, implementation, query, (key,), (value,), bias, sets, scale)
     return (out, sum(sums)) if return_lse else out
 
 
-def run(owner: str, implementations, implementation, query, key, value, bias, visible: xla.Visible, pattern, scale):
-    """Out, maximum and log(normaliser) of checked arguments, for every operation that is softmax attention under a pattern."""
-    if pattern is None:
-        visible = visible._replace(query_positions=None, key_positions=None)
+def run(owner: str, implementations, implementation, query, keys, values, bias, sets: tuple[KeySet, ...], scale):
+    """Out, maximum and log(normaliser) of checked arguments, for every operation that is softmax attention to sets of keys."""
     scale = scale_of(owner, scale, query.shape[3])
-    dtype = jnp.result_type(query, key, value)
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
-    key, value = checks.hide(visible.mask, key, value)
-    return dispatch.run(owner, implementations, implementation, query, key, value, bias, visible, pattern, scale)
+    dtype = jnp.result_type(query, *keys, *values)
+    query, keys, values = jax.tree.map(lambda x: x.astype(dtype), (query, keys, values))
+    nowhere = lambda visible: visible._replace(query_positions=None, key_positions=None)
+    sets = tuple(one if one.pattern is not None else one._replace(visible=nowhere(one.visible)) for one in sets)
+    return dispatch.run(owner, implementations, implementation, query, keys, values, bias, sets, scale)
 
 
 def merge(

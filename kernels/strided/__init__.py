@@ -1,25 +1,24 @@
 """The two patterns of the Sparse Transformer: nearby keys, and keys in regular steps or columns far away.
 
-Each is two calls of softmax attention, to a near and to a far set of keys that share none, merged by their normalisers. The
-far keys of a stride are rows of a column, so the columns go into the batch; summary columns are gathered, block by block.
+Each is softmax attention to two sets of keys that share none. The far keys of a stride are the rows of the query's column;
+summary columns are gathered, block by block.
 """
 
 import numbers
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jaxtyping import Int
 
-from subquad.kernels import dispatch, softmax
+from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import KeyMask, LogSumExp, Output, Query, Value
 from subquad.kernels.patterns import CAUSAL, Band, Columns, Pattern, SameBlock, Strided
-from subquad.kernels.softmax import check_heads, online
-from subquad.kernels.softmax.xla import Visible
+from subquad.kernels.softmax import check_heads
+from subquad.kernels.softmax.sets import KeySet, Visible
 
 __all__ = ["attention", "fixed"]
 
-IMPLEMENTATIONS = {name: function for name, function in softmax.IMPLEMENTATIONS.items() if name != "cudnn"}
 BEFORE, AFTER = Band(None, -1), Band(-1, None)
 
 
@@ -73,24 +72,25 @@ def attention(
         raise ValueError(f"{owner}: window_size must be None or a number >= 0, got {window_size!r}. Count keys on each side.")
     check_stride(owner, "stride", stride)
     check(owner, query, key, value, mask)
+    key, value = checks.hide(mask, key, value)
     length = query.shape[1]
     # A stride over everything reaches nothing but the query itself, whatever its length; a window over everything no more.
     stride, window = min(int(stride), length), None if window_size is None else min(int(window_size), length)
-
-    def near_and_far(run):
-        gap = 0 if window is None else window // stride + 1  # strides to the first far row that is in no window
+    if implementation == "reference":
+        union = Strided(stride, window) & (CAUSAL if is_causal else None)
+        return attend(owner, query, (key,), (value,), [near(union, length, length, mask)], scale, return_lse, implementation)
+    arrays = (query, key, value)
+    if length % stride:
+        arrays, mask = [whole_rows(x, stride) for x in arrays], whole_rows_of(mask, length, stride, is_causal)
+    query, key, value = arrays
+    padded = query.shape[1]
+    sets = [] if window is None else [near(Band(window, 0 if is_causal else window), padded, padded, mask)]
+    gap = 0 if window is None else window // stride + 1  # rows to the first of the column that no window holds
+    if gap * stride < length:
         far = Band(None, -gap) if is_causal else Band(None, -gap) | Band(-gap, None) if gap else None
-        parts = [] if window is None else [run(query, key, value, mask, Band(window, 0 if is_causal else window))]
-        if gap * stride < length:
-            by_column = [rows(x, stride, "b (r c) ... -> (b c) r ...") for x in (query, key, value)]
-            valid = real(mask, query, stride, is_causal)
-            valid = None if valid is None else rearrange(valid, "b 1 1 (r c) -> (b c) 1 1 r", c=stride)
-            out = run(*by_column, valid, far)
-            parts.append([rearrange(x, "(b c) r ... -> b (r c) ...", c=stride)[:, :length] for x in out])
-        return parts
-
-    pattern = Strided(stride, window) & (CAUSAL if is_causal else None)
-    return merged(owner, near_and_far, pattern, query, key, value, mask, scale, return_lse, implementation)
+        sets.append(near(far, padded // stride, padded // stride, mask)._replace(columns=stride))
+    result = attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
+    return jax.tree.map(lambda x: x[:, :length], result)
 
 
 def fixed(
@@ -137,75 +137,61 @@ def fixed(
     check_stride(owner, "block_size", block_size)
     check_columns(owner, columns, query.shape[2], block_size)
     check(owner, query, key, value, mask)
+    key, value = checks.hide(mask, key, value)
     length, heads = query.shape[1:3]
     # Of a block longer than the sequence nothing counts but where the columns are.
     size = min(int(block_size), max(length, int(columns.max()) + 1))
     columns = np.sort(columns, axis=1)
     summaries = Columns(size, tuple(map(tuple, columns.tolist())))
-    count = -(-length // size)
-    block_of = lambda block: np.asarray(block, np.int32)[None]
-
-    def near_and_far(run):
-        # The query's own block, whole or its columns only.
-        blocks = [rows(x, size, "b (i l) ... -> (b i) l ...") for x in (query, key, value)]
-        valid = real(mask, query, size, is_causal)
-        valid = None if valid is None else rearrange(valid, "b 1 1 (i l) -> (b i) 1 1 l", l=size)
-        if not own_block:
-            column = jnp.asarray(summaries.allowed(0, np.arange(size), np.arange(summaries.heads)[:, None]))[None, :, None]
-            valid = column if valid is None else valid & column
-        own = run(*blocks, valid, CAUSAL if is_causal else None)
-        parts = [[rearrange(x, "(b i) l ... -> b (i l) ...", i=count)[:, :length] for x in own]]
-        if count > 1:  # the columns of the other blocks
-            seen = count - 1 if is_causal else count  # the last block comes before no block
-            positions = (np.arange(seen)[:, None, None] * size + columns.T).reshape(-1, len(columns))
-            head = np.arange(heads) if len(columns) > 1 else slice(None)
-            gather = lambda x: x[:, np.minimum(positions, length - 1), head] if len(columns) > 1 else x[:, np.minimum(positions[:, 0], length - 1)]
-            valid = real(mask, query, size, is_causal)
-            valid = None if valid is None else jnp.moveaxis(valid[:, 0, 0, positions], 1, 2)[:, :, None]
-            ids = block_of(np.arange(length) // size), block_of(np.arange(seen).repeat(columns.shape[1]))
-            parts.append(run(query, gather(key), gather(value), valid, BEFORE if is_causal else BEFORE | AFTER, *ids))
-        return parts
-
-    pattern = (SameBlock(size) | summaries if own_block else summaries) & (CAUSAL if is_causal else None)
-    return merged(owner, near_and_far, pattern, query, key, value, mask, scale, return_lse, implementation)
+    causal = CAUSAL if is_causal else None
+    if implementation == "reference" or not own_block and not is_causal:
+        union = SameBlock(size) | summaries if own_block else summaries
+        return attend(owner, query, (key,), (value,), [near(union & causal, length, length, mask)], scale, return_lse, implementation)
+    own = SameBlock(size) if own_block else SameBlock(size) & summaries
+    sets, keys, values, count = [near(own & causal, length, length, mask)], (key,), (value,), -(-length // size)
+    if count > 1:
+        # The summary columns of the other blocks, gathered; of the last one, which comes before no block, not if causal.
+        blocks = np.arange(count - 1 if is_causal else count)
+        places = (blocks[:, None, None] * size + columns.T).reshape(-1, len(columns))  # [(I c), N|1]
+        head = np.arange(heads) if len(columns) > 1 else slice(None)
+        index = (np.minimum(places, length - 1), head) if len(columns) > 1 else (np.minimum(places[:, 0], length - 1),)
+        keys, values = (key, key[:, *index]), (value, value[:, *index])
+        exists = np.moveaxis(places < length, 0, 1)[None, :, None]
+        hidden = None if exists.all() else jnp.asarray(exists)
+        if mask is not None:
+            hidden = exists & jnp.moveaxis(mask[:, 0, 0, np.minimum(places, length - 1)], 1, 2)[:, :, None]
+        other = near(BEFORE if is_causal else BEFORE | AFTER, length, len(places), hidden, source=1)
+        number = lambda block: np.asarray(block, np.int32)[None]
+        visible = other.visible._replace(
+            query_positions=number(np.arange(length) // size), key_positions=number(blocks.repeat(columns.shape[1]))
+        )
+        sets.append(other._replace(visible=visible))
+    return attend(owner, query, keys, values, sets, scale, return_lse, implementation)
 
 
-def merged(owner: str, near_and_far, pattern: Pattern, query, key, value, mask, scale, return_lse: bool, implementation):
-    """Attention under `pattern`: as one call for "reference", for the others merged from the sets of `near_and_far`."""
-    dtype = jnp.result_type(query, key, value)
-
-    def run(query, key, value, mask, pattern, query_positions=None, key_positions=None):
-        positions = [
-            np.arange(x.shape[1], dtype=np.int32)[None] if given is None else given
-            for x, given in ((query, query_positions), (key, key_positions))
-        ]
-        arrays = (x.astype(dtype) for x in (query, key, value))
-        visible = Visible(*positions, None, None, mask)
-        return softmax.run(owner, IMPLEMENTATIONS, implementation, *arrays, None, visible, pattern, scale)
-
-    if implementation == "reference":
-        parts = [run(query, key, value, mask, pattern)]
-    else:
-        parts = near_and_far(run)
-    out, *sums = parts[0] if len(parts) == 1 else online.merge(*zip(*parts, strict=True))
+def attend(owner: str, query, keys, values, sets, scale, return_lse: bool, implementation):
+    """What both functions return, of the keys and values of some sets."""
+    out, *sums = softmax.run(owner, softmax.IMPLEMENTATIONS, implementation, query, keys, values, None, tuple(sets), scale)
     return (out, sum(sums)) if return_lse else out
 
 
-def rows(array, size: int, form: str):
-    """[B, T, ...] rearranged in rows of `size` positions, the last one filled with zeros."""
-    short = -array.shape[1] % size
-    axes = {"c" if "c" in form else "l": size}
-    return rearrange(jnp.pad(array, ((0, 0), (0, short), (0, 0), (0, 0))), form, **axes)
+def near(pattern: Pattern | None, queries: int, keys: int, mask, source: int = 0) -> KeySet:
+    """Keys under a pattern of positions that count from 0."""
+    positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
+    return KeySet(pattern, Visible(*positions, None, None, mask), source=source)
 
 
-def real(mask, query, size: int, is_causal: bool):
-    """The key mask of whole rows of `size`: bool [B, 1, 1, rows x size]; None where it hides nothing that is not hidden."""
-    batch, length = query.shape[:2]
-    short = -length % size
-    if mask is None and (is_causal or not short):  # what fills the last row comes after every query
+def whole_rows(array, size: int):
+    """[B, T, ...] with zeros at the end up to a multiple of `size`."""
+    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % size), (0, 0), (0, 0)))
+
+
+def whole_rows_of(mask, length: int, size: int, is_causal: bool):
+    """A mask of keys [B|1, 1, 1, T] for arrays of whole rows; None where causality hides all that it would hide."""
+    if mask is None and is_causal:
         return None
-    mask = jnp.broadcast_to(jnp.ones((), bool) if mask is None else mask, (batch, 1, 1, length))
-    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, short)))
+    mask = jnp.ones((1, 1, 1, length), bool) if mask is None else mask
+    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, -length % size)))
 
 
 def check(owner: str, query, key, value, mask) -> None:

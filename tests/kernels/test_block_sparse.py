@@ -7,7 +7,7 @@ import pytest
 
 from subquad.kernels import block_sparse, softmax
 from subquad.kernels.patterns import Blocks, grid
-from subquad.kernels.softmax import xla
+from subquad.kernels.softmax import plan
 from subquad.lra import measure
 from tests.assertions import assert_close
 from tests.kernels import dense
@@ -73,8 +73,8 @@ def test_other_lengths_grouped_heads_and_key_padding(heads, queries, keys):
 
 @pytest.mark.parametrize("block_size", [1, 50, 70, 1000])
 def test_blocks_that_are_no_multiple_of_a_tile(monkeypatch, block_size):
-    monkeypatch.setattr(xla, "most_of", lambda reach: 32)
-    assert [xla.block_tile(size, 32) for size in (1, 24, 50, 64, 70, 1000)] == [16, 24, 25, 32, 24, 32]
+    monkeypatch.setattr(plan, "most_of", lambda reach: 32)
+    assert [plan.block_tile(size, 32) for size in (1, 24, 50, 64, 70, 1000)] == [16, 24, 25, 32, 24, 32]
     check(*draw(100), lists(100, 100, block_size, 4, most=2, density=0.9), block_size, is_causal=block_size == 70)
 
 
@@ -82,7 +82,7 @@ def test_rows_of_unequal_lengths_cost_their_own():
     some = np.eye(16, dtype=bool)[None].copy()
     some[:, 5] = True  # one row sees everything
     some[:, 6, :6] = True
-    steps = xla.steps_of(some, 4)[0]
+    steps = plan.steps_of(some, 4)[0]
     assert len(steps) == 14 + 4 + 2 and (steps[steps[:, 0] == 6] == [[6, 0, 1, 2, 3], [6, 4, 5, 6, -1]]).all()
     blocks = np.where(some[0], np.arange(16), -1)[None]
     arrays, cotangents = draw(256, batch=1, heads=2)
