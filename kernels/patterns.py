@@ -18,6 +18,8 @@ Positions, and numbers of heads, are integers or integer arrays that broadcast, 
 """
 
 import dataclasses
+import functools
+import operator
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,13 +57,18 @@ class Pattern:
         """
         return np.full(np.broadcast_shapes(*map(np.shape, (*queries, *keys, head))), SOME, np.int8)
 
+    def chunk(self, capacity: int) -> int | None:
+        """How many queries in a row share most of the keys they may see; None where one may see most of `capacity` keys."""
+        return None
+
     def key_positions(self, first, count: int, capacity: int, head):
-        """Every key that queries first .. first + count may see: int [..., L], each once, in any order, -1 for none.
+        """Every key up to the last query that queries first .. first + count may see: int [..., L], each once, -1 for none.
 
         L is static, and much less than the capacity where the pattern is sparse: it is what an extended token costs.
 
         Args:
             first: int array, the position of the first query; the result has the axes of `first` and `head`, and L.
+            count: at most `chunk`, where there is one.
             capacity: keys exist at 0 .. capacity.
         """
         shape = np.broadcast_shapes(np.shape(first), np.shape(head))
@@ -88,7 +95,7 @@ class Band(Pattern):
     def allowed(self, query, key, head):
         distance = key - query
         seen = True if self.left is None else distance >= -self.left
-        return seen & (True if self.right is None else distance <= self.right)
+        return seen if self.right is None else seen & (distance <= self.right)
 
     def coverage(self, queries, keys, head):
         (first_query, last_query), (first_key, last_key) = queries, keys
@@ -101,10 +108,13 @@ class Band(Pattern):
             some, every = some & (first_key <= last_query + right), every & (last_key <= first_query + right)
         return np.where(every, ALL, np.where(some, SOME, NONE)).astype(np.int8)
 
+    def chunk(self, capacity):
+        return None if self.left is None else self.left + 1
+
     def key_positions(self, first, count, capacity, head):
-        if self.left is None or self.right is None:
+        if self.left is None:
             return super().key_positions(first, count, capacity, head)
-        return _range(first - self.left, count + self.left + self.right, capacity, head)
+        return existing(first[..., None] - self.left + jnp.arange(count + self.left), capacity, head)
 
 
 CAUSAL = Band(None, 0)
@@ -136,18 +146,15 @@ class BlockPattern(Pattern):
 
     def key_positions(self, first, count, capacity, head):
         """The key blocks of the first query's block and of the last one's."""
-        if count > self.block_size:  # they may span more than two blocks
-            return super().key_positions(first, count, capacity, head)
         rows = -(-capacity // self.block_size)
         lists = jnp.asarray(self.lists(rows, rows))
-        near, far = (
-            lists[head % self.heads, jnp.minimum(query // self.block_size, rows - 1)] for query in (first, first + count - 1)
-        )
-        far = jnp.where((far[..., None] == near[..., None, :]).any(-1), -1, far)
-        blocks = jnp.concatenate([near, far], -1)[..., None]
-        positions = blocks * self.block_size + jnp.arange(self.block_size)
-        positions = jnp.where((blocks >= 0) & (positions < capacity), positions, -1)
-        return positions.reshape(*positions.shape[:-2], -1)
+        ends = (jnp.minimum(query // self.block_size, rows - 1) for query in (first, first + count - 1))
+        blocks = one_of_each(*(lists[head % self.heads, block] for block in ends))[..., None]
+        positions = jnp.where(blocks < 0, -1, blocks * self.block_size + jnp.arange(self.block_size))
+        return existing(positions.reshape(*positions.shape[:-2], -1), capacity)
+
+    def chunk(self, capacity):
+        return self.block_size
 
     def lists(self, rows: int, columns: int) -> np.ndarray:
         """int [heads, rows, L]: the blocks of keys that each block of queries sees, -1 for no entry."""
@@ -218,6 +225,20 @@ class Strided(Pattern):
         far = (query - key) % self.stride == 0
         return far if self.window is None else far | (abs(query - key) <= self.window)
 
+    def chunk(self, capacity):
+        """So many that their far keys, of which they share none, are not many more than the near ones."""
+        return max(1, min(self.stride, (self.window or 0) // -(-capacity // self.stride)))
+
+    def key_positions(self, first, count, capacity, head):
+        rows = jnp.arange(-(-capacity // self.stride)) * self.stride
+        residues = (first[..., None] + jnp.arange(count)) % self.stride
+        far = (residues[..., None] + rows).reshape(*first.shape, -1)
+        if self.window is None:
+            return existing(far, capacity, head)
+        near = Band(self.window, 0).key_positions(first, count, capacity, head)
+        far = jnp.where(far < first[..., None] - self.window, far, -1)
+        return jnp.concatenate([near, existing(far, capacity, head)], -1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Columns(Pattern):
@@ -234,6 +255,15 @@ class Columns(Pattern):
         known = all(isinstance(x, int | np.ndarray) for x in (query, key, head))
         table = (np.arange(self.block_size) == np.array(self.columns)[..., None]).any(1)
         return (np if known else jnp).asarray(table)[head % self.heads, key % self.block_size]
+
+    def chunk(self, capacity):
+        return self.block_size
+
+    def key_positions(self, first, count, capacity, head):
+        blocks = np.arange(0, capacity, self.block_size)[:, None]
+        positions = (np.array(self.columns)[:, None] + blocks).reshape(self.heads, -1)
+        positions = jnp.asarray(positions)[head % self.heads]
+        return existing(jnp.broadcast_to(positions, (*np.broadcast_shapes(first.shape, head.shape), positions.shape[-1])), capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +304,12 @@ class Both(Pattern):
     def coverage(self, queries, keys, head):
         return np.minimum(*(x.coverage(queries, keys, head) for x in (self.one, self.other)))
 
+    def chunk(self, capacity):
+        return min((x for x in (self.one.chunk(capacity), self.other.chunk(capacity)) if x is not None), default=None)
+
     def key_positions(self, first, count, capacity, head):
-        return min((x.key_positions(first, count, capacity, head) for x in (self.one, self.other)), key=lambda x: x.shape[-1])
+        sparse = [x for x in (self.one, self.other) if x.chunk(capacity) is not None] or [self.one]
+        return min((x.key_positions(first, count, capacity, head) for x in sparse), key=lambda x: x.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +328,41 @@ class Either(Pattern):
 
     def coverage(self, queries, keys, head):
         return np.maximum(*(x.coverage(queries, keys, head) for x in (self.one, self.other)))
+
+    def chunk(self, capacity):
+        chunks = self.one.chunk(capacity), self.other.chunk(capacity)
+        return None if None in chunks else min(chunks)
+
+    def key_positions(self, first, count, capacity, head):
+        return one_of_each(*(x.key_positions(first, count, capacity, head) for x in (self.one, self.other)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved(Pattern):
+    """Head h follows the pattern h mod n of n patterns, as the head h // n of that."""
+
+    patterns: tuple[Pattern, ...]
+    num_heads: int
+
+    @property
+    def heads(self):
+        return self.num_heads
+
+    def allowed(self, query, key, head):
+        n = len(self.patterns)
+        every = [one.allowed(query, key, head // n) & (head % n == i) for i, one in enumerate(self.patterns)]
+        return functools.reduce(operator.or_, every)
+
+    def chunk(self, capacity):
+        chunks = [one.chunk(capacity) for one in self.patterns]
+        return None if None in chunks else min(chunks)
+
+    def key_positions(self, first, count, capacity, head):
+        n = len(self.patterns)
+        every = [one.key_positions(first, count, capacity, head // n) for one in self.patterns]
+        longest = max(x.shape[-1] for x in every)
+        pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])], constant_values=-1)
+        return jnp.select([(head % n == i)[..., None] for i in range(n)], list(map(pad, every)), -1)
 
 
 def undecided(pattern: Pattern | None, some: np.ndarray, queries, keys, head) -> Pattern | None:
@@ -319,10 +388,12 @@ def grid(pattern: Pattern | None, queries: int, keys: int) -> np.ndarray:
     return np.broadcast_to(pattern.allowed(np.arange(queries)[:, None], np.arange(keys), head), (pattern.heads, queries, keys))
 
 
-def _range(first, length: int, capacity: int, head):
-    """The positions first .. first + length that exist, as `Pattern.key_positions` has them."""
-    length = min(length, capacity)
-    shape = np.broadcast_shapes(np.shape(first), np.shape(head))
-    positions = jnp.broadcast_to(first, shape)[..., None] + jnp.arange(length)
-    return jnp.where((positions >= 0) & (positions < capacity), positions, -1)
+def existing(positions, capacity: int, head=0):
+    """Positions [..., L] for each of `head`, -1 for those outside of 0 .. capacity."""
+    shape = (*np.broadcast_shapes(positions.shape[:-1], np.shape(head)), positions.shape[-1])
+    return jnp.broadcast_to(jnp.where((positions >= 0) & (positions < capacity), positions, -1), shape)
 
+
+def one_of_each(some, others):
+    """Lists [..., L] and [..., M] after each other, with -1 in the place of those of the others that are among the first."""
+    return jnp.concatenate([some, jnp.where((others[..., None] == some[..., None, :]).any(-1), -1, others)], -1)
