@@ -262,8 +262,8 @@ class Columns(Pattern):
     def key_positions(self, first, count, capacity, head):
         blocks = np.arange(0, capacity, self.block_size)[:, None]
         positions = (np.array(self.columns)[:, None] + blocks).reshape(self.heads, -1)
-        positions = jnp.asarray(positions)[head % self.heads]
-        return existing(jnp.broadcast_to(positions, (*np.broadcast_shapes(first.shape, head.shape), positions.shape[-1])), capacity)
+        positions = jnp.asarray(positions)[head % self.heads] + 0 * first[..., None]
+        return existing(positions, capacity)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import numbers
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 

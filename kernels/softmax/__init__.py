@@ -99,12 +99,14 @@ def attention(
     """
     dispatch.check_name(OWNER, implementation)
     check_heads(OWNER, query, key, value)
-    (batch, queries, heads, features), keys = query.shape, key.shape[1]
+    (batch, queries, heads, _), keys = query.shape, key.shape[1]
     check_square("mask", mask, (batch, heads, queries, keys))
     check_square("bias", bias, (batch, heads, queries, keys))
     band = band_of(window_size, is_causal)
     if pattern is not None and pattern.heads not in (1, heads):
-        raise ValueError(f"{OWNER}: pattern must be for 1 head or {heads}, got {pattern.heads} heads. Give each query head its own.")
+        raise ValueError(
+            f"{OWNER}: pattern must tell 1 head or {heads} apart, got one that tells {pattern.heads}. Give each query head its own."
+        )
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError(f"{OWNER}: query_segment_ids and key_segment_ids must be given together. Pass both.")
     rows = {

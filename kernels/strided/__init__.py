@@ -146,7 +146,8 @@ def fixed(
     causal = CAUSAL if is_causal else None
     if implementation == "reference" or not own_block and not is_causal:
         union = SameBlock(size) | summaries if own_block else summaries
-        return attend(owner, query, (key,), (value,), [near(union & causal, length, length, mask)], scale, return_lse, implementation)
+        sets = [near(union & causal, length, length, mask)]
+        return attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
     own = SameBlock(size) if own_block else SameBlock(size) & summaries
     sets, keys, values, count = [near(own & causal, length, length, mask)], (key,), (value,), -(-length // size)
     if count > 1:

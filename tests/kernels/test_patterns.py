@@ -6,7 +6,16 @@ import pytest
 
 from subquad.kernels import patterns
 from subquad.kernels.patterns import (
-    ALL, CAUSAL, NONE, Band, BlockPermutation, Blocks, Columns, Interleaved, SameBlock, Strided,
+    ALL,
+    CAUSAL,
+    NONE,
+    Band,
+    BlockPermutation,
+    Blocks,
+    Columns,
+    Interleaved,
+    SameBlock,
+    Strided,
 )  # fmt: skip
 
 LISTS = np.array([[[0, -1], [2, 0], [1, 2], [3, -1]], [[3, 1], [0, -1], [-1, -1], [2, 3]]])
@@ -23,7 +32,10 @@ PATTERNS = {
     "strided, far only": (Strided(4, None), lambda t, s, n: (t - s) % 4 == 0),
     "columns": (Columns(5, COLUMNS), lambda t, s, n: s % 5 in COLUMNS[n]),
     "both": (Blocks.of(LISTS, 5, 4) & CAUSAL, lambda t, s, n: s // 5 in LISTS[n, t // 5] and s <= t),
-    "either": ((SameBlock(5) | Columns(5, COLUMNS)) & CAUSAL, lambda t, s, n: s <= t and (t // 5 == s // 5 or s % 5 in COLUMNS[n])),
+    "either": (
+        (SameBlock(5) | Columns(5, COLUMNS)) & CAUSAL,
+        lambda t, s, n: s <= t and (t // 5 == s // 5 or s % 5 in COLUMNS[n]),
+    ),
     "by head": (
         Interleaved((SameBlock(5), Columns(5, COLUMNS)), 4) & CAUSAL,
         lambda t, s, n: s <= t and (s % 5 in COLUMNS[n // 2] if n % 2 else t // 5 == s // 5),
