@@ -41,6 +41,10 @@ CALLS = {
         dict(ATTENTION, relative_key=TOKENS[0], content_bias=TOKENS[0, 0], position_bias=TOKENS[0, 0]),
     ),
     "convolve": (convolution.convolve, dict(inputs=SERIES, kernel=STEP[:, None], anticausal=STEP[:, None])),
+    "convolution.depthwise": (
+        functools.partial(convolution.depthwise, is_causal=True),
+        dict(inputs=SERIES, kernel=jnp.ones((3, 2)), initial_state=SERIES[:, :2]),
+    ),
     "scan.first_order": (scan.first_order, dict(decay=SERIES, inputs=SERIES, initial_state=SERIES[:, 0])),
     "matrix.pseudo_inverse": (matrix.pseudo_inverse, dict(matrix=LOGITS)),
     "matrix.sinkhorn": (matrix.sinkhorn, dict(logits=LOGITS)),
