@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import block_sparse, convolution, linear, lsh, matrix, relative, scan, softmax, ssm, strided
+from subquad.kernels import block_sparse, convolution, entmax, linear, lsh, matrix, relative, scan, softmax, ssm, strided
 
 B, T, N, H = 1, 6, 2, 4
 TOKENS = jnp.ones((B, T, N, H))
@@ -40,6 +40,8 @@ CALLS = {
         relative.attention,
         dict(ATTENTION, relative_key=TOKENS[0], content_bias=TOKENS[0, 0], position_bias=TOKENS[0, 0]),
     ),
+    "entmax.attention": (entmax.attention, dict(ATTENTION, alpha=jnp.ones(N))),
+    "entmax.entmax": (entmax.entmax, dict(logits=LOGITS, alpha=LOGITS[..., :1])),
     "convolve": (convolution.convolve, dict(inputs=SERIES, kernel=STEP[:, None], anticausal=STEP[:, None])),
     "convolution.depthwise": (
         functools.partial(convolution.depthwise, is_causal=True),
