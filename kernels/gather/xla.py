@@ -24,7 +24,6 @@ class Plan(NamedTuple):
     """Everything static about a call."""
 
     block_size: int
-    lists: int  # per block: one for each head of keys, or of queries
     steps: int
     by_sorting: bool  # how rows are added, see `add_rows`
     scale: float
@@ -33,19 +32,17 @@ class Plan(NamedTuple):
 def attention(query, key, value, indices, block_size, mask, positions, correct_duplicates, scale):
     """Arguments as checked by `gather.attention` -> (out [B, T, N, V], lse [B, T, N])."""
     (heads, features), (keys, kv_heads) = query.shape[2:], key.shape[1:3]
-    lists = max(indices.shape[1], kv_heads)
-    rows = rows_of(indices, lists, keys, kv_heads, mask, correct_duplicates)
+    places = listed(indices, max(indices.shape[1], kv_heads), keys, mask, correct_duplicates)
     on_cpu = jax.default_backend() == "cpu"
-    queries = block_size * heads // lists
-    item = 4 * rows.shape[1] * (features + value.shape[3] + 2 * queries)
-    steps = math.ceil(len(rows) * item / (CPU_BYTES if on_cpu else ACCELERATOR_BYTES))
-    plan = Plan(block_size, lists, min(steps, len(rows)), not on_cpu, scale)
-    return compiled(plan, query, key, value, rows, positions)
+    item = 4 * places.shape[3] * (features + value.shape[3] + 2 * block_size * heads // places.shape[2])
+    items = math.prod(places.shape[:3])
+    steps = math.ceil(items * item / (CPU_BYTES if on_cpu else ACCELERATOR_BYTES))
+    plan = Plan(block_size, min(steps, items), not on_cpu, scale)
+    return compiled(plan, query, key, value, places, positions)
 
 
-def rows_of(indices, lists, keys, kv_heads, mask, correct_duplicates):
-    """The rows of keys that each item sees, [items, L], items by sample, block and head."""
-    batch = len(indices)
+def listed(indices, lists, keys, mask, correct_duplicates):
+    """The places that each list names, [B, blocks, lists, L], with S for what is no key, hidden or there already."""
     is_key = (indices >= 0) & (indices < keys)
     if mask is not None:
         is_key &= jnp.take_along_axis(mask, jnp.clip(indices, 0, keys - 1), axis=3)
@@ -55,63 +52,60 @@ def rows_of(indices, lists, keys, kv_heads, mask, correct_duplicates):
         places = jnp.sort(jax.lax.optimization_barrier(places), axis=-1)
         again = jnp.pad(places[..., 1:] == places[..., :-1], ((0, 0),) * 3 + ((1, 0),))
         places = jnp.where(again, keys, places)
-    sample, head = jnp.arange(batch)[:, None, None, None], jnp.arange(lists)[:, None, None] * kv_heads // lists
-    rows = jnp.where(places < keys, (sample * keys + places) * kv_heads + head, batch * keys * kv_heads)
-    return rearrange(rows, "b j i l -> (b i j) l")
+    return rearrange(jnp.broadcast_to(places, (len(places), lists, *places.shape[2:])), "b j i l -> b i j l")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, query, key, value, rows, positions):
-    return _forward(plan, query, key, value, rows, positions)[0]
+def _attention(plan, query, key, value, places, positions):
+    return _forward(plan, query, key, value, places, positions)[0]
 
 
 @precision.full
-def _forward(plan, query, key, value, rows, positions):
+def _forward(plan, query, key, value, places, positions):
     logits_of = _logits_of(plan, key, positions)
     values = bits(rearrange(value, "b s k v -> (b s k) v"))
 
     def step(_, item):
-        queries, places, at = item
-        logits = logits_of(queries, places, at)[0]
+        queries, rows, at = item
+        logits = logits_of(queries, rows, at)[0]
 
         def weigh(weights):
-            seen = numbers(_read(values, places), value.dtype)
+            seen = numbers(_read(values, rows), value.dtype)
             return jnp.einsum("crl,clv->crv", weights.astype(value.dtype), seen, preferred_element_type=logits.dtype)
 
         out, *sums = online.finish(online.update(online.start(queries.shape[:2], value.shape[3], logits.dtype), logits, weigh))
         return _, (out.astype(query.dtype), *sums)
 
-    items = _to_items(plan, query), _in_steps(plan, rows, key.size // key.shape[3]), _query_positions(plan, query, positions)
-    out, maximum, log_normaliser = (_from_items(plan, x, query) for x in jax.lax.scan(step, 0, items)[1])
-    return (out, maximum + log_normaliser), (query, key, value, rows, positions, out, maximum, log_normaliser)
+    results = jax.lax.scan(step, 0, _items(plan, query, key, places, positions))[1]
+    out, maximum, log_normaliser = (_from_items(plan, places, x, query) for x in results)
+    return (out, maximum + log_normaliser), (query, key, value, places, positions, out, maximum, log_normaliser)
 
 
 @precision.full
 def _backward(plan, saved, gradients):
-    query, key, value, rows, positions, out, *sums = saved
+    query, key, value, places, positions, out, *sums = saved
     *by_query, query = online.residue(out, sums, *gradients, True, query)
-    precise, nobody = by_query[0].dtype, key.size // key.shape[3]
+    precise = by_query[0].dtype
     logits_of = _logits_of(plan, key, positions)
     values = bits(rearrange(value, "b s k v -> (b s k) v"))
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
     def step(grads, item):
-        queries, places, at, maximum, log_normaliser, shift, grad_out = item
-        logits, keys = logits_of(queries, places, at)
+        (queries, rows, at), maximum, log_normaliser, shift, grad_out = item
+        logits, keys = logits_of(queries, rows, at)
         weights = online.weights_of(logits, maximum[..., None], log_normaliser[..., None])
-        grad_weights = dot("crv,clv->crl", grad_out, numbers(_read(values, places), value.dtype))
+        grad_weights = dot("crv,clv->crl", grad_out, numbers(_read(values, rows), value.dtype))
         scaled = (plan.scale * weights * (grad_weights - shift[..., None])).astype(query.dtype)
         of_keys, of_values = dot("crl,crh->clh", scaled, queries), dot("crl,crv->clv", weights.astype(value.dtype), grad_out)
-        return add_rows(plan.by_sorting, grads, places, (of_keys, of_values)), dot("crl,clh->crh", scaled, keys).astype(
+        return add_rows(plan.by_sorting, grads, rows, (of_keys, of_values)), dot("crl,clh->crh", scaled, keys).astype(
             query.dtype
         )
 
-    start = tuple(jnp.zeros((nobody, x.shape[3]), precise) for x in (key, value))
-    tokens = (_to_items(plan, x) for x in (*by_query, gradients[0]))
-    items = _to_items(plan, query), _in_steps(plan, rows, nobody), _query_positions(plan, query, positions), *tokens
-    grads, grad_query = jax.lax.scan(step, start, items)
+    start = tuple(jnp.zeros((key.size // key.shape[3], x.shape[3]), precise) for x in (key, value))
+    tokens = (_to_items(plan, places, x) for x in (*by_query, gradients[0]))
+    grads, grad_query = jax.lax.scan(step, start, (_items(plan, query, key, places, positions), *tokens))
     grad_key, grad_value = (x.reshape(like.shape).astype(like.dtype) for x, like in zip(grads, (key, value), strict=True))
-    return _from_items(plan, grad_query, query), grad_key, grad_value, None, None
+    return _from_items(plan, places, grad_query, query), grad_key, grad_value, None, None
 
 
 precision.define_passes(_attention, _forward, _backward)
@@ -144,37 +138,43 @@ def add_rows(by_sorting, totals, places, additions):
 
 
 def _logits_of(plan, key, positions):
-    """(queries [c, r, H], places [c, L], the queries' positions [c, r]) -> (logits [c, r, L], keys [c, L, H])."""
+    """(queries [c, r, H], rows [c, L], the queries' positions [c, r]) -> (logits [c, r, L], keys [c, L, H])."""
     batch, length, kv_heads, _ = key.shape
     keys, precise = bits(rearrange(key, "b s k h -> (b s k) h")), jnp.promote_types(key.dtype, jnp.float32)
     by_place = None if positions is None else jnp.broadcast_to(positions[1], (batch, length)).ravel()
 
-    def logits_of(queries, places, at):
-        listed = numbers(_read(keys, places), key.dtype)
-        logits = online.rounded(plan.scale * jnp.einsum("crh,clh->crl", queries, listed, preferred_element_type=precise))
-        seen = (places < len(keys))[:, None]
+    def logits_of(queries, rows, at):
+        seen_keys = numbers(_read(keys, rows), key.dtype)
+        logits = online.rounded(plan.scale * jnp.einsum("crh,clh->crl", queries, seen_keys, preferred_element_type=precise))
+        seen = (rows < len(keys))[:, None]
         if by_place is not None:
-            seen &= _read(by_place, places // kv_heads)[:, None] <= at[..., None]
-        return jnp.where(seen, logits, -jnp.inf), listed
+            seen &= _read(by_place, rows // kv_heads)[:, None] <= at[..., None]
+        return jnp.where(seen, logits, -jnp.inf), seen_keys
 
     return logits_of
 
 
-def _read(rows, places):
-    return rows.at[places].get(mode="fill", fill_value=0)
+def _read(array, rows):
+    return array.at[rows].get(mode="fill", fill_value=0)
 
 
-def _query_positions(plan, query, positions):
-    if positions is None:
-        return None
-    return _to_items(plan, jnp.broadcast_to(positions[0][..., None], query.shape[:3]))
+def _items(plan, query, key, places, positions):
+    """(queries, rows of keys and the queries' positions, or None) of the items, in steps."""
+    (batch, _, lists, _), (_, keys, kv_heads, _) = places.shape, key.shape
+    sample, head = jnp.arange(batch)[:, None, None, None], jnp.arange(lists)[:, None] * kv_heads // lists
+    nobody = batch * keys * kv_heads
+    rows = jnp.where(places < keys, (sample * keys + places) * kv_heads + head, nobody)
+    rows = _in_steps(plan, rows.reshape(-1, rows.shape[3]), nobody)
+    if positions is not None:
+        positions = _to_items(plan, places, jnp.broadcast_to(positions[0][..., None], query.shape[:3]))
+    return _to_items(plan, places, query), rows, positions
 
 
-def _to_items(plan, array):
+def _to_items(plan, places, array):
     """[B, T, N, ...] as [steps, items, queries of an item, ...]."""
     short = -array.shape[1] % plan.block_size
     array = jnp.pad(array, ((0, 0), (0, short), *((0, 0),) * (array.ndim - 2)))
-    items = rearrange(array, "b (i t) (j g) ... -> (b i j) (t g) ...", t=plan.block_size, j=plan.lists)
+    items = rearrange(array, "b (i t) (j g) ... -> (b i j) (t g) ...", t=plan.block_size, j=places.shape[2])
     return _in_steps(plan, items, 0)
 
 
@@ -184,10 +184,9 @@ def _in_steps(plan, items, fill):
     return items.reshape(plan.steps, size, *items.shape[1:])
 
 
-def _from_items(plan, array, query):
+def _from_items(plan, places, array, query):
     """And back, of the length of the query."""
-    batch, length, heads, _ = query.shape
-    blocks = math.ceil(length / plan.block_size)
-    array = array.reshape(-1, *array.shape[2:])[: batch * blocks * plan.lists]
-    array = rearrange(array, "(b i j) (t g) ... -> b (i t) (j g) ...", b=batch, j=plan.lists, t=plan.block_size)
-    return array[:, :length]
+    batch, blocks, lists, _ = places.shape
+    array = array.reshape(-1, *array.shape[2:])[: batch * blocks * lists]
+    array = rearrange(array, "(b i j) (t g) ... -> b (i t) (j g) ...", b=batch, j=lists, t=plan.block_size)
+    return array[:, : query.shape[1]]
