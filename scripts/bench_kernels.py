@@ -18,8 +18,9 @@ import jax
 
 from subquad.kernels import dispatch, gate, specs
 from subquad.kernels.launch import FLOATS
-from subquad.lra import commands, csvfile, measure, racing, results
+from subquad.lra import commands, measure, racing
 from subquad.lra.checkpoints import line
+from subquad.lra.report import csv_rows, results
 
 DIRECTIONS = ("forward", "both")
 KEY = ("spec", "implementation", "device", "length", "dtype", "direction", "threads")
@@ -67,7 +68,7 @@ def chosen(names: list[str] | None) -> list[specs.Spec]:
 def main() -> int:
     arguments = parse()
     selected = chosen(arguments.operation)
-    csvfile.check(arguments.out, FIELDS)
+    csv_rows.check(arguments.out, FIELDS)
     threads = racing.limit_threads(arguments.threads)  # before JAX starts
     arguments.implementation = arguments.implementation or ["xla", *["triton"] * (jax.default_backend() == "gpu")]
     rates = {dtype: racing.matmul_rate(dtype) for dtype in arguments.dtype}
@@ -84,7 +85,7 @@ def main() -> int:
                         row |= dict(threads=threads, device=jax.default_backend(), finished_utc=results.now())
                         row |= results.environment()
                         rows.append({name: row.get(name) for name in FIELDS})
-                        csvfile.write(arguments.out, FIELDS, rows[-1:], KEY)
+                        csv_rows.write(arguments.out, FIELDS, rows[-1:], KEY)
                         print(f"{spec.name}, T = {length}, {row['implementation']}: {row['status']}", file=sys.stderr)
     finally:
         if rows:
@@ -188,7 +189,7 @@ def draw(path: str) -> None:
     except ImportError as error:
         print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
         return
-    rows = [row for row in csvfile.read(path) if row["status"] == "ok"]
+    rows = [row for row in csv_rows.read(path) if row["status"] == "ok"]
     operations = list(dict.fromkeys(row["spec"].split("/")[0] for row in rows))
     if not rows:
         return

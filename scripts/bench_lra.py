@@ -23,10 +23,11 @@ import time
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import bench, commands, csvfile, machine, models, plots, progress, racing, recipes, results, sizes, starting
+from subquad.lra import commands, machine, models, progress, racing, recipes, sizes, starting
 from subquad.lra.bench import energy, programs, speed
 from subquad.lra.checkpoints import line
 from subquad.lra.data.sources import size as size_of
+from subquad.lra.report import csv_rows, measurements, plots, results
 from subquad.zoo import LAYERS
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -42,7 +43,13 @@ def parse():
     add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
     add("--layers", type=words, default=None, metavar="A,B", help="default: all")
     add("--lengths", type=lengths, default=[1024, 2048, 3072, 4096], metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
-    add("--modes", type=words, default=list(bench.MODES), metavar="A,B", help=f"of {','.join(bench.MODES)}; default: all")
+    add(
+        "--modes",
+        type=words,
+        default=list(measurements.MODES),
+        metavar="A,B",
+        help=f"of {','.join(measurements.MODES)}; default: all",
+    )
     add("--batch-size", type=int, default=None, help="default: 1 on a CPU, else 32")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
     add("--implementation", default=None, metavar="NAME", help="of the layers' kernels; default: their own choice")
@@ -86,7 +93,7 @@ def lengths(text: str) -> list[int]:
 def checked(arguments):
     arguments.layers = list(LAYERS) if arguments.layers is None else arguments.layers
     known = {"--layers": (arguments.layers, LAYERS), "--baseline": ([arguments.baseline], LAYERS)}
-    known |= {"--modes": (arguments.modes, bench.MODES), "--limits": (arguments.limits, LIMITS)}
+    known |= {"--modes": (arguments.modes, measurements.MODES), "--limits": (arguments.limits, LIMITS)}
     for option, (given, names) in known.items():
         for name in given:
             # A layer of the user's own is package.module:Class.
@@ -109,11 +116,11 @@ def checked(arguments):
 
 def main() -> int:
     arguments = parse()
-    csvfile.check(arguments.out, bench.FIELDS)
+    csv_rows.check(arguments.out, measurements.FIELDS)
     if arguments.results:
         return draw_results(arguments.results, pathlib.Path(arguments.out).parent)
     if arguments.draw:
-        rows = bench.read(arguments.out)
+        rows = measurements.read(arguments.out)
         if not rows:
             raise ValueError(f"--draw must find rows in --out, got {arguments.out}, which has none. Measure something first.")
         return show(arguments.out, rows)
@@ -137,12 +144,12 @@ def main() -> int:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number, (length, mode) in enumerate(forecast.races, 1):
-            title = f"[{number}/{len(forecast.races)}] {bench.tokens(length)}, {mode}"
+            title = f"[{number}/{len(forecast.races)}] {measurements.tokens(length)}, {mode}"
             began = time.perf_counter()
             rows = speed.race(layers, length, mode, settings, functools.partial(tell, title))
             taken = time.perf_counter() - began
             forecast.taken[length, mode] = (taken, sum(row.compile_seconds or 0.0 for row in rows))
-            bench.write(rows, arguments.out)
+            measurements.write(rows, arguments.out)
             measured += rows
             for row in rows:
                 if row.status != "ok":
@@ -228,15 +235,15 @@ def check_length(settings: speed.Settings, layer: str, length: int, modes: list[
 
 def show(out: str, measured) -> int:
     """Prints the tables of these rows; writes those of all rows, and plots, beside the CSV."""
-    for table in bench.tables(measured):
+    for table in measurements.tables(measured):
         print(f"\n{table.title}")
         racing.show(table.heading, table.body)
         print("\n".join(table.notes))
-    rows, stem = bench.read(out), pathlib.Path(out).with_suffix("")
-    results.write(bench.markdown(rows), f"{stem}.md", KEPT)
-    results.write(bench.latex(rows), f"{stem}.tex", KEPT)
+    rows, stem = measurements.read(out), pathlib.Path(out).with_suffix("")
+    results.write(measurements.markdown(rows), f"{stem}.md", KEPT)
+    results.write(measurements.latex(rows), f"{stem}.tex", KEPT)
     written = [f"{stem}.md", f"{stem}.tex"]
-    for number, group in enumerate(bench.groups(rows), 1):
+    for number, group in enumerate(measurements.groups(rows), 1):
         picture = f"{stem}-{number}.png"
         if drawn(plots.cost_against_length, group, picture):
             written.append(picture)

@@ -23,8 +23,9 @@ from peers import Contest, contests
 from peers.sides import Case
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import commands, csvfile, racing, results
+from subquad.lra import commands, racing
 from subquad.lra.checkpoints import line
+from subquad.lra.report import csv_rows, results
 
 DIRECTIONS = {"forward": "forward", "both": "train"}
 KEY = ("family", "contest", "device", "length", "batch", "heads", "features", "dtype", "direction", "threads")
@@ -75,7 +76,7 @@ def main() -> int:
         print(json.dumps(measure(json.loads(arguments.measure))))
         return 0
     out = arguments.out.replace("DEVICE", arguments.device)
-    csvfile.check(out, FIELDS)
+    csv_rows.check(out, FIELDS)
     rows = []
     try:
         for contest in contests():
@@ -86,7 +87,7 @@ def main() -> int:
             for case in cases(contest, arguments):
                 for row in race(contest, case, arguments):
                     rows.append(row)
-                    csvfile.write(out, FIELDS, [row], KEY)
+                    csv_rows.write(out, FIELDS, [row], KEY)
                     print(f"{row['contest']}, T = {row['length']}, {row['direction']}: {row['status']}", file=sys.stderr)
     finally:
         if rows:

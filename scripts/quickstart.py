@@ -13,8 +13,9 @@ import sys
 import time
 
 from subquad import zoo
-from subquad.lra import checkpoints, commands, plots, recipes, results, sizes, tasks, train
+from subquad.lra import checkpoints, commands, recipes, sizes, tasks, train
 from subquad.lra.progress import Work, clock
+from subquad.lra.report import plots, results
 
 
 def parse():

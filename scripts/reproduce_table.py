@@ -26,16 +26,16 @@ from collections.abc import Callable
 from typing import get_args
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import checkpoints, commands, csvfile, progress, results, tables
+from subquad.lra import checkpoints, commands, progress
 from subquad.lra.checkpoints import RunError, line
-from subquad.lra.tables import cells, costs, figures, floor_rows, ledger, reproduce
+from subquad.lra.report import cells, comparison, costs, csv_rows, floor_rows, ledger, published, reproduce, results, verdicts
 
 LEDGER = "runs/tables/ledger.csv"
 BENCH = pathlib.Path(__file__).with_name("bench_lra.py")
 
 
 def parse():
-    papers = list(dict.fromkeys(paper for paper, _ in figures.sources()))
+    papers = list(dict.fromkeys(paper for paper, _ in published.sources()))
     parser = commands.Parser(prog="reproduce_table", description=__doc__)
     add = parser.add_argument
     add("--list", action="store_true", help="the papers and their tables")
@@ -51,7 +51,7 @@ def parse():
     add("--ledger", default=LEDGER, metavar="CSV", help="what was run; default: %(default)s")
     add("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     add("--floors", nargs="+", default=[], metavar="TASK", help="measure what simple rules reach, as listops/lra")
-    add("--format", default="text", choices=tables.FORMS, help="default: text")
+    add("--format", default="text", choices=comparison.FORMS, help="default: text")
     add("--out", default=None, metavar="FILE", help="default: the terminal")
     return checked(parser.parse_args())
 
@@ -76,15 +76,15 @@ def main() -> int:
         return measure_floors(arguments.floors, files["floors"], arguments.data_dir)
     known = read(files, arguments.batch_size)
     if arguments.list:
-        return write(tables.text(listed(known)) + "\n", arguments.out)
+        return write(comparison.text(listed(known)) + "\n", arguments.out)
     name = arguments.table
     if name is None:
-        figures.read(arguments.paper)
-        name = next(table for paper, table in figures.sources() if paper == arguments.paper)
+        published.read(arguments.paper)
+        name = next(table for paper, table in published.sources() if paper == arguments.paper)
     wanted = chosen(cells.table(arguments.paper, name), arguments.only)
     code = 0
     if arguments.probe:
-        writable(files["hours"], lambda path: csvfile.check(path, costs.PROBE_FIELDS))
+        writable(files["hours"], lambda path: csv_rows.check(path, costs.PROBE_FIELDS))
         failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=say)
         code, known = commands.FAILED if failed else 0, read(files, arguments.batch_size)
     if arguments.run:
@@ -92,8 +92,8 @@ def main() -> int:
         known = read(files, arguments.batch_size)
     given = {"--ledger": arguments.ledger if arguments.ledger != LEDGER else None, "--batch-size": arguments.batch_size}
     options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
-    verdicts = [tables.judge(cell, known, options=options, data_dir=arguments.data_dir) for cell in wanted]
-    return write(tables.render(arguments.paper, name, verdicts, known, arguments.format), arguments.out) or code
+    judged = [verdicts.judge(cell, known, options=options, data_dir=arguments.data_dir) for cell in wanted]
+    return write(comparison.render(arguments.paper, name, judged, known, arguments.format), arguments.out) or code
 
 
 def files_of(path: str) -> dict[str, pathlib.Path]:
@@ -162,24 +162,24 @@ def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.
 
 def listed(known: ledger.Ledger) -> list[list[str]]:
     """The tables, with how many of their cells came to what, and the hours of those that wait, on which machine."""
-    outcomes = get_args(tables.Outcome)
+    outcomes = get_args(verdicts.Outcome)
     rows = [["paper", "table", "cells", "reproduced", *outcomes[1:], "hours to run", "what it holds"]]
-    for paper, name in progress.over(figures.sources(), "Tables"):
+    for paper, name in progress.over(published.sources(), "Tables"):
         every = [cell for cell in cells.table(paper, name) if cell.column != "average"]
-        verdicts = [tables.judge(cell, known) for cell in every]
-        counts = Counter(one.outcome for one in verdicts)
+        judged = [verdicts.judge(cell, known) for cell in every]
+        counts = Counter(one.outcome for one in judged)
         hours: dict[str, float] = {}
-        for one in verdicts:
+        for one in judged:
             if one.cost is not None:
                 hours[one.cost.hardware] = hours.get(one.cost.hardware, 0.0) + one.cost.hours
         told = ", ".join(f"{total:.3g} on {hardware}" for hardware, total in hours.items()) or "0"
         found = [str(counts[outcome]) for outcome in outcomes]
-        rows.append([paper, name, str(len(every)), *found, told, figures.sources()[paper, name].title])
+        rows.append([paper, name, str(len(every)), *found, told, published.sources()[paper, name].title])
     return rows
 
 
 def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
-    writable(path, lambda path: csvfile.check(path, ledger.FLOOR_FIELDS))
+    writable(path, lambda path: csv_rows.check(path, ledger.FLOOR_FIELDS))
     for word in words:
         found = floor_rows.measure(word, data_dir)
         floor_rows.write(found, path)

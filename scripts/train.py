@@ -18,7 +18,8 @@ import sys
 
 import jax
 
-from subquad.lra import checkpoints, commands, parallel, recipes, results, sizes, tasks, train
+from subquad.lra import checkpoints, commands, parallel, recipes, sizes, tasks, train
+from subquad.lra.report import results
 
 
 def parse():

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.lra import models, racing, results, sizes
-from subquad.lra.bench import Measurement, energy, programs
+from subquad.lra import models, racing, sizes
+from subquad.lra.bench import energy, programs
 from subquad.lra.checkpoints import line
 from subquad.lra.progress import Work
+from subquad.lra.report import results
+from subquad.lra.report.measurements import Measurement
 
 LONGEST, LARGEST_BATCH = 2**20, 2**14  # where the searches for limits end
 GRAIN = 64  # lengths that the search tries are multiples of it

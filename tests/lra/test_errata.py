@@ -15,17 +15,17 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from subquad.lra import models, optim, protocols, recipes, tables, tasks
+from subquad.lra import models, optim, protocols, recipes, tasks
 from subquad.lra.data import catalogue, encodings, listops, pipeline
 from subquad.lra.objectives import OBJECTIVES
-from subquad.lra.tables import cells, figures, ledger
+from subquad.lra.report import cells, ledger, published, verdicts
 from subquad.zoo import LAYERS
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def published(paper, table, task):
-    return {one.row: one.value for one in figures.find(paper, table)[1] if one.task == task and one.metric == "accuracy"}
+def published_accuracies(paper, table, task):
+    return {one.row: one.value for one in published.find(paper, table)[1] if one.task == task and one.metric == "accuracy"}
 
 
 def test_every_fact_has_a_test_that_exists():
@@ -62,7 +62,7 @@ def test_both_documents_of_a_pair_reach_the_answer():  # 2
 
 
 def test_published_listops_scores_are_at_the_two_floors():  # 3
-    scores = sorted(published("lra", "1", "listops").values())
+    scores = sorted(published_accuracies("lra", "1", "listops").values())
     low, high = [score for score in scores if score < 25], [score for score in scores if score > 25]
     majority, root = 17.0, 36.2  # of 96,000 trees
     error = 100 * (root / 100 * (1 - root / 100) / 2000) ** 0.5  # of a test split
@@ -105,7 +105,7 @@ def test_local_attention_is_local():  # 6
 def test_sinkhorn_is_promised_nowhere():  # 7
     found = [cell for cell in cells.table("lra", "1") if "sinkhorn" in cell.row.lower()]
     assert "sinkhorn" not in LAYERS and len(found) > 5
-    assert all(tables.judge(cell, ledger.read([])).outcome == "cannot" for cell in found)
+    assert all(verdicts.judge(cell, ledger.read([])).outcome == "cannot" for cell in found)
 
 
 def test_performer_estimates_softmax_and_reformer_divides():  # 8
@@ -140,5 +140,5 @@ def test_later_papers_all_have_retrieval_near_80():  # 11
         ("nystromformer", "3"): "Transformer (2-layer, d=64)", ("skyformer", "1"): "Self-Attention",
         ("xformers", "1"): "Standard", ("flashattention", "3"): "Transformer", ("mega", "2"): "Transformer (re-implemented)",
     }  # fmt: skip
-    later = [published(*table, "retrieval")[row] for table, row in rows.items()]
-    assert published("lra", "1", "retrieval")["Transformer"] == 57.46 and 79 < min(later) and max(later) < 82
+    later = [published_accuracies(*table, "retrieval")[row] for table, row in rows.items()]
+    assert published_accuracies("lra", "1", "retrieval")["Transformer"] == 57.46 and 79 < min(later) and max(later) < 82

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from subquad.lra import bench, machine, racing, sizes
+from subquad.lra import machine, racing, sizes
 from subquad.lra.bench import energy, programs, speed
+from subquad.lra.report import measurements
 from subquad.zoo import LAYERS
 
 TINY = dict(in_features=8, num_layers=1, mlp_features=8)
@@ -48,11 +49,11 @@ def test_a_model_with_other_values_has_rows_of_its_own(tmp_path, monkeypatch):
     plain = dataclasses.replace(SETTINGS, model="lra-text", values={}, options={}, batch_size=1)
     changed = dataclasses.replace(plain, values=dict(mlp_features=16, batch_size=4, dtype="bfloat16"))
     found = [*speed.race(["softmax"], 16, "train", plain, silent), *speed.race(["softmax"], 16, "train", changed, silent)]
-    bench.write(found, tmp_path / "rows.csv")
-    assert [(row.model, row.batch_size, row.dtype) for row in bench.read(tmp_path / "rows.csv")] == [
+    measurements.write(found, tmp_path / "rows.csv")
+    assert [(row.model, row.batch_size, row.dtype) for row in measurements.read(tmp_path / "rows.csv")] == [
         ("lra-text", 1, "float32"), ("lra-text, batch_size=4, dtype=bfloat16, mlp_features=16", 4, "bfloat16")
     ]  # fmt: skip
-    assert len(bench.groups(found)) == 2
+    assert len(measurements.groups(found)) == 2
 
 
 def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from subquad.lra import bench, racing
+from subquad.lra import racing
 from subquad.lra.bench import energy, speed
+from subquad.lra.report import measurements
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
@@ -60,7 +61,7 @@ def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
     # One thread is timed by its processor's clock, and so is what its rate is compared with.
     assert (settings.threads, settings.matmul_rate) == (1, 1e11)
     assert settings.batch_size == 1 and settings.watts == 100 and not settings.peaks
-    assert len(bench.read(out)) == 6 and not (out.parent / "lra-2.png").exists()
+    assert len(measurements.read(out)) == 6 and not (out.parent / "lra-2.png").exists()
     shown = capsys.readouterr()
     assert "lra-text, in_features=8, batch 1, float32, train" in shown.out and "500 (1.00)" in shown.out
     assert "estimated from 100 W (no meter: a test)" in shown.err and "left" in shown.err
@@ -89,9 +90,9 @@ def test_every_option_of_what_is_measured_reaches_the_races(run):
 def test_other_values_leave_the_rows_of_the_model_alone(run):
     words = ("--lengths", "1K", "--modes", "train", "--layers", "local")
     _, _, out = run(*words)
-    before = bench.read(out)
+    before = measurements.read(out)
     _, raced, _ = run(*words, "--override", "batch_size=4", "dtype=bfloat16", "in_features=16", "mlp_features=16")
-    after = bench.read(out)
+    after = measurements.read(out)
     assert after[:2] == before and {row.model for row in after[2:]} == {"lra-text, in_features=16, mlp_features=16"}
     assert {(row.batch_size, row.dtype) for row in after[2:]} == {(4, "bfloat16")}
     assert (raced[1][3].batch_size, raced[1][3].dtype) == (4, "bfloat16")
@@ -100,7 +101,7 @@ def test_other_values_leave_the_rows_of_the_model_alone(run):
 def test_ctrl_c_keeps_what_was_measured_before(run, capsys):
     code, raced, out = run("--lengths", "1K,4K,16K", "--modes", "forward", "--layers", "local")
     assert code == 130 and [length for _, length, _, _ in raced] == [1024, 4096]
-    assert [row.length for row in bench.read(out)] == [1024, 1024]
+    assert [row.length for row in measurements.read(out)] == [1024, 1024]
     assert "500 (1.00)" in capsys.readouterr().out
 
 
@@ -117,7 +118,7 @@ def test_ctrl_c_that_a_callback_swallowed_stops_at_the_next_word(run, monkeypatc
 
     monkeypatch.setattr(speed, "race", race)
     code, _, out = run("--lengths", "1K,2K", "--modes", "forward", "--layers", "local")
-    assert code == 130 and [row.length for row in bench.read(out)] == [1024, 1024]
+    assert code == 130 and [row.length for row in measurements.read(out)] == [1024, 1024]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

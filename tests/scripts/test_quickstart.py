@@ -11,8 +11,9 @@ import sys
 
 import pytest
 
-from subquad.lra import recipes, results, tasks, train
+from subquad.lra import recipes, tasks, train
 from subquad.lra.data import store
+from subquad.lra.report import results
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ("--config", "tiny", "--steps", "20", "--layers", "softmax", "performer")

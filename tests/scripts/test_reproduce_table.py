@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from subquad.lra import commands, machine, results
+from subquad.lra import commands, machine
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
-from subquad.lra.tables import figures, ledger
-from tests.lra.test_results import row as made
-from tests.lra.test_tables import result as answer
+from subquad.lra.report import ledger, published, results
+from tests.lra.report.test_comparison import result as answer
+from tests.lra.report.test_results import row as made
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "reproduce_table.py"
 
@@ -35,7 +35,7 @@ def test_the_list_has_every_table(call):
     code, out, _ = call("--list")
     assert code == 0
     lines = [line.split() for line in out.splitlines()[1:]]
-    assert [tuple(line[:2]) for line in lines] == list(figures.sources())
+    assert [tuple(line[:2]) for line in lines] == list(published.sources())
     for line in lines:
         cells, *outcomes = map(int, line[2:8])
         assert cells == sum(outcomes)
@@ -89,7 +89,7 @@ def test_wrong_words_are_one_line(call, words, said, capsys):
 )
 def test_a_ledger_that_cannot_be_written_is_refused_before_any_work(call, monkeypatch, words, ledger):
     monkeypatch.setattr("subquad.lra.train.train", lambda *words, **more: pytest.fail("trained"))
-    monkeypatch.setattr("subquad.lra.tables.floor_rows.measure", lambda *words: pytest.fail("measured"))
+    monkeypatch.setattr("subquad.lra.report.floor_rows.measure", lambda *words: pytest.fail("measured"))
     code, out, said = call(*words, "--ledger", ledger)
     assert (code, out) == (commands.FAILED, "") and said.count("\n") == 1
     assert said.startswith("reproduce_table: --ledger must be a file that can be written, got ")
@@ -160,7 +160,7 @@ def test_a_configuration_that_is_not_its_hashs_is_found(tmp_path):
 
 def test_a_ledger_without_its_first_line_is_refused_before_any_work(call, monkeypatch, tmp_path):
     monkeypatch.setattr("subquad.lra.train.train", lambda *words, **more: pytest.fail("trained"))
-    monkeypatch.setattr("subquad.lra.tables.floor_rows.measure", lambda *words: pytest.fail("measured"))
+    monkeypatch.setattr("subquad.lra.report.floor_rows.measure", lambda *words: pytest.fail("measured"))
     kinds = {"l.csv": ("--run", "--only", "lra.1.performer.listops"), "l-floors.csv": ("--floors", "listops/tiny")}
     for file, words in kinds.items():
         (tmp_path / file).write_text("ok,softmax,listops\n")

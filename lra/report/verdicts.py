@@ -10,12 +10,13 @@ from typing import Literal
 import jax
 
 from subquad.lra import machine, prepare, recipes, tasks
-from subquad.lra.bench import Measurement, programs
+from subquad.lra.bench import programs
 from subquad.lra.data import catalogue
-from subquad.lra.results import Result
-from subquad.lra.tables import cells, costs
-from subquad.lra.tables.cells import CHANCE, Cell
-from subquad.lra.tables.ledger import Ledger
+from subquad.lra.report import cells, costs
+from subquad.lra.report.cells import CHANCE, Cell
+from subquad.lra.report.ledger import Ledger
+from subquad.lra.report.measurements import Measurement
+from subquad.lra.report.results import Result
 
 # "baseline": what ratios are to, 1 by definition.
 Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot", "baseline"]

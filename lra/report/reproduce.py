@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from subquad.lra import machine, results, tables, tasks
+from subquad.lra import machine, tasks
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
 from subquad.lra.recipes import Run
-from subquad.lra.tables import costs, ledger, probes
-from subquad.lra.tables.cells import Cell
-from subquad.lra.tables.ledger import Ledger
+from subquad.lra.report import costs, ledger, results, step_timings, verdicts
+from subquad.lra.report.cells import Cell
+from subquad.lra.report.ledger import Ledger
 
 GRACE = 60  # seconds that a measurement may take to end
 
@@ -33,7 +33,7 @@ def missing(cells: Sequence[Cell], known: Ledger, seeds: int) -> list[tuple[Run,
         if cell.cannot or cell.recipe == "bench":
             continue
         for seed in range(seeds):
-            run = tables.run_of(cell, seed)
+            run = verdicts.run_of(cell, seed)
             if not known.has(run):
                 found.setdefault(run.id, (run, []))[1].append(cell.id)
     return list(found.values())
@@ -112,7 +112,7 @@ def train_missing(
 def time_missing(
     cells: Sequence[Cell], path: str | os.PathLike, *, known: Ledger, steps: int, say: Callable[[str], None]
 ) -> int:
-    """Times `steps` steps of every run that is missing, on this machine, into the CSV at `path`. See `probes`.
+    """Times `steps` steps of every run that is missing, on this machine, into the CSV at `path`. See `step_timings`.
 
     Returns: how many could not be timed.
     """
@@ -120,12 +120,12 @@ def time_missing(
     for number, (run, ids) in enumerate(waiting, 1):
         task = tasks.find(run.task, run.config)
         try:
-            probe = probes.measure(run, task, steps)
+            probe = step_timings.measure(run, task, steps)
         except (ValueError, TypeError, NotImplementedError, RuntimeError, MemoryError) as error:
             failures += 1
             say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {line(error)}")
             continue
-        probes.write(probe, path)
+        step_timings.write(probe, path)
         cost = costs.here(run, task, (), probe.hardware, True, (), probe)
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
@@ -174,14 +174,14 @@ def bench_words(
     batch_size = programs.usual_batch_size() if batch_size is None else batch_size
     rows = [row for row in known.measurements if (row.hardware, row.batch_size) == (device, batch_size)]
     here = dataclasses.replace(known, measurements=rows)
-    verdicts = [tables.judge(cell, here) for cell in cells if cell.recipe == "bench"]
-    wanted = [one.cell for one in verdicts if one.outcome == "not run"]
+    judged = [verdicts.judge(cell, here) for cell in cells if cell.recipe == "bench"]
+    wanted = [one.cell for one in judged if one.outcome == "not run"]
     if not wanted:
         return None
     lengths = sorted({cell.length for cell in wanted})
-    layers = list(dict.fromkeys([tables.BASELINE, *(cell.layer for cell in wanted)]))
+    layers = list(dict.fromkeys([verdicts.BASELINE, *(cell.layer for cell in wanted)]))
     return [
-        "--model", tables.MODEL, "--modes", tables.MODE, "--layers", ",".join(layers), "--lengths",
+        "--model", verdicts.MODEL, "--modes", verdicts.MODE, "--layers", ",".join(layers), "--lengths",
         ",".join(map(str, lengths)), "--batch-size", str(batch_size), "--out", str(path),
     ]  # fmt: skip
 
@@ -203,9 +203,9 @@ def measure_missing(
     words = bench_words(cells, known, path, batch_size)
     if words is None:
         return 0
-    if budget_hours is not None and budget_hours < tables.MEASURING.hours:
+    if budget_hours is not None and budget_hours < verdicts.MEASURING.hours:
         left = f"of a budget that has {budget_hours:.3g} h left"
-        say(f"Left for another time: measurements. One would take {tables.MEASURING}, {left}.")
+        say(f"Left for another time: measurements. One would take {verdicts.MEASURING}, {left}.")
         return 0
     command = [sys.executable, str(program), *words]
     say(" ".join(command))

@@ -6,10 +6,10 @@ import itertools
 import jax
 import pytest
 
-from subquad.lra import machine, recipes, results, sizes, tables, tasks
+from subquad.lra import machine, recipes, sizes, tasks
 from subquad.lra.bench import programs
-from subquad.lra.tables import cells, costs, ledger, probes, reproduce
-from tests.lra.test_results import row as made
+from subquad.lra.report import cells, comparison, costs, ledger, reproduce, results, step_timings, verdicts
+from tests.lra.report.test_results import row as made
 
 LISTOPS = "lra.1.transformer.listops"
 
@@ -40,7 +40,7 @@ def test_validation_and_test_are_part_of_the_hours():
 
 
 def test_hours_say_whose_they_are(monkeypatch):
-    run, task = tables.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
+    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
     nothing = costs.forecast(run, task, [], "this", True)
     assert nothing.hardware == "one V100" and "--probe" in nothing.source
     stated = costs.forecast(recipes.plan("s4", "s4"), task, [], "this", True)
@@ -58,7 +58,7 @@ def test_hours_say_whose_they_are(monkeypatch):
 
 
 def test_the_newest_steps_of_this_machine_and_run_count():
-    run = tables.run_of(cell(LISTOPS))
+    run = verdicts.run_of(cell(LISTOPS))
     old, new = probe(run), probe(run, step_seconds=1.0, finished_utc="2026-02-01T00:00:00Z")
     other = probe(dataclasses.replace(run, steps=7), finished_utc="2027-01-01T00:00:00Z")
     for order in itertools.permutations([old, new, other, probe(run, hardware="x", finished_utc="2027-01-01T00:00:00Z")]):
@@ -72,17 +72,17 @@ def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypa
     program = lambda run, task, mode: programs.Program(run, task, mode, None, 5.0, None)
     monkeypatch.setattr(programs, "compiled", program)
     monkeypatch.setattr(programs, "started", lambda program: lambda: called.append(program.mode))
-    run, task = tables.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
-    found = probes.measure(run, task, 4, clock=lambda: float(next(seconds)))
+    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
+    found = step_timings.measure(run, task, 4, clock=lambda: float(next(seconds)))
     assert called == ["train"] * 5 + ["forward"] * 5
     assert (found.step_seconds, found.evaluation_seconds, found.compile_seconds) == (0.25, 0.25, 10.0)
     assert found.step_flops == costs.training_flops(run, task) / run.steps and found.hardware == machine.name()
     path = tmp_path / "ledger-hours.csv"
-    probes.write(found, path)
+    step_timings.write(found, path)
     assert ledger.read([path]).probes == [found] and ledger.verify([path])[1] == []
-    one = tables.judge(cell(LISTOPS), ledger.read([path]))
+    one = verdicts.judge(cell(LISTOPS), ledger.read([path]))
     assert one.cost.hardware == machine.name() and one.cost.source == "from 4 steps timed on it, validation included"
-    assert "from 4 steps timed on it" in tables.render("lra", "1", [one], ledger.read([path]))
+    assert "from 4 steps timed on it" in comparison.render("lra", "1", [one], ledger.read([path]))
     # What cannot fit, or is refused, is told, and the others are timed.
     refuse = lambda run, task: (_ for _ in ()).throw(ValueError("too large")) if run.layer == "softmax" else None
     monkeypatch.setattr(sizes, "check", refuse)
@@ -107,7 +107,7 @@ def test_steps_of_every_kind_of_task_have_a_batch(kind):
 
 def test_a_budget_is_of_this_machines_hours(tmp_path):
     """What fits into it is told by the steps that were timed, under whatever name runs of this machine have."""
-    run, said = tables.run_of(cell(LISTOPS)), []
+    run, said = verdicts.run_of(cell(LISTOPS)), []
     slow = probe(run, step_seconds=1e6)
     known = ledger.Ledger({}, [], {}, [slow])
     assert reproduce.train_missing([cell(LISTOPS)], tmp_path / "l.csv", known=known, budget_hours=1e5, say=said.append) == 0

@@ -10,11 +10,10 @@ import time
 
 import pytest
 
-from subquad.lra import results, tables
 from subquad.lra.checkpoints import Interrupted
-from subquad.lra.tables import cells, costs, ledger, reproduce
-from tests.lra.test_results import row as made
-from tests.lra.test_tables import IMAGE, TRANSFORMER, cell
+from subquad.lra.report import cells, costs, ledger, reproduce, results, verdicts
+from tests.lra.report.test_comparison import IMAGE, TRANSFORMER, cell
+from tests.lra.report.test_results import row as made
 
 
 def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
@@ -38,11 +37,11 @@ def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "wait", patience)
     wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
     words = dict(known=ledger.Ledger({}, [], {}), say=said.append)
-    budget = tables.MEASURING.hours / 2
+    budget = verdicts.MEASURING.hours / 2
     assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=budget, **words) == 0
     (text,) = said
     assert text.startswith("Left for another time: measurements. One would take 0.05 h on any device") and not mark.exists()
-    monkeypatch.setattr(tables, "MEASURING", tables.MEASURING._replace(hours=0))
+    monkeypatch.setattr(verdicts, "MEASURING", verdicts.MEASURING._replace(hours=0))
     assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=0.5, **words) == 0
     assert mark.exists() and "The budget is used up" in said[-1]
     program.write_text("raise SystemExit(3)")
@@ -137,7 +136,7 @@ def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves)
 
 
 def test_what_a_checkpoint_has_done_is_taken_off_the_estimate(tmp_path):
-    run = tables.run_of(cell(f"{TRANSFORMER}.listops"))
+    run = verdicts.run_of(cell(f"{TRANSFORMER}.listops"))
     assert reproduce.undone(run, tmp_path / "absent") == 1
     (tmp_path / "checkpoint" / "1250").mkdir(parents=True)
     (tmp_path / "checkpoint" / "1300.partial").mkdir()

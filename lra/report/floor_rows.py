@@ -3,10 +3,11 @@
 import dataclasses
 import os
 
-from subquad.lra import csvfile, prepare, results
+from subquad.lra import prepare
 from subquad.lra.data import probe, store
 from subquad.lra.progress import Work
-from subquad.lra.tables.ledger import FLOOR_FIELDS, Floor
+from subquad.lra.report import csv_rows, results
+from subquad.lra.report.ledger import FLOOR_FIELDS, Floor
 
 
 def measure(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: int = 400) -> list[Floor]:
@@ -42,4 +43,4 @@ def write(floors: list[Floor], path: str | os.PathLike) -> None:
 
     Raises: RunError: the file cannot be written, or has other columns.
     """
-    csvfile.write(path, FLOOR_FIELDS, map(dataclasses.asdict, floors), ("task", "config", "floor"))
+    csv_rows.write(path, FLOOR_FIELDS, map(dataclasses.asdict, floors), ("task", "config", "floor"))

@@ -4,10 +4,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from subquad.lra import bench, plots, results
 from subquad.lra.checkpoints import RunError
+from subquad.lra.report import measurements, plots, results
 
-ROW = bench.Measurement(
+ROW = measurements.Measurement(
     status="ok", model="small", layer="local", layer_options='{"num_heads": 2, "window_size": 50}', length=1024, batch_size=1,
     mode="train", dtype="float32", implementation=None, threads=2, hardware="a machine", median_ms=1.5, calls=7,
     flops=10**12, speed_ratio=2.0, protocol="warm, medians",
@@ -17,26 +17,26 @@ ROW = bench.Measurement(
 def test_rows_come_back_as_they_were_written(tmp_path):
     path = tmp_path / "rows.csv"
     other = dataclasses.replace(ROW, length=2048, status='failed: "memory", all of it')
-    bench.write([ROW, other], path)
-    assert bench.read(path) == [ROW, other]
+    measurements.write([ROW, other], path)
+    assert measurements.read(path) == [ROW, other]
     later = dataclasses.replace(ROW, median_ms=1.25)
-    bench.write([later], path)
-    assert bench.read(path) == [later, other]
-    assert bench.read(tmp_path / "absent.csv") == []
+    measurements.write([later], path)
+    assert measurements.read(path) == [later, other]
+    assert measurements.read(tmp_path / "absent.csv") == []
     against_local = dataclasses.replace(ROW, baseline="local")
-    bench.write([against_local], path)
-    assert bench.read(path) == [later, other, against_local]
+    measurements.write([against_local], path)
+    assert measurements.read(path) == [later, other, against_local]
 
 
 def test_a_file_that_is_none_of_ours_is_refused(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(RunError, match="table: file .* must have the columns of this version"):
-        bench.read(path)
-    bench.write([ROW], tmp_path / "own.csv")
+        measurements.read(path)
+    measurements.write([ROW], tmp_path / "own.csv")
     text = (tmp_path / "own.csv").read_text().replace(",1024,", ",many,")
     path.write_text(text)
-    assert bench.read(path) == [] and "rows.csv:2 must be a row" in capsys.readouterr().err
+    assert measurements.read(path) == [] and "rows.csv:2 must be a row" in capsys.readouterr().err
 
 
 def rows():
@@ -55,7 +55,7 @@ def rows():
 
 
 def test_tables_hold_every_row_and_what_became_of_those_that_failed():
-    speed, rest = bench.tables(rows())
+    speed, rest = measurements.tables(rows())
     assert speed.title == "small, batch 1, float32, train"
     assert speed.heading == ["layer", "calls/s 1K", "calls/s 2K", "MiB 1K", "MiB 2K"]
     assert speed.body == [
@@ -69,14 +69,14 @@ def test_tables_hold_every_row_and_what_became_of_those_that_failed():
     assert [row[:2] for row in rest.body] == [["softmax", "1K"], ["local", "2K"]]
     assert "Estimated from 100 W." in rest.notes
     others = [dataclasses.replace(rows()[0], **one) for one in (dict(dtype="bfloat16"), dict(baseline="local"))]
-    assert len(bench.groups([*rows(), *others])) == 3
+    assert len(measurements.groups([*rows(), *others])) == 3
 
 
 def test_markdown_and_latex_say_the_same():
-    text = bench.markdown(rows())
+    text = measurements.markdown(rows())
     assert "| local | 667 (2.00) | 333 | 1,024 (1.00) | 2,048 (1.00) |" in text and "| --- | ---: |" in text
-    assert bench.markdown([]) == "" and bench.tables([]) == []
-    latex = bench.latex(rows())
+    assert measurements.markdown([]) == "" and measurements.tables([]) == []
+    latex = measurements.latex(rows())
     assert r"local & 667 (2.00) & 333 & 1,024 (1.00) & 2,048 (1.00) \\" in latex
     assert r"\begin{tabular}{lrrrr}" in latex and latex.count(r"\toprule") == latex.count(r"\end{table}") == 2
     assert r"10 \& 50 \% of\_it" in latex
@@ -96,7 +96,7 @@ def test_cost_is_drawn_against_length_with_slopes_and_what_did_not_run(tmp_path)
 
 
 def test_accuracy_is_drawn_against_time_with_memory_as_area(tmp_path):
-    shipped = results.read(pathlib.Path(results.__file__).parent / "results" / "quickstart.csv")
+    shipped = results.read(pathlib.Path(results.__file__).parents[1] / "results" / "quickstart.csv")
     found = [row for row in shipped if row.seed == 0]
     figure = plots.accuracy_against_time(found, tmp_path / "time.png")
     assert sorted(text.get_text() for text in figure.axes[0].texts) == sorted(row.layer for row in found)
@@ -114,7 +114,7 @@ def test_accuracy_is_drawn_against_time_with_memory_as_area(tmp_path):
 
 
 def test_names_stay_out_of_the_bubbles_of_others():
-    shipped = results.read(pathlib.Path(results.__file__).parent / "results" / "offline.csv")
+    shipped = results.read(pathlib.Path(results.__file__).parents[1] / "results" / "offline.csv")
     figure = plots.accuracy_against_time(row for row in shipped if row.task == "digits")
     axes, renderer = figure.axes[0], figure.canvas.get_renderer()
     bubbles = axes.collections[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from subquad.lra import recipes
-from subquad.lra.tables import figures
+from subquad.lra.report import published
 
 # Points. One seed was published without a deviation; this is the spread that re-runs of these models show.
 TOLERANCE = 2.0
@@ -48,7 +48,7 @@ class Cell:
     Attributes:
         id: paper, table, row, column and metric, in lower case.
         paper, table, row, column: where it stands; length: in tokens, where it is of one.
-        metric: see `figures.Figure`; unit.
+        metric: see `published.Figure`; unit.
         recipe, layer, overrides: what `recipes.plan` takes; recipe None: see `cannot`.
         expected: the published value; None: reported as no better than chance.
         deviation: over seeds, as published.
@@ -164,7 +164,7 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
 }  # fmt: skip
 
 
-def _cell(source: figures.Source, figure: figures.Figure, transformer: Mapping[int | None, float]) -> Cell:
+def _cell(source: published.Source, figure: published.Figure, transformer: Mapping[int | None, float]) -> Cell:
     answer = ANSWERS[source.paper, source.table].get(figure.row, _NO_LAYER)
     note, metric, unit, expected = figure.note, figure.metric, figure.unit, figure.value
     if metric == "memory" and figure.length is not None:
@@ -193,7 +193,7 @@ def _cell(source: figures.Source, figure: figures.Figure, transformer: Mapping[i
     )  # fmt: skip
 
 
-def _unanswered(figure: figures.Figure, metric: str, measured: bool, answer: Answer) -> str:
+def _unanswered(figure: published.Figure, metric: str, measured: bool, answer: Answer) -> str:
     """Why a figure has no answer although its row has a layer here; "" where it has one."""
     if metric in ("accuracy", "train_accuracy"):
         if figure.task == "average":
@@ -217,7 +217,7 @@ def table(paper: str, name: str) -> tuple[Cell, ...]:
         >>> cell.id, cell.recipe, cell.layer, cell.overrides
         ('lra.1.transformer.listops', 'lra-2020', 'softmax', {'task': 'listops'})
     """
-    source, found = figures.find(paper, name)
+    source, found = published.find(paper, name)
     memory = {one.length: one.value for one in found if one.metric == "memory" and one.row == "Transformer"}
     # An absolute speed stands in the note of the ratio beside it.
     speeds = {(one.row, one.length): one for one in found if one.metric == "steps_per_second"}
@@ -235,7 +235,7 @@ def table(paper: str, name: str) -> tuple[Cell, ...]:
 @functools.cache
 def every() -> tuple[Cell, ...]:
     """The cells of all tables."""
-    return tuple(cell for paper, name in figures.sources() for cell in table(paper, name))
+    return tuple(cell for paper, name in published.sources() for cell in table(paper, name))
 
 
 def _configuration(cell: Cell) -> tuple:

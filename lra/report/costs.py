@@ -1,7 +1,8 @@
 """What a run will take: hours of this machine, validation included, so that cells can be put in order of cost.
 
-Where some steps of the run were timed here (`probes`), they are those steps'. Else they come from the rate of other runs that
-were measured here, good to a factor of two or three; where there is none, from what is published, and say of which machine.
+Where some steps of the run were timed here (`step_timings`), they are those steps'. Else they come from the rate of other
+runs that were measured here, good to a factor of two or three; where there is none, from what is published, and say of which
+machine.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from subquad.lra.recipes import Run
-from subquad.lra.results import Result
+from subquad.lra.report.results import Result
 from subquad.lra.tasks import Task
 
 # FLOPs per second that small models reach. On a V100, what Skyformer's table 2 comes to: self-attention, 50,000 steps of

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from subquad.lra import recipes, tables
+from subquad.lra import recipes
 from subquad.lra.recipes import base
-from subquad.lra.tables import cells, ledger
+from subquad.lra.report import cells, comparison, ledger, verdicts
 from subquad.zoo import LAYERS
 
 NOTHING = ledger.Ledger({}, [], {})
@@ -22,9 +22,9 @@ def cell(name):
 
 
 def rendered(form, *names):
-    verdicts = [tables.judge(cell(name), NOTHING) for name in names]
+    judged = [verdicts.judge(cell(name), NOTHING) for name in names]
     paper, table, _ = names[0].split(".", 2)
-    return tables.render(paper, table, verdicts, NOTHING, form)
+    return comparison.render(paper, table, judged, NOTHING, form)
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name != "quickstart"])
@@ -34,7 +34,7 @@ def test_a_recipe_of_a_paper_says_what_it_does_otherwise(name):
     assert every and all(one.endswith(".") and one[0].isupper() and len(one) < 130 for one in every)
     # No other word of the recipe: what is in `deviations` reaches the cell.
     assert not any(word in rules.source for word in (" here", "without", "left out", "there"))
-    names = {run.task for run in (tables.run_of(one) for one in cells.every() if one.recipe == name)}
+    names = {run.task for run in (verdicts.run_of(one) for one in cells.every() if one.recipe == name)}
     for key in rules.own_deviations:
         task, _, _ = (key[0] if isinstance(key, tuple) else key).partition("/")
         assert task in LAYERS or task in {*names, "listops", "text", "retrieval", "image", "pathfinder"}, key
@@ -45,7 +45,7 @@ def test_every_trained_cell_shows_what_its_recipe_says_of_its_run():
         if one.recipe in (None, "bench"):
             assert one.deviations == ()
             continue
-        run = tables.run_of(one)
+        run = verdicts.run_of(one)
         rules = recipes.RECIPES[one.recipe]
         assert one.deviations == recipes.deviations(rules, run.task, run.config, run.layer)
         assert set(rules.deviations) <= set(one.deviations)
@@ -60,7 +60,7 @@ def test_other_values_of_one_configuration_are_found_and_those_that_contradict()
     one = cell(PERFORMER)
     (other,) = cells.elsewhere(one)
     assert (one.expected, other.id, other.expected) == (18.8, "flashattention.3.performer.listops", 36.8)
-    assert tables.run_of(one) == tables.run_of(other) and cells.contradict(one, other) and cells.contradict(other, one)
+    assert verdicts.run_of(one) == verdicts.run_of(other) and cells.contradict(one, other) and cells.contradict(other, one)
     # Two values that one result may reproduce are no contradiction; the same value is not told twice.
     softmax = cell("nystromformer.3.transformer_2_layer_d_64.listops")
     assert [round(other.expected, 1) for other in cells.elsewhere(softmax)] == [36.0, 37.6]
@@ -74,7 +74,7 @@ def test_other_values_of_one_configuration_are_found_and_those_that_contradict()
     for one in cells.every():
         for other in cells.elsewhere(one):
             if one.recipe != "bench":
-                assert tables.run_of(one) == tables.run_of(other)
+                assert verdicts.run_of(one) == verdicts.run_of(other)
 
 
 def test_contradictions_keep_to_the_tolerances():
@@ -87,7 +87,7 @@ def test_contradictions_keep_to_the_tolerances():
 
 
 def test_every_form_shows_deviations_and_contradictions():
-    shown = {form: rendered(form, PERFORMER, "nystromformer.3.linformer_256.text") for form in tables.FORMS}
+    shown = {form: rendered(form, PERFORMER, "nystromformer.3.linformer_256.text") for form in comparison.FORMS}
     said = f"{PERFORMER} (18.80) contradicted by 36.80 % of Dao et al., FlashAttention, NeurIPS 2022"
     cycle = "A linear warm-up and decay take the place of PyTorch's OneCycle."
     for form in ("text", "markdown"):

@@ -8,16 +8,15 @@ import sys
 import filelock
 import pytest
 
-from subquad.lra import csvfile
 from subquad.lra.checkpoints import RunError
-from subquad.lra.tables import ledger
-from tests.lra.test_results import row
+from subquad.lra.report import csv_rows, ledger
+from tests.lra.report.test_results import row
 
 FIELDS = ("name", "length", "ms")
 
 
 def write(path, *rows, key=("name", "length"), **words):
-    return csvfile.write(path, FIELDS, [dict(zip(FIELDS, cells, strict=True)) for cells in rows], key, **words)
+    return csv_rows.write(path, FIELDS, [dict(zip(FIELDS, cells, strict=True)) for cells in rows], key, **words)
 
 
 def cells(path):
@@ -49,7 +48,7 @@ def test_a_link_and_the_rights_of_a_file_stay(tmp_path):
 def test_a_file_with_other_columns_is_left_alone(tmp_path, content):
     path = tmp_path / "rows.csv"
     path.write_bytes(content)
-    for refused in (lambda: write(path, ("a", 1, 1)), lambda: csvfile.read(path, dict, FIELDS)):
+    for refused in (lambda: write(path, ("a", 1, 1)), lambda: csv_rows.read(path, dict, FIELDS)):
         with pytest.raises(RunError, match="must have the columns of this version in its first line, got '.*Mend that line"):
             refused()
     assert path.read_bytes() == content
@@ -59,16 +58,15 @@ def test_a_file_that_cannot_be_written_is_told_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "rows.csv", tmp_path):
         with pytest.raises(RunError, match="must be writable"):
-            csvfile.check(path, FIELDS)
+            csv_rows.check(path, FIELDS)
         with pytest.raises(RunError, match="must be writable|must be readable"):
             write(path, ("a", 1, 1))
 
 
 WRITER = """
 import sys
-from subquad.lra import results
-from subquad.lra.tables import ledger
-from tests.lra.test_results import row
+from subquad.lra.report import ledger, results
+from tests.lra.report.test_results import row
 path, name = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.read()  # until all of them are
@@ -80,7 +78,7 @@ for seed in range(8):
 
 def test_rows_of_processes_that_write_at_once_are_all_there(tmp_path):
     path, names = tmp_path / "ledger.csv", ("softmax", "local", "s4")
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[3]
     words = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], **words) for name in names]
     assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 3
@@ -88,9 +86,9 @@ def test_rows_of_processes_that_write_at_once_are_all_there(tmp_path):
         writer.stdin.close()
     while any(writer.poll() is None for writer in writers):
         # Who reads without the lock never meets a part of a row.
-        assert not csvfile.sort(path, dict)[1]
+        assert not csv_rows.sort(path, dict)[1]
     assert [(writer.wait(), writer.stderr.read()) for writer in writers] == [(0, "")] * 3
-    found = [(one["layer"], one["seed"]) for one in csvfile.read(path)]
+    found = [(one["layer"], one["seed"]) for one in csv_rows.read(path)]
     wanted = [(name, str(seed)) for name in (*names, "shared") for seed in range(8)]
     assert sorted(found) == sorted(wanted)
 
@@ -101,7 +99,7 @@ def test_a_lock_that_is_never_released_is_told_and_one_of_the_dead_is_none(tmp_p
     command = [sys.executable, "-c", code, str(tmp_path / ".rows.csv.lock")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    monkeypatch.setattr(csvfile, "PATIENCE", 0.0)
+    monkeypatch.setattr(csv_rows, "PATIENCE", 0.0)
     with pytest.raises(RunError, match="must be free, got another process that has held its lock for 0 s. Try again"):
         write(path, ("a", 1, 1))
     holder.kill()
@@ -132,7 +130,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_row_is_told_once_kept_and_costs_no_other(damage, tmp_path, capsys):
-    from subquad.lra import results
+    from subquad.lra.report import results
 
     path = tmp_path / "table.csv"
     for one in (row("local"), row(), row("s4")):
@@ -157,6 +155,6 @@ def test_a_last_row_that_was_cut_is_not_glued_to_the_next(tmp_path, capsys):
         write(path, cut)
         path.write_bytes(path.read_bytes()[:-5])
     write(path, ("d", 4, 4.0))
-    assert [one["name"] for one in csvfile.read(path)] == ["a", "d"]
+    assert [one["name"] for one in csv_rows.read(path)] == ["a", "d"]
     assert path.read_text().splitlines()[2:4] == ["b,2", "c,3"]
     assert "rows.csv:3 must be a row of 3 readable cells, got 2 cells, as of a line that was cut" in capsys.readouterr().err

@@ -7,38 +7,23 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
-from subquad.lra import markup, tasks
-from subquad.lra.tables import cells, figures
-from subquad.lra.tables.ledger import NAMES, Ledger
-from subquad.lra.tables.verdicts import (
-    BASELINE,
-    MEASURING,
-    MODE,
-    MODEL,
-    Average,
-    Outcome,
-    Verdict,
-    averages,
-    judge,
-    run_of,
-)
+from subquad.lra import tasks
+from subquad.lra.report import cells, published, text_tables
+from subquad.lra.report.ledger import NAMES, Ledger
+from subquad.lra.report.verdicts import Average, Outcome, Verdict, averages, run_of
 
-__all__ = [
-    "BASELINE", "FORMS", "MEASURING", "MODE", "MODEL", "Average", "Outcome", "Verdict", "averages", "floors", "footnotes",
-    "judge", "listing", "matrix", "notes", "number", "records", "render", "run_of", "text", "title",
-]  # fmt: skip
 FORMS = ("text", "markdown", "latex", "csv", "json")
 # Of a cell that another published value of the same configuration contradicts.
 CONTRADICTED = "†"
 
 
-def title(source: figures.Source) -> str:
+def title(source: published.Source) -> str:
     """One line: paper, table, title."""
     number = f", arXiv {source.arxiv}" * bool(source.arxiv)
     return f"{source.paper}, table {source.table}: {source.title}. {source.work}{number}"
 
 
-def notes(source: figures.Source, verdicts: Sequence[Verdict], ledger: Ledger) -> list[str]:
+def notes(source: published.Source, verdicts: Sequence[Verdict], ledger: Ledger) -> list[str]:
     """What is to be known of the numbers: where theirs were read, what ours were run on, floors, marks."""
     found = [f"Theirs: {source.where}" + f"; {source.hardware}" * bool(source.hardware) + "."]
     machines = sorted({row.hardware for one in verdicts for row in one.results} | {one.hardware for one in verdicts} - {""})
@@ -222,8 +207,8 @@ def render(paper: str, name: str, verdicts: Sequence[Verdict], ledger: Ledger, f
         return _comma_separated(verdicts)
     if form == "json":
         return json.dumps(records(verdicts), indent=1) + "\n"
-    source = figures.sources()[paper, name]
-    draw = {"text": text, "markdown": markup.markdown, "latex": markup.latex}[form]
+    source = published.sources()[paper, name]
+    draw = {"text": text, "markdown": text_tables.markdown, "latex": text_tables.latex}[form]
     first, *rest = [f"{title(source)}. Theirs / ours.", *notes(source, verdicts, ledger)]
     marked = [[mark, sentence] for sentence, mark in footnotes(verdicts).items()]
     if form == "latex":

@@ -8,7 +8,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from subquad.lra import checkpoints, plots, results
+from subquad.lra import checkpoints
+from subquad.lra.report import plots, results
 
 NAMES = ("softmax", "blockwise", "local", "strided", "reformer", "linformer", "performer", "transformer_xl", "s4")
 

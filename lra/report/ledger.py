@@ -7,11 +7,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from subquad.lra import bench, csvfile, results
-from subquad.lra.bench import Measurement
 from subquad.lra.recipes import Run
-from subquad.lra.results import Result
-from subquad.lra.tables import costs
+from subquad.lra.report import costs, csv_rows, measurements, results
+from subquad.lra.report.measurements import Measurement
+from subquad.lra.report.results import Result
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results"
 # Columns of a result that its configuration has, too.
@@ -113,12 +112,12 @@ def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     floors: dict[tuple[str, str], dict[str, Floor]] = {}
     probes: list[costs.Probe] = []
     for path in _files([SHIPPED, *paths]):
-        header, _ = csvfile.load(path)
+        header, _ = csv_rows.load(path)
         make = _maker(header)
         if make is None:
-            csvfile.tell(_unknown(path, header), "The file is passed over; mend that line or move the file away.")
+            csv_rows.tell(_unknown(path, header), "The file is passed over; mend that line or move the file away.")
             continue
-        for row in csvfile.read(path, make):
+        for row in csv_rows.read(path, make):
             if isinstance(row, Measurement):
                 measured.append(row)
             elif isinstance(row, costs.Probe):
@@ -138,17 +137,17 @@ def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
 def _maker(header: list[str]) -> Callable[[dict[str, str]], Result | Measurement | Floor | costs.Probe] | None:
     """What reads the rows of a file with these columns; None for a file that is none of ours."""
     kinds = (
-        (results.REQUIRED, results.of_cells), (bench.FIELDS, bench.of_cells), (FLOOR_FIELDS, floor_of_cells),
+        (results.REQUIRED, results.of_cells), (measurements.FIELDS, measurements.of_cells), (FLOOR_FIELDS, floor_of_cells),
         (costs.PROBE_FIELDS, costs.probe_of_cells),
     )  # fmt: skip
     return next((make for fields, make in kinds if not header or set(fields) <= set(header)), None)
 
 
-def _unknown(path: pathlib.Path, header: list[str]) -> csvfile.Fault:
-    return csvfile.Fault(path, 1, f"must name the columns of results, measurements or floors, got {','.join(header)[:60]!r}.")
+def _unknown(path: pathlib.Path, header: list[str]) -> csv_rows.Fault:
+    return csv_rows.Fault(path, 1, f"must name the columns of results, measurements or floors, got {','.join(header)[:60]!r}.")
 
 
-def verify(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path], list[csvfile.Fault]]:
+def verify(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path], list[csv_rows.Fault]]:
     """(the files that `read` reads, every fault in them).
 
     Beside what `read` tells: a result whose configuration has another hash than its column says, or other values than its
@@ -156,12 +155,12 @@ def verify(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path],
     """
     files, found = _files([SHIPPED, *paths]), []
     for path in files:
-        header, _ = csvfile.load(path)
+        header, _ = csv_rows.load(path)
         make = _maker(header)
         if make is None:
             found.append(_unknown(path, header))
             continue
-        found += csvfile.sort(path, lambda cells, make=make: _consistent(make(cells)))[1]
+        found += csv_rows.sort(path, lambda cells, make=make: _consistent(make(cells)))[1]
     return files, found
 
 
@@ -217,4 +216,4 @@ def read_floors(path: str | os.PathLike) -> list[Floor]:
 
     Raises: RunError: the file has other columns.
     """
-    return csvfile.read(path, floor_of_cells, FLOOR_FIELDS)
+    return csv_rows.read(path, floor_of_cells, FLOOR_FIELDS)

@@ -6,11 +6,11 @@ import statistics
 
 import pytest
 
-from subquad.lra import bench, recipes, results, tables, tasks
+from subquad.lra import recipes, tasks
 from subquad.lra.bench import programs
-from subquad.lra.tables import cells, costs, figures, ledger, reproduce
+from subquad.lra.report import cells, comparison, costs, ledger, measurements, published, reproduce, results, verdicts
 from subquad.zoo import LAYERS
-from tests.lra.test_results import row as made
+from tests.lra.report.test_results import row as made
 
 TRANSFORMER = "lra.1.transformer"
 IMAGE = "lra.3.transformer.image"
@@ -28,7 +28,7 @@ def cell(name, paper="lra", table="1"):
 
 def result(name, accuracy, seed=0, table="1", **other):
     """The row of a run that answers to a cell."""
-    run = tables.run_of(cell(name, table=table), seed)
+    run = verdicts.run_of(cell(name, table=table), seed)
     configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
     named = ("layer", "task", "config", "recipe", "seed")
     return made(accuracy=accuracy, configuration=configuration, **{word: getattr(run, word) for word in named}, **other)
@@ -51,12 +51,12 @@ def test_cells_have_ids_of_their_own_and_a_run_or_a_reason():
 
 def test_every_answer_names_a_row_that_is_printed():
     for (paper, table), answers in cells.ANSWERS.items():
-        assert set(answers) <= {figure.row for figure in figures.find(paper, table)[1]}
-    assert set(cells.ANSWERS) == set(figures.sources())
+        assert set(answers) <= {figure.row for figure in published.find(paper, table)[1]}
+    assert set(cells.ANSWERS) == set(published.sources())
 
 
 def test_every_trained_cell_can_be_planned():
-    runs = [(one, tables.run_of(one)) for one in cells.every() if one.recipe not in ("bench", None)]
+    runs = [(one, verdicts.run_of(one)) for one in cells.every() if one.recipe not in ("bench", None)]
     for one, run in runs:
         assert (run.layer, run.recipe) == (one.layer, one.recipe)
         wanted = cells.COLUMNS.get(one.column, (one.column, run.config))
@@ -69,52 +69,50 @@ def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
     listops, text = cell(f"{TRANSFORMER}.listops"), cell(f"{TRANSFORMER}.text")
     rows = [result(listops.id, 0.36, 0), result(listops.id, 0.38, 1), result(text.id, 0.60)]
     found = known(tmp_path, *rows)
-    one = tables.judge(listops, found)
+    one = verdicts.judge(listops, found)
     assert (one.outcome, one.seeds) == ("reproduced within tolerance", 2)
     assert one.ours == pytest.approx(37) and one.spread == pytest.approx(statistics.stdev([36, 38]))
     assert one.difference == pytest.approx(37 - 36.37)
-    one = tables.judge(text, found)
+    one = verdicts.judge(text, found)
     assert one.outcome == "differs" and one.difference == pytest.approx(60 - 64.27)
-    one = tables.judge(cell("lra.1.reformer.listops"), found)
+    one = verdicts.judge(cell("lra.1.reformer.listops"), found)
     assert one.outcome == "not run" and one.cost.hours > 0 and one.cost.hardware == "one V100"
     assert one.cost.source.endswith("validation included; this machine's are told by --probe")
-    assert one.command == (
-        "python scripts/reproduce_table.py --paper lra --table 1 --only lra.1.reformer.listops --run"
-    )
-    one = tables.judge(cell("lra.1.bigbird.listops"), found)
+    assert one.command == ("python scripts/reproduce_table.py --paper lra --table 1 --only lra.1.reformer.listops --run")
+    one = verdicts.judge(cell("lra.1.bigbird.listops"), found)
     assert (one.outcome, one.reason) == ("cannot", "no such layer here")
 
 
 def test_what_differs_says_what_else_there_is_to_it(tmp_path):
     name = "lra.1.local_attention.listops"
-    one = tables.judge(cell(name), known(tmp_path, result(name, 0.37, collapsed_step=40)))
+    one = verdicts.judge(cell(name), known(tmp_path, result(name, 0.37, collapsed_step=40)))
     assert one.outcome == "differs" and one.reason == "seed 0 collapsed at step 40"
     assert any("groups of 50 distant positions" in sentence for sentence in one.cell.deviations)
 
 
 def test_accuracies_of_train_are_answered_by_the_run_of_test(tmp_path):
     of_test, of_train = (cell(name, table="3") for name in (IMAGE, f"{IMAGE}.train_accuracy"))
-    assert tables.run_of(of_test) == tables.run_of(of_train)
-    one = tables.judge(of_train, known(tmp_path, made("local")))
+    assert verdicts.run_of(of_test) == verdicts.run_of(of_train)
+    one = verdicts.judge(of_train, known(tmp_path, made("local")))
     assert one.outcome == "not run" and f"--only {IMAGE} --run" in one.command
     run = result(IMAGE, 0.42, table="3")
-    one = tables.judge(of_train, known(tmp_path, run))
+    one = verdicts.judge(of_train, known(tmp_path, run))
     assert (one.outcome, one.reason) == ("cannot", "its run is of a version that did not score train")
     found = known(tmp_path, dataclasses.replace(run, accuracy_train=0.70))
-    assert [tables.judge(one, found).ours for one in (of_test, of_train)] == [pytest.approx(42), pytest.approx(70)]
-    assert tables.judge(of_train, found).outcome == "reproduced within tolerance"
+    assert [verdicts.judge(one, found).ours for one in (of_test, of_train)] == [pytest.approx(42), pytest.approx(70)]
+    assert verdicts.judge(of_train, found).outcome == "reproduced within tolerance"
 
 
 def test_a_failure_is_a_row(tmp_path):
     name = f"{TRANSFORMER}.listops"
-    one = tables.judge(cell(name), known(tmp_path, result(name, None, status="failed: non-finite loss by step 30")))
+    one = verdicts.judge(cell(name), known(tmp_path, result(name, None, status="failed: non-finite loss by step 30")))
     assert (one.outcome, one.reason, one.ours) == ("differs", "failed: non-finite loss by step 30", None)
 
 
 def test_a_seed_that_failed_is_told_beside_those_that_did_not(tmp_path):
     name = f"{TRANSFORMER}.listops"
     rows = [result(name, None, 0, status="failed: no memory"), result(name, 0.36, 1), result(name, 0.37, 2)]
-    one = tables.judge(cell(name), known(tmp_path, *rows))
+    one = verdicts.judge(cell(name), known(tmp_path, *rows))
     assert (one.outcome, one.seeds, one.reason) == ("reproduced within tolerance", 2, "seed 0 failed: no memory")
 
 
@@ -123,7 +121,7 @@ def test_a_failure_never_takes_the_place_of_a_number(tmp_path):
     for file, rows in {"a.csv": [result(name, 0.36)], "b.csv": [result(name, None, status="failed: no memory")]}.items():
         results.append(rows[0], tmp_path / file)
     for files in (("a.csv", "b.csv"), ("b.csv", "a.csv")):
-        one = tables.judge(cell(name), ledger.read([tmp_path / file for file in files]))
+        one = verdicts.judge(cell(name), ledger.read([tmp_path / file for file in files]))
         assert (one.outcome, one.reason, one.ours) == ("reproduced within tolerance", "", pytest.approx(36))
 
 
@@ -131,7 +129,7 @@ def test_another_value_of_the_run_is_no_answer(tmp_path):
     name = f"{TRANSFORMER}.listops"
     row = result(name, 0.36)
     other = dataclasses.replace(row, configuration=json.dumps({**json.loads(row.configuration), "steps": 7}))
-    assert tables.judge(cell(name), known(tmp_path, other)).outcome == "not run"
+    assert verdicts.judge(cell(name), known(tmp_path, other)).outcome == "not run"
 
 
 def test_rows_of_earlier_versions_still_answer(tmp_path):
@@ -141,7 +139,7 @@ def test_rows_of_earlier_versions_still_answer(tmp_path):
     configuration = json.loads(row.configuration)
     assert configuration.pop("dtype") == recipes.Run.dtype
     older = dataclasses.replace(row, configuration=json.dumps(configuration))
-    assert tables.judge(cell(name), known(tmp_path, older)).outcome == "reproduced within tolerance"
+    assert verdicts.judge(cell(name), known(tmp_path, older)).outcome == "reproduced within tolerance"
 
 
 def of_all(tmp_path, path_x=None):
@@ -149,11 +147,11 @@ def of_all(tmp_path, path_x=None):
     scores |= {} if path_x is None else dict(path_x=path_x)
     found = known(tmp_path, *(result(f"{TRANSFORMER}.{task}", score) for task, score in scores.items()))
     wanted = [one for one in cells.table("lra", "1") if one.row == "Transformer"]
-    return [tables.judge(one, found) for one in wanted], found
+    return [verdicts.judge(one, found) for one in wanted], found
 
 
 def test_both_averages_count_a_failed_path_x_as_50_and_mark_it(tmp_path):
-    five, six = tables.averages(of_all(tmp_path)[0])
+    five, six = verdicts.averages(of_all(tmp_path)[0])
     assert (five.tasks, six.tasks) == (5, 6)
     assert five.theirs == pytest.approx(54.388) and not five.theirs_marked
     assert six.theirs == pytest.approx((5 * 54.388 + 50) / 6) and six.theirs_marked
@@ -166,14 +164,14 @@ def test_both_averages_count_a_failed_path_x_as_50_and_mark_it(tmp_path):
     ):  # fmt: skip
         folder = tmp_path / str(path_x)
         folder.mkdir()
-        six = tables.averages(of_all(folder, path_x)[0])[1]
+        six = verdicts.averages(of_all(folder, path_x)[0])[1]
         assert six.ours == pytest.approx(ours) and six.ours_marked == marked
 
 
 def test_a_printed_average_stands_where_its_tasks_do_not():
-    verdicts = [tables.judge(one, ledger.Ledger({}, [], {})) for one in cells.table("s4", "10")]
-    assert tables.Average("Performer", 6, 51.18, True, None, False) in tables.averages(verdicts)
-    heading, *body = tables.matrix(verdicts)
+    judged = [verdicts.judge(one, ledger.Ledger({}, [], {})) for one in cells.table("s4", "10")]
+    assert verdicts.Average("Performer", 6, 51.18, True, None, False) in verdicts.averages(judged)
+    heading, *body = comparison.matrix(judged)
     assert heading[-1] == "average of 6" and all("".join(row[1:]) for row in body)
     assert next(row for row in body if row[0] == "Performer")[-1] == "51.18* / -"
 
@@ -189,10 +187,9 @@ def test_the_tolerance_is_what_is_said_of_it():
     found = [one for one in cells.every() if one.unit == "%" and one.column != "average"]
     assert {one.tolerance for one in found if one.deviation is None} == {2.0}
     assert all(one.tolerance == max(1.0, 2 * one.deviation) for one in found if one.deviation is not None)
-    verdicts = [tables.judge(one, ledger.Ledger({}, [], {})) for one in cells.table("s4", "s4d")]
-    assert (
-        "Tolerance: 2 points; twice the published deviation where there is one, 1 point at least."
-        in tables.render("s4", "s4d", verdicts, ledger.Ledger({}, [], {}))
+    judged = [verdicts.judge(one, ledger.Ledger({}, [], {})) for one in cells.table("s4", "s4d")]
+    assert "Tolerance: 2 points; twice the published deviation where there is one, 1 point at least." in comparison.render(
+        "s4", "s4d", judged, ledger.Ledger({}, [], {})
     )
 
 
@@ -203,7 +200,7 @@ def test_compute_is_no_time_or_memory():
 
 def test_all_forms_show_theirs_ours_and_every_outcome(tmp_path):
     verdicts, found = of_all(tmp_path)
-    shown = {form: tables.render("lra", "1", verdicts, found, form) for form in tables.FORMS}
+    shown = {form: comparison.render("lra", "1", verdicts, found, form) for form in comparison.FORMS}
     assert "36.37 / 36.00" in shown["text"] and "54.39 / 54.00" in shown["text"] and "53.66* / -" in shown["text"]
     assert "| Transformer | 36.37 / 36.00 |" in shown["markdown"] and "\n- Theirs: text of the paper" in shown["markdown"]
     assert r"Transformer & 36.37 / 36.00 &" in shown["latex"] and shown["latex"].count(r"\end{tabular}") == 3
@@ -225,23 +222,23 @@ def measurement(layer, length, batch_size=1, values=None, **other):
         dtype="float32", implementation=None, threads=1, hardware="a machine", finished_utc="2026-01-01T00:00:00Z",
         baseline="softmax", configuration=json.dumps(dataclasses.asdict(run)),
     )  # fmt: skip
-    return bench.Measurement(**{**words, **other})
+    return measurements.Measurement(**{**words, **other})
 
 
 @pytest.mark.usefixtures("nothing_shipped")
 def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
     rows = [measurement("performer", 1024, speed_ratio=1.3, memory_ratio=0.9), measurement("performer", 2048)]
-    bench.write(rows, tmp_path / "bench.csv")
+    measurements.write(rows, tmp_path / "bench.csv")
     found = ledger.read([tmp_path])
     wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
-    verdicts = {one.id: tables.judge(one, found) for one in wanted}
-    one = verdicts["lra.2.performer.text.1000.speed_ratio"]
+    judged = {one.id: verdicts.judge(one, found) for one in wanted}
+    one = judged["lra.2.performer.text.1000.speed_ratio"]
     assert (one.outcome, one.ours) == ("reproduced within tolerance", 1.3)
     assert one.difference == pytest.approx(1.3 / 1.2) and one.hardware == "a machine, batch 1, float32"
-    one = verdicts["lra.2.performer.text.1000.memory_ratio"]
+    one = judged["lra.2.performer.text.1000.memory_ratio"]
     assert one.outcome == "differs" and one.cell.expected == pytest.approx(0.37 / 0.85)
-    assert verdicts["lra.2.performer.text.4000.speed_ratio"].outcome == "not run"
-    assert "Ours: a machine, batch 1, float32." in tables.render("lra", "2", list(verdicts.values()), found)
+    assert judged["lra.2.performer.text.4000.speed_ratio"].outcome == "not run"
+    assert "Ours: a machine, batch 1, float32." in comparison.render("lra", "2", list(judged.values()), found)
     found_words = reproduce.bench_words(wanted, found, "out.csv", 1, device="a machine")
     words = "--model lra-text --modes train --layers softmax,performer --lengths 2000,3000,4000 --batch-size 1 --out out.csv"
     assert found_words == words.split()
@@ -263,8 +260,8 @@ def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
     ],
 )
 def test_a_measurement_of_another_model_is_no_answer(tmp_path, other):
-    bench.write([measurement("performer", 1024, speed_ratio=1.3, **other)], tmp_path / "bench.csv")
-    one = tables.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), ledger.read([tmp_path]))
+    measurements.write([measurement("performer", 1024, speed_ratio=1.3, **other)], tmp_path / "bench.csv")
+    one = verdicts.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), ledger.read([tmp_path]))
     assert one.outcome == "not run"
 
 
@@ -274,36 +271,38 @@ def test_the_newest_measurement_counts_wherever_it_stands(tmp_path):
     new, old = dated(1.2, "2026-03-01T00:00:00Z", hardware="new"), dated(9.0, "2026-02-01T00:00:00Z", hardware="old")
     for order in ([new, old], [old, new]):
         known = ledger.Ledger({}, order, {})
-        one = tables.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), known)
+        one = verdicts.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), known)
         assert (one.ours, one.hardware) == (1.2, "new, batch 1, float32")
     # A factor of 1.25 is tolerated, either way; a length of another twentieth is another.
     expected = one.cell.expected
     for factor, outcome in ((1.249, True), (1.251, False), (1 / 1.249, True), (1 / 1.251, False)):
         known = ledger.Ledger({}, [dated(expected * factor, None)], {})
-        assert (tables.judge(one.cell, known).outcome == "reproduced within tolerance") == outcome
+        assert (verdicts.judge(one.cell, known).outcome == "reproduced within tolerance") == outcome
     for length, found in ((1050, True), (1051, False), (950, True), (949, False)):
         known = ledger.Ledger({}, [measurement("performer", length, speed_ratio=1.2)], {})
-        assert (tables.judge(one.cell, known).outcome != "not run") == found
+        assert (verdicts.judge(one.cell, known).outcome != "not run") == found
 
 
 @pytest.mark.usefixtures("nothing_shipped")
 def test_the_baseline_is_no_reproduction(tmp_path):
     ratios = dict(speed_ratio=1.0, memory_ratio=1.0)
-    bench.write([measurement("softmax", 1024, **ratios), measurement("performer", 1024, **ratios)], tmp_path / "bench.csv")
+    measurements.write(
+        [measurement("softmax", 1024, **ratios), measurement("performer", 1024, **ratios)], tmp_path / "bench.csv"
+    )
     found = ledger.read([tmp_path])
     wanted = [one for one in cells.table("lra", "2") if one.row in ("Transformer", "Performer") and one.length == 1000]
-    verdicts = [tables.judge(one, found) for one in wanted]
+    judged = [verdicts.judge(one, found) for one in wanted]
     outcomes = ["baseline", "baseline", "reproduced within tolerance", "differs"]
-    assert [one.outcome for one in verdicts] == outcomes
-    assert "1 reproduced within tolerance; 1 differs; 0 not run; 0 cannot; 2 baseline." in tables.render(
-        "lra", "2", verdicts, found
+    assert [one.outcome for one in judged] == outcomes
+    assert "1 reproduced within tolerance; 1 differs; 0 not run; 0 cannot; 2 baseline." in comparison.render(
+        "lra", "2", judged, found
     )
 
 
 def test_the_measurements_that_come_with_the_package_answer():
-    verdicts = [tables.judge(one, ledger.read()) for one in cells.table("lra", "2")]
-    assert {one.cell.layer for one in verdicts if one.ours is not None} == {one.layer for one in cells._SPEED.values()}
-    assert not any(one.outcome == "not run" for one in verdicts)
+    judged = [verdicts.judge(one, ledger.read()) for one in cells.table("lra", "2")]
+    assert {one.cell.layer for one in judged if one.ours is not None} == {one.layer for one in cells._SPEED.values()}
+    assert not any(one.outcome == "not run" for one in judged)
 
 
 def test_estimates_grow_with_what_a_run_does():
@@ -333,6 +332,6 @@ def test_the_floors_that_come_with_the_package_stand_below_the_tables():
     found = ledger.read()
     root = found.floors["listops", "lra"]["root"]
     assert 0.33 < root.value < 0.39 and root.examples == 2000
-    verdicts = [tables.judge(cell(f"{TRANSFORMER}.listops"), found)]
-    (line,) = tables.floors(verdicts, found)
+    judged = [verdicts.judge(cell(f"{TRANSFORMER}.listops"), found)]
+    (line,) = comparison.floors(judged, found)
     assert line.startswith("Floors of listops/lra, %: chance 10, majority class 17.5, root operator alone 34.8")

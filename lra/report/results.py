@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import jax
 
-from subquad.lra import csvfile, markup
 from subquad.lra.checkpoints import RunError, line
+from subquad.lra.report import csv_rows, text_tables
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ REQUIRED = [one.name for one in dataclasses.fields(Result) if one.default is dat
 
 def network_floor(task: str, config: str) -> float | None:
     """What the small network of `data.probe` reached on a task of pictures, where that was measured: results/floors.csv."""
-    floors = csvfile.read(pathlib.Path(__file__).with_suffix("") / "floors.csv")
+    floors = csv_rows.read(pathlib.Path(__file__).parents[1] / "results" / "floors.csv")
     found = {(row["task"], row["config"]): row["value"] for row in floors if row["floor"] == "network"}
     return float(found[task, config]) if (task, config) in found else None
 
@@ -102,7 +102,7 @@ def configuration_hash(configuration: str | Mapping) -> str:
 def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]], bool] = lambda held: False) -> bool:
     """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
 
-    A file of an earlier version gets the columns that it lacks, empty. See `csvfile.write` for several processes.
+    A file of an earlier version gets the columns that it lacks, empty. See `csv_rows.write` for several processes.
 
     Args:
         unless: of the rows held, as text, whether to add nothing.
@@ -111,9 +111,9 @@ def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]
     """
     row = dataclasses.asdict(result)
     try:
-        return csvfile.write(path, FIELDS, [row], FIELDS, required=REQUIRED, unless=unless)
+        return csv_rows.write(path, FIELDS, [row], FIELDS, required=REQUIRED, unless=unless)
     except RunError as error:
-        raise RunError(f"{str(error).rstrip('.')}; the row was: {csvfile.text(row, FIELDS)}") from error
+        raise RunError(f"{str(error).rstrip('.')}; the row was: {csv_rows.text(row, FIELDS)}") from error
 
 
 def check(path: str | os.PathLike) -> None:
@@ -121,7 +121,7 @@ def check(path: str | os.PathLike) -> None:
 
     Raises: RunError.
     """
-    csvfile.check(path, FIELDS, REQUIRED)
+    csv_rows.check(path, FIELDS, REQUIRED)
 
 
 def failure(run, task, reason: str) -> Result:
@@ -182,7 +182,7 @@ def read(path: str | os.PathLike) -> list[Result]:
 
     Raises: RunError: the file has other columns.
     """
-    return csvfile.read(path, of_cells, FIELDS, REQUIRED)
+    return csv_rows.read(path, of_cells, FIELDS, REQUIRED)
 
 
 def of_cells(cells: Mapping[str, str]) -> Result:
@@ -253,7 +253,7 @@ def markdown(rows: Iterable[Result]) -> str:
     rows = list(rows)
     if not rows:
         return ""
-    return f"{markup.markdown(cells(rows))}\n\n{caption(rows)}\n"
+    return f"{text_tables.markdown(cells(rows))}\n\n{caption(rows)}\n"
 
 
 def caption(rows: Sequence[Result]) -> str:

@@ -5,12 +5,13 @@ import os
 import time
 from collections.abc import Callable
 
-from subquad.lra import csvfile, machine, results, sizes
+from subquad.lra import machine, sizes
 from subquad.lra.bench import programs
 from subquad.lra.progress import Work
 from subquad.lra.recipes import Run
-from subquad.lra.tables.costs import PROBE_FIELDS, Probe, training_flops
-from subquad.lra.tables.ledger import key
+from subquad.lra.report import csv_rows, results
+from subquad.lra.report.costs import PROBE_FIELDS, Probe, training_flops
+from subquad.lra.report.ledger import key
 from subquad.lra.tasks import Task
 
 
@@ -43,4 +44,4 @@ def write(probe: Probe, path: str | os.PathLike) -> None:
 
     Raises: RunError: the file cannot be written, or has other columns.
     """
-    csvfile.write(path, PROBE_FIELDS, [dataclasses.asdict(probe)], ("configuration_hash", "hardware"))
+    csv_rows.write(path, PROBE_FIELDS, [dataclasses.asdict(probe)], ("configuration_hash", "hardware"))

@@ -6,8 +6,8 @@ import os
 import statistics
 from collections.abc import Iterable, Sequence
 
-from subquad.lra.bench import MODES, Measurement, name_of, tokens
-from subquad.lra.results import Result, groups
+from subquad.lra.report.measurements import MODES, Measurement, name_of, tokens
+from subquad.lra.report.results import Result, groups
 
 # Where a label may stand around its point, in points, nearest first.
 PLACES = [
