@@ -203,10 +203,13 @@ def _spread(lengths: list[int], task: Task) -> str:
 
 def _check_pictures(report: Report, task: Task, splits: Mapping[str, Sequence], chance: float, steps: int) -> None:
     """Something has to tell the labels of pictures that it has not seen: a small network, or a rule made for the task."""
-    from subquad.lra.data import lines, probe
+    from subquad.lra.data import small_network
+    from subquad.lra.data.pathfinder import line_following
 
     with Work(f"{task.name}/{task.config}: a small network"):
-        reached, count = probe.accuracy(splits, task.image_shape, task.num_classes, task.vocabulary_size - 1, steps=steps)
+        reached, count = small_network.accuracy(
+            splits, task.image_shape, task.num_classes, task.vocabulary_size - 1, steps=steps
+        )
     # Three standard deviations of guessing.
     needed = chance + 3 * (chance * (1 - chance) / count) ** 0.5
     above = f"above chance from {100 * needed:.1f} %"
@@ -215,7 +218,7 @@ def _check_pictures(report: Report, task: Task, splits: Mapping[str, Sequence], 
     if reached < needed and task.name == "pathfinder":
         # Whose labels take a network more pictures and steps than that.
         with Work(f"{task.name}/{task.config}: following the lines"):
-            reached, count = lines.accuracy(splits, task.image_shape[0])
+            reached, count = line_following.accuracy(splits, task.image_shape[0])
         report.lines.append(f"  lines     {100 * reached:.1f} % by following them from disc to disc; {above}")
         who = "neither a small network nor following the lines tells their labels"
     if reached >= needed:

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.data import catalogue, encodings, floors, listops
+from subquad.lra.data import catalogue, encodings, floors
+from subquad.lra.data.listops import expressions
 from subquad.lra.data.offline import corpora
 
 Kind = Literal["classification", "pair", "language_model"]
@@ -63,17 +64,17 @@ def _task(name: str, config: str, dataset: str, length: int, num_classes: int, s
 
 def _listops(config: str, length: int) -> Task:
     return _task(
-        "listops", config, f"lra_listops/{config}", length, listops.NUM_CLASSES,
+        "listops", config, f"lra_listops/{config}", length, expressions.NUM_CLASSES,
         f"Nangia and Bowman 2018, arXiv 1804.06028; {_ARENA}", floors=floors.root,
         # The arena's vocabulary has one more symbol, for unknown ones, which never occurs.
-        vocabulary_size=listops.VOCABULARY_SIZE + (config not in ("small", "tiny")),
+        vocabulary_size=expressions.VOCABULARY_SIZE + (config not in ("small", "tiny")),
         note="the arena's own files" if config == "release" else "",
     )  # fmt: skip
 
 
 def _every() -> list[Task]:
     # The longest expression, but in the arena's form the round number above it, which the arena pads to.
-    lengths = {name: config.max_length - (name in ("small", "tiny")) for name, config in listops.CONFIGS.items()}
+    lengths = {name: config.max_length - (name in ("small", "tiny")) for name, config in expressions.CONFIGS.items()}
     imdb = f"Maas et al. 2011, IMDb; {_ARENA}"
     return [
         *(_listops(config, length) for config, length in {**lengths, "release": 2000}.items()),

@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from subquad.lra import prepare
-from subquad.lra.data import probe, store
+from subquad.lra.data import small_network, store
 from subquad.lra.progress import Work
 from subquad.lra.report import csv_rows, results
 from subquad.lra.report.ledger import FLOOR_FIELDS, Floor
@@ -33,7 +33,7 @@ def measure(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: 
     if task.image_shape and cnn_steps:
         levels = task.vocabulary_size - 1
         with Work(f"{task.name}/{task.config}: a small network"):
-            value, count = probe.accuracy(splits, task.image_shape, task.num_classes, levels, steps=cnn_steps)
+            value, count = small_network.accuracy(splits, task.image_shape, task.num_classes, levels, steps=cnn_steps)
         found.append(Floor(floor="network", value=value, examples=count, **shared))
     return found
 

@@ -16,7 +16,8 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.lra import models, optim, protocols, recipes, tasks
-from subquad.lra.data import catalogue, encodings, listops, pipeline
+from subquad.lra.data import catalogue, encodings, pipeline
+from subquad.lra.data.listops import expressions
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.report import cells, ledger, published, verdicts
 from subquad.zoo import LAYERS
@@ -75,13 +76,13 @@ def test_token_ids_do_not_depend_on_the_process():  # 4
     code = "import runpy, sys; print(list(set(sys.argv[2:]))); print(runpy.run_path(sys.argv[1])['tokenise']('[SM 9 1 ]'))"
     runs = [
         subprocess.run(
-            [sys.executable, "-S", "-c", code, listops.__file__, *words], env={"PYTHONHASHSEED": seed}, capture_output=True,
+            [sys.executable, "-S", "-c", code, expressions.__file__, *words], env={"PYTHONHASHSEED": seed}, capture_output=True,
             text=True, check=True,
         ).stdout.splitlines()
         for seed in ("1", "2")
     ]  # fmt: skip
     assert runs[0][0] != runs[1][0]  # the order of a set, which the released ids follow
-    assert runs[0][1] == runs[1][1] == str(listops.tokenise("[SM 9 1 ]"))
+    assert runs[0][1] == runs[1][1] == str(expressions.tokenise("[SM 9 1 ]"))
 
 
 def test_black_pixels_are_attended_to():  # 5

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from subquad.lra import prepare, progress, tasks
-from subquad.lra.data import catalogue, floors, lines, pathfinder, probe, store
-from tests.lra import archives
+from subquad.lra.data import catalogue, floors, small_network, store
+from subquad.lra.data.pathfinder import line_following, pictures
+from tests.lra.data import archives
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +60,16 @@ def test_a_missing_folder_of_pathfinder_is_asked_for_whole(tmp_path, capsys):
 
 
 def test_pathfinders_records_are_those_of_its_generator():
-    assert set(catalogue.PATHFINDER_CONFIGS) == set(pathfinder.CONFIGS)
-    for name, config in pathfinder.CONFIGS.items():
+    assert set(catalogue.PATHFINDER_CONFIGS) == set(pictures.CONFIGS)
+    for name, config in pictures.CONFIGS.items():
         found = catalogue.find(f"lra_pathfinder/{name}")
-        assert dict(config.splits) == found.sizes and found.version == pathfinder.VERSION
+        assert dict(config.splits) == found.sizes and found.version == pictures.VERSION
         assert tasks.find("pathfinder", name).image_shape == (config.size, config.size)
 
 
 def test_pathfinder_is_read_as_shifted_pixels(tmp_path):
     splits, _ = store.load("lra_pathfinder/tiny", tmp_path)
-    picture = next(pathfinder.generate(pathfinder.CONFIGS["tiny"], "train")).image
+    picture = next(pictures.generate(pictures.CONFIGS["tiny"], "train")).image
     assert np.array_equal(splits["train"][0]["inputs"], picture.reshape(-1).astype(int) + 1)
     assert np.array_equal(splits["train"][0]["inputs"], store.generate("lra_pathfinder/tiny")["train"][0]["inputs"])
     assert splits["train"][0]["inputs"].min() == 1  # black, and no padding
@@ -148,7 +149,7 @@ def test_blank_pictures_are_a_fault_where_there_are_many(blank, faults):
     assert [f"train has {blank} pictures of one colour" in fault for fault in report.faults].count(True) == faults
 
 
-def pictures(count, seed, noise=False):
+def drawn_pictures(count, seed, noise=False):
     """Class 0 is bright above, class 1 below; or the label has nothing to do with the picture."""
     draw = np.random.default_rng(seed)
     examples = []
@@ -162,8 +163,8 @@ def pictures(count, seed, noise=False):
 
 @pytest.mark.parametrize("noise", [False, True], ids=["good", "labels shuffled"])
 def test_the_network_learns_where_there_is_something_to_learn(noise):
-    splits = {"train": pictures(400, 0, noise), "test": pictures(300, 1, noise)}
-    reached, count = probe.accuracy(splits, (8, 8), 2, 256, steps=60)
+    splits = {"train": drawn_pictures(400, 0, noise), "test": drawn_pictures(300, 1, noise)}
+    reached, count = small_network.accuracy(splits, (8, 8), 2, 256, steps=60)
     assert count == 300
     assert (reached > 0.9) != noise
     task = tasks.find("digits", "offline")
@@ -174,11 +175,11 @@ def test_the_network_learns_where_there_is_something_to_learn(noise):
 
 def drawn(count, split, noise):
     """Easy pictures; or labels that have nothing to do with them, as in the faulty folder of the arena's archive."""
-    config = dataclasses.replace(pathfinder.CONFIGS["32_easy"], splits=((split, count),), seed=ord(split[1]))
+    config = dataclasses.replace(pictures.CONFIGS["32_easy"], splits=((split, count),), seed=ord(split[1]))
     guesses = np.random.default_rng(len(split)).integers(0, 2, count)
     return [
         {"inputs": one.image.reshape(-1).astype(int) + 1, "label": int(guess if noise else one.label)}
-        for one, guess in zip(pathfinder.generate(config, split), guesses, strict=True)
+        for one, guess in zip(pictures.generate(config, split), guesses, strict=True)
     ]
 
 
@@ -194,7 +195,7 @@ def test_pathfinders_labels_are_told_by_its_lines_or_it_is_a_fault(noise):
 
 
 def test_too_few_pictures_show_nothing_and_the_check_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "accuracy", lambda splits, side: (0.5, 16))
+    monkeypatch.setattr(line_following, "accuracy", lambda splits, side: (0.5, 16))
     assert prepare.prepare(["pathfinder/tiny"], tmp_path) == 0
     report = prepare.check("pathfinder/tiny", tmp_path, cnn_steps=5)
     assert report.faults == [] and report.lines[-1].startswith("  NOT SHOWN that pictures and labels belong together: 16 ")
@@ -227,7 +228,7 @@ def test_whatever_prepare_and_check_wait_for_is_shown(tmp_path, monkeypatch, cap
     labels = []
     begin = progress.Work._begin
     monkeypatch.setattr(progress.Work, "_begin", lambda work: labels.append((work.label, work.total)) or begin(work))
-    monkeypatch.setattr(lines, "accuracy", lambda splits, side: (0.5, 16))
+    monkeypatch.setattr(line_following, "accuracy", lambda splits, side: (0.5, 16))
     words = ["listops/tiny", "pathfinder/tiny"]
     assert prepare.prepare(words, tmp_path) == 0
     assert ("lra_listops/tiny", 384) in labels and ("lra_pathfinder/tiny", 96) in labels

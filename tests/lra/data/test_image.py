@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 
 from subquad.lra import tasks
-from subquad.lra.data import image, sources, store
-from tests.lra import archives
+from subquad.lra.data import sources, store
+from subquad.lra.data.image import cifar10
+from tests.lra.data import archives
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar")
-    with archives.trusted("lra_image", image.URL, archives.cifar(folder / "manual")):
+    with archives.trusted("lra_image", cifar10.URL, archives.cifar(folder / "manual")):
         store.prepare("lra_image/lra", folder / "data", folder / "manual")
     return folder / "data"
 
@@ -44,7 +45,7 @@ def test_tokens_are_grey_values_plus_one_row_by_row(splits):
     for index in range(10):
         stored, tokens = splits["test"].stored(index)["image"], splits["test"][index]["inputs"]
         assert tokens.shape == (task.length,) and tokens.min() >= 1 and tokens.max() < task.vocabulary_size
-        assert tokens[33] == image.grey(stored[1, 1]) + 1
+        assert tokens[33] == cifar10.grey(stored[1, 1]) + 1
 
 
 def test_black_is_no_padding(splits):
@@ -56,14 +57,19 @@ def test_black_is_no_padding(splits):
 def test_grey_by_the_formula():
     draw = np.random.default_rng(0).integers(0, 256, (500, 3), np.uint8)
     exact = 255.5 * (draw @ np.array([0.2989, 0.5870, 0.1140])) / 255
-    assert np.abs(image.grey(draw) - np.floor(exact)).max() <= (np.abs(exact - np.round(exact)) < 1e-3).any()
-    assert image.grey(np.array([[255, 255, 255], [0, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)).tolist() == [255, 0, 149, 29]
+    assert np.abs(cifar10.grey(draw) - np.floor(exact)).max() <= (np.abs(exact - np.round(exact)) < 1e-3).any()
+    assert cifar10.grey(np.array([[255, 255, 255], [0, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)).tolist() == [
+        255,
+        0,
+        149,
+        29,
+    ]
 
 
 def test_the_file_that_is_published():
     builder = store.catalogue.find("lra_image/lra").module().Builder
     (url,) = builder.url_infos
-    assert url == image.URL and builder.url_infos[url].size == image.SIZE
+    assert url == cifar10.URL and builder.url_infos[url].size == cifar10.SIZE
     assert builder.url_infos[url].checksum.startswith("c4a38c50a1bc5f3a")
 
 
@@ -78,4 +84,4 @@ def test_what_is_not_whole_is_refused(tmp_path, damage):
         files["data_batch_4.bin"] = bytes([200]) + bytes(3072)
     path = archives.pack(tmp_path / "cifar-10-binary.tar.gz", files)
     with pytest.raises(sources.DatasetError, match=r"lra_image: .*data_batch_4\.bin"):
-        list(image.images(path, "train"))
+        list(cifar10.images(path, "train"))

@@ -9,25 +9,25 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from subquad.lra.data import pathfinder, sources
-from subquad.lra.data.lra_pathfinder import blocks, release
+from subquad.lra.data import sources
+from subquad.lra.data.pathfinder import blocks, pictures, released_folders
 
 
 @dataclasses.dataclass
 class BuilderConfig(tfds.core.BuilderConfig):
     """What to draw and on how many processes (None: every core), or which folder of the release to read."""
 
-    drawn: pathfinder.Config | None = None
-    source: release.Source | None = None
+    drawn: pictures.Config | None = None
+    source: released_folders.Source | None = None
     processes: int | None = None
-    block: int = pathfinder.BLOCK
+    block: int = pictures.BLOCK
 
     @property
     def size(self) -> int:
         return (self.source or self.drawn).size
 
 
-def _described(config: pathfinder.Config) -> str:
+def _described(config: pictures.Config) -> str:
     splits = ", ".join(f"{size} {split}" for split, size in config.splits)
     return f"{config.size} x {config.size}, contours of {config.contour_length} segments, {splits}"
 
@@ -38,18 +38,18 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     # Told, because TFDS would look them up from the root package, which in an editable install has no folder.
     code_path = epath.Path(__file__)
     pkg_dir_path = epath.Path(__file__).parent
-    VERSION = tfds.core.Version(pathfinder.VERSION)
-    RELEASE_NOTES = {pathfinder.VERSION: "First release."}
+    VERSION = tfds.core.Version(pictures.VERSION)
+    RELEASE_NOTES = {pictures.VERSION: "First release."}
     BUILDER_CONFIGS = [
-        BuilderConfig(name=name, description=_described(config), drawn=config) for name, config in pathfinder.CONFIGS.items()
+        BuilderConfig(name=name, description=_described(config), drawn=config) for name, config in pictures.CONFIGS.items()
     ] + [
         BuilderConfig(
             name=f"release_{size}_{level}",
             description=f"The arena's own pathfinder{size}/{folder}",
-            source=release.Source(size, level),
+            source=released_folders.Source(size, level),
         )
-        for size in pathfinder.SIZES
-        for level, folder in release.FOLDERS.items()
+        for size in pictures.SIZES
+        for level, folder in released_folders.FOLDERS.items()
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"For `release_*` put the unpacked folders of {sources.RELEASE_URL} there, or that file."
 
@@ -58,7 +58,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         features = {
             # A plain tensor: TFDS's image features would need TensorFlow to be written.
             "image": tfds.features.Tensor(shape=(size, size, 1), dtype=np.uint8, encoding="zlib"),
-            "label": tfds.features.ClassLabel(num_classes=pathfinder.NUM_CLASSES),
+            "label": tfds.features.ClassLabel(num_classes=pictures.NUM_CLASSES),
         }
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features),
@@ -88,10 +88,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             }
         # Beside the data set, where there is room; whoever prepares removes it.
         self.scratch = tempfile.TemporaryDirectory(dir=pathlib.Path(dl_manager.download_dir))
-        folder = release.fetch(config.source, self._manual_dir(dl_manager), pathlib.Path(self.scratch.name))
-        every = release.samples(folder)
+        folder = released_folders.fetch(config.source, self._manual_dir(dl_manager), pathlib.Path(self.scratch.name))
+        every = released_folders.samples(folder)
         return {
-            split: self._generate_examples(release.images(release.split(every, split), config.size))
+            split: self._generate_examples(released_folders.images(released_folders.split(every, split), config.size))
             for split in ("train", "validation", "test")
         }
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from subquad.lra.data import contours, pathfinder
+from subquad.lra.data.pathfinder import contours, pictures
 
-CONFIGS = pathfinder.CONFIGS
+CONFIGS = pictures.CONFIGS
 
 
 COUNTS = {"tiny": 512, "32_hard": 128, "32_hard_all_directions": 64, "64_hard": 32, "128_hard": 16, "256_hard": 16}
@@ -15,10 +15,10 @@ COUNTS = {"tiny": 512, "32_hard": 128, "32_hard_all_directions": 64, "64_hard": 
 
 @functools.cache
 def drawn(name: str):
-    return pathfinder.draw(CONFIGS[name], range(COUNTS[name]))
+    return pictures.draw(CONFIGS[name], range(COUNTS[name]))
 
 
-# A change here changes the data that every published number was measured on: it needs a new pathfinder.VERSION.
+# A change here changes the data that every published number was measured on: it needs a new pictures.VERSION.
 GOLDEN = {
     ("1.0.0", "tiny", 8): "fec42341a174e931",
     ("1.0.0", "32_hard", 4): "5d02c2b9f2a1eff4",
@@ -31,9 +31,9 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("version", "name", "count"), GOLDEN)
 def test_first_images_are_golden(version, name, count):
-    assert version == pathfinder.VERSION
+    assert version == pictures.VERSION
     digest = hashlib.sha256()
-    for one in pathfinder.draw(CONFIGS[name], range(count)):
+    for one in pictures.draw(CONFIGS[name], range(count)):
         digest.update(one.image.tobytes() + bytes([one.label]))
     assert digest.hexdigest()[:16] == GOLDEN[version, name, count]
 
@@ -155,13 +155,13 @@ def test_published_first_contours_set_out_up_and_left_alone():
 def test_an_image_is_a_function_of_seed_and_index_alone(monkeypatch):
     config = CONFIGS["32_hard"]
     together = drawn("32_hard")
-    alone = pathfinder.draw(config, range(20, 23))
+    alone = pictures.draw(config, range(20, 23))
     monkeypatch.setattr(contours, "POOL_BYTES", 0)  # the narrowest pool
-    narrow = pathfinder.draw(config, range(32))
+    narrow = pictures.draw(config, range(32))
     for one, other in [*zip(together[20:23], alone, strict=True), *zip(together[:32], narrow, strict=True)]:
         assert np.array_equal(one.image, other.image)
         assert (one.label, one.attempts) == (other.label, other.attempts)
-    other = pathfinder.draw(replace(config, seed=1), range(20, 23))
+    other = pictures.draw(replace(config, seed=1), range(20, 23))
     assert not any(np.array_equal(one.image, two.image) for one, two in zip(alone, other, strict=True))
 
 
@@ -173,14 +173,14 @@ def test_labels_are_balanced_and_images_differ():
 
 def test_splits_are_ranges_of_indices():
     config = CONFIGS["32_hard"]
-    ranges = [pathfinder.split_range(config, split) for split in ("train", "validation", "test")]
+    ranges = [pictures.split_range(config, split) for split in ("train", "validation", "test")]
     assert ranges == [range(160_000), range(160_000, 180_000), range(180_000, 200_000)]
-    test = list(pathfinder.generate(CONFIGS["tiny"], "test"))
+    test = list(pictures.generate(CONFIGS["tiny"], "test"))
     assert len(test) == 16
     for example, one in zip(test, drawn("tiny")[80:96], strict=True):
         assert np.array_equal(example.image, one.image) and example.label == one.label
     with pytest.raises(ValueError, match="pathfinder: split must be one of train, validation, test, got 'dev'"):
-        pathfinder.generate(config, "dev")
+        pictures.generate(config, "dev")
 
 
 def test_published_configurations():

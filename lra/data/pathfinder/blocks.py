@@ -22,14 +22,14 @@ from dataclasses import astuple
 
 import numpy as np
 
-from subquad.lra.data import pathfinder
+from subquad.lra.data.pathfinder import pictures
 from subquad.lra.progress import clock
 
 
-def working_folder(parent: pathlib.Path, config: pathfinder.Config) -> pathlib.Path:
+def working_folder(parent: pathlib.Path, config: pictures.Config) -> pathlib.Path:
     """The folder in `parent` for a configuration's blocks; another configuration or version has another."""
-    fingerprint = hashlib.sha256(repr((pathfinder.VERSION, astuple(config))).encode()).hexdigest()[:8]
-    return parent / f"unfinished-{pathfinder.VERSION}-{fingerprint}"
+    fingerprint = hashlib.sha256(repr((pictures.VERSION, astuple(config))).encode()).hexdigest()[:8]
+    return parent / f"unfinished-{pictures.VERSION}-{fingerprint}"
 
 
 def cores() -> int:
@@ -37,9 +37,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def render(
-    config: pathfinder.Config, folder: pathlib.Path, *, processes: int | None = None, block: int = pathfinder.BLOCK
-) -> None:
+def render(config: pictures.Config, folder: pathlib.Path, *, processes: int | None = None, block: int = pictures.BLOCK) -> None:
     """Draws all images of a configuration into `folder`; whole blocks in it are kept.
 
     Progress and the time left, as measured on the images drawn so far, go to stderr.
@@ -92,7 +90,7 @@ def _follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _ranges(config: pathfinder.Config, block: int) -> list[range]:
+def _ranges(config: pictures.Config, block: int) -> list[range]:
     total = sum(size for _, size in config.splits)
     return [range(start, min(start + block, total)) for start in range(0, total, block)]
 
@@ -101,10 +99,10 @@ def _file(folder: pathlib.Path, indices: range) -> pathlib.Path:
     return folder / f"{indices.start:07}-{indices.stop:07}.block"
 
 
-def _render_block(config: pathfinder.Config, folder: pathlib.Path, indices: range) -> float:
+def _render_block(config: pictures.Config, folder: pathlib.Path, indices: range) -> float:
     """Draws one block into its file; the seconds that it took."""
     began = time.perf_counter()
-    drawings = pathfinder.draw(config, indices)
+    drawings = pictures.draw(config, indices)
     payload = bytes(one.label for one in drawings) + b"".join(one.image.tobytes() for one in drawings)
     packed = zlib.compress(payload)
     path = _file(folder, indices)
@@ -114,7 +112,7 @@ def _render_block(config: pathfinder.Config, folder: pathlib.Path, indices: rang
     return time.perf_counter() - began
 
 
-def _load(config: pathfinder.Config, folder: pathlib.Path, indices: range) -> tuple[np.ndarray, np.ndarray] | None:
+def _load(config: pictures.Config, folder: pathlib.Path, indices: range) -> tuple[np.ndarray, np.ndarray] | None:
     """Images [n, S, S] and labels [n] of a block, or None where its file is missing or damaged."""
     try:
         content = _file(folder, indices).read_bytes()
@@ -127,13 +125,13 @@ def _load(config: pathfinder.Config, folder: pathlib.Path, indices: range) -> tu
 
 
 def read(
-    config: pathfinder.Config, folder: pathlib.Path, split: str, *, block: int = pathfinder.BLOCK
-) -> Iterator[pathfinder.Example]:
+    config: pictures.Config, folder: pathlib.Path, split: str, *, block: int = pictures.BLOCK
+) -> Iterator[pictures.Example]:
     """One split's examples out of the blocks that `render` wrote.
 
     Raises: OSError: a block is missing or damaged.
     """
-    wanted = pathfinder.split_range(config, split)
+    wanted = pictures.split_range(config, split)
     for indices in _ranges(config, block):
         shared = range(max(indices.start, wanted.start), min(indices.stop, wanted.stop))
         if not shared:
@@ -142,7 +140,7 @@ def read(
         if loaded is None:
             raise OSError(f"pathfinder: {_file(folder, indices)} must be a whole block, got none. Run again to draw it anew.")
         for image, label in zip(*(part[shared.start - indices.start :][: len(shared)] for part in loaded), strict=True):
-            yield pathfinder.Example(image, int(label))
+            yield pictures.Example(image, int(label))
 
 
 class _Progress:

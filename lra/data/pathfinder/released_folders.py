@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from subquad.lra.data import pathfinder, sources
+from subquad.lra.data import sources
+from subquad.lra.data.pathfinder import pictures
 
 # Images of a folder, bytes of a picture's file beside its pixels, bytes of a file of metadata, which lists a thousand.
 IMAGES, SPARE, LARGEST_LIST = 200_000, 4_096, 10_000_000
@@ -139,7 +140,7 @@ def split(every: list[Sample], name: str) -> list[Sample]:
     return every[len(every) * ends[0] // 10 : len(every) * ends[1] // 10]
 
 
-def images(listed: list[Sample], size: int) -> Iterator[pathfinder.Example]:
+def images(listed: list[Sample], size: int) -> Iterator[pictures.Example]:
     """The images, in grey.
 
     Raises: DatasetError: a file is no image, or one of another size.
@@ -157,4 +158,4 @@ def images(listed: list[Sample], size: int) -> Iterator[pathfinder.Example]:
             raise sources.DatasetError(
                 f"release: {path} must be an image of {size} x {size}, got {error!s:.100}. Unpack the archive again."
             ) from None
-        yield pathfinder.Example(image, label)
+        yield pictures.Example(image, label)

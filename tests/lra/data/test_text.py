@@ -11,14 +11,15 @@ import pytest
 import tensorflow_datasets as tfds
 
 from subquad.lra import tasks
-from subquad.lra.data import catalogue, pipeline, sources, store, text
-from tests.lra import archives
+from subquad.lra.data import catalogue, pipeline, sources, store
+from subquad.lra.data.text import imdb
+from tests.lra.data import archives
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imdb")
-    with archives.trusted("lra_text", text.URL, archives.imdb(folder / "manual")):
+    with archives.trusted("lra_text", imdb.URL, archives.imdb(folder / "manual")):
         store.prepare("lra_text/lra", folder / "data", folder / "manual")
     return folder / "data"
 
@@ -37,7 +38,7 @@ def test_every_labelled_review_and_no_other(built):
     splits, source = store.load("lra_text/lra", built)
     assert documents(splits["train"]) == expected("train") and len(expected("train")) == 20
     assert documents(splits["test"]) == expected("test")
-    assert source == f"lra_text/lra:{text.VERSION} array_record"
+    assert source == f"lra_text/lra:{imdb.VERSION} array_record"
 
 
 def test_tokens_are_bytes_plus_one(built):
@@ -76,7 +77,7 @@ def test_a_wrong_checksum_is_reported_and_leaves_no_data_set(tmp_path):
     file = f"lra_text/modern: file {tmp_path}/manual/aclImdb_v1.tar.gz"
     assert message.startswith(f"{file} must have 84,125,825 bytes, sha256 c40f74a1")
     assert f"got {(tmp_path / 'manual' / 'aclImdb_v1.tar.gz').stat().st_size:,} bytes" in message
-    assert message.endswith(f"Delete it and fetch {text.URL} again.")
+    assert message.endswith(f"Delete it and fetch {imdb.URL} again.")
     assert not store.folder_of("lra_text/modern", tmp_path / "data").exists()
 
 
@@ -84,7 +85,7 @@ def test_a_wrong_checksum_is_reported_and_leaves_no_data_set(tmp_path):
 def test_an_archive_cut_short_is_reported(tmp_path, keep):
     path = archives.imdb(tmp_path / "manual")
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    with archives.trusted("lra_text", text.URL, path), pytest.raises(store.DatasetError, match="whole gzipped tar|got none"):
+    with archives.trusted("lra_text", imdb.URL, path), pytest.raises(store.DatasetError, match="whole gzipped tar|got none"):
         store.prepare("lra_text/lra", tmp_path / "data", tmp_path / "manual")
     assert not store.folder_of("lra_text/lra", tmp_path / "data").exists()
 
@@ -98,9 +99,9 @@ def closed_port() -> int:
 def elsewhere(monkeypatch, url):
     """The data set's file at another address."""
     found = catalogue.DATASETS["lra_text/lra"]
-    moved = dataclasses.replace(found, source=sources.Download(url, text.SIZE))
+    moved = dataclasses.replace(found, source=sources.Download(url, imdb.SIZE))
     monkeypatch.setitem(catalogue.DATASETS, "lra_text/lra", moved)
-    monkeypatch.setattr(text, "URL", url)
+    monkeypatch.setattr(imdb, "URL", url)
     monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
 
 

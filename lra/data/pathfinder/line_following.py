@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subquad.lra.data import probe
+from subquad.lra.data import small_network
 
 # Larger pictures are shrunk to this side.
 SIDE = 64
@@ -32,7 +32,8 @@ def accuracy(splits: Mapping[str, Sequence], side: int) -> tuple[float, int]:
     """
     shrink = max(1, side // SIDE)
     (seen, labels), (unseen, answers) = (
-        _described(splits[split], most, side, shrink) for split, most in (("train", probe.TRAIN), ("test", probe.TEST))
+        _described(splits[split], most, side, shrink)
+        for split, most in (("train", small_network.TRAIN), ("test", small_network.TEST))
     )
     mean, scale = seen.mean(0), seen.std(0) + 1e-6
     inputs, others = (_products((features - mean) / scale) for features in (seen, unseen))
@@ -41,7 +42,7 @@ def accuracy(splits: Mapping[str, Sequence], side: int) -> tuple[float, int]:
 
 
 def _described(examples: Sequence, most: int, side: int, shrink: int) -> tuple[np.ndarray, np.ndarray]:
-    pictures, labels = probe.read(examples, most, (side, side))
+    pictures, labels = small_network.read(examples, most, (side, side))
     pictures = pictures.reshape(-1, side // shrink, shrink, side // shrink, shrink).max((2, 4))
     blocks = (pictures[start : start + BATCH] / np.float32(255) for start in range(0, len(pictures), BATCH))
     return np.concatenate([_features(block, RADII[side] / shrink) for block in blocks]).astype(float), labels

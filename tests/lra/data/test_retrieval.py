@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from subquad.lra import tasks
-from subquad.lra.data import pipeline, retrieval, sources, store
-from tests.lra import archives
+from subquad.lra.data import pipeline, sources, store
+from subquad.lra.data.retrieval import paper_pairs
+from tests.lra.data import archives
 
 NAME = "lra_retrieval/lra"
 WORDS = {"train": "train", "validation": "eval", "test": "test"}
@@ -79,7 +80,7 @@ def test_a_batch_has_two_sequences(splits):
 def test_a_line_of_another_form_is_named(tmp_path, line, said):
     (tmp_path / "file.tsv").write_bytes(b"1.0\ta\tb\tc\td\n" + line + b"\n")
     with pytest.raises(sources.DatasetError, match=f"file.tsv:2 {said}"):
-        list(retrieval.pairs(tmp_path / "file.tsv"))
+        list(paper_pairs.pairs(tmp_path / "file.tsv"))
 
 
 def test_missing_files_are_named_with_size_address_and_folder(tmp_path):
@@ -112,4 +113,4 @@ def test_a_killed_build_leaves_no_data_set(tmp_path):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (parent / retrieval.VERSION).exists()
+    assert not (parent / paper_pairs.VERSION).exists()

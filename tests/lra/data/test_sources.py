@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from subquad.lra.data import image, listops, release, retrieval, sources, text
-from subquad.lra.data.lra_pathfinder import release as folders
-from tests.lra import archives
+from subquad.lra.data import sources
+from subquad.lra.data.image import cifar10
+from subquad.lra.data.listops import expressions, released_files
+from subquad.lra.data.pathfinder import released_folders
+from subquad.lra.data.retrieval import paper_pairs
+from subquad.lra.data.text import imdb
+from tests.lra.data import archives
 
 FILE = "basic_train.tsv"
 
@@ -81,33 +85,33 @@ def test_links_and_large_files_that_nobody_asks_for_are_passed_over(tmp_path):
 
 
 def test_a_folder_of_pictures_has_pictures_of_its_size(tmp_path):
-    source = folders.Source(32, "easy")
-    fetch = lambda manual, scratch: folders.fetch(source, manual, scratch)
+    source = released_folders.Source(32, "easy")
+    fetch = lambda manual, scratch: released_folders.fetch(source, manual, scratch)
     members = [(f"{source.folder}/imgs/1/sample_0.png", np.random.default_rng(0).bytes(4 * 32 * 32 + 4_097))]
     assert refused(tmp_path, members, "hold files such as this one of at most 8,192 bytes, got path.* of 8,193", fetch) == []
 
 
 def test_reviews_and_images_are_no_larger_than_they_can_be(tmp_path):
     incompressible = np.random.default_rng(0).bytes
-    review = archives.pack(tmp_path / "reviews.tar.gz", {"aclImdb/test/pos/0_9.txt": incompressible(text.LARGEST + 1)})
+    review = archives.pack(tmp_path / "reviews.tar.gz", {"aclImdb/test/pos/0_9.txt": incompressible(imdb.LARGEST + 1)})
     with pytest.raises(sources.DatasetError, match="of at most 100,000 bytes, got aclImdb/test/pos/0_9.txt of 100,001"):
-        list(text.reviews(review, "test"))
+        list(imdb.reviews(review, "test"))
     file = {"cifar-10-batches-bin/test_batch.bin": incompressible(2 * 3073)}
     batch = archives.pack(tmp_path / "images.tar.gz", file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image, "_IMAGES", 1)
+        patch.setattr(cifar10, "_IMAGES", 1)
         with pytest.raises(sources.DatasetError, match="of at most 3,073 bytes, got .*/test_batch.bin of 6,146"):
-            list(image.images(batch, "test"))
+            list(cifar10.images(batch, "test"))
 
 
 def test_a_small_file_with_a_huge_picture_is_not_unpacked(tmp_path, monkeypatch):
     Image.new("1", (9_000, 9_000)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(sources.DatasetError, match="must be an image of 32 x 32, got an image of 9000 x 9000. Unpack"):
-        list(folders.images([folders.Sample(tmp_path / "huge.png", 0)], 32))
+        list(released_folders.images([released_folders.Sample(tmp_path / "huge.png", 0)], 32))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # at twice as many Pillow itself refuses
     with pytest.raises(sources.DatasetError, match="must be an image of 32 x 32, got Image size"):
-        list(folders.images([folders.Sample(tmp_path / "huge.png", 0)], 32))
+        list(released_folders.images([released_folders.Sample(tmp_path / "huge.png", 0)], 32))
 
 
 def npy(shape, data=b""):
@@ -120,20 +124,20 @@ def test_metadata_that_are_no_list_are_told_by_name(content, tmp_path):
     (tmp_path / "metadata").mkdir()
     (tmp_path / "metadata" / "1.npy").write_bytes(content)
     with pytest.raises(sources.DatasetError, match=f"release: {tmp_path}/metadata/1.npy must list images") as caught:
-        folders.samples(tmp_path)
+        released_folders.samples(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_lines_that_are_no_rows_are_told_by_number(tmp_path, monkeypatch):
     path = tmp_path / "pairs.tsv"
-    monkeypatch.setattr(retrieval, "LONGEST", 20)
+    monkeypatch.setattr(paper_pairs, "LONGEST", 20)
     path.write_bytes(b"1.0\ta\tb\tc\td\n" + b"x" * 30)
     with pytest.raises(sources.DatasetError, match="pairs.tsv:2 must be shorter than 20 bytes"):
-        list(retrieval.pairs(path))
+        list(paper_pairs.pairs(path))
     good = b"Source\tTarget\r\n( ( ( [MAX 4 ) 3 ) ] )\t4\r\n"
     for bad in (b"\xff\xfe\t1\r\n", b"x" * 200_000 + b"\t1\r\n"):
         path.write_bytes(good + bad)
-        rows = release.expressions(path)
-        assert isinstance(next(rows), listops.Example)
+        rows = released_files.examples(path)
+        assert isinstance(next(rows), expressions.Example)
         with pytest.raises(sources.DatasetError, match="pairs.tsv:[23] must hold an expression and its value, got "):
             next(rows)

@@ -1,8 +1,9 @@
 import pytest
 
 from subquad.lra import tasks
-from subquad.lra.data import listops, release, sources, store
-from tests.lra import archives
+from subquad.lra.data import sources, store
+from subquad.lra.data.listops import expressions, released_files
+from tests.lra.data import archives
 
 NAME = "lra_listops/release"
 NESTED = "( ( ( ( [MAX 4 ) 3 ) ( ( ( [MIN 2 ) 3 ) ] ) ) ] )"
@@ -24,7 +25,7 @@ def test_tokens_of_the_arenas_nested_form_are_golden(tmp_path):
         assert first["inputs"].tolist() == [12, 5, 4, 11, 3, 4, 15, 15] and first["label"] == 4
         assert second["inputs"].tolist() == [14, 6, digit + 1, 2, 15] and second["label"] == 6 + digit
     task = tasks.find("listops", "release")
-    assert task.length == 2000 and task.vocabulary_size == listops.VOCABULARY_SIZE + 1  # the arena's unknown word
+    assert task.length == 2000 and task.vocabulary_size == expressions.VOCABULARY_SIZE + 1  # the arena's unknown word
 
 
 @pytest.mark.parametrize("form", ["unpacked", "archive", "archive, inner tree first"])
@@ -56,7 +57,7 @@ def test_of_two_copies_the_inner_one_counts(tmp_path, form):
 def test_a_wrong_line_is_named(tmp_path, content, said):
     (tmp_path / "basic.tsv").write_text(content)
     with pytest.raises(sources.DatasetError, match=said):
-        list(release.expressions(tmp_path / "basic.tsv"))
+        list(released_files.examples(tmp_path / "basic.tsv"))
 
 
 def test_missing_files_are_named(tmp_path):

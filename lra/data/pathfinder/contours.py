@@ -117,7 +117,7 @@ def _ragged(rows: list[np.ndarray]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def tables(config, gap: int) -> Tables:
-    """The tables of a `pathfinder.Config`, for one of its gaps."""
+    """The tables of a `pictures.Config`, for one of its gaps."""
     size, length, radius = config.size, config.segment_length, config.segment_length + gap
     rim = length + math.ceil(config.thickness) + gap
     width = size + 2 * rim

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from subquad.lra.data import listops, store
+from subquad.lra.data import store
+from subquad.lra.data.listops import expressions
 
 NAME = "lra_listops/tiny"
 
@@ -27,7 +28,7 @@ def copy(built, tmp_path):
 
 
 def files(folder: pathlib.Path) -> pathlib.Path:
-    return folder / "lra_listops" / "tiny" / listops.VERSION
+    return folder / "lra_listops" / "tiny" / expressions.VERSION
 
 
 def test_disk_and_memory_hold_the_same_examples_in_the_same_order(built):
@@ -36,7 +37,7 @@ def test_disk_and_memory_hold_the_same_examples_in_the_same_order(built):
     for split in on_disk:
         pairs = [(one["inputs"].tobytes(), int(one["label"])) for one in on_disk[split]]
         assert pairs == [(one["inputs"].tobytes(), one["label"]) for one in in_memory[split]]
-        assert pairs == list(listops.generate(listops.CONFIGS["tiny"], split))
+        assert pairs == list(expressions.generate(expressions.CONFIGS["tiny"], split))
 
 
 def test_a_second_call_builds_nothing(built, capsys):
@@ -141,13 +142,13 @@ def test_a_killed_build_leaves_no_data_set(tmp_path):
     assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (parent / listops.VERSION).exists()
+    assert not (parent / expressions.VERSION).exists()
 
 
 def test_without_tensorflow_datasets_the_data_are_generated_and_it_is_said(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     splits, source = store.load(NAME, tmp_path)
-    assert source == f"{NAME}:{listops.VERSION} generated in memory"
+    assert source == f"{NAME}:{expressions.VERSION} generated in memory"
     assert "generated in memory, because tensorflow-datasets is not installed" in capsys.readouterr().err
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 256, "validation": 64, "test": 64}
     assert not any(tmp_path.iterdir())

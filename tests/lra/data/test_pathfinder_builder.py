@@ -14,20 +14,20 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from subquad.lra.data import catalogue, pathfinder, sources
-from subquad.lra.data.lra_pathfinder import blocks, release
-from subquad.lra.data.lra_pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
+from subquad.lra.data import catalogue, sources
+from subquad.lra.data.pathfinder import blocks, pictures, released_folders
+from subquad.lra.data.pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
 
-MANY = replace(pathfinder.CONFIGS["tiny"], name="many", splits=(("train", 560), ("validation", 20), ("test", 20)))
+MANY = replace(pictures.CONFIGS["tiny"], name="many", splits=(("train", 560), ("validation", 20), ("test", 20)))
 SCRIPT = """
 import dataclasses, pathlib, sys
 import tensorflow_datasets as tfds
-from subquad.lra.data import pathfinder
-from subquad.lra.data.lra_pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
+from subquad.lra.data.pathfinder import pictures
+from subquad.lra.data.pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
 
 if __name__ == "__main__":
     splits = (("train", 560), ("validation", 20), ("test", 20))
-    config = dataclasses.replace(pathfinder.CONFIGS["tiny"], name="many", splits=splits)
+    config = dataclasses.replace(pictures.CONFIGS["tiny"], name="many", splits=splits)
     config = BuilderConfig(name="many", drawn=config, processes=2, block=16)
     Builder(config=config, data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
     assert "tensorflow" not in sys.modules
@@ -60,19 +60,19 @@ def test_the_builder_stores_what_the_generator_draws(tmp_path, capfd):
     builder = build(tmp_path, "tiny")
     for split in ("train", "validation", "test"):
         source = builder.as_data_source(split)
-        assert same(source, list(pathfinder.generate(pathfinder.CONFIGS["tiny"], split)))
+        assert same(source, list(pictures.generate(pictures.CONFIGS["tiny"], split)))
     assert source[0]["image"].shape == (32, 32, 1) and source[0]["image"].dtype == np.uint8
     assert "96 of 96 images" in capfd.readouterr().err
-    assert [path.name for path in (tmp_path / "lra_pathfinder" / "tiny").iterdir()] == [pathfinder.VERSION]
+    assert [path.name for path in (tmp_path / "lra_pathfinder" / "tiny").iterdir()] == [pictures.VERSION]
     assert "script 6" in builder.info.description.replace("\n", " ") and "2011.04006" in builder.info.citation
 
 
 def test_the_catalogue_tells_what_is_drawn():
     listed = [one for one in catalogue.DATASETS.values() if one.builder == "lra_pathfinder" and one.draw is not None]
-    assert {one.config for one in listed} == set(pathfinder.CONFIGS)
+    assert {one.config for one in listed} == set(pictures.CONFIGS)
     for one in listed:
-        assert dict(one.sizes) == dict(pathfinder.CONFIGS[one.config].splits)
-        assert one.version == pathfinder.VERSION
+        assert dict(one.sizes) == dict(pictures.CONFIGS[one.config].splits)
+        assert one.version == pictures.VERSION
 
 
 def test_a_killed_build_goes_on_and_two_processes_draw_what_one_does(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_a_killed_build_goes_on_and_two_processes_draw_what_one_does(tmp_path, m
     while any(_alive(child) for child in children):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.01)
-    assert not (parent / pathfinder.VERSION).exists()
+    assert not (parent / pictures.VERSION).exists()
     kept = sorted(finished())
     assert 5 <= len(kept) < 38
     content = bytearray(kept[0].read_bytes())
@@ -109,7 +109,7 @@ def test_a_killed_build_goes_on_and_two_processes_draw_what_one_does(tmp_path, m
     assert not folder.exists()
     # The first images are two processes' work, the last are one's; the split's edges cut through blocks.
     for split in ("train", "validation"):
-        assert same(builder.as_data_source(split), list(pathfinder.generate(MANY, split)))
+        assert same(builder.as_data_source(split), list(pictures.generate(MANY, split)))
 
 
 def _children(pid: int) -> list[int]:
@@ -129,7 +129,7 @@ def test_a_whole_run_on_two_processes(tmp_path):
     config = replace(MANY, splits=(("train", 40),))
     for processes in (1, 2):
         blocks.render(config, tmp_path / str(processes), processes=processes, block=16)
-    assert same(list(blocks.read(config, tmp_path / "2", "train", block=16)), list(pathfinder.generate(config, "train")))
+    assert same(list(blocks.read(config, tmp_path / "2", "train", block=16)), list(pictures.generate(config, "train")))
     content = lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     assert content("1") == content("2") and len(content("1")) == 3
 
@@ -230,18 +230,18 @@ def test_metadata_as_the_original_generator_writes_it(tmp_path):
     root = make_release(tmp_path, {0: [1, 2, 3]})
     lines = [line.split() for line in (root / "metadata" / "0.npy").read_text().splitlines()]
     np.save(root / "metadata" / "0.npy", np.array(lines))
-    assert [label for _, label in release.samples(root)] == [1, 0, 1]
+    assert [label for _, label in released_folders.samples(root)] == [1, 0, 1]
 
 
 def test_a_missing_release_says_what_to_put_where(tmp_path):
     said = f"folder {HARD} with imgs/ and metadata/ must be under .*the whole lra_release.gz .7.7 GB, https.*lra_release"
     with pytest.raises(sources.MissingSource, match=said):
-        release.Source(32, "hard").require("pathfinder", tmp_path, tmp_path)
+        released_folders.Source(32, "hard").require("pathfinder", tmp_path, tmp_path)
     make_release(tmp_path / "other", {0: [1]}, HARD.replace("32", "128"))
     with pytest.raises(sources.MissingSource, match=said):
         build(tmp_path / "data", "release_32_hard", tmp_path / "other")
-    assert not (tmp_path / "data" / "lra_pathfinder" / "release_32_hard" / pathfinder.VERSION).exists()
-    release.Source(128, "hard").require("pathfinder", tmp_path, tmp_path)
+    assert not (tmp_path / "data" / "lra_pathfinder" / "release_32_hard" / pictures.VERSION).exists()
+    released_folders.Source(128, "hard").require("pathfinder", tmp_path, tmp_path)
 
 
 def test_a_damaged_release_is_named(tmp_path):
@@ -251,17 +251,17 @@ def test_a_damaged_release_is_named(tmp_path):
     for content in (good[:40], b"no image", picture(1, 64)):
         first.write_bytes(content)
         with pytest.raises(sources.DatasetError, match="sample_0.png must be an image of 32 x 32"):
-            list(release.images(release.samples(root), 32))
+            list(released_folders.images(released_folders.samples(root), 32))
     first.unlink()
     with pytest.raises(sources.DatasetError, match="sample_0.png must be there"):
-        release.samples(root)
+        released_folders.samples(root)
     for line in ("imgs/0 sample_1.png 1", "imgs/0 sample_1.png 1 2", "imgs/0 sample_1.png 1 one"):
         metadata.write_text(line)
         with pytest.raises(sources.DatasetError, match="0.npy:1 must be a folder, a file, an index and a label 0 or 1"):
-            release.samples(root)
+            released_folders.samples(root)
     metadata.unlink()
     with pytest.raises(sources.DatasetError, match="must list images"):
-        release.samples(root)
+        released_folders.samples(root)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs processor affinity")

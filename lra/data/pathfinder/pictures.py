@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from subquad.lra.data import contours
+from subquad.lra.data.pathfinder import contours
 
 # Any change of what is drawn is a new version, so that no data set on disk is taken for another.
 VERSION = "1.0.0"

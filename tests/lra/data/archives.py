@@ -82,6 +82,6 @@ def listops_files(*, first: str = "( ( ( [MAX 4 ) 3 ) ] )", value: int = 4) -> d
 @contextlib.contextmanager
 def trusted(dataset: str, url: str, path: pathlib.Path):
     """The builder of `dataset` takes the file at `path` for what `url` gives."""
-    module = importlib.import_module(f"subquad.lra.data.{dataset}.{dataset}_dataset_builder")
+    module = importlib.import_module(f"subquad.lra.data.{dataset.removeprefix('lra_')}.{dataset}_dataset_builder")
     with mock.patch.dict(module.Builder.url_infos, {url: checksums.compute_url_info(epath.Path(path))}):
         yield

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from subquad.lra.data import image
+from subquad.lra.data.image import cifar10
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -14,15 +14,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     code_path = epath.Path(__file__)
     pkg_dir_path = epath.Path(__file__).parent
-    VERSION = tfds.core.Version(image.VERSION)
-    RELEASE_NOTES = {image.VERSION: "First release."}
+    VERSION = tfds.core.Version(cifar10.VERSION)
+    RELEASE_NOTES = {cifar10.VERSION: "First release."}
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="cifar10", description="CIFAR-10 in colour, train and test")]
 
     def _info(self) -> tfds.core.DatasetInfo:
         # A plain tensor: TFDS's image features would need TensorFlow to be written.
         features = {
-            "image": tfds.features.Tensor(shape=(image.SIDE, image.SIDE, 3), dtype=np.uint8, encoding="bytes"),
-            "label": tfds.features.ClassLabel(names=list(image.LABELS)),
+            "image": tfds.features.Tensor(shape=(cifar10.SIDE, cifar10.SIDE, 3), dtype=np.uint8, encoding="bytes"),
+            "label": tfds.features.ClassLabel(names=list(cifar10.LABELS)),
         }
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features),
@@ -31,10 +31,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        archive = pathlib.Path(dl_manager.download(image.URL))
+        archive = pathlib.Path(dl_manager.download(cifar10.URL))
         return {split: self._generate_examples(archive, split) for split in ("train", "test")}
 
     def _generate_examples(self, archive: pathlib.Path, split: str):
         # Keyed by the index, as TFDS's own builder does: the key decides the order on disk, and so what train[:90%] is.
-        for index, (pixels, label) in enumerate(image.images(archive, split)):
+        for index, (pixels, label) in enumerate(cifar10.images(archive, split)):
             yield index, {"image": pixels, "label": label}
