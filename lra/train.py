@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import collapse, measure, models, parallel, sizes, tasks
+from subquad.lra import collapse, models, parallel, sizes, tasks
+from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.objectives import OBJECTIVES, Objective

@@ -18,8 +18,9 @@ import jax
 
 from subquad.kernels import dispatch, gate, specs
 from subquad.kernels.launch import FLOATS
-from subquad.lra import commands, measure, racing
+from subquad.lra.bench import measure, timing
 from subquad.lra.checkpoints import line
+from subquad.lra.cli import commands
 from subquad.lra.report import csv_rows, results
 
 DIRECTIONS = ("forward", "both")
@@ -69,10 +70,10 @@ def main() -> int:
     arguments = parse()
     selected = chosen(arguments.operation)
     csv_rows.check(arguments.out, FIELDS)
-    threads = racing.limit_threads(arguments.threads)  # before JAX starts
+    threads = timing.limit_threads(arguments.threads)  # before JAX starts
     arguments.implementation = arguments.implementation or ["xla", *["triton"] * (jax.default_backend() == "gpu")]
-    rates = {dtype: racing.matmul_rate(dtype) for dtype in arguments.dtype}
-    bandwidth = racing.copy_bandwidth()
+    rates = {dtype: timing.matmul_rate(dtype) for dtype in arguments.dtype}
+    bandwidth = timing.copy_bandwidth()
     products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items())
     print(f"Copy {bandwidth / 1e9:.1f} GB/s; matrix product {products}")
     rows = []
@@ -118,7 +119,7 @@ def bench(spec, length, dtype, arguments):
     for direction in arguments.direction if passed else ():
         programs = {name: program(spec, name, length, dtype, direction) for name in passed}
         calls = [call for call, _ in programs.values()]
-        spreads = racing.alternate(calls, seconds=2.0 * len(calls), repeats=arguments.repeats)
+        spreads = timing.alternate(calls, seconds=2.0 * len(calls), repeats=arguments.repeats)
         for (name, (_, facts)), spread in zip(programs.items(), spreads, strict=True):
             times = {f"{word}_ms": round(1e3 * getattr(spread, word), 4) for word in ("best", "lower", "median", "upper")}
             yield passed[name] | facts | times | dict(calls=spread.calls, direction=direction, status="ok")
@@ -178,7 +179,7 @@ def show(rows) -> None:
             text("compile_seconds", ".2f"), f"{row['temporary_bytes'] / 2**20:.1f}" if ok else "", text("copy_percent", ".1f"),
             text("matmul_percent", ".1f"), text("error", ".0e"), row["against"] or "",
         ])  # fmt: skip
-    racing.show(heading.split(","), body, left=2)
+    timing.show(heading.split(","), body, left=2)
 
 
 def draw(path: str) -> None:

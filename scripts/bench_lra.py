@@ -23,9 +23,10 @@ import time
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import commands, machine, models, progress, racing, recipes, sizes, starting
-from subquad.lra.bench import energy, programs, speed
+from subquad.lra import machine, models, progress, recipes, sizes, starting
+from subquad.lra.bench import energy, programs, speed, timing
 from subquad.lra.checkpoints import line
+from subquad.lra.cli import commands
 from subquad.lra.data.sources import size as size_of
 from subquad.lra.report import csv_rows, measurements, plots, results
 from subquad.zoo import LAYERS
@@ -166,7 +167,7 @@ def main() -> int:
 
 def prepare(arguments, layers: list[str]) -> speed.Settings:
     """Looks at the machine, and says what it finds, once every layer is known to have a model."""
-    threads = racing.limit_threads(arguments.threads)  # before JAX starts
+    threads = timing.limit_threads(arguments.threads)  # before JAX starts
     on_cpu = jax.default_backend() == "cpu"
     limit, source = machine.available_memory()
     if arguments.memory_limit is not None:
@@ -187,7 +188,7 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
     for length in arguments.lengths:
         check_length(settings, layers[0], length, arguments.modes)
     check_models(settings, layers, max(arguments.lengths))
-    rate = racing.matmul_rate(settings.dtype, clock=racing.clock_of(threads if on_cpu else 0))
+    rate = timing.matmul_rate(settings.dtype, clock=timing.clock_of(threads if on_cpu else 0))
     say(f"{results.environment()['hardware']}: matrix product {rate / 1e9:,.0f} GFLOP/s in {settings.dtype}")
     say(f"Memory for programs: {limit / 2**30:.1f} GiB, {source}")
     instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "not told; --watts estimates it"
@@ -237,7 +238,7 @@ def show(out: str, measured) -> int:
     """Prints the tables of these rows; writes those of all rows, and plots, beside the CSV."""
     for table in measurements.tables(measured):
         print(f"\n{table.title}")
-        racing.show(table.heading, table.body)
+        timing.show(table.heading, table.body)
         print("\n".join(table.notes))
     rows, stem = measurements.read(out), pathlib.Path(out).with_suffix("")
     results.write(measurements.markdown(rows), f"{stem}.md", KEPT)

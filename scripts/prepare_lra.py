@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds to load
 import argparse
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import commands, prepare
+from subquad.lra.cli import commands, prepare
 from subquad.lra.data import store
 
 ACTIONS = ("list", "prepare", "check")

@@ -13,7 +13,8 @@ import sys
 import time
 
 from subquad import zoo
-from subquad.lra import checkpoints, commands, recipes, sizes, tasks, train
+from subquad.lra import checkpoints, recipes, sizes, tasks, train
+from subquad.lra.cli import commands
 from subquad.lra.progress import Work, clock
 from subquad.lra.report import plots, results
 

@@ -12,7 +12,7 @@ import re
 import sys
 
 from subquad import zoo
-from subquad.lra import commands
+from subquad.lra.cli import commands
 from subquad.lra.report import csv_rows, ledger, measurements, results, text_tables
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -26,8 +26,9 @@ from collections.abc import Callable
 from typing import get_args
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import checkpoints, commands, progress
+from subquad.lra import checkpoints, progress
 from subquad.lra.checkpoints import RunError, line
+from subquad.lra.cli import commands
 from subquad.lra.report import cells, comparison, costs, csv_rows, floor_rows, ledger, published, reproduce, results, verdicts
 
 LEDGER = "runs/tables/ledger.csv"

@@ -18,7 +18,8 @@ import sys
 
 import jax
 
-from subquad.lra import checkpoints, commands, parallel, recipes, sizes, tasks, train
+from subquad.lra import checkpoints, parallel, recipes, sizes, tasks, train
+from subquad.lra.cli import commands
 from subquad.lra.report import results
 
 

@@ -68,7 +68,7 @@ def test_no_module_of_the_harness_imports_itself_by_way_of_others():
     [
         ("subquad.kernels", {"flax", "optax", "triton", "jax_triton", "torch", "tensorflow"}),
         ("subquad.zoo", {"triton", "jax_triton", "torch", "tensorflow", "tensorflow_datasets", "grain", "subquad.lra"}),
-        ("subquad.lra.measure", {"triton", "torch", "tensorflow", "tensorflow_datasets", "grain", "matplotlib"}),
+        ("subquad.lra.bench.measure", {"triton", "torch", "tensorflow", "tensorflow_datasets", "grain", "matplotlib"}),
     ],
 )
 def test_importing_loads_nothing_foreign(module, foreign):

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import layers, measure, models, optim, racing, recipes, tasks, train
+from subquad.lra import layers, models, optim, recipes, tasks, train
+from subquad.lra.bench import measure, timing
 from subquad.lra.checkpoints import line
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.recipes import Run
@@ -259,7 +260,7 @@ def observe(text: str) -> int:
     task = dataclasses.replace(tasks.find(run.task, run.config), length=words["length"])
     call = started(compiled(run, task, words["mode"]))
     if jax.default_backend() == "cpu":
-        return racing.memory_growth(call)
+        return timing.memory_growth(call)
     call()
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
@@ -268,7 +269,7 @@ def observed_peak(program: Program) -> tuple[int | None, str]:
     """(bytes at the peak, what observed them) of a program that runs alone in a process of its own; (None, why not)."""
     words = dict(run=dataclasses.asdict(program.run), length=program.task.length, mode=program.mode)
     code = "import sys; from subquad.lra.bench import programs; print(programs.observe(sys.argv[1]))"
-    environment = {**os.environ, **racing.PLAIN_MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = {**os.environ, **timing.PLAIN_MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(words)], capture_output=True, text=True, env=environment, check=False
     )

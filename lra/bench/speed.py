@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.lra import models, racing, sizes
-from subquad.lra.bench import energy, programs
+from subquad.lra import models, sizes
+from subquad.lra.bench import energy, programs, timing
 from subquad.lra.checkpoints import line
 from subquad.lra.progress import Work
 from subquad.lra.report import results
@@ -179,10 +179,10 @@ def _blank(layer: str, length: int, mode: str, settings: Settings) -> Measuremen
 
 def _timed(ready: Mapping[str, Callable], rows: Mapping[str, Measurement], settings: Settings) -> dict[str, Measurement]:
     """The rows with their times, and energy."""
-    clock = racing.clock_of(settings.threads or 0)
+    clock = timing.clock_of(settings.threads or 0)
     try:
         seconds = settings.seconds * len(ready)
-        spreads = racing.alternate(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
+        spreads = timing.alternate(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
     except Exception as error:
         return {layer: _with(rows[layer], status=f"failed: {line(error)}") for layer in ready}
     found = {}

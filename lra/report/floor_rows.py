@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from subquad.lra import prepare
+from subquad.lra.cli import prepare
 from subquad.lra.data import small_network, store
 from subquad.lra.progress import Work
 from subquad.lra.report import csv_rows, results

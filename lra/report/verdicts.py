@@ -9,8 +9,9 @@ from typing import Literal
 
 import jax
 
-from subquad.lra import machine, prepare, recipes, tasks
+from subquad.lra import machine, recipes, tasks
 from subquad.lra.bench import programs
+from subquad.lra.cli import prepare
 from subquad.lra.data import catalogue
 from subquad.lra.report import cells, costs
 from subquad.lra.report.cells import CHANCE, Cell

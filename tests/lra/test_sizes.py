@@ -9,7 +9,7 @@ import pytest
 from subquad.lra import machine, models, recipes, sizes, tasks, train
 from subquad.lra.bench import programs, speed
 from subquad.lra.data import store
-from tests.lra.test_speed import SETTINGS
+from tests.lra.bench.test_speed import SETTINGS
 
 TASK = tasks.find("listops", "small")
 

@@ -11,8 +11,7 @@ import time
 
 import pytest
 
-from subquad.lra import racing
-from subquad.lra.bench import energy, speed
+from subquad.lra.bench import energy, speed, timing
 from subquad.lra.report import measurements
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
@@ -23,8 +22,8 @@ def run(monkeypatch, tmp_path):
     """main() with these words; races give rows at once."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module("bench_lra")
-    monkeypatch.setattr(racing, "limit_threads", lambda count: count or 1)
-    monkeypatch.setattr(racing, "matmul_rate", lambda dtype, clock: 1e11 if clock is time.process_time else 1e12)
+    monkeypatch.setattr(timing, "limit_threads", lambda count: count or 1)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype, clock: 1e11 if clock is time.process_time else 1e12)
     monkeypatch.setattr(energy, "meter", lambda device: (None, "a test"))
     monkeypatch.setattr(module.progress, "PATIENCE", 1e6)
     monkeypatch.setattr(module.jax.config, "update", lambda *words: None)

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from subquad.lra import commands, machine
+from subquad.lra import machine
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
+from subquad.lra.cli import commands
 from subquad.lra.report import ledger, published, results
 from tests.lra.report.test_comparison import result as answer
 from tests.lra.report.test_results import row as made

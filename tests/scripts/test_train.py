@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from subquad.lra import commands, tasks, train
+from subquad.lra import tasks, train
+from subquad.lra.cli import commands
 from subquad.lra.report import results
 
 PATH = pathlib.Path(__file__).parents[2] / "scripts" / "train.py"

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from subquad.lra import machine, racing, sizes
-from subquad.lra.bench import energy, programs, speed
+from subquad.lra import machine, sizes
+from subquad.lra.bench import energy, programs, speed, timing
 from subquad.lra.report import measurements
 from subquad.zoo import LAYERS
 
@@ -175,4 +175,4 @@ def test_the_machines_memory_is_told(monkeypatch):
     limit, source = machine.available_memory()
     most, whose = machine.memory()
     assert 2**20 < limit < most < 2**50 and source and whose
-    assert racing.clock_of(1).__name__ == "process_time"
+    assert timing.clock_of(1).__name__ == "process_time"

@@ -4,7 +4,8 @@ import shutil
 import numpy as np
 import pytest
 
-from subquad.lra import prepare, progress, tasks
+from subquad.lra import progress, tasks
+from subquad.lra.cli import prepare
 from subquad.lra.data import catalogue, floors, small_network, store
 from subquad.lra.data.pathfinder import line_following, pictures
 from tests.lra.data import archives

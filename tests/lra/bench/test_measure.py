@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from subquad.lra import measure
+from subquad.lra.bench import measure
 
 N = 64
 MATRIX = jax.ShapeDtypeStruct((N, N), jnp.float32)
@@ -150,7 +150,7 @@ def test_memory_sees_donation():
 
 def test_measuring_imports_no_data_library():
     code = (
-        "import sys, subquad.lra.measure; "
+        "import sys, subquad.lra.bench.measure; "
         "bad = {'tensorflow', 'tensorflow_datasets', 'grain', 'matplotlib', 'rich', 'tyro'} & set(sys.modules); "
         "sys.exit(', '.join(sorted(bad)) or 0)"
     )

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from subquad.lra import checkpoints, commands, progress, recipes, starting
+from subquad.lra import checkpoints, progress, recipes, starting
+from subquad.lra.cli import commands
 from subquad.lra.data.store import DatasetError
 
 
@@ -56,7 +57,7 @@ if sys.argv[1] != "at work":
     starting.begin("train")
     if sys.argv[1] == "loading":
         os.kill(os.getpid(), int(sys.argv[2]))
-from subquad.lra import commands
+from subquad.lra.cli import commands
 def main():
     import atexit
     atexit.register(os._exit, 9)  # the interpreter's own end goes wrong, as it does while a compiler is at work
@@ -88,7 +89,7 @@ def test_ctrl_c_that_is_ignored_stays_ignored():
 
 
 def test_every_script_guards_its_start_and_ends_by_run():
-    for path in (pathlib.Path(__file__).parents[2] / "scripts").glob("*.py"):
+    for path in (pathlib.Path(__file__).parents[3] / "scripts").glob("*.py"):
         text = path.read_text()
         assert f'starting.begin("{path.stem}")\n' in text and f'commands.run("{path.stem}", main)' in text, path
 
