@@ -189,6 +189,11 @@ class Work:
         return "  ".join([*words, *filter(None, [self.note and self.note()])])
 
 
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def over(items: Iterable, label: str, total: int | None = None, **words: Any) -> Iterator:
     """The items, shown as `Work` where they take longer than two seconds; `total`: how many there are, None: their len."""
     if total is None and hasattr(items, "__len__"):

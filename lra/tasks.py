@@ -148,6 +148,23 @@ def find(name: str, config: str) -> Task:
     return TASKS[name][config]
 
 
+def named(words: Sequence[str]) -> list[Task]:
+    """The tasks that words name: "text/modern", or "text" for its usual configuration.
+
+    Raises: ValueError: an unknown task or configuration; the nearest is named.
+    Example:
+        >>> [task.config for task in named(["listops/small", "text"])]
+        ['small', 'lra']
+    """
+    found = []
+    for word in words:
+        name, slash, config = word.partition("/")
+        if not slash and name in TASKS:
+            config = next(iter(TASKS[name]))
+        found.append(find(name, config))
+    return found
+
+
 def of(name: str, config: str, task: Task | None = None) -> Task:
     """The task of a run: `task` where it is given and has this name and configuration, else `find`.
 

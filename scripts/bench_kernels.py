@@ -21,7 +21,7 @@ from subquad.kernels.launch import FLOATS
 from subquad.lra.bench import measure, timing
 from subquad.lra.checkpoints import line
 from subquad.lra.cli import commands
-from subquad.lra.report import csv_rows, results
+from subquad.lra.report import csv_rows, results, text_tables
 
 DIRECTIONS = ("forward", "both")
 KEY = ("spec", "implementation", "device", "length", "dtype", "direction", "threads")
@@ -179,7 +179,7 @@ def show(rows) -> None:
             text("compile_seconds", ".2f"), f"{row['temporary_bytes'] / 2**20:.1f}" if ok else "", text("copy_percent", ".1f"),
             text("matmul_percent", ".1f"), text("error", ".0e"), row["against"] or "",
         ])  # fmt: skip
-    timing.show(heading.split(","), body, left=2)
+    text_tables.print_table([heading.split(","), *body], left=2)
 
 
 def draw(path: str) -> None:

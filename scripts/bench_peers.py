@@ -26,7 +26,7 @@ from subquad.kernels.dispatch import nearest
 from subquad.lra.bench import timing
 from subquad.lra.checkpoints import line
 from subquad.lra.cli import commands
-from subquad.lra.report import csv_rows, results
+from subquad.lra.report import csv_rows, results, text_tables
 
 DIRECTIONS = {"forward": "forward", "both": "train"}
 KEY = ("family", "contest", "device", "length", "batch", "heads", "features", "dtype", "direction", "threads")
@@ -245,7 +245,7 @@ def show(rows) -> None:
             str(row["length"]), row["direction"], number("ours_ms"), number("theirs_ms"), ratio("time_ratio"),
             mebi("ours_peak_bytes"), mebi("theirs_peak_bytes"), ratio("memory_ratio"), mebi("ours_temporary_bytes"),
         ])  # fmt: skip
-    timing.show(heading, body, left=2)
+    text_tables.print_table([heading, *body], left=2)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import gc
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -156,21 +156,3 @@ def matmul_rate(dtype: Any, size: int | None = None, clock: Callable[[], float] 
     a = jnp.ones((size, size), dtype)
     call = lambda: multiply(a, a).block_until_ready()
     return 2 * size**3 / alternate([call], repeats=10, clock=clock)[0].best
-
-
-def show(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-    """Prints a table on stdout, the first `left` columns to the left: with rich where it is installed, else with tabs."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print("\n".join("\t".join(row) for row in [heading, *rows]))
-        return
-    console = Console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, name in enumerate(heading):
-        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    # A pipe has no width: enough for every column.
-    Console(width=console.width if console.is_terminal else 180).print(table)

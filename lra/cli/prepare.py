@@ -1,20 +1,30 @@
-"""What scripts/prepare_lra.py does: list the tasks, prepare their data sets, and check what was prepared."""
+"""Prepares the data sets of the Long Range Arena, and stand-ins that need no network.
 
+python scripts/prepare_lra.py list
+python scripts/prepare_lra.py prepare text image          without a name: all that take two minutes at most
+python scripts/prepare_lra.py check text/modern           sizes, checksums, labels, lengths, floors, a small network
+"""
+
+import argparse
 import hashlib
 import os
 import pathlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from subquad.kernels.dispatch import nearest
 from subquad.lra import tasks
+from subquad.lra.cli import commands
 from subquad.lra.data import catalogue, sources, store
 from subquad.lra.progress import Work, over
+from subquad.lra.report import text_tables
 from subquad.lra.tasks import Task
 
+ACTIONS = ("list", "prepare", "check")
 # Data sets that take longer are prepared only when they are named.
 PATIENCE_SECONDS = 120
 # Of fewer pictures nothing follows from a score at chance.
@@ -23,26 +33,47 @@ FEW = 100
 BLANK = 0.05
 
 
-def chosen(words: Sequence[str]) -> list[Task]:
-    """The tasks that words name: "text/modern", or "text" for its usual configuration.
+def parse(command_line: Sequence[str] | None, program: str):
+    parser = commands.Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", metavar="|".join(ACTIONS))
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="as in the list: text, or text/modern")
+    parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
+    parser.add_argument("--manual-dir", default=None, help="folder of files fetched by hand; default: downloads/manual in it")
+    steps = "batches that check's network of pictures learns from; 0: pictures are not tried; default: 400"
+    parser.add_argument("--cnn-steps", type=int, default=400, help=steps)
+    arguments = parser.parse_args(command_line)
+    if arguments.action is None:
+        parser.error(f"action must be one of {', '.join(ACTIONS)}, got none. `list` shows every task.")
+    if arguments.action not in ACTIONS:
+        parser.error(f"action must be a known one, got {arguments.action!r}. {nearest(arguments.action, ACTIONS)}")
+    if arguments.action == "check" and not arguments.tasks:
+        parser.error("check must be given a task, got none. The action `list` names them.")
+    if arguments.action == "list" and arguments.tasks:
+        parser.error(f"list must be given no task, got {arguments.tasks[0]!r}. It shows all of them.")
+    if arguments.cnn_steps < 0:
+        parser.error(f"--cnn-steps must be >= 0, got {arguments.cnn_steps}.")
+    return arguments
 
-    Raises: ValueError: an unknown task or configuration; the nearest is named.
-    Example:
-        >>> [task.config for task in chosen(["listops/small", "text"])]
-        ['small', 'lra']
-    """
-    found = []
-    for word in words:
-        name, slash, config = word.partition("/")
-        if not slash and name in tasks.TASKS:
-            config = next(iter(tasks.TASKS[name]))
-        found.append(tasks.find(name, config))
-    return found
 
-
-def is_prepared(task: Task, data_dir: str | os.PathLike | None = None) -> bool:
-    """Whether the task's data set is on disk."""
-    return (store.folder_of(task.dataset, data_dir) / "dataset_info.json").exists()
+def main(command_line: Sequence[str] | None = None, program: str = "prepare_lra") -> int:
+    """Does what the words of a command line say; None: of this process."""
+    arguments = parse(command_line, program)
+    tasks.named(arguments.tasks)  # a wrong word is told before anything is prepared
+    if arguments.action == "list":
+        words = ("task", "kind", "source", "prepared")
+        text_tables.print_table(listing(arguments.data_dir), left=words, unbroken=lambda name: True)
+        manual = store.manual_folder(arguments.data_dir, arguments.manual_dir)
+        print("Hours are those of two cores, without the download; while it prepares, the hours of this machine are shown.")
+        print(f"Data sets in {arguments.data_dir or store.default_folder()}; files fetched by hand are looked for in {manual}.")
+        return 0
+    if arguments.action == "prepare":
+        return prepare(arguments.tasks, arguments.data_dir, arguments.manual_dir)
+    faults = 0
+    for word in arguments.tasks:
+        report = check(word, arguments.data_dir, cnn_steps=arguments.cnn_steps)
+        print("\n".join(report.lines), flush=True)
+        faults += len(report.faults)
+    return commands.FAILED if faults else 0
 
 
 def listing(data_dir: str | os.PathLike | None = None) -> list[tuple[str, ...]]:
@@ -56,7 +87,7 @@ def listing(data_dir: str | os.PathLike | None = None) -> list[tuple[str, ...]]:
             rows.append((
                 f"{task.name}/{task.config}", task.kind.replace("_", " "), str(task.num_classes), f"{task.length:,}", sizes,
                 str(found.source or "generated"), sources.size(found.disk), f"{hours:.2f}" if hours >= 0.005 else "<0.01",
-                "yes" if is_prepared(task, data_dir) else "no",
+                "yes" if store.is_prepared(task.dataset, data_dir) else "no",
             ))  # fmt: skip
     return rows
 
@@ -68,7 +99,7 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
 
     Returns: 0, or 1 where a task that was named, or a data set at hand, could not be prepared.
     """
-    wanted = chosen(words) or _quick()
+    wanted = tasks.named(words) or _quick()
     failed, done = 0, set()
     for task in wanted:
         folder = store.folder_of(task.dataset, data_dir)
@@ -111,12 +142,12 @@ def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
     What pictures show is judged on test: if nothing tells their labels better than guessing, that is a fault.
 
     Args:
-        word: as `chosen` takes.
+        word: as `tasks.named` takes.
         data_dir: the folder that holds data sets.
         cnn_steps: batches that the network is trained for, on tasks that are pictures; 0 leaves it out.
     Raises: ValueError: unknown task.  DatasetError: it is not prepared, or cannot be read.
     """
-    (task,) = chosen([word])
+    (task,) = tasks.named([word])
     folder = store.folder_of(task.dataset, data_dir)
     if not folder.exists():
         raise store.DatasetError(
@@ -227,23 +258,3 @@ def _check_pictures(report: Report, task: Task, splits: Mapping[str, Sequence], 
         report.doubts.append(f"that pictures and labels belong together: {count} pictures of test are too few")
     else:
         report.faults.append(f"{who}: pictures and labels may not belong together")
-
-
-def show(rows: Iterable[tuple[str, ...]]) -> None:
-    """Prints a table, headings first, on stdout: with rich where it is installed, else with tabs."""
-    names, *body = rows
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print("\n".join("\t".join(row) for row in (names, *body)))
-        return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in names:
-        numeric = name in ("classes", "length", "train/validation/test", "disk", "hours")
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
-    for row in body:
-        table.add_row(*row)
-    # A pipe has no width: enough for every column.
-    console = Console()
-    Console(width=console.width if console.is_terminal else 180).print(table)

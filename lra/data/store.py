@@ -65,6 +65,11 @@ def folder_of(name: str, data_dir: str | os.PathLike | None = None) -> pathlib.P
     return _root(data_dir) / found.builder / found.config / found.version
 
 
+def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
+    """Whether a data set is on disk."""
+    return (folder_of(name, data_dir) / "dataset_info.json").exists()
+
+
 def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
     return pathlib.Path(data_dir or default_folder()).expanduser()
 

@@ -157,12 +157,6 @@ def listing(verdicts: Sequence[Verdict]) -> list[list[str]]:
     return [list(HEADING), *body]
 
 
-def text(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, two spaces between; the last is not filled up."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
 def records(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """A record for each cell, with its source, the values of the run that answers to it, and what is to be known of it."""
     names = (
@@ -208,7 +202,7 @@ def render(paper: str, name: str, verdicts: Sequence[Verdict], ledger: Ledger, f
     if form == "json":
         return json.dumps(records(verdicts), indent=1) + "\n"
     source = published.sources()[paper, name]
-    draw = {"text": text, "markdown": text_tables.markdown, "latex": text_tables.latex}[form]
+    draw = {"text": text_tables.aligned, "markdown": text_tables.markdown, "latex": text_tables.latex}[form]
     first, *rest = [f"{title(source)}. Theirs / ours.", *notes(source, verdicts, ledger)]
     marked = [[mark, sentence] for sentence, mark in footnotes(verdicts).items()]
     if form == "latex":

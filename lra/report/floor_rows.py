@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from subquad.lra.cli import prepare
+from subquad.lra import tasks
 from subquad.lra.data import small_network, store
 from subquad.lra.progress import Work
 from subquad.lra.report import csv_rows, results
@@ -19,7 +19,7 @@ def measure(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: 
         cnn_steps: batches of 64 that the network of pictures is trained for; 0 leaves it out.
     Raises: ValueError: unknown task.  DatasetError: its data is not here and cannot be made.
     """
-    (task,) = prepare.chosen([word])
+    (task,) = tasks.named([word])
     splits, source = store.load(task.dataset, data_dir)
     environment = results.environment()
     shared = dict(

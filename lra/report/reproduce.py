@@ -7,14 +7,13 @@ import os
 import pathlib
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from subquad.lra import machine, tasks
+from subquad.lra import machine, progress, tasks
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
@@ -47,7 +46,7 @@ def train_missing(
     seeds: int = 1,
     budget_hours: float | None = None,
     data_dir: str | os.PathLike | None = None,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = progress.say,
 ) -> int:
     """Trains what is missing and adds a row for each to the ledger at `path`; checkpoints are in `runs` beside it.
 
@@ -187,7 +186,7 @@ def bench_words(
 
 
 def measure_missing(
-    program: str | os.PathLike,
+    program: Sequence[str],
     cells: Sequence[Cell],
     path: str | os.PathLike,
     *,
@@ -196,7 +195,7 @@ def measure_missing(
     budget_hours: float | None = None,
     say: Callable[[str], None],
 ) -> int:
-    """Measures what is missing on this machine, by `program`, scripts/bench_lra.py, until the budget is used up.
+    """Measures what is missing here, by the command `program`, until the budget is used up.
 
     Returns: the exit code of the program; 0 where nothing was missing, or the budget ended it.
     """
@@ -207,8 +206,8 @@ def measure_missing(
         left = f"of a budget that has {budget_hours:.3g} h left"
         say(f"Left for another time: measurements. One would take {verdicts.MEASURING}, {left}.")
         return 0
-    command = [sys.executable, str(program), *words]
-    say(" ".join(command))
+    command = [*program, *words]
+    say(" ".join(map(str, command)))
     with subprocess.Popen(command) as process:
         try:
             return process.wait(None if budget_hours is None else 3600 * budget_hours)

@@ -149,29 +149,10 @@ def write(text: str, path: str | os.PathLike, cure: str = "Choose another with -
 
 
 def show(rows: Iterable[Result]) -> None:
-    """Prints the table on stdout: with rich where it is installed, else as Markdown."""
+    """Prints the table and its caption on stdout."""
     rows = list(rows)
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(markdown(rows))
-        return
-    names, *body = cells(rows)
-    console = Console()
-    narrow = console.is_terminal and console.width < 100
-    # Nothing but spaces between the columns, so that all of them fit into 80 characters.
-    table = Table(box=None, pad_edge=False, padding=(0, 1 if narrow else 2, 0, 0))
-    for index, name in enumerate(names):
-        # On a narrow terminal a heading goes on two lines from the start: shrinking would cut its words.
-        heading = name.replace(" ", "\n") if narrow else name
-        # The reason of a failure is long, and wraps.
-        side = "right" if index else "left"
-        table.add_column(heading, justify=side, no_wrap=not name.startswith("test "), overflow="fold")
-    for one in body:
-        table.add_row(*one)
-    # A pipe has no width: enough for every column.
-    Console(width=console.width if console.is_terminal else 140).print(table)
+    # The reason of a failure is long, and wraps.
+    text_tables.print_table(cells(rows), unbroken=lambda name: not name.startswith("test "), squeeze=True)
     print(caption(rows))
 
 

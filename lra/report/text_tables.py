@@ -1,6 +1,6 @@
-"""Tables as text, for README files and papers: rows of cells, the first row is the heading, the first column its names."""
+"""Tables as text, for terminals, README files and papers: rows of cells, heading first, the first column holds names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 Rows = Sequence[Sequence[str]]
 
@@ -39,3 +39,40 @@ def latex(rows: Rows) -> str:
 def escaped(text: str) -> str:
     """Text that LaTeX prints as it is."""
     return "".join(_SPECIAL.get(letter, letter) for letter in text)
+
+
+def aligned(rows: Rows) -> str:
+    """Columns side by side, two spaces between; the last is not filled up."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def print_table(
+    rows: Rows, *, left: int | Collection[str] = 1, unbroken: Callable[[str], bool] = lambda name: False, squeeze: bool = False
+) -> None:
+    """Prints a table on stdout: with rich where it is installed, else in Markdown.
+
+    Args:
+        left: which columns stand on the left: how many, or their names; numbers stand on the right.
+        unbroken: of a column's name, whether its cells stay on one line.
+        squeeze: on a terminal of fewer than 100 columns put each word of a heading on a line of its own: rich would cut it.
+    """
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(markdown(rows))
+        return
+    heading, *body = rows
+    console = Console()
+    narrow = squeeze and console.is_terminal and console.width < 100
+    # Nothing but spaces between the columns, so that more of them fit.
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if narrow else 2, 0, 0))
+    for index, name in enumerate(heading):
+        is_left = index < left if isinstance(left, int) else name in left
+        shown = name.replace(" ", "\n") if narrow else name
+        table.add_column(shown, justify="left" if is_left else "right", no_wrap=unbroken(name), overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    # A pipe has no width: enough for every column.
+    Console(width=console.width if console.is_terminal else 180).print(table)

@@ -11,8 +11,7 @@ import jax
 
 from subquad.lra import machine, recipes, tasks
 from subquad.lra.bench import programs
-from subquad.lra.cli import prepare
-from subquad.lra.data import catalogue
+from subquad.lra.data import catalogue, store
 from subquad.lra.report import cells, costs
 from subquad.lra.report.cells import CHANCE, Cell
 from subquad.lra.report.ledger import Ledger
@@ -157,7 +156,7 @@ def _command(cell: Cell, program: str, options: str) -> str:
 
 def _prepare(task: tasks.Task, data_dir) -> str:
     """The command that has to come first, for data that has to be fetched."""
-    if catalogue.find(task.dataset).source is None or prepare.is_prepared(task, data_dir):
+    if catalogue.find(task.dataset).source is None or store.is_prepared(task.dataset, data_dir):
         return ""
     return f"python scripts/prepare_lra.py prepare {task.name}/{task.config} && "
 

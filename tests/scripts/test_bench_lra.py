@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import os
 import pathlib
 import signal
@@ -12,21 +11,20 @@ import time
 import pytest
 
 from subquad.lra.bench import energy, speed, timing
+from subquad.lra.cli import bench, commands
 from subquad.lra.report import measurements
 
-SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """main() with these words; races give rows at once."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    module = importlib.import_module("bench_lra")
     monkeypatch.setattr(timing, "limit_threads", lambda count: count or 1)
     monkeypatch.setattr(timing, "matmul_rate", lambda dtype, clock: 1e11 if clock is time.process_time else 1e12)
     monkeypatch.setattr(energy, "meter", lambda device: (None, "a test"))
-    monkeypatch.setattr(module.progress, "PATIENCE", 1e6)
-    monkeypatch.setattr(module.jax.config, "update", lambda *words: None)
+    monkeypatch.setattr(bench.progress, "PATIENCE", 1e6)
+    monkeypatch.setattr(bench.jax.config, "update", lambda *words: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     raced = []
 
@@ -44,7 +42,7 @@ def run(monkeypatch, tmp_path):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["bench_lra", *map(str, words), "--out", str(out)])
-        return module.commands.explained("bench_lra", module.main), raced, out
+        return commands.explained("bench_lra", bench.main), raced, out
 
     return run
 
@@ -129,7 +127,7 @@ def test_a_layer_that_failed_is_told_by_the_exit_code_and_draw_measures_nothing(
 
 
 def test_accuracy_against_time_is_drawn_beside_out(run, capsys):
-    path = SCRIPTS.parent / "lra" / "results" / "quickstart.csv"
+    path = ROOT / "lra" / "results" / "quickstart.csv"
     code, raced, out = run("--results", path)
     assert code == 0 and not raced and (out.parent / "quickstart-time.png").exists()
 

@@ -1,26 +1,21 @@
 """The command, in this process, with runs that are made up."""
 
 import dataclasses
-import importlib.util
-import pathlib
 import sys
 
 import pytest
 
 from subquad.lra import tasks, train
 from subquad.lra.cli import commands
+from subquad.lra.cli import train as train_command
 from subquad.lra.report import results
 
-PATH = pathlib.Path(__file__).parents[2] / "scripts" / "train.py"
 TINY = ("--config", "tiny", "--steps", "5")
 
 
 def call(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train", *map(str, words)])
-    spec = importlib.util.spec_from_file_location("train_script", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return commands.explained("train", module.main)
+    return commands.explained("train", train_command.main)
 
 
 def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):

@@ -24,12 +24,12 @@ def only(monkeypatch, *names):
 
 
 def test_words_name_tasks():
-    assert [(one.name, one.config) for one in prepare.chosen(["text", "text/modern", "pathfinder"])] == [
+    assert [(one.name, one.config) for one in tasks.named(["text", "text/modern", "pathfinder"])] == [
         ("text", "lra"), ("text", "modern"), ("pathfinder", "32_hard")
     ]  # fmt: skip
     for word, said in (("txt", "Did you mean 'text'"), ("text/moder", "Did you mean 'modern'"), ("text/", "modern")):
         with pytest.raises(ValueError, match=said):
-            prepare.chosen([word])
+            tasks.named([word])
 
 
 def test_the_list_names_every_task_with_source_hours_and_whether_it_is_prepared(built):

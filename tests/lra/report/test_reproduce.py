@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -38,14 +39,14 @@ def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
     wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
     words = dict(known=ledger.Ledger({}, [], {}), say=said.append)
     budget = verdicts.MEASURING.hours / 2
-    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=budget, **words) == 0
+    assert reproduce.measure_missing((sys.executable, program), wanted, tmp_path / "out.csv", budget_hours=budget, **words) == 0
     (text,) = said
     assert text.startswith("Left for another time: measurements. One would take 0.05 h on any device") and not mark.exists()
     monkeypatch.setattr(verdicts, "MEASURING", verdicts.MEASURING._replace(hours=0))
-    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=0.5, **words) == 0
+    assert reproduce.measure_missing((sys.executable, program), wanted, tmp_path / "out.csv", budget_hours=0.5, **words) == 0
     assert mark.exists() and "The budget is used up" in said[-1]
     program.write_text("raise SystemExit(3)")
-    assert reproduce.measure_missing(program, wanted, tmp_path / "out.csv", budget_hours=1, **words) == 3
+    assert reproduce.measure_missing((sys.executable, program), wanted, tmp_path / "out.csv", budget_hours=1, **words) == 3
 
 
 @pytest.fixture
