@@ -58,7 +58,7 @@ _BYTES = encodings.VOCABULARY_SIZE
 def _task(name: str, config: str, dataset: str, length: int, num_classes: int, source: str, **words) -> Task:
     """A task on bytes or pixels."""
     words = {"vocabulary_size": _BYTES, "floors": floors.bag_of_tokens, **words}
-    sizes = dict(catalogue.find(dataset).sizes)
+    sizes = dict(catalogue.find_dataset(dataset).sizes)
     return Task(name, config, dataset, length=length, num_classes=num_classes, splits=sizes, source=source, **words)
 
 
@@ -148,7 +148,7 @@ def find(name: str, config: str) -> Task:
     return TASKS[name][config]
 
 
-def named(words: Sequence[str]) -> list[Task]:
+def tasks_named(words: Sequence[str]) -> list[Task]:
     """The tasks that words name: "text/modern", or "text" for its usual configuration.
 
     Raises: ValueError: an unknown task or configuration; the nearest is named.

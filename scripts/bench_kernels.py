@@ -69,7 +69,7 @@ def chosen(names: list[str] | None) -> list[specs.Spec]:
 def main() -> int:
     arguments = parse()
     selected = chosen(arguments.operation)
-    csv_rows.check(arguments.out, FIELDS)
+    csv_rows.check_file(arguments.out, FIELDS)
     threads = timing.limit_threads(arguments.threads)  # before JAX starts
     arguments.implementation = arguments.implementation or ["xla", *["triton"] * (jax.default_backend() == "gpu")]
     rates = {dtype: timing.matmul_rate(dtype) for dtype in arguments.dtype}
@@ -86,7 +86,7 @@ def main() -> int:
                         row |= dict(threads=threads, device=jax.default_backend(), finished_utc=results.now())
                         row |= results.environment()
                         rows.append({name: row.get(name) for name in FIELDS})
-                        csv_rows.write(arguments.out, FIELDS, rows[-1:], KEY)
+                        csv_rows.write_rows(arguments.out, FIELDS, rows[-1:], KEY)
                         print(f"{spec.name}, T = {length}, {row['implementation']}: {row['status']}", file=sys.stderr)
     finally:
         if rows:
@@ -119,7 +119,7 @@ def bench(spec, length, dtype, arguments):
     for direction in arguments.direction if passed else ():
         programs = {name: program(spec, name, length, dtype, direction) for name in passed}
         calls = [call for call, _ in programs.values()]
-        spreads = timing.alternate(calls, seconds=2.0 * len(calls), repeats=arguments.repeats)
+        spreads = timing.time_alternately(calls, seconds=2.0 * len(calls), repeats=arguments.repeats)
         for (name, (_, facts)), spread in zip(programs.items(), spreads, strict=True):
             times = {f"{word}_ms": round(1e3 * getattr(spread, word), 4) for word in ("best", "lower", "median", "upper")}
             yield passed[name] | facts | times | dict(calls=spread.calls, direction=direction, status="ok")
@@ -190,7 +190,7 @@ def draw(path: str) -> None:
     except ImportError as error:
         print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
         return
-    rows = [row for row in csv_rows.read(path) if row["status"] == "ok"]
+    rows = [row for row in csv_rows.read_rows(path) if row["status"] == "ok"]
     operations = list(dict.fromkeys(row["spec"].split("/")[0] for row in rows))
     if not rows:
         return

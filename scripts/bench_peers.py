@@ -77,7 +77,7 @@ def main() -> int:
         print(json.dumps(measure(json.loads(arguments.measure))))
         return 0
     out = arguments.out.replace("DEVICE", arguments.device)
-    csv_rows.check(out, FIELDS)
+    csv_rows.check_file(out, FIELDS)
     rows = []
     try:
         for contest in contests():
@@ -88,7 +88,7 @@ def main() -> int:
             for case in cases(contest, arguments):
                 for row in race(contest, case, arguments):
                     rows.append(row)
-                    csv_rows.write(out, FIELDS, [row], KEY)
+                    csv_rows.write_rows(out, FIELDS, [row], KEY)
                     print(f"{row['contest']}, T = {row['length']}, {row['direction']}: {row['status']}", file=sys.stderr)
     finally:
         if rows:
@@ -156,7 +156,7 @@ def compare(contest: Contest, case: Case, sides, direction: str, arguments) -> d
             raise ValueError(f"results differ by {found['difference']:.1e} of the largest")
 
     inspect = agree if contest.same else None
-    spreads = timing.alternate(calls, seconds=arguments.seconds, clock=arguments.clock, inspect=inspect)
+    spreads = timing.time_alternately(calls, seconds=arguments.seconds, clock=arguments.clock, inspect=inspect)
     for side, spread in zip(("ours", "theirs"), spreads, strict=True):
         for name in ("lower", "median", "upper"):
             found[f"{side}_{name}_ms"] = round(1e3 * getattr(spread, name), 4)

@@ -107,7 +107,7 @@ def task_table(rows, floors) -> str:
         cells = [reached.get((one.task, one.config, rule)) for one in firsts.values()]
         if any(value is not None for value in cells):
             body.append([f"*{what}*", *("" if value is None else written(value) for value in cells)])
-    machines = dict.fromkeys(map(results.machine, firsts.values()))
+    machines = dict.fromkeys(map(results.machine_of_row, firsts.values()))
     return "\n".join([text_tables.markdown([heading, *body]), "", " ".join([*notes, *machines])])
 
 
@@ -115,7 +115,7 @@ def score(layer: str, group) -> str:
     """The score alone; how many seeds it is of is told once, below the table."""
     if group is None:
         return "not run" if zoo.LAYERS[layer].supports.causal else "not causal"
-    return results.score(group).partition(" (")[0]
+    return results.score_of_seeds(group).partition(" (")[0]
 
 
 def cost_table(rows) -> str:
@@ -125,12 +125,12 @@ def cost_table(rows) -> str:
 
 
 def generated() -> dict[str, str]:
-    peers = csv_rows.read(PEERS)
+    peers = csv_rows.read_rows(PEERS)
     return {
         "layers": layer_table(),
-        "quickstart": results.markdown(results.read(QUICKSTART)),
-        "tasks": task_table(results.read(OFFLINE), ledger.read_floors(FLOORS)),
-        "costs": cost_table(measurements.read(COSTS)),
+        "quickstart": results.markdown(results.read_results(QUICKSTART)),
+        "tasks": task_table(results.read_results(OFFLINE), ledger.read_floors(FLOORS)),
+        "costs": cost_table(measurements.read_measurements(COSTS)),
         "peers": peers_table(peers),
         "memory": memory_table(peers),
     }

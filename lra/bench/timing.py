@@ -58,7 +58,7 @@ def clock_of(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def alternate(
+def time_alternately(
     calls: Sequence[Callable[[], Any]],
     *,
     seconds: float = 2.0,
@@ -155,4 +155,4 @@ def matmul_rate(dtype: Any, size: int | None = None, clock: Callable[[], float] 
     multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     a = jnp.ones((size, size), dtype)
     call = lambda: multiply(a, a).block_until_ready()
-    return 2 * size**3 / alternate([call], repeats=10, clock=clock)[0].best
+    return 2 * size**3 / time_alternately([call], repeats=10, clock=clock)[0].best

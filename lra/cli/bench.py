@@ -112,11 +112,11 @@ def checked(arguments):
 def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    csv_rows.check(arguments.out, measurements.FIELDS)
+    csv_rows.check_file(arguments.out, measurements.FIELDS)
     if arguments.results:
         return report.draw_accuracy_against_time(arguments.results, pathlib.Path(arguments.out).parent)
     if arguments.draw:
-        rows = measurements.read(arguments.out)
+        rows = measurements.read_measurements(arguments.out)
         if not rows:
             raise ValueError(f"--draw must find rows in --out, got {arguments.out}, which has none. Measure something first.")
         return report.show_measurements(arguments.out, rows)
@@ -140,12 +140,12 @@ def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number, (length, mode) in enumerate(forecast.races, 1):
-            title = f"[{number}/{len(forecast.races)}] {measurements.tokens(length)}, {mode}"
+            title = f"[{number}/{len(forecast.races)}] {measurements.length_label(length)}, {mode}"
             began = time.perf_counter()
             rows = speed.race(layers, length, mode, settings, functools.partial(tell, title))
             taken = time.perf_counter() - began
             forecast.taken[length, mode] = (taken, sum(row.compile_seconds or 0.0 for row in rows))
-            measurements.write(rows, arguments.out)
+            measurements.write_measurements(rows, arguments.out)
             measured += rows
             for row in rows:
                 if row.status != "ok":

@@ -44,9 +44,9 @@ def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), *
     """An option for every field of a frozen dataclass: --learning-rate for learning_rate. Absent if not given.
 
     A field that is true or false is an option without a value: --remat, --no-remat. Its help is that in `helps`, else what
-    `described` finds.
+    `field_descriptions` finds.
     """
-    helps = described(record) | helps
+    helps = field_descriptions(record) | helps
     for name, kind in get_type_hints(record).items():
         if name in leave_out:
             continue
@@ -63,7 +63,7 @@ def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), *
         )  # fmt: skip
 
 
-def described(record: type) -> dict[str, str]:
+def field_descriptions(record: type) -> dict[str, str]:
     """What a dataclass's docstring says of each field under "Attributes", on one line, as argparse takes it."""
     section = inspect.getdoc(record).partition("Attributes:\n")[2]
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
@@ -99,11 +99,11 @@ def assignments(words: list[str]) -> dict:
 
 
 def run(program: str, main: Callable[[], int | None]) -> NoReturn:
-    """Ends the process with the exit code of `explained`; the last line of a script.
+    """Ends the process with the exit code of `exit_code_of`; the last line of a script.
 
     After Ctrl-C and SIGTERM at once: a compiler that is at work does not live through the interpreter's own end.
     """
-    code = explained(program, main)
+    code = exit_code_of(program, main)
     if code in (INTERRUPTED, TERMINATED):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,7 +111,7 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def explained(program: str, main: Callable[[], int | None]) -> int:
+def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
     """Runs a command; what a user can cure becomes one line on stderr and an exit code.
 
     Returns: 0, or what `main` returns; 1 for a run, folder or data set that failed; 2 for a wrong argument; 130 for
@@ -129,7 +129,7 @@ def explained(program: str, main: Callable[[], int | None]) -> int:
     except (ValueError, TypeError, NotImplementedError) as error:
         code, message = USAGE, " ".join(str(error).split())
     except Exception as error:
-        reason = cause(error)
+        reason = memory_error(error)
         if reason is None:
             raise
         code, message = FAILED, reason
@@ -138,7 +138,7 @@ def explained(program: str, main: Callable[[], int | None]) -> int:
     return code
 
 
-def cause(error: Exception) -> str | None:
+def memory_error(error: Exception) -> str | None:
     """One line for a device that ran out of memory; None for other errors."""
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         cure = "Use a smaller --batch-size, or a larger --accumulate."
@@ -146,7 +146,7 @@ def cause(error: Exception) -> str | None:
     return None
 
 
-def changes(record: type, arguments: argparse.Namespace) -> dict:
+def given_fields(record: type, arguments: argparse.Namespace) -> dict:
     """The values of a dataclass's fields that were given as options."""
     given = vars(arguments)
     return {one.name: given[one.name] for one in dataclasses.fields(record) if one.name in given}

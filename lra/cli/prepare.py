@@ -58,7 +58,7 @@ def parse(command_line: Sequence[str] | None, program: str):
 def main(command_line: Sequence[str] | None = None, program: str = "prepare_lra") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    tasks.named(arguments.tasks)  # a wrong word is told before anything is prepared
+    tasks.tasks_named(arguments.tasks)  # a wrong word is told before anything is prepared
     if arguments.action == "list":
         words = ("task", "kind", "source", "prepared")
         text_tables.print_table(listing(arguments.data_dir), left=words, unbroken=lambda name: True)
@@ -81,7 +81,7 @@ def listing(data_dir: str | os.PathLike | None = None) -> list[tuple[str, ...]]:
     rows = [("task", "kind", "classes", "length", "train/validation/test", "source", "disk", "hours", "prepared")]
     for configs in tasks.TASKS.values():
         for task in configs.values():
-            found = catalogue.find(task.dataset)
+            found = catalogue.find_dataset(task.dataset)
             sizes = "/".join(f"{size:,}" for size in task.splits.values())
             hours = found.seconds / 3600
             rows.append((
@@ -99,10 +99,10 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
 
     Returns: 0, or 1 where a task that was named, or a data set at hand, could not be prepared.
     """
-    wanted = tasks.named(words) or _quick()
+    wanted = tasks.tasks_named(words) or _quick()
     failed, done = 0, set()
     for task in wanted:
-        folder = store.folder_of(task.dataset, data_dir)
+        folder = store.dataset_folder(task.dataset, data_dir)
         if folder in done:
             continue
         done.add(folder)
@@ -120,7 +120,7 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
 
 def _quick() -> list[Task]:
     every = [task for configs in tasks.TASKS.values() for task in configs.values()]
-    return [task for task in every if catalogue.find(task.dataset).seconds <= PATIENCE_SECONDS]
+    return [task for task in every if catalogue.find_dataset(task.dataset).seconds <= PATIENCE_SECONDS]
 
 
 def _bytes(folder: pathlib.Path) -> int:
@@ -142,13 +142,13 @@ def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
     What pictures show is judged on test: if nothing tells their labels better than guessing, that is a fault.
 
     Args:
-        word: as `tasks.named` takes.
+        word: as `tasks.tasks_named` takes.
         data_dir: the folder that holds data sets.
         cnn_steps: batches that the network is trained for, on tasks that are pictures; 0 leaves it out.
     Raises: ValueError: unknown task.  DatasetError: it is not prepared, or cannot be read.
     """
-    (task,) = tasks.named([word])
-    folder = store.folder_of(task.dataset, data_dir)
+    (task,) = tasks.tasks_named([word])
+    folder = store.dataset_folder(task.dataset, data_dir)
     if not folder.exists():
         raise store.DatasetError(
             f"{word}: data set must be prepared first, got no folder {folder}. Run prepare_lra.py prepare {word}"
@@ -190,7 +190,7 @@ def _check_files(report: Report, folder: pathlib.Path) -> None:
 
 
 def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) -> None:
-    found = catalogue.find(task.dataset)
+    found = catalogue.find_dataset(task.dataset)
     seen: dict[str, set[bytes]] = {}
     for split, part in splits.items():
         published = task.splits[split]

@@ -77,12 +77,12 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
             raise checkpoints.Interrupted(f"{saved} The same command goes on from there.", stopped.number) from None
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             # One layer's fault is a row of the table; the others still run.
-            reason = commands.cause(error) or checkpoints.line(error)
+            reason = commands.memory_error(error) or checkpoints.line(error)
             row = results.failure(run, tasks.find(run.task, run.config), reason)
             print(f"{run.layer}: {row.status}", file=sys.stderr)
         results.append(row, out / "quickstart.csv")
         rows.append(row)
-    results.write(results.markdown(rows), out / "quickstart.md", report.KEPT)
+    results.write_text(results.markdown(rows), out / "quickstart.md", report.KEPT)
     endings = [".csv", ".md", ".png"] if report.draw_accuracy_against_cost(rows, out / "quickstart.png") else [".csv", ".md"]
     results.show(rows)
     took = clock(time.monotonic() - began)

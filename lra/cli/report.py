@@ -23,9 +23,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "report") -> 
     parser = commands.Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="CSV", help="rows of training, or of measurements")
     for path in parser.parse_args(command_line).files:
-        header, rows = csv_rows.load(path)
+        header, rows = csv_rows.read_lines(path)
         if rows and set(measurements.FIELDS) <= set(header):
-            show_measurements(path, measurements.read(path))
+            show_measurements(path, measurements.read_measurements(path))
         elif rows and set(results.REQUIRED) <= set(header):
             show_results(path)
         else:
@@ -39,9 +39,9 @@ def show_measurements(path: str, shown: Iterable[Measurement]) -> int:
         print(f"\n{table.title}")
         text_tables.print_table([table.heading, *table.body])
         print("\n".join(table.notes))
-    rows, stem = measurements.read(path), pathlib.Path(path).with_suffix("")
-    results.write(measurements.markdown(rows), f"{stem}.md", KEPT)
-    results.write(measurements.latex(rows), f"{stem}.tex", KEPT)
+    rows, stem = measurements.read_measurements(path), pathlib.Path(path).with_suffix("")
+    results.write_text(measurements.markdown(rows), f"{stem}.md", KEPT)
+    results.write_text(measurements.latex(rows), f"{stem}.tex", KEPT)
     written = [f"{stem}.md", f"{stem}.tex"]
     for number, group in enumerate(measurements.groups(rows), 1):
         picture = f"{stem}-{number}.png"
@@ -54,13 +54,13 @@ def show_measurements(path: str, shown: Iterable[Measurement]) -> int:
 def show_results(path: str) -> None:
     """Prints a table for each task and recipe of a CSV of training; writes them, and plots, beside it."""
     stem, written = pathlib.Path(path).with_suffix(""), []
-    kinds = _kinds(results.read(path), ("task", "config", "recipe", "protocol"))
+    kinds = _kinds(results.read_results(path), ("task", "config", "recipe", "protocol"))
     for number, rows in enumerate(kinds, 1):
         results.show(rows)
         picture = f"{stem}-{number}.png" if len(kinds) > 1 else f"{stem}.png"
         if draw_accuracy_against_cost(rows, picture):
             written.append(picture)
-    results.write("\n".join(map(results.markdown, kinds)), f"{stem}.md", KEPT)
+    results.write_text("\n".join(map(results.markdown, kinds)), f"{stem}.md", KEPT)
     print(f"\nRows in {path}; {', '.join([f'{stem}.md', *written])}.")
     draw_accuracy_against_time(path, stem.parent)
 
@@ -72,7 +72,7 @@ def draw_accuracy_against_cost(rows: Sequence[Result], path: str | pathlib.Path)
 
 def draw_accuracy_against_time(path: str, folder: pathlib.Path) -> int:
     """Accuracy against time, a picture for each task and recipe of a CSV of training."""
-    rows = results.read(path) if pathlib.Path(path).is_file() else []
+    rows = results.read_results(path) if pathlib.Path(path).is_file() else []
     if not rows:
         raise ValueError(f"--results must be a file with rows, got {path}. Train something first: scripts/train.py.")
     kinds = _kinds(rows, ("task", "config", "recipe", "hardware"))

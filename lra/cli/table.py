@@ -88,12 +88,12 @@ def main(command_line: Sequence[str] | None = None, program: str = "reproduce_ta
         return write(text_tables.aligned(listed(known)) + "\n", arguments.out)
     name = arguments.table
     if name is None:
-        published.read(arguments.paper)
+        published.read_figures(arguments.paper)
         name = next(table for paper, table in published.sources() if paper == arguments.paper)
-    wanted = chosen(cells.table(arguments.paper, name), arguments.only)
+    wanted = chosen(cells.cells_of_table(arguments.paper, name), arguments.only)
     code = 0
     if arguments.probe:
-        writable(files["hours"], lambda path: csv_rows.check(path, costs.PROBE_FIELDS))
+        writable(files["hours"], lambda path: csv_rows.check_file(path, costs.STEP_TIMING_FIELDS))
         failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=progress.say)
         code, known = commands.FAILED if failed else 0, read(files, arguments.batch_size)
     if arguments.run:
@@ -114,14 +114,14 @@ def files_of(path: str) -> dict[str, pathlib.Path]:
 
 def read(files: dict[str, pathlib.Path], batch_size: int | None) -> ledger.Ledger:
     """What is known; of measurements those with this batch size, where one is told."""
-    known = ledger.read(files.values())
+    known = ledger.read_ledger(files.values())
     measured = [row for row in known.measurements if batch_size in (None, row.batch_size)]
     return dataclasses.replace(known, measurements=measured)
 
 
 def verify(files: dict[str, pathlib.Path]) -> int:
     """Lists what is damaged among the rows and the runs that there are."""
-    found, faults = ledger.verify(files.values())
+    found, faults = ledger.verify_files(files.values())
     runs = sorted((files["runs"].parent / "runs").glob("*/run.json"))
     damaged = list(map(str, faults))
     for path in runs:
@@ -175,7 +175,7 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
     outcomes = get_args(verdicts.Outcome)
     rows = [["paper", "table", "cells", "reproduced", *outcomes[1:], "hours to run", "what it holds"]]
     for paper, name in progress.over(published.sources(), "Tables"):
-        every = [cell for cell in cells.table(paper, name) if cell.column != "average"]
+        every = [cell for cell in cells.cells_of_table(paper, name) if cell.column != "average"]
         judged = [verdicts.judge(cell, known) for cell in every]
         counts = Counter(one.outcome for one in judged)
         hours: dict[str, float] = {}
@@ -189,10 +189,10 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
 
 
 def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
-    writable(path, lambda path: csv_rows.check(path, ledger.FLOOR_FIELDS))
+    writable(path, lambda path: csv_rows.check_file(path, ledger.FLOOR_FIELDS))
     for word in words:
-        found = floor_rows.measure(word, data_dir)
-        floor_rows.write(found, path)
+        found = floor_rows.measure_floors(word, data_dir)
+        floor_rows.write_floors(found, path)
         for floor in found:
             print(f"{floor.task}/{floor.config}: {ledger.NAMES.get(floor.floor, floor.floor)} {floor.value:.4f}")
     print(f"Rows in {path}.")
@@ -203,6 +203,6 @@ def write(text: str, out: str | None) -> int:
     if out is None:
         print(text, end="")
     else:
-        results.write(text, out)
+        results.write_text(text, out)
         progress.say(f"Written to {os.path.abspath(out)}.")
     return 0

@@ -47,7 +47,7 @@ def parse(command_line: Sequence[str] | None, program: str):
 def main(command_line: Sequence[str] | None = None, program: str = "train") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    words = commands.changes(recipes.Run, arguments)
+    words = commands.given_fields(recipes.Run, arguments)
     if arguments.seeds and "seed" in words:
         raise ValueError(f"seed must be left out beside --seeds, got {words['seed']}. Add it to --seeds.")
     parallel.start(arguments.coordinator, arguments.num_processes, arguments.process_id)

@@ -176,7 +176,7 @@ DATASETS: dict[str, Dataset] = {
 }  # fmt: skip
 
 
-def find(name: str) -> Dataset:
+def find_dataset(name: str) -> Dataset:
     """The data set of a name.
 
     Raises: ValueError: unknown; the nearest known one is named.

@@ -43,7 +43,7 @@ def accuracy(
     Returns: (accuracy between 0 and 1, pictures that it was tested on).
     """
     (pictures, labels), (unseen, answers) = (
-        read(splits[split], most, shape) for split, most in (("train", TRAIN), ("test", TEST))
+        read_pictures(splits[split], most, shape) for split, most in (("train", TRAIN), ("test", TEST))
     )
     graph, parameters = nnx.split(Network(shape, num_classes, rngs=nnx.Rngs(seed)))
     optimiser = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
@@ -67,7 +67,7 @@ def accuracy(
     return float((predicted == answers).mean()), len(answers)
 
 
-def read(examples: Sequence, most: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def read_pictures(examples: Sequence, most: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """At most `most` examples, evenly spread: (pixels [N, R, C, 1], one byte each, labels)."""
     chosen = np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int)
     pictures, labels = np.empty((len(chosen), *shape, 1), np.uint8), np.empty(len(chosen), int)

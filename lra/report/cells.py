@@ -208,7 +208,7 @@ def _unanswered(figure: published.Figure, metric: str, measured: bool, answer: A
 
 
 @functools.cache
-def table(paper: str, name: str) -> tuple[Cell, ...]:
+def cells_of_table(paper: str, name: str) -> tuple[Cell, ...]:
     """The cells of one table, in its order.
 
     Raises: ValueError: unknown paper or table; the nearest known one is named.
@@ -217,7 +217,7 @@ def table(paper: str, name: str) -> tuple[Cell, ...]:
         >>> cell.id, cell.recipe, cell.layer, cell.overrides
         ('lra.1.transformer.listops', 'lra-2020', 'softmax', {'task': 'listops'})
     """
-    source, found = published.find(paper, name)
+    source, found = published.find_table(paper, name)
     memory = {one.length: one.value for one in found if one.metric == "memory" and one.row == "Transformer"}
     # An absolute speed stands in the note of the ratio beside it.
     speeds = {(one.row, one.length): one for one in found if one.metric == "steps_per_second"}
@@ -233,9 +233,9 @@ def table(paper: str, name: str) -> tuple[Cell, ...]:
 
 
 @functools.cache
-def every() -> tuple[Cell, ...]:
+def all_cells() -> tuple[Cell, ...]:
     """The cells of all tables."""
-    return tuple(cell for paper, name in published.sources() for cell in table(paper, name))
+    return tuple(cell for paper, name in published.sources() for cell in cells_of_table(paper, name))
 
 
 def _configuration(cell: Cell) -> tuple:
@@ -246,13 +246,13 @@ def _configuration(cell: Cell) -> tuple:
 @functools.cache
 def _answered() -> Mapping[tuple, tuple[Cell, ...]]:
     found: dict[tuple, list[Cell]] = {}
-    for cell in every():
+    for cell in all_cells():
         if not cell.cannot:
             found.setdefault(_configuration(cell), []).append(cell)
     return {key: tuple(cells) for key, cells in found.items()}
 
 
-def elsewhere(cell: Cell) -> tuple[Cell, ...]:
+def published_elsewhere(cell: Cell) -> tuple[Cell, ...]:
     """The cells with another published value for what answers to this one; one that is rounded more is no other.
 
     Example:

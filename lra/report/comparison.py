@@ -82,7 +82,7 @@ def footnotes(verdicts: Iterable[Verdict]) -> dict[str, str]:
 def remarks(cell: cells.Cell) -> list[tuple[str, bool]]:
     """(sentence, whether it is a contradiction) of a cell."""
     found = [(sentence, False) for sentence in cell.deviations]
-    for other in cells.elsewhere(cell):
+    for other in cells.published_elsewhere(cell):
         contradicts = cells.contradict(cell, other)
         value, unit = _value(other), " %" * (other.unit == "%" and other.expected is not None)
         words = "contradicted by" if contradicts else "also published:"
@@ -115,7 +115,7 @@ def _column(task: str, length: int | None, metric: str, unit: str) -> str:
 def _both(one: Verdict | None) -> str:
     if one is None:
         return ""
-    contradicted = any(cells.contradict(one.cell, other) for other in cells.elsewhere(one.cell))
+    contradicted = any(cells.contradict(one.cell, other) for other in cells.published_elsewhere(one.cell))
     return f"{_value(one.cell)}{CONTRADICTED * contradicted} / {number(one.ours, one.cell.unit)}"
 
 
@@ -166,7 +166,7 @@ def records(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     for one in verdicts:
         cell, cost = one.cell, one.cost
         run = None if cell.recipe in ("bench", None) else run_of(cell)
-        other = [] if cell.cannot else cells.elsewhere(cell)
+        other = [] if cell.cannot else cells.published_elsewhere(cell)
         found.append({
             **{name: getattr(cell, name) for name in names}, "theirs": cell.expected, "their_deviation": cell.deviation,
             "ours": one.ours, "our_deviation": one.spread, "difference": one.difference, "seeds": one.seeds,

@@ -42,11 +42,11 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Probe:
+class StepTiming:
     """Some steps of a run, timed on a machine.
 
     Attributes:
-        configuration_hash: of the run's values but the seed, `ledger.key`.
+        configuration_hash: of the run's values but the seed, `ledger.hash_without_seed`.
         probe_steps: how many were timed, after a first one.
         step_seconds, evaluation_seconds: of a step, and of a batch of validation; compile_seconds: of both programs.
         step_flops: of a step, as `training_flops` estimates them.
@@ -66,19 +66,20 @@ class Probe:
     finished_utc: str
 
 
-PROBE_FIELDS = [one.name for one in dataclasses.fields(Probe)]
+STEP_TIMING_FIELDS = [one.name for one in dataclasses.fields(StepTiming)]
 
 
-def probe_of_cells(cells: Mapping[str, str]) -> Probe:
-    """A row of probes of its cells.
+def step_timing_from_cells(cells: Mapping[str, str]) -> StepTiming:
+    """A row of timed steps of its cells.
 
     Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
     """
     numbers = {name: float(cells[name]) for name in ("step_seconds", "evaluation_seconds", "compile_seconds", "step_flops")}
-    return Probe(**{**{name: cells[name] for name in PROBE_FIELDS}, **numbers, "probe_steps": int(cells["probe_steps"])})
+    words = {name: cells[name] for name in STEP_TIMING_FIELDS}
+    return StepTiming(**{**words, **numbers, "probe_steps": int(cells["probe_steps"])})
 
 
-def of_run(run: Run, task: Task) -> Cost:
+def cost_elsewhere(run: Run, task: Task) -> Cost:
     """Hours on a GPU of others: those that its authors state, else an estimate from the FLOPs and a published time."""
     for key in (f"{run.task}/{run.config}", run.task):
         if (run.recipe, key) in STATED:
@@ -90,38 +91,39 @@ def of_run(run: Run, task: Task) -> Cost:
 _ELSEWHERE = "this machine's are told by --probe"
 
 
-def here(
-    run: Run, task: Task, rows: Iterable[Result], hardware: str, is_cpu: bool, probes: Sequence[Probe] = (),
-    probe: Probe | None = None,
+def cost_here(
+    run: Run, task: Task, rows: Iterable[Result], hardware: str, is_cpu: bool, step_timings: Sequence[StepTiming] = (),
+    timed: StepTiming | None = None,
 ) -> Cost:  # fmt: skip
     """Hours on this machine, validation included.
 
     Args:
-        rows, probes: what was measured, on whatever machine; those of `hardware` count.
-        probe: of this very run on this machine: it is what counts.
+        rows, step_timings: what was measured, on whatever machine; those of `hardware` count.
+        timed: of this very run on this machine: it is what counts.
     """
-    if probe is not None:
-        seconds = probe.compile_seconds + run.steps * probe.step_seconds
-        seconds += evaluation_batches(run, task) * probe.evaluation_seconds
-        return Cost(seconds / 3600, hardware, f"from {probe.probe_steps} steps timed on it, validation included")
-    rates = _rates(rows, probes, hardware)
+    if timed is not None:
+        seconds = timed.compile_seconds + run.steps * timed.step_seconds
+        seconds += evaluation_batches(run, task) * timed.evaluation_seconds
+        return Cost(seconds / 3600, hardware, f"from {timed.probe_steps} steps timed on it, validation included")
+    rates = _rates(rows, step_timings, hardware)
     rate = statistics.median(rates) if rates else CPU if is_cpu else GPU
     counted = f"estimate from {len(rates)} runs on it" if rates else f"rough estimate, nothing was measured on it; {_ELSEWHERE}"
     hours = (training_flops(run, task) + evaluation_flops(run, task)) / rate / 3600
     return Cost(hours, hardware, f"{counted}, validation included")
 
 
-def forecast(run: Run, task: Task, rows: Sequence[Result], hardware: str, is_cpu: bool, probes=(), probe=None) -> Cost:
+def forecast(run: Run, task: Task, rows: Sequence[Result], hardware: str, is_cpu: bool, step_timings=(), timed=None) -> Cost:
     """Hours on this machine where anything was measured on it, else on the machine of others that is known."""
-    if probe is None and not _rates(rows, probes, hardware):
-        return of_run(run, task)
-    return here(run, task, rows, hardware, is_cpu, probes, probe)
+    if timed is None and not _rates(rows, step_timings, hardware):
+        return cost_elsewhere(run, task)
+    return cost_here(run, task, rows, hardware, is_cpu, step_timings, timed)
 
 
-def _rates(rows: Iterable[Result], probes: Iterable[Probe], hardware: str) -> list[float]:
+def _rates(rows: Iterable[Result], step_timings: Iterable[StepTiming], hardware: str) -> list[float]:
     """FLOPs per second of the runs that were measured on a machine."""
     found = [row.flops_per_step * row.steps_per_second for row in rows if row.hardware == hardware and _timed(row)]
-    return found + [one.step_flops / one.step_seconds for one in probes if one.hardware == hardware and one.step_seconds > 0]
+    timed = [one for one in step_timings if one.hardware == hardware and one.step_seconds > 0]
+    return found + [one.step_flops / one.step_seconds for one in timed]
 
 
 def evaluation_batches(run: Run, task: Task) -> int:

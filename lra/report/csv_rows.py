@@ -39,7 +39,7 @@ class Line(NamedTuple):
     reason: str = ""
 
 
-def load(path: str | os.PathLike) -> tuple[list[str], list[Line]]:
+def read_lines(path: str | os.PathLike) -> tuple[list[str], list[Line]]:
     """(columns, lines) of a CSV file; ([], []) where there is none, or an empty one. Blank lines do not count.
 
     Raises: RunError: it cannot be read.
@@ -75,10 +75,10 @@ def _cells(text: bytes, count: int) -> list[str]:
     return cells
 
 
-def sort(path: str | os.PathLike, make: Callable[[dict[str, str]], T]) -> tuple[list[T], list[Fault]]:
+def sort_out_rows(path: str | os.PathLike, make: Callable[[dict[str, str]], T]) -> tuple[list[T], list[Fault]]:
     """What `make` makes of the rows of a file, and the lines that it raises ValueError, KeyError or TypeError for."""
     path = pathlib.Path(path)
-    header, lines = load(path)
+    header, lines = read_lines(path)
     good, bad = [], []
     for one in lines:
         reason = one.reason
@@ -92,7 +92,7 @@ def sort(path: str | os.PathLike, make: Callable[[dict[str, str]], T]) -> tuple[
     return good, bad
 
 
-def read(
+def read_rows(
     path: str | os.PathLike,
     make: Callable[[dict[str, str]], T] = dict,
     fields: Sequence[str] = (),
@@ -100,17 +100,17 @@ def read(
 ) -> list[T]:
     """What `make` makes of the rows of a file; each line that cannot be read is told on stderr, once, and passed over.
 
-    Raises: RunError: the file cannot be read, or has other columns than `fields`, where they are given; see `write`.
+    Raises: RunError: the file cannot be read, or has other columns than `fields`, where they are given; see `write_rows`.
     """
     if fields:
-        _check_header(pathlib.Path(path), load(path)[0], fields, required)
-    good, bad = sort(path, make)
+        _check_header(pathlib.Path(path), read_lines(path)[0], fields, required)
+    good, bad = sort_out_rows(path, make)
     for fault in bad:
-        tell(fault, "The line is passed over; mend or delete it.")
+        warn_once(fault, "The line is passed over; mend or delete it.")
     return good
 
 
-def tell(fault: Fault, cure: str) -> None:
+def warn_once(fault: Fault, cure: str) -> None:
     """Warns of a fault on stderr, the first time that this process meets it."""
     if fault not in _told:
         _told.add(fault)
@@ -120,8 +120,8 @@ def tell(fault: Fault, cure: str) -> None:
 _told: set[Fault] = set()
 
 
-def check(path: str | os.PathLike, fields: Sequence[str], required: Iterable[str] | None = None) -> None:
-    """Refuses a file that `write` would refuse. Call it before the work whose rows it is to hold.
+def check_file(path: str | os.PathLike, fields: Sequence[str], required: Iterable[str] | None = None) -> None:
+    """Refuses a file that `write_rows` would refuse. Call it before the work whose rows it is to hold.
 
     Raises: RunError: the file has other columns, or its folder cannot be made.
     """
@@ -132,7 +132,7 @@ def check(path: str | os.PathLike, fields: Sequence[str], required: Iterable[str
             raise IsADirectoryError("a folder")
     except OSError as error:
         raise RunError(f"table: file {path} must be writable, got {line(error)}. Choose another --out.") from error
-    _check_header(path, load(path)[0], fields, required)
+    _check_header(path, read_lines(path)[0], fields, required)
 
 
 def _check_header(path: pathlib.Path, header: list[str], fields: Sequence[str], required: Iterable[str] | None) -> None:
@@ -144,7 +144,7 @@ def _check_header(path: pathlib.Path, header: list[str], fields: Sequence[str], 
         )
 
 
-def write(
+def write_rows(
     path: str | os.PathLike,
     fields: Sequence[str],
     rows: Iterable[Mapping[str, Any]],
@@ -173,15 +173,15 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path, PATIENCE, busy):
-            header, lines = load(path)
+            header, lines = read_lines(path)
             _check_header(shown, header, fields, required)
             if unless([one.cells for one in lines if not one.reason]):
                 return False
             found: dict[Any, bytes] = {}
             for one in lines:
                 name = one.number if one.reason else tuple(one.cells.get(column, "") for column in key)
-                found[name] = one.text if one.reason or header == list(fields) else text(one.cells, fields).encode()
-            found |= {tuple(_cell(row[column]) for column in key): text(row, fields).encode() for row in rows}
+                found[name] = one.text if one.reason or header == list(fields) else row_as_line(one.cells, fields).encode()
+            found |= {tuple(_cell(row[column]) for column in key): row_as_line(row, fields).encode() for row in rows}
             content = b"".join(one + b"\n" for one in (",".join(fields).encode(), *found.values()))
             if not path.exists() or path.read_bytes() != content:
                 write_whole(path, content)
@@ -190,7 +190,7 @@ def write(
     return True
 
 
-def text(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+def row_as_line(row: Mapping[str, Any], fields: Sequence[str]) -> str:
     """The line of a row, without its end; None and what is missing are empty cells."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow([_cell(row.get(name)) for name in fields])

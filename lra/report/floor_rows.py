@@ -10,7 +10,7 @@ from subquad.lra.report import csv_rows, results
 from subquad.lra.report.ledger import FLOOR_FIELDS, Floor
 
 
-def measure(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: int = 400) -> list[Floor]:
+def measure_floors(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: int = 400) -> list[Floor]:
     """What rules reach on a task that see next to nothing of the input.
 
     Args:
@@ -19,7 +19,7 @@ def measure(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: 
         cnn_steps: batches of 64 that the network of pictures is trained for; 0 leaves it out.
     Raises: ValueError: unknown task.  DatasetError: its data is not here and cannot be made.
     """
-    (task,) = tasks.named([word])
+    (task,) = tasks.tasks_named([word])
     splits, source = store.load(task.dataset, data_dir)
     environment = results.environment()
     shared = dict(
@@ -38,9 +38,9 @@ def measure(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: 
     return found
 
 
-def write(floors: list[Floor], path: str | os.PathLike) -> None:
+def write_floors(floors: list[Floor], path: str | os.PathLike) -> None:
     """Adds rows to a CSV; one of the same task, configuration and rule takes the older one's place.
 
     Raises: RunError: the file cannot be written, or has other columns.
     """
-    csv_rows.write(path, FLOOR_FIELDS, map(dataclasses.asdict, floors), ("task", "config", "floor"))
+    csv_rows.write_rows(path, FLOOR_FIELDS, map(dataclasses.asdict, floors), ("task", "config", "floor"))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from subquad.lra.recipes import Run
@@ -56,38 +56,41 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Ledger:
-    """All that was read: results by the key of their configuration, measurements, floors, probes."""
+    """All that was read: results by the key of their configuration, measurements, floors, timed steps."""
 
     results: dict[str, list[Result]]
     measurements: list[Measurement]
     floors: dict[tuple[str, str], dict[str, Floor]]
-    probes: list[costs.Probe] = field(default_factory=list)
+    step_timings: list[costs.StepTiming] = field(default_factory=list)
 
-    def probe(self, run: Run, hardware: str) -> costs.Probe | None:
+    def timed_steps(self, run: Run, hardware: str) -> costs.StepTiming | None:
         """The steps of a run, whatever its seed, that were timed on a machine."""
-        name = key(dataclasses.asdict(run))
-        found = [one for one in self.probes if (one.configuration_hash, one.hardware) == (name, hardware)]
+        name = hash_without_seed(dataclasses.asdict(run))
+        found = [one for one in self.step_timings if (one.configuration_hash, one.hardware) == (name, hardware)]
         return max(found, key=lambda one: one.finished_utc) if found else None
 
     def rows(self) -> list[Result]:
         """Every result."""
         return [row for rows in self.results.values() for row in rows]
 
-    def of(self, run: Run) -> list[Result]:
+    def finished_runs(self, run: Run) -> list[Result]:
         """The finished runs that differ from `run` in the seed alone, one for each seed, in their order."""
-        seeds = {row.seed: row for row in self.results.get(key(dataclasses.asdict(run)), ()) if row.accuracy is not None}
+        seeds = {row.seed: row for row in self._of_any_seed(run) if row.accuracy is not None}
         return [seeds[seed] for seed in sorted(seeds)]
 
-    def failed(self, run: Run) -> list[Result]:
+    def failed_runs(self, run: Run) -> list[Result]:
         """The runs of the same kind that ended without a number."""
-        return [row for row in self.results.get(key(dataclasses.asdict(run)), ()) if row.status != "ok"]
+        return [row for row in self._of_any_seed(run) if row.status != "ok"]
 
     def has(self, run: Run) -> bool:
         """Whether this very run is there, its seed included, whatever it ended with."""
-        return run.seed in {row.seed for row in self.results.get(key(dataclasses.asdict(run)), ())}
+        return run.seed in {row.seed for row in self._of_any_seed(run)}
+
+    def _of_any_seed(self, run: Run) -> Sequence[Result]:
+        return self.results.get(hash_without_seed(dataclasses.asdict(run)), ())
 
 
-def key(configuration: str | dict) -> str:
+def hash_without_seed(configuration: str | dict) -> str:
     """What names a configuration without its seed. Values that an older version did not know have their defaults.
 
     Example:
@@ -101,7 +104,7 @@ def key(configuration: str | dict) -> str:
     return results.configuration_hash(values)
 
 
-def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
+def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     """The rows of the files that come with the package, and of `paths`: files, or folders of them.
 
     A line that cannot be read, and a file whose first line names no columns of ours, is told on stderr and passed over. Of
@@ -110,18 +113,18 @@ def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     rows: dict[str, Result] = {}
     measured: list[Measurement] = []
     floors: dict[tuple[str, str], dict[str, Floor]] = {}
-    probes: list[costs.Probe] = []
+    step_timings: list[costs.StepTiming] = []
     for path in _files([SHIPPED, *paths]):
-        header, _ = csv_rows.load(path)
+        header, _ = csv_rows.read_lines(path)
         make = _maker(header)
         if make is None:
-            csv_rows.tell(_unknown(path, header), "The file is passed over; mend that line or move the file away.")
+            csv_rows.warn_once(_unknown(path, header), "The file is passed over; mend that line or move the file away.")
             continue
-        for row in csv_rows.read(path, make):
+        for row in csv_rows.read_rows(path, make):
             if isinstance(row, Measurement):
                 measured.append(row)
-            elif isinstance(row, costs.Probe):
-                probes.append(row)
+            elif isinstance(row, costs.StepTiming):
+                step_timings.append(row)
             elif isinstance(row, Floor):
                 floors.setdefault((row.task, row.config), {})[row.floor] = row
             else:
@@ -130,15 +133,15 @@ def read(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
                     rows[name] = row
     found: dict[str, list[Result]] = {}
     for row in rows.values():
-        found.setdefault(key(row.configuration), []).append(row)
-    return Ledger(found, measured, floors, probes)
+        found.setdefault(hash_without_seed(row.configuration), []).append(row)
+    return Ledger(found, measured, floors, step_timings)
 
 
-def _maker(header: list[str]) -> Callable[[dict[str, str]], Result | Measurement | Floor | costs.Probe] | None:
+def _maker(header: list[str]) -> Callable[[dict[str, str]], Result | Measurement | Floor | costs.StepTiming] | None:
     """What reads the rows of a file with these columns; None for a file that is none of ours."""
     kinds = (
-        (results.REQUIRED, results.of_cells), (measurements.FIELDS, measurements.of_cells), (FLOOR_FIELDS, floor_of_cells),
-        (costs.PROBE_FIELDS, costs.probe_of_cells),
+        (results.REQUIRED, results.result_from_cells), (measurements.FIELDS, measurements.measurement_from_cells),
+        (FLOOR_FIELDS, floor_from_cells), (costs.STEP_TIMING_FIELDS, costs.step_timing_from_cells),
     )  # fmt: skip
     return next((make for fields, make in kinds if not header or set(fields) <= set(header)), None)
 
@@ -147,20 +150,20 @@ def _unknown(path: pathlib.Path, header: list[str]) -> csv_rows.Fault:
     return csv_rows.Fault(path, 1, f"must name the columns of results, measurements or floors, got {','.join(header)[:60]!r}.")
 
 
-def verify(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path], list[csv_rows.Fault]]:
-    """(the files that `read` reads, every fault in them).
+def verify_files(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path], list[csv_rows.Fault]]:
+    """(the files that `read_ledger` reads, every fault in them).
 
-    Beside what `read` tells: a result whose configuration has another hash than its column says, or other values than its
-    columns of the same names.
+    Beside what `read_ledger` tells: a result whose configuration has another hash than its column says, or other values
+    than its columns of the same names.
     """
     files, found = _files([SHIPPED, *paths]), []
     for path in files:
-        header, _ = csv_rows.load(path)
+        header, _ = csv_rows.read_lines(path)
         make = _maker(header)
         if make is None:
             found.append(_unknown(path, header))
             continue
-        found += csv_rows.sort(path, lambda cells, make=make: _consistent(make(cells)))[1]
+        found += csv_rows.sort_out_rows(path, lambda cells, make=make: _consistent(make(cells)))[1]
     return files, found
 
 
@@ -185,7 +188,7 @@ def _files(paths: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     return found
 
 
-def add(row: Result, path: str | os.PathLike) -> bool:
+def add_result(row: Result, path: str | os.PathLike) -> bool:
     """Appends a result unless the file holds one of the same configuration that ended well. Returns: whether it did.
 
     Raises: RunError: as `results.append`.
@@ -198,11 +201,11 @@ def add(row: Result, path: str | os.PathLike) -> bool:
 def _hash(configuration: str) -> str | None:
     try:
         return results.configuration_hash(configuration)
-    except ValueError:  # a line that `read` passes over
+    except ValueError:  # a line that `read_ledger` passes over
         return None
 
 
-def floor_of_cells(cells: Mapping[str, str]) -> Floor:
+def floor_from_cells(cells: Mapping[str, str]) -> Floor:
     """A row of floors of its cells.
 
     Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
@@ -216,4 +219,4 @@ def read_floors(path: str | os.PathLike) -> list[Floor]:
 
     Raises: RunError: the file has other columns.
     """
-    return csv_rows.read(path, floor_of_cells, FLOOR_FIELDS)
+    return csv_rows.read_rows(path, floor_from_cells, FLOOR_FIELDS)

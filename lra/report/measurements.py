@@ -84,23 +84,23 @@ KEY = (
 )  # fmt: skip
 
 
-def write(rows: Iterable[Measurement], path: str | os.PathLike) -> None:
+def write_measurements(rows: Iterable[Measurement], path: str | os.PathLike) -> None:
     """Writes rows into a CSV file beside those it holds; one with the same `KEY` takes the older one's place.
 
     Raises: RunError: the file cannot be written, or has other columns.
     """
-    csv_rows.write(path, FIELDS, map(dataclasses.asdict, rows), KEY)
+    csv_rows.write_rows(path, FIELDS, map(dataclasses.asdict, rows), KEY)
 
 
-def read(path: str | os.PathLike) -> list[Measurement]:
+def read_measurements(path: str | os.PathLike) -> list[Measurement]:
     """The rows of a CSV file; none where there is no file. A line that cannot be read is told on stderr, and passed over.
 
     Raises: RunError: the file has other columns.
     """
-    return csv_rows.read(path, of_cells, FIELDS)
+    return csv_rows.read_rows(path, measurement_from_cells, FIELDS)
 
 
-def of_cells(cells: Mapping[str, str]) -> Measurement:
+def measurement_from_cells(cells: Mapping[str, str]) -> Measurement:
     """A row of its cells.
 
     Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
@@ -135,13 +135,13 @@ def groups(rows: Iterable[Measurement]) -> list[list[Measurement]]:
     return list(found.values())
 
 
-def name_of(row: Measurement, rows: Sequence[Measurement]) -> str:
+def layer_label(row: Measurement, rows: Sequence[Measurement]) -> str:
     """The layer, with its options where the rows have it with several at one length."""
     like = {other.layer_options for other in rows if (other.layer, other.length) == (row.layer, row.length)}
     return f"{row.layer} {row.layer_options}" if len(like) > 1 else row.layer
 
 
-def tokens(count: int) -> str:
+def length_label(count: int) -> str:
     """A length as people say it.
 
     Example:
@@ -167,13 +167,13 @@ def tables(rows: Iterable[Measurement]) -> list[Table]:
 
 def _speed(title: str, rows: Sequence[Measurement]) -> Table:
     lengths = sorted({row.length for row in rows})
-    heading = ["layer", *(f"calls/s {tokens(n)}" for n in lengths), *(f"MiB {tokens(n)}" for n in lengths)]
+    heading = ["layer", *(f"calls/s {length_label(n)}" for n in lengths), *(f"MiB {length_label(n)}" for n in lengths)]
     body, notes = [], []
-    for name in dict.fromkeys(name_of(row, rows) for row in rows):
-        at = {row.length: row for row in rows if name_of(row, rows) == name}
+    for name in dict.fromkeys(layer_label(row, rows) for row in rows):
+        at = {row.length: row for row in rows if layer_label(row, rows) == name}
         for row in at.values():
             if row.status != "ok":
-                notes.append(f"{name} at {tokens(row.length)}: {row.status}.")
+                notes.append(f"{name} at {length_label(row.length)}: {row.status}.")
         speed = [_speed_cell(at.get(length)) for length in lengths]
         body.append([name, *speed, *(_memory_cell(at.get(length)) for length in lengths)])
     return Table(title, heading, body, [_caption(rows), *notes])
@@ -228,12 +228,12 @@ def _rest(title: str, rows: Sequence[Measurement]) -> list[Table]:
     longest: dict[str, Measurement] = {}
     for row in sorted(rows, key=lambda row: row.length):
         if row.status == "ok":
-            longest[name_of(row, rows)] = row
+            longest[layer_label(row, rows)] = row
     columns = [column for column in _REST if any(column[1](row) for row in longest.values())]
     if not longest or not columns:
         return []
     body = [
-        [name, tokens(row.length), *(cell(row) or "" for _, cell, _ in columns)] for name, row in longest.items()
+        [name, length_label(row.length), *(cell(row) or "" for _, cell, _ in columns)] for name, row in longest.items()
     ]
     notes = dict.fromkeys(note(row) for _, _, note in columns for row in longest.values())
     heading = ["layer", "at", *(name for name, _, _ in columns)]

@@ -6,7 +6,7 @@ import os
 import statistics
 from collections.abc import Iterable, Sequence
 
-from subquad.lra.report.measurements import MODES, Measurement, name_of, tokens
+from subquad.lra.report.measurements import MODES, Measurement, layer_label, length_label
 from subquad.lra.report.results import Result, groups
 
 # Where a label may stand around its point, in points, nearest first.
@@ -156,7 +156,7 @@ def cost_against_length(rows: Iterable[Measurement], path: str | os.PathLike | N
     rows = list(rows)
     modes = [mode for mode in MODES if any(row.mode == mode and row.peak_bytes for row in rows)]
     figure, _, _ = _figure((12, 0.8 + 3.1 * max(1, len(modes))), panels=0)
-    names = list(dict.fromkeys(name_of(row, rows) for row in rows))
+    names = list(dict.fromkeys(layer_label(row, rows) for row in rows))
     columns = (("median_ms", "time, ms", 1.0), ("peak_bytes", "peak memory, MiB", 2.0**20))
     for index, mode in enumerate(modes):
         for place, (column, label, unit) in enumerate(columns):
@@ -165,7 +165,7 @@ def cost_against_length(rows: Iterable[Measurement], path: str | os.PathLike | N
             axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label)
             axes.set_title(mode, loc="left", fontsize=10)
             for number, name in enumerate(names):
-                found = [row for row in rows if row.mode == mode and name_of(row, rows) == name and getattr(row, column)]
+                found = [row for row in rows if row.mode == mode and layer_label(row, rows) == name and getattr(row, column)]
                 found = sorted(found, key=lambda row: row.length)
                 points = [(row.length, getattr(row, column) / unit) for row in found]
                 if not points:
@@ -186,7 +186,7 @@ def cost_against_length(rows: Iterable[Measurement], path: str | os.PathLike | N
             low, high = axes.get_ylim()
             if high < 4 * low:  # else a difference of one part in a hundred would look large
                 axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
-            axes.xaxis.set_major_formatter(lambda value, _: tokens(round(value)))
+            axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
             axes.xaxis.set_minor_locator(_null())
             _plain_ticks(axes.yaxis)
             axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

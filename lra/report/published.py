@@ -15,7 +15,7 @@ class Source:
     """Where a table stands.
 
     Attributes:
-        paper, table: what `find` takes.
+        paper, table: what `find_table` takes.
         title: what the table holds.
         work: authors, title, venue; arxiv: its number there, or "".
         where: what was read: not always the paper itself.
@@ -63,7 +63,7 @@ def sources() -> dict[tuple[str, str], Source]:
 
 
 @functools.cache
-def read(paper: str) -> tuple[Figure, ...]:
+def read_figures(paper: str) -> tuple[Figure, ...]:
     """All figures of a paper, as they are printed.
 
     Raises: ValueError: unknown paper; the nearest known one is named.
@@ -82,7 +82,7 @@ def read(paper: str) -> tuple[Figure, ...]:
         )  # fmt: skip
 
 
-def find(paper: str, table: str) -> tuple[Source, tuple[Figure, ...]]:
+def find_table(paper: str, table: str) -> tuple[Source, tuple[Figure, ...]]:
     """One table and where it stands.
 
     Raises: ValueError: unknown paper or table; the nearest known one is named.
@@ -91,7 +91,7 @@ def find(paper: str, table: str) -> tuple[Source, tuple[Figure, ...]]:
         >>> figures[0].row, figures[0].task, figures[0].value
         ('Transformer', 'listops', 36.37)
     """
-    figures = [figure for figure in read(paper) if figure.table == table]
+    figures = [figure for figure in read_figures(paper) if figure.table == table]
     if not figures:
         tables = [name for owner, name in sources() if owner == paper]
         raise ValueError(f"table must be one of {paper}, got {table!r}. {nearest(table, tables)}")

@@ -71,9 +71,10 @@ def train_missing(
     folder = pathlib.Path(path).parent / "runs"
 
     def price(run: Run) -> costs.Cost:
-        whole = costs.here(
-            run, tasks.find(run.task, run.config), known.rows(), device, on_cpu, known.probes, known.probe(run, device)
-        )
+        whole = costs.cost_here(
+            run, tasks.find(run.task, run.config), known.rows(), device, on_cpu, known.step_timings,
+            known.timed_steps(run, device),
+        )  # fmt: skip
         return whole._replace(hours=whole.hours * undone(run, folder / run.id))
 
     waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
@@ -103,7 +104,7 @@ def train_missing(
             failures += 1
             say(f"{run.layer} on {run.task}: {line(error)}")
             continue
-        ledger.add(row, path)
+        ledger.add_result(row, path)
         say(f"{run.layer} on {run.task}: {row.status}" + (f", {100 * row.accuracy:.2f} %" if row.accuracy is not None else ""))
     return failures
 
@@ -119,13 +120,13 @@ def time_missing(
     for number, (run, ids) in enumerate(waiting, 1):
         task = tasks.find(run.task, run.config)
         try:
-            probe = step_timings.measure(run, task, steps)
+            timed = step_timings.time_steps(run, task, steps)
         except (ValueError, TypeError, NotImplementedError, RuntimeError, MemoryError) as error:
             failures += 1
             say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {line(error)}")
             continue
-        step_timings.write(probe, path)
-        cost = costs.here(run, task, (), probe.hardware, True, (), probe)
+        step_timings.write_step_timing(timed, path)
+        cost = costs.cost_here(run, task, (), timed.hardware, True, (), timed)
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
 

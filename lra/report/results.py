@@ -82,8 +82,8 @@ REQUIRED = [one.name for one in dataclasses.fields(Result) if one.default is dat
 
 
 def network_floor(task: str, config: str) -> float | None:
-    """What the small network of `data.probe` reached on a task of pictures, where that was measured: results/floors.csv."""
-    floors = csv_rows.read(pathlib.Path(__file__).parents[1] / "results" / "floors.csv")
+    """What the small network of `data.small_network` reached on a task of pictures, if measured: results/floors.csv."""
+    floors = csv_rows.read_rows(pathlib.Path(__file__).parents[1] / "results" / "floors.csv")
     found = {(row["task"], row["config"]): row["value"] for row in floors if row["floor"] == "network"}
     return float(found[task, config]) if (task, config) in found else None
 
@@ -102,7 +102,7 @@ def configuration_hash(configuration: str | Mapping) -> str:
 def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]], bool] = lambda held: False) -> bool:
     """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
 
-    A file of an earlier version gets the columns that it lacks, empty. See `csv_rows.write` for several processes.
+    A file of an earlier version gets the columns that it lacks, empty. See `csv_rows.write_rows` for several processes.
 
     Args:
         unless: of the rows held, as text, whether to add nothing.
@@ -111,9 +111,9 @@ def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]
     """
     row = dataclasses.asdict(result)
     try:
-        return csv_rows.write(path, FIELDS, [row], FIELDS, required=REQUIRED, unless=unless)
+        return csv_rows.write_rows(path, FIELDS, [row], FIELDS, required=REQUIRED, unless=unless)
     except RunError as error:
-        raise RunError(f"{str(error).rstrip('.')}; the row was: {csv_rows.text(row, FIELDS)}") from error
+        raise RunError(f"{str(error).rstrip('.')}; the row was: {csv_rows.row_as_line(row, FIELDS)}") from error
 
 
 def check(path: str | os.PathLike) -> None:
@@ -121,7 +121,7 @@ def check(path: str | os.PathLike) -> None:
 
     Raises: RunError.
     """
-    csv_rows.check(path, FIELDS, REQUIRED)
+    csv_rows.check_file(path, FIELDS, REQUIRED)
 
 
 def failure(run, task, reason: str) -> Result:
@@ -137,7 +137,7 @@ def failure(run, task, reason: str) -> Result:
     return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **environment()})
 
 
-def write(text: str, path: str | os.PathLike, cure: str = "Choose another with --out.") -> None:
+def write_text(text: str, path: str | os.PathLike, cure: str = "Choose another with --out.") -> None:
     """Writes a text file.
 
     Raises: RunError: it cannot be written; the message ends with `cure`.
@@ -156,17 +156,17 @@ def show(rows: Iterable[Result]) -> None:
     print(caption(rows))
 
 
-def read(path: str | os.PathLike) -> list[Result]:
+def read_results(path: str | os.PathLike) -> list[Result]:
     """The rows of a CSV file; none where there is no file. Columns that an earlier version did not have are None.
 
     A line that cannot be read is told on stderr, and passed over.
 
     Raises: RunError: the file has other columns.
     """
-    return csv_rows.read(path, of_cells, FIELDS, REQUIRED)
+    return csv_rows.read_rows(path, result_from_cells, FIELDS, REQUIRED)
 
 
-def of_cells(cells: Mapping[str, str]) -> Result:
+def result_from_cells(cells: Mapping[str, str]) -> Result:
     """A row of its cells.
 
     Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
@@ -189,7 +189,7 @@ def parse_cell(cell: str, kind):
 # What the table shows: heading, and the cell of a group of rows that differ in seed only.
 COLUMNS = {
     "layer": lambda rows: rows[0].layer,
-    "test accuracy": lambda rows: score(rows),
+    "test accuracy": lambda rows: score_of_seeds(rows),
     "majority floor": lambda rows: per_cent(rows[0].floor_majority),
     "root floor": lambda rows: per_cent(rows[0].floor_root),
     "bag floor": lambda rows: per_cent(rows[0].floor_bag),
@@ -256,16 +256,16 @@ def caption(rows: Sequence[Result]) -> str:
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "
         f"examples of the {one.split} split{error}, parameters {chosen}{floors}. "
         "Peak memory of the compiled training step, its inputs included; FLOPs counted from its jaxpr. "
-        f"{machine(one)}"
+        f"{machine_of_row(one)}"
     )
 
 
-def machine(row: Result) -> str:
+def machine_of_row(row: Result) -> str:
     """Where a row is from, as a sentence."""
     return f"{row.hardware}; {row.versions}; commit {row.commit[:12]}."
 
 
-def score(rows: Sequence[Result]) -> str:
+def score_of_seeds(rows: Sequence[Result]) -> str:
     """Of rows that differ in seed only: accuracy, or bits per byte."""
     name, scale, digits, unit = ("bits_per_byte", 1, 3, "") if _models_language(rows) else ("accuracy", 100, 1, " %")
     values = [scale * getattr(row, name) for row in rows if row.status == "ok"]

@@ -81,7 +81,7 @@ def run_of(cell: Cell, seed: int = 0) -> recipes.Run:
 def forecast(run: recipes.Run, task: tasks.Task, ledger: Ledger) -> costs.Cost:
     """What a run will take: on this machine where anything was measured on it."""
     here = _this_machine()
-    return costs.forecast(run, task, ledger.rows(), *here, ledger.probes, ledger.probe(run, here[0]))
+    return costs.forecast(run, task, ledger.rows(), *here, ledger.step_timings, ledger.timed_steps(run, here[0]))
 
 
 @functools.cache
@@ -91,8 +91,8 @@ def _this_machine() -> tuple[str, bool]:
 
 def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     run = run_of(cell)
-    rows = ledger.of(run)
-    failed = [row for row in ledger.failed(run) if row.seed not in {one.seed for one in rows}]
+    rows = ledger.finished_runs(run)
+    failed = [row for row in ledger.failed_runs(run) if row.seed not in {one.seed for one in rows}]
     if failed and not rows:
         return Verdict(cell, "differs", seeds=len(failed), reason=failed[-1].status)
     if not rows:
@@ -156,7 +156,7 @@ def _command(cell: Cell, program: str, options: str) -> str:
 
 def _prepare(task: tasks.Task, data_dir) -> str:
     """The command that has to come first, for data that has to be fetched."""
-    if catalogue.find(task.dataset).source is None or store.is_prepared(task.dataset, data_dir):
+    if catalogue.find_dataset(task.dataset).source is None or store.is_prepared(task.dataset, data_dir):
         return ""
     return f"python scripts/prepare_lra.py prepare {task.name}/{task.config} && "
 

@@ -26,7 +26,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def published_accuracies(paper, table, task):
-    return {one.row: one.value for one in published.find(paper, table)[1] if one.task == task and one.metric == "accuracy"}
+    _, figures = published.find_table(paper, table)
+    return {one.row: one.value for one in figures if one.task == task and one.metric == "accuracy"}
 
 
 def test_every_fact_has_a_test_that_exists():
@@ -104,9 +105,9 @@ def test_local_attention_is_local():  # 6
 
 
 def test_sinkhorn_is_promised_nowhere():  # 7
-    found = [cell for cell in cells.table("lra", "1") if "sinkhorn" in cell.row.lower()]
+    found = [cell for cell in cells.cells_of_table("lra", "1") if "sinkhorn" in cell.row.lower()]
     assert "sinkhorn" not in LAYERS and len(found) > 5
-    assert all(verdicts.judge(cell, ledger.read([])).outcome == "cannot" for cell in found)
+    assert all(verdicts.judge(cell, ledger.read_ledger([])).outcome == "cannot" for cell in found)
 
 
 def test_performer_estimates_softmax_and_reformer_divides():  # 8
@@ -119,7 +120,7 @@ def test_performer_estimates_softmax_and_reformer_divides():  # 8
 
 
 def test_imdb_validates_on_test_in_one_protocol_only():  # 9
-    released, modern = (catalogue.find(f"lra_text/{config}").slices for config in ("lra", "modern"))
+    released, modern = (catalogue.find_dataset(f"lra_text/{config}").slices for config in ("lra", "modern"))
     assert released["validation"] == released["test"] == "test"
     assert modern["validation"] == "train[90%:]" and modern["train"] == "train[:90%]"
     run = recipes.plan("lra-2020", task="text")

@@ -127,7 +127,7 @@ def texts(count):
         (floors.bag_of_tokens, pictures),
         (floors.root, trees),
         (floors.next_token, texts),
-        (lambda splits: small_network.read(splits["test"], 100, (8, 8)), pictures),
+        (lambda splits: small_network.read_pictures(splits["test"], 100, (8, 8)), pictures),
         (lambda splits: tasks.check_splits(DIGITS, {**splits, "validation": splits["test"]}), pictures),
     ],
     ids=["bag", "root", "next token", "network", "a user's own"],
@@ -148,7 +148,7 @@ def test_floors_of_listops_take_iterators():
 
 
 def test_pixels_are_kept_as_bytes_and_scaled_as_they_are_used():
-    seen, labels = small_network.read([{"inputs": np.arange(1, 257, dtype=np.uint16), "label": 1}], 5, (16, 16))
+    seen, labels = small_network.read_pictures([{"inputs": np.arange(1, 257, dtype=np.uint16), "label": 1}], 5, (16, 16))
     assert seen.dtype == np.uint8 and seen.shape == (1, 16, 16, 1) and labels.tolist() == [1]
     values = small_network.scaled(seen, 256).ravel()
     np.testing.assert_allclose(values, np.linspace(-1, 1, 256), atol=1e-6)

@@ -30,7 +30,7 @@ def load(monkeypatch):
 
         def main(*words):
             monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-            return module.commands.explained(name, module.main)
+            return module.commands.exit_code_of(name, module.main)
 
         return module, main
 
@@ -112,7 +112,7 @@ def test_interrupted_it_leaves_whole_rows(load, script, tmp_path, monkeypatch):
         calls.append(1)
         return [timing.Spread(0.1, 0.2, 0.3, 0.4, 2)] * len(functions)
 
-    monkeypatch.setattr(timing, "alternate", alternate)
+    monkeypatch.setattr(timing, "time_alternately", alternate)
     words = ["--operation", SHAPE] if script == "bench_kernels" else ["--family", "own", "--match", "local", "--no-memory"]
     assert main(*words, "--length", 64, "--out", out) == 130
     (row,) = rows_of(out)

@@ -42,7 +42,7 @@ def run(monkeypatch, tmp_path):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["bench_lra", *map(str, words), "--out", str(out)])
-        return commands.explained("bench_lra", bench.main), raced, out
+        return commands.exit_code_of("bench_lra", bench.main), raced, out
 
     return run
 
@@ -58,7 +58,7 @@ def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
     # One thread is timed by its processor's clock, and so is what its rate is compared with.
     assert (settings.threads, settings.matmul_rate) == (1, 1e11)
     assert settings.batch_size == 1 and settings.watts == 100 and not settings.peaks
-    assert len(measurements.read(out)) == 6 and not (out.parent / "lra-2.png").exists()
+    assert len(measurements.read_measurements(out)) == 6 and not (out.parent / "lra-2.png").exists()
     shown = capsys.readouterr()
     assert "lra-text, in_features=8, batch 1, float32, train" in shown.out and "500 (1.00)" in shown.out
     assert "estimated from 100 W (no meter: a test)" in shown.err and "left" in shown.err
@@ -87,9 +87,9 @@ def test_every_option_of_what_is_measured_reaches_the_races(run):
 def test_other_values_leave_the_rows_of_the_model_alone(run):
     words = ("--lengths", "1K", "--modes", "train", "--layers", "local")
     _, _, out = run(*words)
-    before = measurements.read(out)
+    before = measurements.read_measurements(out)
     _, raced, _ = run(*words, "--override", "batch_size=4", "dtype=bfloat16", "in_features=16", "mlp_features=16")
-    after = measurements.read(out)
+    after = measurements.read_measurements(out)
     assert after[:2] == before and {row.model for row in after[2:]} == {"lra-text, in_features=16, mlp_features=16"}
     assert {(row.batch_size, row.dtype) for row in after[2:]} == {(4, "bfloat16")}
     assert (raced[1][3].batch_size, raced[1][3].dtype) == (4, "bfloat16")
@@ -98,7 +98,7 @@ def test_other_values_leave_the_rows_of_the_model_alone(run):
 def test_ctrl_c_keeps_what_was_measured_before(run, capsys):
     code, raced, out = run("--lengths", "1K,4K,16K", "--modes", "forward", "--layers", "local")
     assert code == 130 and [length for _, length, _, _ in raced] == [1024, 4096]
-    assert [row.length for row in measurements.read(out)] == [1024, 1024]
+    assert [row.length for row in measurements.read_measurements(out)] == [1024, 1024]
     assert "500 (1.00)" in capsys.readouterr().out
 
 
@@ -115,7 +115,7 @@ def test_ctrl_c_that_a_callback_swallowed_stops_at_the_next_word(run, monkeypatc
 
     monkeypatch.setattr(speed, "race", race)
     code, _, out = run("--lengths", "1K,2K", "--modes", "forward", "--layers", "local")
-    assert code == 130 and [row.length for row in measurements.read(out)] == [1024, 1024]
+    assert code == 130 and [row.length for row in measurements.read_measurements(out)] == [1024, 1024]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -15,7 +15,7 @@ TINY = ("--config", "tiny", "--steps", "5")
 
 def call(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train", *map(str, words)])
-    return commands.explained("train", train_command.main)
+    return commands.exit_code_of("train", train_command.main)
 
 
 def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
@@ -32,7 +32,7 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, *TINY, "--seeds", 0, 2, 0, "--out", tmp_path, "--tensorboard", "--resume") == 0
     assert [seed for seed, *_ in asked] == [0, 2] and asked[0][1] != asked[1][1]
     assert asked[0][2] == dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True, checkpoint_minutes=10)
-    assert [row.seed for row in results.read(tmp_path / "results.csv")] == [0, 2]
+    assert [row.seed for row in results.read_results(tmp_path / "results.csv")] == [0, 2]
     said = capsys.readouterr().out
     assert "32.0 % ± 2.8 (2 seeds), 1 collapsed" in said and "Seed 2 collapsed: by step 20" in said
 

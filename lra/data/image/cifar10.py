@@ -27,14 +27,14 @@ _RECORD, _IMAGES = 1 + 3 * SIDE * SIDE, 10_000  # bytes of an image, images of a
 _FILES = {"train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test": ("test_batch.bin",)}
 
 
-def images(archive: pathlib.Path, split: str) -> Iterator[tuple[np.ndarray, int]]:
+def read_images(archive: pathlib.Path, split: str) -> Iterator[tuple[np.ndarray, int]]:
     """(image uint8 [32, 32, 3], label) of a split, "train" or "test", in the order of the files' numbers.
 
     Raises: DatasetError: the archive is damaged, or a file in it is missing or has not whole images.
     """
     wanted, found = _FILES[split], {}
     largest = lambda path: _RECORD * _IMAGES if path.rsplit("/", 1)[-1] in wanted else None
-    with sources.reading(archive, largest, _RECORD * _IMAGES * len(wanted)) as members:
+    with sources.archive_members(archive, largest, _RECORD * _IMAGES * len(wanted)) as members:
         for path, stream in members:
             found[path.rsplit("/", 1)[-1]] = stream.read()
     for name in wanted:

@@ -36,5 +36,5 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, archive: pathlib.Path, split: str):
         # Keyed by the index, as TFDS's own builder does: the key decides the order on disk, and so what train[:90%] is.
-        for index, (pixels, label) in enumerate(cifar10.images(archive, split)):
+        for index, (pixels, label) in enumerate(cifar10.read_images(archive, split)):
             yield index, {"image": pixels, "label": label}

@@ -185,7 +185,7 @@ def tokenise(text: str) -> bytes:
     return bytes(_IDS[symbol] for symbol in symbols)
 
 
-def write(tokens: Sequence[int]) -> str:
+def as_text(tokens: Sequence[int]) -> str:
     """The expression as text: what `tokenise` reads."""
     return " ".join(SYMBOLS[token] for token in tokens if token != PAD)
 

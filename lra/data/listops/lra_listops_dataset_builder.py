@@ -58,11 +58,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             return {split: self._generate_examples(expressions.generate(drawn, split)) for split, _ in drawn.splits}
         self.scratch = tempfile.TemporaryDirectory(dir=pathlib.Path(dl_manager.download_dir))
         manual_dir = pathlib.Path(dl_manager.manual_dir)
-        found = sources.fetch(
+        found = sources.fetch_files(
             manual_dir, tuple(released_files.FILES.values()), pathlib.Path(self.scratch.name), released_files.LARGEST
         )
         return {
-            split: self._generate_examples(released_files.examples(found[file])) for split, file in released_files.FILES.items()
+            split: self._generate_examples(released_files.read_examples(found[file]))
+            for split, file in released_files.FILES.items()
         }
 
     def _generate_examples(self, examples):

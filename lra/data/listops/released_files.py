@@ -12,7 +12,7 @@ LARGEST = 2_000_000_000
 FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
 
 
-def examples(path: pathlib.Path) -> Iterator[expressions.Example]:
+def read_examples(path: pathlib.Path) -> Iterator[expressions.Example]:
     """Every line's expression and value, in the file's order. Each value is computed anew and compared.
 
     Raises: DatasetError: no header "Source<TAB>Target", a symbol out of the vocabulary, or a wrong value.

@@ -37,7 +37,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def render(config: pictures.Config, folder: pathlib.Path, *, processes: int | None = None, block: int = pictures.BLOCK) -> None:
+def render_blocks(
+    config: pictures.Config, folder: pathlib.Path, *, processes: int | None = None, block: int = pictures.BLOCK
+) -> None:
     """Draws all images of a configuration into `folder`; whole blocks in it are kept.
 
     Progress and the time left, as measured on the images drawn so far, go to stderr.
@@ -124,10 +126,10 @@ def _load(config: pictures.Config, folder: pathlib.Path, indices: range) -> tupl
     return values[len(indices) :].reshape(-1, config.size, config.size), values[: len(indices)]
 
 
-def read(
+def read_blocks(
     config: pictures.Config, folder: pathlib.Path, split: str, *, block: int = pictures.BLOCK
 ) -> Iterator[pictures.Example]:
-    """One split's examples out of the blocks that `render` wrote.
+    """One split's examples out of the blocks that `render_blocks` wrote.
 
     Raises: OSError: a block is missing or damaged.
     """

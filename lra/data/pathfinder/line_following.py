@@ -42,7 +42,7 @@ def accuracy(splits: Mapping[str, Sequence], side: int) -> tuple[float, int]:
 
 
 def _described(examples: Sequence, most: int, side: int, shrink: int) -> tuple[np.ndarray, np.ndarray]:
-    pictures, labels = small_network.read(examples, most, (side, side))
+    pictures, labels = small_network.read_pictures(examples, most, (side, side))
     pictures = pictures.reshape(-1, side // shrink, shrink, side // shrink, shrink).max((2, 4))
     blocks = (pictures[start : start + BATCH] / np.float32(255) for start in range(0, len(pictures), BATCH))
     return np.concatenate([_features(block, RADII[side] / shrink) for block in blocks]).astype(float), labels

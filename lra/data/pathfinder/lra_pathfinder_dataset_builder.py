@@ -81,24 +81,22 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         config = self.builder_config
         if config.drawn is not None:
-            blocks.render(config.drawn, self._blocks, processes=config.processes, block=config.block)
+            blocks.render_blocks(config.drawn, self._blocks, processes=config.processes, block=config.block)
             return {
-                split: self._generate_examples(blocks.read(config.drawn, self._blocks, split, block=config.block))
+                split: self._generate_examples(blocks.read_blocks(config.drawn, self._blocks, split, block=config.block))
                 for split, _ in config.drawn.splits
             }
         # Beside the data set, where there is room; whoever prepares removes it.
         self.scratch = tempfile.TemporaryDirectory(dir=pathlib.Path(dl_manager.download_dir))
-        folder = released_folders.fetch(config.source, self._manual_dir(dl_manager), pathlib.Path(self.scratch.name))
-        every = released_folders.samples(folder)
-        return {
-            split: self._generate_examples(released_folders.images(released_folders.split(every, split), config.size))
-            for split in ("train", "validation", "test")
-        }
+        folder = released_folders.fetch_folder(config.source, self._manual_dir(dl_manager), pathlib.Path(self.scratch.name))
+        every = released_folders.read_samples(folder)
+        of_split = lambda split: released_folders.read_images(released_folders.split_samples(every, split), config.size)
+        return {split: self._generate_examples(of_split(split)) for split in ("train", "validation", "test")}
 
     def _manual_dir(self, dl_manager) -> pathlib.Path:
         try:
             return pathlib.Path(dl_manager.manual_dir)
-        except AssertionError:  # TFDS's word for a folder that is missing or empty; `fetch` says more
+        except AssertionError:  # TFDS's word for a folder that is missing or empty; `fetch_folder` says more
             return pathlib.Path(self._data_dir_root) / "downloads" / "manual"
 
     def _generate_examples(self, examples):

@@ -39,7 +39,7 @@ class Source:
 
     def require(self, name: str, manual_dir: pathlib.Path, downloads: pathlib.Path) -> None:
         """The folder is in manual_dir, at any depth, or the archive is; else `MissingSource`."""
-        if find(manual_dir, self.folder) is None and sources.archive(manual_dir) is None:
+        if find_folder(manual_dir, self.folder) is None and sources.release_archive(manual_dir) is None:
             raise sources.MissingSource(
                 f"{name}: folder {self.folder} with imgs/ and metadata/ must be under {manual_dir}, got no such folder there. "
                 f"Put it, or the whole {sources.RELEASE_FILES[0]} ({sources.size(sources.RELEASE_BYTES)}, "
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
     label: int
 
 
-def find(manual_dir: pathlib.Path, folder: str) -> pathlib.Path | None:
+def find_folder(manual_dir: pathlib.Path, folder: str) -> pathlib.Path | None:
     """A folder with metadata/ by the end of its path, at any depth of manual_dir; of several the most deeply nested."""
     found = []
     for parent, folders, _ in os.walk(manual_dir):
@@ -64,16 +64,16 @@ def find(manual_dir: pathlib.Path, folder: str) -> pathlib.Path | None:
     return max(found, key=lambda path: len(path.parts), default=None)
 
 
-def fetch(source: Source, manual_dir: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
+def fetch_folder(source: Source, manual_dir: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
     """The source's folder: the unpacked one, else unpacked out of the archive, which is read once, into `scratch`.
 
     Raises: DatasetError: neither is there, or the archive is damaged or lacks the folder.
     """
-    found = find(manual_dir, source.folder)
+    found = find_folder(manual_dir, source.folder)
     if found is not None:
         return found
     source.require(f"lra_pathfinder/release_{source.size}_{source.level}", manual_dir, scratch)
-    packed, pixels = sources.archive(manual_dir), source.size**2
+    packed, pixels = sources.release_archive(manual_dir), source.size**2
     inside = lambda member: f"/{member}".rpartition(f"/{source.folder}/")
 
     def largest(member: str) -> int | None:
@@ -81,21 +81,21 @@ def fetch(source: Source, manual_dir: pathlib.Path, scratch: pathlib.Path) -> pa
         return (LARGEST_LIST if tail.startswith("metadata/") else 4 * pixels + SPARE) if found else None
 
     # Twice, because the release holds some folders twice.
-    with sources.reading(packed, largest, 2 * IMAGES * (pixels + SPARE)) as members:
+    with sources.archive_members(packed, largest, 2 * IMAGES * (pixels + SPARE)) as members:
         for member, stream in members:
             before, _, tail = inside(member)
-            # As deep as in the archive, so that `find` prefers the inner tree.
+            # As deep as in the archive, so that `find_folder` prefers the inner tree.
             target = scratch.joinpath(*["_"] * before.count("/"), source.folder, *tail.split("/"))
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as output:
                 shutil.copyfileobj(stream, output)
-    found = find(scratch, source.folder)
+    found = find_folder(scratch, source.folder)
     if found is None:
         raise sources.DatasetError(f"release: archive {packed} must hold {source.folder}, got no such folder in it.")
     return found
 
 
-def samples(folder: pathlib.Path) -> list[Sample]:
+def read_samples(folder: pathlib.Path) -> list[Sample]:
     """What the metadata list, in the order of the files' numbers and of their lines; empty images are left out.
 
     Raises: DatasetError: a line is not as described above, or its image is missing.
@@ -134,13 +134,13 @@ def _lines(path: pathlib.Path) -> list[list[str]]:
     return [line.split() for line in content.decode().splitlines() if line.strip()]
 
 
-def split(every: list[Sample], name: str) -> list[Sample]:
+def split_samples(every: list[Sample], name: str) -> list[Sample]:
     """The first 80 percent, the next 10, or the last 10, as "train", "validation" and "test"."""
     ends = {"train": (0, 8), "validation": (8, 9), "test": (9, 10)}[name]
     return every[len(every) * ends[0] // 10 : len(every) * ends[1] // 10]
 
 
-def images(listed: list[Sample], size: int) -> Iterator[pictures.Example]:
+def read_images(listed: list[Sample], size: int) -> Iterator[pictures.Example]:
     """The images, in grey.
 
     Raises: DatasetError: a file is no image, or one of another size.

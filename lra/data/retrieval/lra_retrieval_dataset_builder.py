@@ -40,10 +40,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         # Beside the data set, where there is room; whoever prepares removes it.
         self.scratch = tempfile.TemporaryDirectory(dir=pathlib.Path(dl_manager.download_dir))
         manual_dir = pathlib.Path(dl_manager.manual_dir)
-        found = sources.fetch(manual_dir, tuple(paper_pairs.FILES.values()), pathlib.Path(self.scratch.name))
+        found = sources.fetch_files(manual_dir, tuple(paper_pairs.FILES.values()), pathlib.Path(self.scratch.name))
         return {split: self._generate_examples(found[file]) for split, file in paper_pairs.FILES.items()}
 
     def _generate_examples(self, path: pathlib.Path):
-        for index, (label, id1, id2, text1, text2) in enumerate(paper_pairs.pairs(path)):
+        for index, (label, id1, id2, text1, text2) in enumerate(paper_pairs.read_pairs(path)):
             first, second = (np.frombuffer(text, np.uint8) for text in (text1, text2))
             yield index, {"text1": first, "text2": second, "id1": id1, "id2": id2, "label": label}

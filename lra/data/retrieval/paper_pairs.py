@@ -21,7 +21,7 @@ MAX_BYTES = 10_000
 LONGEST = 50_000_000  # bytes of a line: a file without line ends would fill the memory
 
 
-def pairs(path: pathlib.Path) -> Iterator[tuple[int, bytes, bytes, bytes, bytes]]:
+def read_pairs(path: pathlib.Path) -> Iterator[tuple[int, bytes, bytes, bytes, bytes]]:
     """(label, id, id, text, text) of every line of a file.
 
     Raises: DatasetError: a line has not five columns, or its label is neither 0 nor 1.

@@ -22,7 +22,7 @@ LABELS = ("neg", "pos")
 LARGEST, REVIEWS = 100_000, 25_000  # bytes of a review (the longest has 14,000), reviews of a split
 
 
-def reviews(archive: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int]]:
+def read_reviews(archive: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int]]:
     """(path in the archive, text, label) of every labelled review of a split, "train" or "test".
 
     Raises: DatasetError: the archive is damaged or holds no such review.
@@ -32,7 +32,7 @@ def reviews(archive: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int
         return LARGEST if len(parts) == 4 and parts[:2] == ["aclImdb", split] and parts[2] in LABELS else None
 
     count = 0
-    with sources.reading(archive, largest, LARGEST * REVIEWS) as members:
+    with sources.archive_members(archive, largest, LARGEST * REVIEWS) as members:
         for path, stream in members:
             count += 1
             yield path, stream.read().strip(), LABELS.index(path.split("/")[2])

@@ -35,5 +35,5 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, archive: pathlib.Path, split: str):
         # Keyed by the path, as TFDS's own builder does: the key decides the order on disk.
-        for path, review, label in imdb.reviews(archive, split):
+        for path, review, label in imdb.read_reviews(archive, split):
             yield path, {"text": np.frombuffer(review, np.uint8), "label": label}

@@ -45,19 +45,19 @@ def test_layers_are_raced_and_one_that_fails_takes_no_other_with_it():
 
 
 def test_a_model_with_other_values_has_rows_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(programs, "compiled", None)  # a failed row is one, too
+    monkeypatch.setattr(programs, "compile_program", None)  # a failed row is one, too
     plain = dataclasses.replace(SETTINGS, model="lra-text", values={}, options={}, batch_size=1)
     changed = dataclasses.replace(plain, values=dict(mlp_features=16, batch_size=4, dtype="bfloat16"))
     found = [*speed.race(["softmax"], 16, "train", plain, silent), *speed.race(["softmax"], 16, "train", changed, silent)]
-    measurements.write(found, tmp_path / "rows.csv")
-    assert [(row.model, row.batch_size, row.dtype) for row in measurements.read(tmp_path / "rows.csv")] == [
+    measurements.write_measurements(found, tmp_path / "rows.csv")
+    assert [(row.model, row.batch_size, row.dtype) for row in measurements.read_measurements(tmp_path / "rows.csv")] == [
         ("lra-text", 1, "float32"), ("lra-text, batch_size=4, dtype=bfloat16, mlp_features=16", 4, "bfloat16")
     ]  # fmt: skip
     assert len(measurements.groups(found)) == 2
 
 
 def test_what_does_not_fit_is_compiled_and_not_run(monkeypatch):
-    monkeypatch.setattr(programs, "started", lambda program: pytest.fail("allocated"))
+    monkeypatch.setattr(programs, "start_program", lambda program: pytest.fail("allocated"))
     # The least that it can need is there, and what it does need is not.
     limit = sizes.least(*SETTINGS.plan("softmax", 16), "forward").total
     settings = dataclasses.replace(SETTINGS, memory_limit=limit)
@@ -74,7 +74,7 @@ def test_a_call_that_fails_is_a_row_and_energy_is_read_where_a_meter_is(monkeypa
 
     counted = iter(range(100))
     meter = energy.Meter("a meter", lambda: [float(next(counted))], [float("inf")])
-    monkeypatch.setattr(programs, "started", started)
+    monkeypatch.setattr(programs, "start_program", started)
     settings = dataclasses.replace(SETTINGS, meter=meter, energy_seconds=1e-9)
     softmax, local = speed.race(["softmax", "local"], 16, "forward", settings, silent)
     assert local.status == "failed: RESOURCE_EXHAUSTED: out of memory" and softmax.status == "ok"
@@ -83,7 +83,7 @@ def test_a_call_that_fails_is_a_row_and_energy_is_read_where_a_meter_is(monkeypa
 
 def test_gradient_and_training_step_see_the_same_loss():
     run, task = SETTINGS.plan("softmax", 16)
-    gradient, training = (programs.started(programs.compiled(run, task, mode)) for mode in ("gradient", "train"))
+    gradient, training = (programs.start_program(programs.compile_program(run, task, mode)) for mode in ("gradient", "train"))
     losses = [float(gradient()[0]), *(float(training()[0]) for _ in range(8))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # dropout the same
     assert losses[1:] != [losses[1]] * 8  # the state goes on from call to call
@@ -108,7 +108,7 @@ def test_the_largest_that_fits_is_found_in_few_tries(name, start, grain):
         tried.append(n)
         return SIZES[name](n)
 
-    found, note = programs.largest(peak, 10**7, start, 2**20, grain)
+    found, note = programs.largest_that_fits(peak, 10**7, start, 2**20, grain)
     beyond = SIZES[name](found + max(grain, found // 20))
     assert SIZES[name](found) <= 10**7 and (beyond is None or beyond > 10**7) and note == "to a twentieth"
     assert len(set(tried)) == len(tried) <= 20 and all(n % grain == 0 for n in tried)
@@ -117,20 +117,21 @@ def test_the_largest_that_fits_is_found_in_few_tries(name, start, grain):
 
 
 def test_the_search_ends_at_its_bounds():
-    assert programs.largest(lambda n: n, 10**9, 64, 2**20) == (2**20, "at least: the search ends at 1048576")
-    assert programs.largest(lambda n: 10, 1, 64, 2**20) == (None, "not even 1 fits")
+    assert programs.largest_that_fits(lambda n: n, 10**9, 64, 2**20) == (2**20, "at least: the search ends at 1048576")
+    assert programs.largest_that_fits(lambda n: 10, 1, 64, 2**20) == (None, "not even 1 fits")
 
 
 def test_limits_are_columns_and_a_layers_refusal_is_a_note(monkeypatch):
     memory = lambda run, task: 1000 * run.batch_size * task.length
     sizes = lambda run, task: programs.measure.Memory(0, 0, 0, memory(run, task))
     program = lambda run, task, mode: programs.Program(run, task, mode, None, 0.0, sizes(run, task))
-    monkeypatch.setattr(programs, "compiled", program)
+    monkeypatch.setattr(programs, "compile_program", program)
     settings = dataclasses.replace(SETTINGS, limits=("length", "batch"), memory_limit=10**7)
     found = speed.limits("softmax", 64, "train", settings)
     assert 4700 <= found["largest_length"] <= 5000 and 148 <= found["largest_batch"] <= 156
     tried = []
-    monkeypatch.setattr(programs, "compiled", lambda run, task, mode: tried.append(run.batch_size) or program(run, task, mode))
+    recorded = lambda run, task, mode: tried.append(run.batch_size) or program(run, task, mode)
+    monkeypatch.setattr(programs, "compile_program", recorded)
     longer = speed.limits("softmax", 128, "train", settings)
     assert longer["largest_length"] == found["largest_length"] and 74 <= longer["largest_batch"] <= 78
     assert set(tried) != {2}  # the length was not looked for again

@@ -24,18 +24,19 @@ def test_calls_are_made_in_turn_and_each_is_timed():
 
         return run
 
-    slow, fast = timing.alternate([call("a", 3.0), call("b", 1.0)], repeats=4, clock=lambda: now[0])
+    slow, fast = timing.time_alternately([call("a", 3.0), call("b", 1.0)], repeats=4, clock=lambda: now[0])
     assert slow == timing.Spread(3.0, 3.0, 3.0, 3.0, 5)  # so slow that the first call counts
     assert (fast.best, fast.calls) == (1.0, 4)
     assert order == ["a", "b"] * 5
     order.clear()
-    timing.alternate([call("a", 0.1), call("b", 1.0)], repeats=2, clock=lambda: now[0])
+    timing.time_alternately([call("a", 0.1), call("b", 1.0)], repeats=2, clock=lambda: now[0])
     assert order == ["a", "b"] + ["a", "a", "b"] * 2  # a quick call is made once untimed before each timed one
 
 
 def test_the_first_results_are_shown_before_any_timing():
     seen = []
-    timing.alternate([lambda: seen.append("a") or 1, lambda: 2], repeats=2, inspect=lambda found: seen.append(list(found)))
+    calls = [lambda: seen.append("a") or 1, lambda: 2]
+    timing.time_alternately(calls, repeats=2, inspect=lambda found: seen.append(list(found)))
     assert seen[:2] == ["a", [1, 2]]
 
 
@@ -44,8 +45,8 @@ def test_a_spread_holds_minimum_and_quartiles():
 
 
 def test_without_repeats_time_is_the_limit_but_two_rounds_are_made():
-    assert timing.alternate([lambda: None], seconds=0.0)[0].calls == 2
-    assert timing.alternate([lambda: None], seconds=60.0)[0].calls == 50
+    assert timing.time_alternately([lambda: None], seconds=0.0)[0].calls == 2
+    assert timing.time_alternately([lambda: None], seconds=60.0)[0].calls == 50
 
 
 def test_threads_must_be_there():

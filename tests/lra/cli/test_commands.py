@@ -32,7 +32,7 @@ def test_what_a_user_can_cure_is_one_line_and_an_exit_code(error, code, capsys):
     def main():
         raise error
 
-    assert commands.explained("train", main) == code
+    assert commands.exit_code_of("train", main) == code
     said = capsys.readouterr().err
     assert said.startswith("train: ") and said.count("\n") == 1 and said.count("train:") == 1
 
@@ -42,12 +42,12 @@ def test_other_errors_keep_their_trace():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        commands.explained("train", main)
+        commands.exit_code_of("train", main)
 
 
 def test_exit_codes_of_main_pass():
-    assert commands.explained("train", lambda: None) == 0
-    assert commands.explained("train", lambda: 1) == 1
+    assert commands.exit_code_of("train", lambda: None) == 0
+    assert commands.exit_code_of("train", lambda: 1) == 1
 
 
 SCRIPT = """
@@ -102,12 +102,12 @@ def parser():
 
 def test_every_value_of_a_run_is_an_option_with_its_type():
     words = "--steps 7 --learning-rate 1e-2 --clip-norm none --positions none --dtype bfloat16 --remat"
-    given = commands.changes(recipes.Run, parser().parse_args(words.split()))
+    given = commands.given_fields(recipes.Run, parser().parse_args(words.split()))
     assert given == dict(steps=7, learning_rate=0.01, clip_norm=None, positions=None, dtype="bfloat16", remat=True)
 
 
 def test_every_value_of_a_run_is_explained():
-    helps = commands.described(recipes.Run)
+    helps = commands.field_descriptions(recipes.Run)
     assert set(helps) == {one.name for one in dataclasses.fields(recipes.Run)} and all(map(str.strip, helps.values()))
     assert helps["clip_norm"] == "largest global norm of the gradient; None: no limit."
     assert "0.2 whenever the validation loss" in helps["schedule"] and "\n" not in helps["schedule"]

@@ -24,12 +24,12 @@ def only(monkeypatch, *names):
 
 
 def test_words_name_tasks():
-    assert [(one.name, one.config) for one in tasks.named(["text", "text/modern", "pathfinder"])] == [
+    assert [(one.name, one.config) for one in tasks.tasks_named(["text", "text/modern", "pathfinder"])] == [
         ("text", "lra"), ("text", "modern"), ("pathfinder", "32_hard")
     ]  # fmt: skip
     for word, said in (("txt", "Did you mean 'text'"), ("text/moder", "Did you mean 'modern'"), ("text/", "modern")):
         with pytest.raises(ValueError, match=said):
-            tasks.named([word])
+            tasks.tasks_named([word])
 
 
 def test_the_list_names_every_task_with_source_hours_and_whether_it_is_prepared(built):
@@ -47,7 +47,7 @@ def test_the_list_names_every_task_with_source_hours_and_whether_it_is_prepared(
 def test_every_task_stands_on_a_data_set_that_its_builder_knows():
     for configs in tasks.TASKS.values():
         for task in configs.values():
-            found = catalogue.find(task.dataset)
+            found = catalogue.find_dataset(task.dataset)
             assert found.config in found.module().Builder.builder_configs, task
             assert found.version == str(found.module().Builder.VERSION)
             assert task.splits == found.sizes
@@ -63,7 +63,7 @@ def test_a_missing_folder_of_pathfinder_is_asked_for_whole(tmp_path, capsys):
 def test_pathfinders_records_are_those_of_its_generator():
     assert set(catalogue.PATHFINDER_CONFIGS) == set(pictures.CONFIGS)
     for name, config in pictures.CONFIGS.items():
-        found = catalogue.find(f"lra_pathfinder/{name}")
+        found = catalogue.find_dataset(f"lra_pathfinder/{name}")
         assert dict(config.splits) == found.sizes and found.version == pictures.VERSION
         assert tasks.find("pathfinder", name).image_shape == (config.size, config.size)
 
@@ -110,7 +110,7 @@ def test_check_of_a_good_data_set(built):
 
 def test_check_names_a_file_that_changed(built, tmp_path):
     shutil.copytree(built, tmp_path / "data")
-    readable = store.folder_of("lra_listops/tiny", tmp_path / "data") / "features.json"
+    readable = store.dataset_folder("lra_listops/tiny", tmp_path / "data") / "features.json"
     readable.write_text(readable.read_text() + "\n")
     report = prepare.check("listops/tiny", tmp_path / "data")
     assert report.faults == ["file features.json is not what was written: its sha256 differs from SHA256SUMS"]

@@ -84,4 +84,4 @@ def test_what_is_not_whole_is_refused(tmp_path, damage):
         files["data_batch_4.bin"] = bytes([200]) + bytes(3072)
     path = archives.pack(tmp_path / "cifar-10-binary.tar.gz", files)
     with pytest.raises(sources.DatasetError, match=r"lra_image: .*data_batch_4\.bin"):
-        list(cifar10.images(path, "train"))
+        list(cifar10.read_images(path, "train"))

@@ -35,7 +35,7 @@ def recursive_value(text: str) -> int:
 @pytest.mark.parametrize(("config", "split"), [("tiny", "train"), ("small", "train"), ("lra", "test")])
 def test_labels_agree_with_an_independent_evaluator(config, split):
     for tokens, label in _first(expressions.generate(expressions.CONFIGS[config], split), 200):
-        assert recursive_value(expressions.write(tokens)) == label
+        assert recursive_value(expressions.as_text(tokens)) == label
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -97,7 +97,7 @@ def test_the_arenas_nested_form_tokenises_to_the_same():
     """LRA's files nest every application in parentheses, which its loader drops."""
     nested = "( ( ( ( [MAX 4 ) 3 ) ( ( ( [MIN 2 ) 3 ) ] ) ) ] )"
     assert expressions.tokenise(nested) == expressions.tokenise("[MAX 4 3 [MIN 2 3 ] ]")
-    assert expressions.write(expressions.tokenise(nested)) == "[MAX 4 3 [MIN 2 3 ] ]"
+    assert expressions.as_text(expressions.tokenise(nested)) == "[MAX 4 3 [MIN 2 3 ] ]"
 
 
 @pytest.mark.parametrize("symbol", ["[MEAN", "10", "<pad>", "x"])
@@ -154,7 +154,7 @@ def test_the_distribution_is_the_arenas():
         if 20 < len(symbols) < 201:
             theirs.append(symbols)
     ours = [
-        expressions.write(tokens).split()
+        expressions.as_text(tokens).split()
         for tokens, _ in _first(expressions.generate(expressions.CONFIGS["small"], "train"), 3000)
     ]
     mean = {"ours": statistics.mean(map(len, ours)), "theirs": statistics.mean(map(len, theirs))}

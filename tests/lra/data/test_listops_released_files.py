@@ -41,7 +41,7 @@ def test_of_two_copies_the_inner_one_counts(tmp_path, form):
     else:
         archives.pack(manual / "lra_release.gz", files)
     store.prepare(NAME, tmp_path / "data", manual)
-    assert len(store.read(NAME, tmp_path / "data")["train"][0]["inputs"]) == 8
+    assert len(store.read_dataset(NAME, tmp_path / "data")["train"][0]["inputs"]) == 8
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_of_two_copies_the_inner_one_counts(tmp_path, form):
 def test_a_wrong_line_is_named(tmp_path, content, said):
     (tmp_path / "basic.tsv").write_text(content)
     with pytest.raises(sources.DatasetError, match=said):
-        list(released_files.examples(tmp_path / "basic.tsv"))
+        list(released_files.read_examples(tmp_path / "basic.tsv"))
 
 
 def test_missing_files_are_named(tmp_path):

@@ -128,8 +128,8 @@ def test_a_whole_run_on_two_processes(tmp_path):
     """To its end, and the same files as from one process."""
     config = replace(MANY, splits=(("train", 40),))
     for processes in (1, 2):
-        blocks.render(config, tmp_path / str(processes), processes=processes, block=16)
-    assert same(list(blocks.read(config, tmp_path / "2", "train", block=16)), list(pictures.generate(config, "train")))
+        blocks.render_blocks(config, tmp_path / str(processes), processes=processes, block=16)
+    assert same(list(blocks.read_blocks(config, tmp_path / "2", "train", block=16)), list(pictures.generate(config, "train")))
     content = lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     assert content("1") == content("2") and len(content("1")) == 3
 
@@ -141,14 +141,14 @@ def test_without_workers_one_process_goes_on(tmp_path, monkeypatch, capsys):
         raise BrokenProcessPool
 
     monkeypatch.setattr(blocks, "_render_on_many", broken)
-    blocks.render(config, tmp_path, processes=2, block=8)
-    assert len(list(blocks.read(config, tmp_path, "train", block=8))) == 20
+    blocks.render_blocks(config, tmp_path, processes=2, block=8)
+    assert len(list(blocks.read_blocks(config, tmp_path, "train", block=8))) == 20
     assert "going on in one process" in capsys.readouterr().err
     with pytest.raises(ValueError, match="pathfinder: processes and block must be at least 1, got 0 and 8"):
-        blocks.render(config, tmp_path, processes=0, block=8)
+        blocks.render_blocks(config, tmp_path, processes=0, block=8)
     next(tmp_path.glob("*.block")).unlink()
     with pytest.raises(OSError, match="must be a whole block"):
-        list(blocks.read(config, tmp_path, "train", block=8))
+        list(blocks.read_blocks(config, tmp_path, "train", block=8))
 
 
 def test_other_configurations_have_other_folders(tmp_path):
@@ -230,7 +230,7 @@ def test_metadata_as_the_original_generator_writes_it(tmp_path):
     root = make_release(tmp_path, {0: [1, 2, 3]})
     lines = [line.split() for line in (root / "metadata" / "0.npy").read_text().splitlines()]
     np.save(root / "metadata" / "0.npy", np.array(lines))
-    assert [label for _, label in released_folders.samples(root)] == [1, 0, 1]
+    assert [label for _, label in released_folders.read_samples(root)] == [1, 0, 1]
 
 
 def test_a_missing_release_says_what_to_put_where(tmp_path):
@@ -251,17 +251,17 @@ def test_a_damaged_release_is_named(tmp_path):
     for content in (good[:40], b"no image", picture(1, 64)):
         first.write_bytes(content)
         with pytest.raises(sources.DatasetError, match="sample_0.png must be an image of 32 x 32"):
-            list(released_folders.images(released_folders.samples(root), 32))
+            list(released_folders.read_images(released_folders.read_samples(root), 32))
     first.unlink()
     with pytest.raises(sources.DatasetError, match="sample_0.png must be there"):
-        released_folders.samples(root)
+        released_folders.read_samples(root)
     for line in ("imgs/0 sample_1.png 1", "imgs/0 sample_1.png 1 2", "imgs/0 sample_1.png 1 one"):
         metadata.write_text(line)
         with pytest.raises(sources.DatasetError, match="0.npy:1 must be a folder, a file, an index and a label 0 or 1"):
-            released_folders.samples(root)
+            released_folders.read_samples(root)
     metadata.unlink()
     with pytest.raises(sources.DatasetError, match="must list images"):
-        released_folders.samples(root)
+        released_folders.read_samples(root)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs processor affinity")

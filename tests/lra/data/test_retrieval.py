@@ -80,7 +80,7 @@ def test_a_batch_has_two_sequences(splits):
 def test_a_line_of_another_form_is_named(tmp_path, line, said):
     (tmp_path / "file.tsv").write_bytes(b"1.0\ta\tb\tc\td\n" + line + b"\n")
     with pytest.raises(sources.DatasetError, match=f"file.tsv:2 {said}"):
-        list(paper_pairs.pairs(tmp_path / "file.tsv"))
+        list(paper_pairs.read_pairs(tmp_path / "file.tsv"))
 
 
 def test_missing_files_are_named_with_size_address_and_folder(tmp_path):

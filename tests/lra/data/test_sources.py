@@ -35,7 +35,7 @@ def packed(tmp_path, *members):
     return tmp_path, tmp_path / "scratch"
 
 
-def refused(tmp_path, members, match, fetch=lambda manual, scratch: sources.fetch(manual, (FILE,), scratch, 100)):
+def refused(tmp_path, members, match, fetch=lambda manual, scratch: sources.fetch_files(manual, (FILE,), scratch, 100)):
     manual, scratch = packed(tmp_path, *members)
     with pytest.raises(sources.DatasetError, match=f"archive: {manual}/lra_release.gz must {match}.* Fetch it again") as caught:
         fetch(manual, scratch)
@@ -75,18 +75,18 @@ def test_a_header_that_would_fill_the_memory_is_refused(tmp_path):
         archive.addfile(name, io.BytesIO(b"a" * name.size))
         archive.addfile(tarfile.TarInfo("a"))
     with pytest.raises(sources.DatasetError, match="must be a whole gzipped tar, got a header of 2.1 MB"):
-        sources.fetch(tmp_path, (FILE,), tmp_path)
+        sources.fetch_files(tmp_path, (FILE,), tmp_path)
 
 
 def test_links_and_large_files_that_nobody_asks_for_are_passed_over(tmp_path):
     manual, scratch = packed(tmp_path, link("a/latest"), ("a/other.tsv", b"x" * 1000), (f"./a/{'n' * 200}/{FILE}", b"yes"))
-    found = sources.fetch(manual, (FILE,), scratch, 100)
+    found = sources.fetch_files(manual, (FILE,), scratch, 100)
     assert found[FILE].read_bytes() == b"yes" and len(list(scratch.iterdir())) == 1
 
 
 def test_a_folder_of_pictures_has_pictures_of_its_size(tmp_path):
     source = released_folders.Source(32, "easy")
-    fetch = lambda manual, scratch: released_folders.fetch(source, manual, scratch)
+    fetch = lambda manual, scratch: released_folders.fetch_folder(source, manual, scratch)
     members = [(f"{source.folder}/imgs/1/sample_0.png", np.random.default_rng(0).bytes(4 * 32 * 32 + 4_097))]
     assert refused(tmp_path, members, "hold files such as this one of at most 8,192 bytes, got path.* of 8,193", fetch) == []
 
@@ -95,23 +95,23 @@ def test_reviews_and_images_are_no_larger_than_they_can_be(tmp_path):
     incompressible = np.random.default_rng(0).bytes
     review = archives.pack(tmp_path / "reviews.tar.gz", {"aclImdb/test/pos/0_9.txt": incompressible(imdb.LARGEST + 1)})
     with pytest.raises(sources.DatasetError, match="of at most 100,000 bytes, got aclImdb/test/pos/0_9.txt of 100,001"):
-        list(imdb.reviews(review, "test"))
+        list(imdb.read_reviews(review, "test"))
     file = {"cifar-10-batches-bin/test_batch.bin": incompressible(2 * 3073)}
     batch = archives.pack(tmp_path / "images.tar.gz", file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cifar10, "_IMAGES", 1)
         with pytest.raises(sources.DatasetError, match="of at most 3,073 bytes, got .*/test_batch.bin of 6,146"):
-            list(cifar10.images(batch, "test"))
+            list(cifar10.read_images(batch, "test"))
 
 
 def test_a_small_file_with_a_huge_picture_is_not_unpacked(tmp_path, monkeypatch):
     Image.new("1", (9_000, 9_000)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(sources.DatasetError, match="must be an image of 32 x 32, got an image of 9000 x 9000. Unpack"):
-        list(released_folders.images([released_folders.Sample(tmp_path / "huge.png", 0)], 32))
+        list(released_folders.read_images([released_folders.Sample(tmp_path / "huge.png", 0)], 32))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # at twice as many Pillow itself refuses
     with pytest.raises(sources.DatasetError, match="must be an image of 32 x 32, got Image size"):
-        list(released_folders.images([released_folders.Sample(tmp_path / "huge.png", 0)], 32))
+        list(released_folders.read_images([released_folders.Sample(tmp_path / "huge.png", 0)], 32))
 
 
 def npy(shape, data=b""):
@@ -124,7 +124,7 @@ def test_metadata_that_are_no_list_are_told_by_name(content, tmp_path):
     (tmp_path / "metadata").mkdir()
     (tmp_path / "metadata" / "1.npy").write_bytes(content)
     with pytest.raises(sources.DatasetError, match=f"release: {tmp_path}/metadata/1.npy must list images") as caught:
-        released_folders.samples(tmp_path)
+        released_folders.read_samples(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -133,11 +133,11 @@ def test_lines_that_are_no_rows_are_told_by_number(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_pairs, "LONGEST", 20)
     path.write_bytes(b"1.0\ta\tb\tc\td\n" + b"x" * 30)
     with pytest.raises(sources.DatasetError, match="pairs.tsv:2 must be shorter than 20 bytes"):
-        list(paper_pairs.pairs(path))
+        list(paper_pairs.read_pairs(path))
     good = b"Source\tTarget\r\n( ( ( [MAX 4 ) 3 ) ] )\t4\r\n"
     for bad in (b"\xff\xfe\t1\r\n", b"x" * 200_000 + b"\t1\r\n"):
         path.write_bytes(good + bad)
-        rows = released_files.examples(path)
+        rows = released_files.read_examples(path)
         assert isinstance(next(rows), expressions.Example)
         with pytest.raises(sources.DatasetError, match="pairs.tsv:[23] must hold an expression and its value, got "):
             next(rows)

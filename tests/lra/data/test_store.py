@@ -32,7 +32,7 @@ def files(folder: pathlib.Path) -> pathlib.Path:
 
 
 def test_disk_and_memory_hold_the_same_examples_in_the_same_order(built):
-    on_disk, in_memory = store.read(NAME, built), store.generate(NAME)
+    on_disk, in_memory = store.read_dataset(NAME, built), store.generate(NAME)
     assert list(on_disk) == list(in_memory) == ["train", "validation", "test"]
     for split in on_disk:
         pairs = [(one["inputs"].tobytes(), int(one["label"])) for one in on_disk[split]]
@@ -105,14 +105,14 @@ def resize(path):
 def test_a_damaged_data_set_is_named_with_the_cure(copy, damage):
     DAMAGES[damage](copy)
     with pytest.raises(store.DatasetError) as caught:
-        splits = store.read(NAME, copy)
+        splits = store.read_dataset(NAME, copy)
         [splits["test"][index] for index in range(64)]
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"data set: folder {files(copy)} must hold a whole data set, got ")
     assert message.endswith(f"Delete it and run again: rm -r {files(copy)}")
     shutil.rmtree(files(copy))
-    assert len(store.read(NAME, copy)["test"]) == 64
+    assert len(store.read_dataset(NAME, copy)["test"]) == 64
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

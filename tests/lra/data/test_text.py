@@ -78,7 +78,7 @@ def test_a_wrong_checksum_is_reported_and_leaves_no_data_set(tmp_path):
     assert message.startswith(f"{file} must have 84,125,825 bytes, sha256 c40f74a1")
     assert f"got {(tmp_path / 'manual' / 'aclImdb_v1.tar.gz').stat().st_size:,} bytes" in message
     assert message.endswith(f"Delete it and fetch {imdb.URL} again.")
-    assert not store.folder_of("lra_text/modern", tmp_path / "data").exists()
+    assert not store.dataset_folder("lra_text/modern", tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.8])
@@ -87,7 +87,7 @@ def test_an_archive_cut_short_is_reported(tmp_path, keep):
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with archives.trusted("lra_text", imdb.URL, path), pytest.raises(store.DatasetError, match="whole gzipped tar|got none"):
         store.prepare("lra_text/lra", tmp_path / "data", tmp_path / "manual")
-    assert not store.folder_of("lra_text/lra", tmp_path / "data").exists()
+    assert not store.dataset_folder("lra_text/lra", tmp_path / "data").exists()
 
 
 def closed_port() -> int:
@@ -123,7 +123,7 @@ def test_a_host_that_accepts_and_says_nothing_is_given_up(monkeypatch):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         # The listener is there all the time: that the call returns is by its patience.
-        reason = sources.unreachable(f"http://127.0.0.1:{listener.getsockname()[1]}/file", patience=0.5)
+        reason = sources.why_unreachable(f"http://127.0.0.1:{listener.getsockname()[1]}/file", patience=0.5)
     assert "timed out" in reason or "no answer within" in reason
 
 
@@ -136,7 +136,7 @@ def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch):
         raise OSError("nobody there")
 
     monkeypatch.setattr(sources.urllib.request, "urlopen", silent)
-    assert sources.unreachable("http://nowhere/file", patience=0.25) == "no answer within 0 seconds" and asked == [0.25]
+    assert sources.why_unreachable("http://nowhere/file", patience=0.25) == "no answer within 0 seconds" and asked == [0.25]
     over.set()
 
 
@@ -144,14 +144,14 @@ def test_a_download_is_checked_kept_and_not_repeated(tmp_path, monkeypatch):
     archive = archives.imdb(tmp_path / "server")
     with serving(Quiet, archive.parent) as url:
         elsewhere(monkeypatch, url)
-        assert "404" in sources.unreachable(url.replace("v1", "v2"))
+        assert "404" in sources.why_unreachable(url.replace("v1", "v2"))
         with archives.trusted("lra_text", url, archive):
             store.prepare("lra_text/lra", tmp_path / "data")
-            assert len(store.read("lra_text/lra", tmp_path / "data")["test"]) == 20
+            assert len(store.read_dataset("lra_text/lra", tmp_path / "data")["test"]) == 20
     # The server is gone; what was downloaded serves again.
     shutil.rmtree(tmp_path / "data" / "lra_text")
     with archives.trusted("lra_text", url, archive):
-        assert len(store.read("lra_text/lra", tmp_path / "data")["test"]) == 20
+        assert len(store.read_dataset("lra_text/lra", tmp_path / "data")["test"]) == 20
 
 
 @pytest.mark.parametrize("answer", ["403", "nothing", "403 after the first bytes"])

@@ -18,7 +18,7 @@ PERFORMER = "nystromformer.3.performer_256.listops"
 
 def cell(name):
     paper, table, _ = name.split(".", 2)
-    return next(one for one in cells.table(paper, table) if one.id == name)
+    return next(one for one in cells.cells_of_table(paper, table) if one.id == name)
 
 
 def rendered(form, *names):
@@ -34,14 +34,14 @@ def test_a_recipe_of_a_paper_says_what_it_does_otherwise(name):
     assert every and all(one.endswith(".") and one[0].isupper() and len(one) < 130 for one in every)
     # No other word of the recipe: what is in `deviations` reaches the cell.
     assert not any(word in rules.source for word in (" here", "without", "left out", "there"))
-    names = {run.task for run in (verdicts.run_of(one) for one in cells.every() if one.recipe == name)}
+    names = {run.task for run in (verdicts.run_of(one) for one in cells.all_cells() if one.recipe == name)}
     for key in rules.own_deviations:
         task, _, _ = (key[0] if isinstance(key, tuple) else key).partition("/")
         assert task in LAYERS or task in {*names, "listops", "text", "retrieval", "image", "pathfinder"}, key
 
 
 def test_every_trained_cell_shows_what_its_recipe_says_of_its_run():
-    for one in cells.every():
+    for one in cells.all_cells():
         if one.recipe in (None, "bench"):
             assert one.deviations == ()
             continue
@@ -58,21 +58,21 @@ def test_every_trained_cell_shows_what_its_recipe_says_of_its_run():
 
 def test_other_values_of_one_configuration_are_found_and_those_that_contradict():
     one = cell(PERFORMER)
-    (other,) = cells.elsewhere(one)
+    (other,) = cells.published_elsewhere(one)
     assert (one.expected, other.id, other.expected) == (18.8, "flashattention.3.performer.listops", 36.8)
     assert verdicts.run_of(one) == verdicts.run_of(other) and cells.contradict(one, other) and cells.contradict(other, one)
     # Two values that one result may reproduce are no contradiction; the same value is not told twice.
     softmax = cell("nystromformer.3.transformer_2_layer_d_64.listops")
-    assert [round(other.expected, 1) for other in cells.elsewhere(softmax)] == [36.0, 37.6]
-    assert not any(cells.contradict(softmax, other) for other in cells.elsewhere(softmax))
-    assert cells.elsewhere(cell("s4.10.s4_updated_s4_legs.listops")) == ()
+    assert [round(other.expected, 1) for other in cells.published_elsewhere(softmax)] == [36.0, 37.6]
+    assert not any(cells.contradict(softmax, other) for other in cells.published_elsewhere(softmax))
+    assert cells.published_elsewhere(cell("s4.10.s4_updated_s4_legs.listops")) == ()
     # 55.9 is 55.91 with fewer digits.
-    assert cells.elsewhere(cell("nystromformer.3.linformer_256.text")) == ()
+    assert cells.published_elsewhere(cell("nystromformer.3.linformer_256.text")) == ()
     # A cell that was reported as chance, and accuracies of train, are configurations of their own metric.
     train = cell("lra.3.transformer.image.train_accuracy")
-    assert all(other.metric == "train_accuracy" for other in cells.elsewhere(train))
-    for one in cells.every():
-        for other in cells.elsewhere(one):
+    assert all(other.metric == "train_accuracy" for other in cells.published_elsewhere(train))
+    for one in cells.all_cells():
+        for other in cells.published_elsewhere(one):
             if one.recipe != "bench":
                 assert verdicts.run_of(one) == verdicts.run_of(other)
 
@@ -104,4 +104,4 @@ def test_every_form_shows_deviations_and_contradictions():
 
 def test_what_cannot_be_run_has_no_notes():
     name = "nystromformer.3.nystromformer_64.listops"
-    assert cells.elsewhere(cell(name)) == () and "[1]" not in rendered("text", name)
+    assert cells.published_elsewhere(cell(name)) == () and "[1]" not in rendered("text", name)

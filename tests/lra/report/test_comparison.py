@@ -23,7 +23,7 @@ def nothing_shipped(monkeypatch, tmp_path_factory):
 
 
 def cell(name, paper="lra", table="1"):
-    return next(one for one in cells.table(paper, table) if one.id == name)
+    return next(one for one in cells.cells_of_table(paper, table) if one.id == name)
 
 
 def result(name, accuracy, seed=0, table="1", **other):
@@ -37,11 +37,11 @@ def result(name, accuracy, seed=0, table="1", **other):
 def known(tmp_path, *rows):
     for one in rows:
         results.append(one, tmp_path / "runs.csv")
-    return ledger.read([tmp_path / "runs.csv"])
+    return ledger.read_ledger([tmp_path / "runs.csv"])
 
 
 def test_cells_have_ids_of_their_own_and_a_run_or_a_reason():
-    every = cells.every()
+    every = cells.all_cells()
     assert len({one.id for one in every}) == len(every) > 500
     for one in every:
         assert bool(one.cannot) == (one.recipe is None) == (one.layer is None)
@@ -51,12 +51,12 @@ def test_cells_have_ids_of_their_own_and_a_run_or_a_reason():
 
 def test_every_answer_names_a_row_that_is_printed():
     for (paper, table), answers in cells.ANSWERS.items():
-        assert set(answers) <= {figure.row for figure in published.find(paper, table)[1]}
+        assert set(answers) <= {figure.row for figure in published.find_table(paper, table)[1]}
     assert set(cells.ANSWERS) == set(published.sources())
 
 
 def test_every_trained_cell_can_be_planned():
-    runs = [(one, verdicts.run_of(one)) for one in cells.every() if one.recipe not in ("bench", None)]
+    runs = [(one, verdicts.run_of(one)) for one in cells.all_cells() if one.recipe not in ("bench", None)]
     for one, run in runs:
         assert (run.layer, run.recipe) == (one.layer, one.recipe)
         wanted = cells.COLUMNS.get(one.column, (one.column, run.config))
@@ -121,7 +121,7 @@ def test_a_failure_never_takes_the_place_of_a_number(tmp_path):
     for file, rows in {"a.csv": [result(name, 0.36)], "b.csv": [result(name, None, status="failed: no memory")]}.items():
         results.append(rows[0], tmp_path / file)
     for files in (("a.csv", "b.csv"), ("b.csv", "a.csv")):
-        one = verdicts.judge(cell(name), ledger.read([tmp_path / file for file in files]))
+        one = verdicts.judge(cell(name), ledger.read_ledger([tmp_path / file for file in files]))
         assert (one.outcome, one.reason, one.ours) == ("reproduced within tolerance", "", pytest.approx(36))
 
 
@@ -146,7 +146,7 @@ def of_all(tmp_path, path_x=None):
     scores = dict(listops=0.36, text=0.64, retrieval=0.58, image=0.42, pathfinder=0.70)
     scores |= {} if path_x is None else dict(path_x=path_x)
     found = known(tmp_path, *(result(f"{TRANSFORMER}.{task}", score) for task, score in scores.items()))
-    wanted = [one for one in cells.table("lra", "1") if one.row == "Transformer"]
+    wanted = [one for one in cells.cells_of_table("lra", "1") if one.row == "Transformer"]
     return [verdicts.judge(one, found) for one in wanted], found
 
 
@@ -169,7 +169,7 @@ def test_both_averages_count_a_failed_path_x_as_50_and_mark_it(tmp_path):
 
 
 def test_a_printed_average_stands_where_its_tasks_do_not():
-    judged = [verdicts.judge(one, ledger.Ledger({}, [], {})) for one in cells.table("s4", "10")]
+    judged = [verdicts.judge(one, ledger.Ledger({}, [], {})) for one in cells.cells_of_table("s4", "10")]
     assert verdicts.Average("Performer", 6, 51.18, True, None, False) in verdicts.averages(judged)
     heading, *body = comparison.matrix(judged)
     assert heading[-1] == "average of 6" and all("".join(row[1:]) for row in body)
@@ -178,23 +178,23 @@ def test_a_printed_average_stands_where_its_tasks_do_not():
 
 def test_the_numbers_of_the_paper_of_s4d_are_answered_by_its_recipe():
     for table, row in (("s4d", "S4-LegS"), ("10", "S4 (updated, = S4-LegS)")):
-        runs = [one for one in cells.table("s4", table) if one.row == row and not one.cannot]
+        runs = [one for one in cells.cells_of_table("s4", table) if one.row == row and not one.cannot]
         assert len(runs) == 6 and {one.recipe for one in runs} == {"s4d"}
-    assert {one.recipe for one in cells.table("s4", "repository")} == {"s4"}
+    assert {one.recipe for one in cells.cells_of_table("s4", "repository")} == {"s4"}
 
 
 def test_the_tolerance_is_what_is_said_of_it():
-    found = [one for one in cells.every() if one.unit == "%" and one.column != "average"]
+    found = [one for one in cells.all_cells() if one.unit == "%" and one.column != "average"]
     assert {one.tolerance for one in found if one.deviation is None} == {2.0}
     assert all(one.tolerance == max(1.0, 2 * one.deviation) for one in found if one.deviation is not None)
-    judged = [verdicts.judge(one, ledger.Ledger({}, [], {})) for one in cells.table("s4", "s4d")]
+    judged = [verdicts.judge(one, ledger.Ledger({}, [], {})) for one in cells.cells_of_table("s4", "s4d")]
     assert "Tolerance: 2 points; twice the published deviation where there is one, 1 point at least." in comparison.render(
         "s4", "s4d", judged, ledger.Ledger({}, [], {})
     )
 
 
 def test_compute_is_no_time_or_memory():
-    reasons = {one.cannot for one in cells.table("xformers", "1") if one.metric == "compute"}
+    reasons = {one.cannot for one in cells.cells_of_table("xformers", "1") if one.metric == "compute"}
     assert not any("absolute time" in reason for reason in reasons) and any("counted by a tool" in reason for reason in reasons)
 
 
@@ -228,9 +228,9 @@ def measurement(layer, length, batch_size=1, values=None, **other):
 @pytest.mark.usefixtures("nothing_shipped")
 def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
     rows = [measurement("performer", 1024, speed_ratio=1.3, memory_ratio=0.9), measurement("performer", 2048)]
-    measurements.write(rows, tmp_path / "bench.csv")
-    found = ledger.read([tmp_path])
-    wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
+    measurements.write_measurements(rows, tmp_path / "bench.csv")
+    found = ledger.read_ledger([tmp_path])
+    wanted = [one for one in cells.cells_of_table("lra", "2") if one.row == "Performer"]
     judged = {one.id: verdicts.judge(one, found) for one in wanted}
     one = judged["lra.2.performer.text.1000.speed_ratio"]
     assert (one.outcome, one.ours) == ("reproduced within tolerance", 1.3)
@@ -260,8 +260,8 @@ def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
     ],
 )
 def test_a_measurement_of_another_model_is_no_answer(tmp_path, other):
-    measurements.write([measurement("performer", 1024, speed_ratio=1.3, **other)], tmp_path / "bench.csv")
-    one = verdicts.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), ledger.read([tmp_path]))
+    measurements.write_measurements([measurement("performer", 1024, speed_ratio=1.3, **other)], tmp_path / "bench.csv")
+    one = verdicts.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), ledger.read_ledger([tmp_path]))
     assert one.outcome == "not run"
 
 
@@ -286,11 +286,11 @@ def test_the_newest_measurement_counts_wherever_it_stands(tmp_path):
 @pytest.mark.usefixtures("nothing_shipped")
 def test_the_baseline_is_no_reproduction(tmp_path):
     ratios = dict(speed_ratio=1.0, memory_ratio=1.0)
-    measurements.write(
+    measurements.write_measurements(
         [measurement("softmax", 1024, **ratios), measurement("performer", 1024, **ratios)], tmp_path / "bench.csv"
     )
-    found = ledger.read([tmp_path])
-    wanted = [one for one in cells.table("lra", "2") if one.row in ("Transformer", "Performer") and one.length == 1000]
+    found = ledger.read_ledger([tmp_path])
+    wanted = [one for one in cells.cells_of_table("lra", "2") if one.row in ("Transformer", "Performer") and one.length == 1000]
     judged = [verdicts.judge(one, found) for one in wanted]
     outcomes = ["baseline", "baseline", "reproduced within tolerance", "differs"]
     assert [one.outcome for one in judged] == outcomes
@@ -300,7 +300,7 @@ def test_the_baseline_is_no_reproduction(tmp_path):
 
 
 def test_the_measurements_that_come_with_the_package_answer():
-    judged = [verdicts.judge(one, ledger.read()) for one in cells.table("lra", "2")]
+    judged = [verdicts.judge(one, ledger.read_ledger()) for one in cells.cells_of_table("lra", "2")]
     assert {one.cell.layer for one in judged if one.ours is not None} == {one.layer for one in cells._SPEED.values()}
     assert not any(one.outcome == "not run" for one in judged)
 
@@ -316,20 +316,20 @@ def test_estimates_grow_with_what_a_run_does():
         run, task="text", config="modern", steps=50_000, batch_size=16, evaluate_every=500, num_layers=2, in_features=64,
         mlp_features=128, layer_options={},
     )  # fmt: skip
-    assert 3 < costs.of_run(text, tasks.find("text", "modern")).hours < 6
+    assert 3 < costs.cost_elsewhere(text, tasks.find("text", "modern")).hours < 6
     # A measured rate takes the place of the usual one.
     rows = [made(hardware="this", flops_per_step=10**9, steps_per_second=1.0)]
-    here = costs.here(run, task, rows, "this", True)
+    here = costs.cost_here(run, task, rows, "this", True)
     flops = costs.training_flops(run, task) + costs.evaluation_flops(run, task)
     assert here.hours == pytest.approx(flops / 1e9 / 3600) and "1 runs" in here.source
 
 
 def test_the_quickstarts_rows_are_in_the_ledger():
-    assert {row.layer for row in ledger.read().rows() if row.recipe == "quickstart"} == set(LAYERS)
+    assert {row.layer for row in ledger.read_ledger().rows() if row.recipe == "quickstart"} == set(LAYERS)
 
 
 def test_the_floors_that_come_with_the_package_stand_below_the_tables():
-    found = ledger.read()
+    found = ledger.read_ledger()
     root = found.floors["listops", "lra"]["root"]
     assert 0.33 < root.value < 0.39 and root.examples == 2000
     judged = [verdicts.judge(cell(f"{TRANSFORMER}.listops"), found)]

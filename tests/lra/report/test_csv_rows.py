@@ -16,7 +16,7 @@ FIELDS = ("name", "length", "ms")
 
 
 def write(path, *rows, key=("name", "length"), **words):
-    return csv_rows.write(path, FIELDS, [dict(zip(FIELDS, cells, strict=True)) for cells in rows], key, **words)
+    return csv_rows.write_rows(path, FIELDS, [dict(zip(FIELDS, cells, strict=True)) for cells in rows], key, **words)
 
 
 def cells(path):
@@ -48,7 +48,7 @@ def test_a_link_and_the_rights_of_a_file_stay(tmp_path):
 def test_a_file_with_other_columns_is_left_alone(tmp_path, content):
     path = tmp_path / "rows.csv"
     path.write_bytes(content)
-    for refused in (lambda: write(path, ("a", 1, 1)), lambda: csv_rows.read(path, dict, FIELDS)):
+    for refused in (lambda: write(path, ("a", 1, 1)), lambda: csv_rows.read_rows(path, dict, FIELDS)):
         with pytest.raises(RunError, match="must have the columns of this version in its first line, got '.*Mend that line"):
             refused()
     assert path.read_bytes() == content
@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be_written_is_told_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "rows.csv", tmp_path):
         with pytest.raises(RunError, match="must be writable"):
-            csv_rows.check(path, FIELDS)
+            csv_rows.check_file(path, FIELDS)
         with pytest.raises(RunError, match="must be writable|must be readable"):
             write(path, ("a", 1, 1))
 
@@ -86,9 +86,9 @@ def test_rows_of_processes_that_write_at_once_are_all_there(tmp_path):
         writer.stdin.close()
     while any(writer.poll() is None for writer in writers):
         # Who reads without the lock never meets a part of a row.
-        assert not csv_rows.sort(path, dict)[1]
+        assert not csv_rows.sort_out_rows(path, dict)[1]
     assert [(writer.wait(), writer.stderr.read()) for writer in writers] == [(0, "")] * 3
-    found = [(one["layer"], one["seed"]) for one in csv_rows.read(path)]
+    found = [(one["layer"], one["seed"]) for one in csv_rows.read_rows(path)]
     wanted = [(name, str(seed)) for name in (*names, "shared") for seed in range(8)]
     assert sorted(found) == sorted(wanted)
 
@@ -139,13 +139,13 @@ def test_a_damaged_row_is_told_once_kept_and_costs_no_other(damage, tmp_path, ca
     lines[2] = DAMAGES[damage](lines[2])
     path.write_bytes(b"\n".join(lines) + b"\n")
     for _ in range(2):
-        assert [one.layer for one in results.read(path)] == ["local", "s4"]
+        assert [one.layer for one in results.read_results(path)] == ["local", "s4"]
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"warning: {path}:3 must be a row of") and said.endswith("passed over; mend or delete it.")
     results.append(row("strided"), path)
     assert path.read_bytes().splitlines()[:4] == lines
-    assert [one.layer for one in results.read(path)] == ["local", "s4", "strided"]
-    assert [(fault.path, fault.line) for fault in ledger.verify([path])[1]] == [(path, 3)]
+    assert [one.layer for one in results.read_results(path)] == ["local", "s4", "strided"]
+    assert [(fault.path, fault.line) for fault in ledger.verify_files([path])[1]] == [(path, 3)]
 
 
 def test_a_last_row_that_was_cut_is_not_glued_to_the_next(tmp_path, capsys):
@@ -155,6 +155,6 @@ def test_a_last_row_that_was_cut_is_not_glued_to_the_next(tmp_path, capsys):
         write(path, cut)
         path.write_bytes(path.read_bytes()[:-5])
     write(path, ("d", 4, 4.0))
-    assert [one["name"] for one in csv_rows.read(path)] == ["a", "d"]
+    assert [one["name"] for one in csv_rows.read_rows(path)] == ["a", "d"]
     assert path.read_text().splitlines()[2:4] == ["b,2", "c,3"]
     assert "rows.csv:3 must be a row of 3 readable cells, got 2 cells, as of a line that was cut" in capsys.readouterr().err

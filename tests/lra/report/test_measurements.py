@@ -17,26 +17,26 @@ ROW = measurements.Measurement(
 def test_rows_come_back_as_they_were_written(tmp_path):
     path = tmp_path / "rows.csv"
     other = dataclasses.replace(ROW, length=2048, status='failed: "memory", all of it')
-    measurements.write([ROW, other], path)
-    assert measurements.read(path) == [ROW, other]
+    measurements.write_measurements([ROW, other], path)
+    assert measurements.read_measurements(path) == [ROW, other]
     later = dataclasses.replace(ROW, median_ms=1.25)
-    measurements.write([later], path)
-    assert measurements.read(path) == [later, other]
-    assert measurements.read(tmp_path / "absent.csv") == []
+    measurements.write_measurements([later], path)
+    assert measurements.read_measurements(path) == [later, other]
+    assert measurements.read_measurements(tmp_path / "absent.csv") == []
     against_local = dataclasses.replace(ROW, baseline="local")
-    measurements.write([against_local], path)
-    assert measurements.read(path) == [later, other, against_local]
+    measurements.write_measurements([against_local], path)
+    assert measurements.read_measurements(path) == [later, other, against_local]
 
 
 def test_a_file_that_is_none_of_ours_is_refused(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(RunError, match="table: file .* must have the columns of this version"):
-        measurements.read(path)
-    measurements.write([ROW], tmp_path / "own.csv")
+        measurements.read_measurements(path)
+    measurements.write_measurements([ROW], tmp_path / "own.csv")
     text = (tmp_path / "own.csv").read_text().replace(",1024,", ",many,")
     path.write_text(text)
-    assert measurements.read(path) == [] and "rows.csv:2 must be a row" in capsys.readouterr().err
+    assert measurements.read_measurements(path) == [] and "rows.csv:2 must be a row" in capsys.readouterr().err
 
 
 def rows():
@@ -96,7 +96,7 @@ def test_cost_is_drawn_against_length_with_slopes_and_what_did_not_run(tmp_path)
 
 
 def test_accuracy_is_drawn_against_time_with_memory_as_area(tmp_path):
-    shipped = results.read(pathlib.Path(results.__file__).parents[1] / "results" / "quickstart.csv")
+    shipped = results.read_results(pathlib.Path(results.__file__).parents[1] / "results" / "quickstart.csv")
     found = [row for row in shipped if row.seed == 0]
     figure = plots.accuracy_against_time(found, tmp_path / "time.png")
     assert sorted(text.get_text() for text in figure.axes[0].texts) == sorted(row.layer for row in found)
@@ -114,7 +114,7 @@ def test_accuracy_is_drawn_against_time_with_memory_as_area(tmp_path):
 
 
 def test_names_stay_out_of_the_bubbles_of_others():
-    shipped = results.read(pathlib.Path(results.__file__).parents[1] / "results" / "offline.csv")
+    shipped = results.read_results(pathlib.Path(results.__file__).parents[1] / "results" / "offline.csv")
     figure = plots.accuracy_against_time(row for row in shipped if row.task == "digits")
     axes, renderer = figure.axes[0], figure.canvas.get_renderer()
     bubbles = axes.collections[0]

@@ -11,7 +11,7 @@ MISPRINTED = {("lra", "Sinkhorn Transformer")}
 
 @pytest.mark.parametrize(("paper", "table"), list(published.sources()))
 def test_every_table_has_figures_and_a_source(paper, table):
-    source, found = published.find(paper, table)
+    source, found = published.find_table(paper, table)
     assert source.work and source.where and source.title
     assert all(figure.value is not None or figure.note for figure in found)
     keys = [(one.row, one.task, one.length, one.metric, one.note) for one in found]
@@ -22,7 +22,7 @@ def test_printed_averages_are_those_of_the_rows():
     """A slip of the pen in the data would show here."""
     checked = set()
     for paper, table in published.sources():
-        _, found = published.find(paper, table)
+        _, found = published.find_table(paper, table)
         scores = {(one.row, one.task): one for one in found if one.metric == "accuracy"}
         for (row, task), average in scores.items():
             if task != "average" or (paper, row) in MISPRINTED or (row, "listops") not in scores:
@@ -39,7 +39,8 @@ def test_printed_averages_are_those_of_the_rows():
 
 def test_figures_as_printed():
     value = lambda paper, row, task, metric="accuracy", length=None: next(
-        one.value for one in published.read(paper) if (one.row, one.task, one.metric, one.length) == (row, task, metric, length)
+        one.value for one in published.read_figures(paper)
+        if (one.row, one.task, one.metric, one.length) == (row, task, metric, length)
     )
     assert value("lra", "Reformer", "listops") == 37.27
     assert value("lra", "Performer", "text", "speed_ratio", 4000) == 5.7
@@ -51,6 +52,6 @@ def test_figures_as_printed():
 
 def test_unknown_names_are_told_with_the_nearest():
     with pytest.raises(ValueError, match="paper must be a known name, got 'lara'. Did you mean 'lra'"):
-        published.find("lara", "1")
+        published.find_table("lara", "1")
     with pytest.raises(ValueError, match="table must be one of lra, got '9'"):
-        published.find("lra", "9")
+        published.find_table("lra", "9")

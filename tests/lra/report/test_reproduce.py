@@ -36,7 +36,7 @@ def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
         return wait(self, timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", patience)
-    wanted = [one for one in cells.table("lra", "2") if one.row == "Performer"]
+    wanted = [one for one in cells.cells_of_table("lra", "2") if one.row == "Performer"]
     words = dict(known=ledger.Ledger({}, [], {}), say=said.append)
     budget = verdicts.MEASURING.hours / 2
     assert reproduce.measure_missing((sys.executable, program), wanted, tmp_path / "out.csv", budget_hours=budget, **words) == 0
@@ -70,31 +70,31 @@ def trained(monkeypatch):
 
 
 def column(task, *rows):
-    return [one for one in cells.table("lra", "1") if one.column == task and one.row in rows]
+    return [one for one in cells.cells_of_table("lra", "1") if one.column == task and one.row in rows]
 
 
 def test_missing_runs_are_trained_cheapest_first_and_once(tmp_path, trained):
     path, said = tmp_path / "ledger.csv", []
     wanted = column("listops", "Transformer", "Linformer", "Performer", "BigBird")
     words = dict(seeds=2, say=said.append)
-    assert reproduce.train_missing(wanted, path, known=ledger.read([path]), **words) == 2  # Linformer's two
+    assert reproduce.train_missing(wanted, path, known=ledger.read_ledger([path]), **words) == 2  # Linformer's two
     assert [(run.layer, run.seed) for run in trained] == [
         ("performer", 0), ("performer", 1), ("softmax", 0), ("softmax", 1)
     ]  # fmt: skip
     assert any("no memory" in text for text in said) and '"recipe": "lra-2020"' in "".join(said)
-    assert len(results.read(path)) == 4
-    reproduce.train_missing(wanted, path, known=ledger.read([path]), **words)
+    assert len(results.read_results(path)) == 4
+    reproduce.train_missing(wanted, path, known=ledger.read_ledger([path]), **words)
     assert len(trained) == 4
-    assert not ledger.add(results.read(path)[0], path) and len(results.read(path)) == 4
+    assert not ledger.add_result(results.read_results(path)[0], path) and len(results.read_results(path)) == 4
 
 
 def test_a_budget_and_ctrl_c_stop_between_and_in_runs(tmp_path, trained):
     path, said = tmp_path / "ledger.csv", []
     wanted = column("listops", "Transformer", "Local Attention")
-    reproduce.train_missing(wanted, path, known=ledger.read([path]), budget_hours=0.001, say=said.append)
+    reproduce.train_missing(wanted, path, known=ledger.read_ledger([path]), budget_hours=0.001, say=said.append)
     assert not trained and "Left for another time: 2." in said[-1]
     with pytest.raises(Interrupted, match="Stopped at step 3 of 5000; saved in .* The same command goes on from there"):
-        reproduce.train_missing(wanted, path, known=ledger.read([path]), say=said.append)
+        reproduce.train_missing(wanted, path, known=ledger.read_ledger([path]), say=said.append)
 
 
 def idle():
@@ -126,10 +126,10 @@ def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves)
             raise Interrupted("Stopped at step 3 of 5000; saved in there. Go on with --resume.") from None
 
     monkeypatch.setattr("subquad.lra.train.train", train)
-    monkeypatch.setattr(costs, "here", lambda *words: costs.Cost(0.0, "this", "a test"))
+    monkeypatch.setattr(costs, "cost_here", lambda *words: costs.Cost(0.0, "this", "a test"))
     said = []
     wanted = column("listops", "Transformer", "Performer")
-    words = dict(known=ledger.read([]), budget_hours=0.5 / 3600, say=said.append)
+    words = dict(known=ledger.read_ledger([]), budget_hours=0.5 / 3600, say=said.append)
     assert reproduce.train_missing(wanted, tmp_path / "ledger.csv", **words) == 0
     saved = "Stopped at step 3 of 5000; saved in there. " * saves
     assert said[-1] == f"The budget is used up. {saved}The same command goes on from there."
@@ -147,6 +147,6 @@ def test_what_a_checkpoint_has_done_is_taken_off_the_estimate(tmp_path):
 
 
 def test_one_run_that_answers_to_several_tables_is_missing_once():
-    wanted = [one for table in ("1", "3") for one in cells.table("lra", table) if one.row == "Transformer"]
-    found = {tuple(ids) for _, ids in reproduce.missing(wanted, ledger.read(), 1)}
+    wanted = [one for table in ("1", "3") for one in cells.cells_of_table("lra", table) if one.row == "Transformer"]
+    found = {tuple(ids) for _, ids in reproduce.missing(wanted, ledger.read_ledger(), 1)}
     assert (f"{TRANSFORMER}.image", f"{IMAGE}.train_accuracy", IMAGE) in found

@@ -35,8 +35,8 @@ def test_rows_come_back_as_they_went(tmp_path):
     rows = [row(), row("s4", 0.1 + 0.2), row("local", **FAILED, flops_per_step=None)]
     for one in rows:
         results.append(one, tmp_path / "table.csv")
-    assert results.read(tmp_path / "table.csv") == rows
-    assert results.read(tmp_path / "nothing.csv") == []
+    assert results.read_results(tmp_path / "table.csv") == rows
+    assert results.read_results(tmp_path / "nothing.csv") == []
 
 
 def test_the_header_has_every_column_that_a_number_needs(tmp_path):
@@ -54,7 +54,7 @@ def test_the_header_has_every_column_that_a_number_needs(tmp_path):
 def test_a_row_is_added_once(tmp_path):
     for _ in range(2):
         results.append(row(), tmp_path / "table.csv")
-    assert len(results.read(tmp_path / "table.csv")) == 1
+    assert len(results.read_results(tmp_path / "table.csv")) == 1
 
 
 def test_a_file_with_other_columns_is_left_alone_and_the_row_is_told(tmp_path):
@@ -64,7 +64,7 @@ def test_a_file_with_other_columns_is_left_alone_and_the_row_is_told(tmp_path):
         results.append(row(), path)
     assert path.read_text() == "mine\n1\n"
     with pytest.raises(checkpoints.RunError, match="must have the columns of this version"):
-        results.read(path)
+        results.read_results(path)
 
 
 def older_file(path):
@@ -81,10 +81,10 @@ def older_file(path):
 def test_files_of_earlier_versions_are_read_and_brought_up_to_date(tmp_path):
     path = tmp_path / "table.csv"
     rows = older_file(path)
-    assert results.read(path) == rows
+    assert results.read_results(path) == rows
     newer = row("local", protocol="modern", configuration_hash="0123", collapsed_step=4, bits_per_byte=1.25)
     results.append(newer, path)
-    assert results.read(path) == [*rows, newer]
+    assert results.read_results(path) == [*rows, newer]
     assert path.read_text().split("\n", 1)[0].split(",") == results.FIELDS
     assert [one.name for one in tmp_path.iterdir() if not one.name.endswith(".lock")] == ["table.csv"]
 
@@ -147,7 +147,7 @@ def test_the_small_networks_floor_is_that_of_the_committed_file():
 def test_a_text_that_cannot_be_written_tells_the_callers_cure(tmp_path):
     for words, cure in (((), "Choose another with --out."), (("Its rows are kept.",), "Its rows are kept.")):
         with pytest.raises(checkpoints.RunError, match="must be writable") as caught:
-            results.write("text", tmp_path / "nowhere" / "x", *words)
+            results.write_text("text", tmp_path / "nowhere" / "x", *words)
         assert str(caught.value).endswith(f". {cure}")
 
 
