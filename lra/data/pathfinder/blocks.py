@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 import zlib
@@ -23,7 +22,7 @@ from dataclasses import astuple
 import numpy as np
 
 from subquad.lra.data.pathfinder import pictures
-from subquad.lra.progress import clock
+from subquad.lra.progress import Progress, clock
 
 
 def working_folder(parent: pathlib.Path, config: pictures.Config) -> pathlib.Path:
@@ -65,7 +64,7 @@ def render_blocks(
             shown.say("pathfinder: the worker processes died or could not start; going on in one process.")
         for indices in missing:
             if _load(config, folder, indices) is None:
-                shown.update(len(indices), _render_block(config, folder, indices))
+                shown.drawn(len(indices), _render_block(config, folder, indices))
 
 
 def _render_on_many(config, folder, missing, processes, shown) -> None:
@@ -75,7 +74,7 @@ def _render_on_many(config, folder, missing, processes, shown) -> None:
     try:
         futures = {pool.submit(_render_block, config, folder, indices): len(indices) for indices in missing}
         for future in as_completed(futures):
-            shown.update(futures[future], future.result())
+            shown.drawn(futures[future], future.result())
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -145,48 +144,20 @@ def read_blocks(
             yield pictures.Example(image, int(label))
 
 
-class _Progress:
-    """A bar where stderr is a terminal and rich is installed, else a line for the first block and every tenth."""
+class _Progress(Progress):
+    """How many images are drawn, and the time left by those that were drawn so far."""
 
     def __init__(self, name: str, total: int, kept: int, processes: int):
-        self.name, self.total, self.done, self.processes = name, total, kept, max(processes, 1)
-        self.seconds, self.images, self.next, self.bar = 0.0, 0, 0.0, None
+        super().__init__(f"pathfinder/{name}", total, kept)
+        self.done, self.processes, self.seconds = kept, max(processes, 1), 0.0
         if kept:
-            self.say(f"pathfinder/{name}: {kept:,} of {total:,} images are there from an earlier run")
+            self.say(f"{self.label}: {kept:,} of {total:,} images are there from an earlier run")
 
-    def __enter__(self) -> "_Progress":
-        if sys.stderr.isatty() and self.done < self.total:
-            with contextlib.suppress(ImportError):
-                self.bar = _bar(self.name, self.total, self.done)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar[0].stop()
-
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    def update(self, count: int, seconds: float) -> None:
+    def drawn(self, count: int, seconds: float) -> None:
         """`count` more images are drawn, in `seconds` of one process."""
         self.done += count
-        self.images += count
         self.seconds += seconds
-        each = self.seconds / self.images
-        left = (self.total - self.done) * each / self.processes
+        each = self.seconds / (self.done - self.start)
+        left = (self.steps - self.done) * each / self.processes
         text = f"{1e3 * each:.1f} ms/image, {self.processes} at once, {clock(left)} left"
-        if self.bar is not None:
-            self.bar[0].update(self.bar[1], completed=self.done, text=text)
-        elif self.done >= self.next or self.done == self.total:
-            self.next = (self.done * 10 // self.total + 1) * self.total / 10
-            self.say(f"pathfinder/{self.name}: {self.done:,} of {self.total:,} images, {text}")
-
-
-def _bar(name: str, total: int, done: int):
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed:,}/{task.total:,}"))
-    bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
-    bar.start()
-    return bar, bar.add_task(f"pathfinder/{name}", total=total, completed=done, text="measuring")
+        self.show(self.done, text, f"{self.label}: {self.done:,} of {self.steps:,} images, {text}")

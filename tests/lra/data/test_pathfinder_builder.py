@@ -158,9 +158,9 @@ def test_other_configurations_have_other_folders(tmp_path):
 
 def test_the_estimate_is_of_what_is_left(capsys, monkeypatch):
     with blocks._Progress("many", 1000, 200, 2) as shown:
-        shown.update(100, 50.0)
-        shown.update(50, 25.0)  # less than a tenth further: not said
-        shown.update(650, 325.0)
+        shown.drawn(100, 50.0)
+        shown.drawn(50, 25.0)  # less than a tenth further: not said
+        shown.drawn(650, 325.0)
     assert capsys.readouterr().err.splitlines() == [
         "pathfinder/many: 200 of 1,000 images are there from an earlier run",
         "pathfinder/many: 300 of 1,000 images, 500.0 ms/image, 2 at once, 2:55 left",
@@ -169,8 +169,8 @@ def test_the_estimate_is_of_what_is_left(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     with blocks._Progress("many", 1000, 0, 1) as shown:
-        assert shown.bar is not None
-        shown.update(100, 50.0)
+        assert shown._bar is not None
+        shown.drawn(100, 50.0)
     said = capsys.readouterr().err
     assert "100/1,000" in said and "7:30 left" in said
 
