@@ -7,7 +7,7 @@ import pytest
 
 from subquad.kernels import block_sparse, softmax
 from subquad.kernels.block_sparse import reference, xla
-from subquad.lra import measure
+from subquad.lra.bench import measure
 from tests.assertions import assert_close
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw

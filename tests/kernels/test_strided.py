@@ -11,7 +11,7 @@ import pytest
 from subquad.kernels import softmax, strided
 from subquad.kernels.strided import xla
 from subquad.kernels.strided.pattern import Pattern, visible
-from subquad.lra import measure
+from subquad.lra.bench import measure
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
 
