@@ -21,13 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import collapse, measure, models, parallel, results, sizes, tasks
+from subquad.lra import collapse, models, parallel, sizes, tasks
+from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
 from subquad.lra.progress import Board, Progress, Stopwatch, Work, over
 from subquad.lra.recipes import Run
+from subquad.lra.report import results
 
 # Steps between looks at the loss. Each look waits for the device.
 LOOK = 10

@@ -12,8 +12,8 @@ import re
 import sys
 
 from subquad import zoo
-from subquad.lra import bench, commands, csvfile, markup, results
-from subquad.lra.tables import ledger
+from subquad.lra.cli import commands
+from subquad.lra.report import csv_rows, ledger, measurements, results, text_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -107,30 +107,30 @@ def task_table(rows, floors) -> str:
         cells = [reached.get((one.task, one.config, rule)) for one in firsts.values()]
         if any(value is not None for value in cells):
             body.append([f"*{what}*", *("" if value is None else written(value) for value in cells)])
-    machines = dict.fromkeys(map(results.machine, firsts.values()))
-    return "\n".join([markup.markdown([heading, *body]), "", " ".join([*notes, *machines])])
+    machines = dict.fromkeys(map(results.machine_of_row, firsts.values()))
+    return "\n".join([text_tables.markdown([heading, *body]), "", " ".join([*notes, *machines])])
 
 
 def score(layer: str, group) -> str:
     """The score alone; how many seeds it is of is told once, below the table."""
     if group is None:
         return "not run" if zoo.LAYERS[layer].supports.causal else "not causal"
-    return results.score(group).partition(" (")[0]
+    return results.score_of_seeds(group).partition(" (")[0]
 
 
 def cost_table(rows) -> str:
     """Steps per second and memory against length, as the arena's table 2."""
-    table = bench.tables([row for row in rows if row.mode == "train"])[0]
-    return "\n".join([markup.markdown([table.heading, *table.body]), "", f"{table.title}. {' '.join(table.notes)}"])
+    table = measurements.tables([row for row in rows if row.mode == "train"])[0]
+    return "\n".join([text_tables.markdown([table.heading, *table.body]), "", f"{table.title}. {' '.join(table.notes)}"])
 
 
 def generated() -> dict[str, str]:
-    peers = csvfile.read(PEERS)
+    peers = csv_rows.read_rows(PEERS)
     return {
         "layers": layer_table(),
-        "quickstart": results.markdown(results.read(QUICKSTART)),
-        "tasks": task_table(results.read(OFFLINE), ledger.read_floors(FLOORS)),
-        "costs": cost_table(bench.read(COSTS)),
+        "quickstart": results.markdown(results.read_results(QUICKSTART)),
+        "tasks": task_table(results.read_results(OFFLINE), ledger.read_floors(FLOORS)),
+        "costs": cost_table(measurements.read_measurements(COSTS)),
         "peers": peers_table(peers),
         "memory": memory_table(peers),
     }

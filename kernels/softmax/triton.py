@@ -633,8 +633,8 @@ def bounds_of(geometry: Geometry, visible: Visible, query_tile: int, key_tile: i
 # Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
 FLOAT32_TILES = {
     "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "softmax_backward_query": {64: ((64, 32, 4, 2), (16, 32, 8, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
-    "softmax_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((32, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
+    "softmax_backward_query": {64: ((64, 16, 4, 2), (16, 32, 8, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
+    "softmax_backward_key": {64: ((32, 16, 8, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
     "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
 
@@ -657,6 +657,8 @@ def tile_sizes(
     wide = features > 64
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
     narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
+    # The test of a pattern of blocks takes the registers that 128 wide queries would need.
+    narrow = narrow or block_size is not None and wide and kernel == "softmax_forward"
     if dtype == jnp.float32:
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
         if kernel == "softmax_forward" and block_size is not None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.lra import models, racing, results, sizes
-from subquad.lra.bench import Measurement, energy, programs
+from subquad.lra import models, sizes
+from subquad.lra.bench import energy, programs, timing
 from subquad.lra.checkpoints import line
 from subquad.lra.progress import Work
+from subquad.lra.report import results
+from subquad.lra.report.measurements import Measurement
 
 LONGEST, LARGEST_BATCH = 2**20, 2**14  # where the searches for limits end
 GRAIN = 64  # lengths that the search tries are multiples of it
@@ -95,7 +97,7 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
                 rows[layer] = _with(row, status=too_large)
                 continue
             with Work(f"{layer}: compiling"):
-                program = programs.compiled(run, task, mode)
+                program = programs.compile_program(run, task, mode)
                 row = _with(row, **facts(program))
             needed = program.memory.peak + held
             if needed > settings.memory_limit:
@@ -106,7 +108,7 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
                         peak, source = programs.observed_peak(program)
                     row = _with(row, device_peak_bytes=peak, device_peak_source=source)
                 with Work(f"{layer}: first call"):
-                    call = programs.started(program)
+                    call = programs.start_program(program)
                     call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
                 ready[layer], held = call, held + program.memory.arguments
         except Exception as error:  # one layer's fault is a row; the others still run
@@ -130,7 +132,7 @@ def facts(program: programs.Program) -> dict[str, Any]:
     return dict(
         parameters=models.count_parameters(program.run, program.task), compile_seconds=round(program.compile_seconds, 3),
         argument_bytes=memory.arguments, temporary_bytes=memory.temporary, peak_bytes=memory.peak,
-        **programs.work(program.run, program.task, program.mode), **programs.compiler_counts(program),
+        **programs.count_flops(program.run, program.task, program.mode), **programs.compiler_counts(program),
     )  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
     def peak(length: int, batch_size: int) -> int | None:
         try:
             run, task = settings.plan(layer, length, batch_size=batch_size)
-            return programs.compiled(run, task, mode).memory.peak
+            return programs.compile_program(run, task, mode).memory.peak
         except Exception as error:
             if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
                 return None  # so says the compiler
@@ -156,7 +158,7 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
         known = (layer, mode, "length" if name == "length" else f"batch at {length}")
         if known not in settings.found:
             try:
-                settings.found[known] = programs.largest(search, settings.memory_limit, *bounds)
+                settings.found[known] = programs.largest_that_fits(search, settings.memory_limit, *bounds)
             except Exception as error:
                 settings.found[known] = None, f"not found: {line(error)}"
         found[column], note = settings.found[known]
@@ -177,10 +179,10 @@ def _blank(layer: str, length: int, mode: str, settings: Settings) -> Measuremen
 
 def _timed(ready: Mapping[str, Callable], rows: Mapping[str, Measurement], settings: Settings) -> dict[str, Measurement]:
     """The rows with their times, and energy."""
-    clock = racing.clock_of(settings.threads or 0)
+    clock = timing.clock_of(settings.threads or 0)
     try:
         seconds = settings.seconds * len(ready)
-        spreads = racing.alternate(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
+        spreads = timing.time_alternately(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
     except Exception as error:
         return {layer: _with(rows[layer], status=f"failed: {line(error)}") for layer in ready}
     found = {}

@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from subquad.kernels import dispatch, launch, softmax
+<<<<<<< HEAD
 from subquad.kernels.softmax import plan, xla
 from subquad.lra import measure
+=======
+from subquad.kernels.softmax import xla
+from subquad.lra.bench import measure
+>>>>>>> main
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
 from tests.oracle import relative_error

@@ -10,7 +10,7 @@ import pytest
 
 from subquad.kernels import softmax, strided
 from subquad.kernels.softmax import plan, xla
-from subquad.lra import measure
+from subquad.lra.bench import measure
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
 
