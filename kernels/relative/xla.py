@@ -248,5 +248,6 @@ attend = operation(
     arrays=("b t n h", "b t n h", "b s n h", "b s n v", "r n h", "b n t s"),
     outputs="b t n v",
     saved=("b t n", "b t n"),
+    shared=[[5]],
     name=SAVED,
 )
