@@ -140,47 +140,49 @@ def over_devices(function: Callable, arrays: tuple, axes, axes_out, places, *, i
         groups = [{i for i, place in enumerate(places) if place in group} for group in shared]
     has_batch = lambda names: [name.split()[:1] == [independent[0]] for name in names]
     folded = folding(flat, has_batch(axes), lambda: has_batch(results[1]), groups)
-    outputs = _bind(folded, leaves, axes, lambda: results[1], independent)
+    outputs = _bind(folded, flat, leaves, axes, lambda: results[1], independent)
     return results[0].unflatten(outputs)
 
 
 # -------------------------------------------------------------------------------------------------------- the primitive
 
 
-def _bind(function, arrays, axes, axes_out, independent):
-    """`axes_out`: a function that knows them once `function` was traced."""
+def _bind(function, plain, arrays, axes, axes_out, independent):
+    """`plain`: the function without folding. `axes_out`: a function that knows them once `function` was traced."""
     part = Partition(as_traced(function), axes, axes_out, independent, tuple(x.shape for x in arrays))
     call = custom_partitioning(jax.jit(function))
     call.def_partition(part.partition, sharding_rule=part.sharding_rule)
     # Several programs may hold this call, and each asks for the shapes of its outputs.
     jaxpr = jax.make_jaxpr(call)(*arrays)
     part.shapes_out = tuple(x.shape for x in jaxpr.out_avals)
-    return on_mesh_p.bind(*arrays, jaxpr=jaxpr, function=function, part=part)
+    return on_mesh_p.bind(*arrays, jaxpr=jaxpr, function=function, plain=plain, part=part)
 
 
-def _differentiate(arrays, tangents, *, function, **_):
-    """Once more: what is differentiated a second time is not cut."""
+def _differentiate(arrays, tangents, *, plain, **params):
+    """What is differentiated a second time is not cut."""
+    outputs = on_mesh_p.bind(*arrays, plain=plain, **params)
     varied = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
 
     def run(*some):
-        return function(*(dict(enumerate(arrays)) | dict(zip(varied, some, strict=True))).values())
+        return plain(*(dict(enumerate(arrays)) | dict(zip(varied, some, strict=True))).values())
 
-    return jax.jvp(run, [arrays[i] for i in varied], [tangents[i] for i in varied])
+    _, tangents_out = jax.jvp(run, [arrays[i] for i in varied], [tangents[i] for i in varied])
+    return outputs, tangents_out
 
 
-def _batch(arrays, mapped, *, function, part, **_):
+def _batch(arrays, mapped, *, function, plain, part, **_):
     """An axis more of each mapped array: independent, too."""
     is_mapped = [axis is not None for axis in mapped]
     arrays = [jnp.moveaxis(x, axis, 0) if has else x for x, axis, has in zip(arrays, mapped, is_mapped, strict=True)]
     own = f"vmap{len(part.independent)}"
     axes = tuple(f"{own} {names}" if has else names for names, has in zip(part.axes, is_mapped, strict=True))
     axes_out = tuple(f"{own} {names}" for names in part.axes_out())
-    function = jax.vmap(function, [0 if has else None for has in is_mapped])
-    outputs = _bind(function, arrays, axes, lambda: axes_out, (*part.independent, own))
+    function, plain = (jax.vmap(f, [0 if has else None for has in is_mapped]) for f in (function, plain))
+    outputs = _bind(function, plain, arrays, axes, lambda: axes_out, (*part.independent, own))
     return outputs, [0] * len(outputs)
 
 
-def _lower(context, *arrays, jaxpr, function, part):
+def _lower(context, *arrays, jaxpr, function, **_):
     if context.module_context.lowering_parameters.for_export:  # the partitioner would be asked for a part elsewhere
         return mlir.lower_fun(function, multiple_results=True)(context, *arrays)
     return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *arrays)
@@ -327,42 +329,48 @@ def summed(x, names: tuple[str, ...]):
 def folding(function: Callable, has_batch: Sequence[bool], gives_batch: Callable[[], Sequence[bool]], groups) -> Callable:
     """`function` with a rule for `jax.vmap`: the mapped axis becomes part of the batch, and there is still one launch.
 
-    Where it cannot, because what is mapped has no batch, or because an output is a sum over it, `function` is mapped itself.
+    Where it cannot, because something has no batch that is mapped or given, `function` is mapped itself.
 
     Args:
-        function: takes and returns arrays.
+        function: takes and returns arrays. An array with a full batch gets a gradient with one.
         has_batch: which arrays have the batch as their first axis; it may be 1 for all samples.
-        gives_batch: which outputs do, asked after `function` was traced.
+        gives_batch: which outputs do, asked after `function` was traced. One with 1 sample is a sum over them.
         groups: sets of arrays, by place, that may keep a batch of 1 when all of them have it.
     """
 
-    @jax.custom_batching.custom_vmap
-    def run(*arrays):
-        return function(*arrays)
+    def folded(*arrays):
+        batches_out = []
 
-    @run.def_vmap
-    def rule(size, mapped, *arrays):
-        words = list(zip(arrays, mapped, has_batch, strict=True))
-        shapes = [x.shape[1:] if is_mapped else x.shape for x, is_mapped, _ in words]
-        batch = max((shape[0] for shape, has in zip(shapes, has_batch, strict=True) if has), default=1)
-        single = {i for i, (_, is_mapped, has) in enumerate(words) if has and not is_mapped and shapes[i][0] == 1}
-        kept = {place for group in groups if group <= single for place in group}
+        @jax.custom_batching.custom_vmap
+        def run(*arrays):
+            outputs = function(*arrays)
+            batches_out[:] = [x.shape[:1] for x in outputs]
+            return outputs
 
-        def flatten(place, x, is_mapped, has):
-            if not has or place in kept:
-                return x
-            shape = shapes[place]
-            x = x if is_mapped else jnp.broadcast_to(x, (size, *shape))
-            x = x if shape[0] == batch else jnp.broadcast_to(x, (size, batch, *shape[1:]))
-            return x.reshape(size * batch, *shape[1:])
+        @run.def_vmap
+        def rule(size, mapped, *arrays):
+            if not all(gives_batch()) or any(m and not has for m, has in zip(mapped, has_batch, strict=True)):
+                outputs = jax.vmap(function, [0 if m else None for m in mapped])(*arrays)
+                return outputs, (True,) * len(outputs)
+            shapes = [x.shape[1:] if m else x.shape for x, m in zip(arrays, mapped, strict=True)]
+            batch = max(shape[0] for shape, has in zip(shapes, has_batch, strict=True) if has)
+            places = [i for i, has in enumerate(has_batch) if has]
+            single = {i for i in places if not mapped[i] and shapes[i][0] == 1}
+            sums = any(one != (batch,) for one in batches_out)
+            kept = set() if sums else {i for group in groups if group <= single for i in group}
 
-        outputs = ()
-        if all(gives_batch()) and all(has for _, is_mapped, has in words if is_mapped):
-            outputs = run(*(flatten(place, *word) for place, word in enumerate(words)))
-        if outputs and all(x.shape[0] == size * batch for x in outputs):
-            outputs = tuple(x.reshape(size, batch, *x.shape[1:]) for x in outputs)
-        else:
-            outputs = jax.vmap(function, [0 if is_mapped else None for is_mapped in mapped])(*arrays)
-        return outputs, tuple(True for _ in outputs)
+            def flatten(i, x):
+                if i not in places or i in kept:
+                    return x
+                x = x if mapped[i] else jnp.broadcast_to(x, (size, *shapes[i]))
+                x = x if shapes[i][0] == batch else jnp.broadcast_to(x, (size, batch, *shapes[i][1:]))
+                return x.reshape(size * batch, *shapes[i][1:])
 
-    return run
+            outputs = [x.reshape(size, batch, *x.shape[1:]) for x in folded(*map(flatten, range(len(arrays)), arrays))]
+            words = zip(outputs, batches_out, strict=True)
+            outputs = tuple(x if one == (batch,) else x.sum(1, keepdims=True) for x, one in words)
+            return outputs, (True,) * len(outputs)
+
+        return run(*arrays)
+
+    return folded
