@@ -35,6 +35,7 @@ def operation(
     saved: Sequence[str] = (),
     independent: str = "b n",
     shared: Sequence[Sequence[int]] | None = None,
+    primal: Callable | None = None,
     name: str | None = None,
 ) -> Callable:
     """The function (static, *arrays) -> outputs, with the gradient that `backward` computes.
@@ -55,6 +56,7 @@ def operation(
         independent: the axes that a mesh may cut. The first is the batch, and the first axis of the arrays that have it.
         shared: the arrays, by place, that may have a batch of 1 while others have more when `jax.vmap` is folded; those of
             one group have it together or not at all. None: each may.
+        primal: (static, *arrays) -> outputs, where these alone are less work than `forward`.
         name: of outputs and residuals, for the policies of `jax.checkpoint`.
 
     Example:
@@ -71,7 +73,8 @@ def operation(
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(static, *given):
-        return call(lambda *given: forward(static, *given)[0], given, arrays, outputs, positions(given))
+        only = functools.partial(primal, static) if primal else lambda *given: forward(static, *given)[0]
+        return call(only, given, arrays, outputs, positions(given))
 
     def run_forward(static, *given):
         found = []
@@ -356,8 +359,7 @@ def folding(function: Callable, has_batch: Sequence[bool], gives_batch: Callable
             batch = max(shape[0] for shape, has in zip(shapes, has_batch, strict=True) if has)
             places = [i for i, has in enumerate(has_batch) if has]
             single = {i for i in places if not mapped[i] and shapes[i][0] == 1}
-            sums = any(one != (batch,) for one in batches_out)
-            kept = set() if sums else {i for group in groups if group <= single for i in group}
+            kept = {i for group in groups if group <= single for i in group}
 
             def flatten(i, x):
                 if i not in places or i in kept:
@@ -366,10 +368,13 @@ def folding(function: Callable, has_batch: Sequence[bool], gives_batch: Callable
                 x = x if shapes[i][0] == batch else jnp.broadcast_to(x, (size, batch, *shapes[i][1:]))
                 return x.reshape(size * batch, *shapes[i][1:])
 
-            outputs = [x.reshape(size, batch, *x.shape[1:]) for x in folded(*map(flatten, range(len(arrays)), arrays))]
+            outputs = folded(*map(flatten, range(len(arrays)), arrays))
+            if kept and any(x.shape[0] != size * batch for x in outputs):  # sums over more than a batch
+                kept = ()
+                outputs = folded(*map(flatten, range(len(arrays)), arrays))
+            outputs = [x.reshape(size, batch, *x.shape[1:]) for x in outputs]
             words = zip(outputs, batches_out, strict=True)
-            outputs = tuple(x if one == (batch,) else x.sum(1, keepdims=True) for x, one in words)
-            return outputs, (True,) * len(outputs)
+            return tuple(x if one == (batch,) else x.sum(1, keepdims=True) for x, one in words), (True,) * len(outputs)
 
         return run(*arrays)
 
