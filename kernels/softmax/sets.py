@@ -1,8 +1,10 @@
 """What the implementations of softmax attention are asked for: sets of keys, and who sees what of each."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
@@ -34,6 +36,30 @@ class KeySet(NamedTuple):
     visible: Visible
     columns: int = 1
     source: int = 0  # which keys and values, of those that the operation has
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a set while tracing, as a value that can be hashed."""
+
+    pattern: Pattern | None
+    columns: int
+    source: int
+    positions: tuple[tuple[tuple[int, ...], bytes] | None, ...]  # shape and bytes of those of queries and of keys
+
+    def set_of(self, visible: Visible) -> KeySet:
+        """The set again, with the arrays that are not known."""
+        arrays = (None if x is None else np.frombuffer(x[1], np.int32).reshape(x[0]) for x in self.positions)
+        positions = (x if known is None else known for x, known in zip(visible[:2], arrays, strict=True))
+        return KeySet(self.pattern, Visible(*positions, *visible[2:]), self.columns, self.source)
+
+
+def known_of(one: KeySet) -> tuple[Known, Visible]:
+    """What is known of a set, and the arrays that are not."""
+    known = all(isinstance(x, np.ndarray) for x in one.visible[:2])  # both or none: a pattern compares them
+    positions = tuple((x.shape, x.astype(np.int32).tobytes()) if known else None for x in one.visible[:2])
+    rest = (None if known or x is None else jnp.asarray(x) for x in one.visible[:2])
+    return Known(one.pattern, one.columns, one.source, positions), Visible(*rest, *one.visible[2:])
 
 
 def one_by_one(attention):

@@ -18,56 +18,62 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.memory import laid
+from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online, parts
 from subquad.kernels.softmax.plan import Plan, plan_of
-from subquad.kernels.softmax.sets import KeySet, Visible
+from subquad.kernels.softmax.sets import KeySet, Visible, known_of
 
 
 def attention(query, keys, values, bias, sets: tuple[KeySet, ...], scale: float):
     """Arguments as checked by `subquad.kernels.softmax` -> (out [B, T, N, V], maximum, log(normaliser) [B, T, N])."""
-    plans = tuple(plan_of(query, keys[one.source], values[one.source], one) for one in sets)
-    return compiled((plans, scale), query, keys, values, bias, tuple(one.visible for one in sets))
+    static, visibles = zip(*map(known_of, sets), strict=True)
+    # Queries are independent where no known positions tell them apart, and heads where no pattern does.
+    patterns = [one.pattern for one in sets if one.pattern is not None]
+    independent = "b" if any(pattern.heads > 1 for pattern in patterns) else "b n" if patterns else "b n t"
+    return flash(independent, len(keys), len(sets))((static, scale), query, keys, values, bias, visibles)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@precision.full
-def flash(static, query, keys, values, bias, visibles):
-    """Attention over the tiles of some plans; the maximum has no gradient, and the log(normaliser) that of the log-sum-exp."""
-    return flash_forward(static, query, keys, values, bias, visibles)[0]
-
-
-@precision.full
-def flash_forward(static, query, keys, values, bias, visibles):
-    plans, scale = static
-    results = [
-        attend(plan, scale, query, keys[plan.source], values[plan.source], bias, visible)
-        for plan, visible in zip(plans, visibles, strict=True)
-    ]
-    results = results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True))
+def forward(static, query, keys, values, bias, visibles):
+    """Attention to some sets; the maximum has no gradient, and the log(normaliser) that of the log-sum-exp."""
+    sets, scale = static
+    results = []
+    for known, visible in zip(sets, visibles, strict=True):
+        one = known.set_of(visible)
+        key, value = keys[one.source], values[one.source]
+        results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, one.visible))
+    results = tuple(results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True)))
     return results, (query, keys, values, bias, visibles, *results)
 
 
-@precision.full
-def flash_backward(static, residuals, gradients):
-    plans, scale = static
+def backward(static, residuals, gradients):
+    sets, scale = static
     query, keys, values, bias, visibles, out, *sums = residuals
     grad_out, _, grad_lse = gradients
     is_masked = any(visible.mask is not None or visible.query_segment_ids is not None for visible in visibles)
     *rows, query = online.residue(out, sums, grad_out, grad_lse, is_masked, query)
     grad_query, grad_keys, grad_values, grad_bias = None, [None] * len(keys), [None] * len(values), None
-    for plan, visible in zip(plans, visibles, strict=True):
-        n = plan.source
+    for known, visible in zip(sets, visibles, strict=True):
+        one = known.set_of(visible)
+        n, key, value = one.source, keys[one.source], values[one.source]
         before = grad_query, grad_keys[n], grad_values[n], grad_bias
         grad_query, grad_keys[n], grad_values[n], grad_bias = add_gradients(
-            plan, scale, before, query, keys[n], values[n], bias, visible, rows, grad_out
+            plan_of(query, key, value, one), scale, before, query, key, value, bias, one.visible, rows, grad_out
         )
-    return grad_query, tuple(grad_keys), tuple(grad_values), None if bias is None else grad_bias.astype(bias.dtype), None
+    grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
+    return grad_query, tuple(grad_keys), tuple(grad_values), grad_bias, jax.tree.map(lambda _: None, visibles)
 
 
-precision.define_passes(flash, flash_forward, flash_backward)
-
-# Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-compiled = jax.jit(flash, static_argnums=0)
+@functools.cache
+def flash(independent: str, sources: int, sets: int):
+    """The operation for some numbers of key arrays and of sets; `independent`: the axes that a mesh may cut."""
+    visible = Visible("b t", "b s", "b t", "b s", "b n t s")
+    arrays = "b t n h", ("b s n h",) * sources, ("b s n v",) * sources, "b n t s", (visible,) * sets
+    together = [[*range(1 + 2 * sources)]]  # query, keys and values: of one batch
+    shared = [*together, *([place] for place in range(1 + 2 * sources, 2 + 2 * sources + 5 * sets))]
+    return operation(
+        precision.full(forward), precision.full(backward), arrays=arrays, outputs=("b t n v", "b t n", "b t n"),
+        independent=independent, shared=shared,
+    )  # fmt: skip
 
 
 def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible):

@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 from subquad.kernels import block_sparse, softmax
-<<<<<<< HEAD
 from subquad.kernels.patterns import Blocks, grid
 from subquad.kernels.softmax import plan
-from subquad.lra import measure
-=======
-from subquad.kernels.block_sparse import reference, xla
 from subquad.lra.bench import measure
->>>>>>> main
 from tests.assertions import assert_close
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
