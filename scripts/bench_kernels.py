@@ -19,8 +19,8 @@ import jax
 from subquad.kernels import dispatch, gate, specs
 from subquad.kernels.launch import FLOATS
 from subquad.lra.bench import measure, timing
-from subquad.lra.checkpoints import line
 from subquad.lra.cli import commands
+from subquad.lra.files import one_line
 from subquad.lra.report import csv_rows, results, text_tables
 
 DIRECTIONS = ("forward", "both")
@@ -106,9 +106,9 @@ def bench(spec, length, dtype, arguments):
         try:
             verdict = gate.check(spec, name, length, dtype)
         except dispatch.Declined as reason:
-            yield blank | dict(implementation=name, direction="both", status=f"not run: {line(reason)}")
+            yield blank | dict(implementation=name, direction="both", status=f"not run: {one_line(reason)}")
         except Exception as error:  # one shape's fault is a row; the others still run
-            yield blank | dict(implementation=name, direction="both", status=f"failed: {line(error)}")
+            yield blank | dict(implementation=name, direction="both", status=f"failed: {one_line(error)}")
         else:
             found = blank | dict(implementation=name) | verdict._asdict()
             if verdict.passed:

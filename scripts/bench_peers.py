@@ -24,8 +24,8 @@ from peers.sides import Case
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra.bench import timing
-from subquad.lra.checkpoints import line
 from subquad.lra.cli import commands
+from subquad.lra.files import one_line
 from subquad.lra.report import csv_rows, results, text_tables
 
 DIRECTIONS = {"forward": "forward", "both": "train"}
@@ -128,7 +128,7 @@ def race(contest: Contest, case: Case, arguments):
         except NotRun as reason:
             status = f"not run: {reason}"
         except Exception as error:  # one race's fault is a row; the others still run
-            status = f"failed: {line(error)}"
+            status = f"failed: {one_line(error)}"
         row = dict(shared, direction=direction, status=status, **found, **results.environment(), finished_utc=results.now())
         yield {name: row[name] for name in FIELDS}
 
@@ -141,7 +141,7 @@ def _theirs(contest: Contest, case: Case):
     try:
         return contest.theirs(case)
     except ImportError as error:
-        raise NotRun(line(error)) from error
+        raise NotRun(one_line(error)) from error
 
 
 def compare(contest: Contest, case: Case, sides, direction: str, arguments) -> dict:
@@ -191,7 +191,7 @@ def peak(contest: Contest, case: Case, side: str, word: str, arguments) -> int:
     words += ["--threads", str(arguments.threads)]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **timing.PLAIN_MALLOC})
     if done.returncode:
-        raise RuntimeError(f"memory of {side}: {line(RuntimeError(done.stderr[-300:]))}")
+        raise RuntimeError(f"memory of {side}: {one_line(RuntimeError(done.stderr[-300:]))}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -23,7 +23,7 @@ from flax import nnx
 
 from subquad.lra import layers, models, optim, recipes, tasks, train
 from subquad.lra.bench import measure, timing
-from subquad.lra.checkpoints import line
+from subquad.lra.files import one_line
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.recipes import Run
 from subquad.lra.tasks import Task
@@ -268,13 +268,13 @@ def observe_peak(text: str) -> int:
 def observed_peak(program: Program) -> tuple[int | None, str]:
     """(bytes at the peak, what observed them) of a program that runs alone in a process of its own; (None, why not)."""
     words = dict(run=dataclasses.asdict(program.run), length=program.task.length, mode=program.mode)
-    code = "import sys; from subquad.lra.bench import programs; print(programs.observe(sys.argv[1]))"
+    code = "import sys; from subquad.lra.bench import programs; print(programs.observe_peak(sys.argv[1]))"
     environment = {**os.environ, **timing.PLAIN_MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(words)], capture_output=True, text=True, env=environment, check=False
     )
     if done.returncode:
-        return None, f"not observed: {line(RuntimeError(done.stderr[-300:]))}"
+        return None, f"not observed: {one_line(RuntimeError(done.stderr[-300:]))}"
     on_cpu = jax.default_backend() == "cpu"
     source = "growth of the process, arguments not counted" if on_cpu else "the device's allocator, arguments counted"
     return int(done.stdout.splitlines()[-1]), source

@@ -9,7 +9,7 @@ from typing import Any
 
 from subquad.lra import models, sizes
 from subquad.lra.bench import energy, programs, timing
-from subquad.lra.checkpoints import line
+from subquad.lra.files import one_line
 from subquad.lra.progress import Work
 from subquad.lra.report import results
 from subquad.lra.report.measurements import Measurement
@@ -112,7 +112,7 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
                     call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
                 ready[layer], held = call, held + program.memory.arguments
         except Exception as error:  # one layer's fault is a row; the others still run
-            row = _with(row, status=f"failed: {line(error)}")
+            row = _with(row, status=f"failed: {one_line(error)}")
         rows[layer] = row
     if ready:
         say(f"timing {', '.join(ready)}")
@@ -160,7 +160,7 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
             try:
                 settings.found[known] = programs.largest_that_fits(search, settings.memory_limit, *bounds)
             except Exception as error:
-                settings.found[known] = None, f"not found: {line(error)}"
+                settings.found[known] = None, f"not found: {one_line(error)}"
         found[column], note = settings.found[known]
         notes.append(f"largest {name} {note}")
     return {**found, "limits_note": "; ".join(notes)}
@@ -184,7 +184,7 @@ def _timed(ready: Mapping[str, Callable], rows: Mapping[str, Measurement], setti
         seconds = settings.seconds * len(ready)
         spreads = timing.time_alternately(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
     except Exception as error:
-        return {layer: _with(rows[layer], status=f"failed: {line(error)}") for layer in ready}
+        return {layer: _with(rows[layer], status=f"failed: {one_line(error)}") for layer in ready}
     found = {}
     for (layer, call), spread in zip(ready.items(), spreads, strict=True):
         row, rate = rows[layer], 1 / spread.median
@@ -208,7 +208,7 @@ def _energy(call: Callable, seconds: float, settings: Settings) -> dict[str, Any
         try:
             joules, source = energy.per_call(call, settings.meter, settings.energy_seconds), settings.meter.source
         except Exception as error:
-            source = f"not read: {line(error)}"
+            source = f"not read: {one_line(error)}"
     named = ("watts", "grid_intensity", "price_per_hour", "currency")
     cost = energy.cost(seconds, joules, source, **{name: getattr(settings, name) for name in named})._asdict()
     return {name: _digits(value) if isinstance(value, float) else value for name, value in cost.items()}
@@ -232,7 +232,7 @@ def _too_large(run, task, mode: str, settings: Settings) -> str:
     try:
         sizes.check_fits(run, task, mode, settings.memory_limit, settings.memory_source)
     except ValueError as error:
-        return f"skipped: {line(error)}"
+        return f"skipped: {one_line(error)}"
     return ""
 
 

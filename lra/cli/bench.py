@@ -20,9 +20,9 @@ import jax
 from subquad.kernels import dispatch
 from subquad.lra import machine, models, progress, recipes, sizes, starting
 from subquad.lra.bench import energy, programs, speed, timing
-from subquad.lra.checkpoints import line
 from subquad.lra.cli import commands, report
 from subquad.lra.data.sources import size as size_of
+from subquad.lra.files import one_line
 from subquad.lra.report import csv_rows, measurements, results
 from subquad.zoo import LAYERS
 
@@ -209,7 +209,8 @@ def check_models(settings: speed.Settings, layers: list[str], length: int) -> No
         try:
             models.count_parameters(*settings.plan(layer, length))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"layer {layer} must take its options and the values of the run, got {line(error)}.") from error
+            got = one_line(error)
+            raise ValueError(f"layer {layer} must take its options and the values of the run, got {got}.") from error
 
 
 def check_length(settings: speed.Settings, layer: str, length: int, modes: list[str]) -> None:

@@ -14,8 +14,9 @@ from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hint
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import starting
-from subquad.lra.checkpoints import Interrupted, RunError, line
+from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.store import DatasetError
+from subquad.lra.files import RunError, one_line
 
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, starting.INTERRUPTED, starting.TERMINATED
 
@@ -142,7 +143,7 @@ def memory_error(error: Exception) -> str | None:
     """One line for a device that ran out of memory; None for other errors."""
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         cure = "Use a smaller --batch-size, or a larger --accumulate."
-        return f"memory must hold the training step, got {line(error)}. {cure}"
+        return f"memory must hold the training step, got {one_line(error)}. {cure}"
     return None
 
 

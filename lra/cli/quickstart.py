@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from subquad import zoo
-from subquad.lra import checkpoints, recipes, sizes, tasks, train
+from subquad.lra import checkpoints, files, recipes, sizes, tasks, train
 from subquad.lra.cli import commands, report
 from subquad.lra.progress import Work, clock
 from subquad.lra.report import results
@@ -77,7 +77,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
             raise checkpoints.Interrupted(f"{saved} The same command goes on from there.", stopped.number) from None
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             # One layer's fault is a row of the table; the others still run.
-            reason = commands.memory_error(error) or checkpoints.line(error)
+            reason = commands.memory_error(error) or files.one_line(error)
             row = results.failure(run, tasks.find(run.task, run.config), reason)
             print(f"{run.layer}: {row.status}", file=sys.stderr)
         results.append(row, out / "quickstart.csv")

@@ -22,8 +22,8 @@ from typing import get_args
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import checkpoints, progress
-from subquad.lra.checkpoints import RunError, line
 from subquad.lra.cli import commands
+from subquad.lra.files import RunError, one_line
 from subquad.lra.report import (
     cells,
     comparison,
@@ -144,7 +144,8 @@ def writable(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> None:
         if path.is_dir():
             raise IsADirectoryError("a folder")
     except OSError as error:
-        raise RunError(f"--ledger must be a file that can be written, got {path}: {line(error)}. Choose another.") from error
+        got = f"{path}: {one_line(error)}"
+        raise RunError(f"--ledger must be a file that can be written, got {got}. Choose another.") from error
     check(path)
 
 

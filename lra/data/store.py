@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from subquad.lra.data import catalogue, sources
 from subquad.lra.data.sources import DatasetError, MissingSource, size
+from subquad.lra.files import explained, one_line, write_whole
 from subquad.lra.progress import Work, over
 
 __all__ = [
@@ -98,7 +99,7 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise DatasetError(
-            f"{name}: tensorflow-datasets must be installed to prepare it, got {_line(error)}. pip install 'subquad[lra]'"
+            f"{name}: tensorflow-datasets must be installed to prepare it, got {one_line(error)}. pip install 'subquad[lra]'"
         ) from error
 
     root, manual = _root(data_dir), manual_folder(data_dir, manual_dir)
@@ -125,13 +126,13 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         raise
     except Exception as error:
         if isinstance(found.source, sources.Download) and _is_of_the_network(error):
-            raise found.source.missing(name, manual, _line(error)) from error
+            raise found.source.missing(name, manual, one_line(error)) from error
         if type(error).__name__ == "NonMatchingChecksumError":
             raise DatasetError(_wrong_checksum(name, found, builder, manual)) from error
         # Another process may have finished the same data set meanwhile: then theirs is as good as ours.
         if not (folder / "dataset_info.json").exists():
             raise DatasetError(
-                f"{name}: folder {root} must be writable and have room, got {_line(error)}. "
+                f"{name}: folder {root} must be writable and have room, got {one_line(error)}. "
                 "Choose another with --data-dir or TFDS_DATA_DIR."
             ) from error
         builder = make()
@@ -188,9 +189,7 @@ def sha256(path: pathlib.Path) -> str:
 
 def _write_checksums(folder: pathlib.Path) -> None:
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != CHECKSUMS]
-    aside = folder / f".{CHECKSUMS}"
-    aside.write_text("".join(lines))
-    aside.replace(folder / CHECKSUMS)  # whole, or not there
+    write_whole(folder / CHECKSUMS, "".join(lines).encode())
 
 
 def read_dataset(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, Split]:
@@ -245,19 +244,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str
     return splits, f"{name}:{version} array_record" + (f", from {origin}" if origin else "")
 
 
-@contextlib.contextmanager
 def _explained(folder: pathlib.Path):
     """Turns whatever a damaged data set makes the readers raise into one line that says what to do."""
-    try:
-        yield
-    except DatasetError:
-        raise
-    except Exception as error:
-        raise DatasetError(
-            f"data set: folder {folder} must hold a whole data set, got {_line(error)}. "
-            f"Delete it and run again: rm -r {folder}"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
+    what, cure = f"data set: folder {folder} must hold a whole data set", f"Delete it and run again: rm -r {folder}"
+    return explained(what, cure, raised=DatasetError)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from subquad.lra.checkpoints import RunError, line, locked, write_whole
+from subquad.lra.files import RunError, explained, locked, one_line, write_whole
 
 T = TypeVar("T")
 # Seconds to wait for another process that writes the same file, which takes it milliseconds.
@@ -44,12 +44,11 @@ def read_lines(path: str | os.PathLike) -> tuple[list[str], list[Line]]:
 
     Raises: RunError: it cannot be read.
     """
-    try:
-        content = pathlib.Path(path).read_bytes()
-    except FileNotFoundError:
-        return [], []
-    except OSError as error:
-        raise RunError(f"table: file {path} must be readable, got {line(error)}. Choose another.") from error
+    with explained(f"table: file {path} must be readable", "Choose another.", OSError):
+        try:
+            content = pathlib.Path(path).read_bytes()
+        except FileNotFoundError:
+            return [], []
     if not content:
         return [], []
     head, *others = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -62,7 +61,7 @@ def read_lines(path: str | os.PathLike) -> tuple[list[str], list[Line]]:
         try:
             found.append(Line(number, text, dict(zip(header, _cells(text, len(header)), strict=True))))
         except (ValueError, csv.Error) as error:
-            found.append(Line(number, text, {}, line(error)))
+            found.append(Line(number, text, {}, one_line(error)))
     return header, found
 
 
@@ -87,7 +86,7 @@ def sort_out_rows(path: str | os.PathLike, make: Callable[[dict[str, str]], T]) 
                 good.append(make(one.cells))
                 continue
             except (ValueError, KeyError, TypeError) as error:
-                reason = line(error)
+                reason = one_line(error)
         bad.append(Fault(path, one.number, f"must be a row of {len(header)} readable cells, got {reason}."))
     return good, bad
 
@@ -126,12 +125,10 @@ def check_file(path: str | os.PathLike, fields: Sequence[str], required: Iterabl
     Raises: RunError: the file has other columns, or its folder cannot be made.
     """
     path = pathlib.Path(path)
-    try:
+    with explained(f"table: file {path} must be writable", "Choose another --out.", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("a folder")
-    except OSError as error:
-        raise RunError(f"table: file {path} must be writable, got {line(error)}. Choose another --out.") from error
     _check_header(path, read_lines(path)[0], fields, required)
 
 
@@ -170,7 +167,7 @@ def write_rows(
     """
     shown, path = pathlib.Path(path), pathlib.Path(os.path.realpath(path))
     busy = f"table: file {shown} must be free, got another process that has held its lock for {PATIENCE:.0f} s. Try again."
-    try:
+    with explained(f"table: file {shown} must be writable", "Choose another --out.", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path, PATIENCE, busy):
             header, lines = read_lines(path)
@@ -185,8 +182,6 @@ def write_rows(
             content = b"".join(one + b"\n" for one in (",".join(fields).encode(), *found.values()))
             if not path.exists() or path.read_bytes() != content:
                 write_whole(path, content)
-    except OSError as error:
-        raise RunError(f"table: file {shown} must be writable, got {line(error)}. Choose another --out.") from error
     return True
 
 

@@ -15,8 +15,9 @@ import jax
 
 from subquad.lra import machine, progress, tasks
 from subquad.lra.bench import programs
-from subquad.lra.checkpoints import Interrupted, RunError, line
+from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.store import DatasetError
+from subquad.lra.files import RunError, one_line
 from subquad.lra.recipes import Run
 from subquad.lra.report import costs, ledger, results, step_timings, verdicts
 from subquad.lra.report.cells import Cell
@@ -102,7 +103,7 @@ def train_missing(
             break
         except (ValueError, TypeError, NotImplementedError, RuntimeError, DatasetError, RunError) as error:
             failures += 1
-            say(f"{run.layer} on {run.task}: {line(error)}")
+            say(f"{run.layer} on {run.task}: {one_line(error)}")
             continue
         ledger.add_result(row, path)
         say(f"{run.layer} on {run.task}: {row.status}" + (f", {100 * row.accuracy:.2f} %" if row.accuracy is not None else ""))
@@ -123,7 +124,7 @@ def time_missing(
             timed = step_timings.time_steps(run, task, steps)
         except (ValueError, TypeError, NotImplementedError, RuntimeError, MemoryError) as error:
             failures += 1
-            say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {line(error)}")
+            say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {one_line(error)}")
             continue
         step_timings.write_step_timing(timed, path)
         cost = costs.cost_here(run, task, (), timed.hardware, True, (), timed)

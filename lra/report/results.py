@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import jax
 
-from subquad.lra.checkpoints import RunError, line
+from subquad.lra.files import RunError, explained
 from subquad.lra.report import csv_rows, text_tables
 
 
@@ -142,10 +142,8 @@ def write_text(text: str, path: str | os.PathLike, cure: str = "Choose another w
 
     Raises: RunError: it cannot be written; the message ends with `cure`.
     """
-    try:
+    with explained(f"results: file {path} must be writable", cure, OSError):
         pathlib.Path(path).write_text(text)
-    except OSError as error:
-        raise RunError(f"results: file {path} must be writable, got {line(error)}. {cure}") from error
 
 
 def show(rows: Iterable[Result]) -> None:

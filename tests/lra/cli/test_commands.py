@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from subquad.lra import checkpoints, progress, recipes, starting
+from subquad.lra import checkpoints, files, progress, recipes, starting
 from subquad.lra.cli import commands
 from subquad.lra.data.store import DatasetError
 
@@ -14,7 +14,7 @@ from subquad.lra.data.store import DatasetError
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (checkpoints.RunError("out: folder x must be writable."), 1),
+        (files.RunError("out: folder x must be writable."), 1),
         (DatasetError("data set: folder x must hold a whole data set."), 1),
         (checkpoints.Interrupted("Stopped at step 3 of 10."), 130),
         (KeyboardInterrupt(), 130),

@@ -51,7 +51,7 @@ def test_tensorflow_is_never_imported(tmp_path):
     code = (
         "import sys\n"
         "from subquad.lra.data import pipeline, store\n"
-        f"splits = store.read({NAME!r}, {str(tmp_path)!r})\n"
+        f"splits = store.read_dataset({NAME!r}, {str(tmp_path)!r})\n"
         "next(pipeline.training_batches(splits['train'], batch_size=4, length=30, seed=0))\n"
         "assert 'tensorflow_datasets' in sys.modules and 'grain' in sys.modules\n"
         "sys.exit('tensorflow' in sys.modules)\n"

@@ -8,7 +8,7 @@ import sys
 import filelock
 import pytest
 
-from subquad.lra.checkpoints import RunError
+from subquad.lra.files import RunError
 from subquad.lra.report import csv_rows, ledger
 from tests.lra.report.test_results import row
 
@@ -72,7 +72,7 @@ print("ready", flush=True)
 sys.stdin.read()  # until all of them are
 for seed in range(8):
     results.append(row(name, seed=seed, source="s" * 20_000), path)  # longer than what a system writes at once
-    ledger.add(row("shared", seed=seed), path)
+    ledger.add_result(row("shared", seed=seed), path)
 """
 
 

@@ -4,7 +4,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from subquad.lra.checkpoints import RunError
+from subquad.lra.files import RunError
 from subquad.lra.report import measurements, plots, results
 
 ROW = measurements.Measurement(

@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from subquad.lra import checkpoints
+from subquad.lra import files
 from subquad.lra.report import plots, results
 
 NAMES = ("softmax", "blockwise", "local", "strided", "reformer", "linformer", "performer", "transformer_xl", "s4")
@@ -60,10 +60,10 @@ def test_a_row_is_added_once(tmp_path):
 def test_a_file_with_other_columns_is_left_alone_and_the_row_is_told(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("mine\n1\n")
-    with pytest.raises(checkpoints.RunError, match="must have the columns of this version.*; the row was: ok,softmax"):
+    with pytest.raises(files.RunError, match="must have the columns of this version.*; the row was: ok,softmax"):
         results.append(row(), path)
     assert path.read_text() == "mine\n1\n"
-    with pytest.raises(checkpoints.RunError, match="must have the columns of this version"):
+    with pytest.raises(files.RunError, match="must have the columns of this version"):
         results.read_results(path)
 
 
@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_brought_up_to_date_is_kept(monkeypatch, tmp_path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(results.os, "replace", full)
-    with pytest.raises(checkpoints.RunError, match="No space left on device.*the row was: ok,local"):
+    with pytest.raises(files.RunError, match="No space left on device.*the row was: ok,local"):
         results.append(row("local"), path)
     assert path.read_bytes() == before
     assert sorted(one.name for one in tmp_path.iterdir()) == [".table.csv.lock", "table.csv"]
@@ -116,7 +116,7 @@ def test_a_full_disk_tells_the_row_and_leaves_the_others(monkeypatch, tmp_path):
     results.append(row(), tmp_path / "table.csv")
     before = (tmp_path / "table.csv").read_bytes()
     monkeypatch.setattr(results.os, "fsync", full)
-    with pytest.raises(checkpoints.RunError, match="No space left on device.*the row was: ok,s4"):
+    with pytest.raises(files.RunError, match="No space left on device.*the row was: ok,s4"):
         results.append(row("s4"), tmp_path / "table.csv")
     assert (tmp_path / "table.csv").read_bytes() == before
 
@@ -146,7 +146,7 @@ def test_the_small_networks_floor_is_that_of_the_committed_file():
 
 def test_a_text_that_cannot_be_written_tells_the_callers_cure(tmp_path):
     for words, cure in (((), "Choose another with --out."), (("Its rows are kept.",), "Its rows are kept.")):
-        with pytest.raises(checkpoints.RunError, match="must be writable") as caught:
+        with pytest.raises(files.RunError, match="must be writable") as caught:
             results.write_text("text", tmp_path / "nowhere" / "x", *words)
         assert str(caught.value).endswith(f". {cure}")
 
