@@ -160,7 +160,8 @@ def main() -> int:
             if not arguments.check:
                 (ROOT / name).write_text(after)
     if blocks:
-        raise ValueError(f"readme: READMEs must have a place <!-- NAME: ... --> ... <!-- /NAME --> for each of {', '.join(blocks)}.")
+        places = ", ".join(f"<!-- {name}: ... --> ... <!-- /{name} -->" for name in blocks)
+        raise ValueError(f"readme: READMEs must have a place for each block, got none for {places}. Add it.")
     if not arguments.check:
         rows = [row for row in measurements.read_measurements(COSTS) if row.mode == "train"]
         plots.cost_against_length(rows, PICTURE)

@@ -105,7 +105,8 @@ def attention(
     band = band_of(window_size, is_causal)
     if pattern is not None and pattern.heads not in (1, heads):
         raise ValueError(
-            f"{OWNER}: pattern must tell 1 head or {heads} apart, got one that tells {pattern.heads}. Give each query head its own."
+            f"{OWNER}: pattern must tell 1 head or {heads} apart, got one that tells {pattern.heads}. "
+            "Give each query head its own."
         )
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError(f"{OWNER}: query_segment_ids and key_segment_ids must be given together. Pass both.")
