@@ -412,11 +412,11 @@ class Call:
         scale = plan.scale * LOG2_E
         # The scale may wait for the exponent if it is positive, as the running maximum needs, and no bias is added before.
         early = bias is not None or not scale > 0
-        one = lambda name: gradients.get(name) is not None and len(gradients[name]) == 1
+        one = lambda array: array is not None and len(array) == 1 < batch
         self.shape = flash.Shape(
             heads, kv_heads, features, value_features, padded(features), padded(value_features), scale,
             1.0 if early else scale, launch.dot_precision(query.dtype), bias is not None,
-            *(len(array) == 1 for array in self.arrays), one("lse"), one("delta"), one("grad_out"),
+            *map(one, self.arrays), *(one(gradients.get(name)) for name in ("lse", "delta", "grad_out")),
         )  # fmt: skip
         one = lambda array: array is not None and len(array) == 1
         rows = [visible.query_segment_ids, visible.key_segment_ids, visible.query_positions, visible.key_positions]
