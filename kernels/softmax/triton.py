@@ -76,8 +76,8 @@ class Options(NamedTuple):
     SEGMENTS: bool
     ONE_QUERY_SEGMENTS: bool
     ONE_KEY_SEGMENTS: bool
-    QUERY_ARRAY: bool  # whether positions are read; else they count from a start
-    KEY_ARRAY: bool
+    QUERY_POSITIONS: str  # "array", or they count from a "start", or from "zero", which saves registers
+    KEY_POSITIONS: str
     ONE_QUERY_POSITIONS: bool
     ONE_KEY_POSITIONS: bool
     ROWS_PER_HEAD: bool = False
@@ -170,15 +170,21 @@ def visible(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.
     result = k < operands.S
     if OPTIONS.PATTERN is not None:
         query = positions_of(
-            operands.query_positions, operands.query_start, b, q, operands.T, OPTIONS.QUERY_ARRAY, OPTIONS.ONE_QUERY_POSITIONS
+            operands.query_positions,
+            operands.query_start,
+            b,
+            q,
+            operands.T,
+            OPTIONS.QUERY_POSITIONS,
+            OPTIONS.ONE_QUERY_POSITIONS,
         )
         key = positions_of(
-            operands.key_positions, operands.key_start, b, k, operands.S, OPTIONS.KEY_ARRAY, OPTIONS.ONE_KEY_POSITIONS
+            operands.key_positions, operands.key_start, b, k, operands.S, OPTIONS.KEY_POSITIONS, OPTIONS.ONE_KEY_POSITIONS
         )
         result = result & rules.allowed(query, key, n, operands.tables, operands.words, OPTIONS.PATTERN)
     if OPTIONS.SEGMENTS:
-        query = positions_of(operands.query_segments, 0, b, q, operands.T, True, OPTIONS.ONE_QUERY_SEGMENTS)
-        key = positions_of(operands.key_segments, 0, b, k, operands.S, True, OPTIONS.ONE_KEY_SEGMENTS)
+        query = positions_of(operands.query_segments, 0, b, q, operands.T, "array", OPTIONS.ONE_QUERY_SEGMENTS)
+        key = positions_of(operands.key_segments, 0, b, k, operands.S, "array", OPTIONS.ONE_KEY_SEGMENTS)
         result = result & (query == key)
     if OPTIONS.MASK is not None:
         result = result & (load_pairs(operands.mask, b, n, query_start, q, k, operands, SHAPE, OPTIONS.MASK) != 0)
@@ -186,14 +192,16 @@ def visible(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.
 
 
 @triton.jit
-def positions_of(array, start, b, index, LENGTH, IS_ARRAY: tl.constexpr, ONE: tl.constexpr):
-    """Positions, or segments, in an array [B, LENGTH], or counted from a start. ONE: all samples share one."""
-    if IS_ARRAY:
+def positions_of(array, start, b, index, LENGTH, KIND: tl.constexpr, ONE: tl.constexpr):
+    """Positions, or segments, of KIND as `Options` has it; an array is [B, LENGTH]. ONE: all samples share one."""
+    if KIND == "array":
         if not ONE:
             array += b * LENGTH
         result = tl.load(array + index, mask=index < LENGTH, other=0)
-    else:
+    elif KIND == "start":
         result = index + start
+    else:
+        result = index
     return result
 
 
@@ -422,7 +430,7 @@ class Call:
         rows = [visible.query_segment_ids, visible.key_segment_ids, visible.query_positions, visible.key_positions]
         self.options = Options(
             tree.node, axes(bias), axes(visible.mask), rows[0] is not None, one(rows[0]), one(rows[1]),
-            rows[2] is not None, rows[3] is not None, one(rows[2]), one(rows[3]),
+            *map(kind_of, rows[2:], (geometry.query_positions, geometry.key_positions)), one(rows[2]), one(rows[3]),
         )  # fmt: skip
 
     def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, **options):
@@ -472,6 +480,11 @@ class Call:
         room = max(1, CACHE_BYTES // (read * query.dtype.itemsize))
         room = room * groups if along == "query" else max(1, room // groups)
         return max(count for count in range(1, min(room, programs) + 1) if programs % count == 0)
+
+
+def kind_of(array, first) -> str:
+    """See `Options`; `first`: what a `Geometry` knows of these positions."""
+    return "array" if array is not None else "start" if first else "zero"
 
 
 def axes(array) -> Axes | None:
