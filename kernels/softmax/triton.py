@@ -376,10 +376,10 @@ def products_of(
         right += key_first * (RIGHT_HEADS * FEATURES)
         for start in range(0, FEATURES + (tl.program_id(0) >> 30), 16):
             feature = start + tl.arange(0, 16)[None, :]
-            row_at = left + row[:, None] * (LEFT_HEADS * FEATURES) + feature
-            column_at = right + column[:, None] * (RIGHT_HEADS * FEATURES) + feature
-            rows = tl.load(row_at, mask=row_exists[:, None] & (feature < FEATURES), other=0.0)
-            others = tl.load(column_at, mask=column_exists[:, None] & (feature < FEATURES), other=0.0)
+            row_at = left + row * (LEFT_HEADS * FEATURES) + feature
+            column_at = right + column * (RIGHT_HEADS * FEATURES) + feature
+            rows = tl.load(row_at, mask=row_exists & (feature < FEATURES), other=0.0)
+            others = tl.load(column_at, mask=column_exists & (feature < FEATURES), other=0.0)
             total = tl.dot(rows, tl.trans(others), total, input_precision=PRECISION)
     return total
 
