@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive, jaxpr_as_fun, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -186,9 +186,16 @@ def _batch(arrays, mapped, *, function, plain, part, **_):
 
 
 def _lower(context, *arrays, jaxpr, function, **_):
-    if context.module_context.lowering_parameters.for_export:  # the partitioner would be asked for a part elsewhere
-        return mlir.lower_fun(function, multiple_results=True)(context, *arrays)
-    return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *arrays)
+    # What is exported is compiled where nobody could be asked for a part. And JAX keeps no host callback of a part alive:
+    # Triton's interpreter would be called where it no longer is.
+    is_whole = context.module_context.lowering_parameters.for_export or _calls_host(jaxpr.jaxpr)
+    run = function if is_whole else jaxpr_as_fun(jaxpr)
+    return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
+
+
+def _calls_host(jaxpr) -> bool:
+    inner = lambda equation: any(map(_calls_host, jaxprs_in_params(equation.params)))
+    return any("callback" in equation.primitive.name or inner(equation) for equation in jaxpr.eqns)
 
 
 on_mesh_p = Primitive("on_mesh")

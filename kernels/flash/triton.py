@@ -9,7 +9,7 @@
     WORK(rank, b, n, operands, OPTIONS)             which blocks: (block of the row, number of partial blocks, number of full
                                                     blocks, list); rank counts the rows of head n of sample b
     BLOCK(list, i, PARTIAL, operands, OPTIONS)      the i-th of the row's partial or full blocks
-    PLACES(start, LENGTH, SIZE, operands, OPTIONS)  where the rows of a block lie in an array: (first, offsets, which exist)
+    PLACES(start, LENGTH, SIZE, operands, OPTIONS)  where the rows of a block lie in an array: (first, offsets [SIZE, 1], which exist)
     LOGITS(products, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
                                                     scores from products of queries and keys, in base 2 where they are
                                                     multiplied by SHAPE.FACTOR; query_start is the first of q
@@ -248,7 +248,7 @@ def head_of(array, b, n, LENGTH, HEADS: tl.constexpr, FEATURES: tl.constexpr, ON
 @triton.jit
 def dense(start, LENGTH, SIZE: tl.constexpr, operands, OPTIONS: tl.constexpr):
     """PLACES of arrays whose blocks lie one after another."""
-    row = tl.arange(0, SIZE)
+    row = tl.arange(0, SIZE)[:, None]
     return start.to(tl.int64), row, start + row < LENGTH
 
 
@@ -258,8 +258,8 @@ def addresses(array, rows, STRIDE: tl.constexpr, FEATURES: tl.constexpr, WIDTH: 
     first, row, exists = rows
     feature = tl.arange(0, WIDTH)
     # Only the sum for the whole block is in 64 bits: the offsets within it would take twice the registers.
-    at = array + first * STRIDE + row[:, None] * STRIDE + feature[None, :]
-    inside = exists[:, None]
+    at = array + first * STRIDE + row * STRIDE + feature[None, :]
+    inside = exists
     if FEATURES != WIDTH:
         inside = inside & (feature[None, :] < FEATURES)
     return at, inside, feature[None, :] < FEATURES

@@ -76,8 +76,8 @@ class Options(NamedTuple):
     SEGMENTS: bool
     ONE_QUERY_SEGMENTS: bool
     ONE_KEY_SEGMENTS: bool
-    QUERY_ARRAY: bool  # whether positions are read; else they count from a start
-    KEY_ARRAY: bool
+    QUERY_POSITIONS: str  # "array", or they count from a "start", or from "zero", which saves registers
+    KEY_POSITIONS: str
     ONE_QUERY_POSITIONS: bool
     ONE_KEY_POSITIONS: bool
     ROWS_PER_HEAD: bool = False
@@ -170,15 +170,21 @@ def visible(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.
     result = k < operands.S
     if OPTIONS.PATTERN is not None:
         query = positions_of(
-            operands.query_positions, operands.query_start, b, q, operands.T, OPTIONS.QUERY_ARRAY, OPTIONS.ONE_QUERY_POSITIONS
+            operands.query_positions,
+            operands.query_start,
+            b,
+            q,
+            operands.T,
+            OPTIONS.QUERY_POSITIONS,
+            OPTIONS.ONE_QUERY_POSITIONS,
         )
         key = positions_of(
-            operands.key_positions, operands.key_start, b, k, operands.S, OPTIONS.KEY_ARRAY, OPTIONS.ONE_KEY_POSITIONS
+            operands.key_positions, operands.key_start, b, k, operands.S, OPTIONS.KEY_POSITIONS, OPTIONS.ONE_KEY_POSITIONS
         )
         result = result & rules.allowed(query, key, n, operands.tables, operands.words, OPTIONS.PATTERN)
     if OPTIONS.SEGMENTS:
-        query = positions_of(operands.query_segments, 0, b, q, operands.T, True, OPTIONS.ONE_QUERY_SEGMENTS)
-        key = positions_of(operands.key_segments, 0, b, k, operands.S, True, OPTIONS.ONE_KEY_SEGMENTS)
+        query = positions_of(operands.query_segments, 0, b, q, operands.T, "array", OPTIONS.ONE_QUERY_SEGMENTS)
+        key = positions_of(operands.key_segments, 0, b, k, operands.S, "array", OPTIONS.ONE_KEY_SEGMENTS)
         result = result & (query == key)
     if OPTIONS.MASK is not None:
         result = result & (load_pairs(operands.mask, b, n, query_start, q, k, operands, SHAPE, OPTIONS.MASK) != 0)
@@ -186,14 +192,16 @@ def visible(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.
 
 
 @triton.jit
-def positions_of(array, start, b, index, LENGTH, IS_ARRAY: tl.constexpr, ONE: tl.constexpr):
-    """Positions, or segments, in an array [B, LENGTH], or counted from a start. ONE: all samples share one."""
-    if IS_ARRAY:
+def positions_of(array, start, b, index, LENGTH, KIND: tl.constexpr, ONE: tl.constexpr):
+    """Positions, or segments, of KIND as `Options` has it; an array is [B, LENGTH]. ONE: all samples share one."""
+    if KIND == "array":
         if not ONE:
             array += b * LENGTH
         result = tl.load(array + index, mask=index < LENGTH, other=0)
-    else:
+    elif KIND == "start":
         result = index + start
+    else:
+        result = index
     return result
 
 
@@ -368,10 +376,10 @@ def products_of(
         right += key_first * (RIGHT_HEADS * FEATURES)
         for start in range(0, FEATURES + (tl.program_id(0) >> 30), 16):
             feature = start + tl.arange(0, 16)[None, :]
-            row_at = left + row[:, None] * (LEFT_HEADS * FEATURES) + feature
-            column_at = right + column[:, None] * (RIGHT_HEADS * FEATURES) + feature
-            rows = tl.load(row_at, mask=row_exists[:, None] & (feature < FEATURES), other=0.0)
-            others = tl.load(column_at, mask=column_exists[:, None] & (feature < FEATURES), other=0.0)
+            row_at = left + row * (LEFT_HEADS * FEATURES) + feature
+            column_at = right + column * (RIGHT_HEADS * FEATURES) + feature
+            rows = tl.load(row_at, mask=row_exists & (feature < FEATURES), other=0.0)
+            others = tl.load(column_at, mask=column_exists & (feature < FEATURES), other=0.0)
             total = tl.dot(rows, tl.trans(others), total, input_precision=PRECISION)
     return total
 
@@ -412,17 +420,17 @@ class Call:
         scale = plan.scale * LOG2_E
         # The scale may wait for the exponent if it is positive, as the running maximum needs, and no bias is added before.
         early = bias is not None or not scale > 0
-        one = lambda name: gradients.get(name) is not None and len(gradients[name]) == 1
+        one = lambda array: array is not None and len(array) == 1 < batch
         self.shape = flash.Shape(
             heads, kv_heads, features, value_features, padded(features), padded(value_features), scale,
             1.0 if early else scale, launch.dot_precision(query.dtype), bias is not None,
-            *(len(array) == 1 for array in self.arrays), one("lse"), one("delta"), one("grad_out"),
+            *map(one, self.arrays), *(one(gradients.get(name)) for name in ("lse", "delta", "grad_out")),
         )  # fmt: skip
         one = lambda array: array is not None and len(array) == 1
         rows = [visible.query_segment_ids, visible.key_segment_ids, visible.query_positions, visible.key_positions]
         self.options = Options(
             tree.node, axes(bias), axes(visible.mask), rows[0] is not None, one(rows[0]), one(rows[1]),
-            rows[2] is not None, rows[3] is not None, one(rows[2]), one(rows[3]),
+            *map(kind_of, rows[2:], (geometry.query_positions, geometry.key_positions)), one(rows[2]), one(rows[3]),
         )  # fmt: skip
 
     def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, **options):
@@ -472,6 +480,11 @@ class Call:
         room = max(1, CACHE_BYTES // (read * query.dtype.itemsize))
         room = room * groups if along == "query" else max(1, room // groups)
         return max(count for count in range(1, min(room, programs) + 1) if programs % count == 0)
+
+
+def kind_of(array, first) -> str:
+    """See `Options`; `first`: what a `Geometry` knows of these positions."""
+    return "array" if array is not None else "start" if first else "zero"
 
 
 def axes(array) -> Axes | None:

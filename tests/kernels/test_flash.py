@@ -176,12 +176,12 @@ def test_a_new_length_compiles_nothing(kind):
             lists[:, 0, 1] = -1
             return block_sparse.attention(query, key, value, lists, block_size=32, is_causal=True, **options)
         if bias:
-            mask = jnp.ones((len(query), 1, length, length), bool)
+            mask = jnp.ones((1, 1, length, length), bool)
             return softmax.attention(query, key, value, bias=bias[0], mask=mask, **options)
         return softmax.attention(query, key, value, is_causal=True, **options)
 
     compiled = set()
-    for batch, length in enumerate((300, 301, 384, 400, 500, 511, 512, 777, 1024, 1999), 2):
+    for batch, length in enumerate((300, 301, 384, 400, 500, 511, 512, 777, 1024, 1999), 1):
         array = jax.ShapeDtypeStruct((batch, length, 4, 64), jnp.bfloat16)
         bias = [jax.ShapeDtypeStruct((1, 4, length, length), jnp.bfloat16)] if "bias" in kind else []
         compiled |= launched(attend, array, array, array, *bias)

@@ -56,6 +56,7 @@ def check_meshes():
     from jax.sharding import PartitionSpec as P
 
     from subquad.kernels import specs
+    from subquad.kernels.operation import operation
     from tests.kernels import toy_attention
 
     rng = np.random.default_rng(0)
@@ -136,6 +137,14 @@ def check_meshes():
     placed = place(arrays, **over("x", None, "y"))
     check(arrays, placed, inside(run, {"x"}))
     check(arrays, placed, inside(run, {"x", "y"}), collectives=("all-reduce", "all-gather"))
+
+    # JAX forgets the host callbacks of a part, such as Triton's interpreter, and would call nothing.
+    def doubled(_, x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda x: np.asarray(x) * 2, shape, x, vmap_method="sequential"), ()
+
+    double = operation(doubled, lambda *_: (None,), arrays=("b t n h",), outputs="b t n h")
+    np.testing.assert_array_equal(jax.jit(lambda x: double(None, x))(placed["query"]), 2 * arrays["query"])
 
     # What is exported knows no partitioner: right, and as XLA cuts it.
     exported = jax.export.export(jax.jit(run))(**placed)
