@@ -27,13 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subquad.kernels import lsh, matrix, relative, scan, specs
+from subquad.kernels import block_sparse, lsh, matrix, relative, scan, softmax, specs, strided
 
 RESULTS = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "mesh.csv"
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 BATCH, HEADS, FEATURES, ROUNDS, BUCKETS = 8, 8, 16, 2, 4
 # The axes of arrays that a column shards, over the axes "x" of 4 and "y" of 2 devices.
 SHARDED = {"batch": dict(b="xy"), "heads": dict(n="xy"), "4 x 2": dict(b="x", n="y"), "features": dict(d="xy")}
+QUERIES_ALONE = {"queries": dict(t="xy")}  # exact where no position tells queries apart
 QUERIES, KEYS, TOKENS = "b t n h", "b s n h", "b t d"
 
 
@@ -53,8 +54,19 @@ def _extend(arrays):
     return lsh.extend(**arrays, start=0)
 
 
+def _blocks(arrays):
+    rows = arrays["query"].shape[1] // 16
+    return block_sparse.attention(**arrays, blocks=np.arange(rows)[None, :, None], block_size=16, is_causal=True)
+
+
+SELF = dict(query=QUERIES, key=KEYS, value=KEYS)
 # The operation of (arrays by name), and the axes of the arrays.
 OPERATIONS = {
+    "softmax.attention": (lambda arrays: softmax.attention(**arrays), SELF),
+    "softmax.attention, causal": (lambda arrays: softmax.attention(**arrays, is_causal=True), SELF),
+    "softmax.attention, window": (lambda arrays: softmax.attention(**arrays, is_causal=True, window_size=16), SELF),
+    "block_sparse.attention": (_blocks, SELF),
+    "strided.attention": (lambda arrays: strided.attention(**arrays, stride=16, window_size=16, is_causal=True), SELF),
     "relative.attention": (
         _relative,
         dict(query=QUERIES, key=KEYS, value=KEYS, relative_key="s n h", content_bias="n h", position_bias="n h"),
@@ -108,7 +120,7 @@ def rows_of(name: str, length: int):
     want, whole = alone(arrays), flops(alone.as_text())
     automatic = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=automatic)
-    for column, letters in SHARDED.items():
+    for column, letters in (SHARDED | (QUERIES_ALONE if name == "softmax.attention" else {})).items():
         if not all(any(letter in names.split() for names in axes.values()) for letter in letters):
             continue
 

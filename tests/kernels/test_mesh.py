@@ -13,6 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPERATIONS = (
+    "softmax.attention", "softmax.attention, causal", "softmax.attention, window", "block_sparse.attention", "strided.attention",
     "relative.attention", "lsh.attention", "lsh.hash_buckets", "lsh.extend", "matrix.pseudo_inverse", "matrix.sinkhorn",
     "scan.first_order",
 )  # fmt: skip
