@@ -23,10 +23,11 @@ import time
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import bench, commands, csvfile, machine, models, plots, progress, racing, recipes, results, sizes, starting
+from subquad.lra import bench, commands, csvfile, machine, models, plots, progress, racing, results, sizes, starting
 from subquad.lra.bench import energy, programs, speed
 from subquad.lra.checkpoints import line
 from subquad.lra.data.sources import size as size_of
+from subquad.lra.run import Run
 from subquad.zoo import LAYERS
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -193,7 +194,7 @@ def check_models(settings: speed.Settings, layers: list[str], length: int) -> No
 
     Raises: ValueError.
     """
-    known = [one.name for one in dataclasses.fields(recipes.Run) if one.name not in FIXED]
+    known = [one.name for one in dataclasses.fields(Run) if one.name not in FIXED]
     for name in settings.values:
         if name not in known:
             raise ValueError(f"--override must be a value that can be changed, got {name!r}. {dispatch.nearest(name, known)}")

@@ -19,6 +19,8 @@ import sys
 import jax
 
 from subquad.lra import checkpoints, commands, parallel, recipes, results, sizes, tasks, train
+from subquad.lra.plan import explain, plan
+from subquad.lra.run import Run
 
 
 def parse():
@@ -30,6 +32,7 @@ def parse():
     parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, keep what is finished")
+    parser.add_argument("--explain", action="store_true", help="print each value of the run and where it came from, no more")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="several runs, one after the other")
     parser.add_argument("--devices", type=int, help="that share a batch; default: one, or all of several processes")
     parser.add_argument("--shard", default="batch", metavar="batch|zero", help="zero: parameters and moments, too")
@@ -40,7 +43,7 @@ def parse():
     parser.add_argument("--num-processes", type=int, help="how many run this command")
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
     commands.add_options(
-        parser, recipes.Run, leave_out=("recipe", "layer", "layer_options"), task=f"one of {', '.join(tasks.TASKS)}",
+        parser, Run, leave_out=("recipe", "layer", "layer_options"), task=f"one of {', '.join(tasks.TASKS)}",
         config="of the task, as scripts/prepare_lra.py lists them", seed="of parameters and order; default: 0",
     )  # fmt: skip
     return parser.parse_args()
@@ -48,14 +51,18 @@ def parse():
 
 def main() -> int:
     arguments = parse()
-    words = commands.changes(recipes.Run, arguments)
+    words = commands.changes(Run, arguments)
     if arguments.seeds and "seed" in words:
         raise ValueError(f"seed must be left out beside --seeds, got {words['seed']}. Add it to --seeds.")
     parallel.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
     words["layer_options"] = commands.assignments(arguments.layer_options)
     seeds = [{"seed": seed} for seed in dict.fromkeys(arguments.seeds or [])] or [{}]
     recipe, layer = words.pop("recipe"), words.pop("layer")
-    runs = [recipes.plan(recipe, layer, **words, **seed) for seed in seeds]
+    if arguments.explain:
+        for name, (value, level) in explain(recipe, layer, **words, **seeds[0]).items():
+            print(f"{name:32} {value!s:24} {level}")
+        return 0
+    runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
     together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
     for one in runs:  # what cannot fit is told before a folder is made
         sizes.check(one, tasks.find(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")

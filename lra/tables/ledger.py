@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from subquad.lra import bench, csvfile, results
 from subquad.lra.bench import Measurement
-from subquad.lra.recipes import Run
 from subquad.lra.results import Result
+from subquad.lra.run import Run
 from subquad.lra.tables import costs
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results"

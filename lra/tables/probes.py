@@ -8,7 +8,7 @@ from collections.abc import Callable
 from subquad.lra import csvfile, machine, results, sizes
 from subquad.lra.bench import programs
 from subquad.lra.progress import Work
-from subquad.lra.recipes import Run
+from subquad.lra.run import Run
 from subquad.lra.tables.costs import PROBE_FIELDS, Probe, training_flops
 from subquad.lra.tables.ledger import key
 from subquad.lra.tasks import Task

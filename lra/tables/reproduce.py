@@ -18,7 +18,7 @@ from subquad.lra import machine, results, tables, tasks
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
-from subquad.lra.recipes import Run
+from subquad.lra.run import Run
 from subquad.lra.tables import costs, ledger, probes
 from subquad.lra.tables.cells import Cell
 from subquad.lra.tables.ledger import Ledger

@@ -9,10 +9,12 @@ from typing import Literal
 
 import jax
 
-from subquad.lra import machine, prepare, recipes, tasks
+from subquad.lra import machine, prepare, tasks
 from subquad.lra.bench import Measurement, programs
 from subquad.lra.data import catalogue
+from subquad.lra.plan import plan
 from subquad.lra.results import Result
+from subquad.lra.run import Run
 from subquad.lra.tables import cells, costs
 from subquad.lra.tables.cells import CHANCE, Cell
 from subquad.lra.tables.ledger import Ledger
@@ -72,12 +74,12 @@ def judge(cell: Cell, ledger: Ledger, *, options: str = "", data_dir=None) -> Ve
     return _measured(cell, ledger, options) if cell.recipe == "bench" else _trained(cell, ledger, options, data_dir)
 
 
-def run_of(cell: Cell, seed: int = 0) -> recipes.Run:
+def run_of(cell: Cell, seed: int = 0) -> Run:
     """The run that answers to a cell."""
-    return recipes.plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
+    return plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
 
 
-def forecast(run: recipes.Run, task: tasks.Task, ledger: Ledger) -> costs.Cost:
+def forecast(run: Run, task: tasks.Task, ledger: Ledger) -> costs.Cost:
     """What a run will take: on this machine where anything was measured on it."""
     here = _this_machine()
     return costs.forecast(run, task, ledger.rows(), *here, ledger.probes, ledger.probe(run, here[0]))
@@ -142,7 +144,7 @@ def _as_planned(row: Measurement) -> bool:
 
 
 @functools.cache
-def _planned(layer: str, length: int, batch_size: int) -> recipes.Run:
+def _planned(layer: str, length: int, batch_size: int) -> Run:
     return programs.plan(MODEL, layer, length, batch_size=batch_size)[0]
 
 
