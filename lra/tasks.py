@@ -175,7 +175,7 @@ def of(name: str, config: str, task: Task | None = None) -> Task:
     if (task.name, task.config) != (name, config):
         raise ValueError(
             f"train: task must be the run's, {name}/{config}, got {task.name}/{task.config}. "
-            "Plan the run with the same record: recipes.plan(task=task)."
+            "Plan the run with the same record: plan(task=task)."
         )
     return task
 

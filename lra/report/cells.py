@@ -30,7 +30,7 @@ class Answer:
     """What answers to the rows of a table that one model makes.
 
     Attributes:
-        recipe, layer, layer_options: what `recipes.plan` takes; recipe None: nothing here answers, and `cannot` says why.
+        recipe, layer, layer_options: what `plan.plan` takes; recipe None: nothing here answers, and `cannot` says why.
         note: what the published model computes, where that is not what its name says.
     """
 
@@ -49,7 +49,7 @@ class Cell:
         id: paper, table, row, column and metric, in lower case.
         paper, table, row, column: where it stands; length: in tokens, where it is of one.
         metric: see `published.Figure`; unit.
-        recipe, layer, overrides: what `recipes.plan` takes; recipe None: see `cannot`.
+        recipe, layer, overrides: what `plan.plan` takes; recipe None: see `cannot`.
         expected: the published value; None: reported as no better than chance.
         deviation: over seeds, as published.
         tolerance: a difference up to it counts as reproduced; a factor for ratios.
@@ -180,8 +180,8 @@ def _cell(source: published.Source, figure: published.Figure, transformer: Mappi
     deviations: tuple[str, ...] = ()
     if not cannot and not measured:
         rules = recipes.RECIPES[answer.recipe]
-        config = config or recipes.settings(rules, task, None, answer.layer).get("config", "")
-        deviations = recipes.deviations(rules, task, config, answer.layer)
+        config = config or rules.config(task, answer.layer) or ""
+        deviations = rules.differences(task, config, answer.layer)
     return Cell(
         id=".".join(re.sub("[^a-z0-9]+", "_", str(word).lower()).strip("_") for word in words if word is not None),
         paper=source.paper, table=source.table, row=figure.row, column=figure.task, length=figure.length, metric=metric,

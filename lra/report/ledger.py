@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from subquad.lra.recipes import Run
 from subquad.lra.report import costs, csv_rows, measurements, results
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
+from subquad.lra.run import Run
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results"
 # Columns of a result that its configuration has, too.
