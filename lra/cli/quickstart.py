@@ -28,12 +28,12 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--out", default="runs/quickstart", help="folder of all results; default: runs/quickstart")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     arguments = parser.parse_args(command_line)
-    if arguments.layers is not None and not listed(arguments.layers):
+    if arguments.layers is not None and not layer_names(arguments.layers):
         parser.error(f"--layers must name at least one, got {' '.join(arguments.layers)!r}. Leave it out for all.")
     return arguments
 
 
-def listed(given: list[str]) -> list[str]:
+def layer_names(given: list[str]) -> list[str]:
     return list(dict.fromkeys(name for word in given for name in word.split(",") if name))
 
 
@@ -56,7 +56,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
     shared = {name: getattr(arguments, name) for name in ("steps", "seed", "task")}
     shared |= {} if arguments.config is None else {"config": arguments.config}
     try:
-        layers = admitted(shared) if arguments.layers is None else listed(arguments.layers)
+        layers = admitted(shared) if arguments.layers is None else layer_names(arguments.layers)
         # All of them first: a wrong word is told before anything is trained.
         with Work("planning"):
             runs = [plan("quickstart", layer, **shared) for layer in layers]
