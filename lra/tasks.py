@@ -153,7 +153,7 @@ def tasks_named(words: Sequence[str]) -> list[Task]:
 
     Raises: ValueError: an unknown task or configuration; the nearest is named.
     Example:
-        >>> [task.config for task in named(["listops/small", "text"])]
+        >>> [task.config for task in tasks_named(["listops/small", "text"])]
         ['small', 'lra']
     """
     found = []

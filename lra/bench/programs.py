@@ -222,7 +222,7 @@ def largest_that_fits(
         grain: tries are its multiples.
     Returns: (number, what bounded it); (None, why) where not even `grain` fits.
     Example:
-        >>> largest(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
+        >>> largest_that_fits(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
         (12336, 'to a twentieth')
     """
     low, high, known, tried = 0, None, [], min(max(start // grain * grain, grain), most)

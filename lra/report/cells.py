@@ -213,7 +213,7 @@ def cells_of_table(paper: str, name: str) -> tuple[Cell, ...]:
 
     Raises: ValueError: unknown paper or table; the nearest known one is named.
     Example:
-        >>> cell = table("lra", "1")[0]
+        >>> cell = cells_of_table("lra", "1")[0]
         >>> cell.id, cell.recipe, cell.layer, cell.overrides
         ('lra.1.transformer.listops', 'lra-2020', 'softmax', {'task': 'listops'})
     """
@@ -256,8 +256,8 @@ def published_elsewhere(cell: Cell) -> tuple[Cell, ...]:
     """The cells with another published value for what answers to this one; one that is rounded more is no other.
 
     Example:
-        >>> cell = next(one for one in table("nystromformer", "3") if one.id.endswith("performer_256.listops"))
-        >>> cell.expected, [(other.paper, other.expected) for other in elsewhere(cell)]
+        >>> cell = next(one for one in cells_of_table("nystromformer", "3") if one.id.endswith("performer_256.listops"))
+        >>> cell.expected, [(other.paper, other.expected) for other in published_elsewhere(cell)]
         (18.8, [('flashattention', 36.8)])
     """
     others = () if cell.cannot else _answered()[_configuration(cell)]
