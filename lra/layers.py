@@ -110,7 +110,7 @@ def check_causal(name: str) -> None:
         warnings.warn(
             f"layer {name!r} chooses its buckets by looking at all positions, so that the future decides which past keys "
             "are compared: its bits per byte may flatter it.",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

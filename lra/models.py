@@ -4,7 +4,6 @@ import dataclasses
 import fractions
 import functools
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,8 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.lra import layers, optim
+from subquad.lra.run import Run
 from subquad.lra.tasks import Task
-
-if TYPE_CHECKING:
-    from subquad.lra.recipes import Run
 
 
 class PixelEmbed(nnx.Module):
@@ -49,7 +46,7 @@ class Model(nnx.Module):
     Returns: logits [B, num_classes], float32.
     """
 
-    def __init__(self, run: "Run", task: Task, *, rngs: nnx.Rngs):
+    def __init__(self, run: Run, task: Task, *, rngs: nnx.Rngs):
         extra = int(run.pooling == "cls")
         self.first_token = task.vocabulary_size if extra else None
         self.is_pair = task.kind == "pair"
@@ -85,14 +82,14 @@ class Model(nnx.Module):
 class LanguageModel(nnx.Module):
     """`zoo.CausalLM` for a task: inputs [B, T] and mask [B, T] -> logits of the next token [B, T, vocabulary], float32."""
 
-    def __init__(self, run: "Run", task: Task, *, rngs: nnx.Rngs):
+    def __init__(self, run: Run, task: Task, *, rngs: nnx.Rngs):
         self.model = zoo.CausalLM(**_encoder(run, task, 0), rngs=rngs)
 
     def __call__(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
         return self.model(inputs, mask=mask, deterministic=deterministic, rngs=rngs).astype(jnp.float32)
 
 
-def _encoder(run: "Run", task: Task, extra: int) -> dict:
+def _encoder(run: Run, task: Task, extra: int) -> dict:
     """The options of `zoo.Encoder`, for `extra` tokens beside the task's."""
     causal = task.kind == "language_model"
     drawn = {}
@@ -122,14 +119,14 @@ def _embedding_init(std: float, extra: int, key, shape, dtype, **_):
     return jnp.concatenate([drawn, jnp.zeros((extra, features), dtype)])
 
 
-def _head_features(run: "Run", task: Task) -> tuple[int, ...]:
+def _head_features(run: Run, task: Task) -> tuple[int, ...]:
     """Features of the head's hidden layers."""
     if run.head == "linear":
         return (run.in_features,) if task.kind == "pair" else ()
     return (run.mlp_features, run.mlp_features // 2) if task.kind == "pair" else (run.mlp_features,)
 
 
-def build(run: "Run", task: Task) -> Model | LanguageModel:
+def build(run: Run, task: Task) -> Model | LanguageModel:
     """The model with its first parameters, drawn from run.seed."""
     kind = LanguageModel if task.kind == "language_model" else Model
     return kind(run, task, rngs=nnx.Rngs(run.seed))
@@ -139,7 +136,7 @@ def build(run: "Run", task: Task) -> Model | LanguageModel:
 WIDE = 2**14
 
 
-def count_parameters(run: "Run", task: Task) -> int:
+def count_parameters(run: Run, task: Task) -> int:
     """Trainable numbers of a run's model; nothing is allocated.
 
     All blocks have as many, and no size is more than quadratic in the features, so that a deep or wide model is counted by
@@ -156,22 +153,22 @@ def count_parameters(run: "Run", task: Task) -> int:
     return round(first + steps * (second - first) + steps * (steps - 1) / 2 * twice)
 
 
-def _counted(run: "Run", task: Task) -> int:
+def _counted(run: Run, task: Task) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_abstract(run, task)))
 
 
-def has_state_space(run: "Run", task: Task) -> bool:
+def has_state_space(run: Run, task: Task) -> bool:
     """Whether a run's model has parameters that run.state_learning_rate is of."""
     small = dataclasses.replace(run, num_layers=1)
     paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(_abstract(small, task)))
     return any(optim.group(path, run) in ("state_space", "step") for path in paths)
 
 
-def _abstract(run: "Run", task: Task) -> nnx.State:
+def _abstract(run: Run, task: Task) -> nnx.State:
     return nnx.state(nnx.eval_shape(lambda: build(run, task)), nnx.Param)
 
 
-def equal_mlp_features(run: "Run", reference: "Run", task: Task) -> int:
+def equal_mlp_features(run: Run, reference: Run, task: Task) -> int:
     """The mlp_features, a multiple of 8, that bring a run's model closest to the parameters of `reference`'s.
 
     Raises: ValueError: the layer alone has more parameters than the whole reference.

@@ -4,14 +4,11 @@ A training state is a dict: parameters, optimiser, step, and where the run asks 
 pytree of arrays, so a checkpoint of it resumes a run exactly.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 import optax
 
-if TYPE_CHECKING:
-    from subquad.lra.recipes import Run
+from subquad.lra.run import Run
 
 # The parameters of `zoo.statespace` that decide a system's dynamics and its input; C is learned as any other map. A large
 # step in them moves the time constants of every feature, which is why the papers learn them slowly and never decay them.
@@ -20,7 +17,7 @@ STATE_SPACE = frozenset(("log_decay", "frequency", "low_rank", "input_matrix", "
 PLATEAU_FACTOR = 0.2
 
 
-def make_schedule(run: "Run", peak: float | None = None) -> optax.Schedule:
+def make_schedule(run: Run, peak: float | None = None) -> optax.Schedule:
     """Step -> learning rate.
 
     With w = warmup_steps of linear warm-up from 0 to the peak, then
@@ -46,7 +43,7 @@ def make_schedule(run: "Run", peak: float | None = None) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
-def group(path, run: "Run") -> str:
+def group(path, run: Run) -> str:
     """The group of a parameter at a path of the model's state.
 
     "step" and "state_space" are of state spaces; of the others, "decayed" has weight decay and "spared" has none.
@@ -59,7 +56,7 @@ def group(path, run: "Run") -> str:
     return "decayed" if run.decay == "all" or name in ("kernel", "embedding") else "spared"
 
 
-def make_optimiser(run: "Run") -> optax.GradientTransformation:
+def make_optimiser(run: Run) -> optax.GradientTransformation:
     """AdamW with clipping, by groups of parameters.
 
     Decay spares what is no matrix of a linear map or embedding, unless run.decay is "all"; it always spares the
@@ -78,7 +75,7 @@ def make_optimiser(run: "Run") -> optax.GradientTransformation:
     return optax.chain(*([] if run.clip_norm is None else [optax.clip_by_global_norm(run.clip_norm)]), *parts)
 
 
-def initial_state(run: "Run", optimiser: optax.GradientTransformation, parameters) -> dict:
+def initial_state(run: Run, optimiser: optax.GradientTransformation, parameters) -> dict:
     """The training state before the first step."""
     state = {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
     if run.schedule == "plateau":
@@ -88,7 +85,7 @@ def initial_state(run: "Run", optimiser: optax.GradientTransformation, parameter
     return state
 
 
-def apply_gradient(run: "Run", optimiser: optax.GradientTransformation, state: dict, gradient) -> dict:
+def apply_gradient(run: Run, optimiser: optax.GradientTransformation, state: dict, gradient) -> dict:
     """The state after one step along a gradient."""
     updates, memory = optimiser.update(gradient, state["optimiser"], state["parameters"])
     if "plateau" in state:
@@ -100,7 +97,7 @@ def apply_gradient(run: "Run", optimiser: optax.GradientTransformation, state: d
     return state
 
 
-def evaluated(run: "Run", state: dict):
+def evaluated(run: Run, state: dict):
     """The parameters to evaluate: with run.ema their moving average, of weights (1 - ema) ema^(t - s) / (1 - ema^t)."""
     if "average" not in state:
         return state["parameters"]
@@ -108,18 +105,18 @@ def evaluated(run: "Run", state: dict):
     return optax.bias_correction(average.ema, run.ema, jnp.maximum(average.count, 1))
 
 
-def after_validation(run: "Run", state: dict, loss: float) -> dict:
+def after_validation(run: Run, state: dict, loss: float) -> dict:
     """The state after a validation: the plateau counts one more loss, whose minimum it waits for."""
     if "plateau" not in state:
         return state
     return {**state, "plateau": _plateau(run).update({}, state["plateau"], value=loss)[1]}
 
 
-def learning_rate(run: "Run", state: dict) -> float:
+def learning_rate(run: Run, state: dict) -> float:
     """The learning rate of the next step, for the parameters that have no rate of their own."""
     rate = float(make_schedule(run)(int(state["step"])))
     return rate * float(state["plateau"].scale) if "plateau" in state else rate
 
 
-def _plateau(run: "Run") -> optax.GradientTransformationExtraArgs:
+def _plateau(run: Run) -> optax.GradientTransformationExtraArgs:
     return optax.contrib.reduce_on_plateau(PLATEAU_FACTOR, run.patience)

@@ -9,13 +9,11 @@ reviews out; a pair's head sees [a, b, a * b, a - b]; pixels may be numbers inst
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from subquad.lra import layers
+from subquad.lra.run import Run
 from subquad.lra.tasks import Kind, Task
-
-if TYPE_CHECKING:
-    from subquad.lra.recipes import Run
 
 # The configuration of a task whose usual one has other rules.
 CONFIGS = {("modern", "text"): "modern"}
@@ -62,7 +60,7 @@ def _is_imdb(task: Task) -> bool:
     return task.dataset.startswith("lra_text/")
 
 
-def check(run: "Run", task: Task, given: Mapping[str, Any]) -> None:
+def check(run: Run, task: Task, given: Mapping[str, Any]) -> None:
     """Refuses what contradicts a run's protocol, and what the caller gave that means nothing to the kind of task.
 
     Raises: ValueError: naming the value and the cure.

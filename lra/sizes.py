@@ -1,17 +1,15 @@
 """The least memory that a run can take: what cannot fit is refused before anything is made."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from subquad.lra import machine, models
 from subquad.lra.data import catalogue
 from subquad.lra.data.sources import size
+from subquad.lra.run import Run
 from subquad.lra.tasks import Task
-
-if TYPE_CHECKING:
-    from subquad.lra.recipes import Run
 
 # Numbers of 4 bytes for each parameter: itself, the two moments of Adam, its gradient; a run's best ones are a copy.
 COPIES = {"forward": 1, "gradient": 2, "train": 4, "run": 5}
@@ -37,7 +35,7 @@ class Least(NamedTuple):
         return self.state + self.inputs + self.activations
 
 
-def least(run: "Run", task: Task, mode: str = "run", *, devices: int = 1, sharded: bool = False, counted: bool = True) -> Least:
+def least(run: Run, task: Task, mode: str = "run", *, devices: int = 1, sharded: bool = False, counted: bool = True) -> Least:
     """A lower bound of the memory that a run's program needs; nothing is allocated or compiled.
 
     Args:
@@ -63,7 +61,7 @@ def least(run: "Run", task: Task, mode: str = "run", *, devices: int = 1, sharde
 
 
 def check(
-    run: "Run", task: Task, splits: Mapping[str, Sequence] | None = None, *, devices: int = 1, sharded: bool = False
+    run: Run, task: Task, splits: Mapping[str, Sequence] | None = None, *, devices: int = 1, sharded: bool = False
 ) -> None:
     """Refuses a run that cannot be trained here, whatever is free now.
 
@@ -83,7 +81,7 @@ def check(
     check_fits(run, task, "run", *machine.memory(), devices=devices, sharded=sharded)
 
 
-def check_fits(run: "Run", task: Task, mode: str, memory: int, owner: str, **words) -> None:
+def check_fits(run: Run, task: Task, mode: str, memory: int, owner: str, **words) -> None:
     """Refuses a program that needs more than `memory` bytes of `owner` at least; the other words are those of `least`.
 
     Raises: ValueError.

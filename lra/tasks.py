@@ -153,7 +153,7 @@ def tasks_named(words: Sequence[str]) -> list[Task]:
 
     Raises: ValueError: an unknown task or configuration; the nearest is named.
     Example:
-        >>> [task.config for task in named(["listops/small", "text"])]
+        >>> [task.config for task in tasks_named(["listops/small", "text"])]
         ['small', 'lra']
     """
     found = []
@@ -175,7 +175,7 @@ def of(name: str, config: str, task: Task | None = None) -> Task:
     if (task.name, task.config) != (name, config):
         raise ValueError(
             f"train: task must be the run's, {name}/{config}, got {task.name}/{task.config}. "
-            "Plan the run with the same record: recipes.plan(task=task)."
+            "Plan the run with the same record: plan(task=task)."
         )
     return task
 

@@ -28,8 +28,8 @@ from subquad.lra.data import pipeline, store
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
 from subquad.lra.progress import Board, Progress, Stopwatch, Work, over
-from subquad.lra.recipes import Run
 from subquad.lra.report import results
+from subquad.lra.run import Run
 
 # Steps between looks at the loss. Each look waits for the device.
 LOOK = 10
@@ -62,7 +62,7 @@ def train(
     (`parallel.start`) each calls this with the same arguments, `out` is a folder that all of them see, and process 0 writes.
 
     Args:
-        run: see `recipes.plan`.
+        run: see `plan.plan`.
         out: the run's folder; made if it is not there.
         data_dir: where data sets are; None takes TFDS's own.
         task: the task that the run was planned for, where it is none of `tasks.TASKS`.

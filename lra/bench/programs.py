@@ -25,7 +25,8 @@ from subquad.lra import layers, models, optim, recipes, tasks, train
 from subquad.lra.bench import measure, timing
 from subquad.lra.files import one_line
 from subquad.lra.objectives import OBJECTIVES
-from subquad.lra.recipes import Run
+from subquad.lra.plan import plan as plan_run
+from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 from subquad.zoo import registry
 
@@ -35,7 +36,7 @@ class Model:
     """A model whose layer and length are exchanged.
 
     Attributes:
-        recipe, task, config: what `recipes.plan` takes: the sizes, and the options of the layers that the recipe lists.
+        recipe, task, config: what `plan.plan` takes: the sizes, and the options of the layers that the recipe lists.
         num_heads: of layers that have heads and are not listed.
         options: length in tokens -> options that depend on it, by layer.
         source: where the sizes come from.
@@ -75,7 +76,7 @@ def plan(
         implementation: what the layer is told to run; None: its own choice.
         options: of the layer's constructor, before those of the model; "local.window_size" is told to that layer alone.
         values: of `Run`, before those of the model.
-    Raises: ValueError, TypeError: what `recipes.plan` raises.
+    Raises: ValueError, TypeError: what `plan.plan` raises.
     """
     rules = MODELS[model]
     task = dataclasses.replace(tasks.find(rules.task, rules.config), length=length)
@@ -89,7 +90,7 @@ def plan(
             given[word] = value
     if implementation is not None and "implementation" in known:
         given["implementation"] = implementation
-    return recipes.plan(rules.recipe, layer, task=task, layer_options=given, **values), task
+    return plan_run(rules.recipe, layer, task=task, layer_options=given, **values), task
 
 
 def usual_batch_size() -> int:
@@ -221,7 +222,7 @@ def largest_that_fits(
         grain: tries are its multiples.
     Returns: (number, what bounded it); (None, why) where not even `grain` fits.
     Example:
-        >>> largest(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
+        >>> largest_that_fits(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
         (12336, 'to a twentieth')
     """
     low, high, known, tried = 0, None, [], min(max(start // grain * grain, grain), most)

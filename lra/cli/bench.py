@@ -18,12 +18,13 @@ from collections.abc import Sequence
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import machine, models, progress, recipes, sizes, starting
+from subquad.lra import machine, models, progress, sizes, starting
 from subquad.lra.bench import energy, programs, speed, timing
 from subquad.lra.cli import commands, report
 from subquad.lra.data.sources import size as size_of
 from subquad.lra.files import one_line
 from subquad.lra.report import csv_rows, measurements, results
+from subquad.lra.run import Run
 from subquad.zoo import LAYERS
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -196,7 +197,7 @@ def check_models(settings: speed.Settings, layers: list[str], length: int) -> No
 
     Raises: ValueError.
     """
-    known = [one.name for one in dataclasses.fields(recipes.Run) if one.name not in FIXED]
+    known = [one.name for one in dataclasses.fields(Run) if one.name not in FIXED]
     for name in settings.values:
         if name not in known:
             raise ValueError(f"--override must be a value that can be changed, got {name!r}. {dispatch.nearest(name, known)}")

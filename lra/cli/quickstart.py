@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from subquad import zoo
 from subquad.lra import checkpoints, files, recipes, sizes, tasks, train
 from subquad.lra.cli import commands, report
+from subquad.lra.plan import plan
 from subquad.lra.progress import Work, clock
 from subquad.lra.report import results
+from subquad.lra.run import Run
 
 
 def parse(command_line: Sequence[str] | None, program: str):
@@ -19,26 +21,26 @@ def parse(command_line: Sequence[str] | None, program: str):
     every = list(recipes.RECIPES["quickstart"].layers)
     listed = f"of {' '.join(every)}; default: all that the task admits"
     parser.add_argument("--layers", nargs="+", default=None, metavar="LAYER", help=listed)
-    parser.add_argument("--steps", type=int, default=recipes.Run.steps, help=f"of each layer; default: {recipes.Run.steps}")
+    parser.add_argument("--steps", type=int, default=Run.steps, help=f"of each layer; default: {Run.steps}")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and order; default: 0")
     parser.add_argument("--task", default="listops", help=f"one of {', '.join(tasks.TASKS)}; default: listops")
     parser.add_argument("--config", help="of the task; of listops small, or lra, the full one; default: the task's usual one")
     parser.add_argument("--out", default="runs/quickstart", help="folder of all results; default: runs/quickstart")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     arguments = parser.parse_args(command_line)
-    if arguments.layers is not None and not listed(arguments.layers):
+    if arguments.layers is not None and not layer_names(arguments.layers):
         parser.error(f"--layers must name at least one, got {' '.join(arguments.layers)!r}. Leave it out for all.")
     return arguments
 
 
-def listed(given: list[str]) -> list[str]:
+def layer_names(given: list[str]) -> list[str]:
     return list(dict.fromkeys(name for word in given for name in word.split(",") if name))
 
 
 def admitted(shared: dict) -> list[str]:
     """The recipe's layers, for a language model those that can be causal."""
     every = list(recipes.RECIPES["quickstart"].layers)
-    first = recipes.plan("quickstart", every[0], **shared)
+    first = plan("quickstart", every[0], **shared)
     if tasks.find(first.task, first.config).kind != "language_model":
         return every
     causal = [name for name in every if zoo.LAYERS[name].supports.causal]
@@ -54,10 +56,10 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
     shared = {name: getattr(arguments, name) for name in ("steps", "seed", "task")}
     shared |= {} if arguments.config is None else {"config": arguments.config}
     try:
-        layers = admitted(shared) if arguments.layers is None else listed(arguments.layers)
+        layers = admitted(shared) if arguments.layers is None else layer_names(arguments.layers)
         # All of them first: a wrong word is told before anything is trained.
         with Work("planning"):
-            runs = [recipes.plan("quickstart", layer, **shared) for layer in layers]
+            runs = [plan("quickstart", layer, **shared) for layer in layers]
     except ValueError as error:
         where = " The protocol is an option of scripts/train.py." if "protocol=" in str(error) else ""
         raise ValueError(f"{error}{where}") from None

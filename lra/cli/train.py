@@ -16,7 +16,9 @@ import jax
 
 from subquad.lra import checkpoints, parallel, recipes, sizes, tasks, train
 from subquad.lra.cli import commands
+from subquad.lra.plan import explain, plan
 from subquad.lra.report import results
+from subquad.lra.run import Run
 
 
 def parse(command_line: Sequence[str] | None, program: str):
@@ -28,6 +30,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, keep what is finished")
+    parser.add_argument("--explain", action="store_true", help="print each value of the run and where it came from, no more")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="several runs, one after the other")
     parser.add_argument("--devices", type=int, help="that share a batch; default: one, or all of several processes")
     parser.add_argument("--shard", default="batch", metavar="batch|zero", help="zero: parameters and moments, too")
@@ -38,7 +41,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--num-processes", type=int, help="how many run this command")
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
     commands.add_options(
-        parser, recipes.Run, leave_out=("recipe", "layer", "layer_options"), task=f"one of {', '.join(tasks.TASKS)}",
+        parser, Run, leave_out=("recipe", "layer", "layer_options"), task=f"one of {', '.join(tasks.TASKS)}",
         config="of the task, as scripts/prepare_lra.py lists them", seed="of parameters and order; default: 0",
     )  # fmt: skip
     return parser.parse_args(command_line)
@@ -47,14 +50,18 @@ def parse(command_line: Sequence[str] | None, program: str):
 def main(command_line: Sequence[str] | None = None, program: str = "train") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    words = commands.given_fields(recipes.Run, arguments)
+    words = commands.given_fields(Run, arguments)
     if arguments.seeds and "seed" in words:
         raise ValueError(f"seed must be left out beside --seeds, got {words['seed']}. Add it to --seeds.")
     parallel.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
     words["layer_options"] = commands.assignments(arguments.layer_options)
     seeds = [{"seed": seed} for seed in dict.fromkeys(arguments.seeds or [])] or [{}]
     recipe, layer = words.pop("recipe"), words.pop("layer")
-    runs = [recipes.plan(recipe, layer, **words, **seed) for seed in seeds]
+    if arguments.explain:
+        for name, (value, level) in explain(recipe, layer, **words, **seeds[0]).items():
+            print(f"{name:32} {value!s:24} {level}")
+        return 0
+    runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
     together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
     for one in runs:  # what cannot fit is told before a folder is made
         sizes.check(one, tasks.find(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")

@@ -181,7 +181,7 @@ def find_dataset(name: str) -> Dataset:
 
     Raises: ValueError: unknown; the nearest known one is named.
     Example:
-        >>> find("lra_text/modern").slices["validation"]
+        >>> find_dataset("lra_text/modern").slices["validation"]
         'train[90%:]'
     """
     if name not in DATASETS:

@@ -30,7 +30,7 @@ class Answer:
     """What answers to the rows of a table that one model makes.
 
     Attributes:
-        recipe, layer, layer_options: what `recipes.plan` takes; recipe None: nothing here answers, and `cannot` says why.
+        recipe, layer, layer_options: what `plan.plan` takes; recipe None: nothing here answers, and `cannot` says why.
         note: what the published model computes, where that is not what its name says.
     """
 
@@ -49,7 +49,7 @@ class Cell:
         id: paper, table, row, column and metric, in lower case.
         paper, table, row, column: where it stands; length: in tokens, where it is of one.
         metric: see `published.Figure`; unit.
-        recipe, layer, overrides: what `recipes.plan` takes; recipe None: see `cannot`.
+        recipe, layer, overrides: what `plan.plan` takes; recipe None: see `cannot`.
         expected: the published value; None: reported as no better than chance.
         deviation: over seeds, as published.
         tolerance: a difference up to it counts as reproduced; a factor for ratios.
@@ -180,8 +180,8 @@ def _cell(source: published.Source, figure: published.Figure, transformer: Mappi
     deviations: tuple[str, ...] = ()
     if not cannot and not measured:
         rules = recipes.RECIPES[answer.recipe]
-        config = config or recipes.settings(rules, task, None, answer.layer).get("config", "")
-        deviations = recipes.deviations(rules, task, config, answer.layer)
+        config = config or rules.config(task, answer.layer) or ""
+        deviations = rules.differences(task, config, answer.layer)
     return Cell(
         id=".".join(re.sub("[^a-z0-9]+", "_", str(word).lower()).strip("_") for word in words if word is not None),
         paper=source.paper, table=source.table, row=figure.row, column=figure.task, length=figure.length, metric=metric,
@@ -213,7 +213,7 @@ def cells_of_table(paper: str, name: str) -> tuple[Cell, ...]:
 
     Raises: ValueError: unknown paper or table; the nearest known one is named.
     Example:
-        >>> cell = table("lra", "1")[0]
+        >>> cell = cells_of_table("lra", "1")[0]
         >>> cell.id, cell.recipe, cell.layer, cell.overrides
         ('lra.1.transformer.listops', 'lra-2020', 'softmax', {'task': 'listops'})
     """
@@ -256,8 +256,8 @@ def published_elsewhere(cell: Cell) -> tuple[Cell, ...]:
     """The cells with another published value for what answers to this one; one that is rounded more is no other.
 
     Example:
-        >>> cell = next(one for one in table("nystromformer", "3") if one.id.endswith("performer_256.listops"))
-        >>> cell.expected, [(other.paper, other.expected) for other in elsewhere(cell)]
+        >>> cell = next(one for one in cells_of_table("nystromformer", "3") if one.id.endswith("performer_256.listops"))
+        >>> cell.expected, [(other.paper, other.expected) for other in published_elsewhere(cell)]
         (18.8, [('flashattention', 36.8)])
     """
     others = () if cell.cannot else _answered()[_configuration(cell)]

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from subquad.lra.recipes import Run
 from subquad.lra.report.results import Result
+from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 
 # FLOPs per second that small models reach. On a V100, what Skyformer's table 2 comes to: self-attention, 50,000 steps of

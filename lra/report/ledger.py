@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from subquad.lra.recipes import Run
 from subquad.lra.report import costs, csv_rows, measurements, results
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
+from subquad.lra.run import Run
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results"
 # Columns of a result that its configuration has, too.
@@ -94,8 +94,10 @@ def hash_without_seed(configuration: str | dict) -> str:
     """What names a configuration without its seed. Values that an older version did not know have their defaults.
 
     Example:
-        >>> key({"seed": 1}) == key({"seed": 2, "steps": Run.steps}) != key({"steps": 7})
+        >>> hash_without_seed({"seed": 1}) == hash_without_seed({"seed": 2, "steps": Run.steps})
         True
+        >>> hash_without_seed({"seed": 1}) == hash_without_seed({"seed": 1, "steps": 7})
+        False
     """
     given = json.loads(configuration) if isinstance(configuration, str) else configuration
     values = {**dataclasses.asdict(Run()), **given}

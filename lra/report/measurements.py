@@ -145,7 +145,7 @@ def length_label(count: int) -> str:
     """A length as people say it.
 
     Example:
-        >>> tokens(4096), tokens(1000)
+        >>> length_label(4096), length_label(1000)
         ('4K', '1000')
     """
     return f"{count // 1024}K" if count >= 1024 and count % 1024 == 0 else str(count)

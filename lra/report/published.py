@@ -87,7 +87,7 @@ def find_table(paper: str, table: str) -> tuple[Source, tuple[Figure, ...]]:
 
     Raises: ValueError: unknown paper or table; the nearest known one is named.
     Example:
-        >>> source, figures = find("lra", "1")
+        >>> source, figures = find_table("lra", "1")
         >>> figures[0].row, figures[0].task, figures[0].value
         ('Transformer', 'listops', 36.37)
     """

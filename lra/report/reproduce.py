@@ -18,10 +18,10 @@ from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.store import DatasetError
 from subquad.lra.files import RunError, one_line
-from subquad.lra.recipes import Run
 from subquad.lra.report import costs, ledger, results, step_timings, verdicts
 from subquad.lra.report.cells import Cell
 from subquad.lra.report.ledger import Ledger
+from subquad.lra.run import Run
 
 GRACE = 60  # seconds that a measurement may take to end
 

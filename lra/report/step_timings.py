@@ -8,10 +8,10 @@ from collections.abc import Callable
 from subquad.lra import machine, sizes
 from subquad.lra.bench import programs
 from subquad.lra.progress import Work
-from subquad.lra.recipes import Run
 from subquad.lra.report import csv_rows, results
 from subquad.lra.report.costs import STEP_TIMING_FIELDS, StepTiming, training_flops
 from subquad.lra.report.ledger import hash_without_seed
+from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 
 

@@ -9,14 +9,16 @@ from typing import Literal
 
 import jax
 
-from subquad.lra import machine, recipes, tasks
+from subquad.lra import machine, tasks
 from subquad.lra.bench import programs
 from subquad.lra.data import catalogue, store
+from subquad.lra.plan import plan
 from subquad.lra.report import cells, costs
 from subquad.lra.report.cells import CHANCE, Cell
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
+from subquad.lra.run import Run
 
 # "baseline": what ratios are to, 1 by definition.
 Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot", "baseline"]
@@ -73,12 +75,12 @@ def judge(cell: Cell, ledger: Ledger, *, options: str = "", data_dir=None) -> Ve
     return _measured(cell, ledger, options) if cell.recipe == "bench" else _trained(cell, ledger, options, data_dir)
 
 
-def run_of(cell: Cell, seed: int = 0) -> recipes.Run:
+def run_of(cell: Cell, seed: int = 0) -> Run:
     """The run that answers to a cell."""
-    return recipes.plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
+    return plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
 
 
-def forecast(run: recipes.Run, task: tasks.Task, ledger: Ledger) -> costs.Cost:
+def forecast(run: Run, task: tasks.Task, ledger: Ledger) -> costs.Cost:
     """What a run will take: on this machine where anything was measured on it."""
     here = _this_machine()
     return costs.forecast(run, task, ledger.rows(), *here, ledger.step_timings, ledger.timed_steps(run, here[0]))
@@ -143,7 +145,7 @@ def _as_planned(row: Measurement) -> bool:
 
 
 @functools.cache
-def _planned(layer: str, length: int, batch_size: int) -> recipes.Run:
+def _planned(layer: str, length: int, batch_size: int) -> Run:
     return programs.plan(MODEL, layer, length, batch_size=batch_size)[0]
 
 

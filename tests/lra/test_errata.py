@@ -15,10 +15,11 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from subquad.lra import models, optim, protocols, recipes, tasks
+from subquad.lra import models, optim, protocols, tasks
 from subquad.lra.data import catalogue, encodings, pipeline
 from subquad.lra.data.listops import expressions
 from subquad.lra.objectives import OBJECTIVES
+from subquad.lra.plan import plan
 from subquad.lra.report import cells, ledger, published, verdicts
 from subquad.zoo import LAYERS
 
@@ -51,7 +52,7 @@ def test_what_the_released_code_imports_is_gone():  # 1
 def test_both_documents_of_a_pair_reach_the_answer():  # 2
     task = dataclasses.replace(tasks.find("retrieval", "lra"), length=12)
     small = dict(in_features=8, num_layers=1, mlp_features=8, layer_options={"num_heads": 2})
-    run = recipes.plan("lra-2020", task="retrieval", **small)
+    run = plan("lra-2020", task="retrieval", **small)
     model, draw = models.build(run, task), np.random.default_rng(0)
     batch = {"mask1": np.ones((3, 12), bool), "mask2": np.ones((3, 12), bool)}
     batch |= {name: draw.integers(1, 257, (3, 12)) for name in ("inputs1", "inputs2")}
@@ -114,24 +115,24 @@ def test_performer_estimates_softmax_and_reformer_divides():  # 8
     defaults = {name: inspect.signature(LAYERS[name].__init__).parameters for name in ("performer", "reformer")}
     assert defaults["performer"]["kernel"].default == "softmax" and defaults["performer"]["num_features"].default == 256
     assert defaults["reformer"]["scale"].default is None  # 1 / sqrt(H), see test_one_bucket_and_one_chunk_is_softmax
-    released = recipes.plan("lra-2020", "performer").layer_options
+    released = plan("lra-2020", "performer").layer_options
     assert released["num_features"] == 2 and "kernel" not in released
-    assert recipes.plan("lra-2020", "performer", task="image").layer_options["kernel"] == "relu"
+    assert plan("lra-2020", "performer", task="image").layer_options["kernel"] == "relu"
 
 
 def test_imdb_validates_on_test_in_one_protocol_only():  # 9
     released, modern = (catalogue.find_dataset(f"lra_text/{config}").slices for config in ("lra", "modern"))
     assert released["validation"] == released["test"] == "test"
     assert modern["validation"] == "train[90%:]" and modern["train"] == "train[:90%]"
-    run = recipes.plan("lra-2020", task="text")
+    run = plan("lra-2020", task="text")
     assert (run.config, run.selection) == ("lra", "last")
     with pytest.raises(ValueError, match="validated on its test set"):
-        recipes.plan("quickstart", task="text", config="lra", protocol="modern")
+        plan("quickstart", task="text", config="lra", protocol="modern")
     assert protocols.CONFIGS["modern", "text"] == "modern"
 
 
 def test_retrieval_of_the_arena_never_leaves_its_warm_up():  # 11
-    run = recipes.plan("lra-2020", task="retrieval")
+    run = plan("lra-2020", task="retrieval")
     assert run.steps == 5000 < run.warmup_steps == 8000 and run.pooling == "first"
     rates = optim.make_schedule(run)(jnp.arange(1, run.steps + 1))
     assert (np.diff(rates) > 0).all() and float(rates[-1]) == pytest.approx(3.5e-4, rel=0.01)

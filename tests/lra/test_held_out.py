@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from subquad.lra import collapse, recipes, tasks, train
+from subquad.lra import collapse, tasks, train
 from subquad.lra.data import floors, pipeline, small_network, store
 from subquad.lra.data.listops import expressions
+from subquad.lra.plan import plan
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=8, evaluate_every=2, steps=8)
 DIGITS = tasks.find("digits", "offline")
@@ -43,7 +44,7 @@ def marked(sizes):
 
 def test_a_run_holds_few_held_out_batches_at_once_and_reads_them_anew(alive, tmp_path):
     splits = marked(dict(train=64, validation=100, test=50))
-    result = train.train(recipes.plan(**SMALL), out=tmp_path, splits=splits, quiet=True)
+    result = train.train(plan(**SMALL), out=tmp_path, splits=splits, quiet=True)
     assert result.status == "ok" and result.test_examples == 50
     validations, batches = 4, -(-100 // 8)
     # The floor, the compilation's one, every validation; test with the best and the last parameters, and as many of train.
@@ -64,7 +65,7 @@ def test_every_number_is_of_its_split_and_of_its_parameters(monkeypatch, tmp_pat
         return (next(scores) if name == "validation" else fingerprint), 1.0
 
     monkeypatch.setattr(train, "_evaluate", evaluate)
-    run = recipes.plan(**SMALL)
+    run = plan(**SMALL)
     result = train.train(run, out=tmp_path, splits=marked(dict(train=64, validation=16, test=16)), quiet=True)
     _, *validated = [value for name, value in seen if name == "validation"]
     assert len(set(validated)) == 4 and result.best_step == 6

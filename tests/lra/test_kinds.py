@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.lra import models, objectives, recipes, tasks, train
+from subquad.lra import models, objectives, tasks, train
+from subquad.lra.plan import plan
 from subquad.zoo import LAYERS
 
 TINY = dict(in_features=16, num_layers=1, mlp_features=16, batch_size=8, learning_rate=0.02, warmup_steps=2)
@@ -46,7 +47,7 @@ def splits(draw):
 
 
 def test_a_pair_is_trained_through_one_encoder(tmp_path):
-    run = recipes.plan("quickstart", "softmax", task=TWINS, **TINY, steps=80, evaluate_every=40, accumulate=2)
+    run = plan("quickstart", "softmax", task=TWINS, **TINY, steps=80, evaluate_every=40, accumulate=2)
     result = train.train(run, out=tmp_path, task=TWINS, splits=splits(twins), quiet=True)
     assert (result.status, result.protocol, result.bits_per_byte) == ("ok", "modern", None)
     assert result.accuracy > 0.9  # neither sequence alone tells
@@ -62,7 +63,7 @@ def test_a_pair_is_trained_through_one_encoder(tmp_path):
 
 
 def test_a_language_model_is_judged_by_bits_per_byte(tmp_path):
-    run = recipes.plan("quickstart", "softmax", task=CYCLE, **TINY, steps=60, evaluate_every=20)
+    run = plan("quickstart", "softmax", task=CYCLE, **TINY, steps=60, evaluate_every=20)
     given = splits(cycle)
     result = train.train(run, out=tmp_path, task=CYCLE, splits=given, quiet=True)
     assert (result.status, result.accuracy, result.validation_accuracy_best) == ("ok", None, None)
@@ -75,7 +76,7 @@ def test_a_language_model_is_judged_by_bits_per_byte(tmp_path):
 
 
 def test_bits_are_of_real_tokens_only_and_of_those_before():
-    model = models.build(recipes.plan("quickstart", "softmax", task=CYCLE, **TINY), CYCLE)
+    model = models.build(plan("quickstart", "softmax", task=CYCLE, **TINY), CYCLE)
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 6, (2, 13))
     inputs, targets = ids[:, :-1], ids[:, 1:]
@@ -103,16 +104,16 @@ def test_bits_are_of_real_tokens_only_and_of_those_before():
 def test_layers_that_can_be_causal_model_language(layer):
     if not LAYERS[layer].supports.causal:
         with pytest.raises(ValueError, match=f"layer must be causal for a language model, got '{layer}', .*Use softmax, "):
-            recipes.plan("quickstart", layer, task="pylib_lm")
+            plan("quickstart", layer, task="pylib_lm")
         return
     leaks = LAYERS[layer].supports.causal == "mask"
     with pytest.warns(match="may flatter it") if leaks else contextlib.nullcontext():
-        run = recipes.plan("quickstart", layer, task="pylib_lm", mlp_features=8, num_layers=1)
+        run = plan("quickstart", layer, task="pylib_lm", mlp_features=8, num_layers=1)
     assert run.config == "offline"
     assert models.count_parameters(run, tasks.find("pylib_lm", "offline")) > 257 * run.in_features
 
 
 @pytest.mark.parametrize("name", ["bbc_text", "bbc_halves", "photo_patches", "pathfinder", "text"])
 def test_the_quickstarts_budget_holds_on_long_tasks_even_for_the_layer_with_rows_per_position(name):
-    run = recipes.plan("quickstart", "linformer", task=name)
+    run = plan("quickstart", "linformer", task=name)
     assert run.mlp_features >= 8 and run.config in ("offline", "32_hard", "modern")

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.lra import collapse, models, optim, recipes, tasks
+from subquad.lra import collapse, models, optim, tasks
+from subquad.lra.plan import plan
 
 
-def plan(layer="softmax", **words):
+def small_run(layer="softmax", **words):
     small = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16)
-    return recipes.plan("quickstart", layer, **{**small, **words})
+    return plan("quickstart", layer, **{**small, **words})
 
 
 def leaves(tree):
@@ -20,13 +21,13 @@ def leaves(tree):
 
 
 def test_schedules():
-    at = lambda schedule, step, **words: float(optim.make_schedule(plan(schedule=schedule, **words))(step))
+    at = lambda schedule, step, **words: float(optim.make_schedule(small_run(schedule=schedule, **words))(step))
     peaked = dict(steps=100, warmup_steps=10, learning_rate=1.0)
     for schedule in ("cosine", "linear", "constant", "plateau"):
         wanted = [0, 0.5, 1, 0.5, 0] if schedule in ("cosine", "linear") else [0, 0.5, 1, 1, 1]
         assert [at(schedule, step, **peaked) for step in (0, 5, 10, 55, 100)] == pytest.approx(wanted, abs=1e-6), schedule
     assert at("constant", 0, **{**peaked, "warmup_steps": 0}) == at("linear", 0, **{**peaked, "warmup_steps": 0}) == 1
-    assert [plan(steps=steps).warmup_steps for steps in (1, 10, 300)] == [0, 5, 25]
+    assert [small_run(steps=steps).warmup_steps for steps in (1, 10, 300)] == [0, 5, 25]
     assert at("linear", 32, **peaked) == pytest.approx(68 / 90) and at("cosine", 32, **peaked) > 0.8
     # The released ListOps configuration: 0.05 * min(1, t/1000) / sqrt(max(t, 1000)), 1.58e-3 at its peak.
     arena = dict(steps=5000, warmup_steps=1000, learning_rate=0.05)
@@ -38,7 +39,7 @@ def test_schedules():
 @pytest.fixture(scope="module")
 def s4():
     words = dict(weight_decay=0.1, warmup_steps=0, schedule="constant", clip_norm=None)
-    run = plan("s4", state_learning_rate=1.0, **words)
+    run = small_run("s4", state_learning_rate=1.0, **words)
     return run, nnx.state(models.build(run, tasks.find("listops", "tiny")), nnx.Param)
 
 
@@ -78,7 +79,8 @@ def test_state_spaces_learn_at_a_rate_of_their_own(s4):
 
 
 def test_a_plateau_cuts_the_steps_and_an_average_follows_them():
-    run = plan(schedule="plateau", patience=2, warmup_steps=0, ema=0.5, weight_decay=0.0, clip_norm=None, learning_rate=1.0)
+    words = dict(schedule="plateau", patience=2, warmup_steps=0, ema=0.5, weight_decay=0.0, clip_norm=None)
+    run = small_run(learning_rate=1.0, **words)
     optimiser = optim.make_optimiser(run)
     state, places = optim.initial_state(run, optimiser, {"kernel": jnp.zeros(())}), []
     for loss in (2.0, 1.0, 1.5, 1.0, 0.9):
@@ -109,9 +111,9 @@ def test_a_plateau_cuts_the_steps_and_an_average_follows_them():
 )
 def test_values_out_of_their_range_are_refused(words, said):
     with pytest.raises(ValueError, match=said):
-        plan(**words)
+        small_run(**words)
     with pytest.raises(TypeError, match="remat must be bool, got 1"):
-        plan(remat=1)
+        small_run(remat=1)
 
 
 def test_a_collapse_is_a_fall_from_clearly_above_chance_to_chance():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.lra import models, recipes, tasks, train
+from subquad.lra import models, tasks, train
+from subquad.lra.plan import plan
 
 PARITY = tasks.Task(
     "parity", "own", "bits that I drew", vocabulary_size=3, length=12, num_classes=2,
@@ -26,15 +27,15 @@ def splits():
 
 
 def test_a_task_of_ones_own_is_asked_for_where_it_is_missing(tmp_path):
-    run = recipes.plan("quickstart", "softmax", task=PARITY, mlp_features=16)
+    run = plan("quickstart", "softmax", task=PARITY, mlp_features=16)
     with pytest.raises(ValueError, match="task must be a known name, got 'parity'"):
         train.train(run, out=tmp_path, resume=True)
     with pytest.raises(ValueError, match="task must be the run's, listops/small, got parity/own"):
-        train.train(recipes.plan(), out=tmp_path / "other", task=PARITY, splits=splits())
+        train.train(plan(), out=tmp_path / "other", task=PARITY, splits=splits())
     with pytest.raises(ValueError, match="config must be the task's, 'own', got 'small'. Leave it out"):
-        recipes.plan(task=PARITY, config="small")
+        plan(task=PARITY, config="small")
     namesake = dataclasses.replace(PARITY, name="text")  # the rules of IMDb are not its
-    assert recipes.plan(task=namesake, mlp_features=8).config == "own"
+    assert plan(task=namesake, mlp_features=8).config == "own"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def module(tmp_path, monkeypatch):
 
 def test_a_task_and_a_layer_of_ones_own_are_trained_and_resumed(module, tmp_path):
     words = dict(in_features=16, num_layers=1, steps=6, evaluate_every=3, layer_options=dict(width=4))
-    run = recipes.plan("quickstart", "my_mixers:Mean", task=PARITY, **words)
+    run = plan("quickstart", "my_mixers:Mean", task=PARITY, **words)
     assert run.layer == "my_mixers:Mean" and ":" not in run.id
     result = train.train(run, out=tmp_path / "out", task=PARITY, splits=splits(), quiet=True)
     assert (result.status, result.layer, result.task, result.test_examples) == ("ok", "my_mixers:Mean", "parity", 24)
@@ -129,12 +130,12 @@ def test_a_task_and_a_layer_of_ones_own_are_trained_and_resumed(module, tmp_path
     assert result.accuracy * 24 == pytest.approx(round(result.accuracy * 24))
     assert train.train(run, out=tmp_path / "out", task=PARITY, splits=splits(), resume=True) == result
     # The recipe's equal budget holds for it, too.
-    reference = recipes.plan("quickstart", "softmax", task=PARITY, in_features=16, num_layers=1)
+    reference = plan("quickstart", "softmax", task=PARITY, in_features=16, num_layers=1)
     assert result.parameters == pytest.approx(models.count_parameters(reference, PARITY), rel=0.1)
     # Padding is masked for it as for the others.
     model, rows = nnx.jit(models.build(run, PARITY)), np.array([[1, 2, 2, 0, 0]])
     np.testing.assert_array_equal(model(rows, rows > 0), model(np.where(rows > 0, rows, 1), rows > 0))
-    spoken = recipes.plan("quickstart", "my_mixers:Mean", task="pylib_lm", mlp_features=16, **words)
+    spoken = plan("quickstart", "my_mixers:Mean", task="pylib_lm", mlp_features=16, **words)
     assert models.count_parameters(spoken, tasks.find("pylib_lm", "offline")) > 0
 
 
@@ -154,9 +155,9 @@ def test_a_task_and_a_layer_of_ones_own_are_trained_and_resumed(module, tmp_path
 )
 def test_layers_that_do_not_meet_the_contract_are_told_why(module, layer, words, kind, match):
     with pytest.raises(kind, match=match):
-        recipes.plan("quickstart", layer, task=PARITY, layer_options=words)
+        plan("quickstart", layer, task=PARITY, layer_options=words)
 
 
 def test_a_layer_without_is_causal_is_no_language_model(module):
     with pytest.raises(ValueError, match="got 'my_mixers:Bidirectional', which cannot be .its constructor takes no is_causal"):
-        recipes.plan("lra-2020", "my_mixers:Bidirectional", task="pylib_lm", layer_options=dict(depth=1))
+        plan("lra-2020", "my_mixers:Bidirectional", task="pylib_lm", layer_options=dict(depth=1))

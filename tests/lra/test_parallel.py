@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from subquad.lra import checkpoints, parallel, recipes, tasks, train
+from subquad.lra import checkpoints, parallel, tasks, train
+from subquad.lra.plan import plan
 
 SIZES = {"train": 64, "validation": 16, "test": 20}
 TASK = tasks.Task(
@@ -30,7 +31,7 @@ def examples(size, seed):
 def fit(out, **words):
     # Sixteen examples in two parts, so that eight devices hold one example of each part.
     small = dict(in_features=16, num_layers=1, mlp_features=16, batch_size=16, accumulate=2, steps=12, evaluate_every=6)
-    run = recipes.plan("quickstart", "softmax", task=TASK, ema=0.5, schedule="plateau", **small)
+    run = plan("quickstart", "softmax", task=TASK, ema=0.5, schedule="plateau", **small)
     splits = {name: examples(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
     return train.train(run, out=out, task=TASK, splits=splits, quiet=True, **words)
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.lra import models, recipes, tasks
+from subquad.lra import models, tasks
+from subquad.lra.plan import plan
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from subquad.lra import models, recipes, tasks
     ],
 )
 def test_the_vanilla_models_have_the_released_numbers_of_parameters(task, released, more):
-    run = recipes.plan("lra-2020", "softmax", task=task)
+    run = plan("lra-2020", "softmax", task=task)
     assert (run.head, run.protocol) == ("mlp", "lra-2020")
     assert models.count_parameters(run, tasks.find(run.task, run.config)) == released + more
 
@@ -47,11 +48,11 @@ def test_the_vanilla_models_have_the_released_numbers_of_parameters(task, releas
 )
 def test_contradictions_are_refused_with_the_cure(words, match):
     with pytest.raises(ValueError, match=match):
-        recipes.plan("quickstart", **words)
+        plan("quickstart", **words)
 
 
 def test_a_protocol_sets_what_nobody_else_does():
-    quick = lambda **words: recipes.plan("quickstart", mlp_features=64, **words)
+    quick = lambda **words: plan("quickstart", mlp_features=64, **words)
     assert (quick().selection, quick().pooling, quick().head, quick(task="text").config) == ("best", "mean", "linear", "modern")
     old = quick(protocol="lra-2020")
     assert (old.selection, old.pooling, old.head) == ("last", "cls", "mlp")
@@ -60,14 +61,14 @@ def test_a_protocol_sets_what_nobody_else_does():
     assert (pair.pooling, pair.interaction, pair.config) == ("first", "concat", "offline")
     assert quick(protocol="lra-2020", task="text").config == "lra"
     # A recipe's own values mean nothing to a language model, and are not kept.
-    model = recipes.plan("lra-2020", "softmax", task="pylib_lm")
+    model = plan("lra-2020", "softmax", task="pylib_lm")
     assert (model.selection, model.pooling, model.head, model.config) == ("last", "mean", "linear", "offline")
 
 
 def digits(**words):
     task = tasks.find("digits", "offline")
     sizes = dict(in_features=16, num_layers=1, mlp_features=16)
-    return task, recipes.plan("quickstart", "softmax", task="digits", **sizes, **words)
+    return task, plan("quickstart", "softmax", task="digits", **sizes, **words)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -92,13 +93,13 @@ def test_pixels_may_be_numbers(pooling):
 
 @pytest.mark.parametrize("words", [dict(protocol="lra-2020"), dict(recipe="xformers", task="text"), dict(recipe="lra-2020")])
 def test_a_causal_layer_is_read_where_it_has_seen_something(words):
-    assert recipes.plan(layer="transformer_xl", **words).pooling == "mean"
-    assert recipes.plan(layer="softmax", **words).pooling == "cls"
+    assert plan(layer="transformer_xl", **words).pooling == "mean"
+    assert plan(layer="softmax", **words).pooling == "cls"
 
 
 def test_the_arenas_embeddings_start_as_its_code_draws_them():
     for task in ("listops", "image"):
-        run = recipes.plan("lra-2020", "softmax", task=task, in_features=64, num_layers=1, layer_options=dict(num_heads=1))
+        run = plan("lra-2020", "softmax", task=task, in_features=64, num_layers=1, layer_options=dict(num_heads=1))
         encoder = models.build(run, tasks.find(run.task, run.config)).classifier.encoder
         table = np.asarray(encoder.embed.embedding[...])
         assert abs(table[:-1].std() - 1) < 0.1 and not table[-1].any()  # the last is the token in front

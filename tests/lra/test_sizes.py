@@ -6,21 +6,22 @@ import math
 import jax
 import pytest
 
-from subquad.lra import machine, models, recipes, sizes, tasks, train
+from subquad.lra import machine, models, sizes, tasks, train
 from subquad.lra.bench import programs, speed
 from subquad.lra.data import store
+from subquad.lra.plan import plan
 from tests.lra.bench.test_speed import SETTINGS
 
 TASK = tasks.find("listops", "small")
 
 
-def plan(layer="softmax", **words):
-    return recipes.plan("nystromformer", layer, config="small", **words)
+def small_run(layer="softmax", **words):
+    return plan("nystromformer", layer, config="small", **words)
 
 
 @pytest.mark.parametrize("layer", ["softmax", "linformer", "s4", "transformer_xl"])
 def test_deep_and_wide_models_are_counted_by_small_ones(layer, monkeypatch):
-    run, task = plan(layer, num_layers=4, in_features=512), tasks.find("listops", "small")
+    run, task = small_run(layer, num_layers=4, in_features=512), tasks.find("listops", "small")
     every = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(models._abstract(run, task)))
     built = []
     abstract = models._abstract
@@ -45,14 +46,14 @@ def test_a_run_that_cannot_fit_makes_nothing(layer, words, said, tmp_path, monke
     monkeypatch.setattr(machine, "memory", lambda: (64 * 10**9, "a test"))
     monkeypatch.setattr(models, "build", lambda *words: pytest.fail("built"))
     monkeypatch.setattr(store, "load", lambda *words: pytest.fail("made data"))
-    run = plan(layer, **words)
+    run = small_run(layer, **words)
     with pytest.raises(ValueError, match=said) as caught:
         train.train(run, out=tmp_path / "out", quiet=True)
     assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
 
 
 def test_the_recipe_that_equals_budgets_plans_a_wide_model_at_once():
-    run = recipes.plan("quickstart", "local", in_features=10**9)
+    run = plan("quickstart", "local", in_features=10**9)
     assert run.mlp_features == 128  # the softmax model's, whose layer has as many parameters
     with pytest.raises(ValueError, match="memory: run must fit"):
         sizes.check(run, TASK)
@@ -67,7 +68,7 @@ def test_the_bound_is_below_what_the_compiler_finds():
 
 
 def test_devices_and_parts_of_a_batch_share_what_is_needed():
-    run, task = plan(batch_size=32), TASK
+    run, task = small_run(batch_size=32), TASK
     one, many = sizes.least(run, task), sizes.least(run, task, devices=4, sharded=True)
     assert (many.inputs, many.activations, many.state) == (one.inputs / 4, one.activations / 4, one.state / 4)
     assert sizes.least(run, task, devices=4).state == one.state
@@ -75,14 +76,14 @@ def test_devices_and_parts_of_a_batch_share_what_is_needed():
     assert sizes.least(dataclasses.replace(run, dtype="bfloat16"), task).activations == one.activations / 2
     assert sizes.least(dataclasses.replace(run, ema=0.9), task).state == one.state * 6 / 5
     pair = tasks.find("retrieval", "lra")
-    assert sizes.least(recipes.plan("nystromformer", task="retrieval"), pair).inputs == 2 * 5 * 32 * 4000
+    assert sizes.least(plan("nystromformer", task="retrieval"), pair).inputs == 2 * 5 * 32 * 4000
 
 
 def test_examples_that_are_given_are_counted_themselves(tmp_path):
     example = {"inputs": [1, 2, 3], "label": 1}
     splits = {name: [example] * 4 for name in ("train", "validation", "test")}
     with pytest.raises(ValueError, match=r"batch_size must be in 1\.\.4, "):
-        train.train(plan(batch_size=5), out=tmp_path / "out", splits=splits, quiet=True)
+        train.train(small_run(batch_size=5), out=tmp_path / "out", splits=splits, quiet=True)
     assert not any(tmp_path.iterdir())
 
 

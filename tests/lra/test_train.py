@@ -17,8 +17,9 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import checkpoints, models, objectives, optim, progress, recipes, tasks, train
+from subquad.lra import checkpoints, models, objectives, optim, progress, tasks, train
 from subquad.lra.data import pipeline, store
+from subquad.lra.plan import plan
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=16, evaluate_every=20)
 
@@ -30,8 +31,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def plan(layer="softmax", **words):
-    return recipes.plan("quickstart", layer, **{**SMALL, **words})
+def small_run(layer="softmax", **words):
+    return plan("quickstart", layer, **{**SMALL, **words})
 
 
 def history(folder):
@@ -41,7 +42,7 @@ def history(folder):
 
 @pytest.mark.parametrize("layer", ["softmax", "performer"])
 def test_the_loss_falls(layer, data, tmp_path):
-    run = plan(layer, steps=80, warmup_steps=5, learning_rate=5e-3)
+    run = small_run(layer, steps=80, warmup_steps=5, learning_rate=5e-3)
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     losses = [float(row["train_loss"]) for row in history(tmp_path)]
     assert len(losses) == 80
@@ -59,7 +60,7 @@ def test_the_loss_falls(layer, data, tmp_path):
 
 
 def test_the_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
-    run, task = dataclasses.replace(plan(steps=40), selection="last"), tasks.find("listops", "tiny")
+    run, task = dataclasses.replace(small_run(steps=40), selection="last"), tasks.find("listops", "tiny")
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     assert result.accuracy == result.accuracy_last
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
@@ -83,13 +84,14 @@ WHOLE = dict(dropout_rate=0.1, steps=60, accumulate=2, ema=0.9, schedule="platea
 
 CODE = """
 import sys
-from subquad.lra import progress, recipes, train
+from subquad.lra import progress, train
+from subquad.lra.plan import plan
 def pause(self, step, *_):
     if step == 30:  # into the steps after the checkpoint, which are lost and done again
         print("at 30", flush=True)
         sys.stdin.read()  # until the parent kills
 progress.Progress.update = pause
-run = recipes.plan("quickstart", "performer", **{words})
+run = plan("quickstart", "performer", **{words})
 train.train(run, out=sys.argv[1], data_dir=sys.argv[2], quiet=True)
 """
 
@@ -104,7 +106,7 @@ def test_killed_and_resumed_gives_the_same_final_numbers(data, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not (broken / "result.json").exists()
     first, second = (
-        dataclasses.asdict(train.train(plan("performer", **WHOLE), out=folder, data_dir=data, resume=True, quiet=True))
+        dataclasses.asdict(train.train(small_run("performer", **WHOLE), out=folder, data_dir=data, resume=True, quiet=True))
         for folder in (whole, broken)
     )
     timing = {"steps_per_second", "train_seconds", "compile_seconds", "finished_utc"}
@@ -122,7 +124,7 @@ def test_accumulation_equals_the_large_batch(kind):
     batch, after = dict(inputs=inputs, mask=np.arange(30) < np.sort(lengths, 0), targets=targets), {}
     for accumulate in (1, 4):
         # Plain gradient descent: Adam would turn the rounding of a zero gradient into a step of its full length.
-        run = plan(steps=10, accumulate=accumulate)
+        run = small_run(steps=10, accumulate=accumulate)
         graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
         optimiser = optax.sgd(0.1)
         state = optim.initial_state(run, optimiser, parameters)
@@ -135,7 +137,7 @@ def test_accumulation_equals_the_large_batch(kind):
 
 
 def test_bfloat16_trains_with_float32_parameters(data, tmp_path):
-    run = plan(steps=40, dtype="bfloat16", warmup_steps=5, learning_rate=5e-3)
+    run = small_run(steps=40, dtype="bfloat16", warmup_steps=5, learning_rate=5e-3)
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     losses = [float(row["train_loss"]) for row in history(tmp_path)]
     assert result.status == "ok" and np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -144,14 +146,14 @@ def test_bfloat16_trains_with_float32_parameters(data, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_a_row_and_not_a_blank(data, tmp_path):
-    run = plan(steps=40, learning_rate=1e30, warmup_steps=0, clip_norm=None)
+    run = small_run(steps=40, learning_rate=1e30, warmup_steps=0, clip_norm=None)
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     assert result.status.startswith("failed: non-finite loss by step ")
     assert result.accuracy is None and result.floor_majority is not None
 
 
 def test_a_finished_run_is_read_and_not_trained_again(data, tmp_path):
-    run = plan(steps=10)
+    run = small_run(steps=10)
     first = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     assert train.train(run, out=tmp_path, data_dir=data, resume=True, quiet=True) == first
     with pytest.raises(checkpoints.RunError, match="must be empty to start anew.*--resume"):
@@ -163,7 +165,7 @@ def test_a_finished_run_is_read_and_not_trained_again(data, tmp_path):
 def test_without_the_data_packages_it_trains_all_the_same(monkeypatch, capsys, tmp_path):
     for name in ("tensorflow_datasets", "grain", "rich"):
         monkeypatch.setitem(sys.modules, name, None)
-    result = train.train(plan(steps=10), out=tmp_path / "out", data_dir=tmp_path / "data")
+    result = train.train(small_run(steps=10), out=tmp_path / "out", data_dir=tmp_path / "data")
     assert result.status == "ok" and "generated in memory" in result.data and "batches by numpy" in result.data
     said = capsys.readouterr().err
     assert "tensorflow-datasets is not installed" in said and "grain is not installed" in said
@@ -186,7 +188,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_else(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file" / "out", pathlib.Path("/proc/subquad")):
         with pytest.raises(checkpoints.RunError, match="out: folder .* must be writable.*, got .*--out") as caught:
-            train.train(plan(), out=folder)
+            train.train(small_run(), out=folder)
         assert "\n" not in str(caught.value)
 
 
@@ -199,13 +201,14 @@ def test_a_disk_without_room_is_told_before_anything_else(monkeypatch, tmp_path)
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(checkpoints.RunError, match="MB for checkpoints, got .*No space left on device. Choose another"):
-        train.train(plan(), out=tmp_path)
+        train.train(small_run(), out=tmp_path)
     assert asked[0] > 8 * 4 * 1000 and not any(tmp_path.iterdir())
 
 
 FULL = """
 import resource, sys
-from subquad.lra import checkpoints, recipes, train
+from subquad.lra import checkpoints, train
+from subquad.lra.plan import plan
 from subquad.lra.checkpoints import Checkpoints
 save = Checkpoints.save
 def filling(self, step, *rest):
@@ -213,7 +216,7 @@ def filling(self, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     save(self, step, *rest)
 Checkpoints.save = filling
-run = recipes.plan("quickstart", "performer", **{words})
+run = plan("quickstart", "performer", **{words})
 try:
     train.train(run, out=sys.argv[1], data_dir=sys.argv[2], quiet=True)
 except checkpoints.RunError as error:
@@ -228,12 +231,12 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(data, tmp_path):
     assert done.returncode == 1
     (message,) = done.stderr.strip().splitlines()
     assert message.startswith("checkpoint: folder") and "The checkpoint of step 20 is whole. Make room" in message
-    result = train.train(plan("performer", **WHOLE), out=tmp_path, data_dir=data, resume=True, quiet=True)
+    result = train.train(small_run("performer", **WHOLE), out=tmp_path, data_dir=data, resume=True, quiet=True)
     assert result.status == "ok" and len(history(tmp_path)) == 60
 
 
 def test_a_damaged_checkpoint_is_told(data, tmp_path):
-    run = plan(steps=20)
+    run = small_run(steps=20)
     train.train(run, out=tmp_path, data_dir=data, quiet=True)
     (tmp_path / "result.json").unlink()
     for path in (tmp_path / "checkpoint" / "20" / "state").rglob("*"):
@@ -247,7 +250,7 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
 def test_the_cls_token_is_read_and_the_operators_are_not():
     """With "cls" the head reads the token that stands in front, so the models differ from pooling "first"."""
     task = tasks.find("listops", "tiny")
-    run = recipes.plan("lra-2020", "softmax", config="tiny", in_features=16, num_layers=1, mlp_features=16)
+    run = plan("lra-2020", "softmax", config="tiny", in_features=16, num_layers=1, mlp_features=16)
     model = models.build(run, task)
     embedding = model.classifier.encoder.embed.embedding
     assert embedding.shape[0] == task.vocabulary_size + 1
@@ -262,7 +265,7 @@ def test_a_collapse_is_said_and_kept_and_everything_is_logged(data, monkeypatch,
     board = importlib.util.find_spec("tensorboardX") is not None
     scores = iter([0.0, 0.1, 0.9, 0.1, 0.95, 0.5, 0.5])  # the first is a compilation's, the last two are test's
     monkeypatch.setattr(train, "_evaluate", lambda *_: (next(scores), 1.0))
-    run = plan(steps=40, evaluate_every=10, ema=0.5)
+    run = small_run(steps=40, evaluate_every=10, ema=0.5)
     result = train.train(run, out=tmp_path, data_dir=data, tensorboard=board)
     assert result.collapsed_step == 30 and result.best_step == 40
     assert "softmax: collapsed: validation 10.0 % at step 30 is chance" in capsys.readouterr().err
@@ -274,4 +277,4 @@ def test_a_collapse_is_said_and_kept_and_everything_is_logged(data, monkeypatch,
         assert logged.count(b"train/learning_rate") == 4
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="tensorboard must be off where tensorboardX is not installed, got True. Run pip"):
-        train.train(plan(), out=tmp_path / "other", tensorboard=True)
+        train.train(small_run(), out=tmp_path / "other", tensorboard=True)

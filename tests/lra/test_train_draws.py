@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import optim, recipes, tasks, train
+from subquad.lra import optim, tasks, train
+from subquad.lra.plan import plan
 
 SIZES = {"train": 60, "validation": 20, "test": 24}
 TASK = tasks.Task(
@@ -19,9 +20,9 @@ TASK = tasks.Task(
 )  # fmt: skip
 
 
-def plan(**words):
+def small_run(**words):
     small = dict(in_features=8, num_layers=1, mlp_features=8, batch_size=8, steps=30, evaluate_every=10)
-    return recipes.plan("quickstart", "softmax", task=TASK, **{**small, **words})
+    return plan("quickstart", "softmax", task=TASK, **{**small, **words})
 
 
 class Weights(nnx.Module):
@@ -43,7 +44,7 @@ GRAPH, WEIGHTS, FIXED = nnx.split(Weights(), nnx.Param, ...)
 
 
 def test_every_part_of_a_batch_has_draws_of_its_own():
-    gradient = functools.partial(train.batch_gradient, plan(accumulate=4), Drawing(), GRAPH, WEIGHTS, FIXED)
+    gradient = functools.partial(train.batch_gradient, small_run(accumulate=4), Drawing(), GRAPH, WEIGHTS, FIXED)
     batch = {"pick": jnp.eye(4)}
     (total, count), slopes = gradient(jax.random.key(0), batch)
     (draws,) = jax.tree.leaves(slopes)
@@ -54,7 +55,7 @@ def test_every_part_of_a_batch_has_draws_of_its_own():
 
 def test_every_step_and_every_seed_has_draws_of_its_own_and_repeats_them():
     def losses(seed):
-        run, optimiser = plan(seed=seed), optax.sgd(0.0)
+        run, optimiser = small_run(seed=seed), optax.sgd(0.0)
         state = optim.initial_state(run, optimiser, WEIGHTS)
         step = jax.jit(functools.partial(train.train_step, run, Drawing(), GRAPH, optimiser))
         found = []
@@ -89,7 +90,7 @@ def test_every_number_is_of_its_split_and_of_its_parameters(selection, monkeypat
         return reported.setdefault((split, mark), 0.01 * (1 + len(reported))), 1.0
 
     monkeypatch.setattr(train, "_evaluate", evaluate)
-    run = dataclasses.replace(plan(learning_rate=0.01, warmup_steps=0), selection=selection)
+    run = dataclasses.replace(small_run(learning_rate=0.01, warmup_steps=0), selection=selection)
     result = train.train(run, out=tmp_path, task=TASK, splits=splits, quiet=True)
     _, (_, first, _), (_, best, _), (_, last, _), *after = seen  # the one before the first step is for its compilation
     assert len({first, best, last}) == 3 and [split for split, *_ in seen[:4]] == ["validation"] * 4

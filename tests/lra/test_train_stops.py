@@ -8,7 +8,8 @@ import types
 import numpy as np
 import pytest
 
-from subquad.lra import checkpoints, progress, recipes, tasks, train
+from subquad.lra import checkpoints, progress, tasks, train
+from subquad.lra.plan import plan
 
 SIZES = {"train": 64, "validation": 16, "test": 20}
 TASK = tasks.Task(
@@ -28,7 +29,7 @@ def fit(out, **words):
     """Sixty steps with all that a checkpoint has to hold beside parameters and moments, and a validation every hundred."""
     small = dict(in_features=8, num_layers=1, mlp_features=8, batch_size=8, steps=60, evaluate_every=100)
     whole = dict(dropout_rate=0.1, accumulate=2, ema=0.9, schedule="plateau", patience=1)
-    run = recipes.plan("quickstart", "softmax", task=TASK, **small, **whole)
+    run = plan("quickstart", "softmax", task=TASK, **small, **whole)
     splits = {name: examples(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
     result = train.train(run, out=out, task=TASK, splits=splits, quiet=True, **words)
     return {name: value for name, value in dataclasses.asdict(result).items() if name not in TIMING}

@@ -11,8 +11,9 @@ import sys
 
 import pytest
 
-from subquad.lra import recipes, tasks, train
+from subquad.lra import tasks, train
 from subquad.lra.data import store
+from subquad.lra.plan import plan
 from subquad.lra.report import results
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -205,7 +206,7 @@ def test_train_prints_the_resolved_configuration_and_takes_every_value(data, tmp
     assert finished.returncode == 0, finished.stderr
     assert '"num_features": 8' in finished.stderr.splitlines()[0]
     (row,) = results.read_results(tmp_path / "results.csv")
-    expected = recipes.plan(
+    expected = plan(
         "quickstart", "performer", layer_options=dict(num_features=8), steps=10, batch_size=8, accumulate=2,
         dtype="bfloat16", config="tiny",
     )  # fmt: skip

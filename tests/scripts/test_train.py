@@ -73,3 +73,11 @@ def test_a_table_that_could_not_take_the_row_is_refused_before_the_run(monkeypat
 def test_what_cannot_fit_makes_no_folder(words, said, monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, *TINY, "--recipe", "nystromformer", "--out", tmp_path / "out", *words) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"train: {said}") and not any(tmp_path.iterdir())
+
+
+def test_explain_prints_each_value_and_its_level_and_trains_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("trained"))
+    assert call(monkeypatch, *TINY, "--recipe", "nystromformer", "--out", tmp_path / "out", "--explain") == 0
+    printed = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert printed["steps"] == ["5", "given"] and printed["learning_rate"] == ["0.0001", 'recipe nystromformer, "*"']
+    assert printed["layer_options.num_heads"] == ["2", "recipe nystromformer, layers"] and not any(tmp_path.iterdir())

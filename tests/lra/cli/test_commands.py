@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from subquad.lra import checkpoints, files, progress, recipes, starting
+from subquad.lra import checkpoints, files, progress, starting
 from subquad.lra.cli import commands
 from subquad.lra.data.store import DatasetError
+from subquad.lra.run import Run
 
 
 @pytest.mark.parametrize(
@@ -96,19 +97,19 @@ def test_every_script_guards_its_start_and_ends_by_run():
 
 def parser():
     made = commands.Parser(prog="train")
-    commands.add_options(made, recipes.Run, leave_out=("layer_options",), task="explain me")
+    commands.add_options(made, Run, leave_out=("layer_options",), task="explain me")
     return made
 
 
 def test_every_value_of_a_run_is_an_option_with_its_type():
     words = "--steps 7 --learning-rate 1e-2 --clip-norm none --positions none --dtype bfloat16 --remat"
-    given = commands.given_fields(recipes.Run, parser().parse_args(words.split()))
+    given = commands.given_fields(Run, parser().parse_args(words.split()))
     assert given == dict(steps=7, learning_rate=0.01, clip_norm=None, positions=None, dtype="bfloat16", remat=True)
 
 
 def test_every_value_of_a_run_is_explained():
-    helps = commands.field_descriptions(recipes.Run)
-    assert set(helps) == {one.name for one in dataclasses.fields(recipes.Run)} and all(map(str.strip, helps.values()))
+    helps = commands.field_descriptions(Run)
+    assert set(helps) == {one.name for one in dataclasses.fields(Run)} and all(map(str.strip, helps.values()))
     assert helps["clip_norm"] == "largest global norm of the gradient; None: no limit."
     assert "0.2 whenever the validation loss" in helps["schedule"] and "\n" not in helps["schedule"]
     assert "explain me" in commands.Parser.format_help(parser())

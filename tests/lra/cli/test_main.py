@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from subquad.lra.cli import __main__ as console
-from subquad.lra.cli import report
+from subquad.lra.report import results
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -65,4 +65,5 @@ def test_rows_become_tables_and_plots(monkeypatch, capsys, tmp_path):
     assert "test accuracy" in said and "calls/s 1K" in said
     endings = {path.name for path in tmp_path.iterdir()}
     assert {"quickstart.md", "quickstart.png", "quickstart-time.png", "bench.md", "bench.tex", "bench-1.png"} <= endings
-    assert (tmp_path / "quickstart.md").read_text() == report.results.markdown(report.results.read(tmp_path / "quickstart.csv"))
+    rows = results.read_results(tmp_path / "quickstart.csv")
+    assert (tmp_path / "quickstart.md").read_text() == results.markdown(rows)

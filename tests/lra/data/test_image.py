@@ -67,7 +67,7 @@ def test_grey_by_the_formula():
 
 
 def test_the_file_that_is_published():
-    builder = store.catalogue.find("lra_image/lra").module().Builder
+    builder = store.catalogue.find_dataset("lra_image/lra").module().Builder
     (url,) = builder.url_infos
     assert url == cifar10.URL and builder.url_infos[url].size == cifar10.SIZE
     assert builder.url_infos[url].checksum.startswith("c4a38c50a1bc5f3a")

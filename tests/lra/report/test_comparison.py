@@ -8,7 +8,9 @@ import pytest
 
 from subquad.lra import recipes, tasks
 from subquad.lra.bench import programs
+from subquad.lra.plan import plan
 from subquad.lra.report import cells, comparison, costs, ledger, measurements, published, reproduce, results, verdicts
+from subquad.lra.run import Run
 from subquad.zoo import LAYERS
 from tests.lra.report.test_results import row as made
 
@@ -137,7 +139,7 @@ def test_rows_of_earlier_versions_still_answer(tmp_path):
     name = f"{TRANSFORMER}.listops"
     row = result(name, 0.36)
     configuration = json.loads(row.configuration)
-    assert configuration.pop("dtype") == recipes.Run.dtype
+    assert configuration.pop("dtype") == Run.dtype
     older = dataclasses.replace(row, configuration=json.dumps(configuration))
     assert verdicts.judge(cell(name), known(tmp_path, older)).outcome == "reproduced within tolerance"
 
@@ -306,8 +308,8 @@ def test_the_measurements_that_come_with_the_package_answer():
 
 
 def test_estimates_grow_with_what_a_run_does():
-    run, task = recipes.plan("lra-2020", "softmax"), tasks.find("listops", "lra")
-    linear = recipes.plan("lra-2020", "performer")
+    run, task = plan("lra-2020", "softmax"), tasks.find("listops", "lra")
+    linear = plan("lra-2020", "performer")
     assert costs.training_flops(run, task) > 1.3 * costs.training_flops(linear, task)
     half = dataclasses.replace(run, steps=run.steps // 2)
     assert costs.training_flops(half, task) == costs.training_flops(run, task) / 2

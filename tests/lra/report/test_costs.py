@@ -6,8 +6,9 @@ import itertools
 import jax
 import pytest
 
-from subquad.lra import machine, recipes, sizes, tasks
+from subquad.lra import machine, sizes, tasks
 from subquad.lra.bench import programs
+from subquad.lra.plan import plan
 from subquad.lra.report import cells, comparison, costs, ledger, reproduce, results, step_timings, verdicts
 from tests.lra.report.test_results import row as made
 
@@ -28,7 +29,7 @@ def timed_steps(run, **words):
 
 
 def test_validation_and_test_are_part_of_the_hours():
-    run, task = recipes.plan("nystromformer", "softmax"), tasks.find("listops", "lra")
+    run, task = plan("nystromformer", "softmax"), tasks.find("listops", "lra")
     # 100 validations of 2,000 examples in batches of 32, and three times as many as test has.
     assert (run.steps, run.evaluate_every, run.batch_size) == (5000, 50, 32)
     assert costs.evaluation_batches(run, task) == 100 * 63 + 3 * 63
@@ -43,7 +44,7 @@ def test_hours_say_whose_they_are(monkeypatch):
     run, task = verdicts.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
     nothing = costs.forecast(run, task, [], "this", True)
     assert nothing.hardware == "one V100" and "--probe" in nothing.source
-    stated = costs.forecast(recipes.plan("s4", "s4"), task, [], "this", True)
+    stated = costs.forecast(plan("s4", "s4"), task, [], "this", True)
     assert (stated.hours, stated.hardware) == (10.0, "one T4") and "as its authors state" in stated.source
     rough = costs.cost_here(run, task, [], "this", True)
     assert rough.hardware == "this" and rough.source.startswith("rough estimate, nothing was measured on it")
@@ -96,7 +97,7 @@ def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypa
 @pytest.mark.parametrize("kind", ["classification", "pair", "language_model"])
 def test_steps_of_every_kind_of_task_have_a_batch(kind):
     task = dataclasses.replace(tasks.find("listops", "tiny"), kind=kind, num_classes=10 if kind != "language_model" else 16)
-    run = recipes.plan(task=task, batch_size=2, in_features=16, num_layers=1, mlp_features=16)
+    run = plan(task=task, batch_size=2, in_features=16, num_layers=1, mlp_features=16)
     batch = programs._batch(run, task)
     inputs = ("inputs1", "inputs2") if kind == "pair" else ("inputs",)
     assert {name for name in batch if name.startswith("inputs")} == set(inputs)

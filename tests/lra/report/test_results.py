@@ -170,9 +170,10 @@ def test_of_two_rows_of_one_run_the_later_counts():
 
 
 def test_a_run_that_never_started_is_a_row():
-    from subquad.lra import recipes, tasks
+    from subquad.lra import tasks
+    from subquad.lra.plan import plan
 
-    run = recipes.plan("quickstart", "softmax", config="tiny")
+    run = plan("quickstart", "softmax", config="tiny")
     made = results.failure(run, tasks.find("listops", "tiny"), "no memory")
     assert made.status == "failed: no memory" and made.accuracy is None
     assert "| softmax | failed: no memory |" in results.markdown([made])

@@ -1,9 +1,13 @@
+"""From a recipe to a run: levels, what is refused, and budgets."""
+
 import dataclasses
 
 import pytest
 
 from subquad.lra import models, recipes, tasks
 from subquad.lra.data import store
+from subquad.lra.plan import explain, plan
+from subquad.lra.run import Run
 from subquad.zoo import LAYERS
 
 QUICK = [layer for layer in recipes.RECIPES["quickstart"].layers if layer in LAYERS]
@@ -12,7 +16,7 @@ QUICK = [layer for layer in recipes.RECIPES["quickstart"].layers if layer in LAY
 @pytest.mark.parametrize("config", ["small", "lra"])
 def test_the_quickstarts_models_have_equal_budgets(config):
     task = tasks.find("listops", config)
-    counts = {layer: models.count_parameters(recipes.plan(layer=layer, config=config), task) for layer in QUICK}
+    counts = {layer: models.count_parameters(plan(layer=layer, config=config), task) for layer in QUICK}
     assert max(counts.values()) <= 1.1 * min(counts.values()), counts
 
 
@@ -24,29 +28,29 @@ def test_counted_parameters_are_those_of_the_model():
     import jax
     from flax import nnx
 
-    run, task = recipes.plan("quickstart", "softmax", config="tiny", in_features=16), tasks.find("listops", "tiny")
+    run, task = plan("quickstart", "softmax", config="tiny", in_features=16), tasks.find("listops", "tiny")
     state = nnx.state(models.build(run, task), nnx.Param)
     assert models.count_parameters(run, task) == sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
 def test_a_layer_that_does_not_fit_the_budget_is_told():
     with pytest.raises(ValueError, match="layer 'linformer' must fit into .* parameters"):
-        recipes.plan("quickstart", "linformer", layer_options=dict(num_landmarks=1000))
+        plan("quickstart", "linformer", layer_options=dict(num_landmarks=1000))
 
 
 def test_precedence_is_default_recipe_configuration_command_line():
-    assert recipes.plan("quickstart").in_features == recipes.Run.in_features
-    assert recipes.plan("quickstart", config="lra").in_features == 128
-    assert recipes.plan("quickstart", config="lra", in_features=32, mlp_features=64).in_features == 32
-    assert recipes.plan("lra-2020").learning_rate == 0.05
-    assert recipes.plan("quickstart", "performer", layer_options=dict(num_features=8)).layer_options == dict(
+    assert plan("quickstart").in_features == Run.in_features
+    assert plan("quickstart", config="lra").in_features == 128
+    assert plan("quickstart", config="lra", in_features=32, mlp_features=64).in_features == 32
+    assert plan("lra-2020").learning_rate == 0.05
+    assert plan("quickstart", "performer", layer_options=dict(num_features=8)).layer_options == dict(
         num_heads=4, num_features=8
     )
 
 
 def test_the_length_of_the_task_reaches_the_layers_options():
-    assert recipes.plan("quickstart", "linformer").layer_options["max_length"] == 200
-    assert recipes.plan("lra-2020", "linformer").layer_options["max_length"] == 2001  # and the CLS token
+    assert plan("quickstart", "linformer").layer_options["max_length"] == 200
+    assert plan("lra-2020", "linformer").layer_options["max_length"] == 2001  # and the CLS token
 
 
 @pytest.mark.parametrize(
@@ -70,11 +74,11 @@ def test_the_length_of_the_task_reaches_the_layers_options():
 )
 def test_bad_values_are_told_with_the_nearest(words, kind, match):
     with pytest.raises(kind, match=match):
-        recipes.plan(**words)
+        plan(**words)
 
 
 def test_every_value_changes_the_runs_id():
-    run, seen = recipes.plan("quickstart"), set()
+    run, seen = plan("quickstart"), set()
     other = dict(
         layer_options={"num_heads": 2}, positions="sinusoidal", pooling="last", schedule="rsqrt", decay="all",
         ema=0.9, state_learning_rate=0.1, step_learning_rate=0.1, embedding_std=1.0, position_std=1.0, dtype="bfloat16",
@@ -85,11 +89,11 @@ def test_every_value_changes_the_runs_id():
         value = other.get(one.name, getattr(run, one.name))
         seen.add(dataclasses.replace(run, **{one.name: value if one.name in other else value + 1}).id)
     assert len(seen) == len(dataclasses.fields(run)) and run.id not in seen
-    assert run.id == recipes.plan("quickstart").id
+    assert run.id == plan("quickstart").id
 
 
 def test_the_arenas_transformer_has_the_released_models_size():
-    assert models.count_parameters(recipes.plan("lra-2020", "softmax"), tasks.find("listops", "lra")) == 8_948_746
+    assert models.count_parameters(plan("lra-2020", "softmax"), tasks.find("listops", "lra")) == 8_948_746
 
 
 @pytest.mark.parametrize("config", ["tiny", "small"])
@@ -107,3 +111,25 @@ def test_tasks_describe_their_data(config):
 def test_tasks_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tasks.find("listops", "tiny").length = 3
+
+
+def test_every_value_names_the_level_that_it_came_from():
+    words = dict(task="text", layer_options=dict(num_landmarks=8), steps=9, schedule="cosine")
+    found = explain("lra-2020", "linformer", **words)
+    levels = {
+        "seed": "default", "head": "protocol lra-2020", "batch_size": 'recipe lra-2020, "*"', "task": "given", "steps": "given",
+        "in_features": 'recipe lra-2020, "text"', "layer_options.num_landmarks": "given",
+        "layer_options.use_bias": "recipe lra-2020, layers", "layer_options.max_length": "length of the sequences",
+        "warmup_steps": "half of the steps", "interaction": "default",
+    }  # fmt: skip
+    assert {name: found[name][1] for name in levels} == levels
+
+
+def test_explained_values_are_those_of_the_run():
+    words = dict(layer="transformer_xl", task="listops", protocol="lra-2020")
+    found, run = explain("quickstart", **words), plan("quickstart", **words)
+    options = {name.removeprefix("layer_options."): value for name, (value, _) in found.items() if "." in name}
+    assert options == run.layer_options
+    assert all(getattr(run, name) == value for name, (value, _) in found.items() if "." not in name)
+    assert found["pooling"] == ("mean", "the layer is causal")
+    assert found["mlp_features"][1] == "as many parameters as softmax"

@@ -1,0 +1,217 @@
+"""From a recipe to a run: the stages of `STAGES`, each of which replaces values of those before it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from subquad.kernels.dispatch import nearest
+from subquad.lra import layers, models, protocols, tasks
+from subquad.lra.recipes import RECIPES, Recipe
+from subquad.lra.run import Run, check_type, check_values
+
+
+def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run:
+    """The run of a layer under a recipe: defaults < protocol < recipe < `overrides`, then what follows from these.
+
+    Args:
+        recipe: a key of `recipes.RECIPES`.
+        layer: a key of `zoo.LAYERS`, or "package.module:ClassName", a layer of your own, see `layers.find`; one that the
+            recipe does not list is built with its own defaults.
+        overrides: values of `Run`; layer_options are merged into the recipe's; task may be a `tasks.Task` of your own, which
+            `train` is then given, too.
+    Raises:
+        ValueError: unknown recipe, layer, task or configuration, a value out of its range or against its protocol, a layer
+            that cannot be causal for a language model.
+        TypeError: an override that is no attribute of `Run`, or has the wrong type.
+    Example:
+        >>> plan("quickstart", "softmax", steps=10).steps
+        10
+    """
+    return _settle(recipe, layer, overrides).run()
+
+
+def explain(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> dict[str, tuple[Any, str]]:
+    """Each value of the run that `plan` makes, and the level that it came from; layer options by "layer_options.NAME".
+
+    Example:
+        >>> explain("lra-2020", "softmax", task="text", steps=10)["batch_size"]
+        (32, 'recipe lra-2020, "*"')
+    """
+    return _settle(recipe, layer, overrides).explained()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asked for; no value of it is unknown, or of a wrong type."""
+
+    recipe: Recipe
+    layer: str
+    task: tasks.Task
+    overrides: Mapping[str, Any]
+
+
+class Draft:
+    """The values that are settled so far, and the level that each came from."""
+
+    def __init__(self):
+        self._values: dict[str, Any] = {}
+        self._levels: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def put(self, level: str, values: Mapping[str, Any]) -> None:
+        """Replaces values; layer_options are merged into those that are there."""
+        for name, value in values.items():
+            if name == "layer_options":
+                value = {**self._values.get(name, {}), **value}
+                self._levels |= {f"{name}.{option}": level for option in values[name]}
+            self._values[name], self._levels[name] = value, level
+
+    def run(self) -> Run:
+        return Run(**self._values)
+
+    def explained(self) -> dict[str, tuple[Any, str]]:
+        plain = {name: value for name, value in self._values.items() if name != "layer_options"}
+        plain |= {f"layer_options.{name}": value for name, value in self._values["layer_options"].items()}
+        return {name: (value, self._levels[name]) for name, value in plain.items()}
+
+
+Level = tuple[str, Mapping[str, Any]]
+
+
+def defaults(request: Request, draft: Draft) -> Iterator[Level]:
+    """Those of `Run`."""
+    yield "default", dataclasses.asdict(Run())
+
+
+def protocol(request: Request, draft: Draft) -> Iterator[Level]:
+    """What the protocol sets; which one it is, recipe and caller say."""
+    name = _protocol(request.recipe, request.task.name, request.task.config, request.layer, request.overrides)
+    yield f"protocol {name}", protocols.defaults(name, request.task.kind)
+
+
+def recipe(request: Request, draft: Draft) -> Iterator[Level]:
+    """The layer's options, then the rows of the page that apply, from its top to its end."""
+    page, task = request.recipe, request.task
+    yield f"recipe {page.id}, layers", {"layer_options": page.layers.get(request.layer, {})}
+    for scope, values in page.rows(task.name, task.config, request.layer):
+        yield f'recipe {page.id}, "{scope}"', values
+
+
+def caller(request: Request, draft: Draft) -> Iterator[Level]:
+    """What the caller gave."""
+    yield "given", request.overrides
+    yield "given", dict(recipe=request.recipe.id, layer=request.layer, task=request.task.name)
+    if draft["config"] != request.task.config:
+        yield "usual for the task", dict(config=request.task.config)
+
+
+def task_kind(request: Request, draft: Draft) -> Iterator[Level]:
+    """Values that mean nothing to the kind of task keep their defaults."""
+    kind = request.task.kind
+    usual = {name: getattr(Run, name) for name in protocols.MEANINGLESS[kind]}
+    yield f"means nothing to a {kind}", {name: value for name, value in usual.items() if draft[name] != value}
+
+
+def drawn_positions(request: Request, draft: Draft) -> Iterator[Level]:
+    """Positions that are not learned are not drawn."""
+    learned = draft["positions"] == "learned" or draft["position_std"] is None
+    if not learned and "position_std" not in request.overrides:
+        yield "positions are not learned", dict(position_std=None)
+
+
+def causal_pooling(request: Request, draft: Draft) -> Iterator[Level]:
+    """A causal layer is not pooled at its first token, which sees no other."""
+    causal = layers.is_causal(request.layer, draft["layer_options"])
+    if causal and draft["pooling"] in protocols.FIRST and "pooling" not in request.overrides:
+        yield "the layer is causal", dict(pooling="mean")
+
+
+def sequence_length(request: Request, draft: Draft) -> Iterator[Level]:
+    """Options that ask for the length of the sequences get it, with the token of its own that "cls" prepends."""
+    length = request.task.length + (draft["pooling"] == "cls")
+    asked = [name for name, value in draft["layer_options"].items() if value == "{length}"]
+    yield "length of the sequences", {"layer_options": dict.fromkeys(asked, length)}
+
+
+def short_warm_up(request: Request, draft: Draft) -> Iterator[Level]:
+    """A recipe's warm-up is at most half of the steps."""
+    if draft["schedule"] != "rsqrt" and "warmup_steps" not in request.overrides and draft["warmup_steps"] > draft["steps"] // 2:
+        yield "half of the steps", dict(warmup_steps=draft["steps"] // 2)
+
+
+def equal_parameters(request: Request, draft: Draft) -> Iterator[Level]:
+    """Feed-forward networks as wide as brings the model to the parameters of the softmax model."""
+    if request.recipe.equal_parameters and "mlp_features" not in request.overrides:
+        run = draft.run()
+        softmax = dataclasses.replace(run, layer="softmax", layer_options=request.recipe.layers["softmax"])
+        equal = models.equal_mlp_features(run, softmax, request.task)
+        yield "as many parameters as softmax", dict(mlp_features=equal)
+
+
+# By rising precedence. The last one builds models, so what they are built of is checked before.
+STAGES = (
+    defaults, protocol, recipe, caller, task_kind, drawn_positions, causal_pooling, sequence_length, short_warm_up,
+)  # fmt: skip
+
+
+def _settle(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Draft:
+    request, draft = _request(recipe, layer, overrides), Draft()
+    for stage in STAGES:
+        for level, values in stage(request, draft):
+            draft.put(level, values)
+    _check(draft.run(), request)
+    for level, values in equal_parameters(request, draft):
+        draft.put(level, values)
+    return draft
+
+
+def _request(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Request:
+    """Refuses what is unknown or of a wrong type, and finds the task."""
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be a known name, got {recipe!r}. {nearest(recipe, RECIPES)}")
+    layers.find(layer)
+    own = overrides["task"] if isinstance(overrides.get("task"), tasks.Task) else None
+    if own is not None:
+        if overrides.get("config", own.config) != own.config:
+            raise ValueError(f"config must be the task's, {own.config!r}, got {overrides['config']!r}. Leave it out.")
+        overrides = {**overrides, "task": own.name, "config": own.config}
+    page, name = RECIPES[recipe], overrides.get("task", Run.task)
+    known = [one.name for one in dataclasses.fields(Run)]
+    for value in overrides:
+        if value not in known:
+            raise TypeError(f"{value} must be a value of a run, got {value}={overrides[value]!r}. {nearest(value, known)}")
+    config = overrides["config"] if "config" in overrides else _usual_config(page, name, layer, overrides)
+    task = tasks.of(name, config, own)
+    for value in overrides:
+        check_type(value, overrides[value])
+    if task.kind == "language_model":
+        layers.check_causal(layer)
+    return Request(page, layer, task, overrides)
+
+
+def _usual_config(page: Recipe, task: str, layer: str, overrides: Mapping[str, Any]) -> str:
+    """The configuration of a task that the recipe names, or that suits the protocol, or the task's usual one."""
+    known = tasks.TASKS.get(task, {})
+    suited = protocols.CONFIGS.get((_protocol(page, task, None, layer, overrides), task))
+    wanted = (page.config(task, layer), suited, Run.config, *known)
+    return next((config for config in wanted if config in known), Run.config)
+
+
+def _protocol(page: Recipe, task: str, config: str | None, layer: str, overrides: Mapping[str, Any]) -> str:
+    named = [values["protocol"] for _, values in page.rows(task, config, layer) if "protocol" in values]
+    return overrides.get("protocol", [Run.protocol, *named][-1])
+
+
+def _check(run: Run, request: Request) -> None:
+    check_values(run)
+    protocols.check(run, request.task, request.overrides)
+    for name in ("state_learning_rate", "step_learning_rate"):
+        given = request.overrides.get(name)
+        if given is not None and not models.has_state_space(run, request.task):
+            raise ValueError(
+                f"{name} must be none for layer {run.layer!r}, which has no parameters of state spaces, got {given}. "
+                "Use learning_rate."
+            )

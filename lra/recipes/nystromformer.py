@@ -1,0 +1,49 @@
+"""Nystromformer (Xiong et al. 2021, arXiv 2102.03902), as in mlpen/Nystromformer@5689313: the model of 2 layers x 64 features.
+
+Command    python scripts/train.py --recipe nystromformer --layer softmax --task listops
+Expected   softmax, table 3, in %: listops 37.10, text 65.02, retrieval 79.35, image 38.20, pathfinder 74.16
+Hours      not published; python scripts/reproduce_table.py --paper nystromformer forecasts them for this machine
+
+`SETTINGS` and `LAYERS` are also where the pages of Skyformer and xFormers start from.
+"""
+
+from subquad.lra.recipes.recipe import Recipe
+from subquad.lra.recipes.shared import BLACK, DRAWN
+
+HEADS = dict(num_heads=2)
+LAYERS = {
+    "softmax": HEADS,
+    "blockwise": dict(HEADS, max_length="{length}", block_size=64),
+    "local": dict(HEADS, window_size=32),
+    "strided": dict(HEADS, stride=64),
+    "reformer": dict(HEADS, num_hashes=2, chunk_size=64),
+    "linformer": dict(HEADS, max_length="{length}", num_landmarks=256),
+    "performer": dict(HEADS, num_features=256, kernel="relu"),
+    "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
+    "s4": dict(state_size=64),
+}
+SETTINGS = {
+    "*": dict(
+        in_features=64, num_layers=2, mlp_features=128, pooling="mean", positions="learned", dropout_rate=0.1, head="mlp",
+        learning_rate=1e-4, schedule="linear", weight_decay=0.0, b2=0.999, clip_norm=None, selection="best", protocol="modern",
+    ),
+    "listops": dict(config="lra", steps=5000, batch_size=32, warmup_steps=1000, evaluate_every=50),
+    "text": dict(config="modern", steps=20_000, batch_size=32, warmup_steps=8000, evaluate_every=200),
+    "retrieval": dict(config="lra", steps=30_000, batch_size=32, warmup_steps=800, evaluate_every=300),
+    "image": dict(config="lra", steps=35_000, batch_size=256, warmup_steps=175, evaluate_every=350),
+    "pathfinder": dict(config="32_hard", steps=62_400, batch_size=256, warmup_steps=312, evaluate_every=624),
+}  # fmt: skip
+DEVIATIONS = (("image|pathfinder", BLACK), *DRAWN)
+
+NYSTROMFORMER = Recipe(
+    id="nystromformer",
+    source="Xiong et al. 2021, arXiv 2102.03902, as in mlpen/Nystromformer@5689313",
+    layers=LAYERS,
+    settings=SETTINGS,
+    deviations=(
+        ("*", "A linear warm-up and decay take the place of PyTorch's OneCycle."),
+        ("*", "Activations are float32; theirs are in half precision."),
+        ("text", "Sequences have 4,096 bytes, as the paper says; their script makes 1,000 of them."),
+        *DEVIATIONS,
+    ),
+)

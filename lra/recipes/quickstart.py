@@ -1,0 +1,33 @@
+"""Quickstart: every layer at the same number of parameters, in minutes on a laptop.
+
+Source     none; sizes that fit a CPU, so that nobody needs a paper to see a layer learn
+Command    python scripts/quickstart.py
+Expected   results/quickstart.csv, in the README: seeds, spread and floors
+"""
+
+from subquad.lra.recipes.recipe import Recipe
+
+QUICKSTART = Recipe(
+    id="quickstart",
+    source="subquad",
+    equal_parameters=True,
+    layers={
+        "softmax": dict(num_heads=4),
+        "blockwise": dict(num_heads=4, max_length="{length}", block_size=32),
+        "local": dict(num_heads=4, window_size=16),
+        "strided": dict(num_heads=4, stride=16),
+        "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
+        "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
+        "performer": dict(num_heads=4, num_features=32),
+        "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
+        "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
+    },
+    settings={
+        # Ten times as long, so wider, too: else Linformer's projections alone would be more than the budget.
+        "*/lra": dict(in_features=128, mlp_features=512, evaluate_every=150),
+        # As long, and no wider.
+        "text|pathfinder|bbc_text|bbc_halves|photo_patches linformer": dict(
+            layer_options=dict(num_landmarks=8, sharing="key_value")
+        ),
+    },
+)

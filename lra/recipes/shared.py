@@ -1,0 +1,14 @@
+"""What several pages say in the same words."""
+
+# The layers that the arena's own code has, as one scope.
+ATTENTION = "softmax|blockwise|local|strided|reformer|linformer|performer|transformer_xl"
+# Path-X is Pathfinder at 128 x 128, hard, in both readings.
+PATH_X = "pathfinder/*128_hard"
+
+# Of papers that inherit the arena's reading of pictures.
+BLACK = "Black is the id 1 and is attended to; theirs takes it for padding."
+# What is generated here where others read the arena's files.
+DRAWN = (
+    ("listops/lra", "Trees are drawn anew by the arena's rules; its own files are listops/release."),
+    ("pathfinder/32_*|64_*|128_*|256_*", "Pictures are drawn by our own generator; the arena's are pathfinder/release_*."),
+)

@@ -1,0 +1,36 @@
+"""Skyformer (Chen et al. 2021, arXiv 2111.00035), as in pkuzengqi/Skyformer@1a677cb.
+
+Command    python scripts/train.py --recipe skyformer --layer softmax --task listops
+Expected   softmax, table 1, in %: listops 38.37, text 61.95, retrieval 80.69, image 40.57, pathfinder 65.26
+Hours      softmax, table 2, theirs: listops 2.24, text 4.30, retrieval 8.33, image 4.22, pathfinder 2.57
+
+Starts from the settings of Nystromformer; each task has steps, batch and rates of its own.
+"""
+
+from subquad.lra.recipes import nystromformer
+from subquad.lra.recipes.recipe import Recipe
+
+SKYFORMER = Recipe(
+    id="skyformer",
+    source="Chen et al. 2021, arXiv 2111.00035, as in pkuzengqi/Skyformer@1a677cb",
+    layers=nystromformer.LAYERS | {
+        "linformer": dict(num_heads=2, max_length="{length}", num_landmarks=128),
+        "performer": dict(num_heads=2, num_features=128),
+    },
+    settings=nystromformer.SETTINGS | {
+        "listops": dict(config="lra", steps=50_000, batch_size=32, warmup_steps=1000, evaluate_every=500),
+        "text": dict(config="modern", steps=50_000, batch_size=16, warmup_steps=80, evaluate_every=500),
+        "retrieval": dict(
+            config="lra", steps=50_000, batch_size=16, warmup_steps=800, learning_rate=2e-4, evaluate_every=500
+        ),
+        "image": dict(config="lra", steps=50_000, batch_size=256, warmup_steps=175, evaluate_every=500),
+        "pathfinder": dict(
+            config="32_hard", steps=50_000, batch_size=128, warmup_steps=312, learning_rate=2e-4, evaluate_every=500
+        ),
+    },
+    deviations=(
+        ("*", "Which batch size is which task's is inferred from their order."),
+        ("*", "The best on validation is taken of all steps; theirs stops early, at patience 10."),
+        *nystromformer.DEVIATIONS,
+    ),
+)  # fmt: skip

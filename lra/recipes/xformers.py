@@ -1,0 +1,36 @@
+"""xFormers' Long Range Arena: facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab.
+
+Command    python scripts/train.py --recipe xformers --layer softmax --task listops
+Expected   softmax ("Standard"), its README, in %: listops 37.50, text 62.66, retrieval 79.24, image 38.69, pathfinder 70.37
+Hours      not published; python scripts/reproduce_table.py --paper xformers forecasts them for this machine
+
+Starts from the settings of Nystromformer.
+"""
+
+from subquad.lra.recipes import nystromformer
+from subquad.lra.recipes.recipe import Recipe
+from subquad.lra.recipes.shared import ATTENTION
+
+XFORMERS = Recipe(
+    id="xformers",
+    source="facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab",
+    layers=nystromformer.LAYERS,
+    settings=nystromformer.SETTINGS | {
+        "listops": dict(config="lra", steps=10_000, batch_size=32, warmup_steps=1000, evaluate_every=100),
+        "text": dict(
+            config="modern", steps=20_000, batch_size=32, warmup_steps=8000, evaluate_every=200, in_features=256, num_layers=4,
+            mlp_features=1024, pooling="cls",
+        ),
+        f"text {ATTENTION}": dict(layer_options=dict(num_heads=4)),
+        # A quarter of the length.
+        "listops linformer": dict(layer_options=dict(num_landmarks=500)),
+        "text linformer": dict(layer_options=dict(num_landmarks=1024)),
+        "retrieval linformer": dict(layer_options=dict(num_landmarks=1000)),
+        "image|pathfinder linformer": dict(layer_options=dict(num_landmarks=256)),
+    },
+    deviations=(
+        ("* performer", "Random features are fixed; theirs are drawn anew every 1000 steps."),
+        ("retrieval|image|pathfinder", "Blocks are plain ones; theirs are reversible, which saves memory."),
+        *nystromformer.DEVIATIONS,
+    ),
+)  # fmt: skip

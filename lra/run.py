@@ -1,0 +1,179 @@
+"""The record of a run: everything that decides its numbers. `plan.plan` makes one from a recipe."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from subquad.kernels.dispatch import nearest
+
+Pooling = Literal["mean", "max", "first", "last", "cls"]
+Schedule = Literal["cosine", "rsqrt", "linear", "constant", "plateau"]
+Selection = Literal["best", "last"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run's numbers. `plan.plan` makes one.
+
+    Attributes:
+        recipe: a key of `recipes.RECIPES`, which it was planned from.
+        task: a key of `tasks.TASKS`.
+        config: which of the task's data sets.
+        layer: a key of `zoo.LAYERS`, or "package.module:ClassName".
+        seed: of the first parameters, the order of the data and dropout; below 2**32.
+        layer_options: of the layer's constructor.
+        in_features: features D.
+        num_layers: number of blocks.
+        mlp_features: features inside the feed-forward networks.
+        pooling: of the real tokens; "cls" prepends a token of its own and reads that.
+        positions: "learned", "sinusoidal" or None.
+        dropout_rate: of embeddings and block outputs.
+        steps: optimiser steps.
+        batch_size: examples per step.
+        accumulate: in how many equal parts a batch is computed.
+        learning_rate: at the peak; for the schedule "rsqrt" the factor of min(1, t / warmup) / sqrt(max(t, warmup)).
+        schedule: after the warm-up, "cosine" or "linear" to 0 at the last step, "rsqrt", "constant", or "plateau": times
+            0.2 whenever the validation loss has had no new minimum in `patience` validations.
+        warmup_steps: linear warm-up, in steps; a recipe's is at most half of `steps`, but for "rsqrt".
+        weight_decay: decoupled, times the learning rate.
+        decay: "matrices" spares biases, norms and the layers' other parameters; "all" spares none but those of state spaces.
+        b1: of Adam, of the gradients' average.
+        b2: of Adam, of their squares' average.
+        eps: of Adam, added to the root of the squares' average.
+        clip_norm: largest global norm of the gradient; None: no limit.
+        dtype: of activations; parameters are float32.
+        evaluate_every: steps between validations, each of which also saves a checkpoint.
+        selection: which parameters the reported test accuracy is of: "best" on validation, or the "last".
+        ema: decay of a moving average of the parameters, which is then what is validated, tested and kept; None: no average.
+        remat: compute each block again in the backward pass: less memory, more time, the same numbers.
+        state_learning_rate: as learning_rate, of the parameters of state spaces, `optim.STATE_SPACE`; None: as the others'.
+        step_learning_rate: as learning_rate, of their step sizes; None: as the parameters of state spaces.
+        embedding_std: deviation of the token embeddings at the start, and "cls" starts as 0; None: 1 / sqrt(in_features).
+        position_std: deviation of the learned positions at the start; None: 1 / sqrt(in_features).
+        patience: validations that a plateau waits for a new minimum.
+        protocol: the rules that a number was made by: "lra-2020", those of the arena's code, or "modern", see `protocols`.
+        head: between pooled features and logits: "linear", after one hidden layer of in_features for a pair, or "mlp", the
+            arena's hidden layer of mlp_features, and a second of half as many for a pair.
+        interaction: of a pair a, b: "nli", [a, b, a * b, a - b], or "concat", [a, b].
+        inputs: "tokens", or "continuous": a pixel is one number in -1..1 through a linear map.
+    """
+
+    recipe: str = "quickstart"
+    task: str = "listops"
+    config: str = "small"
+    layer: str = "softmax"
+    seed: int = 0
+    layer_options: Mapping[str, Any] = field(default_factory=dict)
+    in_features: int = 64
+    num_layers: int = 2
+    mlp_features: int = 128
+    pooling: Pooling = "mean"
+    positions: Literal["learned", "sinusoidal"] | None = "learned"
+    dropout_rate: float = 0.0
+    steps: int = 300
+    batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float = 4e-3
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 25
+    weight_decay: float = 0.05
+    decay: Literal["matrices", "all"] = "matrices"
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    dtype: Dtype = "float32"
+    evaluate_every: int = 50
+    selection: Selection = "best"
+    ema: float | None = None
+    remat: bool = False
+    state_learning_rate: float | None = None
+    step_learning_rate: float | None = None
+    embedding_std: float | None = None
+    position_std: float | None = None
+    patience: int = 10
+    protocol: Literal["lra-2020", "modern"] = "modern"
+    head: Literal["linear", "mlp"] = "linear"
+    interaction: Literal["concat", "nli"] = "nli"
+    inputs: Literal["tokens", "continuous"] = "tokens"
+
+    @property
+    def id(self) -> str:
+        """Names the run by layer, seed and a hash of all its values."""
+        values = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return f"{self.layer.replace(':', '.')}-seed{self.seed}-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
+
+
+def check_type(name: str, value: Any) -> None:
+    """Refuses a value of another type than the attribute of `Run`, or another word than it knows.
+
+    Raises: TypeError, ValueError.
+    """
+    kind = get_type_hints(Run)[name]
+    allowed = _types(kind)
+    if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
+        raise TypeError(f"{name} must be {' or '.join(one.__name__ for one in allowed)}, got {value!r}.")
+    choices = [choice for part in _parts(kind) for choice in get_args(part) if get_origin(part) is Literal]
+    if choices and value is not None and value not in choices:
+        raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, choices)}")
+
+
+def check_values(run: Run) -> None:
+    """Refuses a run with a value out of its range, or with two that contradict each other.
+
+    Raises: ValueError.
+    """
+    positive = (
+        "in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every", "patience", "eps",
+        "clip_norm", "state_learning_rate", "step_learning_rate", "embedding_std", "position_std",
+    )  # fmt: skip
+    for name in positive:
+        if getattr(run, name) is not None and not 0 < getattr(run, name) < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {getattr(run, name)}.")
+    for name in ("mlp_features", "warmup_steps", "weight_decay"):
+        if not 0 <= getattr(run, name) < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {getattr(run, name)}.")
+    for name, word, needed in (("position_std", "positions", "learned"), ("embedding_std", "inputs", "tokens")):
+        if getattr(run, name) is not None and getattr(run, word) != needed:
+            raise ValueError(f"{name} must be none with {word}={getattr(run, word)!r}, got {getattr(run, name)}.")
+    if not 0 <= run.seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {run.seed}.")
+    if run.schedule != "rsqrt" and run.warmup_steps > run.steps:
+        raise ValueError(
+            f"warmup_steps must be at most steps = {run.steps} under schedule {run.schedule!r}, got {run.warmup_steps}."
+        )
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(run, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(run, name)}.")
+    if not 0 <= run.dropout_rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {run.dropout_rate}.")
+    if run.ema is not None and not 0 < run.ema < 1:
+        raise ValueError(f"ema must be in (0, 1), got {run.ema}. Use none for no average.")
+    if run.batch_size % run.accumulate:
+        raise ValueError(
+            f"accumulate must divide batch_size = {run.batch_size}, got {run.accumulate}. Choose one of "
+            f"{[k for k in range(1, run.batch_size + 1) if run.batch_size % k == 0]}."
+        )
+
+
+def _parts(kind) -> tuple:
+    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+
+
+def _types(kind) -> tuple[type, ...]:
+    """The Python types of an annotation; a float may be given as an int."""
+    accepted = []
+    for part in _parts(kind):
+        if get_origin(part) is Literal:
+            accepted.append(str)
+        elif part is float:
+            accepted += [float, int]
+        else:
+            accepted.append(get_origin(part) or part)
+    return tuple(accepted)
