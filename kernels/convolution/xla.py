@@ -114,6 +114,4 @@ def _backward(room, saved, cotangent):
     return map_parts(group, groups, (inputs, cotangent, kernel, ahead), (2, 2, 0, 0), (2, 0, 0), after=cotangent)
 
 
-_convolve = operation(
-    _forward, _backward, arrays=("b t d", "d past", "d ahead"), outputs="b t d", independent="b d"
-)
+_convolve = operation(_forward, _backward, arrays=("b t d", "d past", "d ahead"), outputs="b t d", independent="b d")

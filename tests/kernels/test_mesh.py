@@ -125,9 +125,7 @@ def check_meshes():
             grads["bias"] = jax.lax.psum(grads["bias"], "x")
             return jax.lax.psum(loss, "x"), grads
 
-        mapped = jax.shard_map(
-            part, mesh=mesh, in_specs=(specs,), out_specs=(P(), gradient), axis_names=names, check_vma=False
-        )
+        mapped = jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=(P(), gradient), axis_names=names, check_vma=False)
         return lambda **words: mapped(words)
 
     placed = place(arrays, **over("x", None, "y"))
