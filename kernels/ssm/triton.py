@@ -164,12 +164,12 @@ def scan_forward(
 def scan_backward(
     tokens, grad_outputs, toeplitz, writes, reads, jump, entering, grad_last,
     grad_tokens, grad_toeplitz, grad_writes, grad_reads, grad_jump, grad_start,
-    B: tl.constexpr, T: tl.constexpr, P: tl.constexpr, COMPLEX: tl.constexpr, TOKENS: tl.constexpr, TABLES: tl.constexpr,
+    B: tl.constexpr, T: tl.constexpr, P: tl.constexpr, COMPLEX: tl.constexpr, TABLES: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first: the state is the gradient g of that after a chunk, and the tables are transposed.
 
-    Gradients of tokens and of the first state (TOKENS), or of the tables, for each block of samples (TABLES).
+    Gradients of the tables, for each block of samples (TABLES), or of tokens and of the first state.
     """
     CHUNKS: tl.constexpr = (T + C - 1) // C
     BLOCKS: tl.constexpr = (B + BB - 1) // BB
@@ -183,7 +183,7 @@ def scan_backward(
     r_re, r_im = _planes(reads + feature * (C * SIZE), mode[None, :] * C + within[:, None], None, None, C * P, COMPLEX)
     a_re, a_im = _planes(jump + feature * SIZE, mode[None, :], None, None, P, COMPLEX)
     g_re, g_im = tl.zeros((BB, P), tl.float32), tl.zeros((BB, P), tl.float32)
-    if TOKENS:
+    if not TABLES:
         taps = tl.load(toeplitz + feature * (C * C) + within[None, :] * C + within[:, None])
         w_re, w_im = _planes(writes + feature * (C * SIZE), within[None, :] * P + mode[:, None], None, None, C * P, COMPLEX)
     if TABLES:
@@ -196,7 +196,7 @@ def scan_backward(
         position = n * C + within[None, :]
         inside = here & (position < T)
         dy = tl.load(grad_outputs + row * T + position, mask=inside, other=0.0).to(tl.float32)
-        if TOKENS:
+        if not TABLES:
             du = tl.dot(dy, taps, input_precision=PRECISION)
             du = _dot_planes(g_re, g_im, w_re, w_im, du, PRECISION, COMPLEX)
             tl.store(grad_tokens + row * T + position, du.to(grad_tokens.dtype.element_ty), mask=inside)
@@ -217,7 +217,7 @@ def scan_backward(
         last_re, last_im = _planes(grad_last, row * SIZE + mode[None, :], here & (step + tl.zeros((1, 1), tl.int32) == 0), 0.0, P, COMPLEX)
         g_re += last_re
         g_im += last_im
-    if TOKENS:
+    if not TABLES:
         _store_planes(grad_start, row * SIZE + mode[None, :], here, g_re, g_im, P, COMPLEX)
     if TABLES:
         block = program.to(tl.int64)
@@ -233,9 +233,24 @@ def scan_backward(
 TABLES = ("toeplitz", "writes", "reads", "jump")
 
 
-def _scan_config(batch, length):
-    """Tiles of a warp group where there are as many samples and tokens."""
-    return launch.Config(dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch))), num_warps=4, num_stages=1)
+def _scan_configs(mode, batch, length, size, dtype):
+    """Of the forward kernel, of the backward one for tokens, and of that for tables, which has more sums in registers.
+
+    64 samples are a warp group's; `size` numbers of a state leave no registers for as many from 128 on.
+    """
+    if mode == "interpret":
+        many = few = dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch)))
+    else:
+        few = dict(C=32 if size <= 128 else 16, BB=16)
+        many = few | dict(BB=64) if size <= 64 and batch > 32 else few
+    sizes = dict(length=launch.size_class(length, LONGEST_CLASS), batch=launch.size_class(batch, 64), size=size, dtype=dtype.name)
+    warps = 4 if size <= 64 else 8
+    choose = lambda name, blocks, **more: launch.config(name, launch.Config(blocks, warps, 1), **sizes, **more)
+    forward = choose("scan_forward", many)
+    backward = choose("scan_backward", many, tables=False), choose("scan_backward", few, tables=True)
+    # The states that the forward pass saves are those that the backward pass starts from.
+    chunk = dict(C=forward.blocks["C"])
+    return forward, *(launch.Config({**x.blocks, **chunk}, x.num_warps, x.num_stages) for x in backward)
 
 
 def _scan_launch(kernel, config, mode, inputs, outputs, **constants):
@@ -256,20 +271,22 @@ def _scan_run(config, mode, is_saving, tokens, *rest):
     return tuple(_scan_launch(scan_forward, config, mode, inputs, outputs, SLOTS=slots))
 
 
-def _scan_run_backward(config, mode, tokens, *rest):
+def _scan_run_backward(config_tokens, config_tables, mode, tokens, *rest):
     """The gradients of tokens, tables and first state."""
     inputs = dict(zip(("tokens", "grad_outputs", *TABLES, "entering", "grad_last"), (tokens, *rest), strict=True))
-    blocks = -(-tokens.shape[1] // config.blocks["BB"])
-    per_block = {f"grad_{name}": ((len(tokens), blocks, *inputs[name].shape[1:]), jnp.float32) for name in TABLES}
-    last = inputs["grad_last"]
-    outputs = dict(grad_tokens=(tokens.shape, tokens.dtype), **per_block, grad_start=(last.shape, last.dtype))
+    last, some = inputs["grad_last"], ((1,), jnp.float32)
 
-    def run(**flags):
-        return _scan_launch(scan_backward, config, mode, inputs, outputs, **flags)
+    def run(config, is_tables):
+        blocks = -(-tokens.shape[1] // config.blocks["BB"])
+        tables = {name: ((len(tokens), blocks, *inputs[name].shape[1:]), jnp.float32) for name in TABLES}
+        others = dict(tokens=(tokens.shape, tokens.dtype), start=(last.shape, last.dtype))
+        likes = dict(tokens=others["tokens"], **tables, start=others["start"])
+        outputs = {f"grad_{name}": like if (name in tables) == is_tables else some for name, like in likes.items()}
+        return _scan_launch(scan_backward, config, mode, inputs, outputs, TABLES=is_tables)
 
     # The products of float32, each three of TF32, would not leave registers enough for all gradients at once.
-    grad_tokens, *_, grad_start = run(TOKENS=True, TABLES=False)
-    _, *tables, _ = run(TOKENS=False, TABLES=True)
+    grad_tokens, *_, grad_start = run(config_tokens, False)
+    _, *tables, _ = run(config_tables, True)
     return grad_tokens, *(table.sum(1) for table in tables), grad_start
 
 
@@ -277,20 +294,20 @@ def _scan_run_backward(config, mode, tokens, *rest):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(config, mode, *arrays):
-    outputs, entering = launch.fold_vmap(functools.partial(_scan_run, config, mode, False), shared=[])(*arrays)
+def _scan(configs, mode, *arrays):
+    outputs, entering = launch.fold_vmap(functools.partial(_scan_run, configs[0], mode, False), shared=[])(*arrays)
     return outputs, entering[:, :, -1]
 
 
-def _scan_forward(config, mode, *arrays):
-    outputs, entering = launch.fold_vmap(functools.partial(_scan_run, config, mode, True), shared=[])(*arrays)
+def _scan_forward(configs, mode, *arrays):
+    outputs, entering = launch.fold_vmap(functools.partial(_scan_run, configs[0], mode, True), shared=[])(*arrays)
     return (outputs, entering[:, :, -1]), (*arrays[:-1], entering)
 
 
-def _scan_backward(config, mode, saved, gradients):
+def _scan_backward(configs, mode, saved, gradients):
     tokens, *tables, entering = saved
     grad_outputs, grad_last = gradients
-    run = launch.fold_vmap(functools.partial(_scan_run_backward, config, mode), shared=[])
+    run = launch.fold_vmap(functools.partial(_scan_run_backward, *configs[1:], mode), shared=[])
     return run(tokens, grad_outputs, *tables, entering, grad_last)
 
 
@@ -302,15 +319,14 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     _check_dtypes(inputs, log_decay, input_matrix, output_matrix, state)
     (batch, length, _), pairs = inputs.shape, log_decay.shape[1]
     _check_modes(pairs)
-    sizes = dict(length=launch.size_class(length, LONGEST_CLASS), pairs=_pad_size(pairs), dtype=inputs.dtype.name)
-    config = launch.config("scan_forward", _scan_config(batch, length), **sizes)
-    chunk = config.blocks["C"]
+    padded = _pad_size(pairs)
+    configs = _scan_configs(mode, batch, length, padded * (2 if jnp.iscomplexobj(log_decay) else 1), inputs.dtype)
+    chunk = configs[0].blocks["C"]
     toeplitz, writes, reads, jump = xla.chunk_tables(chunk, log_decay, input_matrix, output_matrix)
-    extra = _pad_size(pairs) - pairs
-    separate = lambda x: jnp.pad(rearrange(x, "... (z p) -> ... z p", p=pairs), [(0, 0)] * x.ndim + [(0, extra)])
+    separate = lambda x: jnp.pad(rearrange(x, "... (z p) -> ... z p", p=pairs), [(0, 0)] * x.ndim + [(0, padded - pairs)])
     writes, reads, jump, start = map(separate, (writes, reads, xla.state_planes(jump), state.swapaxes(0, 1)))
     tables = toeplitz.swapaxes(1, 2), writes.swapaxes(1, 2), rearrange(reads, "d c z p -> d z p c"), jump
-    outputs, before = _scan(config, mode, rearrange(inputs, "b t d -> d b t"), *tables, start)
+    outputs, before = _scan(configs, mode, rearrange(inputs, "b t d -> d b t"), *tables, start)
     before = rearrange(before[..., :pairs], "d b z p -> b d (z p)")
     last = inputs[:, (length - 1) // chunk * chunk :].astype(jnp.float32)
     return rearrange(outputs, "d b t -> b t d"), xla.state_after(before, last, log_decay, input_matrix)
