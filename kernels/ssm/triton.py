@@ -214,7 +214,8 @@ def scan_backward(
         g_re, g_im = _times(a_re, -a_im, g_re, g_im, COMPLEX)
         g_re, g_im = _add_planes(g_re, g_im, dy, r_re, r_im, PRECISION, COMPLEX)
         # The state before the last chunk is itself an output.
-        last_re, last_im = _planes(grad_last, row * SIZE + mode[None, :], here & (step + tl.zeros((1, 1), tl.int32) == 0), 0.0, P, COMPLEX)
+        is_last = here & (step + tl.zeros((1, 1), tl.int32) == 0)
+        last_re, last_im = _planes(grad_last, row * SIZE + mode[None, :], is_last, 0.0, P, COMPLEX)
         g_re += last_re
         g_im += last_im
     if not TABLES:
@@ -243,9 +244,9 @@ def _scan_configs(mode, batch, length, size, dtype):
     else:
         few = dict(C=32 if size <= 128 else 16, BB=16)
         many = few | dict(BB=64) if size <= 64 and batch > 32 else few
-    sizes = dict(length=launch.size_class(length, LONGEST_CLASS), batch=launch.size_class(batch, 64), size=size, dtype=dtype.name)
+    sizes = dict(size=size, batch=launch.size_class(batch, 64), length=launch.size_class(length, LONGEST_CLASS))
     warps = 4 if size <= 64 else 8
-    choose = lambda name, blocks, **more: launch.config(name, launch.Config(blocks, warps, 1), **sizes, **more)
+    choose = lambda name, blocks, **more: launch.config(name, launch.Config(blocks, warps, 1), **sizes, dtype=dtype.name, **more)
     forward = choose("scan_forward", many)
     backward = choose("scan_backward", many, tables=False), choose("scan_backward", few, tables=True)
     # The states that the forward pass saves are those that the backward pass starts from.
