@@ -237,18 +237,19 @@ TABLES = ("toeplitz", "writes", "reads", "jump")
 def _scan_configs(mode, batch, length, size, dtype):
     """Of the forward kernel, of the backward one for tokens, and of that for tables, which has more sums in registers.
 
-    64 samples are a warp group's; `size` numbers of a state leave no registers for as many from 128 on.
+    64 samples are what a warp group multiplies; with `size` > 64 numbers in a state they find no registers.
     """
+    small = size <= 64
+    few = many = launch.Config(dict(C=32 if size <= 128 else 16, BB=16), 2 if small else 8, 1)
+    tables = launch.Config(few.blocks, 4 if small else 8, 1)
+    if batch > 32 and small:
+        many = launch.Config(dict(C=32, BB=64), 4, 1)
     if mode == "interpret":
-        many = few = dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch)))
-    else:
-        few = dict(C=32 if size <= 128 else 16, BB=16)
-        many = few | dict(BB=64) if size <= 64 and batch > 32 else few
+        many = tables = launch.Config(dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch))))
     sizes = dict(size=size, batch=launch.size_class(batch, 64), length=launch.size_class(length, LONGEST_CLASS))
-    warps = 4 if size <= 64 else 8
-    choose = lambda name, blocks, **more: launch.config(name, launch.Config(blocks, warps, 1), **sizes, dtype=dtype.name, **more)
-    forward = choose("scan_forward", many)
-    backward = choose("scan_backward", many, tables=False), choose("scan_backward", few, tables=True)
+    sizes |= dict(dtype=dtype.name)
+    forward = launch.config("scan_forward", many, **sizes)
+    backward = (launch.config("scan_backward", x, **sizes, tables=flag) for x, flag in ((many, False), (tables, True)))
     # The states that the forward pass saves are those that the backward pass starts from.
     chunk = dict(C=forward.blocks["C"])
     return forward, *(launch.Config({**x.blocks, **chunk}, x.num_warps, x.num_stages) for x in backward)
