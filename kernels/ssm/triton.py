@@ -324,14 +324,14 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     padded = _pad_size(pairs)
     configs = _scan_configs(mode, batch, length, padded * (2 if jnp.iscomplexobj(log_decay) else 1), inputs.dtype)
     chunk = configs[0].blocks["C"]
-    toeplitz, writes, reads, jump = xla.chunk_tables(chunk, log_decay, input_matrix, output_matrix)
+    toeplitz, writes, reads, powers = xla.chunk_tables(chunk, log_decay, input_matrix, output_matrix)
     separate = lambda x: jnp.pad(rearrange(x, "... (z p) -> ... z p", p=pairs), [(0, 0)] * x.ndim + [(0, padded - pairs)])
-    writes, reads, jump, start = map(separate, (writes, reads, xla.state_planes(jump), state.swapaxes(0, 1)))
-    tables = toeplitz.swapaxes(1, 2), writes.swapaxes(1, 2), rearrange(reads, "d c z p -> d z p c"), jump
-    outputs, before = _scan(configs, mode, rearrange(inputs, "b t d -> d b t"), *tables, start)
+    planes = map(separate, (writes, reads, xla.state_planes(powers[:, -1]), state.swapaxes(0, 1)))
+    tables = toeplitz.swapaxes(1, 2), next(planes).swapaxes(1, 2), rearrange(next(planes), "d c z p -> d z p c")
+    outputs, before = _scan(configs, mode, rearrange(inputs, "b t d -> d b t"), *tables, *planes)
     before = rearrange(before[..., :pairs], "d b z p -> b d (z p)")
     last = inputs[:, (length - 1) // chunk * chunk :].astype(jnp.float32)
-    return rearrange(outputs, "d b t -> b t d"), xla.state_after(before, last, log_decay, input_matrix)
+    return rearrange(outputs, "d b t -> b t d"), xla.state_after(before, last, log_decay, writes)
 
 
 # ----------------------------------------------------------------------------------------- kernels of diagonal systems

@@ -93,41 +93,41 @@ compiled_scan = jax.jit(_scan, static_argnums=(0, 1))
 
 def _scan_group(chunk, inputs, log_decay, input_matrix, output_matrix, state):
     """Some features of `diagonal_scan`: products within chunks, and only the state from one to the next."""
-    length = inputs.shape[1]
+    batch, length, _ = inputs.shape
     chunks = -(-length // chunk)
-    toeplitz, writes, reads, jump = chunk_tables(chunk, log_decay, input_matrix, output_matrix)
+    toeplitz, writes, reads, powers = chunk_tables(chunk, log_decay, input_matrix, output_matrix)
     values = jnp.pad(inputs.astype(state.dtype), ((0, 0), (0, chunks * chunk - length), (0, 0)))
-    values = rearrange(values, "b (n c) d -> d b n c", c=chunk)
+    values = rearrange(values, "b (n c) d -> d (b n) c", c=chunk)
 
-    added = einsum("dbnc,dcs->nbds", values, writes)
-    advance = lambda before, added: (times(jump, before) + added, before)
-    _, states = jax.lax.scan(advance, state, added)  # before each chunk
-    outputs = einsum("dbnj,dij->bnid", values, toeplitz) + einsum("nbds,dis->bnid", states, reads)
+    added = rearrange(einsum("dmc,dcs->dms", values, writes), "d (b n) s -> n d b s", b=batch)
+    # All powers go into the loop: of the last alone, XLA on a CPU makes the others once for every table (twice the time).
+    advance = lambda before, added: (times(powers[:, None, -1], before) + added, before)
+    _, states = jax.lax.scan(advance, state.swapaxes(0, 1), added)  # before each chunk
+    before = rearrange(states, "n d b s -> d (b n) s")
+    outputs = einsum("dmj,dij->dmi", values, toeplitz) + einsum("dms,dis->dmi", before, reads)
 
+    outputs = rearrange(outputs, "d (b n) c -> b (n c) d", b=batch)[:, :length].astype(inputs.dtype)
     last = inputs[:, (chunks - 1) * chunk :].astype(state.dtype)
-    outputs = rearrange(outputs, "b n c d -> b (n c) d")[:, :length].astype(inputs.dtype)
-    return outputs, state_after(states[-1], last, log_decay, input_matrix)
+    return outputs, state_after(states[-1].swapaxes(0, 1), last, log_decay, writes)
 
 
 def chunk_tables(chunk, log_decay, input_matrix, output_matrix):
     """What a chunk of C tokens multiplies: outputs = toeplitz tokens + reads state, state' = jump state + tokens writes.
 
     toeplitz [D, C, C] of the systems' kernel, writes [D, C, S] of what tokens leave at the end of the chunk, reads [D, C, S] of
-    what becomes of the state before it, jump [D, P]. States are as they are stored.
+    what becomes of the state before it, powers [D, C + 1, P] of A_bar, whose last is the jump. States are as they are stored.
     """
-    powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk + 1)[:, None])  # [D, C + 1, P]
+    powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk + 1)[:, None])
     traces = state_planes(input_matrix[:, None] * powers[:, :chunk])  # of a token after 0 .. C - 1 steps
     taps = einsum("dcs,ds->dc", traces, _output_planes(output_matrix))
     reads = _output_planes(output_matrix[:, None] * powers[:, 1:])
-    return _toeplitz(taps), jnp.flip(traces, axis=1), reads, powers[:, chunk]
+    return _toeplitz(taps), jnp.flip(traces, axis=1), reads, powers
 
 
-def state_after(state, tokens, log_decay, input_matrix):
-    """The state [B, D, S] after the tokens [B, c, D], at most a chunk of them."""
+def state_after(state, tokens, log_decay, writes):
+    """The state [B, D, S] after tokens [B, c, D], at most a chunk of them."""
     count = tokens.shape[1]
-    steps = jnp.arange(count - 1, -1, -1)[:, None]
-    writes = state_planes(input_matrix[:, None] * jnp.exp(log_decay[:, None] * steps))
-    return times(jnp.exp(log_decay * count), state) + einsum("bcd,dcs->bds", tokens, writes)
+    return times(jnp.exp(log_decay * count), state) + einsum("bcd,dcs->bds", tokens, writes[:, -count:])
 
 
 def state_planes(modes):
