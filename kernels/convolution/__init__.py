@@ -8,12 +8,7 @@ from subquad.kernels.depthwise import depthwise
 
 __all__ = ["convolve", "depthwise"]
 
-# The FFT first: it wins wherever the kernel is long, and None must not depend on the length.
-IMPLEMENTATIONS = {
-    "xla": xla.convolve,
-    **dispatch.triton("subquad.kernels.convolution.triton", "convolve"),
-    "reference": reference.convolve,
-}
+IMPLEMENTATIONS = {"xla": xla.convolve, "reference": reference.convolve}
 
 
 def convolve(
@@ -30,23 +25,21 @@ def convolve(
     Tokens before the first and after the last count as 0. The present token belongs to `kernel` alone: the first tap of
     `anticausal` weighs the next token.
 
-    Cost: by FFT time O(B D n log n), memory O(n D), for n >= T + L - 1; by the direct sum on tensor cores time O(B D T L),
-        memory O(T D); the reference O(T^2) each.
+    Cost: time O(B D n log n), memory O(n D), for n >= T + L - 1; the reference O(T^2) each.
 
     Args:
         inputs: u, [B, T, D].
         kernel: causal taps [D, L]; L may differ from T. Taps past T - 1 touch nothing.
         anticausal: taps towards the future [D, L2]; None: a causal convolution.
-        implementation: "xla" by FFT; "triton" by the direct sum on tensor cores, for short kernels (L up to some 2,000
-            taps, whatever T is) and for outputs that no later token may stir; "reference" by the direct sum; None: "xla".
+        implementation: "xla" by FFT, on every device; "reference" by the direct sum; None: "xla".
     Returns: y [B, T, D] in the dtype of `inputs`.
     Raises:
         TypeError: arrays of integers or complex numbers.
         ValueError: the shapes do not fit; an axis of 0.
-        NotImplementedError: "triton" and "interpret" take float32, bfloat16 and float16 only.
+        NotImplementedError: an implementation that this operation does not have.
     Numerics: float32 inside. The FFT mixes the rounding of all positions: a feature's outputs are right to a few float32
         ulps of its largest input times the sum of its taps, so a large future token stirs that rounding in the past, and
-        nothing more. The direct sums do not mix; "triton" rounds taps to 16 bits where they meet bfloat16 inputs.
+        nothing more. The reference does not mix.
     Example:
         >>> import jax.numpy as jnp
         >>> convolve(jnp.ones((1, 3, 1)), jnp.ones((1, 2)))[0, :, 0].round(3).tolist()

@@ -22,9 +22,8 @@ def _spec(variant, lengths=(63, 129), **options):
     def call(arrays, implementation):
         return convolution.convolve(**arrays, implementation=implementation)
 
-    # Not "triton": None takes the FFT also where there is a GPU. tests/kernels/test_convolution.py reads the machine code.
     make, bench = _make(**options), _make(**options, size=(1, 256))
-    return Spec("convolution.convolve", variant, make, call, bench, lengths, implementations=("interpret",))
+    return Spec("convolution.convolve", variant, make, call, bench, lengths, implementations=())
 
 
 SPECS = [

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
+from einops import rearrange
 
 from subquad.kernels import launch, precision
 from subquad.kernels.ssm import cauchy, xla
@@ -29,11 +30,6 @@ def _check_dtypes(inputs, *modes):
     single = all(x.dtype in (jnp.float32, jnp.complex64) for x in modes)
     if inputs.dtype.name not in FLOATS or not single:
         raise launch.Declined("the kernels take float32, bfloat16 and float16 inputs and modes in float32 or complex64.")
-
-
-def _real_planes(modes):
-    """[..., D, P] -> real and imaginary parts, or None for the imaginary parts of real modes."""
-    return (modes.real, modes.imag) if jnp.iscomplexobj(modes) else (modes, None)
 
 
 def _pad_size(size: int) -> int:
@@ -63,24 +59,18 @@ def _turn(angle):
 
 
 @triton.jit
-def _power(decay_re, decay_im, exponent, COMPLEX: tl.constexpr):
-    """exp(exponent (decay_re + i decay_im)); the imaginary part is not used where the modes are real."""
+def _power(decay_re, decay_im, exponent):
+    """exp(exponent (decay_re + i decay_im))."""
     size = tl.exp(decay_re * exponent)
-    if COMPLEX:
-        cosine, sine = _turn(decay_im * exponent)
-        return size * cosine, size * sine
-    else:
-        return size, size
+    cosine, sine = _turn(decay_im * exponent)
+    return size * cosine, size * sine
 
 
 @triton.jit
-def _load_modes(real, imag, row, P: tl.constexpr, PP: tl.constexpr, COMPLEX: tl.constexpr):
+def _load_modes(real, imag, row, P: tl.constexpr, PP: tl.constexpr):
     place = tl.arange(0, PP)
     re = tl.load(real + row * P + place, mask=place < P, other=0.0)
-    if COMPLEX:
-        return re, tl.load(imag + row * P + place, mask=place < P, other=0.0)
-    else:
-        return re, re
+    return re, tl.load(imag + row * P + place, mask=place < P, other=0.0)
 
 
 @triton.jit
@@ -91,389 +81,257 @@ def _times(a_re, a_im, b_re, b_im, COMPLEX: tl.constexpr):
         return a_re * b_re, a_re * b_re
 
 
-@triton.jit
-def _halve(e_re, e_im, d_re, d_im, FORWARD: tl.constexpr, COMPLEX: tl.constexpr):
-    """Of every two neighbours of e [PP, N]: the one met first, and decay first + second [PP, N / 2]."""
-    HALF: tl.constexpr = e_re.shape[1] // 2
-    first_re, second_re = tl.split(tl.reshape(e_re, [e_re.shape[0], HALF, 2]))
-    first_im, second_im = first_re, second_re
-    if COMPLEX:
-        first_im, second_im = tl.split(tl.reshape(e_im, [e_re.shape[0], HALF, 2]))
-    if not FORWARD:
-        first_re, second_re = second_re, first_re
-        first_im, second_im = second_im, first_im
-    moved_re, moved_im = _times(d_re[:, None], d_im[:, None], first_re, first_im, COMPLEX)
-    return first_re, first_im, moved_re + second_re, moved_im + second_im
-
-
-@triton.jit
-def _double(s_re, s_im, e_re, e_im, d_re, d_im, FORWARD: tl.constexpr, COMPLEX: tl.constexpr):
-    """The states before both of every two neighbours [PP, N], from those before the pairs and what the first adds."""
-    next_re, next_im = _times(d_re[:, None], d_im[:, None], s_re, s_im, COMPLEX)
-    next_re += e_re
-    if COMPLEX:
-        next_im += e_im
-    if FORWARD:
-        real, imag = tl.interleave(s_re, next_re), s_im
-        if COMPLEX:
-            imag = tl.interleave(s_im, next_im)
-    else:
-        real, imag = tl.interleave(next_re, s_re), s_im
-        if COMPLEX:
-            imag = tl.interleave(next_im, s_im)
-    return real, imag
-
-
-@triton.jit
-def _jump(jumps, which, SIGN: tl.constexpr, PP: tl.constexpr, COMPLEX: tl.constexpr):
-    source = jumps + which * PP + tl.arange(0, PP)
-    real = tl.load(source)
-    if COMPLEX:
-        return real, SIGN * tl.load(source + 5 * PP)
-    else:
-        return real, real
-
-
-@triton.jit
-def _table(tables, which, PP: tl.constexpr, C: tl.constexpr):
-    return tl.load(tables + (which * PP + tl.arange(0, PP)[:, None]) * C + tl.arange(0, C)[None, :])
-
-
-@triton.jit
-def _states(e_re, e_im, enter_re, enter_im, jumps, SIGN: tl.constexpr, PP: tl.constexpr, FORWARD: tl.constexpr,
-            COMPLEX: tl.constexpr):  # fmt: skip
-    """The states [PP, 16] before each column of e, x' = decay x + e from x = enter on, and the one after all of them.
-
-    Columns are met from the left if FORWARD, else from the right. Neighbours are added in pairs, pairs of pairs and so on,
-    and the way back hands each its state. The decay's powers 1, 2, .. 16 are exponentials, not squares of squares, whose
-    rounding doubles each time; SIGN = -1 conjugates them.
-    """
-    d_re, d_im = _jump(jumps, 0, SIGN, PP, COMPLEX)
-    d2_re, d2_im = _jump(jumps, 1, SIGN, PP, COMPLEX)
-    d4_re, d4_im = _jump(jumps, 2, SIGN, PP, COMPLEX)
-    d8_re, d8_im = _jump(jumps, 3, SIGN, PP, COMPLEX)
-    d16_re, d16_im = _jump(jumps, 4, SIGN, PP, COMPLEX)
-    a_re, a_im, e_re, e_im = _halve(e_re, e_im, d_re, d_im, FORWARD, COMPLEX)
-    b_re, b_im, e_re, e_im = _halve(e_re, e_im, d2_re, d2_im, FORWARD, COMPLEX)
-    c_re, c_im, e_re, e_im = _halve(e_re, e_im, d4_re, d4_im, FORWARD, COMPLEX)
-    f_re, f_im, e_re, e_im = _halve(e_re, e_im, d8_re, d8_im, FORWARD, COMPLEX)
-    s_re, s_im = enter_re[:, None], enter_im[:, None]
-    after_re, after_im = _times(d16_re, d16_im, enter_re, enter_im, COMPLEX)
-    after_re += tl.sum(e_re, axis=1)  # of one column
-    if COMPLEX:
-        after_im += tl.sum(e_im, axis=1)
-    s_re, s_im = _double(s_re, s_im, f_re, f_im, d8_re, d8_im, FORWARD, COMPLEX)
-    s_re, s_im = _double(s_re, s_im, c_re, c_im, d4_re, d4_im, FORWARD, COMPLEX)
-    s_re, s_im = _double(s_re, s_im, b_re, b_im, d2_re, d2_im, FORWARD, COMPLEX)
-    s_re, s_im = _double(s_re, s_im, a_re, a_im, d_re, d_im, FORWARD, COMPLEX)
-    return s_re, s_im, after_re, after_im
-
-
 # -------------------------------------------------------------------------------------------------- the diagonal scan
 #
-# A program has one feature of one sample. It cuts the sequence into tiles of N = 16 chunks of C tokens and lays a tile out as
-# [C, N], a chunk in each column:
+# A program has one feature of BB samples and walks over chunks of C tokens, U [BB, C], with their states S [BB, P]:
 #
-#     outputs = Toeplitz(taps) tokens + reads states,    states[:, n + 1] = decay^C states[:, n] + writes tokens[:, n]
+#     Y = U toeplitz + Re(S) reads_re + Im(S) reads_im,    S' = jump S + U (writes_re + i writes_im)
 #
-# with reads [C, P] = C A^(1 .. C) and writes [P, C] = A^(C - 1 .. 0) B. `last` is the state before the chunk that holds the
-# last token; that chunk may be a short one, and XLA goes on from there.
+# The tables of the feature (`xla.chunk_tables`) are loaded once. Real modes have no imaginary planes.
 
 
 @triton.jit
-def _start_of(states, program, P: tl.constexpr, PP: tl.constexpr, COMPLEX: tl.constexpr):
-    """A state [PP] from an array of them."""
-    place = tl.arange(0, PP)
+def _planes(array, offset, mask, other, STEP: tl.constexpr, COMPLEX: tl.constexpr):
+    """The real and the imaginary plane, STEP behind it; the real one in place of one that is not there."""
+    real = tl.load(array + offset, mask=mask, other=other)
     if COMPLEX:
-        source = states + program * (2 * P) + place
-        return tl.load(source, mask=place < P, other=0.0), tl.load(source + P, mask=place < P, other=0.0)
+        return real, tl.load(array + offset + STEP, mask=mask, other=other)
     else:
-        real = tl.load(states + program * P + place, mask=place < P, other=0.0)
         return real, real
 
 
 @triton.jit
-def _store_state(target, real, imag, P: tl.constexpr, PP: tl.constexpr, COMPLEX: tl.constexpr):
-    place = tl.arange(0, PP)
-    tl.store(target + place, real, mask=place < P)
+def _store_planes(array, offset, mask, real, imag, STEP: tl.constexpr, COMPLEX: tl.constexpr):
+    tl.store(array + offset, real, mask=mask)
     if COMPLEX:
-        tl.store(target + P + place, imag, mask=place < P)
+        tl.store(array + offset + STEP, imag, mask=mask)
+
+
+@triton.jit
+def _dot_planes(re, im, table_re, table_im, start, PRECISION: tl.constexpr, COMPLEX: tl.constexpr):
+    """One product over the planes of a state and those of a table."""
+    result = tl.dot(re, table_re, start, input_precision=PRECISION)
+    if COMPLEX:
+        result = tl.dot(im, table_im, result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def _add_planes(re, im, values, table_re, table_im, PRECISION: tl.constexpr, COMPLEX: tl.constexpr):
+    """A state, and the values times each plane of a table."""
+    re = tl.dot(values, table_re, re, input_precision=PRECISION)
+    if COMPLEX:
+        im = tl.dot(values, table_im, im, input_precision=PRECISION)
+    return re, im
 
 
 @triton.jit
 def scan_forward(
-    tokens, taps, tables, jumps, start, outputs, last, entering,
-    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, TILES: tl.constexpr, SHARED: tl.constexpr,
-    COMPLEX: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    tokens, toeplitz, writes, reads, jump, start, outputs, entering,
+    B: tl.constexpr, T: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, COMPLEX: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row = program % D if SHARED else program
-    place, within, column = tl.arange(0, PP), tl.arange(0, C), tl.arange(0, N)
-    LAST: tl.constexpr = (T - 1) // C
+    """`entering`: the states before the last SLOTS chunks."""
+    CHUNKS: tl.constexpr = (T + C - 1) // C
+    BLOCKS: tl.constexpr = (B + BB - 1) // BB
     SIZE: tl.constexpr = 2 * P if COMPLEX else P
-    PLANES: tl.constexpr = 2 if COMPLEX else 1
-    tokens += program * T
-    outputs += program * T
-    last += program * SIZE
-    entering += program * TILES * SIZE
-    tables += row * (2 * PLANES * PP * C)
-    jumps += row * (5 * PLANES * PP)
-    lag = within[:, None] - within[None, :]
-    toeplitz = tl.load(taps + row * C + lag, mask=lag >= 0, other=0.0)
-    enter_re, enter_im = _start_of(start, program, P, PP, COMPLEX)
-    for tile in range(TILES):
-        _store_state(entering + tile * SIZE, enter_re, enter_im, P, PP, COMPLEX)
-        position = tile * (N * C) + column[None, :] * C + within[:, None]
-        now = tl.load(tokens + position, mask=position < T, other=0.0).to(tl.float32)
-        add_re = tl.dot(_table(tables, 0, PP, C), now, input_precision=PRECISION)
-        add_im = add_re
-        if COMPLEX:
-            add_im = tl.dot(_table(tables, 2, PP, C), now, input_precision=PRECISION)
-        s_re, s_im, enter_re, enter_im = _states(add_re, add_im, enter_re, enter_im, jumps, 1, PP, True, COMPLEX)
-        result = tl.dot(toeplitz, now, input_precision=PRECISION)
-        result = tl.dot(tl.trans(_table(tables, 1, PP, C)), s_re, result, input_precision=PRECISION)
-        if COMPLEX:
-            result = tl.dot(tl.trans(_table(tables, 3, PP, C)), s_im, result, input_precision=PRECISION)
-        tl.store(outputs + position, result.to(outputs.dtype.element_ty), mask=position < T)
-        if tile == TILES - 1:
-            here = (column[None, :] == LAST - (TILES - 1) * N) & (place[:, None] < P)
-            target = last + place[:, None] + tl.zeros((PP, N), tl.int32)
-            tl.store(target, s_re, mask=here)
-            if COMPLEX:
-                tl.store(target + P, s_im, mask=here)
+    program = tl.program_id(0)
+    feature = (program // BLOCKS).to(tl.int64)
+    sample = program % BLOCKS * BB + tl.arange(0, BB)[:, None]
+    within, mode = tl.arange(0, C), tl.arange(0, P)
+    row = feature * B + sample
+    here = sample < B
+    taps = tl.load(toeplitz + feature * (C * C) + within[:, None] * C + within[None, :])
+    w_re, w_im = _planes(writes + feature * (C * SIZE), within[:, None] * P + mode[None, :], None, None, C * P, COMPLEX)
+    r_re, r_im = _planes(reads + feature * (C * SIZE), mode[:, None] * C + within[None, :], None, None, C * P, COMPLEX)
+    a_re, a_im = _planes(jump + feature * SIZE, mode[None, :], None, None, P, COMPLEX)
+    s_re, s_im = _planes(start, row * SIZE + mode[None, :], here, 0.0, P, COMPLEX)
+    for n in range(CHUNKS):
+        slot = n - (CHUNKS - SLOTS) + tl.zeros((1, 1), tl.int32)
+        place = (row * SLOTS + slot) * SIZE + mode[None, :]
+        _store_planes(entering, place, here & (slot >= 0), s_re, s_im, P, COMPLEX)
+        position = n * C + within[None, :]
+        inside = here & (position < T)
+        u = tl.load(tokens + row * T + position, mask=inside, other=0.0).to(tl.float32)
+        y = tl.dot(u, taps, input_precision=PRECISION)
+        y = _dot_planes(s_re, s_im, r_re, r_im, y, PRECISION, COMPLEX)
+        tl.store(outputs + row * T + position, y.to(outputs.dtype.element_ty), mask=inside)
+        s_re, s_im = _times(a_re, a_im, s_re, s_im, COMPLEX)
+        s_re, s_im = _add_planes(s_re, s_im, u, w_re, w_im, PRECISION, COMPLEX)
 
 
 @triton.jit
 def scan_backward(
-    tokens, d_outputs, taps, tables, jumps, decay_re, decay_im, in_re, in_im, out_re, out_im, entering, d_last,
-    d_tokens, d_taps, d_decay_re, d_decay_im, d_in_re, d_in_im, d_out_re, d_out_im, d_start,
-    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, TILES: tl.constexpr, SHARED: tl.constexpr,
-    COMPLEX: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr, TABLES: tl.constexpr, C: tl.constexpr,
-    N: tl.constexpr,
+    tokens, grad_outputs, toeplitz, writes, reads, jump, entering, grad_last,
+    grad_tokens, grad_toeplitz, grad_writes, grad_reads, grad_jump, grad_start,
+    B: tl.constexpr, T: tl.constexpr, P: tl.constexpr, COMPLEX: tl.constexpr, TABLES: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """Gradients in one pass from the last tile to the first; the states of a tile are made again from `entering`.
+    """From the last chunk to the first: the state is the gradient g of that after a chunk, and the tables are transposed.
 
-    Those of tokens and of the first state (TOKENS), or those of taps and modes (TABLES).
+    Gradients of the tables, for each block of samples (TABLES), or of tokens and of the first state.
     """
-    program = tl.program_id(0).to(tl.int64)
-    row = program % D if SHARED else program
-    place, within, column = tl.arange(0, PP), tl.arange(0, C), tl.arange(0, N)
-    LAST: tl.constexpr = (T - 1) // C
+    CHUNKS: tl.constexpr = (T + C - 1) // C
+    BLOCKS: tl.constexpr = (B + BB - 1) // BB
     SIZE: tl.constexpr = 2 * P if COMPLEX else P
-    PLANES: tl.constexpr = 2 if COMPLEX else 1
-    tokens += program * T
-    d_outputs += program * T
-    d_tokens += program * T
-    entering += program * TILES * SIZE
-    tables += row * (2 * PLANES * PP * C)
-    jumps += row * (5 * PLANES * PP)
-    before_re, before_im = _start_of(d_last, program, P, PP, COMPLEX)
-    lag = within[None, :] - within[:, None]
-    toeplitz = tl.load(taps + row * C + lag, mask=lag >= 0, other=0.0)  # transposed
-    dt = tl.zeros((C, C), tl.float32)
-    dr_re, dw_re = tl.zeros((PP, C), tl.float32), tl.zeros((PP, C), tl.float32)
-    dr_im, dw_im = tl.zeros((PP, C), tl.float32), tl.zeros((PP, C), tl.float32)
-    dj_re, dj_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
-    enter_re, enter_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
-    for step in range(TILES):
-        tile = TILES - 1 - step
-        position = tile * (N * C) + column[None, :] * C + within[:, None]
-        at_end = tile * N + column[None, :] == LAST
-        now = tl.load(tokens + position, mask=position < T, other=0.0).to(tl.float32)
-        dy = tl.load(d_outputs + position, mask=position < T, other=0.0).to(tl.float32)
-        g_re = tl.dot(_table(tables, 1, PP, C), dy, input_precision=PRECISION)
-        g_re += tl.where(at_end, before_re[:, None], 0.0)
-        g_im = g_re
-        if COMPLEX:
-            g_im = tl.dot(_table(tables, 3, PP, C), dy, input_precision=PRECISION)
-            g_im += tl.where(at_end, before_im[:, None], 0.0)
-        # The gradients of the states after each chunk, from the outputs of the later chunks.
-        g_re, g_im, enter_re, enter_im = _states(g_re, g_im, enter_re, enter_im, jumps, -1, PP, False, COMPLEX)
-        if TOKENS:
-            result = tl.dot(toeplitz, dy, input_precision=PRECISION)
-            result = tl.dot(tl.trans(_table(tables, 0, PP, C)), g_re, result, input_precision=PRECISION)
-            if COMPLEX:
-                result = tl.dot(tl.trans(_table(tables, 2, PP, C)), g_im, result, input_precision=PRECISION)
-            tl.store(d_tokens + position, result.to(d_tokens.dtype.element_ty), mask=position < T)
-        if TABLES:
-            add_re = tl.dot(_table(tables, 0, PP, C), now, input_precision=PRECISION)
-            add_im = add_re
-            if COMPLEX:
-                add_im = tl.dot(_table(tables, 2, PP, C), now, input_precision=PRECISION)
-            s_re, s_im = _start_of(entering, tile, P, PP, COMPLEX)
-            s_re, s_im, _, _ = _states(add_re, add_im, s_re, s_im, jumps, 1, PP, True, COMPLEX)
-            dt = tl.dot(dy, tl.trans(now), dt, input_precision=PRECISION)
-            dr_re = tl.dot(s_re, tl.trans(dy), dr_re, input_precision=PRECISION)
-            dw_re = tl.dot(g_re, tl.trans(now), dw_re, input_precision=PRECISION)
-            if COMPLEX:
-                dr_im = tl.dot(s_im, tl.trans(dy), dr_im, input_precision=PRECISION)
-                dw_im = tl.dot(g_im, tl.trans(now), dw_im, input_precision=PRECISION)
-                dj_re += tl.sum(g_re * s_re + g_im * s_im, axis=1)
-                dj_im += tl.sum(g_im * s_re - g_re * s_im, axis=1)
-            else:
-                dj_re += tl.sum(g_re * s_re, axis=1)
-    if TOKENS:
-        _store_state(d_start + program * SIZE, enter_re, enter_im, P, PP, COMPLEX)
+    program = tl.program_id(0)
+    feature = (program // BLOCKS).to(tl.int64)
+    sample = program % BLOCKS * BB + tl.arange(0, BB)[:, None]
+    within, mode = tl.arange(0, C), tl.arange(0, P)
+    row = feature * B + sample
+    here = sample < B
+    r_re, r_im = _planes(reads + feature * (C * SIZE), mode[None, :] * C + within[:, None], None, None, C * P, COMPLEX)
+    a_re, a_im = _planes(jump + feature * SIZE, mode[None, :], None, None, P, COMPLEX)
+    g_re, g_im = tl.zeros((BB, P), tl.float32), tl.zeros((BB, P), tl.float32)
     if not TABLES:
-        return
-
-    # A tap's gradient is the sum of a diagonal: row i of the skewed matrix holds the i-th diagonal below the main one.
-    below = within[:, None] + within[None, :]
-    skewed = tl.where(below < C, tl.gather(dt, tl.where(below < C, below, 0), 0), 0.0)
-    tl.store(d_taps + program * C + within, tl.sum(skewed, axis=1))
-
-    # From the tables to the modes.
-    d_re, d_im = _load_modes(decay_re, decay_im, row, P, PP, COMPLEX)
-    b_re, b_im = _load_modes(in_re, in_im, row, P, PP, COMPLEX)
-    c_re, c_im = _load_modes(out_re, out_im, row, P, PP, COMPLEX)
-    ahead = (within[None, :] + 1).to(tl.float32)
-    behind = (C - 1 - within[None, :]).to(tl.float32)
-    p_re, p_im = _power(d_re[:, None], d_im[:, None], ahead, COMPLEX)
-    q_re, q_im = _power(d_re[:, None], d_im[:, None], behind, COMPLEX)
-    jump_re, jump_im = _power(d_re, d_im, 1.0 * C, COMPLEX)
-    target = program * P + place
-    inside = place < P
-    if COMPLEX:
-        # reads_re = c_re p_re + c_im p_im, reads_im = c_im p_re - c_re p_im, and the same sums give the gradient of a power
-        # by the decay: exponent (g_re p_re + g_im p_im), exponent (g_im p_re - g_re p_im).
-        x_re, x_im = dr_re * p_re - dr_im * p_im, dr_re * p_im + dr_im * p_re
-        y_re, y_im = dw_re * q_re + dw_im * q_im, dw_im * q_re - dw_re * q_im
-        tl.store(d_out_re + target, tl.sum(x_re, axis=1), mask=inside)
-        tl.store(d_out_im + target, tl.sum(x_im, axis=1), mask=inside)
-        tl.store(d_in_re + target, tl.sum(y_re, axis=1), mask=inside)
-        tl.store(d_in_im + target, tl.sum(y_im, axis=1), mask=inside)
-        x_re, x_im = tl.sum(ahead * x_re, axis=1), tl.sum(ahead * x_im, axis=1)
-        y_re, y_im = tl.sum(behind * y_re, axis=1), tl.sum(behind * y_im, axis=1)
-        da_re = C * (dj_re * jump_re + dj_im * jump_im) + c_re * x_re + c_im * x_im + b_re * y_re + b_im * y_im
-        da_im = C * (dj_im * jump_re - dj_re * jump_im) + c_im * x_re - c_re * x_im + b_re * y_im - b_im * y_re
-        tl.store(d_decay_re + target, da_re, mask=inside)
-        tl.store(d_decay_im + target, da_im, mask=inside)
-    else:
-        x_re, y_re = dr_re * p_re, dw_re * q_re
-        tl.store(d_out_re + target, tl.sum(x_re, axis=1), mask=inside)
-        tl.store(d_in_re + target, tl.sum(y_re, axis=1), mask=inside)
-        da_re = C * dj_re * jump_re + c_re * tl.sum(ahead * x_re, axis=1) + b_re * tl.sum(behind * y_re, axis=1)
-        tl.store(d_decay_re + target, da_re, mask=inside)
-
-
-COLUMNS = 16  # chunks of a tile, as `_states` has them
-
-
-# Chunks of 16 tokens: twice that runs out of registers in the backward kernel where a state is 64.
-SCAN_CONFIG = launch.Config(dict(C=16, N=COLUMNS), num_warps=4, num_stages=1)
-
-
-MODES = ("decay_re", "decay_im", "in_re", "in_im", "out_re", "out_im")
+        taps = tl.load(toeplitz + feature * (C * C) + within[None, :] * C + within[:, None])
+        w_re, w_im = _planes(writes + feature * (C * SIZE), within[None, :] * P + mode[:, None], None, None, C * P, COMPLEX)
+    if TABLES:
+        dt = tl.zeros((C, C), tl.float32)
+        dw_re, dw_im = tl.zeros((C, P), tl.float32), tl.zeros((C, P), tl.float32)
+        dr_re, dr_im = tl.zeros((P, C), tl.float32), tl.zeros((P, C), tl.float32)
+        da_re, da_im = tl.zeros((BB, P), tl.float32), tl.zeros((BB, P), tl.float32)
+    for step in range(CHUNKS):
+        n = CHUNKS - 1 - step
+        position = n * C + within[None, :]
+        inside = here & (position < T)
+        dy = tl.load(grad_outputs + row * T + position, mask=inside, other=0.0).to(tl.float32)
+        if not TABLES:
+            du = tl.dot(dy, taps, input_precision=PRECISION)
+            du = _dot_planes(g_re, g_im, w_re, w_im, du, PRECISION, COMPLEX)
+            tl.store(grad_tokens + row * T + position, du.to(grad_tokens.dtype.element_ty), mask=inside)
+        if TABLES:
+            u = tl.trans(tl.load(tokens + row * T + position, mask=inside, other=0.0).to(tl.float32))
+            s_re, s_im = _planes(entering, (row * CHUNKS + n) * SIZE + mode[None, :], here, 0.0, P, COMPLEX)
+            dt = tl.dot(u, dy, dt, input_precision=PRECISION)
+            dw_re, dw_im = _add_planes(dw_re, dw_im, u, g_re, g_im, PRECISION, COMPLEX)
+            dr_re = tl.dot(tl.trans(s_re), dy, dr_re, input_precision=PRECISION)
+            da_re += g_re * s_re
+            if COMPLEX:
+                dr_im = tl.dot(tl.trans(s_im), dy, dr_im, input_precision=PRECISION)
+                da_re += g_im * s_im
+                da_im += g_im * s_re - g_re * s_im
+        g_re, g_im = _times(a_re, -a_im, g_re, g_im, COMPLEX)
+        g_re, g_im = _add_planes(g_re, g_im, dy, r_re, r_im, PRECISION, COMPLEX)
+        # The state before the last chunk is itself an output.
+        is_last = here & (step + tl.zeros((1, 1), tl.int32) == 0)
+        last_re, last_im = _planes(grad_last, row * SIZE + mode[None, :], is_last, 0.0, P, COMPLEX)
+        g_re += last_re
+        g_im += last_im
+    if not TABLES:
+        _store_planes(grad_start, row * SIZE + mode[None, :], here, g_re, g_im, P, COMPLEX)
+    if TABLES:
+        block = program.to(tl.int64)
+        tl.store(grad_toeplitz + block * (C * C) + within[:, None] * C + within[None, :], dt)
+        place = within[:, None] * P + mode[None, :]
+        _store_planes(grad_writes + block * (C * SIZE), place, None, dw_re, dw_im, C * P, COMPLEX)
+        place = mode[:, None] * C + within[None, :]
+        _store_planes(grad_reads + block * (C * SIZE), place, None, dr_re, dr_im, C * P, COMPLEX)
+        da_re, da_im = tl.sum(da_re, axis=0), tl.sum(da_im, axis=0)
+        _store_planes(grad_jump + block * SIZE, mode, None, da_re, da_im, P, COMPLEX)
 
 
-def _scan_tables(modes, chunk, padded):
-    """Writes and reads (transposed) [1, D, 2 or 4, PP, C], and decay^(C, 2 C, .. 16 C), [1, D, 5.., PP]."""
-    fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padded - x.shape[-1])))
-    decay, drive, reads = (fill(re) if im is None else jax.lax.complex(fill(re), fill(im))
-                           for re, im in (modes[:2], modes[2:4], modes[4:]))  # fmt: skip
-    powers = jnp.exp(decay[..., None] * jnp.arange(chunk + 1))  # [1, D, PP, C + 1]
-    jumps = jnp.exp(decay[:, :, None] * (chunk * 2 ** jnp.arange(5))[:, None])
-    # The planes of reads are those that a state is multiplied by, 2 Re(C) and -2 Im(C): conj(2 C).
-    tables = [drive[..., None] * jnp.flip(powers[..., :chunk], axis=-1), reads[..., None] * powers[..., 1:].conj()]
-    if jnp.iscomplexobj(powers):
-        tables = [table.real for table in tables] + [table.imag for table in tables]
-        jumps = jnp.concatenate([jumps.real, jumps.imag], axis=2)
-    return jnp.stack(tables, axis=2), jumps
+TABLES = ("toeplitz", "writes", "reads", "jump")
 
 
-def _scan_operands(config, mode, tokens, taps, *modes):
-    """What both kernels take, and the options of both launches."""
-    batch, features, length = tokens.shape
-    pairs, (chunk, columns) = modes[0].shape[-1], (config.blocks[name] for name in "CN")
-    tables, jumps = _scan_tables(modes, chunk, _pad_size(pairs))
-    constants = dict(
-        T=length, D=features, P=pairs, PP=_pad_size(pairs), TILES=-(-length // (chunk * columns)),
-        SHARED=taps.shape[0] == 1, COMPLEX=modes[1] is not None, PRECISION=launch.dot_precision(jnp.float32),
-    )  # fmt: skip
-    options = dict(grid=batch * features, constants=constants, config=config, mode=mode)
-    return dict(taps=taps, tables=tables, jumps=jumps), dict(zip(MODES, modes, strict=True)), options
+def _scan_configs(mode, batch, length, size, dtype):
+    """Of the forward kernel, of the backward one for tokens, and of that for tables, which has more sums in registers.
+
+    64 samples are what a warp group multiplies; with `size` > 64 numbers in a state they find no registers.
+    """
+    small = size <= 64
+    few = many = launch.Config(dict(C=32 if size <= 128 else 16, BB=16), 2 if small else 8, 1)
+    tables = launch.Config(few.blocks, 4 if small else 8, 1)
+    if batch > 32 and small:
+        many = launch.Config(dict(C=32, BB=64), 4, 1)
+    if mode == "interpret":
+        many = tables = launch.Config(dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch))))
+    sizes = dict(size=size, batch=launch.size_class(batch, 64), length=launch.size_class(length, LONGEST_CLASS))
+    sizes |= dict(dtype=dtype.name)
+    forward = launch.config("scan_forward", many, **sizes)
+    backward = (launch.config("scan_backward", x, **sizes, tables=flag) for x, flag in ((many, False), (tables, True)))
+    # The states that the forward pass saves are those that the backward pass starts from.
+    chunk = dict(C=forward.blocks["C"])
+    return forward, *(launch.Config({**x.blocks, **chunk}, x.num_warps, x.num_stages) for x in backward)
 
 
-def _scan_run(config, mode, tokens, taps, *rest):
-    *modes, start = rest
-    tables, modes, options = _scan_operands(config, mode, tokens, taps, *modes)
-    batch, features, _ = tokens.shape
-    entering = (batch, features, options["constants"]["TILES"], start.shape[-1])
-    outputs = dict(
-        outputs=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), last=jax.ShapeDtypeStruct(start.shape, jnp.float32),
-        entering=jax.ShapeDtypeStruct(entering, jnp.float32),
-    )  # fmt: skip
-    return launch.call(scan_forward, dict(tokens=tokens, **tables, start=start), outputs, **options)
+def _scan_launch(kernel, config, mode, inputs, outputs, **constants):
+    features, batch, length = inputs["tokens"].shape
+    *_, planes, pairs = inputs["jump"].shape
+    constants |= dict(B=batch, T=length, P=pairs, COMPLEX=planes == 2, PRECISION=launch.dot_precision(jnp.float32))
+    outputs = {name: jax.ShapeDtypeStruct(*like) for name, like in outputs.items()}
+    grid = features * -(-batch // config.blocks["BB"])
+    return launch.call(kernel, inputs, outputs, grid=grid, constants=constants, config=config, mode=mode)
 
 
-def _scan_run_backward(config, mode, tokens, d_outputs, taps, *rest):
-    *modes, entering, d_last = rest
-    tables, modes, options = _scan_operands(config, mode, tokens, taps, *modes)
-    float32 = lambda size: jax.ShapeDtypeStruct((*tokens.shape[:2], size), jnp.float32)
-    pairs = modes["in_re"].shape[-1]
-    outputs = dict(d_tokens=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), d_taps=float32(taps.shape[-1]))
-    outputs |= {f"d_{name}": float32(pairs) for name in MODES} | dict(d_start=float32(entering.shape[-1]))
-    operands = dict(tokens=tokens, d_outputs=d_outputs, **tables, **modes, entering=entering, d_last=d_last)
+def _scan_run(config, mode, is_saving, tokens, *rest):
+    """(outputs [D, B, T], the states before every chunk, or before the last one, [D, B, chunks, planes, P])."""
+    inputs = dict(zip(("tokens", *TABLES, "start"), (tokens, *rest), strict=True))
+    features, batch, *state = inputs["start"].shape
+    slots = -(-tokens.shape[2] // config.blocks["C"]) if is_saving else 1
+    outputs = dict(outputs=(tokens.shape, tokens.dtype), entering=((features, batch, slots, *state), jnp.float32))
+    return tuple(_scan_launch(scan_forward, config, mode, inputs, outputs, SLOTS=slots))
 
-    def run(tokens, tables):
-        constants = options["constants"] | dict(TOKENS=tokens, TABLES=tables)
-        return launch.call(scan_backward, operands, outputs, **{**options, "constants": constants})
+
+def _scan_run_backward(config_tokens, config_tables, mode, tokens, *rest):
+    """The gradients of tokens, tables and first state."""
+    inputs = dict(zip(("tokens", "grad_outputs", *TABLES, "entering", "grad_last"), (tokens, *rest), strict=True))
+    last, some = inputs["grad_last"], ((1,), jnp.float32)
+
+    def run(config, is_tables):
+        blocks = -(-tokens.shape[1] // config.blocks["BB"])
+        tables = {name: ((len(tokens), blocks, *inputs[name].shape[1:]), jnp.float32) for name in TABLES}
+        others = dict(tokens=(tokens.shape, tokens.dtype), start=(last.shape, last.dtype))
+        likes = dict(tokens=others["tokens"], **tables, start=others["start"])
+        outputs = {f"grad_{name}": like if (name in tables) == is_tables else some for name, like in likes.items()}
+        return _scan_launch(scan_backward, config, mode, inputs, outputs, TABLES=is_tables)
 
     # The products of float32, each three of TF32, would not leave registers enough for all gradients at once.
-    d_tokens, *_, d_start = run(True, False)
-    results = d_tokens, *run(False, True)[1:-1], d_start
-    given = [True, True, *(plane is not None for plane in modes.values()), True]
-    return tuple(result for result, there in zip(results, given, strict=True) if there)
+    grad_tokens, *_, grad_start = run(config_tokens, False)
+    _, *tables, _ = run(config_tables, True)
+    return grad_tokens, *(table.sum(1) for table in tables), grad_start
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan(forward_config, backward_config, mode, tokens, *rest):
-    return _scan_forward(forward_config, backward_config, mode, tokens, *rest)[0]
+# Every operand has the features first, so that `jax.vmap` makes more features: with tables of their own.
 
 
-def _scan_forward(forward_config, backward_config, mode, tokens, *rest):
-    run = launch.fold_vmap(functools.partial(_scan_run, forward_config, mode), shared=[range(1, 8)])
-    outputs, last, entering = run(tokens, *rest)
-    return (outputs, last), (tokens, *rest[:-1], entering)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(configs, mode, *arrays):
+    outputs, entering = launch.fold_vmap(functools.partial(_scan_run, configs[0], mode, False), shared=[])(*arrays)
+    return outputs, entering[:, :, -1]
 
 
-def _scan_backward(forward_config, backward_config, mode, saved, cotangents):
-    tokens, *shared, entering = saved
-    d_outputs, d_last = cotangents
-    run = launch.fold_vmap(functools.partial(_scan_run_backward, backward_config, mode), shared=[range(2, 9)])
-    d_tokens, *gradients, d_start = run(tokens, d_outputs, *shared, entering, d_last)
-    gradients = iter(gradients)
-    summed = (None if x is None else next(gradients).sum(0, keepdims=True) for x in shared)
-    return d_tokens, *summed, d_start
+def _scan_forward(configs, mode, *arrays):
+    outputs, entering = launch.fold_vmap(functools.partial(_scan_run, configs[0], mode, True), shared=[])(*arrays)
+    return (outputs, entering[:, :, -1]), (*arrays[:-1], entering)
+
+
+def _scan_backward(configs, mode, saved, gradients):
+    tokens, *tables, entering = saved
+    grad_outputs, grad_last = gradients
+    run = launch.fold_vmap(functools.partial(_scan_run_backward, *configs[1:], mode), shared=[])
+    return run(tokens, grad_outputs, *tables, entering, grad_last)
 
 
 precision.define_passes(_scan, _scan_forward, _scan_backward)
 
 
 def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode):
-    """See `ssm.diagonal_scan`."""
+    """See `ssm.diagonal_scan`. XLA makes the tables, and so their gradients, and the last state."""
     _check_dtypes(inputs, log_decay, input_matrix, output_matrix, state)
-    length, pairs = inputs.shape[1], log_decay.shape[1]
+    (batch, length, _), pairs = inputs.shape, log_decay.shape[1]
     _check_modes(pairs)
-    is_complex = jnp.iscomplexobj(log_decay)
-    sizes = dict(length=launch.size_class(length, LONGEST_CLASS), pairs=_pad_size(pairs), dtype=inputs.dtype.name)
-    forward = launch.config("scan_forward", SCAN_CONFIG, **sizes)
-    backward = launch.config("scan_backward", SCAN_CONFIG, **sizes)
-    chunk = forward.blocks["C"]
-    if backward.blocks != forward.blocks:  # the states that the forward saves are those that the backward starts from
-        backward = launch.Config(forward.blocks, backward.num_warps, backward.num_stages)
-    powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk + 1)[:, None])  # [D, C + 1, P]
-    taps = jnp.einsum("dp,dcp->dc", output_matrix * input_matrix, powers[:, :chunk], precision="highest")
-    taps = 2 * taps.real if is_complex else taps
-    readers = 2 * output_matrix.conj() if is_complex else output_matrix
-    modes = [plane for modes in (log_decay, input_matrix, readers) for plane in _real_planes(modes)]
-    shared = [None if x is None else x[None] for x in (taps, *modes)]
-    outputs, before = _scan(forward, backward, mode, inputs.swapaxes(1, 2), *shared, state)
-    rest = (length - 1) % chunk + 1
-    tail = inputs[:, length - rest :].astype(jnp.float32)
-    writes = xla.state_planes(input_matrix[:, None] * jnp.flip(powers[:, :rest], axis=1))
-    added = jnp.einsum("bcd,dcp->bdp", tail, writes, precision="highest")
-    return outputs.swapaxes(1, 2), xla.times(powers[None, :, rest], before) + added
+    padded = _pad_size(pairs)
+    configs = _scan_configs(mode, batch, length, padded * (2 if jnp.iscomplexobj(log_decay) else 1), inputs.dtype)
+    chunk = configs[0].blocks["C"]
+    toeplitz, writes, reads, powers = xla.chunk_tables(chunk, log_decay, input_matrix, output_matrix)
+    separate = lambda x: jnp.pad(rearrange(x, "... (z p) -> ... z p", p=pairs), [(0, 0)] * x.ndim + [(0, padded - pairs)])
+    planes = map(separate, (writes, reads, xla.state_planes(powers[:, -1]), state.swapaxes(0, 1)))
+    tables = toeplitz.swapaxes(1, 2), next(planes).swapaxes(1, 2), rearrange(next(planes), "d c z p -> d z p c")
+    outputs, before = _scan(configs, mode, rearrange(inputs, "b t d -> d b t"), *tables, *planes)
+    before = rearrange(before[..., :pairs], "d b z p -> b d (z p)")
+    last = inputs[:, (length - 1) // chunk * chunk :].astype(jnp.float32)
+    return rearrange(outputs, "d b t -> b t d"), xla.state_after(before, last, log_decay, writes)
 
 
 # ----------------------------------------------------------------------------------------- kernels of diagonal systems
@@ -492,12 +350,12 @@ def kernel_forward(
     program = tl.program_id(0).to(tl.int64)
     tile = (program % TILES).to(tl.int32)
     row = program // TILES
-    d_re, d_im = _load_modes(decay_re, decay_im, row % D if SHARED else row, P, PP, True)
-    c_re, c_im = _load_modes(in_re, in_im, row, P, PP, True)
+    d_re, d_im = _load_modes(decay_re, decay_im, row % D if SHARED else row, P, PP)
+    c_re, c_im = _load_modes(in_re, in_im, row, P, PP)
     within, column = tl.arange(0, C), tl.arange(0, N)
-    fine_re, fine_im = _power(d_re[:, None], d_im[:, None], within[None, :].to(tl.float32), True)
+    fine_re, fine_im = _power(d_re[:, None], d_im[:, None], within[None, :].to(tl.float32))
     start = (tile * (C * N) + column * C).to(tl.float32)[:, None]
-    p_re, p_im = _power(d_re[None, :], d_im[None, :], start, True)
+    p_re, p_im = _power(d_re[None, :], d_im[None, :], start)
     p_re, p_im = _times(c_re[None, :], c_im[None, :], p_re, p_im, True)
     result = tl.dot(p_re, fine_re, input_precision=PRECISION)
     result = tl.dot(-p_im, fine_im, result, input_precision=PRECISION)
@@ -514,17 +372,17 @@ def kernel_backward(
     """From the sums over l of d_taps_l exp(l decay) and of the same times l."""
     TILES: tl.constexpr = (L + C * N - 1) // (C * N)
     row = tl.program_id(0).to(tl.int64)
-    d_re, d_im = _load_modes(decay_re, decay_im, row % D if SHARED else row, P, PP, True)
+    d_re, d_im = _load_modes(decay_re, decay_im, row % D if SHARED else row, P, PP)
     within, column = tl.arange(0, C), tl.arange(0, N)
     fine = within[:, None].to(tl.float32)
-    fine_re, fine_im = _power(d_re[None, :], d_im[None, :], fine, True)  # [C, PP]
+    fine_re, fine_im = _power(d_re[None, :], d_im[None, :], fine)  # [C, PP]
     x_re, x_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
     y_re, y_im = tl.zeros((PP,), tl.float32), tl.zeros((PP,), tl.float32)
     for tile in range(TILES):
         place = tile * (C * N) + column[:, None] * C + within[None, :]
         given = tl.load(d_taps + row * L + place, mask=place < L, other=0.0)
         start = (tile * (C * N) + column * C).to(tl.float32)[:, None]
-        p_re, p_im = _power(d_re[None, :], d_im[None, :], start, True)
+        p_re, p_im = _power(d_re[None, :], d_im[None, :], start)
         m_re = tl.dot(given, fine_re, input_precision=PRECISION)
         m_im = tl.dot(given, fine_im, input_precision=PRECISION)
         f_re, f_im = _times(p_re, p_im, m_re, m_im, True)
@@ -534,13 +392,16 @@ def kernel_backward(
         m_im = tl.dot(given, fine * fine_im, input_precision=PRECISION)
         f_re, f_im = _times(p_re, p_im, m_re, m_im, True)
         y_re, y_im = y_re + tl.sum(f_re, axis=0), y_im + tl.sum(f_im, axis=0)
-    c_re, c_im = _load_modes(in_re, in_im, row, P, PP, True)
+    c_re, c_im = _load_modes(in_re, in_im, row, P, PP)
     place = tl.arange(0, PP)
     target, inside = row * P + place, place < P
     tl.store(d_in_re + target, x_re, mask=inside)
     tl.store(d_in_im + target, -x_im, mask=inside)
     tl.store(d_decay_re + target, c_re * y_re - c_im * y_im, mask=inside)
     tl.store(d_decay_im + target, -c_re * y_im - c_im * y_re, mask=inside)
+
+
+MODES = ("decay_re", "decay_im", "in_re", "in_im")
 
 
 def _kernel_config(kernel, pairs):
@@ -559,7 +420,7 @@ def _kernel_launch(kernel, planes, length, extra, outputs, tiles, mode):
     sizes = dict(length=launch.size_class(length, LONGEST_CLASS), pairs=_pad_size(pairs))
     config = launch.config(kernel.__name__, _kernel_config(kernel, pairs), **sizes)
     tiles = -(-length // (config.blocks["C"] * config.blocks["N"])) if tiles else 1
-    inputs = dict(zip(MODES[:4], planes, strict=True)) | extra
+    inputs = dict(zip(MODES, planes, strict=True)) | extra
     return launch.call(kernel, inputs, outputs, grid=planes[2].shape[0] * features * tiles, constants=constants,
                        config=config, mode=mode)  # fmt: skip
 
@@ -571,7 +432,7 @@ def _kernel_run(length, mode, *planes):
 
 def _kernel_run_backward(mode, d_taps, *planes):
     modes = jax.ShapeDtypeStruct(planes[2].shape, jnp.float32)
-    outputs = {f"d_{name}": modes for name in MODES[:4]}
+    outputs = {f"d_{name}": modes for name in MODES}
     return _kernel_launch(kernel_backward, planes, d_taps.shape[-1], dict(d_taps=d_taps), outputs, False, mode)
 
 

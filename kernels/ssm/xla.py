@@ -14,6 +14,7 @@ from subquad.kernels.convolution.xla import divisor
 from subquad.kernels.memory import map_parts
 
 HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
+einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 
 POWER_BYTES = 2 << 20  # of one group's powers of A_bar
 # Chunks of the diagonal scan: a chunk's Toeplitz matrix costs as much as the sequence is many chunks. And the bytes of one
@@ -48,7 +49,7 @@ def diagonal_kernel(log_decay, coefficients, length):
         fine = jnp.exp(log_decay[:, None, :] * jnp.arange(block)[:, None])
         left = planes(2 * coefficients[..., None, :] * coarse)
         right = planes(fine.conj())
-        taps = jnp.einsum("...dip,djp->...dij", left, right, precision=HIGHEST)
+        taps = einsum("...dip,djp->...dij", left, right)
         return taps.reshape(*taps.shape[:-2], -1)[..., :length]
 
     return product(log_decay, coefficients)
@@ -91,33 +92,42 @@ compiled_scan = jax.jit(_scan, static_argnums=(0, 1))
 
 
 def _scan_group(chunk, inputs, log_decay, input_matrix, output_matrix, state):
-    """Some features of `diagonal_scan`, in chunks of so many tokens.
-
-    Within a chunk the outputs are a Toeplitz matrix times the inputs, and the state before it read off; between chunks only
-    the state goes on.
-    """
+    """Some features of `diagonal_scan`: products within chunks, and only the state from one to the next."""
     batch, length, _ = inputs.shape
     chunks = -(-length // chunk)
-    rest = length - (chunks - 1) * chunk  # tokens of the last chunk
-    padded = jnp.pad(inputs.astype(state.dtype), ((0, 0), (0, chunks * chunk - length), (0, 0)))
-    values = rearrange(padded, "b (n c) d -> d (b n) c", c=chunk)
-    state = state.swapaxes(0, 1)
-    powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk + 1)[:, None])  # [D, C + 1, P]
-    writes = state_planes(input_matrix[:, None] * powers[:, :chunk])  # what a token leaves after 0 .. C - 1 steps
-    reads = _output_planes(output_matrix[:, None] * powers[:, 1:])
-    dot = functools.partial(jnp.einsum, precision=HIGHEST)
+    toeplitz, writes, reads, powers = chunk_tables(chunk, log_decay, input_matrix, output_matrix)
+    values = jnp.pad(inputs.astype(state.dtype), ((0, 0), (0, chunks * chunk - length), (0, 0)))
+    values = rearrange(values, "b (n c) d -> d (b n) c", c=chunk)
 
-    taps = dot("dcp,dp->dc", writes, _output_planes(output_matrix))
-    added = dot("dnc,dcp->dnp", values, jnp.flip(writes, axis=1))
-    advance = lambda before, after: (times(powers[:, None, chunk], before) + after, before)
-    state, states = jax.lax.scan(advance, state, rearrange(added, "d (b n) p -> n d b p", b=batch))
-    if rest < chunk:  # the state before the last chunk, and the tokens of it that there are
-        last = rearrange(values, "d (b n) c -> d b n c", b=batch)[:, :, -1, :rest]
-        state = times(powers[:, None, rest], states[-1]) + dot("dbc,dcp->dbp", last, jnp.flip(writes[:, :rest], axis=1))
-    states = rearrange(states, "n d b p -> d (b n) p")
-    outputs = dot("dnj,dij->dni", values, _toeplitz(taps)) + dot("dnp,dip->dni", states, reads)
-    outputs = rearrange(outputs, "d (b n) c -> b (n c) d", b=batch)[:, :length]
-    return outputs.astype(inputs.dtype), state.swapaxes(0, 1)
+    added = rearrange(einsum("dmc,dcs->dms", values, writes), "d (b n) s -> n d b s", b=batch)
+    # All powers go into the loop: of the last alone, XLA on a CPU makes the others once for every table (twice the time).
+    advance = lambda before, added: (times(powers[:, None, -1], before) + added, before)
+    _, states = jax.lax.scan(advance, state.swapaxes(0, 1), added)  # before each chunk
+    before = rearrange(states, "n d b s -> d (b n) s")
+    outputs = einsum("dmj,dij->dmi", values, toeplitz) + einsum("dms,dis->dmi", before, reads)
+
+    outputs = rearrange(outputs, "d (b n) c -> b (n c) d", b=batch)[:, :length].astype(inputs.dtype)
+    last = inputs[:, (chunks - 1) * chunk :].astype(state.dtype)
+    return outputs, state_after(states[-1].swapaxes(0, 1), last, log_decay, writes)
+
+
+def chunk_tables(chunk, log_decay, input_matrix, output_matrix):
+    """What a chunk of C tokens multiplies: outputs = toeplitz tokens + reads state, state' = jump state + tokens writes.
+
+    toeplitz [D, C, C] of the systems' kernel, writes [D, C, S] of what tokens leave at the end of the chunk, reads [D, C, S] of
+    what becomes of the state before it, powers [D, C + 1, P] of A_bar, whose last is the jump. States are as they are stored.
+    """
+    powers = jnp.exp(log_decay[:, None] * jnp.arange(chunk + 1)[:, None])
+    traces = state_planes(input_matrix[:, None] * powers[:, :chunk])  # of a token after 0 .. C - 1 steps
+    taps = einsum("dcs,ds->dc", traces, _output_planes(output_matrix))
+    reads = _output_planes(output_matrix[:, None] * powers[:, 1:])
+    return _toeplitz(taps), jnp.flip(traces, axis=1), reads, powers
+
+
+def state_after(state, tokens, log_decay, writes):
+    """The state [B, D, S] after tokens [B, c, D], at most a chunk of them."""
+    count = tokens.shape[1]
+    return times(jnp.exp(log_decay * count), state) + einsum("bcd,dcs->bds", tokens, writes[:, -count:])
 
 
 def state_planes(modes):
@@ -187,7 +197,7 @@ def transition(diagonal, low_rank, step):
     """
     excess, left, right = resolvent(diagonal, low_rank, step)
     dense = jnp.block([[jnp.diag(excess.real), jnp.diag(-excess.imag)], [jnp.diag(excess.imag), jnp.diag(excess.real)]])
-    return 2 * (dense - jnp.einsum("rp,rq->pq", planes(left), planes(right), precision=HIGHEST))
+    return 2 * (dense - einsum("rp,rq->pq", planes(left), planes(right)))
 
 
 def feature_groups(modes, powers):

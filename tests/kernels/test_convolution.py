@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import machine_code, specs
 from subquad.kernels.convolution import convolve, xla
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -100,10 +99,16 @@ def test_a_loud_future_stirs_only_rounding():
     assert change.max() < 4 * np.finfo(np.float32).eps * np.abs(loud).max() * np.abs(kernel).sum(1).max()
 
 
-def test_vmap():
-    inputs, kernel = random(3, 2, 20, 4), random(3, 4, 20, seed=1)
-    y = jax.vmap(convolve)(inputs, kernel)
-    np.testing.assert_allclose(y, [convolve(u, k) for u, k in zip(inputs, kernel, strict=True)], atol=1e-5)
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_vmap(axes):
+    many = random(3, 2, 20, 4), random(3, 4, 20, seed=1)
+    arrays = [x if axis == 0 else x[0] for x, axis in zip(many, axes, strict=True)]
+    loss = lambda *x: jnp.sum(convolve(*x) ** 2)
+    mapped = jax.vmap(jax.grad(loss, argnums=(0, 1)), axes)(*arrays)
+    for i in range(3):
+        one = [x if axis is None else x[i] for x, axis in zip(arrays, axes, strict=True)]
+        for ours, expected in zip(mapped, jax.grad(loss, argnums=(0, 1))(*one), strict=True):
+            np.testing.assert_allclose(ours[i], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_memory_stays_a_few_times_the_inputs():
@@ -119,19 +124,6 @@ def test_memory_stays_a_few_times_the_inputs():
         assert used < 2.2 * temporary(2048, step)
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_machine_code(dtype):
-    """No spills; tensor cores, and float32 taps multiplied as such or as two of 16 bits."""
-    launches = specs.launches(specs.find("convolution.convolve/two-sided"), dtype)
-    assert len(launches) == 2  # forward and back; the gradient of the taps
-    for launched in launches:
-        compiled = machine_code.compile(launched, "sm_90")
-        assert compiled.fits and compiled.stack == 0 and compiled.transposes == 0, compiled
-        assert compiled.tensor_core > 0 and not compiled.float64, compiled
-        assert compiled.precisions <= {"tf32x3"}, compiled
-
-
 def test_bad_input_is_named():
     inputs, kernel = jnp.ones((1, 5, 3)), jnp.ones((3, 5))
     with pytest.raises(ValueError, match="convolve: inputs must have shape"):
@@ -140,7 +132,7 @@ def test_bad_input_is_named():
         convolve(inputs, kernel[:2])
     with pytest.raises(ValueError, match="convolve: anticausal must have shape"):
         convolve(inputs, kernel, kernel[:, :0])
-    with pytest.raises(NotImplementedError, match="triton"):
+    with pytest.raises(NotImplementedError, match="'triton' does not exist for this operation"):
         convolve(inputs, kernel, implementation="triton")
     with pytest.raises(ValueError, match="implementation"):
         convolve(inputs, kernel, implementation="fft")

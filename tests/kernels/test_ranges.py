@@ -21,7 +21,6 @@ from subquad.kernels import (
     ssm,
     strided,
 )
-from subquad.kernels.convolution import triton as convolution
 
 
 def array(*shape, dtype="bfloat16"):
@@ -62,7 +61,6 @@ ENORMOUS = {
     "scan": (run(scan.first_order), [TOKENS, TOKENS, float32(1, 2048)]),
     "scan-reversed": (run(scan.first_order, reverse=True), [array(1, 1, 2048), TOKENS, float32(1, 2048)]),
     "scan-complex": (run(scan.first_order), 2 * [complex64(1, 2**20, 2048)] + [complex64(1, 2048)]),
-    "convolution": (functools.partial(convolution.convolve, mode="triton"), [TOKENS, float32(2048, 2**20), None]),
     "diagonal_scan": (run(ssm.diagonal_scan), [TOKENS, MODES, MODES, MODES]),
     "diagonal_kernel": (run(ssm.diagonal_kernel, length=2**20), [MODES, MODES]),
     "dplr_kernel": (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import block_sparse, convolution, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided
+from subquad.kernels import block_sparse, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided
 
 T, N, H, D, P = 20, 2, 16, 4, 3
 HEADS, BLOCKS = (1, T, N, H), np.arange(4)[None, :, None]
@@ -63,7 +63,6 @@ OPERATIONS = {
     ),
     "scan": (named(scan.first_order), ["decay", (1, T, D), (1, D)]),
     "scan-constant": (named(scan.first_order, reverse=True), ["constant", (1, T, D), (1, D)]),
-    "convolution": (named(convolution.convolve), [(1, T, D), (D, T), (D, T)]),
     "diagonal_scan": (
         named(ssm.diagonal_scan, "initial_state", return_state=True), [(1, T, D), *3 * ["modes"], (1, D, 2 * P)]
     ),
