@@ -9,7 +9,7 @@
     WORK(rank, b, n, operands, OPTIONS)             which blocks: (block of the row, number of partial blocks, number of full
                                                     blocks, list); rank counts the rows of head n of sample b
     BLOCK(list, i, PARTIAL, operands, OPTIONS)      the i-th of the row's partial or full blocks
-    PLACES(start, LENGTH, SIZE, operands, OPTIONS)  where the rows of a block lie in an array: (first, offsets [SIZE, 1], which exist)
+    PLACES(start, LENGTH, SIZE, operands, OPTIONS)  where the rows of a block lie: (first, offsets [SIZE, 1], which exist)
     LOGITS(products, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
                                                     scores from products of queries and keys, in base 2 where they are
                                                     multiplied by SHAPE.FACTOR; query_start is the first of q
