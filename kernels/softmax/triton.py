@@ -603,8 +603,7 @@ def tile_sizes(
         return launch.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
     hopper = (launch.capability() or 90) >= 90
     wide = features > 64
-    full = wide and biased and crowded  # registers
-    crowded = crowded or biased
+    tested, crowded = crowded and block_size is None, crowded or biased
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
     narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
     # The test of a pattern of blocks takes the registers that 128 wide queries would need.
@@ -614,8 +613,9 @@ def tile_sizes(
         if kernel == "softmax_forward" and block_size is not None:
             sizes = *sizes[:2], 8, sizes[3]
     elif kernel == "softmax_backward_key":
-        tile = 64 if narrow or full or not hopper else 128
-        sizes = 32 if wide else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
+        # More tests take more registers: fewer queries at once, and fewer keys if there is a bias of wide heads, too.
+        tile = 64 if narrow or not hopper or wide and biased and tested else 128
+        sizes = 32 if wide or tested else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
     elif kernel == "softmax_backward_bias" or narrow or not hopper and kernel != "softmax_forward":
         sizes = 64, 64, 8 if wide or kernel == "softmax_backward_bias" else 4, 2
     elif kernel == "softmax_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
