@@ -258,7 +258,7 @@ def call(
     """
     constants = {**constants, **config.blocks}
     _check_names(kernel, inputs, outputs, constants)
-    _check_stages(kernel, config)
+    _check_stages(kernel, config, constants)
     if not 0 < grid < 2**31:
         raise ValueError(f"launch.call: grid must lie in 1 .. 2^31 - 1, got {grid}. Give every program more work.")
     for name, value in constants.items():
@@ -285,11 +285,21 @@ def call(
     return tuple(_on_gpu(kernel, grid, constants, config, shapes, places, arrays))
 
 
+def functions_in(*constants) -> list:
+    """The `triton.jit` functions among constants, and inside of those that are tuples."""
+    nested = (functions_in(*value) if isinstance(value, tuple) else [value] * _is_function(value) for value in constants)
+    return [function for functions in nested for function in functions]
+
+
+def _is_function(value) -> bool:
+    return type(value).__name__ in ("JITFunction", "InterpretedFunction")
+
+
 def _is_constant(value) -> bool:
     """Whether a kernel can be compiled for this value: a number, a string, a `triton.jit` function, or a tuple."""
     if isinstance(value, tuple):
         return all(map(_is_constant, value))
-    return type(value) in (bool, int, float, str, type(None)) or type(value).__name__ in ("JITFunction", "InterpretedFunction")
+    return type(value) in (bool, int, float, str, type(None)) or _is_function(value)
 
 
 def _check_names(kernel, inputs, outputs, constants):
@@ -303,8 +313,8 @@ def _check_names(kernel, inputs, outputs, constants):
         )
 
 
-def _check_stages(kernel, config: Config) -> None:
-    if config.num_stages > 1 and guards_memory(kernel):
+def _check_stages(kernel, config: Config, constants) -> None:
+    if config.num_stages > 1 and any(map(guards_memory, (kernel, *functions_in(*constants.values())))):
         raise Unordered(
             f"launch.call: config.num_stages must be 1 for {kernel.__name__}, got {config.num_stages}. It reads back what it "
             "wrote, and the loads of a stage ahead would pass the barrier in between: prefetch nothing there."

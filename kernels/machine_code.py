@@ -121,7 +121,7 @@ def _prepared(launched: launch.Launch, target: str):
     class Source(ASTSource):
         def hash(self):
             """Triton's key of its cache on disk has only the names of functions inside of tuples."""
-            functions = sorted({function.cache_key for value in constants.values() for function in _functions(value)})
+            functions = sorted({function.cache_key for function in launch.functions_in(*constants.values())})
             return hashlib.sha256("-".join([super().hash(), *functions]).encode()).hexdigest()
 
     return Source(kernel, signature, constants, aligned), gpu, options
@@ -133,13 +133,6 @@ def _replaced(constant, old, new):
         return new if constant == old else constant
     items = [_replaced(item, old, new) for item in constant]
     return type(constant)(*items) if hasattr(constant, "_fields") else tuple(items)
-
-
-def _functions(constant) -> list:
-    """The `triton.jit` functions in a constant."""
-    if isinstance(constant, tuple):
-        return [function for item in constant for function in _functions(item)]
-    return [constant] if hasattr(constant, "cache_key") else []
 
 
 def _read_sass(target, compiled, shared, source) -> Compiled:

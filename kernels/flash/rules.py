@@ -77,6 +77,15 @@ def strided(query, key, head, tables, words, NODE: tl.constexpr):
     return result
 
 
+@triton.jit
+def interleaved(query, key, head, tables, words, NODE: tl.constexpr):
+    """NODE: number of patterns, the patterns."""
+    result = allowed(query, key, head // NODE[1], tables, words, NODE[2][0]) & (head % NODE[1] == 0)
+    for i in tl.static_range(1, NODE[1]):
+        result = result | (allowed(query, key, head // NODE[1], tables, words, NODE[2][i]) & (head % NODE[1] == i))
+    return result
+
+
 class Tree:
     """The constants, tables and words of a pattern."""
 
@@ -143,3 +152,8 @@ def _(pattern: patterns.Columns, tree):
 @node_of.register
 def _(pattern: patterns.Strided, tree):
     return strided, pattern.stride, pattern.window
+
+
+@node_of.register
+def _(pattern: patterns.Interleaved, tree):
+    return interleaved, len(pattern.patterns), tuple(node_of(one, tree) for one in pattern.patterns)

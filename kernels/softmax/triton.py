@@ -595,7 +595,7 @@ def tile_sizes(
     Args:
         features: the larger of H and V, padded.
         biased: whether there is a bias, whose tiles take shared memory.
-        crowded: whether a tile meets more than a band that is known beforehand, which takes registers.
+        crowded: whether a tile meets more than a band that is known beforehand and a bias, which takes registers.
         reach: keys that one query can see at most, where that is known.
         block_size: of a pattern.
     """
@@ -603,6 +603,7 @@ def tile_sizes(
         return launch.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
     hopper = (launch.capability() or 90) >= 90
     wide = features > 64
+    tested, crowded = crowded and block_size is None, crowded or biased
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
     narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
     # The test of a pattern of blocks takes the registers that 128 wide queries would need.
@@ -612,8 +613,9 @@ def tile_sizes(
         if kernel == "softmax_forward" and block_size is not None:
             sizes = *sizes[:2], 8, sizes[3]
     elif kernel == "softmax_backward_key":
-        tile = 64 if narrow or not hopper else 128
-        sizes = 32 if wide else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
+        # More tests take more registers: fewer queries at once, and fewer keys if there is a bias of wide heads, too.
+        tile = 64 if narrow or not hopper or wide and biased and tested else 128
+        sizes = 32 if wide or tested else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
     elif kernel == "softmax_backward_bias" or narrow or not hopper and kernel != "softmax_forward":
         sizes = 64, 64, 8 if wide or kernel == "softmax_backward_bias" else 4, 2
     elif kernel == "softmax_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
@@ -631,7 +633,7 @@ def config_of(kernel: str, plan: "Plan", query, key, value) -> launch.Config:
     reach = None if pattern is None else pattern.reach
     block_size = None if pattern is None else pattern.tile
     size = max(padded(features), padded(value_features))
-    crowded = plan.biased or geometry.tested or not isinstance(pattern, Band | None)
+    crowded = geometry.tested or not isinstance(pattern, Band | None)
     crowded = crowded or geometry.query_positions is None or geometry.key_positions is None
     config = tile_sizes(kernel, query.dtype, size, plan.biased, crowded, reach, block_size, plan.mode)
     if plan.mode == "triton":

@@ -16,6 +16,7 @@ from subquad.kernels.patterns import (
     Blocks,
     Both,
     Columns,
+    Interleaved,
     SameBlock,
     Strided,
     grid,
@@ -136,7 +137,7 @@ def test_rules_in_triton_are_the_patterns():
     permuted = BlockPermutation(16, 5, (1, 0, 3))
     for pattern in (
         Band(3, None), Band(None, 2), Band(2, 5), BLOCKS, permuted, SameBlock(7), Strided(6, 2), Strided(6, None), columns,
-        CAUSAL & (SameBlock(8) | columns), (BLOCKS | permuted) & Band(40, 3),
+        CAUSAL & (SameBlock(8) | columns), (BLOCKS | permuted) & Band(40, 3), Interleaved((Band(4, 0), SameBlock(9)), 3),
     ):  # fmt: skip
         query, key = jnp.zeros((1, 77, 3, 1)), jnp.zeros((1, 70, 3, 1))
         # Equal logits, and unit vectors as values: the sum over what is visible names it.

@@ -109,6 +109,31 @@ def test_a_load_past_the_end_reads_poison(toys):
 
 
 @interpret
+def test_a_constant_may_be_a_function_or_a_tuple_in_the_interpreter(toys):
+    np.testing.assert_array_equal(toys.follow("interpret", jnp.arange(16.0)), 2 * np.arange(16) + 5)
+
+
+@aot
+def test_a_constant_may_be_a_function_or_a_tuple(toys):
+    """Compiled, lowered for JAX, and compiled again where the function's source has changed but not its name."""
+    x = jnp.arange(16.0)
+    (launched,) = recorded(lambda x: toys.follow("triton", x), x)
+    assert launch.functions_in(*dict(launched.constants).values()) == [toys.twice]
+    assert machine_code.compile(launched, "sm_90").registers > 0
+    with launch.lowering_for(90):
+        lowered = jax.jit(lambda x: toys.follow("triton", x)).trace(x).lower(lowering_platforms=("cuda",))
+    assert "triton_kernel_call" in lowered.as_text()
+    with pytest.raises(TypeError, match="constants\\['RULE'\\] must be a number"):
+        recorded(lambda x: toys.follow("triton", x, (0, np.float32(5))), x)
+    key, source = machine_code._prepared(launched, "sm_90")[0].hash(), toys.twice.src
+    try:
+        toys.twice._unsafe_update_src(source.replace("* 2", "* 3"))
+        assert machine_code._prepared(launched, "sm_90")[0].hash() != key
+    finally:
+        toys.twice._unsafe_update_src(source)
+
+
+@interpret
 def test_an_alias_starts_as_its_input(toys):
     x = jnp.arange(10.0)
     out = toys.shift("interpret", x[:4], out=jax.ShapeDtypeStruct((4,), x.dtype), by=0, aliases={"x_ptr": "out_ptr"})
@@ -119,9 +144,7 @@ def test_an_alias_starts_as_its_input(toys):
 def test_an_absent_input_may_not_be_followed_but_may_be_there(toys):
     x = draw(1, 20, 20)
     bias = jnp.full((1,), 3.0)
-    np.testing.assert_allclose(
-        toys.multiply("interpret", bias=bias)(x, x) - toys.multiply("interpret")(x, x), 3.0, atol=1e-5
-    )
+    np.testing.assert_allclose(toys.multiply("interpret", bias=bias)(x, x) - toys.multiply("interpret")(x, x), 3.0, atol=1e-5)
 
 
 def test_misspelt_operands_are_refused(toys):
@@ -132,8 +155,13 @@ def test_misspelt_operands_are_refused(toys):
         with pytest.raises(TypeError, match="launch.call"):
             recorded(
                 lambda x, extra=extra: launch.call(
-                    toys.copy, dict(x_ptr=x), dict(out_ptr=x), grid=1, constants=dict(T=10, SHIFT=0) | extra,
-                    config=launch.Config({"BLOCK": 16}), mode="triton",
+                    toys.copy,
+                    dict(x_ptr=x),
+                    dict(out_ptr=x),
+                    grid=1,
+                    constants=dict(T=10, SHIFT=0) | extra,
+                    config=launch.Config({"BLOCK": 16}),
+                    mode="triton",
                 ),  # fmt: skip
                 x,
             )
@@ -152,7 +180,12 @@ def test_a_grid_has_one_axis_of_sane_length(toys):
         with pytest.raises(ValueError, match="launch.call: grid must lie in"):
             recorded(
                 lambda x, grid=grid: launch.call(
-                    toys.copy, dict(x_ptr=x), dict(out_ptr=x), grid=grid, config=launch.Config({"BLOCK": 16}), mode="triton",
+                    toys.copy,
+                    dict(x_ptr=x),
+                    dict(out_ptr=x),
+                    grid=grid,
+                    config=launch.Config({"BLOCK": 16}),
+                    mode="triton",
                     constants=dict(T=10, SHIFT=0, WRITE_INPUT=False),
                 ),  # fmt: skip
                 x,

@@ -1,5 +1,7 @@
 """Small Triton kernels for the tests of `launch`; imported inside tests, after Triton was set up."""
 
+from typing import Any, NamedTuple
+
 import jax
 import triton
 import triton.language as tl
@@ -48,6 +50,28 @@ def copy(x_ptr, out_ptr, T: tl.constexpr, SHIFT: tl.constexpr, WRITE_INPUT: tl.c
     tl.store(out_ptr + at + SHIFT, values, at < T)
     if WRITE_INPUT:
         tl.store(x_ptr + at, values + 1, at < T)
+
+
+@triton.jit
+def twice(x, RULE: tl.constexpr):
+    return x * 2 + RULE.numbers[1]
+
+
+@triton.jit
+def apply(x_ptr, out_ptr, RULE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, RULE.function(tl.load(x_ptr + at), RULE))
+
+
+class Rule(NamedTuple):
+    function: Any
+    numbers: tuple
+
+
+def follow(mode, x, numbers=(0, 5)):
+    """x [16] -> 2 x + numbers[1], by a function that is a constant."""
+    constants, config = dict(RULE=Rule(twice, numbers)), launch.Config({"BLOCK": 16})
+    return launch.call(apply, dict(x_ptr=x), dict(out_ptr=x), grid=1, constants=constants, config=config, mode=mode)[0]
 
 
 def multiply(mode, scale=0.5, bias=None, block=64):
