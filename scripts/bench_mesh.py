@@ -78,6 +78,7 @@ OPERATIONS = {
     "linear.random_feature_attention": operation(
         linear.random_feature_attention, dict(**SELF, projection="m h"), is_causal=True
     ),
+    "linear.gated": operation(linear.gated, dict(**SELF, log_decay="b t n")),
     "gather.attention": operation(gather.attention, dict(**SELF, indices="b n t l")),
     "entmax.attention": operation(entmax.attention, SELF),
     "depthwise.depthwise": operation(depthwise.depthwise, dict(inputs=TOKENS, kernel="l d"), FEATURED),
@@ -103,6 +104,8 @@ def draw(axes: dict[str, str], length: int) -> dict[str, jax.Array]:
             return jnp.asarray(rng.uniform(-0.5, -0.01, shape) + 1j * rng.normal(size=shape), jnp.complex64)
         if name == "indices":
             return jnp.asarray(rng.integers(0, length, shape), jnp.int32)
+        if letters == "b t n":  # a log decay
+            return jnp.asarray(-rng.uniform(0, 0.5, shape), jnp.float32)
         if name == "decay":
             return jnp.asarray(rng.uniform(0.5, 1, shape), jnp.float32)
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
