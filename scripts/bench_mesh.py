@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subquad.kernels import block_sparse, convolution, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided
+from subquad.kernels import block_sparse, convolution, depthwise, entmax, gather, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided
 
 RESULTS = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "mesh.csv"
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
@@ -78,6 +78,10 @@ OPERATIONS = {
     "linear.random_feature_attention": operation(
         linear.random_feature_attention, dict(**SELF, projection="m h"), is_causal=True
     ),
+    "linear.gated": operation(linear.gated, dict(**SELF, log_decay="b t n")),
+    "gather.attention": operation(gather.attention, dict(**SELF, indices="b n t l")),
+    "entmax.attention": operation(entmax.attention, SELF),
+    "depthwise.depthwise": operation(depthwise.depthwise, dict(inputs=TOKENS, kernel="l d"), FEATURED),
     "matrix.pseudo_inverse": operation(matrix.pseudo_inverse, dict(matrix="b n m m")),
     "matrix.sinkhorn": operation(matrix.sinkhorn, dict(logits="b n m m")),
     "scan.first_order": operation(scan.first_order, dict(decay=TOKENS, inputs=TOKENS), FEATURED),
@@ -90,7 +94,7 @@ OPERATIONS = {
 
 def draw(axes: dict[str, str], length: int) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
-    sizes = dict(b=BATCH, t=length, s=length, n=HEADS, h=FEATURES, d=32, m=16, p=8, r=ROUNDS, f=BUCKETS // 2)
+    sizes = dict(b=BATCH, t=length, s=length, n=HEADS, h=FEATURES, d=32, m=16, p=8, l=4, r=ROUNDS, f=BUCKETS // 2)
 
     def one(name, letters):
         shape = [sizes[letter] for letter in letters.split()]
@@ -98,6 +102,10 @@ def draw(axes: dict[str, str], length: int) -> dict[str, jax.Array]:
             return jnp.asarray(rng.integers(0, BUCKETS, shape), jnp.int32)
         if letters == "d p":  # the eigenvalues of a slow decay, and complex matrices
             return jnp.asarray(rng.uniform(-0.5, -0.01, shape) + 1j * rng.normal(size=shape), jnp.complex64)
+        if name == "indices":
+            return jnp.asarray(rng.integers(0, length, shape), jnp.int32)
+        if letters == "b t n":  # a log decay
+            return jnp.asarray(-rng.uniform(0, 0.5, shape), jnp.float32)
         if name == "decay":
             return jnp.asarray(rng.uniform(0.5, 1, shape), jnp.float32)
         return jnp.asarray(rng.normal(size=shape), jnp.float32)

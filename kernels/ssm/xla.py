@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from subquad.kernels import precision
 from subquad.kernels.convolution.xla import divisor
 from subquad.kernels.memory import map_parts
+from subquad.kernels.operation import operation
 
 HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
 einsum = functools.partial(jnp.einsum, precision=HIGHEST)
@@ -56,27 +56,29 @@ def diagonal_kernel(log_decay, coefficients, length):
 
 
 def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state):
-    batch, length, features = inputs.shape
-    chunk = min(length, CHUNK if length < LONG else 2 * CHUNK)
-    most = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
-    groups = divisor(features, -(-batch * features * length * max(1, state.shape[-1] // chunk) * 4 // most))
-    return compiled_scan(chunk, groups, inputs, log_decay, input_matrix, output_matrix, state)
+    room = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
+    return _scan(room, inputs, log_decay, input_matrix, output_matrix, state)
 
 
 FEATURE_AXES = 2, 0, 0, 0, 1  # of the arguments of a group
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(chunk, groups, *arrays):
-    return map_parts(functools.partial(_scan_group, chunk), groups, arrays, FEATURE_AXES, (2, 1), after=arrays[0])
+def chunk_and_groups(room: int, inputs, state) -> tuple[int, int]:
+    """Tokens of a chunk, and how many groups the features make, each of about `room` bytes."""
+    batch, length, features = inputs.shape
+    chunk = min(length, CHUNK if length < LONG else 2 * CHUNK)
+    return chunk, divisor(features, -(-batch * features * length * max(1, state.shape[-1] // chunk) * 4 // room))
 
 
-def _scan_forward(chunk, groups, *arrays):
-    return _scan(chunk, groups, *arrays), arrays
+def _scan_forward(room, *arrays):
+    chunk, groups = chunk_and_groups(room, arrays[0], arrays[-1])
+    run = functools.partial(_scan_group, chunk)
+    return map_parts(run, groups, arrays, FEATURE_AXES, (2, 1), after=arrays[0]), arrays
 
 
-def _scan_backward(chunk, groups, arrays, gradients):
+def _scan_backward(room, arrays, gradients):
     """A group's tables and states are made again: its arguments are all that is kept."""
+    chunk, groups = chunk_and_groups(room, arrays[0], arrays[-1])
 
     def group(*parts):
         _, backward = jax.vjp(functools.partial(_scan_group, chunk), *parts[: len(arrays)])
@@ -85,10 +87,13 @@ def _scan_backward(chunk, groups, arrays, gradients):
     return map_parts(group, groups, (*arrays, *gradients), (*FEATURE_AXES, 2, 1), FEATURE_AXES, after=gradients[0])
 
 
-precision.define_passes(_scan, _scan_forward, _scan_backward)
-
-# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-compiled_scan = jax.jit(_scan, static_argnums=(0, 1))
+_scan = operation(
+    _scan_forward,
+    _scan_backward,
+    arrays=("b t d", "d p", "d p", "d p", "b d s"),
+    outputs=("b t d", "b d s"),
+    independent="b d",
+)
 
 
 def _scan_group(chunk, inputs, log_decay, input_matrix, output_matrix, state):

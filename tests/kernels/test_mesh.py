@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Convolutions transform their taps, and state spaces make their tables, on every device that has some of the batch.
-MOST = {"convolution.convolve": 0.2, "ssm.diagonal_scan": 0.2}
+# A convolution transforms its taps on every device that has some of the batch.
+MOST = {"convolution.convolve": 0.2}
 
 
 def on_8_devices(*words):
@@ -27,7 +27,7 @@ def on_8_devices(*words):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     out = tmp_path_factory.mktemp("mesh") / "mesh.csv"
-    on_8_devices(ROOT / "scripts" / "bench_mesh.py", "--length", 128, "--out", out)
+    on_8_devices(ROOT / "scripts" / "bench_mesh.py", "--length", 512, "--out", out)
     with open(out, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -39,7 +39,8 @@ def test_an_eighth_of_the_work_and_no_gathering(rows):
         assert float(row["share"]) <= (MOST.get(row["operation"], 0.15) if row["sharded"] == "batch" else 0.15), row
         assert not any(int(row[name]) for name in ("all-gather", "all-to-all", "collective-permute")), row
         assert float(row["error"]) < 2e-6, row
-        assert int(row["temporary_kib"]) < int(row["temporary_kib_alone"]), row
+        if row["sharded"] != "queries":  # keys and values stay whole there
+            assert int(row["temporary_kib"]) < int(row["temporary_kib_alone"]), row
 
 
 def test_every_kind_of_mesh():
