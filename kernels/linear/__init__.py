@@ -1,4 +1,4 @@
-"""Linear attention: normalised sums of values weighted by products of nonnegative features, given or random."""
+"""Linear attention: sums of values weighted by products of features, normalised or with a state that decays."""
 
 import math
 import numbers
@@ -12,7 +12,7 @@ from subquad.kernels.axes import KeyMask
 from subquad.kernels.linear import reference, xla
 from subquad.kernels.linear.features import FeatureMap, relu_features, softmax_features
 
-__all__ = ["attention", "empty_state", "random_feature_attention", "relu_features", "softmax_features"]
+__all__ = ["attention", "empty_state", "gated", "random_feature_attention", "relu_features", "softmax_features"]
 
 MODULE = "subquad.kernels.linear.triton"
 ATTENTION = {
@@ -20,12 +20,18 @@ ATTENTION = {
     "xla": xla.attention,
     "reference": reference.attention,
 }
+GATED = {
+    **dispatch.triton(MODULE, "gated"),
+    "xla": xla.gated,
+    "reference": reference.gated,
+}
 RANDOM_FEATURE_ATTENTION = {
     **dispatch.triton(MODULE, "random_feature_attention"),
     "xla": xla.random_feature_attention,
     "reference": reference.random_feature_attention,
 }
 
+GatedState = Float[Array, "B N M V"] | tuple[Float[Array, "B N M V"], Float[Array, "B N M"]]
 State = tuple[Float[Array, "B N M V"], Float[Array, "B N M"], Float[Array, "B N"]]
 
 
@@ -162,6 +168,85 @@ def random_feature_attention(
     return (outputs, state) if return_state else outputs
 
 
+def gated(
+    query: Float[Array, "B T #N M"],
+    key: Float[Array, "B T #N M"],
+    value: Float[Array, "B T #N V"],
+    log_decay: Float[Array, "B T N"] | Float[Array, "B T N M"] | None = None,
+    *,
+    beta: Float[Array, "B T N"] | None = None,
+    mask: KeyMask | None = None,
+    initial_state: GatedState | None = None,
+    normalize: bool = False,
+    return_state: bool = False,
+    scale: float | None = None,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], GatedState]:
+    """Causal linear attention with a state that decays, by the plain update or by the delta rule.
+
+        S_t = D_t S_{t-1} + k_t v_t^T                                 D_t = diag(exp(log_decay_t))
+        S_t = D_t S_{t-1} + beta_t k_t (v_t - k_t^T D_t S_{t-1})^T    with beta
+        o_t = scale S_t^T q_t,  divided by scale z_t . q_t if normalize, where z is S with v = 1
+
+    No decay is the linear transformer; one number per head RetNet, Mamba-2 and gated RFA; one per channel of the key GLA
+    and HGRN2; beta DeltaNet, Gated DeltaNet and, with a decay per channel, Kimi Delta Attention.
+
+    Cost: time O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)) and about 2 sqrt(T / C) states for the backward
+        pass; one extended token O(M V) whatever came before.
+
+    Args:
+        query, key, value: each may have fewer heads than N, the most of the three: a divisor of N, and then N over it
+            neighbours share one. They are repeated.
+        log_decay: at most 0, per head or per channel of the key; -inf forgets everything before. None: 0.
+        beta: how much of the value that key t reads is replaced, in [0, 1]; in [0, 2] a state may also be reflected.
+            Keys of unit length keep the update a contraction.
+        mask: padding, True = attend. A masked token leaves the state as it is and outputs 0; what it holds reaches
+            nothing, NaN included.
+        initial_state: S [B, N, M, V] before the first token; with normalize S and z [B, N, M]. None: 0.
+        normalize: divide by the same recurrence with v = 1. Meant for nonnegative features.
+        return_state: also return the state after the last token.
+        scale: of the query. None: 1, as in most papers; GLA takes M^-1/2.
+        implementation: None takes the best that can run here.
+    Returns: [B, T, N, V] in the dtype of value; with return_state also the state, float32.
+    Raises:
+        TypeError: mask is not boolean; arrays of integers; scale is not a number.
+        ValueError: shapes that do not fit, axes of 0; heads that do not divide N.
+        NotImplementedError: an implementation that does not exist here.
+    Numerics: sums and exponentials in float32; decays are exponentiated between two tokens only, so that no decay, however
+        small, overflows or takes digits from what comes after it. exp of less than -104 is 0. Where the denominator's size
+        is below 1e-30 a row is 0.
+    Example:
+        >>> ones, value = jnp.ones((1, 4, 1, 1)), jnp.arange(1.0, 5.0).reshape(1, 4, 1, 1)
+        >>> half = jnp.full((1, 4, 1), math.log(0.5))
+        >>> gated(ones, ones, value, half)[0, :, 0, 0].tolist()
+        [1.0, 2.5, 4.25, 6.125]
+
+    Source: Sun et al., Retentive Network, arXiv 2307.08621, eq. 5; Yang et al., Gated Linear Attention, arXiv 2312.06635,
+        section 4; Dao & Gu, Transformers are SSMs, arXiv 2405.21060, section 6; Yang et al., Parallelizing Linear
+        Transformers with the Delta Rule, arXiv 2406.06484, section 3, and Gated Delta Networks, arXiv 2412.06464.
+    """
+    owner = "linear.gated"
+    checks.floating(owner, query=query, key=key, value=value, log_decay=log_decay, beta=beta)
+    _check_gated(owner, query, key, value, log_decay, beta, mask, initial_state, normalize)
+    if scale is not None and not isinstance(scale, numbers.Real):
+        raise TypeError(f"{owner}: scale must be a number, got {type(scale).__name__}. Multiply query by an array instead.")
+    heads = max(x.shape[2] for x in (query, key, value))
+    query, key, value = (x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], 2) for x in (query, key, value))
+    query, key, value, log_decay, beta = checks.hide(mask, query, key, value, log_decay, beta)
+    batch, features, values = query.shape[0], query.shape[3], value.shape[3]
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, features, values + normalize), jnp.float32)
+    elif normalize:
+        initial_state = jnp.concatenate([initial_state[0], initial_state[1][..., None]], -1)
+    outputs, state = dispatch.run(
+        owner, GATED, implementation, query, key, value, log_decay, beta, initial_state, bool(normalize),
+        1.0 if scale is None else float(scale),
+    )  # fmt: skip
+    if not return_state:
+        return outputs
+    return outputs, (state[..., :-1], state[..., -1]) if normalize else state
+
+
 def empty_state(batch_size: int, num_heads: int, features: int, value_features: int) -> State:
     """The state before any key: zero sums, and -inf for the maximum of nothing."""
     return (
@@ -206,11 +291,56 @@ def _check(owner, query, key, value, key_log_scale, mask, is_causal, initial_sta
             f"{owner}: key must have the length T = {length} of query when is_causal, got {keys}. "
             "Pass earlier keys through initial_state."
         )
-    if mask is not None:
-        if mask.dtype != bool:
-            raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-        if mask.shape not in ((1, 1, 1, keys), (batch, 1, 1, keys)):
+    _check_mask(owner, mask, batch, keys)
+
+
+def _check_gated(owner, query, key, value, log_decay, beta, mask, initial_state, normalize) -> None:
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4 or 0 in array.shape:
             raise ValueError(
-                f"{owner}: mask must be key padding of shape {(batch, 1, 1, keys)}, got {mask.shape}. "
-                "Linear attention never forms the [T, S] weights that another mask would need."
+                f"{owner}: {name} must have shape [B, T, N, M] with every axis at least 1, got {array.shape}. "
+                "Flatten the batch axes."
             )
+    heads = max(x.shape[2] for x in (query, key, value))
+    (batch, length, _, width), values = query.shape, value.shape[3]
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if heads % array.shape[2]:
+            raise ValueError(
+                f"{owner}: {name} must have a number of heads that divides N = {heads}, got {array.shape[2]}. Repeat its heads."
+            )
+    expected = {
+        "key": (key, [(batch, length, key.shape[2], width)]),
+        "value": (value, [(batch, length, value.shape[2], values)]),
+        "log_decay": (log_decay, [(batch, length, heads), (batch, length, heads, width)]),
+        "beta": (beta, [(batch, length, heads)]),
+    }
+    state = (batch, heads, width, values)
+    if normalize and initial_state is not None:
+        if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
+            raise ValueError(
+                f"{owner}: initial_state must hold S and z if normalize, got {type(initial_state).__name__}. "
+                "Pass what an earlier call with normalize returned."
+            )
+        expected["initial_state[0]"] = (initial_state[0], [state])
+        expected["initial_state[1]"] = (initial_state[1], [state[:3]])
+    else:
+        expected["initial_state"] = (initial_state, [state])
+    for name, (array, shapes) in expected.items():
+        if array is not None and getattr(array, "shape", None) not in shapes:
+            raise ValueError(
+                f"{owner}: {name} must have shape {' or '.join(map(str, shapes))} beside query {query.shape}, got "
+                f"{getattr(array, 'shape', type(array).__name__)}. Reshape it."
+            )
+    _check_mask(owner, mask, batch, length)
+
+
+def _check_mask(owner, mask, batch, keys) -> None:
+    if mask is None:
+        return
+    if mask.dtype != bool:
+        raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
+    if mask.shape not in ((1, 1, 1, keys), (batch, 1, 1, keys)):
+        raise ValueError(
+            f"{owner}: mask must be key padding of shape {(batch, 1, 1, keys)}, got {mask.shape}. "
+            "Linear attention never forms the [T, S] weights that another mask would need."
+        )

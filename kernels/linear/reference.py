@@ -1,4 +1,4 @@
-"""Linear attention as the specification says it: the T x S weights, in float32."""
+"""Linear attention as the specification says it: the recurrence, one token at a time, and the T x S weights, in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,35 @@ from subquad.kernels.linear.features import relu_features, softmax_features
 
 # A denominator below this counts as 0: its reciprocal and the gradients through it stay inside float32.
 SMALLEST_DENOMINATOR = 1e-30
+
+
+@precision.full
+def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
+    """See `linear.gated`; returns the outputs and the state after the last token."""
+    dtype = value.dtype
+    wide = lambda x: None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    query, key, value, log_decay, beta = map(wide, (query, key, value, log_decay, beta))
+    if normalize:
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
+    if log_decay is None:
+        log_decay = jnp.zeros(key.shape[:3], key.dtype)
+    if log_decay.ndim == 3:
+        log_decay = log_decay[..., None]  # one for all channels
+
+    def step(state, token):
+        query, key, value, log_decay, beta = token  # [B, N, ...]
+        state = jnp.exp(log_decay)[..., None] * state
+        if beta is not None:
+            value = beta[..., None] * (value - jnp.einsum("bnm,bnmv->bnv", key, state))
+        state = state + key[..., :, None] * value[..., None, :]
+        return state, jnp.einsum("bnm,bnmv->bnv", scale * query, state)
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query, key, value, log_decay, beta))
+    state, outputs = jax.lax.scan(step, initial_state.astype(query.dtype), tokens)
+    outputs = jnp.moveaxis(outputs, 0, 1)
+    if normalize:
+        outputs = normalized(outputs)
+    return outputs.astype(dtype), state
 
 
 @precision.full
@@ -61,3 +90,10 @@ def divide(numerator, denominator, eps):
     denominator = denominator + eps
     positive = denominator > SMALLEST_DENOMINATOR
     return jnp.where(positive[..., None], numerator, 0) / jnp.where(positive, denominator, 1)[..., None]
+
+
+def normalized(outputs):
+    """All columns but the last, divided by the last, which is the same recurrence with v = 1; 0 where that is 0."""
+    denominator = outputs[..., -1:]
+    divides = jnp.abs(denominator) > SMALLEST_DENOMINATOR
+    return jnp.where(divides, outputs[..., :-1], 0) / jnp.where(divides, denominator, 1)

@@ -92,6 +92,32 @@ def call_random(arrays, implementation, *, is_causal, kernel):
     )
 
 
+def make_gated(length, dtype, rng, *, channels=False, delta=False, batch=2, heads=2, features=20, values=24, bench=False):
+    """Decays from slow to fast, of which some forget everything; keys of unit length; a state."""
+    if bench:
+        batch, heads, features, values = 1, 4, 64, 64
+    normal = lambda *shape: rng.normal(size=shape)
+    key = normal(batch, length, heads, features)
+    decay = -(normal(batch, length, heads, *[features] * channels) ** 2)
+    forget = rng.uniform(size=decay.shape)
+    decay = np.where(forget < 0.02, -1e4, np.where(forget < 0.2, 20 * decay, 0.2 * decay))
+    arrays = dict(
+        query=jnp.asarray(normal(batch, length, heads, features), dtype),
+        key=jnp.asarray(key / np.linalg.norm(key, axis=-1, keepdims=True), dtype),
+        value=jnp.asarray(normal(batch, length, heads, values), dtype),
+        decay=jnp.asarray(decay, jnp.float32),
+        state=jnp.asarray(normal(batch, heads, features, values), jnp.float32),
+    )
+    return arrays | (dict(beta=jnp.asarray(rng.uniform(size=(batch, length, heads)), jnp.float32)) if delta else {})
+
+
+def call_gated(arrays, implementation):
+    return linear.gated(
+        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"),
+        initial_state=arrays["state"], return_state=True, implementation=implementation,
+    )  # fmt: skip
+
+
 def bench(maker):
     return lambda length, dtype, rng: maker(length, dtype, rng, bench=True)
 
@@ -110,6 +136,11 @@ def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
     return Spec("linear.random_feature_attention", name, maker, run, bench(maker), lengths)
 
 
+def gated_spec(name, **options):
+    maker = functools.partial(make_gated, **options)
+    return Spec("linear.gated", name, maker, call_gated, bench(maker), (63, 129), implementations=())
+
+
 SPECS = [
     spec("causal", True),
     spec("causal-plain", True, make_plain, lengths=SEVERAL),
@@ -117,6 +148,8 @@ SPECS = [
     random_spec("softmax", False, "softmax"),
     random_spec("softmax-causal", True, "softmax", make_continued, LENGTHS),
     random_spec("relu-causal", True, "relu", make_relu),
+    gated_spec("heads"),
+    gated_spec("channels-delta", channels=True, delta=True),
 ]
 
 

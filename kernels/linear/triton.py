@@ -684,6 +684,11 @@ def random_feature_attention(query, key, value, projection, kernel, mask, is_cau
     return _run(Plan(kernel, is_causal, 0.0, mode), arrays)
 
 
+def gated(query, key, value, log_decay, beta, initial_state, normalize, scale, *, mode):
+    """See `linear.gated`."""
+    raise launch.Declined("decays and the delta rule have no kernel yet.")
+
+
 def _decline(query, key, value, given: bool):
     if any(x.dtype.name not in launch.FLOATS for x in (query, key, value)):
         raise launch.Declined("the kernel takes float32, bfloat16 and float16 only.")

@@ -4,16 +4,18 @@ Everything of a chunk, features included, is computed where it is used, and agai
 the forward pass is the outputs, and two numbers per query: 1 / denominator and the running maximum.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from subquad.kernels import precision
-from subquad.kernels.linear.chunks import BIDIRECTIONAL_CHUNK, chunk, empty, put, put_rows, sweep, take, take_rows
+from subquad.kernels.linear import chunks, recurrence
 from subquad.kernels.linear.features import LOG_FLOOR, RELU_OFFSET
 from subquad.kernels.linear.gradient import Arrays, Plan, bind, differentiable
-from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite
+from subquad.kernels.linear.old import BIDIRECTIONAL_CHUNK, chunk, empty, put, put_rows, sweep, take, take_rows
+from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite, normalized
 from subquad.kernels.memory import numbers
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -32,6 +34,25 @@ def random_feature_attention(query, key, value, projection, kernel, mask, is_cau
     """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
     arrays = bind(query, key, value, None, mask, projection, initial_state)
     return _run(Plan(kernel, is_causal, 0.0), arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("normalize", "scale"))
+def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
+    """See `linear.gated`; returns the outputs and the state after the last token."""
+
+    def step(_, state, chunk):
+        value, decay = chunk["value"], chunk["log_decay"]
+        if normalize:
+            value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
+        decay = None if decay is None else recurrence.cumulate(decay)
+        state, outputs = recurrence.advance(state, scale * chunk["query"], chunk["key"], value, decay, chunk["beta"])
+        return state, normalized(outputs) if normalize else outputs
+
+    rows = lambda x: x if x is None or x.ndim == 4 else x.astype(jnp.float32).swapaxes(1, 2)
+    arrays = dict(query=query, key=key, value=value, log_decay=rows(log_decay), beta=rows(beta))
+    state = chunks.hide_zeros(initial_state.astype(jnp.float32))
+    state, outputs = chunks.scan(step, chunks.chunk_size(), (), state, arrays)
+    return outputs, state
 
 
 # Features.
@@ -79,9 +100,7 @@ def grad_inputs(plan: Plan, grad, phi, inputs, projection):
 
 def has_scale(plan: Plan, arrays: Arrays) -> bool:
     """Whether any key or state has a log scale other than 0."""
-    return (
-        plan.features == "softmax" or arrays.scale is not None or arrays.mask is not None or arrays.numerator is not None
-    )
+    return plan.features == "softmax" or arrays.scale is not None or arrays.mask is not None or arrays.numerator is not None
 
 
 def key_chunk(plan: Plan, arrays: Arrays, projection, start, size):
@@ -303,9 +322,7 @@ def _backward_bidirectional(plan, arrays, projection, out, residuals, gradients)
         grad_key, grad_value = put(grad_key, of_inputs, start, arrays.key), put(grad_value, of_value, start, arrays.value)
         return grad_key, grad_value, grad_scale, grad_projection
 
-    grads = sweep(
-        arrays.key.shape[1], BIDIRECTIONAL_CHUNK, keys, (grad_key, grad_value, grad_scale, grad_projection)
-    )
+    grads = sweep(arrays.key.shape[1], BIDIRECTIONAL_CHUNK, keys, (grad_key, grad_value, grad_scale, grad_projection))
     decay = None if arrays.largest is None else jnp.exp(arrays.largest - finite(largest))
     return grad_query, *grads, (decay, above, below)
 

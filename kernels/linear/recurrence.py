@@ -1,0 +1,131 @@
+"""The recurrence of linear attention over one chunk of a sequence: S_t = decay_t S_{t-1} + k_t v_t^T, o_t = q_t^T S_t.
+
+B batch, N heads, C tokens of a chunk, M features of query and key, V of value; c a token, s a token before it.
+g   cumulative log decay: before the chunk's first token and after each token, so C + 1 of them
+e   a log decay between two of these places, g_c - g_s <= 0: only such differences are exponentiated, never one g
+"""
+
+import jax
+import jax.numpy as jnp
+
+# exp of less is 0 in float32.
+SMALLEST_LOG_DECAY = -104.0
+# Multiples of it are summed without rounding: a chunk of 128 stays below 2^24 of them.
+UNIT = 2.0**-10
+# Scores of so few tokens are computed directly where every channel decays in its own way.
+DIRECT = 16
+
+
+def advance(state, query, key, value, decay=None, beta=None):
+    """One chunk of the recurrence.
+
+    Args:
+        state: [B, N, M, V], before the chunk.
+        query, key: [B, N, C, M]. value: [B, N, C, V].
+        decay: None, or the parts of g, each [B, N, C + 1] (a decay per head) or [B, N, C + 1, M] (per channel).
+        beta: None, or [B, N, C]: with it value v_t becomes beta_t (v_t - (decay_t S_{t-1})^T k_t), the delta rule.
+    Returns: the state after the chunk, and the outputs [B, N, C, V].
+    """
+    if beta is not None:
+        value = corrections(state, key, value, decay, beta)
+    outputs = since_start(query, decay) @ state + scores(query, key, decay) @ value
+    return whole_chunk(state, decay) + transpose_product(until_end(key, decay), value), outputs
+
+
+def corrections(state, key, value, decay, beta):
+    """The values that the delta rule writes, u_t = beta_t (v_t - k_t^T decay_t S_{t-1}): [B, N, C, V].
+
+    S_{t-1} holds the u_s of the tokens before: (I + L) u = beta (v - (decayed k)^T S), L = beta times the scores of keys
+    with keys before them (the UT transform; Yang et al., 2024, arXiv 2406.06484, section 3).
+    """
+    lower = beta[..., None] * jnp.tril(scores(key, key, decay), -1)
+    right = beta[..., None] * (value - since_start(key, decay) @ state)
+    return jax.lax.linalg.triangular_solve(
+        lower + jnp.eye(lower.shape[-1], dtype=lower.dtype), right, left_side=True, lower=True, unit_diagonal=True
+    )
+
+
+def scores(query, key, decay):
+    """q_c^T exp(g_c - g_s) k_s for s <= c, else 0: [B, N, C, C]."""
+    visible = jnp.tri(query.shape[2], dtype=bool)
+    if decay is None:
+        return jnp.where(visible, query @ key.mT, 0)
+    if decay[0].ndim == 4:
+        return channel_scores(query, key, [g[:, :, 1:] for g in decay])
+    gap = sum(g[..., 1:, None] - g[..., None, 1:] for g in decay)
+    return jnp.exp(jnp.where(visible, gap, -jnp.inf)) * (query @ key.mT)
+
+
+def channel_scores(query, key, decay):
+    """`scores` where each channel has its own decay: decay [..., C, M] after each token.
+
+    exp(g_c - g_s) = exp(g_c - g_b) exp(g_b - g_s) with b on the border between s and c: neither factor exceeds 1. Halves
+    of halves find a border for every pair of blocks (the secondary chunks of GLA, arXiv 2312.06635, section 4.3); within
+    the smallest blocks each pair has its own exponential.
+    """
+    size = query.shape[-2]
+    if size <= DIRECT:
+        gap = sum(g[..., :, None, :] - g[..., None, :, :] for g in decay)
+        visible = jnp.tri(size, dtype=bool)[..., None]
+        return jnp.sum(query[..., :, None, :] * key[..., None, :, :] * jnp.exp(jnp.where(visible, gap, -jnp.inf)), -1)
+    half = 1 << (size - 1).bit_length() - 1
+    query, key = fill(query, 2 * half), fill(key, 2 * half)
+    decay = [fill(g, 2 * half, "edge") for g in decay]
+    halves = lambda x: x.reshape(*x.shape[:-2], 2, half, x.shape[-1])
+    query, key, decay = halves(query), halves(key), [halves(g) for g in decay]
+    border = [g[..., :1, -1:, :] for g in decay]  # after the last token of the first half
+    late = query[..., 1, :, :] * exp_gap([g[..., 1:, :, :] for g in decay], border)[..., 0, :, :]
+    early = key[..., 0, :, :] * exp_gap(border, [g[..., :1, :, :] for g in decay])[..., 0, :, :]
+    inside = channel_scores(query, key, decay)
+    first, second, across = inside[..., 0, :, :], inside[..., 1, :, :], late @ early.mT
+    rows = jnp.concatenate([first, jnp.zeros_like(first)], -1), jnp.concatenate([across, second], -1)
+    return jnp.concatenate(rows, -2)[..., :size, :size]
+
+
+def since_start(x, decay):
+    """Queries (or keys) [B, N, C, M] with the decay from the start of the chunk to each token."""
+    return x if decay is None else x * as_factor(exp_gap([g[:, :, 1:] for g in decay], [g[:, :, :1] for g in decay]))
+
+
+def until_end(key, decay):
+    """Keys [B, N, C, M] with the decay from each token to the end of the chunk."""
+    return key if decay is None else key * as_factor(exp_gap([g[:, :, -1:] for g in decay], [g[:, :, 1:] for g in decay]))
+
+
+def whole_chunk(state, decay):
+    """The state [B, N, M, V] with the decay from the start of the chunk to its end."""
+    if decay is None:
+        return state
+    return state * as_factor(exp_gap([g[:, :, -1:] for g in decay], [g[:, :, :1] for g in decay])).mT
+
+
+def exp_gap(late, early):
+    return jnp.exp(sum(x - y for x, y in zip(late, early, strict=True)))
+
+
+def as_factor(x):
+    """[B, N, C, M] as it is, [B, N, C] with an axis for the channels."""
+    return x[..., None] if x.ndim == 3 else x
+
+
+def fill(x, size, mode="constant"):
+    """[..., C, M] up to `size` tokens."""
+    return x if x.shape[-2] == size else jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)], mode=mode)
+
+
+def transpose_product(x, y):
+    """x^T y over the chunk: [B, N, C, M], [B, N, C, V] -> [B, N, M, V]."""
+    return jnp.einsum("bncm,bncv->bnmv", x, y)
+
+
+def cumulate(log_decay):
+    """g of a chunk [B, N, C] or [B, N, C, M], in two parts whose differences have no rounding of large sums.
+
+    A log decay of -1e4 or -inf, which resets the state, counts as -104, whose exponential is 0, too. In one float32 a few
+    of them would cost the tokens after them all small digits. The first part holds multiples of 2^-10, which are summed
+    exactly, the second what is left of each.
+    """
+    log_decay = jnp.maximum(log_decay, SMALLEST_LOG_DECAY)
+    coarse = UNIT * jnp.round(jax.lax.stop_gradient(log_decay) / UNIT)
+    start = jnp.zeros_like(log_decay[:, :, :1])
+    return [jnp.cumsum(jnp.concatenate([start, part], 2), 2) for part in (coarse, log_decay - coarse)]

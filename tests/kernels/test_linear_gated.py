@@ -1,0 +1,227 @@
+"""Linear attention with decays and the delta rule: against peers, and where decays are extreme."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad.kernels import linear
+from tests import oracle
+
+FORMS = ["plain", "heads", "channels", "delta", "heads-delta", "channels-delta"]
+gated = jax.jit(linear.gated, static_argnames=("normalize", "return_state", "scale", "implementation"))
+
+
+def draw(form, length, *, batch=2, heads=2, features=8, values=6, seed=0):
+    """Arrays by the names of the arguments; decays of -0.05 to -5 a token."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    key = normal(batch, length, heads, features)
+    arrays = dict(
+        query=normal(batch, length, heads, features), key=key / np.linalg.norm(key, axis=-1, keepdims=True),
+        value=normal(batch, length, heads, values), initial_state=normal(batch, heads, features, values),
+    )  # fmt: skip
+    if "delta" in form:
+        arrays["beta"] = rng.uniform(size=(batch, length, heads)).astype(np.float32)
+    if "heads" in form or "channels" in form:
+        shape = (batch, length, heads, features)[: 4 if "channels" in form else 3]
+        arrays["log_decay"] = -np.exp(rng.uniform(-3, 1.6, shape)).astype(np.float32)
+    return arrays
+
+
+def call(arrays, **options):
+    query, key, value, *rest = (arrays[x] for x in ("query", "key", "value"))
+    rest = {name: x for name, x in arrays.items() if name not in ("query", "key", "value")}
+    return gated(query, key, value, return_state=True, **rest, **options)
+
+
+def outputs_and_gradients(arrays, mask=None, **options):
+    @jax.jit
+    def run(arrays):
+        out, pull = jax.vjp(lambda x: call(x, mask=mask, **options), arrays)
+        return out, pull(jax.tree.map(jnp.cos, out))[0]
+
+    return run(arrays)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert np.isfinite(x).all(), jax.tree_util.keystr(path)
+        assert oracle.relative_error(x, y) < tolerance, jax.tree_util.keystr(path)
+
+
+# ---------------------------------------------------------------------------------------------------- against peers
+
+
+HEADS_FIRST = ("retention", "delta_rule")
+ARGUMENTS = dict(
+    q="query", k="key", v="value", g="log_decay", gk="log_decay", beta="beta", h0="initial_state", s0="initial_state",
+    C="query", B="key", X="value", A="log_decay",
+)  # fmt: skip
+
+
+def as_peer(name):
+    """The peer's inputs -> its outputs, by our operation."""
+
+    def run(inputs, implementation):
+        arrays = {ARGUMENTS[x]: y for x, y in inputs.items() if x != "z0"}
+        if name in HEADS_FIRST:
+            arrays = {x: y if x == "initial_state" else y.swapaxes(1, 2) for x, y in arrays.items()}
+        scale = arrays["query"].shape[-1] ** -0.5
+        if name == "retention":
+            log_gamma = jnp.log1p(-(2.0 ** (-5 - jnp.arange(2.0))))
+            arrays["log_decay"] = jnp.broadcast_to(log_gamma, arrays["query"].shape[:3])
+        if name == "mamba2_ssd":
+            arrays["initial_state"] = arrays["initial_state"][:, 0].mT
+            out, state = call(arrays, scale=1.0, implementation=implementation)
+            return dict(y=out, h=state.mT)
+        if name == "linear_attn_norm":
+            arrays["initial_state"] = arrays["initial_state"], inputs["z0"][:, 0]
+            out, (state, z) = call(arrays, scale=scale, normalize=True, implementation=implementation)
+            return dict(o=out, s=state, z=z[:, None])
+        out, state = call(arrays, scale=scale, implementation=implementation)
+        out = dict(o=out.swapaxes(1, 2) if name in HEADS_FIRST else out, h=state)
+        return dict(o=out["o"]) if name == "retention" else out
+
+    return run
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    "name",
+    ["retention", "mamba2_ssd", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda", "linear_attn_norm"],
+)
+def test_outputs_and_gradients_are_those_of_the_peer(name, implementation):
+    data = oracle.load(name)
+    run = functools.partial(as_peer(name), implementation=implementation)
+    out, pull = jax.vjp(run, {x: jnp.asarray(y) for x, y in data.inputs.items()})
+    gradients = pull({x: jnp.asarray(data.cotangents[x]) for x in out})[0]
+    assert_close(out, {x: data.outputs[x] for x in out})
+    assert_close(gradients, {x: data.grad_inputs[x] for x in gradients}, 2e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- the definition
+
+
+def float64_loop(query, key, value, initial_state, log_decay=None, beta=None):
+    """The docstring's two lines in NumPy."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    state, out = np.array(initial_state, np.float64), np.zeros(value.shape)
+    for t in range(query.shape[1]):
+        if log_decay is not None:
+            decay = np.exp(np.asarray(log_decay[:, t], np.float64))
+            state *= decay[..., None] if decay.ndim == 3 else decay[..., None, None]
+        write = value[:, t]
+        if beta is not None:
+            write = np.asarray(beta[:, t], np.float64)[..., None] * (write - np.einsum("bnm,bnmv->bnv", key[:, t], state))
+        state += key[:, t, :, :, None] * write[:, :, None]
+        out[:, t] = np.einsum("bnm,bnmv->bnv", query[:, t], state)
+    return out, state
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("form", FORMS)
+def test_values_are_the_definition(form, implementation):
+    arrays = draw(form, 75)
+    assert_close(call(arrays, implementation=implementation), float64_loop(**arrays))
+
+
+@pytest.mark.parametrize("form", ["heads", "channels-delta"])
+def test_gradients_over_many_chunks_are_those_of_the_reference(form):
+    """Several segments of several chunks, and a length that no chunk divides."""
+    arrays = draw(form, 275, batch=1)
+    got, want = (outputs_and_gradients(arrays, implementation=i) for i in ("xla", "reference"))
+    assert_close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("form", ["heads", "channels-delta"])
+def test_decays_of_any_size_are_exact(form):
+    """A state reset costs the tokens after it no digits, however often, and no gradient is lost or not a number."""
+    arrays = draw(form, 130)
+    rng = np.random.default_rng(1)
+    pick = rng.uniform(size=arrays["log_decay"].shape)
+    decay = np.select([pick < 0.1, pick < 0.2, pick < 0.3], [-np.inf, -1e30, -70.0], arrays["log_decay"] / 10)
+    arrays["log_decay"] = np.where(pick > 0.9, 0, decay).astype(np.float32)
+    want = outputs_and_gradients(arrays, implementation="reference")
+    assert_close(outputs_and_gradients(arrays, implementation="xla"), want, 2e-5)
+    assert_close(want[0], float64_loop(**arrays))
+
+
+def test_a_reset_separates_two_segments_to_the_last_bit():
+    arrays = draw("heads", 40)
+    arrays["log_decay"][:, 17] = -np.inf
+    louder = {x: y * np.float32(1e6) if x == "initial_state" else y.copy() for x, y in arrays.items()}
+    louder["value"][:, :17] *= 1e6
+    for implementation in ("xla", "reference"):
+        (out, state), (other, last) = (call(x, implementation=implementation) for x in (arrays, louder))
+        np.testing.assert_array_equal(out[:, 17:], other[:, 17:])
+        np.testing.assert_array_equal(state, last)
+
+
+# ------------------------------------------------------------------------------------------------- states and padding
+
+
+@pytest.mark.parametrize("form", ["plain", "channels-delta"])
+def test_a_sequence_in_pieces_gives_the_same(form):
+    arrays = draw(form, 100)
+    whole, last = call(arrays)
+    state, pieces, start = arrays.pop("initial_state"), [], 0
+    for width in (1, 63, 36):
+        piece = {name: x[:, start : start + width] for name, x in arrays.items()}
+        out, state = call({**piece, "initial_state": state})
+        pieces, start = [*pieces, out], start + width
+    assert_close((jnp.concatenate(pieces, 1), state), (whole, last))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_padding_leaves_the_state_alone(implementation):
+    """As if the padded tokens were not there, though they hold NaN; their gradients are 0."""
+    arrays = draw("channels-delta", 20, batch=1)
+    keep = np.random.default_rng(2).uniform(size=20) < 0.6
+    kept = {name: x if name == "initial_state" else x[:, keep] for name, x in arrays.items()}
+    padded = {name: x.copy() for name, x in arrays.items()}
+    for name in set(padded) - {"initial_state"}:
+        padded[name][:, ~keep] = np.nan
+
+    def loss(arrays, mask, rows):
+        out, state = call(arrays, mask=mask, implementation=implementation)
+        return jnp.sum(jnp.sin(out[:, rows])) + jnp.sum(state**2), (out[:, rows], state)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=())
+    (_, got), gradients = run(padded, keep[None, None, None], np.flatnonzero(keep))
+    (_, want), expected = run(kept, None, np.arange(keep.sum()))
+    assert_close(got, want)
+    for name, gradient in gradients.items():
+        if name != "initial_state":
+            assert (gradient[:, ~keep] == 0).all(), name
+            gradient = gradient[:, keep]
+        assert_close(gradient, expected[name], 2e-5)
+
+
+def test_normalized_weights_sum_to_one():
+    arrays = draw("heads", 70)
+    del arrays["initial_state"]
+    arrays |= dict(query=np.abs(arrays["query"]), key=np.abs(arrays["key"]), value=np.ones_like(arrays["value"]))
+    out, (state, normalizer) = call(arrays, normalize=True)
+    np.testing.assert_allclose(out, 1, rtol=1e-6)
+    np.testing.assert_allclose(state, np.broadcast_to(normalizer[..., None], state.shape), rtol=1e-6)
+
+
+def test_neighbouring_heads_share_keys():
+    arrays = draw("heads-delta", 9, heads=4)
+    arrays |= dict(key=arrays["key"][:, :, :2], value=arrays["value"][:, :, :1])
+    repeated = arrays | dict(key=np.repeat(arrays["key"], 2, 2), value=np.repeat(arrays["value"], 4, 2))
+    assert_close(call(arrays), call(repeated))
+
+
+def test_float16_and_bfloat16_differ_by_their_last_rounding():
+    for dtype in ("bfloat16", "float16"):
+        arrays = draw("channels", 70)
+        arrays |= {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value")}
+        out, state = call(arrays)
+        want, last = float64_loop(**{name: np.asarray(x, np.float32) for name, x in arrays.items()})
+        assert out.dtype == dtype and state.dtype == jnp.float32
+        assert oracle.relative_error(out.astype(jnp.float32), want) < float(jnp.finfo(dtype).eps)
+        assert oracle.relative_error(state, last) < 1e-5
