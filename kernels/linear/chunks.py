@@ -15,13 +15,17 @@ from subquad.kernels.memory import bits, bits_dtype, numbers
 
 # The weights inside a chunk cost as much as the chunk is long, a step of the loop most where it is a kernel launch.
 CPU_CHUNK, ACCELERATOR_CHUNK = 64, 128
+# Without the weights inside a chunk, larger ones cost nothing but memory.
+BIDIRECTIONAL_CHUNK = 256
+# At the end of a time axis: tokens that change no state. Of what is not named here, zeros.
+PADDING = {"log_scale": -jnp.inf}
 
 
 def chunk_size() -> int:
     return CPU_CHUNK if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
 
 
-def scan(step: Callable, size: int, constants, state, arrays: dict, *, skip_unused: bool = False):
+def scan(step: Callable, size: int, constants, state, arrays: dict, dtype, *, skip_unused: bool = False):
     """`state, outputs = step(constants, state, chunk)` for every chunk of the arrays, in their order.
 
     The forward pass keeps the state before each segment of about sqrt(T / size) chunks. The backward pass goes through
@@ -32,15 +36,17 @@ def scan(step: Callable, size: int, constants, state, arrays: dict, *, skip_unus
         step: (constants, state, chunk) -> (state, outputs [B, N, C, X]); a function of `jax.vjp`.
         size: the number of tokens in a chunk, at most.
         constants, state: pytrees of float32 arrays.
-        arrays: by name; None stays None. The one named "query" gives the outputs its axes.
+        arrays: by name, "query" among them; None stays None.
+        dtype: of the outputs.
         skip_unused: take queries whose outputs have no gradient for 0 in the backward pass: they may be padding, which
             may hold anything.
-    Returns: the state after the last chunk, and the outputs [B, T, N, X] in the dtype of arrays["value"].
+    Returns: the state after the last chunk, and the outputs [B, T, N, X].
     """
     length = arrays["query"].shape[1]
     segments, inside, size = divide(length, size)
-    arrays = {name: pad(x, segments * inside * size) for name, x in arrays.items()}
-    dtype = arrays["value"].dtype
+    arrays = pad(arrays, segments * inside * size)
+    if not jax.tree.leaves(state):
+        segments, inside = 1, segments * inside
     run = _differentiable(step, segments, inside, size, dtype, skip_unused)
     state, outputs = run(constants, state, arrays)
     return state, outputs[:, :length]
@@ -49,16 +55,22 @@ def scan(step: Callable, size: int, constants, state, arrays: dict, *, skip_unus
 def divide(length: int, size: int) -> tuple[int, int, int]:
     """(segments, chunks in a segment, tokens in a chunk) for `length` tokens in equal chunks of at most `size`."""
     chunks = -(-length // size)
-    inside = math.isqrt(chunks - 1) + 1
+    root = math.isqrt(chunks - 1) + 1
+    # A divisor a little above the root needs no chunk more; else the last ones are shorter or padding.
+    inside = next((n for n in range(root, 2 * root) if chunks % n == 0), root)
     segments = -(-chunks // inside)
     return segments, inside, -(-length // (segments * inside))
 
 
+def pads(length: int, size: int) -> bool:
+    """Whether chunks of at most `size` need tokens after the last of `length`."""
+    segments, inside, size = divide(length, size)
+    return segments * inside * size != length
+
+
 def _differentiable(step, segments, inside, size, dtype, skip_unused):
     chunks = segments * inside
-
-    def chunk(arrays, i):
-        return {name: take(x, i * size, size) for name, x in arrays.items()}
+    chunk = lambda arrays, i: take_chunk(arrays, i, size)
 
     def forward(constants, state, arrays):
         """(state, outputs), and the state before each segment."""
@@ -86,11 +98,13 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
 
             def again(i, carry):
                 state, states = carry
-                states = store(states, state, i)
-                return step(constants, state, chunk(arrays, first + i))[0], states
+                state, _ = step(constants, state, chunk(arrays, first + i))
+                return state, store(states, state, i + 1)
 
             start = load(kept, segments - 1 - j)
-            _, states = loop(inside, again, (start, jax.tree.map(lambda x: jnp.zeros((inside, *x.shape), x.dtype), start)))
+            states = store(jax.tree.map(lambda x: jnp.zeros((inside, *x.shape), x.dtype), start), start, 0)
+            if jax.tree.leaves(start):
+                _, states = loop(inside - 1, again, (start, states))
 
             def reverse(i, carry):
                 grad_constants, grad_state, grad_arrays = carry
@@ -101,19 +115,14 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
                     parts["query"] = jnp.where(unused, 0, parts["query"])
                 _, pull = jax.vjp(step, constants, load(states, i), parts)
                 more, grad_state, grads = pull((grad_state, grad_part))
-                grad_arrays = {
-                    name: put(grad_arrays[name], grads[name].astype(arrays[name].dtype), (first + i) * size) for name in grads
-                    if grads[name] is not None
-                }  # fmt: skip
+                grad_arrays = put_chunk(grad_arrays, grads, arrays, first + i, size)
                 return jax.tree.map(jnp.add, grad_constants, more), grad_state, grad_arrays
 
             return loop(inside, reverse, carry)
 
-        grad_arrays = {name: jnp.zeros(x.shape, bits_dtype(x.dtype)) for name, x in arrays.items() if x is not None}
-        carry = jax.tree.map(jnp.zeros_like, constants), hide_zeros(grad_state), grad_arrays
+        carry = jax.tree.map(jnp.zeros_like, constants), hide_zeros(grad_state), room_for(arrays)
         grad_constants, grad_state, grad_arrays = loop(segments, segment, carry)
-        grads = {name: None if x is None else numbers(grad_arrays[name], x.dtype) for name, x in arrays.items()}
-        return grad_constants, grad_state, grads
+        return grad_constants, grad_state, as_arrays(grad_arrays, arrays)
 
     @jax.custom_vjp
     def run(constants, state, arrays):
@@ -128,7 +137,7 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
 
 
 def loop(count: int, body, carry):
-    return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+    return carry if count == 0 else body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
 
 
 def store(states, state, i):
@@ -139,13 +148,30 @@ def load(states, i):
     return jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, 0, keepdims=False), states)
 
 
+def take_chunk(arrays: dict, i, size: int) -> dict:
+    return {name: None if x is None else take(x, i * size, size) for name, x in arrays.items()}
+
+
 def take(x, start, size):
     """A chunk [B, N, C, X] of an array [B, T, N, X], or [B, N, C] of rows [B, N, T], in float32."""
-    if x is None:
-        return None
     if x.ndim == 3:
         return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
     return numbers(jax.lax.dynamic_slice_in_dim(bits(x), start, size, 1), x.dtype).swapaxes(1, 2).astype(jnp.float32)
+
+
+def room_for(arrays: dict) -> dict:
+    """The bits of zeros, for `put_chunk`."""
+    return {name: None if x is None else jnp.zeros(x.shape, bits_dtype(x.dtype)) for name, x in arrays.items()}
+
+
+def put_chunk(bits: dict, parts: dict, like: dict, i, size: int) -> dict:
+    """The bits of arrays in the dtypes of those in `like`, with parts of them in the place of chunk i."""
+    place = lambda name, x: put(x, parts[name].astype(like[name].dtype), i * size)
+    return {name: None if x is None else place(name, x) for name, x in bits.items()}
+
+
+def as_arrays(bits: dict, like: dict) -> dict:
+    return {name: None if x is None else numbers(bits[name], x.dtype) for name, x in like.items()}
 
 
 def put(x, part, start):
@@ -155,11 +181,17 @@ def put(x, part, start):
     return jax.lax.dynamic_update_slice_in_dim(x, bits(part.swapaxes(1, 2)), start, 1)
 
 
-def pad(x, length: int):
-    """Zeros at the end of the time axis, up to `length`."""
-    if x is None or x.shape[axis := 2 if x.ndim == 3 else 1] == length:
-        return x
-    return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
+def pad(arrays: dict, length: int) -> dict:
+    """Tokens that change no state, at the end of every array, up to `length`."""
+
+    def pad_one(name, x):
+        axis = 2 if x.ndim == 3 else 1
+        if x.shape[axis] == length:
+            return x
+        widths = [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)]
+        return jnp.pad(x, widths, constant_values=PADDING.get(name, 0))
+
+    return {name: None if x is None else pad_one(name, x) for name, x in arrays.items()}
 
 
 def hide_zeros(arrays):

@@ -40,10 +40,12 @@ def softmax_features(
     scaled = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32)) * head_features**-0.25
     # Exponents: the short mantissas of an accelerator's default precision would be errors of per cents here.
     logits = jnp.einsum("...h,mh->...m", scaled, projection, precision=jax.lax.Precision.HIGHEST)
-    logits -= 0.5 * jnp.sum(scaled**2, axis=-1, keepdims=True)
-    largest = jax.lax.stop_gradient(logits.max(-1))
-    features = jnp.exp(jnp.maximum(logits - largest[..., None], LOG_FLOOR))
-    return features, largest - 0.5 * math.log(num_features)
+    half_norm, largest = 0.5 * jnp.sum(scaled**2, axis=-1), jax.lax.stop_gradient(logits.max(-1))
+    constant = jax.lax.stop_gradient(half_norm)
+    # The norm cancels in the features; its derivative stays, since the log scale counts as a constant.
+    features = jnp.exp(logits - (largest + (half_norm - constant))[..., None])
+    features = jnp.where(features > math.exp(LOG_FLOOR), features, math.exp(LOG_FLOOR))
+    return features, largest - constant - 0.5 * math.log(num_features)
 
 
 @precision.promoting

@@ -1,4 +1,4 @@
-"""What every fast implementation shares: its arguments, and how its forward and its backward pass become one function."""
+"""The arguments of a fused kernel, and how its forward and its backward pass become one function."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ class Arrays(NamedTuple):
     query: Float[Array, "B T N M"]
     key: Float[Array, "B S N M"]
     value: Float[Array, "B S N V"]
-    scale: Float[Array, "B S N"] | Float[Array, "B N S"] | None  # the latter in xla.py
+    scale: Float[Array, "B S N"] | None
     mask: Bool[Array, "_ S"] | None
     projection: Float[Array, "1 M H"] | None
     numerator: Float[Array, "B N M V"] | None  # the initial state
@@ -35,7 +35,7 @@ class Plan:
     features: Features
     is_causal: bool
     eps: float
-    mode: launch.Mode | None = None  # of a Triton implementation
+    mode: launch.Mode
 
 
 def bind(query, key, value, scale, mask, projection, initial_state) -> Arrays:

@@ -5,6 +5,8 @@ g   cumulative log decay: before the chunk's first token and after each token, s
 e   a log decay between two of these places, g_c - g_s <= 0: only such differences are exponentiated, never one g
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -16,32 +18,34 @@ UNIT = 2.0**-10
 DIRECT = 16
 
 
-def advance(state, query, key, value, decay=None, beta=None):
-    """One chunk of the recurrence.
+def advance(states, query, key, values, decay=None, beta=None):
+    """One chunk of the recurrence, for several values at once: the normaliser is that of value 1 beside that of v.
 
     Args:
-        state: [B, N, M, V], before the chunk.
-        query, key: [B, N, C, M]. value: [B, N, C, V].
+        states: a tuple of [B, N, M, V], before the chunk.
+        query, key: [B, N, C, M]. values: a tuple of [B, N, C, V], one for each state.
         decay: None, or the parts of g, each [B, N, C + 1] (a decay per head) or [B, N, C + 1, M] (per channel).
         beta: None, or [B, N, C]: with it value v_t becomes beta_t (v_t - (decay_t S_{t-1})^T k_t), the delta rule.
-    Returns: the state after the chunk, and the outputs [B, N, C, V].
+    Returns: the states after the chunk, and the outputs, a tuple of [B, N, C, V].
     """
     if beta is not None:
-        value = corrections(state, key, value, decay, beta)
-    outputs = since_start(query, decay) @ state + scores(query, key, decay) @ value
-    return whole_chunk(state, decay) + transpose_product(until_end(key, decay), value), outputs
+        values = corrections(states, key, values, decay, beta)
+    weights = scores(query, key, decay)
+    outputs = tuple(read(query, state, decay) + weights @ value for state, value in zip(states, values, strict=True))
+    states = tuple(whole_chunk(state, decay) + write(key, value, decay) for state, value in zip(states, values, strict=True))
+    return states, outputs
 
 
-def corrections(state, key, value, decay, beta):
+def corrections(states, key, values, decay, beta):
     """The values that the delta rule writes, u_t = beta_t (v_t - k_t^T decay_t S_{t-1}): [B, N, C, V].
 
     S_{t-1} holds the u_s of the tokens before: (I + L) u = beta (v - (decayed k)^T S), L = beta times the scores of keys
     with keys before them (the UT transform; Yang et al., 2024, arXiv 2406.06484, section 3).
     """
-    lower = beta[..., None] * jnp.tril(scores(key, key, decay), -1)
-    right = beta[..., None] * (value - since_start(key, decay) @ state)
-    return jax.lax.linalg.triangular_solve(
-        lower + jnp.eye(lower.shape[-1], dtype=lower.dtype), right, left_side=True, lower=True, unit_diagonal=True
+    lower = beta[..., None] * jnp.tril(scores(key, key, decay), -1) + jnp.eye(key.shape[2], dtype=key.dtype)
+    solve = functools.partial(jax.lax.linalg.triangular_solve, lower, left_side=True, lower=True, unit_diagonal=True)
+    return tuple(
+        solve(beta[..., None] * (value - read(key, state, decay))) for state, value in zip(states, values, strict=True)
     )
 
 
@@ -82,40 +86,38 @@ def channel_scores(query, key, decay):
     return jnp.concatenate(rows, -2)[..., :size, :size]
 
 
-def since_start(x, decay):
-    """Queries (or keys) [B, N, C, M] with the decay from the start of the chunk to each token."""
-    return x if decay is None else x * as_factor(exp_gap([g[:, :, 1:] for g in decay], [g[:, :, :1] for g in decay]))
+def read(query, state, decay):
+    """q_c^T exp(g_c) S, with the state before the chunk: [B, N, C, V]."""
+    if decay is None:
+        return query @ state
+    factor = exp_gap([g[:, :, 1:] for g in decay], [g[:, :, :1] for g in decay])
+    return factor[..., None] * (query @ state) if factor.ndim == 3 else (query * factor) @ state
 
 
-def until_end(key, decay):
-    """Keys [B, N, C, M] with the decay from each token to the end of the chunk."""
-    return key if decay is None else key * as_factor(exp_gap([g[:, :, -1:] for g in decay], [g[:, :, 1:] for g in decay]))
+def write(key, value, decay=None):
+    """What the chunk adds to the state at its end, sum_s exp(g_C - g_s) k_s v_s^T: [B, N, M, V]."""
+    if decay is not None:
+        factor = exp_gap([g[:, :, -1:] for g in decay], [g[:, :, 1:] for g in decay])
+        key, value = (key, value * factor[..., None]) if factor.ndim == 3 else (key * factor, value)
+    # XLA on a CPU transposes the left operand: the smaller one.
+    return key.mT @ value if key.shape[-1] <= value.shape[-1] else (value.mT @ key).mT
 
 
 def whole_chunk(state, decay):
     """The state [B, N, M, V] with the decay from the start of the chunk to its end."""
     if decay is None:
         return state
-    return state * as_factor(exp_gap([g[:, :, -1:] for g in decay], [g[:, :, :1] for g in decay])).mT
+    factor = exp_gap([g[:, :, -1:] for g in decay], [g[:, :, :1] for g in decay])
+    return state * (factor[..., None] if factor.ndim == 3 else factor.mT)
 
 
 def exp_gap(late, early):
     return jnp.exp(sum(x - y for x, y in zip(late, early, strict=True)))
 
 
-def as_factor(x):
-    """[B, N, C, M] as it is, [B, N, C] with an axis for the channels."""
-    return x[..., None] if x.ndim == 3 else x
-
-
 def fill(x, size, mode="constant"):
     """[..., C, M] up to `size` tokens."""
     return x if x.shape[-2] == size else jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)], mode=mode)
-
-
-def transpose_product(x, y):
-    """x^T y over the chunk: [B, N, C, M], [B, N, C, V] -> [B, N, M, V]."""
-    return jnp.einsum("bncm,bncv->bnmv", x, y)
 
 
 def cumulate(log_decay):

@@ -35,7 +35,7 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
     state, outputs = jax.lax.scan(step, initial_state.astype(query.dtype), tokens)
     outputs = jnp.moveaxis(outputs, 0, 1)
     if normalize:
-        outputs = normalized(outputs)
+        outputs = normalized(outputs[..., :-1], outputs[..., -1:])
     return outputs.astype(dtype), state
 
 
@@ -92,8 +92,7 @@ def divide(numerator, denominator, eps):
     return jnp.where(positive[..., None], numerator, 0) / jnp.where(positive, denominator, 1)[..., None]
 
 
-def normalized(outputs):
-    """All columns but the last, divided by the last, which is the same recurrence with v = 1; 0 where that is 0."""
-    denominator = outputs[..., -1:]
+def normalized(outputs, denominator):
+    """outputs [..., V] / denominator [..., 1], and 0 where that is 0."""
     divides = jnp.abs(denominator) > SMALLEST_DENOMINATOR
-    return jnp.where(divides, outputs[..., :-1], 0) / jnp.where(divides, denominator, 1)
+    return jnp.where(divides, outputs, 0) / jnp.where(divides, denominator, 1)

@@ -1021,9 +1021,21 @@ def backward(plan: Plan, arrays: Arrays, out, residuals, gradients):
     of_projection = None
     if arrays.projection is not None:
         # Seldom wanted, and then not in a hurry: unused, the compiler removes it.
-        of_projection = xla.backward(plan, arrays, *xla.saved(plan, arrays), gradients).projection
+        of_projection = _grad_projection(plan, arrays, gradients)
     of_state = (None,) * 3 if arrays.numerator is None else grads[-3:]
     return Arrays(*grads[:3], of_scale, None, of_projection, *of_state)
+
+
+def _grad_projection(plan: Plan, arrays: Arrays, gradients):
+    mask = None if arrays.mask is None else arrays.mask[:, None, None]
+    state = None if arrays.numerator is None else (arrays.numerator, arrays.denominator, arrays.largest)
+
+    def run(projection):
+        return xla.random_feature_attention(
+            arrays.query, arrays.key, arrays.value, projection[0], plan.features, mask, plan.is_causal, state
+        )
+
+    return jax.vjp(run, arrays.projection)[1](gradients)[0]
 
 
 def _shifted(plan: Plan, arrays: Arrays):
