@@ -43,8 +43,7 @@ def softmax_features(
     half_norm, largest = 0.5 * jnp.sum(scaled**2, axis=-1), jax.lax.stop_gradient(logits.max(-1))
     constant = jax.lax.stop_gradient(half_norm)
     # The norm cancels in the features; its derivative stays, since the log scale counts as a constant.
-    features = jnp.exp(logits - (largest + (half_norm - constant))[..., None])
-    features = jnp.where(features > math.exp(LOG_FLOOR), features, math.exp(LOG_FLOOR))
+    features = _floored_exp(logits - (largest + (half_norm - constant))[..., None])
     return features, largest - constant - 0.5 * math.log(num_features)
 
 
@@ -64,3 +63,15 @@ def relu_features(
     inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
     projected = jnp.einsum("...h,mh->...m", inputs, projection, precision=jax.lax.Precision.HIGHEST)
     return (jax.nn.relu(projected) + offset) * projection.shape[0] ** -0.5
+
+
+@jax.custom_jvp
+def _floored_exp(x):
+    """exp(max(x, LOG_FLOOR)); its derivative needs only itself."""
+    return jnp.exp(jnp.maximum(x, LOG_FLOOR))
+
+
+@_floored_exp.defjvp
+def _floored_exp_derivative(primals, tangents):
+    value = _floored_exp(*primals)
+    return value, jnp.where(value > 1.01 * math.exp(LOG_FLOOR), value, 0) * tangents[0]

@@ -123,7 +123,7 @@ def add_keys(features, size, projection, state, keys):
 
         carry = jax.tree.map(jnp.zeros_like, projection), chunks.room_for(keys)
         grad_projection, grad_keys = chunks.loop(count, body, carry)
-        decay = jnp.exp(finite(first) - finite(largest))[..., None, None]
+        decay = jnp.exp(first - finite(largest))[..., None, None]
         return grad_projection, (tuple(x * decay for x in grad_sums), jnp.zeros_like(first)), chunks.as_arrays(grad_keys, keys)
 
     @jax.custom_vjp

@@ -217,6 +217,19 @@ def test_gradient_flows_through_the_state(is_causal):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_empty_state_has_a_gradient_of_zero(is_causal):
+    """However small all log scales are: relative to no key at all, the state before them counts for nothing."""
+    query, key, value, scale, _ = draw(9)
+
+    def loss(state):
+        out = attention(query, key, value, key_log_scale=scale - 200, is_causal=is_causal, initial_state=state)
+        return jnp.sum(out**2)
+
+    gradients = jax.jit(jax.grad(loss))(linear.empty_state(2, 2, 5, 3))
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_rows_that_see_nothing_are_zero(is_causal, implementation):
