@@ -5,8 +5,6 @@ g   cumulative log decay: before the chunk's first token and after each token, s
 e   a log decay between two of these places, g_c - g_s <= 0: only such differences are exponentiated, never one g
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +14,8 @@ SMALLEST_LOG_DECAY = -104.0
 UNIT = 2.0**-10
 # Scores of so few tokens are computed directly where every channel decays in its own way.
 DIRECT = 16
+# Rows of a triangular matrix that are substituted one by one.
+SUBSTITUTED = 8
 
 
 def advance(states, query, key, values, decay=None, beta=None):
@@ -42,11 +42,35 @@ def corrections(states, key, values, decay, beta):
     S_{t-1} holds the u_s of the tokens before: (I + L) u = beta (v - (decayed k)^T S), L = beta times the scores of keys
     with keys before them (the UT transform; Yang et al., 2024, arXiv 2406.06484, section 3).
     """
-    lower = beta[..., None] * jnp.tril(scores(key, key, decay), -1) + jnp.eye(key.shape[2], dtype=key.dtype)
-    solve = functools.partial(jax.lax.linalg.triangular_solve, lower, left_side=True, lower=True, unit_diagonal=True)
+    inverse = inverse_of_unit_lower(beta[..., None] * jnp.tril(scores(key, key, decay), -1))
     return tuple(
-        solve(beta[..., None] * (value - read(key, state, decay))) for state, value in zip(states, values, strict=True)
+        inverse @ (beta[..., None] * (value - read(key, state, decay))) for state, value in zip(states, values, strict=True)
     )
+
+
+def inverse_of_unit_lower(lower):
+    """(I + L)^-1 for a strictly lower triangular L [..., C, C]: forward substitution in the smallest blocks, then halves.
+
+    As exact as substitution. (Powers of L, whose product is the inverse, too, overflow where many keys are alike; XLA's
+    triangular solve takes more than ten times as long on a CPU.)
+    """
+    size = lower.shape[-1]
+    if size <= SUBSTITUTED:
+        rows = [jnp.broadcast_to(row, (*lower.shape[:-2], size)) for row in jnp.eye(size, dtype=lower.dtype)]
+        for i in range(1, size):
+            rows[i] = rows[i] - sum(lower[..., i, j, None] * rows[j] for j in range(i))
+        return jnp.stack(rows, -2)
+    half = 1 << (size - 1).bit_length() - 1
+    lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, 2 * half - size)] * 2)
+    inside = inverse_of_unit_lower(jnp.stack([lower[..., :half, :half], lower[..., half:, half:]], -3))
+    first, second = inside[..., 0, :, :], inside[..., 1, :, :]
+    return lower_blocks(first, -second @ lower[..., half:, :half] @ first, second)[..., :size, :size]
+
+
+def lower_blocks(first, across, second):
+    """[[first, 0], [across, second]]."""
+    rows = jnp.concatenate([first, jnp.zeros_like(first)], -1), jnp.concatenate([across, second], -1)
+    return jnp.concatenate(rows, -2)
 
 
 def scores(query, key, decay):
@@ -81,9 +105,7 @@ def channel_scores(query, key, decay):
     late = query[..., 1, :, :] * exp_gap([g[..., 1:, :, :] for g in decay], border)[..., 0, :, :]
     early = key[..., 0, :, :] * exp_gap(border, [g[..., :1, :, :] for g in decay])[..., 0, :, :]
     inside = channel_scores(query, key, decay)
-    first, second, across = inside[..., 0, :, :], inside[..., 1, :, :], late @ early.mT
-    rows = jnp.concatenate([first, jnp.zeros_like(first)], -1), jnp.concatenate([across, second], -1)
-    return jnp.concatenate(rows, -2)[..., :size, :size]
+    return lower_blocks(inside[..., 0, :, :], late @ early.mT, inside[..., 1, :, :])[..., :size, :size]
 
 
 def read(query, state, decay):

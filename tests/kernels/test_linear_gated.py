@@ -149,6 +149,13 @@ def test_decays_of_any_size_are_exact(form):
     assert_close(want[0], float64_loop(**arrays))
 
 
+def test_equal_keys_that_replace_everything_are_exact():
+    """The delta rule with one key all along: every value replaces the one before, and the inverse's powers are binomials."""
+    arrays = draw("delta", 64, batch=1)
+    arrays |= dict(key=np.repeat(arrays["key"][:, :1], 64, 1), beta=np.ones_like(arrays["beta"]))
+    assert_close(call(arrays), float64_loop(**arrays))
+
+
 def test_a_reset_separates_two_segments_to_the_last_bit():
     arrays = draw("heads", 40)
     arrays["log_decay"][:, 17] = -np.inf
