@@ -47,7 +47,9 @@ def _attention(features, is_causal, eps, query, key, value, projection, key_log_
     """Both operations. Compiled once per shape also for callers who compile nothing."""
     log_scale = as_rows(key_log_scale)
     size = chunks.chunk_size() if is_causal else chunks.BIDIRECTIONAL_CHUNK
-    if log_scale is None and (mask is not None or (features != "given" and chunks.pads(key.shape[1], size))):
+    # What a state has in units of its largest log scale is added to in such units, too.
+    needs_scale = mask is not None or initial_state is not None and features != "softmax"
+    if log_scale is None and (needs_scale or features != "given" and chunks.pads(key.shape[1], size)):
         log_scale = jnp.zeros((key.shape[0], key.shape[2], key.shape[1]), jnp.float32)  # -inf where nothing may be seen
     if mask is not None:
         log_scale = jnp.where(mask[:, 0], log_scale, -jnp.inf)
