@@ -3,13 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from subquad.kernels.memory import bits, map_parts, numbers
+from subquad.kernels.memory import map_parts
 from subquad.kernels.operation import operation
 
 # Bytes of one group's padded inputs. On a CPU the spectra of a group then stay well under the 32 MiB above which XLA pays
 # for fresh pages at every call, and all groups share one set of buffers.
 CPU_BYTES, OTHER_BYTES = 1 << 21, 1 << 28
-TILE = 32  # tokens that are turned at a time
 
 
 def fast_length(length: int) -> int:
@@ -67,22 +66,7 @@ def _forward(room, inputs, kernel, ahead):
 
 def _circle(values, dtype, size):
     """The spectra [B, D, size / 2 + 1] of [B, T, D]."""
-    return jnp.fft.rfft(_turned(values, dtype, size), size)
-
-
-def _turned(values, dtype, size):
-    """[B, T, D] as [B, D, T], on a CPU with zeros up to `size`."""
-    if jax.default_backend() != "cpu":
-        return values.astype(dtype).swapaxes(1, 2)
-    # In tiles that the nearest cache holds: all at once takes XLA longer than the transform.
-    (batch, length, features), tile = values.shape, min(values.shape[1], TILE)
-
-    def put(i, turned):
-        start = jnp.minimum(i * tile, length - tile)
-        part = numbers(jax.lax.dynamic_slice_in_dim(bits(values), start, tile, 1), values.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(turned, part.astype(dtype).swapaxes(1, 2), start, 2)
-
-    return jax.lax.fori_loop(0, -(-length // tile), put, jnp.zeros((batch, features, size), dtype))
+    return jnp.fft.rfft(values.astype(dtype).swapaxes(1, 2), size)
 
 
 def _line(spectrum, length, size):

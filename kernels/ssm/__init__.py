@@ -191,7 +191,7 @@ def diagonal_scan(
     themselves (moving averages, as Mega's). Within a chunk of C tokens the outputs are a Toeplitz matrix times the inputs;
     between chunks only the state goes on.
 
-    Cost: time O(B T D (C + P)), C = 32 or 64; memory O(B T D), and O(B T D P / C) in the backward pass, of which "xla"
+    Cost: time O(B T D (C + P)), C = 16 to 64; memory O(B T D), and O(B T D P / C) in the backward pass, of which "xla"
         holds some features at a time. An extended token O(B D P).
 
     Args:
@@ -203,8 +203,8 @@ def diagonal_scan(
             modes are real; None: 0.
         is_reversed: run from the last token to the first; the states are then those after the last and before the first.
         return_state: also return the state after the last step.
-        implementation: "triton" keeps a sequence's state in registers; "xla" takes batched matrix products; "reference"
-            steps token by token.
+        implementation: "triton" keeps the states of up to 64 samples in registers, a feature in each program; "xla" takes
+            batched matrix products; "reference" steps token by token.
     Returns: y [B, T, D] in the dtype of `inputs`; with return_state also the state in float32.
     Raises:
         TypeError: real and complex modes together, arrays of integers.
