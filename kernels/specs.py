@@ -77,6 +77,11 @@ def grid() -> dict[str, Spec]:
     return _collect("GRID")
 
 
+def targets() -> dict[str, Spec]:
+    """By name, calls of the shapes that others publish times of: for the benchmarks and the tuner alone."""
+    return {spec.name: spec for spec in importlib.import_module("subquad.kernels.targets").TARGETS}
+
+
 def over_heads(operation: str, kind: str, make, call, most: int = HEADS[-1]) -> list[Spec]:
     """A kind of call at every size of a head that the operation takes; `make` is as in `Spec`, with the size first."""
     return [
@@ -95,8 +100,8 @@ def _collect(name: str) -> dict[str, Spec]:
 
 
 def find(name: str) -> Spec:
-    """The spec of this name, of the grid too. Raises ValueError, with the nearest match, where there is none."""
-    known = load() | grid()
+    """The spec of this name, also of the grid and the targets. Raises ValueError with the nearest match where there is none."""
+    known = load() | grid() | targets()
     if name not in known:
         raise ValueError(f"specs.find: name must be that of a spec, got {name!r}. {dispatch.nearest(name, known)}")
     return known[name]

@@ -40,6 +40,8 @@ def parse():
     parser = commands.Parser(prog="bench_kernels", description=__doc__)
     named = "linear.attention, or one shape of it, linear.attention/causal; default: all"
     parser.add_argument("--operation", nargs="+", default=None, metavar="NAME", help=named)
+    published = "the shapes of published times in place of those of the tests, as softmax.attention/causal-2x16384x16x128"
+    parser.add_argument("--targets", action="store_true", help=published)
     parser.add_argument("--implementation", nargs="+", default=None, metavar="NAME", help="default: xla, and triton on a GPU")
     parser.add_argument("--length", nargs="+", type=int, default=None, help="default: those of each shape")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=FLOATS, help="default: float32")
@@ -55,9 +57,9 @@ def parse():
     return arguments
 
 
-def chosen(names: list[str] | None) -> list[specs.Spec]:
-    """The specs of these operations or of these full names."""
-    known = specs.load()
+def chosen(names: list[str] | None, targets: bool = False) -> list[specs.Spec]:
+    """The specs of these operations or of these full names, of the usual shapes or of those that others publish."""
+    known = specs.targets() if targets else specs.load()
     if names is None:
         return list(known.values())
     operations = {spec.operation for spec in known.values()}
@@ -70,7 +72,7 @@ def chosen(names: list[str] | None) -> list[specs.Spec]:
 
 def main() -> int:
     arguments = parse()
-    selected = chosen(arguments.operation)
+    selected = chosen(arguments.operation, arguments.targets)
     csv_rows.check_file(arguments.out, FIELDS)
     threads = timing.limit_threads(arguments.threads)  # before JAX starts
     arguments.implementation = arguments.implementation or ["xla", *["triton"] * (jax.default_backend() == "gpu")]
