@@ -14,6 +14,7 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.memory import bits, numbers
+from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
 
 # Bytes of the keys, values and logits of one step: on a CPU what its cache holds, on an accelerator few steps.
@@ -24,21 +25,25 @@ class Plan(NamedTuple):
     """Everything static about a call."""
 
     block_size: int
-    steps: int
+    step_bytes: int
     by_sorting: bool  # how rows are added, see `add_rows`
     scale: float
+
+    def steps(self, query, value, places) -> int:
+        """Of as many items as fit."""
+        queries = self.block_size * query.shape[2] // places.shape[2]
+        item = 4 * places.shape[3] * (query.shape[3] + value.shape[3] + 2 * queries)
+        items = math.prod(places.shape[:3])
+        return min(math.ceil(items * item / self.step_bytes), items)
 
 
 def attention(query, key, value, indices, block_size, mask, positions, correct_duplicates, scale):
     """Arguments as checked by `gather.attention` -> (out [B, T, N, V], lse [B, T, N])."""
-    (heads, features), (keys, kv_heads) = query.shape[2:], key.shape[1:3]
+    keys, kv_heads = key.shape[1:3]
     places = listed(indices, max(indices.shape[1], kv_heads), keys, mask, correct_duplicates)
     on_cpu = jax.default_backend() == "cpu"
-    item = 4 * places.shape[3] * (features + value.shape[3] + 2 * block_size * heads // places.shape[2])
-    items = math.prod(places.shape[:3])
-    steps = math.ceil(items * item / (CPU_BYTES if on_cpu else ACCELERATOR_BYTES))
-    plan = Plan(block_size, min(steps, items), not on_cpu, scale)
-    return compiled(plan, query, key, value, places, positions)
+    plan = Plan(block_size, CPU_BYTES if on_cpu else ACCELERATOR_BYTES, not on_cpu, scale)
+    return attend(plan, query, key, value, places, positions)
 
 
 def listed(indices, lists, keys, mask, correct_duplicates):
@@ -53,11 +58,6 @@ def listed(indices, lists, keys, mask, correct_duplicates):
         again = jnp.pad(places[..., 1:] == places[..., :-1], ((0, 0),) * 3 + ((1, 0),))
         places = jnp.where(again, keys, places)
     return rearrange(jnp.broadcast_to(places, (len(places), lists, *places.shape[2:])), "b j i l -> b i j l")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, query, key, value, places, positions):
-    return _forward(plan, query, key, value, places, positions)[0]
 
 
 @precision.full
@@ -76,7 +76,8 @@ def _forward(plan, query, key, value, places, positions):
         out, *sums = online.finish(online.update(online.start(queries.shape[:2], value.shape[3], logits.dtype), logits, weigh))
         return _, (out.astype(query.dtype), *sums)
 
-    results = jax.lax.scan(step, 0, _items(plan, query, key, places, positions))[1]
+    steps = plan.steps(query, value, places)
+    results = jax.lax.scan(step, 0, _items(plan, steps, query, key, places, positions))[1]
     out, maximum, log_normaliser = (_from_items(plan, places, x, query) for x in results)
     return (out, maximum + log_normaliser), (query, key, value, places, positions, out, maximum, log_normaliser)
 
@@ -97,21 +98,24 @@ def _backward(plan, saved, gradients):
         grad_weights = dot("crv,clv->crl", grad_out, numbers(_read(values, rows), value.dtype))
         scaled = (plan.scale * weights * (grad_weights - shift[..., None])).astype(query.dtype)
         of_keys, of_values = dot("crl,crh->clh", scaled, queries), dot("crl,crv->clv", weights.astype(value.dtype), grad_out)
-        return add_rows(plan.by_sorting, grads, rows, (of_keys, of_values)), dot("crl,clh->crh", scaled, keys).astype(
-            query.dtype
-        )
+        of_queries = dot("crl,clh->crh", scaled, keys).astype(query.dtype)
+        return add_rows(plan.by_sorting, grads, rows, (of_keys, of_values)), of_queries
 
     start = tuple(jnp.zeros((key.size // key.shape[3], x.shape[3]), precise) for x in (key, value))
-    tokens = (_to_items(plan, places, x) for x in (*by_query, gradients[0]))
-    grads, grad_query = jax.lax.scan(step, start, (_items(plan, query, key, places, positions), *tokens))
+    steps = plan.steps(query, value, places)
+    tokens = (_to_items(plan, steps, places, x) for x in (*by_query, gradients[0]))
+    grads, grad_query = jax.lax.scan(step, start, (_items(plan, steps, query, key, places, positions), *tokens))
     grad_key, grad_value = (x.reshape(like.shape).astype(like.dtype) for x, like in zip(grads, (key, value), strict=True))
     return _from_items(plan, places, grad_query, query), grad_key, grad_value, None, None
 
 
-precision.define_passes(_attention, _forward, _backward)
-
-# Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-compiled = jax.jit(_attention, static_argnums=0)
+attend = operation(
+    _forward,
+    _backward,
+    arrays=("b t n h", "b s n h", "b s n v", "b i n l", ("b t", "b s")),
+    outputs=("b t n v", "b t n"),
+    saved=("b t n", "b t n"),
+)
 
 
 def add_rows(by_sorting, totals, places, additions):
@@ -158,30 +162,30 @@ def _read(array, rows):
     return array.at[rows].get(mode="fill", fill_value=0)
 
 
-def _items(plan, query, key, places, positions):
+def _items(plan, steps, query, key, places, positions):
     """(queries, rows of keys and the queries' positions, or None) of the items, in steps."""
     (batch, _, lists, _), (_, keys, kv_heads, _) = places.shape, key.shape
     sample, head = jnp.arange(batch)[:, None, None, None], jnp.arange(lists)[:, None] * kv_heads // lists
     nobody = batch * keys * kv_heads
     rows = jnp.where(places < keys, (sample * keys + places) * kv_heads + head, nobody)
-    rows = _in_steps(plan, rows.reshape(-1, rows.shape[3]), nobody)
+    rows = _in_steps(steps, rows.reshape(-1, rows.shape[3]), nobody)
     if positions is not None:
-        positions = _to_items(plan, places, jnp.broadcast_to(positions[0][..., None], query.shape[:3]))
-    return _to_items(plan, places, query), rows, positions
+        positions = _to_items(plan, steps, places, jnp.broadcast_to(positions[0][..., None], query.shape[:3]))
+    return _to_items(plan, steps, places, query), rows, positions
 
 
-def _to_items(plan, places, array):
+def _to_items(plan, steps, places, array):
     """[B, T, N, ...] as [steps, items, queries of an item, ...]."""
     short = -array.shape[1] % plan.block_size
     array = jnp.pad(array, ((0, 0), (0, short), *((0, 0),) * (array.ndim - 2)))
     items = rearrange(array, "b (i t) (j g) ... -> (b i j) (t g) ...", t=plan.block_size, j=places.shape[2])
-    return _in_steps(plan, items, 0)
+    return _in_steps(steps, items, 0)
 
 
-def _in_steps(plan, items, fill):
-    size = math.ceil(len(items) / plan.steps)
-    items = jnp.pad(items, ((0, plan.steps * size - len(items)), *((0, 0),) * (items.ndim - 1)), constant_values=fill)
-    return items.reshape(plan.steps, size, *items.shape[1:])
+def _in_steps(steps, items, fill):
+    size = math.ceil(len(items) / steps)
+    items = jnp.pad(items, ((0, steps * size - len(items)), *((0, 0),) * (items.ndim - 1)), constant_values=fill)
+    return items.reshape(steps, size, *items.shape[1:])
 
 
 def _from_items(plan, places, array, query):
