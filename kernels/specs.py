@@ -6,7 +6,9 @@ Each operation's `specs.py` holds a list `SPECS` of its own calls; `load` collec
 import dataclasses
 import functools
 import importlib
+import math
 import pathlib
+import time
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +77,11 @@ def grid() -> dict[str, Spec]:
     return _collect("GRID")
 
 
+def targets() -> dict[str, Spec]:
+    """By name, calls of the shapes that others publish times of: for the benchmarks and the tuner alone."""
+    return {spec.name: spec for spec in importlib.import_module("subquad.kernels.targets").TARGETS}
+
+
 def over_heads(operation: str, kind: str, make, call, most: int = HEADS[-1]) -> list[Spec]:
     """A kind of call at every size of a head that the operation takes; `make` is as in `Spec`, with the size first."""
     return [
@@ -93,8 +100,8 @@ def _collect(name: str) -> dict[str, Spec]:
 
 
 def find(name: str) -> Spec:
-    """The spec of this name, of the grid too. Raises ValueError, with the nearest match, where there is none."""
-    known = load() | grid()
+    """The spec of this name, also of the grid and the targets. Raises ValueError with the nearest match where there is none."""
+    known = load() | grid() | targets()
     if name not in known:
         raise ValueError(f"specs.find: name must be that of a spec, got {name!r}. {dispatch.nearest(name, known)}")
     return known[name]
@@ -134,6 +141,32 @@ def cotangents(spec: Spec, implementation: str | None, arrays: Arrays, seed: int
         return jnp.asarray(values, shape.dtype)
 
     return jax.tree.map(draw, shapes)
+
+
+def repeated(function: Callable, count: int) -> Callable:
+    """`function` as one program that calls it `count` times, and returns the results of the last time.
+
+    A clock around one call also times what starts a program, tens of microseconds: more than a fast kernel takes.
+    """
+
+    def run(*arguments):
+        def call(_, carry):
+            # What goes in waits for what came out: nothing can be computed once for all calls, or not at all.
+            arguments, _ = jax.lax.optimization_barrier(carry)
+            return arguments, function(*arguments)
+
+        outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+        return jax.lax.fori_loop(0, count, call, (arguments, outputs))[1]
+
+    return run
+
+
+def repeats_for(call: Callable[[], Any], seconds: float = 0.02, most: int = 100) -> int:
+    """How many calls make a program that takes so long, of a call that returns when its work is done: 1 to `most`."""
+    call()
+    began = time.perf_counter()
+    call()
+    return max(1, min(most, math.ceil(seconds / (time.perf_counter() - began))))
 
 
 def launches(

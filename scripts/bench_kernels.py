@@ -3,7 +3,8 @@
 Right means by the float64 reference at that length. Where that takes more than 1 GiB, dense attention is checked with a sample
 of queries at that length, and the XLA path of other operations at a shorter length: the last column says what was checked.
 
-Beside each time: what part of this machine's copy bandwidth and matrix rate, both measured first, it amounts to.
+A time is that of one call among several in one program: what starts a program takes longer than a fast kernel. Beside it: what
+part of this machine's copy bandwidth and matrix rate, both measured first, it amounts to.
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
@@ -26,11 +27,12 @@ from subquad.lra.report import csv_rows, results, text_tables
 DIRECTIONS = ("forward", "both")
 KEY = ("spec", "implementation", "device", "length", "dtype", "direction", "threads")
 NUMBERS = (
-    "best_ms", "lower_ms", "median_ms", "upper_ms", "calls", "compile_seconds", "temporary_bytes", "moved_bytes", "flops",
+    "best_ms", "lower_ms", "median_ms", "upper_ms", "calls", "calls_in_program", "compile_seconds", "temporary_bytes",
+    "moved_bytes", "flops",
     "copy_percent", "matmul_percent",
 )  # fmt: skip
 GATE = ("error", "allowed", "against")
-MACHINE = ("copy_bytes_per_second", "matmul_flops_per_second", "commit", "versions", "hardware", "finished_utc")
+MACHINE = ("copy_bytes_per_second", "matmul_flops_per_second", "commit", "versions", "hardware", "processor", "finished_utc")
 FIELDS = ("status", *KEY, *NUMBERS, *GATE, *MACHINE)
 
 
@@ -38,6 +40,8 @@ def parse():
     parser = commands.Parser(prog="bench_kernels", description=__doc__)
     named = "linear.attention, or one shape of it, linear.attention/causal; default: all"
     parser.add_argument("--operation", nargs="+", default=None, metavar="NAME", help=named)
+    published = "the shapes of published times in place of those of the tests, as softmax.attention/causal-2x16384x16x128"
+    parser.add_argument("--targets", action="store_true", help=published)
     parser.add_argument("--implementation", nargs="+", default=None, metavar="NAME", help="default: xla, and triton on a GPU")
     parser.add_argument("--length", nargs="+", type=int, default=None, help="default: those of each shape")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=FLOATS, help="default: float32")
@@ -53,9 +57,9 @@ def parse():
     return arguments
 
 
-def chosen(names: list[str] | None) -> list[specs.Spec]:
-    """The specs of these operations or of these full names."""
-    known = specs.load()
+def chosen(names: list[str] | None, targets: bool = False) -> list[specs.Spec]:
+    """The specs of these operations or of these full names, of the usual shapes or of those that others publish."""
+    known = specs.targets() if targets else specs.load()
     if names is None:
         return list(known.values())
     operations = {spec.operation for spec in known.values()}
@@ -68,7 +72,7 @@ def chosen(names: list[str] | None) -> list[specs.Spec]:
 
 def main() -> int:
     arguments = parse()
-    selected = chosen(arguments.operation)
+    selected = chosen(arguments.operation, arguments.targets)
     csv_rows.check_file(arguments.out, FIELDS)
     threads = timing.limit_threads(arguments.threads)  # before JAX starts
     arguments.implementation = arguments.implementation or ["xla", *["triton"] * (jax.default_backend() == "gpu")]
@@ -84,7 +88,7 @@ def main() -> int:
                     for row in bench(spec, length, dtype, arguments):
                         row |= rating(row, bandwidth, rates[dtype])
                         row |= dict(threads=threads, device=jax.default_backend(), finished_utc=results.now())
-                        row |= results.environment()
+                        row |= results.environment() | dict(processor=results.processor())
                         rows.append({name: row.get(name) for name in FIELDS})
                         csv_rows.write_rows(arguments.out, FIELDS, rows[-1:], KEY)
                         print(f"{spec.name}, T = {length}, {row['implementation']}: {row['status']}", file=sys.stderr)
@@ -121,12 +125,13 @@ def bench(spec, length, dtype, arguments):
         calls = [call for call, _ in programs.values()]
         spreads = timing.time_alternately(calls, seconds=2.0 * len(calls), repeats=arguments.repeats)
         for (name, (_, facts)), spread in zip(programs.items(), spreads, strict=True):
-            times = {f"{word}_ms": round(1e3 * getattr(spread, word), 4) for word in ("best", "lower", "median", "upper")}
+            scale = 1e3 / facts["calls_in_program"]
+            times = {f"{word}_ms": round(scale * getattr(spread, word), 4) for word in ("best", "lower", "median", "upper")}
             yield passed[name] | facts | times | dict(calls=spread.calls, direction=direction, status="ok")
 
 
 def program(spec, name, length, dtype, direction):
-    """(a call that waits for its results, facts of the compiled program)."""
+    """(several calls in one program that waits for its results, facts of a compiled program of one call)."""
     inexact, cotangents, rest = gate.problem(spec, length, dtype)
     if direction == "forward":
         function, words = specs.forward(spec, name, rest), (inexact,)
@@ -136,7 +141,11 @@ def program(spec, name, length, dtype, direction):
     compiled = jax.jit(function).lower(*words).compile()
     seconds = time.perf_counter() - began
     memory = measure.memory_of(compiled)
+    count = specs.repeats_for(lambda: jax.block_until_ready(compiled(*words)))
+    if count > 1:
+        compiled = jax.jit(specs.repeated(function, count)).lower(*words).compile()
     facts = dict(
+        calls_in_program=count,
         compile_seconds=round(seconds, 3), temporary_bytes=memory.temporary, moved_bytes=memory.arguments + memory.outputs,
         flops=flops(spec, length, dtype, direction),
     )  # fmt: skip

@@ -35,7 +35,8 @@ NUMBERS = (
     "calls", "time_ratio", "ours_peak_bytes", "theirs_peak_bytes", "memory_ratio", "ours_temporary_bytes",
     "theirs_temporary_bytes", "ours_compile_seconds", "difference",
 )  # fmt: skip
-FIELDS = ("status", *KEY, "clock", *NUMBERS, "peer", "note", "torch", "commit", "versions", "hardware", "finished_utc")
+MACHINE = ("torch", "commit", "versions", "hardware", "processor", "finished_utc")
+FIELDS = ("status", *KEY, "clock", *NUMBERS, "peer", "note", *MACHINE)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 4e-2, "float16": 1e-2}  # of the largest number, where both sides compute the same
 
 
@@ -129,7 +130,8 @@ def race(contest: Contest, case: Case, arguments):
             status = f"not run: {reason}"
         except Exception as error:  # one race's fault is a row; the others still run
             status = f"failed: {one_line(error)}"
-        row = dict(shared, direction=direction, status=status, **found, **results.environment(), finished_utc=results.now())
+        row = dict(shared, direction=direction, status=status, **found, **results.environment())
+        row |= dict(processor=results.processor(), finished_utc=results.now())
         yield {name: row[name] for name in FIELDS}
 
 

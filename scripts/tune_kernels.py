@@ -31,6 +31,7 @@ SMALLEST, LARGEST = 16, 256  # sides of a block
 def parse():
     parser = commands.Parser(prog="tune_kernels", description=__doc__)
     parser.add_argument("--spec", nargs="+", help="names such as softmax.attention/causal; default: all")
+    parser.add_argument("--targets", action="store_true", help="the shapes of published times; default: those of the tests")
     parser.add_argument("--length", type=int, nargs="+", help="of the sequences; default: those of each operation's benchmarks")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=launch.FLOATS)
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each candidate; default: 20")
@@ -91,19 +92,22 @@ def right(spec, dtype, length, request, config) -> bool:
 
 
 def seconds(spec, dtype, length, request, config, repeats) -> float:
-    """The median time of a forward and backward pass."""
+    """The median time of a forward and backward pass, of several in one program."""
     inexact, rest = specs.split(spec.draw(length, dtype, bench=True))
     cotangents = specs.cotangents(spec, "triton", {**inexact, **rest})
     jax.clear_caches()  # of the candidate before
     with launch.trying({request: config}):
-        run = jax.jit(specs.forward_backward(spec, "triton", rest))
+        function = specs.forward_backward(spec, "triton", rest)
+        once = jax.jit(function)
+        count = specs.repeats_for(lambda: jax.block_until_ready(once(inexact, cotangents)))
+        run = jax.jit(specs.repeated(function, count))
         jax.block_until_ready(run(inexact, cotangents))
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
             jax.block_until_ready(run(inexact, cotangents))
             times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times) / count
 
 
 def write(kind: str, rows: dict[launch.Request, launch.Config]) -> None:
@@ -159,7 +163,8 @@ def main() -> int:
 
 def chosen(arguments) -> list[specs.Spec]:
     """The specs named, or all that have lengths to be tuned at."""
-    found = [specs.find(name) for name in arguments.spec] if arguments.spec else list(specs.load().values())
+    usual = specs.targets() if arguments.targets else specs.load()
+    found = [specs.find(name) for name in arguments.spec] if arguments.spec else list(usual.values())
     found = [spec for spec in found if "triton" in spec.implementations]
     for spec in found:
         if arguments.spec and not (arguments.length or spec.bench_lengths):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.entmax.threshold import powers, search, slope_in_alpha
+from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
 
 # Bytes of the logits of one step over all heads and samples: on a CPU what its cache holds, on an accelerator few steps.
@@ -24,12 +26,10 @@ def entmax(logits, alpha, axis):
 def attention(query, key, value, alpha, mask, positions, scale):
     """See `entmax.attention`; positions (queries', keys') are those of a causal call."""
     constant, alpha = _constant_or_array(query.dtype, alpha)
-    most = CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES
-    batch, length, heads, _ = query.shape
-    tile = min(length, max(1, most // (4 * batch * heads * key.shape[1])))
-    steps = math.ceil(length / tile)
-    plan = constant, scale, math.ceil(length / steps), steps
-    return compiled_attention(plan, query, key, value, alpha, mask, positions)
+    if alpha is not None:
+        alpha = jnp.broadcast_to(alpha, query.shape[2:3])
+    plan = Plan(constant, scale, CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES)
+    return attend(plan, query, key, value, alpha, mask, positions)
 
 
 def _constant_or_array(dtype, alpha):
@@ -67,6 +67,9 @@ def _entmax_backward(axis, constant, saved, cotangent):
 
 precision.define_passes(_entmax, _entmax_forward, _entmax_backward)
 
+# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+compiled_map = jax.jit(_entmax, static_argnums=(0, 1))
+
 
 def _last(array, axis):
     return jnp.moveaxis(array, axis, -1)
@@ -96,25 +99,35 @@ def _gradient(y, alpha, grad_p):
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, query, key, value, alpha, mask, positions):
-    return _attention_forward(plan, query, key, value, alpha, mask, positions)[0]
+class Plan(NamedTuple):
+    """Everything static about a call."""
+
+    alpha: float | None  # None: an array
+    scale: float
+    step_bytes: int
+
+    def tile(self, query, key) -> tuple[int, int]:
+        """Queries of a step, and how many steps."""
+        batch, length, heads, _ = query.shape
+        steps = math.ceil(length / max(1, self.step_bytes // (4 * batch * heads * key.shape[1])))
+        return math.ceil(length / steps), steps
 
 
 @precision.full
 def _attention_forward(plan, query, key, value, alpha, mask, positions):
     arguments = query, key, value, alpha, mask, positions
     logits_of, of_heads = _tiles(plan, *arguments)
+    tile, steps = plan.tile(query, key)
     values = rearrange(value, "b s k v -> b k s v")
 
     def step(_, i):
-        y, threshold = _below_threshold(logits_of(i, _cut(plan, key.shape[2], query, i)), of_heads)
+        y, threshold = _below_threshold(logits_of(i, _cut(tile, key.shape[2], query, i)), of_heads)
         weights = powers(y, of_heads)[0].astype(value.dtype)
         out = jnp.einsum("bkgts,bksv->bkgtv", weights, values, preferred_element_type=y.dtype)
         return _, (out.astype(query.dtype), *threshold)
 
-    out, *threshold = jax.lax.scan(step, 0, jnp.arange(plan[-1]))[1]
-    return _join(out, query.shape[1]), (*arguments, *threshold)
+    out, *threshold = (_join(x, query.shape[1]) for x in jax.lax.scan(step, 0, jnp.arange(steps))[1])
+    return out, (*arguments, *(x[..., 0] for x in threshold))
 
 
 @precision.full
@@ -122,19 +135,23 @@ def _attention_backward(plan, saved, cotangent):
     *arguments, maximum, threshold = saved
     query, key, value, alpha, *_ = arguments
     logits_of, of_heads = _tiles(plan, *arguments)
+    tile, steps = plan.tile(query, key)
     keys, values = (rearrange(x, "b s k h -> b k h s") for x in (key, value))
     precise = maximum.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
     def step(grads, i):
-        queries, grad_out = (_cut(plan, key.shape[2], x, i) for x in (query, cotangent))
+        queries, grad_out, *below = (
+            _cut(tile, key.shape[2], x, i) for x in (query, cotangent, maximum[..., None], threshold[..., None])
+        )
         # A query whose output nobody uses may be padding, which holds anything; so are those past the end.
         unused = (grad_out == 0).all(-1, keepdims=True)
         queries = jnp.where(unused, 0, queries)
-        y = _less(logits_of(i, queries), jnp.where(unused, jnp.inf, maximum[i]), jnp.where(unused, 0, threshold[i]))
+        below = (jnp.where(unused, fill, x) for x, fill in zip(below, (jnp.inf, 0), strict=True))
+        y = _less(logits_of(i, queries), *below)
         weights = powers(y, of_heads)[0].astype(value.dtype)
         grad_logits, change = _gradient(y, of_heads, dot("bkgtv,bkvs->bkgts", grad_out, values))
-        scaled = (plan[1] * grad_logits).astype(query.dtype)
+        scaled = (plan.scale * grad_logits).astype(query.dtype)
         of_key = dot("bkgth,bkgts->bkhs", queries, scaled)
         of_value = dot("bkgtv,bkgts->bkvs", grad_out, weights)
         of_alpha = 0 if alpha is None else jnp.sum(change, (0, 3, 4))
@@ -143,29 +160,29 @@ def _attention_backward(plan, saved, cotangent):
 
     heads = key.shape[2], query.shape[2] // key.shape[2]
     start = *(jnp.zeros(x.shape, precise) for x in (keys, values)), 0 if alpha is None else jnp.zeros(heads, precise)
-    (*by_key, grad_alpha), grad_query = jax.lax.scan(step, start, jnp.arange(plan[-1]))
+    (*by_key, grad_alpha), grad_query = jax.lax.scan(step, start, jnp.arange(steps))
     grad_key, grad_value = (rearrange(x, "b k h s -> b s k h").astype(key.dtype) for x in by_key)
-    if alpha is not None:
-        grad_alpha = grad_alpha.ravel() if alpha.ndim else grad_alpha.sum()
-    return _join(grad_query, query.shape[1]), grad_key, grad_value, None if alpha is None else grad_alpha, None, None
+    grad_alpha = None if alpha is None else grad_alpha.ravel()
+    return _join(grad_query, query.shape[1]), grad_key, grad_value, grad_alpha, None, None
 
 
-precision.define_passes(_attention, _attention_forward, _attention_backward)
-
-# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-compiled_map = jax.jit(_entmax, static_argnums=(0, 1))
-compiled_attention = jax.jit(_attention, static_argnums=0)
+attend = operation(
+    _attention_forward,
+    _attention_backward,
+    arrays=("b t n h", "b s n h", "b s n v", "n", "b n t s", ("b t", "b s")),
+    outputs="b t n v",
+    saved=("b t n", "b t n"),
+)
 
 
 def _tiles(plan, query, key, value, alpha, mask, positions):
     """((step, its queries) -> logits [B, K, G, t, S] in float32, -inf where not visible; alpha of these heads)."""
-    constant, scale, tile, _ = plan
-    kv_heads = key.shape[2]
+    kv_heads, tile = key.shape[2], plan.tile(query, key)[0]
     keys, precise = rearrange(key, "b s k h -> b k h s"), jnp.promote_types(query.dtype, jnp.float32)
 
     def logits_of(i, queries):
         logits = jnp.einsum("bkgth,bkhs->bkgts", queries, keys, preferred_element_type=precise)
-        logits = online.rounded(scale * logits)
+        logits = online.rounded(plan.scale * logits)
         if positions is not None:
             of_queries = _rows(positions[0], 1, i, tile)
             logits = jnp.where((positions[1][:, None] <= of_queries[:, :, None])[:, None, None], logits, -jnp.inf)
@@ -176,13 +193,13 @@ def _tiles(plan, query, key, value, alpha, mask, positions):
         return logits
 
     if alpha is None:
-        return logits_of, constant
-    return logits_of, rearrange(alpha, "(k g) -> 1 k g 1 1", k=kv_heads) if alpha.ndim else alpha
+        return logits_of, plan.alpha
+    return logits_of, rearrange(alpha, "(k g) -> 1 k g 1 1", k=kv_heads)
 
 
-def _cut(plan, kv_heads, array, i):
+def _cut(tile, kv_heads, array, i):
     """The queries of a step [B, K, G, t, ...] of [B, T, N, ...]."""
-    return rearrange(_rows(array, 1, i, plan[2]), "b t (k g) ... -> b k g t ...", k=kv_heads)
+    return rearrange(_rows(array, 1, i, tile), "b t (k g) ... -> b k g t ...", k=kv_heads)
 
 
 def _rows(array, axis, i, tile):

@@ -310,13 +310,27 @@ def _hardware() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
-    try:
-        described = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        model = [text for text in described if text.startswith("model name")][0].partition(":")[2].strip()
-    except (OSError, IndexError):
-        model = platform.processor() or platform.machine()
+    model = _processor_facts().get("model name") or platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} core{'' if cores == 1 else 's'} of {model}"
+
+
+@functools.cache
+def processor() -> str:
+    """The processor by its name, and by the numbers that say which it is where a virtual machine hides the name."""
+    facts = _processor_facts()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{word} {facts[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if facts.get(key)]
+    return ", ".join([name, *numbers, *(["avx512"] if "avx512f" in facts.get("flags", "").split() else [])])
+
+
+def _processor_facts() -> dict[str, str]:
+    """What Linux says of the first processor; empty elsewhere."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (text.partition(":") for text in lines)}
 
 
 def now() -> str:

@@ -116,6 +116,18 @@ def test_what_is_benchmarked_has_the_size_of_a_benchmark():
     assert [spec.name for spec in specs.load().values() if spec.bench_lengths and spec.make_bench is None] == []
 
 
+def test_published_shapes_have_those_arrays_and_a_length_of_their_own():
+    found = specs.targets()
+    assert not set(found) & set(specs.load()) and {"softmax.attention/causal-2x16384x16x128"} <= set(found)
+    for name, spec in found.items():
+        shape = tuple(map(int, name.rpartition("-")[2].split("x")))
+        assert spec.bench_lengths == shape[1:2] and specs.find(name) is not None
+        arrays = jax.eval_shape(lambda spec=spec: spec.draw(8, "bfloat16", bench=True))
+        assert {x.shape for x in arrays.values()} == {(shape[0], 8, *shape[2:])}
+        if shape[0] == 1:
+            jax.eval_shape(specs.forward(spec, "xla", {}), arrays)
+
+
 def test_slack_widens_what_is_allowed():
     wide = dataclasses.replace(SPEC, slack=10.0)
     assert gate.check(wide, "xla", 16, "float32").allowed == pytest.approx(10 * gate.TOLERANCES["float32"])

@@ -409,3 +409,22 @@ def test_a_gpu_is_told_everything(toys, monkeypatch):
 
         backend = triton_lib.cb.CUDABackend(GPUTarget("cuda", 90, 32))
         assert backend.parse_options(dict(enable_fp_fusion=True)).ptx_version == launch.PTX_VERSION
+
+
+def test_repeated_calls_run_as_often_as_they_say():
+    """A compiler that saw through them would compute once what never changes, or nothing that nobody uses."""
+    calls = []
+
+    def host(x):
+        calls.append(1)
+        return np.asarray(2 * x)
+
+    double = lambda x: jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+    got = jax.jit(specs.repeated(lambda x, y: (double(x), y + 1), 5))(jnp.ones(3), jnp.zeros(2))
+    np.testing.assert_array_equal(got[0], 2 * np.ones(3))
+    np.testing.assert_array_equal(got[1], np.ones(2))
+    assert len(calls) == 5
+    ticks = iter([0.0, 0.004])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(specs.time, "perf_counter", lambda: next(ticks))
+        assert specs.repeats_for(lambda: None) == 5

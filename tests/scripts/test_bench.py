@@ -54,9 +54,18 @@ def test_kernels_are_timed_after_they_proved_right(load, tmp_path, capsys):
         assert 0 < float(row["best_ms"]) <= float(row["lower_ms"]) <= float(row["median_ms"]) <= float(row["upper_ms"])
         assert float(row["error"]) <= float(row["allowed"]) and row["against"] == f"reference, T = {row['length']}"
         assert float(row["compile_seconds"]) > 0 and float(row["copy_percent"]) > 0 and row["hardware"] and row["commit"]
+        assert int(row["calls_in_program"]) >= 1 and row["processor"]
     assert (tmp_path / "kernels.png").read_bytes()[1:4] == b"PNG"
     shown = capsys.readouterr().out
     assert SHAPE in shown and "reference, T = 64" in shown
+
+
+def test_the_committed_rows_have_the_columns_of_the_benchmarks(load):
+    results = SCRIPTS.parent / "kernels" / "results"
+    for script, names in (("bench_kernels", ["kernels"]), ("bench_peers", ["peers_cpu", "peers_gpu"])):
+        module, _ = load(script)
+        for name in names:
+            assert (results / f"{name}.csv").read_text().splitlines()[0] == ",".join(module.FIELDS)
 
 
 def test_a_wrong_kernel_has_no_time(load, tmp_path, monkeypatch, capsys):
