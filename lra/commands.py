@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import starting
+from subquad.lra import interrupts
 from subquad.lra.checkpoints import Interrupted, RunError, line
 from subquad.lra.data.store import DatasetError
 
-USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, starting.INTERRUPTED, starting.TERMINATED
+USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,7 +118,7 @@ def explained(program: str, main: Callable[[], int | None]) -> int:
         Ctrl-C; 143 for SIGTERM.
     """
     try:
-        starting.done()
+        interrupts.startup_done()
         return main() or 0
     except KeyboardInterrupt as stopped:
         code, message = 128 + getattr(stopped, "number", signal.SIGINT), "Interrupted; what was saved before is kept."

@@ -7,9 +7,9 @@ Layers are timed in turn with the baseline, softmax, so that ratios are of one r
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
+    from subquad.lra import interrupts
 
-    starting.begin("bench_lra")
+    interrupts.exit_during_startup("bench_lra")
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ import time
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import bench, commands, csvfile, machine, models, plots, progress, racing, results, sizes, starting
+from subquad.lra import bench, commands, csvfile, interrupts, machine, models, plots, progress, racing, results, sizes
 from subquad.lra.bench import energy, programs, speed
 from subquad.lra.checkpoints import line
 from subquad.lra.data.sources import size as size_of
@@ -128,11 +128,11 @@ def main() -> int:
     def stop(number, frame):
         # Raised inside a callback of the garbage collector it would be lost, so it is raised again at the next word.
         stopped.append(number)
-        raise starting.interruption(number)
+        raise interrupts.interruption(number)
 
     def tell(title: str, text: str) -> None:
         if stopped:
-            raise starting.interruption(stopped[0])
+            raise interrupts.interruption(stopped[0])
         say(f"{title}: {text}")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

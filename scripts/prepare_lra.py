@@ -6,9 +6,9 @@ python scripts/prepare_lra.py check text/modern           sizes, checksums, labe
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
+    from subquad.lra import interrupts
 
-    starting.begin("prepare_lra")
+    interrupts.exit_during_startup("prepare_lra")
 
 import argparse
 

@@ -4,9 +4,9 @@ Finished layers are kept: the same command goes on where an earlier one was stop
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
+    from subquad.lra import interrupts
 
-    starting.begin("quickstart")
+    interrupts.exit_during_startup("quickstart")
 
 import pathlib
 import sys

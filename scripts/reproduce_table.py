@@ -10,9 +10,9 @@ Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
+    from subquad.lra import interrupts
 
-    starting.begin("reproduce_table")
+    interrupts.exit_during_startup("reproduce_table")
 
 import dataclasses
 import math

@@ -7,9 +7,9 @@ python scripts/train.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
+    from subquad.lra import interrupts
 
-    starting.begin("train")
+    interrupts.exit_during_startup("train")
 
 import argparse
 import dataclasses
