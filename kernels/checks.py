@@ -43,3 +43,30 @@ def at_least(owner: str, name: str, value, least: int, instead: str) -> None:
     """Refuses what is no integer, or one below `least` (ValueError). `instead`: what to do, a sentence."""
     if not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{owner}: {name} must be an integer of at least {least}, got {value!r}. {instead}")
+
+
+def square(owner: str, name: str, array, full: tuple[int, int, int, int]) -> None:
+    """Refuses a mask that is not boolean (TypeError), and one that does not broadcast to [B, N, T, S]. None passes."""
+    if array is None:
+        return
+    if array.dtype != bool:
+        raise TypeError(f"{owner}: {name} must be boolean, True = attend, got {array.dtype}. Use {name}.astype(bool).")
+    if array.ndim != 4 or any(size not in (1, want) for size, want in zip(array.shape, full, strict=True)):
+        raise ValueError(
+            f"{owner}: {name} must have four axes, each full or 1, of [B, N, T, S] = {full}, got {array.shape}. "
+            "Insert axes of 1."
+        )
+
+
+def positions(owner: str, name: str, array, batch: int, length: int):
+    """Positions as int32 [B|1, length]; None counts from 0. Refuses other shapes (ValueError) and kinds (TypeError)."""
+    if array is None:
+        return jnp.arange(length, dtype=jnp.int32)[None]
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{owner}: {name} must be integers, got {array.dtype}. Use {name}.astype(jnp.int32).")
+    if array.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"{owner}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. "
+            "Give every sample a row, or all samples one."
+        )
+    return array.astype(jnp.int32)

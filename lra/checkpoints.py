@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import uuid
@@ -17,11 +16,8 @@ from typing import Any
 
 import jax
 
+from subquad.lra.files import RunError, explained, locked, one_line, write_whole
 from subquad.lra.state import FORMAT, RECORD
-
-
-class RunError(Exception):
-    """A run that cannot start or go on; the message names the cause and the cure, on one line."""
 
 
 class Interrupted(RunError):
@@ -39,7 +35,7 @@ def open_folder(folder: str | os.PathLike, needed_bytes: int = 0) -> pathlib.Pat
     """
     folder = pathlib.Path(folder).expanduser().absolute()
     what = f"out: folder {folder} must be writable, with {needed_bytes / 1e6:.1f} MB for checkpoints"
-    with _explained(what, "Choose another with --out."):
+    with explained(what, "Choose another with --out."):
         folder.mkdir(parents=True, exist_ok=True)
         _reserve(folder, needed_bytes)
     return folder
@@ -59,32 +55,6 @@ def _reserve(folder: pathlib.Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, seconds: float, busy: str) -> Iterator[None]:
-    """Holds the lock of a file: the operating system's, on .NAME.lock beside it. It goes when its process ends, however.
-
-    On NFS it holds between machines too, where the server grants locks, as version 4 does.
-
-    Args:
-        seconds: to wait for another that holds it.
-        busy: the message of the error after that.
-    Raises: RunError: another holds it.  OSError: the folder does not let itself be locked.
-    """
-    import filelock
-
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=seconds)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise RunError(busy) from None
-    except NotImplementedError as error:
-        raise OSError(line(error)) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
 def occupied(folder: pathlib.Path) -> Iterator[None]:
     """Keeps other processes from training in a folder meanwhile. A process that died keeps nobody out.
 
@@ -95,11 +65,9 @@ def occupied(folder: pathlib.Path) -> Iterator[None]:
         trainer = note.read_text() or trainer
     busy = f"out: folder {folder} must be free, got one that {trainer} trains in. Wait for it or choose another with --out."
     with contextlib.ExitStack() as held:
-        try:
+        with explained(f"out: folder {folder} must be lockable", "Choose another with --out.", OSError):
             held.enter_context(locked(folder / "run", 0, busy))
             note.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        except OSError as error:
-            raise RunError(f"out: folder {folder} must be lockable, got {line(error)}. Choose another with --out.") from error
         held.callback(note.unlink, missing_ok=True)
         yield
 
@@ -142,7 +110,7 @@ def read_result(folder: pathlib.Path, configuration: dict, result_type: type) ->
     try:
         theirs = json.loads(finished["configuration"])
     except ValueError as error:
-        raise _damaged(result, f"a configuration that is no JSON, {line(error)}", cure) from error
+        raise _damaged(result, f"a configuration that is no JSON, {one_line(error)}", cure) from error
     if theirs != configuration:
         raise _damaged(result, "the result of another configuration", cure)
     return finished
@@ -170,7 +138,7 @@ def read_json(path: pathlib.Path, cure: str) -> dict:
     try:
         found = json.loads(path.read_bytes(), parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, line(error), cure) from error
+        raise _damaged(path, one_line(error), cure) from error
     if not isinstance(found, dict):
         raise _damaged(path, f"{json.dumps(found)[:60]}", cure)
     return found
@@ -198,24 +166,9 @@ def _damaged(path: pathlib.Path, got: str, cure: str) -> RunError:
     return RunError(f"out: file {path} must be a whole one that was written here, got {got}. {cure}")
 
 
-def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file aside and renames it, so that it is all new or as it was, whatever ends the process or the machine."""
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def write_json(path: pathlib.Path, values: dict) -> None:
     """Writes an object as JSON, whole or not at all."""
-    with _explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
+    with explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
         write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
@@ -227,7 +180,7 @@ def write_history(path: pathlib.Path, losses: Sequence, validations: Sequence, s
     rows.writerow(["step", "train_loss", f"validation_{score}", "validation_loss"])
     for step, loss in enumerate(losses, 1):
         rows.writerow([step, loss, *validation.get(step, ("", ""))])
-    with _explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
+    with explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
         write_whole(path, text.getvalue().encode())
 
 
@@ -302,18 +255,4 @@ class Checkpoints:
         self._manager.close()
 
     def _explained(self, verb: str, cure: str):
-        return _explained(f"checkpoint: folder {self.folder} must be whole and writable to {verb} it", cure)
-
-
-@contextlib.contextmanager
-def _explained(what: str, cure: str):
-    """Turns what the storage raises into one line. Orbax and its back end raise many types."""
-    try:
-        yield
-    except Exception as error:
-        raise RunError(f"{what}, got {line(error)}. {cure}") from error
-
-
-def line(error: Exception) -> str:
-    """An error's text on one line of readable length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
+        return explained(f"checkpoint: folder {self.folder} must be whole and writable to {verb} it", cure)

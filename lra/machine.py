@@ -4,7 +4,8 @@ import pathlib
 
 import jax
 
-from subquad.lra import parallel, results
+from subquad.lra import parallel
+from subquad.lra.report import results
 
 # Of the control group of a container: all of it, what of it is used.
 _GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))

@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.checkpoints import RunError, line
+from subquad.lra.files import RunError
+from subquad.lra.files import one_line as line
 
 # The mesh's only axis: examples of a batch, and with "zero" a part of every large array of the training state.
 AXIS = "data"

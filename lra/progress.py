@@ -31,8 +31,11 @@ class Progress:
         self._bar, self._next = None, 0
 
     def __enter__(self) -> "Progress":
-        if not self.quiet and sys.stderr.isatty():
-            self._bar = _bar(self.label, self.steps, self.start)
+        if not self.quiet and self.start < self.steps and sys.stderr.isatty() and importlib.util.find_spec("rich"):
+            counts = ("{task.description:>15}", "{task.completed:,}/{task.total:,}", "{task.fields[text]}")
+            bar = _rich_bar(*counts)
+            bar.start()
+            self._bar = bar, bar.add_task(self.label, total=self.steps, completed=self.start, text="compiling")
         return self
 
     def __exit__(self, *_) -> None:
@@ -42,19 +45,18 @@ class Progress:
     def update(self, step: int, loss: float, steps_per_second: float, note: str = "") -> None:
         """Step `step` is done. `note` is what the last validation found."""
         left = (self.steps - step) / steps_per_second if steps_per_second else math.nan
+        text = f"loss {loss:.3f}  {steps_per_second:.1f} steps/s  {clock(left)} left  {note}".rstrip()
+        self.show(step, text, f"{self.label}: step {step}/{self.steps}  {text}")
+
+    def show(self, step: int, beside_bar: str, line: str) -> None:
+        """Step `step` is done: moves the bar, or prints the line where the next tenth of the way is reached."""
         if self._bar is not None:
             bar, row = self._bar
-            text = f"loss {loss:.3f}  {steps_per_second:5.1f} steps/s  {clock(left)} left  {note}"
-            bar.update(row, completed=step, text=text)
+            bar.update(row, completed=step, text=beside_bar)
         elif not self.quiet and (step >= self._next or step == self.steps):
             # After the step that is due, so that a resumed run keeps the same beat.
             self._next = (step * 10 // self.steps + 1) * self.steps / 10
-            print(
-                f"{self.label}: step {step}/{self.steps}  loss {loss:.3f}  {steps_per_second:.1f} steps/s  "
-                f"{clock(left)} left  {note}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+            say(line)
 
     def over(self, items: Sequence, name: str) -> Iterator:
         """The items, and how many of them are done, in place of the loss."""
@@ -82,19 +84,16 @@ class Progress:
         if self._bar is not None:
             self._bar[0].console.print(text, highlight=False)
         elif not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
 
-def _bar(label: str, steps: int, start: int):
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-    except ImportError:
-        return None
-    columns = (TextColumn("{task.description:>15}"), BarColumn(20), TextColumn("{task.completed}/{task.total}"))
-    bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
-    bar.start()
-    return bar, bar.add_task(label, total=steps, completed=start, text="compiling")
+def _rich_bar(*texts: str, **words: Any):
+    """A bar of rich on stderr, between the first of these texts and the others."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    first, *others = map(TextColumn, texts)
+    return Progress(first, BarColumn(20), *others, console=Console(stderr=True), **words)
 
 
 class Work:
@@ -165,16 +164,12 @@ class Work:
             reached = 10 * self.done // self.total if self.total else -1
             if reached > tenth or time.monotonic() - said >= SILENCE:
                 tenth, said = reached, time.monotonic()
-                print(f"{self.label}: {self._words()}", file=sys.stderr, flush=True)
+                say(f"{self.label}: {self._words()}")
             if self._ended.wait(BEAT):
                 return
 
     def _draw(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"))
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with _rich_bar("{task.description}", "{task.fields[text]}", transient=True) as bar:
             row = bar.add_task(self.label, total=self.total, text=self._words())
             while not self._ended.wait(BEAT):
                 bar.update(row, completed=self.done, text=self._words())
@@ -187,6 +182,11 @@ class Work:
             if 0 < self.done < self.total:
                 words.append(f"about {clock(taken * (self.total - self.done) / self.done)} left")
         return "  ".join([*words, *filter(None, [self.note and self.note()])])
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def over(items: Iterable, label: str, total: int | None = None, **words: Any) -> Iterator:

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.data import catalogue, encodings, floors, listops
+from subquad.lra.data import catalogue, encodings, floors
+from subquad.lra.data.listops import expressions
 from subquad.lra.data.offline import corpora
 
 Kind = Literal["classification", "pair", "language_model"]
@@ -57,23 +58,23 @@ _BYTES = encodings.VOCABULARY_SIZE
 def _task(name: str, config: str, dataset: str, length: int, num_classes: int, source: str, **words) -> Task:
     """A task on bytes or pixels."""
     words = {"vocabulary_size": _BYTES, "floors": floors.bag_of_tokens, **words}
-    sizes = dict(catalogue.find(dataset).sizes)
+    sizes = dict(catalogue.find_dataset(dataset).sizes)
     return Task(name, config, dataset, length=length, num_classes=num_classes, splits=sizes, source=source, **words)
 
 
 def _listops(config: str, length: int) -> Task:
     return _task(
-        "listops", config, f"lra_listops/{config}", length, listops.NUM_CLASSES,
+        "listops", config, f"lra_listops/{config}", length, expressions.NUM_CLASSES,
         f"Nangia and Bowman 2018, arXiv 1804.06028; {_ARENA}", floors=floors.root,
         # The arena's vocabulary has one more symbol, for unknown ones, which never occurs.
-        vocabulary_size=listops.VOCABULARY_SIZE + (config not in ("small", "tiny")),
+        vocabulary_size=expressions.VOCABULARY_SIZE + (config not in ("small", "tiny")),
         note="the arena's own files" if config == "release" else "",
     )  # fmt: skip
 
 
 def _every() -> list[Task]:
     # The longest expression, but in the arena's form the round number above it, which the arena pads to.
-    lengths = {name: config.max_length - (name in ("small", "tiny")) for name, config in listops.CONFIGS.items()}
+    lengths = {name: config.max_length - (name in ("small", "tiny")) for name, config in expressions.CONFIGS.items()}
     imdb = f"Maas et al. 2011, IMDb; {_ARENA}"
     return [
         *(_listops(config, length) for config, length in {**lengths, "release": 2000}.items()),
@@ -145,6 +146,23 @@ def find(name: str, config: str) -> Task:
     if config not in TASKS[name]:
         raise ValueError(f"config must be a configuration of {name}, got {config!r}. {nearest(config, TASKS[name])}")
     return TASKS[name][config]
+
+
+def tasks_named(words: Sequence[str]) -> list[Task]:
+    """The tasks that words name: "text/modern", or "text" for its usual configuration.
+
+    Raises: ValueError: an unknown task or configuration; the nearest is named.
+    Example:
+        >>> [task.config for task in tasks_named(["listops/small", "text"])]
+        ['small', 'lra']
+    """
+    found = []
+    for word in words:
+        name, slash, config = word.partition("/")
+        if not slash and name in TASKS:
+            config = next(iter(TASKS[name]))
+        found.append(find(name, config))
+    return found
 
 
 def of(name: str, config: str, task: Task | None = None) -> Task:

@@ -22,13 +22,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from subquad.lra import interrupts, measure, models, parallel, results, sizes, tasks
+from subquad.lra import interrupts, models, parallel, sizes, tasks
+from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.evaluation import Evaluation
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
 from subquad.lra.progress import Board, Progress, Work
+from subquad.lra.report import results
 from subquad.lra.run import Run
 from subquad.lra.state import TrainState
 

@@ -21,7 +21,8 @@ from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from subquad.kernels import dispatch, launch, machine_code, specs  # noqa: E402
-from subquad.lra import commands, racing  # noqa: E402
+from subquad.lra.cli import commands  # noqa: E402
+from subquad.lra.report import text_tables  # noqa: E402
 
 OUT = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "aot.csv"
 COUNTS = ("registers", "stack", "spills", "shared", "tensor_core", "fma", "transposes")
@@ -109,7 +110,7 @@ def main() -> int:
             ])  # fmt: skip
         write(out, rows)
     heading = "spec", "kernel", "dtype", "target", "registers", "spills", "shared KiB", "tensor cores", "fits"
-    racing.show(heading, shown, left=4)
+    text_tables.print_table([heading, *shown], left=4)
     print(f"Wrote {out}.")
     return 0
 

@@ -18,8 +18,10 @@ import jax
 
 from subquad.kernels import dispatch, gate, specs
 from subquad.kernels.launch import FLOATS
-from subquad.lra import commands, csvfile, measure, racing, results
-from subquad.lra.checkpoints import line
+from subquad.lra.bench import measure, timing
+from subquad.lra.cli import commands
+from subquad.lra.files import one_line
+from subquad.lra.report import csv_rows, results, text_tables
 
 DIRECTIONS = ("forward", "both")
 KEY = ("spec", "implementation", "device", "length", "dtype", "direction", "threads")
@@ -67,11 +69,11 @@ def chosen(names: list[str] | None) -> list[specs.Spec]:
 def main() -> int:
     arguments = parse()
     selected = chosen(arguments.operation)
-    csvfile.check(arguments.out, FIELDS)
-    threads = racing.limit_threads(arguments.threads)  # before JAX starts
+    csv_rows.check_file(arguments.out, FIELDS)
+    threads = timing.limit_threads(arguments.threads)  # before JAX starts
     arguments.implementation = arguments.implementation or ["xla", *["triton"] * (jax.default_backend() == "gpu")]
-    rates = {dtype: racing.matmul_rate(dtype) for dtype in arguments.dtype}
-    bandwidth = racing.copy_bandwidth()
+    rates = {dtype: timing.matmul_rate(dtype) for dtype in arguments.dtype}
+    bandwidth = timing.copy_bandwidth()
     products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items())
     print(f"Copy {bandwidth / 1e9:.1f} GB/s; matrix product {products}")
     rows = []
@@ -84,7 +86,7 @@ def main() -> int:
                         row |= dict(threads=threads, device=jax.default_backend(), finished_utc=results.now())
                         row |= results.environment()
                         rows.append({name: row.get(name) for name in FIELDS})
-                        csvfile.write(arguments.out, FIELDS, rows[-1:], KEY)
+                        csv_rows.write_rows(arguments.out, FIELDS, rows[-1:], KEY)
                         print(f"{spec.name}, T = {length}, {row['implementation']}: {row['status']}", file=sys.stderr)
     finally:
         if rows:
@@ -104,9 +106,9 @@ def bench(spec, length, dtype, arguments):
         try:
             verdict = gate.check(spec, name, length, dtype)
         except dispatch.Declined as reason:
-            yield blank | dict(implementation=name, direction="both", status=f"not run: {line(reason)}")
+            yield blank | dict(implementation=name, direction="both", status=f"not run: {one_line(reason)}")
         except Exception as error:  # one shape's fault is a row; the others still run
-            yield blank | dict(implementation=name, direction="both", status=f"failed: {line(error)}")
+            yield blank | dict(implementation=name, direction="both", status=f"failed: {one_line(error)}")
         else:
             found = blank | dict(implementation=name) | verdict._asdict()
             if verdict.passed:
@@ -117,7 +119,7 @@ def bench(spec, length, dtype, arguments):
     for direction in arguments.direction if passed else ():
         programs = {name: program(spec, name, length, dtype, direction) for name in passed}
         calls = [call for call, _ in programs.values()]
-        spreads = racing.alternate(calls, seconds=2.0 * len(calls), repeats=arguments.repeats)
+        spreads = timing.time_alternately(calls, seconds=2.0 * len(calls), repeats=arguments.repeats)
         for (name, (_, facts)), spread in zip(programs.items(), spreads, strict=True):
             times = {f"{word}_ms": round(1e3 * getattr(spread, word), 4) for word in ("best", "lower", "median", "upper")}
             yield passed[name] | facts | times | dict(calls=spread.calls, direction=direction, status="ok")
@@ -177,7 +179,7 @@ def show(rows) -> None:
             text("compile_seconds", ".2f"), f"{row['temporary_bytes'] / 2**20:.1f}" if ok else "", text("copy_percent", ".1f"),
             text("matmul_percent", ".1f"), text("error", ".0e"), row["against"] or "",
         ])  # fmt: skip
-    racing.show(heading.split(","), body, left=2)
+    text_tables.print_table([heading.split(","), *body], left=2)
 
 
 def draw(path: str) -> None:
@@ -188,7 +190,7 @@ def draw(path: str) -> None:
     except ImportError as error:
         print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
         return
-    rows = [row for row in csvfile.read(path) if row["status"] == "ok"]
+    rows = [row for row in csv_rows.read_rows(path) if row["status"] == "ok"]
     operations = list(dict.fromkeys(row["spec"].split("/")[0] for row in rows))
     if not rows:
         return

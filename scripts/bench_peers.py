@@ -23,8 +23,10 @@ from peers import Contest, contests
 from peers.sides import Case
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import commands, csvfile, racing, results
-from subquad.lra.checkpoints import line
+from subquad.lra.bench import timing
+from subquad.lra.cli import commands
+from subquad.lra.files import one_line
+from subquad.lra.report import csv_rows, results, text_tables
 
 DIRECTIONS = {"forward": "forward", "both": "train"}
 KEY = ("family", "contest", "device", "length", "batch", "heads", "features", "dtype", "direction", "threads")
@@ -68,14 +70,14 @@ def main() -> int:
         arguments.threads = 1 if arguments.threads is None else arguments.threads
     else:  # PyTorch needs room beside JAX, and so do the processes that observe a peak
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    arguments.threads = racing.limit_threads(arguments.threads)
+    arguments.threads = timing.limit_threads(arguments.threads)
     # One thread on a processor has a clock of its own, which other programs do not stretch.
-    arguments.clock = racing.clock_of(arguments.threads if arguments.device == "cpu" else 0)
+    arguments.clock = timing.clock_of(arguments.threads if arguments.device == "cpu" else 0)
     if arguments.measure:
         print(json.dumps(measure(json.loads(arguments.measure))))
         return 0
     out = arguments.out.replace("DEVICE", arguments.device)
-    csvfile.check(out, FIELDS)
+    csv_rows.check_file(out, FIELDS)
     rows = []
     try:
         for contest in contests():
@@ -86,7 +88,7 @@ def main() -> int:
             for case in cases(contest, arguments):
                 for row in race(contest, case, arguments):
                     rows.append(row)
-                    csvfile.write(out, FIELDS, [row], KEY)
+                    csv_rows.write_rows(out, FIELDS, [row], KEY)
                     print(f"{row['contest']}, T = {row['length']}, {row['direction']}: {row['status']}", file=sys.stderr)
     finally:
         if rows:
@@ -126,7 +128,7 @@ def race(contest: Contest, case: Case, arguments):
         except NotRun as reason:
             status = f"not run: {reason}"
         except Exception as error:  # one race's fault is a row; the others still run
-            status = f"failed: {line(error)}"
+            status = f"failed: {one_line(error)}"
         row = dict(shared, direction=direction, status=status, **found, **results.environment(), finished_utc=results.now())
         yield {name: row[name] for name in FIELDS}
 
@@ -139,7 +141,7 @@ def _theirs(contest: Contest, case: Case):
     try:
         return contest.theirs(case)
     except ImportError as error:
-        raise NotRun(line(error)) from error
+        raise NotRun(one_line(error)) from error
 
 
 def compare(contest: Contest, case: Case, sides, direction: str, arguments) -> dict:
@@ -154,7 +156,7 @@ def compare(contest: Contest, case: Case, sides, direction: str, arguments) -> d
             raise ValueError(f"results differ by {found['difference']:.1e} of the largest")
 
     inspect = agree if contest.same else None
-    spreads = racing.alternate(calls, seconds=arguments.seconds, clock=arguments.clock, inspect=inspect)
+    spreads = timing.time_alternately(calls, seconds=arguments.seconds, clock=arguments.clock, inspect=inspect)
     for side, spread in zip(("ours", "theirs"), spreads, strict=True):
         for name in ("lower", "median", "upper"):
             found[f"{side}_{name}_ms"] = round(1e3 * getattr(spread, name), 4)
@@ -187,9 +189,9 @@ def peak(contest: Contest, case: Case, side: str, word: str, arguments) -> int:
     task = dict(family=contest.family, name=contest.name, case=dataclasses.asdict(case), side=side, word=word)
     words = [sys.executable, __file__, "--measure", json.dumps(task), "--device", case.device]
     words += ["--threads", str(arguments.threads)]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **racing.PLAIN_MALLOC})
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **timing.PLAIN_MALLOC})
     if done.returncode:
-        raise RuntimeError(f"memory of {side}: {line(RuntimeError(done.stderr[-300:]))}")
+        raise RuntimeError(f"memory of {side}: {one_line(RuntimeError(done.stderr[-300:]))}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -200,7 +202,7 @@ def measure(task: dict) -> int:
     side = getattr(contest, task["side"])(case)
     call = getattr(side, task["word"])
     if case.device == "cpu":
-        return racing.memory_growth(call)
+        return timing.memory_growth(call)
     if task["side"] == "theirs" and "torch" in sys.modules:
         from torch import cuda
 
@@ -243,7 +245,7 @@ def show(rows) -> None:
             str(row["length"]), row["direction"], number("ours_ms"), number("theirs_ms"), ratio("time_ratio"),
             mebi("ours_peak_bytes"), mebi("theirs_peak_bytes"), ratio("memory_ratio"), mebi("ours_temporary_bytes"),
         ])  # fmt: skip
-    racing.show(heading, body, left=2)
+    text_tables.print_table([heading, *body], left=2)
 
 
 if __name__ == "__main__":

@@ -1,110 +1,12 @@
-"""Trains several layers under one recipe and compares them in a table, a CSV, Markdown and a plot.
-
-Finished layers are kept: the same command goes on where an earlier one was stopped.
-"""
+"""`subquad quickstart`, from a clone."""
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
     from subquad.lra import interrupts
 
     interrupts.exit_during_startup("quickstart")
 
-import pathlib
-import sys
-import time
-
-from subquad import zoo
-from subquad.lra import checkpoints, commands, plots, recipes, results, sizes, tasks, train
-from subquad.lra.plan import plan
-from subquad.lra.progress import Work, clock
-from subquad.lra.run import Run
-
-
-def parse():
-    parser = commands.Parser(prog="quickstart", description=__doc__)
-    every = list(recipes.RECIPES["quickstart"].layers)
-    listed = f"of {' '.join(every)}; default: all that the task admits"
-    parser.add_argument("--layers", nargs="+", default=None, metavar="LAYER", help=listed)
-    parser.add_argument("--steps", type=int, default=Run.steps, help=f"of each layer; default: {Run.steps}")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and order; default: 0")
-    parser.add_argument("--task", default="listops", help=f"one of {', '.join(tasks.TASKS)}; default: listops")
-    parser.add_argument("--config", help="of the task; of listops small, or lra, the full one; default: the task's usual one")
-    parser.add_argument("--out", default="runs/quickstart", help="folder of all results; default: runs/quickstart")
-    parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
-    arguments = parser.parse_args()
-    if arguments.layers is not None and not words(arguments.layers):
-        parser.error(f"--layers must name at least one, got {' '.join(arguments.layers)!r}. Leave it out for all.")
-    return arguments
-
-
-def words(given: list[str]) -> list[str]:
-    return list(dict.fromkeys(name for word in given for name in word.split(",") if name))
-
-
-def admitted(shared: dict) -> list[str]:
-    """The recipe's layers, for a language model those that can be causal."""
-    every = list(recipes.RECIPES["quickstart"].layers)
-    first = plan("quickstart", every[0], **shared)
-    if tasks.find(first.task, first.config).kind != "language_model":
-        return every
-    causal = [name for name in every if zoo.LAYERS[name].supports.causal]
-    left_out = [name for name in every if name not in causal]
-    print(f"Left out, because a language model must be causal: {', '.join(left_out)}.", file=sys.stderr)
-    return causal
-
-
-def drawn(rows: list[results.Result], path: pathlib.Path) -> bool:
-    """Draws accuracy against cost, where there is any, and says whether it did."""
-    if all(row.accuracy is None for row in rows):
-        return False
-    try:
-        plots.accuracy_against_cost(rows, path)
-    except ImportError as error:
-        print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
-        return False
-    return True
-
-
-def main() -> int:
-    arguments = parse()
-    began = time.monotonic()
-    shared = {name: getattr(arguments, name) for name in ("steps", "seed", "task")}
-    shared |= {} if arguments.config is None else {"config": arguments.config}
-    try:
-        layers = admitted(shared) if arguments.layers is None else words(arguments.layers)
-        # All of them first: a wrong word is told before anything is trained.
-        with Work("planning"):
-            runs = [plan("quickstart", layer, **shared) for layer in layers]
-    except ValueError as error:
-        where = " The protocol is an option of scripts/train.py." if "protocol=" in str(error) else ""
-        raise ValueError(f"{error}{where}") from None
-    for run in runs:  # and what cannot fit before a folder is made
-        sizes.check(run, tasks.find(run.task, run.config))
-    out = checkpoints.open_folder(arguments.out)
-    results.check(out / "quickstart.csv")
-    rows = []
-    for run in runs:
-        folder = out / "runs" / run.id
-        if (folder / "result.json").exists():
-            print(f"{run.layer}: finished before, kept ({folder}).", file=sys.stderr)
-        try:
-            row = train.train(run, out=folder, data_dir=arguments.data_dir, resume=True)
-        except checkpoints.Interrupted as stopped:
-            saved = str(stopped).partition(" Go on")[0]
-            raise checkpoints.Interrupted(f"{saved} The same command goes on from there.", stopped.number) from None
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-            # One layer's fault is a row of the table; the others still run.
-            reason = commands.cause(error) or checkpoints.line(error)
-            row = results.failure(run, tasks.find(run.task, run.config), reason)
-            print(f"{run.layer}: {row.status}", file=sys.stderr)
-        results.append(row, out / "quickstart.csv")
-        rows.append(row)
-    results.write(results.markdown(rows), out / "quickstart.md", "Its rows are in the CSV beside it.")
-    endings = [".csv", ".md", ".png"] if drawn(rows, out / "quickstart.png") else [".csv", ".md"]
-    results.show(rows)
-    took = clock(time.monotonic() - began)
-    print(f"{took} in all. {out}/quickstart{', '.join(endings)}; each layer's losses in {out}/runs.")
-    return commands.FAILED if any(row.status != "ok" for row in rows) else 0
-
+from subquad.lra.cli import commands
+from subquad.lra.cli.quickstart import main
 
 if __name__ == "__main__":
     commands.run("quickstart", main)

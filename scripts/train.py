@@ -1,90 +1,12 @@
-"""Trains one layer on one task under a recipe. Every value of the run is an option; the recipe gives the rest.
-
-python scripts/train.py --layer performer --config lra --steps 5000 --layer-options num_features=128 --seeds 0 1 2
-
-Several devices share a batch by --devices 8; several processes by srun, or each started with its own number:
-python scripts/train.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
-"""
+"""`subquad train`, from a clone."""
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
     from subquad.lra import interrupts
 
     interrupts.exit_during_startup("train")
 
-import argparse
-import dataclasses
-import json
-import sys
-
-import jax
-
-from subquad.lra import checkpoints, commands, parallel, recipes, results, sizes, tasks, train
-from subquad.lra.plan import explain, plan
-from subquad.lra.run import Run
-
-
-def parse():
-    parser = commands.Parser(prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    named = f"one of {', '.join(recipes.RECIPES)}; default: quickstart"
-    parser.add_argument("--recipe", default="quickstart", help=named)
-    parser.add_argument("--layer", default="softmax", help="in zoo.LAYERS, or package.module:ClassName; default: softmax")
-    parser.add_argument("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="of its constructor")
-    parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
-    parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, keep what is finished")
-    parser.add_argument("--explain", action="store_true", help="print each value of the run and where it came from, no more")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="several runs, one after the other")
-    parser.add_argument("--devices", type=int, help="that share a batch; default: one, or all of several processes")
-    parser.add_argument("--shard", default="batch", metavar="batch|zero", help="zero: parameters and moments, too")
-    parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard/ in each run's folder, too")
-    minutes = "between checkpoints, beside those at validations; default: 10"
-    parser.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help=minutes)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, of several; SLURM's are found without")
-    parser.add_argument("--num-processes", type=int, help="how many run this command")
-    parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
-    commands.add_options(
-        parser, Run, leave_out=("recipe", "layer", "layer_options"), task=f"one of {', '.join(tasks.TASKS)}",
-        config="of the task, as scripts/prepare_lra.py lists them", seed="of parameters and order; default: 0",
-    )  # fmt: skip
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = parse()
-    words = commands.changes(Run, arguments)
-    if arguments.seeds and "seed" in words:
-        raise ValueError(f"seed must be left out beside --seeds, got {words['seed']}. Add it to --seeds.")
-    parallel.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    words["layer_options"] = commands.assignments(arguments.layer_options)
-    seeds = [{"seed": seed} for seed in dict.fromkeys(arguments.seeds or [])] or [{}]
-    recipe, layer = words.pop("recipe"), words.pop("layer")
-    if arguments.explain:
-        for name, (value, level) in explain(recipe, layer, **words, **seeds[0]).items():
-            print(f"{name:32} {value!s:24} {level}")
-        return 0
-    runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
-    together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
-    for one in runs:  # what cannot fit is told before a folder is made
-        sizes.check(one, tasks.find(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")
-    out = checkpoints.open_folder(arguments.out)
-    results.check(out / "results.csv")
-    named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes")
-    shared = {name: getattr(arguments, name) for name in named}
-    rows = []
-    for one in runs:
-        if parallel.is_first():
-            print(json.dumps(dataclasses.asdict(one)), file=sys.stderr)
-        rows.append(train.train(one, out=out / "runs" / one.id, **shared))
-        if parallel.is_first():
-            results.append(rows[-1], out / "results.csv")
-    if parallel.is_first():
-        results.show(rows)
-        for row in rows:
-            if row.collapsed_step is not None:
-                print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
-        print(f"Added to {out}/results.csv; losses and checkpoints in {out}/runs.")
-    return 0 if all(row.status == "ok" for row in rows) else commands.FAILED
-
+from subquad.lra.cli import commands
+from subquad.lra.cli.train import main
 
 if __name__ == "__main__":
     commands.run("train", main)

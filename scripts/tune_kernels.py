@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from subquad.kernels import dispatch, gate, launch, machine_code, specs
-from subquad.lra import commands
+from subquad.lra.cli import commands
 
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
 SMALLEST, LARGEST = 16, 256  # sides of a block

@@ -4,8 +4,9 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import checks, dispatch
 from subquad.kernels.convolution import reference, xla
+from subquad.kernels.depthwise import depthwise
 
-__all__ = ["convolve"]
+__all__ = ["convolve", "depthwise"]
 
 # The FFT first: it wins wherever the kernel is long, and None must not depend on the length.
 IMPLEMENTATIONS = {

@@ -146,6 +146,28 @@ def _rows(array, position, real, STRIDE: tl.constexpr, FEATURES: tl.constexpr, B
 
 
 @triton.jit
+def _products(rows, others, array, position, real, other_array, other_position, other_real, STRIDE: tl.constexpr,
+              FEATURES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Of `rows`, which a program keeps, and `others`, which it reads: [places, other places].
+
+    Of wide float32 rows both are read again, a slice at a time: the parts of whole ones, for three TF32 products, are more
+    than the registers hold.
+    """
+    if PRECISION != "tf32x3" or BLOCK <= 64:
+        total = tl.dot(rows, tl.trans(others), input_precision=PRECISION)
+    else:
+        total = tl.zeros((rows.shape[0], others.shape[0]), tl.float32)
+        at, other_at = position.to(tl.int64)[:, None] * STRIDE, other_position.to(tl.int64)[:, None] * STRIDE
+        # An end that is known only at run time keeps the loop from being unrolled.
+        for first in range(0, BLOCK + (tl.program_id(0) >> 30), 16):
+            feature = first + tl.arange(0, 16)[None, :]
+            left = tl.load(array + at + feature, mask=real[:, None] & (feature < FEATURES), other=0)
+            right = tl.load(other_array + other_at + feature, mask=other_real[:, None] & (feature < FEATURES), other=0)
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _put_rows(array, position, real, rows, STRIDE: tl.constexpr, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
     feature = tl.arange(0, BLOCK)
     at = array + position.to(tl.int64)[:, None] * STRIDE + feature[None, :]
@@ -349,13 +371,17 @@ def backward_kernel(
         key = _rows(query_key, k_position, k_real, HEADS * FEATURES, FEATURES, BLOCK_H)
         k_value = _rows(value, k_position, k_real, HEADS * VALUES, VALUES, BLOCK_V)
         gain = _inverse_norm(key)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (gain * factor)[None, :]
+        products = _products(
+            query, key, query_key, position, real, query_key, k_position, k_real,
+            HEADS * FEATURES, FEATURES, BLOCK_H, PRECISION)
+        logits = products * (gain * factor)[None, :]
         visible = _visible(
             codes, round_, own + offset, position, bucket, other, k_position, k_bucket, False,
             ROUNDS, CHUNK, BEFORE, AFTER, NUM_BUCKETS, IS_CAUSAL, SAME_BUCKET, SPANS, ONCE)
         # At most 0: a log-sum-exp beyond 1e9 is rounded by hundreds, and exp2 of that overflows.
         weights = tl.exp2(tl.where(visible, tl.minimum(logits - log[:, None], 0.0), LOWEST))
-        d_weights = tl.dot(d_own, tl.trans(k_value), input_precision=PRECISION)
+        d_weights = _products(
+            d_own, k_value, d_out, position, real, value, k_position, k_real, HEADS * VALUES, VALUES, BLOCK_V, PRECISION)
         d_logits = weights * (d_weights - own_delta[:, None]) * gain[None, :]
         d_products = tl.dot(d_logits.to(key.dtype), key, d_products, input_precision=PRECISION)
 
@@ -374,14 +400,17 @@ def backward_kernel(
         q_log = tl.load(log_total + q_position * HEADS, mask=q_real, other=float("-inf"))
         q_log = tl.where(q_log > float("-inf"), q_log * LOG2E, 0.0)
         q_delta = tl.load(delta + q_position * HEADS, mask=q_real, other=0)
-        products = tl.dot(query, tl.trans(their_query), input_precision=PRECISION)
+        products = _products(
+            query, their_query, query_key, position, real, query_key, q_position, q_real,
+            HEADS * FEATURES, FEATURES, BLOCK_H, PRECISION)
         visible = _visible(
             codes, round_, other, q_position, q_bucket, own + offset, position, bucket, True,
             ROUNDS, CHUNK, BEFORE, AFTER, NUM_BUCKETS, IS_CAUSAL, SAME_BUCKET, SPANS, ONCE)
         logits = products * (gain * factor)[:, None]
         weights = tl.exp2(tl.where(visible, tl.minimum(logits - q_log[None, :], 0.0), LOWEST))
         d_values = tl.dot(weights.to(d_rows.dtype), d_rows, d_values, input_precision=PRECISION)
-        d_weights = tl.dot(own_value, tl.trans(d_rows), input_precision=PRECISION)
+        d_weights = _products(
+            own_value, d_rows, value, position, real, d_out, q_position, q_real, HEADS * VALUES, VALUES, BLOCK_V, PRECISION)
         d_logits = weights * (d_weights - q_delta[None, :])
         d_gain += tl.sum(d_logits * products, axis=1)
         d_logits *= gain[:, None]
@@ -521,7 +550,7 @@ def attention_config(mode, direction, chunk_size, length, features, dtype):
     # without a key in its range.
     width = _width(features)
     if dtype == jnp.float32:  # the parts of every operand live beside it
-        tile = 32 if direction == "forward" or width == 64 else 16, 16 if direction == "forward" and width == 16 else 32, 8
+        tile = 16, 32, 8
     elif direction == "forward":
         tile = (32, 64, 4) if chunk_size <= 32 else (64, 64, 8)
     else:

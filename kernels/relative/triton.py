@@ -69,6 +69,18 @@ def _products(left, left_at, right, right_at, left_limit, right_limit, STRIDE: t
 
 
 @triton.jit
+def _own_products(own, left, left_at, right, right_at, left_limit, right_limit, STRIDE: tl.constexpr, WIDTH: tl.constexpr,
+                  PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`_products` in a loop, of left rows that a program keeps as `own`: where those are sliced it reads them again."""
+    if PRECISION != "tf32x3" or PADDED <= 64:
+        others = _rows(right, right_at, right_limit, STRIDE, WIDTH, PADDED)
+        total = tl.dot(own, tl.trans(others), input_precision=PRECISION)
+    else:
+        total = _products(left, left_at, right, right_at, left_limit, right_limit, STRIDE, WIDTH, PADDED, PRECISION)
+    return total
+
+
+@triton.jit
 def _store_rows(base, index, limit, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     column = tl.arange(0, PADDED)
     inside = ((index >= 0) & (index < limit))[:, None] & (column < WIDTH)[None, :]
@@ -188,8 +200,8 @@ def relative_forward(
 
 
 @triton.jit
-def _query_tiles(state, first, last, content, position, grad, lse, shift, key, value, relative, mask, start,
-                 T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+def _query_tiles(state, first, last, own_content, own_position, own_grad, content, position, grad, lse, shift, key, value,
+                 relative, mask, start, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
                  MASK: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr, PRECISION: tl.constexpr,
                  BLOCK: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
     OFFSET: tl.constexpr = S - T
@@ -198,20 +210,20 @@ def _query_tiles(state, first, last, content, position, grad, lse, shift, key, v
     c = tl.arange(0, BLOCK)
     t = start + c
     for j in range(first, last):
-        near = _rows(relative, start + OFFSET - (j + 1) * BLOCK + c, S, N * H, H, H_PADDED)
-        nearer = tl.dot(position, tl.trans(near), input_precision=PRECISION)
+        near = start + OFFSET - (j + 1) * BLOCK + c
+        nearer = _own_products(own_position, position, t, relative, near, T, S, N * H, H, H_PADDED, PRECISION)
         by_distance = tl.where(c[None, :] <= a, farther, nearer)
         farther = nearer
-        k = _rows(key, j * BLOCK + c, S, N * H, H, H_PADDED)
-        scores = tl.dot(content, tl.trans(k), input_precision=PRECISION)
+        s = j * BLOCK + c
+        scores = _own_products(own_content, content, t, key, s, T, S, N * H, H, H_PADDED, PRECISION)
         scores += _turn(by_distance, False, BLOCK)
         # At most 0: a log-sum-exp beyond 1e9 is rounded by hundreds, and exp2 of that overflows.
         weights = tl.exp2(tl.minimum(scores * LOG2E - lse[:, None], 0.0))
         if PARTIAL:
-            seen = _seen(mask, t[:, None], (j * BLOCK + c)[None, :], T, S, OFFSET, MASK, MASK_T, MASK_S)
+            seen = _seen(mask, t[:, None], s[None, :], T, S, OFFSET, MASK, MASK_T, MASK_S)
             weights = tl.where(seen, weights, 0.0)
-        v = _rows(value, j * BLOCK + c, S, N * V, V, V_PADDED)
-        d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        d_weights = _own_products(own_grad, grad, t, value, s, T, S, N * V, V, V_PADDED, PRECISION)
+        k = _rows(key, s, S, N * H, H, H_PADDED)
         d_scores = (weights * (d_weights - shift[:, None])).to(k.dtype)
         d_content += tl.dot(d_scores, k, input_precision=PRECISION)
         # A block of relative keys was the nearer one in the tile before, and is the farther one now: other keys.
@@ -242,33 +254,35 @@ def relative_backward_query(
     mask += b * MASK_B + n * MASK_N
 
     t = i * BLOCK + tl.arange(0, BLOCK)
-    own_content = _rows(content + queries, t, T, N * H, H, H_PADDED)
-    own_position = _rows(position + queries, t, T, N * H, H, H_PADDED)
-    own_grad = _rows(grad + b * (T * N * V) + n * V, t, T, N * V, V, V_PADDED)
+    content += queries
+    position += queries
+    grad += b * (T * N * V) + n * V
+    own_content = _rows(content, t, T, N * H, H, H_PADDED)
+    own_position = _rows(position, t, T, N * H, H, H_PADDED)
+    own_grad = _rows(grad, t, T, N * V, V, V_PADDED)
     own_lse = tl.load(lse + head * T + t, mask=t < T, other=float("inf")) * LOG2E
     own_shift = tl.load(shift + head * T + t, mask=t < T, other=0.0)
-    far = _rows(relative, t + OFFSET, S, N * H, H, H_PADDED)
-    farther = tl.dot(own_position, tl.trans(far), input_precision=PRECISION)
+    farther = _own_products(own_position, position, t, relative, t + OFFSET, T, S, N * H, H, H_PADDED, PRECISION)
     nothing = tl.zeros([BLOCK, H_PADDED], tl.float32)
     state = nothing, nothing, farther, tl.zeros([BLOCK, BLOCK], own_content.dtype)
     whole = 0 if MASK else (i * BLOCK + OFFSET + 1) // BLOCK
     # As many tiles as if the keys went on, so that the nearer block of the last tile is wholly in the future.
     last = tl.cdiv(i * BLOCK + OFFSET + BLOCK, BLOCK)
     state = _query_tiles(
-        state, 0, whole, own_content, own_position, own_grad, own_lse, own_shift, key, value, relative, mask, i * BLOCK,
-        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
+        state, 0, whole, own_content, own_position, own_grad, content, position, grad, own_lse, own_shift, key, value,
+        relative, mask, i * BLOCK, T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
     )  # fmt: skip
     by_content, by_position, farther, before = _query_tiles(
-        state, whole, last, own_content, own_position, own_grad, own_lse, own_shift, key, value, relative, mask, i * BLOCK,
-        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
+        state, whole, last, own_content, own_position, own_grad, content, position, grad, own_lse, own_shift, key, value,
+        relative, mask, i * BLOCK, T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
     )  # fmt: skip
     _store_rows(d_content + queries, t, T, by_content, N * H, H, H_PADDED)
     _store_rows(d_position + queries, t, T, by_position, N * H, H, H_PADDED)
 
 
 @triton.jit
-def _key_tiles(state, first, last, content, position, grad, lse, shift, key, value, relative, mask, start,
-               T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+def _key_tiles(state, first, last, own_key, own_value, content, position, grad, lse, shift, key, value, relative, mask,
+               start, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
                MASK: tl.constexpr, MASK_T: tl.constexpr, MASK_S: tl.constexpr, PRECISION: tl.constexpr,
                BLOCK: tl.constexpr, H_PADDED: tl.constexpr, V_PADDED: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
     """Tiles lie on their side, [keys, queries]: no product is transposed before it enters the next."""
@@ -280,12 +294,10 @@ def _key_tiles(state, first, last, content, position, grad, lse, shift, key, val
     for i in range(first, last):
         t = i * BLOCK + tl.arange(0, BLOCK)
         far = t + OFFSET - start
-        own_position = tl.trans(_rows(position, t, T, N * H, H, H_PADDED))
-        farther = tl.dot(_rows(relative, far, S, N * H, H, H_PADDED), own_position, input_precision=PRECISION)
-        nearer = tl.dot(_rows(relative, far - BLOCK, S, N * H, H, H_PADDED), own_position, input_precision=PRECISION)
+        farther = _products(relative, far, position, t, S, T, N * H, H, H_PADDED, PRECISION)
+        nearer = _products(relative, far - BLOCK, position, t, S, T, N * H, H, H_PADDED, PRECISION)
         by_distance = tl.where(c <= a, farther, nearer)
-        own_content = _rows(content, t, T, N * H, H, H_PADDED)
-        scores = tl.dot(key, tl.trans(own_content), input_precision=PRECISION)
+        scores = _own_products(own_key, key, s, content, t, S, T, N * H, H, H_PADDED, PRECISION)
         scores += _turn(by_distance, True, BLOCK)
         own_lse = tl.load(lse + t, mask=t < T, other=float("inf")) * LOG2E
         weights = tl.exp2(tl.minimum(scores * LOG2E - own_lse[None, :], 0.0))
@@ -294,9 +306,10 @@ def _key_tiles(state, first, last, content, position, grad, lse, shift, key, val
             weights = tl.where(seen, weights, 0.0)
         own_grad = _rows(grad, t, T, N * V, V, V_PADDED)
         d_value += tl.dot(weights.to(own_grad.dtype), own_grad, input_precision=PRECISION)
-        d_weights = tl.dot(value, tl.trans(own_grad), input_precision=PRECISION)
+        d_weights = _own_products(own_value, value, s, grad, t, S, T, N * V, V, V_PADDED, PRECISION)
         own_shift = tl.load(shift + t, mask=t < T, other=0.0)
         d_scores = weights * (d_weights - own_shift[None, :])
+        own_content = _rows(content, t, T, N * H, H, H_PADDED)
         d_key += tl.dot(d_scores.to(own_content.dtype), own_content, input_precision=PRECISION)
     return d_key, d_value
 
@@ -318,8 +331,10 @@ def relative_backward_key(
     queries = b * (T * N * H) + n * H
     keys, values = b * (S * N * H) + n * H, b * (S * N * V) + n * V
     s = j * BLOCK + tl.arange(0, BLOCK)
-    own_key = _rows(key + keys, s, S, N * H, H, H_PADDED)
-    own_value = _rows(value + values, s, S, N * V, V, V_PADDED)
+    key += keys
+    value += values
+    own_key = _rows(key, s, S, N * H, H, H_PADDED)
+    own_value = _rows(value, s, S, N * V, V, V_PADDED)
     content += queries
     position += queries
     grad += b * (T * N * V) + n * V
@@ -333,12 +348,12 @@ def relative_backward_key(
     whole = QUERY_TILES if MASK else tl.minimum(tl.cdiv(tl.maximum((j + 1) * BLOCK - 1 - OFFSET, 0), BLOCK), QUERY_TILES)
     state = tl.zeros([BLOCK, H_PADDED], tl.float32), tl.zeros([BLOCK, V_PADDED], tl.float32)
     state = _key_tiles(
-        state, first, whole, content, position, grad, lse, shift, own_key, own_value, relative, mask, j * BLOCK,
-        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
+        state, first, whole, own_key, own_value, content, position, grad, lse, shift, key, value, relative,
+        mask, j * BLOCK, T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, True,
     )  # fmt: skip
     by_key, by_value = _key_tiles(
-        state, whole, QUERY_TILES, content, position, grad, lse, shift, own_key, own_value, relative, mask, j * BLOCK,
-        T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
+        state, whole, QUERY_TILES, own_key, own_value, content, position, grad, lse, shift, key, value, relative,
+        mask, j * BLOCK, T, S, N, H, V, MASK, MASK_T, MASK_S, PRECISION, BLOCK, H_PADDED, V_PADDED, False,
     )  # fmt: skip
     _store_rows(d_key + keys, s, S, by_key, N * H, H, H_PADDED)
     _store_rows(d_value + values, s, S, by_value, N * V, V, V_PADDED)
@@ -430,7 +445,7 @@ def heuristic(kernel: str, mode: launch.Mode, dtype, features: int, length: int)
         return launch.Config({"BLOCK": min(256, _padded(length))})
     if dtype == jnp.float32:
         return launch.Config({"BLOCK": 16}, num_warps=8, num_stages=2)
-    warps = 8 if kernel == "relative_backward_key" and features > 64 else 4
+    warps = 8 if kernel in ("relative_backward_query", "relative_backward_key") and features > 32 else 4
     return launch.Config({"BLOCK": 32}, num_warps=warps, num_stages=1 if features <= 16 else 2)
 
 

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import layers, measure, models, optim, racing, recipes, tasks, train
-from subquad.lra.checkpoints import line
+from subquad.lra import layers, models, optim, recipes, tasks, train
+from subquad.lra.bench import measure, timing
+from subquad.lra.files import one_line
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.plan import plan as plan_run
 from subquad.lra.run import Run
@@ -108,7 +109,7 @@ class Program(NamedTuple):
     memory: measure.Memory
 
 
-def compiled(run: Run, task: Task, mode: str) -> Program:
+def compile_program(run: Run, task: Task, mode: str) -> Program:
     """Compiles a mode of a run's model from shapes; nothing is allocated or run.
 
     Raises: ValueError: the layer refuses the length.  Exception: the compiler gives up.
@@ -120,7 +121,7 @@ def compiled(run: Run, task: Task, mode: str) -> Program:
     return Program(run, task, mode, found, time.perf_counter() - began, measure.memory_of(found))
 
 
-def started(program: Program) -> Callable[[], Any]:
+def start_program(program: Program) -> Callable[[], Any]:
     """Allocates a program's arguments. Returns: a call of it that waits for its results."""
     model = nnx.split(models.build(program.run, program.task), nnx.Param, ...)
     _, (first, *rest) = _function(program.run, program.task, program.mode, model, _batch(program.run, program.task))
@@ -175,7 +176,7 @@ def _batch(run: Run, task: Task) -> dict[str, np.ndarray]:
     return {**batch, "targets": random.integers(0, task.num_classes, targets, dtype=np.int32)}
 
 
-def work(run: Run, task: Task, mode: str) -> dict[str, Any]:
+def count_flops(run: Run, task: Task, mode: str) -> dict[str, Any]:
     """FLOPs of a program: {"flops", "flops_source", "model_flops"}, None where no jaxpr shows them."""
     for source, told in (("jaxpr", run), ("jaxpr of the XLA path", _told(run, "xla"))):
         try:
@@ -205,7 +206,7 @@ def compiler_counts(program: Program) -> dict[str, int | None]:
     return dict(compiler_flops=number("flops"), compiler_bytes=number("bytes accessed"))
 
 
-def largest(
+def largest_that_fits(
     peak: Callable[[int], int | None], limit: int, start: int, most: int, grain: int = 1
 ) -> tuple[int | None, str]:
     """The largest number whose peak memory fits, to a twentieth, in few tries: each compiles a program.
@@ -221,7 +222,7 @@ def largest(
         grain: tries are its multiples.
     Returns: (number, what bounded it); (None, why) where not even `grain` fits.
     Example:
-        >>> largest(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
+        >>> largest_that_fits(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
         (12336, 'to a twentieth')
     """
     low, high, known, tried = 0, None, [], min(max(start // grain * grain, grain), most)
@@ -250,7 +251,7 @@ def largest(
         tried = min(max(int(guess) // grain * grain, low + step // grain * grain), most)
 
 
-def observe(text: str) -> int:
+def observe_peak(text: str) -> int:
     """Bytes at the peak of a program's call, in this process: what `observed_peak` starts runs this.
 
     A GPU's allocator knows; on a CPU it is what the process grows by, without its arguments.
@@ -258,9 +259,9 @@ def observe(text: str) -> int:
     words = json.loads(text)
     run = Run(**words["run"])
     task = dataclasses.replace(tasks.find(run.task, run.config), length=words["length"])
-    call = started(compiled(run, task, words["mode"]))
+    call = start_program(compile_program(run, task, words["mode"]))
     if jax.default_backend() == "cpu":
-        return racing.memory_growth(call)
+        return timing.memory_growth(call)
     call()
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
@@ -268,13 +269,13 @@ def observe(text: str) -> int:
 def observed_peak(program: Program) -> tuple[int | None, str]:
     """(bytes at the peak, what observed them) of a program that runs alone in a process of its own; (None, why not)."""
     words = dict(run=dataclasses.asdict(program.run), length=program.task.length, mode=program.mode)
-    code = "import sys; from subquad.lra.bench import programs; print(programs.observe(sys.argv[1]))"
-    environment = {**os.environ, **racing.PLAIN_MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    code = "import sys; from subquad.lra.bench import programs; print(programs.observe_peak(sys.argv[1]))"
+    environment = {**os.environ, **timing.PLAIN_MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(words)], capture_output=True, text=True, env=environment, check=False
     )
     if done.returncode:
-        return None, f"not observed: {line(RuntimeError(done.stderr[-300:]))}"
+        return None, f"not observed: {one_line(RuntimeError(done.stderr[-300:]))}"
     on_cpu = jax.default_backend() == "cpu"
     source = "growth of the process, arguments not counted" if on_cpu else "the device's allocator, arguments counted"
     return int(done.stdout.splitlines()[-1]), source

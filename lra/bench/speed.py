@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.lra import models, racing, results, sizes
-from subquad.lra.bench import Measurement, energy, programs
-from subquad.lra.checkpoints import line
+from subquad.lra import models, sizes
+from subquad.lra.bench import energy, programs, timing
+from subquad.lra.files import one_line
 from subquad.lra.progress import Work
+from subquad.lra.report import results
+from subquad.lra.report.measurements import Measurement
 
 LONGEST, LARGEST_BATCH = 2**20, 2**14  # where the searches for limits end
 GRAIN = 64  # lengths that the search tries are multiples of it
@@ -95,7 +97,7 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
                 rows[layer] = _with(row, status=too_large)
                 continue
             with Work(f"{layer}: compiling"):
-                program = programs.compiled(run, task, mode)
+                program = programs.compile_program(run, task, mode)
                 row = _with(row, **facts(program))
             needed = program.memory.peak + held
             if needed > settings.memory_limit:
@@ -106,11 +108,11 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
                         peak, source = programs.observed_peak(program)
                     row = _with(row, device_peak_bytes=peak, device_peak_source=source)
                 with Work(f"{layer}: first call"):
-                    call = programs.started(program)
+                    call = programs.start_program(program)
                     call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
                 ready[layer], held = call, held + program.memory.arguments
         except Exception as error:  # one layer's fault is a row; the others still run
-            row = _with(row, status=f"failed: {line(error)}")
+            row = _with(row, status=f"failed: {one_line(error)}")
         rows[layer] = row
     if ready:
         say(f"timing {', '.join(ready)}")
@@ -130,7 +132,7 @@ def facts(program: programs.Program) -> dict[str, Any]:
     return dict(
         parameters=models.count_parameters(program.run, program.task), compile_seconds=round(program.compile_seconds, 3),
         argument_bytes=memory.arguments, temporary_bytes=memory.temporary, peak_bytes=memory.peak,
-        **programs.work(program.run, program.task, program.mode), **programs.compiler_counts(program),
+        **programs.count_flops(program.run, program.task, program.mode), **programs.compiler_counts(program),
     )  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
     def peak(length: int, batch_size: int) -> int | None:
         try:
             run, task = settings.plan(layer, length, batch_size=batch_size)
-            return programs.compiled(run, task, mode).memory.peak
+            return programs.compile_program(run, task, mode).memory.peak
         except Exception as error:
             if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
                 return None  # so says the compiler
@@ -156,9 +158,9 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
         known = (layer, mode, "length" if name == "length" else f"batch at {length}")
         if known not in settings.found:
             try:
-                settings.found[known] = programs.largest(search, settings.memory_limit, *bounds)
+                settings.found[known] = programs.largest_that_fits(search, settings.memory_limit, *bounds)
             except Exception as error:
-                settings.found[known] = None, f"not found: {line(error)}"
+                settings.found[known] = None, f"not found: {one_line(error)}"
         found[column], note = settings.found[known]
         notes.append(f"largest {name} {note}")
     return {**found, "limits_note": "; ".join(notes)}
@@ -177,12 +179,12 @@ def _blank(layer: str, length: int, mode: str, settings: Settings) -> Measuremen
 
 def _timed(ready: Mapping[str, Callable], rows: Mapping[str, Measurement], settings: Settings) -> dict[str, Measurement]:
     """The rows with their times, and energy."""
-    clock = racing.clock_of(settings.threads or 0)
+    clock = timing.clock_of(settings.threads or 0)
     try:
         seconds = settings.seconds * len(ready)
-        spreads = racing.alternate(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
+        spreads = timing.time_alternately(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
     except Exception as error:
-        return {layer: _with(rows[layer], status=f"failed: {line(error)}") for layer in ready}
+        return {layer: _with(rows[layer], status=f"failed: {one_line(error)}") for layer in ready}
     found = {}
     for (layer, call), spread in zip(ready.items(), spreads, strict=True):
         row, rate = rows[layer], 1 / spread.median
@@ -206,7 +208,7 @@ def _energy(call: Callable, seconds: float, settings: Settings) -> dict[str, Any
         try:
             joules, source = energy.per_call(call, settings.meter, settings.energy_seconds), settings.meter.source
         except Exception as error:
-            source = f"not read: {line(error)}"
+            source = f"not read: {one_line(error)}"
     named = ("watts", "grid_intensity", "price_per_hour", "currency")
     cost = energy.cost(seconds, joules, source, **{name: getattr(settings, name) for name in named})._asdict()
     return {name: _digits(value) if isinstance(value, float) else value for name, value in cost.items()}
@@ -230,7 +232,7 @@ def _too_large(run, task, mode: str, settings: Settings) -> str:
     try:
         sizes.check_fits(run, task, mode, settings.memory_limit, settings.memory_source)
     except ValueError as error:
-        return f"skipped: {line(error)}"
+        return f"skipped: {one_line(error)}"
     return ""
 
 

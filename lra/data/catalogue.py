@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.data import encodings, image, listops, release, retrieval, sources, text
-from subquad.lra.data.lra_pathfinder import release as folders
+from subquad.lra.data import encodings, sources
+from subquad.lra.data.image import cifar10
+from subquad.lra.data.listops import expressions, released_files
 from subquad.lra.data.offline import corpora
+from subquad.lra.data.pathfinder import released_folders
+from subquad.lra.data.retrieval import paper_pairs
+from subquad.lra.data.text import imdb
 
 # Its generator is imported only to draw. Side, and seconds and bytes for 200,000 images.
 PATHFINDER_VERSION = "1.0.0"
@@ -54,7 +58,7 @@ class Dataset:
     sizes: Mapping[str, int]
     encode: Callable[[dict], dict]
     slices: Mapping[str, str] = field(default_factory=lambda: THREE)
-    source: sources.Source | folders.Source | None = None
+    source: sources.Source | released_folders.Source | None = None
     exact: bool = False
     draw: Callable[[str], Iterable[dict]] | None = None
     seconds: float = 60.0
@@ -62,15 +66,15 @@ class Dataset:
 
     def module(self):
         """The module that defines the builder; needs tensorflow-datasets."""
-        return importlib.import_module(f"subquad.lra.data.{self.builder}.{self.builder}_dataset_builder")
+        return importlib.import_module(f"subquad.lra.data.{self.builder.removeprefix('lra_')}.{self.builder}_dataset_builder")
 
 
 def _pathfinder() -> Iterable[Dataset]:
     def drawn(config: str) -> Callable[[str], Iterable[dict]]:
         def draw(split: str) -> Iterable[dict]:
-            from subquad.lra.data import pathfinder
+            from subquad.lra.data.pathfinder import pictures
 
-            for picture, label in pathfinder.generate(pathfinder.CONFIGS[config], split):
+            for picture, label in pictures.generate(pictures.CONFIGS[config], split):
                 yield {"image": picture[..., None], "label": label}
 
         return draw
@@ -85,12 +89,12 @@ def _pathfinder() -> Iterable[Dataset]:
             draw=drawn(config), seconds=seconds, disk=disk,
         )  # fmt: skip
     for side, (_, disk) in PATHFINDER_COSTS.items():
-        for level in folders.FOLDERS:
+        for level in released_folders.FOLDERS:
             yield Dataset(
                 f"lra_pathfinder/release_{side}_{level}", "lra_pathfinder", f"release_{side}_{level}", PATHFINDER_VERSION,
                 # One image of the easy ones is an empty file.
                 {"train": 160_000 - ((side, level) == ("32", "easy")), "validation": 20_000, "test": 20_000},
-                encodings.pixels, source=folders.Source(int(side), level), seconds=900, disk=disk,
+                encodings.pixels, source=released_folders.Source(int(side), level), seconds=900, disk=disk,
             )  # fmt: skip
 
 
@@ -111,11 +115,11 @@ def _offline() -> Iterable[Dataset]:
         )  # fmt: skip
 
 
-def _drawn_listops(config: listops.Config) -> Callable[[str], Iterable[dict]]:
+def _drawn_listops(config: expressions.Config) -> Callable[[str], Iterable[dict]]:
     import numpy as np
 
     def draw(split: str) -> Iterable[dict]:
-        for tokens, label in listops.generate(config, split):
+        for tokens, label in expressions.generate(config, split):
             yield {"inputs": np.frombuffer(tokens, np.uint8), "label": label}
 
     return draw
@@ -127,14 +131,14 @@ def _listops() -> Iterable[Dataset]:
         "lra": (72, 65e6), "small": (5, 1e6), "tiny": (1, 1e5), "length_500": (75, 33e6), "length_1000": (75, 60e6),
         "length_4000": (180, 170e6), "length_8000": (800, 270e6),
     }  # fmt: skip
-    for name, config in listops.CONFIGS.items():
+    for name, config in expressions.CONFIGS.items():
         yield Dataset(
-            f"lra_listops/{name}", "lra_listops", name, listops.VERSION, dict(config.splits), encodings.tokens, exact=True,
+            f"lra_listops/{name}", "lra_listops", name, expressions.VERSION, dict(config.splits), encodings.tokens, exact=True,
             draw=_drawn_listops(config), seconds=costs[name][0], disk=costs[name][1],
         )  # fmt: skip
     yield Dataset(
-        "lra_listops/release", "lra_listops", "release", listops.VERSION, dict(listops.CONFIGS["lra"].splits),
-        encodings.tokens, source=sources.Release(tuple(release.FILES.values())), seconds=120, disk=65e6,
+        "lra_listops/release", "lra_listops", "release", expressions.VERSION, dict(expressions.CONFIGS["lra"].splits),
+        encodings.tokens, source=sources.Release(tuple(released_files.FILES.values())), seconds=120, disk=65e6,
     )  # fmt: skip
 
 
@@ -145,8 +149,8 @@ def _text() -> Iterable[Dataset]:
     }
     for name, (slices, sizes) in cuts.items():
         yield Dataset(
-            f"lra_text/{name}", "lra_text", "imdb", text.VERSION, dict(zip(THREE, sizes, strict=True)), encodings.text, slices,
-            sources.Download(text.URL, text.SIZE), seconds=30, disk=70e6,
+            f"lra_text/{name}", "lra_text", "imdb", imdb.VERSION, dict(zip(THREE, sizes, strict=True)), encodings.text, slices,
+            sources.Download(imdb.URL, imdb.SIZE), seconds=30, disk=70e6,
         )  # fmt: skip
 
 
@@ -158,26 +162,26 @@ DATASETS: dict[str, Dataset] = {
         *_pathfinder(),
         *_offline(),
         Dataset(
-            "lra_image/lra", "lra_image", "cifar10", image.VERSION,
+            "lra_image/lra", "lra_image", "cifar10", cifar10.VERSION,
             {"train": 45_000, "validation": 5_000, "test": 10_000}, encodings.colours,
             {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"},
-            sources.Download(image.URL, image.SIZE), seconds=30, disk=190e6,
+            sources.Download(cifar10.URL, cifar10.SIZE), seconds=30, disk=190e6,
         ),
         Dataset(
-            "lra_retrieval/lra", "lra_retrieval", "aan", retrieval.VERSION,
+            "lra_retrieval/lra", "lra_retrieval", "aan", paper_pairs.VERSION,
             {"train": 147_086, "validation": 18_090, "test": 17_437}, encodings.pair,
-            source=sources.Release(tuple(retrieval.FILES.values())), seconds=900, disk=3.6e9,
+            source=sources.Release(tuple(paper_pairs.FILES.values())), seconds=900, disk=3.6e9,
         ),
     )
 }  # fmt: skip
 
 
-def find(name: str) -> Dataset:
+def find_dataset(name: str) -> Dataset:
     """The data set of a name.
 
     Raises: ValueError: unknown; the nearest known one is named.
     Example:
-        >>> find("lra_text/modern").slices["validation"]
+        >>> find_dataset("lra_text/modern").slices["validation"]
         'train[90%:]'
     """
     if name not in DATASETS:

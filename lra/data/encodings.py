@@ -7,7 +7,7 @@ Id 0 is padding everywhere and nothing else, so that a byte or pixel of value v 
 
 import numpy as np
 
-from subquad.lra.data import image
+from subquad.lra.data.image import cifar10
 
 # Of bytes and of pixels alike: 256 values and padding.
 VOCABULARY_SIZE = 257
@@ -45,7 +45,7 @@ def pixels(example: dict) -> dict:
 
 def colours(example: dict) -> dict:
     """An image of three channels, turned grey."""
-    return {"inputs": shifted(image.grey(example["image"])), "label": int(example["label"])}
+    return {"inputs": shifted(cifar10.grey(example["image"])), "label": int(example["label"])}
 
 
 def next_byte(example: dict) -> dict:

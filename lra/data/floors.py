@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from subquad.lra.data import listops
+from subquad.lra.data.listops import expressions
 
 # A rule of 257 counts is settled by this many examples.
 MOST = 10_000
 
 
 def root(splits: Mapping[str, Sequence]) -> dict[str, float]:
-    """Floors of ListOps: the commonest value, and the commonest given the root operator. See `listops.floors`."""
+    """Floors of ListOps: the commonest value, and the commonest given the root operator. See `expressions.floors`."""
     pairs = lambda split: ((example["inputs"], int(example["label"])) for example in splits[split])
-    return listops.floors(pairs("train"), pairs("test"))
+    return expressions.floors(pairs("train"), pairs("test"))
 
 
 def bag_of_tokens(splits: Mapping[str, Sequence]) -> dict[str, float]:

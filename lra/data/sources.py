@@ -59,7 +59,7 @@ class Download:
         """The file is in manual_dir or among the downloads, or its host begins to send it; else `MissingSource`."""
         if (manual_dir / self.file).is_file() or _downloaded(self.url, downloads):
             return
-        reason = unreachable(self.url)
+        reason = why_unreachable(self.url)
         if reason:
             raise self.missing(name, manual_dir, f"no file from there: {reason}")
 
@@ -82,9 +82,9 @@ class Release:
 
     def require(self, name: str, manual_dir: pathlib.Path, downloads: pathlib.Path) -> None:
         """The files are in manual_dir, at any depth, or the archive is; else `MissingSource`."""
-        found = find(manual_dir, self.files)
+        found = find_files(manual_dir, self.files)
         missing = [file for file in self.files if file not in found]
-        if missing and archive(manual_dir) is None:
+        if missing and release_archive(manual_dir) is None:
             raise MissingSource(
                 f"{name}: file {missing[0]} must be under {manual_dir}, got no such file there. Put {', '.join(self.files)} or "
                 f"the whole {RELEASE_FILES[0]} ({size(RELEASE_BYTES)}, {RELEASE_URL}) into that folder, or name yours by "
@@ -142,7 +142,7 @@ def _downloaded(url: str, downloads: pathlib.Path) -> bool:
     return False
 
 
-def unreachable(url: str, patience: float | None = None) -> str | None:
+def why_unreachable(url: str, patience: float | None = None) -> str | None:
     """Why no file begins to come from an address within `patience` seconds, or None where it does. Proxies are honoured."""
     patience = PATIENCE if patience is None else patience
     answer: list[str | None] = [f"no answer within {patience:.0f} seconds"]
@@ -166,12 +166,12 @@ def unreachable(url: str, patience: float | None = None) -> str | None:
     return answer[0]
 
 
-def archive(folder: pathlib.Path) -> pathlib.Path | None:
+def release_archive(folder: pathlib.Path) -> pathlib.Path | None:
     """The release's archive in a folder, or None."""
     return next((folder / name for name in RELEASE_FILES if (folder / name).is_file()), None)
 
 
-def find(folder: pathlib.Path, files: Sequence[str]) -> dict[str, pathlib.Path]:
+def find_files(folder: pathlib.Path, files: Sequence[str]) -> dict[str, pathlib.Path]:
     """Files by the end of their path, at any depth of a folder; of several the most deeply nested.
 
     The release holds some folders twice, and one outer copy was faulty: the inner tree, lra_release/lra_release, counts.
@@ -191,7 +191,7 @@ def _deeper(path: pathlib.Path, other: pathlib.Path | None) -> bool:
     return other is None or len(path.parts) > len(other.parts)
 
 
-def fetch(
+def fetch_files(
     manual_dir: pathlib.Path, files: Sequence[str], scratch: pathlib.Path, largest: int = LARGEST_FILE
 ) -> dict[str, pathlib.Path]:
     """The release's files: from the unpacked tree, else copied out of the archive, which is read once, into `scratch`.
@@ -200,16 +200,16 @@ def fetch(
         largest: bytes that a file has at most.
     Raises: DatasetError: the archive is damaged, lacks a file, or holds more than it can.
     """
-    found = find(manual_dir, files)
+    found = find_files(manual_dir, files)
     if len(found) == len(files):
         return found
-    packed = archive(manual_dir)
+    packed = release_archive(manual_dir)
     if packed is None:
         raise MissingSource(f"release: {files[0]} must be under {manual_dir}, got no such file there.")
     depth: dict[str, int] = {}
     ends = lambda member: [file for file in files if f"/{member}".endswith(f"/{file}")]
     # Twice, because the release holds some folders twice.
-    with reading(packed, lambda member: largest if ends(member) else None, 2 * largest * len(files)) as members:
+    with archive_members(packed, lambda member: largest if ends(member) else None, 2 * largest * len(files)) as members:
         for member, stream in members:
             for file in ends(member):
                 if member.count("/") > depth.get(file, -1):
@@ -249,7 +249,7 @@ class _Header(tarfile.TarInfo):
 
 
 @contextlib.contextmanager
-def reading(
+def archive_members(
     packed: pathlib.Path, largest: Callable[[str], int | None], total: int
 ) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
     """Gives (path, open file) of every file in a gzipped tar that is wanted, in the archive's order, read as a stream.

@@ -11,9 +11,13 @@ from collections.abc import Callable, Sequence
 
 from subquad.lra.data import catalogue, sources
 from subquad.lra.data.sources import DatasetError, MissingSource, size
+from subquad.lra.files import explained, one_line, write_whole
 from subquad.lra.progress import Work, over
 
-__all__ = ["DatasetError", "MissingSource", "Split", "folder_of", "generate", "load", "manual_folder", "prepare", "read"]
+__all__ = [
+    "DatasetError", "MissingSource", "Split", "dataset_folder", "generate", "load", "manual_folder", "prepare",
+    "read_dataset",
+]  # fmt: skip
 
 # Beside the files: their checksums when they were written.
 CHECKSUMS = "SHA256SUMS"
@@ -59,10 +63,15 @@ def manual_folder(data_dir: str | os.PathLike | None = None, manual_dir: str | o
     return _root(data_dir) / "downloads" / "manual"
 
 
-def folder_of(name: str, data_dir: str | os.PathLike | None = None) -> pathlib.Path:
+def dataset_folder(name: str, data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     """The folder that a data set is in, or will be."""
-    found = catalogue.find(name)
+    found = catalogue.find_dataset(name)
     return _root(data_dir) / found.builder / found.config / found.version
+
+
+def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
+    """Whether a data set is on disk."""
+    return (dataset_folder(name, data_dir) / "dataset_info.json").exists()
 
 
 def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
@@ -85,16 +94,16 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         DatasetError: a file has the wrong checksum or form, the folder cannot be written, the data set in it is not
             whole, or tensorflow-datasets is not installed.
     """
-    found = catalogue.find(name)
+    found = catalogue.find_dataset(name)
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise DatasetError(
-            f"{name}: tensorflow-datasets must be installed to prepare it, got {_line(error)}. pip install 'subquad[lra]'"
+            f"{name}: tensorflow-datasets must be installed to prepare it, got {one_line(error)}. pip install 'subquad[lra]'"
         ) from error
 
     root, manual = _root(data_dir), manual_folder(data_dir, manual_dir)
-    folder = folder_of(name, data_dir)
+    folder = dataset_folder(name, data_dir)
     make = lambda: found.module().Builder(config=found.config, data_dir=root, file_format="array_record")
     with _explained(folder):
         builder = make()
@@ -117,13 +126,13 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         raise
     except Exception as error:
         if isinstance(found.source, sources.Download) and _is_of_the_network(error):
-            raise found.source.missing(name, manual, _line(error)) from error
+            raise found.source.missing(name, manual, one_line(error)) from error
         if type(error).__name__ == "NonMatchingChecksumError":
             raise DatasetError(_wrong_checksum(name, found, builder, manual)) from error
         # Another process may have finished the same data set meanwhile: then theirs is as good as ours.
         if not (folder / "dataset_info.json").exists():
             raise DatasetError(
-                f"{name}: folder {root} must be writable and have room, got {_line(error)}. "
+                f"{name}: folder {root} must be writable and have room, got {one_line(error)}. "
                 "Choose another with --data-dir or TFDS_DATA_DIR."
             ) from error
         builder = make()
@@ -180,17 +189,15 @@ def sha256(path: pathlib.Path) -> str:
 
 def _write_checksums(folder: pathlib.Path) -> None:
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != CHECKSUMS]
-    aside = folder / f".{CHECKSUMS}"
-    aside.write_text("".join(lines))
-    aside.replace(folder / CHECKSUMS)  # whole, or not there
+    write_whole(folder / CHECKSUMS, "".join(lines).encode())
 
 
-def read(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, Split]:
+def read_dataset(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, Split]:
     """The splits of a data set on disk, prepared first if it is not there.
 
     Raises: as `prepare`; DatasetError also where a file is missing, cut short or damaged.
     """
-    return _splits(prepare(name, data_dir), catalogue.find(name))
+    return _splits(prepare(name, data_dir), catalogue.find_dataset(name))
 
 
 def _splits(builder, found: catalogue.Dataset) -> dict[str, Split]:
@@ -210,7 +217,7 @@ def generate(name: str) -> dict[str, Split]:
 
     Raises: ValueError: unknown name.  DatasetError: it cannot be generated.
     """
-    found = catalogue.find(name)
+    found = catalogue.find_dataset(name)
     if found.draw is None:
         raise DatasetError(f"{name}: tensorflow-datasets must be installed to prepare it. pip install 'subquad[lra]'")
     drawn = lambda split: list(over(found.draw(split), f"{name}, {split}", found.sizes[split]))
@@ -222,9 +229,9 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str
 
     From disk through TFDS, or, where that is not installed, generated in memory, which is said on stderr.
 
-    Raises: ValueError: unknown name.  DatasetError: see `prepare` and `read`.
+    Raises: ValueError: unknown name.  DatasetError: see `prepare` and `read_dataset`.
     """
-    version = catalogue.find(name).version
+    version = catalogue.find_dataset(name).version
     try:
         import tensorflow_datasets  # noqa: F401
     except ImportError as error:
@@ -232,24 +239,12 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str
         print(f"{name}: generated in memory, because tensorflow-datasets is not installed ({error}).", file=sys.stderr)
         return splits, f"{name}:{version} generated in memory"
     builder = prepare(name, data_dir)
-    splits = _splits(builder, catalogue.find(name))
+    splits = _splits(builder, catalogue.find_dataset(name))
     origin = (builder.info.metadata or {}).get("origin")
     return splits, f"{name}:{version} array_record" + (f", from {origin}" if origin else "")
 
 
-@contextlib.contextmanager
 def _explained(folder: pathlib.Path):
     """Turns whatever a damaged data set makes the readers raise into one line that says what to do."""
-    try:
-        yield
-    except DatasetError:
-        raise
-    except Exception as error:
-        raise DatasetError(
-            f"data set: folder {folder} must hold a whole data set, got {_line(error)}. "
-            f"Delete it and run again: rm -r {folder}"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
+    what, cure = f"data set: folder {folder} must hold a whole data set", f"Delete it and run again: rm -r {folder}"
+    return explained(what, cure, raised=DatasetError)

@@ -32,6 +32,8 @@ WORST = {
     ("linear.attention/mask-causal-96", "float32"),
     ("strided.fixed/mask-causal-128", "float32"),
     ("relative.attention/plain-16", "bfloat16"),
+    ("relative.attention/plain-96", "float32"),
+    ("lsh.attention/ring-counted-96", "float32"),
     ("linear.random_feature_attention/softmax-causal-16", "float32"),
 }
 GRID = specs.grid()

@@ -8,7 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import block_sparse, convolution, linear, lsh, matrix, relative, scan, softmax, ssm, strided
+from subquad.kernels import (
+    block_sparse,
+    convolution,
+    entmax,
+    gather,
+    linear,
+    lsh,
+    matrix,
+    relative,
+    scan,
+    softmax,
+    ssm,
+    strided,
+)
 
 B, T, N, H = 1, 6, 2, 4
 TOKENS = jnp.ones((B, T, N, H))
@@ -40,7 +53,14 @@ CALLS = {
         relative.attention,
         dict(ATTENTION, relative_key=TOKENS[0], content_bias=TOKENS[0, 0], position_bias=TOKENS[0, 0]),
     ),
+    "gather.attention": (functools.partial(gather.attention, indices=jnp.zeros((1, 1, T, 3), jnp.int32)), ATTENTION),
+    "entmax.attention": (entmax.attention, dict(ATTENTION, alpha=jnp.ones(N))),
+    "entmax.entmax": (entmax.entmax, dict(logits=LOGITS, alpha=LOGITS[..., :1])),
     "convolve": (convolution.convolve, dict(inputs=SERIES, kernel=STEP[:, None], anticausal=STEP[:, None])),
+    "convolution.depthwise": (
+        functools.partial(convolution.depthwise, is_causal=True),
+        dict(inputs=SERIES, kernel=jnp.ones((3, 2)), initial_state=SERIES[:, :2]),
+    ),
     "scan.first_order": (scan.first_order, dict(decay=SERIES, inputs=SERIES, initial_state=SERIES[:, 0])),
     "matrix.pseudo_inverse": (matrix.pseudo_inverse, dict(matrix=LOGITS)),
     "matrix.sinkhorn": (matrix.sinkhorn, dict(logits=LOGITS)),
@@ -103,6 +123,12 @@ OPTIONS = [
     ("lsh.attention", dict(scale=SCALES), ValueError, "scale must be a number or a scalar array, got shape"),
     ("lsh.attention", dict(scale="1"), TypeError, "scale must be"),
     ("lsh.extend", dict(scale=SCALES), ValueError, "scale must be a number or a scalar array, got shape"),
+    ("gather.attention", dict(block_size=0), ValueError, "block_size must be an integer of at least 1, got 0"),
+    ("gather.attention", dict(indices=jnp.zeros((1, 1, T, 0), int)), ValueError, "indices must have shape"),
+    ("gather.attention", dict(indices=jnp.zeros((1, 3, T, 2), int)), ValueError, "indices must have shape"),
+    ("gather.attention", dict(indices=jnp.zeros((1, 1, T, 2))), TypeError, "indices must be integers, got float32"),
+    ("gather.attention", dict(mask=jnp.ones((1, 1, T, T), bool)), ValueError, "mask must have four axes"),
+    ("gather.attention", dict(key_positions=jnp.zeros((1, T), int)), ValueError, "key_positions must be None where is_causal"),
     ("relative.attention", dict(scale=jnp.ones(H)), TypeError, "scale must be a number"),
     ("relative.attention", dict(scale="1"), TypeError, "scale must be a number"),
     ("matrix.sinkhorn", dict(iterations=2.5), ValueError, "iterations must be an integer of at least 1, got 2.5"),

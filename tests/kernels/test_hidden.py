@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import block_sparse, checks, linear, lsh, relative, softmax, strided
+from subquad.kernels import block_sparse, checks, entmax, gather, linear, lsh, relative, softmax, strided
 
 B, T, N, H = 2, 9, 2, 4
 KEPT = np.ones((B, T), bool)
@@ -13,6 +13,7 @@ KEPT[0, 6:] = KEPT[1, [0, 1, 5]] = False  # padding at the end; at the start, an
 MASK = jnp.asarray(KEPT)[:, None, None]
 PAIRS = MASK & MASK.swapaxes(2, 3)  # padding sees nothing either
 BUCKETS = jnp.zeros((B, 1, T, N), jnp.int32)
+LISTS = jnp.asarray(np.random.default_rng(3).integers(-1, T, (B, N, T, 7)), jnp.int32)
 SPREAD = jnp.asarray(np.random.default_rng(1).normal(size=(5, H)), jnp.float32)
 DISTANCES = jnp.asarray(np.random.default_rng(2).normal(size=(T, N, H)), jnp.float32)
 
@@ -38,6 +39,12 @@ CALLS = {
     "relu-features": lambda q, k, v, i: linear.random_feature_attention(
         q, k, v, SPREAD, kernel="relu", mask=MASK, is_causal=True, implementation=i
     ),
+    "entmax": lambda q, k, v, i: entmax.attention(q, k, v, mask=MASK, is_causal=True, implementation=i),
+    "entmax-alpha": lambda q, k, v, i: entmax.attention(q, k, v, jnp.full(N, 1.2), mask=MASK, implementation=i),
+    "gather": lambda q, k, v, i: gather.attention(q, k, v, LISTS, mask=MASK, implementation=i),
+    "gather-blocks": lambda q, k, v, i: gather.attention(
+        q, k, v, LISTS[:, :, :3], block_size=4, mask=MASK, is_causal=True, implementation=i
+    ),
     "lsh": lambda q, k, v, i: lsh.attention(q, v, BUCKETS, num_buckets=1, chunk_size=4, mask=MASK, implementation=i),
     "lsh-extend": lambda q, k, v, i: lsh.extend(q, k, v, BUCKETS, BUCKETS, start=0, mask=MASK, implementation=i),
     "lsh-extend-each": lambda q, k, v, i: lsh.extend(
@@ -45,11 +52,14 @@ CALLS = {
     ),
 }
 SHARED = ("lsh",)  # query and key are one array
+XLA_ONLY = ("entmax", "entmax-alpha", "gather", "gather-blocks")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("name", CALLS)
 def test_padding_reaches_nothing(name, implementation):
+    if implementation == "interpret" and name in XLA_ONLY:
+        pytest.skip("there is no Triton kernel")
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32) for _ in range(3)]
     cotangent = jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)
@@ -89,8 +99,10 @@ def test_a_query_that_sees_nothing_gives_no_gradient(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)])
-@pytest.mark.parametrize("name", ["softmax-causal", "fixed", "linear-causal", "relative"])
+@pytest.mark.parametrize("name", ["softmax-causal", "fixed", "linear-causal", "relative", "entmax", "gather-blocks"])
 def test_a_future_of_any_finite_size_changes_no_past(name, implementation):
+    if implementation == "interpret" and name in XLA_ONLY:
+        pytest.skip("there is no Triton kernel")
     """A key that some queries see and others do not, in one tile: up to 1e30, and its value too."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32) for _ in range(3)]

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import block_sparse, linear, lsh, relative, softmax, strided
+from subquad.kernels import block_sparse, entmax, gather, linear, lsh, relative, softmax, strided
 
 IMPLEMENTATIONS = ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)]
 T, N, H = 11, 2, 24  # 1 / sqrt(H) is no power of 2, so that scaled logits are rounded
 BUCKETS = jnp.zeros((1, 2, T, N), jnp.int32)
+LISTS = jnp.broadcast_to(jnp.arange(T), (1, 1, T, T))
 BIAS = jnp.asarray(np.random.default_rng(3).normal(size=(1, N, T, T)), jnp.float32)
 
 
@@ -26,6 +27,9 @@ CALLS = {
     ),
     "strided": lambda q, k, v, i: strided.attention(q, k, v, stride=3, window_size=2, is_causal=True, implementation=i),
     "relative": lambda q, k, v, i: relative.attention(q, k, v, distances(k), k[0, 0], k[0, 1], implementation=i),
+    "entmax": lambda q, k, v, i: entmax.attention(q, k, v, implementation=i),
+    "entmax-alpha": lambda q, k, v, i: entmax.attention(q, k, v, jnp.full(N, 1.2), is_causal=True, implementation=i),
+    "gather": lambda q, k, v, i: gather.attention(q, k, v, LISTS, implementation=i),
     "lsh": lambda q, k, v, i: lsh.attention(
         q, v, BUCKETS, num_buckets=1, chunk_size=4, scale=jnp.float32(3e4), implementation=i
     ),
@@ -36,10 +40,14 @@ CALLS = {
     "relu-features": lambda q, k, v, i: linear.random_feature_attention(q, k, v, k[0, :, 0], kernel="relu", implementation=i),
 }
 
+XLA_ONLY = ("entmax", "entmax-alpha", "gather")
+
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CALLS)
 def test_outputs_are_means_and_gradients_are_numbers(name, implementation):
+    if implementation == "interpret" and name in XLA_ONLY:
+        pytest.skip("there is no Triton kernel")
     rng = np.random.default_rng(0)
     q, k, v, cotangent = (jnp.asarray(rng.normal(size=(1, T, N, H)), jnp.float32) for _ in range(4))
 
@@ -56,7 +64,7 @@ def test_outputs_are_means_and_gradients_are_numbers(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("name", ["softmax", "block_sparse", "strided", "relative"])
+@pytest.mark.parametrize("name", ["softmax", "block_sparse", "strided", "relative", "gather"])
 def test_gradients_where_the_log_sum_is_lost_beside_the_maximum(name, implementation):
     """Equal logits of 1e10: float32 has no log(T) there, and the weights are 1 / T all the same."""
     q = jnp.zeros((1, T, N, H)).at[..., 0].set(1e5)

@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from subquad.kernels import linear, specs
-from subquad.lra import measure
+from subquad.lra.bench import measure
 from tests import oracle
 
 IMPLEMENTATIONS = ["xla", "reference"]

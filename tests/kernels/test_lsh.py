@@ -10,7 +10,7 @@ import pytest
 
 from subquad.kernels import lsh
 from subquad.kernels.lsh import xla
-from subquad.lra import measure
+from subquad.lra.bench import measure
 
 STATIC = ("num_buckets", "chunk_size", "chunks_before", "chunks_after", "is_causal", "reach", "correct_duplicates",
           "implementation")

@@ -11,7 +11,7 @@ import pytest
 from einops import rearrange
 
 from subquad.kernels import linear, memory
-from subquad.lra import measure
+from subquad.lra.bench import measure
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

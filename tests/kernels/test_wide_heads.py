@@ -10,6 +10,7 @@ from subquad.kernels import gate, specs
     ("name", "dtype"),
     [
         ("linear.random_feature_attention/relu-causal-96", "bfloat16"),
+        ("lsh.attention/ring-counted-96", "float32"),
         ("lsh.extend/once-96", "float32"),
         ("relative.attention/mask-96", "float32"),
         ("softmax.attention/everything-96", "float32"),

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from subquad.lra import checkpoints, results
-from tests.lra.test_results import row
+from subquad.lra import checkpoints
+from subquad.lra.report import results
+from tests.lra.report.test_results import row
 
 CONFIGURATION = {"layer": "softmax", "seed": 0}
 RESULT = dataclasses.asdict(row())

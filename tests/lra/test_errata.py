@@ -15,18 +15,20 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from subquad.lra import models, optim, protocols, tables, tasks
-from subquad.lra.data import catalogue, encodings, listops, pipeline
+from subquad.lra import models, optim, protocols, tasks
+from subquad.lra.data import catalogue, encodings, pipeline
+from subquad.lra.data.listops import expressions
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.plan import plan
-from subquad.lra.tables import cells, figures, ledger
+from subquad.lra.report import cells, ledger, published, verdicts
 from subquad.zoo import LAYERS
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def published(paper, table, task):
-    return {one.row: one.value for one in figures.find(paper, table)[1] if one.task == task and one.metric == "accuracy"}
+def published_accuracies(paper, table, task):
+    _, figures = published.find_table(paper, table)
+    return {one.row: one.value for one in figures if one.task == task and one.metric == "accuracy"}
 
 
 def test_every_fact_has_a_test_that_exists():
@@ -63,7 +65,7 @@ def test_both_documents_of_a_pair_reach_the_answer():  # 2
 
 
 def test_published_listops_scores_are_at_the_two_floors():  # 3
-    scores = sorted(published("lra", "1", "listops").values())
+    scores = sorted(published_accuracies("lra", "1", "listops").values())
     low, high = [score for score in scores if score < 25], [score for score in scores if score > 25]
     majority, root = 17.0, 36.2  # of 96,000 trees
     error = 100 * (root / 100 * (1 - root / 100) / 2000) ** 0.5  # of a test split
@@ -76,13 +78,13 @@ def test_token_ids_do_not_depend_on_the_process():  # 4
     code = "import runpy, sys; print(list(set(sys.argv[2:]))); print(runpy.run_path(sys.argv[1])['tokenise']('[SM 9 1 ]'))"
     runs = [
         subprocess.run(
-            [sys.executable, "-S", "-c", code, listops.__file__, *words], env={"PYTHONHASHSEED": seed}, capture_output=True,
+            [sys.executable, "-S", "-c", code, expressions.__file__, *words], env={"PYTHONHASHSEED": seed}, capture_output=True,
             text=True, check=True,
         ).stdout.splitlines()
         for seed in ("1", "2")
     ]  # fmt: skip
     assert runs[0][0] != runs[1][0]  # the order of a set, which the released ids follow
-    assert runs[0][1] == runs[1][1] == str(listops.tokenise("[SM 9 1 ]"))
+    assert runs[0][1] == runs[1][1] == str(expressions.tokenise("[SM 9 1 ]"))
 
 
 def test_black_pixels_are_attended_to():  # 5
@@ -104,9 +106,9 @@ def test_local_attention_is_local():  # 6
 
 
 def test_sinkhorn_is_promised_nowhere():  # 7
-    found = [cell for cell in cells.table("lra", "1") if "sinkhorn" in cell.row.lower()]
+    found = [cell for cell in cells.cells_of_table("lra", "1") if "sinkhorn" in cell.row.lower()]
     assert "sinkhorn" not in LAYERS and len(found) > 5
-    assert all(tables.judge(cell, ledger.read([])).outcome == "cannot" for cell in found)
+    assert all(verdicts.judge(cell, ledger.read_ledger([])).outcome == "cannot" for cell in found)
 
 
 def test_performer_estimates_softmax_and_reformer_divides():  # 8
@@ -119,7 +121,7 @@ def test_performer_estimates_softmax_and_reformer_divides():  # 8
 
 
 def test_imdb_validates_on_test_in_one_protocol_only():  # 9
-    released, modern = (catalogue.find(f"lra_text/{config}").slices for config in ("lra", "modern"))
+    released, modern = (catalogue.find_dataset(f"lra_text/{config}").slices for config in ("lra", "modern"))
     assert released["validation"] == released["test"] == "test"
     assert modern["validation"] == "train[90%:]" and modern["train"] == "train[:90%]"
     run = plan("lra-2020", task="text")
@@ -141,5 +143,5 @@ def test_later_papers_all_have_retrieval_near_80():  # 11
         ("nystromformer", "3"): "Transformer (2-layer, d=64)", ("skyformer", "1"): "Self-Attention",
         ("xformers", "1"): "Standard", ("flashattention", "3"): "Transformer", ("mega", "2"): "Transformer (re-implemented)",
     }  # fmt: skip
-    later = [published(*table, "retrieval")[row] for table, row in rows.items()]
-    assert published("lra", "1", "retrieval")["Transformer"] == 57.46 and 79 < min(later) and max(later) < 82
+    later = [published_accuracies(*table, "retrieval")[row] for table, row in rows.items()]
+    assert published_accuracies("lra", "1", "retrieval")["Transformer"] == 57.46 and 79 < min(later) and max(later) < 82

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from subquad.lra import collapse, evaluation, tasks, train
-from subquad.lra.data import floors, listops, pipeline, probe, store
+from subquad.lra.data import floors, pipeline, small_network, store
+from subquad.lra.data.listops import expressions
 from subquad.lra.plan import plan
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=8, evaluate_every=2, steps=8)
@@ -127,7 +128,7 @@ def texts(count):
         (floors.bag_of_tokens, pictures),
         (floors.root, trees),
         (floors.next_token, texts),
-        (lambda splits: probe.read(splits["test"], 100, (8, 8)), pictures),
+        (lambda splits: small_network.read_pictures(splits["test"], 100, (8, 8)), pictures),
         (lambda splits: tasks.check_splits(DIGITS, {**splits, "validation": splits["test"]}), pictures),
     ],
     ids=["bag", "root", "next token", "network", "a user's own"],
@@ -139,13 +140,16 @@ def test_rules_see_one_example_at_a_time(rule, make):
 
 
 def test_floors_of_listops_take_iterators():
-    train = [listops.Example(bytes([listops.MIN, 1, 2, listops.CLOSE]), label) for label in (0, 0, 3)]
-    test = [listops.Example(bytes([listops.MIN, 1, 2, listops.CLOSE]), 0), listops.Example(bytes([listops.MAX, 1, 2, 15]), 3)]
-    assert listops.floors(iter(train), iter(test)) == {"majority": 0.5, "root": 0.5}
+    train = [expressions.Example(bytes([expressions.MIN, 1, 2, expressions.CLOSE]), label) for label in (0, 0, 3)]
+    test = [
+        expressions.Example(bytes([expressions.MIN, 1, 2, expressions.CLOSE]), 0),
+        expressions.Example(bytes([expressions.MAX, 1, 2, 15]), 3),
+    ]
+    assert expressions.floors(iter(train), iter(test)) == {"majority": 0.5, "root": 0.5}
 
 
 def test_pixels_are_kept_as_bytes_and_scaled_as_they_are_used():
-    seen, labels = probe.read([{"inputs": np.arange(1, 257, dtype=np.uint16), "label": 1}], 5, (16, 16))
+    seen, labels = small_network.read_pictures([{"inputs": np.arange(1, 257, dtype=np.uint16), "label": 1}], 5, (16, 16))
     assert seen.dtype == np.uint8 and seen.shape == (1, 16, 16, 1) and labels.tolist() == [1]
-    values = probe.scaled(seen, 256).ravel()
+    values = small_network.scaled(seen, 256).ravel()
     np.testing.assert_allclose(values, np.linspace(-1, 1, 256), atol=1e-6)

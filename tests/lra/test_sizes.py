@@ -10,7 +10,7 @@ from subquad.lra import machine, models, sizes, tasks, train
 from subquad.lra.bench import programs, speed
 from subquad.lra.data import store
 from subquad.lra.plan import plan
-from tests.lra.test_speed import SETTINGS
+from tests.lra.bench.test_speed import SETTINGS
 
 TASK = tasks.find("listops", "small")
 
@@ -63,7 +63,7 @@ def test_the_bound_is_below_what_the_compiler_finds():
     """Never more than a program needs: what fits is not refused."""
     run, task = programs.plan("small", "local", 64, batch_size=2, in_features=16, mlp_features=16)
     for mode in ("forward", "gradient", "train"):
-        assert 0 < sizes.least(run, task, mode).total <= programs.compiled(run, task, mode).memory.peak
+        assert 0 < sizes.least(run, task, mode).total <= programs.compile_program(run, task, mode).memory.peak
         assert sizes.least(run, task, mode, counted=False).total <= sizes.least(run, task, mode).total
 
 
@@ -88,7 +88,7 @@ def test_examples_that_are_given_are_counted_themselves(tmp_path):
 
 
 def test_a_program_that_cannot_fit_is_a_row_and_is_not_compiled(monkeypatch):
-    monkeypatch.setattr(programs, "compiled", lambda *words: pytest.fail("compiled"))
+    monkeypatch.setattr(programs, "compile_program", lambda *words: pytest.fail("compiled"))
     settings = dataclasses.replace(SETTINGS, memory_limit=10_000)
     rows = speed.race(["softmax", "local"], 64, "train", settings, lambda text: None)
     assert [row.layer for row in rows] == ["softmax", "local"]

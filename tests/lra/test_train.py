@@ -178,7 +178,7 @@ def test_training_imports_only_what_a_bare_image_has():
         "import sys, orbax.checkpoint\n"
         "for name in 'tensorflow tensorflow_datasets grain array_record matplotlib tyro PIL pandas'.split():\n"
         "    sys.modules[name] = None\n"
-        "import subquad.lra.train, subquad.lra.commands, subquad.lra.recipes, subquad.lra.plots\n"
+        "import subquad.lra.train, subquad.lra.cli.commands, subquad.lra.recipes, subquad.lra.report.plots\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from subquad.kernels import gate
-from subquad.lra import racing
+from subquad.lra.bench import timing
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 SHAPE = "scan.first_order/real"
@@ -21,16 +21,16 @@ SHAPE = "scan.first_order/real"
 def load(monkeypatch):
     """A script as a module, and its main() with these words, all processors left to the tests."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.setattr(racing, "limit_threads", lambda count: count or 1)
-    monkeypatch.setattr(racing, "copy_bandwidth", lambda: 1e10)
-    monkeypatch.setattr(racing, "matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(timing, "limit_threads", lambda count: count or 1)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e11)
 
     def load(name):
         module = importlib.import_module(name)
 
         def main(*words):
             monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-            return module.commands.explained(name, module.main)
+            return module.commands.exit_code_of(name, module.main)
 
         return module, main
 
@@ -110,9 +110,9 @@ def test_interrupted_it_leaves_whole_rows(load, script, tmp_path, monkeypatch):
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
-        return [racing.Spread(0.1, 0.2, 0.3, 0.4, 2)] * len(functions)
+        return [timing.Spread(0.1, 0.2, 0.3, 0.4, 2)] * len(functions)
 
-    monkeypatch.setattr(racing, "alternate", alternate)
+    monkeypatch.setattr(timing, "time_alternately", alternate)
     words = ["--operation", SHAPE] if script == "bench_kernels" else ["--family", "own", "--match", "local", "--no-memory"]
     assert main(*words, "--length", 64, "--out", out) == 130
     (row,) = rows_of(out)
@@ -224,6 +224,6 @@ def test_memory_on_a_gpu_is_growth_on_both_sides(load, resets):
 def test_memory_is_measured_in_a_process_of_its_own():
     task = dict(family="own", name="our softmax layer against local", case=dict(length=256), side="ours", word="train")
     words = [sys.executable, SCRIPTS / "bench_peers.py", "--measure", json.dumps(task)]
-    done = subprocess.run(words, env={**os.environ, **racing.PLAIN_MALLOC}, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, env={**os.environ, **timing.PLAIN_MALLOC}, capture_output=True, text=True, check=True)
     # At least the gradients of four projections of 256 x 256.
     assert int(done.stdout) > 4 * 256 * 256 * 4

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import os
 import pathlib
 import signal
@@ -11,22 +10,21 @@ import time
 
 import pytest
 
-from subquad.lra import bench, racing
-from subquad.lra.bench import energy, speed
+from subquad.lra.bench import energy, speed, timing
+from subquad.lra.cli import bench, commands
+from subquad.lra.report import measurements
 
-SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """main() with these words; races give rows at once."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    module = importlib.import_module("bench_lra")
-    monkeypatch.setattr(racing, "limit_threads", lambda count: count or 1)
-    monkeypatch.setattr(racing, "matmul_rate", lambda dtype, clock: 1e11 if clock is time.process_time else 1e12)
+    monkeypatch.setattr(timing, "limit_threads", lambda count: count or 1)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype, clock: 1e11 if clock is time.process_time else 1e12)
     monkeypatch.setattr(energy, "meter", lambda device: (None, "a test"))
-    monkeypatch.setattr(module.progress, "PATIENCE", 1e6)
-    monkeypatch.setattr(module.jax.config, "update", lambda *words: None)
+    monkeypatch.setattr(bench.progress, "PATIENCE", 1e6)
+    monkeypatch.setattr(bench.jax.config, "update", lambda *words: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     raced = []
 
@@ -44,7 +42,7 @@ def run(monkeypatch, tmp_path):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["bench_lra", *map(str, words), "--out", str(out)])
-        return module.commands.explained("bench_lra", module.main), raced, out
+        return commands.exit_code_of("bench_lra", bench.main), raced, out
 
     return run
 
@@ -60,7 +58,7 @@ def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
     # One thread is timed by its processor's clock, and so is what its rate is compared with.
     assert (settings.threads, settings.matmul_rate) == (1, 1e11)
     assert settings.batch_size == 1 and settings.watts == 100 and not settings.peaks
-    assert len(bench.read(out)) == 6 and not (out.parent / "lra-2.png").exists()
+    assert len(measurements.read_measurements(out)) == 6 and not (out.parent / "lra-2.png").exists()
     shown = capsys.readouterr()
     assert "lra-text, in_features=8, batch 1, float32, train" in shown.out and "500 (1.00)" in shown.out
     assert "estimated from 100 W (no meter: a test)" in shown.err and "left" in shown.err
@@ -89,9 +87,9 @@ def test_every_option_of_what_is_measured_reaches_the_races(run):
 def test_other_values_leave_the_rows_of_the_model_alone(run):
     words = ("--lengths", "1K", "--modes", "train", "--layers", "local")
     _, _, out = run(*words)
-    before = bench.read(out)
+    before = measurements.read_measurements(out)
     _, raced, _ = run(*words, "--override", "batch_size=4", "dtype=bfloat16", "in_features=16", "mlp_features=16")
-    after = bench.read(out)
+    after = measurements.read_measurements(out)
     assert after[:2] == before and {row.model for row in after[2:]} == {"lra-text, in_features=16, mlp_features=16"}
     assert {(row.batch_size, row.dtype) for row in after[2:]} == {(4, "bfloat16")}
     assert (raced[1][3].batch_size, raced[1][3].dtype) == (4, "bfloat16")
@@ -100,7 +98,7 @@ def test_other_values_leave_the_rows_of_the_model_alone(run):
 def test_ctrl_c_keeps_what_was_measured_before(run, capsys):
     code, raced, out = run("--lengths", "1K,4K,16K", "--modes", "forward", "--layers", "local")
     assert code == 130 and [length for _, length, _, _ in raced] == [1024, 4096]
-    assert [row.length for row in bench.read(out)] == [1024, 1024]
+    assert [row.length for row in measurements.read_measurements(out)] == [1024, 1024]
     assert "500 (1.00)" in capsys.readouterr().out
 
 
@@ -117,7 +115,7 @@ def test_ctrl_c_that_a_callback_swallowed_stops_at_the_next_word(run, monkeypatc
 
     monkeypatch.setattr(speed, "race", race)
     code, _, out = run("--lengths", "1K,2K", "--modes", "forward", "--layers", "local")
-    assert code == 130 and [row.length for row in bench.read(out)] == [1024, 1024]
+    assert code == 130 and [row.length for row in measurements.read_measurements(out)] == [1024, 1024]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -129,7 +127,7 @@ def test_a_layer_that_failed_is_told_by_the_exit_code_and_draw_measures_nothing(
 
 
 def test_accuracy_against_time_is_drawn_beside_out(run, capsys):
-    path = SCRIPTS.parent / "lra" / "results" / "quickstart.csv"
+    path = ROOT / "lra" / "results" / "quickstart.csv"
     code, raced, out = run("--results", path)
     assert code == 0 and not raced and (out.parent / "quickstart-time.png").exists()
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from subquad.lra import prepare
+from subquad.lra.cli import prepare
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -11,9 +11,10 @@ import sys
 
 import pytest
 
-from subquad.lra import results, tasks, train
+from subquad.lra import tasks, train
 from subquad.lra.data import store
 from subquad.lra.plan import plan
+from subquad.lra.report import results
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ("--config", "tiny", "--steps", "20", "--layers", "softmax", "performer")
@@ -51,7 +52,7 @@ def test_it_ends_with_the_table_and_three_files(done):
     assert finished.returncode == 0, finished.stderr
     heading = "test accuracy, majority floor, root floor, parameters, steps/s, peak memory, FLOPs/step".split(", ")
     assert all(word in finished.stdout for word in heading)
-    rows = results.read(out / "quickstart.csv")
+    rows = results.read_results(out / "quickstart.csv")
     assert [(row.layer, row.status, row.seed, row.steps, row.config) for row in rows] == [
         ("softmax", "ok", 3, 20, "tiny"), ("performer", "ok", 3, 20, "tiny")
     ]  # fmt: skip
@@ -155,7 +156,7 @@ def test_one_layers_fault_is_a_row_and_the_others_still_run(data, tmp_path):
     words = [*TINY, "--out", tmp_path, "--data-dir", data]
     finished = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
     assert finished.returncode == 1, finished.stderr
-    status = {row.layer: row.status for row in results.read(tmp_path / "quickstart.csv")}
+    status = {row.layer: row.status for row in results.read_results(tmp_path / "quickstart.csv")}
     assert status["softmax"] == "ok" and status["performer"].startswith("failed: memory must hold the training step")
     assert "| performer | failed: memory" in (tmp_path / "quickstart.md").read_text()
 
@@ -183,7 +184,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
     for out, resume in (("stopped", ["--resume"]), ("whole", [])):
         finished = run("train", *words, "--out", tmp_path / out, *resume)
         assert finished.returncode == 0, finished.stderr
-    (one,), (other,) = (results.read(tmp_path / out / "results.csv") for out in ("stopped", "whole"))
+    (one,), (other,) = (results.read_results(tmp_path / out / "results.csv") for out in ("stopped", "whole"))
     same = ("accuracy_best", "accuracy_last", "best_step", "validation_accuracy_best", "train_loss_last")
     assert [getattr(one, name) for name in same] == [getattr(other, name) for name in same]
     losses = [next((tmp_path / out / "runs").rglob("history.csv")).read_bytes() for out in ("stopped", "whole")]
@@ -196,7 +197,7 @@ def test_a_stopped_quickstart_goes_on_by_the_same_command(data, tmp_path):
     assert code == 143 and said.strip().endswith("The same command goes on from there.")
     finished = run("quickstart", *words)
     assert finished.returncode == 0 and "step 20/200" not in finished.stderr
-    assert results.read(tmp_path / "quickstart.csv")[0].status == "ok"
+    assert results.read_results(tmp_path / "quickstart.csv")[0].status == "ok"
 
 
 def test_train_prints_the_resolved_configuration_and_takes_every_value(data, tmp_path):
@@ -204,7 +205,7 @@ def test_train_prints_the_resolved_configuration_and_takes_every_value(data, tmp
     finished = run("train", *words.split(), "--config", "tiny", "--out", tmp_path, "--data-dir", data)
     assert finished.returncode == 0, finished.stderr
     assert '"num_features": 8' in finished.stderr.splitlines()[0]
-    (row,) = results.read(tmp_path / "results.csv")
+    (row,) = results.read_results(tmp_path / "results.csv")
     expected = plan(
         "quickstart", "performer", layer_options=dict(num_features=8), steps=10, batch_size=8, accumulate=2,
         dtype="bfloat16", config="tiny",

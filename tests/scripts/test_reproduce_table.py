@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from subquad.lra import commands, machine, results
+from subquad.lra import machine
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
-from subquad.lra.tables import figures, ledger
-from tests.lra.test_results import row as made
-from tests.lra.test_tables import result as answer
+from subquad.lra.cli import commands
+from subquad.lra.report import ledger, published, results
+from tests.lra.report.test_comparison import result as answer
+from tests.lra.report.test_results import row as made
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "reproduce_table.py"
 
@@ -25,7 +26,7 @@ def call(monkeypatch, tmp_path, capsys, tmp_path_factory):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-        code = commands.explained("reproduce_table", runpy.run_path(str(SCRIPT))["main"])
+        code = commands.exit_code_of("reproduce_table", runpy.run_path(str(SCRIPT))["main"])
         return code, *capsys.readouterr()
 
     return run
@@ -35,7 +36,7 @@ def test_the_list_has_every_table(call):
     code, out, _ = call("--list")
     assert code == 0
     lines = [line.split() for line in out.splitlines()[1:]]
-    assert [tuple(line[:2]) for line in lines] == list(figures.sources())
+    assert [tuple(line[:2]) for line in lines] == list(published.sources())
     for line in lines:
         cells, *outcomes = map(int, line[2:8])
         assert cells == sum(outcomes)
@@ -89,7 +90,7 @@ def test_wrong_words_are_one_line(call, words, said, capsys):
 )
 def test_a_ledger_that_cannot_be_written_is_refused_before_any_work(call, monkeypatch, words, ledger):
     monkeypatch.setattr("subquad.lra.train.train", lambda *words, **more: pytest.fail("trained"))
-    monkeypatch.setattr("subquad.lra.tables.floor_rows.measure", lambda *words: pytest.fail("measured"))
+    monkeypatch.setattr("subquad.lra.report.floor_rows.measure_floors", lambda *words: pytest.fail("measured"))
     code, out, said = call(*words, "--ledger", ledger)
     assert (code, out) == (commands.FAILED, "") and said.count("\n") == 1
     assert said.startswith("reproduce_table: --ledger must be a file that can be written, got ")
@@ -104,7 +105,7 @@ def test_a_budget_that_is_used_up_still_gives_the_table(call):
 def test_floors_are_measured_kept_and_read_again(call, tmp_path):
     code, out, _ = call("--floors", "listops/tiny", "--ledger", "mine/ledger.csv", "--data-dir", tmp_path / "data")
     assert code == 0 and "root operator alone 0." in out
-    found = ledger.read([tmp_path / "mine"]).floors["listops", "tiny"]
+    found = ledger.read_ledger([tmp_path / "mine"]).floors["listops", "tiny"]
     assert set(found) == {"majority", "root"} and found["root"].value > found["majority"].value
     assert found["root"].examples == 64 and found["root"].command.endswith("--floors listops/tiny")
 
@@ -152,15 +153,15 @@ def test_verify_lists_every_damaged_row_and_file(call, tmp_path):
 
 def test_a_configuration_that_is_not_its_hashs_is_found(tmp_path):
     results.append(made(configuration_hash=results.configuration_hash(made().configuration)), tmp_path / "ledger.csv")
-    assert ledger.verify([tmp_path])[1] == []
+    assert ledger.verify_files([tmp_path])[1] == []
     results.append(made(configuration_hash="0123456789abcdef"), tmp_path / "ledger.csv")
-    (fault,) = ledger.verify([tmp_path])[1]
+    (fault,) = ledger.verify_files([tmp_path])[1]
     assert fault.line == 3 and "configuration_hash 0123456789abcdef where" in fault.reason
 
 
 def test_a_ledger_without_its_first_line_is_refused_before_any_work(call, monkeypatch, tmp_path):
     monkeypatch.setattr("subquad.lra.train.train", lambda *words, **more: pytest.fail("trained"))
-    monkeypatch.setattr("subquad.lra.tables.floor_rows.measure", lambda *words: pytest.fail("measured"))
+    monkeypatch.setattr("subquad.lra.report.floor_rows.measure_floors", lambda *words: pytest.fail("measured"))
     kinds = {"l.csv": ("--run", "--only", "lra.1.performer.listops"), "l-floors.csv": ("--floors", "listops/tiny")}
     for file, words in kinds.items():
         (tmp_path / file).write_text("ok,softmax,listops\n")
@@ -170,8 +171,8 @@ def test_a_ledger_without_its_first_line_is_refused_before_any_work(call, monkey
 
 def test_hours_are_told_by_a_probe_and_kept(call, monkeypatch, tmp_path):
     program = lambda run, task, mode: programs.Program(run, task, mode, None, 5.0, None)
-    monkeypatch.setattr(programs, "compiled", program)
-    monkeypatch.setattr(programs, "started", lambda program: lambda: None)
+    monkeypatch.setattr(programs, "compile_program", program)
+    monkeypatch.setattr(programs, "start_program", lambda program: lambda: None)
     words = ("--only", "lra.1.performer.listops", "--format", "json")
     (before,) = json.loads(call(*words)[1])
     assert before["hours_hardware"] == "one V100" and before["hours_source"].endswith("are told by --probe")
@@ -181,7 +182,7 @@ def test_hours_are_told_by_a_probe_and_kept(call, monkeypatch, tmp_path):
     assert record["hours_hardware"] == machine.name() and "[1/1] lra.1.performer.listops: " in said
     assert json.loads(call(*words)[1]) == [record]  # kept beside the ledger
     assert f"on {machine.name()}" in call("--list")[1]
-    monkeypatch.setattr(programs, "compiled", lambda *words: pytest.fail("compiled"))
+    monkeypatch.setattr(programs, "compile_program", lambda *words: pytest.fail("compiled"))
     assert call(*words, "--probe", "2", "--ledger", "/proc/nope/l.csv")[0] == commands.FAILED
 
 

@@ -1,24 +1,21 @@
 """The command, in this process, with runs that are made up."""
 
 import dataclasses
-import importlib.util
-import pathlib
 import sys
 
 import pytest
 
-from subquad.lra import commands, results, tasks, train
+from subquad.lra import tasks, train
+from subquad.lra.cli import commands
+from subquad.lra.cli import train as train_command
+from subquad.lra.report import results
 
-PATH = pathlib.Path(__file__).parents[2] / "scripts" / "train.py"
 TINY = ("--config", "tiny", "--steps", "5")
 
 
 def call(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train", *map(str, words)])
-    spec = importlib.util.spec_from_file_location("train_script", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return commands.explained("train", module.main)
+    return commands.exit_code_of("train", train_command.main)
 
 
 def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
@@ -35,7 +32,7 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, *TINY, "--seeds", 0, 2, 0, "--out", tmp_path, "--tensorboard", "--resume") == 0
     assert [seed for seed, *_ in asked] == [0, 2] and asked[0][1] != asked[1][1]
     assert asked[0][2] == dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True, checkpoint_minutes=10)
-    assert [row.seed for row in results.read(tmp_path / "results.csv")] == [0, 2]
+    assert [row.seed for row in results.read_results(tmp_path / "results.csv")] == [0, 2]
     said = capsys.readouterr().out
     assert "32.0 % ± 2.8 (2 seeds), 1 collapsed" in said and "Seed 2 collapsed: by step 20" in said
 

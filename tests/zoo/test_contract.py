@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from subquad.lra import measure
+from subquad.lra.bench import measure
 
 from .cases import CASES, CAUSAL, DIRECTIONS, EXTENDING, FEATURES, LONG, inputs, label
 

@@ -1,0 +1,101 @@
+"""Depthwise convolution as a sum over taps, each a product of shifted tokens, which XLA fuses into one pass over memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from subquad.kernels import precision
+
+UNROLLED = 32  # taps of one pass over memory: more make a program that compiles slowly
+
+
+def depthwise(inputs, kernel, state, is_causal):
+    """See `convolution.depthwise`; a state of None is 0."""
+    return compiled(inputs, kernel, state, 0 if is_causal else (kernel.shape[-2] - 1) // 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _convolve(inputs, kernel, state, ahead):
+    """Each token weighs the `ahead` next ones, itself and those before."""
+    tokens = _between_zeros(inputs, kernel, state, ahead)
+    wide = _wide(inputs, kernel)
+
+    def add(j, outputs):
+        return outputs + _tap(kernel, j, wide) * _shifted(tokens, kernel, j, wide)
+
+    return _over_taps(add, kernel, jnp.zeros(_grouped(inputs, kernel).shape, wide)).reshape(inputs.shape).astype(inputs.dtype)
+
+
+def _forward(inputs, kernel, state, ahead):
+    return _convolve(inputs, kernel, state, ahead), (inputs, kernel, state)
+
+
+def _backward(ahead, saved, cotangent):
+    """A token's gradient comes from those that weigh it: the taps in the other order; that of a tap is a product of both."""
+    inputs, kernel, state = saved
+    (batch, length, features), width, wide = inputs.shape, kernel.shape[-2], _wide(inputs, kernel)
+    tokens, outer = _between_zeros(inputs, kernel, state, ahead), _grouped(cotangent, kernel)
+    around = lambda x: jnp.pad(x, ((0, 0), (width - 1, width - 1), *((0, 0),) * (x.ndim - 2)))
+    padded, taps = around(outer), around(kernel) if kernel.ndim == 4 else kernel
+
+    def add(j, gradient):
+        """From the token that is `width - 1 - j` later in `tokens`' count, whose tap `j` this is."""
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, j, length + width - 1, 1)
+        tap = _tap(cut(taps) if kernel.ndim == 4 else taps, j, wide)
+        return gradient + tap * cut(padded).astype(wide)
+
+    everywhere = jnp.zeros((batch, length + width - 1, *outer.shape[2:]), wide)
+    everywhere = _over_taps(add, kernel, everywhere).reshape(batch, -1, features)
+    left = width - 1 - ahead
+    grad_inputs = everywhere[:, left : left + length].astype(inputs.dtype)
+    grad_state = None if state is None else everywhere[:, : width - 1].astype(state.dtype)
+
+    def of_tap(_, j):
+        products = outer.astype(wide) * _shifted(tokens, kernel, j, wide)
+        return _, products.sum(-1 if kernel.ndim == 4 else (0, 1, 3)).astype(kernel.dtype)
+
+    # Unrolled, XLA would hold the products of every tap before it sums those of the first.
+    unroll = 1 if kernel.ndim == 4 else min(width, UNROLLED)
+    of_taps = jax.lax.scan(of_tap, 0, jnp.arange(width), unroll=unroll)[1]
+    return grad_inputs, jnp.moveaxis(of_taps, 0, -2), grad_state
+
+
+precision.define_passes(_convolve, _forward, _backward)
+
+# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+compiled = jax.jit(_convolve, static_argnums=3)
+
+
+def _over_taps(add, kernel, start):
+    width = kernel.shape[-2]
+    return jax.lax.scan(lambda x, j: (add(j, x), None), start, jnp.arange(width), unroll=min(width, UNROLLED))[0]
+
+
+def _wide(*arrays):
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def _grouped(tokens, kernel):
+    """[B, T, D] as [B, T, N, D / N]."""
+    return tokens.reshape(*tokens.shape[:2], kernel.shape[-1], -1)
+
+
+def _between_zeros(inputs, kernel, state, ahead):
+    """[B, W - 1 + T, N, D / N]: with what the first token sees before it, and the last one after."""
+    if state is None:
+        padded = jnp.pad(inputs, ((0, 0), (kernel.shape[-2] - 1 - ahead, ahead), (0, 0)))
+    else:
+        padded = jnp.concatenate([state.astype(inputs.dtype), inputs], axis=1)
+    return _grouped(padded, kernel)
+
+
+def _shifted(tokens, kernel, j, wide):
+    """The tokens that tap j weighs, [B, T, N, D / N]."""
+    before = kernel.shape[-2] - 1
+    return jax.lax.dynamic_slice_in_dim(tokens, before - j, tokens.shape[1] - before, 1).astype(wide)
+
+
+def _tap(kernel, j, wide):
+    """Tap j, [N, 1] or [B, T, N, 1]."""
+    return jax.lax.dynamic_index_in_dim(kernel, j, kernel.ndim - 2, keepdims=False)[..., None].astype(wide)

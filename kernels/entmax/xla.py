@@ -1,0 +1,195 @@
+"""alpha-entmax with gradients by hand; attention a row of tiles at a time: all keys by as many queries as fit."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from subquad.kernels import precision
+from subquad.kernels.entmax.threshold import powers, search, slope_in_alpha
+from subquad.kernels.softmax import online
+
+# Bytes of the logits of one step over all heads and samples: on a CPU what its cache holds, on an accelerator few steps.
+CPU_BYTES, ACCELERATOR_BYTES = 1 << 20, 1 << 26
+
+
+def entmax(logits, alpha, axis):
+    """See `entmax.entmax`."""
+    constant, alpha = _constant_or_array(logits.dtype, alpha)
+    return compiled_map(axis, constant, logits, alpha)
+
+
+def attention(query, key, value, alpha, mask, positions, scale):
+    """See `entmax.attention`; positions (queries', keys') are those of a causal call."""
+    constant, alpha = _constant_or_array(query.dtype, alpha)
+    most = CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES
+    batch, length, heads, _ = query.shape
+    tile = min(length, max(1, most // (4 * batch * heads * key.shape[1])))
+    steps = math.ceil(length / tile)
+    plan = constant, scale, math.ceil(length / steps), steps
+    return compiled_attention(plan, query, key, value, alpha, mask, positions)
+
+
+def _constant_or_array(dtype, alpha):
+    if isinstance(alpha, float):
+        return alpha, None
+    return None, alpha.astype(jnp.promote_types(dtype, jnp.float32))
+
+
+# ------------------------------------------------------------------------------------------------------------- the map
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _entmax(axis, constant, logits, alpha):
+    return _entmax_forward(axis, constant, logits, alpha)[0]
+
+
+def _entmax_forward(axis, constant, logits, alpha):
+    rows = _last(logits, axis).astype(jnp.promote_types(logits.dtype, jnp.float32))
+    of_rows = constant if alpha is None else _last(alpha, axis)
+    y, threshold = _below_threshold(rows, of_rows)
+    p = jnp.moveaxis(powers(y, of_rows)[0], -1, axis).astype(logits.dtype)
+    return p, (logits, alpha, *threshold)
+
+
+def _entmax_backward(axis, constant, saved, cotangent):
+    logits, alpha, *threshold = saved
+    rows, of_rows = _last(logits, axis).astype(threshold[0].dtype), constant if alpha is None else _last(alpha, axis)
+    grad_logits, change = _gradient(_less(rows, *threshold), of_rows, _last(cotangent, axis).astype(rows.dtype))
+    if alpha is None:
+        return jnp.moveaxis(grad_logits, -1, axis).astype(logits.dtype), None
+    shared = tuple(i for i, size in enumerate(of_rows.shape) if size == 1)
+    grad_alpha = jnp.moveaxis(change.sum(shared, keepdims=True), -1, axis)
+    return jnp.moveaxis(grad_logits, -1, axis).astype(logits.dtype), grad_alpha
+
+
+precision.define_passes(_entmax, _entmax_forward, _entmax_backward)
+
+
+def _last(array, axis):
+    return jnp.moveaxis(array, axis, -1)
+
+
+def _below_threshold(logits, alpha):
+    """(y, (maximum, m)): logits below maximum + m, so that their powers sum to 1."""
+    maximum = logits.max(-1, keepdims=True)
+    maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+    threshold = search(logits - maximum, alpha)
+    return _less(logits, maximum, threshold), (maximum, threshold)
+
+
+def _less(logits, maximum, threshold):
+    # Where logits come out of another product, a rounding may put them above their maximum.
+    return jnp.minimum(logits - maximum, 0) - threshold
+
+
+def _gradient(y, alpha, grad_p):
+    """Of the logits, and by element of alpha (0 where it is a constant)."""
+    s = powers(y, alpha)[1]
+    total = s.sum(-1, keepdims=True)
+    centred = grad_p - (s * grad_p).sum(-1, keepdims=True) / jnp.where(total > 0, total, 1)
+    return s * centred, 0 if isinstance(alpha, float) else slope_in_alpha(y, alpha) * centred
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan, query, key, value, alpha, mask, positions):
+    return _attention_forward(plan, query, key, value, alpha, mask, positions)[0]
+
+
+@precision.full
+def _attention_forward(plan, query, key, value, alpha, mask, positions):
+    arguments = query, key, value, alpha, mask, positions
+    logits_of, of_heads = _tiles(plan, *arguments)
+    values = rearrange(value, "b s k v -> b k s v")
+
+    def step(_, i):
+        y, threshold = _below_threshold(logits_of(i, _cut(plan, key.shape[2], query, i)), of_heads)
+        weights = powers(y, of_heads)[0].astype(value.dtype)
+        out = jnp.einsum("bkgts,bksv->bkgtv", weights, values, preferred_element_type=y.dtype)
+        return _, (out.astype(query.dtype), *threshold)
+
+    out, *threshold = jax.lax.scan(step, 0, jnp.arange(plan[-1]))[1]
+    return _join(out, query.shape[1]), (*arguments, *threshold)
+
+
+@precision.full
+def _attention_backward(plan, saved, cotangent):
+    *arguments, maximum, threshold = saved
+    query, key, value, alpha, *_ = arguments
+    logits_of, of_heads = _tiles(plan, *arguments)
+    keys, values = (rearrange(x, "b s k h -> b k h s") for x in (key, value))
+    precise = maximum.dtype
+    dot = functools.partial(jnp.einsum, preferred_element_type=precise)
+
+    def step(grads, i):
+        queries, grad_out = (_cut(plan, key.shape[2], x, i) for x in (query, cotangent))
+        # A query whose output nobody uses may be padding, which holds anything; so are those past the end.
+        unused = (grad_out == 0).all(-1, keepdims=True)
+        queries = jnp.where(unused, 0, queries)
+        y = _less(logits_of(i, queries), jnp.where(unused, jnp.inf, maximum[i]), jnp.where(unused, 0, threshold[i]))
+        weights = powers(y, of_heads)[0].astype(value.dtype)
+        grad_logits, change = _gradient(y, of_heads, dot("bkgtv,bkvs->bkgts", grad_out, values))
+        scaled = (plan[1] * grad_logits).astype(query.dtype)
+        of_key = dot("bkgth,bkgts->bkhs", queries, scaled)
+        of_value = dot("bkgtv,bkgts->bkvs", grad_out, weights)
+        of_alpha = 0 if alpha is None else jnp.sum(change, (0, 3, 4))
+        grads = jax.tree.map(jnp.add, grads, (of_key, of_value, of_alpha))
+        return grads, dot("bkgts,bkhs->bkgth", scaled, keys).astype(query.dtype)
+
+    heads = key.shape[2], query.shape[2] // key.shape[2]
+    start = *(jnp.zeros(x.shape, precise) for x in (keys, values)), 0 if alpha is None else jnp.zeros(heads, precise)
+    (*by_key, grad_alpha), grad_query = jax.lax.scan(step, start, jnp.arange(plan[-1]))
+    grad_key, grad_value = (rearrange(x, "b k h s -> b s k h").astype(key.dtype) for x in by_key)
+    if alpha is not None:
+        grad_alpha = grad_alpha.ravel() if alpha.ndim else grad_alpha.sum()
+    return _join(grad_query, query.shape[1]), grad_key, grad_value, None if alpha is None else grad_alpha, None, None
+
+
+precision.define_passes(_attention, _attention_forward, _attention_backward)
+
+# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
+compiled_map = jax.jit(_entmax, static_argnums=(0, 1))
+compiled_attention = jax.jit(_attention, static_argnums=0)
+
+
+def _tiles(plan, query, key, value, alpha, mask, positions):
+    """((step, its queries) -> logits [B, K, G, t, S] in float32, -inf where not visible; alpha of these heads)."""
+    constant, scale, tile, _ = plan
+    kv_heads = key.shape[2]
+    keys, precise = rearrange(key, "b s k h -> b k h s"), jnp.promote_types(query.dtype, jnp.float32)
+
+    def logits_of(i, queries):
+        logits = jnp.einsum("bkgth,bkhs->bkgts", queries, keys, preferred_element_type=precise)
+        logits = online.rounded(scale * logits)
+        if positions is not None:
+            of_queries = _rows(positions[0], 1, i, tile)
+            logits = jnp.where((positions[1][:, None] <= of_queries[:, :, None])[:, None, None], logits, -jnp.inf)
+        if mask is not None:
+            seen = mask if mask.shape[2] == 1 else _rows(mask, 2, i, tile)
+            seen = rearrange(seen, "b (k g) t s -> b k g t s", k=1 if mask.shape[1] == 1 else kv_heads)
+            logits = jnp.where(seen, logits, -jnp.inf)
+        return logits
+
+    if alpha is None:
+        return logits_of, constant
+    return logits_of, rearrange(alpha, "(k g) -> 1 k g 1 1", k=kv_heads) if alpha.ndim else alpha
+
+
+def _cut(plan, kv_heads, array, i):
+    """The queries of a step [B, K, G, t, ...] of [B, T, N, ...]."""
+    return rearrange(_rows(array, 1, i, plan[2]), "b t (k g) ... -> b k g t ...", k=kv_heads)
+
+
+def _rows(array, axis, i, tile):
+    """Those of a step, and 0 past the end."""
+    return jnp.take(array, i * tile + jnp.arange(tile), axis, mode="fill", fill_value=0)
+
+
+def _join(tiles, length):
+    """[steps, B, K, G, t, ...] as [B, T, N, ...]."""
+    return rearrange(tiles, "i b k g t ... -> b (i t) (k g) ...")[:, :length]

@@ -1,0 +1,1 @@
+"""What the commands do: `subquad quickstart`, `train`, `prepare`, `table`, `bench` and `report`, and the files in scripts/."""

@@ -1,0 +1,38 @@
+"""`subquad COMMAND ...`, which is `python -m subquad.lra.cli COMMAND ...`: what scripts/ do, without a clone."""
+
+import importlib
+import sys
+
+from subquad.lra import interrupts
+
+COMMANDS = {
+    "quickstart": "train several layers under one recipe and compare them",
+    "train": "train one layer on one task",
+    "prepare": "list, prepare and check data sets",
+    "table": "put what was run here beside a published table, and run what is missing",
+    "bench": "measure time, memory, FLOPs and energy against length",
+    "report": "tables and plots of rows that are there",
+}
+USAGE = "usage: subquad COMMAND [--help] ...\n\n" + "\n".join(f"  {name:11} {what}" for name, what in COMMANDS.items())
+
+
+def main() -> None:
+    """Hands the command line to the command that its first word names, and ends the process."""
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        sys.exit(print(USAGE))
+    program = f"subquad {name}" if name in COMMANDS else "subquad"
+    interrupts.exit_during_startup(program)  # before the libraries, which take seconds to load
+    from subquad.kernels.dispatch import nearest
+    from subquad.lra.cli import commands
+
+    def run() -> int:
+        if name not in COMMANDS:
+            raise ValueError(f"command must be a known one, got {name!r}. {nearest(name, COMMANDS)}")
+        return importlib.import_module(f"subquad.lra.cli.{name}").main(words, program)
+
+    commands.run(program, run)
+
+
+if __name__ == "__main__":
+    main()

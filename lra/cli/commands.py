@@ -1,0 +1,153 @@
+"""What the commands in scripts/ share: options with one-line errors, and the way from an error to an exit code."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import os
+import re
+import signal
+import sys
+import types
+from collections.abc import Callable
+from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from subquad.kernels.dispatch import nearest
+from subquad.lra import interrupts
+from subquad.lra.checkpoints import Interrupted
+from subquad.lra.data.store import DatasetError
+from subquad.lra.files import RunError, one_line
+
+USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest known option."""
+
+    def __init__(self, **words):
+        super().__init__(allow_abbrev=False, exit_on_error=False, **words)
+
+    def parse_args(self, arguments=None, namespace=None):
+        try:
+            found, unknown = self.parse_known_args(arguments, namespace)
+        except argparse.ArgumentError as error:
+            self.error(" ".join(str(error).removeprefix("argument ").split()))
+        if unknown:
+            known = [word for action in self._actions for word in action.option_strings]
+            self.error(f"option must be a known one, got {unknown[0]!r}. {nearest(unknown[0].split('=')[0], known)}")
+        return found
+
+    def error(self, message: str):
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), **helps: str) -> None:
+    """An option for every field of a frozen dataclass: --learning-rate for learning_rate. Absent if not given.
+
+    A field that is true or false is an option without a value: --remat, --no-remat. Its help is that in `helps`, else what
+    `field_descriptions` finds.
+    """
+    helps = field_descriptions(record) | helps
+    for name, kind in get_type_hints(record).items():
+        if name in leave_out:
+            continue
+        parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+        if bool in parts:
+            option = f"--{name.replace('_', '-')}"
+            parser.add_argument(option, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=helps[name])
+            continue
+        words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+        plain = next((part for part in parts if part in (int, float)), str)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="|".join(words) or plain.__name__.upper(),
+            type=_optional(plain) if type(None) in parts else plain, help=helps[name],
+        )  # fmt: skip
+
+
+def field_descriptions(record: type) -> dict[str, str]:
+    """What a dataclass's docstring says of each field under "Attributes", on one line, as argparse takes it."""
+    section = inspect.getdoc(record).partition("Attributes:\n")[2]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in found}
+
+
+def _optional(kind: type) -> Callable:
+    def read(text: str):
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse says it in its error
+    return read
+
+
+def assignments(words: list[str]) -> dict:
+    """{"num_landmarks": 32} of ["num_landmarks=32"].
+
+    Raises: ValueError: a word without "=".
+    Example:
+        >>> assignments(["num_landmarks=32", "sharing=none"])
+        {'num_landmarks': 32, 'sharing': 'none'}
+    """
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"layer_options must be written name=value, got {word!r}. For example num_heads=4.")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
+def run(program: str, main: Callable[[], int | None]) -> NoReturn:
+    """Ends the process with the exit code of `exit_code_of`; the last line of a script.
+
+    After Ctrl-C and SIGTERM at once: a compiler that is at work does not live through the interpreter's own end.
+    """
+    code = exit_code_of(program, main)
+    if code in (INTERRUPTED, TERMINATED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
+    """Runs a command; what a user can cure becomes one line on stderr and an exit code.
+
+    Returns: 0, or what `main` returns; 1 for a run, folder or data set that failed; 2 for a wrong argument; 130 for
+        Ctrl-C; 143 for SIGTERM.
+    """
+    try:
+        interrupts.startup_done()
+        return main() or 0
+    except KeyboardInterrupt as stopped:
+        code, message = 128 + getattr(stopped, "number", signal.SIGINT), "Interrupted; what was saved before is kept."
+    except Interrupted as stopped:
+        code, message = 128 + stopped.number, str(stopped)
+    except (RunError, DatasetError) as error:
+        code, message = FAILED, str(error)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        code, message = USAGE, " ".join(str(error).split())
+    except Exception as error:
+        reason = memory_error(error)
+        if reason is None:
+            raise
+        code, message = FAILED, reason
+    # The function's name, where it is the command's, is said once.
+    print(f"{program}: {message.removeprefix(f'{program}: ')}", file=sys.stderr)
+    return code
+
+
+def memory_error(error: Exception) -> str | None:
+    """One line for a device that ran out of memory; None for other errors."""
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        cure = "Use a smaller --batch-size, or a larger --accumulate."
+        return f"memory must hold the training step, got {one_line(error)}. {cure}"
+    return None
+
+
+def given_fields(record: type, arguments: argparse.Namespace) -> dict:
+    """The values of a dataclass's fields that were given as options."""
+    given = vars(arguments)
+    return {one.name: given[one.name] for one in dataclasses.fields(record) if one.name in given}

@@ -1,0 +1,209 @@
+"""Puts what was run here beside a published table, and runs what is missing.
+
+python scripts/reproduce_table.py --paper lra --table 1
+python scripts/reproduce_table.py --paper lra --table 1 --run --budget-hours 8 --seeds 3
+
+--run trains what is missing, cheapest first; stopped by Ctrl-C or by its budget, the same command goes on. A budget that is
+used up is no failure: the table is printed, and the exit code is 0. Rows are added to the ledger, checkpoints are beside
+it; several of these commands may share them. Hours are this machine's where runs, or steps by --probe, were timed on it.
+Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+from subquad.kernels.dispatch import nearest
+from subquad.lra import checkpoints, progress
+from subquad.lra.cli import commands
+from subquad.lra.files import RunError, one_line
+from subquad.lra.report import (
+    cells,
+    comparison,
+    costs,
+    csv_rows,
+    floor_rows,
+    ledger,
+    published,
+    reproduce,
+    results,
+    text_tables,
+    verdicts,
+)
+
+LEDGER = "runs/tables/ledger.csv"
+BENCH = (sys.executable, "-m", "subquad.lra.cli", "bench")
+
+
+def parse(command_line: Sequence[str] | None, program: str):
+    papers = list(dict.fromkeys(paper for paper, _ in published.sources()))
+    parser = commands.Parser(prog=program, description=__doc__)
+    add = parser.add_argument
+    add("--list", action="store_true", help="the papers and their tables")
+    add("--verify", action="store_true", help="list every row and file beside the ledger that is damaged; exit code 1 if any")
+    add("--paper", default="lra", metavar="NAME", help=f"of {', '.join(papers)}; default: lra")
+    add("--table", default=None, metavar="NAME", help="as --list has it; default: the paper's first")
+    add("--only", nargs="+", default=[], metavar="CELL", help="only cells whose id starts so, as lra.1.performer")
+    add("--run", action="store_true", help="run what is missing, cheapest first")
+    add("--probe", type=int, default=None, metavar="STEPS", help="time so many steps of what is missing: its hours here")
+    add("--budget-hours", type=float, default=None, metavar="H", help="for --run; default: no bound")
+    add("--seeds", type=int, default=1, metavar="N", help="of each cell, for --run; default: 1")
+    add("--batch-size", type=int, default=None, metavar="N", help="of measured ratios; default: 1 on a CPU, else 32")
+    add("--ledger", default=LEDGER, metavar="CSV", help="what was run; default: %(default)s")
+    add("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
+    add("--floors", nargs="+", default=[], metavar="TASK", help="measure what simple rules reach, as listops/lra")
+    add("--format", default="text", choices=comparison.FORMS, help="default: text")
+    add("--out", default=None, metavar="FILE", help="default: the terminal")
+    return checked(parser.parse_args(command_line))
+
+
+def checked(arguments):
+    for name in ("seeds", "batch_size", "probe"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}. Leave it out.")
+    hours = arguments.budget_hours
+    if hours is not None and not 0 <= hours < math.inf:
+        raise ValueError(f"--budget-hours must be >= 0, got {hours}. Leave it out for no bound.")
+    return arguments
+
+
+def main(command_line: Sequence[str] | None = None, program: str = "reproduce_table") -> int:
+    """Does what the words of a command line say; None: of this process."""
+    arguments = parse(command_line, program)
+    files = files_of(arguments.ledger)
+    if arguments.verify:
+        return verify(files)
+    if arguments.floors:
+        return measure_floors(arguments.floors, files["floors"], arguments.data_dir)
+    known = read(files, arguments.batch_size)
+    if arguments.list:
+        return write(text_tables.aligned(listed(known)) + "\n", arguments.out)
+    name = arguments.table
+    if name is None:
+        published.read_figures(arguments.paper)
+        name = next(table for paper, table in published.sources() if paper == arguments.paper)
+    wanted = chosen(cells.cells_of_table(arguments.paper, name), arguments.only)
+    code = 0
+    if arguments.probe:
+        writable(files["hours"], lambda path: csv_rows.check_file(path, costs.STEP_TIMING_FIELDS))
+        failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=progress.say)
+        code, known = commands.FAILED if failed else 0, read(files, arguments.batch_size)
+    if arguments.run:
+        code = run(wanted, files, known, arguments) or code
+        known = read(files, arguments.batch_size)
+    given = {"--ledger": arguments.ledger if arguments.ledger != LEDGER else None, "--batch-size": arguments.batch_size}
+    options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+    judged = [verdicts.judge(cell, known, options=options, data_dir=arguments.data_dir) for cell in wanted]
+    return write(comparison.render(arguments.paper, name, judged, known, arguments.format), arguments.out) or code
+
+
+def files_of(path: str) -> dict[str, pathlib.Path]:
+    """The ledger, and beside it the files of measurements, of floors, and of timed steps."""
+    ledger_path = pathlib.Path(path)
+    beside = {kind: ledger_path.with_name(f"{ledger_path.stem}-{kind}.csv") for kind in ("bench", "floors", "hours")}
+    return {"runs": ledger_path, **beside}
+
+
+def read(files: dict[str, pathlib.Path], batch_size: int | None) -> ledger.Ledger:
+    """What is known; of measurements those with this batch size, where one is told."""
+    known = ledger.read_ledger(files.values())
+    measured = [row for row in known.measurements if batch_size in (None, row.batch_size)]
+    return dataclasses.replace(known, measurements=measured)
+
+
+def verify(files: dict[str, pathlib.Path]) -> int:
+    """Lists what is damaged among the rows and the runs that there are."""
+    found, faults = ledger.verify_files(files.values())
+    runs = sorted((files["runs"].parent / "runs").glob("*/run.json"))
+    damaged = list(map(str, faults))
+    for path in runs:
+        try:
+            checkpoints.read_result(path.parent, checkpoints.read_configuration(path.parent), results.Result)
+        except RunError as error:
+            damaged.append(str(error))
+    print("\n".join([*damaged, f"Files of rows: {len(found)}; runs: {len(runs)}; faults: {len(damaged)}."]))
+    return commands.FAILED if damaged else 0
+
+
+def writable(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> None:
+    """Refuses, before any work, a ledger that could not be written after it, or that `check` refuses.
+
+    Raises: RunError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError("a folder")
+    except OSError as error:
+        got = f"{path}: {one_line(error)}"
+        raise RunError(f"--ledger must be a file that can be written, got {got}. Choose another.") from error
+    check(path)
+
+
+def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
+    for word in words:
+        if not any(cell.id.startswith(word) for cell in every):
+            rows = list(dict.fromkeys(".".join(cell.id.split(".")[:3]) for cell in every))
+            raise ValueError(f"--only must start a cell's id, got {word!r}. {nearest(word, rows)}")
+    return [cell for cell in every if not words or any(cell.id.startswith(word) for word in words)]
+
+
+def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.Ledger, arguments) -> int:
+    writable(files["runs"], results.check)
+    began, hours = time.monotonic(), arguments.budget_hours
+    code = reproduce.measure_missing(
+        BENCH, wanted, files["bench"], known=known, batch_size=arguments.batch_size, budget_hours=hours, say=progress.say
+    )
+    left = None if hours is None else hours - (time.monotonic() - began) / 3600
+    failures = reproduce.train_missing(
+        wanted, files["runs"], known=known, seeds=arguments.seeds, budget_hours=left, data_dir=arguments.data_dir,
+        say=progress.say,
+    )  # fmt: skip
+    return commands.FAILED if code or failures else 0
+
+
+def listed(known: ledger.Ledger) -> list[list[str]]:
+    """The tables, with how many of their cells came to what, and the hours of those that wait, on which machine."""
+    outcomes = get_args(verdicts.Outcome)
+    rows = [["paper", "table", "cells", "reproduced", *outcomes[1:], "hours to run", "what it holds"]]
+    for paper, name in progress.over(published.sources(), "Tables"):
+        every = [cell for cell in cells.cells_of_table(paper, name) if cell.column != "average"]
+        judged = [verdicts.judge(cell, known) for cell in every]
+        counts = Counter(one.outcome for one in judged)
+        hours: dict[str, float] = {}
+        for one in judged:
+            if one.cost is not None:
+                hours[one.cost.hardware] = hours.get(one.cost.hardware, 0.0) + one.cost.hours
+        told = ", ".join(f"{total:.3g} on {hardware}" for hardware, total in hours.items()) or "0"
+        found = [str(counts[outcome]) for outcome in outcomes]
+        rows.append([paper, name, str(len(every)), *found, told, published.sources()[paper, name].title])
+    return rows
+
+
+def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
+    writable(path, lambda path: csv_rows.check_file(path, ledger.FLOOR_FIELDS))
+    for word in words:
+        found = floor_rows.measure_floors(word, data_dir)
+        floor_rows.write_floors(found, path)
+        for floor in found:
+            print(f"{floor.task}/{floor.config}: {ledger.NAMES.get(floor.floor, floor.floor)} {floor.value:.4f}")
+    print(f"Rows in {path}.")
+    return 0
+
+
+def write(text: str, out: str | None) -> int:
+    if out is None:
+        print(text, end="")
+    else:
+        results.write_text(text, out)
+        progress.say(f"Written to {os.path.abspath(out)}.")
+    return 0

@@ -1,0 +1,280 @@
+"""The cells of published tables: the run that answers to each figure, or why there is none."""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from subquad.lra import recipes
+from subquad.lra.report import published
+
+# Points. One seed was published without a deviation; this is the spread that re-runs of these models show.
+TOLERANCE = 2.0
+# Where a deviation was published twice that is tolerated, and never less than this.
+LEAST_TOLERANCE = 1.0
+# Of a ratio of speeds or of memory, as a factor: machines differ.
+RATIO_TOLERANCE = 1.25
+CHANCE = 50.0  # of Path-X, in per cent
+COLUMNS = {"path_x": ("pathfinder", "128_hard"), "path_256": ("pathfinder", "256_hard")}
+NAMES = {
+    "listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "image": "Image", "pathfinder": "Pathfinder",
+    "path_x": "Path-X", "path_256": "Path-256", "average": "Average", "all": "All tasks",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What answers to the rows of a table that one model makes.
+
+    Attributes:
+        recipe, layer, layer_options: what `plan.plan` takes; recipe None: nothing here answers, and `cannot` says why.
+        note: what the published model computes, where that is not what its name says.
+    """
+
+    recipe: str | None = None
+    layer: str | None = None
+    layer_options: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    cannot: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a published table: the run that answers to it, and what the paper found.
+
+    Attributes:
+        id: paper, table, row, column and metric, in lower case.
+        paper, table, row, column: where it stands; length: in tokens, where it is of one.
+        metric: see `published.Figure`; unit.
+        recipe, layer, overrides: what `plan.plan` takes; recipe None: see `cannot`.
+        expected: the published value; None: reported as no better than chance.
+        deviation: over seeds, as published.
+        tolerance: a difference up to it counts as reproduced; a factor for ratios.
+        source: of the figure.
+        note: what the published model really computed, where that is not what its name says.
+        cannot: why no run here answers to it.
+        deviations: what that run does otherwise than the paper, a sentence each.
+    """
+
+    id: str
+    paper: str
+    table: str
+    row: str
+    column: str
+    length: int | None
+    metric: str
+    unit: str
+    recipe: str | None
+    layer: str | None
+    overrides: Mapping[str, Any]
+    expected: float | None
+    deviation: float | None
+    tolerance: float
+    source: str
+    note: str = ""
+    cannot: str = ""
+    deviations: tuple[str, ...] = ()
+
+
+def _none(reason: str) -> Answer:
+    return Answer(cannot=reason)
+
+
+_NO_LAYER = _none("no such layer here")
+_ARENA_LAYERS = {
+    "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Linformer": "linformer",
+    "Reformer": "reformer", "Performer": "performer",
+}  # fmt: skip
+_ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
+# The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.
+_SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if row != "Sparse Transformer"}
+
+
+def _small(recipe: str, **rows: Answer | str) -> dict[str, Answer]:
+    return {row: Answer(recipe, layer) if isinstance(layer, str) else layer for row, layer in rows.items()}
+
+
+_S4_ROWS = {
+    "S4 (original, v1)": Answer("s4-v1", "s4"),
+    "S4 (updated, = S4-LegS)": Answer("s4d", "s4"),  # S4-LegS of the paper of S4D: the same numbers
+    "Random": _none("a guess, and no model"),
+}
+_DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
+_UNKNOWN = "the size of its model is not in what was read"
+_MACHINE = _none("an absolute time or memory of its authors' machine; scripts/bench_lra.py has this machine's")
+
+# (paper, table) -> row -> what answers. A row that is not there has no layer here.
+ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
+    ("lra", "1"): _ARENA,
+    ("lra", "2"): _SPEED,
+    ("lra", "3"): _ARENA,
+    ("lra", "a2"): {},
+    ("s4", "10"): _ARENA | _S4_ROWS,
+    ("s4", "3"): {row: Answer("bench", _ARENA_LAYERS.get(row, "s4")) for row in ("Transformer", "Performer", "S4")},
+    ("s4", "2"): {"S4": _MACHINE},
+    ("s4", "repository"): {"S4 (repo, approximate)": Answer("s4", "s4")},
+    ("s4", "s4d"): {
+        "S4-LegS": Answer("s4d", "s4"),
+        "S4D-LegS": Answer("s4d", "s4", dict(mode="diagonal", init="legs"), _DIAGONAL),
+        "S4D-Inv": Answer("s4d", "s4", dict(mode="diagonal", init="inv")),
+        "S4D-Lin": Answer("s4d", "s4", dict(mode="diagonal", init="lin")),
+    },
+    ("s5", "1"): {},
+    ("s5", "inits"): {},
+    ("s5", "v1"): {},
+    ("mega", "2"): {
+        "Transformer (re-implemented)": Answer("bench", "softmax"),
+        "Reformer": Answer("bench", "reformer"),
+        "Linformer": Answer("bench", "linformer"),
+        "Performer": Answer("bench", "performer"),
+        "S4-v2 (re-run)": Answer("s4", "s4"),
+    },
+    ("mega", "3"): {},
+    ("nystromformer", "3"): _small(
+        "nystromformer", **{
+            "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
+            "Reformer-2": "reformer",
+        },
+    ),
+    ("skyformer", "1"): _small(
+        "skyformer", **{
+            "Self-Attention": "softmax", "Linformer": "linformer", "Performer": "performer", "Reformer": "reformer",
+        },
+    ),
+    ("skyformer", "2"): {
+        row: _MACHINE for row in ("Self-Attention", "Linformer", "Performer", "Reformer")
+    },
+    ("xformers", "1"): _small(
+        "xformers", **{
+            "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer",
+            "Favor-256 (redraw)": "performer",
+        },
+    ),
+    ("flashattention", "3"): _small(
+        "nystromformer", **{
+            "Transformer": "softmax", "Linformer": "linformer", "Performer": "performer", "Reformer": "reformer",
+            "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
+            "Local Attention": Answer("nystromformer", "local", note="The window's size is not in what was read."),
+        },
+    ),
+    ("flashattention", "6"): {"FlashAttention": _none(_UNKNOWN)},
+}  # fmt: skip
+
+
+def _cell(source: published.Source, figure: published.Figure, transformer: Mapping[int | None, float]) -> Cell:
+    answer = ANSWERS[source.paper, source.table].get(figure.row, _NO_LAYER)
+    note, metric, unit, expected = figure.note, figure.metric, figure.unit, figure.value
+    if metric == "memory" and figure.length is not None:
+        # Bytes of another machine say little; against the Transformer's they can be compared.
+        note, metric, unit = "; ".join([f"{expected:g} {unit}", *filter(None, [note])]), "memory_ratio", "ratio"
+        expected = expected / transformer[figure.length]
+    measured = unit == "ratio" and figure.length is not None
+    cannot = answer.cannot or _unanswered(figure, metric, measured, answer)
+    task, config = COLUMNS.get(figure.task, (figure.task, None))
+    overrides = {"task": task, "config": config, "layer_options": answer.layer_options}
+    words = (source.paper, source.table, figure.row, figure.task, figure.length, metric if metric != "accuracy" else None)
+    tolerance = TOLERANCE if figure.deviation is None else max(LEAST_TOLERANCE, 2 * figure.deviation)
+    deviations: tuple[str, ...] = ()
+    if not cannot and not measured:
+        rules = recipes.RECIPES[answer.recipe]
+        config = config or rules.config(task, answer.layer) or ""
+        deviations = rules.differences(task, config, answer.layer)
+    return Cell(
+        id=".".join(re.sub("[^a-z0-9]+", "_", str(word).lower()).strip("_") for word in words if word is not None),
+        paper=source.paper, table=source.table, row=figure.row, column=figure.task, length=figure.length, metric=metric,
+        unit=unit, recipe=None if cannot else "bench" if measured else answer.recipe, layer=None if cannot else answer.layer,
+        overrides={} if cannot else {name: value for name, value in overrides.items() if value}, expected=expected,
+        deviation=figure.deviation, tolerance=RATIO_TOLERANCE if measured else tolerance,
+        source=f"{source.work}{f', arXiv {source.arxiv}' * bool(source.arxiv)}, table {source.table}, row {figure.row}",
+        note="; ".join(filter(None, [answer.note, note])), cannot=cannot, deviations=deviations,
+    )  # fmt: skip
+
+
+def _unanswered(figure: published.Figure, metric: str, measured: bool, answer: Answer) -> str:
+    """Why a figure has no answer although its row has a layer here; "" where it has one."""
+    if metric in ("accuracy", "train_accuracy"):
+        if figure.task == "average":
+            return "made of the other columns"
+        return "its schedule is not in what was read" if answer.recipe == "bench" else ""
+    if measured:
+        return ""
+    return {
+        "speed_ratio": "of no one length and task that was read",
+        "compute": "counted by a tool of its authors that reads too low, as they say; scripts/bench_lra.py counts our models'",
+    }.get(metric, _MACHINE.cannot)
+
+
+@functools.cache
+def cells_of_table(paper: str, name: str) -> tuple[Cell, ...]:
+    """The cells of one table, in its order.
+
+    Raises: ValueError: unknown paper or table; the nearest known one is named.
+    Example:
+        >>> cell = cells_of_table("lra", "1")[0]
+        >>> cell.id, cell.recipe, cell.layer, cell.overrides
+        ('lra.1.transformer.listops', 'lra-2020', 'softmax', {'task': 'listops'})
+    """
+    source, found = published.find_table(paper, name)
+    memory = {one.length: one.value for one in found if one.metric == "memory" and one.row == "Transformer"}
+    # An absolute speed stands in the note of the ratio beside it.
+    speeds = {(one.row, one.length): one for one in found if one.metric == "steps_per_second"}
+    cells = []
+    for figure in found:
+        beside = speeds.get((figure.row, figure.length)) if figure.metric == "speed_ratio" else None
+        if beside is not None:
+            note = "; ".join(filter(None, [f"{beside.value:g} {beside.unit}", beside.note]))
+            figure = dataclasses.replace(figure, note=note)
+        if figure not in speeds.values():
+            cells.append(_cell(source, figure, memory))
+    return tuple(cells)
+
+
+@functools.cache
+def all_cells() -> tuple[Cell, ...]:
+    """The cells of all tables."""
+    return tuple(cell for paper, name in published.sources() for cell in cells_of_table(paper, name))
+
+
+def _configuration(cell: Cell) -> tuple:
+    """What two cells share that one run, or one measurement, answers to."""
+    return cell.recipe, cell.layer, cell.length, cell.metric, json.dumps(cell.overrides, sort_keys=True)
+
+
+@functools.cache
+def _answered() -> Mapping[tuple, tuple[Cell, ...]]:
+    found: dict[tuple, list[Cell]] = {}
+    for cell in all_cells():
+        if not cell.cannot:
+            found.setdefault(_configuration(cell), []).append(cell)
+    return {key: tuple(cells) for key, cells in found.items()}
+
+
+def published_elsewhere(cell: Cell) -> tuple[Cell, ...]:
+    """The cells with another published value for what answers to this one; one that is rounded more is no other.
+
+    Example:
+        >>> cell = next(one for one in cells_of_table("nystromformer", "3") if one.id.endswith("performer_256.listops"))
+        >>> cell.expected, [(other.paper, other.expected) for other in published_elsewhere(cell)]
+        (18.8, [('flashattention', 36.8)])
+    """
+    others = () if cell.cannot else _answered()[_configuration(cell)]
+    return tuple(one for one in others if one.id != cell.id and not _same(one.expected, cell.expected))
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    """Whether two printed values agree to the digits that both have."""
+    if one is None or other is None:
+        return one is other
+    digits = min(len(f"{value:g}".partition(".")[2]) for value in (one, other))
+    return abs(one - other) <= 0.51 * 10**-digits
+
+
+def contradict(one: Cell, other: Cell) -> bool:
+    """Whether two published values of one configuration cannot both be reproduced: no value is within both tolerances."""
+    first, second = (CHANCE if cell.expected is None else cell.expected for cell in (one, other))
+    if one.unit == "ratio":
+        return max(first / second, second / first) > one.tolerance * other.tolerance
+    return abs(first - second) > one.tolerance + other.tolerance

@@ -1,0 +1,175 @@
+"""What a run will take: hours of this machine, validation included, so that cells can be put in order of cost.
+
+Where some steps of the run were timed here (`step_timings`), they are those steps'. Else they come from the rate of other
+runs that were measured here, good to a factor of two or three; where there is none, from what is published, and say of which
+machine.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from subquad.lra.report.results import Result
+from subquad.lra.run import Run
+from subquad.lra.tasks import Task
+
+# FLOPs per second that small models reach. On a V100, what Skyformer's table 2 comes to: self-attention, 50,000 steps of
+# 16 texts of 4096 bytes through 2 layers of 64 features in 4.3 hours. On a CPU, what the quickstart's rows come to.
+GPU, CPU = 1.4e12, 4e10
+# Hours that authors state: seconds or minutes per epoch times the epochs of their configuration.
+STATED = {
+    ("s4", "listops"): (10.0, "one T4"),
+    ("s4", "text"): (9.0, "one T4"),
+    ("s4", "retrieval"): (7.7, "one A100"),
+    ("s4", "image"): (6.7, "one A100"),
+    ("s4", "pathfinder"): (23.0, "one A100"),
+    ("s4", "pathfinder/128_hard"): (47.0, "one A100"),
+}
+
+
+class Cost(NamedTuple):
+    """Hours, on what, and where that comes from."""
+
+    hours: float
+    hardware: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.hours:.3g} h on {self.hardware} ({self.source})"
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Some steps of a run, timed on a machine.
+
+    Attributes:
+        configuration_hash: of the run's values but the seed, `ledger.hash_without_seed`.
+        probe_steps: how many were timed, after a first one.
+        step_seconds, evaluation_seconds: of a step, and of a batch of validation; compile_seconds: of both programs.
+        step_flops: of a step, as `training_flops` estimates them.
+    """
+
+    configuration_hash: str
+    recipe: str
+    layer: str
+    task: str
+    config: str
+    probe_steps: int
+    step_seconds: float
+    evaluation_seconds: float
+    compile_seconds: float
+    step_flops: float
+    hardware: str
+    finished_utc: str
+
+
+STEP_TIMING_FIELDS = [one.name for one in dataclasses.fields(StepTiming)]
+
+
+def step_timing_from_cells(cells: Mapping[str, str]) -> StepTiming:
+    """A row of timed steps of its cells.
+
+    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
+    """
+    numbers = {name: float(cells[name]) for name in ("step_seconds", "evaluation_seconds", "compile_seconds", "step_flops")}
+    words = {name: cells[name] for name in STEP_TIMING_FIELDS}
+    return StepTiming(**{**words, **numbers, "probe_steps": int(cells["probe_steps"])})
+
+
+def cost_elsewhere(run: Run, task: Task) -> Cost:
+    """Hours on a GPU of others: those that its authors state, else an estimate from the FLOPs and a published time."""
+    for key in (f"{run.task}/{run.config}", run.task):
+        if (run.recipe, key) in STATED:
+            return Cost(*STATED[run.recipe, key], f"as its authors state; {_ELSEWHERE}")
+    flops = training_flops(run, task) + evaluation_flops(run, task)
+    return Cost(flops / GPU / 3600, "one V100", f"estimate from published hours, validation included; {_ELSEWHERE}")
+
+
+_ELSEWHERE = "this machine's are told by --probe"
+
+
+def cost_here(
+    run: Run, task: Task, rows: Iterable[Result], hardware: str, is_cpu: bool, step_timings: Sequence[StepTiming] = (),
+    timed: StepTiming | None = None,
+) -> Cost:  # fmt: skip
+    """Hours on this machine, validation included.
+
+    Args:
+        rows, step_timings: what was measured, on whatever machine; those of `hardware` count.
+        timed: of this very run on this machine: it is what counts.
+    """
+    if timed is not None:
+        seconds = timed.compile_seconds + run.steps * timed.step_seconds
+        seconds += evaluation_batches(run, task) * timed.evaluation_seconds
+        return Cost(seconds / 3600, hardware, f"from {timed.probe_steps} steps timed on it, validation included")
+    rates = _rates(rows, step_timings, hardware)
+    rate = statistics.median(rates) if rates else CPU if is_cpu else GPU
+    counted = f"estimate from {len(rates)} runs on it" if rates else f"rough estimate, nothing was measured on it; {_ELSEWHERE}"
+    hours = (training_flops(run, task) + evaluation_flops(run, task)) / rate / 3600
+    return Cost(hours, hardware, f"{counted}, validation included")
+
+
+def forecast(run: Run, task: Task, rows: Sequence[Result], hardware: str, is_cpu: bool, step_timings=(), timed=None) -> Cost:
+    """Hours on this machine where anything was measured on it, else on the machine of others that is known."""
+    if timed is None and not _rates(rows, step_timings, hardware):
+        return cost_elsewhere(run, task)
+    return cost_here(run, task, rows, hardware, is_cpu, step_timings, timed)
+
+
+def _rates(rows: Iterable[Result], step_timings: Iterable[StepTiming], hardware: str) -> list[float]:
+    """FLOPs per second of the runs that were measured on a machine."""
+    found = [row.flops_per_step * row.steps_per_second for row in rows if row.hardware == hardware and _timed(row)]
+    timed = [one for one in step_timings if one.hardware == hardware and one.step_seconds > 0]
+    return found + [one.step_flops / one.step_seconds for one in timed]
+
+
+def evaluation_batches(run: Run, task: Task) -> int:
+    """Batches that a run scores: validation now and again, and test with two sets of parameters and as many of train."""
+    count = lambda split: math.ceil(task.splits[split] / run.batch_size)
+    return math.ceil(run.steps / run.evaluate_every) * count("validation") + 3 * count("test")
+
+
+def evaluation_flops(run: Run, task: Task) -> float:
+    """FLOPs of a run's `evaluation_batches`: a forward pass, a third of a step, each."""
+    return evaluation_batches(run, task) * training_flops(run, task) / run.steps / 3
+
+
+def _timed(row: Result) -> bool:
+    return bool(row.flops_per_step and row.steps_per_second)
+
+
+def training_flops(run: Run, task: Task) -> float:
+    """FLOPs of all steps: three forward passes each, attention by what a query sees."""
+    sequences = 2 if task.kind == "pair" else 1
+    tokens = run.steps * run.batch_size * sequences * task.length
+    return 3 * tokens * run.num_layers * (_maps(run) + mixing(run, task.length))
+
+
+def _maps(run: Run) -> float:
+    """FLOPs of a block's linear maps for a token."""
+    features, inside = run.in_features, run.layer_options.get("qkv_features", run.in_features)
+    mixer = 2 * features * features * 2 if run.layer == "s4" else 2 * 4 * features * inside
+    return mixer + 2 * 2 * features * run.mlp_features
+
+
+def mixing(run: Run, length: int) -> float:
+    """FLOPs that a layer spends on mixing tokens, for a token of a sequence of `length`."""
+    options, features = run.layer_options, run.layer_options.get("qkv_features", run.in_features)
+    number = lambda name, default: min(length, options[name]) if isinstance(options.get(name), int) else default
+    if run.layer == "s4":
+        return 30 * features * (1 if options.get("is_causal") else 2) + 8 * features * number("state_size", 64) / 4
+    if run.layer == "performer":
+        return 6 * features * options.get("num_features", 256)
+    seen = {
+        "softmax": length,
+        "blockwise": number("block_size", 128),
+        "local": 2 * number("window_size", 256),
+        "strided": number("stride", 128) * 2 + length / number("stride", 128) * options.get("num_summary", 1),
+        "reformer": 2 * number("chunk_size", 64) * options.get("num_hashes", 4),
+        "linformer": 2 * number("num_landmarks", 256),
+        "transformer_xl": 2 * number("segment_length", 512) + number("memory_length", 512),
+    }.get(run.layer, length)
+    return 4 * features * min(seen, 4 * length)

@@ -1,0 +1,196 @@
+"""Rows in CSV files that several processes write: locked, whole at every moment, and a damaged line costs no other.
+
+A row is one line. What would break a line inside a cell is written as a space, so that a damaged line is seen as such, by
+its number, and never swallows those after it.
+"""
+
+import csv
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from subquad.lra.files import RunError, explained, locked, one_line, write_whole
+
+T = TypeVar("T")
+# Seconds to wait for another process that writes the same file, which takes it milliseconds.
+PATIENCE = 60.0
+
+
+class Fault(NamedTuple):
+    """A line that cannot be read."""
+
+    path: pathlib.Path
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line} {self.reason}"
+
+
+class Line(NamedTuple):
+    """A line after the header: its number from 1, its bytes, and its cells by column, or why they cannot be had."""
+
+    number: int
+    text: bytes
+    cells: dict[str, str]
+    reason: str = ""
+
+
+def read_lines(path: str | os.PathLike) -> tuple[list[str], list[Line]]:
+    """(columns, lines) of a CSV file; ([], []) where there is none, or an empty one. Blank lines do not count.
+
+    Raises: RunError: it cannot be read.
+    """
+    with explained(f"table: file {path} must be readable", "Choose another.", OSError):
+        try:
+            content = pathlib.Path(path).read_bytes()
+        except FileNotFoundError:
+            return [], []
+    if not content:
+        return [], []
+    head, *others = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    header = head.rstrip(b"\r").decode(errors="replace").split(",")
+    found = []
+    for number, text in enumerate(others, 2):
+        text = text.rstrip(b"\r")
+        if not text:
+            continue
+        try:
+            found.append(Line(number, text, dict(zip(header, _cells(text, len(header)), strict=True))))
+        except (ValueError, csv.Error) as error:
+            found.append(Line(number, text, {}, one_line(error)))
+    return header, found
+
+
+def _cells(text: bytes, count: int) -> list[str]:
+    cells = next(csv.reader([text.decode()], strict=True))
+    if len(cells) != count:
+        raise ValueError(f"{len(cells)} cells, as of a line that was cut short")
+    if b"\0" in text:
+        raise ValueError("a zero byte")
+    return cells
+
+
+def sort_out_rows(path: str | os.PathLike, make: Callable[[dict[str, str]], T]) -> tuple[list[T], list[Fault]]:
+    """What `make` makes of the rows of a file, and the lines that it raises ValueError, KeyError or TypeError for."""
+    path = pathlib.Path(path)
+    header, lines = read_lines(path)
+    good, bad = [], []
+    for one in lines:
+        reason = one.reason
+        if not reason:
+            try:
+                good.append(make(one.cells))
+                continue
+            except (ValueError, KeyError, TypeError) as error:
+                reason = one_line(error)
+        bad.append(Fault(path, one.number, f"must be a row of {len(header)} readable cells, got {reason}."))
+    return good, bad
+
+
+def read_rows(
+    path: str | os.PathLike,
+    make: Callable[[dict[str, str]], T] = dict,
+    fields: Sequence[str] = (),
+    required: Iterable[str] | None = None,
+) -> list[T]:
+    """What `make` makes of the rows of a file; each line that cannot be read is told on stderr, once, and passed over.
+
+    Raises: RunError: the file cannot be read, or has other columns than `fields`, where they are given; see `write_rows`.
+    """
+    if fields:
+        _check_header(pathlib.Path(path), read_lines(path)[0], fields, required)
+    good, bad = sort_out_rows(path, make)
+    for fault in bad:
+        warn_once(fault, "The line is passed over; mend or delete it.")
+    return good
+
+
+def warn_once(fault: Fault, cure: str) -> None:
+    """Warns of a fault on stderr, the first time that this process meets it."""
+    if fault not in _told:
+        _told.add(fault)
+        print(f"warning: {fault} {cure}", file=sys.stderr, flush=True)
+
+
+_told: set[Fault] = set()
+
+
+def check_file(path: str | os.PathLike, fields: Sequence[str], required: Iterable[str] | None = None) -> None:
+    """Refuses a file that `write_rows` would refuse. Call it before the work whose rows it is to hold.
+
+    Raises: RunError: the file has other columns, or its folder cannot be made.
+    """
+    path = pathlib.Path(path)
+    with explained(f"table: file {path} must be writable", "Choose another --out.", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("a folder")
+    _check_header(path, read_lines(path)[0], fields, required)
+
+
+def _check_header(path: pathlib.Path, header: list[str], fields: Sequence[str], required: Iterable[str] | None) -> None:
+    older = required is not None and set(required) <= set(header) <= set(fields)
+    if header and header != list(fields) and not older:
+        raise RunError(
+            f"table: file {path} must have the columns of this version in its first line, got "
+            f"{' '.join(','.join(header).split())[:80]!r}... Mend that line, move the file away or choose another --out."
+        )
+
+
+def write_rows(
+    path: str | os.PathLike,
+    fields: Sequence[str],
+    rows: Iterable[Mapping[str, Any]],
+    key: Sequence[str],
+    *,
+    required: Iterable[str] | None = None,
+    unless: Callable[[list[dict[str, str]]], bool] = lambda held: False,
+) -> bool:
+    """Writes rows into a CSV file beside those it holds; one with the same `key` cells takes the older one's place.
+
+    The file is replaced as a whole while its lock is held: processes that write it wait for each other, and who reads it
+    meanwhile reads all of the old one or all of the new one. Lines that cannot be read stay as they are. Values of None are
+    empty cells.
+
+    Args:
+        fields: the columns.
+        rows: values by column.
+        key: columns that tell rows apart.
+        required: the columns that files of earlier versions have at least; such a file gets the others, empty. None: all.
+        unless: of the rows held, whether to write nothing.
+    Returns: whether the rows were written.
+    Raises: RunError: the file cannot be written, has other columns, or stays locked for `PATIENCE`.
+    """
+    shown, path = pathlib.Path(path), pathlib.Path(os.path.realpath(path))
+    busy = f"table: file {shown} must be free, got another process that has held its lock for {PATIENCE:.0f} s. Try again."
+    with explained(f"table: file {shown} must be writable", "Choose another --out.", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path, PATIENCE, busy):
+            header, lines = read_lines(path)
+            _check_header(shown, header, fields, required)
+            if unless([one.cells for one in lines if not one.reason]):
+                return False
+            found: dict[Any, bytes] = {}
+            for one in lines:
+                name = one.number if one.reason else tuple(one.cells.get(column, "") for column in key)
+                found[name] = one.text if one.reason or header == list(fields) else row_as_line(one.cells, fields).encode()
+            found |= {tuple(_cell(row[column]) for column in key): row_as_line(row, fields).encode() for row in rows}
+            content = b"".join(one + b"\n" for one in (",".join(fields).encode(), *found.values()))
+            if not path.exists() or path.read_bytes() != content:
+                write_whole(path, content)
+    return True
+
+
+def row_as_line(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """The line of a row, without its end; None and what is missing are empty cells."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="").writerow([_cell(row.get(name)) for name in fields])
+    return buffer.getvalue()
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else " ".join(str(value).splitlines())

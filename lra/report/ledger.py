@@ -1,0 +1,224 @@
+"""What was run before: rows of training, measurements and floors, found in CSV files by their columns."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from subquad.lra.report import costs, csv_rows, measurements, results
+from subquad.lra.report.measurements import Measurement
+from subquad.lra.report.results import Result
+from subquad.lra.run import Run
+
+SHIPPED = pathlib.Path(__file__).parents[1] / "results"
+# Columns of a result that its configuration has, too.
+SAME = {"layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size"}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a rule reaches on a task that sees next to nothing of the input.
+
+    Attributes:
+        task, config: of `tasks.find`.
+        floor: the rule's name, see NAMES.
+        value: accuracy, a fraction; or bits per byte.
+        examples: of the test split that it was read off.
+        data: what was read; command: that measured it.
+    """
+
+    task: str
+    config: str
+    floor: str
+    value: float
+    examples: int
+    data: str
+    command: str
+    commit: str
+    versions: str
+    hardware: str
+    finished_utc: str
+
+
+FLOOR_FIELDS = [one.name for one in dataclasses.fields(Floor)]
+# Short names, in the columns of a `Result` and the keys of `Task.floors`, and what they are.
+NAMES = {
+    "majority": "majority class",
+    "root": "root operator alone",
+    "bag": "bag of bytes",
+    "network": "small CNN",
+    "unigram": "unigram",
+    "bigram": "bigram",
+}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All that was read: results by the key of their configuration, measurements, floors, timed steps."""
+
+    results: dict[str, list[Result]]
+    measurements: list[Measurement]
+    floors: dict[tuple[str, str], dict[str, Floor]]
+    step_timings: list[costs.StepTiming] = field(default_factory=list)
+
+    def timed_steps(self, run: Run, hardware: str) -> costs.StepTiming | None:
+        """The steps of a run, whatever its seed, that were timed on a machine."""
+        name = hash_without_seed(dataclasses.asdict(run))
+        found = [one for one in self.step_timings if (one.configuration_hash, one.hardware) == (name, hardware)]
+        return max(found, key=lambda one: one.finished_utc) if found else None
+
+    def rows(self) -> list[Result]:
+        """Every result."""
+        return [row for rows in self.results.values() for row in rows]
+
+    def finished_runs(self, run: Run) -> list[Result]:
+        """The finished runs that differ from `run` in the seed alone, one for each seed, in their order."""
+        seeds = {row.seed: row for row in self._of_any_seed(run) if row.accuracy is not None}
+        return [seeds[seed] for seed in sorted(seeds)]
+
+    def failed_runs(self, run: Run) -> list[Result]:
+        """The runs of the same kind that ended without a number."""
+        return [row for row in self._of_any_seed(run) if row.status != "ok"]
+
+    def has(self, run: Run) -> bool:
+        """Whether this very run is there, its seed included, whatever it ended with."""
+        return run.seed in {row.seed for row in self._of_any_seed(run)}
+
+    def _of_any_seed(self, run: Run) -> Sequence[Result]:
+        return self.results.get(hash_without_seed(dataclasses.asdict(run)), ())
+
+
+def hash_without_seed(configuration: str | dict) -> str:
+    """What names a configuration without its seed. Values that an older version did not know have their defaults.
+
+    Example:
+        >>> hash_without_seed({"seed": 1}) == hash_without_seed({"seed": 2, "steps": Run.steps})
+        True
+        >>> hash_without_seed({"seed": 1}) == hash_without_seed({"seed": 1, "steps": 7})
+        False
+    """
+    given = json.loads(configuration) if isinstance(configuration, str) else configuration
+    values = {**dataclasses.asdict(Run()), **given}
+    values["layer_options"] = dict(values["layer_options"])
+    del values["seed"]
+    return results.configuration_hash(values)
+
+
+def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
+    """The rows of the files that come with the package, and of `paths`: files, or folders of them.
+
+    A line that cannot be read, and a file whose first line names no columns of ours, is told on stderr and passed over. Of
+    two rows of one configuration the one in the later file counts, but for one that failed where the other did not.
+    """
+    rows: dict[str, Result] = {}
+    measured: list[Measurement] = []
+    floors: dict[tuple[str, str], dict[str, Floor]] = {}
+    step_timings: list[costs.StepTiming] = []
+    for path in _files([SHIPPED, *paths]):
+        header, _ = csv_rows.read_lines(path)
+        make = _maker(header)
+        if make is None:
+            csv_rows.warn_once(_unknown(path, header), "The file is passed over; mend that line or move the file away.")
+            continue
+        for row in csv_rows.read_rows(path, make):
+            if isinstance(row, Measurement):
+                measured.append(row)
+            elif isinstance(row, costs.StepTiming):
+                step_timings.append(row)
+            elif isinstance(row, Floor):
+                floors.setdefault((row.task, row.config), {})[row.floor] = row
+            else:
+                name = results.configuration_hash(row.configuration)
+                if row.status == "ok" or name not in rows or rows[name].status != "ok":
+                    rows[name] = row
+    found: dict[str, list[Result]] = {}
+    for row in rows.values():
+        found.setdefault(hash_without_seed(row.configuration), []).append(row)
+    return Ledger(found, measured, floors, step_timings)
+
+
+def _maker(header: list[str]) -> Callable[[dict[str, str]], Result | Measurement | Floor | costs.StepTiming] | None:
+    """What reads the rows of a file with these columns; None for a file that is none of ours."""
+    kinds = (
+        (results.REQUIRED, results.result_from_cells), (measurements.FIELDS, measurements.measurement_from_cells),
+        (FLOOR_FIELDS, floor_from_cells), (costs.STEP_TIMING_FIELDS, costs.step_timing_from_cells),
+    )  # fmt: skip
+    return next((make for fields, make in kinds if not header or set(fields) <= set(header)), None)
+
+
+def _unknown(path: pathlib.Path, header: list[str]) -> csv_rows.Fault:
+    return csv_rows.Fault(path, 1, f"must name the columns of results, measurements or floors, got {','.join(header)[:60]!r}.")
+
+
+def verify_files(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path], list[csv_rows.Fault]]:
+    """(the files that `read_ledger` reads, every fault in them).
+
+    Beside what `read_ledger` tells: a result whose configuration has another hash than its column says, or other values
+    than its columns of the same names.
+    """
+    files, found = _files([SHIPPED, *paths]), []
+    for path in files:
+        header, _ = csv_rows.read_lines(path)
+        make = _maker(header)
+        if make is None:
+            found.append(_unknown(path, header))
+            continue
+        found += csv_rows.sort_out_rows(path, lambda cells, make=make: _consistent(make(cells)))[1]
+    return files, found
+
+
+def _consistent(row):
+    """Raises: ValueError: a result whose columns contradict its configuration."""
+    if not isinstance(row, Result):
+        return row
+    values = json.loads(row.configuration)
+    actual = results.configuration_hash(values)
+    if row.configuration_hash not in (None, actual):
+        raise ValueError(f"configuration_hash {row.configuration_hash} where {actual} is its configuration's")
+    for name in values.keys() & SAME:
+        if getattr(row, name) not in (None, values[name]):
+            raise ValueError(f"{name}={getattr(row, name)} where its configuration says {values[name]}")
+    return row
+
+
+def _files(paths: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
+    found = []
+    for path in map(pathlib.Path, paths):
+        found += sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
+    return found
+
+
+def add_result(row: Result, path: str | os.PathLike) -> bool:
+    """Appends a result unless the file holds one of the same configuration that ended well. Returns: whether it did.
+
+    Raises: RunError: as `results.append`.
+    """
+    ours = results.configuration_hash(row.configuration)
+    known = lambda cells: cells.get("status") == "ok" and _hash(cells.get("configuration", "")) == ours
+    return results.append(row, path, unless=lambda held: any(map(known, held)))
+
+
+def _hash(configuration: str) -> str | None:
+    try:
+        return results.configuration_hash(configuration)
+    except ValueError:  # a line that `read_ledger` passes over
+        return None
+
+
+def floor_from_cells(cells: Mapping[str, str]) -> Floor:
+    """A row of floors of its cells.
+
+    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
+    """
+    found = {name: cells[name] for name in FLOOR_FIELDS}
+    return Floor(**{**found, "value": float(found["value"]), "examples": int(found["examples"])})
+
+
+def read_floors(path: str | os.PathLike) -> list[Floor]:
+    """The rows of a file of floors; a line that cannot be read is told on stderr, and passed over.
+
+    Raises: RunError: the file has other columns.
+    """
+    return csv_rows.read_rows(path, floor_from_cells, FLOOR_FIELDS)

@@ -1,0 +1,223 @@
+"""Runs the cells of a table that are missing: cheapest first, within a budget, and on from where it was stopped."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from subquad.lra import machine, progress, tasks
+from subquad.lra.bench import programs
+from subquad.lra.checkpoints import Interrupted
+from subquad.lra.data.store import DatasetError
+from subquad.lra.files import RunError, one_line
+from subquad.lra.report import costs, ledger, results, step_timings, verdicts
+from subquad.lra.report.cells import Cell
+from subquad.lra.report.ledger import Ledger
+from subquad.lra.run import Run
+
+GRACE = 60  # seconds that a measurement may take to end
+
+
+def missing(cells: Sequence[Cell], known: Ledger, seeds: int) -> list[tuple[Run, list[str]]]:
+    """The runs that cells wait for, each once, with the ids of its cells."""
+    found: dict[str, tuple[Run, list[str]]] = {}
+    for cell in cells:
+        if cell.cannot or cell.recipe == "bench":
+            continue
+        for seed in range(seeds):
+            run = verdicts.run_of(cell, seed)
+            if not known.has(run):
+                found.setdefault(run.id, (run, []))[1].append(cell.id)
+    return list(found.values())
+
+
+def train_missing(
+    cells: Sequence[Cell],
+    path: str | os.PathLike,
+    *,
+    known: Ledger,
+    seeds: int = 1,
+    budget_hours: float | None = None,
+    data_dir: str | os.PathLike | None = None,
+    say: Callable[[str], None] = progress.say,
+) -> int:
+    """Trains what is missing and adds a row for each to the ledger at `path`; checkpoints are in `runs` beside it.
+
+    The next cheapest run is started while its estimate fits into what is left of the budget; one that takes longer is
+    stopped when the budget is used up, and keeps its checkpoint. What a checkpoint has done is taken off the estimate.
+
+    Args:
+        cells: those of a table, or some of them.
+        path: the ledger, a CSV file.
+        known: what was run before.
+        seeds: 0..seeds-1 of each.
+        budget_hours: None: no bound.
+        data_dir: where data sets are.
+        say: is told what happens.
+    Returns: how many runs failed.
+    Raises: Interrupted: Ctrl-C or SIGTERM.
+    """
+    from subquad.lra import train
+
+    device = machine.name()
+    on_cpu = jax.default_backend() == "cpu"
+    folder = pathlib.Path(path).parent / "runs"
+
+    def price(run: Run) -> costs.Cost:
+        whole = costs.cost_here(
+            run, tasks.find(run.task, run.config), known.rows(), device, on_cpu, known.step_timings,
+            known.timed_steps(run, device),
+        )  # fmt: skip
+        return whole._replace(hours=whole.hours * undone(run, folder / run.id))
+
+    waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
+    if waiting:
+        say(f"Missing runs: {len(waiting)}, about {sum(cost.hours for cost, _, _ in waiting):.3g} hours on {device}.")
+    began, failures = time.monotonic(), 0
+    for number, (cost, run, ids) in enumerate(waiting, 1):
+        left = None if budget_hours is None else budget_hours - (time.monotonic() - began) / 3600
+        if left is not None and cost.hours >= left:
+            rest = len(waiting) - number + 1
+            say(f"Left for another time: {rest}. The next would take {cost}, of a budget that has {max(left, 0):.3g} h left.")
+            break
+        say(f"[{number}/{len(waiting)}] {', '.join(ids)}, seed {run.seed}: {cost}")
+        say(json.dumps(dataclasses.asdict(run), sort_keys=True))
+        used_up = threading.Event()
+        try:
+            with _alarm(left, used_up):
+                row = train.train(run, out=folder / run.id, data_dir=data_dir, resume=True)
+        except (Interrupted, KeyboardInterrupt) as stopped:
+            saved = str(stopped).partition(" Go on")[0]
+            words = " ".join(filter(None, [saved, "The same command goes on from there."]))
+            if not used_up.is_set():
+                raise Interrupted(words, getattr(stopped, "number", signal.SIGINT)) from None
+            say(f"The budget is used up. {words}")
+            break
+        except (ValueError, TypeError, NotImplementedError, RuntimeError, DatasetError, RunError) as error:
+            failures += 1
+            say(f"{run.layer} on {run.task}: {one_line(error)}")
+            continue
+        ledger.add_result(row, path)
+        say(f"{run.layer} on {run.task}: {row.status}" + (f", {100 * row.accuracy:.2f} %" if row.accuracy is not None else ""))
+    return failures
+
+
+def time_missing(
+    cells: Sequence[Cell], path: str | os.PathLike, *, known: Ledger, steps: int, say: Callable[[str], None]
+) -> int:
+    """Times `steps` steps of every run that is missing, on this machine, into the CSV at `path`. See `step_timings`.
+
+    Returns: how many could not be timed.
+    """
+    waiting, failures = missing(cells, known, 1), 0
+    for number, (run, ids) in enumerate(waiting, 1):
+        task = tasks.find(run.task, run.config)
+        try:
+            timed = step_timings.time_steps(run, task, steps)
+        except (ValueError, TypeError, NotImplementedError, RuntimeError, MemoryError) as error:
+            failures += 1
+            say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {one_line(error)}")
+            continue
+        step_timings.write_step_timing(timed, path)
+        cost = costs.cost_here(run, task, (), timed.hardware, True, (), timed)
+        say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
+    return failures
+
+
+def undone(run: Run, folder: pathlib.Path) -> float:
+    """The part of a run's steps that its checkpoint does not have, of 1."""
+    steps = [int(path.name) for path in folder.glob("checkpoint/*") if path.name.isdigit()]
+    return 0.0 if (folder / "result.json").exists() else 1 - max(steps, default=0) / run.steps
+
+
+@contextlib.contextmanager
+def _alarm(hours: float | None, rung: threading.Event) -> Iterator[None]:
+    """Sends this process what Ctrl-C sends after so many hours, and sets `rung` before."""
+    if hours is None:
+        yield
+        return
+
+    def ring():
+        rung.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(min(3600 * hours, threading.TIMEOUT_MAX), ring)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def bench_words(
+    cells: Sequence[Cell],
+    known: Ledger,
+    path: str | os.PathLike,
+    batch_size: int | None = None,
+    device: str | None = None,
+) -> list[str] | None:
+    """What scripts/bench_lra.py measures for the cells of ratios that wait, into the CSV at `path`; None where none does.
+
+    What was measured with another batch size (None: the usual one) or on another machine than `device` (None: this one)
+    is missing.
+    """
+    device = results.environment()["hardware"] if device is None else device
+    batch_size = programs.usual_batch_size() if batch_size is None else batch_size
+    rows = [row for row in known.measurements if (row.hardware, row.batch_size) == (device, batch_size)]
+    here = dataclasses.replace(known, measurements=rows)
+    judged = [verdicts.judge(cell, here) for cell in cells if cell.recipe == "bench"]
+    wanted = [one.cell for one in judged if one.outcome == "not run"]
+    if not wanted:
+        return None
+    lengths = sorted({cell.length for cell in wanted})
+    layers = list(dict.fromkeys([verdicts.BASELINE, *(cell.layer for cell in wanted)]))
+    return [
+        "--model", verdicts.MODEL, "--modes", verdicts.MODE, "--layers", ",".join(layers), "--lengths",
+        ",".join(map(str, lengths)), "--batch-size", str(batch_size), "--out", str(path),
+    ]  # fmt: skip
+
+
+def measure_missing(
+    program: Sequence[str],
+    cells: Sequence[Cell],
+    path: str | os.PathLike,
+    *,
+    known: Ledger,
+    batch_size: int | None = None,
+    budget_hours: float | None = None,
+    say: Callable[[str], None],
+) -> int:
+    """Measures what is missing here, by the command `program`, until the budget is used up.
+
+    Returns: the exit code of the program; 0 where nothing was missing, or the budget ended it.
+    """
+    words = bench_words(cells, known, path, batch_size)
+    if words is None:
+        return 0
+    if budget_hours is not None and budget_hours < verdicts.MEASURING.hours:
+        left = f"of a budget that has {budget_hours:.3g} h left"
+        say(f"Left for another time: measurements. One would take {verdicts.MEASURING}, {left}.")
+        return 0
+    command = [*program, *words]
+    say(" ".join(map(str, command)))
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait(None if budget_hours is None else 3600 * budget_hours)
+        except subprocess.TimeoutExpired:
+            say("The budget is used up; the measurements that are done are kept, and the same command makes the others.")
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            return 0
+        finally:
+            process.kill()

@@ -1,0 +1,324 @@
+"""What runs found: one CSV row each, and the table and plot made of the rows."""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+
+from subquad.lra.files import RunError, explained
+from subquad.lra.report import csv_rows, text_tables
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. The fields are the columns of the CSV; a field that does not apply is None, an empty cell.
+
+    Accuracies are fractions of 1, all on the split that `split` names unless the name says train or validation.
+    """
+
+    status: str  # "ok", or "failed: " and why
+    layer: str
+    task: str
+    config: str
+    recipe: str
+    seed: int
+    accuracy: float | None  # of the parameters that `selection` picks
+    accuracy_best: float | None  # of the best step on validation
+    accuracy_last: float | None  # of the last step
+    best_step: int | None
+    validation_accuracy_best: float | None
+    validation_accuracy_last: float | None
+    train_loss_last: float | None  # mean over the last tenth of the steps
+    floor_majority: float | None
+    floor_root: float | None
+    selection: str
+    split: str
+    test_examples: int
+    parameters: int
+    steps: int
+    batch_size: int
+    steps_per_second: float | None
+    train_seconds: float | None
+    compile_seconds: float | None
+    flops_per_step: int | None
+    memory_temporary_bytes: int | None
+    memory_peak_bytes: int | None
+    configuration: str  # JSON of every value of the run
+    data: str
+    source: str
+    commit: str
+    versions: str
+    hardware: str
+    finished_utc: str
+    # Files of earlier versions have no columns for what follows.
+    protocol: str | None = None  # "lra-2020" or "modern"
+    configuration_hash: str | None = None  # of `configuration`, see `configuration_hash`
+    collapsed_step: int | None = None  # first validation at chance after one clearly above it, see `collapse`
+    bits_per_byte: float | None = None  # of a language model, as `accuracy`, `accuracy_best` and `accuracy_last`
+    bits_per_byte_best: float | None = None
+    bits_per_byte_last: float | None = None
+    floor_bag: float | None = None  # how often each token occurs, and no order
+    floor_network: float | None = None  # a small convolutional network, see `network_floor`
+    floor_unigram: float | None = None  # bits per byte of the tokens' frequencies
+    floor_bigram: float | None = None  # of those after one token
+    accuracy_train: float | None = None  # as `accuracy`, of drawn training examples, as many as of test
+    bits_per_byte_train: float | None = None
+
+
+FIELDS = [one.name for one in dataclasses.fields(Result)]
+REQUIRED = [one.name for one in dataclasses.fields(Result) if one.default is dataclasses.MISSING]
+
+
+def network_floor(task: str, config: str) -> float | None:
+    """What the small network of `data.small_network` reached on a task of pictures, if measured: results/floors.csv."""
+    floors = csv_rows.read_rows(pathlib.Path(__file__).parents[1] / "results" / "floors.csv")
+    found = {(row["task"], row["config"]): row["value"] for row in floors if row["floor"] == "network"}
+    return float(found[task, config]) if (task, config) in found else None
+
+
+def configuration_hash(configuration: str | Mapping) -> str:
+    """16 hexadecimal digits that name a configuration, the JSON text or the values.
+
+    Example:
+        >>> configuration_hash({"b": 1, "a": 2}) == configuration_hash('{"a": 2, "b": 1}')
+        True
+    """
+    values = json.loads(configuration) if isinstance(configuration, str) else configuration
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]], bool] = lambda held: False) -> bool:
+    """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
+
+    A file of an earlier version gets the columns that it lacks, empty. See `csv_rows.write_rows` for several processes.
+
+    Args:
+        unless: of the rows held, as text, whether to add nothing.
+    Returns: whether the row is in the file now.
+    Raises: RunError: the file cannot be written, or has other columns; the message carries the row, so nothing is lost.
+    """
+    row = dataclasses.asdict(result)
+    try:
+        return csv_rows.write_rows(path, FIELDS, [row], FIELDS, required=REQUIRED, unless=unless)
+    except RunError as error:
+        raise RunError(f"{str(error).rstrip('.')}; the row was: {csv_rows.row_as_line(row, FIELDS)}") from error
+
+
+def check(path: str | os.PathLike) -> None:
+    """Refuses, before a run, a file that `append` would refuse after it.
+
+    Raises: RunError.
+    """
+    csv_rows.check_file(path, FIELDS, REQUIRED)
+
+
+def failure(run, task, reason: str) -> Result:
+    """The row of a run that could not be trained."""
+    blank = {one.name: None for one in dataclasses.fields(Result)}
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+    shared = ("layer", "task", "config", "recipe", "seed", "selection", "steps", "batch_size")
+    known = dict(
+        status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset,
+        source=task.source, parameters=0, configuration=configuration, configuration_hash=configuration_hash(configuration),
+        protocol=getattr(run, "protocol", None), finished_utc=now(),
+    )  # fmt: skip
+    return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **environment()})
+
+
+def write_text(text: str, path: str | os.PathLike, cure: str = "Choose another with --out.") -> None:
+    """Writes a text file.
+
+    Raises: RunError: it cannot be written; the message ends with `cure`.
+    """
+    with explained(f"results: file {path} must be writable", cure, OSError):
+        pathlib.Path(path).write_text(text)
+
+
+def show(rows: Iterable[Result]) -> None:
+    """Prints the table and its caption on stdout."""
+    rows = list(rows)
+    # The reason of a failure is long, and wraps.
+    text_tables.print_table(cells(rows), unbroken=lambda name: not name.startswith("test "), squeeze=True)
+    print(caption(rows))
+
+
+def read_results(path: str | os.PathLike) -> list[Result]:
+    """The rows of a CSV file; none where there is no file. Columns that an earlier version did not have are None.
+
+    A line that cannot be read is told on stderr, and passed over.
+
+    Raises: RunError: the file has other columns.
+    """
+    return csv_rows.read_rows(path, result_from_cells, FIELDS, REQUIRED)
+
+
+def result_from_cells(cells: Mapping[str, str]) -> Result:
+    """A row of its cells.
+
+    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
+    """
+    known = [one for one in dataclasses.fields(Result) if one.name in cells or one.name in REQUIRED]
+    found = Result(**{one.name: parse_cell(cells[one.name], one.type) for one in known})
+    if not isinstance(json.loads(found.configuration), dict):
+        raise ValueError(f"a configuration that is no JSON object, {found.configuration:.60}")
+    return found
+
+
+def parse_cell(cell: str, kind):
+    """A cell of a CSV file as the type of its column; an empty one is None where that may be."""
+    parts = getattr(kind, "__args__", (kind,))
+    if cell == "" and type(None) in parts:
+        return None
+    return parts[0](cell)
+
+
+# What the table shows: heading, and the cell of a group of rows that differ in seed only.
+COLUMNS = {
+    "layer": lambda rows: rows[0].layer,
+    "test accuracy": lambda rows: score_of_seeds(rows),
+    "majority floor": lambda rows: per_cent(rows[0].floor_majority),
+    "root floor": lambda rows: per_cent(rows[0].floor_root),
+    "bag floor": lambda rows: per_cent(rows[0].floor_bag),
+    "network floor": lambda rows: per_cent(rows[0].floor_network),
+    "unigram floor": lambda rows: _mean(rows, "floor_unigram", "{:.3f}".format),
+    "bigram floor": lambda rows: _mean(rows, "floor_bigram", "{:.3f}".format),
+    "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
+    "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
+    "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
+    "FLOPs/step": lambda rows: _mean(rows, "flops_per_step", lambda count: f"{count / 1e9:.2f} G"),
+}
+
+
+def groups(rows: Iterable[Result]) -> list[list[Result]]:
+    """Rows that differ in nothing but the seed, together; of two rows of one run the later. Best accuracy first."""
+    latest: dict[str, Result] = {}
+    for row in rows:
+        latest[row.configuration] = row
+    found: dict[str, list[Result]] = {}
+    for row in latest.values():
+        without_seed = {name: value for name, value in json.loads(row.configuration).items() if name != "seed"}
+        found.setdefault(json.dumps(without_seed, sort_keys=True), []).append(row)
+    worth = lambda row: -row.bits_per_byte if row.bits_per_byte is not None else row.accuracy or 0.0
+    return sorted(found.values(), key=lambda group: -statistics.mean(map(worth, group)))
+
+
+def _models_language(rows: Iterable[Result]) -> bool:
+    return any(row.bits_per_byte is not None for row in rows)
+
+
+def cells(rows: Iterable[Result]) -> list[list[str]]:
+    """The table as text, heading first; without the floors that the task has not."""
+    rows = list(rows)
+    heading = [name.replace("test accuracy", "test bits per byte") if _models_language(rows) else name for name in COLUMNS]
+    body = [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
+    kept = [at for at, name in enumerate(COLUMNS) if not name.endswith("floor") or any(line[at] for line in body)]
+    return [[line[at] for at in kept] for line in (heading, *body)]
+
+
+def markdown(rows: Iterable[Result]) -> str:
+    """The table in Markdown, with a line below that says what it was measured on; "" without rows."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    return f"{text_tables.markdown(cells(rows))}\n\n{caption(rows)}\n"
+
+
+def caption(rows: Sequence[Result]) -> str:
+    """One sentence each: task, training, selection, floors, machine."""
+    one = rows[0]
+    seeds = sorted({row.seed for row in rows})
+    chosen = "best on validation" if one.selection == "best" else "of the last step"
+    judged, error, floors = "Bits per byte", "", ""
+    if one.floor_unigram is not None:
+        floors = "; unigram and bigram floors: counts of bytes, and of bytes after one byte"
+    if not _models_language(rows):
+        judged, floors = "Accuracy", "; majority floor: the commonest answer"
+        error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
+        floors += "; root floor: the commonest answer given the root operator" if one.floor_root is not None else ""
+        floors += "; bag floor: a linear rule on how often each token occurs" if one.floor_bag is not None else ""
+        floors += "; network floor: a small convolutional network" if one.floor_network is not None else ""
+    return (
+        f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "
+        f"examples of the {one.split} split{error}, parameters {chosen}{floors}. "
+        "Peak memory of the compiled training step, its inputs included; FLOPs counted from its jaxpr. "
+        f"{machine_of_row(one)}"
+    )
+
+
+def machine_of_row(row: Result) -> str:
+    """Where a row is from, as a sentence."""
+    return f"{row.hardware}; {row.versions}; commit {row.commit[:12]}."
+
+
+def score_of_seeds(rows: Sequence[Result]) -> str:
+    """Of rows that differ in seed only: accuracy, or bits per byte."""
+    name, scale, digits, unit = ("bits_per_byte", 1, 3, "") if _models_language(rows) else ("accuracy", 100, 1, " %")
+    values = [scale * getattr(row, name) for row in rows if row.status == "ok"]
+    failures = [row.status for row in rows if row.status != "ok"]
+    if not values:
+        return failures[0]
+    text = f"{statistics.mean(values):.{digits}f}{unit}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)"
+    collapsed = sum(row.collapsed_step is not None for row in rows)
+    return text + (f", {collapsed} collapsed" if collapsed else "") + (f", {len(failures)} failed" if failures else "")
+
+
+def _mean(rows: Sequence[Result], name: str, write) -> str:
+    values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+    return write(statistics.mean(values)) if values else ""
+
+
+def per_cent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """What a number depends on beside its configuration: commit, versions, hardware."""
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    python = f"python {platform.python_version()}"
+    return {"commit": _commit(), "versions": f"{python}, {versions}", "hardware": _hardware()}
+
+
+def _commit() -> str:
+    """The commit of this code, with "+changes" where files differ from it; "unknown" outside its repository."""
+    here = pathlib.Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout
+    try:
+        git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)  # not some repository around an installation
+        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _hardware() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    try:
+        described = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = [text for text in described if text.startswith("model name")][0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        model = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} core{'' if cores == 1 else 's'} of {model}"
+
+
+def now() -> str:
+    """The time, as rows have it."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,47 @@
+"""Some steps of a run timed on this machine, on random tokens, for the hours that all of it will take."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+
+from subquad.lra import machine, sizes
+from subquad.lra.bench import programs
+from subquad.lra.progress import Work
+from subquad.lra.report import csv_rows, results
+from subquad.lra.report.costs import STEP_TIMING_FIELDS, StepTiming, training_flops
+from subquad.lra.report.ledger import hash_without_seed
+from subquad.lra.run import Run
+from subquad.lra.tasks import Task
+
+
+def time_steps(run: Run, task: Task, steps: int, clock: Callable[[], float] = time.perf_counter) -> StepTiming:
+    """Times `steps` training steps and as many batches of validation; no data are needed.
+
+    Raises: ValueError: the run cannot fit into memory.
+    """
+    sizes.check(run, task)
+    seconds, compiling = {}, 0.0
+    for mode in ("train", "forward"):
+        with Work(f"{run.layer} on {task.name}: timing {steps} steps"):
+            program = programs.compile_program(run, task, mode)
+            call = programs.start_program(program)
+            call()
+            began = clock()
+            for _ in range(steps):
+                call()
+            seconds[mode] = (clock() - began) / steps
+        compiling += program.compile_seconds
+        del call  # its arrays, before those of the other program are made
+    return StepTiming(
+        hash_without_seed(dataclasses.asdict(run)), run.recipe, run.layer, run.task, run.config, steps, seconds["train"],
+        seconds["forward"], compiling, training_flops(run, task) / run.steps, machine.name(), results.now(),
+    )  # fmt: skip
+
+
+def write_step_timing(timing: StepTiming, path: str | os.PathLike) -> None:
+    """Adds a row to a CSV; one of the same run and machine takes the older one's place.
+
+    Raises: RunError: the file cannot be written, or has other columns.
+    """
+    csv_rows.write_rows(path, STEP_TIMING_FIELDS, [dataclasses.asdict(timing)], ("configuration_hash", "hardware"))

@@ -1,0 +1,78 @@
+"""Tables as text, for terminals, README files and papers: rows of cells, heading first, the first column holds names."""
+
+from collections.abc import Callable, Collection, Sequence
+
+Rows = Sequence[Sequence[str]]
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"},
+    "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
+}  # fmt: skip
+
+
+def markdown(rows: Rows) -> str:
+    """A table in Markdown, numbers to the right.
+
+    Example:
+        >>> print(markdown([["layer", "MiB"], ["a|b", "3"]]))
+        | layer | MiB |
+        | --- | ---: |
+        | a\\|b | 3 |
+    """
+    heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def latex(rows: Rows) -> str:
+    """A tabular in LaTeX, for the package booktabs.
+
+    Example:
+        >>> print(latex([["layer", "%"], ["s4", "3"]]).splitlines()[2])
+        layer & \\% \\\\
+    """
+    heading, *body = [" & ".join(map(escaped, row)) + r" \\" for row in rows]
+    lines = [r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}", r"\toprule", heading, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"])
+
+
+def escaped(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(_SPECIAL.get(letter, letter) for letter in text)
+
+
+def aligned(rows: Rows) -> str:
+    """Columns side by side, two spaces between; the last is not filled up."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def print_table(
+    rows: Rows, *, left: int | Collection[str] = 1, unbroken: Callable[[str], bool] = lambda name: False, squeeze: bool = False
+) -> None:
+    """Prints a table on stdout: with rich where it is installed, else in Markdown.
+
+    Args:
+        left: which columns stand on the left: how many, or their names; numbers stand on the right.
+        unbroken: of a column's name, whether its cells stay on one line.
+        squeeze: on a terminal of fewer than 100 columns put each word of a heading on a line of its own: rich would cut it.
+    """
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(markdown(rows))
+        return
+    heading, *body = rows
+    console = Console()
+    narrow = squeeze and console.is_terminal and console.width < 100
+    # Nothing but spaces between the columns, so that more of them fit.
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if narrow else 2, 0, 0))
+    for index, name in enumerate(heading):
+        is_left = index < left if isinstance(left, int) else name in left
+        shown = name.replace(" ", "\n") if narrow else name
+        table.add_column(shown, justify="left" if is_left else "right", no_wrap=unbroken(name), overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    # A pipe has no width: enough for every column.
+    Console(width=console.width if console.is_terminal else 180).print(table)

@@ -1,0 +1,339 @@
+import csv
+import dataclasses
+import io
+import json
+import statistics
+
+import pytest
+
+from subquad.lra import recipes, tasks
+from subquad.lra.bench import programs
+from subquad.lra.plan import plan
+from subquad.lra.report import cells, comparison, costs, ledger, measurements, published, reproduce, results, verdicts
+from subquad.lra.run import Run
+from subquad.zoo import LAYERS
+from tests.lra.report.test_results import row as made
+
+TRANSFORMER = "lra.1.transformer"
+IMAGE = "lra.3.transformer.image"
+
+
+@pytest.fixture
+def nothing_shipped(monkeypatch, tmp_path_factory):
+    """Only the rows that a test writes."""
+    monkeypatch.setattr(ledger, "SHIPPED", tmp_path_factory.mktemp("shipped"))
+
+
+def cell(name, paper="lra", table="1"):
+    return next(one for one in cells.cells_of_table(paper, table) if one.id == name)
+
+
+def result(name, accuracy, seed=0, table="1", **other):
+    """The row of a run that answers to a cell."""
+    run = verdicts.run_of(cell(name, table=table), seed)
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+    named = ("layer", "task", "config", "recipe", "seed")
+    return made(accuracy=accuracy, configuration=configuration, **{word: getattr(run, word) for word in named}, **other)
+
+
+def known(tmp_path, *rows):
+    for one in rows:
+        results.append(one, tmp_path / "runs.csv")
+    return ledger.read_ledger([tmp_path / "runs.csv"])
+
+
+def test_cells_have_ids_of_their_own_and_a_run_or_a_reason():
+    every = cells.all_cells()
+    assert len({one.id for one in every}) == len(every) > 500
+    for one in every:
+        assert bool(one.cannot) == (one.recipe is None) == (one.layer is None)
+        assert one.recipe in ("bench", None, *recipes.RECIPES) and one.layer in (None, *LAYERS)
+        assert one.tolerance > 0 and one.source
+
+
+def test_every_answer_names_a_row_that_is_printed():
+    for (paper, table), answers in cells.ANSWERS.items():
+        assert set(answers) <= {figure.row for figure in published.find_table(paper, table)[1]}
+    assert set(cells.ANSWERS) == set(published.sources())
+
+
+def test_every_trained_cell_can_be_planned():
+    runs = [(one, verdicts.run_of(one)) for one in cells.all_cells() if one.recipe not in ("bench", None)]
+    for one, run in runs:
+        assert (run.layer, run.recipe) == (one.layer, one.recipe)
+        wanted = cells.COLUMNS.get(one.column, (one.column, run.config))
+        assert (run.task, run.config) == wanted
+        assert costs.training_flops(run, tasks.find(run.task, run.config)) > 0
+    assert len(runs) > 40
+
+
+def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
+    listops, text = cell(f"{TRANSFORMER}.listops"), cell(f"{TRANSFORMER}.text")
+    rows = [result(listops.id, 0.36, 0), result(listops.id, 0.38, 1), result(text.id, 0.60)]
+    found = known(tmp_path, *rows)
+    one = verdicts.judge(listops, found)
+    assert (one.outcome, one.seeds) == ("reproduced within tolerance", 2)
+    assert one.ours == pytest.approx(37) and one.spread == pytest.approx(statistics.stdev([36, 38]))
+    assert one.difference == pytest.approx(37 - 36.37)
+    one = verdicts.judge(text, found)
+    assert one.outcome == "differs" and one.difference == pytest.approx(60 - 64.27)
+    one = verdicts.judge(cell("lra.1.reformer.listops"), found)
+    assert one.outcome == "not run" and one.cost.hours > 0 and one.cost.hardware == "one V100"
+    assert one.cost.source.endswith("validation included; this machine's are told by --probe")
+    assert one.command == ("python scripts/reproduce_table.py --paper lra --table 1 --only lra.1.reformer.listops --run")
+    one = verdicts.judge(cell("lra.1.bigbird.listops"), found)
+    assert (one.outcome, one.reason) == ("cannot", "no such layer here")
+
+
+def test_what_differs_says_what_else_there_is_to_it(tmp_path):
+    name = "lra.1.local_attention.listops"
+    one = verdicts.judge(cell(name), known(tmp_path, result(name, 0.37, collapsed_step=40)))
+    assert one.outcome == "differs" and one.reason == "seed 0 collapsed at step 40"
+    assert any("groups of 50 distant positions" in sentence for sentence in one.cell.deviations)
+
+
+def test_accuracies_of_train_are_answered_by_the_run_of_test(tmp_path):
+    of_test, of_train = (cell(name, table="3") for name in (IMAGE, f"{IMAGE}.train_accuracy"))
+    assert verdicts.run_of(of_test) == verdicts.run_of(of_train)
+    one = verdicts.judge(of_train, known(tmp_path, made("local")))
+    assert one.outcome == "not run" and f"--only {IMAGE} --run" in one.command
+    run = result(IMAGE, 0.42, table="3")
+    one = verdicts.judge(of_train, known(tmp_path, run))
+    assert (one.outcome, one.reason) == ("cannot", "its run is of a version that did not score train")
+    found = known(tmp_path, dataclasses.replace(run, accuracy_train=0.70))
+    assert [verdicts.judge(one, found).ours for one in (of_test, of_train)] == [pytest.approx(42), pytest.approx(70)]
+    assert verdicts.judge(of_train, found).outcome == "reproduced within tolerance"
+
+
+def test_a_failure_is_a_row(tmp_path):
+    name = f"{TRANSFORMER}.listops"
+    one = verdicts.judge(cell(name), known(tmp_path, result(name, None, status="failed: non-finite loss by step 30")))
+    assert (one.outcome, one.reason, one.ours) == ("differs", "failed: non-finite loss by step 30", None)
+
+
+def test_a_seed_that_failed_is_told_beside_those_that_did_not(tmp_path):
+    name = f"{TRANSFORMER}.listops"
+    rows = [result(name, None, 0, status="failed: no memory"), result(name, 0.36, 1), result(name, 0.37, 2)]
+    one = verdicts.judge(cell(name), known(tmp_path, *rows))
+    assert (one.outcome, one.seeds, one.reason) == ("reproduced within tolerance", 2, "seed 0 failed: no memory")
+
+
+def test_a_failure_never_takes_the_place_of_a_number(tmp_path):
+    name = f"{TRANSFORMER}.listops"
+    for file, rows in {"a.csv": [result(name, 0.36)], "b.csv": [result(name, None, status="failed: no memory")]}.items():
+        results.append(rows[0], tmp_path / file)
+    for files in (("a.csv", "b.csv"), ("b.csv", "a.csv")):
+        one = verdicts.judge(cell(name), ledger.read_ledger([tmp_path / file for file in files]))
+        assert (one.outcome, one.reason, one.ours) == ("reproduced within tolerance", "", pytest.approx(36))
+
+
+def test_another_value_of_the_run_is_no_answer(tmp_path):
+    name = f"{TRANSFORMER}.listops"
+    row = result(name, 0.36)
+    other = dataclasses.replace(row, configuration=json.dumps({**json.loads(row.configuration), "steps": 7}))
+    assert verdicts.judge(cell(name), known(tmp_path, other)).outcome == "not run"
+
+
+def test_rows_of_earlier_versions_still_answer(tmp_path):
+    """A value of Run that a row does not know had its default."""
+    name = f"{TRANSFORMER}.listops"
+    row = result(name, 0.36)
+    configuration = json.loads(row.configuration)
+    assert configuration.pop("dtype") == Run.dtype
+    older = dataclasses.replace(row, configuration=json.dumps(configuration))
+    assert verdicts.judge(cell(name), known(tmp_path, older)).outcome == "reproduced within tolerance"
+
+
+def of_all(tmp_path, path_x=None):
+    scores = dict(listops=0.36, text=0.64, retrieval=0.58, image=0.42, pathfinder=0.70)
+    scores |= {} if path_x is None else dict(path_x=path_x)
+    found = known(tmp_path, *(result(f"{TRANSFORMER}.{task}", score) for task, score in scores.items()))
+    wanted = [one for one in cells.cells_of_table("lra", "1") if one.row == "Transformer"]
+    return [verdicts.judge(one, found) for one in wanted], found
+
+
+def test_both_averages_count_a_failed_path_x_as_50_and_mark_it(tmp_path):
+    five, six = verdicts.averages(of_all(tmp_path)[0])
+    assert (five.tasks, six.tasks) == (5, 6)
+    assert five.theirs == pytest.approx(54.388) and not five.theirs_marked
+    assert six.theirs == pytest.approx((5 * 54.388 + 50) / 6) and six.theirs_marked
+    assert five.ours == pytest.approx(54) and six.ours is None  # Path-X was not run, which is no failure
+    failed = (270 + 50) / 6
+    # Within the tolerance of chance, 2 points, is chance, and no luckier seed makes a success of it.
+    for path_x, ours, marked in (
+        (0.497, failed, True), (0.515, failed, True), (0.5199, failed, True), (0.521, (270 + 52.1) / 6, False),
+        (0.92, (270 + 92) / 6, False),
+    ):  # fmt: skip
+        folder = tmp_path / str(path_x)
+        folder.mkdir()
+        six = verdicts.averages(of_all(folder, path_x)[0])[1]
+        assert six.ours == pytest.approx(ours) and six.ours_marked == marked
+
+
+def test_a_printed_average_stands_where_its_tasks_do_not():
+    judged = [verdicts.judge(one, ledger.Ledger({}, [], {})) for one in cells.cells_of_table("s4", "10")]
+    assert verdicts.Average("Performer", 6, 51.18, True, None, False) in verdicts.averages(judged)
+    heading, *body = comparison.matrix(judged)
+    assert heading[-1] == "average of 6" and all("".join(row[1:]) for row in body)
+    assert next(row for row in body if row[0] == "Performer")[-1] == "51.18* / -"
+
+
+def test_the_numbers_of_the_paper_of_s4d_are_answered_by_its_recipe():
+    for table, row in (("s4d", "S4-LegS"), ("10", "S4 (updated, = S4-LegS)")):
+        runs = [one for one in cells.cells_of_table("s4", table) if one.row == row and not one.cannot]
+        assert len(runs) == 6 and {one.recipe for one in runs} == {"s4d"}
+    assert {one.recipe for one in cells.cells_of_table("s4", "repository")} == {"s4"}
+
+
+def test_the_tolerance_is_what_is_said_of_it():
+    found = [one for one in cells.all_cells() if one.unit == "%" and one.column != "average"]
+    assert {one.tolerance for one in found if one.deviation is None} == {2.0}
+    assert all(one.tolerance == max(1.0, 2 * one.deviation) for one in found if one.deviation is not None)
+    judged = [verdicts.judge(one, ledger.Ledger({}, [], {})) for one in cells.cells_of_table("s4", "s4d")]
+    assert "Tolerance: 2 points; twice the published deviation where there is one, 1 point at least." in comparison.render(
+        "s4", "s4d", judged, ledger.Ledger({}, [], {})
+    )
+
+
+def test_compute_is_no_time_or_memory():
+    reasons = {one.cannot for one in cells.cells_of_table("xformers", "1") if one.metric == "compute"}
+    assert not any("absolute time" in reason for reason in reasons) and any("counted by a tool" in reason for reason in reasons)
+
+
+def test_all_forms_show_theirs_ours_and_every_outcome(tmp_path):
+    verdicts, found = of_all(tmp_path)
+    shown = {form: comparison.render("lra", "1", verdicts, found, form) for form in comparison.FORMS}
+    assert "36.37 / 36.00" in shown["text"] and "54.39 / 54.00" in shown["text"] and "53.66* / -" in shown["text"]
+    assert "| Transformer | 36.37 / 36.00 |" in shown["markdown"] and "\n- Theirs: text of the paper" in shown["markdown"]
+    assert r"Transformer & 36.37 / 36.00 &" in shown["latex"] and shown["latex"].count(r"\end{tabular}") == 3
+    assert "lra.1.transformer.path\\_x" in shown["latex"]
+    rows = list(csv.DictReader(io.StringIO(shown["csv"])))
+    of = {row["id"]: row for row in rows}
+    assert float(of[f"{TRANSFORMER}.text"]["difference"]) == pytest.approx(-0.27)
+    assert of[f"{TRANSFORMER}.path_x"]["outcome"] == "not run" and float(of[f"{TRANSFORMER}.path_x"]["hours"]) > 1
+    row = of[f"{TRANSFORMER}.listops"]
+    assert (row["protocol"], json.loads(row["configuration"])["steps"], row["tolerance"]) == ("lra-2020", 5000, "2.0")
+    assert "Floors of listops/lra, %: chance 10" in shown["text"] and "root operator alone 36.0" in shown["text"]
+    assert "5 reproduced within tolerance; 0 differs; 1 not run; 0 cannot." in shown["text"]
+
+
+def measurement(layer, length, batch_size=1, values=None, **other):
+    run, _ = programs.plan("lra-text", layer, length, batch_size=batch_size, **values or {})
+    words = dict(
+        status="ok", model="lra-text", layer=layer, layer_options="{}", length=length, batch_size=batch_size, mode="train",
+        dtype="float32", implementation=None, threads=1, hardware="a machine", finished_utc="2026-01-01T00:00:00Z",
+        baseline="softmax", configuration=json.dumps(dataclasses.asdict(run)),
+    )  # fmt: skip
+    return measurements.Measurement(**{**words, **other})
+
+
+@pytest.mark.usefixtures("nothing_shipped")
+def test_ratios_are_read_from_measurements_and_the_device_is_named(tmp_path):
+    rows = [measurement("performer", 1024, speed_ratio=1.3, memory_ratio=0.9), measurement("performer", 2048)]
+    measurements.write_measurements(rows, tmp_path / "bench.csv")
+    found = ledger.read_ledger([tmp_path])
+    wanted = [one for one in cells.cells_of_table("lra", "2") if one.row == "Performer"]
+    judged = {one.id: verdicts.judge(one, found) for one in wanted}
+    one = judged["lra.2.performer.text.1000.speed_ratio"]
+    assert (one.outcome, one.ours) == ("reproduced within tolerance", 1.3)
+    assert one.difference == pytest.approx(1.3 / 1.2) and one.hardware == "a machine, batch 1, float32"
+    one = judged["lra.2.performer.text.1000.memory_ratio"]
+    assert one.outcome == "differs" and one.cell.expected == pytest.approx(0.37 / 0.85)
+    assert judged["lra.2.performer.text.4000.speed_ratio"].outcome == "not run"
+    assert "Ours: a machine, batch 1, float32." in comparison.render("lra", "2", list(judged.values()), found)
+    found_words = reproduce.bench_words(wanted, found, "out.csv", 1, device="a machine")
+    words = "--model lra-text --modes train --layers softmax,performer --lengths 2000,3000,4000 --batch-size 1 --out out.csv"
+    assert found_words == words.split()
+    # On another machine, and with another batch size, nothing is known yet.
+    assert "1000,2000,3000,4000" in reproduce.bench_words(wanted, found, "out.csv", 1, device="another")
+    assert "1000,2000,3000,4000" in reproduce.bench_words(wanted, found, "out.csv", 2, device="a machine")
+
+
+@pytest.mark.usefixtures("nothing_shipped")
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(values=dict(in_features=16)),  # as rows of earlier versions have it
+        dict(values=dict(options=dict(num_features=8))),
+        dict(model="lra-text, in_features=16"),
+        dict(values=dict(dtype="bfloat16"), dtype="bfloat16"),
+        dict(configuration=None),
+        dict(baseline="local"),
+    ],
+)
+def test_a_measurement_of_another_model_is_no_answer(tmp_path, other):
+    measurements.write_measurements([measurement("performer", 1024, speed_ratio=1.3, **other)], tmp_path / "bench.csv")
+    one = verdicts.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), ledger.read_ledger([tmp_path]))
+    assert one.outcome == "not run"
+
+
+@pytest.mark.usefixtures("nothing_shipped")
+def test_the_newest_measurement_counts_wherever_it_stands(tmp_path):
+    dated = lambda ratio, date, **other: measurement("performer", 1024, speed_ratio=ratio, finished_utc=date, **other)
+    new, old = dated(1.2, "2026-03-01T00:00:00Z", hardware="new"), dated(9.0, "2026-02-01T00:00:00Z", hardware="old")
+    for order in ([new, old], [old, new]):
+        known = ledger.Ledger({}, order, {})
+        one = verdicts.judge(cell("lra.2.performer.text.1000.speed_ratio", table="2"), known)
+        assert (one.ours, one.hardware) == (1.2, "new, batch 1, float32")
+    # A factor of 1.25 is tolerated, either way; a length of another twentieth is another.
+    expected = one.cell.expected
+    for factor, outcome in ((1.249, True), (1.251, False), (1 / 1.249, True), (1 / 1.251, False)):
+        known = ledger.Ledger({}, [dated(expected * factor, None)], {})
+        assert (verdicts.judge(one.cell, known).outcome == "reproduced within tolerance") == outcome
+    for length, found in ((1050, True), (1051, False), (950, True), (949, False)):
+        known = ledger.Ledger({}, [measurement("performer", length, speed_ratio=1.2)], {})
+        assert (verdicts.judge(one.cell, known).outcome != "not run") == found
+
+
+@pytest.mark.usefixtures("nothing_shipped")
+def test_the_baseline_is_no_reproduction(tmp_path):
+    ratios = dict(speed_ratio=1.0, memory_ratio=1.0)
+    measurements.write_measurements(
+        [measurement("softmax", 1024, **ratios), measurement("performer", 1024, **ratios)], tmp_path / "bench.csv"
+    )
+    found = ledger.read_ledger([tmp_path])
+    wanted = [one for one in cells.cells_of_table("lra", "2") if one.row in ("Transformer", "Performer") and one.length == 1000]
+    judged = [verdicts.judge(one, found) for one in wanted]
+    outcomes = ["baseline", "baseline", "reproduced within tolerance", "differs"]
+    assert [one.outcome for one in judged] == outcomes
+    assert "1 reproduced within tolerance; 1 differs; 0 not run; 0 cannot; 2 baseline." in comparison.render(
+        "lra", "2", judged, found
+    )
+
+
+def test_the_measurements_that_come_with_the_package_answer():
+    judged = [verdicts.judge(one, ledger.read_ledger()) for one in cells.cells_of_table("lra", "2")]
+    assert {one.cell.layer for one in judged if one.ours is not None} == {one.layer for one in cells._SPEED.values()}
+    assert not any(one.outcome == "not run" for one in judged)
+
+
+def test_estimates_grow_with_what_a_run_does():
+    run, task = plan("lra-2020", "softmax"), tasks.find("listops", "lra")
+    linear = plan("lra-2020", "performer")
+    assert costs.training_flops(run, task) > 1.3 * costs.training_flops(linear, task)
+    half = dataclasses.replace(run, steps=run.steps // 2)
+    assert costs.training_flops(half, task) == costs.training_flops(run, task) / 2
+    # 4.3 hours of a V100 are published for 50,000 steps of 16 texts.
+    text = dataclasses.replace(
+        run, task="text", config="modern", steps=50_000, batch_size=16, evaluate_every=500, num_layers=2, in_features=64,
+        mlp_features=128, layer_options={},
+    )  # fmt: skip
+    assert 3 < costs.cost_elsewhere(text, tasks.find("text", "modern")).hours < 6
+    # A measured rate takes the place of the usual one.
+    rows = [made(hardware="this", flops_per_step=10**9, steps_per_second=1.0)]
+    here = costs.cost_here(run, task, rows, "this", True)
+    flops = costs.training_flops(run, task) + costs.evaluation_flops(run, task)
+    assert here.hours == pytest.approx(flops / 1e9 / 3600) and "1 runs" in here.source
+
+
+def test_the_quickstarts_rows_are_in_the_ledger():
+    assert {row.layer for row in ledger.read_ledger().rows() if row.recipe == "quickstart"} == set(LAYERS)
+
+
+def test_the_floors_that_come_with_the_package_stand_below_the_tables():
+    found = ledger.read_ledger()
+    root = found.floors["listops", "lra"]["root"]
+    assert 0.33 < root.value < 0.39 and root.examples == 2000
+    judged = [verdicts.judge(cell(f"{TRANSFORMER}.listops"), found)]
+    (line,) = comparison.floors(judged, found)
+    assert line.startswith("Floors of listops/lra, %: chance 10, majority class 17.5, root operator alone 34.8")

@@ -1,0 +1,274 @@
+import dataclasses
+import errno
+import json
+import re
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from subquad.lra import files
+from subquad.lra.report import plots, results
+
+NAMES = ("softmax", "blockwise", "local", "strided", "reformer", "linformer", "performer", "transformer_xl", "s4")
+
+
+def row(layer="softmax", accuracy=0.4, seed=0, status="ok", **other):
+    known = dict(
+        status=status, layer=layer, task="listops", config="small", recipe="quickstart", seed=seed, accuracy=accuracy,
+        accuracy_best=accuracy, accuracy_last=accuracy, best_step=100, validation_accuracy_best=0.41,
+        validation_accuracy_last=0.4, train_loss_last=1.5, floor_majority=0.188, floor_root=0.36, selection="best",
+        split="test", test_examples=500, parameters=81_546, steps=300, batch_size=32, steps_per_second=12.34,
+        train_seconds=30.0, compile_seconds=5.0, flops_per_step=4_000_000_000, memory_temporary_bytes=90 * 2**20,
+        memory_peak_bytes=100 * 2**20, configuration=json.dumps({"layer": layer, "seed": seed}), data="made up",
+        source='"quoted", and, commas', commit="0123456789abcdef", versions="jax 1", hardware="none",
+        finished_utc="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    return results.Result(**{**known, **other})
+
+
+FAILED = dict(accuracy=None, accuracy_best=None, accuracy_last=None, status="failed: non-finite loss by step 30")
+
+
+def test_rows_come_back_as_they_went(tmp_path):
+    rows = [row(), row("s4", 0.1 + 0.2), row("local", **FAILED, flops_per_step=None)]
+    for one in rows:
+        results.append(one, tmp_path / "table.csv")
+    assert results.read_results(tmp_path / "table.csv") == rows
+    assert results.read_results(tmp_path / "nothing.csv") == []
+
+
+def test_the_header_has_every_column_that_a_number_needs(tmp_path):
+    results.append(row(), tmp_path / "table.csv")
+    header = (tmp_path / "table.csv").read_text().splitlines()[0].split(",")
+    assert {
+        "seed", "configuration", "commit", "versions", "hardware", "source", "floor_majority", "floor_root",
+        "selection", "split", "status",
+    } <= set(header)  # fmt: skip
+    for name in header:
+        if any(word in name for word in ("memory", "_seconds", "time")):
+            assert name.endswith(("_bytes", "_seconds"))
+
+
+def test_a_row_is_added_once(tmp_path):
+    for _ in range(2):
+        results.append(row(), tmp_path / "table.csv")
+    assert len(results.read_results(tmp_path / "table.csv")) == 1
+
+
+def test_a_file_with_other_columns_is_left_alone_and_the_row_is_told(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("mine\n1\n")
+    with pytest.raises(files.RunError, match="must have the columns of this version.*; the row was: ok,softmax"):
+        results.append(row(), path)
+    assert path.read_text() == "mine\n1\n"
+    with pytest.raises(files.RunError, match="must have the columns of this version"):
+        results.read_results(path)
+
+
+def older_file(path):
+    """A file of the version before there were protocols."""
+    rows = [row(), row("s4", 0.1 + 0.2, seed=1)]
+    for one in rows:
+        results.append(one, path)
+    lines = [line.rsplit(",", results.FIELDS[::-1].index("finished_utc"))[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    assert lines[0].endswith("finished_utc") and lines[1].endswith("Z")
+    return rows
+
+
+def test_files_of_earlier_versions_are_read_and_brought_up_to_date(tmp_path):
+    path = tmp_path / "table.csv"
+    rows = older_file(path)
+    assert results.read_results(path) == rows
+    newer = row("local", protocol="modern", configuration_hash="0123", collapsed_step=4, bits_per_byte=1.25)
+    results.append(newer, path)
+    assert results.read_results(path) == [*rows, newer]
+    assert path.read_text().split("\n", 1)[0].split(",") == results.FIELDS
+    assert [one.name for one in tmp_path.iterdir() if not one.name.endswith(".lock")] == ["table.csv"]
+
+
+def test_a_file_that_cannot_be_brought_up_to_date_is_kept(monkeypatch, tmp_path):
+    path = tmp_path / "table.csv"
+    older_file(path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results.os, "replace", full)
+    with pytest.raises(files.RunError, match="No space left on device.*the row was: ok,local"):
+        results.append(row("local"), path)
+    assert path.read_bytes() == before
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".table.csv.lock", "table.csv"]
+
+
+def test_a_configuration_is_named_whatever_the_order_of_its_values():
+    assert results.configuration_hash({"a": 1, "b": 2}) == results.configuration_hash('{"b": 2, "a": 1}')
+    assert results.configuration_hash({"a": 1}) != results.configuration_hash({"a": 2})
+
+
+def test_a_full_disk_tells_the_row_and_leaves_the_others(monkeypatch, tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    results.append(row(), tmp_path / "table.csv")
+    before = (tmp_path / "table.csv").read_bytes()
+    monkeypatch.setattr(results.os, "fsync", full)
+    with pytest.raises(files.RunError, match="No space left on device.*the row was: ok,s4"):
+        results.append(row("s4"), tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_bytes() == before
+
+
+def test_the_table_has_what_the_quickstart_promises():
+    lines = results.markdown([row(), row("s4", 0.45)]).splitlines()
+    assert lines[0] == (
+        "| layer | test accuracy | majority floor | root floor | parameters | steps/s | peak memory | FLOPs/step |"
+    )
+    assert lines[2] == "| s4 | 45.0 % | 18.8 % | 36.0 % | 81,546 | 12 | 100.0 MiB | 4.00 G |"  # the best is first
+    assert lines[3].startswith("| softmax | 40.0 % |")
+    assert results.markdown([]) == ""
+    assert "500 examples of the test split, which leaves a standard error of up to 2.2 points" in "\n".join(lines)
+
+
+def test_floors_that_a_task_has_not_are_left_out():
+    table = results.markdown([row(floor_root=None, floor_bag=0.25)])
+    assert "| majority floor | bag floor | parameters |" in table and "| 18.8 % | 25.0 % |" in table
+    assert "bag floor: a linear rule" in table and "root floor" not in table
+
+
+def test_the_small_networks_floor_is_that_of_the_committed_file():
+    assert results.network_floor("digits", "offline") > 0.8 and results.network_floor("listops", "small") is None
+    table = results.markdown([row(floor_network=0.9)])
+    assert "| network floor |" in table and "| 90.0 % |" in table and "network floor: a small convolutional" in table
+
+
+def test_a_text_that_cannot_be_written_tells_the_callers_cure(tmp_path):
+    for words, cure in (((), "Choose another with --out."), (("Its rows are kept.",), "Its rows are kept.")):
+        with pytest.raises(files.RunError, match="must be writable") as caught:
+            results.write_text("text", tmp_path / "nowhere" / "x", *words)
+        assert str(caught.value).endswith(f". {cure}")
+
+
+def test_failures_are_rows_and_not_blanks():
+    assert "| local | failed: non-finite loss by step 30 |" in results.markdown([row(), row("local", **FAILED)])
+
+
+def test_seeds_become_a_mean_with_its_spread():
+    rows = [row(accuracy=0.30), row(accuracy=0.32, seed=1), row(accuracy=0.34, seed=2), row("s4", 0.2)]
+    table = results.markdown(rows)
+    assert "| softmax | 32.0 % ± 2.0 (3 seeds) |" in table and "| s4 | 20.0 % |" in table
+    assert "seeds 0, 1, 2" in table
+    mixed = results.markdown([row(accuracy=0.3), row(seed=1, **FAILED)])
+    assert "| softmax | 30.0 %, 1 failed |" in mixed
+    assert "| softmax | 30.0 %, 1 collapsed |" in results.markdown([row(accuracy=0.3, collapsed_step=20)])
+
+
+def test_of_two_rows_of_one_run_the_later_counts():
+    assert "| softmax | 50.0 % |" in results.markdown([row(accuracy=0.3), row(accuracy=0.5)])
+
+
+def test_a_run_that_never_started_is_a_row():
+    from subquad.lra import tasks
+    from subquad.lra.plan import plan
+
+    run = plan("quickstart", "softmax", config="tiny")
+    made = results.failure(run, tasks.find("listops", "tiny"), "no memory")
+    assert made.status == "failed: no memory" and made.accuracy is None
+    assert "| softmax | failed: no memory |" in results.markdown([made])
+
+
+def test_the_environment_names_commit_versions_and_hardware():
+    found = results.environment()
+    assert len(found["commit"].removesuffix("+changes")) == 40 or found["commit"] == "unknown"
+    assert {part.split()[0] for part in found["versions"].split(", ")} >= {"python", "jax", "flax", "optax"}
+    assert "core" in found["hardware"] or " x " in found["hardware"]
+
+
+def test_without_rich_the_table_is_markdown(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    results.show([row()])
+    assert "| softmax | 40.0 % |" in capsys.readouterr().out
+
+
+def test_with_rich_every_cell_is_shown_whole_in_a_pipe(capsys):
+    results.show([row(), row("transformer_xl", **FAILED)])
+    shown = capsys.readouterr().out
+    for text in ("transformer_xl", "failed: non-finite loss by step 30", "100.0 MiB", "81,546", "FLOPs/step"):
+        assert text in shown
+
+
+def test_a_narrow_terminal_shows_every_word(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    results.show([row("transformer_xl"), row("s4", **FAILED)])
+    table = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).partition("Task listops")[0]
+    assert "…" not in table and max(map(len, table.splitlines())) <= 80
+    for word in ("accuracy", "majority", "parameters", "steps/s", "memory", "FLOPs/step", "100.0 MiB", "step 30"):
+        assert word in table
+
+
+def test_the_pareto_front_by_hand():
+    points = [(3, 0.5), (1, 0.2), (2, 0.2), (2, 0.4), (4, 0.45), (5, 0.6)]
+    assert plots.front(points) == [1, 3, 0, 5]
+    assert plots.front([]) == [] and plots.front([(1, 1.0)]) == [0]
+    assert plots.front([(1, 0.5), (1, 0.6)]) == [1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_never_cover_each_other(seed):
+    draw = np.random.default_rng(seed)
+    near = 0.02 if seed % 2 else 1.0  # crowded and spread
+    rows = [
+        row(name, 0.3 + 0.1 * near * draw.random(), flops_per_step=int(4e9 * (1 + near * draw.random())))
+        for name in NAMES
+    ]
+    figure = plots.accuracy_against_cost(rows)
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == sorted(NAMES)
+    assert plots.overlaps(figure) == []
+
+
+def test_labels_that_do_cover_each_other_are_found():
+    figure = plots.accuracy_against_cost([row(), row("s4", 0.2, flops_per_step=10**10)])
+    assert plots.overlaps(figure) == []
+    figure.axes[0].annotate("again", figure.axes[0].texts[0].xy, xytext=(9, 0), textcoords="offset points")
+    assert len(plots.overlaps(figure)) == 1
+
+
+def test_the_plot_is_a_png_with_front_floors_and_failures(tmp_path):
+    rows = [row(), row("s4", 0.5, flops_per_step=9 * 10**9), row("local", **FAILED)]
+    figure = plots.accuracy_against_cost(rows, tmp_path / "plot.png")
+    assert matplotlib.image.imread(tmp_path / "plot.png").shape[:2] == (750, 1200)
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log" and "failed: local" in axes.get_title(loc="left")
+    labels = [line.get_label() for line in axes.lines]
+    assert "majority floor, 18.8 %" in labels and "root operator floor, 36.0 %" in labels
+    steps = next(line for line in axes.lines if line.get_label() == "Pareto front")
+    assert list(steps.get_xdata()) == [4e9, 9e9] and list(steps.get_ydata()) == [40.0, 50.0]
+
+
+@pytest.mark.parametrize("rows", [[], [row("local", **FAILED)]], ids=["nothing", "failures only"])
+def test_a_plot_of_nothing_is_still_a_file(rows, tmp_path):
+    plots.accuracy_against_cost(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_results_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row().accuracy = 1.0
+
+
+def test_language_models_are_shown_by_bits_per_byte_the_fewest_first():
+    score = lambda bits: dict(accuracy=None, accuracy_best=None, accuracy_last=None, floor_majority=None, floor_root=None,
+                              bits_per_byte=bits, bits_per_byte_best=bits, bits_per_byte_last=bits)  # fmt: skip
+    rows = [row("s4", **score(2.5)), row("local", **score(2.25)), row("local", seed=1, **score(2.35))]
+    heading, *body = results.cells(rows)
+    assert heading[1] == "test bits per byte"
+    assert [line[1] for line in body] == ["2.300 ± 0.071 (2 seeds)", "2.500"]
+    caption = results.caption(rows)
+    assert "Bits per byte on the 500 examples of the test split, parameters best" in caption and "floor" not in caption
+    with_floors = [row("s4", **score(2.5), floor_unigram=4.45, floor_bigram=3.33)]
+    assert results.cells(with_floors)[1][2:4] == ["4.450", "3.330"] and "bigram floors" in results.caption(with_floors)
+    assert "root floor" in results.caption([row()]) and "root floor" not in results.caption([row(floor_root=None)])

@@ -1,7 +1,0 @@
-from subquad.lra import markup
-
-
-def test_what_latex_and_markdown_take_for_signs_is_escaped():
-    assert markup.escaped("a_b \\ 5% ± <2>") == r"a\_b \textbackslash{} 5\% $\pm$ \textless{}2\textgreater{}"
-    assert markup.markdown([["a", "b"], ["x|y", "1"]]).splitlines()[-1] == r"| x\|y | 1 |"
-    assert markup.latex([["a", "b"], ["x_y", "1"]]).splitlines()[4] == r"x\_y & 1 \\"
