@@ -262,9 +262,10 @@ def call(
     if not 0 < grid < 2**31:
         raise ValueError(f"launch.call: grid must lie in 1 .. 2^31 - 1, got {grid}. Give every program more work.")
     for name, value in constants.items():
-        if type(value) not in (bool, int, float, str, type(None)):  # np.float64 is a float too
+        if not _is_constant(value):  # np.float64 is a float too
             raise TypeError(
-                f"launch.call: constants[{name!r}] must be a number, string, bool or None, got {type(value).__name__}. "
+                f"launch.call: constants[{name!r}] must be a number, string, bool, None, jitted function or tuple of these, "
+                f"got {type(value).__name__}. "
                 "Pass arrays as inputs, and NumPy scalars through int() or float()."
             )
     some = next(array for array in inputs.values() if array is not None)
@@ -282,6 +283,13 @@ def call(
         host = functools.partial(interpreter.run, kernel, grid, constants, shapes, places)
         return tuple(jax.pure_callback(host, shapes, *arrays, vmap_method="sequential"))
     return tuple(_on_gpu(kernel, grid, constants, config, shapes, places, arrays))
+
+
+def _is_constant(value) -> bool:
+    """Whether a kernel can be compiled for this value: a number, a string, a `triton.jit` function, or a tuple."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return type(value) in (bool, int, float, str, type(None)) or type(value).__name__ in ("JITFunction", "InterpretedFunction")
 
 
 def _check_names(kernel, inputs, outputs, constants):

@@ -1,6 +1,7 @@
 """Triton kernels compiled ahead of time, on a machine without a GPU, and what their machine code takes."""
 
 import dataclasses
+import hashlib
 import pathlib
 import re
 import subprocess
@@ -115,8 +116,30 @@ def _prepared(launched: launch.Launch, target: str):
         options["ptx_version"] = launch.PTX_VERSION
     constants = dict(launched.constants)
     if not nvidia:  # its matrix cores take float32 as it is, and know no TF32
-        constants = {name: "ieee" if value == "tf32x3" else value for name, value in constants.items()}
-    return ASTSource(kernel, signature, constants, aligned), gpu, options
+        constants = {name: _replaced(value, "tf32x3", "ieee") for name, value in constants.items()}
+
+    class Source(ASTSource):
+        def hash(self):
+            """Triton's key of its cache on disk has only the names of functions inside of tuples."""
+            functions = sorted({function.cache_key for value in constants.values() for function in _functions(value)})
+            return hashlib.sha256("-".join([super().hash(), *functions]).encode()).hexdigest()
+
+    return Source(kernel, signature, constants, aligned), gpu, options
+
+
+def _replaced(constant, old, new):
+    """A constant with every `old` in it replaced, also inside of tuples."""
+    if not isinstance(constant, tuple):
+        return new if constant == old else constant
+    items = [_replaced(item, old, new) for item in constant]
+    return type(constant)(*items) if hasattr(constant, "_fields") else tuple(items)
+
+
+def _functions(constant) -> list:
+    """The `triton.jit` functions in a constant."""
+    if isinstance(constant, tuple):
+        return [function for item in constant for function in _functions(item)]
+    return [constant] if hasattr(constant, "cache_key") else []
 
 
 def _read_sass(target, compiled, shared, source) -> Compiled:

@@ -1,4 +1,4 @@
-"""Rewrites the generated parts of README.md: the layer table, and tables from the committed CSV files."""
+"""Rewrites the generated parts of the READMEs: the layer table, tables from the committed CSV files, and the first picture."""
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
     from subquad.lra import starting
@@ -13,10 +13,11 @@ import sys
 
 from subquad import zoo
 from subquad.lra.cli import commands
-from subquad.lra.report import csv_rows, ledger, measurements, results, text_tables
+from subquad.lra.report import csv_rows, ledger, measurements, plots, results, text_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = ROOT / "README.md"
+READMES = ("README.md", "kernels/README.md", "lra/README.md")
+PICTURE = ROOT / "lra" / "results" / "bench.png"
 QUICKSTART = ROOT / "lra" / "results" / "quickstart.csv"
 OFFLINE = ROOT / "lra" / "results" / "offline.csv"
 FLOORS = ROOT / "lra" / "results" / "floors.csv"
@@ -136,25 +137,36 @@ def generated() -> dict[str, str]:
     }
 
 
-def rendered(text: str) -> str:
-    for name, block in generated().items():
+def rendered(text: str, blocks: dict[str, str]) -> str:
+    """The text with the blocks that it has a place for, each taken out of `blocks`."""
+    for name in list(blocks):
         pattern = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, block=block: f"{match[1]}{block.strip()}\n{match[2]}", text)
-        if found != 1:
-            raise ValueError(f"README.md must have one block <!-- {name}: ... --> ... <!-- /{name} -->, got {found}.")
+        text, found = pattern.subn(lambda match, name=name: f"{match[1]}{blocks[name].strip()}\n{match[2]}", text)
+        if found:
+            del blocks[name]
     return text
 
 
 def main() -> int:
     parser = commands.Parser(prog="readme", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where a README is out of date")
     arguments = parser.parse_args()
-    before = README.read_text()
-    after = rendered(before)
+    blocks, out_of_date = generated(), []
+    for name in READMES:
+        before = (ROOT / name).read_text()
+        after = rendered(before, blocks)
+        if before != after:
+            out_of_date.append(name)
+            if not arguments.check:
+                (ROOT / name).write_text(after)
+    if blocks:
+        places = ", ".join(f"<!-- {name}: ... --> ... <!-- /{name} -->" for name in blocks)
+        raise ValueError(f"readme: READMEs must have a place for each block, got none for {places}. Add it.")
     if not arguments.check:
-        README.write_text(after)
-    elif before != after:
-        print("README.md is out of date. Run: python scripts/readme.py", file=sys.stderr)
+        rows = [row for row in measurements.read_measurements(COSTS) if row.mode == "train"]
+        plots.cost_against_length(rows, PICTURE)
+    elif out_of_date:
+        print(f"{', '.join(out_of_date)} out of date. Run: python scripts/readme.py", file=sys.stderr)
         return commands.FAILED
     return 0
 

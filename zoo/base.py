@@ -11,11 +11,13 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels import dispatch
+from subquad.kernels import dispatch, patterns, softmax
+from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
-from subquad.zoo.cache import places
+from subquad.zoo.cache import KVCache, append, places, poisoned
 from subquad.zoo.checks import check_call, check_causality, check_extend, check_rotary, check_sizes, refuse, require_extend
 from subquad.zoo.compilation import compile_once
+from subquad.zoo.extending import attend_to_cache
 from subquad.zoo.positions import rotary
 from subquad.zoo.tokenwise import tokenwise
 
@@ -37,6 +39,7 @@ class Support:
         grouped: fewer key/value heads than query heads.
         rotary: queries and keys can be rotated by their positions (`rotary_base`).
         attention_fn: the mechanism is a function of query, key and value alone.
+        is_pattern: the mechanism is softmax attention under the layer's `sees`.
         weights: there is a weight of each query and key, to which a bias can be added, and which dropout can drop.
     """
 
@@ -51,6 +54,7 @@ class Support:
     grouped: bool = False
     rotary: bool = False
     attention_fn: bool = False
+    is_pattern: bool = False
     weights: bool = False
 
 
@@ -90,8 +94,9 @@ class Attention(nnx.Module):
 
         y = W_o attend(W_q x, W_k x', W_v x')
 
-    A variant derives from this class directly and writes `attend` (and, where it can extend, `init_cache` and
-    `attend_cached`); it may replace a projection that its paper does without.
+    A variant derives from this class directly. One that is softmax attention under a pattern sets `sees`, and has its call,
+    `extend` and `pattern` from that. Another writes `attend` (and, where it can extend, `init_cache` and `attend_cached`).
+    Either may replace a projection that its paper does without.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -117,6 +122,7 @@ class Attention(nnx.Module):
     """
 
     supports: ClassVar[Support]
+    sees: Pattern | None  # which positions see which, causality included; None: all see all
 
     def __init__(
         self,
@@ -165,6 +171,7 @@ class Attention(nnx.Module):
         self.in_features, self.in_kv_features, self.out_features = in_features, in_kv_features, out_features
         self.head_features = qkv_features // num_heads
         self.is_causal, self.rotary_base, self.implementation = is_causal, rotary_base, implementation
+        self.sees = CAUSAL if is_causal else None
         self.dtype, self.param_dtype = dtype, param_dtype
 
         def linear(inputs, outputs, axis=-1):
@@ -183,7 +190,11 @@ class Attention(nnx.Module):
 
         `extras` holds `positions` and `segment_ids` [B, T] where the layer supports them and the caller gave them.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no attend")
+        segments = extras.pop("segment_ids", None)
+        return softmax.attention(
+            query, key, value, mask=mask, pattern=self.sees, query_segment_ids=segments, key_segment_ids=segments,
+            implementation=self.implementation, **extras,
+        )
 
     def rotate(self, query, key, query_positions=None, key_positions=None):
         """Query and key heads, rotated by positions [B|1, T] and [B|1, S] if the layer does so; None counts from 0."""
@@ -199,12 +210,13 @@ class Attention(nnx.Module):
 
     def attend_cached(self, query, key, value, mask, cache):
         """The mechanism for T new tokens after those in `cache` -> ([B, T, N, H], cache); mask [B, 1, 1, T] or None."""
-        raise NotImplementedError(f"{type(self).__name__} has no attend_cached")
+        start, cache = cache.length, append(cache, key, value, mask)
+        return poisoned(attend_to_cache(self.sees, query, cache, start, self.implementation), cache), cache
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        raise NotImplementedError(f"{type(self).__name__} has no init_cache")
+        return KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads of checked inputs; None: of the inputs before it."""
@@ -313,5 +325,4 @@ class Attention(nnx.Module):
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [N|1, T, S] for T = S = length, True where the query may see the key."""
-        full = np.ones((1, length, length), bool)
-        return np.tril(full) if self.is_causal else full
+        return patterns.grid(self.sees, length, length)

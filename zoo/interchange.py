@@ -161,7 +161,7 @@ mix_once = jax.jit(mix_now, static_argnums=(0, 1, 2, 3), inline=True)
 
 def knows_positions(layer: type[nnx.Module]) -> bool:
     """Whether the mechanism can be told where queries and keys stand. One that cannot knows their order alone."""
-    return layer.supports.positions or hasattr(layer, "allowed")
+    return layer.supports.positions or layer.supports.is_pattern
 
 
 def whole(mechanism, query, key, value, mask, **extras):
@@ -189,10 +189,11 @@ def step(mechanism, query, key, value, mask, **extras):
     query, key = mechanism.rotate(query, key, at_queries, at_keys)
     if mechanism.supports.positions:
         return mechanism.attend(query, key, value, mask, positions=at_queries, key_positions=at_keys, **extras)
-    if hasattr(mechanism, "allowed"):
-        allowed = mechanism.allowed(at_queries, at_keys)
-        mask = allowed if mask is None else allowed & mask
-        return softmax.attention(query, key, value, mask=mask, implementation=mechanism.implementation)
+    if mechanism.supports.is_pattern:
+        return softmax.attention(
+            query, key, value, mask=mask, pattern=mechanism.sees, query_positions=at_queries, key_positions=at_keys,
+            implementation=mechanism.implementation,
+        )
     return mechanism.attend(query, key, value, mask, **extras)  # of one query, built without causality
 
 

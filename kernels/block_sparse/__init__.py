@@ -1,24 +1,19 @@
-"""Attention over lists of key blocks, per query block and head."""
+"""Attention over lists of key blocks, per query block and head: softmax attention under a pattern of blocks."""
 
 import numbers
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from subquad.kernels import checks, dispatch
+from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import Key, KeyMask, LogSumExp, Output, Query, Value
-from subquad.kernels.block_sparse import reference, xla
-from subquad.kernels.softmax import check_heads, scale_of
+from subquad.kernels.patterns import CAUSAL, Blocks
+from subquad.kernels.softmax import check_heads
+from subquad.kernels.softmax.sets import KeySet, Visible
 
 __all__ = ["attention"]
 
 OWNER = "block_sparse.attention"
-IMPLEMENTATIONS = {
-    **dispatch.triton("subquad.kernels.block_sparse.triton", "attention"),
-    "xla": xla.attention,
-    "reference": reference.attention,
-}
 
 
 def attention(
@@ -71,11 +66,12 @@ def attention(
     """
     dispatch.check_name(OWNER, implementation)
     check_heads(OWNER, query, key, value)
-    batch, queries, heads, features = query.shape
+    batch, queries, heads, _ = query.shape
     keys = key.shape[1]
     if not isinstance(block_size, numbers.Integral) or block_size < 1:
         raise ValueError(f"{OWNER}: block_size must be a positive integer, got {block_size!r}. Count positions.")
-    check_blocks(blocks, heads, -(-queries // block_size), -(-keys // block_size))
+    columns = -(-keys // block_size)
+    check_blocks(blocks, heads, -(-queries // block_size), columns)
     if mask is not None and mask.dtype != bool:
         raise TypeError(f"{OWNER}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
     if mask is not None and mask.shape not in ((batch, 1, 1, keys), (1, 1, 1, keys)):
@@ -83,14 +79,12 @@ def attention(
             f"{OWNER}: mask must be key padding of shape {(batch, 1, 1, keys)}, got {mask.shape}. "
             "Use softmax.attention for pairwise masks."
         )
-    scale = scale_of(OWNER, scale, features)
-    dtype = jnp.result_type(query, key, value)
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    pattern = Blocks.of(blocks, int(block_size), columns) & (CAUSAL if is_causal else None)
+    positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
+    sets = (KeySet(pattern, Visible(*positions, None, None, mask)),)
     key, value = checks.hide(mask, key, value)
-    out, lse = dispatch.run(
-        OWNER, IMPLEMENTATIONS, implementation, query, key, value, blocks, int(block_size), mask, bool(is_causal), scale
-    )
-    return (out, lse) if return_lse else out
+    out, *sums = softmax.run(OWNER, softmax.IMPLEMENTATIONS, implementation, query, (key,), (value,), None, sets, scale)
+    return (out, sum(sums)) if return_lse else out
 
 
 def check_blocks(blocks, heads: int, query_blocks: int, key_blocks: int) -> None:

@@ -17,6 +17,7 @@ from einops import rearrange
 from subquad.kernels import precision
 from subquad.kernels.lsh.reference import Layout, inverse_norm
 from subquad.kernels.memory import bits, numbers, zeros_after
+from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
 
 # Bytes of one tile of logits. On a CPU a tile should stay in the cache; on an accelerator every step of a loop is a kernel
@@ -91,22 +92,19 @@ def attention(layout, query_key, value, buckets, mask, scale):
     if layout.reach != "ring":
         others = math.ceil(length / layout.chunk_size) - 1
         layout = layout._replace(before=min(layout.before, others), after=min(layout.after, others))
-    items, codes = lay_out(layout, buckets, real)
-    query, flat_value = (rearrange(x, "b t n h -> (b t n) h") for x in (query_key, value))
     # A checkpoint: else the backward pass keeps the query in float32.
-    gain = scale * jax.checkpoint(inverse_norm)(query)
-    return compiled(layout, query, gain, flat_value, items, codes).reshape(value.shape)
+    gain = scale * jax.checkpoint(inverse_norm)(query_key)
+    return attend(layout, query_key, gain, value, buckets, real)
 
 
-def lay_out(layout: Layout, buckets, real) -> tuple[Items, jax.Array | None]:
-    """Sorts buckets [B, R, T, N] and cuts the order into items; `real` [B, T].
+def lay_out(layout: Layout, order, sorted_buckets) -> tuple[Items, jax.Array | None]:
+    """Cuts the sorted sequence of every round into items; `order` and `sorted_buckets` [B, N, R, T], as `sort` returns them.
 
     Returns: the items, and where keys count once the `reach_codes` by place, int32 [R, places + 1].
     """
-    batch, rounds, length, heads = buckets.shape
+    batch, heads, rounds, length = order.shape
     groups, nobody = batch * heads, batch * length * heads
-    buckets = jnp.where(real[:, None, :, None], buckets, layout.num_buckets)
-    order, sorted_buckets = sort(layout, rearrange(buckets, "b r t n -> (b n) r t"))
+    order, sorted_buckets = (rearrange(x, "b n r t -> (b n) r t") for x in (order, sorted_buckets))
     chunks = math.ceil(length / layout.chunk_size)
     before, after = layout.before, layout.after
 
@@ -158,7 +156,7 @@ def lay_out(layout: Layout, buckets, real) -> tuple[Items, jax.Array | None]:
 
 
 def sort(layout: Layout, buckets):
-    """The positions [G, R, T] in order of bucket and position, and their buckets."""
+    """The positions [..., T] in order of bucket and position, and their buckets."""
     length = buckets.shape[-1]
     if (layout.num_buckets + 1) * length < 2**31:
         # One integer that holds both sorts several times faster than a pair.
@@ -224,20 +222,22 @@ def visible(layout: Layout, block: Items, codes, keys_first: bool):
     return seen
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def over_items(layout, query, gain, value, items, codes):
-    """Outputs [places, V]: the softmax over what each token sees, and its own value where it sees nothing.
+@precision.full
+def forward(layout, query, gain, value, buckets, real):
+    """Outputs [B, T, N, V]: the softmax over what each token sees, and its own value where it sees nothing.
 
     Args:
-        query: [places, H].
-        gain: [places], float32: the logit of a query and a key is their product times the key's gain.
-        value: [places, V].
+        query: [B, T, N, H].
+        gain: [B, T, N], float32: the logit of a query and a key is their product times the key's gain.
+        value: [B, T, N, V].
+        buckets: [B, R, T, N].
+        real: bool [B, T], False is padding.
     """
-    return _forward(layout, query, gain, value, items, codes)[0]
-
-
-@precision.full
-def _forward(layout, query, gain, value, items, codes):
+    arguments = query, gain, value
+    buckets = jnp.where(real[:, None, :, None], buckets, layout.num_buckets)
+    order, sorted_buckets = sort(layout, rearrange(buckets, "b r t n -> b n r t"))
+    items, codes = lay_out(layout, order, sorted_buckets)
+    query, gain, value = map(by_place, arguments)
     into = dict(preferred_element_type=gain.dtype)
 
     def step(carry, block):
@@ -262,12 +262,15 @@ def _forward(layout, query, gain, value, items, codes):
     start = jnp.zeros(value.shape, gain.dtype), jnp.full(len(gain), -jnp.inf, gain.dtype)
     (out, log_total), _ = jax.lax.scan(step, start, items)
     out = jnp.where(jnp.isneginf(log_total)[:, None], value, out.astype(value.dtype))
-    return out, (query, gain, value, items, codes, out, log_total)
+    out, log_total = (x.reshape(like.shape) for x, like in zip((out, log_total), arguments[:0:-1], strict=True))
+    return out, (*arguments, order, sorted_buckets, out, log_total)
 
 
 @precision.full
-def _backward(layout, saved, d_out):
-    query, gain, value, items, codes, out, log_total = saved
+def backward(layout, saved, d_out):
+    *arguments, order, sorted_buckets, out, log_total = saved
+    items, codes = lay_out(layout, order, sorted_buckets)
+    query, gain, value, out, log_total, d_out = map(by_place, (*arguments, out, log_total, d_out))
     delta = jnp.sum(d_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1)
     alone = jnp.isneginf(log_total)
     log_total = jnp.where(alone, 0, log_total)
@@ -303,13 +306,23 @@ def _backward(layout, saved, d_out):
     parts = [slice(first, first + chunk) for first in range(0, width, chunk)]
     start = *(zeros_after(delta, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], d_out, 0)
     gradients, _ = jax.lax.scan(step, (*start[:2], start[2].astype(gain.dtype)), items)
-    return *(x.astype(like.dtype) for x, like in zip(gradients, (query, gain, value), strict=True)), None, None
+    words = zip(gradients, arguments, strict=True)
+    return *(x.reshape(like.shape).astype(like.dtype) for x, like in words), None, None
 
 
-precision.define_passes(over_items, _forward, _backward)
+attend = operation(
+    forward,
+    backward,
+    arrays=("b t n h", "b t n", "b t n v", "b r t n", "b t"),
+    outputs="b t n v",
+    saved=("b n r t", "b n r t", "b t n"),
+    shared=(),
+)
 
-# Compiled once per layout and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-compiled = jax.jit(over_items, static_argnums=0)
+
+def by_place(array):
+    """[B, T, N, ...] -> [places, ...]."""
+    return array.reshape(-1, *array.shape[3:])
 
 
 def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates):

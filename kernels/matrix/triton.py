@@ -12,15 +12,15 @@ vectors are all that the forward pass writes for the backward pass.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch, precision
+from subquad.kernels import launch
 from subquad.kernels.matrix.reference import scale
+from subquad.kernels.operation import operation
 
 LARGEST = 128
 
@@ -150,38 +150,31 @@ def pseudo_inverse(matrix, iterations, *, mode):
     """See `matrix.pseudo_inverse`."""
     _require(matrix)
     wide = matrix.astype(jnp.float32)
-    return _iterate(matrix, scale(wide) * wide.swapaxes(2, 3), iterations, mode)
+    return _iterate((iterations, mode), matrix, scale(wide) * wide.swapaxes(2, 3))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _iterate(matrix, start, iterations, mode):
-    def run(matrix, start):
-        outputs = dict(OUT=_like(matrix), SCRATCH=_scratch(matrix, 5))
-        return _launch(
-            "matrix.inverse_forward", inverse_forward_kernel, dict(A=matrix, START=start), outputs, matrix.shape,
-            iterations, mode, PRECISION=launch.dot_precision("float32"),
-        )[0]  # fmt: skip
-
-    return launch.fold_vmap(run, shared=())(matrix, start)
+def _iterate_forward(static, matrix, start):
+    iterations, mode = static
+    inverse, _ = _launch(
+        "matrix.inverse_forward", inverse_forward_kernel, dict(A=matrix, START=start),
+        dict(OUT=_like(matrix), SCRATCH=_scratch(matrix, 5)), matrix.shape, iterations, mode,
+        PRECISION=launch.dot_precision("float32"),
+    )  # fmt: skip
+    return inverse, (matrix, start)
 
 
-def _iterate_forward(matrix, start, iterations, mode):
-    return _iterate(matrix, start, iterations, mode), (matrix, start)
+def _iterate_backward(static, saved, gradient):
+    iterations, mode = static
+    matrix, start = saved
+    (scratch,) = _launch(
+        "matrix.inverse_backward", inverse_backward_kernel, dict(A=matrix, START=start, G=gradient),
+        dict(SCRATCH=_scratch(matrix, 9 + iterations)), matrix.shape, iterations, mode,
+        PRECISION=launch.dot_precision("float32"),
+    )  # fmt: skip
+    return scratch[:, :, 0].astype(matrix.dtype), scratch[:, :, 1 + iterations % 2]
 
 
-def _iterate_backward(iterations, mode, saved, gradient):
-    def run(matrix, start, gradient):
-        (scratch,) = _launch(
-            "matrix.inverse_backward", inverse_backward_kernel, dict(A=matrix, START=start, G=gradient),
-            dict(SCRATCH=_scratch(matrix, 9 + iterations)), matrix.shape, iterations, mode,
-            PRECISION=launch.dot_precision("float32"),
-        )  # fmt: skip
-        return scratch[:, :, 0].astype(matrix.dtype), scratch[:, :, 1 + iterations % 2]
-
-    return launch.fold_vmap(run, shared=())(*saved, gradient)
-
-
-precision.define_passes(_iterate, _iterate_forward, _iterate_backward)
+_iterate = operation(_iterate_forward, _iterate_backward, arrays=("b n m m",) * 2, outputs="b n m m", shared=())
 
 
 def _scratch(matrix, slots):
@@ -278,43 +271,43 @@ def sinkhorn_backward_kernel(
 def sinkhorn(logits, iterations, is_causal, *, mode):
     """See `matrix.sinkhorn`."""
     _require(logits)
-    return _sinkhorn(logits, iterations, is_causal, mode)
+    return _sinkhorn((iterations, is_causal, mode), logits)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _sinkhorn(logits, iterations, is_causal, mode):
-    return _balance(logits, iterations, is_causal, False, mode)[0]
-
-
-def _sinkhorn_forward(logits, iterations, is_causal, mode):
-    balanced, vectors = _balance(logits, iterations, is_causal, True, mode)
+def _sinkhorn_forward(static, logits):
+    balanced, vectors = _balance(static, logits, True)
     return balanced, (logits, vectors)
 
 
-def _balance(logits, iterations, is_causal, keep, mode):
-    def run(logits):
-        batch, heads, size, _ = logits.shape
-        shape = (batch, heads, iterations, 2, size) if keep else (batch, 1)
-        outputs = dict(P=_like(logits), V=jax.ShapeDtypeStruct(shape, jnp.float32))
-        return _launch(
-            "matrix.sinkhorn_forward", sinkhorn_forward_kernel, dict(X=logits), outputs, logits.shape, iterations, mode,
-            CAUSAL=is_causal, KEEP=keep,
-        )  # fmt: skip
-
-    return launch.fold_vmap(run)(logits)
+def _balance(static, logits, keep):
+    iterations, is_causal, mode = static
+    batch, heads, size, _ = logits.shape
+    shape = (batch, heads, iterations, 2, size) if keep else (batch, 1)
+    outputs = dict(P=_like(logits), V=jax.ShapeDtypeStruct(shape, jnp.float32))
+    return _launch(
+        "matrix.sinkhorn_forward", sinkhorn_forward_kernel, dict(X=logits), outputs, logits.shape, iterations, mode,
+        CAUSAL=is_causal, KEEP=keep,
+    )  # fmt: skip
 
 
-def _sinkhorn_backward(iterations, is_causal, mode, saved, gradient):
-    def run(logits, vectors, gradient):
-        return _launch(
-            "matrix.sinkhorn_backward", sinkhorn_backward_kernel, dict(X=logits, V=vectors, G=gradient),
-            dict(DX=_like(logits)), logits.shape, iterations, mode, CAUSAL=is_causal,
-        )[0]  # fmt: skip
+def _sinkhorn_backward(static, saved, gradient):
+    iterations, is_causal, mode = static
+    logits, vectors = saved
+    return _launch(
+        "matrix.sinkhorn_backward", sinkhorn_backward_kernel, dict(X=logits, V=vectors, G=gradient),
+        dict(DX=_like(logits)), logits.shape, iterations, mode, CAUSAL=is_causal,
+    )  # fmt: skip
 
-    return (launch.fold_vmap(run, shared=())(*saved, gradient),)
 
-
-precision.define_passes(_sinkhorn, _sinkhorn_forward, _sinkhorn_backward)
+_sinkhorn = operation(
+    _sinkhorn_forward,
+    _sinkhorn_backward,
+    primal=lambda static, logits: _balance(static, logits, False)[0],
+    arrays=("b n m m",),
+    outputs="b n m m",
+    saved=("b n i two m",),
+    shared=(),
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches

@@ -5,7 +5,6 @@ tile is t queries by s keys. Its distances are a band of t + s neighbours in the
 scores are one product with that band, [t, t + s], whose row a is shifted by a: `skew`.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -13,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from subquad.kernels import precision
+from subquad.kernels.operation import operation
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
-from subquad.kernels.softmax.xla import balance, cores
+from subquad.kernels.softmax.plan import balance, cores
 
 
 class Plan(NamedTuple):
@@ -75,16 +74,18 @@ def choose_plan(batch: int, heads: int, queries: int, keys: int) -> Plan:
     return Plan(parts, query, key, keys - queries, queries, keys)
 
 
-def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale):
-    B, T, N, _ = query.shape
-    plan = choose_plan(B, N, T, key.shape[1])
+def plan_of(content, key) -> Plan:
+    batch, queries, heads, _ = content.shape
+    return choose_plan(batch, heads, queries, key.shape[1])
 
+
+def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale):
     def biased(bias):
         precise = jnp.promote_types(query.dtype, jnp.float32)
         return ((query.astype(precise) + bias) * scale).astype(query.dtype)
 
-    key, relative_key = (x.astype(query.dtype) for x in (key, relative_key[: plan.keys]))
-    return _compiled(plan, biased(content_bias), biased(position_bias), key, value, relative_key, mask)
+    key, relative_key = (x.astype(query.dtype) for x in (key, relative_key[: key.shape[1]]))
+    return attend((), biased(content_bias), biased(position_bias), key, value, relative_key, mask)
 
 
 def cut(plan: Plan, content, position, key, value, relative_key, mask) -> Tiles:
@@ -182,13 +183,9 @@ def sweep(plan: Plan, step, carry):
     return lax.scan(lambda carry, at: (step(carry, *at), None), carry, tuple(steps))[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, content, position, key, value, relative_key, mask):
-    return _forward(plan, content, position, key, value, relative_key, mask)[0]
-
-
 @precision.full
-def _forward(plan, content, position, key, value, relative_key, mask):
+def forward(_, content, position, key, value, relative_key, mask):
+    plan = plan_of(content, key)
     tiles = cut(plan, content, position, key, value, relative_key, mask)
 
     def step(states, p, i, j):
@@ -200,14 +197,15 @@ def _forward(plan, content, position, key, value, relative_key, mask):
     precise = jnp.promote_types(content.dtype, jnp.float32)
     states = sweep(plan, step, online.start(tiles.content.shape[:-1], value.shape[-1], precise))
     out, *sums = (join_rows(x, plan.queries) for x in online.finish(states))
-    out, *sums = checkpoint_name((out.astype(value.dtype), *sums), SAVED)
+    out = out.astype(value.dtype)
     return out, (content, position, key, value, relative_key, mask, out, *sums)
 
 
 @precision.full
-def _backward(plan, saved, d_out):
+def backward(_, saved, d_out):
     *arguments, out, maximum, log_normaliser = saved
     content, position, key, value, relative_key, mask = arguments
+    plan = plan_of(content, key)
     no_lse = jnp.zeros((), maximum.dtype)
     sums = maximum, log_normaliser
     *rows, content, position = online.residue(out, sums, d_out, no_lse, mask is not None, content, position)
@@ -244,7 +242,12 @@ def _backward(plan, saved, d_out):
     return *gradients, d_relative.astype(relative_key.dtype), None
 
 
-precision.define_passes(_attend, _forward, _backward)
-
-# Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-_compiled = jax.jit(_attend, static_argnums=0)
+attend = operation(
+    forward,
+    backward,
+    arrays=("b t n h", "b t n h", "b s n h", "b s n v", "r n h", "b n t s"),
+    outputs="b t n v",
+    saved=("b t n", "b t n"),
+    shared=[[5]],
+    name=SAVED,
+)

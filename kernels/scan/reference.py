@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+# Of `operation`: decay, inputs and state, then states and the last of them.
+AXES = dict(arrays=("b t d", "b t d", "b d"), outputs=("b t d", "b d"), independent="b d")
+
 
 def first_order(decay, inputs, start, reverse):
     """See `scan.first_order`."""

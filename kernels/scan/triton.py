@@ -9,14 +9,15 @@ which they are taken, so that a reversed recurrence differs in its addresses onl
 other way, with the decay of the step after, g_t = dh_t + a_{t+1} g_{t+1}.
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch, precision
+from subquad.kernels import launch
+from subquad.kernels.operation import operation
+from subquad.kernels.scan.reference import AXES
 
 PROGRAMS = 512  # that fill a large GPU: with fewer, time is cut into segments
 SEGMENT_TILES = 4  # that a segment has at least
@@ -262,30 +263,25 @@ def first_order(decay, inputs, start, reverse, *, mode):
     for array in (decay, inputs):
         if array.dtype.name not in (*launch.FLOATS, "complex64"):
             raise launch.Declined(f"float32, bfloat16, float16 and complex64 only, not {array.dtype.name}.")
-    return _scan(decay, inputs, start, reverse, mode)
+    return _scan((reverse, mode), decay, inputs, start)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _scan(decay, inputs, start, reverse, mode):
-    run = functools.partial(_launch_forward, reverse=reverse, mode=mode)
-    return launch.fold_vmap(run, shared=[[0]])(decay, inputs, start)
-
-
-def _forward(decay, inputs, start, reverse, mode):
-    outputs = _scan(decay, inputs, start, reverse, mode)
+def _forward(static, decay, inputs, start):
+    reverse, mode = static
+    outputs = _launch_forward(decay, inputs, start, reverse=reverse, mode=mode)
     return outputs, (decay, start, outputs[0])
 
 
-def _backward(reverse, mode, saved, cotangents):
-    run = launch.fold_vmap(functools.partial(_launch_backward, reverse=reverse, mode=mode), shared=[[0]])
+def _backward(static, saved, cotangents):
+    reverse, mode = static
     decay = saved[0]
-    d_decay, d_inputs, d_start = run(*saved, *cotangents)
+    d_decay, d_inputs, d_start = _launch_backward(*saved, *cotangents, reverse=reverse, mode=mode)
     if decay.shape[0] == 1:
         d_decay = d_decay.sum(0, keepdims=True)
     return d_decay.astype(decay.dtype), d_inputs, d_start
 
 
-precision.define_passes(_scan, _forward, _backward)
+_scan = operation(_forward, _backward, **AXES, shared=[[0]])
 
 
 def _pack(x):

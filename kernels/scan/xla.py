@@ -5,41 +5,37 @@ so there the loop runs over chunks. The backward pass is the same recurrence the
 would keep what it does not need. Complex numbers need no conjugates there: JAX's cotangents are conjugated already.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from subquad.kernels import precision
+from subquad.kernels.operation import operation
+from subquad.kernels.scan.reference import AXES
 
 CHUNK = 256
 
 
 def first_order(decay, inputs, start, reverse):
     """See `scan.first_order`."""
-    return compiled(decay, inputs, start, reverse, 1 if jax.default_backend() == "cpu" else CHUNK)
+    return _scan((reverse, 1 if jax.default_backend() == "cpu" else CHUNK), decay, inputs, start)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _scan(decay, inputs, start, reverse, chunk):
-    return _steps(decay, inputs, start, reverse) if chunk == 1 else _chunks(decay, inputs, start, reverse, chunk)
-
-
-def _forward(decay, inputs, start, reverse, chunk):
-    outputs = _scan(decay, inputs, start, reverse, chunk)
+def _forward(static, decay, inputs, start):
+    reverse, chunk = static
+    if chunk == 1:
+        outputs = _steps(decay, inputs, start, reverse)
+    else:
+        outputs = _chunks(decay, inputs, start, reverse, chunk)
     return outputs, (decay, start, outputs[0])
 
 
-def _backward(reverse, chunk, saved, cotangents):
+def _backward(static, saved, cotangents):
+    reverse, chunk = static
     if chunk == 1:
         return _adjoint_steps(*saved, *cotangents, reverse)
     return _adjoint_chunks(*saved, *cotangents, reverse, chunk)
 
 
-precision.define_passes(_scan, _forward, _backward)
-
-# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-compiled = jax.jit(_scan, static_argnums=(3, 4))
+_scan = operation(_forward, _backward, **AXES)
 
 
 def _widen(x):

@@ -4,23 +4,25 @@ import functools
 import math
 import numbers
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import Array, Bias, Key, LogSumExp, Mask, Output, Positions, Query, Value
-from subquad.kernels.softmax import cudnn, reference, xla
+from subquad.kernels.patterns import Band, Pattern
+from subquad.kernels.softmax import cudnn, online, reference, xla
+from subquad.kernels.softmax.sets import KeySet, Visible, one_by_one
 
 __all__ = ["attention", "merge"]
 
 OWNER = "softmax.attention"
 LARGEST_SIDE = 1 << 30  # of a window: what is added to a position in int32
 IMPLEMENTATIONS = {
-    "cudnn": cudnn.attention,
-    **dispatch.triton("subquad.kernels.softmax.triton", "attention"),
+    **{name: one_by_one(f) for name, f in dispatch.triton("subquad.kernels.softmax.triton", "attention").items()},
     "xla": xla.attention,
-    "reference": reference.attention,
+    "reference": one_by_one(reference.attention),
 }
 
 
@@ -33,6 +35,7 @@ def attention(
     bias: Bias | None = None,
     is_causal: bool = False,
     window_size: int | tuple[int | None, int | None] | None = None,
+    pattern: Pattern | None = None,
     query_positions: Positions | np.ndarray | None = None,
     key_positions: Positions | np.ndarray | None = None,
     query_segment_ids: Positions | None = None,
@@ -45,7 +48,7 @@ def attention(
 
         y_t = sum_s softmax_s(scale q_t . k_s + bias_ts) v_s        lse_t = log sum_s exp(scale q_t . k_s + bias_ts)
 
-    Visible is what the mask allows, whose segment is the query's, and whose position p satisfies
+    Visible is what the mask and the pattern allow, whose segment is the query's, and whose position p satisfies
     q - left <= p <= q + right for the window (left, right), with right at most 0 if causal.
 
     Cost: memory O(T + S) (plus the mask and bias that are passed in). Time O(T S) for the pairs of tiles that hold
@@ -66,6 +69,7 @@ def attention(
         is_causal: a query sees positions up to its own.
         window_size: keys seen on each side, the query's own position not counted; one number or (left, right), with
             None for no limit on that side.
+        pattern: which positions see which, as `subquad.kernels.patterns` says it; for all heads, or for each of N.
         query_positions: int, [B, T] or [1, T]; None counts from 0.
         key_positions: int, [B, S] or [1, S]; None counts from 0.
         query_segment_ids, key_segment_ids: int, [B, T] or [1, T] and [B, S] or [1, S]; both or neither.
@@ -95,10 +99,15 @@ def attention(
     """
     dispatch.check_name(OWNER, implementation)
     check_heads(OWNER, query, key, value)
-    (batch, queries, heads, features), keys = query.shape, key.shape[1]
+    (batch, queries, heads, _), keys = query.shape, key.shape[1]
     check_square("mask", mask, (batch, heads, queries, keys))
     check_square("bias", bias, (batch, heads, queries, keys))
     band = band_of(window_size, is_causal)
+    if pattern is not None and pattern.heads not in (1, heads):
+        raise ValueError(
+            f"{OWNER}: pattern must tell 1 head or {heads} apart, got one that tells {pattern.heads}. "
+            "Give each query head its own."
+        )
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError(f"{OWNER}: query_segment_ids and key_segment_ids must be given together. Pass both.")
     rows = {
@@ -110,17 +119,23 @@ def attention(
     for name, length in (("query_positions", queries), ("key_positions", keys)):
         rows[name] = np.arange(length, dtype=np.int32)[None] if rows[name] is None else rows[name]
     band = needed(band, rows["query_positions"], rows["key_positions"])
-    if band is None:
-        rows["query_positions"] = rows["key_positions"] = None
-    scale = scale_of(OWNER, scale, features)
-    dtype = jnp.result_type(query, key, value)
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
-    key, value = checks.hide(mask, key, value)
-    visible = xla.Visible(**rows, mask=mask)
+    pattern = pattern if band is None else band & pattern
     by_cudnn = functools.partial(cudnn.attention, return_lse=return_lse, by_name=implementation == "cudnn")
-    implementations = {**IMPLEMENTATIONS, "cudnn": by_cudnn}
-    out, lse = dispatch.run(OWNER, implementations, implementation, query, key, value, bias, visible, band, scale)
-    return (out, lse) if return_lse else out
+    implementations = {"cudnn": one_by_one(by_cudnn), **IMPLEMENTATIONS}
+    sets = (KeySet(pattern, Visible(**rows, mask=mask)),)
+    key, value = checks.hide(mask, key, value)
+    out, *sums = run(OWNER, implementations, implementation, query, (key,), (value,), bias, sets, scale)
+    return (out, sum(sums)) if return_lse else out
+
+
+def run(owner: str, implementations, implementation, query, keys, values, bias, sets: tuple[KeySet, ...], scale):
+    """Out, maximum and log(normaliser) of checked arguments, for every operation that is softmax attention to sets of keys."""
+    scale = scale_of(owner, scale, query.shape[3])
+    dtype = jnp.result_type(query, *keys, *values)
+    query, keys, values = jax.tree.map(lambda x: x.astype(dtype), (query, keys, values))
+    nowhere = lambda visible: visible._replace(query_positions=None, key_positions=None)
+    sets = tuple(one if one.pattern is not None else one._replace(visible=nowhere(one.visible)) for one in sets)
+    return dispatch.run(owner, implementations, implementation, query, keys, values, bias, sets, scale)
 
 
 def merge(
@@ -140,17 +155,8 @@ def merge(
         >>> bool(jnp.allclose(merge(*zip(*parts))[0], attention(q, k, k), atol=1e-5))
         True
     """
-    lses = jnp.stack(list(lses))
-    maximum = lses.max(0, keepdims=True)
-    shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    weights = jnp.exp(lses - shift)
-    total = weights.sum(0, keepdims=True)
-    empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    mixed = sum(
-        weight[..., None] * output.astype(weight.dtype) for weight, output in zip(weights / total, outputs, strict=True)
-    )
-    return mixed.astype(outputs[0].dtype), jnp.where(empty, -jnp.inf, shift + jnp.log(total))[0]
+    out, *sums = online.merge(list(outputs), *zip(*map(online.apart, lses), strict=True))
+    return out, sum(sums)
 
 
 def check_heads(owner: str, query, key, value) -> None:
@@ -218,7 +224,7 @@ def band_of(window_size, is_causal: bool) -> tuple[int | None, int | None] | Non
     return None if left is None and right is None else (left, right)
 
 
-def needed(band, query_positions, key_positions):
+def needed(band, query_positions, key_positions) -> Band | None:
     """The limits of `band` that hide anything, by positions that are known: a position plus a large limit would overflow."""
     if band is None:
         return None
@@ -235,7 +241,7 @@ def needed(band, query_positions, key_positions):
             f"{OWNER}: window_size must be below 2^30 where positions are not known to lie within it, got {largest}. "
             "Pass None for no limit."
         )
-    return None if left is None and right is None else (left, right)
+    return None if left is None and right is None else Band(left, right)
 
 
 def scale_of(owner: str, scale, features: int) -> float:

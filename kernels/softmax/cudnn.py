@@ -4,27 +4,28 @@ import jax
 import numpy as np
 
 from subquad.kernels import launch
+from subquad.kernels.patterns import CAUSAL
 
 OLDEST, HOPPER = 80, 90  # compute capabilities
 
 
-def attention(query, key, value, bias, visible, band, scale: float, *, return_lse: bool, by_name: bool):
+def attention(query, key, value, bias, visible, pattern, scale: float, *, return_lse: bool, by_name: bool):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], None).
 
     `by_name`: whether the caller asked for cuDNN; else it is taken from Hopper on only.
     """
-    if reason := refusal(query, value, bias, visible, band, return_lse, by_name):
+    if reason := refusal(query, value, bias, visible, pattern, return_lse, by_name):
         raise launch.Declined(reason)
     run = jax.nn.dot_product_attention
     try:
-        return run(query, key, value, scale=scale, is_causal=band is not None, implementation="cudnn"), None
+        return run(query, key, value, scale=scale, is_causal=pattern is not None, implementation="cudnn"), None, None
     except (RuntimeError, NotImplementedError, ValueError) as error:
         # No cuDNN, one too old for this GPU, or operands that are sharded as it cannot serve them.
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise launch.Declined(f"JAX refuses it: {said}.") from error
 
 
-def refusal(query, value, bias, visible, band, return_lse: bool, by_name: bool) -> str | None:
+def refusal(query, value, bias, visible, pattern, return_lse: bool, by_name: bool) -> str | None:
     """Why cuDNN does not take a call; None if it does."""
     capability = launch.capability()
     if capability is None:
@@ -48,9 +49,9 @@ def refusal(query, value, bias, visible, band, return_lse: bool, by_name: bool) 
         return "a mask is an array, and cuDNN would need lengths to skip anything."
     if visible.query_segment_ids is not None:
         return "segments are arrays, and cuDNN would need their lengths to skip anything."
-    if band not in (None, (None, 0)):
+    if pattern not in (None, CAUSAL):
         return "cuDNN's window differs from this one; the tiled kernels take it."
-    if band is not None and not from_start(visible):
+    if pattern is not None and not from_start(visible):
         return "cuDNN counts positions from the start, and these queries and keys are elsewhere."
     if jax.default_backend() != "gpu":
         return "this machine has no cuDNN to ask."

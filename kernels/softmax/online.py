@@ -5,6 +5,7 @@ batch axes `...` come first. They may be of any finite size: float32 has no room
 1e10, so the backward pass is given the two apart.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,27 @@ def finish(state: State) -> tuple[Float[Array, "... T V"], Float[Array, "... T"]
     empty = state.normaliser == 0
     normaliser = jnp.where(empty, 1.0, state.normaliser)
     return state.accumulator / normaliser[..., None], jnp.where(empty, -jnp.inf, state.maximum), jnp.log(normaliser)
+
+
+def apart(lse: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """A log-sum-exp as maximum and log(normaliser): the latter is 0, and has the gradient of the log-sum-exp."""
+    maximum = jax.lax.stop_gradient(lse)
+    empty = jnp.isneginf(maximum)
+    return maximum, jnp.where(empty, 0.0, lse) - jnp.where(empty, 0.0, maximum)
+
+
+def merge(outs, maxima, log_normalisers):
+    """One result from those of disjoint sets of keys, each given first axis first: (out, maximum, log(normaliser)).
+
+        y = sum_i w_i y_i / sum_i w_i,    w_i = exp(maximum_i - max_j maximum_j) normaliser_i
+    """
+    maximum = jax.lax.stop_gradient(functools.reduce(jnp.maximum, maxima))
+    shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+    weights = [jnp.exp(jax.lax.stop_gradient(x) - shift + y) for x, y in zip(maxima, log_normalisers, strict=True)]
+    total = sum(weights)
+    total = jnp.where(total == 0, 1.0, total)
+    mixed = sum((weight / total)[..., None] * out.astype(weight.dtype) for weight, out in zip(weights, outs, strict=True))
+    return mixed.astype(outs[0].dtype), maximum, jnp.log(total)
 
 
 def weights_of(logits, maximum, log_normaliser):

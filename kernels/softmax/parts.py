@@ -1,9 +1,10 @@
 """Batch and heads part by part: what is kept in float32, and in tiles, is then that of one part.
 
-Parts are a pair of numbers: of the batch, and of the heads.
+Parts are three numbers: of the batch, of the columns and of the heads.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from subquad.kernels.memory import bits, bits_dtype, numbers
 
 # Bytes of an array of one part in float32: on a CPU little beside the arguments, and enough for what each step costs anyway.
-CPU_BYTES, ACCELERATOR_BYTES = 1 << 22, 1 << 28
+CPU_BYTES, ACCELERATOR_BYTES = 1 << 20, 1 << 28
 
 
 def room(length: int, features: int) -> int:
@@ -20,37 +21,47 @@ def room(length: int, features: int) -> int:
     return (CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES) // (4 * length * features)
 
 
-def parts_of(batch: int, kv_heads: int, groups: int, room: int) -> tuple[int, int]:
-    """The fewest parts of equal size that hold at most `room` samples times heads, or one head of keys of one sample."""
+def parts_of(batch: int, columns: int, kv_heads: int, groups: int, room: int) -> tuple[int, int, int]:
+    """The fewest parts of equal size that hold at most `room` sequences times heads, or one head of keys of one sequence."""
     room = max(1, room // groups)
     divisor = lambda size, most: next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= most)
-    return divisor(batch, max(1, room // kv_heads)), divisor(kv_heads, room)
+    samples = divisor(batch, max(1, room // (kv_heads * columns)))
+    return samples, divisor(columns, max(1, room // kv_heads)), divisor(kv_heads, room)
 
 
 def corner(parts, shape, part, heads: int | None):
-    """Where a part's samples, and its heads on axis `heads`, start in an array, and their shape; an axis of 1 is shared."""
+    """Where a part's samples and columns, and its heads on axis `heads`, start in an array, and their shape.
+
+    An axis of 1 is shared.
+    """
     starts, shape = [0] * len(shape), list(shape)
-    for axis, count, index in ((0, parts[0], part // parts[1]), (heads, parts[1], part % parts[1])):
+    indices = part // (parts[1] * parts[2]), part // parts[2] % parts[1], part % parts[2]
+    for axis, count, index in zip((0, 2, heads), parts, indices, strict=True):
         if axis is not None and shape[axis] > 1:
             shape[axis] //= count
             starts[axis] = index * shape[axis]
     return starts, shape
 
 
-def share(parts, array, part, heads: int | None = 2):
-    """What a part sees of an array."""
-    if array is None or parts == (1, 1):
+def share(parts, array, part, heads: int | None = 3):
+    """What a part has of an array [B, T, C, ...]."""
+    if array is None or parts == (1, 1, 1):
         return array
     return numbers(jax.lax.dynamic_slice(bits(array), *corner(parts, array.shape, part, heads)), array.dtype)
 
 
-def part_by_part(parts, work, shapes, heads):
+def part_by_part(parts, work, shapes, heads, before=None):
     """Arrays of these shapes with heads on these axes, from what `work(part)` returns of each part.
 
     In float32 parts may share an axis of 1: what they return is added.
+
+    Args:
+        before: what the results are added to; None, or None in it: nothing.
     """
-    if parts == (1, 1):
-        return work(0)
+    before = [None] * len(shapes) if before is None else before[: len(shapes)]
+    plus = lambda x, y: y if x is None else x + y
+    if parts == (1, 1, 1):
+        return [plus(x, y.astype(like.dtype)) for x, y, like in zip(before, work(0), shapes, strict=True)]
 
     def put(whole, one, like, axis, *, part):
         starts, shape = corner(parts, like.shape, part, axis)
@@ -62,6 +73,9 @@ def part_by_part(parts, work, shapes, heads):
     def step(whole, part):
         return tuple(map(functools.partial(put, part=part), whole, work(part), shapes, heads)), None
 
-    start = tuple(jnp.zeros(x.shape, bits_dtype(x.dtype)) for x in shapes)
-    whole = jax.lax.scan(step, start, np.arange(parts[0] * parts[1]))[0]
-    return tuple(numbers(x, like.dtype) for x, like in zip(whole, shapes, strict=True))
+    zeros = [jnp.zeros(x.shape, bits_dtype(x.dtype)) for x in shapes]
+    start = tuple(x if y is None or y.dtype != x.dtype else y for x, y in zip(zeros, before, strict=True))
+    whole = jax.lax.scan(step, start, np.arange(math.prod(parts)))[0]
+    whole = [numbers(x, like.dtype) for x, like in zip(whole, shapes, strict=True)]
+    added = [None if x is None or x.dtype == zero.dtype else x for x, zero in zip(before, zeros, strict=True)]
+    return [plus(x, y) for x, y in zip(added, whole, strict=True)]

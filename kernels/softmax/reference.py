@@ -2,23 +2,22 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from subquad.kernels import precision
 from subquad.kernels.softmax import online
 
 
 @precision.full
-def attention(query, key, value, bias, visible, band, scale: float):
-    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
+def attention(query, key, value, bias, visible, pattern, scale: float):
+    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], maximum, log(normaliser))."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
-    groups = query.shape[2] // key.shape[2]
+    heads, groups = query.shape[2], query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x.astype(precise), groups, axis=2) for x in (key, value))
     seen = jnp.ones((1, 1, 1, 1), bool) if visible.mask is None else visible.mask
-    if band is not None:
-        distance = visible.key_positions[:, None, None, :] - visible.query_positions[:, None, :, None]
-        left, right = band
-        seen &= True if left is None else distance >= -left
-        seen &= True if right is None else distance <= right
+    if pattern is not None:
+        positions = visible.query_positions[:, None, :, None], visible.key_positions[:, None, None, :]
+        seen &= pattern.allowed(*positions, np.arange(heads)[:, None, None])
     if visible.query_segment_ids is not None:
         seen &= visible.query_segment_ids[:, None, :, None] == visible.key_segment_ids[:, None, None, :]
     query = jnp.where(seen.any(-1).swapaxes(1, 2)[..., None], query, 0)  # 0 times NaN would be NaN in gradients
@@ -33,5 +32,5 @@ def attention(query, key, value, bias, visible, band, scale: float):
     weights = jnp.where(empty, 0.0, jnp.exp(logits - jnp.where(empty, 0.0, maximum)))
     normaliser = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(empty, 1.0, normaliser), value)
-    lse = jnp.where(empty, -jnp.inf, maximum + jnp.log(jnp.where(empty, 1.0, normaliser)))
-    return out.astype(query.dtype), jnp.swapaxes(lse[..., 0], 1, 2)
+    rows = lambda x: jnp.swapaxes(x[..., 0], 1, 2)
+    return out.astype(query.dtype), rows(maximum), rows(jnp.log(jnp.where(empty, 1.0, normaliser)))

@@ -1,14 +1,14 @@
 """Tiled softmax attention: memory O(T), a fixed number of steps, a backward pass that recomputes the weights.
 
 Samples and heads are taken part by part, so that what is kept in tiles and in float32 is that of one part. In a part one
-loop runs over the pairs (query tile, key tile) that hold at least one visible pair of positions. The list is built in
-NumPy where the positions are known while tracing, so that a causal or windowed call visits only its own tiles and its
-number of steps is a constant of the program.
+loop runs over steps: a tile of queries, and the few tiles of keys that it meets side by side. The steps are those in which
+the pattern allows something. They are listed in NumPy where the positions are known while tracing, so that a causal, a
+windowed or a block-sparse call visits only its own tiles and its number of steps is a constant of the program.
+
+Arrays are viewed as [B, T, C, N, ...]: C columns are independent sequences whose rows lie C positions apart, 1 for most calls.
 """
 
-import dataclasses
 import functools
-import os
 from typing import NamedTuple
 
 import jax
@@ -18,125 +18,268 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.memory import laid
+from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online, parts
-
-# Bytes of one tile of logits over all heads of a part. On a CPU, for each core: what a core works on should stay in its
-# cache. On an accelerator every step is a kernel launch, so steps should be few.
-CORE_TILE_BYTES, ACCELERATOR_TILE_BYTES = 1 << 18, 1 << 26
+from subquad.kernels.softmax.plan import Plan, plan_of
+from subquad.kernels.softmax.sets import KeySet, Visible, known_of
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a call."""
-
-    parts: tuple[int, int]  # of the batch and of the heads of keys
-    tiles: tuple[int, int]  # positions per query tile and per key tile
-    counts: tuple[int, int]  # query tiles and key tiles
-    steps: bytes  # int32 [2, P]: the query tile and the key tile of each step
-    band: tuple[int | None, int | None] | None  # visible: query - left <= key <= query + right; None: no test needed
-    scale: float
+def attention(query, keys, values, bias, sets: tuple[KeySet, ...], scale: float):
+    """Arguments as checked by `subquad.kernels.softmax` -> (out [B, T, N, V], maximum, log(normaliser) [B, T, N])."""
+    static, visibles = zip(*map(known_of, sets), strict=True)
+    # Queries are independent where no known positions tell them apart, and heads where no pattern does.
+    patterns = [one.pattern for one in sets if one.pattern is not None]
+    independent = "b" if any(pattern.heads > 1 for pattern in patterns) else "b n" if patterns else "b n t"
+    return flash(independent, len(keys), len(sets))((static, scale), query, keys, values, bias, visibles)
 
 
-class Visible(NamedTuple):
-    """What decides which key a query sees; None where nothing is said. [B|1, T] or [B|1, S], and the mask 4-D."""
+def forward(static, query, keys, values, bias, visibles):
+    """Attention to some sets; the maximum has no gradient, and the log(normaliser) that of the log-sum-exp."""
+    sets, scale = static
+    results = []
+    for known, visible in zip(sets, visibles, strict=True):
+        one = known.set_of(visible)
+        key, value = keys[one.source], values[one.source]
+        results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, one.visible))
+    results = tuple(results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True)))
+    return results, (query, keys, values, bias, visibles, *results)
 
-    query_positions: jax.Array | None
-    key_positions: jax.Array | None
-    query_segment_ids: jax.Array | None
-    key_segment_ids: jax.Array | None
-    mask: jax.Array | None
+
+def backward(static, residuals, gradients):
+    sets, scale = static
+    query, keys, values, bias, visibles, out, *sums = residuals
+    grad_out, _, grad_lse = gradients
+    is_masked = any(visible.mask is not None or visible.query_segment_ids is not None for visible in visibles)
+    *rows, query = online.residue(out, sums, grad_out, grad_lse, is_masked, query)
+    grad_query, grad_keys, grad_values, grad_bias = None, [None] * len(keys), [None] * len(values), None
+    for known, visible in zip(sets, visibles, strict=True):
+        one = known.set_of(visible)
+        n, key, value = one.source, keys[one.source], values[one.source]
+        before = grad_query, grad_keys[n], grad_values[n], grad_bias
+        grad_query, grad_keys[n], grad_values[n], grad_bias = add_gradients(
+            plan_of(query, key, value, one), scale, before, query, key, value, bias, one.visible, rows, grad_out
+        )
+    grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
+    return grad_query, tuple(grad_keys), tuple(grad_values), grad_bias, jax.tree.map(lambda _: None, visibles)
+
+
+@functools.cache
+def flash(independent: str, sources: int, sets: int):
+    """The operation for some numbers of key arrays and of sets; `independent`: the axes that a mesh may cut."""
+    visible = Visible("b t", "b s", "b t", "b s", "b n t s")
+    arrays = "b t n h", ("b s n h",) * sources, ("b s n v",) * sources, "b n t s", (visible,) * sets
+    together = [[*range(1 + 2 * sources)]]  # query, keys and values: of one batch
+    shared = [*together, *([place] for place in range(1 + 2 * sources, 2 + 2 * sources + 5 * sets))]
+    return operation(
+        precision.full(forward), precision.full(backward), arrays=arrays, outputs=("b t n v", "b t n", "b t n"),
+        independent=independent, shared=shared,
+    )  # fmt: skip
+
+
+def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible):
+    """Attention to one set of keys: out, maximum and log(normaliser)."""
+    precise = jnp.promote_types(query.dtype, jnp.float32)
+
+    def attend_part(part):
+        tiles = cut(plan, part, query, key, bias, visible)
+        value_tiles = cut_keys(plan, part, value, "s h")
+
+        def step(states, i, js):
+            def weigh(weights):
+                values = beside(value_tiles, js, -2)
+                return jnp.einsum("bkgts,bksv->bkgtv", weights.astype(value.dtype), values, preferred_element_type=precise)
+
+            logits = logits_of(plan, scale, tiles, i, js)
+            state = online.update(jax.tree.map(lambda x: x[i], states), logits, weigh)
+            return jax.tree.map(lambda x, tile: put(x, tile, i), states, state)
+
+        states = sweep(plan, part, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
+        out, *sums = online.finish(states)
+        return tuple(join_queries(plan, x) for x in (out.astype(query.dtype), *sums))
+
+    rows = query.shape[:3]
+    sums = jax.ShapeDtypeStruct(rows, precise)
+    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), sums, sums
+    results = parts.part_by_part(plan.parts, attend_part, [columns_of(plan, x) for x in shapes], (3, 3, 3))
+    return [in_order(x, like) for x, like in zip(results, shapes, strict=True)]
+
+
+def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, visible: Visible, rows, grad_out):
+    """Gradients of query, key, value and bias by one set of keys, added to those `before`; None for none.
+
+    Args:
+        rows: maximum, log(normaliser) and delta of each query over all sets, as `online.residue` has them.
+    """
+    groups, precise = query.shape[2] // key.shape[2], rows[0].dtype
+    dot = functools.partial(jnp.einsum, preferred_element_type=precise)
+
+    def gradients_of(part):
+        tiles = cut(plan, part, query, key, bias, visible)
+        value_tiles = cut_keys(plan, part, value, "h s")
+        *sum_tiles, delta_tiles, grad_out_tiles = (cut_queries(plan, part, x, groups) for x in (*rows, grad_out))
+
+        def step(grads, i, js):
+            grad_query, grad_key, grad_value, grad_bias = grads
+            weights = online.weights_of(logits_of(plan, scale, tiles, i, js), *(x[i][..., None] for x in sum_tiles))
+            grad_weights = dot("bkgtv,bkvs->bkgts", grad_out_tiles[i], beside(value_tiles, js, -1))
+            grad_logits = weights * (grad_weights - delta_tiles[i][..., None])
+            scaled, weights = (grad_logits * scale).astype(query.dtype), weights.astype(value.dtype)
+            grad_query = add_at(grad_query, dot("bkgts,bkhs->bkgth", scaled, beside(tiles.key, js, -1)), i)
+            grad_key = add_beside(grad_key, dot("bkgth,bkgts->bkhs", tiles.query[i], scaled), js)
+            grad_value = add_beside(grad_value, dot("bkgtv,bkgts->bkvs", grad_out_tiles[i], weights), js)
+            grad_bias = None if bias is None else add_to_bias(plan, grad_bias, grad_logits, i, js)
+            return grad_query, grad_key, grad_value, grad_bias
+
+        # Gradients of keys and values with the features before the positions: a product that transposes a tile of weights
+        # takes twice the time of one that transposes a tile of queries.
+        like = tiles.query, tiles.key, value_tiles, tiles.bias
+        grads = sweep(plan, part, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), like))
+        grad_query, grad_key, grad_value = join_queries(plan, grads[0]), join_keys(plan, grads[1]), join_keys(plan, grads[2])
+        if bias is None:
+            return grad_query, grad_key, grad_value
+        grad_bias = rearrange(grads[3], "b k g t s -> b (k g) t s")[:, :, : bias.shape[2], : bias.shape[3]]
+        return grad_query, grad_key, grad_value, grad_bias
+
+    arrays, before = (query, key, value, bias), [None if x is None else in_columns(plan, x) for x in before[:3]] + [before[3]]
+    shapes = [columns_of(plan, x) for x in arrays[:3]]
+    if bias is not None:  # the gradient of a bias that parts share is a sum, in float32
+        shapes.append(jax.ShapeDtypeStruct(bias.shape, precise))
+    grads = parts.part_by_part(plan.parts, gradients_of, shapes, (3, 3, 3, 1)[: len(shapes)], before)
+    return *(in_order(x, like) for x, like in zip(grads[:3], arrays[:3], strict=True)), *(grads[3:] or [None])
+
+
+def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js):
+    """The logits of one step, [b, K, G, t, s] in float32, -inf where not visible."""
+    precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
+    products = jnp.einsum("bkgth,bkhs->bkgts", tiles.query[i], beside(tiles.key, js, -1), preferred_element_type=precise)
+    logits = online.rounded(scale * products)
+    if tiles.bias is not None:
+        logits += square(plan, tiles.bias, i, js)
+    visible, tests = tiles.visible, []
+    rows = lambda array: array[i][:, None, None, :, None]
+    columns = lambda array: beside(array, js, -1)[:, None, None, None, :]
+    if plan.pattern is not None:
+        tests.append(plan.pattern.allowed(rows(visible.query_positions), columns(visible.key_positions), tiles.head))
+    if visible.query_segment_ids is not None:
+        tests.append(rows(visible.query_segment_ids) == columns(visible.key_segment_ids))
+    if tiles.real is not None:
+        tests.append(columns(tiles.real))
+    if (plan.listed < 0).any():
+        tests.append(jnp.repeat(js >= 0, plan.tiles[1]))
+    if visible.mask is not None:
+        tests.append(square(plan, visible.mask, i, js))
+    return jnp.where(functools.reduce(jnp.logical_and, tests), logits, -jnp.inf) if tests else logits
+
+
+def sweep(plan: Plan, part, step, carry):
+    """`carry` after `step(carry, i, js)` for every step of a part."""
+    steps = plan.listed
+    if steps.shape[:2] == (1, 1):  # no loop around a single step
+        return step(carry, steps[0, 0, 0], steps[0, 0, 1:])
+    steps = steps[0] if len(steps) == 1 else jnp.asarray(steps)[part % plan.parts[2]]
+    return jax.lax.scan(lambda carry, words: (step(carry, words[0], words[1:]), None), carry, steps)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- tiles
 
 
 class Tiles(NamedTuple):
-    """What makes the logits of one part, cut into tiles: i and j count query tiles and key tiles of t and s positions.
+    """What makes the logits of one part, cut into tiles: i and j count query tiles and key tiles of t and s rows.
 
-    An axis b of 1 stands for all samples.
+    The axis b counts samples and their columns; 1 stands for all.
     """
 
     query: jax.Array  # [i, b, K, G, t, H]
     key: jax.Array  # [j, b, K, H, s], see `cut_keys`
     bias: jax.Array | None  # [b|1, K|1, G|1, T|1, S|1]
     visible: Visible  # [i, b|1, t] and [j, b|1, s]; the mask as the bias
-    real: jax.Array | None  # [j, 1, s]: False past the end of the keys
+    real: jax.Array | None  # [j, b|1, s]: False past the end of the keys, and where the mask of a column hides a key
+    head: jax.Array | int  # [K, G, 1, 1]: the number of each query head, where the pattern asks for it
 
 
-def parts_of(batch: int, kv_heads: int, groups: int, queries: int, keys: int, features: int, most: int) -> tuple[int, int]:
-    """How many parts batch and heads of keys are cut into, so that tiles and arrays of a part are of a good size.
+def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
+    """The arguments of a part in tiles: transposed once, contiguous, batch axes first."""
+    kv_heads, groups = key.shape[2], query.shape[2] // key.shape[2]
+    (query_tile, key_tile), (query_count, key_count) = plan.tiles, plan.counts
 
-    Args:
-        features: of a query or of a value, whichever are more.
-        most: positions that a tile may hold.
+    def rows(array, tile, count):
+        if array is None:
+            return None
+        array = pad(parts.share(plan.parts, array[:, :, None], part, None)[:, :, 0], 1, tile * count)
+        return rearrange(array, "b (i t) -> i b t", i=count)
+
+    def square(array):
+        if array is None:
+            return None
+        array = parts.share(plan.parts, array[:, :, None], part, 1)[:, :, 0]
+        for axis, tile, count in ((2, query_tile, query_count), (3, key_tile, key_count)):
+            array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
+        return rearrange(array, "b (k g) t s -> b k g t s", g=1 if array.shape[1] == 1 else groups)
+
+    real, mask = None, visible.mask
+    if plan.columns > 1 and mask is not None:
+        valid = in_columns(plan, jnp.broadcast_to(mask[:, 0, 0], key.shape[:2]))
+        valid = pad(parts.share(plan.parts, valid, part, None), 1, key_tile * key_count)
+        real, mask = rearrange(valid, "b (j s) c -> j (b c) s", s=key_tile), None
+    elif key_tile * key_count > plan.rows[1]:
+        real = jnp.asarray(np.arange(key_tile * key_count).reshape(key_count, 1, key_tile) < plan.rows[1])
+    positions = [None if plan.pattern is None else jnp.asarray(x) for x in visible[:2]]
+    in_tiles = Visible(
+        rows(positions[0], query_tile, query_count),
+        rows(positions[1], key_tile, key_count),
+        rows(visible.query_segment_ids, query_tile, query_count),
+        rows(visible.key_segment_ids, key_tile, key_count),
+        square(mask),
+    )
+    head = 0
+    if plan.pattern is not None and plan.pattern.heads > 1:
+        own = kv_heads // plan.parts[2]
+        head = (part % plan.parts[2] * own * groups + jnp.arange(own * groups)).reshape(own, groups, 1, 1)
+    return Tiles(cut_queries(plan, part, query, groups), cut_keys(plan, part, key, "h s"), square(bias), in_tiles, real, head)
+
+
+def cut_queries(plan: Plan, part, array, groups: int):
+    """What a part has of [B, T, N, ...] -> [i, b, K, G, t, ...]."""
+    tile, count = plan.tiles[0], plan.counts[0]
+    array = pad(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
+    return laid(rearrange(array, "b (i t) c (k g) ... -> i (b c) k g t ...", i=count, g=groups))
+
+
+def cut_keys(plan: Plan, part, array, order: str):
+    """What a part has of [B, S, K, H] -> [j, b, K, s, H] for the order "s h", [j, b, K, H, s] for "h s".
+
+    A product on a CPU wants the positions last in one of its operands: transposed here, once, they cost a sixth of what they
+    cost transposed in each step.
     """
-    tiles = tile_bytes() // (4 * min(queries, most) * min(keys, most))  # samples times heads
-    return parts.parts_of(batch, kv_heads, groups, min(tiles, parts.room(max(queries, keys), features)))
+    tile, count = plan.tiles[1], plan.counts[1]
+    array = pad(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
+    return laid(rearrange(array, "b (j s) c k h -> j (b c) k " + order, j=count))
 
 
-def tile_bytes() -> int:
-    if jax.default_backend() != "cpu":
-        return ACCELERATOR_TILE_BYTES
-    return CORE_TILE_BYTES * min(cores(), 16)
+def join_queries(plan: Plan, array):
+    """[i, b, K, G, t, ...] -> what a part has of [B, T, C, N, ...]."""
+    array = rearrange(array, "i (b c) k g t ... -> b (i t) c (k g) ...", c=plan.columns // plan.parts[1])
+    return array[:, : plan.rows[0]]
 
 
-def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def join_keys(plan: Plan, array):
+    """[j, b, K, H, s] -> what a part has of [B, S, C, K, H]."""
+    array = rearrange(array, "j (b c) k h s -> b (j s) c k h", c=plan.columns // plan.parts[1])
+    return array[:, : plan.rows[1]]
 
 
-def most_of(reach: int | None) -> int:
-    """Positions that a tile may hold; `reach`: keys that one query can see at most, where that is known."""
-    most = 256 if jax.default_backend() == "cpu" else 1024
-    return most if reach is None else max(64, min(most, power(reach) // 2))
+def in_columns(plan: Plan, array):
+    """[B, T, ...] -> [B, T / C, C, ...]."""
+    return array.reshape(len(array), -1, plan.columns, *array.shape[2:])
 
 
-def tile_sizes(rows: int, queries: int, keys: int, reach: int | None) -> tuple[int, int]:
-    """Positions per query tile and per key tile.
-
-    Args:
-        rows: samples in a part of the batch, times heads in a part of them.
-        reach: as in `most_of`.
-    """
-    area, most = tile_bytes() // (4 * rows), most_of(reach)
-    query_tile = balance(queries, max(32, min(most, power(int(area**0.5)))))
-    # The fewer queries there are, the more keys fit into a tile: a decoding step takes its whole cache at once.
-    limit = most if reach is not None else 2 * most if queries > query_tile else keys
-    return query_tile, balance(keys, max(32, min(limit, area // query_tile)))
+def columns_of(plan: Plan, like):
+    return jax.eval_shape(functools.partial(in_columns, plan), like)
 
 
-def power(size: int) -> int:
-    """The largest power of two that is not above `size`."""
-    return 1 << max(size, 1).bit_length() - 1
-
-
-def balance(length: int, tile: int) -> int:
-    """The size that cuts `length` into as many parts as `tile` would, with the least padding or overlap."""
-    return -(-length // -(-length // max(1, tile)))
-
-
-def visible_steps(tiles, counts, band, query_positions, key_positions) -> np.ndarray:
-    """int32 [2, P]: the steps (query tile, key tile) in which something may be visible, in this order.
-
-    All of them unless both positions are NumPy arrays.
-    """
-    seen = np.ones(counts, bool)
-    if isinstance(query_positions, np.ndarray) and isinstance(key_positions, np.ndarray):
-        (first_query, last_query), (first_key, last_key) = (
-            extremes(positions, tile, count)
-            for positions, tile, count in zip((query_positions, key_positions), tiles, counts, strict=True)
-        )
-        left, right = band
-        if left is not None:
-            seen &= last_key >= first_query[:, None] - left
-        if right is not None:
-            seen &= first_key <= last_query[:, None] + right
-    return np.stack(np.nonzero(seen)).astype(np.int32)
-
-
-def extremes(positions: np.ndarray, tile: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest position in each tile, over the batch."""
-    short = tile * count - positions.shape[1]
-    # In int64: a limit is added to them.
-    parts = np.pad(positions.astype(np.int64), ((0, 0), (0, short)), mode="edge").reshape(-1, count, tile)
-    return parts.min((0, 2)), parts.max((0, 2))
+def in_order(array, like):
+    """The inverse of `in_columns`, in the dtype of an array."""
+    return array.reshape(len(array), -1, *array.shape[3:]).astype(like.dtype)
 
 
 def pad(array, axis: int, length: int):
@@ -146,201 +289,46 @@ def pad(array, axis: int, length: int):
     return array if width[axis][1] == 0 else jnp.pad(array, width)
 
 
-def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
-    """The arguments of a part in tiles: transposed once, contiguous, batch axes first."""
-    keys, groups = key.shape[1], query.shape[2] // key.shape[2]
-    (query_tile, key_tile), (query_count, key_count) = plan.tiles, plan.counts
-
-    def rows(array, tile, count):
-        if array is None:
-            return None
-        return rearrange(pad(parts.share(plan.parts, array, part, None), 1, tile * count), "b (i t) -> i b t", i=count)
-
-    def square(array):
-        if array is None:
-            return None
-        array = parts.share(plan.parts, array, part, 1)
-        for axis, tile, count in ((2, query_tile, query_count), (3, key_tile, key_count)):
-            array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
-        return rearrange(array, "b (k g) t s -> b k g t s", g=1 if array.shape[1] == 1 else groups)
-
-    seen = Visible(
-        rows(visible.query_positions, query_tile, query_count),
-        rows(visible.key_positions, key_tile, key_count),
-        rows(visible.query_segment_ids, query_tile, query_count),
-        rows(visible.key_segment_ids, key_tile, key_count),
-        square(visible.mask),
-    )
-    whole = keys == key_tile * key_count
-    real = None if whole else jnp.asarray(np.arange(key_tile * key_count).reshape(key_count, 1, key_tile) < keys)
-    return Tiles(cut_queries(plan, part, query, groups), cut_keys(plan, part, key, "h s"), square(bias), seen, real)
-
-
-def cut_queries(plan: Plan, part, array, groups: int):
-    """What a part has of [B, T, N, ...] -> [i, b, K, G, t, ...]."""
-    tile, count = plan.tiles[0], plan.counts[0]
-    array = pad(parts.share(plan.parts, array, part), 1, tile * count)
-    return laid(rearrange(array, "b (i t) (k g) ... -> i b k g t ...", i=count, g=groups))
-
-
-def cut_keys(plan: Plan, part, array, order: str):
-    """What a part has of [B, S, K, H] -> [j, b, K, s, H] for the order "s h", [j, b, K, H, s] for "h s".
-
-    A product on a CPU wants the positions last in one of its operands: what is turned here, once, costs a sixth of what it
-    costs turned in each step.
-    """
-    tile, count = plan.tiles[1], plan.counts[1]
-    array = pad(parts.share(plan.parts, array, part), 1, tile * count)
-    return laid(rearrange(array, "b (j s) k h -> j b k " + order, j=count))
-
-
-def join_queries(array, length: int):
-    """[i, b, K, G, t, ...] -> [b, T, N, ...]."""
-    return rearrange(array, "i b k g t ... -> b (i t) (k g) ...")[:, :length]
+def beside(tiles, js, axis: int):
+    """Tiles js of [j, ...] side by side along an axis; a tile for -1 is some tile."""
+    return tiles[js[0]] if len(js) == 1 else jnp.concatenate([tiles[jnp.maximum(j, 0)] for j in js], axis)
 
 
 def put(tiles, tile, index):
     return jax.lax.dynamic_update_index_in_dim(tiles, tile, index, 0)
 
 
-def logits_of(plan: Plan, tiles: Tiles, i, j):
-    """The logits of one step, [b, K, G, t, s] in float32, -inf where not visible."""
-    precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
-    products = jnp.einsum("bkgth,bkhs->bkgts", tiles.query[i], tiles.key[j], preferred_element_type=precise)
-    logits = online.rounded(plan.scale * products)
-    if tiles.bias is not None:
-        logits += jax.lax.dynamic_slice(tiles.bias, *tile_corner(plan, tiles.bias, i, j))
-    visible, tests = tiles.visible, []
-    if plan.band is not None:
-        distance = visible.key_positions[j][:, None, :] - visible.query_positions[i][:, :, None]
-        left, right = plan.band
-        tests += [] if left is None else [distance >= -left]
-        tests += [] if right is None else [distance <= right]
-    if visible.query_segment_ids is not None:
-        tests.append(visible.key_segment_ids[j][:, None, :] == visible.query_segment_ids[i][:, :, None])
-    if tiles.real is not None:
-        tests.append(tiles.real[j][:, None, :])
-    tests = [test[:, None, None] for test in tests]
-    if visible.mask is not None:
-        tests.append(jax.lax.dynamic_slice(visible.mask, *tile_corner(plan, visible.mask, i, j)))
-    return jnp.where(functools.reduce(jnp.logical_and, tests), logits, -jnp.inf) if tests else logits
+def add_at(tiles, change, index):
+    return put(tiles, tiles[index] + change, index)
 
 
-def tile_corner(plan: Plan, array, i, j):
+def add_beside(tiles, changes, js):
+    """[j, ..., s] with changes [..., w s] added to tiles js."""
+    if len(js) == 1:
+        return add_at(tiles, changes, js[0])
+    changes = jnp.stack(jnp.split(changes, len(js), -1))
+    return tiles.at[jnp.where(js < 0, len(tiles), js)].add(changes, mode="drop", unique_indices=True)
+
+
+def square(plan: Plan, array, i, js):
+    """The tiles (i, js) of a mask or bias [b|1, K|1, G|1, T|1, S|1], side by side."""
+    js = js if array.shape[4] > 1 else js[:1]
+    return jnp.concatenate([jax.lax.dynamic_slice(array, *corner(plan, array, i, j)) for j in js], -1)
+
+
+def add_to_bias(plan: Plan, array, changes, i, js):
+    """`array` with the changes of tiles (i, js) added, summed over the axes that `array` broadcasts."""
+    for j, change in zip(js, jnp.split(changes, len(js), -1), strict=True):
+        starts, shape = corner(plan, array, i, j)
+        change = change.sum([axis for axis, size in enumerate(shape) if size != change.shape[axis]], keepdims=True)
+        array = jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice(array, starts, shape) + change, starts)
+    return array
+
+
+def corner(plan: Plan, array, i, j):
     """Where the tile of a mask or bias [b|1, K|1, G|1, T|1, S|1] starts, and its shape."""
     starts, shape = [0, 0, 0], [*array.shape[:3]]
-    for size, index, tile in zip(array.shape[3:], (i, j), plan.tiles, strict=True):
+    for size, index, tile in zip(array.shape[3:], (i, jnp.maximum(j, 0)), plan.tiles, strict=True):
         starts.append(0 if size == 1 else index * tile)
         shape.append(1 if size == 1 else tile)
     return list(map(jnp.int32, starts)), shape
-
-
-def add_tile(plan: Plan, array, tile, i, j):
-    """`array` with `tile`, summed over the axes that `array` broadcasts, added where the tile lies."""
-    starts, shape = tile_corner(plan, array, i, j)
-    tile = tile.sum([axis for axis, size in enumerate(shape) if size != tile.shape[axis]], keepdims=True)
-    return jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice(array, starts, shape) + tile, starts)
-
-
-def sweep(plan: Plan, step, carry):
-    """`carry` after `step(carry, i, j)` for every step of the plan."""
-    steps = np.frombuffer(plan.steps, np.int32).reshape(2, -1)
-    if steps.shape[1] == 1:  # no loop around a single step
-        return step(carry, 0, 0)
-    return jax.lax.scan(lambda carry, at: (step(carry, *at), None), carry, tuple(steps))[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@precision.full
-def flash(plan: Plan, query, key, value, bias, visible: Visible):
-    """Attention over the tiles of `plan` -> (out [B, T, N, V], lse [B, T, N])."""
-    return flash_forward(plan, query, key, value, bias, visible)[0]
-
-
-@precision.full
-def flash_forward(plan, query, key, value, bias, visible):
-    precise = jnp.promote_types(query.dtype, jnp.float32)
-
-    def attend(part):
-        tiles, values = cut(plan, part, query, key, bias, visible), cut_keys(plan, part, value, "s h")
-
-        def step(states, i, j):
-            def weigh(weights):
-                weights = weights.astype(value.dtype)
-                return jnp.einsum("bkgts,bksv->bkgtv", weights, values[j], preferred_element_type=precise)
-
-            state = online.update(jax.tree.map(lambda x: x[i], states), logits_of(plan, tiles, i, j), weigh)
-            return jax.tree.map(lambda x, tile: put(x, tile, i), states, state)
-
-        states = sweep(plan, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
-        out, *sums = online.finish(states)
-        return tuple(join_queries(x, query.shape[1]) for x in (out.astype(query.dtype), *sums))
-
-    rows = query.shape[:3]
-    sums = jax.ShapeDtypeStruct(rows, precise)
-    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), sums, sums
-    out, maximum, log_normaliser = parts.part_by_part(plan.parts, attend, shapes, (2, 2, 2))
-    return (out, maximum + log_normaliser), (query, key, value, bias, visible, out, maximum, log_normaliser)
-
-
-@precision.full
-def flash_backward(plan, residuals, gradients):
-    *arguments, out, maximum, log_normaliser = residuals
-    query, key, value, bias, visible = arguments
-    groups, precise = query.shape[2] // key.shape[2], maximum.dtype
-    is_masked = visible.mask is not None or visible.query_segment_ids is not None
-    *rows, query = online.residue(out, (maximum, log_normaliser), *gradients, is_masked, query)
-    dot = functools.partial(jnp.einsum, preferred_element_type=precise)
-
-    def of_part(part):
-        tiles, values = cut(plan, part, query, key, bias, visible), cut_keys(plan, part, value, "h s")
-        *own_sums, own_shift, grad_out = (cut_queries(plan, part, x, groups) for x in (*rows, gradients[0]))
-
-        def step(grads, i, j):
-            weights = online.weights_of(logits_of(plan, tiles, i, j), *(x[i][..., None] for x in own_sums))
-            grad_weights = dot("bkgtv,bkvs->bkgts", grad_out[i], values[j])
-            grad_logits = weights * (grad_weights - own_shift[i][..., None])
-            scaled, weights = (grad_logits * plan.scale).astype(query.dtype), weights.astype(value.dtype)
-            changes = (
-                (dot("bkgts,bkhs->bkgth", scaled, tiles.key[j]), i),
-                (dot("bkgth,bkgts->bkhs", tiles.query[i], scaled), j),
-                (dot("bkgtv,bkgts->bkvs", grad_out[i], weights), j),
-            )
-            *arrays, grad_bias = grads
-            arrays = [put(x, x[at] + by, at) for x, (by, at) in zip(arrays, changes, strict=True)]
-            return *arrays, None if bias is None else add_tile(plan, grad_bias, grad_logits, i, j)
-
-        # Gradients of keys and values with the features before the positions: a product that turns a tile of weights
-        # takes twice the time of one that turns a tile of queries.
-        like = tiles.query, tiles.key, values, tiles.bias
-        grads = sweep(plan, step, jax.tree.map(lambda x: jnp.zeros(x.shape, precise), like))
-        by_key = lambda x: rearrange(x, "j b k h s -> b (j s) k h")[:, : key.shape[1]]
-        grad_query, grad_key, grad_value = join_queries(grads[0], query.shape[1]), by_key(grads[1]), by_key(grads[2])
-        if bias is None:
-            return grad_query, grad_key, grad_value
-        grad_bias = rearrange(grads[3], "b k g t s -> b (k g) t s")[:, :, : bias.shape[2], : bias.shape[3]]
-        return grad_query, grad_key, grad_value, grad_bias
-
-    # Of a bias that parts share, the sum is in float32.
-    shapes = query, key, value, *([] if bias is None else [jax.ShapeDtypeStruct(bias.shape, precise)])
-    grads = parts.part_by_part(plan.parts, of_part, shapes, (2, 2, 2, 1)[: len(shapes)])
-    grads = [x.astype(like.dtype) for x, like in zip(grads, arguments, strict=False)]
-    return *grads, *([None] if bias is None else []), None
-
-
-precision.define_passes(flash, flash_forward, flash_backward)
-
-# Compiled once per plan and shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-compiled = jax.jit(flash, static_argnums=0)
-
-
-def attention(query, key, value, bias, visible: Visible, band, scale: float):
-    """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], lse [B, T, N])."""
-    (batch, queries, heads), (_, keys, kv_heads) = query.shape[:3], key.shape[:3]
-    reach = None if band is None or None in band else sum(band) + 1
-    cuts = parts_of(batch, kv_heads, heads // kv_heads, queries, keys, max(query.shape[3], value.shape[3]), most_of(reach))
-    tiles = tile_sizes(batch * heads // (cuts[0] * cuts[1]), queries, keys, reach)
-    counts = (-(-queries // tiles[0]), -(-keys // tiles[1]))
-    steps = visible_steps(tiles, counts, band, visible.query_positions, visible.key_positions)
-    plan = Plan(cuts, tiles, counts, steps.tobytes(), band, scale)
-    return compiled(plan, query, key, value, bias, visible)

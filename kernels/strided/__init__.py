@@ -1,24 +1,25 @@
-"""The two patterns of the Sparse Transformer: nearby keys, and keys in regular steps or columns far away."""
+"""The two patterns of the Sparse Transformer: nearby keys, and keys in regular steps or columns far away.
+
+Each is softmax attention to two sets of keys that share none. The far keys of a stride are the rows of the query's column;
+summary columns are gathered, block by block.
+"""
 
 import numbers
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from subquad.kernels import checks, dispatch
+from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import KeyMask, LogSumExp, Output, Query, Value
-from subquad.kernels.softmax import check_heads, scale_of
-from subquad.kernels.strided import reference, xla
-from subquad.kernels.strided.pattern import Pattern
+from subquad.kernels.patterns import CAUSAL, Band, Columns, Pattern, SameBlock, Strided
+from subquad.kernels.softmax import check_heads
+from subquad.kernels.softmax.sets import KeySet, Visible
 
 __all__ = ["attention", "fixed"]
 
-IMPLEMENTATIONS = {
-    **dispatch.triton("subquad.kernels.strided.triton", "attention"),
-    "xla": xla.attention,
-    "reference": reference.attention,
-}
+BEFORE, AFTER = Band(None, -1), Band(-1, None)
 
 
 def attention(
@@ -70,11 +71,26 @@ def attention(
     if window_size is not None and (not isinstance(window_size, numbers.Integral) or window_size < 0):
         raise ValueError(f"{owner}: window_size must be None or a number >= 0, got {window_size!r}. Count keys on each side.")
     check_stride(owner, "stride", stride)
-    length, near = query.shape[1], window_size is not None
+    check(owner, query, key, value, mask)
+    key, value = checks.hide(mask, key, value)
+    length = query.shape[1]
     # A stride over everything reaches nothing but the query itself, whatever its length; a window over everything no more.
-    window = min(int(window_size), length) if near else 0
-    pattern = Pattern(min(int(stride), length), near, bool(is_causal), window)
-    return run(owner, pattern, query, key, value, mask, scale, return_lse, implementation)
+    stride, window = min(int(stride), length), None if window_size is None else min(int(window_size), length)
+    if implementation == "reference":
+        union = Strided(stride, window) & (CAUSAL if is_causal else None)
+        return attend(owner, query, (key,), (value,), [near(union, length, length, mask)], scale, return_lse, implementation)
+    arrays = (query, key, value)
+    if length % stride:
+        arrays, mask = [whole_rows(x, stride) for x in arrays], whole_rows_of(mask, length, stride, is_causal)
+    query, key, value = arrays
+    padded = query.shape[1]
+    sets = [] if window is None else [near(Band(window, 0 if is_causal else window), padded, padded, mask)]
+    gap = 0 if window is None else window // stride + 1  # rows to the first of the column that no window holds
+    if gap * stride < length:
+        far = Band(None, -gap) if is_causal else Band(None, -gap) | Band(-gap, None) if gap else None
+        sets.append(near(far, padded // stride, padded // stride, mask)._replace(columns=stride))
+    result = attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
+    return jax.tree.map(lambda x: x[:, :length], result)
 
 
 def fixed(
@@ -120,15 +136,67 @@ def fixed(
     owner = "strided.fixed"
     check_stride(owner, "block_size", block_size)
     check_columns(owner, columns, query.shape[2], block_size)
-    listed = tuple(tuple(sorted(map(int, row))) for row in columns)
+    check(owner, query, key, value, mask)
+    key, value = checks.hide(mask, key, value)
+    length, heads = query.shape[1:3]
     # Of a block longer than the sequence nothing counts but where the columns are.
-    block = min(int(block_size), max(query.shape[1], int(columns.max()) + 1))
-    pattern = Pattern(block, bool(own_block), bool(is_causal), columns=listed)
-    return run(owner, pattern, query, key, value, mask, scale, return_lse, implementation)
+    size = min(int(block_size), max(length, int(columns.max()) + 1))
+    columns = np.sort(columns, axis=1)
+    summaries = Columns(size, tuple(map(tuple, columns.tolist())))
+    causal = CAUSAL if is_causal else None
+    if implementation == "reference" or not own_block and not is_causal:
+        union = SameBlock(size) | summaries if own_block else summaries
+        sets = [near(union & causal, length, length, mask)]
+        return attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
+    own = SameBlock(size) if own_block else SameBlock(size) & summaries
+    sets, keys, values, count = [near(own & causal, length, length, mask)], (key,), (value,), -(-length // size)
+    if count > 1:
+        # The summary columns of the other blocks, gathered; of the last one, which comes before no block, not if causal.
+        blocks = np.arange(count - 1 if is_causal else count)
+        places = (blocks[:, None, None] * size + columns.T).reshape(-1, len(columns))  # [(I c), N|1]
+        head = np.arange(heads) if len(columns) > 1 else slice(None)
+        index = (np.minimum(places, length - 1), head) if len(columns) > 1 else (np.minimum(places[:, 0], length - 1),)
+        keys, values = (key, key[:, *index]), (value, value[:, *index])
+        exists = np.moveaxis(places < length, 0, 1)[None, :, None]
+        hidden = None if exists.all() else jnp.asarray(exists)
+        if mask is not None:
+            hidden = exists & jnp.moveaxis(mask[:, 0, 0, np.minimum(places, length - 1)], 1, 2)[:, :, None]
+        other = near(BEFORE if is_causal else BEFORE | AFTER, length, len(places), hidden, source=1)
+        number = lambda block: np.asarray(block, np.int32)[None]
+        visible = other.visible._replace(
+            query_positions=number(np.arange(length) // size), key_positions=number(blocks.repeat(columns.shape[1]))
+        )
+        sets.append(other._replace(visible=visible))
+    return attend(owner, query, keys, values, sets, scale, return_lse, implementation)
 
 
-def run(owner: str, pattern: Pattern, query, key, value, mask, scale, return_lse: bool, implementation):
-    """What both functions do with their pattern."""
+def attend(owner: str, query, keys, values, sets, scale, return_lse: bool, implementation):
+    """What both functions return, of the keys and values of some sets."""
+    out, *sums = softmax.run(owner, softmax.IMPLEMENTATIONS, implementation, query, keys, values, None, tuple(sets), scale)
+    return (out, sum(sums)) if return_lse else out
+
+
+def near(pattern: Pattern | None, queries: int, keys: int, mask, source: int = 0) -> KeySet:
+    """Keys under a pattern of positions that count from 0."""
+    positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
+    return KeySet(pattern, Visible(*positions, None, None, mask), source=source)
+
+
+def whole_rows(array, size: int):
+    """[B, T, ...] with zeros at the end up to a multiple of `size`."""
+    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % size), (0, 0), (0, 0)))
+
+
+def whole_rows_of(mask, length: int, size: int, is_causal: bool):
+    """A mask of keys [B|1, 1, 1, T] for arrays of whole rows; None where causality hides all that it would hide."""
+    if mask is None and is_causal:
+        return None
+    mask = jnp.ones((1, 1, 1, length), bool) if mask is None else mask
+    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, -length % size)))
+
+
+def check(owner: str, query, key, value, mask) -> None:
+    """Refuses what does not fit together."""
     check_heads(owner, query, key, value)
     if key.shape != query.shape:
         raise ValueError(f"{owner}: key must have the query's shape {query.shape}, got {key.shape}. Repeat grouped heads.")
@@ -140,12 +208,6 @@ def run(owner: str, pattern: Pattern, query, key, value, mask, scale, return_lse
             f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. "
             "Use softmax.attention for pairwise masks."
         )
-    dtype = jnp.result_type(query, key, value)
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
-    key, value = checks.hide(mask, key, value)
-    valid, scale = None if mask is None else mask[:, 0, 0], scale_of(owner, scale, query.shape[3])
-    out, lse = dispatch.run(owner, IMPLEMENTATIONS, implementation, query, key, value, valid, pattern, scale)
-    return (out, lse) if return_lse else out
 
 
 def check_stride(owner: str, name: str, size) -> None:

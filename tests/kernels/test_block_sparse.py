@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from subquad.kernels import block_sparse, softmax
-from subquad.kernels.block_sparse import reference, xla
+from subquad.kernels.patterns import Blocks, grid
+from subquad.kernels.softmax import plan
 from subquad.lra.bench import measure
 from tests.assertions import assert_close
 from tests.kernels import dense
@@ -72,35 +73,29 @@ def test_other_lengths_grouped_heads_and_key_padding(heads, queries, keys):
 
 @pytest.mark.parametrize("block_size", [1, 50, 70, 1000])
 def test_blocks_that_are_no_multiple_of_a_tile(monkeypatch, block_size):
-    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 32 * 32)  # tiles of 32 positions, one per step
-    assert xla.plan_of(lists(100, 100, 70, 4), 70, 2, 4, 100, 100, False, 1.0).parts == 3
+    monkeypatch.setattr(plan, "most_of", lambda reach: 32)
+    assert [plan.block_tile(size, 32) for size in (1, 24, 50, 64, 70, 1000)] == [16, 24, 25, 32, 24, 32]
     check(*draw(100), lists(100, 100, block_size, 4, most=2, density=0.9), block_size, is_causal=block_size == 70)
 
 
-def test_rows_of_unequal_lengths_cost_their_own(monkeypatch):
-    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 8 * 32 * 32)
-    monkeypatch.setattr(xla, "SHORT", 2 * 32)
-    monkeypatch.setattr(xla, "LONG", 4 * 32)
-    blocks = np.full((1, 16, 16), -1)
-    blocks[:, :, 0] = np.arange(16)
-    blocks[:, 5] = np.arange(16)  # one row sees everything, four key tiles at a time
-    blocks[:, 6, :6] = np.arange(6)
-    works = xla.plan_of(blocks, 32, 1, 2, 512, 512, False, 1.0).works
-    assert [work.shape for work in works] == [(6, 1, 2, 1, 4), (4, 1, 2, 4, 1)]
-    assert [work.single for work in works] == [False, True]
-    arrays, cotangents = draw(512, batch=1, heads=2)
-    check(arrays, cotangents, blocks, 32)
-    check(arrays, cotangents, blocks, 32, is_causal=True)
+def test_rows_of_unequal_lengths_cost_their_own():
+    some = np.eye(16, dtype=bool)[None].copy()
+    some[:, 5] = True  # one row sees everything
+    some[:, 6, :6] = True
+    steps = plan.steps_of(some, 4)[0]
+    assert len(steps) == 14 + 4 + 2 and (steps[steps[:, 0] == 6] == [[6, 0, 1, 2, 3], [6, 4, 5, 6, -1]]).all()
+    blocks = np.where(some[0], np.arange(16), -1)[None]
+    arrays, cotangents = draw(256, batch=1, heads=2)
+    check(arrays, cotangents, blocks, 16)
+    check(arrays, cotangents, blocks, 16, is_causal=True)
 
 
-def test_each_head_has_its_own_steps(monkeypatch):
-    """Heads in one step whose rows are others, and one of which has none."""
-    monkeypatch.setattr(xla, "tile_bytes", lambda: 4 * 64 * 32 * 32)
+def test_each_head_has_its_own_steps():
+    """Heads whose rows are others, and one of which sees nothing."""
     blocks = lists(260, 260, 32, 4, most=8, density=0.5)
     blocks[1] = -1
     blocks[2, 1:] = -1
-    works = xla.plan_of(blocks, 32, 2, 4, 260, 260, False, 1.0).works
-    assert all(work.shape[2] == 4 and len(set(work.arrays()[1][0, :, 0])) > 2 for work in works)
+    check(*draw(260), blocks, 32)
     check(*draw(260, kv_heads=2), blocks, 32)
 
 
@@ -128,7 +123,7 @@ def test_a_future_token_changes_no_past_output():
 
 def test_the_reference_is_the_mask_spelled_out():
     blocks = lists(50, 70, 8, 4)
-    np.testing.assert_array_equal(reference.visible(blocks, 8, 50, 70, True), spelled_out(blocks, 8, 50, 70, True))
+    np.testing.assert_array_equal(grid(Blocks.of(blocks, 8, 9), 50, 70), spelled_out(blocks, 8, 50, 70))
     arrays, _ = draw(50, 70)
     out = block_sparse.attention(*arrays, blocks, block_size=8, implementation="reference")
     np.testing.assert_allclose(out, block_sparse.attention(*arrays, blocks, block_size=8), atol=2e-6)
@@ -148,13 +143,12 @@ def test_memory_and_work_grow_linearly():
     assert more_memory <= 1.1 * memory and 1.9 * flops <= more_flops <= 2.1 * flops
 
 
-@pytest.mark.parametrize(("dtype", "copies"), [("float32", 3), ("bfloat16", 6)])
-def test_no_copies_of_the_arguments(dtype, copies):
-    """Temporary memory in arrays of float32: the output and its gradient; at half precision also sums of gradients."""
-    arrays, _ = draw(4096, batch=1, features=32, values=32, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 3.2), ("bfloat16", 4.3)])
+def test_few_copies_of_the_arguments(dtype, copies):
+    """Temporary memory in arrays of float32: the output, its gradient, and the tiles of one head out of four."""
+    array, own = jax.ShapeDtypeStruct((1, 16384, 4, 64), dtype), np.arange(256)[None, :, None]
     loss = lambda *arrays: block_sparse.attention(*arrays, own, block_size=64).astype(jnp.float32).sum()
-    own = np.arange(64)[None, :, None]
-    assert measure.memory(jax.grad(loss, (0, 1, 2)), *arrays).temporary <= copies * 4 * arrays[0].size
+    assert measure.memory(jax.grad(loss, (0, 1, 2)), *[array] * 3).temporary <= copies * 4 * array.size
 
 
 def lucid_local(oracle, query, key, value):

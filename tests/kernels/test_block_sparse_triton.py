@@ -6,6 +6,8 @@ import pytest
 
 from subquad.kernels import block_sparse, launch
 from subquad.kernels.block_sparse.specs import bigbird
+from subquad.kernels.flash import tiles
+from subquad.kernels.patterns import Blocks
 from tests.kernels import dense
 from tests.kernels.dense import draw
 from tests.kernels.test_block_sparse import lists, spelled_out
@@ -72,12 +74,10 @@ def test_blocks_of_no_list_are_not_read(flash):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_tiles_that_divide_the_blocks_need_no_test(flash, transposed):
+def test_tiles_that_divide_the_blocks_need_no_test(transposed):
     """Of 64 blocks each row sees six or so, and so do the tiles: nothing is looked up."""
-    blocks = bigbird(4096, 64, 2)
-    pairs = block_sparse.reference.allowed(blocks, 64)
-    known = flash.Geometry(4096, 4096, None, None, 0, 0, tested=False, pattern=pairs.tobytes(), block_size=64)
-    todo = flash.work(known, 64, 64, transposed)
+    pattern = Blocks.of(bigbird(4096, 64, 2), 64, 64)
+    todo = tiles.work(tiles.Geometry(4096, 4096, 0, 0, pattern, False), 64, 64, transposed)
     first, end, second, second_end, full, full_end = np.moveaxis(todo.rows[:, :, 1:], 2, 0)
     assert (first == end).all() and (second == second_end).all()
-    assert (full_end - full).sum() == pairs.sum() == len(todo.tiles)
+    assert (full_end - full).sum() == pattern.table(64, 64).sum() == len(todo.tiles)

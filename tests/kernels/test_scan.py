@@ -143,7 +143,7 @@ def test_vmap_over_some_arguments(implementation):
 def test_chunks_are_steps(length, decay, is_complex, reverse):
     """What runs on an accelerator without Triton gives what runs on a CPU."""
     arrays = draw(length, decay=decay, is_complex=is_complex)
-    run = lambda chunk: outputs_and_gradients(lambda *x: xla._scan(*x, reverse, chunk), *arrays)
+    run = lambda chunk: outputs_and_gradients(lambda *x: xla._scan((reverse, chunk), *x), *arrays)
     got, want = run(8), run(1)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

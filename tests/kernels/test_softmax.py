@@ -1,6 +1,7 @@
 """Softmax attention: the tiled form and its gradients against the formula in float64."""
 
 import functools
+import math
 import sys
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from subquad.kernels import dispatch, launch, softmax
-from subquad.kernels.softmax import xla
+from subquad.kernels.softmax import plan, xla
 from subquad.lra.bench import measure
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
@@ -19,7 +20,7 @@ from tests.oracle import relative_error
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short inputs take many steps, with a ragged last tile."""
-    monkeypatch.setattr(xla, "tile_sizes", lambda rows, queries, keys, reach: (min(queries, 32), min(keys, 16)))
+    monkeypatch.setattr(plan, "tile_sizes", lambda rows, queries, keys, reach: (min(queries, 32), min(keys, 16)))
 
 
 def run(arrays, cotangents, implementation, bias=None, **options):
@@ -84,7 +85,7 @@ def test_grouped_heads_and_other_value_features(small_tiles, kv_heads):
     ],
 )
 def test_masks_and_biases_of_every_broadcast_shape(small_tiles, monkeypatch, shape, parts):
-    monkeypatch.setattr(xla, "parts_of", lambda *sizes: parts)
+    monkeypatch.setattr(plan, "parts_of", lambda *sizes: (parts[0], 1, parts[1]))
     rng = np.random.default_rng(1)
     mask, bias = rng.random(shape) < 0.7, rng.normal(size=shape).astype(np.float32)
     arrays, cotangents = draw(50, 70, kv_heads=2)
@@ -188,7 +189,7 @@ def test_positions_of_a_cached_prefix(small_tiles, known):
 
 
 def test_positions_in_any_order_and_per_sample(small_tiles, monkeypatch):
-    monkeypatch.setattr(xla, "parts_of", lambda *sizes: (2, 2))
+    monkeypatch.setattr(plan, "parts_of", lambda *sizes: (2, 1, 2))
     rng = np.random.default_rng(3)
     arrays, cotangents = draw(60, 80)
     for convert in (np.asarray, jnp.asarray):
@@ -294,9 +295,9 @@ def test_vmap_and_remat_and_second_derivative(small_tiles):
 def test_an_eager_call_compiles_once():
     arrays, _ = draw(20)
     softmax.attention(*arrays, window_size=7)
-    before = xla.compiled._cache_size()
+    before = xla.flash("b n", 1, 1)._cache_size()
     softmax.attention(*arrays, window_size=7)
-    assert xla.compiled._cache_size() == before
+    assert xla.flash("b n", 1, 1)._cache_size() == before
 
 
 def loss(**options):
@@ -332,10 +333,10 @@ def test_work_is_that_of_the_visible_tiles():
 @pytest.mark.parametrize("queries", [1, 60, 512, 8192])
 def test_a_tile_of_logits_stays_below_the_memory_cliff(batch, queries):
     for keys in (queries, 8192):
-        parts = xla.parts_of(batch, 8, 2, queries, keys, 64, xla.most_of(None))
-        assert batch % parts[0] == 0 and 8 % parts[1] == 0
-        rows = batch * 16 // (parts[0] * parts[1])
-        query_tile, key_tile = xla.tile_sizes(rows, queries, keys, None)
+        parts = plan.parts_of(batch, 1, 8, 2, queries, keys, 64, plan.most_of(None))
+        assert batch % parts[0] == 0 and parts[1] == 1 and 8 % parts[2] == 0
+        rows = batch * 16 // math.prod(parts)
+        query_tile, key_tile = plan.tile_sizes(rows, queries, keys, None)
         assert 4 * rows * query_tile * key_tile <= 8 << 20
         assert 4 * rows * max(queries, keys) * 64 <= 32 << 20
         assert query_tile >= min(queries, 100) and key_tile >= min(keys, 50)

@@ -1,6 +1,4 @@
-"""Dense attention in Triton: many small tiles in the interpreter, and the lists that say which tiles are visited."""
-
-import itertools
+"""Dense attention in Triton: many small tiles in the interpreter."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +6,6 @@ import numpy as np
 import pytest
 
 from subquad.kernels import dispatch, launch, softmax, specs
-from subquad.kernels.softmax.xla import Visible
 from tests.kernels import dense
 from tests.kernels.dense import draw
 
@@ -219,111 +216,3 @@ def test_declines(reason, arrays):
         arrays = [x.astype(np.float64) for x in arrays] if reason == "float64" else arrays
         with pytest.raises(dispatch.Declined, match=reason):
             softmax.attention(*arrays, implementation="interpret")
-
-
-# ------------------------------------------------------------------------------------------------- the lists, in any leg
-
-
-def geometry(flash, queries, keys, left=None, right=None, at=0, of=0, **options):
-    return flash.Geometry(queries, keys, left, right, at, of, **{"tested": False, **options})
-
-
-def visits(flash, geometry, tiles, transposed):
-    """int8 [N, I, J]: what the rows and lists visit, 1 with a test and 2 without."""
-    todo = flash.work(geometry, *tiles, transposed)
-    shape = flash.states_of(geometry, *tiles).shape
-    result = np.zeros(shape, np.int8)
-    view = result.swapaxes(1, 2) if transposed else result
-    for n, row in itertools.product(range(len(todo.rows)), range(todo.rows.shape[1])):
-        own, *ranges = todo.rows[n, row]
-        for first, end, kind in zip(ranges[::2], ranges[1::2], (1, 1, 2), strict=True):
-            for j in range(first, end):
-                j = j if todo.tiles is None else todo.tiles[j]
-                assert view[n, own, j] == 0, "visited twice"
-                view[n, own, j] = kind
-    return result
-
-
-def cases(flash):
-    rng = np.random.default_rng(0)
-    pattern = rng.random((3, 7, 9)) < 0.4
-    pattern[:, 2], pattern[:, 4] = False, True
-    blocks = dict(pattern=pattern.tobytes(), block_size=11)
-    mixed = np.stack([rng.permutation(100)[:75] for _ in range(2)]).astype(np.int32).tobytes()
-    return [
-        geometry(flash, 75, 96),
-        geometry(flash, 75, 90),
-        geometry(flash, 75, 75, right=0),
-        geometry(flash, 75, 96, 20, 7),
-        geometry(flash, 75, 96, 40, None, at=30),
-        geometry(flash, 75, 75, 9, 9, at=mixed, of=mixed),
-        geometry(flash, 75, 75, right=0, at=0, of=500),
-        geometry(flash, 75, 96, **blocks),
-        geometry(flash, 75, 96, right=0, **blocks),
-        geometry(flash, 75, 96, tested=True, **blocks),
-    ]
-
-
-def pairs(geometry):
-    """bool [2, N, T, S]: is the pair visible in sample 0 and 1?"""
-    at, of = (
-        np.arange(length)[None] + positions if isinstance(positions, int) else np.frombuffer(positions, np.int32).reshape(2, -1)
-        for positions, length in ((geometry.query_positions, geometry.queries), (geometry.key_positions, geometry.keys))
-    )
-    distance = of[:, None, None, :] - at[:, None, :, None]
-    seen = np.ones_like(distance, bool)
-    seen &= True if geometry.left is None else distance >= -geometry.left
-    seen &= True if geometry.right is None else distance <= geometry.right
-    if geometry.pattern is None:
-        return np.broadcast_to(seen, (2, *seen.shape[1:]))
-    size = geometry.block_size
-    blocks = np.frombuffer(geometry.pattern, bool).reshape(-1, -(-geometry.queries // size), -(-geometry.keys // size))
-    wide = blocks.repeat(size, 1).repeat(size, 2)[:, : geometry.queries, : geometry.keys]
-    return np.broadcast_to(seen & wide, (2, *wide.shape))
-
-
-@pytest.mark.parametrize("case", range(10))
-@pytest.mark.parametrize("transposed", [False, True])
-def test_lists_name_every_visible_tile_once(flash, case, transposed):
-    known, (query_tile, key_tile) = cases(flash)[case], (16, 32)
-    got = visits(flash, known, (query_tile, key_tile), transposed)
-    seen = pairs(known)
-    for n, i, j in np.ndindex(got.shape):
-        tile = seen[:, n, i * query_tile : (i + 1) * query_tile, j * key_tile : (j + 1) * key_tile]
-        whole = (j + 1) * key_tile <= known.keys and tile.all()
-        want = 0 if not tile.any() else 2 if whole and not known.tested else 1
-        if isinstance(known.query_positions, int) and (known.pattern is None or known.right is None):
-            assert got[n, i, j] == want
-        else:  # extremes of positions, or two conditions one by one, may call for a test where none is needed
-            assert got[n, i, j] == want or got[n, i, j] == 1
-
-
-def test_side_by_side_tiles_need_no_lists(flash):
-    for known in cases(flash)[:5]:
-        assert flash.work(known, 16, 32, False).tiles is None
-    pattern = np.eye(6, dtype=bool)[None] | (np.arange(6) == 4)
-    spread = geometry(flash, 96, 96, pattern=pattern.tobytes(), block_size=16)
-    assert flash.work(spread, 16, 16, False).tiles is not None
-
-
-def test_longest_rows_come_first(flash):
-    rows = flash.work(geometry(flash, 96, 96, right=0), 16, 16, False).rows[0]
-    np.testing.assert_array_equal(rows[:, 0], np.arange(6)[::-1])
-
-
-def test_work_is_that_of_the_window(flash):
-    """Tiles per row do not grow with the length."""
-    for length in (4096, 65536):
-        rows = flash.work(geometry(flash, length, length, 256, 0), 64, 64, False).rows[0]
-        assert (rows[:, 2] - rows[:, 1] + rows[:, 4] - rows[:, 3] + rows[:, 6] - rows[:, 5]).max() == 5
-
-
-def test_bounds_of_what_is_known_at_run_time(flash):
-    known = geometry(flash, 64, 96, right=0, at=None, of=0, tested=True)
-    real = (jnp.arange(96)[None] >= 20) & (jnp.arange(96)[None] < jnp.array([[96], [40]]))
-    visible = Visible(jnp.array([[0], [16]]) + jnp.arange(64)[None], None, None, None, real[:, None, None])
-    bounds = flash.bounds_of(known, visible, 32, 16, False)
-    np.testing.assert_array_equal(bounds, [[[1, 2], [1, 4]], [[1, 3], [1, 3]]])
-    turned = flash.bounds_of(known, visible, 32, 16, True)
-    np.testing.assert_array_equal(turned[0], [[0, 0], [0, 2], [1, 2], [1, 2], [0, 0], [0, 0]])
-    assert flash.bounds_of(geometry(flash, 64, 96), Visible(*[None] * 5), 32, 16, False) is None

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float
 from subquad.kernels import precision, softmax
 from subquad.zoo import masks
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append, places, poisoned
-from subquad.zoo.checks import refuse, require_extend
+from subquad.zoo.checks import refuse
 
 
 class SoftmaxAttention(Attention):
@@ -122,19 +121,6 @@ class SoftmaxAttention(Attention):
             key_positions=key_positions, query_segment_ids=segment_ids, key_segment_ids=segment_ids,
             implementation=self.implementation,
         )
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        require_extend(self, batch_size=batch_size, max_length=max_length)
-        return KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
-
-    def attend_cached(self, query, key, value, mask, cache):
-        at = places(cache.length, query.shape[1])
-        cache = append(cache, key, value, mask)
-        heads = softmax.attention(
-            query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), is_causal=True, query_positions=at,
-            key_positions=jnp.arange(cache.key.shape[1])[None], implementation=self.implementation,
-        )
-        return poisoned(heads, cache), cache
 
 
 @precision.full

@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, repeat
 from flax import nnx
 
-from subquad.kernels import block_sparse, softmax
+from subquad.kernels.patterns import BlockPermutation
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append, pieces, places, poisoned
-from subquad.zoo.checks import refuse, require_extend
-from subquad.zoo.patterns.steps import in_chunks
+from subquad.zoo.checks import check_sizes, refuse
 
 
 class BlockwiseAttention(Attention):
@@ -50,7 +46,7 @@ class BlockwiseAttention(Attention):
     Source: Qiu et al., Blockwise Self-Attention for Long Document Understanding (BlockBERT), 2020, arXiv 1911.02972.
     """
 
-    supports = Support(cost="T", rotary=True, attention_fn=True)
+    supports = Support(cost="T", is_pattern=True, rotary=True, attention_fn=True)
 
     def __init__(
         self,
@@ -65,103 +61,28 @@ class BlockwiseAttention(Attention):
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
-        for name, size in (("max_length", max_length), ("block_size", block_size)):
-            if not isinstance(size, int | np.integer) or size < 1:
-                refuse("BlockwiseAttention", name, repr(size), "be a positive integer", "Count tokens.")
+        check_sizes("BlockwiseAttention", max_length=max_length, block_size=block_size)
         if shifts is None:
             shifted = max(1, num_heads // 6)
             ones, twos = (shifted if num_heads > least else 0 for least in (1, 2))
             shifts = [0] * (num_heads - ones - twos) + [1] * ones + [2] * twos
             shifts = [-shift if is_causal else shift for shift in shifts]
         if np.shape(shifts) != (num_heads,) or any(not isinstance(shift, int | np.integer) for shift in shifts):
-            refuse(
-                "BlockwiseAttention",
-                "shifts",
-                shifts,
-                f"be one whole number for each of {num_heads} heads",
-                "Use 0 for the identity.",
-            )
-        self.max_length, self.block_size = int(max_length), int(block_size)
-        self.shifts = tuple(int(shift) for shift in shifts)
-
-    def _blocks(self, length: int) -> np.ndarray:
-        """int [N, ceil(length / block_size), 1]: the block of keys of each block of queries, -1 past the end."""
-        if length > self.max_length:
-            refuse(
-                "BlockwiseAttention",
-                "inputs_q",
-                f"{length} tokens",
-                f"have at most max_length = {self.max_length}",
-                "Construct the layer with a larger max_length.",
-            )
-        count = -(-length // self.block_size)
-        blocks = self._keys_of(np.arange(count)[None], np.array(self.shifts)[:, None])
-        return np.where(blocks < count, blocks, -1)[..., None]
-
-    def _keys_of(self, block, shift):
-        """pi(block)."""
-        return (block + shift) % -(-self.max_length // self.block_size)
+            refuse("BlockwiseAttention", "shifts", shifts, f"be one whole number for each of {num_heads} heads",
+                   "Use 0 for the identity.")
+        self.max_length, self.block_size, self.shifts = int(max_length), int(block_size), tuple(map(int, shifts))
+        self.sees = BlockPermutation(self.block_size, -(-self.max_length // self.block_size), self.shifts) & self.sees
 
     def attend(self, query, key, value, mask):
-        return block_sparse.attention(
-            query,
-            key,
-            value,
-            self._blocks(query.shape[1]),
-            block_size=self.block_size,
-            mask=mask,
-            is_causal=self.is_causal,
-            implementation=self.implementation,
-        )
+        self._check_length("inputs_q", query.shape[1])
+        return super().attend(query, key, value, mask)
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        require_extend(self, batch_size=batch_size, max_length=max_length)
-        if max_length > self.max_length:
-            refuse(
-                "BlockwiseAttention",
-                "max_length",
-                max_length,
-                f"be at most that of the layer, {self.max_length}",
-                "Construct the layer with a larger max_length.",
-            )
-        return KVCache.zeros(batch_size, max_length, self.num_heads, self.head_features, self.cache_dtype(dtype))
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
+        cache = super().init_cache(batch_size, max_length, dtype)
+        self._check_length("max_length", max_length)
+        return cache
 
-    def attend_cached(self, query, key, value, mask, cache):
-        start, batch = cache.length, len(query)
-        cache = append(cache, key, value, mask)
-        room, shifts = cache.key.shape[1], jnp.array(self.shifts)[None, :, None]
-        # A chunk of at most one block lies in at most two blocks, and so do the keys that one head shows it.
-        reach = min(room, 2 * self.block_size)
-
-        def chunk(query, start):
-            at = jnp.minimum(places(start, query.shape[1]), self.max_length - 1)
-            wanted = self._keys_of(at[:, None] // self.block_size, shifts)  # block of keys, [B, N, t]
-            # Where the two wanted blocks are no neighbours, the one with the larger number lies in the future.
-            first = jnp.clip(wanted.min(2) * self.block_size, 0, room - reach)
-            of = places(first, reach)  # position of keys, [B, N, s]
-            own = lambda array: rearrange(pieces(array, first, reach), "b s n h -> (b n) s 1 h").astype(query.dtype)
-            by_head = lambda array: rearrange(array, "b n s -> (b n) s")
-            heads = softmax.attention(
-                rearrange(query, "b t n h -> (b n) t 1 h"),
-                own(cache.key),
-                own(cache.value),
-                is_causal=True,
-                query_positions=repeat(at, "b t -> (b n) t", n=self.num_heads),
-                key_positions=by_head(of),
-                query_segment_ids=by_head(wanted),
-                key_segment_ids=by_head(of // self.block_size),
-                implementation=self.implementation,
-            )
-            return rearrange(heads, "(b n) t 1 h -> b t n h", b=batch)
-
-        return poisoned(in_chunks(chunk, query, start, self.block_size), cache), cache
-
-    def allowed(self, query_positions, key_positions):
-        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, N, T, S]."""
-        query, key = query_positions[..., None, :, None], key_positions[..., None, None, :]
-        shifts = np.array(self.shifts, np.int32).reshape(*(1,) * (query.ndim - 3), -1, 1, 1)
-        seen = key // self.block_size == self._keys_of(query // self.block_size, shifts)
-        return seen & (key <= query) if self.is_causal else seen
-
-    def pattern(self, length: int) -> np.ndarray:
-        return self.allowed(np.arange(length), np.arange(length))
+    def _check_length(self, name: str, length: int) -> None:
+        if length > self.max_length:
+            refuse("BlockwiseAttention", name, f"{length} tokens", f"be at most max_length = {self.max_length} tokens",
+                   "Construct the layer with a larger max_length.")

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from subquad.kernels import softmax
+from subquad.kernels.patterns import Band
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LocalCache, counts, last
 from subquad.zoo.checks import refuse, require_extend
@@ -45,7 +46,7 @@ class LocalAttention(Attention):
     Source: Beltagy et al., Longformer, 2020, arXiv 2004.05150.
     """
 
-    supports = Support(cost="T", segment_ids=True, grouped=True, rotary=True, attention_fn=True)
+    supports = Support(cost="T", is_pattern=True, segment_ids=True, grouped=True, rotary=True, attention_fn=True)
 
     def __init__(
         self,
@@ -71,18 +72,7 @@ class LocalAttention(Attention):
         if is_causal and isinstance(window_size, tuple | list) and sides[1]:
             refuse("LocalAttention", "window_size", window_size, "be (left, 0) when causal", "Pass the left side only.")
         self.window_size = (int(sides[0]), 0 if is_causal else int(sides[1]))
-
-    def attend(self, query, key, value, mask, segment_ids=None):
-        return softmax.attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            window_size=self.window_size,
-            query_segment_ids=segment_ids,
-            key_segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
+        self.sees = Band(*self.window_size)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LocalCache:
         """An empty cache; it holds one window and never fills, so max_length does not matter."""
@@ -111,12 +101,3 @@ class LocalAttention(Attention):
         )
         newest = (last(array, window, tokens, mask) for array in (keys, values))
         return heads, LocalCache(*newest, cache.seen + counts(query, mask))
-
-    def allowed(self, query_positions, key_positions):
-        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, 1, T, S]."""
-        distance = key_positions[..., None, None, :] - query_positions[..., None, :, None]
-        left, right = self.window_size
-        return (-left <= distance) & (distance <= right)
-
-    def pattern(self, length: int) -> np.ndarray:
-        return self.allowed(np.arange(length), np.arange(length))

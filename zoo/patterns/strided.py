@@ -1,19 +1,17 @@
 """The Sparse Transformer's factorised attention: a local part and a part that reaches far in steps."""
 
 import functools
-from typing import Any, Literal, Unpack, get_args
+from typing import Literal, Unpack, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.kernels import block_sparse, softmax, strided
+from subquad.kernels import softmax, strided
 from subquad.kernels.dispatch import nearest
+from subquad.kernels.patterns import Band, Columns, Interleaved, SameBlock, Strided
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append, places, poisoned
-from subquad.zoo.checks import refuse, require_extend
-from subquad.zoo.patterns import parts
-from subquad.zoo.patterns.steps import in_chunks
+from subquad.zoo.checks import check_sizes, refuse
 
 Pattern = Literal["strided", "fixed"]
 Heads = Literal["merged", "separate"]
@@ -60,7 +58,7 @@ class StridedAttention(Attention):
     Source: Child et al., Generating Long Sequences with Sparse Transformers, 2019, arXiv 1904.10509.
     """
 
-    supports = Support(cost="T^1.5", rotary=True, attention_fn=True)
+    supports = Support(cost="T^1.5", is_pattern=True, rotary=True, attention_fn=True)
 
     def __init__(
         self,
@@ -80,9 +78,7 @@ class StridedAttention(Attention):
         for name, word, known in (("pattern", pattern, get_args(Pattern)), ("heads", heads, get_args(Heads))):
             if word not in known:
                 refuse("StridedAttention", name, repr(word), f"be one of {known}", nearest(word, known))
-        for name, size in (("stride", stride), ("num_summary", 1 if num_summary is None else num_summary)):
-            if not isinstance(size, int | np.integer) or size < 1:
-                refuse("StridedAttention", name, repr(size), "be a positive integer", "Count tokens.")
+        check_sizes("StridedAttention", stride=stride, num_summary=1 if num_summary is None else num_summary)
         for name, given in (("num_summary", num_summary is not None), ("distinct_summary", distinct_summary)):
             if given and pattern == "strided":
                 refuse("StridedAttention", name, "a value", "be left out with pattern='strided'", "Use pattern='fixed'.")
@@ -94,6 +90,14 @@ class StridedAttention(Attention):
             refuse("StridedAttention", "num_heads", num_heads, "be at least 2 with heads='separate'", "Use 'merged'.")
         self.kind, self.heads, self.stride = pattern, heads, int(stride)
         self.num_summary, self.distinct_summary = int(num_summary), distinct_summary
+        if pattern == "strided":
+            near, far, both = Band(self.stride, self.stride), Strided(self.stride, None), Strided(self.stride, self.stride)
+        else:
+            far_heads = num_heads // 2 if heads == "separate" else num_heads
+            columns = self._columns(far_heads if distinct_summary else 1)
+            near, far = SameBlock(self.stride), Columns(self.stride, tuple(map(tuple, columns.tolist())))
+            both = near | far
+        self.sees = (both if heads == "merged" else Interleaved((near, far), num_heads)) & self.sees
 
     def _columns(self, heads: int) -> np.ndarray:
         """int [N, c]: the summary columns of each head."""
@@ -112,8 +116,7 @@ class StridedAttention(Attention):
             columns = lambda query: self._columns(query.shape[2] if self.distinct_summary else 1)
             union = lambda *arrays: fixed(*arrays, columns=columns(arrays[0]))
             far = lambda *arrays: fixed(*arrays, columns=columns(arrays[0]), own_block=False)
-            own = np.arange(-(-query.shape[1] // l))[None, :, None]
-            near = functools.partial(block_sparse.attention, blocks=own, block_size=l, **options)
+            near = functools.partial(softmax.attention, pattern=SameBlock(l), **options)
         if self.heads == "merged":
             return union(query, key, value)
         return self._separate(near, far, query, key, value)
@@ -123,61 +126,3 @@ class StridedAttention(Attention):
         even, odd = (function(*(array[:, :, of] for array in arrays)) for function, of in ((near, EVEN), (far, ODD)))
         order = np.argsort(np.arange(self.num_heads) % 2, kind="stable")
         return jnp.concatenate([even, odd], axis=2)[:, :, np.argsort(order)]
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        require_extend(self, batch_size=batch_size, max_length=max_length)
-        return KVCache.zeros(batch_size, max_length, self.num_heads, self.head_features, self.cache_dtype(dtype))
-
-    def attend_cached(self, query, key, value, mask, cache):
-        start, l = cache.length, self.stride
-        cache = append(cache, key, value, mask)
-        keys = parts.Keys(cache.key, cache.value)
-
-        def attend(query, key, value, **options):
-            key, value = key.astype(query.dtype), value.astype(query.dtype)  # what a piece reads, not the whole cache
-            return softmax.attention(query, key, value, return_lse=True, implementation=self.implementation, **options)
-
-        def chunk(query, start):
-            at = places(start, query.shape[1])
-
-            def near(query, keys):
-                piece = parts.window if self.kind == "strided" else parts.block
-                return piece(attend, query, keys, at, l)
-
-            def far(query, keys, alone=True):
-                if self.kind == "strided":
-                    return parts.residues(attend, query, keys, at, l, 0 if alone else 2)
-                columns = self._columns(query.shape[2])
-                own = parts.block(attend, query, keys, at, l, columns) if alone else []
-                return own + parts.summaries(attend, query, keys, at, l, columns)
-
-            if self.heads == "merged":
-                return combine(near(query, keys) + far(query, keys, alone=False))
-            even, odd = (lambda query: near(query, keys.of(EVEN))), (lambda query: far(query, keys.of(ODD)))
-            return self._separate(lambda query: combine(even(query)), lambda query: combine(odd(query)), query)
-
-        return poisoned(in_chunks(chunk, query, start, l), cache), cache
-
-    def allowed(self, query_positions, key_positions):
-        """Whether a query may see a key: positions [*B, T] and [*B, S] -> bool [*B, N|1, T, S]."""
-        query, key, l = query_positions[..., None, :, None], key_positions[..., None, None, :], self.stride
-        by_head = lambda array: array.reshape(*(1,) * (query.ndim - 3), *array.shape)
-        if self.kind == "strided":
-            near, far = abs(query - key) <= l, (query - key) % l == 0
-        else:
-            columns = self._columns(self.num_heads)
-            if self.heads == "separate":  # head 2 i + 1 is number i of the odd ones
-                columns = columns[np.arange(self.num_heads) // 2]
-            is_column = (key % l)[..., None] == by_head(columns.astype(np.int32)[:, None, None])
-            near, far = query // l == key // l, is_column.any(-1)
-        is_odd = by_head((np.arange(self.num_heads) % 2 == 1)[:, None, None])
-        seen = near | far if self.heads == "merged" else ~is_odd & near | is_odd & far
-        return seen & (key <= query) if self.is_causal else seen
-
-    def pattern(self, length: int) -> np.ndarray:
-        return self.allowed(np.arange(length), np.arange(length))
-
-
-def combine(pieces: parts.Parts):
-    """The output of attention to the union of disjoint sets of keys."""
-    return pieces[0][0] if len(pieces) == 1 else softmax.merge(*zip(*pieces, strict=True))[0]

@@ -1,0 +1,145 @@
+"""The patterns of `subquad.kernels.patterns` inside a Triton kernel.
+
+A pattern becomes a tree of constants: each node is a tuple of a `@triton.jit` rule and the numbers that it asks for, so that
+equal patterns are one compilation. What grows with the length is data: all tables are one int8 array, and where each begins
+and how large it is are run-time words. Each rule is the twin of its pattern's `allowed`; a test compares the two on a grid.
+"""
+
+import functools
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from subquad.kernels import launch, patterns
+
+
+@triton.jit
+def allowed(query, key, head, tables, words, NODE: tl.constexpr):
+    """Whether queries at some positions see keys at others, [t, 1] and [1, s] or the other way round, in one head."""
+    return NODE[0](query, key, head, tables, words, NODE)
+
+
+@triton.jit
+def both(query, key, head, tables, words, NODE: tl.constexpr):
+    one = allowed(query, key, head, tables, words, NODE[1])
+    return one & allowed(query, key, head, tables, words, NODE[2])
+
+
+@triton.jit
+def either(query, key, head, tables, words, NODE: tl.constexpr):
+    one = allowed(query, key, head, tables, words, NODE[1])
+    return one | allowed(query, key, head, tables, words, NODE[2])
+
+
+@triton.jit
+def band(query, key, head, tables, words, NODE: tl.constexpr):
+    LEFT: tl.constexpr = NODE[1]
+    RIGHT: tl.constexpr = NODE[2]
+    if LEFT is None and RIGHT is None:
+        result = key == key
+    elif RIGHT is None:
+        result = key >= query - LEFT
+    elif LEFT is None:
+        result = key <= query + RIGHT
+    else:
+        result = (key >= query - LEFT) & (key <= query + RIGHT)
+    return result
+
+
+@triton.jit
+def blocks(query, key, head, tables, words, NODE: tl.constexpr):
+    """NODE: size of the blocks, number of heads, place of (start, rows, columns) of the table among the words."""
+    start, rows, columns = tl.load(words + NODE[3]), tl.load(words + NODE[3] + 1), tl.load(words + NODE[3] + 2)
+    i, j = query // NODE[1], key // NODE[1]
+    table = tables + start + (head % NODE[2]) * rows * columns
+    return tl.load(table + i * columns + j, mask=(i < rows) & (j < columns), other=0) != 0
+
+
+@triton.jit
+def same_block(query, key, head, tables, words, NODE: tl.constexpr):
+    return query // NODE[1] == key // NODE[1]
+
+
+@triton.jit
+def columns(query, key, head, tables, words, NODE: tl.constexpr):
+    """NODE: as in `blocks`, of a table [heads, 1, size of the blocks]."""
+    table = tables + tl.load(words + NODE[3]) + (head % NODE[2]) * NODE[1]
+    return tl.load(table + key % NODE[1]) != 0
+
+
+@triton.jit
+def strided(query, key, head, tables, words, NODE: tl.constexpr):
+    distance = tl.abs(query - key)
+    result = distance % NODE[1] == 0
+    if NODE[2] is not None:
+        result = result | (distance <= NODE[2])
+    return result
+
+
+class Tree:
+    """The constants, tables and words of a pattern."""
+
+    def __init__(self, pattern: patterns.Pattern | None, last_query: int | None, last_key: int | None, first_word: int):
+        """`last_query`, `last_key`: the largest positions; None where they are not known while tracing."""
+        self.last, self.words, self.tables, self.first_word, self.size = (last_query, last_key), [], [], first_word, 0
+        self.node = None if pattern is None else node_of(pattern, self)
+
+    @property
+    def table(self) -> np.ndarray | None:
+        """All tables, int8 [P]."""
+        return np.concatenate([table.ravel() for table in self.tables]) if self.tables else None
+
+    def add(self, table: np.ndarray) -> int:
+        """Keeps a table [heads, rows, columns]; returns the place of its words."""
+        place = self.first_word + len(self.words)
+        self.words += [self.size, *table.shape[1:]]
+        self.size += table.size
+        self.tables.append(table.astype(np.int8))
+        return place
+
+
+@functools.singledispatch
+def node_of(pattern: patterns.Pattern, tree: Tree) -> tuple:
+    """The constants of a pattern: (rule, *numbers)."""
+    raise launch.Declined(f"the pattern is a {type(pattern).__name__}, which has no rule in Triton.")
+
+
+@node_of.register
+def _(pattern: patterns.Both, tree):
+    return both, node_of(pattern.one, tree), node_of(pattern.other, tree)
+
+
+@node_of.register
+def _(pattern: patterns.Either, tree):
+    return either, node_of(pattern.one, tree), node_of(pattern.other, tree)
+
+
+@node_of.register
+def _(pattern: patterns.Band, tree):
+    return band, pattern.left, pattern.right
+
+
+@node_of.register
+def _(pattern: patterns.BlockPattern, tree):
+    if None in tree.last:
+        raise launch.Declined("positions are known at run time only, and a pattern of blocks is a table of those known before.")
+    rows, columns = (last // pattern.block_size + 1 for last in tree.last)
+    table = pattern.table(rows, columns)
+    return blocks, pattern.block_size, len(table), tree.add(table)
+
+
+@node_of.register
+def _(pattern: patterns.SameBlock, tree):
+    return same_block, pattern.block_size
+
+
+@node_of.register
+def _(pattern: patterns.Columns, tree):
+    table = (np.arange(pattern.block_size) == np.array(pattern.columns)[..., None]).any(1)
+    return columns, pattern.block_size, len(table), tree.add(table[:, None])
+
+
+@node_of.register
+def _(pattern: patterns.Strided, tree):
+    return strided, pattern.stride, pattern.window

@@ -1,0 +1,294 @@
+"""The bodies of FlashAttention in Triton. An instance is a few thin kernels that hand their functions to them.
+
+    operands    what the functions of the instance ask: a named tuple of pointers and run-time numbers, among them
+
+        T, S        lengths of queries and keys
+        ROWS        rows of blocks per head: a program computes one
+        TOGETHER    heads whose programs run side by side
+
+    WORK(rank, b, n, operands, OPTIONS)             which blocks: (block of the row, number of partial blocks, number of full
+                                                    blocks, list); rank counts the rows of head n of sample b
+    BLOCK(list, i, PARTIAL, operands, OPTIONS)      the i-th of the row's partial or full blocks
+    PLACES(start, LENGTH, SIZE, operands, OPTIONS)  where the rows of a block lie in an array: (first, offsets [SIZE, 1], which exist)
+    LOGITS(products, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
+                                                    scores from products of queries and keys, in base 2 where they are
+                                                    multiplied by SHAPE.FACTOR; query_start is the first of q
+    VISIBLE(b, n, query_start, q, k, operands, SHAPE, OPTIONS)
+                                                    which query may see which key, in a partial block
+
+q and k are indices on two axes, [t, 1] and [1, s], or [1, t] and [s, 1] in the pass over keys. Only partial blocks are
+masked, and only they may stick out of the arrays.
+
+Lengths are run-time numbers, so that a new length compiles nothing. The backward pass is deterministic: one kernel sums over
+the keys of a block of queries, one over the queries of a block of keys; there are no atomics.
+
+Source: Dao et al., FlashAttention, 2022, arXiv 2205.14135, Algorithm 1; Dao, FlashAttention-2, 2023, arXiv 2307.08691.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Shape(NamedTuple):
+    """The constants of every instance. Arrays are [B, T, N, H], [B, S, K, H] and [B, S, K, V]."""
+
+    HEADS: int
+    KEY_HEADS: int
+    FEATURES: int
+    VALUES: int
+    BLOCK_H: int  # FEATURES as a block has them
+    BLOCK_V: int
+    SCALE: float  # of the products; LOGITS times FACTOR are in base 2
+    FACTOR: float
+    PRECISION: str
+    MAY_HIDE: bool  # whether a logit of a full block may be -inf
+    # Whether all samples share one array.
+    ONE_QUERY: bool
+    ONE_KEY: bool
+    ONE_VALUE: bool
+    ONE_LSE: bool = False
+    ONE_DELTA: bool = False
+    ONE_GRAD: bool = False
+
+
+@triton.jit
+def forward(
+    query, key, value, out, lse, operands,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
+    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: out [B, T, N, V], and lse [B, N, T] in base 2."""
+    T, S = operands.T, operands.S
+    rank, b, n = this_program(operands.ROWS, operands.TOGETHER, SHAPE.HEADS)
+    query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
+    query_start = query_block * BLOCK_Q
+    key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
+    query = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
+    key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
+    value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
+    out = head_of(out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, False)
+    query_rows = PLACES(query_start, T, BLOCK_Q, operands, OPTIONS)
+    queries = load_rows(query, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
+    q = query_start + tl.arange(0, BLOCK_Q)
+    m_i = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, SHAPE.BLOCK_V], tl.float32)
+    for PARTIAL in tl.static_range(1, -1, -1):
+        for i in range(num_partial if PARTIAL else num_full):
+            key_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
+            key_rows = PLACES(key_start, S, BLOCK_K, operands, OPTIONS)
+            keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
+            values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
+            k = key_start + tl.arange(0, BLOCK_K)
+            products = tl.dot(queries, tl.trans(keys), input_precision=SHAPE.PRECISION)
+            logits = LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+            if PARTIAL:
+                logits = tl.where(
+                    VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), logits, float("-inf")
+                )
+            m_i, l_i, acc = online_softmax(
+                m_i, l_i, acc, logits, values, SHAPE.FACTOR, PARTIAL or SHAPE.MAY_HIDE, SHAPE.PRECISION
+            )
+    empty = l_i == 0.0
+    l_i = tl.where(empty, 1.0, l_i)
+    store_rows(out, query_rows, acc / l_i[:, None], SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V)
+    tl.store(lse + (b * SHAPE.HEADS + n) * T + q, tl.where(empty, float("-inf"), m_i + tl.log2(l_i)), mask=q < T)
+
+
+@triton.jit
+def backward_query(
+    query, key, value, lse, delta, grad_out, grad_query, operands,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
+    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one block of queries of one head.
+
+        grad_logits = weights * (grad_out values^T - delta)        grad_query = scale grad_logits keys
+
+    lse is in base 2, and +inf for rows that see nothing.
+    """
+    T, S = operands.T, operands.S
+    rank, b, n = this_program(operands.ROWS, operands.TOGETHER, SHAPE.HEADS)
+    query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
+    query_start = query_block * BLOCK_Q
+    key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
+    query = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
+    key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
+    value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
+    grad_out = head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD)
+    query_rows = PLACES(query_start, T, BLOCK_Q, operands, OPTIONS)
+    queries = load_rows(query, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
+    grads = load_rows(grad_out, query_rows, SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, True)
+    q = query_start + tl.arange(0, BLOCK_Q)
+    lse_i = load_sums(lse, b, n, q, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
+    delta_i = load_sums(delta, b, n, q, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+    acc = tl.zeros([BLOCK_Q, SHAPE.BLOCK_H], tl.float32)
+    for PARTIAL in tl.static_range(1, -1, -1):
+        # The parts of wide operands, for three TF32 products, would fill the registers if they were made before the loop.
+        for i in tl.range(
+            num_partial if PARTIAL else num_full, disable_licm=SHAPE.PRECISION == "tf32x3" and SHAPE.BLOCK_H > 64
+        ):
+            key_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
+            key_rows = PLACES(key_start, S, BLOCK_K, operands, OPTIONS)
+            keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
+            values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
+            k = key_start + tl.arange(0, BLOCK_K)
+            products = tl.dot(queries, tl.trans(keys), input_precision=SHAPE.PRECISION)
+            logits = LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+            weights = weights_of(logits, lse_i[:, None], SHAPE.FACTOR)
+            if PARTIAL:
+                weights = tl.where(VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), weights, 0.0)
+            grad_weights = tl.dot(grads, tl.trans(values), input_precision=SHAPE.PRECISION)
+            grad_logits = weights * (grad_weights - delta_i[:, None])
+            acc = tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision=SHAPE.PRECISION)
+    grad_query = head_of(grad_query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, False)
+    scale = SHAPE.SCALE * 0.6931471805599453
+    store_rows(grad_query, query_rows, acc * scale, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H)
+
+
+@triton.jit
+def backward_key(
+    query, key, value, lse, delta, grad_out, grad_key, grad_value, operands,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
+    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one block of keys and values of one key head, from all query heads that read it.
+
+        grad_value = weights^T grad_out        grad_key = scale grad_logits^T queries
+
+    Logits are computed transposed, [s, t]: a product that is transposed afterwards is wrong on Hopper in some versions.
+    """
+    GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
+    T, S = operands.T, operands.S
+    rank, b, key_head = this_program(operands.ROWS, operands.TOGETHER, SHAPE.KEY_HEADS)
+    key_start = WORK(rank, b, key_head * GROUPS, operands, OPTIONS)[0] * BLOCK_K
+    key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
+    value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
+    key_rows = PLACES(key_start, S, BLOCK_K, operands, OPTIONS)
+    keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
+    values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, True)
+    k = key_start + tl.arange(0, BLOCK_K)
+    acc_key = tl.zeros([BLOCK_K, SHAPE.BLOCK_H], tl.float32)
+    acc_value = tl.zeros([BLOCK_K, SHAPE.BLOCK_V], tl.float32)
+    for member in range(GROUPS):
+        n = key_head * GROUPS + member
+        key_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
+        query_n = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
+        grad_out_n = head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD)
+        for PARTIAL in tl.static_range(1, -1, -1):
+            for i in range(num_partial if PARTIAL else num_full):
+                query_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_Q
+                query_rows = PLACES(query_start, T, BLOCK_Q, operands, OPTIONS)
+                queries = load_rows(query_n, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
+                grads = load_rows(grad_out_n, query_rows, SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
+                q = query_start + tl.arange(0, BLOCK_Q)
+                lse_i = load_sums(lse, b, n, q, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
+                delta_i = load_sums(delta, b, n, q, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+                products = tl.dot(keys, tl.trans(queries), input_precision=SHAPE.PRECISION)
+                logits = LOGITS(products, b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS)
+                weights = weights_of(logits, lse_i[None, :], SHAPE.FACTOR)
+                if PARTIAL:
+                    weights = tl.where(
+                        VISIBLE(b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS), weights, 0.0
+                    )
+                acc_value = tl.dot(weights.to(grads.dtype), grads, acc_value, input_precision=SHAPE.PRECISION)
+                grad_weights = tl.dot(values, tl.trans(grads), input_precision=SHAPE.PRECISION)
+                grad_logits = weights * (grad_weights - delta_i[None, :])
+                acc_key = tl.dot(grad_logits.to(queries.dtype), queries, acc_key, input_precision=SHAPE.PRECISION)
+    grad_key = head_of(grad_key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, False)
+    grad_value = head_of(grad_value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, False)
+    scale = SHAPE.SCALE * 0.6931471805599453
+    store_rows(grad_key, key_rows, acc_key * scale, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H)
+    store_rows(grad_value, key_rows, acc_value, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V)
+
+
+@triton.jit
+def online_softmax(m_i, l_i, acc, logits, values, FACTOR: tl.constexpr, MAY_HIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """Maximum, normaliser and sum of values of each row after one more block of logits [t, s] and values [s, V].
+
+    Logits times FACTOR > 0 are in base 2. MAY_HIDE: some of them may be -inf. A row that has seen nothing has maximum -inf.
+    """
+    m_new = tl.maximum(m_i, tl.max(logits, 1) * FACTOR)
+    shift = m_new
+    if MAY_HIDE:  # -inf - -inf is not 0
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    weights = tl.exp2(logits * FACTOR - shift[:, None])
+    alpha = tl.exp2(m_i - shift)
+    l_i = l_i * alpha + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, l_i, acc
+
+
+@triton.jit
+def weights_of(logits, lse_i, FACTOR: tl.constexpr):
+    """The weights, computed again. At most 1: a log-sum-exp beyond 1e9 is rounded by hundreds, and exp2 of that overflows."""
+    return tl.exp2(tl.minimum(logits * FACTOR - lse_i, 0.0))
+
+
+@triton.jit
+def this_program(ROWS, TOGETHER, HEADS: tl.constexpr):
+    """(rank of the row, sample, head) of this program: TOGETHER heads share the cache, their longest rows come first."""
+    program = tl.program_id(0)
+    place = program % (ROWS * TOGETHER)
+    head = (program // (ROWS * TOGETHER)) * TOGETHER + place % TOGETHER
+    return place // TOGETHER, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
+
+
+@triton.jit
+def head_of(array, b, n, LENGTH, HEADS: tl.constexpr, FEATURES: tl.constexpr, ONE: tl.constexpr):
+    """Where head n of sample b begins in [B, LENGTH, HEADS, FEATURES]. ONE: all samples share one."""
+    start = n * FEATURES
+    if not ONE:
+        start += b * LENGTH * (HEADS * FEATURES)
+    return array + start
+
+
+@triton.jit
+def dense(start, LENGTH, SIZE: tl.constexpr, operands, OPTIONS: tl.constexpr):
+    """PLACES of arrays whose blocks lie one after another."""
+    row = tl.arange(0, SIZE)[:, None]
+    return start.to(tl.int64), row, start + row < LENGTH
+
+
+@triton.jit
+def addresses(array, rows, STRIDE: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to rows [t, WIDTH] that lie STRIDE apart, and which of these elements exist."""
+    first, row, exists = rows
+    feature = tl.arange(0, WIDTH)
+    # Only the sum for the whole block is in 64 bits: the offsets within it would take twice the registers.
+    at = array + first * STRIDE + row * STRIDE + feature[None, :]
+    inside = exists
+    if FEATURES != WIDTH:
+        inside = inside & (feature[None, :] < FEATURES)
+    return at, inside, feature[None, :] < FEATURES
+
+
+@triton.jit
+def load_rows(array, rows, HEADS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of one head of [LENGTH, HEADS, FEATURES] as [t, WIDTH], 0 where there are none. MASKED: some may not exist."""
+    at, inside, real = addresses(array, rows, HEADS * FEATURES, FEATURES, WIDTH)
+    if MASKED:
+        block = tl.load(at, mask=inside, other=0.0)
+    elif FEATURES != WIDTH:
+        block = tl.load(at, mask=real, other=0.0)
+    else:
+        block = tl.load(at)
+    return block
+
+
+@triton.jit
+def store_rows(array, rows, block, HEADS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `load_rows`."""
+    at, inside, _ = addresses(array, rows, HEADS * FEATURES, FEATURES, WIDTH)
+    tl.store(at, block.to(array.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_sums(array, b, n, q, T, other, HEADS: tl.constexpr, ONE: tl.constexpr):
+    """What [B, N, T] says of these queries; `other` past the last one. ONE: all samples share one."""
+    head = n
+    if not ONE:
+        head += b * HEADS
+    return tl.load(array + head * T + q, mask=q < T, other=other)

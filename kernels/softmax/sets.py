@@ -1,0 +1,93 @@
+"""What the implementations of softmax attention are asked for: sets of keys, and who sees what of each."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from subquad.kernels.patterns import Pattern
+from subquad.kernels.softmax import online
+
+
+class Visible(NamedTuple):
+    """What decides, beside the pattern, which key a query sees; None where nothing is said.
+
+    The pattern asks for the positions: NumPy arrays where they are known while tracing.
+    """
+
+    query_positions: jax.Array | np.ndarray | None  # [B|1, T]
+    key_positions: jax.Array | np.ndarray | None  # [B|1, S]
+    query_segment_ids: jax.Array | None  # [B|1, T]
+    key_segment_ids: jax.Array | None  # [B|1, S]
+    mask: jax.Array | None  # [B|1, N|1, T|1, S|1]
+
+
+class KeySet(NamedTuple):
+    """Keys that are attended to under a pattern. An operation has one set, or several that share no visible pair.
+
+    With C columns, position t is row t // C of column t % C, and a query sees keys of its own column only. Then the positions
+    of `visible` are those of rows, there is no more of it than a mask of keys [B|1, 1, 1, S], and C divides T and S.
+    """
+
+    pattern: Pattern | None
+    visible: Visible
+    columns: int = 1
+    source: int = 0  # which keys and values, of those that the operation has
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a set while tracing, as a value that can be hashed."""
+
+    pattern: Pattern | None
+    columns: int
+    source: int
+    positions: tuple[tuple[tuple[int, ...], bytes] | None, ...]  # shape and bytes of those of queries and of keys
+
+    def set_of(self, visible: Visible) -> KeySet:
+        """The set again, with the arrays that are not known."""
+        arrays = (None if x is None else np.frombuffer(x[1], np.int32).reshape(x[0]) for x in self.positions)
+        positions = (x if known is None else known for x, known in zip(visible[:2], arrays, strict=True))
+        return KeySet(self.pattern, Visible(*positions, *visible[2:]), self.columns, self.source)
+
+
+def known_of(one: KeySet) -> tuple[Known, Visible]:
+    """What is known of a set, and the arrays that are not."""
+    known = all(isinstance(x, np.ndarray) for x in one.visible[:2])  # both or none: a pattern compares them
+    positions = tuple((x.shape, x.astype(np.int32).tobytes()) if known else None for x in one.visible[:2])
+    rest = (None if known or x is None else jnp.asarray(x) for x in one.visible[:2])
+    return Known(one.pattern, one.columns, one.source, positions), Visible(*rest, *one.visible[2:])
+
+
+def one_by_one(attention):
+    """An implementation for several sets, from one for a single set without columns: their results are merged.
+
+    Args:
+        attention: (query, key, value, bias, visible, pattern, scale, **options) -> (out, maximum, log(normaliser)).
+    """
+
+    def run(query, keys, values, bias, sets: tuple[KeySet, ...], scale: float, **options):
+        results = []
+        for one in sets:
+            arrays, visible, columns = (query, keys[one.source], values[one.source]), one.visible, one.columns
+            if columns > 1:
+                arrays = [rearrange(x, "b (r c) n h -> (b c) r n h", c=columns) for x in arrays]
+                visible = visible._replace(mask=in_columns(visible.mask, len(query), columns))
+            result = attention(*arrays, bias, visible, one.pattern, scale, **options)
+            if columns > 1:
+                result = [rearrange(x, "(b c) r ... -> b (r c) ...", c=columns) for x in result]
+            results.append(result)
+        return results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True))
+
+    return run
+
+
+def in_columns(mask, batch: int, columns: int):
+    """A mask of keys [B|1, 1, 1, S] for the columns of each sample: [B C, 1, 1, S / C]."""
+    if mask is None:
+        return None
+    mask = mask.repeat(batch // len(mask), 0)
+    return rearrange(mask, "b 1 1 (r c) -> (b c) 1 1 r", c=columns)

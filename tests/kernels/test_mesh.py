@@ -1,0 +1,157 @@
+"""Operations on a mesh of 8 simulated devices under plain `jax.jit`: an eighth of the work on each, and the same numbers."""
+
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+OPERATIONS = (
+    "relative.attention", "lsh.attention", "lsh.hash_buckets", "lsh.extend", "matrix.pseudo_inverse", "matrix.sinkhorn",
+    "scan.first_order",
+)  # fmt: skip
+
+
+def on_8_devices(*words):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    # What has a part for a mesh is compiled anew in every process: JAX's cache would only grow.
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mesh") / "mesh.csv"
+    on_8_devices(ROOT / "scripts" / "bench_mesh.py", "--length", 128, "--out", out)
+    with open(out, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_eighth_of_the_work_and_no_gathering(rows, operation):
+    """Forward and backward, with batch, heads or both sharded; features of a scan."""
+    own = [row for row in rows if row["operation"] == operation]
+    assert {row["sharded"] for row in own} >= {"batch"} and len(own) > 1
+    for row in own:
+        assert float(row["share"]) <= 0.15, row
+        assert not any(int(row[name]) for name in ("all-gather", "all-to-all", "collective-permute")), row
+        assert float(row["error"]) < 2e-6, row
+        assert int(row["temporary_kib"]) < 0.3 * int(row["temporary_kib_alone"]), row
+
+
+def test_every_kind_of_mesh():
+    on_8_devices("-m", "tests.kernels.test_mesh")
+
+
+def check_meshes():
+    """With a small attention: grouped heads, queries cut along the sequence, what cannot be cut, `shard_map`, export."""
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from subquad.kernels import specs
+    from subquad.kernels.operation import operation
+    from tests.kernels import toy_attention
+
+    rng = np.random.default_rng(0)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    length, heads, key_heads = 8, 8, 4
+
+    def draw(batch, key_heads=key_heads):
+        shapes = dict(
+            query=(batch, length, heads, 3), key=(batch, length, key_heads, 3), value=(batch, length, key_heads, 3),
+            bias=(1, 1, length, length), positions=(length,),
+        )  # fmt: skip
+        arrays = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+        return arrays | dict(positions=jnp.arange(length))
+
+    def loss(positions, attend=toy_attention.attention, **arrays):
+        out, log_total = attend(0.5, *(arrays[name] for name in ("query", "key", "value", "bias")), positions)
+        return jnp.sum(out**2) + jnp.sum(jnp.sin(log_total))
+
+    def run(positions, attend=toy_attention.attention, **arrays):
+        return jax.value_and_grad(lambda arrays: loss(positions, attend, **arrays))(arrays)
+
+    plain = lambda *words: toy_attention.forward(*words)[0]
+
+    def place(arrays, mesh=mesh, **specs):
+        sharding = lambda name: NamedSharding(mesh, specs.get(name, P()))
+        return {name: jax.device_put(x, sharding(name)) for name, x in arrays.items()}
+
+    def check(arrays, placed, function=run, collectives=("all-reduce",)):
+        program = jax.jit(function).lower(**placed).compile()
+        text = program.as_text()
+        for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+            assert (f" {name}(" not in text) or name in collectives, (name, text)
+        got, want = program(**placed), jax.jit(lambda **arrays: run(attend=plain, **arrays))(**arrays)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert specs.error(one, other) < 2e-6
+
+    anything = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+    arrays = draw(8)
+    over = lambda *names: {name: P(*names) for name in ("query", "key", "value")}
+    check(arrays, place(arrays, **over(("x", "y"))))
+    check(arrays, place(arrays, **over("y", None, "x")))  # 4 key heads over 4 devices
+    # Each group of query heads stays whole: 4 key heads over 8 devices are gathered from 2.
+    check(arrays, place(arrays, **over(None, None, "x") | dict(query=P(None, None, ("x", "y")))), collectives=anything)
+    check(arrays, place(arrays, query=P(None, "x"), bias=P(None, None, "x"), positions=P("x")))  # queries by their place
+    # The sequence of keys is gathered wherever it was cut, and so are features.
+    check(arrays, place(arrays, **over("y", "x")), collectives=anything)
+    check(arrays, place(arrays, query=P("y"), key=P(None, None, None), value=P(None, "x")), collectives=anything)
+    few = draw(12, key_heads=1)
+    check(few, place(few, **over("x")))
+
+    # Under `jax.vmap` the mapped axis, the batch, or both may be cut.
+    def mapped(positions, bias, **arrays):
+        both = lambda arrays: jax.vmap(lambda arrays: loss(positions, **arrays, bias=bias))(arrays).sum()
+        return jax.value_and_grad(both)(arrays)
+
+    for names in (("x", "y"), (("x", "y"),), (None, "x")):
+        many = {name: jnp.stack([x] * 8) for name, x in draw(4).items() if name != "positions" and name != "bias"}
+        rest = dict(positions=jnp.arange(length), bias=arrays["bias"])
+        placed = place(many, **over(*names)) | rest
+        text = jax.jit(mapped).lower(**placed).compile().as_text()
+        assert " all-gather(" not in text and " all-to-all(" not in text, text
+
+    # A part of the mesh by hand: the batch over "x", heads over "y" are left to XLA.
+    def inside(function, names):
+        specs = {name: P("x") if name in over() else P() for name in arrays}
+        gradient = {name: spec for name, spec in specs.items() if name != "positions"}
+
+        def part(words):
+            loss, grads = function(**words)
+            grads["bias"] = jax.lax.psum(grads["bias"], "x")
+            return jax.lax.psum(loss, "x"), grads
+
+        mapped = jax.shard_map(
+            part, mesh=mesh, in_specs=(specs,), out_specs=(P(), gradient), axis_names=names, check_vma=False
+        )
+        return lambda **words: mapped(words)
+
+    placed = place(arrays, **over("x", None, "y"))
+    check(arrays, placed, inside(run, {"x"}))
+    check(arrays, placed, inside(run, {"x", "y"}), collectives=("all-reduce", "all-gather"))
+
+    # JAX forgets the host callbacks of a part, such as Triton's interpreter, and would call nothing.
+    def doubled(_, x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda x: np.asarray(x) * 2, shape, x, vmap_method="sequential"), ()
+
+    double = operation(doubled, lambda *_: (None,), arrays=("b t n h",), outputs="b t n h")
+    np.testing.assert_array_equal(jax.jit(lambda x: double(None, x))(placed["query"]), 2 * arrays["query"])
+
+    # What is exported knows no partitioner: right, and as XLA cuts it.
+    exported = jax.export.export(jax.jit(run))(**placed)
+    got, want = exported.call(**placed), run(attend=plain, **arrays)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert specs.error(one, other) < 2e-6
+
+
+if __name__ == "__main__":
+    check_meshes()
