@@ -29,59 +29,78 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subquad.kernels import lsh, matrix, relative, scan, specs
+from subquad.kernels import block_sparse, convolution, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided
 from subquad.lra.cli import commands
 
 RESULTS = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "mesh.csv"
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 BATCH, HEADS, FEATURES, ROUNDS, BUCKETS = 8, 8, 16, 2, 4
 # The axes of arrays that a column shards, over the axes "x" of 4 and "y" of 2 devices.
-SHARDED = {"batch": dict(b="xy"), "heads": dict(n="xy"), "4 x 2": dict(b="x", n="y"), "features": dict(d="xy")}
+SHARDED = {"batch": dict(b="xy"), "heads": dict(n="xy"), "4 x 2": dict(b="x", n="y"), "features": dict(d="xy"),
+           "queries": dict(t="xy")}  # fmt: skip
+HEADED, FEATURED = ("batch", "heads", "4 x 2"), ("batch", "features")
 QUERIES, KEYS, TOKENS = "b t n h", "b s n h", "b t d"
+ATTENTION = dict(query=QUERIES, key=KEYS, value=KEYS)
+SELF = dict(query=QUERIES, key=QUERIES, value=QUERIES)
+BLOCKS = np.arange(4)[None, :, None] - np.array([0, 1])  # each block of queries sees its own keys and those before
 
 
-def _relative(arrays):
-    return relative.attention(**arrays)
+def operation(function, axes, sharded=HEADED, **options):
+    return lambda arrays: function(**arrays, **options), axes, sharded
 
 
-def _lsh(arrays):
-    return lsh.attention(**arrays, num_buckets=BUCKETS, chunk_size=16)
+def positive(arrays, **options):
+    query, key = (jnp.exp(arrays[name]) for name in ("query", "key"))
+    return linear.attention(query, key, arrays["value"], **options)
 
 
-def _hash(arrays):
-    return lsh.hash_buckets(**arrays)
+def blocks(arrays):
+    size = arrays["query"].shape[1] // 4
+    return block_sparse.attention(**arrays, blocks=np.maximum(BLOCKS, -1), block_size=size)
 
 
-def _extend(arrays):
-    return lsh.extend(**arrays, start=0)
-
-
-# The operation of (arrays by name), and the axes of the arrays.
+# The operation of (arrays by name), the axes of the arrays, and what is sharded.
 OPERATIONS = {
-    "relative.attention": (
-        _relative,
-        dict(query=QUERIES, key=KEYS, value=KEYS, relative_key="s n h", content_bias="n h", position_bias="n h"),
+    "softmax.attention": operation(softmax.attention, ATTENTION, (*HEADED, "queries")),
+    "softmax.attention causal": operation(softmax.attention, SELF, is_causal=True),
+    "softmax.attention window": operation(softmax.attention, SELF, window_size=16),
+    "block_sparse.attention": (blocks, SELF, HEADED),
+    "strided.attention": operation(strided.attention, SELF, stride=16, window_size=16, is_causal=True),
+    "strided.fixed": operation(strided.fixed, SELF, block_size=16, columns=np.array([[15]]), is_causal=True),
+    "relative.attention": operation(
+        relative.attention,
+        dict(**ATTENTION, relative_key="s n h", content_bias="n h", position_bias="n h"),
     ),
-    "lsh.attention": (_lsh, dict(query_key=QUERIES, value=QUERIES, buckets="b r t n")),
-    "lsh.hash_buckets": (_hash, dict(vectors=QUERIES, rotations="n h r f")),
-    "lsh.extend": (
-        _extend,
-        dict(query=QUERIES, key=QUERIES, value=QUERIES, query_buckets="b r t n", key_buckets="b r t n"),
+    "lsh.attention": operation(
+        lsh.attention, dict(query_key=QUERIES, value=QUERIES, buckets="b r t n"), num_buckets=BUCKETS, chunk_size=16
     ),
-    "matrix.pseudo_inverse": (lambda arrays: matrix.pseudo_inverse(**arrays), dict(matrix="b n m m")),
-    "matrix.sinkhorn": (lambda arrays: matrix.sinkhorn(**arrays), dict(logits="b n m m")),
-    "scan.first_order": (lambda arrays: scan.first_order(**arrays), dict(decay=TOKENS, inputs=TOKENS)),
+    "lsh.hash_buckets": operation(lsh.hash_buckets, dict(vectors=QUERIES, rotations="n h r f")),
+    "lsh.extend": operation(lsh.extend, dict(**SELF, query_buckets="b r t n", key_buckets="b r t n"), start=0),
+    "linear.attention": (positive, ATTENTION, HEADED),
+    "linear.attention causal": (functools.partial(positive, is_causal=True), SELF, HEADED),
+    "linear.random_feature_attention": operation(
+        linear.random_feature_attention, dict(**SELF, projection="m h"), is_causal=True
+    ),
+    "matrix.pseudo_inverse": operation(matrix.pseudo_inverse, dict(matrix="b n m m")),
+    "matrix.sinkhorn": operation(matrix.sinkhorn, dict(logits="b n m m")),
+    "scan.first_order": operation(scan.first_order, dict(decay=TOKENS, inputs=TOKENS), FEATURED),
+    "convolution.convolve": operation(convolution.convolve, dict(inputs=TOKENS, kernel="d t"), FEATURED),
+    "ssm.diagonal_scan": operation(
+        ssm.diagonal_scan, dict(inputs=TOKENS, log_decay="d p", input_matrix="d p", output_matrix="d p"), FEATURED
+    ),
 }
 
 
 def draw(axes: dict[str, str], length: int) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
-    sizes = dict(b=BATCH, t=length, s=length, n=HEADS, h=FEATURES, v=FEATURES, d=32, m=16, r=ROUNDS, f=BUCKETS // 2)
+    sizes = dict(b=BATCH, t=length, s=length, n=HEADS, h=FEATURES, d=32, m=16, p=8, r=ROUNDS, f=BUCKETS // 2)
 
     def one(name, letters):
         shape = [sizes[letter] for letter in letters.split()]
         if "buckets" in name:
             return jnp.asarray(rng.integers(0, BUCKETS, shape), jnp.int32)
+        if letters == "d p":  # the eigenvalues of a slow decay, and complex matrices
+            return jnp.asarray(rng.uniform(-0.5, -0.01, shape) + 1j * rng.normal(size=shape), jnp.complex64)
         if name == "decay":
             return jnp.asarray(rng.uniform(0.5, 1, shape), jnp.float32)
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -95,7 +114,7 @@ def both(function, arrays):
 
     def loss(inexact):
         outputs = function({**inexact, **rest})
-        squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        squares = [jnp.sum(jnp.square(jnp.abs(x))) for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
         return sum(squares, jnp.float32(0)), outputs
 
     gradients, outputs = jax.grad(loss, has_aux=True)(inexact)
@@ -104,16 +123,15 @@ def both(function, arrays):
 
 def rows_of(name: str, length: int):
     """A row for each axis that the operation's arrays have."""
-    function, axes = OPERATIONS[name]
+    function, axes, sharded = OPERATIONS[name]
     arrays = draw(axes, length)
     run = jax.jit(functools.partial(both, function))
     alone = run.lower(arrays).compile()
     want, whole = alone(arrays), flops(alone.as_text())
     automatic = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=automatic)
-    for column, letters in SHARDED.items():
-        if not all(any(letter in names.split() for names in axes.values()) for letter in letters):
-            continue
+    for column in sharded:
+        letters = SHARDED[column]
 
         def shard(array, names, letters=letters):
             spec = [tuple(letters[letter]) if letter in letters else None for letter in names.split()]

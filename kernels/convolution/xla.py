@@ -1,12 +1,10 @@
 """Long convolution by FFT, a group of features at a time, with a backward that recomputes the spectra."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from subquad.kernels import precision
 from subquad.kernels.memory import bits, map_parts, numbers
+from subquad.kernels.operation import operation
 
 # Bytes of one group's padded inputs. On a CPU the spectra of a group then stay well under the 32 MiB above which XLA pays
 # for fresh pages at every call, and all groups share one set of buffers.
@@ -37,8 +35,7 @@ def convolve(inputs, kernel, anticausal):
     length, wide = inputs.shape[1], jnp.promote_types(kernel.dtype, jnp.float32)
     kernel = kernel[:, :length].astype(wide)
     ahead = None if anticausal is None or length == 1 else anticausal[:, : length - 1].astype(wide)
-    size = fast_length(length + max(kernel.shape[1] - 1, 0 if ahead is None else ahead.shape[1]))
-    return compiled(inputs, kernel, ahead, size, _groups(*inputs.shape[::2], size))
+    return _convolve(CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES, inputs, kernel, ahead)
 
 
 def divisor(number: int, least: int) -> int:
@@ -46,25 +43,26 @@ def divisor(number: int, least: int) -> int:
     return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(least, number))
 
 
-def _groups(batch: int, features: int, size: int) -> int:
-    """How many groups the features make."""
-    most = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
-    return divisor(features, -(-batch * features * size * 4 // most))
+def _circle_and_groups(room, inputs, kernel, ahead) -> tuple[int, int]:
+    """The size of the circle, and how many groups the features make; `room`: bytes of one group's padded inputs."""
+    batch, length, features = inputs.shape
+    size = fast_length(length + max(kernel.shape[1] - 1, 0 if ahead is None else ahead.shape[1]))
+    return size, divisor(features, -(-batch * features * size * 4 // room))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _convolve(inputs, kernel, ahead, size, groups):
-    """`kernel` [D, L] over the past of `inputs` [B, T, D], and `ahead` (or None) over what follows, by circles of `size`.
+def _forward(room, inputs, kernel, ahead):
+    """`kernel` [D, L] over the past of `inputs` [B, T, D], and `ahead` (or None) over what follows, by circles.
 
     Only a group's taps are put on the circle at a time: all of them would take as much as the inputs in float32 twice.
     """
-    length = inputs.shape[1]
+    length, (size, groups) = inputs.shape[1], _circle_and_groups(room, inputs, kernel, ahead)
 
     def group(values, *taps):
         spectrum = _circle(values, kernel.dtype, size) * _spectrum(*taps, size)
         return (_line(spectrum, length, size).astype(inputs.dtype),)
 
-    return map_parts(group, groups, (inputs, kernel, ahead), (2, 0, 0), (2,), after=inputs)[0]
+    outputs = map_parts(group, groups, (inputs, kernel, ahead), (2, 0, 0), (2,), after=inputs)[0]
+    return outputs, (inputs, kernel, ahead)
 
 
 def _circle(values, dtype, size):
@@ -100,13 +98,10 @@ def _spectrum(kernel, ahead, size):
     return jnp.fft.rfft(kernel, size)
 
 
-def _forward(inputs, kernel, ahead, size, groups):
-    return _convolve(inputs, kernel, ahead, size, groups), (inputs, kernel, ahead)
-
-
-def _backward(size, groups, saved, cotangent):
+def _backward(room, saved, cotangent):
     """All gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
     inputs, kernel, ahead = saved
+    size, groups = _circle_and_groups(room, *saved)
 
     def group(values, outer, *taps):
         outer = _circle(outer, kernel.dtype, size)
@@ -119,7 +114,4 @@ def _backward(size, groups, saved, cotangent):
     return map_parts(group, groups, (inputs, cotangent, kernel, ahead), (2, 2, 0, 0), (2, 0, 0), after=cotangent)
 
 
-precision.define_passes(_convolve, _forward, _backward)
-
-# Compiled once per shape also for callers who compile nothing; inside their `jit` it is part of theirs.
-compiled = jax.jit(_convolve, static_argnums=(3, 4))
+_convolve = operation(_forward, _backward, arrays=("b t d", "d past", "d ahead"), outputs="b t d", independent="b d")

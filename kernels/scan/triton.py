@@ -9,7 +9,6 @@ which they are taken, so that a reversed recurrence differs in its addresses onl
 other way, with the decay of the step after, g_t = dh_t + a_{t+1} g_{t+1}.
 """
 
-
 import jax
 import jax.numpy as jnp
 import triton

@@ -64,7 +64,7 @@ def test_groups_change_nothing(monkeypatch, features):
     run = lambda: jax.value_and_grad(loss, argnums=(0, 1, 2))(inputs, kernel, anticausal)
     whole = run()
     monkeypatch.setattr(xla, "CPU_BYTES", 2500)
-    assert xla._groups(2, features, 100) > 1
+    assert xla._circle_and_groups(2500, inputs, kernel, anticausal)[1] > 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), run(), whole)
 
 

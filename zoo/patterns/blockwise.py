@@ -34,6 +34,7 @@ class BlockwiseAttention(Attention):
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D] with T <= max_length.  mask: True = attend; key padding only, [*B, 1, 1, T].
+        segment_ids: [T] or [*B, T]; blocks are counted from the start of the whole input.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; a head that sees nothing adds 0.
     Raises: ValueError: an input longer than max_length; shifts that are not one number per head; a mask that is not key
         padding.
@@ -46,7 +47,7 @@ class BlockwiseAttention(Attention):
     Source: Qiu et al., Blockwise Self-Attention for Long Document Understanding (BlockBERT), 2020, arXiv 1911.02972.
     """
 
-    supports = Support(cost="T", is_pattern=True, rotary=True, attention_fn=True)
+    supports = Support(cost="T", is_pattern=True, segment_ids=True, rotary=True, attention_fn=True)
 
     def __init__(
         self,
@@ -73,9 +74,9 @@ class BlockwiseAttention(Attention):
         self.max_length, self.block_size, self.shifts = int(max_length), int(block_size), tuple(map(int, shifts))
         self.sees = BlockPermutation(self.block_size, -(-self.max_length // self.block_size), self.shifts) & self.sees
 
-    def attend(self, query, key, value, mask):
+    def attend(self, query, key, value, mask, **extras):
         self._check_length("inputs_q", query.shape[1])
-        return super().attend(query, key, value, mask)
+        return super().attend(query, key, value, mask, **extras)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
         cache = super().init_cache(batch_size, max_length, dtype)
