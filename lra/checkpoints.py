@@ -11,17 +11,13 @@ import pathlib
 import signal
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from subquad.lra.files import RunError, explained, locked, one_line, write_whole
-
-# The plain data of a checkpoint.
-PROGRESS = {
-    "step": int, "seconds": (int, float), "timed_steps": int, "losses": list, "validation": list, "best": list, "data": dict,
-}  # fmt: skip
+from subquad.lra.state import FORMAT, RECORD
 
 
 class Interrupted(RunError):
@@ -176,13 +172,13 @@ def write_json(path: pathlib.Path, values: dict) -> None:
         write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def write_history(path: pathlib.Path, progress: dict, score: str = "accuracy") -> None:
+def write_history(path: pathlib.Path, losses: Sequence, validations: Sequence, score: str = "accuracy") -> None:
     """Writes the losses of all steps, and the validations, as CSV; `score` names what validation measures."""
-    validation = {step: (value, loss) for step, value, loss in progress["validation"]}
+    validation = {step: (value, loss) for step, value, loss in validations}
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["step", "train_loss", f"validation_{score}", "validation_loss"])
-    for step, loss in enumerate(progress["losses"], 1):
+    for step, loss in enumerate(losses, 1):
         rows.writerow([step, loss, *validation.get(step, ("", ""))])
     with explained(f"out: file {path} must be writable", "Make room and run again with --resume."):
         write_whole(path, text.getvalue().encode())
@@ -211,7 +207,7 @@ class Checkpoints:
         """The step of the checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, progress: dict) -> None:
+    def save(self, step: int, arrays: Any, record: dict) -> None:
         """Saves a pytree of arrays and plain data; the older checkpoint goes when this one is whole."""
         if self.latest() == step:
             return
@@ -219,24 +215,37 @@ class Checkpoints:
         kept = "Nothing was saved before." if kept is None else f"The checkpoint of step {kept} is whole."
         with self._explained("save into", f"{kept} Make room and run again with --resume."):
             # Tried first, because a write that fails inside Orbax leaves threads behind that print their own traces.
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + len(json.dumps(progress))
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + len(json.dumps(record))
             _reserve(self.folder, size + size // 4)
-            items = dict(state=self._orbax.args.StandardSave(state), progress=self._orbax.args.JsonSave(progress))
+            items = dict(arrays=self._orbax.args.StandardSave(arrays), record=self._orbax.args.JsonSave(record))
             self._manager.save(step, args=self._orbax.args.Composite(**items), force=True)
 
-    def progress(self) -> dict:
-        """The plain data of the checkpoint."""
-        found = self._restore(progress=self._orbax.args.JsonRestore())["progress"]
-        with self._explained("read", "Delete it and start anew."):
-            for name, kind in PROGRESS.items():
-                if not isinstance(found[name], kind):
-                    raise TypeError(f"{name}={found[name]!r:.60}")
-        return found
+    def record(self) -> dict:
+        """The plain data of the checkpoint.
 
-    def state(self, like: Any) -> Any:
-        """The arrays of the checkpoint, in the structure of `like`."""
+        Raises: RunError: it cannot be read, or another version wrote it.
+        """
+        if not (self.folder / str(self.latest()) / "record").exists():
+            raise self._other_format("an older one")
+        record = self._restore(record=self._orbax.args.JsonRestore())["record"]
+        if record.get("format") != FORMAT:
+            raise self._other_format(f"format {record.get('format')!r:.60}")
+        with self._explained("read", "Delete it and start anew."):
+            for name, kind in RECORD.items():
+                if not isinstance(record[name], (int, float) if kind is float else kind):
+                    raise TypeError(f"{name}={record[name]!r:.60}")
+        return record
+
+    def _other_format(self, got: str) -> RunError:
+        return RunError(
+            f"checkpoint: folder {self.folder} must have format {FORMAT} of this version, got {got}. Finish the run with the "
+            "version that began it, or delete the folder and start anew."
+        )
+
+    def arrays(self, like: Any) -> Any:
+        """The arrays of the checkpoint, in the structure and with the shardings of `like`."""
         abstract = jax.tree.map(self._orbax.utils.to_shape_dtype_struct, like)
-        return self._restore(state=self._orbax.args.StandardRestore(abstract))["state"]
+        return self._restore(arrays=self._orbax.args.StandardRestore(abstract))["arrays"]
 
     def _restore(self, **items):
         with self._explained("read", "Delete it and start anew."):

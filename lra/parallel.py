@@ -66,7 +66,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
 
 
 def _check_coordinator(host: str, port: int, listens: bool) -> None:
-    """Looks before XLA does, which ends the process with a trace of its own where it does not find the others."""
+    """Checks first that the coordinator answers: XLA's own failure ends the process with a stack trace."""
     ends = time.monotonic() + PATIENCE
     while True:
         try:
@@ -140,9 +140,9 @@ def check_shard(shard: str, mesh: Mesh | None) -> None:
 
 
 def shardings(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
-    """Where each array of a training state lies: with "zero" cut along its longest axis that the devices divide.
+    """The sharding of each array of a training state: with "zero" along its longest axis that the devices divide.
 
-    With "batch", and where no axis can be cut, every device holds the whole array. None without a mesh.
+    With "batch", and where no axis can be divided, every device holds the whole array. None without a mesh.
     """
     if mesh is None:
         return None
@@ -158,7 +158,7 @@ def shardings(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
 
 
 def place(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
-    """Puts a training state where `shardings` says; every process has the same one to put."""
+    """Puts a training state on the devices by `shardings`; every process has the same whole state."""
     if mesh is None:
         return tree
 
@@ -173,8 +173,8 @@ def place(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
     return jax.tree.map(put, tree, shardings(tree, mesh, shard))
 
 
-def feed(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Puts a batch on the devices; of a batch that all processes have drawn, each puts its own rows."""
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
+    """Puts each device's rows of a batch on it. All processes have drawn the whole batch, and each puts its own part."""
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -207,7 +207,7 @@ def over_batch(function: Callable, mesh: Mesh | None) -> Callable:
 
 
 def compile(function: Callable, arguments: tuple, mesh: Mesh | None, shard: Shard = "batch", **words) -> Any:
-    """`jax.jit(function, **words)`, compiled for these arguments; its results lie where `shardings` says."""
+    """`jax.jit(function, **words)`, compiled for these arguments; its results are sharded by `shardings`."""
     if mesh is not None:
         words["out_shardings"] = shardings(jax.eval_shape(function, *arguments), mesh, shard)
     return jax.jit(function, **words).lower(*arguments).compile()
@@ -223,15 +223,15 @@ def hardware(described: str, mesh: Mesh | None) -> str:
     return f"{described}, as {count} devices" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
 
 
-def agree(flag: bool) -> bool:
-    """Whether the flag is set in any process; all must ask."""
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process. All processes must call this."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def told(function: Callable[[], Any]) -> Any:
-    """Runs a function in process 0 and gives its result, plain data, or its RunError to all processes."""
+def broadcast_from_first(function: Callable[[], Any]) -> Any:
+    """Calls a function in process 0 alone. All processes return its result, plain data, or raise its RunError."""
     if jax.process_count() == 1:
         return function()
     answer = {}
@@ -249,8 +249,8 @@ def told(function: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def first_alone() -> Iterator[None]:
-    """Process 0 goes through the block before the others enter: what it makes there, they find."""
+def first_process_first() -> Iterator[None]:
+    """Process 0 runs the block before the others enter it: they find the files that it made there."""
     if not is_first():
         multihost_utils.sync_global_devices("first")
     try:

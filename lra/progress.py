@@ -211,25 +211,6 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class Stopwatch:
-    """Adds up the seconds between `start` and `stop`, and how many steps they held."""
-
-    def __init__(self, seconds: float = 0.0, steps: int = 0):
-        self.seconds, self.steps, self._began = seconds, steps, None
-
-    def start(self) -> None:
-        self._began = time.perf_counter()
-
-    def stop(self, steps: int) -> None:
-        self.seconds += time.perf_counter() - self._began
-        self.steps += steps
-
-    @property
-    def rate(self) -> float:
-        """Steps per second."""
-        return self.steps / self.seconds if self.seconds else 0.0
-
-
 class Board:
     """Numbers by step for TensorBoard, written by tensorboardX; without `wanted` it writes nothing.
 

@@ -1,7 +1,7 @@
 """Train a run: the only loop.
 
-`train(run, out=...)` leaves in `out`: `checkpoint/` (the training state, the best parameters, the data's position),
-`run.json` (the resolved configuration), `history.csv` (losses and validations so far), and at the end `result.json`.
+`train(run, out=...)` leaves in `out`: `checkpoint/` (a `TrainState`), `run.json` (the resolved configuration),
+`history.csv` (losses and validations so far), and at the end `result.json`.
 """
 
 import contextlib
@@ -12,29 +12,30 @@ import math
 import os
 import pathlib
 import signal
-import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from subquad.lra import collapse, models, parallel, sizes, tasks
+from subquad.lra import interrupts, models, parallel, sizes, tasks
 from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
+from subquad.lra.evaluation import Evaluation
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
-from subquad.lra.progress import Board, Progress, Stopwatch, Work, over
+from subquad.lra.progress import Board, Progress, Work
 from subquad.lra.report import results
 from subquad.lra.run import Run
+from subquad.lra.state import TrainState
 
-# Steps between looks at the loss. Each look waits for the device.
-LOOK = 10
-# Values of a run that are columns of its result.
-SHARED = ("layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size")
+# Steps between two looks at the losses. Each look waits for the device.
+LOSS_EVERY = 10
 
 
 def train(
@@ -91,201 +92,240 @@ def train(
         raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
     mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
     parallel.check_shard(shard, mesh)
-    devices, sharded = 1 if mesh is None else mesh.size, shard == "zero"
-    sizes.check(run, task, splits, devices=devices, sharded=sharded)
-    parameter_count = models.count_parameters(run, task)
+    sizes.check(run, task, splits, devices=1 if mesh is None else mesh.size, sharded=shard == "zero")
     # Parameters, two moments, their average and the best parameters, 4 bytes each, in the old checkpoint and the new.
-    needed = 2 * 4 * (4 + (run.ema is not None)) * parameter_count
-    with contextlib.ExitStack() as held:
+    needed = 2 * 4 * (4 + (run.ema is not None)) * models.count_parameters(run, task)
+    with contextlib.ExitStack() as locks:
 
-        def enter():
+        def enter_folder():
             folder = open_folder(out, needed)
-            held.enter_context(occupied(folder))
+            locks.enter_context(occupied(folder))
             return str(folder), claim(folder, dataclasses.asdict(run), resume, results.Result)
 
-        folder, finished = parallel.told(enter)
+        folder, finished = parallel.broadcast_from_first(enter_folder)
         if finished:
             return results.Result(**finished)
-        return _train(
-            run, task, splits, pathlib.Path(folder), parameter_count, data_dir=data_dir, mesh=mesh, shard=shard, quiet=quiet,
-            tensorboard=tensorboard, checkpoint_minutes=checkpoint_minutes,
-        )  # fmt: skip
-
-
-def _train(
-    run, task, splits, out, parameter_count, *, data_dir, mesh, shard, quiet, tensorboard, checkpoint_minutes
-) -> results.Result:
-    """`train` in a folder that is this process's."""
-    objective = OBJECTIVES[task.kind]
-    board = Board(out / "tensorboard", tensorboard and parallel.is_first())
-    if splits is None:
-        with parallel.first_alone():
-            splits, source = store.load(task.dataset, data_dir)
-    else:
+        folder, quiet = pathlib.Path(folder), quiet or not parallel.is_first()
+        board = Board(folder / "tensorboard", tensorboard and parallel.is_first())
         source = f"{task.dataset} as passed to train"
-    batches = pipeline.training_batches(splits["train"], batch_size=run.batch_size, length=task.length, seed=run.seed)
-    held_out = pipeline.evaluation_batches(splits["validation"], batch_size=run.batch_size, length=task.length)
-    quiet = quiet or not parallel.is_first()
-    floor, spread = collapse.chance(over(held_out, f"{run.layer}: floor of validation", quiet=quiet), objective.column)
-
-    graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
-    optimiser = make_optimiser(run)
-    state = parallel.place(initial_state(run, optimiser, parameters), mesh, shard)
-    best, fixed, progress = state["parameters"], parallel.place(fixed, mesh), _fresh_progress(run)
-    checkpoints = Checkpoints(out / "checkpoint")
-    if checkpoints.latest() is not None:
-        progress = checkpoints.progress()
-        saved = checkpoints.state({"state": state, "best": best, "fixed": fixed})
-        state, best, fixed = saved["state"], saved["best"], saved["fixed"]
-        batches.set_state(progress["data"])
-    step, watch = progress["step"], Stopwatch(progress["seconds"], progress["timed_steps"])
-
-    with Progress(run.layer, run.steps, step, quiet=quiet) as shown, _stop_on_signal(shown) as stop, board.open(step):
-        began = time.perf_counter()
-        with shown.during("compiling"):
-            update = functools.partial(train_step, run, objective, graph, optimiser)
-            first = next(iter(held_out))
-            example = {name: array for name, array in first.items() if name != "weights"}
-            flops = _flops(shown, update, state, fixed, example)
-            arguments = (state, fixed, parallel.feed(example, mesh))
-            update = parallel.compile(functools.partial(update, mesh=mesh), arguments, mesh, shard, donate_argnums=0)
-            # A copy, because it outlives the state, whose buffers the next step reuses.
-            averaged = lambda state: jax.tree.map(jnp.copy, evaluated(run, state))
-            averaged = parallel.compile(averaged, (state,), mesh, shard)
-            scoring = jax.jit(functools.partial(eval_step, objective, graph, mesh=mesh))
-            evaluate = functools.partial(_evaluate, scoring, mesh, fixed)
-            best = averaged(state) if progress["best"][0] is None else best
-            evaluate(best, [first])
-            del first, example, arguments  # the batch is not held while the run trains
-        compile_seconds = time.perf_counter() - began
-
-        saved_at = time.monotonic()
-
-        def save():
-            nonlocal saved_at
-            progress.update(step=step, seconds=watch.seconds, timed_steps=watch.steps, data=batches.get_state())
-            checkpoints.save(step, {"state": state, "best": best, "fixed": fixed}, progress)
-            if parallel.is_first():
-                write_history(out / "history.csv", progress, objective.column)
-            saved_at = time.monotonic()
-
-        failure, note = None, ""
-        # Processes stop and save at the same step: those that agree on it, at the next look.
-        stopping = stop.is_set if jax.process_count() == 1 else lambda: False
-        while step < run.steps and not failure:
-            # As far as the next look at the loss, or the next validation.
-            until = min(run.steps, step + LOOK - step % LOOK, step + run.evaluate_every - step % run.evaluate_every)
-            losses, before = [], step
-            watch.start()
-            while step < until and not stopping():
-                state, loss = update(state, fixed, parallel.feed(next(batches), mesh))
-                losses.append(loss)
-                step += 1
-            losses = [float(loss) for loss in losses]  # waits for the device
-            watch.stop(step - before)
-            if not all(map(math.isfinite, losses)):
-                failure = f"failed: non-finite loss by step {step}"
-                break
-            progress["losses"] += losses
-            board.add(before + 1, "train/loss", *losses)
-            if step == until and (step % run.evaluate_every == 0 or step == run.steps):
-                now = averaged(state)
-                score, loss = evaluate(now, shown.over(held_out, "validation"))
-                progress["validation"].append([step, score, loss])
-                board.add(step, f"validation/{objective.column}", score)
-                board.add(step, "validation/loss", loss)
-                if tensorboard:
-                    board.add(step, "train/learning_rate", learning_rate(run, state))
-                note = f"validation {objective.describe(score)}"
-                collapsed = collapse.collapsed_step(progress["validation"], floor, spread, objective.sign)
-                if collapsed == step:
-                    shown.say(f"{run.layer}: collapsed: {note} at step {step} is chance, after having been above.")
-                rank = objective.rank(score, loss)
-                if progress["best"][0] is None or rank > progress["best"][1:]:
-                    progress["best"], best = [step, *rank], now
-                state = parallel.place(after_validation(run, state, loss), mesh, shard)
-                save()
-            if losses:
-                shown.update(step, losses[-1], watch.rate, note)
-            if step == run.steps:
-                break
-            stopped = parallel.agree(stop.is_set())
-            if parallel.agree(time.monotonic() - saved_at >= 60 * checkpoint_minutes) or stopped:
-                save()
-            if stopped:
-                number = signal.SIGTERM if parallel.agree(stop.number == signal.SIGTERM) else signal.SIGINT
-                words = f"Stopped at step {step} of {run.steps}; saved in {out}. Go on with --resume."
-                raise Interrupted(words, number)
-
-    scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
-    if not failure:
-
-        def scored(parameters, split, count=None):
-            some = dict(batch_size=run.batch_size, length=task.length, count=count)
-            return evaluate(parameters, over(pipeline.evaluation_batches(splits[split], **some), split, quiet=quiet))[0]
-
-        now = averaged(state)
-        last = scored(now, "test")
-        same = progress["best"][0] == run.steps
-        found = {"best": last if same else scored(best, "test"), "last": last}
-        seen = scored(best if run.selection == "best" else now, "train", len(splits["test"]))
-        scores |= objective.columns(selected=found[run.selection], train=seen, **found)
-    checkpoints.close()
-    memory = measure.memory_of(update)
-    result = results.Result(
-        status=failure or "ok",
-        **scores,
-        **_told_by_the_run(run),
-        **_told_by_progress(run, objective, progress),
-        **_floors(task, splits, quiet),
-        split="test",
-        test_examples=len(splits["test"]),
-        parameters=parameter_count,
-        steps_per_second=watch.rate,
-        train_seconds=watch.seconds,
-        compile_seconds=compile_seconds,
-        flops_per_step=flops,
-        memory_temporary_bytes=memory.temporary,
-        memory_peak_bytes=memory.peak,
-        data=f"{source}, batches by {batches.kind}",
-        source=task.source,
-        finished_utc=results.now(),
-        collapsed_step=collapse.collapsed_step(progress["validation"], floor, spread, objective.sign),
-        **{**results.environment(), "hardware": parallel.hardware(results.environment()["hardware"], mesh)},
-    )
-    if parallel.is_first():
-        write_history(out / "history.csv", progress, objective.column)
-        write_json(out / "result.json", dataclasses.asdict(result))
-    return result
+        if splits is None:
+            with parallel.first_process_first():
+                splits, source = store.load(task.dataset, data_dir)
+        job = Job(
+            run, task, splits, source, folder, board=board, mesh=mesh, shard=shard, quiet=quiet,
+            checkpoint_seconds=60 * checkpoint_minutes,
+        )  # fmt: skip
+        state = job.state()
+        with job.started(state):
+            failure = fit(job, state)
+        return job.finish(state, failure)
 
 
-def _told_by_the_run(run: Run) -> dict:
-    """Columns of the result that the run decides."""
-    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    return dict(
-        **{name: getattr(run, name) for name in SHARED},
-        configuration=configuration,
-        configuration_hash=results.configuration_hash(configuration),
-    )
+def fit(job: "Job", state: TrainState) -> str | None:
+    """The loop: steps until the next event, then what the event asks for. Returns: why it failed, or None."""
+    run = job.run
+    while state.step < run.steps:
+        losses = job.run_steps(state, next_event(run, state.step))
+        if not all(map(math.isfinite, losses)):
+            return f"failed: non-finite loss by step {state.step}"
+        job.log(state, losses)
+        if losses and is_validation(run, state.step):
+            job.validate(state)
+            job.save(state)
+        job.show(state, losses)
+        if state.step < run.steps:
+            job.save_if_due(state)
+    return None
 
 
-def _told_by_progress(run: Run, objective: Objective, progress: dict) -> dict:
-    """Columns of the result that the losses and validations decide."""
-    judged = objective.column == "accuracy"
-    tail = progress["losses"][-max(1, run.steps // 10) :]
-    return dict(
-        best_step=progress["best"][0],
-        validation_accuracy_best=progress["best"][1] if judged and progress["best"][0] is not None else None,
-        validation_accuracy_last=progress["validation"][-1][1] if judged and progress["validation"] else None,
-        train_loss_last=float(np.mean(tail)) if tail else None,
-    )
+def next_event(run: Run, step: int) -> int:
+    """The step of the next look at the losses, validation or end."""
+    return min(run.steps, step + LOSS_EVERY - step % LOSS_EVERY, step + run.evaluate_every - step % run.evaluate_every)
 
 
-def _floors(task: tasks.Task, splits: Mapping, quiet: bool) -> dict:
-    """Columns of the result that simple rules reach; None for those that the task has not."""
-    with Work(f"{task.name}/{task.config}: floors", quiet=quiet):
-        floors = {"network": results.network_floor(task.name, task.config), **task.floors(splits)}
-    return {name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")}
+def is_validation(run: Run, step: int) -> bool:
+    """Whether a run is validated after a step."""
+    return step % run.evaluate_every == 0 or step == run.steps
+
+
+class Job:
+    """What a run works with: data, model, programs, devices, folder. What changes from step to step is in its `TrainState`.
+
+    Args:
+        source: of the splits, in words.
+        folder: the run's, which is this process's alone.
+        checkpoint_seconds: between checkpoints.
+    """
+
+    def __init__(
+        self, run: Run, task: tasks.Task, splits: Mapping[str, Sequence[dict]], source: str, folder: pathlib.Path, *,
+        board: Board, mesh: Mesh | None, shard: parallel.Shard, quiet: bool, checkpoint_seconds: float,
+    ):  # fmt: skip
+        self.run, self.task, self.splits, self.source, self.folder, self.board = run, task, splits, source, folder, board
+        self.mesh, self.shard, self.quiet, self.checkpoint_seconds = mesh, shard, quiet, checkpoint_seconds
+        self.objective, self.optimiser = OBJECTIVES[task.kind], make_optimiser(run)
+        sizes = dict(batch_size=run.batch_size, length=task.length)
+        self.batches = pipeline.training_batches(splits["train"], seed=run.seed, **sizes)
+        self.evaluation = Evaluation(run, task, self.objective, splits, quiet)
+        self.checkpoints = Checkpoints(folder / "checkpoint")
+
+    def state(self) -> TrainState:
+        """The state of the checkpoint, or where there is none the one before the first step."""
+        self.graph, parameters, fixed = nnx.split(models.build(self.run, self.task), nnx.Param, ...)
+        learner = parallel.place(initial_state(self.run, self.optimiser, parameters), self.mesh, self.shard)
+        state = TrainState(learner, best=learner["parameters"], fixed=parallel.place(fixed, self.mesh))
+        if self.checkpoints.latest() is not None:
+            record = self.checkpoints.record()
+            state.restore(self.checkpoints.arrays(state.arrays()), record)
+            self.batches.set_state(state.data)
+        return state
+
+    @contextlib.contextmanager
+    def started(self, state: TrainState):
+        """Compiles the programs; inside, progress is shown and a signal asks the run to stop."""
+        with (
+            Progress(self.run.layer, self.run.steps, state.step, quiet=self.quiet) as self.progress,
+            interrupts.stop_request(self.progress.say) as self.stop,
+            self.board.open(state.step),
+        ):
+            began = time.perf_counter()
+            with self.progress.during("compiling"):
+                self._compile(state)
+            self.compile_seconds, self.saved_at = time.perf_counter() - began, time.monotonic()
+            yield
+
+    def _compile(self, state: TrainState) -> None:
+        first = next(iter(self.evaluation.validation))
+        example = {name: array for name, array in first.items() if name != "weights"}
+        step = functools.partial(train_step, self.run, self.objective, self.graph, self.optimiser)
+        self.flops = self._count_flops(step, state.learner, state.fixed, example)
+        arguments = (state.learner, state.fixed, parallel.shard_batch(example, self.mesh))
+        compiled = functools.partial(parallel.compile, mesh=self.mesh, shard=self.shard)
+        self.update = compiled(functools.partial(step, mesh=self.mesh), arguments, donate_argnums=0)
+        # A copy, because it outlives the state, whose buffers the next step reuses.
+        averaged = lambda learner: jax.tree.map(jnp.copy, evaluated(self.run, learner))
+        self.averaged = compiled(averaged, (state.learner,))
+        self.evaluation.build(self.graph, state.fixed, self.mesh)
+        if state.best_validation[0] is None:
+            state.best = self.averaged(state.learner)
+        self.evaluation.score(state.best, [first])
+
+    def _count_flops(self, *call) -> int | None:
+        try:
+            return measure.flops(*call)
+        except ValueError as error:  # a kernel that no jaxpr shows: the run is as good without this number
+            self.progress.say(f"FLOPs per step are left blank: {error}")
+            return None
+
+    def run_steps(self, state: TrainState, until: int) -> list[float]:
+        """Trains until a step, or until a signal. Returns: the losses."""
+        # Several processes stop at the same step: the event at which they agree on it.
+        stopping: Callable[[], bool] = self.stop.is_set if jax.process_count() == 1 else lambda: False
+        losses, before, began = [], state.step, time.perf_counter()
+        while state.step < until and not stopping():
+            batch = parallel.shard_batch(next(self.batches), self.mesh)
+            state.learner, loss = self.update(state.learner, state.fixed, batch)
+            losses.append(loss)
+            state.step += 1
+        losses = [float(loss) for loss in losses]  # waits for the device
+        state.seconds += time.perf_counter() - began
+        state.timed_steps += state.step - before
+        return losses
+
+    def log(self, state: TrainState, losses: list[float]) -> None:
+        """Keeps the losses of the last steps."""
+        self.board.add(state.step - len(losses) + 1, "train/loss", *losses)
+        state.losses += losses
+
+    def validate(self, state: TrainState) -> None:
+        """Scores the validation split, and keeps the parameters where they are the best so far."""
+        now, step = self.averaged(state.learner), state.step
+        score, loss = self.evaluation.score(now, self.progress.over(self.evaluation.validation, "validation"))
+        state.validations.append([step, score, loss])
+        self.board.add(step, f"validation/{self.objective.column}", score)
+        self.board.add(step, "validation/loss", loss)
+        self.board.add(step, "train/learning_rate", learning_rate(self.run, state.learner))
+        if self.evaluation.collapsed_step(state.validations) == step:
+            said = f"validation {self.objective.describe(score)} at step {step} is chance, after having been above"
+            self.progress.say(f"{self.run.layer}: collapsed: {said}.")
+        rank = self.objective.rank(score, loss)
+        if state.best_validation[0] is None or rank > state.best_validation[1:]:
+            state.best_validation, state.best = [step, *rank], now
+        state.learner = parallel.place(after_validation(self.run, state.learner, loss), self.mesh, self.shard)
+
+    def show(self, state: TrainState, losses: list[float]) -> None:
+        """Shows the last loss, the speed and the last validation."""
+        if losses:
+            note = f"validation {self.objective.describe(state.validations[-1][1])}" if state.validations else ""
+            self.progress.update(state.step, losses[-1], state.rate, note)
+
+    def save(self, state: TrainState) -> None:
+        """Saves a checkpoint and the history beside it."""
+        state.data = self.batches.get_state()
+        self.checkpoints.save(state.step, state.arrays(), state.record())
+        self._write_history(state)
+        self.saved_at = time.monotonic()
+
+    def save_if_due(self, state: TrainState) -> None:
+        """Saves where the clock or a signal of any process asks for it. Raises: Interrupted: a signal did."""
+        stopped = parallel.any_process(self.stop.is_set())
+        if parallel.any_process(time.monotonic() - self.saved_at >= self.checkpoint_seconds) or stopped:
+            self.save(state)
+        if stopped:
+            number = signal.SIGTERM if parallel.any_process(self.stop.number == signal.SIGTERM) else signal.SIGINT
+            where = f"step {state.step} of {self.run.steps}; saved in {self.folder}"
+            raise Interrupted(f"Stopped at {where}. Go on with --resume.", number)
+
+    def finish(self, state: TrainState, failure: str | None) -> results.Result:
+        """Tests what was trained, and writes the result."""
+        scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
+        if not failure:
+            last = self.averaged(state.learner)
+            scores |= self.evaluation.test(last if state.best_validation[0] == self.run.steps else state.best, last)
+        self.checkpoints.close()
+        result = results.Result(status=failure or "ok", **scores, **self._columns(state))
+        if parallel.is_first():
+            self._write_history(state)
+            write_json(self.folder / "result.json", dataclasses.asdict(result))
+        return result
+
+    def _write_history(self, state: TrainState) -> None:
+        if parallel.is_first():
+            write_history(self.folder / "history.csv", state.losses, state.validations, self.objective.column)
+
+    def _columns(self, state: TrainState) -> dict[str, Any]:
+        """What a result says beside its scores."""
+        run, task = self.run, self.task
+        configuration, memory = json.dumps(dataclasses.asdict(run), sort_keys=True), measure.memory_of(self.update)
+        with Work(f"{task.name}/{task.config}: floors", quiet=self.quiet):
+            floors = {"network": results.network_floor(task.name, task.config), **task.floors(self.splits)}
+        shared = ("layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size")
+        is_accuracy, environment = self.objective.column == "accuracy", results.environment()
+        tail = state.losses[-max(1, run.steps // 10) :]
+        return dict(
+            **{name: getattr(run, name) for name in shared},
+            **{name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")},
+            configuration=configuration,
+            configuration_hash=results.configuration_hash(configuration),
+            best_step=state.best_validation[0],
+            validation_accuracy_best=state.best_validation[1] if is_accuracy and state.validations else None,
+            validation_accuracy_last=state.validations[-1][1] if is_accuracy and state.validations else None,
+            train_loss_last=float(np.mean(tail)) if tail else None,
+            collapsed_step=self.evaluation.collapsed_step(state.validations),
+            split="test",
+            test_examples=len(self.splits["test"]),
+            parameters=models.count_parameters(run, task),
+            steps_per_second=state.rate,
+            train_seconds=state.seconds,
+            compile_seconds=self.compile_seconds,
+            flops_per_step=self.flops,
+            memory_temporary_bytes=memory.temporary,
+            memory_peak_bytes=memory.peak,
+            data=f"{self.source}, batches by {self.batches.kind}",
+            source=task.source,
+            finished_utc=results.now(),
+            **{**environment, "hardware": parallel.hardware(environment["hardware"], self.mesh)},
+        )
 
 
 def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch, *, mesh=None):
@@ -314,62 +354,3 @@ def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key
     parts = jax.tree.map(lambda a: a.reshape(run.accumulate, -1, *a.shape[1:]), batch)
     zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, parameters))
     return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(run.accumulate)))[0]
-
-
-def eval_step(objective: Objective, graph, parameters, fixed, batch, *, mesh=None):
-    """Sums over a batch's real targets: [scores, losses, targets]."""
-    sums = lambda parameters, fixed, _, batch: objective.sums(nnx.merge(graph, parameters, fixed), batch)
-    return parallel.over_batch(sums, mesh)(parameters, fixed, None, batch)
-
-
-def _evaluate(step, mesh, fixed, parameters, batches) -> tuple[float, float]:
-    """(score, mean loss) over batches."""
-    sums = (step(parameters, fixed, parallel.feed(batch, mesh)) for batch in batches)
-    score, loss, count = sum(np.asarray(one, np.float64) for one in sums)
-    return float(score / count), float(loss / count)
-
-
-def _flops(shown: Progress, *call) -> int | None:
-    try:
-        return measure.flops(*call)
-    except ValueError as error:  # a kernel that no jaxpr shows: the run is as good without this number
-        shown.say(f"FLOPs per step are left blank: {error}")
-        return None
-
-
-def _fresh_progress(run: Run) -> dict:
-    """The plain data of a checkpoint; `best` is [step, *the objective's rank of its validation]."""
-    return {"step": 0, "seconds": 0.0, "timed_steps": 0, "losses": [], "validation": [], "best": [None]}
-
-
-class _Stop(threading.Event):
-    """Set by a signal, whose number it keeps."""
-
-    number = signal.SIGINT
-
-
-@contextlib.contextmanager
-def _stop_on_signal(shown: Progress):
-    """An event that Ctrl-C and SIGTERM set.
-
-    A second Ctrl-C stops at once, as Python does. A second SIGTERM changes nothing: schedulers send several, and then SIGKILL.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handler(number, frame):
-        if number == signal.SIGINT:
-            signal.signal(number, before[number])
-        if not stop.is_set():
-            stop.number = number
-            stop.set()
-            shown.say("Stopping after this step, to save the checkpoint; Ctrl-C again stops without.")
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, signal.SIG_DFL if usual is None else usual)  # None: it was not of Python

@@ -7,9 +7,9 @@ python scripts/aot_kernels.py --grid --target sm_90 --dtype bfloat16 float16 flo
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
+    from subquad.lra import interrupts
 
-    starting.begin("aot_kernels")
+    interrupts.exit_during_startup("aot_kernels")
 
 import csv
 import os

@@ -1,12 +1,6 @@
 """`subquad bench`, from a clone."""
 
-if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
-
-    starting.begin("bench_lra")
-
-from subquad.lra.cli import commands
-from subquad.lra.cli.bench import main
-
 if __name__ == "__main__":
-    commands.run("bench_lra", main)
+    from subquad.lra.cli.__main__ import run
+
+    run("bench", None, "bench_lra")

@@ -17,9 +17,11 @@ import math
 import os
 import pathlib
 import re
-import sys
 
 if __name__ == "__main__":  # before jax is imported
+    from subquad.lra import interrupts
+
+    interrupts.exit_during_startup("bench_mesh")
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -27,7 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subquad.kernels import block_sparse, convolution, depthwise, entmax, gather, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided
+from subquad.kernels import (
+    block_sparse, convolution, depthwise, entmax, gather, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided,
+)  # fmt: skip
+from subquad.lra.cli import commands
 
 RESULTS = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "mesh.csv"
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
@@ -231,4 +236,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commands.run("bench_mesh", main)

@@ -5,9 +5,9 @@ A peer that is not installed is a row that says so. Peers: pip install -e .[benc
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
+    from subquad.lra import interrupts
 
-    starting.begin("bench_peers")
+    interrupts.exit_during_startup("bench_peers")
 
 import dataclasses
 import gc

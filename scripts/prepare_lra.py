@@ -1,12 +1,6 @@
 """`subquad prepare`, from a clone."""
 
-if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
-
-    starting.begin("prepare_lra")
-
-from subquad.lra.cli import commands
-from subquad.lra.cli.prepare import main
-
 if __name__ == "__main__":
-    commands.run("prepare_lra", main)
+    from subquad.lra.cli.__main__ import run
+
+    run("prepare", None, "prepare_lra")

@@ -1,12 +1,6 @@
 """`subquad quickstart`, from a clone."""
 
-if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
-
-    starting.begin("quickstart")
-
-from subquad.lra.cli import commands
-from subquad.lra.cli.quickstart import main
-
 if __name__ == "__main__":
-    commands.run("quickstart", main)
+    from subquad.lra.cli.__main__ import run
+
+    run("quickstart", None, "quickstart")

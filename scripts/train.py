@@ -1,12 +1,6 @@
 """`subquad train`, from a clone."""
 
-if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
-
-    starting.begin("train")
-
-from subquad.lra.cli import commands
-from subquad.lra.cli.train import main
-
 if __name__ == "__main__":
-    commands.run("train", main)
+    from subquad.lra.cli.__main__ import run
+
+    run("train", None, "train")

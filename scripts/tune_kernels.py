@@ -8,9 +8,9 @@ python scripts/tune_kernels.py --list --target sm_90       what would be timed, 
 """
 
 if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import starting
+    from subquad.lra import interrupts
 
-    starting.begin("tune_kernels")
+    interrupts.exit_during_startup("tune_kernels")
 
 import itertools
 import json

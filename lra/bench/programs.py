@@ -73,8 +73,8 @@ def plan(
         model: a key of `MODELS`.
         layer: a key of `zoo.LAYERS`, or package.module:ClassName.
         length: tokens of a sequence.
-        implementation: what the layer is told to run; None: its own choice.
-        options: of the layer's constructor, before those of the model; "local.window_size" is told to that layer alone.
+        implementation: what the layer is to run; None: its own choice.
+        options: of the layer's constructor, before those of the model; "local.window_size" is for that layer alone.
         values: of `Run`, before those of the model.
     Raises: ValueError, TypeError: what `plan.plan` raises.
     """
@@ -178,11 +178,11 @@ def _batch(run: Run, task: Task) -> dict[str, np.ndarray]:
 
 def count_flops(run: Run, task: Task, mode: str) -> dict[str, Any]:
     """FLOPs of a program: {"flops", "flops_source", "model_flops"}, None where no jaxpr shows them."""
-    for source, told in (("jaxpr", run), ("jaxpr of the XLA path", _told(run, "xla"))):
+    for source, variant in (("jaxpr", run), ("jaxpr of the XLA path", _with_implementation(run, "xla"))):
         try:
-            function, arguments = _function(told, task, mode, _abstract(told, task))
+            function, arguments = _function(variant, task, mode, _abstract(variant, task))
             found = measure.flops(function, *arguments)
-            forward, arguments = _function(told, task, "forward", _abstract(told, task))
+            forward, arguments = _function(variant, task, "forward", _abstract(variant, task))
             needed = measure.flops(forward, *arguments)
         except (ValueError, NotImplementedError, TypeError):  # a kernel or a loop that shows nothing; no such path
             continue
@@ -191,7 +191,7 @@ def count_flops(run: Run, task: Task, mode: str) -> dict[str, Any]:
     return dict(flops=None, flops_source=None, model_flops=None)
 
 
-def _told(run: Run, implementation: str) -> Run:
+def _with_implementation(run: Run, implementation: str) -> Run:
     return dataclasses.replace(run, layer_options={**run.layer_options, "implementation": implementation})
 
 

@@ -79,7 +79,7 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
 
     Args:
         layers: names; the baseline among them, if ratios are wanted.
-        say: is told what happens.
+        say: is called with a line for whatever happens.
     """
     rows: dict[str, Measurement] = {}
     ready: dict[str, Callable[[], Any]] = {}

@@ -30,7 +30,7 @@ class Spread(NamedTuple):
     calls: int
 
     @classmethod
-    def of(cls, times: Sequence[float]) -> "Spread":
+    def from_times(cls, times: Sequence[float]) -> "Spread":
         return cls(min(times), *map(float, np.percentile(times, (25, 50, 75))), len(times))
 
 
@@ -103,7 +103,7 @@ def time_alternately(
                 taken.append(clock() - start)
     finally:
         gc.enable()
-    return [Spread.of(taken) for taken in times]
+    return [Spread.from_times(taken) for taken in times]
 
 
 def memory_growth(call: Callable[[], Any]) -> int:

@@ -2,8 +2,9 @@
 
 import importlib
 import sys
+from typing import NoReturn
 
-from subquad.lra import starting
+from subquad.lra import interrupts
 
 COMMANDS = {
     "quickstart": "train several layers under one recipe and compare them",
@@ -21,17 +22,21 @@ def main() -> None:
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         sys.exit(print(USAGE))
-    program = f"subquad {name}" if name in COMMANDS else "subquad"
-    starting.begin(program)  # before the libraries, which take seconds to load
+    run(name, words, f"subquad {name}" if name in COMMANDS else "subquad")
+
+
+def run(name: str, words: list[str] | None, program: str) -> NoReturn:
+    """Ends the process by a command with these words; None: with those of this process. `program` begins its messages."""
+    interrupts.exit_during_startup(program)  # before the libraries, which take seconds to load
     from subquad.kernels.dispatch import nearest
     from subquad.lra.cli import commands
 
-    def run() -> int:
+    def command() -> int:
         if name not in COMMANDS:
             raise ValueError(f"command must be a known one, got {name!r}. {nearest(name, COMMANDS)}")
         return importlib.import_module(f"subquad.lra.cli.{name}").main(words, program)
 
-    commands.run(program, run)
+    commands.run(program, command)
 
 
 if __name__ == "__main__":

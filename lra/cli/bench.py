@@ -18,12 +18,13 @@ from collections.abc import Sequence
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import machine, models, progress, sizes, starting
+from subquad.lra import interrupts, machine, models, progress, sizes
 from subquad.lra.bench import energy, programs, speed, timing
 from subquad.lra.cli import commands, report
 from subquad.lra.data.sources import size as size_of
 from subquad.lra.files import one_line
 from subquad.lra.report import csv_rows, measurements, results
+from subquad.lra.report.measurements import MODES
 from subquad.lra.run import Run
 from subquad.zoo import LAYERS
 
@@ -39,13 +40,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
     add("--layers", type=words, default=None, metavar="A,B", help="default: all")
     add("--lengths", type=lengths, default=[1024, 2048, 3072, 4096], metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
-    add(
-        "--modes",
-        type=words,
-        default=list(measurements.MODES),
-        metavar="A,B",
-        help=f"of {','.join(measurements.MODES)}; default: all",
-    )
+    add("--modes", type=words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
     add("--batch-size", type=int, default=None, help="default: 1 on a CPU, else 32")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
     add("--implementation", default=None, metavar="NAME", help="of the layers' kernels; default: their own choice")
@@ -89,7 +84,7 @@ def lengths(text: str) -> list[int]:
 def checked(arguments):
     arguments.layers = list(LAYERS) if arguments.layers is None else arguments.layers
     known = {"--layers": (arguments.layers, LAYERS), "--baseline": ([arguments.baseline], LAYERS)}
-    known |= {"--modes": (arguments.modes, measurements.MODES), "--limits": (arguments.limits, LIMITS)}
+    known |= {"--modes": (arguments.modes, MODES), "--limits": (arguments.limits, LIMITS)}
     for option, (given, names) in known.items():
         for name in given:
             # A layer of the user's own is package.module:Class.
@@ -131,11 +126,11 @@ def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") 
     def stop(number, frame):
         # Raised inside a callback of the garbage collector it would be lost, so it is raised again at the next word.
         stopped.append(number)
-        raise starting.interruption(number)
+        raise interrupts.interruption(number)
 
     def tell(title: str, text: str) -> None:
         if stopped:
-            raise starting.interruption(stopped[0])
+            raise interrupts.interruption(stopped[0])
         progress.say(f"{title}: {text}")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

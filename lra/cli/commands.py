@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra import starting
+from subquad.lra import interrupts
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.store import DatasetError
 from subquad.lra.files import RunError, one_line
 
-USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, starting.INTERRUPTED, starting.TERMINATED
+USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,7 +119,7 @@ def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
         Ctrl-C; 143 for SIGTERM.
     """
     try:
-        starting.done()
+        interrupts.startup_done()
         return main() or 0
     except KeyboardInterrupt as stopped:
         code, message = 128 + getattr(stopped, "number", signal.SIGINT), "Interrupted; what was saved before is kept."

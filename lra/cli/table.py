@@ -183,9 +183,9 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
         for one in judged:
             if one.cost is not None:
                 hours[one.cost.hardware] = hours.get(one.cost.hardware, 0.0) + one.cost.hours
-        told = ", ".join(f"{total:.3g} on {hardware}" for hardware, total in hours.items()) or "0"
+        shown = ", ".join(f"{total:.3g} on {hardware}" for hardware, total in hours.items()) or "0"
         found = [str(counts[outcome]) for outcome in outcomes]
-        rows.append([paper, name, str(len(every)), *found, told, published.sources()[paper, name].title])
+        rows.append([paper, name, str(len(every)), *found, shown, published.sources()[paper, name].title])
     return rows
 
 

@@ -19,6 +19,27 @@ SETTINGS = {
         mlp_features=0, pooling="mean", positions=None, dropout_rate=0.0, decay="all", b2=0.999, clip_norm=None,
         selection="best", protocol="modern", head="linear", schedule="cosine", weight_decay=0.05, state_learning_rate=1e-3,
     ),
+    "listops": dict(
+        config="lra", num_layers=6, in_features=256, batch_size=32, learning_rate=0.01, steps=120_000, warmup_steps=12_000,
+        evaluate_every=1200,
+    ),
+    "text": dict(
+        config="modern", num_layers=6, in_features=256, batch_size=16, learning_rate=0.01, steps=50_000, warmup_steps=5000,
+        evaluate_every=500,
+    ),
+    "retrieval": dict(
+        config="lra", num_layers=6, in_features=256, batch_size=64, learning_rate=0.01, steps=50_000, warmup_steps=5000,
+        evaluate_every=500,
+    ),
+    "image": dict(
+        config="lra", inputs="continuous", num_layers=6, in_features=512, batch_size=50, learning_rate=0.01, steps=180_000,
+        warmup_steps=18_000, evaluate_every=1800, dropout_rate=0.1,
+    ),
+    "pathfinder": dict(
+        config="32_hard", inputs="continuous", num_layers=6, in_features=256, batch_size=64, learning_rate=0.004,
+        steps=500_000, warmup_steps=50_000, evaluate_every=5000,
+    ),
+    PATH_X: dict(batch_size=16, learning_rate=0.001, layer_options=dict(dt_min=1e-4)),
 }  # fmt: skip
 
 LAYER_NORM = "Layer norm takes the place of batch norm."
@@ -35,70 +56,10 @@ S4 = Recipe(
     id="s4",
     source="Gu et al. 2022, arXiv 2111.00396, configurations of state-spaces/s4@e757cef, configs/experiment/lra",
     layers={"s4": {}},
-    settings=SETTINGS
-    | {
-        "listops": dict(
-            config="lra",
-            num_layers=6,
-            in_features=256,
-            batch_size=32,
-            learning_rate=0.01,
-            steps=120_000,
-            warmup_steps=12_000,
-            evaluate_every=1200,
-            step_learning_rate=0.01,
-            layer_options=dict(state_size=4, num_ssm=1),
-        ),
-        "text": dict(
-            config="modern",
-            num_layers=6,
-            in_features=256,
-            batch_size=16,
-            learning_rate=0.01,
-            steps=50_000,
-            warmup_steps=5000,
-            evaluate_every=500,
-            step_learning_rate=0.01,
-            layer_options=dict(state_size=4, num_ssm=1),
-        ),
-        "retrieval": dict(
-            config="lra",
-            num_layers=6,
-            in_features=256,
-            batch_size=64,
-            learning_rate=0.01,
-            steps=50_000,
-            warmup_steps=5000,
-            evaluate_every=500,
-            step_learning_rate=0.01,
-            layer_options=dict(state_size=4, num_ssm=1),
-        ),
-        "image": dict(
-            config="lra",
-            inputs="continuous",
-            num_layers=6,
-            in_features=512,
-            batch_size=50,
-            learning_rate=0.01,
-            steps=180_000,
-            warmup_steps=18_000,
-            evaluate_every=1800,
-            dropout_rate=0.1,
-            layer_options=dict(state_size=64, num_ssm=1),
-        ),
-        "pathfinder": dict(
-            config="32_hard",
-            inputs="continuous",
-            num_layers=6,
-            in_features=256,
-            batch_size=64,
-            learning_rate=0.004,
-            steps=500_000,
-            warmup_steps=50_000,
-            evaluate_every=5000,
-            layer_options=dict(state_size=64),
-        ),
-        PATH_X: dict(batch_size=16, learning_rate=0.001, layer_options=dict(dt_min=1e-4)),
+    settings=SETTINGS | {
+        "listops|text|retrieval": dict(step_learning_rate=0.01, layer_options=dict(state_size=4, num_ssm=1)),
+        "image": dict(SETTINGS["image"], layer_options=dict(state_size=64, num_ssm=1)),
+        "pathfinder": dict(SETTINGS["pathfinder"], layer_options=dict(state_size=64)),
     },
     deviations=(("*", LAYER_NORM), ("listops|image", NORM_BEFORE), *DEVIATIONS),
 )
@@ -110,73 +71,17 @@ S4D = Recipe(
         "configs/experiment/lra"
     ),
     layers={"s4": dict(state_size=64)},
-    settings=SETTINGS
-    | {
+    settings=SETTINGS | {
         "listops": dict(
-            config="lra",
-            num_layers=8,
-            in_features=128,
-            batch_size=50,
-            learning_rate=0.01,
-            steps=80_000,
-            warmup_steps=8000,
+            SETTINGS["listops"], num_layers=8, in_features=128, batch_size=50, steps=80_000, warmup_steps=8000,
             evaluate_every=800,
-            step_learning_rate=0.01,
         ),
-        "text": dict(
-            config="modern",
-            num_layers=6,
-            in_features=256,
-            batch_size=16,
-            learning_rate=0.01,
-            steps=50_000,
-            warmup_steps=5000,
-            evaluate_every=500,
-            step_learning_rate=0.01,
-        ),
-        "retrieval": dict(
-            config="lra",
-            num_layers=6,
-            in_features=256,
-            batch_size=64,
-            learning_rate=0.01,
-            steps=50_000,
-            warmup_steps=2500,
-            evaluate_every=500,
-            step_learning_rate=0.01,
-        ),
-        "image": dict(
-            config="lra",
-            inputs="continuous",
-            num_layers=6,
-            in_features=512,
-            batch_size=50,
-            learning_rate=0.01,
-            steps=180_000,
-            warmup_steps=900,
-            evaluate_every=1800,
-            dropout_rate=0.1,
-            layer_options=dict(num_ssm=2),
-        ),
-        "pathfinder": dict(
-            config="32_hard",
-            inputs="continuous",
-            num_layers=6,
-            in_features=256,
-            batch_size=64,
-            learning_rate=0.004,
-            steps=500_000,
-            warmup_steps=2500,
-            evaluate_every=5000,
-            weight_decay=0.03,
-            pooling="last",
-        ),
+        "retrieval": dict(SETTINGS["retrieval"], warmup_steps=2500),
+        "listops|text|retrieval": dict(step_learning_rate=0.01),
+        "image": dict(SETTINGS["image"], warmup_steps=900, layer_options=dict(num_ssm=2)),
+        "pathfinder": dict(SETTINGS["pathfinder"], warmup_steps=2500, weight_decay=0.03, pooling="last"),
         PATH_X: dict(
-            batch_size=16,
-            learning_rate=5e-4,
-            warmup_steps=10_000,
-            weight_decay=0.05,
-            pooling="mean",
+            batch_size=16, learning_rate=5e-4, warmup_steps=10_000, weight_decay=0.05, pooling="mean",
             layer_options=dict(dt_min=1e-4),
         ),
     },
@@ -187,7 +92,7 @@ S4D = Recipe(
     ),
 )
 
-# A plateau's patience counts epochs, so that each is validated: ceil(training examples / batch_size) steps.
+# Without a warm-up. A plateau's patience counts epochs, of ceil(training examples / batch_size) steps: each is validated.
 S4_FIRST = Recipe(
     id="s4-v1",
     source="Gu et al. 2022, arXiv 2111.00396, table 11",
@@ -195,25 +100,21 @@ S4_FIRST = Recipe(
     settings=SETTINGS | {
         "*": dict(SETTINGS["*"], schedule="plateau", weight_decay=0.0),
         "listops": dict(
-            config="lra", num_layers=6, in_features=128, batch_size=100, learning_rate=0.01, steps=50 * 960, warmup_steps=0,
-            evaluate_every=960, weight_decay=0.01, patience=5,
+            SETTINGS["listops"], in_features=128, batch_size=100, steps=50 * 960, evaluate_every=960, weight_decay=0.01,
+            patience=5,
         ),
         "text": dict(
-            config="modern", num_layers=4, in_features=64, batch_size=50, learning_rate=0.001, steps=20 * 450, warmup_steps=0,
+            SETTINGS["text"], num_layers=4, in_features=64, batch_size=50, learning_rate=0.001, steps=20 * 450,
             evaluate_every=450, patience=5,
         ),
-        "retrieval": dict(
-            config="lra", num_layers=6, in_features=256, batch_size=64, learning_rate=0.002, steps=20 * 2299, warmup_steps=0,
-            evaluate_every=2299,
-        ),
+        "retrieval": dict(SETTINGS["retrieval"], learning_rate=0.002, steps=20 * 2299, evaluate_every=2299),
         "image": dict(
-            config="lra", inputs="continuous", num_layers=6, in_features=512, batch_size=50, learning_rate=0.004,
-            steps=200 * 900, warmup_steps=0, evaluate_every=900, dropout_rate=0.2, weight_decay=0.01,
+            SETTINGS["image"], learning_rate=0.004, steps=200 * 900, evaluate_every=900, dropout_rate=0.2, weight_decay=0.01
         ),
         "pathfinder": dict(
-            config="32_hard", inputs="continuous", num_layers=6, in_features=256, batch_size=100, learning_rate=0.004,
-            steps=200 * 1600, warmup_steps=0, evaluate_every=1600, dropout_rate=0.1,
+            SETTINGS["pathfinder"], batch_size=100, steps=200 * 1600, evaluate_every=1600, dropout_rate=0.1
         ),
+        "listops|text|retrieval|image|pathfinder": dict(warmup_steps=0),
         PATH_X: dict(
             batch_size=32, learning_rate=5e-4, steps=100 * 5000, evaluate_every=5000, dropout_rate=0.0, patience=20,
             layer_options=dict(dt_min=1e-4),

@@ -57,8 +57,8 @@ def floors(verdicts: Iterable[Verdict], ledger: Ledger) -> list[str]:
         seen.add((run.task, run.config))
         known = {name: floor.value for name, floor in ledger.floors.get((run.task, run.config), {}).items()}
         for row in one.results:
-            told = {"majority": row.floor_majority, "root": row.floor_root, "bag": row.floor_bag, "network": row.floor_network}
-            known = {**{name: value for name, value in told.items() if value is not None}, **known}
+            scores = {name: getattr(row, f"floor_{name}") for name in ("majority", "root", "bag", "network")}
+            known = {**{name: value for name, value in scores.items() if value is not None}, **known}
         words = [f"{NAMES[name]} {100 * known[name]:.1f}" for name in NAMES if name in known]
         chance = f"chance {100 / tasks.find(run.task, run.config).num_classes:.0f}"
         more = "" if words else f"; others by python scripts/reproduce_table.py --floors {run.task}/{run.config}"

@@ -97,7 +97,7 @@ def read_rows(
     fields: Sequence[str] = (),
     required: Iterable[str] | None = None,
 ) -> list[T]:
-    """What `make` makes of the rows of a file; each line that cannot be read is told on stderr, once, and passed over.
+    """What `make` makes of the rows of a file; each line that cannot be read is reported on stderr, once, and passed over.
 
     Raises: RunError: the file cannot be read, or has other columns than `fields`, where they are given; see `write_rows`.
     """
@@ -111,12 +111,12 @@ def read_rows(
 
 def warn_once(fault: Fault, cure: str) -> None:
     """Warns of a fault on stderr, the first time that this process meets it."""
-    if fault not in _told:
-        _told.add(fault)
+    if fault not in _warned:
+        _warned.add(fault)
         print(f"warning: {fault} {cure}", file=sys.stderr, flush=True)
 
 
-_told: set[Fault] = set()
+_warned: set[Fault] = set()
 
 
 def check_file(path: str | os.PathLike, fields: Sequence[str], required: Iterable[str] | None = None) -> None:

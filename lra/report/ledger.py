@@ -109,7 +109,7 @@ def hash_without_seed(configuration: str | dict) -> str:
 def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     """The rows of the files that come with the package, and of `paths`: files, or folders of them.
 
-    A line that cannot be read, and a file whose first line names no columns of ours, is told on stderr and passed over. Of
+    A line that cannot be read, and a file whose first line names no columns of ours, is reported on stderr and passed over. Of
     two rows of one configuration the one in the later file counts, but for one that failed where the other did not.
     """
     rows: dict[str, Result] = {}
@@ -217,7 +217,7 @@ def floor_from_cells(cells: Mapping[str, str]) -> Floor:
 
 
 def read_floors(path: str | os.PathLike) -> list[Floor]:
-    """The rows of a file of floors; a line that cannot be read is told on stderr, and passed over.
+    """The rows of a file of floors; a line that cannot be read is reported on stderr, and passed over.
 
     Raises: RunError: the file has other columns.
     """

@@ -29,7 +29,7 @@ class Measurement:
     batch_size: int
     mode: str  # "forward"; "gradient": loss and gradient; "train": with the optimiser's step
     dtype: str
-    implementation: str | None  # what the layer was told to run; None: its own choice
+    implementation: str | None  # what the layer was to run; None: its own choice
     threads: int | None  # processors; None on a GPU or TPU
     hardware: str
     parameters: int | None = None
@@ -93,7 +93,7 @@ def write_measurements(rows: Iterable[Measurement], path: str | os.PathLike) -> 
 
 
 def read_measurements(path: str | os.PathLike) -> list[Measurement]:
-    """The rows of a CSV file; none where there is no file. A line that cannot be read is told on stderr, and passed over.
+    """The rows of a CSV file; none where there is no file. A line that cannot be read is reported on stderr, and passed over.
 
     Raises: RunError: the file has other columns.
     """
@@ -156,8 +156,8 @@ def tables(rows: Iterable[Measurement]) -> list[Table]:
     found = []
     for group in groups(rows):
         one = group[0]
-        told = f", {one.implementation}" if one.implementation else ""
-        shared = f"{one.model}, batch {one.batch_size}, {one.dtype}{told}"
+        implementation = f", {one.implementation}" if one.implementation else ""
+        shared = f"{one.model}, batch {one.batch_size}, {one.dtype}{implementation}"
         for mode in MODES:
             chosen = [row for row in group if row.mode == mode]
             if chosen:

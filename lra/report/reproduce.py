@@ -61,7 +61,7 @@ def train_missing(
         seeds: 0..seeds-1 of each.
         budget_hours: None: no bound.
         data_dir: where data sets are.
-        say: is told what happens.
+        say: is called with a line for whatever happens.
     Returns: how many runs failed.
     Raises: Interrupted: Ctrl-C or SIGTERM.
     """

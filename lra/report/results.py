@@ -157,7 +157,7 @@ def show(rows: Iterable[Result]) -> None:
 def read_results(path: str | os.PathLike) -> list[Result]:
     """The rows of a CSV file; none where there is no file. Columns that an earlier version did not have are None.
 
-    A line that cannot be read is told on stderr, and passed over.
+    A line that cannot be read is reported on stderr, and passed over.
 
     Raises: RunError: the file has other columns.
     """

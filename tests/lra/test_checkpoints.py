@@ -86,9 +86,8 @@ def test_another_run_in_the_folder_is_told(finished):
 
 
 def test_a_file_is_whole_or_as_before_whatever_ends_its_writing(tmp_path, monkeypatch):
-    progress = dict(losses=[1.0], validation=[])
     checkpoints.write_json(tmp_path / "run.json", CONFIGURATION)
-    checkpoints.write_history(tmp_path / "history.csv", progress)
+    checkpoints.write_history(tmp_path / "history.csv", [1.0], [])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"run.json", "history.csv"}
     for name in ("fsync", "replace"):  # the contents are handed over, and the name not yet
@@ -101,7 +100,7 @@ def test_a_file_is_whole_or_as_before_whatever_ends_its_writing(tmp_path, monkey
             with pytest.raises(KeyboardInterrupt):
                 checkpoints.write_json(tmp_path / "run.json", {"another": 1})
             with pytest.raises(KeyboardInterrupt):
-                checkpoints.write_history(tmp_path / "history.csv", dict(losses=[2.0], validation=[]))
+                checkpoints.write_history(tmp_path / "history.csv", [2.0], [])
             with pytest.raises(KeyboardInterrupt):
                 checkpoints.write_json(tmp_path / "result.json", {"another": 1})
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from subquad.lra import collapse, tasks, train
+from subquad.lra import collapse, evaluation, tasks, train
 from subquad.lra.data import floors, pipeline, small_network, store
 from subquad.lra.data.listops import expressions
 from subquad.lra.plan import plan
@@ -64,7 +64,7 @@ def test_every_number_is_of_its_split_and_of_its_parameters(monkeypatch, tmp_pat
         seen.append((name, fingerprint))
         return (next(scores) if name == "validation" else fingerprint), 1.0
 
-    monkeypatch.setattr(train, "_evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "mean_score", evaluate)
     run = plan(**SMALL)
     result = train.train(run, out=tmp_path, splits=marked(dict(train=64, validation=16, test=16)), quiet=True)
     _, *validated = [value for name, value in seen if name == "validation"]

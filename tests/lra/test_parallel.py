@@ -40,7 +40,7 @@ def draws(count):
     """What each of `count` devices draws, in a place of its own."""
     mesh = parallel.make_mesh(count, count)
     drawn = parallel.over_batch(lambda _, fixed, key, batch: jax.random.uniform(key) * batch["pick"].sum(0), mesh)
-    pick = parallel.feed({"pick": np.eye(count, dtype=np.float32)}, mesh)
+    pick = parallel.shard_batch({"pick": np.eye(count, dtype=np.float32)}, mesh)
     return np.asarray(jax.jit(drawn)(None, None, jax.random.key(0), pick)).tolist()
 
 
@@ -182,13 +182,13 @@ def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch):
 def test_an_error_of_the_first_process_is_told_to_all(monkeypatch):
     monkeypatch.setattr(parallel.jax, "process_count", lambda: 2)
     monkeypatch.setattr(parallel.multihost_utils, "broadcast_one_to_all", lambda tree: tree)
-    assert parallel.told(lambda: ("folder", {"status": "ok"})) == ["folder", {"status": "ok"}]
+    assert parallel.broadcast_from_first(lambda: ("folder", {"status": "ok"})) == ["folder", {"status": "ok"}]
 
     def fail():
         raise checkpoints.RunError("out: folder x must be writable.")
 
     with pytest.raises(checkpoints.RunError, match="^out: folder x must be writable.$"):
-        parallel.told(fail)
+        parallel.broadcast_from_first(fail)
 
 
 def test_tasks_of_a_slurm_step_are_joined_and_a_lone_one_is_not(monkeypatch):

@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import checkpoints, models, objectives, optim, progress, tasks, train
+from subquad.lra import checkpoints, evaluation, models, objectives, optim, progress, tasks, train
 from subquad.lra.data import pipeline, store
 from subquad.lra.plan import plan
 
@@ -66,8 +66,8 @@ def test_the_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
     optimiser = optim.make_optimiser(run)
     state = optim.initial_state(run, optimiser, parameters)
-    saved = checkpoints.Checkpoints(tmp_path / "checkpoint").state({"state": state, "best": parameters, "fixed": fixed})
-    splits, last = store.generate("lra_listops/tiny"), saved["state"]["parameters"]
+    saved = checkpoints.Checkpoints(tmp_path / "checkpoint").arrays(dict(learner=state, best=parameters, fixed=fixed))
+    splits, last = store.generate("lra_listops/tiny"), saved["learner"]["parameters"]
     test = splits["test"]
     drawn = np.random.default_rng(0).permutation(len(splits["train"]))[: len(test)]
     seen = [splits["train"][row] for row in drawn]
@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
     run = small_run(steps=20)
     train.train(run, out=tmp_path, data_dir=data, quiet=True)
     (tmp_path / "result.json").unlink()
-    for path in (tmp_path / "checkpoint" / "20" / "state").rglob("*"):
+    for path in (tmp_path / "checkpoint" / "20" / "arrays").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(checkpoints.RunError, match="checkpoint: folder .* must be whole.*Delete it and") as caught:
@@ -264,7 +264,7 @@ def test_the_cls_token_is_read_and_the_operators_are_not():
 def test_a_collapse_is_said_and_kept_and_everything_is_logged(data, monkeypatch, capsys, tmp_path):
     board = importlib.util.find_spec("tensorboardX") is not None
     scores = iter([0.0, 0.1, 0.9, 0.1, 0.95, 0.5, 0.5])  # the first is a compilation's, the last two are test's
-    monkeypatch.setattr(train, "_evaluate", lambda *_: (next(scores), 1.0))
+    monkeypatch.setattr(evaluation, "mean_score", lambda *_: (next(scores), 1.0))
     run = small_run(steps=40, evaluate_every=10, ema=0.5)
     result = train.train(run, out=tmp_path, data_dir=data, tensorboard=board)
     assert result.collapsed_step == 30 and result.best_step == 40

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import optim, tasks, train
+from subquad.lra import evaluation, optim, tasks, train
 from subquad.lra.plan import plan
 
 SIZES = {"train": 60, "validation": 20, "test": 24}
@@ -89,7 +89,7 @@ def test_every_number_is_of_its_split_and_of_its_parameters(selection, monkeypat
             return next(validations), 1.0
         return reported.setdefault((split, mark), 0.01 * (1 + len(reported))), 1.0
 
-    monkeypatch.setattr(train, "_evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "mean_score", evaluate)
     run = dataclasses.replace(small_run(learning_rate=0.01, warmup_steps=0), selection=selection)
     result = train.train(run, out=tmp_path, task=TASK, splits=splits, quiet=True)
     _, (_, first, _), (_, best, _), (_, last, _), *after = seen  # the one before the first step is for its compilation

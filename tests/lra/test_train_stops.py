@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+import shutil
 import signal
 import types
 
@@ -138,9 +140,32 @@ def test_a_run_in_a_folder_where_another_trains_is_refused_in_words(tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
-def test_a_checkpoint_with_other_plain_data_is_told(looks, monkeypatch, tmp_path):
-    fit(tmp_path)
-    (tmp_path / "result.json").unlink()
-    monkeypatch.setitem(checkpoints.PROGRESS, "losses", dict)
-    with pytest.raises(checkpoints.RunError, match="checkpoint: folder .* must be whole .*got losses=.* Delete it and start"):
-        fit(tmp_path, resume=True)
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """A run with a checkpoint and no result."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    fit(folder)
+    (folder / "result.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(losses={}), "must be whole .*got losses={}. Delete it and start"),
+        (dict(format=1), "must have format 2 of this version, got format 1. Finish the run with the version that began it"),
+    ],
+)
+def test_a_checkpoint_with_other_plain_data_is_refused(change, said, unfinished, tmp_path):
+    folder = shutil.copytree(unfinished, tmp_path / "copy")
+    written = folder / "checkpoint" / "60" / "record" / "metadata"
+    written.write_text(json.dumps(json.loads(written.read_text()) | change))
+    with pytest.raises(checkpoints.RunError, match=f"checkpoint: folder .* {said}"):
+        fit(folder, resume=True)
+
+
+def test_a_checkpoint_of_the_time_before_formats_is_refused(unfinished, tmp_path):
+    folder = shutil.copytree(unfinished, tmp_path / "copy")
+    (folder / "checkpoint" / "60" / "record").rename(folder / "checkpoint" / "60" / "progress")
+    with pytest.raises(checkpoints.RunError, match="must have format 2 of this version, got an older one. Finish the run"):
+        fit(folder, resume=True)

@@ -3,7 +3,6 @@ import dataclasses
 import os
 import pathlib
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import pytest
 
 from subquad.lra import tasks, train
+from subquad.lra.cli import quickstart
 from subquad.lra.data import store
 from subquad.lra.plan import plan
 from subquad.lra.report import results
@@ -125,7 +125,7 @@ def test_a_language_model_has_no_plot_of_accuracy_and_none_is_announced(tmp_path
     monkeypatch.setattr(train, "train", made_up)
     words = ["--task", "pylib_lm", "--layers", "softmax", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["quickstart", *words])
-    assert runpy.run_path(str(ROOT / "scripts" / "quickstart.py"))["main"]() == 0
+    assert quickstart.main() == 0
     assert f"{tmp_path}/quickstart.csv, .md; each layer's" in capsys.readouterr().out
     assert not (tmp_path / "quickstart.png").exists()
 

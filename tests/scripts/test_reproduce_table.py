@@ -1,7 +1,6 @@
 import json
 import pathlib
 import re
-import runpy
 import signal
 import sys
 
@@ -10,7 +9,7 @@ import pytest
 from subquad.lra import machine
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
-from subquad.lra.cli import commands
+from subquad.lra.cli import commands, table
 from subquad.lra.report import ledger, published, results
 from tests.lra.report.test_comparison import result as answer
 from tests.lra.report.test_results import row as made
@@ -26,7 +25,7 @@ def call(monkeypatch, tmp_path, capsys, tmp_path_factory):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-        code = commands.exit_code_of("reproduce_table", runpy.run_path(str(SCRIPT))["main"])
+        code = commands.exit_code_of("reproduce_table", table.main)
         return code, *capsys.readouterr()
 
     return run

@@ -41,7 +41,7 @@ def test_the_first_results_are_shown_before_any_timing():
 
 
 def test_a_spread_holds_minimum_and_quartiles():
-    assert timing.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == (1.0, 2.0, 3.0, 4.0, 5)
+    assert timing.Spread.from_times([5.0, 1.0, 3.0, 2.0, 4.0]) == (1.0, 2.0, 3.0, 4.0, 5)
 
 
 def test_without_repeats_time_is_the_limit_but_two_rounds_are_made():
