@@ -582,7 +582,7 @@ precision.define_passes(attend, attend_forward, attend_backward)
 FLOAT32_TILES = {
     "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
     "softmax_backward_query": {64: ((64, 16, 4, 2), (16, 32, 8, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
-    "softmax_backward_key": {64: ((32, 16, 8, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
+    "softmax_backward_key": {LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
     "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
 
