@@ -30,7 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from subquad.kernels import (
-    block_sparse, convolution, depthwise, entmax, gather, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided,
+    block_sparse,
+    convolution,
+    depthwise,
+    entmax,
+    gather,
+    linear,
+    lsh,
+    matrix,
+    relative,
+    scan,
+    softmax,
+    specs,
+    ssm,
+    strided,
 )  # fmt: skip
 from subquad.lra.cli import commands
 
