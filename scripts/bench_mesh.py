@@ -27,7 +27,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subquad.kernels import block_sparse, convolution, depthwise, entmax, gather, linear, lsh, matrix, relative, scan, softmax, specs, ssm, strided
+from subquad.kernels import (
+    block_sparse,
+    convolution,
+    depthwise,
+    entmax,
+    gather,
+    linear,
+    lsh,
+    matrix,
+    relative,
+    scan,
+    softmax,
+    specs,
+    ssm,
+    strided,
+)
 
 RESULTS = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "mesh.csv"
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
