@@ -44,7 +44,7 @@ from subquad.kernels import (
     specs,
     ssm,
     strided,
-)  # fmt: skip
+)
 from subquad.lra.cli import commands
 
 RESULTS = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "mesh.csv"
