@@ -1,4 +1,4 @@
-"""A run that had learned and forgot: told as soon as a validation shows it, and kept in the result."""
+"""Detects a run that was above chance and fell back to it; reported at once and stored in the result."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,9 +15,9 @@ def chance(batches: Iterable[dict], column: str) -> tuple[float, float]:
     for batch in batches:
         real = np.broadcast_to(batch["weights"].reshape(-1, *[1] * (batch["targets"].ndim - 1)), batch["targets"].shape)
         real = real * batch["mask"] if batch["targets"].ndim == 2 else real
-        found = np.bincount(batch["targets"].ravel(), real.ravel())
-        size = max(len(found), np.size(counts))
-        counts = np.pad(found, (0, size - len(found))) + np.pad(np.atleast_1d(counts), (0, size - np.size(counts)))
+        count_here = np.bincount(batch["targets"].ravel(), real.ravel())
+        size = max(len(count_here), np.size(counts))
+        counts = np.pad(count_here, (0, size - len(count_here))) + np.pad(np.atleast_1d(counts), (0, size - np.size(counts)))
     shares = counts[counts > 0] / counts.sum()
     if column == "bits_per_byte":
         entropy = float(-(shares * np.log2(shares)).sum())

@@ -93,8 +93,8 @@ def test_every_script_guards_its_start_and_ends_by_run():
     for path in (pathlib.Path(__file__).parents[3] / "scripts").glob("*.py"):
         text = path.read_text()
         of_subquad = f'None, "{path.stem}")' in text and "from subquad.lra.cli.__main__ import run" in text
-        guarded = f'interrupts.exit_during_startup("{path.stem}")\n' in text and f'commands.run("{path.stem}", main)' in text
-        assert of_subquad or guarded, path
+        words = (f'interrupts.exit_during_startup("{path.stem}")\n', f'commands.run("{path.stem}", main)')
+        assert of_subquad or all(one in text for one in words), path
 
 
 def parser():
