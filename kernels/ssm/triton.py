@@ -1,6 +1,6 @@
 """State space models on a GPU: the diagonal scan, kernel generation, and the diagonal-plus-low-rank recurrence.
 
-Sequences are transposed to [B, D, T], where a program reads its feature's tokens side by side. Complex numbers are planes of
+Sequences are transposed, features first, where a program reads its feature's tokens side by side. Complex numbers are planes of
 real and imaginary parts; a flag leaves the imaginary planes out where the modes are real.
 """
 
@@ -240,16 +240,17 @@ def _scan_configs(mode, batch, length, size, dtype):
     64 samples are what a warp group multiplies; with `size` > 64 numbers in a state they find no registers.
     """
     small = size <= 64
-    few = many = launch.Config(dict(C=32 if size <= 128 else 16, BB=16), 2 if small else 8, 1)
-    tables = launch.Config(few.blocks, 4 if small else 8, 1)
+    blocks = dict(C=32 if size <= 128 else 16, BB=16)
+    forward, tables = (launch.Config(blocks, warps if small else 8, 1) for warps in (2, 4))
+    tokens = tables
     if batch > 32 and small:
-        many = launch.Config(dict(C=32, BB=64), 4, 1)
+        forward = tokens = launch.Config(dict(C=32, BB=64), 4, 1)
     if mode == "interpret":
-        many = tables = launch.Config(dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch))))
+        forward = tokens = tables = launch.Config(dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch))))
     sizes = dict(size=size, batch=launch.size_class(batch, 64), length=launch.size_class(length, LONGEST_CLASS))
     sizes |= dict(dtype=dtype.name)
-    forward = launch.config("scan_forward", many, **sizes)
-    backward = (launch.config("scan_backward", x, **sizes, tables=flag) for x, flag in ((many, False), (tables, True)))
+    forward = launch.config("scan_forward", forward, **sizes)
+    backward = (launch.config("scan_backward", x, **sizes, tables=flag) for x, flag in ((tokens, False), (tables, True)))
     # The states that the forward pass saves are those that the backward pass starts from.
     chunk = dict(C=forward.blocks["C"])
     return forward, *(launch.Config({**x.blocks, **chunk}, x.num_warps, x.num_stages) for x in backward)
