@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from subquad.kernels.memory import bits, bits_dtype, numbers, zeros_after
+from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
 # Bytes, in float32, of an array that is cut, and of a piece of it.
 LARGE_BYTES, PIECE_BYTES = 1 << 24, 1 << 22
@@ -34,7 +34,7 @@ def tokenwise(function, *arrays, is_linear=False):
         results = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
         return jax.tree.map(lambda x: x.reshape(*arrays[0].shape[:2], *x.shape[1:]), results)
 
-    at_once = is_linear and all(x.dtype == bits_dtype(x.dtype) for x in arrays)
+    at_once = is_linear and all(x.dtype == uint_bits_dtype(x.dtype) for x in arrays)
     length = arrays[0].shape[1]
     bytes_of_token = 4 * max(x.shape[0] * math.prod(x.shape[2:]) for x in arrays)
     if at_once or jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
@@ -58,7 +58,7 @@ def _run(function, size, parameters, arrays):
 
     whole = [_empty(x, arrays[0]) for x in leaves]
     whole = jax.lax.fori_loop(0, -(-length // size), step, whole)
-    return tree.unflatten([numbers(x, like.dtype) for x, like in zip(whole, leaves, strict=True)])
+    return tree.unflatten([from_uint_bits(x, like.dtype) for x, like in zip(whole, leaves, strict=True)])
 
 
 def _forward(function, size, parameters, arrays):
@@ -89,7 +89,7 @@ def _backward(function, size, saved, gradients):
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
     totals, whole = jax.lax.fori_loop(0, count, step, (totals, [_empty(x, jax.tree.leaves(gradients)[0]) for x in arrays]))
     totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
-    return totals, tuple(numbers(x, like.dtype) for x, like in zip(whole, arrays, strict=True))
+    return totals, tuple(from_uint_bits(x, like.dtype) for x, like in zip(whole, arrays, strict=True))
 
 
 _run.defvjp(_forward, _backward)
@@ -100,12 +100,12 @@ def _start(i, size, length):
 
 
 def _take(array, start, size):
-    return numbers(jax.lax.dynamic_slice_in_dim(bits(array), start, size, 1), array.dtype)
+    return from_uint_bits(jax.lax.dynamic_slice_in_dim(to_uint_bits(array), start, size, 1), array.dtype)
 
 
 def _put(array, part, start):
-    return jax.lax.dynamic_update_slice_in_dim(array, bits(part), start, 1)
+    return jax.lax.dynamic_update_slice_in_dim(array, to_uint_bits(part), start, 1)
 
 
 def _empty(like, after):
-    return zeros_after(after, (like.shape[0], after.shape[1], *like.shape[2:]), bits_dtype(like.dtype))
+    return zeros_depending_on(after, (like.shape[0], after.shape[1], *like.shape[2:]), uint_bits_dtype(like.dtype))

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from subquad.kernels.memory import map_parts
 from subquad.kernels.operation import operation
+from subquad.kernels.xla_cpu import map_parts
 
 # Bytes of one group's padded inputs. On a CPU the spectra of a group then stay well under the 32 MiB above which XLA pays
 # for fresh pages at every call, and all groups share one set of buffers.

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from subquad.kernels import precision
-from subquad.kernels.memory import bits, numbers
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
+from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits
 
 # Bytes of the keys, values and logits of one step: on a CPU what its cache holds, on an accelerator few steps.
 CPU_BYTES, ACCELERATOR_BYTES = 1 << 20, 1 << 27
@@ -63,14 +63,14 @@ def listed(indices, lists, keys, mask, correct_duplicates):
 @precision.full
 def _forward(plan, query, key, value, places, positions):
     logits_of = _logits_of(plan, key, positions)
-    values = bits(rearrange(value, "b s k v -> (b s k) v"))
+    values = to_uint_bits(rearrange(value, "b s k v -> (b s k) v"))
 
     def step(_, item):
         queries, rows, at = item
         logits = logits_of(queries, rows, at)[0]
 
         def weigh(weights):
-            seen = numbers(_read(values, rows), value.dtype)
+            seen = from_uint_bits(_read(values, rows), value.dtype)
             return jnp.einsum("crl,clv->crv", weights.astype(value.dtype), seen, preferred_element_type=logits.dtype)
 
         out, *sums = online.finish(online.update(online.start(queries.shape[:2], value.shape[3], logits.dtype), logits, weigh))
@@ -88,14 +88,14 @@ def _backward(plan, saved, gradients):
     *by_query, query = online.residue(out, sums, *gradients, True, query)
     precise = by_query[0].dtype
     logits_of = _logits_of(plan, key, positions)
-    values = bits(rearrange(value, "b s k v -> (b s k) v"))
+    values = to_uint_bits(rearrange(value, "b s k v -> (b s k) v"))
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
     def step(grads, item):
         (queries, rows, at), maximum, log_normaliser, shift, grad_out = item
         logits, keys = logits_of(queries, rows, at)
         weights = online.weights_of(logits, maximum[..., None], log_normaliser[..., None])
-        grad_weights = dot("crv,clv->crl", grad_out, numbers(_read(values, rows), value.dtype))
+        grad_weights = dot("crv,clv->crl", grad_out, from_uint_bits(_read(values, rows), value.dtype))
         scaled = (plan.scale * weights * (grad_weights - shift[..., None])).astype(query.dtype)
         of_keys, of_values = dot("crl,crh->clh", scaled, queries), dot("crl,crv->clv", weights.astype(value.dtype), grad_out)
         of_queries = dot("crl,clh->crh", scaled, keys).astype(query.dtype)
@@ -144,11 +144,11 @@ def add_rows(by_sorting, totals, places, additions):
 def _logits_of(plan, key, positions):
     """(queries [c, r, H], rows [c, L], the queries' positions [c, r]) -> (logits [c, r, L], keys [c, L, H])."""
     batch, length, kv_heads, _ = key.shape
-    keys, precise = bits(rearrange(key, "b s k h -> (b s k) h")), jnp.promote_types(key.dtype, jnp.float32)
+    keys, precise = to_uint_bits(rearrange(key, "b s k h -> (b s k) h")), jnp.promote_types(key.dtype, jnp.float32)
     by_place = None if positions is None else jnp.broadcast_to(positions[1], (batch, length)).ravel()
 
     def logits_of(queries, rows, at):
-        seen_keys = numbers(_read(keys, rows), key.dtype)
+        seen_keys = from_uint_bits(_read(keys, rows), key.dtype)
         logits = online.rounded(plan.scale * jnp.einsum("crh,clh->crl", queries, seen_keys, preferred_element_type=precise))
         seen = (rows < len(keys))[:, None]
         if by_place is not None:

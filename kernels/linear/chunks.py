@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels import precision
-from subquad.kernels.memory import bits, bits_dtype, numbers
+from subquad.kernels.xla_cpu import from_uint_bits, hide_zeros, to_uint_bits, uint_bits_dtype
 
 # The weights inside a chunk cost as much as the chunk is long, a step of the loop most where it is a kernel launch.
 CPU_CHUNK, ACCELERATOR_CHUNK = 64, 128
@@ -85,9 +85,9 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
             return state, put(outputs, part.astype(dtype), i * size), kept
 
         kept = jax.tree.map(lambda x: jnp.zeros((segments + 1, *x.shape), x.dtype), state)
-        outputs = jnp.zeros(shape, bits_dtype(dtype))
+        outputs = jnp.zeros(shape, uint_bits_dtype(dtype))
         state, outputs, kept = loop(chunks, body, (state, outputs, kept))
-        return (state, numbers(outputs, dtype)), kept
+        return (state, from_uint_bits(outputs, dtype)), kept
 
     def backward(saved, gradients):
         constants, arrays, kept = saved
@@ -156,12 +156,13 @@ def take(x, start, size):
     """A chunk [B, N, C, X] of an array [B, T, N, X], or [B, N, C] of rows [B, N, T], in float32."""
     if x.ndim == 3:
         return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
-    return numbers(jax.lax.dynamic_slice_in_dim(bits(x), start, size, 1), x.dtype).swapaxes(1, 2).astype(jnp.float32)
+    rows = from_uint_bits(jax.lax.dynamic_slice_in_dim(to_uint_bits(x), start, size, 1), x.dtype)
+    return rows.swapaxes(1, 2).astype(jnp.float32)
 
 
 def room_for(arrays: dict) -> dict:
     """The bits of zeros, for `put_chunk`."""
-    return {name: None if x is None else jnp.zeros(x.shape, bits_dtype(x.dtype)) for name, x in arrays.items()}
+    return {name: None if x is None else jnp.zeros(x.shape, uint_bits_dtype(x.dtype)) for name, x in arrays.items()}
 
 
 def put_chunk(bits: dict, parts: dict, like: dict, i, size: int) -> dict:
@@ -171,14 +172,14 @@ def put_chunk(bits: dict, parts: dict, like: dict, i, size: int) -> dict:
 
 
 def as_arrays(bits: dict, like: dict) -> dict:
-    return {name: None if x is None else numbers(bits[name], x.dtype) for name, x in like.items()}
+    return {name: None if x is None else from_uint_bits(bits[name], x.dtype) for name, x in like.items()}
 
 
 def put(x, part, start):
     """`x`, the bits of an array or of rows, with a chunk of numbers in its place."""
     if part.ndim == 3:
         return jax.lax.dynamic_update_slice_in_dim(x, part, start, 2)
-    return jax.lax.dynamic_update_slice_in_dim(x, bits(part.swapaxes(1, 2)), start, 1)
+    return jax.lax.dynamic_update_slice_in_dim(x, to_uint_bits(part.swapaxes(1, 2)), start, 1)
 
 
 def pad(arrays: dict, length: int) -> dict:
@@ -192,12 +193,3 @@ def pad(arrays: dict, length: int) -> dict:
         return jnp.pad(x, widths, constant_values=PADDING.get(name, 0))
 
     return {name: None if x is None else pad_one(name, x) for name, x in arrays.items()}
-
-
-def hide_zeros(arrays):
-    """The arrays, without XLA knowing that they are zeros where they are.
-
-    In a sequence of one chunk the state is known, and one dot product of two that XLA gives to its library for CPUs then
-    multiplies by whatever is in memory where the zeros should be (jaxlib 0.10 to 0.12).
-    """
-    return jax.tree.map(lambda x: x + 0.0 * jax.lax.broadcasted_iota(x.dtype, x.shape, x.ndim - 1), arrays)

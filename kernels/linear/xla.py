@@ -13,6 +13,7 @@ from subquad.kernels import precision
 from subquad.kernels.linear import chunks, recurrence
 from subquad.kernels.linear.features import relu_features, softmax_features
 from subquad.kernels.linear.reference import divide, finite, normalized
+from subquad.kernels.xla_cpu import hide_zeros
 
 
 @functools.partial(jax.jit, static_argnames=("normalize", "scale"))
@@ -26,7 +27,7 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
         return states, normalized(*outputs) if normalize else outputs[0]
 
     arrays = dict(query=query, key=key, value=value, log_decay=as_rows(log_decay), beta=as_rows(beta))
-    state = chunks.hide_zeros(initial_state.astype(jnp.float32))
+    state = hide_zeros(initial_state.astype(jnp.float32))
     states = (state[..., :-1], state[..., -1:]) if normalize else (state,)
     states, outputs = chunks.scan(step, chunks.chunk_size(), (), states, arrays, value.dtype)
     return outputs, jnp.concatenate(states, -1)
@@ -191,7 +192,7 @@ def first_state(query, value, projection, initial_state, stabilizes):
         features = features if projection is None else projection.shape[0]
         zeros = lambda width: jnp.zeros((batch, heads, features, width), jnp.float32)
         largest = jnp.full((batch, heads), -jnp.inf if stabilizes else 0.0, jnp.float32)
-        return chunks.hide_zeros((zeros(value.shape[-1]), zeros(1))), largest
+        return hide_zeros((zeros(value.shape[-1]), zeros(1))), largest
     numerator, denominator, largest = (x.astype(jnp.float32) for x in initial_state)
     # In what follows the maximum is a constant to the derivative; it has its own here, that of a factor of the sums.
     constant = jax.lax.stop_gradient(largest)

@@ -16,9 +16,9 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.lsh.reference import Layout, inverse_norm
-from subquad.kernels.memory import bits, numbers, zeros_after
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
+from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, zeros_depending_on
 
 # Bytes of one tile of logits. On a CPU a tile should stay in the cache; on an accelerator every step of a loop is a kernel
 # launch, so steps should be few.
@@ -60,7 +60,7 @@ def _hash_buckets(steps, factors, vectors, rotations, num_rotations):
     used = None if num_rotations is None else jnp.arange(columns)[:, None, None] < num_rotations[:, None]
 
     def block(own):
-        own = numbers(own, vectors.dtype).astype(jnp.float32)
+        own = from_uint_bits(own, vectors.dtype).astype(jnp.float32)
         # Tokens last: what follows goes along them, and so in long vectors.
         rotated = jnp.einsum("nrfh,nbth->nrfbt", rotations, own, precision=jax.lax.Precision.HIGHEST)
         if used is not None:
@@ -71,7 +71,7 @@ def _hash_buckets(steps, factors, vectors, rotations, num_rotations):
             unit, column = unit * factor, column + factor // 2
         return bucket
 
-    padded = jnp.pad(bits(vectors), ((0, 0), (0, steps * rows - length), (0, 0), (0, 0)))
+    padded = jnp.pad(to_uint_bits(vectors), ((0, 0), (0, steps * rows - length), (0, 0), (0, 0)))
     buckets = jax.lax.map(block, rearrange(padded, "b (k t) n h -> k n b t h", k=steps))
     return rearrange(buckets, "k n r b t -> b r (k t) n")[:, :, :length]
 
@@ -202,7 +202,7 @@ NOBODY_WRITTEN = dict(mode="drop", wrap_negative_indices=False)
 def rows(flat, places):
     """Rows of a flat array at these places, zeros for nobody. They are stored: fused into what follows, an index would be
     looked up for every pair of a query and a key."""
-    return numbers(jax.lax.optimization_barrier(bits(flat).at[places].get(**NOBODY_READ)), flat.dtype)
+    return from_uint_bits(jax.lax.optimization_barrier(to_uint_bits(flat).at[places].get(**NOBODY_READ)), flat.dtype)
 
 
 def visible(layout: Layout, block: Items, codes, keys_first: bool):
@@ -304,7 +304,7 @@ def backward(layout, saved, d_out):
     width = items.keys.shape[2]
     chunk = width if jax.default_backend() == "cpu" else layout.chunk_size
     parts = [slice(first, first + chunk) for first in range(0, width, chunk)]
-    start = *(zeros_after(delta, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], d_out, 0)
+    start = *(zeros_depending_on(delta, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], d_out, 0)
     gradients, _ = jax.lax.scan(step, (*start[:2], start[2].astype(gain.dtype)), items)
     words = zip(gradients, arguments, strict=True)
     return *(x.reshape(like.shape).astype(like.dtype) for x, like in words), None, None

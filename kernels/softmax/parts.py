@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subquad.kernels.memory import bits, bits_dtype, numbers
+from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype
 
 # Bytes of an array of one part in float32: on a CPU little beside the arguments, and enough for what each step costs anyway.
 CPU_BYTES, ACCELERATOR_BYTES = 1 << 20, 1 << 28
@@ -47,7 +47,7 @@ def share(parts, array, part, heads: int | None = 3):
     """What a part has of an array [B, T, C, ...]."""
     if array is None or parts == (1, 1, 1):
         return array
-    return numbers(jax.lax.dynamic_slice(bits(array), *corner(parts, array.shape, part, heads)), array.dtype)
+    return from_uint_bits(jax.lax.dynamic_slice(to_uint_bits(array), *corner(parts, array.shape, part, heads)), array.dtype)
 
 
 def part_by_part(parts, work, shapes, heads, before=None):
@@ -65,7 +65,7 @@ def part_by_part(parts, work, shapes, heads, before=None):
 
     def put(whole, one, like, axis, *, part):
         starts, shape = corner(parts, like.shape, part, axis)
-        one = bits(one.astype(like.dtype))
+        one = to_uint_bits(one.astype(like.dtype))
         if whole.dtype == like.dtype:  # else as bits, and then parts do not overlap
             one += jax.lax.dynamic_slice(whole, starts, shape)
         return jax.lax.dynamic_update_slice(whole, one, starts)
@@ -73,9 +73,9 @@ def part_by_part(parts, work, shapes, heads, before=None):
     def step(whole, part):
         return tuple(map(functools.partial(put, part=part), whole, work(part), shapes, heads)), None
 
-    zeros = [jnp.zeros(x.shape, bits_dtype(x.dtype)) for x in shapes]
+    zeros = [jnp.zeros(x.shape, uint_bits_dtype(x.dtype)) for x in shapes]
     start = tuple(x if y is None or y.dtype != x.dtype else y for x, y in zip(zeros, before, strict=True))
     whole = jax.lax.scan(step, start, np.arange(math.prod(parts)))[0]
-    whole = [numbers(x, like.dtype) for x, like in zip(whole, shapes, strict=True)]
+    whole = [from_uint_bits(x, like.dtype) for x, like in zip(whole, shapes, strict=True)]
     added = [None if x is None or x.dtype == zero.dtype else x for x, zero in zip(before, zeros, strict=True)]
     return [plus(x, y) for x, y in zip(added, whole, strict=True)]

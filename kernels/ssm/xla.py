@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from subquad.kernels.convolution.xla import divisor
-from subquad.kernels.memory import map_parts
 from subquad.kernels.operation import operation
+from subquad.kernels.xla_cpu import map_parts
 
 HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
 einsum = functools.partial(jnp.einsum, precision=HIGHEST)

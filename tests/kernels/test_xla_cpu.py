@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from subquad.kernels import linear, memory
+from subquad.kernels import linear, xla_cpu
 from subquad.lra.bench import measure
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_bits_and_back(dtype):
     array = jnp.asarray([0.0, -1.5, jnp.inf, 3e-5], dtype)
-    there = memory.bits(array)
-    assert there.dtype == memory.bits_dtype(array.dtype)
-    np.testing.assert_array_equal(memory.numbers(there, array.dtype), array)
+    there = xla_cpu.to_uint_bits(array)
+    assert there.dtype == xla_cpu.uint_bits_dtype(array.dtype)
+    np.testing.assert_array_equal(xla_cpu.from_uint_bits(there, array.dtype), array)
 
 
 def curvature(x, implementation):
@@ -46,7 +46,7 @@ def test_parts_come_together_where_they_lie():
         assert x.shape == (2, 3, 2) and y.shape == (2,) and nothing is None
         return x * y.astype(x.dtype), None, y + 1
 
-    product, nothing, more = memory.map_parts(function, 2, (x, y, None), (2, 0, 0), (2, 0, 0), after=x)
+    product, nothing, more = xla_cpu.map_parts(function, 2, (x, y, None), (2, 0, 0), (2, 0, 0), after=x)
     np.testing.assert_array_equal(product, x * y.astype(x.dtype))
     np.testing.assert_array_equal(more, y + 1)
     assert nothing is None and more.dtype == jnp.bfloat16
@@ -66,11 +66,11 @@ def test_what_is_laid_is_copied_once():
 
     size = 1024 * 4 * 64 * 4
     assert temporary(turn) > 2 * size  # else nobody needs `laid`
-    assert temporary(lambda x: memory.laid(turn(x))) < 1.1 * size
+    assert temporary(lambda x: xla_cpu.row_major(turn(x))) < 1.1 * size
 
 
 def test_laid_is_the_identity_under_every_transformation():
-    function = lambda x: memory.laid(turn(x))
+    function = lambda x: xla_cpu.row_major(turn(x))
     x = jax.random.normal(jax.random.key(0), (2, 8, 3, 4))
     want = turn(x)
     np.testing.assert_array_equal(function(x), want)
@@ -83,10 +83,10 @@ def test_laid_is_the_identity_under_every_transformation():
 
 SHARED = """
 import jax
-from subquad.kernels import memory
+from subquad.kernels import xla_cpu
 mesh = jax.make_mesh((1, 2), ("one", "two"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 x = jax.ShapeDtypeStruct((2, 16, 4), "float32", sharding=jax.sharding.NamedSharding(mesh, jax.P("two")))
-turn = lambda x: memory.laid(x.swapaxes(1, 2)) * 2
+turn = lambda x: xla_cpu.row_major(x.swapaxes(1, 2)) * 2
 part = lambda axes, spec: jax.shard_map(turn, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False)
 for function in (turn, part({"one"}, jax.P()), part({"one", "two"}, jax.P("two"))):
     text = jax.jit(function).lower(x).compile().as_text()

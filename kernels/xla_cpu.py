@@ -1,0 +1,135 @@
+"""Workarounds for XLA on a CPU, each with its reason; operations apply them at their edges.
+
+Seen with jaxlib 0.10 to 0.12. `tests/kernels/test_xla_cpu.py` fails when XLA no longer needs one.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+# XLA on a CPU slices, gathers and updates half precision in float32: it keeps a float32 copy of an array that a loop reads or
+# writes. Unsigned integers of 16 bits are moved as they are.
+
+
+def to_uint_bits(array):
+    """Half precision (bfloat16, float16) as uint16; any other array as it is.
+
+    Raises: NotImplementedError: half precision under differentiation: a bit cast has no derivative, and would count as a
+        constant. Backward passes that are written by hand differentiate nothing, so only second derivatives meet this.
+    """
+    return array if uint_bits_dtype(array.dtype) == array.dtype else _uint_bits(array)
+
+
+@jax.custom_jvp
+def _uint_bits(array):
+    return jax.lax.bitcast_convert_type(array, jnp.uint16)
+
+
+@_uint_bits.defjvp
+def _no_derivative(primals, tangents):
+    raise NotImplementedError(
+        f"derivative: order must be 1 in {primals[0].dtype} on this path, got a higher one. Pass float32 arrays, or "
+        'implementation="reference".'
+    )
+
+
+def uint_bits_dtype(dtype):
+    """The dtype of `to_uint_bits` of an array of this dtype."""
+    return jnp.uint16 if dtype in (jnp.bfloat16, jnp.float16) else dtype
+
+
+def from_uint_bits(array, dtype):
+    """The array of this dtype whose `to_uint_bits` this is."""
+    return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
+
+
+def row_major(array):
+    """The same array, laid out in memory in the order of its axes.
+
+    An array that was transposed before a loop is copied twice by XLA on a CPU: in the old layout, and from that in the new one.
+    A layout constraint removes one copy.
+    """
+    return row_major_p.bind(array)
+
+
+def _lay(context, array):
+    module = context.module_context
+    # An export takes no operation without guarantees, and a constraint on a sharded array would gather it on each device.
+    if module.lowering_parameters.for_export or not _of_one_device(module.axis_context):
+        return [array]
+    ordered = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return mlir.lower_fun(ordered, multiple_results=False)(context, array)
+
+
+def _of_one_device(axes) -> bool:
+    """Whether an array is whole: in a program of one device, or under a `shard_map` over all axes of its mesh."""
+    if hasattr(axes, "manual_axes"):
+        return axes.manual_axes == frozenset(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", None) == 1
+
+
+row_major_p = Primitive("row_major")
+row_major_p.def_impl(lambda x: x)
+row_major_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(row_major_p, lambda cotangent, _: [cotangent])
+batching.primitive_batchers[row_major_p] = lambda arrays, axes: (row_major_p.bind(jnp.moveaxis(arrays[0], axes[0], 0)), 0)
+mlir.register_lowering(row_major_p, lambda _, array: [array])
+mlir.register_lowering(row_major_p, _lay, platform="cpu")
+
+
+def zeros_depending_on(array, shape, dtype):
+    """Zeros for a loop to write into, allocated only once `array` is computed.
+
+    XLA on a CPU starts with whatever depends on nothing: the zeros that a backward pass writes gradients into would be
+    allocated all through the forward pass.
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.zeros(shape, dtype)
+    first = array[(0,) * array.ndim].astype(jnp.float32)
+    zero = jax.lax.bitcast_convert_type(first, jnp.uint32) >> 31 >> 1  # two shifts: XLA would fold one by 32 into a constant
+    return jnp.full(shape, zero.astype(dtype))
+
+
+def map_parts(function, parts: int, arrays, axes, axes_out, after):
+    """`function` of one part of the arrays at a time, and its results side by side.
+
+    A loop reads and writes each part in place, so what the function transposes is transposed once, a part at a time. The
+    outputs are allocated only after `after` is computed. Half precision is not differentiable here: a bit cast has no
+    derivative.
+
+    Args:
+        function: takes and returns a part of each of the arrays, and of each of the results.
+        parts: their number; it divides the size of every axis.
+        arrays: a tuple; None in it goes to the function as it is.
+        axes: along which each of them is cut; axes_out: along which each result is put together.
+    Returns: a tuple of the results.
+    """
+    sizes = [None if x is None else x.shape[axis] // parts for x, axis in zip(arrays, axes, strict=True)]
+
+    def take(i):
+        cut = lambda x, axis, size: jax.lax.dynamic_slice_in_dim(to_uint_bits(x), i * size, size, axis)
+        words = zip(arrays, axes, sizes, strict=True)
+        return function(*(None if x is None else from_uint_bits(cut(x, axis, size), x.dtype) for x, axis, size in words))
+
+    def step(i, whole):
+        put = lambda x, part, axis: jax.lax.dynamic_update_slice_in_dim(x, to_uint_bits(part), i * part.shape[axis], axis)
+        return tuple(None if x is None else put(x, *words) for x, *words in zip(whole, take(i), axes_out, strict=True))
+
+    likes = jax.eval_shape(take, 0)
+    empty = lambda x, axis: zeros_depending_on(
+        after, tuple(n * parts if i == axis else n for i, n in enumerate(x.shape)), uint_bits_dtype(x.dtype)
+    )
+    whole = tuple(None if x is None else empty(x, axis) for x, axis in zip(likes, axes_out, strict=True))
+    whole = jax.lax.fori_loop(0, parts, step, whole)
+    return tuple(None if x is None else from_uint_bits(x, like.dtype) for x, like in zip(whole, likes, strict=True))
+
+
+def hide_zeros(arrays):
+    """The same arrays, without XLA knowing where they are zero.
+
+    Where a state is known to be zero, one of two dot products that XLA hands to its CPU library multiplies by whatever is in
+    memory where the zeros should be.
+    """
+    return jax.tree.map(lambda x: x + 0.0 * jax.lax.broadcasted_iota(x.dtype, x.shape, x.ndim - 1), arrays)
