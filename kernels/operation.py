@@ -326,7 +326,7 @@ def spec_of(sharding, mesh) -> PartitionSpec:
 
 
 def summed(x, names: tuple[str, ...]):
-    """The sum over mesh axes, of halves in float32."""
+    """The sum over mesh axes; half precision is summed in float32."""
     if not names:
         return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x

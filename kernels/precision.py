@@ -1,4 +1,4 @@
-"""Float32 stays float32 on every device, and operations promote as they say, whatever JAX is told to do elsewhere."""
+"""Float32 stays float32 on every device, and operations promote as they say, whatever JAX's settings are elsewhere."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def full(function):
-    """`function`, with matrix products of all digits where its arrays are float32 and the caller has chosen no precision.
+    """`function`, with matmuls at `Precision.HIGHEST` where its arrays are float32 and the caller has chosen no precision.
 
     By default a GPU rounds their operands to TF32, and a TPU to bfloat16: errors of 1e-3 and 1e-2 where an operation says
     1e-5. `jax.default_matmul_precision` chooses others. Arrays of 16 bits have no more digits than that, and keep the fast
@@ -27,7 +27,7 @@ def full(function):
 
 
 def promoting(function):
-    """`function`, also where JAX is told to raise at what promotes ranks or dtypes.
+    """`function`, also where JAX is set to raise when ranks or dtypes are promoted.
 
     `jax_numpy_rank_promotion` and `jax_numpy_dtype_promotion` guard a caller's own arithmetic: what an operation's arguments
     do together is its formula, and tested against float64.

@@ -68,7 +68,7 @@ def write(cached, new, start: Int[Array, "B"], mask, axis: int = 1):
     if cached.dtype.itemsize > 2 or jax.default_backend() != "cpu":
         return jax.vmap(lambda *sample: jax.lax.dynamic_update_slice_in_dim(*sample, axis - 1))(cached, new, start)
 
-    def put(sample, cached):  # XLA on a CPU would write halves of all samples at once through a copy of the cache in float32
+    def put(sample, cached):  # XLA on a CPU would update half precision through a float32 copy of the whole cache
         place = [jnp.int32(0)] * cached.ndim
         place[0], place[axis] = jnp.int32(sample), start[sample]
         return jax.lax.dynamic_update_slice(cached, jax.lax.dynamic_slice_in_dim(new, sample, 1), place)

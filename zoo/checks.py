@@ -37,7 +37,7 @@ def check_features(owner: str, name: str, inputs, features: int) -> None:
         raise ValueError(
             f"{owner}: {name} must have a token and a sample at least, got {inputs.shape}. Leave empty batches out."
         )
-    # Of arrays on explicit axes each operation must be told how its result lies; the kernels leave that to the compiler.
+    # With explicit mesh axes every operation must state its output sharding; our kernels do not.
     if jax.sharding.AxisType.Explicit in jax.typeof(inputs).sharding.mesh.axis_types:
         refuse(owner, name, jax.typeof(inputs), "lie on a mesh without explicit axes",
                "Pass axis_types=(jax.sharding.AxisType.Auto,) * axes to jax.make_mesh, or call within jax.sharding.auto_axes.")

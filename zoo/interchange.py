@@ -160,7 +160,7 @@ mix_once = jax.jit(mix_now, static_argnums=(0, 1, 2, 3), inline=True)
 
 
 def knows_positions(layer: type[nnx.Module]) -> bool:
-    """Whether the mechanism can be told where queries and keys stand. One that cannot knows their order alone."""
+    """Whether the mechanism takes the positions of queries and keys. One that does not knows their order alone."""
     return layer.supports.positions or layer.supports.is_pattern
 
 

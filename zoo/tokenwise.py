@@ -15,12 +15,12 @@ LARGE_BYTES, PIECE_BYTES = 1 << 24, 1 << 22
 def tokenwise(function, *arrays, is_linear=False):
     """The function of every token of arrays [B, T, ...], each of whose results is made of the same token of the arrays alone.
 
-    The function sees its tokens on one axis: of two, XLA on a CPU turns arrays for the products of a backward pass, and is
+    Batch and length are flattened into one axis: with two, XLA on a CPU transposes the operands of the backward matmuls, and is
     twenty times as slow to sum the gradient of a scale where one of them is 1.
 
-    XLA multiplies half precision on a CPU as float32, and turns arrays for the products of a backward pass: copies as
-    large as all activations of the layer. Of a long sequence on a CPU there are only those of one piece at a time. The
-    backward pass keeps the arrays, and nothing of what the function makes on the way.
+    On a CPU, XLA multiplies half precision as float32 and transposes operands in the backward pass: copies as large as all
+    activations of the layer. A long sequence is therefore computed a piece at a time. The backward pass keeps the arrays,
+    and nothing of what the function makes on the way.
 
     Args:
         function: of arrays [N, ...]; returns arrays [N, ...] of floating-point numbers, for any N. Parameters that it
@@ -30,7 +30,7 @@ def tokenwise(function, *arrays, is_linear=False):
     Returns: arrays [B, T, ...].
     """
 
-    def of_tokens(*arrays):
+    def flattened(*arrays):
         results = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
         return jax.tree.map(lambda x: x.reshape(*arrays[0].shape[:2], *x.shape[1:]), results)
 
@@ -38,10 +38,10 @@ def tokenwise(function, *arrays, is_linear=False):
     length = arrays[0].shape[1]
     bytes_of_token = 4 * max(x.shape[0] * math.prod(x.shape[2:]) for x in arrays)
     if at_once or jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
-        return of_tokens(*arrays)
+        return flattened(*arrays)
     size = min(length, max(64, PIECE_BYTES // bytes_of_token))
     pieces = (jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[2:]), x.dtype) for x in arrays)
-    converted, parameters = jax.closure_convert(of_tokens, *pieces)
+    converted, parameters = jax.closure_convert(flattened, *pieces)
     return _run(converted, size, parameters, arrays)
 
 
@@ -71,20 +71,20 @@ def _backward(function, size, saved, gradients):
     count = -(-length // size)
 
     def step(i, carry):
-        # From the last piece to the first: where the last begins early, so as to be whole, the one before it has the say.
+        # Backwards: the last piece overlaps its neighbour, so as to be whole, and there the earlier piece must win.
         i = count - 1 - i
         totals, whole = carry
         start = _start(i, size, length)
-        given = jax.tree.map(lambda x: _take(x, start, size), gradients)
+        cotangents = jax.tree.map(lambda x: _take(x, start, size), gradients)
         if length % size:
             fresh = start + jnp.arange(size) >= i * size
-            given = jax.tree.map(lambda x: jnp.where(fresh.reshape(-1, *(1,) * (x.ndim - 2)), x, 0), given)
+            cotangents = jax.tree.map(lambda x: jnp.where(fresh.reshape(-1, *(1,) * (x.ndim - 2)), x, 0), cotangents)
         _, backward = jax.vjp(
             lambda parameters, parts: function(*parts, *parameters), parameters, [_take(x, start, size) for x in arrays]
         )
-        of_parameters, of_parts = backward(given)
-        totals = [total + x.astype(total.dtype) for total, x in zip(totals, of_parameters, strict=True)]
-        return totals, [_put(x, part, start) for x, part in zip(whole, of_parts, strict=True)]
+        grad_parameters, grad_parts = backward(cotangents)
+        totals = [total + x.astype(total.dtype) for total, x in zip(totals, grad_parameters, strict=True)]
+        return totals, [_put(x, part, start) for x, part in zip(whole, grad_parts, strict=True)]
 
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
     totals, whole = jax.lax.fori_loop(0, count, step, (totals, [_empty(x, jax.tree.leaves(gradients)[0]) for x in arrays]))

@@ -161,7 +161,7 @@ def dot(equation, a, b):
 
 def scores_of(plan: Plan, tiles: Tiles, p, i, j):
     """The scores of a step, [b, N, t, s]; -inf where the query may not see the key."""
-    # The band comes first in a product: XLA on a CPU would else give [.., r, t], which every later step turns.
+    # The band comes first in a product: else XLA on a CPU gives [.., r, t], which every later step transposes.
     by_distance = dot("nrh,bnth->bntr", near(plan, tiles.band, i, j), tiles.position[p, i])
     scores = dot("bnth,bnsh->bnts", tiles.content[p, i], tiles.key[p, j]) + skew(by_distance, plan.key)
     at = plan.offset + i * plan.query + jnp.arange(plan.query)
@@ -229,8 +229,8 @@ def backward(_, saved, d_out):
             sheet,
         )
 
-    # Gradients summed over queries have the features before the positions: a product that turns a tile of weights takes
-    # twice the time of one that turns a tile of queries.
+    # Gradients summed over queries have the features before the positions: a product that transposes a tile of weights takes
+    # twice the time of one that transposes a tile of queries.
     like = *tiles[:2], *(x.swapaxes(-1, -2) for x in tiles[2:5])
     sheet = jnp.zeros((*tiles.content.shape[2:4], plan.query + 1, plan.query + plan.key - 1), content.dtype)
     start = *(jnp.zeros(x.shape, shift.dtype) for x in like), sheet

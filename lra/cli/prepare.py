@@ -58,7 +58,7 @@ def parse(command_line: Sequence[str] | None, program: str):
 def main(command_line: Sequence[str] | None = None, program: str = "prepare_lra") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    tasks.tasks_named(arguments.tasks)  # a wrong word is told before anything is prepared
+    tasks.tasks_named(arguments.tasks)  # a wrong word is reported before anything is prepared
     if arguments.action == "list":
         words = ("task", "kind", "source", "prepared")
         text_tables.print_table(listing(arguments.data_dir), left=words, unbroken=lambda name: True)

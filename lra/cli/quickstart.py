@@ -57,7 +57,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
     shared |= {} if arguments.config is None else {"config": arguments.config}
     try:
         layers = admitted(shared) if arguments.layers is None else layer_names(arguments.layers)
-        # All of them first: a wrong word is told before anything is trained.
+        # All of them first: a wrong word is reported before anything is trained.
         with Work("planning"):
             runs = [plan("quickstart", layer, **shared) for layer in layers]
     except ValueError as error:

@@ -63,7 +63,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
         return 0
     runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
     together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
-    for one in runs:  # what cannot fit is told before a folder is made
+    for one in runs:  # what cannot fit is reported before a folder is made
         sizes.check(one, tasks.find(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
     results.check(out / "results.csv")
