@@ -69,7 +69,7 @@ class LinformerProjection(nnx.Module):
             # Cast first: on the CPU a sum of bfloat16 products is either bfloat16 or not implemented.
             rows = matrix[..., : inputs.shape[1], :].astype(jnp.float32)
             if self.num_heads is None:
-                # Tokens first, and the rest on one axis: else XLA on a CPU transposes the inputs, which costs as much as the product.
+                # Tokens first, the rest on one axis: else XLA on a CPU transposes the inputs, at the cost of the product.
                 tokens = rearrange(inputs.astype(jnp.float32), "b s n h -> s (b n h)")
                 sums = jnp.einsum("sm,sk->mk", rows, tokens)
                 sums = rearrange(sums, "m (b n h) -> b m n h", b=inputs.shape[0], n=inputs.shape[2])
