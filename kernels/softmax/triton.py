@@ -606,8 +606,8 @@ def tile_sizes(
     tested, crowded = crowded and block_size is None, crowded or biased
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
     narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
-    # The test of a pattern of blocks takes the registers that 128 wide queries would need.
-    narrow = narrow or block_size is not None and wide and kernel == "softmax_forward"
+    # The test of a pattern of blocks takes the registers that 128 wide rows would need.
+    narrow = narrow or block_size is not None and wide and kernel in ("softmax_forward", "softmax_backward_key")
     if dtype == jnp.float32:
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
         if kernel == "softmax_forward" and block_size is not None:
