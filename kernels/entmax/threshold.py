@@ -4,6 +4,8 @@ With e = alpha - 1 a weight is p = [1 + e y]_+^(1 / e), y = logit - maximum - m.
 broadcasts to the logits.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -19,16 +21,24 @@ def powers(y, alpha):
         return (base, (base > 0).astype(y.dtype)) if alpha == 2 else (base * base, base)
     logarithm = _logarithm(y, alpha)
     chosen = logarithm > -jnp.inf
-    return jnp.exp(logarithm), jnp.where(chosen, jnp.exp(jnp.where(chosen, (1 - _epsilon(alpha)) * logarithm, 0)), 0)
+    return jnp.exp(logarithm), jnp.where(chosen, jnp.exp((1 - _epsilon(alpha)) * jnp.where(chosen, logarithm, 0)), 0)
 
 
 def search(logits, alpha):
-    """m of each row of logits [..., n], which are at most 0 and 0 at their largest: [..., 1]. NaN rows get anything.
+    """m of each row of logits [..., n], which are at most 0 and 0 at their largest: [..., 1]. NaN rows get anything."""
+    is_constant = isinstance(alpha, float)
+    return _search(alpha if is_constant else None, logits, None if is_constant else alpha)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _search(constant, logits, alpha):
+    """`search`.
 
     Newton's steps on log_alpha(sum p), which is a straight line where all logits are equal, and convex for alpha <= 2: they
     then come from below and pass nothing. Elsewhere, or where they are many, every third step halves what is left between the
     bounds, as does a step that would leave them.
     """
+    alpha = constant if alpha is None else alpha
     epsilon, digits = _epsilon(alpha), jnp.finfo(logits.dtype)
 
     def step(state):
@@ -59,6 +69,19 @@ def search(logits, alpha):
     return jax.lax.while_loop(goes_on, step, (0, low, low, high, done))[1]
 
 
+@_search.defjvp
+def _search_jvp(constant, primals, tangents):
+    """The sum of the weights stays 1. Gradients by hand ask for none of this; their own gradients do."""
+    logits, alpha = primals
+    found = _search(constant, logits, alpha)
+    y, of_rows = logits - found, constant if alpha is None else alpha
+    s = powers(y, of_rows)[1]
+    change, total = s * tangents[0], s.sum(-1, keepdims=True)
+    if alpha is not None:
+        change += slope_in_alpha(y, alpha) * tangents[1]
+    return found, change.sum(-1, keepdims=True) / jnp.where(total > 0, total, 1)
+
+
 def slope_in_alpha(y, alpha):
     """dp / d alpha at a given y: p l^2 (1 - exp(-v) - v) / v^2 with l = log p and v = (alpha - 1) l."""
     epsilon = _epsilon(alpha)
@@ -82,7 +105,10 @@ def _epsilon(alpha):
 def _logarithm(y, alpha):
     """log p = log1p(e y) / e, whose limit at e = 0 is y; -inf where p is 0."""
     epsilon = _epsilon(alpha)
-    return jnp.where(epsilon > 0, jnp.log1p(jnp.maximum(epsilon * y, -1)) / jnp.where(epsilon > 0, epsilon, 1), y)
+    never = jnp.isneginf(y) | (1 + epsilon * y <= 0)
+    y = jnp.where(never, 0, y)
+    logarithm = jnp.log1p(epsilon * y) / jnp.where(epsilon > 0, epsilon, 1)
+    return jnp.where(never, -jnp.inf, jnp.where(epsilon > 0, logarithm, y))
 
 
 def _expm1_over(x, epsilon):

@@ -85,7 +85,8 @@ def _below_threshold(logits, alpha):
 
 def _less(logits, maximum, threshold):
     # Where logits come out of another product, a rounding may put them above their maximum.
-    return jnp.minimum(logits - maximum, 0) - threshold
+    below = logits - maximum
+    return jnp.where(below > 0, 0, below) - threshold
 
 
 def _gradient(y, alpha, grad_p):

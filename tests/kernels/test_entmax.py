@@ -118,6 +118,27 @@ def test_attention_in_steps_is_attention_at_once(alpha, monkeypatch):
         np.testing.assert_allclose(run("xla")[0], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 1.7, None])
+def test_second_derivatives(alpha):
+    """Of the map and of attention: the threshold has a derivative of its own."""
+    with jax.enable_x64(True):
+        z, q, k, v = (jnp.asarray(random(*shape), "float64") for shape in ((5, 9), *3 * [(1, 6, 2, 4)]))
+
+        def curvature(implementation):
+            a = jnp.asarray([1.2, 1.6]) if alpha is None else alpha
+            spread = lambda z, a: jnp.sum(entmax.entmax(z, a, implementation=implementation) ** 2)
+            attend = lambda q, k, a: jnp.sum(entmax.attention(q, k, v, a, is_causal=True, implementation=implementation) ** 2)
+            square = lambda grads: sum(jnp.sum(x**2) for x in grads)
+            places = (0, 1) if alpha is None else (0,)
+            of_map = jax.grad(lambda *x: square(jax.grad(spread, places)(*x)), places)(z, a if alpha else a[0])
+            places = (0, 1, 2) if alpha is None else (0, 1)
+            return of_map, jax.grad(lambda *x: square(jax.grad(attend, places)(*x)), places)(q, k, a)
+
+        got, want = (jax.jit(curvature, static_argnums=0)(name) for name in ("xla", "reference"))
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * float(abs(other).max()))
+
+
 def test_a_row_that_sees_nothing_is_zero():
     q, k, v = (random(1, 6, 2, 4, seed=i) for i in range(3))
     mask = jnp.ones((1, 1, 6, 6), bool).at[:, :, 2].set(False)
