@@ -581,8 +581,8 @@ precision.define_passes(attend, attend_forward, attend_backward)
 # Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
 FLOAT32_TILES = {
     "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "softmax_backward_query": {64: ((64, 16, 4, 2), (16, 32, 8, 2)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
-    "softmax_backward_key": {LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
+    "softmax_backward_query": {64: ((64, 16, 4, 2), (16, 32, 8, 1)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
+    "softmax_backward_key": {64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
     "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
 
@@ -611,7 +611,7 @@ def tile_sizes(
     if dtype == jnp.float32:
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
         if kernel == "softmax_forward" and block_size is not None:
-            sizes = *sizes[:2], 8, sizes[3]
+            sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
     elif kernel == "softmax_backward_key":
         # More tests take more registers: fewer queries at once, and fewer keys if there is a bias of wide heads, too.
         tile = 64 if narrow or not hopper or wide and biased and tested else 128
