@@ -582,18 +582,20 @@ precision.define_passes(attend, attend_forward, attend_backward)
 FLOAT32_TILES = {
     "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
     "softmax_backward_query": {64: ((64, 16, 4, 2), (16, 32, 8, 1)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
-    "softmax_backward_key": {64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
+    "softmax_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
     "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
 
 
 def tile_sizes(
-    kernel: str, dtype, features: int, biased: bool, crowded: bool, reach: int | None, block_size: int | None, mode: launch.Mode
-) -> launch.Config:
+    kernel: str, dtype, features: int, ragged: bool, biased: bool, crowded: bool, reach: int | None, block_size: int | None,
+    mode: launch.Mode,
+) -> launch.Config:  # fmt: skip
     """The heuristic configuration of a kernel: the largest that compiles without spills.
 
     Args:
         features: the larger of H and V, padded.
+        ragged: whether they were fewer, so that loads are masked, which takes registers.
         biased: whether there is a bias, whose tiles take shared memory.
         crowded: whether a tile meets more than a band that is known beforehand and a bias, which takes registers.
         reach: keys that one query can see at most, where that is known.
@@ -612,14 +614,16 @@ def tile_sizes(
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
         if kernel == "softmax_forward" and block_size is not None:
             sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
+        if kernel == "softmax_backward_query" and biased:
+            sizes = 16, 16, 8, 1
     elif kernel == "softmax_backward_key":
         # More tests take more registers: fewer queries at once, and fewer keys if there is a bias of wide heads, too.
         tile = 64 if narrow or not hopper or wide and biased and tested else 128
-        sizes = 32 if wide or tested else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
+        sizes = 32 if wide or tested or ragged else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
     elif kernel == "softmax_backward_bias" or narrow or not hopper and kernel != "softmax_forward":
         sizes = 64, 64, 8 if wide or kernel == "softmax_backward_bias" else 4, 2
     elif kernel == "softmax_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
-        sizes = 128, 128, 8, 3
+        sizes = 128, 64 if wide and ragged else 128, 8, 3
     else:
         sizes = 128, 64, 8, 2
     query, key, warps, stages = sizes
@@ -635,7 +639,8 @@ def config_of(kernel: str, plan: "Plan", query, key, value) -> launch.Config:
     size = max(padded(features), padded(value_features))
     crowded = geometry.tested or not isinstance(pattern, Band | None)
     crowded = crowded or geometry.query_positions is None or geometry.key_positions is None
-    config = tile_sizes(kernel, query.dtype, size, plan.biased, crowded, reach, block_size, plan.mode)
+    ragged = size > min(features, value_features)
+    config = tile_sizes(kernel, query.dtype, size, ragged, plan.biased, crowded, reach, block_size, plan.mode)
     if plan.mode == "triton":
         sizes = dict(
             dtype=query.dtype.name, features=size, biased=plan.biased, crowded=crowded, reach=reach, block_size=block_size
