@@ -6,11 +6,12 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import softmax
+from subquad.kernels import precision, softmax
 from subquad.kernels.patterns import Pattern
 from subquad.zoo.cache import KVCache, places
 
 
+@precision.promoting
 def attend_to_cache(
     pattern: Pattern, query: Float[Array, "B T N H"], cache: KVCache, start: Int[Array, "B"], implementation
 ) -> Float[Array, "B T N V"]:

@@ -68,8 +68,7 @@ def flash(independent: str, sources: int, sets: int):
     """The operation for some numbers of key arrays and of sets; `independent`: the axes that a mesh may cut."""
     visible = Visible("b t", "b s", "b t", "b s", "b n t s")
     arrays = "b t n h", ("b s n h",) * sources, ("b s n v",) * sources, "b n t s", (visible,) * sets
-    together = [[*range(1 + 2 * sources)]]  # query, keys and values: of one batch
-    shared = [*together, *([place] for place in range(1 + 2 * sources, 2 + 2 * sources + 5 * sets))]
+    shared = [[place] for place in range(1 + 2 * sources, 2 + 2 * sources + 5 * sets)]  # all but query, keys and values
     return operation(
         precision.full(forward), precision.full(backward), arrays=arrays, outputs=("b t n v", "b t n", "b t n"),
         independent=independent, shared=shared,

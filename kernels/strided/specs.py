@@ -99,7 +99,7 @@ SPECS = [
 def over(kind, function, padding=False, **options):
     """A kind of call at every size of a head."""
     make = lambda head, *rest: drawing(2, 2, head, head, padding)(*rest)
-    return over_heads(f"strided.{function.__name__}", kind, make, calling(function, **options))
+    return over_heads(f"strided.{function.__name__}", kind, make, calling(function, **options), most=128)
 
 
 GRID = [
