@@ -73,6 +73,7 @@ def attention(
     check_stride(owner, "stride", stride)
     check(owner, query, key, value, mask)
     key, value = checks.hide(mask, key, value)
+    query = finite_padding(query, mask)
     length = query.shape[1]
     # A stride over everything reaches nothing but the query itself, whatever its length; a window over everything no more.
     stride, window = min(int(stride), length), None if window_size is None else min(int(window_size), length)
@@ -138,6 +139,7 @@ def fixed(
     check_columns(owner, columns, query.shape[2], block_size)
     check(owner, query, key, value, mask)
     key, value = checks.hide(mask, key, value)
+    query = finite_padding(query, mask)
     length, heads = query.shape[1:3]
     # Of a block longer than the sequence nothing counts but where the columns are.
     size = min(int(block_size), max(length, int(columns.max()) + 1))
@@ -180,6 +182,16 @@ def near(pattern: Pattern | None, queries: int, keys: int, mask, source: int = 0
     """Keys under a pattern of positions that count from 0."""
     positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
     return KeySet(pattern, Visible(*positions, None, None, mask), source=source)
+
+
+def finite_padding(query, mask):
+    """Queries [B, T, N, H] with 0 for NaN and for what would overflow in padding, whose outputs mean nothing.
+
+    The merge of two sets would multiply them by a gradient of 0, which is NaN.
+    """
+    if mask is None:
+        return query
+    return jnp.where(jnp.moveaxis(mask, 3, 1) | (abs(query) < 1e15), query, 0)
 
 
 def whole_rows(array, size: int):
