@@ -581,7 +581,9 @@ precision.define_passes(attend, attend_forward, attend_backward)
 # Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
 FLOAT32_TILES = {
     "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "softmax_backward_query": {64: ((64, 16, 4, 2), (16, 32, 8, 1)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2},
+    "softmax_backward_query": {
+        16: ((64, 16, 4, 2), (16, 16, 8, 1)), 64: ((64, 16, 4, 2), (16, 32, 8, 1)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2,
+    },
     "softmax_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
     "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
