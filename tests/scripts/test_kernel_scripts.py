@@ -79,8 +79,8 @@ def test_the_tuner_lists_what_fits(tuner, monkeypatch, capsys):
 
 @pytest.mark.aot
 def test_blocks_that_an_operation_adds_hide_no_spills(tuner):
-    """Strided attention launches with blocks of features beside those that can be chosen."""
-    case, request, heuristic = asked(tuner, "strided.attention/stride-128", "strided.forward", 1024)
+    """Attention has blocks of features beside those that can be chosen."""
+    case, request, heuristic = asked(tuner, "softmax.attention/causal", "softmax_forward", 1024)
     assert tuner.fits(*case, "sm_90", request, heuristic, heuristic)
     absurd = launch.Config(dict.fromkeys(heuristic.blocks, 256), 4, 4)
     assert not tuner.fits(*case, "sm_90", request, absurd, heuristic)
