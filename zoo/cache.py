@@ -81,12 +81,9 @@ def poisoned(heads: Float[Array, "B T N V"], cache: KVCache) -> Float[Array, "B 
     return jnp.where((cache.length > cache.key.shape[1])[:, None, None, None], jnp.nan, heads)
 
 
-def pieces(tokens, start: Int[Array, "B *N"], size: int):
-    """`size` tokens of [B, S, ...] from each sample's `start` on, or of [B, S, N, ...] from that of each of its heads."""
-    take = lambda tokens, start: jax.lax.dynamic_slice_in_dim(tokens, start, size)
-    if start.ndim == 2:
-        take = jax.vmap(take, (1, 0), 1)
-    return jax.vmap(take)(tokens, start)
+def pieces(tokens, start: Int[Array, "B"], size: int):
+    """`size` tokens of [B, S, ...] from each sample's `start` on."""
+    return jax.vmap(lambda tokens, start: jax.lax.dynamic_slice_in_dim(tokens, start, size))(tokens, start)
 
 
 def last(tokens: Float[Array, "B S *features"], size: int, new: int, mask) -> Float[Array, "B size *features"]:

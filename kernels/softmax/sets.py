@@ -75,7 +75,7 @@ def one_by_one(attention):
             arrays, visible, columns = (query, keys[one.source], values[one.source]), one.visible, one.columns
             if columns > 1:
                 arrays = [rearrange(x, "b (r c) n h -> (b c) r n h", c=columns) for x in arrays]
-                visible = visible._replace(mask=in_columns(visible.mask, len(query), columns))
+                visible = visible._replace(mask=mask_in_columns(visible.mask, len(query), columns))
             result = attention(*arrays, bias, visible, one.pattern, scale, **options)
             if columns > 1:
                 result = [rearrange(x, "(b c) r ... -> b (r c) ...", c=columns) for x in result]
@@ -85,7 +85,7 @@ def one_by_one(attention):
     return run
 
 
-def in_columns(mask, batch: int, columns: int):
+def mask_in_columns(mask, batch: int, columns: int):
     """A mask of keys [B|1, 1, 1, S] for the columns of each sample: [B C, 1, 1, S / C]."""
     if mask is None:
         return None
