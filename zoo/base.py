@@ -74,7 +74,7 @@ class Shell(TypedDict, total=False):
     implementation: dispatch.Implementation | None
 
 
-def options_of(layer: type) -> set[str]:
+def options_of(layer: type[Any]) -> set[str]:
     """The words that the constructor of a layer knows."""
     parameters = inspect.signature(layer.__init__).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
