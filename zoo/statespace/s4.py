@@ -103,8 +103,8 @@ class S4(nnx.Module):
         if discretization is None:
             discretization = "bilinear" if mode == "dplr" else "zoh"
         check_sizes(owner, in_features=in_features, out_features=out_features, state_size=state_size, num_ssm=num_ssm)
-        system: dict[str, Any] = dict(state_size=state_size, mode=mode, init=init, discretization=discretization, num_ssm=num_ssm,
-                      dt_min=dt_min, dt_max=dt_max)
+        system: dict[str, Any] = dict(state_size=state_size, mode=mode, init=init, discretization=discretization,
+                                      num_ssm=num_ssm, dt_min=dt_min, dt_max=dt_max)
         check_system(owner, in_features, **system)
         check_causality(owner, self.supports, is_causal)
         dispatch.check_name(owner, implementation)
