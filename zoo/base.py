@@ -15,7 +15,16 @@ from subquad.kernels import dispatch, patterns, softmax
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
 from subquad.zoo.cache import KVCache, append, places, poisoned
-from subquad.zoo.checks import check_call, check_causality, check_extend, check_rotary, check_sizes, refuse, require_extend
+from subquad.zoo.checks import (
+    check_call,
+    check_causality,
+    check_extend,
+    check_rotary,
+    check_sizes,
+    refuse,
+    require_extend,
+    unsupported,
+)
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.extending import attend_to_cache
 from subquad.zoo.positions import rotary
@@ -154,13 +163,12 @@ class Attention(nnx.Module):
         check_sizes(owner, num_heads=num_heads, in_features=in_features, num_kv_heads=num_kv_heads, qkv_features=qkv_features,
                     out_features=out_features, in_kv_features=in_kv_features)
         if in_kv_features != in_features and not self.supports.cross:
-            refuse(owner, "in_kv_features", in_kv_features, f"be in_features = {in_features} (no cross-attention)",
-                   "Leave it out, or use SoftmaxAttention.")
+            unsupported(owner, "in_kv_features", "it attends to its own input", "Leave it out, or use SoftmaxAttention.")
         if qkv_features % num_heads:
             refuse(owner, "num_heads", num_heads, f"divide qkv_features = {qkv_features}",
                    "Change one of them, or pass qkv_features.")
         if num_kv_heads != num_heads and not self.supports.grouped:
-            refuse(owner, "num_kv_heads", num_kv_heads, f"be num_heads = {num_heads}", "SoftmaxAttention has grouped heads.")
+            unsupported(owner, "num_kv_heads", "each of its heads has keys of its own", "SoftmaxAttention has grouped heads.")
         if num_heads % num_kv_heads:
             refuse(owner, "num_kv_heads", num_kv_heads, f"divide num_heads = {num_heads}", "Choose a divisor.")
         if rotary_base is not None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import softmax
 from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, check_options
-from subquad.zoo.checks import check_mask, refuse
+from subquad.zoo.checks import check_mask, refuse, unsupported
 from subquad.zoo.dense.softmax import check_rate, drop
 from subquad.zoo.registry import LAYERS, Layer, check_complete, find, options
 
@@ -215,13 +215,13 @@ def check_weights(owner: str, layer: type[Layer], bias, rate: float, dropout_rng
     """Refuses what a mechanism without weights cannot honour, and dropout that cannot be drawn."""
     if not layer.supports.weights:
         if bias is not None:
-            refuse(owner, "bias", "an array", "be None (its logits are not all made)", "Use attention_fn('softmax').")
+            unsupported(owner, "bias", "its logits are not all made", "Use attention_fn('softmax').")
         if rate:
-            refuse(owner, "dropout_rate", rate, "be 0 (its weights are never stored)",
-                   "Drop outputs instead, or use attention_fn('softmax').")
+            unsupported(owner, "dropout_rate", "its weights are never stored",
+                        "Drop outputs instead, or use attention_fn('softmax').")
         if module is not None:
-            refuse(owner, "sow_weights", True, "be False (its weights are never stored)",
-                   "Use layer.pattern to see which keys count, or attention_fn('softmax').")
+            unsupported(owner, "sow_weights", "its weights are never stored",
+                        "Use layer.pattern to see which keys count, or attention_fn('softmax').")
     check_rate(owner, rate)
     if rate and dropout_rng is None:
         refuse(owner, "dropout_rng", None, "be given for dropout", "Pass a key of jax.random, or deterministic=True.")
