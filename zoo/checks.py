@@ -119,7 +119,8 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
         if value is None:
             continue
         if not getattr(supports, name):
-            refuse(owner, name, "an array", "be None (this layer cannot honour it)", "SoftmaxAttention does.")
+            reason = (supports.mixes_all if name == "segment_ids" else None) or "this layer cannot honour it"
+            refuse(owner, name, "an array", f"be None ({reason})", "SoftmaxAttention does.")
         if inputs_kv is not None:
             refuse(owner, name, "an array", "be None in cross-attention", "Pass a mask instead.")
         if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
@@ -184,7 +185,7 @@ def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -
     """Refuses a rotation that the layer does not have, or that its heads cannot take."""
     if not supports.rotary:
         refuse(owner, "rotary_base", rotary_base, "be None (its scores are not of one query and one key each)",
-               "Use SoftmaxAttention, LocalAttention, BlockwiseAttention or StridedAttention.")
+               "Use SoftmaxAttention, LocalAttention, BlockwiseAttention, StridedAttention or LinformerAttention.")
     if head_features % 2:
         refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",
                "Choose qkv_features / num_heads even.")
