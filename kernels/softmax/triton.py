@@ -80,6 +80,7 @@ class Options(NamedTuple):
     KEY_POSITIONS: str
     ONE_QUERY_POSITIONS: bool
     ONE_KEY_POSITIONS: bool
+    OWN_BIAS: bool = False  # whether each pair of each sample and head has a bias of its own
     ROWS_PER_HEAD: bool = False
     LISTED: bool = False
     BOUNDED: bool = False
@@ -106,6 +107,7 @@ class Operands(NamedTuple):
     rows: Any
     tiles: Any
     bounds: Any
+    grad_bias: Any
 
 
 NUM_WORDS = 6  # before those of the pattern
@@ -208,6 +210,20 @@ def positions_of(array, start, b, index, LENGTH, KIND: tl.constexpr, ONE: tl.con
 @triton.jit
 def load_pairs(array, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, AXES: tl.constexpr):
     """A block of a mask or bias, whose rows are as `aligned` makes them; 0 outside. An axis of one element is read once."""
+    at, inside = pairs_of(array, b, n, query_start, q, k, operands, SHAPE, AXES)
+    return tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
+def store_bias(grad_logits, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.constexpr):
+    """STORE: the gradient of a bias that each pair has for its own."""
+    at, inside = pairs_of(operands.grad_bias, b, n, query_start, q, k, operands, SHAPE, OPTIONS.BIAS)
+    tl.store(at, grad_logits.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pairs_of(array, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, AXES: tl.constexpr):
+    """Where a block of a mask or bias lies, and what of it exists."""
     T, S = operands.T, operands.S
     COLUMNS = tl.cdiv(S, ALIGNMENT) * ALIGNMENT
     matrix = n * 0
@@ -223,14 +239,14 @@ def load_pairs(array, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, AX
     if not AXES.S:
         k = k * 0
     if not AXES.T:
-        block = tl.load(array + k, mask=k < COLUMNS, other=0)
+        at, inside = array + k, k < COLUMNS
     elif not AXES.S:
-        block = tl.load(array + q, mask=q < T, other=0)
+        at, inside = array + q, q < T
     else:
         # Only the offset of the whole block is in 64 bits.
         array += query_start.to(tl.int64) * COLUMNS
-        block = tl.load(array + (q - query_start) * COLUMNS + k, mask=(q < T) & (k < COLUMNS), other=0)
-    return block
+        at, inside = array + (q - query_start) * COLUMNS + k, (q < T) & (k < COLUMNS)
+    return at, inside
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -244,7 +260,7 @@ def softmax_forward(
     T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
     operands = Operands(
         T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds,
+        key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     forward(
         query, key, value, out, lse, operands, work_of, block_of, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K
@@ -254,17 +270,17 @@ def softmax_forward(
 @triton.jit
 def softmax_backward_query(
     query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, lse, delta, grad_out, grad_query,
+    bounds, lse, delta, grad_out, no_bias, grad_query, grad_bias,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
     operands = Operands(
         T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds,
+        key_segments, tables, rows, tiles, bounds, grad_bias,
     )  # fmt: skip
     backward_query(
         query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, logits_of, visible, SHAPE,
-        OPTIONS, BLOCK_Q, BLOCK_K,
+        OPTIONS, BLOCK_Q, BLOCK_K, store_bias if OPTIONS.OWN_BIAS else None,
     )  # fmt: skip
 
 
@@ -277,7 +293,7 @@ def softmax_backward_key(
     T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
     operands = Operands(
         T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds,
+        key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     backward_key(
         query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, logits_of, visible,
@@ -299,7 +315,7 @@ def softmax_backward_bias(
     T, S, SAMPLES, TOGETHER, query_start, key_start = load_words(words)
     operands = Operands(
         T, S, SAMPLES, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds,
+        key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     AXES: tl.constexpr = OPTIONS.BIAS
     GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
@@ -436,7 +452,7 @@ class Call:
             *map(kind_of, rows[2:], (geometry.query_positions, geometry.key_positions)), one(rows[2]), one(rows[3]),
         )  # fmt: skip
 
-    def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, **options):
+    def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, aliases=None, **options):
         """Launches a kernel; `words` are ROWS and TOGETHER."""
         geometry = self.geometry
         starts = [x if isinstance(x, int) else 0 for x in (geometry.query_positions, geometry.key_positions)]
@@ -450,9 +466,10 @@ class Call:
             constants=dict(SHAPE=self.shape, OPTIONS=self.options._replace(**options)),
             config=config,
             mode=self.static.mode,
+            aliases=aliases,
         )
 
-    def launch_rows(self, kernel, outputs: dict, *, along: str):
+    def launch_rows(self, kernel, outputs: dict, aliases=None, *, along: str, **options):
         """Runs a kernel over the rows of blocks `along` "query" or "key"."""
         config = self.config_of(kernel)
         geometry, sizes = self.geometry, (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"])
@@ -467,6 +484,8 @@ class Call:
             dict(bounds=bounds, rows=jnp.asarray(todo.rows), tiles=None if todo.tiles is None else jnp.asarray(todo.tiles)),
             outputs,
             config,
+            aliases,
+            **options,
             ROWS_PER_HEAD=len(todo.rows) > 1,
             LISTED=todo.tiles is not None,
             BOUNDED=bounds is not None,
@@ -540,10 +559,19 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
     """
     call = Call(static, query, key, value, bias, visible, lse=lse, delta=delta, grad_out=grad_out)
     shape = lambda like: jax.ShapeDtypeStruct((call.batch, *like.shape[1:]), like.dtype)
-    (grad_query,) = call.launch_rows(softmax_backward_query, dict(grad_query=shape(query)), along="query")
+    # A bias that nothing shares has its gradient from the pass that meets each pair once; pairs in no block have none.
+    own = bias is not None and bias.shape == (call.batch, query.shape[2], query.shape[1], key.shape[1])
+    own = own and min(bias.shape[2:]) > 1
+    call.gradients["no_bias"] = jnp.zeros_like(aligned(bias)) if own else None
+    grad_bias = jax.ShapeDtypeStruct(*(call.gradients["no_bias"].shape, bias.dtype) if own else ((1,), jnp.float32))
+    outputs = dict(grad_query=shape(query), grad_bias=grad_bias)
+    aliases = dict(no_bias="grad_bias") if own else None
+    grad_query, grad_bias = call.launch_rows(softmax_backward_query, outputs, aliases, along="query", OWN_BIAS=own)
     outputs = dict(grad_key=shape(key), grad_value=shape(value))
     grad_key, grad_value = call.launch_rows(softmax_backward_key, outputs, along="key")
-    return grad_query, grad_key, grad_value, None if bias is None else bias_gradient(call, bias)
+    if bias is not None:
+        grad_bias = grad_bias[..., : bias.shape[3]] if own else bias_gradient(call, bias)
+    return grad_query, grad_key, grad_value, None if bias is None else grad_bias
 
 
 def bias_gradient(call: Call, bias):
@@ -630,7 +658,9 @@ def tile_sizes(
     narrow = narrow or block_size is not None and wide and kernel in ("softmax_forward", "softmax_backward_key")
     if dtype == jnp.float32:
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
-        if kernel == "softmax_forward" and block_size is not None:
+        if kernel == "softmax_forward" and wide and biased and tested:
+            sizes = 16, 32, 8, 1
+        elif kernel == "softmax_forward" and block_size is not None:
             sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
         if kernel == "softmax_backward_query" and (biased or ragged and not wide and not crowded):
             sizes = 16 if biased else 32, 16, 8, 1

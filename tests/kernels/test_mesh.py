@@ -52,7 +52,7 @@ def test_kernels_are_launched_for_a_share():
 def check_launches():
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from subquad.kernels import launch, softmax
+    from subquad.kernels import launch, relative, softmax
 
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     x = jnp.ones((8, 64, 8, 16))
@@ -60,6 +60,9 @@ def check_launches():
 
     def biased(x, bias):
         return softmax.attention(x, x, x, bias=bias, is_causal=True, implementation="triton")
+
+    def by_distance(x, table):
+        return relative.attention(x, x, x, table, table[0], table[1], implementation="triton")
 
     def programs(attend, spec, *more):
         """The number of programs of each launch of a forward and backward pass."""
@@ -72,9 +75,9 @@ def check_launches():
             counts[one.name] = one.grid
         return counts
 
-    for attend, *more in ((biased, bias),):
+    for attend, kernels, *more in ((biased, 4, bias), (by_distance, 3, jnp.ones((64, 8, 16)))):
         whole = programs(attend, PartitionSpec(), *more)
-        assert len(whole) == 4, whole
+        assert len(whole) == kernels, whole
         for spec in (PartitionSpec("x"), PartitionSpec(None, None, "x")):
             for name, count in programs(attend, spec, *more).items():
                 # The sum over samples of the gradient of a bias is one program for each of its blocks.
