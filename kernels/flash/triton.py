@@ -15,6 +15,8 @@
                                                     multiplied by SHAPE.FACTOR; query_start is the first of q
     VISIBLE(b, n, query_start, q, k, operands, SHAPE, OPTIONS)
                                                     which query may see which key, in a partial block
+    STORE(grad_logits, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
+                                                    what becomes of the gradient of these logits; may be None
 
 q and k are indices on two axes, [t, 1] and [1, s], or [1, t] and [s, 1] in the pass over keys. Only partial blocks are
 masked, and only they may stick out of the arrays.
@@ -101,7 +103,7 @@ def forward(
 def backward_query(
     query, key, value, lse, delta, grad_out, grad_query, operands,
     WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STORE: tl.constexpr = None,
 ):  # fmt: skip
     """The gradient of one block of queries of one head.
 
@@ -142,6 +144,8 @@ def backward_query(
                 weights = tl.where(VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), weights, 0.0)
             grad_weights = tl.dot(grads, tl.trans(values), input_precision=SHAPE.PRECISION)
             grad_logits = weights * (grad_weights - delta_i[:, None])
+            if STORE is not None:
+                STORE(grad_logits, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
             acc = tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision=SHAPE.PRECISION)
     grad_query = head_of(grad_query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, False)
     scale = SHAPE.SCALE * 0.6931471805599453
