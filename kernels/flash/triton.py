@@ -9,8 +9,9 @@
     WORK(rank, b, n, operands, OPTIONS)             which blocks: (block of the row, number of partial blocks, number of full
                                                     blocks, list); rank counts the rows of head n of sample b
     BLOCK(list, i, PARTIAL, operands, OPTIONS)      the i-th of the row's partial or full blocks
-    PLACES(start, LENGTH, SIZE, b, n, operands, OPTIONS)
-                                                    where the rows of a block lie: (first, offsets [SIZE], which exist)
+    PLACES, KEY_PLACES(start, LENGTH, SIZE, b, n, operands, OPTIONS)
+                                                    where the rows of a block of queries, or of keys, lie: (first,
+                                                    offsets [SIZE], which exist)
     LOGITS(products, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
                                                     scores from products of queries and keys, in base 2 where they are
                                                     multiplied by SHAPE.FACTOR; query_start is the first of q
@@ -57,8 +58,8 @@ class Shape(NamedTuple):
 @triton.jit
 def forward(
     query, key, value, out, lse, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
+    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: out [B, T, N, V], and lse [B, N, T] in base 2."""
     T, S = operands.T, operands.S
@@ -79,7 +80,7 @@ def forward(
     for PARTIAL in tl.static_range(1, -1, -1):
         for i in range(num_partial if PARTIAL else num_full):
             key_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
-            key_rows = PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
+            key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
             keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
             values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
             k = key_start + tl.arange(0, BLOCK_K)
@@ -103,8 +104,8 @@ def forward(
 @triton.jit
 def backward_query(
     query, key, value, lse, delta, grad_out, grad_query, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
+    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries of one head.
 
@@ -134,7 +135,7 @@ def backward_query(
             num_partial if PARTIAL else num_full, disable_licm=SHAPE.PRECISION == "tf32x3" and SHAPE.BLOCK_H > 64
         ):
             key_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
-            key_rows = PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
+            key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
             keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
             values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
             k = key_start + tl.arange(0, BLOCK_K)
@@ -154,8 +155,8 @@ def backward_query(
 @triton.jit
 def backward_key(
     query, key, value, lse, delta, grad_out, grad_key, grad_value, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
+    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values of one key head, from all query heads that read it.
 
@@ -169,7 +170,7 @@ def backward_key(
     key_start = WORK(rank, b, key_head * GROUPS, operands, OPTIONS)[0] * BLOCK_K
     key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
     value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
-    key_rows = PLACES(key_start, S, BLOCK_K, b, key_head * GROUPS, operands, OPTIONS)
+    key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, key_head * GROUPS, operands, OPTIONS)
     keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
     values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, True)
     k = key_start + tl.arange(0, BLOCK_K)

@@ -247,8 +247,9 @@ def softmax_forward(
         key_segments, tables, rows, tiles, bounds,
     )  # fmt: skip
     forward(
-        query, key, value, out, lse, operands, work_of, block_of, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K
-    )
+        query, key, value, out, lse, operands, work_of, block_of, dense, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q,
+        BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -263,8 +264,8 @@ def softmax_backward_query(
         key_segments, tables, rows, tiles, bounds,
     )  # fmt: skip
     backward_query(
-        query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, logits_of, visible, SHAPE,
-        OPTIONS, BLOCK_Q, BLOCK_K,
+        query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, dense, logits_of, visible,
+        SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -280,8 +281,8 @@ def softmax_backward_key(
         key_segments, tables, rows, tiles, bounds,
     )  # fmt: skip
     backward_key(
-        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, logits_of, visible,
-        SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
+        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, dense, logits_of,
+        visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
