@@ -44,9 +44,7 @@ def small_tiles(monkeypatch, own=16, other=16):
     """Tiles much smaller than the sequence, with chunks that begin and end inside them."""
     from subquad.kernels.lsh import triton
 
-    monkeypatch.setattr(
-        triton, "attention_config", lambda *sizes: launch.Config(dict(BLOCK_OWN=own, BLOCK_OTHER=other)))
-    monkeypatch.setattr(triton, "extend_config", lambda *sizes: launch.Config(dict(BLOCK_Q=own, BLOCK_K=other)))
+    monkeypatch.setattr(triton, "config_of", lambda *sizes: launch.Config(dict(BLOCK_Q=own, BLOCK_K=other)))
     monkeypatch.setattr(triton, "hash_config", lambda *sizes: launch.Config(dict(BLOCK_T=own, BLOCK_F=other)))
 
 
