@@ -515,7 +515,7 @@ TILES = dict(
     backward_query={
         (False, False): (64, 32, 8), (False, True): (64, 32, 8), (True, False): (16, 32, 8), (True, True): (16, 32, 8)},
     backward_key={
-        (False, False): (32, 64, 8), (False, True): (32, 64, 8), (True, False): (16, 16, 8), (True, True): (16, 16, 8)},
+        (False, False): (32, 64, 8), (False, True): (32, 64, 8), (True, False): (16, 16, 4), (True, True): (16, 16, 8)},
 )  # fmt: skip
 
 
