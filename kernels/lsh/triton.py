@@ -175,7 +175,7 @@ def work_in_reach(rank, b, n, operands, OPTIONS: tl.constexpr):
 
 @triton.jit
 def token_at(index, b, n, operands, OTHER_ROUNDS: tl.constexpr, OPTIONS: tl.constexpr):
-    """The positions, int64, of the tokens at these indices of the round, and which exist.
+    """The positions of the tokens at these indices of the round, and which exist.
 
     OTHER_ROUNDS: in a ring those below 0 and past the last chunk belong to the rounds before and after.
     """
@@ -190,7 +190,7 @@ def token_at(index, b, n, operands, OTHER_ROUNDS: tl.constexpr, OPTIONS: tl.cons
         exists = index < T
         at = operands.round * T + index
     order = operands.order + (b * OPTIONS.HEADS + n) * OPTIONS.ROUNDS * T
-    return tl.load(order + at, mask=exists, other=0).to(tl.int64), exists
+    return tl.load(order + at, mask=exists, other=0), exists
 
 
 @triton.jit
@@ -198,14 +198,14 @@ def query_places(start, LENGTH, SIZE: tl.constexpr, b, n, operands, OPTIONS: tl.
     """PLACES: where the tokens of a round lie."""
     OTHERS: tl.constexpr = OPTIONS.RING and OPTIONS.TRANSPOSED
     token, exists = token_at(start + tl.arange(0, SIZE), b, n, operands, OTHERS, OPTIONS)
-    return 0, token, exists
+    return 0, token.to(tl.int64), exists
 
 
 @triton.jit
 def key_places(start, LENGTH, SIZE: tl.constexpr, b, n, operands, OPTIONS: tl.constexpr):
     OTHERS: tl.constexpr = OPTIONS.RING and not OPTIONS.TRANSPOSED
     token, exists = token_at(start + tl.arange(0, SIZE), b, n, operands, OTHERS, OPTIONS)
-    return 0, token, exists
+    return 0, token.to(tl.int64), exists
 
 
 @triton.jit
@@ -328,33 +328,34 @@ def load_words(words):
     return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
 
 
-def run(kernel, functions, options: Options, scale, mode, arrays: dict, outputs: dict, round_=0):
-    """Launches a kernel. `arrays`: its pointers by name; `scale`: of the products, beside that of the keys."""
+def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs: dict, round_=0, **more):
+    """Launches a kernel. `arrays` and `more`: its pointers by name; `outputs`: shape and dtype of its results."""
+    arrays = dict(order=None, codes=None, key_buckets=None, starts=None) | arrays | more
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     (batch, queries, heads, features), keys, values = query.shape, key.shape[1], value.shape[-1]
-    dtype, size = jnp.promote_types(query.dtype, value.dtype), padded(max(features, values))
-    name = kernel.__name__.removeprefix("lsh_")
-    config = config_of(name, functions is CACHED, mode, dtype, size, options.CHUNK, queries, keys)
-    own, other = (config.blocks[f"BLOCK_{side}"] for side in ("KQ" if name == "backward_key" else "QK"))
-    rows = triton.cdiv(keys if name == "backward_key" else queries, own)
-    # Where rounds are counted, the scale cannot wait for the exponent.
-    factor = 1.0 if functions is CACHED else scale * LOG2_E
+    dtype, widths = jnp.promote_types(query.dtype, value.dtype), (padded(features), padded(values))
+    name, cached = kernel.__name__.removeprefix("lsh_"), functions is CACHED
+    config = config_of(name, cached, mode, dtype, max(widths), options.CHUNK, queries, keys)
+    sizes, lengths = (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"]), (queries, keys)
+    transposed = name == "backward_key"
+    rows = triton.cdiv(lengths[transposed], sizes[transposed])
+    # A scale waits for the exponent, but where the rounds of a key are counted.
+    scale *= LOG2_E
     shape = Shape(
-        heads, heads, features, values, padded(features), padded(values), scale * LOG2_E, factor,
-        launch.dot_precision(dtype), False, False, False, False,
+        heads, heads, features, values, *widths, scale, 1.0 if cached else scale, launch.dot_precision(dtype), False, False,
+        False, False,
     )  # fmt: skip
-    words = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, 1, round_)])
-    inputs = dict(words=words, order=None, codes=None, key_buckets=None, starts=None) | arrays
+    options = options._replace(OWN=sizes[transposed], OTHER=sizes[not transposed], TRANSPOSED=transposed)
+    arrays["words"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, 1, round_)])
     return launch.call(
         kernel,
-        {name: inputs[name] for name in kernel.arg_names if name in inputs},
-        {name: jax.ShapeDtypeStruct(*shape) for name, shape in outputs.items()},
+        {name: arrays[name] for name in kernel.arg_names if name in arrays},
+        {name: jax.ShapeDtypeStruct(*like) for name, like in outputs.items()},
         grid=batch * heads * rows,
-        constants=dict(
-            SHAPE=shape, OPTIONS=options._replace(OWN=own, OTHER=other, TRANSPOSED=name == "backward_key"), FUNCTIONS=functions
-        ),
-        config=config, mode=mode,
-    )  # fmt: skip
+        constants=dict(SHAPE=shape, OPTIONS=options, FUNCTIONS=functions),
+        config=config,
+        mode=mode,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -367,8 +368,8 @@ def attention(layout, query_key, value, buckets, mask, segment_ids, scale, *, mo
     return attend((layout, mode), query_key, gain.astype(jnp.float32), value, buckets, segment_ids)
 
 
-def _round_of(static, query, gain, value, order, codes):
-    """(kernel, outputs, round, **arrays) -> the results of one round."""
+def _rounds(static, query, gain, value, order, codes):
+    """(kernel, outputs, round, **arrays) -> its results."""
     layout, mode = static
     options = Options(
         query.shape[2], order.shape[2], layout.correct_duplicates and order.shape[2] > 1, layout.chunk_size, layout.before,
@@ -376,13 +377,13 @@ def _round_of(static, query, gain, value, order, codes):
     )  # fmt: skip
     key = (query * gain[..., None]).astype(query.dtype)
     arrays = dict(query=query, key=key, value=value, order=order, codes=codes)
-    return lambda kernel, outputs, r, **more: run(kernel, SORTED, options, 1.0, mode, arrays | more, outputs, r)
+    return functools.partial(run, SORTED, options, 1.0, mode, arrays)
 
 
 def _forward(static, query, gain, value, buckets, segment_ids):
     order, codes = xla.sort(static[0], buckets, segment_ids)
     codes = xla.at_their_places(order, codes)
-    call = _round_of(static, query, gain, value, order, codes)
+    call = _rounds(static, query, gain, value, order, codes)
     batch, length, heads, _ = value.shape
     outputs = dict(out=(value.shape, jnp.float32), lse=((batch, heads, length), jnp.float32))
     start = jnp.zeros(value.shape, jnp.float32), jnp.full(gain.shape, -jnp.inf, jnp.float32), jnp.zeros(gain.shape, jnp.float32)
@@ -399,7 +400,7 @@ def _forward(static, query, gain, value, buckets, segment_ids):
 
 def _backward(static, saved, d_out):
     query, gain, value, order, codes, out, lse = saved
-    call = _round_of(static, query, gain, value, order, codes)
+    call = _rounds(static, query, gain, value, order, codes)
     alone = jnp.isneginf(lse)[..., None]
     lse, delta = (x.swapaxes(1, 2) for x in online.residue(out, (lse,), d_out, 0, False))
     arrays = dict(lse=lse * LOG2_E, delta=delta, grad_out=d_out)
@@ -450,18 +451,18 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
     return jnp.where(jnp.isneginf(lse)[..., None], own_value, out)
 
 
-def _call_of(static, query, key, value, query_buckets, key_buckets, starts):
+def _cached(static, query, key, value, query_buckets, key_buckets, starts):
     scale, once, mode = static
     options = Options(query.shape[2], query_buckets.shape[1], once)
     arrays = dict(query=query, key=key, value=value, codes=query_buckets, key_buckets=key_buckets, starts=starts)
-    return lambda kernel, outputs, **more: run(kernel, CACHED, options, scale, mode, arrays | more, outputs)
+    return functools.partial(run, CACHED, options, scale, mode, arrays)
 
 
 def _extend_forward(static, *arrays):
     (batch, length, heads, _), value = arrays[0].shape, arrays[2]
     shape = batch, heads, length
     outputs = dict(out=((batch, length, heads, value.shape[3]), value.dtype), lse=(shape, jnp.float32))
-    out, lse = _call_of(static, *arrays)(lsh_forward, outputs)
+    out, lse = _cached(static, *arrays)(lsh_forward, outputs)
     lse = lse.swapaxes(1, 2)
     return (out, lse), (*arrays, out, lse)
 
@@ -469,7 +470,7 @@ def _extend_forward(static, *arrays):
 def _extend_backward(static, saved, cotangents):
     *arrays, out, lse = saved
     lse, delta = (x.swapaxes(1, 2) for x in online.residue(out, (lse,), *cotangents, False))
-    call = functools.partial(_call_of(static, *arrays), lse=lse, delta=delta, grad_out=cotangents[0])
+    call = functools.partial(_cached(static, *arrays), lse=lse, delta=delta, grad_out=cotangents[0])
     query, key, value = ((x.shape, x.dtype) for x in arrays[:3])
     gradients = *call(lsh_backward_query, dict(grad_query=query)), *call(lsh_backward_key, dict(grad_key=key, grad_value=value))
     return *gradients, None, None, None
@@ -501,7 +502,7 @@ def config_of(name, cached: bool, mode, dtype, features: int, chunk_size: int, q
     """The configuration of a kernel: the largest blocks with which it spills no registers on Hopper."""
     if mode == "interpret":
         return launch.Config(dict(BLOCK_Q=padded(min(queries, 128)), BLOCK_K=padded(min(keys, 128))))
-    query, key, warps = TILES[name][jnp.dtype(dtype) == jnp.float32, features > 64]
+    query, key, warps = TILES[name][0 if dtype != jnp.float32 else 1 if features <= 64 else 2]
     if cached:
         query = min(query, padded(queries))
     heuristic = launch.Config(dict(BLOCK_Q=query, BLOCK_K=key), warps, num_stages=1)
@@ -509,14 +510,12 @@ def config_of(name, cached: bool, mode, dtype, features: int, chunk_size: int, q
     return launch.config(f"lsh.extend.{name}" if cached else f"lsh.{name}", heuristic, **sizes)
 
 
-# BLOCK_Q, BLOCK_K and warps by (is it float32, are heads of more than 64 features).
+# BLOCK_Q, BLOCK_K and warps for 16 bits, for float32, and for float32 heads of more than 64 features.
 TILES = dict(
-    forward={(False, False): (64, 64, 8), (False, True): (64, 64, 8), (True, False): (16, 32, 8), (True, True): (16, 32, 8)},
-    backward_query={
-        (False, False): (64, 32, 8), (False, True): (64, 32, 8), (True, False): (16, 32, 8), (True, True): (16, 32, 8)},
-    backward_key={
-        (False, False): (32, 64, 8), (False, True): (32, 64, 8), (True, False): (16, 16, 4), (True, True): (16, 16, 8)},
-)  # fmt: skip
+    forward=((64, 64, 8), (16, 32, 8), (16, 32, 8)),
+    backward_query=((64, 32, 8), (16, 32, 8), (16, 16, 8)),
+    backward_key=((32, 64, 8), (16, 16, 4), (16, 16, 8)),
+)
 
 
 def padded(size: int) -> int:
