@@ -19,7 +19,7 @@ from subquad.zoo.checks import check_call, check_causality, check_extend, check_
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.extending import attend_to_cache
 from subquad.zoo.positions import rotary
-from subquad.zoo.tokenwise import tokenwise
+from subquad.zoo.projection import Projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Shell(TypedDict, total=False):
     implementation: dispatch.Implementation | None
 
 
-def options_of(layer: type) -> set[str]:
+def options_of(layer: type[Any]) -> set[str]:
     """The words that the constructor of a layer knows."""
     parameters = inspect.signature(layer.__init__).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
         self.dtype, self.param_dtype = dtype, param_dtype
 
         def linear(inputs, outputs, axis=-1):
-            return nnx.LinearGeneral(
+            return Projection(
                 inputs, outputs, axis=axis, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision,
                 kernel_init=kernel_init, bias_init=bias_init, rngs=rngs,
             )
@@ -220,13 +220,8 @@ class Attention(nnx.Module):
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads of checked inputs; None: of the inputs before it."""
-        if inputs_kv is None:
-            heads = lambda inputs: (self.query(inputs), self.key(inputs), self.value(inputs))
-            return tokenwise(heads, inputs_q, is_linear=True)
-        query = tokenwise(self.query, inputs_q, is_linear=True)
-        if inputs_v is None:
-            return query, *tokenwise(lambda inputs: (self.key(inputs), self.value(inputs)), inputs_kv, is_linear=True)
-        return query, tokenwise(self.key, inputs_kv, is_linear=True), tokenwise(self.value, inputs_v, is_linear=True)
+        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        return self.query(inputs_q), self.key(inputs_kv), self.value(inputs_kv if inputs_v is None else inputs_v)
 
     def __call__(
         self,
@@ -285,7 +280,7 @@ class Attention(nnx.Module):
             positions = extras.get("positions")
             heads = *self.rotate(*heads[:2], positions, positions), heads[2]
         heads = self.attend(*heads, mask, **extras, **draws)
-        outputs = tokenwise(self.out, heads, is_linear=True)
+        outputs = self.out(heads)
         return outputs if order is None or inputs_kv is not None else order.unpack(outputs)
 
     def extend(self, inputs: Float[Array, "B T D"], cache, *, mask: Bool[Array, "B 1 1 T"] | None = None):

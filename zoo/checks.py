@@ -1,7 +1,7 @@
 """The checks that every layer makes of its arguments, before any work."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: in
     return mask.reshape(-1, *mask.shape[-3:])
 
 
-def refuse(owner: str, argument: str, value, condition: str, instead: str) -> None:
+def refuse(owner: str, argument: str, value, condition: str, instead: str) -> NoReturn:
     """Raises the error for an argument that this layer cannot honour."""
     raise ValueError(f"{owner}: {argument} must {condition}, got {value}. {instead}")
 
@@ -130,8 +130,9 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
         extras[name] = jnp.broadcast_to(value, (*batch, length)).reshape(-1, length)
     keys = length if inputs_kv is None else inputs_kv.shape[-2]
     mask = check_mask(owner, mask, batch, heads, length, keys, supports.pairwise_mask)
-    flat = (None if inputs is None else inputs.reshape(-1, *inputs.shape[-2:]) for inputs in (inputs_q, inputs_kv, inputs_v))
-    return Call(*flat, mask, extras, batch)
+    flat = lambda inputs: inputs.reshape(-1, *inputs.shape[-2:])
+    flat_kv, flat_v = (None if inputs is None else flat(inputs) for inputs in (inputs_kv, inputs_v))
+    return Call(flat(inputs_q), flat_kv, flat_v, mask, extras, batch)
 
 
 def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
@@ -142,7 +143,8 @@ def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
     if inputs.ndim != 3:
         refuse(owner, "inputs", inputs.shape, "have shape [B, T, D] in extend", "Flatten the batch axes.")
     like = jax.eval_shape(lambda: layer.init_cache(1, 1))
-    if jax.tree.structure(cache) != jax.tree.structure(like):
+    wanted: Any = jax.tree.structure(like)
+    if wanted != jax.tree.structure(cache):
         raise TypeError(
             f"{owner}: cache must be a {type(like).__name__}, got {type(cache).__name__}. "
             "Pass what init_cache, or the call before, returned."
