@@ -213,16 +213,6 @@ def compile(function: Callable, arguments: tuple, mesh: Mesh | None, shard: Shar
     return jax.jit(function, **words).lower(*arguments).compile()
 
 
-def hardware(described: str, mesh: Mesh | None) -> str:
-    """The devices that a run used, in words; `described`: the machine."""
-    count = 1 if mesh is None else mesh.size
-    if jax.default_backend() != "cpu":
-        return f"{count} x {jax.devices()[0].device_kind}"
-    if mesh is None:
-        return described
-    return f"{described}, as {count} devices" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
-
-
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process. All processes must call this."""
     if jax.process_count() == 1:

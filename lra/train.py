@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from subquad.lra import interrupts, models, parallel, sizes, tasks
+from subquad.lra import interrupts, machine, models, parallel, sizes, tasks
 from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
@@ -300,7 +300,7 @@ class Job:
         with Work(f"{task.name}/{task.config}: floors", quiet=self.quiet):
             floors = {"network": results.network_floor(task.name, task.config), **task.floors(self.splits)}
         shared = ("layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size")
-        is_accuracy, environment = self.objective.column == "accuracy", results.environment()
+        is_accuracy, devices = self.objective.column == "accuracy", 1 if self.mesh is None else self.mesh.size
         tail = state.losses[-max(1, run.steps // 10) :]
         return dict(
             **{name: getattr(run, name) for name in shared},
@@ -323,8 +323,8 @@ class Job:
             memory_peak_bytes=memory.peak,
             data=f"{self.source}, batches by {self.batches.kind}",
             source=task.source,
-            finished_utc=results.now(),
-            **{**environment, "hardware": parallel.hardware(environment["hardware"], self.mesh)},
+            finished_utc=machine.now(),
+            **machine.environment(devices),
         )
 
 

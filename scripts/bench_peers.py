@@ -23,10 +23,11 @@ from peers import Contest, contests
 from peers.sides import Case
 
 from subquad.kernels.dispatch import nearest
+from subquad.lra import machine
 from subquad.lra.bench import timing
 from subquad.lra.cli import commands
 from subquad.lra.files import one_line
-from subquad.lra.report import csv_rows, results, text_tables
+from subquad.lra.report import csv_rows, text_tables
 
 DIRECTIONS = {"forward": "forward", "both": "train"}
 KEY = ("family", "contest", "device", "length", "batch", "heads", "features", "dtype", "direction", "threads")
@@ -94,7 +95,7 @@ def main() -> int:
     finally:
         if rows:
             show(rows)
-            print(f"{results.environment()['hardware']}, {arguments.threads} thread(s) a side; rows in {out}.")
+            print(f"{machine.hardware()}, {arguments.threads} thread(s) a side; rows in {out}.")
     return commands.FAILED if any(row["status"].startswith("failed") for row in rows) else 0
 
 
@@ -130,8 +131,8 @@ def race(contest: Contest, case: Case, arguments):
             status = f"not run: {reason}"
         except Exception as error:  # one race's fault is a row; the others still run
             status = f"failed: {one_line(error)}"
-        row = dict(shared, direction=direction, status=status, **found, **results.environment())
-        row |= dict(processor=results.processor(), finished_utc=results.now())
+        row = dict(shared, direction=direction, status=status, **found, **machine.environment())
+        row |= dict(processor=machine.processor(), finished_utc=machine.now())
         yield {name: row[name] for name in FIELDS}
 
 

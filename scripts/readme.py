@@ -130,7 +130,7 @@ def generated() -> dict[str, str]:
     return {
         "layers": layer_table(),
         "quickstart": results.markdown(results.read_results(QUICKSTART)),
-        "tasks": task_table(results.read_results(OFFLINE), ledger.read_floors(FLOORS)),
+        "tasks": task_table(results.read_results(OFFLINE), csv_rows.read_rows(FLOORS, ledger.Floor)),
         "costs": cost_table(measurements.read_measurements(COSTS)),
         "peers": peers_table(peers),
         "memory": memory_table(peers),

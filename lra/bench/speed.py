@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.lra import models, sizes
+from subquad.lra import machine, models, sizes
 from subquad.lra.bench import energy, programs, timing
 from subquad.lra.files import one_line
 from subquad.lra.progress import Work
-from subquad.lra.report import results
 from subquad.lra.report.measurements import Measurement
 
 LONGEST, LARGEST_BATCH = 2**20, 2**14  # where the searches for limits end
@@ -123,7 +122,7 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
             say(f"{layer}: looking for limits")
             with Work(f"{layer}: limits"):
                 rows[layer] = _with(rows[layer], **limits(layer, length, mode, settings))
-    return [_with(row, finished_utc=results.now()) for row in _ratios(rows, settings).values()]
+    return [_with(row, finished_utc=machine.now()) for row in _ratios(rows, settings).values()]
 
 
 def facts(program: programs.Program) -> dict[str, Any]:
@@ -167,11 +166,10 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
 
 
 def _blank(layer: str, length: int, mode: str, settings: Settings) -> Measurement:
-    environment = results.environment()
     named = ("batch_size", "dtype", "implementation", "threads", "session")
     return Measurement(
         status="ok", model=settings.label, layer=layer, layer_options="{}", length=length, mode=mode,
-        **{name: getattr(settings, name) for name in named}, **environment,
+        **{name: getattr(settings, name) for name in named}, **machine.environment(),
         memory_limit_bytes=settings.memory_limit, memory_limit_source=settings.memory_source,
         matmul_flops_per_second=settings.matmul_rate,
     )  # fmt: skip

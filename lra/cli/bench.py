@@ -23,7 +23,7 @@ from subquad.lra.bench import energy, programs, speed, timing
 from subquad.lra.cli import commands, report
 from subquad.lra.data.sources import size as size_of
 from subquad.lra.files import one_line
-from subquad.lra.report import csv_rows, measurements, results
+from subquad.lra.report import csv_rows, measurements
 from subquad.lra.report.measurements import MODES
 from subquad.lra.run import Run
 from subquad.zoo import LAYERS
@@ -108,7 +108,7 @@ def checked(arguments):
 def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    csv_rows.check_file(arguments.out, measurements.FIELDS)
+    csv_rows.check_file(arguments.out, measurements.Measurement)
     if arguments.results:
         return report.draw_accuracy_against_time(arguments.results, pathlib.Path(arguments.out).parent)
     if arguments.draw:
@@ -174,13 +174,13 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
         batch_size=values.pop("batch_size", arguments.batch_size or programs.usual_batch_size()), values=values,
         options=commands.assignments(arguments.layer_options), threads=threads if on_cpu else None, memory_limit=limit,
         memory_source=source, matmul_rate=math.nan, peaks=not on_cpu if arguments.peaks is None else arguments.peaks,
-        meter=meter, session=results.now(),
+        meter=meter, session=machine.now(),
     )  # fmt: skip
     for length in arguments.lengths:
         check_length(settings, layers[0], length, arguments.modes)
     check_models(settings, layers, max(arguments.lengths))
     rate = timing.matmul_rate(settings.dtype, clock=timing.clock_of(threads if on_cpu else 0))
-    progress.say(f"{results.environment()['hardware']}: matrix product {rate / 1e9:,.0f} GFLOP/s in {settings.dtype}")
+    progress.say(f"{machine.hardware()}: matrix product {rate / 1e9:,.0f} GFLOP/s in {settings.dtype}")
     progress.say(f"Memory for programs: {limit / 2**30:.1f} GiB, {source}")
     instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "not told; --watts estimates it"
     progress.say(f"Energy: {meter.source if meter else f'{instead} (no meter: {reason})'}")

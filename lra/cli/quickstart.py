@@ -12,7 +12,7 @@ from subquad.lra import checkpoints, files, recipes, sizes, tasks, train
 from subquad.lra.cli import commands, report
 from subquad.lra.plan import plan
 from subquad.lra.progress import Work, clock
-from subquad.lra.report import results
+from subquad.lra.report import csv_rows, results
 from subquad.lra.run import Run
 
 
@@ -66,7 +66,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
     for run in runs:  # and what cannot fit before a folder is made
         sizes.check(run, tasks.find(run.task, run.config))
     out = checkpoints.open_folder(arguments.out)
-    results.check(out / "quickstart.csv")
+    csv_rows.check_file(out / "quickstart.csv", results.Result)
     rows = []
     for run in runs:
         folder = out / "runs" / run.id

@@ -24,9 +24,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "report") -> 
     parser.add_argument("files", nargs="+", metavar="CSV", help="rows of training, or of measurements")
     for path in parser.parse_args(command_line).files:
         header, rows = csv_rows.read_lines(path)
-        if rows and set(measurements.FIELDS) <= set(header):
+        if rows and csv_rows.holds(header, Measurement):
             show_measurements(path, measurements.read_measurements(path))
-        elif rows and set(results.REQUIRED) <= set(header):
+        elif rows and csv_rows.holds(header, Result):
             show_results(path)
         else:
             raise ValueError(f"file must hold rows of training or of measurements, got {path}. Name another.")

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 from subquad.kernels.dispatch import nearest
@@ -93,7 +93,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "reproduce_ta
     wanted = chosen(cells.cells_of_table(arguments.paper, name), arguments.only)
     code = 0
     if arguments.probe:
-        writable(files["hours"], lambda path: csv_rows.check_file(path, costs.STEP_TIMING_FIELDS))
+        writable(files["hours"], costs.StepTiming)
         failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=progress.say)
         code, known = commands.FAILED if failed else 0, read(files, arguments.batch_size)
     if arguments.run:
@@ -133,8 +133,8 @@ def verify(files: dict[str, pathlib.Path]) -> int:
     return commands.FAILED if damaged else 0
 
 
-def writable(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> None:
-    """Refuses, before any work, a ledger that could not be written after it, or that `check` refuses.
+def writable(path: pathlib.Path, record: type) -> None:
+    """Refuses, before any work, a ledger that could not be written after it, or holds rows of another kind than `record`.
 
     Raises: RunError.
     """
@@ -146,7 +146,7 @@ def writable(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> None:
     except OSError as error:
         got = f"{path}: {one_line(error)}"
         raise RunError(f"--ledger must be a file that can be written, got {got}. Choose another.") from error
-    check(path)
+    csv_rows.check_file(path, record)
 
 
 def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
@@ -158,7 +158,7 @@ def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
 
 
 def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.Ledger, arguments) -> int:
-    writable(files["runs"], results.check)
+    writable(files["runs"], results.Result)
     began, hours = time.monotonic(), arguments.budget_hours
     code = reproduce.measure_missing(
         BENCH, wanted, files["bench"], known=known, batch_size=arguments.batch_size, budget_hours=hours, say=progress.say
@@ -190,10 +190,10 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
 
 
 def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
-    writable(path, lambda path: csv_rows.check_file(path, ledger.FLOOR_FIELDS))
+    writable(path, ledger.Floor)
     for word in words:
         found = floor_rows.measure_floors(word, data_dir)
-        floor_rows.write_floors(found, path)
+        csv_rows.write_rows(path, ledger.Floor, found, ledger.FLOOR_KEY)
         for floor in found:
             print(f"{floor.task}/{floor.config}: {ledger.NAMES.get(floor.floor, floor.floor)} {floor.value:.4f}")
     print(f"Rows in {path}.")

@@ -5,10 +5,9 @@ runs that were measured here, good to a factor of two or three; where there is n
 machine.
 """
 
-import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,17 +65,7 @@ class StepTiming:
     finished_utc: str
 
 
-STEP_TIMING_FIELDS = [one.name for one in dataclasses.fields(StepTiming)]
-
-
-def step_timing_from_cells(cells: Mapping[str, str]) -> StepTiming:
-    """A row of timed steps of its cells.
-
-    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
-    """
-    numbers = {name: float(cells[name]) for name in ("step_seconds", "evaluation_seconds", "compile_seconds", "step_flops")}
-    words = {name: cells[name] for name in STEP_TIMING_FIELDS}
-    return StepTiming(**{**words, **numbers, "probe_steps": int(cells["probe_steps"])})
+STEP_TIMING_KEY = ("configuration_hash", "hardware")
 
 
 def cost_elsewhere(run: Run, task: Task) -> Cost:

@@ -18,7 +18,7 @@ from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.store import DatasetError
 from subquad.lra.files import RunError, one_line
-from subquad.lra.report import costs, ledger, results, step_timings, verdicts
+from subquad.lra.report import costs, csv_rows, ledger, step_timings, verdicts
 from subquad.lra.report.cells import Cell
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.run import Run
@@ -67,7 +67,7 @@ def train_missing(
     """
     from subquad.lra import train
 
-    device = machine.name()
+    device = machine.hardware()
     on_cpu = jax.default_backend() == "cpu"
     folder = pathlib.Path(path).parent / "runs"
 
@@ -126,7 +126,7 @@ def time_missing(
             failures += 1
             say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {one_line(error)}")
             continue
-        step_timings.write_step_timing(timed, path)
+        csv_rows.write_rows(path, costs.StepTiming, [timed], costs.STEP_TIMING_KEY)
         cost = costs.cost_here(run, task, (), timed.hardware, True, (), timed)
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
@@ -171,7 +171,7 @@ def bench_words(
     What was measured with another batch size (None: the usual one) or on another machine than `device` (None: this one)
     is missing.
     """
-    device = results.environment()["hardware"] if device is None else device
+    device = machine.hardware() if device is None else device
     batch_size = programs.usual_batch_size() if batch_size is None else batch_size
     rows = [row for row in known.measurements if (row.hardware, row.batch_size) == (device, batch_size)]
     here = dataclasses.replace(known, measurements=rows)

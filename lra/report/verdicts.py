@@ -88,7 +88,7 @@ def forecast(run: Run, task: tasks.Task, ledger: Ledger) -> costs.Cost:
 
 @functools.cache
 def _this_machine() -> tuple[str, bool]:
-    return machine.name(), jax.default_backend() == "cpu"
+    return machine.hardware(), jax.default_backend() == "cpu"
 
 
 def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:

@@ -178,9 +178,9 @@ def test_hours_are_told_by_a_probe_and_kept(call, monkeypatch, tmp_path):
     code, out, said = call(*words, "--probe", "2")
     (record,) = json.loads(out)
     assert code == 0 and record["hours_source"] == "from 2 steps timed on it, validation included"
-    assert record["hours_hardware"] == machine.name() and "[1/1] lra.1.performer.listops: " in said
+    assert record["hours_hardware"] == machine.hardware() and "[1/1] lra.1.performer.listops: " in said
     assert json.loads(call(*words)[1]) == [record]  # kept beside the ledger
-    assert f"on {machine.name()}" in call("--list")[1]
+    assert f"on {machine.hardware()}" in call("--list")[1]
     monkeypatch.setattr(programs, "compile_program", lambda *words: pytest.fail("compiled"))
     assert call(*words, "--probe", "2", "--ledger", "/proc/nope/l.csv")[0] == commands.FAILED
 
