@@ -52,7 +52,7 @@ class Evaluation:
         return self.score(parameters, over(self._batches(split, count), split, quiet=self._quiet))[0]
 
     def _batches(self, split: str, count: int | None = None):
-        return pipeline.evaluation_batches(
+        return pipeline.EvaluationBatches(
             self._splits[split], batch_size=self._run.batch_size, length=self._task.length, count=count
         )
 

@@ -22,14 +22,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from subquad.lra import interrupts, machine, models, parallel, sizes, tasks
+from subquad.lra import interrupts, machine, models, parallel, progress, sizes, tasks
 from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.evaluation import Evaluation
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
-from subquad.lra.progress import Board, Progress, Work
+from subquad.lra.progress import Progress, Work
 from subquad.lra.report import results
 from subquad.lra.run import Run
 from subquad.lra.state import TrainState
@@ -78,8 +78,7 @@ def train(
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
         ValueError: unknown task, another than the run's; a batch larger than the data, or a run larger than the memory;
-            devices that do not divide the batch; "zero" on one device; tensorboard without tensorboardX; a negative
-            checkpoint_minutes.
+            devices that do not divide the batch; "zero" on one device; a negative checkpoint_minutes.
         RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`; another process that
             trains in it; a file in it that cannot be read.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint of that step is saved.
@@ -106,13 +105,13 @@ def train(
         if finished:
             return results.Result(**finished)
         folder, quiet = pathlib.Path(folder), quiet or not parallel.is_first()
-        board = Board(folder / "tensorboard", tensorboard and parallel.is_first())
         source = f"{task.dataset} as passed to train"
         if splits is None:
             with parallel.first_process_first():
                 splits, source = store.load(task.dataset, data_dir)
         job = Job(
-            run, task, splits, source, folder, board=board, mesh=mesh, shard=shard, quiet=quiet,
+            run, task, splits, source, folder, tensorboard=tensorboard and parallel.is_first(), mesh=mesh, shard=shard,
+            quiet=quiet,
             checkpoint_seconds=60 * checkpoint_minutes,
         )  # fmt: skip
         state = job.state()
@@ -159,10 +158,11 @@ class Job:
 
     def __init__(
         self, run: Run, task: tasks.Task, splits: Mapping[str, Sequence[dict]], source: str, folder: pathlib.Path, *,
-        board: Board, mesh: Mesh | None, shard: parallel.Shard, quiet: bool, checkpoint_seconds: float,
+        tensorboard: bool, mesh: Mesh | None, shard: parallel.Shard, quiet: bool, checkpoint_seconds: float,
     ):  # fmt: skip
-        self.run, self.task, self.splits, self.source, self.folder, self.board = run, task, splits, source, folder, board
-        self.mesh, self.shard, self.quiet, self.checkpoint_seconds = mesh, shard, quiet, checkpoint_seconds
+        self.run, self.task, self.splits, self.source, self.folder = run, task, splits, source, folder
+        self.tensorboard, self.mesh, self.shard, self.quiet = tensorboard, mesh, shard, quiet
+        self.checkpoint_seconds = checkpoint_seconds
         self.objective, self.optimiser = OBJECTIVES[task.kind], make_optimiser(run)
         sizes = dict(batch_size=run.batch_size, length=task.length)
         self.batches = pipeline.training_batches(splits["train"], seed=run.seed, **sizes)
@@ -186,7 +186,7 @@ class Job:
         with (
             Progress(self.run.layer, self.run.steps, state.step, quiet=self.quiet) as self.progress,
             interrupts.stop_request(self.progress.say) as self.stop,
-            self.board.open(state.step),
+            progress.tensorboard(self.folder / "tensorboard", state.step, self.tensorboard) as self.number,
         ):
             began = time.perf_counter()
             with self.progress.during("compiling"):
@@ -234,7 +234,8 @@ class Job:
 
     def log(self, state: TrainState, losses: list[float]) -> None:
         """Keeps the losses of the last steps."""
-        self.board.add(state.step - len(losses) + 1, "train/loss", *losses)
+        for step, loss in enumerate(losses, state.step - len(losses) + 1):
+            self.number("train/loss", loss, step)
         state.losses += losses
 
     def validate(self, state: TrainState) -> None:
@@ -242,9 +243,9 @@ class Job:
         now, step = self.averaged(state.learner), state.step
         score, loss = self.evaluation.score(now, self.progress.over(self.evaluation.validation, "validation"))
         state.validations.append([step, score, loss])
-        self.board.add(step, f"validation/{self.objective.column}", score)
-        self.board.add(step, "validation/loss", loss)
-        self.board.add(step, "train/learning_rate", learning_rate(self.run, state.learner))
+        self.number(f"validation/{self.objective.column}", score, step)
+        self.number("validation/loss", loss, step)
+        self.number("train/learning_rate", learning_rate(self.run, state.learner), step)
         if self.evaluation.collapsed_step(state.validations) == step:
             said = f"validation {self.objective.describe(score)} at step {step} is chance, after having been above"
             self.progress.say(f"{self.run.layer}: collapsed: {said}.")
@@ -321,7 +322,7 @@ class Job:
             flops_per_step=self.flops,
             memory_temporary_bytes=memory.temporary,
             memory_peak_bytes=memory.peak,
-            data=f"{self.source}, batches by {self.batches.kind}",
+            data=f"{self.source}, batches by grain",
             source=task.source,
             finished_utc=machine.now(),
             **machine.environment(devices),

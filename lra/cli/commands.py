@@ -15,7 +15,7 @@ from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hint
 from subquad.kernels.dispatch import nearest
 from subquad.lra import interrupts
 from subquad.lra.checkpoints import Interrupted
-from subquad.lra.data.store import DatasetError
+from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
@@ -129,6 +129,10 @@ def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
         code, message = FAILED, str(error)
     except (ValueError, TypeError, NotImplementedError) as error:
         code, message = USAGE, " ".join(str(error).split())
+    except ModuleNotFoundError as error:
+        if (error.name or "subquad").startswith("subquad"):
+            raise
+        code, message = FAILED, f"package {error.name} must be installed, got none. Run pip install 'subquad[lra]'."
     except Exception as error:
         reason = memory_error(error)
         if reason is None:

@@ -109,10 +109,10 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
         try:
             store.prepare(task.dataset, data_dir, manual_dir)
             print(f"{task.name}/{task.config}: in {folder}, {sources.size(_bytes(folder))}", flush=True)
-        except store.MissingSource as error:
+        except sources.MissingSource as error:
             failed += bool(words)
             print(error if words else f"skipped: {error}", file=sys.stderr, flush=True)
-        except store.DatasetError as error:
+        except sources.DatasetError as error:
             failed += 1
             print(error, file=sys.stderr, flush=True)
     return int(failed > 0)
@@ -150,7 +150,7 @@ def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
     (task,) = tasks.tasks_named([word])
     folder = store.dataset_folder(task.dataset, data_dir)
     if not folder.exists():
-        raise store.DatasetError(
+        raise sources.DatasetError(
             f"{word}: data set must be prepared first, got no folder {folder}. Run prepare_lra.py prepare {word}"
         )
     report = Report([f"{task.name}/{task.config} ({task.dataset}), {sources.size(_bytes(folder))} in {folder}"])

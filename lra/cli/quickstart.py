@@ -12,7 +12,7 @@ from subquad.lra import checkpoints, files, recipes, sizes, tasks, train
 from subquad.lra.cli import commands, report
 from subquad.lra.plan import plan
 from subquad.lra.progress import Work, clock
-from subquad.lra.report import csv_rows, results
+from subquad.lra.report import csv_rows, plots, results
 from subquad.lra.run import Run
 
 
@@ -85,7 +85,10 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
         results.append(row, out / "quickstart.csv")
         rows.append(row)
     results.write_text(results.markdown(rows), out / "quickstart.md", report.KEPT)
-    endings = [".csv", ".md", ".png"] if report.draw_accuracy_against_cost(rows, out / "quickstart.png") else [".csv", ".md"]
+    endings = [".csv", ".md"]
+    if any(row.accuracy is not None for row in rows):
+        plots.accuracy_against_cost(rows, out / "quickstart.png")
+        endings.append(".png")
     results.show(rows)
     took = clock(time.monotonic() - began)
     print(f"{took} in all. {out}/quickstart{', '.join(endings)}; each layer's losses in {out}/runs.")

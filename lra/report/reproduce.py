@@ -16,7 +16,7 @@ import jax
 from subquad.lra import machine, progress, tasks
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
-from subquad.lra.data.store import DatasetError
+from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 from subquad.lra.report import costs, csv_rows, ledger, step_timings, verdicts
 from subquad.lra.report.cells import Cell

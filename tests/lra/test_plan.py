@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from subquad.lra import models, recipes, tasks
-from subquad.lra.data import store
 from subquad.lra.plan import explain, plan
 from subquad.lra.run import Run
 from subquad.zoo import LAYERS
+from tests.lra.data import in_memory
 
 QUICK = [layer for layer in recipes.RECIPES["quickstart"].layers if layer in LAYERS]
 
@@ -99,7 +99,7 @@ def test_the_arenas_transformer_has_the_released_models_size():
 @pytest.mark.parametrize("config", ["tiny", "small"])
 def test_tasks_describe_their_data(config):
     task = tasks.find("listops", config)
-    splits = store.generate(task.dataset)
+    splits = in_memory.generate(task.dataset)
     assert {split: len(examples) for split, examples in splits.items()} == task.splits
     longest = max(len(example["inputs"]) for examples in splits.values() for example in examples)
     assert longest == task.length

@@ -2,7 +2,6 @@ import csv
 import dataclasses
 import errno
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,7 +16,7 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import checkpoints, evaluation, models, objectives, optim, progress, tasks, train
+from subquad.lra import checkpoints, evaluation, models, objectives, optim, tasks, train
 from subquad.lra.data import pipeline, store
 from subquad.lra.plan import plan
 
@@ -67,7 +66,7 @@ def test_the_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
     optimiser = optim.make_optimiser(run)
     state = optim.initial_state(run, optimiser, parameters)
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint").arrays(dict(learner=state, best=parameters, fixed=fixed))
-    splits, last = store.generate("lra_listops/tiny"), saved["learner"]["parameters"]
+    splits, last = in_memory.generate("lra_listops/tiny"), saved["learner"]["parameters"]
     test = splits["test"]
     drawn = np.random.default_rng(0).permutation(len(splits["train"]))[: len(test)]
     seen = [splits["train"][row] for row in drawn]
@@ -162,17 +161,6 @@ def test_a_finished_run_is_read_and_not_trained_again(data, tmp_path):
         train.train(dataclasses.replace(run, steps=11), out=tmp_path, data_dir=data, resume=True, quiet=True)
 
 
-def test_without_the_data_packages_it_trains_all_the_same(monkeypatch, capsys, tmp_path):
-    for name in ("tensorflow_datasets", "grain", "rich"):
-        monkeypatch.setitem(sys.modules, name, None)
-    result = train.train(small_run(steps=10), out=tmp_path / "out", data_dir=tmp_path / "data")
-    assert result.status == "ok" and "generated in memory" in result.data and "batches by numpy" in result.data
-    said = capsys.readouterr().err
-    assert "tensorflow-datasets is not installed" in said and "grain is not installed" in said
-    assert "softmax: step 10/10" in said
-    assert not (tmp_path / "data").exists()
-
-
 def test_training_imports_only_what_a_bare_image_has():
     code = (
         "import sys, orbax.checkpoint\n"
@@ -210,6 +198,7 @@ import resource, sys
 from subquad.lra import checkpoints, train
 from subquad.lra.plan import plan
 from subquad.lra.checkpoints import Checkpoints
+from tests.lra.data import in_memory
 save = Checkpoints.save
 def filling(self, step, *rest):
     if step == 40:  # from here on every file is cut at 1 kB, as a full disk cuts them
@@ -262,19 +251,14 @@ def test_the_cls_token_is_read_and_the_operators_are_not():
 
 
 def test_a_collapse_is_said_and_kept_and_everything_is_logged(data, monkeypatch, capsys, tmp_path):
-    board = importlib.util.find_spec("tensorboardX") is not None
     scores = iter([0.0, 0.1, 0.9, 0.1, 0.95, 0.5, 0.5])  # the first is a compilation's, the last two are test's
     monkeypatch.setattr(evaluation, "mean_score", lambda *_: (next(scores), 1.0))
     run = small_run(steps=40, evaluate_every=10, ema=0.5)
-    result = train.train(run, out=tmp_path, data_dir=data, tensorboard=board)
+    result = train.train(run, out=tmp_path, data_dir=data, tensorboard=True)
     assert result.collapsed_step == 30 and result.best_step == 40
     assert "softmax: collapsed: validation 10.0 % at step 30 is chance" in capsys.readouterr().err
     assert len(history(tmp_path)) == 40
-    if board:
-        (events,) = (tmp_path / "tensorboard").iterdir()
-        logged = events.read_bytes()
-        assert logged.count(b"train/loss") == 40 and logged.count(b"validation/accuracy") == 4
-        assert logged.count(b"train/learning_rate") == 4
-    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="tensorboard must be off where tensorboardX is not installed, got True. Run pip"):
-        train.train(small_run(), out=tmp_path / "other", tensorboard=True)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    logged = events.read_bytes()
+    assert logged.count(b"train/loss") == 40 and logged.count(b"validation/accuracy") == 4
+    assert logged.count(b"train/learning_rate") == 4

@@ -6,9 +6,9 @@ import pytest
 
 from subquad.lra import progress, tasks
 from subquad.lra.cli import prepare
-from subquad.lra.data import catalogue, floors, small_network, store
+from subquad.lra.data import catalogue, floors, small_network, sources, store
 from subquad.lra.data.pathfinder import line_following, pictures
-from tests.lra.data import archives
+from tests.lra.data import archives, in_memory
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_every_task_stands_on_a_data_set_that_its_builder_knows():
 def test_a_missing_folder_of_pathfinder_is_asked_for_whole(tmp_path, capsys):
     assert prepare.prepare(["pathfinder/release_32_easy"], tmp_path) == 1
     said = capsys.readouterr().err
-    assert "folder pathfinder32/curv_baseline with imgs/ and metadata/ must be under" in said and "0.npy" not in said
+    assert "pathfinder32/curv_baseline must be under" in said and "0.npy" not in said
 
 
 def test_pathfinders_records_are_those_of_its_generator():
@@ -72,7 +72,7 @@ def test_pathfinder_is_read_as_shifted_pixels(tmp_path):
     splits, _ = store.load("lra_pathfinder/tiny", tmp_path)
     picture = next(pictures.generate(pictures.CONFIGS["tiny"], "train")).image
     assert np.array_equal(splits["train"][0]["inputs"], picture.reshape(-1).astype(int) + 1)
-    assert np.array_equal(splits["train"][0]["inputs"], store.generate("lra_pathfinder/tiny")["train"][0]["inputs"])
+    assert np.array_equal(splits["train"][0]["inputs"], in_memory.generate("lra_pathfinder/tiny")["train"][0]["inputs"])
     assert splits["train"][0]["inputs"].min() == 1  # black, and no padding
 
 
@@ -81,7 +81,7 @@ def test_what_is_missing_fails_only_where_it_was_named(tmp_path, monkeypatch, ca
     monkeypatch.setattr(prepare, "PATIENCE_SECONDS", 1000)
     assert prepare.prepare([], tmp_path) == 0
     skipped = capsys.readouterr()
-    assert skipped.err.startswith("skipped: lra_retrieval/lra: file new_aan_pairs.train.tsv must be under")
+    assert skipped.err.startswith("skipped: lra_retrieval/lra: new_aan_pairs.train.tsv must be under")
     assert skipped.err.count("\n") == 1 and skipped.out == ""
     assert prepare.prepare(["retrieval"], tmp_path) == 1
     assert capsys.readouterr().err == skipped.err.removeprefix("skipped: ")
@@ -98,7 +98,7 @@ def test_check_of_a_good_data_set(built):
     report = prepare.check("listops/tiny", built)
     text = "\n".join(report.lines)
     assert report.faults == [] and report.lines[-1] == "  ok"
-    splits = store.generate("lra_listops/tiny")
+    splits = in_memory.generate("lra_listops/tiny")
     lengths = sorted(len(one["inputs"]) for one in splits["test"])
     assert f"min {lengths[0]} " in text and f"max {lengths[-1]} " in text and "0.0 % are cut at 30" in text
     shares = [100 * sum(one["label"] == label for one in splits["train"]) / 256 for label in range(10)]
@@ -122,7 +122,7 @@ def test_check_names_a_file_that_changed(built, tmp_path):
 
 
 def test_check_of_what_is_not_prepared_builds_nothing(tmp_path):
-    with pytest.raises(store.DatasetError, match=r"text: data set must be prepared first, .*Run prepare_lra.py prepare text"):
+    with pytest.raises(sources.DatasetError, match=r"text: data set must be prepared first, .*Run prepare_lra.py prepare text"):
         prepare.check("text", tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -227,12 +227,13 @@ def test_floors_of_a_language_model_by_hand():
 def test_whatever_prepare_and_check_wait_for_is_shown(tmp_path, monkeypatch, capsys):
     """Every phase, as if it took longer than two seconds."""
     labels = []
-    begin = progress.Work._begin
-    monkeypatch.setattr(progress.Work, "_begin", lambda work: labels.append((work.label, work.total)) or begin(work))
+    begin = progress.Work.__enter__
+    monkeypatch.setattr(progress.Work, "__enter__", lambda work: labels.append((work.label, work.total)) or begin(work))
     monkeypatch.setattr(line_following, "accuracy", lambda splits, side: (0.5, 16))
     words = ["listops/tiny", "pathfinder/tiny"]
     assert prepare.prepare(words, tmp_path) == 0
-    assert ("lra_listops/tiny", 384) in labels and ("lra_pathfinder/tiny", 96) in labels
+    assert ("lra_listops/tiny: train", 256) in labels and ("lra_pathfinder/tiny: test", 16) in labels
+    assert ("pathfinder/tiny", 96) in labels
     labels.clear()
     for word in words:
         prepare.check(word, tmp_path, cnn_steps=1)
@@ -241,5 +242,3 @@ def test_whatever_prepare_and_check_wait_for_is_shown(tmp_path, monkeypatch, cap
         assert {(f"{word}: {split}", size) for split, size in shares} | {(f"{word}: floors", None)} <= set(labels)
     assert ("pathfinder/tiny: a small network", None) in labels and ("pathfinder/tiny: following the lines", None) in labels
     assert any(label.endswith(": checksums") for label, _ in labels)
-    store.generate("lra_listops/tiny")
-    assert ("lra_listops/tiny, train", 256) in labels

@@ -41,7 +41,7 @@ def test_of_two_copies_the_inner_one_counts(tmp_path, form):
     else:
         archives.pack(manual / "lra_release.gz", files)
     store.prepare(NAME, tmp_path / "data", manual)
-    assert len(store.read_dataset(NAME, tmp_path / "data")["train"][0]["inputs"]) == 8
+    assert len(store.load(NAME, tmp_path / "data")[0]["train"][0]["inputs"]) == 8
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,5 @@ def test_a_wrong_line_is_named(tmp_path, content, said):
 
 def test_missing_files_are_named(tmp_path):
     write(tmp_path / "manual", {"basic_train.tsv": b""})
-    with pytest.raises(store.MissingSource, match=r"file basic_val.tsv must be under .*manual, got no such file there"):
+    with pytest.raises(sources.MissingSource, match=r"basic_val.tsv must be under .*manual, got nothing of that name there"):
         store.prepare(NAME, tmp_path / "data", tmp_path / "manual")

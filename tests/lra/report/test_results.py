@@ -2,7 +2,6 @@ import dataclasses
 import errno
 import json
 import re
-import sys
 
 import matplotlib.image
 import pytest
@@ -176,13 +175,6 @@ def test_a_run_that_never_started_is_a_row():
     made = results.failure(run, tasks.find("listops", "tiny"), "no memory")
     assert made.status == "failed: no memory" and made.accuracy is None
     assert "| softmax | failed: no memory |" in results.markdown([made])
-
-
-def test_without_rich_the_table_is_markdown(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    results.show([row()])
-    assert "| softmax | 40.0 % |" in capsys.readouterr().out
 
 
 def test_with_rich_every_cell_is_shown_whole_in_a_pipe(capsys):
