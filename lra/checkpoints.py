@@ -72,7 +72,7 @@ def occupied(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: pathlib.Path, configuration: dict, resume: bool, result_type: type) -> dict | None:
+def begin_or_resume(folder: pathlib.Path, configuration: dict, resume: bool, result_type: type) -> dict | None:
     """Makes sure that a folder is this run's to write, and marks it with the run's configuration.
 
     Returns: the result that the folder holds, if the run is finished and resume is True.

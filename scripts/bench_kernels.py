@@ -47,14 +47,13 @@ def parse():
     parser.add_argument("--length", nargs="+", type=int, default=None, help="default: those of each shape")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=FLOATS, help="default: float32")
     parser.add_argument("--direction", nargs="+", default=DIRECTIONS, choices=DIRECTIONS, help="both: with the backward pass")
-    parser.add_argument("--repeats", type=int, default=None, help="timed calls of each; default: what 2 seconds allow, 2 to 50")
+    repeats = "timed calls of each; default: what 2 seconds allow, 2 to 50"
+    parser.add_argument("--repeats", type=commands.number(int, 1), default=None, help=repeats)
     parser.add_argument("--threads", type=int, default=None, help="default: all processors")
     parser.add_argument("--out", default="runs/bench/kernels.csv", help="CSV, with a plot beside it; default: %(default)s")
     arguments = parser.parse_args()
     for name in arguments.implementation or ():
         dispatch.check_name("--implementation", name)
-    if arguments.repeats is not None and arguments.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {arguments.repeats}. Leave it out.")
     return arguments
 
 

@@ -46,7 +46,8 @@ def parse():
     known = list(dict.fromkeys(one.family for one in contests()))
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="default: cpu")
     parser.add_argument("--family", nargs="+", default=None, metavar="F", help=f"of {' '.join(known)}; default: all")
-    parser.add_argument("--length", nargs="+", type=int, default=[1024, 4096, 16384], help="default: 1024 4096 16384")
+    usual, count = [1024, 4096, 16384], commands.number(int, 1)
+    parser.add_argument("--length", nargs="+", type=count, default=usual, help="default: 1024 4096 16384")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE), help="default: float32")
     words = list(DIRECTIONS)
     parser.add_argument("--direction", nargs="+", default=words, choices=words, help="both: with the backward pass")
@@ -60,8 +61,6 @@ def parse():
     for family in arguments.family or ():
         if family not in known:
             raise ValueError(f"--family must be a known name, got {family!r}. {nearest(family, known)}")
-    if min(arguments.length) < 1:
-        raise ValueError(f"--length must be at least 1, got {min(arguments.length)}. Count tokens.")
     return arguments
 
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import math
 import os
 import re
 import signal
@@ -74,6 +75,19 @@ def field_descriptions(record: type) -> dict[str, str]:
 def _optional(kind: type) -> Callable:
     def read(text: str):
         return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse says it in its error
+    return read
+
+
+def number(kind: type, least: float, *, above: bool = False) -> Callable:
+    """The type, as argparse takes it, of a finite number that is at least `least`, or above it."""
+
+    def read(text: str):
+        value = kind(text)
+        if not least <= value < math.inf or (above and value == least):
+            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {least}, got {text}. Leave it out.")
+        return value
 
     read.__name__ = kind.__name__  # argparse says it in its error
     return read

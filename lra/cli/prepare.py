@@ -40,7 +40,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--manual-dir", default=None, help="folder of files fetched by hand; default: downloads/manual in it")
     steps = "batches that check's network of pictures learns from; 0: pictures are not tried; default: 400"
-    parser.add_argument("--cnn-steps", type=int, default=400, help=steps)
+    parser.add_argument("--cnn-steps", type=commands.number(int, 0), default=400, help=steps)
     arguments = parser.parse_args(command_line)
     if arguments.action is None:
         parser.error(f"action must be one of {', '.join(ACTIONS)}, got none. `list` shows every task.")
@@ -50,8 +50,6 @@ def parse(command_line: Sequence[str] | None, program: str):
         parser.error("check must be given a task, got none. The action `list` names them.")
     if arguments.action == "list" and arguments.tasks:
         parser.error(f"list must be given no task, got {arguments.tasks[0]!r}. It shows all of them.")
-    if arguments.cnn_steps < 0:
-        parser.error(f"--cnn-steps must be >= 0, got {arguments.cnn_steps}.")
     return arguments
 
 

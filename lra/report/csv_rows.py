@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -153,8 +154,9 @@ def check_file(path: str | os.PathLike, columns: Columns) -> None:
     Raises: RunError: the file has other columns, or its folder cannot be made.
     """
     path = pathlib.Path(path)
-    with explained(f"table: file {path} must be writable", "Choose another --out.", OSError):
+    with explained(f"table: file {path} must be writable", "Choose another.", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
         if path.is_dir():
             raise IsADirectoryError("a folder")
     _check_header(path, read_lines(path)[0], columns)

@@ -13,8 +13,6 @@ from subquad.lra.report.results import Result
 from subquad.lra.run import Run
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results"
-# Columns of a result that its configuration has, too.
-SAME = {"layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Floor:
     """What a rule reaches on a task that sees next to nothing of the input.
 
     Attributes:
-        task, config: of `tasks.find`.
+        task, config: of `tasks.find_task`.
         floor: the rule's name, see NAMES.
         value: accuracy, a fraction; or bits per byte.
         examples: of the test split that it was read off.
@@ -174,7 +172,7 @@ def _consistent(row):
     actual = results.configuration_hash(values)
     if row.configuration_hash not in (None, actual):
         raise ValueError(f"configuration_hash {row.configuration_hash} where {actual} is its configuration's")
-    for name in values.keys() & SAME:
+    for name in values.keys() & set(results.OF_RUN):
         if getattr(row, name) not in (None, values[name]):
             raise ValueError(f"{name}={getattr(row, name)} where its configuration says {values[name]}")
     return row

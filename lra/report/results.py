@@ -72,6 +72,8 @@ class Result:
 
 
 FIELDS = csv_rows.column_names(Result)
+# Columns that are values of the run.
+OF_RUN = ("layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size")
 
 
 def network_floor(task: str, config: str) -> float | None:
@@ -113,13 +115,12 @@ def failure(run, task, reason: str) -> Result:
     """The row of a run that could not be trained."""
     blank = {one.name: None for one in dataclasses.fields(Result)}
     configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    shared = ("layer", "task", "config", "recipe", "seed", "selection", "steps", "batch_size")
     known = dict(
         status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset,
         source=task.source, parameters=0, configuration=configuration, configuration_hash=configuration_hash(configuration),
-        protocol=run.protocol, finished_utc=machine.now(),
+        finished_utc=machine.now(),
     )  # fmt: skip
-    return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **machine.environment()})
+    return Result(**{**blank, **{name: getattr(run, name) for name in OF_RUN}, **known, **machine.environment()})
 
 
 def write_text(text: str, path: str | os.PathLike, cure: str = "Choose another with --out.") -> None:

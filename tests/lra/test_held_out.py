@@ -13,7 +13,7 @@ from subquad.lra.plan import plan
 from tests.lra.data import in_memory
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=8, evaluate_every=2, steps=8)
-DIGITS = tasks.find("digits", "offline")
+DIGITS = tasks.find_task("digits", "offline")
 MARKS = dict(train=1, validation=2, test=3)
 
 

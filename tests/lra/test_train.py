@@ -19,6 +19,7 @@ from flax import nnx
 from subquad.lra import checkpoints, evaluation, models, objectives, optim, tasks, train
 from subquad.lra.data import pipeline, store
 from subquad.lra.plan import plan
+from tests.lra.data import in_memory
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=16, evaluate_every=20)
 
@@ -59,7 +60,7 @@ def test_the_loss_falls(layer, data, tmp_path):
 
 
 def test_the_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
-    run, task = dataclasses.replace(small_run(steps=40), selection="last"), tasks.find("listops", "tiny")
+    run, task = dataclasses.replace(small_run(steps=40), selection="last"), tasks.find_task("listops", "tiny")
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     assert result.accuracy == result.accuracy_last
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
@@ -115,7 +116,8 @@ def test_killed_and_resumed_gives_the_same_final_numbers(data, tmp_path):
 
 @pytest.mark.parametrize("kind", ["classification", "language_model"])
 def test_accumulation_equals_the_large_batch(kind):
-    task = dataclasses.replace(tasks.find("listops", "tiny"), kind=kind, num_classes=10 if kind == "classification" else 16)
+    classes = 10 if kind == "classification" else 16
+    task = dataclasses.replace(tasks.find_task("listops", "tiny"), kind=kind, num_classes=classes)
     rng = np.random.default_rng(0)
     inputs, lengths = rng.integers(1, 16, (16, 30), np.int32), rng.integers(1, 31, (16, 1))
     # Sequences of a language model count by their tokens, which the parts of a batch do not have equally many of.
@@ -140,7 +142,7 @@ def test_bfloat16_trains_with_float32_parameters(data, tmp_path):
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     losses = [float(row["train_loss"]) for row in history(tmp_path)]
     assert result.status == "ok" and np.mean(losses[-5:]) < np.mean(losses[:5])
-    parameters = nnx.state(models.build(run, tasks.find("listops", "tiny")), nnx.Param)
+    parameters = nnx.state(models.build(run, tasks.find_task("listops", "tiny")), nnx.Param)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(parameters)} == {"float32"}
 
 
@@ -198,7 +200,6 @@ import resource, sys
 from subquad.lra import checkpoints, train
 from subquad.lra.plan import plan
 from subquad.lra.checkpoints import Checkpoints
-from tests.lra.data import in_memory
 save = Checkpoints.save
 def filling(self, step, *rest):
     if step == 40:  # from here on every file is cut at 1 kB, as a full disk cuts them
@@ -238,7 +239,7 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
 
 def test_the_cls_token_is_read_and_the_operators_are_not():
     """With "cls" the head reads the token that stands in front, so the models differ from pooling "first"."""
-    task = tasks.find("listops", "tiny")
+    task = tasks.find_task("listops", "tiny")
     run = plan("lra-2020", "softmax", config="tiny", in_features=16, num_layers=1, mlp_features=16)
     model = models.build(run, task)
     embedding = model.classifier.encoder.embed.embedding

@@ -120,7 +120,7 @@ def test_layers_that_cannot_be_causal_are_left_out_of_a_language_model(tmp_path)
 
 def test_a_language_model_has_no_plot_of_accuracy_and_none_is_announced(tmp_path, monkeypatch, capsys):
     made_up = lambda run, **_: dataclasses.replace(
-        results.failure(run, tasks.find(run.task, run.config), ""), status="ok", bits_per_byte=3.5
+        results.failure(run, tasks.find_task(run.task, run.config), ""), status="ok", bits_per_byte=3.5
     )
     monkeypatch.setattr(train, "train", made_up)
     words = ["--task", "pylib_lm", "--layers", "softmax", "--out", str(tmp_path)]

@@ -63,11 +63,11 @@ def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
         (("--table", "7"), "table must be one of lra, got '7'."),
         (("--only", "lra.1.perfomer"), "--only must start a cell's id, got 'lra.1.perfomer'. Did you mean 'lra.1.performer'?"),
         (("--tabel", "1"), "option must be a known one, got '--tabel'. Did you mean '--table'?"),
-        (("--run", "--seeds", "0", "--only", "lra.1.bigbird"), "--seeds must be >= 1, got 0."),
-        (("--batch-size", "0"), "--batch-size must be >= 1, got 0."),
-        (("--probe", "0"), "--probe must be >= 1, got 0."),
-        (("--budget-hours", "-1"), "--budget-hours must be >= 0, got -1.0."),
-        (("--budget-hours", "nan"), "--budget-hours must be >= 0, got nan."),
+        (("--run", "--seeds", "0", "--only", "lra.1.bigbird"), "--seeds: must be >= 1, got 0."),
+        (("--batch-size", "0"), "--batch-size: must be >= 1, got 0."),
+        (("--probe", "0"), "--probe: must be >= 1, got 0."),
+        (("--budget-hours", "-1"), "--budget-hours: must be >= 0, got -1."),
+        (("--budget-hours", "nan"), "--budget-hours: must be >= 0, got nan."),
         (("--floors", "listop"), "task must be a known name, got 'listop'. Did you mean 'listops'?"),
     ],
 )
@@ -92,7 +92,7 @@ def test_a_ledger_that_cannot_be_written_is_refused_before_any_work(call, monkey
     monkeypatch.setattr("subquad.lra.report.floor_rows.measure_floors", lambda *words: pytest.fail("measured"))
     code, out, said = call(*words, "--ledger", ledger)
     assert (code, out) == (commands.FAILED, "") and said.count("\n") == 1
-    assert said.startswith("reproduce_table: --ledger must be a file that can be written, got ")
+    assert said.startswith("reproduce_table: table: file /proc") and "must be writable, got " in said
 
 
 def test_a_budget_that_is_used_up_still_gives_the_table(call):

@@ -65,12 +65,12 @@ def test_pathfinders_records_are_those_of_its_generator():
     for name, config in pictures.CONFIGS.items():
         found = catalogue.find_dataset(f"lra_pathfinder/{name}")
         assert dict(config.splits) == found.sizes and found.version == pictures.VERSION
-        assert tasks.find("pathfinder", name).image_shape == (config.size, config.size)
+        assert tasks.find_task("pathfinder", name).image_shape == (config.size, config.size)
 
 
 def test_pathfinder_is_read_as_shifted_pixels(tmp_path):
     splits, _ = store.load("lra_pathfinder/tiny", tmp_path)
-    picture = next(pictures.generate(pictures.CONFIGS["tiny"], "train")).image
+    picture = in_memory.draw_pictures(pictures.CONFIGS["tiny"], "train")[0].image
     assert np.array_equal(splits["train"][0]["inputs"], picture.reshape(-1).astype(int) + 1)
     assert np.array_equal(splits["train"][0]["inputs"], in_memory.generate("lra_pathfinder/tiny")["train"][0]["inputs"])
     assert splits["train"][0]["inputs"].min() == 1  # black, and no padding
@@ -103,7 +103,7 @@ def test_check_of_a_good_data_set(built):
     assert f"min {lengths[0]} " in text and f"max {lengths[-1]} " in text and "0.0 % are cut at 30" in text
     shares = [100 * sum(one["label"] == label for one in splits["train"]) / 256 for label in range(10)]
     assert f"labels {' '.join(f'{share:.1f}' for share in shares)} %" in text
-    expected = tasks.find("listops", "tiny").floors(splits)
+    expected = tasks.find_task("listops", "tiny").floors(splits)
     assert f"majority {100 * expected['majority']:.1f} %, root {100 * expected['root']:.1f} %" in text
     assert "in both train and test: 0 examples" in text and "train     256 examples, 0 of them repeated" in text
 
@@ -144,7 +144,7 @@ def test_check_finds_sizes_and_labels_that_are_not_the_published(tmp_path):
 @pytest.mark.parametrize(("blank", "faults"), [(1, 0), (4, 1)])
 def test_blank_pictures_are_a_fault_where_there_are_many(blank, faults):
     part = [{"inputs": np.arange(64) % 17 * (index >= blank) + 1, "label": index % 10} for index in range(40)]
-    report, task = prepare.Report(), tasks.find("digits", "offline")
+    report, task = prepare.Report(), tasks.find_task("digits", "offline")
     task = dataclasses.replace(task, splits=dict.fromkeys(task.splits, 40))
     prepare._check_examples(report, task, dict.fromkeys(task.splits, part))
     assert [f"train has {blank} pictures of one colour" in fault for fault in report.faults].count(True) == faults
@@ -168,7 +168,7 @@ def test_the_network_learns_where_there_is_something_to_learn(noise):
     reached, count = small_network.accuracy(splits, (8, 8), 2, 256, steps=60)
     assert count == 300
     assert (reached > 0.9) != noise
-    task = tasks.find("digits", "offline")
+    task = tasks.find_task("digits", "offline")
     report = prepare.Report()
     prepare._check_pictures(report, dataclasses.replace(task, num_classes=2, vocabulary_size=257), splits, 0.5, 60)
     assert bool(report.faults) == noise
@@ -180,7 +180,7 @@ def drawn(count, split, noise):
     guesses = np.random.default_rng(len(split)).integers(0, 2, count)
     return [
         {"inputs": one.image.reshape(-1).astype(int) + 1, "label": int(guess if noise else one.label)}
-        for one, guess in zip(pictures.generate(config, split), guesses, strict=True)
+        for one, guess in zip(in_memory.draw_pictures(config, split), guesses, strict=True)
     ]
 
 
@@ -188,7 +188,7 @@ def drawn(count, split, noise):
 def test_pathfinders_labels_are_told_by_its_lines_or_it_is_a_fault(noise):
     splits = {"train": drawn(600, "train", noise), "test": drawn(300, "test", noise)}
     report = prepare.Report()
-    prepare._check_pictures(report, tasks.find("pathfinder", "32_easy"), splits, 0.5, 10)
+    prepare._check_pictures(report, tasks.find_task("pathfinder", "32_easy"), splits, 0.5, 10)
     assert "by following them from disc to disc" in report.lines[-1]
     assert bool(report.faults) == noise and not report.doubts
     if noise:

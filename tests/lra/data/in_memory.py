@@ -8,6 +8,11 @@ from subquad.lra.data.offline import corpora
 from subquad.lra.data.pathfinder import pictures
 
 
+def draw_pictures(config: pictures.Config, split: str) -> list[pictures.Example]:
+    drawings = pictures.draw(config, pictures.split_range(config, split))
+    return [pictures.Example(one.image, one.label) for one in drawings]
+
+
 def generate(name: str) -> dict[str, store.Split]:
     found = catalogue.find_dataset(name)
     stored = {
@@ -17,7 +22,7 @@ def generate(name: str) -> dict[str, store.Split]:
         ),
         "lra_pathfinder": lambda split: (
             {"image": one.image[..., None], "label": one.label}
-            for one in pictures.generate(pictures.CONFIGS[found.config], split)
+            for one in draw_pictures(pictures.CONFIGS[found.config], split)
         ),
         "offline": lambda split: corpora.examples(found.config, split),
     }[found.builder]

@@ -24,7 +24,7 @@ def test_tokens_of_the_arenas_nested_form_are_golden(tmp_path):
         # [MAX 4 3 [MIN 2 3 ] ]: 0 is padding, digit d is d + 1, then MIN 11, MAX 12, MED 13, SM 14 and the bracket 15.
         assert first["inputs"].tolist() == [12, 5, 4, 11, 3, 4, 15, 15] and first["label"] == 4
         assert second["inputs"].tolist() == [14, 6, digit + 1, 2, 15] and second["label"] == 6 + digit
-    task = tasks.find("listops", "release")
+    task = tasks.find_task("listops", "release")
     assert task.length == 2000 and task.vocabulary_size == expressions.VOCABULARY_SIZE + 1  # the arena's unknown word
 
 

@@ -124,7 +124,7 @@ def test_pylib_lm_predicts_the_next_byte_of_files_that_are_in_one_split():
 
 def test_all_of_them_through_the_builder_and_the_same_in_memory(installed, tmp_path):
     for name in NAMES:
-        task = tasks.find(name, "offline")
+        task = tasks.find_task(name, "offline")
         splits, source = store.load(task.dataset, tmp_path)
         assert source == f"offline/{name}:{corpora.VERSION} array_record, from {corpora.origin(name)}"
         for split, part in in_memory.generate(task.dataset).items():
@@ -166,4 +166,4 @@ def test_the_real_packages_where_they_are_installed():
         pytest.skip("needs the extra `offline`")
     for name in ("photo_patches", "bbc_text", "digits"):
         sizes = {split: sum(1 for _ in corpora.examples(name, split)) for split in SPLITS}
-        assert sizes == dict(tasks.find(name, "offline").splits)
+        assert sizes == dict(tasks.find_task(name, "offline").splits)

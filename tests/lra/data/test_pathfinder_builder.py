@@ -24,6 +24,7 @@ import dataclasses, pathlib, sys
 import tensorflow_datasets as tfds
 from subquad.lra.data.pathfinder import pictures
 from subquad.lra.data.pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
+from tests.lra.data import in_memory
 
 if __name__ == "__main__":
     splits = (("train", 560), ("validation", 20), ("test", 20))
@@ -60,7 +61,7 @@ def test_the_builder_stores_what_the_generator_draws(tmp_path, capfd):
     builder = build(tmp_path, "tiny")
     for split in ("train", "validation", "test"):
         source = builder.as_data_source(split)
-        assert same(source, list(pictures.generate(pictures.CONFIGS["tiny"], split)))
+        assert same(source, in_memory.draw_pictures(pictures.CONFIGS["tiny"], split))
     assert source[0]["image"].shape == (32, 32, 1) and source[0]["image"].dtype == np.uint8
     assert [path.name for path in (tmp_path / "lra_pathfinder" / "tiny").iterdir()] == [pictures.VERSION]
     assert "script 6" in builder.info.description.replace("\n", " ") and "2011.04006" in builder.info.citation
@@ -108,7 +109,7 @@ def test_a_killed_build_goes_on_and_two_processes_draw_what_one_does(tmp_path, m
     assert not folder.exists()
     # The first images are two processes' work, the last are one's; the split's edges cut through blocks.
     for split in ("train", "validation"):
-        assert same(builder.as_data_source(split), list(pictures.generate(MANY, split)))
+        assert same(builder.as_data_source(split), in_memory.draw_pictures(MANY, split))
 
 
 def _children(pid: int) -> list[int]:
@@ -128,7 +129,7 @@ def test_a_whole_run_on_two_processes(tmp_path):
     config = replace(MANY, splits=(("train", 40),))
     for processes in (1, 2):
         blocks.render_blocks(config, tmp_path / str(processes), processes=processes, block=16)
-    assert same(list(blocks.read_blocks(config, tmp_path / "2", "train", block=16)), list(pictures.generate(config, "train")))
+    assert same(list(blocks.read_blocks(config, tmp_path / "2", "train", block=16)), in_memory.draw_pictures(config, "train"))
     content = lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     assert content("1") == content("2") and len(content("1")) == 3
 

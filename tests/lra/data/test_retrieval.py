@@ -57,7 +57,7 @@ def test_quote_marks_are_text(splits):
 
 
 def test_a_batch_has_two_sequences(splits):
-    task = tasks.find("retrieval", "lra")
+    task = tasks.find_task("retrieval", "lra")
     assert task.kind == "pair" and task.length == 4000 and task.vocabulary_size == 257
     batch = next(iter(pipeline.EvaluationBatches(splits["train"], batch_size=4, length=task.length)))
     assert batch["inputs1"].shape == batch["inputs2"].shape == (4, 4000)

@@ -47,7 +47,7 @@ def test_tokens_are_bytes_plus_one(built):
     assert bytes(stored["text"]).startswith(b"train ")
     assert example["inputs"].tolist() == [byte + 1 for byte in bytes(stored["text"])]
     assert 0xC3 + 1 in example["inputs"]  # UTF-8 of an accent: two bytes, two tokens
-    task = tasks.find("text", "lra")
+    task = tasks.find_task("text", "lra")
     assert task.vocabulary_size == 257 and task.num_classes == 2 and task.length == 1000
 
 
@@ -56,8 +56,8 @@ def test_the_two_ways_to_validate(built):
     assert documents(arena["validation"]) == documents(arena["test"]) == documents(modern["test"])
     assert {split: len(part) for split, part in modern.items()} == {"train": 18, "validation": 2, "test": 20}
     assert sorted(documents(modern["train"]) + documents(modern["validation"])) == documents(arena["train"])
-    assert "validation is the test set" in tasks.find("text", "lra").note
-    assert "held out" in tasks.find("text", "modern").note
+    assert "validation is the test set" in tasks.find_task("text", "lra").note
+    assert "held out" in tasks.find_task("text", "modern").note
 
 
 def test_batches_are_cut_and_padded(built):

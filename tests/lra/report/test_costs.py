@@ -29,7 +29,7 @@ def timed_steps(run, **words):
 
 
 def test_validation_and_test_are_part_of_the_hours():
-    run, task = plan("nystromformer", "softmax"), tasks.find("listops", "lra")
+    run, task = plan("nystromformer", "softmax"), tasks.find_task("listops", "lra")
     # 100 validations of 2,000 examples in batches of 32, and three times as many as test has.
     assert (run.steps, run.evaluate_every, run.batch_size) == (5000, 50, 32)
     assert costs.evaluation_batches(run, task) == 100 * 63 + 3 * 63
@@ -41,7 +41,7 @@ def test_validation_and_test_are_part_of_the_hours():
 
 
 def test_hours_say_whose_they_are(monkeypatch):
-    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
+    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find_task("listops", "lra")
     nothing = costs.forecast(run, task, [], "this", True)
     assert nothing.hardware == "one V100" and "--probe" in nothing.source
     stated = costs.forecast(plan("s4", "s4"), task, [], "this", True)
@@ -73,7 +73,7 @@ def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypa
     program = lambda run, task, mode: programs.Program(run, task, mode, None, 5.0, None)
     monkeypatch.setattr(programs, "compile_program", program)
     monkeypatch.setattr(programs, "start_program", lambda program: lambda: called.append(program.mode))
-    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
+    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find_task("listops", "lra")
     found = step_timings.time_steps(run, task, 4, clock=lambda: float(next(seconds)))
     assert called == ["train"] * 5 + ["forward"] * 5
     assert (found.step_seconds, found.evaluation_seconds, found.compile_seconds) == (0.25, 0.25, 10.0)
@@ -96,7 +96,8 @@ def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypa
 
 @pytest.mark.parametrize("kind", ["classification", "pair", "language_model"])
 def test_steps_of_every_kind_of_task_have_a_batch(kind):
-    task = dataclasses.replace(tasks.find("listops", "tiny"), kind=kind, num_classes=10 if kind != "language_model" else 16)
+    classes = 10 if kind != "language_model" else 16
+    task = dataclasses.replace(tasks.find_task("listops", "tiny"), kind=kind, num_classes=classes)
     run = plan(task=task, batch_size=2, in_features=16, num_layers=1, mlp_features=16)
     batch = programs._batch(run, task)
     inputs = ("inputs1", "inputs2") if kind == "pair" else ("inputs",)

@@ -172,7 +172,7 @@ def test_a_run_that_never_started_is_a_row():
     from subquad.lra.plan import plan
 
     run = plan("quickstart", "softmax", config="tiny")
-    made = results.failure(run, tasks.find("listops", "tiny"), "no memory")
+    made = results.failure(run, tasks.find_task("listops", "tiny"), "no memory")
     assert made.status == "failed: no memory" and made.accuracy is None
     assert "| softmax | failed: no memory |" in results.markdown([made])
 
