@@ -43,15 +43,15 @@ def open_folder(folder: str | os.PathLike, needed_bytes: int = 0) -> pathlib.Pat
 
 def _reserve(folder: pathlib.Path, size: int) -> None:
     """Raises OSError where `size` bytes cannot be written into a folder now: full, over quota, read-only."""
-    probe = folder / f".probe-{uuid.uuid4().hex}"
+    trial = folder / f".trial-{uuid.uuid4().hex}"
     try:
-        with probe.open("wb") as file:
+        with trial.open("wb") as file:
             file.write(b"\0" * 4096)
             file.flush()
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, max(size, 4096))
     finally:
-        probe.unlink(missing_ok=True)
+        trial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from subquad.kernels.dispatch import nearest
 from subquad.lra.data import catalogue, encodings, floors
 from subquad.lra.data.listops import expressions
 from subquad.lra.data.offline import corpora
+from subquad.lra.data.pathfinder import pictures, released_folders
 
 Kind = Literal["classification", "pair", "language_model"]
 
@@ -90,8 +91,9 @@ _add(
     "image", "lra", 1024, 10, f"Krizhevsky 2009, CIFAR-10; {_ARENA}", image_shape=(32, 32),
     note="256 grey values as symbols 1 to 256; black is no padding, unlike in the arena",
 )  # fmt: skip
-for _config in catalogue.PATHFINDER_CONFIGS + catalogue.PATHFINDER_RELEASES:
-    _side = 32 if _config == "tiny" else int(_config.removeprefix("release_").partition("_")[0])
+_SIDES = {name: config.size for name, config in pictures.CONFIGS.items()}
+_SIDES |= {f"release_{side}_{level}": side for side in pictures.SIZES for level in released_folders.FOLDERS}
+for _config, _side in _SIDES.items():
     _note = "Path-X of the arena" if _config.endswith("128_hard") else "black is no padding, unlike in the arena"
     _source = f"Linsley et al. 2018, arXiv 1805.08315; {_ARENA}"
     _add("pathfinder", _config, _side * _side, 2, _source, image_shape=(_side, _side), note=_note)

@@ -113,7 +113,7 @@ def task_table(rows, floors) -> str:
 
 
 def score(layer: str, group) -> str:
-    """The score alone; how many seeds it is of is told once, below the table."""
+    """The score alone; how many seeds it is of stands once, below the table."""
     if group is None:
         return "not run" if zoo.LAYERS[layer].supports.causal else "not causal"
     return results.score_of_seeds(group).partition(" (")[0]

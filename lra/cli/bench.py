@@ -179,7 +179,7 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
     rate = timing.matmul_rate(settings.dtype, clock=timing.clock_of(threads if on_cpu else 0))
     progress.say(f"{machine.hardware()}: matrix product {rate / 1e9:,.0f} GFLOP/s in {settings.dtype}")
     progress.say(f"Memory for programs: {limit / 2**30:.1f} GiB, {source}")
-    instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "not told; --watts estimates it"
+    instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "unknown; --watts estimates it"
     progress.say(f"Energy: {meter.source if meter else f'{instead} (no meter: {reason})'}")
     return dataclasses.replace(settings, matmul_rate=rate)
 

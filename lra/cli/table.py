@@ -98,7 +98,7 @@ def files_of(path: str) -> dict[str, pathlib.Path]:
 
 
 def read_known(files: dict[str, pathlib.Path], batch_size: int | None) -> ledger.Ledger:
-    """What is known; of measurements those with this batch size, where one is told."""
+    """What is known; of measurements those with this batch size, where one is given."""
     known = ledger.read_ledger(files.values())
     measured = [row for row in known.measurements if batch_size in (None, row.batch_size)]
     return dataclasses.replace(known, measurements=measured)

@@ -12,24 +12,10 @@ from subquad.lra.data import encodings, sources
 from subquad.lra.data.image import cifar10
 from subquad.lra.data.listops import expressions, released_files
 from subquad.lra.data.offline import corpora
-from subquad.lra.data.pathfinder import released_folders
+from subquad.lra.data.pathfinder import pictures, released_folders
 from subquad.lra.data.retrieval import paper_pairs
 from subquad.lra.data.text import imdb
 
-# Its generator is imported only to draw. Side, and seconds and bytes for 200,000 images.
-PATHFINDER_VERSION = "1.0.0"
-PATHFINDER_CONFIGS = (
-    *(
-        f"{side}_{level}"
-        for side in (32, 64, 128, 256)
-        for level in ("hard", "intermediate", "easy", "hard_all_directions", "hard_10k")
-    ),
-    "tiny",
-)
-PATHFINDER_RELEASES = tuple(
-    f"release_{side}_{level}" for side in (32, 64, 128, 256) for level in ("hard", "intermediate", "easy")
-)
-PATHFINDER_COSTS = {"32": (220, 90e6), "64": (2200, 200e6), "128": (2500, 500e6), "256": (750, 1.5e9)}
 THREE = {"train": "train", "validation": "validation", "test": "test"}
 
 
@@ -67,22 +53,23 @@ class Dataset:
 
 
 def _pathfinder() -> Iterable[Dataset]:
-    for config in PATHFINDER_CONFIGS:
-        side, _, level = config.partition("_")
-        tenth = {"": 16, "hard_10k": 1_000}.get(level, 20_000)
-        seconds, disk = (tenth * cost / 20_000 for cost in PATHFINDER_COSTS.get(side, PATHFINDER_COSTS["32"]))
+    # Seconds and bytes for 200,000 pictures of a side.
+    costs = {32: (220, 90e6), 64: (2200, 200e6), 128: (2500, 500e6), 256: (750, 1.5e9)}
+    words = dict(builder="lra_pathfinder", version=pictures.VERSION, encode=encodings.pixels)
+    for name, config in pictures.CONFIGS.items():
+        sizes = dict(config.splits)
+        seconds, disk = (sum(sizes.values()) * cost / 200_000 for cost in costs[config.size])
         yield Dataset(
-            f"lra_pathfinder/{config}", "lra_pathfinder", config, PATHFINDER_VERSION,
-            {"train": (4 if config == "tiny" else 8) * tenth, "validation": tenth, "test": tenth}, encodings.pixels, exact=True,
-            seconds=seconds, disk=disk,
-        )  # fmt: skip
-    for side, (_, disk) in PATHFINDER_COSTS.items():
+            f"lra_pathfinder/{name}", config=name, sizes=sizes, exact=True, seconds=seconds, disk=disk, **words
+        )
+    for side in pictures.SIZES:
         for level in released_folders.FOLDERS:
+            name = f"release_{side}_{level}"
+            # One image of the easy ones is an empty file.
+            sizes = {"train": 160_000 - ((side, level) == (32, "easy")), "validation": 20_000, "test": 20_000}
             yield Dataset(
-                f"lra_pathfinder/release_{side}_{level}", "lra_pathfinder", f"release_{side}_{level}", PATHFINDER_VERSION,
-                # One image of the easy ones is an empty file.
-                {"train": 160_000 - ((side, level) == ("32", "easy")), "validation": 20_000, "test": 20_000},
-                encodings.pixels, source=released_folders.release(int(side), level), seconds=900, disk=disk,
+                f"lra_pathfinder/{name}", config=name, sizes=sizes, source=released_folders.release(side, level), seconds=900,
+                disk=costs[side][1], **words,
             )  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def time_missing(
             say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {one_line(error)}")
             continue
         csv_rows.write_rows(path, costs.StepTiming, [timed], costs.STEP_TIMING_KEY)
-        cost = costs.cost_here(run, task, (), timed.hardware, True, (), timed)
+        cost = costs.forecast(run, task, (), timed.hardware, True, (), timed)
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
 

@@ -83,7 +83,7 @@ def forecast(run: Run, task: tasks.Task, ledger: Ledger, *, here: bool = False) 
     """What a run will take: on this machine where anything was measured on it, or `here` in any case."""
     hardware, is_cpu = _this_machine()
     known = ledger.rows(), hardware, is_cpu, ledger.step_timings, ledger.timed_steps(run, hardware)
-    return (costs.cost_here if here else costs.forecast)(run, task, *known)
+    return costs.forecast(run, task, *known, here=here)
 
 
 @functools.cache
@@ -138,7 +138,7 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
 
 
 def _as_planned(row: Measurement) -> bool:
-    """Whether the program is the one that is measured where nothing but the batch size is told."""
+    """Whether the program is the one that is measured where nothing but the batch size is given."""
     given = json.loads(row.configuration or "{}")
     run = _planned(row.layer, row.length, row.batch_size)
     return all(name in given and given[name] == getattr(run, name) for name in PROGRAM)

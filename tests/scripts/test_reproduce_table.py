@@ -73,10 +73,10 @@ def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
 )
 def test_wrong_words_are_one_line(call, words, said, capsys):
     try:
-        code, _, told = call(*words)
+        code, _, error = call(*words)
     except SystemExit as stopped:
-        code, told = stopped.code, capsys.readouterr().err
-    assert code == 2 and told.startswith(f"reproduce_table: {said}") and told.count("\n") == 1
+        code, error = stopped.code, capsys.readouterr().err
+    assert code == 2 and error.startswith(f"reproduce_table: {said}") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_hours_are_told_by_a_probe_and_kept(call, monkeypatch, tmp_path):
     monkeypatch.setattr(programs, "start_program", lambda program: lambda: None)
     words = ("--only", "lra.1.performer.listops", "--format", "json")
     (before,) = json.loads(call(*words)[1])
-    assert before["hours_hardware"] == "one V100" and before["hours_source"].endswith("are told by --probe")
+    assert before["hours_hardware"] == "one V100" and before["hours_source"].endswith("--probe measures this machine's")
     code, out, said = call(*words, "--probe", "2")
     (record,) = json.loads(out)
     assert code == 0 and record["hours_source"] == "from 2 steps timed on it, validation included"

@@ -30,7 +30,7 @@ from subquad.lra.data.pathfinder import contours
 VERSION = "1.0.0"
 NUM_CLASSES = 2
 SIZES = (32, 64, 128, 256)
-CONTOUR_LENGTHS = {"easy": 6, "intermediate": 9, "hard": 14}  # in segments
+CONTOUR_LENGTHS = {"hard": 14, "intermediate": 9, "easy": 6}  # in segments
 BLOCK = 256  # images that are drawn together
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from subquad.lra.data import sources
 from subquad.lra.data.pathfinder import pictures
 
-FOLDERS = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9", "hard": "curv_contour_length_14"}
+FOLDERS = {"hard": "curv_contour_length_14", "intermediate": "curv_contour_length_9", "easy": "curv_baseline"}
 # Images of a folder; bytes of a file of metadata, which lists a thousand; bytes of a picture's file beside its pixels.
 IMAGES, LARGEST, SPARE = 200_000, 10_000_000, 4_096
 

@@ -21,8 +21,8 @@ def silent(text):
 
 
 def test_layers_are_raced_and_one_that_fails_takes_no_other_with_it():
-    told = []
-    softmax, linformer, local = speed.race(["softmax", "linformer", "local"], 16, "train", SETTINGS, told.append)
+    said_lines = []
+    softmax, linformer, local = speed.race(["softmax", "linformer", "local"], 16, "train", SETTINGS, said_lines.append)
     assert [row.layer for row in (softmax, linformer, local)] == ["softmax", "linformer", "local"]
     assert linformer.status.startswith("failed: ") and "max_length" in linformer.status and linformer.median_ms is None
     assert json.loads(local.layer_options)["window_size"] == 3
@@ -41,7 +41,7 @@ def test_layers_are_raced_and_one_that_fails_takes_no_other_with_it():
         assert row.speed_ratio == pytest.approx(softmax.median_ms / row.median_ms, rel=1e-3)
         assert row.memory_ratio == pytest.approx(row.peak_bytes / softmax.peak_bytes, rel=1e-3)
     assert softmax.speed_ratio == softmax.memory_ratio == 1.0 and linformer.speed_ratio is None
-    assert told[-1] == "timing softmax, local"
+    assert said_lines[-1] == "timing softmax, local"
 
 
 def test_a_model_with_other_values_has_rows_of_its_own(tmp_path, monkeypatch):

@@ -34,10 +34,11 @@ def test_validation_and_test_are_part_of_the_hours():
     assert (run.steps, run.evaluate_every, run.batch_size) == (5000, 50, 32)
     assert costs.evaluation_batches(run, task) == 100 * 63 + 3 * 63
     often = dataclasses.replace(run, evaluate_every=5)
-    assert costs.cost_elsewhere(often, task).hours > 2 * costs.cost_elsewhere(run, task).hours
-    assert costs.cost_here(often, task, (), "this", True).hours > 2 * costs.cost_here(run, task, (), "this", True).hours
+    assert costs.forecast(often, task, (), "this", True).hours > 2 * costs.forecast(run, task, (), "this", True).hours
+    at_home = lambda run: costs.forecast(run, task, (), "this", True, here=True).hours
+    assert at_home(often) > 2 * at_home(run)
     steps = run.steps * 2.0 + 60 + 0.5 * costs.evaluation_batches(run, task)
-    assert costs.cost_here(run, task, (), machine.hardware(), True, (), timed_steps(run)).hours == pytest.approx(steps / 3600)
+    assert costs.forecast(run, task, (), machine.hardware(), True, (), timed_steps(run)).hours == pytest.approx(steps / 3600)
 
 
 def test_hours_say_whose_they_are(monkeypatch):
@@ -46,7 +47,7 @@ def test_hours_say_whose_they_are(monkeypatch):
     assert nothing.hardware == "one V100" and "--probe" in nothing.source
     stated = costs.forecast(plan("s4", "s4"), task, [], "this", True)
     assert (stated.hours, stated.hardware) == (10.0, "one T4") and "as its authors state" in stated.source
-    rough = costs.cost_here(run, task, [], "this", True)
+    rough = costs.forecast(run, task, [], "this", True, here=True)
     assert rough.hardware == "this" and rough.source.startswith("rough estimate, nothing was measured on it")
     # A run, or steps, measured elsewhere say nothing of this machine.
     other = made(hardware="other", flops_per_step=10**9, steps_per_second=1.0)

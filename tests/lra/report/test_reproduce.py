@@ -108,7 +108,7 @@ def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves)
             raise Interrupted("Stopped at step 3 of 5000; saved in there. Go on with --resume.") from None
 
     monkeypatch.setattr("subquad.lra.train.train", train)
-    monkeypatch.setattr(costs, "cost_here", lambda *words: costs.Cost(0.0, "this", "a test"))
+    monkeypatch.setattr(costs, "forecast", lambda *words, **more: costs.Cost(0.0, "this", "a test"))
     said = []
     wanted = column("listops", "Transformer", "Performer")
     words = dict(known=ledger.read_ledger([]), budget_hours=0.5 / 3600, say=said.append)
