@@ -180,6 +180,7 @@ def token_at(index, b, n, operands, OTHER_ROUNDS: tl.constexpr, OPTIONS: tl.cons
     OTHER_ROUNDS: in a ring those below 0 and past the last chunk belong to the rounds before and after.
     """
     T = operands.T
+    order = operands.order + (b * OPTIONS.HEADS + n) * OPTIONS.ROUNDS * T
     if OTHER_ROUNDS:
         length = tl.cdiv(T, OPTIONS.CHUNK) * OPTIONS.CHUNK
         place = (index + operands.round * length) % (OPTIONS.ROUNDS * length)
@@ -188,8 +189,8 @@ def token_at(index, b, n, operands, OTHER_ROUNDS: tl.constexpr, OPTIONS: tl.cons
         at = place // length * T + place % length
     else:
         exists = index < T
-        at = operands.round * T + index
-    order = operands.order + (b * OPTIONS.HEADS + n) * OPTIONS.ROUNDS * T
+        at = index
+        order += operands.round.to(tl.int64) * T
     return tl.load(order + at, mask=exists, other=0), exists
 
 

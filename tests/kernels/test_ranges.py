@@ -89,7 +89,7 @@ def launches(call, arrays):
 
 # Their lengths are run-time words: the analysis does not know that rows times heads are at most the programs, nor that an
 # offset is taken within a block.
-RUN_TIME_LENGTHS = ("softmax", "softmax-bias", "block_sparse", "strided", "fixed", "relative")
+RUN_TIME_LENGTHS = ("softmax", "softmax-bias", "block_sparse", "strided", "fixed", "relative", "lsh", "extend")
 
 
 @pytest.mark.aot
