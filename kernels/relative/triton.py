@@ -25,7 +25,8 @@ from subquad.kernels.softmax.plan import balance
 from subquad.kernels.softmax.sets import Visible
 from subquad.kernels.softmax.triton import LARGEST_HEAD, Static, run_backward, run_forward
 
-# Of the scores of a strip over all samples and heads: half of the L2 cache. And the fewest queries that keep a GPU busy.
+# Of the position scores of a strip, over all samples and heads: they should stay in the L2 cache between the product and the
+# kernel. And the fewest queries of a strip, which keep a GPU busy.
 STRIP_BYTES, FEWEST_ROWS = 1 << 25, 256
 
 
@@ -103,7 +104,7 @@ class Strips(NamedTuple):
         if self.count == 1:  # no loop around a single step
             carry, results = step(carry, 0, jax.tree.map(lambda x: x[0], arrays))
             return carry, jax.tree.map(lambda x: x[None], results)
-        return jax.lax.scan(lambda carry, xs: step(carry, *xs), carry, (jnp.arange(self.count), arrays))
+        return jax.lax.scan(lambda carry, xs: step(carry, *xs), carry, (jnp.arange(self.count, dtype=jnp.int32), arrays))
 
     def call(self, mode, i, visible: Visible) -> tuple[Static, Visible]:
         """What softmax's kernels are asked for strip i."""
@@ -132,14 +133,14 @@ def merged(shared: Visible, part: Visible) -> Visible:
     return Visible(*(one if other is None else other for one, other in zip(shared, part, strict=True)))
 
 
-def dot(equation, a, b):
-    """A product in float32. An operand of one sample is one for all."""
+def dot(equation, a, b, dtype=jnp.float32):
+    """A product summed in float32. An operand of one sample is one for all."""
     inputs, output = equation.split("->")
     names = [names[1:] if len(x) == 1 else names for names, x in zip(inputs.split(","), (a, b), strict=True)]
     a, b = (x[0] if len(x) == 1 else x for x in (a, b))
     if not any("b" in name for name in names):
         output = output.replace("b", "")
-    result = jnp.einsum(f"{','.join(names)}->{output}", a, b, preferred_element_type=jnp.float32)
+    result = jnp.einsum(f"{','.join(names)}->{output}", a, b, preferred_element_type=dtype)
     return result if "b" in output else result[None]
 
 
@@ -164,7 +165,7 @@ def forward(mode, content, position, key, value, relative, visible: Visible):
 
 def bias_of(strips: Strips, table, i, position):
     near = jax.lax.dynamic_slice_in_dim(table, strips.first_column(i), strips.columns, axis=1)
-    return strips.by_key(dot("btnh,brnh->bntr", position, near).astype(position.dtype))
+    return strips.by_key(dot("btnh,brnh->bntr", position, near, position.dtype))
 
 
 @precision.full
@@ -187,6 +188,8 @@ def backward(mode, residuals, grad_out):
         grad_position = dot("bntr,brnh->btnh", by_distance, near).astype(position.dtype)
         grad_near = dot("bntr,btnh->brnh" if len(table) > 1 else "bntr,btnh->rnh", by_distance, position)
         grad_near = grad_near.reshape(len(table), strips.columns, *table.shape[2:])
+        if strips.count == 1:
+            return (*grads, grad_near), (grad_content, grad_position)
         *sums, grad_table = sums
         sums = *(x + y.astype(x.dtype) for x, y in zip(sums, grads, strict=True)), add_at(grad_table, grad_near, start)
         return sums, (grad_content, grad_position)
