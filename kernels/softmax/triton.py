@@ -263,8 +263,9 @@ def softmax_forward(
         key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     forward(
-        query, key, value, out, lse, operands, work_of, block_of, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K
-    )
+        query, key, value, out, lse, operands, work_of, block_of, dense, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q,
+        BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -279,8 +280,8 @@ def softmax_backward_query(
         key_segments, tables, rows, tiles, bounds, grad_bias,
     )  # fmt: skip
     backward_query(
-        query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, logits_of, visible, SHAPE,
-        OPTIONS, BLOCK_Q, BLOCK_K, store_bias if OPTIONS.OWN_BIAS else None,
+        query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, dense, logits_of, visible,
+        SHAPE, OPTIONS, BLOCK_Q, BLOCK_K, store_bias if OPTIONS.OWN_BIAS else None,
     )  # fmt: skip
 
 
@@ -296,8 +297,8 @@ def softmax_backward_key(
         key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     backward_key(
-        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, logits_of, visible,
-        SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
+        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, dense, logits_of,
+        visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -340,10 +341,10 @@ def softmax_backward_bias(
         b = (bias_b * SAMPLES + rest // (SHAPE.HEADS // BIAS_HEADS)).to(tl.int64)
         query_start, key_start = i * BLOCK_Q, j * BLOCK_K
         q, k = query_start + tl.arange(0, BLOCK_Q), key_start + tl.arange(0, BLOCK_K)
-        lse_i = load_sums(lse, b, n, q, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-        delta_i = load_sums(delta, b, n, q, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
-        query_rows = dense(query_start, T, BLOCK_Q, operands, OPTIONS)
-        key_rows = dense(key_start, S, BLOCK_K, operands, OPTIONS)
+        query_rows = dense(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
+        key_rows = dense(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
+        lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
+        delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
         products = products_of(
             head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY), query_rows,
             head_of(key, b, n // GROUPS, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY), key_rows,
@@ -392,10 +393,10 @@ def products_of(
         right += key_first * (RIGHT_HEADS * FEATURES)
         for start in range(0, FEATURES + (tl.program_id(0) >> 30), 16):
             feature = start + tl.arange(0, 16)[None, :]
-            row_at = left + row * (LEFT_HEADS * FEATURES) + feature
-            column_at = right + column * (RIGHT_HEADS * FEATURES) + feature
-            rows = tl.load(row_at, mask=row_exists & (feature < FEATURES), other=0.0)
-            others = tl.load(column_at, mask=column_exists & (feature < FEATURES), other=0.0)
+            row_at = left + row[:, None] * (LEFT_HEADS * FEATURES) + feature
+            column_at = right + column[:, None] * (RIGHT_HEADS * FEATURES) + feature
+            rows = tl.load(row_at, mask=row_exists[:, None] & (feature < FEATURES), other=0.0)
+            others = tl.load(column_at, mask=column_exists[:, None] & (feature < FEATURES), other=0.0)
             total = tl.dot(rows, tl.trans(others), total, input_precision=PRECISION)
     return total
 

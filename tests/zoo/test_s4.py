@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from subquad.kernels import convolution, ssm
-from subquad.zoo import tokenwise
+from subquad.zoo import projection
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.s4 import S4
 from tests import oracle
@@ -154,6 +154,26 @@ def test_no_time_passes_at_padding(mode):
     np.testing.assert_allclose(after.state[1], state[1], atol=2e-6)
     np.testing.assert_allclose(outputs[1, :5], expected[1], atol=2e-6)
     assert jnp.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mode", ["dplr", "diagonal"])
+def test_packed_sequences_are_as_alone(mode, is_causal):
+    layer, x = S4(4, state_size=8, mode=mode, is_causal=is_causal, rngs=nnx.Rngs(0)), u(23)
+    ids = jnp.asarray([3] * 6 + [1] * 10 + [3] * 7)
+    run = jax.jit(lambda x, ids, mask=None: layer(x, segment_ids=ids, mask=mask))
+    alone = jnp.concatenate([layer(x[:, :6]), layer(x[:, 6:16]), layer(x[:, 16:])], axis=1)
+    packed = run(x, ids)
+    np.testing.assert_allclose(packed, alone, atol=2e-5)
+    # Segments go with their tokens where padding is taken out.
+    is_real = jnp.asarray(np.random.default_rng(0).random((2, 31)) < 0.7).at[:, -1].set(True)
+    place = jnp.clip(jnp.cumsum(is_real, axis=1) - 1, 0, 22)
+    spread = jnp.where(is_real[..., None], jnp.take_along_axis(x, place[..., None], axis=1), jnp.nan)
+    padded = run(spread, jnp.where(is_real, ids[place], 7), is_real[:, None, None])
+    for sample in range(2):
+        count = min(int(is_real[sample].sum()), 23)
+        expected = layer(x[sample : sample + 1, :count], segment_ids=ids[:count])[0]
+        np.testing.assert_allclose(padded[sample][is_real[sample]][:count], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("mode", ["dplr", "diagonal"])
@@ -381,7 +401,7 @@ def test_long_sequences_are_mixed_in_pieces(monkeypatch):
         return jnp.sum(jnp.sin(nnx.merge(graph, state)(x)))
 
     want = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1)))(state, x)
-    monkeypatch.setattr(tokenwise, "LARGE_BYTES", 1)
-    monkeypatch.setattr(tokenwise, "PIECE_BYTES", 1)
+    monkeypatch.setattr(projection, "LARGE_BYTES", 1)
+    monkeypatch.setattr(projection, "PIECE_BYTES", 1)
     got = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1)))(state, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
