@@ -663,8 +663,8 @@ def tile_sizes(
             sizes = 16, 32, 8, 1
         elif kernel == "softmax_forward" and block_size is not None:
             sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
-        if kernel == "softmax_backward_query" and (biased and wide or ragged and not wide and not crowded):
-            sizes = 16 if wide else 32, 16, 8, 1
+        if kernel == "softmax_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
+            sizes = 16 if biased else 32, 16, 8, 1
     elif kernel == "softmax_backward_key":
         # More tests take more registers: fewer queries at once, and fewer keys if there is a bias of wide heads, too.
         tile = 64 if narrow or not hopper or wide and biased and tested else 128

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from jax.extend.core import jaxprs_in_params
 
-from subquad.kernels import launch, relative
+from subquad.kernels import launch, relative, specs
 from subquad.kernels.relative import xla
 from tests import oracle
+from tests.kernels import test_aot
 
 ARGUMENTS = ("query", "key", "value", "relative_key", "content_bias", "position_bias")
 
@@ -147,6 +149,32 @@ def test_strips_of_queries(T, M, kind, dtype, monkeypatch):
     assert oracle.relative_error(out, expected) < tolerance
     for name, a, e in zip(ARGUMENTS, gradients, wanted, strict=True):
         assert a.dtype == dtype and oracle.relative_error(a, e) < tolerance, name
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("name", "dtype"), [("mask-128", "bfloat16"), ("pairwise-96", "float32")])
+def test_machine_code_of_several_strips(name, dtype, monkeypatch):
+    """Their positions are known at run time only, which takes registers."""
+    triton = pytest.importorskip("subquad.kernels.relative.triton")
+    monkeypatch.setattr(triton, "STRIP_BYTES", 1)
+    test_aot.check(specs.launches(specs.find(f"relative.attention/{name}"), dtype), dtype)
+
+
+def test_strips_take_memory_that_is_linear_in_the_length():
+    """No array of a forward and backward pass is larger than a strip of the scores, or than the keys in float32."""
+    triton = pytest.importorskip("subquad.kernels.relative.triton")
+    heads = jax.ShapeDtypeStruct((1, 16384, 4, 64), jnp.bfloat16)
+    shapes = [heads] * 3 + [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((16384, 4, 64), (4, 64), (4, 64))]
+    run = lambda *args: relative.attention(*args, implementation="triton").astype(jnp.float32).sum()
+    with launch.recording():
+        jaxpr = jax.make_jaxpr(jax.grad(run, range(6)))(*shapes)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (x.aval.size * x.aval.dtype.itemsize for x in equation.outvars if hasattr(x.aval.dtype, "itemsize"))
+            yield from (size for inner in jaxprs_in_params(equation.params) for size in sizes(inner))
+
+    assert max(sizes(jaxpr.jaxpr)) <= 1.01 * triton.STRIP_BYTES < 4 * 16384**2 / 8
 
 
 @pytest.mark.interpret
