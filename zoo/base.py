@@ -15,11 +15,20 @@ from subquad.kernels import dispatch, patterns, softmax
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
 from subquad.zoo.cache import KVCache, append, places, poisoned
-from subquad.zoo.checks import check_call, check_causality, check_extend, check_rotary, check_sizes, refuse, require_extend
+from subquad.zoo.checks import (
+    check_call,
+    check_causality,
+    check_extend,
+    check_rotary,
+    check_sizes,
+    refuse,
+    require_extend,
+    unsupported,
+)
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.extending import attend_to_cache
 from subquad.zoo.positions import rotary
-from subquad.zoo.tokenwise import tokenwise
+from subquad.zoo.projection import Projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +83,7 @@ class Shell(TypedDict, total=False):
     implementation: dispatch.Implementation | None
 
 
-def options_of(layer: type) -> set[str]:
+def options_of(layer: type[Any]) -> set[str]:
     """The words that the constructor of a layer knows."""
     parameters = inspect.signature(layer.__init__).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
@@ -154,13 +163,12 @@ class Attention(nnx.Module):
         check_sizes(owner, num_heads=num_heads, in_features=in_features, num_kv_heads=num_kv_heads, qkv_features=qkv_features,
                     out_features=out_features, in_kv_features=in_kv_features)
         if in_kv_features != in_features and not self.supports.cross:
-            refuse(owner, "in_kv_features", in_kv_features, f"be in_features = {in_features} (no cross-attention)",
-                   "Leave it out, or use SoftmaxAttention.")
+            unsupported(owner, "in_kv_features", "it attends to its own input", "Leave it out, or use SoftmaxAttention.")
         if qkv_features % num_heads:
             refuse(owner, "num_heads", num_heads, f"divide qkv_features = {qkv_features}",
                    "Change one of them, or pass qkv_features.")
         if num_kv_heads != num_heads and not self.supports.grouped:
-            refuse(owner, "num_kv_heads", num_kv_heads, f"be num_heads = {num_heads}", "SoftmaxAttention has grouped heads.")
+            unsupported(owner, "num_kv_heads", "each of its heads has keys of its own", "SoftmaxAttention has grouped heads.")
         if num_heads % num_kv_heads:
             refuse(owner, "num_kv_heads", num_kv_heads, f"divide num_heads = {num_heads}", "Choose a divisor.")
         if rotary_base is not None:
@@ -175,7 +183,7 @@ class Attention(nnx.Module):
         self.dtype, self.param_dtype = dtype, param_dtype
 
         def linear(inputs, outputs, axis=-1):
-            return nnx.LinearGeneral(
+            return Projection(
                 inputs, outputs, axis=axis, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision,
                 kernel_init=kernel_init, bias_init=bias_init, rngs=rngs,
             )
@@ -220,13 +228,8 @@ class Attention(nnx.Module):
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads of checked inputs; None: of the inputs before it."""
-        if inputs_kv is None:
-            heads = lambda inputs: (self.query(inputs), self.key(inputs), self.value(inputs))
-            return tokenwise(heads, inputs_q, is_linear=True)
-        query = tokenwise(self.query, inputs_q, is_linear=True)
-        if inputs_v is None:
-            return query, *tokenwise(lambda inputs: (self.key(inputs), self.value(inputs)), inputs_kv, is_linear=True)
-        return query, tokenwise(self.key, inputs_kv, is_linear=True), tokenwise(self.value, inputs_v, is_linear=True)
+        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        return self.query(inputs_q), self.key(inputs_kv), self.value(inputs_kv if inputs_v is None else inputs_v)
 
     def __call__(
         self,
@@ -285,7 +288,7 @@ class Attention(nnx.Module):
             positions = extras.get("positions")
             heads = *self.rotate(*heads[:2], positions, positions), heads[2]
         heads = self.attend(*heads, mask, **extras, **draws)
-        outputs = tokenwise(self.out, heads, is_linear=True)
+        outputs = self.out(heads)
         return outputs if order is None or inputs_kv is not None else order.unpack(outputs)
 
     def extend(self, inputs: Float[Array, "B T D"], cache, *, mask: Bool[Array, "B 1 1 T"] | None = None):

@@ -111,10 +111,10 @@ def attention(
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError(f"{OWNER}: query_segment_ids and key_segment_ids must be given together. Pass both.")
     rows = {
-        "query_positions": row("query_positions", query_positions, batch, queries),
-        "key_positions": row("key_positions", key_positions, batch, keys),
-        "query_segment_ids": row("query_segment_ids", query_segment_ids, batch, queries),
-        "key_segment_ids": row("key_segment_ids", key_segment_ids, batch, keys),
+        "query_positions": row(OWNER, "query_positions", query_positions, batch, queries),
+        "key_positions": row(OWNER, "key_positions", key_positions, batch, keys),
+        "query_segment_ids": row(OWNER, "query_segment_ids", query_segment_ids, batch, queries),
+        "key_segment_ids": row(OWNER, "key_segment_ids", key_segment_ids, batch, keys),
     }
     for name, length in (("query_positions", queries), ("key_positions", keys)):
         rows[name] = np.arange(length, dtype=np.int32)[None] if rows[name] is None else rows[name]
@@ -196,15 +196,15 @@ def check_square(name: str, array, full: tuple[int, ...]) -> None:
         )
 
 
-def row(name: str, array, batch: int, length: int):
+def row(owner: str, name: str, array, batch: int, length: int):
     """Positions or segments as int32 [B|1, length]; NumPy arrays stay NumPy arrays, which marks them as known."""
     if array is None:
         return None
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{OWNER}: {name} must be integers, got {array.dtype}. Use {name}.astype(jnp.int32).")
+        raise TypeError(f"{owner}: {name} must be integers, got {array.dtype}. Use {name}.astype(jnp.int32).")
     if array.shape not in ((batch, length), (1, length)):
         raise ValueError(
-            f"{OWNER}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. "
+            f"{owner}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. "
             "Give every sample a row, or all samples one."
         )
     return array.astype(np.int32)

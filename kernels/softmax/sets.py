@@ -29,7 +29,7 @@ class KeySet(NamedTuple):
     """Keys that are attended to under a pattern. An operation has one set, or several that share no visible pair.
 
     With C columns, position t is row t // C of column t % C, and a query sees keys of its own column only. Then the positions
-    of `visible` are those of rows, there is no more of it than a mask of keys [B|1, 1, 1, S], and C divides T and S.
+    of `visible` are those of rows, a mask is one of keys [B|1, 1, 1, S], and C divides T and S.
     """
 
     pattern: Pattern | None
@@ -75,7 +75,7 @@ def one_by_one(attention):
             arrays, visible, columns = (query, keys[one.source], values[one.source]), one.visible, one.columns
             if columns > 1:
                 arrays = [rearrange(x, "b (r c) n h -> (b c) r n h", c=columns) for x in arrays]
-                visible = visible._replace(mask=mask_in_columns(visible.mask, len(query), columns))
+                visible = visible_in_columns(visible, len(query), columns)
             result = attention(*arrays, bias, visible, one.pattern, scale, **options)
             if columns > 1:
                 result = [rearrange(x, "(b c) r ... -> b (r c) ...", c=columns) for x in result]
@@ -85,9 +85,12 @@ def one_by_one(attention):
     return run
 
 
-def mask_in_columns(mask, batch: int, columns: int):
-    """A mask of keys [B|1, 1, 1, S] for the columns of each sample: [B C, 1, 1, S / C]."""
-    if mask is None:
-        return None
-    mask = mask.repeat(batch // len(mask), 0)
-    return rearrange(mask, "b 1 1 (r c) -> (b c) 1 1 r", c=columns)
+def visible_in_columns(visible: Visible, batch: int, columns: int) -> Visible:
+    """Segments and the mask of keys for the columns of each sample, [B C, ...]; positions are those of rows already."""
+
+    def split(array):
+        if array is None:
+            return None
+        return rearrange(array.repeat(batch // len(array), 0), "b ... (r c) -> (b c) ... r", c=columns)
+
+    return Visible(*visible[:2], *map(split, visible[2:]))

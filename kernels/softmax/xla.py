@@ -201,11 +201,14 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
     kv_heads, groups = key.shape[2], query.shape[2] // key.shape[2]
     (query_tile, key_tile), (query_count, key_count) = plan.tiles, plan.counts
 
-    def rows(array, tile, count):
+    def rows(array, side: int):
+        """[B|1, R] of rows, or [B|1, R C] of positions, as [i, b, t]."""
         if array is None:
             return None
-        array = pad(parts.share(plan.parts, array[:, :, None], part, None)[:, :, 0], 1, tile * count)
-        return rearrange(array, "b (i t) -> i b t", i=count)
+        by_column = array.shape[1] != plan.rows[side]
+        array = in_columns(plan, jnp.broadcast_to(array, (len(query), *array.shape[1:]))) if by_column else array[:, :, None]
+        array = pad(parts.share(plan.parts, array, part, None), 1, plan.tiles[side] * plan.counts[side])
+        return rearrange(array, "b (i t) c -> i (b c) t", i=plan.counts[side])
 
     def square(array):
         if array is None:
@@ -217,17 +220,15 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
 
     real, mask = None, visible.mask
     if plan.columns > 1 and mask is not None:
-        valid = in_columns(plan, jnp.broadcast_to(mask[:, 0, 0], key.shape[:2]))
-        valid = pad(parts.share(plan.parts, valid, part, None), 1, key_tile * key_count)
-        real, mask = rearrange(valid, "b (j s) c -> j (b c) s", s=key_tile), None
+        real, mask = rows(mask[:, 0, 0], 1), None
     elif key_tile * key_count > plan.rows[1]:
         real = jnp.asarray(np.arange(key_tile * key_count).reshape(key_count, 1, key_tile) < plan.rows[1])
     positions = [None if plan.pattern is None else jnp.asarray(x) for x in visible[:2]]
     in_tiles = Visible(
-        rows(positions[0], query_tile, query_count),
-        rows(positions[1], key_tile, key_count),
-        rows(visible.query_segment_ids, query_tile, query_count),
-        rows(visible.key_segment_ids, key_tile, key_count),
+        rows(positions[0], 0),
+        rows(positions[1], 1),
+        rows(visible.query_segment_ids, 0),
+        rows(visible.key_segment_ids, 1),
         square(mask),
     )
     head = 0

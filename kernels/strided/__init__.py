@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Int
 
 from subquad.kernels import checks, dispatch, softmax
-from subquad.kernels.axes import KeyMask, LogSumExp, Output, Query, Value
+from subquad.kernels.axes import KeyMask, LogSumExp, Output, Positions, Query, Value
 from subquad.kernels.patterns import CAUSAL, Band, Columns, Pattern, SameBlock, Strided
-from subquad.kernels.softmax import check_heads
+from subquad.kernels.softmax import check_heads, row
 from subquad.kernels.softmax.sets import KeySet, Visible
 
 __all__ = ["attention", "fixed"]
@@ -30,6 +30,7 @@ def attention(
     stride: int,
     window_size: int | None,
     mask: KeyMask | None = None,
+    segment_ids: Positions | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
@@ -48,6 +49,7 @@ def attention(
         window_size: keys near the query on each side, itself not counted. None: only every l-th key, itself included.
         mask: key padding, bool [B, 1, 1, T] or [1, 1, 1, T], True = attend. What padding holds reaches nothing, NaN
             included.
+        segment_ids: int, [B, T] or [1, T]: a query sees keys of its own segment only.
         is_causal: a query sees positions up to its own.
         scale: of the logits. None: 1 / sqrt(H).
         return_lse: also return the log-sum-exp.
@@ -55,7 +57,7 @@ def attention(
     Returns: [B, T, N, V] in the promoted dtype of query, key and value; with `return_lse` also [B, T, N] in float32,
         natural logarithm. A row that sees nothing gives 0 and -inf, and gradients of 0.
     Raises:
-        TypeError: a mask that is not boolean.
+        TypeError: a mask that is not boolean; segments that are not integers.
         ValueError: a shape that does not fit, a stride below 1, a negative window.
         NotImplementedError: an implementation that does not exist or declines.
     Numerics: operands keep their dtype; logits, softmax and sums are float32. Agrees with the reference to 1e-5
@@ -71,7 +73,7 @@ def attention(
     if window_size is not None and (not isinstance(window_size, numbers.Integral) or window_size < 0):
         raise ValueError(f"{owner}: window_size must be None or a number >= 0, got {window_size!r}. Count keys on each side.")
     check_stride(owner, "stride", stride)
-    check(owner, query, key, value, mask)
+    segments = check(owner, query, key, value, mask, segment_ids)
     key, value = checks.hide(mask, key, value)
     query = finite_padding(query, mask)
     length = query.shape[1]
@@ -79,17 +81,19 @@ def attention(
     stride, window = min(int(stride), length), None if window_size is None else min(int(window_size), length)
     if implementation == "reference":
         union = Strided(stride, window) & (CAUSAL if is_causal else None)
-        return attend(owner, query, (key,), (value,), [near(union, length, length, mask)], scale, return_lse, implementation)
+        sets = [near(union, length, length, mask, segments)]
+        return attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
     arrays = (query, key, value)
     if length % stride:
         arrays, mask = [whole_rows(x, stride) for x in arrays], whole_rows_of(mask, length, stride, is_causal)
+        segments = None if segments is None else whole_rows(segments, stride)
     query, key, value = arrays
     padded = query.shape[1]
-    sets = [] if window is None else [near(Band(window, 0 if is_causal else window), padded, padded, mask)]
+    sets = [] if window is None else [near(Band(window, 0 if is_causal else window), padded, padded, mask, segments)]
     gap = 0 if window is None else window // stride + 1  # rows to the first of the column that no window holds
     if gap * stride < length:
         far = Band(None, -gap) if is_causal else Band(None, -gap) | Band(-gap, None) if gap else None
-        sets.append(near(far, padded // stride, padded // stride, mask)._replace(columns=stride))
+        sets.append(near(far, padded // stride, padded // stride, mask, segments)._replace(columns=stride))
     result = attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
     return jax.tree.map(lambda x: x[:, :length], result)
 
@@ -103,6 +107,7 @@ def fixed(
     columns: Int[np.ndarray, "_ c"],
     own_block: bool = True,
     mask: KeyMask | None = None,
+    segment_ids: Positions | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
@@ -120,10 +125,10 @@ def fixed(
         block_size: l, in positions; the last block may be shorter.
         columns: NumPy int [N, c], or [1, c] for all heads: positions within a block, each at most once.
         own_block: False: only the columns.
-        mask, is_causal, scale, return_lse, implementation: see `attention`.
+        mask, segment_ids, is_causal, scale, return_lse, implementation: see `attention`.
     Returns: see `attention`.
     Raises:
-        TypeError: columns that are not a NumPy array of integers; a mask that is not boolean.
+        TypeError: columns that are not a NumPy array of integers; a mask that is not boolean; segments that are not integers.
         ValueError: a shape that does not fit, a block size below 1, a column that does not exist or is listed twice.
         NotImplementedError: an implementation that does not exist or declines.
     Numerics: see `attention`.
@@ -137,7 +142,7 @@ def fixed(
     owner = "strided.fixed"
     check_stride(owner, "block_size", block_size)
     check_columns(owner, columns, query.shape[2], block_size)
-    check(owner, query, key, value, mask)
+    segments = check(owner, query, key, value, mask, segment_ids)
     key, value = checks.hide(mask, key, value)
     query = finite_padding(query, mask)
     length, heads = query.shape[1:3]
@@ -148,10 +153,15 @@ def fixed(
     causal = CAUSAL if is_causal else None
     if implementation == "reference" or not own_block and not is_causal:
         union = SameBlock(size) | summaries if own_block else summaries
-        sets = [near(union & causal, length, length, mask)]
+        sets = [near(union & causal, length, length, mask, segments)]
         return attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
+    if segments is not None and len(columns) > 1:  # the segments of gathered keys would differ by head
+        options = dict(block_size=block_size, own_block=own_block, mask=mask, segment_ids=segments, is_causal=is_causal)
+        options |= dict(scale=scale, return_lse=return_lse, implementation=implementation)
+        one = lambda n: fixed(*(x[:, :, n : n + 1] for x in (query, key, value)), columns=columns[n : n + 1], **options)
+        return jax.tree.map(lambda *heads: jnp.concatenate(heads, 2), *map(one, range(heads)))
     own = SameBlock(size) if own_block else SameBlock(size) & summaries
-    sets, keys, values, count = [near(own & causal, length, length, mask)], (key,), (value,), -(-length // size)
+    sets, keys, values, count = [near(own & causal, length, length, mask, segments)], (key,), (value,), -(-length // size)
     if count > 1:
         # The summary columns of the other blocks, gathered; of the last one, which comes before no block, not if causal.
         blocks = np.arange(count - 1 if is_causal else count)
@@ -163,10 +173,12 @@ def fixed(
         hidden = None if exists.all() else jnp.asarray(exists)
         if mask is not None:
             hidden = exists & jnp.moveaxis(mask[:, 0, 0, np.minimum(places, length - 1)], 1, 2)[:, :, None]
-        other = near(BEFORE if is_causal else BEFORE | AFTER, length, len(places), hidden, source=1)
+        other = near(BEFORE if is_causal else BEFORE | AFTER, length, len(places), hidden, segments, source=1)
         number = lambda block: np.asarray(block, np.int32)[None]
         visible = other.visible._replace(
-            query_positions=number(np.arange(length) // size), key_positions=number(blocks.repeat(columns.shape[1]))
+            query_positions=number(np.arange(length) // size),
+            key_positions=number(blocks.repeat(columns.shape[1])),
+            key_segment_ids=None if segments is None else segments[:, index[0]],
         )
         sets.append(other._replace(visible=visible))
     return attend(owner, query, keys, values, sets, scale, return_lse, implementation)
@@ -178,10 +190,10 @@ def attend(owner: str, query, keys, values, sets, scale, return_lse: bool, imple
     return (out, sum(sums)) if return_lse else out
 
 
-def near(pattern: Pattern | None, queries: int, keys: int, mask, source: int = 0) -> KeySet:
+def near(pattern: Pattern | None, queries: int, keys: int, mask, segments, source: int = 0) -> KeySet:
     """Keys under a pattern of positions that count from 0."""
     positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
-    return KeySet(pattern, Visible(*positions, None, None, mask), source=source)
+    return KeySet(pattern, Visible(*positions, segments, segments, mask), source=source)
 
 
 def finite_padding(query, mask):
@@ -196,7 +208,7 @@ def finite_padding(query, mask):
 
 def whole_rows(array, size: int):
     """[B, T, ...] with zeros at the end up to a multiple of `size`."""
-    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % size), (0, 0), (0, 0)))
+    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % size), *[(0, 0)] * (array.ndim - 2)))
 
 
 def whole_rows_of(mask, length: int, size: int, is_causal: bool):
@@ -207,8 +219,8 @@ def whole_rows_of(mask, length: int, size: int, is_causal: bool):
     return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, -length % size)))
 
 
-def check(owner: str, query, key, value, mask) -> None:
-    """Refuses what does not fit together."""
+def check(owner: str, query, key, value, mask, segment_ids):
+    """Refuses what does not fit together; the segments as int32, or None."""
     check_heads(owner, query, key, value)
     if key.shape != query.shape:
         raise ValueError(f"{owner}: key must have the query's shape {query.shape}, got {key.shape}. Repeat grouped heads.")
@@ -220,6 +232,7 @@ def check(owner: str, query, key, value, mask) -> None:
             f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. "
             "Use softmax.attention for pairwise masks."
         )
+    return row(owner, "segment_ids", segment_ids, batch, length)
 
 
 def check_stride(owner: str, name: str, size) -> None:

@@ -7,8 +7,8 @@ from subquad.kernels import strided
 from subquad.kernels.specs import Spec, over_heads
 
 
-def drawing(batch=2, heads=2, features=16, values=16, padding=False):
-    """A `make`: query, key and value, and optionally a key mask with holes and one empty sample."""
+def drawing(batch=2, heads=2, features=16, values=16, padding=False, segments=False):
+    """A `make`: query, key and value, and optionally a key mask with holes and one empty sample, and segments."""
 
     def make(length, dtype, rng):
         wide = lambda size: jnp.asarray(rng.normal(size=(batch, length, heads, size)), dtype)
@@ -16,6 +16,8 @@ def drawing(batch=2, heads=2, features=16, values=16, padding=False):
         if padding:
             empty = np.arange(batch)[:, None, None, None] == 0
             arrays["mask"] = jnp.asarray((rng.random((batch, 1, 1, length)) < 0.7) & ~empty)
+        if segments:
+            arrays["segment_ids"] = jnp.asarray((rng.random((batch, length)) < 0.1).cumsum(1), jnp.int32)
         return arrays
 
     return make
@@ -75,6 +77,22 @@ SPECS = [
         drawing(1),
         calling(strided.fixed, block_size=16, columns=np.array([[3, 14, 15]]), own_block=False),
         lengths=SHORT,
+        bench_lengths=(),
+    ),
+    Spec(
+        "strided.attention",
+        "segments",
+        drawing(segments=True),
+        calling(strided.attention, stride=6, window_size=9),
+        lengths=(63,),
+        bench_lengths=(),
+    ),
+    Spec(
+        "strided.fixed",
+        "segments",
+        drawing(padding=True, segments=True),
+        calling(strided.fixed, block_size=12, columns=np.array([[10, 11], [0, 11]]), is_causal=True),
+        lengths=(63,),
         bench_lengths=(),
     ),
     Spec(

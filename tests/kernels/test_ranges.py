@@ -130,6 +130,23 @@ def test_products_are_followed_through_a_kernel():
     assert ranges.overflows(wide.replace("%2, %cst : tensor<64x1xi32>", "%3, %4 : tensor<64x1xi64>"), 2**30) == ()
 
 
+def test_what_was_added_to_a_start_is_known_when_the_start_is_taken_away():
+    code = """
+    %start = tt.load %words : !tt.ptr<i32>
+    %rows = tt.make_range {end = 64 : i32, start = 0 : i32} : tensor<64xi32>
+    %0 = tt.splat %start : i32 -> tensor<64xi32>
+    %1 = arith.addi %0, %rows : tensor<64xi32>
+    %2 = tt.expand_dims %1 {axis = 1 : i32} : tensor<64xi32> -> tensor<64x1xi32>
+    %3 = tt.splat %start : i32 -> tensor<64x1xi32>
+    %4 = arith.subi %2, %3 : tensor<64x1xi32>
+    %5 = tt.splat %stride : i32 -> tensor<64x1xi32>
+    %6 = arith.muli %4, %5 : tensor<64x1xi32>
+    """
+    assert ranges.overflows(code, 1) == ()
+    other = code.replace("%3 = tt.splat %start", "%3 = tt.splat %stride")
+    assert ranges.overflows(other, 1) == ("%6 = arith.muli %4, %5 : tensor<64x1xi32>",)
+
+
 @pytest.mark.parametrize(
     ("operation", "most"), [("divsi", 31), ("remsi", 63), ("minsi", 64), ("maxsi", 1999), ("subi", 1935), ("addi", 2063)]
 )

@@ -68,6 +68,22 @@ def test_key_padding_and_other_value_features(small_tiles, name):
     check(name, 29, mask=mask[1:2], batch=3, is_causal=True)
 
 
+@by_call
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_segments(small_tiles, name, is_causal, implementation):
+    """Not only runs: a segment's tokens may lie anywhere. 29 is no multiple of a stride or block."""
+    function, options = CALLS[name]
+    arrays, cotangents = draw(29, batch=2)
+    ids = jnp.asarray(np.random.default_rng(3).integers(0, 2, (2, 29)).cumsum(1) % 3)
+    mask = jnp.asarray(np.random.default_rng(4).random((2, 1, 1, 29)) < 0.8)
+    attend = lambda *arrays: function(
+        *arrays, **options, mask=mask, segment_ids=ids, is_causal=is_causal, return_lse=True, implementation=implementation
+    )
+    seen = jnp.asarray(by_hand(29, **options, is_causal=is_causal))[None] & mask & (ids[:, None, :, None] == ids[:, None, None])
+    dense.compare(dense.run(attend, arrays, cotangents), dense.formula(arrays, cotangents, mask=seen), "float32")
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_dtypes(dtype):
     check("strided", 100, dtype, is_causal=True)

@@ -79,6 +79,7 @@ DIRECTIONS = [
     if (case.supports.causal if is_causal else case.supports.bidirectional)
 ]
 CAUSAL = [name for name, is_causal in DIRECTIONS if is_causal]
+SEGMENTED = [(name, is_causal) for name, is_causal in DIRECTIONS if CASES[name].supports.segment_ids]
 EXTENDING = [name for name in CAUSAL if CASES[name].supports.extend]
 
 

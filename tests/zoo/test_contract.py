@@ -13,7 +13,7 @@ from flax import nnx
 from subquad import zoo
 from subquad.lra.bench import measure
 
-from .cases import CASES, CAUSAL, DIRECTIONS, EXTENDING, FEATURES, LONG, inputs, label
+from .cases import CASES, CAUSAL, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, inputs, label
 
 by_direction = pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 by_name = pytest.mark.parametrize("name", CASES)
@@ -436,7 +436,27 @@ def test_variable_paths_are_those_of_old_checkpoints():
     )
 
 
-# 11. Refusals.
+# 11. Segments.
+
+
+@pytest.mark.parametrize("name,is_causal", SEGMENTED, ids=label)
+def test_segments_do_not_reach_each_other(name, is_causal):
+    """Other tokens in one segment change nothing in the others, forward or backward; one segment is as none."""
+    layer = layer_of(name, is_causal)
+    ids = jnp.asarray([[2] * 6 + [0] * 10 + [1] * 7, [5] * 9 + [3] * 9 + [3] * 5])
+    other = inputs(LENGTH, seed=1)
+    run = jax.jit(lambda x, ids: layer(x, segment_ids=ids))
+    pull = jax.jit(jax.grad(lambda x, kept, ids: (jnp.where(kept, layer(x, segment_ids=ids), 0) * other).sum()))
+    x, is_middle = inputs(LENGTH), (ids == jnp.asarray([[0], [3]]))[..., None]
+    changed = jnp.where(is_middle, other, x)
+    before, after = run(x, ids), run(changed, ids)
+    close(jnp.where(is_middle, 0, after), jnp.where(is_middle, 0, before), name)
+    assert jnp.abs(jnp.where(is_middle, after - before, 0)).max() > 0.01
+    assert (jnp.where(is_middle, pull(x, ~is_middle, ids), 0) == 0).all()
+    close(run(x, jnp.zeros((2, LENGTH), int)), jitted(name, is_causal)(x), name)
+
+
+# 12. Refusals.
 
 
 def refused(name, argument, kind=ValueError):
@@ -456,9 +476,9 @@ def test_unsupported_requests_are_refused(name):
         with refused(name, "is_causal"):
             case.make(False)
     if not supports.cross:
-        with refused(name, "inputs_kv must be None"):
+        with refused(name, "does not support inputs_kv"):
             layer(x, inputs(5))
-        with refused(name, "inputs_kv must be None"):
+        with refused(name, "does not support inputs_kv"):
             layer(x, [1])
     if not supports.pairwise_mask:
         with refused(name, "mask"):

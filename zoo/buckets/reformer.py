@@ -13,7 +13,6 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, ReformerCache, append, poisoned, write
 from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.features import RandomFeature
-from subquad.zoo.tokenwise import tokenwise
 
 # Directions per round where the number of buckets follows the length: 2 x 64 buckets, enough for 64 chunks.
 MAX_ROTATIONS = 64
@@ -122,8 +121,8 @@ class ReformerAttention(Attention):
         return jax.random.normal(rngs.params(), shape, jnp.float32)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
-        query, value = tokenwise(lambda inputs: (self.query(inputs), self.value(inputs)), inputs_q, is_linear=True)
-        return query, query, value
+        query = self.query(inputs_q)
+        return query, query, self.value(inputs_q)
 
     def attend(self, query, key, value, mask):
         lengths = query.shape[1] if mask is None else jnp.broadcast_to(mask[:, 0, 0].sum(-1), query.shape[:1])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.kernels import softmax, strided
+from subquad.kernels import patterns, softmax, strided
 from subquad.kernels.dispatch import nearest
 from subquad.kernels.patterns import Band, Columns, Interleaved, SameBlock, Strided
 from subquad.zoo.base import Attention, Shell, Support
@@ -46,6 +46,7 @@ class StridedAttention(Attention):
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
+        segment_ids: [T] or [*B, T]; strides and blocks are counted from the start of the whole input.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; a head that sees nothing adds 0.
     Raises: ValueError: an unknown pattern; summary columns that are more than the stride, or any where the pattern is not
         "fixed"; one head to separate; a mask that is not key padding.
@@ -58,7 +59,7 @@ class StridedAttention(Attention):
     Source: Child et al., Generating Long Sequences with Sparse Transformers, 2019, arXiv 1904.10509.
     """
 
-    supports = Support(cost="T^1.5", is_pattern=True, rotary=True, attention_fn=True)
+    supports = Support(cost="T^1.5", is_pattern=True, segment_ids=True, rotary=True, attention_fn=True)
 
     def __init__(
         self,
@@ -90,6 +91,9 @@ class StridedAttention(Attention):
             refuse("StridedAttention", "num_heads", num_heads, "be at least 2 with heads='separate'", "Use 'merged'.")
         self.kind, self.heads, self.stride = pattern, heads, int(stride)
         self.num_summary, self.distinct_summary = int(num_summary), distinct_summary
+        near: patterns.Pattern
+        far: patterns.Pattern
+        both: patterns.Pattern
         if pattern == "strided":
             near, far, both = Band(self.stride, self.stride), Strided(self.stride, None), Strided(self.stride, self.stride)
         else:
@@ -105,18 +109,20 @@ class StridedAttention(Attention):
         turn = np.arange(heads) % (l // c) if self.distinct_summary else np.zeros(heads, int)
         return l - c * (turn[:, None] + 1) + np.arange(c)
 
-    def attend(self, query, key, value, mask):
+    def attend(self, query, key, value, mask, segment_ids=None):
         l, options = self.stride, dict(mask=mask, is_causal=self.is_causal, implementation=self.implementation)
+        segments = dict(query_segment_ids=segment_ids, key_segment_ids=segment_ids)
+        near_options, options = options | segments, options | dict(segment_ids=segment_ids)
         if self.kind == "strided":
             union = functools.partial(strided.attention, stride=l, window_size=l, **options)
-            near = functools.partial(softmax.attention, window_size=l, **options)
+            near = functools.partial(softmax.attention, window_size=l, **near_options)
             far = functools.partial(strided.attention, stride=l, window_size=None, **options)
         else:
             fixed = functools.partial(strided.fixed, block_size=l, **options)
             columns = lambda query: self._columns(query.shape[2] if self.distinct_summary else 1)
             union = lambda *arrays: fixed(*arrays, columns=columns(arrays[0]))
             far = lambda *arrays: fixed(*arrays, columns=columns(arrays[0]), own_block=False)
-            near = functools.partial(softmax.attention, pattern=SameBlock(l), **options)
+            near = functools.partial(softmax.attention, pattern=SameBlock(l), **near_options)
         if self.heads == "merged":
             return union(query, key, value)
         return self._separate(near, far, query, key, value)

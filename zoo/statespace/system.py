@@ -119,7 +119,8 @@ class StateSpace(nnx.Module):
         Diagonal systems run in chunks and make no kernel of length T; others convolve.
         """
         if self.mode == "dplr":
-            implementation = "reference" if self.implementation == "reference" else "xla"  # a long convolution has no others
+            # A long convolution has no others.
+            implementation: dispatch.Implementation = "reference" if self.implementation == "reference" else "xla"
             return convolution.convolve(inputs, *self.kernel(inputs.shape[1]), implementation=implementation)
         responses, *ahead = (
             self._scan(inputs, which, is_reversed=which == 1) for which in range(self.output_matrix[...].shape[0])
