@@ -87,7 +87,7 @@ def main() -> int:
                 for dtype in arguments.dtype:
                     for row in bench(spec, length, dtype, arguments):
                         row |= rating(row, bandwidth, rates[dtype])
-                        row |= dict(threads=threads, device=jax.default_backend(), finished_utc=machine.now())
+                        row |= dict(threads=threads, device=jax.default_backend(), finished_utc=machine.utc_now())
                         row |= machine.environment() | dict(processor=machine.processor())
                         rows.append({name: row.get(name) for name in FIELDS})
                         csv_rows.write_rows(arguments.out, FIELDS, rows[-1:], KEY)
