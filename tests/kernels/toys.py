@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch
+from subquad.kernels.operation import folding
 
 
 @triton.jit
@@ -96,7 +97,8 @@ def multiply(mode, scale=0.5, bias=None, block=64):
         )
         return out
 
-    return launch.fold_vmap(run)
+    folded = folding(lambda *arrays: (run(*arrays),), (True, True), lambda: (True,), ({0}, {1}))
+    return lambda x, y: folded(x, y)[0]
 
 
 def shift(mode, x, by=0, write_input=False, out=None, aliases=None, **names):
