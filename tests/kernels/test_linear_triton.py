@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from subquad.kernels import launch, specs
+from subquad.kernels import launch, specs, tuning
 
 pytestmark = pytest.mark.interpret
 
@@ -19,7 +19,7 @@ def small_blocks(monkeypatch):
     from subquad.kernels.linear import triton
 
     whole = triton.plan_of
-    monkeypatch.setattr(triton, "heuristic", lambda *_: launch.Config(dict(BLOCK_W=16, BLOCK_C=16)))
+    monkeypatch.setattr(triton, "heuristic", lambda *_: tuning.Config(dict(BLOCK_W=16, BLOCK_C=16)))
     monkeypatch.setattr(triton, "plan_of", lambda *args, **options: dataclasses.replace(whole(*args, **options), chunk=16))
 
 

@@ -7,7 +7,7 @@ import pytest
 from einops import rearrange
 from jax.extend.core import jaxprs_in_params
 
-from subquad.kernels import launch, relative, specs
+from subquad.kernels import gpu, launch, relative, specs
 from subquad.kernels.relative import xla
 from tests import oracle
 from tests.kernels import test_aot
@@ -113,7 +113,7 @@ def test_segments_are_a_mask(implementation, batch, monkeypatch):
     cotangent = jax.random.normal(jax.random.key(2), (2, T, 3, 5))
     options = dict(query_segment_ids=segments[:, M:], key_segment_ids=segments)
     for mask, both in ((None, same), (padding, same & padding)):
-        with launch.apart():
+        with gpu.apart():
             actual = loss_of(implementation, mask, cotangent, **options)(*args)
             expected = loss_of("reference", both, cotangent)(*args)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), actual, expected)
@@ -303,7 +303,7 @@ def test_parts_of_the_batch(monkeypatch):
         for parts in (1, 2):
             plan = xla.Plan(parts, 8, 16, M, T, T + M)
             monkeypatch.setattr(xla, "choose_plan", lambda *_, plan=plan: plan)
-            with launch.apart():
+            with gpu.apart():
                 results.append(loss_of("xla", mask, cotangent)(*args))
         for one, two in zip(*map(jax.tree.leaves, results), strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5, err_msg=kind)
