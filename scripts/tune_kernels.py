@@ -60,7 +60,7 @@ def requests_of(spec, dtype, length, target="sm_90") -> dict[tuning.Request, tun
 def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
     """Whether the configuration is launched as it stands, and all that is launched because of it compiles and fits the target.
 
-    An operation may cut blocks down to a short axis, or take those of another kernel: then this is no candidate.
+    An operation may cut blocks down to a short axis: then this is no candidate.
     """
     with tuning.trying({request: heuristic}):
         usual = specs.launches(spec, dtype, length, target=target)

@@ -286,8 +286,8 @@ def test_what_was_traced_for_another_target_is_not_reused(toys):
 
 def test_a_gpu_beside_the_default_device_is_not_traced_for(monkeypatch):
     """`jax.default_device` on a machine with a GPU: what runs on the CPU must not be lowered to its kernels."""
-    gpu, cpus = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200"), jax.devices("cpu")
-    monkeypatch.setattr(jax, "devices", lambda backend=None: cpus if backend == "cpu" else [gpu])
+    fake, cpus = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200"), jax.devices("cpu")
+    monkeypatch.setattr(jax, "devices", lambda backend=None: cpus if backend == "cpu" else [fake])
     assert gpu.capability() == 90 and gpu.device_kind() == "nvidia-h200"
     seen = []
     function = jax.jit(lambda x: seen.append(gpu.capability()) or 2 * x)

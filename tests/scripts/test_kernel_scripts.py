@@ -87,16 +87,6 @@ def test_blocks_that_an_operation_adds_hide_no_spills(tuner):
 
 
 @pytest.mark.aot
-def test_a_kernel_with_the_blocks_of_another_has_only_warps_to_choose(tuner, monkeypatch):
-    """The backward scan starts from states that the forward scan saved, so its chunks are those."""
-    case, request, heuristic = asked(tuner, "ssm.diagonal_scan/complex", "scan_backward", 1024)
-    monkeypatch.setattr(tuner.machine_code, "compile", lambda one, target: types.SimpleNamespace(fits=True))
-    other = dataclasses.replace(heuristic, blocks={name: 2 * size for name, size in heuristic.blocks.items()})
-    assert not tuner.fits(*case, "sm_90", request, other, heuristic)
-    assert tuner.fits(*case, "sm_90", request, dataclasses.replace(heuristic, num_warps=8), heuristic)
-
-
-@pytest.mark.aot
 def test_the_size_of_a_matrix_is_no_candidate(tuner):
     """A smaller block would balance a part of the matrix only, in less time."""
     case, request, heuristic = asked(tuner, "matrix.sinkhorn/plain", "matrix.sinkhorn_forward", 40)
