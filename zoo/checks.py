@@ -77,6 +77,11 @@ def refuse(owner: str, argument: str, value, condition: str, instead: str) -> No
     raise ValueError(f"{owner}: {argument} must {condition}, got {value}. {instead}")
 
 
+def unsupported(owner: str, request: str, reason: str, instead: str) -> NoReturn:
+    """Raises the error for something that this layer does not do, whatever the value."""
+    raise ValueError(f"{owner} does not support {request}: {reason}. {instead}")
+
+
 def check_sizes(owner: str, **sizes: int) -> None:
     """Refuses sizes that are no positive integers."""
     for name, size in sizes.items():
@@ -104,9 +109,8 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
         if inputs is None:
             continue
         if not supports.cross:
-            refuse(owner, name, getattr(inputs, "shape", type(inputs).__name__),
-                   "be None (this layer attends to its own input)",
-                   "Use SoftmaxAttention or PerformerAttention for cross-attention.")
+            unsupported(owner, name, "it attends to its own input",
+                        "Use SoftmaxAttention or PerformerAttention for cross-attention.")
         check_features(owner, name, inputs, kv_features)
         if inputs.shape[:-2] != batch:
             refuse(owner, name, inputs.shape, f"have the batch axes {batch} of inputs_q", "Broadcast it first.")
@@ -119,7 +123,8 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
         if value is None:
             continue
         if not getattr(supports, name):
-            refuse(owner, name, "an array", "be None (this layer cannot honour it)", "SoftmaxAttention does.")
+            reason = supports.mixes_all if name == "segment_ids" else "it counts them itself"
+            unsupported(owner, name, reason or "its tokens are mixed whatever their segment", "SoftmaxAttention does.")
         if inputs_kv is not None:
             refuse(owner, name, "an array", "be None in cross-attention", "Pass a mask instead.")
         if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
@@ -175,8 +180,8 @@ def require_extend(layer, **sizes: int) -> None:
     """Refuses `init_cache` and `extend` where the layer has none or was built bidirectional, and sizes of a cache below 1."""
     owner = type(layer).__name__
     if not layer.supports.extend:
-        refuse(owner, "extend", "a call", "not be used (the paper's mechanism looks at the whole sequence)",
-               "Use a layer whose supports.extend is True, such as PerformerAttention.")
+        unsupported(owner, "extend", "the paper's mechanism looks at the whole sequence",
+                    "Use a layer whose supports.extend is True, such as PerformerAttention.")
     if not layer.is_causal:
         refuse(owner, "is_causal", False, "be True for init_cache and extend", "Construct the layer with is_causal=True.")
     check_sizes(owner, **sizes)
@@ -185,8 +190,8 @@ def require_extend(layer, **sizes: int) -> None:
 def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -> None:
     """Refuses a rotation that the layer does not have, or that its heads cannot take."""
     if not supports.rotary:
-        refuse(owner, "rotary_base", rotary_base, "be None (its scores are not of one query and one key each)",
-               "Use SoftmaxAttention, LocalAttention, BlockwiseAttention or StridedAttention.")
+        unsupported(owner, "rotary_base", "its scores are not of one query and one key each, or know positions already",
+                    "Use SoftmaxAttention, LocalAttention, BlockwiseAttention, StridedAttention or LinformerAttention.")
     if head_features % 2:
         refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",
                "Choose qkv_features / num_heads even.")
@@ -197,8 +202,8 @@ def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -
 def check_causality(owner: str, supports, is_causal: bool) -> None:
     """Refuses a direction that the layer does not have."""
     if is_causal and not supports.causal:
-        refuse(owner, "is_causal", True, "be False (the paper's mechanism mixes all positions)",
-               "Use a layer whose supports.causal is True, such as PerformerAttention.")
+        unsupported(owner, "is_causal=True", "the paper's mechanism mixes all positions",
+                    "Use a layer whose supports.causal is True, such as PerformerAttention.")
     if not is_causal and not supports.bidirectional:
-        refuse(owner, "is_causal", False, "be True (the paper's mechanism is causal)",
-               "Use a layer whose supports.bidirectional is True, such as SoftmaxAttention.")
+        unsupported(owner, "is_causal=False", "the paper's mechanism is causal",
+                    "Use a layer whose supports.bidirectional is True, such as SoftmaxAttention.")

@@ -4,7 +4,7 @@
 
         T, S        lengths of queries and keys
         ROWS        rows of blocks per head: a program computes one
-        TOGETHER    heads whose programs run side by side
+        GROUP       programs of the heads that run side by side
 
     WORK(rank, b, n, operands, OPTIONS)             which blocks: (block of the row, number of partial blocks, number of full
                                                     blocks, list); rank counts the rows of head n of sample b
@@ -17,6 +17,8 @@
                                                     multiplied by SHAPE.FACTOR; query_start is the first of q
     VISIBLE(b, n, query_start, q, k, operands, SHAPE, OPTIONS)
                                                     which query may see which key, in a partial block
+    STORE(grad_logits, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
+                                                    what becomes of the gradient of these logits; may be None
 
 q and k are indices on two axes, [t, 1] and [1, s], or [1, t] and [s, 1] in the pass over keys. Only partial blocks are
 masked, and only they may stick out of the arrays.
@@ -63,7 +65,7 @@ def forward(
 ):  # fmt: skip
     """One block of queries of one head: out [B, T, N, V], and lse [B, N, T] in base 2."""
     T, S = operands.T, operands.S
-    rank, b, n = this_program(operands.ROWS, operands.TOGETHER, SHAPE.HEADS)
+    rank, b, n = this_program(operands.ROWS, operands.GROUP, SHAPE.HEADS)
     query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
     query_start = query_block * BLOCK_Q
     key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
@@ -106,6 +108,7 @@ def backward_query(
     query, key, value, lse, delta, grad_out, grad_query, operands,
     WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
     VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    STORE: tl.constexpr = None,
 ):  # fmt: skip
     """The gradient of one block of queries of one head.
 
@@ -114,7 +117,7 @@ def backward_query(
     lse is in base 2, and +inf for rows that see nothing.
     """
     T, S = operands.T, operands.S
-    rank, b, n = this_program(operands.ROWS, operands.TOGETHER, SHAPE.HEADS)
+    rank, b, n = this_program(operands.ROWS, operands.GROUP, SHAPE.HEADS)
     query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
     query_start = query_block * BLOCK_Q
     key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
@@ -146,6 +149,8 @@ def backward_query(
                 weights = tl.where(VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), weights, 0.0)
             grad_weights = tl.dot(grads, tl.trans(values), input_precision=SHAPE.PRECISION)
             grad_logits = weights * (grad_weights - delta_i[:, None])
+            if STORE is not None:
+                STORE(grad_logits, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
             acc = tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision=SHAPE.PRECISION)
     grad_query = head_of(grad_query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, False)
     scale = SHAPE.SCALE * 0.6931471805599453
@@ -166,7 +171,7 @@ def backward_key(
     """
     GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
     T, S = operands.T, operands.S
-    rank, b, key_head = this_program(operands.ROWS, operands.TOGETHER, SHAPE.KEY_HEADS)
+    rank, b, key_head = this_program(operands.ROWS, operands.GROUP, SHAPE.KEY_HEADS)
     key_start = WORK(rank, b, key_head * GROUPS, operands, OPTIONS)[0] * BLOCK_K
     key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
     value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
@@ -232,12 +237,12 @@ def weights_of(logits, lse_i, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def this_program(ROWS, TOGETHER, HEADS: tl.constexpr):
-    """(rank of the row, sample, head) of this program: TOGETHER heads share the cache, their longest rows come first."""
+def this_program(ROWS, GROUP, HEADS: tl.constexpr):
+    """(rank of the row, sample, head) of this program: the heads of a group share the cache, their longest rows come first."""
     program = tl.program_id(0)
-    place = program % (ROWS * TOGETHER)
-    head = (program // (ROWS * TOGETHER)) * TOGETHER + place % TOGETHER
-    return place // TOGETHER, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
+    place, heads = program % GROUP, GROUP // ROWS
+    head = (program - place) // ROWS + place % heads
+    return place // heads, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
 
 
 @triton.jit

@@ -143,8 +143,8 @@ class Operands(NamedTuple):
     T: Any
     S: Any
     ROWS: Any
-    TOGETHER: Any
-    since: Any  # the first round whose keys count no more in this one
+    GROUP: Any
+    since: Any  # what was in reach in a round from this one on, and before `round`, counted there
     round: Any
     order: Any  # [B, N, R, T], of `xla.sort`
     codes: Any  # [B, N, T, R], of `xla.at_their_places`; of extend the queries' buckets [B, R, T, N]
@@ -289,9 +289,9 @@ def lsh_forward(
     query, key, value, words, order, codes, key_buckets, starts, out, lse,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """FUNCTIONS: SORTED or CACHED. `words`: T, S, ROWS, TOGETHER, since, round."""
-    T, S, ROWS, TOGETHER, since, r = load_words(words)
-    operands = Operands(T, S, ROWS, TOGETHER, since, r, order, codes, key_buckets, starts)
+    """FUNCTIONS: SORTED or CACHED. `words`: T, S, ROWS, GROUP, since, round."""
+    T, S, ROWS, GROUP, since, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
     forward(
         query, key, value, out, lse, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2], FUNCTIONS[3], FUNCTIONS[4],
         FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -303,8 +303,8 @@ def lsh_backward_query(
     query, key, value, words, order, codes, key_buckets, starts, lse, delta, grad_out, grad_query,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, since, r = load_words(words)
-    operands = Operands(T, S, ROWS, TOGETHER, since, r, order, codes, key_buckets, starts)
+    T, S, ROWS, GROUP, since, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
     backward_query(
         query, key, value, lse, delta, grad_out, grad_query, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2], FUNCTIONS[3],
         FUNCTIONS[4], FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -316,8 +316,8 @@ def lsh_backward_key(
     query, key, value, words, order, codes, key_buckets, starts, lse, delta, grad_out, grad_key, grad_value,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, since, r = load_words(words)
-    operands = Operands(T, S, ROWS, TOGETHER, since, r, order, codes, key_buckets, starts)
+    T, S, ROWS, GROUP, since, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
     backward_key(
         query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2],
         FUNCTIONS[3], FUNCTIONS[4], FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -347,7 +347,7 @@ def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs:
         False, False,
     )  # fmt: skip
     options = options._replace(OWN=sizes[transposed], OTHER=sizes[not transposed], TRANSPOSED=transposed)
-    arrays["words"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, 1, since, round_)])
+    arrays["words"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, rows, since, round_)])
     return launch.call(
         kernel,
         {name: arrays[name] for name in kernel.arg_names if name in arrays},

@@ -113,15 +113,20 @@ class StateSpace(nnx.Module):
         coefficients = output_matrix * input_matrix * scale
         return ssm.diagonal_kernel(log_decay, coefficients, length, implementation=self.implementation)
 
-    def respond(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def respond(
+        self, inputs: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
         """C x of every token: through the first C from the past, through the second from the tokens after the present one.
 
-        Diagonal systems run in chunks and make no kernel of length T; others convolve.
+        Diagonal systems run in chunks and make no kernel of length T; others convolve, and so does what has segments.
         """
-        if self.mode == "dplr":
+        if self.mode == "dplr" or segment_ids is not None:
             # A long convolution has no others.
             implementation: dispatch.Implementation = "reference" if self.implementation == "reference" else "xla"
-            return convolution.convolve(inputs, *self.kernel(inputs.shape[1]), implementation=implementation)
+            past, *ahead = self.kernel(inputs.shape[1])
+            return convolution.convolve(
+                inputs, past, ahead[0] if ahead else None, segment_ids, implementation=implementation
+            )
         responses, *ahead = (
             self._scan(inputs, which, is_reversed=which == 1) for which in range(self.output_matrix[...].shape[0])
         )
