@@ -12,7 +12,8 @@ _CONSTANT = re.compile(r"(?:dense<)?(-?\d+)>? :")
 _MADE = re.compile(r"\{end = (\d+) : i32, start = (\d+) : i32\}")
 _ARGUMENT = re.compile(r"%([^\s:=,()]+)(?: =|:)")  # of a loop or of a reduction: known from outside, by another name
 _NARROW = re.compile(r"(?:\bi32|xi32>)(?: loc\(.*)?$")
-_SAME = ("extsi", "extui", "trunci", "splat", "broadcast", "expand_dims", "reshape", "trans")
+_SHAPES = ("splat", "broadcast", "expand_dims", "reshape", "trans")
+_SAME = ("extsi", "extui", "trunci", *_SHAPES)
 
 
 def overflows(code: str, programs: int) -> tuple[str, ...]:
@@ -22,7 +23,7 @@ def overflows(code: str, programs: int) -> tuple[str, ...]:
         code: of one kernel.
         programs: how many are launched.
     """
-    ranges, found = {}, []
+    ranges, sums, found = {}, {}, []
     for line in map(str.strip, code.splitlines()):
         if loop := _LOOP.search(line):
             index, first, end = (ranges.get(name, (-LONGEST, LONGEST)) for name in loop.groups())
@@ -37,14 +38,35 @@ def overflows(code: str, programs: int) -> tuple[str, ...]:
             continue
         name, operation, rest = definition.groups()
         ranges.pop(name, None)  # another region's
-        known = [ranges.get(x, (-LONGEST, LONGEST)) for x in re.findall(r"%([^\s,:]+)", rest)]
-        if (interval := _interval(operation, known, rest, programs)) is None:
+        operands = re.findall(r"%([^\s,:]+)", rest)
+        known = [ranges.get(x, (-LONGEST, LONGEST)) for x in operands]
+        sums[name], difference = _sum(operation, operands, known, sums)
+        if (interval := difference or _interval(operation, known, rest, programs)) is None:
             continue
         if _NARROW.search(line) and not INT32[0] <= interval[0] <= interval[1] <= INT32[1]:
             found.append(re.sub(r" loc\(.*", "", line))
             continue
         ranges[name] = interval
     return tuple(found)
+
+
+def _sum(operation: str, operands: list[str], known: list[tuple[int, int]], sums: dict):
+    """A result as (a scalar, the range of what was added to it) or None; and the range of a difference of two such sums.
+
+    What is read from the start of a block is `start + offset - start`.
+    """
+    parts = [sums.get(x) for x in operands]
+    if operation == "splat":
+        return (operands[0], (0, 0)), None
+    if operation in _SHAPES:
+        return parts[0], None
+    if operation == "addi" and any(parts):
+        (scalar, a), b = (parts[0], known[1]) if parts[0] else (parts[1], known[0])
+        return (scalar, (a[0] + b[0], a[1] + b[1])), None
+    if operation == "subi" and all(parts) and parts[0][0] == parts[1][0]:
+        (_, a), (_, b) = parts
+        return None, (a[0] - b[1], a[1] - b[0])
+    return None, None
 
 
 def _interval(operation: str, known: list[tuple[int, int]], rest: str, programs: int) -> tuple[int, int] | None:

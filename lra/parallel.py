@@ -17,8 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.files import RunError
-from subquad.lra.files import one_line as line
+from subquad.lra.files import RunError, one_line
 
 # The mesh's only axis: examples of a batch, and with "zero" a part of every large array of the training state.
 AXIS = "data"
@@ -79,7 +78,7 @@ def _check_coordinator(host: str, port: int, listens: bool) -> None:
             if listens or time.monotonic() > ends:
                 wanted = "have a free port" if listens else f"be reached within {PATIENCE} s"
                 raise RunError(
-                    f"start: coordinator must {wanted}, got {host}:{port}, {line(error)}. Check the address, the port, and "
+                    f"start: coordinator must {wanted}, got {host}:{port}, {one_line(error)}. Check the address, the port, and "
                     "that process 0 was started on that host."
                 ) from error
         time.sleep(0.2)
@@ -90,7 +89,7 @@ def _join(**words) -> None:
         jax.distributed.initialize(**words, initialization_timeout=PATIENCE)
     except RuntimeError as error:
         raise RunError(
-            f"start: processes must find each other before anything is computed, got {line(error)}. "
+            f"start: processes must find each other before anything is computed, got {one_line(error)}. "
             "Check that all of them were started."
         ) from error
 
@@ -211,16 +210,6 @@ def compile(function: Callable, arguments: tuple, mesh: Mesh | None, shard: Shar
     if mesh is not None:
         words["out_shardings"] = shardings(jax.eval_shape(function, *arguments), mesh, shard)
     return jax.jit(function, **words).lower(*arguments).compile()
-
-
-def hardware(described: str, mesh: Mesh | None) -> str:
-    """The devices that a run used, in words; `described`: the machine."""
-    count = 1 if mesh is None else mesh.size
-    if jax.default_backend() != "cpu":
-        return f"{count} x {jax.devices()[0].device_kind}"
-    if mesh is None:
-        return described
-    return f"{described}, as {count} devices" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
 
 
 def any_process(flag: bool) -> bool:

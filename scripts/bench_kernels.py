@@ -19,10 +19,11 @@ import jax
 
 from subquad.kernels import dispatch, gate, specs
 from subquad.kernels.launch import FLOATS
+from subquad.lra import machine
 from subquad.lra.bench import measure, timing
 from subquad.lra.cli import commands
 from subquad.lra.files import one_line
-from subquad.lra.report import csv_rows, results, text_tables
+from subquad.lra.report import csv_rows, text_tables
 
 DIRECTIONS = ("forward", "both")
 KEY = ("spec", "implementation", "device", "length", "dtype", "direction", "threads")
@@ -46,14 +47,13 @@ def parse():
     parser.add_argument("--length", nargs="+", type=int, default=None, help="default: those of each shape")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=FLOATS, help="default: float32")
     parser.add_argument("--direction", nargs="+", default=DIRECTIONS, choices=DIRECTIONS, help="both: with the backward pass")
-    parser.add_argument("--repeats", type=int, default=None, help="timed calls of each; default: what 2 seconds allow, 2 to 50")
+    repeats = "timed calls of each; default: what 2 seconds allow, 2 to 50"
+    parser.add_argument("--repeats", type=commands.number(int, 1), default=None, help=repeats)
     parser.add_argument("--threads", type=int, default=None, help="default: all processors")
     parser.add_argument("--out", default="runs/bench/kernels.csv", help="CSV, with a plot beside it; default: %(default)s")
     arguments = parser.parse_args()
     for name in arguments.implementation or ():
         dispatch.check_name("--implementation", name)
-    if arguments.repeats is not None and arguments.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {arguments.repeats}. Leave it out.")
     return arguments
 
 
@@ -87,15 +87,15 @@ def main() -> int:
                 for dtype in arguments.dtype:
                     for row in bench(spec, length, dtype, arguments):
                         row |= rating(row, bandwidth, rates[dtype])
-                        row |= dict(threads=threads, device=jax.default_backend(), finished_utc=results.now())
-                        row |= results.environment() | dict(processor=results.processor())
+                        row |= dict(threads=threads, device=jax.default_backend(), finished_utc=machine.now())
+                        row |= machine.environment() | dict(processor=machine.processor())
                         rows.append({name: row.get(name) for name in FIELDS})
                         csv_rows.write_rows(arguments.out, FIELDS, rows[-1:], KEY)
                         print(f"{spec.name}, T = {length}, {row['implementation']}: {row['status']}", file=sys.stderr)
     finally:
         if rows:
             show(rows)
-            print(f"{results.environment()['hardware']}; rows in {arguments.out}.")
+            print(f"{machine.hardware()}; rows in {arguments.out}.")
     draw(arguments.out)
     return commands.FAILED if any(row["status"].startswith("failed") for row in rows) else 0
 

@@ -27,8 +27,15 @@ ensure_venv() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" ||
       fail "the installation into $venv failed; see above. Run again when it is cured, or remove $venv to start over."
     if [ "$extra" = test ]; then ensure_cuda_lowering; fi
+    link_folders "$venv/editable/subquad"
     touch "$stamp"
   fi
+}
+
+# The import root as editors and type checkers want to find it (see pyproject.toml): links to this checkout's folders.
+link_folders() {
+  mkdir -p "$1"
+  ln -sfn "$PWD"/subquad/* "$PWD/kernels" "$PWD/lra" "$PWD/zoo" "$1/"
 }
 
 # jax-triton lowers for CUDA, without a GPU, where JAX's CUDA plugin is installed; CUDA itself is not needed. No extra can ask

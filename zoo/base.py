@@ -16,11 +16,20 @@ from subquad.kernels import dispatch, patterns, softmax
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
 from subquad.zoo.cache import KVCache, append, places, poisoned
-from subquad.zoo.checks import check_call, check_causality, check_extend, check_rotary, check_sizes, refuse, require_extend
+from subquad.zoo.checks import (
+    check_call,
+    check_causality,
+    check_extend,
+    check_rotary,
+    check_sizes,
+    refuse,
+    require_extend,
+    unsupported,
+)
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.extending import attend_to_cache
 from subquad.zoo.positions import rotary
-from subquad.zoo.tokenwise import tokenwise
+from subquad.zoo.projection import Projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Shell(TypedDict, total=False):
     implementation: dispatch.Implementation | None
 
 
-def options_of(layer: type) -> set[str]:
+def options_of(layer: type[Any]) -> set[str]:
     """The words that the constructor of a layer knows."""
     parameters = inspect.signature(layer.__init__).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
@@ -163,13 +172,12 @@ class Attention(nnx.Module):
         check_sizes(owner, num_heads=num_heads, in_features=in_features, num_kv_heads=num_kv_heads, qkv_features=qkv_features,
                     out_features=out_features, in_kv_features=in_kv_features)
         if in_kv_features != in_features and not self.supports.cross:
-            refuse(owner, "in_kv_features", in_kv_features, f"be in_features = {in_features} (no cross-attention)",
-                   "Leave it out, or use SoftmaxAttention.")
+            unsupported(owner, "in_kv_features", "it attends to its own input", "Leave it out, or use SoftmaxAttention.")
         if qkv_features % num_heads:
             refuse(owner, "num_heads", num_heads, f"divide qkv_features = {qkv_features}",
                    "Change one of them, or pass qkv_features.")
         if num_kv_heads != num_heads and not self.supports.grouped:
-            refuse(owner, "num_kv_heads", num_kv_heads, f"be num_heads = {num_heads}", "SoftmaxAttention has grouped heads.")
+            unsupported(owner, "num_kv_heads", "each of its heads has keys of its own", "SoftmaxAttention has grouped heads.")
         if num_heads % num_kv_heads:
             refuse(owner, "num_kv_heads", num_kv_heads, f"divide num_heads = {num_heads}", "Choose a divisor.")
         if rotary_base is not None:
@@ -184,7 +192,7 @@ class Attention(nnx.Module):
         self.dtype, self.param_dtype = dtype, param_dtype
 
         def linear(inputs, outputs, axis=-1):
-            return nnx.LinearGeneral(
+            return Projection(
                 inputs, outputs, axis=axis, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision,
                 kernel_init=kernel_init, bias_init=bias_init, rngs=rngs,
             )
@@ -213,7 +221,7 @@ class Attention(nnx.Module):
         at = (jnp.arange(x.shape[1])[None] if positions is None else positions for x, positions in given)
         return tuple(rotary(x, positions, self.rotary_base) for x, positions in zip((query, key), at, strict=True))
 
-    def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Array]:
+    def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
         """The keys of a call's random draws, by their words in `attend`; none where a layer draws nothing in a call."""
         return {}
 
@@ -229,13 +237,8 @@ class Attention(nnx.Module):
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads of checked inputs; None: of the inputs before it."""
-        if inputs_kv is None:
-            heads = lambda inputs: (self.query(inputs), self.key(inputs), self.value(inputs))
-            return tokenwise(heads, inputs_q, is_linear=True)
-        query = tokenwise(self.query, inputs_q, is_linear=True)
-        if inputs_v is None:
-            return query, *tokenwise(lambda inputs: (self.key(inputs), self.value(inputs)), inputs_kv, is_linear=True)
-        return query, tokenwise(self.key, inputs_kv, is_linear=True), tokenwise(self.value, inputs_v, is_linear=True)
+        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        return self.query(inputs_q), self.key(inputs_kv), self.value(inputs_kv if inputs_v is None else inputs_v)
 
     def __call__(
         self,
@@ -275,8 +278,8 @@ class Attention(nnx.Module):
         draws, mix = self.draws(deterministic, rngs), self._mix
         if sow_weights:
             if not self.supports.weights:
-                refuse(type(self).__name__, "sow_weights", True, "be False (its weights are never stored)",
-                       "Use layer.pattern to see which keys count, or SoftmaxAttention.")
+                unsupported(type(self).__name__, "sow_weights", "its weights are never stored",
+                            "Use layer.pattern to see which keys count, or SoftmaxAttention.")
             # Not compiled by itself: what is sown would stay inside.
             mix = functools.partial(self._mix.__wrapped__, self)
             draws["sow"] = functools.partial(sow, self, call.batch)
@@ -307,7 +310,7 @@ class Attention(nnx.Module):
             positions = extras.get("positions")
             heads = *self.rotate(*heads[:2], positions, positions), heads[2]
         heads = self.attend(*heads, mask, **extras, **draws)
-        outputs = tokenwise(self.out, heads, is_linear=True)
+        outputs = self.out(heads)
         return outputs if order is None or inputs_kv is not None else order.unpack(outputs)
 
     def extend(self, inputs: Float[Array, "B T D"], cache, *, mask: Bool[Array, "B 1 1 T"] | None = None):

@@ -64,7 +64,7 @@ class Block(nnx.Module):
         if out_features != in_features:
             refuse("Block", "mixer", f"out_features = {out_features}", f"have out_features = in_features = {in_features}",
                    "Leave out_features out of its options.")
-        self.mixer = mixer
+        self.mixer: Any = mixer  # of the user's, too, who need not write `extend`
         self.mixer_norm = nnx.LayerNorm(in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.has_mlp = mlp_features > 0
         if self.has_mlp:

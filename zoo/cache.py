@@ -66,7 +66,7 @@ def write(cached, new, start: Int[Array, "B"], mask, axis: int = 1):
 
         new, start = jax.vmap(moved)(cached, new, first, start), first
     if cached.dtype.itemsize > 2 or jax.default_backend() != "cpu":
-        return jax.vmap(lambda *sample: jax.lax.dynamic_update_slice_in_dim(*sample, axis - 1))(cached, new, start)
+        return jax.vmap(lambda x, part, at: jax.lax.dynamic_update_slice_in_dim(x, part, at, axis - 1))(cached, new, start)
 
     def put(sample, cached):  # XLA on a CPU would update half precision through a float32 copy of the whole cache
         place = [jnp.int32(0)] * cached.ndim

@@ -1,7 +1,7 @@
 """The checks that every layer makes of its arguments, before any work."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +72,14 @@ def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: in
     return mask.reshape(-1, *mask.shape[-3:])
 
 
-def refuse(owner: str, argument: str, value, condition: str, instead: str) -> None:
+def refuse(owner: str, argument: str, value, condition: str, instead: str) -> NoReturn:
     """Raises the error for an argument that this layer cannot honour."""
     raise ValueError(f"{owner}: {argument} must {condition}, got {value}. {instead}")
+
+
+def unsupported(owner: str, request: str, reason: str, instead: str) -> NoReturn:
+    """Raises the error for something that this layer does not do, whatever the value."""
+    raise ValueError(f"{owner} does not support {request}: {reason}. {instead}")
 
 
 def check_sizes(owner: str, **sizes: int) -> None:
@@ -104,9 +109,8 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
         if inputs is None:
             continue
         if not supports.cross:
-            refuse(owner, name, getattr(inputs, "shape", type(inputs).__name__),
-                   "be None (this layer attends to its own input)",
-                   "Use SoftmaxAttention or PerformerAttention for cross-attention.")
+            unsupported(owner, name, "it attends to its own input",
+                        "Use SoftmaxAttention or PerformerAttention for cross-attention.")
         check_features(owner, name, inputs, kv_features)
         if inputs.shape[:-2] != batch:
             refuse(owner, name, inputs.shape, f"have the batch axes {batch} of inputs_q", "Broadcast it first.")
@@ -119,8 +123,8 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
         if value is None:
             continue
         if not getattr(supports, name):
-            reason = (supports.mixes_all if name == "segment_ids" else None) or "this layer cannot honour it"
-            refuse(owner, name, "an array", f"be None ({reason})", "SoftmaxAttention does.")
+            reason = supports.mixes_all if name == "segment_ids" else "it counts them itself"
+            unsupported(owner, name, reason or "its tokens are mixed whatever their segment", "SoftmaxAttention does.")
         if inputs_kv is not None:
             refuse(owner, name, "an array", "be None in cross-attention", "Pass a mask instead.")
         if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
@@ -131,8 +135,9 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
         extras[name] = jnp.broadcast_to(value, (*batch, length)).reshape(-1, length)
     keys = length if inputs_kv is None else inputs_kv.shape[-2]
     mask = check_mask(owner, mask, batch, heads, length, keys, supports.pairwise_mask)
-    flat = (None if inputs is None else inputs.reshape(-1, *inputs.shape[-2:]) for inputs in (inputs_q, inputs_kv, inputs_v))
-    return Call(*flat, mask, extras, batch)
+    flat = lambda inputs: inputs.reshape(-1, *inputs.shape[-2:])
+    flat_kv, flat_v = (None if inputs is None else flat(inputs) for inputs in (inputs_kv, inputs_v))
+    return Call(flat(inputs_q), flat_kv, flat_v, mask, extras, batch)
 
 
 def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
@@ -143,7 +148,8 @@ def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
     if inputs.ndim != 3:
         refuse(owner, "inputs", inputs.shape, "have shape [B, T, D] in extend", "Flatten the batch axes.")
     like = jax.eval_shape(lambda: layer.init_cache(1, 1))
-    if jax.tree.structure(cache) != jax.tree.structure(like):
+    wanted: Any = jax.tree.structure(like)
+    if wanted != jax.tree.structure(cache):
         raise TypeError(
             f"{owner}: cache must be a {type(like).__name__}, got {type(cache).__name__}. "
             "Pass what init_cache, or the call before, returned."
@@ -174,8 +180,8 @@ def require_extend(layer, **sizes: int) -> None:
     """Refuses `init_cache` and `extend` where the layer has none or was built bidirectional, and sizes of a cache below 1."""
     owner = type(layer).__name__
     if not layer.supports.extend:
-        refuse(owner, "extend", "a call", "not be used (the paper's mechanism looks at the whole sequence)",
-               "Use a layer whose supports.extend is True, such as PerformerAttention.")
+        unsupported(owner, "extend", "the paper's mechanism looks at the whole sequence",
+                    "Use a layer whose supports.extend is True, such as PerformerAttention.")
     if not layer.is_causal:
         refuse(owner, "is_causal", False, "be True for init_cache and extend", "Construct the layer with is_causal=True.")
     check_sizes(owner, **sizes)
@@ -184,8 +190,8 @@ def require_extend(layer, **sizes: int) -> None:
 def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -> None:
     """Refuses a rotation that the layer does not have, or that its heads cannot take."""
     if not supports.rotary:
-        refuse(owner, "rotary_base", rotary_base, "be None (its scores are not of one query and one key each)",
-               "Use SoftmaxAttention, LocalAttention, BlockwiseAttention, StridedAttention or LinformerAttention.")
+        unsupported(owner, "rotary_base", "its scores are not of one query and one key each, or know positions already",
+                    "Use SoftmaxAttention, LocalAttention, BlockwiseAttention, StridedAttention or LinformerAttention.")
     if head_features % 2:
         refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",
                "Choose qkv_features / num_heads even.")
@@ -196,8 +202,8 @@ def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -
 def check_causality(owner: str, supports, is_causal: bool) -> None:
     """Refuses a direction that the layer does not have."""
     if is_causal and not supports.causal:
-        refuse(owner, "is_causal", True, "be False (the paper's mechanism mixes all positions)",
-               "Use a layer whose supports.causal is True, such as PerformerAttention.")
+        unsupported(owner, "is_causal=True", "the paper's mechanism mixes all positions",
+                    "Use a layer whose supports.causal is True, such as PerformerAttention.")
     if not is_causal and not supports.bidirectional:
-        refuse(owner, "is_causal", False, "be True (the paper's mechanism is causal)",
-               "Use a layer whose supports.bidirectional is True, such as SoftmaxAttention.")
+        unsupported(owner, "is_causal=False", "the paper's mechanism is causal",
+                    "Use a layer whose supports.bidirectional is True, such as SoftmaxAttention.")

@@ -113,10 +113,10 @@ class Encoder(nnx.Module):
         mixers = mixers_of_layers(mixer, mixer_options, num_layers)
         self.in_features, self.max_length, self.position_kind, self.remat = in_features, max_length, positions, remat
         table = functools.partial(nnx.Embed, features=in_features, **dtypes, rngs=rngs)
-        self.embed = table(vocab_size, embedding_init=embedding_init) if embed is None else embed
-        self.vocab_size = getattr(self.embed, "num_embeddings", None)
+        self.embed: Any = table(num_embeddings=vocab_size, embedding_init=embedding_init) if embed is None else embed
+        self.vocab_size: Any = getattr(self.embed, "num_embeddings", None)
         if positions == "learned":
-            self.positions = table(max_length, embedding_init=position_init)
+            self.positions = table(num_embeddings=max_length, embedding_init=position_init)
         self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
         self.blocks = nnx.List(
             Block(build(*one), in_features, mlp_features=mlp_features, dropout_rate=dropout_rate, **dtypes, rngs=rngs)
@@ -168,7 +168,7 @@ class Encoder(nnx.Module):
                    "Truncate them, or construct the model with a larger max_length.")
 
 
-def mixers_of_layers(mixer, mixer_options, num_layers: int) -> list[tuple[Mixer, dict[str, Any]]]:
+def mixers_of_layers(mixer, mixer_options, num_layers: int | None) -> list[tuple[Mixer, dict[str, Any]]]:
     """The mixer of each layer and its options."""
     if not isinstance(num_layers, int | np.integer) or num_layers < 1:
         refuse("Encoder", "num_layers", repr(num_layers), "be a positive integer", "Use 1 for a single block.")
@@ -220,11 +220,11 @@ def first_outside(values: Int[Array, "B T"], bound: int, mask: Bool[Array, "B T"
     """The first value of a real token outside 0..bound-1; None where there is none, or where values are not known."""
     if not is_known(values) or not is_known(mask):
         return None
-    values = np.asarray(values)
-    wrong = (values < 0) | (values >= bound)
+    known = np.asarray(values)
+    wrong = (known < 0) | (known >= bound)
     if mask is not None:
         wrong &= np.asarray(mask)
-    return int(values[wrong][0]) if wrong.any() else None
+    return int(known[wrong][0]) if wrong.any() else None
 
 
 def is_within(values: Int[Array, "B T"], bound: int) -> Bool[Array, "B T"]:

@@ -24,7 +24,7 @@ def attend_to_cache(
     capacity, tokens = cache.key.shape[1], query.shape[1]
     size = pattern.chunk(capacity)
     if size is None:  # the new tokens may see all keys
-        return softmax.attention(
+        return softmax.attention(  # type: ignore[return-value]  # without the log-sum-exp
             query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), pattern=pattern,
             query_positions=places(start, tokens), key_positions=jnp.arange(capacity)[None], implementation=implementation,
         )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import softmax
 from subquad.zoo import padding
-from subquad.zoo.base import Shell, check_options, sow
-from subquad.zoo.checks import check_mask, refuse
+from subquad.zoo.base import Attention, Shell, check_options, sow
+from subquad.zoo.checks import check_mask, refuse, unsupported
 from subquad.zoo.dense.softmax import check_rate
-from subquad.zoo.registry import LAYERS, check_complete, find, options
+from subquad.zoo.registry import LAYERS, Layer, check_complete, find, options
 
 # What Flax's attention has itself, and says by the arrays it hands over or in the call.
 FLAXS = {"num_heads", "num_kv_heads", "in_features", "rngs", "dropout_rate", "broadcast_dropout"}
@@ -125,10 +125,11 @@ class AttentionFn:
         mask = check_mask(owner, mask, batch, heads, queries, keys, layer.supports.pairwise_mask)
         bias = None if bias is None else flat_bias(owner, bias, (*batch, heads, queries, keys))
         sower = None if module is None else functools.partial(sow, module, batch)
-        flat = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
+        query, key, value = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
+        dropout = rate, broadcast_dropout
         with matmul_precision(owner, precision):
             mix = mix_once if module is None else mix_now
-            outputs = mix(self, is_causal, (rate, broadcast_dropout), sower, *flat, mask, bias, dropout_rng if rate else None)
+            outputs = mix(self, is_causal, dropout, sower, query, key, value, mask, bias, dropout_rng if rate else None)
         return outputs.reshape(*batch, *outputs.shape[1:])
 
 
@@ -139,9 +140,9 @@ def mix_now(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sower
         dropout: its rate, and whether all samples and heads drop the same weights.
         sower: is given the weights, where it is not None.
     """
-    (queries, heads, features), layer = query.shape[1:], find(fn.name)
+    (queries, heads, features), layer = query.shape[1:], cast(type[Attention], find(fn.name))
     steps = is_causal and queries < key.shape[1]
-    words = dict(fn.options, is_causal=is_causal and not (steps and not knows_positions(layer)))
+    words: dict[str, Any] = dict(fn.options, is_causal=is_causal and not (steps and not knows_positions(layer)))
     if key.shape[2] != heads:
         words["num_kv_heads"] = key.shape[2]
     if dropout_rng is not None:
@@ -158,7 +159,7 @@ def mix_now(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sower
 mix_once = jax.jit(mix_now, static_argnums=(0, 1, 2, 3), inline=True)
 
 
-def knows_positions(layer: type[nnx.Module]) -> bool:
+def knows_positions(layer: type[Layer]) -> bool:
     """Whether the mechanism takes the positions of queries and keys. One that does not knows their order alone."""
     return layer.supports.positions or layer.supports.is_pattern
 
@@ -196,23 +197,23 @@ def step(mechanism, query, key, value, mask, **extras):
     return mechanism.attend(query, key, value, mask, **extras)  # of one query, built without causality
 
 
-def check_weights(owner: str, layer: type[nnx.Module], bias, rate: float, dropout_rng, module) -> None:
+def check_weights(owner: str, layer: type[Layer], bias, rate: float, dropout_rng, module) -> None:
     """Refuses what a mechanism without weights cannot honour, and dropout that cannot be drawn."""
     if not layer.supports.weights:
         if bias is not None:
-            refuse(owner, "bias", "an array", "be None (its logits are not all made)", "Use attention_fn('softmax').")
+            unsupported(owner, "bias", "its logits are not all made", "Use attention_fn('softmax').")
         if rate:
-            refuse(owner, "dropout_rate", rate, "be 0 (its weights are never stored)",
-                   "Drop outputs instead, or use attention_fn('softmax').")
+            unsupported(owner, "dropout_rate", "its weights are never stored",
+                        "Drop outputs instead, or use attention_fn('softmax').")
         if module is not None:
-            refuse(owner, "sow_weights", True, "be False (its weights are never stored)",
-                   "Use layer.pattern to see which keys count, or attention_fn('softmax').")
+            unsupported(owner, "sow_weights", "its weights are never stored",
+                        "Use layer.pattern to see which keys count, or attention_fn('softmax').")
     check_rate(owner, rate)
     if rate and dropout_rng is None:
         refuse(owner, "dropout_rng", None, "be given for dropout", "Pass a key of jax.random, or deterministic=True.")
 
 
-def check_arrays(owner: str, layer: type[nnx.Module], is_causal: bool, query, key, value) -> None:
+def check_arrays(owner: str, layer: type[Layer], is_causal: bool, query, key, value) -> None:
     """Refuses arrays that do not go together, and lengths that mean nothing to the mechanism."""
     if query.ndim < 3:
         refuse(owner, "query", query.shape, "have the axes [*B, T, N, H]", "Split the features into heads.")

@@ -171,7 +171,7 @@ class CausalLM(nnx.Module):
                 refuse("CausalLM", "mixer", f"a {type(block.mixer).__name__} with {found}",
                        "build layers whose is_causal is True", "Pass is_causal=True, or give your own layer the attribute.")
         self.tie_embeddings = tie_embeddings
-        self.vocab_size = self.encoder.vocab_size if tie_embeddings else encoder["vocab_size"]
+        self.vocab_size: int = self.encoder.vocab_size if tie_embeddings else encoder["vocab_size"]
         if not tie_embeddings:
             if (self.encoder.vocab_size or self.vocab_size) < self.vocab_size:
                 refuse("CausalLM", "embed", f"{self.encoder.vocab_size} embeddings",
@@ -191,8 +191,8 @@ class CausalLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T vocab"]:
         """Logits of each next token; the arguments are those of a call of `Encoder`."""
-        call = dict(mask=mask, segment_ids=segment_ids, deterministic=deterministic, rngs=rngs)
-        return self.project(self.encoder(tokens, **call))
+        hidden = self.encoder(tokens, mask=mask, segment_ids=segment_ids, deterministic=deterministic, rngs=rngs)
+        return self.project(hidden)
 
     def project(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """The logits of features."""

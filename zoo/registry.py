@@ -1,11 +1,12 @@
 """Layers by name: the table, and how to build one of it."""
 
 import inspect
+from typing import Any
 
 from flax import nnx
 
 from subquad.kernels.dispatch import nearest
-from subquad.zoo.base import check_options, options_of
+from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
@@ -16,7 +17,9 @@ from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.s4 import S4
 
-LAYERS: dict[str, type[nnx.Module]] = {
+Layer = Attention | S4
+
+LAYERS: dict[str, type[Attention] | type[S4]] = {
     "softmax": SoftmaxAttention,
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
@@ -29,7 +32,7 @@ LAYERS: dict[str, type[nnx.Module]] = {
 }
 
 
-def find(name: str) -> type[nnx.Module]:
+def find(name: str) -> type[Attention] | type[S4]:
     """The class of a layer, or a ValueError with the nearest known name."""
     if name not in LAYERS:
         raise ValueError(f"zoo: layer must be a known name, got {name!r}. {nearest(name, LAYERS)}")
@@ -49,7 +52,7 @@ def check_complete(owner: str, layer: type[nnx.Module], given: set[str]) -> None
             raise TypeError(f"{owner}: {parameter.name} must be given, got nothing. Pass {parameter.name}=...")
 
 
-def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given) -> nnx.Module:
+def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given: Any) -> Layer:
     """A layer by its name.
 
     Args:

@@ -52,8 +52,8 @@ def blocks(query, key, head, tables, words, NODE: tl.constexpr):
     """NODE: size of the blocks, number of heads, place of (start, rows, columns) of the table among the words."""
     start, rows, columns = tl.load(words + NODE[3]), tl.load(words + NODE[3] + 1), tl.load(words + NODE[3] + 2)
     i, j = query // NODE[1], key // NODE[1]
-    table = tables + start + (head % NODE[2]) * rows * columns
-    return tl.load(table + i * columns + j, mask=(i < rows) & (j < columns), other=0) != 0
+    row = tables + start + (head % NODE[2]) * rows * columns + i.to(tl.int64) * columns
+    return tl.load(row + j, mask=(i < rows) & (j < columns), other=0) != 0
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from subquad.kernels.operation import operation
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.plan import balance, cores
+from subquad.kernels.softmax.sets import Visible
 
 
 class Plan(NamedTuple):
@@ -51,6 +52,8 @@ class Tiles(NamedTuple):
     value: jax.Array  # [p, j, b, N, s, V]
     band: jax.Array  # [N, R, H], distances in descending order
     mask: jax.Array | None  # [p|1, b|1, N|1, T|1, S|1]
+    query_segments: jax.Array | None  # [p|1, i, b|1, t]
+    key_segments: jax.Array | None  # [p|1, j, b|1, s]
 
 
 # Elements of the scores of one tile over the heads of a part: on a CPU they should stay in the cache, and a buffer of 32 MiB
@@ -79,35 +82,37 @@ def plan_of(content, key) -> Plan:
     return choose_plan(batch, heads, queries, key.shape[1])
 
 
-def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale):
+def attention(query, key, value, relative_key, content_bias, position_bias, visible: Visible, scale):
     def biased(bias):
         precise = jnp.promote_types(query.dtype, jnp.float32)
         return ((query.astype(precise) + bias) * scale).astype(query.dtype)
 
     key, relative_key = (x.astype(query.dtype) for x in (key, relative_key[: key.shape[1]]))
-    return attend((), biased(content_bias), biased(position_bias), key, value, relative_key, mask)
+    return attend((), biased(content_bias), biased(position_bias), key, value, relative_key, visible)
 
 
-def cut(plan: Plan, content, position, key, value, relative_key, mask) -> Tiles:
+def cut(plan: Plan, content, position, key, value, relative_key, visible: Visible) -> Tiles:
     """The arguments in tiles: transposed once, contiguous, batch axes first."""
     pad_q, pad_k = (size * count - length for size, count, length in zip(
         (plan.query, plan.key), plan.counts, (plan.queries, plan.keys), strict=True))  # fmt: skip
     # From the distance of the last query to the first key, down to that of the first query to the last key. Those before 0
     # are of the future and hold zeros; so do those of padded queries.
     band = jnp.pad(jnp.flip(relative_key, axis=0), ((pad_q, plan.queries + pad_k), (0, 0), (0, 0)))
+    mask, segments = visible.mask, zip(visible[2:4], (plan.query, plan.key), strict=True)
     if mask is not None:
         padding = [(0, pad if size > 1 else 0) for size, pad in zip(mask.shape[2:], (pad_q, pad_k), strict=True)]
         mask = jnp.pad(mask, [(0, 0), (0, 0), *padding])
         mask = rearrange(mask, "(p b) n t s -> p b n t s", p=plan.parts if mask.shape[0] > 1 else 1)
     queries = (cut_rows(plan, x, plan.query) for x in (content, position))
     keys = (cut_rows(plan, x, plan.key) for x in (key, value))
-    return Tiles(*queries, *keys, rearrange(band, "r n h -> n r h"), mask)
+    segments = (None if x is None else cut_rows(plan, x[..., None], size)[..., 0, :] for x, size in segments)
+    return Tiles(*queries, *keys, rearrange(band, "r n h -> n r h"), mask, *segments)
 
 
 def cut_rows(plan: Plan, array, size: int):
-    """[B, T, N, ...] -> [p, i, b, N, t, ...]."""
+    """[B, T, N, ...] -> [p, i, b, N, t, ...]; one sample for all is one part."""
     array = jnp.pad(array, [(0, 0), (0, -array.shape[1] % size)] + [(0, 0)] * (array.ndim - 2))
-    return rearrange(array, "(p b) (i t) n ... -> p i b n t ...", p=plan.parts, t=size)
+    return rearrange(array, "(p b) (i t) n ... -> p i b n t ...", p=min(plan.parts, len(array)), t=size)
 
 
 def join_rows(array, length: int):
@@ -172,6 +177,9 @@ def scores_of(plan: Plan, tiles: Tiles, p, i, j):
         starts = [jnp.int32(start if size > 1 else 0) for start, size in zip(corner, full, strict=True)]
         shape = (1, *full[1:3], plan.query if full[3] > 1 else 1, plan.key if full[4] > 1 else 1)
         seen = seen & lax.dynamic_slice(tiles.mask, starts, shape)[0]
+    if tiles.query_segments is not None:
+        query, key = tiles.query_segments[p, i], tiles.key_segments[p, j]
+        seen = seen & (query[:, None, :, None] == key[:, None, None, :])
     return jnp.where(seen, scores, -jnp.inf)
 
 
@@ -184,9 +192,9 @@ def sweep(plan: Plan, step, carry):
 
 
 @precision.full
-def forward(_, content, position, key, value, relative_key, mask):
+def forward(_, content, position, key, value, relative_key, visible: Visible):
     plan = plan_of(content, key)
-    tiles = cut(plan, content, position, key, value, relative_key, mask)
+    tiles = cut(plan, content, position, key, value, relative_key, visible)
 
     def step(states, p, i, j):
         state = jax.tree.map(lambda x: x[p, i], states)
@@ -198,17 +206,17 @@ def forward(_, content, position, key, value, relative_key, mask):
     states = sweep(plan, step, online.start(tiles.content.shape[:-1], value.shape[-1], precise))
     out, *sums = (join_rows(x, plan.queries) for x in online.finish(states))
     out = out.astype(value.dtype)
-    return out, (content, position, key, value, relative_key, mask, out, *sums)
+    return out, (content, position, key, value, relative_key, visible, out, *sums)
 
 
 @precision.full
 def backward(_, saved, d_out):
     *arguments, out, maximum, log_normaliser = saved
-    content, position, key, value, relative_key, mask = arguments
+    content, position, key, value, relative_key, visible = arguments
     plan = plan_of(content, key)
-    no_lse = jnp.zeros((), maximum.dtype)
+    no_lse, is_masked = jnp.zeros((), maximum.dtype), visible.mask is not None or visible.query_segment_ids is not None
     sums = maximum, log_normaliser
-    *rows, content, position = online.residue(out, sums, d_out, no_lse, mask is not None, content, position)
+    *rows, content, position = online.residue(out, sums, d_out, no_lse, is_masked, content, position)
     tiles = cut(plan, content, position, *arguments[2:])
     maximum, log_normaliser, shift, d_out = (cut_rows(plan, x, plan.query) for x in (*rows, d_out))
 
@@ -239,15 +247,15 @@ def backward(_, saved, d_out):
     gradients = [join_rows(x, y.shape[1]).astype(y.dtype) for x, y in zip(gradients, arguments[:4], strict=True)]
     first = plan.counts[0] * plan.query - plan.queries
     d_relative = jnp.flip(rearrange(d_band, "n h r -> r n h")[first : first + plan.keys], axis=0)
-    return *gradients, d_relative.astype(relative_key.dtype), None
+    return *gradients, d_relative.astype(relative_key.dtype), jax.tree.map(lambda _: None, visible)
 
 
 attend = operation(
     forward,
     backward,
-    arrays=("b t n h", "b t n h", "b s n h", "b s n v", "r n h", "b n t s"),
+    arrays=("b t n h", "b t n h", "b s n h", "b s n v", "r n h", Visible(None, None, "b t", "b s", "b n t s")),
     outputs="b t n v",
     saved=("b t n", "b t n"),
-    shared=[[5]],
+    shared=[[7], [8], [9]],
     name=SAVED,
 )

@@ -40,7 +40,7 @@ def forward(static, query, keys, values, bias, visibles):
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
         key, value = keys[one.source], values[one.source]
-        results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, one.visible))
+        results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, here(one, visible)))
     results = tuple(results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True)))
     return results, (query, keys, values, bias, visibles, *results)
 
@@ -57,10 +57,15 @@ def backward(static, residuals, gradients):
         n, key, value = one.source, keys[one.source], values[one.source]
         before = grad_query, grad_keys[n], grad_values[n], grad_bias
         grad_query, grad_keys[n], grad_values[n], grad_bias = add_gradients(
-            plan_of(query, key, value, one), scale, before, query, key, value, bias, one.visible, rows, grad_out
+            plan_of(query, key, value, one), scale, before, query, key, value, bias, here(one, visible), rows, grad_out
         )
     grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
     return grad_query, tuple(grad_keys), tuple(grad_values), grad_bias, jax.tree.map(lambda _: None, visibles)
+
+
+def here(one: KeySet, visible: Visible) -> Visible:
+    """What is visible in the samples at hand, which `jax.vmap` or a mesh may have made more or fewer than are known."""
+    return Visible(*(known if given is None else given for known, given in zip(one.visible, visible, strict=True)))
 
 
 @functools.cache

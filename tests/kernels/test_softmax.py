@@ -292,6 +292,14 @@ def test_vmap_and_remat_and_second_derivative(small_tiles):
     assert relative_error(curvature("xla"), curvature("reference")) < 2e-5
 
 
+def test_vmap_where_each_sample_has_positions_of_its_own(small_tiles):
+    arrays, _ = draw(40)
+    known = np.stack([np.random.default_rng(i).permutation(40) for i in range(2)])
+    f = lambda *x: softmax.attention(*x, is_causal=True, query_positions=known, key_positions=known)
+    mapped = jax.vmap(jax.grad(lambda *x: (f(*x) ** 2).sum()))(*(jnp.stack([x, -x]) for x in arrays))
+    np.testing.assert_allclose(mapped[0], jax.grad(lambda *x: (f(*x) ** 2).sum())(*arrays), atol=2e-5)
+
+
 def test_an_eager_call_compiles_once():
     arrays, _ = draw(20)
     softmax.attention(*arrays, window_size=7)

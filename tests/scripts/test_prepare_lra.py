@@ -107,6 +107,6 @@ def test_every_option_reaches_what_is_done(monkeypatch, capsys, tmp_path):
     assert called(monkeypatch, "prepare", "text", "--data-dir", "there", "--manual-dir", "here") == 0
     assert asked == [("text", "there", 7), ("image", "there", 7), (["text"], "there", "here")]
     assert called(monkeypatch, "check", "text", "--cnn-steps", "-1") == 2
-    assert "--cnn-steps must be >= 0, got -1." in capsys.readouterr().err
+    assert "--cnn-steps: must be >= 0, got -1." in capsys.readouterr().err
     assert called(monkeypatch, "list", "--data-dir", tmp_path) == 0
     assert "Hours are those of two cores" in capsys.readouterr().out

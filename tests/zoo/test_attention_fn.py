@@ -274,11 +274,11 @@ def test_what_dropout_is_not_given_is_refused():
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "softmax"])
 def test_what_needs_weights_is_refused(name):
     fn = zoo.attention_fn(name, **OPTIONS[name])
-    with pytest.raises(ValueError, match=rf"attention_fn\('{name}'\): bias must be None"):
+    with pytest.raises(ValueError, match=rf"attention_fn\('{name}'\) does not support bias: .* Use"):
         fn(*arrays(), bias=jnp.zeros((1, 1, 1, LENGTH)))
-    with pytest.raises(ValueError, match=rf"attention_fn\('{name}'\): dropout_rate must be 0"):
+    with pytest.raises(ValueError, match=rf"attention_fn\('{name}'\) does not support dropout_rate"):
         flaxs(fn, dropout_rate=0.1)(inputs(LENGTH), deterministic=False)
-    with pytest.raises(ValueError, match=rf"attention_fn\('{name}'\): sow_weights must be False"):
+    with pytest.raises(ValueError, match=rf"attention_fn\('{name}'\) does not support sow_weights"):
         flaxs(fn)(inputs(LENGTH), sow_weights=True)
     assert flaxs(fn, dropout_rate=0.1)(inputs(LENGTH), deterministic=True).shape == (2, LENGTH, FEATURES)
 

@@ -147,7 +147,7 @@ def test_segments_are_refused_by_name():
     with pytest.raises(TypeError, match="segment_ids must be an array"):
         model(REAL, segment_ids=[[1] * 5] * 2)
     if not zoo.PerformerAttention.supports.segment_ids:
-        with pytest.raises(ValueError, match="PerformerAttention: segment_ids must be None"):
+        with pytest.raises(ValueError, match="PerformerAttention does not support segment_ids"):
             model(REAL, segment_ids=jnp.zeros((2, 5), jnp.int32))
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from subquad.kernels import convolution, ssm
-from subquad.zoo import tokenwise
+from subquad.zoo import projection
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.s4 import S4
 from tests import oracle
@@ -401,7 +401,7 @@ def test_long_sequences_are_mixed_in_pieces(monkeypatch):
         return jnp.sum(jnp.sin(nnx.merge(graph, state)(x)))
 
     want = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1)))(state, x)
-    monkeypatch.setattr(tokenwise, "LARGE_BYTES", 1)
-    monkeypatch.setattr(tokenwise, "PIECE_BYTES", 1)
+    monkeypatch.setattr(projection, "LARGE_BYTES", 1)
+    monkeypatch.setattr(projection, "PIECE_BYTES", 1)
     got = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1)))(state, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)

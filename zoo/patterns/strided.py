@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.kernels import softmax, strided
+from subquad.kernels import patterns, softmax, strided
 from subquad.kernels.dispatch import nearest
 from subquad.kernels.patterns import Band, Columns, Interleaved, SameBlock, Strided
 from subquad.zoo.base import Attention, Shell, Support
@@ -91,6 +91,9 @@ class StridedAttention(Attention):
             refuse("StridedAttention", "num_heads", num_heads, "be at least 2 with heads='separate'", "Use 'merged'.")
         self.kind, self.heads, self.stride = pattern, heads, int(stride)
         self.num_summary, self.distinct_summary = int(num_summary), distinct_summary
+        near: patterns.Pattern
+        far: patterns.Pattern
+        both: patterns.Pattern
         if pattern == "strided":
             near, far, both = Band(self.stride, self.stride), Strided(self.stride, None), Strided(self.stride, self.stride)
         else:

@@ -15,9 +15,9 @@ from subquad.zoo.base import Support
 from subquad.zoo.cache import S4Cache, counts
 from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
 from subquad.zoo.compilation import compile_once
+from subquad.zoo.projection import in_pieces
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.system import Mode, StateSpace, check_system
-from subquad.zoo.tokenwise import tokenwise
 
 
 class S4(nnx.Module):
@@ -106,8 +106,8 @@ class S4(nnx.Module):
         if discretization is None:
             discretization = "bilinear" if mode == "dplr" else "zoh"
         check_sizes(owner, in_features=in_features, out_features=out_features, state_size=state_size, num_ssm=num_ssm)
-        system = dict(state_size=state_size, mode=mode, init=init, discretization=discretization, num_ssm=num_ssm,
-                      dt_min=dt_min, dt_max=dt_max)
+        system: dict[str, Any] = dict(state_size=state_size, mode=mode, init=init, discretization=discretization,
+                                      num_ssm=num_ssm, dt_min=dt_min, dt_max=dt_max)
         check_system(owner, in_features, **system)
         check_causality(owner, self.supports, is_causal)
         dispatch.check_name(owner, implementation)
@@ -154,7 +154,7 @@ class S4(nnx.Module):
         if order is not None:
             inputs, segment_ids = jax.tree.map(order.pack, (inputs, segment_ids))
         inputs = self._promote(inputs)
-        outputs = tokenwise(self._mix, inputs, self.system.respond(inputs, segment_ids))
+        outputs = in_pieces(self._mix, inputs, self.system.respond(inputs, segment_ids))
         return outputs if order is None else order.unpack(outputs)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> S4Cache:
@@ -178,7 +178,7 @@ class S4(nnx.Module):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         inputs = self._promote(inputs if order is None else order.pack(inputs))
         responses, state = self.system.recur(inputs, cache.state, None if mask is None else counts(inputs, mask))
-        outputs = tokenwise(self._mix, inputs, responses)
+        outputs = in_pieces(self._mix, inputs, responses)
         return outputs if order is None else order.unpack(outputs), S4Cache(state)
 
     def pattern(self, length: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 
 from subquad.lra import checkpoints, files, interrupts, progress
 from subquad.lra.cli import commands
-from subquad.lra.data.store import DatasetError
+from subquad.lra.data.sources import DatasetError
 from subquad.lra.run import Run
 
 
@@ -156,7 +156,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     with progress.Progress("s4", 100) as shown:
-        assert shown._bar is not None
+        assert shown.on_terminal
         shown.update(50, 2.0, 4.0)
     said = capsys.readouterr().err
     assert "50/100" in said and "loss 2.000" in said and "4.0 steps/s" in said and "0:12 left" in said

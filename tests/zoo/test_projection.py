@@ -1,4 +1,4 @@
-"""Token by token in pieces: the same results and gradients as at once, in less memory."""
+"""Tokens in pieces: the same results and gradients as at once, in less memory."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from subquad.zoo import tokenwise as pieces
-from subquad.zoo.tokenwise import tokenwise
+from subquad.zoo import projection
+from subquad.zoo.projection import in_pieces
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -19,17 +19,16 @@ def test_pieces_give_what_the_whole_gives(monkeypatch, dtype):
 
     def loss(weight, first, second):
         def function(x, y):
-            heads = (jnp.tanh(x) @ weight).reshape(-1, 2, 3) * y
-            return {"heads": heads, "sum": heads.sum(1)}
+            return (jnp.tanh(x) @ weight).reshape(-1, 2, 3) * y
 
-        found = tokenwise(function, first, second)
-        return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in found.values()), found
+        found = in_pieces(function, first, second)
+        return jnp.sum(jnp.sin(found.astype(jnp.float32))), found
 
     # A function of its own each time, so that nothing compiled before is taken.
     run = lambda: jax.jit(jax.value_and_grad(lambda *arrays: loss(*arrays), (0, 1, 2), has_aux=True))(weight, first, second)
     whole = run()
-    monkeypatch.setattr(pieces, "LARGE_BYTES", 1)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+    monkeypatch.setattr(projection, "LARGE_BYTES", 1)
+    monkeypatch.setattr(projection, "PIECE_BYTES", 1)
     assert "while" in jax.jit(lambda *arrays: loss(*arrays)).lower(weight, first, second).as_text()
     for ours, theirs in zip(jax.tree.leaves(run()), jax.tree.leaves(whole), strict=True):
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)

@@ -1,0 +1,116 @@
+"""Linear maps of every token, a piece of a long sequence at a time on a CPU."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype, zeros_depending_on
+
+# Bytes, in float32, of an array that is cut, and of a piece of it.
+LARGE_BYTES, PIECE_BYTES = 1 << 24, 1 << 22
+
+
+class Projection(nnx.LinearGeneral):
+    """`nnx.LinearGeneral` of inputs [B, T, ...], in little memory on a CPU.
+
+    There XLA multiplies half precision as float32, and transposes operands in the backward pass: copies as large as all
+    activations of a layer. A long sequence in half precision is therefore computed a piece at a time: at 16,384 tokens of 256
+    features in bfloat16 a gradient of softmax attention holds 102 MiB of temporaries in place of 169 (jaxlib 0.10.2).
+    """
+
+    def __call__(self, inputs):
+        apply = super().__call__
+        return in_pieces(apply, inputs) if uint_bits_dtype(inputs.dtype) != inputs.dtype else flat(apply)(inputs)
+
+
+def flat(function):
+    """The function of arrays [N, ...] for arrays [B, T, ...].
+
+    With two axes in front, XLA on a CPU transposes the operands of the backward matmuls, and is twenty times as slow to sum the
+    gradient of a scale where one of them is 1.
+    """
+
+    def run(*arrays):
+        results = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+        return results.reshape(*arrays[0].shape[:2], *results.shape[1:])
+
+    return run
+
+
+def in_pieces(function, *arrays):
+    """The function of every token of arrays [B, T, ...] of floating-point numbers, on a CPU a piece of the tokens at a time.
+
+    The backward pass keeps the arrays, and nothing of what the function makes on the way.
+
+    Args:
+        function: of arrays [N, ...]; returns one [N, ...], for any N. Parameters that it closes over have gradients too.
+    """
+    batch, length = arrays[0].shape[:2]
+    bytes_of_token = 4 * batch * max(math.prod(x.shape[2:]) for x in arrays)
+    if jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
+        return flat(function)(*arrays)
+    size = min(length, max(64, PIECE_BYTES // bytes_of_token))
+    pieces = (jax.ShapeDtypeStruct((batch, size, *x.shape[2:]), x.dtype) for x in arrays)
+    converted, parameters = jax.closure_convert(flat(function), *pieces)
+    return piece_by_piece(converted, size, parameters, arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def piece_by_piece(function, size, parameters, arrays):
+    length = arrays[0].shape[1]
+    like = jax.eval_shape(lambda: function(*(take(x, 0, size) for x in arrays), *parameters))
+
+    def step(i, outputs):
+        start = jnp.minimum(i * size, length - size)
+        return put(outputs, function(*(take(x, start, size) for x in arrays), *parameters), start)
+
+    return from_uint_bits(jax.lax.fori_loop(0, -(-length // size), step, empty(like, arrays[0])), like.dtype)
+
+
+def forward(function, size, parameters, arrays):
+    return piece_by_piece(function, size, parameters, arrays), (parameters, arrays)
+
+
+def backward(function, size, saved, gradients):
+    parameters, arrays = saved
+    length = arrays[0].shape[1]
+    count = -(-length // size)
+
+    def step(i, carry):
+        # Backwards: the last piece overlaps its neighbour, so as to be whole, and there the earlier piece must win.
+        i = count - 1 - i
+        totals, grads = carry
+        start = jnp.minimum(i * size, length - size)
+        cotangent = take(gradients, start, size)
+        if length % size:
+            fresh = start + jnp.arange(size) >= i * size
+            cotangent = jnp.where(fresh.reshape(-1, *(1,) * (cotangent.ndim - 2)), cotangent, 0)
+        pieces = [take(x, start, size) for x in arrays]
+        _, pull = jax.vjp(lambda parameters, pieces: function(*pieces, *parameters), parameters, pieces)
+        grad_parameters, grad_pieces = pull(cotangent)
+        totals = [total + x.astype(total.dtype) for total, x in zip(totals, grad_parameters, strict=True)]
+        return totals, [put(x, piece, start) for x, piece in zip(grads, grad_pieces, strict=True)]
+
+    totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
+    totals, grads = jax.lax.fori_loop(0, count, step, (totals, [empty(x, gradients) for x in arrays]))
+    totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
+    return totals, tuple(from_uint_bits(x, like.dtype) for x, like in zip(grads, arrays, strict=True))
+
+
+piece_by_piece.defvjp(forward, backward)
+
+
+def take(array, start, size):
+    return from_uint_bits(jax.lax.dynamic_slice_in_dim(to_uint_bits(array), start, size, 1), array.dtype)
+
+
+def put(array, part, start):
+    return jax.lax.dynamic_update_slice_in_dim(array, to_uint_bits(part), start, 1)
+
+
+def empty(like, after):
+    """The bits of zeros [B, T, ...] for pieces such as `like`, T that of an array which must exist before."""
+    return zeros_depending_on(after, (like.shape[0], after.shape[1], *like.shape[2:]), uint_bits_dtype(like.dtype))
