@@ -244,7 +244,7 @@ def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, ste
 
 
 def dplr_tables(diagonal, low_rank, input_matrix, output_matrix, step):
-    """What `dplr_steps` takes, as planes with a batch of 1: excess [1, D, S], left and right [1, R, D, S], drive, reads."""
+    """What `dplr_steps` takes, as planes with a batch axis of 1: [1, D, S], and left and right [1, R, D, S]."""
     tables = *resolvent(diagonal, low_rank, step), step[:, None] / 2 * input_matrix, 2 * output_matrix.conj()
     return tuple(planes(table)[None] for table in tables)
 
