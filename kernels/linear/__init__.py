@@ -57,9 +57,9 @@ def attention(
     c_t cancels (where eps = 0); it keeps every weight exp(r_s - c_t) at most 1. In the causal form it is the running
     maximum, so a key of the future changes nothing before it, however large.
 
-    Cost: time O(T M V), causal O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)), of which only two numbers
-        per query are kept for the backward pass beside arguments and outputs; one extended token O(M V) whatever came
-        before.
+    Cost: time O(T M V), causal O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)), of which at most a number per
+        query and sqrt(T / C) states are kept for the backward pass beside arguments and outputs; Triton's causal kernels
+        take T / C states while they run. One extended token O(M V) whatever came before.
 
     Args:
         query: features of the queries, nonnegative.
@@ -68,7 +68,8 @@ def attention(
         key_log_scale: r, weighs key s by exp(r_s); any finite size. None: 0.
         mask: key padding, True = attend. What padding holds reaches nothing, NaN included.
         segment_ids: of packed sequences, with T = S: a query sees the keys of its own segment, a run of equal ids. What came
-            before belongs to the first one; the state that is returned is that of the last one.
+            before belongs to the first one; the state that is returned is that of the last one. Bidirectional attention
+            takes twice the time with them, by XLA.
         is_causal: query t sees keys 0..t, and so T = S.
         initial_state: what came before, seen by every query: numerator [B, N, M, V], the sum of exp(r_s - c) k_s v_s^T;
             denominator [B, N, M], the sum of exp(r_s - c) k_s; and c [B, N], the maximum of r_s, -inf before any key.
@@ -120,7 +121,7 @@ def random_feature_attention(
     return_state: bool = False,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], State]:
-    """Linear attention over random features of query and key, which are computed where they are used and never stored.
+    """Linear attention over random features of query and key, of which only those of a piece of the sequence are in memory.
 
         y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = phi(q_t) . phi(k_s),   s <= t if causal
         softmax:  phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),  x' = x / H^1/4
@@ -128,7 +129,8 @@ def random_feature_attention(
 
     It is `attention` over `softmax_features` (with their log scales for the keys) or `relu_features`.
 
-    Cost: time O(T M (H + V)), causal O(T M (H + V + C)); memory O(T (H + V)), whatever M; one extended token O(M (H + V)).
+    Cost: time O(T M (H + V)), causal O(T M (H + V + C)); memory O(T (H + V)), whatever M, beside a chunk of features (Triton:
+        those of 2048 tokens, and their states); one extended token O(M (H + V)).
 
     Args:
         query, key: what the features are made of.
@@ -146,7 +148,7 @@ def random_feature_attention(
         TypeError: mask is not boolean; segment_ids are no integers; other arrays are.
         ValueError: an unknown kernel; shapes that do not fit, axes of 0; is_causal or segment_ids with T != S.
         NotImplementedError: an implementation that does not exist here.
-    Numerics: features, sums and exponentials in float32; a fused kernel multiplies bfloat16 features as bfloat16. The
+    Numerics: features, sums and exponentials in float32; a kernel multiplies bfloat16 features as bfloat16. The
         derivative takes each token's log scale for a constant, which is exact, and is 0 through a floored feature.
     Example:
         >>> x, projection = jnp.ones((1, 5, 2, 4)), jnp.eye(4)
@@ -198,7 +200,8 @@ def gated(
     and HGRN2; beta DeltaNet, Gated DeltaNet and, with a decay per channel, Kimi Delta Attention.
 
     Cost: time O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)) and about 2 sqrt(T / C) states for the backward
-        pass; one extended token O(M V) whatever came before.
+        pass, 2 T / C in Triton; one extended token O(M V) whatever came before. With beta, or a decay per channel, there is
+        no kernel yet.
 
     Args:
         query, key, value: each may have fewer heads than N, the most of the three: a divisor of N, and then N over it

@@ -440,6 +440,8 @@ def zeros_like(x):
     return None if x is None else jnp.zeros_like(x)
 
 
+# Tokens whose random features are in memory at once.
+PIECE = 2048
 # Of query, key, value, log scales or decays, segments, projection, and of the state: itself, its sums, the largest log scale.
 ARRAYS = ("b t n h", "b s n h", "b s n v", "b s n", "b s", "b m h", "b n m v", "b n m", "b n")
 OUTPUTS = ("b t n v", "b n m v", "b n m", "b n")
@@ -472,9 +474,59 @@ def attend(features, is_causal, eps, query, key, value, projection, key_log_scal
         (query, key, value), mode, prepare=with_running_maximum, features=features, is_causal=is_causal, divides=True,
         hides=mask is not None, differentiates=("early",) if key_log_scale is not None else (), scale=1.0, eps=float(eps),
     )  # fmt: skip
-    arrays = query, key, value, log_scale, segments, projection, state, sums[..., 0], largest
-    out, *state = run_means(plan, *arrays)
-    return out, tuple(state)
+
+    def run(query, key, value, log_scale, segments, state):
+        out, *state = run_means(plan, query, key, value, log_scale, segments, projection, *state)
+        return out, tuple(state)
+
+    if projection is not None and max(query.shape[1], key.shape[1]) > PIECE:
+        log_scale = jnp.zeros(key.shape[:3], jnp.float32) if log_scale is None else log_scale
+        run = functools.partial(causal_in_pieces if is_causal else bidirectional_in_pieces, run)
+    return run(query, key, value, log_scale, segments, (state, sums[..., 0], largest))
+
+
+def causal_in_pieces(run, query, key, value, log_scale, segments, state):
+    """`run` for one piece of the sequence after another, so that only the features of one are in memory."""
+
+    def step(carry, piece):
+        state, segment = carry
+        *piece, segments = piece
+        if segments is not None:  # a state is of segment 0
+            segments, segment = segments - segment[:, None], segments[:, -1]
+        out, state = run(*piece, segments, state)
+        return (state, segment), out
+
+    segment = None if segments is None else segments[:, 0]
+    pieces = *map(cut, (query, key, value)), cut(log_scale, constant_values=-jnp.inf), cut(segments, mode="edge")
+    (state, _), out = jax.lax.scan(step, (state, segment), pieces)
+    return joined(out, query.shape[1]), state
+
+
+def bidirectional_in_pieces(run, query, key, value, log_scale, segments, state):
+    """As `causal_in_pieces`, first for the keys, then for the queries, which add a key that none sees."""
+    pieces = *map(cut, (key, value)), cut(log_scale, constant_values=-jnp.inf)
+    add = lambda state, piece: (run(query[:, :1], *piece, None, state)[1], None)
+    state, _ = jax.lax.scan(add, state, pieces)
+    hidden = key[:, :1], value[:, :1], jnp.full_like(log_scale[:, :1], -jnp.inf)
+    out = jax.lax.map(lambda piece: run(piece, *hidden, None, state)[0], cut(query))
+    return joined(out, query.shape[1]), state
+
+
+def cut(x, **options):
+    """[B, T, ...] as pieces [P, B, T / P, ...] of PIECE tokens at most, padded at the end."""
+    if x is None:
+        return None
+    length = x.shape[1]
+    count = -(-length // PIECE)
+    size = -(-length // count)
+    x = jnp.pad(x, [(0, 0), (0, count * size - length), *[(0, 0)] * (x.ndim - 2)], **options)
+    return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
+
+
+def joined(pieces, length: int):
+    """The inverse of `cut`."""
+    x = jnp.moveaxis(pieces, 0, 1)
+    return x.reshape(len(x), -1, *x.shape[3:])[:, :length]
 
 
 def gated(query, key, value, log_decay, beta, initial_state, normalize, scale, *, mode):
@@ -577,5 +629,8 @@ def heuristic(kernel, plan: Plan, width: int, columns: int) -> tuning.Config:
     """The largest blocks with which nothing overflows the registers of Hopper."""
     if plan.mode == "interpret":  # the cost there is per step, whatever its size
         return tuning.Config(dict(BLOCK_W=width, BLOCK_C=columns))
-    wide, stages = ((16 if kernel is linear_read else 32, 32), 1) if plan.precision == "tf32x3" else ((64, 64), 2)
-    return tuning.Config(dict(BLOCK_W=min(wide[0], width), BLOCK_C=min(wide[1], columns)), 4, stages)
+    # Three TF32 products keep both halves of both operands.
+    block_w, block_c, warps, stages = 64, 64, 4, 2
+    if plan.precision == "tf32x3":
+        block_w, block_c, warps, stages = (16, 32, 2, 1) if kernel is linear_read else (32, 32, 4, 1)
+    return tuning.Config(dict(BLOCK_W=min(block_w, width), BLOCK_C=min(block_c, columns)), warps, stages)

@@ -1,11 +1,13 @@
 """The Triton kernels of linear attention, interpreted, with the small blocks that a GPU gets."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from subquad.kernels import launch, specs, tuning
+from subquad.kernels import launch, linear, specs, tuning
 
 pytestmark = pytest.mark.interpret
 
@@ -35,5 +37,31 @@ def test_states_and_values_in_several_blocks(name, small_blocks):
     inexact, rest = specs.split(arrays)
     got = jax.jit(specs.forward_backward(spec, "interpret", rest))(inexact, cotangents)
     want = specs.expected(spec, arrays, cotangents)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["softmax-causal", "softmax", "packed"])
+def test_random_features_in_pieces(name, small_blocks, monkeypatch):
+    """Long sequences are cut, so that not all features are in memory: the state goes from piece to piece."""
+    from subquad.kernels.linear import triton
+
+    monkeypatch.setattr(triton, "PIECE", 20)
+    spec = specs.find(f"linear.random_feature_attention/{'softmax-causal' if name == 'packed' else name}")
+    arrays = spec.draw(50)
+    segments = jnp.asarray([[0] * 13 + [1] * 27 + [2] * 3 + [3] * 7]) if name == "packed" else None
+    query, key, value, projection = (arrays[x] for x in ("query", "key", "value", "projection"))
+
+    def run(implementation):
+        call = functools.partial(
+            linear.random_feature_attention, mask=arrays["mask"], segment_ids=segments, is_causal=name != "softmax",
+            return_state=True, implementation=implementation,
+        )  # fmt: skip
+        (out, state), pull = jax.vjp(jax.jit(call), query, key, value, projection)
+        return out, state, pull((jnp.cos(out), jax.tree.map(jnp.cos, state)))
+
+    assert_close(run("interpret"), run("reference"))
+
+
+def assert_close(got, want):
     for leaf, x, y in zip(specs.names_of(got), jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert specs.error(x, y) < 1e-5, leaf
