@@ -9,7 +9,7 @@ Starts from the settings of Nystromformer.
 
 from subquad.lra.recipes import nystromformer
 from subquad.lra.recipes.recipe import Recipe
-from subquad.lra.recipes.shared import ATTENTION
+from subquad.lra.recipes.shared import ARENA_TEXT, ATTENTION
 
 XFORMERS = Recipe(
     id="xformers",
@@ -17,10 +17,7 @@ XFORMERS = Recipe(
     layers=nystromformer.LAYERS,
     settings=nystromformer.SETTINGS | {
         "listops": dict(config="lra", steps=10_000, batch_size=32, warmup_steps=1000, evaluate_every=100),
-        "text": dict(
-            config="modern", steps=20_000, batch_size=32, warmup_steps=8000, evaluate_every=200, in_features=256, num_layers=4,
-            mlp_features=1024, pooling="cls",
-        ),
+        "text": dict(ARENA_TEXT, config="modern", batch_size=32, evaluate_every=200, pooling="cls"),
         f"text {ATTENTION}": dict(layer_options=dict(num_heads=4)),
         # A quarter of the length.
         "listops linformer": dict(layer_options=dict(num_landmarks=500)),
