@@ -80,9 +80,7 @@ LRA_2020 = Recipe(
             num_layers=4, layer_options=dict(num_heads=8, qkv_features=16, num_features=2, kernel="relu")
         ),
         # Pathfinder at 64 x 64 and 256 x 256, with the arena's own files as with ours
-        "pathfinder/*64_*|*256_*": dict(
-            in_features=32, num_layers=2, mlp_features=32, pooling="cls", **LEARNED_POSITIONS
-        ),
+        "pathfinder/*64_*|*256_*": dict(in_features=32, num_layers=2, mlp_features=32, pooling="cls", **LEARNED_POSITIONS),
         "pathfinder/*64_*": dict(steps=125_000, batch_size=256, warmup_steps=625, evaluate_every=625),
         "pathfinder/*256_*": dict(steps=500_000, batch_size=32, warmup_steps=5000, evaluate_every=5000),
         f"pathfinder/*64_*|*256_* {ATTENTION}": dict(dropout_rate=0.1, layer_options=dict(num_heads=4, qkv_features=32)),
