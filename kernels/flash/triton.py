@@ -4,7 +4,7 @@
 
         T, S        lengths of queries and keys
         ROWS        rows of blocks per head: a program computes one
-        TOGETHER    heads whose programs run side by side
+        GROUP       programs of the heads that run side by side
 
     WORK(rank, b, n, operands, OPTIONS)             which blocks: (block of the row, number of partial blocks, number of full
                                                     blocks, list); rank counts the rows of head n of sample b
@@ -65,7 +65,7 @@ def forward(
 ):  # fmt: skip
     """One block of queries of one head: out [B, T, N, V], and lse [B, N, T] in base 2."""
     T, S = operands.T, operands.S
-    rank, b, n = this_program(operands.ROWS, operands.TOGETHER, SHAPE.HEADS)
+    rank, b, n = this_program(operands.ROWS, operands.GROUP, SHAPE.HEADS)
     query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
     query_start = query_block * BLOCK_Q
     key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
@@ -117,7 +117,7 @@ def backward_query(
     lse is in base 2, and +inf for rows that see nothing.
     """
     T, S = operands.T, operands.S
-    rank, b, n = this_program(operands.ROWS, operands.TOGETHER, SHAPE.HEADS)
+    rank, b, n = this_program(operands.ROWS, operands.GROUP, SHAPE.HEADS)
     query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
     query_start = query_block * BLOCK_Q
     key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
@@ -171,7 +171,7 @@ def backward_key(
     """
     GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
     T, S = operands.T, operands.S
-    rank, b, key_head = this_program(operands.ROWS, operands.TOGETHER, SHAPE.KEY_HEADS)
+    rank, b, key_head = this_program(operands.ROWS, operands.GROUP, SHAPE.KEY_HEADS)
     key_start = WORK(rank, b, key_head * GROUPS, operands, OPTIONS)[0] * BLOCK_K
     key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
     value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
@@ -237,12 +237,12 @@ def weights_of(logits, lse_i, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def this_program(ROWS, TOGETHER, HEADS: tl.constexpr):
-    """(rank of the row, sample, head) of this program: TOGETHER heads share the cache, their longest rows come first."""
+def this_program(ROWS, GROUP, HEADS: tl.constexpr):
+    """(rank of the row, sample, head) of this program: the heads of a group share the cache, their longest rows come first."""
     program = tl.program_id(0)
-    place = program % (ROWS * TOGETHER)
-    head = (program // (ROWS * TOGETHER)) * TOGETHER + place % TOGETHER
-    return place // TOGETHER, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
+    place, heads = program % GROUP, GROUP // ROWS
+    head = (program - place) // ROWS + place % heads
+    return place // heads, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
 
 
 @triton.jit

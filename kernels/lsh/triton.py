@@ -143,7 +143,7 @@ class Operands(NamedTuple):
     T: Any
     S: Any
     ROWS: Any
-    TOGETHER: Any
+    GROUP: Any
     round: Any
     order: Any  # [B, N, R, T], of `xla.sort`
     codes: Any  # [B, N, T, R], of `xla.at_their_places`; of extend the queries' buckets [B, R, T, N]
@@ -180,6 +180,7 @@ def token_at(index, b, n, operands, OTHER_ROUNDS: tl.constexpr, OPTIONS: tl.cons
     OTHER_ROUNDS: in a ring those below 0 and past the last chunk belong to the rounds before and after.
     """
     T = operands.T
+    order = operands.order + (b * OPTIONS.HEADS + n) * OPTIONS.ROUNDS * T
     if OTHER_ROUNDS:
         length = tl.cdiv(T, OPTIONS.CHUNK) * OPTIONS.CHUNK
         place = (index + operands.round * length) % (OPTIONS.ROUNDS * length)
@@ -188,8 +189,8 @@ def token_at(index, b, n, operands, OTHER_ROUNDS: tl.constexpr, OPTIONS: tl.cons
         at = place // length * T + place % length
     else:
         exists = index < T
-        at = operands.round * T + index
-    order = operands.order + (b * OPTIONS.HEADS + n) * OPTIONS.ROUNDS * T
+        at = index
+        order += operands.round.to(tl.int64) * T
     return tl.load(order + at, mask=exists, other=0), exists
 
 
@@ -288,9 +289,9 @@ def lsh_forward(
     query, key, value, words, order, codes, key_buckets, starts, out, lse,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """FUNCTIONS: SORTED or CACHED. `words`: T, S, ROWS, TOGETHER, the round."""
-    T, S, ROWS, TOGETHER, r = load_words(words)
-    operands = Operands(T, S, ROWS, TOGETHER, r, order, codes, key_buckets, starts)
+    """FUNCTIONS: SORTED or CACHED. `words`: T, S, ROWS, GROUP, the round."""
+    T, S, ROWS, GROUP, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, r, order, codes, key_buckets, starts)
     forward(
         query, key, value, out, lse, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2], FUNCTIONS[3], FUNCTIONS[4],
         FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -302,8 +303,8 @@ def lsh_backward_query(
     query, key, value, words, order, codes, key_buckets, starts, lse, delta, grad_out, grad_query,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, r = load_words(words)
-    operands = Operands(T, S, ROWS, TOGETHER, r, order, codes, key_buckets, starts)
+    T, S, ROWS, GROUP, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, r, order, codes, key_buckets, starts)
     backward_query(
         query, key, value, lse, delta, grad_out, grad_query, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2], FUNCTIONS[3],
         FUNCTIONS[4], FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -315,8 +316,8 @@ def lsh_backward_key(
     query, key, value, words, order, codes, key_buckets, starts, lse, delta, grad_out, grad_key, grad_value,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, r = load_words(words)
-    operands = Operands(T, S, ROWS, TOGETHER, r, order, codes, key_buckets, starts)
+    T, S, ROWS, GROUP, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, r, order, codes, key_buckets, starts)
     backward_key(
         query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2],
         FUNCTIONS[3], FUNCTIONS[4], FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -346,7 +347,7 @@ def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs:
         False, False,
     )  # fmt: skip
     options = options._replace(OWN=sizes[transposed], OTHER=sizes[not transposed], TRANSPOSED=transposed)
-    arrays["words"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, 1, round_)])
+    arrays["words"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, rows, round_)])
     return launch.call(
         kernel,
         {name: arrays[name] for name in kernel.arg_names if name in arrays},

@@ -93,7 +93,7 @@ class Operands(NamedTuple):
     T: Any
     S: Any
     ROWS: Any
-    TOGETHER: Any
+    GROUP: Any
     query_start: Any
     key_start: Any
     words: Any
@@ -116,7 +116,7 @@ ALIGNMENT = tl.constexpr(8)  # of the rows of a mask or bias, for wide loads at 
 
 @triton.jit
 def load_words(words):
-    """The run-time numbers: T, S, ROWS, TOGETHER and where positions start."""
+    """The run-time numbers: T, S, ROWS, GROUP and where positions start."""
     return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
 
 
@@ -257,9 +257,9 @@ def softmax_forward(
     query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
     bounds, out, lse, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
+    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
     operands = Operands(
-        T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
+        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
         key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     forward(
@@ -274,9 +274,9 @@ def softmax_backward_query(
     bounds, lse, delta, grad_out, no_bias, grad_query, grad_bias,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
+    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
     operands = Operands(
-        T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
+        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
         key_segments, tables, rows, tiles, bounds, grad_bias,
     )  # fmt: skip
     backward_query(
@@ -291,9 +291,9 @@ def softmax_backward_key(
     bounds, lse, delta, grad_out, grad_key, grad_value,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
+    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
     operands = Operands(
-        T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
+        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
         key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     backward_key(
@@ -310,12 +310,12 @@ def softmax_backward_bias(
 ):  # fmt: skip
     """One block of the gradient of the bias: the sum over all that reads it, in a fixed order.
 
-    The words ROWS and TOGETHER are the number of consecutive samples that read the same bias, and 0; `rows` are the states of
-    the blocks.
+    The words ROWS and GROUP are the number of consecutive samples that read the same bias, and of all blocks that read a block
+    of it; `rows` are the states of the blocks.
     """
-    T, S, SAMPLES, TOGETHER, query_start, key_start = load_words(words)
+    T, S, SAMPLES, count, query_start, key_start = load_words(words)
     operands = Operands(
-        T, S, SAMPLES, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
+        T, S, SAMPLES, count, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
         key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     AXES: tl.constexpr = OPTIONS.BIAS
@@ -328,7 +328,6 @@ def softmax_backward_bias(
     bias_n = (program // (bias_columns * bias_rows)) % BIAS_HEADS
     bias_b = program // (bias_columns * bias_rows * BIAS_HEADS)
     inner_rows, inner_columns = query_blocks // bias_rows, key_blocks // bias_columns
-    count = SAMPLES * (SHAPE.HEADS // BIAS_HEADS) * inner_rows * inner_columns
     if AXES.T and AXES.S:
         count = tl.where(tl.load(rows + row * key_blocks + column) == 0, 0, count)
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
@@ -338,7 +337,7 @@ def softmax_backward_bias(
         i = row + rest % inner_rows
         rest = rest // inner_rows
         n = (bias_n + rest % (SHAPE.HEADS // BIAS_HEADS)).to(tl.int64)
-        b = (bias_b * SAMPLES + rest // (SHAPE.HEADS // BIAS_HEADS)).to(tl.int64)
+        b = bias_b.to(tl.int64) * SAMPLES + rest // (SHAPE.HEADS // BIAS_HEADS)
         query_start, key_start = i * BLOCK_Q, j * BLOCK_K
         q, k = query_start + tl.arange(0, BLOCK_Q), key_start + tl.arange(0, BLOCK_K)
         query_rows = dense(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
@@ -454,7 +453,7 @@ class Call:
         )  # fmt: skip
 
     def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, aliases=None, **options):
-        """Launches a kernel; `words` are ROWS and TOGETHER."""
+        """Launches a kernel; `words` are ROWS and GROUP."""
         geometry = self.geometry
         starts = [x if isinstance(x, int) else 0 for x in (geometry.query_positions, geometry.key_positions)]
         numbers = np.array([geometry.queries, geometry.keys, *words, *starts, *self.pattern_words], np.int32)
@@ -481,7 +480,7 @@ class Call:
         return self.run(
             kernel,
             programs * count,
-            (count, self.together(programs, along)),
+            (count, count * self.heads_together(programs, along)),
             dict(bounds=bounds, rows=jnp.asarray(todo.rows), tiles=None if todo.tiles is None else jnp.asarray(todo.tiles)),
             outputs,
             config,
@@ -512,7 +511,7 @@ class Call:
         lengths = ("BLOCK_Q", geometry.queries), ("BLOCK_K", geometry.keys)
         return dataclasses.replace(config, blocks={name: min(config.blocks[name], padded(length)) for name, length in lengths})
 
-    def together(self, programs: int, along: str) -> int:
+    def heads_together(self, programs: int, along: str) -> int:
         """The number of heads to run side by side: as many as keep what they read over and over in the L2 cache."""
         query, key, value = self.arrays
         read = key.shape[1] * (key.shape[3] + value.shape[3]) if along == "query" else query.shape[1] * (
@@ -582,10 +581,11 @@ def bias_gradient(call: Call, bias):
     wide = bias.shape[2:]
     counts = [1 if size == 1 else -(-size // tile) for size, tile in zip(wide, tiles, strict=True)]
     some = (states_of(call.geometry, *tiles) != NONE).any(0).astype(np.int32)
+    programs = math.prod((*bias.shape[:2], *counts))
     return call.run(
         softmax_backward_bias,
-        math.prod((*bias.shape[:2], *counts)),
-        (call.batch // len(bias), 0),
+        programs,
+        (call.batch // len(bias), call.batch * call.shape.HEADS * some.size // programs),
         dict(rows=jnp.asarray(some), tiles=None, bounds=None),
         dict(grad_bias=jax.ShapeDtypeStruct(bias.shape, jnp.float32)),
         config,

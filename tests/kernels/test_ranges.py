@@ -87,16 +87,9 @@ def launches(call, arrays):
     return list(dict.fromkeys(recorded))
 
 
-# Their lengths are run-time words: the analysis does not know that rows times heads are at most the programs, nor that an
-# offset is taken within a block.
-RUN_TIME_LENGTHS = ("softmax", "softmax-bias", "block_sparse", "strided", "fixed", "relative")
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize("name", ENORMOUS)
-def test_no_index_overflows(name, request):
-    if name in RUN_TIME_LENGTHS:
-        request.applymarker(pytest.mark.xfail(reason="the analysis has no bounds of run-time lengths", strict=True))
+def test_no_index_overflows(name):
     found = launches(*ENORMOUS[name])
     assert found, "nothing was launched"
     for launched in found:
