@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, tuning
 from subquad.kernels.operation import operation
 from subquad.kernels.scan import xla
 from subquad.kernels.scan.reference import AXES
@@ -132,23 +132,23 @@ def first_order_tiles(
         _store(PRODUCTS, row, pr, pi, feature < D, COMPLEX, D)
 
 
-def config(mode, batch: int, length: int, features: int, dtype) -> launch.Config:
+def config(mode, batch: int, length: int, features: int, dtype) -> tuning.Config:
     """Tiles of 128 bytes in a row; few and large ones for the interpreter."""
     if mode == "interpret":
         power = lambda n: triton.next_power_of_2(max(n, 2))
-        return launch.Config(dict(SEGMENTS=1, BLOCK_T=min(256, power(length)), BLOCK_D=min(64, power(features))))
+        return tuning.Config(dict(SEGMENTS=1, BLOCK_T=min(256, power(length)), BLOCK_D=min(64, power(features))))
     columns = min(32, max(8, triton.next_power_of_2(features)))
     rows = min(64, max(16, triton.next_power_of_2(length)))
     programs = batch * triton.cdiv(features, columns)
     tiles = triton.cdiv(length, rows)
     segments = max(1, min(PROGRAMS // programs, tiles // SEGMENT_TILES, 32))
-    heuristic = launch.Config(dict(SEGMENTS=segments, BLOCK_T=rows, BLOCK_D=columns), num_warps=4)
+    heuristic = tuning.Config(dict(SEGMENTS=segments, BLOCK_T=rows, BLOCK_D=columns), num_warps=4)
     # What decides: how long a program runs, and how many there are without segments.
     sizes = dict(
-        length=launch.size_class(length, 1 << 16), columns=columns, programs=launch.size_class(programs, PROGRAMS),
+        length=tuning.size_class(length, 1 << 16), columns=columns, programs=tuning.size_class(programs, PROGRAMS),
         bits=jnp.dtype(dtype).itemsize * 8,
     )  # fmt: skip
-    return launch.config("first_order_tiles", heuristic, **sizes)
+    return tuning.config("first_order_tiles", heuristic, **sizes)
 
 
 def _walk(mode, decay, inputs, start, reverse, shifted):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from einops import rearrange
 
-from subquad.kernels import launch
+from subquad.kernels import launch, tuning
 from subquad.kernels.operation import operation
 from subquad.kernels.ssm import xla
 
@@ -108,16 +108,16 @@ def scan_chunks(
     _store_planes(last, row * SIZE + mode[None, :], here, s_re, s_im, P, COMPLEX)
 
 
-def scan_config(mode, batch, length, size, dtype) -> launch.Config:
+def scan_config(mode, batch, length, size, dtype) -> tuning.Config:
     """64 samples are what a warp group multiplies; with `size` > 64 numbers in a state they find no registers."""
     is_small = size <= 64
-    heuristic = launch.Config(dict(C=32 if size <= 128 else 16, BB=16), 4 if is_small else 8, 1)
+    heuristic = tuning.Config(dict(C=32 if size <= 128 else 16, BB=16), 4 if is_small else 8, 1)
     if batch > 32 and is_small:
-        heuristic = launch.Config(dict(C=32, BB=64), 4, 1)
+        heuristic = tuning.Config(dict(C=32, BB=64), 4, 1)
     if mode == "interpret":
-        return launch.Config(dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch))))
-    sizes = dict(size=size, batch=launch.size_class(batch, 64), length=launch.size_class(length, LONGEST_CLASS))
-    return launch.config("scan_chunks", heuristic, **sizes, dtype=dtype.name)
+        return tuning.Config(dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch))))
+    sizes = dict(size=size, batch=tuning.size_class(batch, 64), length=tuning.size_class(length, LONGEST_CLASS))
+    return tuning.config("scan_chunks", heuristic, **sizes, dtype=dtype.name)
 
 
 def _walk(mode, tokens, toeplitz, writes, reads, jump, start, *, saves: bool, from_end: bool = False):
@@ -125,7 +125,7 @@ def _walk(mode, tokens, toeplitz, writes, reads, jump, start, *, saves: bool, fr
     features, batch, length = tokens.shape
     planes, pairs, chunk = *jump.shape[1:], toeplitz.shape[-1]
     config = scan_config(mode, batch, length, planes * pairs, tokens.dtype)
-    config = launch.Config({**config.blocks, "C": chunk}, config.num_warps, config.num_stages)
+    config = tuning.Config({**config.blocks, "C": chunk}, config.num_warps, config.num_stages)
     slots = -(-length // chunk) if saves else 1
     like = lambda *shape: jax.ShapeDtypeStruct((features, batch, *shape), jnp.float32)
     return launch.call(
@@ -266,8 +266,8 @@ def _recurrence_run(mode, inputs, *arrays):
     rank, pairs = systems[1].shape[1], start.shape[-1] // 2
     # A program per feature on a GPU, where there are many; all of a sample in the interpreter, where a program is slow.
     block = 1 if mode == "triton" else min(64, _pad_size(features))
-    heuristic = launch.Config(dict(BLOCK_D=block), num_warps=1, num_stages=1)
-    config = launch.config("recurrence_forward", heuristic, pairs=_pad_size(pairs), rank=rank)
+    heuristic = tuning.Config(dict(BLOCK_D=block), num_warps=1, num_stages=1)
+    config = tuning.config("recurrence_forward", heuristic, pairs=_pad_size(pairs), rank=rank)
     constants = dict(T=length, D=features, P=pairs, PP=_pad_size(pairs), R=rank, RR=1 << (rank - 1).bit_length(),
                      SHARED=systems[0].shape[0] == 1)  # fmt: skip
     names = ("excess", "left", "right", "drive", "reads")

@@ -127,8 +127,9 @@ class StateSpace(nnx.Module):
         """
         if self.mode == "dplr" or segment_ids is not None:
             past, *ahead = self.kernel(inputs.shape[1])
-            ahead = ahead[0] if ahead else None
-            return convolution.convolve(inputs, past, ahead, segment_ids, implementation=self._portable)
+            return convolution.convolve(
+                inputs, past, ahead[0] if ahead else None, segment_ids, implementation=self._portable
+            )
         responses, *ahead = (
             self._scan(inputs, which, is_reversed=which == 1) for which in range(self.output_matrix[...].shape[0])
         )
