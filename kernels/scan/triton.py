@@ -78,7 +78,8 @@ def _store(X, place, real, imaginary, valid, COMPLEX: tl.constexpr, D: tl.conste
 @triton.jit
 def first_order_tiles(
     A, B, START, words, STATES, LAST, PRODUCTS,
-    D: tl.constexpr, WIDTH: tl.constexpr, COMPLEX: tl.constexpr, CONSTANT: tl.constexpr, SHARED: tl.constexpr, FROM_END: tl.constexpr, SHIFTED: tl.constexpr, SUMMARY: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, COMPLEX: tl.constexpr, CONSTANT: tl.constexpr, SHARED: tl.constexpr,
+    FROM_END: tl.constexpr, SHIFTED: tl.constexpr, SUMMARY: tl.constexpr,
     SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The states from START [B, SEGMENTS, WIDTH] on, and the last of each segment.
