@@ -221,7 +221,8 @@ def recurrence_forward(
 ):  # fmt: skip
     """T steps x' = x + 2 (excess y + drive u - sum_r left_r <right_r, y>), y = x + drive u, of BLOCK_D features of a sample.
 
-    `words`: T. Planes side by side: inputs [B, T, D], excess, drive, reads and states [.., D, 2, P], left and right [.., R, D, 2, P].
+    `words`: T. Planes side by side: inputs [B, T, D], excess, drive, reads and states [.., D, 2, P], left and right
+    [.., R, D, 2, P].
     """
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     T = tl.load(words)
