@@ -61,7 +61,7 @@ def test_extended_tokens_rotate_by_their_position(name):
 
 
 def test_reformer_rotates_what_it_hashes_and_compares():
-    """Every token in one chunk, and every key in reach of it: softmax attention of rotated queries to keys of the same bucket."""
+    """In one chunk every key is in reach: softmax attention of rotated queries to keys of the same bucket."""
     layer = zoo.make("reformer", in_features=FEATURES, rotary_base=20.0, rngs=nnx.Rngs(0), **EXTENDED["reformer"])
     x = inputs(LENGTH)
     query, value = layer.rotate(*2 * [layer.query(x)])[0], layer.value(x)
