@@ -137,7 +137,7 @@ def attention(
             amount moves a chunk; its rows are 0.
         segment_ids: int, [B, T] or [1, T]: of sequences that are packed into one. Tokens of different segments do not see
             each other. They are sorted by segment first, and chunks begin anew with each, so that every segment gives what it
-            gives alone. Chunks that are cut where segments are take XLA's loop one more chunk on each side.
+            gives alone. A chunk then visits one more on each side.
         is_causal: a token sees no later token. The sort and the chunks are made of all tokens either way.
         scale: multiplies q_i . k_j. None: 1 / sqrt(H). The authors' code has 1.
         reach: "bucket" is the paper's. "chunk" lets a token see everything in the reach of its chunk, whatever its
@@ -151,7 +151,7 @@ def attention(
         ValueError: shapes that do not fit, axes of 0, sizes out of range, an unknown reach, a ring with correct_duplicates or
             segment_ids.
         NotImplementedError: an implementation that does not exist here.
-    Numerics: logits, softmax and sums in float32.
+    Numerics: logits, softmax and sums in float32; Triton rounds the normalised keys to the dtype of the queries.
     Example:
         >>> x, value = jnp.ones((1, 3, 1, 4)), jnp.array([1.0, 3.0, 5.0]).reshape(1, 3, 1, 1)
         >>> buckets = jnp.array([0, 1, 0]).reshape(1, 1, 3, 1)
@@ -180,7 +180,7 @@ def attention(
                 "Use reach='chunk'."
             )
         batch, length = query_key.shape[:2]
-        segment_ids = checks.positions(owner, "segment_ids", segment_ids, batch, length)
+        segment_ids = checks.row(owner, "segment_ids", segment_ids, batch, length)
         segment_ids = jnp.broadcast_to(segment_ids, (batch, length))
     layout = reference.Layout(
         num_buckets=int(num_buckets),
@@ -314,11 +314,4 @@ def _check_shapes(owner: str, keys: dict, values: dict, buckets: dict, mask) -> 
                 f"{owner}: {name} must have shape [{batch}, R, {length}, {heads}], got {array.shape}. "
                 "Use lsh.hash_buckets."
             )
-    if mask is not None:
-        if mask.dtype != bool:
-            raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-        if mask.shape not in ((1, 1, 1, length), (batch, 1, 1, length)):
-            raise ValueError(
-                f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. "
-                "Buckets decide the rest."
-            )
+    checks.key_padding(owner, mask, batch, length, "Buckets decide the rest.")

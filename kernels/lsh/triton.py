@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, tuning
 from subquad.kernels.flash.triton import Shape, backward_key, backward_query, dense, forward
 from subquad.kernels.lsh import xla
 from subquad.kernels.operation import operation
@@ -109,10 +109,10 @@ hash_all = operation(
 
 def hash_config(mode, length, features, columns):
     if mode == "interpret":
-        return launch.Config(dict(BLOCK_T=padded(min(length, 256)), BLOCK_F=padded(min(columns, 64))))
+        return tuning.Config(dict(BLOCK_T=padded(min(length, 256)), BLOCK_F=padded(min(columns, 64))))
     # The three parts of an operand live beside the operand itself.
-    heuristic = launch.Config(dict(BLOCK_T=64, BLOCK_F=padded(min(columns, 32))), num_warps=4, num_stages=1)
-    return launch.config("lsh.hash", heuristic, features=features, columns=columns)
+    heuristic = tuning.Config(dict(BLOCK_T=64, BLOCK_F=padded(min(columns, 32))), num_warps=4, num_stages=1)
+    return tuning.config("lsh.hash", heuristic, features=features, columns=columns)
 
 
 # ---------------------------------------------------------------------------------------------- functions of the instances
@@ -123,7 +123,7 @@ class Options(NamedTuple):
 
     HEADS: int
     ROUNDS: int
-    ONCE: bool  # whether a key counts in one round only
+    ONCE: bool = False  # of extend: whether a key counts once, in however many rounds it is seen
     # Of attention, as in `reference.Layout`.
     CHUNK: int = 0
     BEFORE: int = 0
@@ -144,6 +144,7 @@ class Operands(NamedTuple):
     S: Any
     ROWS: Any
     GROUP: Any
+    since: Any  # what was in reach in a round from this one on, and before `round`, counted there
     round: Any
     order: Any  # [B, N, R, T], of `xla.sort`
     codes: Any  # [B, N, T, R], of `xla.at_their_places`; of extend the queries' buckets [B, R, T, N]
@@ -223,7 +224,7 @@ def in_reach(codes, query, key, OPTIONS: tl.constexpr):
 
 @triton.jit
 def visible_in_reach(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.constexpr):
-    """VISIBLE: what is in reach in this round, and was in none before where keys count ONCE."""
+    """VISIBLE: what is in reach in this round, and was in none before that counts."""
     query, _ = token_at(q, b, n, operands, OPTIONS.RING and OPTIONS.TRANSPOSED, OPTIONS)
     key, key_exists = token_at(k, b, n, operands, OPTIONS.RING and not OPTIONS.TRANSPOSED, OPTIONS)
     if OPTIONS.IS_CAUSAL:
@@ -232,9 +233,8 @@ def visible_in_reach(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPT
         result = key_exists & (key != query)
     codes = operands.codes + (b * OPTIONS.HEADS + n) * operands.T * OPTIONS.ROUNDS
     result = result & in_reach(codes + operands.round, query, key, OPTIONS)
-    if OPTIONS.ONCE:
-        for earlier in range(0, operands.round):
-            result = result & (in_reach(codes + earlier, query, key, OPTIONS) == 0)
+    for earlier in range(operands.since, operands.round):
+        result = result & (in_reach(codes + earlier, query, key, OPTIONS) == 0)
     if OPTIONS.RING:
         # Chunks from which on no index is negative.
         LOW: tl.constexpr = (OPTIONS.BEFORE + OPTIONS.AFTER + OPTIONS.OTHER // OPTIONS.CHUNK + 1) * OPTIONS.CHUNK
@@ -289,9 +289,9 @@ def lsh_forward(
     query, key, value, words, order, codes, key_buckets, starts, out, lse,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """FUNCTIONS: SORTED or CACHED. `words`: T, S, ROWS, GROUP, the round."""
-    T, S, ROWS, GROUP, r = load_words(words)
-    operands = Operands(T, S, ROWS, GROUP, r, order, codes, key_buckets, starts)
+    """FUNCTIONS: SORTED or CACHED. `words`: T, S, ROWS, GROUP, since, round."""
+    T, S, ROWS, GROUP, since, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
     forward(
         query, key, value, out, lse, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2], FUNCTIONS[3], FUNCTIONS[4],
         FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -303,8 +303,8 @@ def lsh_backward_query(
     query, key, value, words, order, codes, key_buckets, starts, lse, delta, grad_out, grad_query,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, GROUP, r = load_words(words)
-    operands = Operands(T, S, ROWS, GROUP, r, order, codes, key_buckets, starts)
+    T, S, ROWS, GROUP, since, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
     backward_query(
         query, key, value, lse, delta, grad_out, grad_query, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2], FUNCTIONS[3],
         FUNCTIONS[4], FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -316,8 +316,8 @@ def lsh_backward_key(
     query, key, value, words, order, codes, key_buckets, starts, lse, delta, grad_out, grad_key, grad_value,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, GROUP, r = load_words(words)
-    operands = Operands(T, S, ROWS, GROUP, r, order, codes, key_buckets, starts)
+    T, S, ROWS, GROUP, since, r = load_words(words)
+    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
     backward_key(
         query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2],
         FUNCTIONS[3], FUNCTIONS[4], FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
@@ -326,10 +326,10 @@ def lsh_backward_key(
 
 @triton.jit
 def load_words(words):
-    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
+    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
 
 
-def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs: dict, round_=0, **more):
+def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs: dict, round_=0, since=0, **more):
     """Launches a kernel. `arrays` and `more`: its pointers by name; `outputs`: shape and dtype of its results."""
     arrays = dict(order=None, codes=None, key_buckets=None, starts=None) | arrays | more
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
@@ -347,7 +347,7 @@ def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs:
         False, False,
     )  # fmt: skip
     options = options._replace(OWN=sizes[transposed], OTHER=sizes[not transposed], TRANSPOSED=transposed)
-    arrays["words"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, rows, round_)])
+    arrays["words"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, rows, since, round_)])
     return launch.call(
         kernel,
         {name: arrays[name] for name in kernel.arg_names if name in arrays},
@@ -370,15 +370,16 @@ def attention(layout, query_key, value, buckets, mask, segment_ids, scale, *, mo
 
 
 def _rounds(static, query, gain, value, order, codes):
-    """(kernel, outputs, round, **arrays) -> its results."""
+    """(kernel, outputs, r=round, **arrays) -> its results."""
     layout, mode = static
     options = Options(
-        query.shape[2], order.shape[2], layout.correct_duplicates and order.shape[2] > 1, layout.chunk_size, layout.before,
-        layout.after, layout.is_causal, layout.reach == "ring", layout.has_segments,
+        query.shape[2], order.shape[2], False, layout.chunk_size, layout.before, layout.after, layout.is_causal,
+        layout.reach == "ring", layout.has_segments,
     )  # fmt: skip
     key = (query * gain[..., None]).astype(query.dtype)
     arrays = dict(query=query, key=key, value=value, order=order, codes=codes)
-    return functools.partial(run, SORTED, options, 1.0, mode, arrays)
+    call = functools.partial(run, SORTED, options, 1.0, mode, arrays)
+    return lambda *words, r, **more: call(*words, r, 0 if layout.correct_duplicates else r, **more)
 
 
 def _forward(static, query, gain, value, buckets, segment_ids):
@@ -390,7 +391,7 @@ def _forward(static, query, gain, value, buckets, segment_ids):
     start = jnp.zeros(value.shape, jnp.float32), jnp.full(gain.shape, -jnp.inf, jnp.float32), jnp.zeros(gain.shape, jnp.float32)
 
     def step(sums, r):
-        out, lse = call(lsh_forward, outputs, r)
+        out, lse = call(lsh_forward, outputs, r=r)
         return online.merge(*zip(sums, (out, lse.swapaxes(1, 2) * LN_2, start[2]), strict=True)), None
 
     (out, *sums), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
@@ -408,8 +409,8 @@ def _backward(static, saved, d_out):
     shapes = [(x.shape, jnp.float32) for x in (query, query, value)]
 
     def step(sums, r):
-        d_query = call(lsh_backward_query, dict(grad_query=shapes[0]), r, **arrays)
-        d_key_value = call(lsh_backward_key, dict(grad_key=shapes[1], grad_value=shapes[2]), r, **arrays)
+        d_query = call(lsh_backward_query, dict(grad_query=shapes[0]), r=r, **arrays)
+        d_key_value = call(lsh_backward_key, dict(grad_key=shapes[1], grad_value=shapes[2]), r=r, **arrays)
         return tuple(x + y for x, y in zip(sums, (*d_query, *d_key_value), strict=True)), None
 
     start = tuple(jnp.zeros(*shape) for shape in shapes)
@@ -499,23 +500,23 @@ def check(*arrays):
             raise launch.Declined("there is nothing to compute.")
 
 
-def config_of(name, cached: bool, mode, dtype, features: int, chunk_size: int, queries: int, keys: int) -> launch.Config:
+def config_of(name, cached: bool, mode, dtype, features: int, chunk_size: int, queries: int, keys: int) -> tuning.Config:
     """The configuration of a kernel: the largest blocks with which it spills no registers on Hopper."""
     if mode == "interpret":
-        return launch.Config(dict(BLOCK_Q=padded(min(queries, 128)), BLOCK_K=padded(min(keys, 128))))
-    query, key, warps = TILES[name][0 if dtype != jnp.float32 else 1 if features <= 64 else 2]
+        return tuning.Config(dict(BLOCK_Q=padded(min(queries, 128)), BLOCK_K=padded(min(keys, 128))))
+    query, key, warps = TILES[name][2 * (dtype == jnp.float32) + (features > 64)]
     if cached:
         query = min(query, padded(queries))
-    heuristic = launch.Config(dict(BLOCK_Q=query, BLOCK_K=key), warps, num_stages=1)
+    heuristic = tuning.Config(dict(BLOCK_Q=query, BLOCK_K=key), warps, num_stages=1)
     sizes = dict(features=features, bits=8 * jnp.dtype(dtype).itemsize) | ({} if cached else dict(chunk_size=chunk_size))
-    return launch.config(f"lsh.extend.{name}" if cached else f"lsh.{name}", heuristic, **sizes)
+    return tuning.config(f"lsh.extend.{name}" if cached else f"lsh.{name}", heuristic, **sizes)
 
 
-# BLOCK_Q, BLOCK_K and warps for 16 bits, for float32, and for float32 heads of more than 64 features.
+# BLOCK_Q, BLOCK_K and warps, for 16 bits and for float32; each time of heads of up to 64 features, and of more.
 TILES = dict(
-    forward=((64, 64, 8), (16, 32, 8), (16, 32, 8)),
-    backward_query=((64, 32, 8), (16, 32, 8), (16, 16, 8)),
-    backward_key=((32, 64, 8), (16, 16, 4), (16, 16, 8)),
+    forward=((64, 64, 8), (64, 64, 8), (16, 32, 8), (16, 32, 8)),
+    backward_query=((64, 32, 8), (64, 32, 8), (16, 32, 8), (16, 16, 8)),
+    backward_key=((32, 64, 8), (32, 32, 4), (16, 16, 4), (16, 16, 8)),
 )
 
 

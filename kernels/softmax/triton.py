@@ -15,7 +15,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import gpu, launch, tuning
 from subquad.kernels.flash import rules
 from subquad.kernels.flash import triton as flash
 from subquad.kernels.flash.tiles import Geometry, bounds_of, known, last_of, states_of, work
@@ -492,7 +492,7 @@ class Call:
             ONE_BOUNDS=bounds is not None and len(bounds) == 1,
         )
 
-    def config_of(self, kernel) -> launch.Config:
+    def config_of(self, kernel) -> tuning.Config:
         """The configuration of a kernel; short sequences take smaller blocks, by powers of two."""
         geometry, pattern, mode, dtype = self.geometry, self.static.pattern, self.static.mode, self.arrays[0].dtype
         reach = None if pattern is None else pattern.reach
@@ -507,7 +507,7 @@ class Call:
             sizes = dict(
                 dtype=dtype.name, features=size, biased=biased, crowded=crowded, reach=reach, block_size=block_size
             )  # fmt: skip
-            config = launch.config(kernel.__name__, config, **sizes)
+            config = tuning.config(kernel.__name__, config, **sizes)
         lengths = ("BLOCK_Q", geometry.queries), ("BLOCK_K", geometry.keys)
         return dataclasses.replace(config, blocks={name: min(config.blocks[name], padded(length)) for name, length in lengths})
 
@@ -637,7 +637,7 @@ FLOAT32_TILES = {
 def tile_sizes(
     kernel: str, dtype, features: int, ragged: bool, biased: bool, crowded: bool, reach: int | None, block_size: int | None,
     mode: launch.Mode,
-) -> launch.Config:  # fmt: skip
+) -> tuning.Config:  # fmt: skip
     """The heuristic configuration of a kernel: the largest that compiles without spills.
 
     Args:
@@ -649,8 +649,8 @@ def tile_sizes(
         block_size: of a pattern.
     """
     if mode == "interpret":  # there a step costs the same whatever its size
-        return launch.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
-    hopper = (launch.capability() or 90) >= 90
+        return tuning.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
+    hopper = (gpu.capability() or 90) >= 90
     wide = features > 64
     tested, crowded = crowded and block_size is None, crowded or biased
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
@@ -676,7 +676,7 @@ def tile_sizes(
     else:
         sizes = 128, 64, 8, 2
     query, key, warps, stages = sizes
-    return launch.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
+    return tuning.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
 
 
 def padded(size: int) -> int:

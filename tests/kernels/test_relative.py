@@ -7,7 +7,7 @@ import pytest
 from einops import rearrange
 from jax.extend.core import jaxprs_in_params
 
-from subquad.kernels import launch, relative, specs
+from subquad.kernels import gpu, launch, relative, specs
 from subquad.kernels.relative import xla
 from subquad.kernels.softmax import plan
 from subquad.kernels.softmax.sets import Visible
@@ -116,7 +116,7 @@ def test_segments_are_a_mask(implementation, batch, monkeypatch):
     cotangent = jax.random.normal(jax.random.key(2), (2, T, 3, 5))
     options = dict(query_segment_ids=segments[:, M:], key_segment_ids=segments)
     for mask, both in ((None, same), (padding, same & padding)):
-        with launch.apart():
+        with gpu.apart():
             actual = loss_of(implementation, mask, cotangent, **options)(*args)
             expected = loss_of("reference", both, cotangent)(*args)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), actual, expected)
@@ -286,7 +286,7 @@ def test_parts_of_batch_and_heads(monkeypatch):
         results = []
         for parts in ((1, 1, 1), (2, 1, 1), (2, 1, 3)):
             monkeypatch.setattr(plan, "parts_of", lambda *_, parts=parts: parts)
-            with launch.apart():
+            with gpu.apart():
                 results.append(loss_of("xla", mask, cotangent)(*args))
         for result in results[1:]:
             for one, other in zip(*map(jax.tree.leaves, (results[0], result)), strict=True):
