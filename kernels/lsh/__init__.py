@@ -137,7 +137,7 @@ def attention(
             amount moves a chunk; its rows are 0.
         segment_ids: int, [B, T] or [1, T]: of sequences that are packed into one. Tokens of different segments do not see
             each other. They are sorted by segment first, and chunks begin anew with each, so that every segment gives what it
-            gives alone. Chunks that are cut where segments are take XLA's loop one more chunk on each side.
+            gives alone. A chunk then visits one more on each side.
         is_causal: a token sees no later token. The sort and the chunks are made of all tokens either way.
         scale: multiplies q_i . k_j. None: 1 / sqrt(H). The authors' code has 1.
         reach: "bucket" is the paper's. "chunk" lets a token see everything in the reach of its chunk, whatever its

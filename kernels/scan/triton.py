@@ -22,6 +22,7 @@ from subquad.kernels.scan.reference import AXES
 
 PROGRAMS = 512  # that fill a large GPU: with fewer, time is cut into segments
 SEGMENT_TILES = 4  # that a segment has at least
+LONGEST_CLASS = 1 << 16
 
 
 @triton.jit
@@ -76,30 +77,32 @@ def _store(X, place, real, imaginary, valid, COMPLEX: tl.constexpr, D: tl.conste
 
 @triton.jit
 def first_order_tiles(
-    A, B, START, STATES, LAST, PRODUCTS,
-    T: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, COMPLEX: tl.constexpr, CONSTANT: tl.constexpr,
-    A_STRIDE: tl.constexpr, FROM_END: tl.constexpr, SHIFTED: tl.constexpr, SUMMARY: tl.constexpr,
+    A, B, START, words, STATES, LAST, PRODUCTS,
+    D: tl.constexpr, WIDTH: tl.constexpr, COMPLEX: tl.constexpr, CONSTANT: tl.constexpr, SHARED: tl.constexpr,
+    FROM_END: tl.constexpr, SHIFTED: tl.constexpr, SUMMARY: tl.constexpr,
     SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The states from START [B, SEGMENTS, WIDTH] on, and the last of each segment.
 
     FROM_END: the walk begins at the last step.  SHIFTED: a step takes the decay of the step before it, the first one 1.
-    SUMMARY: no states, but what a segment does to a state, h -> PRODUCTS h + LAST.
+    SUMMARY: no states, but what a segment does to a state, h -> PRODUCTS h + LAST.  CONSTANT: all steps have one decay.
+    SHARED: all samples have the same decays.
     """
+    T = tl.load(words)
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    TILES: tl.constexpr = (T + BLOCK_T - 1) // BLOCK_T
-    STEPS: tl.constexpr = (TILES + SEGMENTS - 1) // SEGMENTS * BLOCK_T  # of a segment
+    steps = tl.cdiv(tl.cdiv(T, BLOCK_T), SEGMENTS) * BLOCK_T  # of a segment
     program = tl.program_id(0)
     segment = program // BLOCKS % SEGMENTS
     sample = (program // (BLOCKS * SEGMENTS)).to(tl.int64)
     feature = program % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     row = (sample * SEGMENTS + segment) * WIDTH + feature
-    A += sample * A_STRIDE
+    if not SHARED:
+        A += sample * (WIDTH if CONSTANT else T * WIDTH)
     B += sample * T * WIDTH
     STATES += sample * T * WIDTH
     hr, hi = _load(START, row, (feature < D) & (not SUMMARY), COMPLEX, D)
     pr, pi = tl.full((BLOCK_D,), 1.0, tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(segment * STEPS, tl.minimum(segment * STEPS + STEPS, T), BLOCK_T):
+    for first in range(segment * steps, tl.minimum(segment * steps + steps, T), BLOCK_T):
         step = first + tl.arange(0, BLOCK_T)
         inside = (step < T)[:, None]
         valid = inside & (feature < D)[None, :]
@@ -140,12 +143,13 @@ def config(mode, batch: int, length: int, features: int, dtype) -> tuning.Config
     columns = min(32, max(8, triton.next_power_of_2(features)))
     rows = min(64, max(16, triton.next_power_of_2(length)))
     programs = batch * triton.cdiv(features, columns)
-    tiles = triton.cdiv(length, rows)
+    # Of the longest sequence of its class: lengths of a class are one compilation.
+    tiles = triton.cdiv(tuning.size_class(length, LONGEST_CLASS), rows)
     segments = max(1, min(PROGRAMS // programs, tiles // SEGMENT_TILES, 32))
     heuristic = tuning.Config(dict(SEGMENTS=segments, BLOCK_T=rows, BLOCK_D=columns), num_warps=4)
     # What decides: how long a program runs, and how many there are without segments.
     sizes = dict(
-        length=tuning.size_class(length, 1 << 16), columns=columns, programs=tuning.size_class(programs, PROGRAMS),
+        length=tuning.size_class(length, LONGEST_CLASS), columns=columns, programs=tuning.size_class(programs, PROGRAMS),
         bits=jnp.dtype(dtype).itemsize * 8,
     )  # fmt: skip
     return tuning.config("first_order_tiles", heuristic, **sizes)
@@ -159,15 +163,15 @@ def _walk(mode, decay, inputs, start, reverse, shifted):
     planes = lambda x: jnp.concatenate([x.real, x.imag], -1) if is_complex else x
     numbers = lambda x: jax.lax.complex(*jnp.split(x, 2, -1)) if is_complex else x
     some, rows = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((batch, segments, width), jnp.float32)
-    constants = dict(T=length, D=features, WIDTH=width, COMPLEX=is_complex, CONSTANT=decay.shape[1] == 1, FROM_END=reverse,
-                     A_STRIDE=0 if decay.shape[0] == 1 else decay.shape[1] * width, SHIFTED=shifted)  # fmt: skip
+    constants = dict(D=features, WIDTH=width, COMPLEX=is_complex, CONSTANT=decay.shape[1] == 1, SHARED=decay.shape[0] == 1,
+                     FROM_END=reverse, SHIFTED=shifted)  # fmt: skip
     decay, inputs = planes(decay), planes(inputs)
 
     def run(starts, is_summary):
         states = some if is_summary else jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
         outputs = launch.call(
             first_order_tiles,
-            dict(A=decay, B=inputs, START=starts),
+            dict(A=decay, B=inputs, START=starts, words=jnp.array([length], jnp.int32)),
             dict(STATES=states, LAST=rows, PRODUCTS=rows if is_summary else some),
             grid=batch * segments * triton.cdiv(features, chosen.blocks["BLOCK_D"]),
             constants=dict(constants, SUMMARY=is_summary),

@@ -502,6 +502,8 @@ class Call:
         crowded = crowded or geometry.query_positions is None or geometry.key_positions is None
         ragged = size > min(self.shape.FEATURES, self.shape.VALUES)
         biased = self.inputs["bias"] is not None
+        # Beside a bias of wide heads there is no register for where positions start.
+        crowded = crowded or biased and size > 64 and (geometry.query_positions, geometry.key_positions) != (0, 0)
         config = tile_sizes(kernel.__name__, dtype, size, ragged, biased, crowded, reach, block_size, mode)
         if mode == "triton":
             sizes = dict(

@@ -60,20 +60,19 @@ def _store_planes(array, offset, mask, real, imag, STEP: tl.constexpr, COMPLEX: 
 
 @triton.jit
 def scan_chunks(
-    tokens, toeplitz, writes, reads, jump, start, outputs, entering, last,
-    B: tl.constexpr, T: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, COMPLEX: tl.constexpr, FROM_END: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, BB: tl.constexpr,
+    tokens, toeplitz, writes, reads, jump, start, words, outputs, entering, last,
+    P: tl.constexpr, COMPLEX: tl.constexpr, FROM_END: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """`entering`: the states before the last SLOTS chunks; `last`: after all.
+    """`entering`: the states before the last SLOTS chunks; `last`: after all. `words`: B, T and SLOTS.
 
     FROM_END: the walk begins at the last chunk with a state of 0, and `start` is added after that chunk.
     """
-    CHUNKS: tl.constexpr = (T + C - 1) // C
-    BLOCKS: tl.constexpr = (B + BB - 1) // BB
+    B, T, SLOTS = tl.load(words), tl.load(words + 1), tl.load(words + 2)
     SIZE: tl.constexpr = 2 * P if COMPLEX else P
+    chunks, blocks = tl.cdiv(T, C), tl.cdiv(B, BB)
     program = tl.program_id(0)
-    feature = (program // BLOCKS).to(tl.int64)
-    sample = program % BLOCKS * BB + tl.arange(0, BB)[:, None]
+    feature = (program // blocks).to(tl.int64)
+    sample = program % blocks * BB + tl.arange(0, BB)[:, None]
     within, mode = tl.arange(0, C), tl.arange(0, P)
     row = feature * B + sample
     here = sample < B
@@ -82,9 +81,9 @@ def scan_chunks(
     r_re, r_im = _load_planes(reads + feature * (C * SIZE), mode[:, None] * C + within[None, :], None, None, C * P, COMPLEX)
     a_re, a_im = _load_planes(jump, feature * SIZE + mode[None, :], None, None, P, COMPLEX)
     s_re, s_im = _load_planes(start, row * SIZE + mode[None, :], here & (not FROM_END), 0.0, P, COMPLEX)
-    for step in range(CHUNKS):
-        n = CHUNKS - 1 - step if FROM_END else step
-        slot = n - (CHUNKS - SLOTS) + tl.zeros((1, 1), tl.int32)
+    for step in range(chunks):
+        n = chunks - 1 - step if FROM_END else step
+        slot = n - (chunks - SLOTS) + tl.zeros((1, 1), tl.int32)
         place = (row * SLOTS + slot) * SIZE + mode[None, :]
         _store_planes(entering, place, here & (slot >= 0), s_re, s_im, P, COMPLEX)
         position = n * C + within[None, :]
@@ -131,14 +130,14 @@ def _walk(mode, tokens, toeplitz, writes, reads, jump, start, *, saves: bool, fr
     like = lambda *shape: jax.ShapeDtypeStruct((features, batch, *shape), jnp.float32)
     return launch.call(
         scan_chunks,
-        dict(tokens=tokens, toeplitz=toeplitz, writes=writes, reads=reads, jump=jump, start=start),
+        dict(tokens=tokens, toeplitz=toeplitz, writes=writes, reads=reads, jump=jump, start=start,
+             words=jnp.array([batch, length, slots], jnp.int32)),
         dict(
             outputs=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), entering=like(slots, planes, pairs),
             last=like(planes, pairs),
         ),
         grid=features * -(-batch // config.blocks["BB"]),
-        constants=dict(B=batch, T=length, P=pairs, SLOTS=slots, COMPLEX=planes == 2, FROM_END=from_end,
-                       PRECISION=launch.dot_precision(jnp.float32)),
+        constants=dict(P=pairs, COMPLEX=planes == 2, FROM_END=from_end, PRECISION=launch.dot_precision(jnp.float32)),
         config=config,
         mode=mode,
     )  # fmt: skip
@@ -217,15 +216,17 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
 
 @triton.jit
 def recurrence_forward(
-    inputs, excess, left, right, drive, reads, start, outputs, last,
-    T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, RR: tl.constexpr,
+    inputs, excess, left, right, drive, reads, start, words, outputs, last,
+    D: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, RR: tl.constexpr,
     SHARED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """T steps x' = x + 2 (excess y + drive u - sum_r left_r <right_r, y>), y = x + drive u, of BLOCK_D features of a sample.
 
-    Planes side by side: inputs [B, T, D], excess, drive, reads and states [.., D, 2, P], left and right [.., R, D, 2, P].
+    `words`: T. Planes side by side: inputs [B, T, D], excess, drive, reads and states [.., D, 2, P], left and right
+    [.., R, D, 2, P].
     """
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    T = tl.load(words)
     program = tl.program_id(0).to(tl.int64)
     sample = program // BLOCKS
     feature = (program % BLOCKS).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -269,13 +270,14 @@ def _recurrence_run(mode, inputs, *arrays):
     block = 1 if mode == "triton" else min(64, _pad_size(features))
     heuristic = tuning.Config(dict(BLOCK_D=block), num_warps=1, num_stages=1)
     config = tuning.config("recurrence_forward", heuristic, pairs=_pad_size(pairs), rank=rank)
-    constants = dict(T=length, D=features, P=pairs, PP=_pad_size(pairs), R=rank, RR=1 << (rank - 1).bit_length(),
+    constants = dict(D=features, P=pairs, PP=_pad_size(pairs), R=rank, RR=1 << (rank - 1).bit_length(),
                      SHARED=systems[0].shape[0] == 1)  # fmt: skip
     names = ("excess", "left", "right", "drive", "reads")
     state = jax.ShapeDtypeStruct(start.shape, jnp.float32)
     outputs = dict(outputs=jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), last=state)
     grid = batch * -(-features // config.blocks["BLOCK_D"])
-    operands = dict(inputs=inputs, **dict(zip(names, systems, strict=True)), start=start)
+    words = jnp.array([length], jnp.int32)
+    operands = dict(inputs=inputs, **dict(zip(names, systems, strict=True)), start=start, words=words)
     return launch.call(recurrence_forward, operands, outputs, grid=grid, constants=constants, config=config, mode=mode)
 
 

@@ -111,6 +111,15 @@ def test_the_grid_goes_as_far_as_the_kernels_do():
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith("matrix.")])
+def test_a_new_length_compiles_nothing(name):
+    """Lengths are run-time words: those of one class launch the same kernels with the same constants."""
+    found = [set(specs.launches(SPECS[name], "float32", length, bench=False)) for length in (1030, 1100, 1290)]
+    kinds = [{(one.kernel, one.dtypes, one.constants, one.config) for one in launches} for launches in found]
+    assert kinds[0] and kinds[0] == kinds[1] == kinds[2]
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_short_sequences_compile(name):
     """tl.dot needs sides of 16 at least; the interpreter does not care."""
