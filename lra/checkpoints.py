@@ -43,15 +43,15 @@ def open_folder(folder: str | os.PathLike, needed_bytes: int = 0) -> pathlib.Pat
 
 def _reserve(folder: pathlib.Path, size: int) -> None:
     """Raises OSError where `size` bytes cannot be written into a folder now: full, over quota, read-only."""
-    probe = folder / f".probe-{uuid.uuid4().hex}"
+    trial = folder / f".trial-{uuid.uuid4().hex}"
     try:
-        with probe.open("wb") as file:
+        with trial.open("wb") as file:
             file.write(b"\0" * 4096)
             file.flush()
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, max(size, 4096))
     finally:
-        probe.unlink(missing_ok=True)
+        trial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def occupied(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: pathlib.Path, configuration: dict, resume: bool, result_type: type) -> dict | None:
+def begin_or_resume(folder: pathlib.Path, configuration: dict, resume: bool, result_type: type) -> dict | None:
     """Makes sure that a folder is this run's to write, and marks it with the run's configuration.
 
     Returns: the result that the folder holds, if the run is finished and resume is True.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 
 
+@dataclass
 class Evaluation:
     """Scores parameters on the splits of a task.
 
@@ -25,36 +27,39 @@ class Evaluation:
         floor, spread: what chance scores on them, see `collapse.chance`.
     """
 
-    def __init__(self, run: Run, task: Task, objective: Objective, splits: Mapping[str, Sequence[dict]], quiet: bool):
-        self._run, self._task, self._objective, self._splits, self._quiet = run, task, objective, splits, quiet
+    run: Run
+    task: Task
+    objective: Objective
+    splits: Mapping[str, Sequence[dict]]
+    quiet: bool
+
+    def __post_init__(self):
         self.validation = self._batches("validation")
-        counted = over(self.validation, f"{run.layer}: floor of validation", quiet=quiet)
-        self.floor, self.spread = collapse.chance(counted, objective.column)
+        counted = over(self.validation, f"{self.run.layer}: floor of validation", quiet=self.quiet)
+        self.floor, self.spread = collapse.chance(counted, self.objective.column)
 
     def build(self, graph: Any, fixed: Any, mesh: Mesh | None) -> None:
         """Makes the program for a model; it is compiled with the first batch."""
-        program = jax.jit(functools.partial(eval_step, self._objective, graph, mesh=mesh))
+        program = jax.jit(functools.partial(eval_step, self.objective, graph, mesh=mesh))
         self.score = lambda parameters, batches: mean_score(program, mesh, fixed, parameters, batches)
 
     def collapsed_step(self, validations: Sequence[Sequence[float]]) -> int | None:
         """See `collapse.collapsed_step`."""
-        return collapse.collapsed_step(validations, self.floor, self.spread, self._objective.sign)
+        return collapse.collapsed_step(validations, self.floor, self.spread, self.objective.sign)
 
     def test(self, best: Any, last: Any) -> dict[str, float]:
         """The columns of a result. The test split is read here and nowhere else; `best` is `last` where they are the same."""
         scores = {"last": self._split(last, "test")}
         scores["best"] = scores["last"] if best is last else self._split(best, "test")
-        selected = {"best": best, "last": last}[self._run.selection]
-        train = self._split(selected, "train", len(self._splits["test"]))
-        return self._objective.columns(selected=scores[self._run.selection], train=train, **scores)
+        selected = {"best": best, "last": last}[self.run.selection]
+        train = self._split(selected, "train", len(self.splits["test"]))
+        return self.objective.columns(selected=scores[self.run.selection], train=train, **scores)
 
     def _split(self, parameters: Any, split: str, count: int | None = None) -> float:
-        return self.score(parameters, over(self._batches(split, count), split, quiet=self._quiet))[0]
+        return self.score(parameters, over(self._batches(split, count), split, quiet=self.quiet))[0]
 
     def _batches(self, split: str, count: int | None = None):
-        return pipeline.evaluation_batches(
-            self._splits[split], batch_size=self._run.batch_size, length=self._task.length, count=count
-        )
+        return pipeline.EvaluationBatches(self.splits[split], self.run.batch_size, self.task.length, count)
 
 
 def mean_score(program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict]) -> tuple[float, float]:

@@ -38,13 +38,13 @@ class Own(nnx.Module):
         return self.layer(inputs, **{word: words[word] for word in self.words if word in words})
 
 
-def find(name: str) -> type[nnx.Module]:
+def find_layer(name: str) -> type[nnx.Module]:
     """The class of a layer.
 
     Raises: ValueError: an unknown name, a module that cannot be imported, a class that is not in it or does not meet
         the contract of a mixer.
     Example:
-        >>> find("subquad.zoo:SoftmaxAttention") is find("softmax")
+        >>> find_layer("subquad.zoo:SoftmaxAttention") is find_layer("softmax")
         True
     """
     if name in LAYERS:
@@ -99,7 +99,7 @@ def check_causal(name: str) -> None:
 
     Raises: ValueError: with what to use in its place.
     """
-    layer = find(name)
+    layer = find_layer(name)
     supports = getattr(layer, "supports", None)
     able = supports.causal if supports is not None else _takes(_parameters(layer.__init__), "is_causal")
     if not able:
@@ -116,7 +116,7 @@ def check_causal(name: str) -> None:
 
 def is_causal(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a layer of these options is causal by itself, whatever the task."""
-    supports = getattr(find(name), "supports", None)
+    supports = getattr(find_layer(name), "supports", None)
     return bool(options.get("is_causal", supports is not None and not supports.bidirectional))
 
 
@@ -131,7 +131,7 @@ def make(name: str, options: Mapping[str, Any], *, dtype: Any, is_causal: bool) 
     causal = {"is_causal": True} if is_causal else {}
     if name in LAYERS:
         return functools.partial(zoo.make, name, **{"dtype": dtype, "param_dtype": jnp.float32, **options, **causal})
-    layer = find(name)
+    layer = find_layer(name)
     parameters = _parameters(layer.__init__)
     for word, value in options.items():
         if not _takes(parameters, word):

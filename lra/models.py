@@ -1,7 +1,6 @@
 """The models that runs train, one for each kind of task, and how many parameters they have."""
 
 import dataclasses
-import fractions
 import functools
 import math
 
@@ -132,28 +131,11 @@ def build(run: Run, task: Task) -> Model | LanguageModel:
     return kind(run, task, rngs=nnx.Rngs(run.seed))
 
 
-# Features from which on parameters are counted by smaller models: state spaces draw theirs as arrays.
-WIDE = 2**14
-
-
 def count_parameters(run: Run, task: Task) -> int:
-    """Trainable numbers of a run's model; nothing is allocated.
-
-    All blocks have as many, and no size is more than quadratic in the features, so that a deep or wide model is counted by
-    shallow and narrow ones.
-    """
+    """Trainable numbers of a run's model; nothing is allocated. All blocks have as many, so two of them are counted."""
     if run.num_layers > 2:
         one, two = (count_parameters(dataclasses.replace(run, num_layers=number), task) for number in (1, 2))
         return one + (run.num_layers - 1) * (two - one)
-    if run.in_features <= WIDE:
-        return _counted(run, task)
-    unit = math.lcm(8, *(size for size in run.layer_options.values() if type(size) is int and 0 < size <= 64))
-    first, second, third = (_counted(dataclasses.replace(run, in_features=times * unit), task) for times in (1, 2, 3))
-    steps, twice = fractions.Fraction(run.in_features, unit) - 1, (third - second) - (second - first)
-    return round(first + steps * (second - first) + steps * (steps - 1) / 2 * twice)
-
-
-def _counted(run: Run, task: Task) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_abstract(run, task)))
 
 
@@ -174,22 +156,16 @@ def equal_mlp_features(run: Run, reference: Run, task: Task) -> int:
     Raises: ValueError: the layer alone has more parameters than the whole reference.
     """
     target = count_parameters(reference, task)
-    # The head of a pair is quadratic in mlp_features; everything else is linear.
-    widths = (8, 16, 24) if task.kind == "pair" and run.head == "mlp" else (8, 16)
-    first, *more = (count_parameters(dataclasses.replace(run, mlp_features=width), task) for width in widths)
-    slope = more[0] - first
-    bend = more[1] - 2 * more[0] + first if len(more) > 1 else 0
-    at = lambda k: first + k * slope + k * (k - 1) // 2 * bend
-    low, high = 0, 1
-    while at(high) <= target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle) <= target else (low, middle)
-    best = min(low, high, key=lambda k: abs(at(k) - target))
+    at = functools.cache(lambda k: count_parameters(dataclasses.replace(run, mlp_features=8 * k), task))
+    best, before = 2, 1
+    for _ in range(4):  # linear in the width, but for the head of a pair, which is quadratic
+        slope = (at(best) - at(before)) / (best - before)
+        best, before = max(1, round(best + (target - at(best)) / slope)), best
+        if best == before:
+            break
     if abs(at(best) - target) > 0.1 * target:
         raise ValueError(
             f"layer {run.layer!r} must fit into {target:,} parameters to be compared, got {at(best):,}. "
             "Make it smaller by layer_options, or pass mlp_features."
         )
-    return 8 * (best + 1)
+    return 8 * best

@@ -17,8 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.files import RunError
-from subquad.lra.files import one_line as line
+from subquad.lra.files import RunError, one_line
 
 # The mesh's only axis: examples of a batch, and with "zero" a part of every large array of the training state.
 AXIS = "data"
@@ -52,14 +51,13 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
             "got None. Pass all three, or none under SLURM."
         )
     host, colon, port = coordinator.rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise ValueError(f"start: coordinator must be host:port, got {coordinator!r}. For example 10.0.0.1:1234.")
-    if num_processes < 1:
-        raise ValueError(f"start: num_processes must be >= 1, got {num_processes}. Count all processes.")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"start: process_id must be in 0..{num_processes - 1}, got {process_id}. Number the processes from 0."
-        )
+    for name, right, must in (
+        ("coordinator", host and colon and port.isdigit(), "be host:port, as 10.0.0.1:1234"),
+        ("num_processes", num_processes >= 1, "be >= 1"),
+        ("process_id", 0 <= process_id < num_processes, f"be in 0..{num_processes - 1}"),
+    ):
+        if not right:
+            raise ValueError(f"start: {name} must {must}, got {given[name]!r}. Number them from 0.")
     if num_processes > 1:
         _check_coordinator(host.strip("[]"), int(port), listens=process_id == 0)
         _join(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
@@ -79,7 +77,7 @@ def _check_coordinator(host: str, port: int, listens: bool) -> None:
             if listens or time.monotonic() > ends:
                 wanted = "have a free port" if listens else f"be reached within {PATIENCE} s"
                 raise RunError(
-                    f"start: coordinator must {wanted}, got {host}:{port}, {line(error)}. Check the address, the port, and "
+                    f"start: coordinator must {wanted}, got {host}:{port}, {one_line(error)}. Check the address, the port, and "
                     "that process 0 was started on that host."
                 ) from error
         time.sleep(0.2)
@@ -90,7 +88,7 @@ def _join(**words) -> None:
         jax.distributed.initialize(**words, initialization_timeout=PATIENCE)
     except RuntimeError as error:
         raise RunError(
-            f"start: processes must find each other before anything is computed, got {line(error)}. "
+            f"start: processes must find each other before anything is computed, got {one_line(error)}. "
             "Check that all of them were started."
         ) from error
 
@@ -211,16 +209,6 @@ def compile(function: Callable, arguments: tuple, mesh: Mesh | None, shard: Shar
     if mesh is not None:
         words["out_shardings"] = shardings(jax.eval_shape(function, *arguments), mesh, shard)
     return jax.jit(function, **words).lower(*arguments).compile()
-
-
-def hardware(described: str, mesh: Mesh | None) -> str:
-    """The devices that a run used, in words; `described`: the machine."""
-    count = 1 if mesh is None else mesh.size
-    if jax.default_backend() != "cpu":
-        return f"{count} x {jax.devices()[0].device_kind}"
-    if mesh is None:
-        return described
-    return f"{described}, as {count} devices" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
 
 
 def any_process(flag: bool) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from subquad.kernels.dispatch import nearest
@@ -16,7 +16,7 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
 
     Args:
         recipe: a key of `recipes.RECIPES`.
-        layer: a key of `zoo.LAYERS`, or "package.module:ClassName", a layer of your own, see `layers.find`; one that the
+        layer: a key of `zoo.LAYERS`, or "package.module:ClassName", a layer of your own, see `layers.find_layer`; one that the
             recipe does not list is built with its own defaults.
         overrides: values of `Run`; layer_options are merged into the recipe's; task may be a `tasks.Task` of your own, which
             `train` is then given, too.
@@ -41,113 +41,106 @@ def explain(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> 
     return _settle(recipe, layer, overrides).explained()
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a caller asked for; no value of it is unknown, or of a wrong type."""
+@dataclass
+class Draft:
+    """What a caller asked for, the values that are settled so far, and the level that each came from."""
 
     recipe: Recipe
     layer: str
     task: tasks.Task
     overrides: Mapping[str, Any]
-
-
-class Draft:
-    """The values that are settled so far, and the level that each came from."""
-
-    def __init__(self):
-        self._values: dict[str, Any] = {}
-        self._levels: dict[str, str] = {}
+    values: dict[str, Any] = field(default_factory=dict)
+    levels: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
-        return self._values[name]
+        return self.values[name]
 
     def put(self, level: str, values: Mapping[str, Any]) -> None:
         """Replaces values; layer_options are merged into those that are there."""
         for name, value in values.items():
             if name == "layer_options":
-                value = {**self._values.get(name, {}), **value}
-                self._levels |= {f"{name}.{option}": level for option in values[name]}
-            self._values[name], self._levels[name] = value, level
+                value = {**self.values.get(name, {}), **value}
+                self.levels |= {f"{name}.{option}": level for option in values[name]}
+            self.values[name], self.levels[name] = value, level
 
     def run(self) -> Run:
-        return Run(**self._values)
+        return Run(**self.values)
 
     def explained(self) -> dict[str, tuple[Any, str]]:
-        plain = {name: value for name, value in self._values.items() if name != "layer_options"}
-        plain |= {f"layer_options.{name}": value for name, value in self._values["layer_options"].items()}
-        return {name: (value, self._levels[name]) for name, value in plain.items()}
+        plain = {name: value for name, value in self.values.items() if name != "layer_options"}
+        plain |= {f"layer_options.{name}": value for name, value in self.values["layer_options"].items()}
+        return {name: (value, self.levels[name]) for name, value in plain.items()}
 
 
 Level = tuple[str, Mapping[str, Any]]
 
 
-def defaults(request: Request, draft: Draft) -> Iterator[Level]:
+def defaults(draft: Draft) -> Iterator[Level]:
     """Those of `Run`."""
     yield "default", dataclasses.asdict(Run())
 
 
-def protocol(request: Request, draft: Draft) -> Iterator[Level]:
+def protocol(draft: Draft) -> Iterator[Level]:
     """What the protocol sets; which one it is, recipe and caller say."""
-    name = _protocol(request.recipe, request.task.name, request.task.config, request.layer, request.overrides)
-    yield f"protocol {name}", protocols.defaults(name, request.task.kind)
+    name = _protocol(draft.recipe, draft.task.name, draft.task.config, draft.layer, draft.overrides)
+    yield f"protocol {name}", protocols.defaults(name, draft.task.kind)
 
 
-def recipe(request: Request, draft: Draft) -> Iterator[Level]:
+def recipe(draft: Draft) -> Iterator[Level]:
     """The layer's options, then the rows of the page that apply, from its top to its end."""
-    page, task = request.recipe, request.task
-    yield f"recipe {page.id}, layers", {"layer_options": page.layers.get(request.layer, {})}
-    for scope, values in page.rows(task.name, task.config, request.layer):
+    page = draft.recipe
+    yield f"recipe {page.id}, layers", {"layer_options": page.layers.get(draft.layer, {})}
+    for scope, values in page.rows(draft.task.name, draft.task.config, draft.layer):
         yield f'recipe {page.id}, "{scope}"', values
 
 
-def caller(request: Request, draft: Draft) -> Iterator[Level]:
+def caller(draft: Draft) -> Iterator[Level]:
     """What the caller gave."""
-    yield "given", request.overrides
-    yield "given", dict(recipe=request.recipe.id, layer=request.layer, task=request.task.name)
-    if draft["config"] != request.task.config:
-        yield "usual for the task", dict(config=request.task.config)
+    yield "given", draft.overrides
+    yield "given", dict(recipe=draft.recipe.id, layer=draft.layer, task=draft.task.name)
+    if draft["config"] != draft.task.config:
+        yield "usual for the task", dict(config=draft.task.config)
 
 
-def task_kind(request: Request, draft: Draft) -> Iterator[Level]:
+def task_kind(draft: Draft) -> Iterator[Level]:
     """Values that mean nothing to the kind of task keep their defaults."""
-    kind = request.task.kind
+    kind = draft.task.kind
     usual = {name: getattr(Run, name) for name in protocols.MEANINGLESS[kind]}
     yield f"means nothing to a {kind}", {name: value for name, value in usual.items() if draft[name] != value}
 
 
-def drawn_positions(request: Request, draft: Draft) -> Iterator[Level]:
+def drawn_positions(draft: Draft) -> Iterator[Level]:
     """Positions that are not learned are not drawn."""
-    learned = draft["positions"] == "learned" or draft["position_std"] is None
-    if not learned and "position_std" not in request.overrides:
+    if draft["positions"] != "learned" and draft["position_std"] is not None and "position_std" not in draft.overrides:
         yield "positions are not learned", dict(position_std=None)
 
 
-def causal_pooling(request: Request, draft: Draft) -> Iterator[Level]:
+def causal_pooling(draft: Draft) -> Iterator[Level]:
     """A causal layer is not pooled at its first token, which sees no other."""
-    causal = layers.is_causal(request.layer, draft["layer_options"])
-    if causal and draft["pooling"] in protocols.FIRST and "pooling" not in request.overrides:
+    causal = layers.is_causal(draft.layer, draft["layer_options"])
+    if causal and draft["pooling"] in protocols.FIRST and "pooling" not in draft.overrides:
         yield "the layer is causal", dict(pooling="mean")
 
 
-def sequence_length(request: Request, draft: Draft) -> Iterator[Level]:
+def sequence_length(draft: Draft) -> Iterator[Level]:
     """Options that ask for the length of the sequences get it, with the token of its own that "cls" prepends."""
-    length = request.task.length + (draft["pooling"] == "cls")
+    length = draft.task.length + (draft["pooling"] == "cls")
     asked = [name for name, value in draft["layer_options"].items() if value == "{length}"]
     yield "length of the sequences", {"layer_options": dict.fromkeys(asked, length)}
 
 
-def short_warm_up(request: Request, draft: Draft) -> Iterator[Level]:
+def short_warm_up(draft: Draft) -> Iterator[Level]:
     """A recipe's warm-up is at most half of the steps."""
-    if draft["schedule"] != "rsqrt" and "warmup_steps" not in request.overrides and draft["warmup_steps"] > draft["steps"] // 2:
+    if draft["schedule"] != "rsqrt" and "warmup_steps" not in draft.overrides and draft["warmup_steps"] > draft["steps"] // 2:
         yield "half of the steps", dict(warmup_steps=draft["steps"] // 2)
 
 
-def equal_parameters(request: Request, draft: Draft) -> Iterator[Level]:
+def equal_parameters(draft: Draft) -> Iterator[Level]:
     """Feed-forward networks as wide as brings the model to the parameters of the softmax model."""
-    if request.recipe.equal_parameters and "mlp_features" not in request.overrides:
+    if draft.recipe.equal_parameters and "mlp_features" not in draft.overrides:
         run = draft.run()
-        softmax = dataclasses.replace(run, layer="softmax", layer_options=request.recipe.layers["softmax"])
-        equal = models.equal_mlp_features(run, softmax, request.task)
+        softmax = dataclasses.replace(run, layer="softmax", layer_options=draft.recipe.layers["softmax"])
+        equal = models.equal_mlp_features(run, softmax, draft.task)
         yield "as many parameters as softmax", dict(mlp_features=equal)
 
 
@@ -158,21 +151,21 @@ STAGES = (
 
 
 def _settle(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Draft:
-    request, draft = _request(recipe, layer, overrides), Draft()
+    draft = _begun(recipe, layer, overrides)
     for stage in STAGES:
-        for level, values in stage(request, draft):
+        for level, values in stage(draft):
             draft.put(level, values)
-    _check(draft.run(), request)
-    for level, values in equal_parameters(request, draft):
+    _check(draft.run(), draft)
+    for level, values in equal_parameters(draft):
         draft.put(level, values)
     return draft
 
 
-def _request(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Request:
+def _begun(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Draft:
     """Refuses what is unknown or of a wrong type, and finds the task."""
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be a known name, got {recipe!r}. {nearest(recipe, RECIPES)}")
-    layers.find(layer)
+    layers.find_layer(layer)
     own = overrides["task"] if isinstance(overrides.get("task"), tasks.Task) else None
     if own is not None:
         if overrides.get("config", own.config) != own.config:
@@ -184,12 +177,12 @@ def _request(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Request:
         if value not in known:
             raise TypeError(f"{value} must be a value of a run, got {value}={overrides[value]!r}. {nearest(value, known)}")
     config = overrides["config"] if "config" in overrides else _usual_config(page, name, layer, overrides)
-    task = tasks.of(name, config, own)
+    task = own or tasks.find_task(name, config)
     for value in overrides:
         check_type(value, overrides[value])
     if task.kind == "language_model":
         layers.check_causal(layer)
-    return Request(page, layer, task, overrides)
+    return Draft(page, layer, task, overrides)
 
 
 def _usual_config(page: Recipe, task: str, layer: str, overrides: Mapping[str, Any]) -> str:
@@ -205,12 +198,12 @@ def _protocol(page: Recipe, task: str, config: str | None, layer: str, overrides
     return overrides.get("protocol", [Run.protocol, *named][-1])
 
 
-def _check(run: Run, request: Request) -> None:
+def _check(run: Run, draft: Draft) -> None:
     check_values(run)
-    protocols.check(run, request.task, request.overrides)
+    protocols.check_protocol(run, draft.task, draft.overrides)
     for name in ("state_learning_rate", "step_learning_rate"):
-        given = request.overrides.get(name)
-        if given is not None and not models.has_state_space(run, request.task):
+        given = draft.overrides.get(name)
+        if given is not None and not models.has_state_space(run, draft.task):
             raise ValueError(
                 f"{name} must be none for layer {run.layer!r}, which has no parameters of state spaces, got {given}. "
                 "Use learning_rate."

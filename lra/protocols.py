@@ -60,7 +60,7 @@ def _is_imdb(task: Task) -> bool:
     return task.dataset.startswith("lra_text/")
 
 
-def check(run: Run, task: Task, given: Mapping[str, Any]) -> None:
+def check_protocol(run: Run, task: Task, given: Mapping[str, Any]) -> None:
     """Refuses what contradicts a run's protocol, and what the caller gave that means nothing to the kind of task.
 
     Raises: ValueError: naming the value and the cure.

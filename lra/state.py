@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Counts up when a checkpoint of an older version would no longer resume to the same numbers.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass

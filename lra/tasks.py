@@ -10,6 +10,7 @@ from subquad.kernels.dispatch import nearest
 from subquad.lra.data import catalogue, encodings, floors
 from subquad.lra.data.listops import expressions
 from subquad.lra.data.offline import corpora
+from subquad.lra.data.pathfinder import pictures, released_folders
 
 Kind = Literal["classification", "pair", "language_model"]
 
@@ -19,7 +20,7 @@ class Task:
     """One configuration of one task.
 
     Attributes:
-        name, config: what `find` takes.
+        name, config: what `find_task` takes.
         dataset: what `data.store.load` takes.
         vocabulary_size: token ids are 0..vocabulary_size-1; 0 is padding, and nothing else.
         length: what sequences are padded or cut to, in tokens.
@@ -55,90 +56,68 @@ _ARENA = "Tay et al. 2020, arXiv 2011.04006"
 _BYTES = encodings.VOCABULARY_SIZE
 
 
-def _task(name: str, config: str, dataset: str, length: int, num_classes: int, source: str, **words) -> Task:
-    """A task on bytes or pixels."""
+# Name -> configuration -> task; the first configuration is the usual one.
+TASKS: dict[str, dict[str, Task]] = {}
+
+
+def _add(name: str, config: str, length: int, num_classes: int, source: str, dataset: str = "", **words) -> None:
+    """Lists a task, on bytes or pixels where nothing else is said."""
+    dataset = dataset or f"lra_{name}/{config}"
     words = {"vocabulary_size": _BYTES, "floors": floors.bag_of_tokens, **words}
     sizes = dict(catalogue.find_dataset(dataset).sizes)
-    return Task(name, config, dataset, length=length, num_classes=num_classes, splits=sizes, source=source, **words)
+    task = Task(name, config, dataset, length=length, num_classes=num_classes, splits=sizes, source=source, **words)
+    TASKS.setdefault(name, {})[config] = task
 
 
-def _listops(config: str, length: int) -> Task:
-    return _task(
-        "listops", config, f"lra_listops/{config}", length, expressions.NUM_CLASSES,
-        f"Nangia and Bowman 2018, arXiv 1804.06028; {_ARENA}", floors=floors.root,
+# The longest expression, but in the arena's form the round number above it, which the arena pads to.
+_LENGTHS = {name: config.max_length - (name in ("small", "tiny")) for name, config in expressions.CONFIGS.items()}
+for _config, _length in (_LENGTHS | {"release": 2000}).items():
+    _add(
+        "listops", _config, _length, expressions.NUM_CLASSES, f"Nangia and Bowman 2018, arXiv 1804.06028; {_ARENA}",
+        floors=floors.root, note="the arena's own files" if _config == "release" else "",
         # The arena's vocabulary has one more symbol, for unknown ones, which never occurs.
-        vocabulary_size=expressions.VOCABULARY_SIZE + (config not in ("small", "tiny")),
-        note="the arena's own files" if config == "release" else "",
+        vocabulary_size=expressions.VOCABULARY_SIZE + (_config not in ("small", "tiny")),
     )  # fmt: skip
+_add(
+    "text", "lra", 1000, 2, f"Maas et al. 2011, IMDb; {_ARENA}",
+    note="validation is the test set, as in the arena: a model chosen by it is chosen on test",
+)  # fmt: skip
+_add(
+    "text", "modern", 4096, 2, f"Maas et al. 2011, IMDb; {_ARENA}",
+    note="validation is a tenth of the training reviews, held out",
+)  # fmt: skip
+_add("retrieval", "lra", 4000, 2, f"Radev et al. 2013, AAN; {_ARENA}", kind="pair")
+_add(
+    "image", "lra", 1024, 10, f"Krizhevsky 2009, CIFAR-10; {_ARENA}", image_shape=(32, 32),
+    note="256 grey values as symbols 1 to 256; black is no padding, unlike in the arena",
+)  # fmt: skip
+_SIDES = {name: config.size for name, config in pictures.CONFIGS.items()}
+_SIDES |= {f"release_{side}_{level}": side for side in pictures.SIZES for level in released_folders.FOLDERS}
+for _config, _side in _SIDES.items():
+    _note = "Path-X of the arena" if _config.endswith("128_hard") else "black is no padding, unlike in the arena"
+    _source = f"Linsley et al. 2018, arXiv 1805.08315; {_ARENA}"
+    _add("pathfinder", _config, _side * _side, 2, _source, image_shape=(_side, _side), note=_note)
+_BBC, _SIDE, _DIGIT = "Greene and Cunningham 2006, BBC news", corpora.SIDE, corpora.DIGIT_SIDE
+for _name, _length, _classes, _source, _words in (
+    ("bbc_text", 2048, len(corpora.SECTIONS), _BBC, {}),
+    ("bbc_halves", 2048, 2, _BBC, dict(kind="pair")),
+    ("photo_patches", _SIDE**2, len(corpora.PHOTOS), "photographs of scikit-image", dict(image_shape=(_SIDE, _SIDE))),
+    ("digits", _DIGIT**2, 10, "Alpaydin and Kaynak 1998, UCI", dict(image_shape=(_DIGIT, _DIGIT), vocabulary_size=18)),
+    (
+        "pylib_lm", corpora.LM_LENGTH, _BYTES, "the standard library of Python",
+        dict(kind="language_model", metric="bits per byte", floors=floors.next_token),
+    ),
+):  # fmt: skip
+    _note = "a stand-in that needs no network; no task of the arena"
+    _add(_name, "offline", _length, _classes, _source, f"offline/{_name}", note=_note, **_words)
 
 
-def _every() -> list[Task]:
-    # The longest expression, but in the arena's form the round number above it, which the arena pads to.
-    lengths = {name: config.max_length - (name in ("small", "tiny")) for name, config in expressions.CONFIGS.items()}
-    imdb = f"Maas et al. 2011, IMDb; {_ARENA}"
-    return [
-        *(_listops(config, length) for config, length in {**lengths, "release": 2000}.items()),
-        _task(
-            "text", "lra", "lra_text/lra", 1000, 2, imdb,
-            note="validation is the test set, as in the arena: a model chosen by it is chosen on test",
-        ),
-        _task(
-            "text", "modern", "lra_text/modern", 4096, 2, imdb, note="validation is a tenth of the training reviews, held out",
-        ),
-        _task("retrieval", "lra", "lra_retrieval/lra", 4000, 2, f"Radev et al. 2013, AAN; {_ARENA}", kind="pair"),
-        _task(
-            "image", "lra", "lra_image/lra", 1024, 10, f"Krizhevsky 2009, CIFAR-10; {_ARENA}", image_shape=(32, 32),
-            note="256 grey values as symbols 1 to 256; black is no padding, unlike in the arena",
-        ),
-        *map(_pathfinder, catalogue.PATHFINDER_CONFIGS + catalogue.PATHFINDER_RELEASES),
-        *_offline(),
-    ]  # fmt: skip
-
-
-def _pathfinder(config: str) -> Task:
-    side = 32 if config == "tiny" else int(config.removeprefix("release_").partition("_")[0])
-    note = "Path-X of the arena" if config.endswith("128_hard") else ""
-    return _task(
-        "pathfinder", config, f"lra_pathfinder/{config}", side * side, 2, f"Linsley et al. 2018, arXiv 1805.08315; {_ARENA}",
-        image_shape=(side, side), note=note or "black is no padding, unlike in the arena",
-    )  # fmt: skip
-
-
-def _offline() -> list[Task]:
-    def task(name: str, length: int, num_classes: int, source: str, **words) -> Task:
-        note = "a stand-in that needs no network; no task of the arena"
-        return _task(name, "offline", f"offline/{name}", length, num_classes, source, note=note, **words)
-
-    bbc, side, digit = "Greene and Cunningham 2006, BBC news", corpora.SIDE, corpora.DIGIT_SIDE
-    return [
-        task("bbc_text", 2048, len(corpora.SECTIONS), bbc),
-        task("bbc_halves", 2048, 2, bbc, kind="pair"),
-        task("photo_patches", side**2, len(corpora.PHOTOS), "photographs of scikit-image", image_shape=(side, side)),
-        task("digits", digit**2, 10, "Alpaydin and Kaynak 1998, UCI", image_shape=(digit, digit), vocabulary_size=18),
-        task(
-            "pylib_lm", corpora.LM_LENGTH, _BYTES, "the standard library of Python", kind="language_model",
-            metric="bits per byte", floors=floors.next_token,
-        ),
-    ]  # fmt: skip
-
-
-def _by_name(every: list[Task]) -> dict[str, dict[str, Task]]:
-    found: dict[str, dict[str, Task]] = {}
-    for one in every:
-        found.setdefault(one.name, {})[one.config] = one
-    return found
-
-
-# Name -> configuration -> task; the first configuration is the usual one.
-TASKS: dict[str, dict[str, Task]] = _by_name(_every())
-
-
-def find(name: str, config: str) -> Task:
+def find_task(name: str, config: str) -> Task:
     """The task `name` in the configuration `config`.
 
     Raises: ValueError: either is unknown; the nearest known one is named.
     Example:
-        >>> find("listops", "small").length
+        >>> find_task("listops", "small").length
         200
     """
     if name not in TASKS:
@@ -161,23 +140,8 @@ def tasks_named(words: Sequence[str]) -> list[Task]:
         name, slash, config = word.partition("/")
         if not slash and name in TASKS:
             config = next(iter(TASKS[name]))
-        found.append(find(name, config))
+        found.append(find_task(name, config))
     return found
-
-
-def of(name: str, config: str, task: Task | None = None) -> Task:
-    """The task of a run: `task` where it is given and has this name and configuration, else `find`.
-
-    Raises: ValueError: `task` is another; or as `find`.
-    """
-    if task is None:
-        return find(name, config)
-    if (task.name, task.config) != (name, config):
-        raise ValueError(
-            f"train: task must be the run's, {name}/{config}, got {task.name}/{task.config}. "
-            "Plan the run with the same record: plan(task=task)."
-        )
-    return task
 
 
 # Arrays of an example, by kind of task, and its label.

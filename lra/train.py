@@ -14,6 +14,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,14 +23,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from subquad.lra import interrupts, models, parallel, sizes, tasks
+from subquad.lra import interrupts, machine, models, parallel, progress, sizes, tasks
 from subquad.lra.bench import measure
-from subquad.lra.checkpoints import Checkpoints, Interrupted, claim, occupied, open_folder, write_history, write_json
+from subquad.lra.checkpoints import Checkpoints, Interrupted, begin_or_resume, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.evaluation import Evaluation
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
-from subquad.lra.progress import Board, Progress, Work
 from subquad.lra.report import results
 from subquad.lra.run import Run
 from subquad.lra.state import TrainState
@@ -78,14 +78,18 @@ def train(
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
         ValueError: unknown task, another than the run's; a batch larger than the data, or a run larger than the memory;
-            devices that do not divide the batch; "zero" on one device; tensorboard without tensorboardX; a negative
-            checkpoint_minutes.
+            devices that do not divide the batch; "zero" on one device; a negative checkpoint_minutes.
         RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`; another process that
             trains in it; a file in it that cannot be read.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint of that step is saved.
         DatasetError: the data set is damaged or cannot be written.
     """
-    task = tasks.of(run.task, run.config, task)
+    task = task or tasks.find_task(run.task, run.config)
+    if (task.name, task.config) != (run.task, run.config):
+        raise ValueError(
+            f"train: task must be the run's, {run.task}/{run.config}, got {task.name}/{task.config}. "
+            "Plan the run with the same record: plan(task=task)."
+        )
     if splits is not None:
         splits = tasks.check_splits(task, splits)
     if not checkpoint_minutes >= 0:
@@ -100,21 +104,18 @@ def train(
         def enter_folder():
             folder = open_folder(out, needed)
             locks.enter_context(occupied(folder))
-            return str(folder), claim(folder, dataclasses.asdict(run), resume, results.Result)
+            return str(folder), begin_or_resume(folder, dataclasses.asdict(run), resume, results.Result)
 
         folder, finished = parallel.broadcast_from_first(enter_folder)
         if finished:
             return results.Result(**finished)
         folder, quiet = pathlib.Path(folder), quiet or not parallel.is_first()
-        board = Board(folder / "tensorboard", tensorboard and parallel.is_first())
         source = f"{task.dataset} as passed to train"
         if splits is None:
             with parallel.first_process_first():
                 splits, source = store.load(task.dataset, data_dir)
-        job = Job(
-            run, task, splits, source, folder, board=board, mesh=mesh, shard=shard, quiet=quiet,
-            checkpoint_seconds=60 * checkpoint_minutes,
-        )  # fmt: skip
+        tensorboard = tensorboard and parallel.is_first()
+        job = Job(run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes)
         state = job.state()
         with job.started(state):
             failure = fit(job, state)
@@ -128,8 +129,8 @@ def fit(job: "Job", state: TrainState) -> str | None:
         losses = job.run_steps(state, next_event(run, state.step))
         if not all(map(math.isfinite, losses)):
             return f"failed: non-finite loss by step {state.step}"
-        job.log(state, losses)
-        if losses and is_validation(run, state.step):
+        state.losses += losses
+        if losses and (state.step % run.evaluate_every == 0 or state.step == run.steps):
             job.validate(state)
             job.save(state)
         job.show(state, losses)
@@ -143,31 +144,34 @@ def next_event(run: Run, step: int) -> int:
     return min(run.steps, step + LOSS_EVERY - step % LOSS_EVERY, step + run.evaluate_every - step % run.evaluate_every)
 
 
-def is_validation(run: Run, step: int) -> bool:
-    """Whether a run is validated after a step."""
-    return step % run.evaluate_every == 0 or step == run.steps
-
-
+@dataclass
 class Job:
     """What a run works with: data, model, programs, devices, folder. What changes from step to step is in its `TrainState`.
 
-    Args:
+    Attributes:
         source: of the splits, in words.
         folder: the run's, which is this process's alone.
         checkpoint_seconds: between checkpoints.
     """
 
-    def __init__(
-        self, run: Run, task: tasks.Task, splits: Mapping[str, Sequence[dict]], source: str, folder: pathlib.Path, *,
-        board: Board, mesh: Mesh | None, shard: parallel.Shard, quiet: bool, checkpoint_seconds: float,
-    ):  # fmt: skip
-        self.run, self.task, self.splits, self.source, self.folder, self.board = run, task, splits, source, folder, board
-        self.mesh, self.shard, self.quiet, self.checkpoint_seconds = mesh, shard, quiet, checkpoint_seconds
-        self.objective, self.optimiser = OBJECTIVES[task.kind], make_optimiser(run)
-        sizes = dict(batch_size=run.batch_size, length=task.length)
-        self.batches = pipeline.training_batches(splits["train"], seed=run.seed, **sizes)
-        self.evaluation = Evaluation(run, task, self.objective, splits, quiet)
-        self.checkpoints = Checkpoints(folder / "checkpoint")
+    run: Run
+    task: tasks.Task
+    splits: Mapping[str, Sequence[dict]]
+    source: str
+    folder: pathlib.Path
+    mesh: Mesh | None
+    shard: parallel.Shard
+    quiet: bool
+    tensorboard: bool
+    checkpoint_seconds: float
+
+    def __post_init__(self):
+        run = self.run
+        self.objective, self.optimiser = OBJECTIVES[self.task.kind], make_optimiser(run)
+        sizes = dict(batch_size=run.batch_size, length=self.task.length)
+        self.batches = pipeline.training_batches(self.splits["train"], seed=run.seed, **sizes)
+        self.evaluation = Evaluation(run, self.task, self.objective, self.splits, self.quiet)
+        self.checkpoints = Checkpoints(self.folder / "checkpoint")
 
     def state(self) -> TrainState:
         """The state of the checkpoint, or where there is none the one before the first step."""
@@ -184,9 +188,9 @@ class Job:
     def started(self, state: TrainState):
         """Compiles the programs; inside, progress is shown and a signal asks the run to stop."""
         with (
-            Progress(self.run.layer, self.run.steps, state.step, quiet=self.quiet) as self.progress,
+            progress.Progress(self.run.layer, self.run.steps, state.step, quiet=self.quiet) as self.progress,
             interrupts.stop_request(self.progress.say) as self.stop,
-            self.board.open(state.step),
+            progress.tensorboard(self.folder / "tensorboard", state.step, self.tensorboard) as self.number,
         ):
             began = time.perf_counter()
             with self.progress.during("compiling"):
@@ -198,7 +202,11 @@ class Job:
         first = next(iter(self.evaluation.validation))
         example = {name: array for name, array in first.items() if name != "weights"}
         step = functools.partial(train_step, self.run, self.objective, self.graph, self.optimiser)
-        self.flops = self._count_flops(step, state.learner, state.fixed, example)
+        try:
+            self.flops = measure.flops(step, state.learner, state.fixed, example)
+        except ValueError as error:  # a kernel that no jaxpr shows: the run is as good without this number
+            self.flops = None
+            self.progress.say(f"FLOPs per step are left blank: {error}")
         arguments = (state.learner, state.fixed, parallel.shard_batch(example, self.mesh))
         compiled = functools.partial(parallel.compile, mesh=self.mesh, shard=self.shard)
         self.update = compiled(functools.partial(step, mesh=self.mesh), arguments, donate_argnums=0)
@@ -209,13 +217,6 @@ class Job:
         if state.best_validation[0] is None:
             state.best = self.averaged(state.learner)
         self.evaluation.score(state.best, [first])
-
-    def _count_flops(self, *call) -> int | None:
-        try:
-            return measure.flops(*call)
-        except ValueError as error:  # a kernel that no jaxpr shows: the run is as good without this number
-            self.progress.say(f"FLOPs per step are left blank: {error}")
-            return None
 
     def run_steps(self, state: TrainState, until: int) -> list[float]:
         """Trains until a step, or until a signal. Returns: the losses."""
@@ -232,19 +233,14 @@ class Job:
         state.timed_steps += state.step - before
         return losses
 
-    def log(self, state: TrainState, losses: list[float]) -> None:
-        """Keeps the losses of the last steps."""
-        self.board.add(state.step - len(losses) + 1, "train/loss", *losses)
-        state.losses += losses
-
     def validate(self, state: TrainState) -> None:
         """Scores the validation split, and keeps the parameters where they are the best so far."""
         now, step = self.averaged(state.learner), state.step
         score, loss = self.evaluation.score(now, self.progress.over(self.evaluation.validation, "validation"))
         state.validations.append([step, score, loss])
-        self.board.add(step, f"validation/{self.objective.column}", score)
-        self.board.add(step, "validation/loss", loss)
-        self.board.add(step, "train/learning_rate", learning_rate(self.run, state.learner))
+        self.number(f"validation/{self.objective.column}", score, step)
+        self.number("validation/loss", loss, step)
+        self.number("train/learning_rate", learning_rate(self.run, state.learner), step)
         if self.evaluation.collapsed_step(state.validations) == step:
             said = f"validation {self.objective.describe(score)} at step {step} is chance, after having been above"
             self.progress.say(f"{self.run.layer}: collapsed: {said}.")
@@ -254,7 +250,9 @@ class Job:
         state.learner = parallel.place(after_validation(self.run, state.learner, loss), self.mesh, self.shard)
 
     def show(self, state: TrainState, losses: list[float]) -> None:
-        """Shows the last loss, the speed and the last validation."""
+        """Logs the last losses, and shows the last one, the speed and the last validation."""
+        for step, loss in enumerate(losses, state.step - len(losses) + 1):
+            self.number("train/loss", loss, step)
         if losses:
             note = f"validation {self.objective.describe(state.validations[-1][1])}" if state.validations else ""
             self.progress.update(state.step, losses[-1], state.rate, note)
@@ -295,21 +293,20 @@ class Job:
 
     def _columns(self, state: TrainState) -> dict[str, Any]:
         """What a result says beside its scores."""
-        run, task = self.run, self.task
-        configuration, memory = json.dumps(dataclasses.asdict(run), sort_keys=True), measure.memory_of(self.update)
-        with Work(f"{task.name}/{task.config}: floors", quiet=self.quiet):
+        run, task, memory = self.run, self.task, measure.memory_of(self.update)
+        configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+        with progress.Work(f"{task.name}/{task.config}: floors", quiet=self.quiet):
             floors = {"network": results.network_floor(task.name, task.config), **task.floors(self.splits)}
-        shared = ("layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size")
-        is_accuracy, environment = self.objective.column == "accuracy", results.environment()
+        is_accuracy = self.objective.column == "accuracy" and state.validations
         tail = state.losses[-max(1, run.steps // 10) :]
         return dict(
-            **{name: getattr(run, name) for name in shared},
+            **{name: getattr(run, name) for name in results.OF_RUN},
             **{name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")},
             configuration=configuration,
             configuration_hash=results.configuration_hash(configuration),
             best_step=state.best_validation[0],
-            validation_accuracy_best=state.best_validation[1] if is_accuracy and state.validations else None,
-            validation_accuracy_last=state.validations[-1][1] if is_accuracy and state.validations else None,
+            validation_accuracy_best=state.best_validation[1] if is_accuracy else None,
+            validation_accuracy_last=state.validations[-1][1] if is_accuracy else None,
             train_loss_last=float(np.mean(tail)) if tail else None,
             collapsed_step=self.evaluation.collapsed_step(state.validations),
             split="test",
@@ -321,10 +318,10 @@ class Job:
             flops_per_step=self.flops,
             memory_temporary_bytes=memory.temporary,
             memory_peak_bytes=memory.peak,
-            data=f"{self.source}, batches by {self.batches.kind}",
+            data=f"{self.source}, batches by grain",
             source=task.source,
-            finished_utc=results.now(),
-            **{**environment, "hardware": parallel.hardware(environment["hardware"], self.mesh)},
+            finished_utc=machine.utc_now(),
+            **machine.environment(1 if self.mesh is None else self.mesh.size),
         )
 
 

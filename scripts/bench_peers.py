@@ -23,10 +23,11 @@ from peers import Contest, contests
 from peers.sides import Case
 
 from subquad.kernels.dispatch import nearest
+from subquad.lra import machine
 from subquad.lra.bench import timing
 from subquad.lra.cli import commands
 from subquad.lra.files import one_line
-from subquad.lra.report import csv_rows, results, text_tables
+from subquad.lra.report import csv_rows, text_tables
 
 DIRECTIONS = {"forward": "forward", "both": "train"}
 KEY = ("family", "contest", "device", "length", "batch", "heads", "features", "dtype", "direction", "threads")
@@ -45,7 +46,8 @@ def parse():
     known = list(dict.fromkeys(one.family for one in contests()))
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="default: cpu")
     parser.add_argument("--family", nargs="+", default=None, metavar="F", help=f"of {' '.join(known)}; default: all")
-    parser.add_argument("--length", nargs="+", type=int, default=[1024, 4096, 16384], help="default: 1024 4096 16384")
+    usual, count = [1024, 4096, 16384], commands.number(int, 1)
+    parser.add_argument("--length", nargs="+", type=count, default=usual, help="default: 1024 4096 16384")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE), help="default: float32")
     words = list(DIRECTIONS)
     parser.add_argument("--direction", nargs="+", default=words, choices=words, help="both: with the backward pass")
@@ -59,8 +61,6 @@ def parse():
     for family in arguments.family or ():
         if family not in known:
             raise ValueError(f"--family must be a known name, got {family!r}. {nearest(family, known)}")
-    if min(arguments.length) < 1:
-        raise ValueError(f"--length must be at least 1, got {min(arguments.length)}. Count tokens.")
     return arguments
 
 
@@ -94,7 +94,7 @@ def main() -> int:
     finally:
         if rows:
             show(rows)
-            print(f"{results.environment()['hardware']}, {arguments.threads} thread(s) a side; rows in {out}.")
+            print(f"{machine.hardware()}, {arguments.threads} thread(s) a side; rows in {out}.")
     return commands.FAILED if any(row["status"].startswith("failed") for row in rows) else 0
 
 
@@ -130,8 +130,8 @@ def race(contest: Contest, case: Case, arguments):
             status = f"not run: {reason}"
         except Exception as error:  # one race's fault is a row; the others still run
             status = f"failed: {one_line(error)}"
-        row = dict(shared, direction=direction, status=status, **found, **results.environment())
-        row |= dict(processor=results.processor(), finished_utc=results.now())
+        row = dict(shared, direction=direction, status=status, **found, **machine.environment())
+        row |= dict(processor=machine.processor(), finished_utc=machine.utc_now())
         yield {name: row[name] for name in FIELDS}
 
 

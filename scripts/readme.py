@@ -113,7 +113,7 @@ def task_table(rows, floors) -> str:
 
 
 def score(layer: str, group) -> str:
-    """The score alone; how many seeds it is of is told once, below the table."""
+    """The score alone; how many seeds it is of stands once, below the table."""
     if group is None:
         return "not run" if zoo.LAYERS[layer].supports.causal else "not causal"
     return results.score_of_seeds(group).partition(" (")[0]
@@ -130,7 +130,7 @@ def generated() -> dict[str, str]:
     return {
         "layers": layer_table(),
         "quickstart": results.markdown(results.read_results(QUICKSTART)),
-        "tasks": task_table(results.read_results(OFFLINE), ledger.read_floors(FLOORS)),
+        "tasks": task_table(results.read_results(OFFLINE), csv_rows.read_rows(FLOORS, ledger.Floor)),
         "costs": cost_table(measurements.read_measurements(COSTS)),
         "peers": peers_table(peers),
         "memory": memory_table(peers),

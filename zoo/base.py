@@ -1,6 +1,7 @@
 """The contract of every layer, and the shell that attention layers share."""
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -44,6 +45,7 @@ class Support:
         extend: `init_cache` and `extend` exist (for a causal layer).
         pairwise_mask: any mask that broadcasts to [B, N, T, S]; else key padding [B, 1, 1, S] only.
         segment_ids: packed sequences.
+        mixes_all: why packed sequences cannot be kept apart, where that is the mathematics.
         positions: `positions` other than 0, 1, 2, ...
         grouped: fewer key/value heads than query heads.
         rotary: queries and keys can be rotated by their positions (`rotary_base`).
@@ -59,6 +61,7 @@ class Support:
     extend: bool = True
     pairwise_mask: bool = False
     segment_ids: bool = False
+    mixes_all: str | None = None
     positions: bool = False
     grouped: bool = False
     rotary: bool = False
@@ -96,6 +99,12 @@ def check_options(owner: str, given: dict[str, Any], known: set[str]) -> None:
         if word not in known:
             nearest = dispatch.nearest(word, known)
             raise TypeError(f"{owner}: {word} must be one of its options, got {word}={value!r}. {nearest}")
+
+
+def sow(module, batch: tuple[int, ...], weights: Float[Array, "B N T S"]) -> None:
+    """Sows attention weights in a module of Flax, NNX's or Linen's, as Flax's own attention does."""
+    collection = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
+    module.sow(collection, "attention_weights", weights.reshape(*batch, *weights.shape[1:]))
 
 
 class Attention(nnx.Module):
@@ -212,7 +221,7 @@ class Attention(nnx.Module):
         at = (jnp.arange(x.shape[1])[None] if positions is None else positions for x, positions in given)
         return tuple(rotary(x, positions, self.rotary_base) for x, positions in zip((query, key), at, strict=True))
 
-    def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Array]:
+    def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
         """The keys of a call's random draws, by their words in `attend`; none where a layer draws nothing in a call."""
         return {}
 
@@ -242,6 +251,7 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "..."] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
+        sow_weights: bool = False,
     ) -> Float[Array, "*B T F"]:
         """Mixes the sequence.
 
@@ -257,14 +267,23 @@ class Attention(nnx.Module):
             segment_ids: [T] or [*B, T]; tokens of different segments do not see each other.
             deterministic, rngs: as in Flax, so that layers interchange; a layer that draws nothing in a call is
                 deterministic whatever they say.
+            sow_weights: as in Flax, sows the weights [*B, N, T, S] under "attention_weights", in `nnx.Intermediate`; they take
+                memory O(T S). Only where the layer makes a weight of each query and key.
         Returns: [*B, T, F]; rows that see nothing hold the output projection of 0.
         """
         call = check_call(self, self.num_heads, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
         if self.is_causal and call.inputs_kv is not None:
             refuse(type(self).__name__, "inputs_kv", "an array", "be None when is_causal",
                    "Construct a second layer with is_causal=False for cross-attention.")
-        draws = self.draws(deterministic, rngs)
-        outputs = self._mix(call.inputs_q, call.inputs_kv, call.inputs_v, call.mask, call.extras, draws)
+        draws, mix = self.draws(deterministic, rngs), self._mix
+        if sow_weights:
+            if not self.supports.weights:
+                unsupported(type(self).__name__, "sow_weights", "its weights are never stored",
+                            "Use layer.pattern to see which keys count, or SoftmaxAttention.")
+            # Not compiled by itself: what is sown would stay inside.
+            mix = functools.partial(self._mix.__wrapped__, self)
+            draws["sow"] = functools.partial(sow, self, call.batch)
+        outputs = mix(call.inputs_q, call.inputs_kv, call.inputs_v, call.mask, call.extras, draws)
         return outputs.reshape(*call.batch, *outputs.shape[1:])
 
     @compile_once
@@ -274,6 +293,9 @@ class Attention(nnx.Module):
         if mask is not None and mask.shape[1:3] == (1, 1):
             order = padding.real_first(mask, inputs_q.shape[0])
             mask = order.mask[:, None, None]
+            if "sow" in draws:
+                sower, is_self = draws["sow"], inputs_kv is None
+                draws = dict(draws, sow=lambda weights: sower(order.unpack_weights(weights, is_self)))
             if inputs_kv is None:
                 inputs_q, extras = jax.tree.map(order.pack, (inputs_q, extras))
             else:

@@ -123,8 +123,8 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
         if value is None:
             continue
         if not getattr(supports, name):
-            reason = "it counts them itself" if name == "positions" else "each of its sums holds tokens of all segments"
-            unsupported(owner, name, reason, "SoftmaxAttention does.")
+            reason = supports.mixes_all if name == "segment_ids" else "it counts them itself"
+            unsupported(owner, name, reason or "its tokens are mixed whatever their segment", "SoftmaxAttention does.")
         if inputs_kv is not None:
             refuse(owner, name, "an array", "be None in cross-attention", "Pass a mask instead.")
         if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
@@ -191,7 +191,7 @@ def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -
     """Refuses a rotation that the layer does not have, or that its heads cannot take."""
     if not supports.rotary:
         unsupported(owner, "rotary_base", "its scores are not of one query and one key each, or know positions already",
-                    "Use SoftmaxAttention, PerformerAttention, LocalAttention, BlockwiseAttention or StridedAttention.")
+                    "Use a layer whose supports.rotary is True, such as SoftmaxAttention or PerformerAttention.")
     if head_features % 2:
         refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",
                "Choose qkv_features / num_heads even.")

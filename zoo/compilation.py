@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
 
-def compile_once(method: Callable) -> Callable:
+def compile_once(method: Callable) -> Any:
     """A method of a module, compiled once per configuration of the module and shape of the arguments.
 
     Loops, sorts and convolutions called outside of `jax.jit` are compiled anew in every call. Inside a caller's

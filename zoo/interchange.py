@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import softmax
 from subquad.zoo import padding
-from subquad.zoo.base import Attention, Shell, check_options
+from subquad.zoo.base import Attention, Shell, check_options, sow
 from subquad.zoo.checks import check_mask, refuse, unsupported
-from subquad.zoo.dense.softmax import check_rate, drop
+from subquad.zoo.dense.softmax import check_rate
 from subquad.zoo.registry import LAYERS, Layer, check_complete, find, options
 
 # What Flax's attention has itself, and says by the arrays it hands over or in the call.
@@ -124,33 +124,32 @@ class AttentionFn:
             mask = mask.astype(bool)  # Flax's masks are 0 and 1 in float32
         mask = check_mask(owner, mask, batch, heads, queries, keys, layer.supports.pairwise_mask)
         bias = None if bias is None else flat_bias(owner, bias, (*batch, heads, queries, keys))
-        sow = None if module is None else functools.partial(sow_weights, module, batch, query.dtype)
+        sower = None if module is None else functools.partial(sow, module, batch)
         query, key, value = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
         dropout = rate, broadcast_dropout
         with matmul_precision(owner, precision):
-            mix = mix_once if sow is None else mix_now
-            outputs = mix(self, is_causal, dropout, sow, query, key, value, mask, bias, dropout_rng if rate else None)
+            mix = mix_once if module is None else mix_now
+            outputs = mix(self, is_causal, dropout, sower, query, key, value, mask, bias, dropout_rng if rate else None)
         return outputs.reshape(*batch, *outputs.shape[1:])
 
 
-def mix_now(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sow, query, key, value, mask, bias, dropout_rng):
+def mix_now(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sower, query, key, value, mask, bias, dropout_rng):
     """The mechanism for checked arrays with one batch axis.
 
     Args:
         dropout: its rate, and whether all samples and heads drop the same weights.
-        sow: is given the weights, where it is not None.
+        sower: is given the weights, where it is not None.
     """
     (queries, heads, features), layer = query.shape[1:], cast(type[Attention], find(fn.name))
     steps = is_causal and queries < key.shape[1]
     words: dict[str, Any] = dict(fn.options, is_causal=is_causal and not (steps and not knows_positions(layer)))
     if key.shape[2] != heads:
         words["num_kv_heads"] = key.shape[2]
+    if dropout_rng is not None:
+        words |= dict(zip(("dropout_rate", "broadcast_dropout"), dropout, strict=True))
     with jax.ensure_compile_time_eval():  # its random features are constants of the computation
         mechanism = layer(heads, 1, qkv_features=heads * features, rngs=nnx.Rngs(fn.seed), **words)
-    extras = {} if bias is None else {"bias": bias}
-    if sow is not None or dropout_rng is not None:
-        dropped = None if dropout_rng is None else functools.partial(drop, dropout_rng, *dropout)
-        extras["on_weights"] = functools.partial(on_weights, sow, dropped)
+    extras = {word: given for word, given in dict(bias=bias, sow=sower, dropout_rng=dropout_rng).items() if given is not None}
     if mask is not None:  # what no query may see
         key, value = (padding.clear(array, mask.any((1, 2))) for array in (key, value))
     return (step if steps else whole)(mechanism, query, key, value, mask, **extras)
@@ -196,19 +195,6 @@ def step(mechanism, query, key, value, mask, **extras):
             implementation=mechanism.implementation,
         )
     return mechanism.attend(query, key, value, mask, **extras)  # of one query, built without causality
-
-
-def on_weights(sow, dropped, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
-    """Sows the weights, then drops some of them, where asked for."""
-    if sow is not None:
-        sow(weights)
-    return weights if dropped is None else dropped(weights)
-
-
-def sow_weights(module, batch: tuple[int, ...], dtype, weights: Float[Array, "B N T S"]) -> None:
-    """Sows the weights in a module of Flax, as Flax's own attention does."""
-    collection = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
-    module.sow(collection, "attention_weights", weights.reshape(*batch, *weights.shape[1:]).astype(dtype))
 
 
 def check_weights(owner: str, layer: type[Layer], bias, rate: float, dropout_rng, module) -> None:

@@ -7,7 +7,7 @@ padding stood and whatever it held.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class RealFirst(NamedTuple):
@@ -31,6 +31,11 @@ class RealFirst(NamedTuple):
     def unpack(self, tokens: Shaped[Array, "B T *features"]) -> Shaped[Array, "B T *features"]:
         """Each token back where it stood."""
         return _take(tokens, self.target)
+
+    def unpack_weights(self, weights: Float[Array, "B N T S"], of_queries: bool) -> Float[Array, "B N T S"]:
+        """Weights of packed keys, and of packed queries, each where its token stood."""
+        weights = jnp.moveaxis(self.unpack(jnp.moveaxis(weights, 3, 1)), 1, 3)
+        return jnp.moveaxis(self.unpack(jnp.moveaxis(weights, 2, 1)), 1, 2) if of_queries else weights
 
 
 def real_first(mask: Bool[Array, "#B 1 1 T"], batch_size: int) -> RealFirst:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 
-def convolve(inputs, kernel, anticausal):
+def convolve(inputs, kernel, anticausal, runs):
     length = inputs.shape[1]
     position = jnp.arange(length)
     lag = position[:, None] - position[None, :]  # of the query behind the key
@@ -16,5 +16,7 @@ def convolve(inputs, kernel, anticausal):
     weights = toeplitz(kernel.astype(dtype), lag)
     if anticausal is not None:
         weights = weights + toeplitz(anticausal.astype(dtype), -lag - 1)
-    outputs = jnp.einsum("dts,bsd->btd", weights, inputs.astype(dtype), precision="highest")
+    if runs is not None:
+        weights = jnp.where(runs[:, None, :, None] == runs[:, None, None, :], weights, 0)
+    outputs = jnp.einsum("...dts,...sd->...td", weights, inputs.astype(dtype), precision="highest")
     return outputs.astype(inputs.dtype)

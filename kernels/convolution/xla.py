@@ -1,5 +1,7 @@
 """Long convolution by FFT, a group of features at a time, with a backward that recomputes the spectra."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -30,11 +32,11 @@ def fast_length(length: int) -> int:
     return best
 
 
-def convolve(inputs, kernel, anticausal):
+def convolve(inputs, kernel, anticausal, runs):
     length, wide = inputs.shape[1], jnp.promote_types(kernel.dtype, jnp.float32)
     kernel = kernel[:, :length].astype(wide)
     ahead = None if anticausal is None or length == 1 else anticausal[:, : length - 1].astype(wide)
-    return _convolve(CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES, inputs, kernel, ahead)
+    return _convolve(CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES, inputs, kernel, ahead, runs)
 
 
 def divisor(number: int, least: int) -> int:
@@ -42,26 +44,30 @@ def divisor(number: int, least: int) -> int:
     return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(least, number))
 
 
-def _circle_and_groups(room, inputs, kernel, ahead) -> tuple[int, int]:
+def _circle_and_groups(room, inputs, kernel, ahead, runs) -> tuple[int, int]:
     """The size of the circle, and how many groups the features make; `room`: bytes of one group's padded inputs."""
     batch, length, features = inputs.shape
     size = fast_length(length + max(kernel.shape[1] - 1, 0 if ahead is None else ahead.shape[1]))
+    if runs is not None:  # each halving keeps spectra for the backward pass
+        room //= length.bit_length()
     return size, divisor(features, -(-batch * features * size * 4 // room))
 
 
-def _forward(room, inputs, kernel, ahead):
+def _forward(room, inputs, kernel, ahead, runs):
     """`kernel` [D, L] over the past of `inputs` [B, T, D], and `ahead` (or None) over what follows, by circles.
 
     Only a group's taps are put on the circle at a time: all of them would take as much as the inputs in float32 twice.
     """
-    length, (size, groups) = inputs.shape[1], _circle_and_groups(room, inputs, kernel, ahead)
+    length, (size, groups) = inputs.shape[1], _circle_and_groups(room, inputs, kernel, ahead, runs)
 
     def group(values, *taps):
+        if runs is not None:
+            return (_in_runs(runs, values, *taps),)
         spectrum = _circle(values, kernel.dtype, size) * _spectrum(*taps, size)
         return (_line(spectrum, length, size).astype(inputs.dtype),)
 
     outputs = map_parts(group, groups, (inputs, kernel, ahead), (2, 0, 0), (2,), after=inputs)[0]
-    return outputs, (inputs, kernel, ahead)
+    return outputs, (inputs, kernel, ahead, runs)
 
 
 def _circle(values, dtype, size):
@@ -84,10 +90,12 @@ def _spectrum(kernel, ahead, size):
 
 def _backward(room, saved, cotangent):
     """All gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
-    inputs, kernel, ahead = saved
+    inputs, kernel, ahead, runs = saved
     size, groups = _circle_and_groups(room, *saved)
 
     def group(values, outer, *taps):
+        if runs is not None:
+            return jax.vjp(functools.partial(_in_runs, runs), values, *taps)[1](outer)
         outer = _circle(outer, kernel.dtype, size)
         inner = _line(outer * jnp.conj(_spectrum(*taps, size)), inputs.shape[1], size).astype(inputs.dtype)
         circle = jnp.sum(outer * jnp.conj(_circle(values, kernel.dtype, size)), axis=0)
@@ -95,7 +103,47 @@ def _backward(room, saved, cotangent):
         of_ahead = None if ahead is None else jnp.flip(circle[:, size - ahead.shape[1] :], axis=1)
         return inner, circle[:, : kernel.shape[1]], of_ahead
 
-    return map_parts(group, groups, (inputs, cotangent, kernel, ahead), (2, 2, 0, 0), (2, 0, 0), after=cotangent)
+    gradients = map_parts(group, groups, (inputs, cotangent, kernel, ahead), (2, 2, 0, 0), (2, 0, 0), after=cotangent)
+    return *gradients, None
 
 
-_convolve = operation(_forward, _backward, arrays=("b t d", "d past", "d ahead"), outputs="b t d", independent="b d")
+def _in_runs(runs, inputs, kernel, ahead):
+    """The convolution of some features where tokens see their own run alone; `runs` [B, T] counts upwards."""
+    values, flip = inputs.astype(kernel.dtype).transpose(2, 0, 1), functools.partial(jnp.flip, axis=-1)
+    if ahead is None:
+        past = _past_in_runs(runs[None], values[None], kernel[None])[0]
+        return past.transpose(1, 2, 0).astype(inputs.dtype)
+    # The future is the past of the flipped sequence: both at once, which halves the time to compile.
+    taps = kernel, jnp.pad(ahead, ((0, 0), (1, 0)))
+    taps = jnp.stack([_fill(x, max(x.shape[1] for x in taps)) for x in taps])
+    past, future = _past_in_runs(jnp.stack([runs, flip(runs)]), jnp.stack([values, flip(values)]), taps)
+    return (past + flip(future)).transpose(1, 2, 0).astype(inputs.dtype)
+
+
+def _past_in_runs(runs, values, kernel):
+    """Of `values` [K, D, B, T] in `runs` [K, B, T] and K x D kernels: a causal convolution by halves.
+
+    From the left half of a block to the right half goes one run at most, that across the middle. The halves of blocks of 2,
+    4, 8, .. tokens are each pair of tokens once.
+    """
+    length = values.shape[-1]
+    size = 1 << (length - 1).bit_length()
+    runs, values, kernel = (_fill(x[..., :size], size) for x in (runs, values, kernel))
+    outputs, half = kernel[:, :, None, :1] * values, 1
+    while half < size:
+        blocks = lambda x, half=half: x.reshape(*x.shape[:-1], -1, 2 * half)
+        is_across = (blocks(runs) == blocks(runs)[..., half - 1 : half])[:, None]
+        is_left = jnp.arange(2 * half) < half
+        sent = jnp.fft.rfft(jnp.where(is_across & is_left, blocks(values), 0))
+        received = jnp.fft.irfft(sent * jnp.fft.rfft(kernel[:, :, None, None, : 2 * half]), 2 * half)
+        outputs = outputs + jnp.where(is_across & ~is_left, received, 0).reshape(outputs.shape)
+        half *= 2
+    return outputs[..., :length]
+
+
+def _fill(x, size):
+    """Zeros after the end of the last axis, so that it has `size`."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+
+
+_convolve = operation(_forward, _backward, arrays=("b t d", "d past", "d ahead", "b t"), outputs="b t d", independent="b d")

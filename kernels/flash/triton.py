@@ -4,17 +4,21 @@
 
         T, S        lengths of queries and keys
         ROWS        rows of blocks per head: a program computes one
-        TOGETHER    heads whose programs run side by side
+        GROUP       programs of the heads that run side by side
 
     WORK(rank, b, n, operands, OPTIONS)             which blocks: (block of the row, number of partial blocks, number of full
                                                     blocks, list); rank counts the rows of head n of sample b
     BLOCK(list, i, PARTIAL, operands, OPTIONS)      the i-th of the row's partial or full blocks
-    PLACES(start, LENGTH, SIZE, operands, OPTIONS)  where the rows of a block lie: (first, offsets [SIZE, 1], which exist)
+    PLACES, KEY_PLACES(start, LENGTH, SIZE, b, n, operands, OPTIONS)
+                                                    where the rows of a block of queries, or of keys, lie: (first,
+                                                    offsets [SIZE], which exist)
     LOGITS(products, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
                                                     scores from products of queries and keys, in base 2 where they are
                                                     multiplied by SHAPE.FACTOR; query_start is the first of q
     VISIBLE(b, n, query_start, q, k, operands, SHAPE, OPTIONS)
                                                     which query may see which key, in a partial block
+    STORE(grad_logits, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
+                                                    what becomes of the gradient of these logits; may be None
 
 q and k are indices on two axes, [t, 1] and [1, s], or [1, t] and [s, 1] in the pass over keys. Only partial blocks are
 masked, and only they may stick out of the arrays.
@@ -56,12 +60,12 @@ class Shape(NamedTuple):
 @triton.jit
 def forward(
     query, key, value, out, lse, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
+    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: out [B, T, N, V], and lse [B, N, T] in base 2."""
     T, S = operands.T, operands.S
-    rank, b, n = this_program(operands.ROWS, operands.TOGETHER, SHAPE.HEADS)
+    rank, b, n = this_program(operands.ROWS, operands.GROUP, SHAPE.HEADS)
     query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
     query_start = query_block * BLOCK_Q
     key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
@@ -69,7 +73,7 @@ def forward(
     key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
     value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
     out = head_of(out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, False)
-    query_rows = PLACES(query_start, T, BLOCK_Q, operands, OPTIONS)
+    query_rows = PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
     queries = load_rows(query, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
     q = query_start + tl.arange(0, BLOCK_Q)
     m_i = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -78,7 +82,7 @@ def forward(
     for PARTIAL in tl.static_range(1, -1, -1):
         for i in range(num_partial if PARTIAL else num_full):
             key_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
-            key_rows = PLACES(key_start, S, BLOCK_K, operands, OPTIONS)
+            key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
             keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
             values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
             k = key_start + tl.arange(0, BLOCK_K)
@@ -94,14 +98,17 @@ def forward(
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)
     store_rows(out, query_rows, acc / l_i[:, None], SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V)
-    tl.store(lse + (b * SHAPE.HEADS + n) * T + q, tl.where(empty, float("-inf"), m_i + tl.log2(l_i)), mask=q < T)
+    first, row, exists = query_rows
+    lse += (b * SHAPE.HEADS + n) * T + first
+    tl.store(lse + row, tl.where(empty, float("-inf"), m_i + tl.log2(l_i)), mask=exists)
 
 
 @triton.jit
 def backward_query(
     query, key, value, lse, delta, grad_out, grad_query, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
+    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    STORE: tl.constexpr = None,
 ):  # fmt: skip
     """The gradient of one block of queries of one head.
 
@@ -110,7 +117,7 @@ def backward_query(
     lse is in base 2, and +inf for rows that see nothing.
     """
     T, S = operands.T, operands.S
-    rank, b, n = this_program(operands.ROWS, operands.TOGETHER, SHAPE.HEADS)
+    rank, b, n = this_program(operands.ROWS, operands.GROUP, SHAPE.HEADS)
     query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
     query_start = query_block * BLOCK_Q
     key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
@@ -118,12 +125,12 @@ def backward_query(
     key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
     value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
     grad_out = head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD)
-    query_rows = PLACES(query_start, T, BLOCK_Q, operands, OPTIONS)
+    query_rows = PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
     queries = load_rows(query, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
     grads = load_rows(grad_out, query_rows, SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, True)
     q = query_start + tl.arange(0, BLOCK_Q)
-    lse_i = load_sums(lse, b, n, q, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-    delta_i = load_sums(delta, b, n, q, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+    lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
+    delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
     acc = tl.zeros([BLOCK_Q, SHAPE.BLOCK_H], tl.float32)
     for PARTIAL in tl.static_range(1, -1, -1):
         # The parts of wide operands, for three TF32 products, would fill the registers if they were made before the loop.
@@ -131,7 +138,7 @@ def backward_query(
             num_partial if PARTIAL else num_full, disable_licm=SHAPE.PRECISION == "tf32x3" and SHAPE.BLOCK_H > 64
         ):
             key_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
-            key_rows = PLACES(key_start, S, BLOCK_K, operands, OPTIONS)
+            key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
             keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
             values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
             k = key_start + tl.arange(0, BLOCK_K)
@@ -142,6 +149,8 @@ def backward_query(
                 weights = tl.where(VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), weights, 0.0)
             grad_weights = tl.dot(grads, tl.trans(values), input_precision=SHAPE.PRECISION)
             grad_logits = weights * (grad_weights - delta_i[:, None])
+            if STORE is not None:
+                STORE(grad_logits, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
             acc = tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision=SHAPE.PRECISION)
     grad_query = head_of(grad_query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, False)
     scale = SHAPE.SCALE * 0.6931471805599453
@@ -151,8 +160,8 @@ def backward_query(
 @triton.jit
 def backward_key(
     query, key, value, lse, delta, grad_out, grad_key, grad_value, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, LOGITS: tl.constexpr, VISIBLE: tl.constexpr,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
+    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values of one key head, from all query heads that read it.
 
@@ -162,11 +171,11 @@ def backward_key(
     """
     GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
     T, S = operands.T, operands.S
-    rank, b, key_head = this_program(operands.ROWS, operands.TOGETHER, SHAPE.KEY_HEADS)
+    rank, b, key_head = this_program(operands.ROWS, operands.GROUP, SHAPE.KEY_HEADS)
     key_start = WORK(rank, b, key_head * GROUPS, operands, OPTIONS)[0] * BLOCK_K
     key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
     value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
-    key_rows = PLACES(key_start, S, BLOCK_K, operands, OPTIONS)
+    key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, key_head * GROUPS, operands, OPTIONS)
     keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
     values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, True)
     k = key_start + tl.arange(0, BLOCK_K)
@@ -180,12 +189,12 @@ def backward_key(
         for PARTIAL in tl.static_range(1, -1, -1):
             for i in range(num_partial if PARTIAL else num_full):
                 query_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_Q
-                query_rows = PLACES(query_start, T, BLOCK_Q, operands, OPTIONS)
+                query_rows = PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
                 queries = load_rows(query_n, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
                 grads = load_rows(grad_out_n, query_rows, SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
                 q = query_start + tl.arange(0, BLOCK_Q)
-                lse_i = load_sums(lse, b, n, q, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-                delta_i = load_sums(delta, b, n, q, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+                lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
+                delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
                 products = tl.dot(keys, tl.trans(queries), input_precision=SHAPE.PRECISION)
                 logits = LOGITS(products, b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS)
                 weights = weights_of(logits, lse_i[None, :], SHAPE.FACTOR)
@@ -228,12 +237,12 @@ def weights_of(logits, lse_i, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def this_program(ROWS, TOGETHER, HEADS: tl.constexpr):
-    """(rank of the row, sample, head) of this program: TOGETHER heads share the cache, their longest rows come first."""
+def this_program(ROWS, GROUP, HEADS: tl.constexpr):
+    """(rank of the row, sample, head) of this program: the heads of a group share the cache, their longest rows come first."""
     program = tl.program_id(0)
-    place = program % (ROWS * TOGETHER)
-    head = (program // (ROWS * TOGETHER)) * TOGETHER + place % TOGETHER
-    return place // TOGETHER, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
+    place, heads = program % GROUP, GROUP // ROWS
+    head = (program - place) // ROWS + place % heads
+    return place // heads, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
 
 
 @triton.jit
@@ -246,9 +255,9 @@ def head_of(array, b, n, LENGTH, HEADS: tl.constexpr, FEATURES: tl.constexpr, ON
 
 
 @triton.jit
-def dense(start, LENGTH, SIZE: tl.constexpr, operands, OPTIONS: tl.constexpr):
+def dense(start, LENGTH, SIZE: tl.constexpr, b, n, operands, OPTIONS: tl.constexpr):
     """PLACES of arrays whose blocks lie one after another."""
-    row = tl.arange(0, SIZE)[:, None]
+    row = tl.arange(0, SIZE)
     return start.to(tl.int64), row, start + row < LENGTH
 
 
@@ -258,8 +267,8 @@ def addresses(array, rows, STRIDE: tl.constexpr, FEATURES: tl.constexpr, WIDTH: 
     first, row, exists = rows
     feature = tl.arange(0, WIDTH)
     # Only the sum for the whole block is in 64 bits: the offsets within it would take twice the registers.
-    at = array + first * STRIDE + row * STRIDE + feature[None, :]
-    inside = exists
+    at = array + first * STRIDE + row[:, None] * STRIDE + feature[None, :]
+    inside = exists[:, None]
     if FEATURES != WIDTH:
         inside = inside & (feature[None, :] < FEATURES)
     return at, inside, feature[None, :] < FEATURES
@@ -286,9 +295,10 @@ def store_rows(array, rows, block, HEADS: tl.constexpr, FEATURES: tl.constexpr, 
 
 
 @triton.jit
-def load_sums(array, b, n, q, T, other, HEADS: tl.constexpr, ONE: tl.constexpr):
-    """What [B, N, T] says of these queries; `other` past the last one. ONE: all samples share one."""
+def load_sums(array, b, n, rows, T, other, HEADS: tl.constexpr, ONE: tl.constexpr):
+    """What [B, N, T] says of these queries; `other` where there are none. ONE: all samples share one."""
+    first, row, exists = rows
     head = n
     if not ONE:
         head += b * HEADS
-    return tl.load(array + head * T + q, mask=q < T, other=other)
+    return tl.load(array + head * T + first + row, mask=exists, other=other)

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float
 
-from subquad.kernels import launch
+from subquad.kernels import launch, tuning
 from subquad.kernels.flash.triton import head_of
 from subquad.kernels.linear import recurrence
 from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite
@@ -620,16 +620,16 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def configure(kernel, plan: Plan, width: int, columns: int) -> launch.Config:
+def configure(kernel, plan: Plan, width: int, columns: int) -> tuning.Config:
     sizes = dict(width=padded(width), columns=padded(columns), bf16=plan.bf16, precision=plan.precision, chunk=plan.chunk)
-    return launch.config(kernel.__name__, heuristic(kernel, plan, padded(width), padded(columns)), **sizes)
+    return tuning.config(kernel.__name__, heuristic(kernel, plan, padded(width), padded(columns)), **sizes)
 
 
-def heuristic(kernel, plan: Plan, width: int, columns: int) -> launch.Config:
+def heuristic(kernel, plan: Plan, width: int, columns: int) -> tuning.Config:
     """The largest blocks with which nothing overflows the registers of Hopper."""
     if plan.mode == "interpret":  # the cost there is per step, whatever its size
-        return launch.Config(dict(BLOCK_W=width, BLOCK_C=columns))
+        return tuning.Config(dict(BLOCK_W=width, BLOCK_C=columns))
     block_w, block_c, warps, stages = 64, 64, 4, 2
     if plan.precision == "tf32x3":  # three products keep both halves of both operands
         block_w, block_c, warps, stages = (32, 64, 8, 1) if kernel is linear_read else (32, 32, 4, 1)
-    return launch.Config(dict(BLOCK_W=min(block_w, width), BLOCK_C=min(block_c, columns)), warps, stages)
+    return tuning.Config(dict(BLOCK_W=min(block_w, width), BLOCK_C=min(block_c, columns)), warps, stages)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import checks, dispatch, precision
-from subquad.kernels.axes import KeyMask
+from subquad.kernels.axes import KeyMask, Positions
 from subquad.kernels.lsh import reference, xla
 
 Reach = Literal["bucket", "chunk", "ring"]
@@ -30,7 +30,7 @@ def hash_buckets(
     rotations: Float[Array, "N H R F"] | Float[Array, "1 H R F"],
     *,
     factors: tuple[int, ...] | None = None,
-    num_rotations: Int[Array, "B"] | None = None,
+    num_rotations: Int[Array, "B"] | Int[Array, "B T"] | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> Buckets:
     """The bucket of each vector in each of R rounds of angular hashing: the nearest of 2 F random directions.
@@ -46,8 +46,8 @@ def hash_buckets(
         vectors: what is hashed; only the direction counts. No gradient passes.
         rotations: independent normal numbers, per head or for all heads.
         factors: even numbers whose sum is 2 F. None: one factor, 2 F.
-        num_rotations: how many columns each sample uses, the first ones, 1 <= n <= F: it then has 2 n buckets, numbered
-            0..n-1 and F..F+n-1. None: all. One factor only.
+        num_rotations: how many columns each sample or token uses, the first ones, 1 <= n <= F: it then has 2 n buckets,
+            numbered 0..n-1 and F..F+n-1. None: all. One factor only.
         implementation: None takes the best that can run here.
     Returns: int32 [B, R, T, N], below the product of the factors.
     Raises:
@@ -69,7 +69,7 @@ def hash_buckets(
             f"{owner}: vectors and rotations must have shapes [B, T, N, H] and [N|1, H, R, F] with every axis at least 1, got "
             f"{vectors.shape} and {rotations.shape}. Flatten the batch axes."
         )
-    (batch, _, heads, features), columns = vectors.shape, rotations.shape[-1]
+    (batch, length, heads, features), columns = vectors.shape, rotations.shape[-1]
     if rotations.shape[0] not in (1, heads) or rotations.shape[1] != features:
         raise ValueError(
             f"{owner}: rotations must have shape [{heads}|1, {features}, R, F] beside vectors {vectors.shape}, got "
@@ -80,11 +80,13 @@ def hash_buckets(
         raise ValueError(
             f"{owner}: factors must be even and sum to 2 F = {2 * columns}, got {factors}. Draw other rotations."
         )
-    if num_rotations is not None and (len(factors) > 1 or num_rotations.shape != (batch,)):
-        raise ValueError(
-            f"{owner}: num_rotations must have shape [B] = ({batch},) and one factor, got {num_rotations.shape} with "
-            f"{len(factors)} factors. Leave it None."
-        )
+    if num_rotations is not None:
+        if len(factors) > 1 or num_rotations.shape not in ((batch,), (batch, length)):
+            raise ValueError(
+                f"{owner}: num_rotations must have shape [B] = ({batch},) or [B, T] = ({batch}, {length}) and one factor, got "
+                f"{num_rotations.shape} with {len(factors)} factors. Leave it None."
+            )
+        num_rotations = jnp.broadcast_to(num_rotations.reshape(batch, -1), (batch, length)).astype(jnp.int32)
     return dispatch.run(
         owner, _implementations("hash_buckets"), implementation,
         jax.lax.stop_gradient(vectors), jax.lax.stop_gradient(rotations), factors, num_rotations,
@@ -101,6 +103,7 @@ def attention(
     chunks_before: int = 1,
     chunks_after: int = 0,
     mask: KeyMask | None = None,
+    segment_ids: Positions | None = None,
     is_causal: bool = False,
     scale: float | Float[Array, ""] | None = None,
     reach: Reach = "bucket",
@@ -132,6 +135,9 @@ def attention(
         chunks_before, chunks_after: chunks that a chunk sees beside its own. The paper's are 1 and 0.
         mask: key padding [B, 1, 1, T], True = attend. Padding is sorted behind all tokens, so that neither it nor its
             amount moves a chunk; its rows are 0.
+        segment_ids: int, [B, T] or [1, T]: of sequences that are packed into one. Tokens of different segments do not see
+            each other. They are sorted by segment first, and chunks begin anew with each, so that every segment gives what it
+            gives alone. A chunk then visits one more on each side.
         is_causal: a token sees no later token. The sort and the chunks are made of all tokens either way.
         scale: multiplies q_i . k_j. None: 1 / sqrt(H). The authors' code has 1.
         reach: "bucket" is the paper's. "chunk" lets a token see everything in the reach of its chunk, whatever its
@@ -142,9 +148,10 @@ def attention(
     Returns: [B, T, N, V] in the dtype of value.
     Raises:
         TypeError: mask is not boolean, buckets are not integers, other arrays or the scale are no numbers with a fraction.
-        ValueError: shapes that do not fit, axes of 0, sizes out of range, an unknown reach, a ring with correct_duplicates.
+        ValueError: shapes that do not fit, axes of 0, sizes out of range, an unknown reach, a ring with correct_duplicates or
+            segment_ids.
         NotImplementedError: an implementation that does not exist here.
-    Numerics: logits, softmax and sums in float32.
+    Numerics: logits, softmax and sums in float32; Triton rounds the normalised keys to the dtype of the queries.
     Example:
         >>> x, value = jnp.ones((1, 3, 1, 4)), jnp.array([1.0, 3.0, 5.0]).reshape(1, 3, 1, 1)
         >>> buckets = jnp.array([0, 1, 0]).reshape(1, 1, 3, 1)
@@ -166,6 +173,15 @@ def attention(
             f"{owner}: correct_duplicates must be False with reach='ring', where a key has no round of its own, got True. "
             "Use reach='chunk'."
         )
+    if segment_ids is not None:
+        if reach == "ring":
+            raise ValueError(
+                f"{owner}: segment_ids must be None with reach='ring', which goes through all tokens, got some. "
+                "Use reach='chunk'."
+            )
+        batch, length = query_key.shape[:2]
+        segment_ids = checks.row(owner, "segment_ids", segment_ids, batch, length)
+        segment_ids = jnp.broadcast_to(segment_ids, (batch, length))
     layout = reference.Layout(
         num_buckets=int(num_buckets),
         chunk_size=int(min(chunk_size, query_key.shape[1])),
@@ -174,12 +190,13 @@ def attention(
         is_causal=bool(is_causal),
         reach=reach,
         correct_duplicates=bool(correct_duplicates),
+        has_segments=segment_ids is not None,
     )
     scale = _scale_of(owner, scale, query_key.shape[-1])
     query_key, value = checks.hide(mask, query_key, value)
     return dispatch.run(
         owner, _implementations("attention"), implementation,
-        layout, query_key, value, buckets, mask, scale,
+        layout, query_key, value, buckets, mask, segment_ids, scale,
     )  # fmt: skip
 
 
@@ -297,11 +314,4 @@ def _check_shapes(owner: str, keys: dict, values: dict, buckets: dict, mask) -> 
                 f"{owner}: {name} must have shape [{batch}, R, {length}, {heads}], got {array.shape}. "
                 "Use lsh.hash_buckets."
             )
-    if mask is not None:
-        if mask.dtype != bool:
-            raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-        if mask.shape not in ((1, 1, 1, length), (batch, 1, 1, length)):
-            raise ValueError(
-                f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. "
-                "Buckets decide the rest."
-            )
+    checks.key_padding(owner, mask, batch, length, "Buckets decide the rest.")

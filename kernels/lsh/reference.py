@@ -21,6 +21,7 @@ class Layout(NamedTuple):
     is_causal: bool
     reach: str
     correct_duplicates: bool
+    has_segments: bool
 
 
 def hash_buckets(vectors, rotations, factors, num_rotations):
@@ -28,7 +29,7 @@ def hash_buckets(vectors, rotations, factors, num_rotations):
     rotations = wide(jnp.broadcast_to(rotations, (vectors.shape[2], *rotations.shape[1:])))
     rotated = jnp.einsum("btnh,nhrf->brtnf", wide(vectors), rotations, precision=jax.lax.Precision.HIGHEST)
     if num_rotations is not None:
-        used = jnp.arange(rotated.shape[-1]) < num_rotations[:, None, None, None, None]
+        used = jnp.arange(rotated.shape[-1]) < num_rotations[:, None, :, None, None]
         rotated = jnp.where(used, rotated, 0)
     bucket, unit, column = 0, 1, 0
     for factor in factors:
@@ -39,27 +40,35 @@ def hash_buckets(vectors, rotations, factors, num_rotations):
 
 
 @precision.full
-def attention(layout, query_key, value, buckets, mask, scale):
+def attention(layout, query_key, value, buckets, mask, segment_ids, scale):
     """See `lsh.attention`."""
     batch, length, heads, _ = query_key.shape
     real = jnp.ones((batch, 1, length), bool) if mask is None else jnp.broadcast_to(mask[:, 0], (batch, 1, length))
-    buckets = rearrange(buckets, "b r t n -> b n r t")
-    order = jnp.argsort(jnp.where(real[:, :, None], buckets, layout.num_buckets), axis=-1, stable=True)
-    chunks = jnp.argsort(order, axis=-1) // layout.chunk_size
+    segments = jnp.zeros((batch, length), int) if segment_ids is None else segment_ids
+    together = segments[:, None, :, None] == segments[:, None, None, :]
+    buckets = rearrange(buckets, "b r t n -> r b n t")
+    at = jnp.arange(length)
 
+    def chunk_of(buckets):
+        """Of each token: how many of its segment come before it, in chunks."""
+        own, other = buckets[..., :, None], buckets[..., None, :]
+        before = (other < own) | (other == own) & (at < at[:, None])
+        return (before & together & real[:, :, None]).sum(-1) // layout.chunk_size
+
+    chunks = [chunk_of(names) for names in buckets]
     counts = jnp.zeros((batch, heads, length, length), jnp.int32)
     per_round = math.ceil(length / layout.chunk_size)
-    rounds = buckets.shape[2]
-    for r in range(rounds):
-        offset = chunks[:, :, r, None, :] - chunks[:, :, r, :, None]
-        reached = (-layout.before <= offset) & (offset <= layout.after)
+    rounds = len(chunks)
+    for r, (names, chunk) in enumerate(zip(buckets, chunks, strict=True)):
+        offset = chunk[..., None, :] - chunk[..., :, None]
+        reached = (-layout.before <= offset) & (offset <= layout.after) & together
         if layout.reach == "bucket":
-            reached &= buckets[:, :, r, None, :] == buckets[:, :, r, :, None]
+            reached &= names[..., None, :] == names[..., :, None]
         if layout.reach != "ring":
             counts += reached
             continue
         for other in range(rounds):
-            offset = (other - r) * per_round + chunks[:, :, other, None, :] - chunks[:, :, r, :, None]
+            offset = (other - r) * per_round + chunks[other][..., None, :] - chunk[..., :, None]
             for step in range(-layout.before, layout.after + 1):
                 counts += (offset - step) % (rounds * per_round) == 0
     if layout.correct_duplicates:
@@ -67,7 +76,6 @@ def attention(layout, query_key, value, buckets, mask, scale):
 
     query, wide_value = wide(query_key), wide(value)
     key = query * inverse_norm(query)[..., None]
-    at = jnp.arange(length)
     visible = at[:, None] > at if layout.is_causal else at[:, None] != at
     outputs = _softmax(query, key, wide_value, wide_value, counts * visible, real, real, scale)
     return outputs.astype(value.dtype)

@@ -13,7 +13,7 @@ SEVERAL = LENGTHS[1:]
 CHUNK, ROUNDS = 64, 4
 
 
-def make(length, dtype, rng, *, batch=1, heads=2, rounds=3, buckets=4, masked=False):
+def make(length, dtype, rng, *, batch=1, heads=2, rounds=3, buckets=4, masked=False, segmented=False):
     """A shared query and key, values, and buckets that are no function of them: a hash would depend on rounding."""
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     arrays = dict(
@@ -24,6 +24,8 @@ def make(length, dtype, rng, *, batch=1, heads=2, rounds=3, buckets=4, masked=Fa
     if masked:
         mask = rng.uniform(size=(batch, 1, 1, length)) < 0.7
         arrays["mask"] = jnp.asarray(mask)
+    if segmented:
+        arrays["segment_ids"] = jnp.asarray(rng.integers(0, 3, (batch, length)), jnp.int32)
     return arrays
 
 
@@ -41,7 +43,7 @@ def _columns(length):
 def call(arrays, implementation, *, chunk_size, num_buckets=4, **options):
     return lsh.attention(
         arrays["query_key"], arrays["value"], arrays["buckets"], num_buckets=num_buckets, chunk_size=chunk_size,
-        mask=arrays.get("mask"), implementation=implementation, **options,
+        mask=arrays.get("mask"), segment_ids=arrays.get("segment_ids"), implementation=implementation, **options,
     )  # fmt: skip
 
 
@@ -115,6 +117,8 @@ SPECS = [
     _variant("full", chunk_size=16, bench=True),
     _variant("causal", chunk_size=16, is_causal=True, bench=True),
     _variant("masked", lambda *a: make(*a, batch=2, heads=1, masked=True), chunk_size=7, chunks_after=1, lengths=(63, 129)),
+    _variant("segments", lambda *a: make(*a, batch=2, heads=1, masked=True, segmented=True), chunk_size=7, chunks_after=1,
+             lengths=(63, 129)),
     _variant("chunk", chunk_size=32, reach="chunk", lengths=(63, 129)),
     _variant("ring", chunk_size=24, reach="ring", correct_duplicates=False, lengths=(63, 129)),
     Spec("lsh.attention", "hashed", make_hashed, call_hashed, make_bench=make_hashed_bench, lengths=(63, 129),
@@ -126,11 +130,11 @@ SPECS = [
 ]  # fmt: skip
 
 
-def over(kind, masked=False, **options):
+def over(kind, masked=False, segmented=False, **options):
     """A kind of call at every size of a head."""
 
     def draw(head, length, dtype, rng):
-        arrays = make(length, dtype, rng, batch=2, masked=masked)
+        arrays = make(length, dtype, rng, batch=2, masked=masked, segmented=segmented)
         wide = lambda: jnp.asarray(rng.normal(size=(2, length, 2, head)), dtype)
         return arrays | dict(query_key=wide(), value=wide())
 
@@ -159,7 +163,7 @@ def over_hashed(kind):
 GRID = [
     *over("mask", True, chunk_size=CHUNK, chunks_after=1),
     *over("causal", chunk_size=CHUNK, is_causal=True),
-    *over("short-chunks", True, chunk_size=20, chunks_after=1),
+    *over("segments", True, True, chunk_size=20, chunks_after=1),
     *over("chunk", chunk_size=CHUNK, reach="chunk"),
     *over("ring-counted", True, chunk_size=CHUNK, reach="ring", correct_duplicates=False),
     *over_hashed("hashed"),

@@ -36,9 +36,9 @@ class Items(NamedTuple):
     """
 
     queries: jax.Array  # int32 [K, I, C]: places
-    query_buckets: jax.Array  # int32 [K, I, C]: buckets in the item's round; nobody's is -1
+    query_codes: jax.Array  # int32 [K, I, C], as `sort` returns them for the item's round
     keys: jax.Array  # int32 [K, I, W]: places
-    key_buckets: jax.Array  # int32 [K, I, W]; nobody's is -2
+    key_codes: jax.Array  # int32 [K, I, W]
     round: jax.Array  # int32 [K]
 
 
@@ -57,22 +57,24 @@ def _hash_buckets(steps, factors, vectors, rotations, num_rotations):
     rows = math.ceil(length / steps)
     rotations = jnp.broadcast_to(rotations, (heads, *rotations.shape[1:])).astype(jnp.float32)
     rotations = rearrange(rotations, "n h r f -> n r f h")
-    used = None if num_rotations is None else jnp.arange(columns)[:, None, None] < num_rotations[:, None]
 
-    def block(own):
+    def block(tokens):
+        own, used = tokens
         own = from_uint_bits(own, vectors.dtype).astype(jnp.float32)
         # Tokens last: what follows goes along them, and so in long vectors.
         rotated = jnp.einsum("nrfh,nbth->nrfbt", rotations, own, precision=jax.lax.Precision.HIGHEST)
         if used is not None:
-            rotated = jnp.where(used, rotated, 0)
+            rotated = jnp.where(jnp.arange(columns)[:, None, None] < used, rotated, 0)
         bucket, unit, column = 0, 1, 0
         for factor in factors:
             bucket += unit * nearest(rotated[:, :, column : column + factor // 2])
             unit, column = unit * factor, column + factor // 2
         return bucket
 
-    padded = jnp.pad(to_uint_bits(vectors), ((0, 0), (0, steps * rows - length), (0, 0), (0, 0)))
-    buckets = jax.lax.map(block, rearrange(padded, "b (k t) n h -> k n b t h", k=steps))
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, steps * rows - length), *((0, 0),) * (x.ndim - 2)))
+    own = rearrange(pad(to_uint_bits(vectors)), "b (k t) n h -> k n b t h", k=steps)
+    used = None if num_rotations is None else rearrange(pad(num_rotations), "b (k t) -> k b t", k=steps)
+    buckets = jax.lax.map(block, (own, used))
     return rearrange(buckets, "k n r b t -> b r (k t) n")[:, :, :length]
 
 
@@ -85,42 +87,44 @@ def nearest(rotated):
     return jnp.min(names, axis=2)
 
 
-def attention(layout, query_key, value, buckets, mask, scale):
+def attention(layout, query_key, value, buckets, mask, segment_ids, scale):
     """See `lsh.attention`."""
-    batch, length, heads, _ = query_key.shape
-    real = jnp.ones((batch, length), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, length))
+    layout, gain, buckets = prepare(layout, query_key, buckets, mask, scale)
+    return attend(layout, query_key, gain, value, buckets, segment_ids)
+
+
+def prepare(layout: Layout, query_key, buckets, mask, scale):
+    """(layout, gain, buckets) as an implementation's operation takes them."""
     if layout.reach != "ring":
-        others = math.ceil(length / layout.chunk_size) - 1
+        others = math.ceil(query_key.shape[1] / layout.chunk_size) - 1
         layout = layout._replace(before=min(layout.before, others), after=min(layout.after, others))
+    if mask is not None:
+        buckets = jnp.where(mask[:, 0, 0, None, :, None], buckets, layout.num_buckets)
     # A checkpoint: else the backward pass keeps the query in float32.
-    gain = scale * jax.checkpoint(inverse_norm)(query_key)
-    return attend(layout, query_key, gain, value, buckets, real)
+    return layout, scale * jax.checkpoint(inverse_norm)(query_key), buckets
 
 
-def lay_out(layout: Layout, order, sorted_buckets) -> tuple[Items, jax.Array | None]:
-    """Cuts the sorted sequence of every round into items; `order` and `sorted_buckets` [B, N, R, T], as `sort` returns them.
+def lay_out(layout: Layout, order, codes) -> tuple[Items, jax.Array | None]:
+    """Cuts the sorted sequence of every round into items; `order` and `codes` [B, N, R, T], as `sort` returns them.
 
-    Returns: the items, and where keys count once the `reach_codes` by place, int32 [R, places + 1].
+    Returns: the items, and where keys count once the codes by place, int32 [R, places + 1].
     """
     batch, heads, rounds, length = order.shape
     groups, nobody = batch * heads, batch * length * heads
-    order, sorted_buckets = (rearrange(x, "b n r t -> (b n) r t") for x in (order, sorted_buckets))
+    order, codes = (rearrange(x, "b n r t -> (b n) r t") for x in (order, codes))
     chunks = math.ceil(length / layout.chunk_size)
-    before, after = layout.before, layout.after
+    # Chunks that begin with a segment overlap two of those that items are.
+    before, after = layout.before + layout.has_segments, layout.after + layout.has_segments
 
     sample, head = np.divmod(np.arange(groups, dtype=np.int32)[:, None, None], heads)
-    place = (sample * length + order) * heads + head
-    place = jnp.where(sorted_buckets < layout.num_buckets, place, nobody)
-    codes = None
+    place = jnp.where(codes < 0, nobody, (sample * length + order) * heads + head)
+    by_place = None
     if layout.correct_duplicates and rounds > 1:
-        in_order = reach_codes(layout, sorted_buckets)
         row = jnp.arange(rounds)[:, None]
-        codes = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(in_order, **NOBODY_WRITTEN)
+        by_place = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(codes, **NOBODY_WRITTEN)
 
     short, steps = chunks * layout.chunk_size - length, range(-before, after + 1)
-    # Where buckets are no condition, all have the same.
-    own = jnp.stack([place, sorted_buckets if layout.reach == "bucket" else jnp.zeros_like(sorted_buckets)])
-    own = jnp.pad(own, ((0, 0), (0, 0), (0, 0), (0, short)), constant_values=nobody)
+    own = jnp.pad(jnp.stack([place, codes]), ((0, 0), (0, 0), (0, 0), (0, short)), constant_values=nobody)
     own = rearrange(own, "x g r (n c) -> x g r n c", n=chunks)
     if layout.reach == "ring":
         ring = rearrange(own, "x g r n c -> x g (r n) c")
@@ -145,39 +149,45 @@ def lay_out(layout: Layout, order, sorted_buckets) -> tuple[Items, jax.Array | N
     steps = math.ceil(count / per_step)
     per_step = math.ceil(count / steps)
 
-    def blocks(x, no_bucket):
+    def blocks(x, no_code):
         x = rearrange(x, "x g r n c -> r x (g n) c")
         x = jnp.pad(x, ((0, 0), (0, 0), (0, steps * per_step - count), (0, 0)), constant_values=nobody)
-        x = x.at[:, 1].set(jnp.where(x[:, 0] < nobody, x[:, 1], no_bucket))
+        x = x.at[:, 1].set(jnp.where(x[:, 0] < nobody, x[:, 1], no_code))
         return rearrange(x, "r x (k i) c -> x (r k) i c", k=steps)
 
     round_ = jnp.repeat(jnp.arange(rounds, dtype=jnp.int32), steps)
-    return Items(*blocks(own, -1), *blocks(around, -2), round_), codes
+    return Items(*blocks(own, -(1 << 30)), *blocks(around, (1 << 30) - 1), round_), by_place
 
 
-def sort(layout: Layout, buckets):
-    """The positions [..., T] in order of bucket and position, and their buckets."""
+def sort(layout: Layout, buckets, segment_ids):
+    """The positions in order of segment, bucket and position, and a code for each, both int32 [B, N, R, T].
+
+    j is in reach of i where code_j - code_i is -before..after. Padding, whose bucket is `num_buckets`, comes last; its codes
+    are negative, and out of reach of all others. The first positions of other runs are further away than any chunk in reach,
+    because chunks do not fall along the order.
+    """
+    buckets = rearrange(buckets, "b r t n -> b n r t").astype(jnp.int32)
     length = buckets.shape[-1]
-    if (layout.num_buckets + 1) * length < 2**31:
+    index = jnp.arange(length, dtype=jnp.int32)
+    if segment_ids is None and (layout.num_buckets + 1) * length < 2**31:
         # One integer that holds both sorts several times faster than a pair.
-        key = jnp.sort(buckets * length + jnp.arange(length, dtype=jnp.int32), axis=-1)
-        return key % length, key // length
-    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), buckets.shape)
-    sorted_buckets, order = jax.lax.sort((buckets, position), num_keys=2)
-    return order, sorted_buckets
-
-
-def reach_codes(layout: Layout, sorted_buckets):
-    """An integer for each place of a round: j is in reach of i where code_j - code_i is -before..after."""
-    length = sorted_buckets.shape[-1]
-    chunk = jnp.arange(length, dtype=jnp.int32) // layout.chunk_size
-    if layout.reach != "bucket":
-        return jnp.broadcast_to(chunk, sorted_buckets.shape)
-    # Chunks do not fall where buckets rise, so a new bucket begins further away than any chunk in reach.
-    far, bucket = layout.before + layout.after + 1, sorted_buckets
-    if far * (layout.num_buckets + 1) + length >= 2**31:
-        bucket = jnp.cumsum(jnp.diff(bucket, axis=-1, prepend=bucket[..., :1]) != 0, axis=-1, dtype=jnp.int32)
-    return chunk + far * bucket
+        key = jnp.sort(buckets * length + index, axis=-1)
+        order, keys = key % length, [key // length]
+    else:
+        keys = [buckets]
+        if segment_ids is not None:
+            segments = jnp.where(buckets < layout.num_buckets, segment_ids[:, None, None], jnp.iinfo(jnp.int32).max)
+            keys = [segments, buckets]
+        *keys, order = jax.lax.sort((*keys, jnp.broadcast_to(index, buckets.shape)), num_keys=len(keys) + 1)
+    first = lambda key: jnp.diff(key, axis=-1, prepend=key[..., :1]) != 0  # of a run, but for the very first
+    chunk = index // layout.chunk_size if layout.reach != "ring" else jnp.zeros_like(index)
+    if segment_ids is not None:
+        start = jax.lax.cummax(jnp.where(first(keys[0]), index, 0), axis=3)
+        chunk = jnp.cumsum((index - start) % layout.chunk_size == 0, axis=-1, dtype=jnp.int32)
+    conditions = keys if layout.reach == "bucket" else keys[:-1]
+    run = sum(jnp.cumsum(first(key), axis=-1, dtype=jnp.int32) for key in conditions)
+    far = layout.before + layout.after + 1
+    return order, jnp.where(keys[-1] < layout.num_buckets, chunk + far * run, -far * (1 + index))
 
 
 def at_their_places(order, in_order):
@@ -214,29 +224,32 @@ def visible(layout: Layout, block: Items, codes, keys_first: bool):
     across = lambda queries, keys: (jnp.expand_dims(queries, query_axis), jnp.expand_dims(keys, key_axis))
     queries, keys = across(block.queries, block.keys)
     seen = (keys < queries) if layout.is_causal else (keys != queries)
-    queries, keys = across(block.query_buckets, block.key_buckets)
-    seen &= queries == keys
+    seen &= in_reach(layout, *across(block.query_codes, block.key_codes))
     for earlier, code in enumerate([] if codes is None else codes[:-1]):
-        queries, keys = across(rows(code, block.queries), rows(code, block.keys))
-        seen &= (keys - queries < -layout.before) | (keys - queries > layout.after) | (block.round <= earlier)
+        again = in_reach(layout, *across(rows(code, block.queries), rows(code, block.keys)))
+        seen &= ~again | (block.round <= earlier)
     return seen
 
 
+def in_reach(layout: Layout, query_codes, key_codes):
+    distance = key_codes - query_codes
+    return (-layout.before <= distance) & (distance <= layout.after)
+
+
 @precision.full
-def forward(layout, query, gain, value, buckets, real):
+def forward(layout, query, gain, value, buckets, segment_ids):
     """Outputs [B, T, N, V]: the softmax over what each token sees, and its own value where it sees nothing.
 
     Args:
         query: [B, T, N, H].
         gain: [B, T, N], float32: the logit of a query and a key is their product times the key's gain.
         value: [B, T, N, V].
-        buckets: [B, R, T, N].
-        real: bool [B, T], False is padding.
+        buckets: [B, R, T, N]; that of padding is `num_buckets`.
+        segment_ids: [B, T] or None.
     """
     arguments = query, gain, value
-    buckets = jnp.where(real[:, None, :, None], buckets, layout.num_buckets)
-    order, sorted_buckets = sort(layout, rearrange(buckets, "b r t n -> b n r t"))
-    items, codes = lay_out(layout, order, sorted_buckets)
+    sorting = sort(layout, buckets, segment_ids)
+    items, codes = lay_out(layout, *sorting)
     query, gain, value = map(by_place, arguments)
     into = dict(preferred_element_type=gain.dtype)
 
@@ -263,13 +276,13 @@ def forward(layout, query, gain, value, buckets, real):
     (out, log_total), _ = jax.lax.scan(step, start, items)
     out = jnp.where(jnp.isneginf(log_total)[:, None], value, out.astype(value.dtype))
     out, log_total = (x.reshape(like.shape) for x, like in zip((out, log_total), arguments[:0:-1], strict=True))
-    return out, (*arguments, order, sorted_buckets, out, log_total)
+    return out, (*arguments, *sorting, out, log_total)
 
 
 @precision.full
 def backward(layout, saved, d_out):
-    *arguments, order, sorted_buckets, out, log_total = saved
-    items, codes = lay_out(layout, order, sorted_buckets)
+    *arguments, order, sorted_codes, out, log_total = saved
+    items, codes = lay_out(layout, order, sorted_codes)
     query, gain, value, out, log_total, d_out = map(by_place, (*arguments, out, log_total, d_out))
     delta = jnp.sum(d_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1)
     alone = jnp.isneginf(log_total)

@@ -3,9 +3,10 @@
 from jaxtyping import Array, Float
 
 from subquad.kernels import checks, dispatch
-from subquad.kernels.axes import Mask, Output, Query
+from subquad.kernels.axes import Mask, Output, Positions, Query
 from subquad.kernels.relative import reference, xla
 from subquad.kernels.softmax import scale_of
+from subquad.kernels.softmax.sets import Visible
 
 OPERATION = "relative.attention"
 SAVED = reference.SAVED
@@ -25,6 +26,8 @@ def attention(
     position_bias: Float[Array, "N H"],
     *,
     mask: Mask | None = None,
+    query_segment_ids: Positions | None = None,
+    key_segment_ids: Positions | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> Output:
@@ -47,12 +50,14 @@ def attention(
         position_bias: [N, H], the v of the paper.
         mask: True = attend; each axis full or 1, of [B, N, T, S]. Key padding is [B, 1, 1, S]. What no
             query sees by it reaches nothing, NaN included.
+        query_segment_ids, key_segment_ids: int, [B, T] or [1, T] and [B, S] or [1, S]; both or neither. A query sees keys
+            of its own segment only, at the distances that they have in the whole sequence.
         scale: of the scores. None: 1 / sqrt(H).
         implementation: None takes the best that can run here.
     Returns: [B, T, N, V] in the dtype of value.
     Raises:
         ValueError: shapes that do not fit.
-        TypeError: a mask that is not boolean; arrays of integers; a scale that is not a number.
+        TypeError: a mask that is not boolean; segments that are not integers; arrays of integers; a scale that is not a number.
         NotImplementedError: the implementation does not exist, or declines this call.
     Numerics: scores, softmax and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
@@ -64,10 +69,17 @@ def attention(
     """
     dispatch.check_name(OPERATION, implementation)
     _check(query, key, value, relative_key, content_bias, position_bias, mask)
+    if (query_segment_ids is None) != (key_segment_ids is None):
+        raise ValueError(f"{OPERATION}: query_segment_ids and key_segment_ids must be given together. Pass both.")
+    visible = Visible(None, None, None, None, mask)
+    if query_segment_ids is not None:
+        segments = dict(query_segment_ids=(query_segment_ids, query), key_segment_ids=(key_segment_ids, key))
+        rows = {name: checks.row(OPERATION, name, ids, *x.shape[:2]) for name, (ids, x) in segments.items()}
+        visible = visible._replace(**rows)
     scale = scale_of(OPERATION, scale, query.shape[-1])
     key, value = checks.hide(mask, key, value)
     arrays = query, key, value, relative_key, content_bias, position_bias
-    return dispatch.run(OPERATION, IMPLEMENTATIONS, implementation, *arrays, mask=mask, scale=scale)
+    return dispatch.run(OPERATION, IMPLEMENTATIONS, implementation, *arrays, visible, scale)
 
 
 def _check(query, key, value, relative_key, content_bias, position_bias, mask):
@@ -93,12 +105,7 @@ def _check(query, key, value, relative_key, content_bias, position_bias, mask):
     for name, bias in (("content_bias", content_bias), ("position_bias", position_bias)):
         if bias.shape != (N, H):
             _refuse(name, f"have shape [N, H] = {(N, H)}", bias.shape, "Use one vector per head.")
-    if mask is None:
-        return
-    if mask.dtype != bool:
-        raise TypeError(f"{OPERATION}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-    if mask.ndim != 4 or any(m not in (1, full) for m, full in zip(mask.shape, (B, N, T, S), strict=True)):
-        _refuse("mask", f"broadcast to [B, N, T, S] = {(B, N, T, S)}", mask.shape, "Give each axis in full or as 1.")
+    checks.square(OPERATION, "mask", mask, (B, N, T, S))
 
 
 def _refuse(argument, condition, got, instead):

@@ -11,22 +11,25 @@ SAVED = "relative.attention"
 
 
 @precision.full
-def attention(query, key, value, relative_key, content_bias, position_bias, *, mask, scale):
+def attention(query, key, value, relative_key, content_bias, position_bias, visible, scale):
     T, S = query.shape[1], key.shape[1]
     precise = jnp.promote_types(query.dtype, jnp.float32)
     q, k, v, r, u, w = (
         x.astype(precise) for x in (query, key, value, relative_key, content_bias, position_bias)
     )
     distance = (S - T + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
-    visible = distance >= 0 if mask is None else mask & (distance >= 0)
-    some = visible.any(-1, keepdims=True)
-    if mask is not None:
-        q = jnp.where(some.swapaxes(1, 2), q, 0)  # 0 times NaN would be NaN in gradients
+    seen = distance[None, None] >= 0
+    if visible.mask is not None:
+        seen &= visible.mask
+    if visible.query_segment_ids is not None:
+        seen &= visible.query_segment_ids[:, None, :, None] == visible.key_segment_ids[:, None, None, :]
+    some = seen.any(-1, keepdims=True)
+    q = jnp.where(some.swapaxes(1, 2), q, 0)  # 0 times NaN would be NaN in gradients
 
     content = jnp.einsum("btnh,bsnh->bnts", q + u, k)
     by_distance = jnp.einsum("btnh,rnh->bntr", q + w, r)
     position = jnp.take_along_axis(by_distance, jnp.maximum(distance, 0)[None, None], axis=-1)
-    scores = jnp.where(visible, scale * (content + position), -jnp.inf)
+    scores = jnp.where(seen, scale * (content + position), -jnp.inf)
 
     # A row that sees nothing has no maximum; it and its gradients are 0.
     weights = jax.nn.softmax(jnp.where(some, scores, 0.0), axis=-1)

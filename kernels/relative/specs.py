@@ -1,6 +1,7 @@
 """Calls of relative attention for tests and benchmarks. The length is that of the queries."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from subquad.kernels import relative
 from subquad.kernels.specs import Spec, over_heads
@@ -29,11 +30,12 @@ def memory(length, dtype, rng):
 
 
 def padding(length, dtype, rng):
-    """Key padding as the layer passes it, with a sample that sees nothing at first."""
+    """Key padding and packed segments as the layer passes them, with a sample that sees nothing at first."""
     drawn = arrays(length, 31, 2, 16, 16, dtype, rng)
     mask = rng.random((2, 1, 1, length + 31)) > 0.3
     mask[0, ..., : 31 + length // 2] = False
-    return {**drawn, "mask": jnp.asarray(mask)}
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, length + 31)), 1), jnp.int32)
+    return {**drawn, "mask": jnp.asarray(mask), "query_segment_ids": segments[:, 31:], "key_segment_ids": segments}
 
 
 def pairwise(length, dtype, rng):

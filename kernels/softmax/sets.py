@@ -48,17 +48,17 @@ class Known:
     positions: tuple[tuple[tuple[int, ...], bytes] | None, ...]  # shape and bytes of those of queries and of keys
 
     def set_of(self, visible: Visible) -> KeySet:
-        """The set again, with the arrays that are not known."""
+        """The set again, with the arrays that are not known, and the positions that are, of all samples."""
         arrays = (None if x is None else np.frombuffer(x[1], np.int32).reshape(x[0]) for x in self.positions)
         positions = (x if known is None else known for x, known in zip(visible[:2], arrays, strict=True))
         return KeySet(self.pattern, Visible(*positions, *visible[2:]), self.columns, self.source)
 
 
 def known_of(one: KeySet) -> tuple[Known, Visible]:
-    """What is known of a set, and the arrays that are not."""
+    """What is known of a set, and its arrays: also the positions that are known, where each sample has its own."""
     known = all(isinstance(x, np.ndarray) for x in one.visible[:2])  # both or none: a pattern compares them
     positions = tuple((x.shape, x.astype(np.int32).tobytes()) if known else None for x in one.visible[:2])
-    rest = (None if known or x is None else jnp.asarray(x) for x in one.visible[:2])
+    rest = (None if x is None or known and len(x) == 1 else jnp.asarray(x) for x in one.visible[:2])
     return Known(one.pattern, one.columns, one.source, positions), Visible(*rest, *one.visible[2:])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch, precision
+from subquad.kernels import gpu, launch, tuning
 from subquad.kernels.flash import rules
 from subquad.kernels.flash import triton as flash
 from subquad.kernels.flash.tiles import Geometry, bounds_of, known, last_of, states_of, work
@@ -29,6 +29,7 @@ from subquad.kernels.flash.triton import (
     load_sums,
     weights_of,
 )
+from subquad.kernels.operation import operation
 from subquad.kernels.patterns import NONE, Band, Pattern
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.xla import Visible
@@ -47,11 +48,10 @@ def attention(query, key, value, bias, visible: Visible, pattern: Pattern | None
     if features > LARGEST_HEAD:
         raise launch.Declined(f"a head has {features} features, and a block of the kernel holds {LARGEST_HEAD}.")
     positions, arrays = zip(*map(known, visible[:2]), strict=True)
-    tested = visible.mask is not None or visible.query_segment_ids is not None
-    geometry = Geometry(query.shape[1], key.shape[1], *positions, pattern, tested)
-    shared = bias is not None and len(bias) == 1
-    plan = Plan(geometry, scale, bias is not None, len(query) if shared else 1, mode)
-    out, lse = attend(plan, query, key, value, bias, Visible(*arrays, *visible[2:]))
+    # Queries are independent where no known positions tell them apart, and heads where no pattern does.
+    independent = "b n t" if pattern is None else "b" if pattern.heads > 1 else "b n"
+    static = Static(pattern, *positions, scale, mode)
+    out, lse = attend(independent)(static, query, key, value, bias, Visible(*arrays, *visible[2:]))
     return out, *online.apart(lse)
 
 
@@ -80,6 +80,7 @@ class Options(NamedTuple):
     KEY_POSITIONS: str
     ONE_QUERY_POSITIONS: bool
     ONE_KEY_POSITIONS: bool
+    OWN_BIAS: bool = False  # whether each pair of each sample and head has a bias of its own
     ROWS_PER_HEAD: bool = False
     LISTED: bool = False
     BOUNDED: bool = False
@@ -92,7 +93,7 @@ class Operands(NamedTuple):
     T: Any
     S: Any
     ROWS: Any
-    TOGETHER: Any
+    GROUP: Any
     query_start: Any
     key_start: Any
     words: Any
@@ -106,6 +107,7 @@ class Operands(NamedTuple):
     rows: Any
     tiles: Any
     bounds: Any
+    grad_bias: Any
 
 
 NUM_WORDS = 6  # before those of the pattern
@@ -114,7 +116,7 @@ ALIGNMENT = tl.constexpr(8)  # of the rows of a mask or bias, for wide loads at 
 
 @triton.jit
 def load_words(words):
-    """The run-time numbers: T, S, ROWS, TOGETHER and where positions start."""
+    """The run-time numbers: T, S, ROWS, GROUP and where positions start."""
     return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
 
 
@@ -208,6 +210,20 @@ def positions_of(array, start, b, index, LENGTH, KIND: tl.constexpr, ONE: tl.con
 @triton.jit
 def load_pairs(array, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, AXES: tl.constexpr):
     """A block of a mask or bias, whose rows are as `aligned` makes them; 0 outside. An axis of one element is read once."""
+    at, inside = pairs_of(array, b, n, query_start, q, k, operands, SHAPE, AXES)
+    return tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
+def store_bias(grad_logits, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.constexpr):
+    """STORE: the gradient of a bias that each pair has for its own."""
+    at, inside = pairs_of(operands.grad_bias, b, n, query_start, q, k, operands, SHAPE, OPTIONS.BIAS)
+    tl.store(at, grad_logits.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pairs_of(array, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, AXES: tl.constexpr):
+    """Where a block of a mask or bias lies, and what of it exists."""
     T, S = operands.T, operands.S
     COLUMNS = tl.cdiv(S, ALIGNMENT) * ALIGNMENT
     matrix = n * 0
@@ -223,14 +239,14 @@ def load_pairs(array, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, AX
     if not AXES.S:
         k = k * 0
     if not AXES.T:
-        block = tl.load(array + k, mask=k < COLUMNS, other=0)
+        at, inside = array + k, k < COLUMNS
     elif not AXES.S:
-        block = tl.load(array + q, mask=q < T, other=0)
+        at, inside = array + q, q < T
     else:
         # Only the offset of the whole block is in 64 bits.
         array += query_start.to(tl.int64) * COLUMNS
-        block = tl.load(array + (q - query_start) * COLUMNS + k, mask=(q < T) & (k < COLUMNS), other=0)
-    return block
+        at, inside = array + (q - query_start) * COLUMNS + k, (q < T) & (k < COLUMNS)
+    return at, inside
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -241,30 +257,31 @@ def softmax_forward(
     query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
     bounds, out, lse, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
+    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
     operands = Operands(
-        T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds,
+        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
+        key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     forward(
-        query, key, value, out, lse, operands, work_of, block_of, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K
-    )
+        query, key, value, out, lse, operands, work_of, block_of, dense, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q,
+        BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
 def softmax_backward_query(
     query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, lse, delta, grad_out, grad_query,
+    bounds, lse, delta, grad_out, no_bias, grad_query, grad_bias,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
+    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
     operands = Operands(
-        T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds,
+        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
+        key_segments, tables, rows, tiles, bounds, grad_bias,
     )  # fmt: skip
     backward_query(
-        query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, logits_of, visible, SHAPE,
-        OPTIONS, BLOCK_Q, BLOCK_K,
+        query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, dense, logits_of, visible,
+        SHAPE, OPTIONS, BLOCK_Q, BLOCK_K, store_bias if OPTIONS.OWN_BIAS else None,
     )  # fmt: skip
 
 
@@ -274,14 +291,14 @@ def softmax_backward_key(
     bounds, lse, delta, grad_out, grad_key, grad_value,
     SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    T, S, ROWS, TOGETHER, query_start, key_start = load_words(words)
+    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
     operands = Operands(
-        T, S, ROWS, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds,
+        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
+        key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     backward_key(
-        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, logits_of, visible,
-        SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
+        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, dense, logits_of,
+        visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -293,13 +310,13 @@ def softmax_backward_bias(
 ):  # fmt: skip
     """One block of the gradient of the bias: the sum over all that reads it, in a fixed order.
 
-    The words ROWS and TOGETHER are the number of consecutive samples that read the same bias, and 0; `rows` are the states of
-    the blocks.
+    The words ROWS and GROUP are the number of consecutive samples that read the same bias, and of all blocks that read a block
+    of it; `rows` are the states of the blocks.
     """
-    T, S, SAMPLES, TOGETHER, query_start, key_start = load_words(words)
+    T, S, SAMPLES, count, query_start, key_start = load_words(words)
     operands = Operands(
-        T, S, SAMPLES, TOGETHER, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds,
+        T, S, SAMPLES, count, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
+        key_segments, tables, rows, tiles, bounds, None,
     )  # fmt: skip
     AXES: tl.constexpr = OPTIONS.BIAS
     GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
@@ -311,7 +328,6 @@ def softmax_backward_bias(
     bias_n = (program // (bias_columns * bias_rows)) % BIAS_HEADS
     bias_b = program // (bias_columns * bias_rows * BIAS_HEADS)
     inner_rows, inner_columns = query_blocks // bias_rows, key_blocks // bias_columns
-    count = SAMPLES * (SHAPE.HEADS // BIAS_HEADS) * inner_rows * inner_columns
     if AXES.T and AXES.S:
         count = tl.where(tl.load(rows + row * key_blocks + column) == 0, 0, count)
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
@@ -321,13 +337,13 @@ def softmax_backward_bias(
         i = row + rest % inner_rows
         rest = rest // inner_rows
         n = (bias_n + rest % (SHAPE.HEADS // BIAS_HEADS)).to(tl.int64)
-        b = (bias_b * SAMPLES + rest // (SHAPE.HEADS // BIAS_HEADS)).to(tl.int64)
+        b = bias_b.to(tl.int64) * SAMPLES + rest // (SHAPE.HEADS // BIAS_HEADS)
         query_start, key_start = i * BLOCK_Q, j * BLOCK_K
         q, k = query_start + tl.arange(0, BLOCK_Q), key_start + tl.arange(0, BLOCK_K)
-        lse_i = load_sums(lse, b, n, q, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-        delta_i = load_sums(delta, b, n, q, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
-        query_rows = dense(query_start, T, BLOCK_Q, operands, OPTIONS)
-        key_rows = dense(key_start, S, BLOCK_K, operands, OPTIONS)
+        query_rows = dense(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
+        key_rows = dense(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
+        lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
+        delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
         products = products_of(
             head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY), query_rows,
             head_of(key, b, n // GROUPS, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY), key_rows,
@@ -376,10 +392,10 @@ def products_of(
         right += key_first * (RIGHT_HEADS * FEATURES)
         for start in range(0, FEATURES + (tl.program_id(0) >> 30), 16):
             feature = start + tl.arange(0, 16)[None, :]
-            row_at = left + row * (LEFT_HEADS * FEATURES) + feature
-            column_at = right + column * (RIGHT_HEADS * FEATURES) + feature
-            rows = tl.load(row_at, mask=row_exists & (feature < FEATURES), other=0.0)
-            others = tl.load(column_at, mask=column_exists & (feature < FEATURES), other=0.0)
+            row_at = left + row[:, None] * (LEFT_HEADS * FEATURES) + feature
+            column_at = right + column[:, None] * (RIGHT_HEADS * FEATURES) + feature
+            rows = tl.load(row_at, mask=row_exists[:, None] & (feature < FEATURES), other=0.0)
+            others = tl.load(column_at, mask=column_exists[:, None] & (feature < FEATURES), other=0.0)
             total = tl.dot(rows, tl.trans(others), total, input_precision=PRECISION)
     return total
 
@@ -388,23 +404,27 @@ def products_of(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a call."""
+class Static:
+    """Everything of a call that is no array; positions as a `Geometry` knows them."""
 
-    geometry: Geometry
+    pattern: Pattern | None
+    query_positions: int | bytes | None
+    key_positions: int | bytes | None
     scale: float
-    biased: bool
-    samples: int  # that share one bias
     mode: launch.Mode
 
 
 class Call:
     """The inputs and constants that the kernels of one call share."""
 
-    def __init__(self, plan: Plan, batch: int, query, key, value, bias, visible: Visible, **gradients):
-        self.plan, self.batch, self.visible = plan, batch, visible
+    def __init__(self, static: Static, query, key, value, bias, visible: Visible, **gradients):
+        self.static, self.visible = static, visible
         self.arrays = query, key, value
-        geometry = plan.geometry
+        batch = self.batch = max(len(x) for x in jax.tree.leaves((self.arrays, bias, visible, gradients)))
+        tested = visible.mask is not None or visible.query_segment_ids is not None
+        known_positions = static.query_positions, static.key_positions
+        geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, tested)
+        self.geometry, scale = geometry, static.scale * LOG2_E
         last = last_of(geometry.query_positions, geometry.queries), last_of(geometry.key_positions, geometry.keys)
         tree = rules.Tree(geometry.pattern, *last, NUM_WORDS)
         self.pattern_words = tree.words
@@ -417,7 +437,6 @@ class Call:
         self.gradients = gradients
         (_, _, heads, features), (_, _, kv_heads, value_features) = query.shape, value.shape
         self.heads = {"query": heads, "key": kv_heads}
-        scale = plan.scale * LOG2_E
         # The scale may wait for the exponent if it is positive, as the running maximum needs, and no bias is added before.
         early = bias is not None or not scale > 0
         one = lambda array: array is not None and len(array) == 1 < batch
@@ -433,9 +452,9 @@ class Call:
             *map(kind_of, rows[2:], (geometry.query_positions, geometry.key_positions)), one(rows[2]), one(rows[3]),
         )  # fmt: skip
 
-    def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, **options):
-        """Launches a kernel; `words` are ROWS and TOGETHER."""
-        geometry = self.plan.geometry
+    def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, aliases=None, **options):
+        """Launches a kernel; `words` are ROWS and GROUP."""
+        geometry = self.geometry
         starts = [x if isinstance(x, int) else 0 for x in (geometry.query_positions, geometry.key_positions)]
         numbers = np.array([geometry.queries, geometry.keys, *words, *starts, *self.pattern_words], np.int32)
         inputs = self.inputs | lists | dict(words=jnp.asarray(numbers)) | self.gradients
@@ -446,13 +465,14 @@ class Call:
             grid=grid,
             constants=dict(SHAPE=self.shape, OPTIONS=self.options._replace(**options)),
             config=config,
-            mode=self.plan.mode,
+            mode=self.static.mode,
+            aliases=aliases,
         )
 
-    def launch(self, kernel, outputs: dict, *, along: str):
+    def launch_rows(self, kernel, outputs: dict, aliases=None, *, along: str, **options):
         """Runs a kernel over the rows of blocks `along` "query" or "key"."""
-        config = config_of(kernel.__name__, self.plan, *self.arrays)
-        geometry, sizes = self.plan.geometry, (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"])
+        config = self.config_of(kernel)
+        geometry, sizes = self.geometry, (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"])
         todo = work(geometry, *sizes, along == "key")
         bounds = None if todo.tiles is not None else bounds_of(geometry, self.visible, *sizes, along == "key")
         programs = self.batch * self.heads[along]
@@ -460,17 +480,40 @@ class Call:
         return self.run(
             kernel,
             programs * count,
-            (count, self.together(programs, along)),
+            (count, count * self.heads_together(programs, along)),
             dict(bounds=bounds, rows=jnp.asarray(todo.rows), tiles=None if todo.tiles is None else jnp.asarray(todo.tiles)),
             outputs,
             config,
+            aliases,
+            **options,
             ROWS_PER_HEAD=len(todo.rows) > 1,
             LISTED=todo.tiles is not None,
             BOUNDED=bounds is not None,
             ONE_BOUNDS=bounds is not None and len(bounds) == 1,
         )
 
-    def together(self, programs: int, along: str) -> int:
+    def config_of(self, kernel) -> tuning.Config:
+        """The configuration of a kernel; short sequences take smaller blocks, by powers of two."""
+        geometry, pattern, mode, dtype = self.geometry, self.static.pattern, self.static.mode, self.arrays[0].dtype
+        reach = None if pattern is None else pattern.reach
+        block_size = None if pattern is None else pattern.tile
+        size = max(self.shape.BLOCK_H, self.shape.BLOCK_V)
+        crowded = geometry.tested or not isinstance(pattern, Band | None)
+        crowded = crowded or geometry.query_positions is None or geometry.key_positions is None
+        ragged = size > min(self.shape.FEATURES, self.shape.VALUES)
+        biased = self.inputs["bias"] is not None
+        # Beside a bias of wide heads there is no register for where positions start.
+        crowded = crowded or biased and size > 64 and (geometry.query_positions, geometry.key_positions) != (0, 0)
+        config = tile_sizes(kernel.__name__, dtype, size, ragged, biased, crowded, reach, block_size, mode)
+        if mode == "triton":
+            sizes = dict(
+                dtype=dtype.name, features=size, biased=biased, crowded=crowded, reach=reach, block_size=block_size
+            )  # fmt: skip
+            config = tuning.config(kernel.__name__, config, **sizes)
+        lengths = ("BLOCK_Q", geometry.queries), ("BLOCK_K", geometry.keys)
+        return dataclasses.replace(config, blocks={name: min(config.blocks[name], padded(length)) for name, length in lengths})
+
+    def heads_together(self, programs: int, along: str) -> int:
         """The number of heads to run side by side: as many as keep what they read over and over in the L2 cache."""
         query, key, value = self.arrays
         read = key.shape[1] * (key.shape[3] + value.shape[3]) if along == "query" else query.shape[1] * (
@@ -498,80 +541,84 @@ def aligned(array):
     return jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, -array.shape[3] % ALIGNMENT.value)))
 
 
-def batch_of(*arrays) -> int:
-    """Samples of a call some of whose arrays are shared by all of them."""
-    return max(len(array) for array in arrays if array is not None)
-
-
-def run_forward(plan: Plan, query, key, value, bias, *visible):
+def run_forward(static: Static, query, key, value, bias, visible: Visible):
     """(out [B, T, N, V], lse [B, N, T] in base 2)."""
-    call = Call(plan, batch_of(query, key, value, bias, *visible), query, key, value, bias, Visible(*visible))
+    call = Call(static, query, key, value, bias, visible)
     (_, queries, heads, _), features = query.shape, value.shape[3]
     outputs = dict(
         out=jax.ShapeDtypeStruct((call.batch, queries, heads, features), query.dtype),
         lse=jax.ShapeDtypeStruct((call.batch, heads, queries), jnp.float32),
     )
-    return call.launch(softmax_forward, outputs, along="query")
+    return call.launch_rows(softmax_forward, outputs, along="query")
 
 
-def run_backward(plan: Plan, query, key, value, bias, lse, delta, grad_out, *visible):
-    """The gradients of query, key and value, each [B, ...], and the bias' [B / samples, ...] in float32.
+def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, visible: Visible):
+    """The gradients of query, key and value, each [B, ...], and the bias' in float32, or None.
 
     Args:
         lse: [B, N, T], in base 2, +inf for rows that see nothing.
         delta: [B, N, T], the shift of `online.residue`.
     """
-    batch = batch_of(query, key, value, bias, lse, delta, grad_out, *visible)
-    call = Call(plan, batch, query, key, value, bias, Visible(*visible), lse=lse, delta=delta, grad_out=grad_out)
-    shape = lambda like: jax.ShapeDtypeStruct((batch, *like.shape[1:]), like.dtype)
-    (grad_query,) = call.launch(softmax_backward_query, dict(grad_query=shape(query)), along="query")
+    call = Call(static, query, key, value, bias, visible, lse=lse, delta=delta, grad_out=grad_out)
+    shape = lambda like: jax.ShapeDtypeStruct((call.batch, *like.shape[1:]), like.dtype)
+    # A bias that nothing shares has its gradient from the pass that meets each pair once; pairs in no block have none.
+    own = bias is not None and bias.shape == (call.batch, query.shape[2], query.shape[1], key.shape[1])
+    own = own and min(bias.shape[2:]) > 1
+    call.gradients["no_bias"] = jnp.zeros_like(aligned(bias)) if own else None
+    grad_bias = jax.ShapeDtypeStruct(*(call.gradients["no_bias"].shape, bias.dtype) if own else ((1,), jnp.float32))
+    outputs = dict(grad_query=shape(query), grad_bias=grad_bias)
+    aliases = dict(no_bias="grad_bias") if own else None
+    grad_query, grad_bias = call.launch_rows(softmax_backward_query, outputs, aliases, along="query", OWN_BIAS=own)
     outputs = dict(grad_key=shape(key), grad_value=shape(value))
-    grad_key, grad_value = call.launch(softmax_backward_key, outputs, along="key")
-    if bias is None:
-        return grad_query, grad_key, grad_value
-    return grad_query, grad_key, grad_value, bias_gradient(call, bias)
+    grad_key, grad_value = call.launch_rows(softmax_backward_key, outputs, along="key")
+    if bias is not None:
+        grad_bias = grad_bias[..., : bias.shape[3]] if own else bias_gradient(call, bias)
+    return grad_query, grad_key, grad_value, None if bias is None else grad_bias
 
 
 def bias_gradient(call: Call, bias):
-    plan = call.plan
-    config = config_of("softmax_backward_bias", plan, *call.arrays)
+    """The gradient of a bias that samples may share, in float32."""
+    config = call.config_of(softmax_backward_bias)
     tiles = config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"]
-    heads, *wide = bias.shape[1:]
+    wide = bias.shape[2:]
     counts = [1 if size == 1 else -(-size // tile) for size, tile in zip(wide, tiles, strict=True)]
-    some = (states_of(plan.geometry, *tiles) != NONE).any(0).astype(np.int32)
+    some = (states_of(call.geometry, *tiles) != NONE).any(0).astype(np.int32)
+    programs = math.prod((*bias.shape[:2], *counts))
     return call.run(
         softmax_backward_bias,
-        math.prod((call.batch // plan.samples, heads, *counts)),
-        (plan.samples, 0),
+        programs,
+        (call.batch // len(bias), call.batch * call.shape.HEADS * some.size // programs),
         dict(rows=jnp.asarray(some), tiles=None, bounds=None),
-        dict(grad_bias=jax.ShapeDtypeStruct((call.batch // plan.samples, *bias.shape[1:]), jnp.float32)),
+        dict(grad_bias=jax.ShapeDtypeStruct(bias.shape, jnp.float32)),
         config,
     )[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan: Plan, query, key, value, bias, visible: Visible):
-    """Attention as `plan` says -> (out [B, T, N, V], lse [B, T, N])."""
-    return attend_forward(plan, query, key, value, bias, visible)[0]
-
-
-def attend_forward(plan, query, key, value, bias, visible):
-    out, lse = launch.fold_vmap(functools.partial(run_forward, plan))(query, key, value, bias, *visible)
-    lse = lse.swapaxes(1, 2)
+def attend_forward(static, query, key, value, bias, visible):
+    """Attention -> (out [B, T, N, V], lse [B, T, N])."""
+    out, lse = run_forward(static, query, key, value, bias, visible)
     # Kept in base 2: at 1e9, converting to the natural logarithm and back rounds by enough for exp2 to overflow.
-    return (out, lse * LN_2), (query, key, value, bias, visible, out, lse)
+    return (out, lse.swapaxes(1, 2) * LN_2), (query, key, value, bias, visible, out, lse)
 
 
-def attend_backward(plan, residuals, gradients):
+def attend_backward(static, residuals, gradients):
     query, key, value, bias, visible, out, lse = residuals
-    lse, delta, query = online.residue(out, (lse,), *gradients, plan.geometry.tested, query)
+    is_masked = visible.mask is not None or visible.query_segment_ids is not None
+    lse, delta, query = online.residue(out, (lse.swapaxes(1, 2),), *gradients, is_masked, query)
     lse, delta = (x.swapaxes(1, 2) for x in (lse, delta))
-    run = launch.fold_vmap(functools.partial(run_backward, plan))
-    grad_query, grad_key, grad_value, *rest = run(query, key, value, bias, lse, delta, gradients[0], *visible)
-    return grad_query, grad_key, grad_value, rest[0].astype(bias.dtype) if rest else None, None
+    *grads, grad_bias = run_backward(static, query, key, value, bias, lse, delta, gradients[0], visible)
+    grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
+    return *grads, grad_bias, jax.tree.map(lambda _: None, visible)
 
 
-precision.define_passes(attend, attend_forward, attend_backward)
+@functools.cache
+def attend(independent: str):
+    """The operation; `independent`: the axes that a mesh may cut."""
+    visible = Visible("b t", "b s", "b t", "b s", "b n t s")
+    return operation(
+        attend_forward, attend_backward, arrays=("b t n h", "b s n h", "b s n v", "b n t s", visible),
+        outputs=("b t n v", "b t n"), saved=("b n t",), independent=independent,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- the sizes
@@ -592,7 +639,7 @@ FLOAT32_TILES = {
 def tile_sizes(
     kernel: str, dtype, features: int, ragged: bool, biased: bool, crowded: bool, reach: int | None, block_size: int | None,
     mode: launch.Mode,
-) -> launch.Config:  # fmt: skip
+) -> tuning.Config:  # fmt: skip
     """The heuristic configuration of a kernel: the largest that compiles without spills.
 
     Args:
@@ -604,8 +651,8 @@ def tile_sizes(
         block_size: of a pattern.
     """
     if mode == "interpret":  # there a step costs the same whatever its size
-        return launch.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
-    hopper = (launch.capability() or 90) >= 90
+        return tuning.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
+    hopper = (gpu.capability() or 90) >= 90
     wide = features > 64
     tested, crowded = crowded and block_size is None, crowded or biased
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
@@ -614,9 +661,11 @@ def tile_sizes(
     narrow = narrow or block_size is not None and wide and kernel in ("softmax_forward", "softmax_backward_key")
     if dtype == jnp.float32:
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
-        if kernel == "softmax_forward" and block_size is not None:
+        if kernel == "softmax_forward" and wide and biased and tested:
+            sizes = 16, 32, 8, 1
+        elif kernel == "softmax_forward" and block_size is not None:
             sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
-        if kernel == "softmax_backward_query" and (biased or ragged and not wide and not crowded):
+        if kernel == "softmax_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
             sizes = 16 if biased else 32, 16, 8, 1
     elif kernel == "softmax_backward_key":
         # More tests take more registers: fewer queries at once, and fewer keys if there is a bias of wide heads, too.
@@ -629,27 +678,7 @@ def tile_sizes(
     else:
         sizes = 128, 64, 8, 2
     query, key, warps, stages = sizes
-    return launch.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
-
-
-def config_of(kernel: str, plan: "Plan", query, key, value) -> launch.Config:
-    """The configuration of a kernel for one call; short sequences take smaller blocks, by powers of two."""
-    (_, queries, _, features), (_, keys, _, value_features) = query.shape, value.shape
-    geometry, pattern = plan.geometry, plan.geometry.pattern
-    reach = None if pattern is None else pattern.reach
-    block_size = None if pattern is None else pattern.tile
-    size = max(padded(features), padded(value_features))
-    crowded = geometry.tested or not isinstance(pattern, Band | None)
-    crowded = crowded or geometry.query_positions is None or geometry.key_positions is None
-    ragged = size > min(features, value_features)
-    config = tile_sizes(kernel, query.dtype, size, ragged, plan.biased, crowded, reach, block_size, plan.mode)
-    if plan.mode == "triton":
-        sizes = dict(
-            dtype=query.dtype.name, features=size, biased=plan.biased, crowded=crowded, reach=reach, block_size=block_size
-        )  # fmt: skip
-        config = launch.config(kernel, config, **sizes)
-    blocks = {name: min(config.blocks[name], padded(length)) for name, length in (("BLOCK_Q", queries), ("BLOCK_K", keys))}
-    return dataclasses.replace(config, blocks=blocks)
+    return tuning.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
 
 
 def padded(size: int) -> int:

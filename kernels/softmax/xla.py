@@ -40,7 +40,7 @@ def forward(static, query, keys, values, bias, visibles):
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
         key, value = keys[one.source], values[one.source]
-        results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, one.visible))
+        results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, here(one, visible)))
     results = tuple(results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True)))
     return results, (query, keys, values, bias, visibles, *results)
 
@@ -57,10 +57,15 @@ def backward(static, residuals, gradients):
         n, key, value = one.source, keys[one.source], values[one.source]
         before = grad_query, grad_keys[n], grad_values[n], grad_bias
         grad_query, grad_keys[n], grad_values[n], grad_bias = add_gradients(
-            plan_of(query, key, value, one), scale, before, query, key, value, bias, one.visible, rows, grad_out
+            plan_of(query, key, value, one), scale, before, query, key, value, bias, here(one, visible), rows, grad_out
         )
     grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
     return grad_query, tuple(grad_keys), tuple(grad_values), grad_bias, jax.tree.map(lambda _: None, visibles)
+
+
+def here(one: KeySet, visible: Visible) -> Visible:
+    """What is visible in the samples at hand, which `jax.vmap` or a mesh may have made more or fewer than are known."""
+    return Visible(*(known if given is None else given for known, given in zip(one.visible, visible, strict=True)))
 
 
 @functools.cache
@@ -75,20 +80,24 @@ def flash(independent: str, sources: int, sets: int):
     )  # fmt: skip
 
 
-def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible):
-    """Attention to one set of keys: out, maximum and log(normaliser)."""
+def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, scores_of=None):
+    """Attention to one set of keys: out, maximum and log(normaliser).
+
+    `scores_of`: of a part, the function of a step (i, js) that gives what is added to its logits; None: nothing is.
+    """
     precise = jnp.promote_types(query.dtype, jnp.float32)
 
     def attend_part(part):
         tiles = cut(plan, part, query, key, bias, visible)
         value_tiles = cut_keys(plan, part, value, "s h")
+        scores = (lambda *_: None) if scores_of is None else scores_of(part)
 
         def step(states, i, js):
             def weigh(weights):
                 values = beside(value_tiles, js, -2)
                 return jnp.einsum("bkgts,bksv->bkgtv", weights.astype(value.dtype), values, preferred_element_type=precise)
 
-            logits = logits_of(plan, scale, tiles, i, js)
+            logits = logits_of(plan, scale, tiles, i, js, scores(i, js))
             state = online.update(jax.tree.map(lambda x: x[i], states), logits, weigh)
             return jax.tree.map(lambda x, tile: put(x, tile, i), states, state)
 
@@ -147,11 +156,12 @@ def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, vis
     return *(in_order(x, like) for x, like in zip(grads[:3], arrays[:3], strict=True)), *(grads[3:] or [None])
 
 
-def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js):
-    """The logits of one step, [b, K, G, t, s] in float32, -inf where not visible."""
+def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js, scores=None):
+    """The logits of one step and some `scores`, [b, K, G, t, s] in float32, -inf where not visible."""
     precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
     products = jnp.einsum("bkgth,bkhs->bkgts", tiles.query[i], beside(tiles.key, js, -1), preferred_element_type=precise)
     logits = online.rounded(scale * products)
+    logits = logits if scores is None else logits + scores
     if tiles.bias is not None:
         logits += square(plan, tiles.bias, i, js)
     visible, tests = tiles.visible, []

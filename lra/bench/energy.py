@@ -34,17 +34,6 @@ class Meter(NamedTuple):
         return sum(late - early if late >= early else late - early + full for early, late, full in pairs)
 
 
-class Cost(NamedTuple):
-    """What one call costs beside time; None where nothing tells, each number with what it rests on."""
-
-    energy_joules: float | None = None
-    energy_source: str | None = None
-    co2e_grams: float | None = None
-    co2e_assumption: str | None = None
-    price: float | None = None
-    price_assumption: str | None = None
-
-
 def meter(device, powercap: pathlib.Path = POWERCAP) -> tuple[Meter | None, str]:
     """The meter of a device, and why there is none.
 
@@ -106,34 +95,28 @@ def per_call(
 
 
 def cost(
-    seconds: float,
-    joules: float | None = None,
-    source: str | None = None,
-    *,
-    watts: float | None = None,
-    grid_intensity: float | None = None,
-    price_per_hour: float | None = None,
-    currency: str = "USD",
-) -> Cost:
-    """Everything that a call of `seconds` costs.
+    seconds: float, joules: float | None, source: str | None, *, watts: float | None = None,
+    grid_intensity: float | None = None, price_per_hour: float | None = None, currency: str = "USD",
+) -> dict[str, float | str]:  # fmt: skip
+    """What a call of `seconds` costs beside time, as columns of a row: each number with what it rests on.
 
     Args:
-        seconds: of one call.
         joules, source: as a meter measured them; None: estimated from `watts`, where that is given.
         watts: power of the whole machine or device.
         grid_intensity: grams of CO2 equivalent per kilowatt-hour. None: not computed.
         price_per_hour: of the machine, in `currency`. None: not computed.
     Example:
-        >>> cost(2.0, watts=350.0, grid_intensity=400.0).energy_joules
-        700.0
+        >>> cost(2.0, None, None, watts=350.0)
+        {'energy_joules': 700.0, 'energy_source': 'estimated from 350 W'}
     """
+    found: dict[str, float | str] = {}
     if joules is None and watts is not None:
         joules, source = watts * seconds, f"estimated from {watts:g} W"
-    found = Cost(energy_joules=joules, energy_source=source if joules is not None else None)
-    if joules is not None and grid_intensity is not None:
-        grams = joules / 3.6e6 * grid_intensity
-        found = found._replace(co2e_grams=grams, co2e_assumption=f"{grid_intensity:g} g CO2e per kWh")
+    if joules is not None:
+        found |= dict(energy_joules=joules, energy_source=source)
+        if grid_intensity is not None:
+            assumption = f"{grid_intensity:g} g CO2e per kWh"
+            found |= dict(co2e_grams=joules / 3.6e6 * grid_intensity, co2e_assumption=assumption)
     if price_per_hour is not None:
-        price = seconds / 3600 * price_per_hour
-        found = found._replace(price=price, price_assumption=f"{price_per_hour:g} {currency} per hour")
+        found |= dict(price=seconds / 3600 * price_per_hour, price_assumption=f"{price_per_hour:g} {currency} per hour")
     return found

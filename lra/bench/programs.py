@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -79,8 +79,8 @@ def plan(
     Raises: ValueError, TypeError: what `plan.plan` raises.
     """
     rules = MODELS[model]
-    task = dataclasses.replace(tasks.find(rules.task, rules.config), length=length)
-    known = registry.options(layer) if layer in registry.LAYERS else signature(layers.find(layer).__init__).parameters
+    task = replace(tasks.find_task(rules.task, rules.config), length=length)
+    known = registry.options(layer) if layer in registry.LAYERS else signature(layers.find_layer(layer).__init__).parameters
     usual = {} if layer in recipes.RECIPES[rules.recipe].layers else {"num_heads": rules.num_heads, "max_length": "{length}"}
     given = {name: value for name, value in usual.items() if name in known}
     given |= rules.options(length).get(layer, {})
@@ -192,7 +192,7 @@ def count_flops(run: Run, task: Task, mode: str) -> dict[str, Any]:
 
 
 def _with_implementation(run: Run, implementation: str) -> Run:
-    return dataclasses.replace(run, layer_options={**run.layer_options, "implementation": implementation})
+    return replace(run, layer_options={**run.layer_options, "implementation": implementation})
 
 
 def compiler_counts(program: Program) -> dict[str, int | None]:
@@ -209,10 +209,7 @@ def compiler_counts(program: Program) -> dict[str, int | None]:
 def largest_that_fits(
     peak: Callable[[int], int | None], limit: int, start: int, most: int, grain: int = 1
 ) -> tuple[int | None, str]:
-    """The largest number whose peak memory fits, to a twentieth, in few tries: each compiles a program.
-
-    Between the largest that fits and the smallest that does not, the next try is where the last two peaks, as a power of
-    the number, say that the limit is; the middle, when that does not close in.
+    """The largest number whose peak memory fits, to a twentieth: upwards in proportion, then by bisection.
 
     Args:
         peak: bytes that a number needs, None where the compiler gives up; more for larger numbers, or nearly so.
@@ -223,32 +220,20 @@ def largest_that_fits(
     Returns: (number, what bounded it); (None, why) where not even `grain` fits.
     Example:
         >>> largest_that_fits(lambda n: 1000 + 8 * n, 100_000, 64, 10**6)
-        (12336, 'to a twentieth')
+        (12141, 'to a twentieth')
     """
-    low, high, known, tried = 0, None, [], min(max(start // grain * grain, grain), most)
+    low, high, tried = 0, None, min(max(start // grain * grain, grain), most)
     while True:
         size = peak(tried)
-        if size is not None:
-            known.append((tried, size))
-        if size is not None and size <= limit:
-            low = max(low, tried)
-        else:
-            high = tried if high is None else min(high, tried)
-        step = max(grain, low // 20)
+        low, high = (tried, high) if size is not None and size <= limit else (low, tried)
         if low >= most:
             return low, f"at least: the search ends at {most}"
-        if high is not None and high - low <= step:
+        if high is not None and high - low <= max(grain, low // 20):
             return (low, "to a twentieth") if low else (None, f"not even {high} fits")
-        if len(known) < 2 or len(known) > 5:
-            guess = 2 * low if high is None else (low + high) // 2
+        if high is None:  # twice at least, or where a peak that is proportional to the number would reach the limit
+            tried = min(max(2 * low, low * limit // size // grain * grain), most)
         else:
-            (before, less), (last, more) = known[-2:]
-            power = math.log(max(more, 1) / max(less, 1)) / math.log(last / before) if last != before else 1.0
-            guess = last * (limit / max(more, 1)) ** (1 / min(max(power, 0.25), 4.0))
-        if high is not None and guess >= high:
-            guess = (low + high) // 2
-        # Beyond what fits by a step, so that the bounds close in from above, too.
-        tried = min(max(int(guess) // grain * grain, low + step // grain * grain), most)
+            tried = max((low + high) // 2 // grain * grain, low + grain)
 
 
 def observe_peak(text: str) -> int:
@@ -258,7 +243,7 @@ def observe_peak(text: str) -> int:
     """
     words = json.loads(text)
     run = Run(**words["run"])
-    task = dataclasses.replace(tasks.find(run.task, run.config), length=words["length"])
+    task = replace(tasks.find_task(run.task, run.config), length=words["length"])
     call = start_program(compile_program(run, task, words["mode"]))
     if jax.default_backend() == "cpu":
         return timing.memory_growth(call)

@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from subquad.lra import models, sizes
+from subquad.lra import machine, models, sizes
 from subquad.lra.bench import energy, programs, timing
 from subquad.lra.files import one_line
 from subquad.lra.progress import Work
-from subquad.lra.report import results
 from subquad.lra.report.measurements import Measurement
 
 LONGEST, LARGEST_BATCH = 2**20, 2**14  # where the searches for limits end
@@ -33,7 +31,7 @@ class Settings:
         limits: of "length" and "batch": which largest ones to look for.
         peaks: observe each program's peak memory in a process of its own.
         meter: of energy, or None; energy_seconds: of reading it, for each layer; 0: not.
-        watts, grid_intensity, price_per_hour, currency: see `energy.cost`.
+        rates: watts, grid_intensity, price_per_hour, currency, see `energy.cost`.
         session: names the rows that were measured by one command.
     """
 
@@ -45,8 +43,8 @@ class Settings:
     batch_size: int = 1
     dtype: str = "float32"
     implementation: str | None = None
-    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     baseline: str = "softmax"
     seconds: float = 2.0
     repeats: int | None = None
@@ -55,12 +53,9 @@ class Settings:
     peaks: bool = False
     meter: energy.Meter | None = None
     energy_seconds: float = 2.0
-    watts: float | None = None
-    grid_intensity: float | None = None
-    price_per_hour: float | None = None
-    currency: str = "USD"
+    rates: Mapping[str, Any] = field(default_factory=dict)
     # The largest length of a layer in a mode does not depend on the length of the race: it is looked for once.
-    found: dict[tuple[str, str, str], tuple[int | None, str]] = dataclasses.field(default_factory=dict, compare=False)
+    found: dict[tuple[str, str, str], tuple[int | None, str]] = field(default_factory=dict, compare=False)
 
     @property
     def label(self) -> str:
@@ -89,30 +84,30 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
         row = _blank(layer, length, mode, settings)
         try:
             run, task = settings.plan(layer, length)
-            row = _with(row, layer_options=json.dumps(dict(run.layer_options), sort_keys=True))
+            row = replace(row, layer_options=json.dumps(dict(run.layer_options), sort_keys=True))
             configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-            row = _with(row, configuration=configuration, batch_size=run.batch_size, dtype=run.dtype)
+            row = replace(row, configuration=configuration, batch_size=run.batch_size, dtype=run.dtype)
             too_large = _too_large(run, task, mode, settings)
             if too_large:
-                rows[layer] = _with(row, status=too_large)
+                rows[layer] = replace(row, status=too_large)
                 continue
             with Work(f"{layer}: compiling"):
                 program = programs.compile_program(run, task, mode)
-                row = _with(row, **facts(program))
+                row = replace(row, **facts(program))
             needed = program.memory.peak + held
             if needed > settings.memory_limit:
-                row = _with(row, status=_skipped(program.memory.peak, held, settings))
+                row = replace(row, status=_skipped(program.memory.peak, held, settings))
             else:
                 if settings.peaks:
                     with Work(f"{layer}: observing its peak of memory"):
                         peak, source = programs.observed_peak(program)
-                    row = _with(row, device_peak_bytes=peak, device_peak_source=source)
+                    row = replace(row, device_peak_bytes=peak, device_peak_source=source)
                 with Work(f"{layer}: first call"):
                     call = programs.start_program(program)
                     call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
                 ready[layer], held = call, held + program.memory.arguments
         except Exception as error:  # one layer's fault is a row; the others still run
-            row = _with(row, status=f"failed: {one_line(error)}")
+            row = replace(row, status=f"failed: {one_line(error)}")
         rows[layer] = row
     if ready:
         say(f"timing {', '.join(ready)}")
@@ -122,8 +117,8 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
         if settings.limits and rows[layer].parameters:
             say(f"{layer}: looking for limits")
             with Work(f"{layer}: limits"):
-                rows[layer] = _with(rows[layer], **limits(layer, length, mode, settings))
-    return [_with(row, finished_utc=results.now()) for row in _ratios(rows, settings).values()]
+                rows[layer] = replace(rows[layer], **limits(layer, length, mode, settings))
+    return [replace(row, finished_utc=machine.utc_now()) for row in _ratios(rows, settings).values()]
 
 
 def facts(program: programs.Program) -> dict[str, Any]:
@@ -167,11 +162,10 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
 
 
 def _blank(layer: str, length: int, mode: str, settings: Settings) -> Measurement:
-    environment = results.environment()
     named = ("batch_size", "dtype", "implementation", "threads", "session")
     return Measurement(
         status="ok", model=settings.label, layer=layer, layer_options="{}", length=length, mode=mode,
-        **{name: getattr(settings, name) for name in named}, **environment,
+        **{name: getattr(settings, name) for name in named}, **machine.environment(),
         memory_limit_bytes=settings.memory_limit, memory_limit_source=settings.memory_source,
         matmul_flops_per_second=settings.matmul_rate,
     )  # fmt: skip
@@ -184,13 +178,13 @@ def _timed(ready: Mapping[str, Callable], rows: Mapping[str, Measurement], setti
         seconds = settings.seconds * len(ready)
         spreads = timing.time_alternately(list(ready.values()), seconds=seconds, repeats=settings.repeats, clock=clock)
     except Exception as error:
-        return {layer: _with(rows[layer], status=f"failed: {one_line(error)}") for layer in ready}
+        return {layer: replace(rows[layer], status=f"failed: {one_line(error)}") for layer in ready}
     found = {}
     for (layer, call), spread in zip(ready.items(), spreads, strict=True):
         row, rate = rows[layer], 1 / spread.median
         times = {f"{word}_ms": round(1e3 * getattr(spread, word), 4) for word in ("best", "lower", "median", "upper")}
         use = row.model_flops * rate / settings.matmul_rate if row.model_flops else None
-        row = _with(
+        row = replace(
             row, **times, calls=spread.calls, clock=clock.__name__, steps_per_second=_digits(rate),
             tokens_per_second=_digits(rate * row.length * row.batch_size), utilisation=_digits(use),
             protocol=(
@@ -198,7 +192,7 @@ def _timed(ready: Mapping[str, Callable], rows: Mapping[str, Measurement], setti
                 f"in turn with {len(ready) - 1} other layers; medians"
             ),
         )  # fmt: skip
-        found[layer] = _with(row, **_energy(call, spread.median, settings))
+        found[layer] = replace(row, **_energy(call, spread.median, settings))
     return found
 
 
@@ -209,8 +203,7 @@ def _energy(call: Callable, seconds: float, settings: Settings) -> dict[str, Any
             joules, source = energy.per_call(call, settings.meter, settings.energy_seconds), settings.meter.source
         except Exception as error:
             source = f"not read: {one_line(error)}"
-    named = ("watts", "grid_intensity", "price_per_hour", "currency")
-    cost = energy.cost(seconds, joules, source, **{name: getattr(settings, name) for name in named})._asdict()
+    cost = energy.cost(seconds, joules, source, **settings.rates)
     return {name: _digits(value) if isinstance(value, float) else value for name, value in cost.items()}
 
 
@@ -223,7 +216,7 @@ def _ratios(rows: dict[str, Measurement], settings: Settings) -> dict[str, Measu
     for layer, row in rows.items():
         speed = base.median_ms / row.median_ms if base.median_ms and row.median_ms else None
         memory = row.peak_bytes / base.peak_bytes if base.peak_bytes and row.peak_bytes else None
-        found[layer] = _with(row, baseline=settings.baseline, speed_ratio=_digits(speed), memory_ratio=_digits(memory))
+        found[layer] = replace(row, baseline=settings.baseline, speed_ratio=_digits(speed), memory_ratio=_digits(memory))
     return found
 
 
@@ -247,45 +240,29 @@ def _digits(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def _with(row: Measurement, **columns) -> Measurement:
-    return dataclasses.replace(row, **columns)
+def seconds_left(
+    races: Sequence[tuple[int, str]], taken: Mapping[tuple[int, str], tuple[float, float]]
+) -> float | None:
+    """How long the races that are left will take, from those that were run; None: nothing was run.
 
+    Compiling counts as constant, and the rest as linear in the length, from the longest that was run in the mode, or in any.
 
-@dataclass
-class Forecast:
-    """How long the races that are left will take, from those that were run.
-
-    Attributes:
-        races: (length, mode) of each, in order.
+    Args:
+        races: (length, mode) of each.
         taken: race -> (seconds, seconds of it that went into compiling).
+    Example:
+        >>> seconds_left([(1, "train"), (2, "train"), (4, "train")], {(1, "train"): (10, 2)})
+        52.0
     """
+    if not taken:
+        return None
 
-    races: Sequence[tuple[int, str]]
-    taken: dict[tuple[int, str], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    def expected(length: int, mode: str) -> float:
+        last = max(taken, key=lambda race: (race[1] == mode, race[0]))
+        seconds, compiling = taken[last]
+        return compiling + (seconds - compiling) * length / last[0]
 
-    def left(self) -> float | None:
-        """Seconds: along each mode's own growth with length. None: nothing was run.
-
-        After one length compiling counts as constant, and the rest as linear.
-
-        Example:
-            >>> Forecast([(1, "train"), (2, "train"), (4, "train")], {(1, "train"): (10, 0), (2, "train"): (40, 0)}).left()
-            160.0
-        """
-        if not self.taken:
-            return None
-        return sum(self._expected(*race) for race in self.races if race not in self.taken)
-
-    def _expected(self, length: int, mode: str) -> float:
-        known = sorted((n, *seconds) for (n, other), seconds in self.taken.items() if other == mode)
-        if not known:
-            known = sorted((n, *seconds) for (n, _), seconds in self.taken.items())[-1:]
-        last, seconds, compiling = known[-1]
-        if len(known) == 1:
-            return compiling + (seconds - compiling) * length / last
-        before, less, _ = known[-2]
-        power = math.log(seconds / less) / math.log(last / before)
-        return seconds * (length / last) ** max(power, 0.0)
+    return sum(expected(*race) for race in races if race not in taken)
 
 
 def races(lengths: Sequence[int], modes: Sequence[str]) -> Iterator[tuple[int, str]]:

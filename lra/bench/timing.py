@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subquad.lra import machine
+
 QUICK = 0.2  # seconds below which a call is made once untimed before it is timed: its data may have left the caches
 SLOW = 2.0  # seconds from which even the first call counts
 REST = 0.005  # seconds for the threads of the side before to fall asleep
@@ -117,18 +119,13 @@ def memory_growth(call: Callable[[], Any]) -> int:
     time.sleep(0.2)  # a compiled program's buffers may be freed by another thread, after its results are there
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = _status("VmRSS")
+    before = machine.proc_bytes("self/status", "VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, machine.proc_bytes("self/status", "VmHWM") - before)
 
 
 # So that every large buffer goes back to the system when it is freed, and none of it is counted twice or not at all.
 PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
-
-
-def _status(name: str) -> int:
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(text.split()[1]) for text in lines if text.startswith(name))
 
 
 def copy_bandwidth(megabytes: int = 256) -> float:

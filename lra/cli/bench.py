@@ -21,9 +21,9 @@ from subquad.kernels import dispatch
 from subquad.lra import interrupts, machine, models, progress, sizes
 from subquad.lra.bench import energy, programs, speed, timing
 from subquad.lra.cli import commands, report
-from subquad.lra.data.sources import size as size_of
+from subquad.lra.data.sources import size
 from subquad.lra.files import one_line
-from subquad.lra.report import csv_rows, measurements, results
+from subquad.lra.report import csv_rows, measurements
 from subquad.lra.report.measurements import MODES
 from subquad.lra.run import Run
 from subquad.zoo import LAYERS
@@ -37,51 +37,57 @@ FIXED = ("recipe", "task", "config", "layer", "layer_options")
 def parse(command_line: Sequence[str] | None, program: str):
     parser = commands.Parser(prog=program, description=__doc__)
     add = parser.add_argument
+    count, positive, amount = commands.number(int, 1), commands.number(float, 0, above=True), commands.number(float, 0)
     add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
-    add("--layers", type=words, default=None, metavar="A,B", help="default: all")
-    add("--lengths", type=lengths, default=[1024, 2048, 3072, 4096], metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
-    add("--modes", type=words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
-    add("--batch-size", type=int, default=None, help="default: 1 on a CPU, else 32")
+    add("--layers", type=split_words, default=None, metavar="A,B", help="default: all")
+    usual = [1024, 2048, 3072, 4096]
+    add("--lengths", type=parse_lengths, default=usual, metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
+    add("--modes", type=split_words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
+    add("--batch-size", type=count, default=None, help="default: 1 on a CPU, else 32")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
     add("--implementation", default=None, metavar="NAME", help="of the layers' kernels; default: their own choice")
     add("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="for all layers, or LAYER.NAME=VALUE for one")
     add("--override", nargs="+", default=[], metavar="NAME=VALUE", help="values of the run, as in_features=512")
     add("--baseline", default="softmax", metavar="LAYER", help="what ratios are to; default: softmax")
-    add("--seconds", type=float, default=2.0, help="of timing for each layer, mode and length; default: 2")
-    add("--repeats", type=int, default=None, help="timed calls of each, instead")
+    add("--seconds", type=positive, default=2.0, help="of timing for each layer, mode and length; default: 2")
+    add("--repeats", type=count, default=None, help="timed calls of each, instead")
     add("--threads", type=int, default=None, help="default: all processors")
-    add("--memory-limit", type=size, default=None, metavar="SIZE", help="for programs, as 16G; default: what is free")
-    add("--limits", type=words, default=[], metavar="A,B", help="of length,batch: find the largest that fit; compiles a lot")
+    add("--memory-limit", type=parse_size, default=None, metavar="SIZE", help="for programs, as 16G; default: what is free")
+    limits = "of length,batch: find the largest that fit; compiles a lot"
+    add("--limits", type=split_words, default=[], metavar="A,B", help=limits)
     peaks = "observe each peak of memory in a process of its own; default: on a GPU"
     add("--peaks", action=commands.argparse.BooleanOptionalAction, default=None, help=peaks)
-    add("--energy-seconds", type=float, default=2.0, help="of reading the meter for each; 0: not; default: 2")
-    add("--watts", type=float, default=None, help="power to estimate energy from where no meter is")
-    add("--grid-intensity", type=float, default=None, metavar="G", help="grams of CO2e per kWh; default: no CO2e")
-    add("--price-per-hour", type=float, default=None, metavar="P", help="of the machine; default: no price")
+    add("--energy-seconds", type=amount, default=2.0, help="of reading the meter for each; 0: not; default: 2")
+    add("--watts", type=positive, default=None, help="power to estimate energy from where no meter is")
+    add("--grid-intensity", type=amount, default=None, metavar="G", help="grams of CO2e per kWh; default: no CO2e")
+    add("--price-per-hour", type=amount, default=None, metavar="P", help="of the machine; default: no price")
     add("--currency", default="USD", help="of that price; default: USD")
     add("--results", default=None, metavar="CSV", help="of training: draw accuracy against time beside --out; measures nothing")
     add("--draw", action="store_true", help="only tables and plots of the rows in --out")
     add("--out", default="runs/bench/lra.csv", metavar="CSV", help="default: %(default)s")
-    return checked(parser.parse_args(command_line))
+    return check_arguments(parser.parse_args(command_line))
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
 
 
-def size(text: str) -> int:
+def parse_size(text: str) -> int:
     unit = UNITS.get(text[-1:].upper(), 1)
     try:
-        return int(float(text[:-1]) * unit) if unit > 1 else int(text)
+        value = int(float(text[:-1]) * unit) if unit > 1 else int(text)
     except (ValueError, OverflowError):
-        raise commands.argparse.ArgumentTypeError(f"must be a number such as 4096, 16K or 2G, got {text!r}.") from None
+        value = 0
+    if value < 1:
+        raise commands.argparse.ArgumentTypeError(f"must be a number such as 4096, 16K or 2G, got {text!r}.")
+    return value
 
 
-def lengths(text: str) -> list[int]:
-    return list(dict.fromkeys(size(word) for word in words(text)))
+def parse_lengths(text: str) -> list[int]:
+    return list(dict.fromkeys(parse_size(word) for word in split_words(text)))
 
 
-def checked(arguments):
+def check_arguments(arguments):
     arguments.layers = list(LAYERS) if arguments.layers is None else arguments.layers
     known = {"--layers": (arguments.layers, LAYERS), "--baseline": ([arguments.baseline], LAYERS)}
     known |= {"--modes": (arguments.modes, MODES), "--limits": (arguments.limits, LIMITS)}
@@ -93,13 +99,6 @@ def checked(arguments):
     for option in ("lengths", "modes", "layers"):
         if not getattr(arguments, option):
             raise ValueError(f"--{option} must name at least one, got none. Leave it out.")
-    if min(arguments.lengths) < 1:
-        raise ValueError(f"--lengths must be at least 1, got {min(arguments.lengths)}. Count tokens.")
-    positive = ("batch_size", "repeats", "memory_limit", "seconds", "watts")
-    for name in (*positive, "energy_seconds", "grid_intensity", "price_per_hour"):
-        value, least = getattr(arguments, name), "> 0" if name in positive else ">= 0"
-        if value is not None and (not 0 <= value < math.inf or (name in positive and value == 0)):
-            raise ValueError(f"--{name.replace('_', '-')} must be {least}, got {value}. Leave it out.")
     if arguments.implementation is not None:
         dispatch.check_name("--implementation", arguments.implementation)
     return arguments
@@ -108,7 +107,7 @@ def checked(arguments):
 def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    csv_rows.check_file(arguments.out, measurements.FIELDS)
+    csv_rows.check_file(arguments.out, measurements.Measurement)
     if arguments.results:
         return report.draw_accuracy_against_time(arguments.results, pathlib.Path(arguments.out).parent)
     if arguments.draw:
@@ -120,8 +119,8 @@ def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") 
     jax.config.update("jax_enable_compilation_cache", False)  # it would make compiling look free
     layers = list(dict.fromkeys([arguments.baseline, *arguments.layers]))
     settings = prepare(arguments, layers)
-    forecast = speed.Forecast(list(speed.races(arguments.lengths, arguments.modes)))
-    measured, stopped = [], []
+    races = list(speed.races(arguments.lengths, arguments.modes))
+    taken, measured, stopped = {}, [], []
 
     def stop(number, frame):
         # Raised inside a callback of the garbage collector it would be lost, so it is raised again at the next word.
@@ -135,19 +134,19 @@ def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") 
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number, (length, mode) in enumerate(forecast.races, 1):
-            title = f"[{number}/{len(forecast.races)}] {measurements.length_label(length)}, {mode}"
+        for number, (length, mode) in enumerate(races, 1):
+            title = f"[{number}/{len(races)}] {measurements.length_label(length)}, {mode}"
             began = time.perf_counter()
             rows = speed.race(layers, length, mode, settings, functools.partial(tell, title))
-            taken = time.perf_counter() - began
-            forecast.taken[length, mode] = (taken, sum(row.compile_seconds or 0.0 for row in rows))
+            seconds = time.perf_counter() - began
+            taken[length, mode] = (seconds, sum(row.compile_seconds or 0.0 for row in rows))
             measurements.write_measurements(rows, arguments.out)
             measured += rows
             for row in rows:
                 if row.status != "ok":
                     progress.say(f"{title}: {row.layer}: {row.status}")
-            left = forecast.left()
-            progress.say(f"{title}: done in {progress.clock(taken)}" + f", about {progress.clock(left)} left" * bool(left))
+            left = speed.seconds_left(races, taken)
+            progress.say(f"{title}: done in {progress.clock(seconds)}" + f", about {progress.clock(left)} left" * bool(left))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -165,24 +164,22 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
         limit, source = arguments.memory_limit, "--memory-limit"
     meter, reason = energy.meter(jax.devices()[0])
     values = commands.assignments(arguments.override)
-    named = (
-        "model", "implementation", "baseline", "seconds", "repeats", "limits", "energy_seconds", "watts", "grid_intensity",
-        "price_per_hour", "currency",
-    )  # fmt: skip
+    chosen = lambda *names: {name: getattr(arguments, name) for name in names}
     settings = speed.Settings(
-        **{name: getattr(arguments, name) for name in named}, dtype=values.pop("dtype", arguments.dtype),
+        **chosen("model", "implementation", "baseline", "seconds", "repeats", "limits", "energy_seconds"),
+        rates=chosen("watts", "grid_intensity", "price_per_hour", "currency"), dtype=values.pop("dtype", arguments.dtype),
         batch_size=values.pop("batch_size", arguments.batch_size or programs.usual_batch_size()), values=values,
         options=commands.assignments(arguments.layer_options), threads=threads if on_cpu else None, memory_limit=limit,
         memory_source=source, matmul_rate=math.nan, peaks=not on_cpu if arguments.peaks is None else arguments.peaks,
-        meter=meter, session=results.now(),
+        meter=meter, session=machine.utc_now(),
     )  # fmt: skip
     for length in arguments.lengths:
         check_length(settings, layers[0], length, arguments.modes)
     check_models(settings, layers, max(arguments.lengths))
     rate = timing.matmul_rate(settings.dtype, clock=timing.clock_of(threads if on_cpu else 0))
-    progress.say(f"{results.environment()['hardware']}: matrix product {rate / 1e9:,.0f} GFLOP/s in {settings.dtype}")
+    progress.say(f"{machine.hardware()}: matrix product {rate / 1e9:,.0f} GFLOP/s in {settings.dtype}")
     progress.say(f"Memory for programs: {limit / 2**30:.1f} GiB, {source}")
-    instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "not told; --watts estimates it"
+    instead = f"estimated from {arguments.watts:g} W" if arguments.watts else "unknown; --watts estimates it"
     progress.say(f"Energy: {meter.source if meter else f'{instead} (no meter: {reason})'}")
     return dataclasses.replace(settings, matmul_rate=rate)
 
@@ -221,6 +218,6 @@ def check_length(settings: speed.Settings, layer: str, length: int, modes: list[
     needed = min(sizes.least(run, task, mode, counted=False).total for mode in modes)
     if needed > settings.memory_limit:
         raise ValueError(
-            f"--lengths must fit into {size_of(settings.memory_limit)} ({settings.memory_source}), got {length:,}: a batch of "
-            f"{run.batch_size:,} at {run.in_features:,} features takes {size_of(needed)} at the least. Leave it out."
+            f"--lengths must fit into {size(settings.memory_limit)} ({settings.memory_source}), got {length:,}: a batch of "
+            f"{run.batch_size:,} at {run.in_features:,} features takes {size(needed)} at the least. Leave it out."
         )

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import math
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hint
 from subquad.kernels.dispatch import nearest
 from subquad.lra import interrupts
 from subquad.lra.checkpoints import Interrupted
-from subquad.lra.data.store import DatasetError
+from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
@@ -79,6 +80,19 @@ def _optional(kind: type) -> Callable:
     return read
 
 
+def number(kind: type, least: float, *, above: bool = False) -> Callable:
+    """The type, as argparse takes it, of a finite number that is at least `least`, or above it."""
+
+    def read(text: str):
+        value = kind(text)
+        if not least <= value < math.inf or (above and value == least):
+            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {least}, got {text}. Leave it out.")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says it in its error
+    return read
+
+
 def assignments(words: list[str]) -> dict:
     """{"num_landmarks": 32} of ["num_landmarks=32"].
 
@@ -129,6 +143,10 @@ def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
         code, message = FAILED, str(error)
     except (ValueError, TypeError, NotImplementedError) as error:
         code, message = USAGE, " ".join(str(error).split())
+    except ModuleNotFoundError as error:
+        if (error.name or "subquad").startswith("subquad"):
+            raise
+        code, message = FAILED, f"package {error.name} must be installed, got none. Run pip install 'subquad[lra]'."
     except Exception as error:
         reason = memory_error(error)
         if reason is None:

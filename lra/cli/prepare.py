@@ -40,7 +40,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--manual-dir", default=None, help="folder of files fetched by hand; default: downloads/manual in it")
     steps = "batches that check's network of pictures learns from; 0: pictures are not tried; default: 400"
-    parser.add_argument("--cnn-steps", type=int, default=400, help=steps)
+    parser.add_argument("--cnn-steps", type=commands.number(int, 0), default=400, help=steps)
     arguments = parser.parse_args(command_line)
     if arguments.action is None:
         parser.error(f"action must be one of {', '.join(ACTIONS)}, got none. `list` shows every task.")
@@ -50,8 +50,6 @@ def parse(command_line: Sequence[str] | None, program: str):
         parser.error("check must be given a task, got none. The action `list` names them.")
     if arguments.action == "list" and arguments.tasks:
         parser.error(f"list must be given no task, got {arguments.tasks[0]!r}. It shows all of them.")
-    if arguments.cnn_steps < 0:
-        parser.error(f"--cnn-steps must be >= 0, got {arguments.cnn_steps}.")
     return arguments
 
 
@@ -109,10 +107,10 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
         try:
             store.prepare(task.dataset, data_dir, manual_dir)
             print(f"{task.name}/{task.config}: in {folder}, {sources.size(_bytes(folder))}", flush=True)
-        except store.MissingSource as error:
+        except sources.MissingSource as error:
             failed += bool(words)
             print(error if words else f"skipped: {error}", file=sys.stderr, flush=True)
-        except store.DatasetError as error:
+        except sources.DatasetError as error:
             failed += 1
             print(error, file=sys.stderr, flush=True)
     return int(failed > 0)
@@ -150,7 +148,7 @@ def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
     (task,) = tasks.tasks_named([word])
     folder = store.dataset_folder(task.dataset, data_dir)
     if not folder.exists():
-        raise store.DatasetError(
+        raise sources.DatasetError(
             f"{word}: data set must be prepared first, got no folder {folder}. Run prepare_lra.py prepare {word}"
         )
     report = Report([f"{task.name}/{task.config} ({task.dataset}), {sources.size(_bytes(folder))} in {folder}"])

@@ -12,7 +12,7 @@ from subquad.lra import checkpoints, files, recipes, sizes, tasks, train
 from subquad.lra.cli import commands, report
 from subquad.lra.plan import plan
 from subquad.lra.progress import Work, clock
-from subquad.lra.report import results
+from subquad.lra.report import csv_rows, results
 from subquad.lra.run import Run
 
 
@@ -41,7 +41,7 @@ def admitted(shared: dict) -> list[str]:
     """The recipe's layers, for a language model those that can be causal."""
     every = list(recipes.RECIPES["quickstart"].layers)
     first = plan("quickstart", every[0], **shared)
-    if tasks.find(first.task, first.config).kind != "language_model":
+    if tasks.find_task(first.task, first.config).kind != "language_model":
         return every
     causal = [name for name in every if zoo.LAYERS[name].supports.causal]
     left_out = [name for name in every if name not in causal]
@@ -64,9 +64,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
         where = " The protocol is an option of scripts/train.py." if "protocol=" in str(error) else ""
         raise ValueError(f"{error}{where}") from None
     for run in runs:  # and what cannot fit before a folder is made
-        sizes.check(run, tasks.find(run.task, run.config))
+        sizes.check(run, tasks.find_task(run.task, run.config))
     out = checkpoints.open_folder(arguments.out)
-    results.check(out / "quickstart.csv")
+    csv_rows.check_file(out / "quickstart.csv", results.Result)
     rows = []
     for run in runs:
         folder = out / "runs" / run.id
@@ -80,13 +80,12 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             # One layer's fault is a row of the table; the others still run.
             reason = commands.memory_error(error) or files.one_line(error)
-            row = results.failure(run, tasks.find(run.task, run.config), reason)
+            row = results.failure(run, tasks.find_task(run.task, run.config), reason)
             print(f"{run.layer}: {row.status}", file=sys.stderr)
         results.append(row, out / "quickstart.csv")
         rows.append(row)
-    results.write_text(results.markdown(rows), out / "quickstart.md", report.KEPT)
-    endings = [".csv", ".md", ".png"] if report.draw_accuracy_against_cost(rows, out / "quickstart.png") else [".csv", ".md"]
+    written = [str(out / "quickstart.csv"), *report.write_results([rows], out / "quickstart")]
     results.show(rows)
     took = clock(time.monotonic() - began)
-    print(f"{took} in all. {out}/quickstart{', '.join(endings)}; each layer's losses in {out}/runs.")
+    print(f"{took} in all. {', '.join(written)}; each layer's losses in {out}/runs.")
     return commands.FAILED if any(row.status != "ok" for row in rows) else 0

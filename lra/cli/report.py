@@ -7,10 +7,9 @@ The tables of each file are printed; they, and plots, are written beside it, too
 
 import argparse
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from subquad.lra.cli import commands
-from subquad.lra.progress import say
 from subquad.lra.report import csv_rows, measurements, plots, results, text_tables
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
@@ -24,9 +23,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "report") -> 
     parser.add_argument("files", nargs="+", metavar="CSV", help="rows of training, or of measurements")
     for path in parser.parse_args(command_line).files:
         header, rows = csv_rows.read_lines(path)
-        if rows and set(measurements.FIELDS) <= set(header):
+        if rows and csv_rows.holds(header, Measurement):
             show_measurements(path, measurements.read_measurements(path))
-        elif rows and set(results.REQUIRED) <= set(header):
+        elif rows and csv_rows.holds(header, Result):
             show_results(path)
         else:
             raise ValueError(f"file must hold rows of training or of measurements, got {path}. Name another.")
@@ -45,29 +44,31 @@ def show_measurements(path: str, shown: Iterable[Measurement]) -> int:
     written = [f"{stem}.md", f"{stem}.tex"]
     for number, group in enumerate(measurements.groups(rows), 1):
         picture = f"{stem}-{number}.png"
-        if _drawn(plots.cost_against_length, group, picture):
-            written.append(picture)
+        plots.cost_against_length(group, picture)
+        written.append(picture)
     print(f"\nRows in {path}; {', '.join(written)}.")
     return 0
 
 
 def show_results(path: str) -> None:
     """Prints a table for each task and recipe of a CSV of training; writes them, and plots, beside it."""
-    stem, written = pathlib.Path(path).with_suffix(""), []
-    kinds = _kinds(results.read_results(path), ("task", "config", "recipe", "protocol"))
-    for number, rows in enumerate(kinds, 1):
-        results.show(rows)
-        picture = f"{stem}-{number}.png" if len(kinds) > 1 else f"{stem}.png"
-        if draw_accuracy_against_cost(rows, picture):
-            written.append(picture)
-    results.write_text("\n".join(map(results.markdown, kinds)), f"{stem}.md", KEPT)
-    print(f"\nRows in {path}; {', '.join([f'{stem}.md', *written])}.")
+    rows, stem = results.read_results(path), pathlib.Path(path).with_suffix("")
+    kinds = csv_rows.rows_that_agree(rows, ("task", "config", "recipe", "protocol"))
+    for group in kinds:
+        results.show(group)
+    print(f"\nRows in {path}; {', '.join(write_results(kinds, stem))}.")
     draw_accuracy_against_time(path, stem.parent)
 
 
-def draw_accuracy_against_cost(rows: Sequence[Result], path: str | pathlib.Path) -> bool:
-    """Draws accuracy against FLOPs, where there is any accuracy. Returns: whether it did."""
-    return any(row.accuracy is not None for row in rows) and _drawn(plots.accuracy_against_cost, rows, path)
+def write_results(kinds: Sequence[Sequence[Result]], stem: pathlib.Path) -> list[str]:
+    """Writes the tables of several kinds of rows, and a plot of each that has accuracies. Returns: the files."""
+    results.write_text("\n".join(map(results.markdown, kinds)), f"{stem}.md", KEPT)
+    written = [f"{stem}.md"]
+    for number, rows in enumerate(kinds, 1):
+        if any(row.accuracy is not None for row in rows):
+            written.append(f"{stem}-{number}.png" if len(kinds) > 1 else f"{stem}.png")
+            plots.accuracy_against_cost(rows, written[-1])
+    return written
 
 
 def draw_accuracy_against_time(path: str, folder: pathlib.Path) -> int:
@@ -75,28 +76,10 @@ def draw_accuracy_against_time(path: str, folder: pathlib.Path) -> int:
     rows = results.read_results(path) if pathlib.Path(path).is_file() else []
     if not rows:
         raise ValueError(f"--results must be a file with rows, got {path}. Train something first: scripts/train.py.")
-    kinds = _kinds(rows, ("task", "config", "recipe", "hardware"))
+    kinds = csv_rows.rows_that_agree(rows, ("task", "config", "recipe", "hardware"))
     for number, group in enumerate(kinds, 1):
         ending = f"-time-{number}.png" if len(kinds) > 1 else "-time.png"
         picture = str(folder / f"{pathlib.Path(path).stem}{ending}")
-        if _drawn(plots.accuracy_against_time, group, picture):
-            print(f"{group[0].task}/{group[0].config}, {group[0].recipe}: {picture}")
+        plots.accuracy_against_time(group, picture)
+        print(f"{group[0].task}/{group[0].config}, {group[0].recipe}: {picture}")
     return 0
-
-
-def _kinds(rows: Iterable[Result], columns: Sequence[str]) -> list[list[Result]]:
-    """Rows that agree in some columns, together."""
-    found: dict[tuple, list[Result]] = {}
-    for row in rows:
-        found.setdefault(tuple(getattr(row, name) for name in columns), []).append(row)
-    return list(found.values())
-
-
-def _drawn(draw: Callable, rows: Sequence, path: str | pathlib.Path) -> bool:
-    """Whether a plot could be drawn."""
-    try:
-        draw(rows, path)
-    except ImportError as error:
-        say(f"No plot, because matplotlib is not installed ({error}).")
-        return False
-    return True

@@ -10,20 +10,17 @@ Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import checkpoints, progress
-from subquad.lra.cli import commands
-from subquad.lra.files import RunError, one_line
+from subquad.lra.cli import bench, commands
+from subquad.lra.files import RunError
 from subquad.lra.report import (
     cells,
     comparison,
@@ -39,40 +36,28 @@ from subquad.lra.report import (
 )
 
 LEDGER = "runs/tables/ledger.csv"
-BENCH = (sys.executable, "-m", "subquad.lra.cli", "bench")
 
 
 def parse(command_line: Sequence[str] | None, program: str):
     papers = list(dict.fromkeys(paper for paper, _ in published.sources()))
     parser = commands.Parser(prog=program, description=__doc__)
-    add = parser.add_argument
+    add, count = parser.add_argument, commands.number(int, 1)
     add("--list", action="store_true", help="the papers and their tables")
     add("--verify", action="store_true", help="list every row and file beside the ledger that is damaged; exit code 1 if any")
     add("--paper", default="lra", metavar="NAME", help=f"of {', '.join(papers)}; default: lra")
     add("--table", default=None, metavar="NAME", help="as --list has it; default: the paper's first")
     add("--only", nargs="+", default=[], metavar="CELL", help="only cells whose id starts so, as lra.1.performer")
     add("--run", action="store_true", help="run what is missing, cheapest first")
-    add("--probe", type=int, default=None, metavar="STEPS", help="time so many steps of what is missing: its hours here")
-    add("--budget-hours", type=float, default=None, metavar="H", help="for --run; default: no bound")
-    add("--seeds", type=int, default=1, metavar="N", help="of each cell, for --run; default: 1")
-    add("--batch-size", type=int, default=None, metavar="N", help="of measured ratios; default: 1 on a CPU, else 32")
+    add("--probe", type=count, default=None, metavar="STEPS", help="time so many steps of what is missing: its hours here")
+    add("--budget-hours", type=commands.number(float, 0), default=None, metavar="H", help="for --run; default: no bound")
+    add("--seeds", type=count, default=1, metavar="N", help="of each cell, for --run; default: 1")
+    add("--batch-size", type=count, default=None, metavar="N", help="of measured ratios; default: 1 on a CPU, else 32")
     add("--ledger", default=LEDGER, metavar="CSV", help="what was run; default: %(default)s")
     add("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     add("--floors", nargs="+", default=[], metavar="TASK", help="measure what simple rules reach, as listops/lra")
     add("--format", default="text", choices=comparison.FORMS, help="default: text")
     add("--out", default=None, metavar="FILE", help="default: the terminal")
-    return checked(parser.parse_args(command_line))
-
-
-def checked(arguments):
-    for name in ("seeds", "batch_size", "probe"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}. Leave it out.")
-    hours = arguments.budget_hours
-    if hours is not None and not 0 <= hours < math.inf:
-        raise ValueError(f"--budget-hours must be >= 0, got {hours}. Leave it out for no bound.")
-    return arguments
+    return parser.parse_args(command_line)
 
 
 def main(command_line: Sequence[str] | None = None, program: str = "reproduce_table") -> int:
@@ -83,9 +68,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "reproduce_ta
         return verify(files)
     if arguments.floors:
         return measure_floors(arguments.floors, files["floors"], arguments.data_dir)
-    known = read(files, arguments.batch_size)
+    known = read_known(files, arguments.batch_size)
     if arguments.list:
-        return write(text_tables.aligned(listed(known)) + "\n", arguments.out)
+        return write_out(text_tables.aligned(listed(known)) + "\n", arguments.out)
     name = arguments.table
     if name is None:
         published.read_figures(arguments.paper)
@@ -93,16 +78,16 @@ def main(command_line: Sequence[str] | None = None, program: str = "reproduce_ta
     wanted = chosen(cells.cells_of_table(arguments.paper, name), arguments.only)
     code = 0
     if arguments.probe:
-        writable(files["hours"], lambda path: csv_rows.check_file(path, costs.STEP_TIMING_FIELDS))
+        csv_rows.check_file(files["hours"], costs.StepTiming)
         failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=progress.say)
-        code, known = commands.FAILED if failed else 0, read(files, arguments.batch_size)
+        code, known = commands.FAILED if failed else 0, read_known(files, arguments.batch_size)
     if arguments.run:
-        code = run(wanted, files, known, arguments) or code
-        known = read(files, arguments.batch_size)
+        code = run_missing(wanted, files, known, arguments) or code
+        known = read_known(files, arguments.batch_size)
     given = {"--ledger": arguments.ledger if arguments.ledger != LEDGER else None, "--batch-size": arguments.batch_size}
     options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
     judged = [verdicts.judge(cell, known, options=options, data_dir=arguments.data_dir) for cell in wanted]
-    return write(comparison.render(arguments.paper, name, judged, known, arguments.format), arguments.out) or code
+    return write_out(comparison.render(arguments.paper, name, judged, known, arguments.format), arguments.out) or code
 
 
 def files_of(path: str) -> dict[str, pathlib.Path]:
@@ -112,8 +97,8 @@ def files_of(path: str) -> dict[str, pathlib.Path]:
     return {"runs": ledger_path, **beside}
 
 
-def read(files: dict[str, pathlib.Path], batch_size: int | None) -> ledger.Ledger:
-    """What is known; of measurements those with this batch size, where one is told."""
+def read_known(files: dict[str, pathlib.Path], batch_size: int | None) -> ledger.Ledger:
+    """What is known; of measurements those with this batch size, where one is given."""
     known = ledger.read_ledger(files.values())
     measured = [row for row in known.measurements if batch_size in (None, row.batch_size)]
     return dataclasses.replace(known, measurements=measured)
@@ -133,22 +118,6 @@ def verify(files: dict[str, pathlib.Path]) -> int:
     return commands.FAILED if damaged else 0
 
 
-def writable(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> None:
-    """Refuses, before any work, a ledger that could not be written after it, or that `check` refuses.
-
-    Raises: RunError.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError("a folder")
-    except OSError as error:
-        got = f"{path}: {one_line(error)}"
-        raise RunError(f"--ledger must be a file that can be written, got {got}. Choose another.") from error
-    check(path)
-
-
 def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
     for word in words:
         if not any(cell.id.startswith(word) for cell in every):
@@ -157,11 +126,11 @@ def chosen(every: tuple[cells.Cell, ...], words: list[str]) -> list[cells.Cell]:
     return [cell for cell in every if not words or any(cell.id.startswith(word) for word in words)]
 
 
-def run(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.Ledger, arguments) -> int:
-    writable(files["runs"], results.check)
+def run_missing(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known: ledger.Ledger, arguments) -> int:
+    csv_rows.check_file(files["runs"], results.Result)
     began, hours = time.monotonic(), arguments.budget_hours
     code = reproduce.measure_missing(
-        BENCH, wanted, files["bench"], known=known, batch_size=arguments.batch_size, budget_hours=hours, say=progress.say
+        bench.main, wanted, files["bench"], known=known, batch_size=arguments.batch_size, budget_hours=hours, say=progress.say
     )
     left = None if hours is None else hours - (time.monotonic() - began) / 3600
     failures = reproduce.train_missing(
@@ -190,17 +159,17 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
 
 
 def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
-    writable(path, lambda path: csv_rows.check_file(path, ledger.FLOOR_FIELDS))
+    csv_rows.check_file(path, ledger.Floor)
     for word in words:
         found = floor_rows.measure_floors(word, data_dir)
-        floor_rows.write_floors(found, path)
+        csv_rows.write_rows(path, ledger.Floor, found, ledger.FLOOR_KEY)
         for floor in found:
             print(f"{floor.task}/{floor.config}: {ledger.NAMES.get(floor.floor, floor.floor)} {floor.value:.4f}")
     print(f"Rows in {path}.")
     return 0
 
 
-def write(text: str, out: str | None) -> int:
+def write_out(text: str, out: str | None) -> int:
     if out is None:
         print(text, end="")
     else:

@@ -17,7 +17,7 @@ import jax
 from subquad.lra import checkpoints, parallel, recipes, sizes, tasks, train
 from subquad.lra.cli import commands
 from subquad.lra.plan import explain, plan
-from subquad.lra.report import results
+from subquad.lra.report import csv_rows, results
 from subquad.lra.run import Run
 
 
@@ -64,9 +64,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
     together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
     for one in runs:  # what cannot fit is reported before a folder is made
-        sizes.check(one, tasks.find(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")
+        sizes.check(one, tasks.find_task(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
-    results.check(out / "results.csv")
+    csv_rows.check_file(out / "results.csv", results.Result)
     named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes")
     shared = {name: getattr(arguments, name) for name in named}
     rows = []

@@ -3,7 +3,6 @@
 Several entries may read one set of files: `lra_text/lra` and `lra_text/modern` both stand on lra_text/imdb.
 """
 
-import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,24 +12,10 @@ from subquad.lra.data import encodings, sources
 from subquad.lra.data.image import cifar10
 from subquad.lra.data.listops import expressions, released_files
 from subquad.lra.data.offline import corpora
-from subquad.lra.data.pathfinder import released_folders
+from subquad.lra.data.pathfinder import pictures, released_folders
 from subquad.lra.data.retrieval import paper_pairs
 from subquad.lra.data.text import imdb
 
-# Its generator is imported only to draw. Side, and seconds and bytes for 200,000 images.
-PATHFINDER_VERSION = "1.0.0"
-PATHFINDER_CONFIGS = (
-    *(
-        f"{side}_{level}"
-        for side in (32, 64, 128, 256)
-        for level in ("hard", "intermediate", "easy", "hard_all_directions", "hard_10k")
-    ),
-    "tiny",
-)
-PATHFINDER_RELEASES = tuple(
-    f"release_{side}_{level}" for side in (32, 64, 128, 256) for level in ("hard", "intermediate", "easy")
-)
-PATHFINDER_COSTS = {"32": (220, 90e6), "64": (2200, 200e6), "128": (2500, 500e6), "256": (750, 1.5e9)}
 THREE = {"train": "train", "validation": "validation", "test": "test"}
 
 
@@ -47,7 +32,6 @@ class Dataset:
         slices: split -> slice of the stored splits, in TFDS's notation.
         source: where it comes from; None: it is generated.
         exact: a split of another size than `sizes` is damaged.
-        draw: split -> stored examples, for those that can do without files.
         seconds, disk: to prepare it on two cores, without the download, and bytes it then takes; both roughly.
     """
 
@@ -58,9 +42,8 @@ class Dataset:
     sizes: Mapping[str, int]
     encode: Callable[[dict], dict]
     slices: Mapping[str, str] = field(default_factory=lambda: THREE)
-    source: sources.Source | released_folders.Source | None = None
+    source: sources.Source | None = None
     exact: bool = False
-    draw: Callable[[str], Iterable[dict]] | None = None
     seconds: float = 60.0
     disk: float = 0.0
 
@@ -70,31 +53,23 @@ class Dataset:
 
 
 def _pathfinder() -> Iterable[Dataset]:
-    def drawn(config: str) -> Callable[[str], Iterable[dict]]:
-        def draw(split: str) -> Iterable[dict]:
-            from subquad.lra.data.pathfinder import pictures
-
-            for picture, label in pictures.generate(pictures.CONFIGS[config], split):
-                yield {"image": picture[..., None], "label": label}
-
-        return draw
-
-    for config in PATHFINDER_CONFIGS:
-        side, _, level = config.partition("_")
-        tenth = {"": 16, "hard_10k": 1_000}.get(level, 20_000)
-        seconds, disk = (tenth * cost / 20_000 for cost in PATHFINDER_COSTS.get(side, PATHFINDER_COSTS["32"]))
+    # Seconds and bytes for 200,000 pictures of a side.
+    costs = {32: (220, 90e6), 64: (2200, 200e6), 128: (2500, 500e6), 256: (750, 1.5e9)}
+    words = dict(builder="lra_pathfinder", version=pictures.VERSION, encode=encodings.pixels)
+    for name, config in pictures.CONFIGS.items():
+        sizes = dict(config.splits)
+        seconds, disk = (sum(sizes.values()) * cost / 200_000 for cost in costs[config.size])
         yield Dataset(
-            f"lra_pathfinder/{config}", "lra_pathfinder", config, PATHFINDER_VERSION,
-            {"train": (4 if config == "tiny" else 8) * tenth, "validation": tenth, "test": tenth}, encodings.pixels, exact=True,
-            draw=drawn(config), seconds=seconds, disk=disk,
-        )  # fmt: skip
-    for side, (_, disk) in PATHFINDER_COSTS.items():
+            f"lra_pathfinder/{name}", config=name, sizes=sizes, exact=True, seconds=seconds, disk=disk, **words
+        )
+    for side in pictures.SIZES:
         for level in released_folders.FOLDERS:
+            name = f"release_{side}_{level}"
+            # One image of the easy ones is an empty file.
+            sizes = {"train": 160_000 - ((side, level) == (32, "easy")), "validation": 20_000, "test": 20_000}
             yield Dataset(
-                f"lra_pathfinder/release_{side}_{level}", "lra_pathfinder", f"release_{side}_{level}", PATHFINDER_VERSION,
-                # One image of the easy ones is an empty file.
-                {"train": 160_000 - ((side, level) == ("32", "easy")), "validation": 20_000, "test": 20_000},
-                encodings.pixels, source=released_folders.Source(int(side), level), seconds=900, disk=disk,
+                f"lra_pathfinder/{name}", config=name, sizes=sizes, source=released_folders.release(side, level), seconds=900,
+                disk=costs[side][1], **words,
             )  # fmt: skip
 
 
@@ -111,18 +86,8 @@ def _offline() -> Iterable[Dataset]:
     for name, (sizes, encode, source, seconds, disk) in rows.items():
         yield Dataset(
             f"offline/{name}", "offline", name, corpora.VERSION, dict(zip(THREE, sizes, strict=True)), encode, source=source,
-            draw=functools.partial(corpora.examples, name), seconds=seconds, disk=disk,
+            seconds=seconds, disk=disk,
         )  # fmt: skip
-
-
-def _drawn_listops(config: expressions.Config) -> Callable[[str], Iterable[dict]]:
-    import numpy as np
-
-    def draw(split: str) -> Iterable[dict]:
-        for tokens, label in expressions.generate(config, split):
-            yield {"inputs": np.frombuffer(tokens, np.uint8), "label": label}
-
-    return draw
 
 
 def _listops() -> Iterable[Dataset]:
@@ -134,11 +99,11 @@ def _listops() -> Iterable[Dataset]:
     for name, config in expressions.CONFIGS.items():
         yield Dataset(
             f"lra_listops/{name}", "lra_listops", name, expressions.VERSION, dict(config.splits), encodings.tokens, exact=True,
-            draw=_drawn_listops(config), seconds=costs[name][0], disk=costs[name][1],
+            seconds=costs[name][0], disk=costs[name][1],
         )  # fmt: skip
     yield Dataset(
         "lra_listops/release", "lra_listops", "release", expressions.VERSION, dict(expressions.CONFIGS["lra"].splits),
-        encodings.tokens, source=sources.Release(tuple(released_files.FILES.values())), seconds=120, disk=65e6,
+        encodings.tokens, source=released_files.SOURCE, seconds=120, disk=65e6,
     )  # fmt: skip
 
 
@@ -170,7 +135,7 @@ DATASETS: dict[str, Dataset] = {
         Dataset(
             "lra_retrieval/lra", "lra_retrieval", "aan", paper_pairs.VERSION,
             {"train": 147_086, "validation": 18_090, "test": 17_437}, encodings.pair,
-            source=sources.Release(tuple(paper_pairs.FILES.values())), seconds=900, disk=3.6e9,
+            source=paper_pairs.SOURCE, seconds=900, disk=3.6e9,
         ),
     )
 }  # fmt: skip

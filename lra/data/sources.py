@@ -18,17 +18,17 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
+
+from subquad.lra.files import one_line
+from subquad.lra.progress import Work
 
 # The whole archive of the arena, in fact a gzipped tar.
 RELEASE_URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 RELEASE_FILES = ("lra_release.gz", "lra_release.tar.gz", "lra_release.tgz")
 RELEASE_BYTES = 7_700_000_000
-# Bounds of what an archive unpacks to, beside those of each data set: times its own size (text shrinks to a third, pictures
-# hardly), bytes of a header, bytes of a file of the release.
-EXPANSION, LARGEST_HEADER, LARGEST_FILE = 20, 1 << 20, 50_000_000_000
 # Seconds that a host is given to answer. TFDS itself would retry for minutes.
 PATIENCE = 6.0
 
@@ -73,23 +73,70 @@ class Download:
 
 @dataclass(frozen=True)
 class Release:
-    """Files of the arena's own release, in an unpacked folder or inside lra_release.gz."""
+    """Files or folders of the arena's own release, in an unpacked tree or inside lra_release.gz.
 
-    files: tuple[str, ...]
+    The release holds some folders twice, and one outer copy was faulty: the most deeply nested of several counts.
+
+    Attributes:
+        paths: the ends of their paths.
+        largest, total: bytes of a file, and of all of them in both copies, at most.
+    """
+
+    paths: tuple[str, ...]
+    largest: int
+    total: int
 
     def __str__(self) -> str:
         return f"{RELEASE_FILES[0]}, {size(RELEASE_BYTES)}, by hand"
 
-    def require(self, name: str, manual_dir: pathlib.Path, downloads: pathlib.Path) -> None:
-        """The files are in manual_dir, at any depth, or the archive is; else `MissingSource`."""
-        found = find_files(manual_dir, self.files)
-        missing = [file for file in self.files if file not in found]
-        if missing and release_archive(manual_dir) is None:
+    def require(self, name: str, manual_dir: pathlib.Path, downloads: pathlib.Path | None = None) -> None:
+        """The paths are in manual_dir, at any depth, or the archive is; else `MissingSource`."""
+        found = self._find(manual_dir)
+        missing = [path for path in self.paths if path not in found]
+        if missing and _release_archive(manual_dir) is None:
             raise MissingSource(
-                f"{name}: file {missing[0]} must be under {manual_dir}, got no such file there. Put {', '.join(self.files)} or "
-                f"the whole {RELEASE_FILES[0]} ({size(RELEASE_BYTES)}, {RELEASE_URL}) into that folder, or name yours by "
+                f"{name}: {missing[0]} must be under {manual_dir}, got nothing of that name there. Put {', '.join(self.paths)} "
+                f"or the whole {RELEASE_FILES[0]} ({size(RELEASE_BYTES)}, {RELEASE_URL}) into that folder, or name yours by "
                 "--manual-dir"
             )
+
+    def fetch(self, name: str, manual_dir: str | os.PathLike, scratch: pathlib.Path) -> dict[str, pathlib.Path]:
+        """The places of the paths: in the tree, else copied out of the archive, which is read once, into `scratch`.
+
+        Raises: DatasetError: neither is there; the archive is damaged, lacks a path, or holds more than it can.
+        """
+        self.require(name, pathlib.Path(manual_dir))
+        found = self._find(pathlib.Path(manual_dir))
+        if len(found) == len(self.paths):
+            return found
+        packed = _release_archive(pathlib.Path(manual_dir))
+        largest = lambda member: self.largest if any(f"/{path}/" in f"/{member}/" for path in self.paths) else None
+        with Work(f"{name}: reading {packed.name}"), archive_members(packed, largest, self.total) as members:
+            for member, stream in members:
+                target = scratch / member
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as output:
+                    shutil.copyfileobj(stream, output, 1 << 20)
+        found = self._find(scratch)
+        for path in self.paths:
+            if path not in found:
+                raise DatasetError(f"release: archive {packed} must hold {path}, got nothing of that name in it.")
+        return found
+
+    def _find(self, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+        found: dict[str, pathlib.Path] = {}
+        for parent, folders, names in os.walk(folder):
+            for path in (pathlib.Path(parent, name) for name in ("", *folders, *names)):
+                for wanted in self.paths:
+                    deeper = wanted not in found or len(path.parts) > len(found[wanted].parts)
+                    if deeper and f"/{path.as_posix()}".endswith(f"/{wanted}"):
+                        found[wanted] = path
+            folders[:] = [one for one in folders if one not in ("imgs", "metadata")]  # of millions of files
+        return found
+
+
+def _release_archive(folder: pathlib.Path) -> pathlib.Path | None:
+    return next((folder / name for name in RELEASE_FILES if (folder / name).is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -156,8 +203,7 @@ def why_unreachable(url: str, patience: float | None = None) -> str | None:
         except urllib.error.HTTPError as error:
             answer[0] = f"{url} answers {error.code} {error.reason}"
         except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
-            answer[0] = " ".join(str(reason).split()) or type(error).__name__
+            answer[0] = one_line(getattr(error, "reason", None) or error)
 
     # In a thread, because looking up a name knows no timeout.
     thread = threading.Thread(target=ask, daemon=True)
@@ -166,91 +212,9 @@ def why_unreachable(url: str, patience: float | None = None) -> str | None:
     return answer[0]
 
 
-def release_archive(folder: pathlib.Path) -> pathlib.Path | None:
-    """The release's archive in a folder, or None."""
-    return next((folder / name for name in RELEASE_FILES if (folder / name).is_file()), None)
-
-
-def find_files(folder: pathlib.Path, files: Sequence[str]) -> dict[str, pathlib.Path]:
-    """Files by the end of their path, at any depth of a folder; of several the most deeply nested.
-
-    The release holds some folders twice, and one outer copy was faulty: the inner tree, lra_release/lra_release, counts.
-    """
-    found: dict[str, pathlib.Path] = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(one for one in folders if one != "imgs")  # a million images, none of them asked for
-        for name in names:
-            path = pathlib.Path(parent) / name
-            for file in files:
-                if f"/{path.as_posix()}".endswith(f"/{file}") and _deeper(path, found.get(file)):
-                    found[file] = path
-    return found
-
-
-def _deeper(path: pathlib.Path, other: pathlib.Path | None) -> bool:
-    return other is None or len(path.parts) > len(other.parts)
-
-
-def fetch_files(
-    manual_dir: pathlib.Path, files: Sequence[str], scratch: pathlib.Path, largest: int = LARGEST_FILE
-) -> dict[str, pathlib.Path]:
-    """The release's files: from the unpacked tree, else copied out of the archive, which is read once, into `scratch`.
-
-    Args:
-        largest: bytes that a file has at most.
-    Raises: DatasetError: the archive is damaged, lacks a file, or holds more than it can.
-    """
-    found = find_files(manual_dir, files)
-    if len(found) == len(files):
-        return found
-    packed = release_archive(manual_dir)
-    if packed is None:
-        raise MissingSource(f"release: {files[0]} must be under {manual_dir}, got no such file there.")
-    depth: dict[str, int] = {}
-    ends = lambda member: [file for file in files if f"/{member}".endswith(f"/{file}")]
-    # Twice, because the release holds some folders twice.
-    with archive_members(packed, lambda member: largest if ends(member) else None, 2 * largest * len(files)) as members:
-        for member, stream in members:
-            for file in ends(member):
-                if member.count("/") > depth.get(file, -1):
-                    depth[file] = member.count("/")
-                    found[file] = scratch / file.replace("/", "_")
-                    with found[file].open("wb") as output:
-                        shutil.copyfileobj(stream, output, 1 << 20)
-    missing = [file for file in files if file not in found]
-    if missing:
-        raise DatasetError(f"release: archive {packed} must hold {missing[0]}, got no such file in it.")
-    return found
-
-
-class _Bounded:
-    """What is read of a stream until it has given more than `most` bytes."""
-
-    def __init__(self, stream: IO[bytes], most: int, packed: pathlib.Path):
-        self.stream, self.left, self.most, self.packed = stream, most, most, packed
-
-    def read(self, count: int) -> bytes:
-        data = self.stream.read(count)
-        self.left -= len(data)
-        if self.left < 0:
-            raise _too_large(self.packed, self.most, "more")
-        return data
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header. One that only names another, or gives it attributes, is read as a whole, so it has to be small."""
-
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        found = super().frombuf(buf, encoding, errors)
-        if found.size > LARGEST_HEADER and (not found.isreg() and not found.issym() and not found.islnk()):
-            raise tarfile.ReadError(f"a header of {size(found.size)}")
-        return found
-
-
 @contextlib.contextmanager
 def archive_members(
-    packed: pathlib.Path, largest: Callable[[str], int | None], total: int
+    packed: str | os.PathLike, largest: Callable[[str], int | None], total: int
 ) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
     """Gives (path, open file) of every file in a gzipped tar that is wanted, in the archive's order, read as a stream.
 
@@ -259,40 +223,36 @@ def archive_members(
     Args:
         largest: of a path, the bytes that its file has at most, or None where it is not wanted.
         total: bytes that all wanted files have at most.
-    Raises: DatasetError: it is no gzipped tar, or cut short; it unpacks to more than `EXPANSION` times its size; a path in
-        it is absolute or has ".."; a wanted file is a link, or larger than it can be.
+    Raises: DatasetError: it is no gzipped tar, or cut short; a path in it is absolute or has ".."; a wanted file is a link, or
+        larger than it can be.
     """
-    most = EXPANSION * packed.stat().st_size + LARGEST_HEADER
     try:
         # Not tarfile's own "r|gz", which takes a file that is cut short for one that ends there.
-        with gzip.open(packed) as plain:
-            with tarfile.open(fileobj=_Bounded(plain, most, packed), mode="r|", tarinfo=_Header) as opened:
-                yield _wanted(opened, packed, largest, total)
+        with gzip.open(packed) as plain, tarfile.open(fileobj=plain, mode="r|") as opened:
+            yield _wanted(opened, packed, largest, total)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DatasetError(f"archive: {packed} must be a whole gzipped tar, got {reason}. Fetch it again.") from error
+        raise DatasetError(f"archive: {packed} must be a whole gzipped tar, got {one_line(error)}. Fetch it again.") from error
 
 
-def _wanted(opened: tarfile.TarFile, packed: pathlib.Path, largest, total: int) -> Iterator[tuple[str, IO[bytes]]]:
+def _wanted(opened: tarfile.TarFile, packed, largest, total: int) -> Iterator[tuple[str, IO[bytes]]]:
+    def refuse(wanted: str, got: str):
+        raise DatasetError(f"archive: {packed} must hold {wanted}, got {got}. Fetch it again.")
+
     left = total
     for one in opened:
         if one.name.startswith("/") or ".." in one.name.split("/"):
-            raise DatasetError(f"archive: {packed} must hold paths inside it, got {one.name!r:.100}. Fetch it again.")
+            refuse("paths inside it", f"{one.name!r:.100}")
         path = one.name.removeprefix("./")
         bound = None if one.isdir() else largest(path)
         if bound is None:
             continue
         if not one.isreg():
-            raise DatasetError(f"archive: {packed} must hold {path} as a plain file, got a link or a device. Fetch it again.")
+            refuse(f"{path} as a plain file", "a link or a device")
         left -= one.size
         if one.size > bound:
-            raise _too_large(packed, bound, f"{path} of {one.size:,}", "files such as this one")
+            refuse(f"files such as this one of at most {bound:,} bytes", f"{path} of {one.size:,}")
         if left < 0:
-            raise _too_large(packed, total, "more", "files of this data set")
+            refuse(f"files of this data set of at most {total:,} bytes", "more")
         yield path, opened.extractfile(one)
-
-
-def _too_large(packed: pathlib.Path, most: int, got: str, what: str = "data") -> DatasetError:
-    return DatasetError(f"archive: {packed} must hold {what} of at most {most:,} bytes, got {got}. Fetch it again.")

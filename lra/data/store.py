@@ -1,4 +1,4 @@
-"""Data sets by name: prepared on disk through TFDS, or generated in memory where TFDS is not installed."""
+"""Data sets by name, prepared on disk through TFDS."""
 
 import contextlib
 import hashlib
@@ -10,14 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from subquad.lra.data import catalogue, sources
-from subquad.lra.data.sources import DatasetError, MissingSource, size
+from subquad.lra.data.sources import DatasetError, size
 from subquad.lra.files import explained, one_line, write_whole
-from subquad.lra.progress import Work, over
-
-__all__ = [
-    "DatasetError", "MissingSource", "Split", "dataset_folder", "generate", "load", "manual_folder", "prepare",
-    "read_dataset",
-]  # fmt: skip
 
 # Beside the files: their checksums when they were written.
 CHECKSUMS = "SHA256SUMS"
@@ -91,17 +85,11 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
     Raises:
         ValueError: unknown name.
         MissingSource: a file is not here and cannot be downloaded; said within 10 seconds.
-        DatasetError: a file has the wrong checksum or form, the folder cannot be written, the data set in it is not
-            whole, or tensorflow-datasets is not installed.
+        DatasetError: a file has the wrong checksum or form, the folder cannot be written, the data set in it is not whole.
     """
-    found = catalogue.find_dataset(name)
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise DatasetError(
-            f"{name}: tensorflow-datasets must be installed to prepare it, got {one_line(error)}. pip install 'subquad[lra]'"
-        ) from error
+    import tensorflow_datasets as tfds
 
+    found = catalogue.find_dataset(name)
     root, manual = _root(data_dir), manual_folder(data_dir, manual_dir)
     folder = dataset_folder(name, data_dir)
     make = lambda: found.module().Builder(config=found.config, data_dir=root, file_format="array_record")
@@ -117,9 +105,9 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         try_download_gcs=False, manual_dir=manual if manual.is_dir() else None, force_checksums_validation=True
     )
     tfds.disable_progress_bar()
-    shown = _shown(name, found, builder, root / "downloads")
+    builder.counts = {part: found.sizes[split] for split, part in found.slices.items()}
     try:
-        with shown, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
             _write_checksums(folder)
     except DatasetError:
@@ -140,19 +128,6 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         if hasattr(builder, "scratch"):
             builder.scratch.cleanup()
     return builder
-
-
-def _shown(name: str, found: catalogue.Dataset, builder, downloads: pathlib.Path) -> Work:
-    """Counts the examples that a builder makes, and before them the bytes that are downloaded."""
-    stored = {part: found.sizes[split] for split, part in found.slices.items()}  # two splits may be slices of one
-    fetched = lambda: sum(path.stat().st_size for path in downloads.glob("*.tmp.*/*"))
-    note = lambda: "" if shown.done or not fetched() else f"{size(fetched())} downloaded"
-    # Pictures are drawn before the first of them is made an example, and show that themselves.
-    at_once = found.source is not None or found.builder != "lra_pathfinder"
-    shown = Work(name, sum(stored.values()), note=note, at_once=at_once)
-    examples = builder._generate_examples
-    builder._generate_examples = lambda *words, **named: shown.over(examples(*words, **named))
-    return shown
 
 
 def _is_of_the_network(error: Exception) -> bool:
@@ -192,14 +167,6 @@ def _write_checksums(folder: pathlib.Path) -> None:
     write_whole(folder / CHECKSUMS, "".join(lines).encode())
 
 
-def read_dataset(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, Split]:
-    """The splits of a data set on disk, prepared first if it is not there.
-
-    Raises: as `prepare`; DatasetError also where a file is missing, cut short or damaged.
-    """
-    return _splits(prepare(name, data_dir), catalogue.find_dataset(name))
-
-
 def _splits(builder, found: catalogue.Dataset) -> dict[str, Split]:
     folder, splits = pathlib.Path(builder.data_dir), {}
     with _explained(folder):
@@ -212,36 +179,15 @@ def _splits(builder, found: catalogue.Dataset) -> dict[str, Split]:
     return splits
 
 
-def generate(name: str) -> dict[str, Split]:
-    """The same splits, in the same order, generated in memory.
-
-    Raises: ValueError: unknown name.  DatasetError: it cannot be generated.
-    """
-    found = catalogue.find_dataset(name)
-    if found.draw is None:
-        raise DatasetError(f"{name}: tensorflow-datasets must be installed to prepare it. pip install 'subquad[lra]'")
-    drawn = lambda split: list(over(found.draw(split), f"{name}, {split}", found.sizes[split]))
-    return {split: Split(drawn(split), found.encode) for split in found.slices}
-
-
 def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str, Split], str]:
-    """The splits of a data set, and in words where they came from.
+    """The splits of a data set, prepared first if it is not there, and in words where they came from.
 
-    From disk through TFDS, or, where that is not installed, generated in memory, which is said on stderr.
-
-    Raises: ValueError: unknown name.  DatasetError: see `prepare` and `read_dataset`.
+    Raises: ValueError: unknown name.  DatasetError: as `prepare`, and where a file is missing, cut short or damaged.
     """
-    version = catalogue.find_dataset(name).version
-    try:
-        import tensorflow_datasets  # noqa: F401
-    except ImportError as error:
-        splits = generate(name)
-        print(f"{name}: generated in memory, because tensorflow-datasets is not installed ({error}).", file=sys.stderr)
-        return splits, f"{name}:{version} generated in memory"
-    builder = prepare(name, data_dir)
-    splits = _splits(builder, catalogue.find_dataset(name))
+    found, builder = catalogue.find_dataset(name), prepare(name, data_dir)
+    splits = _splits(builder, found)
     origin = (builder.info.metadata or {}).get("origin")
-    return splits, f"{name}:{version} array_record" + (f", from {origin}" if origin else "")
+    return splits, f"{name}:{found.version} array_record" + (f", from {origin}" if origin else "")
 
 
 def _explained(folder: pathlib.Path):

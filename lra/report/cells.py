@@ -93,8 +93,11 @@ _ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()
 _SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if row != "Sparse Transformer"}
 
 
-def _small(recipe: str, **rows: Answer | str) -> dict[str, Answer]:
-    return {row: Answer(recipe, layer) if isinstance(layer, str) else layer for row, layer in rows.items()}
+_USUAL_LAYERS = {"Linformer": "linformer", "Performer": "performer", "Reformer": "reformer"}
+
+
+def _rows(recipe: str, layers: Mapping[str, str]) -> dict[str, Answer]:
+    return {row: Answer(recipe, layer) for row, layer in layers.items()}
 
 
 _S4_ROWS = {
@@ -133,33 +136,19 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "S4-v2 (re-run)": Answer("s4", "s4"),
     },
     ("mega", "3"): {},
-    ("nystromformer", "3"): _small(
-        "nystromformer", **{
-            "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
-            "Reformer-2": "reformer",
-        },
-    ),
-    ("skyformer", "1"): _small(
-        "skyformer", **{
-            "Self-Attention": "softmax", "Linformer": "linformer", "Performer": "performer", "Reformer": "reformer",
-        },
-    ),
-    ("skyformer", "2"): {
-        row: _MACHINE for row in ("Self-Attention", "Linformer", "Performer", "Reformer")
+    ("nystromformer", "3"): _rows("nystromformer", {
+        "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
+        "Reformer-2": "reformer",
+    }),
+    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_USUAL_LAYERS}),
+    ("skyformer", "2"): dict.fromkeys(("Self-Attention", *_USUAL_LAYERS), _MACHINE),
+    ("xformers", "1"): _rows("xformers", {
+        "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
+    }),
+    ("flashattention", "3"): _rows("nystromformer", {"Transformer": "softmax", **_USUAL_LAYERS}) | {
+        "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
+        "Local Attention": Answer("nystromformer", "local", note="The window's size is not in what was read."),
     },
-    ("xformers", "1"): _small(
-        "xformers", **{
-            "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer",
-            "Favor-256 (redraw)": "performer",
-        },
-    ),
-    ("flashattention", "3"): _small(
-        "nystromformer", **{
-            "Transformer": "softmax", "Linformer": "linformer", "Performer": "performer", "Reformer": "reformer",
-            "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
-            "Local Attention": Answer("nystromformer", "local", note="The window's size is not in what was read."),
-        },
-    ),
     ("flashattention", "6"): {"FlashAttention": _none(_UNKNOWN)},
 }  # fmt: skip
 

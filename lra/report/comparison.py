@@ -60,7 +60,7 @@ def floors(verdicts: Iterable[Verdict], ledger: Ledger) -> list[str]:
             scores = {name: getattr(row, f"floor_{name}") for name in ("majority", "root", "bag", "network")}
             known = {**{name: value for name, value in scores.items() if value is not None}, **known}
         words = [f"{NAMES[name]} {100 * known[name]:.1f}" for name in NAMES if name in known]
-        chance = f"chance {100 / tasks.find(run.task, run.config).num_classes:.0f}"
+        chance = f"chance {100 / tasks.find_task(run.task, run.config).num_classes:.0f}"
         more = "" if words else f"; others by python scripts/reproduce_table.py --floors {run.task}/{run.config}"
         found.append(f"Floors of {run.task}/{run.config}, %: {', '.join([chance, *words])}{more}.")
     return found

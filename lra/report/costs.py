@@ -5,10 +5,9 @@ runs that were measured here, good to a factor of two or three; where there is n
 machine.
 """
 
-import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,36 +65,17 @@ class StepTiming:
     finished_utc: str
 
 
-STEP_TIMING_FIELDS = [one.name for one in dataclasses.fields(StepTiming)]
+STEP_TIMING_KEY = ("configuration_hash", "hardware")
 
 
-def step_timing_from_cells(cells: Mapping[str, str]) -> StepTiming:
-    """A row of timed steps of its cells.
-
-    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
-    """
-    numbers = {name: float(cells[name]) for name in ("step_seconds", "evaluation_seconds", "compile_seconds", "step_flops")}
-    words = {name: cells[name] for name in STEP_TIMING_FIELDS}
-    return StepTiming(**{**words, **numbers, "probe_steps": int(cells["probe_steps"])})
+_ELSEWHERE = "--probe measures this machine's"
 
 
-def cost_elsewhere(run: Run, task: Task) -> Cost:
-    """Hours on a GPU of others: those that its authors state, else an estimate from the FLOPs and a published time."""
-    for key in (f"{run.task}/{run.config}", run.task):
-        if (run.recipe, key) in STATED:
-            return Cost(*STATED[run.recipe, key], f"as its authors state; {_ELSEWHERE}")
-    flops = training_flops(run, task) + evaluation_flops(run, task)
-    return Cost(flops / GPU / 3600, "one V100", f"estimate from published hours, validation included; {_ELSEWHERE}")
-
-
-_ELSEWHERE = "this machine's are told by --probe"
-
-
-def cost_here(
-    run: Run, task: Task, rows: Iterable[Result], hardware: str, is_cpu: bool, step_timings: Sequence[StepTiming] = (),
-    timed: StepTiming | None = None,
+def forecast(
+    run: Run, task: Task, rows: Sequence[Result], hardware: str, is_cpu: bool, step_timings: Sequence[StepTiming] = (),
+    timed: StepTiming | None = None, *, here: bool = False,
 ) -> Cost:  # fmt: skip
-    """Hours on this machine, validation included.
+    """Hours on this machine where anything was measured on it, or `here` in any case; else those of others.
 
     Args:
         rows, step_timings: what was measured, on whatever machine; those of `hardware` count.
@@ -105,18 +85,17 @@ def cost_here(
         seconds = timed.compile_seconds + run.steps * timed.step_seconds
         seconds += evaluation_batches(run, task) * timed.evaluation_seconds
         return Cost(seconds / 3600, hardware, f"from {timed.probe_steps} steps timed on it, validation included")
-    rates = _rates(rows, step_timings, hardware)
-    rate = statistics.median(rates) if rates else CPU if is_cpu else GPU
-    counted = f"estimate from {len(rates)} runs on it" if rates else f"rough estimate, nothing was measured on it; {_ELSEWHERE}"
-    hours = (training_flops(run, task) + evaluation_flops(run, task)) / rate / 3600
-    return Cost(hours, hardware, f"{counted}, validation included")
-
-
-def forecast(run: Run, task: Task, rows: Sequence[Result], hardware: str, is_cpu: bool, step_timings=(), timed=None) -> Cost:
-    """Hours on this machine where anything was measured on it, else on the machine of others that is known."""
-    if timed is None and not _rates(rows, step_timings, hardware):
-        return cost_elsewhere(run, task)
-    return cost_here(run, task, rows, hardware, is_cpu, step_timings, timed)
+    rates, flops = _rates(rows, step_timings, hardware), training_flops(run, task) + evaluation_flops(run, task)
+    if rates:
+        hours = flops / statistics.median(rates) / 3600
+        return Cost(hours, hardware, f"estimate from {len(rates)} runs on it, validation included")
+    if here:
+        source = f"rough estimate, nothing was measured on it; {_ELSEWHERE}, validation included"
+        return Cost(flops / (CPU if is_cpu else GPU) / 3600, hardware, source)
+    for key in (f"{run.task}/{run.config}", run.task):
+        if (run.recipe, key) in STATED:
+            return Cost(*STATED[run.recipe, key], f"as its authors state; {_ELSEWHERE}")
+    return Cost(flops / GPU / 3600, "one V100", f"estimate from published hours, validation included; {_ELSEWHERE}")
 
 
 def _rates(rows: Iterable[Result], step_timings: Iterable[StepTiming], hardware: str) -> list[float]:

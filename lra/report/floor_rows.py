@@ -1,13 +1,11 @@
 """Floors of prepared tasks as rows of a CSV: majority class, root operator, bag of bytes, a small network for pictures."""
 
-import dataclasses
 import os
 
-from subquad.lra import tasks
+from subquad.lra import machine, tasks
 from subquad.lra.data import small_network, store
 from subquad.lra.progress import Work
-from subquad.lra.report import csv_rows, results
-from subquad.lra.report.ledger import FLOOR_FIELDS, Floor
+from subquad.lra.report.ledger import Floor
 
 
 def measure_floors(word: str, data_dir: str | os.PathLike | None = None, *, cnn_steps: int = 400) -> list[Floor]:
@@ -21,9 +19,8 @@ def measure_floors(word: str, data_dir: str | os.PathLike | None = None, *, cnn_
     """
     (task,) = tasks.tasks_named([word])
     splits, source = store.load(task.dataset, data_dir)
-    environment = results.environment()
     shared = dict(
-        task=task.name, config=task.config, data=source, finished_utc=results.now(), **environment,
+        task=task.name, config=task.config, data=source, finished_utc=machine.utc_now(), **machine.environment(),
         command=f"python scripts/reproduce_table.py --floors {task.name}/{task.config}",
     )  # fmt: skip
     # A rule that counts is read off up to 10,000 examples, see `data.floors`; that of ListOps off all.
@@ -36,11 +33,3 @@ def measure_floors(word: str, data_dir: str | os.PathLike | None = None, *, cnn_
             value, count = small_network.accuracy(splits, task.image_shape, task.num_classes, levels, steps=cnn_steps)
         found.append(Floor(floor="network", value=value, examples=count, **shared))
     return found
-
-
-def write_floors(floors: list[Floor], path: str | os.PathLike) -> None:
-    """Adds rows to a CSV; one of the same task, configuration and rule takes the older one's place.
-
-    Raises: RunError: the file cannot be written, or has other columns.
-    """
-    csv_rows.write_rows(path, FLOOR_FIELDS, map(dataclasses.asdict, floors), ("task", "config", "floor"))

@@ -4,17 +4,15 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from subquad.lra.report import costs, csv_rows, measurements, results
+from subquad.lra.report import costs, csv_rows, results
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 from subquad.lra.run import Run
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results"
-# Columns of a result that its configuration has, too.
-SAME = {"layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Floor:
     """What a rule reaches on a task that sees next to nothing of the input.
 
     Attributes:
-        task, config: of `tasks.find`.
+        task, config: of `tasks.find_task`.
         floor: the rule's name, see NAMES.
         value: accuracy, a fraction; or bits per byte.
         examples: of the test split that it was read off.
@@ -42,7 +40,8 @@ class Floor:
     finished_utc: str
 
 
-FLOOR_FIELDS = [one.name for one in dataclasses.fields(Floor)]
+FLOOR_KEY = ("task", "config", "floor")
+KINDS = (Result, Measurement, Floor, costs.StepTiming)
 # Short names, in the columns of a `Result` and the keys of `Task.floors`, and what they are.
 NAMES = {
     "majority": "majority class",
@@ -117,17 +116,16 @@ def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     floors: dict[tuple[str, str], dict[str, Floor]] = {}
     step_timings: list[costs.StepTiming] = []
     for path in _files([SHIPPED, *paths]):
-        header, _ = csv_rows.read_lines(path)
-        make = _maker(header)
-        if make is None:
-            csv_rows.warn_once(_unknown(path, header), "The file is passed over; mend that line or move the file away.")
+        kind = _kind(path)
+        if kind is None:
+            csv_rows.warn_once(_unknown(path), "The file is passed over; mend that line or move the file away.")
             continue
-        for row in csv_rows.read_rows(path, make):
-            if isinstance(row, Measurement):
+        for row in csv_rows.read_rows(path, kind):
+            if kind is Measurement:
                 measured.append(row)
-            elif isinstance(row, costs.StepTiming):
+            elif kind is costs.StepTiming:
                 step_timings.append(row)
-            elif isinstance(row, Floor):
+            elif kind is Floor:
                 floors.setdefault((row.task, row.config), {})[row.floor] = row
             else:
                 name = results.configuration_hash(row.configuration)
@@ -139,17 +137,15 @@ def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     return Ledger(found, measured, floors, step_timings)
 
 
-def _maker(header: list[str]) -> Callable[[dict[str, str]], Result | Measurement | Floor | costs.StepTiming] | None:
-    """What reads the rows of a file with these columns; None for a file that is none of ours."""
-    kinds = (
-        (results.REQUIRED, results.result_from_cells), (measurements.FIELDS, measurements.measurement_from_cells),
-        (FLOOR_FIELDS, floor_from_cells), (costs.STEP_TIMING_FIELDS, costs.step_timing_from_cells),
-    )  # fmt: skip
-    return next((make for fields, make in kinds if not header or set(fields) <= set(header)), None)
+def _kind(path: pathlib.Path) -> type | None:
+    """What a file holds rows of; None for a file that is none of ours."""
+    header, _ = csv_rows.read_lines(path)
+    return next((kind for kind in KINDS if not header or csv_rows.holds(header, kind)), None)
 
 
-def _unknown(path: pathlib.Path, header: list[str]) -> csv_rows.Fault:
-    return csv_rows.Fault(path, 1, f"must name the columns of results, measurements or floors, got {','.join(header)[:60]!r}.")
+def _unknown(path: pathlib.Path) -> csv_rows.Fault:
+    header = ",".join(csv_rows.read_lines(path)[0])
+    return csv_rows.Fault(path, 1, f"must name the columns of results, measurements or floors, got {header[:60]!r}.")
 
 
 def verify_files(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path], list[csv_rows.Fault]]:
@@ -160,12 +156,11 @@ def verify_files(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.
     """
     files, found = _files([SHIPPED, *paths]), []
     for path in files:
-        header, _ = csv_rows.read_lines(path)
-        make = _maker(header)
-        if make is None:
-            found.append(_unknown(path, header))
-            continue
-        found += csv_rows.sort_out_rows(path, lambda cells, make=make: _consistent(make(cells)))[1]
+        kind = _kind(path)
+        if kind is None:
+            found.append(_unknown(path))
+        else:
+            found += csv_rows.sort_out_rows(path, lambda cells, kind=kind: _consistent(csv_rows.parse(kind, cells)))[1]
     return files, found
 
 
@@ -177,7 +172,7 @@ def _consistent(row):
     actual = results.configuration_hash(values)
     if row.configuration_hash not in (None, actual):
         raise ValueError(f"configuration_hash {row.configuration_hash} where {actual} is its configuration's")
-    for name in values.keys() & SAME:
+    for name in values.keys() & set(results.OF_RUN):
         if getattr(row, name) not in (None, values[name]):
             raise ValueError(f"{name}={getattr(row, name)} where its configuration says {values[name]}")
     return row
@@ -205,20 +200,3 @@ def _hash(configuration: str) -> str | None:
         return results.configuration_hash(configuration)
     except ValueError:  # a line that `read_ledger` passes over
         return None
-
-
-def floor_from_cells(cells: Mapping[str, str]) -> Floor:
-    """A row of floors of its cells.
-
-    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
-    """
-    found = {name: cells[name] for name in FLOOR_FIELDS}
-    return Floor(**{**found, "value": float(found["value"]), "examples": int(found["examples"])})
-
-
-def read_floors(path: str | os.PathLike) -> list[Floor]:
-    """The rows of a file of floors; a line that cannot be read is reported on stderr, and passed over.
-
-    Raises: RunError: the file has other columns.
-    """
-    return csv_rows.read_rows(path, floor_from_cells, FLOOR_FIELDS)

@@ -1,14 +1,11 @@
 """What a layer's model costs at a length: one CSV row for each measurement."""
 
-import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from subquad.lra.report import csv_rows, text_tables
-from subquad.lra.report.results import parse_cell
 
 MODES = ("forward", "gradient", "train")
 
@@ -76,7 +73,6 @@ class Measurement:
     finished_utc: str | None = None
 
 
-FIELDS = [one.name for one in dataclasses.fields(Measurement)]
 # A later row with the same cells takes the place of the older.
 KEY = (
     "model", "layer", "layer_options", "length", "batch_size", "mode", "dtype", "implementation", "threads", "hardware",
@@ -85,30 +81,13 @@ KEY = (
 
 
 def write_measurements(rows: Iterable[Measurement], path: str | os.PathLike) -> None:
-    """Writes rows into a CSV file beside those it holds; one with the same `KEY` takes the older one's place.
-
-    Raises: RunError: the file cannot be written, or has other columns.
-    """
-    csv_rows.write_rows(path, FIELDS, map(dataclasses.asdict, rows), KEY)
+    """Writes rows into a CSV file beside those it holds, see `csv_rows.write_rows`."""
+    csv_rows.write_rows(path, Measurement, rows, KEY)
 
 
 def read_measurements(path: str | os.PathLike) -> list[Measurement]:
-    """The rows of a CSV file; none where there is no file. A line that cannot be read is reported on stderr, and passed over.
-
-    Raises: RunError: the file has other columns.
-    """
-    return csv_rows.read_rows(path, measurement_from_cells, FIELDS)
-
-
-def measurement_from_cells(cells: Mapping[str, str]) -> Measurement:
-    """A row of its cells.
-
-    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
-    """
-    found = Measurement(**{one.name: parse_cell(cells[one.name], one.type) for one in dataclasses.fields(Measurement)})
-    if found.configuration is not None and not isinstance(json.loads(found.configuration), dict):
-        raise ValueError(f"a configuration that is no JSON object, {found.configuration:.60}")
-    return found
+    """The rows of a CSV file, see `csv_rows.read_rows`."""
+    return csv_rows.read_rows(path, Measurement)
 
 
 class Table(NamedTuple):
@@ -129,10 +108,7 @@ class Table(NamedTuple):
 def groups(rows: Iterable[Measurement]) -> list[list[Measurement]]:
     """Rows that one picture holds: of one model, batch size, dtype, implementation, number of threads, machine and baseline."""
     shared = ("model", "batch_size", "dtype", "implementation", "threads", "hardware", "baseline")
-    found: dict[tuple, list[Measurement]] = {}
-    for row in rows:
-        found.setdefault(tuple(getattr(row, name) for name in shared), []).append(row)
-    return list(found.values())
+    return csv_rows.rows_that_agree(rows, shared)
 
 
 def layer_label(row: Measurement, rows: Sequence[Measurement]) -> str:

@@ -6,6 +6,7 @@ import pathlib
 from dataclasses import dataclass
 
 from subquad.kernels.dispatch import nearest
+from subquad.lra.report import csv_rows
 
 FOLDER = pathlib.Path(__file__).parents[1] / "published"
 
@@ -71,15 +72,8 @@ def read_figures(paper: str) -> tuple[Figure, ...]:
     papers = list(dict.fromkeys(paper for paper, _ in sources()))
     if paper not in papers:
         raise ValueError(f"paper must be a known name, got {paper!r}. {nearest(paper, papers)}")
-    number = lambda text, kind: kind(text) if text else None
     with (FOLDER / f"{paper}.csv").open(newline="") as file:
-        return tuple(
-            Figure(
-                paper, row["table"], row["row"], row["task"], number(row["length"], int), row["metric"],
-                number(row["value"], float), row["unit"], number(row["deviation"], float), row["note"],
-            )
-            for row in csv.DictReader(file)
-        )  # fmt: skip
+        return tuple(csv_rows.parse(Figure, {"paper": paper, **row}) for row in csv.DictReader(file))
 
 
 def find_table(paper: str, table: str) -> tuple[Source, tuple[Figure, ...]]:

@@ -6,24 +6,19 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
-
 from subquad.lra import machine, progress, tasks
 from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
-from subquad.lra.data.store import DatasetError
+from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
-from subquad.lra.report import costs, ledger, results, step_timings, verdicts
+from subquad.lra.report import costs, csv_rows, ledger, step_timings, verdicts
 from subquad.lra.report.cells import Cell
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.run import Run
-
-GRACE = 60  # seconds that a measurement may take to end
 
 
 def missing(cells: Sequence[Cell], known: Ledger, seeds: int) -> list[tuple[Run, list[str]]]:
@@ -67,20 +62,16 @@ def train_missing(
     """
     from subquad.lra import train
 
-    device = machine.name()
-    on_cpu = jax.default_backend() == "cpu"
     folder = pathlib.Path(path).parent / "runs"
 
     def price(run: Run) -> costs.Cost:
-        whole = costs.cost_here(
-            run, tasks.find(run.task, run.config), known.rows(), device, on_cpu, known.step_timings,
-            known.timed_steps(run, device),
-        )  # fmt: skip
+        whole = verdicts.forecast(run, tasks.find_task(run.task, run.config), known, here=True)
         return whole._replace(hours=whole.hours * undone(run, folder / run.id))
 
     waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
     if waiting:
-        say(f"Missing runs: {len(waiting)}, about {sum(cost.hours for cost, _, _ in waiting):.3g} hours on {device}.")
+        hours = sum(cost.hours for cost, _, _ in waiting)
+        say(f"Missing runs: {len(waiting)}, about {hours:.3g} hours on {machine.hardware()}.")
     began, failures = time.monotonic(), 0
     for number, (cost, run, ids) in enumerate(waiting, 1):
         left = None if budget_hours is None else budget_hours - (time.monotonic() - began) / 3600
@@ -119,15 +110,15 @@ def time_missing(
     """
     waiting, failures = missing(cells, known, 1), 0
     for number, (run, ids) in enumerate(waiting, 1):
-        task = tasks.find(run.task, run.config)
+        task = tasks.find_task(run.task, run.config)
         try:
             timed = step_timings.time_steps(run, task, steps)
         except (ValueError, TypeError, NotImplementedError, RuntimeError, MemoryError) as error:
             failures += 1
             say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {one_line(error)}")
             continue
-        step_timings.write_step_timing(timed, path)
-        cost = costs.cost_here(run, task, (), timed.hardware, True, (), timed)
+        csv_rows.write_rows(path, costs.StepTiming, [timed], costs.STEP_TIMING_KEY)
+        cost = costs.forecast(run, task, (), timed.hardware, True, (), timed)
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
 
@@ -171,7 +162,7 @@ def bench_words(
     What was measured with another batch size (None: the usual one) or on another machine than `device` (None: this one)
     is missing.
     """
-    device = results.environment()["hardware"] if device is None else device
+    device = machine.hardware() if device is None else device
     batch_size = programs.usual_batch_size() if batch_size is None else batch_size
     rows = [row for row in known.measurements if (row.hardware, row.batch_size) == (device, batch_size)]
     here = dataclasses.replace(known, measurements=rows)
@@ -188,18 +179,12 @@ def bench_words(
 
 
 def measure_missing(
-    program: Sequence[str],
-    cells: Sequence[Cell],
-    path: str | os.PathLike,
-    *,
-    known: Ledger,
-    batch_size: int | None = None,
-    budget_hours: float | None = None,
-    say: Callable[[str], None],
-) -> int:
-    """Measures what is missing here, by the command `program`, until the budget is used up.
+    measure: Callable[[list[str]], int], cells: Sequence[Cell], path: str | os.PathLike, *, known: Ledger,
+    batch_size: int | None = None, budget_hours: float | None = None, say: Callable[[str], None],
+) -> int:  # fmt: skip
+    """Measures what is missing here, by the command `measure` of words, until the budget is used up.
 
-    Returns: the exit code of the program; 0 where nothing was missing, or the budget ended it.
+    Returns: the exit code of the command; 0 where nothing was missing, or the budget ended it.
     """
     words = bench_words(cells, known, path, batch_size)
     if words is None:
@@ -208,16 +193,13 @@ def measure_missing(
         left = f"of a budget that has {budget_hours:.3g} h left"
         say(f"Left for another time: measurements. One would take {verdicts.MEASURING}, {left}.")
         return 0
-    command = [*program, *words]
-    say(" ".join(map(str, command)))
-    with subprocess.Popen(command) as process:
-        try:
-            return process.wait(None if budget_hours is None else 3600 * budget_hours)
-        except subprocess.TimeoutExpired:
-            say("The budget is used up; the measurements that are done are kept, and the same command makes the others.")
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            return 0
-        finally:
-            process.kill()
+    say(f"subquad bench {' '.join(words)}")
+    used_up = threading.Event()
+    try:
+        with _alarm(budget_hours, used_up):
+            return measure(words)
+    except KeyboardInterrupt:
+        if not used_up.is_set():
+            raise
+        say("The budget is used up; the measurements that are done are kept, and the same command makes the others.")
+        return 0

@@ -1,22 +1,16 @@
 """What runs found: one CSV row each, and the table and plot made of the rows."""
 
 import dataclasses
-import datetime
-import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import jax
-
+from subquad.lra import machine
 from subquad.lra.files import RunError, explained
 from subquad.lra.report import csv_rows, text_tables
 
@@ -77,8 +71,9 @@ class Result:
     bits_per_byte_train: float | None = None
 
 
-FIELDS = [one.name for one in dataclasses.fields(Result)]
-REQUIRED = [one.name for one in dataclasses.fields(Result) if one.default is dataclasses.MISSING]
+FIELDS = csv_rows.column_names(Result)
+# Columns that are values of the run.
+OF_RUN = ("layer", "task", "config", "recipe", "protocol", "seed", "selection", "steps", "batch_size")
 
 
 def network_floor(task: str, config: str) -> float | None:
@@ -102,39 +97,30 @@ def configuration_hash(configuration: str | Mapping) -> str:
 def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]], bool] = lambda held: False) -> bool:
     """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
 
-    A file of an earlier version gets the columns that it lacks, empty. See `csv_rows.write_rows` for several processes.
+    See `csv_rows.write_rows` for several processes.
 
     Args:
         unless: of the rows held, as text, whether to add nothing.
     Returns: whether the row is in the file now.
     Raises: RunError: the file cannot be written, or has other columns; the message carries the row, so nothing is lost.
     """
-    row = dataclasses.asdict(result)
     try:
-        return csv_rows.write_rows(path, FIELDS, [row], FIELDS, required=REQUIRED, unless=unless)
+        return csv_rows.write_rows(path, Result, [result], FIELDS, unless=unless)
     except RunError as error:
-        raise RunError(f"{str(error).rstrip('.')}; the row was: {csv_rows.row_as_line(row, FIELDS)}") from error
-
-
-def check(path: str | os.PathLike) -> None:
-    """Refuses, before a run, a file that `append` would refuse after it.
-
-    Raises: RunError.
-    """
-    csv_rows.check_file(path, FIELDS, REQUIRED)
+        row = csv_rows.row_as_line(dataclasses.asdict(result), FIELDS)
+        raise RunError(f"{str(error).rstrip('.')}; the row was: {row}") from error
 
 
 def failure(run, task, reason: str) -> Result:
     """The row of a run that could not be trained."""
     blank = {one.name: None for one in dataclasses.fields(Result)}
     configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    shared = ("layer", "task", "config", "recipe", "seed", "selection", "steps", "batch_size")
     known = dict(
         status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset,
         source=task.source, parameters=0, configuration=configuration, configuration_hash=configuration_hash(configuration),
-        protocol=getattr(run, "protocol", None), finished_utc=now(),
+        finished_utc=machine.utc_now(),
     )  # fmt: skip
-    return Result(**{**blank, **{name: getattr(run, name) for name in shared}, **known, **environment()})
+    return Result(**{**blank, **{name: getattr(run, name) for name in OF_RUN}, **known, **machine.environment()})
 
 
 def write_text(text: str, path: str | os.PathLike, cure: str = "Choose another with --out.") -> None:
@@ -155,33 +141,8 @@ def show(rows: Iterable[Result]) -> None:
 
 
 def read_results(path: str | os.PathLike) -> list[Result]:
-    """The rows of a CSV file; none where there is no file. Columns that an earlier version did not have are None.
-
-    A line that cannot be read is reported on stderr, and passed over.
-
-    Raises: RunError: the file has other columns.
-    """
-    return csv_rows.read_rows(path, result_from_cells, FIELDS, REQUIRED)
-
-
-def result_from_cells(cells: Mapping[str, str]) -> Result:
-    """A row of its cells.
-
-    Raises: ValueError, KeyError: a cell that cannot be read, a column that is missing.
-    """
-    known = [one for one in dataclasses.fields(Result) if one.name in cells or one.name in REQUIRED]
-    found = Result(**{one.name: parse_cell(cells[one.name], one.type) for one in known})
-    if not isinstance(json.loads(found.configuration), dict):
-        raise ValueError(f"a configuration that is no JSON object, {found.configuration:.60}")
-    return found
-
-
-def parse_cell(cell: str, kind):
-    """A cell of a CSV file as the type of its column; an empty one is None where that may be."""
-    parts = getattr(kind, "__args__", (kind,))
-    if cell == "" and type(None) in parts:
-        return None
-    return parts[0](cell)
+    """The rows of a CSV file, see `csv_rows.read_rows`. Columns that an earlier version did not have are None."""
+    return csv_rows.read_rows(path, Result)
 
 
 # What the table shows: heading, and the cell of a group of rows that differ in seed only.
@@ -284,55 +245,3 @@ def _mean(rows: Sequence[Result], name: str, write) -> str:
 
 def per_cent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-@functools.cache
-def environment() -> dict[str, str]:
-    """What a number depends on beside its configuration: commit, versions, hardware."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    python = f"python {platform.python_version()}"
-    return {"commit": _commit(), "versions": f"{python}, {versions}", "hardware": _hardware()}
-
-
-def _commit() -> str:
-    """The commit of this code, with "+changes" where files differ from it; "unknown" outside its repository."""
-    here = pathlib.Path(__file__).parent
-    git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout
-    try:
-        git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)  # not some repository around an installation
-        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _hardware() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    model = _processor_facts().get("model name") or platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} core{'' if cores == 1 else 's'} of {model}"
-
-
-@functools.cache
-def processor() -> str:
-    """The processor by its name, and by the numbers that say which it is where a virtual machine hides the name."""
-    facts = _processor_facts()
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    numbers = [f"{word} {facts[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if facts.get(key)]
-    return ", ".join([name, *numbers, *(["avx512"] if "avx512f" in facts.get("flags", "").split() else [])])
-
-
-def _processor_facts() -> dict[str, str]:
-    """What Linux says of the first processor; empty elsewhere."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (text.partition(":") for text in lines)}
-
-
-def now() -> str:
-    """The time, as rows have it."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,15 +1,13 @@
 """Some steps of a run timed on this machine, on random tokens, for the hours that all of it will take."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 
 from subquad.lra import machine, sizes
 from subquad.lra.bench import programs
 from subquad.lra.progress import Work
-from subquad.lra.report import csv_rows, results
-from subquad.lra.report.costs import STEP_TIMING_FIELDS, StepTiming, training_flops
+from subquad.lra.report.costs import StepTiming, training_flops
 from subquad.lra.report.ledger import hash_without_seed
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
@@ -35,13 +33,5 @@ def time_steps(run: Run, task: Task, steps: int, clock: Callable[[], float] = ti
         del call  # its arrays, before those of the other program are made
     return StepTiming(
         hash_without_seed(dataclasses.asdict(run)), run.recipe, run.layer, run.task, run.config, steps, seconds["train"],
-        seconds["forward"], compiling, training_flops(run, task) / run.steps, machine.name(), results.now(),
+        seconds["forward"], compiling, training_flops(run, task) / run.steps, machine.hardware(), machine.utc_now(),
     )  # fmt: skip
-
-
-def write_step_timing(timing: StepTiming, path: str | os.PathLike) -> None:
-    """Adds a row to a CSV; one of the same run and machine takes the older one's place.
-
-    Raises: RunError: the file cannot be written, or has other columns.
-    """
-    csv_rows.write_rows(path, STEP_TIMING_FIELDS, [dataclasses.asdict(timing)], ("configuration_hash", "hardware"))

@@ -50,19 +50,16 @@ def aligned(rows: Rows) -> str:
 def print_table(
     rows: Rows, *, left: int | Collection[str] = 1, unbroken: Callable[[str], bool] = lambda name: False, squeeze: bool = False
 ) -> None:
-    """Prints a table on stdout: with rich where it is installed, else in Markdown.
+    """Prints a table on stdout.
 
     Args:
         left: which columns stand on the left: how many, or their names; numbers stand on the right.
         unbroken: of a column's name, whether its cells stay on one line.
         squeeze: on a terminal of fewer than 100 columns put each word of a heading on a line of its own: rich would cut it.
     """
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(markdown(rows))
-        return
+    from rich.console import Console
+    from rich.table import Table
+
     heading, *body = rows
     console = Console()
     narrow = squeeze and console.is_terminal and console.width < 100

@@ -23,7 +23,6 @@ from subquad.lra.run import Run
 # "baseline": what ratios are to, 1 by definition.
 Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot", "baseline"]
 FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
-SIX = (*FIVE, "path_x")
 # Lengths within it count as the same: papers write 1K for 1000 and for 1024.
 SAME_LENGTH = 0.05
 MODEL, MODE, BASELINE = "lra-text", "train", "softmax"
@@ -80,15 +79,16 @@ def run_of(cell: Cell, seed: int = 0) -> Run:
     return plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
 
 
-def forecast(run: Run, task: tasks.Task, ledger: Ledger) -> costs.Cost:
-    """What a run will take: on this machine where anything was measured on it."""
-    here = _this_machine()
-    return costs.forecast(run, task, ledger.rows(), *here, ledger.step_timings, ledger.timed_steps(run, here[0]))
+def forecast(run: Run, task: tasks.Task, ledger: Ledger, *, here: bool = False) -> costs.Cost:
+    """What a run will take: on this machine where anything was measured on it, or `here` in any case."""
+    hardware, is_cpu = _this_machine()
+    known = ledger.rows(), hardware, is_cpu, ledger.step_timings, ledger.timed_steps(run, hardware)
+    return costs.forecast(run, task, *known, here=here)
 
 
 @functools.cache
 def _this_machine() -> tuple[str, bool]:
-    return machine.name(), jax.default_backend() == "cpu"
+    return machine.hardware(), jax.default_backend() == "cpu"
 
 
 def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
@@ -98,7 +98,7 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     if failed and not rows:
         return Verdict(cell, "differs", seeds=len(failed), reason=failed[-1].status)
     if not rows:
-        task = tasks.find(run.task, run.config)
+        task = tasks.find_task(run.task, run.config)
         command = _command(cell, f"{_prepare(task, data_dir)}python scripts/reproduce_table.py", options)
         return Verdict(cell, "not run", reason=cell.note, command=command, cost=forecast(run, task, ledger))
     if cell.metric == "train_accuracy":
@@ -138,7 +138,7 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
 
 
 def _as_planned(row: Measurement) -> bool:
-    """Whether the program is the one that is measured where nothing but the batch size is told."""
+    """Whether the program is the one that is measured where nothing but the batch size is given."""
     given = json.loads(row.configuration or "{}")
     run = _planned(row.layer, row.length, row.batch_size)
     return all(name in given and given[name] == getattr(run, name) for name in PROGRAM)

@@ -15,11 +15,13 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def direct(inputs, kernel, anticausal):
-    """The definition, one pair of tokens at a time, in float64."""
+def direct(inputs, kernel, anticausal, runs=None):
+    """The definition, one pair of tokens at a time, in float64; `runs` [T]: which of them each token belongs to."""
     outputs = np.zeros(inputs.shape)
     for t in range(inputs.shape[1]):
         for s in range(inputs.shape[1]):
+            if runs is not None and runs[s] != runs[t]:
+                continue
             if 0 <= t - s < kernel.shape[1]:
                 outputs[:, t] += kernel[:, t - s].astype(float) * inputs[:, s]
             if anticausal is not None and 0 <= s - t - 1 < anticausal.shape[1]:
@@ -50,20 +52,61 @@ def test_gradients(length, taps, ahead):
         np.testing.assert_allclose(ours, expected, atol=5e-5)
 
 
+@by_implementation
+@pytest.mark.parametrize("two_sided", [False, True], ids=["causal", "two-sided"])
+@pytest.mark.parametrize("length,taps", [(1, 1), (2, 2), (23, 23), (64, 5), (37, 60)])
+def test_runs_of_equal_ids_do_not_see_each_other(implementation, two_sided, length, taps):
+    inputs, kernel = random(2, length, 3), random(3, taps, seed=1)
+    anticausal = jnp.asarray(random(3, taps, seed=2)) if two_sided else None
+    is_first = np.random.default_rng(3).random((2, length)) < 0.15
+    is_first[:, 0] = True
+    ids = jnp.asarray(is_first.cumsum(1) % 2)  # an id comes again in later runs
+    y = convolve(inputs, kernel, anticausal, ids, implementation=implementation)
+    for sample in range(2):
+        runs = is_first[sample].cumsum()
+        expected = direct(inputs[sample : sample + 1], kernel, anticausal, runs)
+        np.testing.assert_allclose(y[sample : sample + 1], expected, atol=2e-5)
+
+
+def test_nothing_reaches_another_run():
+    """Not even rounding: the run beside is as it was to the last bit, whatever stands here."""
+    inputs, kernel, ids = random(1, 21, 3), random(3, 21, seed=1), jnp.asarray([0] * 6 + [1] * 8 + [0] * 7)[None]
+    run = lambda x: convolve(x, kernel, kernel, ids)
+    loud = run(inputs.copy() * np.where(np.asarray(ids)[0] == 1, 1e20, 1)[:, None].astype(np.float32))
+    np.testing.assert_array_equal(loud[:, ids[0] == 0], run(inputs)[:, ids[0] == 0])
+    gradient = jax.grad(lambda x: run(x)[:, :14].sum())(inputs)
+    assert not gradient[:, 14:].any() and gradient[:, :14].all()
+    np.testing.assert_allclose(convolve(inputs, kernel, kernel, 0 * ids), convolve(inputs, kernel, kernel), atol=2e-5)
+
+
+@pytest.mark.parametrize("length,taps,ahead", [(1, 1, None), (29, 40, None), (29, 12, 29)])
+def test_gradients_of_segments(length, taps, ahead):
+    arguments = [random(2, length, 6), random(6, taps, seed=1)]
+    arguments += [] if ahead is None else [random(6, ahead, seed=2)]
+    ids, weights = jnp.asarray(np.arange(length) // 6)[None], random(2, length, 6, seed=3)
+
+    def gradients(implementation):
+        run = lambda x, k, a=None: convolve(x, k, a, ids, implementation=implementation)
+        return jax.grad(lambda *a: jnp.sum(weights * jnp.sin(run(*a))), argnums=range(len(arguments)))(*arguments)
+
+    for ours, expected in zip(gradients("xla"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=5e-5)
+
+
 def test_the_present_token_counts_once():
     impulse = jnp.zeros((1, 7, 1)).at[0, 3].set(1.0)
     y = convolve(impulse, jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[10.0, 20.0]]))
     np.testing.assert_allclose(y[0, :, 0], [0, 20, 10, 1, 2, 3, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("features", [12, 13])  # 13: no divisor but itself
-def test_groups_change_nothing(monkeypatch, features):
+@pytest.mark.parametrize("features,ids", [(12, None), (13, None), (12, np.arange(50)[None] // 8)])  # 13 is prime
+def test_groups_change_nothing(monkeypatch, features, ids):
     inputs, kernel, anticausal = random(2, 50, features), random(features, 50, seed=1), random(features, 50, seed=2)
-    loss = lambda *a: jnp.sum(convolve(*a) ** 2)
+    loss = lambda *a: jnp.sum(convolve(*a, ids) ** 2)
     run = lambda: jax.value_and_grad(loss, argnums=(0, 1, 2))(inputs, kernel, anticausal)
     whole = run()
     monkeypatch.setattr(xla, "CPU_BYTES", 2500)
-    assert xla._circle_and_groups(2500, inputs, kernel, anticausal)[1] > 1
+    assert xla._circle_and_groups(2500, inputs, kernel, anticausal, None)[1] > 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), run(), whole)
 
 
@@ -99,11 +142,13 @@ def test_a_loud_future_stirs_only_rounding():
     assert change.max() < 4 * np.finfo(np.float32).eps * np.abs(loud).max() * np.abs(kernel).sum(1).max()
 
 
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
-def test_vmap(axes):
+def test_vmap(axes, segments):
     many = random(3, 2, 20, 4), random(3, 4, 20, seed=1)
     arrays = [x if axis == 0 else x[0] for x, axis in zip(many, axes, strict=True)]
-    loss = lambda *x: jnp.sum(convolve(*x) ** 2)
+    ids = jnp.asarray(np.arange(20) // 7)[None] if segments else None
+    loss = lambda *x: jnp.sum(convolve(*x, None, ids) ** 2)
     mapped = jax.vmap(jax.grad(loss, argnums=(0, 1)), axes)(*arrays)
     for i in range(3):
         one = [x if axis is None else x[i] for x, axis in zip(arrays, axes, strict=True)]
@@ -132,6 +177,10 @@ def test_bad_input_is_named():
         convolve(inputs, kernel[:2])
     with pytest.raises(ValueError, match="convolve: anticausal must have shape"):
         convolve(inputs, kernel, kernel[:, :0])
+    with pytest.raises(ValueError, match=r"convolve: segment_ids must have shape \(1, 5\)"):
+        convolve(inputs, kernel, segment_ids=jnp.zeros(5, int))
+    with pytest.raises(TypeError, match="convolve: segment_ids must be integers"):
+        convolve(inputs, kernel, segment_ids=jnp.zeros((1, 5)))
     with pytest.raises(NotImplementedError, match="'triton' does not exist for this operation"):
         convolve(inputs, kernel, implementation="triton")
     with pytest.raises(ValueError, match="implementation"):

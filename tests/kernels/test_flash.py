@@ -182,7 +182,7 @@ def test_a_new_length_compiles_nothing(kind):
         return softmax.attention(query, key, value, is_causal=True, **options)
 
     compiled = set()
-    for batch, length in enumerate((300, 301, 384, 400, 500, 511, 512, 777, 1024, 1999), 1):
+    for batch, length in enumerate((300, 301, 384, 400, 500, 511, 512, 777, 1024, 1999), 2):
         array = jax.ShapeDtypeStruct((batch, length, 4, 64), jnp.bfloat16)
         bias = [jax.ShapeDtypeStruct((1, 4, length, length), jnp.bfloat16)] if "bias" in kind else []
         compiled |= launched(attend, array, array, array, *bias)

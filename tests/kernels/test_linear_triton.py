@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from subquad.kernels import launch, linear, specs
+from subquad.kernels import launch, linear, specs, tuning
 
 pytestmark = pytest.mark.interpret
 
@@ -21,7 +21,7 @@ def small_blocks(monkeypatch):
     from subquad.kernels.linear import triton
 
     whole = triton.plan_of
-    monkeypatch.setattr(triton, "heuristic", lambda *_: launch.Config(dict(BLOCK_W=16, BLOCK_C=16)))
+    monkeypatch.setattr(triton, "heuristic", lambda *_: tuning.Config(dict(BLOCK_W=16, BLOCK_C=16)))
     monkeypatch.setattr(triton, "plan_of", lambda *args, **options: dataclasses.replace(whole(*args, **options), chunk=16))
 
 

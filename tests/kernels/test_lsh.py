@@ -20,10 +20,11 @@ LENGTH = 41
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def gradients(query_key, value, buckets, mask=None, num_buckets=6, chunk_size=8, **options):
+def gradients(query_key, value, buckets, mask=None, segment_ids=None, num_buckets=6, chunk_size=8, **options):
     """Output and gradients of sum(out * fixed numbers). Calls of one shape and one set of options compile once."""
     run = lambda query_key, value: lsh.attention(
-        query_key, value, buckets, num_buckets=num_buckets, chunk_size=chunk_size, mask=mask, **options)
+        query_key, value, buckets, num_buckets=num_buckets, chunk_size=chunk_size, mask=mask, segment_ids=segment_ids,
+        **options)
     out, pull = jax.vjp(run, query_key, value)
     return out, *pull(jax.random.normal(jax.random.key(9), out.shape).astype(out.dtype))
 
@@ -261,6 +262,29 @@ def test_a_zero_query_has_a_zero_key(implementation):
     assert all(jnp.isfinite(x).all() for x in results)
 
 
+# Segments.
+
+
+@by_implementation
+@pytest.mark.parametrize("reach,is_causal", [("bucket", False), ("bucket", True), ("chunk", False)])
+def test_packed_segments_give_what_each_gives_alone(implementation, reach, is_causal):
+    """Interleaved, with padding among them and in the most extreme names; values and gradients."""
+    query_key, value, buckets = draw(47)
+    names = np.array([7, -(2**31), 2**31 - 1])
+    which = np.random.default_rng(0).integers(0, 3, 47)
+    real = np.arange(47) % 9 > 0
+    options = dict(chunk_size=5, reach=reach, is_causal=is_causal, implementation=implementation)
+    mask, segment_ids = jnp.asarray(real)[None, None, None], jnp.asarray(names[which], jnp.int32)[None]
+    packed = gradients(query_key, value, buckets, mask, segment_ids=segment_ids, **options)
+    assert all(jnp.abs(x[:, ~real]).max() == 0 for x in packed)
+    for i in range(3):
+        # The cotangents stand at their places, so that each alone is the whole with all others hidden.
+        own = jnp.asarray(real & (which == i))
+        alone = gradients(query_key, value, buckets, own[None, None, None], **options)
+        for a, b in zip(packed, alone, strict=True):
+            np.testing.assert_allclose(a[:, own], b[:, own], atol=1e-5)
+
+
 # Sorting.
 
 
@@ -343,6 +367,9 @@ def test_time_and_memory_are_linear(monkeypatch):
         (dict(reach="bin"), "reach", ValueError),
         (dict(reach="ring"), "correct_duplicates", ValueError),
         (dict(mask=jnp.ones((2, 1, 9, 9), bool)), "mask", ValueError),
+        (dict(segment_ids=jnp.ones((2, 8), int)), "segment_ids", ValueError),
+        (dict(segment_ids=jnp.ones((2, 9))), "segment_ids", TypeError),
+        (dict(segment_ids=jnp.ones((2, 9), int), reach="ring", correct_duplicates=False), "segment_ids", ValueError),
         (dict(mask=jnp.ones((2, 1, 1, 9))), "mask", TypeError),
         (dict(value=jnp.ones((2, 8, 2, 6))), "value", ValueError),
         (dict(value=jnp.ones((2, 9, 2))), "value", ValueError),

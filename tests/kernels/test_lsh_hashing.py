@@ -48,13 +48,17 @@ def test_near_vectors_collide_more_often():
 
 
 @by_implementation
-def test_samples_may_use_fewer_rotations(implementation):
+def test_samples_and_tokens_may_use_fewer_rotations(implementation):
     vectors = jax.random.normal(jax.random.key(0), (2, 40, 2, 8))
     rotations = jax.random.normal(jax.random.key(1), (2, 8, 3, 6))
     both = lsh.hash_buckets(vectors, rotations, num_rotations=jnp.array([6, 2]), implementation=implementation)
     np.testing.assert_array_equal(both[0], lsh.hash_buckets(vectors, rotations)[0])
     fewer = lsh.hash_buckets(vectors, rotations[..., :2])[1]
     np.testing.assert_array_equal(both[1], jnp.where(fewer < 2, fewer, fewer - 2 + 6))
+    used = jnp.where(jnp.arange(40) < 17, 6, 2)[None].repeat(2, 0)
+    each = lsh.hash_buckets(vectors, rotations, num_rotations=used, implementation=implementation)
+    np.testing.assert_array_equal(each[1, :, 17:], both[1, :, 17:])
+    np.testing.assert_array_equal(each[0, :, :17], both[0, :, :17])
 
 
 def test_no_gradient_passes_through_a_hash():
@@ -72,6 +76,7 @@ def test_no_gradient_passes_through_a_hash():
         (dict(factors=(3, 5)), "factors"),
         (dict(factors=(2, 4)), "factors"),
         (dict(num_rotations=jnp.ones(3, int)), "num_rotations"),
+        (dict(num_rotations=jnp.ones((2, 8), int)), "num_rotations"),
         (dict(num_rotations=jnp.ones(2, int), factors=(4, 4)), "num_rotations"),
     ],
 )

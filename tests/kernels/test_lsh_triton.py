@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, launch, lsh
+from subquad.kernels import dispatch, launch, lsh, tuning
 
 pytestmark = pytest.mark.interpret
 STATIC = ("num_buckets", "chunk_size", "chunks_before", "chunks_after", "is_causal", "reach", "correct_duplicates",
@@ -16,10 +16,11 @@ STATIC = ("num_buckets", "chunk_size", "chunks_before", "chunks_after", "is_caus
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def gradients(query_key, value, buckets, mask=None, scale=0.7, num_buckets=4, chunk_size=8, **options):
+def gradients(query_key, value, buckets, mask=None, scale=0.7, segment_ids=None, num_buckets=4, chunk_size=8, **options):
     """Output and gradients with respect to query_key, value and scale."""
     run = lambda query_key, value, scale: lsh.attention(
-        query_key, value, buckets, num_buckets=num_buckets, chunk_size=chunk_size, mask=mask, scale=scale, **options)
+        query_key, value, buckets, num_buckets=num_buckets, chunk_size=chunk_size, mask=mask, segment_ids=segment_ids,
+        scale=scale, **options)
     out, pull = jax.vjp(run, query_key, value, scale)
     return out, *pull(jax.random.normal(jax.random.key(9), out.shape).astype(out.dtype))
 
@@ -44,10 +45,8 @@ def small_tiles(monkeypatch, own=16, other=16):
     """Tiles much smaller than the sequence, with chunks that begin and end inside them."""
     from subquad.kernels.lsh import triton
 
-    monkeypatch.setattr(
-        triton, "attention_config", lambda *sizes: launch.Config(dict(BLOCK_OWN=own, BLOCK_OTHER=other)))
-    monkeypatch.setattr(triton, "extend_config", lambda *sizes: launch.Config(dict(BLOCK_Q=own, BLOCK_K=other)))
-    monkeypatch.setattr(triton, "hash_config", lambda *sizes: launch.Config(dict(BLOCK_T=own, BLOCK_F=other)))
+    monkeypatch.setattr(triton, "config_of", lambda *sizes: tuning.Config(dict(BLOCK_Q=own, BLOCK_K=other)))
+    monkeypatch.setattr(triton, "hash_config", lambda *sizes: tuning.Config(dict(BLOCK_T=own, BLOCK_F=other)))
 
 
 @pytest.fixture
@@ -66,6 +65,8 @@ CALLS = [
     dict(length=18, chunk_size=1, chunks_before=2, chunks_after=1, rounds=1),
     dict(length=21, chunk_size=7, chunks_after=1, is_causal=True, masked=True, rounds=3),
     dict(length=33, chunk_size=16, is_causal=True, correct_duplicates=False),
+    dict(length=50, chunk_size=7, chunks_after=1, segmented=True, masked=True, rounds=3),
+    dict(length=50, chunk_size=20, is_causal=True, segmented=True, reach="chunk"),
     dict(length=21, chunk_size=32, chunks_before=0, chunks_after=1, reach="chunk", masked=True),
     dict(length=21, chunk_size=8, chunks_before=0, chunks_after=1, reach="ring", correct_duplicates=False, masked=True),
     dict(length=9, chunk_size=4, chunks_before=2, chunks_after=3, reach="ring", correct_duplicates=False, rounds=1),
@@ -77,9 +78,10 @@ CALLS = [
 def test_values_and_gradients(call, monkeypatch):
     small_tiles(monkeypatch)
     options = dict(call)
-    length, masked = options.pop("length"), options.pop("masked", False)
+    length, masked, segmented = options.pop("length"), options.pop("masked", False), options.pop("segmented", False)
     arrays = draw(length, rounds=options.pop("rounds", 2))
     mask = jax.random.bernoulli(jax.random.key(5), 0.7, (1, 1, 1, length)) if masked else None
+    options["segment_ids"] = jax.random.randint(jax.random.key(6), (1, length), 0, 3) if segmented else None
     close(*(gradients(*arrays, mask, **options, implementation=i) for i in ("interpret", "reference")))
 
 
@@ -192,12 +194,13 @@ def test_hashes_agree(factors, heads, monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_samples_may_use_fewer_rotations():
+def test_samples_and_tokens_may_use_fewer_rotations():
     vectors = jax.random.normal(jax.random.key(0), (2, 21, 2, 8))
     rotations = jax.random.normal(jax.random.key(1), (2, 8, 3, 6))
-    run = lambda implementation: lsh.hash_buckets(
-        vectors, rotations, num_rotations=jnp.array([6, 2]), implementation=implementation)
-    np.testing.assert_array_equal(run("interpret"), run("reference"))
+    for used in (jnp.array([6, 2]), jnp.arange(42).reshape(2, 21) % 6 + 1):
+        run = lambda implementation, used=used: lsh.hash_buckets(
+            vectors, rotations, num_rotations=used, implementation=implementation)
+        np.testing.assert_array_equal(run("interpret"), run("reference"))
 
 
 # Extend.

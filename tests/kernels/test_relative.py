@@ -5,12 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from jax.extend.core import jaxprs_in_params
 
-from subquad.kernels import launch, relative
+from subquad.kernels import gpu, launch, relative, specs
 from subquad.kernels.relative import xla
+from subquad.kernels.softmax import plan
+from subquad.kernels.softmax.sets import Visible
 from tests import oracle
+from tests.kernels import test_aot
 
 ARGUMENTS = ("query", "key", "value", "relative_key", "content_bias", "position_bias")
+
+
+def interpret(value):
+    return pytest.param(value, marks=pytest.mark.interpret)
 
 
 def arrays(T, M, B=2, N=3, H=4, V=5, dtype=np.float64, seed=0):
@@ -51,9 +59,9 @@ def by_hand(query, key, value, relative_key, content_bias, position_bias, mask):
     return out
 
 
-def loss_of(implementation, mask, cotangent):
+def loss_of(implementation, mask, cotangent, **options):
     def loss(*args):
-        out = relative.attention(*args, mask=mask, implementation=implementation)
+        out = relative.attention(*args, mask=mask, implementation=implementation, **options)
         return jnp.sum(out * cotangent), out
 
     return jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True))
@@ -80,7 +88,7 @@ def test_reference_is_the_formula(T, M, kind):
 )
 def test_values_and_gradients_in_float64(T, M, tiles, kind, monkeypatch):
     if tiles:
-        monkeypatch.setattr(xla, "choose_plan", lambda *_: xla.Plan(1, *tiles, M, T, T + M))
+        monkeypatch.setattr(plan, "tile_sizes", lambda *_: tiles)
     mask = masks(T, M)[kind]
     with jax.enable_x64(True):
         args = arrays(T, M)
@@ -91,6 +99,105 @@ def test_values_and_gradients_in_float64(T, M, tiles, kind, monkeypatch):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), actual, expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "parts", interpret("interpret"), interpret("strips")])
+def test_segments_are_a_mask(implementation, batch, monkeypatch):
+    """Of each sample, or one for all; with key padding or none, and with the samples or the queries part by part."""
+    T, M = 23, 9
+    if implementation == "parts":
+        implementation = "xla"
+        monkeypatch.setattr(plan, "tile_sizes", lambda *_: (8, 16))
+        monkeypatch.setattr(plan, "parts_of", lambda *_: (2, 1, 3))
+    elif implementation == "strips":
+        implementation = few_rows(monkeypatch, 8)
+    args, padding = arrays(T, M, dtype=np.float32), jnp.asarray(masks(T, M)["padding"])
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (batch, T + M)), 1))
+    same = segments[:, None, M:, None] == segments[:, None, None, :]
+    cotangent = jax.random.normal(jax.random.key(2), (2, T, 3, 5))
+    options = dict(query_segment_ids=segments[:, M:], key_segment_ids=segments)
+    for mask, both in ((None, same), (padding, same & padding)):
+        with gpu.apart():
+            actual = loss_of(implementation, mask, cotangent, **options)(*args)
+            expected = loss_of("reference", both, cotangent)(*args)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), actual, expected)
+
+
+def few_rows(monkeypatch, rows):
+    """Makes Triton's strips so many queries, and names its implementation."""
+    pytest.importorskip("triton")
+    launch.require("interpret")
+    from subquad.kernels.relative import triton
+
+    monkeypatch.setattr(triton, "STRIP_BYTES", 1)
+    monkeypatch.setattr(triton, "FEWEST_ROWS", rows)
+    return "interpret"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("T,M,kind,dtype", [
+    (1, 6, "none", "float32"), (37, 0, "none", "float32"), (29, 20, "padding", "float32"), (29, 20, "pairwise", "float32"),
+    (29, 20, "shared", "bfloat16"), (16, 7, "queries", "float16"),
+])  # fmt: skip
+def test_strips_of_queries(T, M, kind, dtype, monkeypatch):
+    """As many strips as eight queries each make, the last one ragged: as all queries at once."""
+    few_rows(monkeypatch, 8)
+    mask = masks(T, M)[kind]
+    mask = None if mask is None else jnp.asarray(mask)
+    args = arrays(T, M, dtype=jnp.dtype(dtype))
+    cotangent = jax.random.normal(jax.random.key(2), (2, T, 3, 5))
+    wide = [x.astype(jnp.float32) for x in args]
+    (_, out), gradients = loss_of("interpret", mask, cotangent)(*args)
+    (_, expected), wanted = loss_of("reference", mask, cotangent)(*wide)
+    tolerance = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 5e-3}[dtype]
+    assert oracle.relative_error(out, expected) < tolerance
+    for name, a, e in zip(ARGUMENTS, gradients, wanted, strict=True):
+        assert a.dtype == dtype and oracle.relative_error(a, e) < tolerance, name
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("name", "dtype"), [("mask-128", "bfloat16"), ("pairwise-96", "float32")])
+def test_machine_code_of_several_strips(name, dtype, monkeypatch):
+    """Their positions are known at run time only, which takes registers."""
+    triton = pytest.importorskip("subquad.kernels.relative.triton")
+    monkeypatch.setattr(triton, "STRIP_BYTES", 1)
+    test_aot.check(specs.launches(specs.find(f"relative.attention/{name}"), dtype), dtype)
+
+
+def test_strips_take_memory_that_is_linear_in_the_length():
+    """No array of a forward and backward pass is larger than a strip of the scores, or than the keys in float32."""
+    triton = pytest.importorskip("subquad.kernels.relative.triton")
+    heads = jax.ShapeDtypeStruct((1, 16384, 4, 64), jnp.bfloat16)
+    shapes = [heads] * 3 + [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((16384, 4, 64), (4, 64), (4, 64))]
+    run = lambda *args: relative.attention(*args, implementation="triton").astype(jnp.float32).sum()
+    with launch.recording():
+        jaxpr = jax.make_jaxpr(jax.grad(run, range(6)))(*shapes)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (x.aval.size * x.aval.dtype.itemsize for x in equation.outvars if hasattr(x.aval.dtype, "itemsize"))
+            yield from (size for inner in jaxprs_in_params(equation.params) for size in sizes(inner))
+
+    assert max(sizes(jaxpr.jaxpr)) <= 1.01 * triton.STRIP_BYTES < 4 * 16384**2 / 8
+
+
+@pytest.mark.interpret
+def test_the_operands_that_are_not_mapped_are_shared(monkeypatch):
+    """Their gradients are sums, that of relative keys, which have no batch, as well."""
+    few_rows(monkeypatch, 4)
+    args = arrays(9, 3, dtype=np.float32)
+
+    def total(implementation):
+        def one(scale, relative_key):
+            out = relative.attention(*args[:3], relative_key * scale, *args[4:], implementation=implementation)
+            return (out * jnp.arange(5.0)).sum()
+
+        loss = lambda relative_key: (jax.vmap(one, (0, None))(jnp.array([1.0, -0.5, 2.0]), relative_key) ** 2).sum()
+        return jax.jit(jax.value_and_grad(loss))(args[3])
+
+    for got, want in zip(total("interpret"), total("reference"), strict=True):
+        assert oracle.relative_error(got, want) < 2e-5
+
+
 @pytest.mark.parametrize("T,M", [(300, 270), (500, 0)])
 def test_several_tiles_in_float32(T, M):
     cotangent = jax.random.normal(jax.random.key(2), (1, T, 2, 4))
@@ -99,7 +206,7 @@ def test_several_tiles_in_float32(T, M):
         wide = [a.astype(jnp.float64) for a in args]
         (_, expected), gradients = loss_of("reference", None, cotangent)(*wide)
     (_, out), actual = loss_of("xla", None, cotangent)(*args)
-    assert out.dtype == jnp.float32 and xla.choose_plan(1, 2, T, T + M).query < T
+    assert out.dtype == jnp.float32 and xla.planned(*args[:3], Visible(*[None] * 5))[0].counts > (1, 1)
     np.testing.assert_allclose(out, expected, atol=2e-6)
     for name, a, e in zip(ARGUMENTS, actual, gradients, strict=True):
         assert oracle.relative_error(a, e) < 1e-5, name
@@ -168,41 +275,22 @@ def test_memory_grows_with_the_length_not_its_square():
     assert long < 4 * 4096 * 8192 * 4 / 8, "an eighth of the scores of the four heads"
 
 
-@pytest.mark.parametrize(
-    "batch,heads,queries,keys",
-    [(1, 1, 1, 1), (2, 4, 513, 1025), (1, 1, 1, 100_000), (6, 64, 4096, 8192), (64, 64, 512, 1024)],
-)
-def test_tiles_stay_small(batch, heads, queries, keys):
-    plan = xla.choose_plan(batch, heads, queries, keys)
-    assert 1 <= plan.query <= queries and 1 <= plan.key <= keys and batch % plan.parts == 0
-    scores = 4 * heads * (batch // plan.parts) * plan.query * (plan.query + plan.key)
-    assert scores < 2**25, "XLA on the CPU slows down at 32 MiB"
-    assert -queries % plan.query < max(2, queries / 16), "little padding"
-
-
-def test_every_visible_pair_and_no_tile_of_the_future():
-    plan = xla.Plan(parts=2, query=3, key=4, offset=5, queries=7, keys=12)
-    visible = np.arange(12) <= 5 + np.arange(7)[:, None]
-    tiles = [(*at,) for at in np.ndindex(2, 3, 3) if visible[3 * at[1] :][:3, 4 * at[2] :][:, :4].any()]
-    assert len(tiles) < 2 * 3 * 3
-    assert [tuple(step) for step in plan.steps().T] == tiles
-
-
-def test_parts_of_the_batch(monkeypatch):
-    """The batch one sample at a time gives what it gives at once, with masks that all samples share or that are their own."""
-    T, M, B = 20, 9, 2
+def test_parts_of_batch_and_heads(monkeypatch):
+    """One sample or one head at a time gives what all give at once, with masks that they share or that are their own."""
+    T, M = 20, 9
     args = arrays(T, M, dtype=np.float32)
-    cotangent = jnp.ones((B, T, 3, 5))
+    cotangent = jnp.ones((2, T, 3, 5))
+    monkeypatch.setattr(plan, "tile_sizes", lambda *_: (8, 16))
     for kind, mask in masks(T, M).items():
         mask = None if mask is None else jnp.asarray(mask)
         results = []
-        for parts in (1, 2):
-            plan = xla.Plan(parts, 8, 16, M, T, T + M)
-            monkeypatch.setattr(xla, "choose_plan", lambda *_, plan=plan: plan)
-            with launch.apart():
+        for parts in ((1, 1, 1), (2, 1, 1), (2, 1, 3)):
+            monkeypatch.setattr(plan, "parts_of", lambda *_, parts=parts: parts)
+            with gpu.apart():
                 results.append(loss_of("xla", mask, cotangent)(*args))
-        for one, two in zip(*map(jax.tree.leaves, results), strict=True):
-            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5, err_msg=kind)
+        for result in results[1:]:
+            for one, other in zip(*map(jax.tree.leaves, (results[0], result)), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=kind)
 
 
 ORACLES = ["transfoxl_mem", "transfoxl_original_mem"]
@@ -260,6 +348,12 @@ def test_bad_arguments_are_named():
         relative.attention(*good, mask=jnp.ones((2, 8), bool))
     with pytest.raises(TypeError, match="mask must be boolean"):
         relative.attention(*good, mask=jnp.ones((2, 1, 1, 8)))
+    with pytest.raises(ValueError, match="query_segment_ids and key_segment_ids must be given together"):
+        relative.attention(*good, query_segment_ids=jnp.ones((2, 6), int))
+    for ids, error, words in (((2, 8), ValueError, r"have shape \(2, 6\)"), ((2, 6), TypeError, "be integers")):
+        with pytest.raises(error, match=f"relative.attention: query_segment_ids must {words}"):
+            ids = jnp.ones(ids, int if error is ValueError else float)
+            relative.attention(*good, query_segment_ids=ids, key_segment_ids=jnp.ones((2, 8), int))
     with pytest.raises(NotImplementedError, match="cudnn"):
         relative.attention(*good, implementation="cudnn")
     with pytest.raises(ValueError, match="implementation"):

@@ -16,23 +16,23 @@ CONFIGURATION = {"layer": "softmax", "seed": 0}
 RESULT = dataclasses.asdict(row())
 
 
-def claim(folder, resume=True, configuration=CONFIGURATION):
-    return checkpoints.claim(folder, configuration, resume, results.Result)
+def begin(folder, resume=True, configuration=CONFIGURATION):
+    return checkpoints.begin_or_resume(folder, configuration, resume, results.Result)
 
 
 @pytest.fixture
 def finished(tmp_path):
     """A folder with a finished run."""
-    assert claim(tmp_path) is None
+    assert begin(tmp_path) is None
     checkpoints.write_json(tmp_path / "result.json", RESULT)
-    assert results.Result(**claim(tmp_path)) == row()
+    assert results.Result(**begin(tmp_path)) == row()
     return tmp_path
 
 
 def refused(folder, file):
-    """The error that `claim` raises, which names the file and says what to do, on one line."""
+    """The error that `begin_or_resume` raises, which names the file and says what to do, on one line."""
     with pytest.raises(checkpoints.RunError) as caught:
-        claim(folder)
+        begin(folder)
     message = str(caught.value)
     assert message.startswith(f"out: file {folder / file} must be a whole one that was written here, got ")
     assert "\n" not in message and message.endswith(".") and "Delete it" in message and len(message) < 500
@@ -69,7 +69,7 @@ def test_a_result_without_a_field_is_told_but_for_those_that_are_newer(finished)
     checkpoints.write_json(finished / "result.json", some)
     assert "got no accuracy" in refused(finished, "result.json")
     checkpoints.write_json(finished / "result.json", {**some, "accuracy": 1})  # a whole number, as JSON writes 1.0 elsewhere
-    assert results.Result(**claim(finished)).collapsed_step is None
+    assert results.Result(**begin(finished)).collapsed_step is None
 
 
 def test_another_run_in_the_folder_is_told(finished):
@@ -79,10 +79,10 @@ def test_another_run_in_the_folder_is_told(finished):
         ({"layer": "softmax"}, "got one with seed=0 which this version does not know"),
     ):
         with pytest.raises(checkpoints.RunError, match=f"must hold this run or none, {got}. Choose another with --out"):
-            claim(finished, configuration=configuration)
+            begin(finished, configuration=configuration)
     (finished / "run.json").unlink()
     with pytest.raises(checkpoints.RunError, match="must be empty to start anew.*--resume"):
-        claim(finished, resume=False)
+        begin(finished, resume=False)
 
 
 def test_a_file_is_whole_or_as_before_whatever_ends_its_writing(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def test_what_the_released_code_imports_is_gone():  # 1
 
 
 def test_both_documents_of_a_pair_reach_the_answer():  # 2
-    task = dataclasses.replace(tasks.find("retrieval", "lra"), length=12)
+    task = dataclasses.replace(tasks.find_task("retrieval", "lra"), length=12)
     small = dict(in_features=8, num_layers=1, mlp_features=8, layer_options={"num_heads": 2})
     run = plan("lra-2020", task="retrieval", **small)
     model, draw = models.build(run, task), np.random.default_rng(0)

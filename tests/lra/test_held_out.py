@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from subquad.lra import collapse, evaluation, tasks, train
-from subquad.lra.data import floors, pipeline, small_network, store
-from subquad.lra.data.listops import expressions
+from subquad.lra.data import floors, pipeline, small_network
 from subquad.lra.plan import plan
+from tests.lra.data import in_memory
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=8, evaluate_every=2, steps=8)
-DIGITS = tasks.find("digits", "offline")
+DIGITS = tasks.find_task("digits", "offline")
 MARKS = dict(train=1, validation=2, test=3)
 
 
@@ -77,11 +77,11 @@ def test_every_number_is_of_its_split_and_of_its_parameters(monkeypatch, tmp_pat
 
 def test_batches_of_a_split_are_made_by_each_loop(alive):
     splits = marked(dict(test=20))
-    batches = pipeline.evaluation_batches(splits["test"], batch_size=8, length=10)
+    batches = pipeline.EvaluationBatches(splits["test"], batch_size=8, length=10)
     assert len(batches) == 3 and alive["made"] == 0
     first, second = ([batch["weights"].sum() for batch in batches] for _ in range(2))
     assert first == second == [8, 8, 4] and alive["most"] <= 2
-    assert len(pipeline.evaluation_batches(splits["test"], batch_size=8, length=10, count=9)) == 2
+    assert len(pipeline.EvaluationBatches(splits["test"], batch_size=8, length=10, count=9)) == 2
     alive.update(made=0, most=0)
     assert collapse.chance(iter(batches), "accuracy") == collapse.chance(list(batches), "accuracy")
 
@@ -113,7 +113,7 @@ def pictures(count):
 
 
 def trees(count):
-    known = list(store.generate("lra_listops/tiny")["train"])[:count]
+    known = list(in_memory.generate("lra_listops/tiny")["train"])[:count]
     return Counted(count, lambda index: {**known[index], "inputs": known[index]["inputs"].copy()})
 
 
@@ -137,15 +137,6 @@ def test_rules_see_one_example_at_a_time(rule, make):
     splits = {"train": make(16), "test": make(16)}
     rule(splits)
     assert max(split.most for split in splits.values()) <= 3
-
-
-def test_floors_of_listops_take_iterators():
-    train = [expressions.Example(bytes([expressions.MIN, 1, 2, expressions.CLOSE]), label) for label in (0, 0, 3)]
-    test = [
-        expressions.Example(bytes([expressions.MIN, 1, 2, expressions.CLOSE]), 0),
-        expressions.Example(bytes([expressions.MAX, 1, 2, 15]), 3),
-    ]
-    assert expressions.floors(iter(train), iter(test)) == {"majority": 0.5, "root": 0.5}
 
 
 def test_pixels_are_kept_as_bytes_and_scaled_as_they_are_used():

@@ -110,7 +110,7 @@ def test_layers_that_can_be_causal_model_language(layer):
     with pytest.warns(match="may flatter it") if leaks else contextlib.nullcontext():
         run = plan("quickstart", layer, task="pylib_lm", mlp_features=8, num_layers=1)
     assert run.config == "offline"
-    assert models.count_parameters(run, tasks.find("pylib_lm", "offline")) > 257 * run.in_features
+    assert models.count_parameters(run, tasks.find_task("pylib_lm", "offline")) > 257 * run.in_features
 
 
 @pytest.mark.parametrize("name", ["bbc_text", "bbc_halves", "photo_patches", "pathfinder", "text"])

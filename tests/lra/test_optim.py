@@ -40,7 +40,7 @@ def test_schedules():
 def s4():
     words = dict(weight_decay=0.1, warmup_steps=0, schedule="constant", clip_norm=None)
     run = small_run("s4", state_learning_rate=1.0, **words)
-    return run, nnx.state(models.build(run, tasks.find("listops", "tiny")), nnx.Param)
+    return run, nnx.state(models.build(run, tasks.find_task("listops", "tiny")), nnx.Param)
 
 
 def test_weight_decay_spares_what_is_no_matrix(s4):

@@ -136,7 +136,7 @@ def test_a_task_and_a_layer_of_ones_own_are_trained_and_resumed(module, tmp_path
     model, rows = nnx.jit(models.build(run, PARITY)), np.array([[1, 2, 2, 0, 0]])
     np.testing.assert_array_equal(model(rows, rows > 0), model(np.where(rows > 0, rows, 1), rows > 0))
     spoken = plan("quickstart", "my_mixers:Mean", task="pylib_lm", mlp_features=16, **words)
-    assert models.count_parameters(spoken, tasks.find("pylib_lm", "offline")) > 0
+    assert models.count_parameters(spoken, tasks.find_task("pylib_lm", "offline")) > 0
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 
 from subquad.lra import models, recipes, tasks
-from subquad.lra.data import store
 from subquad.lra.plan import explain, plan
 from subquad.lra.run import Run
 from subquad.zoo import LAYERS
+from tests.lra.data import in_memory
 
 QUICK = [layer for layer in recipes.RECIPES["quickstart"].layers if layer in LAYERS]
 
 
 @pytest.mark.parametrize("config", ["small", "lra"])
 def test_the_quickstarts_models_have_equal_budgets(config):
-    task = tasks.find("listops", config)
+    task = tasks.find_task("listops", config)
     counts = {layer: models.count_parameters(plan(layer=layer, config=config), task) for layer in QUICK}
     assert max(counts.values()) <= 1.1 * min(counts.values()), counts
 
@@ -28,7 +28,7 @@ def test_counted_parameters_are_those_of_the_model():
     import jax
     from flax import nnx
 
-    run, task = plan("quickstart", "softmax", config="tiny", in_features=16), tasks.find("listops", "tiny")
+    run, task = plan("quickstart", "softmax", config="tiny", in_features=16), tasks.find_task("listops", "tiny")
     state = nnx.state(models.build(run, task), nnx.Param)
     assert models.count_parameters(run, task) == sum(leaf.size for leaf in jax.tree.leaves(state))
 
@@ -93,13 +93,13 @@ def test_every_value_changes_the_runs_id():
 
 
 def test_the_arenas_transformer_has_the_released_models_size():
-    assert models.count_parameters(plan("lra-2020", "softmax"), tasks.find("listops", "lra")) == 8_948_746
+    assert models.count_parameters(plan("lra-2020", "softmax"), tasks.find_task("listops", "lra")) == 8_948_746
 
 
 @pytest.mark.parametrize("config", ["tiny", "small"])
 def test_tasks_describe_their_data(config):
-    task = tasks.find("listops", config)
-    splits = store.generate(task.dataset)
+    task = tasks.find_task("listops", config)
+    splits = in_memory.generate(task.dataset)
     assert {split: len(examples) for split, examples in splits.items()} == task.splits
     longest = max(len(example["inputs"]) for examples in splits.values() for example in examples)
     assert longest == task.length
@@ -110,7 +110,7 @@ def test_tasks_describe_their_data(config):
 
 def test_tasks_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        tasks.find("listops", "tiny").length = 3
+        tasks.find_task("listops", "tiny").length = 3
 
 
 def test_every_value_names_the_level_that_it_came_from():

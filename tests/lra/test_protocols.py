@@ -23,7 +23,7 @@ from subquad.lra.plan import plan
 def test_the_vanilla_models_have_the_released_numbers_of_parameters(task, released, more):
     run = plan("lra-2020", "softmax", task=task)
     assert (run.head, run.protocol) == ("mlp", "lra-2020")
-    assert models.count_parameters(run, tasks.find(run.task, run.config)) == released + more
+    assert models.count_parameters(run, tasks.find_task(run.task, run.config)) == released + more
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_protocol_sets_what_nobody_else_does():
 
 
 def digits(**words):
-    task = tasks.find("digits", "offline")
+    task = tasks.find_task("digits", "offline")
     sizes = dict(in_features=16, num_layers=1, mlp_features=16)
     return task, plan("quickstart", "softmax", task="digits", **sizes, **words)
 
@@ -100,7 +100,7 @@ def test_a_causal_layer_is_read_where_it_has_seen_something(words):
 def test_the_arenas_embeddings_start_as_its_code_draws_them():
     for task in ("listops", "image"):
         run = plan("lra-2020", "softmax", task=task, in_features=64, num_layers=1, layer_options=dict(num_heads=1))
-        encoder = models.build(run, tasks.find(run.task, run.config)).classifier.encoder
+        encoder = models.build(run, tasks.find_task(run.task, run.config)).classifier.encoder
         table = np.asarray(encoder.embed.embedding[...])
         assert abs(table[:-1].std() - 1) < 0.1 and not table[-1].any()  # the last is the token in front
         if task == "image":

@@ -2,7 +2,6 @@ import csv
 import dataclasses
 import errno
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,9 +16,10 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import checkpoints, evaluation, models, objectives, optim, progress, tasks, train
+from subquad.lra import checkpoints, evaluation, models, objectives, optim, tasks, train
 from subquad.lra.data import pipeline, store
 from subquad.lra.plan import plan
+from tests.lra.data import in_memory
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=16, evaluate_every=20)
 
@@ -60,14 +60,14 @@ def test_the_loss_falls(layer, data, tmp_path):
 
 
 def test_the_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
-    run, task = dataclasses.replace(small_run(steps=40), selection="last"), tasks.find("listops", "tiny")
+    run, task = dataclasses.replace(small_run(steps=40), selection="last"), tasks.find_task("listops", "tiny")
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     assert result.accuracy == result.accuracy_last
     graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
     optimiser = optim.make_optimiser(run)
     state = optim.initial_state(run, optimiser, parameters)
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint").arrays(dict(learner=state, best=parameters, fixed=fixed))
-    splits, last = store.generate("lra_listops/tiny"), saved["learner"]["parameters"]
+    splits, last = in_memory.generate("lra_listops/tiny"), saved["learner"]["parameters"]
     test = splits["test"]
     drawn = np.random.default_rng(0).permutation(len(splits["train"]))[: len(test)]
     seen = [splits["train"][row] for row in drawn]
@@ -116,7 +116,8 @@ def test_killed_and_resumed_gives_the_same_final_numbers(data, tmp_path):
 
 @pytest.mark.parametrize("kind", ["classification", "language_model"])
 def test_accumulation_equals_the_large_batch(kind):
-    task = dataclasses.replace(tasks.find("listops", "tiny"), kind=kind, num_classes=10 if kind == "classification" else 16)
+    classes = 10 if kind == "classification" else 16
+    task = dataclasses.replace(tasks.find_task("listops", "tiny"), kind=kind, num_classes=classes)
     rng = np.random.default_rng(0)
     inputs, lengths = rng.integers(1, 16, (16, 30), np.int32), rng.integers(1, 31, (16, 1))
     # Sequences of a language model count by their tokens, which the parts of a batch do not have equally many of.
@@ -141,7 +142,7 @@ def test_bfloat16_trains_with_float32_parameters(data, tmp_path):
     result = train.train(run, out=tmp_path, data_dir=data, quiet=True)
     losses = [float(row["train_loss"]) for row in history(tmp_path)]
     assert result.status == "ok" and np.mean(losses[-5:]) < np.mean(losses[:5])
-    parameters = nnx.state(models.build(run, tasks.find("listops", "tiny")), nnx.Param)
+    parameters = nnx.state(models.build(run, tasks.find_task("listops", "tiny")), nnx.Param)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(parameters)} == {"float32"}
 
 
@@ -160,17 +161,6 @@ def test_a_finished_run_is_read_and_not_trained_again(data, tmp_path):
         train.train(run, out=tmp_path, data_dir=data, quiet=True)
     with pytest.raises(checkpoints.RunError, match="got one with steps=10 instead of 11"):
         train.train(dataclasses.replace(run, steps=11), out=tmp_path, data_dir=data, resume=True, quiet=True)
-
-
-def test_without_the_data_packages_it_trains_all_the_same(monkeypatch, capsys, tmp_path):
-    for name in ("tensorflow_datasets", "grain", "rich"):
-        monkeypatch.setitem(sys.modules, name, None)
-    result = train.train(small_run(steps=10), out=tmp_path / "out", data_dir=tmp_path / "data")
-    assert result.status == "ok" and "generated in memory" in result.data and "batches by numpy" in result.data
-    said = capsys.readouterr().err
-    assert "tensorflow-datasets is not installed" in said and "grain is not installed" in said
-    assert "softmax: step 10/10" in said
-    assert not (tmp_path / "data").exists()
 
 
 def test_training_imports_only_what_a_bare_image_has():
@@ -249,7 +239,7 @@ def test_a_damaged_checkpoint_is_told(data, tmp_path):
 
 def test_the_cls_token_is_read_and_the_operators_are_not():
     """With "cls" the head reads the token that stands in front, so the models differ from pooling "first"."""
-    task = tasks.find("listops", "tiny")
+    task = tasks.find_task("listops", "tiny")
     run = plan("lra-2020", "softmax", config="tiny", in_features=16, num_layers=1, mlp_features=16)
     model = models.build(run, task)
     embedding = model.classifier.encoder.embed.embedding
@@ -262,19 +252,14 @@ def test_the_cls_token_is_read_and_the_operators_are_not():
 
 
 def test_a_collapse_is_said_and_kept_and_everything_is_logged(data, monkeypatch, capsys, tmp_path):
-    board = importlib.util.find_spec("tensorboardX") is not None
     scores = iter([0.0, 0.1, 0.9, 0.1, 0.95, 0.5, 0.5])  # the first is a compilation's, the last two are test's
     monkeypatch.setattr(evaluation, "mean_score", lambda *_: (next(scores), 1.0))
     run = small_run(steps=40, evaluate_every=10, ema=0.5)
-    result = train.train(run, out=tmp_path, data_dir=data, tensorboard=board)
+    result = train.train(run, out=tmp_path, data_dir=data, tensorboard=True)
     assert result.collapsed_step == 30 and result.best_step == 40
     assert "softmax: collapsed: validation 10.0 % at step 30 is chance" in capsys.readouterr().err
     assert len(history(tmp_path)) == 40
-    if board:
-        (events,) = (tmp_path / "tensorboard").iterdir()
-        logged = events.read_bytes()
-        assert logged.count(b"train/loss") == 40 and logged.count(b"validation/accuracy") == 4
-        assert logged.count(b"train/learning_rate") == 4
-    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="tensorboard must be off where tensorboardX is not installed, got True. Run pip"):
-        train.train(small_run(), out=tmp_path / "other", tensorboard=True)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    logged = events.read_bytes()
+    assert logged.count(b"train/loss") == 40 and logged.count(b"validation/accuracy") == 4
+    assert logged.count(b"train/learning_rate") == 4

@@ -57,7 +57,7 @@ def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
     assert settings.memory_limit == 3 * 2**29 and settings.values == {"in_features": 8} and settings.limits == ["batch"]
     # One thread is timed by its processor's clock, and so is what its rate is compared with.
     assert (settings.threads, settings.matmul_rate) == (1, 1e11)
-    assert settings.batch_size == 1 and settings.watts == 100 and not settings.peaks
+    assert settings.batch_size == 1 and settings.rates["watts"] == 100 and not settings.peaks
     assert len(measurements.read_measurements(out)) == 6 and not (out.parent / "lra-2.png").exists()
     shown = capsys.readouterr()
     assert "lra-text, in_features=8, batch 1, float32, train" in shown.out and "500 (1.00)" in shown.out
@@ -75,12 +75,12 @@ def test_every_option_of_what_is_measured_reaches_the_races(run):
     assert (layers, length, mode) == (["local", "performer"], 1024, "forward")
     named = {name: getattr(settings, name) for name in (
         "model", "baseline", "batch_size", "dtype", "implementation", "options", "seconds", "repeats", "peaks", "threads",
-        "energy_seconds", "watts", "grid_intensity", "price_per_hour", "currency", "limits",
+        "energy_seconds", "rates", "limits",
     )}  # fmt: skip
     assert named == dict(
         model="small", baseline="local", batch_size=3, dtype="bfloat16", implementation="xla",
-        options={"performer.num_features": 8}, seconds=0.5, repeats=7, peaks=True, threads=1, energy_seconds=0, watts=50,
-        grid_intensity=300, price_per_hour=2.5, currency="EUR", limits=["length"],
+        options={"performer.num_features": 8}, seconds=0.5, repeats=7, peaks=True, threads=1, energy_seconds=0,
+        limits=["length"], rates=dict(watts=50, grid_intensity=300, price_per_hour=2.5, currency="EUR"),
     )  # fmt: skip
 
 
@@ -138,18 +138,18 @@ def test_accuracy_against_time_is_drawn_beside_out(run, capsys):
         (("--layers", "locl"), "--layers must be a known name, got 'locl'"),
         (("--modes", "trian"), "--modes must be a known name, got 'trian'"),
         (("--limits", "depth"), "--limits must be a known name"),
-        (("--lengths", "0"), "--lengths must be at least 1, got 0"),
+        (("--lengths", "0"), "--lengths: must be a number such as 4096, 16K or 2G, got '0'"),
         (("--lengths", "1X"), "--lengths: must be a number such as 4096, 16K or 2G, got '1X'"),
-        (("--batch-size", "0"), "--batch-size must be > 0, got 0"),
+        (("--batch-size", "0"), "--batch-size: must be >= 1, got 0"),
         (("--lenghts", "1"), "--lengths"),
         (("--results", "absent.csv"), "--results must be a file with rows"),
         (("--results", "."), "--results must be a file with rows"),
         (("--draw",), "--draw must find rows in --out"),
-        (("--seconds", "nan"), "--seconds must be > 0, got nan"),
-        (("--energy-seconds", "-1"), "--energy-seconds must be >= 0, got -1"),
-        (("--price-per-hour", "-3"), "--price-per-hour must be >= 0, got -3"),
-        (("--grid-intensity", "-5"), "--grid-intensity must be >= 0, got -5"),
-        (("--watts", "inf"), "--watts must be > 0, got inf"),
+        (("--seconds", "nan"), "--seconds: must be > 0, got nan"),
+        (("--energy-seconds", "-1"), "--energy-seconds: must be >= 0, got -1"),
+        (("--price-per-hour", "-3"), "--price-per-hour: must be >= 0, got -3"),
+        (("--grid-intensity", "-5"), "--grid-intensity: must be >= 0, got -5"),
+        (("--watts", "inf"), "--watts: must be > 0, got inf"),
         (("--memory-limit", "infG"), "--memory-limit: must be a number such as 4096, 16K or 2G, got 'infG'"),
         (("--override", "in_featurs=8"), "changed, got 'in_featurs'. Did you mean 'in_features'?"),
         (("--override", "layer=local"), "--override must be a value that can be changed, got 'layer'"),

@@ -35,7 +35,7 @@ def run(name, *words, **options):
     return subprocess.run(command(name, *words), capture_output=True, text=True, timeout=500, **options)
 
 
-def told(finished) -> str:
+def stderr_of(finished) -> str:
     """What it said on stderr, but for the progress of planning, which a busy machine shows."""
     return "".join(line for line in finished.stderr.splitlines(keepends=True) if not line.startswith("planning: "))
 
@@ -99,7 +99,7 @@ def test_the_csv_is_plain(done):
 def test_wrong_words_are_one_line(words, code, said):
     finished = run("quickstart", *words)
     assert finished.returncode == code
-    assert told(finished).startswith(f"quickstart: {said}") and told(finished).count("\n") == 1
+    assert stderr_of(finished).startswith(f"quickstart: {said}") and stderr_of(finished).count("\n") == 1
     assert finished.stdout == ""
 
 
@@ -115,18 +115,18 @@ def test_layers_that_cannot_be_causal_are_left_out_of_a_language_model(tmp_path)
     (tmp_path / "file").touch()
     finished = run("quickstart", "--task", "pylib_lm", "--out", tmp_path / "file")
     assert finished.returncode == 1 and "quickstart: out: folder" in finished.stderr  # past the layers, and no further
-    assert told(finished).startswith("Left out, because a language model must be causal: linformer.\n")
+    assert stderr_of(finished).startswith("Left out, because a language model must be causal: linformer.\n")
 
 
 def test_a_language_model_has_no_plot_of_accuracy_and_none_is_announced(tmp_path, monkeypatch, capsys):
     made_up = lambda run, **_: dataclasses.replace(
-        results.failure(run, tasks.find(run.task, run.config), ""), status="ok", bits_per_byte=3.5
+        results.failure(run, tasks.find_task(run.task, run.config), ""), status="ok", bits_per_byte=3.5
     )
     monkeypatch.setattr(train, "train", made_up)
     words = ["--task", "pylib_lm", "--layers", "softmax", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["quickstart", *words])
     assert quickstart.main() == 0
-    assert f"{tmp_path}/quickstart.csv, .md; each layer's" in capsys.readouterr().out
+    assert f"{tmp_path}/quickstart.csv, {tmp_path}/quickstart.md; each layer's" in capsys.readouterr().out
     assert not (tmp_path / "quickstart.png").exists()
 
 
@@ -136,8 +136,8 @@ def test_a_damaged_data_set_is_told(data, tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     finished = run("quickstart", *TINY, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
     assert finished.returncode == 1
-    assert told(finished).startswith(f"quickstart: data set: folder {shard.parent} must hold a whole data set")
-    assert told(finished).count("\n") == 1
+    assert stderr_of(finished).startswith(f"quickstart: data set: folder {shard.parent} must hold a whole data set")
+    assert stderr_of(finished).count("\n") == 1
 
 
 def test_one_layers_fault_is_a_row_and_the_others_still_run(data, tmp_path):

@@ -63,20 +63,20 @@ def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
         (("--table", "7"), "table must be one of lra, got '7'."),
         (("--only", "lra.1.perfomer"), "--only must start a cell's id, got 'lra.1.perfomer'. Did you mean 'lra.1.performer'?"),
         (("--tabel", "1"), "option must be a known one, got '--tabel'. Did you mean '--table'?"),
-        (("--run", "--seeds", "0", "--only", "lra.1.bigbird"), "--seeds must be >= 1, got 0."),
-        (("--batch-size", "0"), "--batch-size must be >= 1, got 0."),
-        (("--probe", "0"), "--probe must be >= 1, got 0."),
-        (("--budget-hours", "-1"), "--budget-hours must be >= 0, got -1.0."),
-        (("--budget-hours", "nan"), "--budget-hours must be >= 0, got nan."),
+        (("--run", "--seeds", "0", "--only", "lra.1.bigbird"), "--seeds: must be >= 1, got 0."),
+        (("--batch-size", "0"), "--batch-size: must be >= 1, got 0."),
+        (("--probe", "0"), "--probe: must be >= 1, got 0."),
+        (("--budget-hours", "-1"), "--budget-hours: must be >= 0, got -1."),
+        (("--budget-hours", "nan"), "--budget-hours: must be >= 0, got nan."),
         (("--floors", "listop"), "task must be a known name, got 'listop'. Did you mean 'listops'?"),
     ],
 )
 def test_wrong_words_are_one_line(call, words, said, capsys):
     try:
-        code, _, told = call(*words)
+        code, _, error = call(*words)
     except SystemExit as stopped:
-        code, told = stopped.code, capsys.readouterr().err
-    assert code == 2 and told.startswith(f"reproduce_table: {said}") and told.count("\n") == 1
+        code, error = stopped.code, capsys.readouterr().err
+    assert code == 2 and error.startswith(f"reproduce_table: {said}") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_ledger_that_cannot_be_written_is_refused_before_any_work(call, monkey
     monkeypatch.setattr("subquad.lra.report.floor_rows.measure_floors", lambda *words: pytest.fail("measured"))
     code, out, said = call(*words, "--ledger", ledger)
     assert (code, out) == (commands.FAILED, "") and said.count("\n") == 1
-    assert said.startswith("reproduce_table: --ledger must be a file that can be written, got ")
+    assert said.startswith("reproduce_table: table: file /proc") and "must be writable, got " in said
 
 
 def test_a_budget_that_is_used_up_still_gives_the_table(call):
@@ -174,13 +174,13 @@ def test_hours_are_told_by_a_probe_and_kept(call, monkeypatch, tmp_path):
     monkeypatch.setattr(programs, "start_program", lambda program: lambda: None)
     words = ("--only", "lra.1.performer.listops", "--format", "json")
     (before,) = json.loads(call(*words)[1])
-    assert before["hours_hardware"] == "one V100" and before["hours_source"].endswith("are told by --probe")
+    assert before["hours_hardware"] == "one V100" and before["hours_source"].endswith("--probe measures this machine's")
     code, out, said = call(*words, "--probe", "2")
     (record,) = json.loads(out)
     assert code == 0 and record["hours_source"] == "from 2 steps timed on it, validation included"
-    assert record["hours_hardware"] == machine.name() and "[1/1] lra.1.performer.listops: " in said
+    assert record["hours_hardware"] == machine.hardware() and "[1/1] lra.1.performer.listops: " in said
     assert json.loads(call(*words)[1]) == [record]  # kept beside the ledger
-    assert f"on {machine.name()}" in call("--list")[1]
+    assert f"on {machine.hardware()}" in call("--list")[1]
     monkeypatch.setattr(programs, "compile_program", lambda *words: pytest.fail("compiled"))
     assert call(*words, "--probe", "2", "--ledger", "/proc/nope/l.csv")[0] == commands.FAILED
 

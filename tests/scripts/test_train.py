@@ -23,7 +23,7 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
 
     def made_up(run, *, out, **words):
         asked.append((run.seed, out, words))
-        row = results.failure(run, tasks.find(run.task, run.config), "")
+        row = results.failure(run, tasks.find_task(run.task, run.config), "")
         return dataclasses.replace(
             row, status="ok", accuracy=0.3 + 0.02 * run.seed, collapsed_step=20 if run.seed == 2 else None
         )

@@ -489,6 +489,9 @@ def test_unsupported_requests_are_refused(name):
     if not supports.positions:
         with refused(name, "positions"):
             layer(x, positions=jnp.arange(7))
+    if isinstance(layer, zoo.base.Attention) and not supports.weights:
+        with refused(name, "does not support sow_weights"):
+            layer(x, sow_weights=True)
     if not supports.extend:
         with refused(name, "extend"):
             layer.init_cache(2, 7)

@@ -117,6 +117,28 @@ def test_layers_of_a_model_share_one_projection():
     assert sum("projection" in path for path in sizes(model)) == 1
 
 
+@pytest.mark.parametrize("sharing", ["none", "headwise"])
+def test_rotation_comes_before_the_mixtures(sharing):
+    """With E = F = 1 it is softmax attention with the same rotation; in cross-attention both sides count from 0."""
+    layer = build(sharing, landmarks=LENGTH, rotary_base=20.0)
+    for matrix in (layer.projection.key, layer.projection.value):
+        matrix[...] = jnp.broadcast_to(jnp.eye(LENGTH), matrix[...].shape)
+    softmax = zoo.SoftmaxAttention(HEADS, FEATURES, rotary_base=20.0, rngs=nnx.Rngs(1))
+    nnx.update(softmax, {name: nnx.state(getattr(layer, name)) for name in ("query", "key", "value", "out")})
+    x = normal(2, LENGTH, FEATURES)
+    for arguments in ((x,), (x[:, :5], x)):
+        np.testing.assert_allclose(layer(*arguments), softmax(*arguments), rtol=1e-4, atol=1e-5)
+        assert jnp.abs(layer(*arguments) - build(sharing, landmarks=LENGTH)(*arguments)).max() > 1e-3
+    # Positions count real tokens, wherever the padding stands.
+    mask = jnp.arange(LENGTH) >= jnp.array([[[[0]]], [[[4]]]])
+    np.testing.assert_allclose(layer(x, mask=mask)[1, 4:], layer(x[1:, 4:])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_segments_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match="LinformerAttention does not support segment_ids: .*mixture of all tokens"):
+        build()(normal(2, LENGTH, FEATURES), segment_ids=jnp.zeros(LENGTH, int))
+
+
 @pytest.mark.parametrize("sharing", SHARING)
 def test_padding_is_left_out_whatever_it_holds(sharing):
     layer = build(sharing)
@@ -179,7 +201,7 @@ def test_bfloat16():
     ],
 )
 def test_refusals(change, argument):
-    with pytest.raises(ValueError, match=rf"Linformer\w+: {argument}"):
+    with pytest.raises(ValueError, match=rf"Linformer\w+(:| does not support) {argument}"):
         LinformerAttention(HEADS, FEATURES, **(dict(max_length=LENGTH, num_landmarks=5, rngs=nnx.Rngs(0)) | change))
 
 

@@ -321,3 +321,30 @@ def test_extend_needs_buckets():
 def test_attention_fn_is_refused_with_its_reason():
     assert not ReformerAttention.supports.attention_fn
     assert "no separate key" in zoo.LAYERS.get("reformer", ReformerAttention).__doc__
+
+
+# Segments.
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_segments_are_sequences_of_their_own(is_causal):
+    """Each with as many buckets as its own length asks for, borders of chunks from its own start, and no gradient across."""
+    layer = small(is_causal=is_causal)
+    x = inputs(60)
+    segments = jnp.array([3] * 13 + [1] * 40 + [2] * 7)
+    packed = jax.jit(lambda x: layer(x, segment_ids=segments))(x)
+    for start, stop in ((0, 13), (13, 53), (53, 60)):
+        np.testing.assert_allclose(packed[:, start:stop], run(layer, x[:, start:stop]), atol=1e-5)
+    real = jnp.arange(60) % 4 > 0
+    mask = jnp.broadcast_to(real, (2, 1, 1, 60))
+    function = lambda x: layer(x, segment_ids=segments, mask=mask)[:, 13:53][:, real[13:53]]
+    found, pull = jax.vjp(function, x)
+    np.testing.assert_allclose(found, run(layer, x[:, 13:53][:, real[13:53]]), atol=1e-5)
+    moved = jnp.abs(pull(jnp.ones_like(found))[0]).max((0, 2))
+    assert moved[:13].max() == 0 == moved[53:].max() and moved[13:53].max() > 0
+
+
+def test_a_ring_has_no_segments():
+    layer = small(reach="ring", correct_duplicates=False)
+    with pytest.raises(ValueError, match="ReformerAttention: segment_ids must be None with reach='ring'"):
+        layer(inputs(9), segment_ids=jnp.zeros(9, int))

@@ -103,6 +103,41 @@ def test_dropout_under_every_mask_and_in_steps():
         zoo.SoftmaxAttention(4, 16, dropout_rate=0.5, implementation="triton", rngs=nnx.Rngs(0))(x, **draws)
 
 
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+def test_sown_weights_are_flaxs(padding):
+    options = dict(num_kv_heads=2, dropout_rate=0.4)
+    flax = nnx.MultiHeadAttention(4, 16, **options, decode=False, deterministic=False, rngs=nnx.Rngs(1))
+    ours = zoo.SoftmaxAttention(4, 16, **options, rngs=nnx.Rngs(2))
+    nnx.update(ours, nnx.state(flax, nnx.Param))
+    ours.train()
+    x, y = inputs(9), inputs(7, seed=1)
+    is_real = jnp.ones((2, 7), bool) if padding is None else jnp.arange(7) < jnp.array([[7], [4]])
+    is_real = is_real[:, ::-1] if padding == "left" else is_real
+    mask = None if padding is None else is_real[:, None, None]
+
+    @nnx.jit
+    def run(layer, *inputs):
+        layer(*inputs, mask=mask, rngs=nnx.Rngs(dropout=0), sow_weights=True)
+        return nnx.pop(layer, nnx.Intermediate)["attention_weights"][0]
+
+    for arguments in ((y,), (x, y)):
+        found, expected = run(ours, *arguments), run(flax, *arguments)
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        queries = is_real if len(arguments) == 1 else jnp.ones((2, 9), bool)  # a query at padding sees what it likes
+        assert_close(jnp.where(queries[:, None, :, None], found, 0), jnp.where(queries[:, None, :, None], expected, 0), 1e-5)
+    assert not nnx.state(ours, nnx.Intermediate)
+
+
+def test_sown_weights_add_nothing_to_a_call():
+    ours = zoo.SoftmaxAttention(4, 16, is_causal=True, rotary_base=100.0, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x, segments = inputs(9).reshape(1, 2, 9, 16), jnp.array([0] * 4 + [1] * 5)
+    assert_close(ours(x, segment_ids=segments, sow_weights=True), ours(x, segment_ids=segments), 2e-2)
+    weights = ours.attention_weights[0]
+    assert weights.shape == (1, 2, 4, 9, 9) and weights.dtype == jnp.bfloat16
+    seen = np.tril(np.ones((9, 9), bool)) & (segments[:, None] == segments)
+    np.testing.assert_array_equal(weights > 0, np.broadcast_to(seen, weights.shape))
+
+
 def test_dropout_of_everything_leaves_the_bias():
     layer = zoo.SoftmaxAttention(4, 16, dropout_rate=1.0, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
     value, gradient = jax.value_and_grad(

@@ -33,22 +33,25 @@ def run(layer, x, mask=None):
     return jax.jit(lambda x, mask: layer(x, mask=mask))(x, mask)
 
 
-def one_segment(layer, memory, segment, valid):
+def one_segment(layer, memory, segment, seen):
     """The paper's equations for one segment and its memory, by the dense reference."""
     hidden = jnp.concatenate([jax.lax.stop_gradient(memory), segment], axis=1)
     heads = relative.attention(
         layer.query(segment), layer.key(hidden), layer.value(hidden),
         layer.relative(sinusoidal(jnp.arange(hidden.shape[1]), D)), layer.content_bias[...], layer.position_bias[...],
-        mask=valid[:, None, None], implementation="reference",
+        mask=seen, implementation="reference",
     )  # fmt: skip
     return layer.out(heads)
 
 
-def by_segments(layer, x, valid):
+def by_segments(layer, x, valid, ids=None):
     outputs = []
+    seen = jnp.broadcast_to(valid[:, None, None], (*valid.shape[:1], 1, x.shape[1], x.shape[1]))
+    if ids is not None:
+        seen &= (ids[:, :, None] == ids[:, None])[:, None]
     for start in range(0, x.shape[1], layer.segment_length):
         stop, first = start + layer.segment_length, max(0, start - layer.memory_length)
-        outputs.append(one_segment(layer, x[:, first:start], x[:, start:stop], valid[:, first:stop]))
+        outputs.append(one_segment(layer, x[:, first:start], x[:, start:stop], seen[:, :, start:stop, first:stop]))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -75,6 +78,29 @@ def test_a_long_call_is_segment_after_segment(segment, memory, length):
     valid = jnp.ones((2, length), bool).at[1, length - 2 :].set(False)
     actual = with_gradients(lambda layer, x: layer(x, mask=valid[:, None, None]) * valid[..., None], layer, x)
     close(actual, with_gradients(lambda layer, x: by_segments(layer, x, valid) * valid[..., None], layer, x))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_sequences_see_their_own_tokens_only(padded):
+    """In their segment and in their memory; values and gradients are those of a mask."""
+    layer, x = make(5, 7), inputs(18)
+    ids = jnp.array([[4] * 3 + [1] * 9 + [2] * 6, [0] * 10 + [3] * 8])
+    valid = jnp.ones((2, 18), bool).at[1, 16:].set(not padded)
+    mask = valid[:, None, None] if padded else None
+    actual = with_gradients(lambda layer, x: layer(x, mask=mask, segment_ids=ids) * valid[..., None], layer, x)
+    close(actual, with_gradients(lambda layer, x: by_segments(layer, x, valid, ids) * valid[..., None], layer, x))
+    # A sequence that begins with a segment is what it is alone.
+    if not padded:
+        close(actual[0][1:, 10:], run(layer, x[1:, 10:]))
+
+
+def test_nothing_leaks_between_packed_sequences():
+    layer, x = make(4, 6), inputs(17, batch=1)
+    ids = jnp.array([0] * 6 + [5] * 7 + [2] * 4)
+    packed = jax.jit(lambda x: layer(x, segment_ids=ids))
+    changed = jax.vmap(lambda s: x.at[0, s].multiply(3.0))(jnp.arange(17))
+    moved = jnp.abs(jax.vmap(packed)(changed)[:, 0] - packed(x)[0]).max(-1) > 1e-6
+    np.testing.assert_array_equal(moved.T, layer.pattern(17)[0] & (ids[:, None] == ids))
 
 
 @pytest.mark.parametrize("length", [1, 5, 6, 10])

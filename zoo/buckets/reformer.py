@@ -57,8 +57,10 @@ class ReformerAttention(Attention):
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
+        segment_ids: [T] or [*B, T]; each segment is hashed, sorted and cut into chunks as if it were alone.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; rows of padding are the output projection of 0.
-    Raises: ValueError: sizes that do not divide; an odd number of buckets; inputs_kv; a pairwise mask.
+    Raises: ValueError: sizes that do not divide; an odd number of buckets; inputs_kv; a pairwise mask; segment_ids with
+        reach="ring".
     Numerics: hashes, softmax and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16) where no
         rounding moves a token to another bucket.
     Example:
@@ -70,7 +72,7 @@ class ReformerAttention(Attention):
     Source: Kitaev et al., Reformer: The Efficient Transformer, ICLR 2020, arXiv 2001.04451.
     """
 
-    supports = Support(cost="T log T", causal="mask")
+    supports = Support(cost="T log T", causal="mask", segment_ids=True)
 
     def __init__(
         self,
@@ -124,17 +126,23 @@ class ReformerAttention(Attention):
         query = self.query(inputs_q)
         return query, query, self.value(inputs_q)
 
-    def attend(self, query, key, value, mask):
+    def attend(self, query, key, value, mask, segment_ids=None):
         lengths = query.shape[1] if mask is None else jnp.broadcast_to(mask[:, 0, 0].sum(-1), query.shape[:1])
+        if segment_ids is not None:
+            if self.reach == "ring":
+                refuse(type(self).__name__, "segment_ids", "an array", "be None with reach='ring'", "Use reach='chunk'.")
+            lengths = segment_lengths(segment_ids, mask)
         return lsh.attention(
             query, value, self.hash(query, lengths), num_buckets=int(np.prod(self.factors)), chunk_size=self.chunk_size,
-            chunks_before=self.chunks_before, chunks_after=self.chunks_after, mask=mask, is_causal=self.is_causal,
-            scale=self.scale, reach=self.reach, correct_duplicates=self.correct_duplicates,
+            chunks_before=self.chunks_before, chunks_after=self.chunks_after, mask=mask, segment_ids=segment_ids,
+            is_causal=self.is_causal, scale=self.scale, reach=self.reach, correct_duplicates=self.correct_duplicates,
             implementation=self.implementation,
         )
 
-    def hash(self, query: Float[Array, "B T N H"], lengths: int | Int[Array, "B"]) -> Int[Array, "B R T N"]:
-        """The buckets of tokens of samples that have so many tokens in all."""
+    def hash(
+        self, query: Float[Array, "B T N H"], lengths: int | Int[Array, "B"] | Int[Array, "B T"]
+    ) -> Int[Array, "B R T N"]:
+        """The buckets of tokens of sequences that have so many tokens in all."""
         rotations, used = self.rotations[...], None
         if self.follows_length:
             if isinstance(lengths, int):
@@ -165,3 +173,15 @@ class ReformerAttention(Attention):
             scale=self.scale, correct_duplicates=self.correct_duplicates, implementation=self.implementation,
         )
         return poisoned(heads, tokens), ReformerCache(*tokens, buckets)
+
+
+def segment_lengths(segment_ids: Int[Array, "B T"], mask) -> Int[Array, "B T"]:
+    """How many tokens the segment of each token has, padding not counted."""
+    real = jnp.ones_like(segment_ids, bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], segment_ids.shape)
+    segment_ids = jnp.where(real, segment_ids, jnp.iinfo(segment_ids.dtype).max)  # padding goes last
+
+    def count(ids, real):
+        ordered = jnp.sort(ids)
+        return jnp.minimum(jnp.searchsorted(ordered, ids, side="right"), real.sum()) - jnp.searchsorted(ordered, ids)
+
+    return jax.vmap(count)(segment_ids, real)

@@ -42,6 +42,7 @@ class SoftmaxAttention(Attention):
         inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: [*B, N, T, S], each axis full or 1.
         positions: [T] or [*B, T]; causality and rotation compare them, so one of both must be on.  segment_ids: [T] or [*B, T].
         deterministic: without dropout; None takes what `train()` or `eval()` set.  rngs: `rngs.dropout()` draws the dropout.
+        sow_weights: as in Flax, sows the weights [*B, N, T, S], before dropout; they take memory O(T S).
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; fully masked rows are the output projection of 0.
     Raises: ValueError: sizes that do not divide; a rotary_base that is not positive; a mask or positions of another shape;
         a dropout_rate outside 0..1; dropout without rngs.
@@ -86,14 +87,14 @@ class SoftmaxAttention(Attention):
 
     def attend(
         self, query, key, value, mask, positions=None, segment_ids=None, dropout_rng=None,
-        *, key_positions=None, bias=None, on_weights=None,
+        *, key_positions=None, bias=None, sow=None,
     ):
         """The mechanism, as in `Attention`.
 
         Args:
             key_positions: int [B|1, S], where they are not those of the queries.
             bias: added to the logits; each axis full or 1, of [B, N, T, S].
-            on_weights: see `weighted_mean`.
+            sow: is given the weights [B, N, T, S] before dropout, where all of them are wanted.
         """
         if positions is not None and key_positions is None:
             if not self.is_causal and self.rotary_base is None:
@@ -101,9 +102,7 @@ class SoftmaxAttention(Attention):
                        "be None where neither causality nor rotation compares them",
                        "Pass is_causal=True or rotary_base to the constructor.")
             key_positions = positions
-        if dropout_rng is not None:
-            on_weights = functools.partial(drop, dropout_rng, self.dropout_rate, self.broadcast_dropout)
-        if on_weights is not None:
+        if dropout_rng is not None or sow is not None:
             if self.implementation not in (None, "xla", "reference"):
                 raise NotImplementedError(
                     f"SoftmaxAttention: implementation {self.implementation!r} stores no weights to drop or to sow. "
@@ -115,6 +114,12 @@ class SoftmaxAttention(Attention):
                 mask = both(mask, masks.causal_mask(*at))
             if segment_ids is not None:
                 mask = both(mask, masks.segment_mask(segment_ids, segment_ids))
+
+            def on_weights(weights):
+                if sow is not None:
+                    sow(weights.astype(query.dtype))
+                return weights if dropout_rng is None else drop(dropout_rng, self.dropout_rate, self.broadcast_dropout, weights)
+
             return weighted_mean(query, key, value, mask, bias, on_weights)
         return softmax.attention(
             query, key, value, mask=mask, bias=bias, is_causal=self.is_causal, query_positions=positions,

@@ -88,6 +88,7 @@ class LinformerAttention(Attention):
     Differs from the paper: padding tokens are set to 0 before they are mixed, so that neither they nor their number
         change a result; shorter sequences use the first rows of E and F. The paper has one length and no padding. E and
         F start with variance 1 / max_length, so that mixtures start as large as keys are; its proof draws with 1 / M.
+        With `rotary_base`, not in the paper, queries and keys are rotated by their positions before keys are mixed.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -113,7 +114,10 @@ class LinformerAttention(Attention):
     Source: Wang et al., Linformer: Self-Attention with Linear Complexity, 2020, arXiv 2006.04768.
     """
 
-    supports = Support(cost="T", causal=False, cross=True, extend=False)
+    supports = Support(
+        cost="T", causal=False, cross=True, extend=False, rotary=True,
+        mixes_all="each of its keys is a mixture of all tokens of the sequence",
+    )
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Transformer-XL: segments that attend to a memory of those before, with relative positions."""
 
+import functools
 from typing import Any, Unpack
 
 import jax
@@ -45,6 +46,8 @@ class TransformerXLAttention(Attention):
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
+        segment_ids: [T] or [*B, T], of sequences packed into one: a token sees what it would see without them, of its own
+            sequence only. Segments of segment_length are counted from the start of the whole input.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; rows that see nothing are the projection of 0.
     Raises: ValueError: is_causal=False, a length out of range, a mask that is not key padding.
     Numerics: softmax in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
@@ -56,7 +59,7 @@ class TransformerXLAttention(Attention):
     Source: Dai et al., Transformer-XL, ACL 2019, arXiv 1901.02860.
     """
 
-    supports = Support(cost="T", bidirectional=False)
+    supports = Support(cost="T", bidirectional=False, segment_ids=True)
 
     def __init__(
         self,
@@ -89,11 +92,11 @@ class TransformerXLAttention(Attention):
         """The inputs themselves: they are projected segment by segment, with their memory."""
         return (inputs_q,)
 
-    def attend(self, inputs, mask):
+    def attend(self, inputs, mask, segment_ids=None):
         # No more memory than the last segment can have.
         room = min(self.memory_length, (inputs.shape[1] - 1) // self.segment_length * self.segment_length)
         past = jnp.zeros((inputs.shape[0], room, inputs.shape[2]), inputs.dtype)
-        return self._run(inputs, past, jnp.zeros(inputs.shape[0], jnp.int32), mask)
+        return self._run(inputs, past, jnp.zeros(inputs.shape[0], jnp.int32), mask, ids=segment_ids)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> TransformerXLCache:
         """An empty cache; it keeps a fixed number of tokens and takes more than max_length without harm."""
@@ -108,7 +111,7 @@ class TransformerXLAttention(Attention):
         past = last(jnp.concatenate([past, lax.stop_gradient(inputs)], axis=1), room, tokens, mask)
         return heads, TransformerXLCache(past.astype(cache.hidden.dtype), cache.seen + counts(inputs, mask))
 
-    def _run(self, inputs, past, known, mask, position=None):
+    def _run(self, inputs, past, known, mask, position=None, ids=None):
         """Attention of the inputs in chunks of segment_length, each to the `past` before it and to itself.
 
         Args:
@@ -116,6 +119,7 @@ class TransformerXLAttention(Attention):
             past: [B, P, D], the inputs just before, of which the last `known` [B] are some.
             position: of the first input in its segment, [B]; then each token's own segment bounds what it sees of the past.
                 None: the chunks are the segments, and the past is their memory.
+            ids: [B, T], of packed sequences; None: there is one.
         Returns: the heads [B, T, N, H].
         """
         length, room = inputs.shape[1], past.shape[1]
@@ -124,36 +128,35 @@ class TransformerXLAttention(Attention):
         past = lax.stop_gradient(past)
         past_valid = jnp.arange(room)[None] >= room - known[:, None]
         valid = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], inputs.shape[:2])
+        past_ids = None if ids is None else jnp.zeros(past_valid.shape, ids.dtype)  # nothing of a past that is not valid counts
+        append = functools.partial(jax.tree.map, lambda *pair: jnp.concatenate(pair, axis=1))
 
         def chunk(memory, xs):
-            hidden, own = xs
-            key, value, seen = (
-                jnp.concatenate(pair, axis=1)
-                for pair in zip(memory, (self.key(hidden), self.value(hidden), own), strict=True)
-            )
+            hidden, *own = xs
+            key, value, seen, key_ids = append(memory, (self.key(hidden), self.value(hidden), *own))
             mask = seen[:, None, None]
             if position is not None:
                 mask &= self._reaches(position, hidden.shape[1], room)
             heads = relative.attention(
                 self.query(hidden), key, value, relative_key, self.content_bias[...], self.position_bias[...],
-                mask=mask, implementation=self.implementation,
+                mask=mask, query_segment_ids=own[1], key_segment_ids=key_ids, implementation=self.implementation,
             )
             # The keys and values are those above; as memory they train the projections, but not the inputs.
             fixed = lax.stop_gradient(hidden)
-            added = self.key(fixed), self.value(fixed), own
-            memory = tuple(jnp.concatenate(pair, axis=1)[:, hidden.shape[1] :] for pair in zip(memory, added, strict=True))
-            return memory, heads
+            memory = append(memory, (self.key(fixed), self.value(fixed), *own))
+            return jax.tree.map(lambda x: x[:, hidden.shape[1] :], memory), heads
 
-        memory, outputs = (self.key(past), self.value(past), past_valid), []
+        memory, outputs = (self.key(past), self.value(past), past_valid, past_ids), []
+        tokens = inputs, valid, ids
         whole = length // size * size if length > size else 0
         if whole:
-            chunks = tuple(rearrange(x[:, :whole], "b (i c) ... -> i b c ...", c=size) for x in (inputs, valid))
+            chunks = jax.tree.map(lambda x: rearrange(x[:, :whole], "b (i c) ... -> i b c ...", c=size), tokens)
             # The backward pass projects each chunk anew, but keeps what attention gave.
             keep = jax.checkpoint_policies.save_only_these_names(relative.SAVED)
             memory, heads = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), memory, chunks)
             outputs.append(rearrange(heads, "i b c n h -> b (i c) n h"))
         if whole < length:
-            _, heads = chunk(memory, (inputs[:, whole:], valid[:, whole:]))
+            _, heads = chunk(memory, jax.tree.map(lambda x: x[:, whole:], tokens))
             outputs.append(heads)
         return jnp.concatenate(outputs, axis=1)
 

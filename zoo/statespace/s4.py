@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch, ssm
 from subquad.zoo import padding
@@ -29,10 +29,12 @@ class S4(nnx.Module):
         outputs = glu(W gelu(y) + b)
 
     A = Lambda - P P^* (mode "dplr") or A = Lambda (mode "diagonal"). With "dplr" a call convolves and `extend` recurs; with
-    "diagonal" both run the recurrence in chunks, which is the same convolution without the kernel of length T.
+    "diagonal" both run the recurrence in chunks, which is the same convolution without the kernel of length T. With
+    `segment_ids` both convolve: a state begins at 0 in each run of equal ids.
 
     Cost: time O(T D P) for mode "diagonal", O(T D (P + log T) + D P^2 (sqrt(T) + P log T)) for mode "dplr", memory O(T D);
-        one extended token O(D P) and a cache of that size whatever came before.
+        one extended token O(D P) and a cache of that size whatever came before. With segments the convolution
+        costs O(T D log^2 T).
     Differs from the paper: C is C itself, not the C (I - A_bar^L) that the paper trains for one length L, so a layer is
         right at every length and its convolution is its recurrence. P and B of LegS are in a basis where they are positive;
         they are not clipped as in the authors' code. Mode "diagonal" with LegS halves B as S4D's theorem says, which that
@@ -55,11 +57,12 @@ class S4(nnx.Module):
         dtype: dtype of the computation outside the state space model. None: promoted from inputs and parameters.
         param_dtype: dtype of the parameters.
         precision: `jax.lax.Precision` of the output map.
-        implementation: of the kernels; None takes the best that can run here, "reference" has forward derivatives, too. The
-            long convolution of mode "dplr" is XLA's FFT beside all others.
+        implementation: of the recurrences; None takes the best that can run here, "reference" has forward derivatives, too.
+            Convolution kernels and the long convolution are XLA's beside all others.
         rngs: `rngs.params()` draws the parameters.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
+        segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
     Raises: ValueError: an odd state_size, an unknown name, or a mode without that init or discretisation.
     Numerics: kernels, convolution and states in float32; convolution and recurrence agree to 2e-5.
@@ -75,7 +78,7 @@ class S4(nnx.Module):
         Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, NeurIPS 2022, arXiv 2206.11893.
     """
 
-    supports = Support(cost="T log T")
+    supports = Support(cost="T log T", segment_ids=True)
 
     def __init__(
         self,
@@ -136,20 +139,22 @@ class S4(nnx.Module):
         *,
         mask: Bool[Array, "..."] | None = None,
         positions: None = None,
-        segment_ids: None = None,
+        segment_ids: Int[Array, "..."] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*B T F"]:
         """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; nothing is drawn."""
         call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
-        outputs = self._call(call.inputs_q, call.mask)
+        outputs = self._call(call.inputs_q, call.mask, call.extras.get("segment_ids"))
         return outputs.reshape(*call.batch, *outputs.shape[1:])
 
     @compile_once
-    def _call(self, inputs, mask):
+    def _call(self, inputs, mask, segment_ids):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
-        inputs = self._promote(inputs if order is None else order.pack(inputs))
-        outputs = in_pieces(self._mix, inputs, self.system.respond(inputs))
+        if order is not None:
+            inputs, segment_ids = jax.tree.map(order.pack, (inputs, segment_ids))
+        inputs = self._promote(inputs)
+        outputs = in_pieces(self._mix, inputs, self.system.respond(inputs, segment_ids))
         return outputs if order is None else order.unpack(outputs)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> S4Cache:

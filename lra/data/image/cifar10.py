@@ -27,8 +27,8 @@ _RECORD, _IMAGES = 1 + 3 * SIDE * SIDE, 10_000  # bytes of an image, images of a
 _FILES = {"train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test": ("test_batch.bin",)}
 
 
-def read_images(archive: pathlib.Path, split: str) -> Iterator[tuple[np.ndarray, int]]:
-    """(image uint8 [32, 32, 3], label) of a split, "train" or "test", in the order of the files' numbers.
+def read_images(archive: pathlib.Path, split: str) -> Iterator[dict]:
+    """{"image": uint8 [32, 32, 3], "label"} of a split, "train" or "test", in the order of the files' numbers.
 
     Raises: DatasetError: the archive is damaged, or a file in it is missing or has not whole images.
     """
@@ -47,7 +47,8 @@ def read_images(archive: pathlib.Path, split: str) -> Iterator[tuple[np.ndarray,
             label = int(record[0])
             if label >= len(LABELS):
                 raise sources.DatasetError(f"lra_image: labels in {name} must be below {len(LABELS)}, got {label}.")
-            yield np.ascontiguousarray(record[1:].reshape(3, SIDE, SIDE).transpose(1, 2, 0)), label
+            image = record[1:].reshape(3, SIDE, SIDE).transpose(1, 2, 0)
+            yield {"image": np.ascontiguousarray(image), "label": label}
 
 
 def grey(image: np.ndarray) -> np.ndarray:

@@ -1,40 +1,24 @@
-"""The TFDS builder of `lra_image`: array_record files, written and read without TensorFlow."""
+"""The TFDS builder of `lra_image`."""
 
-import pathlib
-
-import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
+from subquad.lra.data import builder
 from subquad.lra.data.image import cifar10
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(builder.Builder):
     """CIFAR-10: `image` uint8 [32, 32, 3], red, green, blue; `label` 0 to 9."""
 
-    code_path = epath.Path(__file__)
-    pkg_dir_path = epath.Path(__file__).parent
     VERSION = tfds.core.Version(cifar10.VERSION)
     RELEASE_NOTES = {cifar10.VERSION: "First release."}
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="cifar10", description="CIFAR-10 in colour, train and test")]
+    homepage = "https://www.cs.toronto.edu/~kriz/cifar.html"
+    keeps_order = False
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        # A plain tensor: TFDS's image features would need TensorFlow to be written.
-        features = {
-            "image": tfds.features.Tensor(shape=(cifar10.SIDE, cifar10.SIDE, 3), dtype=np.uint8, encoding="bytes"),
-            "label": tfds.features.ClassLabel(names=list(cifar10.LABELS)),
-        }
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-        )
+    def features(self) -> dict:
+        return {"image": builder.picture(cifar10.SIDE, 3), "label": tfds.features.ClassLabel(names=list(cifar10.LABELS))}
 
-    def _split_generators(self, dl_manager):
-        archive = pathlib.Path(dl_manager.download(cifar10.URL))
-        return {split: self._generate_examples(archive, split) for split in ("train", "test")}
-
-    def _generate_examples(self, archive: pathlib.Path, split: str):
+    def examples(self, dl_manager) -> dict:
+        archive = self._download(dl_manager, cifar10.URL)
         # Keyed by the index, as TFDS's own builder does: the key decides the order on disk, and so what train[:90%] is.
-        for index, (pixels, label) in enumerate(cifar10.read_images(archive, split)):
-            yield index, {"image": pixels, "label": label}
+        return {split: enumerate(cifar10.read_images(archive, split)) for split in ("train", "test")}

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from subquad.lra.data import sources
 from subquad.lra.data.listops import expressions
 
-# Bytes of a file: 96,000 rows of 2,000 symbols, each in brackets of its own.
-LARGEST = 2_000_000_000
 FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
+# Bytes of a file: 96,000 rows of 2,000 symbols, each in brackets of its own.
+SOURCE = sources.Release(tuple(FILES.values()), largest=2_000_000_000, total=12_000_000_000)
 
 
 def read_examples(path: pathlib.Path) -> Iterator[expressions.Example]:

@@ -12,7 +12,6 @@ import os
 import pathlib
 import signal
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +21,7 @@ from dataclasses import astuple
 import numpy as np
 
 from subquad.lra.data.pathfinder import pictures
-from subquad.lra.progress import Progress, clock
+from subquad.lra.progress import Work, say
 
 
 def working_folder(parent: pathlib.Path, config: pictures.Config) -> pathlib.Path:
@@ -56,25 +55,29 @@ def render_blocks(
     missing = [indices for indices in ranges if _load(config, folder, indices) is None]
     processes = min(processes, len(missing))
     total, drawn = sum(map(len, ranges)), sum(map(len, missing))
-    with _Progress(config.name, total, total - drawn, processes) as shown:
+    if drawn < total:
+        say(f"pathfinder/{config.name}: {total - drawn:,} of {total:,} images are there from an earlier run")
+    with Work(f"pathfinder/{config.name}", drawn) as work:
         if processes > 1:
             with contextlib.suppress(BrokenProcessPool):  # the others can go on without it, only slower
-                _render_on_many(config, folder, missing, processes, shown)
+                _render_on_many(config, folder, missing, processes, work)
                 return
-            shown.say("pathfinder: the worker processes died or could not start; going on in one process.")
+            say("pathfinder: the worker processes died or could not start; going on in one process.")
         for indices in missing:
             if _load(config, folder, indices) is None:
-                shown.drawn(len(indices), _render_block(config, folder, indices))
+                _render_block(config, folder, indices)
+                work.advance(len(indices))
 
 
-def _render_on_many(config, folder, missing, processes, shown) -> None:
+def _render_on_many(config, folder, missing, processes, work) -> None:
     # Spawned, because the process may hold threads and devices that do not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_follow_parent)
     try:
         futures = {pool.submit(_render_block, config, folder, indices): len(indices) for indices in missing}
         for future in as_completed(futures):
-            shown.drawn(futures[future], future.result())
+            future.result()
+            work.advance(futures[future])
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -100,9 +103,8 @@ def _file(folder: pathlib.Path, indices: range) -> pathlib.Path:
     return folder / f"{indices.start:07}-{indices.stop:07}.block"
 
 
-def _render_block(config: pictures.Config, folder: pathlib.Path, indices: range) -> float:
-    """Draws one block into its file; the seconds that it took."""
-    began = time.perf_counter()
+def _render_block(config: pictures.Config, folder: pathlib.Path, indices: range) -> None:
+    """Draws one block into its file."""
     drawings = pictures.draw(config, indices)
     payload = bytes(one.label for one in drawings) + b"".join(one.image.tobytes() for one in drawings)
     packed = zlib.compress(payload)
@@ -110,7 +112,6 @@ def _render_block(config: pictures.Config, folder: pathlib.Path, indices: range)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_bytes(hashlib.sha256(packed).digest() + packed)
     os.replace(partial, path)
-    return time.perf_counter() - began
 
 
 def _load(config: pictures.Config, folder: pathlib.Path, indices: range) -> tuple[np.ndarray, np.ndarray] | None:
@@ -142,22 +143,3 @@ def read_blocks(
             raise OSError(f"pathfinder: {_file(folder, indices)} must be a whole block, got none. Run again to draw it anew.")
         for image, label in zip(*(part[shared.start - indices.start :][: len(shared)] for part in loaded), strict=True):
             yield pictures.Example(image, int(label))
-
-
-class _Progress(Progress):
-    """How many images are drawn, and the time left by those that were drawn so far."""
-
-    def __init__(self, name: str, total: int, kept: int, processes: int):
-        super().__init__(f"pathfinder/{name}", total, kept)
-        self.done, self.processes, self.seconds = kept, max(processes, 1), 0.0
-        if kept:
-            self.say(f"{self.label}: {kept:,} of {total:,} images are there from an earlier run")
-
-    def drawn(self, count: int, seconds: float) -> None:
-        """`count` more images are drawn, in `seconds` of one process."""
-        self.done += count
-        self.seconds += seconds
-        each = self.seconds / (self.done - self.start)
-        left = (self.steps - self.done) * each / self.processes
-        text = f"{1e3 * each:.1f} ms/image, {self.processes} at once, {clock(left)} left"
-        self.show(self.done, text, f"{self.label}: {self.done:,} of {self.steps:,} images, {text}")

@@ -1,15 +1,12 @@
-"""The TFDS builder of `lra_pathfinder`: array_record files, written and read without TensorFlow."""
+"""The TFDS builder of `lra_pathfinder`."""
 
 import dataclasses
 import pathlib
 import shutil
-import tempfile
 
-import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
-from subquad.lra.data import sources
+from subquad.lra.data import builder, sources
 from subquad.lra.data.pathfinder import blocks, pictures, released_folders
 
 
@@ -17,55 +14,38 @@ from subquad.lra.data.pathfinder import blocks, pictures, released_folders
 class BuilderConfig(tfds.core.BuilderConfig):
     """What to draw and on how many processes (None: every core), or which folder of the release to read."""
 
+    size: int = 32
     drawn: pictures.Config | None = None
-    source: released_folders.Source | None = None
+    source: sources.Release | None = None
     processes: int | None = None
     block: int = pictures.BLOCK
 
-    @property
-    def size(self) -> int:
-        return (self.source or self.drawn).size
 
-
-def _described(config: pictures.Config) -> str:
+def _drawn(name: str, config: pictures.Config) -> BuilderConfig:
     splits = ", ".join(f"{size} {split}" for split, size in config.splits)
-    return f"{config.size} x {config.size}, contours of {config.contour_length} segments, {splits}"
+    described = f"{config.size} x {config.size}, contours of {config.contour_length} segments, {splits}"
+    return BuilderConfig(name=name, description=described, size=config.size, drawn=config)
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+def _released(side: int, level: str) -> BuilderConfig:
+    described = f"The arena's own pathfinder{side}/{released_folders.FOLDERS[level]}"
+    source = released_folders.release(side, level)
+    return BuilderConfig(name=f"release_{side}_{level}", description=described, size=side, source=source)
+
+
+class Builder(builder.Builder):
     """Pathfinder, drawn or read: `image` uint8 [S, S, 1]; `label`, whether the discs mark the ends of one contour."""
 
-    # Told, because TFDS would look them up from the root package, which in an editable install has no folder.
-    code_path = epath.Path(__file__)
-    pkg_dir_path = epath.Path(__file__).parent
     VERSION = tfds.core.Version(pictures.VERSION)
     RELEASE_NOTES = {pictures.VERSION: "First release."}
-    BUILDER_CONFIGS = [
-        BuilderConfig(name=name, description=_described(config), drawn=config) for name, config in pictures.CONFIGS.items()
-    ] + [
-        BuilderConfig(
-            name=f"release_{size}_{level}",
-            description=f"The arena's own pathfinder{size}/{folder}",
-            source=released_folders.Source(size, level),
-        )
-        for size in pictures.SIZES
-        for level, folder in released_folders.FOLDERS.items()
+    BUILDER_CONFIGS = [_drawn(name, config) for name, config in pictures.CONFIGS.items()] + [
+        _released(side, level) for side in pictures.SIZES for level in released_folders.FOLDERS
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"For `release_*` put the unpacked folders of {sources.RELEASE_URL} there, or that file."
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        size = self.builder_config.size
-        features = {
-            # A plain tensor: TFDS's image features would need TensorFlow to be written.
-            "image": tfds.features.Tensor(shape=(size, size, 1), dtype=np.uint8, encoding="zlib"),
-            "label": tfds.features.ClassLabel(num_classes=pictures.NUM_CLASSES),
-        }
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            homepage="https://github.com/google-research/long-range-arena",
-            disable_shuffling=True,  # the order of the indices
-        )
+    def features(self) -> dict:
+        image = builder.picture(self.builder_config.size, encoding="zlib")
+        return {"image": image, "label": tfds.features.ClassLabel(num_classes=pictures.NUM_CLASSES)}
 
     @property
     def _blocks(self) -> pathlib.Path:
@@ -78,27 +58,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         if self.builder_config.drawn is not None:
             shutil.rmtree(self._blocks, ignore_errors=True)
 
-    def _split_generators(self, dl_manager):
+    def examples(self, dl_manager) -> dict:
         config = self.builder_config
         if config.drawn is not None:
             blocks.render_blocks(config.drawn, self._blocks, processes=config.processes, block=config.block)
-            return {
-                split: self._generate_examples(blocks.read_blocks(config.drawn, self._blocks, split, block=config.block))
-                for split, _ in config.drawn.splits
-            }
-        # Beside the data set, where there is room; whoever prepares removes it.
-        self.scratch = tempfile.TemporaryDirectory(dir=pathlib.Path(dl_manager.download_dir))
-        folder = released_folders.fetch_folder(config.source, self._manual_dir(dl_manager), pathlib.Path(self.scratch.name))
-        every = released_folders.read_samples(folder)
-        of_split = lambda split: released_folders.read_images(released_folders.split_samples(every, split), config.size)
-        return {split: self._generate_examples(of_split(split)) for split in ("train", "validation", "test")}
-
-    def _manual_dir(self, dl_manager) -> pathlib.Path:
-        try:
-            return pathlib.Path(dl_manager.manual_dir)
-        except AssertionError:  # TFDS's word for a folder that is missing or empty; `fetch_folder` says more
-            return pathlib.Path(self._data_dir_root) / "downloads" / "manual"
-
-    def _generate_examples(self, examples):
-        for index, (image, label) in enumerate(examples):
-            yield index, {"image": image[..., None], "label": label}
+            read = lambda split: blocks.read_blocks(config.drawn, self._blocks, split, block=config.block)
+        else:
+            (folder,) = config.source.fetch(self.name, dl_manager.manual_dir, self._folder_of_scratch(dl_manager)).values()
+            every = released_folders.read_samples(folder)
+            read = lambda split: released_folders.read_images(released_folders.split_samples(every, split), config.size)
+        stored = lambda one: {"image": one.image[..., None], "label": one.label}
+        splits = ("train", "validation", "test") if config.drawn is None else dict(config.drawn.splits)
+        return {split: enumerate(map(stored, read(split))) for split in splits}

@@ -6,11 +6,8 @@ one was faulty: the most deeply nested counts. An empty image, as there is one i
 """
 
 import io
-import os
 import pathlib
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,33 +15,14 @@ import numpy as np
 from subquad.lra.data import sources
 from subquad.lra.data.pathfinder import pictures
 
-# Images of a folder, bytes of a picture's file beside its pixels, bytes of a file of metadata, which lists a thousand.
-IMAGES, SPARE, LARGEST_LIST = 200_000, 4_096, 10_000_000
-FOLDERS = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9", "hard": "curv_contour_length_14"}
+FOLDERS = {"hard": "curv_contour_length_14", "intermediate": "curv_contour_length_9", "easy": "curv_baseline"}
+# Images of a folder; bytes of a file of metadata, which lists a thousand; bytes of a picture's file beside its pixels.
+IMAGES, LARGEST, SPARE = 200_000, 10_000_000, 4_096
 
 
-@dataclass(frozen=True)
-class Source:
+def release(side: int, level: str) -> sources.Release:
     """The release's folder of one size and level, as a source of a catalogue."""
-
-    size: int
-    level: str
-
-    @property
-    def folder(self) -> str:
-        return f"pathfinder{self.size}/{FOLDERS[self.level]}"
-
-    def __str__(self) -> str:
-        return f"{sources.RELEASE_FILES[0]}, {sources.size(sources.RELEASE_BYTES)}, by hand"
-
-    def require(self, name: str, manual_dir: pathlib.Path, downloads: pathlib.Path) -> None:
-        """The folder is in manual_dir, at any depth, or the archive is; else `MissingSource`."""
-        if find_folder(manual_dir, self.folder) is None and sources.release_archive(manual_dir) is None:
-            raise sources.MissingSource(
-                f"{name}: folder {self.folder} with imgs/ and metadata/ must be under {manual_dir}, got no such folder there. "
-                f"Put it, or the whole {sources.RELEASE_FILES[0]} ({sources.size(sources.RELEASE_BYTES)}, "
-                f"{sources.RELEASE_URL}), into that folder, or name yours by --manual-dir"
-            )
+    return sources.Release((f"pathfinder{side}/{FOLDERS[level]}",), LARGEST, 2 * IMAGES * (side**2 + SPARE))
 
 
 class Sample(NamedTuple):
@@ -52,47 +30,6 @@ class Sample(NamedTuple):
 
     path: pathlib.Path
     label: int
-
-
-def find_folder(manual_dir: pathlib.Path, folder: str) -> pathlib.Path | None:
-    """A folder with metadata/ by the end of its path, at any depth of manual_dir; of several the most deeply nested."""
-    found = []
-    for parent, folders, _ in os.walk(manual_dir):
-        if f"/{pathlib.Path(parent).as_posix()}".endswith(f"/{folder}") and "metadata" in folders:
-            found.append(pathlib.Path(parent))
-        folders[:] = sorted(one for one in folders if one not in ("imgs", "metadata"))  # millions of files
-    return max(found, key=lambda path: len(path.parts), default=None)
-
-
-def fetch_folder(source: Source, manual_dir: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
-    """The source's folder: the unpacked one, else unpacked out of the archive, which is read once, into `scratch`.
-
-    Raises: DatasetError: neither is there, or the archive is damaged or lacks the folder.
-    """
-    found = find_folder(manual_dir, source.folder)
-    if found is not None:
-        return found
-    source.require(f"lra_pathfinder/release_{source.size}_{source.level}", manual_dir, scratch)
-    packed, pixels = sources.release_archive(manual_dir), source.size**2
-    inside = lambda member: f"/{member}".rpartition(f"/{source.folder}/")
-
-    def largest(member: str) -> int | None:
-        _, found, tail = inside(member)
-        return (LARGEST_LIST if tail.startswith("metadata/") else 4 * pixels + SPARE) if found else None
-
-    # Twice, because the release holds some folders twice.
-    with sources.archive_members(packed, largest, 2 * IMAGES * (pixels + SPARE)) as members:
-        for member, stream in members:
-            before, _, tail = inside(member)
-            # As deep as in the archive, so that `find_folder` prefers the inner tree.
-            target = scratch.joinpath(*["_"] * before.count("/"), source.folder, *tail.split("/"))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as output:
-                shutil.copyfileobj(stream, output)
-    found = find_folder(scratch, source.folder)
-    if found is None:
-        raise sources.DatasetError(f"release: archive {packed} must hold {source.folder}, got no such folder in it.")
-    return found
 
 
 def read_samples(folder: pathlib.Path) -> list[Sample]:

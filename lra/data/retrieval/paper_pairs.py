@@ -12,17 +12,20 @@ Source: Radev et al., The ACL Anthology Network Corpus, LREC 2013; Tay et al., L
 import pathlib
 from collections.abc import Iterator
 
+import numpy as np
+
 from subquad.lra.data import sources
 
 VERSION = "1.0.0"
 FILES = {split: f"new_aan_pairs.{word}.tsv" for split, word in
          (("train", "train"), ("validation", "eval"), ("test", "test"))}  # fmt: skip
+SOURCE = sources.Release(tuple(FILES.values()), largest=50_000_000_000, total=300_000_000_000)
 MAX_BYTES = 10_000
 LONGEST = 50_000_000  # bytes of a line: a file without line ends would fill the memory
 
 
-def read_pairs(path: pathlib.Path) -> Iterator[tuple[int, bytes, bytes, bytes, bytes]]:
-    """(label, id, id, text, text) of every line of a file.
+def read_pairs(path: pathlib.Path) -> Iterator[dict]:
+    """{"text1", "text2": bytes as uint8, "id1", "id2", "label"} of every line of a file.
 
     Raises: DatasetError: a line has not five columns, or its label is neither 0 nor 1.
     """
@@ -36,5 +39,6 @@ def read_pairs(path: pathlib.Path) -> Iterator[tuple[int, bytes, bytes, bytes, b
             if columns[0] not in (b"0", b"0.0", b"1", b"1.0"):
                 got = columns[0][:20]
                 raise sources.DatasetError(f"lra_retrieval: {path}:{number} must begin with 0.0 or 1.0, got {got!r}.")
-            label, *ids, first, second = columns
-            yield int(float(label)), *ids, first[:MAX_BYTES], second[:MAX_BYTES]
+            label, id1, id2, *texts = columns
+            text1, text2 = (np.frombuffer(text[:MAX_BYTES], np.uint8) for text in texts)
+            yield {"text1": text1, "text2": text2, "id1": id1, "id2": id2, "label": int(float(label))}

@@ -13,6 +13,8 @@ Source: Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011.
 import pathlib
 from collections.abc import Iterator
 
+import numpy as np
+
 from subquad.lra.data import sources
 
 VERSION = "1.0.0"
@@ -22,8 +24,8 @@ LABELS = ("neg", "pos")
 LARGEST, REVIEWS = 100_000, 25_000  # bytes of a review (the longest has 14,000), reviews of a split
 
 
-def read_reviews(archive: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int]]:
-    """(path in the archive, text, label) of every labelled review of a split, "train" or "test".
+def read_reviews(archive: pathlib.Path, split: str) -> Iterator[tuple[str, dict]]:
+    """(path in the archive, {"text": bytes as uint8, "label"}) of every labelled review of a split, "train" or "test".
 
     Raises: DatasetError: the archive is damaged or holds no such review.
     """
@@ -35,6 +37,7 @@ def read_reviews(archive: pathlib.Path, split: str) -> Iterator[tuple[str, bytes
     with sources.archive_members(archive, largest, LARGEST * REVIEWS) as members:
         for path, stream in members:
             count += 1
-            yield path, stream.read().strip(), LABELS.index(path.split("/")[2])
+            text = np.frombuffer(stream.read().strip(), np.uint8)
+            yield path, {"text": text, "label": LABELS.index(path.split("/")[2])}
     if not count:
         raise sources.DatasetError(f"lra_text: archive {archive} must hold aclImdb/{split}/pos and neg, got none.")

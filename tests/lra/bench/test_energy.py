@@ -64,10 +64,10 @@ def test_energy_of_a_call_is_the_mean_of_many():
 
 
 def test_what_is_not_measured_is_marked_and_rests_on_stated_rates():
-    found = energy.cost(3600.0, watts=500.0, grid_intensity=400.0, price_per_hour=2.5, currency="EUR")
-    assert found.energy_joules == pytest.approx(0.5 * 3.6e6) and found.energy_source == "estimated from 500 W"
-    assert found.co2e_grams == pytest.approx(200.0) and found.co2e_assumption == "400 g CO2e per kWh"
-    assert found.price == pytest.approx(2.5) and found.price_assumption == "2.5 EUR per hour"
+    found = energy.cost(3600.0, None, None, watts=500.0, grid_intensity=400.0, price_per_hour=2.5, currency="EUR")
+    assert found["energy_joules"] == pytest.approx(0.5 * 3.6e6) and found["energy_source"] == "estimated from 500 W"
+    assert found["co2e_grams"] == pytest.approx(200.0) and found["co2e_assumption"] == "400 g CO2e per kWh"
+    assert found["price"] == pytest.approx(2.5) and found["price_assumption"] == "2.5 EUR per hour"
     measured = energy.cost(3600.0, 1.0, "NVML", watts=500.0)
-    assert measured == energy.Cost(1.0, "NVML")
-    assert energy.cost(1.0, grid_intensity=400.0) == energy.Cost()
+    assert measured == dict(energy_joules=1.0, energy_source="NVML")
+    assert energy.cost(1.0, None, None, grid_intensity=400.0) == {}

@@ -11,8 +11,8 @@ from subquad.zoo import LAYERS
 TINY = dict(in_features=8, num_layers=1, mlp_features=8)
 SETTINGS = speed.Settings(
     model="small", session="a test", memory_limit=2**30, memory_source="a test", matmul_rate=1e12, batch_size=2, values=TINY,
-    repeats=2, options={"linformer.max_length": 4, "local.window_size": 3}, watts=100.0, grid_intensity=400.0,
-    energy_seconds=0.0,
+    repeats=2, options={"linformer.max_length": 4, "local.window_size": 3}, energy_seconds=0.0,
+    rates=dict(watts=100.0, grid_intensity=400.0),
 )  # fmt: skip
 
 
@@ -21,8 +21,8 @@ def silent(text):
 
 
 def test_layers_are_raced_and_one_that_fails_takes_no_other_with_it():
-    told = []
-    softmax, linformer, local = speed.race(["softmax", "linformer", "local"], 16, "train", SETTINGS, told.append)
+    said_lines = []
+    softmax, linformer, local = speed.race(["softmax", "linformer", "local"], 16, "train", SETTINGS, said_lines.append)
     assert [row.layer for row in (softmax, linformer, local)] == ["softmax", "linformer", "local"]
     assert linformer.status.startswith("failed: ") and "max_length" in linformer.status and linformer.median_ms is None
     assert json.loads(local.layer_options)["window_size"] == 3
@@ -41,7 +41,7 @@ def test_layers_are_raced_and_one_that_fails_takes_no_other_with_it():
         assert row.speed_ratio == pytest.approx(softmax.median_ms / row.median_ms, rel=1e-3)
         assert row.memory_ratio == pytest.approx(row.peak_bytes / softmax.peak_bytes, rel=1e-3)
     assert softmax.speed_ratio == softmax.memory_ratio == 1.0 and linformer.speed_ratio is None
-    assert told[-1] == "timing softmax, local"
+    assert said_lines[-1] == "timing softmax, local"
 
 
 def test_a_model_with_other_values_has_rows_of_its_own(tmp_path, monkeypatch):
@@ -163,13 +163,12 @@ def test_every_layer_has_a_plan_in_every_model_that_is_of_the_length(model):
 def test_what_is_left_is_told_from_what_was_measured():
     races = list(speed.races([4, 1, 2], ["forward", "train"]))
     assert races == [(1, "forward"), (1, "train"), (2, "forward"), (2, "train"), (4, "forward"), (4, "train")]
-    forecast = speed.Forecast(races)
-    assert forecast.left() is None
-    forecast.taken |= {(1, "forward"): (10.0, 4.0)}
+    assert speed.seconds_left(races, {}) is None
+    taken = {(1, "forward"): (10.0, 4.0)}
     # One race more of this length, two of the next, two of the one after: only what is no compiling grows.
-    assert forecast.left() == pytest.approx(10.0 + 2 * (4 + 12) + 2 * (4 + 24))
-    forecast.taken |= {(2, "forward"): (10.0, 9.0), (1, "train"): (10.0, 0.0), (2, "train"): (40.0, 0.0)}
-    assert forecast.left() == pytest.approx(10.0 + 160.0)
+    assert speed.seconds_left(races, taken) == pytest.approx(10.0 + 2 * (4 + 12) + 2 * (4 + 24))
+    taken |= {(2, "forward"): (10.0, 9.0), (1, "train"): (10.0, 0.0), (2, "train"): (40.0, 0.0)}
+    assert speed.seconds_left(races, taken) == pytest.approx(9.0 + 2 + 80.0)
 
 
 def test_the_machines_memory_is_told(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from subquad.lra import checkpoints, files, interrupts, progress
 from subquad.lra.cli import commands
-from subquad.lra.data.store import DatasetError
+from subquad.lra.data.sources import DatasetError
 from subquad.lra.run import Run
 
 
@@ -27,6 +27,7 @@ from subquad.lra.run import Run
         (NotImplementedError("S4: no such kernel."), 2),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 1),
         (MemoryError(), 1),
+        (ModuleNotFoundError("No module named 'grain'", name="grain"), 1),
     ],
 )
 def test_what_a_user_can_cure_is_one_line_and_an_exit_code(error, code, capsys):
@@ -156,7 +157,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     with progress.Progress("s4", 100) as shown:
-        assert shown._bar is not None
+        assert shown.on_terminal
         shown.update(50, 2.0, 4.0)
     said = capsys.readouterr().err
     assert "50/100" in said and "loss 2.000" in said and "4.0 steps/s" in said and "0:12 left" in said

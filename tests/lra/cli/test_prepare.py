@@ -6,9 +6,9 @@ import pytest
 
 from subquad.lra import progress, tasks
 from subquad.lra.cli import prepare
-from subquad.lra.data import catalogue, floors, small_network, store
+from subquad.lra.data import catalogue, floors, small_network, sources, store
 from subquad.lra.data.pathfinder import line_following, pictures
-from tests.lra.data import archives
+from tests.lra.data import archives, in_memory
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +57,21 @@ def test_every_task_stands_on_a_data_set_that_its_builder_knows():
 def test_a_missing_folder_of_pathfinder_is_asked_for_whole(tmp_path, capsys):
     assert prepare.prepare(["pathfinder/release_32_easy"], tmp_path) == 1
     said = capsys.readouterr().err
-    assert "folder pathfinder32/curv_baseline with imgs/ and metadata/ must be under" in said and "0.npy" not in said
+    assert "pathfinder32/curv_baseline must be under" in said and "0.npy" not in said
 
 
 def test_pathfinders_records_are_those_of_its_generator():
-    assert set(catalogue.PATHFINDER_CONFIGS) == set(pictures.CONFIGS)
     for name, config in pictures.CONFIGS.items():
         found = catalogue.find_dataset(f"lra_pathfinder/{name}")
         assert dict(config.splits) == found.sizes and found.version == pictures.VERSION
-        assert tasks.find("pathfinder", name).image_shape == (config.size, config.size)
+        assert tasks.find_task("pathfinder", name).image_shape == (config.size, config.size)
 
 
 def test_pathfinder_is_read_as_shifted_pixels(tmp_path):
     splits, _ = store.load("lra_pathfinder/tiny", tmp_path)
-    picture = next(pictures.generate(pictures.CONFIGS["tiny"], "train")).image
+    picture = in_memory.draw_pictures(pictures.CONFIGS["tiny"], "train")[0].image
     assert np.array_equal(splits["train"][0]["inputs"], picture.reshape(-1).astype(int) + 1)
-    assert np.array_equal(splits["train"][0]["inputs"], store.generate("lra_pathfinder/tiny")["train"][0]["inputs"])
+    assert np.array_equal(splits["train"][0]["inputs"], in_memory.generate("lra_pathfinder/tiny")["train"][0]["inputs"])
     assert splits["train"][0]["inputs"].min() == 1  # black, and no padding
 
 
@@ -81,7 +80,7 @@ def test_what_is_missing_fails_only_where_it_was_named(tmp_path, monkeypatch, ca
     monkeypatch.setattr(prepare, "PATIENCE_SECONDS", 1000)
     assert prepare.prepare([], tmp_path) == 0
     skipped = capsys.readouterr()
-    assert skipped.err.startswith("skipped: lra_retrieval/lra: file new_aan_pairs.train.tsv must be under")
+    assert skipped.err.startswith("skipped: lra_retrieval/lra: new_aan_pairs.train.tsv must be under")
     assert skipped.err.count("\n") == 1 and skipped.out == ""
     assert prepare.prepare(["retrieval"], tmp_path) == 1
     assert capsys.readouterr().err == skipped.err.removeprefix("skipped: ")
@@ -98,12 +97,12 @@ def test_check_of_a_good_data_set(built):
     report = prepare.check("listops/tiny", built)
     text = "\n".join(report.lines)
     assert report.faults == [] and report.lines[-1] == "  ok"
-    splits = store.generate("lra_listops/tiny")
+    splits = in_memory.generate("lra_listops/tiny")
     lengths = sorted(len(one["inputs"]) for one in splits["test"])
     assert f"min {lengths[0]} " in text and f"max {lengths[-1]} " in text and "0.0 % are cut at 30" in text
     shares = [100 * sum(one["label"] == label for one in splits["train"]) / 256 for label in range(10)]
     assert f"labels {' '.join(f'{share:.1f}' for share in shares)} %" in text
-    expected = tasks.find("listops", "tiny").floors(splits)
+    expected = tasks.find_task("listops", "tiny").floors(splits)
     assert f"majority {100 * expected['majority']:.1f} %, root {100 * expected['root']:.1f} %" in text
     assert "in both train and test: 0 examples" in text and "train     256 examples, 0 of them repeated" in text
 
@@ -122,7 +121,7 @@ def test_check_names_a_file_that_changed(built, tmp_path):
 
 
 def test_check_of_what_is_not_prepared_builds_nothing(tmp_path):
-    with pytest.raises(store.DatasetError, match=r"text: data set must be prepared first, .*Run prepare_lra.py prepare text"):
+    with pytest.raises(sources.DatasetError, match=r"text: data set must be prepared first, .*Run prepare_lra.py prepare text"):
         prepare.check("text", tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -144,7 +143,7 @@ def test_check_finds_sizes_and_labels_that_are_not_the_published(tmp_path):
 @pytest.mark.parametrize(("blank", "faults"), [(1, 0), (4, 1)])
 def test_blank_pictures_are_a_fault_where_there_are_many(blank, faults):
     part = [{"inputs": np.arange(64) % 17 * (index >= blank) + 1, "label": index % 10} for index in range(40)]
-    report, task = prepare.Report(), tasks.find("digits", "offline")
+    report, task = prepare.Report(), tasks.find_task("digits", "offline")
     task = dataclasses.replace(task, splits=dict.fromkeys(task.splits, 40))
     prepare._check_examples(report, task, dict.fromkeys(task.splits, part))
     assert [f"train has {blank} pictures of one colour" in fault for fault in report.faults].count(True) == faults
@@ -168,7 +167,7 @@ def test_the_network_learns_where_there_is_something_to_learn(noise):
     reached, count = small_network.accuracy(splits, (8, 8), 2, 256, steps=60)
     assert count == 300
     assert (reached > 0.9) != noise
-    task = tasks.find("digits", "offline")
+    task = tasks.find_task("digits", "offline")
     report = prepare.Report()
     prepare._check_pictures(report, dataclasses.replace(task, num_classes=2, vocabulary_size=257), splits, 0.5, 60)
     assert bool(report.faults) == noise
@@ -180,7 +179,7 @@ def drawn(count, split, noise):
     guesses = np.random.default_rng(len(split)).integers(0, 2, count)
     return [
         {"inputs": one.image.reshape(-1).astype(int) + 1, "label": int(guess if noise else one.label)}
-        for one, guess in zip(pictures.generate(config, split), guesses, strict=True)
+        for one, guess in zip(in_memory.draw_pictures(config, split), guesses, strict=True)
     ]
 
 
@@ -188,7 +187,7 @@ def drawn(count, split, noise):
 def test_pathfinders_labels_are_told_by_its_lines_or_it_is_a_fault(noise):
     splits = {"train": drawn(600, "train", noise), "test": drawn(300, "test", noise)}
     report = prepare.Report()
-    prepare._check_pictures(report, tasks.find("pathfinder", "32_easy"), splits, 0.5, 10)
+    prepare._check_pictures(report, tasks.find_task("pathfinder", "32_easy"), splits, 0.5, 10)
     assert "by following them from disc to disc" in report.lines[-1]
     assert bool(report.faults) == noise and not report.doubts
     if noise:
@@ -227,12 +226,13 @@ def test_floors_of_a_language_model_by_hand():
 def test_whatever_prepare_and_check_wait_for_is_shown(tmp_path, monkeypatch, capsys):
     """Every phase, as if it took longer than two seconds."""
     labels = []
-    begin = progress.Work._begin
-    monkeypatch.setattr(progress.Work, "_begin", lambda work: labels.append((work.label, work.total)) or begin(work))
+    begin = progress.Work.__enter__
+    monkeypatch.setattr(progress.Work, "__enter__", lambda work: labels.append((work.label, work.total)) or begin(work))
     monkeypatch.setattr(line_following, "accuracy", lambda splits, side: (0.5, 16))
     words = ["listops/tiny", "pathfinder/tiny"]
     assert prepare.prepare(words, tmp_path) == 0
-    assert ("lra_listops/tiny", 384) in labels and ("lra_pathfinder/tiny", 96) in labels
+    assert ("lra_listops/tiny: train", 256) in labels and ("lra_pathfinder/tiny: test", 16) in labels
+    assert ("pathfinder/tiny", 96) in labels
     labels.clear()
     for word in words:
         prepare.check(word, tmp_path, cnn_steps=1)
@@ -241,5 +241,3 @@ def test_whatever_prepare_and_check_wait_for_is_shown(tmp_path, monkeypatch, cap
         assert {(f"{word}: {split}", size) for split, size in shares} | {(f"{word}: floors", None)} <= set(labels)
     assert ("pathfinder/tiny: a small network", None) in labels and ("pathfinder/tiny: following the lines", None) in labels
     assert any(label.endswith(": checksums") for label, _ in labels)
-    store.generate("lra_listops/tiny")
-    assert ("lra_listops/tiny, train", 256) in labels

@@ -31,7 +31,7 @@ def test_every_image_in_colour_on_disk(splits):
 
 def test_a_tenth_of_train_validates_and_no_image_is_in_both(splits):
     assert {split: len(part) for split, part in splits.items()} == {"train": 45, "validation": 5, "test": 10}
-    task = tasks.find("image", "lra")
+    task = tasks.find_task("image", "lra")
     assert task.splits == {"train": 45_000, "validation": 5_000, "test": 10_000}
     # By hand: each image's label and the file that it is in.
     packed = [pair for number in range(5) for pair in zip(*archives.cifar_images(number), strict=True)]
@@ -41,7 +41,7 @@ def test_a_tenth_of_train_validates_and_no_image_is_in_both(splits):
 
 
 def test_tokens_are_grey_values_plus_one_row_by_row(splits):
-    task = tasks.find("image", "lra")
+    task = tasks.find_task("image", "lra")
     for index in range(10):
         stored, tokens = splits["test"].stored(index)["image"], splits["test"][index]["inputs"]
         assert tokens.shape == (task.length,) and tokens.min() >= 1 and tokens.max() < task.vocabulary_size

@@ -24,7 +24,7 @@ def test_tokens_of_the_arenas_nested_form_are_golden(tmp_path):
         # [MAX 4 3 [MIN 2 3 ] ]: 0 is padding, digit d is d + 1, then MIN 11, MAX 12, MED 13, SM 14 and the bracket 15.
         assert first["inputs"].tolist() == [12, 5, 4, 11, 3, 4, 15, 15] and first["label"] == 4
         assert second["inputs"].tolist() == [14, 6, digit + 1, 2, 15] and second["label"] == 6 + digit
-    task = tasks.find("listops", "release")
+    task = tasks.find_task("listops", "release")
     assert task.length == 2000 and task.vocabulary_size == expressions.VOCABULARY_SIZE + 1  # the arena's unknown word
 
 
@@ -41,7 +41,7 @@ def test_of_two_copies_the_inner_one_counts(tmp_path, form):
     else:
         archives.pack(manual / "lra_release.gz", files)
     store.prepare(NAME, tmp_path / "data", manual)
-    assert len(store.read_dataset(NAME, tmp_path / "data")["train"][0]["inputs"]) == 8
+    assert len(store.load(NAME, tmp_path / "data")[0]["train"][0]["inputs"]) == 8
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,5 @@ def test_a_wrong_line_is_named(tmp_path, content, said):
 
 def test_missing_files_are_named(tmp_path):
     write(tmp_path / "manual", {"basic_train.tsv": b""})
-    with pytest.raises(store.MissingSource, match=r"file basic_val.tsv must be under .*manual, got no such file there"):
+    with pytest.raises(sources.MissingSource, match=r"basic_val.tsv must be under .*manual, got nothing of that name there"):
         store.prepare(NAME, tmp_path / "data", tmp_path / "manual")

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from subquad.lra import tasks
-from subquad.lra.data import pipeline, store
+from subquad.lra.data import pipeline, sources, store
 from subquad.lra.data.offline import corpora
+from tests.lra.data import in_memory
 
 SPLITS = ("train", "validation", "test")
 NAMES = ("bbc_text", "bbc_halves", "photo_patches", "digits", "pylib_lm")
@@ -116,17 +117,17 @@ def test_pylib_lm_predicts_the_next_byte_of_files_that_are_in_one_split():
     assert b"def wraps(wrapped," in texts[corpora._share("functools.py")]
     one, two = [one for one, _ in zip(corpora.examples("pylib_lm", "test"), range(2), strict=False)]
     assert len(one["text"]) == 2049 and one["text"][-1] == two["text"][0]
-    batch = next(iter(pipeline.evaluation_batches([store.catalogue.encodings.next_byte(one)], batch_size=2, length=2048)))
+    batch = next(iter(pipeline.EvaluationBatches([store.catalogue.encodings.next_byte(one)], batch_size=2, length=2048)))
     assert np.array_equal(batch["inputs"][0, 1:], batch["targets"][0, :-1]) and batch["mask"].all()
     assert batch["targets"].shape == (2, 2048) and batch["weights"].tolist() == [1, 0]
 
 
 def test_all_of_them_through_the_builder_and_the_same_in_memory(installed, tmp_path):
     for name in NAMES:
-        task = tasks.find(name, "offline")
+        task = tasks.find_task(name, "offline")
         splits, source = store.load(task.dataset, tmp_path)
         assert source == f"offline/{name}:{corpora.VERSION} array_record, from {corpora.origin(name)}"
-        for split, part in store.generate(task.dataset).items():
+        for split, part in in_memory.generate(task.dataset).items():
             assert len(part) == len(splits[split])
             for index in (0, len(part) - 1):
                 one, two = part[index], splits[split][index]
@@ -152,7 +153,7 @@ def test_they_are_never_called_the_arenas():
 )
 def test_a_missing_package_is_named_with_the_extra(name, project, monkeypatch, tmp_path):
     monkeypatch.setattr(store.catalogue.sources.importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(store.MissingSource) as caught:
+    with pytest.raises(sources.MissingSource) as caught:
         store.prepare(f"offline/{name}", tmp_path)
     assert str(caught.value) == (
         f"offline/{name}: package {project} must be installed, got none. Install the extra that has it: "
@@ -165,4 +166,4 @@ def test_the_real_packages_where_they_are_installed():
         pytest.skip("needs the extra `offline`")
     for name in ("photo_patches", "bbc_text", "digits"):
         sizes = {split: sum(1 for _ in corpora.examples(name, split)) for split in SPLITS}
-        assert sizes == dict(tasks.find(name, "offline").splits)
+        assert sizes == dict(tasks.find_task(name, "offline").splits)

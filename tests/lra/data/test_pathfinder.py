@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from subquad.lra.data.pathfinder import contours, pictures
+from tests.lra.data import in_memory
 
 CONFIGS = pictures.CONFIGS
 
@@ -175,12 +176,12 @@ def test_splits_are_ranges_of_indices():
     config = CONFIGS["32_hard"]
     ranges = [pictures.split_range(config, split) for split in ("train", "validation", "test")]
     assert ranges == [range(160_000), range(160_000, 180_000), range(180_000, 200_000)]
-    test = list(pictures.generate(CONFIGS["tiny"], "test"))
+    test = in_memory.draw_pictures(CONFIGS["tiny"], "test")
     assert len(test) == 16
     for example, one in zip(test, drawn("tiny")[80:96], strict=True):
         assert np.array_equal(example.image, one.image) and example.label == one.label
     with pytest.raises(ValueError, match="pathfinder: split must be one of train, validation, test, got 'dev'"):
-        pictures.generate(config, "dev")
+        in_memory.draw_pictures(config, "dev")
 
 
 def test_published_configurations():

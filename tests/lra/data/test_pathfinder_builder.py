@@ -17,6 +17,7 @@ from PIL import Image
 from subquad.lra.data import catalogue, sources
 from subquad.lra.data.pathfinder import blocks, pictures, released_folders
 from subquad.lra.data.pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
+from tests.lra.data import in_memory
 
 MANY = replace(pictures.CONFIGS["tiny"], name="many", splits=(("train", 560), ("validation", 20), ("test", 20)))
 SCRIPT = """
@@ -60,15 +61,14 @@ def test_the_builder_stores_what_the_generator_draws(tmp_path, capfd):
     builder = build(tmp_path, "tiny")
     for split in ("train", "validation", "test"):
         source = builder.as_data_source(split)
-        assert same(source, list(pictures.generate(pictures.CONFIGS["tiny"], split)))
+        assert same(source, in_memory.draw_pictures(pictures.CONFIGS["tiny"], split))
     assert source[0]["image"].shape == (32, 32, 1) and source[0]["image"].dtype == np.uint8
-    assert "96 of 96 images" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "lra_pathfinder" / "tiny").iterdir()] == [pictures.VERSION]
     assert "script 6" in builder.info.description.replace("\n", " ") and "2011.04006" in builder.info.citation
 
 
 def test_the_catalogue_tells_what_is_drawn():
-    listed = [one for one in catalogue.DATASETS.values() if one.builder == "lra_pathfinder" and one.draw is not None]
+    listed = [one for one in catalogue.DATASETS.values() if one.builder == "lra_pathfinder" and one.source is None]
     assert {one.config for one in listed} == set(pictures.CONFIGS)
     for one in listed:
         assert dict(one.sizes) == dict(pictures.CONFIGS[one.config].splits)
@@ -109,7 +109,7 @@ def test_a_killed_build_goes_on_and_two_processes_draw_what_one_does(tmp_path, m
     assert not folder.exists()
     # The first images are two processes' work, the last are one's; the split's edges cut through blocks.
     for split in ("train", "validation"):
-        assert same(builder.as_data_source(split), list(pictures.generate(MANY, split)))
+        assert same(builder.as_data_source(split), in_memory.draw_pictures(MANY, split))
 
 
 def _children(pid: int) -> list[int]:
@@ -129,7 +129,7 @@ def test_a_whole_run_on_two_processes(tmp_path):
     config = replace(MANY, splits=(("train", 40),))
     for processes in (1, 2):
         blocks.render_blocks(config, tmp_path / str(processes), processes=processes, block=16)
-    assert same(list(blocks.read_blocks(config, tmp_path / "2", "train", block=16)), list(pictures.generate(config, "train")))
+    assert same(list(blocks.read_blocks(config, tmp_path / "2", "train", block=16)), in_memory.draw_pictures(config, "train"))
     content = lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     assert content("1") == content("2") and len(content("1")) == 3
 
@@ -154,25 +154,6 @@ def test_without_workers_one_process_goes_on(tmp_path, monkeypatch, capsys):
 def test_other_configurations_have_other_folders(tmp_path):
     folders = {blocks.working_folder(tmp_path, replace(MANY, seed=seed)) for seed in range(3)}
     assert len(folders) == 3
-
-
-def test_the_estimate_is_of_what_is_left(capsys, monkeypatch):
-    with blocks._Progress("many", 1000, 200, 2) as shown:
-        shown.drawn(100, 50.0)
-        shown.drawn(50, 25.0)  # less than a tenth further: not said
-        shown.drawn(650, 325.0)
-    assert capsys.readouterr().err.splitlines() == [
-        "pathfinder/many: 200 of 1,000 images are there from an earlier run",
-        "pathfinder/many: 300 of 1,000 images, 500.0 ms/image, 2 at once, 2:55 left",
-        "pathfinder/many: 1,000 of 1,000 images, 500.0 ms/image, 2 at once, 0:00 left",
-    ]
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    with blocks._Progress("many", 1000, 0, 1) as shown:
-        assert shown._bar is not None
-        shown.drawn(100, 50.0)
-    said = capsys.readouterr().err
-    assert "100/1,000" in said and "7:30 left" in said
 
 
 HARD = "pathfinder32/curv_contour_length_14"
@@ -234,14 +215,14 @@ def test_metadata_as_the_original_generator_writes_it(tmp_path):
 
 
 def test_a_missing_release_says_what_to_put_where(tmp_path):
-    said = f"folder {HARD} with imgs/ and metadata/ must be under .*the whole lra_release.gz .7.7 GB, https.*lra_release"
+    said = f"{HARD} must be under .*the whole lra_release.gz .7.7 GB, https.*lra_release"
     with pytest.raises(sources.MissingSource, match=said):
-        released_folders.Source(32, "hard").require("pathfinder", tmp_path, tmp_path)
+        released_folders.release(32, "hard").require("pathfinder", tmp_path, tmp_path)
     make_release(tmp_path / "other", {0: [1]}, HARD.replace("32", "128"))
     with pytest.raises(sources.MissingSource, match=said):
         build(tmp_path / "data", "release_32_hard", tmp_path / "other")
     assert not (tmp_path / "data" / "lra_pathfinder" / "release_32_hard" / pictures.VERSION).exists()
-    released_folders.Source(128, "hard").require("pathfinder", tmp_path, tmp_path)
+    released_folders.release(128, "hard").require("pathfinder", tmp_path, tmp_path)
 
 
 def test_a_damaged_release_is_named(tmp_path):

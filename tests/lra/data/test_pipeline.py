@@ -1,19 +1,22 @@
 import itertools
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from subquad.lra.data import pipeline, store
+from subquad.lra.data import pipeline
+from tests.lra.data import in_memory
 
 LENGTH, BATCH = 30, 32
-BOTH = pytest.mark.parametrize("kind", [pipeline.GrainBatches, pipeline.NumpyBatches], ids=["grain", "numpy"])
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return store.generate("lra_listops/tiny")
+    return in_memory.generate("lra_listops/tiny")
+
+
+def batches_of(splits, seed=0):
+    return pipeline.training_batches(splits["train"], batch_size=BATCH, length=LENGTH, seed=seed)
 
 
 def take(batches, count):
@@ -30,9 +33,8 @@ def same(first, second):
     )
 
 
-@BOTH
-def test_shapes_padding_and_labels(kind, splits):
-    batch = next(kind(splits["train"], BATCH, LENGTH, 0))
+def test_shapes_padding_and_labels(splits):
+    batch = next(batches_of(splits))
     described = {key: (value.dtype.name, value.shape) for key, value in batch.items()}
     assert described == {
         "inputs": ("int32", (BATCH, LENGTH)), "mask": ("bool", (BATCH, LENGTH)), "targets": ("int32", (BATCH,))
@@ -43,39 +45,30 @@ def test_shapes_padding_and_labels(kind, splits):
         assert known[inputs[mask].astype(np.uint8).tobytes()] == target
 
 
-@BOTH
-def test_the_order_is_the_seeds(kind, splits):
-    make = lambda seed: take(kind(splits["train"], BATCH, LENGTH, seed), 10)
+def test_the_order_is_the_seeds(splits):
+    make = lambda seed: take(batches_of(splits, seed), 10)
     assert same(make(3), make(3))
     assert not same(make(3), make(4))
 
 
-@BOTH
-def test_every_epoch_has_every_example_in_a_new_order(kind, splits):
+def test_every_epoch_has_every_example_in_a_new_order(splits):
     epochs = len(splits["train"]) // BATCH
-    batches = kind(splits["train"], BATCH, LENGTH, 0)
+    batches = batches_of(splits)
     first, second = rows(take(batches, epochs)), rows(take(batches, epochs))
     assert sorted(first) == sorted(second) and len(set(first)) == len(splits["train"])
     assert first != second
 
 
-@BOTH
 @pytest.mark.parametrize("stop", [0, 1, 7, 8, 21])
-def test_resume_is_exact(kind, splits, stop):
-    batches = kind(splits["train"], BATCH, LENGTH, 5)
+def test_resume_is_exact(splits, stop):
+    batches = batches_of(splits, 5)
     take(batches, stop)
     state = json.loads(json.dumps(batches.get_state()))
     expected = take(batches, 20)
-    resumed = kind(splits["train"], BATCH, LENGTH, 5)
+    resumed = batches_of(splits, 5)
     take(resumed, 2)
     resumed.set_state(state)
     assert same(expected, take(resumed, 20))
-
-
-def test_a_state_of_the_other_pipeline_is_refused(splits):
-    state = pipeline.NumpyBatches(splits["train"], BATCH, LENGTH, 0).get_state()
-    with pytest.raises(ValueError, match="batches: state must be of the grain pipeline, got one of numpy"):
-        pipeline.GrainBatches(splits["train"], BATCH, LENGTH, 0).set_state(state)
 
 
 def test_long_examples_are_cut():
@@ -84,7 +77,7 @@ def test_long_examples_are_cut():
 
 
 def test_evaluation_sees_every_example_once_and_weighs_the_fillers_0(splits):
-    batches = list(pipeline.evaluation_batches(splits["test"], batch_size=24, length=LENGTH))
+    batches = list(pipeline.EvaluationBatches(splits["test"], batch_size=24, length=LENGTH))
     assert [len(batch["inputs"]) for batch in batches] == [24, 24, 24]
     assert [batch["weights"].sum() for batch in batches] == [24, 24, 16]
     real = np.concatenate([batch["inputs"][batch["weights"] > 0] for batch in batches])
@@ -95,7 +88,7 @@ def test_evaluation_sees_every_example_once_and_weighs_the_fillers_0(splits):
 
 def test_a_part_of_a_set_sorted_by_label_has_its_labels():
     source = [{"inputs": np.full(3, 1 + at), "label": at // 50} for at in range(100)]
-    part = list(pipeline.evaluation_batches(source, batch_size=24, length=LENGTH, count=30))
+    part = list(pipeline.EvaluationBatches(source, batch_size=24, length=LENGTH, count=30))
     assert [batch["weights"].sum() for batch in part] == [24, 6]
     seen = np.concatenate([batch["inputs"][batch["weights"] > 0, 0] for batch in part])
     assert len(set(seen)) == 30 and (np.diff(seen) > 0).all() and 10 <= (seen > 50).sum() <= 20
@@ -105,11 +98,3 @@ def test_a_part_of_a_set_sorted_by_label_has_its_labels():
 def test_impossible_batch_sizes_are_refused(splits, batch_size):
     with pytest.raises(ValueError, match=r"batches: batch_size must be in 1\.\.256"):
         pipeline.training_batches(splits["train"], batch_size=batch_size, length=LENGTH, seed=0)
-
-
-def test_without_grain_numpy_takes_over_and_it_is_said(splits, monkeypatch, capsys):
-    arguments = dict(batch_size=BATCH, length=LENGTH, seed=0)
-    assert isinstance(pipeline.training_batches(splits["train"], **arguments), pipeline.GrainBatches)
-    monkeypatch.setitem(sys.modules, "grain", None)
-    assert isinstance(pipeline.training_batches(splits["train"], **arguments), pipeline.NumpyBatches)
-    assert "because grain is not installed" in capsys.readouterr().err

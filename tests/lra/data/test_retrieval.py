@@ -57,9 +57,9 @@ def test_quote_marks_are_text(splits):
 
 
 def test_a_batch_has_two_sequences(splits):
-    task = tasks.find("retrieval", "lra")
+    task = tasks.find_task("retrieval", "lra")
     assert task.kind == "pair" and task.length == 4000 and task.vocabulary_size == 257
-    batch = next(iter(pipeline.evaluation_batches(splits["train"], batch_size=4, length=task.length)))
+    batch = next(iter(pipeline.EvaluationBatches(splits["train"], batch_size=4, length=task.length)))
     assert batch["inputs1"].shape == batch["inputs2"].shape == (4, 4000)
     assert batch["inputs1"][1, :3].tolist() == [0x100, 0xFF, 0]
     assert batch["mask2"].sum(1).tolist() == [3, 1, 4000, 4000] and batch["mask1"].sum(1).tolist() == [11, 2, 1, 1]
@@ -84,7 +84,7 @@ def test_a_line_of_another_form_is_named(tmp_path, line, said):
 
 
 def test_missing_files_are_named_with_size_address_and_folder(tmp_path):
-    with pytest.raises(store.MissingSource) as caught:
+    with pytest.raises(sources.MissingSource) as caught:
         store.prepare(NAME, tmp_path / "data", tmp_path / "manual")
     message = str(caught.value)
     assert "\n" not in message and f"must be under {tmp_path}/manual" in message
@@ -95,7 +95,7 @@ def test_missing_files_are_named_with_size_address_and_folder(tmp_path):
 
 def test_an_archive_without_the_files_is_told(tmp_path):
     archives.pack(tmp_path / "manual" / "lra_release.gz", {"lra_release/README": b""})
-    with pytest.raises(store.DatasetError, match="lra_release.gz must hold new_aan_pairs.train.tsv"):
+    with pytest.raises(sources.DatasetError, match="lra_release.gz must hold new_aan_pairs.train.tsv"):
         store.prepare(NAME, tmp_path / "data", tmp_path / "manual")
 
 

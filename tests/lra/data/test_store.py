@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from subquad.lra.data import store
+from subquad.lra.data import sources, store
 from subquad.lra.data.listops import expressions
+from tests.lra.data import in_memory
 
 NAME = "lra_listops/tiny"
 
@@ -32,11 +33,11 @@ def files(folder: pathlib.Path) -> pathlib.Path:
 
 
 def test_disk_and_memory_hold_the_same_examples_in_the_same_order(built):
-    on_disk, in_memory = store.read_dataset(NAME, built), store.generate(NAME)
-    assert list(on_disk) == list(in_memory) == ["train", "validation", "test"]
+    on_disk, drawn = store.load(NAME, built)[0], in_memory.generate(NAME)
+    assert list(on_disk) == list(drawn) == ["train", "validation", "test"]
     for split in on_disk:
         pairs = [(one["inputs"].tobytes(), int(one["label"])) for one in on_disk[split]]
-        assert pairs == [(one["inputs"].tobytes(), one["label"]) for one in in_memory[split]]
+        assert pairs == [(one["inputs"].tobytes(), one["label"]) for one in drawn[split]]
         assert pairs == list(expressions.generate(expressions.CONFIGS["tiny"], split))
 
 
@@ -51,7 +52,7 @@ def test_tensorflow_is_never_imported(tmp_path):
     code = (
         "import sys\n"
         "from subquad.lra.data import pipeline, store\n"
-        f"splits = store.read_dataset({NAME!r}, {str(tmp_path)!r})\n"
+        f"splits, _ = store.load({NAME!r}, {str(tmp_path)!r})\n"
         "next(pipeline.training_batches(splits['train'], batch_size=4, length=30, seed=0))\n"
         "assert 'tensorflow_datasets' in sys.modules and 'grain' in sys.modules\n"
         "sys.exit('tensorflow' in sys.modules)\n"
@@ -104,34 +105,34 @@ def resize(path):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_data_set_is_named_with_the_cure(copy, damage):
     DAMAGES[damage](copy)
-    with pytest.raises(store.DatasetError) as caught:
-        splits = store.read_dataset(NAME, copy)
+    with pytest.raises(sources.DatasetError) as caught:
+        splits = store.load(NAME, copy)[0]
         [splits["test"][index] for index in range(64)]
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"data set: folder {files(copy)} must hold a whole data set, got ")
     assert message.endswith(f"Delete it and run again: rm -r {files(copy)}")
     shutil.rmtree(files(copy))
-    assert len(store.read_dataset(NAME, copy)["test"]) == 64
+    assert len(store.load(NAME, copy)[0]["test"]) == 64
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(store.DatasetError, match="must be writable.*--data-dir") as caught:
+    with pytest.raises(sources.DatasetError, match="must be writable.*--data-dir") as caught:
         store.prepare(NAME, tmp_path / "file" / "data")
     assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_is_told_before_anything_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 50_000))
-    with pytest.raises(store.DatasetError) as caught:
+    with pytest.raises(sources.DatasetError) as caught:
         store.prepare(NAME, tmp_path / "data")
     assert str(caught.value).startswith(f"{NAME}: folder {tmp_path}/data must have room for about 100 kB, got 50 kB.")
     assert not any(tmp_path.iterdir())
 
 
 def test_a_killed_build_leaves_no_data_set(tmp_path):
-    code = f"from subquad.lra.data import store; store.prepare('lra_listops/lra', {str(tmp_path)!r})"
+    code = f"from subquad.lra.data import sources, store; store.prepare('lra_listops/lra', {str(tmp_path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     parent = tmp_path / "lra_listops" / "lra"
     deadline = time.time() + 60
@@ -143,21 +144,6 @@ def test_a_killed_build_leaves_no_data_set(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (parent / expressions.VERSION).exists()
-
-
-def test_without_tensorflow_datasets_the_data_are_generated_and_it_is_said(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    splits, source = store.load(NAME, tmp_path)
-    assert source == f"{NAME}:{expressions.VERSION} generated in memory"
-    assert "generated in memory, because tensorflow-datasets is not installed" in capsys.readouterr().err
-    assert {split: len(examples) for split, examples in splits.items()} == {"train": 256, "validation": 64, "test": 64}
-    assert not any(tmp_path.iterdir())
-
-
-def test_without_tensorflow_datasets_nothing_is_prepared_and_the_cure_is_told(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(store.DatasetError, match=r"tensorflow-datasets must be installed .*pip install 'subquad\[lra\]'"):
-        store.prepare(NAME, tmp_path)
 
 
 def test_the_default_folder_is_that_of_tfds(monkeypatch):

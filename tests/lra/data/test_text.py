@@ -47,7 +47,7 @@ def test_tokens_are_bytes_plus_one(built):
     assert bytes(stored["text"]).startswith(b"train ")
     assert example["inputs"].tolist() == [byte + 1 for byte in bytes(stored["text"])]
     assert 0xC3 + 1 in example["inputs"]  # UTF-8 of an accent: two bytes, two tokens
-    task = tasks.find("text", "lra")
+    task = tasks.find_task("text", "lra")
     assert task.vocabulary_size == 257 and task.num_classes == 2 and task.length == 1000
 
 
@@ -56,8 +56,8 @@ def test_the_two_ways_to_validate(built):
     assert documents(arena["validation"]) == documents(arena["test"]) == documents(modern["test"])
     assert {split: len(part) for split, part in modern.items()} == {"train": 18, "validation": 2, "test": 20}
     assert sorted(documents(modern["train"]) + documents(modern["validation"])) == documents(arena["train"])
-    assert "validation is the test set" in tasks.find("text", "lra").note
-    assert "held out" in tasks.find("text", "modern").note
+    assert "validation is the test set" in tasks.find_task("text", "lra").note
+    assert "held out" in tasks.find_task("text", "modern").note
 
 
 def test_batches_are_cut_and_padded(built):
@@ -70,7 +70,7 @@ def test_batches_are_cut_and_padded(built):
 
 def test_a_wrong_checksum_is_reported_and_leaves_no_data_set(tmp_path):
     archives.imdb(tmp_path / "manual")
-    with pytest.raises(store.DatasetError) as caught:
+    with pytest.raises(sources.DatasetError) as caught:
         store.prepare("lra_text/modern", tmp_path / "data", tmp_path / "manual")
     message = str(caught.value)
     assert "\n" not in message
@@ -85,7 +85,7 @@ def test_a_wrong_checksum_is_reported_and_leaves_no_data_set(tmp_path):
 def test_an_archive_cut_short_is_reported(tmp_path, keep):
     path = archives.imdb(tmp_path / "manual")
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    with archives.trusted("lra_text", imdb.URL, path), pytest.raises(store.DatasetError, match="whole gzipped tar|got none"):
+    with archives.trusted("lra_text", imdb.URL, path), pytest.raises(sources.DatasetError, match="whole gzipped tar|got none"):
         store.prepare("lra_text/lra", tmp_path / "data", tmp_path / "manual")
     assert not store.dataset_folder("lra_text/lra", tmp_path / "data").exists()
 
@@ -110,7 +110,7 @@ def test_without_a_network_it_is_said_at_once_which_file_to_put_where(tmp_path, 
     elsewhere(monkeypatch, url)
     # TFDS itself would try again for minutes.
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", lambda *_, **__: pytest.fail("TFDS was asked"))
-    with pytest.raises(store.MissingSource) as caught:
+    with pytest.raises(sources.MissingSource) as caught:
         store.prepare("lra_text/lra", tmp_path)
     message, folder = str(caught.value), tmp_path / "downloads" / "manual"
     assert "\n" not in message and "Connection refused" in message
@@ -147,11 +147,11 @@ def test_a_download_is_checked_kept_and_not_repeated(tmp_path, monkeypatch):
         assert "404" in sources.why_unreachable(url.replace("v1", "v2"))
         with archives.trusted("lra_text", url, archive):
             store.prepare("lra_text/lra", tmp_path / "data")
-            assert len(store.read_dataset("lra_text/lra", tmp_path / "data")["test"]) == 20
+            assert len(store.load("lra_text/lra", tmp_path / "data")[0]["test"]) == 20
     # The server is gone; what was downloaded serves again.
     shutil.rmtree(tmp_path / "data" / "lra_text")
     with archives.trusted("lra_text", url, archive):
-        assert len(store.read_dataset("lra_text/lra", tmp_path / "data")["test"]) == 20
+        assert len(store.load("lra_text/lra", tmp_path / "data")[0]["test"]) == 20
 
 
 @pytest.mark.parametrize("answer", ["403", "nothing", "403 after the first bytes"])
@@ -171,7 +171,7 @@ def test_a_host_that_refuses_the_file_is_told_as_one_that_is_not_there(answer, t
     with serving(Refusing, archive.parent) as url:
         elsewhere(monkeypatch, url)
         with archives.trusted("lra_text", url, archive):
-            with pytest.raises(store.MissingSource) as caught:
+            with pytest.raises(sources.MissingSource) as caught:
                 store.prepare("lra_text/lra", tmp_path)
         assert len(asked) <= 2  # TFDS is not asked where nothing came, and does not try again
     message, folder = str(caught.value), tmp_path / "downloads" / "manual"

@@ -19,7 +19,7 @@ def test_every_layer_has_a_row_for_every_task(task, config):
             task, config, "lra-2020", "last", 1.0 if "128" in config else None
         )  # fmt: skip
         if "reformer" in layer:
-            assert run.layer_options["chunk_size"] * 10 >= tasks.find(task, config).length
+            assert run.layer_options["chunk_size"] * 10 >= tasks.find_task(task, config).length
 
 
 def test_rows_are_those_of_the_released_configurations():

@@ -40,7 +40,7 @@ def test_state_spaces_learn_slowly_and_pixels_are_numbers(recipe, task):
     assert run.inputs == ("continuous" if name in ("image", "pathfinder") else "tokens")
     assert run.schedule == ("plateau" if recipe == "s4-v1" else "cosine")
     assert (run.layer_options.get("dt_min") == 1e-4) == (task == "path_x")
-    assert run.steps <= 500_000 and tasks.find(run.task, run.config).length == tasks.find(name, run.config).length
+    assert run.steps <= 500_000 and tasks.find_task(run.task, run.config).length == tasks.find_task(name, run.config).length
 
 
 def test_rows_of_s4():
@@ -65,7 +65,7 @@ def test_path_x_has_nothing_of_pathfinders_own():
 def test_a_plateau_waits_for_epochs(task):
     name, config = ("pathfinder", "128_hard") if task == "path_x" else (task, None)
     run = plan("s4-v1", "s4", task=name, **({"config": config} if config else {}))
-    examples = tasks.find(run.task, run.config).splits["train"]
+    examples = tasks.find_task(run.task, run.config).splits["train"]
     assert (run.evaluate_every - 1) * run.batch_size < examples <= run.evaluate_every * run.batch_size
     assert run.steps % run.evaluate_every == 0
 

@@ -63,7 +63,7 @@ def test_every_trained_cell_can_be_planned():
         assert (run.layer, run.recipe) == (one.layer, one.recipe)
         wanted = cells.COLUMNS.get(one.column, (one.column, run.config))
         assert (run.task, run.config) == wanted
-        assert costs.training_flops(run, tasks.find(run.task, run.config)) > 0
+        assert costs.training_flops(run, tasks.find_task(run.task, run.config)) > 0
     assert len(runs) > 40
 
 
@@ -79,7 +79,7 @@ def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
     assert one.outcome == "differs" and one.difference == pytest.approx(60 - 64.27)
     one = verdicts.judge(cell("lra.1.reformer.listops"), found)
     assert one.outcome == "not run" and one.cost.hours > 0 and one.cost.hardware == "one V100"
-    assert one.cost.source.endswith("validation included; this machine's are told by --probe")
+    assert one.cost.source.endswith("validation included; --probe measures this machine's")
     assert one.command == ("python scripts/reproduce_table.py --paper lra --table 1 --only lra.1.reformer.listops --run")
     one = verdicts.judge(cell("lra.1.bigbird.listops"), found)
     assert (one.outcome, one.reason) == ("cannot", "no such layer here")
@@ -308,7 +308,7 @@ def test_the_measurements_that_come_with_the_package_answer():
 
 
 def test_estimates_grow_with_what_a_run_does():
-    run, task = plan("lra-2020", "softmax"), tasks.find("listops", "lra")
+    run, task = plan("lra-2020", "softmax"), tasks.find_task("listops", "lra")
     linear = plan("lra-2020", "performer")
     assert costs.training_flops(run, task) > 1.3 * costs.training_flops(linear, task)
     half = dataclasses.replace(run, steps=run.steps // 2)
@@ -318,10 +318,10 @@ def test_estimates_grow_with_what_a_run_does():
         run, task="text", config="modern", steps=50_000, batch_size=16, evaluate_every=500, num_layers=2, in_features=64,
         mlp_features=128, layer_options={},
     )  # fmt: skip
-    assert 3 < costs.cost_elsewhere(text, tasks.find("text", "modern")).hours < 6
+    assert 3 < costs.forecast(text, tasks.find_task("text", "modern"), (), "this", True).hours < 6
     # A measured rate takes the place of the usual one.
     rows = [made(hardware="this", flops_per_step=10**9, steps_per_second=1.0)]
-    here = costs.cost_here(run, task, rows, "this", True)
+    here = costs.forecast(run, task, rows, "this", True, here=True)
     flops = costs.training_flops(run, task) + costs.evaluation_flops(run, task)
     assert here.hours == pytest.approx(flops / 1e9 / 3600) and "1 runs" in here.source
 

@@ -9,7 +9,7 @@ import pytest
 from subquad.lra import machine, sizes, tasks
 from subquad.lra.bench import programs
 from subquad.lra.plan import plan
-from subquad.lra.report import cells, comparison, costs, ledger, reproduce, results, step_timings, verdicts
+from subquad.lra.report import cells, comparison, costs, csv_rows, ledger, reproduce, step_timings, verdicts
 from tests.lra.report.test_results import row as made
 
 LISTOPS = "lra.1.transformer.listops"
@@ -23,30 +23,31 @@ def timed_steps(run, **words):
     values = dict(
         configuration_hash=ledger.hash_without_seed(dataclasses.asdict(run)), recipe=run.recipe, layer=run.layer, task=run.task,
         config=run.config, probe_steps=3, step_seconds=2.0, evaluation_seconds=0.5, compile_seconds=60.0, step_flops=1e9,
-        hardware=machine.name(), finished_utc="2026-01-01T00:00:00Z",
+        hardware=machine.hardware(), finished_utc="2026-01-01T00:00:00Z",
     )  # fmt: skip
     return costs.StepTiming(**{**values, **words})
 
 
 def test_validation_and_test_are_part_of_the_hours():
-    run, task = plan("nystromformer", "softmax"), tasks.find("listops", "lra")
+    run, task = plan("nystromformer", "softmax"), tasks.find_task("listops", "lra")
     # 100 validations of 2,000 examples in batches of 32, and three times as many as test has.
     assert (run.steps, run.evaluate_every, run.batch_size) == (5000, 50, 32)
     assert costs.evaluation_batches(run, task) == 100 * 63 + 3 * 63
     often = dataclasses.replace(run, evaluate_every=5)
-    assert costs.cost_elsewhere(often, task).hours > 2 * costs.cost_elsewhere(run, task).hours
-    assert costs.cost_here(often, task, (), "this", True).hours > 2 * costs.cost_here(run, task, (), "this", True).hours
+    assert costs.forecast(often, task, (), "this", True).hours > 2 * costs.forecast(run, task, (), "this", True).hours
+    at_home = lambda run: costs.forecast(run, task, (), "this", True, here=True).hours
+    assert at_home(often) > 2 * at_home(run)
     steps = run.steps * 2.0 + 60 + 0.5 * costs.evaluation_batches(run, task)
-    assert costs.cost_here(run, task, (), machine.name(), True, (), timed_steps(run)).hours == pytest.approx(steps / 3600)
+    assert costs.forecast(run, task, (), machine.hardware(), True, (), timed_steps(run)).hours == pytest.approx(steps / 3600)
 
 
 def test_hours_say_whose_they_are(monkeypatch):
-    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
+    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find_task("listops", "lra")
     nothing = costs.forecast(run, task, [], "this", True)
     assert nothing.hardware == "one V100" and "--probe" in nothing.source
     stated = costs.forecast(plan("s4", "s4"), task, [], "this", True)
     assert (stated.hours, stated.hardware) == (10.0, "one T4") and "as its authors state" in stated.source
-    rough = costs.cost_here(run, task, [], "this", True)
+    rough = costs.forecast(run, task, [], "this", True, here=True)
     assert rough.hardware == "this" and rough.source.startswith("rough estimate, nothing was measured on it")
     # A run, or steps, measured elsewhere say nothing of this machine.
     other = made(hardware="other", flops_per_step=10**9, steps_per_second=1.0)
@@ -64,8 +65,8 @@ def test_the_newest_steps_of_this_machine_and_run_count():
     other = timed_steps(dataclasses.replace(run, steps=7), finished_utc="2027-01-01T00:00:00Z")
     for order in itertools.permutations([old, new, other, timed_steps(run, hardware="x", finished_utc="2027-01-01T00:00:00Z")]):
         known = ledger.Ledger({}, [], {}, list(order))
-        assert known.timed_steps(dataclasses.replace(run, seed=5), machine.name()) == new
-    assert ledger.Ledger({}, [], {}).timed_steps(run, machine.name()) is None
+        assert known.timed_steps(dataclasses.replace(run, seed=5), machine.hardware()) == new
+    assert ledger.Ledger({}, [], {}).timed_steps(run, machine.hardware()) is None
 
 
 def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypatch):
@@ -73,16 +74,16 @@ def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypa
     program = lambda run, task, mode: programs.Program(run, task, mode, None, 5.0, None)
     monkeypatch.setattr(programs, "compile_program", program)
     monkeypatch.setattr(programs, "start_program", lambda program: lambda: called.append(program.mode))
-    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find("listops", "lra")
+    run, task = verdicts.run_of(cell(LISTOPS)), tasks.find_task("listops", "lra")
     found = step_timings.time_steps(run, task, 4, clock=lambda: float(next(seconds)))
     assert called == ["train"] * 5 + ["forward"] * 5
     assert (found.step_seconds, found.evaluation_seconds, found.compile_seconds) == (0.25, 0.25, 10.0)
-    assert found.step_flops == costs.training_flops(run, task) / run.steps and found.hardware == machine.name()
+    assert found.step_flops == costs.training_flops(run, task) / run.steps and found.hardware == machine.hardware()
     path = tmp_path / "ledger-hours.csv"
-    step_timings.write_step_timing(found, path)
+    csv_rows.write_rows(path, costs.StepTiming, [found], costs.STEP_TIMING_KEY)
     assert ledger.read_ledger([path]).step_timings == [found] and ledger.verify_files([path])[1] == []
     one = verdicts.judge(cell(LISTOPS), ledger.read_ledger([path]))
-    assert one.cost.hardware == machine.name() and one.cost.source == "from 4 steps timed on it, validation included"
+    assert one.cost.hardware == machine.hardware() and one.cost.source == "from 4 steps timed on it, validation included"
     assert "from 4 steps timed on it" in comparison.render("lra", "1", [one], ledger.read_ledger([path]))
     # What cannot fit, or is refused, is told, and the others are timed.
     refuse = lambda run, task: (_ for _ in ()).throw(ValueError("too large")) if run.layer == "softmax" else None
@@ -96,7 +97,8 @@ def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypa
 
 @pytest.mark.parametrize("kind", ["classification", "pair", "language_model"])
 def test_steps_of_every_kind_of_task_have_a_batch(kind):
-    task = dataclasses.replace(tasks.find("listops", "tiny"), kind=kind, num_classes=10 if kind != "language_model" else 16)
+    classes = 10 if kind != "language_model" else 16
+    task = dataclasses.replace(tasks.find_task("listops", "tiny"), kind=kind, num_classes=classes)
     run = plan(task=task, batch_size=2, in_features=16, num_layers=1, mlp_features=16)
     batch = programs._batch(run, task)
     inputs = ("inputs1", "inputs2") if kind == "pair" else ("inputs",)
@@ -113,4 +115,4 @@ def test_a_budget_is_of_this_machines_hours(tmp_path):
     known = ledger.Ledger({}, [], {}, [slow])
     assert reproduce.train_missing([cell(LISTOPS)], tmp_path / "l.csv", known=known, budget_hours=1e5, say=said.append) == 0
     assert said[-1].startswith("Left for another time: 1.") and "from 3 steps timed on it" in said[-1]
-    assert machine.name() == results.environment()["hardware"]  # of one device of a CPU
+    assert machine.hardware() == machine.environment()["hardware"]  # of one device of a CPU

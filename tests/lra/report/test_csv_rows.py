@@ -48,7 +48,7 @@ def test_a_link_and_the_rights_of_a_file_stay(tmp_path):
 def test_a_file_with_other_columns_is_left_alone(tmp_path, content):
     path = tmp_path / "rows.csv"
     path.write_bytes(content)
-    for refused in (lambda: write(path, ("a", 1, 1)), lambda: csv_rows.read_rows(path, dict, FIELDS)):
+    for refused in (lambda: write(path, ("a", 1, 1)), lambda: csv_rows.read_rows(path, ledger.Floor)):
         with pytest.raises(RunError, match="must have the columns of this version in its first line, got '.*Mend that line"):
             refused()
     assert path.read_bytes() == content

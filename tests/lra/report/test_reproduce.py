@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,35 +15,20 @@ from tests.lra.report.test_results import row as made
 
 
 def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
-    mark, said = tmp_path / "interrupted", []
-    program, ready = tmp_path / "program.py", tmp_path / "ready"
-    program.write_text(
-        "import pathlib, time\n"
-        f"try:\n    pathlib.Path({str(ready)!r}).write_text('ready')\n    while True: time.sleep(0.01)\n"
-        f"except KeyboardInterrupt:\n    pathlib.Path({str(mark)!r}).touch()\n"
-    )
-    os.mkfifo(ready)
-    wait = subprocess.Popen.wait
-
-    def patience(self, timeout=None):
-        """The budget is used up as soon as the program is at work."""
-        if timeout == 3600 * 0.5:
-            ready.read_text()
-            raise subprocess.TimeoutExpired("program", timeout)
-        return wait(self, timeout)
-
-    monkeypatch.setattr(subprocess.Popen, "wait", patience)
+    asked, said = [], []
     wanted = [one for one in cells.cells_of_table("lra", "2") if one.row == "Performer"]
-    words = dict(known=ledger.Ledger({}, [], {}), say=said.append)
-    budget = verdicts.MEASURING.hours / 2
-    assert reproduce.measure_missing((sys.executable, program), wanted, tmp_path / "out.csv", budget_hours=budget, **words) == 0
+
+    def measured(budget, measure=lambda words: asked.append(words) or idle()):
+        words = dict(known=ledger.Ledger({}, [], {}), say=said.append, budget_hours=budget)
+        return reproduce.measure_missing(measure, wanted, tmp_path / "out.csv", **words)
+
+    assert measured(verdicts.MEASURING.hours / 2) == 0
     (text,) = said
-    assert text.startswith("Left for another time: measurements. One would take 0.05 h on any device") and not mark.exists()
+    assert text.startswith("Left for another time: measurements. One would take 0.05 h on any device") and not asked
     monkeypatch.setattr(verdicts, "MEASURING", verdicts.MEASURING._replace(hours=0))
-    assert reproduce.measure_missing((sys.executable, program), wanted, tmp_path / "out.csv", budget_hours=0.5, **words) == 0
-    assert mark.exists() and "The budget is used up" in said[-1]
-    program.write_text("raise SystemExit(3)")
-    assert reproduce.measure_missing((sys.executable, program), wanted, tmp_path / "out.csv", budget_hours=1, **words) == 3
+    assert measured(0.05 / 3600) == 0
+    assert asked[0][:4] == ["--model", "lra-text", "--modes", "train"] and "The budget is used up" in said[-1]
+    assert measured(1, lambda words: 3) == 3
 
 
 @pytest.fixture
@@ -126,7 +108,7 @@ def test_a_budget_that_ends_in_a_run_is_no_failure(tmp_path, monkeypatch, saves)
             raise Interrupted("Stopped at step 3 of 5000; saved in there. Go on with --resume.") from None
 
     monkeypatch.setattr("subquad.lra.train.train", train)
-    monkeypatch.setattr(costs, "cost_here", lambda *words: costs.Cost(0.0, "this", "a test"))
+    monkeypatch.setattr(costs, "forecast", lambda *words, **more: costs.Cost(0.0, "this", "a test"))
     said = []
     wanted = column("listops", "Transformer", "Performer")
     words = dict(known=ledger.read_ledger([]), budget_hours=0.5 / 3600, say=said.append)
