@@ -3,6 +3,7 @@
 import numbers
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def floating(owner: str, **arrays) -> None:
@@ -46,10 +47,14 @@ def at_least(owner: str, name: str, value, least: int, instead: str) -> None:
 
 
 def square(owner: str, name: str, array, full: tuple[int, int, int, int]) -> None:
-    """Refuses a mask that is not boolean (TypeError), and one that does not broadcast to [B, N, T, S]. None passes."""
+    """Refuses a mask that is not boolean, a bias that is not floating-point (TypeError), and one that does not broadcast to
+    [B, N, T, S]. None passes."""
     if array is None:
         return
-    if array.dtype != bool:
+    if name == "bias":
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{owner}: bias must be floating-point, got {array.dtype}. Pass booleans as mask.")
+    elif array.dtype != bool:
         raise TypeError(f"{owner}: {name} must be boolean, True = attend, got {array.dtype}. Use {name}.astype(bool).")
     if array.ndim != 4 or any(size not in (1, want) for size, want in zip(array.shape, full, strict=True)):
         raise ValueError(
@@ -58,10 +63,23 @@ def square(owner: str, name: str, array, full: tuple[int, int, int, int]) -> Non
         )
 
 
-def positions(owner: str, name: str, array, batch: int, length: int):
-    """Positions as int32 [B|1, length]; None counts from 0. Refuses other shapes (ValueError) and kinds (TypeError)."""
+def key_padding(owner: str, mask, batch: int, length: int, instead: str = "Use softmax.attention for pairwise masks.") -> None:
+    """Refuses a mask that is not boolean (TypeError), and one that is not [B|1, 1, 1, S]. None passes."""
+    if mask is None:
+        return
+    if mask.dtype != bool:
+        raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
+    if mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
+        raise ValueError(f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. {instead}")
+
+
+def row(owner: str, name: str, array, batch: int, length: int):
+    """Positions or segments as int32 [B|1, length]; NumPy arrays stay NumPy arrays, which marks them as known. None passes.
+
+    Refuses other shapes (ValueError) and kinds (TypeError).
+    """
     if array is None:
-        return jnp.arange(length, dtype=jnp.int32)[None]
+        return None
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{owner}: {name} must be integers, got {array.dtype}. Use {name}.astype(jnp.int32).")
     if array.shape not in ((batch, length), (1, length)):
@@ -69,4 +87,16 @@ def positions(owner: str, name: str, array, batch: int, length: int):
             f"{owner}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. "
             "Give every sample a row, or all samples one."
         )
-    return array.astype(jnp.int32)
+    return array.astype(np.int32)
+
+
+def causal_positions(owner: str, is_causal: bool, query_positions, key_positions, batch: int, queries: int, keys: int):
+    """Positions of queries and keys as int32 [B|1, length], which count from 0 where they are None; None if not causal."""
+    given = dict(query_positions=(query_positions, queries), key_positions=(key_positions, keys))
+    for name, (array, _) in given.items():
+        if array is not None and not is_causal:
+            raise ValueError(f"{owner}: {name} must be None where is_causal is False, got some. Nothing would depend on them.")
+    if not is_causal:
+        return None
+    rows = (row(owner, name, array, batch, length) for name, (array, length) in given.items())
+    return tuple(jnp.arange(n, dtype=jnp.int32)[None] if x is None else x for x, n in zip(rows, (queries, keys), strict=True))

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from subquad.kernels import launch, precision
+from subquad.kernels import gpu, launch, precision
 
 Implementation = Literal["reference", "xla", "triton", "cudnn", "interpret"]
 Implementations = Mapping[str, Callable]
@@ -95,7 +95,7 @@ def explain(function: Callable, *args, **kwargs) -> None:
     token = _report.set(lines)
     try:
         # Apart, or JAX would find what is compiled already in its cache and choose nothing.
-        with launch.apart():
+        with gpu.apart():
             jax.eval_shape(lambda: jax.tree.leaves(function(*args, **kwargs)))
     finally:
         _report.reset(token)

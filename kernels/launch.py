@@ -13,27 +13,18 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import itertools
-import json
-import os
-import pathlib
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
-from jax.interpreters import partial_eval
 
-from subquad.kernels import interpreter
+from subquad.kernels import gpu, interpreter, through_jax_triton, tuning
 
 Mode = Literal["triton", "interpret"]
 
-CAPABILITIES = (80, 90, 100)  # whose machine code is checked ahead of time; some of the others have half the shared memory
-PTX_VERSION = 87  # the newest that CUDA 12.8 drivers know; newer Triton would emit what an older driver refuses
 FLOATS = ("float32", "bfloat16", "float16")
-TUNED = pathlib.Path(__file__).parent / "tuned"
 
 
 class Declined(NotImplementedError):
@@ -45,25 +36,13 @@ class Unordered(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """How a kernel's work is cut: block sizes by the names of the kernel's constants, and what Triton needs to know."""
-
-    blocks: Mapping[str, int]
-    num_warps: int = 4
-    num_stages: int = 2
-
-    def __hash__(self):
-        return hash((tuple(sorted(self.blocks.items())), self.num_warps, self.num_stages))
-
-
-@dataclasses.dataclass(frozen=True)
 class Launch:
     """One launch as `recording` notes it."""
 
     kernel: Any
     dtypes: tuple[tuple[str, str], ...]  # (parameter, dtype) of every pointer, in order
     constants: tuple[tuple[str, Any], ...]
-    config: Config
+    config: tuning.Config
     grid: int
 
     @property
@@ -71,21 +50,7 @@ class Launch:
         return self.kernel.__name__
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a configuration is asked for."""
-
-    kernel: str
-    sizes: tuple[tuple[str, int | str | bool], ...]
-
-
-# What `trying` says, and what was asked of `config`.
-_trials: dict[Request, Config] = {}
-_requested: dict[Request, Config] = {}
-# What `lowering_for` and `recording` say; None: nothing.
-_assumed_capability: int | None = None
-_recorded: list[Launch] | None = None
-_traces = itertools.count()
+_recorded: list[Launch] | None = None  # by `recording`; None: kernels are launched
 
 
 # ------------------------------------------------------------------------------------------------------- what can run
@@ -101,67 +66,16 @@ def require(mode: Mode) -> None:
         return
     if interpreter.running():
         raise Declined("this process runs Triton's interpreter (TRITON_INTERPRET is set or was needed).")
-    if capability() is None:
-        raise Declined("JAX sees no NVIDIA GPU here; launch.lowering_for(90) traces for one that is elsewhere.")
-    if capability() not in CAPABILITIES:
-        *known, last = (f"{number / 10}" for number in CAPABILITIES)
+    capability = gpu.capability()
+    if capability is None:
+        raise Declined("JAX sees no NVIDIA GPU here; gpu.lowering_for(90) traces for one that is elsewhere.")
+    if capability not in gpu.CAPABILITIES:
+        *known, last = (f"{number / 10}" for number in gpu.CAPABILITIES)
         raise Declined(
-            f"the GPU has compute capability {capability() / 10}, and the kernels are made for {', '.join(known)} and {last}."
+            f"the GPU has compute capability {capability / 10}, and the kernels are made for {', '.join(known)} and {last}."
         )
     if _recorded is None and importlib.util.find_spec("jax_triton") is None:
         raise Declined("jax-triton is not installed; install subquad[gpu].")
-
-
-def capability() -> int | None:
-    """The compute capability that kernels are traced for, as 90 for 9.0; None: there is no GPU to trace for."""
-    if _assumed_capability is not None:
-        return _assumed_capability
-    return _capability_of(_device())
-
-
-def _device() -> jax.Device:
-    """Where what is traced now will run: `jax.default_device` may say other than the first GPU, or a CPU beside it."""
-    chosen = jax.config.jax_default_device
-    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
-
-
-def _capability_of(device: jax.Device) -> int | None:
-    if device.platform != "gpu":
-        return None
-    version = getattr(device, "compute_capability", None)  # "9.0"; an AMD GPU says "gfx942"
-    return int(version.replace(".", "")) if version and version.replace(".", "").isdigit() else None
-
-
-def device_kind() -> str:
-    """The name under which this device's tuned table is kept: "nvidia-h200", or "sm_90" where the device is elsewhere."""
-    if _assumed_capability is not None or capability() is None:
-        return f"sm_{capability()}"
-    return _device().device_kind.lower().replace(" ", "-")
-
-
-@contextlib.contextmanager
-def lowering_for(compute_capability: int) -> Iterator[None]:
-    """Traces and lowers for an NVIDIA GPU that need not be in this machine.
-
-    Example:
-        with launch.lowering_for(90):
-            jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
-    """
-    global _assumed_capability
-    before, _assumed_capability = _assumed_capability, compute_capability
-    try:
-        with apart(f"sm_{compute_capability}"):
-            yield
-    finally:
-        _assumed_capability = before
-
-
-def apart(traced_for: str | None = None):
-    """Keeps what is traced inside apart from what is traced elsewhere, which JAX would find in its cache and use.
-
-    `traced_for`: what all such traces may share; None: nothing, not even with the same one again.
-    """
-    return set_xla_metadata(subquad_traced_for=traced_for or f"once {next(_traces)}")
 
 
 @contextlib.contextmanager
@@ -175,7 +89,7 @@ def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
     global _recorded
     before, _recorded = _recorded, []
     try:
-        with lowering_for(compute_capability), apart():
+        with gpu.lowering_for(compute_capability), gpu.apart():
             yield _recorded
     finally:
         _recorded = before
@@ -184,45 +98,6 @@ def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
 def dot_precision(dtype) -> str:
     """The `input_precision` of a tl.dot: three TF32 products make up float32; one would lose half of its digits."""
     return "tf32x3" if jnp.dtype(dtype) == jnp.float32 else "tf32"
-
-
-def config(kernel: str, heuristic: Config, **sizes) -> Config:
-    """The tuned configuration of a kernel for these sizes on this device, or the heuristic where nothing was measured."""
-    request = Request(kernel, tuple(sorted(sizes.items())))
-    _requested[request] = heuristic
-    return _trials.get(request) or tuned(device_kind()).get(request, heuristic)
-
-
-def size_class(size: int, most: int) -> int:
-    """The power of two that holds a size, `most` at most: sizes of one class share what was tuned for one of them."""
-    return min(1 << (size - 1).bit_length(), most)
-
-
-@contextlib.contextmanager
-def trying(trials: Mapping[Request, Config]) -> Iterator[dict[Request, Config]]:
-    """Uses these configurations for what is traced inside, and collects the heuristics of all that is asked for."""
-    before = dict(_trials), dict(_requested)
-    _trials.update(trials)
-    _requested.clear()
-    try:
-        with apart():
-            yield _requested
-    finally:
-        for now, then in zip((_trials, _requested), before, strict=True):
-            now.clear()
-            now.update(then)
-
-
-@functools.cache
-def tuned(kind: str) -> dict[Request, Config]:
-    """The committed table of a device; empty where it was never tuned."""
-    path = TUNED / f"{kind}.json"
-    if not path.exists():
-        return {}
-    return {
-        Request(row["kernel"], tuple(sorted(row["sizes"].items()))): Config(row["blocks"], row["num_warps"], row["num_stages"])
-        for row in json.loads(path.read_text())["rows"]
-    }
 
 
 # ----------------------------------------------------------------------------------------------------------- launching
@@ -235,7 +110,7 @@ def call(
     *,
     grid: int,
     constants: Mapping[str, Any],
-    config: Config,
+    config: tuning.Config,
     mode: Mode,
     aliases: Mapping[str, str] | None = None,
 ) -> tuple[jax.Array, ...]:
@@ -282,7 +157,7 @@ def call(
         require(mode)
         host = functools.partial(interpreter.run, kernel, grid, constants, shapes, places)
         return tuple(jax.pure_callback(host, shapes, *arrays, vmap_method="sequential"))
-    return tuple(_on_gpu(kernel, grid, constants, config, shapes, places, arrays))
+    return tuple(through_jax_triton.call(kernel, grid, constants, config, shapes, places, arrays))
 
 
 def functions_in(*constants) -> list:
@@ -313,7 +188,7 @@ def _check_names(kernel, inputs, outputs, constants):
         )
 
 
-def _check_stages(kernel, config: Config, constants) -> None:
+def _check_stages(kernel, config: tuning.Config, constants) -> None:
     if config.num_stages > 1 and any(map(guards_memory, (kernel, *functions_in(*constants.values())))):
         raise Unordered(
             f"launch.call: config.num_stages must be 1 for {kernel.__name__}, got {config.num_stages}. It reads back what it "
@@ -336,100 +211,3 @@ def guards_memory(kernel) -> bool:
     return False
 
 
-def _on_gpu(kernel, grid, constants, config, shapes, places, arrays):
-    jax_triton = _jax_triton()
-    options = dict(
-        kernel=kernel,
-        grid=(grid,),
-        name=kernel.__name__,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        compute_capability=capability(),
-        input_output_aliases=places or None,
-    )
-    if hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):  # 0.4
-        # An aliased output is an operand itself: its input is given a second time, in its place.
-        pointers = [name for name in kernel.arg_names if name not in constants]
-        options |= {pointers[len(arrays) + target]: arrays[source] for source, target in places.items()}
-        operands = sorted(places.values())
-        options["input_output_aliases"] = {len(arrays) + operands.index(target): target for target in operands} or None
-        options |= dict(out_type=list(shapes), backend_options=dict(ptx_version=PTX_VERSION, enable_fp_fusion=True))
-    else:
-        options |= dict(out_shape=list(shapes), enable_fp_fusion=True)
-    return jax_triton.triton_call(*arrays, **options, **constants)
-
-
-@functools.cache
-def _jax_triton():
-    """jax-triton, mended where its versions and those of Triton do not fit."""
-    import triton.backends.nvidia.driver as driver
-
-    if not hasattr(driver, "TMA_TF32"):  # jax-triton 0.4 looks for it in Triton 3.6 and gives up all of NVIDIA without it
-        driver.TMA_TF32 = 11
-    cache = os.environ.get("TRITON_CACHE_DIR")
-    import jax_triton
-
-    # Both versions change the variable while they are imported; it is the user's.
-    os.environ.pop("TRITON_CACHE_DIR", None)
-    if cache is not None:
-        os.environ["TRITON_CACHE_DIR"] = cache
-    if hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):
-        # Its rule for dropping what is not used lacks an argument of JAX 0.12's; JAX's own serves where nothing is a Ref.
-        partial_eval.dce_rules.pop(jax_triton.triton_lib.triton_kernel_call_p, None)
-    else:
-        _pin_ptx()
-    return jax_triton
-
-
-def _pin_ptx() -> None:
-    """jax-triton 0.3 has no option for the PTX version; its own copy of the backend gets one."""
-    from jax_triton import triton_lib
-
-    class Backend(triton_lib.cb.CUDABackend):
-        def parse_options(self, options):
-            return super().parse_options({**options, "ptx_version": PTX_VERSION})
-
-    triton_lib.cb = types.SimpleNamespace(**{**vars(triton_lib.cb), "CUDABackend": Backend})
-
-
-def fold_vmap(function: Callable, shared: Iterable[Iterable[int]] | None = None) -> Callable:
-    """`function` with a rule for `jax.vmap`: the mapped axis becomes part of the batch, and there is still one launch.
-
-    Args:
-        function: takes arrays [B, ...] or None, and returns arrays [B, ...].
-        shared: the operands, by place, that may be [1, ...] for all samples; the operands of one group are so together or
-            not at all. None: each may, as long as another one has the batch.
-    """
-
-    def folded(*arrays):
-        places = [place for place, array in enumerate(arrays) if array is not None]
-        groups = [{place} for place in places] if shared is None else [{*group} & {*places} for group in shared]
-
-        @jax.custom_batching.custom_vmap
-        def run(*some):
-            given = dict(zip(places, some, strict=True))
-            return function(*map(given.get, range(len(arrays))))
-
-        @run.def_vmap
-        def rule(size, mapped, *some):
-            shapes = [x.shape[1:] if is_mapped else x.shape for x, is_mapped in zip(some, mapped, strict=True)]
-            batch = max(shape[0] for shape in shapes)
-            single = {
-                place for place, is_mapped, shape in zip(places, mapped, shapes, strict=True) if not is_mapped and shape[0] == 1
-            }
-            kept = {place for group in groups if group <= single for place in group}
-
-            def flatten(place, x, is_mapped, shape):
-                if place in kept:
-                    return x
-                x = x if is_mapped else jnp.broadcast_to(x, (size, *shape))
-                x = x if shape[0] == batch else jnp.broadcast_to(x, (size, batch, *shape[1:]))
-                return x.reshape(size * batch, *shape[1:])
-
-            outputs = run(*map(flatten, places, some, mapped, shapes))
-            outputs = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), outputs)
-            return outputs, jax.tree.map(lambda _: True, outputs)
-
-        return run(*(array for array in arrays if array is not None))
-
-    return folded

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 
-from subquad.kernels import interpreter, launch, ranges
+from subquad.kernels import interpreter, launch, ranges, through_jax_triton
 from subquad.kernels.guarded import DTYPE_NAMES
 
 
@@ -113,7 +113,7 @@ def _prepared(launched: launch.Launch, target: str):
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     if nvidia:
-        options["ptx_version"] = launch.PTX_VERSION
+        options["ptx_version"] = through_jax_triton.PTX_VERSION
     constants = dict(launched.constants)
     if not nvidia:  # its matrix cores take float32 as it is, and know no TF32
         constants = {name: _replaced(value, "tf32x3", "ieee") for name, value in constants.items()}

@@ -1,5 +1,6 @@
 """Detects a run that was above chance and fell back to it; reported at once and stored in the result."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,14 +12,13 @@ def chance(batches: Iterable[dict], column: str) -> tuple[float, float]:
     For "accuracy" the share p of the commonest target, and the standard error sqrt(p (1 - p) / n) of a share of n
     targets. For "bits_per_byte" the entropy of the targets in bits, negated so that larger is better, and 1 % of it.
     """
-    counts = 0
+    total: Counter = Counter()
     for batch in batches:
-        real = np.broadcast_to(batch["weights"].reshape(-1, *[1] * (batch["targets"].ndim - 1)), batch["targets"].shape)
-        real = real * batch["mask"] if batch["targets"].ndim == 2 else real
-        count_here = np.bincount(batch["targets"].ravel(), real.ravel())
-        size = max(len(count_here), np.size(counts))
-        counts = np.pad(count_here, (0, size - len(count_here))) + np.pad(np.atleast_1d(counts), (0, size - np.size(counts)))
-    shares = counts[counts > 0] / counts.sum()
+        targets, weights = batch["targets"], batch["weights"]
+        real = weights[:, None] * batch["mask"] if targets.ndim == 2 else weights
+        total.update(dict(enumerate(np.bincount(targets.ravel(), real.ravel()))))
+    counts = np.array([count for count in total.values() if count])
+    shares = counts / counts.sum()
     if column == "bits_per_byte":
         entropy = float(-(shares * np.log2(shares)).sum())
         return -entropy, 0.01 * entropy

@@ -51,14 +51,13 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
             "got None. Pass all three, or none under SLURM."
         )
     host, colon, port = coordinator.rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise ValueError(f"start: coordinator must be host:port, got {coordinator!r}. For example 10.0.0.1:1234.")
-    if num_processes < 1:
-        raise ValueError(f"start: num_processes must be >= 1, got {num_processes}. Count all processes.")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"start: process_id must be in 0..{num_processes - 1}, got {process_id}. Number the processes from 0."
-        )
+    for name, right, must in (
+        ("coordinator", host and colon and port.isdigit(), "be host:port, as 10.0.0.1:1234"),
+        ("num_processes", num_processes >= 1, "be >= 1"),
+        ("process_id", 0 <= process_id < num_processes, f"be in 0..{num_processes - 1}"),
+    ):
+        if not right:
+            raise ValueError(f"start: {name} must {must}, got {given[name]!r}. Number them from 0.")
     if num_processes > 1:
         _check_coordinator(host.strip("[]"), int(port), listens=process_id == 0)
         _join(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)

@@ -320,7 +320,7 @@ class Job:
             memory_peak_bytes=memory.peak,
             data=f"{self.source}, batches by grain",
             source=task.source,
-            finished_utc=machine.now(),
+            finished_utc=machine.utc_now(),
             **machine.environment(1 if self.mesh is None else self.mesh.size),
         )
 

@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from subquad.kernels import dispatch, launch, machine_code, specs  # noqa: E402
+from subquad.kernels import dispatch, machine_code, specs, tuning  # noqa: E402
 from subquad.lra.cli import commands  # noqa: E402
 from subquad.lra.report import text_tables  # noqa: E402
 
@@ -40,7 +40,7 @@ def parse():
     return parser.parse_args()
 
 
-def describe(config: launch.Config) -> str:
+def describe(config: tuning.Config) -> str:
     blocks = [f"{name.removeprefix('BLOCK_').lower()}={size}" for name, size in config.blocks.items()]
     return " ".join([*blocks, f"warps={config.num_warps}", f"stages={config.num_stages}"])
 

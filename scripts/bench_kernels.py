@@ -23,7 +23,7 @@ from subquad.lra import machine
 from subquad.lra.bench import measure, timing
 from subquad.lra.cli import commands
 from subquad.lra.files import one_line
-from subquad.lra.report import csv_rows, text_tables
+from subquad.lra.report import csv_rows, plots, text_tables
 
 DIRECTIONS = ("forward", "both")
 KEY = ("spec", "implementation", "device", "length", "dtype", "direction", "threads")
@@ -87,7 +87,7 @@ def main() -> int:
                 for dtype in arguments.dtype:
                     for row in bench(spec, length, dtype, arguments):
                         row |= rating(row, bandwidth, rates[dtype])
-                        row |= dict(threads=threads, device=jax.default_backend(), finished_utc=machine.now())
+                        row |= dict(threads=threads, device=jax.default_backend(), finished_utc=machine.utc_now())
                         row |= machine.environment() | dict(processor=machine.processor())
                         rows.append({name: row.get(name) for name in FIELDS})
                         csv_rows.write_rows(arguments.out, FIELDS, rows[-1:], KEY)
@@ -193,42 +193,19 @@ def show(rows) -> None:
 
 def draw(path: str) -> None:
     """Time and temporary memory against length, a row of panels for each operation, from all rows of the CSV."""
-    try:
-        from matplotlib import pyplot
-        from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        print(f"No plot, because matplotlib is not installed ({error}).", file=sys.stderr)
-        return
-    rows = [row for row in csv_rows.read_rows(path) if row["status"] == "ok"]
-    operations = list(dict.fromkeys(row["spec"].split("/")[0] for row in rows))
-    if not rows:
-        return
-    figure, grid = pyplot.subplots(len(operations), 2, figsize=(11, 3.2 * len(operations)), squeeze=False)
-    for panels, operation in zip(grid, operations, strict=True):
-        lines: dict[tuple, list] = {}
-        for row in rows:
-            name, _, variant = row["spec"].partition("/")
-            if name == operation:
-                title = f"{variant}, {row['implementation']}, {row['dtype']}, {row['device']}"
-                lines.setdefault((title, row["direction"]), []).append(row)
-        titles = list(dict.fromkeys(title for title, _ in lines))
-        for panel, column, label, unit in ((panels[0], "median_ms", "ms", 1), (panels[1], "temporary_bytes", "MiB", 2**20)):
-            for (title, direction), points in lines.items():
-                points = sorted(points, key=lambda row: int(row["length"]))
-                panel.plot(
-                    [int(row["length"]) for row in points], [max(float(row[column]) / unit, 1e-3) for row in points],
-                    "--" if direction == "forward" else "-", color=f"C{titles.index(title)}", marker="o", markersize=3,
-                    label=title + ", forward" * (direction == "forward"),
-                )  # fmt: skip
-            panel.set(xscale="log", yscale="log", xlabel="length", ylabel=label, title=operation)
-            panel.set_xticks(sorted({int(row["length"]) for points in lines.values() for row in points}))
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.xaxis.set_major_formatter("{x:.0f}")
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.minorticks_off()
-        panels[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.tight_layout()
-    figure.savefig(str(path).removesuffix(".csv") + ".png", dpi=80)
+    rows = sorted((row for row in csv_rows.read_rows(path) if row["status"] == "ok"), key=lambda row: int(row["length"]))
+    name_of = lambda row: ", ".join(row[name] for name in ("spec", "implementation", "dtype", "device", "direction"))
+    panels = []
+    for operation in dict.fromkeys(row["spec"].partition("/")[0] for row in rows):
+        for column, label, unit in (("median_ms", "time, ms", 1), ("temporary_bytes", "temporary memory, MiB", 2**20)):
+            lines: dict[str, list] = {}
+            for row in rows:
+                if row["spec"].partition("/")[0] == operation:
+                    point = plots.Point(int(row["length"]), max(float(row[column]) / unit, 1e-3))
+                    lines.setdefault(name_of(row), []).append(point)
+            panels.append((operation, label, lines))
+    if panels:
+        plots.against_length(panels, map(name_of, rows), "", str(path).removesuffix(".csv") + ".png")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,9 @@ OPERATIONS = {
     "matrix.sinkhorn": operation(matrix.sinkhorn, dict(logits="b n m m")),
     "scan.first_order": operation(scan.first_order, dict(decay=TOKENS, inputs=TOKENS), FEATURED),
     "convolution.convolve": operation(convolution.convolve, dict(inputs=TOKENS, kernel="d t"), FEATURED),
+    "convolution.convolve segments": operation(
+        convolution.convolve, dict(inputs=TOKENS, kernel="d t", segment_ids="b t"), FEATURED
+    ),
     "ssm.diagonal_scan": operation(
         ssm.diagonal_scan, dict(inputs=TOKENS, log_decay="d p", input_matrix="d p", output_matrix="d p"), FEATURED
     ),
@@ -120,6 +123,8 @@ def draw(axes: dict[str, str], length: int) -> dict[str, jax.Array]:
             return jnp.asarray(rng.integers(0, BUCKETS, shape), jnp.int32)
         if letters == "d p":  # the eigenvalues of a slow decay, and complex matrices
             return jnp.asarray(rng.uniform(-0.5, -0.01, shape) + 1j * rng.normal(size=shape), jnp.complex64)
+        if name == "segment_ids":
+            return jnp.asarray(rng.integers(0, 4, shape).cumsum(1) // 100, jnp.int32)
         if name == "indices":
             return jnp.asarray(rng.integers(0, length, shape), jnp.int32)
         if letters == "b t n":  # a log decay

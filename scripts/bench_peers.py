@@ -131,7 +131,7 @@ def race(contest: Contest, case: Case, arguments):
         except Exception as error:  # one race's fault is a row; the others still run
             status = f"failed: {one_line(error)}"
         row = dict(shared, direction=direction, status=status, **found, **machine.environment())
-        row |= dict(processor=machine.processor(), finished_utc=machine.now())
+        row |= dict(processor=machine.processor(), finished_utc=machine.utc_now())
         yield {name: row[name] for name in FIELDS}
 
 

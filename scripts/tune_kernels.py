@@ -21,7 +21,7 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
-from subquad.kernels import dispatch, gate, launch, machine_code, specs
+from subquad.kernels import dispatch, gate, gpu, launch, machine_code, specs, tuning
 from subquad.lra.cli import commands
 
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
@@ -40,19 +40,19 @@ def parse():
     return parser.parse_args()
 
 
-def around(heuristic: launch.Config) -> list[launch.Config]:
+def around(heuristic: tuning.Config) -> list[tuning.Config]:
     """The heuristic first, then all with blocks of half, the same and twice its size."""
     names = list(heuristic.blocks)
     sides = [[s for s in (n // 2, n, 2 * n) if SMALLEST <= s <= LARGEST] or [n] for n in heuristic.blocks.values()]
     found = [
-        launch.Config(dict(zip(names, blocks, strict=True)), warps, stages)
+        tuning.Config(dict(zip(names, blocks, strict=True)), warps, stages)
         for blocks, warps, stages in itertools.product(itertools.product(*sides), WARPS, STAGES)
     ]
     return [heuristic, *(config for config in found if config != heuristic)]
 
 
-def requests_of(spec, dtype, length, target="sm_90") -> dict[launch.Request, launch.Config]:
-    with launch.trying({}) as requested:
+def requests_of(spec, dtype, length, target="sm_90") -> dict[tuning.Request, tuning.Config]:
+    with tuning.trying({}) as requested:
         specs.launches(spec, dtype, length, target=target)
         return dict(requested)
 
@@ -60,12 +60,12 @@ def requests_of(spec, dtype, length, target="sm_90") -> dict[launch.Request, lau
 def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
     """Whether the configuration is launched as it stands, and all that is launched because of it compiles and fits the target.
 
-    An operation may cut blocks down to a short axis, or take those of another kernel: then this is no candidate.
+    An operation may cut blocks down to a short axis: then this is no candidate.
     """
-    with launch.trying({request: heuristic}):
+    with tuning.trying({request: heuristic}):
         usual = specs.launches(spec, dtype, length, target=target)
     try:
-        with launch.trying({request: config}):
+        with tuning.trying({request: config}):
             tried = specs.launches(spec, dtype, length, target=target)
     except launch.Unordered:
         return False
@@ -79,7 +79,7 @@ def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
         return False
 
 
-def uses(one: launch.Launch, config: launch.Config) -> bool:
+def uses(one: launch.Launch, config: tuning.Config) -> bool:
     """Whether this launch has the configuration, with any other blocks beside its own."""
     same = (one.config.num_warps, one.config.num_stages) == (config.num_warps, config.num_stages)
     return same and config.blocks.items() <= one.config.blocks.items()
@@ -87,7 +87,7 @@ def uses(one: launch.Launch, config: launch.Config) -> bool:
 
 def right(spec, dtype, length, request, config) -> bool:
     """Whether outputs and gradients pass the gate of the benchmarks, at this length."""
-    with launch.trying({request: config}):
+    with tuning.trying({request: config}):
         return gate.check(spec, "triton", length, dtype).passed
 
 
@@ -96,7 +96,7 @@ def seconds(spec, dtype, length, request, config, repeats) -> float:
     inexact, rest = specs.split(spec.draw(length, dtype, bench=True))
     cotangents = specs.cotangents(spec, "triton", {**inexact, **rest})
     jax.clear_caches()  # of the candidate before
-    with launch.trying({request: config}):
+    with tuning.trying({request: config}):
         function = specs.forward_backward(spec, "triton", rest)
         once = jax.jit(function)
         count = specs.repeats_for(lambda: jax.block_until_ready(once(inexact, cotangents)))
@@ -110,16 +110,16 @@ def seconds(spec, dtype, length, request, config, repeats) -> float:
     return statistics.median(times) / count
 
 
-def write(kind: str, rows: dict[launch.Request, launch.Config]) -> None:
+def write(kind: str, rows: dict[tuning.Request, tuning.Config]) -> None:
     """The table of this device, with what is already in it."""
-    launch.TUNED.mkdir(exist_ok=True)
-    rows = launch.tuned(kind) | rows
+    tuning.TUNED.mkdir(exist_ok=True)
+    rows = tuning.tuned(kind) | rows
     table = [
         dict(kernel=request.kernel, sizes=dict(request.sizes), blocks=dict(config.blocks), num_warps=config.num_warps,
              num_stages=config.num_stages)
         for request, config in sorted(rows.items(), key=lambda row: str(row[0]))
     ]  # fmt: skip
-    (launch.TUNED / f"{kind}.json").write_text(json.dumps(dict(device=kind, jax=jax.__version__, rows=table), indent=1) + "\n")
+    (tuning.TUNED / f"{kind}.json").write_text(json.dumps(dict(device=kind, jax=jax.__version__, rows=table), indent=1) + "\n")
 
 
 def main() -> int:
@@ -133,7 +133,7 @@ def main() -> int:
             launch.require("triton")
         except launch.Declined as reason:
             raise ValueError(f"tuning needs an NVIDIA GPU: {reason} Use --list to see the candidates.") from None
-    target = arguments.target if arguments.list else f"sm_{launch.capability()}"
+    target = arguments.target if arguments.list else f"sm_{gpu.capability()}"
     work = {}
     for spec, dtype in itertools.product(chosen(arguments), arguments.dtype):
         for length in arguments.length or spec.bench_lengths:
@@ -157,7 +157,7 @@ def main() -> int:
         best[request] = min(times, key=times.get)
         print(f"{name}: {found}; {best[request]}, {times[best[request]] * 1e3:.3f} ms; "
               f"heuristic {times.get(heuristic, float('nan')) * 1e3:.3f} ms")  # fmt: skip
-        write(launch.device_kind(), best)
+        write(gpu.device_kind(), best)
     return 0
 
 

@@ -98,6 +98,7 @@ class PerformerCache(NamedTuple):
     numerator: Float[Array, "B N M V"]  # of feature times value
     denominator: Float[Array, "B N M"]  # of features
     log_max: Float[Array, "B N"]  # largest log scale of a key so far; -inf before the first
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
 class TransformerXLCache(NamedTuple):

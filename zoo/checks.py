@@ -191,7 +191,7 @@ def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -
     """Refuses a rotation that the layer does not have, or that its heads cannot take."""
     if not supports.rotary:
         unsupported(owner, "rotary_base", "its scores are not of one query and one key each, or know positions already",
-                    "Use SoftmaxAttention, LocalAttention, BlockwiseAttention, StridedAttention or LinformerAttention.")
+                    "Use a layer whose supports.rotary is True, such as SoftmaxAttention or PerformerAttention.")
     if head_features % 2:
         refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",
                "Choose qkv_features / num_heads even.")

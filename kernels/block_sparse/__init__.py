@@ -72,13 +72,7 @@ def attention(
         raise ValueError(f"{OWNER}: block_size must be a positive integer, got {block_size!r}. Count positions.")
     columns = -(-keys // block_size)
     check_blocks(blocks, heads, -(-queries // block_size), columns)
-    if mask is not None and mask.dtype != bool:
-        raise TypeError(f"{OWNER}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-    if mask is not None and mask.shape not in ((batch, 1, 1, keys), (1, 1, 1, keys)):
-        raise ValueError(
-            f"{OWNER}: mask must be key padding of shape {(batch, 1, 1, keys)}, got {mask.shape}. "
-            "Use softmax.attention for pairwise masks."
-        )
+    checks.key_padding(OWNER, mask, batch, keys)
     pattern = Blocks.of(blocks, int(block_size), columns) & (CAUSAL if is_causal else None)
     positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
     sets = (KeySet(pattern, Visible(*positions, None, None, mask)),)

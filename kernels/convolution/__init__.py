@@ -66,6 +66,6 @@ def convolve(
             )
     runs = None
     if segment_ids is not None:
-        ids = checks.positions("convolve", "segment_ids", segment_ids, *inputs.shape[:2])
+        ids = checks.row("convolve", "segment_ids", segment_ids, *inputs.shape[:2])
         runs = jnp.pad(jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     return dispatch.run("convolution.convolve", IMPLEMENTATIONS, implementation, inputs, kernel, anticausal, runs)

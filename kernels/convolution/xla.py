@@ -44,10 +44,12 @@ def divisor(number: int, least: int) -> int:
     return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(least, number))
 
 
-def _circle_and_groups(room, inputs, kernel, ahead) -> tuple[int, int]:
+def _circle_and_groups(room, inputs, kernel, ahead, runs) -> tuple[int, int]:
     """The size of the circle, and how many groups the features make; `room`: bytes of one group's padded inputs."""
     batch, length, features = inputs.shape
     size = fast_length(length + max(kernel.shape[1] - 1, 0 if ahead is None else ahead.shape[1]))
+    if runs is not None:  # each halving keeps spectra for the backward pass
+        room //= length.bit_length()
     return size, divisor(features, -(-batch * features * size * 4 // room))
 
 
@@ -56,7 +58,7 @@ def _forward(room, inputs, kernel, ahead, runs):
 
     Only a group's taps are put on the circle at a time: all of them would take as much as the inputs in float32 twice.
     """
-    length, (size, groups) = inputs.shape[1], _circle_and_groups(room, inputs, kernel, ahead)
+    length, (size, groups) = inputs.shape[1], _circle_and_groups(room, inputs, kernel, ahead, runs)
 
     def group(values, *taps):
         if runs is not None:
@@ -89,7 +91,7 @@ def _spectrum(kernel, ahead, size):
 def _backward(room, saved, cotangent):
     """All gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
     inputs, kernel, ahead, runs = saved
-    size, groups = _circle_and_groups(room, inputs, kernel, ahead)
+    size, groups = _circle_and_groups(room, *saved)
 
     def group(values, outer, *taps):
         if runs is not None:

@@ -104,9 +104,4 @@ def _check(inputs, kernel, is_causal, mask, initial_state, return_state):
             f"{OWNER}: initial_state must have shape [B, W - 1, D] = {state_shape}, got {initial_state.shape}. "
             "Pass the state that the call before returned."
         )
-    if mask is not None and mask.dtype != bool:
-        raise TypeError(f"{OWNER}: mask must be boolean, False = padding, got {mask.dtype}. Use mask.astype(bool).")
-    if mask is not None and mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
-        raise ValueError(
-            f"{OWNER}: mask must be padding of shape {(batch, 1, 1, length)}, got {mask.shape}. The taps decide the rest."
-        )
+    checks.key_padding(OWNER, mask, batch, length, "The taps decide the rest.")

@@ -125,12 +125,7 @@ def attention(
     if not isinstance(alpha, float) and alpha.shape not in ((), (heads,)):
         raise ValueError(f"{owner}: alpha must be one number or one for each of {heads} heads, got {alpha.shape}. Reshape it.")
     checks.square(owner, "mask", mask, (batch, heads, queries, keys))
-    if not is_causal and (query_positions is not None or key_positions is not None):
-        name = "query_positions" if query_positions is not None else "key_positions"
-        raise ValueError(f"{owner}: {name} must be None where is_causal is False, got some. Nothing would depend on them.")
-    query_positions = checks.positions(owner, "query_positions", query_positions, batch, queries)
-    key_positions = checks.positions(owner, "key_positions", key_positions, batch, keys)
-    positions = (query_positions, key_positions) if is_causal else None
+    positions = checks.causal_positions(owner, is_causal, query_positions, key_positions, batch, queries, keys)
     scale = scale_of(owner, scale, features)
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))

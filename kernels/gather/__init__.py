@@ -77,15 +77,8 @@ def attention(
     checks.at_least(OWNER, "block_size", block_size, 1, "Count queries.")
     _check_indices(indices, query, key, int(block_size))
     (batch, queries, _, features), keys = query.shape, key.shape[1]
-    checks.square(OWNER, "mask", mask, (batch, 1, 1, keys))
-    if mask is not None and mask.shape[3] != keys:
-        raise ValueError(f"{OWNER}: mask must have shape [B, 1, 1, S = {keys}], got {mask.shape}. Say it of each key.")
-    if not is_causal and (query_positions is not None or key_positions is not None):
-        name = "query_positions" if query_positions is not None else "key_positions"
-        raise ValueError(f"{OWNER}: {name} must be None where is_causal is False, got some. Nothing would depend on them.")
-    query_positions = checks.positions(OWNER, "query_positions", query_positions, batch, queries)
-    key_positions = checks.positions(OWNER, "key_positions", key_positions, batch, keys)
-    positions = (query_positions, key_positions) if is_causal else None
+    checks.key_padding(OWNER, mask, batch, keys)
+    positions = checks.causal_positions(OWNER, is_causal, query_positions, key_positions, batch, queries, keys)
     scale = scale_of(OWNER, scale, features)
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))

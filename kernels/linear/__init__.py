@@ -5,7 +5,7 @@ import numbers
 from typing import get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from subquad.kernels import checks, dispatch
 from subquad.kernels.axes import KeyMask
@@ -42,6 +42,7 @@ def attention(
     *,
     key_log_scale: Float[Array, "B S N"] | None = None,
     mask: KeyMask | None = None,
+    segment_ids: Int[Array, "_ T"] | None = None,
     is_causal: bool = False,
     initial_state: State | None = None,
     return_state: bool = False,
@@ -56,9 +57,9 @@ def attention(
     c_t cancels (where eps = 0); it keeps every weight exp(r_s - c_t) at most 1. In the causal form it is the running
     maximum, so a key of the future changes nothing before it, however large.
 
-    Cost: time O(T M V), causal O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)), of which only two numbers
-        per query are kept for the backward pass beside arguments and outputs; one extended token O(M V) whatever came
-        before.
+    Cost: time O(T M V), causal O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)), of which at most a number per
+        query and sqrt(T / C) states are kept for the backward pass beside arguments and outputs; Triton's causal kernels
+        take T / C states while they run. One extended token O(M V) whatever came before.
 
     Args:
         query: features of the queries, nonnegative.
@@ -66,6 +67,9 @@ def attention(
         value: V may differ from M.
         key_log_scale: r, weighs key s by exp(r_s); any finite size. None: 0.
         mask: key padding, True = attend. What padding holds reaches nothing, NaN included.
+        segment_ids: of packed sequences, with T = S: a query sees the keys of its own segment, a run of equal ids. What came
+            before belongs to the first one; the state that is returned is that of the last one. Bidirectional attention
+            takes twice the time with them, by XLA.
         is_causal: query t sees keys 0..t, and so T = S.
         initial_state: what came before, seen by every query: numerator [B, N, M, V], the sum of exp(r_s - c) k_s v_s^T;
             denominator [B, N, M], the sum of exp(r_s - c) k_s; and c [B, N], the maximum of r_s, -inf before any key.
@@ -74,8 +78,8 @@ def attention(
         implementation: None takes the best that can run here.
     Returns: [B, T, N, V] in the dtype of value; with return_state also the state, float32.
     Raises:
-        TypeError: mask is not boolean; arrays of integers; eps is not a number.
-        ValueError: shapes that do not fit, axes of 0; is_causal with T != S; a negative eps.
+        TypeError: mask is not boolean; segment_ids are no integers; other arrays are; eps is not a number.
+        ValueError: shapes that do not fit, axes of 0; is_causal or segment_ids with T != S; a negative eps.
         NotImplementedError: an implementation that does not exist here.
     Numerics: sums and exponentials in float32. With eps = 0 a row is a mean of values: its weights sum to 1. A row
         whose denominator is below 1e-30 (no visible key, or only keys whose features are 0 where the query's are not)
@@ -90,15 +94,16 @@ def attention(
         and their running maximum are ours.
     """
     owner = "linear.attention"
-    _check(owner, query, key, value, key_log_scale, mask, is_causal, initial_state, query.shape[-1])
+    _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal, initial_state, query.shape[-1])
     if not isinstance(eps, numbers.Real):
         raise TypeError(f"{owner}: eps must be a number, got {type(eps).__name__}. It is part of the program, not an array.")
     if not 0 <= eps < math.inf:
         raise ValueError(f"{owner}: eps must be finite and at least 0, got {eps}. 0 gives means of the values.")
     key, value, key_log_scale = checks.hide(mask, key, value, key_log_scale)
     outputs, state = dispatch.run(
-        owner, ATTENTION, implementation, query, key, value, key_log_scale, mask, is_causal, initial_state, float(eps)
-    )
+        owner, ATTENTION, implementation,
+        query, key, value, key_log_scale, mask, _segments(segment_ids), is_causal, initial_state, float(eps),
+    )  # fmt: skip
     return (outputs, state) if return_state else outputs
 
 
@@ -110,12 +115,13 @@ def random_feature_attention(
     *,
     kernel: FeatureMap = "softmax",
     mask: KeyMask | None = None,
+    segment_ids: Int[Array, "_ T"] | None = None,
     is_causal: bool = False,
     initial_state: State | None = None,
     return_state: bool = False,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], State]:
-    """Linear attention over random features of query and key, which are computed where they are used and never stored.
+    """Linear attention over random features of query and key, of which only those of a piece of the sequence are in memory.
 
         y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = phi(q_t) . phi(k_s),   s <= t if causal
         softmax:  phi(x)_i = M^-1/2 exp(w_i . x' - |x'|^2 / 2),  x' = x / H^1/4
@@ -123,7 +129,8 @@ def random_feature_attention(
 
     It is `attention` over `softmax_features` (with their log scales for the keys) or `relu_features`.
 
-    Cost: time O(T M (H + V)), causal O(T M (H + V + C)); memory O(T (H + V)), whatever M; one extended token O(M (H + V)).
+    Cost: time O(T M (H + V)), causal O(T M (H + V + C)); memory O(T (H + V)), whatever M, beside a chunk of features (Triton:
+        those of 2048 tokens, and their states); one extended token O(M (H + V)).
 
     Args:
         query, key: what the features are made of.
@@ -131,16 +138,17 @@ def random_feature_attention(
         projection: rows w_i; the same for all heads.
         kernel: "softmax" or "relu".
         mask: key padding, True = attend. What padding holds reaches nothing, NaN included.
+        segment_ids: see `attention`.
         is_causal: query t sees keys 0..t, and so T = S.
         initial_state: what came before, made with the same projection; see `attention`.
         return_state: also return the state after the last key.
         implementation: None takes the best that can run here.
     Returns: [B, T, N, V] in the dtype of value; with return_state also the state, float32.
     Raises:
-        TypeError: mask is not boolean; arrays of integers.
-        ValueError: an unknown kernel; shapes that do not fit, axes of 0; is_causal with T != S.
+        TypeError: mask is not boolean; segment_ids are no integers; other arrays are.
+        ValueError: an unknown kernel; shapes that do not fit, axes of 0; is_causal or segment_ids with T != S.
         NotImplementedError: an implementation that does not exist here.
-    Numerics: features, sums and exponentials in float32; a fused kernel multiplies bfloat16 features as bfloat16. The
+    Numerics: features, sums and exponentials in float32; a kernel multiplies bfloat16 features as bfloat16. The
         derivative takes each token's log scale for a constant, which is exact, and is 0 through a floored feature.
     Example:
         >>> x, projection = jnp.ones((1, 5, 2, 4)), jnp.eye(4)
@@ -159,11 +167,11 @@ def random_feature_attention(
             f"{owner}: projection must have shape [M, H] with M >= 1 and H = {query.shape[-1]}, got {projection.shape}. "
             "Draw it for the features of one head."
         )
-    _check(owner, query, key, value, None, mask, is_causal, initial_state, projection.shape[0])
+    _check(owner, query, key, value, None, mask, segment_ids, is_causal, initial_state, projection.shape[0])
     key, value = checks.hide(mask, key, value)
     outputs, state = dispatch.run(
         owner, RANDOM_FEATURE_ATTENTION, implementation,
-        query, key, value, projection, kernel, mask, is_causal, initial_state,
+        query, key, value, projection, kernel, mask, _segments(segment_ids), is_causal, initial_state,
     )  # fmt: skip
     return (outputs, state) if return_state else outputs
 
@@ -192,7 +200,8 @@ def gated(
     and HGRN2; beta DeltaNet, Gated DeltaNet and, with a decay per channel, Kimi Delta Attention.
 
     Cost: time O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)) and about 2 sqrt(T / C) states for the backward
-        pass; one extended token O(M V) whatever came before.
+        pass, 2 T / C in Triton; one extended token O(M V) whatever came before. With beta, or a decay per channel, there is
+        no kernel yet.
 
     Args:
         query, key, value: each may have fewer heads than N, the most of the three: a divisor of N, and then N over it
@@ -256,7 +265,15 @@ def empty_state(batch_size: int, num_heads: int, features: int, value_features: 
     )
 
 
-def _check(owner, query, key, value, key_log_scale, mask, is_causal, initial_state, features) -> None:
+def _segments(ids):
+    """Runs of equal ids [_, T], numbered from 0."""
+    if ids is None:
+        return None
+    begins = ids[:, 1:] != ids[:, :-1]
+    return jnp.pad(jnp.cumsum(begins, 1, dtype=jnp.int32), [(0, 0), (1, 0)])
+
+
+def _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal, initial_state, features) -> None:
     checks.floating(owner, query=query, key=key, value=value, key_log_scale=key_log_scale)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4 or 0 in array.shape:
@@ -292,6 +309,15 @@ def _check(owner, query, key, value, key_log_scale, mask, is_causal, initial_sta
             "Pass earlier keys through initial_state."
         )
     _check_mask(owner, mask, batch, keys)
+    if segment_ids is None:
+        return
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"{owner}: segment_ids must be integers, got {segment_ids.dtype}. Use one number for each sequence.")
+    if length != keys or segment_ids.shape not in ((1, length), (batch, length)):
+        raise ValueError(
+            f"{owner}: segment_ids must have shape {(batch, length)} or {(1, length)}, with as many keys as queries, got "
+            f"{segment_ids.shape} and {keys} keys. Number the sequences of one row."
+        )
 
 
 def _check_gated(owner, query, key, value, log_decay, beta, mask, initial_state, normalize) -> None:

@@ -190,6 +190,8 @@ def pad(arrays: dict, length: int) -> dict:
         if x.shape[axis] == length:
             return x
         widths = [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)]
+        if name == "segment":
+            return jnp.pad(x, widths, mode="edge")
         return jnp.pad(x, widths, constant_values=PADDING.get(name, 0))
 
     return {name: None if x is None else pad_one(name, x) for name, x in arrays.items()}

@@ -40,7 +40,7 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
 
 
 @precision.full
-def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, eps):
+def attention(query, key, value, key_log_scale, mask, segments, is_causal, initial_state, eps):
     """See `linear.attention`; returns the outputs and the state after the last key."""
     dtype = value.dtype
     query, key, value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
@@ -50,16 +50,22 @@ def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, 
     scale = scale.swapaxes(1, 2)  # [B, N, S]
     before = jnp.full(scale.shape[:2], -jnp.inf, scale.dtype) if initial_state is None else initial_state[2]
     visible = jnp.tri(query.shape[1], dtype=bool) if is_causal else jnp.ones((query.shape[1], key.shape[1]), bool)
+    segments = jnp.zeros((1, 1), jnp.int32) if segments is None else segments
+    visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
+    # What came before belongs to the first segment, and what is left to the last.
+    first, last = (segments[:, None] == segments[:, None, at : at + 1 or None] for at in (0, -1))
 
     scores = jnp.where(visible, scale[:, :, None], -jnp.inf)  # [B, N, T, S]
-    largest = finite(jax.lax.stop_gradient(jnp.maximum(scores.max(-1), before[:, :, None])))
+    past = jnp.where(first, before[:, :, None], -jnp.inf)  # [B, N, T | 1]
+    largest = finite(jax.lax.stop_gradient(jnp.maximum(scores.max(-1), past)))
     weights = jnp.exp(scores - largest[..., None]) * jnp.einsum("btnm,bsnm->bnts", query, key)
     numerator, denominator = jnp.einsum("bnts,bsnv->btnv", weights, value), weights.sum(-1).swapaxes(1, 2)
     if initial_state is not None:
-        past = query * jnp.exp(before[:, :, None] - largest).swapaxes(1, 2)[..., None]
+        past = query * jnp.exp(past - largest).swapaxes(1, 2)[..., None]
         numerator += jnp.einsum("btnm,bnmv->btnv", past, initial_state[0])
         denominator += jnp.einsum("btnm,bnm->btn", past, initial_state[1])
 
+    scale, before = jnp.where(last, scale, -jnp.inf), jnp.where(last[..., 0], before, -jnp.inf)
     last = jax.lax.stop_gradient(jnp.maximum(scale.max(-1), before))
     decayed = key * jnp.exp(scale - finite(last)[..., None]).swapaxes(1, 2)[..., None]
     state = jnp.einsum("bsnm,bsnv->bnmv", decayed, value), decayed.sum(1), last
@@ -69,7 +75,7 @@ def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, 
     return divide(numerator, denominator, eps).astype(dtype), state
 
 
-def random_feature_attention(query, key, value, projection, kernel, mask, is_causal, initial_state):
+def random_feature_attention(query, key, value, projection, kernel, mask, segments, is_causal, initial_state):
     """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
     projection, scale = projection.astype(jnp.promote_types(projection.dtype, jnp.float32)), None
     if kernel == "softmax":
@@ -77,7 +83,7 @@ def random_feature_attention(query, key, value, projection, kernel, mask, is_cau
         key, scale = softmax_features(key, projection)
     else:
         query, key = relu_features(query, projection), relu_features(key, projection)
-    return attention(query, key, value, scale, mask, is_causal, initial_state, 0.0)
+    return attention(query, key, value, scale, mask, segments, is_causal, initial_state, 0.0)
 
 
 def finite(largest):

@@ -39,13 +39,20 @@ def call(arrays, implementation, *, is_causal, eps=0.0):
     state = tuple(arrays[name] for name in ("numerator", "denominator", "largest")) if "numerator" in arrays else None
     outputs, (numerator, denominator, _) = linear.attention(
         arrays["query"], arrays["key"], arrays["value"], key_log_scale=arrays.get("scale"), mask=arrays.get("mask"),
-        is_causal=is_causal, eps=eps, initial_state=state, return_state=True, implementation=implementation,
+        segment_ids=arrays.get("segment_ids"), is_causal=is_causal, eps=eps, initial_state=state, return_state=True,
+        implementation=implementation,
     )  # fmt: skip
     return outputs, numerator, denominator
 
 
 def make_plain(length, dtype, rng):
     return {name: x for name, x in make(length, dtype, rng).items() if name in ("query", "key", "value")}
+
+
+def make_packed(length, dtype, rng, **options):
+    """As `make`, with segments of about 20 tokens."""
+    arrays = make(length, dtype, rng, **options)
+    return arrays | dict(segment_ids=jnp.asarray(np.cumsum(rng.uniform(size=(len(arrays["query"]), length)) < 0.05, 1)))
 
 
 def make_random(length, dtype, rng, *, batch=2, heads=2, width=24, features=40, state=False, bench=False):
@@ -111,10 +118,18 @@ def make_gated(length, dtype, rng, *, channels=False, delta=False, batch=2, head
     return arrays | (dict(beta=jnp.asarray(rng.uniform(size=(batch, length, heads)), jnp.float32)) if delta else {})
 
 
+def make_normalized(length, dtype, rng, **options):
+    """As `make_gated`, with a normaliser that is never near 0."""
+    arrays = make_gated(length, dtype, rng, **options)
+    arrays |= {name: jnp.abs(arrays[name]) for name in ("query", "key")}
+    return arrays | dict(sums=1 + jnp.abs(arrays["state"][..., 0]))
+
+
 def call_gated(arrays, implementation):
+    state = (arrays["state"], arrays["sums"]) if "sums" in arrays else arrays["state"]
     return linear.gated(
-        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"),
-        initial_state=arrays["state"], return_state=True, implementation=implementation,
+        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"), normalize="sums" in arrays,
+        initial_state=state, return_state=True, scale=0.3, implementation=implementation,
     )  # fmt: skip
 
 
@@ -122,11 +137,11 @@ def bench(maker):
     return lambda length, dtype, rng: maker(length, dtype, rng, bench=True)
 
 
-def spec(name, is_causal, maker=make, eps=0.0, lengths=LENGTHS):
+def spec(name, is_causal, maker=make, eps=0.0, lengths=LENGTHS, implementations=("triton", "interpret")):
     def run(arrays, implementation):
         return call(arrays, implementation, is_causal=is_causal, eps=eps)
 
-    return Spec("linear.attention", name, maker, run, bench(make), lengths)
+    return Spec("linear.attention", name, maker, run, bench(make), lengths, implementations=implementations)
 
 
 def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
@@ -136,20 +151,23 @@ def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
     return Spec("linear.random_feature_attention", name, maker, run, bench(maker), lengths)
 
 
-def gated_spec(name, **options):
-    maker = functools.partial(make_gated, **options)
-    return Spec("linear.gated", name, maker, call_gated, bench(maker), (63, 129), implementations=())
+def gated_spec(name, maker=make_gated, implementations=("triton", "interpret"), **options):
+    maker = functools.partial(maker, **options)
+    return Spec("linear.gated", name, maker, call_gated, bench(maker), (63, 129), implementations=implementations)
 
 
 SPECS = [
     spec("causal", True),
     spec("causal-plain", True, make_plain, lengths=SEVERAL),
     spec("bidirectional", False, eps=0.5),
+    spec("segments-causal", True, make_packed, lengths=(63, 129)),
+    spec("segments", False, make_packed, lengths=(63, 129), implementations=()),
     random_spec("softmax", False, "softmax"),
     random_spec("softmax-causal", True, "softmax", make_continued, LENGTHS),
     random_spec("relu-causal", True, "relu", make_relu),
     gated_spec("heads"),
-    gated_spec("channels-delta", channels=True, delta=True),
+    gated_spec("normalized", make_normalized),
+    gated_spec("channels-delta", implementations=(), channels=True, delta=True),
 ]
 
 
@@ -160,14 +178,20 @@ def over(kind, is_causal, plain=False, values=None):
         arrays = make(length, dtype, rng, features=head, values=min(head, values or head))
         return {name: arrays[name] for name in ("query", "key", "value")} if plain else arrays
 
-    return over_heads("linear.attention", kind, draw, functools.partial(call, is_causal=is_causal), most=256 if values else 128)
+    return over_heads("linear.attention", kind, draw, functools.partial(call, is_causal=is_causal))
 
 
 def over_random(kind, is_causal, kernel):
     """A kind of call with 256 random features at every size of a head."""
     draw = lambda head, *rest: make_random(*rest, width=head, features=256, state=is_causal)
     run = functools.partial(call_random, is_causal=is_causal, kernel=kernel)
-    return over_heads("linear.random_feature_attention", kind, draw, run, most=128)
+    return over_heads("linear.random_feature_attention", kind, draw, run)
+
+
+def over_gated(kind, maker):
+    """A kind of call at every size of a head."""
+    draw = lambda head, *rest: maker(*rest, features=head, values=head)
+    return over_heads("linear.gated", kind, draw, call_gated)
 
 
 GRID = [
@@ -179,4 +203,6 @@ GRID = [
     *over_random("softmax", False, "softmax"),
     *over_random("relu-causal", True, "relu"),
     *over_random("relu", False, "relu"),
+    *over_gated("heads", make_gated),
+    *over_gated("normalized", make_normalized),
 ]

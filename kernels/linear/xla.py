@@ -15,6 +15,9 @@ from subquad.kernels.linear.features import relu_features, softmax_features
 from subquad.kernels.linear.reference import divide, finite, normalized
 from subquad.kernels.xla_cpu import hide_zeros
 
+# The log decay between two segments: more than any two log scales differ by. Its multiples are exact.
+FOREVER = 2.0**100
+
 
 @functools.partial(jax.jit, static_argnames=("normalize", "scale"))
 def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
@@ -33,49 +36,94 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
     return outputs, jnp.concatenate(states, -1)
 
 
-def attention(query, key, value, key_log_scale, mask, is_causal, initial_state, eps):
+def attention(query, key, value, key_log_scale, mask, segments, is_causal, initial_state, eps):
     """See `linear.attention`; returns the outputs and the state after the last key."""
-    return _attention("given", is_causal, float(eps), query, key, value, None, key_log_scale, mask, initial_state)
+    return _attention("given", is_causal, float(eps), query, key, value, None, key_log_scale, mask, segments, initial_state)
 
 
-def random_feature_attention(query, key, value, projection, kernel, mask, is_causal, initial_state):
+def random_feature_attention(query, key, value, projection, kernel, mask, segments, is_causal, initial_state):
     """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
-    return _attention(kernel, is_causal, 0.0, query, key, value, projection, None, mask, initial_state)
+    return _attention(kernel, is_causal, 0.0, query, key, value, projection, None, mask, segments, initial_state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _attention(features, is_causal, eps, query, key, value, projection, key_log_scale, mask, initial_state):
+def _attention(features, is_causal, eps, query, key, value, projection, key_log_scale, mask, segments, initial_state):
     """Both operations. Compiled once per shape also for callers who compile nothing."""
-    log_scale = as_rows(key_log_scale)
-    size = chunks.chunk_size() if is_causal else chunks.BIDIRECTIONAL_CHUNK
-    # What a state has in units of its largest log scale is added to in such units, too.
-    needs_scale = mask is not None or initial_state is not None and features != "softmax"
-    if log_scale is None and (needs_scale or features != "given" and chunks.pads(key.shape[1], size)):
-        log_scale = jnp.zeros((key.shape[0], key.shape[2], key.shape[1]), jnp.float32)  # -inf where nothing may be seen
-    if mask is not None:
-        log_scale = jnp.where(mask[:, 0], log_scale, -jnp.inf)
+    is_chunked = is_causal or segments is not None
+    size = chunks.chunk_size() if is_chunked else chunks.BIDIRECTIONAL_CHUNK
+    pads = features != "given" and chunks.pads(key.shape[1], size)
+    log_scale = as_rows(visible_scale(features, key, key_log_scale, mask, segments, initial_state, pads))
     projection = None if projection is None else projection.astype(jnp.float32)
-    stabilizes = log_scale is not None or features == "softmax" or initial_state is not None
+    stabilizes = log_scale is not None or features == "softmax"
     state = first_state(query, value, projection, initial_state, stabilizes)
-    run = causal if is_causal else bidirectional
     arrays = dict(query=query, key=key, value=value, log_scale=log_scale)
-    outputs, (sums, largest) = run(FEATURES[features], size, eps, projection, state, arrays, mask is not None)
-    numerator, denominator = sums
+    if segments is not None:
+        arrays["segment"] = segments[:, None].astype(jnp.float32)
+        state = *state, arrays["segment"][..., 0]
+    run = causal if is_causal else bidirectional if segments is None else bidirectional_in_segments
+    outputs, state = run(FEATURES[features], size, eps, projection, state, arrays, mask is not None)
+    (numerator, denominator), largest = state[:2]
     return outputs, (numerator, denominator[..., 0], largest)
+
+
+def visible_scale(features, key, key_log_scale, mask, segments, initial_state, pads=False):
+    """The log scales [B, S, N] of keys, -inf where nothing may be seen; None where they are 0 and none is needed."""
+    # What a state has in units of its largest log scale is added to in such units, too.
+    needs_scale = mask is not None or segments is not None or initial_state is not None and features != "softmax"
+    log_scale = key_log_scale
+    if log_scale is None and (needs_scale or pads):
+        log_scale = jnp.zeros(key.shape[:3], jnp.float32)
+    return log_scale if mask is None else jnp.where(mask[:, 0, 0, :, None], log_scale, -jnp.inf)
 
 
 def causal(features, size, eps, projection, state, arrays, has_mask):
     """(outputs, state after the last key) of queries that see the keys up to their own."""
 
-    def step(projection, state, chunk):
-        sums, largest = state
-        query, _ = features(chunk["query"], projection)
-        key, values, decay, largest = stabilized(features, projection, chunk, largest)
-        sums, (numerator, denominator) = recurrence.advance(sums, query, key, values, decay)
-        return (sums, largest), divide(numerator, denominator[..., 0], eps)
+    def finish(numerator, denominator, _):
+        return divide(numerator, denominator[..., 0], eps)
 
-    state, outputs = chunks.scan(step, size, projection, state, arrays, arrays["value"].dtype, skip_unused=has_mask)
+    return causal_sums(features, size, projection, state, arrays, has_mask, finish, arrays["value"].dtype)
+
+
+def causal_sums(features, size, projection, state, arrays, has_mask, finish, dtype):
+    """`finish(numerator, denominator, largest log scale)` [B, N, C, ...] of each query, and the state after the last key."""
+
+    def step(projection, state, chunk):
+        sums, *before = state
+        query, _ = features(chunk["query"], projection)
+        key, values, decay, largest, after = stabilized(features, projection, chunk, *before)
+        sums, (numerator, denominator) = recurrence.advance(sums, query, key, values, decay)
+        return (sums, *after), finish(numerator, denominator, largest)
+
+    state, outputs = chunks.scan(step, size, projection, state, arrays, dtype, skip_unused=has_mask)
     return outputs, state
+
+
+def bidirectional_in_segments(features, size, eps, projection, state, arrays, has_mask):
+    """(outputs, state after the last key) of queries that see the keys of their segment: those up to their own, and those
+    after it, by the same sums from the end, where each token has the key of the one before it."""
+    width = arrays["value"].shape[3]
+
+    def finish(*sums):
+        *sums, largest = sums
+        return jnp.concatenate([*sums, largest[..., None]], -1)
+
+    def add(projection, state, arrays):
+        found, state = causal_sums(features, size, projection, state, arrays, has_mask, finish, jnp.float32)
+        return found[..., :-1], jax.lax.stop_gradient(found[..., -1:]), state
+
+    flip = lambda name: jnp.flip(arrays[name], 2 if arrays[name].ndim == 3 else 1)
+    shift = lambda x: jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0)])[:, :-1]
+    segment = arrays["segment"][..., -1:] - flip("segment")
+    is_seen = jnp.pad(segment[..., 1:] == segment[..., :-1], [(0, 0), (0, 0), (1, 0)])
+    log_scale = jnp.where(is_seen, jnp.roll(flip("log_scale"), 1, 2), -jnp.inf)
+    back = dict(query=flip("query"), key=shift(flip("key")), value=shift(flip("value")), log_scale=log_scale, segment=segment)
+    nothing = jax.tree.map(jnp.zeros_like, state[0]), jnp.full_like(state[1], -jnp.inf), segment[..., 0]
+    before, largest, state = add(projection, state, arrays)
+    after, other = (jnp.flip(x, 1) for x in add(projection, nothing, back)[:2])
+    most = finite(jnp.maximum(largest, other))
+    both = before * jnp.exp(largest - most) + after * jnp.exp(other - most)
+    return divide(both[..., :width], both[..., width], eps).astype(arrays["value"].dtype), state
 
 
 def bidirectional(features, size, eps, projection, state, arrays, has_mask):
@@ -109,7 +157,7 @@ def add_keys(features, size, projection, state, keys):
         def body(i, state):
             sums, before = state
             chunk = chunks.take_chunk(keys, i, size)
-            key, values, decay, largest = stabilized(features, projection, chunk, before)
+            key, values, decay, _, (largest,) = stabilized(features, projection, chunk, before)
             add = lambda x, value: recurrence.whole_chunk(x, decay) + recurrence.write(key, value, decay)
             return tuple(map(add, sums, values)), largest
 
@@ -165,24 +213,41 @@ def weighed(features, projection, chunk):
     return key, with_ones(chunk["value"]), log_scale
 
 
-def stabilized(features, projection, chunk, before):
+def stabilized(features, projection, chunk, before, segment=None):
     """`weighed`, with the log scales as a decay of the state relative to the running maximum: no weight exceeds 1.
 
         exp(r_s - c_t) = exp(r_s - c_s) exp(c_s - c_t),   c_t = max of r up to t: a log decay of c_{t-1} - c_t per token
 
-    Returns: key, values, the decay as `recurrence.advance` takes it, and c after the last token. c cancels: a constant to
-        every derivative.
+    Args:
+        before, segment: c and the segment of the state. In segments the maximum is that of t's own, and what was before them
+            decays to nothing.
+    Returns: key, values, the decay as `recurrence.advance` takes it, c of each token, and c and segment of the state
+        afterwards. c cancels: a constant to every derivative.
     """
     key, values, log_scale = weighed(features, projection, chunk)
     if log_scale is None:
-        return key, values, None, before
-    largest = jnp.maximum(jax.lax.cummax(jax.lax.stop_gradient(log_scale), axis=2), before[..., None])
-    largest = jnp.concatenate([before[..., None], largest], 2)
+        return key, values, None, None, (before,)
+    segments = None if segment is None else jnp.concatenate([segment[..., None], chunk["segment"]], 2)
+    largest = running_maximum(jnp.concatenate([before[..., None], jax.lax.stop_gradient(log_scale)], 2), segments)
     weight = jnp.exp(log_scale - finite(largest[..., 1:]))[..., None]
     # Before any key the state is 0 and decays by nothing, as if the first maximum had been there.
     first = jnp.min(jnp.where(jnp.isneginf(largest), jnp.inf, largest), 2, keepdims=True)
-    decay = -jnp.where(jnp.isneginf(largest), jnp.where(jnp.isinf(first), 0, first), largest)
-    return key, tuple(weight * value for value in values), [decay], largest[..., -1]
+    decay = [-jnp.where(jnp.isneginf(largest), jnp.where(jnp.isinf(first), 0, first), largest)]
+    after = (largest[..., -1],)
+    if segments is not None:
+        decay, after = [-FOREVER * segments, *decay], (*after, segments[..., -1])
+    return key, tuple(weight * value for value in values), decay, largest[..., 1:], after
+
+
+def running_maximum(x, segments=None):
+    """Of x [B, N, T] up to each token, among those of its segment [B, 1, T] where there are any."""
+    if segments is None:
+        return jax.lax.cummax(x, axis=2)
+
+    def combine(one, other):
+        return other[0], jnp.where(one[0] == other[0], jnp.maximum(one[1], other[1]), other[1])
+
+    return jax.lax.associative_scan(combine, (jnp.broadcast_to(segments, x.shape), x), axis=2)[1]
 
 
 def first_state(query, value, projection, initial_state, stabilizes):

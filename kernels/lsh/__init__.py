@@ -180,7 +180,7 @@ def attention(
                 "Use reach='chunk'."
             )
         batch, length = query_key.shape[:2]
-        segment_ids = checks.positions(owner, "segment_ids", segment_ids, batch, length)
+        segment_ids = checks.row(owner, "segment_ids", segment_ids, batch, length)
         segment_ids = jnp.broadcast_to(segment_ids, (batch, length))
     layout = reference.Layout(
         num_buckets=int(num_buckets),
@@ -314,11 +314,4 @@ def _check_shapes(owner: str, keys: dict, values: dict, buckets: dict, mask) -> 
                 f"{owner}: {name} must have shape [{batch}, R, {length}, {heads}], got {array.shape}. "
                 "Use lsh.hash_buckets."
             )
-    if mask is not None:
-        if mask.dtype != bool:
-            raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-        if mask.shape not in ((1, 1, 1, length), (batch, 1, 1, length)):
-            raise ValueError(
-                f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. "
-                "Buckets decide the rest."
-            )
+    checks.key_padding(owner, mask, batch, length, "Buckets decide the rest.")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, tuning
 from subquad.kernels.flash.triton import Shape, backward_key, backward_query, dense, forward
 from subquad.kernels.lsh import xla
 from subquad.kernels.operation import operation
@@ -109,10 +109,10 @@ hash_all = operation(
 
 def hash_config(mode, length, features, columns):
     if mode == "interpret":
-        return launch.Config(dict(BLOCK_T=padded(min(length, 256)), BLOCK_F=padded(min(columns, 64))))
+        return tuning.Config(dict(BLOCK_T=padded(min(length, 256)), BLOCK_F=padded(min(columns, 64))))
     # The three parts of an operand live beside the operand itself.
-    heuristic = launch.Config(dict(BLOCK_T=64, BLOCK_F=padded(min(columns, 32))), num_warps=4, num_stages=1)
-    return launch.config("lsh.hash", heuristic, features=features, columns=columns)
+    heuristic = tuning.Config(dict(BLOCK_T=64, BLOCK_F=padded(min(columns, 32))), num_warps=4, num_stages=1)
+    return tuning.config("lsh.hash", heuristic, features=features, columns=columns)
 
 
 # ---------------------------------------------------------------------------------------------- functions of the instances
@@ -501,16 +501,16 @@ def check(*arrays):
             raise launch.Declined("there is nothing to compute.")
 
 
-def config_of(name, cached: bool, mode, dtype, features: int, chunk_size: int, queries: int, keys: int) -> launch.Config:
+def config_of(name, cached: bool, mode, dtype, features: int, chunk_size: int, queries: int, keys: int) -> tuning.Config:
     """The configuration of a kernel: the largest blocks with which it spills no registers on Hopper."""
     if mode == "interpret":
-        return launch.Config(dict(BLOCK_Q=padded(min(queries, 128)), BLOCK_K=padded(min(keys, 128))))
+        return tuning.Config(dict(BLOCK_Q=padded(min(queries, 128)), BLOCK_K=padded(min(keys, 128))))
     query, key, warps = TILES[name][2 * (dtype == jnp.float32) + (features > 64)]
     if cached:
         query = min(query, padded(queries))
-    heuristic = launch.Config(dict(BLOCK_Q=query, BLOCK_K=key), warps, num_stages=1)
+    heuristic = tuning.Config(dict(BLOCK_Q=query, BLOCK_K=key), warps, num_stages=1)
     sizes = dict(features=features, bits=8 * jnp.dtype(dtype).itemsize) | ({} if cached else dict(chunk_size=chunk_size))
-    return launch.config(f"lsh.extend.{name}" if cached else f"lsh.{name}", heuristic, **sizes)
+    return tuning.config(f"lsh.extend.{name}" if cached else f"lsh.{name}", heuristic, **sizes)
 
 
 # BLOCK_Q, BLOCK_K and warps, for 16 bits and for float32; each time of heads of up to 64 features, and of more.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, tuning
 from subquad.kernels.matrix.reference import scale
 from subquad.kernels.operation import operation
 
@@ -333,16 +333,16 @@ def _launch(name, kernel, inputs, outputs, shape, iterations, mode, **constants)
     )
 
 
-def config(kernel: str, size: int, mode) -> launch.Config:
+def config(kernel: str, size: int, mode) -> tuning.Config:
     block = max(16, triton.next_power_of_2(size))  # the least that a product takes
     if "sinkhorn" in kernel:  # its block is the whole matrix, no choice: what can be chosen are the warps
-        heuristic = launch.Config({}, num_warps={128: 16, 64: 8}.get(block, 4), num_stages=1)
-        return dataclasses.replace(launch.config(kernel, heuristic, M=size), blocks=dict(BLOCK=block))
+        heuristic = tuning.Config({}, num_warps={128: 16, 64: 8}.get(block, 4), num_stages=1)
+        return dataclasses.replace(tuning.config(kernel, heuristic, M=size), blocks=dict(BLOCK=block))
     if mode == "interpret":  # which pays by the tile
-        return launch.Config(dict(BLOCK=block, BLOCK_K=block), num_stages=1)
+        return tuning.Config(dict(BLOCK=block, BLOCK_K=block), num_stages=1)
     block = min(block, 64)
-    heuristic = launch.Config(dict(BLOCK=block, BLOCK_K=min(block, 32)), num_warps=8 if block == 64 else 4, num_stages=1)
-    return launch.config(kernel, heuristic, M=size)
+    heuristic = tuning.Config(dict(BLOCK=block, BLOCK_K=min(block, 32)), num_warps=8 if block == 64 else 4, num_stages=1)
+    return tuning.config(kernel, heuristic, M=size)
 
 
 def _like(array, dtype=None):

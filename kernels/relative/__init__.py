@@ -74,7 +74,7 @@ def attention(
     visible = Visible(None, None, None, None, mask)
     if query_segment_ids is not None:
         segments = dict(query_segment_ids=(query_segment_ids, query), key_segment_ids=(key_segment_ids, key))
-        rows = {name: checks.positions(OPERATION, name, ids, *x.shape[:2]) for name, (ids, x) in segments.items()}
+        rows = {name: checks.row(OPERATION, name, ids, *x.shape[:2]) for name, (ids, x) in segments.items()}
         visible = visible._replace(**rows)
     scale = scale_of(OPERATION, scale, query.shape[-1])
     key, value = checks.hide(mask, key, value)
@@ -105,12 +105,7 @@ def _check(query, key, value, relative_key, content_bias, position_bias, mask):
     for name, bias in (("content_bias", content_bias), ("position_bias", position_bias)):
         if bias.shape != (N, H):
             _refuse(name, f"have shape [N, H] = {(N, H)}", bias.shape, "Use one vector per head.")
-    if mask is None:
-        return
-    if mask.dtype != bool:
-        raise TypeError(f"{OPERATION}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-    if mask.ndim != 4 or any(m not in (1, full) for m, full in zip(mask.shape, (B, N, T, S), strict=True)):
-        _refuse("mask", f"broadcast to [B, N, T, S] = {(B, N, T, S)}", mask.shape, "Give each axis in full or as 1.")
+    checks.square(OPERATION, "mask", mask, (B, N, T, S))
 
 
 def _refuse(argument, condition, got, instead):

@@ -11,6 +11,7 @@ A strip is small beside the scores, so that memory is linear in the length; most
 computed again.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ from subquad.kernels.softmax.plan import balance
 from subquad.kernels.softmax.sets import Visible
 from subquad.kernels.softmax.triton import LARGEST_HEAD, Static, run_backward, run_forward
 
-# Of the scores of a strip over all samples and heads: half of the L2 cache. And the fewest queries that keep a GPU busy.
+# Of the position scores of a strip, over all samples and heads: they should stay in the L2 cache between the product and the
+# kernel. And the fewest queries of a strip, which keep a GPU busy.
 STRIP_BYTES, FEWEST_ROWS = 1 << 25, 256
 
 
@@ -76,34 +78,23 @@ class Strips(NamedTuple):
         near = before + self.columns - far - self.keys
         return jnp.pad(jnp.flip(relative, axis=1), ((0, 0), (far, near), (0, 0), (0, 0)))
 
-    def relative_of(self, table):
-        """The transpose of `table`."""
-        far = self.offset + self.count * self.rows - self.keys
-        return jnp.flip(table[:, far : far + self.keys], axis=1)
-
-    def first_column(self, i):
-        """Of strip i in the table."""
-        return (self.count - 1 - i) * self.rows
-
-    def by_key(self, by_distance):
-        """[..., rows, columns] -> [..., rows, S]."""
-        lead, width = by_distance.shape[:-2], self.columns - 1
+    def bias(self, i, table, position):
+        """The position scores of strip i, [B, N, rows, S], from its queries [B|1, rows, N, H]."""
+        table = jax.lax.dynamic_slice_in_dim(table, (self.count - 1 - i) * self.rows, self.columns, axis=1)
+        if len(table) == 1:  # for all samples
+            by_distance = jnp.einsum("btnh,rnh->bntr", position, table[0])
+        else:
+            by_distance = jnp.einsum("btnh,brnh->bntr", position, table)
+        lead, width = by_distance.shape[:2], self.columns - 1
         flat = by_distance.reshape(*lead, -1)[..., self.rows - 1 : self.rows - 1 + self.rows * width]
         return flat.reshape(*lead, self.rows, width)[..., : self.keys]
-
-    def by_distance(self, by_key):
-        """The transpose of `by_key`."""
-        lead = by_key.shape[:-2]
-        none = [(0, 0)] * len(lead)
-        flat = jnp.pad(by_key, (*none, (0, 0), (0, self.columns - 1 - self.keys))).reshape(*lead, -1)
-        return jnp.pad(flat, (*none, (self.rows - 1, 1))).reshape(*lead, self.rows, self.columns)
 
     def sweep(self, step, carry, arrays):
         """`step(carry, i, arrays of strip i)` -> (carry, results), one strip after another: the carry, and all results."""
         if self.count == 1:  # no loop around a single step
             carry, results = step(carry, 0, jax.tree.map(lambda x: x[0], arrays))
             return carry, jax.tree.map(lambda x: x[None], results)
-        return jax.lax.scan(lambda carry, xs: step(carry, *xs), carry, (jnp.arange(self.count), arrays))
+        return jax.lax.scan(lambda carry, xs: step(carry, *xs), carry, (jnp.arange(self.count, dtype=jnp.int32), arrays))
 
     def call(self, mode, i, visible: Visible) -> tuple[Static, Visible]:
         """What softmax's kernels are asked for strip i."""
@@ -132,17 +123,6 @@ def merged(shared: Visible, part: Visible) -> Visible:
     return Visible(*(one if other is None else other for one, other in zip(shared, part, strict=True)))
 
 
-def dot(equation, a, b):
-    """A product in float32. An operand of one sample is one for all."""
-    inputs, output = equation.split("->")
-    names = [names[1:] if len(x) == 1 else names for names, x in zip(inputs.split(","), (a, b), strict=True)]
-    a, b = (x[0] if len(x) == 1 else x for x in (a, b))
-    if not any("b" in name for name in names):
-        output = output.replace("b", "")
-    result = jnp.einsum(f"{','.join(names)}->{output}", a, b, preferred_element_type=jnp.float32)
-    return result if "b" in output else result[None]
-
-
 def batch_of(*arrays) -> int:
     return max(len(x) for x in jax.tree.leaves(arrays))
 
@@ -155,16 +135,11 @@ def forward(mode, content, position, key, value, relative, visible: Visible):
     def step(_, i, arrays):
         content, position, part = arrays
         static, seen = strips.call(mode, i, merged(shared, part))
-        return None, run_forward(static, content, key, value, bias_of(strips, table, i, position), seen)
+        return None, run_forward(static, content, key, value, strips.bias(i, table, position), seen)
 
     _, (out, lse) = strips.sweep(step, None, (strips.cut(content), strips.cut(position), parts))
     out, lse = strips.join(out), strips.join(lse, 2)
     return out, (content, position, key, value, relative, visible, out, lse)
-
-
-def bias_of(strips: Strips, table, i, position):
-    near = jax.lax.dynamic_slice_in_dim(table, strips.first_column(i), strips.columns, axis=1)
-    return strips.by_key(dot("btnh,brnh->bntr", position, near).astype(position.dtype))
 
 
 @precision.full
@@ -174,37 +149,28 @@ def backward(mode, residuals, grad_out):
     is_masked = visible.mask is not None or visible.query_segment_ids is not None
     no_lse = jnp.zeros((), lse.dtype)
     lse, delta, *queries = online.residue(out, (lse.swapaxes(1, 2),), grad_out, no_lse, is_masked, content, position)
-    table, (shared, parts) = strips.table(relative), by_strip(strips, visible)
+    (table, pull_table), (shared, parts) = jax.vjp(strips.table, relative), by_strip(strips, visible)
 
     def step(sums, i, arrays):
         content, position, lse, delta, grad_out, part = arrays
         static, seen = strips.call(mode, i, merged(shared, part))
-        bias = bias_of(strips, table, i, position)
+        bias, pull = jax.vjp(functools.partial(strips.bias, i), table, position)
         grad_content, *grads, grad_bias = run_backward(static, content, key, value, bias, lse, delta, grad_out, seen)
-        by_distance = strips.by_distance(grad_bias.astype(position.dtype))
-        start = strips.first_column(i)
-        near = jax.lax.dynamic_slice_in_dim(table, start, strips.columns, axis=1)
-        grad_position = dot("bntr,brnh->btnh", by_distance, near).astype(position.dtype)
-        grad_near = dot("bntr,btnh->brnh" if len(table) > 1 else "bntr,btnh->rnh", by_distance, position)
-        grad_near = grad_near.reshape(len(table), strips.columns, *table.shape[2:])
-        *sums, grad_table = sums
-        sums = *(x + y.astype(x.dtype) for x, y in zip(sums, grads, strict=True)), add_at(grad_table, grad_near, start)
-        return sums, (grad_content, grad_position)
+        grad_table, grad_position = pull(grad_bias.astype(bias.dtype))
+        grads = *grads, grad_table
+        if strips.count > 1:
+            grads = tuple(x + y.astype(x.dtype) for x, y in zip(sums, grads, strict=True))
+        return grads, (grad_content, grad_position)
 
     batch = batch_of(residuals, grad_out)
-    zeros = *(jnp.zeros((batch, *x.shape[1:]), jnp.float32) for x in (key, value)), jnp.zeros(table.shape, jnp.float32)
+    shapes = (batch, *key.shape[1:]), (batch, *value.shape[1:]), table.shape
+    zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     rows = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
     lse, delta = (strips.cut(x, 2, fill) for x, fill in zip(rows, (jnp.inf, 0), strict=True))
     arrays = *map(strips.cut, queries), lse, delta, strips.cut(grad_out), parts
-    (grad_key, grad_value, grad_table), grads = strips.sweep(step, zeros, arrays)
-    grad_key, grad_value = grad_key.astype(key.dtype), grad_value.astype(value.dtype)
-    grad_relative = strips.relative_of(grad_table).astype(relative.dtype)
-    return *map(strips.join, grads), grad_key, grad_value, grad_relative, jax.tree.map(lambda _: None, visible)
-
-
-def add_at(table, change, start):
-    old = jax.lax.dynamic_slice_in_dim(table, start, change.shape[1], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(table, old + change, start, axis=1)
+    sums, grads = strips.sweep(step, zeros, arrays)
+    grad_key, grad_value, grad_table = (x.astype(like.dtype) for x, like in zip(sums, (key, value, table), strict=True))
+    return *map(strips.join, grads), grad_key, grad_value, *pull_table(grad_table), jax.tree.map(lambda _: None, visible)
 
 
 attend = operation(

@@ -46,7 +46,7 @@ def first_order(
         TypeError: integers.
         NotImplementedError: an implementation that does not exist here or declines the call.
     Numerics: the state is float32 (complex: two float32 planes) whatever the inputs are; the gradient of `decay` uses the
-        states as returned, rounded to the dtype of `inputs`. |a| > 1 is allowed and grows as it must.
+        states and their gradients as returned, rounded to the dtype of `inputs`. |a| > 1 is allowed and grows as it must.
     Example:
         >>> decay, inputs = jnp.full((1, 1, 1), 0.5), jnp.ones((1, 4, 1))
         >>> states, last = first_order(decay, inputs)

@@ -2,8 +2,10 @@
 
 On a CPU a step is one short fused loop, and a tree does log T times the work. An accelerator pays for every step of a loop,
 so there the loop runs over chunks. The backward pass is the same recurrence the other way round, written by hand: autodiff
-would keep what it does not need. Complex numbers need no conjugates there: JAX's cotangents are conjugated already.
+would keep what it does not need.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,84 +21,75 @@ def first_order(decay, inputs, start, reverse):
     return _scan((reverse, 1 if jax.default_backend() == "cpu" else CHUNK), decay, inputs, start)
 
 
-def _forward(static, decay, inputs, start):
-    reverse, chunk = static
-    if chunk == 1:
-        outputs = _steps(decay, inputs, start, reverse)
-    else:
-        outputs = _chunks(decay, inputs, start, reverse, chunk)
+def forward(walk, reverse, decay, inputs, start):
+    """The states and the last one, and what `backward` needs.
+
+    Args:
+        walk: (decay, inputs, start, reverse, shifted) -> (states [B, T, D], the last one [B, D]); `shifted`: each step takes
+            the decay of the step taken before it, and the first one 1.
+    """
+    outputs = walk(decay, inputs, start, reverse, False)
     return outputs, (decay, start, outputs[0])
 
 
-def _backward(static, saved, cotangents):
-    reverse, chunk = static
-    if chunk == 1:
-        return _adjoint_steps(*saved, *cotangents, reverse)
-    return _adjoint_chunks(*saved, *cotangents, reverse, chunk)
+def backward(walk, reverse, saved, cotangents):
+    """With s for the step after t: g_t = dh_t + a_s g_s, db_t = g_t, da_t = g_t h_{t-1}.
+
+    Complex numbers need no conjugates: JAX's cotangents are conjugated already.
+    """
+    decay, start, states = saved
+    gradient, last = walk(decay, *cotangents, not reverse, True)
+    before = _widen(states)
+    before = [before[:, 1:], start[:, None]] if reverse else [start[:, None], before[:, :-1]]
+    d_decay = _widen(gradient) * jnp.concatenate(before, 1)
+    shared = tuple(axis for axis in (0, 1) if decay.shape[axis] == 1)
+    d_decay = d_decay.sum(shared, keepdims=True) if shared else d_decay
+    return d_decay.astype(decay.dtype), gradient, _widen(decay[:, -1 if reverse else 0]) * last
 
 
-_scan = operation(_forward, _backward, **AXES)
+def _walk(chunk):
+    return _steps if chunk == 1 else functools.partial(chunks, chunk)
+
+
+_scan = operation(
+    lambda static, *arrays: forward(_walk(static[1]), static[0], *arrays),
+    lambda static, *saved: backward(_walk(static[1]), static[0], *saved),
+    **AXES,
+)
 
 
 def _widen(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-# --------------------------------------------------------------------------------------------------------- step by step
-
-
-def _at(x, t):
-    """The step t [B, D]; of a constant its only one."""
-    return _widen(jax.lax.dynamic_index_in_dim(x, t if x.shape[1] > 1 else 0, 1, keepdims=False))
-
-
-def _put(x, values, t):
-    return jax.lax.dynamic_update_index_in_dim(x, values.astype(x.dtype), t, 1)
-
-
-def _steps(decay, inputs, start, reverse):
+def _steps(decay, inputs, start, reverse, shifted):
     length = inputs.shape[1]
+
+    def at(x, t):  # the step t [B, D]; of a constant its only one
+        return _widen(jax.lax.dynamic_index_in_dim(x, t if x.shape[1] > 1 else 0, 1, keepdims=False))
 
     def step(i, carry):
         state, states = carry
         t = length - 1 - i if reverse else i
-        state = _at(decay, t) * state + _at(inputs, t)
-        return state, _put(states, state, t)
+        if shifted:
+            now = jnp.where(i == 0, 1, at(decay, jnp.clip(t + 1 if reverse else t - 1, 0, length - 1)))
+        else:
+            now = at(decay, t)
+        state = now * state + at(inputs, t)
+        return state, jax.lax.dynamic_update_index_in_dim(states, state.astype(states.dtype), t, 1)
 
     state, states = jax.lax.fori_loop(0, length, step, (start, jnp.zeros_like(inputs)))
     return states, state
 
 
-def _adjoint_steps(decay, start, states, d_states, d_final, reverse):
-    """With s for the step after t: g_t = dh_t + a_s g_s, db_t = g_t, da_t = g_t h_{t-1}."""
-    length = states.shape[1]
-    is_constant, is_shared = decay.shape[1] == 1, decay.shape[0] == 1
-
-    def step(i, carry):
-        incoming, d_inputs, d_decay = carry
-        t = i if reverse else length - 1 - i
-        gradient = incoming + _at(d_states, t)
-        before = _at(states, jnp.clip(t + 1 if reverse else t - 1, 0, length - 1))
-        change = gradient * jnp.where(i == length - 1, start, before)
-        if is_shared:
-            change = change.sum(0, keepdims=True)
-        d_decay = d_decay + change if is_constant else _put(d_decay, change, t)
-        return _at(decay, t) * gradient, _put(d_inputs, gradient, t), d_decay
-
-    zero = jnp.zeros_like(_widen(decay[:, 0])) if is_constant else jnp.zeros_like(decay)
-    carry = (d_final, jnp.zeros_like(states), zero)
-    d_start, d_inputs, d_decay = jax.lax.fori_loop(0, length, step, carry)
-    return d_decay.reshape(decay.shape).astype(decay.dtype), d_inputs, d_start
-
-
-# ------------------------------------------------------------------------------------------------------ chunk by chunk
-
-
-def _chunks(decay, inputs, start, reverse, chunk):
+def chunks(chunk, decay, inputs, start, reverse, shifted):
     """A tree of log2(chunk) levels inside of each chunk, the state from one to the next; the ragged chunk is the first."""
     length = inputs.shape[1]
     chunk = min(chunk, length)
     ragged = length % chunk
+    if shifted:
+        ones, decay = jnp.ones_like(decay[:, :1]), jnp.broadcast_to(decay, (decay.shape[0], *inputs.shape[1:]))
+        decay = jnp.concatenate([decay[:, 1:], ones] if reverse else [ones, decay[:, :-1]], 1)
 
     def combine(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
@@ -117,18 +110,3 @@ def _chunks(decay, inputs, start, reverse, chunk):
     step = lambda i, carry: run(ragged + i * chunk, chunk, carry)
     state, states = jax.lax.fori_loop(0, length // chunk, step, carry)
     return states, state
-
-
-def _adjoint_chunks(decay, start, states, d_states, d_final, reverse, chunk):
-    """As `_adjoint_steps`, by `_chunks` with the decay of the step after."""
-    a = jnp.broadcast_to(_widen(decay), (decay.shape[0], *states.shape[1:]))
-    first = slice(-1, None) if reverse else slice(0, 1)
-    to_next = lambda x, end: jnp.concatenate([end, x[:, :-1]] if reverse else [x[:, 1:], end], 1)
-    to_previous = lambda x, end: jnp.concatenate([x[:, 1:], end] if reverse else [end, x[:, :-1]], 1)
-    gradient, _ = _chunks(to_next(a, jnp.ones_like(a[:, :1])), _widen(d_states), d_final, not reverse, chunk)
-    d_decay = gradient * to_previous(_widen(states), start[:, None])
-    for axis in (0, 1):
-        if decay.shape[axis] == 1:
-            d_decay = d_decay.sum(axis, keepdims=True)
-    d_start = (a[:, first] * gradient[:, first])[:, 0]
-    return d_decay.astype(decay.dtype), gradient.astype(states.dtype), d_start

@@ -100,8 +100,8 @@ def attention(
     dispatch.check_name(OWNER, implementation)
     check_heads(OWNER, query, key, value)
     (batch, queries, heads, _), keys = query.shape, key.shape[1]
-    check_square("mask", mask, (batch, heads, queries, keys))
-    check_square("bias", bias, (batch, heads, queries, keys))
+    checks.square(OWNER, "mask", mask, (batch, heads, queries, keys))
+    checks.square(OWNER, "bias", bias, (batch, heads, queries, keys))
     band = band_of(window_size, is_causal)
     if pattern is not None and pattern.heads not in (1, heads):
         raise ValueError(
@@ -111,10 +111,10 @@ def attention(
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError(f"{OWNER}: query_segment_ids and key_segment_ids must be given together. Pass both.")
     rows = {
-        "query_positions": row(OWNER, "query_positions", query_positions, batch, queries),
-        "key_positions": row(OWNER, "key_positions", key_positions, batch, keys),
-        "query_segment_ids": row(OWNER, "query_segment_ids", query_segment_ids, batch, queries),
-        "key_segment_ids": row(OWNER, "key_segment_ids", key_segment_ids, batch, keys),
+        "query_positions": checks.row(OWNER, "query_positions", query_positions, batch, queries),
+        "key_positions": checks.row(OWNER, "key_positions", key_positions, batch, keys),
+        "query_segment_ids": checks.row(OWNER, "query_segment_ids", query_segment_ids, batch, queries),
+        "key_segment_ids": checks.row(OWNER, "key_segment_ids", key_segment_ids, batch, keys),
     }
     for name, length in (("query_positions", queries), ("key_positions", keys)):
         rows[name] = np.arange(length, dtype=np.int32)[None] if rows[name] is None else rows[name]
@@ -179,35 +179,6 @@ def check_heads(owner: str, query, key, value) -> None:
             f"{owner}: value must have shape [B, S, K, V] = {(*key.shape[:3], 'V')}, got {value.shape}. "
             "Give it the key's length and heads."
         )
-
-
-def check_square(name: str, array, full: tuple[int, ...]) -> None:
-    """Refuses a mask or bias that does not broadcast to [B, N, T, S]."""
-    if array is None:
-        return
-    if name == "mask" and array.dtype != bool:
-        raise TypeError(f"{OWNER}: mask must be boolean, True = attend, got {array.dtype}. Use mask.astype(bool).")
-    if name == "bias" and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{OWNER}: bias must be floating-point, got {array.dtype}. Pass booleans as mask.")
-    if array.ndim != 4 or any(size not in (1, want) for size, want in zip(array.shape, full, strict=True)):
-        raise ValueError(
-            f"{OWNER}: {name} must have four axes, each full or 1, of [B, N, T, S] = {full}, got {array.shape}. "
-            "Insert axes of 1."
-        )
-
-
-def row(owner: str, name: str, array, batch: int, length: int):
-    """Positions or segments as int32 [B|1, length]; NumPy arrays stay NumPy arrays, which marks them as known."""
-    if array is None:
-        return None
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{owner}: {name} must be integers, got {array.dtype}. Use {name}.astype(jnp.int32).")
-    if array.shape not in ((batch, length), (1, length)):
-        raise ValueError(
-            f"{owner}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. "
-            "Give every sample a row, or all samples one."
-        )
-    return array.astype(np.int32)
 
 
 def band_of(window_size, is_causal: bool) -> tuple[int | None, int | None] | None:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from subquad.kernels import launch
+from subquad.kernels import gpu, launch
 from subquad.kernels.patterns import CAUSAL
 
 OLDEST, HOPPER = 80, 90  # compute capabilities
@@ -27,7 +27,7 @@ def attention(query, key, value, bias, visible, pattern, scale: float, *, return
 
 def refusal(query, value, bias, visible, pattern, return_lse: bool, by_name: bool) -> str | None:
     """Why cuDNN does not take a call; None if it does."""
-    capability = launch.capability()
+    capability = gpu.capability()
     if capability is None:
         return "JAX sees no NVIDIA GPU here."
     if capability < OLDEST:

@@ -15,7 +15,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import gpu, launch, tuning
 from subquad.kernels.flash import rules
 from subquad.kernels.flash import triton as flash
 from subquad.kernels.flash.tiles import Geometry, bounds_of, known, last_of, states_of, work
@@ -492,7 +492,7 @@ class Call:
             ONE_BOUNDS=bounds is not None and len(bounds) == 1,
         )
 
-    def config_of(self, kernel) -> launch.Config:
+    def config_of(self, kernel) -> tuning.Config:
         """The configuration of a kernel; short sequences take smaller blocks, by powers of two."""
         geometry, pattern, mode, dtype = self.geometry, self.static.pattern, self.static.mode, self.arrays[0].dtype
         reach = None if pattern is None else pattern.reach
@@ -502,12 +502,14 @@ class Call:
         crowded = crowded or geometry.query_positions is None or geometry.key_positions is None
         ragged = size > min(self.shape.FEATURES, self.shape.VALUES)
         biased = self.inputs["bias"] is not None
+        # Beside a bias of wide heads there is no register for where positions start.
+        crowded = crowded or biased and size > 64 and (geometry.query_positions, geometry.key_positions) != (0, 0)
         config = tile_sizes(kernel.__name__, dtype, size, ragged, biased, crowded, reach, block_size, mode)
         if mode == "triton":
             sizes = dict(
                 dtype=dtype.name, features=size, biased=biased, crowded=crowded, reach=reach, block_size=block_size
             )  # fmt: skip
-            config = launch.config(kernel.__name__, config, **sizes)
+            config = tuning.config(kernel.__name__, config, **sizes)
         lengths = ("BLOCK_Q", geometry.queries), ("BLOCK_K", geometry.keys)
         return dataclasses.replace(config, blocks={name: min(config.blocks[name], padded(length)) for name, length in lengths})
 
@@ -637,7 +639,7 @@ FLOAT32_TILES = {
 def tile_sizes(
     kernel: str, dtype, features: int, ragged: bool, biased: bool, crowded: bool, reach: int | None, block_size: int | None,
     mode: launch.Mode,
-) -> launch.Config:  # fmt: skip
+) -> tuning.Config:  # fmt: skip
     """The heuristic configuration of a kernel: the largest that compiles without spills.
 
     Args:
@@ -649,8 +651,8 @@ def tile_sizes(
         block_size: of a pattern.
     """
     if mode == "interpret":  # there a step costs the same whatever its size
-        return launch.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
-    hopper = (launch.capability() or 90) >= 90
+        return tuning.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
+    hopper = (gpu.capability() or 90) >= 90
     wide = features > 64
     tested, crowded = crowded and block_size is None, crowded or biased
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
@@ -663,8 +665,8 @@ def tile_sizes(
             sizes = 16, 32, 8, 1
         elif kernel == "softmax_forward" and block_size is not None:
             sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
-        if kernel == "softmax_backward_query" and (biased and wide or ragged and not wide and not crowded):
-            sizes = 16 if wide else 32, 16, 8, 1
+        if kernel == "softmax_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
+            sizes = 16 if biased else 32, 16, 8, 1
     elif kernel == "softmax_backward_key":
         # More tests take more registers: fewer queries at once, and fewer keys if there is a bias of wide heads, too.
         tile = 64 if narrow or not hopper or wide and biased and tested else 128
@@ -676,7 +678,7 @@ def tile_sizes(
     else:
         sizes = 128, 64, 8, 2
     query, key, warps, stages = sizes
-    return launch.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
+    return tuning.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
 
 
 def padded(size: int) -> int:

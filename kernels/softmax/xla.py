@@ -80,20 +80,24 @@ def flash(independent: str, sources: int, sets: int):
     )  # fmt: skip
 
 
-def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible):
-    """Attention to one set of keys: out, maximum and log(normaliser)."""
+def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, scores_of=None):
+    """Attention to one set of keys: out, maximum and log(normaliser).
+
+    `scores_of`: of a part, the function of a step (i, js) that gives what is added to its logits; None: nothing is.
+    """
     precise = jnp.promote_types(query.dtype, jnp.float32)
 
     def attend_part(part):
         tiles = cut(plan, part, query, key, bias, visible)
         value_tiles = cut_keys(plan, part, value, "s h")
+        scores = (lambda *_: None) if scores_of is None else scores_of(part)
 
         def step(states, i, js):
             def weigh(weights):
                 values = beside(value_tiles, js, -2)
                 return jnp.einsum("bkgts,bksv->bkgtv", weights.astype(value.dtype), values, preferred_element_type=precise)
 
-            logits = logits_of(plan, scale, tiles, i, js)
+            logits = logits_of(plan, scale, tiles, i, js, scores(i, js))
             state = online.update(jax.tree.map(lambda x: x[i], states), logits, weigh)
             return jax.tree.map(lambda x, tile: put(x, tile, i), states, state)
 
@@ -152,11 +156,12 @@ def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, vis
     return *(in_order(x, like) for x, like in zip(grads[:3], arrays[:3], strict=True)), *(grads[3:] or [None])
 
 
-def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js):
-    """The logits of one step, [b, K, G, t, s] in float32, -inf where not visible."""
+def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js, scores=None):
+    """The logits of one step and some `scores`, [b, K, G, t, s] in float32, -inf where not visible."""
     precise = jnp.promote_types(tiles.query.dtype, jnp.float32)
     products = jnp.einsum("bkgth,bkhs->bkgts", tiles.query[i], beside(tiles.key, js, -1), preferred_element_type=precise)
     logits = online.rounded(scale * products)
+    logits = logits if scores is None else logits + scores
     if tiles.bias is not None:
         logits += square(plan, tiles.bias, i, js)
     visible, tests = tiles.visible, []

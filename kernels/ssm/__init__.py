@@ -29,16 +29,18 @@ Discretization = Literal["bilinear", "zoh"]
 DISCRETIZATIONS = get_args(Discretization)
 
 
-def _implementations(function):
-    """Those of one function: each of the three files has one of its name."""
-    portable = {"xla": getattr(xla, function), "reference": getattr(reference, function)}
-    return dispatch.triton("subquad.kernels.ssm.triton", function) | portable
-
-
-DIAGONAL_KERNEL = _implementations("diagonal_kernel")
-DIAGONAL_SCAN = _implementations("diagonal_scan")
-DPLR_KERNEL = _implementations("dplr_kernel")
-DPLR_RECURRENCE = _implementations("dplr_recurrence")
+DIAGONAL_KERNEL = {"xla": xla.diagonal_kernel, "reference": reference.diagonal_kernel}
+DPLR_KERNEL = {"xla": xla.dplr_kernel, "reference": reference.dplr_kernel}
+DIAGONAL_SCAN = {
+    **dispatch.triton("subquad.kernels.ssm.triton", "diagonal_scan"),
+    "xla": xla.diagonal_scan,
+    "reference": reference.diagonal_scan,
+}
+DPLR_RECURRENCE = {
+    **dispatch.triton("subquad.kernels.ssm.triton", "dplr_recurrence"),
+    "xla": xla.dplr_recurrence,
+    "reference": reference.dplr_recurrence,
+}
 
 
 @precision.promoting
@@ -107,7 +109,7 @@ def diagonal_kernel(
         log_decay: log A_bar [D, P], real parts negative.
         coefficients: C times B_bar, [*K, D, P]; leading axes are several outputs of the same states.
         length: L >= 1.
-        implementation: "triton" for a GPU, "xla", or "reference", which stores D P L numbers.
+        implementation: "xla" on every device, or "reference", which stores D P L numbers; None: "xla".
     Returns: [*K, D, L] in float32.
     Raises:
         TypeError: arrays of integers.
@@ -136,17 +138,12 @@ def dplr_kernel(
         K_l = C A_bar^l B_bar,    0 <= l < L                                                             (S4 eq. 5)
 
     "xla" takes l = c l1 + l2 with c ~ sqrt(L), and multiplies the rows C A_bar^(c l1) by the columns A_bar^l2 B_bar. The
-    columns double with every squaring of A_bar, the rows go on by A_bar^c. "triton" takes the paper's generating function at
-    n >= L points w of a circle, and an inverse FFT:
+    columns double with every squaring of A_bar, the rows go on by A_bar^c. The paper takes a generating function at L roots
+    of unity, by Cauchy sums over the modes, Woodbury's identity and an inverse FFT (appendix C.3): the same taps, from a
+    matrix C (I - A_bar^L) that it trains for one length. Here `output_matrix` is C itself, whatever the length, and modes
+    that hardly decay, whose poles are close to those roots, keep their digits.
 
-        K^(w) = sum_{l < n} K_l w^l = 2 / (1 + w) C~ (z - step A)^-1 step B,
-            z = 2 (1 - w) / (1 + w),    C~ = C (I - w^n A_bar^n)                                         (S4 appendix C.3)
-
-    The resolvent of the diagonal part is a Cauchy sum over modes, and Woodbury's identity adds the low rank. The paper's
-    circle goes through w = -1, where z is infinite, and close to the poles of slow modes; ours is inside it, w^n = 1/e, which
-    changes nothing but rounding. The paper trains C~ for one length; here `output_matrix` is C itself, whatever the length.
-
-    Cost: "xla": time O(D P (L + P sqrt(L) + P^2 log L)), "triton": O(D P (L + P^2 log L)); memory O(D L).
+    Cost: time O(D P (L + P sqrt(L) + P^2 log L)), memory O(D (L + P sqrt(L))).
 
     Args:
         diagonal: Lambda [D, P], real parts negative.
@@ -155,8 +152,7 @@ def dplr_kernel(
         output_matrix: C [*K, D, P]; leading axes are several outputs of the same states.
         step: [D].
         length: L >= 1, odd or even.
-        implementation: "triton" makes the Cauchy sums in one kernel; "xla" makes none; "reference" multiplies by the dense
-            A_bar L times.
+        implementation: "xla" on every device, or "reference", which multiplies by the dense A_bar L times; None: "xla".
     Returns: [*K, D, L] in float32.
     Raises:
         TypeError: arrays of integers.

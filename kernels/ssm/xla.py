@@ -16,7 +16,8 @@ from subquad.kernels.xla_cpu import map_parts
 HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
 einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 
-POWER_BYTES = 2 << 20  # of one group's powers of A_bar
+# Of one group's powers of A_bar: on a CPU what a core keeps at hand, on a GPU all features of a usual layer.
+CPU_POWER_BYTES, OTHER_POWER_BYTES = 1 << 21, 1 << 26
 # Chunks of the diagonal scan: a chunk's Toeplitz matrix costs as much as the sequence is many chunks. And the bytes of one
 # group's tokens or states between chunks: on a CPU what a core keeps at hand.
 CHUNK, LONG = 32, 2048
@@ -208,7 +209,8 @@ def transition(diagonal, low_rank, step):
 def feature_groups(modes, powers):
     """(split, join) of the features, [D, P] modes, into groups of which so many dense powers of A_bar are kept at once."""
     features, pairs = modes
-    groups = divisor(features, -(-features * (2 * pairs) ** 2 * 4 * powers // POWER_BYTES))
+    room = CPU_POWER_BYTES if jax.default_backend() == "cpu" else OTHER_POWER_BYTES
+    groups = divisor(features, -(-features * (2 * pairs) ** 2 * 4 * powers // room))
     split = lambda array, axis: rearrange(jnp.moveaxis(array, axis, 0), "(n d) ... -> n d ...", n=groups)
     return split, lambda array: rearrange(array, "n d k ... -> k (n d) ...")
 
@@ -238,25 +240,25 @@ def _inner(first, second):
 
 @jax.jit
 def dplr_recurrence(inputs, diagonal, low_rank, input_matrix, output_matrix, step, state):
-    excess, left, right = resolvent(diagonal, low_rank, step)
-    drive = step[:, None] / 2 * input_matrix
+    return dplr_steps(inputs, *dplr_tables(diagonal, low_rank, input_matrix, output_matrix, step), state)
+
+
+def dplr_tables(diagonal, low_rank, input_matrix, output_matrix, step):
+    """What `dplr_steps` takes, as planes with a batch axis of 1: [1, D, S], and left and right [1, R, D, S]."""
+    tables = *resolvent(diagonal, low_rank, step), step[:, None] / 2 * input_matrix, 2 * output_matrix.conj()
+    return tuple(planes(table)[None] for table in tables)
+
+
+def dplr_steps(inputs, excess, left, right, drive, reads, state):
+    """Steps x' = x + 2 (excess y + drive u - sum_r left_r <right_r, y>), y = x + drive u, with outputs <reads, x'>."""
+    excess = from_planes(excess)
 
     def advance(state, token):
         added = drive * token[..., None]
         moved = state + added
-        low = sum(column * _inner(row, moved) for column, row in zip(left, right, strict=True))
-        return state + 2 * (excess * moved + added - low)  # what is small is added to the state, not what is left of it
+        low = jnp.sum(left * jnp.sum(right * moved[:, None], axis=-1, keepdims=True), axis=1)
+        state = state + 2 * (times(excess, moved) + added - low)  # what is small is added to the state, not what is left of it
+        return state, jnp.sum(reads * state, axis=-1)
 
-    return _recur(inputs, advance, output_matrix, state)
-
-
-def _recur(inputs, advance, output_matrix, state):
-    """Scans `advance` over the tokens; the state travels as real planes outside and as complex numbers inside."""
-
-    def body(state, token):
-        state = advance(state, token)
-        return state, 2 * jnp.sum(output_matrix * state, axis=-1).real
-
-    tokens = inputs.swapaxes(0, 1).astype(state.dtype)
-    state, outputs = jax.lax.scan(body, from_planes(state), tokens)
-    return outputs.swapaxes(0, 1).astype(inputs.dtype), planes(state)
+    state, outputs = jax.lax.scan(advance, state, inputs.swapaxes(0, 1).astype(state.dtype))
+    return outputs.swapaxes(0, 1).astype(inputs.dtype), state

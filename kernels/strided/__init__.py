@@ -14,7 +14,7 @@ from jaxtyping import Int
 from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import KeyMask, LogSumExp, Output, Positions, Query, Value
 from subquad.kernels.patterns import CAUSAL, Band, Columns, Pattern, SameBlock, Strided
-from subquad.kernels.softmax import check_heads, row
+from subquad.kernels.softmax import check_heads
 from subquad.kernels.softmax.sets import KeySet, Visible
 
 __all__ = ["attention", "fixed"]
@@ -225,14 +225,8 @@ def check(owner: str, query, key, value, mask, segment_ids):
     if key.shape != query.shape:
         raise ValueError(f"{owner}: key must have the query's shape {query.shape}, got {key.shape}. Repeat grouped heads.")
     batch, length = query.shape[:2]
-    if mask is not None and mask.dtype != bool:
-        raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-    if mask is not None and mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
-        raise ValueError(
-            f"{owner}: mask must be key padding of shape {(batch, 1, 1, length)}, got {mask.shape}. "
-            "Use softmax.attention for pairwise masks."
-        )
-    return row(owner, "segment_ids", segment_ids, batch, length)
+    checks.key_padding(owner, mask, batch, length)
+    return checks.row(owner, "segment_ids", segment_ids, batch, length)
 
 
 def check_stride(owner: str, name: str, size) -> None:

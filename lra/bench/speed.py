@@ -118,7 +118,7 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
             say(f"{layer}: looking for limits")
             with Work(f"{layer}: limits"):
                 rows[layer] = replace(rows[layer], **limits(layer, length, mode, settings))
-    return [replace(row, finished_utc=machine.now()) for row in _ratios(rows, settings).values()]
+    return [replace(row, finished_utc=machine.utc_now()) for row in _ratios(rows, settings).values()]
 
 
 def facts(program: programs.Program) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
         batch_size=values.pop("batch_size", arguments.batch_size or programs.usual_batch_size()), values=values,
         options=commands.assignments(arguments.layer_options), threads=threads if on_cpu else None, memory_limit=limit,
         memory_source=source, matmul_rate=math.nan, peaks=not on_cpu if arguments.peaks is None else arguments.peaks,
-        meter=meter, session=machine.now(),
+        meter=meter, session=machine.utc_now(),
     )  # fmt: skip
     for length in arguments.lengths:
         check_length(settings, layers[0], length, arguments.modes)

@@ -12,7 +12,7 @@ from subquad.lra import checkpoints, files, recipes, sizes, tasks, train
 from subquad.lra.cli import commands, report
 from subquad.lra.plan import plan
 from subquad.lra.progress import Work, clock
-from subquad.lra.report import csv_rows, plots, results
+from subquad.lra.report import csv_rows, results
 from subquad.lra.run import Run
 
 
@@ -84,12 +84,8 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
             print(f"{run.layer}: {row.status}", file=sys.stderr)
         results.append(row, out / "quickstart.csv")
         rows.append(row)
-    results.write_text(results.markdown(rows), out / "quickstart.md", report.KEPT)
-    endings = [".csv", ".md"]
-    if any(row.accuracy is not None for row in rows):
-        plots.accuracy_against_cost(rows, out / "quickstart.png")
-        endings.append(".png")
+    written = [str(out / "quickstart.csv"), *report.write_results([rows], out / "quickstart")]
     results.show(rows)
     took = clock(time.monotonic() - began)
-    print(f"{took} in all. {out}/quickstart{', '.join(endings)}; each layer's losses in {out}/runs.")
+    print(f"{took} in all. {', '.join(written)}; each layer's losses in {out}/runs.")
     return commands.FAILED if any(row.status != "ok" for row in rows) else 0

@@ -52,17 +52,23 @@ def show_measurements(path: str, shown: Iterable[Measurement]) -> int:
 
 def show_results(path: str) -> None:
     """Prints a table for each task and recipe of a CSV of training; writes them, and plots, beside it."""
-    stem, written = pathlib.Path(path).with_suffix(""), []
-    kinds = _kinds(results.read_results(path), ("task", "config", "recipe", "protocol"))
-    for number, rows in enumerate(kinds, 1):
-        results.show(rows)
-        picture = f"{stem}-{number}.png" if len(kinds) > 1 else f"{stem}.png"
-        if any(row.accuracy is not None for row in rows):
-            plots.accuracy_against_cost(rows, picture)
-            written.append(picture)
-    results.write_text("\n".join(map(results.markdown, kinds)), f"{stem}.md", KEPT)
-    print(f"\nRows in {path}; {', '.join([f'{stem}.md', *written])}.")
+    rows, stem = results.read_results(path), pathlib.Path(path).with_suffix("")
+    kinds = csv_rows.rows_that_agree(rows, ("task", "config", "recipe", "protocol"))
+    for group in kinds:
+        results.show(group)
+    print(f"\nRows in {path}; {', '.join(write_results(kinds, stem))}.")
     draw_accuracy_against_time(path, stem.parent)
+
+
+def write_results(kinds: Sequence[Sequence[Result]], stem: pathlib.Path) -> list[str]:
+    """Writes the tables of several kinds of rows, and a plot of each that has accuracies. Returns: the files."""
+    results.write_text("\n".join(map(results.markdown, kinds)), f"{stem}.md", KEPT)
+    written = [f"{stem}.md"]
+    for number, rows in enumerate(kinds, 1):
+        if any(row.accuracy is not None for row in rows):
+            written.append(f"{stem}-{number}.png" if len(kinds) > 1 else f"{stem}.png")
+            plots.accuracy_against_cost(rows, written[-1])
+    return written
 
 
 def draw_accuracy_against_time(path: str, folder: pathlib.Path) -> int:
@@ -70,18 +76,10 @@ def draw_accuracy_against_time(path: str, folder: pathlib.Path) -> int:
     rows = results.read_results(path) if pathlib.Path(path).is_file() else []
     if not rows:
         raise ValueError(f"--results must be a file with rows, got {path}. Train something first: scripts/train.py.")
-    kinds = _kinds(rows, ("task", "config", "recipe", "hardware"))
+    kinds = csv_rows.rows_that_agree(rows, ("task", "config", "recipe", "hardware"))
     for number, group in enumerate(kinds, 1):
         ending = f"-time-{number}.png" if len(kinds) > 1 else "-time.png"
         picture = str(folder / f"{pathlib.Path(path).stem}{ending}")
         plots.accuracy_against_time(group, picture)
         print(f"{group[0].task}/{group[0].config}, {group[0].recipe}: {picture}")
     return 0
-
-
-def _kinds(rows: Iterable[Result], columns: Sequence[str]) -> list[list[Result]]:
-    """Rows that agree in some columns, together."""
-    found: dict[tuple, list[Result]] = {}
-    for row in rows:
-        found.setdefault(tuple(getattr(row, name) for name in columns), []).append(row)
-    return list(found.values())

@@ -13,7 +13,6 @@ from subquad.lra.data.sources import size
 from subquad.lra.progress import Work, over
 
 BYTES = tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding="bytes")
-label = tfds.features.ClassLabel
 
 
 def picture(side: int, channels: int = 1, encoding: str = "bytes") -> tfds.features.Tensor:
@@ -37,7 +36,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     counts: Mapping[str, int] = {}
 
     def __init_subclass__(cls, **words):
-        # Told, because TFDS would look them up from the root package, which in an editable install has no folder.
+        # Set here, because TFDS would look them up from the root package, which in an editable install has no folder.
         cls.code_path = epath.Path(inspect.getfile(cls))
         cls.pkg_dir_path = cls.code_path.parent
         super().__init_subclass__(**words)

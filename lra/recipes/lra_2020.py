@@ -9,7 +9,7 @@ found in that code.
 """
 
 from subquad.lra.recipes.recipe import Recipe
-from subquad.lra.recipes.shared import ATTENTION, BLACK, DRAWN
+from subquad.lra.recipes.shared import ARENA_TEXT, ATTENTION, BLACK, DRAWN
 
 HEADS = dict(num_heads=8, use_bias=False)
 LEARNED_POSITIONS = dict(positions="learned", position_std=0.02)
@@ -39,17 +39,14 @@ LRA_2020 = Recipe(
             evaluate_every=50,
         ),
         # Text
-        "text": dict(
-            in_features=256, num_layers=4, mlp_features=1024, steps=20_000, warmup_steps=8000, evaluate_every=100
-        ),
-        f"text {ATTENTION}": dict(layer_options=dict(num_heads=4)),
+        "text": dict(ARENA_TEXT, evaluate_every=100),
+        f"text|retrieval {ATTENTION}": dict(layer_options=dict(num_heads=4)),
         "text reformer": dict(layer_options=dict(chunk_size=100)),
         "text performer": dict(layer_options=dict(num_features=64, kernel="relu")),
         # Retrieval. Theirs names CLS and has none: the first byte is read.
         "retrieval": dict(
             in_features=128, num_layers=4, mlp_features=512, warmup_steps=8000, evaluate_every=100, pooling="first"
         ),
-        f"retrieval {ATTENTION}": dict(layer_options=dict(num_heads=4)),
         "retrieval reformer": dict(layer_options=dict(chunk_size=400)),
         "retrieval performer": dict(layer_options=dict(num_features=32, kernel="relu")),
         # Image
@@ -82,14 +79,13 @@ LRA_2020 = Recipe(
         "pathfinder performer": dict(
             num_layers=4, layer_options=dict(num_heads=8, qkv_features=16, num_features=2, kernel="relu")
         ),
-        # Pathfinder at 64 x 64, with the arena's own files as with ours
-        "pathfinder/*64_*": dict(
-            in_features=32, num_layers=2, mlp_features=32, steps=125_000, batch_size=256, warmup_steps=625,
-            evaluate_every=625, pooling="cls", **LEARNED_POSITIONS,
-        ),
-        f"pathfinder/*64_* {ATTENTION}": dict(dropout_rate=0.1, layer_options=dict(num_heads=4, qkv_features=32)),
+        # Pathfinder at 64 x 64 and 256 x 256, with the arena's own files as with ours
+        "pathfinder/*64_*|*256_*": dict(in_features=32, num_layers=2, mlp_features=32, pooling="cls", **LEARNED_POSITIONS),
+        "pathfinder/*64_*": dict(steps=125_000, batch_size=256, warmup_steps=625, evaluate_every=625),
+        "pathfinder/*256_*": dict(steps=500_000, batch_size=32, warmup_steps=5000, evaluate_every=5000),
+        f"pathfinder/*64_*|*256_* {ATTENTION}": dict(dropout_rate=0.1, layer_options=dict(num_heads=4, qkv_features=32)),
         "pathfinder/*64_* reformer": dict(layer_options=dict(chunk_size=410)),
-        "pathfinder/*64_* performer": dict(layer_options=dict(num_features=8)),
+        "pathfinder/*256_* reformer": dict(layer_options=dict(chunk_size=6554)),
         # Pathfinder at 128 x 128: Path-X
         "pathfinder/*128_*": dict(
             in_features=32, num_layers=1, mlp_features=32, steps=500_000, batch_size=64, warmup_steps=2500,
@@ -97,15 +93,7 @@ LRA_2020 = Recipe(
         ),
         f"pathfinder/*128_* {ATTENTION}": dict(dropout_rate=0.1, layer_options=dict(num_heads=2, qkv_features=16)),
         "pathfinder/*128_* reformer": dict(layer_options=dict(qkv_features=32, chunk_size=1639)),
-        "pathfinder/*128_* performer": dict(layer_options=dict(num_features=8)),
-        # Pathfinder at 256 x 256
-        "pathfinder/*256_*": dict(
-            in_features=32, num_layers=2, mlp_features=32, steps=500_000, batch_size=32, warmup_steps=5000,
-            evaluate_every=5000, pooling="cls", **LEARNED_POSITIONS,
-        ),
-        f"pathfinder/*256_* {ATTENTION}": dict(dropout_rate=0.1, layer_options=dict(num_heads=4, qkv_features=32)),
-        "pathfinder/*256_* reformer": dict(layer_options=dict(chunk_size=6554)),
-        "pathfinder/*256_* performer": dict(layer_options=dict(num_features=8)),
+        "pathfinder/*64_*|*128_*|*256_* performer": dict(layer_options=dict(num_features=8)),
         # Blocks of 64 divide pictures; those of 50, texts.
         "image|pathfinder blockwise": dict(layer_options=dict(block_size=64)),
         "image|pathfinder local": dict(layer_options=dict(window_size=32)),

@@ -47,6 +47,13 @@ class Recipe:
         return tuple(sentence for scope, sentence in self.deviations if covers(scope, task, config, layer))
 
 
+def revised(
+    settings: Mapping[str, Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Mapping[str, Any]]:
+    """The settings of another page, with some values of their rows changed and new rows at the end."""
+    return {**settings, **{scope: {**settings.get(scope, {}), **values} for scope, values in changes.items()}}
+
+
 def covers(scope: str, task: str, config: str, layer: str) -> bool:
     """Whether a scope applies to a layer on a task.
 

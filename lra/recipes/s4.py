@@ -11,7 +11,7 @@ Each of the three starts from `SETTINGS`. Step sizes are learned at the rate of 
 the state spaces on pixels.
 """
 
-from subquad.lra.recipes.recipe import Recipe
+from subquad.lra.recipes.recipe import Recipe, revised
 from subquad.lra.recipes.shared import DRAWN, PATH_X
 
 SETTINGS = {
@@ -56,11 +56,11 @@ S4 = Recipe(
     id="s4",
     source="Gu et al. 2022, arXiv 2111.00396, configurations of state-spaces/s4@e757cef, configs/experiment/lra",
     layers={"s4": {}},
-    settings=SETTINGS | {
+    settings=revised(SETTINGS, {
         "listops|text|retrieval": dict(step_learning_rate=0.01, layer_options=dict(state_size=4, num_ssm=1)),
-        "image": dict(SETTINGS["image"], layer_options=dict(state_size=64, num_ssm=1)),
-        "pathfinder": dict(SETTINGS["pathfinder"], layer_options=dict(state_size=64)),
-    },
+        "image": dict(layer_options=dict(state_size=64, num_ssm=1)),
+        "pathfinder": dict(layer_options=dict(state_size=64)),
+    }),
     deviations=(("*", LAYER_NORM), ("listops|image", NORM_BEFORE), *DEVIATIONS),
 )
 
@@ -71,20 +71,17 @@ S4D = Recipe(
         "configs/experiment/lra"
     ),
     layers={"s4": dict(state_size=64)},
-    settings=SETTINGS | {
-        "listops": dict(
-            SETTINGS["listops"], num_layers=8, in_features=128, batch_size=50, steps=80_000, warmup_steps=8000,
-            evaluate_every=800,
-        ),
-        "retrieval": dict(SETTINGS["retrieval"], warmup_steps=2500),
+    settings=revised(SETTINGS, {
+        "listops": dict(num_layers=8, in_features=128, batch_size=50, steps=80_000, warmup_steps=8000, evaluate_every=800),
+        "retrieval": dict(warmup_steps=2500),
         "listops|text|retrieval": dict(step_learning_rate=0.01),
-        "image": dict(SETTINGS["image"], warmup_steps=900, layer_options=dict(num_ssm=2)),
-        "pathfinder": dict(SETTINGS["pathfinder"], warmup_steps=2500, weight_decay=0.03, pooling="last"),
+        "image": dict(warmup_steps=900, layer_options=dict(num_ssm=2)),
+        "pathfinder": dict(warmup_steps=2500, weight_decay=0.03, pooling="last"),
         PATH_X: dict(
             batch_size=16, learning_rate=5e-4, warmup_steps=10_000, weight_decay=0.05, pooling="mean",
             layer_options=dict(dt_min=1e-4),
         ),
-    },
+    }),
     deviations=(
         ("listops|text|retrieval|pathfinder", LAYER_NORM),
         ("listops", "The warm-up is a tenth of all steps; our source does not give theirs."),
@@ -97,28 +94,21 @@ S4_FIRST = Recipe(
     id="s4-v1",
     source="Gu et al. 2022, arXiv 2111.00396, table 11",
     layers={"s4": dict(state_size=64, is_causal=True, glu=False)},
-    settings=SETTINGS | {
-        "*": dict(SETTINGS["*"], schedule="plateau", weight_decay=0.0),
-        "listops": dict(
-            SETTINGS["listops"], in_features=128, batch_size=100, steps=50 * 960, evaluate_every=960, weight_decay=0.01,
-            patience=5,
-        ),
+    settings=revised(SETTINGS, {
+        "*": dict(schedule="plateau", weight_decay=0.0),
+        "listops": dict(in_features=128, batch_size=100, steps=50 * 960, evaluate_every=960, weight_decay=0.01, patience=5),
         "text": dict(
-            SETTINGS["text"], num_layers=4, in_features=64, batch_size=50, learning_rate=0.001, steps=20 * 450,
+            num_layers=4, in_features=64, batch_size=50, learning_rate=0.001, steps=20 * 450,
             evaluate_every=450, patience=5,
         ),
-        "retrieval": dict(SETTINGS["retrieval"], learning_rate=0.002, steps=20 * 2299, evaluate_every=2299),
-        "image": dict(
-            SETTINGS["image"], learning_rate=0.004, steps=200 * 900, evaluate_every=900, dropout_rate=0.2, weight_decay=0.01
-        ),
-        "pathfinder": dict(
-            SETTINGS["pathfinder"], batch_size=100, steps=200 * 1600, evaluate_every=1600, dropout_rate=0.1
-        ),
+        "retrieval": dict(learning_rate=0.002, steps=20 * 2299, evaluate_every=2299),
+        "image": dict(learning_rate=0.004, steps=200 * 900, evaluate_every=900, dropout_rate=0.2, weight_decay=0.01),
+        "pathfinder": dict(batch_size=100, steps=200 * 1600, evaluate_every=1600, dropout_rate=0.1),
         "listops|text|retrieval|image|pathfinder": dict(warmup_steps=0),
         PATH_X: dict(
             batch_size=32, learning_rate=5e-4, steps=100 * 5000, evaluate_every=5000, dropout_rate=0.0, patience=20,
             layer_options=dict(dt_min=1e-4),
         ),
-    },
+    }),
     deviations=(("listops|text", LAYER_NORM), ("listops|image", NORM_BEFORE), *DEVIATIONS),
 )  # fmt: skip

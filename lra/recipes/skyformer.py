@@ -8,7 +8,7 @@ Starts from the settings of Nystromformer; each task has steps, batch and rates 
 """
 
 from subquad.lra.recipes import nystromformer
-from subquad.lra.recipes.recipe import Recipe
+from subquad.lra.recipes.recipe import Recipe, revised
 
 SKYFORMER = Recipe(
     id="skyformer",
@@ -17,17 +17,13 @@ SKYFORMER = Recipe(
         "linformer": dict(num_heads=2, max_length="{length}", num_landmarks=128),
         "performer": dict(num_heads=2, num_features=128),
     },
-    settings=nystromformer.SETTINGS | {
-        "listops": dict(config="lra", steps=50_000, batch_size=32, warmup_steps=1000, evaluate_every=500),
-        "text": dict(config="modern", steps=50_000, batch_size=16, warmup_steps=80, evaluate_every=500),
-        "retrieval": dict(
-            config="lra", steps=50_000, batch_size=16, warmup_steps=800, learning_rate=2e-4, evaluate_every=500
-        ),
-        "image": dict(config="lra", steps=50_000, batch_size=256, warmup_steps=175, evaluate_every=500),
-        "pathfinder": dict(
-            config="32_hard", steps=50_000, batch_size=128, warmup_steps=312, learning_rate=2e-4, evaluate_every=500
-        ),
-    },
+    settings=revised(nystromformer.SETTINGS, {
+        "listops": dict(steps=50_000, evaluate_every=500),
+        "text": dict(steps=50_000, batch_size=16, warmup_steps=80, evaluate_every=500),
+        "retrieval": dict(steps=50_000, batch_size=16, learning_rate=2e-4, evaluate_every=500),
+        "image": dict(steps=50_000, evaluate_every=500),
+        "pathfinder": dict(steps=50_000, batch_size=128, learning_rate=2e-4, evaluate_every=500),
+    }),
     deviations=(
         ("*", "Which batch size is which task's is inferred from their order."),
         ("*", "The best on validation is taken of all steps; theirs stops early, at patience 10."),

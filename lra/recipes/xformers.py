@@ -8,26 +8,23 @@ Starts from the settings of Nystromformer.
 """
 
 from subquad.lra.recipes import nystromformer
-from subquad.lra.recipes.recipe import Recipe
-from subquad.lra.recipes.shared import ATTENTION
+from subquad.lra.recipes.recipe import Recipe, revised
+from subquad.lra.recipes.shared import ARENA_TEXT, ATTENTION
 
 XFORMERS = Recipe(
     id="xformers",
     source="facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab",
     layers=nystromformer.LAYERS,
-    settings=nystromformer.SETTINGS | {
-        "listops": dict(config="lra", steps=10_000, batch_size=32, warmup_steps=1000, evaluate_every=100),
-        "text": dict(
-            config="modern", steps=20_000, batch_size=32, warmup_steps=8000, evaluate_every=200, in_features=256, num_layers=4,
-            mlp_features=1024, pooling="cls",
-        ),
+    settings=revised(nystromformer.SETTINGS, {
+        "listops": dict(steps=10_000, evaluate_every=100),
+        "text": dict(ARENA_TEXT, pooling="cls"),
         f"text {ATTENTION}": dict(layer_options=dict(num_heads=4)),
         # A quarter of the length.
         "listops linformer": dict(layer_options=dict(num_landmarks=500)),
         "text linformer": dict(layer_options=dict(num_landmarks=1024)),
         "retrieval linformer": dict(layer_options=dict(num_landmarks=1000)),
         "image|pathfinder linformer": dict(layer_options=dict(num_landmarks=256)),
-    },
+    }),
     deviations=(
         ("* performer", "Random features are fixed; theirs are drawn anew every 1000 steps."),
         ("retrieval|image|pathfinder", "Blocks are plain ones; theirs are reversible, which saves memory."),

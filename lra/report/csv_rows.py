@@ -138,6 +138,14 @@ def read_rows(path: str | os.PathLike, columns: type[T] | None = None) -> list[T
     return good
 
 
+def rows_that_agree(rows: Iterable[T], columns: Sequence[str]) -> list[list[T]]:
+    """Records that have the same values in some columns, together."""
+    found: dict[tuple, list[T]] = {}
+    for row in rows:
+        found.setdefault(tuple(getattr(row, name) for name in columns), []).append(row)
+    return list(found.values())
+
+
 def warn_once(fault: Fault, cure: str) -> None:
     """Warns of a fault on stderr, the first time that this process meets it."""
     if fault not in _warned:

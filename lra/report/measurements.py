@@ -108,10 +108,7 @@ class Table(NamedTuple):
 def groups(rows: Iterable[Measurement]) -> list[list[Measurement]]:
     """Rows that one picture holds: of one model, batch size, dtype, implementation, number of threads, machine and baseline."""
     shared = ("model", "batch_size", "dtype", "implementation", "threads", "hardware", "baseline")
-    found: dict[tuple, list[Measurement]] = {}
-    for row in rows:
-        found.setdefault(tuple(getattr(row, name) for name in shared), []).append(row)
-    return list(found.values())
+    return csv_rows.rows_that_agree(rows, shared)
 
 
 def layer_label(row: Measurement, rows: Sequence[Measurement]) -> str:

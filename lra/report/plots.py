@@ -1,9 +1,11 @@
 """Pictures: accuracy against FLOPs or time of a training step, and time and memory against length."""
 
+import itertools
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from subquad.lra.report.measurements import MODES, Measurement, layer_label, length_label
 from subquad.lra.report.results import Result, groups
@@ -108,50 +110,73 @@ def cost_against_length(rows: Iterable[Measurement], path: str | os.PathLike | N
         path: the file, PNG; None does not save.
     Returns: the matplotlib figure; panels of a mode are neighbours in `figure.axes`.
     """
-    from matplotlib.ticker import NullLocator
-
     rows = list(rows)
     modes = [mode for mode in MODES if any(row.mode == mode and row.peak_bytes for row in rows)]
-    figure = _figure((12, 0.8 + 3.1 * max(1, len(modes))))
-    names = list(dict.fromkeys(layer_label(row, rows) for row in rows))
     columns = (("median_ms", "time, ms", 1.0), ("peak_bytes", "peak memory, MiB", 2.0**20))
-    for index, mode in enumerate(modes):
-        for place, (column, label, unit) in enumerate(columns):
-            axes = figure.add_subplot(len(modes), 2, 2 * index + place + 1)
-            _style(axes)
-            axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label)
-            axes.set_title(mode, loc="left", fontsize=10)
-            for number, name in enumerate(names):
-                found = [row for row in rows if row.mode == mode and layer_label(row, rows) == name and getattr(row, column)]
-                found = sorted(found, key=lambda row: row.length)
-                points = [(row.length, getattr(row, column) / unit) for row in found]
-                if not points:
-                    continue
-                bold, (color, marker, dash) = found[0].layer == found[0].baseline, _look(number)
-                power = slope(points)
-                label = name if power is None else f"{name}, slope {power:.2f}"
-                words = dict(color=INK if bold else color, marker=marker, markersize=4)
-                axes.plot(*zip(*points, strict=True), dash, linewidth=2.2 if bold else 1.3, label=label, zorder=3, **words)
-                hollow = [point for point, row in zip(points, found, strict=True) if row.status != "ok"]
-                if hollow:
-                    axes.plot(*zip(*hollow, strict=True), linestyle="none", markerfacecolor="white", zorder=4, **words)
-            lengths = sorted({row.length for row in rows})
-            axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 1.15)
-            axes.set_xticks(lengths)
-            low, high = axes.get_ylim()
-            if high < 4 * low:  # else a difference of one part in a hundred would look large
-                axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
-            axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            _plain_ticks(axes.yaxis)
-            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    panels = []
+    for mode, (column, label, unit) in itertools.product(modes, columns):
+        lines: dict[str, list[Point]] = {}
+        for row in sorted(rows, key=lambda row: row.length):
+            if row.mode == mode and getattr(row, column):
+                point = Point(row.length, getattr(row, column) / unit, row.status == "ok", row.layer == row.baseline)
+                lines.setdefault(layer_label(row, rows), []).append(point)
+        panels.append((mode, label, lines))
+    title = ""
     if rows:
-        one = rows[0]
-        hollow = any(row.status != "ok" and row.peak_bytes for row in rows)
-        figure.suptitle(
-            f"{one.model}, batch {one.batch_size}, {one.dtype}; {one.hardware}" + "; hollow: did not run" * hollow,
-            x=0.01, ha="left", fontsize=10,
-        )  # fmt: skip
+        one, hollow = rows[0], any(row.status != "ok" and row.peak_bytes for row in rows)
+        title = f"{one.model}, batch {one.batch_size}, {one.dtype}; {one.hardware}" + "; hollow: did not run" * hollow
+    return against_length(panels, [layer_label(row, rows) for row in rows], title, path)
+
+
+class Point(NamedTuple):
+    """A value at a length, whether what it is of ran, and whether its line is the one that others are compared with."""
+
+    length: int
+    value: float
+    ran: bool = True
+    bold: bool = False
+
+
+def against_length(
+    panels: Sequence[tuple[str, str, Mapping[str, Sequence[Point]]]], names: Iterable[str], title: str, path
+):
+    """Draws panels, two in a row, of lines against length, both logarithmic, with their slopes in a legend.
+
+    Args:
+        panels: (title, label of the values, name of a line -> its points in the order of their lengths) of each.
+        names: of the lines, which look the same in all panels.
+        path: the file, PNG; None does not save.
+    """
+    from matplotlib.ticker import NullLocator
+
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    figure = _figure((12, 0.8 + 3.1 * max(1, len(panels) // 2)))
+    for place, (heading, label, lines) in enumerate(panels, 1):
+        axes = figure.add_subplot(len(panels) // 2, 2, place)
+        _style(axes)
+        axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label)
+        axes.set_title(heading, loc="left", fontsize=10)
+        for name, points in lines.items():
+            bold, (color, marker, dash) = points[0].bold, _look(numbers[name])
+            power = slope([point[:2] for point in points])
+            shown = name if power is None else f"{name}, slope {power:.2f}"
+            words = dict(color=INK if bold else color, marker=marker, markersize=4)
+            across, up, *_ = zip(*points, strict=True)
+            axes.plot(across, up, dash, linewidth=2.2 if bold else 1.3, label=shown, zorder=3, **words)
+            hollow = [point[:2] for point in points if not point.ran]
+            if hollow:
+                axes.plot(*zip(*hollow, strict=True), linestyle="none", markerfacecolor="white", zorder=4, **words)
+        lengths = sorted({point.length for *_, every in panels for points in every.values() for point in points})
+        axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 1.15)
+        axes.set_xticks(lengths)
+        low, high = axes.get_ylim()
+        if high < 4 * low:  # else a difference of one part in a hundred would look large
+            axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
+        axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        _plain_ticks(axes.yaxis)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return _saved(figure, path)
 
 

@@ -118,7 +118,7 @@ def failure(run, task, reason: str) -> Result:
     known = dict(
         status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset,
         source=task.source, parameters=0, configuration=configuration, configuration_hash=configuration_hash(configuration),
-        finished_utc=machine.now(),
+        finished_utc=machine.utc_now(),
     )  # fmt: skip
     return Result(**{**blank, **{name: getattr(run, name) for name in OF_RUN}, **known, **machine.environment()})
 

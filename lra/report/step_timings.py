@@ -33,5 +33,5 @@ def time_steps(run: Run, task: Task, steps: int, clock: Callable[[], float] = ti
         del call  # its arrays, before those of the other program are made
     return StepTiming(
         hash_without_seed(dataclasses.asdict(run)), run.recipe, run.layer, run.task, run.config, steps, seconds["train"],
-        seconds["forward"], compiling, training_flops(run, task) / run.steps, machine.hardware(), machine.now(),
+        seconds["forward"], compiling, training_flops(run, task) / run.steps, machine.hardware(), machine.utc_now(),
     )  # fmt: skip

@@ -2,11 +2,11 @@
 
 import pytest
 
-from subquad.kernels import launch
+from subquad.kernels import gpu
 
 
 @pytest.fixture
 def monkeypatch(monkeypatch, request):
     """What is traced under a patch stays apart: JAX would find what another test has traced with the same shapes."""
-    with launch.apart(request.node.nodeid):
+    with gpu.apart(request.node.nodeid):
         yield monkeypatch

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import block_sparse, launch
+from subquad.kernels import block_sparse, tuning
 from subquad.kernels.block_sparse.specs import bigbird
 from subquad.kernels.flash import tiles
 from subquad.kernels.patterns import Blocks
@@ -19,7 +19,7 @@ def flash(monkeypatch):
     pytest.importorskip("triton")
     from subquad.kernels.softmax import triton
 
-    monkeypatch.setattr(triton, "tile_sizes", lambda *sizes: launch.Config({"BLOCK_Q": 32, "BLOCK_K": 16}))
+    monkeypatch.setattr(triton, "tile_sizes", lambda *sizes: tuning.Config({"BLOCK_Q": 32, "BLOCK_K": 16}))
     return triton
 
 

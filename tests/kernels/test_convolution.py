@@ -99,14 +99,14 @@ def test_the_present_token_counts_once():
     np.testing.assert_allclose(y[0, :, 0], [0, 20, 10, 1, 2, 3, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("features", [12, 13])  # 13: no divisor but itself
-def test_groups_change_nothing(monkeypatch, features):
+@pytest.mark.parametrize("features,ids", [(12, None), (13, None), (12, np.arange(50)[None] // 8)])  # 13 is prime
+def test_groups_change_nothing(monkeypatch, features, ids):
     inputs, kernel, anticausal = random(2, 50, features), random(features, 50, seed=1), random(features, 50, seed=2)
-    loss = lambda *a: jnp.sum(convolve(*a) ** 2)
+    loss = lambda *a: jnp.sum(convolve(*a, ids) ** 2)
     run = lambda: jax.value_and_grad(loss, argnums=(0, 1, 2))(inputs, kernel, anticausal)
     whole = run()
     monkeypatch.setattr(xla, "CPU_BYTES", 2500)
-    assert xla._circle_and_groups(2500, inputs, kernel, anticausal)[1] > 1
+    assert xla._circle_and_groups(2500, inputs, kernel, anticausal, None)[1] > 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), run(), whole)
 
 

@@ -108,7 +108,7 @@ def test_what_is_refused():
         (r"initial_state must have shape .*\(2, 3, 6\)", ValueError, (inputs, kernel),
          dict(initial_state=inputs[:, :2], is_causal=True)),
         ("mask must be boolean", TypeError, (inputs, kernel), dict(mask=jnp.ones((B, 1, 1, T)))),
-        ("mask must be padding", ValueError, (inputs, kernel), dict(mask=jnp.ones((B, 1, T, T), bool))),
+        ("mask must be key padding", ValueError, (inputs, kernel), dict(mask=jnp.ones((B, 1, T, T), bool))),
         ("inputs must be floating-point", TypeError, (inputs.astype(int), kernel), {}),
     ]  # fmt: skip
     for message, kind, arrays, options in cases:

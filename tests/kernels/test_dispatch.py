@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from subquad import kernels
-from subquad.kernels import dispatch, launch, softmax, specs
+from subquad.kernels import dispatch, gpu, softmax, specs
 
 OPERATIONS = {spec.operation: spec for spec in specs.load().values()}
 ROOT = pathlib.Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_the_choice_is_made_while_tracing(capsys):
     query = jnp.ones((1, 64, 2, 16))
     attend = jax.jit(lambda: softmax.attention(query, query, query))
     dispatch.explain(attend)
-    with launch.lowering_for(90):
+    with gpu.lowering_for(90):
         dispatch.explain(attend)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("softmax.attention runs")]
     assert said == ["softmax.attention runs xla", "softmax.attention runs triton"]
@@ -128,5 +128,5 @@ def test_tile_sizes_are_no_arguments(operation):
 def test_no_environment_variable_decides(part):
     """But for those of other projects, in the files that talk to them."""
     for path in sorted((ROOT / part).rglob("*.py")):
-        if path.name not in ("launch.py", "interpreter.py"):
+        if path.name not in ("through_jax_triton.py", "interpreter.py"):
             assert "environ" not in path.read_text() and "getenv" not in path.read_text(), path

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import launch, machine_code, scan, specs
+from subquad.kernels import gpu, launch, machine_code, scan, specs, through_jax_triton, tuning
 
 interpret = pytest.mark.interpret
 aot = pytest.mark.aot
@@ -103,7 +103,7 @@ def test_a_load_past_the_end_reads_poison(toys):
     x = draw(10)
     (out,) = launch.call(
         toys.copy, dict(x_ptr=x), dict(out_ptr=jax.ShapeDtypeStruct((12,), x.dtype)), grid=1,
-        constants=dict(T=12, SHIFT=0, WRITE_INPUT=False), config=launch.Config({"BLOCK": 16}), mode="interpret",
+        constants=dict(T=12, SHIFT=0, WRITE_INPUT=False), config=tuning.Config({"BLOCK": 16}), mode="interpret",
     )  # fmt: skip
     assert np.isnan(out[10:]).all()
 
@@ -120,7 +120,7 @@ def test_a_constant_may_be_a_function_or_a_tuple(toys):
     (launched,) = recorded(lambda x: toys.follow("triton", x), x)
     assert launch.functions_in(*dict(launched.constants).values()) == [toys.twice]
     assert machine_code.compile(launched, "sm_90").registers > 0
-    with launch.lowering_for(90):
+    with gpu.lowering_for(90):
         lowered = jax.jit(lambda x: toys.follow("triton", x)).trace(x).lower(lowering_platforms=("cuda",))
     assert "triton_kernel_call" in lowered.as_text()
     with pytest.raises(TypeError, match="constants\\['RULE'\\] must be a number"):
@@ -160,7 +160,7 @@ def test_misspelt_operands_are_refused(toys):
                     dict(out_ptr=x),
                     grid=1,
                     constants=dict(T=10, SHIFT=0) | extra,
-                    config=launch.Config({"BLOCK": 16}),
+                    config=tuning.Config({"BLOCK": 16}),
                     mode="triton",
                 ),  # fmt: skip
                 x,
@@ -184,7 +184,7 @@ def test_a_grid_has_one_axis_of_sane_length(toys):
                     dict(x_ptr=x),
                     dict(out_ptr=x),
                     grid=grid,
-                    config=launch.Config({"BLOCK": 16}),
+                    config=tuning.Config({"BLOCK": 16}),
                     mode="triton",
                     constants=dict(T=10, SHIFT=0, WRITE_INPUT=False),
                 ),  # fmt: skip
@@ -196,21 +196,21 @@ def test_a_tuned_configuration_comes_before_the_heuristic(tmp_path, monkeypatch)
     (tmp_path / "sm_90.json").write_text(
         '{"rows": [{"kernel": "k", "sizes": {"features": 64}, "blocks": {"BLOCK": 32}, "num_warps": 8, "num_stages": 3}]}'
     )
-    monkeypatch.setattr(launch, "TUNED", tmp_path)
-    launch.tuned.cache_clear()
-    heuristic = launch.Config({"BLOCK": 64})
-    with launch.lowering_for(90):
-        assert launch.config("k", heuristic, features=64) == launch.Config({"BLOCK": 32}, 8, 3)
-        assert launch.config("k", heuristic, features=32) == heuristic
-    with launch.lowering_for(80):
-        assert launch.config("k", heuristic, features=64) == heuristic
-    launch.tuned.cache_clear()
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    tuning.tuned.cache_clear()
+    heuristic = tuning.Config({"BLOCK": 64})
+    with gpu.lowering_for(90):
+        assert tuning.config("k", heuristic, features=64) == tuning.Config({"BLOCK": 32}, 8, 3)
+        assert tuning.config("k", heuristic, features=32) == heuristic
+    with gpu.lowering_for(80):
+        assert tuning.config("k", heuristic, features=64) == heuristic
+    tuning.tuned.cache_clear()
 
 
 def test_no_load_is_lifted_over_a_barrier(tmp_path, monkeypatch):
     """Threads read what others wrote to global memory: a second stage would load it before, whoever asks for that stage."""
     guarded = {
-        "linear.attention/causal": {"linear_forward", "linear_backward_query", "linear_backward_key"},
+        "linear.attention/causal": set(),
         "matrix.pseudo_inverse/six-iterations": {"inverse_forward_kernel", "inverse_backward_kernel"},
         "matrix.sinkhorn/plain": set(),
         "softmax.attention/causal": set(),
@@ -221,19 +221,19 @@ def test_no_load_is_lifted_over_a_barrier(tmp_path, monkeypatch):
         assert all(one.config.num_stages == 1 for one in launches if one.name in kernels)
 
     spec = specs.find("matrix.pseudo_inverse/six-iterations")
-    with launch.trying({}) as asked:
+    with tuning.trying({}) as asked:
         specs.launches(spec)
         request, heuristic = next(iter(asked.items()))
     two = dataclasses.replace(heuristic, num_stages=2)
-    with launch.trying({request: two}), pytest.raises(ValueError, match="must be 1 for inverse_forward_kernel, got 2"):
+    with tuning.trying({request: two}), pytest.raises(ValueError, match="must be 1 for inverse_forward_kernel, got 2"):
         specs.launches(spec)
     row = dict(kernel=request.kernel, sizes=dict(request.sizes), blocks=dict(two.blocks), num_warps=4, num_stages=2)
     (tmp_path / "sm_90.json").write_text(json.dumps(dict(rows=[row])))
-    monkeypatch.setattr(launch, "TUNED", tmp_path)
-    launch.tuned.cache_clear()
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    tuning.tuned.cache_clear()
     with pytest.raises(ValueError, match="got 2. It reads back what it wrote"):
         specs.launches(spec)
-    launch.tuned.cache_clear()
+    tuning.tuned.cache_clear()
 
 
 TUNED = [spec for spec in specs.load().values() if "interpret" in spec.implementations]
@@ -245,7 +245,7 @@ def test_neighbouring_sizes_share_what_was_tuned(operation):
     """A row of the table for the very sizes that were tuned would serve nobody else."""
     spec, requests = OPERATIONS[operation], []
     for length in (500, 512):
-        with launch.trying({}) as asked:
+        with tuning.trying({}) as asked:
             specs.launches(spec, length=length, bench=False)
             requests.append(set(asked))
     assert requests[0] and requests[0] == requests[1]
@@ -255,7 +255,7 @@ def test_batches_and_features_of_scans_share_what_was_tuned():
     requests = []
     for batch, length, features in ((30, 1000, 250), (32, 1024, 256)):
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (2 * [(batch, length, features)] + [(batch, features)])]
-        with launch.trying({}) as asked:
+        with tuning.trying({}) as asked:
             recorded(lambda *x: scan.first_order(*x, implementation="triton"), *shapes)
             requests.append(set(asked))
     assert requests[0] and requests[0] == requests[1]
@@ -267,16 +267,16 @@ def test_what_was_traced_for_another_target_is_not_reused(toys):
 
     @jax.jit
     def function(x):
-        seen.append(launch.capability())
+        seen.append(gpu.capability())
         return 2 * x
 
     function(draw(3))
     for capability in (90, 80):
-        with launch.lowering_for(capability):
+        with gpu.lowering_for(capability):
             jax.eval_shape(lambda x: function(x), draw(3))
     function(draw(3))
     assert seen == [None, 90, 80]
-    with launch.trying({}):
+    with tuning.trying({}):
         function(draw(3))
     assert seen == [None, 90, 80, None]
     multiply = jax.jit(toys.multiply("triton"))
@@ -286,11 +286,11 @@ def test_what_was_traced_for_another_target_is_not_reused(toys):
 
 def test_a_gpu_beside_the_default_device_is_not_traced_for(monkeypatch):
     """`jax.default_device` on a machine with a GPU: what runs on the CPU must not be lowered to its kernels."""
-    gpu, cpus = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200"), jax.devices("cpu")
-    monkeypatch.setattr(jax, "devices", lambda backend=None: cpus if backend == "cpu" else [gpu])
-    assert launch.capability() == 90 and launch.device_kind() == "nvidia-h200"
+    fake, cpus = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200"), jax.devices("cpu")
+    monkeypatch.setattr(jax, "devices", lambda backend=None: cpus if backend == "cpu" else [fake])
+    assert gpu.capability() == 90 and gpu.device_kind() == "nvidia-h200"
     seen = []
-    function = jax.jit(lambda x: seen.append(launch.capability()) or 2 * x)
+    function = jax.jit(lambda x: seen.append(gpu.capability()) or 2 * x)
     jax.eval_shape(function, draw(3))
     for device in ("cpu", cpus[0]):
         with jax.default_device(device):
@@ -303,7 +303,7 @@ def test_a_gpu_beside_the_default_device_is_not_traced_for(monkeypatch):
 @pytest.mark.parametrize("compute_capability", [70, 75, 86, 89, 120])
 def test_a_gpu_that_the_kernels_are_not_made_for(compute_capability):
     """They would not compile for it, or ask for more shared memory than it has, and that only when they run."""
-    with launch.lowering_for(compute_capability), pytest.raises(launch.Declined, match="8.0, 9.0 and 10.0|interpreter"):
+    with gpu.lowering_for(compute_capability), pytest.raises(launch.Declined, match="8.0, 9.0 and 10.0|interpreter"):
         launch.require("triton")
 
 
@@ -355,7 +355,7 @@ def test_machine_code_tells_registers_and_tensor_cores(toys, dtype):
 def test_spills_are_counted(toys):
     x = draw(1, 64, 64)
     (launched,) = recorded(toys.multiply("triton"), x, x)
-    one_warp = dataclasses.replace(launched, config=launch.Config({"BLOCK": 64}, num_warps=1))
+    one_warp = dataclasses.replace(launched, config=tuning.Config({"BLOCK": 64}, num_warps=1))
     compiled = machine_code.compile(one_warp, "sm_90")
     assert compiled.spills > 0 and compiled.stack > 0
 
@@ -368,7 +368,7 @@ def test_a_transposed_product_is_found(toys):
     def run(x):
         return launch.call(
             toys.transpose_of_product, dict(x_ptr=x, y_ptr=x), dict(out_ptr=jax.ShapeDtypeStruct(x.shape, jnp.float32)),
-            grid=1, constants={}, config=launch.Config({"BLOCK": 64}), mode="triton",
+            grid=1, constants={}, config=tuning.Config({"BLOCK": 64}), mode="triton",
         )  # fmt: skip
 
     (launched,) = recorded(run, x)
@@ -380,7 +380,7 @@ def test_a_transposed_product_is_found(toys):
 def test_a_gpu_is_told_everything(toys, monkeypatch):
     """The target, the PTX version, that products and sums may be fused, and which outputs lie where their inputs do."""
     pytest.importorskip("jax_cuda13_plugin", reason="needs pip install --no-deps jax-cuda13-plugin, as scripts/test does")
-    jax_triton = launch._jax_triton()
+    jax_triton = through_jax_triton.library()
     asked, original = [], jax_triton.triton_call
 
     def triton_call(*arrays, **options):
@@ -390,7 +390,7 @@ def test_a_gpu_is_told_everything(toys, monkeypatch):
     monkeypatch.setattr(jax_triton, "triton_call", triton_call)
     run = jax.jit(jax.vmap(toys.multiply("triton")))
     alias = jax.jit(lambda x: toys.shift("triton", x, aliases={"x_ptr": "out_ptr"}))
-    with launch.lowering_for(90):
+    with gpu.lowering_for(90):
         lowered = run.trace(draw(2, 3, 50, 50), draw(2, 3, 50, 50)).lower(lowering_platforms=("cuda",))
         in_place = alias.trace(draw(10)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("triton_kernel_call") == 1
@@ -402,13 +402,13 @@ def test_a_gpu_is_told_everything(toys, monkeypatch):
     assert without and set(without) == {None} and list(aliased.values()) == [0]
     assert "output_operand_alias" in in_place.as_text() and "output_operand_alias" not in lowered.as_text()
     if hasattr(jax_triton, "CUSTOM_CALL_TARGET_NAME"):
-        assert all(options["backend_options"]["ptx_version"] == launch.PTX_VERSION for options in asked)
+        assert all(options["backend_options"]["ptx_version"] == through_jax_triton.PTX_VERSION for options in asked)
     else:
         from jax_triton import triton_lib
         from triton.backends.compiler import GPUTarget
 
         backend = triton_lib.cb.CUDABackend(GPUTarget("cuda", 90, 32))
-        assert backend.parse_options(dict(enable_fp_fusion=True)).ptx_version == launch.PTX_VERSION
+        assert backend.parse_options(dict(enable_fp_fusion=True)).ptx_version == through_jax_triton.PTX_VERSION
 
 
 def test_repeated_calls_run_as_often_as_they_say():

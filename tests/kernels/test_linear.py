@@ -198,6 +198,66 @@ def test_bidirectional_state_adds_keys_that_all_see(implementation):
     np.testing.assert_allclose(out, loop(query, key, value, scale, mask, False), rtol=1e-4, atol=2e-6)
 
 
+PACKED = np.array([[3] * 20 + [1] * 30 + [3] * 50 + [7] * 10 + [2] * 40, [0] + [5] * 99 + [9] * 50])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences_are_separate_ones(is_causal, implementation):
+    """Runs of equal ids; one segment is padding as a whole, another begins with it."""
+    arguments = draw(150)
+    arguments[-1][0, ..., 90:110] = False
+    query, key, value, scale, mask = arguments
+    options = dict(is_causal=is_causal, implementation=implementation)
+    run = jax.jit(lambda *x: linear.attention(*x[:3], key_log_scale=x[3], mask=mask, segment_ids=PACKED, **options))
+    out, pull = jax.vjp(run, query, key, value, scale)
+    gradients = pull(jnp.cos(out))
+    for b, ids in enumerate(PACKED):
+        for segment in np.split(np.arange(150), np.flatnonzero(np.diff(ids)) + 1):
+            at = slice(b, b + 1), slice(segment[0], segment[-1] + 1)
+            hidden = mask[at[0], ..., at[1]]
+            part = lambda *x, hidden=hidden: linear.attention(
+                *x[:3], key_log_scale=x[3], mask=hidden, is_causal=is_causal, implementation="reference"
+            )
+            want, pull = jax.vjp(part, query[at], key[at], value[at], scale[at])
+            np.testing.assert_allclose(out[at], want, rtol=1e-4, atol=1e-5)
+            for got, expected in zip(gradients, pull(jnp.cos(want)), strict=True):
+                np.testing.assert_allclose(got[at], expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_state_belongs_to_the_first_segment_and_the_last_one_is_returned(implementation):
+    query, key, value, scale, _ = draw(100)
+    ids = np.repeat([0, 1, 2], [30, 50, 20])[None]
+    options = dict(is_causal=True, return_state=True, implementation=implementation)
+    part = lambda start, end, **more: attention(
+        *(x[:, start:end] for x in (query, key, value)), key_log_scale=scale[:, start:end], **options, **more
+    )
+    _, state = part(0, 10)
+    out, last = part(10, 100, segment_ids=ids[:, 10:], initial_state=state)
+    first, _ = part(0, 30)
+    np.testing.assert_allclose(out[:, :20], first[:, 10:], rtol=1e-4, atol=1e-5)
+    alone, state = part(80, 100)
+    np.testing.assert_allclose(out[:, 70:], alone, rtol=1e-4, atol=1e-5)
+    for got, want in zip(last, state, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nothing_leaks_between_segments_to_the_last_bit(is_causal):
+    query, key, value, scale, _ = draw(150)
+    loud = [x.copy() for x in (key, value, scale)]
+    for x in loud:
+        x[0, 50:100] = 1e4 * np.abs(x[0, 50:100]) + 1
+    run = lambda key, value, scale: attention(
+        query, key, value, key_log_scale=scale, segment_ids=PACKED[:1], is_causal=is_causal
+    )
+    out, other = run(key, value, scale), run(*loud)
+    for at in (slice(0, 50), slice(100, 150)):
+        np.testing.assert_array_equal(out[0, at], other[0, at])
+    assert np.abs(out[0, 50:100] - other[0, 50:100]).max() > 1
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradient_flows_through_the_state(is_causal):
     query, key, value, scale, _ = draw(160)
@@ -472,3 +532,10 @@ def test_rounding_decides_on_no_side_of_a_relus_kink():
     for name in ("query", "key"):
         logits = np.asarray(arrays[name], np.float64) @ np.asarray(arrays["projection"], np.float64).T
         assert abs(logits).min() > 5e-5, name
+
+
+def test_a_new_length_compiles_nothing():
+    """Lengths are run-time numbers: neither the constants of a kernel nor its blocks depend on them."""
+    spec = specs.find("linear.attention/causal")
+    found = [{(x.name, x.constants, x.config) for x in specs.launches(spec, length=n)} for n in (100, 500, 1000, 3001)]
+    assert found[0] and all(launches == found[0] for launches in found)

@@ -1,48 +1,67 @@
-"""The Triton kernels of linear attention, interpreted, with the small tiles that a GPU gets."""
+"""The Triton kernels of linear attention, interpreted, with the small blocks that a GPU gets."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from subquad.kernels import launch, linear
+from subquad.kernels import launch, linear, specs, tuning
 
 pytestmark = pytest.mark.interpret
 
 
-def draw(length=37, features=24, values=20):
-    keys = jax.random.split(jax.random.key(0), 5)
-    shape = 1, length, 1
-    query, key = (jax.random.normal(k, (*shape, 24)) for k in keys[:2])
-    return query, key, jax.random.normal(keys[2], (*shape, values)), jax.random.normal(keys[3], (features, 24))
-
-
-@pytest.mark.parametrize("kernel", ["softmax", "given"])
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_states_and_values_in_several_blocks(kernel, is_causal, monkeypatch):
-    """The state passes through registers block by block, and blocks of value features add up."""
+@pytest.fixture
+def small_blocks(monkeypatch):
     try:
         launch.require("interpret")
     except launch.Declined as reason:
         pytest.skip(str(reason))
     from subquad.kernels.linear import triton
 
-    monkeypatch.setattr(triton, "_tile_sizes", lambda *_: (16, 16, 16, 4))
-    interpreted = triton.heuristic
-    monkeypatch.setattr(triton, "heuristic", lambda name, mode, **sizes: interpreted(name, "triton", **sizes))
-    query, key, value, projection = draw()
-    if kernel == "given":
-        query, key = jnp.exp(query), jnp.exp(key)
+    whole = triton.plan_of
+    monkeypatch.setattr(triton, "heuristic", lambda *_: tuning.Config(dict(BLOCK_W=16, BLOCK_C=16)))
+    monkeypatch.setattr(triton, "plan_of", lambda *args, **options: dataclasses.replace(whole(*args, **options), chunk=16))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["linear.attention/causal", "linear.attention/bidirectional", "linear.random_feature_attention/softmax-causal"]
+    + ["linear.gated/heads", "linear.gated/normalized"],
+)
+def test_states_and_values_in_several_blocks(name, small_blocks):
+    spec = specs.find(name)
+    arrays = spec.draw(37)
+    cotangents = specs.cotangents(spec, "xla", arrays)
+    inexact, rest = specs.split(arrays)
+    got = jax.jit(specs.forward_backward(spec, "interpret", rest))(inexact, cotangents)
+    want = specs.expected(spec, arrays, cotangents)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["softmax-causal", "softmax", "packed"])
+def test_random_features_in_pieces(name, small_blocks, monkeypatch):
+    """Long sequences are cut, so that not all features are in memory: the state goes from piece to piece."""
+    from subquad.kernels.linear import triton
+
+    monkeypatch.setattr(triton, "PIECE", 20)
+    spec = specs.find(f"linear.random_feature_attention/{'softmax-causal' if name == 'packed' else name}")
+    arrays = spec.draw(50)
+    segments = jnp.asarray([[0] * 13 + [1] * 27 + [2] * 3 + [3] * 7]) if name == "packed" else None
+    query, key, value, projection = (arrays[x] for x in ("query", "key", "value", "projection"))
 
     def run(implementation):
-        def call(query, key, value):
-            options = dict(is_causal=is_causal, implementation=implementation)
-            if kernel == "given":
-                return linear.attention(query, key, value, **options)
-            return linear.random_feature_attention(query, key, value, projection, kernel=kernel, **options)
+        call = functools.partial(
+            linear.random_feature_attention, mask=arrays["mask"], segment_ids=segments, is_causal=name != "softmax",
+            return_state=True, implementation=implementation,
+        )  # fmt: skip
+        (out, state), pull = jax.vjp(jax.jit(call), query, key, value, projection)
+        return out, state, pull((jnp.cos(out), jax.tree.map(jnp.cos, state)))
 
-        out, pull = jax.vjp(jax.jit(call), query, key, value)
-        return out, *pull(jnp.cos(out))
+    assert_close(run("interpret"), run("reference"))
 
-    for got, want in zip(run("interpret"), run("reference"), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+
+def assert_close(got, want):
+    for leaf, x, y in zip(specs.names_of(got), jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert specs.error(x, y) < 1e-5, leaf

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, launch, lsh
+from subquad.kernels import dispatch, launch, lsh, tuning
 
 pytestmark = pytest.mark.interpret
 STATIC = ("num_buckets", "chunk_size", "chunks_before", "chunks_after", "is_causal", "reach", "correct_duplicates",
@@ -45,8 +45,8 @@ def small_tiles(monkeypatch, own=16, other=16):
     """Tiles much smaller than the sequence, with chunks that begin and end inside them."""
     from subquad.kernels.lsh import triton
 
-    monkeypatch.setattr(triton, "config_of", lambda *sizes: launch.Config(dict(BLOCK_Q=own, BLOCK_K=other)))
-    monkeypatch.setattr(triton, "hash_config", lambda *sizes: launch.Config(dict(BLOCK_T=own, BLOCK_F=other)))
+    monkeypatch.setattr(triton, "config_of", lambda *sizes: tuning.Config(dict(BLOCK_Q=own, BLOCK_K=other)))
+    monkeypatch.setattr(triton, "hash_config", lambda *sizes: tuning.Config(dict(BLOCK_T=own, BLOCK_F=other)))
 
 
 @pytest.fixture

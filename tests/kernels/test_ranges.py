@@ -62,11 +62,6 @@ ENORMOUS = {
     "scan-reversed": (run(scan.first_order, reverse=True), [array(1, 1, 2048), TOKENS, float32(1, 2048)]),
     "scan-complex": (run(scan.first_order), 2 * [complex64(1, 2**20, 2048)] + [complex64(1, 2048)]),
     "diagonal_scan": (run(ssm.diagonal_scan), [TOKENS, MODES, MODES, MODES]),
-    "diagonal_kernel": (run(ssm.diagonal_kernel, length=2**20), [MODES, MODES]),
-    "dplr_kernel": (
-        run(ssm.dplr_kernel, length=2**20),
-        [MODES, complex64(1, 2048, 16), MODES, complex64(2048, 16), float32(2048)],
-    ),
     "dplr_recurrence": (run(ssm.dplr_recurrence), [TOKENS, MODES, complex64(1, 2048, 16), MODES, MODES, float32(2048)]),
     "pseudo_inverse": (run(matrix.pseudo_inverse), [array(1, 2**17, 128, 128)]),
     "sinkhorn": (run(matrix.sinkhorn), [array(1, 2**17, 128, 128)]),

@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from jax.extend.core import jaxprs_in_params
 
-from subquad.kernels import launch, relative
+from subquad.kernels import gpu, launch, relative, specs
 from subquad.kernels.relative import xla
+from subquad.kernels.softmax import plan
+from subquad.kernels.softmax.sets import Visible
 from tests import oracle
+from tests.kernels import test_aot
 
 ARGUMENTS = ("query", "key", "value", "relative_key", "content_bias", "position_bias")
 
@@ -84,7 +88,7 @@ def test_reference_is_the_formula(T, M, kind):
 )
 def test_values_and_gradients_in_float64(T, M, tiles, kind, monkeypatch):
     if tiles:
-        monkeypatch.setattr(xla, "choose_plan", lambda *_: xla.Plan(1, *tiles, M, T, T + M))
+        monkeypatch.setattr(plan, "tile_sizes", lambda *_: tiles)
     mask = masks(T, M)[kind]
     with jax.enable_x64(True):
         args = arrays(T, M)
@@ -102,7 +106,8 @@ def test_segments_are_a_mask(implementation, batch, monkeypatch):
     T, M = 23, 9
     if implementation == "parts":
         implementation = "xla"
-        monkeypatch.setattr(xla, "choose_plan", lambda *_: xla.Plan(2, 8, 16, M, T, T + M))
+        monkeypatch.setattr(plan, "tile_sizes", lambda *_: (8, 16))
+        monkeypatch.setattr(plan, "parts_of", lambda *_: (2, 1, 3))
     elif implementation == "strips":
         implementation = few_rows(monkeypatch, 8)
     args, padding = arrays(T, M, dtype=np.float32), jnp.asarray(masks(T, M)["padding"])
@@ -111,7 +116,7 @@ def test_segments_are_a_mask(implementation, batch, monkeypatch):
     cotangent = jax.random.normal(jax.random.key(2), (2, T, 3, 5))
     options = dict(query_segment_ids=segments[:, M:], key_segment_ids=segments)
     for mask, both in ((None, same), (padding, same & padding)):
-        with launch.apart():
+        with gpu.apart():
             actual = loss_of(implementation, mask, cotangent, **options)(*args)
             expected = loss_of("reference", both, cotangent)(*args)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), actual, expected)
@@ -149,6 +154,32 @@ def test_strips_of_queries(T, M, kind, dtype, monkeypatch):
         assert a.dtype == dtype and oracle.relative_error(a, e) < tolerance, name
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize(("name", "dtype"), [("mask-128", "bfloat16"), ("pairwise-96", "float32")])
+def test_machine_code_of_several_strips(name, dtype, monkeypatch):
+    """Their positions are known at run time only, which takes registers."""
+    triton = pytest.importorskip("subquad.kernels.relative.triton")
+    monkeypatch.setattr(triton, "STRIP_BYTES", 1)
+    test_aot.check(specs.launches(specs.find(f"relative.attention/{name}"), dtype), dtype)
+
+
+def test_strips_take_memory_that_is_linear_in_the_length():
+    """No array of a forward and backward pass is larger than a strip of the scores, or than the keys in float32."""
+    triton = pytest.importorskip("subquad.kernels.relative.triton")
+    heads = jax.ShapeDtypeStruct((1, 16384, 4, 64), jnp.bfloat16)
+    shapes = [heads] * 3 + [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((16384, 4, 64), (4, 64), (4, 64))]
+    run = lambda *args: relative.attention(*args, implementation="triton").astype(jnp.float32).sum()
+    with launch.recording():
+        jaxpr = jax.make_jaxpr(jax.grad(run, range(6)))(*shapes)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (x.aval.size * x.aval.dtype.itemsize for x in equation.outvars if hasattr(x.aval.dtype, "itemsize"))
+            yield from (size for inner in jaxprs_in_params(equation.params) for size in sizes(inner))
+
+    assert max(sizes(jaxpr.jaxpr)) <= 1.01 * triton.STRIP_BYTES < 4 * 16384**2 / 8
+
+
 @pytest.mark.interpret
 def test_the_operands_that_are_not_mapped_are_shared(monkeypatch):
     """Their gradients are sums, that of relative keys, which have no batch, as well."""
@@ -175,7 +206,7 @@ def test_several_tiles_in_float32(T, M):
         wide = [a.astype(jnp.float64) for a in args]
         (_, expected), gradients = loss_of("reference", None, cotangent)(*wide)
     (_, out), actual = loss_of("xla", None, cotangent)(*args)
-    assert out.dtype == jnp.float32 and xla.choose_plan(1, 2, T, T + M).query < T
+    assert out.dtype == jnp.float32 and xla.planned(*args[:3], Visible(*[None] * 5))[0].counts > (1, 1)
     np.testing.assert_allclose(out, expected, atol=2e-6)
     for name, a, e in zip(ARGUMENTS, actual, gradients, strict=True):
         assert oracle.relative_error(a, e) < 1e-5, name
@@ -244,41 +275,22 @@ def test_memory_grows_with_the_length_not_its_square():
     assert long < 4 * 4096 * 8192 * 4 / 8, "an eighth of the scores of the four heads"
 
 
-@pytest.mark.parametrize(
-    "batch,heads,queries,keys",
-    [(1, 1, 1, 1), (2, 4, 513, 1025), (1, 1, 1, 100_000), (6, 64, 4096, 8192), (64, 64, 512, 1024)],
-)
-def test_tiles_stay_small(batch, heads, queries, keys):
-    plan = xla.choose_plan(batch, heads, queries, keys)
-    assert 1 <= plan.query <= queries and 1 <= plan.key <= keys and batch % plan.parts == 0
-    scores = 4 * heads * (batch // plan.parts) * plan.query * (plan.query + plan.key)
-    assert scores < 2**25, "XLA on the CPU slows down at 32 MiB"
-    assert -queries % plan.query < max(2, queries / 16), "little padding"
-
-
-def test_every_visible_pair_and_no_tile_of_the_future():
-    plan = xla.Plan(parts=2, query=3, key=4, offset=5, queries=7, keys=12)
-    visible = np.arange(12) <= 5 + np.arange(7)[:, None]
-    tiles = [(*at,) for at in np.ndindex(2, 3, 3) if visible[3 * at[1] :][:3, 4 * at[2] :][:, :4].any()]
-    assert len(tiles) < 2 * 3 * 3
-    assert [tuple(step) for step in plan.steps().T] == tiles
-
-
-def test_parts_of_the_batch(monkeypatch):
-    """The batch one sample at a time gives what it gives at once, with masks that all samples share or that are their own."""
-    T, M, B = 20, 9, 2
+def test_parts_of_batch_and_heads(monkeypatch):
+    """One sample or one head at a time gives what all give at once, with masks that they share or that are their own."""
+    T, M = 20, 9
     args = arrays(T, M, dtype=np.float32)
-    cotangent = jnp.ones((B, T, 3, 5))
+    cotangent = jnp.ones((2, T, 3, 5))
+    monkeypatch.setattr(plan, "tile_sizes", lambda *_: (8, 16))
     for kind, mask in masks(T, M).items():
         mask = None if mask is None else jnp.asarray(mask)
         results = []
-        for parts in (1, 2):
-            plan = xla.Plan(parts, 8, 16, M, T, T + M)
-            monkeypatch.setattr(xla, "choose_plan", lambda *_, plan=plan: plan)
-            with launch.apart():
+        for parts in ((1, 1, 1), (2, 1, 1), (2, 1, 3)):
+            monkeypatch.setattr(plan, "parts_of", lambda *_, parts=parts: parts)
+            with gpu.apart():
                 results.append(loss_of("xla", mask, cotangent)(*args))
-        for one, two in zip(*map(jax.tree.leaves, results), strict=True):
-            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5, err_msg=kind)
+        for result in results[1:]:
+            for one, other in zip(*map(jax.tree.leaves, (results[0], result)), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=kind)
 
 
 ORACLES = ["transfoxl_mem", "transfoxl_original_mem"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, launch, scan, specs
+from subquad.kernels import dispatch, scan, specs, tuning
 from subquad.kernels.scan import xla
 
 IMPLEMENTATIONS = ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)]
@@ -156,7 +156,7 @@ def test_segments_and_ragged_tiles(decay, is_complex, monkeypatch):
     """Time cut into segments of several tiles, features into blocks, both with a ragged end."""
     from subquad.kernels.scan import triton
 
-    small = launch.Config(dict(SEGMENTS=3, BLOCK_T=8, BLOCK_D=2))
+    small = tuning.Config(dict(SEGMENTS=3, BLOCK_T=8, BLOCK_D=2))
     monkeypatch.setattr(triton, "config", lambda *arguments: small)
     arrays = draw(37, decay=decay, is_complex=is_complex)
     for reverse in (False, True):

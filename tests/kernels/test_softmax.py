@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, launch, softmax
+from subquad.kernels import dispatch, gpu, softmax
 from subquad.kernels.softmax import plan, xla
 from subquad.lra.bench import measure
 from tests.kernels import dense
@@ -426,13 +426,13 @@ CUDNN_REFUSALS = [
 @pytest.mark.parametrize(("reason", "shapes", "options"), CUDNN_REFUSALS)
 def test_cudnn_declines_what_it_cannot_do(reason, shapes, options):
     arrays, _ = draw(9, **{"dtype": jnp.bfloat16, **shapes})
-    with launch.lowering_for(90), pytest.raises(dispatch.Declined, match=f"declines this call: .*{reason}"):
+    with gpu.lowering_for(90), pytest.raises(dispatch.Declined, match=f"declines this call: .*{reason}"):
         softmax.attention(*arrays, implementation="cudnn", **options)
 
 
 def test_cudnn_wants_a_recent_gpu():
     arrays, _ = draw(9, dtype=jnp.bfloat16)
-    with launch.lowering_for(75), pytest.raises(dispatch.Declined, match="starts at 8.0"):
+    with gpu.lowering_for(75), pytest.raises(dispatch.Declined, match="starts at 8.0"):
         softmax.attention(*arrays, implementation="cudnn")
 
 
@@ -453,7 +453,7 @@ def gpu_that_is_not_there(monkeypatch):
 @pytest.mark.parametrize(("capability", "implementation", "taken"), [(90, None, 1), (80, None, 0), (80, "cudnn", 1)])
 def test_cudnn_is_taken_where_it_was_measured(gpu_that_is_not_there, capability, implementation, taken):
     arrays, _ = draw(9, dtype=jnp.bfloat16)
-    with launch.lowering_for(capability):
+    with gpu.lowering_for(capability):
         jax.eval_shape(functools.partial(softmax.attention, implementation=implementation), *arrays)
     assert len(gpu_that_is_not_there) == taken
 
@@ -470,7 +470,7 @@ def test_what_jax_refuses_cudnn_declines(gpu_that_is_not_there, monkeypatch, err
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", refuse)
     arrays, _ = draw(9, dtype=jnp.bfloat16)
-    with launch.lowering_for(90):
+    with gpu.lowering_for(90):
         assert jax.eval_shape(softmax.attention, *arrays).shape == arrays[0].shape
         with pytest.raises(dispatch.Declined, match="'cudnn' declines this call: JAX refuses it: (cuDNN|requires|sharding)"):
             jax.eval_shape(functools.partial(softmax.attention, implementation="cudnn"), *arrays)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, launch, softmax, specs
+from subquad.kernels import dispatch, softmax, specs, tuning
 from tests.kernels import dense
 from tests.kernels.dense import draw
 
@@ -24,7 +24,7 @@ def flash():
 @pytest.fixture
 def small_tiles(flash, monkeypatch):
     """Tiles so small that short inputs take many steps, with ragged last tiles; queries' and keys' differ."""
-    monkeypatch.setattr(flash, "tile_sizes", lambda *sizes: launch.Config({"BLOCK_Q": 32, "BLOCK_K": 16}))
+    monkeypatch.setattr(flash, "tile_sizes", lambda *sizes: tuning.Config({"BLOCK_Q": 32, "BLOCK_K": 16}))
 
 
 def check(arrays, cotangents, dtype="float32", bias=None, slack=1, **options):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import launch, strided
+from subquad.kernels import launch, strided, tuning
 from tests.kernels import dense
 from tests.kernels.dense import draw
 from tests.kernels.test_strided import CALLS, by_hand
@@ -19,7 +19,7 @@ def small_tiles(monkeypatch):
     pytest.importorskip("triton")
     from subquad.kernels.softmax import triton
 
-    monkeypatch.setattr(triton, "tile_sizes", lambda *sizes: launch.Config({"BLOCK_Q": 16, "BLOCK_K": 32}))
+    monkeypatch.setattr(triton, "tile_sizes", lambda *sizes: tuning.Config({"BLOCK_Q": 16, "BLOCK_K": 32}))
 
 
 def check(name, length, dtype="float32", mask=None, is_causal=False, **options):

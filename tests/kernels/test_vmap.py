@@ -66,8 +66,6 @@ OPERATIONS = {
     "diagonal_scan": (
         named(ssm.diagonal_scan, "initial_state", return_state=True), [(1, T, D), *3 * ["modes"], (1, D, 2 * P)]
     ),
-    "diagonal_kernel": (named(ssm.diagonal_kernel, length=T), ["modes", "system"]),
-    "dplr_kernel": (named(ssm.dplr_kernel, length=T), ["modes", "low_rank", "system", "system", "step"]),
     "dplr_recurrence": (
         named(ssm.dplr_recurrence, "state"), [(1, T, D), "modes", "low_rank", "system", "system", "step", (1, D, 2 * P)]
     ),

@@ -6,7 +6,8 @@ import jax
 import triton
 import triton.language as tl
 
-from subquad.kernels import launch
+from subquad.kernels import launch, tuning
+from subquad.kernels.operation import folding
 
 
 @triton.jit
@@ -70,7 +71,7 @@ class Rule(NamedTuple):
 
 def follow(mode, x, numbers=(0, 5)):
     """x [16] -> 2 x + numbers[1], by a function that is a constant."""
-    constants, config = dict(RULE=Rule(twice, numbers)), launch.Config({"BLOCK": 16})
+    constants, config = dict(RULE=Rule(twice, numbers)), tuning.Config({"BLOCK": 16})
     return launch.call(apply, dict(x_ptr=x), dict(out_ptr=x), grid=1, constants=constants, config=config, mode=mode)[0]
 
 
@@ -91,12 +92,13 @@ def multiply(mode, scale=0.5, bias=None, block=64):
                 PRECISION=launch.dot_precision(x.dtype),
                 X_STRIDE=0 if x.shape[0] == 1 else length**2,
             ),
-            config=launch.Config({"BLOCK": block}),
+            config=tuning.Config({"BLOCK": block}),
             mode=mode,
         )
         return out
 
-    return launch.fold_vmap(run)
+    folded = folding(lambda *arrays: (run(*arrays),), (True, True), lambda: (True,), ({0}, {1}))
+    return lambda x, y: folded(x, y)[0]
 
 
 def shift(mode, x, by=0, write_input=False, out=None, aliases=None, **names):
@@ -107,7 +109,7 @@ def shift(mode, x, by=0, write_input=False, out=None, aliases=None, **names):
         dict(out_ptr=out or jax.ShapeDtypeStruct(x.shape, x.dtype)),
         grid=1,
         constants=dict(T=len(x), SHIFT=by, WRITE_INPUT=write_input),
-        config=launch.Config({"BLOCK": 64}),
+        config=tuning.Config({"BLOCK": 64}),
         mode=mode,
         aliases=aliases,
     )

@@ -8,7 +8,6 @@ import pytest
 
 from subquad.lra import collapse, evaluation, tasks, train
 from subquad.lra.data import floors, pipeline, small_network
-from subquad.lra.data.listops import expressions
 from subquad.lra.plan import plan
 from tests.lra.data import in_memory
 
@@ -138,15 +137,6 @@ def test_rules_see_one_example_at_a_time(rule, make):
     splits = {"train": make(16), "test": make(16)}
     rule(splits)
     assert max(split.most for split in splits.values()) <= 3
-
-
-def test_floors_of_listops_take_iterators():
-    train = [expressions.Example(bytes([expressions.MIN, 1, 2, expressions.CLOSE]), label) for label in (0, 0, 3)]
-    test = [
-        expressions.Example(bytes([expressions.MIN, 1, 2, expressions.CLOSE]), 0),
-        expressions.Example(bytes([expressions.MAX, 1, 2, 15]), 3),
-    ]
-    assert expressions.floors(iter(train), iter(test)) == {"majority": 0.5, "root": 0.5}
 
 
 def test_pixels_are_kept_as_bytes_and_scaled_as_they_are_used():

@@ -153,7 +153,7 @@ def test_devices_that_do_not_divide_the_batch_are_refused(monkeypatch):
     "given,said",
     [
         (("localhost:1", 2, None), "process_id must be given together with"),
-        (("localhost", 2, 0), "coordinator must be host:port, got 'localhost'"),
+        (("localhost", 2, 0), "coordinator must be host:port, as 10.0.0.1:1234, got 'localhost'"),
         (("localhost:1", 2, 2), r"process_id must be in 0..1, got 2"),
         (("localhost:1", 0, 0), r"num_processes must be >= 1, got 0"),
     ],

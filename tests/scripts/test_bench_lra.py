@@ -57,7 +57,7 @@ def test_lengths_and_modes_are_measured_and_everything_is_written(run, capsys):
     assert settings.memory_limit == 3 * 2**29 and settings.values == {"in_features": 8} and settings.limits == ["batch"]
     # One thread is timed by its processor's clock, and so is what its rate is compared with.
     assert (settings.threads, settings.matmul_rate) == (1, 1e11)
-    assert settings.batch_size == 1 and settings.watts == 100 and not settings.peaks
+    assert settings.batch_size == 1 and settings.rates["watts"] == 100 and not settings.peaks
     assert len(measurements.read_measurements(out)) == 6 and not (out.parent / "lra-2.png").exists()
     shown = capsys.readouterr()
     assert "lra-text, in_features=8, batch 1, float32, train" in shown.out and "500 (1.00)" in shown.out
@@ -75,12 +75,12 @@ def test_every_option_of_what_is_measured_reaches_the_races(run):
     assert (layers, length, mode) == (["local", "performer"], 1024, "forward")
     named = {name: getattr(settings, name) for name in (
         "model", "baseline", "batch_size", "dtype", "implementation", "options", "seconds", "repeats", "peaks", "threads",
-        "energy_seconds", "watts", "grid_intensity", "price_per_hour", "currency", "limits",
+        "energy_seconds", "rates", "limits",
     )}  # fmt: skip
     assert named == dict(
         model="small", baseline="local", batch_size=3, dtype="bfloat16", implementation="xla",
-        options={"performer.num_features": 8}, seconds=0.5, repeats=7, peaks=True, threads=1, energy_seconds=0, watts=50,
-        grid_intensity=300, price_per_hour=2.5, currency="EUR", limits=["length"],
+        options={"performer.num_features": 8}, seconds=0.5, repeats=7, peaks=True, threads=1, energy_seconds=0,
+        limits=["length"], rates=dict(watts=50, grid_intensity=300, price_per_hour=2.5, currency="EUR"),
     )  # fmt: skip
 
 

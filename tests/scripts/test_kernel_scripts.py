@@ -8,11 +8,10 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import pytest
 
-from subquad.kernels import gate, launch, specs
+from subquad.kernels import gate, gpu, launch, specs, tuning
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -67,9 +66,9 @@ def asked(tuner, name, kernel, length, dtype="float32"):
 def test_the_tuner_lists_what_fits(tuner, monkeypatch, capsys):
     words = ["--list", "--spec", "softmax.attention/causal", "--length", "64", "--dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", ["tune_kernels", *words])
-    candidates = tuner.around(launch.Config({"BLOCK_Q": 64, "BLOCK_K": 64}))
+    candidates = tuner.around(tuning.Config({"BLOCK_Q": 64, "BLOCK_K": 64}))
     assert len(candidates) == len(set(candidates)) > 50
-    larger = launch.Config({"BLOCK_Q": 128, "BLOCK_K": 64})  # than the 64 tokens, to which it is cut
+    larger = tuning.Config({"BLOCK_Q": 128, "BLOCK_K": 64})  # than the 64 tokens, to which it is cut
     monkeypatch.setattr(tuner, "around", lambda heuristic: [candidates[0], larger])  # each takes a second to compile
     assert tuner.main() == 0
     listed = capsys.readouterr().out
@@ -82,18 +81,8 @@ def test_blocks_that_an_operation_adds_hide_no_spills(tuner):
     """Attention has blocks of features beside those that can be chosen."""
     case, request, heuristic = asked(tuner, "softmax.attention/causal", "softmax_forward", 1024)
     assert tuner.fits(*case, "sm_90", request, heuristic, heuristic)
-    absurd = launch.Config(dict.fromkeys(heuristic.blocks, 256), 4, 4)
+    absurd = tuning.Config(dict.fromkeys(heuristic.blocks, 256), 4, 4)
     assert not tuner.fits(*case, "sm_90", request, absurd, heuristic)
-
-
-@pytest.mark.aot
-def test_a_kernel_with_the_blocks_of_another_has_only_warps_to_choose(tuner, monkeypatch):
-    """The backward scan starts from states that the forward scan saved, so its chunks are those."""
-    case, request, heuristic = asked(tuner, "ssm.diagonal_scan/complex", "scan_backward", 1024)
-    monkeypatch.setattr(tuner.machine_code, "compile", lambda one, target: types.SimpleNamespace(fits=True))
-    other = dataclasses.replace(heuristic, blocks={name: 2 * size for name, size in heuristic.blocks.items()})
-    assert not tuner.fits(*case, "sm_90", request, other, heuristic)
-    assert tuner.fits(*case, "sm_90", request, dataclasses.replace(heuristic, num_warps=8), heuristic)
 
 
 @pytest.mark.aot
@@ -101,7 +90,7 @@ def test_the_size_of_a_matrix_is_no_candidate(tuner):
     """A smaller block would balance a part of the matrix only, in less time."""
     case, request, heuristic = asked(tuner, "matrix.sinkhorn/plain", "matrix.sinkhorn_forward", 40)
     assert all(not config.blocks for config in tuner.around(heuristic))
-    with launch.trying({request: dataclasses.replace(heuristic, num_warps=2)}):
+    with tuning.trying({request: dataclasses.replace(heuristic, num_warps=2)}):
         forward = specs.launches(*case)[0]
     assert dict(forward.config.blocks) == dict(BLOCK=64) and forward.config.num_warps == 2
 
@@ -109,8 +98,8 @@ def test_the_size_of_a_matrix_is_no_candidate(tuner):
 def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
     """The fastest candidate is wrong; of another kernel none fits."""
     spec = specs.find("matrix.pseudo_inverse/six-iterations")
-    heuristic, wrong, good = launch.Config({"BLOCK": 64}), launch.Config({"BLOCK": 32}), launch.Config({"BLOCK": 128})
-    requests = {launch.Request("forward", ()): heuristic, launch.Request("backward", ()): heuristic}
+    heuristic, wrong, good = tuning.Config({"BLOCK": 64}), tuning.Config({"BLOCK": 32}), tuning.Config({"BLOCK": 128})
+    requests = {tuning.Request("forward", ()): heuristic, tuning.Request("backward", ()): heuristic}
     tried, timed, written = [], [], {}
 
     @contextlib.contextmanager
@@ -127,8 +116,8 @@ def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["tune_kernels", "--spec", spec.name, "--length", "64", "--dtype", "float32"])
     monkeypatch.setattr(launch, "require", lambda mode: None)
-    monkeypatch.setattr(launch, "capability", lambda: 90)
-    monkeypatch.setattr(launch, "trying", trying)
+    monkeypatch.setattr(gpu, "capability", lambda: 90)
+    monkeypatch.setattr(tuning, "trying", trying)
     monkeypatch.setattr(gate, "check", check)
     monkeypatch.setattr(tuner, "requests_of", lambda *words: requests)
     monkeypatch.setattr(tuner, "around", lambda heuristic: [heuristic, wrong, good])
@@ -136,7 +125,7 @@ def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "seconds", seconds)
     monkeypatch.setattr(tuner, "write", lambda kind, rows: written.update(rows))
     assert tuner.main() == 0
-    assert timed == [heuristic, good] and written == {launch.Request("forward", ()): good}
+    assert timed == [heuristic, good] and written == {tuning.Request("forward", ()): good}
     said = capsys.readouterr().out
     assert "forward {}: 3 of 3 fit, 2 are right" in said and "backward {}: skipped, 0 of 3 fit, 0 are right" in said
 

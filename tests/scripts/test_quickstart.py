@@ -126,7 +126,7 @@ def test_a_language_model_has_no_plot_of_accuracy_and_none_is_announced(tmp_path
     words = ["--task", "pylib_lm", "--layers", "softmax", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["quickstart", *words])
     assert quickstart.main() == 0
-    assert f"{tmp_path}/quickstart.csv, .md; each layer's" in capsys.readouterr().out
+    assert f"{tmp_path}/quickstart.csv, {tmp_path}/quickstart.md; each layer's" in capsys.readouterr().out
     assert not (tmp_path / "quickstart.png").exists()
 
 

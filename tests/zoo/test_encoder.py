@@ -123,7 +123,7 @@ def test_a_step_past_the_learned_positions_is_refused_where_known_and_nan_where_
     assert jnp.isfinite(sinusoidal.extend(tokens((1, 9)), sinusoidal.init_cache(1, 2))[0]).all()
 
 
-@pytest.mark.parametrize("mixer", [SOFTMAX, LOCAL], ids=["softmax", "local"])
+@pytest.mark.parametrize("mixer", [SOFTMAX, LOCAL, PERFORMER], ids=["softmax", "local", "performer"])
 def test_packed_segments_are_sequences_of_their_own(mixer):
     for model in (
         zoo.Encoder(**SMALL, **mixer, rngs=nnx.Rngs(0)), zoo.CausalLM(**SMALL, **mixer, rngs=nnx.Rngs(0)),
@@ -146,9 +146,9 @@ def test_segments_are_refused_by_name():
         model(REAL, segment_ids=jnp.zeros((2, 4), jnp.int32))
     with pytest.raises(TypeError, match="segment_ids must be an array"):
         model(REAL, segment_ids=[[1] * 5] * 2)
-    if not zoo.PerformerAttention.supports.segment_ids:
-        with pytest.raises(ValueError, match="PerformerAttention does not support segment_ids"):
-            model(REAL, segment_ids=jnp.zeros((2, 5), jnp.int32))
+    model = zoo.Encoder(**SMALL, mixer="s4", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="S4 does not support segment_ids"):
+        model(REAL, segment_ids=jnp.zeros((2, 5), jnp.int32))
 
 
 def test_a_mixer_for_each_layer():

@@ -175,7 +175,7 @@ def test_extend_in_any_cutting(kernel):
         pieces.append(piece)
         start += width
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, rtol=1e-4, atol=1e-5)
-    assert [a.shape for a in cache] == sizes == [(2, 2, 32, 8), (2, 2, 32), (2, 2)]
+    assert [a.shape for a in cache] == sizes == [(2, 2, 32, 8), (2, 2, 32), (2, 2), (2,)]
 
 
 def test_redraw_is_pure_and_kept():
@@ -265,3 +265,17 @@ def test_oracle_self_attention():
     for a, b in zip(leaves((ours, our_pull(cotangent))), leaves((bare, bare_pull(cotangent))), strict=True):
         assert oracle.relative_error(a, b) < 1e-4
     assert 1e-5 < oracle.relative_error(ours, data.outputs["y"]) < 0.05
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences_are_separate_ones(is_causal, kernel):
+    options = dict(num_features=16, kernel=kernel, is_causal=is_causal, rngs=nnx.Rngs(0))
+    layer = PerformerAttention(2, 2 * HEAD, **options)
+    x, ids = normal(1, 40, 2 * HEAD), jnp.repeat(jnp.asarray([4, 0, 4]), jnp.asarray([9, 20, 11]), total_repeat_length=40)
+    packed, pull = jax.vjp(lambda x: layer(x, segment_ids=ids), x)
+    gradient = pull(jnp.cos(packed))[0]
+    for start, end in ((0, 9), (9, 29), (29, 40)):
+        alone, pull = jax.vjp(layer, x[:, start:end])
+        np.testing.assert_allclose(packed[:, start:end], alone, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(gradient[:, start:end], pull(jnp.cos(alone))[0], rtol=1e-3, atol=1e-5)

@@ -1,4 +1,7 @@
-"""Rotary positions: pattern layers are softmax attention with the same rotation, under their pattern as a mask."""
+"""Rotary positions: pattern layers are softmax attention with the same rotation, under their pattern as a mask.
+
+Performer rotates before its features: what it estimates is softmax attention with the same rotation.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +31,22 @@ def test_pattern_layers_rotate_as_softmax_does(name):
     assert_close(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_performer_estimates_rotated_softmax_attention(is_causal):
+    options = dict(num_heads=2, in_features=FEATURES, is_causal=is_causal, rotary_base=20.0, rngs=nnx.Rngs(0))
+    layer, dense = zoo.make("performer", num_features=4096, **options), zoo.make("softmax", **options)
+    nnx.update(dense, {name: x for name, x in nnx.state(layer).items() if name != "projection"})
+    x = 0.5 * inputs(LENGTH)  # of large ones few features count
+    rotated, expected = layer(x), dense(x)
+    dense.rotary_base = None
+    error = lambda y: jnp.sqrt(jnp.mean((rotated - y) ** 2))
+    assert error(expected) < 0.2 * error(dense(x))
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "performer"])
 def test_extended_tokens_rotate_by_their_position(name):
-    layer = zoo.make(name, in_features=FEATURES, is_causal=True, rotary_base=20.0, rngs=nnx.Rngs(0), **OPTIONS[name])
+    options = OPTIONS.get(name, dict(num_heads=2, num_features=16))
+    layer = zoo.make(name, in_features=FEATURES, is_causal=True, rotary_base=20.0, rngs=nnx.Rngs(0), **options)
     x, cache, parts = inputs(LENGTH), layer.init_cache(2, LENGTH), []
     for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
         part, cache = layer.extend(x[:, start:stop], cache)

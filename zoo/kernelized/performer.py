@@ -2,13 +2,14 @@
 
 from typing import Any, Literal, Unpack
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import PerformerCache
+from subquad.zoo.cache import PerformerCache, counts
 from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.features import RandomFeature, RowNorm, random_projection
 
@@ -29,7 +30,8 @@ class PerformerAttention(Attention):
         depends on the future; here each token has a log scale of its own and the sums a running maximum, which is
         exactly causal. They also add 1e-6 to softmax features; here features are floored at 1e-13 of the token's
         largest, and nothing is added to the denominator. Padding is left out of both sums (peers keep its keys in one).
-        Features are redrawn where the caller says (`redraw`), never inside a call.
+        Features are redrawn where the caller says (`redraw`), never inside a call. Rotary positions (`rotary_base`) are
+        not the paper's: query and key are rotated before the features, which estimate the kernel of the rotated ones.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -42,6 +44,7 @@ class PerformerAttention(Attention):
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: True = attend; key padding only, [*B, 1, 1, S].
+        segment_ids: [T] or [*B, T]; a segment is a run of equal ids.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; fully masked rows hold that of 0.
     Raises: ValueError: sizes that do not divide; an unknown kernel or row_norm; a pairwise mask.
     Numerics: features and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
@@ -54,7 +57,7 @@ class PerformerAttention(Attention):
     Source: Choromanski et al., Rethinking Attention with Performers, ICLR 2021, arXiv 2009.14794.
     """
 
-    supports = Support(cost="T", cross=True, attention_fn=True)
+    supports = Support(cost="T", cross=True, segment_ids=True, rotary=True, attention_fn=True)
 
     def __init__(
         self,
@@ -93,21 +96,22 @@ class PerformerAttention(Attention):
             rngs.params(), self.num_features, self.head_features, orthogonal=self.orthogonal, row_norm=self.row_norm
         )
 
-    def attend(self, query, key, value, mask):
-        return self._attend(query, key, value, mask)
+    def attend(self, query, key, value, mask, segment_ids=None):
+        return self._attend(query, key, value, mask, segment_ids=segment_ids)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> PerformerCache:
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
         state = linear.empty_state(batch_size, self.num_heads, self.num_features, self.head_features)
-        return PerformerCache(*state)
+        return PerformerCache(*state, jnp.zeros(batch_size, jnp.int32))
 
     def attend_cached(self, query, key, value, mask, cache):
-        heads, state = self._attend(query, key, value, mask, initial_state=tuple(cache), return_state=True)
-        return heads, PerformerCache(*state)
+        *state, seen = cache
+        heads, state = self._attend(query, key, value, mask, initial_state=tuple(state), return_state=True)
+        return heads, PerformerCache(*state, seen + counts(query, mask))
 
-    def _attend(self, query, key, value, mask, **state):
+    def _attend(self, query, key, value, mask, **options):
         return linear.random_feature_attention(
             query, key, value, self.projection[...], kernel=self.kernel, mask=mask, is_causal=self.is_causal,
-            implementation=self.implementation, **state,
+            implementation=self.implementation, **options,
         )

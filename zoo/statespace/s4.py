@@ -57,8 +57,8 @@ class S4(nnx.Module):
         dtype: dtype of the computation outside the state space model. None: promoted from inputs and parameters.
         param_dtype: dtype of the parameters.
         precision: `jax.lax.Precision` of the output map.
-        implementation: of the kernels; None takes the best that can run here, "reference" has forward derivatives, too. The
-            long convolution of mode "dplr" is XLA's FFT beside all others.
+        implementation: of the recurrences; None takes the best that can run here, "reference" has forward derivatives, too.
+            Convolution kernels and the long convolution are XLA's beside all others.
         rngs: `rngs.params()` draws the parameters.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.

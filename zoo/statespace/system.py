@@ -108,10 +108,15 @@ class StateSpace(nnx.Module):
         diagonal, low_rank, input_matrix, output_matrix, step = self._system()
         if self.mode == "dplr":
             system = diagonal, low_rank[None], input_matrix, output_matrix, step
-            return ssm.dplr_kernel(*system, length, implementation=self.implementation)
+            return ssm.dplr_kernel(*system, length, implementation=self._portable)
         log_decay, scale = ssm.discretize(diagonal, step, self.discretization)
         coefficients = output_matrix * input_matrix * scale
-        return ssm.diagonal_kernel(log_decay, coefficients, length, implementation=self.implementation)
+        return ssm.diagonal_kernel(log_decay, coefficients, length, implementation=self._portable)
+
+    @property
+    def _portable(self) -> dispatch.Implementation:
+        """Of convolution kernels and long convolutions, which are XLA's beside every other implementation."""
+        return "reference" if self.implementation == "reference" else "xla"
 
     def respond(
         self, inputs: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
@@ -121,11 +126,9 @@ class StateSpace(nnx.Module):
         Diagonal systems run in chunks and make no kernel of length T; others convolve, and so does what has segments.
         """
         if self.mode == "dplr" or segment_ids is not None:
-            # A long convolution has no others.
-            implementation: dispatch.Implementation = "reference" if self.implementation == "reference" else "xla"
             past, *ahead = self.kernel(inputs.shape[1])
             return convolution.convolve(
-                inputs, past, ahead[0] if ahead else None, segment_ids, implementation=implementation
+                inputs, past, ahead[0] if ahead else None, segment_ids, implementation=self._portable
             )
         responses, *ahead = (
             self._scan(inputs, which, is_reversed=which == 1) for which in range(self.output_matrix[...].shape[0])

@@ -16,7 +16,7 @@ class Builder(builder.Builder):
     keeps_order = False
 
     def features(self) -> dict:
-        return {"image": builder.picture(cifar10.SIDE, 3), "label": builder.label(names=list(cifar10.LABELS))}
+        return {"image": builder.picture(cifar10.SIDE, 3), "label": tfds.features.ClassLabel(names=list(cifar10.LABELS))}
 
     def examples(self, dl_manager) -> dict:
         archive = self._download(dl_manager, cifar10.URL)

@@ -16,8 +16,7 @@ arXiv 2011.04006.
 """
 
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -188,26 +187,3 @@ def tokenise(text: str) -> bytes:
 def as_text(tokens: Sequence[int]) -> str:
     """The expression as text: what `tokenise` reads."""
     return " ".join(SYMBOLS[token] for token in tokens if token != PAD)
-
-
-def floors(train: Iterable[Example], test: Iterable[Example]) -> dict[str, float]:
-    """What two rules that compute nothing reach on `test`: a model below them has learnt nothing.
-
-    Both rules are read off `train`. "majority": always the commonest value. "root": the commonest value given the
-    first token, which is the root operator.
-
-    Returns: accuracies between 0 and 1, by rule.
-    """
-    values: Counter = Counter()
-    by_root: dict[int, Counter] = {}
-    for tokens, label in train:
-        values[label] += 1
-        by_root.setdefault(tokens[0], Counter())[label] += 1
-    majority = values.most_common(1)[0][0]
-    answer = {root: counts.most_common(1)[0][0] for root, counts in by_root.items()}
-    count = by_majority = by_operator = 0
-    for tokens, label in test:
-        count += 1
-        by_majority += label == majority
-        by_operator += label == answer.get(tokens[0], majority)
-    return {"majority": by_majority / count, "root": by_operator / count}

@@ -26,7 +26,7 @@ class Builder(builder.Builder):
     )
 
     def features(self) -> dict:
-        return {"inputs": builder.BYTES, "label": builder.label(num_classes=expressions.NUM_CLASSES)}
+        return {"inputs": builder.BYTES, "label": tfds.features.ClassLabel(num_classes=expressions.NUM_CLASSES)}
 
     def examples(self, dl_manager) -> dict:
         config = expressions.CONFIGS.get(self.builder_config.name)

@@ -25,7 +25,7 @@ class Builder(builder.Builder):
         return {"origin": corpora.origin(self.builder_config.name)}
 
     def features(self) -> dict:
-        label = builder.label
+        label = tfds.features.ClassLabel
         return {
             "bbc_text": {"text": builder.BYTES, "label": label(names=list(corpora.SECTIONS))},
             "bbc_halves": {"text1": builder.BYTES, "text2": builder.BYTES, "label": label(num_classes=2)},

@@ -45,7 +45,7 @@ class Builder(builder.Builder):
 
     def features(self) -> dict:
         image = builder.picture(self.builder_config.size, encoding="zlib")
-        return {"image": image, "label": builder.label(num_classes=pictures.NUM_CLASSES)}
+        return {"image": image, "label": tfds.features.ClassLabel(num_classes=pictures.NUM_CLASSES)}
 
     @property
     def _blocks(self) -> pathlib.Path:

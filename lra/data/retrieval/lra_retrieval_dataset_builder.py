@@ -16,7 +16,7 @@ class Builder(builder.Builder):
 
     def features(self) -> dict:
         names = {"id1": tfds.features.Text(), "id2": tfds.features.Text()}
-        return {"text1": builder.BYTES, "text2": builder.BYTES, **names, "label": builder.label(num_classes=2)}
+        return {"text1": builder.BYTES, "text2": builder.BYTES, **names, "label": tfds.features.ClassLabel(num_classes=2)}
 
     def examples(self, dl_manager) -> dict:
         found = paper_pairs.SOURCE.fetch(self.name, dl_manager.manual_dir, self._folder_of_scratch(dl_manager))

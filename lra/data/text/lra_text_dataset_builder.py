@@ -16,7 +16,7 @@ class Builder(builder.Builder):
     keeps_order = False
 
     def features(self) -> dict:
-        return {"text": builder.BYTES, "label": builder.label(names=list(imdb.LABELS))}
+        return {"text": builder.BYTES, "label": tfds.features.ClassLabel(names=list(imdb.LABELS))}
 
     def examples(self, dl_manager) -> dict:
         archive = self._download(dl_manager, imdb.URL)

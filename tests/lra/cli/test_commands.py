@@ -27,6 +27,7 @@ from subquad.lra.run import Run
         (NotImplementedError("S4: no such kernel."), 2),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 1),
         (MemoryError(), 1),
+        (ModuleNotFoundError("No module named 'grain'", name="grain"), 1),
     ],
 )
 def test_what_a_user_can_cure_is_one_line_and_an_exit_code(error, code, capsys):

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from subquad.lra.data import floors
 from subquad.lra.data.listops import expressions
 
 SPLITS = ("train", "validation", "test")
@@ -178,19 +179,24 @@ def test_a_split_is_the_same_whatever_else_is_drawn():
     assert once != list(expressions.generate(other, "train"))
 
 
+def splits(train, test):
+    stored = lambda examples: [{"inputs": one.tokens, "label": one.label} for one in examples]
+    return {"train": stored(train), "test": stored(test)}
+
+
 def test_floors_by_hand():
     example = lambda text, label: expressions.Example(expressions.tokenise(text), label)
     train = [example("[MAX 9 9 ]", 9), example("[MAX 9 1 ]", 9), example("[MAX 8 8 ]", 8), example("[MIN 0 1 ]", 0)]
     test = [example("[MAX 9 2 ]", 9), example("[MIN 0 3 ]", 0), example("[MIN 4 5 ]", 4), example("[SM 9 9 ]", 9)]
     # Majority answers 9 always: 2 of 4. The root rule answers 9 for MAX, 0 for MIN, and 9 for the unseen SM: 3 of 4.
-    assert expressions.floors(train, test) == {"majority": 0.5, "root": 0.75}
+    assert floors.root(splits(train, test)) == {"majority": 0.5, "root": 0.75}
 
 
 def test_the_root_operator_alone_explains_a_third_of_the_full_task():
     drawn = _first(expressions.generate(expressions.CONFIGS["lra"], "test"), 1200)
-    floors = expressions.floors(drawn[:600], drawn[600:])
-    assert 0.12 < floors["majority"] < 0.22
-    assert 0.30 < floors["root"] < 0.42
+    found = floors.root(splits(drawn[:600], drawn[600:]))
+    assert 0.12 < found["majority"] < 0.22
+    assert 0.30 < found["root"] < 0.42
 
 
 def test_an_unknown_split_is_refused():

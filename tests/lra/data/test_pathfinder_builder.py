@@ -17,6 +17,7 @@ from PIL import Image
 from subquad.lra.data import catalogue, sources
 from subquad.lra.data.pathfinder import blocks, pictures, released_folders
 from subquad.lra.data.pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
+from tests.lra.data import in_memory
 
 MANY = replace(pictures.CONFIGS["tiny"], name="many", splits=(("train", 560), ("validation", 20), ("test", 20)))
 SCRIPT = """
@@ -24,7 +25,6 @@ import dataclasses, pathlib, sys
 import tensorflow_datasets as tfds
 from subquad.lra.data.pathfinder import pictures
 from subquad.lra.data.pathfinder.lra_pathfinder_dataset_builder import Builder, BuilderConfig
-from tests.lra.data import in_memory
 
 if __name__ == "__main__":
     splits = (("train", 560), ("validation", 20), ("test", 20))
