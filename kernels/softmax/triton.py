@@ -502,8 +502,6 @@ class Call:
         crowded = crowded or geometry.query_positions is None or geometry.key_positions is None
         ragged = size > min(self.shape.FEATURES, self.shape.VALUES)
         biased = self.inputs["bias"] is not None
-        # Beside a bias of wide heads there is no register for where positions start.
-        crowded = crowded or biased and size > 64 and (geometry.query_positions, geometry.key_positions) != (0, 0)
         config = tile_sizes(kernel.__name__, dtype, size, ragged, biased, crowded, reach, block_size, mode)
         if mode == "triton":
             sizes = dict(
@@ -668,9 +666,9 @@ def tile_sizes(
         if kernel == "softmax_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
             sizes = 16 if biased else 32, 16, 8, 1
     elif kernel == "softmax_backward_key":
-        # More tests take more registers: fewer queries at once, and fewer keys if there is a bias of wide heads, too.
-        tile = 64 if narrow or not hopper or wide and biased and tested else 128
-        sizes = 32 if wide or tested or ragged else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
+        # Tests and a bias take registers: fewer queries at once, and fewer keys if there is a bias of wide heads.
+        tile = 64 if narrow or not hopper or wide and biased else 128
+        sizes = 32 if wide or tested or ragged or biased else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
     elif kernel == "softmax_backward_bias" or narrow or not hopper and kernel != "softmax_forward":
         sizes = 64, 64, 8 if wide or kernel == "softmax_backward_bias" else 4, 2
     elif kernel == "softmax_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
