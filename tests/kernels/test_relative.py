@@ -155,7 +155,7 @@ def test_strips_of_queries(T, M, kind, dtype, monkeypatch):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("name", "dtype"), [("mask-128", "bfloat16"), ("pairwise-96", "float32")])
+@pytest.mark.parametrize(("name", "dtype"), [("mask-128", "bfloat16"), ("mask-96", "float32")])
 def test_machine_code_of_several_strips(name, dtype, monkeypatch):
     """Their positions are known at run time only, which takes registers."""
     triton = pytest.importorskip("subquad.kernels.relative.triton")
