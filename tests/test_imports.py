@@ -17,7 +17,7 @@ ALLOWED = {
             "tensorflow_datasets", "array_record", "PIL", "rich", "matplotlib", "tensorboardX", "absl", "etils", "pandas",
             "filelock"},
 }
-MAY_IMPORT_TRITON = ("triton.py", "rules.py", "launch.py", "interpreter.py", "machine_code.py")
+MAY_IMPORT_TRITON = ("triton.py", "rules.py", "through_jax_triton.py", "interpreter.py", "machine_code.py")
 ANYWHERE = {"jax", "jaxtyping", "numpy", "einops"} | set(sys.stdlib_module_names)
 
 

@@ -122,6 +122,11 @@ class ReformerCache(NamedTuple):
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     buckets: Int[Array, "B R S N"]  # of every round
 
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length
+
 
 class LocalCache(NamedTuple):
     """Keys and values of each sample's last W real tokens, the newest last."""

@@ -92,13 +92,11 @@ def finite(largest):
 
 
 def divide(numerator, denominator, eps):
-    """numerator [..., V] / (denominator [...] + eps), and 0 with a zero gradient where that is no positive number."""
-    denominator = denominator + eps
-    positive = denominator > SMALLEST_DENOMINATOR
-    return jnp.where(positive[..., None], numerator, 0) / jnp.where(positive, denominator, 1)[..., None]
+    """numerator [..., V] / (denominator [...] + eps)."""
+    return normalized(numerator, (denominator + eps)[..., None])
 
 
 def normalized(outputs, denominator):
-    """outputs [..., V] / denominator [..., 1], and 0 where that is 0."""
+    """outputs [..., V] / denominator [..., 1], and 0 with a zero gradient where that is nothing."""
     divides = jnp.abs(denominator) > SMALLEST_DENOMINATOR
     return jnp.where(divides, outputs, 0) / jnp.where(divides, denominator, 1)

@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 from jaxtyping import Array, Float
@@ -348,8 +347,9 @@ def room(exists, *shape, dtype=jnp.float32):
 
 def words_of(plan: Plan, x: Operands, length: int):
     """The run-time numbers of a launch: tokens, their chunks, and places on the time axis."""
-    places = 0 if x.late is None else x.late.shape[3]
-    return jnp.asarray(np.array([length, -(-length // plan.chunk), places], np.int32))
+    places, at = 0 if x.late is None else x.late.shape[3], jax.lax.iota(jnp.int32, 3)
+    # No constant array: a part for a mesh may hold none.
+    return jnp.where(at == 0, length, jnp.where(at == 1, -(-length // plan.chunk), places))
 
 
 def shape_of(plan: Plan, x: Operands, is_reversed: bool, left, values) -> Shape:
@@ -629,8 +629,7 @@ def heuristic(kernel, plan: Plan, width: int, columns: int) -> tuning.Config:
     """The largest blocks with which nothing overflows the registers of Hopper."""
     if plan.mode == "interpret":  # the cost there is per step, whatever its size
         return tuning.Config(dict(BLOCK_W=width, BLOCK_C=columns))
-    # Three TF32 products keep both halves of both operands.
     block_w, block_c, warps, stages = 64, 64, 4, 2
-    if plan.precision == "tf32x3":
-        block_w, block_c, warps, stages = (16, 32, 2, 1) if kernel is linear_read else (32, 32, 4, 1)
+    if plan.precision == "tf32x3":  # three products keep both halves of both operands
+        block_w, block_c, warps, stages = (32, 64, 8, 1) if kernel is linear_read else (32, 32, 4, 1)
     return tuning.Config(dict(BLOCK_W=min(block_w, width), BLOCK_C=min(block_c, columns)), warps, stages)

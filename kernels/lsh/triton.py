@@ -392,7 +392,8 @@ def _forward(static, query, gain, value, buckets, segment_ids):
 
     def step(sums, r):
         out, lse = call(lsh_forward, outputs, r=r)
-        return online.merge(*zip(sums, (out, lse.swapaxes(1, 2) * LN_2, start[2]), strict=True)), None
+        lse = online.rounded(lse.swapaxes(1, 2) * LN_2)
+        return online.merge(*zip(sums, (out, lse, start[2]), strict=True)), None
 
     (out, *sums), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
     lse = sum(sums)

@@ -16,7 +16,7 @@ from subquad.kernels.ssm import xla
 
 FLOATS = launch.FLOATS
 LONGEST_CLASS = 1 << 14  # of lengths that share a tuned configuration: from here on all do
-MOST_MODES = 256  # of a feature: a program holds them all, and for twice as many the scan asks for more than Hopper has
+MOST_MODES = 128  # of a feature: a program holds them all, and with twice as many it spills
 
 
 def _check_dtypes(inputs, *modes):
@@ -110,7 +110,8 @@ def scan_chunks(
 def scan_config(mode, batch, length, size, dtype) -> tuning.Config:
     """64 samples are what a warp group multiplies; with `size` > 64 numbers in a state they find no registers."""
     is_small = size <= 64
-    heuristic = tuning.Config(dict(C=32 if size <= 128 else 16, BB=16), 4 if is_small else 8, 1)
+    warps = 2 if size <= 16 else 4 if is_small else 8
+    heuristic = tuning.Config(dict(C=32 if size <= 128 else 16, BB=16), warps, 1)
     if batch > 32 and is_small:
         heuristic = tuning.Config(dict(C=32, BB=64), 4, 1)
     if mode == "interpret":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import linear
+from subquad.kernels import launch, linear
 from tests import oracle
 
 FORMS = ["plain", "heads", "channels", "delta", "heads-delta", "channels-delta"]
@@ -232,3 +232,9 @@ def test_float16_and_bfloat16_differ_by_their_last_rounding():
         assert out.dtype == dtype and state.dtype == jnp.float32
         assert oracle.relative_error(out.astype(jnp.float32), want) < float(jnp.finfo(dtype).eps)
         assert oracle.relative_error(state, last) < 1e-5
+
+
+@pytest.mark.parametrize(("form", "reason"), [("delta", "the delta rule"), ("channels", "decays per channel")])
+def test_what_has_no_kernel_is_declined_with_the_reason(form, reason):
+    with launch.recording(), pytest.raises(launch.Declined, match=reason):
+        jax.eval_shape(lambda x: linear.gated(**x, implementation="triton"), draw(form, 20))

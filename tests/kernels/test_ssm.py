@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import convolution, dispatch, launch, ssm
+from subquad.kernels import convolution, dispatch, launch, machine_code, ssm
 from subquad.zoo.statespace import hippo
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -291,8 +291,22 @@ def test_bad_input_is_named():
         ssm.dplr_kernel(diagonal, low_rank, inputs, outputs, step, 5, implementation="triton")
 
 
-def test_more_modes_than_the_shared_memory_holds_are_declined():
-    """A GPU would say so only when the kernel is launched."""
-    modes = jnp.ones((2, 257), jnp.complex64)
-    with launch.recording(), pytest.raises(dispatch.Declined, match="257 modes|interpreter"):
+def test_more_modes_than_the_registers_hold_are_declined():
+    modes = jnp.ones((2, 129), jnp.complex64)
+    with launch.recording(), pytest.raises(dispatch.Declined, match="129 modes|interpreter"):
         ssm.diagonal_scan(jnp.ones((1, 20, 2)), modes, modes, modes, implementation="triton")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("pairs,batch,dtype", [
+    (16, 1, jnp.float32), (32, 64, jnp.complex64), (64, 64, jnp.float32), (128, 64, jnp.complex64), (128, 1, jnp.float32),
+])
+def test_no_number_of_modes_spills(pairs, batch, dtype):
+    modes, tokens = jax.ShapeDtypeStruct((3, pairs), dtype), jax.ShapeDtypeStruct((batch, 4096, 3), jnp.bfloat16)
+    loss = lambda *x: jnp.sum(ssm.diagonal_scan(*x, implementation="triton").astype(jnp.float32) ** 2)
+    with launch.recording() as launches:
+        jax.eval_shape(jax.grad(loss), tokens, modes, modes, modes)
+    for launched in launches:
+        compiled = machine_code.compile(launched, "sm_90")
+        assert compiled.spills == 0 and compiled.shared <= machine_code.SHARED_LIMIT["sm_90"], (launched, compiled)
+    assert len(launches) >= 2

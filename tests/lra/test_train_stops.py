@@ -153,7 +153,7 @@ def unfinished(tmp_path_factory):
     ("change", "said"),
     [
         (dict(losses={}), "must be whole .*got losses={}. Delete it and start"),
-        (dict(format=1), "must have format 2 of this version, got format 1. Finish the run with the version that began it"),
+        (dict(format=1), "must have format 3 of this version, got format 1. Finish the run with the version that began it"),
     ],
 )
 def test_a_checkpoint_with_other_plain_data_is_refused(change, said, unfinished, tmp_path):
@@ -167,5 +167,5 @@ def test_a_checkpoint_with_other_plain_data_is_refused(change, said, unfinished,
 def test_a_checkpoint_of_the_time_before_formats_is_refused(unfinished, tmp_path):
     folder = shutil.copytree(unfinished, tmp_path / "copy")
     (folder / "checkpoint" / "60" / "record").rename(folder / "checkpoint" / "60" / "progress")
-    with pytest.raises(checkpoints.RunError, match="must have format 2 of this version, got an older one. Finish the run"):
+    with pytest.raises(checkpoints.RunError, match="must have format 3 of this version, got an older one. Finish the run"):
         fit(folder, resume=True)

@@ -359,6 +359,7 @@ CHANGES = {
         (dict(num_features=16), dict(is_causal=True)), (dict(num_features=16), dict(num_features=24)),
         (dict(num_features=16), dict(kernel="relu")), (dict(num_features=16), dict(orthogonal=False)),
         (dict(num_features=16), dict(row_norm="sqrt")), (dict(num_features=16), dict(seed=1)),
+        (dict(num_features=16), dict(rotary_base=9.0)),
     ],
 }  # fmt: skip
 

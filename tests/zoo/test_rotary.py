@@ -43,15 +43,34 @@ def test_performer_estimates_rotated_softmax_attention(is_causal):
     assert error(expected) < 0.2 * error(dense(x))
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, "performer"])
+EXTENDED = OPTIONS | {
+    "performer": dict(num_heads=2, num_features=16),
+    "reformer": dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=LENGTH),  # a chunk that cuts nothing off
+}
+
+
+@pytest.mark.parametrize("name", EXTENDED)
 def test_extended_tokens_rotate_by_their_position(name):
-    options = OPTIONS.get(name, dict(num_heads=2, num_features=16))
+    options = EXTENDED[name]
     layer = zoo.make(name, in_features=FEATURES, is_causal=True, rotary_base=20.0, rngs=nnx.Rngs(0), **options)
     x, cache, parts = inputs(LENGTH), layer.init_cache(2, LENGTH), []
     for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
         part, cache = layer.extend(x[:, start:stop], cache)
         parts.append(part)
     assert_close(jnp.concatenate(parts, axis=1), layer(x), 1e-4)
+
+
+def test_reformer_rotates_what_it_hashes_and_compares():
+    """In one chunk every key is in reach: softmax attention of rotated queries to keys of the same bucket."""
+    layer = zoo.make("reformer", in_features=FEATURES, rotary_base=20.0, rngs=nnx.Rngs(0), **EXTENDED["reformer"])
+    x = inputs(LENGTH)
+    query, value = layer.rotate(*2 * [layer.query(x)])[0], layer.value(x)
+    buckets = layer.hash(query, LENGTH)
+    same = (buckets[..., :, None, :] == buckets[..., None, :, :]).any(1) & ~jnp.eye(LENGTH, dtype=bool)[None, ..., None]
+    key = query / jnp.linalg.norm(query, axis=-1, keepdims=True)
+    scores = jnp.where(same, jnp.einsum("btnh,bsnh->btsn", query, key) * layer.head_features**-0.5, -1e9)
+    weights = jnp.where(same.any(2, keepdims=True), jax.nn.softmax(scores, 2), 0)
+    assert_close(layer(x), layer.out(jnp.einsum("btsn,bsnv->btnv", weights, value)), 1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "num_heads" in case.options])

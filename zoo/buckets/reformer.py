@@ -54,7 +54,8 @@ class ReformerAttention(Attention):
             causal; 1 and 1 let a bucket's tokens see each other across a border both ways.
         scale: multiplies q_i . k_j. None: 1 / sqrt(H). The authors' code has 1.
         reach, correct_duplicates: see `lsh.attention`. "ring" and False are what Hugging Face's implementation does.
-        shell: see `Attention`.
+        shell: see `Attention`. With rotary_base a token is rotated before it is hashed, so that a bucket holds what a score
+            is large for.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
         segment_ids: [T] or [*B, T]; each segment is hashed, sorted and cut into chunks as if it were alone.
@@ -72,7 +73,7 @@ class ReformerAttention(Attention):
     Source: Kitaev et al., Reformer: The Efficient Transformer, ICLR 2020, arXiv 2001.04451.
     """
 
-    supports = Support(cost="T log T", causal="mask", segment_ids=True)
+    supports = Support(cost="T log T", causal="mask", segment_ids=True, rotary=True)
 
     def __init__(
         self,
