@@ -561,7 +561,9 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
     shape = lambda like: jax.ShapeDtypeStruct((call.batch, *like.shape[1:]), like.dtype)
     # A bias that nothing shares has its gradient from the pass that meets each pair once; pairs in no block have none.
     own = bias is not None and bias.shape == (call.batch, query.shape[2], query.shape[1], key.shape[1])
-    own = own and min(bias.shape[2:]) > 1
+    # Wide float32 heads that do not fill a block leave that pass no registers for it.
+    size, least = max(call.shape.BLOCK_H, call.shape.BLOCK_V), min(call.shape.FEATURES, call.shape.VALUES)
+    own = own and min(bias.shape[2:]) > 1 and not (query.dtype == jnp.float32 and size > max(64, least))
     call.gradients["no_bias"] = jnp.zeros_like(aligned(bias)) if own else None
     grad_bias = jax.ShapeDtypeStruct(*(call.gradients["no_bias"].shape, bias.dtype) if own else ((1,), jnp.float32))
     outputs = dict(grad_query=shape(query), grad_bias=grad_bias)
