@@ -103,6 +103,14 @@ def dot_precision(dtype) -> str:
 # ----------------------------------------------------------------------------------------------------------- launching
 
 
+def words(*numbers) -> jax.Array:
+    """The run-time numbers of a launch, int32, as an array for its kernel.
+
+    Put together from scalars: a device's part of an operation may hold no constant array.
+    """
+    return jnp.stack([jnp.asarray(number, jnp.int32) for number in numbers])
+
+
 def call(
     kernel: Any,
     inputs: Mapping[str, jax.Array | None],

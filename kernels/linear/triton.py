@@ -347,9 +347,7 @@ def room(exists, *shape, dtype=jnp.float32):
 
 def words_of(plan: Plan, x: Operands, length: int):
     """The run-time numbers of a launch: tokens, their chunks, and places on the time axis."""
-    places, at = 0 if x.late is None else x.late.shape[3], jax.lax.iota(jnp.int32, 3)
-    # No constant array: a part for a mesh may hold none.
-    return jnp.where(at == 0, length, jnp.where(at == 1, -(-length // plan.chunk), places))
+    return launch.words(length, -(-length // plan.chunk), 0 if x.late is None else x.late.shape[3])
 
 
 def shape_of(plan: Plan, x: Operands, is_reversed: bool, left, values) -> Shape:

@@ -92,7 +92,7 @@ def _hash(static, vectors, rotations, used):
         )  # fmt: skip
         (digit,) = launch.call(
             lsh_hash,
-            dict(vectors=vectors, rotations=rotations, num_rotations=used, words=jnp.array([length], jnp.int32)),
+            dict(vectors=vectors, rotations=rotations, num_rotations=used, words=launch.words(length)),
             dict(buckets=jax.ShapeDtypeStruct((batch, rounds, length, heads), jnp.int32)),
             grid=batch * heads * triton.cdiv(length, config.blocks["BLOCK_T"]),
             constants=constants, config=config, mode=mode,
@@ -347,7 +347,7 @@ def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs:
         False, False,
     )  # fmt: skip
     options = options._replace(OWN=sizes[transposed], OTHER=sizes[not transposed], TRANSPOSED=transposed)
-    arrays["words"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (queries, keys, rows, rows, since, round_)])
+    arrays["words"] = launch.words(queries, keys, rows, rows, since, round_)
     return launch.call(
         kernel,
         {name: arrays[name] for name in kernel.arg_names if name in arrays},

@@ -171,7 +171,7 @@ def _walk(mode, decay, inputs, start, reverse, shifted):
         states = some if is_summary else jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
         outputs = launch.call(
             first_order_tiles,
-            dict(A=decay, B=inputs, START=starts, words=jnp.array([length], jnp.int32)),
+            dict(A=decay, B=inputs, START=starts, words=launch.words(length)),
             dict(STATES=states, LAST=rows, PRODUCTS=rows if is_summary else some),
             grid=batch * segments * triton.cdiv(features, chosen.blocks["BLOCK_D"]),
             constants=dict(constants, SUMMARY=is_summary),

@@ -456,8 +456,8 @@ class Call:
         """Launches a kernel; `words` are ROWS and GROUP."""
         geometry = self.geometry
         starts = [x if isinstance(x, int) else 0 for x in (geometry.query_positions, geometry.key_positions)]
-        numbers = np.array([geometry.queries, geometry.keys, *words, *starts, *self.pattern_words], np.int32)
-        inputs = self.inputs | lists | dict(words=jnp.asarray(numbers)) | self.gradients
+        words = launch.words(geometry.queries, geometry.keys, *words, *starts, *self.pattern_words)
+        inputs = self.inputs | lists | dict(words=words) | self.gradients
         return launch.call(
             kernel,
             {name: inputs[name] for name in kernel.arg_names if name in inputs},

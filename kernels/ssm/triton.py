@@ -131,7 +131,7 @@ def _walk(mode, tokens, toeplitz, writes, reads, jump, start, *, saves: bool, fr
     return launch.call(
         scan_chunks,
         dict(tokens=tokens, toeplitz=toeplitz, writes=writes, reads=reads, jump=jump, start=start,
-             words=jnp.array([batch, length, slots], jnp.int32)),
+             words=launch.words(batch, length, slots)),
         dict(
             outputs=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), entering=like(slots, planes, pairs),
             last=like(planes, pairs),
@@ -276,7 +276,7 @@ def _recurrence_run(mode, inputs, *arrays):
     state = jax.ShapeDtypeStruct(start.shape, jnp.float32)
     outputs = dict(outputs=jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), last=state)
     grid = batch * -(-features // config.blocks["BLOCK_D"])
-    words = jnp.array([length], jnp.int32)
+    words = launch.words(length)
     operands = dict(inputs=inputs, **dict(zip(names, systems, strict=True)), start=start, words=words)
     return launch.call(recurrence_forward, operands, outputs, grid=grid, constants=constants, config=config, mode=mode)
 

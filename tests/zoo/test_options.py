@@ -45,6 +45,8 @@ COMPUTED = [
     ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "correct_duplicates", False),
     ("performer", dict(num_heads=2, num_features=16), "kernel", "relu"),
     ("performer", dict(num_heads=2, num_features=16), "rotary_base", 100.0),
+    ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "rotary_base", 100.0),
+    ("linformer", dict(num_heads=2, max_length=24, num_landmarks=6), "rotary_base", 100.0),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),

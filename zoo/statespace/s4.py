@@ -57,8 +57,8 @@ class S4(nnx.Module):
         dtype: dtype of the computation outside the state space model. None: promoted from inputs and parameters.
         param_dtype: dtype of the parameters.
         precision: `jax.lax.Precision` of the output map.
-        implementation: of the recurrences; None takes the best that can run here, "reference" has forward derivatives, too.
-            Convolution kernels and the long convolution are XLA's beside all others.
+        implementation: None takes the best that can run here; "reference" has forward derivatives, too. Long convolutions,
+            which "dplr" and segments need, are "xla" and "reference" only.
         rngs: `rngs.params()` draws the parameters.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.

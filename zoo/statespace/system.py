@@ -108,27 +108,22 @@ class StateSpace(nnx.Module):
         diagonal, low_rank, input_matrix, output_matrix, step = self._system()
         if self.mode == "dplr":
             system = diagonal, low_rank[None], input_matrix, output_matrix, step
-            return ssm.dplr_kernel(*system, length, implementation=self._portable)
+            return ssm.dplr_kernel(*system, length, implementation=self.implementation)
         log_decay, scale = ssm.discretize(diagonal, step, self.discretization)
         coefficients = output_matrix * input_matrix * scale
-        return ssm.diagonal_kernel(log_decay, coefficients, length, implementation=self._portable)
-
-    @property
-    def _portable(self) -> dispatch.Implementation:
-        """Of convolution kernels and long convolutions, which are XLA's beside every other implementation."""
-        return "reference" if self.implementation == "reference" else "xla"
+        return ssm.diagonal_kernel(log_decay, coefficients, length, implementation=self.implementation)
 
     def respond(
         self, inputs: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """C x of every token: through the first C from the past, through the second from the tokens after the present one.
 
-        Diagonal systems run in chunks and make no kernel of length T; others convolve, and so does what has segments.
+        Diagonal systems run in chunks and make no kernel of length T; others convolve, and so does what has segments: by XLA.
         """
         if self.mode == "dplr" or segment_ids is not None:
             past, *ahead = self.kernel(inputs.shape[1])
             return convolution.convolve(
-                inputs, past, ahead[0] if ahead else None, segment_ids, implementation=self._portable
+                inputs, past, ahead[0] if ahead else None, segment_ids, implementation=self.implementation
             )
         responses, *ahead = (
             self._scan(inputs, which, is_reversed=which == 1) for which in range(self.output_matrix[...].shape[0])
