@@ -52,7 +52,7 @@ def test_kernels_are_launched_for_a_share():
 def check_launches():
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from subquad.kernels import launch, relative, softmax
+    from subquad.kernels import launch, linear, lsh, relative, scan, softmax, ssm
 
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     x = jnp.ones((8, 64, 8, 16))
@@ -64,10 +64,25 @@ def check_launches():
     def by_distance(x, table):
         return relative.attention(x, x, x, table, table[0], table[1], implementation="triton")
 
+    def recurrence(x):
+        return scan.first_order(jax.nn.sigmoid(x[:, :, 0]), x[:, :, 1], implementation="triton")
+
+    def state_space(x):
+        modes = jnp.ones((16, 4), jnp.complex64)
+        return ssm.diagonal_scan(x[:, :, 0], -modes, modes, modes, implementation="triton")
+
+    def by_buckets(x):
+        rotations = jnp.ones((8, 16, 2, 2))
+        buckets = lsh.hash_buckets(x, rotations, implementation="triton")
+        return lsh.attention(x, x, buckets, num_buckets=4, chunk_size=16, implementation="triton")
+
+    def features(x):
+        return linear.attention(x, x, x, is_causal=True, implementation="triton")
+
     def programs(attend, spec, *more):
         """The number of programs of each launch of a forward and backward pass."""
         arrays = jax.device_put(x, NamedSharding(mesh, spec)), *more
-        loss = lambda *arrays: attend(*arrays).sum()
+        loss = lambda *arrays: sum(jnp.sum(y) for y in jax.tree.leaves(attend(*arrays)))
         with launch.recording() as launches:
             jax.jit(jax.grad(loss, tuple(range(len(arrays))))).lower(*arrays).compile()
         counts = {}
@@ -75,10 +90,15 @@ def check_launches():
             counts[one.name] = one.grid
         return counts
 
-    for attend, kernels, *more in ((biased, 4, bias), (by_distance, 3, jnp.ones((64, 8, 16)))):
+    by_batch, by_head, by_feature = PartitionSpec("x"), PartitionSpec(None, None, "x"), PartitionSpec(None, None, None, "x")
+    for attend, kernels, specs, *more in (
+        (biased, 4, (by_batch, by_head), bias), (by_distance, 3, (by_batch, by_head), jnp.ones((64, 8, 16))),
+        (features, 2, (by_batch, by_head)), (by_buckets, 4, (by_batch, by_head)), (recurrence, 1, (by_batch,)),
+        (state_space, 1, (by_feature,)),  # whose programs have 16 samples each
+    ):  # fmt: skip
         whole = programs(attend, PartitionSpec(), *more)
         assert len(whole) == kernels, whole
-        for spec in (PartitionSpec("x"), PartitionSpec(None, None, "x")):
+        for spec in specs:
             for name, count in programs(attend, spec, *more).items():
                 # The sum over samples of the gradient of a bias is one program for each of its blocks.
                 share = 1 if name == "softmax_backward_bias" and spec[0] == "x" else 8
