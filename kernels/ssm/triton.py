@@ -108,12 +108,11 @@ def scan_chunks(
 
 
 def scan_config(mode, batch, length, size, dtype) -> tuning.Config:
-    """64 samples are what a warp group multiplies; with `size` > 64 numbers in a state they find no registers."""
-    is_small = size <= 64
-    warps = 2 if size <= 16 else 4 if is_small else 8
+    """64 samples are what a warp group multiplies; with `size` > 32 numbers in a state they find no registers."""
+    warps = 2 if size <= 16 else 4 if size <= 64 else 8
     heuristic = tuning.Config(dict(C=32 if size <= 128 else 16, BB=16), warps, 1)
-    if batch > 32 and is_small:
-        heuristic = tuning.Config(dict(C=32, BB=64), 4, 1)
+    if batch > 32 and size <= 64:
+        heuristic = tuning.Config(dict(C=32, BB=64 if size <= 32 else 32), 8, 1)
     if mode == "interpret":
         return tuning.Config(dict(C=min(64, _pad_size(length)), BB=min(64, _pad_size(batch))))
     sizes = dict(size=size, batch=tuning.size_class(batch, 64), length=tuning.size_class(length, LONGEST_CLASS))
