@@ -10,6 +10,9 @@ from einops import rearrange
 from subquad.kernels import precision
 from subquad.kernels.softmax import online
 
+# Of query, gain of the keys, value, buckets and segments, and of what attention returns.
+AXES = dict(arrays=("b t n h", "b t n", "b t n v", "b r t n", "b t"), outputs="b t n v", shared=())
+
 
 class Layout(NamedTuple):
     """Everything static about a call of `lsh.attention`."""

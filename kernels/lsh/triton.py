@@ -22,6 +22,7 @@ import triton.language as tl
 from subquad.kernels import launch, tuning
 from subquad.kernels.flash.triton import Shape, backward_key, backward_query, dense, forward
 from subquad.kernels.lsh import xla
+from subquad.kernels.lsh.reference import AXES
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
 
@@ -424,10 +425,8 @@ def _backward(static, saved, d_out):
 attend = operation(
     _forward,
     _backward,
-    arrays=("b t n h", "b t n", "b t n v", "b r t n", "b t"),
-    outputs="b t n v",
+    **AXES,
     saved=("b n r t", "b n t r", "b t n"),
-    shared=(),
 )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 
 from subquad.kernels import precision
-from subquad.kernels.lsh.reference import Layout, inverse_norm
+from subquad.kernels.lsh.reference import AXES, Layout, inverse_norm
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
 from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, zeros_depending_on
@@ -326,10 +326,8 @@ def backward(layout, saved, d_out):
 attend = operation(
     forward,
     backward,
-    arrays=("b t n h", "b t n", "b t n v", "b r t n", "b t"),
-    outputs="b t n v",
+    **AXES,
     saved=("b n r t", "b n r t", "b t n"),
-    shared=(),
 )
 
 
