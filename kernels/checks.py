@@ -90,6 +90,14 @@ def row(owner: str, name: str, array, batch: int, length: int):
     return array.astype(np.int32)
 
 
+def runs(owner: str, segment_ids, batch: int, length: int):
+    """Segments [B|1, length] as runs of equal ids, numbered from 0, int32; checked as by `row`. None passes."""
+    ids = row(owner, "segment_ids", segment_ids, batch, length)
+    if ids is None:
+        return None
+    return jnp.pad(jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
 def causal_positions(owner: str, is_causal: bool, query_positions, key_positions, batch: int, queries: int, keys: int):
     """Positions of queries and keys as int32 [B|1, length], which count from 0 where they are None; None if not causal."""
     given = dict(query_positions=(query_positions, queries), key_positions=(key_positions, keys))

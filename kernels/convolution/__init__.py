@@ -1,6 +1,5 @@
 """Long convolution: every feature has a filter of its own, as long as the sequence."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import checks, dispatch
@@ -64,8 +63,5 @@ def convolve(
                 f"convolve: {name} must have shape [{inputs.shape[2]}, L] with L >= 1, got {taps.shape}. "
                 "Give each feature of the inputs one row of taps."
             )
-    runs = None
-    if segment_ids is not None:
-        ids = checks.row("convolve", "segment_ids", segment_ids, *inputs.shape[:2])
-        runs = jnp.pad(jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    runs = checks.runs("convolve", segment_ids, *inputs.shape[:2])
     return dispatch.run("convolution.convolve", IMPLEMENTATIONS, implementation, inputs, kernel, anticausal, runs)

@@ -14,6 +14,7 @@ from subquad.kernels.linear.features import FeatureMap, relu_features, softmax_f
 
 __all__ = ["attention", "empty_state", "gated", "random_feature_attention", "relu_features", "softmax_features"]
 
+NO_WEIGHTS = "Linear attention never forms the [T, S] weights that another mask would need."
 MODULE = "subquad.kernels.linear.triton"
 ATTENTION = {
     **dispatch.triton(MODULE, "attention"),
@@ -94,7 +95,7 @@ def attention(
         and their running maximum are ours.
     """
     owner = "linear.attention"
-    _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal, initial_state, query.shape[-1])
+    segments = _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal, initial_state, query.shape[-1])
     if not isinstance(eps, numbers.Real):
         raise TypeError(f"{owner}: eps must be a number, got {type(eps).__name__}. It is part of the program, not an array.")
     if not 0 <= eps < math.inf:
@@ -102,7 +103,7 @@ def attention(
     key, value, key_log_scale = checks.hide(mask, key, value, key_log_scale)
     outputs, state = dispatch.run(
         owner, ATTENTION, implementation,
-        query, key, value, key_log_scale, mask, _segments(segment_ids), is_causal, initial_state, float(eps),
+        query, key, value, key_log_scale, mask, segments, is_causal, initial_state, float(eps),
     )  # fmt: skip
     return (outputs, state) if return_state else outputs
 
@@ -167,11 +168,11 @@ def random_feature_attention(
             f"{owner}: projection must have shape [M, H] with M >= 1 and H = {query.shape[-1]}, got {projection.shape}. "
             "Draw it for the features of one head."
         )
-    _check(owner, query, key, value, None, mask, segment_ids, is_causal, initial_state, projection.shape[0])
+    segments = _check(owner, query, key, value, None, mask, segment_ids, is_causal, initial_state, projection.shape[0])
     key, value = checks.hide(mask, key, value)
     outputs, state = dispatch.run(
         owner, RANDOM_FEATURE_ATTENTION, implementation,
-        query, key, value, projection, kernel, mask, _segments(segment_ids), is_causal, initial_state,
+        query, key, value, projection, kernel, mask, segments, is_causal, initial_state,
     )  # fmt: skip
     return (outputs, state) if return_state else outputs
 
@@ -265,15 +266,8 @@ def empty_state(batch_size: int, num_heads: int, features: int, value_features: 
     )
 
 
-def _segments(ids):
-    """Runs of equal ids [_, T], numbered from 0."""
-    if ids is None:
-        return None
-    begins = ids[:, 1:] != ids[:, :-1]
-    return jnp.pad(jnp.cumsum(begins, 1, dtype=jnp.int32), [(0, 0), (1, 0)])
-
-
-def _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal, initial_state, features) -> None:
+def _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal, initial_state, features):
+    """Refuses what does not fit together; the runs of equal segment ids, or None."""
     checks.floating(owner, query=query, key=key, value=value, key_log_scale=key_log_scale)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4 or 0 in array.shape:
@@ -308,16 +302,12 @@ def _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal
             f"{owner}: key must have the length T = {length} of query when is_causal, got {keys}. "
             "Pass earlier keys through initial_state."
         )
-    _check_mask(owner, mask, batch, keys)
-    if segment_ids is None:
-        return
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"{owner}: segment_ids must be integers, got {segment_ids.dtype}. Use one number for each sequence.")
-    if length != keys or segment_ids.shape not in ((1, length), (batch, length)):
+    checks.key_padding(owner, mask, batch, keys, NO_WEIGHTS)
+    if segment_ids is not None and length != keys:
         raise ValueError(
-            f"{owner}: segment_ids must have shape {(batch, length)} or {(1, length)}, with as many keys as queries, got "
-            f"{segment_ids.shape} and {keys} keys. Number the sequences of one row."
+            f"{owner}: segment_ids must be None where T = {length} differs from S = {keys}, got some. They are of one sequence."
         )
+    return checks.runs(owner, segment_ids, batch, length)
 
 
 def _check_gated(owner, query, key, value, log_decay, beta, mask, initial_state, normalize) -> None:
@@ -357,16 +347,4 @@ def _check_gated(owner, query, key, value, log_decay, beta, mask, initial_state,
                 f"{owner}: {name} must have shape {' or '.join(map(str, shapes))} beside query {query.shape}, got "
                 f"{getattr(array, 'shape', type(array).__name__)}. Reshape it."
             )
-    _check_mask(owner, mask, batch, length)
-
-
-def _check_mask(owner, mask, batch, keys) -> None:
-    if mask is None:
-        return
-    if mask.dtype != bool:
-        raise TypeError(f"{owner}: mask must be boolean, True = attend, got {mask.dtype}. Use mask.astype(bool).")
-    if mask.shape not in ((1, 1, 1, keys), (batch, 1, 1, keys)):
-        raise ValueError(
-            f"{owner}: mask must be key padding of shape {(batch, 1, 1, keys)}, got {mask.shape}. "
-            "Linear attention never forms the [T, S] weights that another mask would need."
-        )
+    checks.key_padding(owner, mask, batch, length, NO_WEIGHTS)
