@@ -167,6 +167,8 @@ SPECS = [
     random_spec("relu-causal", True, "relu", make_relu),
     gated_spec("heads"),
     gated_spec("normalized", make_normalized),
+    gated_spec("channels", channels=True),
+    gated_spec("channels-normalized", make_normalized, channels=True),
     gated_spec("channels-delta", implementations=(), channels=True, delta=True),
 ]
 

@@ -18,6 +18,14 @@ Decays are coordinates of places on the time axis. `late` is that of each token,
 and `start` that of the state before each chunk; a product of what a query and a key hold counts exp(late_c - early_s). They
 may have two parts, whose differences are added: sums of log decays without rounding, or segments. None: nothing decays.
 
+A decay per channel of the key belongs to the axis of states that features have, so it stands inside of the products: of rows
+with a state or with each other where they are queries and keys, and of scores with queries or keys where these are the values.
+exp(late_c - early_s) is then a product, exp(late_c - border) exp(border - early_s), with a border between c and s, so that no
+factor exceeds 1 (the secondary chunks of GLA, arXiv 2312.06635, section 4.3, with halves of halves down to one token):
+
+    level l   pairs (c, s) whose highest different bit is l: neighbouring halves of 2^l tokens, with one border
+              both factors are exp(-|g - border|), of one tile; a product of whole tiles, of which the pairs of the level count
+
 Features of random projections, the running maximum of log scales and the sums of log decays are XLA's (`prepare` of a plan),
 computed again in the backward pass.
 """
@@ -51,6 +59,8 @@ class Shape(NamedTuple):
     CHUNK: int
     REVERSED: bool  # from the last token to the first
     PARTS: int  # of a coordinate; 0: nothing decays
+    CHANNELS: int  # of a coordinate: WIDTH, COLUMNS where features are the values, or 1 for all
+    LEVELS: int  # of halves of a chunk
     IS_CAUSAL: bool
     HAS_SUMS: bool  # whether there is a normaliser
     BF16: bool  # bfloat16 is multiplied as such, everything else as float32
@@ -79,13 +89,16 @@ def linear_write(
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     left = head_of(left, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, SHAPE.WIDTH, False)
     values = head_of(values, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
-    late += head * places * SHAPE.PARTS
-    early += head * places * SHAPE.PARTS
-    start += head * (places // SHAPE.CHUNK) * SHAPE.PARTS
+    late += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
+    early += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
+    start += head * (places // SHAPE.CHUNK) * (SHAPE.PARTS * SHAPE.CHANNELS)
     inside = (width < SHAPE.WIDTH)[:, None] & (column < SHAPE.COLUMNS)[None, :]
     place = width[:, None] * SHAPE.COLUMNS + column[None, :]
     state = tl.load(first + head * (SHAPE.WIDTH * SHAPE.COLUMNS) + place, mask=inside, other=0.0)
     sums = tl.zeros((BLOCK_W,), tl.float32)
+    channel = tl.zeros((1,), tl.int32)
+    if SHAPE.CHANNELS > 1:
+        channel = tl.minimum(width, SHAPE.WIDTH - 1)
     if SHAPE.HAS_SUMS:
         sums = tl.load(first_sums + head * SHAPE.WIDTH + width, mask=width < SHAPE.WIDTH, other=0.0)
     for step in range(CHUNKS):
@@ -100,17 +113,16 @@ def linear_write(
         what = load_tile(values, i * SHAPE.CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, SHAPE.CHUNK)
         token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
         if SHAPE.PARTS > 0:
-            weight = weights_of(late, early, start, token, i, places, not SHAPE.REVERSED, SHAPE)
-            decay = tl.exp(gap(late, (i + 1) * SHAPE.CHUNK - 1, places, start, i, places // SHAPE.CHUNK, SHAPE))
-            what = what.to(tl.float32) * weight[:, None]
-            state *= decay
+            weight = weights_of(late, early, start, token[:, None], i, places, channel[None, :], not SHAPE.REVERSED, SHAPE)
+            decay = tl.exp(gap(late, (i + 1) * SHAPE.CHUNK - 1, places, start, i, places // SHAPE.CHUNK, channel, SHAPE))
+            rows = rows.to(tl.float32) * weight
+            state *= decay[:, None]
             sums *= decay
-        else:
-            weight = tl.full((SHAPE.CHUNK,), 1.0, tl.float32)
         if SHAPE.HAS_SUMS:
+            more = tl.full((SHAPE.CHUNK,), 1.0, tl.float32)
             if HAS_LAST_VALUE:
-                weight *= tl.load(last_value + head * T + token, mask=token < T, other=0.0)
-            sums += tl.sum(rows.to(tl.float32) * weight[:, None], 0)
+                more = tl.load(last_value + head * T + token, mask=token < T, other=0.0)
+            sums += tl.sum(rows.to(tl.float32) * more[:, None], 0)
         state = tl.dot(tl.trans(operand(rows, SHAPE)), operand(what, SHAPE), state, input_precision=SHAPE.PRECISION)
     tl.store(last + head * (SHAPE.WIDTH * SHAPE.COLUMNS) + place, state, mask=inside)
     if SHAPE.HAS_SUMS and block == 0:
@@ -132,6 +144,8 @@ def linear_read(
     T, CHUNKS, places = tl.load(words), tl.load(words + 1), tl.load(words + 2)
     BLOCKS: tl.constexpr = (SHAPE.COLUMNS + BLOCK_C - 1) // BLOCK_C
     CHUNK: tl.constexpr = SHAPE.CHUNK
+    DECAYS_ROWS: tl.constexpr = SHAPE.CHANNELS > 1 and not IS_TRANSPOSED
+    DECAYS_COLUMNS: tl.constexpr = SHAPE.CHANNELS > 1 and IS_TRANSPOSED
     program = tl.program_id(0)
     block, chunk = program % BLOCKS, (program // BLOCKS) % CHUNKS
     head = (program // BLOCKS // CHUNKS).to(tl.int64)
@@ -139,15 +153,21 @@ def linear_read(
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     left = head_of(left, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-    late += head * places * SHAPE.PARTS
-    early += head * places * SHAPE.PARTS
-    start += head * (places // SHAPE.CHUNK) * SHAPE.PARTS
+    late += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
+    early += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
+    start += head * (places // SHAPE.CHUNK) * (SHAPE.PARTS * SHAPE.CHANNELS)
     here = head
     if SHAPE.IS_CAUSAL:
         right = head_of(right, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
         values = head_of(values, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
         here = head * CHUNKS + chunk
     states += here * (SHAPE.WIDTH * SHAPE.COLUMNS)
+    row = tl.arange(0, CHUNK)
+    if SHAPE.REVERSED:
+        visible = row[:, None] <= row[None, :]
+    else:
+        visible = row[:, None] >= row[None, :]
+    apart = row[:, None] ^ row[None, :]
     result = tl.zeros((CHUNK, BLOCK_C), tl.float32)
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
     total = tl.zeros((CHUNK,), tl.float32)
@@ -160,14 +180,27 @@ def linear_read(
             place = width[:, None] * SHAPE.COLUMNS + column[None, :]
         inside = (width < SHAPE.WIDTH)[:, None] & (column < SHAPE.COLUMNS)[None, :]
         state = tl.load(states + place, mask=inside, other=0.0)
+        if SHAPE.IS_CAUSAL:
+            others = load_tile(right, chunk * CHUNK, T, width, SHAPE.HEADS, SHAPE.WIDTH, CHUNK)
+            if DECAYS_ROWS:
+                channel = tl.minimum(width, SHAPE.WIDTH - 1)[None, :]
+                own = tl.sum(rows.to(tl.float32) * others.to(tl.float32), 1)
+                scores += tl.where(apart == 0, own[:, None], 0.0)
+                for level in range(SHAPE.LEVELS):
+                    factor = to_border(late, row, chunk, level, places, channel, SHAPE)
+                    one = operand(rows.to(tl.float32) * factor, SHAPE)
+                    other = tl.trans(operand(others.to(tl.float32) * factor, SHAPE))
+                    product = tl.dot(one, other, input_precision=SHAPE.PRECISION)
+                    scores += tl.where((apart >> level) == 1, product, 0.0)
+                weight = weights_of(late, early, start, token[:, None], chunk, places, channel, SHAPE.REVERSED, SHAPE)
+                rows = rows.to(tl.float32) * weight
+            else:
+                others = tl.trans(operand(others, SHAPE))
+                scores = tl.dot(operand(rows, SHAPE), others, scores, input_precision=SHAPE.PRECISION)
         result = tl.dot(operand(rows, SHAPE), operand(state, SHAPE), result, input_precision=SHAPE.PRECISION)
         if DIVIDES:
             sums = tl.load(states_sums + here * SHAPE.WIDTH + width, mask=width < SHAPE.WIDTH, other=0.0)
             total += tl.sum(rows.to(tl.float32) * sums[None, :], 1)
-        if SHAPE.IS_CAUSAL:
-            others = load_tile(right, chunk * CHUNK, T, width, SHAPE.HEADS, SHAPE.WIDTH, CHUNK)
-            others = tl.trans(operand(others, SHAPE))
-            scores = tl.dot(operand(rows, SHAPE), others, scores, input_precision=SHAPE.PRECISION)
     if LAST_VALUE_OF != "":
         more = tl.load(last_value + head * T + token, mask=token < T, other=0.0)
         sums = tl.load(states_sums + here * SHAPE.COLUMNS + column, mask=column < SHAPE.COLUMNS, other=0.0)
@@ -177,26 +210,34 @@ def linear_read(
         else:
             result += sums[None, :]
             scores += more[None, :]
-    if SHAPE.PARTS > 0 and (SHAPE.IS_CAUSAL or SHAPE.REVERSED):
-        weight = weights_of(late, early, start, token, chunk, places, SHAPE.REVERSED, SHAPE)
-        result *= weight[:, None]
-        total *= weight
+    channel = tl.zeros((1,), tl.int32)[None, :]
+    if DECAYS_COLUMNS:
+        channel = tl.minimum(column, SHAPE.COLUMNS - 1)[None, :]
+    if SHAPE.PARTS > 0 and (SHAPE.IS_CAUSAL or SHAPE.REVERSED) and not DECAYS_ROWS:
+        weight = weights_of(late, early, start, token[:, None], chunk, places, channel, SHAPE.REVERSED, SHAPE)
+        result *= weight
+        if DIVIDES:
+            total *= tl.sum(weight, 1)
     if SHAPE.IS_CAUSAL:
-        if SHAPE.REVERSED:
-            visible = token[:, None] <= token[None, :]
-        else:
-            visible = token[:, None] >= token[None, :]
-        if SHAPE.PARTS > 0:
+        if SHAPE.PARTS > 0 and SHAPE.CHANNELS == 1:
             if SHAPE.REVERSED:
-                decay = gap(late, token[None, :], places, early, token[:, None], places, SHAPE)
+                decay = gap(late, token[None, :], places, early, token[:, None], places, 0, SHAPE)
             else:
-                decay = gap(late, token[:, None], places, early, token[None, :], places, SHAPE)
+                decay = gap(late, token[:, None], places, early, token[None, :], places, 0, SHAPE)
             scores *= tl.exp(tl.where(visible, decay, float("-inf")))
         else:
             scores = tl.where(visible, scores, 0.0)
         total += tl.sum(scores, 1)
-        what = operand(load_tile(values, chunk * CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, CHUNK), SHAPE)
-        result = tl.dot(operand(scores, SHAPE), what, result, input_precision=SHAPE.PRECISION)
+        what = load_tile(values, chunk * CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, CHUNK)
+        if DECAYS_COLUMNS:
+            result += tl.sum(tl.where(apart == 0, scores, 0.0), 1)[:, None] * what.to(tl.float32)
+            for level in range(SHAPE.LEVELS):
+                factor = to_border(late, row, chunk, level, places, channel, SHAPE)
+                some = operand(tl.where((apart >> level) == 1, scores, 0.0), SHAPE)
+                product = tl.dot(some, operand(what.to(tl.float32) * factor, SHAPE), input_precision=SHAPE.PRECISION)
+                result += factor * product
+        else:
+            result = tl.dot(operand(scores, SHAPE), operand(what, SHAPE), result, input_precision=SHAPE.PRECISION)
     result *= SCALE
     if DIVIDES:
         total = total * SCALE + EPS
@@ -215,21 +256,30 @@ def linear_read(
 
 
 @triton.jit
-def weights_of(late, early, start, token, chunk, places, OF_KEYS: tl.constexpr, SHAPE: tl.constexpr):
+def weights_of(late, early, start, token, chunk, places, channel, OF_KEYS: tl.constexpr, SHAPE: tl.constexpr):
     """exp of the log decay from each key to the state after the chunk, or from the state before it to each query."""
     if OF_KEYS:
-        result = gap(late, (chunk + 1) * SHAPE.CHUNK - 1, places, early, token, places, SHAPE)
+        result = gap(late, (chunk + 1) * SHAPE.CHUNK - 1, places, early, token, places, channel, SHAPE)
     else:
-        result = gap(late, token, places, start, chunk, places // SHAPE.CHUNK, SHAPE)
+        result = gap(late, token, places, start, chunk, places // SHAPE.CHUNK, channel, SHAPE)
     return tl.exp(result)
 
 
 @triton.jit
-def gap(late, i, late_step, early, j, early_step, SHAPE: tl.constexpr):
+def to_border(late, row, chunk, level, places, channel, SHAPE: tl.constexpr):
+    """exp of the log decay between each token of a chunk and the border of its two halves of 2^level tokens."""
+    token = chunk * SHAPE.CHUNK + row
+    border = ((token >> level) | 1) << level
+    return tl.exp(-tl.abs(gap(late, token[:, None], places, late, border[:, None] - 1, places, channel, SHAPE)))
+
+
+@triton.jit
+def gap(late, i, late_step, early, j, early_step, channel, SHAPE: tl.constexpr):
     """The log decay between two places, whose second parts lie a step behind the first ones."""
+    i, j = i * SHAPE.CHANNELS + channel, j * SHAPE.CHANNELS + channel
     result = tl.load(late + i) - tl.load(early + j)
     if SHAPE.PARTS == 2:
-        result += tl.load(late + late_step + i) - tl.load(early + early_step + j)
+        result += tl.load(late + late_step * SHAPE.CHANNELS + i) - tl.load(early + early_step * SHAPE.CHANNELS + j)
     return result
 
 
@@ -257,14 +307,14 @@ def operand(x, SHAPE: tl.constexpr):
 
 
 class Operands(NamedTuple):
-    """What the kernels take: features, and coordinates on the time axis of L places in K chunks."""
+    """What the kernels take: features, and coordinates on the time axis of L places in K chunks, for H = 1 or M channels."""
 
     query: Float[Array, "B T N M"]
     key: Float[Array, "B S N M"]
     value: Float[Array, "B S N V"]
-    late: Float[Array, "B N P L"] | None
-    early: Float[Array, "B N P L"] | None
-    start: Float[Array, "B N P K"] | None
+    late: Float[Array, "B N P L H"] | None
+    early: Float[Array, "B N P L H"] | None
+    start: Float[Array, "B N P K H"] | None
     state: Float[Array, "B N M V"]
     sums: Float[Array, "B N M"] | None
 
@@ -351,10 +401,10 @@ def words_of(plan: Plan, x: Operands, length: int):
 
 
 def shape_of(plan: Plan, x: Operands, is_reversed: bool, left, values) -> Shape:
-    parts = 0 if x.late is None else x.late.shape[2]
+    parts, channels = (0, 1) if x.late is None else (x.late.shape[2], x.late.shape[4])
     return Shape(
-        left.shape[2], left.shape[3], values.shape[3], plan.chunk, is_reversed, parts, plan.is_causal, plan.divides, plan.bf16,
-        plan.precision,
+        left.shape[2], left.shape[3], values.shape[3], plan.chunk, is_reversed, parts, channels, plan.chunk.bit_length() - 1,
+        plan.is_causal, plan.divides, plan.bf16, plan.precision,
     )  # fmt: skip
 
 
@@ -391,22 +441,28 @@ def backward(plan: Plan, residuals, cotangents):
     states, sums, last, last_sums = write(plan, x, False, x.key, x.value, None, x.state, x.sums)
     after, after_sums, grad_state, grad_sums = write(plan, x, True, x.query, grad, tail, grad_last, grad_last_sums)
     has = {name: name in plan.differentiates and x.late is not None for name in ("late", "early")}
-    ends = None
+    by_channel, ends = x.late is not None and x.late.shape[4] > 1, None
     if has["late"]:
         # A state is in units of the last coordinate of its chunk.
-        ends = jnp.sum(following(states, last) * after.astype(jnp.float32), (3, 4))
+        ends = jnp.sum(following(states, last) * after.astype(jnp.float32), 4)
         if plan.divides:
-            ends += jnp.sum(following(sums, last_sums) * after_sums, 3)
+            ends += following(sums, last_sums) * after_sums
+        ends = ends if by_channel else ends.sum(3, keepdims=True)
     if not plan.is_causal:
         states, sums, after, after_sums = last, last_sums, grad_state, grad_sums
+    whole = lambda y: jnp.float32 if by_channel else y.dtype
     of_query, _, at_query = read(
-        plan, x, False, grad, x.value, x.key, states, sums, dtype=x.query.dtype, is_transposed=True, last_value=tail,
-        last_value_of="left", partner=x.query if has["late"] else None,
+        plan, x, False, grad, x.value, x.key, states, sums, dtype=whole(x.query), is_transposed=True, last_value=tail,
+        last_value_of="left", partner=x.query if has["late"] and not by_channel else None,
     )  # fmt: skip
     of_key, _, at_key = read(
-        plan, x, True, x.value, grad, x.query, after, after_sums, dtype=x.key.dtype, is_transposed=True, last_value=tail,
-        last_value_of="right", partner=x.key if has["early"] else None,
+        plan, x, True, x.value, grad, x.query, after, after_sums, dtype=whole(x.key), is_transposed=True, last_value=tail,
+        last_value_of="right", partner=x.key if has["early"] and not by_channel else None,
     )  # fmt: skip
+    if by_channel:
+        # What cancels in sums over time must not be rounded before.
+        at_query, at_key = of_query * x.query, of_key * x.key
+        of_query, of_key = of_query.astype(x.query.dtype), of_key.astype(x.key.dtype)
     of_value, *_ = read(plan, x, True, x.key, x.query, grad, after, None, dtype=x.value.dtype)
     of_late = at_coordinates(x.late, at_query, ends, plan.chunk) if has["late"] else zeros_like(x.late)
     of_early = at_coordinates(x.early, -at_key, None, plan.chunk) if has["early"] else zeros_like(x.early)
@@ -421,16 +477,16 @@ def following(states, last):
 
 
 def at_coordinates(like, products, ends, chunk: int):
-    """The gradient of coordinates [B, N, P, L], which is that of their last part.
+    """The gradient of coordinates [B, N, P, L, H], which is that of their last part.
 
     Args:
-        products: [B, N, blocks, T], of the gradient of what they weigh with itself.
-        ends: [B, N, chunks], the same of the states after the chunks.
+        products: of the gradient of what they weigh with itself: [B, T, N, H], or their sums [B, N, blocks, T] where H = 1.
+        ends: [B, N, chunks, H], the same of the states after the chunks.
     """
-    places = like.shape[3]
-    rows = jnp.pad(products.sum(2), [(0, 0), (0, 0), (0, places - products.shape[3])])
+    rows = products.sum(2)[..., None] if like.shape[4] == 1 else products.swapaxes(1, 2)
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, like.shape[3] - rows.shape[2]), (0, 0)])
     if ends is not None:
-        rows = rows.at[..., chunk - 1 :: chunk].add(ends)
+        rows = rows.at[:, :, chunk - 1 :: chunk].add(ends)
     return jnp.zeros_like(like).at[:, :, -1].set(rows)
 
 
@@ -441,7 +497,7 @@ def zeros_like(x):
 # Tokens whose random features are in memory at once.
 PIECE = 2048
 # Of query, key, value, log scales or decays, segments, projection, and of the state: itself, its sums, the largest log scale.
-ARRAYS = ("b t n h", "b s n h", "b s n v", "b s n", "b s", "b m h", "b n m v", "b n m", "b n")
+ARRAYS = ("b t n h", "b s n h", "b s n v", "b s n k", "b s", "b m h", "b n m v", "b n m", "b n")
 OUTPUTS = ("b t n v", "b n m v", "b n m", "b n")
 SHARED = [[5]]  # may be one for all samples
 run_sums = operation(forward, backward, arrays=ARRAYS, outputs=OUTPUTS, shared=SHARED)
@@ -474,6 +530,7 @@ def attend(features, is_causal, eps, query, key, value, projection, key_log_scal
     )  # fmt: skip
 
     def run(query, key, value, log_scale, segments, state):
+        log_scale = None if log_scale is None else log_scale[..., None]
         out, *state = run_means(plan, query, key, value, log_scale, segments, projection, *state)
         return out, tuple(state)
 
@@ -531,8 +588,8 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale, *
     """See `linear.gated`; returns the outputs and the state after the last token."""
     if beta is not None:
         raise launch.Declined("the delta rule has no kernel yet.")
-    if log_decay is not None and log_decay.ndim == 4:
-        raise launch.Declined("decays per channel have no kernel yet.")
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = log_decay[..., None]
     plan = plan_of(
         (query, key, value), mode, prepare=with_decay, features="given", is_causal=True, divides=normalize, hides=False,
         differentiates=("late", "early"), scale=scale, eps=0.0,
@@ -558,13 +615,13 @@ def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, s
     """A plan's `prepare` for `linear.gated`: coordinates are sums of log decays, and start anew in every chunk."""
     late = start = None
     if log_decay is not None:
-        rows = as_rows(log_decay)
-        batch, heads, length = rows.shape
+        rows = log_decay.astype(jnp.float32).swapaxes(1, 2)
+        batch, heads, length, channels = rows.shape
         chunks = -(-length // plan.chunk)
-        rows = jnp.pad(rows, [(0, 0), (0, 0), (0, chunks * plan.chunk - length)])
-        parts = recurrence.cumulate(rows.reshape(batch, heads * chunks, plan.chunk))
-        late = jnp.stack([g[..., 1:].reshape(batch, heads, chunks * plan.chunk) for g in parts], 2)
-        start = jnp.zeros((batch, heads, 2, chunks), jnp.float32)
+        rows = jnp.pad(rows, [(0, 0), (0, 0), (0, chunks * plan.chunk - length), (0, 0)])
+        parts = recurrence.cumulate(rows.reshape(batch, heads * chunks, plan.chunk, channels))
+        late = jnp.stack([g[:, :, 1:].reshape(rows.shape) for g in parts], 2)
+        start = jnp.zeros((batch, heads, 2, chunks, channels), jnp.float32)
     return Operands(query, key, value, late, late, start, state, sums), None
 
 
@@ -574,7 +631,7 @@ def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, pro
     c cancels in what is divided, and keeps all weights at most 1; it is a constant to every derivative.
     """
     (query, _), (key, own) = featured(plan, query, projection), featured(plan, key, projection)
-    r = as_rows(log_scale)
+    r = None if log_scale is None else as_rows(log_scale[..., 0])
     if own is not None:
         r = as_rows(own) if r is None else as_rows(own) + r
     if r is None:
@@ -596,7 +653,7 @@ def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, pro
         segments = -FOREVER * jnp.broadcast_to(segments, c.shape)
         late = fill(segments[..., 1:], mode="edge")
         parts.insert(0, (late, late, segments[..., : -1 : plan.chunk]))
-    late, early, start = (jnp.stack(x, 2) for x in zip(*parts, strict=True))
+    late, early, start = (jnp.stack(x, 2)[..., None] for x in zip(*parts, strict=True))
     return Operands(query, key, value, late, early, start, state, sums), c[..., -1]
 
 
