@@ -190,9 +190,9 @@ def over_random(kind, is_causal, kernel):
     return over_heads("linear.random_feature_attention", kind, draw, run)
 
 
-def over_gated(kind, maker):
+def over_gated(kind, maker, **options):
     """A kind of call at every size of a head."""
-    draw = lambda head, *rest: maker(*rest, features=head, values=head)
+    draw = lambda head, *rest: maker(*rest, features=head, values=head, **options)
     return over_heads("linear.gated", kind, draw, call_gated)
 
 
@@ -207,4 +207,5 @@ GRID = [
     *over_random("relu", False, "relu"),
     *over_gated("heads", make_gated),
     *over_gated("normalized", make_normalized),
+    *over_gated("channels", make_gated, channels=True),
 ]

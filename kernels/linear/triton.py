@@ -353,7 +353,7 @@ class Plan:
 def write(plan: Plan, x: Operands, is_reversed: bool, left, values, last_value, first, first_sums):
     """(states before the chunks, if causal, and their sums, the last state, and its sums): see `linear_write`."""
     (batch, length, heads, width), columns = left.shape, values.shape[3]
-    config = configure(linear_write, plan, width, columns)
+    config = configure(linear_write, plan, x, width, columns)
     chunks = -(-length // plan.chunk)
     blocks = math.prod(-(-size // config.blocks[name]) for name, size in (("BLOCK_W", width), ("BLOCK_C", columns)))
     outputs = dict(
@@ -373,7 +373,7 @@ def read(plan: Plan, x: Operands, is_reversed: bool, left, right, values, states
          is_transposed=False, last_value=None, last_value_of="", partner=None):  # fmt: skip
     """(out, what it was multiplied by, its products with `partner` [B, N, blocks, T]): see `linear_read`."""
     (batch, length, heads, width), columns = left.shape, values.shape[3]
-    config = configure(linear_read, plan, width, columns)
+    config = configure(linear_read, plan, x, width, columns)
     blocks = -(-columns // config.blocks["BLOCK_C"])
     divides = is_output and plan.divides
     outputs = dict(
@@ -393,6 +393,11 @@ def read(plan: Plan, x: Operands, is_reversed: bool, left, right, values, states
 
 def room(exists, *shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape if exists else (1,), dtype)
+
+
+def has_channels(x: Operands) -> bool:
+    """Whether every channel has a decay of its own."""
+    return x.late is not None and x.late.shape[4] > 1
 
 
 def words_of(plan: Plan, x: Operands, length: int):
@@ -441,7 +446,7 @@ def backward(plan: Plan, residuals, cotangents):
     states, sums, last, last_sums = write(plan, x, False, x.key, x.value, None, x.state, x.sums)
     after, after_sums, grad_state, grad_sums = write(plan, x, True, x.query, grad, tail, grad_last, grad_last_sums)
     has = {name: name in plan.differentiates and x.late is not None for name in ("late", "early")}
-    by_channel, ends = x.late is not None and x.late.shape[4] > 1, None
+    by_channel, ends = has_channels(x), None
     if has["late"]:
         # A state is in units of the last coordinate of its chunk.
         ends = jnp.sum(following(states, last) * after.astype(jnp.float32), 4)
@@ -675,16 +680,19 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def configure(kernel, plan: Plan, width: int, columns: int) -> tuning.Config:
+def configure(kernel, plan: Plan, x: Operands, width: int, columns: int) -> tuning.Config:
     sizes = dict(width=padded(width), columns=padded(columns), bf16=plan.bf16, precision=plan.precision, chunk=plan.chunk)
-    return tuning.config(kernel.__name__, heuristic(kernel, plan, padded(width), padded(columns)), **sizes)
+    best = heuristic(kernel, plan, has_channels(x), padded(width), padded(columns))
+    return tuning.config(kernel.__name__, best, **sizes, channels=has_channels(x))
 
 
-def heuristic(kernel, plan: Plan, width: int, columns: int) -> tuning.Config:
+def heuristic(kernel, plan: Plan, by_channel: bool, width: int, columns: int) -> tuning.Config:
     """The largest blocks with which nothing overflows the registers of Hopper."""
     if plan.mode == "interpret":  # the cost there is per step, whatever its size
         return tuning.Config(dict(BLOCK_W=width, BLOCK_C=columns))
     block_w, block_c, warps, stages = 64, 64, 4, 2
     if plan.precision == "tf32x3":  # three products keep both halves of both operands
         block_w, block_c, warps, stages = (32, 64, 8, 1) if kernel is linear_read else (32, 32, 4, 1)
+    if by_channel and kernel is linear_read:  # decays are whole tiles
+        block_w, warps = block_w // 2, 8
     return tuning.Config(dict(BLOCK_W=min(block_w, width), BLOCK_C=min(block_c, columns)), warps, stages)

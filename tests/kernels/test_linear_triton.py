@@ -28,7 +28,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["linear.attention/causal", "linear.attention/bidirectional", "linear.random_feature_attention/softmax-causal"]
-    + ["linear.gated/heads", "linear.gated/normalized"],
+    + ["linear.gated/heads", "linear.gated/normalized", "linear.gated/channels"],
 )
 def test_states_and_values_in_several_blocks(name, small_blocks):
     spec = specs.find(name)
