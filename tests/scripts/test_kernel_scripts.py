@@ -35,7 +35,7 @@ def test_the_table_of_machine_code(tmp_path):
     assert {row["dtype"] for row in rows} == {"bfloat16", "float32"} and len({row["kernel"] for row in rows}) >= 3
     for row in rows:
         assert int(row["registers"]) > 0 and row["spills"] == "0" and row["fits"] == "True", row
-    assert "softmax_forward" in done.stdout and str(out) in done.stdout
+    assert "flash_forward" in done.stdout and str(out) in done.stdout
 
 
 @pytest.fixture
@@ -63,14 +63,14 @@ def test_the_tuner_lists_what_fits(tuner, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "around", lambda heuristic: [candidates[0], larger])  # each takes a second to compile
     assert tuner.main() == 0
     listed = capsys.readouterr().out
-    assert "softmax_forward" in listed and listed.count("1 of 2 fit sm_90") == listed.count(" fit sm_90")
+    assert "flash_forward" in listed and listed.count("1 of 2 fit sm_90") == listed.count(" fit sm_90")
     assert "{'BLOCK_Q': 64, 'BLOCK_K': 64} warps=4" in listed and "128" not in listed
 
 
 @pytest.mark.aot
 def test_blocks_that_an_operation_adds_hide_no_spills(tuner):
     """Attention has blocks of features beside those that can be chosen."""
-    case, request, heuristic = asked(tuner, "softmax.attention/causal", "softmax_forward", 1024)
+    case, request, heuristic = asked(tuner, "softmax.attention/causal", "flash_forward", 1024)
     assert tuner.fits(*case, "sm_90", request, heuristic, heuristic)
     absurd = tuning.Config(dict.fromkeys(heuristic.blocks, 256), 4, 4)
     assert not tuner.fits(*case, "sm_90", request, absurd, heuristic)
