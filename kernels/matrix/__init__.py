@@ -100,10 +100,6 @@ def sinkhorn(
 
 
 def _check(owner, name, array, iterations) -> None:
-    if array.ndim != 4 or array.shape[2] != array.shape[3] or 0 in array.shape:
-        raise ValueError(
-            f"{owner}: {name} must have shape [B, N, M, M] with every axis at least 1, got {array.shape}. "
-            "Give one square matrix per sample and head."
-        )
+    checks.shape(owner, name, array, "B N M M", "Give one square matrix per sample and head.")
     checks.floating(owner, **{name: array})
     checks.at_least(owner, "iterations", iterations, 1, "Six to eight are usual.")
