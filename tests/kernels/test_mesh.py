@@ -101,7 +101,7 @@ def check_launches():
         for spec in specs:
             for name, count in programs(attend, spec, *more).items():
                 # The sum over samples of the gradient of a bias is one program for each of its blocks.
-                share = 1 if name == "softmax_backward_bias" and spec[0] == "x" else 8
+                share = 1 if name == "flash_backward_bias" and spec[0] == "x" else 8
                 assert count * share == whole[name], (name, count, whole[name])
 
 
