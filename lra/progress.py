@@ -1,6 +1,7 @@
 """Progress on stderr, of runs and of whatever takes over two seconds: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -23,11 +24,15 @@ class Progress:
         steps: number of steps.
         start: step that the run starts at.
         quiet: show nothing.
+        show: is given the words instead, as a cell of a `Board` is.
     """
 
-    def __init__(self, label: str, steps: int, start: int = 0, *, quiet: bool = False):
-        self.label, self.steps, self.quiet, self._next = label, steps, quiet, 0
-        self.on_terminal = not quiet and start < steps and sys.stderr.isatty()
+    def __init__(
+        self, label: str, steps: int, start: int = 0, *, quiet: bool = False, show: Callable[[str], None] | None = None
+    ):
+        self.label, self.steps, self._next = label, steps, 0
+        self.quiet, self._show = quiet or show is not None, show or (lambda text: None)
+        self.on_terminal = not self.quiet and start < steps and sys.stderr.isatty()
         self._bar = _bar("{task.description:>15}", "{task.completed:,}/{task.total:,}", disable=not self.on_terminal)
         self._row = self._bar.add_task(label, total=steps, completed=start, text="compiling")
 
@@ -43,6 +48,7 @@ class Progress:
         left = (self.steps - step) / steps_per_second if steps_per_second else math.nan
         text = f"loss {loss:.3f}  {steps_per_second:.1f} steps/s  {clock(left)} left  {note}".rstrip()
         self._bar.update(self._row, completed=step, text=text)
+        self._show(f"{step}/{self.steps}  {note or f'loss {loss:.3f}'}")
         if not self.on_terminal and not self.quiet and (step >= self._next or step == self.steps):
             # After the step that is due, so that a resumed run keeps the same beat.
             self._next = (step * 10 // self.steps + 1) * self.steps / 10
@@ -61,6 +67,7 @@ class Progress:
     def during(self, name: str) -> Iterator[None]:
         """Shows `name` in place of the loss while the block runs."""
         self._bar.update(self._row, text=name)
+        self._show(name)
         with Work(f"{self.label}: {name}", quiet=self.quiet or self.on_terminal):
             yield
 
@@ -70,6 +77,48 @@ class Progress:
             self._bar.console.print(text, highlight=False)
         elif not self.quiet:
             say(text)
+
+
+class Board:
+    """A table on the terminal of what is at work in each cell, drawn anew four times a second; nothing where there is none.
+
+    Args:
+        heading: of the columns, the first that of the rows' names.
+        rows: their names.
+    """
+
+    def __init__(self, heading: Sequence[str], rows: Sequence[str]):
+        self.heading, self.cells = heading, {row: dict.fromkeys(heading[1:], "") for row in rows}
+        self.on_terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "Board":
+        from rich.console import Console
+        from rich.live import Live
+
+        if self.on_terminal:
+            self._live = Live(get_renderable=self._table, console=Console(stderr=True))
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.on_terminal:
+            self._live.stop()
+
+    def show(self, row: str, column: str, text: str) -> None:
+        """Writes a cell."""
+        self.cells[row][column] = text
+
+    def cell(self, row: str, column: str) -> Callable[[str], None] | None:
+        """What writes a cell; None where there is no terminal."""
+        return functools.partial(self.show, row, column) if self.on_terminal else None
+
+    def _table(self):
+        from rich.table import Table
+
+        table = Table(*self.heading, box=None, padding=(0, 2, 0, 0))
+        for row, cells in self.cells.items():
+            table.add_row(row, *cells.values())
+        return table
 
 
 def _bar(*texts: str, **words: Any):

@@ -51,6 +51,7 @@ def train(
     shard: parallel.Shard = "batch",
     tensorboard: bool = False,
     checkpoint_minutes: float = 10,
+    show: Callable[[str], None] | None = None,
 ) -> results.Result:
     """Trains a run and tests it.
 
@@ -75,6 +76,7 @@ def train(
         tensorboard: also log to `out/tensorboard`, by tensorboardX.
         checkpoint_minutes: between checkpoints, at the next tenth step; 0: at every one, inf: only at validations. They
             change no number.
+        show: is given the progress in words, instead of stderr.
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
         ValueError: unknown task, another than the run's; a batch larger than the data, or a run larger than the memory;
@@ -115,7 +117,7 @@ def train(
             with parallel.first_process_first():
                 splits, source = store.load(task.dataset, data_dir)
         tensorboard = tensorboard and parallel.is_first()
-        job = Job(run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes)
+        job = Job(run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes, show)
         state = job.state()
         with job.started(state):
             failure = fit(job, state)
@@ -164,6 +166,7 @@ class Job:
     quiet: bool
     tensorboard: bool
     checkpoint_seconds: float
+    show_progress: Callable[[str], None] | None = None
 
     def __post_init__(self):
         run = self.run
@@ -188,7 +191,9 @@ class Job:
     def started(self, state: TrainState):
         """Compiles the programs; inside, progress is shown and a signal asks the run to stop."""
         with (
-            progress.Progress(self.run.layer, self.run.steps, state.step, quiet=self.quiet) as self.progress,
+            progress.Progress(
+                self.run.layer, self.run.steps, state.step, quiet=self.quiet, show=self.show_progress
+            ) as self.progress,
             interrupts.stop_request(self.progress.say) as self.stop,
             progress.tensorboard(self.folder / "tensorboard", state.step, self.tensorboard) as self.number,
         ):

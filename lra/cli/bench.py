@@ -39,10 +39,10 @@ def parse(command_line: Sequence[str] | None, program: str):
     add = parser.add_argument
     count, positive, amount = commands.number(int, 1), commands.number(float, 0, above=True), commands.number(float, 0)
     add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
-    add("--layers", type=split_words, default=None, metavar="A,B", help="default: all")
+    add("--layers", type=commands.split_words, default=None, metavar="A,B", help="default: all")
     usual = [1024, 2048, 3072, 4096]
     add("--lengths", type=parse_lengths, default=usual, metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
-    add("--modes", type=split_words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
+    add("--modes", type=commands.split_words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
     add("--batch-size", type=count, default=None, help="default: 1 on a CPU, else 32")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
     add("--implementation", default=None, metavar="NAME", help="of the layers' kernels; default: their own choice")
@@ -54,7 +54,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--threads", type=int, default=None, help="default: all processors")
     add("--memory-limit", type=parse_size, default=None, metavar="SIZE", help="for programs, as 16G; default: what is free")
     limits = "of length,batch: find the largest that fit; compiles a lot"
-    add("--limits", type=split_words, default=[], metavar="A,B", help=limits)
+    add("--limits", type=commands.split_words, default=[], metavar="A,B", help=limits)
     peaks = "observe each peak of memory in a process of its own; default: on a GPU"
     add("--peaks", action=commands.argparse.BooleanOptionalAction, default=None, help=peaks)
     add("--energy-seconds", type=amount, default=2.0, help="of reading the meter for each; 0: not; default: 2")
@@ -66,10 +66,6 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--draw", action="store_true", help="only tables and plots of the rows in --out")
     add("--out", default="runs/bench/lra.csv", metavar="CSV", help="default: %(default)s")
     return check_arguments(parser.parse_args(command_line))
-
-
-def split_words(text: str) -> list[str]:
-    return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
 
 
 def parse_size(text: str) -> int:
@@ -84,7 +80,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_lengths(text: str) -> list[int]:
-    return list(dict.fromkeys(parse_size(word) for word in split_words(text)))
+    return list(dict.fromkeys(parse_size(word) for word in commands.split_words(text)))
 
 
 def check_arguments(arguments):

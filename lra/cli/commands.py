@@ -80,6 +80,16 @@ def _optional(kind: type) -> Callable:
     return read
 
 
+def split_words(text: str) -> list[str]:
+    """Words between spaces or commas, each once.
+
+    Example:
+        >>> split_words("softmax,local softmax")
+        ['softmax', 'local']
+    """
+    return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
+
+
 def number(kind: type, least: float, *, above: bool = False) -> Callable:
     """The type, as argparse takes it, of a finite number that is at least `least`, or above it."""
 

@@ -48,17 +48,20 @@ def aligned(rows: Rows) -> str:
 
 
 def print_table(
-    rows: Rows, *, left: int | Collection[str] = 1, unbroken: Callable[[str], bool] = lambda name: False, squeeze: bool = False
-) -> None:
+    rows: Rows, *, left: int | Collection[str] = 1, unbroken: Callable[[str], bool] = lambda name: False, squeeze: bool = False,
+    style: Callable[[int, int], str] = lambda row, column: "",
+) -> None:  # fmt: skip
     """Prints a table on stdout.
 
     Args:
         left: which columns stand on the left: how many, or their names; numbers stand on the right.
         unbroken: of a column's name, whether its cells stay on one line.
         squeeze: on a terminal of fewer than 100 columns put each word of a heading on a line of its own: rich would cut it.
+        style: rich's, of the cell at a row and a column of the body.
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     heading, *body = rows
     console = Console()
@@ -69,7 +72,7 @@ def print_table(
         is_left = index < left if isinstance(left, int) else name in left
         shown = name.replace(" ", "\n") if narrow else name
         table.add_column(shown, justify="left" if is_left else "right", no_wrap=unbroken(name), overflow="fold")
-    for row in body:
-        table.add_row(*row)
+    for number, row in enumerate(body):
+        table.add_row(*(Text(cell, style(number, column)) for column, cell in enumerate(row)))
     # A pipe has no width: enough for every column.
     Console(width=console.width if console.is_terminal else 180).print(table)
