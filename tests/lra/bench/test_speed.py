@@ -73,7 +73,7 @@ def test_a_call_that_fails_is_a_row_and_energy_is_read_where_a_meter_is(monkeypa
         return lambda: None
 
     counted = iter(range(100))
-    meter = energy.Meter("a meter", lambda: [float(next(counted))], [float("inf")])
+    meter = energy.Meter("a meter", lambda: float(next(counted)))
     monkeypatch.setattr(programs, "start_program", started)
     settings = dataclasses.replace(SETTINGS, meter=meter, energy_seconds=1e-9)
     softmax, local = speed.race(["softmax", "local"], 16, "forward", settings, silent)
