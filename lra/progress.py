@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # Seconds that work may take before it is shown, between two looks at it, and between two lines where there is no terminal.
@@ -49,27 +49,16 @@ class Progress:
         text = f"loss {loss:.3f}  {steps_per_second:.1f} steps/s  {clock(left)} left  {note}".rstrip()
         self._bar.update(self._row, completed=step, text=text)
         self._show(f"{step}/{self.steps}  {note or f'loss {loss:.3f}'}")
-        if not self.on_terminal and not self.quiet and (step >= self._next or step == self.steps):
+        if not self.on_terminal and (step >= self._next or step == self.steps):
             # After the step that is due, so that a resumed run keeps the same beat.
             self._next = (step * 10 // self.steps + 1) * self.steps / 10
-            say(f"{self.label}: step {step}/{self.steps}  {text}")
+            self.say(f"{self.label}: step {step}/{self.steps}  {text}")
 
-    def over(self, items: Sequence, name: str) -> Iterator:
-        """The items, and how many of them are done, in place of the loss."""
-        if not self.on_terminal:
-            yield from over(items, f"{self.label}: {name}", quiet=self.quiet)
-            return
-        for number, item in enumerate(items):
-            self._bar.update(self._row, text=f"{name} {number}/{len(items)}")
-            yield item
-
-    @contextlib.contextmanager
-    def during(self, name: str) -> Iterator[None]:
-        """Shows `name` in place of the loss while the block runs."""
+    def work(self, name: str, total: int | None = None) -> "Work":
+        """`Work` within the run: on a terminal its name stands in place of the loss."""
         self._bar.update(self._row, text=name)
         self._show(name)
-        with Work(f"{self.label}: {name}", quiet=self.quiet or self.on_terminal):
-            yield
+        return Work(f"{self.label}: {name}", total, quiet=self.quiet or self.on_terminal)
 
     def say(self, text: str) -> None:
         """One line, above the bar."""
@@ -156,42 +145,39 @@ class Work:
 
     def __enter__(self) -> "Work":
         self._began = time.monotonic()
-        if not self.quiet:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._ended.set()
-        if not self.quiet:
-            self._thread.join()
+        self._thread.join()
 
     def advance(self, steps: int = 1) -> None:
         """So many more steps are done."""
         self.done += steps
 
+    def over(self, items: Iterable) -> Iterator:
+        """The items, one step each."""
+        with self:
+            for item in items:
+                yield item
+                self.advance()
+
     def _watch(self) -> None:
-        if self._ended.wait(PATIENCE) or not Work._shown.acquire(blocking=False):
+        if self.quiet or self._ended.wait(PATIENCE) or not Work._shown.acquire(blocking=False):
             return
+        tenth, said, on_terminal = -1, -math.inf, sys.stderr.isatty()
         try:
-            (self._draw if sys.stderr.isatty() else self._print)()
+            with _bar("{task.description}", transient=True, disable=not on_terminal) as bar:
+                row = bar.add_task(self.label, total=self.total, text=self._words())
+                while not self._ended.wait(BEAT):
+                    bar.update(row, completed=self.done, text=self._words())
+                    reached = 10 * self.done // self.total if self.total else -1
+                    if not on_terminal and (reached > tenth or time.monotonic() - said >= SILENCE):
+                        tenth, said = reached, time.monotonic()
+                        say(f"{self.label}: {self._words()}")
         finally:
             Work._shown.release()
-
-    def _print(self) -> None:
-        tenth, said = -1, -math.inf
-        while True:
-            reached = 10 * self.done // self.total if self.total else -1
-            if reached > tenth or time.monotonic() - said >= SILENCE:
-                tenth, said = reached, time.monotonic()
-                say(f"{self.label}: {self._words()}")
-            if self._ended.wait(BEAT):
-                return
-
-    def _draw(self) -> None:
-        with _bar("{task.description}", transient=True) as bar:
-            row = bar.add_task(self.label, total=self.total, text=self._words())
-            while not self._ended.wait(BEAT):
-                bar.update(row, completed=self.done, text=self._words())
 
     def _words(self) -> str:
         taken = time.monotonic() - self._began
@@ -208,12 +194,7 @@ def say(text: str) -> None:
 
 def over(items: Iterable, label: str, total: int | None = None, *, quiet: bool = False) -> Iterator:
     """The items, shown as `Work` where they take longer than two seconds; `total`: how many there are, None: their len."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    with Work(label, total, quiet=quiet) as work:
-        for item in items:
-            yield item
-            work.advance()
+    return Work(label, len(items) if total is None and hasattr(items, "__len__") else total, quiet=quiet).over(items)
 
 
 def clock(seconds: float) -> str:

@@ -15,6 +15,10 @@ from subquad.lra.tasks import Task
 COPIES = {"forward": 1, "gradient": 2, "train": 4, "run": 5}
 
 
+class TooLarge(ValueError):
+    """A program that does not fit into memory."""
+
+
 class Least(NamedTuple):
     """Bytes that are needed at least, on one device.
 
@@ -84,7 +88,7 @@ def check(
 def check_fits(run: Run, task: Task, mode: str, memory: int, owner: str, **words) -> None:
     """Refuses a program that needs more than `memory` bytes of `owner` at least; the other words are those of `least`.
 
-    Raises: ValueError.
+    Raises: TooLarge.
     """
     for counted in (False, True):  # what is absurd is not even counted
         needed = least(run, task, mode, counted=counted, **words)
@@ -96,7 +100,7 @@ def check_fits(run: Run, task: Task, mode: str, memory: int, owner: str, **words
                 "activations": "Choose a smaller batch_size, length, in_features or num_layers, or accumulate more.",
             }[named]
             least_of = "" if counted else "at least "
-            raise ValueError(
+            raise TooLarge(
                 f"memory: run must fit into {size(memory)} of {owner}, got {least_of}{needed.parameters:,} parameters, whose "
                 f"{'state takes' if mode in ('train', 'run') else 'arrays take'} {size(needed.state)}, and a batch of "
                 f"{run.batch_size:,} x {task.length:,} tokens of {run.in_features:,} features, which takes "

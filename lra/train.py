@@ -198,7 +198,7 @@ class Job:
             progress.tensorboard(self.folder / "tensorboard", state.step, self.tensorboard) as self.number,
         ):
             began = time.perf_counter()
-            with self.progress.during("compiling"):
+            with self.progress.work("compiling"):
                 self._compile(state)
             self.compile_seconds, self.saved_at = time.perf_counter() - began, time.monotonic()
             yield
@@ -241,7 +241,8 @@ class Job:
     def validate(self, state: TrainState) -> None:
         """Scores the validation split, and keeps the parameters where they are the best so far."""
         now, step = self.averaged(state.learner), state.step
-        score, loss = self.evaluation.score(now, self.progress.over(self.evaluation.validation, "validation"))
+        batches = self.evaluation.validation
+        score, loss = self.evaluation.score(now, self.progress.work("validation", len(batches)).over(batches))
         state.validations.append([step, score, loss])
         self.number(f"validation/{self.objective.column}", score, step)
         self.number("validation/loss", loss, step)

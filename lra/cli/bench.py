@@ -7,18 +7,15 @@ Layers are timed in turn with the baseline, softmax, so that ratios are of one r
 """
 
 import dataclasses
-import functools
 import math
 import os
 import pathlib
-import signal
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import interrupts, machine, models, progress, sizes
+from subquad.lra import machine, models, progress, sizes
 from subquad.lra.bench import energy, programs, speed, timing
 from subquad.lra.cli import commands, report
 from subquad.lra.data.sources import size
@@ -85,13 +82,13 @@ def parse_lengths(text: str) -> list[int]:
 
 def check_arguments(arguments):
     arguments.layers = list(LAYERS) if arguments.layers is None else arguments.layers
-    known = {"--layers": (arguments.layers, LAYERS), "--baseline": ([arguments.baseline], LAYERS)}
-    known |= {"--modes": (arguments.modes, MODES), "--limits": (arguments.limits, LIMITS)}
-    for option, (given, names) in known.items():
-        for name in given:
-            # A layer of the user's own is package.module:Class.
-            if name not in names and ":" not in name:
-                raise ValueError(f"{option} must be a known name, got {name!r}. {dispatch.nearest(name, names)}")
+    # A layer of the user's own is package.module:Class.
+    named = lambda layers: [name for name in layers if ":" not in name]
+    for option, given, known in (
+        ("--layers", named(arguments.layers), LAYERS), ("--baseline", named([arguments.baseline]), LAYERS),
+        ("--modes", arguments.modes, MODES), ("--limits", arguments.limits, LIMITS),
+    ):  # fmt: skip
+        check_known(f"{option} must be a known name", given, known)
     for option in ("lengths", "modes", "layers"):
         if not getattr(arguments, option):
             raise ValueError(f"--{option} must name at least one, got none. Leave it out.")
@@ -115,37 +112,20 @@ def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") 
     jax.config.update("jax_enable_compilation_cache", False)  # it would make compiling look free
     layers = list(dict.fromkeys([arguments.baseline, *arguments.layers]))
     settings = prepare(arguments, layers)
-    races = list(speed.races(arguments.lengths, arguments.modes))
-    taken, measured, stopped = {}, [], []
-
-    def stop(number, frame):
-        # Raised inside a callback of the garbage collector it would be lost, so it is raised again at the next word.
-        stopped.append(number)
-        raise interrupts.interruption(number)
-
-    def tell(title: str, text: str) -> None:
-        if stopped:
-            raise interrupts.interruption(stopped[0])
-        progress.say(f"{title}: {text}")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    races, measured = [(length, mode) for length in sorted(arguments.lengths) for mode in arguments.modes], []
     try:
-        for number, (length, mode) in enumerate(races, 1):
-            title = f"[{number}/{len(races)}] {measurements.length_label(length)}, {mode}"
-            began = time.perf_counter()
-            rows = speed.race(layers, length, mode, settings, functools.partial(tell, title))
-            seconds = time.perf_counter() - began
-            taken[length, mode] = (seconds, sum(row.compile_seconds or 0.0 for row in rows))
-            measurements.write_measurements(rows, arguments.out)
-            measured += rows
-            for row in rows:
-                if row.status != "ok":
-                    progress.say(f"{title}: {row.layer}: {row.status}")
-            left = speed.seconds_left(races, taken)
-            progress.say(f"{title}: done in {progress.clock(seconds)}" + f", about {progress.clock(left)} left" * bool(left))
+        # Time left is guessed from the lengths that are done.
+        with progress.Work("all measurements", sum(length for length, _ in races)) as work:
+            for number, (length, mode) in enumerate(races, 1):
+                title = f"[{number}/{len(races)}] {measurements.length_label(length)}, {mode}"
+                rows = speed.race(layers, length, mode, settings, lambda text, title=title: progress.say(f"{title}: {text}"))
+                measurements.write_measurements(rows, arguments.out)
+                measured += rows
+                for row in rows:
+                    if row.status != "ok":
+                        progress.say(f"{title}: {row.layer}: {row.status}")
+                work.advance(length)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if measured:
             report.show_measurements(arguments.out, measured)
     return commands.FAILED if any(row.status.startswith("failed") for row in measured) else 0
@@ -186,20 +166,22 @@ def check_models(settings: speed.Settings, layers: list[str], length: int) -> No
     Raises: ValueError.
     """
     known = [one.name for one in dataclasses.fields(Run) if one.name not in FIXED]
-    for name in settings.values:
-        if name not in known:
-            raise ValueError(f"--override must be a value that can be changed, got {name!r}. {dispatch.nearest(name, known)}")
-    for name in settings.options:
-        layer, dot, _ = name.rpartition(".")
-        if dot and layer not in layers:
-            nearest = dispatch.nearest(layer, layers)
-            raise ValueError(f"--layer-options must be of a layer that is measured, got {name!r}. {nearest}")
+    check_known("--override must be a value that can be changed", settings.values, known)
+    of_layers = [name.rpartition(".")[0] for name in settings.options if "." in name]
+    check_known("--layer-options must be of a layer that is measured", of_layers, layers)
     for layer in progress.over(layers, "Models"):
         try:
             models.count_parameters(*settings.plan(layer, length))
         except (ValueError, TypeError) as error:
             got = one_line(error)
             raise ValueError(f"layer {layer} must take its options and the values of the run, got {got}.") from error
+
+
+def check_known(condition: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises: ValueError: a name that is not known, with the nearest that is."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{condition}, got {name!r}. {dispatch.nearest(name, known)}")
 
 
 def check_length(settings: speed.Settings, layer: str, length: int, modes: list[str]) -> None:

@@ -111,30 +111,25 @@ def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     A line that cannot be read, and a file whose first line names no columns of ours, is reported on stderr and passed over. Of
     two rows of one configuration the one in the later file counts, but for one that failed where the other did not.
     """
-    rows: dict[str, Result] = {}
-    measured: list[Measurement] = []
-    floors: dict[tuple[str, str], dict[str, Floor]] = {}
-    step_timings: list[costs.StepTiming] = []
+    found: dict[type, list] = {kind: [] for kind in KINDS}
     for path in _files([SHIPPED, *paths]):
         kind = _kind(path)
         if kind is None:
             csv_rows.warn_once(_unknown(path), "The file is passed over; mend that line or move the file away.")
-            continue
-        for row in csv_rows.read_rows(path, kind):
-            if kind is Measurement:
-                measured.append(row)
-            elif kind is costs.StepTiming:
-                step_timings.append(row)
-            elif kind is Floor:
-                floors.setdefault((row.task, row.config), {})[row.floor] = row
-            else:
-                name = results.configuration_hash(row.configuration)
-                if row.status == "ok" or name not in rows or rows[name].status != "ok":
-                    rows[name] = row
-    found: dict[str, list[Result]] = {}
-    for row in rows.values():
-        found.setdefault(hash_without_seed(row.configuration), []).append(row)
-    return Ledger(found, measured, floors, step_timings)
+        else:
+            found[kind] += csv_rows.read_rows(path, kind)
+    latest: dict[str, Result] = {}
+    for row in found[Result]:
+        name = results.configuration_hash(row.configuration)
+        if row.status == "ok" or name not in latest or latest[name].status != "ok":
+            latest[name] = row
+    of_any_seed: dict[str, list[Result]] = {}
+    for row in latest.values():
+        of_any_seed.setdefault(hash_without_seed(row.configuration), []).append(row)
+    floors: dict[tuple[str, str], dict[str, Floor]] = {}
+    for floor in found[Floor]:
+        floors.setdefault((floor.task, floor.config), {})[floor.floor] = floor
+    return Ledger(of_any_seed, found[Measurement], floors, found[costs.StepTiming])
 
 
 def _kind(path: pathlib.Path) -> type | None:
@@ -183,20 +178,3 @@ def _files(paths: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     for path in map(pathlib.Path, paths):
         found += sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
     return found
-
-
-def add_result(row: Result, path: str | os.PathLike) -> bool:
-    """Appends a result unless the file holds one of the same configuration that ended well. Returns: whether it did.
-
-    Raises: RunError: as `results.append`.
-    """
-    ours = results.configuration_hash(row.configuration)
-    known = lambda cells: cells.get("status") == "ok" and _hash(cells.get("configuration", "")) == ours
-    return results.append(row, path, unless=lambda held: any(map(known, held)))
-
-
-def _hash(configuration: str) -> str | None:
-    try:
-        return results.configuration_hash(configuration)
-    except ValueError:  # a line that `read_ledger` passes over
-        return None

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from subquad.lra import machine
@@ -94,18 +94,15 @@ def configuration_hash(configuration: str | Mapping) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]], bool] = lambda held: False) -> bool:
-    """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
+def append(result: Result, path: str | os.PathLike, key: Sequence[str] = FIELDS) -> None:
+    """Adds a row to a CSV file, which is made if it is not there; one with the same `key` cells takes the older one's place.
 
     See `csv_rows.write_rows` for several processes.
 
-    Args:
-        unless: of the rows held, as text, whether to add nothing.
-    Returns: whether the row is in the file now.
     Raises: RunError: the file cannot be written, or has other columns; the message carries the row, so nothing is lost.
     """
     try:
-        return csv_rows.write_rows(path, Result, [result], FIELDS, unless=unless)
+        csv_rows.write_rows(path, Result, [result], key)
     except RunError as error:
         row = csv_rows.row_as_line(dataclasses.asdict(result), FIELDS)
         raise RunError(f"{str(error).rstrip('.')}; the row was: {row}") from error
