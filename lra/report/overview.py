@@ -31,8 +31,8 @@ def cost(rows: Iterable[Measurement]) -> Section:
         body.append([name, *powers, per_token(shortest), per_token(longest), memory, crossover_words(at.values())])
     one = rows[0] if rows else None
     notes = [] if one is None else [
-        f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}; medians of calls in turn; growth is that between the two "
-        f"longest lengths. {one.hardware}; commit {(one.commit or '')[:12]}."
+        f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}; medians of calls in turn; growth is that between the "
+        f"two longest lengths. {one.hardware}; commit {(one.commit or '')[:12]}."
     ]  # fmt: skip
     says = (
         "Time per token and memory against length, measured on this machine in turn: what a layer costs here, and from which "
@@ -65,7 +65,7 @@ def crossover_words(rows: Iterable[Measurement]) -> str:
         return ""
     found = crossover(rows)
     if found == 0:
-        return f"at all from {length_label(min(row.length for row in rows))}"
+        return "at every length"
     if math.isinf(found):
         return f"not up to {length_label(max(row.length for row in rows))}"
     return f"from about {float(f'{found:.2g}'):,.0f}"
@@ -81,7 +81,8 @@ def ability(
     """
     rows = [row for row in rows if row.bits_per_byte is None]
     kinds = list(dict.fromkeys((row.task, row.config) for row in rows))
-    chance = {(row.task, row.config): row.floor_majority or 0.0 for row in rows}
+    chance = {(row.task, row.config): _chance(row) for row in rows}
+    rules = {(row.task, row.config): max(filter(None, floors), default=None) for row in rows if (floors := _rules(row))}
     of: dict[tuple, list[Result]] = {}
     for group in results.groups(rows):
         of.setdefault((group[0].layer, group[0].task, group[0].config), group)
@@ -93,12 +94,22 @@ def ability(
         scores = [word if group is None else results.score_of_seeds(group) for group, word in zip(groups, without, strict=True)]
         body.append([layer, *scores])
         shades.append([None, *(_shade(group, chance[kind]) for kind, group in zip(kinds, groups, strict=True))])
-    body.append(["chance", *(results.per_cent(chance[kind]) for kind in kinds)])
-    shades.append([None] * (1 + len(kinds)))
+    for name, known in (("chance", chance), ("best simple rule", rules)):
+        if any(known.get(kind) for kind in kinds):
+            body.append([name, *(results.per_cent(known.get(kind)) for kind in kinds)])
+            shades.append([None] * (1 + len(kinds)))
     notes = [f"{task}: {_trained(of, task, config)}" for task, config in kinds]
     notes += [f"{layer} cannot do {task}: {reason}" for (layer, task), reason in reasons.items()]
     heading = ["layer", *(task if config == "small" else f"{task}/{config}" for task, config in kinds)]
     return Section(title, says, [Table(heading, body, shades, notes)] if rows else [])
+
+
+def _chance(row: Result) -> float:
+    return row.floor_majority or 0.0
+
+
+def _rules(row: Result) -> list[float | None]:
+    return [row.floor_root, row.floor_bag, row.floor_network]
 
 
 def _shade(group: Sequence[Result] | None, chance: float) -> float | None:

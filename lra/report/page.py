@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: sections of a sentence, tables and pictures, and plain text of the same."""
+"""A report as one HTML file that needs nothing else: sections of a sentence, tables and pictures."""
 
 import html
 import io
@@ -53,7 +53,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bot
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; }
 th:first-child, td:first-child { text-align: left; }
-.wide { overflow-x: auto; } svg { max-width: 100%; height: auto; } .note { color: #767676; font-size: .85rem; }
+.wide { overflow-x: auto; } svg { max-width: 100%; height: auto; } .note { color: #666; font-size: .85rem; margin: .2rem 0; }
 """
 
 
