@@ -41,11 +41,12 @@ def admitted(shared: dict) -> list[str]:
     """The recipe's layers, for a language model those that can be causal."""
     every = list(recipes.RECIPES["quickstart"].layers)
     first = plan("quickstart", every[0], **shared)
-    if tasks.find_task(first.task, first.config).kind != "language_model":
+    needs_causal = tasks.find_task(first.task, first.config).needs_causal
+    if not needs_causal:
         return every
     causal = [name for name in every if zoo.LAYERS[name].supports.causal]
     left_out = [name for name in every if name not in causal]
-    print(f"Left out, because a language model must be causal: {', '.join(left_out)}.", file=sys.stderr)
+    print(f"Left out, because {needs_causal} must be causal: {', '.join(left_out)}.", file=sys.stderr)
     return causal
 
 
