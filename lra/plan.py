@@ -22,7 +22,7 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
             `train` is then given, too.
     Raises:
         ValueError: unknown recipe, layer, task or configuration, a value out of its range or against its protocol, a layer
-            that cannot be causal for a language model.
+            that cannot be causal for a task that needs it.
         TypeError: an override that is no attribute of `Run`, or has the wrong type.
     Example:
         >>> plan("quickstart", "softmax", steps=10).steps
@@ -180,8 +180,8 @@ def _begun(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Draft:
     task = own or tasks.find_task(name, config)
     for value in overrides:
         check_type(value, overrides[value])
-    if task.kind == "language_model":
-        layers.check_causal(layer)
+    if task.needs_causal:
+        layers.check_causal(layer, task.needs_causal)
     return Draft(page, layer, task, overrides)
 
 

@@ -22,6 +22,7 @@ MEANINGLESS: dict[Kind, tuple[str, ...]] = {
     "classification": ("interaction",),
     "pair": (),
     "language_model": ("pooling", "head", "interaction", "inputs"),
+    "tagging": ("pooling", "interaction", "inputs"),
 }
 # What reads the first token alone, which in a causal layer has seen nothing else.
 FIRST = ("first", "cls")
@@ -37,6 +38,7 @@ def defaults(protocol: str, kind: Kind) -> dict[str, Any]:
         # The released code has no token of its own in front of either sequence, and reads their first bytes.
         "pair": dict(pooling="first", head="mlp", interaction="concat"),
         "language_model": {},
+        "tagging": {},
     }
     return {"selection": "last", **pooled[kind]}
 

@@ -51,6 +51,7 @@ def train(
     shard: parallel.Shard = "batch",
     tensorboard: bool = False,
     checkpoint_minutes: float = 10,
+    test_lengths: Sequence[int] = (),
     show: Callable[[str], None] | None = None,
 ) -> results.Result:
     """Trains a run and tests it.
@@ -76,11 +77,13 @@ def train(
         tensorboard: also log to `out/tensorboard`, by tensorboardX.
         checkpoint_minutes: between checkpoints, at the next tenth step; 0: at every one, inf: only at validations. They
             change no number.
+        test_lengths: also test on examples of these lengths, of a task that draws them.
         show: is given the progress in words, instead of stderr.
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
         ValueError: unknown task, another than the run's; a batch larger than the data, or a run larger than the memory;
-            devices that do not divide the batch; "zero" on one device; a negative checkpoint_minutes.
+            devices that do not divide the batch; "zero" on one device; a negative checkpoint_minutes; a length that the task
+            cannot be tested at.
         RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`; another process that
             trains in it; a file in it that cannot be read.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint of that step is saved.
@@ -96,6 +99,7 @@ def train(
         splits = tasks.check_splits(task, splits)
     if not checkpoint_minutes >= 0:
         raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
+    tasks.check_lengths(task, test_lengths)
     mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
     parallel.check_shard(shard, mesh)
     sizes.check(run, task, splits, devices=1 if mesh is None else mesh.size, sharded=shard == "zero")
@@ -117,7 +121,9 @@ def train(
             with parallel.first_process_first():
                 splits, source = store.load(task.dataset, data_dir)
         tensorboard = tensorboard and parallel.is_first()
-        job = Job(run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes, show)
+        job = Job(
+            run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes, test_lengths, show
+        )
         state = job.state()
         with job.started(state):
             failure = fit(job, state)
@@ -154,6 +160,7 @@ class Job:
         source: of the splits, in words.
         folder: the run's, which is this process's alone.
         checkpoint_seconds: between checkpoints.
+        test_lengths: that the test is repeated at.
     """
 
     run: Run
@@ -166,6 +173,7 @@ class Job:
     quiet: bool
     tensorboard: bool
     checkpoint_seconds: float
+    test_lengths: Sequence[int]
     show_progress: Callable[[str], None] | None = None
 
     def __post_init__(self):
@@ -242,7 +250,7 @@ class Job:
         """Scores the validation split, and keeps the parameters where they are the best so far."""
         now, step = self.averaged(state.learner), state.step
         batches = self.evaluation.validation
-        score, loss = self.evaluation.score(now, self.progress.work("validation", len(batches)).over(batches))
+        score, loss, _ = self.evaluation.score(now, self.progress.work("validation", len(batches)).over(batches))
         state.validations.append([step, score, loss])
         self.number(f"validation/{self.objective.column}", score, step)
         self.number("validation/loss", loss, step)
@@ -285,7 +293,8 @@ class Job:
         scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
         if not failure:
             last = self.averaged(state.learner)
-            scores |= self.evaluation.test(last if state.best_validation[0] == self.run.steps else state.best, last)
+            best = last if state.best_validation[0] == self.run.steps else state.best
+            scores |= self.evaluation.test(best, last, self.test_lengths)
         self.checkpoints.close()
         result = results.Result(status=failure or "ok", **scores, **self._columns(state))
         if parallel.is_first():

@@ -85,7 +85,7 @@ def listing(data_dir: str | os.PathLike | None = None) -> list[tuple[str, ...]]:
             rows.append((
                 f"{task.name}/{task.config}", task.kind.replace("_", " "), str(task.num_classes), f"{task.length:,}", sizes,
                 str(found.source or "generated"), sources.size(found.disk), f"{hours:.2f}" if hours >= 0.005 else "<0.01",
-                "yes" if store.is_prepared(task.dataset, data_dir) else "no",
+                "drawn" if found.drawn else "yes" if store.is_prepared(task.dataset, data_dir) else "no",
             ))  # fmt: skip
     return rows
 
@@ -100,6 +100,9 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
     wanted = tasks.tasks_named(words) or _quick()
     failed, done = 0, set()
     for task in wanted:
+        if catalogue.find_dataset(task.dataset).drawn:
+            print(f"{task.name}/{task.config}: drawn while it is read, nothing to prepare", flush=True)
+            continue
         folder = store.dataset_folder(task.dataset, data_dir)
         if folder in done:
             continue
@@ -118,7 +121,8 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
 
 def _quick() -> list[Task]:
     every = [task for configs in tasks.TASKS.values() for task in configs.values()]
-    return [task for task in every if catalogue.find_dataset(task.dataset).seconds <= PATIENCE_SECONDS]
+    quick = lambda found: found.seconds <= PATIENCE_SECONDS and not found.drawn
+    return [task for task in every if quick(catalogue.find_dataset(task.dataset))]
 
 
 def _bytes(folder: pathlib.Path) -> int:
@@ -146,18 +150,22 @@ def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
     Raises: ValueError: unknown task.  DatasetError: it is not prepared, or cannot be read.
     """
     (task,) = tasks.tasks_named([word])
+    drawn = catalogue.find_dataset(task.dataset).drawn
     folder = store.dataset_folder(task.dataset, data_dir)
-    if not folder.exists():
+    if not drawn and not folder.exists():
         raise sources.DatasetError(
             f"{word}: data set must be prepared first, got no folder {folder}. Run prepare_lra.py prepare {word}"
         )
-    report = Report([f"{task.name}/{task.config} ({task.dataset}), {sources.size(_bytes(folder))} in {folder}"])
+    where = "drawn while it is read" if drawn else f"{sources.size(_bytes(folder))} in {folder}"
+    report = Report([f"{task.name}/{task.config} ({task.dataset}), {where}"])
     if task.note:
         report.lines.append(f"  note      {task.note}")
-    _check_files(report, folder)
+    if not drawn:
+        _check_files(report, folder)
     splits, source = store.load(task.dataset, data_dir)
     report.lines.append(f"  data      {source}")
-    _check_examples(report, task, splits)
+    if not drawn:  # what was drawn for each split belongs to no other, and has no end
+        _check_examples(report, task, splits)
     with Work(f"{task.name}/{task.config}: floors"):
         floors = task.floors(splits)
     unit = "" if task.kind == "language_model" else " %"

@@ -14,13 +14,14 @@ import jax
 from subquad.lra import checkpoints, files, layers, machine, recipes, sizes, tasks, train
 from subquad.lra.bench import speed, timing
 from subquad.lra.cli import commands
+from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.plan import plan
 from subquad.lra.progress import Board, clock, say
 from subquad.lra.report import csv_rows, ledger, measurements, overview, page, results
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.run import Run
 
-RECIPE = "quickstart"
+RECIPES = {True: "diagnostics", False: "quickstart"}  # of tasks that are drawn, and of others
 TASKS, MORE_TASKS = ("recall", "selective_copy"), ("mqar", "induction", "parity")
 LENGTHS, MORE_LENGTHS = (256, 1024, 2048, 8192), (512, 4096)
 MODEL, MODE, BASELINE = "small", "forward", "softmax"
@@ -36,7 +37,7 @@ LONGER = "The same and harder tasks, run before: rows that came with the package
 
 def parse(command_line: Sequence[str] | None, program: str):
     parser = commands.Parser(prog=program, description=__doc__)
-    every = list(recipes.RECIPES[RECIPE].layers)
+    every = list(recipes.RECIPES["diagnostics"].layers)
     add = parser.add_argument
     add("--layers", nargs="+", default=every, metavar="LAYER", help=f"of {' '.join(every)}; default: all")
     add("--tasks", nargs="+", default=None, metavar="TASK", help=f"of {' '.join(tasks.TASKS)}; default: {' '.join(TASKS)}")
@@ -71,7 +72,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
         costs = measure_cost(arguments.layers, lengths, out / "cost.csv", board)
         rows = [train_one(run, out, arguments.data_dir, board) for run in runs]
     known = ledger.read_ledger()
-    before = [row for row in known.rows() if row.status == "ok" and row.recipe == RECIPE]
+    before = [row for row in known.rows() if row.status == "ok" and row.recipe in RECIPES.values()]
     sections = [
         overview.cost(costs),
         overview.ability(rows, ABILITY, reasons=reasons),
@@ -100,9 +101,10 @@ def plan_all(arguments) -> tuple[list[Run], dict[tuple[str, str], str]]:
     given = {} if arguments.steps is None else {"steps": arguments.steps}
     runs, reasons, errors = [], {}, []
     for task in arguments.tasks:
+        recipe = RECIPES[task in diagnostics.CONFIGS]
         for layer in arguments.layers:
             try:
-                planned = [plan(RECIPE, layer, task=task, seed=seed, **given) for seed in seeds]
+                planned = [plan(recipe, layer, task=task, seed=seed, **given) for seed in seeds]
                 sizes.check(planned[0], tasks.find_task(task, planned[0].config))
                 runs += planned
             except (ValueError, NotImplementedError) as error:

@@ -105,7 +105,7 @@ def ability(
 
 
 def _chance(row: Result) -> float:
-    return row.floor_majority or 0.0
+    return row.floor_chance or row.floor_majority or 0.0
 
 
 def _rules(row: Result) -> list[float | None]:

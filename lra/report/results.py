@@ -69,6 +69,9 @@ class Result:
     floor_bigram: float | None = None  # of those after one token
     accuracy_train: float | None = None  # as `accuracy`, of drawn training examples, as many as of test
     bits_per_byte_train: float | None = None
+    floor_chance: float | None = None  # what guessing reaches by the task's own definition
+    accuracy_sequences: float | None = None  # of sequences with several targets: those with all of them right
+    scores_by_length: str | None = None  # JSON: a length of test examples -> the score of `selection`, or why there is none
 
 
 FIELDS = csv_rows.column_names(Result)
@@ -151,6 +154,7 @@ COLUMNS = {
     "bag floor": lambda rows: per_cent(rows[0].floor_bag),
     "network floor": lambda rows: per_cent(rows[0].floor_network),
     "unigram floor": lambda rows: _mean(rows, "floor_unigram", "{:.3f}".format),
+    "chance": lambda rows: per_cent(rows[0].floor_chance),
     "bigram floor": lambda rows: _mean(rows, "floor_bigram", "{:.3f}".format),
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
     "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
@@ -181,7 +185,7 @@ def cells(rows: Iterable[Result]) -> list[list[str]]:
     rows = list(rows)
     heading = [name.replace("test accuracy", "test bits per byte") if _models_language(rows) else name for name in COLUMNS]
     body = [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
-    kept = [at for at, name in enumerate(COLUMNS) if not name.endswith("floor") or any(line[at] for line in body)]
+    kept = [at for at, name in enumerate(COLUMNS) if not name.endswith(("floor", "chance")) or any(line[at] for line in body)]
     return [[line[at] for at in kept] for line in (heading, *body)]
 
 
@@ -202,7 +206,7 @@ def caption(rows: Sequence[Result]) -> str:
     if one.floor_unigram is not None:
         floors = "; unigram and bigram floors: counts of bytes, and of bytes after one byte"
     if not _models_language(rows):
-        judged, floors = "Accuracy", "; majority floor: the commonest answer"
+        judged, floors = "Accuracy", "; chance: a guess" if one.floor_chance else "; majority floor: the commonest answer"
         error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
         floors += "; root floor: the commonest answer given the root operator" if one.floor_root is not None else ""
         floors += "; bag floor: a linear rule on how often each token occurs" if one.floor_bag is not None else ""
