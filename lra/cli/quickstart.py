@@ -13,7 +13,7 @@ import jax
 
 from subquad.lra import checkpoints, files, layers, machine, recipes, sizes, tasks, train
 from subquad.lra.bench import speed, timing
-from subquad.lra.cli import commands
+from subquad.lra.cli import bench, commands
 from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.plan import plan
 from subquad.lra.progress import Board, clock, say
@@ -40,7 +40,10 @@ def parse(command_line: Sequence[str] | None, program: str):
     every = list(recipes.RECIPES["diagnostics"].layers)
     add = parser.add_argument
     add("--layers", nargs="+", default=every, metavar="LAYER", help=f"of {' '.join(every)}; default: all")
-    add("--tasks", nargs="+", default=None, metavar="TASK", help=f"of {' '.join(tasks.TASKS)}; default: {' '.join(TASKS)}")
+    known = f"of {' '.join(tasks.TASKS)}, or as listops/tiny; default: {' '.join(TASKS)}"
+    add("--tasks", nargs="+", default=None, metavar="TASK", help=known)
+    at = ",".join(map(measurements.length_label, LENGTHS))
+    add("--lengths", type=bench.parse_lengths, default=None, metavar="N,M", help=f"of the costs; default: {at}")
     add("--steps", type=int, default=None, help="of each layer; default: the task's")
     add("--seed", type=int, default=0, help="of parameters and order; default: 0")
     add("--full", action="store_true", help="three seeds, more tasks, more lengths: hours")
@@ -65,12 +68,12 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
     out = checkpoints.open_folder(arguments.out)
     csv_rows.check_file(out / "quickstart.csv", results.Result)
     csv_rows.check_file(out / "cost.csv", Measurement)
-    lengths = sorted([*LENGTHS, *MORE_LENGTHS * arguments.full])
+    lengths = sorted(arguments.lengths or [*LENGTHS, *MORE_LENGTHS * arguments.full])
     with Board(("layer", "cost", *arguments.tasks), arguments.layers) as board:
         for layer, task in reasons:
             board.show(layer, task, "cannot")
         costs = measure_cost(arguments.layers, lengths, out / "cost.csv", board)
-        rows = [train_one(run, out, arguments.data_dir, board) for run in runs]
+        rows = [train_one(run, word, out, arguments.data_dir, board) for word, run in runs]
     known = ledger.read_ledger()
     before = [row for row in known.rows() if row.status == "ok" and row.recipe in RECIPES.values()]
     sections = [
@@ -87,29 +90,29 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
     return commands.FAILED if any(row.status != "ok" for row in rows) else 0
 
 
-def plan_all(arguments) -> tuple[list[Run], dict[tuple[str, str], str]]:
-    """(all runs, why a layer cannot do a task).
+def plan_all(arguments) -> tuple[list[tuple[str, Run]], dict[tuple[str, str], str]]:
+    """((task as it was given, run) of all, (layer, task) -> why the layer cannot do the task).
 
     Raises: ValueError: an unknown word, or no run is possible.
     """
     for layer in arguments.layers:
         layers.find_layer(layer)
-    for name in arguments.tasks:
-        if name not in tasks.TASKS:
-            tasks.find_task(name, Run.config)  # which refuses it
     seeds = [arguments.seed + number for number in range(3 if arguments.full else 1)]
     given = {} if arguments.steps is None else {"steps": arguments.steps}
     runs, reasons, errors = [], {}, []
-    for task in arguments.tasks:
-        recipe = RECIPES[task in diagnostics.CONFIGS]
+    for word in arguments.tasks:
+        name, _, config = word.partition("/")
+        if config or name not in tasks.TASKS:
+            tasks.find_task(name, config)  # which refuses what it does not know
+        recipe, chosen = RECIPES[name in diagnostics.CONFIGS], {"config": config} if config else {}
         for layer in arguments.layers:
             try:
-                planned = [plan(recipe, layer, task=task, seed=seed, **given) for seed in seeds]
-                sizes.check(planned[0], tasks.find_task(task, planned[0].config))
-                runs += planned
+                planned = [plan(recipe, layer, task=name, seed=seed, **chosen, **given) for seed in seeds]
+                sizes.check(planned[0], tasks.find_task(name, planned[0].config))
+                runs += [(word, run) for run in planned]
             except (ValueError, NotImplementedError) as error:
                 errors.append(error)
-                reasons[layer, task] = files.one_line(error)
+                reasons[layer, word] = files.one_line(error)
     if not runs:
         raise errors[0]
     return runs, reasons
@@ -153,19 +156,19 @@ def cost_words(row: Measurement, at: str) -> str:
     return f"{at}: {1e3 * row.median_ms / row.length:.1f} µs/token" if row.median_ms else row.status.partition(":")[0]
 
 
-def train_one(run: Run, out: pathlib.Path, data_dir: str | None, board: Board) -> results.Result:
-    """The row of a run, trained now or before. One layer's fault is a row, and the others still run."""
+def train_one(run: Run, column: str, out: pathlib.Path, data_dir: str | None, board: Board) -> results.Result:
+    """The row of a run, trained now or before, shown in a column. One layer's fault is a row, and the others still run."""
     folder, task = out / "runs" / run.id, tasks.find_task(run.task, run.config)
     if (folder / "result.json").exists():
         say(f"{run.layer}, {run.task}: finished before, kept ({folder}).")
     try:
-        row = train.train(run, out=folder, data_dir=data_dir, resume=True, show=board.cell(run.layer, run.task))
+        row = train.train(run, out=folder, data_dir=data_dir, resume=True, show=board.cell(run.layer, column))
     except checkpoints.Interrupted as stopped:
         saved = str(stopped).partition(" Go on")[0]
         raise checkpoints.Interrupted(f"{saved} The same command goes on from there.", stopped.number) from None
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         row = results.failure(run, task, commands.memory_error(error) or files.one_line(error))
         print(f"{run.layer}, {run.task}: {row.status}", file=sys.stderr)
-    board.show(run.layer, run.task, results.score_of_seeds([row]))
+    board.show(run.layer, column, results.score_of_seeds([row]))
     results.append(row, out / "quickstart.csv")
     return row

@@ -77,9 +77,9 @@ def ability(
     """What each layer reached on each task, the mean over seeds, with chance below; colours run from chance to all right.
 
     Args:
-        reasons: (layer, task) -> why the layer cannot do the task.
+        reasons: (layer, task, or task/config) -> why the layer cannot do it.
     """
-    rows = [row for row in rows if row.bits_per_byte is None]
+    rows = list(rows)
     kinds = list(dict.fromkeys((row.task, row.config) for row in rows))
     chance = {(row.task, row.config): _chance(row) for row in rows}
     rules = {(row.task, row.config): max(filter(None, floors), default=None) for row in rows if (floors := _rules(row))}
@@ -90,7 +90,7 @@ def ability(
     body, shades = [], []
     for layer in layers:
         groups = [of.get((layer, *kind)) for kind in kinds]
-        without = ["cannot" if (layer, task) in reasons else "" for task, _ in kinds]
+        without = ["cannot" if {(layer, task), (layer, f"{task}/{config}")} & reasons.keys() else "" for task, config in kinds]
         scores = [word if group is None else results.score_of_seeds(group) for group, word in zip(groups, without, strict=True)]
         body.append([layer, *scores])
         shades.append([None, *(_shade(group, chance[kind]) for kind, group in zip(kinds, groups, strict=True))])
@@ -104,22 +104,23 @@ def ability(
     return Section(title, says, [Table(heading, body, shades, notes)] if rows else [])
 
 
-def _chance(row: Result) -> float:
-    return row.floor_chance or row.floor_majority or 0.0
+def _chance(row: Result) -> float | None:
+    return row.floor_chance or row.floor_majority
 
 
 def _rules(row: Result) -> list[float | None]:
     return [row.floor_root, row.floor_bag, row.floor_network]
 
 
-def _shade(group: Sequence[Result] | None, chance: float) -> float | None:
-    scores = [row.accuracy for row in group or () if row.accuracy is not None]
-    return (sum(scores) / len(scores) - chance) / (1 - chance) if scores else None
+def _shade(group: Sequence[Result] | None, chance: float | None) -> float | None:
+    scores = [row.accuracy for row in group or () if row.accuracy is not None]  # none of a language model
+    return (sum(scores) / len(scores) - (chance or 0)) / (1 - (chance or 0)) if scores else None
 
 
 def _trained(of: Mapping[tuple, Sequence[Result]], task: str, config: str) -> str:
     one = next(group[0] for (_, *kind), group in of.items() if kind == [task, config])
-    return f"recipe {one.recipe}, {one.steps} steps of {one.batch_size}, {one.test_examples} examples of {one.split}."
+    unit = "bits per byte; " if one.bits_per_byte is not None else ""
+    return f"{unit}recipe {one.recipe}, {one.steps} steps of {one.batch_size}, {one.test_examples} examples of {one.split}."
 
 
 def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
