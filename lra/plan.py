@@ -8,7 +8,7 @@ from typing import Any
 from subquad.kernels.dispatch import nearest
 from subquad.lra import layers, models, protocols, tasks
 from subquad.lra.recipes import RECIPES, Recipe
-from subquad.lra.run import Run, check_type, check_values
+from subquad.lra.run import Run, check_values, checked
 
 
 def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run:
@@ -178,8 +178,7 @@ def _begun(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Draft:
             raise TypeError(f"{value} must be a value of a run, got {value}={overrides[value]!r}. {nearest(value, known)}")
     config = overrides["config"] if "config" in overrides else _usual_config(page, name, layer, overrides)
     task = own or tasks.find_task(name, config)
-    for value in overrides:
-        check_type(value, overrides[value])
+    overrides = {value: checked(value, given) for value, given in overrides.items()}
     if task.kind == "language_model":
         layers.check_causal(layer)
     return Draft(page, layer, task, overrides)
