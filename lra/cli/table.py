@@ -145,7 +145,7 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
     outcomes = get_args(verdicts.Outcome)
     rows = [["paper", "table", "cells", "reproduced", *outcomes[1:], "hours to run", "what it holds"]]
     for paper, name in progress.over(published.sources(), "Tables"):
-        every = [cell for cell in cells.cells_of_table(paper, name) if cell.column != "average"]
+        every = [cell for cell in cells.cells_of_table(paper, name) if cell.task != "average"]
         judged = [verdicts.judge(cell, known) for cell in every]
         counts = Counter(one.outcome for one in judged)
         hours: dict[str, float] = {}
