@@ -7,6 +7,7 @@ from typing import Any
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import layers, models, protocols, tasks
+from subquad.lra.files import refuse
 from subquad.lra.recipes import RECIPES, Recipe
 from subquad.lra.run import Run, check_values, checked
 
@@ -203,7 +204,5 @@ def _check(run: Run, draft: Draft) -> None:
     for name in ("state_learning_rate", "step_learning_rate"):
         given = draft.overrides.get(name)
         if given is not None and not models.has_state_space(run, draft.task):
-            raise ValueError(
-                f"{name} must be none for layer {run.layer!r}, which has no parameters of state spaces, got {given}. "
-                "Use learning_rate."
-            )
+            refuse(name, f"be none for layer {run.layer!r}, which has no parameters of state spaces", given,
+                   "Use learning_rate.")

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from subquad.lra.cli import commands
-from subquad.lra.report import csv_rows, measurements, plots, results, text_tables
+from subquad.lra.report import csv_rows, ledger, measurements, plots, results, text_tables
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 
@@ -22,10 +22,10 @@ def main(command_line: Sequence[str] | None = None, program: str = "report") -> 
     parser = commands.Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="CSV", help="rows of training, or of measurements")
     for path in parser.parse_args(command_line).files:
-        header, rows = csv_rows.read_lines(path)
-        if rows and csv_rows.holds(header, Measurement):
+        kind = ledger.kind_of(path) if csv_rows.read_lines(path)[1] else None
+        if kind is Measurement:
             show_measurements(path, measurements.read_measurements(path))
-        elif rows and csv_rows.holds(header, Result):
+        elif kind is Result:
             show_results(path)
         else:
             raise ValueError(f"file must hold rows of training or of measurements, got {path}. Name another.")

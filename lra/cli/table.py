@@ -164,7 +164,7 @@ def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
         found = floor_rows.measure_floors(word, data_dir)
         csv_rows.write_rows(path, ledger.Floor, found, ledger.FLOOR_KEY)
         for floor in found:
-            print(f"{floor.task}/{floor.config}: {ledger.NAMES.get(floor.floor, floor.floor)} {floor.value:.4f}")
+            print(f"{floor.task}/{floor.config}: {results.FLOORS[floor.floor]} {floor.value:.4f}")
     print(f"Rows in {path}.")
     return 0
 

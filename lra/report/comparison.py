@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from subquad.lra import tasks
-from subquad.lra.report import cells, published, text_tables
-from subquad.lra.report.ledger import NAMES, Ledger
+from subquad.lra.report import cells, published, results, text_tables
+from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.verdicts import Average, Outcome, Verdict, averages, run_of
 
 FORMS = ("text", "markdown", "latex", "csv", "json")
@@ -57,9 +57,9 @@ def floors(verdicts: Iterable[Verdict], ledger: Ledger) -> list[str]:
         seen.add((run.task, run.config))
         known = {name: floor.value for name, floor in ledger.floors.get((run.task, run.config), {}).items()}
         for row in one.results:
-            scores = {name: getattr(row, f"floor_{name}") for name in ("majority", "root", "bag", "network")}
+            scores = {name: getattr(row, f"floor_{name}") for name in results.FLOORS}
             known = {**{name: value for name, value in scores.items() if value is not None}, **known}
-        words = [f"{NAMES[name]} {100 * known[name]:.1f}" for name in NAMES if name in known]
+        words = [f"{what} {100 * known[name]:.1f}" for name, what in results.FLOORS.items() if name in known]
         chance = f"chance {100 / tasks.find_task(run.task, run.config).num_classes:.0f}"
         more = "" if words else f"; others by python scripts/reproduce_table.py --floors {run.task}/{run.config}"
         found.append(f"Floors of {run.task}/{run.config}, %: {', '.join([chance, *words])}{more}.")
