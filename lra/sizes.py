@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from subquad.lra import machine, models
 from subquad.lra.data import catalogue
 from subquad.lra.data.sources import size
+from subquad.lra.files import refuse
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 
@@ -78,10 +79,8 @@ def check(
     if splits is not None or known is None or known.exact or known.source is not None:
         examples = task.splits["train"] if splits is None else len(splits["train"])
         if run.batch_size > examples:
-            raise ValueError(
-                f"batches: batch_size must be in 1..{examples}, the training examples of {task.name}/{task.config}, got "
-                f"{run.batch_size}. Choose a smaller one."
-            )
+            refuse("batches: batch_size", f"be in 1..{examples}, the training examples of {task.name}/{task.config}",
+                   run.batch_size, "Choose a smaller one.")
     check_fits(run, task, "run", *machine.memory(), devices=devices, sharded=sharded)
 
 

@@ -28,6 +28,7 @@ from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, begin_or_resume, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.evaluation import Evaluation
+from subquad.lra.files import refuse
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
 from subquad.lra.report import results
@@ -91,10 +92,8 @@ def train(
     """
     task = task or tasks.find_task(run.task, run.config)
     if (task.name, task.config) != (run.task, run.config):
-        raise ValueError(
-            f"train: task must be the run's, {run.task}/{run.config}, got {task.name}/{task.config}. "
-            "Plan the run with the same record: plan(task=task)."
-        )
+        refuse("train: task", f"be the run's, {run.task}/{run.config}", f"{task.name}/{task.config}",
+               "Plan the run with the same record: plan(task=task).")
     if splits is not None:
         splits = tasks.check_splits(task, splits)
     if not checkpoint_minutes >= 0:
@@ -317,27 +316,17 @@ class Job:
         return dict(
             **{name: getattr(run, name) for name in results.OF_RUN},
             **{name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")},
-            configuration=configuration,
-            configuration_hash=results.configuration_hash(configuration),
-            best_step=state.best_validation[0],
-            validation_accuracy_best=state.best_validation[1] if is_accuracy else None,
+            configuration=configuration, configuration_hash=results.configuration_hash(configuration),
+            best_step=state.best_validation[0], validation_accuracy_best=state.best_validation[1] if is_accuracy else None,
             validation_accuracy_last=state.validations[-1][1] if is_accuracy else None,
             train_loss_last=float(np.mean(tail)) if tail else None,
-            collapsed_step=self.evaluation.collapsed_step(state.validations),
-            split="test",
-            test_examples=len(self.splits["test"]),
-            parameters=models.count_parameters(run, task),
-            steps_per_second=state.rate,
-            train_seconds=state.seconds,
-            compile_seconds=self.compile_seconds,
-            flops_per_step=self.flops,
-            memory_temporary_bytes=memory.temporary,
-            memory_peak_bytes=memory.peak,
-            data=f"{self.source}, batches by grain",
-            source=task.source,
-            finished_utc=machine.utc_now(),
+            collapsed_step=self.evaluation.collapsed_step(state.validations), split="test",
+            test_examples=len(self.splits["test"]), parameters=models.count_parameters(run, task),
+            steps_per_second=state.rate, train_seconds=state.seconds, compile_seconds=self.compile_seconds,
+            flops_per_step=self.flops, memory_temporary_bytes=memory.temporary, memory_peak_bytes=memory.peak,
+            data=f"{self.source}, batches by grain", source=task.source, finished_utc=machine.utc_now(),
             **machine.environment(1 if self.mesh is None else self.mesh.size),
-        )
+        )  # fmt: skip
 
 
 def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch, *, mesh=None):

@@ -19,9 +19,6 @@ import pathlib
 import re
 
 if __name__ == "__main__":  # before jax is imported
-    from subquad.lra import interrupts
-
-    interrupts.exit_during_startup("bench_mesh")
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -170,15 +167,12 @@ def rows_of(name: str, length: int):
         text = program.as_text()
         leaves = zip(jax.tree.leaves(program(parts)), jax.tree.leaves(want), strict=True)
         yield dict(
-            operation=name,
-            sharded=column,
-            length=length,
-            share=round(flops(text) / whole, 4),
+            operation=name, sharded=column, length=length, share=round(flops(text) / whole, 4),
             **{word: len(re.findall(rf" {word}(?:-start)?\(", text)) for word in COLLECTIVES},
             temporary_kib=round(program.memory_analysis().temp_size_in_bytes / 1024),
             temporary_kib_alone=round(alone.memory_analysis().temp_size_in_bytes / 1024),
             error=max(specs.error(got, wanted, 1e-6) for got, wanted in leaves),
-        )
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ FLOPs of HLO in words

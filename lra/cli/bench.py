@@ -9,7 +9,6 @@ Layers are timed in turn with the baseline, softmax, so that ratios are of one r
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -59,8 +58,6 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--grid-intensity", type=amount, default=None, metavar="G", help="grams of CO2e per kWh; default: no CO2e")
     add("--price-per-hour", type=amount, default=None, metavar="P", help="of the machine; default: no price")
     add("--currency", default="USD", help="of that price; default: USD")
-    add("--results", default=None, metavar="CSV", help="of training: draw accuracy against time beside --out; measures nothing")
-    add("--draw", action="store_true", help="only tables and plots of the rows in --out")
     add("--out", default="runs/bench/lra.csv", metavar="CSV", help="default: %(default)s")
     return check_arguments(parser.parse_args(command_line))
 
@@ -101,13 +98,6 @@ def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") 
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
     csv_rows.check_file(arguments.out, measurements.Measurement)
-    if arguments.results:
-        return report.draw_accuracy_against_time(arguments.results, pathlib.Path(arguments.out).parent)
-    if arguments.draw:
-        rows = measurements.read_measurements(arguments.out)
-        if not rows:
-            raise ValueError(f"--draw must find rows in --out, got {arguments.out}, which has none. Measure something first.")
-        return report.show_measurements(arguments.out, rows)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes that observe a peak need room, too
     jax.config.update("jax_enable_compilation_cache", False)  # it would make compiling look free
     layers = list(dict.fromkeys([arguments.baseline, *arguments.layers]))

@@ -9,9 +9,8 @@ import os
 import re
 import signal
 import sys
-import types
 from collections.abc import Callable
-from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import NoReturn
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import interrupts
@@ -45,24 +44,34 @@ class Parser(argparse.ArgumentParser):
 def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), **helps: str) -> None:
     """An option for every field of a frozen dataclass: --learning-rate for learning_rate. Absent if not given.
 
-    A field that is true or false is an option without a value: --remat, --no-remat. Its help is that in `helps`, else what
-    `field_descriptions` finds.
+    A field that is true or false is an option without a value: --remat, --no-remat. Others are read as Python's values, or
+    else as words; whoever makes the record refuses wrong ones. Its help is that in `helps`, else what `field_descriptions`
+    finds.
     """
     helps = field_descriptions(record) | helps
-    for name, kind in get_type_hints(record).items():
-        if name in leave_out:
+    for one in dataclasses.fields(record):
+        if one.name in leave_out:
             continue
-        parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
-        if bool in parts:
-            option = f"--{name.replace('_', '-')}"
-            parser.add_argument(option, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=helps[name])
-            continue
-        words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
-        plain = next((part for part in parts if part in (int, float)), str)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="|".join(words) or plain.__name__.upper(),
-            type=_optional(plain) if type(None) in parts else plain, help=helps[name],
-        )  # fmt: skip
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(one.default, bool) else dict(type=value_or_none)
+        parser.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, help=helps[one.name], **kind)
+
+
+def value_or_none(text: str):
+    """The value of a field's option: "none" is None."""
+    return None if text.lower() == "none" else literal(text)
+
+
+def literal(text: str):
+    """A number, list or other literal of Python; what is none is a word.
+
+    Example:
+        >>> literal("1e-3"), literal("(1, 2)"), literal("cosine")
+        (0.001, (1, 2), 'cosine')
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def field_descriptions(record: type) -> dict[str, str]:
@@ -70,14 +79,6 @@ def field_descriptions(record: type) -> dict[str, str]:
     section = inspect.getdoc(record).partition("Attributes:\n")[2]
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()).replace("%", "%%") for name, text in found}
-
-
-def _optional(kind: type) -> Callable:
-    def read(text: str):
-        return None if text.lower() == "none" else kind(text)
-
-    read.__name__ = kind.__name__  # argparse says it in its error
-    return read
 
 
 def split_words(text: str) -> list[str]:
@@ -116,10 +117,7 @@ def assignments(words: list[str]) -> dict:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"layer_options must be written name=value, got {word!r}. For example num_heads=4.")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
+        found[name] = literal(value)
     return found
 
 

@@ -21,7 +21,7 @@ class Floor:
 
     Attributes:
         task, config: of `tasks.find_task`.
-        floor: the rule's name, see NAMES.
+        floor: the rule's name, see `results.FLOORS`.
         value: accuracy, a fraction; or bits per byte.
         examples: of the test split that it was read off.
         data: what was read; command: that measured it.
@@ -42,15 +42,6 @@ class Floor:
 
 FLOOR_KEY = ("task", "config", "floor")
 KINDS = (Result, Measurement, Floor, costs.StepTiming)
-# Short names, in the columns of a `Result` and the keys of `Task.floors`, and what they are.
-NAMES = {
-    "majority": "majority class",
-    "root": "root operator alone",
-    "bag": "bag of bytes",
-    "network": "small CNN",
-    "unigram": "unigram",
-    "bigram": "bigram",
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     """
     found: dict[type, list] = {kind: [] for kind in KINDS}
     for path in _files([SHIPPED, *paths]):
-        kind = _kind(path)
+        kind = kind_of(path)
         if kind is None:
             csv_rows.warn_once(_unknown(path), "The file is passed over; mend that line or move the file away.")
         else:
@@ -132,7 +123,7 @@ def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     return Ledger(of_any_seed, found[Measurement], floors, found[costs.StepTiming])
 
 
-def _kind(path: pathlib.Path) -> type | None:
+def kind_of(path: str | os.PathLike) -> type | None:
     """What a file holds rows of; None for a file that is none of ours."""
     header, _ = csv_rows.read_lines(path)
     return next((kind for kind in KINDS if not header or csv_rows.holds(header, kind)), None)
@@ -151,7 +142,7 @@ def verify_files(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.
     """
     files, found = _files([SHIPPED, *paths]), []
     for path in files:
-        kind = _kind(path)
+        kind = kind_of(path)
         if kind is None:
             found.append(_unknown(path))
         else:

@@ -145,17 +145,22 @@ def read_results(path: str | os.PathLike) -> list[Result]:
     return csv_rows.read_rows(path, Result)
 
 
+# What rules reach that see next to nothing of the input: the columns floor_..., the keys of `Task.floors`. The last two are
+# bits per byte.
+FLOORS = {
+    "chance": "a guess",
+    "majority": "the commonest answer",
+    "root": "the commonest answer given the root operator",
+    "bag": "a linear rule on how often each token occurs",
+    "network": "a small convolutional network",
+    "unigram": "counts of bytes",
+    "bigram": "counts of bytes after one byte",
+}
 # What the table shows: heading, and the cell of a group of rows that differ in seed only.
 COLUMNS = {
     "layer": lambda rows: rows[0].layer,
     "test accuracy": lambda rows: score_of_seeds(rows),
-    "majority floor": lambda rows: per_cent(rows[0].floor_majority),
-    "root floor": lambda rows: per_cent(rows[0].floor_root),
-    "bag floor": lambda rows: per_cent(rows[0].floor_bag),
-    "network floor": lambda rows: per_cent(rows[0].floor_network),
-    "unigram floor": lambda rows: _mean(rows, "floor_unigram", "{:.3f}".format),
-    "chance": lambda rows: per_cent(rows[0].floor_chance),
-    "bigram floor": lambda rows: _mean(rows, "floor_bigram", "{:.3f}".format),
+    **{f"{name} floor": lambda rows, name=name: floor_cell(name, getattr(rows[0], f"floor_{name}")) for name in FLOORS},
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
     "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
     "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
@@ -202,15 +207,12 @@ def caption(rows: Sequence[Result]) -> str:
     one = rows[0]
     seeds = sorted({row.seed for row in rows})
     chosen = "best on validation" if one.selection == "best" else "of the last step"
-    judged, error, floors = "Bits per byte", "", ""
-    if one.floor_unigram is not None:
-        floors = "; unigram and bigram floors: counts of bytes, and of bytes after one byte"
+    known = [name for name in FLOORS if getattr(one, f"floor_{name}") is not None]
+    floors = "".join(f"; {name} floor: {FLOORS[name]}" for name in known)
+    judged, error = "Bits per byte", ""
     if not _models_language(rows):
-        judged, floors = "Accuracy", "; chance: a guess" if one.floor_chance else "; majority floor: the commonest answer"
+        judged = "Accuracy"
         error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
-        floors += "; root floor: the commonest answer given the root operator" if one.floor_root is not None else ""
-        floors += "; bag floor: a linear rule on how often each token occurs" if one.floor_bag is not None else ""
-        floors += "; network floor: a small convolutional network" if one.floor_network is not None else ""
     return (
         f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "
@@ -244,5 +246,8 @@ def _mean(rows: Sequence[Result], name: str, write) -> str:
     return write(statistics.mean(values)) if values else ""
 
 
-def per_cent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+def floor_cell(name: str, value: float | None) -> str:
+    """A floor as tables show it; "" where there is none."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if name in ("unigram", "bigram") else f"{100 * value:.1f} %"

@@ -10,8 +10,8 @@ _SPECIAL = {
 }  # fmt: skip
 
 
-def markdown(rows: Rows) -> str:
-    """A table in Markdown, numbers to the right.
+def markdown(rows: Rows, left: int = 1) -> str:
+    """A table in Markdown, numbers to the right of `left` columns of words.
 
     Example:
         >>> print(markdown([["layer", "MiB"], ["a|b", "3"]]))
@@ -20,7 +20,7 @@ def markdown(rows: Rows) -> str:
         | a\\|b | 3 |
     """
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *body]
+    lines = [heading, ["---"] * left + ["---:"] * (len(heading) - left), *body]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 

@@ -52,7 +52,7 @@ def trained(monkeypatch):
 
 
 def column(task, *rows):
-    return [one for one in cells.cells_of_table("lra", "1") if one.column == task and one.row in rows]
+    return [one for one in cells.cells_of_table("lra", "1") if one.task == task and one.row in rows]
 
 
 def test_missing_runs_are_trained_cheapest_first_and_once(tmp_path, trained):
