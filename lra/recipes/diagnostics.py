@@ -8,16 +8,17 @@ Then the settings of the papers, as far as they are known: Mamba's, Zoology's an
 
 from subquad.lra.recipes.recipe import Recipe
 
+# Causal, as the papers' models are; Linformer cannot be, and looks at whole sequences.
 LAYERS = {
-    "softmax": dict(num_heads=4),
-    "blockwise": dict(num_heads=4, max_length="{length}", block_size=8),
-    "local": dict(num_heads=4, window_size=8),
-    "strided": dict(num_heads=4, stride=8),
-    "reformer": dict(num_heads=4, num_hashes=4, chunk_size=8),
+    "softmax": dict(num_heads=4, is_causal=True),
+    "blockwise": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
+    "local": dict(num_heads=4, is_causal=True, window_size=8),
+    "strided": dict(num_heads=4, is_causal=True, stride=8),
+    "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
-    "performer": dict(num_heads=4, num_features=32),
+    "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
-    "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
+    "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
 }
 # Tasks whose length may change after training: learned positions would end.
 LONGER = dict(positions="sinusoidal")
@@ -33,6 +34,7 @@ DIAGNOSTICS = Recipe(
         "parity|modular_addition|s5": dict(LONGER, steps=1000, evaluate_every=200),
         "mad": dict(steps=1000, evaluate_every=200),
         "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
+        "listops softmax|blockwise|local|strided|reformer|performer|s4": dict(layer_options=dict(is_causal=False)),
     },
 )
 
@@ -57,7 +59,7 @@ MAMBA = Recipe(
 ZOOLOGY = Recipe(
     id="zoology",
     source="Arora et al. 2023, arXiv 2312.04927, figure 2, as in HazyResearch/zoology, experiments/iclr24_zoology_figure2",
-    layers=LAYERS | {"softmax": dict(num_heads=1)},
+    layers=LAYERS | {"softmax": dict(num_heads=1, is_causal=True)},
     settings={
         "*": dict(
             config="64_4", in_features=64, num_layers=2, mlp_features=0, positions="learned", steps=64 * 196, batch_size=512,
