@@ -10,7 +10,7 @@ import numpy as np
 from subquad.kernels.dispatch import nearest
 from subquad.lra.data import catalogue, encodings, floors
 from subquad.lra.data.diagnostics import configs as diagnostics
-from subquad.lra.data.diagnostics.drawing import Diagnostic
+from subquad.lra.data.diagnostics.drawing import Diagnostic, Drawn
 from subquad.lra.data.listops import expressions
 from subquad.lra.data.offline import corpora
 from subquad.lra.data.pathfinder import pictures, released_folders
@@ -85,6 +85,13 @@ def _add(name: str, config: str, length: int, num_classes: int, source: str, dat
     TASKS.setdefault(name, {})[config] = task
 
 
+def _expressions_at(config: expressions.Config, length: int) -> Sequence[dict]:
+    longer = expressions.at_length(config, length)
+    drawn = functools.cache(lambda: list(expressions.generate(longer, "test")))
+    example = lambda index: {"inputs": np.frombuffer(drawn()[index].tokens, np.uint8), "label": drawn()[index].label}
+    return Drawn(example, dict(longer.splits)["test"])
+
+
 def _test_at(generator: Diagnostic, length: int) -> Sequence[dict]:
     return generator.at_length(length).splits()["test"]
 
@@ -97,6 +104,7 @@ for _config, _length in (_LENGTHS | {"release": 2000}).items():
         floors=floors.root, note="the arena's own files" if _config == "release" else "",
         # The arena's vocabulary has one more symbol, for unknown ones, which never occurs.
         vocabulary_size=expressions.VOCABULARY_SIZE + (_config not in ("small", "tiny")),
+        at_length=functools.partial(_expressions_at, expressions.CONFIGS.get(_config, expressions.CONFIGS["lra"])),
     )  # fmt: skip
 _add(
     "text", "lra", 1000, 2, f"Maas et al. 2011, IMDb; {_ARENA}",

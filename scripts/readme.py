@@ -8,6 +8,7 @@ import sys
 
 from subquad import zoo
 from subquad.lra.cli import commands
+from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.report import csv_rows, ledger, measurements, plots, results, text_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -15,6 +16,7 @@ READMES = ("README.md", "kernels/README.md", "lra/README.md")
 PICTURE = ROOT / "lra" / "results" / "bench.png"
 QUICKSTART = ROOT / "lra" / "results" / "quickstart.csv"
 OFFLINE = ROOT / "lra" / "results" / "offline.csv"
+ABILITIES = ROOT / "lra" / "results" / "diagnostics.csv"
 FLOORS = ROOT / "lra" / "results" / "floors.csv"
 COSTS = ROOT / "lra" / "results" / "bench.csv"
 PEERS = ROOT / "kernels" / "results" / "peers_cpu.csv"
@@ -87,6 +89,7 @@ def task_table(rows, floors) -> str:
         seeds = sorted({str(row.seed) for group in columns[task].values() for row in group})
         trained = f"{one.steps} steps of {one.batch_size}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
         notes.append(f"{task}: {trained}, {one.test_examples:,} test examples{error}.")
+    reached |= {(one.task, one.config, "chance"): one.floor_chance for one in firsts.values()}
     body = []
     for layer in zoo.LAYERS:
         body.append([layer, *(score(layer, column.get(layer)) for column in columns.values())])
@@ -105,6 +108,16 @@ def score(layer: str, group) -> str:
     return results.score_of_seeds(group).partition(" (")[0]
 
 
+def diagnostics_table() -> str:
+    """One row per diagnostic task, from its generator."""
+    rows = [("task", "question", "tokens", "chance", "source")]
+    for task, configs in diagnostics.CONFIGS.items():
+        for name, one in configs.items():
+            question = inspect.getdoc(one).partition("\n")[0]
+            rows.append((f"{task}/{name}", question, f"{one.length:,}", results.per_cent(one.chance), one.source))
+    return text_tables.markdown(rows)
+
+
 def cost_table(rows) -> str:
     """Steps per second and memory against length, as the arena's table 2."""
     table = measurements.tables([row for row in rows if row.mode == "train"])[0]
@@ -117,6 +130,8 @@ def generated() -> dict[str, str]:
         "layers": layer_table(),
         "quickstart": results.markdown(results.read_results(QUICKSTART)),
         "tasks": task_table(results.read_results(OFFLINE), csv_rows.read_rows(FLOORS, ledger.Floor)),
+        "diagnostics": diagnostics_table(),
+        "abilities": task_table(results.read_results(ABILITIES), []),
         "costs": cost_table(measurements.read_measurements(COSTS)),
         "peers": peers_table(peers),
         "memory": memory_table(peers),

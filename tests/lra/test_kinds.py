@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import json
 import math
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 
 from subquad.lra import models, objectives, tasks, train
+from subquad.lra.data import store
 from subquad.lra.plan import plan
 from subquad.zoo import LAYERS
 
@@ -130,7 +132,7 @@ def test_a_task_of_ones_own_may_ask_a_few_tokens(tmp_path):
         tasks.check_splits(free, {**given, "test": bad})
     with pytest.raises(ValueError, match="pooling must be left out for 'before', a task of kind tagging"):
         plan("lra-2020", "softmax", task=free, pooling="mean")
-    with pytest.raises(ValueError, match="test lengths must be left out for before/own, .*lengths are selective_copy"):
+    with pytest.raises(ValueError, match="test lengths must be left out for before/own, .*lengths are listops, selective_copy"):
         tasks.check_lengths(free, [16])
     bound = dataclasses.replace(free, answers_ahead=True)
     with pytest.raises(ValueError, match="layer must be causal for a task with the answers in its inputs, got 'linf"):
@@ -143,6 +145,22 @@ def test_a_task_of_ones_own_may_ask_a_few_tokens(tmp_path):
         model = nnx.jit(models.build(run, one))
         changed = jnp.abs(model(tokens, mask) - model(tokens.at[0, 6].set(5), mask)).max((0, 2))
         assert (changed[0] > 1e-6) == sees and changed[6] > 1e-6
+
+
+def few(examples):
+    return [examples[index] for index in range(40)]
+
+
+@pytest.mark.parametrize("layer", ["softmax", "linformer"])
+def test_a_run_is_tested_at_lengths_that_it_was_not_trained_at(layer, tmp_path):
+    listed = tasks.find_task("induction", "small")
+    given = {split: few(part) for split, part in store.load(listed.dataset)[0].items()}
+    short = dataclasses.replace(listed, at_length=lambda length: few(listed.at_length(length)))
+    run = plan("diagnostics", layer, task="induction", steps=2, **{**TINY, "warmup_steps": 0, "num_layers": 1})
+    result = train.train(run, out=tmp_path, task=short, splits=given, quiet=True, test_lengths=(32, 64, 128))
+    found = json.loads(result.scores_by_length)
+    assert found["64"] == result.accuracy == result.accuracy_sequences and 0 <= found["32"] <= 1
+    assert found["128"] <= 1 if layer == "softmax" else found["128"].startswith("cannot: Linformer")
 
 
 @pytest.mark.parametrize("layer", sorted(LAYERS))

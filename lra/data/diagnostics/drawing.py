@@ -42,7 +42,7 @@ class Diagnostic:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens of a sequence, at most."""
         raise NotImplementedError
 
     @property

@@ -18,7 +18,7 @@ arXiv 2011.04006.
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # Any change of what the generator draws is a new version, so that no data set on disk is taken for another.
@@ -90,6 +90,17 @@ def generate(config: Config, split: str) -> Iterator[Example]:
     if split not in sizes:
         raise ValueError(f"listops: split must be one of {', '.join(sizes)}, got {split!r}.")
     return _generate(config, split, sizes)
+
+
+def at_length(config: Config, length: int) -> Config:
+    """The same trees, longer ones for testing alone: more than length / 2 tokens, at most length, and none that is trained on.
+
+    Raises: ValueError: a length that trees to train on may have.
+    """
+    if length < 2 * (config.max_length - 1):
+        raise ValueError(f"listops: test lengths must be >= {2 * (config.max_length - 1)}, twice the longest, got {length}.")
+    name, test = f"{config.name}_at_{length}", ("test", dict(config.splits)["test"])
+    return replace(config, name=name, min_length=length // 2, max_length=length + 1, splits=(test,))
 
 
 def _generate(config: Config, split: str, sizes: dict[str, int]) -> Iterator[Example]:

@@ -41,7 +41,7 @@ def test_examples_are_those_of_the_task(task, name):
     assert {split: len(part) for split, part in splits.items()} == listed.splits
     few = {split: [part[index] for index in range(3)] for split, part in splits.items()}
     tasks.check_splits(listed, few)
-    assert all(len(one["inputs"]) == listed.length for part in few.values() for one in part)
+    assert all(0 <= listed.length - len(one["inputs"]) <= 1 for part in few.values() for one in part)
     assert all((one["targets"] >= 0).any() for part in few.values() for one in part)
     assert listed.floors(splits) == {"chance": generator.chance} and 0 < generator.chance < 0.6
 
