@@ -242,7 +242,7 @@ class Job:
     def validate(self, state: TrainState) -> None:
         """Scores the validation split, and keeps the parameters where they are the best so far."""
         now, step = self.averaged(state.learner), state.step
-        score, loss = self.evaluation.score(now, self.progress.over(self.evaluation.validation, "validation"))[:2]
+        score, loss, _ = self.evaluation.score(now, self.progress.over(self.evaluation.validation, "validation"))
         state.validations.append([step, score, loss])
         self.number(f"validation/{self.objective.column}", score, step)
         self.number("validation/loss", loss, step)
