@@ -23,6 +23,7 @@ from subquad.lra.run import Run
 
 RECIPES = {True: "diagnostics", False: "quickstart"}  # of tasks that are drawn, and of others
 TASKS, MORE_TASKS = ("recall", "selective_copy"), ("mqar", "induction", "parity")
+STEPS = 300  # of each layer on each task; all that the task's recipe has with --full
 LENGTHS, MORE_LENGTHS = (256, 1024, 2048, 8192), (512, 4096)
 MODEL, MODE, BASELINE = "small", "forward", "softmax"
 # Published tables that the page shows, as far as their cells were run.
@@ -44,7 +45,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--tasks", nargs="+", default=None, metavar="TASK", help=known)
     at = ",".join(map(measurements.length_label, LENGTHS))
     add("--lengths", type=bench.parse_lengths, default=None, metavar="N,M", help=f"of the costs; default: {at}")
-    add("--steps", type=int, default=None, help="of each layer; default: the task's")
+    add("--steps", type=int, default=None, help=f"of each layer; default: {STEPS}, with --full the task's own")
     add("--seed", type=int, default=0, help="of parameters and order; default: 0")
     add("--full", action="store_true", help="three seeds, more tasks, more lengths: hours")
     add("--out", default="runs/quickstart", help="folder of all results; default: runs/quickstart")
@@ -98,7 +99,8 @@ def plan_all(arguments) -> tuple[list[tuple[str, Run]], dict[tuple[str, str], st
     for layer in arguments.layers:
         layers.find_layer(layer)
     seeds = [arguments.seed + number for number in range(3 if arguments.full else 1)]
-    given = {} if arguments.steps is None else {"steps": arguments.steps}
+    steps = STEPS if arguments.steps is None and not arguments.full else arguments.steps
+    given = {} if steps is None else {"steps": steps}
     runs, reasons, errors = [], {}, []
     for word in arguments.tasks:
         name, _, config = word.partition("/")

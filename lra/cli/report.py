@@ -2,7 +2,7 @@
 
 subquad report runs/quickstart/quickstart.csv runs/bench/lra.csv
 
-The tables of each file are printed; they, and plots, are written beside it, too.
+The tables of each file are printed; beside it they are written as Markdown, plots as PNG, and all of it as one HTML page.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from subquad.lra.cli import commands
-from subquad.lra.report import csv_rows, ledger, measurements, plots, results, text_tables
+from subquad.lra.report import csv_rows, ledger, measurements, overview, page, plots, results, text_tables
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 
@@ -46,6 +46,8 @@ def show_measurements(path: str, shown: Iterable[Measurement]) -> None:
         picture = f"{stem}-{number}.png"
         plots.cost_against_length(group, picture)
         written.append(picture)
+    page.write(stem.name, [overview.measured(group) for group in measurements.groups(rows)], f"{stem}.html")
+    written.append(f"{stem}.html")
     print(f"\nRows in {path}; {', '.join(written)}.")
 
 
@@ -56,6 +58,8 @@ def show_results(path: str) -> None:
     for group in kinds:
         results.show(group)
     written = write_results(kinds, stem) + draw_accuracy_against_time(rows, stem)
+    page.write(stem.name, [overview.training(group, stem.parent) for group in kinds], f"{stem}.html")
+    written.append(f"{stem}.html")
     print(f"\nRows in {path}; {', '.join(written)}.")
 
 

@@ -1,26 +1,42 @@
 """The sections of a page about layers: what they cost against length, what they can do, and published tables beside ours."""
 
+import json
 import math
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from subquad.lra.report import cells, comparison, plots, results, verdicts
+from subquad.lra.report import cells, comparison, csv_rows, measurements, plots, results, verdicts
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.measurements import Measurement, layer_label, length_label
 from subquad.lra.report.page import Section, Table
 from subquad.lra.report.results import Result
+from subquad.lra.run import Run
 
 
 def cost(rows: Iterable[Measurement]) -> Section:
     """Time and memory against length of measurements of one model, and where each layer becomes cheaper than the baseline."""
     rows = [row for row in rows if row.median_ms]
+    says = (
+        "Time per token and memory against length, measured on this machine in turn: what a layer costs here, and from which "
+        "length it pays. It does not say what a GPU would take, nor how well a layer learns."
+    )
+    if not rows:
+        return Section("Cost", says)
+    tables = [growth([row for row in rows if row.mode == mode]) for mode in dict.fromkeys(row.mode for row in rows)]
+    return Section("Cost", says, tables, [(plots.cost_against_length(rows), "time and memory against length")])
+
+
+def growth(rows: Sequence[Measurement]) -> Table:
+    """How time and memory of one mode grow with the length, and where each layer becomes cheaper than the baseline."""
     lines: dict[str, dict[int, Measurement]] = {}
     for row in sorted(rows, key=lambda row: row.length):
         lines.setdefault(layer_label(row, rows), {})[row.length] = row
-    shortest, longest = (end((row.length for row in rows), default=0) for end in (min, max))
+    one, shortest, longest = rows[0], min(row.length for row in rows), max(row.length for row in rows)
     short, long = length_label(shortest), length_label(longest)
     heading = [
         "layer", "time grows as", "memory grows as", f"µs per token at {short}", f"at {long}", f"MiB at {long}",
-        "cheaper than softmax",
+        f"cheaper than {one.baseline}",
     ]  # fmt: skip
     body = []
     for name, at in lines.items():
@@ -29,17 +45,19 @@ def cost(rows: Iterable[Measurement]) -> Section:
         memory = f"{at[longest].peak_bytes / 2**20:.1f}" if longest in at else ""
         powers = ["" if found is None else f"T^{found:.2f}" for found in map(power, ("median_ms", "peak_bytes"))]
         body.append([name, *powers, per_token(shortest), per_token(longest), memory, crossover_words(at.values())])
-    one = rows[0] if rows else None
-    notes = [] if one is None else [
+    note = (
         f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}; medians of calls in turn; growth is that between the "
         f"two longest lengths. {one.hardware}; commit {(one.commit or '')[:12]}."
-    ]  # fmt: skip
-    says = (
-        "Time per token and memory against length, measured on this machine in turn: what a layer costs here, and from which "
-        "length it pays. It does not say what a GPU would take, nor how well a layer learns."
     )
-    pictures = [(plots.cost_against_length(rows), "time and memory against length")] if rows else []
-    return Section("Cost", says, [Table(heading, body, notes=notes)] if rows else [], pictures)
+    return Table(heading, body, notes=[note])
+
+
+def measured(rows: Sequence[Measurement]) -> Section:
+    """All that was measured of one model, see `measurements.groups`: growth, speed and memory at each length, and the rest."""
+    section, one = cost(rows), rows[0]
+    tables = [Table(one.heading, one.body, notes=[f"{one.title}.", *one.notes]) for one in measurements.tables(rows)]
+    title = f"{one.model}, batch {one.batch_size}, {one.dtype}, {one.hardware}"
+    return replace(section, title=title, tables=[*section.tables, *tables])
 
 
 def crossover(rows: Iterable[Measurement]) -> float:
@@ -141,3 +159,28 @@ def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
     if notes:
         says += f" No cell of these was run: {'; '.join(notes)}."
     return Section("Arena", says, found)
+
+
+def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
+    """The table of runs of one task and recipe, their accuracy against cost, and how they learned.
+
+    Args:
+        folder: of the CSV; runs whose histories lie beside it, in runs/, have curves.
+    """
+    heading, *body = results.cells(rows)
+    one, pictures = rows[0], []
+    if any(row.accuracy is not None and row.flops_per_step for row in rows):
+        pictures.append((plots.accuracy_against_cost(rows), "accuracy against cost"))
+    curves = {row: found for row in rows if (found := _validations(row, folder))}
+    if curves:
+        pictures.append((plots.learning_curves(curves), "validation against steps"))
+    table = Table(heading, body, notes=[results.caption(rows)])
+    says = "Scores on test, the mean over seeds, and what a training step costs."
+    return Section(f"{one.task}/{one.config}, {one.recipe}", says, [table], pictures)
+
+
+def _validations(row: Result, folder: pathlib.Path) -> list[tuple[int, float]]:
+    """(step, score) of each validation of a run, from its history; [] where there is none."""
+    path = folder / "runs" / Run(**json.loads(row.configuration)).id / "history.csv"
+    score = "validation_accuracy" if row.bits_per_byte is None else "validation_bits_per_byte"
+    return [(int(line["step"]), float(line[score])) for line in csv_rows.read_rows(path) if line.get(score)]

@@ -189,6 +189,32 @@ def against_length(
     return figure
 
 
+def learning_curves(curves: Mapping[Result, Sequence[tuple[int, float]]], path: str | os.PathLike | None = None):
+    """Draws the validations of runs against steps: a line for the mean of a layer's seeds, and a band from worst to best.
+
+    Args:
+        curves: result -> (step, score) of each validation.
+        path: the file, PNG; None does not save.
+    Returns: the matplotlib figure.
+    """
+    seeds: dict[str, list[dict[int, float]]] = {}
+    for row, points in curves.items():
+        seeds.setdefault(row.layer, []).append(dict(points))
+    language = any(row.bits_per_byte is not None for row in curves)
+    with _figure((9, 4.5), path) as figure:
+        axes = figure.add_subplot()
+        for number, (layer, runs) in enumerate(sorted(seeds.items())):
+            steps = sorted(set.intersection(*map(set, runs)))
+            scores = [[run[step] for run in runs] for step in steps]
+            axes.plot(steps, list(map(statistics.mean, scores)), markersize=3, label=layer, **LOOKS[number % len(LOOKS)])
+            if len(runs) > 1:
+                color = LOOKS[number % len(LOOKS)]["color"]
+                axes.fill_between(steps, list(map(min, scores)), list(map(max, scores)), color=color, alpha=0.2, linewidth=0)
+        axes.set(xlabel="step", ylabel="bits per byte of validation" if language else "accuracy of validation")
+        axes.legend(fontsize=8, **BESIDE)
+    return figure
+
+
 def slope(points: Sequence[tuple[float, float]]) -> float | None:
     """The power of x that y grows with between the two largest x; None for fewer than two points.
 
