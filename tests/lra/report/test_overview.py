@@ -1,9 +1,12 @@
 import dataclasses
+import json
 import math
 
 import pytest
 
-from subquad.lra.report import ledger, overview, published
+from subquad.lra.checkpoints import write_history
+from subquad.lra.plan import plan
+from subquad.lra.report import ledger, overview, plots, published
 from tests.lra.report.test_measurements import ROW
 from tests.lra.report.test_results import FAILED, row
 
@@ -78,3 +81,30 @@ def test_published_tables_without_a_run_are_named_and_not_shown():
     section = overview.arena(empty, [("nystromformer", "3")])
     assert section.tables == [] and "No cell of these was run: nystromformer, table 3." in section.says
     assert ("nystromformer", "3") in published.sources()
+
+
+def test_runs_are_a_table_with_their_curves_where_histories_are(tmp_path):
+    run = plan("quickstart", "softmax", steps=4)
+    known = row("softmax", 0.4, configuration=json.dumps(dataclasses.asdict(run)))
+    section = overview.training([known], tmp_path)
+    assert section.tables[0].body[0][:2] == ["softmax", "40.0 %"] and len(section.pictures) == 1
+    (tmp_path / "runs" / run.id).mkdir(parents=True)
+    write_history(tmp_path / "runs" / run.id / "history.csv", [2.0, 1.5, 1.2, 1.0], [(2, 0.3, 1.6), (4, 0.5, 1.4)])
+    figure = overview.training([known], tmp_path).pictures[-1][0]
+    (line,) = figure.axes[0].lines
+    assert line.get_label() == "softmax" and line.get_xydata().tolist() == [[2, 0.3], [4, 0.5]]
+
+
+def test_seeds_are_one_line_with_a_band():
+    seeds = [row("softmax", 0.4, seed=seed) for seed in range(3)]
+    figure = plots.learning_curves({one: [(2, score)] for one, score in zip(seeds, (0.1, 0.2, 0.6), strict=True)})
+    (line,), (band,) = figure.axes[0].lines, figure.axes[0].collections
+    assert line.get_ydata() == pytest.approx([0.3]) and band.get_datalim(figure.axes[0].transData).extents[[1, 3]].tolist()
+
+
+def test_all_that_was_measured_has_a_table_of_growth_for_each_mode():
+    rows = [*measured("softmax", 1, 16, 256), *measured("local", 2, 4, 8)]
+    rows += [dataclasses.replace(one, mode="train") for one in rows]
+    section = overview.measured(rows)
+    assert [table.heading[-1] for table in section.tables[:2]] == ["cheaper than softmax"] * 2
+    assert section.title.startswith("small, batch 1, float32") and len(section.tables) > 2
