@@ -115,7 +115,8 @@ def checked(name: str, value: Any) -> Any:
 
     Raises: TypeError, ValueError: another type than the attribute's, or another word than it knows.
     """
-    parts = _parts(get_type_hints(Run)[name])
+    kind = get_type_hints(Run)[name]
+    parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
     if float in parts and type(value) is int:
         value = float(value)
     words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
@@ -160,7 +161,3 @@ def check_values(run: Run) -> None:
             f"accumulate must divide batch_size = {run.batch_size}, got {run.accumulate}. Choose one of "
             f"{[k for k in range(1, run.batch_size + 1) if run.batch_size % k == 0]}."
         )
-
-
-def _parts(kind) -> tuple:
-    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)

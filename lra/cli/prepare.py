@@ -97,7 +97,9 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
 
     Returns: 0, or 1 where a task that was named, or a data set at hand, could not be prepared.
     """
-    wanted = tasks.tasks_named(words) or _quick()
+    every = (task for configs in tasks.TASKS.values() for task in configs.values())
+    quick = [task for task in every if catalogue.find_dataset(task.dataset).seconds <= PATIENCE_SECONDS]
+    wanted = tasks.tasks_named(words) or quick
     failed, done = 0, set()
     for task in wanted:
         folder = store.dataset_folder(task.dataset, data_dir)
@@ -114,11 +116,6 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
             failed += 1
             print(error, file=sys.stderr, flush=True)
     return int(failed > 0)
-
-
-def _quick() -> list[Task]:
-    every = [task for configs in tasks.TASKS.values() for task in configs.values()]
-    return [task for task in every if catalogue.find_dataset(task.dataset).seconds <= PATIENCE_SECONDS]
 
 
 def _bytes(folder: pathlib.Path) -> int:
