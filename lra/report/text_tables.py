@@ -1,6 +1,7 @@
 """Tables as text, for terminals, README files and papers: rows of cells, heading first, the first column holds names."""
 
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 Rows = Sequence[Sequence[str]]
 
@@ -8,6 +9,36 @@ _SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"},
     "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
 }  # fmt: skip
+
+
+class Table(NamedTuple):
+    """A table with what is to be known of it.
+
+    Attributes:
+        title: what its rows share.
+        rows: heading first; the first cell of each is a name.
+        notes: of its numbers, one sentence each.
+    """
+
+    title: str
+    rows: Rows
+    notes: Sequence[str] = ()
+
+    def show(self) -> None:
+        """Prints it on stdout."""
+        print(f"\n{self.title}")
+        print_table(self.rows)
+        print("\n".join(self.notes))
+
+    def markdown(self) -> str:
+        """It as a section of a page."""
+        return "\n".join([f"### {self.title}", "", markdown(self.rows), "", *self.notes, ""])
+
+    def latex(self) -> str:
+        """It as a float, for the package booktabs."""
+        caption = escaped(f"{self.title}. {' '.join(self.notes)}")
+        begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
+        return "\n".join([*begin, latex(self.rows), r"\end{table}", ""])
 
 
 def markdown(rows: Rows, left: int = 1) -> str:
