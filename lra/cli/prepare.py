@@ -172,16 +172,17 @@ def _check_files(report: Report, folder: pathlib.Path) -> None:
     if not sums.exists():
         report.lines.append("  checksums none were written; prepare it anew to have them")
         return
-    cut = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
-    wanted = {name: checksum for checksum, _, name in cut if name}
-    report.faults += [f"{store.CHECKSUMS} has a line without a file, {line!r:.60}" for line, _, name in cut if not name]
-    for name, checksum in over(wanted.items(), f"{folder.parent.name}: checksums", len(wanted)):
-        if not (folder / name).exists():
+    lines = sums.read_text(errors="replace").splitlines()
+    for line in over(lines, f"{folder.parent.name}: checksums"):
+        checksum, _, name = line.partition("  ")
+        if not name:
+            report.faults.append(f"{store.CHECKSUMS} has a line without a file, {line!r:.60}")
+        elif not (folder / name).exists():
             report.faults.append(f"file {name} is missing")
         elif store.sha256(folder / name) != checksum:
             report.faults.append(f"file {name} is not what was written: its sha256 differs from {store.CHECKSUMS}")
     every = hashlib.sha256(sums.read_bytes()).hexdigest()[:16]
-    report.lines.append(f"  checksums of {len(wanted)} files in {store.CHECKSUMS}, itself sha256 {every}...")
+    report.lines.append(f"  checksums of {len(lines)} files in {store.CHECKSUMS}, itself sha256 {every}...")
 
 
 def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) -> None:
