@@ -110,15 +110,27 @@ class Run:
         return f"{self.layer.replace(':', '.')}-seed{self.seed}-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
 
 
+def words_of(kind: Any) -> list[str]:
+    """The words that an annotation admits.
+
+    Example:
+        >>> words_of(Literal["learned", "sinusoidal"] | None), words_of(int)
+        (['learned', 'sinusoidal'], [])
+    """
+    parts = get_args(kind)
+    return list(parts) if get_origin(kind) is Literal else [word for part in parts for word in words_of(part)]
+
+
 def checked(name: str, value: Any) -> Any:
     """A value for an attribute of `Run`; an int is a float where that is the attribute's type, so that equal runs look equal.
 
     Raises: TypeError, ValueError: another type than the attribute's, or another word than it knows.
     """
-    parts = _parts(get_type_hints(Run)[name])
+    kind = get_type_hints(Run)[name]
+    parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
     if float in parts and type(value) is int:
         value = float(value)
-    words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+    words = words_of(kind)
     allowed = tuple(str if get_origin(part) is Literal else get_origin(part) or part for part in parts)
     if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
         raise TypeError(f"{name} must be {' or '.join(one.__name__ for one in allowed)}, got {value!r}.")
@@ -160,7 +172,3 @@ def check_values(run: Run) -> None:
             f"accumulate must divide batch_size = {run.batch_size}, got {run.accumulate}. Choose one of "
             f"{[k for k in range(1, run.batch_size + 1) if run.batch_size % k == 0]}."
         )
-
-
-def _parts(kind) -> tuple:
-    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)

@@ -7,7 +7,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -23,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from subquad.lra import interrupts, machine, models, parallel, progress, sizes, tasks
+from subquad.lra import interrupts, models, parallel, progress, sizes, tasks
 from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, begin_or_resume, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
@@ -308,24 +307,19 @@ class Job:
     def _columns(self, state: TrainState) -> dict[str, Any]:
         """What a result says beside its scores."""
         run, task, memory = self.run, self.task, measure.memory_of(self.update)
-        configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
         with progress.Work(f"{task.name}/{task.config}: floors", quiet=self.quiet):
             floors = {"network": results.network_floor(task.name, task.config), **task.floors(self.splits)}
         is_accuracy = self.objective.column == "accuracy" and state.validations
         tail = state.losses[-max(1, run.steps // 10) :]
-        return dict(
-            **{name: getattr(run, name) for name in results.OF_RUN},
-            **{name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")},
-            configuration=configuration, configuration_hash=results.configuration_hash(configuration),
-            best_step=state.best_validation[0], validation_accuracy_best=state.best_validation[1] if is_accuracy else None,
+        return results.columns_of_run(run, task, 1 if self.mesh is None else self.mesh.size) | dict(
+            **{f"floor_{name}": floors.get(name) for name in results.FLOORS}, best_step=state.best_validation[0],
+            validation_accuracy_best=state.best_validation[1] if is_accuracy else None,
             validation_accuracy_last=state.validations[-1][1] if is_accuracy else None,
             train_loss_last=float(np.mean(tail)) if tail else None,
-            collapsed_step=self.evaluation.collapsed_step(state.validations), split="test",
-            test_examples=len(self.splits["test"]), parameters=models.count_parameters(run, task),
-            steps_per_second=state.rate, train_seconds=state.seconds, compile_seconds=self.compile_seconds,
-            flops_per_step=self.flops, memory_temporary_bytes=memory.temporary, memory_peak_bytes=memory.peak,
-            data=f"{self.source}, batches by grain", source=task.source, finished_utc=machine.utc_now(),
-            **machine.environment(1 if self.mesh is None else self.mesh.size),
+            collapsed_step=self.evaluation.collapsed_step(state.validations), test_examples=len(self.splits["test"]),
+            parameters=models.count_parameters(run, task), steps_per_second=state.rate, train_seconds=state.seconds,
+            compile_seconds=self.compile_seconds, flops_per_step=self.flops, memory_temporary_bytes=memory.temporary,
+            memory_peak_bytes=memory.peak, data=f"{self.source}, batches by grain",
         )  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def diagnostics_table() -> str:
 def cost_table(rows) -> str:
     """Steps per second and memory against length, as the arena's table 2."""
     table = measurements.tables([row for row in rows if row.mode == "train"])[0]
-    return "\n".join([text_tables.markdown([table.heading, *table.body]), "", f"{table.title}. {' '.join(table.notes)}"])
+    return f"{text_tables.markdown(table.rows)}\n\n{table.title}. {' '.join(table.notes)}"
 
 
 def generated() -> dict[str, str]:

@@ -50,6 +50,11 @@ class Head(nnx.Module):
         return self.outer(inputs)
 
 
+def dtypes(encoder: EncoderOptions) -> dict[str, Any]:
+    """The dtypes of an encoder, which its head has too."""
+    return dict(dtype=encoder.get("dtype"), param_dtype=encoder.get("param_dtype", jnp.float32))
+
+
 class Classifier(nnx.Module):
     """An encoder, pooling over real tokens, and a head: tokens [B, T] -> logits [B, num_classes].
 
@@ -72,10 +77,7 @@ class Classifier(nnx.Module):
         check_word("Classifier", "pooling", pooling, POOLINGS)
         self.pooling = pooling
         self.encoder = Encoder(**encoder, rngs=rngs)
-        self.head = Head(
-            self.encoder.in_features, head_features, num_classes, dtype=encoder.get("dtype"),
-            param_dtype=encoder.get("param_dtype", jnp.float32), rngs=rngs,
-        )
+        self.head = Head(self.encoder.in_features, head_features, num_classes, **dtypes(encoder), rngs=rngs)
 
     def __call__(
         self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool | None = None, rngs=None
@@ -105,10 +107,8 @@ class DualEncoder(nnx.Module):
         self.pooling, self.interaction = pooling, interaction
         self.encoder = Encoder(**encoder, rngs=rngs)
         features = self.encoder.in_features
-        self.head = Head(
-            features * (4 if interaction == "nli" else 2), (features,) if head_features is None else head_features, num_classes,
-            dtype=encoder.get("dtype"), param_dtype=encoder.get("param_dtype", jnp.float32), rngs=rngs,
-        )
+        hidden = (features,) if head_features is None else head_features
+        self.head = Head(features * (4 if interaction == "nli" else 2), hidden, num_classes, **dtypes(encoder), rngs=rngs)
 
     def __call__(
         self,
@@ -167,10 +167,7 @@ class CausalLM(nnx.Module):
             if (self.encoder.vocab_size or self.vocab_size) < self.vocab_size:
                 refuse("CausalLM", "embed", f"{self.encoder.vocab_size} embeddings",
                        f"have num_embeddings >= vocab_size = {self.vocab_size}", "The model reads what it writes.")
-            self.head = nnx.Linear(
-                self.encoder.in_features, self.vocab_size, use_bias=False, dtype=encoder.get("dtype"),
-                param_dtype=encoder.get("param_dtype", jnp.float32), rngs=rngs,
-            )
+            self.head = nnx.Linear(self.encoder.in_features, self.vocab_size, use_bias=False, **dtypes(encoder), rngs=rngs)
 
     def __call__(
         self,

@@ -10,13 +10,14 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, get_type_hints
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import interrupts
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
+from subquad.lra.run import words_of
 
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
 
@@ -49,11 +50,13 @@ def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), *
     finds.
     """
     helps = field_descriptions(record) | helps
-    for one in dataclasses.fields(record):
-        if one.name in leave_out:
+    for name, kind in get_type_hints(record).items():
+        if name in leave_out:
             continue
-        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(one.default, bool) else dict(type=value_or_none)
-        parser.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, help=helps[one.name], **kind)
+        given = dict(type=value_or_none, metavar="|".join(words_of(kind)) or None)
+        if kind is bool:
+            given = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=helps[name], **given)
 
 
 def value_or_none(text: str):

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from subquad.lra.cli import commands
-from subquad.lra.report import csv_rows, ledger, measurements, overview, page, plots, results, text_tables
+from subquad.lra.report import csv_rows, ledger, measurements, overview, page, plots, results
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 
@@ -35,12 +35,12 @@ def main(command_line: Sequence[str] | None = None, program: str = "report") -> 
 def show_measurements(path: str, shown: Iterable[Measurement]) -> None:
     """Prints the tables of some rows of a CSV; writes those of all its rows, and plots, beside it."""
     for table in measurements.tables(shown):
-        print(f"\n{table.title}")
-        text_tables.print_table([table.heading, *table.body])
-        print("\n".join(table.notes))
+        table.show()
     rows, stem = measurements.read_measurements(path), pathlib.Path(path).with_suffix("")
-    results.write_text(measurements.markdown(rows), f"{stem}.md", KEPT)
-    results.write_text(measurements.latex(rows), f"{stem}.tex", KEPT)
+    every = measurements.tables(rows)
+    results.write_text("\n".join(table.markdown() for table in every), f"{stem}.md", KEPT)
+    latex = ["% Needs \\usepackage{booktabs}", *(table.latex() for table in every)]
+    results.write_text("\n".join(latex), f"{stem}.tex", KEPT)
     written = [f"{stem}.md", f"{stem}.tex"]
     for number, group in enumerate(measurements.groups(rows), 1):
         picture = f"{stem}-{number}.png"

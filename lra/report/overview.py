@@ -9,8 +9,9 @@ from dataclasses import replace
 from subquad.lra.report import cells, comparison, csv_rows, measurements, plots, results, verdicts
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.measurements import Measurement, layer_label, length_label
-from subquad.lra.report.page import Section, Table
+from subquad.lra.report.page import Section
 from subquad.lra.report.results import Result
+from subquad.lra.report.text_tables import Table
 from subquad.lra.run import Run
 
 
@@ -45,19 +46,15 @@ def growth(rows: Sequence[Measurement]) -> Table:
         memory = f"{at[longest].peak_bytes / 2**20:.1f}" if longest in at else ""
         powers = ["" if found is None else f"T^{found:.2f}" for found in map(power, ("median_ms", "peak_bytes"))]
         body.append([name, *powers, per_token(shortest), per_token(longest), memory, crossover_words(at.values())])
-    note = (
-        f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}; medians of calls in turn; growth is that between the "
-        f"two longest lengths. {one.hardware}; commit {(one.commit or '')[:12]}."
-    )
-    return Table(heading, body, notes=[note])
+    note = f"Medians of calls in turn; growth between the two longest lengths. {one.hardware}; commit {str(one.commit)[:12]}."
+    return Table(f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}", [heading, *body], [note])
 
 
 def measured(rows: Sequence[Measurement]) -> Section:
     """All that was measured of one model, see `measurements.groups`: growth, speed and memory at each length, and the rest."""
     section, one = cost(rows), rows[0]
-    tables = [Table(one.heading, one.body, notes=[f"{one.title}.", *one.notes]) for one in measurements.tables(rows)]
     title = f"{one.model}, batch {one.batch_size}, {one.dtype}, {one.hardware}"
-    return replace(section, title=title, tables=[*section.tables, *tables])
+    return replace(section, title=title, tables=[*section.tables, *measurements.tables(rows)])
 
 
 def crossover(rows: Iterable[Measurement]) -> float:
@@ -114,12 +111,12 @@ def ability(
         shades.append([None, *(_shade(group, chance[kind]) for kind, group in zip(kinds, groups, strict=True))])
     for name, known in (("chance", chance), ("best simple rule", rules)):
         if any(known.get(kind) for kind in kinds):
-            body.append([name, *(results.per_cent(known.get(kind)) for kind in kinds)])
+            body.append([name, *(results.floor_cell("chance", known.get(kind)) for kind in kinds)])
             shades.append([None] * (1 + len(kinds)))
     notes = [f"{task}: {_trained(of, task, config)}" for task, config in kinds]
     notes += [f"{layer} cannot do {task}: {reason}" for (layer, task), reason in reasons.items()]
     heading = ["layer", *(task if config == "small" else f"{task}/{config}" for task, config in kinds)]
-    return Section(title, says, [Table(heading, body, shades, notes)] if rows else [])
+    return Section(title, says, [Table("Score on test", [heading, *body], notes, shades)] if rows else [])
 
 
 def _chance(row: Result) -> float | None:
@@ -147,9 +144,8 @@ def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
     for paper, name in tables:
         judged = [verdicts.judge(cell, known) for cell in cells.cells_of_table(paper, name)]
         if any(one.ours is not None for one in judged):
-            heading, *body = comparison.matrix(judged)
             source = comparison.published.sources()[paper, name]
-            found.append(Table(heading, body, notes=[comparison.title(source), *comparison.notes(source, judged, known)]))
+            found.append(Table(comparison.title(source), comparison.matrix(judged), comparison.notes(source, judged, known)))
         else:
             notes.append(f"{paper}, table {name}")
     says = (
@@ -167,14 +163,13 @@ def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
     Args:
         folder: of the CSV; runs whose histories lie beside it, in runs/, have curves.
     """
-    heading, *body = results.cells(rows)
     one, pictures = rows[0], []
     if any(row.accuracy is not None and row.flops_per_step for row in rows):
         pictures.append((plots.accuracy_against_cost(rows), "accuracy against cost"))
     curves = {row: found for row in rows if (found := _validations(row, folder))}
     if curves:
         pictures.append((plots.learning_curves(curves), "validation against steps"))
-    table = Table(heading, body, notes=[results.caption(rows)])
+    table = Table("Score and cost", results.cells(rows), [results.caption(rows)])
     says = "Scores on test, the mean over seeds, and what a training step costs."
     return Section(f"{one.task}/{one.config}, {one.recipe}", says, [table], pictures)
 

@@ -8,26 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from subquad.lra.report import results, text_tables
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a page.
-
-    Attributes:
-        heading, body: cells; the first of a row is its name.
-        shades: how good each cell is, from 0 to 1, in the shape of `body`; None in it, or for all: not coloured.
-        notes: what is to be known of the numbers, a sentence each.
-    """
-
-    heading: Sequence[str]
-    body: Sequence[Sequence[str]]
-    shades: Sequence[Sequence[float | None]] | None = None
-    notes: Sequence[str] = ()
-
-    def shade(self, row: int, column: int) -> float | None:
-        return None if self.shades is None else self.shades[row][column]
+from subquad.lra.report import results
+from subquad.lra.report.text_tables import Table
 
 
 @dataclass(frozen=True)
@@ -50,6 +32,7 @@ STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; }
 th:first-child, td:first-child { text-align: left; }
@@ -78,11 +61,9 @@ def write(title: str, sections: Iterable[Section], path: str | os.PathLike, foot
 
 def show(section: Section) -> None:
     """Prints a section's sentence and tables on stdout."""
-    print(f"\n{section.title}\n{section.says}")
+    print(f"\n{section.title}. {section.says}")
     for table in section.tables:
-        style = lambda row, column, table=table: _terminal_colour(table.shade(row, column))
-        text_tables.print_table([table.heading, *table.body], style=style)
-        print("\n".join(table.notes))
+        table.show()
 
 
 def anchor(title: str) -> str:
@@ -103,23 +84,20 @@ def _section(section: Section) -> str:
 
 
 def _table(table: Table) -> str:
+    heading, *body = table.rows
     row = lambda cells: f"<tr>{''.join(cells)}</tr>"
-    heading = row(f"<th>{html.escape(cell)}</th>" for cell in table.heading)
-    body = [
-        row(f"<td{_colour(table.shade(at, column))}>{html.escape(cell)}</td>" for column, cell in enumerate(line))
-        for at, line in enumerate(table.body)
-    ]
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>\n' for note in table.notes)
-    return f'<div class="wide"><table>\n<thead>{heading}</thead>\n<tbody>{"".join(body)}</tbody>\n</table></div>\n{notes}'
+    cell = lambda at, column, text: f"<td{_colour(table.shade(at, column))}>{html.escape(text)}</td>"
+    lines = [row(cell(at, column, text) for column, text in enumerate(line)) for at, line in enumerate(body)]
+    return (
+        f'<div class="wide"><table>\n<caption>{html.escape(table.title)}</caption>\n'
+        f"<thead>{row(f'<th>{html.escape(name)}</th>' for name in heading)}</thead>\n<tbody>{''.join(lines)}</tbody>\n"
+        "</table></div>\n" + "".join(f'<p class="note">{html.escape(note)}</p>\n' for note in table.notes)
+    )
 
 
 def _colour(shade: float | None) -> str:
     """From white to a green on which black is read well."""
     return "" if shade is None else f' style="background: hsl(145 55% {100 - 38 * min(max(shade, 0.0), 1.0):.0f}%)"'
-
-
-def _terminal_colour(shade: float | None) -> str:
-    return "" if shade is None else "green" if shade > 0.8 else "yellow" if shade > 0.3 else "dim"
 
 
 def _picture(figure, words: str) -> str:

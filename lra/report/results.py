@@ -111,16 +111,20 @@ def append(result: Result, path: str | os.PathLike, key: Sequence[str] = FIELDS)
         raise RunError(f"{str(error).rstrip('.')}; the row was: {row}") from error
 
 
+def columns_of_run(run, task, devices: int = 1) -> dict:
+    """The columns that are known of a run whatever comes of it."""
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+    return dict(
+        **{name: getattr(run, name) for name in OF_RUN}, configuration=configuration,
+        configuration_hash=configuration_hash(configuration), split="test", test_examples=task.splits["test"],
+        source=task.source, finished_utc=machine.utc_now(), **machine.environment(devices),
+    )  # fmt: skip
+
+
 def failure(run, task, reason: str) -> Result:
     """The row of a run that could not be trained."""
-    blank = {one.name: None for one in dataclasses.fields(Result)}
-    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    known = dict(
-        status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset,
-        source=task.source, parameters=0, configuration=configuration, configuration_hash=configuration_hash(configuration),
-        finished_utc=machine.utc_now(),
-    )  # fmt: skip
-    return Result(**{**blank, **{name: getattr(run, name) for name in OF_RUN}, **known, **machine.environment()})
+    known = columns_of_run(run, task) | dict(status=f"failed: {reason}", data=task.dataset, parameters=0)
+    return Result(**(dict.fromkeys(FIELDS) | known))
 
 
 def write_text(text: str, path: str | os.PathLike, cure: str = "Choose another with --out.") -> None:

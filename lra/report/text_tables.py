@@ -1,6 +1,7 @@
 """Tables as text, for terminals, README files and papers: rows of cells, heading first, the first column holds names."""
 
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 Rows = Sequence[Sequence[str]]
 
@@ -8,6 +9,42 @@ _SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"},
     "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
 }  # fmt: skip
+
+
+class Table(NamedTuple):
+    """A table with what is to be known of it.
+
+    Attributes:
+        title: what its rows share.
+        rows: heading first; the first cell of each is a name.
+        notes: of its numbers, one sentence each.
+        shades: how good each cell below the heading is, from 0 to 1; None, for one or for all: it has no colour.
+    """
+
+    title: str
+    rows: Rows
+    notes: Sequence[str] = ()
+    shades: Sequence[Sequence[float | None]] | None = None
+
+    def shade(self, row: int, column: int) -> float | None:
+        """Of the cell at a row and a column below the heading."""
+        return None if self.shades is None else self.shades[row][column]
+
+    def show(self) -> None:
+        """Prints it on stdout."""
+        print(f"\n{self.title}")
+        print_table(self.rows, style=lambda row, column: terminal_colour(self.shade(row, column)))
+        print("\n".join(self.notes))
+
+    def markdown(self) -> str:
+        """It as a section of a page."""
+        return "\n".join([f"### {self.title}", "", markdown(self.rows), "", *self.notes, ""])
+
+    def latex(self) -> str:
+        """It as a float, for the package booktabs."""
+        caption = escaped(f"{self.title}. {' '.join(self.notes)}")
+        begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
+        return "\n".join([*begin, latex(self.rows), r"\end{table}", ""])
 
 
 def markdown(rows: Rows, left: int = 1) -> str:
@@ -34,6 +71,11 @@ def latex(rows: Rows) -> str:
     heading, *body = [" & ".join(map(escaped, row)) + r" \\" for row in rows]
     lines = [r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}", r"\toprule", heading, r"\midrule", *body, r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}"])
+
+
+def terminal_colour(shade: float | None) -> str:
+    """A shade as a style of rich."""
+    return "" if shade is None else "green" if shade > 0.8 else "yellow" if shade > 0.3 else "dim"
 
 
 def escaped(text: str) -> str:

@@ -42,16 +42,16 @@ def test_a_layer_is_cheaper_from_the_length_that_its_line_crosses(times, found, 
 def test_costs_are_a_row_for_each_layer_and_a_picture():
     section = overview.cost([*measured("softmax", 1, 16, 256), *measured("local", 2, 4, 8)])
     (table,) = section.tables
-    assert [line[0] for line in table.body] == ["softmax", "local"]
-    assert [line[1] for line in table.body] == ["T^2.00", "T^0.50"] and table.body[0][-1] == ""
-    assert table.body[1][3:] == ["7.81", "1.95", "4.0", "from about 410"]
+    assert [line[0] for line in table.rows[1:]] == ["softmax", "local"]
+    assert [line[1] for line in table.rows[1:]] == ["T^2.00", "T^0.50"] and table.rows[1][-1] == ""
+    assert table.rows[2][3:] == ["7.81", "1.95", "4.0", "from about 410"]
     assert len(section.pictures) == 1
 
 
 def test_what_did_not_run_has_no_time_and_no_row_fails():
     lost = [dataclasses.replace(one, median_ms=None, speed_ratio=None, status="failed: x") for one in measured("s4", 1, 1, 1)]
-    assert overview.cost([*measured("softmax", 1, 16, 256), *lost]).tables[0].body[-1][0] == "softmax"
-    assert overview.cost(lost).tables == []
+    assert overview.cost([*measured("softmax", 1, 16, 256), *lost]).tables[0].rows[-1][0] == "softmax"
+    assert not overview.cost(lost).tables
 
 
 def test_abilities_are_coloured_from_chance_and_reasons_stand_below():
@@ -62,18 +62,18 @@ def test_abilities_are_coloured_from_chance_and_reasons_stand_below():
     ]
     section = overview.ability(rows, "Of layers.", reasons={("linformer", "recall"): "it is not causal"})
     (table,) = section.tables
-    cells = {line[0]: line[1] for line in table.body}
+    cells = {line[0]: line[1] for line in table.rows[1:]}
     assert cells == {
         "softmax": "100.0 %", "local": "50.0 %", "s4": FAILED["status"], "linformer": "cannot", "chance": "50.0 %"
     }  # fmt: skip
-    shades = {line[0]: shade[1] for line, shade in zip(table.body, table.shades, strict=True)}
+    shades = {line[0]: shade[1] for line, shade in zip(table.rows[1:], table.shades, strict=True)}
     assert shades == {"softmax": 1.0, "local": 0.0, "s4": None, "linformer": None, "chance": None}
     assert table.notes[-1] == "linformer cannot do recall: it is not causal"
 
 
 def test_the_best_simple_rule_stands_below_chance():
     (table,) = overview.ability([row("softmax", 0.4)], "").tables
-    assert table.body[-2:] == [["chance", "18.8 %"], ["best simple rule", "36.0 %"]]
+    assert table.rows[-2:] == [["chance", "18.8 %"], ["best simple rule", "36.0 %"]]
 
 
 def test_published_tables_without_a_run_are_named_and_not_shown():
@@ -87,7 +87,7 @@ def test_runs_are_a_table_with_their_curves_where_histories_are(tmp_path):
     run = plan("quickstart", "softmax", steps=4)
     known = row("softmax", 0.4, configuration=json.dumps(dataclasses.asdict(run)))
     section = overview.training([known], tmp_path)
-    assert section.tables[0].body[0][:2] == ["softmax", "40.0 %"] and len(section.pictures) == 1
+    assert section.tables[0].rows[1][:2] == ["softmax", "40.0 %"] and len(section.pictures) == 1
     (tmp_path / "runs" / run.id).mkdir(parents=True)
     write_history(tmp_path / "runs" / run.id / "history.csv", [2.0, 1.5, 1.2, 1.0], [(2, 0.3, 1.6), (4, 0.5, 1.4)])
     figure = overview.training([known], tmp_path).pictures[-1][0]
@@ -106,5 +106,5 @@ def test_all_that_was_measured_has_a_table_of_growth_for_each_mode():
     rows = [*measured("softmax", 1, 16, 256), *measured("local", 2, 4, 8)]
     rows += [dataclasses.replace(one, mode="train") for one in rows]
     section = overview.measured(rows)
-    assert [table.heading[-1] for table in section.tables[:2]] == ["cheaper than softmax"] * 2
+    assert [table.rows[0][-1] for table in section.tables[:2]] == ["cheaper than softmax"] * 2
     assert section.title.startswith("small, batch 1, float32") and len(section.tables) > 2

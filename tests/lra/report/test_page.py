@@ -6,7 +6,8 @@ import matplotlib.figure
 import pytest
 
 from subquad.lra.report import page
-from subquad.lra.report.page import Section, Table
+from subquad.lra.report.page import Section
+from subquad.lra.report.text_tables import Table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -48,9 +49,11 @@ def picture():
     return figure
 
 
+COSTS = Table("Times", [["layer", "µs"], ["a<b", "3"], ["s4", "5"]])
+SCORES = Table("Scores", [["layer", "recall"], ["s4", "20 %"]], ["A note."], [[None, 0.1]])
 SECTIONS = [
-    Section("What it costs", "Time & memory.", [Table(["layer", "µs"], [["a<b", "3"], ["s4", "5"]])], [(picture(), "time")]),
-    Section("Ability", "Of layers.", [Table(["layer", "recall"], [["s4", "20 %"]], [[None, 0.1]], ["A note."])]),
+    Section("What it costs", "Time & memory.", [COSTS], [(picture(), "time")]),
+    Section("Ability", "Of layers.", [SCORES]),
 ]
 
 
@@ -68,13 +71,14 @@ def test_the_same_page_twice_is_the_same_text():
 
 
 def test_shades_colour_cells_from_white_to_green():
-    text = page.render("A page", [Section("A", "", [Table(["x", "y"], [["a", "b"], ["c", "d"]], [[None, 0.0], [None, 1.0]])])])
+    table = Table("", [["x", "y"], ["a", "b"], ["c", "d"]], (), [[None, 0.0], [None, 1.0]])
+    text = page.render("A page", [Section("A", "", [table])])
     assert "<td>a</td>" in text and '<td style="background: hsl(145 55% 100%)">b</td>' in text and "62%" in text
 
 
 def test_a_section_is_printed_with_its_notes(capsys):
     page.show(SECTIONS[1])
-    assert capsys.readouterr().out.split() == "Ability Of layers. layer recall s4 20 % A note.".split()
+    assert capsys.readouterr().out.split() == "Ability. Of layers. Scores layer recall s4 20 % A note.".split()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome here")
