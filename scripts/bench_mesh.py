@@ -7,6 +7,7 @@ parameters are the only all-reduces.
 
     scripts/bench_mesh.py                         all operations; writes kernels/results/mesh.csv
     scripts/bench_mesh.py --operation lsh         those whose names contain it
+    scripts/bench_mesh.py --brief                 batch and heads only together, in a mesh of 4 x 2
 """
 
 import argparse
@@ -140,9 +141,11 @@ def both(function, arrays):
     return outputs, gradients
 
 
-def rows_of(name: str, length: int):
-    """A row for each axis that the operation's arrays have."""
+def rows_of(name: str, length: int, brief: bool = False):
+    """A row for each axis that the operation's arrays have; `brief`: batch and heads only together."""
     function, axes, sharded = OPERATIONS[name]
+    if brief and "4 x 2" in sharded:
+        sharded = [column for column in sharded if column not in ("batch", "heads")]
     arrays = draw(axes, length)
     run = jax.jit(functools.partial(both, function))
     alone = run.lower(arrays).compile()
@@ -225,13 +228,14 @@ def _cost(dtype, shape, kind, operands, shapes):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operation", default="", help="a part of the name")
+    parser.add_argument("--brief", action="store_true", help="batch and heads only together, in a mesh of 4 x 2")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     rows = []
     for name in OPERATIONS:
         if options.operation in name:
-            for row in rows_of(name, options.length):
+            for row in rows_of(name, options.length, options.brief):
                 rows.append(row)
                 print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     with open(options.out, "w", newline="") as file:

@@ -17,6 +17,8 @@ from subquad.lra.plan import plan
 from subquad.lra.report import measurements, results
 from tests.lra.report.test_page import BROWSER, Reader, assert_browser_shows
 
+from .calling import call
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ("--layers", "softmax", "performer", "--tasks", "recall", "--steps", "20", "--lengths", "64,128")
 LISTOPS = ("--layers", "softmax", "performer", "--tasks", "listops/tiny", "--steps", "20", "--lengths", "64")
@@ -83,7 +85,7 @@ def test_it_shows_loss_speed_and_time_left(done):
 def test_a_second_call_keeps_what_is_finished(done):
     out = done[1]
     before = [(out / name).read_bytes() for name in ("quickstart.csv", "cost.csv")]
-    again = run("quickstart", *TINY, "--seed", 3, "--out", out)
+    again = call("quickstart", *TINY, "--seed", 3, "--out", out)
     assert again.returncode == 0 and "softmax, recall: finished before, kept" in again.stderr
     assert "cost: measured before, kept" in again.stderr and "step 20/20" not in again.stderr
     assert [(out / name).read_bytes() for name in ("quickstart.csv", "cost.csv")] == before
@@ -109,7 +111,7 @@ def test_the_csv_is_plain(done):
     ],
 )
 def test_wrong_words_are_one_line(words, code, said):
-    finished = run("quickstart", *words)
+    finished = call("quickstart", *words)
     assert finished.returncode == code
     assert stderr_of(finished).startswith(f"quickstart: {said}") and stderr_of(finished).count("\n") == 1
     assert finished.stdout == ""
@@ -119,7 +121,7 @@ def test_a_read_only_folder_is_told(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
-    finished = run("quickstart", *TINY, "--out", tmp_path / "out")
+    finished = call("quickstart", *TINY, "--out", tmp_path / "out")
     assert finished.returncode == 1 and finished.stderr.startswith("quickstart: out: folder")
 
 
@@ -140,27 +142,22 @@ def test_a_damaged_data_set_is_told(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     shard = next((tmp_path / "data").rglob("*train.array_record*"))
     shard.write_bytes(shard.read_bytes()[:1000])
-    finished = run("quickstart", *LISTOPS, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
+    finished = call("quickstart", *LISTOPS, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
     assert finished.returncode == 1
     assert stderr_of(finished).startswith(f"quickstart: data set: folder {shard.parent} must hold a whole data set")
     assert stderr_of(finished).count("\n") == 1
 
 
-def test_one_layers_fault_is_a_row_and_the_others_still_run(tmp_path):
-    code = (
-        "import runpy, sys\n"
-        "from subquad.lra import train\n"
-        "trained = train.train\n"
-        "def faulty(run, **words):\n"
-        "    if run.layer == 'performer':\n"
-        "        raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.')\n"
-        "    return trained(run, **words)\n"
-        "train.train = faulty\n"
-        f"sys.argv[0] = {str(ROOT / 'scripts' / 'quickstart.py')!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    words = [*TINY, "--out", tmp_path]
-    finished = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+def test_one_layers_fault_is_a_row_and_the_others_still_run(tmp_path, monkeypatch):
+    trained = train.train
+
+    def faulty(run, **words):
+        if run.layer == "performer":
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+        return trained(run, **words)
+
+    monkeypatch.setattr(train, "train", faulty)
+    finished = call("quickstart", *TINY, "--out", tmp_path)
     assert finished.returncode == 1, finished.stderr
     status = {row.layer: row.status for row in results.read_results(tmp_path / "quickstart.csv")}
     assert status["softmax"] == "ok" and status["performer"].startswith("failed: memory must hold the training step")
@@ -188,7 +185,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
     step = int(re.match(r"train: Stopped at step (\d+) of 200; saved in .*\. Go on with --resume\.$", last)[1])
     assert 20 <= step < 200 and "Traceback" not in said
     for out, resume in (("stopped", ["--resume"]), ("whole", [])):
-        finished = run("train", *words, "--out", tmp_path / out, *resume)
+        finished = call("train", *words, "--out", tmp_path / out, *resume)
         assert finished.returncode == 0, finished.stderr
     (one,), (other,) = (results.read_results(tmp_path / out / "results.csv") for out in ("stopped", "whole"))
     same = ("accuracy_best", "accuracy_last", "best_step", "validation_accuracy_best", "train_loss_last")
@@ -202,14 +199,14 @@ def test_a_stopped_quickstart_goes_on_by_the_same_command(data, tmp_path):
     words += ["--data-dir", data]
     code, said = interrupted("quickstart", *words, by=signal.SIGTERM)
     assert code == 143 and said.strip().endswith("The same command goes on from there.")
-    finished = run("quickstart", *words)
+    finished = call("quickstart", *words)
     assert finished.returncode == 0 and "step 20/200" not in finished.stderr
     assert results.read_results(tmp_path / "quickstart.csv")[0].status == "ok"
 
 
 def test_train_prints_the_resolved_configuration_and_takes_every_value(data, tmp_path):
     words = "--layer performer --layer-options num_features=8 --steps 10 --batch-size 8 --accumulate 2 --dtype bfloat16"
-    finished = run("train", *words.split(), "--config", "tiny", "--out", tmp_path, "--data-dir", data)
+    finished = call("train", *words.split(), "--config", "tiny", "--out", tmp_path, "--data-dir", data)
     assert finished.returncode == 0, finished.stderr
     assert '"num_features": 8' in finished.stderr.splitlines()[0]
     (row,) = results.read_results(tmp_path / "results.csv")
