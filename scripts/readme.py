@@ -114,7 +114,7 @@ def diagnostics_table() -> str:
     for task, configs in diagnostics.CONFIGS.items():
         for name, one in configs.items():
             question = inspect.getdoc(one).partition("\n")[0]
-            rows.append((f"{task}/{name}", question, f"{one.length:,}", results.per_cent(one.chance), one.source))
+            rows.append((f"{task}/{name}", question, f"{one.length:,}", f"{100 * one.chance:.1f} %", one.source))
     return text_tables.markdown(rows)
 
 
