@@ -110,12 +110,12 @@ def score(layer: str, group) -> str:
 
 def diagnostics_table() -> str:
     """One row per diagnostic task, from its generator."""
-    rows = [("task", "question", "tokens", "chance", "source")]
+    rows = [("task", "source", "question", "tokens", "chance")]
     for task, configs in diagnostics.CONFIGS.items():
         for name, one in configs.items():
             question = inspect.getdoc(one).partition("\n")[0]
-            rows.append((f"{task}/{name}", question, f"{one.length:,}", results.per_cent(one.chance), one.source))
-    return text_tables.markdown(rows)
+            rows.append((f"{task}/{name}", one.source, question, f"{one.length:,}", f"{100 * one.chance:.1f} %"))
+    return text_tables.markdown(rows, left=3)
 
 
 def cost_table(rows) -> str:
