@@ -12,6 +12,7 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.kernels.dispatch import nearest
+from subquad.lra.files import refuse
 from subquad.zoo.registry import LAYERS
 
 # What a block calls its mixer with, beside the inputs.
@@ -51,9 +52,7 @@ def find_layer(name: str) -> type[nnx.Module]:
         return LAYERS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(
-            f"layer must be a known name, got {name!r}. {nearest(name, LAYERS)} One of your own is package.module:ClassName."
-        )
+        refuse("layer", "be a known name", repr(name), f"{nearest(name, LAYERS)} One of your own is package.module:ClassName.")
     try:
         found = importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises while it is imported

@@ -10,6 +10,7 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.lra import layers, optim
+from subquad.lra.files import refuse
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 from subquad.zoo import positions
@@ -121,18 +122,11 @@ def _encoder(run: Run, task: Task, extra: int) -> dict:
     if run.position_std is not None:
         drawn["position_init"] = nnx.initializers.normal(run.position_std)
     return dict(
-        vocab_size=task.vocabulary_size + extra,
-        in_features=run.in_features,
-        num_layers=run.num_layers,
-        mlp_features=run.mlp_features,
-        max_length=task.length + extra,
+        vocab_size=task.vocabulary_size + extra, in_features=run.in_features, num_layers=run.num_layers,
+        mlp_features=run.mlp_features, max_length=task.length + extra,
         mixer=layers.make(run.layer, run.layer_options, dtype=jnp.dtype(run.dtype), is_causal=causal),
-        positions=run.positions,
-        dropout_rate=run.dropout_rate,
-        remat=run.remat,
-        dtype=jnp.dtype(run.dtype),
-        **drawn,
-    )
+        positions=run.positions, dropout_rate=run.dropout_rate, remat=run.remat, dtype=jnp.dtype(run.dtype), **drawn,
+    )  # fmt: skip
 
 
 def _embedding_init(std: float, extra: int, key, shape, dtype, **_):
@@ -188,8 +182,6 @@ def equal_mlp_features(run: Run, reference: Run, task: Task) -> int:
         if best == before:
             break
     if abs(at(best) - target) > 0.1 * target:
-        raise ValueError(
-            f"layer {run.layer!r} must fit into {target:,} parameters to be compared, got {at(best):,}. "
-            "Make it smaller by layer_options, or pass mlp_features."
-        )
+        refuse(f"layer {run.layer!r}", f"fit into {target:,} parameters to be compared", f"{at(best):,}",
+               "Make it smaller by layer_options, or pass mlp_features.")
     return 8 * best

@@ -7,7 +7,7 @@ pair of blocks costs two products forward, three and four in the two backward ke
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,7 @@ from subquad.kernels import gpu, launch, tuning
 from subquad.kernels.flash import rules
 from subquad.kernels.flash import triton as flash
 from subquad.kernels.flash.tiles import Geometry, bounds_of, known, last_of, states_of, work
-from subquad.kernels.flash.triton import (
-    backward_key,
-    backward_query,
-    dense,
-    forward,
-    head_of,
-    load_rows,
-    load_sums,
-    weights_of,
-)
+from subquad.kernels.flash.triton import dense, head_of, load_rows, load_sums, operands_of, padded, weights_of
 from subquad.kernels.operation import operation
 from subquad.kernels.patterns import NONE, Band, Pattern
 from subquad.kernels.softmax import online
@@ -80,44 +71,13 @@ class Options(NamedTuple):
     KEY_POSITIONS: str
     ONE_QUERY_POSITIONS: bool
     ONE_KEY_POSITIONS: bool
-    OWN_BIAS: bool = False  # whether each pair of each sample and head has a bias of its own
     ROWS_PER_HEAD: bool = False
     LISTED: bool = False
     BOUNDED: bool = False
     ONE_BOUNDS: bool = False
 
 
-class Operands(NamedTuple):
-    """The pointers and run-time numbers of the functions below."""
-
-    T: Any
-    S: Any
-    ROWS: Any
-    GROUP: Any
-    query_start: Any
-    key_start: Any
-    words: Any
-    bias: Any
-    mask: Any
-    query_positions: Any
-    key_positions: Any
-    query_segments: Any
-    key_segments: Any
-    tables: Any
-    rows: Any
-    tiles: Any
-    bounds: Any
-    grad_bias: Any
-
-
-NUM_WORDS = 6  # before those of the pattern
 ALIGNMENT = tl.constexpr(8)  # of the rows of a mask or bias, for wide loads at every length
-
-
-@triton.jit
-def load_words(words):
-    """The run-time numbers: T, S, ROWS, GROUP and where positions start."""
-    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
 
 
 @triton.jit
@@ -249,75 +209,28 @@ def pairs_of(array, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, AXES
     return at, inside
 
 
-# -------------------------------------------------------------------------------------------------------------- kernels
+FUNCTIONS = flash.Functions(work_of, block_of, dense, dense, logits_of, visible)
+
+
+# ---------------------------------------------------------------------------------------------- the gradient of a bias
 
 
 @triton.jit
-def softmax_forward(
+def flash_backward_bias(
     query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, out, lse, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
-    operands = Operands(
-        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds, None,
-    )  # fmt: skip
-    forward(
-        query, key, value, out, lse, operands, work_of, block_of, dense, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q,
-        BLOCK_K,
-    )  # fmt: skip
-
-
-@triton.jit
-def softmax_backward_query(
-    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, lse, delta, grad_out, no_bias, grad_query, grad_bias,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
-    operands = Operands(
-        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds, grad_bias,
-    )  # fmt: skip
-    backward_query(
-        query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, dense, logits_of, visible,
-        SHAPE, OPTIONS, BLOCK_Q, BLOCK_K, store_bias if OPTIONS.OWN_BIAS else None,
-    )  # fmt: skip
-
-
-@triton.jit
-def softmax_backward_key(
-    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, lse, delta, grad_out, grad_key, grad_value,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
-    operands = Operands(
-        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds, None,
-    )  # fmt: skip
-    backward_key(
-        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, dense, logits_of,
-        visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-
-
-@triton.jit
-def softmax_backward_bias(
-    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, lse, delta, grad_out, grad_bias,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    bounds, order, codes, key_buckets, starts, lse, delta, grad_out, grad_bias,
+    FUNCTIONS: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of the gradient of the bias: the sum over all that reads it, in a fixed order.
 
     The words ROWS and GROUP are the number of consecutive samples that read the same bias, and of all blocks that read a block
     of it; `rows` are the states of the blocks.
     """
-    T, S, SAMPLES, count, query_start, key_start = load_words(words)
-    operands = Operands(
-        T, S, SAMPLES, count, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds, None,
+    operands = operands_of(
+        words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles, bounds, order,
+        codes, key_buckets, starts, None,
     )  # fmt: skip
+    T, S, SAMPLES, count = operands.T, operands.S, operands.ROWS, operands.GROUP
     AXES: tl.constexpr = OPTIONS.BIAS
     GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
     BIAS_HEADS: tl.constexpr = SHAPE.HEADS if AXES.N else 1
@@ -349,9 +262,10 @@ def softmax_backward_bias(
             head_of(key, b, n // GROUPS, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY), key_rows,
             SHAPE.HEADS, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, BLOCK_Q, BLOCK_K, SHAPE.PRECISION,
         )  # fmt: skip
-        logits = logits_of(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+        logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
         weights = weights_of(logits, lse_i[:, None], SHAPE.FACTOR)
-        weights = tl.where(visible(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), weights, 0.0)
+        seen = FUNCTIONS.VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+        weights = tl.where(seen, weights, 0.0)
         grad_weights = products_of(
             head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD), query_rows,
             head_of(value, b, n // GROUPS, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE), key_rows,
@@ -426,7 +340,7 @@ class Call:
         geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, tested)
         self.geometry, scale = geometry, static.scale * LOG2_E
         last = last_of(geometry.query_positions, geometry.queries), last_of(geometry.key_positions, geometry.keys)
-        tree = rules.Tree(geometry.pattern, *last, NUM_WORDS)
+        tree = rules.Tree(geometry.pattern, *last, flash.NUM_WORDS)
         self.pattern_words = tree.words
         self.inputs = dict(
             query=query, key=key, value=value, bias=aligned(bias), mask=aligned(visible.mask),
@@ -452,24 +366,26 @@ class Call:
             *map(kind_of, rows[2:], (geometry.query_positions, geometry.key_positions)), one(rows[2]), one(rows[3]),
         )  # fmt: skip
 
-    def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, aliases=None, **options):
-        """Launches a kernel; `words` are ROWS and GROUP."""
+    def run(self, kernel, grid: int, rows: tuple[int, int], lists: dict, outputs: dict, config, store=None, aliases=None,
+            **options):  # fmt: skip
+        """Launches a kernel; `rows` are the words ROWS and GROUP."""
         geometry = self.geometry
         starts = [x if isinstance(x, int) else 0 for x in (geometry.query_positions, geometry.key_positions)]
-        words = launch.words(geometry.queries, geometry.keys, *words, *starts, *self.pattern_words)
-        inputs = self.inputs | lists | dict(words=words) | self.gradients
-        return launch.call(
+        return flash.run(
             kernel,
-            {name: inputs[name] for name in kernel.arg_names if name in inputs},
+            self.inputs | lists | self.gradients,
             outputs,
+            words=(geometry.queries, geometry.keys, *rows, *starts, 0, 0, *self.pattern_words),
             grid=grid,
-            constants=dict(SHAPE=self.shape, OPTIONS=self.options._replace(**options)),
+            functions=FUNCTIONS._replace(STORE=store),
+            shape=self.shape,
+            options=self.options._replace(**options),
             config=config,
             mode=self.static.mode,
             aliases=aliases,
         )
 
-    def launch_rows(self, kernel, outputs: dict, aliases=None, *, along: str, **options):
+    def launch_rows(self, kernel, outputs: dict, *, along: str, **options):
         """Runs a kernel over the rows of blocks `along` "query" or "key"."""
         config = self.config_of(kernel)
         geometry, sizes = self.geometry, (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"])
@@ -484,7 +400,6 @@ class Call:
             dict(bounds=bounds, rows=jnp.asarray(todo.rows), tiles=None if todo.tiles is None else jnp.asarray(todo.tiles)),
             outputs,
             config,
-            aliases,
             **options,
             ROWS_PER_HEAD=len(todo.rows) > 1,
             LISTED=todo.tiles is not None,
@@ -547,7 +462,7 @@ def run_forward(static: Static, query, key, value, bias, visible: Visible):
         out=jax.ShapeDtypeStruct((call.batch, queries, heads, features), query.dtype),
         lse=jax.ShapeDtypeStruct((call.batch, heads, queries), jnp.float32),
     )
-    return call.launch_rows(softmax_forward, outputs, along="query")
+    return call.launch_rows(flash.flash_forward, outputs, along="query")
 
 
 def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, visible: Visible):
@@ -564,13 +479,14 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
     # Wide float32 heads that do not fill a block leave that pass no registers for it.
     size, least = max(call.shape.BLOCK_H, call.shape.BLOCK_V), min(call.shape.FEATURES, call.shape.VALUES)
     own = own and min(bias.shape[2:]) > 1 and not (query.dtype == jnp.float32 and size > max(64, least))
-    call.gradients["no_bias"] = jnp.zeros_like(aligned(bias)) if own else None
-    grad_bias = jax.ShapeDtypeStruct(*(call.gradients["no_bias"].shape, bias.dtype) if own else ((1,), jnp.float32))
-    outputs = dict(grad_query=shape(query), grad_bias=grad_bias)
-    aliases = dict(no_bias="grad_bias") if own else None
-    grad_query, grad_bias = call.launch_rows(softmax_backward_query, outputs, aliases, along="query", OWN_BIAS=own)
+    outputs, keeping = dict(grad_query=shape(query)), {}
+    if own:
+        call.gradients["no_bias"] = zeros = jnp.zeros_like(aligned(bias))
+        outputs["grad_bias"] = jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)
+        keeping = dict(store=store_bias, aliases=dict(no_bias="grad_bias"))
+    grad_query, grad_bias = call.launch_rows(flash.flash_backward_query, outputs, along="query", **keeping)
     outputs = dict(grad_key=shape(key), grad_value=shape(value))
-    grad_key, grad_value = call.launch_rows(softmax_backward_key, outputs, along="key")
+    grad_key, grad_value = call.launch_rows(flash.flash_backward_key, outputs, along="key")
     if bias is not None:
         grad_bias = grad_bias[..., : bias.shape[3]] if own else bias_gradient(call, bias)
     return grad_query, grad_key, grad_value, None if bias is None else grad_bias
@@ -578,17 +494,17 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
 
 def bias_gradient(call: Call, bias):
     """The gradient of a bias that samples may share, in float32."""
-    config = call.config_of(softmax_backward_bias)
+    config = call.config_of(flash_backward_bias)
     tiles = config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"]
     wide = bias.shape[2:]
     counts = [1 if size == 1 else -(-size // tile) for size, tile in zip(wide, tiles, strict=True)]
     some = (states_of(call.geometry, *tiles) != NONE).any(0).astype(np.int32)
     programs = math.prod((*bias.shape[:2], *counts))
     return call.run(
-        softmax_backward_bias,
+        flash_backward_bias,
         programs,
         (call.batch // len(bias), call.batch * call.shape.HEADS * some.size // programs),
-        dict(rows=jnp.asarray(some), tiles=None, bounds=None),
+        dict(rows=jnp.asarray(some)),
         dict(grad_bias=jax.ShapeDtypeStruct(bias.shape, jnp.float32)),
         config,
     )[0]
@@ -627,12 +543,12 @@ def attend(independent: str):
 # BLOCK_Q, BLOCK_K, warps and stages by features of a head, of the tiles that meet nothing but a band and of all others.
 # Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
 FLOAT32_TILES = {
-    "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "softmax_backward_query": {
+    "flash_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
+    "flash_backward_query": {
         16: ((64, 16, 4, 2), (16, 16, 8, 1)), 64: ((64, 16, 4, 2), (16, 32, 8, 1)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2,
     },
-    "softmax_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
-    "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
+    "flash_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
+    "flash_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
 
 
@@ -658,29 +574,24 @@ def tile_sizes(
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
     narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
     # The test of a pattern of blocks takes the registers that 128 wide rows would need.
-    narrow = narrow or block_size is not None and wide and kernel in ("softmax_forward", "softmax_backward_key")
+    narrow = narrow or block_size is not None and wide and kernel in ("flash_forward", "flash_backward_key")
     if dtype == jnp.float32:
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
-        if kernel == "softmax_forward" and wide and biased and tested:
+        if kernel == "flash_forward" and wide and biased and tested:
             sizes = 16, 32, 8, 1
-        elif kernel == "softmax_forward" and block_size is not None:
+        elif kernel == "flash_forward" and block_size is not None:
             sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
-        if kernel == "softmax_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
+        if kernel == "flash_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
             sizes = 16 if biased else 32, 16, 8, 1
-    elif kernel == "softmax_backward_key":
+    elif kernel == "flash_backward_key":
         # Tests and a bias take registers: fewer queries at once, and fewer keys if there is a bias of wide heads.
         tile = 64 if narrow or not hopper or wide and biased else 128
         sizes = 32 if wide or tested or ragged or biased else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
-    elif kernel == "softmax_backward_bias" or narrow or not hopper and kernel != "softmax_forward":
-        sizes = 64, 64, 8 if wide or kernel == "softmax_backward_bias" else 4, 2
-    elif kernel == "softmax_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
+    elif kernel == "flash_backward_bias" or narrow or not hopper and kernel != "flash_forward":
+        sizes = 64, 64, 8 if wide or kernel == "flash_backward_bias" else 4, 2
+    elif kernel == "flash_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
         sizes = 128, 64 if wide and ragged else 128, 8, 3
     else:
         sizes = 128, 64, 8, 2
     query, key, warps, stages = sizes
     return tuning.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
-
-
-def padded(size: int) -> int:
-    """The size that a tile gives to an axis: `tl.dot` takes powers of two from 16 on."""
-    return max(16, triton.next_power_of_2(size))

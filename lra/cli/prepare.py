@@ -97,7 +97,10 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
 
     Returns: 0, or 1 where a task that was named, or a data set at hand, could not be prepared.
     """
-    wanted = tasks.tasks_named(words) or _quick()
+    every = (task for configs in tasks.TASKS.values() for task in configs.values())
+    is_quick = lambda found: found.seconds <= PATIENCE_SECONDS and not found.drawn
+    quick = [task for task in every if is_quick(catalogue.find_dataset(task.dataset))]
+    wanted = tasks.tasks_named(words) or quick
     failed, done = 0, set()
     for task in wanted:
         if catalogue.find_dataset(task.dataset).drawn:
@@ -117,12 +120,6 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
             failed += 1
             print(error, file=sys.stderr, flush=True)
     return int(failed > 0)
-
-
-def _quick() -> list[Task]:
-    every = [task for configs in tasks.TASKS.values() for task in configs.values()]
-    quick = lambda found: found.seconds <= PATIENCE_SECONDS and not found.drawn
-    return [task for task in every if quick(catalogue.find_dataset(task.dataset))]
 
 
 def _bytes(folder: pathlib.Path) -> int:
@@ -183,16 +180,17 @@ def _check_files(report: Report, folder: pathlib.Path) -> None:
     if not sums.exists():
         report.lines.append("  checksums none were written; prepare it anew to have them")
         return
-    cut = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
-    wanted = {name: checksum for checksum, _, name in cut if name}
-    report.faults += [f"{store.CHECKSUMS} has a line without a file, {line!r:.60}" for line, _, name in cut if not name]
-    for name, checksum in over(wanted.items(), f"{folder.parent.name}: checksums", len(wanted)):
-        if not (folder / name).exists():
+    lines = sums.read_text(errors="replace").splitlines()
+    for line in over(lines, f"{folder.parent.name}: checksums"):
+        checksum, _, name = line.partition("  ")
+        if not name:
+            report.faults.append(f"{store.CHECKSUMS} has a line without a file, {line!r:.60}")
+        elif not (folder / name).exists():
             report.faults.append(f"file {name} is missing")
         elif store.sha256(folder / name) != checksum:
             report.faults.append(f"file {name} is not what was written: its sha256 differs from {store.CHECKSUMS}")
     every = hashlib.sha256(sums.read_bytes()).hexdigest()[:16]
-    report.lines.append(f"  checksums of {len(wanted)} files in {store.CHECKSUMS}, itself sha256 {every}...")
+    report.lines.append(f"  checksums of {len(lines)} files in {store.CHECKSUMS}, itself sha256 {every}...")
 
 
 def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) -> None:

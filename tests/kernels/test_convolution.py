@@ -173,7 +173,7 @@ def test_bad_input_is_named():
     inputs, kernel = jnp.ones((1, 5, 3)), jnp.ones((3, 5))
     with pytest.raises(ValueError, match="convolve: inputs must have shape"):
         convolve(inputs[0], kernel)
-    with pytest.raises(ValueError, match="convolve: kernel must have shape \\[3, L\\]"):
+    with pytest.raises(ValueError, match="convolve: kernel must have shape \\[D, L\\] = \\[3, L\\]"):
         convolve(inputs, kernel[:2])
     with pytest.raises(ValueError, match="convolve: anticausal must have shape"):
         convolve(inputs, kernel, kernel[:, :0])
