@@ -8,6 +8,8 @@ e   a log decay between two of these places, g_c - g_s <= 0: only such differenc
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
+
 # exp of less is 0 in float32.
 SMALLEST_LOG_DECAY = -104.0
 # Multiples of it are summed without rounding: a chunk of 128 stays below 2^24 of them.
@@ -37,15 +39,20 @@ def advance(states, query, key, values, decay=None, beta=None):
 
 
 def corrections(states, key, values, decay, beta):
-    """The values that the delta rule writes, u_t = beta_t (v_t - k_t^T decay_t S_{t-1}): [B, N, C, V].
+    """The values that the delta rule writes, u_t = beta_t (v_t - k_t^T decay_t S_{t-1}): [B, N, C, V]."""
+    solve = delta_rule(key, decay, beta)
+    return tuple(solve @ (value - read(key, state, decay)) for state, value in zip(states, values, strict=True))
+
+
+@precision.full
+def delta_rule(key, decay, beta):
+    """The matrices [B, N, C, C] that turn what keys should read, less what they read of the state before, into what is written.
 
     S_{t-1} holds the u_s of the tokens before: (I + L) u = beta (v - (decayed k)^T S), L = beta times the scores of keys
     with keys before them (the UT transform; Yang et al., 2024, arXiv 2406.06484, section 3).
     """
-    inverse = inverse_of_unit_lower(beta[..., None] * jnp.tril(scores(key, key, decay), -1))
-    return tuple(
-        inverse @ (beta[..., None] * (value - read(key, state, decay))) for state, value in zip(states, values, strict=True)
-    )
+    lower = beta[..., None] * jnp.tril(scores(key, key, decay), -1)
+    return inverse_of_unit_lower(lower) * beta[..., None, :]
 
 
 def inverse_of_unit_lower(lower):
@@ -110,10 +117,15 @@ def channel_scores(query, key, decay):
 
 def read(query, state, decay):
     """q_c^T exp(g_c) S, with the state before the chunk: [B, N, C, V]."""
+    return decayed(query, decay) @ state
+
+
+def decayed(query, decay):
+    """q_c exp(g_c), as it reads the state before the chunk."""
     if decay is None:
-        return query @ state
+        return query
     factor = exp_gap([g[:, :, 1:] for g in decay], [g[:, :, :1] for g in decay])
-    return factor[..., None] * (query @ state) if factor.ndim == 3 else (query * factor) @ state
+    return query * (factor[..., None] if factor.ndim == 3 else factor)
 
 
 def write(key, value, decay=None):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subquad.kernels import linear
-from subquad.kernels.specs import LENGTHS, Spec, over_heads
+from subquad.kernels.specs import HEADS, LENGTHS, Spec, over_heads
 
 # One key's weight is 1 whatever the query: a gradient of 0, of which no error is a fraction.
 SEVERAL = LENGTHS[1:]
@@ -167,7 +167,10 @@ SPECS = [
     random_spec("relu-causal", True, "relu", make_relu),
     gated_spec("heads"),
     gated_spec("normalized", make_normalized),
-    gated_spec("channels-delta", implementations=(), channels=True, delta=True),
+    gated_spec("channels", channels=True),
+    gated_spec("channels-normalized", make_normalized, channels=True),
+    gated_spec("delta", delta=True),
+    gated_spec("channels-delta", channels=True, delta=True),
 ]
 
 
@@ -188,10 +191,10 @@ def over_random(kind, is_causal, kernel):
     return over_heads("linear.random_feature_attention", kind, draw, run)
 
 
-def over_gated(kind, maker):
+def over_gated(kind, maker, most=HEADS[-1], **options):
     """A kind of call at every size of a head."""
-    draw = lambda head, *rest: maker(*rest, features=head, values=head)
-    return over_heads("linear.gated", kind, draw, call_gated)
+    draw = lambda head, *rest: maker(*rest, features=head, values=head, **options)
+    return over_heads("linear.gated", kind, draw, call_gated, most)
 
 
 GRID = [
@@ -205,4 +208,7 @@ GRID = [
     *over_random("relu", False, "relu"),
     *over_gated("heads", make_gated),
     *over_gated("normalized", make_normalized),
+    *over_gated("channels", make_gated, channels=True),
+    *over_gated("delta", make_gated, 128, delta=True),  # float32 takes no more
+    *over_gated("channels-delta", make_gated, 128, channels=True, delta=True),
 ]

@@ -145,7 +145,7 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
     outcomes = get_args(verdicts.Outcome)
     rows = [["paper", "table", "cells", "reproduced", *outcomes[1:], "hours to run", "what it holds"]]
     for paper, name in progress.over(published.sources(), "Tables"):
-        every = [cell for cell in cells.cells_of_table(paper, name) if cell.column != "average"]
+        every = [cell for cell in cells.cells_of_table(paper, name) if cell.task != "average"]
         judged = [verdicts.judge(cell, known) for cell in every]
         counts = Counter(one.outcome for one in judged)
         hours: dict[str, float] = {}
@@ -164,7 +164,7 @@ def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
         found = floor_rows.measure_floors(word, data_dir)
         csv_rows.write_rows(path, ledger.Floor, found, ledger.FLOOR_KEY)
         for floor in found:
-            print(f"{floor.task}/{floor.config}: {ledger.NAMES.get(floor.floor, floor.floor)} {floor.value:.4f}")
+            print(f"{floor.task}/{floor.config}: {results.FLOORS[floor.floor]} {floor.value:.4f}")
     print(f"Rows in {path}.")
     return 0
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from subquad.lra import layers
 from subquad.lra.report.results import Result
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
@@ -121,34 +122,15 @@ def _timed(row: Result) -> bool:
 
 
 def training_flops(run: Run, task: Task) -> float:
-    """FLOPs of all steps: three forward passes each, attention by what a query sees."""
-    sequences = 2 if task.kind == "pair" else 1
-    tokens = run.steps * run.batch_size * sequences * task.length
-    return 3 * tokens * run.num_layers * (_maps(run) + mixing(run, task.length))
-
-
-def _maps(run: Run) -> float:
-    """FLOPs of a block's linear maps for a token."""
+    """FLOPs of all steps: three forward passes each, of linear maps and attention to as many keys as `keys_seen` says."""
+    tokens = run.steps * run.batch_size * (2 if task.kind == "pair" else 1) * task.length
     features, inside = run.in_features, run.layer_options.get("qkv_features", run.in_features)
-    mixer = 2 * features * features * 2 if run.layer == "s4" else 2 * 4 * features * inside
-    return mixer + 2 * 2 * features * run.mlp_features
+    maps = 2 * 4 * features * inside + 2 * 2 * features * run.mlp_features
+    return 3 * tokens * run.num_layers * (maps + 4 * inside * keys_seen(run.layer, task.length))
 
 
-def mixing(run: Run, length: int) -> float:
-    """FLOPs that a layer spends on mixing tokens, for a token of a sequence of `length`."""
-    options, features = run.layer_options, run.layer_options.get("qkv_features", run.in_features)
-    number = lambda name, default: min(length, options[name]) if isinstance(options.get(name), int) else default
-    if run.layer == "s4":
-        return 30 * features * (1 if options.get("is_causal") else 2) + 8 * features * number("state_size", 64) / 4
-    if run.layer == "performer":
-        return 6 * features * options.get("num_features", 256)
-    seen = {
-        "softmax": length,
-        "blockwise": number("block_size", 128),
-        "local": 2 * number("window_size", 256),
-        "strided": number("stride", 128) * 2 + length / number("stride", 128) * options.get("num_summary", 1),
-        "reformer": 2 * number("chunk_size", 64) * options.get("num_hashes", 4),
-        "linformer": 2 * number("num_landmarks", 256),
-        "transformer_xl": 2 * number("segment_length", 512) + number("memory_length", 512),
-    }.get(run.layer, length)
-    return 4 * features * min(seen, 4 * length)
+def keys_seen(layer: str, length: int) -> float:
+    """How many keys a query is compared with, or what costs as much: a guess by how the layer's cost grows with the length."""
+    cost = getattr(layers.find_layer(layer), "supports", None)
+    guessed = {"T": 512, "T log T": 64 * math.log2(length), "T^1.5": 4 * math.sqrt(length)}
+    return min(length, guessed.get(cost and cost.cost, length))

@@ -49,6 +49,7 @@ def chosen():
 
 
 @pytest.mark.aot
+@pytest.mark.sample(2, of=[name for name in SPECS if name not in OPERATIONS])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "bfloat16") for name in SPECS]

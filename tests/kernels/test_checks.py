@@ -185,8 +185,8 @@ def test_shapes():
     """A letter is one size, sizes may be several, and None is no array."""
     checks.shape("op", "x", None, "B T", "Fix it.")
     checks.shape("op", "x", jnp.ones((2, 3, 3)), "B M M", "Fix it.", B=(1, 2))
-    says = r"^op: x must have shape \[B, M, M\] = \[1 or 2, M, M\].*, got \(2, 3, 4\)\. Fix it\.$"
-    with pytest.raises(ValueError, match=says):
+    said = r"^op: x must have shape \[B, M, M\] = \[1 or 2, M, M\].*, got \(2, 3, 4\)\. Fix it\.$"
+    with pytest.raises(ValueError, match=said):
         checks.shape("op", "x", jnp.ones((2, 3, 4)), "B M M", "Fix it.", B=(1, 2))
     for wrong in (jnp.ones(2), jnp.ones((2, 0)), jnp.ones((3, 1))):
         with pytest.raises(ValueError, match="^op: x must have shape"):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import launch, linear
+from subquad.kernels import launch, linear, machine_code
 from tests import oracle
 
 FORMS = ["plain", "heads", "channels", "delta", "heads-delta", "channels-delta"]
@@ -234,7 +234,36 @@ def test_float16_and_bfloat16_differ_by_their_last_rounding():
         assert oracle.relative_error(state, last) < 1e-5
 
 
-@pytest.mark.parametrize(("form", "reason"), [("delta", "the delta rule"), ("channels", "decays per channel")])
-def test_what_has_no_kernel_is_declined_with_the_reason(form, reason):
-    with launch.recording(), pytest.raises(launch.Declined, match=reason):
-        jax.eval_shape(lambda x: linear.gated(**x, implementation="triton"), draw(form, 20))
+def test_a_head_too_wide_for_the_delta_rule_is_declined_with_the_reason():
+    arrays = draw("delta", 20, features=200)
+    with launch.recording(), pytest.raises(launch.Declined, match="heads of at most 128 features"):
+        jax.eval_shape(lambda x: linear.gated(**x, implementation="triton"), arrays)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_takes_the_widest_heads_with_the_delta_rule(dtype):
+    """Those that float32 declines, and so the grid lacks."""
+    arrays = draw("channels-delta", 20, batch=1, heads=1, features=256, values=256)
+    arrays |= {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value")}
+
+    def run(arrays):
+        out, pull = jax.vjp(lambda x: linear.gated(**x, implementation="triton"), arrays)
+        return pull(out)
+
+    with launch.recording() as launches:
+        jax.eval_shape(run, arrays)
+    kinds = [one for one in dict.fromkeys(launches) if one.name == "linear_write"]
+    assert len(kinds) == 2
+    for one in kinds:
+        compiled = machine_code.compile(one, "sm_90")
+        assert compiled.spills == 0 and compiled.shared <= machine_code.SHARED_LIMIT["sm_90"], compiled
+
+
+@pytest.mark.interpret
+def test_a_normaliser_with_the_delta_rule_is_one_of_the_values():
+    arrays = draw("heads-delta", 20, batch=1)
+    arrays |= {name: np.abs(arrays[name]) for name in ("query", "key", "initial_state")}
+    arrays["initial_state"] = arrays["initial_state"], 1 + arrays["initial_state"][..., 0]
+    got, want = (call(arrays, normalize=True, implementation=i) for i in ("interpret", "reference"))
+    assert_close(got, want)

@@ -20,15 +20,19 @@ def small_blocks(monkeypatch):
         pytest.skip(str(reason))
     from subquad.kernels.linear import triton
 
+    def small(kernel, plan, x, width, columns):
+        is_whole = x.erase is not None and kernel is triton.linear_write
+        return tuning.Config(dict(BLOCK_W=width if is_whole else 16, BLOCK_C=16))
+
     whole = triton.plan_of
-    monkeypatch.setattr(triton, "heuristic", lambda *_: tuning.Config(dict(BLOCK_W=16, BLOCK_C=16)))
+    monkeypatch.setattr(triton, "heuristic", small)
     monkeypatch.setattr(triton, "plan_of", lambda *args, **options: dataclasses.replace(whole(*args, **options), chunk=16))
 
 
 @pytest.mark.parametrize(
     "name",
     ["linear.attention/causal", "linear.attention/bidirectional", "linear.random_feature_attention/softmax-causal"]
-    + ["linear.gated/heads", "linear.gated/normalized"],
+    + ["linear.gated/heads", "linear.gated/normalized", "linear.gated/channels", "linear.gated/channels-delta"],
 )
 def test_states_and_values_in_several_blocks(name, small_blocks):
     spec = specs.find(name)

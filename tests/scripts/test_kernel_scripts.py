@@ -12,6 +12,8 @@ import pytest
 
 from subquad.kernels import gate, gpu, launch, specs, tuning
 
+from .calling import call
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -114,14 +116,14 @@ def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
-        ("aot_kernels.py", ["--spec", "softmax.atention/causal"], "Did you mean 'softmax.attention/causal'"),
-        ("aot_kernels.py", ["--target", "sm_9"], "Did you mean 'sm_90'"),
-        ("tune_kernels.py", ["--target", "gfx94", "--list"], "Did you mean 'gfx942'"),
-        ("tune_kernels.py", [], "needs an NVIDIA GPU"),
-        ("tune_kernels.py", ["--spec", "strided.attention/causal", "--list"], "--length must be given"),
+        ("aot_kernels", ["--spec", "softmax.atention/causal"], "Did you mean 'softmax.attention/causal'"),
+        ("aot_kernels", ["--target", "sm_9"], "Did you mean 'sm_90'"),
+        ("tune_kernels", ["--target", "gfx94", "--list"], "Did you mean 'gfx942'"),
+        ("tune_kernels", [], "needs an NVIDIA GPU"),
+        ("tune_kernels", ["--spec", "strided.attention/causal", "--list"], "--length must be given"),
     ],
 )
 def test_bad_input_is_one_line(script, arguments, says):
-    done = run(script, *arguments)
+    done = call(script, *arguments)
     assert done.returncode != 0 and says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
