@@ -100,7 +100,7 @@ def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypa
     assert [one.layer for one in ledger.read_ledger([tmp_path / "more.csv"]).step_timings] == ["performer"]
 
 
-@pytest.mark.parametrize("kind", ["classification", "pair", "language_model"])
+@pytest.mark.parametrize("kind", ["classification", "pair", "language_model", "tagging"])
 def test_steps_of_every_kind_of_task_have_a_batch(kind):
     classes = 10 if kind != "language_model" else 16
     task = dataclasses.replace(tasks.find_task("listops", "tiny"), kind=kind, num_classes=classes)
@@ -108,7 +108,7 @@ def test_steps_of_every_kind_of_task_have_a_batch(kind):
     batch = programs._batch(run, task)
     inputs = ("inputs1", "inputs2") if kind == "pair" else ("inputs",)
     assert {name for name in batch if name.startswith("inputs")} == set(inputs)
-    assert batch["targets"].shape == ((2, 30) if kind == "language_model" else (2,))
+    assert batch["targets"].shape == ((2, 30) if kind in ("language_model", "tagging") else (2,))
     function, arguments = programs._function(run, task, "train", programs._abstract(run, task))
     jax.eval_shape(function, *arguments)
 
