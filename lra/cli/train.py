@@ -37,7 +37,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard/ in each run's folder, too")
     minutes = "between checkpoints, beside those at validations; default: 10"
     parser.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help=minutes)
-    parser.add_argument("--test-lengths", type=commands.parse_lengths, default=(), metavar="N,N", help="to test at, too: 256,1K")
+    parser.add_argument("--test-lengths", type=commands.parse_lengths, default=(), metavar="N", help="to test at, too: 256,1K")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, of several; SLURM's are found without")
     parser.add_argument("--num-processes", type=int, help="how many run this command")
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
