@@ -59,22 +59,17 @@ class Axes(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the functions below do. ONE_...: all samples share one array."""
+    """What the functions below do."""
 
     PATTERN: tuple | None  # as `rules` has it
     BIAS: Axes | None
     MASK: Axes | None
     SEGMENTS: bool
-    ONE_QUERY_SEGMENTS: bool
-    ONE_KEY_SEGMENTS: bool
     QUERY_POSITIONS: str  # "array", or they count from a "start", or from "zero", which saves registers
     KEY_POSITIONS: str
-    ONE_QUERY_POSITIONS: bool
-    ONE_KEY_POSITIONS: bool
     ROWS_PER_HEAD: bool = False
     LISTED: bool = False
     BOUNDED: bool = False
-    ONE_BOUNDS: bool = False
 
 
 ALIGNMENT = tl.constexpr(8)  # of the rows of a mask or bias, for wide loads at every length
@@ -90,9 +85,7 @@ def work_of(rank, b, n, operands, OPTIONS: tl.constexpr):
     first, first_end, second = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     second_end, full, full_end = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
     if OPTIONS.BOUNDED:
-        bounds = operands.bounds + tile * 2
-        if not OPTIONS.ONE_BOUNDS:
-            bounds += b * operands.ROWS * 2
+        bounds = operands.bounds + (b * operands.ROWS + tile) * 2
         low, high = tl.load(bounds), tl.load(bounds + 1)
         first, second, full = tl.maximum(first, low), tl.maximum(second, low), tl.maximum(full, low)
         first_end, second_end = tl.minimum(first_end, high), tl.minimum(second_end, high)
@@ -131,22 +124,12 @@ def visible(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.
     """VISIBLE: what the pattern, the segments and the mask allow."""
     result = k < operands.S
     if OPTIONS.PATTERN is not None:
-        query = positions_of(
-            operands.query_positions,
-            operands.query_start,
-            b,
-            q,
-            operands.T,
-            OPTIONS.QUERY_POSITIONS,
-            OPTIONS.ONE_QUERY_POSITIONS,
-        )
-        key = positions_of(
-            operands.key_positions, operands.key_start, b, k, operands.S, OPTIONS.KEY_POSITIONS, OPTIONS.ONE_KEY_POSITIONS
-        )
+        query = positions_of(operands.query_positions, operands.query_start, b, q, operands.T, OPTIONS.QUERY_POSITIONS)
+        key = positions_of(operands.key_positions, operands.key_start, b, k, operands.S, OPTIONS.KEY_POSITIONS)
         result = result & rules.allowed(query, key, n, operands.tables, operands.words, OPTIONS.PATTERN)
     if OPTIONS.SEGMENTS:
-        query = positions_of(operands.query_segments, 0, b, q, operands.T, "array", OPTIONS.ONE_QUERY_SEGMENTS)
-        key = positions_of(operands.key_segments, 0, b, k, operands.S, "array", OPTIONS.ONE_KEY_SEGMENTS)
+        query = positions_of(operands.query_segments, 0, b, q, operands.T, "array")
+        key = positions_of(operands.key_segments, 0, b, k, operands.S, "array")
         result = result & (query == key)
     if OPTIONS.MASK is not None:
         result = result & (load_pairs(operands.mask, b, n, query_start, q, k, operands, SHAPE, OPTIONS.MASK) != 0)
@@ -154,12 +137,10 @@ def visible(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.
 
 
 @triton.jit
-def positions_of(array, start, b, index, LENGTH, KIND: tl.constexpr, ONE: tl.constexpr):
-    """Positions, or segments, of KIND as `Options` has it; an array is [B, LENGTH]. ONE: all samples share one."""
+def positions_of(array, start, b, index, LENGTH, KIND: tl.constexpr):
+    """Positions, or segments, of KIND as `Options` has it; an array is [B, LENGTH]."""
     if KIND == "array":
-        if not ONE:
-            array += b * LENGTH
-        result = tl.load(array + index, mask=index < LENGTH, other=0)
+        result = tl.load(array + b * LENGTH + index, mask=index < LENGTH, other=0)
     elif KIND == "start":
         result = index + start
     else:
@@ -342,11 +323,12 @@ class Call:
         last = last_of(geometry.query_positions, geometry.queries), last_of(geometry.key_positions, geometry.keys)
         tree = rules.Tree(geometry.pattern, *last, flash.NUM_WORDS)
         self.pattern_words = tree.words
+        each = self.of_each_sample
         self.inputs = dict(
             query=query, key=key, value=value, bias=aligned(bias), mask=aligned(visible.mask),
-            query_positions=visible.query_positions,
-            key_positions=visible.key_positions, query_segments=visible.query_segment_ids,
-            key_segments=visible.key_segment_ids, tables=None if tree.table is None else jnp.asarray(tree.table),
+            query_positions=each(visible.query_positions), key_positions=each(visible.key_positions),
+            query_segments=each(visible.query_segment_ids), key_segments=each(visible.key_segment_ids),
+            tables=None if tree.table is None else jnp.asarray(tree.table),
         )  # fmt: skip
         self.gradients = gradients
         (_, _, heads, features), (_, _, kv_heads, value_features) = query.shape, value.shape
@@ -359,12 +341,14 @@ class Call:
             1.0 if early else scale, launch.dot_precision(query.dtype), bias is not None,
             *map(one, self.arrays), *(one(gradients.get(name)) for name in ("lse", "delta", "grad_out")),
         )  # fmt: skip
-        one = lambda array: array is not None and len(array) == 1
-        rows = [visible.query_segment_ids, visible.key_segment_ids, visible.query_positions, visible.key_positions]
         self.options = Options(
-            tree.node, axes(bias), axes(visible.mask), rows[0] is not None, one(rows[0]), one(rows[1]),
-            *map(kind_of, rows[2:], (geometry.query_positions, geometry.key_positions)), one(rows[2]), one(rows[3]),
+            tree.node, axes(bias), axes(visible.mask), visible.query_segment_ids is not None,
+            kind_of(visible.query_positions, geometry.query_positions), kind_of(visible.key_positions, geometry.key_positions),
         )  # fmt: skip
+
+    def of_each_sample(self, array):
+        """[B|1, ...] as [B, ...]: of small arrays, so that kernels need not know which are shared."""
+        return None if array is None else jnp.broadcast_to(array, (self.batch, *array.shape[1:]))
 
     def run(self, kernel, grid: int, rows: tuple[int, int], lists: dict, outputs: dict, config, store=None, aliases=None,
             **options):  # fmt: skip
@@ -391,6 +375,7 @@ class Call:
         geometry, sizes = self.geometry, (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"])
         todo = work(geometry, *sizes, along == "key")
         bounds = None if todo.tiles is not None else bounds_of(geometry, self.visible, *sizes, along == "key")
+        bounds = self.of_each_sample(bounds)
         programs = self.batch * self.heads[along]
         count = todo.rows.shape[1]
         return self.run(
@@ -404,7 +389,6 @@ class Call:
             ROWS_PER_HEAD=len(todo.rows) > 1,
             LISTED=todo.tiles is not None,
             BOUNDED=bounds is not None,
-            ONE_BOUNDS=bounds is not None and len(bounds) == 1,
         )
 
     def config_of(self, kernel) -> tuning.Config:
@@ -584,8 +568,8 @@ def tile_sizes(
         if kernel == "flash_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
             sizes = 16 if biased else 32, 16, 8, 1
     elif kernel == "flash_backward_key":
-        # Tests and a bias take registers: fewer queries at once, and fewer keys if there is a bias of wide heads.
-        tile = 64 if narrow or not hopper or wide and biased else 128
+        # Tests and a bias take registers: fewer queries at once, and fewer keys of wide heads.
+        tile = 64 if narrow or not hopper or wide and crowded else 128
         sizes = 32 if wide or tested or ragged or biased else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
     elif kernel == "flash_backward_bias" or narrow or not hopper and kernel != "flash_forward":
         sizes = 64, 64, 8 if wide or kernel == "flash_backward_bias" else 4, 2
