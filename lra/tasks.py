@@ -93,7 +93,8 @@ def _expressions_at(config: expressions.Config, length: int) -> Sequence[dict]:
 
 
 def _test_at(generator: Diagnostic, length: int) -> Sequence[dict]:
-    return generator.at_length(length).splits()["test"]
+    longer = generator.at_length(length)
+    return Drawn(functools.partial(longer.example, "test"), longer.test, kept=False)
 
 
 # The longest expression, but in the arena's form the round number above it, which the arena pads to.

@@ -7,6 +7,7 @@ import re
 import sys
 
 from subquad import zoo
+from subquad.lra import tasks
 from subquad.lra.cli import commands
 from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.report import csv_rows, ledger, measurements, plots, results, text_tables
@@ -92,7 +93,7 @@ def task_table(rows, floors) -> str:
     reached |= {(one.task, one.config, "chance"): one.floor_chance for one in firsts.values()}
     body = []
     for layer in zoo.LAYERS:
-        body.append([layer, *(score(layer, column.get(layer)) for column in columns.values())])
+        body.append([layer, *(score(layer, column.get(layer), firsts[task]) for task, column in columns.items())])
     for rule, what in results.FLOORS.items():
         cells = [results.floor_cell(rule, reached.get((one.task, one.config, rule))) for one in firsts.values()]
         if any(cells):
@@ -101,21 +102,28 @@ def task_table(rows, floors) -> str:
     return "\n".join([text_tables.markdown([heading, *body]), "", " ".join([*notes, *machines])])
 
 
-def score(layer: str, group) -> str:
+def score(layer: str, group, one) -> str:
     """The score alone; how many seeds it is of stands once, below the table."""
     if group is None:
-        return "not run" if zoo.LAYERS[layer].supports.causal else "not causal"
+        needs_causal = tasks.find_task(one.task, one.config).needs_causal
+        return "not causal" if needs_causal and not zoo.LAYERS[layer].supports.causal else "not run"
     return results.score_of_seeds(group).partition(" (")[0]
 
 
 def diagnostics_table() -> str:
-    """One row per diagnostic task, from its generator."""
-    rows = [("task", "question", "tokens", "chance", "source")]
+    """One row per task and generator: its configurations, their lengths and what guessing reaches there."""
+    rows = ["| task | configurations | question | tokens | chance | source |", "|---" * 6 + "|"]
     for task, configs in diagnostics.CONFIGS.items():
-        for name, one in configs.items():
-            question = inspect.getdoc(one).partition("\n")[0]
-            rows.append((f"{task}/{name}", question, f"{one.length:,}", results.per_cent(one.chance), one.source))
-    return text_tables.markdown(rows)
+        for kind in dict.fromkeys(map(type, configs.values())):
+            ours = {name: one for name, one in configs.items() if type(one) is kind}
+            question = inspect.getdoc(kind).partition("\n")[0]
+            lengths, chances = (
+                "; ".join(dict.fromkeys(map(write, ours.values())))
+                for write in (lambda one: f"{one.length:,}", lambda one: results.floor_cell("chance", one.chance))
+            )
+            cells = (f"`{task}`", ", ".join(f"`{name}`" for name in ours), question, lengths, chances, kind.source)
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def cost_table(rows) -> str:

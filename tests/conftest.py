@@ -35,7 +35,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tracing makes many small objects that stay, and the collector looks through them again and again: a sixth of the tracing.
-gc.set_threshold(200_000, 20, 20)
+gc.set_threshold(100_000, 10, 10)
 
 MAPS, tests_run = pathlib.Path("/proc/self/maps"), itertools.count(1)
 
@@ -44,7 +44,7 @@ MAPS, tests_run = pathlib.Path("/proc/self/maps"), itertools.count(1)
 def few_memory_maps():
     """Drops compiled programs before they take all memory maps that Linux gives a process, 65,530, where XLA aborts."""
     yield
-    if next(tests_run) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+    if next(tests_run) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
 
 

@@ -567,8 +567,8 @@ def tile_sizes(
         if kernel == "flash_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
             sizes = 16 if biased else 32, 16, 8, 1
     elif kernel == "flash_backward_key":
-        # Tests and a bias take registers: fewer queries at once, and fewer keys if there is a bias of wide heads.
-        tile = 64 if narrow or not hopper or wide and biased else 128
+        # Tests and a bias take registers: fewer queries at once, and fewer keys of wide heads.
+        tile = 64 if narrow or not hopper or wide and crowded else 128
         sizes = 32 if wide or tested or ragged or biased else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
     elif kernel == "flash_backward_bias" or narrow or not hopper and kernel != "flash_forward":
         sizes = 64, 64, 8 if wide or kernel == "flash_backward_bias" else 4, 2

@@ -24,7 +24,6 @@ from subquad.lra.files import RunError
 from subquad.lra.report import (
     cells,
     comparison,
-    costs,
     csv_rows,
     floor_rows,
     ledger,
@@ -78,7 +77,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "reproduce_ta
     wanted = chosen(cells.cells_of_table(arguments.paper, name), arguments.only)
     code = 0
     if arguments.probe:
-        csv_rows.check_file(files["hours"], costs.StepTiming)
+        csv_rows.check_file(files["hours"], ledger.StepTiming)
         failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=progress.say)
         code, known = commands.FAILED if failed else 0, read_known(files, arguments.batch_size)
     if arguments.run:

@@ -50,7 +50,10 @@ def parse(command_line: Sequence[str] | None, program: str):
 
 def lengths(text: str) -> tuple[int, ...]:
     """What --test-lengths gives."""
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be as 256,512, got {text!r}. Leave it out for none.") from None
 
 
 def main(command_line: Sequence[str] | None = None, program: str = "train") -> int:
@@ -70,7 +73,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
     together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
     for one in runs:  # what cannot fit is reported before a folder is made
-        sizes.check(one, tasks.find_task(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")
+        task = tasks.find_task(one.task, one.config)
+        tasks.check_lengths(task, arguments.test_lengths)
+        sizes.check(one, task, devices=max(together, 1), sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
     csv_rows.check_file(out / "results.csv", results.Result)
     named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes", "test_lengths")

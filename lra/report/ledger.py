@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from subquad.lra.report import costs, csv_rows, results
+from subquad.lra.report import csv_rows, results
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 from subquad.lra.run import Run
@@ -41,7 +41,35 @@ class Floor:
 
 
 FLOOR_KEY = ("task", "config", "floor")
-KINDS = (Result, Measurement, Floor, costs.StepTiming)
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Some steps of a run, timed on a machine.
+
+    Attributes:
+        configuration_hash: of the run's values but the seed, `hash_without_seed`.
+        probe_steps: how many were timed, after a first one.
+        step_seconds, evaluation_seconds: of a step, and of a batch of validation; compile_seconds: of both programs.
+        step_flops: of a step, as `costs.training_flops` estimates them.
+    """
+
+    configuration_hash: str
+    recipe: str
+    layer: str
+    task: str
+    config: str
+    probe_steps: int
+    step_seconds: float
+    evaluation_seconds: float
+    compile_seconds: float
+    step_flops: float
+    hardware: str
+    finished_utc: str
+
+
+STEP_TIMING_KEY = ("configuration_hash", "hardware")
+KINDS = (Result, Measurement, Floor, StepTiming)
 
 
 @dataclass(frozen=True)
@@ -51,9 +79,9 @@ class Ledger:
     results: dict[str, list[Result]]
     measurements: list[Measurement]
     floors: dict[tuple[str, str], dict[str, Floor]]
-    step_timings: list[costs.StepTiming] = field(default_factory=list)
+    step_timings: list[StepTiming] = field(default_factory=list)
 
-    def timed_steps(self, run: Run, hardware: str) -> costs.StepTiming | None:
+    def timed_steps(self, run: Run, hardware: str) -> StepTiming | None:
         """The steps of a run, whatever its seed, that were timed on a machine."""
         name = hash_without_seed(dataclasses.asdict(run))
         found = [one for one in self.step_timings if (one.configuration_hash, one.hardware) == (name, hardware)]
@@ -120,7 +148,7 @@ def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     floors: dict[tuple[str, str], dict[str, Floor]] = {}
     for floor in found[Floor]:
         floors.setdefault((floor.task, floor.config), {})[floor.floor] = floor
-    return Ledger(of_any_seed, found[Measurement], floors, found[costs.StepTiming])
+    return Ledger(of_any_seed, found[Measurement], floors, found[StepTiming])
 
 
 def kind_of(path: str | os.PathLike) -> type | None:

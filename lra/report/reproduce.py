@@ -17,7 +17,7 @@ from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 from subquad.lra.report import costs, csv_rows, results, step_timings, verdicts
 from subquad.lra.report.cells import Cell
-from subquad.lra.report.ledger import Ledger
+from subquad.lra.report.ledger import STEP_TIMING_KEY, Ledger, StepTiming
 from subquad.lra.run import Run
 
 
@@ -65,7 +65,7 @@ def train_missing(
     folder = pathlib.Path(path).parent / "runs"
 
     def price(run: Run) -> costs.Cost:
-        whole = verdicts.forecast(run, tasks.find_task(run.task, run.config), known, here=True)
+        whole = costs.forecast(run, tasks.find_task(run.task, run.config), known, here=True)
         return whole._replace(hours=whole.hours * undone(run, folder / run.id))
 
     waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
@@ -114,8 +114,8 @@ def time_missing(
             failures += 1
             say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {one_line(error)}")
             continue
-        csv_rows.write_rows(path, costs.StepTiming, [timed], costs.STEP_TIMING_KEY)
-        cost = costs.forecast(run, task, (), timed.hardware, True, (), timed)
+        csv_rows.write_rows(path, StepTiming, [timed], STEP_TIMING_KEY)
+        cost = costs.forecast(run, task, Ledger({}, [], {}, [timed]))
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
 

@@ -194,7 +194,7 @@ def cells(rows: Iterable[Result]) -> list[list[str]]:
     rows = list(rows)
     heading = [name.replace("test accuracy", "test bits per byte") if _models_language(rows) else name for name in COLUMNS]
     body = [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
-    kept = [at for at, name in enumerate(COLUMNS) if not name.endswith(("floor", "chance")) or any(line[at] for line in body)]
+    kept = [at for at, name in enumerate(COLUMNS) if not name.endswith("floor") or any(line[at] for line in body)]
     return [[line[at] for at in kept] for line in (heading, *body)]
 
 

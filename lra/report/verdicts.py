@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-
-from subquad.lra import machine, tasks
+from subquad.lra import tasks
 from subquad.lra.bench import programs
 from subquad.lra.data import catalogue, store
 from subquad.lra.plan import plan
@@ -79,18 +77,6 @@ def run_of(cell: Cell, seed: int = 0) -> Run:
     return plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
 
 
-def forecast(run: Run, task: tasks.Task, ledger: Ledger, *, here: bool = False) -> costs.Cost:
-    """What a run will take: on this machine where anything was measured on it, or `here` in any case."""
-    hardware, is_cpu = _this_machine()
-    known = ledger.rows(), hardware, is_cpu, ledger.step_timings, ledger.timed_steps(run, hardware)
-    return costs.forecast(run, task, *known, here=here)
-
-
-@functools.cache
-def _this_machine() -> tuple[str, bool]:
-    return machine.hardware(), jax.default_backend() == "cpu"
-
-
 def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     run = run_of(cell)
     rows = ledger.finished_runs(run)
@@ -100,7 +86,7 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     if not rows:
         task = tasks.find_task(run.task, run.config)
         command = _command(cell, f"{_prepare(task, data_dir)}python scripts/reproduce_table.py", options)
-        return Verdict(cell, "not run", reason=cell.note, command=command, cost=forecast(run, task, ledger))
+        return Verdict(cell, "not run", reason=cell.note, command=command, cost=costs.forecast(run, task, ledger))
     if cell.metric == "train_accuracy":
         rows = [row for row in rows if row.accuracy_train is not None]
         if not rows:

@@ -54,6 +54,7 @@ def check(name, length, dtype="float32", mask=None, is_causal=False, batch=2, **
     dense.compare(dense.run(attend, arrays, cotangents), dense.formula(arrays, cotangents, mask=seen), dtype)
 
 
+@pytest.mark.sample(2)
 @by_call
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("length", [1, 8, 61])
@@ -68,6 +69,7 @@ def test_key_padding_and_other_value_features(small_tiles, name):
     check(name, 29, mask=mask[1:2], batch=3, is_causal=True)
 
 
+@pytest.mark.sample(2)
 @by_call
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

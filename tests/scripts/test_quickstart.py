@@ -178,12 +178,12 @@ def interrupted(name, *words, at="step 20/", by=signal.SIGINT):
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
-    words = ["--config", "tiny", "--steps", "200", "--seed", "1", "--data-dir", str(data), "--dropout-rate", "0.1"]
+    words = ["--config", "tiny", "--steps", "100", "--seed", "1", "--data-dir", str(data), "--dropout-rate", "0.1"]
     code, said = interrupted("train", *words, "--out", tmp_path / "stopped")
     assert code == 130, said
     last = said.strip().splitlines()[-1]
-    step = int(re.match(r"train: Stopped at step (\d+) of 200; saved in .*\. Go on with --resume\.$", last)[1])
-    assert 20 <= step < 200 and "Traceback" not in said
+    step = int(re.match(r"train: Stopped at step (\d+) of 100; saved in .*\. Go on with --resume\.$", last)[1])
+    assert 20 <= step < 100 and "Traceback" not in said
     for out, resume in (("stopped", ["--resume"]), ("whole", [])):
         finished = call("train", *words, "--out", tmp_path / out, *resume)
         assert finished.returncode == 0, finished.stderr
@@ -195,12 +195,12 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
 
 
 def test_a_stopped_quickstart_goes_on_by_the_same_command(data, tmp_path):
-    words = ["--tasks", "listops/tiny", "--steps", "200", "--layers", "softmax", "--lengths", "64", "--out", tmp_path]
+    words = ["--tasks", "listops/tiny", "--steps", "100", "--layers", "softmax", "--lengths", "64", "--out", tmp_path]
     words += ["--data-dir", data]
     code, said = interrupted("quickstart", *words, by=signal.SIGTERM)
     assert code == 143 and said.strip().endswith("The same command goes on from there.")
     finished = call("quickstart", *words)
-    assert finished.returncode == 0 and "step 20/200" not in finished.stderr
+    assert finished.returncode == 0 and "step 20/100" not in finished.stderr
     assert results.read_results(tmp_path / "quickstart.csv")[0].status == "ok"
 
 

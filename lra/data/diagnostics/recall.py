@@ -10,7 +10,7 @@ from subquad.lra.data.diagnostics.drawing import Diagnostic, silent
 
 @dataclass(frozen=True, kw_only=True)
 class Recall(Diagnostic):
-    """Which value has this key? One layer of content-based reading answers.
+    """Which value has this key? Both are one token, and one layer of content-based reading answers.
 
         (k_3, v) (k_1, v') (k_2, v'') ... | k_2 k_3 k_1 ...
 

@@ -12,13 +12,14 @@ from subquad.lra.data.diagnostics.drawing import Diagnostic
 
 @dataclass(frozen=True, kw_only=True)
 class WordProblem(Diagnostic):
-    """Where are we after so many steps? Each token is an element of a group, and is asked for the product of all so far.
+    """What is the product of all elements of a group so far?
 
         Z_2:   1 0 1 1   ->   1 1 0 1
 
-    Elements are drawn uniformly. In commutative groups, Z_n: parity is that of 2, addition modulo n that of n, the order of
-    the tokens does not matter. In S_5 it does, and no model of constant depth whose state is updated by diagonal matrices
-    tracks it at every length, unless TC0 = NC1; what such a model reaches at one length it loses at longer ones.
+    Each token is an element, and each is asked. They are drawn uniformly. In commutative groups, Z_n, the order of the tokens
+    does not matter: parity is that of 2, addition modulo n that of n. In S_5 it does, and no model of constant depth whose
+    state is updated by diagonal matrices tracks it at every length, unless TC0 = NC1; what such a model reaches at one length
+    it loses at longer ones.
     Chance: the first product is its own element, and the others are guessed.
 
     Args:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import shutil
 
 import numpy as np
@@ -183,13 +184,18 @@ def test_the_network_learns_where_there_is_something_to_learn(noise):
     assert bool(report.faults) == noise
 
 
+@functools.cache
+def easy_pictures(count, split):
+    config = dataclasses.replace(pictures.CONFIGS["32_easy"], splits=((split, count),), seed=ord(split[1]))
+    return list(in_memory.draw_pictures(config, split))
+
+
 def drawn(count, split, noise):
     """Easy pictures; or labels that have nothing to do with them, as in the faulty folder of the arena's archive."""
-    config = dataclasses.replace(pictures.CONFIGS["32_easy"], splits=((split, count),), seed=ord(split[1]))
     guesses = np.random.default_rng(len(split)).integers(0, 2, count)
     return [
         {"inputs": one.image.reshape(-1).astype(int) + 1, "label": int(guess if noise else one.label)}
-        for one, guess in zip(in_memory.draw_pictures(config, split), guesses, strict=True)
+        for one, guess in zip(easy_pictures(count, split), guesses, strict=True)
     ]
 
 

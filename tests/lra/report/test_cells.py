@@ -26,7 +26,7 @@ def rendered(form, *names):
     return comparison.render(paper, table, judged, NOTHING, form)
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name != "quickstart"])
+@pytest.mark.parametrize("name", [name for name, one in recipes.RECIPES.items() if one.source != "subquad"])
 def test_a_recipe_of_a_paper_says_what_it_does_otherwise(name):
     rules = recipes.RECIPES[name]
     every = [sentence for _, sentence in rules.deviations]

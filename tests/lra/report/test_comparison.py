@@ -318,10 +318,10 @@ def test_estimates_grow_with_what_a_run_does():
         run, task="text", config="modern", steps=50_000, batch_size=16, evaluate_every=500, num_layers=2, in_features=64,
         mlp_features=128, layer_options={},
     )  # fmt: skip
-    assert 3 < costs.forecast(text, tasks.find_task("text", "modern"), (), "this", True).hours < 6
+    assert 3 < costs.forecast(text, tasks.find_task("text", "modern"), ledger.Ledger({}, [], {})).hours < 6
     # A measured rate takes the place of the usual one.
     rows = [made(hardware="this", flops_per_step=10**9, steps_per_second=1.0)]
-    here = costs.forecast(run, task, rows, "this", True, here=True)
+    here = costs.forecast(run, task, ledger.Ledger({"": rows}, [], {}), here=True, hardware="this")
     flops = costs.training_flops(run, task) + costs.evaluation_flops(run, task)
     assert here.hours == pytest.approx(flops / 1e9 / 3600) and "1 runs" in here.source
 
