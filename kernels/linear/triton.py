@@ -745,11 +745,18 @@ def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, s
         start = jnp.zeros((batch, heads, 2, chunks, channels), jnp.float32)
         parts = parts if channels > 1 else [g[..., 0] for g in parts]
     if beta is not None:
-        # Exponentials of every pair and channel are not kept for the derivative.
-        solve = jax.checkpoint(recurrence.delta_rule)(cut(key), parts, cut(beta[..., None])[..., 0])
+        found = without_state(cut(key), cut(value), parts, cut(beta[..., None])[..., 0])
         joined = lambda x: x.reshape(batch, heads, -1, x.shape[3])[:, :, :length].swapaxes(1, 2).astype(plan.dtype)
-        erase, value = joined(solve @ recurrence.decayed(cut(key), parts)), joined(solve @ cut(value))
+        erase, value = map(joined, found)
     return Operands(query, key, value, late, late, start, state, sums, erase), None
+
+
+@jax.checkpoint  # exponentials of every pair and channel are not kept for the derivative
+@precision.full
+def without_state(key, value, decay, beta):
+    """W and U of the table above, for chunks [B, N, C, ...]."""
+    solve = recurrence.delta_rule(key, decay, beta)
+    return solve @ recurrence.decayed(key, decay), solve @ value
 
 
 def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, projection, state, sums, largest, _):
