@@ -8,20 +8,62 @@ import numpy as np
 
 def floating(owner: str, **arrays) -> None:
     """Refuses what is not floating-point (TypeError): of integers an output would be cut to integers. None passes."""
-    _of_kind(owner, jnp.floating, "floating-point", arrays)
+    _of_kind(owner, jnp.floating, "floating-point", "float32", arrays)
 
 
 def inexact(owner: str, **arrays) -> None:
     """Refuses what is neither floating-point nor complex (TypeError). None passes."""
-    _of_kind(owner, jnp.inexact, "floating or complex", arrays)
+    _of_kind(owner, jnp.inexact, "floating or complex", "float32", arrays)
 
 
-def _of_kind(owner, kind, word, arrays):
+def integers(owner: str, **arrays) -> None:
+    """Refuses what is not integer (TypeError). None passes."""
+    _of_kind(owner, jnp.integer, "integers", "int32", arrays)
+
+
+def _of_kind(owner, kind, word, cure, arrays):
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", type(array))
         if array is not None and not jnp.issubdtype(dtype, kind):
             got = getattr(dtype, "__name__", dtype)
-            raise TypeError(f"{owner}: {name} must be {word}, got {got}. Use {name}.astype(jnp.float32).")
+            raise TypeError(f"{owner}: {name} must be {word}, got {got}. Use {name}.astype(jnp.{cure}).")
+
+
+def shape(owner: str, name: str, array, axes: str, instead: str, **sizes) -> None:
+    """Refuses an array whose axes do not fit (ValueError). None passes.
+
+    Args:
+        axes: a letter for each axis, as "B T D"; those of one letter have one size, of at least 1.
+        instead: what to do, a sentence.
+        sizes: what the size of a letter is: a number, or a tuple of those that it may be.
+    """
+    if array is None:
+        return
+    letters, got = axes.split(), jnp.shape(array)
+    allowed = {letter: size if isinstance(size, tuple) else (size,) for letter, size in sizes.items()}
+    if len(got) == len(letters) and all(n in allowed.setdefault(x, (n,)) and n for x, n in zip(letters, got, strict=True)):
+        return
+    wanted = ", ".join(" or ".join(map(str, allowed[x])) if x in sizes else x for x in letters)
+    known = f" = [{wanted}]" if sizes else ""
+    raise ValueError(
+        f"{owner}: {name} must have shape [{', '.join(letters)}]{known} with every axis at least 1, got {got}. {instead}"
+    )
+
+
+def lists(owner: str, name: str, array, axes: str, least: int, most: int, instead: str, **sizes) -> None:
+    """Refuses lists along the last axis that are no NumPy integers (TypeError), do not fit as in `shape`, are out of
+    `least` .. `most`, or name something twice (ValueError); -1 is nothing."""
+    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(
+            f"{owner}: {name} must be a NumPy array of integers, got {type(array).__name__} of "
+            f"{getattr(array, 'dtype', None)}. Lists that depend on data are not supported: build them in NumPy."
+        )
+    shape(owner, name, array, axes, instead, **sizes)
+    if array.min() < least or array.max() > most:
+        raise ValueError(f"{owner}: {name} must lie in {least} .. {most}, got {array.min()} .. {array.max()}. {instead}")
+    ordered = np.sort(array, axis=-1)
+    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
+        raise ValueError(f"{owner}: {name} must list nothing twice, got something twice. Remove it.")
 
 
 def hide(mask, *arrays):
@@ -80,14 +122,21 @@ def row(owner: str, name: str, array, batch: int, length: int):
     """
     if array is None:
         return None
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{owner}: {name} must be integers, got {array.dtype}. Use {name}.astype(jnp.int32).")
+    integers(owner, **{name: array})
     if array.shape not in ((batch, length), (1, length)):
         raise ValueError(
             f"{owner}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. "
             "Give every sample a row, or all samples one."
         )
     return array.astype(np.int32)
+
+
+def segments(owner: str, query_ids, key_ids, batch: int, queries: int, keys: int):
+    """Segments of queries and of keys, checked as by `row`: both, or neither (ValueError)."""
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError(f"{owner}: query_segment_ids and key_segment_ids must be given together. Pass both.")
+    query_ids = row(owner, "query_segment_ids", query_ids, batch, queries)
+    return query_ids, row(owner, "key_segment_ids", key_ids, batch, keys)
 
 
 def runs(owner: str, segment_ids, batch: int, length: int):

@@ -67,18 +67,27 @@ def run(operation: str, implementations: Implementations, implementation: Implem
         NotImplementedError: the named implementation does not exist for this operation, or declines this call.
     """
     check_name(operation, implementation)
-    lines = _report.get()
-    if lines is not None:
-        return _run_and_report(lines, operation, implementations, implementation, *args, **kwargs)
+    lines = _report.get() if _report.get() is not None else []
     if implementation is not None:
+        lines.append(f"{operation} runs {implementation}, asked for by name")
         return _run_named(operation, implementations, implementation, *args, **kwargs)
-    candidates = _candidates(implementations)
-    for name in candidates[:-1]:
-        try:
-            return implementations[name](*args, **kwargs)
-        except Declined:
-            continue
-    return implementations[candidates[-1]](*args, **kwargs)
+    candidates = [name for name in implementations if name not in BY_NAME_ONLY] or ["reference"]
+    outputs, chosen, answers = None, None, []
+    for name in implementations:
+        if name not in candidates:
+            answer = "only by name"
+        elif chosen is not None:
+            answer = f"comes after {chosen}"
+        else:
+            try:
+                outputs, chosen, answer = implementations[name](*args, **kwargs), name, "runs"
+            except Declined as reason:
+                answer = f"declines: {reason}"
+        answers.append(f"    {name:9} {answer}")
+    lines.append("\n".join([f"{operation} runs {chosen}", *answers]))
+    if chosen is None:
+        raise Declined(lines[-1])
+    return outputs
 
 
 def explain(function: Callable, *args, **kwargs) -> None:
@@ -103,11 +112,6 @@ def explain(function: Callable, *args, **kwargs) -> None:
     print("\n".join(dict.fromkeys(lines)))
 
 
-def _candidates(implementations: Implementations) -> list[str]:
-    names = [name for name in implementations if name not in BY_NAME_ONLY]
-    return names or ["reference"]
-
-
 def _run_named(operation, implementations, implementation, *args, **kwargs):
     if implementation not in implementations:
         raise Declined(
@@ -121,28 +125,3 @@ def _run_named(operation, implementations, implementation, *args, **kwargs):
             f"{operation}: implementation={implementation!r} declines this call: {reason} "
             "Use None to take the best that can run it here."
         ) from reason
-
-
-def _run_and_report(lines, operation, implementations, implementation, *args, **kwargs):
-    """`run`, but every candidate is tried and its answer noted."""
-    if implementation is not None:
-        lines.append(f"{operation} runs {implementation}, asked for by name")
-        return _run_named(operation, implementations, implementation, *args, **kwargs)
-    outputs, chosen, answers = None, None, []
-    candidates = _candidates(implementations)
-    for name in implementations:
-        if name not in candidates:
-            answers.append(f"    {name:9} only by name")
-            continue
-        if chosen is not None:
-            answers.append(f"    {name:9} comes after {chosen}")
-            continue
-        try:
-            outputs, chosen = implementations[name](*args, **kwargs), name
-            answers.append(f"    {name:9} runs")
-        except Declined as reason:
-            answers.append(f"    {name:9} declines: {reason}")
-    lines.append("\n".join([f"{operation} runs {chosen}", *answers]))
-    if chosen is None:
-        raise Declined(lines[-1])
-    return outputs

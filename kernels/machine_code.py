@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 
-from subquad.kernels import interpreter, launch, ranges, through_jax_triton
+from subquad.kernels import interpreter, launch, through_jax_triton
 from subquad.kernels.guarded import DTYPE_NAMES
 
 
@@ -80,8 +80,8 @@ def compile(launched: launch.Launch, target: str) -> Compiled:
     return (_read_sass if target.startswith("sm_") else _read_gcn)(target, compiled, compiled.metadata.shared, source)
 
 
-def overflows(launched: launch.Launch, target: str = "sm_90") -> tuple[str, ...]:
-    """The lines of a recorded launch's source in which 32 bits may be too few, as `ranges.overflows` finds them.
+def intermediate_code(launched: launch.Launch, target: str = "sm_90") -> str:
+    """The source of a recorded launch as Triton has it (TTIR).
 
     Raises: RuntimeError: this process runs the interpreter.
     """
@@ -95,7 +95,7 @@ def overflows(launched: launch.Launch, target: str = "sm_90") -> tuple[str, ...]
     backend.load_dialects(context)
     made = source.make_ir(gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
     backend.add_stages(stages, options, source.language)
-    return ranges.overflows(str(stages["ttir"](made, {})), launched.grid)
+    return str(stages["ttir"](made, {}))
 
 
 def _prepared(launched: launch.Launch, target: str):

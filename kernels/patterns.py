@@ -177,9 +177,8 @@ class BlockPermutation(BlockPattern):
         return len(self.shifts)
 
     def allowed(self, query, key, head):
-        known = isinstance(head, int | np.ndarray) and isinstance(query, int | np.ndarray)
-        shifts = (np if known else jnp).asarray(self.shifts)[head]
-        return key // self.block_size == (query // self.block_size + shifts) % self.num_blocks
+        shift = looked_up(self.shifts, head)
+        return key // self.block_size == (query // self.block_size + shift) % self.num_blocks
 
     def table(self, rows, columns):
         blocks = (np.arange(rows) + np.array(self.shifts)[:, None]) % self.num_blocks
@@ -206,9 +205,7 @@ class Blocks(BlockPattern):
         return self.shape[0]
 
     def allowed(self, query, key, head):
-        known = all(isinstance(x, int | np.ndarray) for x in (query, key, head))
-        table = (np if known else jnp).asarray(self.table(*self.shape[1:]))
-        return table[head % self.heads, query // self.block_size, key // self.block_size]
+        return looked_up(self.table(*self.shape[1:]), head % self.heads, query // self.block_size, key // self.block_size)
 
     def table(self, rows, columns):
         return np.frombuffer(self.bits, bool).reshape(self.shape)[:, :rows, :columns]
@@ -252,9 +249,12 @@ class Columns(Pattern):
         return len(self.columns)
 
     def allowed(self, query, key, head):
-        known = all(isinstance(x, int | np.ndarray) for x in (query, key, head))
-        table = (np.arange(self.block_size) == np.array(self.columns)[..., None]).any(1)
-        return (np if known else jnp).asarray(table)[head % self.heads, key % self.block_size]
+        return looked_up(self.table, head % self.heads, key % self.block_size)
+
+    @property
+    def table(self) -> np.ndarray:
+        """bool [heads, block_size]: which columns are seen."""
+        return (np.arange(self.block_size) == np.array(self.columns)[..., None]).any(1)
 
     def chunk(self, capacity):
         return self.block_size
@@ -280,8 +280,8 @@ class SameBlock(BlockPattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Both(Pattern):
-    """What two patterns allow together."""
+class Pair(Pattern):
+    """Two patterns; a subclass says how they go together."""
 
     one: Pattern
     other: Pattern
@@ -289,6 +289,11 @@ class Both(Pattern):
     @property
     def heads(self):
         return max(self.one.heads, self.other.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(Pair):
+    """What two patterns allow together."""
 
     @property
     def reach(self):
@@ -313,15 +318,8 @@ class Both(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Either(Pattern):
+class Either(Pair):
     """What at least one of two patterns allows."""
-
-    one: Pattern
-    other: Pattern
-
-    @property
-    def heads(self):
-        return max(self.one.heads, self.other.heads)
 
     def allowed(self, query, key, head):
         return self.one.allowed(query, key, head) | self.other.allowed(query, key, head)
@@ -363,6 +361,12 @@ class Interleaved(Pattern):
         longest = max(x.shape[-1] for x in every)
         pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])], constant_values=-1)
         return jnp.select([(head % n == i)[..., None] for i in range(n)], list(map(pad, every)), -1)
+
+
+def looked_up(table, *index):
+    """table[index], in NumPy where all of the index is known while tracing."""
+    known = all(isinstance(x, int | np.ndarray | np.integer) for x in index)
+    return (np if known else jnp).asarray(table)[index]
 
 
 def undecided(pattern: Pattern | None, some: np.ndarray, queries, keys, head) -> Pattern | None:

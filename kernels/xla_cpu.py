@@ -5,9 +5,6 @@ Seen with jaxlib 0.10 to 0.12. `tests/kernels/test_xla_cpu.py` fails when XLA no
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 # XLA on a CPU slices, gathers and updates half precision in float32: it keeps a float32 copy of an array that a loop reads or
 # writes. Unsigned integers of 16 bits are moved as they are.
@@ -43,40 +40,6 @@ def uint_bits_dtype(dtype):
 def from_uint_bits(array, dtype):
     """The array of this dtype whose `to_uint_bits` this is."""
     return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
-
-
-def row_major(array):
-    """The same array, laid out in memory in the order of its axes.
-
-    An array that was transposed before a loop is copied twice by XLA on a CPU: in the old layout, and from that in the new one.
-    A layout constraint removes one copy.
-    """
-    return row_major_p.bind(array)
-
-
-def _lay(context, array):
-    module = context.module_context
-    # An export takes no operation without guarantees, and a constraint on a sharded array would gather it on each device.
-    if module.lowering_parameters.for_export or not _of_one_device(module.axis_context):
-        return [array]
-    ordered = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    return mlir.lower_fun(ordered, multiple_results=False)(context, array)
-
-
-def _of_one_device(axes) -> bool:
-    """Whether an array is whole: in a program of one device, or under a `shard_map` over all axes of its mesh."""
-    if hasattr(axes, "manual_axes"):
-        return axes.manual_axes == frozenset(axes.mesh.axis_names)
-    return getattr(axes, "num_devices", None) == 1
-
-
-row_major_p = Primitive("row_major")
-row_major_p.def_impl(lambda x: x)
-row_major_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(row_major_p, lambda cotangent, _: [cotangent])
-batching.primitive_batchers[row_major_p] = lambda arrays, axes: (row_major_p.bind(jnp.moveaxis(arrays[0], axes[0], 0)), 0)
-mlir.register_lowering(row_major_p, lambda _, array: [array])
-mlir.register_lowering(row_major_p, _lay, platform="cpu")
 
 
 def zeros_depending_on(array, shape, dtype):

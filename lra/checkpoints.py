@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from subquad.lra.files import RunError, explained, locked, one_line, write_whole
+from subquad.lra.files import RunError, explained, locked, write_whole
 from subquad.lra.state import FORMAT, RECORD
 
 
@@ -94,7 +94,8 @@ def read_configuration(folder: pathlib.Path) -> dict:
     Raises: RunError: it cannot be read.
     """
     cure = "Delete it if the run in that folder is this one, and pass --resume; else choose another --out."
-    return read_json(folder / "run.json", cure)
+    with _whole(folder / "run.json", cure):
+        return _read_json(folder / "run.json")
 
 
 def read_result(folder: pathlib.Path, configuration: dict, result_type: type) -> dict | None:
@@ -102,17 +103,14 @@ def read_result(folder: pathlib.Path, configuration: dict, result_type: type) ->
 
     Raises: RunError: it cannot be read, has other fields or types, or is of another configuration.
     """
-    result, cure = folder / "result.json", "Delete it and pass --resume: the run goes on from its checkpoint."
+    result = folder / "result.json"
     if not result.exists():
         return None
-    finished = read_json(result, cure)
-    check_record(result, finished, result_type, cure)
-    try:
-        theirs = json.loads(finished["configuration"])
-    except ValueError as error:
-        raise _damaged(result, f"a configuration that is no JSON, {one_line(error)}", cure) from error
-    if theirs != configuration:
-        raise _damaged(result, "the result of another configuration", cure)
+    with _whole(result, "Delete it and pass --resume: the run goes on from its checkpoint."):
+        finished = _read_json(result)
+        _check_record(finished, result_type)
+        if json.loads(finished["configuration"]) != configuration:
+            raise ValueError("the result of another configuration")
     return finished
 
 
@@ -126,44 +124,37 @@ def _check_same(folder: pathlib.Path, ours: dict, theirs: dict) -> None:
             )
 
 
-def read_json(path: pathlib.Path, cure: str) -> dict:
-    """The object in a JSON file.
+def _whole(path: pathlib.Path, cure: str):
+    """Turns what is wrong with a file into one line."""
+    what = f"out: file {path} must be a whole one that was written here"
+    return explained(what, cure, (OSError, ValueError, RecursionError))
 
-    Raises: RunError: it cannot be read, or is no object of finite numbers; the message ends with `cure`.
-    """
+
+def _read_json(path: pathlib.Path) -> dict:
+    """The object in a JSON file. Raises: ValueError: it is no object of finite numbers."""
 
     def refuse(constant: str):
         raise ValueError(f"the number {constant}")
 
-    try:
-        found = json.loads(path.read_bytes(), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, one_line(error), cure) from error
+    found = json.loads(path.read_bytes(), parse_constant=refuse)
     if not isinstance(found, dict):
-        raise _damaged(path, f"{json.dumps(found)[:60]}", cure)
+        raise ValueError(json.dumps(found)[:60])
     return found
 
 
-def check_record(path: pathlib.Path, values: Mapping[str, Any], record: type, cure: str) -> None:
-    """Refuses what was read from a file where it is no `record`, a dataclass: other fields, or values of another type.
-
-    Raises: RunError.
-    """
+def _check_record(values: Mapping[str, Any], record: type) -> None:
+    """Raises: ValueError: the values are no `record`, a dataclass: other fields, or values of another type."""
     fields = {one.name: one for one in dataclasses.fields(record)}
-    missing = [name for name, one in fields.items() if one.default is dataclasses.MISSING and name not in values]
-    if missing:
-        raise _damaged(path, f"no {missing[0]}", cure)
+    for name, one in fields.items():
+        if one.default is dataclasses.MISSING and name not in values:
+            raise ValueError(f"no {name}")
     for name, value in values.items():
         if name not in fields:
-            raise _damaged(path, f"a field {name!r:.60}, which this version does not know", cure)
+            raise ValueError(f"a field {name!r:.60}, which this version does not know")
         kinds = getattr(fields[name].type, "__args__", (fields[name].type,))
         whole = isinstance(value, int) and not isinstance(value, bool) and float in kinds
         if not whole and type(value) not in kinds:
-            raise _damaged(path, f"{name}={value!r:.60}", cure)
-
-
-def _damaged(path: pathlib.Path, got: str, cure: str) -> RunError:
-    return RunError(f"out: file {path} must be a whole one that was written here, got {got}. {cure}")
+            raise ValueError(f"{name}={value!r:.60}")
 
 
 def write_json(path: pathlib.Path, values: dict) -> None:

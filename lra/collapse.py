@@ -15,8 +15,9 @@ def chance(batches: Iterable[dict], column: str) -> tuple[float, float]:
     total: Counter = Counter()
     for batch in batches:
         targets, weights = batch["targets"], batch["weights"]
-        real = weights[:, None] * batch["mask"] if targets.ndim == 2 else weights
-        total.update(dict(enumerate(np.bincount(targets.ravel(), real.ravel()))))
+        weights = np.broadcast_to(weights.reshape(-1, *[1] * (targets.ndim - 1)), targets.shape)
+        asked = targets >= 0
+        total.update(dict(enumerate(np.bincount(targets[asked], weights[asked]))))
     counts = np.array([count for count in total.values() if count])
     shares = counts / counts.sum()
     if column == "bits_per_byte":

@@ -1,9 +1,10 @@
 """Scores on held-out data: on validation while a run trains, on test once, at its end."""
 
 import functools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from subquad.lra import collapse, parallel
 from subquad.lra.data import pipeline
+from subquad.lra.files import one_line
 from subquad.lra.objectives import Objective
 from subquad.lra.progress import over
 from subquad.lra.run import Run
@@ -40,6 +42,7 @@ class Evaluation:
 
     def build(self, graph: Any, fixed: Any, mesh: Mesh | None) -> None:
         """Makes the program for a model; it is compiled with the first batch."""
+        self.mesh = mesh
         program = jax.jit(functools.partial(eval_step, self.objective, graph, mesh=mesh))
         self.score = lambda parameters, batches: mean_score(program, mesh, fixed, parameters, batches)
 
@@ -47,29 +50,55 @@ class Evaluation:
         """See `collapse.collapsed_step`."""
         return collapse.collapsed_step(validations, self.floor, self.spread, self.objective.sign)
 
-    def test(self, best: Any, last: Any) -> dict[str, float]:
+    def test(self, best: Any, last: Any, lengths: Sequence[int] = ()) -> dict[str, Any]:
         """The columns of a result. The test split is read here and nowhere else; `best` is `last` where they are the same."""
         scores = {"last": self._split(last, "test")}
         scores["best"] = scores["last"] if best is last else self._split(best, "test")
-        selected = {"best": best, "last": last}[self.run.selection]
+        chosen, selected = scores[self.run.selection], {"best": best, "last": last}[self.run.selection]
         train = self._split(selected, "train", len(self.splits["test"]))
-        return self.objective.columns(selected=scores[self.run.selection], train=train, **scores)
+        columns = self.objective.columns(
+            selected=chosen.score, train=train.score, **{name: one.score for name, one in scores.items()}
+        )
+        if self.task.kind == "tagging":
+            columns["accuracy_sequences"] = chosen.whole
+        if lengths:
+            columns["scores_by_length"] = json.dumps({length: self._at_length(selected, length) for length in lengths})
+        return columns
 
-    def _split(self, parameters: Any, split: str, count: int | None = None) -> float:
-        return self.score(parameters, over(self._batches(split, count), split, quiet=self.quiet))[0]
+    def _split(self, parameters: Any, split: str, count: int | None = None) -> "Scores":
+        return self.score(parameters, over(self._batches(split, count), split, quiet=self.quiet))
 
     def _batches(self, split: str, count: int | None = None):
         return pipeline.EvaluationBatches(self.splits[split], self.run.batch_size, self.task.length, count)
 
+    def _at_length(self, parameters: Any, length: int) -> float | str:
+        """The score on test examples of another length, or why the model has none there."""
+        examples = self.task.at_length(length)
+        # As many tokens in a batch as in training; a mesh shares a whole batch.
+        rows = self.run.batch_size if self.mesh else max(1, min(self.run.batch_size * self.task.length // length, 512))
+        batches = over(pipeline.EvaluationBatches(examples, rows, length), f"length {length:,}", quiet=self.quiet)
+        try:
+            return self.score(parameters, batches).score
+        except (ValueError, NotImplementedError) as error:
+            return f"cannot: {one_line(error)}"
 
-def mean_score(program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict]) -> tuple[float, float]:
-    """(score, mean loss) over batches."""
+
+class Scores(NamedTuple):
+    """Means over batches: the score and the loss of a target, and the share of rows whose every target scores 1."""
+
+    score: float
+    loss: float
+    whole: float
+
+
+def mean_score(program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict]) -> Scores:
+    """Scores parameters on batches."""
     sums = (program(parameters, fixed, parallel.shard_batch(batch, mesh)) for batch in batches)
-    score, loss, count = sum(np.asarray(one, np.float64) for one in sums)
-    return float(score / count), float(loss / count)
+    score, loss, count, whole, rows = sum(np.asarray(one, np.float64) for one in sums)
+    return Scores(float(score / count), float(loss / count), float(whole / rows))
 
 
 def eval_step(objective: Objective, graph, parameters, fixed, batch, *, mesh: Mesh | None = None) -> jax.Array:
-    """Sums over a batch's real targets: [scores, losses, targets]."""
+    """See `Objective.sums`."""
     sums = lambda parameters, fixed, _, batch: objective.sums(nnx.merge(graph, parameters, fixed), batch)
     return parallel.over_batch(sums, mesh)(parameters, fixed, None, batch)

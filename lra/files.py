@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any, NoReturn
 
 
 class RunError(Exception):
@@ -64,6 +65,11 @@ def explained(what: str, cure: str, kinds: type[Exception] = Exception, raised: 
         raise
     except kinds as error:
         raise raised(f"{what}, got {one_line(error)}. {cure}") from error
+
+
+def refuse(name: str, condition: str, got: Any, cure: str) -> NoReturn:
+    """Raises the ValueError of a value that cannot be honoured."""
+    raise ValueError(f"{name} must {condition}, got {got}. {cure}")
 
 
 def one_line(error: Exception) -> str:

@@ -18,11 +18,6 @@ class Terminated(KeyboardInterrupt):
     number = signal.SIGTERM
 
 
-def interruption(number: int) -> KeyboardInterrupt:
-    """The exception of SIGINT or SIGTERM."""
-    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
-
-
 def exit_during_startup(program: str) -> None:
     """Until `startup_done` both signals end the process at once. A script calls it before it imports anything else.
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.kernels.dispatch import nearest
+from subquad.lra.files import refuse
 from subquad.zoo.registry import LAYERS
 
 # What a block calls its mixer with, beside the inputs.
@@ -51,9 +52,7 @@ def find_layer(name: str) -> type[nnx.Module]:
         return LAYERS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(
-            f"layer must be a known name, got {name!r}. {nearest(name, LAYERS)} One of your own is package.module:ClassName."
-        )
+        refuse("layer", "be a known name", repr(name), f"{nearest(name, LAYERS)} One of your own is package.module:ClassName.")
     try:
         found = importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises while it is imported
@@ -94,8 +93,8 @@ def _takes(parameters: Mapping[str, inspect.Parameter], word: str) -> bool:
     return word in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
-def check_causal(name: str) -> None:
-    """Refuses a layer that cannot be causal, and so cannot model language; warns of one whose future leaks into buckets.
+def check_causal(name: str, purpose: str) -> None:
+    """Refuses a layer that cannot be causal, as `purpose` needs it; warns of one whose future leaks into buckets.
 
     Raises: ValueError: with what to use in its place.
     """
@@ -105,11 +104,11 @@ def check_causal(name: str) -> None:
     if not able:
         usable = ", ".join(known for known, other in LAYERS.items() if other.supports.causal)
         reason = "" if supports is not None else " (its constructor takes no is_causal)"
-        raise ValueError(f"layer must be causal for a language model, got {name!r}, which cannot be{reason}. Use {usable}.")
+        raise ValueError(f"layer must be causal for {purpose}, got {name!r}, which cannot be{reason}. Use {usable}.")
     if able == "mask":
         warnings.warn(
             f"layer {name!r} chooses its buckets by looking at all positions, so that the future decides which past keys "
-            "are compared: its bits per byte may flatter it.",
+            "are compared: its score may flatter it.",
             stacklevel=5,
         )
 

@@ -39,12 +39,16 @@ def _commit() -> str:
         return "unknown"
 
 
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware(devices: int = 1) -> str:
     """The devices that a run uses, in words."""
     if jax.default_backend() != "cpu":
         return f"{devices} x {jax.devices()[0].device_kind}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    described = f"{cores} core{'' if cores == 1 else 's'} of {_processor_name()}"
+    described = f"{cores()} core{'' if cores() == 1 else 's'} of {_processor_name()}"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return described if devices == 1 else f"{described}, as {devices} devices{processes}"
 

@@ -10,8 +10,11 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.lra import layers, optim
+from subquad.lra.files import refuse
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
+from subquad.zoo import positions
+from subquad.zoo.model import Head, pool
 
 
 class PixelEmbed(nnx.Module):
@@ -88,27 +91,42 @@ class LanguageModel(nnx.Module):
         return self.model(inputs, mask=mask, deterministic=deterministic, rngs=rngs).astype(jnp.float32)
 
 
+class Tagger(nnx.Module):
+    """An encoder and a head for each token: inputs [B, T] and mask [B, T] -> logits [B, T, num_classes], float32.
+
+    With a bottleneck the head sees, in place of each token's features, those of the last token and where the token stands:
+    sinusoidal positions are added, and the head has two hidden layers of in_features.
+    """
+
+    def __init__(self, run: Run, task: Task, *, rngs: nnx.Rngs):
+        self.encoder, self.bottleneck = zoo.Encoder(**_encoder(run, task, 0), rngs=rngs), task.bottleneck
+        hidden = (run.in_features, run.in_features) if task.bottleneck else _head_features(run, task)
+        self.head = Head(
+            run.in_features, hidden, task.num_classes, dtype=jnp.dtype(run.dtype), param_dtype=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
+        hidden = self.encoder(inputs, mask=mask, deterministic=deterministic, rngs=rngs)
+        if self.bottleneck:
+            at = positions.sinusoidal(jnp.arange(inputs.shape[1])[None], hidden.shape[-1])
+            hidden = pool(hidden, mask, "last")[:, None] + at.astype(hidden.dtype)
+        return self.head(hidden).astype(jnp.float32)
+
+
 def _encoder(run: Run, task: Task, extra: int) -> dict:
     """The options of `zoo.Encoder`, for `extra` tokens beside the task's."""
-    causal = task.kind == "language_model"
+    causal = bool(task.needs_causal)
     drawn = {}
     if run.embedding_std is not None:
         drawn["embedding_init"] = functools.partial(_embedding_init, run.embedding_std, extra)
     if run.position_std is not None:
         drawn["position_init"] = nnx.initializers.normal(run.position_std)
     return dict(
-        vocab_size=task.vocabulary_size + extra,
-        in_features=run.in_features,
-        num_layers=run.num_layers,
-        mlp_features=run.mlp_features,
-        max_length=task.length + extra,
+        vocab_size=task.vocabulary_size + extra, in_features=run.in_features, num_layers=run.num_layers,
+        mlp_features=run.mlp_features, max_length=task.length + extra,
         mixer=layers.make(run.layer, run.layer_options, dtype=jnp.dtype(run.dtype), is_causal=causal),
-        positions=run.positions,
-        dropout_rate=run.dropout_rate,
-        remat=run.remat,
-        dtype=jnp.dtype(run.dtype),
-        **drawn,
-    )
+        positions=run.positions, dropout_rate=run.dropout_rate, remat=run.remat, dtype=jnp.dtype(run.dtype), **drawn,
+    )  # fmt: skip
 
 
 def _embedding_init(std: float, extra: int, key, shape, dtype, **_):
@@ -125,9 +143,9 @@ def _head_features(run: Run, task: Task) -> tuple[int, ...]:
     return (run.mlp_features, run.mlp_features // 2) if task.kind == "pair" else (run.mlp_features,)
 
 
-def build(run: Run, task: Task) -> Model | LanguageModel:
+def build(run: Run, task: Task) -> Model | LanguageModel | Tagger:
     """The model with its first parameters, drawn from run.seed."""
-    kind = LanguageModel if task.kind == "language_model" else Model
+    kind = {"language_model": LanguageModel, "tagging": Tagger}.get(task.kind, Model)
     return kind(run, task, rngs=nnx.Rngs(run.seed))
 
 
@@ -164,8 +182,6 @@ def equal_mlp_features(run: Run, reference: Run, task: Task) -> int:
         if best == before:
             break
     if abs(at(best) - target) > 0.1 * target:
-        raise ValueError(
-            f"layer {run.layer!r} must fit into {target:,} parameters to be compared, got {at(best):,}. "
-            "Make it smaller by layer_options, or pass mlp_features."
-        )
+        refuse(f"layer {run.layer!r}", f"fit into {target:,} parameters to be compared", f"{at(best):,}",
+               "Make it smaller by layer_options, or pass mlp_features.")
     return 8 * best

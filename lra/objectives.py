@@ -19,6 +19,8 @@ class Objective:
     Attributes:
         column: the score's name, and its column in `results.Result`.
         inputs: the arrays of a batch that the model is called with, in order.
+        per_token: a sequence has a target for each token, and those that are -1 are asked of nobody: neither loss nor score
+            counts them.
         score: (logits, targets, losses) -> what is averaged into the score, one per target.
         sign: 1 where a larger score is better, -1 where a smaller one is.
         describe: a score in words.
@@ -26,6 +28,7 @@ class Objective:
 
     column: str
     inputs: tuple[str, ...]
+    per_token: bool
     score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     sign: int
     describe: Callable[[float], str]
@@ -36,10 +39,15 @@ class Objective:
         return (losses * counts).sum(), counts.sum()
 
     def sums(self, model: nnx.Module, batch: dict) -> jax.Array:
-        """Sums over a batch's real targets: [scores, losses, targets], float32; `weights` silences rows."""
+        """Sums over a batch: [scores, losses, targets; whole rows, rows], float32; `weights` silences rows.
+
+        A row is whole where each of its targets scores 1.
+        """
         losses, scores, counts = self._each(model, batch)
-        counts = counts * batch["weights"].reshape(-1, *[1] * (counts.ndim - 1))
-        return jnp.stack([(scores * counts).sum(), (losses * counts).sum(), counts.sum()])
+        rows = batch["weights"]
+        whole = ((scores >= 1) | (counts == 0)).reshape(len(rows), -1).all(1)
+        counts = counts * rows.reshape(-1, *[1] * (counts.ndim - 1))
+        return jnp.stack([(scores * counts).sum(), (losses * counts).sum(), counts.sum(), (whole * rows).sum(), rows.sum()])
 
     def rank(self, score: float, loss: float) -> list[float]:
         """What compares two validations: the larger is the better, of equal scores that of the smaller loss."""
@@ -50,23 +58,23 @@ class Objective:
         return {self.column if name == "selected" else f"{self.column}_{name}": value for name, value in scores.items()}
 
     def _each(self, model, batch, **words):
-        logits = model(*(batch[name] for name in self.inputs), **words)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        counts = batch["mask"] if losses.ndim == 2 else jnp.ones(losses.shape)
-        return losses, self.score(logits, batch["targets"], losses), counts.astype(jnp.float32)
+        logits, targets = model(*(batch[name] for name in self.inputs), **words), batch["targets"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+        return losses, self.score(logits, targets, losses), (targets >= 0).astype(jnp.float32)
 
 
-def _accuracy(inputs: tuple[str, ...]) -> Objective:
+def _accuracy(inputs: tuple[str, ...], per_token: bool = False) -> Objective:
     right = lambda logits, targets, losses: logits.argmax(-1) == targets
-    return Objective("accuracy", inputs, right, 1, lambda score: f"{100 * score:.1f} %")
+    return Objective("accuracy", inputs, per_token, right, 1, lambda score: f"{100 * score:.1f} %")
 
 
 OBJECTIVES: dict[Kind, Objective] = {
     "classification": _accuracy(("inputs", "mask")),
     "pair": _accuracy(("inputs1", "mask1", "inputs2", "mask2")),
+    "tagging": _accuracy(("inputs", "mask"), per_token=True),
     # A token is a byte.
     "language_model": Objective(
-        "bits_per_byte", ("inputs", "mask"), lambda logits, targets, losses: losses / math.log(2), -1,
+        "bits_per_byte", ("inputs", "mask"), True, lambda logits, targets, losses: losses / math.log(2), -1,
         lambda score: f"{score:.3f} bits per byte",
     ),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.files import RunError, one_line
+from subquad.lra.files import RunError, explained, one_line, refuse
 
 # The mesh's only axis: examples of a batch, and with "zero" a part of every large array of the training state.
 AXIS = "data"
@@ -46,18 +46,15 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
             _join()
         return
     if missing:
-        raise ValueError(
-            f"start: {missing[0]} must be given together with the others of coordinator, num_processes and process_id, "
-            "got None. Pass all three, or none under SLURM."
-        )
+        refuse(f"start: {missing[0]}", "be given together with the others of coordinator, num_processes and process_id", None,
+               "Pass all three, or none under SLURM.")
     host, colon, port = coordinator.rpartition(":")
-    for name, right, must in (
-        ("coordinator", host and colon and port.isdigit(), "be host:port, as 10.0.0.1:1234"),
-        ("num_processes", num_processes >= 1, "be >= 1"),
-        ("process_id", 0 <= process_id < num_processes, f"be in 0..{num_processes - 1}"),
-    ):
-        if not right:
-            raise ValueError(f"start: {name} must {must}, got {given[name]!r}. Number them from 0.")
+    if not (host and colon and port.isdigit()):
+        refuse("start: coordinator", "be host:port, as 10.0.0.1:1234", repr(coordinator), "It is that of process 0.")
+    if num_processes < 1:
+        refuse("start: num_processes", "be >= 1", num_processes, "Count process 0, too.")
+    if not 0 <= process_id < num_processes:
+        refuse("start: process_id", f"be in 0..{num_processes - 1}", process_id, "Number them from 0.")
     if num_processes > 1:
         _check_coordinator(host.strip("[]"), int(port), listens=process_id == 0)
         _join(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
@@ -84,13 +81,9 @@ def _check_coordinator(host: str, port: int, listens: bool) -> None:
 
 
 def _join(**words) -> None:
-    try:
+    what, cure = "start: processes must find each other before anything is computed", "Check that all of them were started."
+    with explained(what, cure, RuntimeError):
         jax.distributed.initialize(**words, initialization_timeout=PATIENCE)
-    except RuntimeError as error:
-        raise RunError(
-            f"start: processes must find each other before anything is computed, got {one_line(error)}. "
-            "Check that all of them were started."
-        ) from error
 
 
 def is_first() -> bool:
@@ -110,22 +103,16 @@ def make_mesh(devices: int | None, batch_size: int, accumulate: int = 1) -> Mesh
     known = jax.device_count()
     count = (known if several else 1) if devices is None else devices
     if not 1 <= count <= known:
-        raise ValueError(
-            f"train: devices must be in 1..{known}, the {jax.default_backend()} devices there are, got {count}. "
-            "On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight."
-        )
+        refuse("train: devices", f"be in 1..{known}, the {jax.default_backend()} devices there are", count,
+               "On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight.")
     if several and count != known:
-        raise ValueError(
-            f"train: devices must be all {known} of the {jax.process_count()} processes, got {count}. "
-            "Leave it out, or start fewer processes."
-        )
+        refuse("train: devices", f"be all {known} of the {jax.process_count()} processes", count,
+               "Leave it out, or start fewer processes.")
     if batch_size % (count * accumulate):
         fitting = [number for number in range(1, known + 1) if batch_size % (number * accumulate) == 0]
         parts = f" / accumulate = {accumulate}" if accumulate > 1 else ""
-        raise ValueError(
-            f"train: devices must divide batch_size = {batch_size}{parts}, got {count}. "
-            f"Choose one of {fitting}, or a batch_size that is a multiple of {count * accumulate}."
-        )
+        refuse("train: devices", f"divide batch_size = {batch_size}{parts}", count,
+               f"Choose one of {fitting}, or a batch_size that is a multiple of {count * accumulate}.")
     return None if count == 1 else Mesh(np.array(jax.devices()[:count]), (AXIS,))
 
 

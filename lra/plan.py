@@ -7,8 +7,9 @@ from typing import Any
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import layers, models, protocols, tasks
+from subquad.lra.files import refuse
 from subquad.lra.recipes import RECIPES, Recipe
-from subquad.lra.run import Run, check_type, check_values
+from subquad.lra.run import Run, check_values, checked
 
 
 def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run:
@@ -22,7 +23,7 @@ def plan(recipe: str = "quickstart", layer: str = "softmax", **overrides) -> Run
             `train` is then given, too.
     Raises:
         ValueError: unknown recipe, layer, task or configuration, a value out of its range or against its protocol, a layer
-            that cannot be causal for a language model.
+            that cannot be causal for a task that needs it.
         TypeError: an override that is no attribute of `Run`, or has the wrong type.
     Example:
         >>> plan("quickstart", "softmax", steps=10).steps
@@ -178,10 +179,9 @@ def _begun(recipe: str, layer: str, overrides: Mapping[str, Any]) -> Draft:
             raise TypeError(f"{value} must be a value of a run, got {value}={overrides[value]!r}. {nearest(value, known)}")
     config = overrides["config"] if "config" in overrides else _usual_config(page, name, layer, overrides)
     task = own or tasks.find_task(name, config)
-    for value in overrides:
-        check_type(value, overrides[value])
-    if task.kind == "language_model":
-        layers.check_causal(layer)
+    overrides = {value: checked(value, given) for value, given in overrides.items()}
+    if task.needs_causal:
+        layers.check_causal(layer, task.needs_causal)
     return Draft(page, layer, task, overrides)
 
 
@@ -204,7 +204,5 @@ def _check(run: Run, draft: Draft) -> None:
     for name in ("state_learning_rate", "step_learning_rate"):
         given = draft.overrides.get(name)
         if given is not None and not models.has_state_space(run, draft.task):
-            raise ValueError(
-                f"{name} must be none for layer {run.layer!r}, which has no parameters of state spaces, got {given}. "
-                "Use learning_rate."
-            )
+            refuse(name, f"be none for layer {run.layer!r}, which has no parameters of state spaces", given,
+                   "Use learning_rate.")

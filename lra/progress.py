@@ -1,6 +1,7 @@
 """Progress on stderr, of runs and of whatever takes over two seconds: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -23,11 +24,15 @@ class Progress:
         steps: number of steps.
         start: step that the run starts at.
         quiet: show nothing.
+        show: is given the words instead, as a cell of a `Board` is.
     """
 
-    def __init__(self, label: str, steps: int, start: int = 0, *, quiet: bool = False):
-        self.label, self.steps, self.quiet, self._next = label, steps, quiet, 0
-        self.on_terminal = not quiet and start < steps and sys.stderr.isatty()
+    def __init__(
+        self, label: str, steps: int, start: int = 0, *, quiet: bool = False, show: Callable[[str], None] | None = None
+    ):
+        self.label, self.steps, self._next = label, steps, 0
+        self.quiet, self._show = quiet or show is not None, show or (lambda text: None)
+        self.on_terminal = not self.quiet and start < steps and sys.stderr.isatty()
         self._bar = _bar("{task.description:>15}", "{task.completed:,}/{task.total:,}", disable=not self.on_terminal)
         self._row = self._bar.add_task(label, total=steps, completed=start, text="compiling")
 
@@ -43,26 +48,17 @@ class Progress:
         left = (self.steps - step) / steps_per_second if steps_per_second else math.nan
         text = f"loss {loss:.3f}  {steps_per_second:.1f} steps/s  {clock(left)} left  {note}".rstrip()
         self._bar.update(self._row, completed=step, text=text)
-        if not self.on_terminal and not self.quiet and (step >= self._next or step == self.steps):
+        self._show(f"{step}/{self.steps}  {note or f'loss {loss:.3f}'}")
+        if not self.on_terminal and (step >= self._next or step == self.steps):
             # After the step that is due, so that a resumed run keeps the same beat.
             self._next = (step * 10 // self.steps + 1) * self.steps / 10
-            say(f"{self.label}: step {step}/{self.steps}  {text}")
+            self.say(f"{self.label}: step {step}/{self.steps}  {text}")
 
-    def over(self, items: Sequence, name: str) -> Iterator:
-        """The items, and how many of them are done, in place of the loss."""
-        if not self.on_terminal:
-            yield from over(items, f"{self.label}: {name}", quiet=self.quiet)
-            return
-        for number, item in enumerate(items):
-            self._bar.update(self._row, text=f"{name} {number}/{len(items)}")
-            yield item
-
-    @contextlib.contextmanager
-    def during(self, name: str) -> Iterator[None]:
-        """Shows `name` in place of the loss while the block runs."""
+    def work(self, name: str, total: int | None = None) -> "Work":
+        """`Work` within the run: on a terminal its name stands in place of the loss."""
         self._bar.update(self._row, text=name)
-        with Work(f"{self.label}: {name}", quiet=self.quiet or self.on_terminal):
-            yield
+        self._show(name)
+        return Work(f"{self.label}: {name}", total, quiet=self.quiet or self.on_terminal)
 
     def say(self, text: str) -> None:
         """One line, above the bar."""
@@ -70,6 +66,48 @@ class Progress:
             self._bar.console.print(text, highlight=False)
         elif not self.quiet:
             say(text)
+
+
+class Board:
+    """A table on the terminal of what is at work in each cell, drawn anew four times a second; nothing where there is none.
+
+    Args:
+        heading: of the columns, the first that of the rows' names.
+        rows: their names.
+    """
+
+    def __init__(self, heading: Sequence[str], rows: Sequence[str]):
+        self.heading, self.cells = heading, {row: dict.fromkeys(heading[1:], "") for row in rows}
+        self.on_terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "Board":
+        from rich.console import Console
+        from rich.live import Live
+
+        if self.on_terminal:
+            self._live = Live(get_renderable=self._table, console=Console(stderr=True))
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.on_terminal:
+            self._live.stop()
+
+    def show(self, row: str, column: str, text: str) -> None:
+        """Writes a cell."""
+        self.cells[row][column] = text
+
+    def cell(self, row: str, column: str) -> Callable[[str], None] | None:
+        """What writes a cell; None where there is no terminal."""
+        return functools.partial(self.show, row, column) if self.on_terminal else None
+
+    def _table(self):
+        from rich.table import Table
+
+        table = Table(*self.heading, box=None, padding=(0, 2, 0, 0))
+        for row, cells in self.cells.items():
+            table.add_row(row, *cells.values())
+        return table
 
 
 def _bar(*texts: str, **words: Any):
@@ -107,42 +145,39 @@ class Work:
 
     def __enter__(self) -> "Work":
         self._began = time.monotonic()
-        if not self.quiet:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._ended.set()
-        if not self.quiet:
-            self._thread.join()
+        self._thread.join()
 
     def advance(self, steps: int = 1) -> None:
         """So many more steps are done."""
         self.done += steps
 
+    def over(self, items: Iterable) -> Iterator:
+        """The items, one step each."""
+        with self:
+            for item in items:
+                yield item
+                self.advance()
+
     def _watch(self) -> None:
-        if self._ended.wait(PATIENCE) or not Work._shown.acquire(blocking=False):
+        if self.quiet or self._ended.wait(PATIENCE) or not Work._shown.acquire(blocking=False):
             return
+        tenth, said, on_terminal = -1, -math.inf, sys.stderr.isatty()
         try:
-            (self._draw if sys.stderr.isatty() else self._print)()
+            with _bar("{task.description}", transient=True, disable=not on_terminal) as bar:
+                row = bar.add_task(self.label, total=self.total, text=self._words())
+                while not self._ended.wait(BEAT):
+                    bar.update(row, completed=self.done, text=self._words())
+                    reached = 10 * self.done // self.total if self.total else -1
+                    if not on_terminal and (reached > tenth or time.monotonic() - said >= SILENCE):
+                        tenth, said = reached, time.monotonic()
+                        say(f"{self.label}: {self._words()}")
         finally:
             Work._shown.release()
-
-    def _print(self) -> None:
-        tenth, said = -1, -math.inf
-        while True:
-            reached = 10 * self.done // self.total if self.total else -1
-            if reached > tenth or time.monotonic() - said >= SILENCE:
-                tenth, said = reached, time.monotonic()
-                say(f"{self.label}: {self._words()}")
-            if self._ended.wait(BEAT):
-                return
-
-    def _draw(self) -> None:
-        with _bar("{task.description}", transient=True) as bar:
-            row = bar.add_task(self.label, total=self.total, text=self._words())
-            while not self._ended.wait(BEAT):
-                bar.update(row, completed=self.done, text=self._words())
 
     def _words(self) -> str:
         taken = time.monotonic() - self._began
@@ -159,12 +194,7 @@ def say(text: str) -> None:
 
 def over(items: Iterable, label: str, total: int | None = None, *, quiet: bool = False) -> Iterator:
     """The items, shown as `Work` where they take longer than two seconds; `total`: how many there are, None: their len."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    with Work(label, total, quiet=quiet) as work:
-        for item in items:
-            yield item
-            work.advance()
+    return Work(label, len(items) if total is None and hasattr(items, "__len__") else total, quiet=quiet).over(items)
 
 
 def clock(seconds: float) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from subquad.lra import layers
+from subquad.lra.files import refuse
 from subquad.lra.run import Run
 from subquad.lra.tasks import Kind, Task
 
@@ -22,6 +23,7 @@ MEANINGLESS: dict[Kind, tuple[str, ...]] = {
     "classification": ("interaction",),
     "pair": (),
     "language_model": ("pooling", "head", "interaction", "inputs"),
+    "tagging": ("pooling", "interaction", "inputs"),
 }
 # What reads the first token alone, which in a causal layer has seen nothing else.
 FIRST = ("first", "cls")
@@ -37,6 +39,7 @@ def defaults(protocol: str, kind: Kind) -> dict[str, Any]:
         # The released code has no token of its own in front of either sequence, and reads their first bytes.
         "pair": dict(pooling="first", head="mlp", interaction="concat"),
         "language_model": {},
+        "tagging": {},
     }
     return {"selection": "last", **pooled[kind]}
 
@@ -69,26 +72,17 @@ def check_protocol(run: Run, task: Task, given: Mapping[str, Any]) -> None:
         value = getattr(run, name)
         if value not in allowed:
             why = " (there IMDb is validated on its test set)" if _is_imdb(task) and value == "lra" else ""
-            raise ValueError(
-                f"{name} must be {' or '.join(map(repr, allowed))} under protocol {run.protocol!r}, got {value!r}{why}. "
-                f"Pass {name}={allowed[0]!r}, or protocol={_OTHER[run.protocol]!r}."
-            )
+            refuse(name, f"be {' or '.join(map(repr, allowed))} under protocol {run.protocol!r}", f"{value!r}{why}",
+                   f"Pass {name}={allowed[0]!r}, or protocol={_OTHER[run.protocol]!r}.")
     for name in MEANINGLESS[task.kind]:
         if name in given:
-            raise ValueError(
-                f"{name} must be left out for {task.name!r}, a task of kind {task.kind}, got {given[name]!r}. "
-                "It would change nothing."
-            )
+            refuse(name, f"be left out for {task.name!r}, a task of kind {task.kind}", repr(given[name]),
+                   "It would change nothing.")
     if run.pooling in FIRST and task.kind != "language_model" and layers.is_causal(run.layer, run.layer_options):
-        raise ValueError(
-            f"pooling must be 'mean' for a causal {run.layer!r}, whose first token sees no other, got {run.pooling!r}. "
-            "Pass pooling='mean'."
-        )
+        refuse("pooling", f"be 'mean' for a causal {run.layer!r}, whose first token sees no other", repr(run.pooling),
+               "Pass pooling='mean'.")
     if run.inputs == "continuous" and task.image_shape is None:
-        raise ValueError(
-            f"inputs must be 'tokens' for {task.name!r}, which has no pixels, got 'continuous'. Pass inputs='tokens'."
-        )
+        refuse("inputs", f"be 'tokens' for {task.name!r}, which has no pixels", "'continuous'", "Pass inputs='tokens'.")
     if run.head == "mlp" and run.mlp_features < 2 and task.kind != "language_model":
-        raise ValueError(
-            f"head must be 'linear' with mlp_features = {run.mlp_features}, got 'mlp'. Pass head='linear', or mlp_features=..."
-        )
+        refuse("head", f"be 'linear' with mlp_features = {run.mlp_features}", "'mlp'",
+               "Pass head='linear', or mlp_features=...")

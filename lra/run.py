@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -110,18 +110,33 @@ class Run:
         return f"{self.layer.replace(':', '.')}-seed{self.seed}-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
 
 
-def check_type(name: str, value: Any) -> None:
-    """Refuses a value of another type than the attribute of `Run`, or another word than it knows.
+def words_of(kind: Any) -> list[str]:
+    """The words that an annotation admits.
 
-    Raises: TypeError, ValueError.
+    Example:
+        >>> words_of(Literal["learned", "sinusoidal"] | None), words_of(int)
+        (['learned', 'sinusoidal'], [])
+    """
+    parts = get_args(kind)
+    return list(parts) if get_origin(kind) is Literal else [word for part in parts for word in words_of(part)]
+
+
+def checked(name: str, value: Any) -> Any:
+    """A value for an attribute of `Run`; an int is a float where that is the attribute's type, so that equal runs look equal.
+
+    Raises: TypeError, ValueError: another type than the attribute's, or another word than it knows.
     """
     kind = get_type_hints(Run)[name]
-    allowed = _types(kind)
+    parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+    if float in parts and type(value) is int:
+        value = float(value)
+    words = words_of(kind)
+    allowed = tuple(str if get_origin(part) is Literal else get_origin(part) or part for part in parts)
     if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
         raise TypeError(f"{name} must be {' or '.join(one.__name__ for one in allowed)}, got {value!r}.")
-    choices = [choice for part in _parts(kind) for choice in get_args(part) if get_origin(part) is Literal]
-    if choices and value is not None and value not in choices:
-        raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, choices)}")
+    if words and value is not None and value not in words:
+        raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, words)}")
+    return value
 
 
 def check_values(run: Run) -> None:
@@ -133,47 +148,27 @@ def check_values(run: Run) -> None:
         "in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every", "patience", "eps",
         "clip_norm", "state_learning_rate", "step_learning_rate", "embedding_std", "position_std",
     )  # fmt: skip
-    for name in positive:
-        if getattr(run, name) is not None and not 0 < getattr(run, name) < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite, got {getattr(run, name)}.")
-    for name in ("mlp_features", "warmup_steps", "weight_decay"):
-        if not 0 <= getattr(run, name) < math.inf:
-            raise ValueError(f"{name} must be >= 0 and finite, got {getattr(run, name)}.")
+    not_negative = ("mlp_features", "warmup_steps", "weight_decay")
+    ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **dict.fromkeys(positive, (lambda value: 0 < value < math.inf, "> 0 and finite")),
+        **dict.fromkeys(not_negative, (lambda value: 0 <= value < math.inf, ">= 0 and finite")),
+        **dict.fromkeys(("b1", "b2", "dropout_rate"), (lambda value: 0 <= value < 1, "in [0, 1)")),
+        "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
+        "ema": (lambda value: 0 < value < 1, "in (0, 1)"),
+    }
+    for name, (is_within, words) in ranges.items():
+        value = getattr(run, name)
+        if value is not None and not is_within(value):
+            raise ValueError(f"{name} must be {words}, got {value}.")
     for name, word, needed in (("position_std", "positions", "learned"), ("embedding_std", "inputs", "tokens")):
         if getattr(run, name) is not None and getattr(run, word) != needed:
             raise ValueError(f"{name} must be none with {word}={getattr(run, word)!r}, got {getattr(run, name)}.")
-    if not 0 <= run.seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {run.seed}.")
     if run.schedule != "rsqrt" and run.warmup_steps > run.steps:
         raise ValueError(
             f"warmup_steps must be at most steps = {run.steps} under schedule {run.schedule!r}, got {run.warmup_steps}."
         )
-    for name in ("b1", "b2"):
-        if not 0 <= getattr(run, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(run, name)}.")
-    if not 0 <= run.dropout_rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {run.dropout_rate}.")
-    if run.ema is not None and not 0 < run.ema < 1:
-        raise ValueError(f"ema must be in (0, 1), got {run.ema}. Use none for no average.")
     if run.batch_size % run.accumulate:
         raise ValueError(
             f"accumulate must divide batch_size = {run.batch_size}, got {run.accumulate}. Choose one of "
             f"{[k for k in range(1, run.batch_size + 1) if run.batch_size % k == 0]}."
         )
-
-
-def _parts(kind) -> tuple:
-    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
-
-
-def _types(kind) -> tuple[type, ...]:
-    """The Python types of an annotation; a float may be given as an int."""
-    accepted = []
-    for part in _parts(kind):
-        if get_origin(part) is Literal:
-            accepted.append(str)
-        elif part is float:
-            accepted += [float, int]
-        else:
-            accepted.append(get_origin(part) or part)
-    return tuple(accepted)

@@ -8,11 +8,16 @@ import jax.numpy as jnp
 from subquad.lra import machine, models
 from subquad.lra.data import catalogue
 from subquad.lra.data.sources import size
+from subquad.lra.files import refuse
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 
 # Numbers of 4 bytes for each parameter: itself, the two moments of Adam, its gradient; a run's best ones are a copy.
 COPIES = {"forward": 1, "gradient": 2, "train": 4, "run": 5}
+
+
+class TooLarge(ValueError):
+    """A program that does not fit into memory."""
 
 
 class Least(NamedTuple):
@@ -74,17 +79,15 @@ def check(
     if splits is not None or known is None or known.exact or known.source is not None:
         examples = task.splits["train"] if splits is None else len(splits["train"])
         if run.batch_size > examples:
-            raise ValueError(
-                f"batches: batch_size must be in 1..{examples}, the training examples of {task.name}/{task.config}, got "
-                f"{run.batch_size}. Choose a smaller one."
-            )
+            refuse("batches: batch_size", f"be in 1..{examples}, the training examples of {task.name}/{task.config}",
+                   run.batch_size, "Choose a smaller one.")
     check_fits(run, task, "run", *machine.memory(), devices=devices, sharded=sharded)
 
 
 def check_fits(run: Run, task: Task, mode: str, memory: int, owner: str, **words) -> None:
     """Refuses a program that needs more than `memory` bytes of `owner` at least; the other words are those of `least`.
 
-    Raises: ValueError.
+    Raises: TooLarge.
     """
     for counted in (False, True):  # what is absurd is not even counted
         needed = least(run, task, mode, counted=counted, **words)
@@ -96,7 +99,7 @@ def check_fits(run: Run, task: Task, mode: str, memory: int, owner: str, **words
                 "activations": "Choose a smaller batch_size, length, in_features or num_layers, or accumulate more.",
             }[named]
             least_of = "" if counted else "at least "
-            raise ValueError(
+            raise TooLarge(
                 f"memory: run must fit into {size(memory)} of {owner}, got {least_of}{needed.parameters:,} parameters, whose "
                 f"{'state takes' if mode in ('train', 'run') else 'arrays take'} {size(needed.state)}, and a batch of "
                 f"{run.batch_size:,} x {task.length:,} tokens of {run.in_features:,} features, which takes "

@@ -1,5 +1,6 @@
 """The tasks: what goes in, what comes out, and what a rule that computes nothing would reach."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,11 +9,13 @@ import numpy as np
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra.data import catalogue, encodings, floors
+from subquad.lra.data.diagnostics import configs as diagnostics
+from subquad.lra.data.diagnostics.drawing import Diagnostic, Drawn
 from subquad.lra.data.listops import expressions
 from subquad.lra.data.offline import corpora
 from subquad.lra.data.pathfinder import pictures, released_folders
 
-Kind = Literal["classification", "pair", "language_model"]
+Kind = Literal["classification", "pair", "language_model", "tagging"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,17 @@ class Task:
         num_classes: labels are 0..num_classes-1; for a language model the tokens that it chooses from.
         splits: examples per split, as published or generated.
         floors: the splits -> scores on test of rules that see (almost) nothing of the input, by name; a result keeps those
-            that it has a column for: majority, root, bag, network, unigram, bigram.
+            that it has a column for: majority, root, bag, network, unigram, bigram, chance.
         source: where the task comes from.
         metric: of the predicted class; "bits per byte" for a language model.
         kind: "classification": one sequence, one label. "pair": two sequences, one label. "language_model": every
-            token predicts the next.
+            token predicts the next. "tagging": one sequence, a label for each token that is asked.
         image_shape: (rows, columns) of the picture that the tokens are, row by row; None for other tasks. Token - 1 is
             the pixel.
         note: what a reader of its numbers has to know.
+        answers_ahead: answers stand in the inputs after their questions, so that the model must be causal.
+        bottleneck: of a tagging task: all answers are read from the features of the last token.
+        at_length: a length -> test examples of that length, for lengths that were not trained on; None: there are none.
     """
 
     name: str
@@ -50,6 +56,16 @@ class Task:
     kind: Kind = "classification"
     image_shape: tuple[int, int] | None = None
     note: str = ""
+    answers_ahead: bool = False
+    bottleneck: bool = False
+    at_length: Callable[[int], Sequence[dict]] | None = None
+
+    @property
+    def needs_causal(self) -> str:
+        """What the model is needed for that must be causal; "" where it need not be."""
+        if self.kind == "language_model":
+            return "a language model"
+        return "a task with the answers in its inputs" if self.answers_ahead else ""
 
 
 _ARENA = "Tay et al. 2020, arXiv 2011.04006"
@@ -69,6 +85,18 @@ def _add(name: str, config: str, length: int, num_classes: int, source: str, dat
     TASKS.setdefault(name, {})[config] = task
 
 
+def _expressions_at(config: expressions.Config, length: int) -> Sequence[dict]:
+    longer = expressions.at_length(config, length)
+    drawn = functools.cache(lambda: list(expressions.generate(longer, "test")))
+    example = lambda index: {"inputs": np.frombuffer(drawn()[index].tokens, np.uint8), "label": drawn()[index].label}
+    return Drawn(example, dict(longer.splits)["test"])
+
+
+def _test_at(generator: Diagnostic, length: int) -> Sequence[dict]:
+    longer = generator.at_length(length)
+    return Drawn(functools.partial(longer.example, "test"), longer.test, kept=False)
+
+
 # The longest expression, but in the arena's form the round number above it, which the arena pads to.
 _LENGTHS = {name: config.max_length - (name in ("small", "tiny")) for name, config in expressions.CONFIGS.items()}
 for _config, _length in (_LENGTHS | {"release": 2000}).items():
@@ -77,6 +105,7 @@ for _config, _length in (_LENGTHS | {"release": 2000}).items():
         floors=floors.root, note="the arena's own files" if _config == "release" else "",
         # The arena's vocabulary has one more symbol, for unknown ones, which never occurs.
         vocabulary_size=expressions.VOCABULARY_SIZE + (_config not in ("small", "tiny")),
+        at_length=functools.partial(_expressions_at, expressions.CONFIGS.get(_config, expressions.CONFIGS["lra"])),
     )  # fmt: skip
 _add(
     "text", "lra", 1000, 2, f"Maas et al. 2011, IMDb; {_ARENA}",
@@ -110,6 +139,14 @@ for _name, _length, _classes, _source, _words in (
 ):  # fmt: skip
     _note = "a stand-in that needs no network; no task of the arena"
     _add(_name, "offline", _length, _classes, _source, f"offline/{_name}", note=_note, **_words)
+for _name, _configs in diagnostics.CONFIGS.items():
+    for _config, _one in _configs.items():
+        _add(
+            _name, _config, _one.length, _one.num_classes, _one.source, f"diagnostics/{_name}_{_config}", kind="tagging",
+            vocabulary_size=_one.vocabulary_size, floors=functools.partial(floors.chance, _one.chance),
+            answers_ahead=_one.causal, bottleneck=_one.bottleneck,
+            at_length=functools.partial(_test_at, _one) if _one.at_length else None,
+        )  # fmt: skip
 
 
 def find_task(name: str, config: str) -> Task:
@@ -149,6 +186,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "classification": ("inputs", "label"),
     "pair": ("inputs1", "inputs2", "label"),
     "language_model": ("inputs", "targets"),
+    "tagging": ("inputs", "targets"),
 }
 _LOOKED_AT = 1000
 
@@ -159,7 +197,7 @@ def check_splits(task: Task, splits: Mapping[str, Iterable[dict]]) -> dict[str, 
     Up to 1,000 examples of each split, evenly spread, are looked at.
 
     Raises: ValueError: a split is missing or empty; an example has other fields than the task's kind, ids outside of
-        1..vocabulary_size-1, or a label outside of 0..num_classes-1.
+        1..vocabulary_size-1, or a label outside of 0..num_classes-1, but for the -1 of a token that is not asked.
     """
     found: dict[str, Sequence[dict]] = {}
     for split in ("train", "validation", "test"):
@@ -175,11 +213,23 @@ def check_splits(task: Task, splits: Mapping[str, Iterable[dict]]) -> dict[str, 
     return found
 
 
+def check_lengths(task: Task, lengths: Sequence[int]) -> None:
+    """Refuses lengths that a task cannot be tested at. Raises: ValueError."""
+    if lengths and task.at_length is None:
+        able = ", ".join(name for name, configs in TASKS.items() if any(one.at_length for one in configs.values()))
+        raise ValueError(
+            f"test lengths must be left out for {task.name}/{task.config}, whose examples are of one length, got {lengths[0]}. "
+            f"Tasks of other lengths are {able}."
+        )
+    for length in lengths:
+        task.at_length(length)
+
+
 def _check_example(task: Task, name: str, example: dict) -> None:
     wanted = FIELDS[task.kind]
     if set(example) != set(wanted):
         raise ValueError(f"train: {name} must have the fields {wanted} of kind {task.kind}, got {sorted(example)}.")
-    bounds = {"label": (0, task.num_classes), "targets": (0, task.num_classes)}
+    bounds = {"label": (0, task.num_classes), "targets": (-(task.kind == "tagging"), task.num_classes)}
     for field in wanted:
         low, high = bounds.get(field, (1, task.vocabulary_size))
         values = np.asarray(example[field])
@@ -193,7 +243,7 @@ def _check_example(task: Task, name: str, example: dict) -> None:
                 f"train: {name}[{field!r}] must be in {low}..{high - 1}, got {values.min()}..{values.max()}. "
                 "Id 0 is padding: shift yours by one, or set the task's vocabulary_size and num_classes."
             )
-    if task.kind == "language_model" and len(example["inputs"]) != len(example["targets"]):
+    if "targets" in wanted and len(example["inputs"]) != len(example["targets"]):
         raise ValueError(
             f"train: {name} must have as many targets as inputs, got {len(example['targets'])} and {len(example['inputs'])}."
         )

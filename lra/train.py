@@ -7,7 +7,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -23,11 +22,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from subquad.lra import interrupts, machine, models, parallel, progress, sizes, tasks
+from subquad.lra import interrupts, models, parallel, progress, sizes, tasks
 from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, begin_or_resume, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.evaluation import Evaluation
+from subquad.lra.files import refuse
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
 from subquad.lra.report import results
@@ -51,6 +51,8 @@ def train(
     shard: parallel.Shard = "batch",
     tensorboard: bool = False,
     checkpoint_minutes: float = 10,
+    test_lengths: Sequence[int] = (),
+    show: Callable[[str], None] | None = None,
 ) -> results.Result:
     """Trains a run and tests it.
 
@@ -75,10 +77,13 @@ def train(
         tensorboard: also log to `out/tensorboard`, by tensorboardX.
         checkpoint_minutes: between checkpoints, at the next tenth step; 0: at every one, inf: only at validations. They
             change no number.
+        test_lengths: also test on examples of these lengths, of a task that draws them.
+        show: is given the progress in words, instead of stderr.
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
         ValueError: unknown task, another than the run's; a batch larger than the data, or a run larger than the memory;
-            devices that do not divide the batch; "zero" on one device; a negative checkpoint_minutes.
+            devices that do not divide the batch; "zero" on one device; a negative checkpoint_minutes; a length that the task
+            cannot be tested at.
         RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`; another process that
             trains in it; a file in it that cannot be read.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint of that step is saved.
@@ -86,14 +91,13 @@ def train(
     """
     task = task or tasks.find_task(run.task, run.config)
     if (task.name, task.config) != (run.task, run.config):
-        raise ValueError(
-            f"train: task must be the run's, {run.task}/{run.config}, got {task.name}/{task.config}. "
-            "Plan the run with the same record: plan(task=task)."
-        )
+        refuse("train: task", f"be the run's, {run.task}/{run.config}", f"{task.name}/{task.config}",
+               "Plan the run with the same record: plan(task=task).")
     if splits is not None:
         splits = tasks.check_splits(task, splits)
     if not checkpoint_minutes >= 0:
         raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
+    tasks.check_lengths(task, test_lengths)
     mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
     parallel.check_shard(shard, mesh)
     sizes.check(run, task, splits, devices=1 if mesh is None else mesh.size, sharded=shard == "zero")
@@ -115,7 +119,9 @@ def train(
             with parallel.first_process_first():
                 splits, source = store.load(task.dataset, data_dir)
         tensorboard = tensorboard and parallel.is_first()
-        job = Job(run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes)
+        job = Job(
+            run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes, test_lengths, show
+        )
         state = job.state()
         with job.started(state):
             failure = fit(job, state)
@@ -152,6 +158,7 @@ class Job:
         source: of the splits, in words.
         folder: the run's, which is this process's alone.
         checkpoint_seconds: between checkpoints.
+        test_lengths: that the test is repeated at.
     """
 
     run: Run
@@ -164,6 +171,8 @@ class Job:
     quiet: bool
     tensorboard: bool
     checkpoint_seconds: float
+    test_lengths: Sequence[int]
+    show_progress: Callable[[str], None] | None = None
 
     def __post_init__(self):
         run = self.run
@@ -188,12 +197,14 @@ class Job:
     def started(self, state: TrainState):
         """Compiles the programs; inside, progress is shown and a signal asks the run to stop."""
         with (
-            progress.Progress(self.run.layer, self.run.steps, state.step, quiet=self.quiet) as self.progress,
+            progress.Progress(
+                self.run.layer, self.run.steps, state.step, quiet=self.quiet, show=self.show_progress
+            ) as self.progress,
             interrupts.stop_request(self.progress.say) as self.stop,
             progress.tensorboard(self.folder / "tensorboard", state.step, self.tensorboard) as self.number,
         ):
             began = time.perf_counter()
-            with self.progress.during("compiling"):
+            with self.progress.work("compiling"):
                 self._compile(state)
             self.compile_seconds, self.saved_at = time.perf_counter() - began, time.monotonic()
             yield
@@ -236,7 +247,8 @@ class Job:
     def validate(self, state: TrainState) -> None:
         """Scores the validation split, and keeps the parameters where they are the best so far."""
         now, step = self.averaged(state.learner), state.step
-        score, loss = self.evaluation.score(now, self.progress.over(self.evaluation.validation, "validation"))
+        batches = self.evaluation.validation
+        score, loss, _ = self.evaluation.score(now, self.progress.work("validation", len(batches)).over(batches))
         state.validations.append([step, score, loss])
         self.number(f"validation/{self.objective.column}", score, step)
         self.number("validation/loss", loss, step)
@@ -279,7 +291,8 @@ class Job:
         scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
         if not failure:
             last = self.averaged(state.learner)
-            scores |= self.evaluation.test(last if state.best_validation[0] == self.run.steps else state.best, last)
+            best = last if state.best_validation[0] == self.run.steps else state.best
+            scores |= self.evaluation.test(best, last, self.test_lengths)
         self.checkpoints.close()
         result = results.Result(status=failure or "ok", **scores, **self._columns(state))
         if parallel.is_first():
@@ -294,35 +307,20 @@ class Job:
     def _columns(self, state: TrainState) -> dict[str, Any]:
         """What a result says beside its scores."""
         run, task, memory = self.run, self.task, measure.memory_of(self.update)
-        configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
         with progress.Work(f"{task.name}/{task.config}: floors", quiet=self.quiet):
             floors = {"network": results.network_floor(task.name, task.config), **task.floors(self.splits)}
         is_accuracy = self.objective.column == "accuracy" and state.validations
         tail = state.losses[-max(1, run.steps // 10) :]
-        return dict(
-            **{name: getattr(run, name) for name in results.OF_RUN},
-            **{name: floors.get(name.removeprefix("floor_")) for name in results.FIELDS if name.startswith("floor_")},
-            configuration=configuration,
-            configuration_hash=results.configuration_hash(configuration),
-            best_step=state.best_validation[0],
+        return results.columns_of_run(run, task, 1 if self.mesh is None else self.mesh.size) | dict(
+            **{f"floor_{name}": floors.get(name) for name in results.FLOORS}, best_step=state.best_validation[0],
             validation_accuracy_best=state.best_validation[1] if is_accuracy else None,
             validation_accuracy_last=state.validations[-1][1] if is_accuracy else None,
             train_loss_last=float(np.mean(tail)) if tail else None,
-            collapsed_step=self.evaluation.collapsed_step(state.validations),
-            split="test",
-            test_examples=len(self.splits["test"]),
-            parameters=models.count_parameters(run, task),
-            steps_per_second=state.rate,
-            train_seconds=state.seconds,
-            compile_seconds=self.compile_seconds,
-            flops_per_step=self.flops,
-            memory_temporary_bytes=memory.temporary,
-            memory_peak_bytes=memory.peak,
-            data=f"{self.source}, batches by grain",
-            source=task.source,
-            finished_utc=machine.utc_now(),
-            **machine.environment(1 if self.mesh is None else self.mesh.size),
-        )
+            collapsed_step=self.evaluation.collapsed_step(state.validations), test_examples=len(self.splits["test"]),
+            parameters=models.count_parameters(run, task), steps_per_second=state.rate, train_seconds=state.seconds,
+            compile_seconds=self.compile_seconds, flops_per_step=self.flops, memory_temporary_bytes=memory.temporary,
+            memory_peak_bytes=memory.peak, data=f"{self.source}, batches by grain",
+        )  # fmt: skip
 
 
 def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, batch, *, mesh=None):

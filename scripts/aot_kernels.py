@@ -6,11 +6,6 @@ python scripts/aot_kernels.py --spec softmax.attention/causal --target sm_90
 python scripts/aot_kernels.py --grid --target sm_90 --dtype bfloat16 float16 float32 --out grid.csv
 """
 
-if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import interrupts
-
-    interrupts.exit_during_startup("aot_kernels")
-
 import csv
 import os
 import pathlib
@@ -22,7 +17,7 @@ from rich.progress import track  # noqa: E402
 
 from subquad.kernels import dispatch, machine_code, specs, tuning  # noqa: E402
 from subquad.lra.cli import commands  # noqa: E402
-from subquad.lra.report import text_tables  # noqa: E402
+from subquad.lra.report import csv_rows, text_tables  # noqa: E402
 
 OUT = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "aot.csv"
 COUNTS = ("registers", "stack", "spills", "shared", "tensor_core", "fma", "transposes")
@@ -57,14 +52,9 @@ def write(out: pathlib.Path, rows: list[dict]) -> None:
 
 def others(out: pathlib.Path, chosen, dtypes, targets) -> list[dict]:
     """What the file holds of other calls, and of these for other dtypes and targets."""
-    if not out.exists():
-        return []
     names, known = {spec.name for spec in chosen}, specs.load() | specs.grid()
-    with out.open(newline="") as file:
-        return [
-            row for row in csv.DictReader(file)
-            if row["spec"] in known and not (row["spec"] in names and row["dtype"] in dtypes and row["target"] in targets)
-        ]  # fmt: skip
+    done_again = lambda row: row["spec"] in names and row["dtype"] in dtypes and row["target"] in targets
+    return [row for row in csv_rows.read_rows(out) if row["spec"] in known and not done_again(row)]
 
 
 def rows_of(spec: specs.Spec, dtypes, targets, length: int | None):

@@ -7,11 +7,6 @@ A time is that of one call among several in one program: what starts a program t
 part of this machine's copy bandwidth and matrix rate, both measured first, it amounts to.
 """
 
-if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import interrupts
-
-    interrupts.exit_during_startup("bench_kernels")
-
 import sys
 import time
 
@@ -132,11 +127,7 @@ def bench(spec, length, dtype, arguments):
 
 def program(spec, name, length, dtype, direction):
     """(several calls in one program that waits for its results, facts of a compiled program of one call)."""
-    inexact, cotangents, rest = gate.problem(spec, length, dtype)
-    if direction == "forward":
-        function, words = specs.forward(spec, name, rest), (inexact,)
-    else:
-        function, words = specs.forward_backward(spec, name, rest), (inexact, cotangents)
+    function, words = call_of(spec, name, length, dtype, direction)
     began = time.perf_counter()
     compiled = jax.jit(function).lower(*words).compile()
     seconds = time.perf_counter() - began
@@ -152,13 +143,19 @@ def program(spec, name, length, dtype, direction):
     return lambda: jax.block_until_ready(compiled(*words)), facts
 
 
+def call_of(spec, name, length, dtype, direction):
+    """(function of an implementation, its arguments)."""
+    inexact, cotangents, rest = gate.problem(spec, length, dtype)
+    if direction == "forward":
+        return specs.forward(spec, name, rest), (inexact,)
+    return specs.forward_backward(spec, name, rest), (inexact, cotangents)
+
+
 def flops(spec, length, dtype, direction) -> int | None:
     """Of the XLA path, whatever runs; None where a loop's trip count is not written in the program."""
-    inexact, cotangents, rest = gate.problem(spec, length, dtype)
+    function, words = call_of(spec, "xla", length, dtype, direction)
     try:
-        if direction == "forward":
-            return measure.flops(specs.forward(spec, "xla", rest), inexact)
-        return measure.flops(specs.forward_backward(spec, "xla", rest), inexact, cotangents)
+        return measure.flops(function, *words)
     except ValueError:  # so says measure.flops
         return None
 

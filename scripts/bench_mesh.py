@@ -7,6 +7,7 @@ parameters are the only all-reduces.
 
     scripts/bench_mesh.py                         all operations; writes kernels/results/mesh.csv
     scripts/bench_mesh.py --operation lsh         those whose names contain it
+    scripts/bench_mesh.py --brief                 batch and heads only together, in a mesh of 4 x 2
 """
 
 import argparse
@@ -19,9 +20,6 @@ import pathlib
 import re
 
 if __name__ == "__main__":  # before jax is imported
-    from subquad.lra import interrupts
-
-    interrupts.exit_during_startup("bench_mesh")
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -57,6 +55,11 @@ HEADED, FEATURED = ("batch", "heads", "4 x 2"), ("batch", "features")
 QUERIES, KEYS, TOKENS = "b t n h", "b s n h", "b t d"
 ATTENTION = dict(query=QUERIES, key=KEYS, value=KEYS)
 SELF = dict(query=QUERIES, key=QUERIES, value=QUERIES)
+RELATIVE = dict(**ATTENTION, relative_key="s n h", content_bias="n h", position_bias="n h")
+PROJECTED = SELF | dict(projection="m h")
+HASHED = dict(query_key=QUERIES, value=QUERIES, buckets="b r t n")
+CONVOLVED = dict(inputs=TOKENS, kernel="d t")
+SYSTEM = dict(inputs=TOKENS, log_decay="d p", input_matrix="d p", output_matrix="d p")
 BLOCKS = np.arange(4)[None, :, None] - np.array([0, 1])  # each block of queries sees its own keys and those before
 
 
@@ -82,20 +85,13 @@ OPERATIONS = {
     "block_sparse.attention": (blocks, SELF, HEADED),
     "strided.attention": operation(strided.attention, SELF, stride=16, window_size=16, is_causal=True),
     "strided.fixed": operation(strided.fixed, SELF, block_size=16, columns=np.array([[15]]), is_causal=True),
-    "relative.attention": operation(
-        relative.attention,
-        dict(**ATTENTION, relative_key="s n h", content_bias="n h", position_bias="n h"),
-    ),
-    "lsh.attention": operation(
-        lsh.attention, dict(query_key=QUERIES, value=QUERIES, buckets="b r t n"), num_buckets=BUCKETS, chunk_size=16
-    ),
+    "relative.attention": operation(relative.attention, RELATIVE),
+    "lsh.attention": operation(lsh.attention, HASHED, num_buckets=BUCKETS, chunk_size=16),
     "lsh.hash_buckets": operation(lsh.hash_buckets, dict(vectors=QUERIES, rotations="n h r f")),
     "lsh.extend": operation(lsh.extend, dict(**SELF, query_buckets="b r t n", key_buckets="b r t n"), start=0),
     "linear.attention": (positive, ATTENTION, HEADED),
     "linear.attention causal": (functools.partial(positive, is_causal=True), SELF, HEADED),
-    "linear.random_feature_attention": operation(
-        linear.random_feature_attention, dict(**SELF, projection="m h"), is_causal=True
-    ),
+    "linear.random_feature_attention": operation(linear.random_feature_attention, PROJECTED, is_causal=True),
     "linear.gated": operation(linear.gated, dict(**SELF, log_decay="b t n")),
     "gather.attention": operation(gather.attention, dict(**SELF, indices="b n t l")),
     "entmax.attention": operation(entmax.attention, SELF),
@@ -103,13 +99,9 @@ OPERATIONS = {
     "matrix.pseudo_inverse": operation(matrix.pseudo_inverse, dict(matrix="b n m m")),
     "matrix.sinkhorn": operation(matrix.sinkhorn, dict(logits="b n m m")),
     "scan.first_order": operation(scan.first_order, dict(decay=TOKENS, inputs=TOKENS), FEATURED),
-    "convolution.convolve": operation(convolution.convolve, dict(inputs=TOKENS, kernel="d t"), FEATURED),
-    "convolution.convolve segments": operation(
-        convolution.convolve, dict(inputs=TOKENS, kernel="d t", segment_ids="b t"), FEATURED
-    ),
-    "ssm.diagonal_scan": operation(
-        ssm.diagonal_scan, dict(inputs=TOKENS, log_decay="d p", input_matrix="d p", output_matrix="d p"), FEATURED
-    ),
+    "convolution.convolve": operation(convolution.convolve, CONVOLVED, FEATURED),
+    "convolution.convolve segments": operation(convolution.convolve, CONVOLVED | dict(segment_ids="b t"), FEATURED),
+    "ssm.diagonal_scan": operation(ssm.diagonal_scan, SYSTEM, FEATURED),
 }
 
 
@@ -149,9 +141,11 @@ def both(function, arrays):
     return outputs, gradients
 
 
-def rows_of(name: str, length: int):
-    """A row for each axis that the operation's arrays have."""
+def rows_of(name: str, length: int, brief: bool = False):
+    """A row for each axis that the operation's arrays have; `brief`: batch and heads only together."""
     function, axes, sharded = OPERATIONS[name]
+    if brief and "4 x 2" in sharded:
+        sharded = [column for column in sharded if column not in ("batch", "heads")]
     arrays = draw(axes, length)
     run = jax.jit(functools.partial(both, function))
     alone = run.lower(arrays).compile()
@@ -170,15 +164,12 @@ def rows_of(name: str, length: int):
         text = program.as_text()
         leaves = zip(jax.tree.leaves(program(parts)), jax.tree.leaves(want), strict=True)
         yield dict(
-            operation=name,
-            sharded=column,
-            length=length,
-            share=round(flops(text) / whole, 4),
+            operation=name, sharded=column, length=length, share=round(flops(text) / whole, 4),
             **{word: len(re.findall(rf" {word}(?:-start)?\(", text)) for word in COLLECTIVES},
             temporary_kib=round(program.memory_analysis().temp_size_in_bytes / 1024),
             temporary_kib_alone=round(alone.memory_analysis().temp_size_in_bytes / 1024),
             error=max(specs.error(got, wanted, 1e-6) for got, wanted in leaves),
-        )
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ FLOPs of HLO in words
@@ -237,13 +228,14 @@ def _cost(dtype, shape, kind, operands, shapes):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operation", default="", help="a part of the name")
+    parser.add_argument("--brief", action="store_true", help="batch and heads only together, in a mesh of 4 x 2")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     rows = []
     for name in OPERATIONS:
         if options.operation in name:
-            for row in rows_of(name, options.length):
+            for row in rows_of(name, options.length, options.brief):
                 rows.append(row)
                 print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     with open(options.out, "w", newline="") as file:

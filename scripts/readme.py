@@ -1,10 +1,5 @@
 """Rewrites the generated parts of the READMEs: the layer table, tables from the committed CSV files, and the first picture."""
 
-if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import interrupts
-
-    interrupts.exit_during_startup("readme")
-
 import inspect
 import math
 import pathlib
@@ -12,7 +7,9 @@ import re
 import sys
 
 from subquad import zoo
+from subquad.lra import tasks
 from subquad.lra.cli import commands
+from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.report import csv_rows, ledger, measurements, plots, results, text_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -20,6 +17,7 @@ READMES = ("README.md", "kernels/README.md", "lra/README.md")
 PICTURE = ROOT / "lra" / "results" / "bench.png"
 QUICKSTART = ROOT / "lra" / "results" / "quickstart.csv"
 OFFLINE = ROOT / "lra" / "results" / "offline.csv"
+ABILITIES = ROOT / "lra" / "results" / "diagnostics.csv"
 FLOORS = ROOT / "lra" / "results" / "floors.csv"
 COSTS = ROOT / "lra" / "results" / "bench.csv"
 PEERS = ROOT / "kernels" / "results" / "peers_cpu.csv"
@@ -27,7 +25,7 @@ PEERS = ROOT / "kernels" / "results" / "peers_cpu.csv"
 
 def layer_table() -> str:
     """One row per layer, from its class: paper, cost, and what it supports."""
-    rows = ["| name | class | paper | cost | causal | cross | `extend` | masks | `attention_fn` |", "|---" * 9 + "|"]
+    rows = [["name", "class", "paper", "cost", "causal", "cross", "`extend`", "masks", "`attention_fn`"]]
     mark = {True: "yes", False: "", "mask": "masked¹"}
     for name, layer in zoo.LAYERS.items():
         supports = layer.supports
@@ -35,30 +33,31 @@ def layer_table() -> str:
         papers = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\d{4}\.\d{5}", source))
         direction = mark[supports.causal] if supports.bidirectional else "only"
         masks = ["any" if supports.pairwise_mask else "padding"] + ["segments"] * supports.segment_ids
-        rows.append(
-            f"| `{name}` | `{layer.__name__}` | {papers} | {supports.cost} | {direction} | {mark[supports.cross]} | "
-            f"{mark[supports.extend]} | {', '.join(masks)} | {mark[supports.attention_fn]} |"
-        )
-    return "\n".join(rows)
+        rows.append([
+            f"`{name}`", f"`{layer.__name__}`", papers, supports.cost, direction, mark[supports.cross], mark[supports.extend],
+            ", ".join(masks), mark[supports.attention_fn],
+        ])  # fmt: skip
+    return text_tables.markdown(rows, left=len(rows[0]))
 
 
 def peers_table(rows) -> str:
     """Races with the backward pass: our time and memory as parts of the other side's."""
-    lines = ["| ours | against | tokens | time | memory | |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    lines = [["ours", "against", "tokens", "time", "memory"]]
     raced = [row for row in rows if row["direction"] == "both" and row["family"] != "memory"]
     for row in raced:
         who = row["contest"].removeprefix("our softmax layer against ") if row["family"] == "own" else row["family"]
         peer = "our softmax layer" if row["family"] == "own" else f"{row['contest']} ({row['peer'] or 'not installed'})"
         ratios = [f"{float(row[name]):.2f}x" if row[name] else "" for name in ("time_ratio", "memory_ratio")]
-        status = "" if row["status"] == "ok" else row["status"].replace("|", "/")
-        lines.append(f"| {who} | {peer} | {int(row['length']):,} | {' | '.join(ratios)} | {status} |")
+        if row["status"] != "ok":
+            ratios = [row["status"], ""]
+        lines.append([who, peer, f"{int(row['length']):,}", *ratios])
     commits = ", ".join(sorted({row["commit"][:12] for row in raced}))
     first = raced[0]
     shape = f"{first['dtype']}, batch {first['batch']}, {first['heads']} heads of {first['features']}, forward and backward"
     clock = f"best {first['clock'].replace('_', ' ')} of both sides called in turn on {first['hardware']}"
     memory = "Memory is what the process of each side grew by, or, for two of our own, what the compiler says"
-    lines += ["", f"{shape}; {clock}. {memory}. {first['versions']}; {first['torch']}; commit {commits}."]
-    return "\n".join(lines)
+    table = text_tables.markdown(lines, left=2)
+    return f"{table}\n\n{shape}; {clock}. {memory}. {first['versions']}; {first['torch']}; commit {commits}."
 
 
 def memory_table(rows) -> str:
@@ -68,21 +67,11 @@ def memory_table(rows) -> str:
     for row in rows:
         name, _, what = row["contest"].rpartition(", ")
         found.setdefault(name, {})[what] = f"{int(float(row['ours_temporary_bytes'])) / 2**20:,.0f} MiB"
-    lines = ["| | whole layer | between its projections |", "| --- | ---: | ---: |"]
-    lines += [f"| {name} | {cells['layer']} | {cells.get('mechanism', '')} |" for name, cells in found.items()]
+    lines = [["", "whole layer", "between its projections"]]
+    lines += [[name, cells["layer"], cells.get("mechanism", "")] for name, cells in found.items()]
     first = rows[0]
     shape = f"{int(first['length']):,} tokens, batch {first['batch']}, {first['heads']} heads of {first['features']}"
-    return "\n".join([*lines, "", f"{shape}, {first['dtype']}, compiled for {first['hardware']}."])
-
-
-# Rules of the file of floors, what each sees, and how its score is written.
-RULES = (
-    ("majority", "the commonest answer", results.per_cent),
-    ("bag", "a bag of tokens", results.per_cent),
-    ("network", "a small CNN", results.per_cent),
-    ("unigram", "counts of bytes", "{:.3f}".format),
-    ("bigram", "counts of pairs of bytes", "{:.3f}".format),
-)
+    return f"{text_tables.markdown(lines)}\n\n{shape}, {first['dtype']}, compiled for {first['hardware']}."
 
 
 def task_table(rows, floors) -> str:
@@ -101,28 +90,46 @@ def task_table(rows, floors) -> str:
         seeds = sorted({str(row.seed) for group in columns[task].values() for row in group})
         trained = f"{one.steps} steps of {one.batch_size}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
         notes.append(f"{task}: {trained}, {one.test_examples:,} test examples{error}.")
+    reached |= {(one.task, one.config, "chance"): one.floor_chance for one in firsts.values()}
     body = []
     for layer in zoo.LAYERS:
-        body.append([layer, *(score(layer, column.get(layer)) for column in columns.values())])
-    for rule, what, written in RULES:
-        cells = [reached.get((one.task, one.config, rule)) for one in firsts.values()]
-        if any(value is not None for value in cells):
-            body.append([f"*{what}*", *("" if value is None else written(value) for value in cells)])
+        body.append([layer, *(score(layer, column.get(layer), firsts[task]) for task, column in columns.items())])
+    for rule, what in results.FLOORS.items():
+        cells = [results.floor_cell(rule, reached.get((one.task, one.config, rule))) for one in firsts.values()]
+        if any(cells):
+            body.append([f"*{what}*", *cells])
     machines = dict.fromkeys(map(results.machine_of_row, firsts.values()))
     return "\n".join([text_tables.markdown([heading, *body]), "", " ".join([*notes, *machines])])
 
 
-def score(layer: str, group) -> str:
+def score(layer: str, group, one) -> str:
     """The score alone; how many seeds it is of stands once, below the table."""
     if group is None:
-        return "not run" if zoo.LAYERS[layer].supports.causal else "not causal"
+        needs_causal = tasks.find_task(one.task, one.config).needs_causal
+        return "not causal" if needs_causal and not zoo.LAYERS[layer].supports.causal else "not run"
     return results.score_of_seeds(group).partition(" (")[0]
+
+
+def diagnostics_table() -> str:
+    """One row per task and generator: its configurations, their lengths and what guessing reaches there."""
+    rows = ["| task | configurations | question | tokens | chance | source |", "|---" * 6 + "|"]
+    for task, configs in diagnostics.CONFIGS.items():
+        for kind in dict.fromkeys(map(type, configs.values())):
+            ours = {name: one for name, one in configs.items() if type(one) is kind}
+            question = inspect.getdoc(kind).partition("\n")[0]
+            lengths, chances = (
+                "; ".join(dict.fromkeys(map(write, ours.values())))
+                for write in (lambda one: f"{one.length:,}", lambda one: results.floor_cell("chance", one.chance))
+            )
+            cells = (f"`{task}`", ", ".join(f"`{name}`" for name in ours), question, lengths, chances, kind.source)
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def cost_table(rows) -> str:
     """Steps per second and memory against length, as the arena's table 2."""
     table = measurements.tables([row for row in rows if row.mode == "train"])[0]
-    return "\n".join([text_tables.markdown([table.heading, *table.body]), "", f"{table.title}. {' '.join(table.notes)}"])
+    return f"{text_tables.markdown(table.rows)}\n\n{table.title}. {' '.join(table.notes)}"
 
 
 def generated() -> dict[str, str]:
@@ -131,6 +138,8 @@ def generated() -> dict[str, str]:
         "layers": layer_table(),
         "quickstart": results.markdown(results.read_results(QUICKSTART)),
         "tasks": task_table(results.read_results(OFFLINE), csv_rows.read_rows(FLOORS, ledger.Floor)),
+        "diagnostics": diagnostics_table(),
+        "abilities": task_table(results.read_results(ABILITIES), []),
         "costs": cost_table(measurements.read_measurements(COSTS)),
         "peers": peers_table(peers),
         "memory": memory_table(peers),

@@ -7,21 +7,15 @@ python scripts/tune_kernels.py --spec softmax.attention/causal --length 4096
 python scripts/tune_kernels.py --list --target sm_90       what would be timed, on a machine without a GPU
 """
 
-if __name__ == "__main__":  # before the libraries, which take seconds to load
-    from subquad.lra import interrupts
-
-    interrupts.exit_during_startup("tune_kernels")
-
 import itertools
 import json
-import statistics
-import time
 
 import jax
 from rich.console import Console
 from rich.progress import track
 
 from subquad.kernels import dispatch, gate, gpu, launch, machine_code, specs, tuning
+from subquad.lra.bench import timing
 from subquad.lra.cli import commands
 
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
@@ -64,11 +58,8 @@ def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
     """
     with tuning.trying({request: heuristic}):
         usual = specs.launches(spec, dtype, length, target=target)
-    try:
-        with tuning.trying({request: config}):
-            tried = specs.launches(spec, dtype, length, target=target)
-    except launch.Unordered:
-        return False
+    with tuning.trying({request: config}):
+        tried = specs.launches(spec, dtype, length, target=target)
     if config == heuristic:  # which changes nothing
         changed = [one for one in tried if uses(one, config)]
     else:
@@ -101,13 +92,8 @@ def seconds(spec, dtype, length, request, config, repeats) -> float:
         once = jax.jit(function)
         count = specs.repeats_for(lambda: jax.block_until_ready(once(inexact, cotangents)))
         run = jax.jit(specs.repeated(function, count))
-        jax.block_until_ready(run(inexact, cotangents))
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(run(inexact, cotangents))
-            times.append(time.perf_counter() - start)
-    return statistics.median(times) / count
+        call = lambda: jax.block_until_ready(run(inexact, cotangents))
+        return timing.time_alternately([call], repeats=repeats)[0].median / count
 
 
 def write(kind: str, rows: dict[tuning.Request, tuning.Config]) -> None:
@@ -125,9 +111,8 @@ def write(kind: str, rows: dict[tuning.Request, tuning.Config]) -> None:
 def main() -> int:
     arguments = parse()
     if arguments.target not in machine_code.TARGETS:
-        raise ValueError(
-            f"target must be a known one, got {arguments.target!r}. {dispatch.nearest(arguments.target, machine_code.TARGETS)}"
-        )
+        nearest = dispatch.nearest(arguments.target, machine_code.TARGETS)
+        raise ValueError(f"target must be a known one, got {arguments.target!r}. {nearest}")
     if not arguments.list:
         try:
             launch.require("triton")

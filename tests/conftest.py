@@ -1,9 +1,11 @@
 """The suite runs on the CPU wherever it runs, and its processes share what they compile."""
 
+import gc
 import importlib.metadata
 import itertools
 import os
 import pathlib
+import re
 import signal
 import zlib
 
@@ -18,6 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Compiling takes most of the suite's time, and most of that LLVM's optimisation and, where XLA still lets us choose, its newer
 # way to write fused loops; what is computed stays the same. XLA for GPUs compiles nothing without optimising it.
 flags = ["--xla_backend_optimization_level=0"] if os.environ["JAX_PLATFORMS"] == "cpu" else []
+if flags:  # the processes of the suite take all cores: a program in parts only costs more
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # an unknown flag ends the process
 # The caller's own flags come last, so that they win: XLA_FLAGS=--xla_cpu_max_isa=AVX2 scripts/test.
@@ -30,6 +34,9 @@ import jax  # noqa: E402
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Tracing makes many small objects that stay, and the collector looks through them again and again: a sixth of the tracing.
+gc.set_threshold(100_000, 10, 10)
+
 MAPS, tests_run = pathlib.Path("/proc/self/maps"), itertools.count(1)
 
 
@@ -37,15 +44,32 @@ MAPS, tests_run = pathlib.Path("/proc/self/maps"), itertools.count(1)
 def few_memory_maps():
     """Drops compiled programs before they take all memory maps that Linux gives a process, 65,530, where XLA aborts."""
     yield
-    if next(tests_run) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+    if next(tests_run) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
 
 
+def leg_of(config) -> str:
+    """The leg that scripts/test runs: "interpret" or "aot"; of the CPU or of several: "" (its expression begins otherwise)."""
+    found = re.match(r"\(*(interpret|aot)\b", config.getoption("markexpr"))
+    return found[1] if found else ""
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Of a leg that has few tests only the files that name it are imported; it would take longer than many of the tests."""
+    leg = leg_of(config)
+    if leg and re.fullmatch(r"test_.*\.py", collection_path.name) and f"mark.{leg}" not in collection_path.read_text():
+        return True
+
+
 def in_sample(item) -> bool:
-    """Whether a test of the operations' suite runs by default: of those in half precision a part, the same ones every time."""
-    dtype = item.callspec.params.get("dtype") if item.path.name == "test_suite.py" and hasattr(item, "callspec") else None
-    every = {"float16": 3, "bfloat16": 2 if item.get_closest_marker("interpret") else 1}.get(dtype, 1)
-    return zlib.crc32(item.name.encode()) % every == 0
+    """Whether a test runs by default. Of the cases that are marked `sample(every)` one in `every` does, the same ones always.
+
+    `sample(every, of=names)`: of the cases whose parameter `name` is one of these; the others all run.
+    """
+    sample = item.get_closest_marker("sample")
+    if sample is None or ("of" in sample.kwargs and item.callspec.params["name"] not in sample.kwargs["of"]):
+        return True
+    return zlib.crc32(item.name.encode()) % sample.args[0] == 0
 
 
 def pytest_collection_modifyitems(config, items):
@@ -67,6 +91,7 @@ def pytest_collection_modifyitems(config, items):
             gpu = jax.default_backend() == "gpu" if gpu is None else gpu
             if not gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-    # The contract suite layer by layer: tests of one layer share what they compile, in a process that runs them in a row.
-    layer = lambda item: item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
-    items.sort(key=lambda item: (str(item.path), layer(item) if item.path.name == "test_contract.py" else ""))
+    # The suites of all layers and all operations go one by one: tests of one share what they compile, in a process that runs
+    # them in a row.
+    one_by_one = lambda item: item.path.name in ("test_contract.py", "test_suite.py") and hasattr(item, "callspec")
+    items.sort(key=lambda item: (str(item.path), item.callspec.params.get("name", "") if one_by_one(item) else ""))

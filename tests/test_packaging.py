@@ -65,9 +65,16 @@ def pip(python: pathlib.Path, *arguments: str):
     assert done.returncode == 0, done.stderr
 
 
-def clean_python(folder: pathlib.Path) -> pathlib.Path:
-    venv.create(folder, with_pip=True)
-    return folder / "bin" / "python"
+@pytest.fixture(scope="module")
+def installed(source, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
+    """The wheel, and the Python of a clean environment that has it and what it asks for."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip(pathlib.Path(sys.executable), "wheel", "--no-deps", "--wheel-dir", str(folder), str(source))
+    (wheel,) = folder.glob("subquad-*.whl")
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    pip(python, "install", str(wheel))
+    return wheel, python
 
 
 def try_out(python: pathlib.Path, folder: pathlib.Path) -> str:
@@ -76,21 +83,19 @@ def try_out(python: pathlib.Path, folder: pathlib.Path) -> str:
     return done.stdout.strip()
 
 
-def test_wheel(source, tmp_path):
-    pip(pathlib.Path(sys.executable), "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source))
-    (wheel,) = tmp_path.glob("subquad-*.whl")
+def test_wheel(source, installed, tmp_path):
+    wheel, python = installed
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
         assert tops == {"subquad", wheel.name.split("-py3")[0] + ".dist-info"}
         ours = [path for part in ("kernels", "zoo", "lra") for path in (source / part).rglob("*.py")]
         assert {f"subquad/{path.relative_to(source)}" for path in ours} <= set(archive.namelist())
         assert {"subquad/__init__.py", "subquad/py.typed"} <= set(archive.namelist())
-    python = clean_python(tmp_path / "venv")
-    pip(python, "install", str(wheel))
-    assert str(tmp_path / "venv") in try_out(python, tmp_path)
+    assert str(wheel.parent / "venv") in try_out(python, tmp_path)
 
 
-def test_editable_install(source, tmp_path):
-    python = clean_python(tmp_path / "venv")
-    pip(python, "install", "--editable", str(source))
+def test_editable_install(source, installed, tmp_path):
+    """In place of the wheel: what it asks for is there."""
+    _, python = installed
+    pip(python, "install", "--no-deps", "--editable", str(source))
     assert try_out(python, tmp_path) == str(source / "zoo" / "__init__.py")

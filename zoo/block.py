@@ -3,11 +3,10 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subquad.zoo.checks import refuse
+from subquad.zoo.checks import check_rate, check_sizes, refuse
 from subquad.zoo.linen import call_rngs
 
 
@@ -56,10 +55,8 @@ class Block(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if not isinstance(mlp_features, int | np.integer) or mlp_features < 0:
-            refuse("Block", "mlp_features", repr(mlp_features), "be an integer >= 0", "Use 0 for no feed-forward network.")
-        if not 0 <= dropout_rate <= 1:
-            refuse("Block", "dropout_rate", dropout_rate, "be in 0..1", "It is the probability of dropping a feature.")
+        check_sizes("Block", 0, mlp_features=mlp_features)
+        check_rate("Block", dropout_rate)
         out_features = getattr(mixer, "out_features", in_features)
         if out_features != in_features:
             refuse("Block", "mixer", f"out_features = {out_features}", f"have out_features = in_features = {in_features}",

@@ -1,12 +1,15 @@
 """The checks that every layer makes of its arguments, before any work."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+from subquad.kernels import dispatch
 
 
 class Call(NamedTuple):
@@ -29,14 +32,10 @@ def check_features(owner: str, name: str, inputs, features: int) -> None:
             "Embed integer tokens first, for example with nnx.Embed."
         )
     if inputs.ndim < 2 or inputs.shape[-1] != features:
-        raise ValueError(
-            f"{owner}: {name} must have shape [*B, T, {features}], got {inputs.shape}. "
-            "Project it, or construct the layer with another in_features."
-        )
+        refuse(owner, name, inputs.shape, f"have shape [*B, T, {features}]",
+               "Project it, or construct the layer with another in_features.")
     if 0 in inputs.shape:
-        raise ValueError(
-            f"{owner}: {name} must have a token and a sample at least, got {inputs.shape}. Leave empty batches out."
-        )
+        refuse(owner, name, inputs.shape, "have a token and a sample at least", "Leave empty batches out.")
     # With explicit mesh axes every operation must state its output sharding; our kernels do not.
     if jax.sharding.AxisType.Explicit in jax.typeof(inputs).sharding.mesh.axis_types:
         refuse(owner, name, jax.typeof(inputs), "lie on a mesh without explicit axes",
@@ -59,14 +58,10 @@ def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: in
     if len(shape) != len(full) or any(m not in (1, f) for m, f in zip(shape, full, strict=True)):
         is_padding = mask.shape == (*batch, keys)
         cure = "Pass mask[..., None, None, :]." if is_padding else "Insert axes of 1, or build it with subquad.zoo.masks."
-        raise ValueError(
-            f"{owner}: mask must have the axes [*B, N, T, S] = {full}, each full or 1, got {mask.shape}. {cure}"
-        )
+        refuse(owner, "mask", mask.shape, f"have the axes [*B, N, T, S] = {full}, each full or 1", cure)
     if not pairwise and shape[-3:] != (1, 1, keys):
-        raise ValueError(
-            f"{owner}: mask must be key padding of shape [*B, 1, 1, S] = {(*batch, 1, 1, keys)}, got {mask.shape}. "
-            "Use masks.padding_mask(lengths, S), is_causal in the constructor, or SoftmaxAttention for pairwise masks."
-        )
+        refuse(owner, "mask", mask.shape, f"be key padding of shape [*B, 1, 1, S] = {(*batch, 1, 1, keys)}",
+               "Use masks.padding_mask(lengths, S), is_causal in the constructor, or SoftmaxAttention for pairwise masks.")
     batch = batch if any(size != 1 for size in shape[:-3]) else (1,) * len(batch)
     mask = jnp.broadcast_to(mask.reshape(shape), (*batch, *shape[-3:-1], keys))
     return mask.reshape(-1, *mask.shape[-3:])
@@ -82,11 +77,24 @@ def unsupported(owner: str, request: str, reason: str, instead: str) -> NoReturn
     raise ValueError(f"{owner} does not support {request}: {reason}. {instead}")
 
 
-def check_sizes(owner: str, **sizes: int) -> None:
-    """Refuses sizes that are no positive integers."""
+def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
+    """Refuses sizes that are no integers of at least `least`."""
     for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-            refuse(owner, name, repr(size), "be a positive integer", f"Pass {name}=1 or more.")
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
+            condition = "be a positive integer" if least == 1 else f"be an integer of at least {least}"
+            refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
+
+
+def check_rate(owner: str, rate: float) -> None:
+    """Refuses a dropout rate that is no probability."""
+    if not 0 <= rate <= 1:
+        refuse(owner, "dropout_rate", rate, "be in 0..1", "It is the probability of dropping a number.")
+
+
+def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:
+    """Refuses a word that is not known, with the nearest that is."""
+    if word not in known:
+        refuse(owner, name, repr(word), "be a known name", dispatch.nearest(word, known))
 
 
 def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids) -> Call:

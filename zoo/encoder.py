@@ -100,9 +100,7 @@ class Encoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if positions not in POSITIONS:
-            raise ValueError(
-                f"Encoder: positions must be one of {POSITIONS}, got {positions!r}. Use mixer_options for the mixer's own."
-            )
+            refuse("Encoder", "positions", repr(positions), f"be one of {POSITIONS}", "Use mixer_options for the mixer's own.")
         dtypes = dict(dtype=dtype, param_dtype=param_dtype)
 
         def build(mixer, options):
@@ -138,13 +136,8 @@ class Encoder(nnx.Module):
         return hidden if mask is None else jnp.where(mask[..., None], hidden, 0)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"]:
         self.check(tokens, mask, segment_ids)
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)

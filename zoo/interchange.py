@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import softmax
 from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, check_options, sow
-from subquad.zoo.checks import check_mask, refuse, unsupported
-from subquad.zoo.dense.softmax import check_rate
+from subquad.zoo.checks import check_mask, check_rate, refuse, unsupported
 from subquad.zoo.registry import LAYERS, Layer, check_complete, find, options
 
 # What Flax's attention has itself, and says by the arrays it hands over or in the call.
@@ -45,10 +44,8 @@ def attention_fn(name: str, *, seed: int = 0, **given) -> "AttentionFn":
     layer = find(name)
     if not layer.supports.attention_fn:
         usable = ", ".join(known for known, other in LAYERS.items() if other.supports.attention_fn)
-        raise ValueError(
-            f"attention_fn: layer must be a function of separate query, key and value, got {name!r}, which has parameters "
-            f"of its own or ties queries to keys. Use zoo.make, or one of: {usable}."
-        )
+        refuse("attention_fn", "layer", f"{name!r}, which has parameters of its own or ties queries to keys",
+               "be a function of separate query, key and value", f"Use zoo.make, or one of: {usable}.")
     owner = f"attention_fn({name!r})"
     shared = {"is_causal", "implementation"} | ({"rotary_base"} if layer.supports.rotary else set())
     check_options(owner, given, options(name) - set(Shell.__annotations__) - FLAXS | shared)

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels.dispatch import nearest
 from subquad.zoo import generation, positions
-from subquad.zoo.checks import refuse
+from subquad.zoo.checks import check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, first_outside, mixers_of_layers
 
 POOLINGS = ("mean", "max", "first", "last")
@@ -30,11 +29,6 @@ def pool(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, pooling
         return jnp.where(mask.any(1)[:, None], top, 0)
     at = jnp.argmax(mask, 1) if pooling == "first" else mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], 1)
     return jnp.where(mask.any(1)[:, None], jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0], 0)
-
-
-def check_pooling(owner: str, pooling: str) -> None:
-    if pooling not in POOLINGS:
-        raise ValueError(f"{owner}: pooling must be a known name, got {pooling!r}. {nearest(pooling, POOLINGS)}")
 
 
 class Head(nnx.Module):
@@ -56,6 +50,11 @@ class Head(nnx.Module):
         return self.outer(inputs)
 
 
+def dtypes(encoder: EncoderOptions) -> dict[str, Any]:
+    """The dtypes of an encoder, which its head has too."""
+    return dict(dtype=encoder.get("dtype"), param_dtype=encoder.get("param_dtype", jnp.float32))
+
+
 class Classifier(nnx.Module):
     """An encoder, pooling over real tokens, and a head: tokens [B, T] -> logits [B, num_classes].
 
@@ -75,13 +74,10 @@ class Classifier(nnx.Module):
         self, num_classes: int, *, pooling: str = "mean", head_features: Sequence[int] = (), rngs: nnx.Rngs,
         **encoder: Unpack[EncoderOptions],
     ):
-        check_pooling("Classifier", pooling)
+        check_word("Classifier", "pooling", pooling, POOLINGS)
         self.pooling = pooling
         self.encoder = Encoder(**encoder, rngs=rngs)
-        self.head = Head(
-            self.encoder.in_features, head_features, num_classes, dtype=encoder.get("dtype"),
-            param_dtype=encoder.get("param_dtype", jnp.float32), rngs=rngs,
-        )
+        self.head = Head(self.encoder.in_features, head_features, num_classes, **dtypes(encoder), rngs=rngs)
 
     def __call__(
         self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool | None = None, rngs=None
@@ -106,28 +102,17 @@ class DualEncoder(nnx.Module):
         self, num_classes: int, *, pooling: str = "mean", interaction: str = "nli", head_features: Sequence[int] | None = None,
         rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions],
     ):
-        check_pooling("DualEncoder", pooling)
-        if interaction not in INTERACTIONS:
-            raise ValueError(
-                f"DualEncoder: interaction must be a known name, got {interaction!r}. {nearest(interaction, INTERACTIONS)}"
-            )
+        check_word("DualEncoder", "pooling", pooling, POOLINGS)
+        check_word("DualEncoder", "interaction", interaction, INTERACTIONS)
         self.pooling, self.interaction = pooling, interaction
         self.encoder = Encoder(**encoder, rngs=rngs)
         features = self.encoder.in_features
-        self.head = Head(
-            features * (4 if interaction == "nli" else 2), (features,) if head_features is None else head_features, num_classes,
-            dtype=encoder.get("dtype"), param_dtype=encoder.get("param_dtype", jnp.float32), rngs=rngs,
-        )
+        hidden = (features,) if head_features is None else head_features
+        self.head = Head(features * (4 if interaction == "nli" else 2), hidden, num_classes, **dtypes(encoder), rngs=rngs)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        other: Int[Array, "B S"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        other_mask: Bool[Array, "B S"] | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        self, tokens: Int[Array, "B T"], other: Int[Array, "B S"], *, mask: Bool[Array, "B T"] | None = None,
+        other_mask: Bool[Array, "B S"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B classes"]:
         a, b = (
             pool(self.encoder(sequence, mask=real, deterministic=deterministic, rngs=rngs), real, self.pooling)
@@ -176,19 +161,11 @@ class CausalLM(nnx.Module):
             if (self.encoder.vocab_size or self.vocab_size) < self.vocab_size:
                 refuse("CausalLM", "embed", f"{self.encoder.vocab_size} embeddings",
                        f"have num_embeddings >= vocab_size = {self.vocab_size}", "The model reads what it writes.")
-            self.head = nnx.Linear(
-                self.encoder.in_features, self.vocab_size, use_bias=False, dtype=encoder.get("dtype"),
-                param_dtype=encoder.get("param_dtype", jnp.float32), rngs=rngs,
-            )
+            self.head = nnx.Linear(self.encoder.in_features, self.vocab_size, use_bias=False, **dtypes(encoder), rngs=rngs)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T vocab"]:
         """Logits of each next token; the arguments are those of a call of `Encoder`."""
         hidden = self.encoder(tokens, mask=mask, segment_ids=segment_ids, deterministic=deterministic, rngs=rngs)
@@ -201,10 +178,9 @@ class CausalLM(nnx.Module):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LMCache:
         """Empty caches of all layers, for max_length tokens, padding included."""
         if self.encoder.position_kind == "learned" and max_length > self.encoder.max_length:
-            raise ValueError(
-                f"CausalLM: max_length of the cache must be <= max_length = {self.encoder.max_length} of the model, got "
-                f"{max_length}. Construct the model with a larger max_length, or with positions='sinusoidal'."
-            )
+            most = f"be <= max_length = {self.encoder.max_length} of the model"
+            refuse("CausalLM", "max_length of the cache", max_length, most,
+                   "Construct the model with a larger max_length, or with positions='sinusoidal'.")
         caches = tuple(block.mixer.init_cache(batch_size, max_length, dtype) for block in self.encoder.blocks)
         return LMCache(caches, jnp.zeros(batch_size, jnp.int32))
 

@@ -1,14 +1,12 @@
 """Attention over lists of key blocks, per query block and head: softmax attention under a pattern of blocks."""
 
-import numbers
-
 import numpy as np
 from jaxtyping import Int
 
 from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import Key, KeyMask, LogSumExp, Output, Query, Value
 from subquad.kernels.patterns import CAUSAL, Blocks
-from subquad.kernels.softmax import check_heads
+from subquad.kernels.softmax import check_heads, counted
 from subquad.kernels.softmax.sets import KeySet, Visible
 
 __all__ = ["attention"]
@@ -68,36 +66,13 @@ def attention(
     check_heads(OWNER, query, key, value)
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
-    if not isinstance(block_size, numbers.Integral) or block_size < 1:
-        raise ValueError(f"{OWNER}: block_size must be a positive integer, got {block_size!r}. Count positions.")
-    columns = -(-keys // block_size)
-    check_blocks(blocks, heads, -(-queries // block_size), columns)
+    checks.at_least(OWNER, "block_size", block_size, 1, "Count positions.")
+    rows, columns = -(-queries // block_size), -(-keys // block_size)
+    instead = "Give one list per head, or for all, and block of queries; -1 is no entry."
+    checks.lists(OWNER, "blocks", blocks, "N I L", -1, columns - 1, instead, N=(heads, 1), I=rows)
     checks.key_padding(OWNER, mask, batch, keys)
     pattern = Blocks.of(blocks, int(block_size), columns) & (CAUSAL if is_causal else None)
-    positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
-    sets = (KeySet(pattern, Visible(*positions, None, None, mask)),)
+    sets = (KeySet(pattern, Visible(counted(queries), counted(keys), None, None, mask)),)
     key, value = checks.hide(mask, key, value)
     out, *sums = softmax.run(OWNER, softmax.IMPLEMENTATIONS, implementation, query, (key,), (value,), None, sets, scale)
     return (out, sum(sums)) if return_lse else out
-
-
-def check_blocks(blocks, heads: int, query_blocks: int, key_blocks: int) -> None:
-    """Refuses lists that are not NumPy integers, do not fit, or count a block twice."""
-    if not isinstance(blocks, np.ndarray) or not np.issubdtype(blocks.dtype, np.integer):
-        kind = getattr(blocks, "dtype", None)
-        raise TypeError(
-            f"{OWNER}: blocks must be a NumPy array of integers, got {type(blocks).__name__} of {kind}. "
-            "Lists that depend on data are not supported: build them in NumPy."
-        )
-    if blocks.ndim != 3 or blocks.shape[0] not in (1, heads) or blocks.shape[1] != query_blocks or not blocks.shape[2]:
-        raise ValueError(
-            f"{OWNER}: blocks must have shape [1 or {heads}, {query_blocks}, L], got {blocks.shape}. "
-            "One list per head and block of queries."
-        )
-    if blocks.min() < -1 or blocks.max() >= key_blocks:
-        raise ValueError(
-            f"{OWNER}: blocks must lie in -1 .. {key_blocks - 1}, got {blocks.min()} .. {blocks.max()}. -1 stands for no entry."
-        )
-    ordered = np.sort(blocks, axis=2)
-    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
-        raise ValueError(f"{OWNER}: blocks must list a block at most once per query block, got one twice. Remove it.")

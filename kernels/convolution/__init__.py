@@ -53,15 +53,8 @@ def convolve(
         eqs. 4-5.
     """
     checks.floating("convolve", inputs=inputs, kernel=kernel, anticausal=anticausal)
-    if inputs.ndim != 3 or 0 in inputs.shape:
-        raise ValueError(
-            f"convolve: inputs must have shape [B, T, D] with every axis at least 1, got {inputs.shape}. Flatten the batch."
-        )
+    checks.shape("convolve", "inputs", inputs, "B T D", "Flatten the batch.")
     for name, taps in (("kernel", kernel), ("anticausal", anticausal)):
-        if taps is not None and (taps.ndim != 2 or taps.shape[0] != inputs.shape[2] or taps.shape[1] < 1):
-            raise ValueError(
-                f"convolve: {name} must have shape [{inputs.shape[2]}, L] with L >= 1, got {taps.shape}. "
-                "Give each feature of the inputs one row of taps."
-            )
+        checks.shape("convolve", name, taps, "D L", "Give each feature of the inputs one row of taps.", D=inputs.shape[2])
     runs = checks.runs("convolve", segment_ids, *inputs.shape[:2])
     return dispatch.run("convolution.convolve", IMPLEMENTATIONS, implementation, inputs, kernel, anticausal, runs)

@@ -81,10 +81,7 @@ def depthwise(
 
 def _check(inputs, kernel, is_causal, mask, initial_state, return_state):
     checks.floating(OWNER, inputs=inputs, kernel=kernel, initial_state=initial_state)
-    if inputs.ndim != 3 or 0 in inputs.shape:
-        raise ValueError(
-            f"{OWNER}: inputs must have shape [B, T, D] with every axis at least 1, got {inputs.shape}. Flatten the batch."
-        )
+    checks.shape(OWNER, "inputs", inputs, "B T D", "Flatten the batch.")
     batch, length, features = inputs.shape
     taps_fit = kernel.ndim in (2, 4) and 0 not in kernel.shape and kernel.shape[:-2] in ((), (batch, length))
     if not taps_fit or features % kernel.shape[-1]:
@@ -98,10 +95,9 @@ def _check(inputs, kernel, is_causal, mask, initial_state, return_state):
             f"{OWNER}: {name} must be left out where is_causal is False, got one. A state knows no later tokens: use "
             "is_causal=True."
         )
-    state_shape = (batch, kernel.shape[-2] - 1, features)
-    if initial_state is not None and initial_state.shape != state_shape:
+    if initial_state is not None and initial_state.shape != (batch, kernel.shape[-2] - 1, features):  # of one tap it is empty
         raise ValueError(
-            f"{OWNER}: initial_state must have shape [B, W - 1, D] = {state_shape}, got {initial_state.shape}. "
-            "Pass the state that the call before returned."
+            f"{OWNER}: initial_state must have shape [B, W - 1, D] = {(batch, kernel.shape[-2] - 1, features)}, got "
+            f"{initial_state.shape}. Pass the state that the call before returned."
         )
     checks.key_padding(OWNER, mask, batch, length, "The taps decide the rest.")

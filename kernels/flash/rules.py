@@ -145,8 +145,7 @@ def _(pattern: patterns.SameBlock, tree):
 
 @node_of.register
 def _(pattern: patterns.Columns, tree):
-    table = (np.arange(pattern.block_size) == np.array(pattern.columns)[..., None]).any(1)
-    return columns, pattern.block_size, len(table), tree.add(table[:, None])
+    return columns, pattern.block_size, pattern.heads, tree.add(pattern.table[:, None])
 
 
 @node_of.register

@@ -79,8 +79,8 @@ def states_of(geometry: Geometry, query_tile: int, key_tile: int, transposed: bo
     if geometry.pattern is not None:
         states = np.full_like(states, SOME)
         if geometry.query_positions is not None and geometry.key_positions is not None:
-            rows = (x[:, None] for x in extremes(geometry.query_positions, geometry.queries, query_tile))
-            columns = extremes(geometry.key_positions, geometry.keys, key_tile)
+            rows = (x[:, None] for x in extremes(array_of(geometry.query_positions, geometry.queries), query_tile))
+            columns = extremes(array_of(geometry.key_positions, geometry.keys), key_tile)
             heads = np.arange(geometry.pattern.heads)[:, None, None]
             states = geometry.pattern.coverage(tuple(rows), columns, heads)
             states = np.array(np.broadcast_to(states, (len(heads), *counts)))
@@ -90,18 +90,22 @@ def states_of(geometry: Geometry, query_tile: int, key_tile: int, transposed: bo
     return np.where(geometry.tested | ragged, np.minimum(states, SOME), states)
 
 
-def extremes(positions: int | bytes, length: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest position of each block, over the batch; in int64, since a limit is added to them."""
-    starts = np.arange(0, length, tile)
+def extremes(positions: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest of positions [B|1, T] in each block, over the batch; in int64: a limit is added to them."""
+    positions, starts = positions.astype(np.int64), np.arange(0, positions.shape[1], tile)
+    return np.minimum.reduceat(positions, starts, 1).min(0), np.maximum.reduceat(positions, starts, 1).max(0)
+
+
+def array_of(positions: int | bytes, length: int) -> np.ndarray:
+    """Positions [B|1, length] of a `Geometry`."""
     if isinstance(positions, int):
-        return positions + starts, positions + np.minimum(starts + tile, length) - 1
-    array = np.frombuffer(positions, np.int32).astype(np.int64).reshape(-1, length)
-    return np.minimum.reduceat(array, starts, 1).min(0), np.maximum.reduceat(array, starts, 1).max(0)
+        return positions + np.arange(length)[None]
+    return np.frombuffer(positions, np.int32).reshape(-1, length)
 
 
 def last_of(positions: int | bytes | None, length: int) -> int | None:
     """The largest position; None where that is not known."""
-    return None if positions is None else int(extremes(positions, length, length)[1].max())
+    return None if positions is None else int(array_of(positions, length).max())
 
 
 def known(positions) -> tuple[int | bytes | None, jax.Array | None]:

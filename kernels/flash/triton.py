@@ -1,38 +1,70 @@
-"""The bodies of FlashAttention in Triton. An instance is a few thin kernels that hand their functions to them.
+"""FlashAttention in Triton: one forward and two backward kernels for every operation that visits pairs block by block.
 
-    operands    what the functions of the instance ask: a named tuple of pointers and run-time numbers, among them
-
-        T, S        lengths of queries and keys
-        ROWS        rows of blocks per head: a program computes one
-        GROUP       programs of the heads that run side by side
-
-    WORK(rank, b, n, operands, OPTIONS)             which blocks: (block of the row, number of partial blocks, number of full
-                                                    blocks, list); rank counts the rows of head n of sample b
-    BLOCK(list, i, PARTIAL, operands, OPTIONS)      the i-th of the row's partial or full blocks
-    PLACES, KEY_PLACES(start, LENGTH, SIZE, b, n, operands, OPTIONS)
-                                                    where the rows of a block of queries, or of keys, lie: (first,
-                                                    offsets [SIZE], which exist)
-    LOGITS(products, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
-                                                    scores from products of queries and keys, in base 2 where they are
-                                                    multiplied by SHAPE.FACTOR; query_start is the first of q
-    VISIBLE(b, n, query_start, q, k, operands, SHAPE, OPTIONS)
-                                                    which query may see which key, in a partial block
-    STORE(grad_logits, b, n, query_start, q, k, operands, SHAPE, OPTIONS)
-                                                    what becomes of the gradient of these logits; may be None
-
-q and k are indices on two axes, [t, 1] and [1, s], or [1, t] and [s, 1] in the pass over keys. Only partial blocks are
-masked, and only they may stick out of the arrays.
-
-Lengths are run-time numbers, so that a new length compiles nothing. The backward pass is deterministic: one kernel sums over
-the keys of a block of queries, one over the queries of a block of keys; there are no atomics.
+An operation is a few functions (`Functions`) that the kernels take as constants; softmax attention is one, LSH attention
+another. Only partial blocks are masked, and only they may stick out of the arrays. Lengths are run-time numbers, so that a
+new length compiles nothing. The backward pass is deterministic: one kernel sums over the keys of a block of queries, one over
+the queries of a block of keys; there are no atomics.
 
 Source: Dao et al., FlashAttention, 2022, arXiv 2205.14135, Algorithm 1; Dao, FlashAttention-2, 2023, arXiv 2307.08691.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
+
+from subquad.kernels import launch, tuning
+
+
+class Functions(NamedTuple):
+    """What an operation is: `triton.jit` functions, whose last arguments are the operands, SHAPE (..) and OPTIONS.
+
+    q and k are indices of queries and keys on two axes, [t, 1] and [1, s], or [1, t] and [s, 1] in the pass over keys, and
+    query_start is the first of q.
+    """
+
+    WORK: Any  # (rank, b, n) -> of a row of blocks of head n of sample b: its block, numbers of partial and of full ones, list
+    BLOCK: Any  # (list, i, PARTIAL) -> the i-th of the row's partial or full blocks
+    PLACES: Any  # (start, LENGTH, SIZE, b, n) -> where a block of queries lies: first row, offsets [SIZE], which exist
+    KEY_PLACES: Any  # the same of keys
+    LOGITS: Any  # (products, b, n, query_start, q, k, ..) -> logits, which SHAPE.FACTOR takes to base 2
+    VISIBLE: Any  # (b, n, query_start, q, k, ..) -> which query of a partial block sees which key
+    STORE: Any = None  # (gradient of the logits, b, n, query_start, q, k, ..): keeps it
+
+
+class Operands(NamedTuple):
+    """What functions may ask: run-time numbers, and pointers that are None where an instance has no such array."""
+
+    T: Any
+    S: Any
+    ROWS: Any  # of blocks per head: a program computes one
+    GROUP: Any  # programs of the heads that run side by side
+    query_start: Any  # the first position
+    key_start: Any
+    since: Any  # of lsh: keys that were in reach in a round from this one on, and before `round`, were counted there
+    round: Any
+    words: Any  # all of these, and those of a pattern
+    bias: Any
+    mask: Any
+    query_positions: Any
+    key_positions: Any
+    query_segments: Any
+    key_segments: Any
+    tables: Any  # of a pattern
+    rows: Any  # of `tiles.work`
+    tiles: Any
+    bounds: Any  # of `tiles.bounds_of`
+    order: Any  # of lsh: [B, N, R, T], of `xla.sort`
+    codes: Any  # [B, N, T, R], of `xla.at_their_places`; of extend the queries' buckets [B, R, T, N]
+    key_buckets: Any  # [B, R, S, N]
+    starts: Any  # [B]
+    grad_bias: Any
+
+
+NUM_WORDS = 8  # before those of the pattern
 
 
 class Shape(NamedTuple):
@@ -52,28 +84,27 @@ class Shape(NamedTuple):
     ONE_QUERY: bool
     ONE_KEY: bool
     ONE_VALUE: bool
-    ONE_LSE: bool = False
-    ONE_DELTA: bool = False
     ONE_GRAD: bool = False
 
 
 @triton.jit
-def forward(
-    query, key, value, out, lse, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
-    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def flash_forward(
+    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
+    bounds, order, codes, key_buckets, starts, out, lse,
+    FUNCTIONS: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: out [B, T, N, V], and lse [B, N, T] in base 2."""
+    operands = operands_of(
+        words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles, bounds, order,
+        codes, key_buckets, starts, None,
+    )  # fmt: skip
     T, S = operands.T, operands.S
     rank, b, n = this_program(operands.ROWS, operands.GROUP, SHAPE.HEADS)
-    query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
+    query_block, num_partial, num_full, blocks = FUNCTIONS.WORK(rank, b, n, operands, OPTIONS)
     query_start = query_block * BLOCK_Q
-    key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
-    query = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
-    key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
-    value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
+    query, key, value = heads_of(query, key, value, b, n, T, S, SHAPE)
     out = head_of(out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, False)
-    query_rows = PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
+    query_rows = FUNCTIONS.PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
     queries = load_rows(query, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
     q = query_start + tl.arange(0, BLOCK_Q)
     m_i = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -81,17 +112,16 @@ def forward(
     acc = tl.zeros([BLOCK_Q, SHAPE.BLOCK_V], tl.float32)
     for PARTIAL in tl.static_range(1, -1, -1):
         for i in range(num_partial if PARTIAL else num_full):
-            key_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
-            key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
+            key_start = FUNCTIONS.BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
+            key_rows = FUNCTIONS.KEY_PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
             keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
             values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
             k = key_start + tl.arange(0, BLOCK_K)
             products = tl.dot(queries, tl.trans(keys), input_precision=SHAPE.PRECISION)
-            logits = LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+            logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
             if PARTIAL:
-                logits = tl.where(
-                    VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), logits, float("-inf")
-                )
+                seen = FUNCTIONS.VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+                logits = tl.where(seen, logits, float("-inf"))
             m_i, l_i, acc = online_softmax(
                 m_i, l_i, acc, logits, values, SHAPE.FACTOR, PARTIAL or SHAPE.MAY_HIDE, SHAPE.PRECISION
             )
@@ -104,11 +134,10 @@ def forward(
 
 
 @triton.jit
-def backward_query(
-    query, key, value, lse, delta, grad_out, grad_query, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
-    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    STORE: tl.constexpr = None,
+def flash_backward_query(
+    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
+    bounds, order, codes, key_buckets, starts, lse, delta, grad_out, no_bias, grad_query, grad_bias,
+    FUNCTIONS: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries of one head.
 
@@ -116,41 +145,43 @@ def backward_query(
 
     lse is in base 2, and +inf for rows that see nothing.
     """
+    operands = operands_of(
+        words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles, bounds, order,
+        codes, key_buckets, starts, grad_bias,
+    )  # fmt: skip
     T, S = operands.T, operands.S
     rank, b, n = this_program(operands.ROWS, operands.GROUP, SHAPE.HEADS)
-    query_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
+    query_block, num_partial, num_full, blocks = FUNCTIONS.WORK(rank, b, n, operands, OPTIONS)
     query_start = query_block * BLOCK_Q
-    key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
-    query = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
-    key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
-    value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
+    query, key, value = heads_of(query, key, value, b, n, T, S, SHAPE)
     grad_out = head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD)
-    query_rows = PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
+    query_rows = FUNCTIONS.PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
     queries = load_rows(query, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
     grads = load_rows(grad_out, query_rows, SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, True)
     q = query_start + tl.arange(0, BLOCK_Q)
-    lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-    delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+    lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS)
+    delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS)
     acc = tl.zeros([BLOCK_Q, SHAPE.BLOCK_H], tl.float32)
     for PARTIAL in tl.static_range(1, -1, -1):
         # The parts of wide operands, for three TF32 products, would fill the registers if they were made before the loop.
         for i in tl.range(
             num_partial if PARTIAL else num_full, disable_licm=SHAPE.PRECISION == "tf32x3" and SHAPE.BLOCK_H > 64
         ):
-            key_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
-            key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
+            key_start = FUNCTIONS.BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_K
+            key_rows = FUNCTIONS.KEY_PLACES(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
             keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
             values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
             k = key_start + tl.arange(0, BLOCK_K)
             products = tl.dot(queries, tl.trans(keys), input_precision=SHAPE.PRECISION)
-            logits = LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+            logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
             weights = weights_of(logits, lse_i[:, None], SHAPE.FACTOR)
             if PARTIAL:
-                weights = tl.where(VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), weights, 0.0)
+                seen = FUNCTIONS.VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+                weights = tl.where(seen, weights, 0.0)
             grad_weights = tl.dot(grads, tl.trans(values), input_precision=SHAPE.PRECISION)
             grad_logits = weights * (grad_weights - delta_i[:, None])
-            if STORE is not None:
-                STORE(grad_logits, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+            if FUNCTIONS.STORE is not None:
+                FUNCTIONS.STORE(grad_logits, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
             acc = tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision=SHAPE.PRECISION)
     grad_query = head_of(grad_query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, False)
     scale = SHAPE.SCALE * 0.6931471805599453
@@ -158,10 +189,10 @@ def backward_query(
 
 
 @triton.jit
-def backward_key(
-    query, key, value, lse, delta, grad_out, grad_key, grad_value, operands,
-    WORK: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, KEY_PLACES: tl.constexpr, LOGITS: tl.constexpr,
-    VISIBLE: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def flash_backward_key(
+    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
+    bounds, order, codes, key_buckets, starts, lse, delta, grad_out, grad_key, grad_value,
+    FUNCTIONS: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values of one key head, from all query heads that read it.
 
@@ -170,12 +201,16 @@ def backward_key(
     Logits are computed transposed, [s, t]: a product that is transposed afterwards is wrong on Hopper in some versions.
     """
     GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
+    operands = operands_of(
+        words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles, bounds, order,
+        codes, key_buckets, starts, None,
+    )  # fmt: skip
     T, S = operands.T, operands.S
     rank, b, key_head = this_program(operands.ROWS, operands.GROUP, SHAPE.KEY_HEADS)
-    key_start = WORK(rank, b, key_head * GROUPS, operands, OPTIONS)[0] * BLOCK_K
+    key_start = FUNCTIONS.WORK(rank, b, key_head * GROUPS, operands, OPTIONS)[0] * BLOCK_K
     key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
     value = head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
-    key_rows = KEY_PLACES(key_start, S, BLOCK_K, b, key_head * GROUPS, operands, OPTIONS)
+    key_rows = FUNCTIONS.KEY_PLACES(key_start, S, BLOCK_K, b, key_head * GROUPS, operands, OPTIONS)
     keys = load_rows(key, key_rows, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
     values = load_rows(value, key_rows, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, True)
     k = key_start + tl.arange(0, BLOCK_K)
@@ -183,25 +218,24 @@ def backward_key(
     acc_value = tl.zeros([BLOCK_K, SHAPE.BLOCK_V], tl.float32)
     for member in range(GROUPS):
         n = key_head * GROUPS + member
-        key_block, num_partial, num_full, blocks = WORK(rank, b, n, operands, OPTIONS)
+        key_block, num_partial, num_full, blocks = FUNCTIONS.WORK(rank, b, n, operands, OPTIONS)
         query_n = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
         grad_out_n = head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD)
         for PARTIAL in tl.static_range(1, -1, -1):
             for i in range(num_partial if PARTIAL else num_full):
-                query_start = BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_Q
-                query_rows = PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
+                query_start = FUNCTIONS.BLOCK(blocks, i, PARTIAL, operands, OPTIONS) * BLOCK_Q
+                query_rows = FUNCTIONS.PLACES(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
                 queries = load_rows(query_n, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
                 grads = load_rows(grad_out_n, query_rows, SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
                 q = query_start + tl.arange(0, BLOCK_Q)
-                lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-                delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+                lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS)
+                delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS)
                 products = tl.dot(keys, tl.trans(queries), input_precision=SHAPE.PRECISION)
-                logits = LOGITS(products, b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS)
+                logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS)
                 weights = weights_of(logits, lse_i[None, :], SHAPE.FACTOR)
                 if PARTIAL:
-                    weights = tl.where(
-                        VISIBLE(b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS), weights, 0.0
-                    )
+                    seen = FUNCTIONS.VISIBLE(b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS)
+                    weights = tl.where(seen, weights, 0.0)
                 acc_value = tl.dot(weights.to(grads.dtype), grads, acc_value, input_precision=SHAPE.PRECISION)
                 grad_weights = tl.dot(values, tl.trans(grads), input_precision=SHAPE.PRECISION)
                 grad_logits = weights * (grad_weights - delta_i[None, :])
@@ -211,6 +245,27 @@ def backward_key(
     scale = SHAPE.SCALE * 0.6931471805599453
     store_rows(grad_key, key_rows, acc_key * scale, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H)
     store_rows(grad_value, key_rows, acc_value, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V)
+
+
+@triton.jit
+def operands_of(
+    words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles, bounds, order, codes,
+    key_buckets, starts, grad_bias,
+):  # fmt: skip
+    return Operands(
+        tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5),
+        tl.load(words + 6), tl.load(words + 7), words, bias, mask, query_positions, key_positions, query_segments,
+        key_segments, tables, rows, tiles, bounds, order, codes, key_buckets, starts, grad_bias,
+    )  # fmt: skip
+
+
+@triton.jit
+def heads_of(query, key, value, b, n, T, S, SHAPE: tl.constexpr):
+    """Where head n of sample b begins in queries, keys and values."""
+    key_head = n // (SHAPE.HEADS // SHAPE.KEY_HEADS)
+    query = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
+    key = head_of(key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY)
+    return query, key, head_of(value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE)
 
 
 @triton.jit
@@ -295,10 +350,34 @@ def store_rows(array, rows, block, HEADS: tl.constexpr, FEATURES: tl.constexpr, 
 
 
 @triton.jit
-def load_sums(array, b, n, rows, T, other, HEADS: tl.constexpr, ONE: tl.constexpr):
-    """What [B, N, T] says of these queries; `other` where there are none. ONE: all samples share one."""
+def load_sums(array, b, n, rows, T, other, HEADS: tl.constexpr):
+    """What [B, N, T] says of these queries; `other` where there are none."""
     first, row, exists = rows
-    head = n
-    if not ONE:
-        head += b * HEADS
-    return tl.load(array + head * T + first + row, mask=exists, other=other)
+    return tl.load(array + (b * HEADS + n) * T + first + row, mask=exists, other=other)
+
+
+# ----------------------------------------------------------------------------------------------------------- the launch
+
+
+def run(
+    kernel, arrays: Mapping[str, jax.Array | None], outputs: Mapping[str, jax.ShapeDtypeStruct], *, words, grid: int,
+    functions: Functions, shape: Shape, options: tuple, config: tuning.Config, mode: launch.Mode, aliases=None,
+):  # fmt: skip
+    """Launches a kernel with these of `arrays` that are its parameters, and None for the others.
+
+    `words` are the run-time numbers, in the order of `Operands`. Without a STORE the gradient of the bias is nothing.
+    """
+    if "grad_bias" in kernel.arg_names:
+        outputs = outputs | {"grad_bias": outputs.get("grad_bias", jax.ShapeDtypeStruct((1,), jnp.float32))}
+    arrays = {**arrays, "words": launch.words(*words)}
+    constants = dict(FUNCTIONS=functions, SHAPE=shape, OPTIONS=options)
+    inputs = [name for name in kernel.arg_names if name not in (*constants, *config.blocks, *outputs)]
+    return launch.call(
+        kernel, {name: arrays.get(name) for name in inputs}, outputs, grid=grid, constants=constants, config=config, mode=mode,
+        aliases=aliases,
+    )  # fmt: skip
+
+
+def padded(size: int) -> int:
+    """The size that a block gives to an axis: `tl.dot` takes powers of two from 16 on."""
+    return max(16, triton.next_power_of_2(size))

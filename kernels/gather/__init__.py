@@ -75,7 +75,12 @@ def attention(
     """
     check_heads(OWNER, query, key, value)
     checks.at_least(OWNER, "block_size", block_size, 1, "Count queries.")
-    _check_indices(indices, query, key, int(block_size))
+    checks.integers(OWNER, indices=indices)
+    (batch, length, heads, _), kv_heads = query.shape, key.shape[2]
+    checks.shape(
+        OWNER, "indices", indices, "B J I L", "Give a list for each block of queries, and fill short ones with -1.",
+        B=(batch, 1), J=(heads, kv_heads, 1), I=-(-length // block_size),
+    )  # fmt: skip
     (batch, queries, _, features), keys = query.shape, key.shape[1]
     checks.key_padding(OWNER, mask, batch, keys)
     positions = checks.causal_positions(OWNER, is_causal, query_positions, key_positions, batch, queries, keys)
@@ -89,21 +94,3 @@ def attention(
         query, key, value, indices, int(block_size), mask, positions, bool(correct_duplicates), scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out
-
-
-def _check_indices(indices, query, key, block_size):
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(f"{OWNER}: indices must be integers, got {indices.dtype}. Use indices.astype(jnp.int32).")
-    (batch, length, heads, _), kv_heads = query.shape, key.shape[2]
-    blocks = -(-length // block_size)
-    if (
-        indices.ndim != 4
-        or indices.shape[0] not in (1, batch)
-        or indices.shape[1] not in (1, kv_heads, heads)
-        or indices.shape[2] != blocks
-        or not indices.shape[3]
-    ):
-        raise ValueError(
-            f"{OWNER}: indices must have shape [{batch} or 1, {heads}, {kv_heads} or 1, {blocks}, L] with L >= 1, a list for "
-            f"each {block_size} of {length} queries, got {indices.shape}. Fill short lists with -1."
-        )

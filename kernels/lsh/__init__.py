@@ -64,17 +64,10 @@ def hash_buckets(
     """
     owner = "lsh.hash_buckets"
     checks.floating(owner, vectors=vectors, rotations=rotations)
-    if vectors.ndim != 4 or rotations.ndim != 4 or 0 in vectors.shape + rotations.shape:
-        raise ValueError(
-            f"{owner}: vectors and rotations must have shapes [B, T, N, H] and [N|1, H, R, F] with every axis at least 1, got "
-            f"{vectors.shape} and {rotations.shape}. Flatten the batch axes."
-        )
-    (batch, length, heads, features), columns = vectors.shape, rotations.shape[-1]
-    if rotations.shape[0] not in (1, heads) or rotations.shape[1] != features:
-        raise ValueError(
-            f"{owner}: rotations must have shape [{heads}|1, {features}, R, F] beside vectors {vectors.shape}, got "
-            f"{rotations.shape}. Draw them for these heads."
-        )
+    checks.shape(owner, "vectors", vectors, "B T N H", "Flatten the batch axes.")
+    batch, length, heads, features = vectors.shape
+    checks.shape(owner, "rotations", rotations, "N H R F", "Draw them for these heads.", N=(heads, 1), H=features)
+    columns = rotations.shape[-1]
     factors = (2 * columns,) if factors is None else tuple(factors)
     if any(factor < 2 or factor % 2 for factor in factors) or sum(factors) != 2 * columns:
         raise ValueError(
@@ -161,7 +154,7 @@ def attention(
     Source: Kitaev et al., Reformer: The Efficient Transformer, ICLR 2020, arXiv 2001.04451, section 2 and appendix A.
     """
     owner = "lsh.attention"
-    _check_shapes(owner, dict(query_key=query_key), dict(value=value), dict(buckets=buckets), mask)
+    _check_tokens(owner, "query_key", query_key, value, "buckets", buckets, mask)
     checks.at_least(owner, "num_buckets", num_buckets, 1, "Count those of lsh.hash_buckets.")
     checks.at_least(owner, "chunk_size", chunk_size, 1, "Count tokens.")
     checks.at_least(owner, "chunks_before", chunks_before, 0, "0 is the chunk alone.")
@@ -242,21 +235,11 @@ def extend(
     Source: Kitaev et al., 2020, arXiv 2001.04451, eq. 6.
     """
     owner = "lsh.extend"
-    _check_shapes(owner, dict(key=key), dict(value=value), dict(key_buckets=key_buckets), mask)
+    _check_tokens(owner, "key", key, value, "key_buckets", key_buckets, mask)
     checks.floating(owner, query=query)
-    if not jnp.issubdtype(query_buckets.dtype, jnp.integer):
-        raise TypeError(f"{owner}: query_buckets must be integers, got {query_buckets.dtype}. Use lsh.hash_buckets.")
-    if query.ndim != 4 or query_buckets.ndim != 4 or not query.shape[1]:
-        raise ValueError(
-            f"{owner}: query and query_buckets must have shapes [B, T, N, H] and [B, R, T, N] with T >= 1, got "
-            f"{query.shape} and {query_buckets.shape}. Without new tokens there is nothing to attend."
-        )
-    expected = (query.shape[0], query_buckets.shape[1], query.shape[1], query.shape[2])
-    if query.shape[::2] + query.shape[3:] != key.shape[::2] + key.shape[3:] or query_buckets.shape != expected:
-        raise ValueError(
-            f"{owner}: query and query_buckets must have shapes [B, T, N, H] and [B, R, T, N] beside key {key.shape}, got "
-            f"{query.shape} and {query_buckets.shape}. Hash the new tokens alone."
-        )
+    (batch, _, heads, features), rounds = key.shape, key_buckets.shape[1]
+    checks.shape(owner, "query", query, "B T N H", "Take it from the tokens of the cache.", B=batch, N=heads, H=features)
+    _check_buckets(owner, "query_buckets", query_buckets, query, R=rounds)
     if jnp.shape(start) not in ((), (query.shape[0],)) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
         raise ValueError(
             f"{owner}: start must be an integer, or one for each of {query.shape[0]} samples, got {jnp.result_type(start)} of "
@@ -292,26 +275,17 @@ def _scale_of(owner: str, scale, features: int):
     return scale
 
 
-def _check_shapes(owner: str, keys: dict, values: dict, buckets: dict, mask) -> None:
-    """Each of the dicts holds one array by its name."""
-    checks.floating(owner, **keys, **values)
-    for name, array in (keys | values | buckets).items():
-        if array.ndim != 4 or 0 in array.shape:
-            raise ValueError(f"{owner}: {name} must have 4 axes, none of them 0, got {array.shape}. Flatten the batch axes.")
-    (key,) = keys.values()
-    batch, length, heads, _ = key.shape
-    for name, array in values.items():
-        if array.shape[:3] != key.shape[:3]:
-            raise ValueError(
-                f"{owner}: {name} must have shape [{batch}, {length}, {heads}, V], got {array.shape}. "
-                "Every token has a query, a key and a value."
-            )
-    for name, array in buckets.items():
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{owner}: {name} must be integers, got {array.dtype}. Use lsh.hash_buckets.")
-        if array.shape[0] != batch or array.shape[2:] != (length, heads) or array.shape[1] < 1:
-            raise ValueError(
-                f"{owner}: {name} must have shape [{batch}, R, {length}, {heads}], got {array.shape}. "
-                "Use lsh.hash_buckets."
-            )
+def _check_tokens(owner: str, name: str, keys, value, name_of_buckets: str, buckets, mask) -> None:
+    checks.floating(owner, **{name: keys}, value=value)
+    checks.shape(owner, name, keys, "B T N H", "Flatten the batch axes.")
+    batch, length, heads, _ = keys.shape
+    instead = "Every token has a query, a key and a value."
+    checks.shape(owner, "value", value, "B T N V", instead, B=batch, T=length, N=heads)
+    _check_buckets(owner, name_of_buckets, buckets, keys)
     checks.key_padding(owner, mask, batch, length, "Buckets decide the rest.")
+
+
+def _check_buckets(owner: str, name: str, buckets, tokens, **rounds) -> None:
+    checks.integers(owner, **{name: buckets})
+    batch, length, heads, _ = tokens.shape
+    checks.shape(owner, name, buckets, "B R T N", "Use lsh.hash_buckets.", B=batch, T=length, N=heads, **rounds)

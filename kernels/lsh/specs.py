@@ -40,16 +40,15 @@ def _columns(length):
     return int(np.clip(length // CHUNK, 1, 64))
 
 
-def call(arrays, implementation, *, chunk_size, num_buckets=4, **options):
-    return lsh.attention(
-        arrays["query_key"], arrays["value"], arrays["buckets"], num_buckets=num_buckets, chunk_size=chunk_size,
-        mask=arrays.get("mask"), segment_ids=arrays.get("segment_ids"), implementation=implementation, **options,
-    )  # fmt: skip
+def call(arrays, implementation, *, num_buckets=4, **options):
+    return lsh.attention(**arrays, num_buckets=num_buckets, implementation=implementation, **options)
 
 
-def call_bench(arrays, implementation, **options):
-    length = arrays["query_key"].shape[1]
-    return call(arrays, implementation, chunk_size=CHUNK, num_buckets=2 * _columns(length), **options)
+def call_bench(arrays, implementation, *, chunk_size, **options):
+    """With the sizes of a layer where the arrays are those of `make_bench`."""
+    length, features = arrays["query_key"].shape[1::2]
+    sizes = dict(chunk_size=CHUNK, num_buckets=2 * _columns(length)) if features == 64 else dict(chunk_size=chunk_size)
+    return call(arrays, implementation, **sizes, **options)
 
 
 def make_hashed(length, dtype, rng):
@@ -98,36 +97,32 @@ def call_extend(arrays, implementation, *, correct_duplicates):
     return lsh.extend(**arrays, correct_duplicates=correct_duplicates, implementation=implementation)
 
 
-def _variant(variant, make=make, lengths=SEVERAL, bench=False, **options):
-    """A call of `lsh.attention`; one that is measured has the sizes of a layer there."""
-    if not bench:
-        return Spec("lsh.attention", variant, make, lambda a, i: call(a, i, **options), lengths=lengths, bench_lengths=())
-    sizes = dict(options)
-    chunk_size = sizes.pop("chunk_size")
+def spec(variant, make=make, lengths=SEVERAL, make_bench=None, **options):
+    benches = {} if make_bench else dict(bench_lengths=())
+    run = functools.partial(call_bench if make_bench else call, **options)
+    return Spec("lsh.attention", variant, make, run, make_bench, lengths, **benches)
 
-    def run(arrays, implementation):
-        if arrays["query_key"].shape[-1] == 64:
-            return call_bench(arrays, implementation, **sizes)
-        return call(arrays, implementation, chunk_size=chunk_size, **sizes)
 
-    return Spec("lsh.attention", variant, make, run, make_bench=make_bench, lengths=lengths)
+def spec_extend(variant, lengths, correct_duplicates):
+    run = functools.partial(call_extend, correct_duplicates=correct_duplicates)
+    return Spec("lsh.extend", variant, make_extend, run, lengths=lengths, bench_lengths=())
+
+
+def one_head(*args, **options):
+    return make(*args, batch=2, heads=1, masked=True, **options)
 
 
 SPECS = [
-    _variant("full", chunk_size=16, bench=True),
-    _variant("causal", chunk_size=16, is_causal=True, bench=True),
-    _variant("masked", lambda *a: make(*a, batch=2, heads=1, masked=True), chunk_size=7, chunks_after=1, lengths=(63, 129)),
-    _variant("segments", lambda *a: make(*a, batch=2, heads=1, masked=True, segmented=True), chunk_size=7, chunks_after=1,
-             lengths=(63, 129)),
-    _variant("chunk", chunk_size=32, reach="chunk", lengths=(63, 129)),
-    _variant("ring", chunk_size=24, reach="ring", correct_duplicates=False, lengths=(63, 129)),
-    Spec("lsh.attention", "hashed", make_hashed, call_hashed, make_bench=make_hashed_bench, lengths=(63, 129),
-         bench_lengths=()),
-    Spec("lsh.extend", "once", make_extend, lambda a, i: call_extend(a, i, correct_duplicates=True),
-         lengths=(7, 63, 129), bench_lengths=()),
-    Spec("lsh.extend", "counted", make_extend, lambda a, i: call_extend(a, i, correct_duplicates=False),
-         lengths=(63,), bench_lengths=()),
-]  # fmt: skip
+    spec("full", make_bench=make_bench, chunk_size=16),
+    spec("causal", make_bench=make_bench, chunk_size=16, is_causal=True),
+    spec("masked", one_head, (63, 129), chunk_size=7, chunks_after=1),
+    spec("segments", functools.partial(one_head, segmented=True), (63, 129), chunk_size=7, chunks_after=1),
+    spec("chunk", lengths=(63, 129), chunk_size=32, reach="chunk"),
+    spec("ring", lengths=(63, 129), chunk_size=24, reach="ring", correct_duplicates=False),
+    Spec("lsh.attention", "hashed", make_hashed, call_hashed, make_hashed_bench, (63, 129), bench_lengths=()),
+    spec_extend("once", (7, 63, 129), True),
+    spec_extend("counted", (63,), False),
+]
 
 
 def over(kind, masked=False, segmented=False, **options):

@@ -1,4 +1,4 @@
-"""LSH attention on the bodies of `subquad.kernels.flash`: rows are gathered by pointer inside the kernels.
+"""LSH attention on the kernels of `subquad.kernels.flash`: rows are gathered by pointer inside the kernels.
 
 A launch is one round. Its rows are the tokens in the order of bucket and position, PLACES looks up where each lies, and
 results are written at the tokens' own positions, each by one program. Rounds run one after another: forward their results
@@ -12,7 +12,7 @@ A key counts in the first round in which it is in reach, rather than 1 / N_ij in
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch, tuning
-from subquad.kernels.flash.triton import Shape, backward_key, backward_query, dense, forward
+from subquad.kernels.flash import triton as flash
+from subquad.kernels.flash.triton import dense, padded
 from subquad.kernels.lsh import xla
 from subquad.kernels.lsh.reference import AXES
 from subquad.kernels.operation import operation
@@ -136,21 +137,6 @@ class Options(NamedTuple):
     OWN: int = 0
     OTHER: int = 0
     TRANSPOSED: bool = False
-
-
-class Operands(NamedTuple):
-    """The pointers and run-time numbers of the functions below."""
-
-    T: Any
-    S: Any
-    ROWS: Any
-    GROUP: Any
-    since: Any  # what was in reach in a round from this one on, and before `round`, counted there
-    round: Any
-    order: Any  # [B, N, R, T], of `xla.sort`
-    codes: Any  # [B, N, T, R], of `xla.at_their_places`; of extend the queries' buckets [B, R, T, N]
-    key_buckets: Any  # [B, R, S, N]
-    starts: Any  # [B]
 
 
 @triton.jit
@@ -278,83 +264,35 @@ def visible_before(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIO
     return (k < operands.S) & (k < tl.load(operands.starts + b) + q)
 
 
-SORTED = work_in_reach, block_after, query_places, key_places, plain_logits, visible_in_reach
-CACHED = work_before, block_after, dense, dense, shared_logits, visible_before
-
-
-# ------------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def lsh_forward(
-    query, key, value, words, order, codes, key_buckets, starts, out, lse,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """FUNCTIONS: SORTED or CACHED. `words`: T, S, ROWS, GROUP, since, round."""
-    T, S, ROWS, GROUP, since, r = load_words(words)
-    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
-    forward(
-        query, key, value, out, lse, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2], FUNCTIONS[3], FUNCTIONS[4],
-        FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-
-
-@triton.jit
-def lsh_backward_query(
-    query, key, value, words, order, codes, key_buckets, starts, lse, delta, grad_out, grad_query,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    T, S, ROWS, GROUP, since, r = load_words(words)
-    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
-    backward_query(
-        query, key, value, lse, delta, grad_out, grad_query, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2], FUNCTIONS[3],
-        FUNCTIONS[4], FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-
-
-@triton.jit
-def lsh_backward_key(
-    query, key, value, words, order, codes, key_buckets, starts, lse, delta, grad_out, grad_key, grad_value,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, FUNCTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    T, S, ROWS, GROUP, since, r = load_words(words)
-    operands = Operands(T, S, ROWS, GROUP, since, r, order, codes, key_buckets, starts)
-    backward_key(
-        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[2],
-        FUNCTIONS[3], FUNCTIONS[4], FUNCTIONS[5], SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-
-
-@triton.jit
-def load_words(words):
-    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
+SORTED = flash.Functions(work_in_reach, block_after, query_places, key_places, plain_logits, visible_in_reach)
+CACHED = flash.Functions(work_before, block_after, dense, dense, shared_logits, visible_before)
 
 
 def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs: dict, round_=0, since=0, **more):
     """Launches a kernel. `arrays` and `more`: its pointers by name; `outputs`: shape and dtype of its results."""
-    arrays = dict(order=None, codes=None, key_buckets=None, starts=None) | arrays | more
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     (batch, queries, heads, features), keys, values = query.shape, key.shape[1], value.shape[-1]
     dtype, widths = jnp.promote_types(query.dtype, value.dtype), (padded(features), padded(values))
-    name, cached = kernel.__name__.removeprefix("lsh_"), functions is CACHED
+    name, cached = kernel.__name__.removeprefix("flash_"), functions is CACHED
     config = config_of(name, cached, mode, dtype, max(widths), options.CHUNK, queries, keys)
     sizes, lengths = (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"]), (queries, keys)
     transposed = name == "backward_key"
     rows = triton.cdiv(lengths[transposed], sizes[transposed])
     # A scale waits for the exponent, but where the rounds of a key are counted.
     scale *= LOG2_E
-    shape = Shape(
+    shape = flash.Shape(
         heads, heads, features, values, *widths, scale, 1.0 if cached else scale, launch.dot_precision(dtype), False, False,
         False, False,
     )  # fmt: skip
-    options = options._replace(OWN=sizes[transposed], OTHER=sizes[not transposed], TRANSPOSED=transposed)
-    arrays["words"] = launch.words(queries, keys, rows, rows, since, round_)
-    return launch.call(
+    return flash.run(
         kernel,
-        {name: arrays[name] for name in kernel.arg_names if name in arrays},
+        arrays | more,
         {name: jax.ShapeDtypeStruct(*like) for name, like in outputs.items()},
+        words=(queries, keys, rows, rows, 0, 0, since, round_),
         grid=batch * heads * rows,
-        constants=dict(SHAPE=shape, OPTIONS=options, FUNCTIONS=functions),
+        functions=functions,
+        shape=shape,
+        options=options._replace(OWN=sizes[transposed], OTHER=sizes[not transposed], TRANSPOSED=transposed),
         config=config,
         mode=mode,
     )
@@ -392,7 +330,7 @@ def _forward(static, query, gain, value, buckets, segment_ids):
     start = jnp.zeros(value.shape, jnp.float32), jnp.full(gain.shape, -jnp.inf, jnp.float32), jnp.zeros(gain.shape, jnp.float32)
 
     def step(sums, r):
-        out, lse = call(lsh_forward, outputs, r=r)
+        out, lse = call(flash.flash_forward, outputs, r=r)
         lse = online.rounded(lse.swapaxes(1, 2) * LN_2)
         return online.merge(*zip(sums, (out, lse, start[2]), strict=True)), None
 
@@ -411,9 +349,9 @@ def _backward(static, saved, d_out):
     shapes = [(x.shape, jnp.float32) for x in (query, query, value)]
 
     def step(sums, r):
-        d_query = call(lsh_backward_query, dict(grad_query=shapes[0]), r=r, **arrays)
-        d_key_value = call(lsh_backward_key, dict(grad_key=shapes[1], grad_value=shapes[2]), r=r, **arrays)
-        return tuple(x + y for x, y in zip(sums, (*d_query, *d_key_value), strict=True)), None
+        d_query, _ = call(flash.flash_backward_query, dict(grad_query=shapes[0]), r=r, **arrays)
+        d_key_value = call(flash.flash_backward_key, dict(grad_key=shapes[1], grad_value=shapes[2]), r=r, **arrays)
+        return tuple(x + y for x, y in zip(sums, (d_query, *d_key_value), strict=True)), None
 
     start = tuple(jnp.zeros(*shape) for shape in shapes)
     (d_query, d_key, d_value), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
@@ -464,7 +402,7 @@ def _extend_forward(static, *arrays):
     (batch, length, heads, _), value = arrays[0].shape, arrays[2]
     shape = batch, heads, length
     outputs = dict(out=((batch, length, heads, value.shape[3]), value.dtype), lse=(shape, jnp.float32))
-    out, lse = _cached(static, *arrays)(lsh_forward, outputs)
+    out, lse = _cached(static, *arrays)(flash.flash_forward, outputs)
     lse = lse.swapaxes(1, 2)
     return (out, lse), (*arrays, out, lse)
 
@@ -474,8 +412,8 @@ def _extend_backward(static, saved, cotangents):
     lse, delta = (x.swapaxes(1, 2) for x in online.residue(out, (lse,), *cotangents, False))
     call = functools.partial(_cached(static, *arrays), lse=lse, delta=delta, grad_out=cotangents[0])
     query, key, value = ((x.shape, x.dtype) for x in arrays[:3])
-    gradients = *call(lsh_backward_query, dict(grad_query=query)), *call(lsh_backward_key, dict(grad_key=key, grad_value=value))
-    return *gradients, None, None, None
+    d_query, _ = call(flash.flash_backward_query, dict(grad_query=query))
+    return d_query, *call(flash.flash_backward_key, dict(grad_key=key, grad_value=value)), None, None, None
 
 
 attend_cache = operation(
@@ -518,8 +456,3 @@ TILES = dict(
     backward_query=((64, 32, 8), (64, 32, 8), (16, 32, 8), (16, 16, 8)),
     backward_key=((32, 64, 8), (32, 32, 4), (16, 16, 4), (16, 16, 8)),
 )
-
-
-def padded(size: int) -> int:
-    """The size that a tile gives to an axis: `tl.dot` takes powers of two from 16 on."""
-    return max(16, triton.next_power_of_2(size))

@@ -69,13 +69,8 @@ def attention(
     """
     dispatch.check_name(OPERATION, implementation)
     _check(query, key, value, relative_key, content_bias, position_bias, mask)
-    if (query_segment_ids is None) != (key_segment_ids is None):
-        raise ValueError(f"{OPERATION}: query_segment_ids and key_segment_ids must be given together. Pass both.")
-    visible = Visible(None, None, None, None, mask)
-    if query_segment_ids is not None:
-        segments = dict(query_segment_ids=(query_segment_ids, query), key_segment_ids=(key_segment_ids, key))
-        rows = {name: checks.row(OPERATION, name, ids, *x.shape[:2]) for name, (ids, x) in segments.items()}
-        visible = visible._replace(**rows)
+    segments = checks.segments(OPERATION, query_segment_ids, key_segment_ids, *query.shape[:2], key.shape[1])
+    visible = Visible(None, None, *segments, mask)
     scale = scale_of(OPERATION, scale, query.shape[-1])
     key, value = checks.hide(mask, key, value)
     arrays = query, key, value, relative_key, content_bias, position_bias
@@ -87,29 +82,24 @@ def _check(query, key, value, relative_key, content_bias, position_bias, mask):
         OPERATION, query=query, key=key, value=value, relative_key=relative_key, content_bias=content_bias,
         position_bias=position_bias,
     )  # fmt: skip
-    if query.ndim != 4 or 0 in query.shape:
-        _refuse("query", "have shape [B, T, N, H] with every axis at least 1", query.shape, "Flatten the batch axes.")
+    checks.shape(OPERATION, "query", query, "B T N H", "Flatten the batch axes.")
     B, T, N, H = query.shape
-    if key.ndim != 4 or (key.shape[0], *key.shape[2:]) != (B, N, H):
-        _refuse("key", f"have shape [B, S, N, H] with B, N, H = {(B, N, H)}", key.shape, "Repeat grouped heads first.")
+    checks.shape(OPERATION, "key", key, "B S N H", "Repeat grouped heads first.", B=B, N=N, H=H)
     S = key.shape[1]
     if S < T:
-        _refuse("key", f"hold memory and segment, S >= T = {T}", key.shape, "Put the memory before the segment's keys.")
-    if value.ndim != 4 or value.shape[:3] != (B, S, N) or not value.shape[3]:
-        _refuse("value", f"have shape [B, S, N, V] with B, S, N = {(B, S, N)}, V >= 1", value.shape, "One value per key.")
-    if relative_key.ndim != 3 or relative_key.shape[1:] != (N, H) or relative_key.shape[0] < S:
-        _refuse(
-            "relative_key", f"have shape [R, N, H] with R >= S = {S} and N, H = {(N, H)}", relative_key.shape,
-            "Encode the distances 0 to S - 1.",
-        )  # fmt: skip
+        raise ValueError(
+            f"{OPERATION}: key must hold memory and segment, S >= T = {T}, got {key.shape}. "
+            "Put the memory before the segment's keys."
+        )
+    checks.shape(OPERATION, "value", value, "B S N V", "One value per key.", B=B, S=S, N=N)
+    checks.shape(OPERATION, "relative_key", relative_key, "R N H", "Encode the distances 0 to S - 1.", N=N, H=H)
+    if len(relative_key) < S:
+        raise ValueError(
+            f"{OPERATION}: relative_key must have R >= S = {S} rows, got {relative_key.shape}. Encode the distances 0 to S - 1."
+        )
     for name, bias in (("content_bias", content_bias), ("position_bias", position_bias)):
-        if bias.shape != (N, H):
-            _refuse(name, f"have shape [N, H] = {(N, H)}", bias.shape, "Use one vector per head.")
+        checks.shape(OPERATION, name, bias, "N H", "Use one vector per head.", N=N, H=H)
     checks.square(OPERATION, "mask", mask, (B, N, T, S))
-
-
-def _refuse(argument, condition, got, instead):
-    raise ValueError(f"{OPERATION}: {argument} must {condition}, got {got}. {instead}")
 
 
 __all__ = ["SAVED", "attention"]

@@ -1,7 +1,7 @@
 """First-order linear recurrences, real and complex, one per sample and feature."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Inexact
 
 from subquad.kernels import checks, dispatch
 from subquad.kernels.scan import reference, xla
@@ -56,9 +56,17 @@ def first_order(
     Source: Blelloch, Prefix Sums and Their Applications, 1990, section 1.4; Smith et al., Simplified State Space Layers for
         Sequence Modeling, ICLR 2023, arXiv 2208.04933, section 2.2 and appendix H (constant and varying decay).
     """
-    _check(decay, inputs, initial_state)
+    checks.shape(OWNER, "inputs", inputs, "B T D", "Flatten the batch axes.")
+    batch, length, features = inputs.shape
+    checks.shape(
+        OWNER, "decay", decay, "B T D", "Give a decay that is constant in time one step.",
+        B=(batch, 1), T=(length, 1), D=features,
+    )  # fmt: skip
+    instead = "Pass the final state of the call before, or None."
+    checks.shape(OWNER, "initial_state", initial_state, "B D", instead, B=batch, D=features)
+    checks.inexact(OWNER, decay=decay, inputs=inputs, initial_state=initial_state)
     if initial_state is None:
-        initial_state = jnp.zeros((inputs.shape[0], inputs.shape[2]), jnp.float32)
+        initial_state = jnp.zeros((batch, features), jnp.float32)
     dtypes = [array.dtype for array in (decay, inputs, initial_state)]
     is_wide = inputs.real.dtype == jnp.float64
     state_dtype = jnp.float64 if is_wide else jnp.float32
@@ -67,24 +75,3 @@ def first_order(
         decay, inputs = decay.astype(state_dtype), inputs.astype(state_dtype)
     initial_state = initial_state.astype(state_dtype)
     return dispatch.run(OWNER, IMPLEMENTATIONS, implementation, decay, inputs, initial_state, reverse)
-
-
-def _check(decay: Array, inputs: Array, initial_state: Float[Array, "B D"] | None) -> None:
-    if inputs.ndim != 3 or 0 in inputs.shape:
-        raise ValueError(
-            f"{OWNER}: inputs must have shape [B, T, D] with every axis at least 1, got {inputs.shape}. "
-            "Flatten the batch axes."
-        )
-    batch, length, features = inputs.shape
-    fits = decay.ndim == 3 and decay.shape[2] == features
-    if not fits or decay.shape[0] not in (1, batch) or decay.shape[1] not in (1, length):
-        raise ValueError(
-            f"{OWNER}: decay must have shape [{batch} or 1, {length} or 1, {features}] beside inputs {inputs.shape}, "
-            f"got {decay.shape}. Give a decay that is constant in time one step."
-        )
-    if initial_state is not None and initial_state.shape != (batch, features):
-        raise ValueError(
-            f"{OWNER}: initial_state must have shape [B, D] = {(batch, features)}, got {initial_state.shape}. "
-            "Pass the final state of the call before, or None."
-        )
-    checks.inexact(OWNER, decay=decay, inputs=inputs, initial_state=initial_state)

@@ -108,21 +108,15 @@ def attention(
             f"{OWNER}: pattern must tell 1 head or {heads} apart, got one that tells {pattern.heads}. "
             "Give each query head its own."
         )
-    if (query_segment_ids is None) != (key_segment_ids is None):
-        raise ValueError(f"{OWNER}: query_segment_ids and key_segment_ids must be given together. Pass both.")
-    rows = {
-        "query_positions": checks.row(OWNER, "query_positions", query_positions, batch, queries),
-        "key_positions": checks.row(OWNER, "key_positions", key_positions, batch, keys),
-        "query_segment_ids": checks.row(OWNER, "query_segment_ids", query_segment_ids, batch, queries),
-        "key_segment_ids": checks.row(OWNER, "key_segment_ids", key_segment_ids, batch, keys),
-    }
-    for name, length in (("query_positions", queries), ("key_positions", keys)):
-        rows[name] = np.arange(length, dtype=np.int32)[None] if rows[name] is None else rows[name]
-    band = needed(band, rows["query_positions"], rows["key_positions"])
+    segments = checks.segments(OWNER, query_segment_ids, key_segment_ids, batch, queries, keys)
+    given = (("query_positions", query_positions, queries), ("key_positions", key_positions, keys))
+    positions = [checks.row(OWNER, name, array, batch, length) for name, array, length in given]
+    positions = [counted(n) if x is None else x for x, n in zip(positions, (queries, keys), strict=True)]
+    band = needed(band, *positions)
     pattern = pattern if band is None else band & pattern
     by_cudnn = functools.partial(cudnn.attention, return_lse=return_lse, by_name=implementation == "cudnn")
     implementations = {"cudnn": one_by_one(by_cudnn), **IMPLEMENTATIONS}
-    sets = (KeySet(pattern, Visible(**rows, mask=mask)),)
+    sets = (KeySet(pattern, Visible(*positions, *segments, mask)),)
     key, value = checks.hide(mask, key, value)
     out, *sums = run(OWNER, implementations, implementation, query, (key,), (value,), bias, sets, scale)
     return (out, sum(sums)) if return_lse else out
@@ -162,23 +156,14 @@ def merge(
 def check_heads(owner: str, query, key, value) -> None:
     """Refuses query, key and value whose shapes do not go together."""
     checks.floating(owner, query=query, key=key, value=value)
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != 4 or 0 in array.shape:
-            raise ValueError(
-                f"{owner}: {name} must have four axes [B, length, heads, features], none empty, got {array.shape}. "
-                "Flatten the batch axes into one."
-            )
-    (batch, _, heads, features), (_, keys, kv_heads, _) = query.shape, key.shape
-    if key.shape != (batch, keys, kv_heads, features) or heads % kv_heads:
-        raise ValueError(
-            f"{owner}: key must have shape [B, S, K, H] = [{batch}, S, K, {features}] with K dividing {heads}, "
-            f"got {key.shape}. Project it to the query's features."
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"{owner}: value must have shape [B, S, K, V] = {(*key.shape[:3], 'V')}, got {value.shape}. "
-            "Give it the key's length and heads."
-        )
+    checks.shape(owner, "query", query, "B T N H", "Flatten the batch axes into one.")
+    batch, _, heads, features = query.shape
+    checks.shape(owner, "key", key, "B S K H", "Project it to the query's features.", B=batch, H=features)
+    if heads % key.shape[2]:
+        raise ValueError(f"{owner}: key must have K heads with K dividing {heads}, got {key.shape}. Repeat some heads.")
+    batch, keys, kv_heads, _ = key.shape
+    checks.shape(owner, "value", value, "B S K V", "Give it the key's length and heads.", B=batch, S=keys, K=kv_heads)
+
 
 
 def band_of(window_size, is_causal: bool) -> tuple[int | None, int | None] | None:
@@ -193,6 +178,11 @@ def band_of(window_size, is_causal: bool) -> tuple[int | None, int | None] | Non
     if is_causal:
         right = 0
     return None if left is None and right is None else (left, right)
+
+
+def counted(length: int) -> np.ndarray:
+    """Positions that count from 0, [1, length]."""
+    return np.arange(length, dtype=np.int32)[None]
 
 
 def needed(band, query_positions, key_positions) -> Band | None:

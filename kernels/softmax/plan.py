@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from subquad.kernels import patterns
+from subquad.kernels.flash.tiles import extremes
 from subquad.kernels.patterns import Pattern
 from subquad.kernels.softmax import parts
 from subquad.kernels.softmax.sets import KeySet
@@ -56,7 +57,7 @@ def plan_of(query, key, value, one: KeySet) -> Plan:
     counts = -(-queries // tiles[0]), -(-keys // tiles[1])
     some = np.ones((1 if is_shared else kv_heads, *counts), bool)
     if pattern is not None and all(isinstance(positions, np.ndarray) for positions in visible[:2]):
-        rows, ends = (extremes(x, tile, count) for x, tile, count in zip(visible[:2], tiles, counts, strict=True))
+        rows, ends = (extremes(x, tile) for x, tile in zip(visible[:2], tiles, strict=True))
         ranges = tuple(x[:, None] for x in rows), ends, np.arange(pattern.heads)[:, None, None]
         some = np.broadcast_to(pattern.coverage(*ranges) > patterns.NONE, (pattern.heads, *counts))
         if not is_shared:  # query heads that share a head of keys share its steps
@@ -145,11 +146,3 @@ def power(size: int) -> int:
 def balance(length: int, tile: int) -> int:
     """The size that cuts `length` into as many parts as `tile` would, with the least padding or overlap."""
     return -(-length // -(-length // max(1, tile)))
-
-
-def extremes(positions: np.ndarray, tile: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest position in each tile, over the batch."""
-    short = tile * count - positions.shape[1]
-    # In int64: a limit is added to them.
-    parts = np.pad(positions.astype(np.int64), ((0, 0), (0, short)), mode="edge").reshape(-1, count, tile)
-    return parts.min((0, 2)), parts.max((0, 2))

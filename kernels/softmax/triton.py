@@ -1,4 +1,4 @@
-"""Softmax attention on the bodies of `subquad.kernels.flash`.
+"""Softmax attention on the kernels of `subquad.kernels.flash`.
 
 Bias, mask, segments and pattern are functions of the pair of positions. Logits inside the kernels are in base 2. Every visited
 pair of blocks costs two products forward, three and four in the two backward kernels, and two more for a bias.
@@ -7,7 +7,7 @@ pair of blocks costs two products forward, three and four in the two backward ke
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,7 @@ from subquad.kernels import gpu, launch, tuning
 from subquad.kernels.flash import rules
 from subquad.kernels.flash import triton as flash
 from subquad.kernels.flash.tiles import Geometry, bounds_of, known, last_of, states_of, work
-from subquad.kernels.flash.triton import (
-    backward_key,
-    backward_query,
-    dense,
-    forward,
-    head_of,
-    load_rows,
-    load_sums,
-    weights_of,
-)
+from subquad.kernels.flash.triton import dense, head_of, load_rows, load_sums, operands_of, padded, weights_of
 from subquad.kernels.operation import operation
 from subquad.kernels.patterns import NONE, Band, Pattern
 from subquad.kernels.softmax import online
@@ -68,56 +59,20 @@ class Axes(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the functions below do. ONE_...: all samples share one array."""
+    """What the functions below do."""
 
     PATTERN: tuple | None  # as `rules` has it
     BIAS: Axes | None
     MASK: Axes | None
     SEGMENTS: bool
-    ONE_QUERY_SEGMENTS: bool
-    ONE_KEY_SEGMENTS: bool
     QUERY_POSITIONS: str  # "array", or they count from a "start", or from "zero", which saves registers
     KEY_POSITIONS: str
-    ONE_QUERY_POSITIONS: bool
-    ONE_KEY_POSITIONS: bool
-    OWN_BIAS: bool = False  # whether each pair of each sample and head has a bias of its own
     ROWS_PER_HEAD: bool = False
     LISTED: bool = False
     BOUNDED: bool = False
-    ONE_BOUNDS: bool = False
 
 
-class Operands(NamedTuple):
-    """The pointers and run-time numbers of the functions below."""
-
-    T: Any
-    S: Any
-    ROWS: Any
-    GROUP: Any
-    query_start: Any
-    key_start: Any
-    words: Any
-    bias: Any
-    mask: Any
-    query_positions: Any
-    key_positions: Any
-    query_segments: Any
-    key_segments: Any
-    tables: Any
-    rows: Any
-    tiles: Any
-    bounds: Any
-    grad_bias: Any
-
-
-NUM_WORDS = 6  # before those of the pattern
 ALIGNMENT = tl.constexpr(8)  # of the rows of a mask or bias, for wide loads at every length
-
-
-@triton.jit
-def load_words(words):
-    """The run-time numbers: T, S, ROWS, GROUP and where positions start."""
-    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
 
 
 @triton.jit
@@ -130,9 +85,7 @@ def work_of(rank, b, n, operands, OPTIONS: tl.constexpr):
     first, first_end, second = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     second_end, full, full_end = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
     if OPTIONS.BOUNDED:
-        bounds = operands.bounds + tile * 2
-        if not OPTIONS.ONE_BOUNDS:
-            bounds += b * operands.ROWS * 2
+        bounds = operands.bounds + (b * operands.ROWS + tile) * 2
         low, high = tl.load(bounds), tl.load(bounds + 1)
         first, second, full = tl.maximum(first, low), tl.maximum(second, low), tl.maximum(full, low)
         first_end, second_end = tl.minimum(first_end, high), tl.minimum(second_end, high)
@@ -171,22 +124,12 @@ def visible(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.
     """VISIBLE: what the pattern, the segments and the mask allow."""
     result = k < operands.S
     if OPTIONS.PATTERN is not None:
-        query = positions_of(
-            operands.query_positions,
-            operands.query_start,
-            b,
-            q,
-            operands.T,
-            OPTIONS.QUERY_POSITIONS,
-            OPTIONS.ONE_QUERY_POSITIONS,
-        )
-        key = positions_of(
-            operands.key_positions, operands.key_start, b, k, operands.S, OPTIONS.KEY_POSITIONS, OPTIONS.ONE_KEY_POSITIONS
-        )
+        query = positions_of(operands.query_positions, operands.query_start, b, q, operands.T, OPTIONS.QUERY_POSITIONS)
+        key = positions_of(operands.key_positions, operands.key_start, b, k, operands.S, OPTIONS.KEY_POSITIONS)
         result = result & rules.allowed(query, key, n, operands.tables, operands.words, OPTIONS.PATTERN)
     if OPTIONS.SEGMENTS:
-        query = positions_of(operands.query_segments, 0, b, q, operands.T, "array", OPTIONS.ONE_QUERY_SEGMENTS)
-        key = positions_of(operands.key_segments, 0, b, k, operands.S, "array", OPTIONS.ONE_KEY_SEGMENTS)
+        query = positions_of(operands.query_segments, 0, b, q, operands.T, "array")
+        key = positions_of(operands.key_segments, 0, b, k, operands.S, "array")
         result = result & (query == key)
     if OPTIONS.MASK is not None:
         result = result & (load_pairs(operands.mask, b, n, query_start, q, k, operands, SHAPE, OPTIONS.MASK) != 0)
@@ -194,12 +137,10 @@ def visible(b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.
 
 
 @triton.jit
-def positions_of(array, start, b, index, LENGTH, KIND: tl.constexpr, ONE: tl.constexpr):
-    """Positions, or segments, of KIND as `Options` has it; an array is [B, LENGTH]. ONE: all samples share one."""
+def positions_of(array, start, b, index, LENGTH, KIND: tl.constexpr):
+    """Positions, or segments, of KIND as `Options` has it; an array is [B, LENGTH]."""
     if KIND == "array":
-        if not ONE:
-            array += b * LENGTH
-        result = tl.load(array + index, mask=index < LENGTH, other=0)
+        result = tl.load(array + b * LENGTH + index, mask=index < LENGTH, other=0)
     elif KIND == "start":
         result = index + start
     else:
@@ -249,75 +190,28 @@ def pairs_of(array, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, AXES
     return at, inside
 
 
-# -------------------------------------------------------------------------------------------------------------- kernels
+FUNCTIONS = flash.Functions(work_of, block_of, dense, dense, logits_of, visible)
+
+
+# ---------------------------------------------------------------------------------------------- the gradient of a bias
 
 
 @triton.jit
-def softmax_forward(
+def flash_backward_bias(
     query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, out, lse, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
-    operands = Operands(
-        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds, None,
-    )  # fmt: skip
-    forward(
-        query, key, value, out, lse, operands, work_of, block_of, dense, dense, logits_of, visible, SHAPE, OPTIONS, BLOCK_Q,
-        BLOCK_K,
-    )  # fmt: skip
-
-
-@triton.jit
-def softmax_backward_query(
-    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, lse, delta, grad_out, no_bias, grad_query, grad_bias,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
-    operands = Operands(
-        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds, grad_bias,
-    )  # fmt: skip
-    backward_query(
-        query, key, value, lse, delta, grad_out, grad_query, operands, work_of, block_of, dense, dense, logits_of, visible,
-        SHAPE, OPTIONS, BLOCK_Q, BLOCK_K, store_bias if OPTIONS.OWN_BIAS else None,
-    )  # fmt: skip
-
-
-@triton.jit
-def softmax_backward_key(
-    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, lse, delta, grad_out, grad_key, grad_value,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    T, S, ROWS, GROUP, query_start, key_start = load_words(words)
-    operands = Operands(
-        T, S, ROWS, GROUP, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds, None,
-    )  # fmt: skip
-    backward_key(
-        query, key, value, lse, delta, grad_out, grad_key, grad_value, operands, work_of, block_of, dense, dense, logits_of,
-        visible, SHAPE, OPTIONS, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-
-
-@triton.jit
-def softmax_backward_bias(
-    query, key, value, words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles,
-    bounds, lse, delta, grad_out, grad_bias,
-    SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    bounds, order, codes, key_buckets, starts, lse, delta, grad_out, grad_bias,
+    FUNCTIONS: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of the gradient of the bias: the sum over all that reads it, in a fixed order.
 
     The words ROWS and GROUP are the number of consecutive samples that read the same bias, and of all blocks that read a block
     of it; `rows` are the states of the blocks.
     """
-    T, S, SAMPLES, count, query_start, key_start = load_words(words)
-    operands = Operands(
-        T, S, SAMPLES, count, query_start, key_start, words, bias, mask, query_positions, key_positions, query_segments,
-        key_segments, tables, rows, tiles, bounds, None,
+    operands = operands_of(
+        words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles, bounds, order,
+        codes, key_buckets, starts, None,
     )  # fmt: skip
+    T, S, SAMPLES, count = operands.T, operands.S, operands.ROWS, operands.GROUP
     AXES: tl.constexpr = OPTIONS.BIAS
     GROUPS: tl.constexpr = SHAPE.HEADS // SHAPE.KEY_HEADS
     BIAS_HEADS: tl.constexpr = SHAPE.HEADS if AXES.N else 1
@@ -342,16 +236,17 @@ def softmax_backward_bias(
         q, k = query_start + tl.arange(0, BLOCK_Q), key_start + tl.arange(0, BLOCK_K)
         query_rows = dense(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
         key_rows = dense(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
-        lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-        delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+        lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS)
+        delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS)
         products = products_of(
             head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY), query_rows,
             head_of(key, b, n // GROUPS, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY), key_rows,
             SHAPE.HEADS, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, BLOCK_Q, BLOCK_K, SHAPE.PRECISION,
         )  # fmt: skip
-        logits = logits_of(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+        logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
         weights = weights_of(logits, lse_i[:, None], SHAPE.FACTOR)
-        weights = tl.where(visible(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS), weights, 0.0)
+        seen = FUNCTIONS.VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
+        weights = tl.where(seen, weights, 0.0)
         grad_weights = products_of(
             head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD), query_rows,
             head_of(value, b, n // GROUPS, S, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.ONE_VALUE), key_rows,
@@ -426,15 +321,17 @@ class Call:
         geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, tested)
         self.geometry, scale = geometry, static.scale * LOG2_E
         last = last_of(geometry.query_positions, geometry.queries), last_of(geometry.key_positions, geometry.keys)
-        tree = rules.Tree(geometry.pattern, *last, NUM_WORDS)
+        tree = rules.Tree(geometry.pattern, *last, flash.NUM_WORDS)
         self.pattern_words = tree.words
+        each = self.of_each_sample
         self.inputs = dict(
             query=query, key=key, value=value, bias=aligned(bias), mask=aligned(visible.mask),
-            query_positions=visible.query_positions,
-            key_positions=visible.key_positions, query_segments=visible.query_segment_ids,
-            key_segments=visible.key_segment_ids, tables=None if tree.table is None else jnp.asarray(tree.table),
+            query_positions=each(visible.query_positions), key_positions=each(visible.key_positions),
+            query_segments=each(visible.query_segment_ids), key_segments=each(visible.key_segment_ids),
+            tables=None if tree.table is None else jnp.asarray(tree.table),
         )  # fmt: skip
-        self.gradients = gradients
+        sums = {name: each(gradients[name]) for name in ("lse", "delta") if name in gradients}
+        self.gradients = gradients | sums
         (_, _, heads, features), (_, _, kv_heads, value_features) = query.shape, value.shape
         self.heads = {"query": heads, "key": kv_heads}
         # The scale may wait for the exponent if it is positive, as the running maximum needs, and no bias is added before.
@@ -443,38 +340,43 @@ class Call:
         self.shape = flash.Shape(
             heads, kv_heads, features, value_features, padded(features), padded(value_features), scale,
             1.0 if early else scale, launch.dot_precision(query.dtype), bias is not None,
-            *map(one, self.arrays), *(one(gradients.get(name)) for name in ("lse", "delta", "grad_out")),
+            *map(one, (*self.arrays, gradients.get("grad_out"))),
         )  # fmt: skip
-        one = lambda array: array is not None and len(array) == 1
-        rows = [visible.query_segment_ids, visible.key_segment_ids, visible.query_positions, visible.key_positions]
         self.options = Options(
-            tree.node, axes(bias), axes(visible.mask), rows[0] is not None, one(rows[0]), one(rows[1]),
-            *map(kind_of, rows[2:], (geometry.query_positions, geometry.key_positions)), one(rows[2]), one(rows[3]),
+            tree.node, axes(bias), axes(visible.mask), visible.query_segment_ids is not None,
+            kind_of(visible.query_positions, geometry.query_positions), kind_of(visible.key_positions, geometry.key_positions),
         )  # fmt: skip
 
-    def run(self, kernel, grid: int, words: tuple[int, int], lists: dict, outputs: dict, config, aliases=None, **options):
-        """Launches a kernel; `words` are ROWS and GROUP."""
+    def of_each_sample(self, array):
+        """[B|1, ...] as [B, ...]: of small arrays, so that kernels need not know which are shared."""
+        return None if array is None else jnp.broadcast_to(array, (self.batch, *array.shape[1:]))
+
+    def run(self, kernel, grid: int, rows: tuple[int, int], lists: dict, outputs: dict, config, store=None, aliases=None,
+            **options):  # fmt: skip
+        """Launches a kernel; `rows` are the words ROWS and GROUP."""
         geometry = self.geometry
         starts = [x if isinstance(x, int) else 0 for x in (geometry.query_positions, geometry.key_positions)]
-        words = launch.words(geometry.queries, geometry.keys, *words, *starts, *self.pattern_words)
-        inputs = self.inputs | lists | dict(words=words) | self.gradients
-        return launch.call(
+        return flash.run(
             kernel,
-            {name: inputs[name] for name in kernel.arg_names if name in inputs},
+            self.inputs | lists | self.gradients,
             outputs,
+            words=(geometry.queries, geometry.keys, *rows, *starts, 0, 0, *self.pattern_words),
             grid=grid,
-            constants=dict(SHAPE=self.shape, OPTIONS=self.options._replace(**options)),
+            functions=FUNCTIONS._replace(STORE=store),
+            shape=self.shape,
+            options=self.options._replace(**options),
             config=config,
             mode=self.static.mode,
             aliases=aliases,
         )
 
-    def launch_rows(self, kernel, outputs: dict, aliases=None, *, along: str, **options):
+    def launch_rows(self, kernel, outputs: dict, *, along: str, **options):
         """Runs a kernel over the rows of blocks `along` "query" or "key"."""
         config = self.config_of(kernel)
         geometry, sizes = self.geometry, (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"])
         todo = work(geometry, *sizes, along == "key")
         bounds = None if todo.tiles is not None else bounds_of(geometry, self.visible, *sizes, along == "key")
+        bounds = self.of_each_sample(bounds)
         programs = self.batch * self.heads[along]
         count = todo.rows.shape[1]
         return self.run(
@@ -484,12 +386,10 @@ class Call:
             dict(bounds=bounds, rows=jnp.asarray(todo.rows), tiles=None if todo.tiles is None else jnp.asarray(todo.tiles)),
             outputs,
             config,
-            aliases,
             **options,
             ROWS_PER_HEAD=len(todo.rows) > 1,
             LISTED=todo.tiles is not None,
             BOUNDED=bounds is not None,
-            ONE_BOUNDS=bounds is not None and len(bounds) == 1,
         )
 
     def config_of(self, kernel) -> tuning.Config:
@@ -514,9 +414,7 @@ class Call:
     def heads_together(self, programs: int, along: str) -> int:
         """The number of heads to run side by side: as many as keep what they read over and over in the L2 cache."""
         query, key, value = self.arrays
-        read = key.shape[1] * (key.shape[3] + value.shape[3]) if along == "query" else query.shape[1] * (
-            query.shape[3] + value.shape[3]
-        )  # fmt: skip
+        read = (key if along == "query" else query).shape[1] * (key.shape[3] + value.shape[3])
         groups = query.shape[2] // key.shape[2]
         room = max(1, CACHE_BYTES // (read * query.dtype.itemsize))
         room = room * groups if along == "query" else max(1, room // groups)
@@ -547,7 +445,7 @@ def run_forward(static: Static, query, key, value, bias, visible: Visible):
         out=jax.ShapeDtypeStruct((call.batch, queries, heads, features), query.dtype),
         lse=jax.ShapeDtypeStruct((call.batch, heads, queries), jnp.float32),
     )
-    return call.launch_rows(softmax_forward, outputs, along="query")
+    return call.launch_rows(flash.flash_forward, outputs, along="query")
 
 
 def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, visible: Visible):
@@ -564,13 +462,14 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
     # Wide float32 heads that do not fill a block leave that pass no registers for it.
     size, least = max(call.shape.BLOCK_H, call.shape.BLOCK_V), min(call.shape.FEATURES, call.shape.VALUES)
     own = own and min(bias.shape[2:]) > 1 and not (query.dtype == jnp.float32 and size > max(64, least))
-    call.gradients["no_bias"] = jnp.zeros_like(aligned(bias)) if own else None
-    grad_bias = jax.ShapeDtypeStruct(*(call.gradients["no_bias"].shape, bias.dtype) if own else ((1,), jnp.float32))
-    outputs = dict(grad_query=shape(query), grad_bias=grad_bias)
-    aliases = dict(no_bias="grad_bias") if own else None
-    grad_query, grad_bias = call.launch_rows(softmax_backward_query, outputs, aliases, along="query", OWN_BIAS=own)
+    outputs, keeping = dict(grad_query=shape(query)), {}
+    if own:
+        call.gradients["no_bias"] = zeros = jnp.zeros_like(aligned(bias))
+        outputs["grad_bias"] = jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)
+        keeping = dict(store=store_bias, aliases=dict(no_bias="grad_bias"))
+    grad_query, grad_bias = call.launch_rows(flash.flash_backward_query, outputs, along="query", **keeping)
     outputs = dict(grad_key=shape(key), grad_value=shape(value))
-    grad_key, grad_value = call.launch_rows(softmax_backward_key, outputs, along="key")
+    grad_key, grad_value = call.launch_rows(flash.flash_backward_key, outputs, along="key")
     if bias is not None:
         grad_bias = grad_bias[..., : bias.shape[3]] if own else bias_gradient(call, bias)
     return grad_query, grad_key, grad_value, None if bias is None else grad_bias
@@ -578,17 +477,17 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
 
 def bias_gradient(call: Call, bias):
     """The gradient of a bias that samples may share, in float32."""
-    config = call.config_of(softmax_backward_bias)
+    config = call.config_of(flash_backward_bias)
     tiles = config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"]
     wide = bias.shape[2:]
     counts = [1 if size == 1 else -(-size // tile) for size, tile in zip(wide, tiles, strict=True)]
     some = (states_of(call.geometry, *tiles) != NONE).any(0).astype(np.int32)
     programs = math.prod((*bias.shape[:2], *counts))
     return call.run(
-        softmax_backward_bias,
+        flash_backward_bias,
         programs,
         (call.batch // len(bias), call.batch * call.shape.HEADS * some.size // programs),
-        dict(rows=jnp.asarray(some), tiles=None, bounds=None),
+        dict(rows=jnp.asarray(some)),
         dict(grad_bias=jax.ShapeDtypeStruct(bias.shape, jnp.float32)),
         config,
     )[0]
@@ -627,12 +526,12 @@ def attend(independent: str):
 # BLOCK_Q, BLOCK_K, warps and stages by features of a head, of the tiles that meet nothing but a band and of all others.
 # Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
 FLOAT32_TILES = {
-    "softmax_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "softmax_backward_query": {
+    "flash_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
+    "flash_backward_query": {
         16: ((64, 16, 4, 2), (16, 16, 8, 1)), 64: ((64, 16, 4, 2), (16, 32, 8, 1)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2,
     },
-    "softmax_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
-    "softmax_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
+    "flash_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
+    "flash_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
 }
 
 
@@ -658,29 +557,24 @@ def tile_sizes(
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
     narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
     # The test of a pattern of blocks takes the registers that 128 wide rows would need.
-    narrow = narrow or block_size is not None and wide and kernel in ("softmax_forward", "softmax_backward_key")
+    narrow = narrow or block_size is not None and wide and kernel in ("flash_forward", "flash_backward_key")
     if dtype == jnp.float32:
         sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
-        if kernel == "softmax_forward" and wide and biased and tested:
+        if kernel == "flash_forward" and wide and biased and tested:
             sizes = 16, 32, 8, 1
-        elif kernel == "softmax_forward" and block_size is not None:
+        elif kernel == "flash_forward" and block_size is not None:
             sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
-        if kernel == "softmax_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
+        if kernel == "flash_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
             sizes = 16 if biased else 32, 16, 8, 1
-    elif kernel == "softmax_backward_key":
-        # Tests and a bias take registers: fewer queries at once, and fewer keys if there is a bias of wide heads.
-        tile = 64 if narrow or not hopper or wide and biased else 128
+    elif kernel == "flash_backward_key":
+        # Tests and a bias take registers: fewer queries at once, and fewer keys of wide heads.
+        tile = 64 if narrow or not hopper or wide and crowded else 128
         sizes = 32 if wide or tested or ragged or biased else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
-    elif kernel == "softmax_backward_bias" or narrow or not hopper and kernel != "softmax_forward":
-        sizes = 64, 64, 8 if wide or kernel == "softmax_backward_bias" else 4, 2
-    elif kernel == "softmax_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
+    elif kernel == "flash_backward_bias" or narrow or not hopper and kernel != "flash_forward":
+        sizes = 64, 64, 8 if wide or kernel == "flash_backward_bias" else 4, 2
+    elif kernel == "flash_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
         sizes = 128, 64 if wide and ragged else 128, 8, 3
     else:
         sizes = 128, 64, 8, 2
     query, key, warps, stages = sizes
     return tuning.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
-
-
-def padded(size: int) -> int:
-    """The size that a tile gives to an axis: `tl.dot` takes powers of two from 16 on."""
-    return max(16, triton.next_power_of_2(size))

@@ -21,7 +21,6 @@ from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online, parts
 from subquad.kernels.softmax.plan import Plan, plan_of
 from subquad.kernels.softmax.sets import KeySet, Visible, known_of
-from subquad.kernels.xla_cpu import row_major
 
 
 def attention(query, keys, values, bias, sets: tuple[KeySet, ...], scale: float):
@@ -252,7 +251,7 @@ def cut_queries(plan: Plan, part, array, groups: int):
     """What a part has of [B, T, N, ...] -> [i, b, K, G, t, ...]."""
     tile, count = plan.tiles[0], plan.counts[0]
     array = pad(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
-    return row_major(rearrange(array, "b (i t) c (k g) ... -> i (b c) k g t ...", i=count, g=groups))
+    return rearrange(array, "b (i t) c (k g) ... -> i (b c) k g t ...", i=count, g=groups)
 
 
 def cut_keys(plan: Plan, part, array, order: str):
@@ -263,7 +262,7 @@ def cut_keys(plan: Plan, part, array, order: str):
     """
     tile, count = plan.tiles[1], plan.counts[1]
     array = pad(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
-    return row_major(rearrange(array, "b (j s) c k h -> j (b c) k " + order, j=count))
+    return rearrange(array, "b (j s) c k h -> j (b c) k " + order, j=count)
 
 
 def join_queries(plan: Plan, array):

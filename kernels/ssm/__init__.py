@@ -277,14 +277,11 @@ def _check_length(owner, length):
 def _check_modes(owner, **arrays):
     """Every array is [D, P] as the first."""
     checks.inexact(owner, **arrays)
-    shape = next(iter(arrays.values())).shape
+    sizes = {}
     for name, array in arrays.items():
-        if array.ndim != 2 or 0 in array.shape or array.shape != shape:
-            got = "[D, P], neither of them 0" if len(shape) != 2 or 0 in shape else f"[D, P] = {shape}"
-            raise ValueError(
-                f"{owner}: {name} must have shape {got}, got {array.shape}. "
-                "Give one number per feature and conjugate pair of modes."
-            )
+        checks.shape(owner, name, array, "D P", "Give one number per feature and conjugate pair of modes.", **sizes)
+        sizes = dict(zip("DP", array.shape, strict=True))
+
 
 
 def _check_outputs(owner, name, array, modes):
@@ -300,15 +297,10 @@ def _check_outputs(owner, name, array, modes):
 def _check_low_rank(owner, low_rank, step, modes):
     checks.inexact(owner, low_rank=low_rank)
     checks.floating(owner, step=step)
-    if low_rank.ndim != 3 or low_rank.shape[1:] != modes.shape or low_rank.shape[0] < 1:
-        raise ValueError(
-            f"{owner}: low_rank must have shape [R, D, P] with [D, P] = {modes.shape}, got {low_rank.shape}. "
-            "Of rank one it is low_rank[None]."
-        )
-    if jnp.shape(step) != modes.shape[:1]:
-        raise ValueError(
-            f"{owner}: step must have shape [D] = {modes.shape[:1]}, got {jnp.shape(step)}. Give every feature its own."
-        )
+    features, pairs = modes.shape
+    checks.shape(owner, "low_rank", low_rank, "R D P", "Of rank one it is low_rank[None].", D=features, P=pairs)
+    checks.shape(owner, "step", step, "D", "Give every feature its own.", D=features)
+
 
 
 def _check_one_kind(owner, **modes):
@@ -326,18 +318,9 @@ def _start(owner, inputs, state, modes):
     """The state before the first step, after the checks that both recurrences share."""
     checks.floating(owner, inputs=inputs, state=state)
     features, pairs = modes.shape
-    if inputs.ndim != 3 or inputs.shape[2] != features or 0 in inputs.shape:
-        raise ValueError(
-            f"{owner}: inputs must have shape [B, T, {features}] with B and T >= 1, got {inputs.shape}. "
-            "Give inputs one feature per system."
-        )
-    is_complex = jnp.iscomplexobj(modes)
-    full = (inputs.shape[0], features, 2 * pairs if is_complex else pairs)
+    checks.shape(owner, "inputs", inputs, "B T D", "Give inputs one feature per system.", D=features)
+    batch, size = len(inputs), 2 * pairs if jnp.iscomplexobj(modes) else pairs
+    checks.shape(owner, "state", state, "B D S", "Start from None.", B=batch, D=features, S=size)
     if state is None:
-        return jnp.zeros(full, jnp.promote_types(modes.real.dtype, jnp.float32))
-    if state.shape != full:
-        raise ValueError(
-            f"{owner}: state must have shape [B, D, {'2 P' if is_complex else 'P'}] = {full}, got {state.shape}. "
-            "Start from None."
-        )
+        return jnp.zeros((batch, features, size), jnp.promote_types(modes.real.dtype, jnp.float32))
     return state

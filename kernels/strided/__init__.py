@@ -14,7 +14,7 @@ from jaxtyping import Int
 from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import KeyMask, LogSumExp, Output, Positions, Query, Value
 from subquad.kernels.patterns import CAUSAL, Band, Columns, Pattern, SameBlock, Strided
-from subquad.kernels.softmax import check_heads
+from subquad.kernels.softmax import check_heads, counted
 from subquad.kernels.softmax.sets import KeySet, Visible
 
 __all__ = ["attention", "fixed"]
@@ -72,7 +72,7 @@ def attention(
     owner = "strided.attention"
     if window_size is not None and (not isinstance(window_size, numbers.Integral) or window_size < 0):
         raise ValueError(f"{owner}: window_size must be None or a number >= 0, got {window_size!r}. Count keys on each side.")
-    check_stride(owner, "stride", stride)
+    checks.at_least(owner, "stride", stride, 1, "Count positions.")
     segments = check(owner, query, key, value, mask, segment_ids)
     key, value = checks.hide(mask, key, value)
     query = finite_padding(query, mask)
@@ -140,8 +140,9 @@ def fixed(
     Source: Child et al., Generating Long Sequences with Sparse Transformers, 2019, arXiv 1904.10509, section 4.3.
     """
     owner = "strided.fixed"
-    check_stride(owner, "block_size", block_size)
-    check_columns(owner, columns, query.shape[2], block_size)
+    checks.at_least(owner, "block_size", block_size, 1, "Count positions.")
+    instead, heads = "Give each head, or all, positions within a block.", (query.shape[2], 1)
+    checks.lists(owner, "columns", columns, "N c", 0, block_size - 1, instead, N=heads)
     segments = check(owner, query, key, value, mask, segment_ids)
     key, value = checks.hide(mask, key, value)
     query = finite_padding(query, mask)
@@ -192,8 +193,7 @@ def attend(owner: str, query, keys, values, sets, scale, return_lse: bool, imple
 
 def near(pattern: Pattern | None, queries: int, keys: int, mask, segments, source: int = 0) -> KeySet:
     """Keys under a pattern of positions that count from 0."""
-    positions = (np.arange(length, dtype=np.int32)[None] for length in (queries, keys))
-    return KeySet(pattern, Visible(*positions, segments, segments, mask), source=source)
+    return KeySet(pattern, Visible(counted(queries), counted(keys), segments, segments, mask), source=source)
 
 
 def finite_padding(query, mask):
@@ -227,27 +227,3 @@ def check(owner: str, query, key, value, mask, segment_ids):
     batch, length = query.shape[:2]
     checks.key_padding(owner, mask, batch, length)
     return checks.row(owner, "segment_ids", segment_ids, batch, length)
-
-
-def check_stride(owner: str, name: str, size) -> None:
-    if not isinstance(size, numbers.Integral) or size < 1:
-        raise ValueError(f"{owner}: {name} must be a positive integer, got {size!r}. Count positions.")
-
-
-def check_columns(owner: str, columns, heads: int, block_size: int) -> None:
-    """Refuses columns that are not NumPy integers, do not fit, or come twice."""
-    if not isinstance(columns, np.ndarray) or not np.issubdtype(columns.dtype, np.integer):
-        kind = getattr(columns, "dtype", None)
-        raise TypeError(
-            f"{owner}: columns must be a NumPy array of integers, got {type(columns).__name__} of {kind}. Build them in NumPy."
-        )
-    if columns.ndim != 2 or columns.shape[0] not in (1, heads) or not columns.shape[1]:
-        raise ValueError(f"{owner}: columns must have shape [1 or {heads}, c], got {columns.shape}. One list per head.")
-    if columns.min() < 0 or columns.max() >= block_size:
-        raise ValueError(
-            f"{owner}: columns must lie in 0 .. {block_size - 1}, got {columns.min()} .. {columns.max()}. "
-            "Count from the start of a block."
-        )
-    ordered = np.sort(columns, axis=1)
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
-        raise ValueError(f"{owner}: columns must list a column at most once per head, got one twice. Remove it.")

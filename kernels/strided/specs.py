@@ -35,83 +35,31 @@ def calling(function, **options):
 
 BENCH = drawing(1, 4, 64, 64)
 LAST = np.arange(120, 128)[None]
-
 SHORT = (1, 7, 63, 129)
 
+
+def spec(function, variant, make, lengths=SHORT, make_bench=None, **options):
+    benches = {} if make_bench else dict(bench_lengths=())
+    return Spec(f"strided.{function.__name__}", variant, make, calling(function, **options), make_bench, lengths, **benches)
+
+
+attention, fixed, THREE = strided.attention, strided.fixed, np.array([[22, 23], [1, 20], [0, 23]])
 SPECS = [
-    Spec(
-        "strided.attention",
-        "causal",
-        drawing(1),
-        calling(strided.attention, stride=5, window_size=5, is_causal=True),
-        lengths=(*SHORT, 100, 500),
-        bench_lengths=(),
+    spec(attention, "causal", drawing(1), (*SHORT, 100, 500), stride=5, window_size=5, is_causal=True),
+    spec(attention, "padding", drawing(heads=1, values=5, padding=True), stride=6, window_size=9),
+    spec(attention, "steps-only", drawing(1, features=40), (7, 63), stride=3, window_size=None, is_causal=True),
+    spec(attention, "segments", drawing(segments=True), (63,), stride=6, window_size=9),
+    spec(attention, "stride-128", drawing(1, 1), (129,), BENCH, stride=128, window_size=128, is_causal=True),
+    spec(
+        fixed, "causal", drawing(heads=3, padding=True), (*SHORT, 100, 500), block_size=24, columns=THREE, is_causal=True
     ),
-    Spec(
-        "strided.attention",
-        "padding",
-        drawing(heads=1, values=5, padding=True),
-        calling(strided.attention, stride=6, window_size=9),
-        lengths=SHORT,
-        bench_lengths=(),
+    spec(fixed, "columns-only", drawing(1), block_size=16, columns=np.array([[3, 14, 15]]), own_block=False),
+    spec(
+        fixed, "segments", drawing(padding=True, segments=True), (63,), block_size=12, columns=np.array([[10, 11], [0, 11]]),
+        is_causal=True,
     ),
-    Spec(
-        "strided.attention",
-        "steps-only",
-        drawing(1, features=40),
-        calling(strided.attention, stride=3, window_size=None, is_causal=True),
-        lengths=(7, 63),
-        bench_lengths=(),
-    ),
-    Spec(
-        "strided.fixed",
-        "causal",
-        drawing(heads=3, padding=True),
-        calling(strided.fixed, block_size=24, columns=np.array([[22, 23], [1, 20], [0, 23]]), is_causal=True),
-        lengths=(*SHORT, 100, 500),
-        bench_lengths=(),
-    ),
-    Spec(
-        "strided.fixed",
-        "columns-only",
-        drawing(1),
-        calling(strided.fixed, block_size=16, columns=np.array([[3, 14, 15]]), own_block=False),
-        lengths=SHORT,
-        bench_lengths=(),
-    ),
-    Spec(
-        "strided.attention",
-        "segments",
-        drawing(segments=True),
-        calling(strided.attention, stride=6, window_size=9),
-        lengths=(63,),
-        bench_lengths=(),
-    ),
-    Spec(
-        "strided.fixed",
-        "segments",
-        drawing(padding=True, segments=True),
-        calling(strided.fixed, block_size=12, columns=np.array([[10, 11], [0, 11]]), is_causal=True),
-        lengths=(63,),
-        bench_lengths=(),
-    ),
-    Spec(
-        "strided.attention",
-        "stride-128",
-        drawing(1, 1),
-        calling(strided.attention, stride=128, window_size=128, is_causal=True),
-        make_bench=BENCH,
-        lengths=(129,),
-    ),
-    Spec(
-        "strided.fixed",
-        "block-128",
-        drawing(1, 1),
-        calling(strided.fixed, block_size=128, columns=LAST, is_causal=True),
-        make_bench=BENCH,
-        lengths=(300,),
-    ),
-]
+    spec(fixed, "block-128", drawing(1, 1), (300,), BENCH, block_size=128, columns=LAST, is_causal=True),
+]  # fmt: skip
 
 
 def over(kind, function, padding=False, **options):
@@ -121,10 +69,10 @@ def over(kind, function, padding=False, **options):
 
 
 GRID = [
-    *over("mask", strided.attention, True, stride=128, window_size=128),
-    *over("mask-causal", strided.fixed, True, block_size=128, columns=LAST, is_causal=True),
-    *over("plain", strided.attention, stride=128, window_size=128, is_causal=True),
-    *over("steps-only", strided.attention, stride=5, window_size=None, is_causal=True),
-    *over("plain", strided.fixed, block_size=128, columns=LAST),
-    *over("columns-only", strided.fixed, block_size=128, columns=LAST, own_block=False),
+    *over("mask", attention, True, stride=128, window_size=128),
+    *over("mask-causal", fixed, True, block_size=128, columns=LAST, is_causal=True),
+    *over("plain", attention, stride=128, window_size=128, is_causal=True),
+    *over("steps-only", attention, stride=5, window_size=None, is_causal=True),
+    *over("plain", fixed, block_size=128, columns=LAST),
+    *over("columns-only", fixed, block_size=128, columns=LAST, own_block=False),
 ]

@@ -1,4 +1,4 @@
-"""Energy of a call: counters of the machine where it has some, else stated power times time; CO2e and price by stated rates.
+"""Energy of a call: a counter of the machine where it has one, else stated power times time; CO2e and price by stated rates.
 
     joules = counter after - counter before,    or watts x seconds, marked "estimated"
 """
@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 POWERCAP = pathlib.Path("/sys/class/powercap")
@@ -16,22 +16,10 @@ LEAST_CALLS = 3
 
 
 class Meter(NamedTuple):
-    """Counters of energy that only rise, until they start again at 0.
-
-    Attributes:
-        source: what they count.
-        read: their values, in joules.
-        ranges: the value, in joules, at which each starts again; infinity where it does not.
-    """
+    """A counter of energy: what it counts, in words, and a function that reads the joules so far."""
 
     source: str
-    read: Callable[[], list[float]]
-    ranges: list[float]
-
-    def spent(self, before: Sequence[float], after: Sequence[float]) -> float:
-        """Joules between two readings, each counter started again at most once."""
-        pairs = zip(before, after, self.ranges, strict=True)
-        return sum(late - early if late >= early else late - early + full for early, late, full in pairs)
+    read: Callable[[], float]
 
 
 def meter(device, powercap: pathlib.Path = POWERCAP) -> tuple[Meter | None, str]:
@@ -45,7 +33,9 @@ def meter(device, powercap: pathlib.Path = POWERCAP) -> tuple[Meter | None, str]
         powercap: the folder of RAPL's counters.
     """
     try:
-        return (_nvml(device) if device.platform == "gpu" else _rapl(powercap)), ""
+        found = _nvml(device) if device.platform == "gpu" else _rapl(powercap)
+        found.read()  # refused by boards before Volta, and to all but the superuser
+        return found, ""
     except Exception as error:  # a library that is absent, a driver that does not know the counter, a file not to be read
         return None, f"{type(error).__name__}: {error}".strip()
 
@@ -54,44 +44,37 @@ def _nvml(device) -> Meter:
     nvml = importlib.import_module("pynvml")
     nvml.nvmlInit()
     visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
-    index = device.local_hardware_id
-    name = visible[index] if visible else str(index)
-    if name.isdigit():
-        handle = nvml.nvmlDeviceGetHandleByIndex(int(name))
-    else:
-        handle = nvml.nvmlDeviceGetHandleByUUID(name)
-    read = lambda: [nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3]
-    read()  # refused before Volta
-    return Meter("NVML, the whole board, idle power included", read, [float("inf")])
+    name = visible[device.local_hardware_id] if visible else str(device.local_hardware_id)
+    handle = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+    return Meter("NVML, the whole board, idle power included", lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
 
 
 def _rapl(powercap: pathlib.Path) -> Meter:
-    zones = []
-    for zone in sorted(powercap.glob("intel-rapl:*")):
-        name = (zone / "name").read_text().strip()
-        # A package holds its cores and its graphics, but not its memory; psys holds the packages again.
-        if re.match(r"package-\d+$|dram$", name):
-            zones.append(zone)
+    # A package holds its cores and its graphics, but not its memory; psys holds the packages again.
+    zones = [z for z in powercap.glob("intel-rapl:*") if re.match(r"package-\d+$|dram$", (z / "name").read_text().strip())]
     if not zones:
         raise FileNotFoundError(f"no RAPL counters in {powercap}")
-    number = lambda zone, name: int((zone / name).read_text()) / 1e6
-    read = lambda: [number(zone, "energy_uj") for zone in zones]
-    read()
-    return Meter("RAPL, all packages, idle power included", read, [number(zone, "max_energy_range_uj") for zone in zones])
+    joules = lambda: sum(int((zone / "energy_uj").read_text()) for zone in zones) / 1e6
+    return Meter("RAPL, all packages, idle power included", joules)
 
 
 def per_call(
-    call: Callable[[], Any], counters: Meter, seconds: float = 2.0, clock: Callable[[], float] = time.perf_counter
+    call: Callable[[], Any], counter: Meter, seconds: float = 2.0, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Joules of one call: calls are made for so many seconds, three at least, between two readings of the counters.
+    """Joules of one call: calls are made for so many seconds, three at least, between two readings of the counter.
 
     NVML's counter moves about ten times a second, so that a shorter time would be read wrong by more than a tenth.
+
+    Raises: ValueError: the counter started again at 0 meanwhile, as RAPL's does every hour or so.
     """
-    began, before, calls = clock(), counters.read(), 0
+    began, before, calls = clock(), counter.read(), 0
     while calls < LEAST_CALLS or clock() - began < seconds:
         call()
         calls += 1
-    return counters.spent(before, counters.read()) / calls
+    spent = counter.read() - before
+    if spent < 0:
+        raise ValueError("the counter started again at 0 meanwhile")
+    return spent / calls
 
 
 def cost(
@@ -115,8 +98,8 @@ def cost(
     if joules is not None:
         found |= dict(energy_joules=joules, energy_source=source)
         if grid_intensity is not None:
-            assumption = f"{grid_intensity:g} g CO2e per kWh"
-            found |= dict(co2e_grams=joules / 3.6e6 * grid_intensity, co2e_assumption=assumption)
+            grams = joules / 3.6e6 * grid_intensity
+            found |= dict(co2e_grams=grams, co2e_assumption=f"{grid_intensity:g} g CO2e per kWh")
     if price_per_hour is not None:
         found |= dict(price=seconds / 3600 * price_per_hour, price_assumption=f"{price_per_hour:g} {currency} per hour")
     return found

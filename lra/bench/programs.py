@@ -172,7 +172,7 @@ def _batch(run: Run, task: Task) -> dict[str, np.ndarray]:
     for ending in ("1", "2") if task.kind == "pair" else ("",):
         batch[f"inputs{ending}"] = random.integers(1, task.vocabulary_size, shape, dtype=np.int32)
         batch[f"mask{ending}"] = np.ones(shape, bool)
-    targets = shape if task.kind == "language_model" else run.batch_size
+    targets = shape if OBJECTIVES[task.kind].per_token else run.batch_size
     return {**batch, "targets": random.integers(0, task.num_classes, targets, dtype=np.int32)}
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,28 +84,25 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
         row = _blank(layer, length, mode, settings)
         try:
             run, task = settings.plan(layer, length)
-            row = replace(row, layer_options=json.dumps(dict(run.layer_options), sort_keys=True))
-            configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-            row = replace(row, configuration=configuration, batch_size=run.batch_size, dtype=run.dtype)
-            too_large = _too_large(run, task, mode, settings)
-            if too_large:
-                rows[layer] = replace(row, status=too_large)
-                continue
+            options, configuration = (json.dumps(one, sort_keys=True) for one in (run.layer_options, dataclasses.asdict(run)))
+            row = replace(
+                row, layer_options=options, configuration=configuration, batch_size=run.batch_size, dtype=run.dtype
+            )
+            sizes.check_fits(run, task, mode, settings.memory_limit, settings.memory_source)
             with Work(f"{layer}: compiling"):
                 program = programs.compile_program(run, task, mode)
                 row = replace(row, **facts(program))
-            needed = program.memory.peak + held
-            if needed > settings.memory_limit:
-                row = replace(row, status=_skipped(program.memory.peak, held, settings))
-            else:
-                if settings.peaks:
-                    with Work(f"{layer}: observing its peak of memory"):
-                        peak, source = programs.observed_peak(program)
-                    row = replace(row, device_peak_bytes=peak, device_peak_source=source)
-                with Work(f"{layer}: first call"):
-                    call = programs.start_program(program)
-                    call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
-                ready[layer], held = call, held + program.memory.arguments
+            _check_room(program.memory.peak, held, settings.memory_limit)
+            if settings.peaks:
+                with Work(f"{layer}: observing its peak of memory"):
+                    peak, source = programs.observed_peak(program)
+                row = replace(row, device_peak_bytes=peak, device_peak_source=source)
+            with Work(f"{layer}: first call"):
+                call = programs.start_program(program)
+                call()  # what goes wrong in a call goes wrong here, and takes no other layer with it
+            ready[layer], held = call, held + program.memory.arguments
+        except sizes.TooLarge as error:
+            row = replace(row, status=f"skipped: {one_line(error)}")
         except Exception as error:  # one layer's fault is a row; the others still run
             row = replace(row, status=f"failed: {one_line(error)}")
         rows[layer] = row
@@ -220,51 +217,14 @@ def _ratios(rows: dict[str, Measurement], settings: Settings) -> dict[str, Measu
     return found
 
 
-def _too_large(run, task, mode: str, settings: Settings) -> str:
-    """The status of a program that cannot fit, which would compile for long; "" for one that may."""
-    try:
-        sizes.check_fits(run, task, mode, settings.memory_limit, settings.memory_source)
-    except ValueError as error:
-        return f"skipped: {one_line(error)}"
-    return ""
-
-
-def _skipped(peak: int, held: int, settings: Settings) -> str:
-    mebi = lambda size: f"{size / 2**20:,.0f} MiB"
-    others = f" beside the {mebi(held)} of the others' arguments" if held else ""
-    return f"skipped: memory: the program needs {mebi(peak)}{others}, of {mebi(settings.memory_limit)}"
+def _check_room(peak: int, held: int, limit: int) -> None:
+    """Raises: TooLarge: a compiled program does not fit beside the arguments of the others."""
+    if peak + held > limit:
+        mebi = lambda size: f"{size / 2**20:,.0f} MiB"
+        others = f" beside the {mebi(held)} of the others' arguments" if held else ""
+        raise sizes.TooLarge(f"memory: the program needs {mebi(peak)}{others}, of {mebi(limit)}")
 
 
 def _digits(value: float | None) -> float | None:
     """Six significant digits."""
     return None if value is None else float(f"{value:.6g}")
-
-
-def seconds_left(
-    races: Sequence[tuple[int, str]], taken: Mapping[tuple[int, str], tuple[float, float]]
-) -> float | None:
-    """How long the races that are left will take, from those that were run; None: nothing was run.
-
-    Compiling counts as constant, and the rest as linear in the length, from the longest that was run in the mode, or in any.
-
-    Args:
-        races: (length, mode) of each.
-        taken: race -> (seconds, seconds of it that went into compiling).
-    Example:
-        >>> seconds_left([(1, "train"), (2, "train"), (4, "train")], {(1, "train"): (10, 2)})
-        52.0
-    """
-    if not taken:
-        return None
-
-    def expected(length: int, mode: str) -> float:
-        last = max(taken, key=lambda race: (race[1] == mode, race[0]))
-        seconds, compiling = taken[last]
-        return compiling + (seconds - compiling) * length / last[0]
-
-    return sum(expected(*race) for race in races if race not in taken)
-
-
-def races(lengths: Sequence[int], modes: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(length, mode), the shortest lengths first."""
-    return ((length, mode) for length in sorted(lengths) for mode in modes)

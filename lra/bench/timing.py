@@ -131,14 +131,12 @@ PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 def copy_bandwidth(megabytes: int = 256) -> float:
     """Bytes per second that this device reads and writes, together, when it rewrites an array in place."""
     touch = jax.jit(lambda array: array + 1, donate_argnums=0)
-    array = jnp.zeros(megabytes * 2**18, jnp.float32)
-    best = float("inf")
-    for _ in range(8):
-        array.block_until_ready()
-        began = time.perf_counter()
-        array = touch(array).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * array.nbytes / best
+    held = [jnp.zeros(megabytes * 2**18, jnp.float32)]
+
+    def call():
+        held[0] = touch(held[0]).block_until_ready()
+
+    return 2 * held[0].nbytes / time_alternately([call], repeats=8)[0].best
 
 
 def matmul_rate(dtype: Any, size: int | None = None, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -7,12 +7,12 @@ from typing import NoReturn
 from subquad.lra import interrupts
 
 COMMANDS = {
-    "quickstart": "train several layers under one recipe and compare them",
+    "quickstart": "what each layer costs and can do, in minutes: a board and a page",
     "train": "train one layer on one task",
     "prepare": "list, prepare and check data sets",
     "table": "put what was run here beside a published table, and run what is missing",
     "bench": "measure time, memory, FLOPs and energy against length",
-    "report": "tables and plots of rows that are there",
+    "report": "a page, tables and plots of rows that are there",
 }
 USAGE = "usage: subquad COMMAND [--help] ...\n\n" + "\n".join(f"  {name:11} {what}" for name, what in COMMANDS.items())
 

@@ -7,18 +7,14 @@ Layers are timed in turn with the baseline, softmax, so that ratios are of one r
 """
 
 import dataclasses
-import functools
 import math
 import os
-import pathlib
-import signal
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 
 from subquad.kernels import dispatch
-from subquad.lra import interrupts, machine, models, progress, sizes
+from subquad.lra import machine, models, progress, sizes
 from subquad.lra.bench import energy, programs, speed, timing
 from subquad.lra.cli import commands, report
 from subquad.lra.data.sources import size
@@ -28,7 +24,6 @@ from subquad.lra.report.measurements import MODES
 from subquad.lra.run import Run
 from subquad.zoo import LAYERS
 
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 LIMITS = ("length", "batch")
 # What the model, or another option, decides.
 FIXED = ("recipe", "task", "config", "layer", "layer_options")
@@ -39,10 +34,10 @@ def parse(command_line: Sequence[str] | None, program: str):
     add = parser.add_argument
     count, positive, amount = commands.number(int, 1), commands.number(float, 0, above=True), commands.number(float, 0)
     add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
-    add("--layers", type=split_words, default=None, metavar="A,B", help="default: all")
+    add("--layers", type=commands.split_words, default=None, metavar="A,B", help="default: all")
     usual = [1024, 2048, 3072, 4096]
-    add("--lengths", type=parse_lengths, default=usual, metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
-    add("--modes", type=split_words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
+    add("--lengths", type=commands.parse_lengths, default=usual, metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
+    add("--modes", type=commands.split_words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
     add("--batch-size", type=count, default=None, help="default: 1 on a CPU, else 32")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
     add("--implementation", default=None, metavar="NAME", help="of the layers' kernels; default: their own choice")
@@ -52,9 +47,9 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--seconds", type=positive, default=2.0, help="of timing for each layer, mode and length; default: 2")
     add("--repeats", type=count, default=None, help="timed calls of each, instead")
     add("--threads", type=int, default=None, help="default: all processors")
-    add("--memory-limit", type=parse_size, default=None, metavar="SIZE", help="for programs, as 16G; default: what is free")
+    add("--memory-limit", type=commands.parse_size, default=None, metavar="SIZE", help="as 16G; default: what is free")
     limits = "of length,batch: find the largest that fit; compiles a lot"
-    add("--limits", type=split_words, default=[], metavar="A,B", help=limits)
+    add("--limits", type=commands.split_words, default=[], metavar="A,B", help=limits)
     peaks = "observe each peak of memory in a process of its own; default: on a GPU"
     add("--peaks", action=commands.argparse.BooleanOptionalAction, default=None, help=peaks)
     add("--energy-seconds", type=amount, default=2.0, help="of reading the meter for each; 0: not; default: 2")
@@ -62,40 +57,19 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--grid-intensity", type=amount, default=None, metavar="G", help="grams of CO2e per kWh; default: no CO2e")
     add("--price-per-hour", type=amount, default=None, metavar="P", help="of the machine; default: no price")
     add("--currency", default="USD", help="of that price; default: USD")
-    add("--results", default=None, metavar="CSV", help="of training: draw accuracy against time beside --out; measures nothing")
-    add("--draw", action="store_true", help="only tables and plots of the rows in --out")
     add("--out", default="runs/bench/lra.csv", metavar="CSV", help="default: %(default)s")
     return check_arguments(parser.parse_args(command_line))
 
 
-def split_words(text: str) -> list[str]:
-    return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
-
-
-def parse_size(text: str) -> int:
-    unit = UNITS.get(text[-1:].upper(), 1)
-    try:
-        value = int(float(text[:-1]) * unit) if unit > 1 else int(text)
-    except (ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise commands.argparse.ArgumentTypeError(f"must be a number such as 4096, 16K or 2G, got {text!r}.")
-    return value
-
-
-def parse_lengths(text: str) -> list[int]:
-    return list(dict.fromkeys(parse_size(word) for word in split_words(text)))
-
-
 def check_arguments(arguments):
     arguments.layers = list(LAYERS) if arguments.layers is None else arguments.layers
-    known = {"--layers": (arguments.layers, LAYERS), "--baseline": ([arguments.baseline], LAYERS)}
-    known |= {"--modes": (arguments.modes, MODES), "--limits": (arguments.limits, LIMITS)}
-    for option, (given, names) in known.items():
-        for name in given:
-            # A layer of the user's own is package.module:Class.
-            if name not in names and ":" not in name:
-                raise ValueError(f"{option} must be a known name, got {name!r}. {dispatch.nearest(name, names)}")
+    # A layer of the user's own is package.module:Class.
+    named = lambda layers: [name for name in layers if ":" not in name]
+    for option, given, known in (
+        ("--layers", named(arguments.layers), LAYERS), ("--baseline", named([arguments.baseline]), LAYERS),
+        ("--modes", arguments.modes, MODES), ("--limits", arguments.limits, LIMITS),
+    ):  # fmt: skip
+        check_known(f"{option} must be a known name", given, known)
     for option in ("lengths", "modes", "layers"):
         if not getattr(arguments, option):
             raise ValueError(f"--{option} must name at least one, got none. Leave it out.")
@@ -108,48 +82,24 @@ def main(command_line: Sequence[str] | None = None, program: str = "bench_lra") 
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
     csv_rows.check_file(arguments.out, measurements.Measurement)
-    if arguments.results:
-        return report.draw_accuracy_against_time(arguments.results, pathlib.Path(arguments.out).parent)
-    if arguments.draw:
-        rows = measurements.read_measurements(arguments.out)
-        if not rows:
-            raise ValueError(f"--draw must find rows in --out, got {arguments.out}, which has none. Measure something first.")
-        return report.show_measurements(arguments.out, rows)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes that observe a peak need room, too
     jax.config.update("jax_enable_compilation_cache", False)  # it would make compiling look free
     layers = list(dict.fromkeys([arguments.baseline, *arguments.layers]))
     settings = prepare(arguments, layers)
-    races = list(speed.races(arguments.lengths, arguments.modes))
-    taken, measured, stopped = {}, [], []
-
-    def stop(number, frame):
-        # Raised inside a callback of the garbage collector it would be lost, so it is raised again at the next word.
-        stopped.append(number)
-        raise interrupts.interruption(number)
-
-    def tell(title: str, text: str) -> None:
-        if stopped:
-            raise interrupts.interruption(stopped[0])
-        progress.say(f"{title}: {text}")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    races, measured = [(length, mode) for length in sorted(arguments.lengths) for mode in arguments.modes], []
     try:
-        for number, (length, mode) in enumerate(races, 1):
-            title = f"[{number}/{len(races)}] {measurements.length_label(length)}, {mode}"
-            began = time.perf_counter()
-            rows = speed.race(layers, length, mode, settings, functools.partial(tell, title))
-            seconds = time.perf_counter() - began
-            taken[length, mode] = (seconds, sum(row.compile_seconds or 0.0 for row in rows))
-            measurements.write_measurements(rows, arguments.out)
-            measured += rows
-            for row in rows:
-                if row.status != "ok":
-                    progress.say(f"{title}: {row.layer}: {row.status}")
-            left = speed.seconds_left(races, taken)
-            progress.say(f"{title}: done in {progress.clock(seconds)}" + f", about {progress.clock(left)} left" * bool(left))
+        # Time left is guessed from the lengths that are done.
+        with progress.Work("all measurements", sum(length for length, _ in races)) as work:
+            for number, (length, mode) in enumerate(races, 1):
+                title = f"[{number}/{len(races)}] {measurements.length_label(length)}, {mode}"
+                rows = speed.race(layers, length, mode, settings, lambda text, title=title: progress.say(f"{title}: {text}"))
+                measurements.write_measurements(rows, arguments.out)
+                measured += rows
+                for row in rows:
+                    if row.status != "ok":
+                        progress.say(f"{title}: {row.layer}: {row.status}")
+                work.advance(length)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if measured:
             report.show_measurements(arguments.out, measured)
     return commands.FAILED if any(row.status.startswith("failed") for row in measured) else 0
@@ -190,20 +140,22 @@ def check_models(settings: speed.Settings, layers: list[str], length: int) -> No
     Raises: ValueError.
     """
     known = [one.name for one in dataclasses.fields(Run) if one.name not in FIXED]
-    for name in settings.values:
-        if name not in known:
-            raise ValueError(f"--override must be a value that can be changed, got {name!r}. {dispatch.nearest(name, known)}")
-    for name in settings.options:
-        layer, dot, _ = name.rpartition(".")
-        if dot and layer not in layers:
-            nearest = dispatch.nearest(layer, layers)
-            raise ValueError(f"--layer-options must be of a layer that is measured, got {name!r}. {nearest}")
+    check_known("--override must be a value that can be changed", settings.values, known)
+    of_layers = [name.rpartition(".")[0] for name in settings.options if "." in name]
+    check_known("--layer-options must be of a layer that is measured", of_layers, layers)
     for layer in progress.over(layers, "Models"):
         try:
             models.count_parameters(*settings.plan(layer, length))
         except (ValueError, TypeError) as error:
             got = one_line(error)
             raise ValueError(f"layer {layer} must take its options and the values of the run, got {got}.") from error
+
+
+def check_known(condition: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises: ValueError: a name that is not known, with the nearest that is."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{condition}, got {name!r}. {dispatch.nearest(name, known)}")
 
 
 def check_length(settings: speed.Settings, layer: str, length: int, modes: list[str]) -> None:

@@ -9,16 +9,17 @@ import os
 import re
 import signal
 import sys
-import types
 from collections.abc import Callable
-from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import NoReturn, get_type_hints
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra import interrupts
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
+from subquad.lra.run import words_of
 
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
 
 
@@ -45,24 +46,36 @@ class Parser(argparse.ArgumentParser):
 def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), **helps: str) -> None:
     """An option for every field of a frozen dataclass: --learning-rate for learning_rate. Absent if not given.
 
-    A field that is true or false is an option without a value: --remat, --no-remat. Its help is that in `helps`, else what
-    `field_descriptions` finds.
+    A field that is true or false is an option without a value: --remat, --no-remat. Others are read as Python's values, or
+    else as words; whoever makes the record refuses wrong ones. Its help is that in `helps`, else what `field_descriptions`
+    finds.
     """
     helps = field_descriptions(record) | helps
     for name, kind in get_type_hints(record).items():
         if name in leave_out:
             continue
-        parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
-        if bool in parts:
-            option = f"--{name.replace('_', '-')}"
-            parser.add_argument(option, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=helps[name])
-            continue
-        words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
-        plain = next((part for part in parts if part in (int, float)), str)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="|".join(words) or plain.__name__.upper(),
-            type=_optional(plain) if type(None) in parts else plain, help=helps[name],
-        )  # fmt: skip
+        given = dict(type=value_or_none, metavar="|".join(words_of(kind)) or None)
+        if kind is bool:
+            given = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=helps[name], **given)
+
+
+def value_or_none(text: str):
+    """The value of a field's option: "none" is None."""
+    return None if text.lower() == "none" else literal(text)
+
+
+def literal(text: str):
+    """A number, list or other literal of Python; what is none is a word.
+
+    Example:
+        >>> literal("1e-3"), literal("(1, 2)"), literal("cosine")
+        (0.001, (1, 2), 'cosine')
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def field_descriptions(record: type) -> dict[str, str]:
@@ -72,12 +85,31 @@ def field_descriptions(record: type) -> dict[str, str]:
     return {name: " ".join(text.split()).replace("%", "%%") for name, text in found}
 
 
-def _optional(kind: type) -> Callable:
-    def read(text: str):
-        return None if text.lower() == "none" else kind(text)
+def split_words(text: str) -> list[str]:
+    """Words between spaces or commas, each once.
 
-    read.__name__ = kind.__name__  # argparse says it in its error
-    return read
+    Example:
+        >>> split_words("softmax,local softmax")
+        ['softmax', 'local']
+    """
+    return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
+
+
+def parse_size(text: str) -> int:
+    """A count as argparse takes it: 4096, 16K or 2G."""
+    unit = UNITS.get(text[-1:].upper(), 1)
+    try:
+        value = int(float(text[:-1]) * unit) if unit > 1 else int(text)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number such as 4096, 16K or 2G, got {text!r}.")
+    return value
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Several of them, with commas between."""
+    return list(dict.fromkeys(parse_size(word) for word in split_words(text)))
 
 
 def number(kind: type, least: float, *, above: bool = False) -> Callable:
@@ -106,10 +138,7 @@ def assignments(words: list[str]) -> dict:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"layer_options must be written name=value, got {word!r}. For example num_heads=4.")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
+        found[name] = literal(value)
     return found
 
 

@@ -85,7 +85,7 @@ def listing(data_dir: str | os.PathLike | None = None) -> list[tuple[str, ...]]:
             rows.append((
                 f"{task.name}/{task.config}", task.kind.replace("_", " "), str(task.num_classes), f"{task.length:,}", sizes,
                 str(found.source or "generated"), sources.size(found.disk), f"{hours:.2f}" if hours >= 0.005 else "<0.01",
-                "yes" if store.is_prepared(task.dataset, data_dir) else "no",
+                "drawn" if found.drawn else "yes" if store.is_prepared(task.dataset, data_dir) else "no",
             ))  # fmt: skip
     return rows
 
@@ -97,9 +97,15 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
 
     Returns: 0, or 1 where a task that was named, or a data set at hand, could not be prepared.
     """
-    wanted = tasks.tasks_named(words) or _quick()
+    every = (task for configs in tasks.TASKS.values() for task in configs.values())
+    is_quick = lambda found: found.seconds <= PATIENCE_SECONDS and not found.drawn
+    quick = [task for task in every if is_quick(catalogue.find_dataset(task.dataset))]
+    wanted = tasks.tasks_named(words) or quick
     failed, done = 0, set()
     for task in wanted:
+        if catalogue.find_dataset(task.dataset).drawn:
+            print(f"{task.name}/{task.config}: drawn while it is read, nothing to prepare", flush=True)
+            continue
         folder = store.dataset_folder(task.dataset, data_dir)
         if folder in done:
             continue
@@ -114,11 +120,6 @@ def prepare(words: Sequence[str], data_dir=None, manual_dir=None) -> int:
             failed += 1
             print(error, file=sys.stderr, flush=True)
     return int(failed > 0)
-
-
-def _quick() -> list[Task]:
-    every = [task for configs in tasks.TASKS.values() for task in configs.values()]
-    return [task for task in every if catalogue.find_dataset(task.dataset).seconds <= PATIENCE_SECONDS]
 
 
 def _bytes(folder: pathlib.Path) -> int:
@@ -146,18 +147,22 @@ def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
     Raises: ValueError: unknown task.  DatasetError: it is not prepared, or cannot be read.
     """
     (task,) = tasks.tasks_named([word])
+    drawn = catalogue.find_dataset(task.dataset).drawn
     folder = store.dataset_folder(task.dataset, data_dir)
-    if not folder.exists():
+    if not drawn and not folder.exists():
         raise sources.DatasetError(
             f"{word}: data set must be prepared first, got no folder {folder}. Run prepare_lra.py prepare {word}"
         )
-    report = Report([f"{task.name}/{task.config} ({task.dataset}), {sources.size(_bytes(folder))} in {folder}"])
+    where = "drawn while it is read" if drawn else f"{sources.size(_bytes(folder))} in {folder}"
+    report = Report([f"{task.name}/{task.config} ({task.dataset}), {where}"])
     if task.note:
         report.lines.append(f"  note      {task.note}")
-    _check_files(report, folder)
+    if not drawn:
+        _check_files(report, folder)
     splits, source = store.load(task.dataset, data_dir)
     report.lines.append(f"  data      {source}")
-    _check_examples(report, task, splits)
+    if not drawn:  # what was drawn for each split belongs to no other, and has no end
+        _check_examples(report, task, splits)
     with Work(f"{task.name}/{task.config}: floors"):
         floors = task.floors(splits)
     unit = "" if task.kind == "language_model" else " %"
@@ -175,16 +180,17 @@ def _check_files(report: Report, folder: pathlib.Path) -> None:
     if not sums.exists():
         report.lines.append("  checksums none were written; prepare it anew to have them")
         return
-    cut = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
-    wanted = {name: checksum for checksum, _, name in cut if name}
-    report.faults += [f"{store.CHECKSUMS} has a line without a file, {line!r:.60}" for line, _, name in cut if not name]
-    for name, checksum in over(wanted.items(), f"{folder.parent.name}: checksums", len(wanted)):
-        if not (folder / name).exists():
+    lines = sums.read_text(errors="replace").splitlines()
+    for line in over(lines, f"{folder.parent.name}: checksums"):
+        checksum, _, name = line.partition("  ")
+        if not name:
+            report.faults.append(f"{store.CHECKSUMS} has a line without a file, {line!r:.60}")
+        elif not (folder / name).exists():
             report.faults.append(f"file {name} is missing")
         elif store.sha256(folder / name) != checksum:
             report.faults.append(f"file {name} is not what was written: its sha256 differs from {store.CHECKSUMS}")
     every = hashlib.sha256(sums.read_bytes()).hexdigest()[:16]
-    report.lines.append(f"  checksums of {len(wanted)} files in {store.CHECKSUMS}, itself sha256 {every}...")
+    report.lines.append(f"  checksums of {len(lines)} files in {store.CHECKSUMS}, itself sha256 {every}...")
 
 
 def _check_examples(report: Report, task: Task, splits: Mapping[str, Sequence]) -> None:

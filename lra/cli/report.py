@@ -2,7 +2,7 @@
 
 subquad report runs/quickstart/quickstart.csv runs/bench/lra.csv
 
-The tables of each file are printed; they, and plots, are written beside it, too.
+The tables of each file are printed; beside it they are written as Markdown, plots as PNG, and all of it as one HTML page.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from subquad.lra.cli import commands
-from subquad.lra.report import csv_rows, measurements, plots, results, text_tables
+from subquad.lra.report import csv_rows, ledger, measurements, overview, page, plots, results
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 
@@ -22,32 +22,33 @@ def main(command_line: Sequence[str] | None = None, program: str = "report") -> 
     parser = commands.Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="CSV", help="rows of training, or of measurements")
     for path in parser.parse_args(command_line).files:
-        header, rows = csv_rows.read_lines(path)
-        if rows and csv_rows.holds(header, Measurement):
+        kind = ledger.kind_of(path) if csv_rows.read_lines(path)[1] else None
+        if kind is Measurement:
             show_measurements(path, measurements.read_measurements(path))
-        elif rows and csv_rows.holds(header, Result):
+        elif kind is Result:
             show_results(path)
         else:
             raise ValueError(f"file must hold rows of training or of measurements, got {path}. Name another.")
     return 0
 
 
-def show_measurements(path: str, shown: Iterable[Measurement]) -> int:
+def show_measurements(path: str, shown: Iterable[Measurement]) -> None:
     """Prints the tables of some rows of a CSV; writes those of all its rows, and plots, beside it."""
     for table in measurements.tables(shown):
-        print(f"\n{table.title}")
-        text_tables.print_table([table.heading, *table.body])
-        print("\n".join(table.notes))
+        table.show()
     rows, stem = measurements.read_measurements(path), pathlib.Path(path).with_suffix("")
-    results.write_text(measurements.markdown(rows), f"{stem}.md", KEPT)
-    results.write_text(measurements.latex(rows), f"{stem}.tex", KEPT)
+    every = measurements.tables(rows)
+    results.write_text("\n".join(table.markdown() for table in every), f"{stem}.md", KEPT)
+    latex = ["% Needs \\usepackage{booktabs}", *(table.latex() for table in every)]
+    results.write_text("\n".join(latex), f"{stem}.tex", KEPT)
     written = [f"{stem}.md", f"{stem}.tex"]
     for number, group in enumerate(measurements.groups(rows), 1):
         picture = f"{stem}-{number}.png"
         plots.cost_against_length(group, picture)
         written.append(picture)
+    page.write(stem.name, [overview.measured(group) for group in measurements.groups(rows)], f"{stem}.html")
+    written.append(f"{stem}.html")
     print(f"\nRows in {path}; {', '.join(written)}.")
-    return 0
 
 
 def show_results(path: str) -> None:
@@ -56,8 +57,10 @@ def show_results(path: str) -> None:
     kinds = csv_rows.rows_that_agree(rows, ("task", "config", "recipe", "protocol"))
     for group in kinds:
         results.show(group)
-    print(f"\nRows in {path}; {', '.join(write_results(kinds, stem))}.")
-    draw_accuracy_against_time(path, stem.parent)
+    written = write_results(kinds, stem) + draw_accuracy_against_time(rows, stem)
+    page.write(stem.name, [overview.training(group, stem.parent) for group in kinds], f"{stem}.html")
+    written.append(f"{stem}.html")
+    print(f"\nRows in {path}; {', '.join(written)}.")
 
 
 def write_results(kinds: Sequence[Sequence[Result]], stem: pathlib.Path) -> list[str]:
@@ -71,15 +74,10 @@ def write_results(kinds: Sequence[Sequence[Result]], stem: pathlib.Path) -> list
     return written
 
 
-def draw_accuracy_against_time(path: str, folder: pathlib.Path) -> int:
-    """Accuracy against time, a picture for each task and recipe of a CSV of training."""
-    rows = results.read_results(path) if pathlib.Path(path).is_file() else []
-    if not rows:
-        raise ValueError(f"--results must be a file with rows, got {path}. Train something first: scripts/train.py.")
+def draw_accuracy_against_time(rows: Sequence[Result], stem: pathlib.Path) -> list[str]:
+    """Accuracy against time, a picture for each task, recipe and machine. Returns: the files."""
     kinds = csv_rows.rows_that_agree(rows, ("task", "config", "recipe", "hardware"))
-    for number, group in enumerate(kinds, 1):
-        ending = f"-time-{number}.png" if len(kinds) > 1 else "-time.png"
-        picture = str(folder / f"{pathlib.Path(path).stem}{ending}")
+    written = [f"{stem}-time-{number}.png" if len(kinds) > 1 else f"{stem}-time.png" for number in range(1, len(kinds) + 1)]
+    for group, picture in zip(kinds, written, strict=True):
         plots.accuracy_against_time(group, picture)
-        print(f"{group[0].task}/{group[0].config}, {group[0].recipe}: {picture}")
-    return 0
+    return written

@@ -24,7 +24,6 @@ from subquad.lra.files import RunError
 from subquad.lra.report import (
     cells,
     comparison,
-    costs,
     csv_rows,
     floor_rows,
     ledger,
@@ -78,7 +77,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "reproduce_ta
     wanted = chosen(cells.cells_of_table(arguments.paper, name), arguments.only)
     code = 0
     if arguments.probe:
-        csv_rows.check_file(files["hours"], costs.StepTiming)
+        csv_rows.check_file(files["hours"], ledger.StepTiming)
         failed = reproduce.time_missing(wanted, files["hours"], known=known, steps=arguments.probe, say=progress.say)
         code, known = commands.FAILED if failed else 0, read_known(files, arguments.batch_size)
     if arguments.run:
@@ -145,7 +144,7 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
     outcomes = get_args(verdicts.Outcome)
     rows = [["paper", "table", "cells", "reproduced", *outcomes[1:], "hours to run", "what it holds"]]
     for paper, name in progress.over(published.sources(), "Tables"):
-        every = [cell for cell in cells.cells_of_table(paper, name) if cell.column != "average"]
+        every = [cell for cell in cells.cells_of_table(paper, name) if cell.task != "average"]
         judged = [verdicts.judge(cell, known) for cell in every]
         counts = Counter(one.outcome for one in judged)
         hours: dict[str, float] = {}
@@ -164,7 +163,7 @@ def measure_floors(words: list[str], path: pathlib.Path, data_dir) -> int:
         found = floor_rows.measure_floors(word, data_dir)
         csv_rows.write_rows(path, ledger.Floor, found, ledger.FLOOR_KEY)
         for floor in found:
-            print(f"{floor.task}/{floor.config}: {ledger.NAMES.get(floor.floor, floor.floor)} {floor.value:.4f}")
+            print(f"{floor.task}/{floor.config}: {results.FLOORS[floor.floor]} {floor.value:.4f}")
     print(f"Rows in {path}.")
     return 0
 

@@ -37,6 +37,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard/ in each run's folder, too")
     minutes = "between checkpoints, beside those at validations; default: 10"
     parser.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help=minutes)
+    parser.add_argument("--test-lengths", type=commands.parse_lengths, default=(), metavar="N", help="to test at, too: 256,1K")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, of several; SLURM's are found without")
     parser.add_argument("--num-processes", type=int, help="how many run this command")
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
@@ -64,10 +65,12 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
     together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
     for one in runs:  # what cannot fit is reported before a folder is made
-        sizes.check(one, tasks.find_task(one.task, one.config), devices=max(together, 1), sharded=arguments.shard == "zero")
+        task = tasks.find_task(one.task, one.config)
+        tasks.check_lengths(task, arguments.test_lengths)
+        sizes.check(one, task, devices=max(together, 1), sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
     csv_rows.check_file(out / "results.csv", results.Result)
-    named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes")
+    named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes", "test_lengths")
     shared = {name: getattr(arguments, name) for name in named}
     rows = []
     for one in runs:
@@ -79,6 +82,10 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     if parallel.is_first():
         results.show(rows)
         for row in rows:
+            if row.scores_by_length:
+                found = json.loads(row.scores_by_length).items()
+                words = [f"{length}: {score if isinstance(score, str) else f'{score:.3f}'}" for length, score in found]
+                print(f"Seed {row.seed} by length: {'; '.join(words)}.")
             if row.collapsed_step is not None:
                 print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
         print(f"Added to {out}/results.csv; losses and checkpoints in {out}/runs.")

@@ -4,11 +4,12 @@ Several entries may read one set of files: `lra_text/lra` and `lra_text/modern` 
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from subquad.kernels.dispatch import nearest
 from subquad.lra.data import encodings, sources
+from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.data.image import cifar10
 from subquad.lra.data.listops import expressions, released_files
 from subquad.lra.data.offline import corpora
@@ -33,6 +34,7 @@ class Dataset:
         source: where it comes from; None: it is generated.
         exact: a split of another size than `sizes` is damaged.
         seconds, disk: to prepare it on two cores, without the download, and bytes it then takes; both roughly.
+        drawn: -> its splits, where examples are drawn while they are read: then there is no builder and nothing on disk.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Dataset:
     exact: bool = False
     seconds: float = 60.0
     disk: float = 0.0
+    drawn: Callable[[], Mapping[str, Sequence[dict]]] | None = None
 
     def module(self):
         """The module that defines the builder; needs tensorflow-datasets."""
@@ -119,6 +122,16 @@ def _text() -> Iterable[Dataset]:
         )  # fmt: skip
 
 
+def _diagnostics() -> Iterable[Dataset]:
+    for task, configs in diagnostics.CONFIGS.items():
+        for name, one in configs.items():
+            yield Dataset(
+                f"diagnostics/{task}_{name}", "diagnostics", f"{task}_{name}", diagnostics.VERSION,
+                {"train": one.train, "validation": one.validation, "test": one.test}, encodings.tokens, exact=True, seconds=0,
+                drawn=one.splits,
+            )  # fmt: skip
+
+
 DATASETS: dict[str, Dataset] = {
     one.name: one
     for one in (
@@ -126,6 +139,7 @@ DATASETS: dict[str, Dataset] = {
         *_text(),
         *_pathfinder(),
         *_offline(),
+        *_diagnostics(),
         Dataset(
             "lra_image/lra", "lra_image", "cifar10", cifar10.VERSION,
             {"train": 45_000, "validation": 5_000, "test": 10_000}, encodings.colours,

@@ -28,6 +28,11 @@ def root(splits: Mapping[str, Sequence]) -> dict[str, float]:
     return dict(zip(("majority", "root"), right.mean(0).tolist(), strict=True))
 
 
+def chance(share: float, splits: Mapping[str, Sequence]) -> dict[str, float]:
+    """The share of right answers that a task's own definition gives to a rule that guesses."""
+    return {"chance": share}
+
+
 def bag_of_tokens(splits: Mapping[str, Sequence]) -> dict[str, float]:
     """Accuracies on test of two rules that are blind to order.
 

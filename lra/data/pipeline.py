@@ -2,8 +2,8 @@
 
 A batch is a dict of numpy arrays: inputs int32 [B, T], padded with 0; mask bool [B, T], True = a real token; targets
 int32 [B]; weights float32 [B], 0 for the rows that only fill the last evaluation batch. Pairs have inputs1, mask1,
-inputs2 and mask2 instead; a language model's targets are int32 [B, T], the token after each input, and count where mask is
-True.
+inputs2 and mask2 instead. Where each token has a target of its own, these are int32 [B, T], and -1 where nothing is asked, as
+of padding.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ def pad(example: dict, length: int) -> dict[str, np.ndarray]:
         if name in example:
             row[name] = _cut(example[name], length)
             row[name.replace("inputs", "mask")] = np.arange(length) < len(example[name])
-    row["targets"] = np.int32(example["label"]) if "label" in example else _cut(example["targets"], length)
+    row["targets"] = np.int32(example["label"]) if "label" in example else _cut(example["targets"], length, -1)
     return row
 
 
-def _cut(tokens: np.ndarray, length: int) -> np.ndarray:
-    cut = np.zeros(length, np.int32)
+def _cut(tokens: np.ndarray, length: int, filler: int = 0) -> np.ndarray:
+    cut = np.full(length, filler, np.int32)
     cut[: len(tokens)] = tokens[:length]
     return cut
 

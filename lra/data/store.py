@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from subquad.lra.data import catalogue, sources
 from subquad.lra.data.sources import DatasetError, size
@@ -64,8 +64,8 @@ def dataset_folder(name: str, data_dir: str | os.PathLike | None = None) -> path
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
-    """Whether a data set is on disk."""
-    return (dataset_folder(name, data_dir) / "dataset_info.json").exists()
+    """Whether a data set is on disk, or needs no disk."""
+    return catalogue.find_dataset(name).drawn is not None or (dataset_folder(name, data_dir) / "dataset_info.json").exists()
 
 
 def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
@@ -179,12 +179,15 @@ def _splits(builder, found: catalogue.Dataset) -> dict[str, Split]:
     return splits
 
 
-def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[dict[str, Split], str]:
-    """The splits of a data set, prepared first if it is not there, and in words where they came from.
+def load(name: str, data_dir: str | os.PathLike | None = None) -> tuple[Mapping[str, Sequence[dict]], str]:
+    """The splits of a data set, prepared first if it is not there or drawn, and in words where they came from.
 
     Raises: ValueError: unknown name.  DatasetError: as `prepare`, and where a file is missing, cut short or damaged.
     """
-    found, builder = catalogue.find_dataset(name), prepare(name, data_dir)
+    found = catalogue.find_dataset(name)
+    if found.drawn is not None:
+        return found.drawn(), f"{name}:{found.version} drawn"
+    builder = prepare(name, data_dir)
     splits = _splits(builder, found)
     origin = (builder.info.metadata or {}).get("origin")
     return splits, f"{name}:{found.version} array_record" + (f", from {origin}" if origin else "")

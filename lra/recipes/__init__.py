@@ -1,5 +1,6 @@
 """Recipes: pages of data, one for each paper or released configuration. `plan.plan` turns them into runs."""
 
+from subquad.lra.recipes.diagnostics import DIAGNOSTICS, MAD, MAMBA, ZOOLOGY
 from subquad.lra.recipes.lra_2020 import LRA_2020
 from subquad.lra.recipes.nystromformer import NYSTROMFORMER
 from subquad.lra.recipes.quickstart import QUICKSTART
@@ -8,6 +9,7 @@ from subquad.lra.recipes.s4 import S4, S4_FIRST, S4D
 from subquad.lra.recipes.skyformer import SKYFORMER
 from subquad.lra.recipes.xformers import XFORMERS
 
-RECIPES: dict[str, Recipe] = {
-    recipe.id: recipe for recipe in (QUICKSTART, LRA_2020, NYSTROMFORMER, SKYFORMER, XFORMERS, S4, S4D, S4_FIRST)
-}
+_EVERY = (
+    QUICKSTART, LRA_2020, NYSTROMFORMER, SKYFORMER, XFORMERS, S4, S4D, S4_FIRST, DIAGNOSTICS, MAMBA, ZOOLOGY, MAD,
+)  # fmt: skip
+RECIPES: dict[str, Recipe] = {recipe.id: recipe for recipe in _EVERY}

@@ -42,39 +42,24 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell of a published table: the run that answers to it, and what the paper found.
+class Cell(published.Figure):
+    """One cell of a published table: the figure, its note also of what the published model really computed, and what answers.
 
     Attributes:
-        id: paper, table, row, column and metric, in lower case.
-        paper, table, row, column: where it stands; length: in tokens, where it is of one.
-        metric: see `published.Figure`; unit.
+        id: paper, table, row, task and metric, in lower case.
         recipe, layer, overrides: what `plan.plan` takes; recipe None: see `cannot`.
-        expected: the published value; None: reported as no better than chance.
-        deviation: over seeds, as published.
         tolerance: a difference up to it counts as reproduced; a factor for ratios.
         source: of the figure.
-        note: what the published model really computed, where that is not what its name says.
         cannot: why no run here answers to it.
         deviations: what that run does otherwise than the paper, a sentence each.
     """
 
     id: str
-    paper: str
-    table: str
-    row: str
-    column: str
-    length: int | None
-    metric: str
-    unit: str
     recipe: str | None
     layer: str | None
     overrides: Mapping[str, Any]
-    expected: float | None
-    deviation: float | None
     tolerance: float
     source: str
-    note: str = ""
     cannot: str = ""
     deviations: tuple[str, ...] = ()
 
@@ -155,16 +140,17 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
 
 def _cell(source: published.Source, figure: published.Figure, transformer: Mapping[int | None, float]) -> Cell:
     answer = ANSWERS[source.paper, source.table].get(figure.row, _NO_LAYER)
-    note, metric, unit, expected = figure.note, figure.metric, figure.unit, figure.value
-    if metric == "memory" and figure.length is not None:
+    if figure.metric == "memory" and figure.length is not None:
         # Bytes of another machine say little; against the Transformer's they can be compared.
-        note, metric, unit = "; ".join([f"{expected:g} {unit}", *filter(None, [note])]), "memory_ratio", "ratio"
-        expected = expected / transformer[figure.length]
-    measured = unit == "ratio" and figure.length is not None
-    cannot = answer.cannot or _unanswered(figure, metric, measured, answer)
+        note = _joined(f"{figure.value:g} {figure.unit}", figure.note)
+        ratio = figure.value / transformer[figure.length]
+        figure = dataclasses.replace(figure, note=note, metric="memory_ratio", unit="ratio", value=ratio)
+    measured = figure.unit == "ratio" and figure.length is not None
+    cannot = answer.cannot or _unanswered(figure, measured, answer)
     task, config = COLUMNS.get(figure.task, (figure.task, None))
     overrides = {"task": task, "config": config, "layer_options": answer.layer_options}
-    words = (source.paper, source.table, figure.row, figure.task, figure.length, metric if metric != "accuracy" else None)
+    metric = figure.metric if figure.metric != "accuracy" else None
+    words = (source.paper, source.table, figure.row, figure.task, figure.length, metric)
     tolerance = TOLERANCE if figure.deviation is None else max(LEAST_TOLERANCE, 2 * figure.deviation)
     deviations: tuple[str, ...] = ()
     if not cannot and not measured:
@@ -172,19 +158,23 @@ def _cell(source: published.Source, figure: published.Figure, transformer: Mappi
         config = config or rules.config(task, answer.layer) or ""
         deviations = rules.differences(task, config, answer.layer)
     return Cell(
+        **{**vars(figure), "note": _joined(answer.note, figure.note)},
         id=".".join(re.sub("[^a-z0-9]+", "_", str(word).lower()).strip("_") for word in words if word is not None),
-        paper=source.paper, table=source.table, row=figure.row, column=figure.task, length=figure.length, metric=metric,
-        unit=unit, recipe=None if cannot else "bench" if measured else answer.recipe, layer=None if cannot else answer.layer,
-        overrides={} if cannot else {name: value for name, value in overrides.items() if value}, expected=expected,
-        deviation=figure.deviation, tolerance=RATIO_TOLERANCE if measured else tolerance,
+        recipe=None if cannot else "bench" if measured else answer.recipe, layer=None if cannot else answer.layer,
+        overrides={} if cannot else {name: value for name, value in overrides.items() if value},
+        tolerance=RATIO_TOLERANCE if measured else tolerance,
         source=f"{source.work}{f', arXiv {source.arxiv}' * bool(source.arxiv)}, table {source.table}, row {figure.row}",
-        note="; ".join(filter(None, [answer.note, note])), cannot=cannot, deviations=deviations,
+        cannot=cannot, deviations=deviations,
     )  # fmt: skip
 
 
-def _unanswered(figure: published.Figure, metric: str, measured: bool, answer: Answer) -> str:
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _unanswered(figure: published.Figure, measured: bool, answer: Answer) -> str:
     """Why a figure has no answer although its row has a layer here; "" where it has one."""
-    if metric in ("accuracy", "train_accuracy"):
+    if figure.metric in ("accuracy", "train_accuracy"):
         if figure.task == "average":
             return "made of the other columns"
         return "its schedule is not in what was read" if answer.recipe == "bench" else ""
@@ -193,7 +183,7 @@ def _unanswered(figure: published.Figure, metric: str, measured: bool, answer: A
     return {
         "speed_ratio": "of no one length and task that was read",
         "compute": "counted by a tool of its authors that reads too low, as they say; scripts/bench_lra.py counts our models'",
-    }.get(metric, _MACHINE.cannot)
+    }.get(figure.metric, _MACHINE.cannot)
 
 
 @functools.cache
@@ -214,8 +204,7 @@ def cells_of_table(paper: str, name: str) -> tuple[Cell, ...]:
     for figure in found:
         beside = speeds.get((figure.row, figure.length)) if figure.metric == "speed_ratio" else None
         if beside is not None:
-            note = "; ".join(filter(None, [f"{beside.value:g} {beside.unit}", beside.note]))
-            figure = dataclasses.replace(figure, note=note)
+            figure = dataclasses.replace(figure, note=_joined(f"{beside.value:g} {beside.unit}", beside.note))
         if figure not in speeds.values():
             cells.append(_cell(source, figure, memory))
     return tuple(cells)
@@ -246,11 +235,11 @@ def published_elsewhere(cell: Cell) -> tuple[Cell, ...]:
 
     Example:
         >>> cell = next(one for one in cells_of_table("nystromformer", "3") if one.id.endswith("performer_256.listops"))
-        >>> cell.expected, [(other.paper, other.expected) for other in published_elsewhere(cell)]
+        >>> cell.value, [(other.paper, other.value) for other in published_elsewhere(cell)]
         (18.8, [('flashattention', 36.8)])
     """
     others = () if cell.cannot else _answered()[_configuration(cell)]
-    return tuple(one for one in others if one.id != cell.id and not _same(one.expected, cell.expected))
+    return tuple(one for one in others if one.id != cell.id and not _same(one.value, cell.value))
 
 
 def _same(one: float | None, other: float | None) -> bool:
@@ -263,7 +252,7 @@ def _same(one: float | None, other: float | None) -> bool:
 
 def contradict(one: Cell, other: Cell) -> bool:
     """Whether two published values of one configuration cannot both be reproduced: no value is within both tolerances."""
-    first, second = (CHANCE if cell.expected is None else cell.expected for cell in (one, other))
+    first, second = (CHANCE if cell.value is None else cell.value for cell in (one, other))
     if one.unit == "ratio":
         return max(first / second, second / first) > one.tolerance * other.tolerance
     return abs(first - second) > one.tolerance + other.tolerance

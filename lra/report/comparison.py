@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from subquad.lra import tasks
-from subquad.lra.report import cells, published, text_tables
-from subquad.lra.report.ledger import NAMES, Ledger
+from subquad.lra.report import cells, published, results, text_tables
+from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.verdicts import Average, Outcome, Verdict, averages, run_of
 
 FORMS = ("text", "markdown", "latex", "csv", "json")
@@ -41,7 +41,7 @@ def notes(source: published.Source, verdicts: Sequence[Verdict], ledger: Ledger)
         found.append(f"Ratios: to the Transformer's, measured in turn with it; {tolerated}.")
     if any(mark.endswith(CONTRADICTED) for mark in footnotes(verdicts).values()):
         found.append(f"{CONTRADICTED} Another paper has a value of the same configuration beyond the tolerance.")
-    count = lambda name: sum(one.outcome == name and one.cell.column != "average" for one in verdicts)
+    count = lambda name: sum(one.outcome == name and one.cell.task != "average" for one in verdicts)
     return [*found, "; ".join(f"{count(name)} {name}" for name in get_args(Outcome) if name != "baseline" or count(name)) + "."]
 
 
@@ -49,7 +49,7 @@ def floors(verdicts: Iterable[Verdict], ledger: Ledger) -> list[str]:
     """A line for each task: what rules reach that see next to nothing, in per cent of test."""
     found, seen = [], set()
     for one in verdicts:
-        if one.cell.column == "average" or not one.cell.overrides:
+        if one.cell.task == "average" or not one.cell.overrides:
             continue
         run = run_of(one.cell) if one.cell.recipe != "bench" else None
         if run is None or (run.task, run.config) in seen:
@@ -57,9 +57,9 @@ def floors(verdicts: Iterable[Verdict], ledger: Ledger) -> list[str]:
         seen.add((run.task, run.config))
         known = {name: floor.value for name, floor in ledger.floors.get((run.task, run.config), {}).items()}
         for row in one.results:
-            scores = {name: getattr(row, f"floor_{name}") for name in ("majority", "root", "bag", "network")}
+            scores = {name: getattr(row, f"floor_{name}") for name in results.FLOORS}
             known = {**{name: value for name, value in scores.items() if value is not None}, **known}
-        words = [f"{NAMES[name]} {100 * known[name]:.1f}" for name in NAMES if name in known]
+        words = [f"{what} {100 * known[name]:.1f}" for name, what in results.FLOORS.items() if name in known]
         chance = f"chance {100 / tasks.find_task(run.task, run.config).num_classes:.0f}"
         more = "" if words else f"; others by python scripts/reproduce_table.py --floors {run.task}/{run.config}"
         found.append(f"Floors of {run.task}/{run.config}, %: {', '.join([chance, *words])}{more}.")
@@ -73,7 +73,7 @@ def footnotes(verdicts: Iterable[Verdict]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for one in verdicts:
-        if one.cell.column != "average" and not one.cell.cannot:
+        if one.cell.task != "average" and not one.cell.cannot:
             for sentence, contradicts in remarks(one.cell):
                 found.setdefault(sentence, f"{len(found) + 1}{CONTRADICTED * contradicts}")
     return found
@@ -84,7 +84,7 @@ def remarks(cell: cells.Cell) -> list[tuple[str, bool]]:
     found = [(sentence, False) for sentence in cell.deviations]
     for other in cells.published_elsewhere(cell):
         contradicts = cells.contradict(cell, other)
-        value, unit = _value(other), " %" * (other.unit == "%" and other.expected is not None)
+        value, unit = _value(other), " %" * (other.unit == "%" and other.value is not None)
         words = "contradicted by" if contradicts else "also published:"
         printed = f"table {other.table}, row {other.row}" if other.paper == cell.paper else other.source
         found.append((f"{cell.id} ({_value(cell)}) {words} {value}{unit} of {printed}.", contradicts))
@@ -93,9 +93,9 @@ def remarks(cell: cells.Cell) -> list[tuple[str, bool]]:
 
 def matrix(verdicts: Sequence[Verdict]) -> list[list[str]]:
     """The table as it is printed, heading first: a row for each model, and in every cell theirs and ours."""
-    shown = [one for one in verdicts if one.cell.column != "average"]
-    columns = list(dict.fromkeys((one.cell.column, one.cell.length, one.cell.metric, one.cell.unit) for one in shown))
-    of = {(one.cell.row, one.cell.column, one.cell.length, one.cell.metric): one for one in shown}
+    shown = [one for one in verdicts if one.cell.task != "average"]
+    columns = list(dict.fromkeys((one.cell.task, one.cell.length, one.cell.metric, one.cell.unit) for one in shown))
+    of = {(one.cell.row, one.cell.task, one.cell.length, one.cell.metric): one for one in shown}
     means = {(one.row, one.tasks): one for one in averages(verdicts)}
     counts = sorted({tasks for _, tasks in means})
     heading = ["model"] + [_column(*column) for column in columns] + [f"average of {count}" for count in counts]
@@ -120,7 +120,7 @@ def _both(one: Verdict | None) -> str:
 
 
 def _value(cell: cells.Cell) -> str:
-    return "chance" if cell.expected is None else number(cell.expected, cell.unit)
+    return "chance" if cell.value is None else number(cell.value, cell.unit)
 
 
 def _mean(one: Average | None) -> str:
@@ -144,7 +144,7 @@ def listing(verdicts: Sequence[Verdict]) -> list[list[str]]:
     """A line for each cell, heading first; its notes are the marks of `footnotes`."""
     body, marks = [], footnotes(verdicts)
     for one in verdicts:
-        if one.cell.column == "average":
+        if one.cell.task == "average":
             continue
         spread = "" if one.spread is None else f" ± {one.spread:.2f}"
         sign = "x{:.2f}" if one.cell.unit == "ratio" else "{:+.2f}"
@@ -159,21 +159,19 @@ def listing(verdicts: Sequence[Verdict]) -> list[list[str]]:
 
 def records(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """A record for each cell, with its source, the values of the run that answers to it, and what is to be known of it."""
-    names = (
-        "id", "paper", "table", "row", "column", "length", "metric", "unit", "tolerance", "recipe", "layer", "note", "source",
-    )  # fmt: skip
+    names = ("id", "paper", "table", "row", "length", "metric", "unit", "tolerance", "recipe", "layer", "note", "source")
     found = []
     for one in verdicts:
         cell, cost = one.cell, one.cost
         run = None if cell.recipe in ("bench", None) else run_of(cell)
         other = [] if cell.cannot else cells.published_elsewhere(cell)
         found.append({
-            **{name: getattr(cell, name) for name in names}, "theirs": cell.expected, "their_deviation": cell.deviation,
-            "ours": one.ours, "our_deviation": one.spread, "difference": one.difference, "seeds": one.seeds,
-            "outcome": one.outcome, "reason": one.reason, "command": one.command,
-            "hours": None if cost is None else round(cost.hours, 4), "hours_hardware": None if cost is None else cost.hardware,
-            "hours_source": None if cost is None else cost.source, "protocol": None if run is None else run.protocol,
-            "configuration": None if run is None else json.dumps(dataclasses.asdict(run), sort_keys=True),
+            **{name: getattr(cell, name) for name in names}, "column": cell.task,
+            "theirs": cell.value, "their_deviation": cell.deviation, "ours": one.ours, "our_deviation": one.spread,
+            "difference": one.difference, "seeds": one.seeds, "outcome": one.outcome, "reason": one.reason,
+            "command": one.command, "hours": cost and round(cost.hours, 4), "hours_hardware": cost and cost.hardware,
+            "hours_source": cost and cost.source, "protocol": run and run.protocol,
+            "configuration": run and json.dumps(dataclasses.asdict(run), sort_keys=True),
             "deviations": list(cell.deviations),
             "published_elsewhere": [f"{one.id}: {_value(one)}" for one in other],
             "contradicted_by": [f"{one.id}: {_value(one)}" for one in other if cells.contradict(cell, one)],

@@ -7,11 +7,12 @@ machine.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from subquad.lra.report.results import Result
+import jax
+
+from subquad.lra import layers, machine
+from subquad.lra.report.ledger import Ledger
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 
@@ -40,69 +41,40 @@ class Cost(NamedTuple):
         return f"{self.hours:.3g} h on {self.hardware} ({self.source})"
 
 
-@dataclass(frozen=True)
-class StepTiming:
-    """Some steps of a run, timed on a machine.
-
-    Attributes:
-        configuration_hash: of the run's values but the seed, `ledger.hash_without_seed`.
-        probe_steps: how many were timed, after a first one.
-        step_seconds, evaluation_seconds: of a step, and of a batch of validation; compile_seconds: of both programs.
-        step_flops: of a step, as `training_flops` estimates them.
-    """
-
-    configuration_hash: str
-    recipe: str
-    layer: str
-    task: str
-    config: str
-    probe_steps: int
-    step_seconds: float
-    evaluation_seconds: float
-    compile_seconds: float
-    step_flops: float
-    hardware: str
-    finished_utc: str
-
-
-STEP_TIMING_KEY = ("configuration_hash", "hardware")
-
-
 _ELSEWHERE = "--probe measures this machine's"
 
 
-def forecast(
-    run: Run, task: Task, rows: Sequence[Result], hardware: str, is_cpu: bool, step_timings: Sequence[StepTiming] = (),
-    timed: StepTiming | None = None, *, here: bool = False,
-) -> Cost:  # fmt: skip
+def forecast(run: Run, task: Task, known: Ledger, *, here: bool = False, hardware: str | None = None) -> Cost:
     """Hours on this machine where anything was measured on it, or `here` in any case; else those of others.
 
     Args:
-        rows, step_timings: what was measured, on whatever machine; those of `hardware` count.
-        timed: of this very run on this machine: it is what counts.
+        known: what was measured, on whatever machine. Steps of this very run on this one are what counts.
+        hardware: the name of this machine; None: `machine.hardware()`.
     """
+    hardware = hardware or machine.hardware()
+    timed = known.timed_steps(run, hardware)
     if timed is not None:
         seconds = timed.compile_seconds + run.steps * timed.step_seconds
         seconds += evaluation_batches(run, task) * timed.evaluation_seconds
         return Cost(seconds / 3600, hardware, f"from {timed.probe_steps} steps timed on it, validation included")
-    rates, flops = _rates(rows, step_timings, hardware), training_flops(run, task) + evaluation_flops(run, task)
+    rates, flops = _rates(known, hardware), training_flops(run, task) + evaluation_flops(run, task)
     if rates:
         hours = flops / statistics.median(rates) / 3600
         return Cost(hours, hardware, f"estimate from {len(rates)} runs on it, validation included")
     if here:
         source = f"rough estimate, nothing was measured on it; {_ELSEWHERE}, validation included"
-        return Cost(flops / (CPU if is_cpu else GPU) / 3600, hardware, source)
+        return Cost(flops / (CPU if jax.default_backend() == "cpu" else GPU) / 3600, hardware, source)
     for key in (f"{run.task}/{run.config}", run.task):
         if (run.recipe, key) in STATED:
             return Cost(*STATED[run.recipe, key], f"as its authors state; {_ELSEWHERE}")
     return Cost(flops / GPU / 3600, "one V100", f"estimate from published hours, validation included; {_ELSEWHERE}")
 
 
-def _rates(rows: Iterable[Result], step_timings: Iterable[StepTiming], hardware: str) -> list[float]:
+def _rates(known: Ledger, hardware: str) -> list[float]:
     """FLOPs per second of the runs that were measured on a machine."""
-    found = [row.flops_per_step * row.steps_per_second for row in rows if row.hardware == hardware and _timed(row)]
-    timed = [one for one in step_timings if one.hardware == hardware and one.step_seconds > 0]
-    return found + [one.step_flops / one.step_seconds for one in timed]
+    rows = [row for row in known.rows() if row.hardware == hardware and row.flops_per_step and row.steps_per_second]
+    timed = [one for one in known.step_timings if one.hardware == hardware and one.step_seconds > 0]
+    return [row.flops_per_step * row.steps_per_second for row in rows] + [one.step_flops / one.step_seconds for one in timed]
 
 
 def evaluation_batches(run: Run, task: Task) -> int:
@@ -116,39 +88,16 @@ def evaluation_flops(run: Run, task: Task) -> float:
     return evaluation_batches(run, task) * training_flops(run, task) / run.steps / 3
 
 
-def _timed(row: Result) -> bool:
-    return bool(row.flops_per_step and row.steps_per_second)
-
-
 def training_flops(run: Run, task: Task) -> float:
-    """FLOPs of all steps: three forward passes each, attention by what a query sees."""
-    sequences = 2 if task.kind == "pair" else 1
-    tokens = run.steps * run.batch_size * sequences * task.length
-    return 3 * tokens * run.num_layers * (_maps(run) + mixing(run, task.length))
-
-
-def _maps(run: Run) -> float:
-    """FLOPs of a block's linear maps for a token."""
+    """FLOPs of all steps: three forward passes each, of linear maps and attention to as many keys as `keys_seen` says."""
+    tokens = run.steps * run.batch_size * (2 if task.kind == "pair" else 1) * task.length
     features, inside = run.in_features, run.layer_options.get("qkv_features", run.in_features)
-    mixer = 2 * features * features * 2 if run.layer == "s4" else 2 * 4 * features * inside
-    return mixer + 2 * 2 * features * run.mlp_features
+    maps = 2 * 4 * features * inside + 2 * 2 * features * run.mlp_features
+    return 3 * tokens * run.num_layers * (maps + 4 * inside * keys_seen(run.layer, task.length))
 
 
-def mixing(run: Run, length: int) -> float:
-    """FLOPs that a layer spends on mixing tokens, for a token of a sequence of `length`."""
-    options, features = run.layer_options, run.layer_options.get("qkv_features", run.in_features)
-    number = lambda name, default: min(length, options[name]) if isinstance(options.get(name), int) else default
-    if run.layer == "s4":
-        return 30 * features * (1 if options.get("is_causal") else 2) + 8 * features * number("state_size", 64) / 4
-    if run.layer == "performer":
-        return 6 * features * options.get("num_features", 256)
-    seen = {
-        "softmax": length,
-        "blockwise": number("block_size", 128),
-        "local": 2 * number("window_size", 256),
-        "strided": number("stride", 128) * 2 + length / number("stride", 128) * options.get("num_summary", 1),
-        "reformer": 2 * number("chunk_size", 64) * options.get("num_hashes", 4),
-        "linformer": 2 * number("num_landmarks", 256),
-        "transformer_xl": 2 * number("segment_length", 512) + number("memory_length", 512),
-    }.get(run.layer, length)
-    return 4 * features * min(seen, 4 * length)
+def keys_seen(layer: str, length: int) -> float:
+    """How many keys a query is compared with, or what costs as much: a guess by how the layer's cost grows with the length."""
+    cost = getattr(layers.find_layer(layer), "supports", None)
+    guessed = {"T": 512, "T log T": 64 * math.log2(length), "T^1.5": 4 * math.sqrt(length)}
+    return min(length, guessed.get(cost and cost.cost, length))

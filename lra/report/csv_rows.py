@@ -178,14 +178,7 @@ def _check_header(path: str | os.PathLike, header: list[str], columns: Columns) 
         )
 
 
-def write_rows(
-    path: str | os.PathLike,
-    columns: Columns,
-    rows: Iterable[Any],
-    key: Sequence[str],
-    *,
-    unless: Callable[[list[dict[str, str]]], bool] = lambda held: False,
-) -> bool:
+def write_rows(path: str | os.PathLike, columns: Columns, rows: Iterable[Any], key: Sequence[str]) -> None:
     """Writes rows into a CSV file beside those it holds; one with the same `key` cells takes the older one's place.
 
     The file is replaced as a whole while its lock is held: processes that write it wait for each other, and who reads it
@@ -195,8 +188,6 @@ def write_rows(
     Args:
         columns: the dataclass that the rows are of, or the names of the columns of dicts.
         key: columns that tell rows apart.
-        unless: of the rows held, whether to write nothing.
-    Returns: whether the rows were written.
     Raises: RunError: the file cannot be written, has other columns, or stays locked for `PATIENCE`.
     """
     shown, path, fields = pathlib.Path(path), pathlib.Path(os.path.realpath(path)), column_names(columns)
@@ -206,8 +197,6 @@ def write_rows(
         with locked(path, PATIENCE, busy):
             header, lines = read_lines(path)
             _check_header(shown, header, columns)
-            if unless([one.cells for one in lines if not one.reason]):
-                return False
             found: dict[Any, bytes] = {}
             for one in lines:
                 name = one.number if one.reason else tuple(one.cells.get(column, "") for column in key)
@@ -218,7 +207,6 @@ def write_rows(
             content = b"".join(one + b"\n" for one in (",".join(fields).encode(), *found.values()))
             if not path.exists() or path.read_bytes() != content:
                 write_whole(path, content)
-    return True
 
 
 def row_as_line(row: Mapping[str, Any], fields: Sequence[str]) -> str:

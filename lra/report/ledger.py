@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from subquad.lra.report import costs, csv_rows, results
+from subquad.lra.report import csv_rows, results
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 from subquad.lra.run import Run
@@ -21,7 +21,7 @@ class Floor:
 
     Attributes:
         task, config: of `tasks.find_task`.
-        floor: the rule's name, see NAMES.
+        floor: the rule's name, see `results.FLOORS`.
         value: accuracy, a fraction; or bits per byte.
         examples: of the test split that it was read off.
         data: what was read; command: that measured it.
@@ -41,16 +41,35 @@ class Floor:
 
 
 FLOOR_KEY = ("task", "config", "floor")
-KINDS = (Result, Measurement, Floor, costs.StepTiming)
-# Short names, in the columns of a `Result` and the keys of `Task.floors`, and what they are.
-NAMES = {
-    "majority": "majority class",
-    "root": "root operator alone",
-    "bag": "bag of bytes",
-    "network": "small CNN",
-    "unigram": "unigram",
-    "bigram": "bigram",
-}
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Some steps of a run, timed on a machine.
+
+    Attributes:
+        configuration_hash: of the run's values but the seed, `hash_without_seed`.
+        probe_steps: how many were timed, after a first one.
+        step_seconds, evaluation_seconds: of a step, and of a batch of validation; compile_seconds: of both programs.
+        step_flops: of a step, as `costs.training_flops` estimates them.
+    """
+
+    configuration_hash: str
+    recipe: str
+    layer: str
+    task: str
+    config: str
+    probe_steps: int
+    step_seconds: float
+    evaluation_seconds: float
+    compile_seconds: float
+    step_flops: float
+    hardware: str
+    finished_utc: str
+
+
+STEP_TIMING_KEY = ("configuration_hash", "hardware")
+KINDS = (Result, Measurement, Floor, StepTiming)
 
 
 @dataclass(frozen=True)
@@ -60,9 +79,9 @@ class Ledger:
     results: dict[str, list[Result]]
     measurements: list[Measurement]
     floors: dict[tuple[str, str], dict[str, Floor]]
-    step_timings: list[costs.StepTiming] = field(default_factory=list)
+    step_timings: list[StepTiming] = field(default_factory=list)
 
-    def timed_steps(self, run: Run, hardware: str) -> costs.StepTiming | None:
+    def timed_steps(self, run: Run, hardware: str) -> StepTiming | None:
         """The steps of a run, whatever its seed, that were timed on a machine."""
         name = hash_without_seed(dataclasses.asdict(run))
         found = [one for one in self.step_timings if (one.configuration_hash, one.hardware) == (name, hardware)]
@@ -111,33 +130,28 @@ def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:
     A line that cannot be read, and a file whose first line names no columns of ours, is reported on stderr and passed over. Of
     two rows of one configuration the one in the later file counts, but for one that failed where the other did not.
     """
-    rows: dict[str, Result] = {}
-    measured: list[Measurement] = []
-    floors: dict[tuple[str, str], dict[str, Floor]] = {}
-    step_timings: list[costs.StepTiming] = []
+    found: dict[type, list] = {kind: [] for kind in KINDS}
     for path in _files([SHIPPED, *paths]):
-        kind = _kind(path)
+        kind = kind_of(path)
         if kind is None:
             csv_rows.warn_once(_unknown(path), "The file is passed over; mend that line or move the file away.")
-            continue
-        for row in csv_rows.read_rows(path, kind):
-            if kind is Measurement:
-                measured.append(row)
-            elif kind is costs.StepTiming:
-                step_timings.append(row)
-            elif kind is Floor:
-                floors.setdefault((row.task, row.config), {})[row.floor] = row
-            else:
-                name = results.configuration_hash(row.configuration)
-                if row.status == "ok" or name not in rows or rows[name].status != "ok":
-                    rows[name] = row
-    found: dict[str, list[Result]] = {}
-    for row in rows.values():
-        found.setdefault(hash_without_seed(row.configuration), []).append(row)
-    return Ledger(found, measured, floors, step_timings)
+        else:
+            found[kind] += csv_rows.read_rows(path, kind)
+    latest: dict[str, Result] = {}
+    for row in found[Result]:
+        name = results.configuration_hash(row.configuration)
+        if row.status == "ok" or name not in latest or latest[name].status != "ok":
+            latest[name] = row
+    of_any_seed: dict[str, list[Result]] = {}
+    for row in latest.values():
+        of_any_seed.setdefault(hash_without_seed(row.configuration), []).append(row)
+    floors: dict[tuple[str, str], dict[str, Floor]] = {}
+    for floor in found[Floor]:
+        floors.setdefault((floor.task, floor.config), {})[floor.floor] = floor
+    return Ledger(of_any_seed, found[Measurement], floors, found[StepTiming])
 
 
-def _kind(path: pathlib.Path) -> type | None:
+def kind_of(path: str | os.PathLike) -> type | None:
     """What a file holds rows of; None for a file that is none of ours."""
     header, _ = csv_rows.read_lines(path)
     return next((kind for kind in KINDS if not header or csv_rows.holds(header, kind)), None)
@@ -156,7 +170,7 @@ def verify_files(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.
     """
     files, found = _files([SHIPPED, *paths]), []
     for path in files:
-        kind = _kind(path)
+        kind = kind_of(path)
         if kind is None:
             found.append(_unknown(path))
         else:
@@ -183,20 +197,3 @@ def _files(paths: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     for path in map(pathlib.Path, paths):
         found += sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
     return found
-
-
-def add_result(row: Result, path: str | os.PathLike) -> bool:
-    """Appends a result unless the file holds one of the same configuration that ended well. Returns: whether it did.
-
-    Raises: RunError: as `results.append`.
-    """
-    ours = results.configuration_hash(row.configuration)
-    known = lambda cells: cells.get("status") == "ok" and _hash(cells.get("configuration", "")) == ours
-    return results.append(row, path, unless=lambda held: any(map(known, held)))
-
-
-def _hash(configuration: str) -> str | None:
-    try:
-        return results.configuration_hash(configuration)
-    except ValueError:  # a line that `read_ledger` passes over
-        return None

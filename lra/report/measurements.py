@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from subquad.lra.report import csv_rows, text_tables
+from subquad.lra.report import csv_rows
+from subquad.lra.report.text_tables import Table
 
 MODES = ("forward", "gradient", "train")
 
@@ -90,21 +90,6 @@ def read_measurements(path: str | os.PathLike) -> list[Measurement]:
     return csv_rows.read_rows(path, Measurement)
 
 
-class Table(NamedTuple):
-    """One table as text.
-
-    Attributes:
-        title: what its rows share.
-        heading, body: cells; the first is the layer.
-        notes: what is to be known of its numbers, one sentence each.
-    """
-
-    title: str
-    heading: list[str]
-    body: list[list[str]]
-    notes: list[str]
-
-
 def groups(rows: Iterable[Measurement]) -> list[list[Measurement]]:
     """Rows that one picture holds: of one model, batch size, dtype, implementation, number of threads, machine and baseline."""
     shared = ("model", "batch_size", "dtype", "implementation", "threads", "hardware", "baseline")
@@ -152,7 +137,7 @@ def _speed(title: str, rows: Sequence[Measurement]) -> Table:
                 notes.append(f"{name} at {length_label(row.length)}: {row.status}.")
         speed = [_speed_cell(at.get(length)) for length in lengths]
         body.append([name, *speed, *(_memory_cell(at.get(length)) for length in lengths)])
-    return Table(title, heading, body, [_caption(rows), *notes])
+    return Table(title, [heading, *body], [_caption(rows), *notes])
 
 
 def _speed_cell(row: Measurement | None) -> str:
@@ -214,7 +199,7 @@ def _rest(title: str, rows: Sequence[Measurement]) -> list[Table]:
     notes = dict.fromkeys(note(row) for _, _, note in columns for row in longest.values())
     heading = ["layer", "at", *(name for name, _, _ in columns)]
     sentences = [f"{note[0].upper()}{note[1:]}." for note in notes if note]
-    return [Table(f"{title}, at the longest length", heading, body, sentences)]
+    return [Table(f"{title}, at the longest length", [heading, *body], sentences)]
 
 
 def _caption(rows: Sequence[Measurement]) -> str:
@@ -229,23 +214,3 @@ def _caption(rows: Sequence[Measurement]) -> str:
         f"{protocol[0].upper()}{protocol[1:]}{counted}. MiB: peak of the compiled program, its arguments counted."
         f"{ratios if one.baseline else ''}{several} {one.hardware}{threads}; {one.versions}; commit {(one.commit or '')[:12]}."
     )
-
-
-def markdown(rows: Iterable[Measurement]) -> str:
-    """All tables in Markdown."""
-    parts = []
-    for table in tables(rows):
-        parts.append(
-            "\n".join([f"### {table.title}", "", text_tables.markdown([table.heading, *table.body]), "", *table.notes, ""])
-        )
-    return "\n".join(parts)
-
-
-def latex(rows: Iterable[Measurement]) -> str:
-    """All tables in LaTeX, for the package booktabs."""
-    parts = ["% Needs \\usepackage{booktabs}"]
-    for table in tables(rows):
-        caption = text_tables.escaped(f"{table.title}. {' '.join(table.notes)}")
-        body = text_tables.latex([table.heading, *table.body])
-        parts.append("\n".join([r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", body, r"\end{table}", ""]))
-    return "\n".join(parts)

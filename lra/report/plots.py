@@ -1,5 +1,6 @@
 """Pictures: accuracy against FLOPs or time of a training step, and time and memory against length."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -16,7 +17,17 @@ COLORS = (
     "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#0072b2", "#cc79a7", "#8c6d1f", "#6a3d9a", "#f0e442", "#882255", "#44aa99",
     "#999999",
 )  # fmt: skip
-MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.")
+LOOKS = [
+    dict(color=color, marker=marker, linestyle=dash)
+    for marker, dash in zip("os^DvP", ("-", "--", "-.") * 2, strict=True)
+    for color in COLORS
+]
+STYLE = {
+    "figure.dpi": 150, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8,
+    "axes.titlelocation": "left", "axes.titlesize": 10, "legend.frameon": False,
+}  # fmt: skip
+BESIDE = dict(loc="center left", bbox_to_anchor=(1.0, 0.5))  # of a legend
 POINT, LARGEST_BUBBLE = 42.0, 900.0  # areas in square points
 
 
@@ -61,42 +72,43 @@ def accuracy_against_time(rows: Iterable[Result], path: str | os.PathLike | None
 
 
 def _accuracy_against(cost: Callable, label: str, rows: Iterable[Result], path, needed: Sequence[str]):
-    figure = _figure((9, 5))
-    axes = figure.add_subplot()
-    _style(axes)
-    axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %")
     every = groups(rows)
     drawn = [[row for row in group if all(getattr(row, name) is not None for name in needed)] for group in every]
     absent = sorted({group[0].layer for group, kept in zip(every, drawn, strict=True) if not kept})
-    drawn, bubbles = list(filter(None, drawn)), "memory_peak_bytes" in needed
-    if bubbles:  # large ones first, so that none hides another
-        drawn.sort(key=lambda group: -_mean(group, "memory_peak_bytes"))
-    points = [(cost(group), 100 * _mean(group, "accuracy")) for group in drawn]
+    drawn = [group for group in drawn if group]
     names = sorted(group[0].layer for group in drawn)
-    for group, (x, y) in zip(drawn, points, strict=True):
-        color, marker, _ = _look(names.index(group[0].layer))
-        memory = _mean(group, "memory_peak_bytes") / _mean(drawn[0], "memory_peak_bytes") if bubbles else 0.0
-        deviation = 100 * statistics.stdev(row.accuracy for row in group) if len(group) > 1 else 0.0
-        axes.errorbar(x, y, yerr=deviation, fmt="none", ecolor=QUIET, elinewidth=1)
-        area, shape = (LARGEST_BUBBLE * memory, "o") if bubbles else (POINT, marker)
-        said = f"{group[0].layer}, {_mean(group, 'memory_peak_bytes') / 2**20:.0f} MiB" if bubbles else group[0].layer
-        shown = dict(color=color, marker=shape, alpha=0.6 if bubbles else 1.0, edgecolors=INK)
-        axes.scatter(x, y, s=area, label=said, zorder=3, **shown)
-    if points:
-        line = [points[index] for index in front(points)]
-        axes.plot(*zip(*line, strict=True), drawstyle="steps-post", color=FRONT, linewidth=1.5, label="Pareto front")
-        one = drawn[0][0]
-        for name, value, dash in (("majority", one.floor_majority, ":"), ("root operator", one.floor_root, "--")):
-            if value is not None:
-                axes.axhline(100 * value, color=INK, linestyle=dash, linewidth=1, label=f"{name} floor, {100 * value:.1f} %")
-        axes.margins(0.12)
-        _plain_ticks(axes.xaxis)
-        title = f"{one.task}, {one.config}, {one.steps} steps of {one.batch_size}; {one.hardware}"
-        axes.set_title(title + (f"; not drawn: {', '.join(absent)}" if absent else ""), loc="left", fontsize=9)
-        legend = axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        for handle in legend.legend_handles[: len(points)] if bubbles else ():
-            handle.set_sizes([POINT])
-    return _saved(figure, path)
+    memory = {}
+    if "memory_peak_bytes" in needed:  # large ones first, so that none hides another
+        drawn.sort(key=lambda group: -_mean(group, "memory_peak_bytes"))
+        memory = {group[0].layer: _mean(group, "memory_peak_bytes") for group in drawn}
+    points = [(cost(group), 100 * _mean(group, "accuracy")) for group in drawn]
+    with _figure((9, 5), path) as figure:
+        axes = figure.add_subplot()
+        axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %")
+        for group, (x, y) in zip(drawn, points, strict=True):
+            name, deviation = group[0].layer, 100 * statistics.stdev(row.accuracy for row in group) if group[1:] else 0.0
+            axes.errorbar(x, y, yerr=deviation, fmt="none", ecolor=QUIET, elinewidth=1)
+            look = {word: LOOKS[names.index(name) % len(LOOKS)][word] for word in ("color", "marker")} | {"s": POINT}
+            if memory:
+                look |= dict(marker="o", s=LARGEST_BUBBLE * memory[name] / max(memory.values()), alpha=0.6)
+                name = f"{name}, {memory[name] / 2**20:.0f} MiB"
+            axes.scatter(x, y, edgecolors=INK, label=name, zorder=3, **look)
+        if points:
+            line = [points[index] for index in front(points)]
+            axes.plot(*zip(*line, strict=True), drawstyle="steps-post", color=FRONT, linewidth=1.5, label="Pareto front")
+            one = drawn[0][0]
+            for name, value, dash in (("majority", one.floor_majority, ":"), ("root operator", one.floor_root, "--")):
+                if value is not None:
+                    floor = f"{name} floor, {100 * value:.1f} %"
+                    axes.axhline(100 * value, color=INK, linestyle=dash, linewidth=1, label=floor)
+            axes.margins(0.12)
+            _plain_ticks(axes.xaxis)
+            title = f"{one.task}, {one.config}, {one.steps} steps of {one.batch_size}; {one.hardware}"
+            axes.set_title(title + (f"; not drawn: {', '.join(absent)}" if absent else ""), fontsize=9)
+            legend = axes.legend(fontsize=8, **BESIDE)
+            for handle in legend.legend_handles[: len(points)]:
+                handle.set_sizes([POINT])
+    return figure
 
 
 def cost_against_length(rows: Iterable[Measurement], path: str | os.PathLike | None = None):
@@ -150,34 +162,57 @@ def against_length(
     from matplotlib.ticker import NullLocator
 
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    figure = _figure((12, 0.8 + 3.1 * max(1, len(panels) // 2)))
-    for place, (heading, label, lines) in enumerate(panels, 1):
-        axes = figure.add_subplot(len(panels) // 2, 2, place)
-        _style(axes)
-        axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label)
-        axes.set_title(heading, loc="left", fontsize=10)
-        for name, points in lines.items():
-            bold, (color, marker, dash) = points[0].bold, _look(numbers[name])
-            power = slope([point[:2] for point in points])
-            shown = name if power is None else f"{name}, slope {power:.2f}"
-            words = dict(color=INK if bold else color, marker=marker, markersize=4)
-            across, up, *_ = zip(*points, strict=True)
-            axes.plot(across, up, dash, linewidth=2.2 if bold else 1.3, label=shown, zorder=3, **words)
-            hollow = [point[:2] for point in points if not point.ran]
-            if hollow:
-                axes.plot(*zip(*hollow, strict=True), linestyle="none", markerfacecolor="white", zorder=4, **words)
-        lengths = sorted({point.length for *_, every in panels for points in every.values() for point in points})
-        axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 1.15)
-        axes.set_xticks(lengths)
-        low, high = axes.get_ylim()
-        if high < 4 * low:  # else a difference of one part in a hundred would look large
-            axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
-        axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        _plain_ticks(axes.yaxis)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return _saved(figure, path)
+    lengths = sorted({point.length for *_, lines in panels for points in lines.values() for point in points})
+    with _figure((12, 0.8 + 3.1 * max(1, len(panels) // 2)), path) as figure:
+        for place, (heading, label, lines) in enumerate(panels, 1):
+            axes = figure.add_subplot(len(panels) // 2, 2, place)
+            axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label, title=heading)
+            for name, points in lines.items():
+                power, is_bold = slope([point[:2] for point in points]), points[0].bold
+                look = LOOKS[numbers[name] % len(LOOKS)] | dict(markersize=4) | (dict(color=INK) if is_bold else {})
+                shown = name if power is None else f"{name}, slope {power:.2f}"
+                across, up, *_ = zip(*points, strict=True)
+                axes.plot(across, up, linewidth=2.2 if is_bold else 1.3, label=shown, zorder=3, **look)
+                hollow = [point[:2] for point in points if not point.ran]
+                if hollow:
+                    axes.plot(*zip(*hollow, strict=True), markerfacecolor="white", zorder=4, **look | dict(linestyle="none"))
+            axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 1.15)
+            axes.set_xticks(lengths)
+            low, high = axes.get_ylim()
+            if high < 4 * low:  # else a difference of one part in a hundred would look large
+                axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
+            axes.xaxis.set_major_formatter(lambda value, _: length_label(round(value)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            _plain_ticks(axes.yaxis)
+            axes.legend(fontsize=7, **BESIDE)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def learning_curves(curves: Mapping[Result, Sequence[tuple[int, float]]], path: str | os.PathLike | None = None):
+    """Draws the validations of runs against steps: a line for the mean of a layer's seeds, and a band from worst to best.
+
+    Args:
+        curves: result -> (step, score) of each validation.
+        path: the file, PNG; None does not save.
+    Returns: the matplotlib figure.
+    """
+    seeds: dict[str, list[dict[int, float]]] = {}
+    for row, points in curves.items():
+        seeds.setdefault(row.layer, []).append(dict(points))
+    language = any(row.bits_per_byte is not None for row in curves)
+    with _figure((9, 4.5), path) as figure:
+        axes = figure.add_subplot()
+        for number, (layer, runs) in enumerate(sorted(seeds.items())):
+            steps = sorted(set.intersection(*map(set, runs)))
+            scores = [[run[step] for run in runs] for step in steps]
+            axes.plot(steps, list(map(statistics.mean, scores)), markersize=3, label=layer, **LOOKS[number % len(LOOKS)])
+            if len(runs) > 1:
+                color = LOOKS[number % len(LOOKS)]["color"]
+                axes.fill_between(steps, list(map(min, scores)), list(map(max, scores)), color=color, alpha=0.2, linewidth=0)
+        axes.set(xlabel="step", ylabel="bits per byte of validation" if language else "accuracy of validation")
+        axes.legend(fontsize=8, **BESIDE)
+    return figure
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float | None:
@@ -193,28 +228,17 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
     return math.log(grown / y) / math.log(later / x)
 
 
-def _figure(size: tuple[float, float]):
+@contextlib.contextmanager
+def _figure(size: tuple[float, float], path: str | os.PathLike | None):
+    """A figure to draw in, in our style, and saved at the end."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    return Figure(figsize=size, dpi=150, layout="constrained")
-
-
-def _saved(figure, path: str | os.PathLike | None):
-    if path is not None:
-        figure.savefig(path, format="png")
-    return figure
-
-
-def _look(number: int) -> tuple[str, str, str]:
-    """(colour, marker, dash) of the layer of a number."""
-    again = number // len(COLORS)
-    return COLORS[number % len(COLORS)], MARKERS[again % len(MARKERS)], DASHES[again % len(DASHES)]
-
-
-def _style(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size)
+        yield figure
+        if path is not None:
+            figure.savefig(path, format="png")
 
 
 def _plain_ticks(axis) -> None:

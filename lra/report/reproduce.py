@@ -15,9 +15,9 @@ from subquad.lra.bench import programs
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
-from subquad.lra.report import costs, csv_rows, ledger, step_timings, verdicts
+from subquad.lra.report import costs, csv_rows, results, step_timings, verdicts
 from subquad.lra.report.cells import Cell
-from subquad.lra.report.ledger import Ledger
+from subquad.lra.report.ledger import STEP_TIMING_KEY, Ledger, StepTiming
 from subquad.lra.run import Run
 
 
@@ -65,7 +65,7 @@ def train_missing(
     folder = pathlib.Path(path).parent / "runs"
 
     def price(run: Run) -> costs.Cost:
-        whole = verdicts.forecast(run, tasks.find_task(run.task, run.config), known, here=True)
+        whole = costs.forecast(run, tasks.find_task(run.task, run.config), known, here=True)
         return whole._replace(hours=whole.hours * undone(run, folder / run.id))
 
     waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
@@ -81,22 +81,19 @@ def train_missing(
             break
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}, seed {run.seed}: {cost}")
         say(json.dumps(dataclasses.asdict(run), sort_keys=True))
-        used_up = threading.Event()
         try:
-            with _alarm(left, used_up):
+            with budget(left):
                 row = train.train(run, out=folder / run.id, data_dir=data_dir, resume=True)
-        except (Interrupted, KeyboardInterrupt) as stopped:
-            saved = str(stopped).partition(" Go on")[0]
-            words = " ".join(filter(None, [saved, "The same command goes on from there."]))
-            if not used_up.is_set():
-                raise Interrupted(words, getattr(stopped, "number", signal.SIGINT)) from None
-            say(f"The budget is used up. {words}")
+        except UsedUp as stopped:
+            say(f"The budget is used up. {stopped}The same command goes on from there.")
             break
+        except Interrupted as stopped:
+            raise Interrupted(f"{_saved(stopped)}The same command goes on from there.", stopped.number) from None
         except (ValueError, TypeError, NotImplementedError, RuntimeError, DatasetError, RunError) as error:
             failures += 1
             say(f"{run.layer} on {run.task}: {one_line(error)}")
             continue
-        ledger.add_result(row, path)
+        results.append(row, path, ("configuration", "status"))  # another command may have added it meanwhile
         say(f"{run.layer} on {run.task}: {row.status}" + (f", {100 * row.accuracy:.2f} %" if row.accuracy is not None else ""))
     return failures
 
@@ -117,8 +114,8 @@ def time_missing(
             failures += 1
             say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {one_line(error)}")
             continue
-        csv_rows.write_rows(path, costs.StepTiming, [timed], costs.STEP_TIMING_KEY)
-        cost = costs.forecast(run, task, (), timed.hardware, True, (), timed)
+        csv_rows.write_rows(path, StepTiming, [timed], STEP_TIMING_KEY)
+        cost = costs.forecast(run, task, Ledger({}, [], {}, [timed]))
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
 
@@ -129,15 +126,25 @@ def undone(run: Run, folder: pathlib.Path) -> float:
     return 0.0 if (folder / "result.json").exists() else 1 - max(steps, default=0) / run.steps
 
 
+class UsedUp(Exception):
+    """A budget that ended a block; the message is what the block says of what it saved."""
+
+
+def _saved(stopped: BaseException) -> str:
+    """What an interruption says of what was saved, without the way to go on."""
+    return f"{str(stopped).partition(' Go on')[0]} ".lstrip()
+
+
 @contextlib.contextmanager
-def _alarm(hours: float | None, rung: threading.Event) -> Iterator[None]:
-    """Sends this process what Ctrl-C sends after so many hours, and sets `rung` before."""
+def budget(hours: float | None) -> Iterator[None]:
+    """Ends a block after so many hours by what Ctrl-C sends. Raises: UsedUp: it did.  Others: what Ctrl-C itself raises."""
     if hours is None:
         yield
         return
+    used_up = threading.Event()
 
     def ring():
-        rung.set()
+        used_up.set()
         os.kill(os.getpid(), signal.SIGINT)
 
     timer = threading.Timer(min(3600 * hours, threading.TIMEOUT_MAX), ring)
@@ -145,36 +152,34 @@ def _alarm(hours: float | None, rung: threading.Event) -> Iterator[None]:
     timer.start()
     try:
         yield
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        if used_up.is_set():
+            raise UsedUp(_saved(stopped)) from None
+        raise
     finally:
         timer.cancel()
         timer.join()
 
 
 def bench_words(
-    cells: Sequence[Cell],
-    known: Ledger,
-    path: str | os.PathLike,
-    batch_size: int | None = None,
-    device: str | None = None,
+    cells: Sequence[Cell], known: Ledger, path: str | os.PathLike, batch_size: int | None = None, device: str | None = None
 ) -> list[str] | None:
     """What scripts/bench_lra.py measures for the cells of ratios that wait, into the CSV at `path`; None where none does.
 
     What was measured with another batch size (None: the usual one) or on another machine than `device` (None: this one)
     is missing.
     """
-    device = machine.hardware() if device is None else device
-    batch_size = programs.usual_batch_size() if batch_size is None else batch_size
-    rows = [row for row in known.measurements if (row.hardware, row.batch_size) == (device, batch_size)]
-    here = dataclasses.replace(known, measurements=rows)
-    judged = [verdicts.judge(cell, here) for cell in cells if cell.recipe == "bench"]
+    measured_here = (device or machine.hardware(), batch_size or programs.usual_batch_size())
+    rows = [row for row in known.measurements if (row.hardware, row.batch_size) == measured_here]
+    judged = [verdicts.judge(cell, dataclasses.replace(known, measurements=rows)) for cell in cells if cell.recipe == "bench"]
     wanted = [one.cell for one in judged if one.outcome == "not run"]
     if not wanted:
         return None
     lengths = sorted({cell.length for cell in wanted})
-    layers = list(dict.fromkeys([verdicts.BASELINE, *(cell.layer for cell in wanted)]))
+    layers = dict.fromkeys([verdicts.BASELINE, *(cell.layer for cell in wanted)])
     return [
         "--model", verdicts.MODEL, "--modes", verdicts.MODE, "--layers", ",".join(layers), "--lengths",
-        ",".join(map(str, lengths)), "--batch-size", str(batch_size), "--out", str(path),
+        ",".join(map(str, lengths)), "--batch-size", str(measured_here[1]), "--out", str(path),
     ]  # fmt: skip
 
 
@@ -194,12 +199,9 @@ def measure_missing(
         say(f"Left for another time: measurements. One would take {verdicts.MEASURING}, {left}.")
         return 0
     say(f"subquad bench {' '.join(words)}")
-    used_up = threading.Event()
     try:
-        with _alarm(budget_hours, used_up):
+        with budget(budget_hours):
             return measure(words)
-    except KeyboardInterrupt:
-        if not used_up.is_set():
-            raise
+    except UsedUp:
         say("The budget is used up; the measurements that are done are kept, and the same command makes the others.")
         return 0

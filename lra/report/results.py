@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from subquad.lra import machine
@@ -69,6 +69,9 @@ class Result:
     floor_bigram: float | None = None  # of those after one token
     accuracy_train: float | None = None  # as `accuracy`, of drawn training examples, as many as of test
     bits_per_byte_train: float | None = None
+    floor_chance: float | None = None  # what guessing reaches by the task's own definition
+    accuracy_sequences: float | None = None  # of sequences with several targets: those with all of them right
+    scores_by_length: str | None = None  # JSON: a length of test examples -> the score of `selection`, or why there is none
 
 
 FIELDS = csv_rows.column_names(Result)
@@ -94,33 +97,34 @@ def configuration_hash(configuration: str | Mapping) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def append(result: Result, path: str | os.PathLike, unless: Callable[[list[dict]], bool] = lambda held: False) -> bool:
-    """Adds a row to a CSV file, which is made if it is not there; a row that it holds already is not added again.
+def append(result: Result, path: str | os.PathLike, key: Sequence[str] = FIELDS) -> None:
+    """Adds a row to a CSV file, which is made if it is not there; one with the same `key` cells takes the older one's place.
 
     See `csv_rows.write_rows` for several processes.
 
-    Args:
-        unless: of the rows held, as text, whether to add nothing.
-    Returns: whether the row is in the file now.
     Raises: RunError: the file cannot be written, or has other columns; the message carries the row, so nothing is lost.
     """
     try:
-        return csv_rows.write_rows(path, Result, [result], FIELDS, unless=unless)
+        csv_rows.write_rows(path, Result, [result], key)
     except RunError as error:
         row = csv_rows.row_as_line(dataclasses.asdict(result), FIELDS)
         raise RunError(f"{str(error).rstrip('.')}; the row was: {row}") from error
 
 
+def columns_of_run(run, task, devices: int = 1) -> dict:
+    """The columns that are known of a run whatever comes of it."""
+    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
+    return dict(
+        **{name: getattr(run, name) for name in OF_RUN}, configuration=configuration,
+        configuration_hash=configuration_hash(configuration), split="test", test_examples=task.splits["test"],
+        source=task.source, finished_utc=machine.utc_now(), **machine.environment(devices),
+    )  # fmt: skip
+
+
 def failure(run, task, reason: str) -> Result:
     """The row of a run that could not be trained."""
-    blank = {one.name: None for one in dataclasses.fields(Result)}
-    configuration = json.dumps(dataclasses.asdict(run), sort_keys=True)
-    known = dict(
-        status=f"failed: {reason}", split="test", test_examples=task.splits["test"], data=task.dataset,
-        source=task.source, parameters=0, configuration=configuration, configuration_hash=configuration_hash(configuration),
-        finished_utc=machine.utc_now(),
-    )  # fmt: skip
-    return Result(**{**blank, **{name: getattr(run, name) for name in OF_RUN}, **known, **machine.environment()})
+    known = columns_of_run(run, task) | dict(status=f"failed: {reason}", data=task.dataset, parameters=0)
+    return Result(**(dict.fromkeys(FIELDS) | known))
 
 
 def write_text(text: str, path: str | os.PathLike, cure: str = "Choose another with --out.") -> None:
@@ -145,16 +149,22 @@ def read_results(path: str | os.PathLike) -> list[Result]:
     return csv_rows.read_rows(path, Result)
 
 
+# What rules reach that see next to nothing of the input: the columns floor_..., the keys of `Task.floors`. The last two are
+# bits per byte.
+FLOORS = {
+    "chance": "a guess",
+    "majority": "the commonest answer",
+    "root": "the commonest answer given the root operator",
+    "bag": "a linear rule on how often each token occurs",
+    "network": "a small convolutional network",
+    "unigram": "counts of bytes",
+    "bigram": "counts of bytes after one byte",
+}
 # What the table shows: heading, and the cell of a group of rows that differ in seed only.
 COLUMNS = {
     "layer": lambda rows: rows[0].layer,
     "test accuracy": lambda rows: score_of_seeds(rows),
-    "majority floor": lambda rows: per_cent(rows[0].floor_majority),
-    "root floor": lambda rows: per_cent(rows[0].floor_root),
-    "bag floor": lambda rows: per_cent(rows[0].floor_bag),
-    "network floor": lambda rows: per_cent(rows[0].floor_network),
-    "unigram floor": lambda rows: _mean(rows, "floor_unigram", "{:.3f}".format),
-    "bigram floor": lambda rows: _mean(rows, "floor_bigram", "{:.3f}".format),
+    **{f"{name} floor": lambda rows, name=name: floor_cell(name, getattr(rows[0], f"floor_{name}")) for name in FLOORS},
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
     "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
     "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
@@ -201,15 +211,12 @@ def caption(rows: Sequence[Result]) -> str:
     one = rows[0]
     seeds = sorted({row.seed for row in rows})
     chosen = "best on validation" if one.selection == "best" else "of the last step"
-    judged, error, floors = "Bits per byte", "", ""
-    if one.floor_unigram is not None:
-        floors = "; unigram and bigram floors: counts of bytes, and of bytes after one byte"
+    known = [name for name in FLOORS if getattr(one, f"floor_{name}") is not None]
+    floors = "".join(f"; {name} floor: {FLOORS[name]}" for name in known)
+    judged, error = "Bits per byte", ""
     if not _models_language(rows):
-        judged, floors = "Accuracy", "; majority floor: the commonest answer"
+        judged = "Accuracy"
         error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
-        floors += "; root floor: the commonest answer given the root operator" if one.floor_root is not None else ""
-        floors += "; bag floor: a linear rule on how often each token occurs" if one.floor_bag is not None else ""
-        floors += "; network floor: a small convolutional network" if one.floor_network is not None else ""
     return (
         f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "
@@ -243,5 +250,8 @@ def _mean(rows: Sequence[Result], name: str, write) -> str:
     return write(statistics.mean(values)) if values else ""
 
 
-def per_cent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+def floor_cell(name: str, value: float | None) -> str:
+    """A floor as tables show it; "" where there is none."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if name in ("unigram", "bigram") else f"{100 * value:.1f} %"

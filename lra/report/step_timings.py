@@ -7,8 +7,8 @@ from collections.abc import Callable
 from subquad.lra import machine, sizes
 from subquad.lra.bench import programs
 from subquad.lra.progress import Work
-from subquad.lra.report.costs import StepTiming, training_flops
-from subquad.lra.report.ledger import hash_without_seed
+from subquad.lra.report.costs import training_flops
+from subquad.lra.report.ledger import StepTiming, hash_without_seed
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 

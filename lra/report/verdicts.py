@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-
-from subquad.lra import machine, tasks
+from subquad.lra import tasks
 from subquad.lra.bench import programs
 from subquad.lra.data import catalogue, store
 from subquad.lra.plan import plan
@@ -79,18 +77,6 @@ def run_of(cell: Cell, seed: int = 0) -> Run:
     return plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
 
 
-def forecast(run: Run, task: tasks.Task, ledger: Ledger, *, here: bool = False) -> costs.Cost:
-    """What a run will take: on this machine where anything was measured on it, or `here` in any case."""
-    hardware, is_cpu = _this_machine()
-    known = ledger.rows(), hardware, is_cpu, ledger.step_timings, ledger.timed_steps(run, hardware)
-    return costs.forecast(run, task, *known, here=here)
-
-
-@functools.cache
-def _this_machine() -> tuple[str, bool]:
-    return machine.hardware(), jax.default_backend() == "cpu"
-
-
 def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     run = run_of(cell)
     rows = ledger.finished_runs(run)
@@ -100,14 +86,14 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     if not rows:
         task = tasks.find_task(run.task, run.config)
         command = _command(cell, f"{_prepare(task, data_dir)}python scripts/reproduce_table.py", options)
-        return Verdict(cell, "not run", reason=cell.note, command=command, cost=forecast(run, task, ledger))
+        return Verdict(cell, "not run", reason=cell.note, command=command, cost=costs.forecast(run, task, ledger))
     if cell.metric == "train_accuracy":
         rows = [row for row in rows if row.accuracy_train is not None]
         if not rows:
             return Verdict(cell, "cannot", reason="its run is of a version that did not score train")
     values = [100 * (row.accuracy_train if cell.metric == "train_accuracy" else row.accuracy) for row in rows]
     ours, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-    theirs = CHANCE if cell.expected is None else cell.expected
+    theirs = CHANCE if cell.value is None else cell.value
     close = abs(ours - theirs) <= cell.tolerance
     collapsed = [f"seed {row.seed} collapsed at step {row.collapsed_step}" for row in rows if row.collapsed_step is not None]
     lost = [f"seed {row.seed} {row.status}" for row in failed]
@@ -131,7 +117,7 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
     found = dict(ours=ours, seeds=1, hardware=f"{row.hardware}, batch {row.batch_size}, {row.dtype}")
     if cell.layer == BASELINE:
         return Verdict(cell, "baseline", **found)
-    ratio = ours / cell.expected
+    ratio = ours / cell.value
     close = 1 / cell.tolerance <= ratio <= cell.tolerance
     reason = "" if close or not cell.note else f"theirs: {cell.note}"
     return Verdict(cell, "reproduced within tolerance" if close else "differs", difference=ratio, reason=reason, **found)
@@ -183,18 +169,18 @@ def averages(verdicts: Sequence[Verdict]) -> list[Average]:
     found = []
     scores = [one for one in verdicts if one.cell.metric == "accuracy"]
     for row in dict.fromkeys(one.cell.row for one in scores):
-        of = {one.cell.column: one for one in scores if one.cell.row == row}
+        of = {one.cell.task: one for one in scores if one.cell.row == row}
         if not set(FIVE) <= set(of):
             if "average" in of:
                 printed = of["average"].cell
                 count, marked = 6 if "six tasks" in printed.note else 5, "failed Path-X" in printed.note
-                found.append(Average(row, count, printed.expected, marked, None, False))
+                found.append(Average(row, count, printed.value, marked, None, False))
             continue
         path_x = of.get("path_x")
-        theirs = [of[name].cell.expected for name in FIVE]
+        theirs = [of[name].cell.value for name in FIVE]
         ours = [of[name].ours for name in FIVE]
         found.append(Average(row, 5, statistics.mean(theirs), False, _whole(ours), False))
-        last = None if path_x is None else path_x.cell.expected
+        last = None if path_x is None else path_x.cell.value
         mine = CHANCE if path_x is None else path_x.ours
         failed = path_x is None or (mine is not None and mine <= CHANCE + cells.TOLERANCE)
         found.append(Average(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from peers import Contest, patterns
+from peers import Contest, dense, patterns
 from peers.sides import Case, jax_side, torch_side
 
 
@@ -78,12 +78,6 @@ def _scan_arrays(case: Case):
     return [(1 / (1 + np.exp(-case.draw(1, tokens.shape)[0]))).astype(np.float32), tokens]
 
 
-def _dense(case: Case):
-    from peers import dense
-
-    return dense.ours(case, True)
-
-
 CONTESTS = [
     Contest(
         "local", "FlexAttention, full", "torch", lambda case: patterns.ours_local(case, False),
@@ -94,6 +88,6 @@ CONTESTS = [
         devices=("gpu",), note=f"stride {patterns.STRIDE}",
     ),
     Contest("linear", "fla, causal", "flash-linear-attention", ours_linear, fla, same=True, devices=("gpu",)),
-    Contest("dense", "kvax, causal", "kvax", _dense, kvax, same=True, devices=("gpu",)),
+    Contest("dense", "kvax, causal", "kvax", lambda case: dense.ours(case, True), kvax, same=True, devices=("gpu",)),
     Contest("scan", "accelerated-scan", "accelerated-scan", ours_scan, accelerated_scan, devices=("gpu",)),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from subquad.kernels import (
     block_sparse,
+    checks,
     convolution,
     entmax,
     gather,
@@ -178,3 +179,28 @@ def test_an_eps_that_is_traced_is_refused():
 def test_a_scale_may_be_traced():
     """Of LSH attention, where it is an array of one number."""
     assert jax.eval_shape(lambda scale: call("lsh.attention", scale=scale), 0.5).shape == TOKENS.shape
+
+
+def test_shapes():
+    """A letter is one size, sizes may be several, and None is no array."""
+    checks.shape("op", "x", None, "B T", "Fix it.")
+    checks.shape("op", "x", jnp.ones((2, 3, 3)), "B M M", "Fix it.", B=(1, 2))
+    said = r"^op: x must have shape \[B, M, M\] = \[1 or 2, M, M\].*, got \(2, 3, 4\)\. Fix it\.$"
+    with pytest.raises(ValueError, match=said):
+        checks.shape("op", "x", jnp.ones((2, 3, 4)), "B M M", "Fix it.", B=(1, 2))
+    for wrong in (jnp.ones(2), jnp.ones((2, 0)), jnp.ones((3, 1))):
+        with pytest.raises(ValueError, match="^op: x must have shape"):
+            checks.shape("op", "x", wrong, "B T", "Fix it.", B=2)
+
+
+def test_lists():
+    checks.lists("op", "x", np.array([[0, -1, -1]]), "N L", -1, 2, "Fix it.")
+    for wrong, error, says in (
+        (np.array([[0, 0]]), ValueError, "must list nothing twice"),
+        (np.array([[3]]), ValueError, "must lie in -1 .. 2, got 3 .. 3"),
+        (np.array([0]), ValueError, "must have shape"),
+        (np.array([[0.0]]), TypeError, "must be a NumPy array of integers, got ndarray of float64"),
+        (jnp.array([[0]]), TypeError, "must be a NumPy array of integers"),
+    ):
+        with pytest.raises(error, match=f"^op: x {says}"):
+            checks.lists("op", "x", wrong, "N L", -1, 2, "Fix it.")

@@ -53,13 +53,25 @@ CALLS = {
 }
 SHARED = ("lsh",)  # query and key are one array
 XLA_ONLY = ("entmax", "entmax-alpha", "gather", "gather-blocks")
+NUMBERS = (np.nan, np.inf, 1e12, 1e18, 3e38)
+FEW = (np.nan, 3e38)  # by default in the interpreter, which takes a second for each
+implementations = pytest.mark.parametrize(
+    "implementation", ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)]
+)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)])
-@pytest.mark.parametrize("name", CALLS)
-def test_padding_reaches_nothing(name, implementation):
-    if implementation == "interpret" and name in XLA_ONLY:
-        pytest.skip("there is no Triton kernel")
+def cases():
+    for name in CALLS:
+        for implementation in ("reference", "xla"):
+            yield pytest.param(name, implementation, NUMBERS, id=f"{name}-{implementation}")
+        if name not in XLA_ONLY:
+            marks, rest = (pytest.mark.interpret, pytest.mark.full), [number for number in NUMBERS if number not in FEW]
+            yield pytest.param(name, "interpret", FEW, id=f"{name}-interpret", marks=marks[:1])
+            yield pytest.param(name, "interpret", rest, id=f"{name}-interpret-others", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "implementation", "numbers"), list(cases()))
+def test_padding_reaches_nothing(name, implementation, numbers):
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32) for _ in range(3)]
     cotangent = jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)
@@ -75,14 +87,14 @@ def test_padding_reaches_nothing(name, implementation):
 
     want = run(*filled(0, True))
     assert all(np.isfinite(x).all() for x in want) and abs(want[0]).max() > 0.1
-    for number in (np.nan, np.inf, 1e12, 1e18, 3e38):
+    for number in numbers:
         # The reference says nothing of a query that is padding: it knows no cotangents.
         for queries in {name in SHARED, implementation != "reference"}:
             for got, expected in zip(run(*filled(number, queries)), want, strict=True):
                 np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)])
+@implementations
 def test_a_query_that_sees_nothing_gives_no_gradient(implementation):
     """Whatever it holds, and whatever is made of its output, which is 0."""
     rng = np.random.default_rng(0)
@@ -98,12 +110,12 @@ def test_a_query_that_sees_nothing_gives_no_gradient(implementation):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)])
+@implementations
 @pytest.mark.parametrize("name", ["softmax-causal", "fixed", "linear-causal", "relative", "entmax", "gather-blocks"])
 def test_a_future_of_any_finite_size_changes_no_past(name, implementation):
+    """A key that some queries see and others do not, in one tile: up to 1e30, and its value too."""
     if implementation == "interpret" and name in XLA_ONLY:
         pytest.skip("there is no Triton kernel")
-    """A key that some queries see and others do not, in one tile: up to 1e30, and its value too."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32) for _ in range(3)]
     late = jnp.arange(T)[:, None, None] >= 4

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, matrix
+from subquad.kernels import matrix
 
-IMPLEMENTATIONS = ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)]
+IMPLEMENTATIONS = ["reference", "xla"]
 
 pseudo_inverse = jax.jit(matrix.pseudo_inverse, static_argnames=("iterations", "implementation"))
 sinkhorn = jax.jit(matrix.sinkhorn, static_argnames=("iterations", "is_causal", "implementation"))
@@ -175,19 +175,10 @@ def test_bfloat16_iterates_in_float32(function, implementation):
 @pytest.mark.parametrize("function", [matrix.pseudo_inverse, matrix.sinkhorn])
 def test_vmap_folds_into_the_batch(function, implementation):
     x = np.stack([well_conditioned(5), 2 * well_conditioned(5)], 1)
-    run = jax.jit(functools.partial(function, implementation=implementation))
+    run = jax.jit(functools.partial(function, iterations=2, implementation=implementation))
     got = jax.vmap(run, 1)(x)
     for i in range(2):
         np.testing.assert_allclose(got[i], run(x[:, i]), rtol=1e-6)
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize("function", [matrix.pseudo_inverse, matrix.sinkhorn])
-def test_what_the_kernels_decline(function):
-    with pytest.raises(dispatch.Declined, match="a matrix must fit on the chip, M <= 128, not 129"):
-        function(jnp.zeros((1, 1, 129, 129)), implementation="interpret")
-    with jax.enable_x64(True), pytest.raises(dispatch.Declined, match="float16 only, not float64"):
-        function(jnp.zeros((1, 1, 4, 4), jnp.float64), implementation="interpret")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +191,7 @@ def test_what_the_kernels_decline(function):
         (dict(dtype=jnp.int32), TypeError, "must be floating-point, got int32"),
         (dict(dtype=jnp.complex64), TypeError, "must be floating-point, got complex64"),
         (dict(implementation="x1a"), ValueError, "Did you mean 'xla'"),
-        (dict(implementation="cudnn"), NotImplementedError, "'cudnn' does not exist for this operation"),
+        (dict(implementation="triton"), NotImplementedError, "'triton' does not exist for this operation"),
     ],
 )
 @pytest.mark.parametrize("function", [matrix.pseudo_inverse, matrix.sinkhorn])

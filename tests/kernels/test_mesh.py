@@ -24,16 +24,13 @@ def on_8_devices(*words):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    out = tmp_path_factory.mktemp("mesh") / "mesh.csv"
-    on_8_devices(ROOT / "scripts" / "bench_mesh.py", "--length", 512, "--out", out)
+@pytest.mark.parametrize("words", [["--brief"], pytest.param([], marks=pytest.mark.full)], ids=["brief", "all"])
+def test_an_eighth_of_the_work_and_no_gathering(words, tmp_path):
+    """Forward and backward, with batch, heads, features or queries sharded; brief: batch and heads together."""
+    out = tmp_path / "mesh.csv"
+    on_8_devices(ROOT / "scripts" / "bench_mesh.py", "--length", 512, "--out", out, *words)
     with open(out, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_an_eighth_of_the_work_and_no_gathering(rows):
-    """Forward and backward, with batch, heads, features or queries sharded."""
+        rows = list(csv.DictReader(file))
     assert len({row["operation"] for row in rows}) >= 18
     for row in rows:
         assert float(row["share"]) <= (MOST.get(row["operation"], 0.15) if row["sharded"] == "batch" else 0.15), row
@@ -101,7 +98,7 @@ def check_launches():
         for spec in specs:
             for name, count in programs(attend, spec, *more).items():
                 # The sum over samples of the gradient of a bias is one program for each of its blocks.
-                share = 1 if name == "softmax_backward_bias" and spec[0] == "x" else 8
+                share = 1 if name == "flash_backward_bias" and spec[0] == "x" else 8
                 assert count * share == whole[name], (name, count, whole[name])
 
 

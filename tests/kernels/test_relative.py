@@ -276,7 +276,7 @@ def test_memory_grows_with_the_length_not_its_square():
 
 
 def test_parts_of_batch_and_heads(monkeypatch):
-    """One sample or one head at a time gives what all give at once, with masks that they share or that are their own."""
+    """One head of one sample at a time gives what all give at once, with masks that they share or that are their own."""
     T, M = 20, 9
     args = arrays(T, M, dtype=np.float32)
     cotangent = jnp.ones((2, T, 3, 5))
@@ -284,13 +284,12 @@ def test_parts_of_batch_and_heads(monkeypatch):
     for kind, mask in masks(T, M).items():
         mask = None if mask is None else jnp.asarray(mask)
         results = []
-        for parts in ((1, 1, 1), (2, 1, 1), (2, 1, 3)):
+        for parts in ((1, 1, 1), (2, 1, 3)):
             monkeypatch.setattr(plan, "parts_of", lambda *_, parts=parts: parts)
             with gpu.apart():
                 results.append(loss_of("xla", mask, cotangent)(*args))
-        for result in results[1:]:
-            for one, other in zip(*map(jax.tree.leaves, (results[0], result)), strict=True):
-                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=kind)
+        for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=kind)
 
 
 ORACLES = ["transfoxl_mem", "transfoxl_original_mem"]

@@ -98,7 +98,7 @@ def record(features, dtype, length=16384):
 @pytest.mark.aot
 def test_both_sets_are_the_kernels_of_softmax():
     names = [one.name for one in dict.fromkeys(record(64, "bfloat16"))]  # forward is traced for the gradient, too
-    assert sorted(names) == sorted(2 * ["softmax_forward", "softmax_backward_query", "softmax_backward_key"])
+    assert sorted(names) == sorted(2 * ["flash_forward", "flash_backward_query", "flash_backward_key"])
 
 
 @pytest.mark.aot

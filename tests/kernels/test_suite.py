@@ -2,6 +2,9 @@
 
 An implementation other than "xla" may be wrong by twice what the XLA path is wrong in the same dtype, plus a few units in
 the last place: the rule adapts itself to dtype and length.
+
+By default the first call of every operation meets every test. Its other calls have their values and gradients compared at the
+lengths that matter, and a sample of the rest; -m full runs what is left out.
 """
 
 import contextlib
@@ -22,19 +25,43 @@ ULPS = 8
 # Of the largest number of all leaves: what a leaf that is smaller is relative to, since what cancels to little or nothing, as
 # the gradient of a query with one key, still has the rounding of its terms.
 LEAST = {"float32": 2e-2, "bfloat16": 1e-1, "float16": 1e-1}
-DTYPE_LENGTHS = (63, 129)
-FEW = (63,)
+# In half precision: the lengths, and one in how many of the calls runs by default, of XLA's and of others.
+HALF = {"bfloat16": ((63, 129), {"xla": 2, "others": 3}), "float16": ((63,), {"xla": 3, "others": 4})}
+# Like 63, less than a block of any operation.
+LIKE_OTHERS = (7, 100)
+# The first call of each operation.
+FIRST = set({spec.operation: name for name, spec in reversed(SPECS.items())}.values())
+SIBLINGS = [name for name in SPECS if name not in FIRST]
+sampled = pytest.mark.sample(3, of=SIBLINGS)
 
-IMPLEMENTATIONS = [
-    pytest.param("xla", id="xla"),
-    pytest.param("interpret", id="interpret", marks=pytest.mark.interpret),
-    pytest.param("triton", id="triton", marks=pytest.mark.gpu),
-]
+IMPLEMENTATIONS = ("xla", "interpret", "triton")
+LEGS = {"interpret": [pytest.mark.interpret], "triton": [pytest.mark.gpu]}
+
+
+def case(name, implementation, *more, marks=()):
+    """A call of an implementation, in the leg that has it."""
+    label = "-".join(map(str, (name, *more, implementation)))
+    return pytest.param(name, *more, implementation, marks=[*LEGS.get(implementation, ()), *marks], id=label)
 
 
 def serves(spec, implementation):
-    if implementation != "xla" and implementation not in spec.implementations:
-        pytest.skip(f"{spec.name} has no {implementation!r}")
+    return implementation == "xla" or implementation in spec.implementations
+
+
+def short(spec):
+    """A length of less than a block."""
+    return min((length for length in spec.lengths if length >= 16), default=spec.lengths[-1])
+
+
+def several_blocks(spec):
+    return 129 if 129 in spec.lengths else max(spec.lengths)
+
+
+@functools.lru_cache(maxsize=8)
+def reference(name, length):
+    """The reference under `jax.jit`: in float64 it is the same program for every dtype."""
+    spec = SPECS[name]
+    return jax.jit(specs.forward_backward(spec, "reference", specs.split(spec.draw(length))[1]))
 
 
 @functools.lru_cache(maxsize=64)
@@ -43,19 +70,28 @@ def problem(name, length, dtype):
     spec = SPECS[name]
     arrays = spec.draw(length, dtype)
     cotangents = specs.cotangents(spec, "xla", arrays)
-    return arrays, cotangents, specs.expected(spec, arrays, cotangents)
+    with jax.enable_x64(True):
+        wide = specs.widen(specs.split(arrays)[0]), specs.widen(cotangents)
+        return arrays, cotangents, jax.tree.map(np.asarray, reference(name, length)(*wide))
+
+
+@functools.lru_cache(maxsize=32)
+def compiled(name, length, dtype, implementation):
+    """(the forward and backward pass under `jax.jit`, its arrays and cotangents): what tests of one call share."""
+    arrays, cotangents, _ = problem(name, length, dtype)
+    inexact, rest = specs.split(arrays)
+    return jax.jit(specs.forward_backward(SPECS[name], implementation, rest)), (inexact, cotangents)
 
 
 @functools.lru_cache(maxsize=64)
 def errors(name, length, dtype, implementation):
     """(name of the leaf, relative error, that in the root mean square) of every output and gradient."""
-    spec = SPECS[name]
-    arrays, cotangents, want = problem(name, length, dtype)
-    inexact, rest = specs.split(arrays)
-    got = jax.jit(specs.forward_backward(spec, implementation, rest))(inexact, cotangents)
+    want = problem(name, length, dtype)[2]
+    run, arguments = compiled(name, length, dtype, implementation)
+    got = run(*arguments)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     shape_of = lambda x: (x.shape, x.dtype)
-    assert jax.tree.map(shape_of, got[1]) == jax.tree.map(shape_of, inexact)
+    assert jax.tree.map(shape_of, got[1]) == jax.tree.map(shape_of, arguments[0])
     sizes = [np.abs(np.where(np.isfinite(x), x, 0)) for x in jax.tree.leaves(want)]
     least = LEAST[dtype] * max(x.max(initial=0) for x in sizes), LEAST[dtype] * max(map(root_mean_square, sizes))
     leaves = zip(specs.names_of(got), *map(jax.tree.leaves, (got, want)), strict=True)
@@ -75,19 +111,19 @@ def mean_error(got, want, least):
 
 def cases():
     for name, spec in SPECS.items():
-        for length in spec.lengths:
-            yield name, length, "float32"
-        for dtype in ("bfloat16", "float16"):
-            for length in DTYPE_LENGTHS if dtype == "bfloat16" else FEW:
-                if length in spec.lengths:
-                    yield name, length, dtype
+        for implementation in filter(functools.partial(serves, spec), IMPLEMENTATIONS):
+            for length in spec.lengths:
+                is_left_out = length in LIKE_OTHERS and len(spec.lengths) > 3 and name not in FIRST
+                yield case(name, implementation, length, "float32", marks=[pytest.mark.full] if is_left_out else ())
+            for dtype, (lengths, shares) in HALF.items():
+                every = shares.get(implementation, shares["others"])
+                for length in filter(spec.lengths.__contains__, lengths):
+                    yield case(name, implementation, length, dtype, marks=[pytest.mark.sample(every)])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("name", "length", "dtype"), list(cases()))
+@pytest.mark.parametrize(("name", "length", "dtype", "implementation"), list(cases()))
 def test_values_and_gradients(name, length, dtype, implementation):
     spec = SPECS[name]
-    serves(spec, implementation)
     plain = errors(name, length, dtype, "xla")
     if implementation == "xla":
         for leaf, error, mean in plain:
@@ -102,36 +138,40 @@ def test_values_and_gradients(name, length, dtype, implementation):
             assert error <= max(2 * allowed, least), f"{leaf} is wrong by {error:.1e} ({word}), XLA's by {allowed:.1e}"
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", SPECS)
+def transformed():
+    for name, spec in SPECS.items():
+        for implementation in filter(functools.partial(serves, spec), IMPLEMENTATIONS):
+            # The interpreter takes seconds for what is one rule of the operation, whatever the call.
+            is_left_out = implementation == "interpret" and name in SIBLINGS
+            yield case(name, implementation, marks=[pytest.mark.full] if is_left_out else ())
+
+
+@sampled
+@pytest.mark.parametrize(("name", "implementation"), list(transformed()))
 def test_determinism_jit_and_vmap(name, implementation):
     """The same bits every time; a mapped axis as a loop over it, outside of `scan` and inside."""
     spec = SPECS[name]
-    serves(spec, implementation)
-    length = 63 if 63 in spec.lengths else spec.lengths[0]
-    arrays, cotangents, _ = problem(name, length, "float32")
-    inexact, rest = specs.split(arrays)
-    function = specs.forward_backward(spec, implementation, rest)
-    run = jax.jit(function)
-    once, again = run(inexact, cotangents), run(inexact, cotangents)
+    run, arguments = compiled(name, short(spec), "float32", implementation)
+    once, again = run(*arguments), run(*arguments)
     for one, other in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
 
-    twice = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), (inexact, cotangents))
-    mapped = jax.jit(jax.vmap(function))(*twice)
+    twice = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arguments)
+    mapped = jax.jit(jax.vmap(run.__wrapped__))(*twice)  # not of what is traced already
     half = run(*jax.tree.map(lambda x: x[1], twice))
     for leaf, got, *want in zip(specs.names_of(once), *map(jax.tree.leaves, (mapped, once, half)), strict=True):
         for place, one in enumerate(want):
             assert specs.error(got[place], one) < 1e-5 * spec.slack, leaf
 
     def step(carry, x):
-        return carry, function(*x)
+        return carry, run(*x)
 
     looped = jax.jit(lambda x: jax.lax.scan(step, None, x)[1])(twice)
     for leaf, got, want in zip(specs.names_of(once), *map(jax.tree.leaves, (looped, mapped)), strict=True):
         assert specs.error(got, want) < 1e-5 * spec.slack, leaf
 
 
+@sampled
 @pytest.mark.parametrize("name", SPECS)
 def test_triton_declines_with_a_reason_where_there_is_no_gpu(name):
     if jax.default_backend() == "gpu":
@@ -143,6 +183,7 @@ def test_triton_declines_with_a_reason_where_there_is_no_gpu(name):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
+@sampled
 @pytest.mark.parametrize("name", SPECS)
 def test_64_bits_for_others_change_nothing_here(name, implementation):
     """With JAX's 64 bits on, for another part of a program, float32 arrays stay what they are."""
@@ -156,11 +197,10 @@ def test_64_bits_for_others_change_nothing_here(name, implementation):
     assert jax.tree.map(shape_of, got) == jax.tree.map(shape_of, (cotangents, inexact))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if serves(spec, "triton")])
 def test_64_bits_for_others_change_no_launch(name):
     """A pointer to float64 has another stride than the kernel's, and no float32 output can lie in its memory."""
     spec = SPECS[name]
-    serves(spec, "interpret")
     inexact, rest = specs.split(spec.draw(spec.lengths[len(spec.lengths) // 2]))
     seen = []
     for wide in (False, True):
@@ -182,30 +222,29 @@ def products(jaxpr):
                 yield from products(inner)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference", "triton"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        (name, implementation)
+        for name, spec in SPECS.items()
+        for implementation in ("xla", "reference", "triton")
+        if implementation == "reference" or serves(spec, implementation)
+    ],
+)
 def test_products_of_float32_have_all_digits(name, implementation):
     """The default is TF32 on a GPU and bfloat16 on a TPU, and no test on a CPU would see that."""
-    spec = SPECS[name]
-    serves(spec, "interpret" if implementation == "triton" else "xla")
-    arrays = spec.draw(spec.lengths[len(spec.lengths) // 2])
-    inexact, rest = specs.split(arrays)
-    cotangents = specs.cotangents(spec, "xla", arrays)
+    run, arguments = compiled(name, several_blocks(SPECS[name]), "float32", implementation)
     with launch.recording() if implementation == "triton" else contextlib.nullcontext():
-        traced = jax.make_jaxpr(specs.forward_backward(spec, implementation, rest))(inexact, cotangents)
+        traced = run.trace(*arguments)
     assert set(products(traced.jaxpr)) <= {(jax.lax.Precision.HIGHEST,) * 2}
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_names_need_no_quotes(name):
-    assert re.fullmatch(r"[a-z_0-9.]+/[a-z0-9-]+", name)
+def test_names_need_no_quotes():
+    assert [name for name in SPECS if not re.fullmatch(r"[a-z_0-9.]+/[a-z0-9-]+", name)] == []
 
 
+@sampled
 @pytest.mark.parametrize("name", SPECS)
 def test_lowers_for_tpu(name):
-    spec = SPECS[name]
-    arrays = spec.draw(129 if 129 in spec.lengths else spec.lengths[-1])
-    inexact, rest = specs.split(arrays)
-    cotangents = specs.cotangents(spec, "xla", arrays)
-    run = jax.jit(specs.forward_backward(spec, "xla", rest))
-    assert run.trace(inexact, cotangents).lower(lowering_platforms=("tpu",)).as_text()
+    run, arguments = compiled(name, several_blocks(SPECS[name]), "float32", "xla")
+    assert run.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()

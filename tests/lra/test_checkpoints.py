@@ -55,7 +55,7 @@ def test_a_file_that_is_no_object_is_told(file, content, finished):
         (dict(steps=1.5), "steps=1.5"),
         (dict(layer=["softmax"]), "layer=['softmax']"),
         (dict(acuracy=0.4), "a field 'acuracy', which this version does not know"),
-        (dict(configuration="{"), "a configuration that is no JSON"),
+        (dict(configuration="{"), "Expecting property name"),
         (dict(configuration=json.dumps({**CONFIGURATION, "seed": 1})), "the result of another configuration"),
     ],
 )

@@ -2,7 +2,9 @@
 
 import contextlib
 import csv
+import dataclasses
 import functools
+import json
 import math
 
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 from subquad.lra import models, objectives, tasks, train
+from subquad.lra.data import store
 from subquad.lra.plan import plan
 from subquad.zoo import LAYERS
 
@@ -81,13 +84,14 @@ def test_bits_are_of_real_tokens_only_and_of_those_before():
     ids = rng.integers(1, 6, (2, 13))
     inputs, targets = ids[:, :-1], ids[:, 1:]
     mask = np.arange(12) < np.array([[12], [5]])
-    batch = dict(inputs=jnp.asarray(inputs), targets=jnp.asarray(targets), mask=jnp.asarray(mask), weights=jnp.ones(2))
+    asked = jnp.where(mask, targets, -1)
+    batch = dict(inputs=jnp.asarray(inputs), targets=asked, mask=jnp.asarray(mask), weights=jnp.ones(2))
     objective = objectives.OBJECTIVES["language_model"]
     logits_of = nnx.jit(lambda model, tokens, mask: model(tokens, mask))
     sums_of = nnx.jit(lambda model, batch: objective.sums(model, batch))
     logits = logits_of(model, batch["inputs"], batch["mask"])
     likely = nnx.log_softmax(logits)[np.arange(2)[:, None], np.arange(12), targets]
-    score, loss, count = sums_of(model, batch)
+    score, loss, count, *_ = sums_of(model, batch)
     assert count == 17 and loss == pytest.approx(-float((likely * mask).sum()), rel=1e-4)
     assert score == pytest.approx(float(loss) / math.log(2), rel=1e-5)
     total, number = nnx.jit(lambda model, batch: objective.loss(model, batch, rngs=nnx.Rngs(dropout=0)))(model, batch)
@@ -98,6 +102,65 @@ def test_bits_are_of_real_tokens_only_and_of_those_before():
     changed = jnp.abs(logits_of(model, later, batch["mask"]) - logits).max(axis=(0, 2))
     assert (changed[:7] == 0).all() and changed[7] > 1e-4
     assert objective.rank(1.0, 2.0) > objective.rank(1.1, 0.0)  # fewer bits are better
+
+
+def test_an_objective_of_tags_counts_the_tokens_that_are_asked():
+    """By hand: logits 1 for the class that is chosen, 0 for the other two."""
+    chosen = jnp.array([[0, 1, 2, 2], [1, 1, 0, 0], [2, 2, 2, 2]])
+    targets = jnp.array([[-1, 1, 2, -1], [1, 0, -1, -1], [-1, 0, -1, -1]])
+    model = lambda inputs, mask, **words: nnx.one_hot(chosen, 3)
+    batch = dict(inputs=chosen, mask=chosen >= 0, targets=targets, weights=jnp.array([1.0, 1.0, 0.0]))
+    objective = objectives.OBJECTIVES["tagging"]
+    right, wrong = math.log(math.e + 2) - 1, math.log(math.e + 2)
+    score, loss, count, whole, rows = objective.sums(model, batch)
+    assert (score, count, whole, rows) == (3, 4, 1, 2)
+    assert loss == pytest.approx(3 * right + wrong, rel=1e-5)
+    total, number = objective.loss(model, batch, rngs=None)
+    assert number == 5 and total == pytest.approx(3 * right + 2 * wrong, rel=1e-5)
+
+
+def test_a_task_of_ones_own_may_ask_a_few_tokens(tmp_path):
+    """The token before; a model that need not be causal, and one that must."""
+    def before(rng):
+        ids = rng.integers(1, 6, rng.integers(3, 9))
+        return {"inputs": ids, "targets": np.where(np.arange(len(ids)) % 2, np.roll(ids, 1), -1)}
+
+    free = task("before", "tagging", 8, 6)
+    given = splits(before)
+    bad = [{"inputs": np.array([1, 2]), "targets": np.array([-2, 1])}]
+    with pytest.raises(ValueError, match=r"\['targets'\] must be in -1..5, got -2..1"):
+        tasks.check_splits(free, {**given, "test": bad})
+    with pytest.raises(ValueError, match="pooling must be left out for 'before', a task of kind tagging"):
+        plan("lra-2020", "softmax", task=free, pooling="mean")
+    with pytest.raises(ValueError, match="test lengths must be left out for before/own, .*lengths are listops, selective_copy"):
+        tasks.check_lengths(free, [16])
+    bound = dataclasses.replace(free, answers_ahead=True)
+    with pytest.raises(ValueError, match="layer must be causal for a task with the answers in its inputs, got 'linf"):
+        plan("lra-2020", "linformer", task=bound)
+    run = plan("quickstart", "softmax", task=free, **TINY, steps=60, evaluate_every=30)
+    result = train.train(run, out=tmp_path, task=free, splits=given, quiet=True)
+    assert result.status == "ok" and result.accuracy > 0.5 > result.accuracy_sequences - 0.5
+    tokens, mask = jnp.array([[1, 2, 3, 4, 5, 1, 2, 3]]), jnp.ones((1, 8), bool)
+    for one, sees in ((free, True), (bound, False)):
+        model = nnx.jit(models.build(run, one))
+        changed = jnp.abs(model(tokens, mask) - model(tokens.at[0, 6].set(5), mask)).max((0, 2))
+        assert (changed[0] > 1e-6) == sees and changed[6] > 1e-6
+
+
+def few(examples):
+    return [examples[index] for index in range(40)]
+
+
+@pytest.mark.parametrize("layer", ["softmax", "linformer"])
+def test_a_run_is_tested_at_lengths_that_it_was_not_trained_at(layer, tmp_path):
+    listed = tasks.find_task("induction", "small")
+    given = {split: few(part) for split, part in store.load(listed.dataset)[0].items()}
+    short = dataclasses.replace(listed, at_length=lambda length: few(listed.at_length(length)))
+    run = plan("diagnostics", layer, task="induction", steps=2, **{**TINY, "warmup_steps": 0, "num_layers": 1})
+    result = train.train(run, out=tmp_path, task=short, splits=given, quiet=True, test_lengths=(32, 64, 128))
+    found = json.loads(result.scores_by_length)
+    assert found["64"] == result.accuracy == result.accuracy_sequences and 0 <= found["32"] <= 1
+    assert found["128"] <= 1 if layer == "softmax" else found["128"].startswith("cannot: Linformer")
 
 
 @pytest.mark.parametrize("layer", sorted(LAYERS))

@@ -10,7 +10,7 @@ from subquad.lra import models, tasks, train
 from subquad.lra.plan import plan
 
 PARITY = tasks.Task(
-    "parity", "own", "bits that I drew", vocabulary_size=3, length=12, num_classes=2,
+    "bits", "own", "bits that I drew", vocabulary_size=3, length=12, num_classes=2,
     splits={"train": 64, "validation": 20, "test": 24}, floors=lambda splits: {"majority": 0.5}, source="this test",
 )  # fmt: skip
 
@@ -28,9 +28,9 @@ def splits():
 
 def test_a_task_of_ones_own_is_asked_for_where_it_is_missing(tmp_path):
     run = plan("quickstart", "softmax", task=PARITY, mlp_features=16)
-    with pytest.raises(ValueError, match="task must be a known name, got 'parity'"):
+    with pytest.raises(ValueError, match="task must be a known name, got 'bits'"):
         train.train(run, out=tmp_path, resume=True)
-    with pytest.raises(ValueError, match="task must be the run's, listops/small, got parity/own"):
+    with pytest.raises(ValueError, match="task must be the run's, listops/small, got bits/own"):
         train.train(plan(), out=tmp_path / "other", task=PARITY, splits=splits())
     with pytest.raises(ValueError, match="config must be the task's, 'own', got 'small'. Leave it out"):
         plan(task=PARITY, config="small")
@@ -125,7 +125,7 @@ def test_a_task_and_a_layer_of_ones_own_are_trained_and_resumed(module, tmp_path
     run = plan("quickstart", "my_mixers:Mean", task=PARITY, **words)
     assert run.layer == "my_mixers:Mean" and ":" not in run.id
     result = train.train(run, out=tmp_path / "out", task=PARITY, splits=splits(), quiet=True)
-    assert (result.status, result.layer, result.task, result.test_examples) == ("ok", "my_mixers:Mean", "parity", 24)
+    assert (result.status, result.layer, result.task, result.test_examples) == ("ok", "my_mixers:Mean", "bits", 24)
     assert result.data.startswith("bits that I drew as passed to train") and result.floor_majority == 0.5
     assert result.accuracy * 24 == pytest.approx(round(result.accuracy * 24))
     assert train.train(run, out=tmp_path / "out", task=PARITY, splits=splits(), resume=True) == result

@@ -112,10 +112,10 @@ def test_a_runs_progress_shows_what_it_waits_for(monkeypatch):
     monkeypatch.setattr(sys, "stderr", said)
     shown = progress.Progress("softmax", 10)
     with shown:
-        with shown.during("compiling"):
+        with shown.work("compiling"):
             said.wait_for("softmax: compiling: 0:00\n")
-        for _ in shown.over(range(2), "validation"):
+        for _ in shown.work("validation", 2).over(range(2)):
             said.wait_for("softmax: validation: 0/2")
-    with progress.Progress("softmax", 10, quiet=True) as shown, shown.during("hidden"):
-        assert list(shown.over([1], "hidden")) == [1]
+    with progress.Progress("softmax", 10, quiet=True) as shown, shown.work("hidden"):
+        assert list(shown.work("hidden").over([1])) == [1]
     assert "hidden" not in said.getvalue()

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -12,6 +11,8 @@ import sys
 import pytest
 
 from subquad.kernels import gate, gpu, launch, specs, tuning
+
+from .calling import call
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -36,15 +37,7 @@ def test_the_table_of_machine_code(tmp_path):
     assert {row["dtype"] for row in rows} == {"bfloat16", "float32"} and len({row["kernel"] for row in rows}) >= 3
     for row in rows:
         assert int(row["registers"]) > 0 and row["spills"] == "0" and row["fits"] == "True", row
-    assert "softmax_forward" in done.stdout and str(out) in done.stdout
-
-
-@pytest.mark.aot
-def test_each_operation_has_lengths_of_its_own(tmp_path):
-    """A matrix of 4096 rows is not served by the kernels that balance small ones."""
-    done = run("aot_kernels.py", "--spec", "matrix.sinkhorn/plain", "--target", "sm_90", "--out", tmp_path / "aot.csv")
-    assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "aot.csv").read_text().splitlines()) > 4
+    assert "flash_forward" in done.stdout and str(out) in done.stdout
 
 
 @pytest.fixture
@@ -72,32 +65,22 @@ def test_the_tuner_lists_what_fits(tuner, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "around", lambda heuristic: [candidates[0], larger])  # each takes a second to compile
     assert tuner.main() == 0
     listed = capsys.readouterr().out
-    assert "softmax_forward" in listed and listed.count("1 of 2 fit sm_90") == listed.count(" fit sm_90")
+    assert "flash_forward" in listed and listed.count("1 of 2 fit sm_90") == listed.count(" fit sm_90")
     assert "{'BLOCK_Q': 64, 'BLOCK_K': 64} warps=4" in listed and "128" not in listed
 
 
 @pytest.mark.aot
 def test_blocks_that_an_operation_adds_hide_no_spills(tuner):
     """Attention has blocks of features beside those that can be chosen."""
-    case, request, heuristic = asked(tuner, "softmax.attention/causal", "softmax_forward", 1024)
+    case, request, heuristic = asked(tuner, "softmax.attention/causal", "flash_forward", 1024)
     assert tuner.fits(*case, "sm_90", request, heuristic, heuristic)
     absurd = tuning.Config(dict.fromkeys(heuristic.blocks, 256), 4, 4)
     assert not tuner.fits(*case, "sm_90", request, absurd, heuristic)
 
 
-@pytest.mark.aot
-def test_the_size_of_a_matrix_is_no_candidate(tuner):
-    """A smaller block would balance a part of the matrix only, in less time."""
-    case, request, heuristic = asked(tuner, "matrix.sinkhorn/plain", "matrix.sinkhorn_forward", 40)
-    assert all(not config.blocks for config in tuner.around(heuristic))
-    with tuning.trying({request: dataclasses.replace(heuristic, num_warps=2)}):
-        forward = specs.launches(*case)[0]
-    assert dict(forward.config.blocks) == dict(BLOCK=64) and forward.config.num_warps == 2
-
-
 def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
     """The fastest candidate is wrong; of another kernel none fits."""
-    spec = specs.find("matrix.pseudo_inverse/six-iterations")
+    spec = specs.find("softmax.attention/causal")
     heuristic, wrong, good = tuning.Config({"BLOCK": 64}), tuning.Config({"BLOCK": 32}), tuning.Config({"BLOCK": 128})
     requests = {tuning.Request("forward", ()): heuristic, tuning.Request("backward", ()): heuristic}
     tried, timed, written = [], [], {}
@@ -133,14 +116,14 @@ def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
-        ("aot_kernels.py", ["--spec", "softmax.atention/causal"], "Did you mean 'softmax.attention/causal'"),
-        ("aot_kernels.py", ["--target", "sm_9"], "Did you mean 'sm_90'"),
-        ("tune_kernels.py", ["--target", "gfx94", "--list"], "Did you mean 'gfx942'"),
-        ("tune_kernels.py", [], "needs an NVIDIA GPU"),
-        ("tune_kernels.py", ["--spec", "strided.attention/causal", "--list"], "--length must be given"),
+        ("aot_kernels", ["--spec", "softmax.atention/causal"], "Did you mean 'softmax.attention/causal'"),
+        ("aot_kernels", ["--target", "sm_9"], "Did you mean 'sm_90'"),
+        ("tune_kernels", ["--target", "gfx94", "--list"], "Did you mean 'gfx942'"),
+        ("tune_kernels", [], "needs an NVIDIA GPU"),
+        ("tune_kernels", ["--spec", "strided.attention/causal", "--list"], "--length must be given"),
     ],
 )
 def test_bad_input_is_one_line(script, arguments, says):
-    done = run(script, *arguments)
+    done = call(script, *arguments)
     assert done.returncode != 0 and says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

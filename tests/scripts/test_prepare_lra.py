@@ -1,7 +1,6 @@
 import os
 import pathlib
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -10,6 +9,8 @@ import pytest
 
 from subquad.lra.cli import prepare
 
+from .calling import call
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -17,29 +18,17 @@ def command(*words):
     return [sys.executable, str(ROOT / "scripts" / "prepare_lra.py"), *map(str, words)]
 
 
-def run(*words):
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
-
-
-def called(monkeypatch, *words) -> int:
-    """The exit code of the script, run in this process: a new one takes seconds to start."""
-    monkeypatch.setattr(sys, "argv", command(*words)[1:])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    return ended.value.code
-
-
 def test_list_prepare_check(tmp_path):
-    prepared = run("prepare", "listops/tiny", "--data-dir", tmp_path)
+    prepared = call("prepare_lra", "prepare", "listops/tiny", "--data-dir", tmp_path)
     assert prepared.returncode == 0, prepared.stderr
     assert prepared.stdout.startswith(f"listops/tiny: in {tmp_path}/lra_listops/tiny/")
-    listed = run("list", "--data-dir", tmp_path)
+    listed = call("prepare_lra", "list", "--data-dir", tmp_path)
     assert listed.returncode == 0, listed.stderr
     lines = {line.split()[0]: line.split() for line in listed.stdout.splitlines()}
     assert lines["listops/tiny"][-1] == "yes" and lines["listops/small"][-1] == "no"
     assert {"text/lra", "retrieval/lra", "image/lra", "pathfinder/128_hard", "pylib_lm/offline"} <= set(lines)
     assert f"Data sets in {tmp_path}; files fetched by hand are looked for in {tmp_path}/downloads/manual." in listed.stdout
-    checked = run("check", "listops/tiny", "--data-dir", tmp_path)
+    checked = call("prepare_lra", "check", "listops/tiny", "--data-dir", tmp_path)
     assert checked.returncode == 0 and checked.stdout.endswith("  ok\n"), checked.stderr
 
 
@@ -54,21 +43,22 @@ def test_list_prepare_check(tmp_path):
         (("list", "--data-dri", "x"), 2, "option must be a known one, got '--data-dri'. Did you mean '--data-dir'?"),
     ],
 )
-def test_wrong_words_are_one_line(words, code, said, tmp_path, monkeypatch, capsys):
+def test_wrong_words_are_one_line(words, code, said, tmp_path):
     words = [*words, *([] if words[:1] == ("list",) else ["--data-dir", str(tmp_path)])]
-    assert called(monkeypatch, *words) == code
-    out, err = capsys.readouterr()
-    assert err.startswith(f"prepare_lra: {said}") and err.count("\n") == 1
-    assert out == ""
+    done = call("prepare_lra", *words)
+    assert done.returncode == code
+    assert done.stderr.startswith(f"prepare_lra: {said}") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
 
 
-def test_a_wrong_file_and_a_missing_one_are_a_line_each(tmp_path, monkeypatch, capsys):
+def test_a_wrong_file_and_a_missing_one_are_a_line_each(tmp_path):
     manual = tmp_path / "manual"
     manual.mkdir()
     (manual / "aclImdb_v1.tar.gz").write_bytes(b"an error page")
     words = ("prepare", "text", "retrieval", "--data-dir", tmp_path / "data", "--manual-dir", manual)
-    assert called(monkeypatch, *words) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Preparing ")]
+    done = call("prepare_lra", *words)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Preparing ")]
     assert len(lines) == 2, lines
     assert lines[0].startswith(f"lra_text/lra: file {manual}/aclImdb_v1.tar.gz must have 84,125,825 bytes")
     assert lines[1].startswith(f"lra_retrieval/lra: new_aan_pairs.train.tsv must be under {manual}")
@@ -94,7 +84,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_data_set(tmp_path):
     assert not list(parent.iterdir())
 
 
-def test_every_option_reaches_what_is_done(monkeypatch, capsys, tmp_path):
+def test_every_option_reaches_what_is_done(monkeypatch, tmp_path):
     asked = []
 
     def check(word, data_dir, *, cnn_steps):
@@ -103,10 +93,10 @@ def test_every_option_reaches_what_is_done(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(prepare, "check", check)
     monkeypatch.setattr(prepare, "prepare", lambda *words: asked.append(words) or 0)
-    assert called(monkeypatch, "check", "text", "image", "--data-dir", "there", "--cnn-steps", "7") == 1
-    assert called(monkeypatch, "prepare", "text", "--data-dir", "there", "--manual-dir", "here") == 0
+    assert call("prepare_lra", "check", "text", "image", "--data-dir", "there", "--cnn-steps", "7").returncode == 1
+    assert call("prepare_lra", "prepare", "text", "--data-dir", "there", "--manual-dir", "here").returncode == 0
     assert asked == [("text", "there", 7), ("image", "there", 7), (["text"], "there", "here")]
-    assert called(monkeypatch, "check", "text", "--cnn-steps", "-1") == 2
-    assert "--cnn-steps: must be >= 0, got -1." in capsys.readouterr().err
-    assert called(monkeypatch, "list", "--data-dir", tmp_path) == 0
-    assert "Hours are those of two cores" in capsys.readouterr().out
+    refused = call("prepare_lra", "check", "text", "--cnn-steps", "-1")
+    listed = call("prepare_lra", "list", "--data-dir", tmp_path)
+    assert refused.returncode == 2 and "--cnn-steps: must be >= 0, got -1." in refused.stderr
+    assert listed.returncode == 0 and "Hours are those of two cores" in listed.stdout

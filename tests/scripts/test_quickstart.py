@@ -14,10 +14,14 @@ from subquad.lra import tasks, train
 from subquad.lra.cli import quickstart
 from subquad.lra.data import store
 from subquad.lra.plan import plan
-from subquad.lra.report import results
+from subquad.lra.report import measurements, results
+from tests.lra.report.test_page import BROWSER, Reader, assert_browser_shows
+
+from .calling import call
 
 ROOT = pathlib.Path(__file__).parents[2]
-TINY = ("--config", "tiny", "--steps", "20", "--layers", "softmax", "performer")
+TINY = ("--layers", "softmax", "performer", "--tasks", "recall", "--steps", "20", "--lengths", "64,128")
+LISTOPS = ("--layers", "softmax", "performer", "--tasks", "listops/tiny", "--steps", "20", "--lengths", "64")
 
 
 @pytest.fixture(scope="module")
@@ -36,45 +40,55 @@ def run(name, *words, **options):
 
 
 def stderr_of(finished) -> str:
-    """What it said on stderr, but for the progress of planning, which a busy machine shows."""
-    return "".join(line for line in finished.stderr.splitlines(keepends=True) if not line.startswith("planning: "))
+    """What it said on stderr, but for the progress of long work, which a busy machine shows."""
+    progress = re.compile(r"cost: |.*: (\S+/\S+  )?\d+:\d\d\b")
+    return "".join(line for line in finished.stderr.splitlines(keepends=True) if not progress.match(line))
 
 
 @pytest.fixture(scope="module")
-def done(data, tmp_path_factory):
+def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    words = (*TINY, "--seed", 3, "--out", folder / "out", "--data-dir", data)
-    return run("quickstart", *words, cwd=folder), folder / "out"
+    return run("quickstart", *TINY, "--seed", 3, "--out", folder / "out", cwd=folder), folder / "out"
 
 
-def test_it_ends_with_the_table_and_three_files(done):
+def test_it_ends_with_both_tables_a_page_and_two_files_of_rows(done):
     finished, out = done
     assert finished.returncode == 0, finished.stderr
-    heading = "test accuracy, majority floor, root floor, parameters, steps/s, peak memory, FLOPs/step".split(", ")
-    assert all(word in finished.stdout for word in heading)
+    assert all(word in finished.stdout for word in ("Cost", "time grows as", "cheaper than softmax", "Ability", "chance"))
     rows = results.read_results(out / "quickstart.csv")
-    assert [(row.layer, row.status, row.seed, row.steps, row.config) for row in rows] == [
-        ("softmax", "ok", 3, 20, "tiny"), ("performer", "ok", 3, 20, "tiny")
+    assert [(row.layer, row.status, row.seed, row.steps, row.task) for row in rows] == [
+        ("softmax", "ok", 3, 20, "recall"), ("performer", "ok", 3, 20, "recall")
     ]  # fmt: skip
-    assert (out / "quickstart.md").read_text() == results.markdown(rows)
-    assert (out / "quickstart.png").read_bytes()[1:4] == b"PNG"
-    assert max(row.parameters for row in rows) <= 1.1 * min(row.parameters for row in rows)
+    costs = measurements.read_measurements(out / "cost.csv")
+    assert {(row.layer, row.length) for row in costs} == {(n, at) for n in ("softmax", "performer") for at in (64, 128)}
+    assert all(row.status == "ok" and row.speed_ratio for row in costs)
     for row in rows:
         assert f"{100 * row.accuracy:.1f} %" in finished.stdout
 
 
+def test_its_page_has_every_table_and_every_layer_in_its_picture(done):
+    read = Reader((done[1] / "index.html").read_text())
+    names = [row[0] for row in read.rows]
+    assert names.count("layer") >= 2 and names.count("performer") >= 2 and not read.fetched
+    assert all(any(word.startswith(f"{layer}, slope") for word in read.words) for layer in ("softmax", "performer"))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome here")
+def test_a_browser_opens_the_page(done, tmp_path):
+    assert_browser_shows((done[1] / "index.html").read_text(), tmp_path)
+
+
 def test_it_shows_loss_speed_and_time_left(done):
-    line = r"softmax: step 20/20  loss \d+\.\d+  \d+\.\d steps/s  0:00 left  validation \d+\.\d %"
-    assert re.search(line, done[0].stderr)
+    assert re.search(r"softmax: step 20/20  loss \d+\.\d+  \d+\.\d steps/s  0:00 left  validation \d+\.\d %", done[0].stderr)
 
 
-def test_a_second_call_keeps_what_is_finished(done, data):
+def test_a_second_call_keeps_what_is_finished(done):
     out = done[1]
-    before = (out / "quickstart.csv").read_bytes()
-    again = run("quickstart", *TINY, "--seed", 3, "--out", out, "--data-dir", data)
-    assert again.returncode == 0 and "softmax: finished before, kept" in again.stderr
-    assert "step 20/20" not in again.stderr
-    assert (out / "quickstart.csv").read_bytes() == before
+    before = [(out / name).read_bytes() for name in ("quickstart.csv", "cost.csv")]
+    again = call("quickstart", *TINY, "--seed", 3, "--out", out)
+    assert again.returncode == 0 and "softmax, recall: finished before, kept" in again.stderr
+    assert "cost: measured before, kept" in again.stderr and "step 20/20" not in again.stderr
+    assert [(out / name).read_bytes() for name in ("quickstart.csv", "cost.csv")] == before
 
 
 def test_the_csv_is_plain(done):
@@ -87,17 +101,17 @@ def test_the_csv_is_plain(done):
     ("words", "code", "said"),
     [
         (("--layers", "sofmax"), 2, "layer must be a known name, got 'sofmax'. Did you mean 'softmax'?"),
-        (("--task", "listop"), 2, "task must be a known name, got 'listop'. Did you mean 'listops'?"),
-        (("--config", "smal"), 2, "config must be a configuration of listops, got 'smal'. Did you mean 'small'?"),
+        (("--tasks", "recal"), 2, "task must be a known name, got 'recal'. Did you mean 'recall'?"),
+        (("--tasks", "listops/smal"), 2, "config must be a configuration of listops, got 'smal'. Did you mean 'small'?"),
         (("--stesp", "3"), 2, "option must be a known one, got '--stesp'. Did you mean '--steps'?"),
         (("--layers", ","), 2, "--layers must name at least one, got ','. Leave it out for all."),
-        (("--task", "text", "--config", "lra"), 2, "config must be 'modern' under protocol 'modern', got 'lra'"),
+        (("--lengths", "many"), 2, "--lengths: must be a number such as 4096, 16K or 2G, got 'many'."),
         (("--steps", "0"), 2, "steps must be > 0 and finite, got 0."),
         (("--layers", "softmax", "--out", "/proc/subquad/out"), 1, "out: folder /proc/subquad/out must be writable"),
     ],
 )
 def test_wrong_words_are_one_line(words, code, said):
-    finished = run("quickstart", *words)
+    finished = call("quickstart", *words)
     assert finished.returncode == code
     assert stderr_of(finished).startswith(f"quickstart: {said}") and stderr_of(finished).count("\n") == 1
     assert finished.stdout == ""
@@ -107,58 +121,47 @@ def test_a_read_only_folder_is_told(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
-    finished = run("quickstart", *TINY, "--out", tmp_path / "out")
+    finished = call("quickstart", *TINY, "--out", tmp_path / "out")
     assert finished.returncode == 1 and finished.stderr.startswith("quickstart: out: folder")
 
 
-def test_layers_that_cannot_be_causal_are_left_out_of_a_language_model(tmp_path):
-    (tmp_path / "file").touch()
-    finished = run("quickstart", "--task", "pylib_lm", "--out", tmp_path / "file")
-    assert finished.returncode == 1 and "quickstart: out: folder" in finished.stderr  # past the layers, and no further
-    assert stderr_of(finished).startswith("Left out, because a language model must be causal: linformer.\n")
-
-
-def test_a_language_model_has_no_plot_of_accuracy_and_none_is_announced(tmp_path, monkeypatch, capsys):
+def test_a_layer_that_cannot_do_a_task_is_named_with_the_reason(tmp_path, monkeypatch, capsys):
     made_up = lambda run, **_: dataclasses.replace(
         results.failure(run, tasks.find_task(run.task, run.config), ""), status="ok", bits_per_byte=3.5
     )
     monkeypatch.setattr(train, "train", made_up)
-    words = ["--task", "pylib_lm", "--layers", "softmax", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["quickstart", *words])
-    assert quickstart.main() == 0
-    assert f"{tmp_path}/quickstart.csv, {tmp_path}/quickstart.md; each layer's" in capsys.readouterr().out
-    assert not (tmp_path / "quickstart.png").exists()
+    monkeypatch.setattr(quickstart, "measure_cost", lambda *_: [])
+    words = ["--tasks", "pylib_lm", "--layers", "softmax", "linformer", "--out", str(tmp_path)]
+    assert quickstart.main(words) == 0
+    said = capsys.readouterr().out
+    assert "3.500" in said and "linformer cannot do pylib_lm: layer must be" in said
+    assert "linformer cannot do pylib_lm" in (tmp_path / "index.html").read_text()
 
 
 def test_a_damaged_data_set_is_told(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     shard = next((tmp_path / "data").rglob("*train.array_record*"))
     shard.write_bytes(shard.read_bytes()[:1000])
-    finished = run("quickstart", *TINY, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
+    finished = call("quickstart", *LISTOPS, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
     assert finished.returncode == 1
     assert stderr_of(finished).startswith(f"quickstart: data set: folder {shard.parent} must hold a whole data set")
     assert stderr_of(finished).count("\n") == 1
 
 
-def test_one_layers_fault_is_a_row_and_the_others_still_run(data, tmp_path):
-    code = (
-        "import runpy, sys\n"
-        "from subquad.lra import train\n"
-        "trained = train.train\n"
-        "def faulty(run, **words):\n"
-        "    if run.layer == 'performer':\n"
-        "        raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.')\n"
-        "    return trained(run, **words)\n"
-        "train.train = faulty\n"
-        f"sys.argv[0] = {str(ROOT / 'scripts' / 'quickstart.py')!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    words = [*TINY, "--out", tmp_path, "--data-dir", data]
-    finished = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+def test_one_layers_fault_is_a_row_and_the_others_still_run(tmp_path, monkeypatch):
+    trained = train.train
+
+    def faulty(run, **words):
+        if run.layer == "performer":
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+        return trained(run, **words)
+
+    monkeypatch.setattr(train, "train", faulty)
+    finished = call("quickstart", *TINY, "--out", tmp_path)
     assert finished.returncode == 1, finished.stderr
     status = {row.layer: row.status for row in results.read_results(tmp_path / "quickstart.csv")}
     assert status["softmax"] == "ok" and status["performer"].startswith("failed: memory must hold the training step")
-    assert "| performer | failed: memory" in (tmp_path / "quickstart.md").read_text()
+    assert "<td>performer</td><td>failed: memory" in (tmp_path / "index.html").read_text()
 
 
 def interrupted(name, *words, at="step 20/", by=signal.SIGINT):
@@ -175,14 +178,14 @@ def interrupted(name, *words, at="step 20/", by=signal.SIGINT):
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
-    words = ["--config", "tiny", "--steps", "200", "--seed", "1", "--data-dir", str(data), "--dropout-rate", "0.1"]
+    words = ["--config", "tiny", "--steps", "100", "--seed", "1", "--data-dir", str(data), "--dropout-rate", "0.1"]
     code, said = interrupted("train", *words, "--out", tmp_path / "stopped")
     assert code == 130, said
     last = said.strip().splitlines()[-1]
-    step = int(re.match(r"train: Stopped at step (\d+) of 200; saved in .*\. Go on with --resume\.$", last)[1])
-    assert 20 <= step < 200 and "Traceback" not in said
+    step = int(re.match(r"train: Stopped at step (\d+) of 100; saved in .*\. Go on with --resume\.$", last)[1])
+    assert 20 <= step < 100 and "Traceback" not in said
     for out, resume in (("stopped", ["--resume"]), ("whole", [])):
-        finished = run("train", *words, "--out", tmp_path / out, *resume)
+        finished = call("train", *words, "--out", tmp_path / out, *resume)
         assert finished.returncode == 0, finished.stderr
     (one,), (other,) = (results.read_results(tmp_path / out / "results.csv") for out in ("stopped", "whole"))
     same = ("accuracy_best", "accuracy_last", "best_step", "validation_accuracy_best", "train_loss_last")
@@ -192,17 +195,18 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(data, tmp_path):
 
 
 def test_a_stopped_quickstart_goes_on_by_the_same_command(data, tmp_path):
-    words = ["--config", "tiny", "--steps", "200", "--layers", "softmax", "--out", tmp_path, "--data-dir", data]
+    words = ["--tasks", "listops/tiny", "--steps", "100", "--layers", "softmax", "--lengths", "64", "--out", tmp_path]
+    words += ["--data-dir", data]
     code, said = interrupted("quickstart", *words, by=signal.SIGTERM)
     assert code == 143 and said.strip().endswith("The same command goes on from there.")
-    finished = run("quickstart", *words)
-    assert finished.returncode == 0 and "step 20/200" not in finished.stderr
+    finished = call("quickstart", *words)
+    assert finished.returncode == 0 and "step 20/100" not in finished.stderr
     assert results.read_results(tmp_path / "quickstart.csv")[0].status == "ok"
 
 
 def test_train_prints_the_resolved_configuration_and_takes_every_value(data, tmp_path):
     words = "--layer performer --layer-options num_features=8 --steps 10 --batch-size 8 --accumulate 2 --dtype bfloat16"
-    finished = run("train", *words.split(), "--config", "tiny", "--out", tmp_path, "--data-dir", data)
+    finished = call("train", *words.split(), "--config", "tiny", "--out", tmp_path, "--data-dir", data)
     assert finished.returncode == 0, finished.stderr
     assert '"num_features": 8' in finished.stderr.splitlines()[0]
     (row,) = results.read_results(tmp_path / "results.csv")

@@ -103,7 +103,7 @@ def test_a_budget_that_is_used_up_still_gives_the_table(call):
 
 def test_floors_are_measured_kept_and_read_again(call, tmp_path):
     code, out, _ = call("--floors", "listops/tiny", "--ledger", "mine/ledger.csv", "--data-dir", tmp_path / "data")
-    assert code == 0 and "root operator alone 0." in out
+    assert code == 0 and "given the root operator 0." in out
     found = ledger.read_ledger([tmp_path / "mine"]).floors["listops", "tiny"]
     assert set(found) == {"majority", "root"} and found["root"].value > found["majority"].value
     assert found["root"].examples == 64 and found["root"].command.endswith("--floors listops/tiny")

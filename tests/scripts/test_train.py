@@ -25,16 +25,20 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
         asked.append((run.seed, out, words))
         row = results.failure(run, tasks.find_task(run.task, run.config), "")
         return dataclasses.replace(
-            row, status="ok", accuracy=0.3 + 0.02 * run.seed, collapsed_step=20 if run.seed == 2 else None
+            row, status="ok", accuracy=0.3 + 0.02 * run.seed, collapsed_step=20 if run.seed == 2 else None,
+            scores_by_length='{"60": 0.25, "120": "cannot: too long"}',
         )
 
     monkeypatch.setattr(train, "train", made_up)
-    assert call(monkeypatch, *TINY, "--seeds", 0, 2, 0, "--out", tmp_path, "--tensorboard", "--resume") == 0
+    more = ("--tensorboard", "--resume", "--test-lengths", "60,120")
+    assert call(monkeypatch, *TINY, "--seeds", 0, 2, 0, "--out", tmp_path, *more) == 0
     assert [seed for seed, *_ in asked] == [0, 2] and asked[0][1] != asked[1][1]
-    assert asked[0][2] == dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True, checkpoint_minutes=10)
+    shared = dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True, checkpoint_minutes=10)
+    assert asked[0][2] == shared | dict(test_lengths=[60, 120])
     assert [row.seed for row in results.read_results(tmp_path / "results.csv")] == [0, 2]
     said = capsys.readouterr().out
     assert "32.0 % ± 2.8 (2 seeds), 1 collapsed" in said and "Seed 2 collapsed: by step 20" in said
+    assert "Seed 0 by length: 60: 0.250; 120: cannot: too long." in said
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,7 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
     [
         (("--devices", 3), "devices must be in 1..1, the cpu devices there are, got 3. On a CPU, XLA_FLAGS="),
         (("--shard", "zero"), "shard must be 'batch' on one device, got 'zero'. Pass devices, 2 or more."),
+        (("--test-lengths", "59"), "listops: test lengths must be >= 60, twice the longest, got 59."),
         (("--seeds", 1, "--seed", 1), "seed must be left out beside --seeds, got 1. Add it to --seeds."),
         (("--seeds", -1), "seed must be in [0, 2**32), got -1."),
         (("--num-processes", 2), "start: coordinator must be given together with"),

@@ -31,6 +31,7 @@ def test_attends_to_its_pattern_and_nothing_else(options, is_causal):
     check_support(make(is_causal=is_causal, **options), 29)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("options", "is_causal"), CASES)
 @pytest.mark.parametrize("length", [1, 29])
 def test_is_softmax_attention_under_its_pattern(options, is_causal, length):

@@ -38,6 +38,7 @@ def test_attends_to_the_window_and_nothing_else(window_size, is_causal):
     assert row.sum() == min(11, left) + 1 + (0 if is_causal else min(11, right))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("window_size", "is_causal"), [(3, False), ((2, 5), False), (4, True)])
 @pytest.mark.parametrize("length", [1, 29])
 def test_is_softmax_attention_under_its_pattern(window_size, is_causal, length):

@@ -161,8 +161,8 @@ def test_no_time_passes_at_padding(mode):
 def test_packed_sequences_are_as_alone(mode, is_causal):
     layer, x = S4(4, state_size=8, mode=mode, is_causal=is_causal, rngs=nnx.Rngs(0)), u(23)
     ids = jnp.asarray([3] * 6 + [1] * 10 + [3] * 7)
-    run = jax.jit(lambda x, ids, mask=None: layer(x, segment_ids=ids, mask=mask))
-    alone = jnp.concatenate([layer(x[:, :6]), layer(x[:, 6:16]), layer(x[:, 16:])], axis=1)
+    run = jax.jit(lambda x, ids=None, mask=None: layer(x, segment_ids=ids, mask=mask))
+    alone = jnp.concatenate([run(x[:, :6]), run(x[:, 6:16]), run(x[:, 16:])], axis=1)
     packed = run(x, ids)
     np.testing.assert_allclose(packed, alone, atol=2e-5)
     # Segments go with their tokens where padding is taken out.
@@ -172,7 +172,7 @@ def test_packed_sequences_are_as_alone(mode, is_causal):
     padded = run(spread, jnp.where(is_real, ids[place], 7), is_real[:, None, None])
     for sample in range(2):
         count = min(int(is_real[sample].sum()), 23)
-        expected = layer(x[sample : sample + 1, :count], segment_ids=ids[:count])[0]
+        expected = run(x[sample : sample + 1, :count], ids[:count])[0]
         np.testing.assert_allclose(padded[sample][is_real[sample]][:count], expected, atol=2e-5)
 
 

@@ -10,16 +10,16 @@ from flax import nnx
 from subquad import zoo
 from tests.zoo.cases import CASES, DIRECTIONS, EXTENDING, inputs, label
 
-STRICT = pytest.mark.parametrize(
-    "setting", [lambda: jax.numpy_rank_promotion("raise"), lambda: jax.numpy_dtype_promotion("strict")], ids=["ranks", "dtypes"]
-)
+
+@contextlib.contextmanager
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
 
 
-@STRICT
 @pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS, ids=label)
-def test_layer_traces_under_strict_settings(setting, name, is_causal):
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(setting())
+def test_layer_traces_under_strict_settings(name, is_causal):
+    with strict():
         mask = jnp.ones((2, 1, 1, 9), bool)
         for dtype in (None, jnp.bfloat16):
             layer = CASES[name].make(is_causal, dtype=dtype)
@@ -29,9 +29,8 @@ def test_layer_traces_under_strict_settings(setting, name, is_causal):
                 jax.eval_shape(lambda x, layer=layer: layer.extend(x, layer.init_cache(2, 20), mask=mask), inputs(9))
 
 
-@STRICT
-def test_masks_and_positions_trace_under_strict_settings(setting):
-    with setting():
+def test_masks_and_positions_trace_under_strict_settings():
+    with strict():
         at, of = jnp.arange(3), jnp.arange(8).reshape(2, 4)
         assert zoo.masks.padding_mask(jnp.array([[1, 3]]), 3).shape == (1, 2, 1, 1, 3)
         for mask in (zoo.masks.causal_mask, zoo.masks.segment_mask, lambda *pair: zoo.masks.window_mask(*pair, 2)):
@@ -41,15 +40,14 @@ def test_masks_and_positions_trace_under_strict_settings(setting):
         assert zoo.positions.alibi(at, at, 3).shape == (3, 3, 3)
 
 
-@STRICT
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-def test_models_trace_under_strict_settings(setting, positions):
+def test_models_trace_under_strict_settings(positions):
     # In float32 alone: Flax's own LayerNorm promotes half precision.
     options = dict(vocab_size=7, in_features=8, num_layers=1, mlp_features=8, max_length=20, positions=positions)
     options |= dict(dropout_rate=0.1, mixer="softmax", mixer_options=dict(num_heads=2), rngs=nnx.Rngs(0))
     tokens, mask = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), bool)
     sampling = dict(mask=mask, temperature=1.0, top_k=2, stop_token=3)
-    with setting():
+    with strict():
         draws = lambda: dict(deterministic=False, rngs=nnx.Rngs(1))
         for pooling in ("mean", "max", "first", "last"):
             classifier = zoo.Classifier(3, pooling=pooling, **options)

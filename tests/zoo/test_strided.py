@@ -60,6 +60,7 @@ def test_the_index_sets_of_the_paper(pattern, is_causal):
             assert set(np.flatnonzero(separate[head, t])) == (far if head % 2 else near)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attends_to_its_pattern_and_nothing_else(options, is_causal):
@@ -67,6 +68,7 @@ def test_attends_to_its_pattern_and_nothing_else(options, is_causal):
         check_support(make(is_causal=is_causal, **options), length)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_is_softmax_attention_under_its_pattern(options, is_causal):
@@ -94,6 +96,7 @@ def test_two_steps_reach_every_earlier_token():
     np.testing.assert_array_equal(near + far @ near > 0, np.tri(23, dtype=bool))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("cuts", [[1] * 12 + [25], [3, 17, 17]], ids=str)
 def test_extend_in_any_cutting(options, cuts):
@@ -106,6 +109,7 @@ def test_no_square_is_made():
         assert "512,512" not in str(jax.make_jaxpr(lambda x, layer=layer: layer(x))(inputs(512)))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("dtypes", [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)], ids=str)
 def test_a_token_reads_a_part_of_the_cache(options, dtypes):

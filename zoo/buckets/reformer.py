@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import dispatch, lsh
+from subquad.kernels import lsh
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, ReformerCache, append, poisoned, write
-from subquad.zoo.checks import refuse, require_extend
+from subquad.zoo.checks import check_sizes, check_word, refuse, require_extend
 from subquad.zoo.features import RandomFeature
 
 # Directions per round where the number of buckets follows the length: 2 x 64 buckets, enough for 64 chunks.
@@ -95,16 +95,12 @@ class ReformerAttention(Attention):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         factors = (2 * MAX_ROTATIONS,) if num_buckets is None else tuple(np.atleast_1d(num_buckets).tolist())
-        lowest = dict(num_hashes=1, chunk_size=1, chunks_before=0, chunks_after=0)
-        sizes = dict(num_hashes=num_hashes, chunk_size=chunk_size, chunks_before=chunks_before, chunks_after=chunks_after)
-        for name, size in sizes.items():
-            if not isinstance(size, int | np.integer) or size < lowest[name]:
-                refuse(owner, name, repr(size), f"be an integer of at least {lowest[name]}", f"Pass {name}=1 or more.")
+        check_sizes(owner, num_hashes=num_hashes, chunk_size=chunk_size)
+        check_sizes(owner, 0, chunks_before=chunks_before, chunks_after=chunks_after)
         if not factors or any(not isinstance(n, int) or n < 2 or n % 2 for n in factors):
             refuse(owner, "num_buckets", repr(num_buckets), "be even, or a tuple of even factors, or None",
                    "A direction and its opposite are two buckets.")
-        if reach not in get_args(lsh.Reach):
-            refuse(owner, "reach", repr(reach), "be a known word", dispatch.nearest(reach, get_args(lsh.Reach)))
+        check_word(owner, "reach", reach, get_args(lsh.Reach))
         if reach == "ring" and correct_duplicates:
             refuse(owner, "correct_duplicates", True, "be False with reach='ring'", "Use reach='chunk'.")
         del self.key  # the paper's keys are its queries

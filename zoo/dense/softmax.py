@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from subquad.kernels import precision, softmax
 from subquad.zoo import masks
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import refuse
+from subquad.zoo.checks import check_rate, refuse
 
 
 class SoftmaxAttention(Attention):
@@ -159,11 +159,6 @@ def weighted_mean(
 def both(mask, other):
     """What both masks show; None shows all."""
     return other if mask is None else mask & other
-
-
-def check_rate(owner: str, rate: float) -> None:
-    if not 0 <= rate <= 1:
-        refuse(owner, "dropout_rate", rate, "be in 0..1", "It is the probability of dropping a weight.")
 
 
 def drop(key, rate: float, is_broadcast: bool, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:

@@ -1,16 +1,15 @@
 """Performer: softmax attention estimated by positive orthogonal random features, in linear time."""
 
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import PerformerCache, counts
-from subquad.zoo.checks import refuse, require_extend
+from subquad.zoo.checks import check_sizes, check_word, require_extend
 from subquad.zoo.features import RandomFeature, RowNorm, random_projection
 
 
@@ -74,12 +73,9 @@ class PerformerAttention(Attention):
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
-        if not isinstance(num_features, int | np.integer) or num_features < 1:
-            refuse(owner, "num_features", repr(num_features), "be a positive integer", "256 is a good start.")
-        if kernel not in ("softmax", "relu"):
-            refuse(owner, "kernel", repr(kernel), "be 'softmax' or 'relu'", "'softmax' is the paper's.")
-        if row_norm not in ("chi", "sqrt"):
-            refuse(owner, "row_norm", repr(row_norm), "be 'chi' or 'sqrt'", "'chi' keeps the estimate unbiased.")
+        check_sizes(owner, num_features=num_features)
+        check_word(owner, "kernel", kernel, ("softmax", "relu"))
+        check_word(owner, "row_norm", row_norm, get_args(RowNorm))
         self.num_features, self.kernel = num_features, kernel
         self.orthogonal, self.row_norm = orthogonal, row_norm
         self.projection = RandomFeature(self.redraw(rngs))

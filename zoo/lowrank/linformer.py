@@ -3,7 +3,6 @@
 from typing import Any, Literal, Unpack, get_args
 
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import softmax
 from subquad.kernels.axes import KeyMask
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import refuse
+from subquad.zoo.checks import check_sizes, check_word, refuse
 
 Sharing = Literal["none", "headwise", "key_value", "layerwise"]
 
@@ -46,9 +45,8 @@ class LinformerProjection(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        for name, size in (("max_length", max_length), ("num_landmarks", num_landmarks), ("num_heads", num_heads)):
-            if not (name == "num_heads" and size is None) and (not isinstance(size, int | np.integer) or size < 1):
-                refuse("LinformerProjection", name, repr(size), "be a positive integer", f"Pass {name}=1 or more.")
+        heads = {} if num_heads is None else dict(num_heads=num_heads)
+        check_sizes("LinformerProjection", max_length=max_length, num_landmarks=num_landmarks, **heads)
         self.max_length, self.num_landmarks, self.num_heads = max_length, num_landmarks, num_heads
         shape = (max_length, num_landmarks) if num_heads is None else (num_heads, max_length, num_landmarks)
 
@@ -134,8 +132,7 @@ class LinformerAttention(Attention):
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
-        if sharing not in get_args(Sharing):
-            refuse(owner, "sharing", repr(sharing), f"be one of {', '.join(get_args(Sharing))}", "'headwise' is usual.")
+        check_word(owner, "sharing", sharing, get_args(Sharing))
         if sharing == "layerwise":
             if not isinstance(projection, LinformerProjection):
                 refuse(owner, "projection", repr(projection), "be a LinformerProjection with sharing='layerwise'",

@@ -62,13 +62,8 @@ class LocalAttention(Attention):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         sides = tuple(window_size) if isinstance(window_size, tuple | list) else (window_size, window_size)
         if len(sides) != 2 or any(not isinstance(side, int | np.integer) or side < 0 for side in sides):
-            refuse(
-                "LocalAttention",
-                "window_size",
-                repr(window_size),
-                "be a number >= 0 or a pair (left, right) of such",
-                "Count the tokens on each side of the query, itself not counted.",
-            )
+            refuse("LocalAttention", "window_size", repr(window_size), "be a number >= 0 or a pair (left, right) of such",
+                   "Count the tokens on each side of the query, itself not counted.")
         if is_causal and isinstance(window_size, tuple | list) and sides[1]:
             refuse("LocalAttention", "window_size", window_size, "be (left, 0) when causal", "Pass the left side only.")
         self.window_size = (int(sides[0]), 0 if is_causal else int(sides[1]))
@@ -90,14 +85,9 @@ class LocalAttention(Attention):
         # The newest of the window lies just before the new tokens: distances are known, whatever came before.
         at = np.arange(window + tokens)[None]
         heads = softmax.attention(
-            query,
-            keys.astype(query.dtype),
-            values.astype(query.dtype),
-            mask=(at >= window - cache.seen[:, None])[:, None, None],
-            window_size=self.window_size,
-            query_positions=at[:, window:],
-            key_positions=at,
-            implementation=self.implementation,
+            query, keys.astype(query.dtype), values.astype(query.dtype),
+            mask=(at >= window - cache.seen[:, None])[:, None, None], window_size=self.window_size,
+            query_positions=at[:, window:], key_positions=at, implementation=self.implementation,
         )
         newest = (last(array, window, tokens, mask) for array in (keys, values))
         return heads, LocalCache(*newest, cache.seen + counts(query, mask))

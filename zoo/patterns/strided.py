@@ -8,10 +8,9 @@ import numpy as np
 from flax import nnx
 
 from subquad.kernels import patterns, softmax, strided
-from subquad.kernels.dispatch import nearest
 from subquad.kernels.patterns import Band, Columns, Interleaved, SameBlock, Strided
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_sizes, check_word, refuse
 
 Pattern = Literal["strided", "fixed"]
 Heads = Literal["merged", "separate"]
@@ -76,9 +75,8 @@ class StridedAttention(Attention):
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
-        for name, word, known in (("pattern", pattern, get_args(Pattern)), ("heads", heads, get_args(Heads))):
-            if word not in known:
-                refuse("StridedAttention", name, repr(word), f"be one of {known}", nearest(word, known))
+        check_word("StridedAttention", "pattern", pattern, get_args(Pattern))
+        check_word("StridedAttention", "heads", heads, get_args(Heads))
         check_sizes("StridedAttention", stride=stride, num_summary=1 if num_summary is None else num_summary)
         for name, given in (("num_summary", num_summary is not None), ("distinct_summary", distinct_summary)):
             if given and pattern == "strided":

@@ -14,7 +14,7 @@ from jax import lax
 from subquad.kernels import relative
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import TransformerXLCache, counts, last, places
-from subquad.zoo.checks import refuse, require_extend
+from subquad.zoo.checks import check_sizes, require_extend
 from subquad.zoo.positions import sinusoidal
 
 
@@ -73,9 +73,8 @@ class TransformerXLAttention(Attention):
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
-        for name, length, least in (("segment_length", segment_length, 1), ("memory_length", memory_length, 0)):
-            if not isinstance(length, int | np.integer) or length < least:
-                refuse(type(self).__name__, name, repr(length), f"be an integer of at least {least}", "Count tokens.")
+        check_sizes(type(self).__name__, segment_length=segment_length)
+        check_sizes(type(self).__name__, 0, memory_length=memory_length)
         self.segment_length, self.memory_length = segment_length, memory_length
         self.position_features = in_features + in_features % 2
         self.relative = nnx.LinearGeneral(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from subquad.kernels import convolution, dispatch, ssm
 from subquad.zoo.cache import pieces
-from subquad.zoo.checks import refuse
+from subquad.zoo.checks import check_word, refuse
 from subquad.zoo.statespace import hippo
 
 Mode = Literal["dplr", "diagonal"]
@@ -27,8 +27,7 @@ def check_system(owner: str, features: int, state_size: int, mode, init, discret
         refuse(owner, "num_ssm", num_ssm, f"divide in_features = {features}", "Choose a divisor.")
     words = (("mode", mode, MODES), ("init", init, hippo.INITS), ("discretization", discretization, ssm.DISCRETIZATIONS))
     for name, word, known in words:
-        if word not in known:
-            refuse(owner, name, repr(word), "be a known name", dispatch.nearest(word, known))
+        check_word(owner, name, word, known)
     if mode == "dplr" and init != "legs":
         refuse(owner, "init", repr(init), "be 'legs' when mode is 'dplr'", "Use mode='diagonal'.")
     if mode == "dplr" and discretization != "bilinear":

@@ -16,8 +16,9 @@ arXiv 2011.04006.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # Any change of what the generator draws is a new version, so that no data set on disk is taken for another.
@@ -26,7 +27,9 @@ SYMBOLS = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 VOCABULARY_SIZE = len(SYMBOLS)
 NUM_CLASSES = 10
 PAD, ZERO, MIN, MAX, MED, SM, CLOSE = 0, 1, 11, 12, 13, 14, 15
-OPERATORS = (MIN, MAX, MED, SM)
+OPERATORS: dict[int, Callable[[list[int]], int]] = {
+    MIN: min, MAX: max, MED: lambda values: int(statistics.median(values)), SM: lambda values: sum(values) % 10,
+}  # fmt: skip
 OPERATOR_PROBABILITY = 0.25
 _IDS = {symbol: token for token, symbol in enumerate(SYMBOLS)}
 
@@ -89,6 +92,17 @@ def generate(config: Config, split: str) -> Iterator[Example]:
     return _generate(config, split, sizes)
 
 
+def at_length(config: Config, length: int) -> Config:
+    """The same trees, longer ones for testing alone: more than length / 2 tokens, at most length, and none that is trained on.
+
+    Raises: ValueError: a length that trees to train on may have.
+    """
+    if length < 2 * (config.max_length - 1):
+        raise ValueError(f"listops: test lengths must be >= {2 * (config.max_length - 1)}, twice the longest, got {length}.")
+    name, test = f"{config.name}_at_{length}", ("test", dict(config.splits)["test"])
+    return replace(config, name=name, min_length=length // 2, max_length=length + 1, splits=(test,))
+
+
 def _generate(config: Config, split: str, sizes: dict[str, int]) -> Iterator[Example]:
     seen: set[bytes] = set()
     for name in reversed(sizes):
@@ -110,7 +124,7 @@ def _tree(uniform, config: Config) -> bytes | None:
     tokens = bytearray()
     pending = [1]  # arguments still to come at each open level; the root is the one argument of depth 1
     shortest = 1  # the tree's length if all that is still to come were digits
-    max_depth, max_args, max_length = config.max_depth, config.max_args, config.max_length
+    max_depth, max_args, max_length, operators = config.max_depth, config.max_args, config.max_length, tuple(OPERATORS)
     while pending:
         if not pending[-1]:
             pending.pop()
@@ -123,7 +137,7 @@ def _tree(uniform, config: Config) -> bytes | None:
             shortest += 1 + arguments
             if shortest >= max_length:  # it would be rejected anyway: stopping now changes no distribution
                 return None
-            tokens.append(OPERATORS[int(uniform() * len(OPERATORS))])
+            tokens.append(operators[int(uniform() * len(operators))])
             pending.append(arguments)
         else:
             tokens.append(ZERO + int(uniform() * 10))
@@ -145,7 +159,9 @@ def evaluate(tokens: Sequence[int]) -> int:
                 stack[-1].append(token - ZERO)
             elif token == CLOSE:
                 operator, *arguments = stack.pop()
-                stack[-1].append(_apply(operator, arguments))
+                if not arguments:
+                    raise IndexError
+                stack[-1].append(OPERATORS[operator](arguments))
             elif token in OPERATORS:
                 stack.append([token])
             elif token != PAD:
@@ -154,19 +170,6 @@ def evaluate(tokens: Sequence[int]) -> int:
     except (IndexError, ValueError):
         raise ValueError(f"listops: tokens must be one well-formed expression, got {list(tokens)[:20]}.") from None
     return value
-
-
-def _apply(operator: int, arguments: list[int]) -> int:
-    if not arguments:
-        raise ValueError
-    if operator == MIN:
-        return min(arguments)
-    if operator == MAX:
-        return max(arguments)
-    if operator == SM:
-        return sum(arguments) % 10
-    ordered, middle = sorted(arguments), len(arguments) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) // 2
 
 
 def tokenise(text: str) -> bytes:

@@ -170,31 +170,15 @@ def tables(config, gap: int) -> Tables:
             starts.append(free)
     crossing = [(CROSSING - mask[mask >= CROSSING - 255].astype(int)).astype(np.uint8) for mask in masks]
     return Tables(
-        size=size,
-        rim=rim,
-        width=width,
-        blank=blank.ravel(),
-        lines=lines,
-        masks=masks,
-        claims=places(masks > 0),
-        claimed=_ragged([mask[mask > 0] for mask in masks]),
-        touches=places(could_cross),
-        limits=_ragged(crossing),
-        disc=(_disc(gap) @ [width, 1]).astype(np.int32),
-        candidates=candidates,
-        choices=choices,
+        size=size, rim=rim, width=width, blank=blank.ravel(), lines=lines, masks=masks, claims=places(masks > 0),
+        claimed=_ragged([mask[mask > 0] for mask in masks]), touches=places(could_cross), limits=_ragged(crossing),
+        disc=(_disc(gap) @ [width, 1]).astype(np.int32), candidates=candidates, choices=choices,
         weights=np.take_along_axis(weights, choices, 1) * filled,
-        advance=np.array([_displacement(angle, length + 2 * gap) for angle in directions]),
-        reach=reach,
-        back=np.array([_displacement(angle + math.pi, length) for angle in onward]),
-        retreat=retreat,
-        footprints=tuple(footprints),
-        seedable=seedable,
-        orbit=orbit,
-        seeds=np.array(seeds),
-        starts=np.concatenate(starts),
+        advance=np.array([_displacement(angle, length + 2 * gap) for angle in directions]), reach=reach,
+        back=np.array([_displacement(angle + math.pi, length) for angle in onward]), retreat=retreat,
+        footprints=tuple(footprints), seedable=seedable, orbit=orbit, seeds=np.array(seeds), starts=np.concatenate(starts),
         begins=np.cumsum([0, *map(len, starts)]),
-    )
+    )  # fmt: skip
 
 
 def _surrounds(footprint: np.ndarray) -> bool:

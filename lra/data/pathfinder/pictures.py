@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from subquad.lra.data.pathfinder import contours
+from subquad.lra.files import refuse
 
 # Any change of what is drawn is a new version, so that no data set on disk is taken for another.
 VERSION = "1.0.0"
@@ -75,14 +76,10 @@ class Config:
 
     def __post_init__(self):
         if self.thickness * self.antialias % 1:
-            raise ValueError(
-                f"pathfinder: thickness must be a multiple of 1/antialias = 1/{self.antialias}, got {self.thickness}."
-            )
+            refuse("pathfinder: thickness", f"be a multiple of 1/antialias = 1/{self.antialias}", self.thickness, "Round it.")
         if not 4 * self.seed_distance < self.size:
-            raise ValueError(
-                f"pathfinder: seed_distance must be less than a quarter of size {self.size}, got {self.seed_distance}. "
-                "The first contour begins that far from the middle."
-            )
+            refuse("pathfinder: seed_distance", f"be less than a quarter of size {self.size}", self.seed_distance,
+                   "The first contour begins that far from the middle.")
         if min(self.contour_length, self.distractor_length) < 2:
             raise ValueError("pathfinder: contour_length and distractor_length must be at least 2 segments.")
 
@@ -182,13 +179,10 @@ def draw(config: Config, indices: range) -> list[Drawing]:
             targets = pairs.segments[row]
             markers = np.stack([targets[first, 0, :2], targets[second, -1, :2]])
             drawings[image] = Drawing(
-                _paint(config, table, targets, distractors[row], markers),
-                int(label[image]),
-                markers,
+                _paint(config, table, targets, distractors[row], markers), int(label[image]), markers,
                 np.stack([_ends(table, config, contour) for contour in targets]),
-                [_ends(table, config, contour) for contour in distractors[row]],
-                int(pairs.attempts[row]),
-            )
+                [_ends(table, config, contour) for contour in distractors[row]], int(pairs.attempts[row]),
+            )  # fmt: skip
     return drawings
 
 

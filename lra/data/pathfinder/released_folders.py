@@ -14,6 +14,7 @@ import numpy as np
 
 from subquad.lra.data import sources
 from subquad.lra.data.pathfinder import pictures
+from subquad.lra.files import explained
 
 FOLDERS = {"hard": "curv_contour_length_14", "intermediate": "curv_contour_length_9", "easy": "curv_baseline"}
 # Images of a folder; bytes of a file of metadata, which lists a thousand; bytes of a picture's file beside its pixels.
@@ -40,28 +41,26 @@ def read_samples(folder: pathlib.Path) -> list[Sample]:
     found = []
     files = sorted((folder / "metadata").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
     for path in files:
-        try:
+        unreadable = (OSError, ValueError, MemoryError, EOFError)
+        with _explained(f"{path} must list images as text or as an array of it", unreadable):
             listed = _lines(path)
-        except (OSError, ValueError, MemoryError, EOFError) as error:
-            raise sources.DatasetError(
-                f"release: {path} must list images as text or as an array of it, got {error!s:.100}. Unpack the archive again."
-            ) from None
         for number, fields in enumerate(listed, 1):
-            try:
+            line = f"{path}:{number} must be a folder, a file, an index and a label 0 or 1"
+            with _explained(line, (IndexError, ValueError)):
                 image, label = folder / fields[0] / fields[1], int(float(fields[3]))
                 if label not in (0, 1):
                     raise ValueError(f"label {label}")
+            with _explained(f"{image} must be there, for {path} lists it", OSError):
                 if image.stat().st_size:
                     found.append(Sample(image, label))
-            except FileNotFoundError:
-                raise sources.DatasetError(f"release: {image} must be there, for {path} lists it, got no such file.") from None
-            except (IndexError, ValueError) as error:
-                raise sources.DatasetError(
-                    f"release: {path}:{number} must be a folder, a file, an index and a label 0 or 1, got {error!s:.100}."
-                ) from None
     if not found:
         raise sources.DatasetError(f"release: {folder} must list images in metadata/*.npy, got none.")
     return found
+
+
+def _explained(what: str, kinds):
+    """Turns errors of these kinds into one line."""
+    return explained(f"release: {what}", "Unpack the archive again.", kinds, sources.DatasetError)
 
 
 def _lines(path: pathlib.Path) -> list[list[str]]:
@@ -85,14 +84,10 @@ def read_images(listed: list[Sample], size: int) -> Iterator[pictures.Example]:
     from PIL import Image
 
     for path, label in listed:
-        try:
-            with Image.open(path) as opened:
-                # Looked at before it is unpacked: a small file may hold a huge picture.
-                if opened.size != (size, size):
-                    raise ValueError(f"an image of {opened.size[0]} x {opened.size[1]}")
-                image = np.asarray(opened.convert("L"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise sources.DatasetError(
-                f"release: {path} must be an image of {size} x {size}, got {error!s:.100}. Unpack the archive again."
-            ) from None
+        unreadable = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+        with _explained(f"{path} must be an image of {size} x {size}", unreadable), Image.open(path) as opened:
+            # Looked at before it is unpacked: a small file may hold a huge picture.
+            if opened.size != (size, size):
+                raise ValueError(f"an image of {opened.size[0]} x {opened.size[1]}")
+            image = np.asarray(opened.convert("L"))
         yield pictures.Example(image, label)

@@ -73,7 +73,7 @@ def test_a_call_that_fails_is_a_row_and_energy_is_read_where_a_meter_is(monkeypa
         return lambda: None
 
     counted = iter(range(100))
-    meter = energy.Meter("a meter", lambda: [float(next(counted))], [float("inf")])
+    meter = energy.Meter("a meter", lambda: float(next(counted)))
     monkeypatch.setattr(programs, "start_program", started)
     settings = dataclasses.replace(SETTINGS, meter=meter, energy_seconds=1e-9)
     softmax, local = speed.race(["softmax", "local"], 16, "forward", settings, silent)
@@ -158,17 +158,6 @@ def test_every_layer_has_a_plan_in_every_model_that_is_of_the_length(model):
     # The arena's Reformer cuts every sequence into ten chunks.
     chunks = [programs.plan(model, "reformer", length)[0].layer_options["chunk_size"] for length in (3000, 4096)]
     assert chunks == [300, 410] if model == "lra-text" else chunks[0] == chunks[1]
-
-
-def test_what_is_left_is_told_from_what_was_measured():
-    races = list(speed.races([4, 1, 2], ["forward", "train"]))
-    assert races == [(1, "forward"), (1, "train"), (2, "forward"), (2, "train"), (4, "forward"), (4, "train")]
-    assert speed.seconds_left(races, {}) is None
-    taken = {(1, "forward"): (10.0, 4.0)}
-    # One race more of this length, two of the next, two of the one after: only what is no compiling grows.
-    assert speed.seconds_left(races, taken) == pytest.approx(10.0 + 2 * (4 + 12) + 2 * (4 + 24))
-    taken |= {(2, "forward"): (10.0, 9.0), (1, "train"): (10.0, 0.0), (2, "train"): (40.0, 0.0)}
-    assert speed.seconds_left(races, taken) == pytest.approx(9.0 + 2 + 80.0)
 
 
 def test_the_machines_memory_is_told(monkeypatch):

@@ -90,12 +90,11 @@ def test_ctrl_c_that_is_ignored_stays_ignored():
     assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
 
 
-def test_every_script_guards_its_start_and_ends_by_run():
+def test_every_script_ends_by_run():
     for path in (pathlib.Path(__file__).parents[3] / "scripts").glob("*.py"):
         text = path.read_text()
         of_subquad = f'None, "{path.stem}")' in text and "from subquad.lra.cli.__main__ import run" in text
-        words = (f'interrupts.exit_during_startup("{path.stem}")\n', f'commands.run("{path.stem}", main)')
-        assert of_subquad or all(one in text for one in words), path
+        assert of_subquad or f'commands.run("{path.stem}", main)' in text, path
 
 
 def parser():
@@ -124,8 +123,6 @@ def test_every_value_of_a_run_is_explained():
         (["--stesp", "7"], "option must be a known one, got '--stesp'. Did you mean '--steps'?"),
         (["--stesp=7"], "option must be a known one, got '--stesp=7'. Did you mean '--steps'?"),
         (["--step", "7"], "option must be a known one, got '--step'. Did you mean '--steps'?"),
-        (["--steps", "many"], "--steps: invalid int value: 'many'"),
-        (["--clip-norm", "much"], "--clip-norm: invalid float value: 'much'"),
         (["--steps"], "--steps: expected one argument"),
     ],
 )

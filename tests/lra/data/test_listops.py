@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from subquad.lra import tasks
 from subquad.lra.data import floors
 from subquad.lra.data.listops import expressions
 
@@ -206,3 +207,12 @@ def test_an_unknown_split_is_refused():
 
 def _first(examples, count):
     return [example for example, _ in zip(examples, range(count), strict=False)]
+
+
+def test_longer_trees_are_drawn_for_testing_alone():
+    longer = tasks.find_task("listops", "small").at_length(400)
+    lengths = [len(longer[index]["inputs"]) for index in range(40)]
+    assert len(longer) == 500 and min(lengths) > 200 and max(lengths) <= 400
+    assert all(expressions.evaluate(longer[index]["inputs"]) == longer[index]["label"] for index in range(40))
+    with pytest.raises(ValueError, match="listops: test lengths must be >= 400, twice the longest, got 399"):
+        tasks.find_task("listops", "small").at_length(399)

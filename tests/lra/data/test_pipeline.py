@@ -98,3 +98,8 @@ def test_a_part_of_a_set_sorted_by_label_has_its_labels():
 def test_impossible_batch_sizes_are_refused(splits, batch_size):
     with pytest.raises(ValueError, match=r"batches: batch_size must be in 1\.\.256"):
         pipeline.training_batches(splits["train"], batch_size=batch_size, length=LENGTH, seed=0)
+
+
+def test_nothing_is_asked_of_padding():
+    row = pipeline.pad({"inputs": np.arange(1, 4), "targets": np.array([-1, 2, 0])}, 5)
+    assert row["targets"].tolist() == [-1, 2, 0, -1, -1] and row["inputs"].tolist() == [1, 2, 3, 0, 0]

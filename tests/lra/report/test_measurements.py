@@ -56,26 +56,26 @@ def rows():
 def test_tables_hold_every_row_and_what_became_of_those_that_failed():
     speed, rest = measurements.tables(rows())
     assert speed.title == "small, batch 1, float32, train"
-    assert speed.heading == ["layer", "calls/s 1K", "calls/s 2K", "MiB 1K", "MiB 2K"]
-    assert speed.body == [
+    assert speed.rows == [
+        ["layer", "calls/s 1K", "calls/s 2K", "MiB 1K", "MiB 2K"],
         ["softmax", "333 (1.00)", "skipped", "1,024 (1.00)", "2,048 (1.00)"],
         ["local", "667 (2.00)", "333", "1,024 (1.00)", "2,048 (1.00)"],
     ]
     assert speed.notes[0].startswith("Warm, medians of 7 calls. MiB")
     assert "softmax at 2K: skipped: memory: 10 & 50 % of_it." in speed.notes and "a machine" in speed.notes[0]
     # Each layer at the longest length that it ran at, and no column that nothing fills.
-    assert rest.heading == ["layer", "at", "GFLOP", "J/call"]
-    assert [row[:2] for row in rest.body] == [["softmax", "1K"], ["local", "2K"]]
+    assert rest.rows[0] == ["layer", "at", "GFLOP", "J/call"]
+    assert [row[:2] for row in rest.rows[1:]] == [["softmax", "1K"], ["local", "2K"]]
     assert "Estimated from 100 W." in rest.notes
     others = [dataclasses.replace(rows()[0], **one) for one in (dict(dtype="bfloat16"), dict(baseline="local"))]
     assert len(measurements.groups([*rows(), *others])) == 3
 
 
 def test_markdown_and_latex_say_the_same():
-    text = measurements.markdown(rows())
+    text = "\n".join(table.markdown() for table in measurements.tables(rows()))
     assert "| local | 667 (2.00) | 333 | 1,024 (1.00) | 2,048 (1.00) |" in text and "| --- | ---: |" in text
-    assert measurements.markdown([]) == "" and measurements.tables([]) == []
-    latex = measurements.latex(rows())
+    assert measurements.tables([]) == []
+    latex = "\n".join(table.latex() for table in measurements.tables(rows()))
     assert r"local & 667 (2.00) & 333 & 1,024 (1.00) & 2,048 (1.00) \\" in latex
     assert r"\begin{tabular}{lrrrr}" in latex and latex.count(r"\toprule") == latex.count(r"\end{table}") == 2
     assert r"10 \& 50 \% of\_it" in latex

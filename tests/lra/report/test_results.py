@@ -246,5 +246,5 @@ def test_language_models_are_shown_by_bits_per_byte_the_fewest_first():
     caption = results.caption(rows)
     assert "Bits per byte on the 500 examples of the test split, parameters best" in caption and "floor" not in caption
     with_floors = [row("s4", **score(2.5), floor_unigram=4.45, floor_bigram=3.33)]
-    assert results.cells(with_floors)[1][2:4] == ["4.450", "3.330"] and "bigram floors" in results.caption(with_floors)
+    assert results.cells(with_floors)[1][2:4] == ["4.450", "3.330"] and "; bigram floor: counts" in results.caption(with_floors)
     assert "root floor" in results.caption([row()]) and "root floor" not in results.caption([row(floor_root=None)])

@@ -1,0 +1,1 @@
+"""Diagnostic tasks: one generator each, drawn while it is read; `configs` lists them."""

@@ -1,0 +1,92 @@
+"""Diagnostics: what a layer can do at all, on tasks that are drawn; two blocks of width 64, minutes on a laptop.
+
+Command    python scripts/train.py --recipe diagnostics --task recall --layer softmax
+Expected   results/diagnostics.csv, in the README
+
+Then the settings of the papers, as far as they are known: Mamba's, Zoology's and MAD's.
+"""
+
+from subquad.lra.recipes.recipe import Recipe
+
+# Causal, as the papers' models are; Linformer cannot be, and looks at whole sequences.
+LAYERS = {
+    "softmax": dict(num_heads=4, is_causal=True),
+    "blockwise": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
+    "local": dict(num_heads=4, is_causal=True, window_size=8),
+    "strided": dict(num_heads=4, is_causal=True, stride=8),
+    "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
+    "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
+    "performer": dict(num_heads=4, is_causal=True, num_features=32),
+    "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
+    "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
+}
+# Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown
+# smaller ones: induction is then not learned in 2,000 steps.
+LONGER = dict(positions="sinusoidal", embedding_std=1.0)
+
+DIAGNOSTICS = Recipe(
+    id="diagnostics",
+    source="subquad",
+    layers=LAYERS,
+    settings={
+        "*": dict(batch_size=32, steps=600, evaluate_every=100),
+        "recall": dict(steps=500),
+        "induction|mqar": dict(LONGER, steps=1500, learning_rate=2e-3, evaluate_every=250),
+        "parity|modular_addition|s5": dict(LONGER, steps=1000, evaluate_every=200),
+        "mad": dict(steps=1000, evaluate_every=200),
+        "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
+        "listops softmax|blockwise|local|strided|reformer|performer|s4": dict(layer_options=dict(is_causal=False)),
+    },
+)
+
+# Adam without decay at a constant rate; the state-space layers of the paper know no positions.
+_PLAIN = dict(mlp_features=0, schedule="constant", warmup_steps=0, weight_decay=0.0, b2=0.999, clip_norm=None, positions=None)
+MAMBA = Recipe(
+    id="mamba",
+    source="Gu and Dao 2023, arXiv 2312.00752, sections 4.1.1 and 4.1.2",
+    layers=LAYERS,
+    settings={
+        "*": dict(_PLAIN, config="mamba", in_features=64, num_layers=2),
+        "* softmax|blockwise|local|strided|reformer|linformer|performer": LONGER,
+        "selective_copy": dict(batch_size=64, steps=400_000, learning_rate=1e-4, evaluate_every=4000),
+        "induction": dict(batch_size=8, steps=204_800, learning_rate=1e-3, evaluate_every=8192),
+    },
+    deviations=(
+        ("*", "The best on validation is taken of all steps."),
+        ("induction", "Steps, batch and rate are from memory, not looked up in the paper's appendix."),
+    ),
+)
+
+ZOOLOGY = Recipe(
+    id="zoology",
+    source="Arora et al. 2023, arXiv 2312.04927, figure 2, as in HazyResearch/zoology, experiments/iclr24_zoology_figure2",
+    layers=LAYERS | {"softmax": dict(num_heads=1, is_causal=True)},
+    settings={
+        "*": dict(
+            config="64_4", in_features=64, num_layers=2, mlp_features=0, positions="learned", steps=64 * 196, batch_size=512,
+            learning_rate=1e-3, weight_decay=0.1, decay="all", b2=0.999, clip_norm=None, warmup_steps=0, evaluate_every=196,
+        ),
+        # The paper gives positions to attention alone, and four blocks to all others.
+        "* s4": dict(num_layers=4, positions=None),
+        "*/256_16": dict(batch_size=256, steps=64 * 391, evaluate_every=391),
+        "*/512_64": dict(batch_size=128, steps=64 * 782, evaluate_every=782),
+    },
+    deviations=(("*", "One rate of the paper's grid, 1e-4 to 1e-2, and one width of 64 to 512."),),
+)  # fmt: skip
+
+MAD = Recipe(
+    id="mad",
+    source="Poli et al. 2024, arXiv 2403.17844, as in athms/mad-lab, configs/tasks and mad/configs.py",
+    layers=LAYERS,
+    settings={
+        "*": dict(
+            in_features=128, num_layers=2, mlp_features=512, positions=None, steps=200 * 100, batch_size=128,
+            learning_rate=5e-4, weight_decay=0.0, b2=0.999, clip_norm=None, warmup_steps=0, evaluate_every=500,
+        ),
+        "*/memorisation": dict(steps=200 * 2, evaluate_every=20),
+    },
+    deviations=(
+        ("*", "One rate and decay of the paper's grid; the feed-forward network has no gate."),
+        ("*/compression", "The decoder has ReLU and no norms."),
+    ),
+)  # fmt: skip

@@ -1,0 +1,181 @@
+"""The sections of a page about layers: what they cost against length, what they can do, and published tables beside ours."""
+
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from subquad.lra.report import cells, comparison, csv_rows, measurements, plots, results, verdicts
+from subquad.lra.report.ledger import Ledger
+from subquad.lra.report.measurements import Measurement, layer_label, length_label
+from subquad.lra.report.page import Section
+from subquad.lra.report.results import Result
+from subquad.lra.report.text_tables import Table
+from subquad.lra.run import Run
+
+
+def cost(rows: Iterable[Measurement]) -> Section:
+    """Time and memory against length of measurements of one model, and where each layer becomes cheaper than the baseline."""
+    rows = [row for row in rows if row.median_ms]
+    says = (
+        "Time per token and memory against length, measured on this machine in turn: what a layer costs here, and from which "
+        "length it pays. It does not say what a GPU would take, nor how well a layer learns."
+    )
+    if not rows:
+        return Section("Cost", says)
+    tables = [growth([row for row in rows if row.mode == mode]) for mode in dict.fromkeys(row.mode for row in rows)]
+    return Section("Cost", says, tables, [(plots.cost_against_length(rows), "time and memory against length")])
+
+
+def growth(rows: Sequence[Measurement]) -> Table:
+    """How time and memory of one mode grow with the length, and where each layer becomes cheaper than the baseline."""
+    lines: dict[str, dict[int, Measurement]] = {}
+    for row in sorted(rows, key=lambda row: row.length):
+        lines.setdefault(layer_label(row, rows), {})[row.length] = row
+    one, shortest, longest = rows[0], min(row.length for row in rows), max(row.length for row in rows)
+    short, long = length_label(shortest), length_label(longest)
+    heading = [
+        "layer", "time grows as", "memory grows as", f"µs per token at {short}", f"at {long}", f"MiB at {long}",
+        f"cheaper than {one.baseline}",
+    ]  # fmt: skip
+    body = []
+    for name, at in lines.items():
+        power = lambda column, at=at: plots.slope([(length, getattr(row, column)) for length, row in at.items()])
+        per_token = lambda length, at=at: f"{1e3 * at[length].median_ms / length:.2f}" if length in at else ""
+        memory = f"{at[longest].peak_bytes / 2**20:.1f}" if longest in at else ""
+        powers = ["" if found is None else f"T^{found:.2f}" for found in map(power, ("median_ms", "peak_bytes"))]
+        body.append([name, *powers, per_token(shortest), per_token(longest), memory, crossover_words(at.values())])
+    note = f"Medians of calls in turn; growth between the two longest lengths. {one.hardware}; commit {str(one.commit)[:12]}."
+    return Table(f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}", [heading, *body], [note])
+
+
+def measured(rows: Sequence[Measurement]) -> Section:
+    """All that was measured of one model, see `measurements.groups`: growth, speed and memory at each length, and the rest."""
+    section, one = cost(rows), rows[0]
+    title = f"{one.model}, batch {one.batch_size}, {one.dtype}, {one.hardware}"
+    return replace(section, title=title, tables=[*section.tables, *measurements.tables(rows)])
+
+
+def crossover(rows: Iterable[Measurement]) -> float:
+    """The length from which on a layer is faster than its baseline, on a line between measured lengths; both logarithmic.
+
+    Returns: 0 where it is faster at every length, inf where it is not at the longest one.
+    """
+    rows = sorted((row for row in rows if row.speed_ratio), key=lambda row: row.length)
+    slower = [at for at, row in enumerate(rows) if row.speed_ratio <= 1]
+    if not slower:
+        return 0.0
+    if slower[-1] == len(rows) - 1:
+        return math.inf
+    before, after = rows[slower[-1]], rows[slower[-1] + 1]
+    part = -math.log(before.speed_ratio) / (math.log(after.speed_ratio) - math.log(before.speed_ratio))
+    return before.length * (after.length / before.length) ** part
+
+
+def crossover_words(rows: Iterable[Measurement]) -> str:
+    """What `crossover` finds, in words."""
+    rows = list(rows)
+    if not any(row.speed_ratio for row in rows) or rows[0].layer == rows[0].baseline:
+        return ""
+    found = crossover(rows)
+    if found == 0:
+        return "at every length"
+    if math.isinf(found):
+        return f"not up to {length_label(max(row.length for row in rows))}"
+    return f"from about {float(f'{found:.2g}'):,.0f}"
+
+
+def ability(
+    rows: Iterable[Result], says: str, title: str = "Ability", reasons: Mapping[tuple[str, str], str] = {}
+) -> Section:
+    """What each layer reached on each task, the mean over seeds, with chance below; colours run from chance to all right.
+
+    Args:
+        reasons: (layer, task, or task/config) -> why the layer cannot do it.
+    """
+    rows = list(rows)
+    kinds = list(dict.fromkeys((row.task, row.config) for row in rows))
+    chance = {(row.task, row.config): _chance(row) for row in rows}
+    rules = {(row.task, row.config): max(filter(None, floors), default=None) for row in rows if (floors := _rules(row))}
+    of: dict[tuple, list[Result]] = {}
+    for group in results.groups(rows):
+        of.setdefault((group[0].layer, group[0].task, group[0].config), group)
+    layers = list(dict.fromkeys([*(row.layer for row in rows), *(layer for layer, _ in reasons)]))
+    body, shades = [], []
+    for layer in layers:
+        groups = [of.get((layer, *kind)) for kind in kinds]
+        without = ["cannot" if {(layer, task), (layer, f"{task}/{config}")} & reasons.keys() else "" for task, config in kinds]
+        scores = [word if group is None else results.score_of_seeds(group) for group, word in zip(groups, without, strict=True)]
+        body.append([layer, *scores])
+        shades.append([None, *(_shade(group, chance[kind]) for kind, group in zip(kinds, groups, strict=True))])
+    for name, known in (("chance", chance), ("best simple rule", rules)):
+        if any(known.get(kind) for kind in kinds):
+            body.append([name, *(results.floor_cell("chance", known.get(kind)) for kind in kinds)])
+            shades.append([None] * (1 + len(kinds)))
+    notes = [f"{task}: {_trained(of, task, config)}" for task, config in kinds]
+    notes += [f"{layer} cannot do {task}: {reason}" for (layer, task), reason in reasons.items()]
+    heading = ["layer", *(task if config == "small" else f"{task}/{config}" for task, config in kinds)]
+    return Section(title, says, [Table("Score on test", [heading, *body], notes, shades)] if rows else [])
+
+
+def _chance(row: Result) -> float | None:
+    return row.floor_chance or row.floor_majority
+
+
+def _rules(row: Result) -> list[float | None]:
+    return [row.floor_root, row.floor_bag, row.floor_network]
+
+
+def _shade(group: Sequence[Result] | None, chance: float | None) -> float | None:
+    scores = [row.accuracy for row in group or () if row.accuracy is not None]  # none of a language model
+    return (sum(scores) / len(scores) - (chance or 0)) / (1 - (chance or 0)) if scores else None
+
+
+def _trained(of: Mapping[tuple, Sequence[Result]], task: str, config: str) -> str:
+    one = next(group[0] for (_, *kind), group in of.items() if kind == [task, config])
+    unit = "bits per byte; " if one.bits_per_byte is not None else ""
+    return f"{unit}recipe {one.recipe}, {one.steps} steps of {one.batch_size}, {one.test_examples} examples of {one.split}."
+
+
+def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
+    """The published tables of which cells were run, theirs beside ours."""
+    found, notes = [], []
+    for paper, name in tables:
+        judged = [verdicts.judge(cell, known) for cell in cells.cells_of_table(paper, name)]
+        if any(one.ours is not None for one in judged):
+            source = comparison.published.sources()[paper, name]
+            found.append(Table(comparison.title(source), comparison.matrix(judged), comparison.notes(source, judged, known)))
+        else:
+            notes.append(f"{paper}, table {name}")
+    says = (
+        "Published figures, and ours where their recipe was run: theirs / ours; - is a cell that was not run. "
+        "Nothing here was trained by this command."
+    )
+    if notes:
+        says += f" No cell of these was run: {'; '.join(notes)}."
+    return Section("Arena", says, found)
+
+
+def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
+    """The table of runs of one task and recipe, their accuracy against cost, and how they learned.
+
+    Args:
+        folder: of the CSV; runs whose histories lie beside it, in runs/, have curves.
+    """
+    one, pictures = rows[0], []
+    if any(row.accuracy is not None and row.flops_per_step for row in rows):
+        pictures.append((plots.accuracy_against_cost(rows), "accuracy against cost"))
+    curves = {row: found for row in rows if (found := _validations(row, folder))}
+    if curves:
+        pictures.append((plots.learning_curves(curves), "validation against steps"))
+    table = Table("Score and cost", results.cells(rows), [results.caption(rows)])
+    says = "Scores on test, the mean over seeds, and what a training step costs."
+    return Section(f"{one.task}/{one.config}, {one.recipe}", says, [table], pictures)
+
+
+def _validations(row: Result, folder: pathlib.Path) -> list[tuple[int, float]]:
+    """(step, score) of each validation of a run, from its history; [] where there is none."""
+    path = folder / "runs" / Run(**json.loads(row.configuration)).id / "history.csv"
+    score = "validation_accuracy" if row.bits_per_byte is None else "validation_bits_per_byte"
+    return [(int(line["step"]), float(line[score])) for line in csv_rows.read_rows(path) if line.get(score)]
