@@ -18,8 +18,9 @@ The delta rule writes other values. XLA solves what depends on keys alone, chunk
 what a chunk reads of the state before it and writes without one. `write` then corrects the values by the state that it holds
 anyway, and all else takes them for the values; the gradient of a correction acts on the gradient of the state:
 
-    u = U - W S                      what is written
-    du = (reads of g without G) + k^T G,   G' = (what g adds) - W^T du        dU = du,   dW = -du S^T
+    u = U - W S                                     what is written
+    du = (what `read` makes of g without G) + k G   its gradient, also that of U; that of W is -du S^T
+    G' = decay G + sum_c q_c g_c^T - W^T du
 
 Decays are coordinates of places on the time axis. `late` is that of each token, as queries have it, `early` that of its key,
 and `start` that of the state before each chunk; a product of what a query and a key hold counts exp(late_c - early_s). They
