@@ -18,8 +18,9 @@ The delta rule writes other values. XLA solves what depends on keys alone, chunk
 what a chunk reads of the state before it and writes without one. `write` then corrects the values by the state that it holds
 anyway, and all else takes them for the values; the gradient of a correction acts on the gradient of the state:
 
-    u = U - W S                      what is written
-    du = (reads of g without G) + k^T G,   G' = (what g adds) - W^T du        dU = du,   dW = -du S^T
+    u = U - W S                                     what is written
+    du = (what `read` makes of g without G) + k G   its gradient, also that of U; that of W is -du S^T
+    G' = decay G + sum_c q_c g_c^T - W^T du
 
 Decays are coordinates of places on the time axis. `late` is that of each token, as queries have it, `early` that of its key,
 and `start` that of the state before each chunk; a product of what a query and a key hold counts exp(late_c - early_s). They
@@ -634,8 +635,8 @@ def in_segments(plan: Plan, query, key, value, log_scale, segments, projection, 
     c = jnp.flip(running_maximum(jnp.flip(c, 2), jnp.flip(ids, 2)), 2)
     weight = jnp.exp(r - finite(c[..., 1:])).swapaxes(1, 2)[..., None]
     before = jnp.exp(largest - finite(c[..., 0]))[..., None, None]
-    values = jnp.concatenate([weight * value, weight], -1).astype(jnp.float32)
-    state = jnp.concatenate([state, sums], -1) * before
+    values, width = with_one_more(weight * value, weight), value.shape[3]
+    state = with_one_more(state, sums) * before
     causal = dataclasses.replace(
         plan, prepare=with_decay, features="given", is_causal=True, divides=False, differentiates=(), eps=0.0
     )
@@ -651,7 +652,14 @@ def in_segments(plan: Plan, query, key, value, log_scale, segments, projection, 
     is_last = is_new(flip(segments))
     future, _ = add(flip(query), shift(flip(key)), jnp.where(is_last, 0, shift(flip(values))), is_last, jnp.zeros_like(state))
     both = past + flip(future)
-    return divide(both[..., :-1], both[..., -1], plan.eps).astype(value.dtype), (last[..., :-1], last[..., -1], c[..., -1])
+    out = divide(both[..., :width], both[..., width], plan.eps).astype(value.dtype)
+    return out, (last[..., :width], last[..., width], c[..., -1])
+
+
+def with_one_more(values, other):
+    """[..., V + 16] of values [..., V] and another one [..., 1]: rows of V + 1 would lie on no boundary for wide loads."""
+    x = jnp.concatenate([values, other], -1).astype(jnp.float32)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 15)])
 
 
 def causal_in_pieces(run, query, key, value, log_scale, segments, state):
@@ -704,9 +712,10 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale, *
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
     if normalize and beta is not None:  # a sum of keys that is corrected, too, is one of the values
-        value = jnp.concatenate(with_ones(value.astype(jnp.float32)), -1)
-        out, state = gated(query, key, value, log_decay, beta, initial_state, False, scale, mode=mode)
-        return normalized(out[..., :-1], out[..., -1:]).astype(dtype), state
+        value, width = with_one_more(*with_ones(value)), value.shape[3]
+        state = with_one_more(initial_state[..., :-1], initial_state[..., -1:])
+        out, state = gated(query, key, value, log_decay, beta, state, False, scale, mode=mode)
+        return normalized(out[..., :width], out[..., width : width + 1]).astype(dtype), state[..., : width + 1]
     plan = plan_of(
         (query, key, value), mode, prepare=with_decay, features="given", is_causal=True, divides=normalize, hides=False,
         differentiates=("late", "early"), scale=scale, eps=0.0, is_delta=beta is not None,
