@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 class Declined(NotImplementedError):
     """An implementation that cannot serve this call; the message is the reason, one sentence."""
+
+
+class Unordered(ValueError):
+    """A configuration with which a kernel would read memory before it is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +137,11 @@ def call(
     Returns: the outputs, in order.
     Raises:
         TypeError: a name that is no parameter of the kernel, a parameter without a value, an order that differs.
+        Unordered: more than one stage for a kernel that reads back what it wrote.
     """
     constants = {**constants, **config.blocks}
     _check_names(kernel, inputs, outputs, constants)
+    _check_stages(kernel, config, constants)
     if not 0 < grid < 2**31:
         raise ValueError(f"launch.call: grid must lie in 1 .. 2^31 - 1, got {grid}. Give every program more work.")
     for name, value in constants.items():
@@ -187,3 +194,28 @@ def _check_names(kernel, inputs, outputs, constants):
             f"order {wanted}, got pointers {given}" + (f" and unknown constants {unknown}" if unknown else "") + ". "
             "Compare the spelling with the kernel's signature."
         )
+
+
+def _check_stages(kernel, config: tuning.Config, constants) -> None:
+    if config.num_stages > 1 and any(map(guards_memory, (kernel, *functions_in(*constants.values())))):
+        raise Unordered(
+            f"launch.call: config.num_stages must be 1 for {kernel.__name__}, got {config.num_stages}. It reads back what it "
+            "wrote, and the loads of a stage ahead would pass the barrier in between: prefetch nothing there."
+        )
+
+
+@functools.cache
+def guards_memory(kernel) -> bool:
+    """Whether a kernel, or a function it calls, has a barrier: between threads that write memory and threads that read it."""
+    seen, waiting = set(), [getattr(kernel, "fn", kernel)]
+    while waiting:
+        function = waiting.pop()
+        names = set(function.__code__.co_names)
+        if "debug_barrier" in names:
+            return True
+        seen.add(function)
+        called = (getattr(function.__globals__.get(name), "fn", None) for name in names)
+        waiting += [other for other in called if isinstance(other, types.FunctionType) and other not in seen]
+    return False
+
+

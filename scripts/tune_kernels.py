@@ -58,8 +58,11 @@ def fits(spec, dtype, length, target, request, config, heuristic) -> bool:
     """
     with tuning.trying({request: heuristic}):
         usual = specs.launches(spec, dtype, length, target=target)
-    with tuning.trying({request: config}):
-        tried = specs.launches(spec, dtype, length, target=target)
+    try:
+        with tuning.trying({request: config}):
+            tried = specs.launches(spec, dtype, length, target=target)
+    except launch.Unordered:
+        return False
     if config == heuristic:  # which changes nothing
         changed = [one for one in tried if uses(one, config)]
     else:

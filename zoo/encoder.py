@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.zoo import positions as encodings
 from subquad.zoo import registry
 from subquad.zoo.block import Block
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import refuse
 from subquad.zoo.linen import call_rngs
 
 POSITIONS = ("learned", "sinusoidal", None)
@@ -136,13 +136,8 @@ class Encoder(nnx.Module):
         return hidden if mask is None else jnp.where(mask[..., None], hidden, 0)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"]:
         self.check(tokens, mask, segment_ids)
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
@@ -168,7 +163,8 @@ class Encoder(nnx.Module):
 
 def mixers_of_layers(mixer, mixer_options, num_layers: int | None) -> list[tuple[Mixer, dict[str, Any]]]:
     """The mixer of each layer and its options."""
-    check_sizes("Encoder", num_layers=num_layers)
+    if not isinstance(num_layers, int | np.integer) or num_layers < 1:
+        refuse("Encoder", "num_layers", repr(num_layers), "be a positive integer", "Use 1 for a single block.")
 
     def spread(name, value, is_one, kind):
         if is_one(value):

@@ -111,14 +111,8 @@ class DualEncoder(nnx.Module):
         self.head = Head(features * (4 if interaction == "nli" else 2), hidden, num_classes, **dtypes(encoder), rngs=rngs)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        other: Int[Array, "B S"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        other_mask: Bool[Array, "B S"] | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        self, tokens: Int[Array, "B T"], other: Int[Array, "B S"], *, mask: Bool[Array, "B T"] | None = None,
+        other_mask: Bool[Array, "B S"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B classes"]:
         a, b = (
             pool(self.encoder(sequence, mask=real, deterministic=deterministic, rngs=rngs), real, self.pooling)
@@ -170,13 +164,8 @@ class CausalLM(nnx.Module):
             self.head = nnx.Linear(self.encoder.in_features, self.vocab_size, use_bias=False, **dtypes(encoder), rngs=rngs)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T vocab"]:
         """Logits of each next token; the arguments are those of a call of `Encoder`."""
         hidden = self.encoder(tokens, mask=mask, segment_ids=segment_ids, deterministic=deterministic, rngs=rngs)

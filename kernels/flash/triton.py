@@ -84,8 +84,6 @@ class Shape(NamedTuple):
     ONE_QUERY: bool
     ONE_KEY: bool
     ONE_VALUE: bool
-    ONE_LSE: bool = False
-    ONE_DELTA: bool = False
     ONE_GRAD: bool = False
 
 
@@ -161,8 +159,8 @@ def flash_backward_query(
     queries = load_rows(query, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, True)
     grads = load_rows(grad_out, query_rows, SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, True)
     q = query_start + tl.arange(0, BLOCK_Q)
-    lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-    delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+    lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS)
+    delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS)
     acc = tl.zeros([BLOCK_Q, SHAPE.BLOCK_H], tl.float32)
     for PARTIAL in tl.static_range(1, -1, -1):
         # The parts of wide operands, for three TF32 products, would fill the registers if they were made before the loop.
@@ -230,8 +228,8 @@ def flash_backward_key(
                 queries = load_rows(query_n, query_rows, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, PARTIAL)
                 grads = load_rows(grad_out_n, query_rows, SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V, PARTIAL)
                 q = query_start + tl.arange(0, BLOCK_Q)
-                lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-                delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+                lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS)
+                delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS)
                 products = tl.dot(keys, tl.trans(queries), input_precision=SHAPE.PRECISION)
                 logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS)
                 weights = weights_of(logits, lse_i[None, :], SHAPE.FACTOR)
@@ -352,13 +350,10 @@ def store_rows(array, rows, block, HEADS: tl.constexpr, FEATURES: tl.constexpr, 
 
 
 @triton.jit
-def load_sums(array, b, n, rows, T, other, HEADS: tl.constexpr, ONE: tl.constexpr):
-    """What [B, N, T] says of these queries; `other` where there are none. ONE: all samples share one."""
+def load_sums(array, b, n, rows, T, other, HEADS: tl.constexpr):
+    """What [B, N, T] says of these queries; `other` where there are none."""
     first, row, exists = rows
-    head = n
-    if not ONE:
-        head += b * HEADS
-    return tl.load(array + head * T + first + row, mask=exists, other=other)
+    return tl.load(array + (b * HEADS + n) * T + first + row, mask=exists, other=other)
 
 
 # ----------------------------------------------------------------------------------------------------------- the launch

@@ -137,11 +137,11 @@ def bench(maker):
     return lambda length, dtype, rng: maker(length, dtype, rng, bench=True)
 
 
-def spec(name, is_causal, maker=make, eps=0.0, lengths=LENGTHS, implementations=("triton", "interpret")):
+def spec(name, is_causal, maker=make, eps=0.0, lengths=LENGTHS):
     def run(arrays, implementation):
         return call(arrays, implementation, is_causal=is_causal, eps=eps)
 
-    return Spec("linear.attention", name, maker, run, bench(make), lengths, implementations=implementations)
+    return Spec("linear.attention", name, maker, run, bench(make), lengths)
 
 
 def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
@@ -151,9 +151,9 @@ def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
     return Spec("linear.random_feature_attention", name, maker, run, bench(maker), lengths)
 
 
-def gated_spec(name, maker=make_gated, implementations=("triton", "interpret"), **options):
+def gated_spec(name, maker=make_gated, **options):
     maker = functools.partial(maker, **options)
-    return Spec("linear.gated", name, maker, call_gated, bench(maker), (63, 129), implementations=implementations)
+    return Spec("linear.gated", name, maker, call_gated, bench(maker), (63, 129))
 
 
 SPECS = [
@@ -161,14 +161,13 @@ SPECS = [
     spec("causal-plain", True, make_plain, lengths=SEVERAL),
     spec("bidirectional", False, eps=0.5),
     spec("segments-causal", True, make_packed, lengths=(63, 129)),
-    spec("segments", False, make_packed, lengths=(63, 129), implementations=()),
+    spec("segments", False, make_packed, lengths=(63, 129)),
     random_spec("softmax", False, "softmax"),
     random_spec("softmax-causal", True, "softmax", make_continued, LENGTHS),
     random_spec("relu-causal", True, "relu", make_relu),
     gated_spec("heads"),
     gated_spec("normalized", make_normalized),
     gated_spec("channels", channels=True),
-    gated_spec("channels-normalized", make_normalized, channels=True),
     gated_spec("delta", delta=True),
     gated_spec("channels-delta", channels=True, delta=True),
 ]

@@ -52,7 +52,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import launch, precision, tuning
 from subquad.kernels.flash.triton import head_of
 from subquad.kernels.linear import recurrence
-from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, finite, normalized
+from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, divide, finite, normalized
 from subquad.kernels.linear.xla import FEATURES, FOREVER, as_rows, first_state, running_maximum, visible_scale, with_ones
 from subquad.kernels.operation import operation
 
@@ -96,15 +96,16 @@ def linear_write(
     program = tl.program_id(0)
     block = program % ACROSS
     head = (program // (ACROSS * DOWN)).to(tl.int64)
+    b, n = head // SHAPE.HEADS, head % SHAPE.HEADS
     width = (program // ACROSS) % DOWN * BLOCK_W + tl.arange(0, BLOCK_W)
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    left = head_of(left, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-    values = head_of(values, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
+    left = head_of(left, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
+    values = head_of(values, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
     if SHAPE.IS_DELTA:
-        right = head_of(right, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-        erase = head_of(erase, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-        partial = head_of(partial, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
-        corrected = head_of(corrected, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
+        right = head_of(right, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
+        erase = head_of(erase, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
+        partial = head_of(partial, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
+        corrected = head_of(corrected, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
     late += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
     early += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
     start += head * (places // SHAPE.CHUNK) * (SHAPE.PARTS * SHAPE.CHANNELS)
@@ -597,8 +598,6 @@ def random_feature_attention(query, key, value, projection, kernel, mask, segmen
 
 
 def attend(features, is_causal, eps, query, key, value, projection, key_log_scale, mask, segments, initial_state, mode):
-    if segments is not None and not is_causal:
-        raise launch.Declined("segments have a kernel only where attention is causal.")
     log_scale = visible_scale(features, key, key_log_scale, mask, segments, initial_state)
     stabilizes = log_scale is not None or features == "softmax"
     matrix = None if projection is None else projection[0]
@@ -607,6 +606,9 @@ def attend(features, is_causal, eps, query, key, value, projection, key_log_scal
         (query, key, value), mode, prepare=with_running_maximum, features=features, is_causal=is_causal, divides=True,
         hides=mask is not None, differentiates=("early",) if key_log_scale is not None else (), scale=1.0, eps=float(eps),
     )  # fmt: skip
+
+    if segments is not None and not is_causal:
+        return in_segments(plan, query, key, value, log_scale, segments, projection, state, sums, largest)
 
     def run(query, key, value, log_scale, segments, state):
         log_scale = None if log_scale is None else log_scale[..., None]
@@ -617,6 +619,39 @@ def attend(features, is_causal, eps, query, key, value, projection, key_log_scal
         log_scale = jnp.zeros(key.shape[:3], jnp.float32) if log_scale is None else log_scale
         run = functools.partial(causal_in_pieces if is_causal else bidirectional_in_pieces, run)
     return run(query, key, value, log_scale, segments, (state, sums[..., 0], largest))
+
+
+def in_segments(plan: Plan, query, key, value, log_scale, segments, projection, state, sums, largest):
+    """Bidirectional attention: the keys of a segment up to each query, then those after it, by the same sums from the end,
+    where each token has the key of the one before it. A state forgets everything between two segments; the log scales of each
+    are relative to its largest, so that nothing else decays."""
+    if projection is not None and query.shape[1] > PIECE:
+        raise launch.Declined(f"random features in segments have a kernel up to {PIECE} tokens only, unless causal.")
+    (query, _), (key, own) = featured(plan, query, projection), featured(plan, key, projection)
+    r = as_rows(log_scale) if own is None else as_rows(log_scale) + as_rows(own)
+    ids = jnp.pad(segments[:, None].astype(jnp.float32), [(0, 0), (0, 0), (1, 0)])  # the state's is the first one
+    c = running_maximum(jnp.concatenate([largest[..., None], jax.lax.stop_gradient(r)], 2), ids)
+    c = jnp.flip(running_maximum(jnp.flip(c, 2), jnp.flip(ids, 2)), 2)
+    weight = jnp.exp(r - finite(c[..., 1:])).swapaxes(1, 2)[..., None]
+    before = jnp.exp(largest - finite(c[..., 0]))[..., None, None]
+    values = jnp.concatenate([weight * value, weight], -1).astype(jnp.float32)
+    state = jnp.concatenate([state, sums], -1) * before
+    causal = dataclasses.replace(
+        plan, prepare=with_decay, features="given", is_causal=True, divides=False, differentiates=(), eps=0.0
+    )
+
+    def add(query, key, values, is_new, state):
+        log_decay = jnp.broadcast_to(jnp.where(is_new, -jnp.inf, 0.0), (*query.shape[:3], 1))
+        return run_sums(causal, query, key, values, log_decay, None, None, state, None, None, None)[:2]
+
+    is_new = lambda ids: jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])[..., None, None]
+    flip = lambda x: jnp.flip(x, 1)
+    shift = lambda x: jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0)])[:, :-1]
+    past, last = add(query, key, values, is_new(segments), state)
+    is_last = is_new(flip(segments))
+    future, _ = add(flip(query), shift(flip(key)), jnp.where(is_last, 0, shift(flip(values))), is_last, jnp.zeros_like(state))
+    both = past + flip(future)
+    return divide(both[..., :-1], both[..., -1], plan.eps).astype(value.dtype), (last[..., :-1], last[..., -1], c[..., -1])
 
 
 def causal_in_pieces(run, query, key, value, log_scale, segments, state):
@@ -710,10 +745,18 @@ def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, s
         start = jnp.zeros((batch, heads, 2, chunks, channels), jnp.float32)
         parts = parts if channels > 1 else [g[..., 0] for g in parts]
     if beta is not None:
-        keys, solve = cut(key), recurrence.delta_rule(cut(key), parts, cut(beta[..., None])[..., 0])
+        found = without_state(cut(key), cut(value), parts, cut(beta[..., None])[..., 0])
         joined = lambda x: x.reshape(batch, heads, -1, x.shape[3])[:, :, :length].swapaxes(1, 2).astype(plan.dtype)
-        erase, value = joined(solve @ recurrence.decayed(keys, parts)), joined(solve @ cut(value))
+        erase, value = map(joined, found)
     return Operands(query, key, value, late, late, start, state, sums, erase), None
+
+
+@jax.checkpoint  # exponentials of every pair and channel are not kept for the derivative
+@precision.full
+def without_state(key, value, decay, beta):
+    """W and U of the table above, for chunks [B, N, C, ...]."""
+    solve = recurrence.delta_rule(key, decay, beta)
+    return solve @ recurrence.decayed(key, decay), solve @ value
 
 
 def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, projection, state, sums, largest, _):
@@ -780,7 +823,7 @@ def heuristic(kernel, plan: Plan, x: Operands, width: int, columns: int) -> tuni
     if plan.precision == "tf32x3":  # three products keep both halves of both operands
         block_w, block_c, warps, stages = (32, 64, 8, 1) if kernel is linear_read else (32, 32, 4, 1)
     if has_channels(x) and kernel is linear_read:  # decays are whole tiles
-        block_w, warps = block_w // 2, 8
+        block_w, warps = block_w // 2, 4 if plan.chunk == 16 else 8
     if x.erase is not None and kernel is linear_write:  # what is read of a state is a sum over its width
         block_w, block_c, warps, stages = width, block_c // 2, 8, 1
     return tuning.Config(dict(BLOCK_W=min(block_w, width), BLOCK_C=min(block_c, columns)), warps, stages)

@@ -1,4 +1,4 @@
-"""LSH attention on the bodies of `subquad.kernels.flash`: rows are gathered by pointer inside the kernels.
+"""LSH attention on the kernels of `subquad.kernels.flash`: rows are gathered by pointer inside the kernels.
 
 A launch is one round. Its rows are the tokens in the order of bucket and position, PLACES looks up where each lies, and
 results are written at the tokens' own positions, each by one program. Rounds run one after another: forward their results

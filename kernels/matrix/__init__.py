@@ -8,8 +8,16 @@ from subquad.kernels.matrix import reference, xla
 __all__ = ["pseudo_inverse", "sinkhorn"]
 
 
-PSEUDO_INVERSE = {"xla": xla.pseudo_inverse, "reference": reference.pseudo_inverse}
-SINKHORN = {"xla": xla.sinkhorn, "reference": reference.sinkhorn}
+def _implementations(name):
+    return {
+        **dispatch.triton("subquad.kernels.matrix.triton", name),
+        "xla": getattr(xla, name),
+        "reference": getattr(reference, name),
+    }
+
+
+PSEUDO_INVERSE = _implementations("pseudo_inverse")
+SINKHORN = _implementations("sinkhorn")
 
 
 def pseudo_inverse(
@@ -26,22 +34,23 @@ def pseudo_inverse(
     |A|_1 is the largest sum of absolute values of a column, |A|_inf of a row: the scale is the matrix's own. Some
     implementations take these maxima over the whole batch, and a sample's output depends on its batch-mates.
 
-    Cost: time O(B N iterations M^3), memory O(B N M^2), in the backward pass O(B N iterations M^2).
+    Cost: time O(B N iterations M^3), memory O(B N M^2), in the backward pass O(B N iterations M^2) on XLA and O(B N M^2)
+        in Triton, which computes the iterates again.
     Differs from the paper: a matrix of zeros has the inverse 0.
 
     Args:
-        matrix: A [B, N, M, M].
+        matrix: A [B, N, M, M]. Triton serves M <= 128.
         iterations: of the second equation, at least 1. Directions of singular value s below |A|_2 / 2^iterations have not
             converged: they are smaller than in the inverse, as if regularised.
-        implementation: "xla" or "reference"; None: "xla".
+        implementation: None takes the best that can run here.
     Returns: Z [B, N, M, M] in the dtype of `matrix`.
     Raises:
         ValueError: shapes that do not fit, iterations that are no integer of at least 1.
         TypeError: integers or complex numbers.
-        NotImplementedError: an implementation that does not exist.
-    Numerics: float32 throughout, also for bfloat16, in which the iteration diverges. The scale is differentiated.
-        |A|_1 |A|_inf must be a float32, so entries lie between about 1e-18 and 1e18. Where A is singular, each iteration makes
-        the rounding in its null space 3.25 times larger: 20 of them are worse than 8.
+        NotImplementedError: an implementation that does not exist here or declines the call.
+    Numerics: float32 throughout, also for bfloat16, in which the iteration diverges: products by three TF32 passes on a
+        GPU. The scale is differentiated. |A|_1 |A|_inf must be a float32, so entries lie between about 1e-18 and 1e18. Where A
+        is singular, each iteration makes the rounding in its null space 3.25 times larger: 20 of them are worse than 8.
     Example:
         >>> matrix = jnp.array([[[[2.0, 0.0], [0.0, 4.0]]]])
         >>> pseudo_inverse(matrix)[0, 0].round(3).tolist()
@@ -75,16 +84,16 @@ def sinkhorn(
     Differs from the paper: the matrix is returned, not its logarithm.
 
     Args:
-        logits: [B, N, M, M]. -inf forbids a pair; a row or column without an allowed pair is 0.
+        logits: [B, N, M, M]. -inf forbids a pair; a row or column without an allowed pair is 0. Triton serves M <= 128.
         iterations: of rows and columns, at least 1.
         is_causal: leaves the pairs j > i out of all sums, and returns 0 there. What remains is not strictly causal: the
             sum over a column reaches the rows after i, so entry ij depends on the logits of later rows.
-        implementation: "xla" or "reference"; None: "xla".
+        implementation: None takes the best that can run here.
     Returns: [B, N, M, M] in the dtype of `logits`.
     Raises:
         ValueError: shapes that do not fit, iterations that are no integer of at least 1.
         TypeError: integers or complex numbers.
-        NotImplementedError: an implementation that does not exist.
+        NotImplementedError: an implementation that does not exist here or declines the call.
     Numerics: float32, in the domain of logarithms, with the maximum taken out of every sum.
     Example:
         >>> balanced = sinkhorn(jnp.array([[[[0.0, 3.0], [1.0, 0.0]]]]), iterations=20)

@@ -28,7 +28,7 @@ def _spec(operation, variant, **options):
     kind = "matrix" if operation == "pseudo_inverse" else "logits"
     return Spec(
         f"matrix.{operation}", variant, _make(kind), call, make_bench=_make(kind, size=(1, 4)), lengths=LENGTHS,
-        bench_lengths=BENCH_LENGTHS, implementations=(),
+        bench_lengths=BENCH_LENGTHS,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention on the bodies of `subquad.kernels.flash`.
+"""Softmax attention on the kernels of `subquad.kernels.flash`.
 
 Bias, mask, segments and pattern are functions of the pair of positions. Logits inside the kernels are in base 2. Every visited
 pair of blocks costs two products forward, three and four in the two backward kernels, and two more for a bias.
@@ -236,8 +236,8 @@ def flash_backward_bias(
         q, k = query_start + tl.arange(0, BLOCK_Q), key_start + tl.arange(0, BLOCK_K)
         query_rows = dense(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
         key_rows = dense(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
-        lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS, SHAPE.ONE_LSE)
-        delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS, SHAPE.ONE_DELTA)
+        lse_i = load_sums(lse, b, n, query_rows, T, float("inf"), SHAPE.HEADS)
+        delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS)
         products = products_of(
             head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY), query_rows,
             head_of(key, b, n // GROUPS, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.ONE_KEY), key_rows,
@@ -330,7 +330,8 @@ class Call:
             query_segments=each(visible.query_segment_ids), key_segments=each(visible.key_segment_ids),
             tables=None if tree.table is None else jnp.asarray(tree.table),
         )  # fmt: skip
-        self.gradients = gradients
+        sums = {name: each(gradients[name]) for name in ("lse", "delta") if name in gradients}
+        self.gradients = gradients | sums
         (_, _, heads, features), (_, _, kv_heads, value_features) = query.shape, value.shape
         self.heads = {"query": heads, "key": kv_heads}
         # The scale may wait for the exponent if it is positive, as the running maximum needs, and no bias is added before.
@@ -339,7 +340,7 @@ class Call:
         self.shape = flash.Shape(
             heads, kv_heads, features, value_features, padded(features), padded(value_features), scale,
             1.0 if early else scale, launch.dot_precision(query.dtype), bias is not None,
-            *map(one, self.arrays), *(one(gradients.get(name)) for name in ("lse", "delta", "grad_out")),
+            *map(one, (*self.arrays, gradients.get("grad_out"))),
         )  # fmt: skip
         self.options = Options(
             tree.node, axes(bias), axes(visible.mask), visible.query_segment_ids is not None,
@@ -413,9 +414,7 @@ class Call:
     def heads_together(self, programs: int, along: str) -> int:
         """The number of heads to run side by side: as many as keep what they read over and over in the L2 cache."""
         query, key, value = self.arrays
-        read = key.shape[1] * (key.shape[3] + value.shape[3]) if along == "query" else query.shape[1] * (
-            query.shape[3] + value.shape[3]
-        )  # fmt: skip
+        read = (key if along == "query" else query).shape[1] * (key.shape[3] + value.shape[3])
         groups = query.shape[2] // key.shape[2]
         room = max(1, CACHE_BYTES // (read * query.dtype.itemsize))
         room = room * groups if along == "query" else max(1, room // groups)

@@ -24,7 +24,6 @@ from subquad.lra.report.measurements import MODES
 from subquad.lra.run import Run
 from subquad.zoo import LAYERS
 
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 LIMITS = ("length", "batch")
 # What the model, or another option, decides.
 FIXED = ("recipe", "task", "config", "layer", "layer_options")
@@ -37,7 +36,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
     add("--layers", type=commands.split_words, default=None, metavar="A,B", help="default: all")
     usual = [1024, 2048, 3072, 4096]
-    add("--lengths", type=parse_lengths, default=usual, metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
+    add("--lengths", type=commands.parse_lengths, default=usual, metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
     add("--modes", type=commands.split_words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
     add("--batch-size", type=count, default=None, help="default: 1 on a CPU, else 32")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
@@ -48,7 +47,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--seconds", type=positive, default=2.0, help="of timing for each layer, mode and length; default: 2")
     add("--repeats", type=count, default=None, help="timed calls of each, instead")
     add("--threads", type=int, default=None, help="default: all processors")
-    add("--memory-limit", type=parse_size, default=None, metavar="SIZE", help="for programs, as 16G; default: what is free")
+    add("--memory-limit", type=commands.parse_size, default=None, metavar="SIZE", help="as 16G; default: what is free")
     limits = "of length,batch: find the largest that fit; compiles a lot"
     add("--limits", type=commands.split_words, default=[], metavar="A,B", help=limits)
     peaks = "observe each peak of memory in a process of its own; default: on a GPU"
@@ -60,21 +59,6 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--currency", default="USD", help="of that price; default: USD")
     add("--out", default="runs/bench/lra.csv", metavar="CSV", help="default: %(default)s")
     return check_arguments(parser.parse_args(command_line))
-
-
-def parse_size(text: str) -> int:
-    unit = UNITS.get(text[-1:].upper(), 1)
-    try:
-        value = int(float(text[:-1]) * unit) if unit > 1 else int(text)
-    except (ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise commands.argparse.ArgumentTypeError(f"must be a number such as 4096, 16K or 2G, got {text!r}.")
-    return value
-
-
-def parse_lengths(text: str) -> list[int]:
-    return list(dict.fromkeys(parse_size(word) for word in commands.split_words(text)))
 
 
 def check_arguments(arguments):

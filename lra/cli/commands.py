@@ -19,6 +19,7 @@ from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 from subquad.lra.run import words_of
 
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
 
 
@@ -92,6 +93,23 @@ def split_words(text: str) -> list[str]:
         ['softmax', 'local']
     """
     return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
+
+
+def parse_size(text: str) -> int:
+    """A count as argparse takes it: 4096, 16K or 2G."""
+    unit = UNITS.get(text[-1:].upper(), 1)
+    try:
+        value = int(float(text[:-1]) * unit) if unit > 1 else int(text)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number such as 4096, 16K or 2G, got {text!r}.")
+    return value
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Several of them, with commas between."""
+    return list(dict.fromkeys(parse_size(word) for word in split_words(text)))
 
 
 def number(kind: type, least: float, *, above: bool = False) -> Callable:

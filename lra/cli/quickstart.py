@@ -13,7 +13,7 @@ import jax
 
 from subquad.lra import checkpoints, files, layers, machine, recipes, sizes, tasks, train
 from subquad.lra.bench import speed, timing
-from subquad.lra.cli import bench, commands
+from subquad.lra.cli import commands
 from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.plan import plan
 from subquad.lra.progress import Board, clock, say
@@ -44,7 +44,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     known = f"of {' '.join(tasks.TASKS)}, or as listops/tiny; default: {' '.join(TASKS)}"
     add("--tasks", nargs="+", default=None, metavar="TASK", help=known)
     at = ",".join(map(measurements.length_label, LENGTHS))
-    add("--lengths", type=bench.parse_lengths, default=None, metavar="N,M", help=f"of the costs; default: {at}")
+    add("--lengths", type=commands.parse_lengths, default=None, metavar="N,M", help=f"of the costs; default: {at}")
     add("--steps", type=int, default=None, help=f"of each layer; default: {STEPS}, with --full the task's own")
     add("--seed", type=int, default=0, help="of parameters and order; default: 0")
     add("--full", action="store_true", help="three seeds, more tasks, more lengths: hours")

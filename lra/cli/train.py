@@ -37,7 +37,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard/ in each run's folder, too")
     minutes = "between checkpoints, beside those at validations; default: 10"
     parser.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help=minutes)
-    parser.add_argument("--test-lengths", type=lengths, default=(), metavar="N,N,...", help="to test at, too: 256,512")
+    parser.add_argument("--test-lengths", type=commands.parse_lengths, default=(), metavar="N", help="to test at, too: 256,1K")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, of several; SLURM's are found without")
     parser.add_argument("--num-processes", type=int, help="how many run this command")
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
@@ -46,14 +46,6 @@ def parse(command_line: Sequence[str] | None, program: str):
         config="of the task, as scripts/prepare_lra.py lists them", seed="of parameters and order; default: 0",
     )  # fmt: skip
     return parser.parse_args(command_line)
-
-
-def lengths(text: str) -> tuple[int, ...]:
-    """What --test-lengths gives."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be as 256,512, got {text!r}. Leave it out for none.") from None
 
 
 def main(command_line: Sequence[str] | None = None, program: str = "train") -> int:

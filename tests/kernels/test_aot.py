@@ -112,7 +112,7 @@ def test_the_grid_goes_as_far_as_the_kernels_do():
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith("matrix.")])
 def test_a_new_length_compiles_nothing(name):
     """Lengths are run-time words: those of one class launch the same kernels with the same constants."""
     found = [set(specs.launches(SPECS[name], "float32", length, bench=False)) for length in (1030, 1100, 1290)]

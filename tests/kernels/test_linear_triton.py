@@ -31,8 +31,9 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["linear.attention/causal", "linear.attention/bidirectional", "linear.random_feature_attention/softmax-causal"]
-    + ["linear.gated/heads", "linear.gated/normalized", "linear.gated/channels", "linear.gated/channels-delta"],
+    ["linear.attention/causal", "linear.attention/bidirectional", "linear.attention/segments"]
+    + ["linear.random_feature_attention/softmax-causal", "linear.gated/heads", "linear.gated/normalized"]
+    + ["linear.gated/channels", "linear.gated/channels-delta"],
 )
 def test_states_and_values_in_several_blocks(name, small_blocks):
     spec = specs.find(name)
@@ -44,20 +45,21 @@ def test_states_and_values_in_several_blocks(name, small_blocks):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("name", ["softmax-causal", "softmax", "packed"])
+@pytest.mark.parametrize("name", ["softmax-causal", "softmax", "packed-softmax-causal", "packed-softmax"])
 def test_random_features_in_pieces(name, small_blocks, monkeypatch):
     """Long sequences are cut, so that not all features are in memory: the state goes from piece to piece."""
     from subquad.kernels.linear import triton
 
-    monkeypatch.setattr(triton, "PIECE", 20)
-    spec = specs.find(f"linear.random_feature_attention/{'softmax-causal' if name == 'packed' else name}")
+    if name != "packed-softmax":  # which is not cut
+        monkeypatch.setattr(triton, "PIECE", 20)
+    spec = specs.find(f"linear.random_feature_attention/{name.removeprefix('packed-')}")
     arrays = spec.draw(50)
-    segments = jnp.asarray([[0] * 13 + [1] * 27 + [2] * 3 + [3] * 7]) if name == "packed" else None
+    segments = jnp.asarray([[0] * 13 + [1] * 27 + [2] * 3 + [3] * 7]) if "packed" in name else None
     query, key, value, projection = (arrays[x] for x in ("query", "key", "value", "projection"))
 
     def run(implementation):
         call = functools.partial(
-            linear.random_feature_attention, mask=arrays["mask"], segment_ids=segments, is_causal=name != "softmax",
+            linear.random_feature_attention, mask=arrays["mask"], segment_ids=segments, is_causal="causal" in spec.name,
             return_state=True, implementation=implementation,
         )  # fmt: skip
         (out, state), pull = jax.vjp(jax.jit(call), query, key, value, projection)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import matrix
+from subquad.kernels import dispatch, matrix
 
-IMPLEMENTATIONS = ["reference", "xla"]
+IMPLEMENTATIONS = ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)]
 
 pseudo_inverse = jax.jit(matrix.pseudo_inverse, static_argnames=("iterations", "implementation"))
 sinkhorn = jax.jit(matrix.sinkhorn, static_argnames=("iterations", "is_causal", "implementation"))
@@ -181,6 +181,15 @@ def test_vmap_folds_into_the_batch(function, implementation):
         np.testing.assert_allclose(got[i], run(x[:, i]), rtol=1e-6)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("function", [matrix.pseudo_inverse, matrix.sinkhorn])
+def test_what_the_kernels_decline(function):
+    with pytest.raises(dispatch.Declined, match="a matrix must fit on the chip, M <= 128, not 129"):
+        function(jnp.zeros((1, 1, 129, 129)), implementation="interpret")
+    with jax.enable_x64(True), pytest.raises(dispatch.Declined, match="float16 only, not float64"):
+        function(jnp.zeros((1, 1, 4, 4), jnp.float64), implementation="interpret")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
@@ -191,7 +200,7 @@ def test_vmap_folds_into_the_batch(function, implementation):
         (dict(dtype=jnp.int32), TypeError, "must be floating-point, got int32"),
         (dict(dtype=jnp.complex64), TypeError, "must be floating-point, got complex64"),
         (dict(implementation="x1a"), ValueError, "Did you mean 'xla'"),
-        (dict(implementation="triton"), NotImplementedError, "'triton' does not exist for this operation"),
+        (dict(implementation="cudnn"), NotImplementedError, "'cudnn' does not exist for this operation"),
     ],
 )
 @pytest.mark.parametrize("function", [matrix.pseudo_inverse, matrix.sinkhorn])

@@ -131,6 +131,5 @@ def test_chance_by_hand():
         dict(targets=np.array([1, 0, 0]), weights=np.array([1.0, 1.0, 0.0])),
     ]
     assert collapse.chance(batches, "accuracy") == pytest.approx((0.6, np.sqrt(0.6 * 0.4 / 5)))
-    targets, mask = np.array([[5, 6, 5, 6], [9, 0, 0, 0]]), np.array([[1, 1, 1, 1], [0, 0, 0, 0]], bool)
-    tokens = [dict(targets=targets, weights=np.ones(2), mask=mask)]
+    tokens = [dict(targets=np.array([[5, 6, 5, 6], [-1, -1, -1, -1]]), weights=np.ones(2))]  # -1: nothing is asked
     assert collapse.chance(tokens, "bits_per_byte") == pytest.approx((-1.0, 0.01))

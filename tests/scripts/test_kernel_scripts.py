@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -38,6 +39,14 @@ def test_the_table_of_machine_code(tmp_path):
     for row in rows:
         assert int(row["registers"]) > 0 and row["spills"] == "0" and row["fits"] == "True", row
     assert "flash_forward" in done.stdout and str(out) in done.stdout
+
+
+@pytest.mark.aot
+def test_each_operation_has_lengths_of_its_own(tmp_path):
+    """A matrix of 4096 rows is not served by the kernels that balance small ones."""
+    done = run("aot_kernels.py", "--spec", "matrix.sinkhorn/plain", "--target", "sm_90", "--out", tmp_path / "aot.csv")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "aot.csv").read_text().splitlines()) > 4
 
 
 @pytest.fixture
@@ -78,9 +87,19 @@ def test_blocks_that_an_operation_adds_hide_no_spills(tuner):
     assert not tuner.fits(*case, "sm_90", request, absurd, heuristic)
 
 
+@pytest.mark.aot
+def test_the_size_of_a_matrix_is_no_candidate(tuner):
+    """A smaller block would balance a part of the matrix only, in less time."""
+    case, request, heuristic = asked(tuner, "matrix.sinkhorn/plain", "matrix.sinkhorn_forward", 40)
+    assert all(not config.blocks for config in tuner.around(heuristic))
+    with tuning.trying({request: dataclasses.replace(heuristic, num_warps=2)}):
+        forward = specs.launches(*case)[0]
+    assert dict(forward.config.blocks) == dict(BLOCK=64) and forward.config.num_warps == 2
+
+
 def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
     """The fastest candidate is wrong; of another kernel none fits."""
-    spec = specs.find("softmax.attention/causal")
+    spec = specs.find("matrix.pseudo_inverse/six-iterations")
     heuristic, wrong, good = tuning.Config({"BLOCK": 64}), tuning.Config({"BLOCK": 32}), tuning.Config({"BLOCK": 128})
     requests = {tuning.Request("forward", ()): heuristic, tuning.Request("backward", ()): heuristic}
     tried, timed, written = [], [], {}

@@ -44,8 +44,8 @@ class InContextRecall(Mad):
 
     Keys are the lower half of the vocabulary, values the upper, both drawn uniformly; which value a key has is drawn anew for
     each sequence. The last pair repeats one. Its value is no input, so that there are length - 1 tokens. In training every next
-    token is asked, in validation and test the values of keys that were shown. With noise, a share of the pairs is two
-    noise tokens.
+    token is asked (`accuracy_train` is of these), in validation and test the values of keys that were shown. With noise, a
+    share of the pairs is two noise tokens.
     Chance: one of the values.
 
     Args:
