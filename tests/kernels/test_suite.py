@@ -3,8 +3,8 @@
 An implementation other than "xla" may be wrong by twice what the XLA path is wrong in the same dtype, plus a few units in
 the last place: the rule adapts itself to dtype and length.
 
-By default the first call of every operation meets every test. Its other calls have their values and gradients compared at the
-lengths that matter, and a sample of the rest; -m full runs what is left out.
+By default the first call of every operation meets every test. Its other calls have their values and gradients compared at
+lengths of several blocks, and a sample of the rest; -m full runs what is left out.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ ULPS = 8
 LEAST = {"float32": 2e-2, "bfloat16": 1e-1, "float16": 1e-1}
 # In half precision: the lengths, and one in how many of the calls runs by default, of XLA's and of others.
 HALF = {"bfloat16": ((63, 129), {"xla": 2, "others": 3}), "float16": ((63,), {"xla": 3, "others": 4})}
-# Like 63, less than a block of any operation.
-LIKE_OTHERS = (7, 100)
+# Of the lengths of a call that has more than three: 7 and 100 are, like 63, less than a block of any operation.
+LIKE_63, SHORT = (7, 100), (1, 63)
 # The first call of each operation.
 FIRST = set({spec.operation: name for name, spec in reversed(SPECS.items())}.values())
 SIBLINGS = [name for name in SPECS if name not in FIRST]
@@ -109,12 +109,20 @@ def mean_error(got, want, least):
     return float(root_mean_square(difference) / max(root_mean_square(np.where(seen, want, 0)), least))
 
 
+def marks_of(spec, implementation, length):
+    """What of the lengths runs by default: all of several blocks, and of an operation's first call in XLA all."""
+    if len(spec.lengths) <= 3 or (spec.name in FIRST and implementation == "xla"):
+        return []
+    if length in LIKE_63:
+        return [pytest.mark.full]
+    return [pytest.mark.sample(2)] if length in SHORT and spec.name in SIBLINGS else []
+
+
 def cases():
     for name, spec in SPECS.items():
         for implementation in filter(functools.partial(serves, spec), IMPLEMENTATIONS):
             for length in spec.lengths:
-                is_left_out = length in LIKE_OTHERS and len(spec.lengths) > 3 and name not in FIRST
-                yield case(name, implementation, length, "float32", marks=[pytest.mark.full] if is_left_out else ())
+                yield case(name, implementation, length, "float32", marks=marks_of(spec, implementation, length))
             for dtype, (lengths, shares) in HALF.items():
                 every = shares.get(implementation, shares["others"])
                 for length in filter(spec.lengths.__contains__, lengths):
