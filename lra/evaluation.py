@@ -50,8 +50,11 @@ class Evaluation:
         """See `collapse.collapsed_step`."""
         return collapse.collapsed_step(validations, self.floor, self.spread, self.objective.sign)
 
-    def test(self, best: Any, last: Any, lengths: Sequence[int] = ()) -> dict[str, Any]:
-        """The columns of a result. The test split is read here and nowhere else; `best` is `last` where they are the same."""
+    def test(self, best: Any, last: Any, lengths: Sequence[int] = ()) -> tuple[dict[str, Any], np.ndarray | None]:
+        """(the columns of a result, the score of each example of test with the parameters that are reported).
+
+        The test split is read here and nowhere else; `best` is `last` where they are the same.
+        """
         scores = {"last": self._split(last, "test")}
         scores["best"] = scores["last"] if best is last else self._split(best, "test")
         chosen, selected = scores[self.run.selection], {"best": best, "last": last}[self.run.selection]
@@ -63,7 +66,7 @@ class Evaluation:
             columns["accuracy_sequences"] = chosen.whole
         if lengths:
             columns["scores_by_length"] = json.dumps({length: self._at_length(selected, length) for length in lengths})
-        return columns
+        return columns, chosen.rows
 
     def _split(self, parameters: Any, split: str, count: int | None = None) -> "Scores":
         return self.score(parameters, over(self._batches(split, count), split, quiet=self.quiet))
@@ -84,21 +87,29 @@ class Evaluation:
 
 
 class Scores(NamedTuple):
-    """Means over batches: the score and the loss of a target, and the share of rows whose every target scores 1."""
+    """Means over batches: the score and the loss of a target, the share of rows whose every target scores 1.
+
+    `rows` has the score of each row.
+    """
 
     score: float
     loss: float
     whole: float
+    rows: np.ndarray | None = None
 
 
 def mean_score(program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict]) -> Scores:
-    """Scores parameters on batches."""
-    sums = (program(parameters, fixed, parallel.shard_batch(batch, mesh)) for batch in batches)
-    score, loss, count, whole, rows = sum(np.asarray(one, np.float64) for one in sums)
-    return Scores(float(score / count), float(loss / count), float(whole / rows))
+    """Scores parameters on batches, but for the rows of weight 0."""
+    found = [
+        parallel.gathered(program(parameters, fixed, parallel.shard_batch(batch, mesh)))[batch["weights"] > 0]
+        for batch in batches
+    ]
+    rows = np.concatenate(found).astype(np.float64)
+    (score, loss, count), right = rows.sum(0), rows[:, 0] == rows[:, 2]
+    return Scores(score / count, loss / count, right.mean().item(), rows[:, 0] / np.maximum(rows[:, 2], 1))
 
 
 def eval_step(objective: Objective, graph, parameters, fixed, batch, *, mesh: Mesh | None = None) -> jax.Array:
-    """See `Objective.sums`."""
-    sums = lambda parameters, fixed, _, batch: objective.sums(nnx.merge(graph, parameters, fixed), batch)
-    return parallel.over_batch(sums, mesh)(parameters, fixed, None, batch)
+    """See `Objective.rows`."""
+    rows = lambda parameters, fixed, _, batch: objective.rows(nnx.merge(graph, parameters, fixed), batch)
+    return parallel.over_batch(rows, mesh, rows=True)(parameters, fixed, None, batch)

@@ -38,16 +38,10 @@ class Objective:
         losses, _, counts = self._each(model, batch, deterministic=False, rngs=rngs)
         return (losses * counts).sum(), counts.sum()
 
-    def sums(self, model: nnx.Module, batch: dict) -> jax.Array:
-        """Sums over a batch: [scores, losses, targets; whole rows, rows], float32; `weights` silences rows.
-
-        A row is whole where each of its targets scores 1.
-        """
+    def rows(self, model: nnx.Module, batch: dict) -> jax.Array:
+        """[B, 3] float32: for each row the sums of its scores and losses, and the number of its targets."""
         losses, scores, counts = self._each(model, batch)
-        rows = batch["weights"]
-        whole = ((scores >= 1) | (counts == 0)).reshape(len(rows), -1).all(1)
-        counts = counts * rows.reshape(-1, *[1] * (counts.ndim - 1))
-        return jnp.stack([(scores * counts).sum(), (losses * counts).sum(), counts.sum(), (whole * rows).sum(), rows.sum()])
+        return jnp.stack([(x * counts).reshape(len(counts), -1).sum(1) for x in (scores, losses, jnp.ones_like(counts))], 1)
 
     def rank(self, score: float, loss: float) -> list[float]:
         """What compares two validations: the larger is the better, of equal scores that of the smaller loss."""

@@ -172,8 +172,10 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, An
     return {name: put(array) for name, array in batch.items()}
 
 
-def over_batch(function: Callable, mesh: Mesh | None) -> Callable:
+def over_batch(function: Callable, mesh: Mesh | None, *, rows: bool = False) -> Callable:
     """Sums `function(parameters, fixed, key, batch)` over the devices, each with its own rows of the batch.
+
+    With `rows` its results are of rows, and are joined in place of summed.
 
     Every device runs the function on whole arrays of its own, so kernels work as on one device, and their sizes are
     those of the smaller batch. The key is another on every device: noise depends on how many there are.
@@ -183,12 +185,18 @@ def over_batch(function: Callable, mesh: Mesh | None) -> Callable:
 
     def local(parameters, fixed, key, batch):
         key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(AXIS))
-        return jax.lax.psum(function(parameters, fixed, key, batch), AXIS)
+        found = function(parameters, fixed, key, batch)
+        return found if rows else jax.lax.psum(found, AXIS)
 
     whole = PartitionSpec()
     specs = (whole, whole, whole, PartitionSpec(AXIS))
     # Unchecked: kernels start their scans from plain zeros, which the check takes for another type than their carries.
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[-1] if rows else whole, check_vma=False)
+
+
+def gathered(array: jax.Array) -> np.ndarray:
+    """All rows of an array of which each device has some. All processes must call this."""
+    return np.asarray(array if jax.process_count() == 1 else multihost_utils.process_allgather(array, tiled=True))
 
 
 def compile(function: Callable, arguments: tuple, mesh: Mesh | None, shard: Shard = "batch", **words) -> Any:

@@ -18,6 +18,15 @@ from subquad.lra.data.pathfinder import pictures, released_folders
 Kind = Literal["classification", "pair", "language_model", "tagging"]
 
 
+def tokens_of(example: dict) -> dict[str, str | int]:
+    """How long an example is; of a pair both together."""
+    return {"tokens": sum(len(example[name]) for name in ("inputs", "inputs1", "inputs2") if name in example)}
+
+
+def _expression(example: dict) -> dict[str, str | int]:
+    return {**tokens_of(example), **expressions.shape(example["inputs"])}
+
+
 @dataclass(frozen=True)
 class Task:
     """One configuration of one task.
@@ -40,6 +49,7 @@ class Task:
         note: what a reader of its numbers has to know.
         answers_ahead: answers stand in the inputs after their questions, so that the model must be causal.
         bottleneck: of a tagging task: all answers are read from the features of the last token.
+        groups: an example -> what examples are grouped by, beside the score of each: name -> value.
         at_length: a length -> test examples of that length, for lengths that were not trained on; None: there are none.
     """
 
@@ -59,6 +69,7 @@ class Task:
     answers_ahead: bool = False
     bottleneck: bool = False
     at_length: Callable[[int], Sequence[dict]] | None = None
+    groups: Callable[[dict], dict[str, str | int]] = tokens_of
 
     @property
     def needs_causal(self) -> str:
@@ -102,7 +113,7 @@ _LENGTHS = {name: config.max_length - (name in ("small", "tiny")) for name, conf
 for _config, _length in (_LENGTHS | {"release": 2000}).items():
     _add(
         "listops", _config, _length, expressions.NUM_CLASSES, f"Nangia and Bowman 2018, arXiv 1804.06028; {_ARENA}",
-        floors=floors.root, note="the arena's own files" if _config == "release" else "",
+        floors=floors.root, groups=_expression, note="the arena's own files" if _config == "release" else "",
         # The arena's vocabulary has one more symbol, for unknown ones, which never occurs.
         vocabulary_size=expressions.VOCABULARY_SIZE + (_config not in ("small", "tiny")),
         at_length=functools.partial(_expressions_at, expressions.CONFIGS.get(_config, expressions.CONFIGS["lra"])),

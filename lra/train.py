@@ -1,7 +1,7 @@
 """Train a run: the only loop.
 
 `train(run, out=...)` leaves in `out`: `checkpoint/` (a `TrainState`), `run.json` (the resolved configuration),
-`history.csv` (losses and validations so far), and at the end `result.json`.
+`history.csv` (losses and validations so far), and at the end `test.csv` (the score of each example) and `result.json`.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from subquad.lra.evaluation import Evaluation
 from subquad.lra.files import refuse
 from subquad.lra.objectives import OBJECTIVES, Objective
 from subquad.lra.optim import after_validation, apply_gradient, evaluated, initial_state, learning_rate, make_optimiser
-from subquad.lra.report import results
+from subquad.lra.report import examples, results
 from subquad.lra.run import Run
 from subquad.lra.state import TrainState
 
@@ -248,7 +248,7 @@ class Job:
         """Scores the validation split, and keeps the parameters where they are the best so far."""
         now, step = self.averaged(state.learner), state.step
         batches = self.evaluation.validation
-        score, loss, _ = self.evaluation.score(now, self.progress.work("validation", len(batches)).over(batches))
+        score, loss = self.evaluation.score(now, self.progress.work("validation", len(batches)).over(batches))[:2]
         state.validations.append([step, score, loss])
         self.number(f"validation/{self.objective.column}", score, step)
         self.number("validation/loss", loss, step)
@@ -288,15 +288,18 @@ class Job:
 
     def finish(self, state: TrainState, failure: str | None) -> results.Result:
         """Tests what was trained, and writes the result."""
-        scores = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}
+        scores, rows = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}, None
         if not failure:
             last = self.averaged(state.learner)
             best = last if state.best_validation[0] == self.run.steps else state.best
-            scores |= self.evaluation.test(best, last, self.test_lengths)
+            found, rows = self.evaluation.test(best, last, self.test_lengths)
+            scores |= found
         self.checkpoints.close()
         result = results.Result(status=failure or "ok", **scores, **self._columns(state))
         if parallel.is_first():
             self._write_history(state)
+            if rows is not None:
+                examples.write(self.folder / "test.csv", self.task, self.splits["test"], rows)
             write_json(self.folder / "result.json", dataclasses.asdict(result))
         return result
 

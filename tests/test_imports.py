@@ -15,7 +15,7 @@ ALLOWED = {
     "zoo": {"subquad.kernels", "subquad.zoo", "flax", "einops"},
     "lra": {"subquad.kernels", "subquad.zoo", "subquad.lra", "flax", "einops", "optax", "orbax", "grain",
             "tensorflow_datasets", "array_record", "PIL", "rich", "matplotlib", "tensorboardX", "absl", "etils", "pandas",
-            "filelock"},
+            "filelock", "scipy"},
 }
 MAY_IMPORT_TRITON = ("triton.py", "rules.py", "through_jax_triton.py", "interpreter.py", "machine_code.py")
 ANYWHERE = {"jax", "jaxtyping", "numpy", "einops"} | set(sys.stdlib_module_names)

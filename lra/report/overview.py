@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from subquad.lra.report import cells, comparison, csv_rows, measurements, plots, results, verdicts
+from subquad.lra.report import cells, comparison, csv_rows, examples, measurements, plots, results, verdicts
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.measurements import Measurement, layer_label, length_label
 from subquad.lra.report.page import Section
@@ -158,10 +158,10 @@ def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
 
 
 def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
-    """The table of runs of one task and recipe, their accuracy against cost, and how they learned.
+    """The table of runs of one task and recipe, their accuracy against cost, how they learned, and where they differ.
 
     Args:
-        folder: of the CSV; runs whose histories lie beside it, in runs/, have curves.
+        folder: of the CSV; runs that lie beside it, in runs/, have curves and scores of single examples.
     """
     one, pictures = rows[0], []
     if any(row.accuracy is not None and row.flops_per_step for row in rows):
@@ -169,9 +169,12 @@ def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
     curves = {row: found for row in rows if (found := _validations(row, folder))}
     if curves:
         pictures.append((plots.learning_curves(curves), "validation against steps"))
-    table = Table("Score and cost", results.cells(rows), [results.caption(rows)])
+    tables = [Table("Score and cost", results.cells(rows), [results.caption(rows)]), examples.intervals(rows)]
+    kept = examples.read([row for row in rows if row.accuracy is not None], folder)
+    if kept:
+        tables += [examples.paired(kept), *examples.by_groups(kept)]
     says = "Scores on test, the mean over seeds, and what a training step costs."
-    return Section(f"{one.task}/{one.config}, {one.recipe}", says, [table], pictures)
+    return Section(f"{one.task}/{one.config}, {one.recipe}", says, list(filter(None, tables)), pictures)
 
 
 def _validations(row: Result, folder: pathlib.Path) -> list[tuple[int, float]]:

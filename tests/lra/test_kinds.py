@@ -85,18 +85,19 @@ def test_bits_are_of_real_tokens_only_and_of_those_before():
     inputs, targets = ids[:, :-1], ids[:, 1:]
     mask = np.arange(12) < np.array([[12], [5]])
     asked = jnp.where(mask, targets, -1)
-    batch = dict(inputs=jnp.asarray(inputs), targets=asked, mask=jnp.asarray(mask), weights=jnp.ones(2))
+    batch = dict(inputs=jnp.asarray(inputs), targets=asked, mask=jnp.asarray(mask))
     objective = objectives.OBJECTIVES["language_model"]
     logits_of = nnx.jit(lambda model, tokens, mask: model(tokens, mask))
-    sums_of = nnx.jit(lambda model, batch: objective.sums(model, batch))
+    rows_of = nnx.jit(lambda model, batch: objective.rows(model, batch))
     logits = logits_of(model, batch["inputs"], batch["mask"])
     likely = nnx.log_softmax(logits)[np.arange(2)[:, None], np.arange(12), targets]
-    score, loss, count, *_ = sums_of(model, batch)
+    rows = rows_of(model, batch)
+    score, loss, count = rows.sum(0)
     assert count == 17 and loss == pytest.approx(-float((likely * mask).sum()), rel=1e-4)
     assert score == pytest.approx(float(loss) / math.log(2), rel=1e-5)
     total, number = nnx.jit(lambda model, batch: objective.loss(model, batch, rngs=nnx.Rngs(dropout=0)))(model, batch)
     assert number == 17 and total == pytest.approx(float(loss), rel=1e-5)
-    one = sums_of(model, {**batch, "weights": jnp.array([0.0, 1.0])})
+    one = rows[1]
     assert one[2] == 5 and one[1] == pytest.approx(-float(likely[1, :5].sum()), rel=1e-4)
     later = batch["inputs"].at[:, 7].set(batch["inputs"][:, 7] % 5 + 1)
     changed = jnp.abs(logits_of(model, later, batch["mask"]) - logits).max(axis=(0, 2))
@@ -109,12 +110,12 @@ def test_an_objective_of_tags_counts_the_tokens_that_are_asked():
     chosen = jnp.array([[0, 1, 2, 2], [1, 1, 0, 0], [2, 2, 2, 2]])
     targets = jnp.array([[-1, 1, 2, -1], [1, 0, -1, -1], [-1, 0, -1, -1]])
     model = lambda inputs, mask, **words: nnx.one_hot(chosen, 3)
-    batch = dict(inputs=chosen, mask=chosen >= 0, targets=targets, weights=jnp.array([1.0, 1.0, 0.0]))
+    batch = dict(inputs=chosen, mask=chosen >= 0, targets=targets)
     objective = objectives.OBJECTIVES["tagging"]
     right, wrong = math.log(math.e + 2) - 1, math.log(math.e + 2)
-    score, loss, count, whole, rows = objective.sums(model, batch)
-    assert (score, count, whole, rows) == (3, 4, 1, 2)
-    assert loss == pytest.approx(3 * right + wrong, rel=1e-5)
+    scores, losses, counts = objective.rows(model, batch).T
+    assert scores.tolist() == [2, 1, 0] and counts.tolist() == [2, 2, 1]
+    assert losses.tolist() == pytest.approx([2 * right, right + wrong, wrong], rel=1e-5)
     total, number = objective.loss(model, batch, rngs=None)
     assert number == 5 and total == pytest.approx(3 * right + 2 * wrong, rel=1e-5)
 

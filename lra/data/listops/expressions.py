@@ -172,6 +172,20 @@ def evaluate(tokens: Sequence[int]) -> int:
     return value
 
 
+def shape(tokens: Sequence[int]) -> dict[str, str | int]:
+    """The root operator of an expression, and its depth: how many operators stand around its innermost digit.
+
+    Example:
+        >>> shape(tokenise("[SM 4 [MED 1 2 ] 9 ]"))
+        {'root operator': 'SM', 'depth': 2}
+    """
+    depth = deepest = 0
+    for token in tokens:
+        depth += 1 if token in OPERATORS else -1 if token == CLOSE else 0
+        deepest = max(deepest, depth)
+    return {"root operator": SYMBOLS[tokens[0]].strip("["), "depth": deepest}
+
+
 def tokenise(text: str) -> bytes:
     """The token ids of an expression written out; parentheses, which the arena's files carry, are left out.
 
