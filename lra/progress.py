@@ -71,6 +71,8 @@ class Progress:
 class Board:
     """A table on the terminal of what is at work in each cell, drawn anew four times a second; nothing where there is none.
 
+    While it is there it alone is shown, and no `Work` within it.
+
     Args:
         heading: of the columns, the first that of the rows' names.
         rows: their names.
@@ -85,6 +87,7 @@ class Board:
         from rich.live import Live
 
         if self.on_terminal:
+            Work._shown.acquire()
             self._live = Live(get_renderable=self._table, console=Console(stderr=True))
             self._live.start()
         return self
@@ -92,6 +95,7 @@ class Board:
     def __exit__(self, *_) -> None:
         if self.on_terminal:
             self._live.stop()
+            Work._shown.release()
 
     def show(self, row: str, column: str, text: str) -> None:
         """Writes a cell."""
@@ -103,10 +107,11 @@ class Board:
 
     def _table(self):
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*self.heading, box=None, padding=(0, 2, 0, 0))
         for row, cells in self.cells.items():
-            table.add_row(row, *cells.values())
+            table.add_row(row, *map(Text, cells.values()))
         return table
 
 

@@ -164,7 +164,8 @@ def train_one(run: Run, column: str, out: pathlib.Path, data_dir: str | None, bo
     if (folder / "result.json").exists():
         say(f"{run.layer}, {run.task}: finished before, kept ({folder}).")
     try:
-        row = train.train(run, out=folder, data_dir=data_dir, resume=True, show=board.cell(run.layer, column))
+        shown = dict(show=board.cell(run.layer, column), quiet=board.on_terminal)
+        row = train.train(run, out=folder, data_dir=data_dir, resume=True, **shown)
     except checkpoints.Interrupted as stopped:
         saved = str(stopped).partition(" Go on")[0]
         raise checkpoints.Interrupted(f"{saved} The same command goes on from there.", stopped.number) from None

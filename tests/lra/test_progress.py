@@ -119,3 +119,25 @@ def test_a_runs_progress_shows_what_it_waits_for(monkeypatch):
     with progress.Progress("softmax", 10, quiet=True) as shown, shown.work("hidden"):
         assert list(shown.work("hidden").over([1])) == [1]
     assert "hidden" not in said.getvalue()
+
+
+def test_a_board_shows_its_cells_and_no_work_within_it(patience, monkeypatch):
+    said = Said(terminal=True)
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.Board(("layer", "recall"), ["softmax", "s4"]) as board:
+        board.cell("s4", "recall")("[1/3]")
+        said.wait_for("[1/3]")
+        with progress.Work("counting", 100) as work:
+            work.advance(50)
+    assert "softmax" in said.getvalue() and "recall" in said.getvalue() and "counting" not in said.getvalue()
+    with progress.Work("counting again", 2) as work:
+        said.wait_for("counting again")
+        work.advance(2)
+
+
+def test_without_a_terminal_a_board_shows_nothing(capsys):
+    with progress.Board(("layer", "recall"), ["softmax"]) as board:
+        assert board.cell("softmax", "recall") is None
+        board.show("softmax", "recall", "done")
+    assert capsys.readouterr().err == ""
