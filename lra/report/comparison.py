@@ -15,6 +15,11 @@ from subquad.lra.report.verdicts import Average, Outcome, Verdict, averages, run
 FORMS = ("text", "markdown", "latex", "csv", "json")
 # Of a cell that another published value of the same configuration contradicts.
 CONTRADICTED = "†"
+PLAIN_SOFTMAX = (
+    "The paper's Transformer keeps all its logits in memory, ours none: these ratios judge our softmax, not the layers beside "
+    "it. Against one that keeps them: subquad bench --model lra-text --layer-options softmax.implementation=reference, with "
+    "the paper's --batch-size 32 where it fits."
+)
 
 
 def title(source: published.Source) -> str:
@@ -39,6 +44,7 @@ def notes(source: published.Source, verdicts: Sequence[Verdict], ledger: Ledger)
     if any(one.cell.unit == "ratio" for one in verdicts):
         tolerated = f"the difference is a factor, tolerated up to {cells.RATIO_TOLERANCE:g}"
         found.append(f"Ratios: to the Transformer's, measured in turn with it; {tolerated}.")
+        found.append(PLAIN_SOFTMAX)
     if any(mark.endswith(CONTRADICTED) for mark in footnotes(verdicts).values()):
         found.append(f"{CONTRADICTED} Another paper has a value of the same configuration beyond the tolerance.")
     count = lambda name: sum(one.outcome == name and one.cell.task != "average" for one in verdicts)
