@@ -393,7 +393,7 @@ class Call:
         )
 
     def config_of(self, kernel) -> tuning.Config:
-        """The configuration of a kernel; short sequences take smaller blocks, by powers of two."""
+        """The configuration of a kernel; short sequences take smaller blocks, by powers of two, and the smallest fewer warps."""
         geometry, pattern, mode, dtype = self.geometry, self.static.pattern, self.static.mode, self.arrays[0].dtype
         reach = None if pattern is None else pattern.reach
         block_size = None if pattern is None else pattern.tile
@@ -409,7 +409,9 @@ class Call:
             )  # fmt: skip
             config = tuning.config(kernel.__name__, config, **sizes)
         lengths = ("BLOCK_Q", geometry.queries), ("BLOCK_K", geometry.keys)
-        return dataclasses.replace(config, blocks={name: min(config.blocks[name], padded(length)) for name, length in lengths})
+        blocks = {name: min(config.blocks[name], padded(length)) for name, length in lengths}
+        warps = 4 if blocks != config.blocks and math.prod(blocks.values()) <= 256 else config.num_warps
+        return dataclasses.replace(config, blocks=blocks, num_warps=min(warps, config.num_warps))
 
     def heads_together(self, programs: int, along: str) -> int:
         """The number of heads to run side by side: as many as keep what they read over and over in the L2 cache."""
