@@ -393,7 +393,7 @@ class Call:
         )
 
     def config_of(self, kernel) -> tuning.Config:
-        """The configuration of a kernel; short sequences take smaller blocks, by powers of two, and the smallest fewer warps."""
+        """The configuration of a kernel; short sequences take smaller blocks, powers of two, and the smallest fewer warps."""
         geometry, pattern, mode, dtype = self.geometry, self.static.pattern, self.static.mode, self.arrays[0].dtype
         reach = None if pattern is None else pattern.reach
         block_size = None if pattern is None else pattern.tile
