@@ -573,7 +573,9 @@ def tile_sizes(
         tile = 64 if narrow or not hopper or wide and crowded else 128
         sizes = 32 if wide or tested or ragged or biased else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
     elif kernel == "flash_backward_bias" or narrow or not hopper and kernel != "flash_forward":
-        sizes = 64, 64, 8 if wide or kernel == "flash_backward_bias" else 4, 2
+        # Of 16 features products are small, and a mask beside the test of a pattern takes all registers of four warps.
+        many = wide or kernel == "flash_backward_bias" or kernel == "flash_forward" and crowded and features <= 16
+        sizes = 64, 64, 8 if many else 4, 2
     elif kernel == "flash_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
         sizes = 128, 64 if wide and ragged else 128, 8, 3
     else:

@@ -14,7 +14,7 @@ LENGTH = 23
 
 # Long convolutions, of DPLR systems and of packed sequences, and sums over a run of tokens both ways are XLA's alone.
 OPTIONS = {"s4": dict(mode="diagonal")}
-SEGMENTS_DECLINED = {("s4", True), ("s4", False), ("performer", False)}
+SEGMENTS_DECLINED = {("s4", True), ("s4", False)}
 
 
 def pair(name, is_causal, **options):
