@@ -831,6 +831,8 @@ def heuristic(kernel, plan: Plan, x: Operands, width: int, columns: int) -> tuni
     block_w, block_c, warps, stages = 64, 64, 4, 2
     if plan.precision == "tf32x3":  # three products keep both halves of both operands
         block_w, block_c, warps, stages = (32, 64, 8, 1) if kernel is linear_read else (32, 32, 4, 1)
+        if kernel is linear_read:  # small blocks have too little work for more
+            warps = 2 if columns <= 16 else 4 if width <= 16 else warps
     if has_channels(x) and kernel is linear_read:  # decays are whole tiles
         block_w, warps = block_w // 2, 4 if plan.chunk == 16 else 8
     if x.erase is not None and kernel is linear_write:  # what is read of a state is a sum over its width
