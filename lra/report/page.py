@@ -34,7 +34,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 72rem; m
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; } svg { max-width: 100%; height: auto; } .note { color: #666; font-size: .85rem; margin: .2rem 0; }
 """
