@@ -830,7 +830,7 @@ def heuristic(kernel, plan: Plan, x: Operands, width: int, columns: int) -> tuni
         return tuning.Config(dict(BLOCK_W=width, BLOCK_C=columns))
     block_w, block_c, warps, stages = 64, 64, 4, 2
     if plan.precision == "tf32x3":  # three products keep both halves of both operands
-        block_w, block_c, warps, stages = (32, 64, 8, 1) if kernel is linear_read else (32, 32, 4, 1)
+        block_w, block_c, warps, stages = (32, 64, 8, 1) if kernel is linear_read else (32, 32, 8 if width > 32 else 4, 1)
         if kernel is linear_read:  # small blocks have too little work for more
             warps = 2 if columns <= 16 else 4 if width <= 16 else warps
     if has_channels(x) and kernel is linear_read:  # decays are whole tiles
