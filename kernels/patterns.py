@@ -262,8 +262,7 @@ class Columns(Pattern):
     def key_positions(self, first, count, capacity, head):
         blocks = np.arange(0, capacity, self.block_size)[:, None]
         positions = (np.array(self.columns)[:, None] + blocks).reshape(self.heads, -1)
-        positions = jnp.asarray(positions)[head % self.heads] + 0 * first[..., None]
-        return existing(positions, capacity)
+        return existing(jnp.asarray(positions)[head % self.heads] + 0 * first[..., None], capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +290,6 @@ class Pair(Pattern):
         return max(self.one.heads, self.other.heads)
 
 
-@dataclasses.dataclass(frozen=True)
 class Both(Pair):
     """What two patterns allow together."""
 
@@ -317,7 +315,6 @@ class Both(Pair):
         return min((x.key_positions(first, count, capacity, head) for x in sparse), key=lambda x: x.shape[-1])
 
 
-@dataclasses.dataclass(frozen=True)
 class Either(Pair):
     """What at least one of two patterns allows."""
 

@@ -50,7 +50,7 @@ class Evaluation:
         """See `collapse.collapsed_step`."""
         return collapse.collapsed_step(validations, self.floor, self.spread, self.objective.sign)
 
-    def test(self, best: Any, last: Any, lengths: Sequence[int] = ()) -> tuple[dict[str, Any], np.ndarray | None]:
+    def test(self, best: Any, last: Any, lengths: Sequence[int] = ()) -> tuple[dict[str, Any], np.ndarray]:
         """(the columns of a result, the score of each example of test with the parameters that are reported).
 
         The test split is read here and nowhere else; `best` is `last` where they are the same.
@@ -95,7 +95,7 @@ class Scores(NamedTuple):
     score: float
     loss: float
     whole: float
-    rows: np.ndarray | None = None
+    rows: np.ndarray
 
 
 def mean_score(program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict]) -> Scores:

@@ -288,7 +288,7 @@ class Job:
 
     def finish(self, state: TrainState, failure: str | None) -> results.Result:
         """Tests what was trained, and writes the result."""
-        scores, rows = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}, None
+        scores, rows = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}, ()
         if not failure:
             last = self.averaged(state.learner)
             best = last if state.best_validation[0] == self.run.steps else state.best
@@ -298,8 +298,8 @@ class Job:
         result = results.Result(status=failure or "ok", **scores, **self._columns(state))
         if parallel.is_first():
             self._write_history(state)
-            if rows is not None:
-                examples.write(self.folder / "test.csv", self.task, self.splits["test"], rows)
+            if len(rows):
+                examples.write(self.folder / examples.FILE, self.task, self.splits["test"], rows)
             write_json(self.folder / "result.json", dataclasses.asdict(result))
         return result
 

@@ -6,6 +6,11 @@ python scripts/aot_kernels.py --spec softmax.attention/causal --target sm_90
 python scripts/aot_kernels.py --grid --target sm_90 --dtype bfloat16 float16 float32 --out grid.csv
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import interrupts
+
+    interrupts.exit_during_startup("aot_kernels")
+
 import csv
 import os
 import pathlib

@@ -7,6 +7,11 @@ A time is that of one call among several in one program: what starts a program t
 part of this machine's copy bandwidth and matrix rate, both measured first, it amounts to.
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import interrupts
+
+    interrupts.exit_during_startup("bench_kernels")
+
 import sys
 import time
 

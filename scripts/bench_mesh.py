@@ -20,6 +20,9 @@ import pathlib
 import re
 
 if __name__ == "__main__":  # before jax is imported
+    from subquad.lra import interrupts
+
+    interrupts.exit_during_startup("bench_mesh")
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 

@@ -4,6 +4,11 @@
 A peer that is not installed is a row that says so. Peers: pip install -e .[bench]
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import interrupts
+
+    interrupts.exit_during_startup("bench_peers")
+
 import dataclasses
 import gc
 import importlib.metadata

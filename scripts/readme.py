@@ -1,5 +1,10 @@
 """Rewrites the generated parts of the READMEs: the layer table, tables from the committed CSV files, and the first picture."""
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import interrupts
+
+    interrupts.exit_during_startup("readme")
+
 import inspect
 import math
 import pathlib

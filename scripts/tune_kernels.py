@@ -7,6 +7,11 @@ python scripts/tune_kernels.py --spec softmax.attention/causal --length 4096
 python scripts/tune_kernels.py --list --target sm_90       what would be timed, on a machine without a GPU
 """
 
+if __name__ == "__main__":  # before the libraries, which take seconds to load
+    from subquad.lra import interrupts
+
+    interrupts.exit_during_startup("tune_kernels")
+
 import itertools
 import json
 

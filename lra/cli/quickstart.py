@@ -21,7 +21,7 @@ from subquad.lra.report import csv_rows, ledger, measurements, overview, page, r
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.run import Run
 
-RECIPES = {True: "diagnostics", False: "quickstart"}  # of tasks that are drawn, and of others
+DRAWN, OTHER = "diagnostics", "quickstart"  # the recipes of tasks that are drawn, and of others
 TASKS, MORE_TASKS = ("recall", "selective_copy"), ("mqar", "induction", "parity")
 STEPS = 300  # of each layer on each task; all that the task's recipe has with --full
 LENGTHS, MORE_LENGTHS = (256, 1024, 2048, 8192), (512, 4096)
@@ -38,7 +38,7 @@ LONGER = "The same and harder tasks, run before: rows that came with the package
 
 def parse(command_line: Sequence[str] | None, program: str):
     parser = commands.Parser(prog=program, description=__doc__)
-    every = list(recipes.RECIPES["diagnostics"].layers)
+    every = list(recipes.RECIPES[DRAWN].layers)
     add = parser.add_argument
     add("--layers", nargs="+", default=every, metavar="LAYER", help=f"of {' '.join(every)}; default: all")
     known = f"of {' '.join(tasks.TASKS)}, or as listops/tiny; default: {' '.join(TASKS)}"
@@ -76,7 +76,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
         costs = measure_cost(arguments.layers, lengths, out / "cost.csv", board)
         rows = [train_one(run, word, out, arguments.data_dir, board) for word, run in runs]
     known = ledger.read_ledger()
-    before = [row for row in known.rows() if row.status == "ok" and row.recipe in RECIPES.values()]
+    before = [row for row in known.rows() if row.status == "ok" and row.recipe in (DRAWN, OTHER)]
     sections = [
         overview.cost(costs),
         overview.ability(rows, ABILITY, reasons=reasons),
@@ -88,7 +88,8 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
     for section in sections[:2]:
         page.show(section)
     print(f"\n{took} The page: {out / 'index.html'}; rows: {out / 'cost.csv'}, {out / 'quickstart.csv'}; losses: {out}/runs.")
-    return commands.FAILED if any(row.status != "ok" for row in rows) else 0
+    failed = [row for row in (*costs, *rows) if row.status.startswith("failed")]
+    return commands.FAILED if failed else 0
 
 
 def plan_all(arguments) -> tuple[list[tuple[str, Run]], dict[tuple[str, str], str]]:
@@ -106,7 +107,7 @@ def plan_all(arguments) -> tuple[list[tuple[str, Run]], dict[tuple[str, str], st
         name, _, config = word.partition("/")
         if config or name not in tasks.TASKS:
             tasks.find_task(name, config)  # which refuses what it does not know
-        recipe, chosen = RECIPES[name in diagnostics.CONFIGS], {"config": config} if config else {}
+        recipe, chosen = DRAWN if name in diagnostics.CONFIGS else OTHER, {"config": config} if config else {}
         for layer in arguments.layers:
             try:
                 planned = [plan(recipe, layer, task=name, seed=seed, **chosen, **given) for seed in seeds]
@@ -124,8 +125,8 @@ def measure_cost(names: Sequence[str], lengths: Sequence[int], path: pathlib.Pat
     """The rows of these layers at these lengths: those of `path` where it has them all, else measured now, in turn."""
     names = list(dict.fromkeys([BASELINE, *names]))
     wanted = {(name, length) for name in names for length in lengths}
-    here = [row for row in measurements.read_measurements(path) if row.hardware == machine.hardware()]
-    kept = [row for row in here if (row.layer, row.length) in wanted]
+    here = lambda row: (row.status, row.hardware) == ("ok", machine.hardware())
+    kept = [row for row in measurements.read_measurements(path) if here(row) and (row.layer, row.length) in wanted]
     if wanted == {(row.layer, row.length) for row in kept}:
         say(f"cost: measured before, kept ({path}).")
         return kept

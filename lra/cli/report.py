@@ -54,7 +54,7 @@ def show_measurements(path: str, shown: Iterable[Measurement]) -> None:
 def show_results(path: str) -> None:
     """Prints a table for each task and recipe of a CSV of training; writes them, and plots, beside it."""
     rows, stem = results.read_results(path), pathlib.Path(path).with_suffix("")
-    kinds = csv_rows.rows_that_agree(rows, ("task", "config", "recipe", "protocol"))
+    kinds = csv_rows.rows_that_agree(rows, ("task", "config", "recipe", "protocol", "data"))
     for group in kinds:
         results.show(group)
     written = write_results(kinds, stem) + draw_accuracy_against_time(rows, stem)

@@ -10,19 +10,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from subquad.lra.files import explained, write_whole
-from subquad.lra.report import csv_rows
+from subquad.lra.report import csv_rows, results
 from subquad.lra.report.results import Result
 from subquad.lra.report.text_tables import Table
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 
+Kept = Mapping[tuple[str, int], list[dict[str, str]]]  # (layer, seed) -> the lines of its run
 FILE = "test.csv"  # in a run's folder
 MOST_GROUPS = 8  # columns of a table; more values become ranges with as many examples each
 SIGNIFICANT = 0.05
 
 
 def write(path: pathlib.Path, task: Task, split: Sequence[dict], scores: Sequence[float]) -> None:
-    """Writes a line for each example: its number, its score (the share of its targets that are right), and its groups."""
+    """Writes a line for each example: its number, its score, and its groups.
+
+    The score is the share of its targets that are right; of a language model, bits per byte.
+    """
     text = io.StringIO()
     lines = [{"example": number, "score": f"{score:.6g}", **task.groups(split[number])} for number, score in enumerate(scores)]
     rows = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
@@ -32,31 +36,30 @@ def write(path: pathlib.Path, task: Task, split: Sequence[dict], scores: Sequenc
         write_whole(path, text.getvalue().encode())
 
 
-def read(rows: Sequence[Result], folder: pathlib.Path) -> dict[tuple[str, int], list[dict[str, str]]]:
+def read(rows: Sequence[Result], folder: pathlib.Path) -> Kept:
     """(layer, seed) -> the lines of a run, of those results whose run lies in `folder`/runs."""
     found = {}
-    for row in rows:
+    for row, label in zip(rows, results.layer_labels(rows), strict=True):
         lines = csv_rows.read_rows(folder / "runs" / Run(**json.loads(row.configuration)).id / FILE)
         if lines:
-            found[row.layer, row.seed] = lines
+            found[label, row.seed] = lines
     return found
 
 
-def by_groups(kept: Mapping[tuple[str, int], list[dict[str, str]]]) -> list[Table]:
+def by_groups(kept: Kept) -> list[Table]:
     """For each kind of group the score of each layer on its examples, the mean over seeds."""
-    lines = next(iter(kept.values()))
-    tables = []
-    for name in [column for column in lines[0] if column not in ("example", "score")]:
-        groups = ranges([line[name] for line in lines])
-        if len(set(groups)) < 2:
+    first, tables = next(iter(kept.values())), []
+    for kind in [column for column in first[0] if column not in ("example", "score")]:
+        groups = np.array(ranges([line[kind] for line in first]))
+        shown = sorted(set(groups.tolist()), key=in_order)
+        if len(shown) < 2:
             continue
-        shown = list(dict.fromkeys(sorted(groups, key=lambda label: (len(label.split("-")[0]), label))))
         body = []
         for layer in dict.fromkeys(layer for layer, _ in kept):
             scores = np.mean([scores_of(lines) for (name, _), lines in kept.items() if name == layer], 0)
-            body.append([layer, *(f"{100 * scores[np.array(groups) == label].mean():.1f} %" for label in shown)])
-        counts = [str(groups.count(label)) for label in shown]
-        tables.append(Table(f"Score by {name}", [["layer", *shown], *body, ["examples", *counts]]))
+            body.append([layer, *(f"{100 * scores[groups == label].mean():.1f} %" for label in shown)])
+        counts = [str((groups == label).sum()) for label in shown]
+        tables.append(Table(f"Score by {kind}", [["layer", *shown], *body, ["examples", *counts]]))
     return tables
 
 
@@ -76,7 +79,13 @@ def ranges(values: Sequence[str]) -> list[str]:
     return [labels[at] for at in place]
 
 
-def paired(kept: Mapping[tuple[str, int], list[dict[str, str]]]) -> Table | None:
+def in_order(label: str) -> tuple[float, str]:
+    """What sorts labels: numbers, and ranges of them, by their size."""
+    start = label.partition("-")[0]
+    return (float(start) if start.isdigit() else 0.0, label)
+
+
+def paired(kept: Kept) -> Table | None:
     """By how many examples each layer is better than each other, and whether McNemar's exact test tells them apart.
 
     An example is right where all of its targets are; seeds that both layers have are counted together. None: fewer than two
@@ -85,7 +94,7 @@ def paired(kept: Mapping[tuple[str, int], list[dict[str, str]]]) -> Table | None
     from scipy.stats import binomtest
 
     layers = list(dict.fromkeys(layer for layer, _ in kept))
-    cells, told = {}, 0
+    cells = {}
     for one, other in itertools.permutations(layers, 2):
         seeds = [seed for layer, seed in kept if layer == one and (other, seed) in kept]
         if not seeds:
@@ -95,8 +104,7 @@ def paired(kept: Mapping[tuple[str, int], list[dict[str, str]]]) -> Table | None
         differ = only + only_other
         significant = differ > 0 and binomtest(only, differ).pvalue < SIGNIFICANT
         cells[one, other] = f"{100 * (only - only_other) / len(right[0]):+.1f}" + "*" * bool(significant)
-        told += 1
-    if not told:
+    if not cells:
         return None
     body = [[one, *(cells.get((one, other), "") for other in layers)] for one in layers]
     note = (
@@ -109,9 +117,9 @@ def paired(kept: Mapping[tuple[str, int], list[dict[str, str]]]) -> Table | None
 def intervals(rows: Sequence[Result]) -> Table | None:
     """The mean accuracy over seeds with its 95 % bootstrap interval; None where no layer has several."""
     accuracies: dict[str, list[float]] = {}
-    for row in rows:
+    for row, label in zip(rows, results.layer_labels(rows), strict=True):
         if row.accuracy is not None:
-            accuracies.setdefault(row.layer, []).append(100 * row.accuracy)
+            accuracies.setdefault(label, []).append(100 * row.accuracy)
     several = {layer: np.array(values) for layer, values in accuracies.items() if len(values) > 1}
     if not several:
         return None

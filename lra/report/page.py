@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from subquad.lra.report import results
@@ -25,7 +25,7 @@ class Section:
     title: str
     says: str
     tables: Sequence[Table] = ()
-    pictures: Sequence[tuple[Any, str]] = field(default=())
+    pictures: Sequence[tuple[Any, str]] = ()
 
 
 STYLE = """

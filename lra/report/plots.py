@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from subquad.lra.report.measurements import MODES, Measurement, layer_label, length_label
-from subquad.lra.report.results import Result, groups
+from subquad.lra.report.results import Result, groups, layer_labels
 
 INK, QUIET, FRONT = "#1b1b1b", "#767676", "#0b5fa5"
 # Told apart by most people whose colour vision differs (Okabe and Ito), then by marker and dash.
@@ -198,8 +198,8 @@ def learning_curves(curves: Mapping[Result, Sequence[tuple[int, float]]], path: 
     Returns: the matplotlib figure.
     """
     seeds: dict[str, list[dict[int, float]]] = {}
-    for row, points in curves.items():
-        seeds.setdefault(row.layer, []).append(dict(points))
+    for label, points in zip(layer_labels(list(curves)), curves.values(), strict=True):
+        seeds.setdefault(label, []).append(dict(points))
     language = any(row.bits_per_byte is not None for row in curves)
     with _figure((9, 4.5), path) as figure:
         axes = figure.add_subplot()

@@ -160,9 +160,8 @@ FLOORS = {
     "unigram": "counts of bytes",
     "bigram": "counts of bytes after one byte",
 }
-# What the table shows: heading, and the cell of a group of rows that differ in seed only.
+# What the table shows beside the layer: heading, and the cell of a group of rows that differ in seed only.
 COLUMNS = {
-    "layer": lambda rows: rows[0].layer,
     "test accuracy": lambda rows: score_of_seeds(rows),
     **{f"{name} floor": lambda rows, name=name: floor_cell(name, getattr(rows[0], f"floor_{name}")) for name in FLOORS},
     "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
@@ -170,6 +169,16 @@ COLUMNS = {
     "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
     "FLOPs/step": lambda rows: _mean(rows, "flops_per_step", lambda count: f"{count / 1e9:.2f} G"),
 }
+
+
+def layer_labels(rows: Sequence[Result]) -> list[str]:
+    """The layer of each row, with its options where the rows have it with several."""
+    options = [json.dumps(json.loads(row.configuration).get("layer_options", {}), sort_keys=True) for row in rows]
+    known: dict[str, set[str]] = {}
+    for row, given in zip(rows, options, strict=True):
+        known.setdefault(row.layer, set()).add(given)
+    several = {layer for layer, given in known.items() if len(given) > 1}
+    return [f"{row.layer} {given}" if row.layer in several else row.layer for row, given in zip(rows, options, strict=True)]
 
 
 def groups(rows: Iterable[Result]) -> list[list[Result]]:
@@ -192,9 +201,11 @@ def _models_language(rows: Iterable[Result]) -> bool:
 def cells(rows: Iterable[Result]) -> list[list[str]]:
     """The table as text, heading first; without the floors that the task has not."""
     rows = list(rows)
-    heading = [name.replace("test accuracy", "test bits per byte") if _models_language(rows) else name for name in COLUMNS]
-    body = [[cell(group) for cell in COLUMNS.values()] for group in groups(rows)]
-    kept = [at for at, name in enumerate(COLUMNS) if not name.endswith("floor") or any(line[at] for line in body)]
+    labels = {row.configuration: label for row, label in zip(rows, layer_labels(rows), strict=True)}
+    judged = "test bits per byte" if _models_language(rows) else "test accuracy"
+    heading = ["layer", *(judged if name == "test accuracy" else name for name in COLUMNS)]
+    body = [[labels[group[0].configuration], *(cell(group) for cell in COLUMNS.values())] for group in groups(rows)]
+    kept = [at for at, name in enumerate(heading) if not name.endswith("floor") or any(line[at] for line in body)]
     return [[line[at] for at in kept] for line in (heading, *body)]
 
 

@@ -253,7 +253,7 @@ def test_the_cls_token_is_read_and_the_operators_are_not():
 
 def test_a_collapse_is_said_and_kept_and_everything_is_logged(data, monkeypatch, capsys, tmp_path):
     scores = iter([0.0, 0.1, 0.9, 0.1, 0.95, 0.5, 0.5])  # the first is a compilation's, the last two are test's
-    monkeypatch.setattr(evaluation, "mean_score", lambda *_: evaluation.Scores(next(scores), 1.0, 0.0))
+    monkeypatch.setattr(evaluation, "mean_score", lambda *_: evaluation.Scores(next(scores), 1.0, 0.0, np.ones(2)))
     run = small_run(steps=40, evaluate_every=10, ema=0.5)
     result = train.train(run, out=tmp_path, data_dir=data, tensorboard=True)
     assert result.collapsed_step == 30 and result.best_step == 40

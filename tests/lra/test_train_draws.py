@@ -86,8 +86,8 @@ def test_every_number_is_of_its_split_and_of_its_parameters(selection, monkeypat
         mark = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(parameters))
         seen.append((split, mark, sum(int(one["weights"].sum()) for one in batches)))
         if split == "validation":
-            return evaluation.Scores(next(validations), 1.0, 0.0)
-        return evaluation.Scores(reported.setdefault((split, mark), 0.01 * (1 + len(reported))), 1.0, 0.0)
+            return evaluation.Scores(next(validations), 1.0, 0.0, np.ones(2))
+        return evaluation.Scores(reported.setdefault((split, mark), 0.01 * (1 + len(reported))), 1.0, 0.0, np.ones(2))
 
     monkeypatch.setattr(evaluation, "mean_score", evaluate)
     run = dataclasses.replace(small_run(learning_rate=0.01, warmup_steps=0), selection=selection)

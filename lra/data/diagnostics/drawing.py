@@ -10,6 +10,8 @@ from typing import ClassVar, NoReturn
 
 import numpy as np
 
+from subquad.lra.files import refuse
+
 SPLITS = ("train", "validation", "test")
 # Of a token that nothing is asked of.
 SILENT = -1
@@ -77,21 +79,21 @@ class Diagnostic:
             inputs, targets = (np.asarray(part, "<i4") for part in self.draw(rng, split))
             if _SHARES.get(hashlib.blake2b(inputs.tobytes(), digest_size=1).digest()[0] % 8, "train") == split:
                 return {"inputs": inputs, "targets": targets}
-        self.refuse("parameters", repr(self), f"allow enough sequences for some to belong to {split!r}", "Make them longer.")
+        self.refuse("parameters", f"allow enough sequences for some to belong to {split!r}", self, "Make them longer.")
 
     def splits(self) -> dict[str, "Drawn"]:
         """All examples, drawn when they are read."""
         return {split: Drawn(lambda index, split=split: self.example(split, index), getattr(self, split), split != "train")
                 for split in SPLITS}  # fmt: skip
 
-    def refuse(self, name: str, got, must: str, cure: str) -> NoReturn:
-        raise ValueError(f"{type(self).__name__}: {name} must {must}, got {got}. {cure}")
+    def refuse(self, name: str, condition: str, got, cure: str) -> NoReturn:
+        refuse(f"{type(self).__name__}: {name}", condition, got, cure)
 
     def check_least(self, **least: int) -> None:
         """Refuses a parameter below its least value."""
         for name, bound in {"train": 1, "validation": 1, "test": 1, **least}.items():
             if getattr(self, name) < bound:
-                self.refuse(name, getattr(self, name), f"be >= {bound}", "Leave it out for its default.")
+                self.refuse(name, f"be >= {bound}", getattr(self, name), "Leave it out for its default.")
 
 
 class Drawn(Sequence):

@@ -60,11 +60,11 @@ class InContextRecall(Mad):
     def __post_init__(self):
         self.check_least(noise=0)
         if self.length % 2 or self.length < 4:
-            self.refuse("length", self.length, "be even and >= 4", "A pair has two tokens.")
+            self.refuse("length", "be even and >= 4", self.length, "A pair has two tokens.")
         if self.vocabulary - self.noise < 4:
-            self.refuse("vocabulary", self.vocabulary, f"be >= noise + 4 = {self.noise + 4}", "Make it larger.")
+            self.refuse("vocabulary", f"be >= noise + 4 = {self.noise + 4}", self.vocabulary, "Make it larger.")
         if not 0 <= self.noise_share < 1 or (self.noise_share and not self.noise):
-            self.refuse("noise_share", self.noise_share, "be in [0, 1), and 0 without noise tokens", "The paper has 0.2 of 16.")
+            self.refuse("noise_share", "be in [0, 1), and 0 without noise tokens", self.noise_share, "The paper has 0.2 of 16.")
 
     keys = property(lambda self: (self.vocabulary - self.noise) // 2)
     values = property(lambda self: self.vocabulary - self.noise - self.keys)
@@ -112,9 +112,9 @@ class FuzzyRecall(Mad):
     def __post_init__(self):
         self.check_least(key_size=1, value_size=1)
         if min(self.keys, self.values) < max(self.key_size, self.value_size):
-            self.refuse("vocabulary", self.vocabulary, "hold as many keys and values as a group has tokens", "Make it larger.")
+            self.refuse("vocabulary", "hold as many keys and values as a group has tokens", self.vocabulary, "Make it larger.")
         if self.length <= 3 * (self.key_size + self.value_size):
-            self.refuse("length", self.length, f"be > {3 * (self.key_size + self.value_size)}", "Three pairs must fit.")
+            self.refuse("length", f"be > {3 * (self.key_size + self.value_size)}", self.length, "Three pairs must fit.")
 
     keys = property(lambda self: (self.vocabulary - 1) // 2)
     values = property(lambda self: self.vocabulary - 1 - self.keys)
@@ -170,7 +170,7 @@ class MadSelectiveCopy(Mad):
     def __post_init__(self):
         self.check_least(data=1, vocabulary=4)
         if self.length <= 2 * self.data + 1:
-            self.refuse("length", self.length, f"be > 2 * data + 1 = {2 * self.data + 1}", "Make it longer.")
+            self.refuse("length", f"be > 2 * data + 1 = {2 * self.data + 1}", self.length, "Make it longer.")
 
     chance = property(lambda self: 1 / (self.vocabulary - 2))
 
@@ -224,7 +224,7 @@ class Memorisation(Mad):
     def __post_init__(self):
         self.check_least(vocabulary=5)
         if self.length % 2 or self.length < 2:
-            self.refuse("length", self.length, "be even and >= 2", "A key and the place of its value are two tokens.")
+            self.refuse("length", "be even and >= 2", self.length, "A key and the place of its value are two tokens.")
 
     keys = property(lambda self: (self.vocabulary - 1) // 2)
     chance = property(lambda self: 1 / self.keys)

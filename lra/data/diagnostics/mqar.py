@@ -39,11 +39,11 @@ class MQAR(Diagnostic):
     def __post_init__(self):
         self.check_least(pairs=1)
         if self.length % 2 or self.length < 4 * self.pairs:
-            self.refuse("length", self.length, f"be even and >= 4 * pairs = {4 * self.pairs}", "Make it longer.")
+            self.refuse("length", f"be even and >= 4 * pairs = {4 * self.pairs}", self.length, "Make it longer.")
         if self.vocabulary // 2 <= self.pairs:
-            self.refuse("vocabulary", self.vocabulary, f"be > 2 * pairs = {2 * self.pairs}", "Make it larger.")
+            self.refuse("vocabulary", f"be > 2 * pairs = {2 * self.pairs}", self.vocabulary, "Make it larger.")
         if not 0 < self.power <= 1:
-            self.refuse("power", self.power, "be in (0, 1]", "The paper has 0.01.")
+            self.refuse("power", "be in (0, 1]", self.power, "The paper has 0.01.")
 
     # The paper's ids 0..vocabulary-1 are 1..vocabulary here.
     vocabulary_size = property(lambda self: 1 + self.vocabulary)

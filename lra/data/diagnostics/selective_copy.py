@@ -33,7 +33,7 @@ class SelectiveCopy(Diagnostic):
     def __post_init__(self):
         self.check_least(data=1, vocabulary=4)
         if self.context < self.data:
-            self.refuse("context", self.context, f"be >= data = {self.data}", "Make it longer, or copy fewer.")
+            self.refuse("context", f"be >= data = {self.data}", self.context, "Make it longer, or copy fewer.")
 
     length = property(lambda self: self.context + self.data)
     vocabulary_size = property(lambda self: 1 + self.vocabulary)

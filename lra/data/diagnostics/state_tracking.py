@@ -38,9 +38,9 @@ class WordProblem(Diagnostic):
     def __post_init__(self):
         self.check_least(length=1, order=2)
         if self.group not in ("cyclic", "symmetric", "alternating"):
-            self.refuse("group", repr(self.group), "be cyclic, symmetric or alternating", "S_5 is symmetric, of order 5.")
+            self.refuse("group", "be cyclic, symmetric or alternating", repr(self.group), "S_5 is symmetric, of order 5.")
         if self.group != "cyclic" and self.order > 6:
-            self.refuse("order", self.order, f"be at most 6 where the group is {self.group}", "7! elements are too many.")
+            self.refuse("order", f"be at most 6 where the group is {self.group}", self.order, "7! elements are too many.")
 
     vocabulary_size = property(lambda self: 1 + self.num_classes)
     num_classes = property(lambda self: len(products(self.group, self.order)))

@@ -8,7 +8,7 @@ import pytest
 from subquad.lra import tasks
 from subquad.lra.data.listops import expressions
 from subquad.lra.plan import plan
-from subquad.lra.report import examples, overview
+from subquad.lra.report import examples, overview, results
 from tests.lra.report.test_results import row
 
 
@@ -80,3 +80,16 @@ def test_intervals_need_several_seeds_and_hold_the_mean():
 def test_an_example_of_a_pair_is_as_long_as_both():
     pair = types.MappingProxyType({"inputs1": [1, 2], "inputs2": [3]})
     assert tasks.tokens_of(pair) == {"tokens": 3}
+
+
+def test_layers_with_other_options_are_told_apart(tmp_path):
+    runs = [plan("quickstart", "performer", steps=4, layer_options=dict(num_features=n)) for n in (16, 32)]
+    rows = [row("performer", 0.5, configuration=json.dumps(dataclasses.asdict(run))) for run in runs]
+    for run, score in zip(runs, (1.0, 0.0), strict=True):
+        (tmp_path / "runs" / run.id).mkdir(parents=True)
+        path, task = tmp_path / "runs" / run.id / examples.FILE, tasks.find_task("digits", "offline")
+        examples.write(path, task, [{"inputs": [1]}], [score])
+    kept = examples.read(rows, tmp_path)
+    assert [lines[0]["score"] for lines in kept.values()] == ["1", "0"]
+    names = [f'performer {{"num_features": {n}, "num_heads": 4}}' for n in (16, 32)]
+    assert [name for name, _ in kept] == names and {line[0] for line in results.cells(rows)[1:]} == set(names)
