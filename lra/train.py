@@ -320,8 +320,8 @@ class Job:
             validation_accuracy_last=state.validations[-1][1] if is_accuracy else None,
             train_loss_last=float(np.mean(tail)) if tail else None,
             collapsed_step=self.evaluation.collapsed_step(state.validations), test_examples=len(self.splits["test"]),
-            parameters=models.count_parameters(run, task), steps_per_second=state.rate, train_seconds=state.seconds,
-            compile_seconds=self.compile_seconds, flops_per_step=self.flops, memory_temporary_bytes=memory.temporary,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.best)), steps_per_second=state.rate,
+            train_seconds=state.seconds, compile_seconds=self.compile_seconds, flops_per_step=self.flops, memory_temporary_bytes=memory.temporary,
             memory_peak_bytes=memory.peak, data=f"{self.source}, batches by grain",
         )  # fmt: skip
 
