@@ -321,8 +321,9 @@ class Job:
             train_loss_last=float(np.mean(tail)) if tail else None,
             collapsed_step=self.evaluation.collapsed_step(state.validations), test_examples=len(self.splits["test"]),
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.best)), steps_per_second=state.rate,
-            train_seconds=state.seconds, compile_seconds=self.compile_seconds, flops_per_step=self.flops, memory_temporary_bytes=memory.temporary,
-            memory_peak_bytes=memory.peak, data=f"{self.source}, batches by grain",
+            train_seconds=state.seconds, compile_seconds=self.compile_seconds, flops_per_step=self.flops,
+            memory_temporary_bytes=memory.temporary, memory_peak_bytes=memory.peak,
+            data=f"{self.source}, batches by grain",
         )  # fmt: skip
 
 
