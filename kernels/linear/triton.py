@@ -51,7 +51,7 @@ import triton.language as tl
 from jaxtyping import Array, Float
 
 from subquad.kernels import launch, precision, tuning
-from subquad.kernels.flash.triton import head_of
+from subquad.kernels.flash.triton import head_of, padded
 from subquad.kernels.linear import recurrence
 from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, divide, finite, normalized
 from subquad.kernels.linear.xla import FEATURES, FOREVER, as_rows, first_state, running_maximum, visible_scale, with_ones
@@ -811,11 +811,6 @@ def featured(plan: Plan, inputs, projection):
 
 
 # ------------------------------------------------------------------------------------------------------------- the sizes
-
-
-def padded(size: int) -> int:
-    """The block that holds `size`: a power of two that the tensor cores can take."""
-    return max(16, triton.next_power_of_2(size))
 
 
 def configure(kernel, plan: Plan, x: Operands, width: int, columns: int) -> tuning.Config:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch, tuning
+from subquad.kernels.flash.triton import padded
 from subquad.kernels.matrix.reference import scale
 from subquad.kernels.operation import operation
 
@@ -334,7 +335,7 @@ def _launch(name, kernel, inputs, outputs, shape, iterations, mode, **constants)
 
 
 def config(kernel: str, size: int, mode) -> tuning.Config:
-    block = max(16, triton.next_power_of_2(size))  # the least that a product takes
+    block = padded(size)
     if "sinkhorn" in kernel:  # its block is the whole matrix, no choice: what can be chosen are the warps
         heuristic = tuning.Config({}, num_warps={128: 16, 64: 8}.get(block, 4), num_stages=1)
         return dataclasses.replace(tuning.config(kernel, heuristic, M=size), blocks=dict(BLOCK=block))
