@@ -19,14 +19,16 @@ from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjectio
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
+from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
-    "FeedForward", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention", "RandomFeature",
-    "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support", "TransformerXLAttention", "attention_fn",
-    "generate", "make", "masks", "positions", "stream",
+    "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder",
+    "Encoder", "FeedForward", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongformerAttention", "PerformerAttention", "RandomFeature", "ReformerAttention", "SoftmaxAttention",
+    "StridedAttention", "Support", "TransformerXLAttention", "attention_fn", "generate", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

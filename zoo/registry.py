@@ -13,6 +13,7 @@ from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
+from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.s4 import S4
@@ -24,6 +25,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
     "strided": StridedAttention,
+    "longformer": LongformerAttention,
     "reformer": ReformerAttention,
     "linformer": LinformerAttention,
     "performer": PerformerAttention,
