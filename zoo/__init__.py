@@ -15,6 +15,7 @@ from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
+from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
@@ -27,7 +28,7 @@ from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
     "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
-    "FeedForward", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention", "RandomFeature",
-    "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support", "TransformerXLAttention", "attention_fn",
-    "convert", "generate", "make", "masks", "positions", "stream",
+    "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention",
+    "RandomFeature", "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support", "TransformerXLAttention",
+    "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip
