@@ -15,7 +15,7 @@ from subquad.kernels import matrix, softmax
 from subquad.kernels.matrix.reference import LEAST, normaliser
 from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, SinkhornCache, append, pieces, poisoned
+from subquad.zoo.cache import KVCache, SinkhornCache, append, pieces, places, poisoned
 from subquad.zoo.checks import check_sizes, refuse
 
 
@@ -127,7 +127,7 @@ class SinkhornAttention(Attention):
             mask = rearrange(visible, "b i c -> b 1 1 (i c)")
             return softmax.attention(query, key, value, mask=mask, implementation=self.implementation)[:, :length]
         if self.is_causal:
-            visible &= jnp.arange(visible.shape[1])[:, None] > 0
+            visible &= jnp.arange(visible.shape[1])[None, :, None] > 0
         keys, values = (key, sorted_key), (value, sorted_value)
         heads = attend_to_blocks(query, keys, values, (real, visible), self.is_causal, self.implementation)
         return heads[:, :length]
@@ -158,7 +158,7 @@ class SinkhornAttention(Attention):
         totals = total[:, None] + jnp.cumsum(inputs, axis=1)
         (blocks, size), length = (sums.shape[1], self.block_size), query.shape[1]
         first = size * jnp.arange(blocks)
-        at = first - start[:, None]  # of the first token of each block, among the new ones
+        at = first[None] - start[:, None]  # of the first token of each block, among the new ones
         is_new = (at >= 0) & (at < length)
         sums = jnp.where(is_new[..., None], jnp.take_along_axis(totals, at[..., None], axis=1, mode="clip"), sums)
         sorting = self.sort(sums, jnp.ones((1, blocks), bool))
@@ -173,7 +173,7 @@ class SinkhornAttention(Attention):
             rows = pieces(pad_end(rearrange(sorting, "b n i j -> b i n j"), touched), block, touched)
             mixed.append(mix_blocks(rearrange(rows, "b i n j -> b n i j"), x))
             own.append(pieces(pad_end(x, touched), block, touched))
-        seen = jnp.broadcast_to((block[:, None] + jnp.arange(touched) > 0)[..., None], (len(query), touched, size))
+        seen = jnp.broadcast_to((places(block, touched) > 0)[..., None], (len(query), touched, size))
         heads = attend_to_blocks(
             in_blocks(lay(query, offset), size), (own[0], mixed[0]), (own[1], mixed[1]), (jnp.ones_like(seen), seen), True,
             self.implementation,
