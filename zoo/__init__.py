@@ -9,6 +9,7 @@ from subquad.zoo import masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.encoder import Encoder
@@ -30,6 +31,6 @@ from subquad.zoo.statespace.s4 import S4
 __all__ = [
     "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
     "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention",
-    "PerformerAttention", "RandomFeature", "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "PerformerAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention",
+    "Support", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

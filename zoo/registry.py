@@ -8,6 +8,7 @@ from flax import nnx
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
@@ -28,6 +29,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "strided": StridedAttention,
     "longformer": LongformerAttention,
     "reformer": ReformerAttention,
+    "sinkhorn": SinkhornAttention,
     "linformer": LinformerAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,

@@ -26,6 +26,7 @@ LRA_2020 = Recipe(
         "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
         # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
         "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
+        "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
         "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
         "linear": HEADS,
         "performer": dict(HEADS, num_features=2),
@@ -61,6 +62,9 @@ LRA_2020 = Recipe(
         "image reformer": dict(
             in_features=64, num_layers=4, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
+        "image sinkhorn": dict(
+            weight_decay=0.7, dropout_rate=0.1, layer_options=dict(num_heads=1, qkv_features=32, block_size=64)
+        ),
         "image performer": dict(layer_options=dict(num_features=8, kernel="relu")),
         # Pathfinder
         "pathfinder": dict(
@@ -78,6 +82,9 @@ LRA_2020 = Recipe(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
         "pathfinder linear": dict(in_features=128, mlp_features=128, layer_options=dict(num_heads=2, qkv_features=64)),
+        "pathfinder sinkhorn": dict(
+            num_layers=2, mlp_features=64, dropout_rate=0.2, layer_options=dict(num_heads=4, qkv_features=16)
+        ),
         "pathfinder performer": dict(
             num_layers=4, layer_options=dict(num_heads=8, qkv_features=16, num_features=2, kernel="relu")
         ),
@@ -97,7 +104,7 @@ LRA_2020 = Recipe(
         "pathfinder/*128_* reformer": dict(layer_options=dict(qkv_features=32, chunk_size=1639)),
         "pathfinder/*64_*|*128_*|*256_* performer": dict(layer_options=dict(num_features=8)),
         # Blocks of 64 divide pictures; those of 50, texts.
-        "image|pathfinder blockwise": dict(layer_options=dict(block_size=64)),
+        "image|pathfinder blockwise|sinkhorn": dict(layer_options=dict(block_size=64)),
         "image|pathfinder local": dict(layer_options=dict(window_size=32)),
     },
     deviations=(
@@ -111,13 +118,16 @@ LRA_2020 = Recipe(
             "Logits are divided by sqrt(d) and keys normalised; the released layer multiplies, and normalises nothing.",
         ),
         ("* linformer|reformer|linear|performer", "Padding is masked out; the released layer ignores it."),
+        ("* sinkhorn", "Blocks of neighbours are sorted; the released layer shows all blocks, of distant positions, their sum."),
+        ("* sinkhorn", "The own and the sorted block share one softmax; the released layer adds two."),
+        ("* linformer|reformer|performer", "Padding is masked out; the released layer ignores it."),
         ("listops performer", "Random features are fixed; the released ones are drawn anew from the queries of each call."),
         (
             "text|retrieval|image|pathfinder performer",
             "The ReLU is of a random projection; the released one is of the features themselves.",
         ),
         # The released Performer drops none either.
-        ("listops|text|retrieval|pathfinder softmax|local|strided|linformer", NO_DROPOUT.format(0.1)),
+        ("listops|text|retrieval|pathfinder softmax|local|strided|sinkhorn|linformer", NO_DROPOUT.format(0.1)),
         ("image softmax|local|strided|linformer", NO_DROPOUT.format(0.2)),
         ("text", "Sequences have 1,000 bytes, as released; the paper took the best of 1K to 4K."),
         ("retrieval", "Both documents reach the head; in the released code the second one does not."),

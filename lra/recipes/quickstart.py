@@ -17,6 +17,7 @@ QUICKSTART = Recipe(
         "local": dict(num_heads=4, window_size=16),
         "strided": dict(num_heads=4, stride=16),
         "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
+        "sinkhorn": dict(num_heads=4, max_length="{length}", block_size=32),
         "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
         "linear": dict(num_heads=4),
         "performer": dict(num_heads=4, num_features=32),

@@ -64,6 +64,10 @@ CASES = {
             extend_equals_call=False,
         ),
         Case(
+            "sinkhorn", dict(num_heads=2, max_length=100, block_size=5),
+            dict(num_heads=4, max_length=LONG, block_size=64),
+        ),
+        Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
         ),

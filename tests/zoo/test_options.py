@@ -50,6 +50,11 @@ COMPUTED = [
     ("performer", dict(num_heads=2, num_features=16), "rotary_base", 100.0),
     ("linear", dict(num_heads=2), "rotary_base", 100.0),
     ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "rotary_base", 100.0),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "block_size", 7),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "num_iterations", 1),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "temperature", 2.0),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "sort_cut", 2),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "rotary_base", 100.0),
     ("linformer", dict(num_heads=2, max_length=24, num_landmarks=6), "rotary_base", 100.0),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
@@ -75,6 +80,7 @@ SHAPED = [
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
     ("reformer", dict(num_heads=2), "num_buckets", (4, 6), {"rotations": (2, 8, 4, 5)}),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "max_length", 30, {"sort_scores": (2, 8, 5)}),
     ("linformer", dict(num_heads=2, max_length=24), "max_length", 30, {"projection/key": (30, 256)}),
     ("linformer", dict(num_heads=2, max_length=24), "num_landmarks", 5, {"projection/value": (24, 5)}),
     ("linformer", dict(num_heads=2, max_length=24), "sharing", "key_value", {"projection/value": None}),
@@ -92,7 +98,7 @@ OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision"
 SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {"linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}}
 
-SIZES = {"blockwise": dict(max_length=24), "linformer": dict(max_length=24)}
+SIZES = {"blockwise": dict(max_length=24), "linformer": dict(max_length=24), "sinkhorn": dict(max_length=24)}
 
 
 def build(name, **options):
