@@ -11,6 +11,7 @@ from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.generation import generate, stream
@@ -28,6 +29,6 @@ from subquad.zoo.statespace.s4 import S4
 __all__ = [
     "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
     "FeedForward", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention", "RandomFeature",
-    "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support", "TransformerXLAttention", "attention_fn",
-    "convert", "generate", "make", "masks", "positions", "stream",
+    "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip
