@@ -97,8 +97,13 @@ def test_every_form_shows_deviations_and_contradictions():
 
 
 @pytest.mark.parametrize(("name", "recipe", "layer"), [
-    ("lra.1.synthesizer.text", "lra-2020", "synthesizer"), ("lra.2.synthesizer.text.4000.speed_ratio", "bench", "synthesizer"),
-])  # fmt: skip
+    ("lra.1.linear_transformer.listops", "lra-2020", "linear"),
+    ("lra.2.linear_transformer.text.4000.speed_ratio", "bench", "linear"),
+    ("s4.3.linear_transformer.text.4096.memory_ratio", "bench", "linear"),
+    ("flashattention.3.linear_attention.text", "nystromformer", "linear"),
+    ("lra.1.synthesizer.text", "lra-2020", "synthesizer"),
+    ("lra.2.synthesizer.text.4000.speed_ratio", "bench", "synthesizer"),
+])
 def test_rows_that_have_a_layer_are_answered(name, recipe, layer):
     one = cell(name)
     assert (one.recipe, one.layer, one.cannot) == (recipe, layer, "")
