@@ -12,6 +12,7 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.generation import generate, stream
@@ -32,5 +33,6 @@ __all__ = [
     "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
     "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention",
     "PerformerAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention",
-    "Support", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ LAYERS = {
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
+    "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 # Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown
 # smaller ones: induction is then not learned in 2,000 steps.
@@ -39,6 +40,9 @@ DIAGNOSTICS = Recipe(
         "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
         "listops softmax|blockwise|local|strided|reformer|linear|performer|s4": dict(layer_options=dict(is_causal=False)),
         "listops softmax|blockwise|local|strided|reformer|sinkhorn|performer|s4": dict(layer_options=dict(is_causal=False)),
+        "listops softmax|blockwise|local|strided|reformer|linear|performer|s4|synthesizer": dict(
+            layer_options=dict(is_causal=False)
+        ),
     },
 )
 
@@ -52,6 +56,7 @@ MAMBA = Recipe(
         "*": dict(_PLAIN, config="mamba", in_features=64, num_layers=2),
         "* softmax|blockwise|local|strided|reformer|linformer|linear|performer": LONGER,
         "* softmax|blockwise|local|strided|reformer|sinkhorn|linformer|performer": LONGER,
+        "* softmax|blockwise|local|strided|reformer|linformer|linear|performer|synthesizer": LONGER,
         "selective_copy": dict(batch_size=64, steps=400_000, learning_rate=1e-4, evaluate_every=4000),
         "induction": dict(batch_size=8, steps=204_800, learning_rate=1e-3, evaluate_every=8192),
     },

@@ -32,6 +32,7 @@ LRA_2020 = Recipe(
         "performer": dict(HEADS, num_features=2),
         "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
         "s4": {},
+        "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
     },
     settings={
         "*": dict(
@@ -57,7 +58,9 @@ LRA_2020 = Recipe(
             schedule="cosine", warmup_steps=175, weight_decay=0.0, evaluate_every=175, dropout_rate=0.3, **LEARNED_POSITIONS,
         ),
         "image blockwise|transformer_xl": dict(layer_options=dict(num_heads=1, qkv_features=32)),
-        "image softmax|strided|linformer|linear|performer": dict(WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)),
+        "image softmax|strided|linformer|linear|performer|synthesizer": dict(
+            WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)
+        ),
         "image local": dict(WIDE_IMAGE, layer_options=dict(num_heads=2, qkv_features=64), pooling="mean"),
         "image reformer": dict(
             in_features=64, num_layers=4, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
@@ -71,10 +74,13 @@ LRA_2020 = Recipe(
             config="32_hard", in_features=32, num_layers=1, mlp_features=32, steps=62_400, batch_size=512, learning_rate=1e-3,
             schedule="cosine", warmup_steps=312, weight_decay=0.0, evaluate_every=312, pooling="mean",
         ),
-        "pathfinder softmax|strided|linformer|reformer|linear|performer": dict(dropout_rate=0.2),
+        "pathfinder softmax|strided|linformer|reformer|linear|performer|synthesizer": dict(dropout_rate=0.2),
         "pathfinder blockwise|linformer|transformer_xl": dict(layer_options=dict(num_heads=2, qkv_features=16)),
         "pathfinder softmax": dict(num_layers=4, layer_options=dict(num_heads=4, qkv_features=16)),
         "pathfinder local": dict(
+            in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=4, qkv_features=32)
+        ),
+        "pathfinder synthesizer": dict(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=4, qkv_features=32)
         ),
         "pathfinder strided": dict(layer_options=dict(num_heads=8, qkv_features=16)),
@@ -113,6 +119,7 @@ LRA_2020 = Recipe(
         ("* local", "Neighbours are attended to, as many as the released layer's groups of 50 distant positions hold."),
         ("* strided", "The pattern looks both ways; the released code masks a dense causal attention."),
         ("* linformer", "Keys and values have a projection each; the released layer has one for both."),
+        ("* synthesizer", "Logits of both kinds are averaged with weights that are learned; the released layer adds them."),
         (
             "* reformer",
             "Logits are divided by sqrt(d) and keys normalised; the released layer multiplies, and normalises nothing.",
@@ -129,6 +136,8 @@ LRA_2020 = Recipe(
         # The released Performer drops none either.
         ("listops|text|retrieval|pathfinder softmax|local|strided|sinkhorn|linformer", NO_DROPOUT.format(0.1)),
         ("image softmax|local|strided|linformer", NO_DROPOUT.format(0.2)),
+        ("listops|text|retrieval|pathfinder softmax|local|strided|linformer|synthesizer", NO_DROPOUT.format(0.1)),
+        ("image softmax|local|strided|linformer|synthesizer", NO_DROPOUT.format(0.2)),
         ("text", "Sequences have 1,000 bytes, as released; the paper took the best of 1K to 4K."),
         ("retrieval", "Both documents reach the head; in the released code the second one does not."),
         ("image|pathfinder", BLACK),

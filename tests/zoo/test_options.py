@@ -91,14 +91,25 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
+    ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
+    ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
+    ("synthesizer", dict(max_length=24, synthesis="factorized_dense"), "factor", 7, {"outer/columns": (2, 8, 4)}),
+    ("synthesizer", dict(max_length=24, synthesis="factorized_random"), "rank", 3, {"rows": (2, 24, 3), "columns": (2, 24, 3)}),
 ]
 
 # Each has a test of its own: below, in the layer's own file (dropout), or in the contract suite.
 OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
 SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
-ALONE = {"linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}}
+ALONE = {
+    "linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}, "synthesizer": {"is_fixed"},
+}  # fmt: skip
 
 SIZES = {"blockwise": dict(max_length=24), "linformer": dict(max_length=24), "sinkhorn": dict(max_length=24)}
+SIZES = {
+    "blockwise": dict(max_length=24), "linformer": dict(max_length=24),
+    "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
+}  # fmt: skip
 
 
 def build(name, **options):
@@ -231,6 +242,7 @@ def test_dtypes_and_precision_reach_every_map(name):
     layer = build(name, dtype=jnp.bfloat16, param_dtype=jnp.float16, precision=highest, **SIZES.get(name, {}))
     maps = [module for _, module in nnx.iter_graph(layer) if isinstance(module, nnx.Linear | nnx.LinearGeneral)]
     assert len(maps) == {"s4": 1, "reformer": 3, "transformer_xl": 5, "longformer": 7}.get(name, 4)
+    assert len(maps) == {"s4": 1, "reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
     for module in maps:
         assert (module.dtype, module.param_dtype, module.precision) == (jnp.bfloat16, jnp.float16, highest)
     params = jax.tree.leaves(nnx.state(layer, nnx.Param))
