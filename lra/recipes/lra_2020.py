@@ -8,32 +8,35 @@ Sizes and schedules are those of the released configurations, task by task, then
 found in that code.
 """
 
-from subquad.lra.recipes.recipe import Recipe
-from subquad.lra.recipes.shared import ARENA_TEXT, ATTENTION, BLACK, DRAWN
+from subquad.lra.recipes.recipe import Recipe, layers_with
+from subquad.lra.recipes.shared import ARENA_TEXT, BLACK, DRAWN
 
 HEADS = dict(num_heads=8, use_bias=False)
 LEARNED_POSITIONS = dict(positions="learned", position_std=0.02)
 NO_DROPOUT = "Attention weights are not dropped; the released code drops {} of them."
 WIDE_IMAGE = dict(in_features=128, num_layers=1, mlp_features=128)
 
+LAYERS = {
+    "softmax": HEADS,
+    "blockwise": dict(HEADS, max_length="{length}", block_size=50),
+    "local": dict(HEADS, window_size=25),
+    "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
+    # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
+    "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
+    "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
+    "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
+    "linear": HEADS,
+    "performer": dict(HEADS, num_features=2),
+    "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
+    "s4": {},
+    "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
+}
+ATTENTION = layers_with(LAYERS, "num_heads")
+
 LRA_2020 = Recipe(
     id="lra-2020",
     source="Tay et al. 2020, arXiv 2011.04006, configurations released in google-research/long-range-arena@cd31e5c",
-    layers={
-        "softmax": HEADS,
-        "blockwise": dict(HEADS, max_length="{length}", block_size=50),
-        "local": dict(HEADS, window_size=25),
-        "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
-        # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
-        "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
-        "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
-        "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
-        "linear": HEADS,
-        "performer": dict(HEADS, num_features=2),
-        "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
-        "s4": {},
-        "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
-    },
+    layers=LAYERS,
     settings={
         "*": dict(
             config="lra", protocol="lra-2020", selection="last", in_features=512, num_layers=4, mlp_features=1024,
@@ -124,19 +127,19 @@ LRA_2020 = Recipe(
             "* reformer",
             "Logits are divided by sqrt(d) and keys normalised; the released layer multiplies, and normalises nothing.",
         ),
-        ("* linformer|reformer|linear|performer", "Padding is masked out; the released layer ignores it."),
-        ("* sinkhorn", "Blocks of neighbours are sorted; the released layer shows all blocks, of distant positions, their sum."),
+        (
+            "* sinkhorn",
+            "Blocks of neighbours are sorted; the released layer shows all blocks their sum, of distant positions.",
+        ),
         ("* sinkhorn", "The own and the sorted block share one softmax; the released layer adds two."),
-        ("* linformer|reformer|performer", "Padding is masked out; the released layer ignores it."),
+        ("* linformer|reformer|linear|performer", "Padding is masked out; the released layer ignores it."),
         ("listops performer", "Random features are fixed; the released ones are drawn anew from the queries of each call."),
         (
             "text|retrieval|image|pathfinder performer",
             "The ReLU is of a random projection; the released one is of the features themselves.",
         ),
         # The released Performer drops none either.
-        ("listops|text|retrieval|pathfinder softmax|local|strided|sinkhorn|linformer", NO_DROPOUT.format(0.1)),
-        ("image softmax|local|strided|linformer", NO_DROPOUT.format(0.2)),
-        ("listops|text|retrieval|pathfinder softmax|local|strided|linformer|synthesizer", NO_DROPOUT.format(0.1)),
+        ("listops|text|retrieval|pathfinder softmax|local|strided|sinkhorn|linformer|synthesizer", NO_DROPOUT.format(0.1)),
         ("image softmax|local|strided|linformer|synthesizer", NO_DROPOUT.format(0.2)),
         ("text", "Sequences have 1,000 bytes, as released; the paper took the best of 1K to 4K."),
         ("retrieval", "Both documents reach the head; in the released code the second one does not."),

@@ -102,14 +102,26 @@ SHAPED = [
 OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
 SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
-    "linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}, "synthesizer": {"is_fixed"},
-}  # fmt: skip
+    "linformer": {"projection"},
+    "softmax": {"dropout_rate", "broadcast_dropout"},
+    "synthesizer": {"is_fixed"},
+}
 
-SIZES = {"blockwise": dict(max_length=24), "linformer": dict(max_length=24), "sinkhorn": dict(max_length=24)}
+# What a layer needs beside the usual words.
 SIZES = {
-    "blockwise": dict(max_length=24), "linformer": dict(max_length=24),
+    "blockwise": dict(max_length=24),
+    "linformer": dict(max_length=24),
+    "sinkhorn": dict(max_length=24),
     "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
-}  # fmt: skip
+}
+# Linear maps of a layer, where they are not four.
+MAPS = {
+    "longformer": 7,
+    "reformer": 3,
+    "s4": 1,
+    "synthesizer": 5,
+    "transformer_xl": 5,
+}
 
 
 def build(name, **options):
@@ -241,8 +253,7 @@ def test_dtypes_and_precision_reach_every_map(name):
     highest = jax.lax.Precision.HIGHEST
     layer = build(name, dtype=jnp.bfloat16, param_dtype=jnp.float16, precision=highest, **SIZES.get(name, {}))
     maps = [module for _, module in nnx.iter_graph(layer) if isinstance(module, nnx.Linear | nnx.LinearGeneral)]
-    assert len(maps) == {"s4": 1, "reformer": 3, "transformer_xl": 5, "longformer": 7}.get(name, 4)
-    assert len(maps) == {"s4": 1, "reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
+    assert len(maps) == MAPS.get(name, 4)
     for module in maps:
         assert (module.dtype, module.param_dtype, module.precision) == (jnp.bfloat16, jnp.float16, highest)
     params = jax.tree.leaves(nnx.state(layer, nnx.Param))
