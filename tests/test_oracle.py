@@ -1,5 +1,7 @@
 """How the suite compares with oracles, and what it writes down."""
 
+import csv
+import pathlib
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -44,6 +46,16 @@ def test_outputs_and_all_gradients_are_compared():
     with pytest.raises(AttributeError, match="other"):  # no weight is left out
         oracle.holding(Layer(), {"other.weight": W})
     assert len(oracle.comparisons) == 1
+
+
+def test_the_committed_table_is_of_the_oracles_that_are_here():
+    with (pathlib.Path(__file__).parents[1] / "zoo" / "results" / "oracles.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows and tuple(rows[0]) == oracle.COLUMNS
+    for row in rows:
+        if row["peer"] != "flax":  # which is installed
+            meta = oracle.load(row["oracle"]).meta
+            assert (row["peer"], row["version"]) == (meta["peer"], meta["version"])
 
 
 def test_small_leaves_may_be_asked_for_more():
