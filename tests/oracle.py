@@ -78,10 +78,10 @@ def compare(layer: str, peer: SimpleNamespace, function, **options) -> None:
     check(layer, peer, (outputs, theirs), (gradients, wanted), **options)
 
 
-def compare_mechanism(name: str, layer: nnx.Module, peer: SimpleNamespace, heads_first: bool = False) -> None:
+def compare_mechanism(name: str, layer, peer, mask=None, heads_first: bool = False) -> None:
     """`compare` of `layer.attend` and a peer that takes q, k and v, [B, T, N, H], or [B, N, T, H] with `heads_first`."""
     swap = (lambda a: a.swapaxes(1, 2)) if heads_first else (lambda a: a)
-    attend = lambda inputs, _: swap(layer.attend(*(swap(inputs[x]) for x in "qkv"), None))
+    attend = lambda inputs, _: swap(layer.attend(*(swap(inputs[x]) for x in "qkv"), mask))
     compare(name, peer, attend, of="mechanism")
 
 
@@ -98,7 +98,7 @@ def holding(layer: nnx.Module, weights: dict, names: dict[str, str] | None = Non
         if leaf == "weight":
             leaf, value = "kernel", value.T
         path = names.get(name) or f"{names.get(module, module)}.{leaf}"
-        variable = functools.reduce(getattr, path.split("."), layer)
+        variable = functools.reduce(getattr, path.removeprefix(".").split("."), layer)
         variable[...] = jnp.reshape(value, variable.shape)
     return layer
 
