@@ -1,5 +1,6 @@
 """What came of the cells of published tables, by the rows that there are, and the averages of their rows."""
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -27,7 +28,8 @@ MODEL, MODE, BASELINE = "lra-text", "train", "softmax"
 # Values of a run that decide what its program computes; the others are numbers in it, or how often it is called.
 PROGRAM = (
     "task", "layer", "layer_options", "in_features", "num_layers", "mlp_features", "pooling", "positions", "dropout_rate",
-    "batch_size", "accumulate", "clip_norm", "dtype", "ema", "remat", "head", "inputs",
+    "attention_dropout_rate", "norm", "norm_order", "batch_size", "accumulate", "clip_norm", "dtype", "ema", "remat", "head",
+    "inputs",
 )  # fmt: skip
 MEASURING = costs.Cost(0.05, "any device", "estimate")  # of one layer at one length
 
@@ -125,7 +127,8 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
 
 def _as_planned(row: Measurement) -> bool:
     """Whether the program is the one that is measured where nothing but the batch size is given."""
-    given = json.loads(row.configuration or "{}")
+    # Values that an older version did not know had their defaults.
+    given = {**dataclasses.asdict(Run()), **json.loads(row.configuration)} if row.configuration else {}
     run = _planned(row.layer, row.length, row.batch_size)
     return all(name in given and given[name] == getattr(run, name) for name in PROGRAM)
 
