@@ -1,6 +1,7 @@
 """The residual block around a mixer: a norm before or after it, dropout, then a feed-forward network."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from subquad.zoo.linen import call_rngs
 MOMENTUM = 0.9
 Norm = Literal["layer", "rms", "batch"]
 Order = Literal["pre", "post"]
-NORMS = {
+NORMS: dict[str, Callable[..., Any]] = {
     "layer": nnx.LayerNorm,
     "rms": nnx.RMSNorm,
     # In two passes: the difference of two means is wrong where the mean is large.
@@ -24,7 +25,7 @@ ORDERS = ("pre", "post")
 
 
 def normalise(
-    norm, inputs: Float[Array, "*B T D"], key_mask: Bool[Array, "..."] | None, deterministic: bool
+    norm, inputs: Float[Array, "*B T D"], key_mask: Bool[Array, "..."] | None, deterministic: bool | None
 ) -> Float[Array, "*B T D"]:
     """The norm of features; a batch norm's statistics are running ones where deterministic, else of the real tokens.
 
@@ -106,7 +107,7 @@ class Block(nnx.Module):
             refuse("Block", "mixer", f"out_features = {out_features}", f"have out_features = in_features = {in_features}",
                    "Leave out_features out of its options.")
         self.mixer: Any = mixer  # of the user's, too, who need not write `extend`
-        self.norm_order, dtypes = norm_order, dict(dtype=dtype, param_dtype=param_dtype)
+        self.norm_order, dtypes = norm_order, dict[str, Any](dtype=dtype, param_dtype=param_dtype)
         self.mixer_norm = NORMS[norm](in_features, **dtypes, rngs=rngs)
         self.has_mlp = mlp_features > 0
         if self.has_mlp:
@@ -126,7 +127,7 @@ class Block(nnx.Module):
         rngs = call_rngs(rngs)
         if deterministic is None:  # a mixer of the user's may know True and False only
             deterministic = self.dropout.deterministic
-        draws = dict(deterministic=deterministic, rngs=rngs)
+        draws: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
         norms = dict(key_mask=call.get("mask"), deterministic=deterministic)
         mix = lambda hidden: self.dropout(self.mixer(hidden, **draws, **call), **draws)
         hidden = self._residual(self.mixer_norm, mix, inputs, norms)

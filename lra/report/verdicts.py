@@ -14,7 +14,7 @@ from subquad.lra.data import catalogue, store
 from subquad.lra.plan import plan
 from subquad.lra.report import cells, costs
 from subquad.lra.report.cells import CHANCE, Cell
-from subquad.lra.report.ledger import Ledger
+from subquad.lra.report.ledger import Ledger, evaluate_every
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 from subquad.lra.run import Run
@@ -43,7 +43,7 @@ class Verdict:
         difference: ours - theirs; of ratios ours / theirs.
         seeds: how many runs.
         outcome, reason: the latter for a cell that cannot be run, or differs from a model that was another, and for seeds
-            that failed or collapsed.
+            that failed, collapsed, or whose best step was looked for more or less often.
         command, cost: what runs it, and the hours.
         results: the rows behind it.
         hardware: of a measurement.
@@ -98,8 +98,13 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     theirs = CHANCE if cell.value is None else cell.value
     close = abs(ours - theirs) <= cell.tolerance
     collapsed = [f"seed {row.seed} collapsed at step {row.collapsed_step}" for row in rows if row.collapsed_step is not None]
+    looked = {row.seed: evaluate_every(row) for row in rows if run.selection == "best"}
+    looks = [
+        f"seed {seed} validated every {every} steps, theirs every {run.evaluate_every}" for seed, every in looked.items()
+        if every != run.evaluate_every
+    ]  # fmt: skip
     lost = [f"seed {row.seed} {row.status}" for row in failed]
-    reason = "; ".join([*([] if close else filter(None, [cell.note])), *collapsed, *lost])
+    reason = "; ".join([*([] if close else filter(None, [cell.note])), *collapsed, *looks, *lost])
     found = dict(ours=ours, spread=spread, difference=ours - theirs, seeds=len(rows), reason=reason, results=tuple(rows))
     return Verdict(cell, "reproduced within tolerance" if close else "differs", **found)
 
