@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from subquad.kernels import linear
+
 
 class KVCache(NamedTuple):
     """Keys and values of each sample's real tokens so far: the token at position t in slot t of S."""
@@ -92,13 +94,19 @@ def last(tokens: Float[Array, "B S *features"], size: int, new: int, mask) -> Fl
     return tokens[:, before + new - size :] if mask is None else pieces(tokens, before - size + counts(tokens, mask), size)
 
 
-class PerformerCache(NamedTuple):
-    """The sums over all keys so far, in units of exp(log_max); their size does not grow with the tokens."""
+class LinearCache(NamedTuple):
+    """The sums of linear attention over all keys so far, in units of exp(log_max); their size does not grow with the tokens."""
 
     numerator: Float[Array, "B N M V"]  # of feature times value
     denominator: Float[Array, "B N M"]  # of features
     log_max: Float[Array, "B N"]  # largest log scale of a key so far; -inf before the first
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+    @classmethod
+    def zeros(cls, batch_size: int, num_heads: int, features: int, value_features: int) -> "LinearCache":
+        """Float32, as the sums are, whatever the dtype of the layer."""
+        state = linear.empty_state(batch_size, num_heads, features, value_features)
+        return cls(*state, jnp.zeros(batch_size, jnp.int32))
 
 
 class TransformerXLCache(NamedTuple):
@@ -128,9 +136,39 @@ class ReformerCache(NamedTuple):
         return self.length
 
 
+class SinkhornCache(NamedTuple):
+    """Keys and values of each sample's real tokens so far: the token at position t in slot t of S; and what sorts blocks."""
+
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
+    sums: Float[Array, "B I D"]  # of the inputs up to the first of each block
+    total: Float[Array, "B D"]  # of the inputs so far
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length
+
+
 class LocalCache(NamedTuple):
     """Keys and values of each sample's last W real tokens, the newest last."""
 
     key: Float[Array, "B W K H"]
     value: Float[Array, "B W K V"]
     seen: Int[Array, "B"]  # real tokens so far
+
+
+class LongformerCache(NamedTuple):
+    """Local keys and values of each sample's real tokens so far, and global ones of its G global tokens, by position."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
+    global_key: Float[Array, "B G K H"]
+    global_value: Float[Array, "B G K V"]
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length

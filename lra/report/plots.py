@@ -228,6 +228,35 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
     return math.log(grown / y) / math.log(later / x)
 
 
+def patterns(drawn: Mapping[str, Sequence], path: str | os.PathLike | None = None):
+    """Draws which keys each query sees, the share of heads as a shade, and saves it as PNG.
+
+    Args:
+        drawn: for each layer its patterns, bidirectional and causal: bool [N, T, S], query by row, or None where it has none.
+        path: the file; None does not save.
+    Returns: the matplotlib figure.
+    """
+    across = min(4, len(drawn))
+    rows = -(-len(drawn) // across)
+    with _figure((3.0 * across, 1.75 * rows), path) as figure:
+        panels = figure.subplots(rows, 2 * across, squeeze=False)
+        for axes in panels.flat:
+            axes.set_axis_off()
+        for at, (name, pair) in enumerate(drawn.items()):
+            row, column = divmod(at, across)
+            for axes, pattern, direction in zip(panels[row, 2 * column :], pair, ("bidirectional", "causal"), strict=False):
+                axes.set_title(f"{name}\n{direction}" if direction == "bidirectional" else direction, fontsize=7)
+                if pattern is None:
+                    axes.text(0.5, 0.5, "none", ha="center", va="center", color=QUIET, fontsize=7, transform=axes.transAxes)
+                    continue
+                axes.imshow(pattern.mean(0), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                axes.set_axis_on()
+                axes.spines[:].set_visible(True)
+                axes.grid(False)
+    return figure
+
+
 @contextlib.contextmanager
 def _figure(size: tuple[float, float], path: str | os.PathLike | None):
     """A figure to draw in, in our style, and saved at the end."""

@@ -165,6 +165,17 @@ def test_a_loud_future_changes_no_past(name, at):
     assert jnp.abs(loud[:, at:] - y[:, at:]).max() > 1e-3
 
 
+@causal_only
+def test_the_first_tokens_do_not_know_how_many_follow(name):
+    """Stronger than the test above: no size of the call, its length least of all, moves what the first tokens say."""
+    if CASES[name].supports.causal == "mask":
+        pytest.skip("buckets are chosen over all positions; the docstring says what leaks")
+    longest = inputs(63)
+    expected = jitted(name, True)(longest)
+    for length in (1, 15, LENGTH):
+        close(jitted(name, True)(longest[:, :length]), expected[:, :length], name)
+
+
 @by_direction
 def test_jacobian_stays_inside_the_pattern(name, is_causal):
     length = 13
