@@ -24,6 +24,12 @@ def test_the_quickstart_names_every_layer():
     assert set(QUICK) == set(LAYERS)
 
 
+def test_the_small_listops_run_has_a_name():
+    named, quick = plan("listops-small", "local"), plan("quickstart", "local")
+    assert dataclasses.replace(named, recipe="quickstart") == quick
+    assert (named.task, named.config, named.num_layers, named.in_features, named.steps) == ("listops", "small", 2, 64, 300)
+
+
 def test_counted_parameters_are_those_of_the_model():
     import jax
     from flax import nnx
