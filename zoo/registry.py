@@ -12,6 +12,7 @@ from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
+from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.strided import StridedAttention
@@ -27,6 +28,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "strided": StridedAttention,
     "reformer": ReformerAttention,
     "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,

@@ -16,6 +16,7 @@ LAYERS = {
     "strided": dict(num_heads=4, is_causal=True, stride=8),
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
+    "nystrom": dict(num_heads=4, num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
@@ -48,7 +49,7 @@ MAMBA = Recipe(
     layers=LAYERS,
     settings={
         "*": dict(_PLAIN, config="mamba", in_features=64, num_layers=2),
-        "* softmax|blockwise|local|strided|reformer|linformer|linear|performer": LONGER,
+        "* softmax|blockwise|local|strided|reformer|linformer|nystrom|linear|performer": LONGER,
         "selective_copy": dict(batch_size=64, steps=400_000, learning_rate=1e-4, evaluate_every=4000),
         "induction": dict(batch_size=8, steps=204_800, learning_rate=1e-3, evaluate_every=8192),
     },
