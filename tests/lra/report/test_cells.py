@@ -105,6 +105,8 @@ def test_every_form_shows_deviations_and_contradictions():
     ("skyformer.1.nystromformer.text", "skyformer", "nystrom"),
     ("xformers.1.nystromformer_128.image", "xformers", "nystrom"),
     ("s4.10.nystromformer.retrieval", "nystromformer", "nystrom"),
+    ("lra.1.synthesizer.text", "lra-2020", "synthesizer"),
+    ("lra.2.synthesizer.text.4000.speed_ratio", "bench", "synthesizer"),
 ])
 def test_rows_that_have_a_layer_are_answered(name, recipe, layer):
     one = cell(name)
