@@ -25,6 +25,7 @@ LAYERS = {
     "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
+    "nystrom": HEADS,
     "linear": HEADS,
     "performer": dict(HEADS, num_features=2),
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
