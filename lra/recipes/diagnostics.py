@@ -14,6 +14,7 @@ LAYERS = {
     "blockwise": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "local": dict(num_heads=4, is_causal=True, window_size=8),
     "strided": dict(num_heads=4, is_causal=True, stride=8),
+    "longformer": dict(num_heads=4, is_causal=True, window_size=8),
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),
@@ -36,7 +37,9 @@ DIAGNOSTICS = Recipe(
         "parity|modular_addition|s5": dict(LONGER, steps=1000, evaluate_every=200),
         "mad": dict(steps=1000, evaluate_every=200),
         "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
-        "listops softmax|blockwise|local|strided|reformer|linear|performer|s4": dict(layer_options=dict(is_causal=False)),
+        "listops softmax|blockwise|local|strided|longformer|reformer|linear|performer|s4": dict(
+            layer_options=dict(is_causal=False)
+        ),
     },
 )
 
@@ -48,7 +51,7 @@ MAMBA = Recipe(
     layers=LAYERS,
     settings={
         "*": dict(_PLAIN, config="mamba", in_features=64, num_layers=2),
-        "* softmax|blockwise|local|strided|reformer|linformer|linear|performer": LONGER,
+        "* softmax|blockwise|local|strided|longformer|reformer|linformer|linear|performer": LONGER,
         "selective_copy": dict(batch_size=64, steps=400_000, learning_rate=1e-4, evaluate_every=4000),
         "induction": dict(batch_size=8, steps=204_800, learning_rate=1e-3, evaluate_every=8192),
     },
