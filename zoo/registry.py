@@ -12,6 +12,7 @@ from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
+from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
@@ -27,6 +28,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "local": LocalAttention,
     "strided": StridedAttention,
     "longformer": LongformerAttention,
+    "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
     "linformer": LinformerAttention,
     "linear": LinearAttention,

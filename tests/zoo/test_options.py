@@ -32,6 +32,12 @@ COMPUTED = [
     ("local", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("local", dict(num_heads=2, window_size=3, is_causal=True), "window_size", (5, 0)),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_global", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "seed", 1),
     ("longformer", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("longformer", dict(num_heads=2, window_size=3, num_global=1), "num_global", 4),
     ("strided", dict(num_heads=2, stride=4), "pattern", "fixed"),
@@ -92,7 +98,7 @@ OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision"
 SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {"linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}}
 
-SIZES = {"blockwise": dict(max_length=24), "linformer": dict(max_length=24)}
+SIZES = {"blockwise": dict(max_length=24), "bigbird": dict(max_length=24), "linformer": dict(max_length=24)}
 
 
 def build(name, **options):
