@@ -22,6 +22,7 @@ from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
+from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
@@ -31,9 +32,9 @@ from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
-    "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention",
-    "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention",
-    "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate",
-    "make", "masks", "positions", "stream",
+    "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder",
+    "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
+    "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
@@ -30,6 +31,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "local": LocalAttention,
     "strided": StridedAttention,
     "longformer": LongformerAttention,
+    "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
     "sinkhorn": SinkhornAttention,
     "linformer": LinformerAttention,

@@ -21,6 +21,8 @@ LAYERS = {
     "blockwise": dict(HEADS, max_length="{length}", block_size=50),
     "local": dict(HEADS, window_size=25),
     "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
+    # 512 tokens, of which the query is one; the released models have no global tokens.
+    "longformer": dict(HEADS, window_size=(255, 256), num_global=0),
     # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
     "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
@@ -68,6 +70,9 @@ LRA_2020 = Recipe(
             WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)
         ),
         "image local": dict(WIDE_IMAGE, layer_options=dict(num_heads=2, qkv_features=64), pooling="mean"),
+        "image longformer": dict(
+            WIDE_IMAGE, num_layers=4, layer_options=dict(num_heads=4, qkv_features=64), pooling="mean"
+        ),
         "image reformer": dict(
             in_features=64, num_layers=4, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
@@ -90,6 +95,7 @@ LRA_2020 = Recipe(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=4, qkv_features=32)
         ),
         "pathfinder strided": dict(layer_options=dict(num_heads=8, qkv_features=16)),
+        "pathfinder longformer": dict(num_layers=2, layer_options=dict(num_heads=2, qkv_features=16)),
         "pathfinder reformer": dict(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
@@ -142,8 +148,8 @@ LRA_2020 = Recipe(
             "The ReLU is of a random projection; the released one is of the features themselves.",
         ),
         # The released Performer drops none either.
-        ("listops|text|retrieval|pathfinder local|strided|sinkhorn|linformer|synthesizer", NO_DROPOUT.format(0.1)),
-        ("image local|strided|linformer|synthesizer", NO_DROPOUT.format(0.2)),
+        ("listops|text|retrieval|pathfinder local|strided|longformer|sinkhorn|linformer|synthesizer", NO_DROPOUT.format(0.1)),
+        ("image local|strided|longformer|linformer|synthesizer", NO_DROPOUT.format(0.2)),
         ("text", "Sequences have 1,000 bytes, as released; the paper took the best of 1K to 4K."),
         ("retrieval", "Both documents reach the head; in the released code the second one does not."),
         ("image|pathfinder", BLACK),

@@ -70,13 +70,20 @@ def _none(reason: str) -> Answer:
 
 _NO_LAYER = _none("no such layer here")
 _ARENA_LAYERS = {
-    "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Linformer": "linformer",
-    "Reformer": "reformer", "Sinkhorn Transformer": "sinkhorn", "Linear Transformer": "linear", "Performer": "performer",
+    "Transformer": "softmax",
+    "Local Attention": "local",
+    "Sparse Transformer": "strided",
+    "Longformer": "longformer",
+    "Linformer": "linformer",
+    "Reformer": "reformer",
+    "Sinkhorn Transformer": "sinkhorn",
     "Synthesizer": "synthesizer",
-}  # fmt: skip
+    "Linear Transformer": "linear",
+    "Performer": "performer",
+}
 _ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
 # The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.
-_SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if row != "Sparse Transformer"}
+_SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if layer not in ("strided", "longformer")}
 
 
 _USUAL_LAYERS = {"Linformer": "linformer", "Performer": "performer", "Reformer": "reformer"}

@@ -60,6 +60,11 @@ CASES = {
             dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
         ),
         Case(
+            "bigbird", dict(num_heads=2, max_length=100, block_size=3, num_random=1),
+            # Longer than both sequences: one of them alone would have the last block, which sees all.
+            dict(num_heads=4, max_length=2 * LONG, block_size=64), dead=SOFTMAX_INVARIANT,
+        ),
+        Case(
             "reformer", dict(num_heads=2, num_hashes=2, chunk_size=6), dict(num_heads=4, num_hashes=2, chunk_size=64),
             extend_equals_call=False,
         ),

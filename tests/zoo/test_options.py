@@ -32,6 +32,12 @@ COMPUTED = [
     ("local", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("local", dict(num_heads=2, window_size=3, is_causal=True), "window_size", (5, 0)),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_global", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "seed", 1),
     ("longformer", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("longformer", dict(num_heads=2, window_size=3, num_global=1), "num_global", 4),
     ("strided", dict(num_heads=2, stride=4), "pattern", "fixed"),
@@ -114,6 +120,7 @@ ALONE = {
 
 # What a layer needs beside the usual words.
 SIZES = {
+    "bigbird": dict(max_length=24),
     "blockwise": dict(max_length=24),
     "linformer": dict(max_length=24),
     "sinkhorn": dict(max_length=24),

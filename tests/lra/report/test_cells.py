@@ -98,6 +98,8 @@ def test_every_form_shows_deviations_and_contradictions():
 
 @pytest.mark.parametrize(("name", "recipe", "layer"), [
     ("lra.1.linear_transformer.listops", "lra-2020", "linear"),
+    ("lra.1.longformer.text", "lra-2020", "longformer"),
+    ("lra.3.longformer.image.train_accuracy", "lra-2020", "longformer"),
     ("lra.2.linear_transformer.text.4000.speed_ratio", "bench", "linear"),
     ("s4.3.linear_transformer.text.4096.memory_ratio", "bench", "linear"),
     ("flashattention.3.linear_attention.text", "nystromformer", "linear"),
