@@ -10,6 +10,7 @@ from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
@@ -29,7 +30,8 @@ from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
     "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
-    "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention",
-    "RandomFeature", "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "PerformerAttention", "RandomFeature", "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
+    "stream",
 ]  # fmt: skip

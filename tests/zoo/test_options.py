@@ -80,6 +80,7 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
     ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
@@ -88,20 +89,20 @@ SHAPED = [
 ]
 
 # Each has a test of its own: below, in the layer's own file (dropout), or in the contract suite.
-OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
-SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
+OF_HEADLESS = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
+SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
     "linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}, "synthesizer": {"is_fixed"},
 }  # fmt: skip
 
 SIZES = {
     "blockwise": dict(max_length=24), "linformer": dict(max_length=24),
-    "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
+    "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")), "fnet": dict(out_features=FEATURES),
 }  # fmt: skip
 
 
 def build(name, **options):
-    heads = {} if name == "s4" else dict(num_heads=2)
+    heads = dict(num_heads=2) if issubclass(zoo.LAYERS[name], Attention) else {}
     return zoo.make(name, in_features=FEATURES, rngs=nnx.Rngs(0), **{**heads, **options})
 
 
@@ -148,7 +149,7 @@ def test_an_option_changes_shapes(name, options, option, value, shapes):
 @pytest.mark.parametrize("name", zoo.LAYERS)
 def test_every_option_has_a_test(name):
     known = {row[2] for row in [*COMPUTED, *DRAWN, *SHAPED] if row[0] == name} | ALONE.get(name, set())
-    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_S4
+    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_HEADLESS
     refused = set() if zoo.LAYERS[name].supports.rotary else {"rotary_base"}  # see test_rotary
     assert options_of(zoo.LAYERS[name]) - refused <= known, "a new option needs a row in COMPUTED, DRAWN or SHAPED"
 
@@ -229,7 +230,7 @@ def test_dtypes_and_precision_reach_every_map(name):
     highest = jax.lax.Precision.HIGHEST
     layer = build(name, dtype=jnp.bfloat16, param_dtype=jnp.float16, precision=highest, **SIZES.get(name, {}))
     maps = [module for _, module in nnx.iter_graph(layer) if isinstance(module, nnx.Linear | nnx.LinearGeneral)]
-    assert len(maps) == {"s4": 1, "reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
+    assert len(maps) == {"s4": 1, "fnet": 1, "reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
     for module in maps:
         assert (module.dtype, module.param_dtype, module.precision) == (jnp.bfloat16, jnp.float16, highest)
     params = jax.tree.leaves(nnx.state(layer, nnx.Param))
