@@ -11,6 +11,7 @@ from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
@@ -33,7 +34,7 @@ from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
     "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder",
-    "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
     "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
     "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
     "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
