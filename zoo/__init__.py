@@ -9,8 +9,10 @@ from subquad.zoo import masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.generation import generate, stream
@@ -32,6 +34,6 @@ __all__ = [
     "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier",
     "DualEncoder", "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection",
     "LocalAttention", "LongformerAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
-    "SoftmaxAttention", "StridedAttention", "Support", "TransformerXLAttention", "attention_fn", "convert", "generate",
-    "make", "masks", "positions", "stream",
+    "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

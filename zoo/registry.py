@@ -8,7 +8,9 @@ from flax import nnx
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
@@ -30,11 +32,13 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "longformer": LongformerAttention,
     "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
+    "sinkhorn": SinkhornAttention,
     "linformer": LinformerAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
+    "synthesizer": SynthesizerAttention,
 }
 
 

@@ -71,7 +71,8 @@ def _none(reason: str) -> Answer:
 _NO_LAYER = _none("no such layer here")
 _ARENA_LAYERS = {
     "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Longformer": "longformer",
-    "Linformer": "linformer", "Reformer": "reformer", "Linear Transformer": "linear", "Performer": "performer",
+    "Linformer": "linformer", "Reformer": "reformer", "Sinkhorn Transformer": "sinkhorn", "Synthesizer": "synthesizer",
+    "BigBird": "bigbird", "Linear Transformer": "linear", "Performer": "performer",
 }  # fmt: skip
 _ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
 # The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.
@@ -127,8 +128,8 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
         "Reformer-2": "reformer",
     }),
-    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_USUAL_LAYERS}),
-    ("skyformer", "2"): dict.fromkeys(("Self-Attention", *_USUAL_LAYERS), _MACHINE),
+    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", "BigBird": "bigbird", **_USUAL_LAYERS}),
+    ("skyformer", "2"): dict.fromkeys(("Self-Attention", "BigBird", *_USUAL_LAYERS), _MACHINE),
     ("xformers", "1"): _rows("xformers", {
         "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
     }),

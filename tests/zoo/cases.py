@@ -69,6 +69,10 @@ CASES = {
             extend_equals_call=False,
         ),
         Case(
+            "sinkhorn", dict(num_heads=2, max_length=100, block_size=5),
+            dict(num_heads=4, max_length=LONG, block_size=64),
+        ),
+        Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
         ),
@@ -79,6 +83,10 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
+        Case(
+            "synthesizer", dict(num_heads=2, max_length=100, synthesis=("dense", "random", "dot_product")),
+            dead=SOFTMAX_INVARIANT,
+        ),
     )
 }
 
