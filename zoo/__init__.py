@@ -20,6 +20,7 @@ from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
+from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
@@ -33,7 +34,7 @@ from subquad.zoo.statespace.s4 import S4
 __all__ = [
     "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier",
     "DualEncoder", "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection",
-    "LocalAttention", "LongformerAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
-    "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature",
+    "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
     "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

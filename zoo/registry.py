@@ -14,6 +14,7 @@ from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
+from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
@@ -34,6 +35,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "reformer": ReformerAttention,
     "sinkhorn": SinkhornAttention,
     "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,

@@ -19,6 +19,7 @@ LAYERS = {
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
     "sinkhorn": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
+    "nystrom": dict(num_heads=4, num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),

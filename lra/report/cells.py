@@ -80,6 +80,7 @@ _SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if
 
 
 _USUAL_LAYERS = {"Linformer": "linformer", "Performer": "performer", "Reformer": "reformer"}
+_OF_SKYFORMER = {"BigBird": "bigbird", "Nystromformer": "nystrom"} | _USUAL_LAYERS
 
 
 def _rows(recipe: str, layers: Mapping[str, str]) -> dict[str, Answer]:
@@ -89,6 +90,7 @@ def _rows(recipe: str, layers: Mapping[str, str]) -> dict[str, Answer]:
 _S4_ROWS = {
     "S4 (original, v1)": Answer("s4-v1", "s4"),
     "S4 (updated, = S4-LegS)": Answer("s4d", "s4"),  # S4-LegS of the paper of S4D: the same numbers
+    "Nystromformer": Answer("nystromformer", "nystrom"),
     "Random": _none("a guess, and no model"),
 }
 _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
@@ -126,12 +128,13 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("mega", "3"): {},
     ("nystromformer", "3"): _rows("nystromformer", {
         "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
-        "Reformer-2": "reformer",
+        "Reformer-2": "reformer", "Nystromformer-64": "nystrom",
     }),
-    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", "BigBird": "bigbird", **_USUAL_LAYERS}),
-    ("skyformer", "2"): dict.fromkeys(("Self-Attention", "BigBird", *_USUAL_LAYERS), _MACHINE),
+    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_OF_SKYFORMER}),
+    ("skyformer", "2"): dict.fromkeys(("Self-Attention", *_OF_SKYFORMER), _MACHINE),
     ("xformers", "1"): _rows("xformers", {
         "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
+        "Nystromformer-128": "nystrom",
     }),
     ("flashattention", "3"): _rows("nystromformer", {"Transformer": "softmax", **_USUAL_LAYERS}) | {
         "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
