@@ -173,11 +173,12 @@ def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
     one, pictures = rows[0], []
     if any(row.accuracy is not None and row.flops_per_step for row in rows):
         pictures.append((plots.accuracy_against_cost(rows), "accuracy against cost"))
-    curves = {row: found for row in rows if (found := _validations(row, folder))}
+    with_runs = rows if (folder / "runs").is_dir() else []  # ten thousand rows without are not looked for one by one
+    curves = {row: found for row in with_runs if (found := _validations(row, folder))}
     if curves:
         pictures.append((plots.learning_curves(curves), "validation against steps"))
     tables = [Table("Score and cost", results.cells(rows), [results.caption(rows)]), examples.intervals(rows)]
-    kept = examples.read([row for row in rows if row.accuracy is not None], folder)
+    kept = examples.read([row for row in with_runs if row.accuracy is not None], folder)
     if kept:
         tables += [examples.paired(kept), *examples.by_groups(kept)]
     says = "Scores on test, the mean over seeds, and what a training step costs."
