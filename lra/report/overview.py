@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from subquad.lra.report import cells, comparison, csv_rows, examples, measurements, plots, results, verdicts
+from subquad.lra.report import cells, comparison, csv_rows, examples, ledger, measurements, plots, results, verdicts
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.measurements import Measurement, layer_label, length_label
 from subquad.lra.report.page import Section
@@ -162,6 +163,19 @@ def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
     if notes:
         says += f" No cell of these was run: {'; '.join(notes)}."
     return Section("Arena", says, found)
+
+
+def damaged(paths: Iterable[str | os.PathLike]) -> list[Section]:
+    """A section of the lines of files that cannot be read, or contradict themselves; none where there are none.
+
+    The rows that come with the package are looked at, too.
+    """
+    _, faults = ledger.verify_files(paths)
+    if not faults:
+        return []
+    says = "Lines that were passed over, or say two things. Mend or delete them; what cannot be read counts nowhere above."
+    body = [[str(one.path), str(one.line), one.reason] for one in faults]
+    return [Section("Damaged rows", says, [Table("Faults", [["file", "line", "fault"], *body])])]
 
 
 def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
