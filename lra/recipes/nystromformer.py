@@ -16,13 +16,17 @@ LAYERS = {
     "blockwise": dict(HEADS, max_length="{length}", block_size=64),
     "local": dict(HEADS, window_size=32),
     "strided": dict(HEADS, stride=64),
+    "longformer": dict(HEADS, window_size=32),
+    "bigbird": dict(HEADS, max_length="{length}"),
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=64),
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=256),
+    "nystrom": dict(HEADS, num_landmarks=64, conv_width=35),
     "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
+    "fnet": {},
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
 }
 SETTINGS = {
@@ -53,6 +57,8 @@ NYSTROMFORMER = Recipe(
     deviations=(
         ("*", "Activations are float32; theirs are in half precision, but for attention."),
         ("*", "Every example of validation and test counts; theirs leaves the last partial batch out."),
+        ("* nystrom", "Landmarks are means of tokens alone, and each matrix is inverted from its own start, not the batch's."),
+        ("pathfinder/128_*", "The paper has no Path-X: settings are those of Pathfinder at 32 x 32."),
         ("text", "Sequences have 4,096 bytes, as the paper says; their script makes 1,000 of them."),
         *DEVIATIONS,
     ),

@@ -15,6 +15,7 @@ SKYFORMER = Recipe(
     source="Chen et al. 2021, arXiv 2111.00035, as in pkuzengqi/Skyformer@1a677cb",
     layers=nystromformer.LAYERS | {
         "linformer": dict(num_heads=2, max_length="{length}", num_landmarks=128),
+        "nystrom": dict(num_heads=2, num_landmarks=128, conv_width=None),
         "performer": dict(num_heads=2, num_features=128),
     },
     settings=revised(nystromformer.SETTINGS, {

@@ -14,7 +14,7 @@ from subquad.lra.recipes.shared import ARENA_TEXT
 XFORMERS = Recipe(
     id="xformers",
     source="facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab",
-    layers=nystromformer.LAYERS,
+    layers=nystromformer.LAYERS | {"nystrom": dict(num_heads=2, num_landmarks=128, conv_width=35)},
     settings=revised(nystromformer.SETTINGS, {
         "listops": dict(steps=10_000, evaluate_every=100),
         "text": dict(ARENA_TEXT, pooling="cls"),

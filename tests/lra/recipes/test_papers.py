@@ -30,6 +30,9 @@ def test_rows_of_the_small_model():
     assert small_run("skyformer", "linformer", "text").layer_options["num_landmarks"] == 128
     assert small_run("xformers", "linformer", "image").layer_options["num_landmarks"] == 1024 // 4
     assert small_run("xformers", "softmax", "listops").steps == 2 * small_run("nystromformer", "softmax", "listops").steps
+    nystrom = {name: small_run(name, "nystrom", "listops").layer_options for name in SMALL}
+    sizes = {name: (one["num_landmarks"], one["conv_width"]) for name, one in nystrom.items()}
+    assert sizes == {"nystromformer": (64, 35), "skyformer": (128, None), "xformers": (128, 35)}
     assert small_run("nystromformer", "performer", "listops").layer_options["kernel"] == "relu"
 
 

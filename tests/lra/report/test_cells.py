@@ -98,9 +98,18 @@ def test_every_form_shows_deviations_and_contradictions():
 
 @pytest.mark.parametrize(("name", "recipe", "layer"), [
     ("lra.1.linear_transformer.listops", "lra-2020", "linear"),
+    ("lra.1.longformer.text", "lra-2020", "longformer"),
+    ("lra.3.longformer.image.train_accuracy", "lra-2020", "longformer"),
+    ("lra.1.bigbird.retrieval", "lra-2020", "bigbird"),
+    ("lra.2.bigbird.text.3000.speed_ratio", "bench", "bigbird"),
+    ("skyformer.1.bigbird.image", "skyformer", "bigbird"),
     ("lra.2.linear_transformer.text.4000.speed_ratio", "bench", "linear"),
     ("s4.3.linear_transformer.text.4096.memory_ratio", "bench", "linear"),
     ("flashattention.3.linear_attention.text", "nystromformer", "linear"),
+    ("nystromformer.3.nystromformer_64.listops", "nystromformer", "nystrom"),
+    ("skyformer.1.nystromformer.text", "skyformer", "nystrom"),
+    ("xformers.1.nystromformer_128.image", "xformers", "nystrom"),
+    ("s4.10.nystromformer.retrieval", "nystromformer", "nystrom"),
     ("lra.1.synthesizer.text", "lra-2020", "synthesizer"),
     ("lra.2.synthesizer.text.4000.speed_ratio", "bench", "synthesizer"),
 ])
@@ -110,5 +119,5 @@ def test_rows_that_have_a_layer_are_answered(name, recipe, layer):
 
 
 def test_what_cannot_be_run_has_no_notes():
-    name = "nystromformer.3.nystromformer_64.listops"
+    name = "s4.10.random.listops"
     assert cells.published_elsewhere(cell(name)) == () and "[1]" not in rendered("text", name)
