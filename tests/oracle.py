@@ -39,23 +39,25 @@ def load(name: str) -> SimpleNamespace:
     return oracle
 
 
-def check(layer, peer, outputs, gradients=({}, {}), *, tolerance=1e-5, part=0.1, of="layer") -> None:
+def check(layer: str | None, peer, outputs, gradients=({}, {}), *, tolerance=1e-5, part=0.1, of="layer") -> None:
     """A layer agrees with a peer in every leaf, by `tests.assertions.errors`. The table gets a row of it.
 
     Args:
-        layer: its name.
+        layer: its name; None: an operation is compared, which has no row.
         peer: of `load`, or anything with `.name` and `.meta` that has "peer" and "version".
         outputs, gradients: (ours, theirs), two trees each.
         of: "layer", or "mechanism" where queries, keys and values are given or a formula stands for the layer.
     """
     assert_close(*outputs, tolerance, f"{peer.name}, outputs", part)
     assert_close(*gradients, tolerance, f"{peer.name}, gradients", part)
+    if layer is None:
+        return
     row = {"layer": layer, "oracle": peer.name, "of": of, "peer": peer.meta["peer"], "version": peer.meta["version"]}
     largest = (max(errors(*pair).values(), default=None) for pair in (outputs, gradients))
     comparisons.append(row | dict(zip(COLUMNS[-2:], largest, strict=True)))
 
 
-def compare(layer: str, peer: SimpleNamespace, function, **options) -> None:
+def compare(layer: str | None, peer: SimpleNamespace, function, **options) -> None:
     """Checks `function(inputs, weights)`: the outputs, and the gradients of everything that the peer has a gradient of.
 
     The function takes the peer's inputs and weights by name, real numbers in float32, and returns the outputs by name (or `y`
