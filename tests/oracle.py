@@ -46,6 +46,7 @@ def check(layer: str | None, peer, outputs, gradients=({}, {}), *, tolerance=1e-
         layer: its name; None: an operation is compared, which has no row.
         peer: of `load`, or anything with `.name` and `.meta` that has "peer" and "version".
         outputs, gradients: (ours, theirs), two trees each.
+        tolerance, part: see `tests.assertions`.
         of: "layer", or "mechanism" where queries, keys and values are given or a formula stands for the layer.
     """
     assert_close(*outputs, tolerance, f"{peer.name}, outputs", part)
@@ -108,8 +109,8 @@ def holding(layer: nnx.Module, weights: dict, names: dict[str, str] | None = Non
 class Table:
     """A pytest plugin that writes a session's comparisons into a CSV file, from whatever processes they come.
 
-    A row is of a layer and an oracle, with the largest errors of all its tests. Rows of others stay, so that one file of tests
-    can be run. Errors have one digit: the file changes where they do, not with the processor.
+    A row is of a layer and an oracle, with the largest errors of the session. Rows of others stay, so that one file of tests can
+    be run. Errors have one digit, so that another processor changes few.
     """
 
     def __init__(self, path):
