@@ -109,7 +109,7 @@ def holding(layer: nnx.Module, weights: dict, names: dict[str, str] | None = Non
 class Table:
     """A pytest plugin that writes a session's comparisons into a CSV file, from whatever processes they come.
 
-    A row is of a layer and an oracle, with the largest errors of the session. Rows of others stay, so that one file of tests can
+    A row is of a layer and an oracle, with the largest errors of the session. Rows of others stay, so that one test file can
     be run. Errors have one digit, so that another processor changes few.
     """
 
