@@ -58,27 +58,31 @@ def check(layer: str | None, peer, outputs, gradients=({}, {}), *, tolerance=1e-
     comparisons.append(row | dict(zip(COLUMNS[-2:], largest, strict=True)))
 
 
-def compare(layer: str | None, peer: SimpleNamespace, function, **options) -> None:
-    """Checks `function(inputs, weights)`: the outputs, and the gradients of everything that the peer has a gradient of.
+def outputs_and_gradients(peer: SimpleNamespace, function) -> tuple[dict, dict]:
+    """Of `function(inputs, weights)` at the peer's: outputs, and gradients of all that the peer has a gradient of.
 
-    The function takes the peer's inputs and weights by name, real numbers in float32, and returns the outputs by name (or `y`
-    alone), all as the peer lays them out: one map from its weights into the layer serves values and gradients. The options are
-    those of `check`.
+    The function takes inputs and weights by the peer's names, real numbers in float32, and returns the outputs by name (or `y`
+    alone), all as the peer lays them out: one map from its weights into a layer serves values and gradients.
     """
     single = lambda x: jnp.asarray(x, jnp.float32) if np.issubdtype(x.dtype, np.floating) else jnp.asarray(x)
-    given = {"inputs": peer.inputs, "weights": peer.weights}
-    wanted = {"inputs": peer.grad_inputs, "weights": peer.grad_weights}
-    given = {group: {name: single(x) for name, x in arrays.items()} for group, arrays in given.items()}
-    moving = {group: {name: given[group][name] for name in names} for group, names in wanted.items()}
+    wanted = (peer.grad_inputs, peer.grad_weights)
+    given = [{name: single(x) for name, x in arrays.items()} for arrays in (peer.inputs, peer.weights)]
+    moving = [{name: arrays[name] for name in names} for arrays, names in zip(given, wanted, strict=True)]
 
     def loss(moving):
-        outputs = function(*(given[group] | moving[group] for group in given))
+        outputs = function(*(fixed | arrays for fixed, arrays in zip(given, moving, strict=True)))
         outputs = outputs if isinstance(outputs, dict) else {"y": outputs}
         return sum(jnp.sum(outputs[name] * cotangent) for name, cotangent in peer.cotangents.items()), outputs
 
     gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(moving)
+    return outputs, dict(zip(("inputs", "weights"), gradients, strict=True))
+
+
+def compare(layer: str | None, peer: SimpleNamespace, function, **options) -> None:
+    """Checks the `outputs_and_gradients` of a function against the peer's; the options are those of `check`."""
+    outputs, gradients = outputs_and_gradients(peer, function)
     theirs = {name: peer.outputs[name] for name in outputs}
-    check(layer, peer, (outputs, theirs), (gradients, wanted), **options)
+    check(layer, peer, (outputs, theirs), (gradients, {"inputs": peer.grad_inputs, "weights": peer.grad_weights}), **options)
 
 
 def compare_mechanism(name: str, layer, peer, mask=None, heads_first: bool = False) -> None:
