@@ -32,7 +32,7 @@ def parse():
 
 
 def pattern(name: str, is_causal: bool, length: int):
-    """The pattern [N|1, T, S] of a layer with the options of the recipe `diagnostics`, or None where it has no such direction."""
+    """The pattern [N|1, T, S] of a layer with the options of the recipe `diagnostics`; None: it has no such direction."""
     supports = zoo.LAYERS[name].supports
     if not (supports.causal if is_causal else supports.bidirectional):
         return None

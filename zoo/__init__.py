@@ -10,11 +10,13 @@ from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.conversion import convert
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
+from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
@@ -27,7 +29,7 @@ from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
     "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
-    "FeedForward", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention", "RandomFeature",
-    "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "TransformerXLAttention", "attention_fn",
-    "generate", "make", "masks", "positions", "stream",
+    "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention",
+    "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from subquad.kernels import linear
+
 
 class KVCache(NamedTuple):
     """Keys and values of each sample's real tokens so far: the token at position t in slot t of S."""
@@ -92,13 +94,19 @@ def last(tokens: Float[Array, "B S *features"], size: int, new: int, mask) -> Fl
     return tokens[:, before + new - size :] if mask is None else pieces(tokens, before - size + counts(tokens, mask), size)
 
 
-class PerformerCache(NamedTuple):
-    """The sums over all keys so far, in units of exp(log_max); their size does not grow with the tokens."""
+class LinearCache(NamedTuple):
+    """The sums of linear attention over all keys so far, in units of exp(log_max); their size does not grow with the tokens."""
 
     numerator: Float[Array, "B N M V"]  # of feature times value
     denominator: Float[Array, "B N M"]  # of features
     log_max: Float[Array, "B N"]  # largest log scale of a key so far; -inf before the first
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+    @classmethod
+    def zeros(cls, batch_size: int, num_heads: int, features: int, value_features: int) -> "LinearCache":
+        """Float32, as the sums are, whatever the dtype of the layer."""
+        state = linear.empty_state(batch_size, num_heads, features, value_features)
+        return cls(*state, jnp.zeros(batch_size, jnp.int32))
 
 
 class TransformerXLCache(NamedTuple):

@@ -10,6 +10,7 @@ from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
@@ -28,6 +29,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "reformer": ReformerAttention,
     "sinkhorn": SinkhornAttention,
     "linformer": LinformerAttention,
+    "linear": LinearAttention,
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,

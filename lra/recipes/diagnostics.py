@@ -17,6 +17,7 @@ LAYERS = {
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
     "sinkhorn": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
+    "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
@@ -36,7 +37,9 @@ DIAGNOSTICS = Recipe(
         "parity|modular_addition|s5": dict(LONGER, steps=1000, evaluate_every=200),
         "mad": dict(steps=1000, evaluate_every=200),
         "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
-        "listops softmax|blockwise|local|strided|reformer|sinkhorn|performer|s4": dict(layer_options=dict(is_causal=False)),
+        "listops softmax|blockwise|local|strided|reformer|sinkhorn|linear|performer|s4": dict(
+            layer_options=dict(is_causal=False)
+        ),
     },
 )
 
@@ -48,7 +51,7 @@ MAMBA = Recipe(
     layers=LAYERS,
     settings={
         "*": dict(_PLAIN, config="mamba", in_features=64, num_layers=2),
-        "* softmax|blockwise|local|strided|reformer|sinkhorn|linformer|performer": LONGER,
+        "* softmax|blockwise|local|strided|reformer|sinkhorn|linformer|linear|performer": LONGER,
         "selective_copy": dict(batch_size=64, steps=400_000, learning_rate=1e-4, evaluate_every=4000),
         "induction": dict(batch_size=8, steps=204_800, learning_rate=1e-3, evaluate_every=8192),
     },

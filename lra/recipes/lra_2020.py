@@ -28,6 +28,7 @@ LRA_2020 = Recipe(
         "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
         "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
         "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
+        "linear": HEADS,
         "performer": dict(HEADS, num_features=2),
         "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
         "s4": {},
@@ -56,7 +57,7 @@ LRA_2020 = Recipe(
             schedule="cosine", warmup_steps=175, weight_decay=0.0, evaluate_every=175, dropout_rate=0.3, **LEARNED_POSITIONS,
         ),
         "image blockwise|transformer_xl": dict(layer_options=dict(num_heads=1, qkv_features=32)),
-        "image softmax|strided|linformer|performer": dict(WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)),
+        "image softmax|strided|linformer|linear|performer": dict(WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)),
         "image local": dict(WIDE_IMAGE, layer_options=dict(num_heads=2, qkv_features=64), pooling="mean"),
         "image reformer": dict(
             in_features=64, num_layers=4, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
@@ -70,7 +71,7 @@ LRA_2020 = Recipe(
             config="32_hard", in_features=32, num_layers=1, mlp_features=32, steps=62_400, batch_size=512, learning_rate=1e-3,
             schedule="cosine", warmup_steps=312, weight_decay=0.0, evaluate_every=312, pooling="mean",
         ),
-        "pathfinder softmax|strided|linformer|reformer|performer": dict(dropout_rate=0.2),
+        "pathfinder softmax|strided|linformer|reformer|linear|performer": dict(dropout_rate=0.2),
         "pathfinder blockwise|linformer|transformer_xl": dict(layer_options=dict(num_heads=2, qkv_features=16)),
         "pathfinder softmax": dict(num_layers=4, layer_options=dict(num_heads=4, qkv_features=16)),
         "pathfinder local": dict(
@@ -83,6 +84,7 @@ LRA_2020 = Recipe(
         "pathfinder sinkhorn": dict(
             num_layers=2, mlp_features=64, dropout_rate=0.2, layer_options=dict(num_heads=4, qkv_features=16)
         ),
+        "pathfinder linear": dict(in_features=128, mlp_features=128, layer_options=dict(num_heads=2, qkv_features=64)),
         "pathfinder performer": dict(
             num_layers=4, layer_options=dict(num_heads=8, qkv_features=16, num_features=2, kernel="relu")
         ),
@@ -115,9 +117,9 @@ LRA_2020 = Recipe(
             "* reformer",
             "Logits are divided by sqrt(d) and keys normalised; the released layer multiplies, and normalises nothing.",
         ),
-        ("* sinkhorn", "Blocks of neighbours are sorted; the released layer shows all blocks, of distant positions, their sum."),
+        ("* sinkhorn", "Blocks of neighbours are sorted; the released layer shows all blocks the sum of all."),
         ("* sinkhorn", "The own and the sorted block share one softmax; the released layer adds two."),
-        ("* linformer|reformer|performer", "Padding is masked out; the released layer ignores it."),
+        ("* linformer|reformer|linear|performer", "Padding is masked out; the released layer ignores it."),
         ("listops performer", "Random features are fixed; the released ones are drawn anew from the queries of each call."),
         (
             "text|retrieval|image|pathfinder performer",

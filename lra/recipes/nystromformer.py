@@ -19,6 +19,7 @@ LAYERS = {
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=64),
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=256),
+    "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),

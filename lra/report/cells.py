@@ -71,7 +71,7 @@ def _none(reason: str) -> Answer:
 _NO_LAYER = _none("no such layer here")
 _ARENA_LAYERS = {
     "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Linformer": "linformer",
-    "Reformer": "reformer", "Sinkhorn Transformer": "sinkhorn", "Performer": "performer",
+    "Reformer": "reformer", "Linear Transformer": "linear", "Performer": "performer", "Sinkhorn Transformer": "sinkhorn",
 }  # fmt: skip
 _ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
 # The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.
@@ -101,7 +101,9 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("lra", "3"): _ARENA,
     ("lra", "a2"): {},
     ("s4", "10"): _ARENA | _S4_ROWS,
-    ("s4", "3"): {row: Answer("bench", _ARENA_LAYERS.get(row, "s4")) for row in ("Transformer", "Performer", "S4")},
+    ("s4", "3"): _rows("bench", {
+        "Transformer": "softmax", "Linear Transformer": "linear", "Performer": "performer", "S4": "s4",
+    }),
     ("s4", "2"): {"S4": _MACHINE},
     ("s4", "repository"): {"S4 (repo, approximate)": Answer("s4", "s4")},
     ("s4", "s4d"): {
@@ -132,6 +134,7 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     }),
     ("flashattention", "3"): _rows("nystromformer", {"Transformer": "softmax", **_USUAL_LAYERS}) | {
         "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
+        "Linear Attention": Answer("nystromformer", "linear"),
         "Local Attention": Answer("nystromformer", "local", note="The window's size is not in what was read."),
     },
     ("flashattention", "6"): {"FlashAttention": _none(_UNKNOWN)},

@@ -20,7 +20,7 @@ from subquad.lra.data import catalogue, encodings, pipeline
 from subquad.lra.data.listops import expressions
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.plan import plan
-from subquad.lra.report import cells, ledger, published, verdicts
+from subquad.lra.report import cells, published
 from subquad.zoo import LAYERS
 
 ROOT = pathlib.Path(__file__).parents[2]

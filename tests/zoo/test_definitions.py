@@ -127,7 +127,9 @@ def test_transformer_xl(segment, memory):
 
 @pytest.mark.parametrize("name,options", [
     ("softmax", dict(num_heads=2)), ("performer", dict(num_heads=2)), ("reformer", dict(num_heads=2)),
-    ("linformer", dict(num_heads=2, max_length=30)), ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)), ("s4", {}),
+    ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
+    ("linear", dict(num_heads=2)),
+    ("linformer", dict(num_heads=2, max_length=30)), ("s4", {}),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_all_others_may_see_all(name, options, is_causal):

@@ -2,13 +2,12 @@
 
 from typing import Any, Literal, Unpack, get_args
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import PerformerCache, counts
+from subquad.zoo.cache import LinearCache, counts
 from subquad.zoo.checks import check_sizes, check_word, require_extend
 from subquad.zoo.features import RandomFeature, RowNorm, random_projection
 
@@ -95,16 +94,15 @@ class PerformerAttention(Attention):
     def attend(self, query, key, value, mask, segment_ids=None):
         return self._attend(query, key, value, mask, segment_ids=segment_ids)
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> PerformerCache:
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        state = linear.empty_state(batch_size, self.num_heads, self.num_features, self.head_features)
-        return PerformerCache(*state, jnp.zeros(batch_size, jnp.int32))
+        return LinearCache.zeros(batch_size, self.num_heads, self.num_features, self.head_features)
 
     def attend_cached(self, query, key, value, mask, cache):
         *state, seen = cache
         heads, state = self._attend(query, key, value, mask, initial_state=tuple(state), return_state=True)
-        return heads, PerformerCache(*state, seen + counts(query, mask))
+        return heads, LinearCache(*state, seen + counts(query, mask))
 
     def _attend(self, query, key, value, mask, **options):
         return linear.random_feature_attention(

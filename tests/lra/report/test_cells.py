@@ -96,6 +96,17 @@ def test_every_form_shows_deviations_and_contradictions():
     assert text["contradicted_by"] == "" and text["published_elsewhere"] == ""
 
 
+@pytest.mark.parametrize(("name", "recipe", "layer"), [
+    ("lra.1.linear_transformer.listops", "lra-2020", "linear"),
+    ("lra.2.linear_transformer.text.4000.speed_ratio", "bench", "linear"),
+    ("s4.3.linear_transformer.text.4096.memory_ratio", "bench", "linear"),
+    ("flashattention.3.linear_attention.text", "nystromformer", "linear"),
+])
+def test_rows_that_have_a_layer_are_answered(name, recipe, layer):
+    one = cell(name)
+    assert (one.recipe, one.layer, one.cannot) == (recipe, layer, "")
+
+
 def test_what_cannot_be_run_has_no_notes():
     name = "nystromformer.3.nystromformer_64.listops"
     assert cells.published_elsewhere(cell(name)) == () and "[1]" not in rendered("text", name)

@@ -1,0 +1,152 @@
+"""A model's attention changed for another mechanism."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from subquad import zoo
+
+from .cases import CASES, DIRECTIONS, FEATURES, inputs, label
+
+
+def flax_model(**words) -> nnx.Module:
+    return nnx.Sequential(nnx.MultiHeadAttention(4, FEATURES, decode=False, rngs=nnx.Rngs(0), **words))
+
+
+def agree(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words", [{}, dict(num_kv_heads=2), dict(use_bias=False), dict(qkv_features=8, out_features=24)], ids=str
+)
+def test_flaxs_attention_as_softmax_says_the_same(words):
+    model = flax_model(**words)
+    converted = zoo.convert(model, "softmax", rngs=nnx.Rngs(1))
+    (change,) = converted.changes
+    assert not change.new and not change.lost
+    agree(converted.model(inputs(9)), model(inputs(9)))
+
+
+def test_cross_attention_keeps_its_features():
+    class Reader(nnx.Module):
+        def __init__(self):
+            self.read = nnx.MultiHeadAttention(2, FEATURES, in_kv_features=12, decode=False, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, memory):
+            return self.read(x, memory)
+
+    memory = jax.random.normal(jax.random.key(2), (2, 7, 12))
+    model = Reader()
+    agree(zoo.convert(model, "softmax", rngs=nnx.Rngs(1)).model(inputs(5), memory), model(inputs(5), memory))
+
+
+def test_shared_keys_are_copied_where_the_new_layer_does_not_share():
+    model = flax_model(num_kv_heads=2)
+    whole = zoo.convert(model, "blockwise", max_length=9, block_size=9, shifts=[0] * 4, rngs=nnx.Rngs(1))
+    assert whole.changes[0].after.key.kernel.shape == (FEATURES, 4, FEATURES // 4)
+    agree(whole.model(inputs(9)), model(inputs(9)))
+
+
+def test_what_a_layer_cannot_keep_is_said():
+    model = flax_model(normalize_qk=True, dropout_rate=0.1, attention_fn=zoo.attention_fn("local", window_size=2))
+    (change,) = zoo.convert(model, "reformer", rngs=nnx.Rngs(1)).changes
+    assert set(change.lost) == {
+        "key/kernel", "key/bias", "query_ln/scale", "key_ln/scale", "dropout of attention weights", "its attention_fn",
+    }  # fmt: skip
+    assert change.new == ("rotations",) and "loses key/bias" in str(change)
+    assert zoo.convert(model, "softmax", rngs=nnx.Rngs(1)).changes[0].after.dropout_rate == 0.1
+
+
+@pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
+def test_any_layer_takes_the_place(name, is_causal):
+    options = {word: value for word, value in CASES[name].options.items() if word not in ("num_heads", "num_kv_heads")}
+    converted = zoo.convert(flax_model(), name, is_causal=is_causal, rngs=nnx.Rngs(1), **options)
+    (change,) = converted.changes
+    variables = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.variables(change.after, nnx.Not(nnx.RngState)))}
+    assert {*change.kept, *change.new} == variables
+    assert jax.eval_shape(converted.model, inputs(9)).shape == (2, 9, FEATURES)
+
+
+def test_a_layer_in_two_places_stays_one_and_the_model_stays_as_it_was():
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.first = nnx.MultiHeadAttention(2, FEATURES, decode=False, rngs=nnx.Rngs(0))
+            self.layers = nnx.List([self.first, nnx.Linear(FEATURES, FEATURES, rngs=nnx.Rngs(0))])
+
+    model = Twice()
+    before = jax.tree.map(np.array, nnx.state(model))
+    converted = zoo.convert(model, "local", window_size=3, rngs=nnx.Rngs(1))
+    assert len(converted.changes) == 1 and converted.model.first is converted.model.layers[0]
+    converted.model.first.query.kernel[...] = 0.0
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    assert isinstance(model.first, nnx.MultiHeadAttention)
+
+
+def test_only_some_layers():
+    model = zoo.CausalLM(
+        vocab_size=7, in_features=FEATURES, num_layers=2, mlp_features=8, max_length=32, mixer="softmax",
+        mixer_options=dict(num_heads=2, rotary_base=100.0), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    tokens = jnp.arange(10)[None] % 7
+    converted = zoo.convert(model, "local", window_size=31, rngs=nnx.Rngs(1), only=lambda path: "blocks/1/" in path)
+    mixers = [block.mixer for block in converted.model.encoder.blocks]
+    assert [type(mixer) for mixer in mixers] == [zoo.SoftmaxAttention, zoo.LocalAttention]
+    assert mixers[1].is_causal and mixers[1].rotary_base == 100.0
+    # A window that holds the whole sequence.
+    agree(converted.model(tokens), model(tokens))
+
+
+def test_a_converted_model_learns_on():
+    """A model that was trained with softmax reads another layer's outputs worse, and again well after few steps."""
+
+    class Reader(nnx.Module):
+        def __init__(self):
+            self.mix = nnx.MultiHeadAttention(4, FEATURES, decode=False, rngs=nnx.Rngs(0))
+            self.read = nnx.Linear(FEATURES, FEATURES, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.read(self.mix(x))
+
+    x = inputs(16, batch=8)
+    target = jnp.flip(x, 1).mean(1, keepdims=True) + 0 * x
+
+    def loss_of(model):
+        return ((model(x) - target) ** 2).mean()
+
+    def train(model, steps):
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            loss, gradients = nnx.value_and_grad(loss_of)(model)
+            optimizer.update(model, gradients)
+            return loss
+
+        return [float(step(model, optimizer)) for _ in range(steps)]
+
+    model = Reader()
+    untrained = train(model, 60)[0]
+    trained = float(loss_of(model))
+    converted = zoo.convert(model, "performer", num_features=64, rngs=nnx.Rngs(1)).model
+    losses = train(converted, 30)
+    assert trained < losses[0] < untrained and losses[-1] < (losses[0] + trained) / 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "local"), "model must hold an attention layer, got none"),
+        ((nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0)), "local"), "be a module that holds"),
+        ((flax_model(), "locl"), "local"),
+        ((flax_model(), "linformer"), "LinformerAttention: max_length must be"),
+        ((flax_model(), "local", dict(window=3)), "window_size"),
+    ],
+)
+def test_refusals(arguments, message):
+    model, name, *given = arguments
+    with pytest.raises((ValueError, TypeError), match=message):
+        zoo.convert(model, name, rngs=nnx.Rngs(0), **dict(*given))
