@@ -9,11 +9,12 @@ from subquad.zoo import masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.encoder import Encoder
-from subquad.zoo.features import RandomFeature
+from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.linear import LinearAttention
@@ -28,8 +29,8 @@ from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
+    "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "DualEncoder", "Encoder",
     "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention",
-    "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support",
     "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

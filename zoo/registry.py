@@ -8,6 +8,7 @@ from flax import nnx
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.kernelized.linear import LinearAttention
@@ -27,6 +28,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "local": LocalAttention,
     "strided": StridedAttention,
     "reformer": ReformerAttention,
+    "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,
     "linformer": LinformerAttention,
     "linear": LinearAttention,

@@ -59,6 +59,8 @@ CASES = {
             "reformer", dict(num_heads=2, num_hashes=2, chunk_size=6), dict(num_heads=4, num_hashes=2, chunk_size=64),
             extend_equals_call=False,
         ),
+        # The square root of the longest sequence.
+        Case("routing", dict(num_heads=2, num_clusters=4), dict(num_heads=4, num_clusters=91), extend_equals_call=False),
         Case(
             "sinkhorn", dict(num_heads=2, max_length=100, block_size=5),
             dict(num_heads=4, max_length=LONG, block_size=64),

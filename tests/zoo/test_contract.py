@@ -108,8 +108,8 @@ def test_bfloat16(name, is_causal):
     assert y.dtype == jnp.bfloat16
     exact = jitted(name, is_causal)(x.astype(jnp.bfloat16).astype(jnp.float32))
     error = jnp.abs(y.astype(jnp.float32) - exact)
-    # Rounding may move a token to another of Reformer's buckets, which is no small change; most tokens stay.
-    assert jnp.quantile(error, 0.9 if name == "reformer" else 1.0) < 0.03 * jnp.abs(exact).max()
+    # Rounding may move a token to another bucket, which is no small change; most tokens stay.
+    assert jnp.quantile(error, 0.9 if name in ("reformer", "routing") else 1.0) < 0.03 * jnp.abs(exact).max()
 
 
 @by_direction
