@@ -13,6 +13,7 @@ from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
@@ -23,14 +24,16 @@ from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjectio
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
+from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "DualEncoder", "Encoder",
-    "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "PerformerAttention",
-    "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "DualEncoder",
+    "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongformerAttention", "PerformerAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
+    "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
+    "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -172,3 +172,18 @@ class LocalCache(NamedTuple):
     key: Float[Array, "B W K H"]
     value: Float[Array, "B W K V"]
     seen: Int[Array, "B"]  # real tokens so far
+
+
+class LongformerCache(NamedTuple):
+    """Local keys and values of each sample's real tokens so far, and global ones of its G global tokens, by position."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
+    global_key: Float[Array, "B G K H"]
+    global_value: Float[Array, "B G K V"]
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length

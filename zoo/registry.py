@@ -11,11 +11,13 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
+from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.s4 import S4
@@ -27,6 +29,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
     "strided": StridedAttention,
+    "longformer": LongformerAttention,
     "reformer": ReformerAttention,
     "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,
@@ -35,6 +38,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
+    "synthesizer": SynthesizerAttention,
 }
 
 

@@ -8,31 +8,36 @@ Sizes and schedules are those of the released configurations, task by task, then
 found in that code.
 """
 
-from subquad.lra.recipes.recipe import Recipe
-from subquad.lra.recipes.shared import ARENA_TEXT, ATTENTION, BLACK, DRAWN
+from subquad.lra.recipes.recipe import Recipe, layers_with
+from subquad.lra.recipes.shared import ARENA_TEXT, BLACK, DRAWN
 
 HEADS = dict(num_heads=8, use_bias=False)
 LEARNED_POSITIONS = dict(positions="learned", position_std=0.02)
 NO_DROPOUT = "Attention weights are not dropped; the released code drops {} of them."
 WIDE_IMAGE = dict(in_features=128, num_layers=1, mlp_features=128)
 
+LAYERS = {
+    "softmax": HEADS,
+    "blockwise": dict(HEADS, max_length="{length}", block_size=50),
+    "local": dict(HEADS, window_size=25),
+    "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
+    # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
+    "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
+    "routing": dict(HEADS, num_clusters=32),
+    "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
+    "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
+    "linear": HEADS,
+    "performer": dict(HEADS, num_features=2),
+    "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
+    "s4": {},
+    "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
+}
+ATTENTION = layers_with(LAYERS, "num_heads")
+
 LRA_2020 = Recipe(
     id="lra-2020",
     source="Tay et al. 2020, arXiv 2011.04006, configurations released in google-research/long-range-arena@cd31e5c",
-    layers={
-        "softmax": HEADS,
-        "blockwise": dict(HEADS, max_length="{length}", block_size=50),
-        "local": dict(HEADS, window_size=25),
-        "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
-        # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
-        "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
-        "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
-        "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
-        "linear": HEADS,
-        "performer": dict(HEADS, num_features=2),
-        "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
-        "s4": {},
-    },
+    layers=LAYERS,
     settings={
         "*": dict(
             config="lra", protocol="lra-2020", selection="last", in_features=512, num_layers=4, mlp_features=1024,
@@ -57,7 +62,9 @@ LRA_2020 = Recipe(
             schedule="cosine", warmup_steps=175, weight_decay=0.0, evaluate_every=175, dropout_rate=0.3, **LEARNED_POSITIONS,
         ),
         "image blockwise|transformer_xl": dict(layer_options=dict(num_heads=1, qkv_features=32)),
-        "image softmax|strided|linformer|linear|performer": dict(WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)),
+        "image softmax|strided|linformer|linear|performer|synthesizer": dict(
+            WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)
+        ),
         "image local": dict(WIDE_IMAGE, layer_options=dict(num_heads=2, qkv_features=64), pooling="mean"),
         "image reformer": dict(
             in_features=64, num_layers=4, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
@@ -71,20 +78,23 @@ LRA_2020 = Recipe(
             config="32_hard", in_features=32, num_layers=1, mlp_features=32, steps=62_400, batch_size=512, learning_rate=1e-3,
             schedule="cosine", warmup_steps=312, weight_decay=0.0, evaluate_every=312, pooling="mean",
         ),
-        "pathfinder softmax|strided|linformer|reformer|linear|performer": dict(dropout_rate=0.2),
+        "pathfinder softmax|strided|linformer|reformer|linear|performer|synthesizer": dict(dropout_rate=0.2),
         "pathfinder blockwise|linformer|transformer_xl": dict(layer_options=dict(num_heads=2, qkv_features=16)),
         "pathfinder softmax": dict(num_layers=4, layer_options=dict(num_heads=4, qkv_features=16)),
         "pathfinder local": dict(
+            in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=4, qkv_features=32)
+        ),
+        "pathfinder synthesizer": dict(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=4, qkv_features=32)
         ),
         "pathfinder strided": dict(layer_options=dict(num_heads=8, qkv_features=16)),
         "pathfinder reformer": dict(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
+        "pathfinder linear": dict(in_features=128, mlp_features=128, layer_options=dict(num_heads=2, qkv_features=64)),
         "pathfinder sinkhorn": dict(
             num_layers=2, mlp_features=64, dropout_rate=0.2, layer_options=dict(num_heads=4, qkv_features=16)
         ),
-        "pathfinder linear": dict(in_features=128, mlp_features=128, layer_options=dict(num_heads=2, qkv_features=64)),
         "pathfinder performer": dict(
             num_layers=4, layer_options=dict(num_heads=8, qkv_features=16, num_features=2, kernel="relu")
         ),
@@ -113,11 +123,15 @@ LRA_2020 = Recipe(
         ("* local", "Neighbours are attended to, as many as the released layer's groups of 50 distant positions hold."),
         ("* strided", "The pattern looks both ways; the released code masks a dense causal attention."),
         ("* linformer", "Keys and values have a projection each; the released layer has one for both."),
+        ("* synthesizer", "Logits of both kinds are averaged with weights that are learned; the released layer adds them."),
         (
             "* reformer",
             "Logits are divided by sqrt(d) and keys normalised; the released layer multiplies, and normalises nothing.",
         ),
-        ("* sinkhorn", "Blocks of neighbours are sorted; the released layer shows all blocks the sum of all."),
+        (
+            "* sinkhorn",
+            "Blocks of neighbours are sorted; the released layer shows all blocks their sum, of distant positions.",
+        ),
         ("* sinkhorn", "The own and the sorted block share one softmax; the released layer adds two."),
         ("* linformer|reformer|linear|performer", "Padding is masked out; the released layer ignores it."),
         ("listops performer", "Random features are fixed; the released ones are drawn anew from the queries of each call."),
@@ -126,8 +140,8 @@ LRA_2020 = Recipe(
             "The ReLU is of a random projection; the released one is of the features themselves.",
         ),
         # The released Performer drops none either.
-        ("listops|text|retrieval|pathfinder softmax|local|strided|sinkhorn|linformer", NO_DROPOUT.format(0.1)),
-        ("image softmax|local|strided|linformer", NO_DROPOUT.format(0.2)),
+        ("listops|text|retrieval|pathfinder softmax|local|strided|sinkhorn|linformer|synthesizer", NO_DROPOUT.format(0.1)),
+        ("image softmax|local|strided|linformer|synthesizer", NO_DROPOUT.format(0.2)),
         ("text", "Sequences have 1,000 bytes, as released; the paper took the best of 1K to 4K."),
         ("retrieval", "Both documents reach the head; in the released code the second one does not."),
         ("image|pathfinder", BLACK),

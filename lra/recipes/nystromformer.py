@@ -17,12 +17,14 @@ LAYERS = {
     "local": dict(HEADS, window_size=32),
     "strided": dict(HEADS, stride=64),
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),
+    "routing": dict(HEADS, num_clusters=32),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=64),
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=256),
     "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
+    "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
 }
 SETTINGS = {
     "*": dict(

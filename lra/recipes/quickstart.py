@@ -17,12 +17,14 @@ QUICKSTART = Recipe(
         "local": dict(num_heads=4, window_size=16),
         "strided": dict(num_heads=4, stride=16),
         "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
+        "routing": dict(num_heads=4, num_clusters=8),
         "sinkhorn": dict(num_heads=4, max_length="{length}", block_size=32),
         "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
         "linear": dict(num_heads=4),
         "performer": dict(num_heads=4, num_features=32),
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
+        "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
     },
     settings={
         # Ten times as long, so wider, too: else Linformer's projections alone would be more than the budget.

@@ -8,8 +8,8 @@ Starts from the settings of Nystromformer.
 """
 
 from subquad.lra.recipes import nystromformer
-from subquad.lra.recipes.recipe import Recipe, revised
-from subquad.lra.recipes.shared import ARENA_TEXT, ATTENTION
+from subquad.lra.recipes.recipe import Recipe, layers_with, revised
+from subquad.lra.recipes.shared import ARENA_TEXT
 
 XFORMERS = Recipe(
     id="xformers",
@@ -18,7 +18,7 @@ XFORMERS = Recipe(
     settings=revised(nystromformer.SETTINGS, {
         "listops": dict(steps=10_000, evaluate_every=100),
         "text": dict(ARENA_TEXT, pooling="cls"),
-        f"text {ATTENTION}": dict(layer_options=dict(num_heads=4)),
+        f"text {layers_with(nystromformer.LAYERS, 'num_heads')}": dict(layer_options=dict(num_heads=4)),
         # A quarter of the length.
         "listops linformer": dict(layer_options=dict(num_landmarks=500)),
         "text linformer": dict(layer_options=dict(num_landmarks=1024)),

@@ -71,7 +71,8 @@ def _none(reason: str) -> Answer:
 _NO_LAYER = _none("no such layer here")
 _ARENA_LAYERS = {
     "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Linformer": "linformer",
-    "Reformer": "reformer", "Linear Transformer": "linear", "Performer": "performer", "Sinkhorn Transformer": "sinkhorn",
+    "Reformer": "reformer", "Sinkhorn Transformer": "sinkhorn", "Linear Transformer": "linear", "Performer": "performer",
+    "Synthesizer": "synthesizer",
 }  # fmt: skip
 _ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
 # The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.

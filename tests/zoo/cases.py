@@ -56,6 +56,10 @@ CASES = {
         Case("local", dict(num_heads=2, window_size=4), dict(num_heads=4, window_size=128), dead=SOFTMAX_INVARIANT),
         Case("strided", dict(num_heads=2, stride=4), dict(num_heads=4, stride=128), dead=SOFTMAX_INVARIANT),
         Case(
+            "longformer", dict(num_heads=2, window_size=3, num_global=3), dict(num_heads=4, window_size=128, num_global=8),
+            dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
+        ),
+        Case(
             "reformer", dict(num_heads=2, num_hashes=2, chunk_size=6), dict(num_heads=4, num_hashes=2, chunk_size=64),
             extend_equals_call=False,
         ),
@@ -76,6 +80,10 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
+        Case(
+            "synthesizer", dict(num_heads=2, max_length=100, synthesis=("dense", "random", "dot_product")),
+            dead=SOFTMAX_INVARIANT,
+        ),
     )
 }
 

@@ -112,6 +112,19 @@ def test_blockwise_divides_its_heads(heads, ones, twos, is_causal):
     assert build("blockwise", heads, is_causal, max_length=24, block_size=4).shifts == want
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("given,count", [(0, 1), ((2, 5), 3), (3, 0), (1, 40)])
+def test_longformer(given, count, is_causal):
+    """Section 3.1: a window, and `count` first tokens that see all and are seen by all; in causal attention, of the past."""
+    left, right = given if isinstance(given, tuple) else (given, given)
+
+    def sees(head, t, s):
+        return (t - left <= s <= t + right or t < count or s < count) and not (is_causal and s > t)
+
+    given = left if is_causal else given
+    check(build("longformer", 2, is_causal, window_size=given, num_global=count), 2, sees)
+
+
 @pytest.mark.parametrize("segment,memory", [(5, 7), (4, 2), (3, 0), (1, 3), (32, 8)])
 def test_transformer_xl(segment, memory):
     """Dai et al., section 3.2: the tokens of the own segment so far and the `memory` tokens before the segment."""
@@ -126,10 +139,15 @@ def test_transformer_xl(segment, memory):
 
 
 @pytest.mark.parametrize("name,options", [
-    ("softmax", dict(num_heads=2)), ("performer", dict(num_heads=2)), ("reformer", dict(num_heads=2)),
-    ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
+    ("softmax", dict(num_heads=2)),
+    ("performer", dict(num_heads=2)),
+    ("reformer", dict(num_heads=2)),
     ("linear", dict(num_heads=2)),
-    ("linformer", dict(num_heads=2, max_length=30)), ("s4", {}),
+    ("linformer", dict(num_heads=2, max_length=30)),
+    ("routing", dict(num_heads=2)),
+    ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
+    ("s4", {}),
+    ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_all_others_may_see_all(name, options, is_causal):

@@ -96,6 +96,16 @@ def test_transformer_xl():
         check_moments(found[name], 0.02**2)
 
 
+def test_longformer():
+    """Section 3.1: the global projections start as the local ones; they are not shared."""
+    layer = build("longformer")
+    for name in ("query", "key", "value"):
+        own, of_globals = getattr(layer, name), getattr(layer, f"{name}_global")
+        np.testing.assert_array_equal(own.kernel[...], of_globals.kernel[...])
+        own.kernel[...] += 1
+        assert (own.kernel[...] != of_globals.kernel[...]).all()
+
+
 def test_reformer():
     check_moments(build("reformer").rotations[...], 1.0)
 
@@ -103,14 +113,14 @@ def test_reformer():
 # Draws.
 
 EXTRA = {"linformer": dict(sharing="none"), "performer": dict(num_features=80)}
-# The same numbers for each feature on purpose: HiPPO's matrices are no draws.
-FIXED = {"system/log_decay", "system/frequency", "system/input_matrix", "system/low_rank"}
+# The same numbers on purpose: HiPPO's matrices are no draws, and all forms of a mixture start with one weight.
+FIXED = {"system/log_decay", "system/frequency", "system/input_matrix", "system/low_rank", "mixture"}
 
 
 def drawn_parts(layer):
     """Each drawn array, and its parts along every axis (a row, a head, a round, a direction), by name."""
     for path, leaf in variables(layer).items():
-        if path in FIXED or path.endswith("/bias"):
+        if path in FIXED or path.endswith("/bias") or "_global/" in path:  # copies of the local projections
             continue
         yield path, leaf
         for axis in range(leaf.ndim if leaf.ndim > 1 else 0):

@@ -31,6 +31,9 @@ COMPUTED = [
     ("local", dict(num_heads=2, window_size=3), "window_size", (3, 2)),
     ("local", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("local", dict(num_heads=2, window_size=3, is_causal=True), "window_size", (5, 0)),
+    ("longformer", dict(num_heads=2), "rotary_base", 100.0),
+    ("longformer", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
+    ("longformer", dict(num_heads=2, window_size=3, num_global=1), "num_global", 4),
     ("strided", dict(num_heads=2, stride=4), "pattern", "fixed"),
     ("strided", dict(num_heads=2, stride=4), "stride", 5),
     ("strided", dict(num_heads=2, stride=4), "heads", "separate"),
@@ -47,6 +50,10 @@ COMPUTED = [
     ("performer", dict(num_heads=2, num_features=16), "rotary_base", 100.0),
     ("linear", dict(num_heads=2), "rotary_base", 100.0),
     ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "rotary_base", 100.0),
+    ("routing", dict(num_heads=2, num_clusters=4), "window_size", 3),
+    ("routing", dict(num_heads=2, num_clusters=4, window_size=3, is_causal=True), "selection", "last"),
+    ("routing", dict(num_heads=2, num_clusters=4), "normalize", False),
+    ("routing", dict(num_heads=2, num_clusters=4), "rotary_base", 100.0),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "block_size", 7),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "num_iterations", 1),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "temperature", 2.0),
@@ -72,9 +79,12 @@ DRAWN = [
 SHAPED = [
     ("softmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("local", dict(num_heads=4), "num_kv_heads", 1, {"key/kernel": (16, 1, 4), "value/kernel": (16, 1, 4)}),
+    ("longformer", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
     ("reformer", dict(num_heads=2), "num_buckets", (4, 6), {"rotations": (2, 8, 4, 5)}),
+    ("routing", dict(num_heads=2), "num_clusters", 5, {"centroids": (2, 5, 8)}),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "max_length", 30, {"sort_scores": (2, 8, 5)}),
     ("linformer", dict(num_heads=2, max_length=24), "max_length", 30, {"projection/key": (30, 256)}),
     ("linformer", dict(num_heads=2, max_length=24), "num_landmarks", 5, {"projection/value": (24, 5)}),
@@ -86,14 +96,37 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
+    ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
+    ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
+    ("synthesizer", dict(max_length=24, synthesis="factorized_dense"), "factor", 7, {"outer/columns": (2, 8, 4)}),
+    ("synthesizer", dict(max_length=24, synthesis="factorized_random"), "rank", 3, {"rows": (2, 24, 3), "columns": (2, 24, 3)}),
 ]
 
 # Each has a test of its own: below, in the layer's own file (dropout), or in the contract suite.
 OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
 SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
-ALONE = {"linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}}
+ALONE = {
+    "linformer": {"projection"},
+    "softmax": {"dropout_rate", "broadcast_dropout"},
+    "synthesizer": {"is_fixed"},
+}
 
-SIZES = {"blockwise": dict(max_length=24), "linformer": dict(max_length=24), "sinkhorn": dict(max_length=24)}
+# What a layer needs beside the usual words.
+SIZES = {
+    "blockwise": dict(max_length=24),
+    "linformer": dict(max_length=24),
+    "sinkhorn": dict(max_length=24),
+    "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
+}
+# Linear maps of a layer, where they are not four.
+MAPS = {
+    "longformer": 7,
+    "reformer": 3,
+    "s4": 1,
+    "synthesizer": 5,
+    "transformer_xl": 5,
+}
 
 
 def build(name, **options):
@@ -225,7 +258,7 @@ def test_dtypes_and_precision_reach_every_map(name):
     highest = jax.lax.Precision.HIGHEST
     layer = build(name, dtype=jnp.bfloat16, param_dtype=jnp.float16, precision=highest, **SIZES.get(name, {}))
     maps = [module for _, module in nnx.iter_graph(layer) if isinstance(module, nnx.Linear | nnx.LinearGeneral)]
-    assert len(maps) == {"s4": 1, "reformer": 3, "transformer_xl": 5}.get(name, 4)
+    assert len(maps) == MAPS.get(name, 4)
     for module in maps:
         assert (module.dtype, module.param_dtype, module.precision) == (jnp.bfloat16, jnp.float16, highest)
     params = jax.tree.leaves(nnx.state(layer, nnx.Param))

@@ -25,9 +25,11 @@ LAYERS = {
     "strided-separate": ("strided", dict(STRIDED, heads="separate")),
     "fixed": ("strided", dict(STRIDED, pattern="fixed", num_summary=2, distinct_summary=True, rotary_base=100.0)),
     "fixed-separate": ("strided", dict(STRIDED, num_heads=4, pattern="fixed", heads="separate")),
+    "longformer": ("longformer", dict(num_heads=2, window_size=2, num_global=3, rotary_base=100.0)),
     "reformer": ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=4)),
     "performer": ("performer", dict(num_heads=2, num_features=24, rotary_base=100.0)),
     "transformer_xl": ("transformer_xl", dict(num_heads=2, segment_length=4, memory_length=3)),
+    "synthesizer": ("synthesizer", dict(num_heads=2, max_length=20, synthesis=("random", "dense"))),
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
 }

@@ -189,8 +189,8 @@ def spelt_out(layer, x):
           for name in ("query", "key", "value", "out") for part in ("kernel", "bias")),
         ("hidden", layer.sort_hidden[...]), ("scores", layer.sort_scores[...]),
     )}  # fmt: skip
-    query, key, value = (
-        np.einsum("td,dnh->tnh", x, given[f"{name}.kernel"]) + given[f"{name}.bias"] for name in ("query", "key", "value"))
+    project = lambda name: np.einsum("td,dnh->tnh", x, given[f"{name}.kernel"]) + given[f"{name}.bias"]
+    query, key, value = map(project, ("query", "key", "value"))
     length, count = len(x), -(-len(x) // SIZE)
     if layer.is_causal:
         sums = np.stack([x[: SIZE * i + 1].sum(0) for i in range(count)])
@@ -219,7 +219,9 @@ def spelt_out(layer, x):
     return np.einsum("tnh,nhf->tf", out, given["out.kernel"]) + given["out.bias"]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(is_causal=True), dict(sort_cut=2), dict(sort_cut=9, temperature=2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(is_causal=True), dict(sort_cut=2), dict(sort_cut=9, temperature=2.0)], ids=str
+)
 def test_layer(options):
     layer = small(**options)
     run = jax.jit(lambda x: layer(x))

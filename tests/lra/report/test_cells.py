@@ -101,6 +101,8 @@ def test_every_form_shows_deviations_and_contradictions():
     ("lra.2.linear_transformer.text.4000.speed_ratio", "bench", "linear"),
     ("s4.3.linear_transformer.text.4096.memory_ratio", "bench", "linear"),
     ("flashattention.3.linear_attention.text", "nystromformer", "linear"),
+    ("lra.1.synthesizer.text", "lra-2020", "synthesizer"),
+    ("lra.2.synthesizer.text.4000.speed_ratio", "bench", "synthesizer"),
 ])
 def test_rows_that_have_a_layer_are_answered(name, recipe, layer):
     one = cell(name)
