@@ -39,26 +39,28 @@ def load(name: str) -> SimpleNamespace:
     return oracle
 
 
-def check(layer: str, peer: SimpleNamespace, outputs, gradients=({}, {}), *, tolerance=1e-5, of="layer") -> None:
+def check(layer, peer, outputs, gradients=({}, {}), *, tolerance=1e-5, part=0.1, of="layer") -> None:
     """A layer agrees with a peer in every leaf, by `tests.assertions.errors`. The table gets a row of it.
 
     Args:
+        layer: its name.
         peer: of `load`, or anything with `.name` and `.meta` that has "peer" and "version".
         outputs, gradients: (ours, theirs), two trees each.
         of: "layer", or "mechanism" where queries, keys and values are given or a formula stands for the layer.
     """
-    assert_close(*outputs, tolerance, f"{peer.name}, outputs")
-    assert_close(*gradients, tolerance, f"{peer.name}, gradients")
+    assert_close(*outputs, tolerance, f"{peer.name}, outputs", part)
+    assert_close(*gradients, tolerance, f"{peer.name}, gradients", part)
     row = {"layer": layer, "oracle": peer.name, "of": of, "peer": peer.meta["peer"], "version": peer.meta["version"]}
     largest = (max(errors(*pair).values(), default=None) for pair in (outputs, gradients))
     comparisons.append(row | dict(zip(COLUMNS[-2:], largest, strict=True)))
 
 
-def compare(layer: str, peer: SimpleNamespace, function, *, tolerance=1e-5, of="layer") -> None:
+def compare(layer: str, peer: SimpleNamespace, function, **options) -> None:
     """Checks `function(inputs, weights)`: the outputs, and the gradients of everything that the peer has a gradient of.
 
     The function takes the peer's inputs and weights by name, real numbers in float32, and returns the outputs by name (or `y`
-    alone), all as the peer lays them out. So one map from its weights into the layer serves values and gradients.
+    alone), all as the peer lays them out: one map from its weights into the layer serves values and gradients. The options are
+    those of `check`.
     """
     single = lambda x: jnp.asarray(x, jnp.float32) if np.issubdtype(x.dtype, np.floating) else jnp.asarray(x)
     given = {"inputs": peer.inputs, "weights": peer.weights}
@@ -73,13 +75,13 @@ def compare(layer: str, peer: SimpleNamespace, function, *, tolerance=1e-5, of="
 
     gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(moving)
     theirs = {name: peer.outputs[name] for name in outputs}
-    check(layer, peer, (outputs, theirs), (gradients, wanted), tolerance=tolerance, of=of)
+    check(layer, peer, (outputs, theirs), (gradients, wanted), **options)
 
 
-def compare_mechanism(name: str, layer: nnx.Module, peer: SimpleNamespace, heads_first: bool = False) -> None:
+def compare_mechanism(name: str, layer, peer, mask=None, heads_first: bool = False) -> None:
     """`compare` of `layer.attend` and a peer that takes q, k and v, [B, T, N, H], or [B, N, T, H] with `heads_first`."""
     swap = (lambda a: a.swapaxes(1, 2)) if heads_first else (lambda a: a)
-    attend = lambda inputs, _: swap(layer.attend(*(swap(inputs[x]) for x in "qkv"), None))
+    attend = lambda inputs, _: swap(layer.attend(*(swap(inputs[x]) for x in "qkv"), mask))
     compare(name, peer, attend, of="mechanism")
 
 
@@ -96,7 +98,7 @@ def holding(layer: nnx.Module, weights: dict, names: dict[str, str] | None = Non
         if leaf == "weight":
             leaf, value = "kernel", value.T
         path = names.get(name) or f"{names.get(module, module)}.{leaf}"
-        variable = functools.reduce(getattr, path.split("."), layer)
+        variable = functools.reduce(getattr, path.removeprefix(".").split("."), layer)
         variable[...] = jnp.reshape(value, variable.shape)
     return layer
 

@@ -12,6 +12,7 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
@@ -21,7 +22,9 @@ from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
+from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
+from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
@@ -31,9 +34,9 @@ from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "DualEncoder",
-    "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongformerAttention", "PerformerAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
-    "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
-    "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
+    "DualEncoder", "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection",
+    "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
+    "RoutingAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

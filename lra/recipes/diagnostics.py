@@ -14,14 +14,17 @@ LAYERS = {
     "blockwise": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "local": dict(num_heads=4, is_causal=True, window_size=8),
     "strided": dict(num_heads=4, is_causal=True, stride=8),
+    "longformer": dict(num_heads=4, is_causal=True, window_size=8),
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
     "routing": dict(num_heads=4, is_causal=True, num_clusters=8),
     "sinkhorn": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
+    "nystrom": dict(num_heads=4, num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
+    "fnet": {},
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 # Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown

@@ -14,7 +14,7 @@ from subquad.lra.recipes.shared import ARENA_TEXT
 XFORMERS = Recipe(
     id="xformers",
     source="facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab",
-    layers=nystromformer.LAYERS,
+    layers=nystromformer.LAYERS | {"nystrom": dict(num_heads=2, num_landmarks=128, conv_width=35)},
     settings=revised(nystromformer.SETTINGS, {
         "listops": dict(steps=10_000, evaluate_every=100),
         "text": dict(ARENA_TEXT, pooling="cls"),
@@ -26,6 +26,7 @@ XFORMERS = Recipe(
         "image|pathfinder linformer": dict(layer_options=dict(num_landmarks=256)),
     }),
     deviations=(
+        ("* linformer", "Attention weights are not dropped; theirs are."),
         ("* performer", "Random features are fixed; theirs are drawn anew every 1000 steps."),
         ("retrieval|image|pathfinder", "Blocks are plain ones; theirs are reversible, which saves memory."),
         *nystromformer.DEVIATIONS,

@@ -60,6 +60,11 @@ CASES = {
             dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
         ),
         Case(
+            "bigbird", dict(num_heads=2, max_length=100, block_size=3, num_random=1),
+            # Longer than both sequences: one of them alone would have the last block, which sees all.
+            dict(num_heads=4, max_length=2 * LONG, block_size=64), dead=SOFTMAX_INVARIANT,
+        ),
+        Case(
             "reformer", dict(num_heads=2, num_hashes=2, chunk_size=6), dict(num_heads=4, num_hashes=2, chunk_size=64),
             extend_equals_call=False,
         ),
@@ -73,6 +78,10 @@ CASES = {
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
         ),
+        Case(
+            "nystrom", dict(num_heads=2, num_landmarks=6, conv_width=5), dict(num_heads=4, num_landmarks=64),
+            dead=SOFTMAX_INVARIANT,
+        ),
         Case("linear", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
         Case(
@@ -80,6 +89,8 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
+        # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.
+        Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
         Case(
             "synthesizer", dict(num_heads=2, max_length=100, synthesis=("dense", "random", "dot_product")),
             dead=SOFTMAX_INVARIANT,

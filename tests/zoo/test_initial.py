@@ -90,6 +90,12 @@ def test_performer():
     np.testing.assert_allclose((fixed**2).sum(-1), size, rtol=1e-5)
 
 
+def test_nystrom():
+    taps = build("nystrom", num_heads=8, qkv_features=64, conv_width=99).taps[...]
+    check_moments(taps, 1 / (3 * 99), kurtosis=1.8)  # uniform
+    assert np.abs(taps).max() <= 99**-0.5
+
+
 def test_transformer_xl():
     found = variables(build("transformer_xl", qkv_features=2048))
     for name in ("content_bias", "position_bias"):

@@ -32,6 +32,12 @@ COMPUTED = [
     ("local", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("local", dict(num_heads=2, window_size=3, is_causal=True), "window_size", (5, 0)),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_global", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "seed", 1),
     ("longformer", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("longformer", dict(num_heads=2, window_size=3, num_global=1), "num_global", 4),
     ("strided", dict(num_heads=2, stride=4), "pattern", "fixed"),
@@ -49,6 +55,9 @@ COMPUTED = [
     ("performer", dict(num_heads=2, num_features=16), "kernel", "relu"),
     ("performer", dict(num_heads=2, num_features=16), "rotary_base", 100.0),
     ("linear", dict(num_heads=2), "rotary_base", 100.0),
+    ("nystrom", dict(num_heads=2, num_landmarks=6), "num_landmarks", 5),
+    ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
+    ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
     ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "rotary_base", 100.0),
     ("routing", dict(num_heads=2, num_clusters=4), "window_size", 3),
     ("routing", dict(num_heads=2, num_clusters=4, window_size=3, is_causal=True), "selection", "last"),
@@ -82,6 +91,8 @@ SHAPED = [
     ("longformer", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("nystrom", dict(num_heads=2), "conv_width", 3, {"taps": (3, 2)}),
+    ("nystrom", dict(num_heads=2), "conv_width", None, {"taps": None}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
     ("reformer", dict(num_heads=2), "num_buckets", (4, 6), {"rotations": (2, 8, 4, 5)}),
     ("routing", dict(num_heads=2), "num_clusters", 5, {"centroids": (2, 5, 8)}),
@@ -96,6 +107,7 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
     ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
@@ -104,8 +116,8 @@ SHAPED = [
 ]
 
 # Each has a test of its own: below, in the layer's own file (dropout), or in the contract suite.
-OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
-SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
+OF_HEADLESS = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
+SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
     "linformer": {"projection"},
     "softmax": {"dropout_rate", "broadcast_dropout"},
@@ -114,13 +126,16 @@ ALONE = {
 
 # What a layer needs beside the usual words.
 SIZES = {
+    "bigbird": dict(max_length=24),
     "blockwise": dict(max_length=24),
+    "fnet": dict(out_features=FEATURES),
     "linformer": dict(max_length=24),
     "sinkhorn": dict(max_length=24),
     "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
 }
 # Linear maps of a layer, where they are not four.
 MAPS = {
+    "fnet": 1,
     "longformer": 7,
     "reformer": 3,
     "s4": 1,
@@ -130,7 +145,7 @@ MAPS = {
 
 
 def build(name, **options):
-    heads = {} if name == "s4" else dict(num_heads=2)
+    heads = dict(num_heads=2) if issubclass(zoo.LAYERS[name], Attention) else {}
     return zoo.make(name, in_features=FEATURES, rngs=nnx.Rngs(0), **{**heads, **options})
 
 
@@ -177,7 +192,7 @@ def test_an_option_changes_shapes(name, options, option, value, shapes):
 @pytest.mark.parametrize("name", zoo.LAYERS)
 def test_every_option_has_a_test(name):
     known = {row[2] for row in [*COMPUTED, *DRAWN, *SHAPED] if row[0] == name} | ALONE.get(name, set())
-    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_S4
+    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_HEADLESS
     refused = set() if zoo.LAYERS[name].supports.rotary else {"rotary_base"}  # see test_rotary
     assert options_of(zoo.LAYERS[name]) - refused <= known, "a new option needs a row in COMPUTED, DRAWN or SHAPED"
 

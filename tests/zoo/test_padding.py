@@ -25,6 +25,8 @@ LAYERS = {
     "strided-separate": ("strided", dict(STRIDED, heads="separate")),
     "fixed": ("strided", dict(STRIDED, pattern="fixed", num_summary=2, distinct_summary=True, rotary_base=100.0)),
     "fixed-separate": ("strided", dict(STRIDED, num_heads=4, pattern="fixed", heads="separate")),
+    "bigbird": ("bigbird", dict(num_heads=2, max_length=20, block_size=2, num_random=1, rotary_base=100.0)),
+    "bigbird-etc": ("bigbird", dict(num_heads=2, max_length=20, block_size=2, num_random=1, num_global=3)),
     "longformer": ("longformer", dict(num_heads=2, window_size=2, num_global=3, rotary_base=100.0)),
     "reformer": ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=4)),
     "performer": ("performer", dict(num_heads=2, num_features=24, rotary_base=100.0)),

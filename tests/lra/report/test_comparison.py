@@ -135,6 +135,47 @@ def test_another_value_of_the_run_is_no_answer(tmp_path):
     assert verdicts.judge(cell(name), known(tmp_path, other)).outcome == "not run"
 
 
+def test_how_often_one_looks_is_not_what_was_run(tmp_path):
+    best = cell("nystromformer.3.linformer_256.listops", "nystromformer", "3")
+    run = verdicts.run_of(best)
+
+    def row(every, accuracy, **other):
+        configuration = json.dumps({**dataclasses.asdict(dataclasses.replace(run, evaluate_every=every)), **other})
+        named = {word: getattr(run, word) for word in ("layer", "task", "config", "recipe", "seed")}
+        return made(accuracy=accuracy, configuration=configuration, **named)
+
+    found = known(tmp_path, row(500, 0.37))
+    one = verdicts.judge(best, found)
+    assert (one.outcome, one.seeds, one.ours) == ("reproduced within tolerance", 1, pytest.approx(37))
+    assert one.reason == "seed 0 validated every 500 steps, theirs every 50"
+    assert found.has(run) and not reproduce.missing([best], found, 1)
+    # The run itself counts before one that looked at other times.
+    for rows in ((row(50, 0.38), row(500, 0.37)), (row(500, 0.37), row(50, 0.38))):
+        one = verdicts.judge(best, known(tmp_path, *rows))
+        assert one.ours == pytest.approx(38) and one.reason == ""
+    # The last step is the same, whenever one looked.
+    last = cell(f"{TRANSFORMER}.listops")
+    arena = result(last.id, 0.36)
+    seldom = json.dumps({**json.loads(arena.configuration), "evaluate_every": 999})
+    one = verdicts.judge(last, known(tmp_path, dataclasses.replace(arena, configuration=seldom)))
+    assert one.outcome == "reproduced within tolerance" and one.reason == ""
+    # What waits for a number of validations is another run.
+    waits = row(500, 0.37, early_stopping=3)
+    assert not ledger.Ledger({ledger.hash_without_seed(waits.configuration): [waits]}, [], {}).has(run)
+    plateau = dict(schedule="plateau")
+    assert ledger.hash_without_seed(plateau) != ledger.hash_without_seed({**plateau, "evaluate_every": 7})
+
+
+def test_missing_runs_can_be_validated_seldom():
+    nothing = ledger.Ledger({}, [], {})
+    wanted = [cell("nystromformer.3.linformer_256.listops", "nystromformer", "3")]
+    ((run, _),) = reproduce.missing(wanted, nothing, 1, evaluate_every=500)
+    assert (run.evaluate_every, verdicts.run_of(wanted[0]).evaluate_every) == (500, 50)
+    plateau = [cell("s4.10.s4_original_v1.listops", "s4", "10")]
+    ((run, _),) = reproduce.missing(plateau, nothing, 1, evaluate_every=500)
+    assert run.evaluate_every == 960
+
+
 def test_rows_of_earlier_versions_still_answer(tmp_path):
     """A value of Run that a row does not know had its default."""
     name = f"{TRANSFORMER}.listops"
