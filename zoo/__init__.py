@@ -11,6 +11,7 @@ from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
@@ -37,6 +38,7 @@ __all__ = [
     "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
     "DualEncoder", "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection",
     "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
-    "RoutingAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "RoutingAttention", "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
+    "stream",
 ]  # fmt: skip

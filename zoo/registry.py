@@ -10,6 +10,7 @@ from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
@@ -38,6 +39,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "reformer": ReformerAttention,
     "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,
+    "smyrf": SmyrfAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "linear": LinearAttention,

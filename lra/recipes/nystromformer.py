@@ -20,6 +20,7 @@ LAYERS = {
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),
     "routing": dict(HEADS, num_clusters=32),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=64),
+    "smyrf": dict(HEADS, num_hashes=2, cluster_size=64),
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=256),
     "nystrom": dict(HEADS, num_landmarks=64, conv_width=35),
     "linear": HEADS,

@@ -23,6 +23,7 @@ QUICKSTART = Recipe(
         "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
         "routing": dict(num_heads=4, num_clusters=8),
         "sinkhorn": dict(num_heads=4, max_length="{length}", block_size=32),
+        "smyrf": dict(num_heads=4, num_hashes=2, cluster_size=32),
         "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
         "nystrom": dict(num_heads=4, num_landmarks=16),
         "linear": dict(num_heads=4),

@@ -146,6 +146,7 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("flashattention", "3"): _rows("nystromformer", {"Transformer": "softmax", **_USUAL_LAYERS}) | {
         "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
         "Linear Attention": Answer("nystromformer", "linear"),
+        "Smyrf": Answer("nystromformer", "smyrf", note="Its rounds and clusters are not in what was read."),
         "Local Attention": Answer("nystromformer", "local", note="The window's size is not in what was read."),
     },
     ("flashattention", "6"): {"FlashAttention": _none(_UNKNOWN)},

@@ -75,6 +75,10 @@ CASES = {
             dict(num_heads=4, max_length=LONG, block_size=64),
         ),
         Case(
+            "smyrf", dict(num_heads=2, num_hashes=2, cluster_size=6), dict(num_heads=4, num_hashes=2, cluster_size=64),
+            dead=SOFTMAX_INVARIANT,
+        ),
+        Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
         ),

@@ -109,7 +109,7 @@ def test_bfloat16(name, is_causal):
     exact = jitted(name, is_causal)(x.astype(jnp.bfloat16).astype(jnp.float32))
     error = jnp.abs(y.astype(jnp.float32) - exact)
     # Rounding may move a token to another bucket, which is no small change; most tokens stay.
-    assert jnp.quantile(error, 0.9 if name in ("reformer", "routing") else 1.0) < 0.03 * jnp.abs(exact).max()
+    assert jnp.quantile(error, 0.9 if name in ("reformer", "routing", "smyrf") else 1.0) < 0.03 * jnp.abs(exact).max()
 
 
 @by_direction

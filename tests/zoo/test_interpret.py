@@ -63,7 +63,7 @@ def test_other_lengths_in_bfloat16(name, is_causal, length):
     assert got.dtype == jnp.bfloat16
     error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32))
     # Rounding may move a token to another bucket, which is no small change; most tokens stay.
-    quantile = 0.9 if name in ("reformer", "routing") else 1.0
+    quantile = 0.9 if name in ("reformer", "routing", "smyrf") else 1.0
     assert jnp.quantile(error, quantile) < 0.03 * jnp.abs(want.astype(jnp.float32)).max()
 
 

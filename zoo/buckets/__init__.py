@@ -8,4 +8,5 @@ Choose
     reformer: For single keys anywhere in a long text; queries and keys are one projection.
     routing: For topics: texts whose tokens fall into groups that stay the same from text to text, as centroids learn them.
     sinkhorn: For whole blocks that concern each other, up to a length known before; strictly causal.
+    smyrf: For queries and keys with projections of their own, of a model trained with softmax, too; not causal.
 """
