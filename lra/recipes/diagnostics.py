@@ -15,6 +15,7 @@ LAYERS = {
     "local": dict(num_heads=4, is_causal=True, window_size=8),
     "strided": dict(num_heads=4, is_causal=True, stride=8),
     "longformer": dict(num_heads=4, is_causal=True, window_size=8),
+    "bigbird": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8, num_random=1),
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
     "routing": dict(num_heads=4, is_causal=True, num_clusters=8),
     "sinkhorn": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),

@@ -23,6 +23,7 @@ LAYERS = {
     "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
     # 512 tokens, of which the query is one; the released models have no global tokens.
     "longformer": dict(HEADS, window_size=(255, 256), num_global=0),
+    "bigbird": dict(HEADS, max_length="{length}"),
     # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
     "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
     "routing": dict(HEADS, num_clusters=32),
@@ -76,6 +77,7 @@ LRA_2020 = Recipe(
         "image longformer": dict(
             WIDE_IMAGE, num_layers=4, layer_options=dict(num_heads=4, qkv_features=64), pooling="mean"
         ),
+        "image bigbird": dict(WIDE_IMAGE, layer_options=dict(num_heads=1, qkv_features=64)),
         "image reformer": dict(
             in_features=64, num_layers=4, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
@@ -98,7 +100,10 @@ LRA_2020 = Recipe(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=4, qkv_features=32)
         ),
         "pathfinder strided": dict(layer_options=dict(num_heads=8, qkv_features=16)),
-        "pathfinder longformer": dict(num_layers=2, layer_options=dict(num_heads=2, qkv_features=16)),
+        "pathfinder longformer": dict(layer_options=dict(num_heads=2, qkv_features=16), num_layers=2),
+        "pathfinder bigbird": dict(
+            in_features=64, num_layers=4, mlp_features=64, dropout_rate=0.2, layer_options=dict(num_heads=2, qkv_features=32)
+        ),
         "pathfinder reformer": dict(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
@@ -133,6 +138,10 @@ LRA_2020 = Recipe(
         ("*", "Every test example counts; the released code drops the last partial batch."),
         ("* local", "Neighbours are attended to, as many as the released layer's groups of 50 distant positions hold."),
         ("* strided", "The pattern looks both ways; the released code masks a dense causal attention."),
+        (
+            "* bigbird",
+            "Random blocks are drawn from all, the same in every layer; the released code draws from the first 1,024 tokens.",
+        ),
         ("* linformer", "Keys and values have a projection each; the released layer has one for both."),
         ("* synthesizer", "Logits of both kinds are averaged with weights that are learned; the released layer adds them."),
         (
@@ -151,7 +160,10 @@ LRA_2020 = Recipe(
             "The ReLU is of a random projection; the released one is of the features themselves.",
         ),
         # The released Performer drops none either.
-        ("listops|text|retrieval|pathfinder local|strided|longformer|sinkhorn|linformer|synthesizer", NO_DROPOUT.format(0.1)),
+        (
+            "listops|text|retrieval|pathfinder local|strided|longformer|sinkhorn|linformer|synthesizer",
+            NO_DROPOUT.format(0.1),
+        ),
         ("image local|strided|longformer|linformer|synthesizer", NO_DROPOUT.format(0.2)),
         ("text", "Sequences have 1,000 bytes, as released; the paper took the best of 1K to 4K."),
         ("retrieval", "Both documents reach the head; in the released code the second one does not."),

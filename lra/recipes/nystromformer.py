@@ -17,6 +17,7 @@ LAYERS = {
     "local": dict(HEADS, window_size=32),
     "strided": dict(HEADS, stride=64),
     "longformer": dict(HEADS, window_size=32),
+    "bigbird": dict(HEADS, max_length="{length}"),
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),
     "routing": dict(HEADS, num_clusters=32),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=64),

@@ -20,6 +20,7 @@ QUICKSTART = Recipe(
         "local": dict(num_heads=4, window_size=16),
         "strided": dict(num_heads=4, stride=16),
         "longformer": dict(num_heads=4, window_size=16),
+        "bigbird": dict(num_heads=4, max_length="{length}", block_size=16, num_random=1),
         "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
         "routing": dict(num_heads=4, num_clusters=8),
         "sinkhorn": dict(num_heads=4, max_length="{length}", block_size=32),

@@ -74,6 +74,7 @@ _ARENA_LAYERS = {
     "Local Attention": "local",
     "Sparse Transformer": "strided",
     "Longformer": "longformer",
+    "BigBird": "bigbird",
     "Linformer": "linformer",
     "Reformer": "reformer",
     "Sinkhorn Transformer": "sinkhorn",
@@ -87,6 +88,7 @@ _SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if
 
 
 _USUAL_LAYERS = {"Linformer": "linformer", "Performer": "performer", "Reformer": "reformer"}
+_OF_SKYFORMER = {"BigBird": "bigbird", "Nystromformer": "nystrom"} | _USUAL_LAYERS
 
 
 def _rows(recipe: str, layers: Mapping[str, str]) -> dict[str, Answer]:
@@ -137,8 +139,8 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
         "Reformer-2": "reformer", "Nystromformer-64": "nystrom",
     }),
-    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", "Nystromformer": "nystrom", **_USUAL_LAYERS}),
-    ("skyformer", "2"): dict.fromkeys(("Self-Attention", "Nystromformer", *_USUAL_LAYERS), _MACHINE),
+    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_OF_SKYFORMER}),
+    ("skyformer", "2"): dict.fromkeys(("Self-Attention", *_OF_SKYFORMER), _MACHINE),
     ("xformers", "1"): _rows("xformers", {
         "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
         "Nystromformer-128": "nystrom",

@@ -9,9 +9,9 @@ from flax import nnx
 from subquad import zoo
 from subquad.kernels import softmax
 from subquad.kernels.patterns import Blocks
-from tests.oracle import load
+from tests import oracle
 
-from .patterned import FEATURES, check_dense, check_extend, check_peer_layer, check_support, from_peer, inputs, padding
+from .patterned import FEATURES, check_dense, check_extend, check_support, inputs, padding
 
 KINDS = [dict(), dict(num_global=2), dict(num_global=0, num_random=1)]
 
@@ -109,49 +109,53 @@ def peer_layer(peer, lists):
 
 def test_hugging_face():
     """In training it draws as the paper says; outputs, gradients of the inputs and of every weight."""
-    peer = load("bigbird_train")
+    peer = oracle.load("bigbird_train")
     assert peer.inputs["mask"].all() and peer.meta["cfg"]["training"]
     layer = peer_layer(peer, peer.constants["rand_attn"])
-    from_peer(layer, peer)
-    check_peer_layer(layer, peer, lambda layer, x: layer.attend(*layer.project(x), None).reshape(x.shape))
+
+    def before_the_output_projection(inputs, weights):
+        held = oracle.holding(layer, weights)
+        return held.attend(*held.project(inputs["x"]), None).reshape(inputs["x"].shape)
+
+    oracle.compare("bigbird", peer, before_the_output_projection)
 
 
 def test_hugging_face_in_evaluation():
     """There all blocks it draws are the first one, which it then counts r more times: log(1 + r) on those logits."""
-    peer = load("bigbird_eval")
+    peer = oracle.load("bigbird_eval")
     draws = peer.constants["rand_attn"]
     assert not draws.any() and not peer.meta["cfg"]["training"]
     (_, inner, count), size = draws.shape, 4
     layer = peer_layer(peer, draws[..., :0])
-    from_peer(layer, peer)
     length = (inner + 2) * size
     is_first = np.arange(length) < size
     is_inner = (np.arange(length) >= size) & (np.arange(length) < length - size)
     again = jnp.asarray(np.where(is_inner[:, None] & is_first, np.log1p(count), 0.0)[None, None], jnp.float32)
 
-    def evaluated(layer, x):
-        return softmax.attention(*layer.project(x), pattern=layer.sees, bias=again).reshape(x.shape)
+    def evaluated(inputs, weights):
+        held = oracle.holding(layer, weights)
+        return softmax.attention(*held.project(inputs["x"]), pattern=layer.sees, bias=again).reshape(inputs["x"].shape)
 
-    check_peer_layer(layer, peer, evaluated)
+    oracle.compare("bigbird", peer, evaluated)
 
 
 def test_long_range_arena():
     """It draws as the paper says, from NumPy's old generator, and pads by a whole block where nothing is to be padded: the last
     block, which is global, then holds nothing. The heads of padding are 0."""
-    peer = load("lra_bigbird")
+    peer = oracle.load("lra_bigbird")
     cfg, generator = peer.meta["cfg"], np.random.RandomState(3)
     assert (cfg["connectivity_seed"], cfg["block_size"], cfg["num_rand_blocks"]) == ("3", "4", "2")
     count = 32 // 4 + 1
     others = lambda i: [j for j in range(1, count - 1) if abs(i - j) > 1]
     lists = np.array([[generator.permutation(others(i))[:2] for i in range(1, count - 1)] for _ in range(2)])
     layer = peer_layer(peer, lists)
-    from_peer(layer, peer, ("query", "key", "value", "out"))
     is_real = jnp.asarray(peer.inputs["padding_mask"] > 0)
 
-    def padded(layer, x):
-        return jnp.where(is_real, layer(x, mask=is_real[:, None, None, :, 0]), layer.out.bias[...])
+    def padded(inputs, weights):
+        held = oracle.holding(layer, weights)
+        return jnp.where(is_real, held(inputs["x"], mask=is_real[:, None, None, :, 0]), held.out.bias[...])
 
-    check_peer_layer(layer, peer, padded)
+    oracle.compare("bigbird", peer, padded)
 
 
 def test_refusals():
