@@ -7,6 +7,7 @@ from flax import nnx
 
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
+from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
@@ -40,6 +41,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,
     "smyrf": SmyrfAttention,
+    "informer": InformerAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "linear": LinearAttention,

@@ -20,6 +20,7 @@ LAYERS = {
     "routing": dict(num_heads=4, is_causal=True, num_clusters=8),
     "sinkhorn": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "smyrf": dict(num_heads=4, num_hashes=4, cluster_size=8),
+    "informer": dict(num_heads=4),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
     "nystrom": dict(num_heads=4, num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),

@@ -29,6 +29,7 @@ LAYERS = {
     "routing": dict(HEADS, num_clusters=32),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
     "smyrf": dict(HEADS, num_hashes=2, cluster_size=50),
+    "informer": HEADS,
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
     "nystrom": HEADS,
     "linear": HEADS,

@@ -139,8 +139,10 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
         "Reformer-2": "reformer", "Nystromformer-64": "nystrom",
     }),
-    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_OF_SKYFORMER}),
-    ("skyformer", "2"): dict.fromkeys(("Self-Attention", *_OF_SKYFORMER), _MACHINE),
+    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_OF_SKYFORMER}) | {
+        "Informer": Answer("skyformer", "informer", note="Its factor is not in what was read."),
+    },
+    ("skyformer", "2"): dict.fromkeys(("Informer", "Self-Attention", *_OF_SKYFORMER), _MACHINE),
     ("xformers", "1"): _rows("xformers", {
         "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
         "Nystromformer-128": "nystrom",

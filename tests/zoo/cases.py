@@ -78,6 +78,7 @@ CASES = {
             "smyrf", dict(num_heads=2, num_hashes=2, cluster_size=6), dict(num_heads=4, num_hashes=2, cluster_size=64),
             dead=SOFTMAX_INVARIANT,
         ),
+        Case("informer", dict(num_heads=2, factor=3), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
         Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
@@ -101,6 +102,9 @@ CASES = {
         ),
     )
 }
+
+# Layers that choose by comparing: rounding may choose otherwise for a token, which is no small change; most tokens stay.
+CHOOSING = ("reformer", "routing", "smyrf", "informer", "clustered")
 
 DIRECTIONS = [
     (name, is_causal)

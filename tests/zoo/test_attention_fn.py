@@ -376,6 +376,7 @@ CHANGES = {
         (dict(cluster_size=4), change)
         for change in (dict(cluster_size=3), dict(num_hashes=2), dict(seed=1), dict(rotary_base=9.0))
     ],
+    "informer": [(dict(factor=1), change) for change in (dict(factor=2), dict(seed=1), dict(rotary_base=9.0))],
     "linear": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
     "performer": [
         (dict(num_features=16), dict(is_causal=True)), (dict(num_features=16), dict(num_features=24)),

@@ -182,6 +182,7 @@ def test_transformer_xl(segment, memory):
     ("linformer", dict(num_heads=2, max_length=30)),
     ("routing", dict(num_heads=2)),
     ("smyrf", dict(num_heads=2)),
+    ("informer", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
     ("s4", {}),
     ("fnet", {}),
