@@ -8,6 +8,7 @@
 from subquad.zoo import masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
+from subquad.zoo.buckets.clustered import ClusteredAttention
 from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
@@ -37,9 +38,9 @@ from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
     "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
-    "DualEncoder", "Encoder", "FNet", "FeedForward", "InformerAttention", "LinearAttention", "LinformerAttention",
-    "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature",
-    "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention",
-    "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks",
-    "positions", "stream",
+    "ClusteredAttention", "DualEncoder", "Encoder", "FNet", "FeedForward", "InformerAttention", "LinearAttention",
+    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention",
+    "PerformerAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SmyrfAttention",
+    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

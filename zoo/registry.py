@@ -7,6 +7,7 @@ from flax import nnx
 
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
+from subquad.zoo.buckets.clustered import ClusteredAttention
 from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
@@ -42,6 +43,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "sinkhorn": SinkhornAttention,
     "smyrf": SmyrfAttention,
     "informer": InformerAttention,
+    "clustered": ClusteredAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "linear": LinearAttention,

@@ -21,6 +21,7 @@ LAYERS = {
     "sinkhorn": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "smyrf": dict(num_heads=4, num_hashes=4, cluster_size=8),
     "informer": dict(num_heads=4),
+    "clustered": dict(num_heads=4, num_clusters=16, num_top=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
     "nystrom": dict(num_heads=4, num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),

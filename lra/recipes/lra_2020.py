@@ -30,6 +30,7 @@ LAYERS = {
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
     "smyrf": dict(HEADS, num_hashes=2, cluster_size=50),
     "informer": HEADS,
+    "clustered": HEADS,
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
     "nystrom": HEADS,
     "linear": HEADS,

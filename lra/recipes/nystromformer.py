@@ -23,6 +23,7 @@ LAYERS = {
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=64),
     "smyrf": dict(HEADS, num_hashes=2, cluster_size=64),
     "informer": HEADS,
+    "clustered": HEADS,
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=256),
     "nystrom": dict(HEADS, num_landmarks=64, conv_width=35),
     "linear": HEADS,

@@ -26,6 +26,7 @@ QUICKSTART = Recipe(
         "sinkhorn": dict(num_heads=4, max_length="{length}", block_size=32),
         "smyrf": dict(num_heads=4, num_hashes=2, cluster_size=32),
         "informer": dict(num_heads=4),
+        "clustered": dict(num_heads=4, num_clusters=16, num_top=16),
         "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
         "nystrom": dict(num_heads=4, num_landmarks=16),
         "linear": dict(num_heads=4),

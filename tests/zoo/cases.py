@@ -80,6 +80,10 @@ CASES = {
         ),
         Case("informer", dict(num_heads=2, factor=3), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
         Case(
+            "clustered", dict(num_heads=2, num_clusters=4, num_top=3, num_iterations=3), dict(num_heads=4, num_clusters=32),
+            dead=SOFTMAX_INVARIANT,
+        ),
+        Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
         ),

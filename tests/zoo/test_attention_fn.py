@@ -377,6 +377,12 @@ CHANGES = {
         for change in (dict(cluster_size=3), dict(num_hashes=2), dict(seed=1), dict(rotary_base=9.0))
     ],
     "informer": [(dict(factor=1), change) for change in (dict(factor=2), dict(seed=1), dict(rotary_base=9.0))],
+    "clustered": [
+        (dict(num_clusters=5, num_top=0, num_bits=6), change)
+        for change in (
+            dict(num_clusters=2), dict(num_top=3), dict(num_bits=3), dict(num_iterations=1), dict(seed=1), dict(rotary_base=9.0)
+        )
+    ],
     "linear": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
     "performer": [
         (dict(num_features=16), dict(is_causal=True)), (dict(num_features=16), dict(num_features=24)),

@@ -183,6 +183,7 @@ def test_transformer_xl(segment, memory):
     ("routing", dict(num_heads=2)),
     ("smyrf", dict(num_heads=2)),
     ("informer", dict(num_heads=2)),
+    ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
     ("s4", {}),
     ("fnet", {}),

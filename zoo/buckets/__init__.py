@@ -10,4 +10,5 @@ Choose
     sinkhorn: For whole blocks that concern each other, up to a length known before; strictly causal.
     smyrf: For queries and keys with projections of their own, of a model trained with softmax, too; not causal.
     informer: For texts of which few places ask for anything in particular; cheap, and not causal.
+    clustered: For many queries that want the same, also of a model trained with softmax; not causal.
 """
