@@ -20,6 +20,7 @@ from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.s4 import S4
+from subquad.zoo.statespace.s5 import S5
 
 Layer = Attention | Headless
 
@@ -34,6 +35,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
+    "s5": S5,
     "fnet": FNet,
     "synthesizer": SynthesizerAttention,
 }

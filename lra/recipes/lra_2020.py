@@ -31,6 +31,7 @@ LRA_2020 = Recipe(
         "performer": dict(HEADS, num_features=2),
         "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
         "s4": {},
+        "s5": {},
         "fnet": {},
         "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
     },

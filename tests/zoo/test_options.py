@@ -51,6 +51,9 @@ COMPUTED = [
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
+    ("s5", dict(state_size=8, dt_min=0.5, dt_max=2.0), "discretization", "bilinear"),
+    ("s5", dict(state_size=8), "gate", "only"),
+    ("s5", dict(state_size=8), "gate", None),
 ]
 
 # What an option does to the values that are drawn; all other variables stay: (..., the variables that change).
@@ -61,6 +64,11 @@ DRAWN = [
     ("s4", dict(state_size=8, mode="diagonal"), "init", "inv", {"system/frequency", "system/input_matrix"}),
     ("s4", dict(state_size=4), "dt_min", 0.01, {"system/log_step"}),
     ("s4", dict(state_size=4), "dt_max", 0.5, {"system/log_step"}),
+    ("s5", dict(state_size=8), "init", "lin", {"frequency", "input_matrix", "output_matrix"}),
+    ("s5", dict(state_size=8), "num_blocks", 2, {"frequency", "input_matrix", "output_matrix"}),
+    ("s5", dict(state_size=8), "output_init", "truncated", {"output_matrix"}),
+    ("s5", dict(state_size=8), "dt_min", 0.01, {"log_step"}),
+    ("s5", dict(state_size=8), "dt_max", 0.5, {"log_step"}),
 ]
 
 # What an option does to the shapes of variables; None: there is no such variable.
@@ -80,6 +88,9 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
+    ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
+    ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
@@ -230,7 +241,7 @@ def test_dtypes_and_precision_reach_every_map(name):
     highest = jax.lax.Precision.HIGHEST
     layer = build(name, dtype=jnp.bfloat16, param_dtype=jnp.float16, precision=highest, **SIZES.get(name, {}))
     maps = [module for _, module in nnx.iter_graph(layer) if isinstance(module, nnx.Linear | nnx.LinearGeneral)]
-    assert len(maps) == {"s4": 1, "fnet": 1, "reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
+    assert len(maps) == {"s4": 1, "s5": 1, "fnet": 1, "reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
     for module in maps:
         assert (module.dtype, module.param_dtype, module.precision) == (jnp.bfloat16, jnp.float16, highest)
     params = jax.tree.leaves(nnx.state(layer, nnx.Param))

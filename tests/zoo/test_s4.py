@@ -229,23 +229,6 @@ def complex_of(planes):
     return jax.lax.complex(planes[..., 0], planes[..., 1])
 
 
-def compare(peer, run):
-    """Values and gradients of `run(inputs, weights) -> dict` in float32, to 1e-4."""
-    cast = lambda group: {name: jnp.asarray(value, jnp.float32) for name, value in group.items()}
-
-    def loss(inputs, weights):
-        results = run(inputs, weights)
-        return sum(jnp.sum(cotangent * results[name]) for name, cotangent in peer.cotangents.items()), results
-
-    arguments = cast(peer.inputs), cast(peer.weights)
-    (_, results), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arguments)
-    errors = {name: oracle.relative_error(results[name], value) for name, value in peer.outputs.items() if name in results}
-    assert errors, "something was compared"
-    for ours, expected in zip(gradients, (peer.grad_inputs, peer.grad_weights), strict=True):
-        errors |= {f"gradient of {name}": oracle.relative_error(ours[name], value) for name, value in expected.items()}
-    assert max(errors.values()) < 1e-4, errors
-
-
 def true_output_matrix(trained, diagonal, low_rank, step, length):
     """C of the peer's C~ = C (I - A_bar^L), all complex and dense; trained [K, H, N/2]."""
     both = lambda a: jnp.concatenate([a, a.conj()], -1)
@@ -294,7 +277,7 @@ def filled(layer, weights):
 def test_state_spaces_s4(name, options):
     peer = oracle.load(name)
     layer = S4(4, state_size=8, **{"is_causal": True, **options}, rngs=nnx.Rngs(0))
-    compare(peer, lambda inputs, weights: {"y": responses(filled(layer, weights), inputs["u"])})
+    oracle.compare(peer, lambda inputs, weights: {"y": responses(filled(layer, weights), inputs["u"])})
 
 
 @pytest.mark.parametrize("name,options", [
@@ -326,7 +309,7 @@ def test_state_spaces_s4_of_rank_2():
         inputs = inputs["u"].swapaxes(1, 2)
         return {"y": (convolution.convolve(inputs, taps) + weights["D"] * inputs).swapaxes(1, 2)}
 
-    compare(peer, run)
+    oracle.compare(peer, run)
 
 
 @pytest.mark.parametrize("name", ["s4_diag_dt_untied", "s4_diag_dss"])
@@ -346,7 +329,7 @@ def test_state_spaces_s4_kernels_without_an_option(name):
         inputs = inputs["u"].swapaxes(1, 2)
         return {"y": (convolution.convolve(inputs, taps) + weights["D"] * inputs).swapaxes(1, 2)}
 
-    compare(peer, run)
+    oracle.compare(peer, run)
 
 
 def test_s4d_minimal():
@@ -365,7 +348,7 @@ def test_s4d_minimal():
         filled.out.bias = nnx.Param(weights["output_linear.0.bias"])
         return {"y": filled(inputs["u"].swapaxes(1, 2)).swapaxes(1, 2), "K": filled.system.kernel(24)[0]}
 
-    compare(peer, run)
+    oracle.compare(peer, run)
 
 
 def test_annotated_s4():
@@ -386,7 +369,7 @@ def test_annotated_s4():
         return {"K": taps[0]}
 
     peer.grad_inputs, peer.inputs = {}, {"u": peer.inputs["u"]}
-    compare(peer, run)
+    oracle.compare(peer, run)
     taps = run(None, {name: jnp.asarray(value, jnp.float32) for name, value in peer.weights.items()})["K"]
     y = convolution.convolve(peer.inputs["u"][None, :, None], taps[None])[0, :, 0]
     for name in ("y", "y_recurrent"):
