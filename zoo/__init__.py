@@ -26,12 +26,13 @@ from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
+from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "LAYERS", "S4", "S5", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder", "Encoder",
-    "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LAYERS", "LRU", "S4", "S5", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder",
+    "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
     "PerformerAttention", "RandomFeature", "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support",
     "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
     "stream",

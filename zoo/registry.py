@@ -19,6 +19,7 @@ from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
@@ -36,6 +37,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
     "s5": S5,
+    "lru": LRU,
     "fnet": FNet,
     "synthesizer": SynthesizerAttention,
 }

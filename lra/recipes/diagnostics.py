@@ -21,6 +21,7 @@ LAYERS = {
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "s5": dict(is_causal=True, state_size=64, dt_min=0.01, dt_max=0.5),
+    "lru": dict(is_causal=True, state_size=64),
     "fnet": {},
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),
 }
@@ -39,7 +40,7 @@ DIAGNOSTICS = Recipe(
         "parity|modular_addition|s5": dict(LONGER, steps=1000, evaluate_every=200),
         "mad": dict(steps=1000, evaluate_every=200),
         "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
-        "listops softmax|blockwise|local|strided|reformer|linear|performer|s4|s5|synthesizer": dict(
+        "listops softmax|blockwise|local|strided|reformer|linear|performer|s4|s5|lru|synthesizer": dict(
             layer_options=dict(is_causal=False)
         ),
     },

@@ -32,6 +32,7 @@ LRA_2020 = Recipe(
         "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
         "s4": {},
         "s5": {},
+        "lru": {},
         "fnet": {},
         "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
     },

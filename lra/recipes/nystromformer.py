@@ -23,6 +23,7 @@ LAYERS = {
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
     "s5": dict(state_size=64),
+    "lru": dict(state_size=64),
     "fnet": {},
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
 }

@@ -128,7 +128,7 @@ def test_transformer_xl(segment, memory):
 @pytest.mark.parametrize("name,options", [
     ("softmax", dict(num_heads=2)), ("performer", dict(num_heads=2)), ("reformer", dict(num_heads=2)),
     ("linear", dict(num_heads=2)),
-    ("linformer", dict(num_heads=2, max_length=30)), ("s4", {}), ("s5", {}), ("fnet", {}),
+    ("linformer", dict(num_heads=2, max_length=30)), ("s4", {}), ("s5", {}), ("lru", {}), ("fnet", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -53,6 +53,7 @@ COMPUTED = [
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
     ("s5", dict(state_size=8, dt_min=0.5, dt_max=2.0), "discretization", "bilinear"),
     ("s5", dict(state_size=8), "gate", "only"),
+    ("lru", dict(state_size=8, gate="half"), "gate", "only"),
     ("s5", dict(state_size=8), "gate", None),
 ]
 
@@ -64,6 +65,9 @@ DRAWN = [
     ("s4", dict(state_size=8, mode="diagonal"), "init", "inv", {"system/frequency", "system/input_matrix"}),
     ("s4", dict(state_size=4), "dt_min", 0.01, {"system/log_step"}),
     ("s4", dict(state_size=4), "dt_max", 0.5, {"system/log_step"}),
+    ("lru", dict(), "r_min", 0.9, {"log_decay", "log_scale"}),
+    ("lru", dict(), "r_max", 0.999, {"log_decay", "log_scale"}),
+    ("lru", dict(), "max_phase", 0.314, {"log_phase"}),
     ("s5", dict(state_size=8), "init", "lin", {"frequency", "input_matrix", "output_matrix"}),
     ("s5", dict(state_size=8), "num_blocks", 2, {"frequency", "input_matrix", "output_matrix"}),
     ("s5", dict(state_size=8), "output_init", "truncated", {"output_matrix"}),
@@ -88,6 +92,8 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
+    ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
     ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
     ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
@@ -241,7 +247,8 @@ def test_dtypes_and_precision_reach_every_map(name):
     highest = jax.lax.Precision.HIGHEST
     layer = build(name, dtype=jnp.bfloat16, param_dtype=jnp.float16, precision=highest, **SIZES.get(name, {}))
     maps = [module for _, module in nnx.iter_graph(layer) if isinstance(module, nnx.Linear | nnx.LinearGeneral)]
-    assert len(maps) == {"s4": 1, "s5": 1, "fnet": 1, "reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
+    number = {"reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
+    assert len(maps) == (number if issubclass(zoo.LAYERS[name], Attention) else 1)
     for module in maps:
         assert (module.dtype, module.param_dtype, module.precision) == (jnp.bfloat16, jnp.float16, highest)
     params = jax.tree.leaves(nnx.state(layer, nnx.Param))
