@@ -30,6 +30,8 @@ os.environ["XLA_FLAGS"] = " ".join([flag for flag in flags if flag not in given]
 
 import jax  # noqa: E402
 
+from tests import oracle  # noqa: E402
+
 # A shell starts what runs in its background with Ctrl-C ignored, and so would be the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,6 +48,24 @@ def few_memory_maps():
     yield
     if next(tests_run) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--oracles", metavar="CSV", help="write how well the layers agree with oracles: zoo/results/oracles.csv")
+
+
+def pytest_configure(config):
+    if config.getoption("oracles") and not hasattr(config, "workerinput"):  # of xdist: its reports come to the main process
+        config.pluginmanager.register(oracle.Table(config.getoption("oracles")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test's report takes along what it compared with oracles."""
+    oracle.comparisons.clear()
+    result = yield
+    item.user_properties += [("oracle", row) for row in oracle.comparisons]
+    return result
 
 
 def leg_of(config) -> str:

@@ -9,6 +9,7 @@ from subquad.zoo import masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
@@ -20,9 +21,12 @@ from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
+from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
+from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
+from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
@@ -31,9 +35,9 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "LAYERS", "LRU", "S4", "S5", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder",
-    "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "PerformerAttention", "RandomFeature", "ReformerAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
-    "stream",
+    "LAYERS", "LRU", "S4", "S5", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier",
+    "DualEncoder", "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection",
+    "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature",
+    "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

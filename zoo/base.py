@@ -308,7 +308,7 @@ class Attention(nnx.Module):
         heads = self.project(inputs_q, inputs_kv, inputs_v)
         if self.rotary_base is not None:
             positions = extras.get("positions")
-            heads = *self.rotate(*heads[:2], positions, positions), heads[2]
+            heads = *self.rotate(*heads[:2], positions, positions), *heads[2:]
         heads = self.attend(*heads, mask, **extras, **draws)
         outputs = self.out(heads)
         return outputs if order is None or inputs_kv is not None else order.unpack(outputs)
@@ -334,7 +334,7 @@ class Attention(nnx.Module):
         heads = self.project(inputs)
         if self.rotary_base is not None:
             positions = places(cache.seen, inputs.shape[1])
-            heads = *self.rotate(*heads[:2], positions, positions), heads[2]
+            heads = *self.rotate(*heads[:2], positions, positions), *heads[2:]
         heads, cache = self.attend_cached(*heads, mask, cache)
         outputs = self.out(heads)
         return outputs if order is None else order.unpack(outputs), cache

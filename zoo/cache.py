@@ -136,9 +136,39 @@ class ReformerCache(NamedTuple):
         return self.length
 
 
+class SinkhornCache(NamedTuple):
+    """Keys and values of each sample's real tokens so far: the token at position t in slot t of S; and what sorts blocks."""
+
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
+    sums: Float[Array, "B I D"]  # of the inputs up to the first of each block
+    total: Float[Array, "B D"]  # of the inputs so far
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length
+
+
 class LocalCache(NamedTuple):
     """Keys and values of each sample's last W real tokens, the newest last."""
 
     key: Float[Array, "B W K H"]
     value: Float[Array, "B W K V"]
     seen: Int[Array, "B"]  # real tokens so far
+
+
+class LongformerCache(NamedTuple):
+    """Local keys and values of each sample's real tokens so far, and global ones of its G global tokens, by position."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
+    global_key: Float[Array, "B G K H"]
+    global_value: Float[Array, "B G K V"]
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length

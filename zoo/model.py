@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import generation, positions
+from subquad.zoo.block import normalise
 from subquad.zoo.checks import check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, first_outside, mixers_of_layers
 
@@ -202,7 +203,8 @@ class CausalLM(nnx.Module):
         for block, layer in zip(encoder.blocks, cache.layers, strict=True):
             hidden, layer = block.extend(hidden, layer, mask=key_mask)
             layers.append(layer)
-        return self.project(encoder.norm(hidden)), LMCache(tuple(layers), at[:, -1] + 1)
+        hidden = hidden if encoder.norm is None else normalise(encoder.norm, hidden, None, deterministic=True)
+        return self.project(hidden), LMCache(tuple(layers), at[:, -1] + 1)
 
     generate = generation.generate
     stream = generation.stream

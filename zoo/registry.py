@@ -8,6 +8,7 @@ from flax import nnx
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
@@ -15,8 +16,11 @@ from subquad.zoo.headless import Headless
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
+from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.local import LocalAttention
+from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.lru import LRU
@@ -30,8 +34,12 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
     "strided": StridedAttention,
+    "longformer": LongformerAttention,
+    "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
+    "sinkhorn": SinkhornAttention,
     "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,

@@ -48,6 +48,16 @@ def band(query, key, head, tables, words, NODE: tl.constexpr):
 
 
 @triton.jit
+def global_keys(query, key, head, tables, words, NODE: tl.constexpr):
+    return (key >= NODE[1]) & (key < NODE[2])
+
+
+@triton.jit
+def global_queries(query, key, head, tables, words, NODE: tl.constexpr):
+    return (query >= NODE[1]) & (query < NODE[2])
+
+
+@triton.jit
 def blocks(query, key, head, tables, words, NODE: tl.constexpr):
     """NODE: size of the blocks, number of heads, place of (start, rows, columns) of the table among the words."""
     start, rows, columns = tl.load(words + NODE[3]), tl.load(words + NODE[3] + 1), tl.load(words + NODE[3] + 2)
@@ -127,6 +137,16 @@ def _(pattern: patterns.Either, tree):
 @node_of.register
 def _(pattern: patterns.Band, tree):
     return band, pattern.left, pattern.right
+
+
+@node_of.register
+def _(pattern: patterns.GlobalKeys, tree):
+    return global_keys, pattern.start, pattern.stop
+
+
+@node_of.register
+def _(pattern: patterns.GlobalQueries, tree):
+    return global_queries, pattern.start, pattern.stop
 
 
 @node_of.register

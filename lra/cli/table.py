@@ -50,6 +50,8 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--probe", type=count, default=None, metavar="STEPS", help="time so many steps of what is missing: its hours here")
     add("--budget-hours", type=commands.number(float, 0), default=None, metavar="H", help="for --run; default: no bound")
     add("--seeds", type=count, default=1, metavar="N", help="of each cell, for --run; default: 1")
+    every = "steps between validations, for --run: the same cells, in less time; default: the recipe's"
+    add("--evaluate-every", type=count, default=None, metavar="N", help=every)
     add("--batch-size", type=count, default=None, metavar="N", help="of measured ratios; default: 1 on a CPU, else 32")
     add("--ledger", default=LEDGER, metavar="CSV", help="what was run; default: %(default)s")
     add("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
@@ -133,8 +135,8 @@ def run_missing(wanted: list[cells.Cell], files: dict[str, pathlib.Path], known:
     )
     left = None if hours is None else hours - (time.monotonic() - began) / 3600
     failures = reproduce.train_missing(
-        wanted, files["runs"], known=known, seeds=arguments.seeds, budget_hours=left, data_dir=arguments.data_dir,
-        say=progress.say,
+        wanted, files["runs"], known=known, seeds=arguments.seeds, evaluate_every=arguments.evaluate_every, budget_hours=left,
+        data_dir=arguments.data_dir, say=progress.say,
     )  # fmt: skip
     return commands.FAILED if code or failures else 0
 

@@ -6,7 +6,7 @@ Expected   results/diagnostics.csv, in the README
 Then the settings of the papers, as far as they are known: Mamba's, Zoology's and MAD's.
 """
 
-from subquad.lra.recipes.recipe import Recipe
+from subquad.lra.recipes.recipe import Recipe, layers_with
 
 # Causal, as the papers' models are; Linformer cannot be, and looks at whole sequences.
 LAYERS = {
@@ -14,8 +14,12 @@ LAYERS = {
     "blockwise": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "local": dict(num_heads=4, is_causal=True, window_size=8),
     "strided": dict(num_heads=4, is_causal=True, stride=8),
+    "longformer": dict(num_heads=4, is_causal=True, window_size=8),
+    "bigbird": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8, num_random=1),
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
+    "sinkhorn": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
+    "nystrom": dict(num_heads=4, num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
@@ -40,9 +44,8 @@ DIAGNOSTICS = Recipe(
         "parity|modular_addition|s5": dict(LONGER, steps=1000, evaluate_every=200),
         "mad": dict(steps=1000, evaluate_every=200),
         "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
-        "listops softmax|blockwise|local|strided|reformer|linear|performer|s4|s5|lru|synthesizer": dict(
-            layer_options=dict(is_causal=False)
-        ),
+        # An encoder reads the whole expression.
+        f"listops {layers_with(LAYERS, 'is_causal')}": dict(layer_options=dict(is_causal=False)),
     },
 )
 
@@ -54,7 +57,8 @@ MAMBA = Recipe(
     layers=LAYERS,
     settings={
         "*": dict(_PLAIN, config="mamba", in_features=64, num_layers=2),
-        "* softmax|blockwise|local|strided|reformer|linformer|linear|performer|synthesizer": LONGER,
+        f"* {layers_with(LAYERS, 'num_heads')}": LONGER,
+        "* transformer_xl": dict(positions=None, embedding_std=None),
         "selective_copy": dict(batch_size=64, steps=400_000, learning_rate=1e-4, evaluate_every=4000),
         "induction": dict(batch_size=8, steps=204_800, learning_rate=1e-3, evaluate_every=8192),
     },

@@ -8,34 +8,42 @@ Sizes and schedules are those of the released configurations, task by task, then
 found in that code.
 """
 
-from subquad.lra.recipes.recipe import Recipe
-from subquad.lra.recipes.shared import ARENA_TEXT, ATTENTION, BLACK, DRAWN
+from subquad.lra.recipes.recipe import Recipe, layers_with
+from subquad.lra.recipes.shared import ARENA_TEXT, BLACK, DRAWN
 
 HEADS = dict(num_heads=8, use_bias=False)
 LEARNED_POSITIONS = dict(positions="learned", position_std=0.02)
 NO_DROPOUT = "Attention weights are not dropped; the released code drops {} of them."
 WIDE_IMAGE = dict(in_features=128, num_layers=1, mlp_features=128)
 
+LAYERS = {
+    "softmax": HEADS,
+    "blockwise": dict(HEADS, max_length="{length}", block_size=50),
+    "local": dict(HEADS, window_size=25),
+    "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
+    # 512 tokens, of which the query is one; the released models have no global tokens.
+    "longformer": dict(HEADS, window_size=(255, 256), num_global=0),
+    "bigbird": dict(HEADS, max_length="{length}"),
+    # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
+    "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
+    "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
+    "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
+    "nystrom": HEADS,
+    "linear": HEADS,
+    "performer": dict(HEADS, num_features=2),
+    "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
+    "s4": {},
+    "s5": {},
+    "lru": {},
+    "fnet": {},
+    "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
+}
+ATTENTION = layers_with(LAYERS, "num_heads")
+
 LRA_2020 = Recipe(
     id="lra-2020",
     source="Tay et al. 2020, arXiv 2011.04006, configurations released in google-research/long-range-arena@cd31e5c",
-    layers={
-        "softmax": HEADS,
-        "blockwise": dict(HEADS, max_length="{length}", block_size=50),
-        "local": dict(HEADS, window_size=25),
-        "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
-        # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
-        "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
-        "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
-        "linear": HEADS,
-        "performer": dict(HEADS, num_features=2),
-        "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
-        "s4": {},
-        "s5": {},
-        "lru": {},
-        "fnet": {},
-        "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
-    },
+    layers=LAYERS,
     settings={
         "*": dict(
             config="lra", protocol="lra-2020", selection="last", in_features=512, num_layers=4, mlp_features=1024,
@@ -43,6 +51,7 @@ LRA_2020 = Recipe(
             learning_rate=0.05, schedule="rsqrt", warmup_steps=1000, weight_decay=0.1, decay="all", eps=1e-9, clip_norm=None,
             evaluate_every=50,
         ),
+        "* softmax": dict(attention_dropout_rate=0.1),
         # Text
         "text": dict(ARENA_TEXT, evaluate_every=100),
         f"text|retrieval {ATTENTION}": dict(layer_options=dict(num_heads=4)),
@@ -60,12 +69,20 @@ LRA_2020 = Recipe(
             schedule="cosine", warmup_steps=175, weight_decay=0.0, evaluate_every=175, dropout_rate=0.3, **LEARNED_POSITIONS,
         ),
         "image blockwise|transformer_xl": dict(layer_options=dict(num_heads=1, qkv_features=32)),
+        "image softmax": dict(attention_dropout_rate=0.2),
         "image softmax|strided|linformer|linear|performer|synthesizer": dict(
             WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)
         ),
         "image local": dict(WIDE_IMAGE, layer_options=dict(num_heads=2, qkv_features=64), pooling="mean"),
+        "image longformer": dict(
+            WIDE_IMAGE, num_layers=4, layer_options=dict(num_heads=4, qkv_features=64), pooling="mean"
+        ),
+        "image bigbird": dict(WIDE_IMAGE, layer_options=dict(num_heads=1, qkv_features=64)),
         "image reformer": dict(
             in_features=64, num_layers=4, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
+        ),
+        "image sinkhorn": dict(
+            weight_decay=0.7, dropout_rate=0.1, layer_options=dict(num_heads=1, qkv_features=32, block_size=64)
         ),
         "image performer": dict(layer_options=dict(num_features=8, kernel="relu")),
         # Pathfinder
@@ -83,10 +100,17 @@ LRA_2020 = Recipe(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=4, qkv_features=32)
         ),
         "pathfinder strided": dict(layer_options=dict(num_heads=8, qkv_features=16)),
+        "pathfinder longformer": dict(layer_options=dict(num_heads=2, qkv_features=16), num_layers=2),
+        "pathfinder bigbird": dict(
+            in_features=64, num_layers=4, mlp_features=64, dropout_rate=0.2, layer_options=dict(num_heads=2, qkv_features=32)
+        ),
         "pathfinder reformer": dict(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
         "pathfinder linear": dict(in_features=128, mlp_features=128, layer_options=dict(num_heads=2, qkv_features=64)),
+        "pathfinder sinkhorn": dict(
+            num_layers=2, mlp_features=64, dropout_rate=0.2, layer_options=dict(num_heads=4, qkv_features=16)
+        ),
         "pathfinder performer": dict(
             num_layers=4, layer_options=dict(num_heads=8, qkv_features=16, num_features=2, kernel="relu")
         ),
@@ -106,7 +130,7 @@ LRA_2020 = Recipe(
         "pathfinder/*128_* reformer": dict(layer_options=dict(qkv_features=32, chunk_size=1639)),
         "pathfinder/*64_*|*128_*|*256_* performer": dict(layer_options=dict(num_features=8)),
         # Blocks of 64 divide pictures; those of 50, texts.
-        "image|pathfinder blockwise": dict(layer_options=dict(block_size=64)),
+        "image|pathfinder blockwise|sinkhorn": dict(layer_options=dict(block_size=64)),
         "image|pathfinder local": dict(layer_options=dict(window_size=32)),
     },
     deviations=(
@@ -114,12 +138,21 @@ LRA_2020 = Recipe(
         ("*", "Every test example counts; the released code drops the last partial batch."),
         ("* local", "Neighbours are attended to, as many as the released layer's groups of 50 distant positions hold."),
         ("* strided", "The pattern looks both ways; the released code masks a dense causal attention."),
+        (
+            "* bigbird",
+            "Random blocks are drawn from all, the same in every layer; the released code draws from the first 1,024 tokens.",
+        ),
         ("* linformer", "Keys and values have a projection each; the released layer has one for both."),
         ("* synthesizer", "Logits of both kinds are averaged with weights that are learned; the released layer adds them."),
         (
             "* reformer",
             "Logits are divided by sqrt(d) and keys normalised; the released layer multiplies, and normalises nothing.",
         ),
+        (
+            "* sinkhorn",
+            "Blocks of neighbours are sorted; the released layer shows all blocks their sum, of distant positions.",
+        ),
+        ("* sinkhorn", "The own and the sorted block share one softmax; the released layer adds two."),
         ("* linformer|reformer|linear|performer", "Padding is masked out; the released layer ignores it."),
         ("listops performer", "Random features are fixed; the released ones are drawn anew from the queries of each call."),
         (
@@ -127,8 +160,11 @@ LRA_2020 = Recipe(
             "The ReLU is of a random projection; the released one is of the features themselves.",
         ),
         # The released Performer drops none either.
-        ("listops|text|retrieval|pathfinder softmax|local|strided|linformer|synthesizer", NO_DROPOUT.format(0.1)),
-        ("image softmax|local|strided|linformer|synthesizer", NO_DROPOUT.format(0.2)),
+        (
+            "listops|text|retrieval|pathfinder local|strided|longformer|sinkhorn|linformer|synthesizer",
+            NO_DROPOUT.format(0.1),
+        ),
+        ("image local|strided|longformer|linformer|synthesizer", NO_DROPOUT.format(0.2)),
         ("text", "Sequences have 1,000 bytes, as released; the paper took the best of 1K to 4K."),
         ("retrieval", "Both documents reach the head; in the released code the second one does not."),
         ("image|pathfinder", BLACK),

@@ -47,6 +47,16 @@ class Recipe:
         return tuple(sentence for scope, sentence in self.deviations if covers(scope, task, config, layer))
 
 
+def layers_with(layers: Mapping[str, Mapping[str, Any]], *options: str) -> str:
+    """The layers that have all these options, as the part of a scope.
+
+    Example:
+        >>> layers_with({"local": dict(num_heads=4), "performer": dict(num_heads=4), "s4": {}}, "num_heads")
+        'local|performer'
+    """
+    return "|".join(name for name, own in layers.items() if set(options) <= set(own))
+
+
 def revised(
     settings: Mapping[str, Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]
 ) -> Mapping[str, Mapping[str, Any]]:

@@ -8,7 +8,7 @@ It starts from the settings of S4's page. Epochs are of ceil(training examples /
 """
 
 from subquad.lra.recipes.recipe import Recipe, revised
-from subquad.lra.recipes.s4 import DEVIATIONS, LAYER_NORM, SETTINGS
+from subquad.lra.recipes.s4 import DEVIATIONS, SETTINGS
 from subquad.lra.recipes.shared import PATH_X
 
 S5 = Recipe(
@@ -18,7 +18,8 @@ S5 = Recipe(
     settings=revised(SETTINGS, {
         "listops": dict(
             num_layers=8, in_features=128, batch_size=50, learning_rate=3e-3, weight_decay=0.04, steps=40 * 1920,
-            warmup_steps=1920, evaluate_every=1920, layer_options=dict(state_size=16, num_blocks=8, gate="only"),
+            warmup_steps=1920, evaluate_every=1920, norm_order="pre",
+            layer_options=dict(state_size=16, num_blocks=8, gate="only"),
         ),
         "text": dict(
             batch_size=50, learning_rate=4e-3, weight_decay=0.07, dropout_rate=0.1, steps=35 * 450, warmup_steps=0,
@@ -29,7 +30,7 @@ S5 = Recipe(
             evaluate_every=4597, layer_options=dict(state_size=256, num_blocks=16, output_init="truncated"),
         ),
         "image": dict(
-            learning_rate=4.5e-3, weight_decay=0.07, steps=250 * 900, warmup_steps=900, evaluate_every=900,
+            learning_rate=4.5e-3, weight_decay=0.07, steps=250 * 900, warmup_steps=900, evaluate_every=900, norm_order="pre",
             layer_options=dict(state_size=384, num_blocks=3),
         ),
         "pathfinder": dict(
@@ -44,7 +45,6 @@ S5 = Recipe(
         ),
     }),
     deviations=(
-        ("*", LAYER_NORM),
         ("listops|image", "B learns at the rate of the state space and without weight decay; theirs as all else."),
         (PATH_X, "B has no weight decay; theirs has."),
         *DEVIATIONS,

@@ -1,7 +1,5 @@
 """What several pages say in the same words."""
 
-# The layers that the arena's own code has, as one scope.
-ATTENTION = "softmax|blockwise|local|strided|reformer|linformer|linear|performer|transformer_xl|synthesizer"
 # The arena's model of Text, and its schedule.
 ARENA_TEXT = dict(in_features=256, num_layers=4, mlp_features=1024, steps=20_000, warmup_steps=8000)
 # Path-X is Pathfinder at 128 x 128, hard, in both readings.

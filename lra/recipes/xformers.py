@@ -8,17 +8,17 @@ Starts from the settings of Nystromformer.
 """
 
 from subquad.lra.recipes import nystromformer
-from subquad.lra.recipes.recipe import Recipe, revised
-from subquad.lra.recipes.shared import ARENA_TEXT, ATTENTION
+from subquad.lra.recipes.recipe import Recipe, layers_with, revised
+from subquad.lra.recipes.shared import ARENA_TEXT
 
 XFORMERS = Recipe(
     id="xformers",
     source="facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab",
-    layers=nystromformer.LAYERS,
+    layers=nystromformer.LAYERS | {"nystrom": dict(num_heads=2, num_landmarks=128, conv_width=35)},
     settings=revised(nystromformer.SETTINGS, {
         "listops": dict(steps=10_000, evaluate_every=100),
         "text": dict(ARENA_TEXT, pooling="cls"),
-        f"text {ATTENTION}": dict(layer_options=dict(num_heads=4)),
+        f"text {layers_with(nystromformer.LAYERS, 'num_heads')}": dict(layer_options=dict(num_heads=4)),
         # A quarter of the length.
         "listops linformer": dict(layer_options=dict(num_landmarks=500)),
         "text linformer": dict(layer_options=dict(num_landmarks=1024)),
@@ -26,6 +26,7 @@ XFORMERS = Recipe(
         "image|pathfinder linformer": dict(layer_options=dict(num_landmarks=256)),
     }),
     deviations=(
+        ("* linformer", "Attention weights are not dropped; theirs are."),
         ("* performer", "Random features are fixed; theirs are drawn anew every 1000 steps."),
         ("retrieval|image|pathfinder", "Blocks are plain ones; theirs are reversible, which saves memory."),
         *nystromformer.DEVIATIONS,

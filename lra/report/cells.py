@@ -70,15 +70,25 @@ def _none(reason: str) -> Answer:
 
 _NO_LAYER = _none("no such layer here")
 _ARENA_LAYERS = {
-    "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Linformer": "linformer",
-    "Reformer": "reformer", "Linear Transformer": "linear", "Performer": "performer", "Synthesizer": "synthesizer",
-}  # fmt: skip
+    "Transformer": "softmax",
+    "Local Attention": "local",
+    "Sparse Transformer": "strided",
+    "Longformer": "longformer",
+    "BigBird": "bigbird",
+    "Linformer": "linformer",
+    "Reformer": "reformer",
+    "Sinkhorn Transformer": "sinkhorn",
+    "Synthesizer": "synthesizer",
+    "Linear Transformer": "linear",
+    "Performer": "performer",
+}
 _ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
 # The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.
-_SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if row != "Sparse Transformer"}
+_SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if layer not in ("strided", "longformer")}
 
 
 _USUAL_LAYERS = {"Linformer": "linformer", "Performer": "performer", "Reformer": "reformer"}
+_OF_SKYFORMER = {"BigBird": "bigbird", "Nystromformer": "nystrom"} | _USUAL_LAYERS
 
 
 def _rows(recipe: str, layers: Mapping[str, str]) -> dict[str, Answer]:
@@ -88,6 +98,7 @@ def _rows(recipe: str, layers: Mapping[str, str]) -> dict[str, Answer]:
 _S4_ROWS = {
     "S4 (original, v1)": Answer("s4-v1", "s4"),
     "S4 (updated, = S4-LegS)": Answer("s4d", "s4"),  # S4-LegS of the paper of S4D: the same numbers
+    "Nystromformer": Answer("nystromformer", "nystrom"),
     "FNet": _none("its sizes and schedule on the arena are not in what was read"),
     "Random": _none("a guess, and no model"),
 }
@@ -130,12 +141,13 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("mega", "3"): {},
     ("nystromformer", "3"): _rows("nystromformer", {
         "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
-        "Reformer-2": "reformer",
+        "Reformer-2": "reformer", "Nystromformer-64": "nystrom",
     }),
-    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_USUAL_LAYERS}),
-    ("skyformer", "2"): dict.fromkeys(("Self-Attention", *_USUAL_LAYERS), _MACHINE),
+    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_OF_SKYFORMER}),
+    ("skyformer", "2"): dict.fromkeys(("Self-Attention", *_OF_SKYFORMER), _MACHINE),
     ("xformers", "1"): _rows("xformers", {
         "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
+        "Nystromformer-128": "nystrom",
     }) | {"FourierMix": _none("it transforms each head of projected inputs, and a linear map follows: not FNet's layer")},
     ("flashattention", "3"): _rows("nystromformer", {"Transformer": "softmax", **_USUAL_LAYERS}) | {
         "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),

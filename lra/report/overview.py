@@ -17,19 +17,24 @@ from subquad.lra.run import Run
 
 def cost(rows: Iterable[Measurement]) -> Section:
     """Time and memory against length of measurements of one model, and where each layer becomes cheaper than the baseline."""
-    rows = [row for row in rows if row.median_ms]
+    every = list(rows)
+    rows = [row for row in every if row.median_ms]
     says = (
         "Time per token and memory against length, measured on this machine in turn: what a layer costs here, and from which "
         "length it pays. It does not say what a GPU would take, nor how well a layer learns."
     )
     if not rows:
         return Section("Cost", says)
-    tables = [growth([row for row in rows if row.mode == mode]) for mode in dict.fromkeys(row.mode for row in rows)]
+    tables = [growth([row for row in every if row.mode == mode]) for mode in dict.fromkeys(row.mode for row in rows)]
     return Section("Cost", says, tables, [(plots.cost_against_length(rows), "time and memory against length")])
 
 
 def growth(rows: Sequence[Measurement]) -> Table:
-    """How time and memory of one mode grow with the length, and where each layer becomes cheaper than the baseline."""
+    """How time and memory of one mode grow with the length, and where each layer becomes cheaper than the baseline.
+
+    Rows of what could not be measured are told below.
+    """
+    rows, failed = [row for row in rows if row.median_ms], [row for row in rows if not row.median_ms]
     lines: dict[str, dict[int, Measurement]] = {}
     for row in sorted(rows, key=lambda row: row.length):
         lines.setdefault(layer_label(row, rows), {})[row.length] = row
@@ -47,7 +52,9 @@ def growth(rows: Sequence[Measurement]) -> Table:
         powers = ["" if found is None else f"T^{found:.2f}" for found in map(power, ("median_ms", "peak_bytes"))]
         body.append([name, *powers, per_token(shortest), per_token(longest), memory, crossover_words(at.values())])
     note = f"Medians of calls in turn; growth between the two longest lengths. {one.hardware}; commit {str(one.commit)[:12]}."
-    return Table(f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}", [heading, *body], [note])
+    body += [[name, *[""] * (len(heading) - 1)] for name in dict.fromkeys(row.layer for row in failed) if name not in lines]
+    without = [f"{row.layer} at {length_label(row.length)}: {row.status}" for row in failed]
+    return Table(f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}", [heading, *body], [note, *without])
 
 
 def measured(rows: Sequence[Measurement]) -> Section:

@@ -17,18 +17,22 @@ from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 from subquad.lra.report import costs, csv_rows, results, step_timings, verdicts
 from subquad.lra.report.cells import Cell
-from subquad.lra.report.ledger import STEP_TIMING_KEY, Ledger, StepTiming
+from subquad.lra.report.ledger import STEP_TIMING_KEY, Ledger, StepTiming, validations_count
 from subquad.lra.run import Run
 
 
-def missing(cells: Sequence[Cell], known: Ledger, seeds: int) -> list[tuple[Run, list[str]]]:
-    """The runs that cells wait for, each once, with the ids of its cells."""
+def missing(
+    cells: Sequence[Cell], known: Ledger, seeds: int, evaluate_every: int | None = None
+) -> list[tuple[Run, list[str]]]:
+    """The runs that cells wait for, each once, with the ids of its cells; `evaluate_every` as in `train_missing`."""
     found: dict[str, tuple[Run, list[str]]] = {}
     for cell in cells:
         if cell.cannot or cell.recipe == "bench":
             continue
         for seed in range(seeds):
             run = verdicts.run_of(cell, seed)
+            if evaluate_every is not None and not validations_count(vars(run)):
+                run = dataclasses.replace(run, evaluate_every=evaluate_every)
             if not known.has(run):
                 found.setdefault(run.id, (run, []))[1].append(cell.id)
     return list(found.values())
@@ -40,6 +44,7 @@ def train_missing(
     *,
     known: Ledger,
     seeds: int = 1,
+    evaluate_every: int | None = None,
     budget_hours: float | None = None,
     data_dir: str | os.PathLike | None = None,
     say: Callable[[str], None] = progress.say,
@@ -54,6 +59,7 @@ def train_missing(
         path: the ledger, a CSV file.
         known: what was run before.
         seeds: 0..seeds-1 of each.
+        evaluate_every: steps between validations, where no step depends on them; None: as the recipe has it.
         budget_hours: None: no bound.
         data_dir: where data sets are.
         say: is called with a line for whatever happens.
@@ -68,7 +74,8 @@ def train_missing(
         whole = costs.forecast(run, tasks.find_task(run.task, run.config), known, here=True)
         return whole._replace(hours=whole.hours * undone(run, folder / run.id))
 
-    waiting = sorted(((price(run), run, ids) for run, ids in missing(cells, known, seeds)), key=lambda one: one[0].hours)
+    wanted = missing(cells, known, seeds, evaluate_every)
+    waiting = sorted(((price(run), run, ids) for run, ids in wanted), key=lambda one: one[0].hours)
     if waiting:
         hours = sum(cost.hours for cost, _, _ in waiting)
         say(f"Missing runs: {len(waiting)}, about {hours:.3g} hours on {machine.hardware()}.")

@@ -1,5 +1,6 @@
 """What came of the cells of published tables, by the rows that there are, and the averages of their rows."""
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -13,7 +14,7 @@ from subquad.lra.data import catalogue, store
 from subquad.lra.plan import plan
 from subquad.lra.report import cells, costs
 from subquad.lra.report.cells import CHANCE, Cell
-from subquad.lra.report.ledger import Ledger
+from subquad.lra.report.ledger import Ledger, evaluate_every
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 from subquad.lra.run import Run
@@ -27,7 +28,8 @@ MODEL, MODE, BASELINE = "lra-text", "train", "softmax"
 # Values of a run that decide what its program computes; the others are numbers in it, or how often it is called.
 PROGRAM = (
     "task", "layer", "layer_options", "in_features", "num_layers", "mlp_features", "pooling", "positions", "dropout_rate",
-    "batch_size", "accumulate", "clip_norm", "dtype", "ema", "remat", "head", "inputs",
+    "attention_dropout_rate", "norm", "norm_order", "batch_size", "accumulate", "clip_norm", "dtype", "ema", "remat", "head",
+    "inputs",
 )  # fmt: skip
 MEASURING = costs.Cost(0.05, "any device", "estimate")  # of one layer at one length
 
@@ -41,7 +43,7 @@ class Verdict:
         difference: ours - theirs; of ratios ours / theirs.
         seeds: how many runs.
         outcome, reason: the latter for a cell that cannot be run, or differs from a model that was another, and for seeds
-            that failed or collapsed.
+            that failed, collapsed, or whose best step was looked for more or less often.
         command, cost: what runs it, and the hours.
         results: the rows behind it.
         hardware: of a measurement.
@@ -96,8 +98,13 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     theirs = CHANCE if cell.value is None else cell.value
     close = abs(ours - theirs) <= cell.tolerance
     collapsed = [f"seed {row.seed} collapsed at step {row.collapsed_step}" for row in rows if row.collapsed_step is not None]
+    looked = {row.seed: evaluate_every(row) for row in rows if run.selection == "best"}
+    looks = [
+        f"seed {seed} validated every {every} steps, theirs every {run.evaluate_every}" for seed, every in looked.items()
+        if every != run.evaluate_every
+    ]  # fmt: skip
     lost = [f"seed {row.seed} {row.status}" for row in failed]
-    reason = "; ".join([*([] if close else filter(None, [cell.note])), *collapsed, *lost])
+    reason = "; ".join([*([] if close else filter(None, [cell.note])), *collapsed, *looks, *lost])
     found = dict(ours=ours, spread=spread, difference=ours - theirs, seeds=len(rows), reason=reason, results=tuple(rows))
     return Verdict(cell, "reproduced within tolerance" if close else "differs", **found)
 
@@ -125,7 +132,8 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
 
 def _as_planned(row: Measurement) -> bool:
     """Whether the program is the one that is measured where nothing but the batch size is given."""
-    given = json.loads(row.configuration or "{}")
+    # Values that an older version did not know had their defaults.
+    given = {**dataclasses.asdict(Run()), **json.loads(row.configuration)} if row.configuration else {}
     run = _planned(row.layer, row.length, row.batch_size)
     return all(name in given and given[name] == getattr(run, name) for name in PROGRAM)
 

@@ -16,7 +16,11 @@ from subquad.kernels.patterns import (
     Blocks,
     Both,
     Columns,
+    GlobalKeys,
+    Globals,
+    InBlocks,
     Interleaved,
+    Random,
     SameBlock,
     Strided,
     grid,
@@ -138,6 +142,7 @@ def test_rules_in_triton_are_the_patterns():
     for pattern in (
         Band(3, None), Band(None, 2), Band(2, 5), BLOCKS, permuted, SameBlock(7), Strided(6, 2), Strided(6, None), columns,
         CAUSAL & (SameBlock(8) | columns), (BLOCKS | permuted) & Band(40, 3), Interleaved((Band(4, 0), SameBlock(9)), 3),
+        (Band(3, 0) | GlobalKeys(2, 6)) & CAUSAL, Globals(4, 7) | InBlocks(8, Band(1, 1) | Random(1, 10, 0, 3, ~Band(1, 1))),
     ):  # fmt: skip
         query, key = jnp.zeros((1, 77, 3, 1)), jnp.zeros((1, 70, 3, 1))
         # Equal logits, and unit vectors as values: the sum over what is visible names it.

@@ -13,13 +13,20 @@ from subquad.kernels.patterns import (
     BlockPermutation,
     Blocks,
     Columns,
+    GlobalKeys,
+    GlobalQueries,
+    Globals,
+    InBlocks,
     Interleaved,
+    Random,
     SameBlock,
     Strided,
 )  # fmt: skip
+from subquad.kernels.patterns.tokens import draws
 
 LISTS = np.array([[[0, -1], [2, 0], [1, 2], [3, -1]], [[3, 1], [0, -1], [-1, -1], [2, 3]]])
 COLUMNS = ((1, 3), (0, 4))
+DRAWN, PAST = Random(3, 19, 1, 3, ~Band(1, 1)), Random(1, 5, 0, 2, Band(None, -2))
 # name: (pattern, what query t may see of key s in head n).
 PATTERNS = {
     "band": (Band(3, 1), lambda t, s, n: t - 3 <= s <= t + 1),
@@ -27,6 +34,25 @@ PATTERNS = {
     "before": (Band(None, -2), lambda t, s, n: s <= t - 2),
     "permutation": (BlockPermutation(5, 4, (0, 1, -2)), lambda t, s, n: s // 5 == (t // 5 + (0, 1, -2)[n]) % 4),
     "blocks": (Blocks.of(LISTS, 5, 4), lambda t, s, n: s // 5 in LISTS[n, t // 5]),
+    "global keys": (GlobalKeys(2, 5), lambda t, s, n: 2 <= s < 5),
+    "global queries": (GlobalQueries(2, 5), lambda t, s, n: 2 <= t < 5),
+    "window and globals": (Band(2, 1) | Globals(0, 3), lambda t, s, n: t - 2 <= s <= t + 1 or t < 3 or s < 3),
+    "causal window and globals": (
+        (Band(2, 0) | GlobalKeys(0, 3)) & CAUSAL, lambda t, s, n: (t - 2 <= s or s < 3) and s <= t
+    ),
+    "not": (~Band(3, 1), lambda t, s, n: not t - 3 <= s <= t + 1),
+    "not nothing": (~Band(None, None), lambda t, s, n: False),
+    "in blocks": (
+        InBlocks(4, Band(1, 1) | Globals(0, 1)), lambda t, s, n: abs(t // 4 - s // 4) <= 1 or t < 4 or s < 4
+    ),
+    "random": (DRAWN, lambda t, s, n: s in draws(DRAWN)[n, t]),
+    "random blocks": (
+        InBlocks(4, (Band(1, 0) | PAST) & CAUSAL) & CAUSAL,
+        lambda t, s, n: s <= t and (t // 4 - s // 4 <= 1 or s // 4 in draws(PAST)[n, t // 4]),
+    ),
+    "globals beside blocks": (
+        (GlobalKeys(0, 3) | InBlocks(4, Band(1, 0))) & CAUSAL, lambda t, s, n: s <= t and (t // 4 - s // 4 <= 1 or s < 3)
+    ),
     "same block": (SameBlock(6), lambda t, s, n: t // 6 == s // 6),
     "strided": (Strided(4, 3), lambda t, s, n: abs(t - s) <= 3 or (t - s) % 4 == 0),
     "strided, far only": (Strided(4, None), lambda t, s, n: (t - s) % 4 == 0),
@@ -93,6 +119,42 @@ def test_key_positions_hold_each_key_that_may_be_seen_once(name):
             assert set(wanted.tolist()) <= set(keys.tolist())
 
 
+@by_name
+@pytest.mark.parametrize("tile", [1, 4, 64])
+def test_density_and_layout(name, tile):
+    pattern, seen = PATTERNS[name][0], spelled_out(name)
+    np.testing.assert_allclose(pattern.density(LENGTH, tile), seen.mean())
+    layout = pattern.layout(LENGTH, tile)
+    assert layout.shape == (pattern.heads, *2 * (-(-LENGTH // tile),))
+
+
+def test_density_of_a_long_pattern_makes_no_square():
+    """65,536 tokens would be 4 GB."""
+    pattern = InBlocks(512, Band(1, 1) | Globals(0, 1))
+    assert 0 < pattern.density(1 << 16, 512) < 5 / 128
+
+
+def test_draws():
+    """As many as there are, none twice, of those that may be; the same for every length to which that does not extend."""
+    drawn = draws(DRAWN)
+    for (_, query), keys in zip(np.ndindex(3, 19), drawn.reshape(-1, 3), strict=True):
+        assert len(set(keys.tolist())) == 3 and (abs(keys - query) > 1).all() and (keys >= 0).all()
+    assert (drawn[0] != drawn[1]).any() and (drawn != draws(Random(3, 19, 2, 3, ~Band(1, 1)))).any()
+    past = Band(None, -1)
+    np.testing.assert_array_equal(
+        draws(Random(2, 9, 7, 2, past)), draws(Random(2, 30, 7, 2, past))[:, :9]
+    )
+    assert (draws(Random(2, 9, 7, 2, past))[:, 1] == [0, -1]).all()
+    # Stored once: another version of NumPy must not draw others.
+    assert draws(Random(3, 100, 5, 1, Band(None, None)))[0, 7].tolist() == [23, 44, 76]
+
+
+def test_draws_are_uniform():
+    drawn = draws(Random(4, 64, 0, 8, Band(None, None)))
+    counts = np.bincount(drawn.ravel(), minlength=64)
+    assert abs(counts - 8 * 4).max() < 5 * (8 * 4) ** 0.5
+
+
 def test_equal_numbers_are_equal_patterns():
     assert Blocks.of(LISTS, 5, 4) & CAUSAL == Blocks.of(LISTS.copy(), 5, 4) & Band(None, 0)
     assert hash(Strided(4, 3) | Band(1, 1)) == hash(Strided(4, 3) | Band(1, 1))
@@ -101,6 +163,6 @@ def test_equal_numbers_are_equal_patterns():
 
 def test_the_pictures_of_the_module():
     pictures = patterns.__doc__.split("CAUSAL      Band(1, 0)")[1].splitlines()[1:5]
-    rows = np.array([[mark == "x" for mark in line.split()] for line in pictures]).reshape(4, 4, 4)
-    for i, pattern in enumerate((CAUSAL, Band(1, 0), Band(0, 1), BlockPermutation(2, 2, (1,)))):
+    rows = np.array([[mark == "x" for mark in line.split()] for line in pictures]).reshape(4, 5, 4)
+    for i, pattern in enumerate((CAUSAL, Band(1, 0), Band(0, 1), BlockPermutation(2, 2, (1,)), GlobalKeys(0, 1) | Band(0, 0))):
         np.testing.assert_array_equal(patterns.grid(pattern, 4, 4)[0], rows[:, i])

@@ -37,6 +37,35 @@ def test_schedules():
     )
 
 
+def test_onecycle_is_pytorchs():
+    words = dict(schedule="onecycle", steps=50, warmup_steps=10, learning_rate=0.5, weight_decay=0.0, clip_norm=None)
+    run = small_run(**words)
+    schedule = optim.make_schedule(run)
+
+    def torch(step, low, high, last, first_end=9, end=49):
+        """OneCycleLR of PyTorch 2, anneal_strategy="linear", pct_start=0.2: two phases, whose ends are steps."""
+        if step <= first_end:
+            return low + (high - low) * step / first_end
+        return high + (last - high) * (step - first_end) / (end - first_end)
+
+    rates = [torch(step, 0.5 / 25, 0.5, 0.5 / 25 / 1e4) for step in range(50)]
+    np.testing.assert_allclose([float(schedule(step)) for step in range(50)], rates, rtol=1e-5, atol=1e-8)
+    assert float(optim.make_schedule(small_run(**{**words, "warmup_steps": 0}))(0)) == 0.5
+    # Adam by hand, with the b1 that PyTorch cycles against the rate, and corrects the bias by.
+    optimiser, gradients = optim.make_optimiser(run), np.random.default_rng(0).normal(size=50)
+    state, place, first, second = optim.initial_state(run, optimiser, {"kernel": jnp.zeros(())}), 0.0, 0.0, 0.0
+    step = jax.jit(lambda state, gradient: optim.apply_gradient(run, optimiser, state, {"kernel": gradient}))
+    for at, gradient in enumerate(gradients):
+        b1 = torch(at, 0.95, 0.85, 0.95)
+        first, second = b1 * first + (1 - b1) * gradient, run.b2 * second + (1 - run.b2) * gradient**2
+        root = np.sqrt(second / (1 - run.b2 ** (at + 1))) + run.eps
+        place -= rates[at] * first / (1 - b1 ** (at + 1)) / root
+        state = step(state, gradient)
+        assert float(state["parameters"]["kernel"]) == pytest.approx(place, rel=1e-4)
+    with pytest.raises(ValueError, match="b1 must be left out under schedule 'onecycle'.*got 0.8"):
+        small_run(**words, b1=0.8)
+
+
 @pytest.fixture(scope="module")
 def s4():
     words = dict(weight_decay=0.1, warmup_steps=0, schedule="constant", clip_norm=None)

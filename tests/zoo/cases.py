@@ -56,12 +56,29 @@ CASES = {
         Case("local", dict(num_heads=2, window_size=4), dict(num_heads=4, window_size=128), dead=SOFTMAX_INVARIANT),
         Case("strided", dict(num_heads=2, stride=4), dict(num_heads=4, stride=128), dead=SOFTMAX_INVARIANT),
         Case(
+            "longformer", dict(num_heads=2, window_size=3, num_global=3), dict(num_heads=4, window_size=128, num_global=8),
+            dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
+        ),
+        Case(
+            "bigbird", dict(num_heads=2, max_length=100, block_size=3, num_random=1),
+            # Longer than both sequences: one of them alone would have the last block, which sees all.
+            dict(num_heads=4, max_length=2 * LONG, block_size=64), dead=SOFTMAX_INVARIANT,
+        ),
+        Case(
             "reformer", dict(num_heads=2, num_hashes=2, chunk_size=6), dict(num_heads=4, num_hashes=2, chunk_size=64),
             extend_equals_call=False,
         ),
         Case(
+            "sinkhorn", dict(num_heads=2, max_length=100, block_size=5),
+            dict(num_heads=4, max_length=LONG, block_size=64),
+        ),
+        Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
+        ),
+        Case(
+            "nystrom", dict(num_heads=2, num_landmarks=6, conv_width=5), dict(num_heads=4, num_landmarks=64),
+            dead=SOFTMAX_INVARIANT,
         ),
         Case("linear", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),

@@ -112,6 +112,54 @@ def test_blockwise_divides_its_heads(heads, ones, twos, is_causal):
     assert build("blockwise", heads, is_causal, max_length=24, block_size=4).shifts == want
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("given,count", [(0, 1), ((2, 5), 3), (3, 0), (1, 40)])
+def test_longformer(given, count, is_causal):
+    """Section 3.1: a window, and `count` first tokens that see all and are seen by all; in causal attention, of the past."""
+    left, right = given if isinstance(given, tuple) else (given, given)
+
+    def sees(head, t, s):
+        return (t - left <= s <= t + right or t < count or s < count) and not (is_causal and s > t)
+
+    given = left if is_causal else given
+    check(build("longformer", 2, is_causal, window_size=given, num_global=count), 2, sees)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("longest,size,count", [
+    (24, 4, None), (23, 2, None), (30, 1, 4), (24, 3, 5), (40, 4, 0), (23, 40, None),
+])
+def test_bigbird_without_random_blocks(longest, size, count, is_causal):
+    """Section 2: a window of three blocks, and the first and last block or, in the external construction, global tokens.
+    What is past of that, in causal attention."""
+    last = (longest - 1) // size
+
+    def sees(head, t, s):
+        i, j = t // size, s // size
+        if is_causal:
+            return s <= t and (i - j <= 1 or (j == 0 if count is None else s < count))
+        return abs(i - j) <= 1 or ({i, j} & {0, last} != set() if count is None else min(t, s) < count)
+
+    options = dict(max_length=longest, block_size=size, num_random=0, num_global=count)
+    check(build("bigbird", 2, is_causal, **options), 2, sees)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size,randoms,count", [(4, 1, None), (2, 3, None), (1, 2, 0), (3, 9, 0)])
+def test_bigbird_draws_whole_blocks(size, randoms, count, is_causal):
+    """Of those that are not seen anyway, and of the past in causal attention, as many as there are up to `randoms`."""
+    options, last = dict(max_length=24, block_size=size, num_global=count, seed=5), 24 // size - 1
+    drawn, rest = (build("bigbird", 2, is_causal, num_random=n, **options).pattern(24) for n in (randoms, 0))
+    drawn = (drawn & ~rest).reshape(2, last + 1, size, last + 1, size)
+    np.testing.assert_array_equal(drawn.any((2, 4)), drawn.all((2, 4)))
+    for head, i in np.ndindex(2, last + 1):
+        seen = set(np.flatnonzero(drawn[head, i].any((0, 2))))
+        possible = {j for j in range(last + 1) if (i - j > 1 if is_causal else abs(i - j) > 1)}
+        if count is None:
+            possible -= {0} if is_causal else possible if i in (0, last) else {0, last}
+        assert seen <= possible and len(seen) == min(randoms, len(possible))
+
+
 @pytest.mark.parametrize("segment,memory", [(5, 7), (4, 2), (3, 0), (1, 3), (32, 8)])
 def test_transformer_xl(segment, memory):
     """Dai et al., section 3.2: the tokens of the own segment so far and the `memory` tokens before the segment."""
@@ -126,9 +174,15 @@ def test_transformer_xl(segment, memory):
 
 
 @pytest.mark.parametrize("name,options", [
-    ("softmax", dict(num_heads=2)), ("performer", dict(num_heads=2)), ("reformer", dict(num_heads=2)),
+    ("softmax", dict(num_heads=2)),
+    ("performer", dict(num_heads=2)),
+    ("reformer", dict(num_heads=2)),
     ("linear", dict(num_heads=2)),
-    ("linformer", dict(num_heads=2, max_length=30)), ("s4", {}), ("s5", {}), ("lru", {}), ("fnet", {}),
+    ("nystrom", dict(num_heads=2)),
+    ("linformer", dict(num_heads=2, max_length=30)),
+    ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
+    ("s4", {}), ("s5", {}), ("lru", {}),
+    ("fnet", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])

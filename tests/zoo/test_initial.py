@@ -90,10 +90,26 @@ def test_performer():
     np.testing.assert_allclose((fixed**2).sum(-1), size, rtol=1e-5)
 
 
+def test_nystrom():
+    taps = build("nystrom", num_heads=8, qkv_features=64, conv_width=99).taps[...]
+    check_moments(taps, 1 / (3 * 99), kurtosis=1.8)  # uniform
+    assert np.abs(taps).max() <= 99**-0.5
+
+
 def test_transformer_xl():
     found = variables(build("transformer_xl", qkv_features=2048))
     for name in ("content_bias", "position_bias"):
         check_moments(found[name], 0.02**2)
+
+
+def test_longformer():
+    """Section 3.1: the global projections start as the local ones; they are not shared."""
+    layer = build("longformer")
+    for name in ("query", "key", "value"):
+        own, of_globals = getattr(layer, name), getattr(layer, f"{name}_global")
+        np.testing.assert_array_equal(own.kernel[...], of_globals.kernel[...])
+        own.kernel[...] += 1
+        assert (own.kernel[...] != of_globals.kernel[...]).all()
 
 
 def test_reformer():
@@ -110,7 +126,7 @@ FIXED = {"log_decay", "frequency", "system/log_decay", "system/frequency", "syst
 def drawn_parts(layer):
     """Each drawn array, and its parts along every axis (a row, a head, a round, a direction), by name."""
     for path, leaf in variables(layer).items():
-        if path in FIXED or path.endswith("/bias"):
+        if path in FIXED or path.endswith("/bias") or "_global/" in path:  # copies of the local projections
             continue
         yield path, leaf
         for axis in range(leaf.ndim if leaf.ndim > 1 else 0):

@@ -215,52 +215,24 @@ def test_a_longer_sequence_is_refused():
 # Peers.
 
 
-def run_oracle(name, layer, pairs):
-    """Loads `pairs` (our path, the peer's name, to ours) into the layer; compares outputs and all gradients."""
-    data = oracle.load(name)
-    params = nnx.state(layer, nnx.Param)
-    flat = dict(nnx.to_flat_state(params))
-    for path, theirs, convert in pairs:
-        flat[path][...] = jnp.asarray(convert(data.weights[theirs]), jnp.float32)
-    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-    x, cotangent = (jnp.asarray(a, jnp.float32) for a in (data.inputs["x"], data.cotangents["y"]))
-    y, pull = jax.jit(lambda params, x: jax.vjp(lambda p, x: nnx.merge(graphdef, p, rest)(x), params, x))(params, x)
-    of_params, of_inputs = pull(cotangent)
-    errors = [oracle.relative_error(y, data.outputs["y"]), oracle.relative_error(of_inputs, data.grad_inputs["x"])]
-    gradients = dict(nnx.to_flat_state(of_params))
-    errors += [oracle.relative_error(gradients[p][...], convert(data.grad_weights[n])) for p, n, convert in pairs]
-    print(f"{name}: output {errors[0]:.1e}, gradients {max(errors[1:]):.1e}")
-    assert max(errors) < 1e-4
-
-
 @pytest.mark.parametrize("name", ["linformer_plain", "linformer_short"])
 def test_oracle(name):
     """The `linformer` package: E and F for all heads, no biases but the last. It takes no mask."""
-    config = oracle.load(name).meta["cfg"]
-    heads, size = config["H"], config["d"]
+    peer = oracle.load(name)
+    config = peer.meta["cfg"]
     layer = LinformerAttention(
-        heads, 16, max_length=config["seq_len"], num_landmarks=config["k"], sharing="headwise", rngs=nnx.Rngs(0)
+        config["H"], 16, max_length=config["seq_len"], num_landmarks=config["k"], sharing="headwise", rngs=nnx.Rngs(0)
     )
-    into_heads = lambda w: w.T.reshape(16, heads, size)
-    run_oracle(name, layer, [
-        (("query", "kernel"), "to_q.weight", into_heads),
-        (("key", "kernel"), "to_k.weight", into_heads),
-        (("value", "kernel"), "to_v.weight", into_heads),
-        (("out", "kernel"), "to_out.weight", lambda w: w.T.reshape(heads, size, 16)),
-        (("out", "bias"), "to_out.bias", np.asarray),
-        (("projection", "key"), "proj_k", np.asarray),
-        (("projection", "value"), "proj_v", np.asarray),
-    ])
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out": "out"}
+    names |= {"proj_k": "projection.key", "proj_v": "projection.value"}
+    oracle.compare("linformer", peer, lambda inputs, weights: oracle.holding(layer, weights, names)(inputs["x"]))
 
 
 def test_oracle_lra():
     """Long Range Arena's: one matrix for keys and values of all heads, longer than the sequence."""
-    config = oracle.load("lra_linformer").meta["cfg"]
-    layer = LinformerAttention(
-        int(config["num_heads"]), 16, max_length=int(config["max_len"]), num_landmarks=int(config["low_rank_features"]),
-        sharing="key_value", rngs=nnx.Rngs(0),
-    )
-    pairs = [(("projection", "key"), "lr_kernel", np.asarray)]
-    for name in ("query", "key", "value", "out"):
-        pairs += [((name, leaf), f"{name}.{leaf}", np.asarray) for leaf in ("kernel", "bias")]
-    run_oracle("lra_linformer", layer, pairs)
+    peer = oracle.load("lra_linformer")
+    sizes = {word: int(peer.meta["cfg"][word]) for word in ("num_heads", "max_len", "low_rank_features")}
+    heads, length, landmarks = sizes.values()
+    layer = LinformerAttention(heads, 16, max_length=length, num_landmarks=landmarks, sharing="key_value", rngs=nnx.Rngs(0))
+    names = {"lr_kernel": "projection.key"}
+    oracle.compare("linformer", peer, lambda inputs, weights: oracle.holding(layer, weights, names)(inputs["x"]))

@@ -7,19 +7,9 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from tests.oracle import load
+from tests import oracle
 
-from .patterned import (
-    FEATURES,
-    check_dense,
-    check_extend,
-    check_peer_layer,
-    check_peer_mechanism,
-    check_support,
-    from_peer,
-    inputs,
-    padding,
-)
+from .patterned import FEATURES, check_dense, check_extend, check_support, inputs, padding
 
 
 def make(window_size, is_causal=False, heads=4, **options):
@@ -76,40 +66,41 @@ def test_the_cache_is_one_window():
 
 def test_longformer():
     """Hugging Face's window w is w / 2 tokens on each side and the query itself: w + 1 keys."""
-    peer = load("longformer_local")
+    peer = oracle.load("longformer_local")
     assert peer.meta["cfg"]["attention_window"] == 8 and not peer.inputs["attention_mask"].any()
     layer = zoo.LocalAttention(4, 32, window_size=4, rngs=nnx.Rngs(0))
-    from_peer(layer, peer)
 
-    def before_the_output_projection(layer, x):
-        return layer.attend(*layer.project(x, x), None).reshape(x.shape)
+    def before_the_output_projection(inputs, weights):
+        x, local = inputs["x"], {name: w for name, w in weights.items() if "global" not in name}
+        held = oracle.holding(layer, local)
+        return held.attend(*held.project(x, x), None).reshape(x.shape)
 
-    check_peer_layer(layer, peer, before_the_output_projection)
+    oracle.compare("local", peer, before_the_output_projection)
 
 
 def test_local_attention_with_exact_window():
     """lucidrains' window is in blocks; trimmed to the exact one it is window_size tokens on each side."""
-    peer = load("local_lucid_bidir_exact")
-    check_peer_mechanism(zoo.LocalAttention(2, 16, window_size=8, rngs=nnx.Rngs(0)), peer, axes="b n t h")
+    peer = oracle.load("local_lucid_bidir_exact")
+    oracle.compare_mechanism("local", zoo.LocalAttention(2, 16, window_size=8, rngs=nnx.Rngs(0)), peer, heads_first=True)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_fast_transformers(is_causal):
     """Its local_context c counts all keys: c / 2 before the query, the query, and c / 2 - 1 after it."""
-    peer = load("ft_local16_causal" if is_causal else "ft_local16")
+    peer = oracle.load("ft_local16_causal" if is_causal else "ft_local16")
     assert peer.meta["cfg"]["local_context"] == 8
-    window_size = 4 if is_causal else (4, 3)
-    check_peer_mechanism(zoo.LocalAttention(2, 16, window_size=window_size, is_causal=is_causal, rngs=nnx.Rngs(0)), peer)
+    layer = zoo.LocalAttention(2, 16, window_size=4 if is_causal else (4, 3), is_causal=is_causal, rngs=nnx.Rngs(0))
+    oracle.compare_mechanism("local", layer, peer)
 
 
 def test_sparse_transformer_local_mask():
     """OpenAI's local mask of ctx keys counts the query itself: ctx - 1 before it."""
-    peer = load("sparse_openai_masks")
+    peer = oracle.load("sparse_openai_masks")
     layer = zoo.LocalAttention(2, 16, window_size=7, is_causal=True, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.pattern(32)[0], peer.outputs["local_n32_c8"].astype(bool))
     np.testing.assert_array_equal(layer.pattern(32)[0], peer.outputs["blocksparse_local_n32_c8_b4"].astype(bool))
     heads = layer.attend(*(jnp.asarray(peer.inputs[name]).swapaxes(1, 2) for name in "qkv"), None)
-    np.testing.assert_allclose(heads.swapaxes(1, 2), peer.outputs["y_local_n32_c8"], atol=2e-6)
+    oracle.check("local", peer, (heads.swapaxes(1, 2), peer.outputs["y_local_n32_c8"]), tolerance=2e-6, of="mechanism")
 
 
 def test_the_window_is_never_a_square():

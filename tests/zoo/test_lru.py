@@ -96,4 +96,4 @@ def test_oracle():
         ours.skip = nnx.Param(w["D"])
         return {"y": linear_part(ours, inputs["x"][None])[0]}
 
-    oracle.compare(peer, run)
+    oracle.compare("lru", peer, run, of="mechanism")

@@ -31,6 +31,15 @@ COMPUTED = [
     ("local", dict(num_heads=2, window_size=3), "window_size", (3, 2)),
     ("local", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("local", dict(num_heads=2, window_size=3, is_causal=True), "window_size", (5, 0)),
+    ("longformer", dict(num_heads=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_global", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "seed", 1),
+    ("longformer", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
+    ("longformer", dict(num_heads=2, window_size=3, num_global=1), "num_global", 4),
     ("strided", dict(num_heads=2, stride=4), "pattern", "fixed"),
     ("strided", dict(num_heads=2, stride=4), "stride", 5),
     ("strided", dict(num_heads=2, stride=4), "heads", "separate"),
@@ -46,15 +55,23 @@ COMPUTED = [
     ("performer", dict(num_heads=2, num_features=16), "kernel", "relu"),
     ("performer", dict(num_heads=2, num_features=16), "rotary_base", 100.0),
     ("linear", dict(num_heads=2), "rotary_base", 100.0),
+    ("nystrom", dict(num_heads=2, num_landmarks=6), "num_landmarks", 5),
+    ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
+    ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
     ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "rotary_base", 100.0),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "block_size", 7),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "num_iterations", 1),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "temperature", 2.0),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "sort_cut", 2),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "rotary_base", 100.0),
     ("linformer", dict(num_heads=2, max_length=24, num_landmarks=6), "rotary_base", 100.0),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
     ("s5", dict(state_size=8, dt_min=0.5, dt_max=2.0), "discretization", "bilinear"),
     ("s5", dict(state_size=8), "gate", "only"),
-    ("lru", dict(state_size=8, gate="half"), "gate", "only"),
     ("s5", dict(state_size=8), "gate", None),
+    ("lru", dict(state_size=8, gate="half"), "gate", "only"),
 ]
 
 # What an option does to the values that are drawn; all other variables stay: (..., the variables that change).
@@ -65,23 +82,28 @@ DRAWN = [
     ("s4", dict(state_size=8, mode="diagonal"), "init", "inv", {"system/frequency", "system/input_matrix"}),
     ("s4", dict(state_size=4), "dt_min", 0.01, {"system/log_step"}),
     ("s4", dict(state_size=4), "dt_max", 0.5, {"system/log_step"}),
-    ("lru", dict(), "r_min", 0.9, {"log_decay", "log_scale"}),
-    ("lru", dict(), "r_max", 0.999, {"log_decay", "log_scale"}),
-    ("lru", dict(), "max_phase", 0.314, {"log_phase"}),
     ("s5", dict(state_size=8), "init", "lin", {"frequency", "input_matrix", "output_matrix"}),
     ("s5", dict(state_size=8), "num_blocks", 2, {"frequency", "input_matrix", "output_matrix"}),
     ("s5", dict(state_size=8), "output_init", "truncated", {"output_matrix"}),
     ("s5", dict(state_size=8), "dt_min", 0.01, {"log_step"}),
     ("s5", dict(state_size=8), "dt_max", 0.5, {"log_step"}),
+    ("lru", dict(), "r_min", 0.9, {"log_decay", "log_scale"}),
+    ("lru", dict(), "r_max", 0.999, {"log_decay", "log_scale"}),
+    ("lru", dict(), "max_phase", 0.314, {"log_phase"}),
 ]
 
 # What an option does to the shapes of variables; None: there is no such variable.
 SHAPED = [
     ("softmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("local", dict(num_heads=4), "num_kv_heads", 1, {"key/kernel": (16, 1, 4), "value/kernel": (16, 1, 4)}),
+    ("longformer", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("nystrom", dict(num_heads=2), "conv_width", 3, {"taps": (3, 2)}),
+    ("nystrom", dict(num_heads=2), "conv_width", None, {"taps": None}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
     ("reformer", dict(num_heads=2), "num_buckets", (4, 6), {"rotations": (2, 8, 4, 5)}),
+    ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "max_length", 30, {"sort_scores": (2, 8, 5)}),
     ("linformer", dict(num_heads=2, max_length=24), "max_length", 30, {"projection/key": (30, 256)}),
     ("linformer", dict(num_heads=2, max_length=24), "num_landmarks", 5, {"projection/value": (24, 5)}),
     ("linformer", dict(num_heads=2, max_length=24), "sharing", "key_value", {"projection/value": None}),
@@ -92,11 +114,11 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
-    ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
-    ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
     ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
     ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
+    ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
@@ -109,13 +131,31 @@ SHAPED = [
 OF_HEADLESS = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
 SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
-    "linformer": {"projection"}, "softmax": {"dropout_rate", "broadcast_dropout"}, "synthesizer": {"is_fixed"},
-}  # fmt: skip
+    "linformer": {"projection"},
+    "softmax": {"dropout_rate", "broadcast_dropout"},
+    "synthesizer": {"is_fixed"},
+}
 
+# What a layer needs beside the usual words.
 SIZES = {
-    "blockwise": dict(max_length=24), "linformer": dict(max_length=24),
-    "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")), "fnet": dict(out_features=FEATURES),
-}  # fmt: skip
+    "bigbird": dict(max_length=24),
+    "blockwise": dict(max_length=24),
+    "fnet": dict(out_features=FEATURES),
+    "linformer": dict(max_length=24),
+    "sinkhorn": dict(max_length=24),
+    "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
+}
+# Linear maps of a layer, where they are not four.
+MAPS = {
+    "fnet": 1,
+    "longformer": 7,
+    "lru": 1,
+    "reformer": 3,
+    "s4": 1,
+    "s5": 1,
+    "synthesizer": 5,
+    "transformer_xl": 5,
+}
 
 
 def build(name, **options):
@@ -247,8 +287,7 @@ def test_dtypes_and_precision_reach_every_map(name):
     highest = jax.lax.Precision.HIGHEST
     layer = build(name, dtype=jnp.bfloat16, param_dtype=jnp.float16, precision=highest, **SIZES.get(name, {}))
     maps = [module for _, module in nnx.iter_graph(layer) if isinstance(module, nnx.Linear | nnx.LinearGeneral)]
-    number = {"reformer": 3, "transformer_xl": 5, "synthesizer": 5}.get(name, 4)
-    assert len(maps) == (number if issubclass(zoo.LAYERS[name], Attention) else 1)
+    assert len(maps) == MAPS.get(name, 4)
     for module in maps:
         assert (module.dtype, module.param_dtype, module.precision) == (jnp.bfloat16, jnp.float16, highest)
     params = jax.tree.leaves(nnx.state(layer, nnx.Param))

@@ -161,7 +161,7 @@ def test_oracle_of_the_authors(name, options):
         ours = filled(layer, w["Lambda_re"], w["Lambda_im"], w["B"], C, w["log_step"][:, 0], w["D"], "full" in name)
         return {"y": linear_part(ours, inputs["x"][None])[0]}
 
-    oracle.compare(peer, run)
+    oracle.compare("s5", peer, run, of="mechanism")
 
 
 @pytest.mark.parametrize(("name", "options"), [("s5_torch_zoh", dict(is_causal=True)), ("s5_torch_bidir", {})])
@@ -174,4 +174,4 @@ def test_oracle_of_s5_pytorch(name, options):
         ours = filled(layer, *w["Lambda"].T, w["B"], C, w["log_step"], w["D"], True)
         return {"y": linear_part(ours, inputs["x"])}
 
-    oracle.compare(peer, run)
+    oracle.compare("s5", peer, run, of="mechanism")

@@ -9,18 +9,9 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from tests.oracle import load
+from tests import oracle
 
-from .patterned import (
-    FEATURES,
-    check_dense,
-    check_extend,
-    check_peer_layer,
-    check_support,
-    from_peer,
-    inputs,
-    padding,
-)
+from .patterned import FEATURES, check_dense, check_extend, check_support, inputs, padding
 
 
 def make(stride=5, is_causal=False, num_heads=4, **options):
@@ -124,16 +115,15 @@ def test_a_token_reads_a_part_of_the_cache(options, dtypes):
 
 def test_lra_strided():
     """The copy in LRA is dense attention under the union of both sets: here the same, without the square."""
-    peer = load("lra_sparse_strided")
+    peer = oracle.load("lra_sparse_strided")
     layer = zoo.StridedAttention(2, 16, stride=8, is_causal=True, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.pattern(32)[0], peer.constants["mask"])
-    from_peer(layer, peer, ("query", "key", "value", "out"))
-    check_peer_layer(layer, peer, lambda layer, x: layer(x))
+    oracle.compare("strided", peer, lambda inputs, weights: oracle.holding(layer, weights)(inputs["x"]))
 
 
 def test_lra_fixed_has_one_more_column():
     """LRA takes the formula's range t..l of s mod l at its word, so that the first column of a block is one as well."""
-    peer = load("lra_sparse_fixed")
+    peer = oracle.load("lra_sparse_fixed")
     layer = zoo.StridedAttention(2, 16, pattern="fixed", stride=8, num_summary=2, is_causal=True, rngs=nnx.Rngs(0))
     first = np.tril(np.broadcast_to(np.arange(32) % 8 == 0, (32, 32)))
     np.testing.assert_array_equal(layer.pattern(32)[0] | first, peer.constants["mask"])
@@ -142,7 +132,7 @@ def test_lra_fixed_has_one_more_column():
 @pytest.mark.parametrize(("length", "stride"), [(32, 8), (24, 4), (64, 16)])
 def test_openai_masks(length, stride):
     """OpenAI's strided mask is A2. Its local mask counts the query among the ctx keys, where A1 reaches back l."""
-    peer = load("sparse_openai_masks")
+    peer = oracle.load("sparse_openai_masks")
     near, far = make(stride, is_causal=True, heads="separate", num_heads=2).pattern(length)
     np.testing.assert_array_equal(far, peer.outputs[f"strided_n{length}_c{stride}"].astype(bool))
     local = peer.outputs[f"local_n{length}_c{stride}"].astype(bool)
@@ -152,7 +142,7 @@ def test_openai_masks(length, stride):
 
 
 def test_openai_fixed_layouts():
-    peer = load("sparse_openai_masks")
+    peer = oracle.load("sparse_openai_masks")
     for heads, distinct in ((4, True), (2, False)):
         layer = make(8, True, heads, pattern="fixed", num_summary=2, distinct_summary=distinct)
         name = f"blocksparse_fixed_n32_c8_b2_h{heads}_verts{4 if distinct else 1}x1"
@@ -161,10 +151,11 @@ def test_openai_fixed_layouts():
 
 
 def test_openai_outputs():
-    peer = load("sparse_openai_masks")
+    peer = oracle.load("sparse_openai_masks")
     layer = zoo.StridedAttention(2, 16, stride=8, heads="separate", is_causal=True, rngs=nnx.Rngs(0))
     heads = layer.attend(*(jnp.asarray(peer.inputs[name]).swapaxes(1, 2) for name in "qkv"), None)
-    np.testing.assert_allclose(heads[:, :, 1], peer.outputs["y_strided_n32_c8"][:, 1], atol=2e-6)
+    theirs = peer.outputs["y_strided_n32_c8"][:, 1]
+    oracle.check("strided", peer, (heads[:, :, 1], theirs), tolerance=2e-6, of="mechanism")
 
 
 def test_refusals():

@@ -8,7 +8,7 @@ from flax import nnx
 
 from subquad.kernels.patterns import BlockPermutation
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_length, check_sizes, refuse
 
 
 class BlockwiseAttention(Attention):
@@ -75,15 +75,10 @@ class BlockwiseAttention(Attention):
         self.sees = BlockPermutation(self.block_size, -(-self.max_length // self.block_size), self.shifts) & self.sees
 
     def attend(self, query, key, value, mask, **extras):
-        self._check_length("inputs_q", query.shape[1])
+        check_length("BlockwiseAttention", "inputs_q", query.shape[1], self.max_length)
         return super().attend(query, key, value, mask, **extras)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
         cache = super().init_cache(batch_size, max_length, dtype)
-        self._check_length("max_length", max_length)
+        check_length("BlockwiseAttention", "max_length", max_length, self.max_length)
         return cache
-
-    def _check_length(self, name: str, length: int) -> None:
-        if length > self.max_length:
-            refuse("BlockwiseAttention", name, f"{length} tokens", f"be at most max_length = {self.max_length} tokens",
-                   "Construct the layer with a larger max_length.")

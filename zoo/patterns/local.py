@@ -60,13 +60,7 @@ class LocalAttention(Attention):
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
-        sides = tuple(window_size) if isinstance(window_size, tuple | list) else (window_size, window_size)
-        if len(sides) != 2 or any(not isinstance(side, int | np.integer) or side < 0 for side in sides):
-            refuse("LocalAttention", "window_size", repr(window_size), "be a number >= 0 or a pair (left, right) of such",
-                   "Count the tokens on each side of the query, itself not counted.")
-        if is_causal and isinstance(window_size, tuple | list) and sides[1]:
-            refuse("LocalAttention", "window_size", window_size, "be (left, 0) when causal", "Pass the left side only.")
-        self.window_size = (int(sides[0]), 0 if is_causal else int(sides[1]))
+        self.window_size = sides_of("LocalAttention", window_size, is_causal)
         self.sees = Band(*self.window_size)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LocalCache:
@@ -91,3 +85,14 @@ class LocalAttention(Attention):
         )
         newest = (last(array, window, tokens, mask) for array in (keys, values))
         return heads, LocalCache(*newest, cache.seen + counts(query, mask))
+
+
+def sides_of(owner: str, window_size: int | tuple[int, int], is_causal: bool) -> tuple[int, int]:
+    """(left, right) of a window, checked: one number for both sides, or two; no right side when causal."""
+    sides = tuple(window_size) if isinstance(window_size, tuple | list) else (window_size, window_size)
+    if len(sides) != 2 or any(not isinstance(side, int | np.integer) or side < 0 for side in sides):
+        refuse(owner, "window_size", repr(window_size), "be a number >= 0 or a pair (left, right) of such",
+               "Count the tokens on each side of the query, itself not counted.")
+    if is_causal and isinstance(window_size, tuple | list) and sides[1]:
+        refuse(owner, "window_size", window_size, "be (left, 0) when causal", "Pass the left side only.")
+    return int(sides[0]), 0 if is_causal else int(sides[1])

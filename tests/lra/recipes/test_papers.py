@@ -2,6 +2,7 @@ import pytest
 
 from subquad.lra import tasks
 from subquad.lra.plan import plan
+from subquad.lra.recipes import RECIPES
 from subquad.zoo import LAYERS
 
 SMALL = ("nystromformer", "skyformer", "xformers")
@@ -15,8 +16,9 @@ def test_the_small_model_takes_every_layer_on_every_task(recipe, task):
         run = plan(recipe, layer, task=task)
         large = (recipe, task) == ("xformers", "text")
         assert (run.num_layers, run.in_features, run.mlp_features) == ((4, 256, 1024) if large else (2, 64, 128))
-        assert (run.protocol, run.selection, run.schedule, run.head) == ("modern", "best", "linear", "mlp")
+        assert (run.protocol, run.selection, run.schedule, run.head) == ("modern", "best", "onecycle", "mlp")
         heads = 4 if large else 2
+        assert run.attention_dropout_rate == (0.1 if layer == "softmax" else 0)
         assert run.inputs == "tokens" and run.layer_options.get("num_heads", heads) == heads
 
 
@@ -28,6 +30,9 @@ def test_rows_of_the_small_model():
     assert small_run("skyformer", "linformer", "text").layer_options["num_landmarks"] == 128
     assert small_run("xformers", "linformer", "image").layer_options["num_landmarks"] == 1024 // 4
     assert small_run("xformers", "softmax", "listops").steps == 2 * small_run("nystromformer", "softmax", "listops").steps
+    nystrom = {name: small_run(name, "nystrom", "listops").layer_options for name in SMALL}
+    sizes = {name: (one["num_landmarks"], one["conv_width"]) for name, one in nystrom.items()}
+    assert sizes == {"nystromformer": (64, 35), "skyformer": (128, None), "xformers": (128, 35)}
     assert small_run("nystromformer", "performer", "listops").layer_options["kernel"] == "relu"
 
 
@@ -53,6 +58,15 @@ def test_rows_of_s4():
     assert plan("s4-v1", "s4").layer_options["is_causal"] is True
 
 
+def test_norms_of_s4_are_the_papers():
+    norms = lambda recipe, task: (plan(recipe, "s4", task=task).norm, plan(recipe, "s4", task=task).norm_order)
+    for recipe in ("s4", "s4d", "s4-v1"):
+        assert norms(recipe, "listops") == ("batch", "post") and norms(recipe, "pathfinder") == ("batch", "pre")
+        assert norms(recipe, "image") == ("batch" if recipe == "s4" else "layer", "post")
+        said = " ".join(RECIPES[recipe].differences("listops", "lra", "s4"))
+        assert "Layer norm" not in said and "before the mixer" not in said
+
+
 def test_rows_of_s5():
     """Table of lindermanlab/S5's bin/run_experiments: layers, features, state, blocks; rates; epochs."""
     rows = {
@@ -75,6 +89,7 @@ def test_rows_of_s5():
         assert run.evaluate_every == -(-example.splits["train"] // run.batch_size)  # an epoch
         assert options.get("gate", "half") == ("only" if task in ("listops", "text") else "half")
         assert (options.get("dt_min") == 1e-4) == (task == "path_x") and run.mlp_features == 0
+        assert (run.norm, run.norm_order) == ("batch", "pre")
 
 
 def test_path_x_has_nothing_of_pathfinders_own():

@@ -82,8 +82,8 @@ def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
     assert one.outcome == "not run" and one.cost.hours > 0 and one.cost.hardware == "one V100"
     assert one.cost.source.endswith("validation included; --probe measures this machine's")
     assert one.command == ("python scripts/reproduce_table.py --paper lra --table 1 --only lra.1.reformer.listops --run")
-    one = verdicts.judge(cell("lra.1.bigbird.listops"), found)
-    assert (one.outcome, one.reason) == ("cannot", "no such layer here")
+    one = verdicts.judge(cell("lra.1.bigbird.average"), found)
+    assert (one.outcome, one.reason) == ("cannot", "made of the other columns")
 
 
 def test_what_differs_says_what_else_there_is_to_it(tmp_path):
@@ -133,6 +133,47 @@ def test_another_value_of_the_run_is_no_answer(tmp_path):
     row = result(name, 0.36)
     other = dataclasses.replace(row, configuration=json.dumps({**json.loads(row.configuration), "steps": 7}))
     assert verdicts.judge(cell(name), known(tmp_path, other)).outcome == "not run"
+
+
+def test_how_often_one_looks_is_not_what_was_run(tmp_path):
+    best = cell("nystromformer.3.linformer_256.listops", "nystromformer", "3")
+    run = verdicts.run_of(best)
+
+    def row(every, accuracy, **other):
+        configuration = json.dumps({**dataclasses.asdict(dataclasses.replace(run, evaluate_every=every)), **other})
+        named = {word: getattr(run, word) for word in ("layer", "task", "config", "recipe", "seed")}
+        return made(accuracy=accuracy, configuration=configuration, **named)
+
+    found = known(tmp_path, row(500, 0.37))
+    one = verdicts.judge(best, found)
+    assert (one.outcome, one.seeds, one.ours) == ("reproduced within tolerance", 1, pytest.approx(37))
+    assert one.reason == "seed 0 validated every 500 steps, theirs every 50"
+    assert found.has(run) and not reproduce.missing([best], found, 1)
+    # The run itself counts before one that looked at other times.
+    for rows in ((row(50, 0.38), row(500, 0.37)), (row(500, 0.37), row(50, 0.38))):
+        one = verdicts.judge(best, known(tmp_path, *rows))
+        assert one.ours == pytest.approx(38) and one.reason == ""
+    # The last step is the same, whenever one looked.
+    last = cell(f"{TRANSFORMER}.listops")
+    arena = result(last.id, 0.36)
+    seldom = json.dumps({**json.loads(arena.configuration), "evaluate_every": 999})
+    one = verdicts.judge(last, known(tmp_path, dataclasses.replace(arena, configuration=seldom)))
+    assert one.outcome == "reproduced within tolerance" and one.reason == ""
+    # What waits for a number of validations is another run.
+    waits = row(500, 0.37, early_stopping=3)
+    assert not ledger.Ledger({ledger.hash_without_seed(waits.configuration): [waits]}, [], {}).has(run)
+    plateau = dict(schedule="plateau")
+    assert ledger.hash_without_seed(plateau) != ledger.hash_without_seed({**plateau, "evaluate_every": 7})
+
+
+def test_missing_runs_can_be_validated_seldom():
+    nothing = ledger.Ledger({}, [], {})
+    wanted = [cell("nystromformer.3.linformer_256.listops", "nystromformer", "3")]
+    ((run, _),) = reproduce.missing(wanted, nothing, 1, evaluate_every=500)
+    assert (run.evaluate_every, verdicts.run_of(wanted[0]).evaluate_every) == (500, 50)
+    plateau = [cell("s4.10.s4_original_v1.listops", "s4", "10")]
+    ((run, _),) = reproduce.missing(plateau, nothing, 1, evaluate_every=500)
+    assert run.evaluate_every == 960
 
 
 def test_rows_of_earlier_versions_still_answer(tmp_path):
@@ -332,7 +373,8 @@ def test_estimates_grow_with_what_a_run_does():
 
 
 def test_the_quickstarts_rows_are_in_the_ledger():
-    assert {row.layer for row in ledger.read_ledger().rows() if row.recipe == "quickstart"} <= set(LAYERS)
+    found = {row.layer for row in ledger.read_ledger().rows() if row.recipe == "quickstart"}
+    assert "softmax" in found <= set(LAYERS)
 
 
 def test_the_floors_that_come_with_the_package_stand_below_the_tables():

@@ -1,0 +1,231 @@
+"""Nystromformer: the formula, its identities, landmarks of real tokens, the inverse, and peers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subquad import zoo
+from subquad.zoo import masks
+from subquad.zoo.lowrank.inverse import newton_schulz, transposed_start
+from subquad.zoo.lowrank.nystrom import NystromAttention, segment_means
+from tests import oracle
+
+FEATURES, HEADS = 16, 2
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return scale * jax.random.normal(jax.random.key(seed), shape)
+
+
+def build(**options):
+    return NystromAttention(HEADS, FEATURES, **{**dict(num_landmarks=5, conv_width=None), **options}, rngs=nnx.Rngs(0))
+
+
+def softmax_layer(layer):
+    dense = zoo.SoftmaxAttention(HEADS, FEATURES, rngs=nnx.Rngs(1))
+    nnx.update(dense, {name: nnx.state(getattr(layer, name)) for name in ("query", "key", "value", "out")})
+    return dense
+
+
+# Landmarks.
+
+
+@pytest.mark.parametrize("length,count", [(12, 4), (13, 4), (23, 5), (5, 5), (3, 5), (1, 4), (9, 1)])
+def test_landmarks_are_means_of_near_equal_segments(length, count):
+    x = normal(1, length, HEADS, 3)
+    means, exists = segment_means(x, None, count)
+    parts = np.array_split(np.arange(length), min(count, length))
+    # Every token in one segment, in order; lengths differ by one at most, as those of `array_split`, in another order.
+    borders = [-(-m * length // len(parts)) for m in range(len(parts) + 1)]
+    for m, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+        assert stop - start in {len(part) for part in parts}
+        np.testing.assert_allclose(means[0, m], x[0, start:stop].mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(exists[0], np.arange(count) < length)
+    np.testing.assert_array_equal(means[0, len(parts) :], 0)
+
+
+def test_landmarks_are_of_real_tokens_only():
+    """A sample of 7 tokens has the landmarks that it has alone, whatever stands behind them."""
+    x, mask = normal(2, 12, HEADS, 3), masks.padding_mask(jnp.array([12, 7]), 12)
+    means, exists = segment_means(x, mask, 9)
+    for row, length in ((0, 12), (1, 7)):
+        alone, alone_exists = segment_means(x[row : row + 1, :length], None, 9)
+        np.testing.assert_allclose(means[row], alone[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(exists[row], alone_exists[0])
+
+
+# The inverse.
+
+
+@pytest.mark.parametrize("empty", [0, 2])
+def test_the_iteration_finds_the_pseudo_inverse(empty):
+    """Also of a matrix with rows and columns of zeros, of which it leaves out those."""
+    matrix = jax.nn.softmax(3 * jnp.eye(6) + normal(2, 3, 6, 6), -1)
+    matrix = matrix * (jnp.arange(6) < 6 - empty) * (jnp.arange(6) < 6 - empty)[:, None]
+    inverse = newton_schulz(matrix, transposed_start(matrix), 12)
+    np.testing.assert_allclose(inverse, np.linalg.pinv(matrix), rtol=1e-3, atol=1e-4)
+    assert (newton_schulz(jnp.zeros((3, 3)), transposed_start(jnp.zeros((3, 3))), 6) == 0).all()
+
+
+def test_every_step_cubes_the_error():
+    matrix = jax.nn.softmax(3 * jnp.eye(6) + normal(6, 6), -1).astype(jnp.float32)
+    error = lambda count: np.linalg.norm(jnp.eye(6) - matrix @ newton_schulz(matrix, transposed_start(matrix), count), 2)
+    errors = [error(count) for count in range(1, 5)]
+    assert all(errors[i + 1] < 4 * errors[i] ** 3 + 1e-5 for i in range(1, 3)) and errors[-1] < 1e-5
+
+
+def test_a_matrix_is_inverted_by_itself():
+    """The start has each matrix's own norms: a large batch-mate changes no bit."""
+    small, large = jax.nn.softmax(normal(4, 4), -1), 100 * normal(4, 4, seed=1)
+    alone = newton_schulz(small[None], transposed_start(small[None]), 6)
+    pair = jnp.stack([small, large])
+    np.testing.assert_allclose(newton_schulz(pair, transposed_start(pair), 6)[:1], alone, rtol=1e-6, atol=1e-6)
+
+
+# The layer.
+
+
+def dense(query, key, value, landmarks, iterations, start, taps=None):
+    """Of equal segments and no padding, [B, T, N, H], with every matrix stored."""
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    means = lambda x: x.reshape(*x.shape[:2], landmarks, -1, x.shape[3]).mean(3)
+    weights = lambda q, k: jax.nn.softmax(q @ k.mT * query.shape[-1] ** -0.5, -1)
+    from_all, between = weights(query, means(key)), weights(means(query), means(key))
+    inverse, eye = start(between), jnp.eye(landmarks)
+    for _ in range(iterations):
+        product = between @ inverse
+        inverse = inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product))) / 4
+    outputs = from_all @ inverse @ (weights(means(query), key) @ value)
+    if taps is not None:  # correlation around each token, [N, W] taps
+        half = taps.shape[1] // 2
+        padded = jnp.pad(value, [(0, 0), (0, 0), (half, half), (0, 0)])
+        outputs += sum(taps[:, j, None, None] * padded[:, :, j : j + value.shape[2]] for j in range(taps.shape[1]))
+    return outputs.swapaxes(1, 2)
+
+
+def own_start(between):
+    norms = between.sum(-2, keepdims=True).max(-1, keepdims=True) * between.sum(-1, keepdims=True).max(-2, keepdims=True)
+    return between.mT / norms
+
+
+@pytest.mark.parametrize("width", [None, 5])
+def test_the_formula(width):
+    layer = build(conv_width=width)
+    x = normal(2, 20, FEATURES)
+    taps = None if width is None else layer.taps[...].T[:, ::-1]  # a convolution is a correlation with the taps reversed
+    heads = dense(*layer.project(x), 5, 6, own_start, taps)
+    np.testing.assert_allclose(layer(x), layer.out(heads), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [12, 7])
+def test_as_many_landmarks_as_tokens_are_softmax(length):
+    """A A^+ A = A, once the iteration has converged; of fewer tokens, too."""
+    layer, x = build(num_landmarks=12, num_iterations=20), normal(2, length, FEATURES, scale=3.0)
+    np.testing.assert_allclose(layer(x), softmax_layer(layer)(x), rtol=1e-3, atol=2e-4)
+
+
+def test_weights_sum_to_one():
+    """A^+ of a matrix whose rows sum to 1 has rows that do: the output of equal values is that value."""
+    layer = build(num_iterations=12)
+    query, key = normal(1, 23, HEADS, 8, seed=1), normal(1, 23, HEADS, 8, seed=2)
+    np.testing.assert_allclose(layer.attend(query, key, jnp.full_like(key, 3.0), None), 3.0, rtol=1e-3)
+
+
+def test_more_landmarks_are_nearer_to_softmax():
+    x = normal(2, 64, FEATURES, scale=0.5)
+    layers = [build(num_landmarks=m, num_iterations=12) for m in (1, 8, 32)]
+    errors = [float(jnp.abs(layer(x) - softmax_layer(layer)(x)).mean()) for layer in layers]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_the_convolution_is_of_real_tokens_where_they_are_neighbours():
+    layer, x = build(conv_width=3), normal(1, 9, FEATURES)
+    mask = jnp.asarray([1, 0, 1, 1, 0, 1, 1, 1, 0], bool)
+    np.testing.assert_allclose(layer(x, mask=mask[None, None, None])[:, mask], layer(x[:, mask]), rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_comes_before_the_means():
+    layer, x = build(num_landmarks=12, num_iterations=20, rotary_base=20.0), normal(2, 12, FEATURES, scale=3.0)
+    dense = softmax_layer(layer)
+    dense.rotary_base = 20.0
+    np.testing.assert_allclose(layer(x), dense(x), rtol=1e-3, atol=3e-4)
+
+
+@pytest.mark.parametrize("change,argument", [
+    (dict(num_landmarks=0), "num_landmarks"), (dict(num_iterations=0), "num_iterations"), (dict(conv_width=0), "conv_width"),
+    (dict(is_causal=True), "is_causal"),
+])
+def test_refusals(change, argument):
+    with pytest.raises(ValueError, match=rf"NystromAttention(:| does not support) {argument}"):
+        build(**change)
+
+
+def test_segments_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match="NystromAttention does not support segment_ids: .*mean over a part of the whole"):
+        build()(normal(2, 7, FEATURES), segment_ids=jnp.zeros(7, int))
+
+
+# Peers. Both start the iteration from a maximum over the whole batch, which six steps do not forget: the files are held to the
+# dense formula above with that start, and the layer to the same formula with its own. So are all gradients.
+
+
+def of_huggingface(peer):
+    split = lambda weight: jnp.asarray(weight).T.reshape(FEATURES, HEADS, -1)
+    params = {n: dict(kernel=split(peer[f"{n}.weight"]), bias=jnp.asarray(peer[f"{n}.bias"]).reshape(HEADS, -1))
+              for n in ("query", "key", "value")}
+    return params | dict(taps=jnp.asarray(peer["conv.weight"])[:, 0, ::-1, 0].T)
+
+
+def of_lucidrains(peer):
+    maps = jnp.asarray(peer["to_qkv.weight"]).T.reshape(FEATURES, 3, HEADS, -1)
+    params = {name: dict(kernel=maps[:, i], bias=jnp.zeros((HEADS, 8))) for i, name in enumerate(("query", "key", "value"))}
+    out = jnp.asarray(peer["to_out.0.weight"]).T.reshape(HEADS, -1, FEATURES)
+    out = dict(kernel=out, bias=jnp.asarray(peer["to_out.0.bias"]))
+    return params | dict(taps=jnp.asarray(peer["res_conv.weight"])[:, 0, ::-1, 0].T, out=out)
+
+
+PEERS = {
+    "nystrom_hf_conv": (of_huggingface, lambda a: a.mT / a.sum(-2).max()),
+    "nystrom_hf_conv3": (of_huggingface, lambda a: a.mT / a.sum(-2).max()),
+    "nystrom_lucid": (of_lucidrains, lambda a: a.mT / (a.sum(-1).max() * a.sum(-2).max())),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_oracle(name):
+    peer, (convert, start) = oracle.load(name), PEERS[name]
+    landmarks, given = peer.meta["cfg"]["num_landmarks"], convert(peer.weights)
+    layer = build(num_landmarks=landmarks, conv_width=len(given["taps"]))
+    graphdef, params = nnx.split(layer)
+    nnx.replace_by_pure_dict(params, nnx.to_pure_dict(params) | given)
+    x, cotangent = (jnp.asarray(array, jnp.float32) for array in (peer.inputs["x"], peer.cotangents["y"]))
+
+    def last(layer, heads):
+        return layer.out(heads) if "out" in given else heads.reshape(x.shape)
+
+    def by_formula(params, x, start):
+        layer = nnx.merge(graphdef, params)
+        return last(layer, dense(*layer.project(x), landmarks, 6, start, layer.taps[...].T[:, ::-1]))
+
+    def by_layer(params, x):
+        layer = nnx.merge(graphdef, params)
+        return last(layer, layer.attend(*layer.project(x), None))
+
+    def outputs_and_gradients(function):
+        y, pull = jax.jit(lambda *arguments: jax.vjp(function, *arguments))(params, x)
+        of_params, of_x = pull(cotangent)
+        found = nnx.to_pure_dict(of_params)
+        return y, {path: found[path] for path in given} | dict(x=of_x)
+
+    y, gradients = outputs_and_gradients(lambda params, x: by_formula(params, x, start))
+    expected = convert(peer.grad_weights) | dict(x=peer.grad_inputs["x"])
+    if name == "nystrom_lucid":  # it has no biases there
+        gradients, expected = ({k: v["kernel"] if k in ("query", "key", "value") else v for k, v in tree.items()}
+                               for tree in (gradients, expected))
+    assert oracle.relative_error(y, peer.outputs["y"]) < 1e-5 and oracle.relative_error(gradients, expected) < 2e-5
+
+    ours, wanted = (outputs_and_gradients(f) for f in (by_layer, lambda params, x: by_formula(params, x, own_start)))
+    assert oracle.relative_error(ours[0], wanted[0]) < 1e-5 and oracle.relative_error(ours[1], wanted[1]) < 2e-5
+    print(f"{name}: the batch's start moves the outputs by {oracle.relative_error(ours[0], peer.outputs['y']):.1e}")

@@ -1,0 +1,240 @@
+"""Sinkhorn attention: every block of queries sees its own block and one mixed of all blocks by a learned soft sorting."""
+
+import functools
+import math
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from subquad.kernels import matrix, softmax
+from subquad.kernels.matrix.reference import LEAST, normaliser
+from subquad.zoo import padding
+from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.cache import KVCache, SinkhornCache, append, pieces, places, poisoned
+from subquad.zoo.checks import check_sizes, refuse
+
+
+class SinkhornAttention(Attention):
+    """Softmax attention to the own block of C tokens and to a block that a sorting network mixes of all blocks.
+
+        y_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s,    s in block i of t and in the sorted block i           (section 3.2)
+        sorted block i:  k'_io = sum_j S_ij k_jo,  v'_io = sum_j S_ij v_jo,   o = 1 .. C, for each head
+        S = exp of I times {rows, then columns of L minus their log-sum-exp},  L = (R + noise) / temperature  (section 3.1)
+        R_i = W_2 relu(W_1 psi_i),   psi_i = the sum of the inputs of block i                                   (section 3.1)
+        causal:  psi_i = the sum of all inputs up to the first of block i;  S_ij = 0 for j >= i               (section 3.3)
+        SortCut: all queries see the sorted blocks 1 .. sort_cut, and nothing else                            (section 3.4)
+
+    S is nearly a permutation of blocks, learned by gradients; a small temperature makes it harder.
+
+    Cost: time O(T (C + T / C) N H), memory O(T + (T / C)^2), so T^1.5 with C = sqrt(T), and O(T) for SortCut but for S. One
+        extended token O(S N H + I (S / C)^2 N) after S tokens.
+    Differs from the paper: its causal columns are summed over the rows of all later blocks, which lets them move the past;
+        here over the rows so far, so that this is strictly causal. What both then approach is S_i,i-1 = 1, the only
+        balanced matrix below the diagonal: fewer iterations look further back. The first causal block has no sorted one.
+        W_1 and W_2 have no biases (balancing takes that of W_2 away), and are each head's own. Where T is no multiple of C,
+        keys and values that the last block lacks are 0 in sorted blocks. Rotary positions are not the paper's. Its section
+        and equation numbers are cited from memory.
+
+    Args:
+        num_heads: heads N; must divide qkv_features.
+        in_features: features D of the inputs.
+        max_length: the longest input, in tokens: W_2 has a column for each of its blocks.
+        block_size: tokens C per block; the last block may be shorter.
+        num_iterations: I. The paper finds 5 to 10 about equal.
+        temperature: divides R; the paper's best is 0.75.
+        sort_cut: sorted blocks that all queries see; None: each block sees its own. Not with is_causal.
+        is_causal: a token sees itself and those before it.
+        shell: see `Attention`.
+    Call:
+        inputs_q: [*B, T, D] with T <= max_length.  mask: True = attend; key padding only, [*B, 1, 1, T].
+        deterministic: without noise; None takes what `train()` or `eval()` set.  rngs: with it and not deterministic,
+            `rngs.dropout()` draws Gumbel noise into R.
+    Returns: [*B, T, F] in the promoted dtype of inputs and parameters; rows that see nothing hold the projection of 0.
+    Raises: ValueError: an input longer than max_length; sizes or a temperature that are not positive; sort_cut with is_causal;
+        a mask that is not key padding.
+    Numerics: sorting and softmax in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
+    Example:
+        >>> layer = SinkhornAttention(4, 64, max_length=512, block_size=32, is_causal=True, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 100, 64))).shape
+        (2, 100, 64)
+
+    Source: Tay et al., Sparse Sinkhorn Attention, ICML 2020, arXiv 2002.11296.
+    """
+
+    supports = Support(cost="T^1.5", rotary=True, mixes_all="each of its sorted tokens is a mixture of all blocks")
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        max_length: int,
+        block_size: int = 64,
+        num_iterations: int = 8,
+        temperature: float = 0.75,
+        sort_cut: int | None = None,
+        is_causal: bool = False,
+        rngs: nnx.Rngs,
+        **shell: Unpack[Shell],
+    ):
+        super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
+        sizes = dict(max_length=max_length, block_size=block_size, num_iterations=num_iterations)
+        check_sizes("SinkhornAttention", **sizes, **({} if sort_cut is None else dict(sort_cut=sort_cut)))
+        if not 0 < temperature < math.inf:
+            refuse("SinkhornAttention", "temperature", temperature, "be a positive number", "0.75 is the paper's.")
+        if is_causal and sort_cut is not None:
+            refuse("SinkhornAttention", "sort_cut", sort_cut, "be None with is_causal", "Its blocks hold tokens of the future.")
+        self.max_length, self.block_size, self.num_iterations = max_length, block_size, num_iterations
+        self.temperature, self.sort_cut = temperature, sort_cut
+        self.deterministic = True  # `train()` and `eval()` set it
+        hidden, blocks = self.head_features, -(-max_length // block_size)
+        draw = lambda *shape, **axes: nnx.Param(
+            nnx.initializers.lecun_normal(**axes)(rngs.params(), shape, self.param_dtype))
+        self.sort_hidden = draw(in_features, num_heads, hidden, in_axis=0, out_axis=(1, 2))
+        self.sort_scores = draw(num_heads, hidden, blocks, in_axis=1, out_axis=2, batch_axis=0)
+
+    def draws(self, deterministic, rngs):
+        if rngs is None or (self.deterministic if deterministic is None else deterministic):
+            return {}
+        return {"noise_rng": rngs.dropout()}
+
+    def project(self, inputs_q, inputs_kv=None, inputs_v=None):
+        """Heads, and the inputs themselves for the sorting network."""
+        return *super().project(inputs_q), inputs_q
+
+    def attend(self, query, key, value, inputs, mask, noise_rng=None):
+        self._check_length("inputs_q", query.shape[1])
+        length = query.shape[1]
+        real = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
+        key, value, inputs = (padding.clear(x, real) for x in (key, value, inputs.astype(jnp.float32)))
+        query, key, value, inputs, real = (in_blocks(x, self.block_size) for x in (query, key, value, inputs, real))
+        sums = inputs.sum(2)
+        if self.is_causal:
+            sums = jnp.cumsum(sums, axis=1) - sums + inputs[:, :, 0]
+        sorting = self.sort(sums, real.any(2), noise_rng)
+        if self.sort_cut is not None:
+            sorting, real = sorting[:, :, : self.sort_cut], jnp.broadcast_to(real, (len(query), *real.shape[1:]))
+        sorted_key, sorted_value = (mix_blocks(sorting, x) for x in (key, value))
+        # A sorted block is as long as the longest, the first; a block without tokens has none.
+        visible = real[:, :1] & real[:, : sorting.shape[2], :1]
+        if self.sort_cut is not None:
+            query, key, value = (rearrange(x, "b i c n h -> b (i c) n h") for x in (query, sorted_key, sorted_value))
+            mask = rearrange(visible, "b i c -> b 1 1 (i c)")
+            return softmax.attention(query, key, value, mask=mask, implementation=self.implementation)[:, :length]
+        if self.is_causal:
+            visible &= jnp.arange(visible.shape[1])[None, :, None] > 0
+        keys, values = (key, sorted_key), (value, sorted_value)
+        heads = attend_to_blocks(query, keys, values, (real, visible), self.is_causal, self.implementation)
+        return heads[:, :length]
+
+    def sort(self, sums: Float[Array, "B I D"], real: Bool[Array, "#B I"], noise_rng=None) -> Float[Array, "B N I I"]:
+        """The matrices S by what represents each block; of blocks that are not real, rows and columns are 0."""
+        hidden = jax.nn.relu(jnp.einsum("bid,dnh->bnih", sums, self.sort_hidden[...].astype(jnp.float32)))
+        logits = jnp.einsum("bnih,nhj->bnij", hidden, self.sort_scores[..., : sums.shape[1]].astype(jnp.float32))
+        if noise_rng is not None:
+            logits += jax.random.gumbel(noise_rng, logits.shape, jnp.float32)
+        logits /= self.temperature
+        if self.is_causal:
+            return balance_strictly(logits, self.num_iterations)
+        logits = jnp.where(real[:, None, :, None] & real[:, None, None, :], logits, -jnp.inf)
+        return matrix.sinkhorn(logits, iterations=self.num_iterations, implementation=self.implementation)
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> SinkhornCache:
+        tokens = super().init_cache(batch_size, max_length, dtype)
+        self._check_length("max_length", max_length)
+        blocks = -(-max_length // self.block_size)
+        sums = jnp.zeros((batch_size, blocks + 1, self.in_features), jnp.float32)
+        return SinkhornCache(*tokens, sums[:, 1:], sums[:, 0])
+
+    def attend_cached(self, query, key, value, inputs, mask, cache):
+        *cached, sums, total = cache
+        start, tokens = cache.length, append(KVCache(*cached), key, value, mask)
+        inputs = padding.clear(inputs.astype(jnp.float32), jnp.ones((1, 1), bool) if mask is None else mask[:, 0, 0])
+        totals = total[:, None] + jnp.cumsum(inputs, axis=1)
+        (blocks, size), length = (sums.shape[1], self.block_size), query.shape[1]
+        first = size * jnp.arange(blocks)
+        at = first[None] - start[:, None]  # of the first token of each block, among the new ones
+        is_new = (at >= 0) & (at < length)
+        sums = jnp.where(is_new[..., None], jnp.take_along_axis(totals, at[..., None], axis=1, mode="clip"), sums)
+        sorting = self.sort(sums, jnp.ones((1, blocks), bool))
+
+        # The new tokens in whole blocks: so many can they touch, from this one on.
+        touched, block, offset = (length - 1 + size - 1) // size + 1, start // size, start % size
+        lay = jax.vmap(lambda x, at: jax.lax.dynamic_update_slice_in_dim(
+            jnp.zeros((touched * size, *x.shape[1:]), x.dtype), x, at, 0))
+        own, mixed = [], []
+        for x in (tokens.key, tokens.value):
+            x = in_blocks(x.astype(query.dtype), size)
+            rows = pieces(pad_end(rearrange(sorting, "b n i j -> b i n j"), touched), block, touched)
+            mixed.append(mix_blocks(rearrange(rows, "b i n j -> b n i j"), x))
+            own.append(pieces(pad_end(x, touched), block, touched))
+        seen = jnp.broadcast_to((places(block, touched) > 0)[..., None], (len(query), touched, size))
+        heads = attend_to_blocks(
+            in_blocks(lay(query, offset), size), (own[0], mixed[0]), (own[1], mixed[1]), (jnp.ones_like(seen), seen), True,
+            self.implementation,
+        )
+        return poisoned(pieces(heads, offset, length), tokens), SinkhornCache(*tokens, sums, totals[:, -1])
+
+    def _check_length(self, name: str, length: int) -> None:
+        if length > self.max_length:
+            refuse("SinkhornAttention", name, f"{length} tokens", f"be at most max_length = {self.max_length} tokens",
+                   "Construct the layer with a larger max_length.")
+
+
+def balance_strictly(logits: Float[Array, "B N I I"], iterations: int) -> Float[Array, "B N I I"]:
+    """The matrix below the diagonal, balanced so that no row depends on a later one: columns are summed up to the row.
+
+        L_ij <- L_ij - log sum_{j' < i} exp L_ij',    L_ij <- L_ij - log sum_{j < i' <= i} exp L_i'j
+    """
+    allowed = jnp.tri(logits.shape[2], k=-1, dtype=bool)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(x, _):
+        x = jnp.where(allowed, x - normaliser(x, 3), LEAST)
+        return jnp.where(allowed, x - jax.lax.cumlogsumexp(x, axis=2), LEAST), None
+
+    balanced, _ = jax.lax.scan(step, jnp.where(allowed, logits, LEAST), None, iterations)
+    return jnp.where(allowed, jnp.exp(jnp.where(allowed, balanced, 0)), 0)
+
+
+def mix_blocks(sorting: Float[Array, "B N I J"], tokens: Float[Array, "B J C N H"]) -> Float[Array, "B I C N H"]:
+    """The sorted blocks, one of all blocks for each row of the sorting."""
+    # In float32: on the CPU a sum of bfloat16 products is either bfloat16 or not implemented.
+    return jnp.einsum("bnij,bjcnh->bicnh", sorting, tokens.astype(sorting.dtype)).astype(tokens.dtype)
+
+
+def attend_to_blocks(query, keys, values, visible, is_causal, implementation) -> Float[Array, "B T N V"]:
+    """Attention of each block [B, I, C, N, H] to the own and to the sorted one.
+
+    Args:
+        keys, values: (own, sorted), each [B, I, C, N, H].
+        visible: the same for masks [#B, #I, C].
+        is_causal: in the own block.
+    """
+    batch, blocks, size = query.shape[:3]
+    visible = [jnp.broadcast_to(x, (batch, blocks, size)) for x in visible]
+    query, key, value, mask = (
+        rearrange(x, "b i c ... -> (b i) c ...")
+        for x in (query, *(jnp.concatenate(pair, axis=2) for pair in (keys, values, visible)))
+    )
+    positions = np.arange(size, dtype=np.int32)[None]
+    order = dict(query_positions=positions, key_positions=np.concatenate([positions, np.full_like(positions, -1)], 1))
+    heads = softmax.attention(
+        query, key, value, mask=mask[:, None, None], is_causal=is_causal, **(order if is_causal else {}),
+        implementation=implementation,
+    )
+    return rearrange(heads, "(b i) c n h -> b (i c) n h", b=batch)
+
+
+def in_blocks(tokens, size: int):
+    """[B, T, ...] as [B, I, C, ...]; what the last block lacks is 0 or False."""
+    return rearrange(pad_end(tokens, -tokens.shape[1] % size), "b (i c) ... -> b i c ...", c=size)
+
+
+def pad_end(tokens, count: int):
+    return jnp.pad(tokens, ((0, 0), (0, count), *((0, 0),) * (tokens.ndim - 2)))
