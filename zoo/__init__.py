@@ -11,6 +11,7 @@ from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
@@ -36,8 +37,9 @@ from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
     "LAYERS", "LRU", "S4", "S5", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier",
-    "DualEncoder", "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection",
-    "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature",
-    "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "DualEncoder", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "LinearAttention", "LinformerAttention",
+    "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention",
+    "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
+    "stream",
 ]  # fmt: skip

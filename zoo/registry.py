@@ -9,6 +9,7 @@ from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
@@ -47,6 +48,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "s5": S5,
     "lru": LRU,
     "fnet": FNet,
+    "entmax": EntmaxAttention,
     "synthesizer": SynthesizerAttention,
 }
 

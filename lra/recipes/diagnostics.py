@@ -27,6 +27,7 @@ LAYERS = {
     "s5": dict(is_causal=True, state_size=64, dt_min=0.01, dt_max=0.5),
     "lru": dict(is_causal=True, state_size=64),
     "fnet": {},
+    "entmax": dict(num_heads=4, is_causal=True),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 # Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown

@@ -36,6 +36,7 @@ LAYERS = {
     "s5": {},
     "lru": {},
     "fnet": {},
+    "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 ATTENTION = layers_with(LAYERS, "num_heads")

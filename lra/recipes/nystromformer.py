@@ -29,6 +29,7 @@ LAYERS = {
     "s5": dict(state_size=64),
     "lru": dict(state_size=64),
     "fnet": {},
+    "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
 }
 SETTINGS = {

@@ -32,6 +32,7 @@ QUICKSTART = Recipe(
         "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
         "lru": dict(state_size=64),
         "fnet": {},
+        "entmax": dict(num_heads=4),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
     },
     settings={
