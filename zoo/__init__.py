@@ -15,6 +15,7 @@ from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
@@ -34,13 +35,16 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
+from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
+from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
-    "ClusteredAttention", "DualEncoder", "Encoder", "FNet", "FeedForward", "InformerAttention", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention",
-    "PerformerAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SmyrfAttention",
-    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
-    "convert", "generate", "make", "masks", "positions", "stream",
+    "LAYERS", "LRU", "S4", "S5", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids",
+    "Classifier", "ClusteredAttention", "DualEncoder", "Encoder", "EntmaxAttention", "FNet", "FeedForward",
+    "InformerAttention", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
+    "RoutingAttention", "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
+    "stream",
 ]  # fmt: skip

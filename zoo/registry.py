@@ -13,6 +13,7 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
+from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
@@ -27,7 +28,9 @@ from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
+from subquad.zoo.statespace.s5 import S5
 
 Layer = Attention | Headless
 
@@ -50,7 +53,10 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
+    "s5": S5,
+    "lru": LRU,
     "fnet": FNet,
+    "entmax": EntmaxAttention,
     "synthesizer": SynthesizerAttention,
 }
 

@@ -28,7 +28,10 @@ LAYERS = {
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
+    "s5": dict(is_causal=True, state_size=64, dt_min=0.01, dt_max=0.5),
+    "lru": dict(is_causal=True, state_size=64),
     "fnet": {},
+    "entmax": dict(num_heads=4, is_causal=True),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 # Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown

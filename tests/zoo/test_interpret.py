@@ -16,9 +16,10 @@ LENGTH = 23
 OPTIONS = {"s4": dict(mode="diagonal")}
 SEGMENTS_DECLINED = {("s4", True), ("s4", False)}
 
-
-# Fourier transforms are XLA's alone.
-DIRECTIONS = [(name, is_causal) for name, is_causal in DIRECTIONS if name != "fnet"]
+# Fourier transforms and entmax are XLA's alone.
+WITHOUT = {"fnet", "entmax"}
+DIRECTIONS, SEGMENTED = ([pair for pair in pairs if pair[0] not in WITHOUT] for pairs in (DIRECTIONS, SEGMENTED))
+CAUSAL, EXTENDING = ([name for name in names if name not in WITHOUT] for names in (CAUSAL, EXTENDING))
 
 
 def pair(name, is_causal, **options):

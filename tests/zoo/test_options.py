@@ -79,6 +79,12 @@ COMPUTED = [
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
+    ("s5", dict(state_size=8, dt_min=0.5, dt_max=2.0), "discretization", "bilinear"),
+    ("entmax", dict(num_heads=2), "rotary_base", 100.0),
+    ("entmax", dict(num_heads=2), "alpha", 2),
+    ("s5", dict(state_size=8), "gate", "only"),
+    ("s5", dict(state_size=8), "gate", None),
+    ("lru", dict(state_size=8, gate="half"), "gate", "only"),
 ]
 
 # What an option does to the values that are drawn; all other variables stay: (..., the variables that change).
@@ -89,6 +95,14 @@ DRAWN = [
     ("s4", dict(state_size=8, mode="diagonal"), "init", "inv", {"system/frequency", "system/input_matrix"}),
     ("s4", dict(state_size=4), "dt_min", 0.01, {"system/log_step"}),
     ("s4", dict(state_size=4), "dt_max", 0.5, {"system/log_step"}),
+    ("s5", dict(state_size=8), "init", "lin", {"frequency", "input_matrix", "output_matrix"}),
+    ("s5", dict(state_size=8), "num_blocks", 2, {"frequency", "input_matrix", "output_matrix"}),
+    ("s5", dict(state_size=8), "output_init", "truncated", {"output_matrix"}),
+    ("s5", dict(state_size=8), "dt_min", 0.01, {"log_step"}),
+    ("s5", dict(state_size=8), "dt_max", 0.5, {"log_step"}),
+    ("lru", dict(), "r_min", 0.9, {"log_decay", "log_scale"}),
+    ("lru", dict(), "r_max", 0.999, {"log_decay", "log_scale"}),
+    ("lru", dict(), "max_phase", 0.314, {"log_phase"}),
 ]
 
 # What an option does to the shapes of variables; None: there is no such variable.
@@ -117,6 +131,12 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("entmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
+    ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
+    ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
+    ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
@@ -147,8 +167,10 @@ SIZES = {
 MAPS = {
     "fnet": 1,
     "longformer": 7,
+    "lru": 1,
     "reformer": 3,
     "s4": 1,
+    "s5": 1,
     "synthesizer": 5,
     "transformer_xl": 5,
 }
