@@ -359,6 +359,13 @@ CHANGES = {
         (dict(stride=4, pattern="fixed"), dict(num_summary=2)),
         (dict(stride=4, pattern="fixed"), dict(distinct_summary=True)),
     ],
+    "bigbird": [
+        (dict(max_length=12, block_size=1, num_random=1), change)
+        for change in (
+            dict(is_causal=True), dict(block_size=2), dict(num_random=2), dict(num_global=1), dict(random_seed=1),
+            dict(max_length=18), dict(rotary_base=9.0),
+        )
+    ],
     "linear": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
     "performer": [
         (dict(num_features=16), dict(is_causal=True)), (dict(num_features=16), dict(num_features=24)),

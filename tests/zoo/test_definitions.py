@@ -148,7 +148,7 @@ def test_bigbird_without_random_blocks(longest, size, count, is_causal):
 @pytest.mark.parametrize("size,randoms,count", [(4, 1, None), (2, 3, None), (1, 2, 0), (3, 9, 0)])
 def test_bigbird_draws_whole_blocks(size, randoms, count, is_causal):
     """Of those that are not seen anyway, and of the past in causal attention, as many as there are up to `randoms`."""
-    options, last = dict(max_length=24, block_size=size, num_global=count, seed=5), 24 // size - 1
+    options, last = dict(max_length=24, block_size=size, num_global=count, random_seed=5), 24 // size - 1
     drawn, rest = (build("bigbird", 2, is_causal, num_random=n, **options).pattern(24) for n in (randoms, 0))
     drawn = (drawn & ~rest).reshape(2, last + 1, size, last + 1, size)
     np.testing.assert_array_equal(drawn.any((2, 4)), drawn.all((2, 4)))

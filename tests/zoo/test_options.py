@@ -37,7 +37,7 @@ COMPUTED = [
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_global", 3),
-    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "seed", 1),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "random_seed", 1),
     ("longformer", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("longformer", dict(num_heads=2, window_size=3, num_global=1), "num_global", 4),
     ("strided", dict(num_heads=2, stride=4), "pattern", "fixed"),
