@@ -11,6 +11,7 @@ from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
@@ -32,9 +33,9 @@ from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier",
-    "DualEncoder", "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection",
-    "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature",
-    "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder",
+    "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
+    "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
     "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -116,10 +116,10 @@ class TransformerXLCache(NamedTuple):
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
-class S4Cache(NamedTuple):
-    """The states of all systems after each sample's last real token, in float32: the whole past, whatever its length."""
+class StateCache(NamedTuple):
+    """The state after each sample's last real token, in float32: the whole past, whatever its length."""
 
-    state: Float[Array, "B D P"]  # real parts of the modes, then imaginary parts
+    state: Float[Array, "B *state"]  # of complex modes the real parts, then the imaginary parts, along the last axis
 
 
 class ReformerCache(NamedTuple):

@@ -9,8 +9,10 @@ from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
+from subquad.zoo.headless import Headless
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
@@ -23,9 +25,9 @@ from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.s4 import S4
 
-Layer = Attention | S4
+Layer = Attention | Headless
 
-LAYERS: dict[str, type[Attention] | type[S4]] = {
+LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
@@ -40,11 +42,12 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
+    "fnet": FNet,
     "synthesizer": SynthesizerAttention,
 }
 
 
-def find(name: str) -> type[Attention] | type[S4]:
+def find(name: str) -> type[Attention] | type[Headless]:
     """The class of a layer, or a ValueError with the nearest known name."""
     if name not in LAYERS:
         raise ValueError(f"zoo: layer must be a known name, got {name!r}. {nearest(name, LAYERS)}")

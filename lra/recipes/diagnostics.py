@@ -24,6 +24,7 @@ LAYERS = {
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
+    "fnet": {},
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 # Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown

@@ -33,6 +33,7 @@ LAYERS = {
     "performer": dict(HEADS, num_features=2),
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": {},
+    "fnet": {},
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 ATTENTION = layers_with(LAYERS, "num_heads")

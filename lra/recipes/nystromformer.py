@@ -26,6 +26,7 @@ LAYERS = {
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
+    "fnet": {},
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
 }
 SETTINGS = {

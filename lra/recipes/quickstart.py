@@ -29,6 +29,7 @@ QUICKSTART = Recipe(
         "performer": dict(num_heads=4, num_features=32),
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
+        "fnet": {},
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
     },
     settings={

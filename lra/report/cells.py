@@ -70,10 +70,18 @@ def _none(reason: str) -> Answer:
 
 _NO_LAYER = _none("no such layer here")
 _ARENA_LAYERS = {
-    "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Longformer": "longformer",
-    "Linformer": "linformer", "Reformer": "reformer", "Sinkhorn Transformer": "sinkhorn", "Synthesizer": "synthesizer",
-    "BigBird": "bigbird", "Linear Transformer": "linear", "Performer": "performer",
-}  # fmt: skip
+    "Transformer": "softmax",
+    "Local Attention": "local",
+    "Sparse Transformer": "strided",
+    "Longformer": "longformer",
+    "BigBird": "bigbird",
+    "Linformer": "linformer",
+    "Reformer": "reformer",
+    "Sinkhorn Transformer": "sinkhorn",
+    "Synthesizer": "synthesizer",
+    "Linear Transformer": "linear",
+    "Performer": "performer",
+}
 _ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
 # The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.
 _SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if layer not in ("strided", "longformer")}
@@ -91,6 +99,7 @@ _S4_ROWS = {
     "S4 (original, v1)": Answer("s4-v1", "s4"),
     "S4 (updated, = S4-LegS)": Answer("s4d", "s4"),  # S4-LegS of the paper of S4D: the same numbers
     "Nystromformer": Answer("nystromformer", "nystrom"),
+    "FNet": _none("its sizes and schedule on the arena are not in what was read"),
     "Random": _none("a guess, and no model"),
 }
 _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
@@ -135,7 +144,7 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("xformers", "1"): _rows("xformers", {
         "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
         "Nystromformer-128": "nystrom",
-    }),
+    }) | {"FourierMix": _none("it transforms each head of projected inputs, and a linear map follows: not FNet's layer")},
     ("flashattention", "3"): _rows("nystromformer", {"Transformer": "softmax", **_USUAL_LAYERS}) | {
         "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
         "Linear Attention": Answer("nystromformer", "linear"),

@@ -87,6 +87,8 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
+        # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.
+        Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
         Case(
             "synthesizer", dict(num_heads=2, max_length=100, synthesis=("dense", "random", "dot_product")),
             dead=SOFTMAX_INVARIANT,

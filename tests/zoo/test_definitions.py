@@ -182,6 +182,7 @@ def test_transformer_xl(segment, memory):
     ("linformer", dict(num_heads=2, max_length=30)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
     ("s4", {}),
+    ("fnet", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])

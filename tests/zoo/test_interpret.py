@@ -17,6 +17,10 @@ OPTIONS = {"s4": dict(mode="diagonal")}
 SEGMENTS_DECLINED = {("s4", True), ("s4", False)}
 
 
+# Fourier transforms are XLA's alone.
+DIRECTIONS = [(name, is_causal) for name, is_causal in DIRECTIONS if name != "fnet"]
+
+
 def pair(name, is_causal, **options):
     """The same layer on XLA and in the interpreter."""
     options = OPTIONS.get(name, {}) | options

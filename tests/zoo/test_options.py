@@ -102,6 +102,7 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
     ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
@@ -110,8 +111,8 @@ SHAPED = [
 ]
 
 # Each has a test of its own: below, in the layer's own file (dropout), or in the contract suite.
-OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
-SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
+OF_HEADLESS = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
+SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
     "linformer": {"projection"},
     "softmax": {"dropout_rate", "broadcast_dropout"},
@@ -122,12 +123,14 @@ ALONE = {
 SIZES = {
     "bigbird": dict(max_length=24),
     "blockwise": dict(max_length=24),
+    "fnet": dict(out_features=FEATURES),
     "linformer": dict(max_length=24),
     "sinkhorn": dict(max_length=24),
     "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
 }
 # Linear maps of a layer, where they are not four.
 MAPS = {
+    "fnet": 1,
     "longformer": 7,
     "reformer": 3,
     "s4": 1,
@@ -137,7 +140,7 @@ MAPS = {
 
 
 def build(name, **options):
-    heads = {} if name == "s4" else dict(num_heads=2)
+    heads = dict(num_heads=2) if issubclass(zoo.LAYERS[name], Attention) else {}
     return zoo.make(name, in_features=FEATURES, rngs=nnx.Rngs(0), **{**heads, **options})
 
 
@@ -184,7 +187,7 @@ def test_an_option_changes_shapes(name, options, option, value, shapes):
 @pytest.mark.parametrize("name", zoo.LAYERS)
 def test_every_option_has_a_test(name):
     known = {row[2] for row in [*COMPUTED, *DRAWN, *SHAPED] if row[0] == name} | ALONE.get(name, set())
-    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_S4
+    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_HEADLESS
     refused = set() if zoo.LAYERS[name].supports.rotary else {"rotary_base"}  # see test_rotary
     assert options_of(zoo.LAYERS[name]) - refused <= known, "a new option needs a row in COMPUTED, DRAWN or SHAPED"
 
