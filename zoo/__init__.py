@@ -25,17 +25,20 @@ from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
+from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "DualEncoder",
-    "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
-    "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier",
+    "DiagonalAttention", "DualEncoder", "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention",
+    "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention",
+    "RandomAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention",
+    "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

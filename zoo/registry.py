@@ -19,8 +19,10 @@ from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
+from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.s4 import S4
@@ -31,6 +33,8 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
+    "diagonal": DiagonalAttention,
+    "random": RandomAttention,
     "strided": StridedAttention,
     "longformer": LongformerAttention,
     "bigbird": BigBirdAttention,

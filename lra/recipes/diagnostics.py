@@ -14,6 +14,8 @@ LAYERS = {
     "blockwise": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "local": dict(num_heads=4, is_causal=True, window_size=8),
     "strided": dict(num_heads=4, is_causal=True, stride=8),
+    "diagonal": dict(num_heads=4, is_causal=True, window_size=8, dilation=[1, 1, 2, 4]),
+    "random": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "longformer": dict(num_heads=4, is_causal=True, window_size=8),
     "bigbird": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8, num_random=1),
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),

@@ -16,6 +16,8 @@ LAYERS = {
     "blockwise": dict(HEADS, max_length="{length}", block_size=64),
     "local": dict(HEADS, window_size=32),
     "strided": dict(HEADS, stride=64),
+    "diagonal": dict(HEADS, window_size=32),
+    "random": dict(HEADS, max_length="{length}"),
     "longformer": dict(HEADS, window_size=32),
     "bigbird": dict(HEADS, max_length="{length}"),
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),

@@ -359,6 +359,17 @@ CHANGES = {
         (dict(stride=4, pattern="fixed"), dict(num_summary=2)),
         (dict(stride=4, pattern="fixed"), dict(distinct_summary=True)),
     ],
+    "diagonal": [
+        (dict(window_size=2), change)
+        for change in (dict(is_causal=True), dict(window_size=(2, 1)), dict(dilation=[1, 2, 2, 3]), dict(rotary_base=9.0))
+    ],
+    "random": [
+        (dict(max_length=12, block_size=1), change)
+        for change in (
+            dict(is_causal=True), dict(block_size=2), dict(num_random=2), dict(random_seed=1), dict(max_length=18),
+            dict(rotary_base=9.0),
+        )
+    ],
     "bigbird": [
         (dict(max_length=12, block_size=1, num_random=1), change)
         for change in (

@@ -31,6 +31,15 @@ COMPUTED = [
     ("local", dict(num_heads=2, window_size=3), "window_size", (3, 2)),
     ("local", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("local", dict(num_heads=2, window_size=3, is_causal=True), "window_size", (5, 0)),
+    ("diagonal", dict(num_heads=2), "rotary_base", 100.0),
+    ("diagonal", dict(num_heads=2, window_size=2), "window_size", (2, 3)),
+    ("diagonal", dict(num_heads=2, window_size=2), "dilation", 3),
+    ("diagonal", dict(num_heads=2, window_size=2), "dilation", (2, 3)),
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "random_seed", 1),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
@@ -125,6 +134,7 @@ SIZES = {
     "blockwise": dict(max_length=24),
     "fnet": dict(out_features=FEATURES),
     "linformer": dict(max_length=24),
+    "random": dict(max_length=24),
     "sinkhorn": dict(max_length=24),
     "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
 }

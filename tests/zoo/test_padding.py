@@ -25,6 +25,8 @@ LAYERS = {
     "strided-separate": ("strided", dict(STRIDED, heads="separate")),
     "fixed": ("strided", dict(STRIDED, pattern="fixed", num_summary=2, distinct_summary=True, rotary_base=100.0)),
     "fixed-separate": ("strided", dict(STRIDED, num_heads=4, pattern="fixed", heads="separate")),
+    "diagonal": ("diagonal", dict(num_heads=2, window_size=2, dilation=(3, 1), rotary_base=100.0)),
+    "random": ("random", dict(num_heads=2, max_length=20, block_size=2, num_random=6, rotary_base=100.0)),
     "bigbird": ("bigbird", dict(num_heads=2, max_length=20, block_size=2, num_random=1, rotary_base=100.0)),
     "bigbird-etc": ("bigbird", dict(num_heads=2, max_length=20, block_size=2, num_random=1, num_global=3)),
     "longformer": ("longformer", dict(num_heads=2, window_size=2, num_global=3, rotary_base=100.0)),

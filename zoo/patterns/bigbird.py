@@ -1,12 +1,12 @@
 """BigBird's attention: blocks of a window, of global tokens, and blocks that are drawn."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from flax import nnx
 
 from subquad.kernels.patterns import CAUSAL, Band, GlobalKeys, Globals, InBlocks, Pattern, Random
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import check_length, check_sizes
+from subquad.zoo.checks import check_sizes
 
 
 class BigBirdAttention(Attention):
@@ -86,12 +86,3 @@ class BigBirdAttention(Attention):
         if num_global:
             self.sees |= GlobalKeys(0, num_global) if is_causal else Globals(0, num_global)
         self.sees &= past
-
-    def attend(self, query, key, value, mask, **extras):
-        check_length("BigBirdAttention", "inputs_q", query.shape[1], self.max_length)
-        return super().attend(query, key, value, mask, **extras)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
-        cache = super().init_cache(batch_size, max_length, dtype)
-        check_length("BigBirdAttention", "max_length", max_length, self.max_length)
-        return cache
