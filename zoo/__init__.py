@@ -23,6 +23,7 @@ from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
+from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.diagonal import DiagonalAttention
@@ -35,10 +36,10 @@ from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier",
-    "DiagonalAttention", "DualEncoder", "Encoder", "FNet", "FeedForward", "LinearAttention", "LinformerAttention",
-    "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention",
-    "RandomAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention",
-    "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks",
-    "positions", "stream",
+    "LAYERS", "S4", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM",
+    "Classifier", "DiagonalAttention", "DualEncoder", "Encoder", "FNet", "FeedForward", "LinearAttention",
+    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention",
+    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention",
+    "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate",
+    "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ LAYERS = {
     "strided": dict(HEADS, stride=64),
     "diagonal": dict(HEADS, window_size=32),
     "random": dict(HEADS, max_length="{length}"),
+    "axial": HEADS,
     "longformer": dict(HEADS, window_size=32),
     "bigbird": dict(HEADS, max_length="{length}"),
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),

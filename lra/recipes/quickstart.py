@@ -21,6 +21,7 @@ QUICKSTART = Recipe(
         "strided": dict(num_heads=4, stride=16),
         "diagonal": dict(num_heads=4, window_size=16, dilation=[1, 1, 2, 4]),
         "random": dict(num_heads=4, max_length="{length}", block_size=16),
+        "axial": dict(num_heads=4, row_length=16),
         "longformer": dict(num_heads=4, window_size=16),
         "bigbird": dict(num_heads=4, max_length="{length}", block_size=16, num_random=1),
         "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),

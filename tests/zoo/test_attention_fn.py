@@ -370,6 +370,10 @@ CHANGES = {
             dict(rotary_base=9.0),
         )
     ],
+    "axial": [
+        (dict(row_length=4), change)
+        for change in (dict(is_causal=True), dict(row_length=5), dict(axis="row"), dict(rotary_base=9.0))
+    ],
     "bigbird": [
         (dict(max_length=12, block_size=1, num_random=1), change)
         for change in (

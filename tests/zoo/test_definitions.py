@@ -140,6 +140,20 @@ def test_diagonal(given, left, right, is_causal, dilation):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("axis", ["row", "column", "both"])
+@pytest.mark.parametrize("length", [1, 4, 5, 40])
+def test_axial(length, axis, is_causal):
+    """Ho et al., section 3: the row of a pixel, or its column, of an image that is given row by row."""
+
+    def sees(head, t, s):
+        (row, column), (other_row, other_column) = divmod(t, length), divmod(s, length)
+        along_row = axis == "row" or axis == "both" and head % 2 == 0
+        return (row == other_row if along_row else column == other_column) and not (is_causal and s > t)
+
+    check(build("axial", 3, is_causal, row_length=length, axis=axis), 3, sees)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("size,randoms", [(4, 1), (2, 3), (1, 30)])
 def test_random_draws_whole_blocks(size, randoms, is_causal):
     """As many as there are up to `randoms`; up to the query's own in causal attention."""

@@ -40,6 +40,10 @@ COMPUTED = [
     ("random", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
     ("random", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
     ("random", dict(num_heads=2, max_length=24, block_size=2), "random_seed", 1),
+    ("axial", dict(num_heads=2, row_length=4), "rotary_base", 100.0),
+    ("axial", dict(num_heads=2, row_length=4), "row_length", 5),
+    ("axial", dict(num_heads=2, row_length=4), "axis", "row"),
+    ("axial", dict(num_heads=2, row_length=4), "axis", "column"),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block

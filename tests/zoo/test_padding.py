@@ -27,6 +27,7 @@ LAYERS = {
     "fixed-separate": ("strided", dict(STRIDED, num_heads=4, pattern="fixed", heads="separate")),
     "diagonal": ("diagonal", dict(num_heads=2, window_size=2, dilation=(3, 1), rotary_base=100.0)),
     "random": ("random", dict(num_heads=2, max_length=20, block_size=2, num_random=6, rotary_base=100.0)),
+    "axial": ("axial", dict(num_heads=2, row_length=4, rotary_base=100.0)),
     "bigbird": ("bigbird", dict(num_heads=2, max_length=20, block_size=2, num_random=1, rotary_base=100.0)),
     "bigbird-etc": ("bigbird", dict(num_heads=2, max_length=20, block_size=2, num_random=1, num_global=3)),
     "longformer": ("longformer", dict(num_heads=2, window_size=2, num_global=3, rotary_base=100.0)),

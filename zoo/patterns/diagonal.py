@@ -1,9 +1,9 @@
 """Diagonal attention: a sliding window with gaps, whose size may differ by head."""
 
+import functools
 from collections.abc import Sequence
 from typing import Unpack
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -11,6 +11,7 @@ from subquad.kernels import strided
 from subquad.kernels.patterns import Dilated
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import refuse
+from subquad.zoo.patterns.groups import in_groups
 from subquad.zoo.patterns.local import sides_of
 
 
@@ -71,13 +72,12 @@ class DiagonalAttention(Attention):
 
     def attend(self, query, key, value, mask, segment_ids=None):
         """Heads of one dilation together."""
-        outputs, order = [], []
-        for dilation in sorted(set(self.dilation)):
-            heads = np.flatnonzero(np.array(self.dilation) == dilation)
-            one = (query, key, value) if len(heads) == len(self.dilation) else (x[:, :, heads] for x in (query, key, value))
-            outputs.append(strided.dilated(
-                *one, dilation=dilation, window_size=self.window_size, mask=mask, segment_ids=segment_ids,
-                implementation=self.implementation,
-            ))
-            order.append(heads)
-        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 2)[:, :, np.argsort(np.concatenate(order))]
+        dilated = functools.partial(
+            strided.dilated, window_size=self.window_size, mask=mask, segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        if len(set(self.dilation)) == 1:
+            return dilated(query, key, value, dilation=self.dilation[0])
+        heads = lambda dilation: np.flatnonzero(np.array(self.dilation) == dilation)
+        groups = [(heads(d), functools.partial(dilated, dilation=d)) for d in sorted(set(self.dilation))]
+        return in_groups(groups, query, key, value)
