@@ -28,10 +28,13 @@ from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
+from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
+from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
@@ -40,11 +43,11 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "LAYERS", "LRU", "S4", "S5", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids",
-    "Classifier", "ClusteredAttention", "DualEncoder", "Encoder", "EntmaxAttention", "FNet", "FeedForward",
-    "InformerAttention", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
-    "RoutingAttention", "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
-    "stream",
+    "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
+    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "DiagonalAttention", "DualEncoder", "Encoder",
+    "EntmaxAttention", "FNet", "FeedForward", "InformerAttention", "LinearAttention", "LinformerAttention",
+    "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention",
+    "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SmyrfAttention",
+    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -22,10 +22,13 @@ from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
+from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.lru import LRU
@@ -38,7 +41,10 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
+    "diagonal": DiagonalAttention,
+    "random": RandomAttention,
     "strided": StridedAttention,
+    "axial": AxialAttention,
     "longformer": LongformerAttention,
     "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,

@@ -21,6 +21,9 @@ LAYERS = {
     "blockwise": dict(HEADS, max_length="{length}", block_size=50),
     "local": dict(HEADS, window_size=25),
     "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
+    "diagonal": dict(HEADS, window_size=25),
+    "random": dict(HEADS, max_length="{length}", block_size=50),
+    "axial": HEADS,
     # 512 tokens, of which the query is one; the released models have no global tokens.
     "longformer": dict(HEADS, window_size=(255, 256), num_global=0),
     "bigbird": dict(HEADS, max_length="{length}"),
