@@ -39,6 +39,9 @@ Layer = Attention | Headless
 
 LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
+    "entmax": EntmaxAttention,
+    "synthesizer": SynthesizerAttention,
+    "fnet": FNet,
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
     "diagonal": DiagonalAttention,
@@ -61,9 +64,6 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "s4": S4,
     "s5": S5,
     "lru": LRU,
-    "fnet": FNet,
-    "entmax": EntmaxAttention,
-    "synthesizer": SynthesizerAttention,
 }
 
 
