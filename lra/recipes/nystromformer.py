@@ -52,6 +52,7 @@ SETTINGS = {
     "image": dict(config="lra", steps=35_000, batch_size=256, warmup_steps=175, evaluate_every=175),
     "pathfinder": dict(config="32_hard", steps=62_400, batch_size=256, warmup_steps=312, evaluate_every=312),
 }  # fmt: skip
+LINFORMER = "Each layer projects keys and values of all heads by two matrices; theirs has one a head, which all layers share."
 DEVIATIONS = (
     ("listops|text|retrieval", "Real tokens are averaged; theirs are summed and divided by the padded length."),
     ("retrieval", "The head has a second hidden layer, of half as many features."),
@@ -69,6 +70,7 @@ NYSTROMFORMER = Recipe(
         ("*", "Every example of validation and test counts; theirs leaves the last partial batch out."),
         ("* nystrom", "Landmarks are means of tokens alone, and each matrix is inverted from its own start, not the batch's."),
         ("pathfinder/128_*", "The paper has no Path-X: settings are those of Pathfinder at 32 x 32."),
+        ("* linformer", LINFORMER),
         ("text", "Sequences have 4,096 bytes, as the paper says; their script makes 1,000 of them."),
         *DEVIATIONS,
     ),
