@@ -216,6 +216,27 @@ def test_centroids_are_no_parameters_and_start_as_directions():
     np.testing.assert_allclose(jnp.linalg.norm(layer.centroids[...], axis=-1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_model_moves_its_centroids_where_it_is_told(remat):
+    model = zoo.Encoder(
+        vocab_size=11, in_features=16, num_layers=2, mlp_features=8, max_length=12, mixer="routing", remat=remat,
+        mixer_options=dict(num_heads=2, num_clusters=3), rngs=nnx.Rngs(0),
+    )
+    tokens = np.arange(24).reshape(2, 12) % 11
+    before = [block.mixer.centroids[...] for block in model.blocks]
+    y = model(tokens)
+    first = model.blocks[0].mixer_norm(model.embed(tokens) + model.positions.embedding[...])
+    want = model.blocks[0].mixer.updated_centroids(first)
+    train = nnx.jit(lambda model: model(tokens, deterministic=False))
+    np.testing.assert_allclose(train(model), y, atol=1e-5)
+    model.set_attributes(moves_centroids=True)
+    np.testing.assert_allclose(model(tokens), y, atol=1e-5)
+    np.testing.assert_array_equal(model.blocks[0].mixer.centroids[...], before[0])
+    np.testing.assert_allclose(train(model), y, atol=1e-5)
+    np.testing.assert_allclose(model.blocks[0].mixer.centroids[...], want, atol=1e-5)
+    assert all(jnp.abs(block.mixer.centroids[...] - old).max() > 1e-5 for block, old in zip(model.blocks, before, strict=True))
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_updated_centroids(is_causal, normalize):
