@@ -31,15 +31,16 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
+from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "LAYERS", "LRU", "S4", "S5", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Classifier",
-    "DualEncoder", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "LinearAttention", "LinformerAttention",
-    "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention",
-    "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
-    "stream",
+    "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM",
+    "Classifier", "DualEncoder", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "LinearAttention",
+    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention",
+    "PerformerAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention",
+    "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert",
+    "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip
