@@ -85,13 +85,6 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
             refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
 
 
-def check_length(owner: str, name: str, length: int, max_length: int) -> None:
-    """Refuses more tokens than a layer was built for."""
-    if length > max_length:
-        refuse(owner, name, f"{length} tokens", f"be at most max_length = {max_length} tokens",
-               "Construct the layer with a larger max_length.")
-
-
 def check_rate(owner: str, rate: float) -> None:
     """Refuses a dropout rate that is no probability."""
     if not 0 <= rate <= 1:

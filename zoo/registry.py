@@ -7,8 +7,12 @@ from flax import nnx
 
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
+from subquad.zoo.buckets.clustered import ClusteredAttention
+from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
@@ -18,10 +22,13 @@ from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
+from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
@@ -33,13 +40,23 @@ Layer = Attention | Headless
 
 LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
+    "entmax": EntmaxAttention,
+    "synthesizer": SynthesizerAttention,
+    "fnet": FNet,
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
+    "diagonal": DiagonalAttention,
+    "random": RandomAttention,
     "strided": StridedAttention,
+    "axial": AxialAttention,
     "longformer": LongformerAttention,
     "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
+    "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,
+    "smyrf": SmyrfAttention,
+    "informer": InformerAttention,
+    "clustered": ClusteredAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "linear": LinearAttention,
@@ -49,9 +66,6 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "dss": DSS,
     "s5": S5,
     "lru": LRU,
-    "fnet": FNet,
-    "entmax": EntmaxAttention,
-    "synthesizer": SynthesizerAttention,
 }
 
 

@@ -143,8 +143,10 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
         "Reformer-2": "reformer", "Nystromformer-64": "nystrom",
     }),
-    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_OF_SKYFORMER}),
-    ("skyformer", "2"): dict.fromkeys(("Self-Attention", *_OF_SKYFORMER), _MACHINE),
+    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_OF_SKYFORMER}) | {
+        "Informer": Answer("skyformer", "informer", note="Its factor is not in what was read."),
+    },
+    ("skyformer", "2"): dict.fromkeys(("Informer", "Self-Attention", *_OF_SKYFORMER), _MACHINE),
     ("xformers", "1"): _rows("xformers", {
         "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
         "Nystromformer-128": "nystrom",
@@ -152,6 +154,7 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("flashattention", "3"): _rows("nystromformer", {"Transformer": "softmax", **_USUAL_LAYERS}) | {
         "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
         "Linear Attention": Answer("nystromformer", "linear"),
+        "Smyrf": Answer("nystromformer", "smyrf", note="Its rounds and clusters are not in what was read."),
         "Local Attention": Answer("nystromformer", "local", note="The window's size is not in what was read."),
     },
     ("flashattention", "6"): {"FlashAttention": _none(_UNKNOWN)},
