@@ -31,6 +31,7 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
@@ -62,6 +63,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
+    "dss": DSS,
     "s5": S5,
     "lru": LRU,
 }

@@ -32,6 +32,7 @@ LAYERS = {
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "s5": dict(is_causal=True, state_size=64, dt_min=0.01, dt_max=0.5),
+    "dss": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "lru": dict(is_causal=True, state_size=64),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),

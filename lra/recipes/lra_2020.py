@@ -41,6 +41,7 @@ LAYERS = {
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": {},
     "s5": {},
+    "dss": {},
     "lru": {},
     "fnet": {},
     "entmax": HEADS,

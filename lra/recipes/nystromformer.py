@@ -34,6 +34,7 @@ LAYERS = {
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
     "s5": dict(state_size=64),
+    "dss": dict(state_size=64),
     "lru": dict(state_size=64),
     "fnet": {},
     "entmax": HEADS,

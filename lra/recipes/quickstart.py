@@ -37,6 +37,7 @@ QUICKSTART = Recipe(
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
+        "dss": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "lru": dict(state_size=64),
         "fnet": {},
         "entmax": dict(num_heads=4),

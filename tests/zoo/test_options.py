@@ -98,6 +98,8 @@ COMPUTED = [
     ("s5", dict(state_size=8), "gate", "only"),
     ("s5", dict(state_size=8), "gate", None),
     ("lru", dict(state_size=8, gate="half"), "gate", "only"),
+    ("dss", dict(state_size=4, gate="half"), "gate", None),
+    ("dss", dict(state_size=4, normalization="softmax", max_length=24), "max_length", 30),
 ]
 
 # What an option does to the values that are drawn; all other variables stay: (..., the variables that change).
@@ -113,6 +115,8 @@ DRAWN = [
     ("s5", dict(state_size=8), "output_init", "truncated", {"output_matrix"}),
     ("s5", dict(state_size=8), "dt_min", 0.01, {"log_step"}),
     ("s5", dict(state_size=8), "dt_max", 0.5, {"log_step"}),
+    ("dss", dict(state_size=4), "dt_min", 0.01, {"log_step"}),
+    ("dss", dict(state_size=4), "dt_max", 0.5, {"log_step"}),
     ("lru", dict(), "r_min", 0.9, {"log_decay", "log_scale"}),
     ("lru", dict(), "r_max", 0.999, {"log_decay", "log_scale"}),
     ("lru", dict(), "max_phase", 0.314, {"log_phase"}),
@@ -148,6 +152,9 @@ SHAPED = [
     ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
     ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
     ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("dss", dict(), "state_size", 6, {"frequency": (6,), "output_matrix": (2, 16, 6, 2)}),
+    ("dss", dict(), "separate_steps", False, {"log_step": (16, 1)}),
+    ("dss", dict(), "out_features", 5, {"out/kernel": (16, 5)}),
     ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
     ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
@@ -164,7 +171,7 @@ SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_feat
 ALONE = {
     "linformer": {"projection"},
     "softmax": {"dropout_rate", "broadcast_dropout"},
-    "synthesizer": {"is_fixed"},
+    "synthesizer": {"is_fixed"}, "dss": {"normalization"},
 }
 
 # What a layer needs beside the usual words.
@@ -180,6 +187,7 @@ SIZES = {
 # Linear maps of a layer, where they are not four.
 MAPS = {
     "fnet": 1,
+    "dss": 1,
     "longformer": 7,
     "lru": 1,
     "reformer": 3,
