@@ -22,6 +22,7 @@ LAYERS = {
     "nystrom": dict(HEADS, num_landmarks=64, conv_width=35),
     "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
+    "cosformer": dict(HEADS, max_length="{length}"),
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

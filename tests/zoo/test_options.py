@@ -49,6 +49,7 @@ COMPUTED = [
     ("performer", dict(num_heads=2, num_features=16), "kernel", "relu"),
     ("performer", dict(num_heads=2, num_features=16), "rotary_base", 100.0),
     ("linear", dict(num_heads=2), "rotary_base", 100.0),
+    ("cosformer", dict(num_heads=2, max_length=24), "max_length", 40),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_landmarks", 5),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
@@ -81,6 +82,7 @@ SHAPED = [
     ("longformer", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("cosformer", dict(num_heads=4, max_length=24), "num_kv_heads", 2, {"key/kernel": (16, 2, 4)}),
     ("nystrom", dict(num_heads=2), "conv_width", 3, {"taps": (3, 2)}),
     ("nystrom", dict(num_heads=2), "conv_width", None, {"taps": None}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
@@ -115,6 +117,7 @@ ALONE = {
 # What a layer needs beside the usual words.
 SIZES = {
     "blockwise": dict(max_length=24),
+    "cosformer": dict(max_length=24),
     "linformer": dict(max_length=24),
     "sinkhorn": dict(max_length=24),
     "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
