@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-# Of `operation`: decay, inputs and state, then states and the last of them.
-AXES = dict(arrays=("b t d", "b t d", "b d"), outputs=("b t d", "b d"), independent="b d")
+# Of `operation`: decay, which samples may share, inputs and state, then states and the last of them.
+AXES = dict(arrays=("b t d", "b t d", "b d"), outputs=("b t d", "b d"), independent="b d", shared=[[0]])
 
 
 def first_order(decay, inputs, start, reverse):

@@ -136,6 +136,15 @@ def test_vmap_over_some_arguments(implementation):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("place", range(3))
+def test_vmap_over_one_argument_of_a_single_sample(implementation, place):
+    arrays = [x[:1] for x in draw(11)]
+    many = np.stack([arrays[place], 0.5 * arrays[place], -arrays[place]])
+    run = lambda x: first_order(*arrays[:place], x, *arrays[place + 1 :], implementation=implementation)[0]
+    np.testing.assert_allclose(jax.vmap(run)(many), np.stack([run(x) for x in many]), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("length", "decay", "is_complex"), [(1, None, False), (7, (1, 7), False), (16, (2, 1), False), (29, None, True)]
