@@ -11,6 +11,7 @@ from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LinearCache, counts, places
 from subquad.zoo.checks import check_sizes, refuse, require_extend
+from subquad.zoo.projection import in_pieces
 
 
 class CosformerAttention(Attention):
@@ -99,6 +100,10 @@ def features(
     inputs: Float[Array, "B T N H"], positions: Int[Array, "_ T"], max_length: int
 ) -> Float[Array, "B T N 2*H"]:
     """relu(x) times cosine and sine of the position's angle, which goes from 0 to pi / 2: no feature is negative."""
-    angles = (math.pi / 2 / max_length * positions.astype(jnp.float32))[..., None, None]
-    positive = nnx.relu(inputs)
-    return jnp.concatenate([positive * wave(angles).astype(inputs.dtype) for wave in (jnp.cos, jnp.sin)], axis=-1)
+    angles = jnp.broadcast_to(math.pi / 2 / max_length * positions.astype(jnp.float32), inputs.shape[:2])
+
+    def waves(inputs, angles):
+        factors = jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1).astype(inputs.dtype)[:, None, :, None]
+        return (nnx.relu(inputs)[:, :, None] * factors).reshape(*inputs.shape[:2], -1)
+
+    return in_pieces(waves, inputs, angles)
