@@ -18,6 +18,7 @@ from subquad.zoo.features import RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
@@ -33,8 +34,8 @@ from subquad.zoo.statespace.s4 import S4
 
 __all__ = [
     "LAYERS", "S4", "Attention", "Block", "BlockwiseAttention", "CausalLM", "Classifier", "CosformerAttention", "DualEncoder",
-    "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention",
-    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
-    "convert", "generate", "make", "masks", "positions", "stream",
+    "EfficientAttention", "Encoder", "FeedForward", "LinearAttention", "LinformerAttention", "LinformerProjection",
+    "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomFeature", "ReformerAttention",
+    "SinkhornAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
+    "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

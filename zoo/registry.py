@@ -12,6 +12,7 @@ from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
@@ -38,6 +39,7 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,
+    "efficient": EfficientAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
     "synthesizer": SynthesizerAttention,

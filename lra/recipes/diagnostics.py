@@ -21,6 +21,7 @@ LAYERS = {
     "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "cosformer": dict(num_heads=4, is_causal=True, max_length="{length}"),
+    "efficient": dict(num_heads=4, is_causal=True),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),

@@ -23,6 +23,7 @@ LAYERS = {
     "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "cosformer": dict(HEADS, max_length="{length}"),
+    "efficient": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

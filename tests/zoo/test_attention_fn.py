@@ -359,6 +359,7 @@ CHANGES = {
         (dict(stride=4, pattern="fixed"), dict(num_summary=2)),
         (dict(stride=4, pattern="fixed"), dict(distinct_summary=True)),
     ],
+    "efficient": [({}, dict(is_causal=True))],
     "linear": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
     "performer": [
         (dict(num_features=16), dict(is_causal=True)), (dict(num_features=16), dict(num_features=24)),

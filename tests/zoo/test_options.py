@@ -83,6 +83,7 @@ SHAPED = [
     ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("cosformer", dict(num_heads=4, max_length=24), "num_kv_heads", 2, {"key/kernel": (16, 2, 4)}),
+    ("efficient", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("nystrom", dict(num_heads=2), "conv_width", 3, {"taps": (3, 2)}),
     ("nystrom", dict(num_heads=2), "conv_width", None, {"taps": None}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
