@@ -4,7 +4,7 @@ import functools
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 from subquad import zoo
 from subquad.kernels.dispatch import nearest
 from subquad.lra.files import refuse
+from subquad.zoo import registry
 from subquad.zoo.registry import LAYERS
 
 # What a block calls its mixer with, beside the inputs.
@@ -119,15 +120,36 @@ def is_causal(name: str, options: Mapping[str, Any]) -> bool:
     return bool(options.get("is_causal", supports is not None and not supports.bidirectional))
 
 
-def make(name: str, options: Mapping[str, Any], *, dtype: Any, is_causal: bool) -> Callable[..., nnx.Module]:
+def check_dropout(name: str, rate: float) -> None:
+    """Refuses a rate of attention dropout for a layer that has no weights to drop.
+
+    Raises: ValueError: with what to use in its place.
+    """
+    if rate and "dropout_rate" not in _words(name):
+        usable = ", ".join(known for known in LAYERS if "dropout_rate" in _words(known))
+        refuse("attention_dropout_rate", f"be 0 for layer {name!r}, which keeps no weights to be dropped", rate,
+               f"Leave it out, or use {usable}; dropout_rate drops features in any layer.")
+
+
+def _words(name: str) -> Container[str]:
+    return registry.options(name) if name in LAYERS else _parameters(find_layer(name).__init__)
+
+
+def make(
+    name: str, options: Mapping[str, Any], *, dtype: Any, is_causal: bool, dropout_rate: float = 0.0
+) -> Callable[..., nnx.Module]:
     """A function (in_features, rngs) -> layer, as `zoo.Encoder` takes it.
 
     Args:
         dtype: of activations; parameters are float32. Options of the same names outrank it.
         is_causal: build causal layers.
+        dropout_rate: of attention weights; see `check_dropout`. Options outrank it, too.
     Raises: TypeError: an option that the layer does not have, or one missing.
     """
     causal = {"is_causal": True} if is_causal else {}
+    if dropout_rate:
+        drops = {"dropout_rate": dropout_rate, "broadcast_dropout": False}
+        options = {**{word: value for word, value in drops.items() if word in _words(name)}, **options}
     if name in LAYERS:
         return functools.partial(zoo.make, name, **{"dtype": dtype, "param_dtype": jnp.float32, **options, **causal})
     layer = find_layer(name)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,8 +125,11 @@ def _encoder(run: Run, task: Task, extra: int) -> dict:
     return dict(
         vocab_size=task.vocabulary_size + extra, in_features=run.in_features, num_layers=run.num_layers,
         mlp_features=run.mlp_features, max_length=task.length + extra,
-        mixer=layers.make(run.layer, run.layer_options, dtype=jnp.dtype(run.dtype), is_causal=causal),
-        positions=run.positions, dropout_rate=run.dropout_rate, remat=run.remat, dtype=jnp.dtype(run.dtype), **drawn,
+        mixer=layers.make(
+            run.layer, run.layer_options, dtype=jnp.dtype(run.dtype), is_causal=causal, dropout_rate=run.attention_dropout_rate
+        ),
+        positions=run.positions, dropout_rate=run.dropout_rate, norm=run.norm, norm_order=run.norm_order, remat=run.remat,
+        dtype=jnp.dtype(run.dtype), **drawn,
     )  # fmt: skip
 
 
@@ -147,6 +151,11 @@ def build(run: Run, task: Task) -> Model | LanguageModel | Tagger:
     """The model with its first parameters, drawn from run.seed."""
     kind = {"language_model": LanguageModel, "tagging": Tagger}.get(task.kind, Model)
     return kind(run, task, rngs=nnx.Rngs(run.seed))
+
+
+def split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
+    """(graph, parameters, statistics of batch norms, what is fixed) of a model; either of the last three may be empty."""
+    return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
 
 
 def count_parameters(run: Run, task: Task) -> int:

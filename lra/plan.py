@@ -110,10 +110,12 @@ def task_kind(draft: Draft) -> Iterator[Level]:
     yield f"means nothing to a {kind}", {name: value for name, value in usual.items() if draft[name] != value}
 
 
-def drawn_positions(draft: Draft) -> Iterator[Level]:
-    """Positions that are not learned are not drawn."""
-    if draft["positions"] != "learned" and draft["position_std"] is not None and "position_std" not in draft.overrides:
-        yield "positions are not learned", dict(position_std=None)
+def not_drawn(draft: Draft) -> Iterator[Level]:
+    """Positions that are not learned are not drawn, nor are embeddings where pixels are numbers."""
+    idle = {"position_std": draft["positions"] != "learned", "embedding_std": draft["inputs"] != "tokens"}
+    for name, is_idle in idle.items():
+        if is_idle and draft[name] is not None and name not in draft.overrides:
+            yield "there are none to be drawn", {name: None}
 
 
 def causal_pooling(draft: Draft) -> Iterator[Level]:
@@ -147,7 +149,7 @@ def equal_parameters(draft: Draft) -> Iterator[Level]:
 
 # By rising precedence. The last one builds models, so what they are built of is checked before.
 STAGES = (
-    defaults, protocol, recipe, caller, task_kind, drawn_positions, causal_pooling, sequence_length, short_warm_up,
+    defaults, protocol, recipe, caller, task_kind, not_drawn, causal_pooling, sequence_length, short_warm_up,
 )  # fmt: skip
 
 
@@ -201,6 +203,9 @@ def _protocol(page: Recipe, task: str, config: str | None, layer: str, overrides
 def _check(run: Run, draft: Draft) -> None:
     check_values(run)
     protocols.check_protocol(run, draft.task, draft.overrides)
+    layers.check_dropout(run.layer, run.attention_dropout_rate)
+    if run.schedule == "onecycle" and "b1" in draft.overrides:
+        refuse("b1", "be left out under schedule 'onecycle', which cycles it", run.b1, "Use schedule='linear'.")
     for name in ("state_learning_rate", "step_learning_rate"):
         given = draft.overrides.get(name)
         if given is not None and not models.has_state_space(run, draft.task):

@@ -1,6 +1,5 @@
 """The record of a run: everything that decides its numbers. `plan.plan` makes one from a recipe."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -12,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from subquad.kernels.dispatch import nearest
 
 Pooling = Literal["mean", "max", "first", "last", "cls"]
-Schedule = Literal["cosine", "rsqrt", "linear", "constant", "plateau"]
+Schedule = Literal["cosine", "rsqrt", "linear", "onecycle", "constant", "plateau"]
+Norm = Literal["layer", "rms", "batch"]
 Selection = Literal["best", "last"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -33,17 +33,21 @@ class Run:
         mlp_features: features inside the feed-forward networks.
         pooling: of the real tokens; "cls" prepends a token of its own and reads that.
         positions: "learned", "sinusoidal" or None.
-        dropout_rate: of embeddings and block outputs.
+        dropout_rate: of embeddings, of what mixers and feed-forward networks put out, and inside the latter.
+        attention_dropout_rate: of attention weights, for layers that make them; each sample and head drops its own.
+        norm: "layer", "rms" or "batch", whose statistics are of real tokens and are kept in the checkpoint.
+        norm_order: "pre", before mixer and network, and once more at the end; or "post", after each residual sum.
         steps: optimiser steps.
         batch_size: examples per step.
         accumulate: in how many equal parts a batch is computed.
         learning_rate: at the peak; for the schedule "rsqrt" the factor of min(1, t / warmup) / sqrt(max(t, warmup)).
         schedule: after the warm-up, "cosine" or "linear" to 0 at the last step, "rsqrt", "constant", or "plateau": times
-            0.2 whenever the validation loss has had no new minimum in `patience` validations.
+            0.2 whenever the validation loss has had no new minimum in `patience` validations. "onecycle" is PyTorch's, linear:
+            from a 25th of the peak up in the warm-up, down to a 250,000th at the last step.
         warmup_steps: linear warm-up, in steps; a recipe's is at most half of `steps`, but for "rsqrt".
         weight_decay: decoupled, times the learning rate.
         decay: "matrices" spares biases, norms and the layers' other parameters; "all" spares none but those of state spaces.
-        b1: of Adam, of the gradients' average.
+        b1: of Adam, of the gradients' average; "onecycle" has its own, 0.95 at both ends and 0.85 at the peak.
         b2: of Adam, of their squares' average.
         eps: of Adam, added to the root of the squares' average.
         clip_norm: largest global norm of the gradient; None: no limit.
@@ -57,6 +61,7 @@ class Run:
         embedding_std: deviation of the token embeddings at the start, and "cls" starts as 0; None: 1 / sqrt(in_features).
         position_std: deviation of the learned positions at the start; None: 1 / sqrt(in_features).
         patience: validations that a plateau waits for a new minimum.
+        early_stopping: validations without a better one after which a run ends; None: it does all steps.
         protocol: the rules that a number was made by: "lra-2020", those of the arena's code, or "modern", see `protocols`.
         head: between pooled features and logits: "linear", after one hidden layer of in_features for a pair, or "mlp", the
             arena's hidden layer of mlp_features, and a second of half as many for a pair.
@@ -76,6 +81,9 @@ class Run:
     pooling: Pooling = "mean"
     positions: Literal["learned", "sinusoidal"] | None = "learned"
     dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    norm: Norm = "layer"
+    norm_order: Literal["pre", "post"] = "pre"
     steps: int = 300
     batch_size: int = 16
     accumulate: int = 1
@@ -98,6 +106,7 @@ class Run:
     embedding_std: float | None = None
     position_std: float | None = None
     patience: int = 10
+    early_stopping: int | None = None
     protocol: Literal["lra-2020", "modern"] = "modern"
     head: Literal["linear", "mlp"] = "linear"
     interaction: Literal["concat", "nli"] = "nli"
@@ -106,7 +115,7 @@ class Run:
     @property
     def id(self) -> str:
         """Names the run by layer, seed and a hash of all its values."""
-        values = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = json.dumps(vars(self), sort_keys=True)  # not a deep copy: reports ask ten thousand rows
         return f"{self.layer.replace(':', '.')}-seed{self.seed}-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
 
 
@@ -146,13 +155,13 @@ def check_values(run: Run) -> None:
     """
     positive = (
         "in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every", "patience", "eps",
-        "clip_norm", "state_learning_rate", "step_learning_rate", "embedding_std", "position_std",
+        "clip_norm", "state_learning_rate", "step_learning_rate", "embedding_std", "position_std", "early_stopping",
     )  # fmt: skip
     not_negative = ("mlp_features", "warmup_steps", "weight_decay")
     ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(positive, (lambda value: 0 < value < math.inf, "> 0 and finite")),
         **dict.fromkeys(not_negative, (lambda value: 0 <= value < math.inf, ">= 0 and finite")),
-        **dict.fromkeys(("b1", "b2", "dropout_rate"), (lambda value: 0 <= value < 1, "in [0, 1)")),
+        **dict.fromkeys(("b1", "b2", "dropout_rate", "attention_dropout_rate"), (lambda value: 0 <= value < 1, "in [0, 1)")),
         "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
         "ema": (lambda value: 0 < value < 1, "in (0, 1)"),
     }

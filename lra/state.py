@@ -14,8 +14,9 @@ class TrainState:
     """All that a checkpoint holds: a run goes on from it to the same numbers.
 
     Attributes:
-        learner: what a step replaces, see `optim`: parameters, optimiser, step, and where the run has them plateau, average.
-        best: the parameters that were best on validation.
+        learner: what a step replaces, see `optim`: parameters, optimiser, step, and where the run has them plateau, average,
+            statistics.
+        best: the parameters that were best on validation, and the statistics of batch norms then.
         fixed: what the model has drawn and nothing trains, as hash rotations.
         step: steps that are done.
         data: the position in the training data.

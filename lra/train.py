@@ -61,8 +61,9 @@ def train(
     learned and falls back to chance says so at once and goes on; `collapsed_step` of its result keeps it, see `collapse`.
 
     On several devices each takes its rows of every batch, and the sum of their gradients is applied: the same numbers as on
-    one, but for rounding and for the draws of dropout. A checkpoint resumes on any number of devices. In several processes
-    (`parallel.start`) each calls this with the same arguments, `out` is a folder that all of them see, and process 0 writes.
+    one, but for rounding, the draws of dropout, and batch norms, whose statistics are of a part. A checkpoint resumes on any
+    number of devices. In several processes (`parallel.start`) each calls this with the same arguments, `out` is a folder that
+    all of them see, and process 0 writes.
 
     Args:
         run: see `plan.plan`.
@@ -131,7 +132,7 @@ def train(
 def fit(job: "Job", state: TrainState) -> str | None:
     """The loop: steps until the next event, then what the event asks for. Returns: why it failed, or None."""
     run = job.run
-    while state.step < run.steps:
+    while state.step < run.steps and not has_stalled(run, state):
         losses = job.run_steps(state, next_event(run, state.step))
         if not all(map(math.isfinite, losses)):
             return f"failed: non-finite loss by step {state.step}"
@@ -143,6 +144,14 @@ def fit(job: "Job", state: TrainState) -> str | None:
         if state.step < run.steps:
             job.save_if_due(state)
     return None
+
+
+def has_stalled(run: Run, state: TrainState) -> bool:
+    """Whether run.early_stopping ends the run: so many validations were no better than the best before them."""
+    if run.early_stopping is None:
+        return False
+    best = state.best_validation[0] or 0
+    return sum(step > best for step, *_ in state.validations) >= run.early_stopping
 
 
 def next_event(run: Run, step: int) -> int:
@@ -184,9 +193,10 @@ class Job:
 
     def state(self) -> TrainState:
         """The state of the checkpoint, or where there is none the one before the first step."""
-        self.graph, parameters, fixed = nnx.split(models.build(self.run, self.task), nnx.Param, ...)
-        learner = parallel.place(initial_state(self.run, self.optimiser, parameters), self.mesh, self.shard)
-        state = TrainState(learner, best=learner["parameters"], fixed=parallel.place(fixed, self.mesh))
+        self.graph, parameters, statistics, fixed = models.split(models.build(self.run, self.task))
+        learner = initial_state(self.run, self.optimiser, parameters, statistics)
+        learner = parallel.place(learner, self.mesh, self.shard)
+        state = TrainState(learner, best=evaluated(self.run, learner), fixed=parallel.place(fixed, self.mesh))
         if self.checkpoints.latest() is not None:
             record = self.checkpoints.record()
             state.restore(self.checkpoints.arrays(state.arrays()), record)
@@ -291,7 +301,7 @@ class Job:
         scores, rows = {"accuracy": None, "accuracy_best": None, "accuracy_last": None}, ()
         if not failure:
             last = self.averaged(state.learner)
-            best = last if state.best_validation[0] == self.run.steps else state.best
+            best = last if state.best_validation[0] == state.step else state.best
             found, rows = self.evaluation.test(best, last, self.test_lengths)
             scores |= found
         self.checkpoints.close()
@@ -320,7 +330,8 @@ class Job:
             validation_accuracy_last=state.validations[-1][1] if is_accuracy else None,
             train_loss_last=float(np.mean(tail)) if tail else None,
             collapsed_step=self.evaluation.collapsed_step(state.validations), test_examples=len(self.splits["test"]),
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.best)), steps_per_second=state.rate,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.learner["parameters"])), steps_per_second=state.rate,
+            stopped_step=state.step if has_stalled(run, state) and state.step < run.steps else None,
             train_seconds=state.seconds, compile_seconds=self.compile_seconds, flops_per_step=self.flops,
             memory_temporary_bytes=memory.temporary, memory_peak_bytes=memory.peak,
             data=f"{self.source}, batches by grain",
@@ -331,17 +342,27 @@ def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, b
     """One step of the optimiser: (state, fixed, batch) -> (state, loss). Its inputs' buffers may be reused."""
     key = jax.random.fold_in(jax.random.key(run.seed), state["step"])
     total = parallel.over_batch(functools.partial(batch_gradient, run, objective, graph), mesh)
-    (value, count), gradient = total(state["parameters"], fixed, key, batch)
+    if "statistics" in state:
+        fixed = nnx.merge_state(fixed, state["statistics"])
+    (value, (count, statistics)), gradient = total(state["parameters"], fixed, key, batch)
     # Sums until here, because parts of a batch may have different numbers of targets.
     value, gradient = jax.tree.map(lambda a: a / jnp.maximum(count, 1), (value, gradient))
+    if "statistics" in state:
+        parts = run.accumulate * (1 if mesh is None else mesh.size)
+        state = {**state, "statistics": jax.tree.map(lambda a: a / parts, statistics)}
     return apply_gradient(run, optimiser, state, gradient), value
 
 
 def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key, batch):
-    """((sum of losses, number of targets), gradient of the sum) over a batch, in run.accumulate parts."""
+    """((sum of losses, (number of targets, statistics)), gradient of the sum) over a batch, in run.accumulate parts.
+
+    Statistics are those of batch norms after the batch, summed over its parts, each of which is normalised by itself.
+    """
 
     def loss(parameters, part, key):
-        return objective.loss(nnx.merge(graph, parameters, fixed), part, rngs=nnx.Rngs(dropout=key))
+        model = nnx.merge(graph, parameters, fixed, copy=True)  # statistics are written inside the gradient's trace
+        value, count = objective.loss(model, part, rngs=nnx.Rngs(dropout=key))
+        return value, (count, nnx.state(model, nnx.BatchStat))
 
     def accumulate(total, part):
         part, index = part
@@ -351,5 +372,6 @@ def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key
     if run.accumulate == 1:
         return one(batch, key)
     parts = jax.tree.map(lambda a: a.reshape(run.accumulate, -1, *a.shape[1:]), batch)
-    zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, parameters))
+    first = jax.tree.map(lambda a: a[0], parts)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first, key))
     return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(run.accumulate)))[0]

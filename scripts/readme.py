@@ -5,6 +5,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds to load
 
     interrupts.exit_during_startup("readme")
 
+import importlib
 import inspect
 import math
 import pathlib
@@ -18,7 +19,7 @@ from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.report import csv_rows, ledger, measurements, plots, results, text_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
-READMES = ("README.md", "kernels/README.md", "lra/README.md")
+READMES = ("README.md", "kernels/README.md", "lra/README.md", "zoo/README.md")
 PICTURE = ROOT / "lra" / "results" / "bench.png"
 QUICKSTART = ROOT / "lra" / "results" / "quickstart.csv"
 OFFLINE = ROOT / "lra" / "results" / "offline.csv"
@@ -26,6 +27,68 @@ ABILITIES = ROOT / "lra" / "results" / "diagnostics.csv"
 FLOORS = ROOT / "lra" / "results" / "floors.csv"
 COSTS = ROOT / "lra" / "results" / "bench.csv"
 PEERS = ROOT / "kernels" / "results" / "peers_cpu.csv"
+ORACLES = ROOT / "zoo" / "results" / "oracles.csv"
+
+
+def papers(layer) -> str:
+    """Links to the papers that its docstring names as its source."""
+    source = inspect.getdoc(layer).partition("Source:")[2]
+    return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\d{4}\.\d{5}", source))
+
+
+def families() -> dict:
+    """The packages of `zoo` that hold layers, in the order of the table of layers, each with its layers by name."""
+    found = {}
+    for name, layer in zoo.LAYERS.items():
+        found.setdefault(importlib.import_module(layer.__module__.rpartition(".")[0]), {})[name] = layer
+    return found
+
+
+def family_sections() -> str:
+    """Family by family its docstring, and of each layer the first sentence of its own and when to choose it.
+
+    The family's docstring is a title, a text, and below "Choose" a line for a layer: its name, a colon, a reason.
+    """
+    lines = []
+    for family, layers in families().items():
+        if not family.__doc__:
+            raise ValueError(f"readme: {family.__name__} must have a docstring, got none. Say in it what its layers share.")
+        text, _, choose = inspect.getdoc(family).partition("\n\nChoose\n")
+        title, _, text = text.partition("\n\n")
+        reasons = dict(re.findall(r"^ +(\w+): (.+)$", choose, re.MULTILINE))
+        if unknown := reasons.keys() - layers.keys():
+            raise ValueError(f"readme: {family.__name__} must choose between its layers, got {', '.join(unknown)}. Remove it.")
+        lines += [f"### {title.rstrip('.')}", "", text, ""]
+        for name, layer in layers.items():
+            idea = " ".join(inspect.getdoc(layer).partition("\n\n")[0].split())
+            lines.append(f"- `{name}`: {' '.join([idea, *([reasons[name]] if name in reasons else [])])}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def oracle_table() -> str:
+    """One row per layer: whose numbers it was compared with, the largest errors, and how long its file is."""
+    rows = [["layer", "family", "paper", "compared with", "outputs", "gradients", "lines"]]
+    compared: dict[str, list[dict[str, str]]] = {}
+    for row in csv_rows.read_rows(ORACLES):
+        compared.setdefault(row["layer"], []).append(row)
+    if unknown := compared.keys() - zoo.LAYERS.keys():
+        raise ValueError(f"readme: {ORACLES} must have rows of known layers, got {', '.join(unknown)}. Remove them.")
+    for family, layers in families().items():
+        for name, layer in layers.items():
+            peers: dict[str, set[str]] = {}
+            for row in compared.get(name, []):
+                version = re.split(r", | \(", row["version"])[0]
+                peers.setdefault(f"{row['peer']} {version}", set()).add(row["of"])
+            others = [peer + " (mechanism)" * (kinds == {"mechanism"}) for peer, kinds in peers.items()]
+            largest = [
+                max((row[error] for row in compared.get(name, []) if row[error]), key=float, default="-")
+                for error in ("output_error", "gradient_error")
+            ]
+            lines = len(inspect.getsourcelines(inspect.getmodule(layer))[0])
+            folder = family.__name__.rpartition(".")[2]
+            rows.append([f"`{name}`", folder, papers(layer), "; ".join(others) or "-", *largest, str(lines)])
+    return text_tables.markdown(rows, left=4)
 
 
 def layer_table() -> str:
@@ -34,13 +97,11 @@ def layer_table() -> str:
     mark = {True: "yes", False: "", "mask": "masked¹"}
     for name, layer in zoo.LAYERS.items():
         supports = layer.supports
-        source = inspect.getdoc(layer).partition("Source:")[2]
-        papers = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\d{4}\.\d{5}", source))
         direction = mark[supports.causal] if supports.bidirectional else "only"
         masks = ["any" if supports.pairwise_mask else "padding"] + ["segments"] * supports.segment_ids
         rows.append([
-            f"`{name}`", f"`{layer.__name__}`", papers, supports.cost, direction, mark[supports.cross], mark[supports.extend],
-            ", ".join(masks), mark[supports.attention_fn],
+            f"`{name}`", f"`{layer.__name__}`", papers(layer), supports.cost, direction, mark[supports.cross],
+            mark[supports.extend], ", ".join(masks), mark[supports.attention_fn],
         ])  # fmt: skip
     return text_tables.markdown(rows, left=len(rows[0]))
 
@@ -141,6 +202,8 @@ def generated() -> dict[str, str]:
     peers = csv_rows.read_rows(PEERS)
     return {
         "layers": layer_table(),
+        "families": family_sections(),
+        "oracles": oracle_table(),
         "quickstart": results.markdown(results.read_results(QUICKSTART)),
         "tasks": task_table(results.read_results(OFFLINE), csv_rows.read_rows(FLOORS, ledger.Floor)),
         "diagnostics": diagnostics_table(),

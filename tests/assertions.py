@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 
-def errors(actual, expected) -> dict[str, float]:
-    """max |actual - expected| of every leaf, in float64, relative to the leaf's largest or to a tenth of the largest of all.
+def errors(actual, expected, part: float = 0.1) -> dict[str, float]:
+    """max |actual - expected| of every leaf, in float64, relative to the leaf's largest or to a part of the largest of all.
 
     A gradient that the mathematics makes zero, like that of a key's bias under a softmax, holds rounding alone: its error is
     relative to its neighbours, since relative to itself it is 1 and an absolute bound holds on one processor only.
@@ -20,12 +20,12 @@ def errors(actual, expected) -> dict[str, float]:
     sizes = [np.abs(leaf).max(initial=0.0) for leaf in wanted]
     largest = max(sizes, default=0.0)
     return {
-        jax.tree_util.keystr(path): float(np.abs(a - e).max(initial=0.0) / (max(size, largest / 10) or 1.0))
+        jax.tree_util.keystr(path): float(np.abs(a - e).max(initial=0.0) / (max(size, part * largest) or 1.0))
         for (path, _), a, e, size in zip(paths, leaves, wanted, sizes, strict=True)
     }
 
 
-def assert_close(actual, expected, tolerance: float, hint: str = "") -> None:
+def assert_close(actual, expected, tolerance: float, hint: str = "", part: float = 0.1) -> None:
     """Every leaf's error (see `errors`) is below `tolerance`; NaN never is."""
-    bad = {path: f"{error:.1e}" for path, error in errors(actual, expected).items() if not error < tolerance}
+    bad = {path: f"{error:.1e}" for path, error in errors(actual, expected, part).items() if not error < tolerance}
     assert not bad, f"{hint}{': ' if hint else ''}errors of {tolerance:.0e} or more: {bad}"

@@ -116,10 +116,10 @@ class TransformerXLCache(NamedTuple):
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
-class S4Cache(NamedTuple):
-    """The states of all systems after each sample's last real token, in float32: the whole past, whatever its length."""
+class StateCache(NamedTuple):
+    """The state after each sample's last real token, in float32: the whole past, whatever its length."""
 
-    state: Float[Array, "B D P"]  # real parts of the modes, then imaginary parts
+    state: Float[Array, "B *state"]  # of complex modes the real parts, then the imaginary parts, along the last axis
 
 
 class ReformerCache(NamedTuple):
@@ -144,6 +144,21 @@ class SinkhornCache(NamedTuple):
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     sums: Float[Array, "B I D"]  # of the inputs up to the first of each block
     total: Float[Array, "B D"]  # of the inputs so far
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length
+
+
+class RoutingCache(NamedTuple):
+    """Keys and values of each sample's real tokens so far: the token at position t in slot t of S; and their clusters."""
+
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
+    places: Int[Array, "B S N"]  # of tokens in the order of cluster and position, with gaps between clusters
+    members: Int[Array, "B N C"]  # tokens of each cluster so far
 
     @property
     def seen(self) -> Int[Array, "B"]:

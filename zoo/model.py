@@ -198,11 +198,8 @@ class CausalLM(nnx.Module):
                    "Construct the model with a larger max_length, or with positions='sinusoidal'.")
         hidden = encoder.embed_at(tokens, at, mask)
         key_mask = None if mask is None else mask[:, None, None, :]
-        layers = []
-        for block, layer in zip(encoder.blocks, cache.layers, strict=True):
-            hidden, layer = block.extend(hidden, layer, mask=key_mask)
-            layers.append(layer)
-        return self.project(encoder.norm(hidden)), LMCache(tuple(layers), at[:, -1] + 1)
+        hidden, layers = encoder.extend_blocks(hidden, cache.layers, key_mask)
+        return self.project(hidden), LMCache(layers, at[:, -1] + 1)
 
     generate = generation.generate
     stream = generation.stream

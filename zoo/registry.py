@@ -7,33 +7,57 @@ from flax import nnx
 
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
+from subquad.zoo.buckets.clustered import ClusteredAttention
+from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.buckets.smyrf import SmyrfAttention
+from subquad.zoo.dense.entmax import EntmaxAttention
+from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
+from subquad.zoo.headless import Headless
 from subquad.zoo.kernelized.cosformer import CosformerAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.patterns.axial import AxialAttention
+from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
+from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
+from subquad.zoo.statespace.s5 import S5
 
-Layer = Attention | S4
+Layer = Attention | Headless
 
-LAYERS: dict[str, type[Attention] | type[S4]] = {
+LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
+    "entmax": EntmaxAttention,
+    "synthesizer": SynthesizerAttention,
+    "fnet": FNet,
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
+    "diagonal": DiagonalAttention,
+    "random": RandomAttention,
     "strided": StridedAttention,
+    "axial": AxialAttention,
     "longformer": LongformerAttention,
+    "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
+    "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,
+    "smyrf": SmyrfAttention,
+    "informer": InformerAttention,
+    "clustered": ClusteredAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "linear": LinearAttention,
@@ -42,11 +66,12 @@ LAYERS: dict[str, type[Attention] | type[S4]] = {
     "efficient": EfficientAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
-    "synthesizer": SynthesizerAttention,
+    "s5": S5,
+    "lru": LRU,
 }
 
 
-def find(name: str) -> type[Attention] | type[S4]:
+def find(name: str) -> type[Attention] | type[Headless]:
     """The class of a layer, or a ValueError with the nearest known name."""
     if name not in LAYERS:
         raise ValueError(f"zoo: layer must be a known name, got {name!r}. {nearest(name, LAYERS)}")

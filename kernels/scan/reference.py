@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-# Of `operation`: decay, which samples may share, inputs and state, then states and the last of them.
+# Of `operation`: decay, inputs and state, then states and the last of them.
 AXES = dict(arrays=("b t d", "b t d", "b d"), outputs=("b t d", "b d"), independent="b d", shared=[[0]])
 
 

@@ -50,6 +50,10 @@ class Model:
     source: str
 
 
+# Softmax attention with all its logits in memory, as the papers' Transformers keep them.
+PLAIN = "plain_softmax"
+# Sequences in a batch of the tables that ratios are published in.
+PAPERS_BATCH = 32
 MODELS = {
     "lra-text": Model(
         "lra-2020", "text", "lra", 4,
@@ -71,13 +75,15 @@ def plan(
 
     Args:
         model: a key of `MODELS`.
-        layer: a key of `zoo.LAYERS`, or package.module:ClassName.
+        layer: a key of `zoo.LAYERS`, package.module:ClassName, or `PLAIN`.
         length: tokens of a sequence.
         implementation: what the layer is to run; None: its own choice.
         options: of the layer's constructor, before those of the model; "local.window_size" is for that layer alone.
-        values: of `Run`, before those of the model.
+        values: of `Run`, before those of the model. Attention dropout, which only some layers can have, is off.
     Raises: ValueError, TypeError: what `plan.plan` raises.
     """
+    if layer == PLAIN:
+        layer, implementation = "softmax", "reference"
     rules = MODELS[model]
     task = replace(tasks.find_task(rules.task, rules.config), length=length)
     known = registry.options(layer) if layer in registry.LAYERS else signature(layers.find_layer(layer).__init__).parameters
@@ -90,12 +96,23 @@ def plan(
             given[word] = value
     if implementation is not None and "implementation" in known:
         given["implementation"] = implementation
-    return plan_run(rules.recipe, layer, task=task, layer_options=given, **values), task
+    return plan_run(rules.recipe, layer, task=task, layer_options=given, **{"attention_dropout_rate": 0.0, **values}), task
 
 
 def usual_batch_size() -> int:
     """Sequences that a program takes where nothing else is said."""
     return 1 if jax.default_backend() == "cpu" else 32
+
+
+def fitting_batch_size(model: str, length: int, limit: int) -> int:
+    """`PAPERS_BATCH`, or half of it as often as a training step of `PLAIN` needs to fit into so many bytes; 1 in any case.
+
+    Its memory is taken to grow with the batch, and a tenth is left to parameters, and to the layers beside it.
+    """
+    run, task = plan(model, PLAIN, length, batch_size=PAPERS_BATCH)
+    excess = compile_program(run, task, "train").memory.peak / (0.9 * limit)
+    halved = max(0, math.ceil(math.log2(excess)))
+    return max(1, PAPERS_BATCH >> halved)
 
 
 class Program(NamedTuple):
@@ -123,7 +140,7 @@ def compile_program(run: Run, task: Task, mode: str) -> Program:
 
 def start_program(program: Program) -> Callable[[], Any]:
     """Allocates a program's arguments. Returns: a call of it that waits for its results."""
-    model = nnx.split(models.build(program.run, program.task), nnx.Param, ...)
+    model = models.split(models.build(program.run, program.task))
     _, (first, *rest) = _function(program.run, program.task, program.mode, model, _batch(program.run, program.task))
     if program.mode != "train":
         return lambda: jax.block_until_ready(program.compiled(first, *rest))
@@ -138,12 +155,14 @@ def start_program(program: Program) -> Callable[[], Any]:
 
 
 def _abstract(run: Run, task: Task):
-    return nnx.split(nnx.eval_shape(lambda: models.build(run, task)), nnx.Param, ...)
+    return models.split(nnx.eval_shape(lambda: models.build(run, task)))
 
 
 def _function(run: Run, task: Task, mode: str, model, batch=None) -> tuple[Callable, tuple]:
     """(function, its arguments): arrays where `model` and `batch` are, else shapes."""
-    (graph, parameters, fixed), objective = model, OBJECTIVES[task.kind]
+    (graph, parameters, statistics, fixed), objective = model, OBJECTIVES[task.kind]
+    if mode != "train":
+        fixed = nnx.merge_state(fixed, statistics)
     if batch is None:
         batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _batch(run, task)))
     if mode == "forward":
@@ -154,14 +173,14 @@ def _function(run: Run, task: Task, mode: str, model, batch=None) -> tuple[Calla
         def gradient(parameters, fixed, batch):
             # As the first training step draws.
             key = jax.random.fold_in(jax.random.key(run.seed), 0)
-            (value, count), found = train.batch_gradient(run, objective, graph, parameters, fixed, key, batch)
+            (value, (count, _)), found = train.batch_gradient(run, objective, graph, parameters, fixed, key, batch)
             return value / count, found
 
         return gradient, (parameters, fixed, batch)
     optimiser = optim.make_optimiser(run)
     state = functools.partial(optim.initial_state, run, optimiser)
     concrete = isinstance(jax.tree.leaves(parameters)[0], jax.Array)
-    state = state(parameters) if concrete else jax.eval_shape(state, parameters)
+    state = state(parameters, statistics) if concrete else jax.eval_shape(state, parameters, statistics)
     return lambda *words: train.train_step(run, objective, graph, optimiser, *words), (state, fixed, batch)
 
 

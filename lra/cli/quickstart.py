@@ -22,6 +22,8 @@ from subquad.lra.report.measurements import Measurement
 from subquad.lra.run import Run
 
 DRAWN, OTHER = "diagnostics", "quickstart"  # the recipes of tasks that are drawn, and of others
+# What is shown where nothing else is asked for; "all" is every layer of the recipe `OTHER`.
+LAYERS = ("softmax", "blockwise", "local", "strided", "reformer", "linformer", "performer", "transformer_xl", "s4")
 TASKS, MORE_TASKS = ("recall", "selective_copy"), ("mqar", "induction", "parity")
 STEPS = 200  # of each layer on each task; all that the task's recipe has with --full
 LENGTHS, MORE_LENGTHS = (256, 1024, 8192), (512, 2048, 4096)
@@ -38,9 +40,10 @@ LONGER = "The same and harder tasks, run before: rows that came with the package
 
 def parse(command_line: Sequence[str] | None, program: str):
     parser = commands.Parser(prog=program, description=__doc__)
-    every = list(recipes.RECIPES[DRAWN].layers)
+    every = list(recipes.RECIPES[OTHER].layers)
     add = parser.add_argument
-    add("--layers", nargs="+", default=every, metavar="LAYER", help=f"of {' '.join(every)}; default: all")
+    named = f"of {' '.join(every)}, or all; default: {' '.join(LAYERS)}"
+    add("--layers", nargs="+", default=LAYERS, metavar="LAYER", help=named)
     known = f"of {' '.join(tasks.TASKS)}, or as listops/tiny; default: {' '.join(TASKS)}"
     add("--tasks", nargs="+", default=None, metavar="TASK", help=known)
     at = ",".join(map(measurements.length_label, LENGTHS))
@@ -57,7 +60,9 @@ def parse(command_line: Sequence[str] | None, program: str):
         given = getattr(arguments, name)
         setattr(arguments, name, commands.split_words(" ".join(given)))
         if not getattr(arguments, name):
-            parser.error(f"--{name} must name at least one, got {' '.join(given)!r}. Leave it out for all.")
+            parser.error(f"--{name} must name at least one, got {' '.join(given)!r}. Leave it out.")
+    if arguments.layers == ["all"]:
+        arguments.layers = every
     return arguments
 
 
@@ -82,6 +87,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
         overview.ability(rows, ABILITY, reasons=reasons),
         overview.ability(before, LONGER, "Ability, longer runs"),
         overview.arena(known, TABLES),
+        *overview.damaged([out / "quickstart.csv", out / "cost.csv"]),
     ]
     took = f"{clock(time.monotonic() - began)} in all; {machine.hardware()}."
     page.write("subquad: what each layer costs and can do", sections, out / "index.html", footer=took)
@@ -111,7 +117,7 @@ def plan_all(arguments) -> tuple[list[tuple[str, Run]], dict[tuple[str, str], st
         for layer in arguments.layers:
             try:
                 runs += [(word, plan(recipe, layer, task=name, seed=seed, **chosen, **given)) for seed in seeds]
-            except (ValueError, NotImplementedError) as error:
+            except (ValueError, TypeError, NotImplementedError) as error:
                 errors.append(error)
                 reasons[layer, word] = files.one_line(error)
     if not runs:

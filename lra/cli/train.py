@@ -86,6 +86,8 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
                 found = json.loads(row.scores_by_length).items()
                 words = [f"{length}: {score if isinstance(score, str) else f'{score:.3f}'}" for length, score in found]
                 print(f"Seed {row.seed} by length: {'; '.join(words)}.")
+            if row.stopped_step is not None:
+                print(f"Seed {row.seed} stopped at step {row.stopped_step}: its validations had become no better.")
             if row.collapsed_step is not None:
                 print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
         print(f"Added to {out}/results.csv; losses and checkpoints in {out}/runs.")

@@ -21,9 +21,19 @@ LAYERS = {
     "blockwise": dict(HEADS, max_length="{length}", block_size=50),
     "local": dict(HEADS, window_size=25),
     "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
+    "diagonal": dict(HEADS, window_size=25),
+    "random": dict(HEADS, max_length="{length}", block_size=50),
+    "axial": HEADS,
+    # 512 tokens, of which the query is one; the released models have no global tokens.
+    "longformer": dict(HEADS, window_size=(255, 256), num_global=0),
+    "bigbird": dict(HEADS, max_length="{length}"),
     # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
     "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
+    "routing": dict(HEADS, num_clusters=32),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
+    "smyrf": dict(HEADS, num_hashes=2, cluster_size=50),
+    "informer": HEADS,
+    "clustered": HEADS,
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
     "nystrom": HEADS,
     "linear": HEADS,
@@ -32,6 +42,10 @@ LAYERS = {
     "efficient": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": {},
+    "s5": {},
+    "lru": {},
+    "fnet": {},
+    "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 ATTENTION = layers_with(LAYERS, "num_heads")
@@ -47,6 +61,7 @@ LRA_2020 = Recipe(
             learning_rate=0.05, schedule="rsqrt", warmup_steps=1000, weight_decay=0.1, decay="all", eps=1e-9, clip_norm=None,
             evaluate_every=50,
         ),
+        "* softmax": dict(attention_dropout_rate=0.1),
         # Text
         "text": dict(ARENA_TEXT, evaluate_every=100),
         f"text|retrieval {ATTENTION}": dict(layer_options=dict(num_heads=4)),
@@ -64,10 +79,15 @@ LRA_2020 = Recipe(
             schedule="cosine", warmup_steps=175, weight_decay=0.0, evaluate_every=175, dropout_rate=0.3, **LEARNED_POSITIONS,
         ),
         "image blockwise|transformer_xl": dict(layer_options=dict(num_heads=1, qkv_features=32)),
+        "image softmax": dict(attention_dropout_rate=0.2),
         "image softmax|strided|linformer|linear|performer|synthesizer": dict(
             WIDE_IMAGE, layer_options=dict(num_heads=8, qkv_features=64)
         ),
         "image local": dict(WIDE_IMAGE, layer_options=dict(num_heads=2, qkv_features=64), pooling="mean"),
+        "image longformer": dict(
+            WIDE_IMAGE, num_layers=4, layer_options=dict(num_heads=4, qkv_features=64), pooling="mean"
+        ),
+        "image bigbird": dict(WIDE_IMAGE, layer_options=dict(num_heads=1, qkv_features=64)),
         "image reformer": dict(
             in_features=64, num_layers=4, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
@@ -90,6 +110,10 @@ LRA_2020 = Recipe(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=4, qkv_features=32)
         ),
         "pathfinder strided": dict(layer_options=dict(num_heads=8, qkv_features=16)),
+        "pathfinder longformer": dict(layer_options=dict(num_heads=2, qkv_features=16), num_layers=2),
+        "pathfinder bigbird": dict(
+            in_features=64, num_layers=4, mlp_features=64, dropout_rate=0.2, layer_options=dict(num_heads=2, qkv_features=32)
+        ),
         "pathfinder reformer": dict(
             in_features=64, num_layers=2, mlp_features=64, layer_options=dict(num_heads=8, qkv_features=64, chunk_size=103)
         ),
@@ -124,6 +148,10 @@ LRA_2020 = Recipe(
         ("*", "Every test example counts; the released code drops the last partial batch."),
         ("* local", "Neighbours are attended to, as many as the released layer's groups of 50 distant positions hold."),
         ("* strided", "The pattern looks both ways; the released code masks a dense causal attention."),
+        (
+            "* bigbird",
+            "Random blocks are drawn from all, the same in every layer; the released code draws from the first 1,024 tokens.",
+        ),
         ("* linformer", "Keys and values have a projection each; the released layer has one for both."),
         ("* synthesizer", "Logits of both kinds are averaged with weights that are learned; the released layer adds them."),
         (
@@ -142,8 +170,11 @@ LRA_2020 = Recipe(
             "The ReLU is of a random projection; the released one is of the features themselves.",
         ),
         # The released Performer drops none either.
-        ("listops|text|retrieval|pathfinder softmax|local|strided|sinkhorn|linformer|synthesizer", NO_DROPOUT.format(0.1)),
-        ("image softmax|local|strided|linformer|synthesizer", NO_DROPOUT.format(0.2)),
+        (
+            "listops|text|retrieval|pathfinder local|strided|longformer|sinkhorn|linformer|synthesizer",
+            NO_DROPOUT.format(0.1),
+        ),
+        ("image local|strided|longformer|linformer|synthesizer", NO_DROPOUT.format(0.2)),
         ("text", "Sequences have 1,000 bytes, as released; the paper took the best of 1K to 4K."),
         ("retrieval", "Both documents reach the head; in the released code the second one does not."),
         ("image|pathfinder", BLACK),

@@ -1,9 +1,12 @@
-"""Quickstart: every layer at the same number of parameters, in minutes on a laptop.
+"""Quickstart: every layer at the same number of parameters, in minutes on a laptop; on ListOps also named listops-small.
 
 Source     none; sizes that fit a CPU, so that nobody needs a paper to see a layer learn
 Command    python scripts/quickstart.py
+           python scripts/train.py --recipe listops-small --layer softmax
 Expected   results/quickstart.csv, in the README: seeds, spread and floors
 """
+
+import dataclasses
 
 from subquad.lra.recipes.recipe import Recipe
 
@@ -16,8 +19,17 @@ QUICKSTART = Recipe(
         "blockwise": dict(num_heads=4, max_length="{length}", block_size=32),
         "local": dict(num_heads=4, window_size=16),
         "strided": dict(num_heads=4, stride=16),
+        "diagonal": dict(num_heads=4, window_size=16, dilation=[1, 1, 2, 4]),
+        "random": dict(num_heads=4, max_length="{length}", block_size=16),
+        "axial": dict(num_heads=4, row_length=16),
+        "longformer": dict(num_heads=4, window_size=16),
+        "bigbird": dict(num_heads=4, max_length="{length}", block_size=16, num_random=1),
         "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
+        "routing": dict(num_heads=4, num_clusters=8),
         "sinkhorn": dict(num_heads=4, max_length="{length}", block_size=32),
+        "smyrf": dict(num_heads=4, num_hashes=2, cluster_size=32),
+        "informer": dict(num_heads=4),
+        "clustered": dict(num_heads=4, num_clusters=16, num_top=16),
         "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
         "nystrom": dict(num_heads=4, num_landmarks=16),
         "linear": dict(num_heads=4),
@@ -26,6 +38,10 @@ QUICKSTART = Recipe(
         "efficient": dict(num_heads=4),
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
+        "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
+        "lru": dict(state_size=64),
+        "fnet": {},
+        "entmax": dict(num_heads=4),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
     },
     settings={
@@ -36,4 +52,9 @@ QUICKSTART = Recipe(
             layer_options=dict(num_landmarks=8, sharing="key_value")
         ),
     },
+)
+
+# Two blocks of 64 features on expressions of at most 200 tokens, 300 steps: two minutes or less a layer.
+LISTOPS_SMALL = dataclasses.replace(
+    QUICKSTART, id="listops-small", settings={"listops": dict(config="small"), **QUICKSTART.settings}
 )

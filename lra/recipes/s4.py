@@ -16,12 +16,12 @@ from subquad.lra.recipes.shared import DRAWN, PATH_X
 
 SETTINGS = {
     "*": dict(
-        mlp_features=0, pooling="mean", positions=None, dropout_rate=0.0, decay="all", b2=0.999, clip_norm=None,
+        mlp_features=0, pooling="mean", positions=None, dropout_rate=0.0, norm="batch", decay="all", b2=0.999, clip_norm=None,
         selection="best", protocol="modern", head="linear", schedule="cosine", weight_decay=0.05, state_learning_rate=1e-3,
     ),
     "listops": dict(
         config="lra", num_layers=6, in_features=256, batch_size=32, learning_rate=0.01, steps=120_000, warmup_steps=12_000,
-        evaluate_every=1200,
+        evaluate_every=1200, norm_order="post",
     ),
     "text": dict(
         config="modern", num_layers=6, in_features=256, batch_size=16, learning_rate=0.01, steps=50_000, warmup_steps=5000,
@@ -33,7 +33,7 @@ SETTINGS = {
     ),
     "image": dict(
         config="lra", inputs="continuous", num_layers=6, in_features=512, batch_size=50, learning_rate=0.01, steps=180_000,
-        warmup_steps=18_000, evaluate_every=1800, dropout_rate=0.1,
+        warmup_steps=18_000, evaluate_every=1800, dropout_rate=0.1, norm_order="post",
     ),
     "pathfinder": dict(
         config="32_hard", inputs="continuous", num_layers=6, in_features=256, batch_size=64, learning_rate=0.004,
@@ -42,13 +42,14 @@ SETTINGS = {
     PATH_X: dict(batch_size=16, learning_rate=0.001, layer_options=dict(dt_min=1e-4)),
 }  # fmt: skip
 
-LAYER_NORM = "Layer norm takes the place of batch norm."
-NORM_BEFORE = "The norm stands before the mixer; theirs stands after it."
 DEVIATIONS = (
+    ("listops|text|retrieval", "Padding is in no batch's statistics; theirs is."),
+    ("retrieval", "Each document of a pair has batch statistics of its own; theirs are of both."),
     ("listops", "No token ends an expression; theirs has one."),
     ("text", "Validation is a tenth of the training reviews, held out, and the rest trains; theirs validates on test."),
     ("text|retrieval", "Tokens are bytes, and none ends a text; theirs are characters with an end."),
     ("image", "Pixels are scaled to -1..1; theirs are normalised by their mean and deviation."),
+    ("image", "Each number is dropped by itself; theirs drop a feature at all positions of a picture."),
     *DRAWN,
 )
 
@@ -61,7 +62,7 @@ S4 = Recipe(
         "image": dict(layer_options=dict(state_size=64, num_ssm=1)),
         "pathfinder": dict(layer_options=dict(state_size=64)),
     }),
-    deviations=(("*", LAYER_NORM), ("listops|image", NORM_BEFORE), *DEVIATIONS),
+    deviations=DEVIATIONS,
 )
 
 S4D = Recipe(
@@ -75,7 +76,7 @@ S4D = Recipe(
         "listops": dict(num_layers=8, in_features=128, batch_size=50, steps=80_000, warmup_steps=8000, evaluate_every=800),
         "retrieval": dict(warmup_steps=2500),
         "listops|text|retrieval": dict(step_learning_rate=0.01),
-        "image": dict(warmup_steps=900, layer_options=dict(num_ssm=2)),
+        "image": dict(warmup_steps=900, norm="layer", layer_options=dict(num_ssm=2)),
         "pathfinder": dict(warmup_steps=2500, weight_decay=0.03, pooling="last"),
         PATH_X: dict(
             batch_size=16, learning_rate=5e-4, warmup_steps=10_000, weight_decay=0.05, pooling="mean",
@@ -83,7 +84,6 @@ S4D = Recipe(
         ),
     }),
     deviations=(
-        ("listops|text|retrieval|pathfinder", LAYER_NORM),
         ("listops", "The warm-up is a tenth of all steps; our source does not give theirs."),
         *DEVIATIONS,
     ),
@@ -102,7 +102,9 @@ S4_FIRST = Recipe(
             evaluate_every=450, patience=5,
         ),
         "retrieval": dict(learning_rate=0.002, steps=20 * 2299, evaluate_every=2299),
-        "image": dict(learning_rate=0.004, steps=200 * 900, evaluate_every=900, dropout_rate=0.2, weight_decay=0.01),
+        "image": dict(
+            learning_rate=0.004, steps=200 * 900, evaluate_every=900, dropout_rate=0.2, weight_decay=0.01, norm="layer"
+        ),
         "pathfinder": dict(batch_size=100, steps=200 * 1600, evaluate_every=1600, dropout_rate=0.1),
         "listops|text|retrieval|image|pathfinder": dict(warmup_steps=0),
         PATH_X: dict(
@@ -110,5 +112,5 @@ S4_FIRST = Recipe(
             layer_options=dict(dt_min=1e-4),
         ),
     }),
-    deviations=(("listops|text", LAYER_NORM), ("listops|image", NORM_BEFORE), *DEVIATIONS),
+    deviations=DEVIATIONS,
 )  # fmt: skip

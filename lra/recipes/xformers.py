@@ -26,6 +26,7 @@ XFORMERS = Recipe(
         "image|pathfinder linformer": dict(layer_options=dict(num_landmarks=256)),
     }),
     deviations=(
+        ("* linformer", "Attention weights are not dropped; theirs are."),
         ("* performer", "Random features are fixed; theirs are drawn anew every 1000 steps."),
         ("retrieval|image|pathfinder", "Blocks are plain ones; theirs are reversible, which saves memory."),
         *nystromformer.DEVIATIONS,

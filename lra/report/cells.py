@@ -70,16 +70,25 @@ def _none(reason: str) -> Answer:
 
 _NO_LAYER = _none("no such layer here")
 _ARENA_LAYERS = {
-    "Transformer": "softmax", "Local Attention": "local", "Sparse Transformer": "strided", "Linformer": "linformer",
-    "Reformer": "reformer", "Sinkhorn Transformer": "sinkhorn", "Linear Transformer": "linear", "Performer": "performer",
+    "Transformer": "softmax",
+    "Local Attention": "local",
+    "Sparse Transformer": "strided",
+    "Longformer": "longformer",
+    "BigBird": "bigbird",
+    "Linformer": "linformer",
+    "Reformer": "reformer",
+    "Sinkhorn Transformer": "sinkhorn",
     "Synthesizer": "synthesizer",
-}  # fmt: skip
+    "Linear Transformer": "linear",
+    "Performer": "performer",
+}
 _ARENA = {row: Answer("lra-2020", layer) for row, layer in _ARENA_LAYERS.items()}
 # The model of table 2 is that of Text, whatever the length. What the arena emulates by masks it does not time.
-_SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if row != "Sparse Transformer"}
+_SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if layer not in ("strided", "longformer")}
 
 
 _USUAL_LAYERS = {"Linformer": "linformer", "Performer": "performer", "Reformer": "reformer"}
+_OF_SKYFORMER = {"BigBird": "bigbird", "Nystromformer": "nystrom"} | _USUAL_LAYERS
 
 
 def _rows(recipe: str, layers: Mapping[str, str]) -> dict[str, Answer]:
@@ -90,9 +99,11 @@ _S4_ROWS = {
     "S4 (original, v1)": Answer("s4-v1", "s4"),
     "S4 (updated, = S4-LegS)": Answer("s4d", "s4"),  # S4-LegS of the paper of S4D: the same numbers
     "Nystromformer": Answer("nystromformer", "nystrom"),
+    "FNet": _none("its sizes and schedule on the arena are not in what was read"),
     "Random": _none("a guess, and no model"),
 }
 _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
+_DRAWN_OTHERWISE = "How B and C were drawn for this Lambda is not in what was read."
 _UNKNOWN = "the size of its model is not in what was read"
 _MACHINE = _none("an absolute time or memory of its authors' machine; scripts/bench_lra.py has this machine's")
 
@@ -114,9 +125,12 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "S4D-Inv": Answer("s4d", "s4", dict(mode="diagonal", init="inv")),
         "S4D-Lin": Answer("s4d", "s4", dict(mode="diagonal", init="lin")),
     },
-    ("s5", "1"): {},
-    ("s5", "inits"): {},
-    ("s5", "v1"): {},
+    ("s5", "1"): {"S5": Answer("s5", "s5")},
+    ("s5", "inits"): {
+        "S5-Inv init": Answer("s5", "s5", dict(init="inv"), _DRAWN_OTHERWISE),
+        "S5-Lin init": Answer("s5", "s5", dict(init="lin"), _DRAWN_OTHERWISE),
+    },
+    ("s5", "v1"): {"S5 (v1)": _none("its configurations are not in what was read")},
     ("mega", "2"): {
         "Transformer (re-implemented)": Answer("bench", "softmax"),
         "Reformer": Answer("bench", "reformer"),
@@ -129,15 +143,18 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
         "Reformer-2": "reformer", "Nystromformer-64": "nystrom",
     }),
-    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", "Nystromformer": "nystrom", **_USUAL_LAYERS}),
-    ("skyformer", "2"): dict.fromkeys(("Self-Attention", "Nystromformer", *_USUAL_LAYERS), _MACHINE),
+    ("skyformer", "1"): _rows("skyformer", {"Self-Attention": "softmax", **_OF_SKYFORMER}) | {
+        "Informer": Answer("skyformer", "informer", note="Its factor is not in what was read."),
+    },
+    ("skyformer", "2"): dict.fromkeys(("Informer", "Self-Attention", *_OF_SKYFORMER), _MACHINE),
     ("xformers", "1"): _rows("xformers", {
         "Standard": "softmax", "Linformer-seq/4 (no redraw)": "linformer", "Favor-256 (redraw)": "performer",
         "Nystromformer-128": "nystrom",
-    }),
+    }) | {"FourierMix": _none("it transforms each head of projected inputs, and a linear map follows: not FNet's layer")},
     ("flashattention", "3"): _rows("nystromformer", {"Transformer": "softmax", **_USUAL_LAYERS}) | {
         "FlashAttention": Answer("nystromformer", "softmax", note="The same function as softmax attention."),
         "Linear Attention": Answer("nystromformer", "linear"),
+        "Smyrf": Answer("nystromformer", "smyrf", note="Its rounds and clusters are not in what was read."),
         "Local Attention": Answer("nystromformer", "local", note="The window's size is not in what was read."),
     },
     ("flashattention", "6"): {"FlashAttention": _none(_UNKNOWN)},

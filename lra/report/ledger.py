@@ -4,8 +4,9 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from subquad.lra.report import csv_rows, results
 from subquad.lra.report.measurements import Measurement
@@ -92,8 +93,11 @@ class Ledger:
         return [row for rows in self.results.values() for row in rows]
 
     def finished_runs(self, run: Run) -> list[Result]:
-        """The finished runs that differ from `run` in the seed alone, one for each seed, in their order."""
-        seeds = {row.seed: row for row in self._of_any_seed(run) if row.accuracy is not None}
+        """The finished runs that `hash_without_seed` names as it does `run`, one for each seed, in their order."""
+        found = [row for row in self._of_any_seed(run) if row.accuracy is not None]
+        # Of two rows of a seed that of the run itself, not the one that was validated more or less often.
+        found.sort(key=lambda row: evaluate_every(row) == run.evaluate_every)
+        seeds = {row.seed: row for row in found}
         return [seeds[seed] for seed in sorted(seeds)]
 
     def failed_runs(self, run: Run) -> list[Result]:
@@ -109,19 +113,33 @@ class Ledger:
 
 
 def hash_without_seed(configuration: str | dict) -> str:
-    """What names a configuration without its seed. Values that an older version did not know have their defaults.
+    """What names a configuration without its seed, and without how often it is validated where no step depends on that.
+
+    Values at their defaults do not count: those that an older version did not know had them.
 
     Example:
         >>> hash_without_seed({"seed": 1}) == hash_without_seed({"seed": 2, "steps": Run.steps})
         True
         >>> hash_without_seed({"seed": 1}) == hash_without_seed({"seed": 1, "steps": 7})
         False
+        >>> hash_without_seed({"steps": 7}) == hash_without_seed({"steps": 7, "evaluate_every": 500})
+        True
     """
     given = json.loads(configuration) if isinstance(configuration, str) else configuration
-    values = {**dataclasses.asdict(Run()), **given}
-    values["layer_options"] = dict(values["layer_options"])
-    del values["seed"]
-    return results.configuration_hash(values)
+    usual = dataclasses.asdict(Run())
+    left_out = {"seed"} if validations_count({**usual, **given}) else {"seed", "evaluate_every"}
+    counted = {name: value for name, value in given.items() if name not in left_out and value != usual.get(name)}
+    return results.configuration_hash(counted)
+
+
+def validations_count(values: Mapping[str, Any]) -> bool:
+    """Whether a run's steps depend on how often it is validated: something waits for a number of validations."""
+    return values["schedule"] == "plateau" or values["early_stopping"] is not None
+
+
+def evaluate_every(row: Result) -> int:
+    """How often the run of a row was validated, in steps."""
+    return json.loads(row.configuration).get("evaluate_every", Run.evaluate_every)
 
 
 def read_ledger(paths: Iterable[str | os.PathLike] = ()) -> Ledger:

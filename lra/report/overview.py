@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from subquad.lra.report import cells, comparison, csv_rows, examples, measurements, plots, results, verdicts
+from subquad.lra.report import cells, comparison, csv_rows, examples, ledger, measurements, plots, results, verdicts
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.measurements import Measurement, layer_label, length_label
 from subquad.lra.report.page import Section
@@ -17,19 +18,24 @@ from subquad.lra.run import Run
 
 def cost(rows: Iterable[Measurement]) -> Section:
     """Time and memory against length of measurements of one model, and where each layer becomes cheaper than the baseline."""
-    rows = [row for row in rows if row.median_ms]
+    every = list(rows)
+    rows = [row for row in every if row.median_ms]
     says = (
         "Time per token and memory against length, measured on this machine in turn: what a layer costs here, and from which "
         "length it pays. It does not say what a GPU would take, nor how well a layer learns."
     )
     if not rows:
         return Section("Cost", says)
-    tables = [growth([row for row in rows if row.mode == mode]) for mode in dict.fromkeys(row.mode for row in rows)]
+    tables = [growth([row for row in every if row.mode == mode]) for mode in dict.fromkeys(row.mode for row in rows)]
     return Section("Cost", says, tables, [(plots.cost_against_length(rows), "time and memory against length")])
 
 
 def growth(rows: Sequence[Measurement]) -> Table:
-    """How time and memory of one mode grow with the length, and where each layer becomes cheaper than the baseline."""
+    """How time and memory of one mode grow with the length, and where each layer becomes cheaper than the baseline.
+
+    Rows of what could not be measured are told below.
+    """
+    rows, failed = [row for row in rows if row.median_ms], [row for row in rows if not row.median_ms]
     lines: dict[str, dict[int, Measurement]] = {}
     for row in sorted(rows, key=lambda row: row.length):
         lines.setdefault(layer_label(row, rows), {})[row.length] = row
@@ -47,7 +53,9 @@ def growth(rows: Sequence[Measurement]) -> Table:
         powers = ["" if found is None else f"T^{found:.2f}" for found in map(power, ("median_ms", "peak_bytes"))]
         body.append([name, *powers, per_token(shortest), per_token(longest), memory, crossover_words(at.values())])
     note = f"Medians of calls in turn; growth between the two longest lengths. {one.hardware}; commit {str(one.commit)[:12]}."
-    return Table(f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}", [heading, *body], [note])
+    body += [[name, *[""] * (len(heading) - 1)] for name in dict.fromkeys(row.layer for row in failed) if name not in lines]
+    without = [f"{row.layer} at {length_label(row.length)}: {row.status}" for row in failed]
+    return Table(f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}", [heading, *body], [note, *without])
 
 
 def measured(rows: Sequence[Measurement]) -> Section:
@@ -157,6 +165,19 @@ def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
     return Section("Arena", says, found)
 
 
+def damaged(paths: Iterable[str | os.PathLike]) -> list[Section]:
+    """A section of the lines of files that cannot be read, or contradict themselves; none where there are none.
+
+    The rows that come with the package are looked at, too.
+    """
+    _, faults = ledger.verify_files(paths)
+    if not faults:
+        return []
+    says = "Lines that were passed over, or say two things. Mend or delete them; what cannot be read counts nowhere above."
+    body = [[str(one.path), str(one.line), one.reason] for one in faults]
+    return [Section("Damaged rows", says, [Table("Faults", [["file", "line", "fault"], *body])])]
+
+
 def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
     """The table of runs of one task and recipe, their accuracy against cost, how they learned, and where they differ.
 
@@ -166,11 +187,12 @@ def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
     one, pictures = rows[0], []
     if any(row.accuracy is not None and row.flops_per_step for row in rows):
         pictures.append((plots.accuracy_against_cost(rows), "accuracy against cost"))
-    curves = {row: found for row in rows if (found := _validations(row, folder))}
+    with_runs = rows if (folder / "runs").is_dir() else []  # ten thousand rows without are not looked for one by one
+    curves = {row: found for row in with_runs if (found := _validations(row, folder))}
     if curves:
         pictures.append((plots.learning_curves(curves), "validation against steps"))
     tables = [Table("Score and cost", results.cells(rows), [results.caption(rows)]), examples.intervals(rows)]
-    kept = examples.read([row for row in rows if row.accuracy is not None], folder)
+    kept = examples.read([row for row in with_runs if row.accuracy is not None], folder)
     if kept:
         tables += [examples.paired(kept), *examples.by_groups(kept)]
     says = "Scores on test, the mean over seeds, and what a training step costs."

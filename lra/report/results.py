@@ -71,6 +71,7 @@ class Result:
     bits_per_byte_train: float | None = None
     floor_chance: float | None = None  # what guessing reaches by the task's own definition
     accuracy_sequences: float | None = None  # of sequences with several targets: those with all of them right
+    stopped_step: int | None = None  # that early stopping ended the run at
     scores_by_length: str | None = None  # JSON: a length of test examples -> the score of `selection`, or why there is none
 
 

@@ -1,5 +1,6 @@
 """What came of the cells of published tables, by the rows that there are, and the averages of their rows."""
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -13,13 +14,14 @@ from subquad.lra.data import catalogue, store
 from subquad.lra.plan import plan
 from subquad.lra.report import cells, costs
 from subquad.lra.report.cells import CHANCE, Cell
-from subquad.lra.report.ledger import Ledger
+from subquad.lra.report.ledger import Ledger, evaluate_every
 from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 from subquad.lra.run import Run
 
-# "baseline": what ratios are to, 1 by definition.
-Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot", "baseline"]
+# "baseline": what ratios are to, 1 by definition. "no comparison": a ratio to a softmax that keeps no logits in memory, as
+# the papers' Transformers do.
+Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot", "baseline", "no comparison"]
 FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
 # Lengths within it count as the same: papers write 1K for 1000 and for 1024.
 SAME_LENGTH = 0.05
@@ -27,7 +29,8 @@ MODEL, MODE, BASELINE = "lra-text", "train", "softmax"
 # Values of a run that decide what its program computes; the others are numbers in it, or how often it is called.
 PROGRAM = (
     "task", "layer", "layer_options", "in_features", "num_layers", "mlp_features", "pooling", "positions", "dropout_rate",
-    "batch_size", "accumulate", "clip_norm", "dtype", "ema", "remat", "head", "inputs",
+    "attention_dropout_rate", "norm", "norm_order", "batch_size", "accumulate", "clip_norm", "dtype", "ema", "remat", "head",
+    "inputs",
 )  # fmt: skip
 MEASURING = costs.Cost(0.05, "any device", "estimate")  # of one layer at one length
 
@@ -41,7 +44,7 @@ class Verdict:
         difference: ours - theirs; of ratios ours / theirs.
         seeds: how many runs.
         outcome, reason: the latter for a cell that cannot be run, or differs from a model that was another, and for seeds
-            that failed or collapsed.
+            that failed, collapsed, or whose best step was looked for more or less often.
         command, cost: what runs it, and the hours.
         results: the rows behind it.
         hardware: of a measurement.
@@ -96,8 +99,13 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     theirs = CHANCE if cell.value is None else cell.value
     close = abs(ours - theirs) <= cell.tolerance
     collapsed = [f"seed {row.seed} collapsed at step {row.collapsed_step}" for row in rows if row.collapsed_step is not None]
+    looked = {row.seed: evaluate_every(row) for row in rows if run.selection == "best"}
+    looks = [
+        f"seed {seed} validated every {every} steps, theirs every {run.evaluate_every}" for seed, every in looked.items()
+        if every != run.evaluate_every
+    ]  # fmt: skip
     lost = [f"seed {row.seed} {row.status}" for row in failed]
-    reason = "; ".join([*([] if close else filter(None, [cell.note])), *collapsed, *lost])
+    reason = "; ".join([*([] if close else filter(None, [cell.note])), *collapsed, *looks, *lost])
     found = dict(ours=ours, spread=spread, difference=ours - theirs, seeds=len(rows), reason=reason, results=tuple(rows))
     return Verdict(cell, "reproduced within tolerance" if close else "differs", **found)
 
@@ -106,17 +114,20 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
     near = lambda row: abs(row.length - cell.length) <= SAME_LENGTH * cell.length
     rows = [
         row for row in ledger.measurements
-        if (row.model, row.mode, row.layer, row.status, row.baseline) == (MODEL, MODE, cell.layer, "ok", BASELINE)
-        and near(row) and getattr(row, cell.metric) is not None and _as_planned(row)
+        if (row.model, row.mode, row.layer, row.status) == (MODEL, MODE, cell.layer, "ok")
+        and row.baseline in (BASELINE, programs.PLAIN) and near(row) and getattr(row, cell.metric) is not None
+        and _as_planned(row)
     ]  # fmt: skip
+    missing = dict(command=_command(cell, "python scripts/reproduce_table.py", options), cost=MEASURING)
     if not rows:
-        command = _command(cell, "python scripts/reproduce_table.py", options)
-        return Verdict(cell, "not run", reason=cell.note, command=command, cost=MEASURING)
-    row = max(rows, key=lambda row: row.finished_utc or "")
+        return Verdict(cell, "not run", reason=cell.note, **missing)
+    row = max(rows, key=lambda row: (row.baseline == programs.PLAIN, row.finished_utc or ""))
     ours = getattr(row, cell.metric)
-    found = dict(ours=ours, seeds=1, hardware=f"{row.hardware}, batch {row.batch_size}, {row.dtype}")
+    found = dict(ours=ours, seeds=1, hardware=f"{row.hardware}, batch {row.batch_size}, {row.dtype}, to {row.baseline}")
     if cell.layer == BASELINE:
         return Verdict(cell, "baseline", **found)
+    if row.baseline == BASELINE:
+        return Verdict(cell, "no comparison", reason=cell.note, **missing, **found)
     ratio = ours / cell.value
     close = 1 / cell.tolerance <= ratio <= cell.tolerance
     reason = "" if close or not cell.note else f"theirs: {cell.note}"
@@ -124,9 +135,14 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
 
 
 def _as_planned(row: Measurement) -> bool:
-    """Whether the program is the one that is measured where nothing but the batch size is given."""
-    given = json.loads(row.configuration or "{}")
-    run = _planned(row.layer, row.length, row.batch_size)
+    """Whether the program is the one that is measured where nothing but the batch size is given.
+
+    Of a baseline that keeps its logits, softmax is that one.
+    """
+    # Values that an older version did not know had their defaults.
+    given = {**dataclasses.asdict(Run()), **json.loads(row.configuration)} if row.configuration else {}
+    layer = row.baseline if (row.layer, row.baseline) == (BASELINE, programs.PLAIN) else row.layer
+    run = _planned(layer, row.length, row.batch_size)
     return all(name in given and given[name] == getattr(run, name) for name in PROGRAM)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from subquad import zoo
 from subquad.lra import collapse, models, optim, tasks
 from subquad.lra.plan import plan
 
@@ -34,6 +35,35 @@ def test_schedules():
     assert [at("rsqrt", step, **arena) for step in (0, 500, 1000, 5000)] == pytest.approx(
         [0, 0.79e-3, 1.58e-3, 0.707e-3], rel=0.01
     )
+
+
+def test_onecycle_is_pytorchs():
+    words = dict(schedule="onecycle", steps=50, warmup_steps=10, learning_rate=0.5, weight_decay=0.0, clip_norm=None)
+    run = small_run(**words)
+    schedule = optim.make_schedule(run)
+
+    def torch(step, low, high, last, first_end=9, end=49):
+        """OneCycleLR of PyTorch 2, anneal_strategy="linear", pct_start=0.2: two phases, whose ends are steps."""
+        if step <= first_end:
+            return low + (high - low) * step / first_end
+        return high + (last - high) * (step - first_end) / (end - first_end)
+
+    rates = [torch(step, 0.5 / 25, 0.5, 0.5 / 25 / 1e4) for step in range(50)]
+    np.testing.assert_allclose([float(schedule(step)) for step in range(50)], rates, rtol=1e-5, atol=1e-8)
+    assert float(optim.make_schedule(small_run(**{**words, "warmup_steps": 0}))(0)) == 0.5
+    # Adam by hand, with the b1 that PyTorch cycles against the rate, and corrects the bias by.
+    optimiser, gradients = optim.make_optimiser(run), np.random.default_rng(0).normal(size=50)
+    state, place, first, second = optim.initial_state(run, optimiser, {"kernel": jnp.zeros(())}), 0.0, 0.0, 0.0
+    step = jax.jit(lambda state, gradient: optim.apply_gradient(run, optimiser, state, {"kernel": gradient}))
+    for at, gradient in enumerate(gradients):
+        b1 = torch(at, 0.95, 0.85, 0.95)
+        first, second = b1 * first + (1 - b1) * gradient, run.b2 * second + (1 - run.b2) * gradient**2
+        root = np.sqrt(second / (1 - run.b2 ** (at + 1))) + run.eps
+        place -= rates[at] * first / (1 - b1 ** (at + 1)) / root
+        state = step(state, gradient)
+        assert float(state["parameters"]["kernel"]) == pytest.approx(place, rel=1e-4)
+    with pytest.raises(ValueError, match="b1 must be left out under schedule 'onecycle'.*got 0.8"):
+        small_run(**words, b1=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +105,8 @@ def test_state_spaces_learn_at_a_rate_of_their_own(s4):
         np.testing.assert_allclose(update, -0.01 if "log_step" in path else slow, rtol=1e-4, err_msg=path)
     # A parameter that zoo.statespace gains is named here, in one group or the other.
     names = set(re.findall(r"'system'\]\['(\w+)'", " ".join(leaves(parameters))))
+    for name in ("s5", "lru"):
+        names |= set(nnx.state(zoo.make(name, in_features=4, state_size=4, rngs=nnx.Rngs(0)))) - {"skip", "out"}
     assert names == optim.STATE_SPACE | {"output_matrix"}
 
 

@@ -24,6 +24,12 @@ def test_the_quickstart_names_every_layer():
     assert set(QUICK) == set(LAYERS)
 
 
+def test_the_small_listops_run_has_a_name():
+    named, quick = plan("listops-small", "local"), plan("quickstart", "local")
+    assert dataclasses.replace(named, recipe="quickstart") == quick
+    assert (named.task, named.config, named.num_layers, named.in_features, named.steps) == ("listops", "small", 2, 64, 300)
+
+
 def test_counted_parameters_are_those_of_the_model():
     import jax
     from flax import nnx
@@ -77,13 +83,27 @@ def test_bad_values_are_told_with_the_nearest(words, kind, match):
         plan(**words)
 
 
+def test_attention_dropout_is_refused_where_no_weights_are_kept():
+    assert plan("quickstart", "softmax", attention_dropout_rate=0.2).attention_dropout_rate == 0.2
+    with pytest.raises(ValueError, match="attention_dropout_rate must be 0 for layer 'performer'.*got 0.2.*or use softmax"):
+        plan("quickstart", "performer", attention_dropout_rate=0.2)
+    run, task = plan("quickstart", "softmax", attention_dropout_rate=0.2), tasks.find_task("listops", "small")
+    mixer = models.build(run, task).classifier.encoder.blocks[0].mixer
+    assert (mixer.dropout_rate, mixer.broadcast_dropout) == (0.2, False)
+    with pytest.raises(ValueError, match="norm must be a known word, got 'bathc'. Did you mean 'batch'"):
+        plan("quickstart", "softmax", norm="bathc")
+    assert explain("nystromformer", "softmax")["attention_dropout_rate"] == (0.1, 'recipe nystromformer, "* softmax"')
+    continuous = plan("nystromformer", "softmax", task="image", inputs="continuous")
+    assert (continuous.embedding_std, continuous.position_std) == (None, 0.02)
+
+
 def test_every_value_changes_the_runs_id():
     run, seen = plan("quickstart"), set()
     other = dict(
         layer_options={"num_heads": 2}, positions="sinusoidal", pooling="last", schedule="rsqrt", decay="all",
         ema=0.9, state_learning_rate=0.1, step_learning_rate=0.1, embedding_std=1.0, position_std=1.0, dtype="bfloat16",
         selection="last", clip_norm=None, protocol="x", head="x", interaction="x", inputs="x", recipe="x", task="x",
-        config="x", layer="x",
+        config="x", layer="x", norm="x", norm_order="x", early_stopping=3,
     )  # fmt: skip
     for one in dataclasses.fields(run):
         value = other.get(one.name, getattr(run, one.name))

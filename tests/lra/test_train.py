@@ -80,7 +80,7 @@ def test_the_reported_accuracies_are_of_the_saved_parameters(data, tmp_path):
 
 
 # All that a checkpoint has to hold beside parameters and moments.
-WHOLE = dict(dropout_rate=0.1, steps=60, accumulate=2, ema=0.9, schedule="plateau", patience=1, remat=True)
+WHOLE = dict(dropout_rate=0.1, steps=60, accumulate=2, ema=0.9, schedule="plateau", patience=1, remat=True, norm="batch")
 
 CODE = """
 import sys

@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from subquad.lra import evaluation, optim, tasks, train
+from subquad.lra import evaluation, models, optim, tasks, train
+from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.plan import plan
 
 SIZES = {"train": 60, "validation": 20, "test": 24}
@@ -46,7 +47,7 @@ GRAPH, WEIGHTS, FIXED = nnx.split(Weights(), nnx.Param, ...)
 def test_every_part_of_a_batch_has_draws_of_its_own():
     gradient = functools.partial(train.batch_gradient, small_run(accumulate=4), Drawing(), GRAPH, WEIGHTS, FIXED)
     batch = {"pick": jnp.eye(4)}
-    (total, count), slopes = gradient(jax.random.key(0), batch)
+    (total, (count, _)), slopes = gradient(jax.random.key(0), batch)
     (draws,) = jax.tree.leaves(slopes)
     assert count == 4 and total == pytest.approx(float(draws.sum())) and 0 < draws.min() and draws.max() < 1
     assert len(set(draws.tolist())) == 4
@@ -100,3 +101,28 @@ def test_every_number_is_of_its_split_and_of_its_parameters(selection, monkeypat
     assert result.accuracy == {"best": result.accuracy_best, "last": result.accuracy_last}[selection]
     assert result.accuracy_train == reported["train", {"best": best, "last": last}[selection]]
     assert (result.best_step, result.validation_accuracy_best, result.validation_accuracy_last) == (20, 0.9, 0.5)
+
+
+def test_statistics_of_batch_norms_are_the_mean_over_the_parts_of_a_batch_and_are_evaluated():
+    task = dataclasses.replace(TASK, kind="classification")
+    drawn = np.random.default_rng(0)
+    batch = dict(inputs=drawn.integers(1, 3, (8, 12)), mask=drawn.random((8, 12)) < 0.8, targets=drawn.integers(0, 2, 8))
+    found = {}
+    for accumulate in (1, 2):
+        run = small_run(accumulate=accumulate, norm="batch", positions=None)
+        graph, parameters, statistics, fixed = models.split(models.build(run, task))
+        optimiser = optax.sgd(0.0)
+        state = optim.initial_state(run, optimiser, parameters, statistics)
+        step = jax.jit(functools.partial(train.train_step, run, OBJECTIVES["classification"], graph, optimiser))
+        found[accumulate] = step(state, fixed, batch)[0]
+    # The embeddings are those of two tokens: the means of the first norm can be counted.
+    first = lambda state: state["statistics"]["classifier"]["encoder"]["blocks"][0]["mixer_norm"]["mean"][...]
+    table = parameters["classifier"]["encoder"]["embed"]["embedding"][...]
+    mean = lambda rows: table[batch["inputs"][rows]][batch["mask"][rows]].mean(0)
+    np.testing.assert_allclose(first(found[1]), 0.1 * mean(slice(8)), rtol=1e-4, atol=1e-6)
+    halves = (mean(slice(4)) + mean(slice(4, 8))) / 2
+    np.testing.assert_allclose(first(found[2]), 0.1 * halves, rtol=1e-4, atol=1e-6)
+    seen = optim.evaluated(run, found[1])
+    model = nnx.merge(graph, seen, fixed)
+    np.testing.assert_array_equal(model.classifier.encoder.blocks[0].mixer_norm.mean[...], first(found[1]))
+    assert len(jax.tree.leaves(seen)) == len(jax.tree.leaves(parameters)) + len(jax.tree.leaves(statistics))

@@ -30,11 +30,27 @@ def examples(count, seed):
 def fit(out, **words):
     """Sixty steps with all that a checkpoint has to hold beside parameters and moments, and a validation every hundred."""
     small = dict(in_features=8, num_layers=1, mlp_features=8, batch_size=8, steps=60, evaluate_every=100)
-    whole = dict(dropout_rate=0.1, accumulate=2, ema=0.9, schedule="plateau", patience=1)
+    whole = dict(dropout_rate=0.1, accumulate=2, ema=0.9, schedule="plateau", patience=1, norm="batch")
     run = plan("quickstart", "softmax", task=TASK, **small, **whole)
     splits = {name: examples(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
     result = train.train(run, out=out, task=TASK, splits=splits, quiet=True, **words)
     return {name: value for name, value in dataclasses.asdict(result).items() if name not in TIMING}
+
+
+def test_a_run_whose_validations_become_no_better_stops_early_and_says_so(tmp_path):
+    words = dict(in_features=8, num_layers=1, mlp_features=8, batch_size=8, steps=60, evaluate_every=5, warmup_steps=0)
+    run = plan("quickstart", "softmax", task=TASK, learning_rate=1e-30, early_stopping=3, **words)
+    splits = {name: examples(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
+    result, again = (
+        train.train(run, out=tmp_path, task=TASK, splits=splits, quiet=True, resume=resume) for resume in (False, True)
+    )
+    assert (result.status, result.steps, result.best_step, result.stopped_step) == ("ok", 60, 5, 20) and again == result
+    assert result.accuracy == result.accuracy_best == result.accuracy_last
+    with (tmp_path / "history.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 20
+    # Killed after the checkpoint that was the last one, it does no step more.
+    (tmp_path / "result.json").unlink()
+    assert train.train(run, out=tmp_path, task=TASK, splits=splits, quiet=True, resume=True).stopped_step == 20
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ import sys
 
 import pytest
 
+from subquad import zoo
 from subquad.lra import tasks, train
 from subquad.lra.cli import quickstart
 from subquad.lra.data import store
 from subquad.lra.plan import plan
+from subquad.lra.recipes import RECIPES
 from subquad.lra.report import measurements, results
 from tests.lra.report.test_page import BROWSER, Reader, assert_browser_shows
 
@@ -104,7 +106,7 @@ def test_the_csv_is_plain(done):
         (("--tasks", "recal"), 2, "task must be a known name, got 'recal'. Did you mean 'recall'?"),
         (("--tasks", "listops/smal"), 2, "config must be a configuration of listops, got 'smal'. Did you mean 'small'?"),
         (("--stesp", "3"), 2, "option must be a known one, got '--stesp'. Did you mean '--steps'?"),
-        (("--layers", ","), 2, "--layers must name at least one, got ','. Leave it out for all."),
+        (("--layers", ","), 2, "--layers must name at least one, got ','. Leave it out."),
         (("--lengths", "many"), 2, "--lengths: must be a number such as 4096, 16K or 2G, got 'many'."),
         (("--steps", "0"), 2, "steps must be > 0 and finite, got 0."),
         (("--layers", "softmax", "--out", "/proc/subquad/out"), 1, "out: folder /proc/subquad/out must be writable"),
@@ -123,6 +125,28 @@ def test_a_read_only_folder_is_told(tmp_path):
     tmp_path.chmod(0o500)
     finished = call("quickstart", *TINY, "--out", tmp_path / "out")
     assert finished.returncode == 1 and finished.stderr.startswith("quickstart: out: folder")
+
+
+def test_all_layers_are_those_of_the_recipe_and_the_default_is_nine():
+    parse = lambda *words: quickstart.parse(words, "quickstart").layers
+    assert parse("--layers", "all") == list(RECIPES["quickstart"].layers)
+    assert len(parse()) == 9 and set(parse()) < set(parse("--layers", "all"))
+    assert parse("--layers", "all,softmax") == ["all", "softmax"]  # which is no layer, and refused as one
+
+
+class Sized(zoo.SoftmaxAttention):
+    """A layer of a user's that needs an option."""
+
+    def __init__(self, in_features, *, size, rngs):
+        super().__init__(1, in_features, rngs=rngs)
+
+
+def test_a_layer_that_lacks_an_option_is_named_with_the_reason():
+    layer = f"{__name__}:Sized"
+    given = quickstart.parse(["--tasks", "listops/tiny", "--layers", "softmax", layer], "quickstart")
+    runs, reasons = quickstart.plan_all(given)
+    assert [run.layer for _, run in runs] == ["softmax"]
+    assert "size must be given" in reasons[layer, "listops/tiny"]
 
 
 def test_a_layer_that_cannot_do_a_task_is_named_with_the_reason(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
-"""The residual block: where dropout acts, and that no two draws are one."""
+"""The residual block: where norms and dropout act, and that no two draws are one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,7 +71,97 @@ def test_layers_and_sequences_draw_apart():
     assert (a != b).any() and set(INTERACTIONS) == {"nli", "concat"}
 
 
+def test_features_inside_the_network_are_dropped():
+    network = zoo.block.FeedForward(4, 1000, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    network.inner.kernel[...] *= 0
+    network.inner.bias[...] += 3
+    network.outer = lambda hidden: hidden
+    inside = np.asarray(network(jnp.ones((2, 4)), deterministic=False, rngs=nnx.Rngs(0)))
+    kept = float(nnx.gelu(3.0))
+    np.testing.assert_allclose(np.unique(inside), [0, 2 * kept], rtol=1e-6)
+    assert abs((inside == 0).mean() - 0.5) < 0.05
+    np.testing.assert_allclose(network(jnp.ones((2, 4))), kept, rtol=1e-6)
+
+
+def normalised(x, over):
+    return (x - x.mean(over, keepdims=True)) / np.sqrt(x.var(over, keepdims=True) + 1e-5)
+
+
+def test_norms_and_their_order():
+    x = np.random.default_rng(0).normal(2, 3, (2, 5, 8)).astype(np.float32)
+    make = lambda **words: zoo.Block(lambda inputs, **call: inputs, 8, mlp_features=0, **words, rngs=nnx.Rngs(0))
+    root = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    for norm, wanted in (("layer", normalised(x, -1)), ("rms", x / root), ("batch", normalised(x, (0, 1)))):
+        np.testing.assert_allclose(make(norm=norm)(x, deterministic=False), x + wanted, rtol=1e-4, atol=1e-4)
+    post = make(norm="batch", norm_order="post")(x, deterministic=False)
+    np.testing.assert_allclose(post, normalised(2 * x, (0, 1)), rtol=1e-4, atol=1e-4)
+    network = zoo.Block(lambda inputs, **call: inputs, 8, mlp_features=4, norm_order="post", rngs=nnx.Rngs(0))
+    after = normalised(2 * x, -1)
+    np.testing.assert_allclose(network(x), normalised(after + np.asarray(network.mlp(after)), -1), rtol=1e-4, atol=1e-4)
+
+
+def test_batch_statistics_are_of_real_tokens_and_eval_uses_the_running_ones():
+    rng = np.random.default_rng(0)
+    x, real = rng.normal(3, 2, (3, 6, 8)).astype(np.float32), rng.random((3, 6)) < 0.6
+    block = zoo.Block(lambda inputs, **call: 0 * inputs, 8, mlp_features=0, norm="batch", norm_order="post", rngs=nnx.Rngs(0))
+    mask, seen = jnp.asarray(real)[:, None, None, :], x[real]
+    for padding in (0.0, 1e6):
+        one = nnx.clone(block)
+        filled = np.where(real[..., None], x, padding)
+        found = np.asarray(one(filled, mask=mask, deterministic=False))
+        np.testing.assert_allclose(found[real], normalised(seen, 0), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(one.mixer_norm.mean[...], 0.1 * seen.mean(0), rtol=1e-4)
+        np.testing.assert_allclose(one.mixer_norm.var[...], 0.9 + 0.1 * seen.var(0), rtol=1e-3)
+    before = one.mixer_norm.mean[...], one.mixer_norm.var[...]
+    one.eval()
+    running = (x - np.asarray(one.mixer_norm.mean[...])) / np.sqrt(np.asarray(one.mixer_norm.var[...]) + 1e-5)
+    np.testing.assert_allclose(one(x, mask=mask), running, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(before, (one.mixer_norm.mean[...], one.mixer_norm.var[...]))
+    one.train()
+    assert not np.allclose(one(x, mask=mask), running)
+    # Without a real token there is no mean: the statistics stay numbers.
+    one(0 * x, mask=mask & False)
+    assert np.isfinite(one.mixer_norm.mean[...]).all()
+
+
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+def test_an_encoder_with_batch_norm_learns_its_statistics_with_and_without_remat(norm_order):
+    options = dict(vocab_size=7, in_features=8, num_layers=2, mlp_features=8, max_length=6, mixer_options=dict(num_heads=2))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (4, 6)))
+    mask, found = jnp.arange(6) < jnp.array([[6], [3], [5], [1]]), []
+    for remat in (False, True):
+        model = zoo.Encoder(**options, norm="batch", norm_order=norm_order, remat=remat, rngs=nnx.Rngs(0))
+        model.train()
+        assert (model.norm is None) == (norm_order == "post")
+
+        @nnx.jit
+        def slopes(model):
+            return nnx.grad(lambda model: (model(tokens, mask=mask) ** 3).sum(where=mask[..., None]))(model)
+
+        found.append(jax.tree.leaves((slopes(model), nnx.state(model, nnx.BatchStat))))
+    norms = 5 if norm_order == "pre" else 4
+    assert len(jax.tree.leaves(nnx.state(model, nnx.BatchStat))) == 2 * norms
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+    model.eval()
+    np.testing.assert_allclose(model(tokens[:1], mask=mask[:1])[0], model(tokens, mask=mask)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm,norm_order", [("batch", "pre"), ("rms", "post")])
+def test_extension_uses_the_same_norms(norm, norm_order):
+    options = dict(vocab_size=7, in_features=8, num_layers=2, mlp_features=8, max_length=8, mixer_options=dict(num_heads=2))
+    model = zoo.CausalLM(**options, norm=norm, norm_order=norm_order, rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (2, 5)))
+    model(tokens, deterministic=False)
+    wanted, (first, cache) = model(tokens), model.extend(tokens[:, :3], model.init_cache(2, 8))
+    second, _ = model.extend(tokens[:, 3:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_what_a_block_cannot_be_is_refused():
-    for options, word in ((dict(mlp_features=-1), "mlp_features"), (dict(mlp_features=1, dropout_rate=2), "dropout_rate")):
+    for options, word in (
+        (dict(mlp_features=-1), "mlp_features"), (dict(mlp_features=1, dropout_rate=2), "dropout_rate"),
+        (dict(mlp_features=1, norm="group"), "norm"), (dict(mlp_features=1, norm_order="before"), "norm_order"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"Block: {word} must"):
             zoo.Block(Ones(8, nnx.Rngs(0)), 8, **options, rngs=nnx.Rngs(0))

@@ -8,7 +8,6 @@ from flax import nnx
 
 from subquad.zoo.kernelized.linear import LinearAttention
 from tests import oracle
-from tests.zoo.patterned import check_peer_mechanism, from_peer
 
 FEATURES, HEADS = 16, 2
 
@@ -99,51 +98,30 @@ def test_derivatives_at_features_far_below_zero():
 
 @pytest.mark.parametrize("name", ["ft_linear_bidir", "ft_linear_causal"])
 def test_oracle_fast_transformers(name):
-    check_peer_mechanism(build("causal" in name), oracle.load(name))
+    oracle.compare_mechanism("linear", build("causal" in name), oracle.load(name))
 
 
 def test_oracle_fast_transformers_with_padding():
     peer = oracle.load("ft_linear_bidir_pad")
     mask = jnp.arange(32) < jnp.asarray(peer.meta["cfg"]["lens"])[:, None, None, None]
-    layer = build()
-
-    @jax.jit
-    def outputs_and_gradients(*arrays):
-        y, pull = jax.vjp(lambda *arrays: layer.attend(*arrays, mask), *arrays)
-        return y, pull(jnp.asarray(peer.cotangents["y"]))
-
-    y, gradients = outputs_and_gradients(*(jnp.asarray(peer.inputs[name]) for name in "qkv"))
-    pairs = [(y, peer.outputs["y"]), *((g, peer.grad_inputs[name]) for g, name in zip(gradients, "qkv", strict=True))]
-    assert max(oracle.relative_error(*pair) for pair in pairs) < 1e-5
+    oracle.compare_mechanism("linear", build(), peer, mask)
 
 
 @pytest.mark.parametrize("name", ["lra_linear", "lra_linear_pad"])
 def test_oracle_arena(name):
     """The arena's layer. It builds an error for a padding mask, never raises it, and drops the mask: so none is given here."""
-    peer, layer = oracle.load(name), build()
-    from_peer(layer, peer, ("query", "key", "value"))
-    layer.out.kernel[...], layer.out.bias[...] = (jnp.asarray(peer.weights[f"out.{leaf}"]) for leaf in ("kernel", "bias"))
-    graphdef, params = nnx.split(layer)
-    run = jax.jit(lambda params, x: jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x))
-    y, pull = run(params, jnp.asarray(peer.inputs["x"]))
-    of_params, of_inputs = pull(jnp.asarray(peer.cotangents["y"]))
-    assert oracle.relative_error(y, peer.outputs["y"]) < 1e-5
-    found = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(of_params)}
-    assert oracle.relative_error(dict(found, x=of_inputs), dict(peer.grad_weights, x=peer.grad_inputs["x"])) < 1e-5
+    layer = build()
+    oracle.compare("linear", oracle.load(name), lambda inputs, weights: oracle.holding(layer, weights)(inputs["x"]))
 
 
 def test_oracle_flash_linear_attention():
     """With a state in and out: the peer's arrays are features already, so the layer's sums take the place of its features'."""
-    peer = oracle.load("linear_attn_norm")
     from subquad.kernels import linear
 
-    def run(q, k, v, s0, z0):
-        state = s0, z0[:, 0], jnp.zeros(s0.shape[:2])
-        y, (s, z, largest) = linear.attention(q, k, v, is_causal=True, initial_state=state, return_state=True)
-        return y, s * jnp.exp(largest)[..., None, None], (z * jnp.exp(largest)[..., None])[:, None]
+    def run(inputs, _):
+        state = inputs["s0"], inputs["z0"][:, 0], jnp.zeros(inputs["s0"].shape[:2])
+        heads = (inputs[name] for name in "qkv")
+        y, (s, z, largest) = linear.attention(*heads, is_causal=True, initial_state=state, return_state=True)
+        return {"o": y, "s": s * jnp.exp(largest)[..., None, None], "z": (z * jnp.exp(largest)[..., None])[:, None]}
 
-    names = ("q", "k", "v", "s0", "z0")
-    found, pull = jax.jit(lambda *arrays: jax.vjp(run, *arrays))(*(jnp.asarray(peer.inputs[name]) for name in names))
-    gradients = pull(tuple(jnp.asarray(peer.cotangents[name]) for name in ("o", "s", "z")))
-    pairs = zip((*found, *gradients), (*(peer.outputs[n] for n in "osz"), *(peer.grad_inputs[n] for n in names)), strict=True)
-    assert max(oracle.relative_error(*pair) for pair in pairs) < 1e-5
+    oracle.compare("linear", oracle.load("linear_attn_norm"), run, of="mechanism")

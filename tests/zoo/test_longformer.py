@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
+from tests import oracle
 from tests.assertions import assert_close
-from tests.oracle import load
 
-from .patterned import FEATURES, check_extend, check_peer_layer, from_peer, inputs, padding
+from .patterned import FEATURES, check_extend, inputs, padding
 
 MAPS = ("query", "key", "value")
 
@@ -129,31 +129,26 @@ def test_no_square_is_made(is_causal):
 def test_hugging_face():
     """Its window w is w / 2 tokens on each side. Its second sample has a global token in the middle, which is no prefix: there
     the definition stands for the layer, so that all gradients of weights can be compared."""
-    peer = load("longformer_global")
+    peer = oracle.load("longformer_global")
     assert peer.meta["cfg"]["attention_window"] == 8 and peer.meta["cfg"]["global_idx"] == [[0], [0, 13]]
     layer = zoo.LongformerAttention(4, 32, window_size=4, num_global=1, rngs=nnx.Rngs(0))
-    names = (*MAPS, *(f"{name}_global" for name in MAPS))
-    from_peer(layer, peer, names)
 
-    def before_the_output_projection(layer, x):
-        first = layer.attend(*layer.project(x[:1]), None)
-        second = dense(layer, x[1:], peer.inputs["attention_mask"][1:] > 0, np.ones((1, 32), bool))
+    def before_the_output_projection(inputs, weights):
+        held, x = oracle.holding(layer, weights), inputs["x"]
+        first = held.attend(*held.project(x[:1]), None)
+        second = dense(held, x[1:], peer.inputs["attention_mask"][1:] > 0, np.ones((1, 32), bool))
         return jnp.concatenate([first, second]).reshape(x.shape)
 
-    check_peer_layer(layer, peer, before_the_output_projection)
-    assert set(peer.grad_weights) == {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}
+    oracle.compare("longformer", peer, before_the_output_projection)
 
 
 def test_long_range_arena():
     """Its window counts all keys, 9 of them four on each side; an even one has one more after the query than before it."""
-    peer = load("lra_longformer")
+    peer = oracle.load("lra_longformer")
     assert peer.inputs["global_mask"].sum(1).tolist() == [1, 1] and peer.inputs["global_mask"][:, 0].all()
     layer = zoo.LongformerAttention(2, 16, window_size=4, num_global=1, rngs=nnx.Rngs(0))
-    for group in (peer.weights, peer.grad_weights):
-        for name in [name for name in group if "_sliding_window" in name]:
-            group[name.replace("_sliding_window", "")] = group.pop(name)
-    from_peer(layer, peer, (*MAPS, *(f"{name}_global" for name in MAPS), "out"))
-    check_peer_layer(layer, peer, lambda layer, x: layer(x))
+    names = {f"{name}_sliding_window": name for name in MAPS}
+    oracle.compare("longformer", peer, lambda inputs, weights: oracle.holding(layer, weights, names)(inputs["x"]))
 
 
 def test_refusals():

@@ -31,7 +31,26 @@ COMPUTED = [
     ("local", dict(num_heads=2, window_size=3), "window_size", (3, 2)),
     ("local", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("local", dict(num_heads=2, window_size=3, is_causal=True), "window_size", (5, 0)),
+    ("diagonal", dict(num_heads=2), "rotary_base", 100.0),
+    ("diagonal", dict(num_heads=2, window_size=2), "window_size", (2, 3)),
+    ("diagonal", dict(num_heads=2, window_size=2), "dilation", 3),
+    ("diagonal", dict(num_heads=2, window_size=2), "dilation", (2, 3)),
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
+    ("random", dict(num_heads=2, max_length=24, block_size=2), "random_seed", 1),
+    ("axial", dict(num_heads=2, row_length=4), "rotary_base", 100.0),
+    ("axial", dict(num_heads=2, row_length=4), "row_length", 5),
+    ("axial", dict(num_heads=2, row_length=4), "axis", "row"),
+    ("axial", dict(num_heads=2, row_length=4), "axis", "column"),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "block_size", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_random", 1),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "num_global", 3),
+    ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "random_seed", 1),
     ("longformer", dict(num_heads=2, window_size=3), "window_size", (2, 3)),
     ("longformer", dict(num_heads=2, window_size=3, num_global=1), "num_global", 4),
     ("strided", dict(num_heads=2, stride=4), "pattern", "fixed"),
@@ -54,6 +73,17 @@ COMPUTED = [
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
     ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=6), "rotary_base", 100.0),
+    ("routing", dict(num_heads=2, num_clusters=4), "window_size", 3),
+    ("routing", dict(num_heads=2, num_clusters=4, window_size=3, is_causal=True), "selection", "last"),
+    ("routing", dict(num_heads=2, num_clusters=4), "normalize", False),
+    ("routing", dict(num_heads=2, num_clusters=4), "rotary_base", 100.0),
+    ("smyrf", dict(num_heads=2, num_hashes=2, cluster_size=6), "cluster_size", 5),
+    ("smyrf", dict(num_heads=2, num_hashes=2, cluster_size=6), "rotary_base", 100.0),
+    ("informer", dict(num_heads=2, factor=2), "rotary_base", 100.0),
+    ("clustered", dict(num_heads=2, num_clusters=4, num_top=3), "num_clusters", 6),
+    ("clustered", dict(num_heads=2, num_clusters=4, num_top=3), "num_top", 0),
+    ("clustered", dict(num_heads=2, num_clusters=4, num_top=0, num_bits=8), "num_iterations", 1),
+    ("clustered", dict(num_heads=2, num_clusters=4), "rotary_base", 100.0),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "block_size", 7),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "num_iterations", 1),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "temperature", 2.0),
@@ -63,6 +93,12 @@ COMPUTED = [
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
+    ("s5", dict(state_size=8, dt_min=0.5, dt_max=2.0), "discretization", "bilinear"),
+    ("entmax", dict(num_heads=2), "rotary_base", 100.0),
+    ("entmax", dict(num_heads=2), "alpha", 2),
+    ("s5", dict(state_size=8), "gate", "only"),
+    ("s5", dict(state_size=8), "gate", None),
+    ("lru", dict(state_size=8, gate="half"), "gate", "only"),
 ]
 
 # What an option does to the values that are drawn; all other variables stay: (..., the variables that change).
@@ -73,6 +109,14 @@ DRAWN = [
     ("s4", dict(state_size=8, mode="diagonal"), "init", "inv", {"system/frequency", "system/input_matrix"}),
     ("s4", dict(state_size=4), "dt_min", 0.01, {"system/log_step"}),
     ("s4", dict(state_size=4), "dt_max", 0.5, {"system/log_step"}),
+    ("s5", dict(state_size=8), "init", "lin", {"frequency", "input_matrix", "output_matrix"}),
+    ("s5", dict(state_size=8), "num_blocks", 2, {"frequency", "input_matrix", "output_matrix"}),
+    ("s5", dict(state_size=8), "output_init", "truncated", {"output_matrix"}),
+    ("s5", dict(state_size=8), "dt_min", 0.01, {"log_step"}),
+    ("s5", dict(state_size=8), "dt_max", 0.5, {"log_step"}),
+    ("lru", dict(), "r_min", 0.9, {"log_decay", "log_scale"}),
+    ("lru", dict(), "r_max", 0.999, {"log_decay", "log_scale"}),
+    ("lru", dict(), "max_phase", 0.314, {"log_phase"}),
 ]
 
 # What an option does to the shapes of variables; None: there is no such variable.
@@ -88,6 +132,10 @@ SHAPED = [
     ("nystrom", dict(num_heads=2), "conv_width", None, {"taps": None}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
     ("reformer", dict(num_heads=2), "num_buckets", (4, 6), {"rotations": (2, 8, 4, 5)}),
+    ("routing", dict(num_heads=2), "num_clusters", 5, {"centroids": (2, 5, 8)}),
+    ("smyrf", dict(num_heads=2), "num_hashes", 3, {"directions": (3, 2, 10)}),
+    ("informer", dict(num_heads=2), "factor", 2, {"sample": (48,)}),
+    ("clustered", dict(num_heads=2), "num_bits", 5, {"planes": (2, 5, 8)}),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "max_length", 30, {"sort_scores": (2, 8, 5)}),
     ("linformer", dict(num_heads=2, max_length=24), "max_length", 30, {"projection/key": (30, 256)}),
     ("linformer", dict(num_heads=2, max_length=24), "num_landmarks", 5, {"projection/value": (24, 5)}),
@@ -99,6 +147,13 @@ SHAPED = [
     ("s4", dict(), "mode", "diagonal", {"system/low_rank": None}),
     ("s4", dict(), "glu", False, {"out/kernel": (16, 16)}),
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("entmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
+    ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
+    ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
+    ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
+    ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
     ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
@@ -107,8 +162,8 @@ SHAPED = [
 ]
 
 # Each has a test of its own: below, in the layer's own file (dropout), or in the contract suite.
-OF_S4 = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
-SHARED = OF_S4 | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
+OF_HEADLESS = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "precision", "implementation"}
+SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
     "linformer": {"projection"},
     "softmax": {"dropout_rate", "broadcast_dropout"},
@@ -117,24 +172,30 @@ ALONE = {
 
 # What a layer needs beside the usual words.
 SIZES = {
+    "bigbird": dict(max_length=24),
     "blockwise": dict(max_length=24),
     "cosformer": dict(max_length=24),
+    "fnet": dict(out_features=FEATURES),
     "linformer": dict(max_length=24),
+    "random": dict(max_length=24),
     "sinkhorn": dict(max_length=24),
     "synthesizer": dict(max_length=24, synthesis=("dense", "dot_product")),
 }
 # Linear maps of a layer, where they are not four.
 MAPS = {
+    "fnet": 1,
     "longformer": 7,
+    "lru": 1,
     "reformer": 3,
     "s4": 1,
+    "s5": 1,
     "synthesizer": 5,
     "transformer_xl": 5,
 }
 
 
 def build(name, **options):
-    heads = {} if name == "s4" else dict(num_heads=2)
+    heads = dict(num_heads=2) if issubclass(zoo.LAYERS[name], Attention) else {}
     return zoo.make(name, in_features=FEATURES, rngs=nnx.Rngs(0), **{**heads, **options})
 
 
@@ -181,7 +242,7 @@ def test_an_option_changes_shapes(name, options, option, value, shapes):
 @pytest.mark.parametrize("name", zoo.LAYERS)
 def test_every_option_has_a_test(name):
     known = {row[2] for row in [*COMPUTED, *DRAWN, *SHAPED] if row[0] == name} | ALONE.get(name, set())
-    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_S4
+    known |= SHARED if issubclass(zoo.LAYERS[name], Attention) else OF_HEADLESS
     refused = set() if zoo.LAYERS[name].supports.rotary else {"rotary_base"}  # see test_rotary
     assert options_of(zoo.LAYERS[name]) - refused <= known, "a new option needs a row in COMPUTED, DRAWN or SHAPED"
 

@@ -1,5 +1,7 @@
 """Performer: what the paper proves of its features, strict causality, and peers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from subquad.kernels import linear
 from subquad.zoo.features import random_projection
 from subquad.zoo.kernelized.performer import PerformerAttention
 from tests import oracle
+from tests.assertions import assert_close
 
 HEAD = 8
 
@@ -224,47 +227,27 @@ def test_oracle_self_attention():
     Departure: it adds 1e-4 to every feature after subtracting the maximum over all positions. The layer adds nothing,
     so it is held to the same formula without the 1e-4, and the file to the formula with it.
     """
-    data = oracle.load("performer_selfattn")
-    heads, features = data.meta["cfg"]["H"], data.meta["cfg"]["m"]
-    layer = PerformerAttention(heads, 16, num_features=features, rngs=nnx.Rngs(0))
-    layer.projection[...] = jnp.asarray(data.constants["projection"])
-    for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
-        weight = data.weights[f"{theirs}.weight"]
-        getattr(layer, ours).kernel[...] = jnp.asarray(weight.T.reshape(16, heads, HEAD))
-    layer.out.kernel[...] = jnp.asarray(data.weights["to_out.weight"].T.reshape(heads, HEAD, 16))
-    layer.out.bias[...] = jnp.asarray(data.weights["to_out.bias"])
-    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-    x, cotangent = jnp.asarray(data.inputs["x"]), jnp.asarray(data.cotangents["y"])
+    peer = oracle.load("performer_selfattn")
+    layer = PerformerAttention(peer.meta["cfg"]["H"], 16, num_features=peer.meta["cfg"]["m"], rngs=nnx.Rngs(0))
+    layer.projection[...] = jnp.asarray(peer.constants["projection"])
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out": "out"}
 
-    def peer(params, x, offset):
-        layer = nnx.merge(graphdef, params, rest)
-        query, key, value = layer.project(x, x)
+    def formula(inputs, weights, offset=1e-4):
+        held = oracle.holding(layer, weights, names)
+        query, key, value = held.project(inputs["x"], inputs["x"])
 
         def phi(x, axes):
-            exponent = x * HEAD**-0.25 @ data.constants["projection"].T
+            exponent = x * HEAD**-0.25 @ peer.constants["projection"].T
             largest = jax.lax.stop_gradient(exponent.max(axes, keepdims=True))
             return jnp.exp(exponent - jnp.sum(x**2, -1, keepdims=True) / 2 * HEAD**-0.5 - largest) + offset
 
-        return layer.out(linear.attention(phi(query, -1), phi(key, (1, 3)), value))
+        return held.out(linear.attention(phi(query, -1), phi(key, (1, 3)), value))
 
-    vjp = lambda f: jax.jit(lambda *a: jax.vjp(f, *a))(params, x)
-    y, pull = vjp(lambda params, x: peer(params, x, 1e-4))
-    of_params, of_inputs = pull(cotangent)
-    pairs = [(y, data.outputs["y"]), (of_inputs, data.grad_inputs["x"])]
-    for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out")):
-        flat = of_params[ours]["kernel"][...].reshape(16, 16).T
-        pairs.append((flat, data.grad_weights[f"{theirs}.weight"]))
-    pairs.append((of_params["out"]["bias"][...], data.grad_weights["to_out.bias"]))
-    errors = [oracle.relative_error(*pair) for pair in pairs]
-    print(f"performer_selfattn: output {errors[0]:.1e}, gradients {max(errors[1:]):.1e}")
-    assert max(errors) < 1e-4
+    oracle.compare("performer", peer, formula, of="mechanism")
 
-    ours, our_pull = vjp(lambda params, x: nnx.merge(graphdef, params, rest)(x))
-    bare, bare_pull = vjp(lambda params, x: peer(params, x, 0.0))
-    leaves = jax.tree.leaves
-    for a, b in zip(leaves((ours, our_pull(cotangent))), leaves((bare, bare_pull(cotangent))), strict=True):
-        assert oracle.relative_error(a, b) < 1e-4
-    assert 1e-5 < oracle.relative_error(ours, data.outputs["y"]) < 0.05
+    ours = oracle.outputs_and_gradients(peer, lambda inputs, weights: oracle.holding(layer, weights, names)(inputs["x"]))
+    assert_close(ours, oracle.outputs_and_gradients(peer, functools.partial(formula, offset=0.0)), 1e-5)
+    assert 1e-5 < oracle.relative_error(ours[0]["y"], peer.outputs["y"]) < 0.05
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "relu"])

@@ -225,25 +225,12 @@ def test_bad_options_are_named(options, words):
 # The authors' implementations. Theirs have inputs [B, H, L], A = -exp(A_real) - i A_imag, and one mode per conjugate pair.
 
 
+# Their C~ is undone by a matrix inverse; gradients of decays are a thousandth of those of the skip, and meant to be right.
+PRECISION = dict(tolerance=1e-4, part=1e-3)
+
+
 def complex_of(planes):
     return jax.lax.complex(planes[..., 0], planes[..., 1])
-
-
-def compare(peer, run):
-    """Values and gradients of `run(inputs, weights) -> dict` in float32, to 1e-4."""
-    cast = lambda group: {name: jnp.asarray(value, jnp.float32) for name, value in group.items()}
-
-    def loss(inputs, weights):
-        results = run(inputs, weights)
-        return sum(jnp.sum(cotangent * results[name]) for name, cotangent in peer.cotangents.items()), results
-
-    arguments = cast(peer.inputs), cast(peer.weights)
-    (_, results), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arguments)
-    errors = {name: oracle.relative_error(results[name], value) for name, value in peer.outputs.items() if name in results}
-    assert errors, "something was compared"
-    for ours, expected in zip(gradients, (peer.grad_inputs, peer.grad_weights), strict=True):
-        errors |= {f"gradient of {name}": oracle.relative_error(ours[name], value) for name, value in expected.items()}
-    assert max(errors.values()) < 1e-4, errors
 
 
 def true_output_matrix(trained, diagonal, low_rank, step, length):
@@ -265,21 +252,19 @@ def responses(layer, inputs):
     return y.swapaxes(1, 2)
 
 
+NAMES = {"A_real": "log_decay", "B": "input_matrix", "C": "output_matrix", "P": "low_rank", "inv_dt": "log_step"}
+NAMES = {f"kernel.{theirs}": f"system.{ours}" for theirs, ours in NAMES.items()} | {"D": "skip"}
+
+
 def filled(layer, weights):
     """A copy of `layer` with the peer's parameters, which may be traced."""
-    layer = nnx.merge(*nnx.split(layer))
+    layer = oracle.holding(layer, weights, NAMES | {"kernel.A_imag": "system.frequency"})
     system = layer.system
-    system.log_decay = nnx.Param(weights["kernel.A_real"])
-    system.frequency = nnx.Param(-weights["kernel.A_imag"])
-    system.input_matrix = nnx.Param(weights["kernel.B"][0])
-    system.output_matrix = nnx.Param(weights["kernel.C"])
-    system.log_step = nnx.Param(weights["kernel.inv_dt"][:, 0])
-    layer.skip = nnx.Param(weights["D"][0])
+    system.frequency[...] *= -1
     if "kernel.P" in weights:
-        system.low_rank = nnx.Param(weights["kernel.P"][0])
         diagonal, low_rank, _, trained, step = system._system()
         true = true_output_matrix(trained, diagonal, low_rank[None], step, 24)
-        system.output_matrix = nnx.Param(jnp.stack([true.real, true.imag], -1))
+        system.output_matrix[...] = jnp.stack([true.real, true.imag], -1)
     return layer
 
 
@@ -294,7 +279,8 @@ def filled(layer, weights):
 def test_state_spaces_s4(name, options):
     peer = oracle.load(name)
     layer = S4(4, state_size=8, **{"is_causal": True, **options}, rngs=nnx.Rngs(0))
-    compare(peer, lambda inputs, weights: {"y": responses(filled(layer, weights), inputs["u"])})
+    run = lambda inputs, weights: responses(filled(layer, weights), inputs["u"])
+    oracle.compare("s4", peer, run, **PRECISION, of="mechanism")
 
 
 @pytest.mark.parametrize("name,options", [
@@ -324,9 +310,9 @@ def test_state_spaces_s4_of_rank_2():
         true = true_output_matrix(trained, diagonal, low_rank, step, 24)
         (taps,) = ssm.dplr_kernel(diagonal, low_rank, drive[0], true, step, 24)
         inputs = inputs["u"].swapaxes(1, 2)
-        return {"y": (convolution.convolve(inputs, taps) + weights["D"] * inputs).swapaxes(1, 2)}
+        return (convolution.convolve(inputs, taps) + weights["D"] * inputs).swapaxes(1, 2)
 
-    compare(peer, run)
+    oracle.compare("s4", peer, run, **PRECISION, of="mechanism")
 
 
 @pytest.mark.parametrize("name", ["s4_diag_dt_untied", "s4_diag_dss"])
@@ -344,9 +330,9 @@ def test_state_spaces_s4_kernels_without_an_option(name):
             scale = jnp.expm1(log_decay) * total.conj() / (total * total.conj() + 1e-7) / 2
         (taps,) = ssm.diagonal_kernel(log_decay, outputs * drive * scale, 24)
         inputs = inputs["u"].swapaxes(1, 2)
-        return {"y": (convolution.convolve(inputs, taps) + weights["D"] * inputs).swapaxes(1, 2)}
+        return (convolution.convolve(inputs, taps) + weights["D"] * inputs).swapaxes(1, 2)
 
-    compare(peer, run)
+    oracle.compare("s4", peer, run, **PRECISION, of="mechanism")
 
 
 def test_s4d_minimal():
@@ -354,18 +340,14 @@ def test_s4d_minimal():
     peer = oracle.load("s4d_minimal")
     layer = S4(4, state_size=8, mode="diagonal", init="lin", is_causal=True, rngs=nnx.Rngs(0))
 
-    def run(inputs, weights):
-        filled = nnx.merge(*nnx.split(layer))
-        filled.system.log_decay = nnx.Param(weights["kernel.log_A_real"])
-        filled.system.frequency = nnx.Param(weights["kernel.A_imag"])
-        filled.system.output_matrix = nnx.Param(weights["kernel.C"][None])
-        filled.system.log_step = nnx.Param(weights["kernel.log_dt"])
-        filled.skip = nnx.Param(weights["D"])
-        filled.out.kernel = nnx.Param(weights["output_linear.0.weight"][..., 0].T)
-        filled.out.bias = nnx.Param(weights["output_linear.0.bias"])
-        return {"y": filled(inputs["u"].swapaxes(1, 2)).swapaxes(1, 2), "K": filled.system.kernel(24)[0]}
+    names = {"log_A_real": "log_decay", "A_imag": "frequency", "C": "output_matrix", "log_dt": "log_step"}
+    names = {f"kernel.{theirs}": f"system.{ours}" for theirs, ours in names.items()} | {"D": "skip", "output_linear.0": "out"}
 
-    compare(peer, run)
+    def run(inputs, weights):
+        held = oracle.holding(layer, weights, names)
+        return {"y": held(inputs["u"].swapaxes(1, 2)).swapaxes(1, 2), "K": held.system.kernel(24)[0]}
+
+    oracle.compare("s4", peer, run)
 
 
 def test_annotated_s4():
@@ -385,8 +367,8 @@ def test_annotated_s4():
         taps = ssm.dplr_kernel(diagonal[None], low_rank, drive[None], true[None] / 2, step[None], 24)
         return {"K": taps[0]}
 
-    peer.grad_inputs, peer.inputs = {}, {"u": peer.inputs["u"]}
-    compare(peer, run)
+    peer.grad_inputs = {}
+    oracle.compare("s4", peer, run, **PRECISION, of="mechanism")
     taps = run(None, {name: jnp.asarray(value, jnp.float32) for name, value in peer.weights.items()})["K"]
     y = convolution.convolve(peer.inputs["u"][None, :, None], taps[None])[0, :, 0]
     for name in ("y", "y_recurrent"):

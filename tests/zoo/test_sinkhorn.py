@@ -37,23 +37,15 @@ def flat(blocks):
     return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
 
 
-def check(name, function, record_property):
+def compare(name, function):
     """A function of the peer's inputs and weights, with its constants and cfg, against its outputs and all its gradients."""
     peer = oracle.load(name)
-    asarray = lambda arrays: {key: jnp.asarray(array, jnp.float32) for key, array in arrays.items()}
-    run = lambda given, weights: function(given, weights, asarray(peer.constants), peer.meta["cfg"])
-    y, pull = jax.vjp(jax.jit(run), asarray(peer.inputs), asarray(peer.weights))
-    d_inputs, d_weights = pull(jnp.asarray(peer.cotangents["y"], jnp.float32))
-    errors = {"y": oracle.relative_error(y, peer.outputs["y"]),
-              "d_inputs": oracle.relative_error(d_inputs, dict(peer.grad_inputs))}
-    if peer.weights:
-        errors["d_weights"] = oracle.relative_error(d_weights, dict(peer.grad_weights))
-    for key, error in errors.items():
-        record_property(key, error)
-    assert max(errors.values()) < 1e-4, errors
+    constants = {key: jnp.asarray(array, jnp.float32) for key, array in peer.constants.items()}
+    run = lambda given, weights: function(given, weights, constants, peer.meta["cfg"])
+    oracle.compare("sinkhorn", peer, run, of="mechanism")
 
 
-def test_lucidrains_balances(record_property):
+def test_lucidrains_balances():
     """Scores are relu(W [sum of queries; sum of keys]) and their logarithm is balanced; keys are sorted ones, then own."""
 
     def run(given, weights, constants, cfg):
@@ -66,7 +58,7 @@ def test_lucidrains_balances(record_property):
         seen = jnp.ones((1, 1, cfg["bucket_size"]), bool)
         return jnp.swapaxes(attend_to_blocks(query, keys, values, (seen, seen), False, None), 1, 2)
 
-    check("sinkhorn_simple_sort_fixed", run, record_property)
+    compare("sinkhorn_simple_sort_fixed", run)
 
 
 def largest_in_turn(scores, count):
@@ -80,7 +72,7 @@ def largest_in_turn(scores, count):
     return jnp.stack(rows, -2)
 
 
-def test_lucidrains_sort_cut(record_property):
+def test_lucidrains_sort_cut():
     """Sorts for all queries at once, by means of queries and keys, and sees its own block, too."""
 
     def run(given, weights, constants, cfg):
@@ -93,10 +85,10 @@ def test_lucidrains_sort_cut(record_property):
         parts.append(softmax.attention(*map(flat, (query, key, value)), **own))
         return jnp.swapaxes(softmax.merge(*zip(*parts, strict=True))[0], 1, 2)
 
-    check("sinkhorn_sortcut", run, record_property)
+    compare("sinkhorn_sortcut", run)
 
 
-def test_lucidrains_causal(record_property):
+def test_lucidrains_causal():
     """Balances nothing: running means of queries, at the first of a block, score sums of running means of keys, and the two
     best of the earlier blocks and of two learned ones are seen. Half of the heads see blocks that begin one token later, the
     last of which goes around the end: there the first token alone sees what is sorted, and the others not the first."""
@@ -126,10 +118,10 @@ def test_lucidrains_causal(record_property):
         heads = softmax.attention(query.reshape(-1, *query.shape[2:]), *keys, *values, mask=mask.reshape(-1, *mask.shape[2:]))
         return half(jnp.swapaxes(heads.reshape(len(query), length, *heads.shape[2:]), 1, 2), size - 1)
 
-    check("sinkhorn_causal", run, record_property)
+    compare("sinkhorn_causal", run)
 
 
-def test_the_arenas_layer(record_property):
+def test_the_arenas_layer():
     """Its blocks are strides, and every matrix S is all ones (ERRATA.md, 7); it adds two attentions, to own and to sorted."""
 
     def run(given, weights, constants, cfg):
@@ -146,7 +138,7 @@ def test_the_arenas_layer(record_property):
         y = y.reshape(2, x.shape[1], size, heads, -1).swapaxes(1, 2).reshape(2, -1, heads, y.shape[-1])
         return jnp.einsum("btnh,nhd->btd", y, weights["out.kernel"]) + weights["out.bias"]
 
-    check("lra_sinkhorn", run, record_property)
+    compare("lra_sinkhorn", run)
 
 
 # The paper's equations.

@@ -1,17 +1,19 @@
 """SoftmaxAttention is nnx.MultiHeadAttention, and more."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import __version__ as flax_version
 from flax import nnx
 
 from subquad import zoo
 from subquad.zoo import masks
+from tests import oracle
 from tests.assertions import assert_close
-from tests.oracle import relative_error
 
 
 def inputs(length, seed=0, features=16):
@@ -37,19 +39,25 @@ def test_checkpoints_interchange_with_flax(kv_heads):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_gradients_are_flaxs(is_causal):
+def test_outputs_and_gradients_are_flaxs(is_causal):
     flax = nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(1))
     ours = zoo.SoftmaxAttention(4, 16, is_causal=is_causal, rngs=nnx.Rngs(2))
     state = jax.tree.map(lambda a: a + 0.1, nnx.state(flax, nnx.Param))
     mask = nnx.make_causal_mask(jnp.ones((2, 300)), dtype=bool) if is_causal else None
     x, weights = inputs(300), inputs(300, seed=1)
 
-    def gradients(layer, mask):
+    def run(layer, mask):
         graphdef = nnx.graphdef(layer)
-        loss = lambda state, x: jnp.sum(nnx.merge(graphdef, state)(x, mask=mask) * weights)
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))(state, x)
 
-    assert_close(gradients(ours, None), gradients(flax, mask), 1e-5)
+        def loss(state, x):
+            y = nnx.merge(graphdef, state)(x, mask=mask)
+            return jnp.sum(y * weights), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, x)
+
+    (ours, y), (theirs, expected) = run(ours, None), run(flax, mask)
+    peer = SimpleNamespace(name="nnx.MultiHeadAttention", meta={"peer": "flax", "version": flax_version})
+    oracle.check("softmax", peer, (y, expected), (ours, theirs))
 
 
 @pytest.mark.parametrize(("kv_heads", "broadcast"), [(4, True), (2, False)])
@@ -77,7 +85,7 @@ def test_dropout_is_flaxs(kv_heads, broadcast):
     assert_close(noisy, run(flax, 0), 1e-5)
     np.testing.assert_array_equal(run(ours, 0)[0], noisy[0])
     for other in (quiet, run(ours, 1)):
-        assert relative_error(other[0], noisy[0]) > 0.1
+        assert oracle.relative_error(other[0], noisy[0]) > 0.1
     assert_close(ours(x, deterministic=True), quiet[0], 1e-5)
     ours.eval()
     assert_close(ours(x, deterministic=False, rngs=nnx.Rngs(dropout=0)), noisy[0], 1e-5)

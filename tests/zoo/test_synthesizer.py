@@ -180,58 +180,29 @@ def masked(layer, x):
     return jnp.where(is_real[..., None], layer(x, mask=is_real[:, None, None]), of_padding)
 
 
-MAPS = {(name, leaf): f"{name}.{leaf}" for name in ("value", "out") for leaf in ("kernel", "bias")}
-COMPARED = {(name, leaf): f"{name}.{leaf}" for name in ("query", "key") for leaf in ("kernel", "bias")}
-RANDOM = {("random",): "random"}
-DENSE = {
-    ("dense", "hidden", "kernel"): "dense_syn.kernel", ("dense", "hidden", "bias"): "dense_syn.bias",
-    ("dense", "columns"): "dense_syn_len.kernel", ("dense", "bias"): "dense_syn_len.bias",
+NAMES = {
+    "dense_syn": "dense.hidden", "dense_syn_len.kernel": "dense.columns", "dense_syn_len.bias": "dense.bias",
+    "random1": "rows", "random2": "columns",
 }  # fmt: skip
-DOUBLED = {("random",), ("dense", "columns"), ("dense", "bias"), ("query", "kernel"), ("query", "bias")}
+DOUBLED = {"random", "dense_syn_len.kernel", "dense_syn_len.bias", "query.kernel", "query.bias"}
 
 
-@pytest.mark.parametrize(("name", "forms", "pairs", "call"), [
-    ("random", ("random",), RANDOM, None), ("random_causal", ("random",), RANDOM, None),
-    ("factorized_random", ("factorized_random",), {("rows",): "random1", ("columns",): "random2"}, None),
-    ("dot_random", ("random", "dot_product"), RANDOM | COMPARED, masked),
-    ("dense", ("dense",), DENSE, arena), ("dense_random", ("dense", "random"), DENSE | RANDOM, arena),
+@pytest.mark.parametrize(("name", "forms", "call"), [
+    ("random", ("random",), None), ("random_causal", ("random",), None),
+    ("factorized_random", ("factorized_random",), None), ("dot_random", ("random", "dot_product"), masked),
+    ("dense", ("dense",), arena), ("dense_random", ("dense", "random"), arena),
 ])  # fmt: skip
-def test_oracle(name, forms, pairs, call):
-    data = oracle.load(f"lra_synth_{name}")
+def test_oracle(name, forms, call):
     layer = SynthesizerAttention(
         HEADS, FEATURES, max_length=40, synthesis=forms, rank=4, is_causal="causal" in name, rngs=nnx.Rngs(0)
     )
-    graph, params = nnx.split(layer)
-    flat = dict(nnx.to_flat_state(params))
-    assert set(flat) - {("mixture",)} == set(pairs | MAPS)
-    # The mean of twice their logits is their sum.
-    factor = {path: 2.0 if len(forms) > 1 and path in DOUBLED else 1.0 for path in flat}
 
-    def theirs(path, array):  # as their parameter stands in our shape, or its gradient
-        if path == ("columns",):
-            return np.moveaxis(array, 1, 2)
-        return np.broadcast_to(array, flat[path][...].shape) if path in DENSE and path[1] != "hidden" else array
+    def run(inputs, weights):
+        # The mean of twice their logits is their sum.
+        own = {name: 2 * w if len(forms) > 1 and name in DOUBLED else w for name, w in weights.items()}
+        own |= {name: jnp.stack([w] * HEADS) for name, w in own.items() if "dense_syn_len" in name}  # one for all heads there
+        own |= {name: jnp.moveaxis(w, 1, 2) for name, w in own.items() if name == "random2"}
+        held = oracle.holding(layer, own, NAMES)
+        return call(held, inputs["x"]) if call else held(inputs["x"])
 
-    for path, peer in (pairs | MAPS).items():
-        flat[path][...] = jnp.asarray(factor[path] * theirs(path, data.weights[peer]))
-    call = call or (lambda layer, x: layer(x))
-    cotangent = jnp.asarray(data.cotangents["y"])
-
-    @jax.jit
-    def both(params, x):
-        y, pull = jax.vjp(lambda params, x: call(nnx.merge(graph, params), x), params, x)
-        return y, pull(cotangent)
-
-    y, (of_params, of_x) = both(nnx.from_flat_state(flat), jnp.asarray(data.inputs["x"]))
-    errors = [oracle.relative_error(y, data.outputs["y"]), oracle.relative_error(of_x, data.grad_inputs["x"])]
-    ours = dict(nnx.to_flat_state(of_params))
-    for path, peer in (pairs | MAPS).items():
-        want, got = data.grad_weights[peer], factor[path] * ours[path][...]
-        if path in DENSE and path[1] != "hidden":  # one for all heads there
-            got = got.sum(0)
-        elif path == ("columns",):
-            want = np.moveaxis(want, 1, 2)
-        # A bias of all keys does nothing: its gradient is rounding.
-        errors.append(oracle.relative_error(got, want, least=1.0 if path == ("key", "bias") else 0.0))
-    print(f"{name}: output {errors[0]:.1e}, gradients {max(errors[1:]):.1e}")
-    assert max(errors) < 1e-4
+    oracle.compare("synthesizer", oracle.load(f"lra_synth_{name}"), run)

@@ -1,0 +1,9 @@
+"""Kernelised: weights are products of features, so that the sum over keys is taken once for all queries.
+
+phi(q)^T (sum of phi(k) v^T) needs no weights of pairs. A causal layer is a recurrent network: its state has one size, and a
+token costs the same however much came before.
+
+Choose
+    linear: For models trained with it from the start: the smallest state, nothing random.
+    performer: For an estimate of softmax itself, the better the more features, so also for weights that softmax has trained.
+"""

@@ -1,0 +1,13 @@
+"""Patterns: which keys a query sees follows from positions alone.
+
+Softmax attention to a sparse set of keys that is known before the call: exact there, blind elsewhere, so that what is far
+away is reached through the layers above. Patterns are small values that compose and never make a T x T array;
+`layer.pattern(T)` shows one.
+
+Choose
+    local: For what is decided nearby; a new token costs the same however long the text.
+    blockwise: For texts of one known length in a few large blocks; it is the simplest of all to run fast.
+    strided: For data with a period, such as the rows of an image; its summary columns are for text.
+    longformer: For inputs of which one part concerns all, such as a question, or a token to classify by.
+    bigbird: For the same without a part that is known: random blocks bring far tokens within a few layers.
+"""

@@ -1,7 +1,7 @@
 """Blockwise attention: every head pairs blocks of queries with blocks of keys by a permutation."""
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 from flax import nnx
@@ -73,17 +73,3 @@ class BlockwiseAttention(Attention):
                    "Use 0 for the identity.")
         self.max_length, self.block_size, self.shifts = int(max_length), int(block_size), tuple(map(int, shifts))
         self.sees = BlockPermutation(self.block_size, -(-self.max_length // self.block_size), self.shifts) & self.sees
-
-    def attend(self, query, key, value, mask, **extras):
-        self._check_length("inputs_q", query.shape[1])
-        return super().attend(query, key, value, mask, **extras)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
-        cache = super().init_cache(batch_size, max_length, dtype)
-        self._check_length("max_length", max_length)
-        return cache
-
-    def _check_length(self, name: str, length: int) -> None:
-        if length > self.max_length:
-            refuse("BlockwiseAttention", name, f"{length} tokens", f"be at most max_length = {self.max_length} tokens",
-                   "Construct the layer with a larger max_length.")

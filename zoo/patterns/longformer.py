@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from subquad.kernels import softmax
-from subquad.kernels.patterns import CAUSAL, Band, GlobalKeys, GlobalQueries
+from subquad.kernels.patterns import CAUSAL, Band, GlobalKeys, GlobalQueries, Pattern
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LongformerCache, append, places, poisoned, write
 from subquad.zoo.checks import check_sizes
@@ -72,7 +72,8 @@ class LongformerAttention(Attention):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("LongformerAttention", 0, num_global=num_global)
         self.num_global, self.window_size = int(num_global), sides_of("LongformerAttention", window_size, is_causal)
-        self.sees = near = Band(*self.window_size)
+        near: Pattern = Band(*self.window_size)
+        self.sees = near
         if self.num_global:
             near |= GlobalKeys(0, self.num_global)
             self.sees = near & CAUSAL if is_causal else near | GlobalQueries(0, self.num_global)

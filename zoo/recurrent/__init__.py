@@ -1,0 +1,7 @@
+"""Recurrent: exact attention within a segment, and a memory of the segments before it.
+
+A token costs the same whatever came before, and information travels back one memory per layer. Causal only.
+
+Choose
+    transformer_xl: For language models on streams; its positions are distances, so that no length is too long.
+"""

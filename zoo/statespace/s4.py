@@ -2,25 +2,19 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
-from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch, ssm
-from subquad.zoo import padding
 from subquad.zoo.base import Support
-from subquad.zoo.cache import S4Cache, counts
-from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
-from subquad.zoo.compilation import compile_once
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.checks import check_sizes
+from subquad.zoo.headless import Headless
 from subquad.zoo.statespace import hippo
+from subquad.zoo.statespace.output import activated, normal, skipped
 from subquad.zoo.statespace.system import Mode, StateSpace, check_system
 
 
-class S4(nnx.Module):
+class S4(Headless):
     """Structured state space layer (S4, and S4D with mode="diagonal").
 
         x'(t) = A x(t) + B u(t),  y(t) = C x(t) + D u(t)    per feature                                      (eq. 1)
@@ -101,98 +95,35 @@ class S4(nnx.Module):
         rngs: nnx.Rngs,
     ):
         owner = type(self).__name__
-        out_features = in_features if out_features is None else out_features
+        super().__init__(
+            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
+        )
         num_ssm = in_features if num_ssm is None else num_ssm
         if discretization is None:
             discretization = "bilinear" if mode == "dplr" else "zoh"
-        check_sizes(owner, in_features=in_features, out_features=out_features, state_size=state_size, num_ssm=num_ssm)
+        check_sizes(owner, state_size=state_size, num_ssm=num_ssm)
         system: dict[str, Any] = dict(state_size=state_size, mode=mode, init=init, discretization=discretization,
                                       num_ssm=num_ssm, dt_min=dt_min, dt_max=dt_max)
         check_system(owner, in_features, **system)
-        check_causality(owner, self.supports, is_causal)
-        dispatch.check_name(owner, implementation)
-        self.in_features, self.out_features, self.state_size = in_features, out_features, state_size
-        self.is_causal, self.glu, self.dtype, self.implementation = is_causal, glu, dtype, implementation
+        self.state_size, self.glu = state_size, glu
         self.system = StateSpace(
             in_features, num_outputs=1 if is_causal else 2, param_dtype=param_dtype, implementation=implementation, rngs=rngs,
             **system,
         )
-        self.skip = nnx.Param(jax.random.normal(rngs.params(), (in_features,), jnp.float32).astype(param_dtype))
+        self.skip = normal(rngs, (in_features,), param_dtype)
         self.out = nnx.Linear(
-            in_features, out_features * (2 if glu else 1), dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
+            in_features, self.out_features * (2 if glu else 1), dtype=dtype, param_dtype=param_dtype, precision=precision,
+            rngs=rngs,
         )
 
-    def _promote(self, inputs):
-        """The inputs in the dtype of the computation."""
-        return promote_dtype((inputs, self.skip[...]), dtype=self.dtype)[0]
+    def respond(self, inputs, mask, segment_ids):
+        return self.system.respond(inputs, segment_ids)
 
-    def _mix(self, inputs, responses):
-        """The pointwise rest of the layer, from u and C x."""
-        hidden = nnx.gelu(responses + self.skip[...].astype(inputs.dtype)[None] * inputs, approximate=False)
-        return gated_linear(self.out, hidden) if self.glu else self.out(hidden)
+    def finish(self, inputs, responses):
+        return activated(skipped(self.skip, inputs, responses), self.out, "full" if self.glu else None)
 
-    def __call__(
-        self,
-        inputs_q: Float[Array, "*B T D"],
-        inputs_kv: None = None,
-        inputs_v: None = None,
-        *,
-        mask: Bool[Array, "..."] | None = None,
-        positions: None = None,
-        segment_ids: Int[Array, "..."] | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "*B T F"]:
-        """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; nothing is drawn."""
-        call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
-        outputs = self._call(call.inputs_q, call.mask, call.extras.get("segment_ids"))
-        return outputs.reshape(*call.batch, *outputs.shape[1:])
+    def state(self, batch_size):
+        return jnp.zeros((batch_size, self.in_features, self.state_size), jnp.float32)
 
-    @compile_once
-    def _call(self, inputs, mask, segment_ids):
-        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
-        if order is not None:
-            inputs, segment_ids = jax.tree.map(order.pack, (inputs, segment_ids))
-        inputs = self._promote(inputs)
-        outputs = in_pieces(self._mix, inputs, self.system.respond(inputs, segment_ids))
-        return outputs if order is None else order.unpack(outputs)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> S4Cache:
-        """The state before the first token. It holds float32 numbers for any length: max_length and dtype change nothing."""
-        require_extend(self, batch_size=batch_size, max_length=max_length)
-        return S4Cache(jnp.zeros((batch_size, self.in_features, self.state_size), jnp.float32))
-
-    def extend(self, inputs: Float[Array, "B T D"], cache: S4Cache, *, mask: Bool[Array, "B 1 1 T"] | None = None):
-        """T >= 1 more tokens after those in `cache` -> (outputs [B, T, F], cache): the recurrence.
-
-        Args:
-            inputs: the new tokens.
-            cache: of `init_cache`, or of the call before; not changed.
-            mask: key padding of the new tokens; no time passes at a token masked out.
-        """
-        mask = check_extend(self, inputs, cache, mask)
-        return self._extend(inputs, cache, mask)
-
-    @compile_once
-    def _extend(self, inputs, cache, mask):
-        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
-        inputs = self._promote(inputs if order is None else order.pack(inputs))
-        responses, state = self.system.recur(inputs, cache.state, None if mask is None else counts(inputs, mask))
-        outputs = in_pieces(self._mix, inputs, responses)
-        return outputs if order is None else order.unpack(outputs), S4Cache(state)
-
-    def pattern(self, length: int) -> np.ndarray:
-        """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""
-        full = np.ones((1, length, length), bool)
-        return np.tril(full) if self.is_causal else full
-
-
-def gated_linear(linear, inputs):
-    """glu(W x + b): one half of the features of a linear layer, gated by the other half.
-
-    Each half by itself: the gradients of both would be one array, twice as wide as any other. A gradient of S4D holds 25 MB
-    of temporaries in place of 32 (4,096 tokens of 256 features in float32; jaxlib 0.10.2 on a CPU).
-    """
-    graph, params = nnx.split(linear)
-    half = lambda i: nnx.merge(graph, jax.tree.map(lambda x: jnp.split(x, 2, -1)[i], params))(inputs)
-    return half(0) * nnx.sigmoid(half(1))
+    def respond_after(self, inputs, state, counts):
+        return self.system.recur(inputs, state, counts)

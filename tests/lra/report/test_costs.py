@@ -94,7 +94,7 @@ def test_steps_are_timed_written_and_tell_the_hours_of_a_cell(tmp_path, monkeypa
     # What cannot fit, or is refused, is told, and the others are timed.
     refuse = lambda run, task: (_ for _ in ()).throw(ValueError("too large")) if run.layer == "softmax" else None
     monkeypatch.setattr(sizes, "check", refuse)
-    wanted = [cell(LISTOPS), cell("lra.1.performer.listops"), cell("lra.1.bigbird.listops")]
+    wanted = [cell(LISTOPS), cell("lra.1.performer.listops"), cell("lra.1.bigbird.average")]
     assert reproduce.time_missing(wanted, tmp_path / "more.csv", known=known(), steps=2, say=said.append) == 1
     assert said[0] == f"[1/2] {LISTOPS}: too large" and "from 2 steps timed on it" in said[1]
     assert [one.layer for one in ledger.read_ledger([tmp_path / "more.csv"]).step_timings] == ["performer"]

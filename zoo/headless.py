@@ -1,0 +1,128 @@
+"""The shell that mixers without heads share: the contract of `Attention` where there are no queries and keys."""
+
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jaxtyping import Array, Bool, Float, Int
+
+from subquad.kernels import dispatch
+from subquad.zoo import padding
+from subquad.zoo.base import Support
+from subquad.zoo.cache import StateCache, counts
+from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
+from subquad.zoo.compilation import compile_once
+from subquad.zoo.projection import in_pieces
+
+
+class Headless(nnx.Module):
+    """The shell of a mixer without heads: checks, batch axes, padding.
+
+        y = finish(x, respond(x))
+
+    A variant derives from this class directly. It writes `respond`, which mixes tokens, and `finish`, of each token alone;
+    where it can extend, `state` and `respond_after` as well.
+
+    Args:
+        in_features: features D of the inputs.
+        out_features: features F of the output. None: in_features.
+        is_causal: a token sees itself and those before it.
+        dtype: dtype of the computation. None: promoted from inputs and parameters.
+        implementation: of the kernels; None takes the best that can run here.
+    """
+
+    supports: ClassVar[Support]
+
+    def __init__(
+        self, in_features: int, *, out_features: int | None, is_causal: bool, dtype: Any,
+        implementation: dispatch.Implementation | None,
+    ):  # fmt: skip
+        owner = type(self).__name__
+        out_features = in_features if out_features is None else out_features
+        check_sizes(owner, in_features=in_features, out_features=out_features)
+        check_causality(owner, self.supports, is_causal)
+        dispatch.check_name(owner, implementation)
+        self.in_features, self.out_features = in_features, out_features
+        self.is_causal, self.dtype, self.implementation = is_causal, dtype, implementation
+
+    def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids) -> Float[Array, "B T D"]:
+        """What each token gets from all: of inputs whose padding, by `mask` [B, 1, 1, T], comes last and is 0."""
+        raise NotImplementedError
+
+    def finish(self, inputs: Float[Array, "N D"], responses: Float[Array, "N D"]) -> Float[Array, "N F"]:
+        """The outputs, token by token."""
+        return responses
+
+    def state(self, batch_size: int) -> Float[Array, "B *state"]:
+        """The state before the first token, in float32."""
+        raise NotImplementedError
+
+    def respond_after(self, inputs: Float[Array, "B T D"], state, counts: Int[Array, "B"] | None):
+        """`respond` for T more tokens from `state` on -> (responses, state).
+
+        `counts` is how many of them each sample has, the first ones; the state is that after these. None: all.
+        """
+        raise NotImplementedError
+
+    def _promote(self, inputs):
+        """The inputs in the dtype of the computation."""
+        parameters = jax.tree.leaves(nnx.state(self, nnx.Param))
+        return promote_dtype((inputs, *parameters[:1]), dtype=self.dtype)[0]
+
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T D"],
+        inputs_kv: None = None,
+        inputs_v: None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        positions: None = None,
+        segment_ids: Int[Array, "..."] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "*B T F"]:
+        """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; nothing is drawn."""
+        call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
+        outputs = self._call(call.inputs_q, call.mask, call.extras.get("segment_ids"))
+        return outputs.reshape(*call.batch, *outputs.shape[1:])
+
+    @compile_once
+    def _call(self, inputs, mask, segment_ids):
+        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
+        if order is not None:
+            inputs, segment_ids = jax.tree.map(order.pack, (inputs, segment_ids))
+            mask = order.mask[:, None, None]
+        inputs = self._promote(inputs)
+        outputs = in_pieces(self.finish, inputs, self.respond(inputs, mask, segment_ids))
+        return outputs if order is None else order.unpack(outputs)
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> StateCache:
+        """The state before the first token. It holds float32 numbers for any length: max_length and dtype change nothing."""
+        require_extend(self, batch_size=batch_size, max_length=max_length)
+        return StateCache(self.state(batch_size))
+
+    def extend(self, inputs: Float[Array, "B T D"], cache: StateCache, *, mask: Bool[Array, "B 1 1 T"] | None = None):
+        """T >= 1 more tokens after those in `cache` -> (outputs [B, T, F], cache): the recurrence.
+
+        Args:
+            inputs: the new tokens.
+            cache: of `init_cache`, or of the call before; not changed.
+            mask: key padding of the new tokens; no time passes at a token masked out.
+        """
+        mask = check_extend(self, inputs, cache, mask)
+        return self._extend(inputs, cache, mask)
+
+    @compile_once
+    def _extend(self, inputs, cache, mask):
+        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
+        inputs = self._promote(inputs if order is None else order.pack(inputs))
+        responses, state = self.respond_after(inputs, cache.state, None if mask is None else counts(inputs, mask))
+        outputs = in_pieces(self.finish, inputs, responses)
+        return outputs if order is None else order.unpack(outputs), StateCache(state)
+
+    def pattern(self, length: int) -> np.ndarray:
+        """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""
+        full = np.ones((1, length, length), bool)
+        return np.tril(full) if self.is_causal else full
