@@ -8,7 +8,6 @@ from flax import nnx
 
 from subquad.zoo.kernelized.cosformer import CosformerAttention
 from tests import oracle
-from tests.zoo.patterned import kernel
 
 FEATURES, HEADS, LONGEST = 16, 2, 30
 
@@ -109,26 +108,15 @@ def test_lengths_beyond_the_period_are_refused_or_nan():
 
 @pytest.mark.parametrize("name", ["cosformer_bidir", "cosformer_causal", "cosformer_cross"])
 def test_oracle(name):
-    """The authors' code: its period is the longer side of this call; its clamp at 1e-6 does not bind here."""
+    """The authors' code, time first: its period is the longer side of this call; its clamp at 1e-6 does not bind here."""
     peer = oracle.load(name)
-    inputs = {key: jnp.asarray(array, jnp.float32).swapaxes(0, 1) for key, array in peer.inputs.items()}
-    longest = max(array.shape[1] for array in inputs.values())
-    heads, width = peer.meta["cfg"]["H"], inputs["x"].shape[2]
-    layer = CosformerAttention(heads, width, max_length=longest, is_causal=peer.meta["cfg"]["causal"], rngs=nnx.Rngs(0))
-    names = dict(query="q_proj", key="k_proj", value="v_proj")
+    heads, longest = peer.meta["cfg"]["H"], max(array.shape[0] for array in peer.inputs.values())
+    layer = CosformerAttention(
+        heads, peer.inputs["x"].shape[2], max_length=longest, is_causal=peer.meta["cfg"]["causal"], rngs=nnx.Rngs(0)
+    )
+    names = dict(q_proj="query", k_proj="key", v_proj="value", out_proj="out")
 
-    def convert(weights):
-        bias = lambda name: jnp.asarray(weights[f"{name}.bias"]).reshape(heads, -1)
-        ours = {own: dict(kernel=kernel(weights[f"{n}.weight"], heads), bias=bias(n)) for own, n in names.items()}
-        out = jnp.asarray(weights["out_proj.weight"]).T.reshape(heads, -1, width)
-        return ours | dict(out=dict(kernel=out, bias=jnp.asarray(weights["out_proj.bias"])))
+    def run(inputs, weights):
+        return oracle.holding(layer, weights, names)(*(x.swapaxes(0, 1) for x in inputs.values())).swapaxes(0, 1)
 
-    graphdef, params = nnx.split(layer)
-    nnx.replace_by_pure_dict(params, convert(peer.weights))
-    run = jax.jit(lambda params, *x: jax.vjp(lambda params, *x: nnx.merge(graphdef, params)(*x), params, *x))
-    y, pull = run(params, *inputs.values())
-    of_params, *of_inputs = pull(jnp.asarray(peer.cotangents["y"], jnp.float32).swapaxes(0, 1))
-    found = nnx.to_pure_dict(of_params), [x.swapaxes(0, 1) for x in of_inputs]
-    wanted = convert(peer.grad_weights), [peer.grad_inputs[key] for key in inputs]
-    assert oracle.relative_error(y.swapaxes(0, 1), peer.outputs["y"]) < 1e-5
-    assert oracle.relative_error(found, wanted) < 2e-5
+    oracle.compare("cosformer", peer, run)

@@ -124,40 +124,33 @@ def test_grouped_heads_are_repeated_ones():
 
 def test_oracle_authors():
     """cmsflash/efficient-attention: channels first, values of another width than keys, and its input added to the output."""
-    peer = oracle.load("efficient_authors")
-    heads, layer = peer.meta["cfg"]["heads"], build()
-    weights = {name: jnp.asarray(weight, jnp.float32) for name, weight in peer.weights.items()}
+    peer, layer = oracle.load("efficient_authors"), build()
+    heads = peer.meta["cfg"]["heads"]
 
-    def run(weights, x):
-        tokens = x[:, :, 0].mT
-        linear = lambda name, x: x @ weights[f"{name}.weight"][:, :, 0, 0].T + weights[f"{name}.bias"]
+    def run(inputs, weights):
+        tokens = inputs["x"][:, :, 0].mT
+        mapped = lambda name, x: x @ weights[f"{name}.weight"][:, :, 0, 0].T + weights[f"{name}.bias"]
         split = lambda x: x.reshape(*x.shape[:2], heads, -1)
-        mixed = layer.attend(*(split(linear(name, tokens)) for name in ("queries", "keys", "values")), None)
-        return (linear("reprojection", mixed.reshape(*mixed.shape[:2], -1)) + tokens).mT[:, :, None]
+        mixed = layer.attend(*(split(mapped(name, tokens)) for name in ("queries", "keys", "values")), None)
+        return (mapped("reprojection", mixed.reshape(*mixed.shape[:2], -1)) + tokens).mT[:, :, None]
 
-    y, pull = jax.jit(lambda *arrays: jax.vjp(run, *arrays))(weights, jnp.asarray(peer.inputs["x"], jnp.float32))
-    of_weights, of_x = pull(jnp.asarray(peer.cotangents["y"], jnp.float32))
-    assert oracle.relative_error(y, peer.outputs["y"]) < 1e-5
-    assert oracle.relative_error(dict(of_weights, x=of_x), dict(peer.grad_weights, x=peer.grad_inputs["x"])) < 1e-5
+    oracle.compare("efficient", peer, run, of="mechanism")
 
 
-def check_linear_attention_transformer(name, run):
-    peer = oracle.load(name)
-    # It multiplies the query's softmax by 1 / sqrt(H), here 8.
-    function = lambda *qkv: run(*(x.swapaxes(1, 2) for x in qkv)).swapaxes(1, 2)
-    y, pull = jax.jit(lambda *qkv: jax.vjp(function, *qkv))(*(jnp.asarray(peer.inputs[n], jnp.float32) for n in "qkv"))
-    gradients = dict(zip("qkv", pull(jnp.asarray(peer.cotangents["y"], jnp.float32)), strict=True))
-    assert oracle.relative_error(y, peer.outputs["y"]) < 1e-5 and oracle.relative_error(gradients, peer.grad_inputs) < 1e-5
+def heads_first(function):
+    """Of q, k and v [B, N, T, H] by name. The peer multiplies the query's softmax by 1 / sqrt(H), here 8."""
+    return lambda inputs, _: function(*(inputs[name].swapaxes(1, 2) for name in "qkv")).swapaxes(1, 2)
 
 
 def test_oracle_linear_attention_transformer():
-    check_linear_attention_transformer("linattn_bidir", lambda *qkv: 8**-0.5 * build().attend(*qkv, None))
+    run = heads_first(lambda *qkv: 8**-0.5 * build().attend(*qkv, None))
+    oracle.compare("efficient", oracle.load("linattn_bidir"), run, of="mechanism")
 
 
 def test_oracle_linear_attention_transformer_causal_is_another_function():
     """Its causal form divides by the sum over all features: linear attention with features softmax(q) and exp(k). In it a loud
     feature drowns the others, and the last token is not the paper's; here each feature is a mean of its own."""
     normalised_by_row = lambda q, k, v: linear.attention(jax.nn.softmax(q, -1), jnp.exp(k), v, is_causal=True)
-    check_linear_attention_transformer("linattn_causal_blind1", normalised_by_row)
+    oracle.compare(None, oracle.load("linattn_causal_blind1"), heads_first(normalised_by_row))
     query, key, value = (normal(1, 9, HEADS, 8, seed=seed) for seed in range(3))
     assert jnp.abs(normalised_by_row(query, key, value) - build(True).attend(query, key, value, None)).max() > 0.05
