@@ -18,6 +18,8 @@ from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.headless import Headless
+from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
@@ -61,6 +63,8 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "nystrom": NystromAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
+    "cosformer": CosformerAttention,
+    "efficient": EfficientAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
     "dss": DSS,

@@ -29,6 +29,8 @@ LAYERS = {
     "nystrom": dict(num_heads=4, num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
+    "cosformer": dict(num_heads=4, is_causal=True, max_length="{length}"),
+    "efficient": dict(num_heads=4, is_causal=True),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "s5": dict(is_causal=True, state_size=64, dt_min=0.01, dt_max=0.5),

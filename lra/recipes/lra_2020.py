@@ -38,6 +38,8 @@ LAYERS = {
     "nystrom": HEADS,
     "linear": HEADS,
     "performer": dict(HEADS, num_features=2),
+    "cosformer": dict(HEADS, max_length="{length}"),
+    "efficient": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": {},
     "s5": {},

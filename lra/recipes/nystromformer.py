@@ -31,6 +31,8 @@ LAYERS = {
     "nystrom": dict(HEADS, num_landmarks=64, conv_width=35),
     "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
+    "cosformer": dict(HEADS, max_length="{length}"),
+    "efficient": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
     "s5": dict(state_size=64),

@@ -34,6 +34,8 @@ QUICKSTART = Recipe(
         "nystrom": dict(num_heads=4, num_landmarks=16),
         "linear": dict(num_heads=4),
         "performer": dict(num_heads=4, num_features=32),
+        "cosformer": dict(num_heads=4, max_length="{length}"),
+        "efficient": dict(num_heads=4),
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
