@@ -50,9 +50,31 @@ def zeros_depending_on(array, shape, dtype):
     """
     if jax.default_backend() != "cpu":
         return jnp.zeros(shape, dtype)
+    return jnp.full(shape, _zero_of(array).astype(dtype))
+
+
+def apart(function, arrays):
+    """function(arrays), of floating-point numbers, such that nothing of it is computed before all arrays are, or fused with
+    what comes before and after.
+
+    XLA on a CPU drops `jax.lax.optimization_barrier` before it fuses and orders operations. Layer after layer, what is cheap is
+    then computed again from arrays that are kept for it, and what depends on parameters alone stands at the start. A loop of
+    one round, whose number XLA does not know, is a computation of its own; adding the number of the round, 0, keeps all of it
+    inside.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(arrays)))
+    last = jax.tree.leaves(arrays)[-1]
+    empty = lambda like: zeros_depending_on(last, like.shape, like.dtype)
+    once = 1 + _zero_of(last).astype(jnp.int32)
+    run = lambda i, _: function(jax.tree.map(lambda x: x + i.astype(x.dtype), arrays))
+    return jax.lax.fori_loop(0, once, run, jax.tree.map(empty, jax.eval_shape(function, arrays)))
+
+
+def _zero_of(array):
+    """0 as uint32, made of an array of floating-point numbers such that XLA does not see it."""
     first = array[(0,) * array.ndim].astype(jnp.float32)
-    zero = jax.lax.bitcast_convert_type(first, jnp.uint32) >> 31 >> 1  # two shifts: XLA would fold one by 32 into a constant
-    return jnp.full(shape, zero.astype(dtype))
+    return jax.lax.bitcast_convert_type(first, jnp.uint32) >> 31 >> 1  # two shifts: XLA would fold one by 32 into a constant
 
 
 def map_parts(function, parts: int, arrays, axes, axes_out, after):

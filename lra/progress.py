@@ -69,7 +69,7 @@ class Progress:
 
 
 class Board:
-    """A table on the terminal of what is at work in each cell, drawn anew four times a second; nothing where there is none.
+    """A table on the terminal of what is at work in each cell, drawn anew twice a second; nothing where there is none.
 
     While it is there it alone is shown, and no `Work` within it.
 
@@ -88,7 +88,7 @@ class Board:
 
         if self.on_terminal:
             Work._shown.acquire()
-            self._live = Live(get_renderable=self._table, console=Console(stderr=True))
+            self._live = Live(get_renderable=self._table, console=Console(stderr=True), refresh_per_second=2)
             self._live.start()
         return self
 

@@ -39,43 +39,50 @@ def load(name: str) -> SimpleNamespace:
     return oracle
 
 
-def check(layer, peer, outputs, gradients=({}, {}), *, tolerance=1e-5, part=0.1, of="layer") -> None:
+def check(layer: str | None, peer, outputs, gradients=({}, {}), *, tolerance=1e-5, part=0.1, of="layer") -> None:
     """A layer agrees with a peer in every leaf, by `tests.assertions.errors`. The table gets a row of it.
 
     Args:
-        layer: its name.
+        layer: its name; None: an operation is compared, which has no row.
         peer: of `load`, or anything with `.name` and `.meta` that has "peer" and "version".
         outputs, gradients: (ours, theirs), two trees each.
+        tolerance, part: see `tests.assertions`.
         of: "layer", or "mechanism" where queries, keys and values are given or a formula stands for the layer.
     """
     assert_close(*outputs, tolerance, f"{peer.name}, outputs", part)
     assert_close(*gradients, tolerance, f"{peer.name}, gradients", part)
+    if layer is None:
+        return
     row = {"layer": layer, "oracle": peer.name, "of": of, "peer": peer.meta["peer"], "version": peer.meta["version"]}
     largest = (max(errors(*pair).values(), default=None) for pair in (outputs, gradients))
     comparisons.append(row | dict(zip(COLUMNS[-2:], largest, strict=True)))
 
 
-def compare(layer: str, peer: SimpleNamespace, function, **options) -> None:
-    """Checks `function(inputs, weights)`: the outputs, and the gradients of everything that the peer has a gradient of.
+def outputs_and_gradients(peer: SimpleNamespace, function) -> tuple[dict, dict]:
+    """Of `function(inputs, weights)` at the peer's: outputs, and gradients of all that the peer has a gradient of.
 
-    The function takes the peer's inputs and weights by name, real numbers in float32, and returns the outputs by name (or `y`
-    alone), all as the peer lays them out: one map from its weights into the layer serves values and gradients. The options are
-    those of `check`.
+    The function takes inputs and weights by the peer's names, real numbers in float32, and returns the outputs by name (or `y`
+    alone), all as the peer lays them out: one map from its weights into a layer serves values and gradients.
     """
     single = lambda x: jnp.asarray(x, jnp.float32) if np.issubdtype(x.dtype, np.floating) else jnp.asarray(x)
-    given = {"inputs": peer.inputs, "weights": peer.weights}
-    wanted = {"inputs": peer.grad_inputs, "weights": peer.grad_weights}
-    given = {group: {name: single(x) for name, x in arrays.items()} for group, arrays in given.items()}
-    moving = {group: {name: given[group][name] for name in names} for group, names in wanted.items()}
+    wanted = (peer.grad_inputs, peer.grad_weights)
+    given = [{name: single(x) for name, x in arrays.items()} for arrays in (peer.inputs, peer.weights)]
+    moving = [{name: arrays[name] for name in names} for arrays, names in zip(given, wanted, strict=True)]
 
     def loss(moving):
-        outputs = function(*(given[group] | moving[group] for group in given))
+        outputs = function(*(fixed | arrays for fixed, arrays in zip(given, moving, strict=True)))
         outputs = outputs if isinstance(outputs, dict) else {"y": outputs}
         return sum(jnp.sum(outputs[name] * cotangent) for name, cotangent in peer.cotangents.items()), outputs
 
     gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(moving)
+    return outputs, dict(zip(("inputs", "weights"), gradients, strict=True))
+
+
+def compare(layer: str | None, peer: SimpleNamespace, function, **options) -> None:
+    """Checks the `outputs_and_gradients` of a function against the peer's; the options are those of `check`."""
+    outputs, gradients = outputs_and_gradients(peer, function)
     theirs = {name: peer.outputs[name] for name in outputs}
-    check(layer, peer, (outputs, theirs), (gradients, wanted), **options)
+    check(layer, peer, (outputs, theirs), (gradients, {"inputs": peer.grad_inputs, "weights": peer.grad_weights}), **options)
 
 
 def compare_mechanism(name: str, layer, peer, mask=None, heads_first: bool = False) -> None:
@@ -106,8 +113,8 @@ def holding(layer: nnx.Module, weights: dict, names: dict[str, str] | None = Non
 class Table:
     """A pytest plugin that writes a session's comparisons into a CSV file, from whatever processes they come.
 
-    A row is of a layer and an oracle, with the largest errors of all its tests. Rows of others stay, so that one file of tests
-    can be run. Errors have one digit: the file changes where they do, not with the processor.
+    A row is of a layer and an oracle, with the largest errors of the session. Rows of others stay, so that one test file can
+    be run. Errors have one digit, so that another processor changes few.
     """
 
     def __init__(self, path):

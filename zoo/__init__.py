@@ -8,14 +8,19 @@
 from subquad.zoo import masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
+from subquad.zoo.buckets.clustered import ClusteredAttention
+from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
-from subquad.zoo.features import RandomFeature
+from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.linear import LinearAttention
@@ -33,13 +38,16 @@ from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
+from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
+from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "LAYERS", "S4", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM",
-    "Classifier", "DiagonalAttention", "DualEncoder", "Encoder", "FNet", "FeedForward", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention",
-    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "SinkhornAttention", "SoftmaxAttention",
-    "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate",
-    "make", "masks", "positions", "stream",
+    "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
+    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "DiagonalAttention", "DualEncoder", "Encoder",
+    "EntmaxAttention", "FNet", "FeedForward", "InformerAttention", "LinearAttention", "LinformerAttention",
+    "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention", "PerformerAttention",
+    "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SmyrfAttention",
+    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

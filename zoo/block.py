@@ -129,11 +129,18 @@ class Block(nnx.Module):
             deterministic = self.dropout.deterministic
         draws: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
         norms = dict(key_mask=call.get("mask"), deterministic=deterministic)
-        mix = lambda hidden: self.dropout(self.mixer(hidden, **draws, **call), **draws)
-        hidden = self._residual(self.mixer_norm, mix, inputs, norms)
+        hidden = self._residual(self.mixer_norm, lambda hidden: self.mix(hidden, draws, call), inputs, norms)
         if not self.has_mlp:
             return hidden
-        return self._residual(self.mlp_norm, lambda hidden: self.dropout(self.mlp(hidden, **draws), **draws), hidden, norms)
+        return self._residual(self.mlp_norm, lambda hidden: self.feed(hidden, draws), hidden, norms)
+
+    def mix(self, hidden, draws: dict[str, Any], call: dict[str, Any]):
+        """What the mixer adds; `draws` holds deterministic and rngs."""
+        return self.dropout(self.mixer(hidden, **draws, **call), **draws)
+
+    def feed(self, hidden, draws: dict[str, Any]):
+        """What the feed-forward network adds."""
+        return self.dropout(self.mlp(hidden, **draws), **draws)
 
     def _residual(self, norm, function, inputs, norms):
         if self.norm_order == "post":

@@ -151,6 +151,21 @@ class SinkhornCache(NamedTuple):
         return self.length
 
 
+class RoutingCache(NamedTuple):
+    """Keys and values of each sample's real tokens so far: the token at position t in slot t of S; and their clusters."""
+
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
+    places: Int[Array, "B S N"]  # of tokens in the order of cluster and position, with gaps between clusters
+    members: Int[Array, "B N C"]  # tokens of each cluster so far
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length
+
+
 class LocalCache(NamedTuple):
     """Keys and values of each sample's last W real tokens, the newest last."""
 

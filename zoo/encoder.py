@@ -12,7 +12,7 @@ from flax.nnx.nn.linear import default_embed_init
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import positions as encodings
-from subquad.zoo import registry
+from subquad.zoo import registry, reversible
 from subquad.zoo.block import NORMS, Block, Norm, Order, normalise
 from subquad.zoo.checks import refuse
 from subquad.zoo.linen import call_rngs
@@ -36,6 +36,7 @@ class EncoderOptions(TypedDict, total=False):
     norm: Norm
     norm_order: Order
     remat: bool
+    reversible: bool
     embed: nnx.Module | None
     embedding_init: nnx.Initializer
     position_init: nnx.Initializer
@@ -61,6 +62,9 @@ class Encoder(nnx.Module):
         norm, norm_order: see `Block`; with "pre" one more norm stands at the end.
         remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory.
             What a mixer of the user's writes into itself in a call (`sow`, counters) is then lost; statistics are kept.
+        reversible: blocks are reversible residual layers of two streams, mixer and network the halves, whose mean goes on: the
+            backward pass keeps no activations at all and rebuilds them from the outputs. Another function than that of
+            plain blocks. Needs norm_order "pre", a norm that is no batch norm, and feed-forward networks.
         embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D]. Where it has `num_embeddings`,
             ids are below that; otherwise it decides itself what it takes. It sees padding's ids too: what it returns there
             counts for nothing, but a parameter that it multiplies with NaN there has a NaN gradient.
@@ -97,6 +101,7 @@ class Encoder(nnx.Module):
         norm: Norm = "layer",
         norm_order: Order = "pre",
         remat: bool = False,
+        reversible: bool = False,
         embed: nnx.Module | None = None,
         embedding_init: nnx.Initializer = default_embed_init,
         position_init: nnx.Initializer = default_embed_init,
@@ -106,6 +111,12 @@ class Encoder(nnx.Module):
     ):
         if positions not in POSITIONS:
             refuse("Encoder", "positions", repr(positions), f"be one of {POSITIONS}", "Use mixer_options for the mixer's own.")
+        for name, needed, got, must in (
+            ("norm_order", norm_order == "pre", norm_order, "be 'pre'"), ("norm", norm != "batch", norm, "be 'layer' or 'rms'"),
+            ("mlp_features", mlp_features > 0, mlp_features, "be positive"), ("remat", not remat, remat, "be False"),
+        ):  # fmt: skip
+            if reversible and not needed:
+                refuse("Encoder", name, got, f"{must} with reversible", "Leave reversible out, or change it.")
         dtypes = dict(dtype=dtype, param_dtype=param_dtype)
 
         def build(mixer, options):
@@ -114,7 +125,8 @@ class Encoder(nnx.Module):
             return registry.make(mixer, in_features=in_features, rngs=rngs, **{**dtypes, **options})
 
         mixers = mixers_of_layers(mixer, mixer_options, num_layers)
-        self.in_features, self.max_length, self.position_kind, self.remat = in_features, max_length, positions, remat
+        self.in_features, self.max_length, self.position_kind = in_features, max_length, positions
+        self.remat, self.reversible = remat, reversible
         table = functools.partial(nnx.Embed, features=in_features, **dtypes, rngs=rngs)
         self.embed: Any = table(num_embeddings=vocab_size, embedding_init=embedding_init) if embed is None else embed
         self.vocab_size: Any = getattr(self.embed, "num_embeddings", None)
@@ -155,15 +167,27 @@ class Encoder(nnx.Module):
         call = dict(mask=None if mask is None else mask[:, None, None, :])
         if segment_ids is not None:  # a mixer of the user's may not know the word
             call["segment_ids"] = segment_ids
+        hidden = self.run_blocks(hidden, call, is_deterministic, rngs)
+        return hidden if self.norm is None else normalise(self.norm, hidden, call["mask"], is_deterministic)
+
+    def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
+        if self.reversible:
+            return reversible.through(self.blocks, hidden, call, deterministic, rngs)
         run = lambda block, hidden, rngs: block(hidden, deterministic=deterministic, rngs=rngs, **call)
         run = nnx.remat(run) if self.remat else run
         for block in self.blocks:
             # nnx.remat writes every variable back, which those made outside of the caller's jax.grad do not allow: a copy.
             used = nnx.clone(block) if self.remat else block
             hidden = run(used, hidden, rngs)
-            if self.remat and not is_deterministic:
+            if self.remat and not deterministic:
                 nnx.update(block, nnx.state(used, nnx.BatchStat))
-        return hidden if self.norm is None else normalise(self.norm, hidden, call["mask"], is_deterministic)
+        return hidden
+
+    def extend_blocks(self, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask: Bool[Array, "B 1 1 T"] | None):
+        """T more tokens through all blocks and the last norm, after those in the mixers' caches -> (features, caches)."""
+        run = reversible.extend if self.reversible else extend
+        hidden, caches = run(self.blocks, hidden, caches, mask)
+        return (hidden if self.norm is None else normalise(self.norm, hidden, None, deterministic=True)), caches
 
     def check(self, tokens, mask=None, segment_ids=None) -> None:
         """Refuses what a call of the model cannot take."""
@@ -171,6 +195,15 @@ class Encoder(nnx.Module):
         if self.position_kind == "learned" and tokens.shape[1] > self.max_length:
             refuse("Encoder", "tokens", tokens.shape[1], f"have length <= max_length = {self.max_length}",
                    "Truncate them, or construct the model with a larger max_length.")
+
+
+def extend(blocks, hidden, caches, mask):
+    """One block after the other; see `Block.extend`."""
+    extended = []
+    for block, cache in zip(blocks, caches, strict=True):
+        hidden, cache = block.extend(hidden, cache, mask=mask)
+        extended.append(cache)
+    return hidden, tuple(extended)
 
 
 def mixers_of_layers(mixer, mixer_options, num_layers: int | None) -> list[tuple[Mixer, dict[str, Any]]]:

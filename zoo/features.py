@@ -1,4 +1,4 @@
-"""Random features: the variable type that holds them, and the projections they are made of."""
+"""The variable types of what no gradient moves: random features, and centroids; the projections features are made of."""
 
 import math
 from typing import Literal
@@ -16,6 +16,14 @@ class RandomFeature(nnx.Variable):
 
     Not an `nnx.Param`, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` leaves it alone; part of `nnx.state(model)`, so a
     checkpoint brings it back.
+    """
+
+
+class Centroids(nnx.Variable):
+    """Centres of clusters that a layer's own method moves where the caller says so.
+
+    Not an `nnx.Param`, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` leaves them alone; part of `nnx.state(model)`, so a
+    checkpoint brings them back.
     """
 
 

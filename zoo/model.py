@@ -10,7 +10,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import generation, positions
-from subquad.zoo.block import normalise
 from subquad.zoo.checks import check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, first_outside, mixers_of_layers
 
@@ -199,12 +198,8 @@ class CausalLM(nnx.Module):
                    "Construct the model with a larger max_length, or with positions='sinusoidal'.")
         hidden = encoder.embed_at(tokens, at, mask)
         key_mask = None if mask is None else mask[:, None, None, :]
-        layers = []
-        for block, layer in zip(encoder.blocks, cache.layers, strict=True):
-            hidden, layer = block.extend(hidden, layer, mask=key_mask)
-            layers.append(layer)
-        hidden = hidden if encoder.norm is None else normalise(encoder.norm, hidden, None, deterministic=True)
-        return self.project(hidden), LMCache(tuple(layers), at[:, -1] + 1)
+        hidden, layers = encoder.extend_blocks(hidden, cache.layers, key_mask)
+        return self.project(hidden), LMCache(layers, at[:, -1] + 1)
 
     generate = generation.generate
     stream = generation.stream

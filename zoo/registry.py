@@ -7,8 +7,13 @@ from flax import nnx
 
 from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
+from subquad.zoo.buckets.clustered import ClusteredAttention
+from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
+from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
+from subquad.zoo.buckets.smyrf import SmyrfAttention
+from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
@@ -26,12 +31,17 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
+from subquad.zoo.statespace.s5 import S5
 
 Layer = Attention | Headless
 
 LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
+    "entmax": EntmaxAttention,
+    "synthesizer": SynthesizerAttention,
+    "fnet": FNet,
     "blockwise": BlockwiseAttention,
     "local": LocalAttention,
     "diagonal": DiagonalAttention,
@@ -41,15 +51,19 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "longformer": LongformerAttention,
     "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
+    "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,
+    "smyrf": SmyrfAttention,
+    "informer": InformerAttention,
+    "clustered": ClusteredAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
-    "fnet": FNet,
-    "synthesizer": SynthesizerAttention,
+    "s5": S5,
+    "lru": LRU,
 }
 
 

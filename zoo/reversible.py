@@ -5,14 +5,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
-# Of trainable parameters, of everything else (masks, keys; it has no gradient), and of a stream: what is added to the other.
+from subquad.kernels.xla_cpu import apart
+
+# Of trainable parameters, of everything else (it has no gradient), and of a stream: what is added to the other stream.
 Half = Callable[[Any, Any, Float[Array, "B T D"]], Float[Array, "B T D"]]
 
 
 def run(
-    halves: Sequence[tuple[Half, Half]], parameters: Sequence[tuple[Any, Any]], others: Sequence[tuple[Any, Any]],
+    halves: Sequence[tuple[Half, Half]], parameters: Sequence[Any], others: Sequence[Any],
     first: Float[Array, "B T D"], second: Float[Array, "B T D"],
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """Two residual streams through layers of two halves f and g.
@@ -23,7 +27,7 @@ def run(
 
     Args:
         halves: f and g of each layer. Random draws must come from keys in `others`, so that the same are drawn again.
-        parameters, others: the first and second arguments of each f and g.
+        parameters, others: of each layer, the first and second arguments of its f and g.
         first, second: x_1 and x_2. In float32: what half precision rounds away, the way back cannot rebuild.
     Source: Gomez et al., The Reversible Residual Network, 2017, arXiv 1707.04585; Kitaev et al., Reformer, 2020,
         arXiv 2001.04451, section 3.
@@ -33,9 +37,9 @@ def run(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(halves, parameters, others, first, second):
-    for (f, g), (of_f, of_g), (with_f, with_g) in zip(halves, parameters, others, strict=True):
-        first = first + f(of_f, with_f, second)
-        second = second + g(of_g, with_g, first)
+    for (f, g), own, other in zip(halves, parameters, others, strict=True):
+        first = first + f(own, other, second)
+        second = second + g(own, other, first)
     return first, second
 
 
@@ -45,22 +49,76 @@ def _forward(halves, parameters, others, first, second):
 
 
 def _backward(halves, saved, gradients):
-    parameters, others, (first, second) = saved
-    of_first, of_second = gradients
-    of_parameters = []
-    for (f, g), (of_f, of_g), (with_f, with_g) in zip(*map(reversed, (halves, parameters, others)), strict=True):
-        added, pull = jax.vjp(lambda p, x, g=g, given=with_g: g(p, given, x), of_g, first)
-        second = second - added
-        grad_g, more = pull(of_second)
-        of_first = of_first + more
-        added, pull = jax.vjp(lambda p, x, f=f, given=with_f: f(p, given, x), of_f, second)
-        first = first - added
-        grad_f, more = pull(of_first)
-        of_second = of_second + more
-        of_parameters.append((grad_f, grad_g))
-        # Else XLA may rebuild several layers before it uses the first.
-        first, second, of_first, of_second = jax.lax.optimization_barrier((first, second, of_first, of_second))
-    return of_parameters[::-1], None, of_first, of_second
+    parameters, others, outputs = saved
+    streams, of_parameters = (*outputs, *gradients), []
+    for pair, own, other in zip(*map(reversed, (halves, parameters, others)), strict=True):
+        # Apart, since XLA may else rebuild several layers before it is done with the first.
+        of_own, streams = apart(functools.partial(_layer_backward, pair, other), (own, streams))
+        of_parameters.append(of_own)
+    return of_parameters[::-1], None, *streams[2:]
+
+
+def _layer_backward(halves, other, arrays):
+    """Parameters, outputs and their gradients of one layer -> gradients of parameters, inputs and their gradients."""
+    own, (first, second, of_first, of_second) = arrays
+    f, g = halves
+    added, pull = jax.vjp(lambda own, x: g(own, other, x), own, first)
+    second = second - added
+    of_g, more = pull(of_second)
+    of_first = of_first + more
+    added, pull = jax.vjp(lambda own, x: f(own, other, x), own, second)
+    first = first - added
+    of_f, more = pull(of_first)
+    return jax.tree.map(jnp.add, of_f, of_g), (first, second, of_first, of_second + more)
 
 
 _run.defvjp(_forward, _backward)
+
+
+def through(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
+    """Features through blocks (`zoo.Block`, of norm_order "pre") as reversible layers; both streams start as the features.
+
+    Args:
+        call: of the mixers: mask and segment_ids.
+        deterministic, rngs: as in a call of a block.
+    Returns: the mean of the two streams, [B, T, D], in the dtype of `hidden`.
+    """
+    halves, parameters, others = [], [], []
+    for block in blocks:
+        graph, trained, rest = nnx.split(block, nnx.Param, ...)
+        keys = None if rngs is None or deterministic else (rngs.dropout(), rngs.dropout())
+        halves.append(tuple(functools.partial(half, graph, deterministic, hidden.dtype) for half in (_mixed, _fed)))
+        parameters.append(trained)
+        others.append((rest, keys, call))
+    stream = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    first, second = run(halves, parameters, others, stream, stream)
+    return ((first + second) / 2).astype(hidden.dtype)
+
+
+def _mixed(graph, deterministic, dtype, trained, other, stream):
+    rest, keys, call = other
+    block, draws = _block(graph, trained, rest, deterministic, keys and keys[0])
+    return block.mix(block.mixer_norm(stream).astype(dtype), draws, call).astype(stream.dtype)
+
+
+def _fed(graph, deterministic, dtype, trained, other, stream):
+    rest, keys, _ = other
+    block, draws = _block(graph, trained, rest, deterministic, keys and keys[1])
+    return block.feed(block.mlp_norm(stream).astype(dtype), draws).astype(stream.dtype)
+
+
+def _block(graph, trained, rest, deterministic, key):
+    rngs = None if key is None else nnx.Rngs(dropout=key)
+    return nnx.merge(graph, trained, rest), dict(deterministic=deterministic, rngs=rngs)
+
+
+def extend(blocks, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask):
+    """`through` for T more tokens after those in the mixers' caches -> (features, caches); without dropout."""
+    first = second = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    extended, draws = [], dict(deterministic=True, rngs=None)
+    for block, cache in zip(blocks, caches, strict=True):
+        mixed, cache = block.mixer.extend(block.mixer_norm(second).astype(hidden.dtype), cache, mask=mask)
+        first = first + mixed.astype(first.dtype)
+        second = second + block.feed(block.mlp_norm(first).astype(hidden.dtype), draws).astype(first.dtype)
+        extended.append(cache)
+    return ((first + second) / 2).astype(hidden.dtype), tuple(extended)

@@ -50,6 +50,10 @@ class Model:
     source: str
 
 
+# Softmax attention with all its logits in memory, as the papers' Transformers keep them.
+PLAIN = "plain_softmax"
+# Sequences in a batch of the tables that ratios are published in.
+PAPERS_BATCH = 32
 MODELS = {
     "lra-text": Model(
         "lra-2020", "text", "lra", 4,
@@ -71,13 +75,15 @@ def plan(
 
     Args:
         model: a key of `MODELS`.
-        layer: a key of `zoo.LAYERS`, or package.module:ClassName.
+        layer: a key of `zoo.LAYERS`, package.module:ClassName, or `PLAIN`.
         length: tokens of a sequence.
         implementation: what the layer is to run; None: its own choice.
         options: of the layer's constructor, before those of the model; "local.window_size" is for that layer alone.
         values: of `Run`, before those of the model. Attention dropout, which only some layers can have, is off.
     Raises: ValueError, TypeError: what `plan.plan` raises.
     """
+    if layer == PLAIN:
+        layer, implementation = "softmax", "reference"
     rules = MODELS[model]
     task = replace(tasks.find_task(rules.task, rules.config), length=length)
     known = registry.options(layer) if layer in registry.LAYERS else signature(layers.find_layer(layer).__init__).parameters
@@ -96,6 +102,17 @@ def plan(
 def usual_batch_size() -> int:
     """Sequences that a program takes where nothing else is said."""
     return 1 if jax.default_backend() == "cpu" else 32
+
+
+def fitting_batch_size(model: str, length: int, limit: int) -> int:
+    """`PAPERS_BATCH`, or half of it as often as a training step of `PLAIN` needs to fit into so many bytes; 1 in any case.
+
+    Its memory is taken to grow with the batch, and a tenth is left to parameters, and to the layers beside it.
+    """
+    run, task = plan(model, PLAIN, length, batch_size=PAPERS_BATCH)
+    excess = compile_program(run, task, "train").memory.peak / (0.9 * limit)
+    halved = max(0, math.ceil(math.log2(excess)))
+    return max(1, PAPERS_BATCH >> halved)
 
 
 class Program(NamedTuple):

@@ -73,7 +73,7 @@ def race(layers: Sequence[str], length: int, mode: str, settings: Settings, say:
     """Measures layers in one mode at one length, in turn. What fails is a row that says why, and the others go on.
 
     Args:
-        layers: names; the baseline among them, if ratios are wanted.
+        layers: names, or `programs.PLAIN`; the baseline among them, if ratios are wanted.
         say: is called with a line for whatever happens.
     """
     rows: dict[str, Measurement] = {}
@@ -159,10 +159,12 @@ def limits(layer: str, length: int, mode: str, settings: Settings) -> dict[str, 
 
 
 def _blank(layer: str, length: int, mode: str, settings: Settings) -> Measurement:
-    named = ("batch_size", "dtype", "implementation", "threads", "session")
+    named = {name: getattr(settings, name) for name in ("batch_size", "dtype", "implementation", "threads", "session")}
+    if layer == programs.PLAIN:
+        layer, named["implementation"] = "softmax", "reference"
     return Measurement(
-        status="ok", model=settings.label, layer=layer, layer_options="{}", length=length, mode=mode,
-        **{name: getattr(settings, name) for name in named}, **machine.environment(),
+        status="ok", model=settings.label, layer=layer, layer_options="{}", length=length, mode=mode, **named,
+        **machine.environment(),
         memory_limit_bytes=settings.memory_limit, memory_limit_source=settings.memory_source,
         matmul_flops_per_second=settings.matmul_rate,
     )  # fmt: skip

@@ -43,7 +43,8 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--implementation", default=None, metavar="NAME", help="of the layers' kernels; default: their own choice")
     add("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="for all layers, or LAYER.NAME=VALUE for one")
     add("--override", nargs="+", default=[], metavar="NAME=VALUE", help="values of the run, as in_features=512")
-    add("--baseline", default="softmax", metavar="LAYER", help="what ratios are to; default: softmax")
+    plain = f"what ratios are to; {programs.PLAIN}: one that keeps all logits in memory; default: softmax"
+    add("--baseline", default="softmax", metavar="LAYER", help=plain)
     add("--seconds", type=positive, default=2.0, help="of timing for each layer, mode and length; default: 2")
     add("--repeats", type=count, default=None, help="timed calls of each, instead")
     add("--threads", type=int, default=None, help="default: all processors")
@@ -66,7 +67,8 @@ def check_arguments(arguments):
     # A layer of the user's own is package.module:Class.
     named = lambda layers: [name for name in layers if ":" not in name]
     for option, given, known in (
-        ("--layers", named(arguments.layers), LAYERS), ("--baseline", named([arguments.baseline]), LAYERS),
+        ("--layers", named(arguments.layers), (*LAYERS, programs.PLAIN)),
+        ("--baseline", named([arguments.baseline]), (*LAYERS, programs.PLAIN)),
         ("--modes", arguments.modes, MODES), ("--limits", arguments.limits, LIMITS),
     ):  # fmt: skip
         check_known(f"{option} must be a known name", given, known)

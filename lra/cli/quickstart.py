@@ -87,6 +87,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "quickstart")
         overview.ability(rows, ABILITY, reasons=reasons),
         overview.ability(before, LONGER, "Ability, longer runs"),
         overview.arena(known, TABLES),
+        *overview.damaged([out / "quickstart.csv", out / "cost.csv"]),
     ]
     took = f"{clock(time.monotonic() - began)} in all; {machine.hardware()}."
     page.write("subquad: what each layer costs and can do", sections, out / "index.html", footer=took)

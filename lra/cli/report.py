@@ -46,7 +46,8 @@ def show_measurements(path: str, shown: Iterable[Measurement]) -> None:
         picture = f"{stem}-{number}.png"
         plots.cost_against_length(group, picture)
         written.append(picture)
-    page.write(stem.name, [overview.measured(group) for group in measurements.groups(rows)], f"{stem}.html")
+    sections = [*(overview.measured(group) for group in measurements.groups(rows)), *overview.damaged([path])]
+    page.write(stem.name, sections, f"{stem}.html")
     written.append(f"{stem}.html")
     print(f"\nRows in {path}; {', '.join(written)}.")
 
@@ -58,7 +59,8 @@ def show_results(path: str) -> None:
     for group in kinds:
         results.show(group)
     written = write_results(kinds, stem) + draw_accuracy_against_time(rows, stem)
-    page.write(stem.name, [overview.training(group, stem.parent) for group in kinds], f"{stem}.html")
+    sections = [*(overview.training(group, stem.parent) for group in kinds), *overview.damaged([path])]
+    page.write(stem.name, sections, f"{stem}.html")
     written.append(f"{stem}.html")
     print(f"\nRows in {path}; {', '.join(written)}.")
 

@@ -6,7 +6,8 @@ python scripts/reproduce_table.py --paper lra --table 1 --run --budget-hours 8 -
 --run trains what is missing, cheapest first; stopped by Ctrl-C or by its budget, the same command goes on. A budget that is
 used up is no failure: the table is printed, and the exit code is 0. Rows are added to the ledger, checkpoints are beside
 it; several of these commands may share them. Hours are this machine's where runs, or steps by --probe, were timed on it.
-Ratios of speed and memory are measured by scripts/bench_lra.py on this machine.
+Ratios of speed and memory are measured by scripts/bench_lra.py on this machine, beside a softmax that keeps all logits in
+memory as the papers' does, at the papers' batch of 32 or the largest power of two that fits.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--seeds", type=count, default=1, metavar="N", help="of each cell, for --run; default: 1")
     every = "steps between validations, for --run: the same cells, in less time; default: the recipe's"
     add("--evaluate-every", type=count, default=None, metavar="N", help=every)
-    add("--batch-size", type=count, default=None, metavar="N", help="of measured ratios; default: 1 on a CPU, else 32")
+    add("--batch-size", type=count, default=None, metavar="N", help="of measured ratios; default: 32, or what fits")
     add("--ledger", default=LEDGER, metavar="CSV", help="what was run; default: %(default)s")
     add("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     add("--floors", nargs="+", default=[], metavar="TASK", help="measure what simple rules reach, as listops/lra")

@@ -29,14 +29,21 @@ LAYERS = {
     "bigbird": dict(HEADS, max_length="{length}"),
     # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
     "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),
+    "routing": dict(HEADS, num_clusters=32),
     "sinkhorn": dict(HEADS, max_length="{length}", block_size=50),
+    "smyrf": dict(HEADS, num_hashes=2, cluster_size=50),
+    "informer": HEADS,
+    "clustered": HEADS,
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
     "nystrom": HEADS,
     "linear": HEADS,
     "performer": dict(HEADS, num_features=2),
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": {},
+    "s5": {},
+    "lru": {},
     "fnet": {},
+    "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 ATTENTION = layers_with(LAYERS, "num_heads")

@@ -8,17 +8,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from subquad.lra import tasks
+from subquad.lra.bench import programs
 from subquad.lra.report import cells, published, results, text_tables
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.verdicts import Average, Outcome, Verdict, averages, run_of
 
+# Outcomes that are counted only where there are some.
+RARE = ("baseline", "no comparison")
 FORMS = ("text", "markdown", "latex", "csv", "json")
 # Of a cell that another published value of the same configuration contradicts.
 CONTRADICTED = "†"
-PLAIN_SOFTMAX = (
-    "The paper's Transformer keeps all its logits in memory, ours none: these ratios judge our softmax, not the layers beside "
-    "it. Against one that keeps them: subquad bench --model lra-text --layer-options softmax.implementation=reference, with "
-    "the paper's --batch-size 32 where it fits."
+NO_COMPARISON = (
+    "No comparison: the paper's Transformer keeps all its logits in memory, our softmax none, so ratios to it, at batch 1 on "
+    f"a CPU above all, say nothing of the paper's. --run measures beside {programs.PLAIN}, which keeps them, at the paper's "
+    f"batch of {programs.PAPERS_BATCH}, or where that does not fit at the largest power of two that does."
 )
 
 
@@ -44,11 +47,12 @@ def notes(source: published.Source, verdicts: Sequence[Verdict], ledger: Ledger)
     if any(one.cell.unit == "ratio" for one in verdicts):
         tolerated = f"the difference is a factor, tolerated up to {cells.RATIO_TOLERANCE:g}"
         found.append(f"Ratios: to the Transformer's, measured in turn with it; {tolerated}.")
-        found.append(PLAIN_SOFTMAX)
+        if any(one.outcome == "no comparison" for one in verdicts):
+            found.append(NO_COMPARISON)
     if any(mark.endswith(CONTRADICTED) for mark in footnotes(verdicts).values()):
         found.append(f"{CONTRADICTED} Another paper has a value of the same configuration beyond the tolerance.")
     count = lambda name: sum(one.outcome == name and one.cell.task != "average" for one in verdicts)
-    return [*found, "; ".join(f"{count(name)} {name}" for name in get_args(Outcome) if name != "baseline" or count(name)) + "."]
+    return [*found, "; ".join(f"{count(name)} {name}" for name in get_args(Outcome) if name not in RARE or count(name)) + "."]
 
 
 def floors(verdicts: Iterable[Verdict], ledger: Ledger) -> list[str]:
@@ -155,7 +159,7 @@ def listing(verdicts: Sequence[Verdict]) -> list[list[str]]:
         spread = "" if one.spread is None else f" ± {one.spread:.2f}"
         sign = "x{:.2f}" if one.cell.unit == "ratio" else "{:+.2f}"
         sign = "" if one.difference is None else sign.format(one.difference)
-        how = f"{one.command} [{one.cost}]" if one.outcome == "not run" else one.reason
+        how = f"{one.command} [{one.cost}]" if one.command else one.reason
         theirs = _value(one.cell) + ("" if one.cell.deviation is None else f" ± {one.cell.deviation:g}")
         marked = [] if one.cell.cannot else [marks[sentence] for sentence, _ in remarks(one.cell)]
         ours = number(one.ours, one.cell.unit) + spread

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from subquad.lra.report import cells, comparison, csv_rows, examples, measurements, plots, results, verdicts
+from subquad.lra.report import cells, comparison, csv_rows, examples, ledger, measurements, plots, results, verdicts
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.measurements import Measurement, layer_label, length_label
 from subquad.lra.report.page import Section
@@ -164,6 +165,19 @@ def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
     return Section("Arena", says, found)
 
 
+def damaged(paths: Iterable[str | os.PathLike]) -> list[Section]:
+    """A section of the lines of files that cannot be read, or contradict themselves; none where there are none.
+
+    The rows that come with the package are looked at, too.
+    """
+    _, faults = ledger.verify_files(paths)
+    if not faults:
+        return []
+    says = "Lines that were passed over, or say two things. Mend or delete them; what cannot be read counts nowhere above."
+    body = [[str(one.path), str(one.line), one.reason] for one in faults]
+    return [Section("Damaged rows", says, [Table("Faults", [["file", "line", "fault"], *body])])]
+
+
 def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
     """The table of runs of one task and recipe, their accuracy against cost, how they learned, and where they differ.
 
@@ -173,11 +187,12 @@ def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
     one, pictures = rows[0], []
     if any(row.accuracy is not None and row.flops_per_step for row in rows):
         pictures.append((plots.accuracy_against_cost(rows), "accuracy against cost"))
-    curves = {row: found for row in rows if (found := _validations(row, folder))}
+    with_runs = rows if (folder / "runs").is_dir() else []  # ten thousand rows without are not looked for one by one
+    curves = {row: found for row in with_runs if (found := _validations(row, folder))}
     if curves:
         pictures.append((plots.learning_curves(curves), "validation against steps"))
     tables = [Table("Score and cost", results.cells(rows), [results.caption(rows)]), examples.intervals(rows)]
-    kept = examples.read([row for row in rows if row.accuracy is not None], folder)
+    kept = examples.read([row for row in with_runs if row.accuracy is not None], folder)
     if kept:
         tables += [examples.paired(kept), *examples.by_groups(kept)]
     says = "Scores on test, the mean over seeds, and what a training step costs."

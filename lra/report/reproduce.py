@@ -168,25 +168,39 @@ def budget(hours: float | None) -> Iterator[None]:
         timer.join()
 
 
-def bench_words(
-    cells: Sequence[Cell], known: Ledger, path: str | os.PathLike, batch_size: int | None = None, device: str | None = None
-) -> list[str] | None:
-    """What scripts/bench_lra.py measures for the cells of ratios that wait, into the CSV at `path`; None where none does.
+def missing_ratios(
+    cells: Sequence[Cell], known: Ledger, batch_size: int | None = None, device: str | None = None
+) -> list[Cell]:
+    """The cells of ratios that wait to be measured.
 
-    What was measured with another batch size (None: the usual one) or on another machine than `device` (None: this one)
-    is missing.
+    What was measured with another batch size (None: with any) or on another machine than `device` (None: this one) is
+    missing, and so is what was measured beside a softmax that keeps no logits.
     """
-    measured_here = (device or machine.hardware(), batch_size or programs.usual_batch_size())
-    rows = [row for row in known.measurements if (row.hardware, row.batch_size) == measured_here]
-    judged = [verdicts.judge(cell, dataclasses.replace(known, measurements=rows)) for cell in cells if cell.recipe == "bench"]
-    wanted = [one.cell for one in judged if one.outcome == "not run"]
-    if not wanted:
-        return None
-    lengths = sorted({cell.length for cell in wanted})
-    layers = dict.fromkeys([verdicts.BASELINE, *(cell.layer for cell in wanted)])
+    device = device or machine.hardware()
+    here = [row for row in known.measurements if row.hardware == device and batch_size in (None, row.batch_size)]
+    judged = [verdicts.judge(cell, dataclasses.replace(known, measurements=here)) for cell in cells if cell.recipe == "bench"]
+    return [one.cell for one in judged if one.command]
+
+
+def bench_commands(wanted: Sequence[Cell], path: str | os.PathLike, batch_size: int | None = None) -> list[list[str]]:
+    """What scripts/bench_lra.py measures for cells of ratios, into the CSV at `path`: words for each batch size.
+
+    Args:
+        batch_size: None: the papers', or what fits.
+    """
+    layers = dict.fromkeys(cell.layer for cell in wanted if cell.layer != verdicts.BASELINE)
+    limit = machine.available_memory()[0]
+    of_batch: dict[int, list[int]] = {}
+    for length in sorted({cell.length for cell in wanted}):
+        fitting = batch_size or programs.fitting_batch_size(verdicts.MODEL, length, limit)
+        of_batch.setdefault(fitting, []).append(length)
     return [
-        "--model", verdicts.MODEL, "--modes", verdicts.MODE, "--layers", ",".join(layers), "--lengths",
-        ",".join(map(str, lengths)), "--batch-size", str(measured_here[1]), "--out", str(path),
+        [
+            "--model", verdicts.MODEL, "--modes", verdicts.MODE, "--baseline", programs.PLAIN, "--layers",
+            ",".join(layers) or programs.PLAIN, "--lengths", ",".join(map(str, lengths)), "--batch-size", str(fitting),
+            "--out", str(path),
+        ]
+        for fitting, lengths in of_batch.items()
     ]  # fmt: skip
 
 
@@ -196,19 +210,24 @@ def measure_missing(
 ) -> int:  # fmt: skip
     """Measures what is missing here, by the command `measure` of words, until the budget is used up.
 
-    Returns: the exit code of the command; 0 where nothing was missing, or the budget ended it.
+    Returns: the largest exit code of the commands; 0 where nothing was missing, or the budget ended it.
     """
-    words = bench_words(cells, known, path, batch_size)
-    if words is None:
+    wanted = missing_ratios(cells, known, batch_size)
+    if not wanted:
         return 0
     if budget_hours is not None and budget_hours < verdicts.MEASURING.hours:
         left = f"of a budget that has {budget_hours:.3g} h left"
         say(f"Left for another time: measurements. One would take {verdicts.MEASURING}, {left}.")
         return 0
-    say(f"subquad bench {' '.join(words)}")
+    code = 0
     try:
         with budget(budget_hours):
-            return measure(words)
+            with progress.Work("batch sizes that fit"):
+                commands = bench_commands(wanted, path, batch_size)
+            for words in commands:
+                say(f"subquad bench {' '.join(words)}")
+                code = max(code, measure(words))
+        return code
     except UsedUp:
         say("The budget is used up; the measurements that are done are kept, and the same command makes the others.")
         return 0

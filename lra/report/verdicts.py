@@ -19,8 +19,9 @@ from subquad.lra.report.measurements import Measurement
 from subquad.lra.report.results import Result
 from subquad.lra.run import Run
 
-# "baseline": what ratios are to, 1 by definition.
-Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot", "baseline"]
+# "baseline": what ratios are to, 1 by definition. "no comparison": a ratio to a softmax that keeps no logits in memory, as
+# the papers' Transformers do.
+Outcome = Literal["reproduced within tolerance", "differs", "not run", "cannot", "baseline", "no comparison"]
 FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
 # Lengths within it count as the same: papers write 1K for 1000 and for 1024.
 SAME_LENGTH = 0.05
@@ -113,17 +114,20 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
     near = lambda row: abs(row.length - cell.length) <= SAME_LENGTH * cell.length
     rows = [
         row for row in ledger.measurements
-        if (row.model, row.mode, row.layer, row.status, row.baseline) == (MODEL, MODE, cell.layer, "ok", BASELINE)
-        and near(row) and getattr(row, cell.metric) is not None and _as_planned(row)
+        if (row.model, row.mode, row.layer, row.status) == (MODEL, MODE, cell.layer, "ok")
+        and row.baseline in (BASELINE, programs.PLAIN) and near(row) and getattr(row, cell.metric) is not None
+        and _as_planned(row)
     ]  # fmt: skip
+    missing = dict(command=_command(cell, "python scripts/reproduce_table.py", options), cost=MEASURING)
     if not rows:
-        command = _command(cell, "python scripts/reproduce_table.py", options)
-        return Verdict(cell, "not run", reason=cell.note, command=command, cost=MEASURING)
-    row = max(rows, key=lambda row: row.finished_utc or "")
+        return Verdict(cell, "not run", reason=cell.note, **missing)
+    row = max(rows, key=lambda row: (row.baseline == programs.PLAIN, row.finished_utc or ""))
     ours = getattr(row, cell.metric)
-    found = dict(ours=ours, seeds=1, hardware=f"{row.hardware}, batch {row.batch_size}, {row.dtype}")
+    found = dict(ours=ours, seeds=1, hardware=f"{row.hardware}, batch {row.batch_size}, {row.dtype}, to {row.baseline}")
     if cell.layer == BASELINE:
         return Verdict(cell, "baseline", **found)
+    if row.baseline == BASELINE:
+        return Verdict(cell, "no comparison", reason=cell.note, **missing, **found)
     ratio = ours / cell.value
     close = 1 / cell.tolerance <= ratio <= cell.tolerance
     reason = "" if close or not cell.note else f"theirs: {cell.note}"
@@ -131,10 +135,14 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
 
 
 def _as_planned(row: Measurement) -> bool:
-    """Whether the program is the one that is measured where nothing but the batch size is given."""
+    """Whether the program is the one that is measured where nothing but the batch size is given.
+
+    Of a baseline that keeps its logits, softmax is that one.
+    """
     # Values that an older version did not know had their defaults.
     given = {**dataclasses.asdict(Run()), **json.loads(row.configuration)} if row.configuration else {}
-    run = _planned(row.layer, row.length, row.batch_size)
+    layer = row.baseline if (row.layer, row.baseline) == (BASELINE, programs.PLAIN) else row.layer
+    run = _planned(layer, row.length, row.batch_size)
     return all(name in given and given[name] == getattr(run, name) for name in PROGRAM)
 
 

@@ -1,5 +1,7 @@
 """Block-sparse attention: the tiled form against dense attention under the mask that the lists spell out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,9 @@ from subquad.kernels import block_sparse, softmax
 from subquad.kernels.patterns import Blocks, grid
 from subquad.kernels.softmax import plan
 from subquad.lra.bench import measure
-from tests.assertions import assert_close
+from tests import oracle
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
-from tests.oracle import load
 
 
 def lists(queries, keys, block_size, heads, *, most=4, density=0.7, seed=1):
@@ -151,16 +152,16 @@ def test_few_copies_of_the_arguments(dtype, copies):
     assert measure.memory(jax.grad(loss, (0, 1, 2)), *[array] * 3).temporary <= copies * 4 * array.size
 
 
-def lucid_local(oracle, query, key, value):
+def lucid_local(peer, inputs, weights):
     """Blocks that see some blocks before and after them, but whole ones: no exact window."""
-    cfg = oracle.meta["cfg"]
+    cfg = peer.meta["cfg"]
     size, back = cfg["window_size"], cfg.get("look_backward", 1)
     ahead = cfg.get("look_forward", 0 if cfg["causal"] else 1)
-    rows = -(-query.shape[2] // size)
+    rows = -(-inputs["q"].shape[2] // size)
     blocks = np.arange(rows)[:, None] + np.arange(-back, ahead + 1)
     blocks = np.where((blocks >= 0) & (blocks < rows), blocks, -1)[None]
     heads = block_sparse.attention(
-        *(x.swapaxes(1, 2) for x in (query, key, value)), blocks, block_size=size, is_causal=cfg["causal"]
+        *(inputs[name].swapaxes(1, 2) for name in "qkv"), blocks, block_size=size, is_causal=cfg["causal"]
     )
     return heads.swapaxes(1, 2)
 
@@ -171,21 +172,22 @@ def projected(heads, x, weights, names=("query", "key", "value")):
     return [out.reshape(*out.shape[:2], heads, -1) for out in outs]
 
 
-def reformer_local(oracle, hidden_states, weights, attention_mask=None):
+def reformer_local(peer, inputs, weights):
     """Blocks that see their neighbours around the end of the sequence: the first block sees the last."""
-    cfg = oracle.meta["cfg"]
-    rows = hidden_states.shape[1] // cfg["chunk"]
+    cfg = peer.meta["cfg"]
+    x, mask = inputs["hidden_states"], inputs.get("attention_mask")
+    rows = x.shape[1] // cfg["chunk"]
     blocks = (np.arange(rows)[:, None] + np.arange(-cfg["before"], cfg["after"] + 1)) % rows
-    mask = None if attention_mask is None else jnp.asarray(attention_mask, bool)[:, None, None]
+    mask = None if mask is None else mask.astype(bool)[:, None, None]
     heads = block_sparse.attention(
-        *projected(cfg["H"], hidden_states, weights), blocks[None], block_size=cfg["chunk"], mask=mask
+        *projected(cfg["H"], x, weights), blocks[None], block_size=cfg["chunk"], mask=mask
     )
     return heads.reshape(*heads.shape[:2], -1)
 
 
-def bigbird(oracle, x, weights):
+def bigbird(peer, inputs, weights):
     """First and last block see and are seen by all; the others see their neighbours and random blocks, by head."""
-    cfg, random = oracle.meta["cfg"], oracle.constants["rand_attn"]
+    cfg, random, x = peer.meta["cfg"], peer.constants["rand_attn"], inputs["x"]
     rows = x.shape[1] // cfg["block_size"]
     blocks = np.full((cfg["H"], rows, rows), -1)
     blocks[:, [0, -1]] = np.arange(rows)
@@ -197,35 +199,20 @@ def bigbird(oracle, x, weights):
 
 
 PEERS = {
-    "local_lucid_bidir": (lucid_local, "qkv"),
-    "local_lucid_causal": (lucid_local, "qkv"),
-    "local_lucid_back2": (lucid_local, "qkv"),
-    "local_lucid_autopad": (lucid_local, "qkv"),
-    "reformer_local_bidir": (reformer_local, ["hidden_states"]),
-    "reformer_local_bidir_mask": (reformer_local, ["hidden_states"]),
-    "bigbird_train": (bigbird, ["x"]),
+    "local_lucid_bidir": lucid_local,
+    "local_lucid_causal": lucid_local,
+    "local_lucid_back2": lucid_local,
+    "local_lucid_autopad": lucid_local,
+    "reformer_local_bidir": reformer_local,
+    "reformer_local_bidir_mask": reformer_local,
+    "bigbird_train": bigbird,
 }
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_peers(name):
-    peer = load(name)
-    function, inputs = PEERS[name]
-    fixed = {key: peer.inputs[key] for key in peer.inputs if key == "attention_mask"}
-
-    @jax.jit
-    def outputs_and_gradients(arrays, weights):
-        weights = [weights] if weights else []
-        y, pull = jax.vjp(lambda *args: function(peer, *args, **fixed), *arrays, *weights)
-        return y, pull(jnp.asarray(peer.cotangents["y"]))
-
-    arrays = [jnp.asarray(peer.inputs[key]) for key in inputs]
-    y, grads = outputs_and_gradients(arrays, jax.tree.map(jnp.asarray, peer.weights))
-    assert_close(y, peer.outputs["y"], 1e-5, "outputs")
-    ours, theirs = dict(zip(inputs, grads, strict=False)), {key: peer.grad_inputs[key] for key in inputs}
-    if peer.weights:
-        ours, theirs = ours | {key: grads[-1][key] for key in peer.grad_weights}, theirs | peer.grad_weights
-    assert_close(ours, theirs, 1e-5, "gradients")
+    peer = oracle.load(name)
+    oracle.compare(None, peer, functools.partial(PEERS[name], peer))
 
 
 REFUSALS = [

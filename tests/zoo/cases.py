@@ -78,9 +78,20 @@ CASES = {
             "reformer", dict(num_heads=2, num_hashes=2, chunk_size=6), dict(num_heads=4, num_hashes=2, chunk_size=64),
             extend_equals_call=False,
         ),
+        # The square root of the longest sequence.
+        Case("routing", dict(num_heads=2, num_clusters=4), dict(num_heads=4, num_clusters=91), extend_equals_call=False),
         Case(
             "sinkhorn", dict(num_heads=2, max_length=100, block_size=5),
             dict(num_heads=4, max_length=LONG, block_size=64),
+        ),
+        Case(
+            "smyrf", dict(num_heads=2, num_hashes=2, cluster_size=6), dict(num_heads=4, num_hashes=2, cluster_size=64),
+            dead=SOFTMAX_INVARIANT,
+        ),
+        Case("informer", dict(num_heads=2, factor=3), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
+        Case(
+            "clustered", dict(num_heads=2, num_clusters=4, num_top=3, num_iterations=3), dict(num_heads=4, num_clusters=32),
+            dead=SOFTMAX_INVARIANT,
         ),
         Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
@@ -97,14 +108,20 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
+        Case("lru", dict(state_size=8), dict(state_size=64)),
+        Case("s5", dict(state_size=8, num_blocks=2, gate="full"), dict(state_size=64)),
         # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.
         Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
+        Case("entmax", dict(num_heads=4, num_kv_heads=2, alpha="learned"), dead=SOFTMAX_INVARIANT),
         Case(
             "synthesizer", dict(num_heads=2, max_length=100, synthesis=("dense", "random", "dot_product")),
             dead=SOFTMAX_INVARIANT,
         ),
     )
 }
+
+# Layers that choose by comparing: rounding may choose otherwise for a token, which is no small change; most tokens stay.
+CHOOSING = ("reformer", "routing", "smyrf", "informer", "clustered")
 
 DIRECTIONS = [
     (name, is_causal)

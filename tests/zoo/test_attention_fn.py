@@ -32,6 +32,17 @@ by_variant = pytest.mark.parametrize(
     "variant", [pytest.param(name, marks=() if name in NAMES else pytest.mark.sample(2)) for name in VARIANTS]
 )
 
+
+def can_be_causal(variant: str) -> bool:
+    return bool(CASES[VARIANTS[variant][0]].supports.causal)
+
+
+causal_names = pytest.mark.parametrize("name", list(filter(can_be_causal, NAMES)))
+causal_variants = pytest.mark.parametrize(
+    "variant",
+    [pytest.param(x, marks=() if x in NAMES else pytest.mark.sample(2)) for x in filter(can_be_causal, VARIANTS)],
+)
+
 LENGTH, HEADS = 11, 4
 
 
@@ -75,7 +86,7 @@ def test_drops_into_flax(name):
 # Decoding.
 
 
-@by_variant
+@causal_variants
 def test_decodes_in_flax(variant):
     """Token by token into Flax's cache, which has room for more, is the full causal pass."""
     flax, x = flaxs(build(variant, is_causal=True)), inputs(LENGTH)
@@ -85,7 +96,7 @@ def test_decodes_in_flax(variant):
     close(jnp.concatenate([step(flax, x[:, t : t + 1]) for t in range(LENGTH)], axis=1), full)
 
 
-@by_name
+@causal_names
 def test_decodes_in_linen(name):
     fn, x = zoo.attention_fn(name, is_causal=True, **OPTIONS[name]), inputs(LENGTH)
     layer = nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn, decode=True)
@@ -104,7 +115,7 @@ PADDED = np.ones((2, LENGTH), bool)  # left padding that is no multiple of a blo
 PADDED[0, :3] = PADDED[1, [2, 5, 6]] = False
 
 
-@by_variant
+@causal_variants
 def test_decodes_real_tokens_only(variant):
     """With padding in the prompt, on the left or in holes, a step is that of the real tokens alone."""
     flax, x = flaxs(build(variant, is_causal=True)), inputs(LENGTH)
@@ -118,7 +129,7 @@ def test_decodes_real_tokens_only(variant):
         close(row[real], want)
 
 
-@by_variant
+@causal_variants
 def test_queries_are_the_last_of_the_keys(variant):
     """A chunk of T < S queries is the end of the full pass, wherever the keys that the mask shows end."""
     fn, (query, key, value) = jax.jit(build(variant, is_causal=True)), arrays()
@@ -173,6 +184,8 @@ def test_lengths_that_mean_nothing_are_refused(name):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_positions_count_real_tokens(variant, is_causal):
     """Left padding and holes are as if they were not there, whatever they hold."""
+    if is_causal and not can_be_causal(variant):
+        pytest.skip("bidirectional only")
     fn, real = jax.jit(build(variant, is_causal=is_causal)), jnp.asarray(PADDED)
     query, key, value = arrays()
     key, value = (jnp.where(real[..., None, None], x, jnp.nan) for x in (key, value))
@@ -328,7 +341,7 @@ def test_equal_models_compile_once():
 
 @by_name
 def test_an_eager_call_compiles_once(name):
-    fn, (query, key, value) = build(name, is_causal=True), arrays()
+    fn, (query, key, value) = build(name, is_causal=can_be_causal(name)), arrays()
     mask = jnp.asarray(PADDED)[:, None, None]
     fn(query, key, value, mask=mask)
     with compilations() as compiled:
@@ -358,6 +371,17 @@ CHANGES = {
         (dict(stride=4), dict(heads="separate")), (dict(stride=4), dict(rotary_base=9.0)),
         (dict(stride=4, pattern="fixed"), dict(num_summary=2)),
         (dict(stride=4, pattern="fixed"), dict(distinct_summary=True)),
+    ],
+    "smyrf": [
+        (dict(cluster_size=4), change)
+        for change in (dict(cluster_size=3), dict(num_hashes=2), dict(seed=1), dict(rotary_base=9.0))
+    ],
+    "informer": [(dict(factor=1), change) for change in (dict(factor=2), dict(seed=1), dict(rotary_base=9.0))],
+    "clustered": [
+        (dict(num_clusters=5, num_top=0, num_bits=6), change)
+        for change in (
+            dict(num_clusters=2), dict(num_top=3), dict(num_bits=3), dict(num_iterations=1), dict(seed=1), dict(rotary_base=9.0)
+        )
     ],
     "diagonal": [
         (dict(window_size=2), change)
@@ -396,7 +420,8 @@ def test_every_option_acts(name):
     shown = {word for _, change in CHANGES[name] for word in change}
     flaxs_own = {"num_heads", "num_kv_heads", "in_features", "rngs", "dropout_rate", "broadcast_dropout"}
     of_the_shell = set(zoo.base.Shell.__annotations__) - ({"rotary_base"} if zoo.LAYERS[name].supports.rotary else set())
-    assert shown - {"seed"} == set(zoo.registry.options(name)) - of_the_shell - flaxs_own
+    refused = set() if can_be_causal(name) else {"is_causal"}
+    assert shown - {"seed"} == set(zoo.registry.options(name)) - of_the_shell - flaxs_own - refused
     for options, change in CHANGES[name]:
         plain, changed = (zoo.attention_fn(name, **o)(*arrays()) for o in (options, options | change))
         assert relative_error(changed, plain) > 1e-3, change
@@ -441,7 +466,7 @@ def test_takes_one_precision():
             fn(*arrays(), precision=precision)
 
 
-@by_variant
+@causal_variants
 def test_traces_where_promotion_is_forbidden(variant):
     fn, (query, key, value) = build(variant, is_causal=True), arrays()
     mask = jnp.asarray(PADDED)[:, None, None]

@@ -136,7 +136,7 @@ def test_hugging_face_in_evaluation():
         held = oracle.holding(layer, weights)
         return softmax.attention(*held.project(inputs["x"]), pattern=layer.sees, bias=again).reshape(inputs["x"].shape)
 
-    oracle.compare("bigbird", peer, evaluated)
+    oracle.compare("bigbird", peer, evaluated, of="mechanism")
 
 
 def test_long_range_arena():

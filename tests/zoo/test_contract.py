@@ -21,7 +21,7 @@ from flax import nnx
 from subquad import zoo
 from subquad.lra.bench import measure
 
-from .cases import CASES, CAUSAL, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, SIBLINGS, inputs, label
+from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, SIBLINGS, inputs, label
 
 by_direction = pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 by_name = pytest.mark.parametrize("name", CASES)
@@ -108,8 +108,7 @@ def test_bfloat16(name, is_causal):
     assert y.dtype == jnp.bfloat16
     exact = jitted(name, is_causal)(x.astype(jnp.bfloat16).astype(jnp.float32))
     error = jnp.abs(y.astype(jnp.float32) - exact)
-    # Rounding may move a token to another of Reformer's buckets, which is no small change; most tokens stay.
-    assert jnp.quantile(error, 0.9 if name == "reformer" else 1.0) < 0.03 * jnp.abs(exact).max()
+    assert jnp.quantile(error, 0.9 if name in CHOOSING else 1.0) < 0.03 * jnp.abs(exact).max()
 
 
 @by_direction

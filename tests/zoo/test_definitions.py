@@ -220,8 +220,12 @@ def test_transformer_xl(segment, memory):
     ("linear", dict(num_heads=2)),
     ("nystrom", dict(num_heads=2)),
     ("linformer", dict(num_heads=2, max_length=30)),
+    ("routing", dict(num_heads=2)),
+    ("smyrf", dict(num_heads=2)),
+    ("informer", dict(num_heads=2)),
+    ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
-    ("s4", {}),
+    ("s4", {}), ("s5", {}), ("lru", {}), ("entmax", dict(num_heads=2)),
     ("fnet", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.zoo.dense.fnet import FNet, chirp_transform, fourier
+from subquad.zoo.dense.fnet import FNet, chirp_transform
 from tests import oracle
 
 FEATURES = 6
@@ -64,17 +64,11 @@ def test_gradients_are_the_transposed_transform():
         np.testing.assert_array_equal(got[count:], 0)
 
 
-def test_oracle():
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_oracle(implementation):
     """Hugging Face's FNetBasicFourierTransform."""
-    data = oracle.load("fnet_fourier")
-    layer = FNet(16, rngs=nnx.Rngs(0))
-    y, pull = jax.vjp(lambda x: layer(x), jnp.asarray(data.inputs["x"]))
-    of_x = pull(jnp.asarray(data.cotangents["y"]))[0]
-    errors = [oracle.relative_error(y, data.outputs["y"]), oracle.relative_error(of_x, data.grad_inputs["x"])]
-    print(f"fnet: output {errors[0]:.1e}, gradient {errors[1]:.1e}")
-    assert max(errors) < 1e-6
-    exact = fourier(jnp.asarray(data.inputs["x"]), None)
-    assert oracle.relative_error(exact, data.outputs["y"]) < 1e-6
+    layer = FNet(16, implementation=implementation, rngs=nnx.Rngs(0))
+    oracle.compare("fnet", oracle.load("fnet_fourier"), lambda inputs, _: layer(inputs["x"]), tolerance=1e-6)
 
 
 def test_a_map_may_follow():

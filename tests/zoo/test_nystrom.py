@@ -1,5 +1,7 @@
 """Nystromformer: the formula, its identities, landmarks of real tokens, the inverse, and peers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from subquad.zoo import masks
 from subquad.zoo.lowrank.inverse import newton_schulz, transposed_start
 from subquad.zoo.lowrank.nystrom import NystromAttention, segment_means
 from tests import oracle
+from tests.assertions import assert_close
 
 FEATURES, HEADS = 16, 2
 
@@ -171,61 +174,40 @@ def test_segments_are_refused_with_the_reason():
 # dense formula above with that start, and the layer to the same formula with its own. So are all gradients.
 
 
-def of_huggingface(peer):
-    split = lambda weight: jnp.asarray(weight).T.reshape(FEATURES, HEADS, -1)
-    params = {n: dict(kernel=split(peer[f"{n}.weight"]), bias=jnp.asarray(peer[f"{n}.bias"]).reshape(HEADS, -1))
-              for n in ("query", "key", "value")}
-    return params | dict(taps=jnp.asarray(peer["conv.weight"])[:, 0, ::-1, 0].T)
-
-
-def of_lucidrains(peer):
-    maps = jnp.asarray(peer["to_qkv.weight"]).T.reshape(FEATURES, 3, HEADS, -1)
-    params = {name: dict(kernel=maps[:, i], bias=jnp.zeros((HEADS, 8))) for i, name in enumerate(("query", "key", "value"))}
-    out = jnp.asarray(peer["to_out.0.weight"]).T.reshape(HEADS, -1, FEATURES)
-    out = dict(kernel=out, bias=jnp.asarray(peer["to_out.0.bias"]))
-    return params | dict(taps=jnp.asarray(peer["res_conv.weight"])[:, 0, ::-1, 0].T, out=out)
+def filled(layer, weights):
+    """The layer with a peer's weights, whose linear maps may be one and whose taps are reversed."""
+    own = dict(weights)
+    if "to_qkv.weight" in own:
+        maps = jnp.split(own.pop("to_qkv.weight"), 3)
+        own |= {f"{name}.weight": w for name, w in zip(("query", "key", "value"), maps, strict=True)}
+    own["taps"] = own.pop("conv.weight" if "conv.weight" in own else "res_conv.weight")[:, 0, ::-1, 0].T
+    return oracle.holding(layer, own, {"to_out.0": "out"})
 
 
 PEERS = {
-    "nystrom_hf_conv": (of_huggingface, lambda a: a.mT / a.sum(-2).max()),
-    "nystrom_hf_conv3": (of_huggingface, lambda a: a.mT / a.sum(-2).max()),
-    "nystrom_lucid": (of_lucidrains, lambda a: a.mT / (a.sum(-1).max() * a.sum(-2).max())),
+    "nystrom_hf_conv": lambda a: a.mT / a.sum(-2).max(),
+    "nystrom_hf_conv3": lambda a: a.mT / a.sum(-2).max(),
+    "nystrom_lucid": lambda a: a.mT / (a.sum(-1).max() * a.sum(-2).max()),
 }
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_oracle(name):
-    peer, (convert, start) = oracle.load(name), PEERS[name]
-    landmarks, given = peer.meta["cfg"]["num_landmarks"], convert(peer.weights)
-    layer = build(num_landmarks=landmarks, conv_width=len(given["taps"]))
-    graphdef, params = nnx.split(layer)
-    nnx.replace_by_pure_dict(params, nnx.to_pure_dict(params) | given)
-    x, cotangent = (jnp.asarray(array, jnp.float32) for array in (peer.inputs["x"], peer.cotangents["y"]))
+    peer = oracle.load(name)
+    landmarks = peer.meta["cfg"]["num_landmarks"]
+    (width,) = (weight.shape[2] for key, weight in peer.weights.items() if key.endswith("conv.weight"))
+    layer = build(num_landmarks=landmarks, conv_width=width)
 
-    def last(layer, heads):
-        return layer.out(heads) if "out" in given else heads.reshape(x.shape)
+    def run(inputs, weights, mechanism):
+        held, x = filled(layer, weights), inputs["x"]
+        heads = mechanism(held, *held.project(x))
+        return held.out(heads) if "to_out.0.weight" in weights else heads.reshape(x.shape)
 
-    def by_formula(params, x, start):
-        layer = nnx.merge(graphdef, params)
-        return last(layer, dense(*layer.project(x), landmarks, 6, start, layer.taps[...].T[:, ::-1]))
+    def formula(start):
+        mechanism = lambda held, *heads: dense(*heads, landmarks, 6, start, held.taps[...].T[:, ::-1])
+        return functools.partial(run, mechanism=mechanism)
 
-    def by_layer(params, x):
-        layer = nnx.merge(graphdef, params)
-        return last(layer, layer.attend(*layer.project(x), None))
-
-    def outputs_and_gradients(function):
-        y, pull = jax.jit(lambda *arguments: jax.vjp(function, *arguments))(params, x)
-        of_params, of_x = pull(cotangent)
-        found = nnx.to_pure_dict(of_params)
-        return y, {path: found[path] for path in given} | dict(x=of_x)
-
-    y, gradients = outputs_and_gradients(lambda params, x: by_formula(params, x, start))
-    expected = convert(peer.grad_weights) | dict(x=peer.grad_inputs["x"])
-    if name == "nystrom_lucid":  # it has no biases there
-        gradients, expected = ({k: v["kernel"] if k in ("query", "key", "value") else v for k, v in tree.items()}
-                               for tree in (gradients, expected))
-    assert oracle.relative_error(y, peer.outputs["y"]) < 1e-5 and oracle.relative_error(gradients, expected) < 2e-5
-
-    ours, wanted = (outputs_and_gradients(f) for f in (by_layer, lambda params, x: by_formula(params, x, own_start)))
-    assert oracle.relative_error(ours[0], wanted[0]) < 1e-5 and oracle.relative_error(ours[1], wanted[1]) < 2e-5
-    print(f"{name}: the batch's start moves the outputs by {oracle.relative_error(ours[0], peer.outputs['y']):.1e}")
+    oracle.compare("nystrom", peer, formula(PEERS[name]), of="mechanism")
+    attend = functools.partial(run, mechanism=lambda held, *heads: held.attend(*heads, None))
+    ours, wanted = (oracle.outputs_and_gradients(peer, function) for function in (attend, formula(own_start)))
+    assert_close(ours, wanted, 2e-5)

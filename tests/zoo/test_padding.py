@@ -35,6 +35,8 @@ LAYERS = {
     "performer": ("performer", dict(num_heads=2, num_features=24, rotary_base=100.0)),
     "transformer_xl": ("transformer_xl", dict(num_heads=2, segment_length=4, memory_length=3)),
     "synthesizer": ("synthesizer", dict(num_heads=2, max_length=20, synthesis=("random", "dense"))),
+    "s5": ("s5", dict(state_size=8)),
+    "lru": ("lru", dict(state_size=8)),
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
 }

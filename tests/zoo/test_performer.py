@@ -245,14 +245,9 @@ def test_oracle_self_attention():
 
     oracle.compare("performer", peer, formula, of="mechanism")
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def outputs_and_gradients(function):
-        y, pull = jax.vjp(function, *jax.tree.map(jnp.float32, (peer.inputs, peer.weights)))
-        return y, pull(jnp.float32(peer.cotangents["y"]))
-
-    ours = outputs_and_gradients(lambda inputs, weights: oracle.holding(layer, weights, names)(inputs["x"]))
-    assert_close(ours, outputs_and_gradients(functools.partial(formula, offset=0.0)), 1e-5)
-    assert 1e-5 < oracle.relative_error(ours[0], peer.outputs["y"]) < 0.05
+    ours = oracle.outputs_and_gradients(peer, lambda inputs, weights: oracle.holding(layer, weights, names)(inputs["x"]))
+    assert_close(ours, oracle.outputs_and_gradients(peer, functools.partial(formula, offset=0.0)), 1e-5)
+    assert 1e-5 < oracle.relative_error(ours[0]["y"], peer.outputs["y"]) < 0.05
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "relu"])

@@ -6,5 +6,9 @@ nothing does.
 
 Choose
     reformer: For single keys anywhere in a long text; queries and keys are one projection.
+    routing: For topics: texts whose tokens fall into groups that stay the same from text to text, as centroids learn them.
     sinkhorn: For whole blocks that concern each other, up to a length known before; strictly causal.
+    smyrf: For queries and keys with projections of their own, of a model trained with softmax, too; not causal.
+    informer: For texts of which few places ask for anything in particular; cheap, and not causal.
+    clustered: For many queries that want the same, also of a model trained with softmax; not causal.
 """

@@ -9,4 +9,5 @@ Choose
     blockwise: For texts of one known length in a few large blocks; it is the simplest of all to run fast.
     strided: For data with a period, such as the rows of an image; its summary columns are for text.
     longformer: For inputs of which one part concerns all, such as a question, or a token to classify by.
+    bigbird: For the same without a part that is known: random blocks bring far tokens within a few layers.
 """

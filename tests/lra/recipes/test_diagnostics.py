@@ -11,7 +11,7 @@ from subquad.zoo import LAYERS
 
 
 @pytest.mark.parametrize("layer", sorted(LAYERS))
-@pytest.mark.filterwarnings("ignore:layer 'reformer' chooses")
+@pytest.mark.filterwarnings("ignore:layer '(reformer|routing)' chooses")
 def test_every_layer_has_a_run_or_a_reason(layer):
     for task, configs in CONFIGS.items():
         for name, one in configs.items():

@@ -107,11 +107,15 @@ def test_every_form_shows_deviations_and_contradictions():
     ("s4.3.linear_transformer.text.4096.memory_ratio", "bench", "linear"),
     ("flashattention.3.linear_attention.text", "nystromformer", "linear"),
     ("nystromformer.3.nystromformer_64.listops", "nystromformer", "nystrom"),
+    ("flashattention.3.smyrf.text", "nystromformer", "smyrf"),
+    ("skyformer.1.informer.text", "skyformer", "informer"),
+    ("lra.1.sinkhorn_transformer.text", "lra-2020", "sinkhorn"),
     ("skyformer.1.nystromformer.text", "skyformer", "nystrom"),
     ("xformers.1.nystromformer_128.image", "xformers", "nystrom"),
     ("s4.10.nystromformer.retrieval", "nystromformer", "nystrom"),
     ("lra.1.synthesizer.text", "lra-2020", "synthesizer"),
     ("lra.2.synthesizer.text.4000.speed_ratio", "bench", "synthesizer"),
+    ("s5.1.s5.listops", "s5", "s5"), ("s5.inits.s5_lin_init.path_x", "s5", "s5"),
 ])
 def test_rows_that_have_a_layer_are_answered(name, recipe, layer):
     one = cell(name)

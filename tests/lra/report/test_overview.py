@@ -6,7 +6,7 @@ import pytest
 
 from subquad.lra.checkpoints import write_history
 from subquad.lra.plan import plan
-from subquad.lra.report import ledger, overview, plots, published
+from subquad.lra.report import ledger, overview, plots, published, results
 from tests.lra.report.test_measurements import ROW
 from tests.lra.report.test_results import FAILED, row
 
@@ -110,3 +110,13 @@ def test_all_that_was_measured_has_a_table_of_growth_for_each_mode():
     section = overview.measured(rows)
     assert [table.rows[0][-1] for table in section.tables[:2]] == ["cheaper than softmax"] * 2
     assert section.title.startswith("small, batch 1, float32") and len(section.tables) > 2
+
+
+def test_damaged_lines_stand_at_the_end_with_file_and_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    results.append(row("softmax", 0.5), path)
+    assert overview.damaged([path]) == []
+    path.write_text(path.read_text() + "ok,softmax\n")
+    (section,) = overview.damaged([path])
+    (line,) = section.tables[0].rows[1:]
+    assert line[:2] == [str(path), "3"] and line[2].startswith("must be a row of ")

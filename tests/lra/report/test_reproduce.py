@@ -19,7 +19,7 @@ def test_measuring_stops_with_the_budget(tmp_path, monkeypatch):
     wanted = [one for one in cells.cells_of_table("lra", "2") if one.row == "Performer"]
 
     def measured(budget, measure=lambda words: asked.append(words) or idle()):
-        words = dict(known=ledger.Ledger({}, [], {}), say=said.append, budget_hours=budget)
+        words = dict(known=ledger.Ledger({}, [], {}), say=said.append, budget_hours=budget, batch_size=1)
         return reproduce.measure_missing(measure, wanted, tmp_path / "out.csv", **words)
 
     assert measured(verdicts.MEASURING.hours / 2) == 0
