@@ -25,7 +25,7 @@ class GlobalAttention(Attention):
     a token sees of both inputs.
 
     Cost: time O(T (2 radius + 1 + g) N H), memory O(T).
-    Differs from the paper: no labels of relative positions (`rotary_base` rotates by positions); inputs are one sequence, global
+    Differs from the paper: no labels of relative positions (`rotary_base` rotates by them); inputs are one sequence, global
         tokens in front. The paper's masks, by which a global token sees those that it stands for, are not taken: it sees all.
 
     Args:
