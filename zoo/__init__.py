@@ -34,6 +34,7 @@ from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.diagonal import DiagonalAttention
+from subquad.zoo.patterns.global_tokens import GlobalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.random import RandomAttention
@@ -48,9 +49,9 @@ from subquad.zoo.statespace.s5 import S5
 __all__ = [
     "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
     "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
-    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "InformerAttention", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention",
-    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention",
-    "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
-    "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
+    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention",
+    "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
+    "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ LAYERS = {
     "diagonal": dict(num_heads=4, is_causal=True, window_size=8, dilation=[1, 1, 2, 4]),
     "random": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8),
     "axial": dict(num_heads=4, is_causal=True, row_length=8),
+    "global": dict(num_heads=4, radius=8, num_global=4),
     "longformer": dict(num_heads=4, is_causal=True, window_size=8),
     "bigbird": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8, num_random=1),
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),

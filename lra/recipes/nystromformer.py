@@ -19,6 +19,7 @@ LAYERS = {
     "diagonal": dict(HEADS, window_size=32),
     "random": dict(HEADS, max_length="{length}"),
     "axial": HEADS,
+    "global": dict(HEADS, radius=32, num_global=4),
     "longformer": dict(HEADS, window_size=32),
     "bigbird": dict(HEADS, max_length="{length}"),
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),

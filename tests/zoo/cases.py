@@ -65,6 +65,7 @@ CASES = {
         ),
         Case("strided", dict(num_heads=2, stride=4), dict(num_heads=4, stride=128), dead=SOFTMAX_INVARIANT),
         Case("axial", dict(num_heads=2, row_length=5), dict(num_heads=4, row_length=128), dead=SOFTMAX_INVARIANT),
+        Case("global", dict(num_heads=2, radius=3, num_global=3), dict(num_heads=4, radius=64, num_global=8)),
         Case(
             "longformer", dict(num_heads=2, window_size=3, num_global=3), dict(num_heads=4, window_size=128, num_global=8),
             dead=(*SOFTMAX_INVARIANT, "key_global/bias"),

@@ -44,6 +44,9 @@ COMPUTED = [
     ("axial", dict(num_heads=2, row_length=4), "row_length", 5),
     ("axial", dict(num_heads=2, row_length=4), "axis", "row"),
     ("axial", dict(num_heads=2, row_length=4), "axis", "column"),
+    ("global", dict(num_heads=2), "rotary_base", 100.0),
+    ("global", dict(num_heads=2, radius=3), "radius", 4),
+    ("global", dict(num_heads=2, radius=3), "num_global", 4),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
@@ -127,6 +130,9 @@ DRAWN = [
 SHAPED = [
     ("softmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("local", dict(num_heads=4), "num_kv_heads", 1, {"key/kernel": (16, 1, 4), "value/kernel": (16, 1, 4)}),
+    ("global", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value_to_long/kernel": (16, 2, 4)}),
+    ("global", dict(num_heads=4), "sharing", "query", {"key_to_global/kernel": None, "value_to_long/kernel": None}),
+    ("global", dict(num_heads=4), "sharing", "all", {"query_global/kernel": None, "value_global/bias": None}),
     ("longformer", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
@@ -192,6 +198,7 @@ SIZES = {
 MAPS = {
     "fnet": 1,
     "dss": 1,
+    "global": 11,
     "longformer": 7,
     "lru": 1,
     "reformer": 3,
