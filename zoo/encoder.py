@@ -170,7 +170,7 @@ class Encoder(nnx.Module):
         hidden = self.run_blocks(hidden, call, is_deterministic, rngs)
         return hidden if self.norm is None else normalise(self.norm, hidden, call["mask"], is_deterministic)
 
-    def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
+    def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool | None, rngs: nnx.Rngs | None):
         if self.reversible:
             return reversible.through(self.blocks, hidden, call, deterministic, rngs)
         run = lambda block, hidden, rngs: block(hidden, deterministic=deterministic, rngs=rngs, **call)
