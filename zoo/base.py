@@ -141,6 +141,7 @@ class Attention(nnx.Module):
 
     supports: ClassVar[Support]
     sees: Pattern | None  # which positions see which, causality included; None: all see all
+    max_length: int | None = None  # the longest input of a layer that is built for one
 
     def __init__(
         self,
@@ -207,6 +208,7 @@ class Attention(nnx.Module):
 
         `extras` holds `positions` and `segment_ids` [B, T] where the layer supports them and the caller gave them.
         """
+        self._check_length("inputs_q", query.shape[1])
         segments = extras.pop("segment_ids", None)
         return softmax.attention(
             query, key, value, mask=mask, pattern=self.sees, query_segment_ids=segments, key_segment_ids=segments,
@@ -233,7 +235,14 @@ class Attention(nnx.Module):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
+        self._check_length("max_length", max_length)
         return KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
+
+    def _check_length(self, name: str, length: int) -> None:
+        """Refuses more tokens than the layer was built for."""
+        if self.max_length is not None and length > self.max_length:
+            refuse(type(self).__name__, name, f"{length} tokens", f"be at most max_length = {self.max_length} tokens",
+                   "Construct the layer with a larger max_length.")
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads of checked inputs; None: of the inputs before it."""

@@ -85,13 +85,6 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
             refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
 
 
-def check_length(owner: str, name: str, length: int, max_length: int) -> None:
-    """Refuses more tokens than a layer was built for."""
-    if length > max_length:
-        refuse(owner, name, f"{length} tokens", f"be at most max_length = {max_length} tokens",
-               "Construct the layer with a larger max_length.")
-
-
 def check_rate(owner: str, rate: float) -> None:
     """Refuses a dropout rate that is no probability."""
     if not 0 <= rate <= 1:
@@ -205,7 +198,7 @@ def require_extend(layer, **sizes: int) -> None:
 def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -> None:
     """Refuses a rotation that the layer does not have, or that its heads cannot take."""
     if not supports.rotary:
-        unsupported(owner, "rotary_base", "its scores know distances already",
+        unsupported(owner, "rotary_base", "its scores take no rotation",
                     "Use a layer whose supports.rotary is True, such as SoftmaxAttention or PerformerAttention.")
     if head_features % 2:
         refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",

@@ -35,6 +35,7 @@ from subquad.kernels.patterns.tokens import (
     CAUSAL,
     Band,
     Columns,
+    Dilated,
     GlobalKeys,
     GlobalQueries,
     Globals,
@@ -43,7 +44,7 @@ from subquad.kernels.patterns.tokens import (
 )
 
 __all__ = [
-    "ALL", "CAUSAL", "NONE", "SOME", "Band", "BlockPattern", "BlockPermutation", "Blocks", "Both", "Columns", "Either",
-    "GlobalKeys", "GlobalQueries", "Globals", "InBlocks", "Interleaved", "Neither", "Pattern", "Random", "SameBlock", "Strided",
-    "grid", "undecided",
+    "ALL", "CAUSAL", "NONE", "SOME", "Band", "BlockPattern", "BlockPermutation", "Blocks", "Both", "Columns", "Dilated",
+    "Either", "GlobalKeys", "GlobalQueries", "Globals", "InBlocks", "Interleaved", "Neither", "Pattern", "Random",
+    "SameBlock", "Strided", "grid", "undecided",
 ]  # fmt: skip

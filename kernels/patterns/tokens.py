@@ -125,6 +125,47 @@ class Strided(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class Dilated(Pattern):
+    """k = q + j d for -left <= j <= right, with a dilation d for all heads or for each."""
+
+    left: int
+    right: int
+    dilations: tuple[int, ...]
+
+    @property
+    def heads(self):
+        return len(self.dilations)
+
+    @property
+    def reach(self):
+        return self.left + self.right + 1
+
+    def allowed(self, query, key, head):
+        dilation, distance = looked_up(self.dilations, head % self.heads), key - query
+        seen = (distance >= -self.left * dilation) & (distance <= self.right * dilation)
+        return seen & (distance % dilation == 0)
+
+    def coverage(self, queries, keys, head):
+        dilation = looked_up(self.dilations, head % self.heads)
+        # Every distance between these two occurs.
+        least, most = keys[0] - queries[1], keys[1] - queries[0]
+        first = np.maximum(-(-least // dilation), -self.left)
+        last = np.minimum(most // dilation, self.right)
+        every = (first * dilation == least) & (last * dilation == most) & ((dilation == 1) | (least == most))
+        return np.where(first > last, NONE, np.where(every, ALL, SOME)).astype(np.int8)
+
+    def chunk(self, capacity):
+        return self.left * max(self.dilations) + 1
+
+    def key_positions(self, first, count, capacity, head):
+        """Of one query its own keys; of several all that lie between them."""
+        if count > 1:
+            return Band(self.left * max(self.dilations), 0).key_positions(first, count, capacity, head)
+        dilation = jnp.asarray(looked_up(self.dilations, head % self.heads))[..., None]
+        return existing(first[..., None] - dilation * jnp.arange(self.left + 1), capacity, head)
+
+
+@dataclasses.dataclass(frozen=True)
 class Columns(Pattern):
     """Keys that stand in some columns of every block of positions, with columns for all heads or for each."""
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 # Of `operation`: decay, inputs and state, then states and the last of them.
-AXES = dict(arrays=("b t d", "b t d", "b d"), outputs=("b t d", "b d"), independent="b d")
+AXES = dict(arrays=("b t d", "b t d", "b d"), outputs=("b t d", "b d"), independent="b d", shared=[[0]])
 
 
 def first_order(decay, inputs, start, reverse):

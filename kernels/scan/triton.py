@@ -201,5 +201,4 @@ _scan = operation(
     lambda static, *arrays: xla.forward(functools.partial(_walk, static[1]), static[0], *arrays),
     lambda static, *saved: xla.backward(functools.partial(_walk, static[1]), static[0], *saved),
     **AXES,
-    shared=[[0]],
 )

@@ -1,7 +1,7 @@
-"""The two patterns of the Sparse Transformer: nearby keys, and keys in regular steps or columns far away.
+"""The two patterns of the Sparse Transformer: nearby keys, and keys in regular steps or columns far away; dilated windows.
 
-Each is softmax attention to two sets of keys that share none. The far keys of a stride are the rows of the query's column;
-summary columns are gathered, block by block.
+Those are softmax attention to two sets of keys that share none. The far keys of a stride are the rows of the query's column, as
+are the keys of a dilated window; summary columns are gathered, block by block.
 """
 
 import numbers
@@ -13,11 +13,11 @@ from jaxtyping import Int
 
 from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import KeyMask, LogSumExp, Output, Positions, Query, Value
-from subquad.kernels.patterns import CAUSAL, Band, Columns, Pattern, SameBlock, Strided
+from subquad.kernels.patterns import CAUSAL, Band, Columns, Dilated, Pattern, SameBlock, Strided
 from subquad.kernels.softmax import check_heads, counted
 from subquad.kernels.softmax.sets import KeySet, Visible
 
-__all__ = ["attention", "fixed"]
+__all__ = ["attention", "dilated", "fixed"]
 
 BEFORE, AFTER = Band(None, -1), Band(-1, None)
 
@@ -83,17 +83,71 @@ def attention(
         union = Strided(stride, window) & (CAUSAL if is_causal else None)
         sets = [near(union, length, length, mask, segments)]
         return attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
-    arrays = (query, key, value)
-    if length % stride:
-        arrays, mask = [whole_rows(x, stride) for x in arrays], whole_rows_of(mask, length, stride, is_causal)
-        segments = None if segments is None else whole_rows(segments, stride)
-    query, key, value = arrays
+    (query, key, value), mask, segments = in_whole_rows((query, key, value), mask, segments, stride, is_causal)
     padded = query.shape[1]
     sets = [] if window is None else [near(Band(window, 0 if is_causal else window), padded, padded, mask, segments)]
     gap = 0 if window is None else window // stride + 1  # rows to the first of the column that no window holds
     if gap * stride < length:
         far = Band(None, -gap) if is_causal else Band(None, -gap) | Band(-gap, None) if gap else None
         sets.append(near(far, padded // stride, padded // stride, mask, segments)._replace(columns=stride))
+    result = attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
+    return jax.tree.map(lambda x: x[:, :length], result)
+
+
+def dilated(
+    query: Query,
+    key: Query,
+    value: Value,
+    *,
+    dilation: int,
+    window_size: int | tuple[int, int],
+    mask: KeyMask | None = None,
+    segment_ids: Positions | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: dispatch.Implementation | None = None,
+) -> Output | tuple[Output, LogSumExp]:
+    """Softmax attention to every d-th key around the query, d = `dilation`.
+
+        y_t = sum_s softmax_s(scale q_t . k_s) v_s,    s = t + j d,  -left <= j <= right,  j <= 0 if causal
+
+    Cost: time O(T (left + right + 1)), memory O(T), whatever the dilation.
+
+    Args:
+        query, key: [B, T, N, H].
+        value: [B, T, N, V].
+        dilation: d, in positions.
+        window_size: keys on each side, itself not counted; one number or (left, right).
+        mask, segment_ids, is_causal, scale, return_lse, implementation: see `attention`.
+    Returns: see `attention`.
+    Raises:
+        TypeError: a mask that is not boolean; segments that are not integers.
+        ValueError: a shape that does not fit, a dilation below 1, a negative window.
+        NotImplementedError: an implementation that does not exist or declines.
+    Numerics: see `attention`.
+    Example:
+        >>> x = jnp.ones((1, 300, 4, 16))
+        >>> dilated(x, x, x, dilation=3, window_size=16).shape
+        (1, 300, 4, 16)
+
+    Source: Beltagy et al., Longformer, 2020, arXiv 2004.05150, section 3.1.
+    """
+    owner = "strided.dilated"
+    sides = tuple(window_size) if isinstance(window_size, tuple | list) else (window_size, window_size)
+    if len(sides) != 2 or any(not isinstance(side, numbers.Integral) or side < 0 for side in sides):
+        raise ValueError(f"{owner}: window_size must be a number >= 0 or two, got {window_size!r}. Count keys on each side.")
+    checks.at_least(owner, "dilation", dilation, 1, "Count positions.")
+    segments = check(owner, query, key, value, mask, segment_ids)
+    key, value = checks.hide(mask, key, value)
+    length, (left, right) = query.shape[1], (min(int(side), query.shape[1]) for side in sides)
+    dilation, right = min(int(dilation), length), 0 if is_causal else right
+    if implementation == "reference":
+        sets = [near(Dilated(left, right, (dilation,)), length, length, mask, segments)]
+        return attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
+    (query, key, value), mask, segments = in_whole_rows((query, key, value), mask, segments, dilation, is_causal)
+    rows = query.shape[1] // dilation
+    sets = [near(Band(left, right), rows, rows, mask, segments)._replace(columns=dilation)]
     result = attend(owner, query, (key,), (value,), sets, scale, return_lse, implementation)
     return jax.tree.map(lambda x: x[:, :length], result)
 
@@ -204,6 +258,15 @@ def finite_padding(query, mask):
     if mask is None:
         return query
     return jnp.where(jnp.moveaxis(mask, 3, 1) | (abs(query) < 1e15), query, 0)
+
+
+def in_whole_rows(arrays, mask, segments, size: int, is_causal: bool):
+    """Arrays, mask and segments up to a multiple of `size` tokens; what is added is seen by none of those there are."""
+    length = arrays[0].shape[1]
+    if length % size == 0:
+        return arrays, mask, segments
+    segments = None if segments is None else whole_rows(segments, size)
+    return [whole_rows(x, size) for x in arrays], whole_rows_of(mask, length, size, is_causal), segments
 
 
 def whole_rows(array, size: int):

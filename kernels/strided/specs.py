@@ -50,6 +50,7 @@ SPECS = [
     spec(attention, "steps-only", drawing(1, features=40), (7, 63), stride=3, window_size=None, is_causal=True),
     spec(attention, "segments", drawing(segments=True), (63,), stride=6, window_size=9),
     spec(attention, "stride-128", drawing(1, 1), (129,), BENCH, stride=128, window_size=128, is_causal=True),
+    spec(strided.dilated, "padding", drawing(heads=1, padding=True), (7, 63), dilation=3, window_size=(2, 4)),
     spec(
         fixed, "causal", drawing(heads=3, padding=True), (*SHORT, 100, 500), block_size=24, columns=THREE, is_causal=True
     ),

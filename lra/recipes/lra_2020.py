@@ -21,6 +21,10 @@ LAYERS = {
     "blockwise": dict(HEADS, max_length="{length}", block_size=50),
     "local": dict(HEADS, window_size=25),
     "strided": dict(HEADS, pattern="fixed", stride=50, num_summary=10),
+    "diagonal": dict(HEADS, window_size=25),
+    "random": dict(HEADS, max_length="{length}", block_size=50),
+    "axial": HEADS,
+    "global": dict(HEADS, num_global=4),
     # 512 tokens, of which the query is one; the released models have no global tokens.
     "longformer": dict(HEADS, window_size=(255, 256), num_global=0),
     "bigbird": dict(HEADS, max_length="{length}"),
@@ -35,9 +39,15 @@ LAYERS = {
     "nystrom": HEADS,
     "linear": HEADS,
     "performer": dict(HEADS, num_features=2),
+    "cosformer": dict(HEADS, max_length="{length}"),
+    "efficient": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": {},
+    "s5": {},
+    "dss": {},
+    "lru": {},
     "fnet": {},
+    "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 ATTENTION = layers_with(LAYERS, "num_heads")

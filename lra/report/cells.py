@@ -103,6 +103,7 @@ _S4_ROWS = {
     "Random": _none("a guess, and no model"),
 }
 _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
+_DRAWN_OTHERWISE = "How B and C were drawn for this Lambda is not in what was read."
 _UNKNOWN = "the size of its model is not in what was read"
 _MACHINE = _none("an absolute time or memory of its authors' machine; scripts/bench_lra.py has this machine's")
 
@@ -124,9 +125,12 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "S4D-Inv": Answer("s4d", "s4", dict(mode="diagonal", init="inv")),
         "S4D-Lin": Answer("s4d", "s4", dict(mode="diagonal", init="lin")),
     },
-    ("s5", "1"): {},
-    ("s5", "inits"): {},
-    ("s5", "v1"): {},
+    ("s5", "1"): {"S5": Answer("s5", "s5")},
+    ("s5", "inits"): {
+        "S5-Inv init": Answer("s5", "s5", dict(init="inv"), _DRAWN_OTHERWISE),
+        "S5-Lin init": Answer("s5", "s5", dict(init="lin"), _DRAWN_OTHERWISE),
+    },
+    ("s5", "v1"): {"S5 (v1)": _none("its configurations are not in what was read")},
     ("mega", "2"): {
         "Transformer (re-implemented)": Answer("bench", "softmax"),
         "Reformer": Answer("bench", "reformer"),

@@ -13,6 +13,7 @@ from subquad.kernels.patterns import (
     BlockPermutation,
     Blocks,
     Columns,
+    Dilated,
     GlobalKeys,
     GlobalQueries,
     Globals,
@@ -54,6 +55,8 @@ PATTERNS = {
         (GlobalKeys(0, 3) | InBlocks(4, Band(1, 0))) & CAUSAL, lambda t, s, n: s <= t and (t // 4 - s // 4 <= 1 or s < 3)
     ),
     "same block": (SameBlock(6), lambda t, s, n: t // 6 == s // 6),
+    "dilated": (Dilated(2, 1, (1, 3, 4)), lambda t, s, n: s - t in [j * (1, 3, 4)[n] for j in (-2, -1, 0, 1)]),
+    "dilated alike, causal": (Dilated(3, 0, (2,)), lambda t, s, n: t - s in (0, 2, 4, 6)),
     "strided": (Strided(4, 3), lambda t, s, n: abs(t - s) <= 3 or (t - s) % 4 == 0),
     "strided, far only": (Strided(4, None), lambda t, s, n: (t - s) % 4 == 0),
     "columns": (Columns(5, COLUMNS), lambda t, s, n: s % 5 in COLUMNS[n]),

@@ -136,6 +136,17 @@ def test_vmap_over_some_arguments(implementation):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_jacobian_of_one_sample(implementation):
+    """Only a decay may have a batch of 1 beside others that have more: a state and its cotangent are those of each sample."""
+    decay, inputs, state = draw(5, decay=(1, 1), batch=1)
+    run = lambda *arrays: first_order(*arrays, implementation=implementation)[0]
+    got = jax.jit(jax.jacrev(run, (0, 1, 2)))(decay, inputs, state)
+    rows = jax.jit(jax.jacfwd(lambda *arrays: first_order(*arrays, implementation="reference")[0], (0, 1, 2)))
+    for ours, theirs in zip(got, rows(decay, inputs, state), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("length", "decay", "is_complex"), [(1, None, False), (7, (1, 7), False), (16, (2, 1), False), (29, None, True)]

@@ -19,18 +19,23 @@ CALLS = {
     "strided": (strided.attention, dict(stride=8, window_size=8)),
     "strided, far only": (strided.attention, dict(stride=5, window_size=None)),
     "strided, a wide window": (strided.attention, dict(stride=4, window_size=19)),
+    "dilated": (strided.dilated, dict(dilation=3, window_size=(4, 2))),
     "fixed": (strided.fixed, dict(block_size=8, columns=COLUMNS)),
     "fixed, far only": (strided.fixed, dict(block_size=8, columns=COLUMNS[:1], own_block=False)),
 }
 by_call = pytest.mark.parametrize("name", CALLS)
 
 
-def by_hand(length, *, stride=None, window_size=None, block_size=None, columns=None, own_block=True, is_causal=False):
-    """bool [1|N, T, T]: the formulas of the two docstrings, pair by pair."""
+def by_hand(
+    length, *, dilation=None, stride=None, window_size=None, block_size=None, columns=None, own_block=True, is_causal=False
+):
+    """bool [1|N, T, T]: the formulas of the docstrings, pair by pair."""
     heads = 1 if columns is None else len(columns)
     seen = np.zeros((heads, length, length), bool)
     for n, t, s in np.ndindex(seen.shape):
-        if columns is None:
+        if dilation is not None:
+            seen[n, t, s] = (s - t) % dilation == 0 and -window_size[0] <= (s - t) // dilation <= window_size[1]
+        elif columns is None:
             seen[n, t, s] = (window_size is not None and abs(t - s) <= window_size) or (t - s) % stride == 0
         else:
             seen[n, t, s] = (own_block and t // block_size == s // block_size) or s % block_size in columns[n]

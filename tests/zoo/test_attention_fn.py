@@ -372,6 +372,7 @@ CHANGES = {
         (dict(stride=4, pattern="fixed"), dict(num_summary=2)),
         (dict(stride=4, pattern="fixed"), dict(distinct_summary=True)),
     ],
+    "efficient": [({}, dict(is_causal=True))],
     "smyrf": [
         (dict(cluster_size=4), change)
         for change in (dict(cluster_size=3), dict(num_hashes=2), dict(seed=1), dict(rotary_base=9.0))
@@ -381,6 +382,28 @@ CHANGES = {
         (dict(num_clusters=5, num_top=0, num_bits=6), change)
         for change in (
             dict(num_clusters=2), dict(num_top=3), dict(num_bits=3), dict(num_iterations=1), dict(seed=1), dict(rotary_base=9.0)
+        )
+    ],
+    "diagonal": [
+        (dict(window_size=2), change)
+        for change in (dict(is_causal=True), dict(window_size=(2, 1)), dict(dilation=[1, 2, 2, 3]), dict(rotary_base=9.0))
+    ],
+    "random": [
+        (dict(max_length=12, block_size=1), change)
+        for change in (
+            dict(is_causal=True), dict(block_size=2), dict(num_random=2), dict(random_seed=1), dict(max_length=18),
+            dict(rotary_base=9.0),
+        )
+    ],
+    "axial": [
+        (dict(row_length=4), change)
+        for change in (dict(is_causal=True), dict(row_length=5), dict(axis="row"), dict(rotary_base=9.0))
+    ],
+    "bigbird": [
+        (dict(max_length=12, block_size=1, num_random=1), change)
+        for change in (
+            dict(is_causal=True), dict(block_size=2), dict(num_random=2), dict(num_global=1), dict(random_seed=1),
+            dict(max_length=18), dict(rotary_base=9.0),
         )
     ],
     "linear": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],

@@ -55,7 +55,7 @@ def test_draws_are_the_constructors():
     whole = layer.pattern(40)
     for length in (1, 17, 39):
         np.testing.assert_array_equal(layer.pattern(length), whole[:, :length, :length])
-    assert (whole[0] != whole[1]).any() and (whole != make(block_size=2, seed=1).pattern(40)).any()
+    assert (whole[0] != whole[1]).any() and (whole != make(block_size=2, random_seed=1).pattern(40)).any()
     assert layer.sees == make(block_size=2).sees and hash(layer.sees) == hash(make(block_size=2).sees)
     assert jax.tree.leaves(nnx.state(layer, nnx.Not(nnx.Param))) == []
 
@@ -67,7 +67,7 @@ def test_causal_draws_do_not_know_the_longest_input():
 def test_layers_above_each_other_may_draw_apart():
     model = zoo.Encoder(
         vocab_size=8, in_features=FEATURES, num_layers=2, mlp_features=0, max_length=40, mixer="bigbird",
-        mixer_options=[dict(num_heads=2, max_length=40, block_size=2, seed=seed) for seed in range(2)], rngs=nnx.Rngs(0),
+        mixer_options=[dict(num_heads=2, max_length=40, block_size=2, random_seed=seed) for seed in range(2)], rngs=nnx.Rngs(0),
     )  # fmt: skip
     one, other = (block.mixer.pattern(40) for block in model.blocks)
     assert (one != other).any()
@@ -161,7 +161,7 @@ def test_long_range_arena():
 def test_refusals():
     for word, options in (
         ("block_size", dict(block_size=0)), ("max_length", dict(max_length=0)), ("num_random", dict(num_random=-1)),
-        ("num_global", dict(num_global=-1)), ("seed", dict(seed=-1)), ("seed", dict(seed=0.5)),
+        ("num_global", dict(num_global=-1)), ("random_seed", dict(random_seed=-1)), ("random_seed", dict(random_seed=0.5)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"BigBirdAttention: {word} must"):
             make(**options)

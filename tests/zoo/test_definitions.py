@@ -112,6 +112,13 @@ def test_blockwise_divides_its_heads(heads, ones, twos, is_causal):
     assert build("blockwise", heads, is_causal, max_length=24, block_size=4).shifts == want
 
 
+@pytest.mark.parametrize("radius,count", [(0, 1), (3, 0), (2, 5), (1, 40)])
+def test_global(radius, count):
+    """ETC, section 3.2: long tokens see those within the radius and all global ones; global tokens see all."""
+    layer = build("global", 2, False, radius=radius, num_global=count)
+    check(layer, 2, lambda h, t, s: abs(t - s) <= radius or min(t, s) < count)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("given,count", [(0, 1), ((2, 5), 3), (3, 0), (1, 40)])
 def test_longformer(given, count, is_causal):
@@ -123,6 +130,46 @@ def test_longformer(given, count, is_causal):
 
     given = left if is_causal else given
     check(build("longformer", 2, is_causal, window_size=given, num_global=count), 2, sees)
+
+
+@pytest.mark.parametrize("given,left,right,is_causal", [
+    (3, 3, 3, False), ((2, 1), 2, 1, False), (2, 2, 0, True), ((6, 0), 6, 0, True), (0, 0, 0, False), (100, 100, 100, False),
+], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2, (1, 5), (4, 3)], ids=str)
+def test_diagonal(given, left, right, is_causal, dilation):
+    """Longformer, section 3.1: a window with gaps of the dilation of a head less one."""
+
+    def sees(head, t, s):
+        gap = dilation[head] if isinstance(dilation, tuple) else dilation
+        return s in [t + j * gap for j in range(-left, right + 1)]
+
+    check(build("diagonal", 2, is_causal, window_size=given, dilation=dilation), 2, sees)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("axis", ["row", "column", "both"])
+@pytest.mark.parametrize("length", [1, 4, 5, 40])
+def test_axial(length, axis, is_causal):
+    """Ho et al., section 3: the row of a pixel, or its column, of an image that is given row by row."""
+
+    def sees(head, t, s):
+        (row, column), (other_row, other_column) = divmod(t, length), divmod(s, length)
+        along_row = axis == "row" or axis == "both" and head % 2 == 0
+        return (row == other_row if along_row else column == other_column) and not (is_causal and s > t)
+
+    check(build("axial", 3, is_causal, row_length=length, axis=axis), 3, sees)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size,randoms", [(4, 1), (2, 3), (1, 30)])
+def test_random_draws_whole_blocks(size, randoms, is_causal):
+    """As many as there are up to `randoms`; up to the query's own in causal attention."""
+    pattern = build("random", 2, is_causal, max_length=24, block_size=size, num_random=randoms).pattern(24)
+    blocks = pattern.reshape(2, 24 // size, size, 24 // size, size).any((2, 4))
+    whole = np.repeat(np.repeat(blocks, size, 1), size, 2)
+    np.testing.assert_array_equal(pattern, whole & np.tri(24, dtype=bool) if is_causal else whole)
+    possible = np.arange(24 // size) + 1 if is_causal else 24 // size
+    assert (blocks.sum(2) == np.minimum(randoms, possible)).all() and (not is_causal or not np.triu(blocks, 1).any())
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -148,7 +195,7 @@ def test_bigbird_without_random_blocks(longest, size, count, is_causal):
 @pytest.mark.parametrize("size,randoms,count", [(4, 1, None), (2, 3, None), (1, 2, 0), (3, 9, 0)])
 def test_bigbird_draws_whole_blocks(size, randoms, count, is_causal):
     """Of those that are not seen anyway, and of the past in causal attention, as many as there are up to `randoms`."""
-    options, last = dict(max_length=24, block_size=size, num_global=count, seed=5), 24 // size - 1
+    options, last = dict(max_length=24, block_size=size, num_global=count, random_seed=5), 24 // size - 1
     drawn, rest = (build("bigbird", 2, is_causal, num_random=n, **options).pattern(24) for n in (randoms, 0))
     drawn = (drawn & ~rest).reshape(2, last + 1, size, last + 1, size)
     np.testing.assert_array_equal(drawn.any((2, 4)), drawn.all((2, 4)))
@@ -178,6 +225,8 @@ def test_transformer_xl(segment, memory):
     ("performer", dict(num_heads=2)),
     ("reformer", dict(num_heads=2)),
     ("linear", dict(num_heads=2)),
+    ("efficient", dict(num_heads=2)),
+    ("cosformer", dict(num_heads=2, max_length=30)),
     ("nystrom", dict(num_heads=2)),
     ("linformer", dict(num_heads=2, max_length=30)),
     ("routing", dict(num_heads=2)),
@@ -185,7 +234,7 @@ def test_transformer_xl(segment, memory):
     ("informer", dict(num_heads=2)),
     ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
-    ("s4", {}),
+    ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("entmax", dict(num_heads=2)),
     ("fnet", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.zoo.dense.fnet import FNet, chirp_transform, fourier
+from subquad.zoo.dense.fnet import FNet, chirp_transform
 from tests import oracle
 
 FEATURES = 6
@@ -64,11 +64,11 @@ def test_gradients_are_the_transposed_transform():
         np.testing.assert_array_equal(got[count:], 0)
 
 
-def test_oracle():
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_oracle(implementation):
     """Hugging Face's FNetBasicFourierTransform."""
-    peer, layer = oracle.load("fnet_fourier"), FNet(16, rngs=nnx.Rngs(0))
-    for call in (layer, lambda x: fourier(x, None)):
-        oracle.compare("fnet", peer, lambda inputs, _, call=call: call(inputs["x"]), tolerance=1e-6)
+    layer = FNet(16, implementation=implementation, rngs=nnx.Rngs(0))
+    oracle.compare("fnet", oracle.load("fnet_fourier"), lambda inputs, _: layer(inputs["x"]), tolerance=1e-6)
 
 
 def test_a_map_may_follow():

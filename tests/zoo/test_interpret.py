@@ -14,11 +14,12 @@ LENGTH = 23
 
 # Long convolutions, of DPLR systems and of packed sequences, and sums over a run of tokens both ways are XLA's alone.
 OPTIONS = {"s4": dict(mode="diagonal")}
-SEGMENTS_DECLINED = {("s4", True), ("s4", False)}
+SEGMENTS_DECLINED = {(name, is_causal) for name in ("s4", "dss") for is_causal in (True, False)}
 
-
-# Fourier transforms are XLA's alone.
-DIRECTIONS = [(name, is_causal) for name, is_causal in DIRECTIONS if name != "fnet"]
+# Fourier transforms and entmax are XLA's alone.
+WITHOUT = {"fnet", "entmax"}
+DIRECTIONS, SEGMENTED = ([pair for pair in pairs if pair[0] not in WITHOUT] for pairs in (DIRECTIONS, SEGMENTED))
+CAUSAL, EXTENDING = ([name for name in names if name not in WITHOUT] for names in (CAUSAL, EXTENDING))
 
 
 def pair(name, is_causal, **options):

@@ -146,7 +146,6 @@ class SinkhornAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> SinkhornCache:
         tokens = super().init_cache(batch_size, max_length, dtype)
-        self._check_length("max_length", max_length)
         blocks = -(-max_length // self.block_size)
         sums = jnp.zeros((batch_size, blocks + 1, self.in_features), jnp.float32)
         return SinkhornCache(*tokens, sums[:, 1:], sums[:, 0])
@@ -179,11 +178,6 @@ class SinkhornAttention(Attention):
             self.implementation,
         )
         return poisoned(pieces(heads, offset, length), tokens), SinkhornCache(*tokens, sums, totals[:, -1])
-
-    def _check_length(self, name: str, length: int) -> None:
-        if length > self.max_length:
-            refuse("SinkhornAttention", name, f"{length} tokens", f"be at most max_length = {self.max_length} tokens",
-                   "Construct the layer with a larger max_length.")
 
 
 def balance_strictly(logits: Float[Array, "B N I I"], iterations: int) -> Float[Array, "B N I I"]:

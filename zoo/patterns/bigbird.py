@@ -1,12 +1,12 @@
 """BigBird's attention: blocks of a window, of global tokens, and blocks that are drawn."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from flax import nnx
 
 from subquad.kernels.patterns import CAUSAL, Band, GlobalKeys, Globals, InBlocks, Pattern, Random
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import check_length, check_sizes
+from subquad.zoo.checks import check_sizes
 
 
 class BigBirdAttention(Attention):
@@ -34,9 +34,9 @@ class BigBirdAttention(Attention):
         block_size: tokens per block; the last block may be shorter.
         num_random: random blocks of each block of queries and each head.
         num_global: g, global tokens in front; None: the first and the last block.
-        seed: of the random blocks. They follow from it, the head and the block alone: the same in training and evaluation, in
-            every process, and no variables, so that a checkpoint does not hold them: the constructor does. Layers above each
-            other should have seeds of their own, `mixer_options=[dict(seed=0, ...), dict(seed=1, ...)]`.
+        random_seed: of the random blocks. They follow from it, the head and the block alone: the same in training and
+            evaluation and in every process. They are no variables: not a checkpoint, but this option says which they are.
+            Layers above each other should have seeds of their own, `mixer_options=[dict(random_seed=i, ...) for i in ...]`.
         is_causal: a token sees itself and those before it.
         shell: see `Attention`.
     Call:
@@ -65,33 +65,24 @@ class BigBirdAttention(Attention):
         block_size: int = 64,
         num_random: int = 3,
         num_global: int | None = None,
-        seed: int = 0,
+        random_seed: int = 0,
         is_causal: bool = False,
         rngs: nnx.Rngs,
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("BigBirdAttention", max_length=max_length, block_size=block_size)
-        check_sizes("BigBirdAttention", 0, num_random=num_random, num_global=num_global or 0, seed=seed)
+        check_sizes("BigBirdAttention", 0, num_random=num_random, num_global=num_global or 0, random_seed=random_seed)
         self.max_length, self.block_size, self.num_random = int(max_length), int(block_size), int(num_random)
-        self.num_global, self.seed = None if num_global is None else int(num_global), int(seed)
+        self.num_global, self.random_seed = None if num_global is None else int(num_global), int(random_seed)
         past = CAUSAL if is_causal else None
         count = -(-self.max_length // self.block_size)
         blocks: Pattern = Band(1, 1)
         if num_global is None:
             blocks |= GlobalKeys(0, 1) if is_causal else Globals(0, 1) | Globals(count - 1, count)
         if num_random:
-            blocks |= Random(self.num_random, count, self.seed, num_heads, ~blocks & past)
+            blocks |= Random(self.num_random, count, self.random_seed, num_heads, ~blocks & past)
         self.sees = InBlocks(self.block_size, blocks & past)
         if num_global:
-            self.sees |= GlobalKeys(0, self.num_global) if is_causal else Globals(0, self.num_global)
+            self.sees |= GlobalKeys(0, num_global) if is_causal else Globals(0, num_global)
         self.sees &= past
-
-    def attend(self, query, key, value, mask, **extras):
-        check_length("BigBirdAttention", "inputs_q", query.shape[1], self.max_length)
-        return super().attend(query, key, value, mask, **extras)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
-        cache = super().init_cache(batch_size, max_length, dtype)
-        check_length("BigBirdAttention", "max_length", max_length, self.max_length)
-        return cache

@@ -1,14 +1,14 @@
 """Blockwise attention: every head pairs blocks of queries with blocks of keys by a permutation."""
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 from flax import nnx
 
 from subquad.kernels.patterns import BlockPermutation
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import check_length, check_sizes, refuse
+from subquad.zoo.checks import check_sizes, refuse
 
 
 class BlockwiseAttention(Attention):
@@ -73,12 +73,3 @@ class BlockwiseAttention(Attention):
                    "Use 0 for the identity.")
         self.max_length, self.block_size, self.shifts = int(max_length), int(block_size), tuple(map(int, shifts))
         self.sees = BlockPermutation(self.block_size, -(-self.max_length // self.block_size), self.shifts) & self.sees
-
-    def attend(self, query, key, value, mask, **extras):
-        check_length("BlockwiseAttention", "inputs_q", query.shape[1], self.max_length)
-        return super().attend(query, key, value, mask, **extras)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
-        cache = super().init_cache(batch_size, max_length, dtype)
-        check_length("BlockwiseAttention", "max_length", max_length, self.max_length)
-        return cache

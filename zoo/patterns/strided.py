@@ -3,7 +3,6 @@
 import functools
 from typing import Literal, Unpack, get_args
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -11,10 +10,10 @@ from subquad.kernels import patterns, softmax, strided
 from subquad.kernels.patterns import Band, Columns, Interleaved, SameBlock, Strided
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes, check_word, refuse
+from subquad.zoo.patterns.groups import EVEN, ODD, in_groups
 
 Pattern = Literal["strided", "fixed"]
 Heads = Literal["merged", "separate"]
-EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # heads of the near set and of the far one, where they are separate
 
 
 class StridedAttention(Attention):
@@ -123,10 +122,4 @@ class StridedAttention(Attention):
             near = functools.partial(softmax.attention, pattern=SameBlock(l), **near_options)
         if self.heads == "merged":
             return union(query, key, value)
-        return self._separate(near, far, query, key, value)
-
-    def _separate(self, near, far, *arrays):
-        """`near` of the even heads and `far` of the odd ones, of arrays [B, T, N, ...]."""
-        even, odd = (function(*(array[:, :, of] for array in arrays)) for function, of in ((near, EVEN), (far, ODD)))
-        order = np.argsort(np.arange(self.num_heads) % 2, kind="stable")
-        return jnp.concatenate([even, odd], axis=2)[:, :, np.argsort(order)]
+        return in_groups([(EVEN, near), (ODD, far)], query, key, value)

@@ -37,10 +37,8 @@ def legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.tril(-np.outer(root, root), -1) - np.diag(order + 1.0), root
 
 
-def legs_modes(state_size: int) -> Modes:
-    """HiPPO-LegS as normal plus low rank, in the basis where the normal part is diagonal (S4 theorem 1).
-
-        A + P P^T = -1/2 I + skew-symmetric = V Lambda V^*,    P_n = sqrt(n + 1/2);    modes: Lambda, V^* B, V^* P
+def legs_basis(state_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Lambda [N/2], V [N, N/2]): modes of the normal part of HiPPO-LegS, A + P P^T = V Lambda V^*.
 
     An eigenvector is free up to its phase. Here the phase makes the entry of V^* B positive, and with it that of V^* P,
     which is V^* B / sqrt(2): the same numbers on every machine.
@@ -49,9 +47,18 @@ def legs_modes(state_size: int) -> Modes:
     low_rank = np.sqrt(np.arange(state_size) + 0.5)
     skew = matrix + np.outer(low_rank, low_rank) + 0.5 * np.eye(state_size)
     frequency, basis = np.linalg.eigh(-1j * skew)
-    forward = frequency > 0
-    magnitude = np.abs(basis[:, forward].conj().T @ inputs)
-    return Modes(-0.5 + 1j * frequency[forward], magnitude + 0j, magnitude / np.sqrt(2) + 0j)
+    frequency, basis = frequency[frequency > 0], basis[:, frequency > 0]
+    return -0.5 + 1j * frequency, basis * np.exp(1j * np.angle(basis.conj().T @ inputs))
+
+
+def legs_modes(state_size: int) -> Modes:
+    """HiPPO-LegS as normal plus low rank, in the basis where the normal part is diagonal (S4 theorem 1).
+
+        A + P P^T = -1/2 I + skew-symmetric = V Lambda V^*,    P_n = sqrt(n + 1/2);    modes: Lambda, V^* B, V^* P
+    """
+    diagonal, basis = legs_basis(state_size)
+    magnitude = np.abs(basis.conj().T @ legs(state_size)[1])
+    return Modes(diagonal, magnitude + 0j, magnitude / np.sqrt(2) + 0j)
 
 
 def diagonal_modes(init: Init, state_size: int) -> Modes:
@@ -70,3 +77,18 @@ def diagonal_modes(init: Init, state_size: int) -> Modes:
     order = np.arange(pairs)
     frequency = np.pi * order if init == "lin" else state_size / np.pi * (state_size / (2 * order + 1) - 1)
     return Modes(-0.5 + 1j * frequency, np.ones(pairs, complex), np.zeros(pairs, complex))
+
+
+def blocks(init: Init, state_size: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Lambda [N/2], V [N, N/2]) of equal blocks side by side, as S5 starts from; V is the modes' basis.
+
+    LegS has its own. The other initialisations are diagonal by themselves: a mode takes two real numbers as its parts.
+    """
+    size = state_size // num_blocks
+    if init == "legs":
+        diagonal, basis = legs_basis(size)
+    else:
+        diagonal = diagonal_modes(init, size).diagonal
+        pairs = np.eye(size // 2) / np.sqrt(2)
+        basis = np.concatenate([pairs, -1j * pairs])
+    return np.tile(diagonal, num_blocks), np.kron(np.eye(num_blocks), basis)

@@ -1,13 +1,24 @@
 """What state space layers do with each token by itself: the term D u, an activation, and a gate."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from subquad.zoo.checks import check_word, refuse
+
 Gate = Literal["full", "half", "only"]
+GATES = get_args(Gate)
+
+
+def check_gate(owner: str, gate: Gate | None, in_features: int, out_features: int) -> None:
+    """Refuses a gate that is not known, or that multiplies D features to give another number of them."""
+    if gate is not None:
+        check_word(owner, "gate", gate, GATES)
+    if gate in ("half", "only") and out_features != in_features:
+        refuse(owner, "out_features", out_features, f"be in_features = {in_features} with gate={gate!r}", "Use gate='full'.")
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> nnx.Param:

@@ -69,6 +69,31 @@ def test_norms_of_s4_are_the_papers():
         assert "Layer norm" not in said and "before the mixer" not in said
 
 
+def test_rows_of_s5():
+    """Table of lindermanlab/S5's bin/run_experiments: layers, features, state, blocks; rates; epochs."""
+    rows = {
+        "listops": (8, 128, 16, 8, 3e-3, 1e-3, 0.04, 0.0, 50, 40 * 1920),
+        "text": (6, 256, 192, 12, 4e-3, 1e-3, 0.07, 0.1, 50, 35 * 450),
+        "retrieval": (6, 128, 256, 16, 2e-3, 1e-3, 0.05, 0.0, 32, 20 * 4597),
+        "image": (6, 512, 384, 3, 4.5e-3, 1e-3, 0.07, 0.1, 50, 250 * 900),
+        "pathfinder": (6, 192, 256, 8, 4.5e-3, 9e-4, 0.03, 0.05, 64, 200 * 2500),
+        "path_x": (6, 128, 256, 16, 1.8e-3, 6e-4, 0.06, 0.0, 32, 75 * 5000),
+    }  # fmt: skip
+    for task, row in rows.items():
+        name, config = ("pathfinder", dict(config="128_hard")) if task == "path_x" else (task, {})
+        run = plan("s5", "s5", task=name, **config)
+        options, example = run.layer_options, tasks.find_task(run.task, run.config)
+        assert row == (
+            run.num_layers, run.in_features, options["state_size"], options["num_blocks"], run.learning_rate,
+            run.state_learning_rate, run.weight_decay, run.dropout_rate, run.batch_size, run.steps,
+        )  # fmt: skip
+        assert run.steps % run.evaluate_every == 0
+        assert run.evaluate_every == -(-example.splits["train"] // run.batch_size)  # an epoch
+        assert options.get("gate", "half") == ("only" if task in ("listops", "text") else "half")
+        assert (options.get("dt_min") == 1e-4) == (task == "path_x") and run.mlp_features == 0
+        assert (run.norm, run.norm_order) == ("batch", "pre")
+
+
 def test_path_x_has_nothing_of_pathfinders_own():
     path_x = dict(task="pathfinder", config="128_hard")
     assert plan("s4d", "s4", task="pathfinder").pooling == "last"
