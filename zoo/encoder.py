@@ -163,14 +163,14 @@ class Encoder(nnx.Module):
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
         rngs = call_rngs(rngs)
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
-        is_deterministic = self.dropout.deterministic if deterministic is None else deterministic
+        is_deterministic = bool(self.dropout.deterministic if deterministic is None else deterministic)
         call = dict(mask=None if mask is None else mask[:, None, None, :])
         if segment_ids is not None:  # a mixer of the user's may not know the word
             call["segment_ids"] = segment_ids
         hidden = self.run_blocks(hidden, call, is_deterministic, rngs)
         return hidden if self.norm is None else normalise(self.norm, hidden, call["mask"], is_deterministic)
 
-    def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool | None, rngs: nnx.Rngs | None):
+    def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
         if self.reversible:
             return reversible.through(self.blocks, hidden, call, deterministic, rngs)
         run = lambda block, hidden, rngs: block(hidden, deterministic=deterministic, rngs=rngs, **call)
