@@ -129,7 +129,7 @@ def _encoder(run: Run, task: Task, extra: int) -> dict:
             run.layer, run.layer_options, dtype=jnp.dtype(run.dtype), is_causal=causal, dropout_rate=run.attention_dropout_rate
         ),
         positions=run.positions, dropout_rate=run.dropout_rate, norm=run.norm, norm_order=run.norm_order, remat=run.remat,
-        dtype=jnp.dtype(run.dtype), **drawn,
+        reversible=run.reversible, dtype=jnp.dtype(run.dtype), **drawn,
     )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Run:
         selection: which parameters the reported test accuracy is of: "best" on validation, or the "last".
         ema: decay of a moving average of the parameters, which is then what is validated, tested and kept; None: no average.
         remat: compute each block again in the backward pass: less memory, more time, the same numbers.
+        reversible: two residual streams, which the backward pass rebuilds: less memory, another model; see `zoo.Encoder`.
         state_learning_rate: as learning_rate, of the parameters of state spaces, `optim.STATE_SPACE`; None: as the others'.
         step_learning_rate: as learning_rate, of their step sizes; None: as the parameters of state spaces.
         embedding_std: deviation of the token embeddings at the start, and "cls" starts as 0; None: 1 / sqrt(in_features).
@@ -101,6 +102,7 @@ class Run:
     selection: Selection = "best"
     ema: float | None = None
     remat: bool = False
+    reversible: bool = False
     state_learning_rate: float | None = None
     step_learning_rate: float | None = None
     embedding_std: float | None = None

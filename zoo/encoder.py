@@ -163,7 +163,7 @@ class Encoder(nnx.Module):
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
         rngs = call_rngs(rngs)
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
-        is_deterministic = self.dropout.deterministic if deterministic is None else deterministic
+        is_deterministic = bool(self.dropout.deterministic if deterministic is None else deterministic)
         call = dict(mask=None if mask is None else mask[:, None, None, :])
         if segment_ids is not None:  # a mixer of the user's may not know the word
             call["segment_ids"] = segment_ids

@@ -19,6 +19,7 @@ XFORMERS = Recipe(
         "listops": dict(steps=10_000, evaluate_every=100),
         "text": dict(ARENA_TEXT, pooling="cls"),
         f"text {layers_with(nystromformer.LAYERS, 'num_heads')}": dict(layer_options=dict(num_heads=4)),
+        "retrieval|image|pathfinder": dict(reversible=True),
         # A quarter of the length.
         "listops linformer": dict(layer_options=dict(num_landmarks=500)),
         "text linformer": dict(layer_options=dict(num_landmarks=1024)),
@@ -28,7 +29,6 @@ XFORMERS = Recipe(
     deviations=(
         ("* linformer", "Attention weights are not dropped; theirs are."),
         ("* performer", "Random features are fixed; theirs are drawn anew every 1000 steps."),
-        ("retrieval|image|pathfinder", "Blocks are plain ones; theirs are reversible, which saves memory."),
         *nystromformer.DEVIATIONS,
     ),
 )  # fmt: skip

@@ -125,6 +125,8 @@ def test_statistics_of_batch_norms_are_the_mean_over_the_parts_of_a_batch_and_ar
     seen = optim.evaluated(run, found[1])
     model = nnx.merge(graph, seen, fixed)
     np.testing.assert_array_equal(model.classifier.encoder.blocks[0].mixer_norm.mean[...], first(found[1]))
+    other = models.build(small_run(reversible=True), task).classifier.encoder
+    assert other.reversible and not model.classifier.encoder.reversible
     assert len(jax.tree.leaves(seen)) == len(jax.tree.leaves(parameters)) + len(jax.tree.leaves(statistics))
 
 

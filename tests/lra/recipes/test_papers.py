@@ -29,6 +29,8 @@ def test_rows_of_the_small_model():
     assert small_run("skyformer", "softmax", "pathfinder").learning_rate == 2e-4
     assert small_run("skyformer", "linformer", "text").layer_options["num_landmarks"] == 128
     assert small_run("xformers", "linformer", "image").layer_options["num_landmarks"] == 1024 // 4
+    blocks = {task: small_run("xformers", "softmax", task).reversible for task in FIVE}
+    assert blocks == dict(listops=False, text=False, retrieval=True, image=True, pathfinder=True)
     assert small_run("xformers", "softmax", "listops").steps == 2 * small_run("nystromformer", "softmax", "listops").steps
     nystrom = {name: small_run(name, "nystrom", "listops").layer_options for name in SMALL}
     sizes = {name: (one["num_landmarks"], one["conv_width"]) for name, one in nystrom.items()}
