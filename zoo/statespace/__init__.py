@@ -5,6 +5,7 @@ length.
 
 Choose
     s4: For signals: pixels, audio, sensors, thousands of samples long.
+    dss: For the same, by the shortest formula: a kernel of exponentials, or of their softmax over the length.
     s5: For the same, with one system of all features and fewer states.
     lru: For the same, with the plainest parameters: a decay and a phase for each mode, and no step.
 """
