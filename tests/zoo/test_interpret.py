@@ -12,13 +12,17 @@ pytestmark = pytest.mark.interpret
 LENGTH = 23
 
 
-# Long convolutions, of DPLR systems and of packed sequences, and sums over a run of tokens both ways are XLA's alone.
-OPTIONS = {"s4": dict(mode="diagonal")}
+# Long convolutions, of DPLR systems and of packed sequences, sums over a run of tokens both ways, and attention to listed keys
+# are XLA's alone.
+OPTIONS = {
+    "s4": dict(mode="diagonal"), "clustered": dict(num_top=0), "routing": dict(selection="last", window_size=4),
+}  # fmt: skip
 SEGMENTS_DECLINED = {("s4", True), ("s4", False)}
 
 # Fourier transforms and entmax are XLA's alone.
 WITHOUT = {"fnet", "entmax"}
 DIRECTIONS, SEGMENTED = ([pair for pair in pairs if pair[0] not in WITHOUT] for pairs in (DIRECTIONS, SEGMENTED))
+DIRECTIONS = [pair for pair in DIRECTIONS if pair != ("routing", False)]  # its lists are of keys
 CAUSAL, EXTENDING = ([name for name in names if name not in WITHOUT] for names in (CAUSAL, EXTENDING))
 
 
