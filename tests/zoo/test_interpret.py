@@ -17,7 +17,7 @@ LENGTH = 23
 OPTIONS = {
     "s4": dict(mode="diagonal"), "clustered": dict(num_top=0), "routing": dict(selection="last", window_size=4),
 }  # fmt: skip
-SEGMENTS_DECLINED = {("s4", True), ("s4", False)}
+SEGMENTS_DECLINED = {(name, is_causal) for name in ("s4", "dss") for is_causal in (True, False)}
 
 # Fourier transforms and entmax are XLA's alone.
 WITHOUT = {"fnet", "entmax"}

@@ -125,7 +125,7 @@ class RoutingAttention(Attention):
             heads = attend_within(*heads, lists[0], lists[-1], self.is_causal, self.implementation)
         return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
 
-    def scores(self, heads: Float[Array, "B T N H"]) -> Float[Array, "(B N) C T"]:
+    def scores(self, heads: Float[Array, "B T N H"]) -> Float[Array, "BN C T"]:
         """mu . x of every centroid and token. No gradient passes."""
         heads = jax.lax.stop_gradient(heads.astype(jnp.float32))
         heads = heads if self.normalize else directions(heads)
