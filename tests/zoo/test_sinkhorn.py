@@ -272,6 +272,15 @@ def test_longer_than_max_length_is_refused():
         small(is_causal=True).init_cache(1, 41)
 
 
+def test_extend_rotates():
+    layer, x = small(is_causal=True, rotary_base=20.0), inputs()
+    plain = small(is_causal=True)
+    (first, cache), want = layer.extend(x[:, :7], layer.init_cache(2, LENGTH)), layer(x)
+    rest, _ = layer.extend(x[:, 7:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, rest], 1), want, atol=2e-5)
+    assert jnp.abs(want - plain(x)).max() > 1e-3
+
+
 def test_extend_in_bfloat16_over_many_blocks():
     layer, x = small(is_causal=True), inputs()
     cache, outputs = layer.init_cache(2, LENGTH, jnp.bfloat16), []

@@ -34,8 +34,8 @@ class SinkhornAttention(Attention):
     Cost: time O(T (C + T / C) N H), memory O(T + (T / C)^2), so T^1.5 with C = sqrt(T), and O(T) for SortCut but for S. One
         extended token O(S N H + I (S / C)^2 N) after S tokens.
     Differs from the paper: its causal columns are summed over the rows of all later blocks, which lets them move the past;
-        here over the rows so far, so that this is strictly causal. What both then approach is S_i,i-1 = 1, the only
-        balanced matrix below the diagonal: fewer iterations look further back. The first causal block has no sorted one.
+        here over the rows so far, so that this is strictly causal. What iterations approach is S_i,i-1 = 1, the
+        only balanced matrix below the diagonal: fewer of them look further back. The first causal block has no sorted one.
         W_1 and W_2 have no biases (balancing takes that of W_2 away), and are each head's own. Where T is no multiple of C,
         keys and values that the last block lacks are 0 in sorted blocks. Rotary positions are not the paper's. Its section
         and equation numbers are cited from memory.
