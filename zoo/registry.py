@@ -33,6 +33,7 @@ from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
@@ -64,6 +65,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
     "dss": DSS,
+    "mega": Mega,
     "s5": S5,
     "lru": LRU,
 }

@@ -42,6 +42,7 @@ LAYERS = {
     "s4": {},
     "s5": {},
     "dss": {},
+    "mega": {},
     "lru": {},
     "fnet": {},
     "entmax": HEADS,
