@@ -23,6 +23,8 @@ from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
+from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
@@ -32,6 +34,7 @@ from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.diagonal import DiagonalAttention
+from subquad.zoo.patterns.global_tokens import GlobalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.random import RandomAttention
@@ -46,10 +49,10 @@ from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
     "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
-    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "DiagonalAttention", "DualEncoder", "Encoder",
-    "EntmaxAttention", "FNet", "FeedForward", "InformerAttention", "LinearAttention", "LinformerAttention",
-    "LinformerProjection", "LocalAttention", "LongformerAttention", "Mega", "NystromAttention", "PerformerAttention",
-    "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SmyrfAttention",
-    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
-    "convert", "generate", "make", "masks", "positions", "stream",
+    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
+    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
+    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "Mega",
+    "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
+    "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

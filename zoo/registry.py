@@ -18,6 +18,8 @@ from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.headless import Headless
+from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
@@ -26,6 +28,7 @@ from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.diagonal import DiagonalAttention
+from subquad.zoo.patterns.global_tokens import GlobalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.random import RandomAttention
@@ -50,6 +53,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "random": RandomAttention,
     "strided": StridedAttention,
     "axial": AxialAttention,
+    "global": GlobalAttention,
     "longformer": LongformerAttention,
     "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
@@ -62,6 +66,8 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "nystrom": NystromAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
+    "cosformer": CosformerAttention,
+    "efficient": EfficientAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
     "dss": DSS,

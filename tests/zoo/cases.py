@@ -65,6 +65,7 @@ CASES = {
         ),
         Case("strided", dict(num_heads=2, stride=4), dict(num_heads=4, stride=128), dead=SOFTMAX_INVARIANT),
         Case("axial", dict(num_heads=2, row_length=5), dict(num_heads=4, row_length=128), dead=SOFTMAX_INVARIANT),
+        Case("global", dict(num_heads=2, radius=3, num_global=3), dict(num_heads=4, radius=64, num_global=8)),
         Case(
             "longformer", dict(num_heads=2, window_size=3, num_global=3), dict(num_heads=4, window_size=128, num_global=8),
             dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
@@ -103,6 +104,8 @@ CASES = {
         ),
         Case("linear", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
+        Case("cosformer", dict(num_heads=2, num_kv_heads=1, max_length=100), dict(num_heads=4, max_length=LONG)),
+        Case("efficient", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
         Case(
             "transformer_xl", dict(num_heads=2, segment_length=8, memory_length=5),
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,

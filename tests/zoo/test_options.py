@@ -44,6 +44,9 @@ COMPUTED = [
     ("axial", dict(num_heads=2, row_length=4), "row_length", 5),
     ("axial", dict(num_heads=2, row_length=4), "axis", "row"),
     ("axial", dict(num_heads=2, row_length=4), "axis", "column"),
+    ("global", dict(num_heads=2), "rotary_base", 100.0),
+    ("global", dict(num_heads=2, radius=3), "radius", 4),
+    ("global", dict(num_heads=2, radius=3), "num_global", 4),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
@@ -68,6 +71,7 @@ COMPUTED = [
     ("performer", dict(num_heads=2, num_features=16), "kernel", "relu"),
     ("performer", dict(num_heads=2, num_features=16), "rotary_base", 100.0),
     ("linear", dict(num_heads=2), "rotary_base", 100.0),
+    ("cosformer", dict(num_heads=2, max_length=24), "max_length", 40),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_landmarks", 5),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
@@ -128,9 +132,14 @@ DRAWN = [
 SHAPED = [
     ("softmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("local", dict(num_heads=4), "num_kv_heads", 1, {"key/kernel": (16, 1, 4), "value/kernel": (16, 1, 4)}),
+    ("global", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value_to_long/kernel": (16, 2, 4)}),
+    ("global", dict(num_heads=4), "sharing", "query", {"key_to_global/kernel": None, "value_to_long/kernel": None}),
+    ("global", dict(num_heads=4), "sharing", "all", {"query_global/kernel": None, "value_global/bias": None}),
     ("longformer", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("cosformer", dict(num_heads=4, max_length=24), "num_kv_heads", 2, {"key/kernel": (16, 2, 4)}),
+    ("efficient", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("nystrom", dict(num_heads=2), "conv_width", 3, {"taps": (3, 2)}),
     ("nystrom", dict(num_heads=2), "conv_width", None, {"taps": None}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
@@ -185,6 +194,7 @@ ALONE = {
 SIZES = {
     "bigbird": dict(max_length=24),
     "blockwise": dict(max_length=24),
+    "cosformer": dict(max_length=24),
     "fnet": dict(out_features=FEATURES),
     "linformer": dict(max_length=24),
     "random": dict(max_length=24),
@@ -195,6 +205,7 @@ SIZES = {
 MAPS = {
     "fnet": 1,
     "dss": 1,
+    "global": 11,
     "mega": 3,
     "longformer": 7,
     "lru": 1,
