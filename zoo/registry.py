@@ -109,7 +109,7 @@ def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given: Any) -> Layer:
         >>> make("softmax", in_features=64, num_heads=4, rngs=nnx.Rngs(0))(jnp.ones((1, 10, 64))).shape
         (1, 10, 64)
     """
-    layer = find(name)
+    layer: Any = find(name)
     check_options(layer.__name__, given, options(name))
     check_complete(layer.__name__, layer, {"in_features", "rngs", *given})
     return layer(in_features=in_features, rngs=rngs, **given)

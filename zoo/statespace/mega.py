@@ -144,7 +144,7 @@ class Mega(Headless):
         if bias == "rotary":
             self.rotated = drawn(0.02, 2, shared_features)
         else:
-            self.distances = drawn(0.02, 2 * (chunk_size or max_length) - 1)
+            self.distances = drawn(0.02, 2 * (chunk_size or max_length or 1) - 1)
 
         def linear(inputs, outputs):
             return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
@@ -183,7 +183,8 @@ class Mega(Headless):
         """(query, key, value, g, phi, W_h x') of every token."""
         widths = np.cumsum([self.in_features, self.shared_features, self.value_features])
         phi, z, g, rest = jnp.split(self.mixed(smoothed), widths, axis=-1)
-        z, scale, shift = nnx.silu(z), *(x[...].astype(z.dtype) for x in (self.query_key_scale, self.query_key_shift))
+        scale, shift = (x[...].astype(z.dtype) for x in (self.query_key_scale, self.query_key_shift))
+        z = nnx.silu(z)
         query, key = (z * scale[i][None, None] + shift[i][None, None] for i in range(2))
         return query, key, nnx.silu(self.value(inputs)), nnx.silu(g), nnx.sigmoid(phi), rest
 
