@@ -50,7 +50,8 @@ class Mega(Headless):
     with p and r in (0, 1) for each of D x n averages. f is softmax with tau = sqrt(Z), or a function of each logit by itself,
     relu^2 or Laplace's, with tau the number of keys: those of the row where it is causal. With chunks attention stays in each.
 
-    Cost: time O(T^2 (Z + V)), with chunks of C tokens O(T C (Z + V)); memory that of the logits; the averages O(T D n).
+    Cost: time O(T^2 (Z + V)), with chunks of C tokens O(T C (Z + V)); memory that of the logits; the averages O(T D n). One
+        extended token O(S (Z + V) + D n), where the cache has room for S.
     Differs from the paper: tau and chunks count real tokens, wherever padding stands. Parameters start as Flax's linear maps
         do; the paper draws all maps with a deviation of 0.02. The paper's layer is its own residual branch, y has x in it
         already: a `Block` adds it once more. `out_features` is not in the paper.
