@@ -43,6 +43,7 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
@@ -50,7 +51,7 @@ __all__ = [
     "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
     "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
     "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
-    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention",
+    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "Mega",
     "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
     "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
     "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",

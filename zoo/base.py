@@ -17,6 +17,7 @@ from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
 from subquad.zoo.cache import KVCache, append, places, poisoned
 from subquad.zoo.checks import (
+    cache_dtype,
     check_call,
     check_causality,
     check_extend,
@@ -350,12 +351,7 @@ class Attention(nnx.Module):
 
     def cache_dtype(self, dtype: Any):
         """The dtype of cached keys and values: `dtype`, or that of the computation on float32 inputs."""
-        if dtype is not None:
-            if not jnp.issubdtype(dtype, jnp.floating):
-                refuse(type(self).__name__, "dtype", jnp.dtype(dtype), "be a floating-point dtype in init_cache",
-                       "Integers would cut off keys and values; jnp.bfloat16 halves the cache.")
-            return jnp.dtype(dtype)
-        return jnp.result_type(self.param_dtype, jnp.float32) if self.dtype is None else jnp.result_type(self.dtype)
+        return cache_dtype(self, dtype)
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [N|1, T, S] for T = S = length, True where the query may see the key."""

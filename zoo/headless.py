@@ -98,7 +98,7 @@ class Headless(nnx.Module):
         outputs = in_pieces(self.finish, inputs, self.respond(inputs, mask, segment_ids))
         return outputs if order is None else order.unpack(outputs)
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> StateCache:
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> Any:
         """The state before the first token. It holds float32 numbers for any length: max_length and dtype change nothing."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
         return StateCache(self.state(batch_size))

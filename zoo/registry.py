@@ -36,6 +36,7 @@ from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
@@ -70,6 +71,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
     "dss": DSS,
+    "mega": Mega,
     "s5": S5,
     "lru": LRU,
 }
@@ -107,7 +109,7 @@ def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given: Any) -> Layer:
         >>> make("softmax", in_features=64, num_heads=4, rngs=nnx.Rngs(0))(jnp.ones((1, 10, 64))).shape
         (1, 10, 64)
     """
-    layer = find(name)
+    layer: Any = find(name)
     check_options(layer.__name__, given, options(name))
     check_complete(layer.__name__, layer, {"in_features", "rngs", *given})
     return layer(in_features=in_features, rngs=rngs, **given)

@@ -36,6 +36,7 @@ LAYERS = {
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "s5": dict(is_causal=True, state_size=64, dt_min=0.01, dt_max=0.5),
     "dss": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
+    "mega": dict(is_causal=True, shared_features=16, value_features=64),
     "lru": dict(is_causal=True, state_size=64),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),

@@ -45,6 +45,7 @@ LAYERS = {
     "s4": {},
     "s5": {},
     "dss": {},
+    "mega": {},
     "lru": {},
     "fnet": {},
     "entmax": HEADS,

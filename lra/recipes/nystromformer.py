@@ -38,6 +38,7 @@ LAYERS = {
     "s4": dict(state_size=64),
     "s5": dict(state_size=64),
     "dss": dict(state_size=64),
+    "mega": {},
     "lru": dict(state_size=64),
     "fnet": {},
     "entmax": HEADS,

@@ -41,6 +41,7 @@ QUICKSTART = Recipe(
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
         "dss": dict(state_size=16, dt_min=0.01, dt_max=0.5),
+        "mega": dict(state_size=4, shared_features=16, value_features=64),
         "lru": dict(state_size=64),
         "fnet": {},
         "entmax": dict(num_heads=4),

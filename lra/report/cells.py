@@ -105,6 +105,7 @@ _S4_ROWS = {
 _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
 _DRAWN_OTHERWISE = "How B and C were drawn for this Lambda is not in what was read."
 _UNKNOWN = "the size of its model is not in what was read"
+_OWN_RESIDUAL = _none("its layer is its own residual branch, and every block here adds another")
 _MACHINE = _none("an absolute time or memory of its authors' machine; scripts/bench_lra.py has this machine's")
 
 # (paper, table) -> row -> what answers. A row that is not there has no layer here.
@@ -137,8 +138,9 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "Linformer": Answer("bench", "linformer"),
         "Performer": Answer("bench", "performer"),
         "S4-v2 (re-run)": Answer("s4", "s4"),
+        **dict.fromkeys(("Mega", "Mega-chunk"), _OWN_RESIDUAL),
     },
-    ("mega", "3"): {},
+    ("mega", "3"): {f"Mega, attention fn {function}": _OWN_RESIDUAL for function in ("softmax", "relu2", "laplace")},
     ("nystromformer", "3"): _rows("nystromformer", {
         "Transformer (2-layer, d=64)": "softmax", "Linformer-256": "linformer", "Performer-256": "performer",
         "Reformer-2": "reformer", "Nystromformer-64": "nystrom",

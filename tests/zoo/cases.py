@@ -111,6 +111,7 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
+        Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),
         Case("dss", dict(state_size=8), dict(state_size=16)),
         Case("lru", dict(state_size=8), dict(state_size=64)),
         Case("s5", dict(state_size=8, num_blocks=2, gate="full"), dict(state_size=64)),

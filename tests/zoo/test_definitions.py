@@ -234,7 +234,7 @@ def test_transformer_xl(segment, memory):
     ("informer", dict(num_heads=2)),
     ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
-    ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("entmax", dict(num_heads=2)),
+    ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("mega", {}), ("entmax", dict(num_heads=2)),
     ("fnet", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)

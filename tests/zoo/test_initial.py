@@ -122,8 +122,8 @@ def test_reformer():
 EXTRA = {"linformer": dict(sharing="none"), "performer": dict(num_features=80)}
 # The same numbers on purpose: HiPPO's matrices are no draws, and all forms of a mixture start with one weight.
 FIXED = {
-    "log_decay", "frequency", "log_step", "mixture", "system/log_decay", "system/frequency", "system/input_matrix",
-    "system/low_rank",
+    "log_decay", "frequency", "log_step", "mixture", "query_key_shift", "system/log_decay", "system/frequency",
+    "system/input_matrix", "system/low_rank",
 }  # fmt: skip
 
 

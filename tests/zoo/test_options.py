@@ -102,6 +102,8 @@ COMPUTED = [
     ("s5", dict(state_size=8), "gate", "only"),
     ("s5", dict(state_size=8), "gate", None),
     ("lru", dict(state_size=8, gate="half"), "gate", "only"),
+    ("mega", dict(), "function", "laplace"),
+    ("mega", dict(), "chunk_size", 5),
     ("dss", dict(state_size=4, gate="half"), "gate", None),
     ("dss", dict(state_size=4, normalization="softmax", max_length=24), "max_length", 30),
 ]
@@ -161,6 +163,11 @@ SHAPED = [
     ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
     ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
     ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("mega", dict(), "state_size", 6, {"damping": (2, 16, 6), "reduction": (2, 16, 6)}),
+    ("mega", dict(), "shared_features", 6, {"query_key_scale": (2, 6), "mixed/kernel": (16, 70)}),
+    ("mega", dict(), "value_features", 5, {"value/kernel": (16, 5)}),
+    ("mega", dict(bias="simple", max_length=30), "max_length", 24, {"distances": (47,)}),
+    ("mega", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5)}),
     ("dss", dict(), "state_size", 6, {"frequency": (6,), "output_matrix": (2, 16, 6, 2)}),
     ("dss", dict(), "separate_steps", False, {"log_step": (16, 1)}),
     ("dss", dict(), "out_features", 5, {"out/kernel": (16, 5)}),
@@ -180,7 +187,7 @@ SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_feat
 ALONE = {
     "linformer": {"projection"},
     "softmax": {"dropout_rate", "broadcast_dropout"},
-    "synthesizer": {"is_fixed"}, "dss": {"normalization"},
+    "synthesizer": {"is_fixed"}, "dss": {"normalization"}, "mega": {"bias"},
 }
 
 # What a layer needs beside the usual words.
@@ -199,6 +206,7 @@ MAPS = {
     "fnet": 1,
     "dss": 1,
     "global": 11,
+    "mega": 3,
     "longformer": 7,
     "lru": 1,
     "reformer": 3,

@@ -94,11 +94,12 @@ class SynthesizerAttention(Attention):
             refuse(owner, "max_length", None, "be the largest number of tokens", "Pass max_length=...")
         factor = math.isqrt(max(max_length, 1) - 1) + 1 if factor is None else factor
         check_sizes(owner, max_length=max_length, rank=rank, factor=factor)
-        self.max_length, self.forms, self.factor = max_length, forms, factor
+        self.max_length: int = max_length
+        self.forms, self.factor = forms, factor
         if "dot_product" not in forms:
             del self.query, self.key
 
-        options = {name: shell[name] for name in MAP_OPTIONS if name in shell}
+        options: dict[str, Any] = {name: value for name, value in shell.items() if name in MAP_OPTIONS}
 
         def dense(columns):
             return Columns(in_features, num_heads, self.head_features, columns, **options, rngs=rngs)

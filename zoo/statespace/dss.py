@@ -63,7 +63,7 @@ class DSS(Headless):
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
     Raises: ValueError: an unknown name; "softmax" without max_length, or "exp" with it; more tokens than max_length.
     Numerics: kernels, convolution and states in float32; call and `extend` agree to 2e-5. `extend` gives NaN where a mode
-        grows by more than exp(80) in L tokens, or past L of them under `jax.jit`: a state could not tell.
+        grows by more than exp(80) in L tokens, which a state cannot hold, and after more than L of them.
     Example:
         >>> layer = DSS(64, state_size=16, is_causal=True, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((2, 100, 64))).shape

@@ -38,7 +38,7 @@ def respond(
 
     Both directions hold the present token. A state begins at 0 in each run of equal `segment_ids`.
     """
-    drive, total = driven(inputs, input_matrix), 0.0
+    drive, responses = driven(inputs, input_matrix), []
     for direction, matrix in enumerate(output_matrix):
         decays = decay[None, None]
         if segment_ids is not None:
@@ -46,8 +46,8 @@ def respond(
             goes_on = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], steps)
             decays = jnp.where(goes_on[..., None], decays, 0)
         states, _ = scan.first_order(decays, drive, reverse=direction == 1, implementation=implementation)
-        total += read(states, matrix)
-    return total.astype(inputs.dtype)
+        responses.append(read(states, matrix))
+    return sum(responses[1:], start=responses[0]).astype(inputs.dtype)
 
 
 def respond_after(
