@@ -36,22 +36,25 @@ from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.diagonal import DiagonalAttention
+from subquad.zoo.patterns.global_tokens import GlobalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
+from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM",
-    "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
-    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "InformerAttention", "KernelizedAttention",
-    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention",
-    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention",
-    "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
+    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
+    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
+    "KernelizedAttention", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention",
+    "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention",
+    "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

@@ -30,11 +30,13 @@ from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
 from subquad.zoo.patterns.diagonal import DiagonalAttention
+from subquad.zoo.patterns.global_tokens import GlobalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
@@ -53,6 +55,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "random": RandomAttention,
     "strided": StridedAttention,
     "axial": AxialAttention,
+    "global": GlobalAttention,
     "longformer": LongformerAttention,
     "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
@@ -70,6 +73,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "efficient": EfficientAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
+    "dss": DSS,
     "s5": S5,
     "lru": LRU,
 }

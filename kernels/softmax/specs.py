@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 
 from subquad.kernels import softmax
+from subquad.kernels.patterns import Band, Globals, InBlocks, Random
 from subquad.kernels.specs import LENGTHS, Spec, over_heads
 
 
@@ -61,12 +62,16 @@ def call(return_lse=False, **options):
     return attend
 
 
+# A window and global tokens, and random blocks of each head.
+GLOBALS = Band(20, 9) | Globals(0, 3) | InBlocks(16, Random(2, 64, 0, 1, ~Band(1, 1)))
+
 # Without the log-sum-exp, since cuDNN has none to give. At length 1 gradients are differences of equal numbers: left out.
 PLAIN = dict(make_bench=bench, lengths=LENGTHS[1:], implementations=("cudnn", "triton", "interpret"))
 SPECS = [
     Spec("softmax.attention", "full", draw, call(), **PLAIN),
     Spec("softmax.attention", "causal", draw, call(is_causal=True), **PLAIN),
     Spec("softmax.attention", "window", draw, call(window_size=(20, 9), return_lse=True), make_bench=bench),
+    Spec("softmax.attention", "globals", draw, call(pattern=GLOBALS, return_lse=True), make_bench=bench, bench_lengths=()),
     Spec(
         "softmax.attention",
         "segments",

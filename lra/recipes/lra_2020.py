@@ -24,6 +24,7 @@ LAYERS = {
     "diagonal": dict(HEADS, window_size=25),
     "random": dict(HEADS, max_length="{length}", block_size=50),
     "axial": HEADS,
+    "global": dict(HEADS, num_global=4),
     # 512 tokens, of which the query is one; the released models have no global tokens.
     "longformer": dict(HEADS, window_size=(255, 256), num_global=0),
     "bigbird": dict(HEADS, max_length="{length}"),
@@ -45,6 +46,7 @@ LAYERS = {
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": {},
     "s5": {},
+    "dss": {},
     "lru": {},
     "fnet": {},
     "entmax": HEADS,

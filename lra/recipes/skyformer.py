@@ -32,6 +32,7 @@ SKYFORMER = Recipe(
         ("* skyformer", "Landmarks are drawn once; theirs in every call, and their inverse starts from the whole batch."),
         ("* kernelized", "Attention weights are not dropped; the released code drops 0.1 of them."),
         ("text|retrieval|pathfinder", "Validation reads the whole split; theirs reads a part of it, another one each time."),
+        ("* linformer", nystromformer.LINFORMER),
         *nystromformer.DEVIATIONS,
     ),
 )  # fmt: skip

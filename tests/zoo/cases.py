@@ -65,6 +65,7 @@ CASES = {
         ),
         Case("strided", dict(num_heads=2, stride=4), dict(num_heads=4, stride=128), dead=SOFTMAX_INVARIANT),
         Case("axial", dict(num_heads=2, row_length=5), dict(num_heads=4, row_length=128), dead=SOFTMAX_INVARIANT),
+        Case("global", dict(num_heads=2, radius=3, num_global=3), dict(num_heads=4, radius=64, num_global=8)),
         Case(
             "longformer", dict(num_heads=2, window_size=3, num_global=3), dict(num_heads=4, window_size=128, num_global=8),
             dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
@@ -112,6 +113,7 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
+        Case("dss", dict(state_size=8), dict(state_size=16)),
         Case("lru", dict(state_size=8), dict(state_size=64)),
         Case("s5", dict(state_size=8, num_blocks=2, gate="full"), dict(state_size=64)),
         # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.

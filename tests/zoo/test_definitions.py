@@ -112,6 +112,13 @@ def test_blockwise_divides_its_heads(heads, ones, twos, is_causal):
     assert build("blockwise", heads, is_causal, max_length=24, block_size=4).shifts == want
 
 
+@pytest.mark.parametrize("radius,count", [(0, 1), (3, 0), (2, 5), (1, 40)])
+def test_global(radius, count):
+    """ETC, section 3.2: long tokens see those within the radius and all global ones; global tokens see all."""
+    layer = build("global", 2, False, radius=radius, num_global=count)
+    check(layer, 2, lambda h, t, s: abs(t - s) <= radius or min(t, s) < count)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("given,count", [(0, 1), ((2, 5), 3), (3, 0), (1, 40)])
 def test_longformer(given, count, is_causal):
@@ -229,7 +236,7 @@ def test_transformer_xl(segment, memory):
     ("informer", dict(num_heads=2)),
     ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
-    ("s4", {}), ("s5", {}), ("lru", {}), ("entmax", dict(num_heads=2)),
+    ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("entmax", dict(num_heads=2)),
     ("fnet", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)

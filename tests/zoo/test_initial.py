@@ -1,6 +1,7 @@
 """What a layer starts from: the variances that papers and docstrings state, and draws that are all apart."""
 
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -120,13 +121,16 @@ def test_reformer():
 
 EXTRA = {"linformer": dict(sharing="none"), "performer": dict(num_features=80)}
 # The same numbers on purpose: HiPPO's matrices are no draws, and all forms of a mixture start with one weight.
-FIXED = {"log_decay", "frequency", "system/log_decay", "system/frequency", "system/input_matrix", "system/low_rank", "mixture"}
+FIXED = {
+    "log_decay", "frequency", "log_step", "mixture", "system/log_decay", "system/frequency", "system/input_matrix",
+    "system/low_rank",
+}  # fmt: skip
 
 
 def drawn_parts(layer):
     """Each drawn array, and its parts along every axis (a row, a head, a round, a direction), by name."""
     for path, leaf in variables(layer).items():
-        if path in FIXED or path.endswith("/bias") or "_global/" in path:  # copies of the local projections
+        if path in FIXED or path.endswith("/bias") or re.search("_(global|to_long)/", path):  # copies
             continue
         yield path, leaf
         for axis in range(leaf.ndim if leaf.ndim > 1 else 0):

@@ -44,6 +44,9 @@ COMPUTED = [
     ("axial", dict(num_heads=2, row_length=4), "row_length", 5),
     ("axial", dict(num_heads=2, row_length=4), "axis", "row"),
     ("axial", dict(num_heads=2, row_length=4), "axis", "column"),
+    ("global", dict(num_heads=2), "rotary_base", 100.0),
+    ("global", dict(num_heads=2, radius=3), "radius", 4),
+    ("global", dict(num_heads=2, radius=3), "num_global", 4),
     ("longformer", dict(num_heads=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "rotary_base", 100.0),
     ("bigbird", dict(num_heads=2, max_length=24, block_size=2), "max_length", 40),  # other draws, and another last block
@@ -103,6 +106,8 @@ COMPUTED = [
     ("s5", dict(state_size=8), "gate", "only"),
     ("s5", dict(state_size=8), "gate", None),
     ("lru", dict(state_size=8, gate="half"), "gate", "only"),
+    ("dss", dict(state_size=4, gate="half"), "gate", None),
+    ("dss", dict(state_size=4, normalization="softmax", max_length=24), "max_length", 30),
 ]
 
 # What an option does to the values that are drawn; all other variables stay: (..., the variables that change).
@@ -118,6 +123,8 @@ DRAWN = [
     ("s5", dict(state_size=8), "output_init", "truncated", {"output_matrix"}),
     ("s5", dict(state_size=8), "dt_min", 0.01, {"log_step"}),
     ("s5", dict(state_size=8), "dt_max", 0.5, {"log_step"}),
+    ("dss", dict(state_size=4), "dt_min", 0.01, {"log_step"}),
+    ("dss", dict(state_size=4), "dt_max", 0.5, {"log_step"}),
     ("lru", dict(), "r_min", 0.9, {"log_decay", "log_scale"}),
     ("lru", dict(), "r_max", 0.999, {"log_decay", "log_scale"}),
     ("lru", dict(), "max_phase", 0.314, {"log_phase"}),
@@ -127,6 +134,9 @@ DRAWN = [
 SHAPED = [
     ("softmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("local", dict(num_heads=4), "num_kv_heads", 1, {"key/kernel": (16, 1, 4), "value/kernel": (16, 1, 4)}),
+    ("global", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value_to_long/kernel": (16, 2, 4)}),
+    ("global", dict(num_heads=4), "sharing", "query", {"key_to_global/kernel": None, "value_to_long/kernel": None}),
+    ("global", dict(num_heads=4), "sharing", "all", {"query_global/kernel": None, "value_global/bias": None}),
     ("longformer", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
@@ -157,6 +167,9 @@ SHAPED = [
     ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
     ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
     ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("dss", dict(), "state_size", 6, {"frequency": (6,), "output_matrix": (2, 16, 6, 2)}),
+    ("dss", dict(), "separate_steps", False, {"log_step": (16, 1)}),
+    ("dss", dict(), "out_features", 5, {"out/kernel": (16, 5)}),
     ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
     ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
@@ -173,7 +186,7 @@ SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_feat
 ALONE = {
     "linformer": {"projection"},
     "softmax": {"dropout_rate", "broadcast_dropout"},
-    "synthesizer": {"is_fixed"},
+    "synthesizer": {"is_fixed"}, "dss": {"normalization"},
 }
 
 # What a layer needs beside the usual words.
@@ -190,6 +203,8 @@ SIZES = {
 # Linear maps of a layer, where they are not four.
 MAPS = {
     "fnet": 1,
+    "dss": 1,
+    "global": 11,
     "longformer": 7,
     "lru": 1,
     "reformer": 3,

@@ -77,10 +77,7 @@ class LongformerAttention(Attention):
         if self.num_global:
             near |= GlobalKeys(0, self.num_global)
             self.sees = near & CAUSAL if is_causal else near | GlobalQueries(0, self.num_global)
-            own = (self.query, self.key, self.value)
-            self.query_global, self.key_global, self.value_global = (
-                nnx.merge(graph, jax.tree.map(jnp.copy, state)) for graph, state in map(nnx.split, own)
-            )
+            self.query_global, self.key_global, self.value_global = map(copied, (self.query, self.key, self.value))
         self.local = near & (CAUSAL if is_causal else None)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
@@ -93,22 +90,10 @@ class LongformerAttention(Attention):
         return tuple(zip(local, (self.query_global(first), self.key_global(seen), self.value_global(seen)), strict=True))
 
     def rotate(self, query, key, query_positions=None, key_positions=None):
-        rotate, of = super().rotate, lambda positions, heads: None if positions is None else positions[:, : heads.shape[1]]
-        pairs = [pair for pair in zip(query, key, strict=True) if pair[0] is not None]
-        pairs = [rotate(q, k, of(query_positions, q), of(key_positions, k)) for q, k in pairs]
-        return tuple(zip(*pairs, strict=True)) if self.num_global else tuple((heads, None) for heads in pairs[0])
+        return rotated(super().rotate, query, key, query_positions, key_positions)
 
     def attend(self, query, key, value, mask):
-        heads = softmax.attention(
-            query[0], key[0], value[0], mask=mask, pattern=self.local, implementation=self.implementation
-        )
-        if query[1] is None:
-            return heads
-        mask = None if mask is None else mask[..., : key[1].shape[1]]
-        rows = softmax.attention(
-            query[1], key[1], value[1], mask=mask, is_causal=self.is_causal, implementation=self.implementation
-        )
-        return jnp.concatenate([rows, heads[:, rows.shape[1] :]], axis=1)
+        return attend_with_globals(query, key, value, mask, self.local, self.is_causal, self.implementation)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LongformerCache:
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
@@ -133,3 +118,32 @@ class LongformerAttention(Attention):
             rows = jnp.where((at < self.num_global)[..., None, None], rows, heads[:, : at.shape[1]])
             heads = jnp.concatenate([rows, heads[:, at.shape[1] :]], axis=1)
         return poisoned(heads, local), LongformerCache(*local, *kept)
+
+
+# ------------------------------------------------------------ heads in pairs: of all tokens, and those that global ones ask for
+
+
+def copied(module: nnx.Module) -> nnx.Module:
+    """A module with the same values in variables of its own."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(jnp.copy, state))
+
+
+def rotated(rotate, query, key, query_positions, key_positions):
+    """`rotate` of both queries and their keys; the second of a pair are the first tokens, or None."""
+    of = lambda positions, heads: None if positions is None else positions[:, : heads.shape[1]]
+    pairs = [
+        (None, None) if q is None else rotate(q, k, of(query_positions, q), of(key_positions, k))
+        for q, k in zip(query, key, strict=True)
+    ]
+    return tuple(zip(*pairs, strict=True))
+
+
+def attend_with_globals(query, key, value, mask, pattern: Pattern, is_causal: bool, implementation):
+    """Attention under a pattern, and in the place of its first rows that of the global queries to all of their keys."""
+    heads = softmax.attention(query[0], key[0], value[0], mask=mask, pattern=pattern, implementation=implementation)
+    if query[1] is None:
+        return heads
+    mask = None if mask is None else mask[..., : key[1].shape[1]]
+    rows = softmax.attention(query[1], key[1], value[1], mask=mask, is_causal=is_causal, implementation=implementation)
+    return jnp.concatenate([rows, heads[:, rows.shape[1] :]], axis=1)
