@@ -6,4 +6,6 @@ token costs the same however much came before.
 Choose
     linear: For models trained with it from the start: the smallest state, nothing random.
     performer: For an estimate of softmax itself, the better the more features, so also for weights that softmax has trained.
+    cosformer: For near tokens to count more, without random features, up to a length known before.
+    efficient: For queries that choose among a few means of the values: no features but two softmaxes.
 """
