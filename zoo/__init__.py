@@ -17,6 +17,7 @@ from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
+from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
@@ -29,6 +30,7 @@ from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.lowrank.skyformer import SkyformerAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
 from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
@@ -51,8 +53,9 @@ __all__ = [
     "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
     "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
     "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
-    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "Mega",
-    "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
-    "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "KernelizedAttention", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongformerAttention", "Mega", "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature",
+    "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
+    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

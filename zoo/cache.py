@@ -109,6 +109,14 @@ class LinearCache(NamedTuple):
         return cls(*state, jnp.zeros(batch_size, jnp.int32))
 
 
+class EfficientCache(NamedTuple):
+    """Averages of the values so far, one for each feature of the keys, and the logarithms of their weights' sums."""
+
+    average: Float[Array, "B N H V"]
+    log_sum: Float[Array, "B N H"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
 class TransformerXLCache(NamedTuple):
     """The layer's inputs of each sample's last P = memory_length + segment_length - 1 real tokens, the newest last."""
 

@@ -15,6 +15,7 @@ from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
+from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.headless import Headless
@@ -24,6 +25,7 @@ from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.lowrank.skyformer import SkyformerAttention
 from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention
@@ -44,6 +46,7 @@ Layer = Attention | Headless
 
 LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
+    "kernelized": KernelizedAttention,
     "entmax": EntmaxAttention,
     "synthesizer": SynthesizerAttention,
     "fnet": FNet,
@@ -64,6 +67,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "clustered": ClusteredAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
+    "skyformer": SkyformerAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,

@@ -28,6 +28,8 @@ LAYERS = {
     "clustered": dict(num_heads=4, num_clusters=16, num_top=8),
     "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
     "nystrom": dict(num_heads=4, num_landmarks=16),
+    "kernelized": dict(num_heads=4, is_causal=True),
+    "skyformer": dict(num_heads=4, num_landmarks=16),
     "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "cosformer": dict(num_heads=4, is_causal=True, max_length="{length}"),

@@ -37,6 +37,8 @@ LAYERS = {
     "clustered": HEADS,
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=16),
     "nystrom": HEADS,
+    "kernelized": HEADS,
+    "skyformer": HEADS,
     "linear": HEADS,
     "performer": dict(HEADS, num_features=2),
     "cosformer": dict(HEADS, max_length="{length}"),

@@ -30,6 +30,8 @@ LAYERS = {
     "clustered": HEADS,
     "linformer": dict(HEADS, max_length="{length}", num_landmarks=256),
     "nystrom": dict(HEADS, num_landmarks=64, conv_width=35),
+    "kernelized": HEADS,
+    "skyformer": dict(HEADS, num_landmarks=128),
     "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "cosformer": dict(HEADS, max_length="{length}"),

@@ -33,6 +33,8 @@ QUICKSTART = Recipe(
         "clustered": dict(num_heads=4, num_clusters=16, num_top=16),
         "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
         "nystrom": dict(num_heads=4, num_landmarks=16),
+        "kernelized": dict(num_heads=4),
+        "skyformer": dict(num_heads=4, num_landmarks=16),
         "linear": dict(num_heads=4),
         "performer": dict(num_heads=4, num_features=32),
         "cosformer": dict(num_heads=4, max_length="{length}"),

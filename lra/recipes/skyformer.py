@@ -28,6 +28,9 @@ SKYFORMER = Recipe(
     deviations=(
         ("*", "The best on validation is taken of all steps; theirs of those after the first fifth."),
         ("*", "Gradients are not clipped; theirs are, each number to -1..1."),
+        ("* nystrom", "Landmarks are means of tokens alone, and each matrix is inverted from its own start, not the batch's."),
+        ("* skyformer", "Landmarks are drawn once; theirs in every call, and their inverse starts from the whole batch."),
+        ("* kernelized", "Attention weights are not dropped; the released code drops 0.1 of them."),
         ("text|retrieval|pathfinder", "Validation reads the whole split; theirs reads a part of it, another one each time."),
         ("* linformer", nystromformer.LINFORMER),
         *nystromformer.DEVIATIONS,

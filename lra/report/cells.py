@@ -88,7 +88,9 @@ _SPEED = {row: Answer("bench", layer) for row, layer in _ARENA_LAYERS.items() if
 
 
 _USUAL_LAYERS = {"Linformer": "linformer", "Performer": "performer", "Reformer": "reformer"}
-_OF_SKYFORMER = {"BigBird": "bigbird", "Nystromformer": "nystrom"} | _USUAL_LAYERS
+_OF_SKYFORMER = {
+    "BigBird": "bigbird", "Nystromformer": "nystrom", "Kernelized Attention": "kernelized", "Skyformer": "skyformer",
+} | _USUAL_LAYERS  # fmt: skip
 
 
 def _rows(recipe: str, layers: Mapping[str, str]) -> dict[str, Answer]:

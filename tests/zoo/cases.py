@@ -98,6 +98,8 @@ CASES = {
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
         ),
+        Case("kernelized", dict(num_heads=4, num_kv_heads=2)),
+        Case("skyformer", dict(num_heads=2, num_landmarks=6), dict(num_heads=4, num_landmarks=64)),
         Case(
             "nystrom", dict(num_heads=2, num_landmarks=6, conv_width=5), dict(num_heads=4, num_landmarks=64),
             dead=SOFTMAX_INVARIANT,

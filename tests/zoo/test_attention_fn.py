@@ -406,6 +406,7 @@ CHANGES = {
             dict(max_length=18), dict(rotary_base=9.0),
         )
     ],
+    "kernelized": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
     "linear": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
     "performer": [
         (dict(num_features=16), dict(is_causal=True)), (dict(num_features=16), dict(num_features=24)),

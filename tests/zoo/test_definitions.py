@@ -225,6 +225,8 @@ def test_transformer_xl(segment, memory):
     ("performer", dict(num_heads=2)),
     ("reformer", dict(num_heads=2)),
     ("linear", dict(num_heads=2)),
+    ("kernelized", dict(num_heads=2)),
+    ("skyformer", dict(num_heads=2)),
     ("efficient", dict(num_heads=2)),
     ("cosformer", dict(num_heads=2, max_length=30)),
     ("nystrom", dict(num_heads=2)),

@@ -1,6 +1,6 @@
 """Efficient attention: queries choose among averages of the values, one for each feature of the keys."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +8,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import linear, precision, scan
 from subquad.zoo.base import Attention, Support
-from subquad.zoo.cache import counts
+from subquad.zoo.cache import EfficientCache, counts
 from subquad.zoo.checks import require_extend
 from subquad.zoo.projection import in_pieces
 
 NOTHING = -1e30  # the logarithm of a sum of no keys; finite, so that differences are
-
-
-class EfficientCache(NamedTuple):
-    """The averages of the values so far, and the logarithms of the weights that they are of."""
-
-    average: Float[Array, "B N H V"]
-    log_sum: Float[Array, "B N H"]
-    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
 class EfficientAttention(Attention):

@@ -6,4 +6,5 @@ not to be told apart any more. Mixtures of all tokens cannot be causal.
 Choose
     linformer: For encoders of inputs up to a length known before.
     nystrom: For encoders of inputs of any length, and for weights that softmax has trained: it estimates softmax itself.
+    skyformer: For encoders trained with it: tokens themselves are landmarks, of a Gaussian kernel whose inverse is regular.
 """

@@ -125,5 +125,5 @@ def landmark_weights(query, key, is_landmark) -> Float[Array, "B N M M"]:
 @precision.promoting
 @precision.full
 def mix(inverse: Float[Array, "B N M M"], values: Float[Array, "B M N V"]) -> Float[Array, "B M N V"]:
-    """A^+ times what each landmark gathered."""
+    """An inverse of the landmarks' matrix times what each of them gathered."""
     return jnp.einsum("bnml,blnv->bmnv", inverse, values).astype(values.dtype)

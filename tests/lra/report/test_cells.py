@@ -111,6 +111,8 @@ def test_every_form_shows_deviations_and_contradictions():
     ("skyformer.1.informer.text", "skyformer", "informer"),
     ("lra.1.sinkhorn_transformer.text", "lra-2020", "sinkhorn"),
     ("skyformer.1.nystromformer.text", "skyformer", "nystrom"),
+    ("skyformer.1.skyformer.listops", "skyformer", "skyformer"),
+    ("skyformer.1.kernelized_attention.image", "skyformer", "kernelized"),
     ("xformers.1.nystromformer_128.image", "xformers", "nystrom"),
     ("s4.10.nystromformer.retrieval", "nystromformer", "nystrom"),
     ("lra.1.synthesizer.text", "lra-2020", "synthesizer"),
