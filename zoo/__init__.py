@@ -35,6 +35,7 @@ from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.global_tokens import GlobalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
@@ -47,8 +48,8 @@ __all__ = [
     "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
     "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "DiagonalAttention", "DualEncoder", "Encoder",
     "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongformerAttention", "NystromAttention",
-    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention",
-    "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
-    "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention",
+    "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
+    "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -122,6 +122,7 @@ def test_reformer():
 EXTRA = {"linformer": dict(sharing="none"), "performer": dict(num_features=80)}
 # The same numbers on purpose: HiPPO's matrices are no draws, and all forms of a mixture start with one weight.
 FIXED = {"log_decay", "frequency", "system/log_decay", "system/frequency", "system/input_matrix", "system/low_rank", "mixture"}
+FIXED |= {"global_scale"}  # ones
 
 
 def drawn_parts(layer):
