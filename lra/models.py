@@ -154,7 +154,7 @@ def build(run: Run, task: Task) -> Model | LanguageModel | Tagger:
 
 
 def split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
-    """(graph, parameters, statistics of batch norms, what is fixed) of a model; either of the last three may be empty."""
+    """(graph, parameters, statistics of batch norms and centroids, what is fixed) of a model; the last three may be empty."""
     return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
 
 

@@ -15,7 +15,7 @@ from subquad.lra.run import Run
 
 # The parameters of `zoo.statespace` that decide a system's dynamics and its input; C is learned as any other map. A large
 # step in them moves the time constants of every feature, which is why the papers learn them slowly and never decay them.
-STATE_SPACE = frozenset(("log_decay", "log_phase", "log_scale", "frequency", "low_rank", "input_matrix", "log_step"))
+STATE_SPACE = frozenset(("log_decay", "log_phase", "log_scale", "growth", "frequency", "low_rank", "input_matrix", "log_step"))
 # What a plateau multiplies the learning rate by.
 PLATEAU_FACTOR = 0.2
 # PyTorch's OneCycleLR at its defaults: the learning rate at first, at its peak and at last, and Adam's b1 then.

@@ -356,11 +356,12 @@ def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, b
 def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key, batch):
     """((sum of losses, (number of targets, statistics)), gradient of the sum) over a batch, in run.accumulate parts.
 
-    Statistics are those of batch norms after the batch, summed over its parts, each of which is normalised by itself.
+    Statistics are those of batch norms, and centroids, after the batch, summed over its parts. Each part moves them by itself.
     """
 
     def loss(parameters, part, key):
         model = nnx.merge(graph, parameters, fixed, copy=True)  # statistics are written inside the gradient's trace
+        model.set_attributes(moves_centroids=True, raise_if_not_found=False)
         value, count = objective.loss(model, part, rngs=nnx.Rngs(dropout=key))
         return value, (count, nnx.state(model, nnx.BatchStat))
 

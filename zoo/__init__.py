@@ -23,6 +23,8 @@ from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
+from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
@@ -40,16 +42,18 @@ from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
+from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
-    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "DiagonalAttention", "DualEncoder", "Encoder",
-    "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention",
-    "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
-    "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
+    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
+    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
+    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention",
+    "LongformerAttention", "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature",
+    "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention",
+    "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

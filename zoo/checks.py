@@ -198,7 +198,7 @@ def require_extend(layer, **sizes: int) -> None:
 def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -> None:
     """Refuses a rotation that the layer does not have, or that its heads cannot take."""
     if not supports.rotary:
-        unsupported(owner, "rotary_base", "its scores know distances already",
+        unsupported(owner, "rotary_base", "its scores take no rotation",
                     "Use a layer whose supports.rotary is True, such as SoftmaxAttention or PerformerAttention.")
     if head_features % 2:
         refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",

@@ -19,11 +19,11 @@ class RandomFeature(nnx.Variable):
     """
 
 
-class Centroids(nnx.Variable):
-    """Centres of clusters that a layer's own method moves where the caller says so.
+class Centroids(nnx.BatchStat):
+    """Centres of clusters that a layer moves where the caller says so, and no gradient does.
 
     Not an `nnx.Param`, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` leaves them alone; part of `nnx.state(model)`, so a
-    checkpoint brings them back.
+    checkpoint brings them back. What handles the statistics of batch norms handles them, too.
     """
 
 

@@ -18,6 +18,8 @@ from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.headless import Headless
+from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
@@ -33,6 +35,7 @@ from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
+from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
@@ -64,8 +67,11 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "nystrom": NystromAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
+    "cosformer": CosformerAttention,
+    "efficient": EfficientAttention,
     "transformer_xl": TransformerXLAttention,
     "s4": S4,
+    "dss": DSS,
     "s5": S5,
     "lru": LRU,
 }

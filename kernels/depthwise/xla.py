@@ -56,8 +56,7 @@ def _backward(ahead, saved, cotangent):
         return _, products.sum(-1 if kernel.ndim == 4 else (0, 1, 3)).astype(kernel.dtype)
 
     # Unrolled, XLA would hold the products of every tap before it sums those of the first.
-    unroll = 1 if kernel.ndim == 4 else min(width, UNROLLED)
-    of_taps = jax.lax.scan(of_tap, 0, jnp.arange(width), unroll=unroll)[1]
+    of_taps = jax.lax.scan(of_tap, 0, jnp.arange(width))[1]
     return grad_inputs, jnp.moveaxis(of_taps, 0, -2), grad_state
 
 

@@ -33,9 +33,12 @@ LAYERS = {
     "nystrom": dict(HEADS, num_landmarks=64, conv_width=35),
     "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
+    "cosformer": dict(HEADS, max_length="{length}"),
+    "efficient": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "s4": dict(state_size=64),
     "s5": dict(state_size=64),
+    "dss": dict(state_size=64),
     "lru": dict(state_size=64),
     "fnet": {},
     "entmax": HEADS,
@@ -54,6 +57,7 @@ SETTINGS = {
     "image": dict(config="lra", steps=35_000, batch_size=256, warmup_steps=175, evaluate_every=175),
     "pathfinder": dict(config="32_hard", steps=62_400, batch_size=256, warmup_steps=312, evaluate_every=312),
 }  # fmt: skip
+LINFORMER = "Each layer projects keys and values of all heads by two matrices; theirs has one a head, which all layers share."
 DEVIATIONS = (
     ("listops|text|retrieval", "Real tokens are averaged; theirs are summed and divided by the padded length."),
     ("retrieval", "The head has a second hidden layer, of half as many features."),
@@ -71,6 +75,7 @@ NYSTROMFORMER = Recipe(
         ("*", "Every example of validation and test counts; theirs leaves the last partial batch out."),
         ("* nystrom", "Landmarks are means of tokens alone, and each matrix is inverted from its own start, not the batch's."),
         ("pathfinder/128_*", "The paper has no Path-X: settings are those of Pathfinder at 32 x 32."),
+        ("* linformer", LINFORMER),
         ("text", "Sequences have 4,096 bytes, as the paper says; their script makes 1,000 of them."),
         *DEVIATIONS,
     ),

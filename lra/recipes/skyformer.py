@@ -29,6 +29,7 @@ SKYFORMER = Recipe(
         ("*", "The best on validation is taken of all steps; theirs of those after the first fifth."),
         ("*", "Gradients are not clipped; theirs are, each number to -1..1."),
         ("text|retrieval|pathfinder", "Validation reads the whole split; theirs reads a part of it, another one each time."),
+        ("* linformer", nystromformer.LINFORMER),
         *nystromformer.DEVIATIONS,
     ),
 )  # fmt: skip

@@ -87,7 +87,7 @@ def test_a_causal_kernel_is_that_of_convolve():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("taps", [(4, 64), (1, 4096, 7, 16)])
+@pytest.mark.parametrize("taps", [(4, 64), (35, 8), (1, 4096, 7, 16)])
 def test_memory_is_that_of_a_few_tokens(taps, dtype):
     """Taps are read where they lie, and no array of tokens by taps is made."""
     inputs, kernel = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 4096, 64), taps))

@@ -105,8 +105,9 @@ def test_state_spaces_learn_at_a_rate_of_their_own(s4):
         np.testing.assert_allclose(update, -0.01 if "log_step" in path else slow, rtol=1e-4, err_msg=path)
     # A parameter that zoo.statespace gains is named here, in one group or the other.
     names = set(re.findall(r"'system'\]\['(\w+)'", " ".join(leaves(parameters))))
-    for name in ("s5", "lru"):
-        names |= set(nnx.state(zoo.make(name, in_features=4, state_size=4, rngs=nnx.Rngs(0)))) - {"skip", "out"}
+    others = dict(s5={}, lru={}, dss=dict(normalization="softmax", max_length=9))
+    for name, options in others.items():
+        names |= set(nnx.state(zoo.make(name, in_features=4, state_size=4, rngs=nnx.Rngs(0), **options))) - {"skip", "out"}
     assert names == optim.STATE_SPACE | {"output_matrix"}
 
 

@@ -126,3 +126,19 @@ def test_statistics_of_batch_norms_are_the_mean_over_the_parts_of_a_batch_and_ar
     model = nnx.merge(graph, seen, fixed)
     np.testing.assert_array_equal(model.classifier.encoder.blocks[0].mixer_norm.mean[...], first(found[1]))
     assert len(jax.tree.leaves(seen)) == len(jax.tree.leaves(parameters)) + len(jax.tree.leaves(statistics))
+
+
+def test_centroids_move_in_training_alone():
+    batch = dict(inputs=np.ones((4, 12), int), mask=np.ones((4, 12), bool), targets=np.zeros(4, int))
+    run = dataclasses.replace(small_run(positions=None), layer="routing", layer_options=dict(num_heads=2, num_clusters=3))
+    graph, parameters, statistics, fixed = models.split(models.build(run, dataclasses.replace(TASK, kind="classification")))
+    optimiser = optax.sgd(0.0)
+    state = optim.initial_state(run, optimiser, parameters, statistics)
+    moved = train.train_step(run, OBJECTIVES["classification"], graph, optimiser, state, fixed, batch)[0]["statistics"]
+    layer = nnx.merge(graph, parameters, statistics, fixed).classifier.encoder.blocks[0]
+    tokens = nnx.merge(graph, parameters, statistics, fixed).classifier.encoder.embed(batch["inputs"])
+    want = layer.mixer.updated_centroids(layer.mixer_norm(tokens))
+    found = moved["classifier"]["encoder"]["blocks"][0]["mixer"]["centroids"][...]
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    assert np.abs(found - layer.mixer.centroids[...]).max() > 1e-4
+    assert not layer.mixer.moves_centroids

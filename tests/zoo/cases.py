@@ -107,11 +107,14 @@ CASES = {
         ),
         Case("linear", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
+        Case("cosformer", dict(num_heads=2, num_kv_heads=1, max_length=100), dict(num_heads=4, max_length=LONG)),
+        Case("efficient", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
         Case(
             "transformer_xl", dict(num_heads=2, segment_length=8, memory_length=5),
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
+        Case("dss", dict(state_size=8), dict(state_size=16)),
         Case("lru", dict(state_size=8), dict(state_size=64)),
         Case("s5", dict(state_size=8, num_blocks=2, gate="full"), dict(state_size=64)),
         # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.

@@ -372,6 +372,7 @@ CHANGES = {
         (dict(stride=4, pattern="fixed"), dict(num_summary=2)),
         (dict(stride=4, pattern="fixed"), dict(distinct_summary=True)),
     ],
+    "efficient": [({}, dict(is_causal=True))],
     "smyrf": [
         (dict(cluster_size=4), change)
         for change in (dict(cluster_size=3), dict(num_hashes=2), dict(seed=1), dict(rotary_base=9.0))

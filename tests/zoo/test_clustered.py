@@ -9,6 +9,7 @@ from flax import nnx
 from subquad import zoo
 from subquad.zoo.buckets.clustered import ClusteredAttention, attend_by_cluster
 from tests import oracle
+from tests.assertions import assert_close
 
 LENGTH = 23
 
@@ -37,36 +38,26 @@ def dense(query, key, value, clusters, count, top, is_peers):
 
 
 @pytest.mark.parametrize("name,is_improved", [("ft_clustered", False), ("ft_improved_clustered", True)])
-def test_fast_transformers(name, is_improved, record_property):
+def test_fast_transformers(name, is_improved):
     """Its k-means starts from random queries, so its clusters are taken from the file. Its gradient leaves a term out: the peer
     is explained by a dense formula that does so, too, and the layer by the same formula with its whole gradient."""
     peer = oracle.load(name)
     clusters, count = jnp.asarray(peer.constants["clusters"], jnp.int32), peer.meta["cfg"]["clusters"]
     top = peer.meta["cfg"]["topk"] if is_improved else 0
 
-    def run(query, key, value):
+    def attend(inputs, _):
         fold = lambda x: jnp.swapaxes(x, 1, 2).reshape(4, -1, 1, x.shape[-1])
         real = jnp.ones((4, clusters.shape[2]), bool)
-        y = attend_by_cluster(*map(fold, (query, key, value)), real, clusters.reshape(4, -1), count, top, None)
+        heads = (fold(inputs[word]) for word in "qkv")
+        y = attend_by_cluster(*heads, real, clusters.reshape(4, -1), count, top, None)
         return jnp.swapaxes(y.reshape(2, 2, *y.shape[1::2]), 1, 2)
 
-    given = [jnp.asarray(peer.inputs[word], jnp.float32) for word in "qkv"]
+    def formula(is_peers):
+        return lambda inputs, _: dense(*(inputs[word] for word in "qkv"), clusters, count, top, is_peers)
 
-    def with_gradients(function):
-        y, pull = jax.vjp(jax.jit(function), *given)
-        return y, *pull(jnp.asarray(peer.cotangents["y"], jnp.float32))
-
-    theirs, whole = (with_gradients(lambda *x, p=p: dense(*x, clusters, count, top, p)) for p in (True, False))
-    ours, words = with_gradients(run), ("y", "d_q", "d_k", "d_v")
-    released = peer.outputs["y"], *(peer.grad_inputs[word] for word in "qkv")
-    errors = {f"peer_{word}": oracle.relative_error(*pair) for word, *pair in zip(words, theirs, released, strict=True)}
-    errors |= {word: oracle.relative_error(*pair) for word, *pair in zip(words, ours, whole, strict=True)}
-    errors["y"] = max(errors["y"], oracle.relative_error(ours[0], released[0]))
-    for key, error in errors.items():
-        record_property(key, error)
-    assert max(errors.values()) < 1e-4, errors
-
-
+    oracle.compare("clustered", peer, formula(True), of="mechanism")
+    ours, whole = (oracle.outputs_and_gradients(peer, function) for function in (attend, formula(False)))
+    assert_close(ours, whole, 1e-5)
 def means_of_bits(layer, query, head):
     """K-means of the signs of one head's queries [T, H], and the cluster of each, in NumPy."""
     bits = np.where(query @ np.asarray(layer.planes[...], np.float64)[head].T >= 0, 1, -1)

@@ -232,6 +232,8 @@ def test_transformer_xl(segment, memory):
     ("performer", dict(num_heads=2)),
     ("reformer", dict(num_heads=2)),
     ("linear", dict(num_heads=2)),
+    ("efficient", dict(num_heads=2)),
+    ("cosformer", dict(num_heads=2, max_length=30)),
     ("nystrom", dict(num_heads=2)),
     ("linformer", dict(num_heads=2, max_length=30)),
     ("routing", dict(num_heads=2)),
@@ -239,7 +241,7 @@ def test_transformer_xl(segment, memory):
     ("informer", dict(num_heads=2)),
     ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
-    ("s4", {}), ("s5", {}), ("lru", {}), ("entmax", dict(num_heads=2)),
+    ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("entmax", dict(num_heads=2)),
     ("fnet", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)

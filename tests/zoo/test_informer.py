@@ -23,14 +23,15 @@ def inputs(length=LENGTH, seed=0):
     return jax.random.normal(jax.random.key(seed), (2, length, 16))
 
 
-def test_hugging_face(record_property):
+def test_hugging_face():
     """It samples as many keys as there are, so that its sum over them divided by T is the mean of the sample, as here."""
     peer = oracle.load("informer")
     heads, length = peer.meta["cfg"]["heads"], peer.inputs["x"].shape[1]
     used = peer.meta["cfg"]["factor"] * math.ceil(math.log1p(length))
     sample = jnp.asarray(peer.constants["index_sample"], jnp.int32)[None]
 
-    def run(x, weights):
+    def run(inputs, weights):
+        x = inputs["x"]
         linear = lambda name, x: x @ weights[f"{name}_proj.weight"].T + weights[f"{name}_proj.bias"]
         fold = lambda x: jnp.swapaxes(x.reshape(2, length, heads, -1), 1, 2).reshape(2 * heads, length, 1, -1)
         query, key, value = (fold(linear(name, x)) for name in "qkv")
@@ -38,14 +39,7 @@ def test_hugging_face(record_property):
         y = answer(query, key, value, jnp.ones(measure.shape, bool), measure, used, used, None)
         return linear("out", jnp.swapaxes(y.reshape(2, heads, length, -1), 1, 2).reshape(x.shape))
 
-    weights = {name: jnp.asarray(array, jnp.float32) for name, array in peer.weights.items()}
-    y, pull = jax.vjp(jax.jit(run), jnp.asarray(peer.inputs["x"], jnp.float32), weights)
-    d_x, d_weights = pull(jnp.asarray(peer.cotangents["y"], jnp.float32))
-    errors = {"y": oracle.relative_error(y, peer.outputs["y"]), "d_x": oracle.relative_error(d_x, peer.grad_inputs["x"]),
-              "d_weights": oracle.relative_error(d_weights, dict(peer.grad_weights))}
-    for key, error in errors.items():
-        record_property(key, error)
-    assert max(errors.values()) < 1e-4, errors
+    oracle.compare("informer", peer, run, of="mechanism")
 
 
 def spelt_out(layer, x):

@@ -120,9 +120,11 @@ def test_reformer():
 # Draws.
 
 EXTRA = {"linformer": dict(sharing="none"), "performer": dict(num_features=80)}
-# The same numbers on purpose: HiPPO's matrices are no draws, and all forms of a mixture start with one weight.
-FIXED = {"log_decay", "frequency", "system/log_decay", "system/frequency", "system/input_matrix", "system/low_rank", "mixture"}
-FIXED |= {"global_scale"}  # ones
+# The same numbers on purpose: HiPPO's matrices are no draws, all forms of a mixture start with one weight, and scales with 1.
+FIXED = {
+    "global_scale", "log_decay", "frequency", "log_step", "mixture", "system/log_decay", "system/frequency",
+    "system/input_matrix", "system/low_rank",
+}  # fmt: skip
 
 
 def drawn_parts(layer):

@@ -14,7 +14,7 @@ LENGTH = 23
 
 # Long convolutions, of DPLR systems and of packed sequences, and sums over a run of tokens both ways are XLA's alone.
 OPTIONS = {"s4": dict(mode="diagonal")}
-SEGMENTS_DECLINED = {("s4", True), ("s4", False)}
+SEGMENTS_DECLINED = {(name, is_causal) for name in ("s4", "dss") for is_causal in (True, False)}
 
 # Fourier transforms and entmax are XLA's alone.
 WITHOUT = {"fnet", "entmax"}

@@ -1,4 +1,4 @@
-"""Nystromformer: the formula, its identities, landmarks of real tokens, the inverse, and peers."""
+"""Nystromformer: the formula, its identities, landmarks of real tokens, and peers."""
 
 import functools
 
@@ -10,7 +10,6 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.zoo import masks
-from subquad.zoo.lowrank.inverse import newton_schulz, transposed_start
 from subquad.zoo.lowrank.nystrom import NystromAttention, segment_means
 from tests import oracle
 from tests.assertions import assert_close
@@ -57,34 +56,6 @@ def test_landmarks_are_of_real_tokens_only():
         alone, alone_exists = segment_means(x[row : row + 1, :length], None, 9)
         np.testing.assert_allclose(means[row], alone[0], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(exists[row], alone_exists[0])
-
-
-# The inverse.
-
-
-@pytest.mark.parametrize("empty", [0, 2])
-def test_the_iteration_finds_the_pseudo_inverse(empty):
-    """Also of a matrix with rows and columns of zeros, of which it leaves out those."""
-    matrix = jax.nn.softmax(3 * jnp.eye(6) + normal(2, 3, 6, 6), -1)
-    matrix = matrix * (jnp.arange(6) < 6 - empty) * (jnp.arange(6) < 6 - empty)[:, None]
-    inverse = newton_schulz(matrix, transposed_start(matrix), 12)
-    np.testing.assert_allclose(inverse, np.linalg.pinv(matrix), rtol=1e-3, atol=1e-4)
-    assert (newton_schulz(jnp.zeros((3, 3)), transposed_start(jnp.zeros((3, 3))), 6) == 0).all()
-
-
-def test_every_step_cubes_the_error():
-    matrix = jax.nn.softmax(3 * jnp.eye(6) + normal(6, 6), -1).astype(jnp.float32)
-    error = lambda count: np.linalg.norm(jnp.eye(6) - matrix @ newton_schulz(matrix, transposed_start(matrix), count), 2)
-    errors = [error(count) for count in range(1, 5)]
-    assert all(errors[i + 1] < 4 * errors[i] ** 3 + 1e-5 for i in range(1, 3)) and errors[-1] < 1e-5
-
-
-def test_a_matrix_is_inverted_by_itself():
-    """The start has each matrix's own norms: a large batch-mate changes no bit."""
-    small, large = jax.nn.softmax(normal(4, 4), -1), 100 * normal(4, 4, seed=1)
-    alone = newton_schulz(small[None], transposed_start(small[None]), 6)
-    pair = jnp.stack([small, large])
-    np.testing.assert_allclose(newton_schulz(pair, transposed_start(pair), 6)[:1], alone, rtol=1e-6, atol=1e-6)
 
 
 # The layer.

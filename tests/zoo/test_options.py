@@ -75,6 +75,7 @@ COMPUTED = [
     ("performer", dict(num_heads=2, num_features=16), "kernel", "relu"),
     ("performer", dict(num_heads=2, num_features=16), "rotary_base", 100.0),
     ("linear", dict(num_heads=2), "rotary_base", 100.0),
+    ("cosformer", dict(num_heads=2, max_length=24), "max_length", 40),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_landmarks", 5),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
@@ -105,6 +106,8 @@ COMPUTED = [
     ("s5", dict(state_size=8), "gate", "only"),
     ("s5", dict(state_size=8), "gate", None),
     ("lru", dict(state_size=8, gate="half"), "gate", "only"),
+    ("dss", dict(state_size=4, gate="half"), "gate", None),
+    ("dss", dict(state_size=4, normalization="softmax", max_length=24), "max_length", 30),
 ]
 
 # What an option does to the values that are drawn; all other variables stay: (..., the variables that change).
@@ -120,6 +123,8 @@ DRAWN = [
     ("s5", dict(state_size=8), "output_init", "truncated", {"output_matrix"}),
     ("s5", dict(state_size=8), "dt_min", 0.01, {"log_step"}),
     ("s5", dict(state_size=8), "dt_max", 0.5, {"log_step"}),
+    ("dss", dict(state_size=4), "dt_min", 0.01, {"log_step"}),
+    ("dss", dict(state_size=4), "dt_max", 0.5, {"log_step"}),
     ("lru", dict(), "r_min", 0.9, {"log_decay", "log_scale"}),
     ("lru", dict(), "r_max", 0.999, {"log_decay", "log_scale"}),
     ("lru", dict(), "max_phase", 0.314, {"log_phase"}),
@@ -137,6 +142,8 @@ SHAPED = [
     ("longformer", dict(num_heads=4), "num_kv_heads", 2, {"key_global/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("cosformer", dict(num_heads=4, max_length=24), "num_kv_heads", 2, {"key/kernel": (16, 2, 4)}),
+    ("efficient", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("nystrom", dict(num_heads=2), "conv_width", 3, {"taps": (3, 2)}),
     ("nystrom", dict(num_heads=2), "conv_width", None, {"taps": None}),
     ("reformer", dict(num_heads=2), "num_hashes", 3, {"rotations": (2, 8, 3, 64)}),
@@ -160,6 +167,9 @@ SHAPED = [
     ("s5", dict(), "state_size", 6, {"frequency": (3,), "input_matrix": (3, 16, 2), "output_matrix": (2, 16, 3, 2)}),
     ("s5", dict(), "gate", "full", {"out/kernel": (16, 32)}),
     ("s5", dict(gate=None), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("dss", dict(), "state_size", 6, {"frequency": (6,), "output_matrix": (2, 16, 6, 2)}),
+    ("dss", dict(), "separate_steps", False, {"log_step": (16, 1)}),
+    ("dss", dict(), "out_features", 5, {"out/kernel": (16, 5)}),
     ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
     ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
@@ -176,13 +186,14 @@ SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_feat
 ALONE = {
     "linformer": {"projection"},
     "softmax": {"dropout_rate", "broadcast_dropout"},
-    "synthesizer": {"is_fixed"},
+    "synthesizer": {"is_fixed"}, "dss": {"normalization"},
 }
 
 # What a layer needs beside the usual words.
 SIZES = {
     "bigbird": dict(max_length=24),
     "blockwise": dict(max_length=24),
+    "cosformer": dict(max_length=24),
     "fnet": dict(out_features=FEATURES),
     "linformer": dict(max_length=24),
     "random": dict(max_length=24),
@@ -192,6 +203,7 @@ SIZES = {
 # Linear maps of a layer, where they are not four.
 MAPS = {
     "fnet": 1,
+    "dss": 1,
     "global": 11,
     "longformer": 7,
     "lru": 1,

@@ -37,6 +37,7 @@ LAYERS = {
     "synthesizer": ("synthesizer", dict(num_heads=2, max_length=20, synthesis=("random", "dense"))),
     "s5": ("s5", dict(state_size=8)),
     "lru": ("lru", dict(state_size=8)),
+    "dss": ("dss", dict(state_size=8, normalization="softmax", max_length=40)),
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
 }

@@ -35,7 +35,7 @@ def unit(x):
 
 
 @pytest.mark.parametrize("name", ["routing_bidir", "routing_causal"])
-def test_lucidrains(name, record_property):
+def test_lucidrains(name):
     peer = oracle.load(name)
     cfg, means = peer.meta["cfg"], jnp.asarray(peer.constants["means"], jnp.float32)
     heads, clusters = means.shape[:2]
@@ -64,19 +64,10 @@ def test_lucidrains(name, record_property):
         return {"y": rearrange(y, "(b n) t 1 h -> b n t h", n=heads),
                 "aux_loss": 1e-4 * jnp.square(jnp.concatenate(both, axis=2)).mean()}
 
-    asarray = lambda arrays: {key: jnp.asarray(array, jnp.float32) for key, array in arrays.items()}
-    outputs, pull = jax.vjp(jax.jit(run), asarray(peer.inputs), asarray(peer.weights))
-    d_inputs, d_weights = pull(asarray(peer.cotangents))
-    errors = {"outputs": oracle.relative_error(outputs, dict(peer.outputs)),
-              "d_inputs": oracle.relative_error(d_inputs, dict(peer.grad_inputs))}
-    if is_causal:
-        errors["d_weights"] = oracle.relative_error(d_weights, dict(peer.grad_weights))
-    for key, error in errors.items():
-        record_property(key, error)
-    assert max(errors.values()) < 1e-4, errors
+    oracle.compare("routing", peer, run, of="mechanism")
 
 
-def test_lucidrains_moves_its_means(record_property):
+def test_lucidrains_moves_its_means():
     peer = oracle.load("routing_kmeans_update")
     x, means = (jnp.asarray(x, jnp.float32) for x in (peer.inputs["x"], peer.constants["means"]))
     layer = small(is_causal=True, normalize=False, use_bias=False)
@@ -84,11 +75,8 @@ def test_lucidrains_moves_its_means(record_property):
     layer.query.kernel[...] = jnp.eye(16).reshape(16, 2, 8)
     scores = layer.scores(jnp.swapaxes(x, 1, 2)).reshape(2, 2, 4, -1)
     found = layer.updated_centroids(rearrange(x, "b n t h -> b t (n h)"), decay=peer.meta["cfg"]["ema_decay"])
-    errors = {"scores": oracle.relative_error(jnp.swapaxes(scores, 2, 3), peer.outputs["dists"]),
-              "means": oracle.relative_error(found, peer.outputs["means_new"])}
-    for key, error in errors.items():
-        record_property(key, error)
-    assert max(errors.values()) < 1e-5, errors
+    outputs = {"dists": jnp.swapaxes(scores, 2, 3), "means_new": found}
+    oracle.check("routing", peer, (outputs, {name: peer.outputs[name] for name in outputs}), of="mechanism")
 
 
 # The definition.
@@ -226,6 +214,27 @@ def test_centroids_are_no_parameters_and_start_as_directions():
     kinds = {type(leaf) for path, leaf in nnx.to_flat_state(nnx.state(layer)) if path == ("centroids",)}
     assert kinds == {zoo.Centroids} and not issubclass(zoo.Centroids, nnx.Param)
     np.testing.assert_allclose(jnp.linalg.norm(layer.centroids[...], axis=-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_model_moves_its_centroids_where_it_is_told(remat):
+    model = zoo.Encoder(
+        vocab_size=11, in_features=16, num_layers=2, mlp_features=8, max_length=12, mixer="routing", remat=remat,
+        mixer_options=dict(num_heads=2, num_clusters=3), rngs=nnx.Rngs(0),
+    )
+    tokens = np.arange(24).reshape(2, 12) % 11
+    before = [block.mixer.centroids[...] for block in model.blocks]
+    y = model(tokens)
+    first = model.blocks[0].mixer_norm(model.embed(tokens) + model.positions.embedding[...])
+    want = model.blocks[0].mixer.updated_centroids(first)
+    train = nnx.jit(lambda model: model(tokens, deterministic=False))
+    np.testing.assert_allclose(train(model), y, atol=1e-5)
+    model.set_attributes(moves_centroids=True)
+    np.testing.assert_allclose(model(tokens), y, atol=1e-5)
+    np.testing.assert_array_equal(model.blocks[0].mixer.centroids[...], before[0])
+    np.testing.assert_allclose(train(model), y, atol=1e-5)
+    np.testing.assert_allclose(model.blocks[0].mixer.centroids[...], want, atol=1e-5)
+    assert all(jnp.abs(block.mixer.centroids[...] - old).max() > 1e-5 for block, old in zip(model.blocks, before, strict=True))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -95,7 +95,7 @@ class ClusteredAttention(Attention):
         heads = attend_by_cluster(*heads, real, clusters, *options)
         return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
 
-    def clusters(self, query: Float[Array, "B T N H"], real: Bool[Array, "(B N) T"]) -> Int[Array, "(B N) T"]:
+    def clusters(self, query: Float[Array, "B T N H"], real: Bool[Array, "BN T"]) -> Int[Array, "BN T"]:
         """The cluster of each query, C for padding. No gradient passes."""
         query = jax.lax.stop_gradient(query.astype(jnp.float32))
         bits = jnp.einsum("btnh,nph->bntp", query, self.planes[...], precision="highest") >= 0

@@ -26,8 +26,9 @@ class RoutingAttention(Attention):
         "last":  y_t = sum_s softmax_s(..) v_s,  s of the last w tokens up to t of the cluster argmax_c mu_c . q_t
         q, k:    normalised to mean 0 and variance 1 over the features of a head; k = q where causal         (section 4.1)
 
-    Every head has centroids of its own, which no gradient moves. `updated_centroids` says where they go next; they are
-    variables of the type `Centroids`, which optimisers of `nnx.Param` leave alone and checkpoints keep.
+    Every head has centroids of its own, which no gradient moves. `updated_centroids` says where they go next, and a model
+    whose `set_attributes(moves_centroids=True)` was called writes that after every call with deterministic=False, as batch
+    norms do. They are variables of the type `Centroids`, which optimisers of `nnx.Param` leave alone and checkpoints keep.
 
     Causal, a token sees no later token. With "top" the past it sees still leaks from the future: a later token that is
     nearer to a centroid takes the place of an earlier one. "last" is strictly causal, and the same at every length.
@@ -51,6 +52,7 @@ class RoutingAttention(Attention):
         shell: see `Attention`. With rotary_base a token is rotated before it is routed.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
+        deterministic: False: in training, where centroids move if they may.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
     Raises: ValueError: sizes that are not positive; "last" without is_causal or window_size; a mask that is not key padding.
     Numerics: scores of clusters, softmax and sums in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16)
@@ -92,8 +94,15 @@ class RoutingAttention(Attention):
         if is_causal:
             del self.key  # the paper's causal keys are its queries
         self.num_clusters, self.window_size, self.selection, self.normalize = num_clusters, window_size, selection, normalize
+        self.moves_centroids = False  # see the class; `set_attributes` sets it
         drawn = jax.random.normal(rngs.params(), (num_heads, num_clusters, self.head_features), jnp.float32)
         self.centroids = Centroids(directions(drawn))
+
+    def __call__(self, inputs_q, *others, mask=None, deterministic=None, **call):
+        outputs = super().__call__(inputs_q, *others, mask=mask, deterministic=deterministic, **call)
+        if self.moves_centroids and deterministic is False:
+            self.centroids[...] = self.updated_centroids(inputs_q, mask=mask)
+        return outputs
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         prepare = standardized if self.normalize else lambda heads: heads
@@ -116,7 +125,7 @@ class RoutingAttention(Attention):
             heads = attend_within(*heads, lists[0], lists[-1], self.is_causal, self.implementation)
         return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
 
-    def scores(self, heads: Float[Array, "B T N H"]) -> Float[Array, "(B N) C T"]:
+    def scores(self, heads: Float[Array, "B T N H"]) -> Float[Array, "BN C T"]:
         """mu . x of every centroid and token. No gradient passes."""
         heads = jax.lax.stop_gradient(heads.astype(jnp.float32))
         heads = heads if self.normalize else directions(heads)

@@ -76,7 +76,7 @@ class SmyrfAttention(Attention):
         self.num_hashes, self.cluster_size = num_hashes, cluster_size
         self.directions = RandomFeature(self.redraw(rngs))
 
-    def redraw(self, rngs: nnx.Rngs) -> Float[Array, "R N H+2"]:
+    def redraw(self, rngs: nnx.Rngs) -> Float[Array, "R N _"]:
         """New directions a of every round and head, from `rngs.params()`. The layer is unchanged until the caller writes them:
 
             layer.directions[...] = layer.redraw(rngs)
@@ -93,7 +93,7 @@ class SmyrfAttention(Attention):
         return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
 
 
-def hashes(query, key, real: Bool[Array, "B T"], directions: Float[Array, "R N H+2"]):
+def hashes(query, key, real: Bool[Array, "B T"], directions: Float[Array, "R N _"]):
     """a . F(q) and a . G(k) of every round, each [R, (B N), T]. No gradient passes."""
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query, key))
     squares = [jnp.where(real[..., None], jnp.square(x).sum(-1), 0) for x in (query, key)]

@@ -5,6 +5,7 @@ weights are fixed.
 
 Choose
     softmax: For everything, until length hurts: exact, and its memory is linear in T.
+    entmax: For weights that are exactly 0, so that it can be read off what a head attends to.
     synthesizer: For measuring what products of queries and keys add: its logits do without them, or mix them with others.
     fnet: For encoders in which mixing at all is enough: no parameters, T log T.
 """

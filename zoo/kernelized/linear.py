@@ -22,7 +22,7 @@ class LinearAttention(Attention):
     Cost: time O(T N H^2), memory O(T N H); one extended token O(N H^2) and a cache of that size whatever came before.
     Differs from the paper: nothing is added to the denominator, to which its code adds 1e-6: weights sum to 1. As there,
         logits are not scaled by 1 / sqrt(H). Rotary positions (`rotary_base`) are not the paper's: query and key are rotated
-        before the features.
+        before the features, so that weights depend on positions, but not on their difference alone.
 
     Args:
         num_heads: query heads N; must divide qkv_features.

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import convolution, precision, softmax
+from subquad.kernels import convolution, matrix, precision, softmax
 from subquad.kernels.axes import KeyMask
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes
-from subquad.zoo.lowrank.inverse import newton_schulz, transposed_start
 
 
 class NystromAttention(Attention):
@@ -81,7 +80,7 @@ class NystromAttention(Attention):
         query_landmarks, is_landmark = segment_means(query, mask, self.num_landmarks)
         key_landmarks, _ = segment_means(key, mask, self.num_landmarks)
         between = landmark_weights(query_landmarks, key_landmarks, is_landmark)
-        inverse = newton_schulz(between, transposed_start(between), self.num_iterations)
+        inverse = matrix.pseudo_inverse(between, iterations=self.num_iterations, implementation=self.implementation)
         attention = lambda *arrays, mask: softmax.attention(*arrays, mask=mask, implementation=self.implementation)
         gathered = attention(query_landmarks.astype(key.dtype), key, value, mask=mask)
         mixed = mix(inverse, gathered)

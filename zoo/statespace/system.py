@@ -140,29 +140,7 @@ class StateSpace(nnx.Module):
         `counts` is how many of them each sample has, the first ones: the state is that after these, and the responses to
         the others mean nothing. It costs sqrt(T) steps more. None: all.
         """
-        if counts is None:
-            return self._advance(inputs, state)
-
-        def advance(parts, state, taken):  # of parts [n, B, c, D], the first `taken` [B] of which move the state that is kept
-
-            def step(states, work):
-                running, kept = states
-                part, i = work
-                responses, running = self._advance(part, running)
-                return (running, jnp.where((i < taken)[:, None, None], running, kept)), responses
-
-            (_, kept), responses = jax.lax.scan(step, (state, state), (parts, jnp.arange(len(parts))))
-            return rearrange(responses, "n b c d -> b (n c) d"), kept
-
-        # A sample's last state is after whole parts of c tokens, and then after some tokens of the next part.
-        length = inputs.shape[1]
-        size = math.isqrt(length)
-        padded = jnp.pad(inputs, ((0, 0), (0, -length % size), (0, 0)))
-        responses, state = advance(rearrange(padded, "b (n c) d -> n b c d", c=size), state, counts // size)
-        if size > 1:
-            rest = pieces(padded, counts // size * size, size)
-            _, state = advance(rearrange(rest, "b n d -> n b 1 d"), state, counts % size)
-        return responses[:, :length], state
+        return recur(self._advance, inputs, state, counts)
 
     def _advance(self, inputs, state):
         if self.mode == "diagonal":
@@ -177,3 +155,30 @@ class StateSpace(nnx.Module):
         log_decay, scale = ssm.discretize(diagonal, step, self.discretization)
         system = log_decay, input_matrix * scale, output_matrix[which]
         return ssm.diagonal_scan(inputs, *system, implementation=self.implementation, **options)
+
+
+def recur(advance, inputs: Float[Array, "B T D"], state: Float[Array, "B D P"], counts: Int[Array, "B"] | None):
+    """`advance(inputs, state)` -> (responses, state) of samples that have so many of the inputs: see `StateSpace.recur`."""
+    if counts is None:
+        return advance(inputs, state)
+
+    def walk(parts, state, taken):  # of parts [n, B, c, D], the first `taken` [B] of which move the state that is kept
+
+        def step(states, work):
+            running, kept = states
+            part, i = work
+            responses, running = advance(part, running)
+            return (running, jnp.where((i < taken)[:, None, None], running, kept)), responses
+
+        (_, kept), responses = jax.lax.scan(step, (state, state), (parts, jnp.arange(len(parts))))
+        return rearrange(responses, "n b c d -> b (n c) d"), kept
+
+    # A sample's last state is after whole parts of c tokens, and then after some tokens of the next part.
+    length = inputs.shape[1]
+    size = math.isqrt(length)
+    padded = jnp.pad(inputs, ((0, 0), (0, -length % size), (0, 0)))
+    responses, state = walk(rearrange(padded, "b (n c) d -> n b c d", c=size), state, counts // size)
+    if size > 1:
+        rest = pieces(padded, counts // size * size, size)
+        _, state = walk(rearrange(rest, "b n d -> n b 1 d"), state, counts % size)
+    return responses[:, :length], state
