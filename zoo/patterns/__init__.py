@@ -13,4 +13,6 @@ Choose
     axial: For images: two such layers bring every pixel to every other.
     longformer: For inputs of which one part concerns all, such as a question, or a token to classify by.
     bigbird: For the same without a part that is known: random blocks bring far tokens within a few layers.
+    global: For a summary that is kept beside the text, in tokens in front, where its four ways may differ; not causal.
+    longt5: For encoders of long texts that need no such tokens: every block of the text makes one; not causal.
 """
