@@ -39,6 +39,7 @@ from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.global_tokens import GlobalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
@@ -54,8 +55,8 @@ __all__ = [
     "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
     "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
     "KernelizedAttention", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongformerAttention", "Mega", "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature",
-    "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
+    "LongT5Attention", "LongformerAttention", "Mega", "NystromAttention", "PerformerAttention", "RandomAttention",
+    "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
     "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
     "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -33,6 +33,7 @@ from subquad.zoo.patterns.diagonal import DiagonalAttention
 from subquad.zoo.patterns.global_tokens import GlobalAttention
 from subquad.zoo.patterns.local import LocalAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
+from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
@@ -58,6 +59,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "axial": AxialAttention,
     "global": GlobalAttention,
     "longformer": LongformerAttention,
+    "longt5": LongT5Attention,
     "bigbird": BigBirdAttention,
     "reformer": ReformerAttention,
     "routing": RoutingAttention,

@@ -19,6 +19,7 @@ LAYERS = {
     "axial": dict(num_heads=4, is_causal=True, row_length=8),
     "global": dict(num_heads=4, radius=8, num_global=4),
     "longformer": dict(num_heads=4, is_causal=True, window_size=8),
+    "longt5": dict(num_heads=4, radius=8, block_size=8),
     "bigbird": dict(num_heads=4, is_causal=True, max_length="{length}", block_size=8, num_random=1),
     "reformer": dict(num_heads=4, is_causal=True, num_hashes=4, chunk_size=8),
     "routing": dict(num_heads=4, is_causal=True, num_clusters=8),

@@ -27,6 +27,7 @@ LAYERS = {
     "global": dict(HEADS, num_global=4),
     # 512 tokens, of which the query is one; the released models have no global tokens.
     "longformer": dict(HEADS, window_size=(255, 256), num_global=0),
+    "longt5": HEADS,
     "bigbird": dict(HEADS, max_length="{length}"),
     # Their Reformer cuts every sequence of the released configurations into ten chunks, here as below.
     "reformer": dict(HEADS, num_hashes=1, num_buckets=10, chunk_size=200),

@@ -21,6 +21,7 @@ LAYERS = {
     "axial": HEADS,
     "global": dict(HEADS, radius=32, num_global=4),
     "longformer": dict(HEADS, window_size=32),
+    "longt5": dict(HEADS, radius=63),
     "bigbird": dict(HEADS, max_length="{length}"),
     "reformer": dict(HEADS, num_hashes=2, chunk_size=64),
     "routing": dict(HEADS, num_clusters=32),

@@ -22,8 +22,10 @@ QUICKSTART = Recipe(
         "diagonal": dict(num_heads=4, window_size=16, dilation=[1, 1, 2, 4]),
         "random": dict(num_heads=4, max_length="{length}", block_size=16),
         "axial": dict(num_heads=4, row_length=16),
-        "global": dict(num_heads=4, radius=16, num_global=4),
+        # Eleven maps would be more than the budget.
+        "global": dict(num_heads=4, radius=16, num_global=4, sharing="query"),
         "longformer": dict(num_heads=4, window_size=16),
+        "longt5": dict(num_heads=4, radius=15),
         "bigbird": dict(num_heads=4, max_length="{length}", block_size=16, num_random=1),
         "reformer": dict(num_heads=4, num_hashes=2, chunk_size=32),
         "routing": dict(num_heads=4, num_clusters=8),

@@ -71,6 +71,9 @@ CASES = {
             dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
         ),
         Case(
+            "longt5", dict(num_heads=2, radius=3, block_size=4, num_buckets=8, max_distance=10), dead=SOFTMAX_INVARIANT,
+        ),
+        Case(
             "bigbird", dict(num_heads=2, max_length=100, block_size=3, num_random=1),
             # Longer than both sequences: one of them alone would have the last block, which sees all.
             dict(num_heads=4, max_length=2 * LONG, block_size=64), dead=SOFTMAX_INVARIANT,

@@ -112,6 +112,13 @@ def test_blockwise_divides_its_heads(heads, ones, twos, is_causal):
     assert build("blockwise", heads, is_causal, max_length=24, block_size=4).shifts == want
 
 
+@pytest.mark.parametrize("radius", [1, 3, 40])
+def test_longt5(radius):
+    """Section 3.1: a window. Transient global tokens hold all tokens."""
+    check(build("longt5", 2, False, radius=radius, block_size=None), 2, lambda h, t, s: abs(t - s) <= radius)
+    check(build("longt5", 2, False, radius=radius), 1, lambda h, t, s: True)
+
+
 @pytest.mark.parametrize("radius,count", [(0, 1), (3, 0), (2, 5), (1, 40)])
 def test_global(radius, count):
     """ETC, section 3.2: long tokens see those within the radius and all global ones; global tokens see all."""

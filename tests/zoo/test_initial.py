@@ -120,11 +120,19 @@ def test_reformer():
 # Draws.
 
 EXTRA = {"linformer": dict(sharing="none"), "performer": dict(num_features=80)}
-# The same numbers on purpose: HiPPO's matrices are no draws, and all forms of a mixture start with one weight.
+# The same numbers on purpose: HiPPO's matrices are no draws, all forms of a mixture start with one weight, and scales with 1.
 FIXED = {
-    "log_decay", "frequency", "log_step", "mixture", "query_key_shift", "system/log_decay", "system/frequency",
-    "system/input_matrix", "system/low_rank",
-}  # fmt: skip
+    "frequency",
+    "global_scale",
+    "log_decay",
+    "log_step",
+    "mixture",
+    "query_key_shift",
+    "system/frequency",
+    "system/input_matrix",
+    "system/log_decay",
+    "system/low_rank",
+}
 
 
 def drawn_parts(layer):

@@ -14,4 +14,6 @@ Choose
     global: For two inputs, a long one and a short one that structures or questions it, with projections for each direction.
     longformer: For inputs of which one part concerns all, such as a question, or a token to classify by.
     bigbird: For the same without a part that is known: random blocks bring far tokens within a few layers.
+    global: For a summary that is kept beside the text, in tokens in front, where its four ways may differ; not causal.
+    longt5: For encoders of long texts that need no such tokens: every block of the text makes one; not causal.
 """

@@ -139,7 +139,7 @@ def rotated(rotate, query, key, query_positions, key_positions):
     return tuple(zip(*pairs, strict=True))
 
 
-def attend_with_globals(query, key, value, mask, pattern: Pattern, is_causal: bool, implementation):
+def attend_with_globals(query, key, value, mask, pattern, is_causal, implementation):
     """Attention under a pattern, and in the place of its first rows that of the global queries to all of their keys."""
     heads = softmax.attention(query[0], key[0], value[0], mask=mask, pattern=pattern, implementation=implementation)
     if query[1] is None:
