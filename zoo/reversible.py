@@ -85,9 +85,11 @@ def through(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], determi
     """
     halves, parameters, others = [], [], []
     for block in blocks:
-        graph, trained, rest = nnx.split(block, nnx.Param, ...)
+        parts: Any = nnx.split(block, nnx.Param, ...)
+        graph, trained, rest = parts
         keys = None if rngs is None or deterministic else (rngs.dropout(), rngs.dropout())
-        halves.append(tuple(functools.partial(half, graph, deterministic, hidden.dtype) for half in (_mixed, _fed)))
+        words = graph, deterministic, hidden.dtype
+        halves.append((functools.partial(_mixed, *words), functools.partial(_fed, *words)))
         parameters.append(trained)
         others.append((rest, keys, call))
     stream = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))

@@ -1,7 +1,7 @@
 """Clustered attention: one softmax for each cluster of queries, and its largest weights computed anew for each of them."""
 
 import functools
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -144,5 +144,5 @@ def attend_by_cluster(
     rest, log_rest = of_means(mask=is_rest[:, None])
     share = jnp.where(jnp.isneginf(log_rest), 1, jax.nn.sigmoid(log_top - jnp.where(jnp.isneginf(log_rest), 0, log_rest)))
     share = take(share)[..., None]
-    own = listed(query, indices=take(places)[:, None]).astype(jnp.float32)
-    return (share * own + (1 - share) * take(rest).astype(jnp.float32)).astype(value.dtype)
+    own: Any = listed(query, indices=take(places)[:, None])
+    return (share * own.astype(jnp.float32) + (1 - share) * take(rest).astype(jnp.float32)).astype(value.dtype)

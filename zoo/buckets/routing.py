@@ -87,7 +87,9 @@ class RoutingAttention(Attention):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("RoutingAttention", num_clusters=num_clusters)
         check_word("RoutingAttention", "selection", selection, get_args(Selection))
-        if window_size is not None or selection == "last":
+        if selection == "last" and window_size is None:
+            refuse("RoutingAttention", "window_size", None, "be an integer with selection='last'", "Pass window_size=...")
+        if window_size is not None:
             check_sizes("RoutingAttention", window_size=window_size)
         if selection == "last" and not is_causal:
             refuse("RoutingAttention", "selection", "'last'", "be 'top' with is_causal=False", "It has no last tokens.")
@@ -170,9 +172,10 @@ class RoutingAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> RoutingCache:
         """An empty cache; the window, where it follows the length, follows max_length."""
-        tokens = super().init_cache(batch_size, max_length, dtype)
+        tokens: KVCache = super().init_cache(batch_size, max_length, dtype)
         places = jnp.zeros((batch_size, max_length, self.num_heads), jnp.int32)
-        return RoutingCache(*tokens, places, jnp.zeros((batch_size, self.num_heads, self.num_clusters), jnp.int32))
+        members = jnp.zeros((batch_size, self.num_heads, self.num_clusters), jnp.int32)
+        return RoutingCache(*tokens, places=places, members=members)
 
     def attend_cached(self, query, key, value, mask, cache):
         *cached, places, members = cache
@@ -212,7 +215,7 @@ def attend_within(query, key, value, queries, keys, is_causal: bool, implementat
     """
     places = rearrange(queries, "b c w -> b (c w)")
     rows = jnp.take_along_axis(query, places[..., None, None], axis=1, mode="clip")
-    heads = gather.attention(
+    heads: Any = gather.attention(
         rows, key, value, keys[:, None], block_size=queries.shape[2], is_causal=is_causal,
         query_positions=places if is_causal else None, correct_duplicates=False, implementation=implementation,
     )

@@ -145,10 +145,10 @@ class SinkhornAttention(Attention):
         return matrix.sinkhorn(logits, iterations=self.num_iterations, implementation=self.implementation)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> SinkhornCache:
-        tokens = super().init_cache(batch_size, max_length, dtype)
+        tokens: KVCache = super().init_cache(batch_size, max_length, dtype)
         blocks = -(-max_length // self.block_size)
         sums = jnp.zeros((batch_size, blocks + 1, self.in_features), jnp.float32)
-        return SinkhornCache(*tokens, sums[:, 1:], sums[:, 0])
+        return SinkhornCache(*tokens, sums=sums[:, 1:], total=sums[:, 0])
 
     def attend_cached(self, query, key, value, inputs, mask, cache):
         *cached, sums, total = cache
@@ -217,10 +217,10 @@ def attend_to_blocks(query, keys, values, visible, is_causal, implementation) ->
         for x in (query, *(jnp.concatenate(pair, axis=2) for pair in (keys, values, visible)))
     )
     positions = np.arange(size, dtype=np.int32)[None]
-    order = dict(query_positions=positions, key_positions=np.concatenate([positions, np.full_like(positions, -1)], 1))
-    heads = softmax.attention(
-        query, key, value, mask=mask[:, None, None], is_causal=is_causal, **(order if is_causal else {}),
-        implementation=implementation,
+    first = np.concatenate([positions, np.full_like(positions, -1)], 1)  # the sorted block lies before every query
+    order: dict[str, Any] = dict(query_positions=positions, key_positions=first) if is_causal else {}
+    heads: Any = softmax.attention(
+        query, key, value, mask=mask[:, None, None], is_causal=is_causal, **order, implementation=implementation
     )
     return rearrange(heads, "(b i) c n h -> b (i c) n h", b=batch)
 

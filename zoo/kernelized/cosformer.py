@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LinearCache, counts, places
-from subquad.zoo.checks import check_sizes, refuse, require_extend
+from subquad.zoo.checks import check_sizes, require_extend
 from subquad.zoo.projection import in_pieces
 
 
@@ -89,11 +89,6 @@ class CosformerAttention(Attention):
         return linear.attention(
             query, key, value, mask=mask, is_causal=self.is_causal, implementation=self.implementation, **options
         )
-
-    def _check_length(self, name: str, length: int) -> None:
-        if length > self.max_length:
-            refuse("CosformerAttention", name, f"{length} tokens", f"be at most max_length = {self.max_length} tokens",
-                   "Construct the layer with a larger max_length.")
 
 
 def features(
