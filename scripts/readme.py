@@ -55,11 +55,11 @@ def family_sections() -> str:
             raise ValueError(f"readme: {family.__name__} must have a docstring, got none. Say in it what its layers share.")
         text, _, choose = inspect.getdoc(family).partition("\n\nChoose\n")
         title, _, text = text.partition("\n\n")
-        lines_of_layers = re.findall(r"^ +(\w+): (.+)$", choose, re.MULTILINE)
-        reasons = dict(lines_of_layers)
-        if len(lines_of_layers) != len(reasons.keys() & layers.keys()):
-            names = ", ".join(name for name, _ in lines_of_layers)
-            raise ValueError(f"readme: {family.__name__} must choose between its layers, each once, got {names}. Mend its lines.")
+        choices = re.findall(r"^ +(\w+): (.+)$", choose, re.MULTILINE)
+        reasons = dict(choices)
+        if len(choices) != len(reasons.keys() & layers.keys()):
+            names = ", ".join(name for name, _ in choices)
+            raise ValueError(f"readme: {family.__name__} must choose between its layers, each once, got {names}. Mend it.")
         lines += [f"### {title.rstrip('.')}", "", text, ""]
         for name, layer in layers.items():
             idea = " ".join(inspect.getdoc(layer).partition("\n\n")[0].split())
