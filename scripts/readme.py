@@ -55,9 +55,11 @@ def family_sections() -> str:
             raise ValueError(f"readme: {family.__name__} must have a docstring, got none. Say in it what its layers share.")
         text, _, choose = inspect.getdoc(family).partition("\n\nChoose\n")
         title, _, text = text.partition("\n\n")
-        reasons = dict(re.findall(r"^ +(\w+): (.+)$", choose, re.MULTILINE))
-        if unknown := reasons.keys() - layers.keys():
-            raise ValueError(f"readme: {family.__name__} must choose between its layers, got {', '.join(unknown)}. Remove it.")
+        choices = re.findall(r"^ +(\w+): (.+)$", choose, re.MULTILINE)
+        reasons = dict(choices)
+        if len(choices) != len(reasons.keys() & layers.keys()):
+            names = ", ".join(name for name, _ in choices)
+            raise ValueError(f"readme: {family.__name__} must choose between its layers, each once, got {names}. Mend it.")
         lines += [f"### {title.rstrip('.')}", "", text, ""]
         for name, layer in layers.items():
             idea = " ".join(inspect.getdoc(layer).partition("\n\n")[0].split())

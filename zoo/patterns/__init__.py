@@ -11,9 +11,8 @@ Choose
     random: For measuring what random keys add; `bigbird` has them beside a window.
     strided: For data with a period, such as the rows of an image; its summary columns are for text.
     axial: For images: two such layers bring every pixel to every other.
-    global: For two inputs, a long one and a short one that structures or questions it, with projections for each direction.
+    global: For a summary that is kept beside the text, in tokens in front, where its four ways may differ; not causal.
     longformer: For inputs of which one part concerns all, such as a question, or a token to classify by.
     bigbird: For the same without a part that is known: random blocks bring far tokens within a few layers.
-    global: For a summary that is kept beside the text, in tokens in front, where its four ways may differ; not causal.
     longt5: For encoders of long texts that need no such tokens: every block of the text makes one; not causal.
 """

@@ -5,9 +5,8 @@ length.
 
 Choose
     s4: For signals: pixels, audio, sensors, thousands of samples long.
-    dss: For the same, by the shortest formula: a kernel of exponentials, or of their softmax over the length.
-    s5: For the same, with one system of all features and fewer states.
     dss: For the same as S4 with a kernel of one line; with "softmax" also for modes that grow, at one known length.
-    lru: For the same, with the plainest parameters: a decay and a phase for each mode, and no step.
+    s5: For the same as S4, with one system of all features and fewer states.
+    lru: For the same as S4, with the plainest parameters: a decay and a phase for each mode, and no step.
     mega: For text, where a moving average alone forgets what to compare: attention of one head, gated, over it.
 """
