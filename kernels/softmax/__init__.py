@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def run(owner: str, implementations, implementation, query, keys, values, bias, 
 
 
 def merge(
-    outputs: list[Float[Array, "B T N V"]], lses: list[Float[Array, "B T N"]]
+    outputs: Sequence[Float[Array, "B T N V"]], lses: Sequence[Float[Array, "B T N"]]
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """One result from attention over disjoint sets of keys.
 

@@ -88,7 +88,7 @@ class RoutingAttention(Attention):
         check_sizes("RoutingAttention", num_clusters=num_clusters)
         check_word("RoutingAttention", "selection", selection, get_args(Selection))
         if selection == "last" and window_size is None:
-            refuse("RoutingAttention", "window_size", None, "be an integer with selection='last'", "Pass window_size=...")
+            refuse("RoutingAttention", "window_size", None, "be a positive integer", "Choose one.")
         if window_size is not None:
             check_sizes("RoutingAttention", window_size=window_size)
         if selection == "last" and not is_causal:
