@@ -1,5 +1,6 @@
 """The suite runs on the CPU wherever it runs, and its processes share what they compile."""
 
+import ctypes
 import gc
 import importlib.metadata
 import itertools
@@ -39,15 +40,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Tracing makes many small objects that stay, and the collector looks through them again and again: a sixth of the tracing.
 gc.set_threshold(100_000, 10, 10)
 
-MAPS, tests_run = pathlib.Path("/proc/self/maps"), itertools.count(1)
+MAPS, STATUS, tests_run = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/self/statm"), itertools.count(1)
+# Bytes by which a process may grow before it drops what it compiled: two processes should fit in 8 GB.
+GROWTH = 5 << 29
+kept = {"bytes": 0}
+
+
+def resident_bytes() -> int:
+    return int(STATUS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if STATUS.exists() else 0
 
 
 @pytest.fixture(autouse=True)
-def few_memory_maps():
-    """Drops compiled programs before they take all memory maps that Linux gives a process, 65,530, where XLA aborts."""
+def few_compiled_programs():
+    """Drops compiled programs before they take all memory, or all memory maps that Linux gives a process, where XLA aborts."""
     yield
-    if next(tests_run) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 45_000:
+    if next(tests_run) % 20:
+        return
+    many = MAPS.exists() and MAPS.read_bytes().count(b"\n") > 45_000  # of 65,530
+    if many or resident_bytes() > kept["bytes"] + GROWTH:
         jax.clear_caches()
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # the C library keeps what is freed
+            trim(0)
+        kept["bytes"] = resident_bytes()
 
 
 def pytest_addoption(parser):
