@@ -566,6 +566,8 @@ def tile_sizes(
             sizes = 16, 32, 8, 1
         elif kernel == "flash_forward" and block_size is not None:
             sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
+        elif kernel == "flash_backward_key" and block_size is not None and ragged:
+            sizes = *sizes[:2], 8, sizes[3]
         if kernel == "flash_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
             sizes = 16 if biased else 32, 16, 8, 1
     elif kernel == "flash_backward_key":
