@@ -22,11 +22,16 @@ Declined = launch.Declined
 _report: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("report", default=None)
 
 
+MOST_NAMES = 80  # that an error lists
+
+
 def nearest(name: str, known) -> str:
-    """The clause that ends an unknown-name error: the nearest match, then the known names."""
+    """The clause that ends an unknown-name error: the nearest match, then the known names; of very many, those near it."""
     known = sorted(known)
-    match = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"Did you mean {match[0]!r}? " if match else ""
+    matches = difflib.get_close_matches(str(name), known, n=6)
+    hint = f"Did you mean {matches[0]!r}? " if matches else ""
+    if len(known) > MOST_NAMES:
+        return f"{hint}{len(known)} are known, such as {', '.join(matches[1:] or known[:5])}."
     return f"{hint}Known: {', '.join(known)}."
 
 

@@ -130,3 +130,11 @@ def test_no_environment_variable_decides(part):
     for path in sorted((ROOT / part).rglob("*.py")):
         if path.name not in ("through_jax_triton.py", "interpreter.py"):
             assert "environ" not in path.read_text() and "getenv" not in path.read_text(), path
+
+
+def test_an_error_lists_the_names_unless_they_are_very_many():
+    few, many = ["causal", "plain"], [f"softmax.attention/window-{size}" for size in range(200)]
+    assert dispatch.nearest("casual", few) == "Did you mean 'causal'? Known: causal, plain."
+    said = dispatch.nearest("softmax.attention/windw-12", many)
+    assert said.startswith("Did you mean 'softmax.attention/window-12'? 200 are known, such as ") and len(said) < 300
+    assert dispatch.nearest("x", many).startswith("200 are known, such as softmax.attention/window-0, ")
