@@ -13,7 +13,7 @@ from tests.lra.data import in_memory
 QUICK = [layer for layer in recipes.RECIPES["quickstart"].layers if layer in LAYERS]
 
 
-@pytest.mark.parametrize("config", ["small", "lra"])
+@pytest.mark.parametrize("config", ["small", pytest.param("lra", marks=pytest.mark.full)])
 def test_the_quickstarts_models_have_equal_budgets(config):
     task = tasks.find_task("listops", config)
     counts = {layer: models.count_parameters(plan(layer=layer, config=config), task) for layer in QUICK}

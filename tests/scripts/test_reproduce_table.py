@@ -1,6 +1,5 @@
 import json
 import pathlib
-import re
 import signal
 import sys
 
@@ -44,7 +43,7 @@ def test_the_list_has_every_table(call):
 def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
     code, out, _ = call("--paper", "lra", "--table", "1")
     assert code == 0 and "36.37 / " in out and "53.66*" in out and "lra.1.performer.path_x" in out
-    assert re.search("cannot +no such layer here", out) and "--only lra.1.transformer.listops --run [" in out
+    assert "no such layer here" not in out and "--only lra.1.transformer.listops --run [" in out
     assert "\n[1] Sizes and schedules are of the released" in out
     code, _, said = call("--table", "2", "--format", "latex", "--out", "table.tex", "--ledger", "mine.csv")
     text = (tmp_path / "table.tex").read_text()

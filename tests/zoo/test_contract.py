@@ -293,6 +293,7 @@ def test_extend_takes_a_mask_that_broadcasts(name):
     np.testing.assert_array_equal(extended(name, x, [4], valid[None, None, None]), full)
 
 
+@sampled
 @extending_only
 def test_extend_in_a_scan(name):
     layer = layer_of(name, True)
@@ -321,6 +322,7 @@ def test_extend_leaves_its_cache_alone(name):
     jax.tree.map(np.testing.assert_array_equal, before, cache)
 
 
+@sampled
 @extending_only
 def test_extend_takes_a_cache_that_is_donated(name):
     layer, x = layer_of(name, True), inputs(13)
@@ -661,6 +663,7 @@ def test_reference_and_xla_agree(name, is_causal):
     jax.tree.map(lambda a, b: close(a, b, name, scale=10), *results)
 
 
+@sampled
 @extending_only
 def test_a_full_cache_is_refused_or_poisoned(name):
     layer = layer_of(name, True)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, SEGMENTED, inputs, label
+from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, SEGMENTED, SIBLINGS, inputs, label
 
 pytestmark = pytest.mark.interpret
 LENGTH = 23
+# The kernels have tests of their own: of a family the first layer meets all, and its siblings a sample beside their gradients.
+sampled = pytest.mark.sample(3, of=SIBLINGS)
 
 
 # Long convolutions, of DPLR systems and of packed sequences, sums over a run of tokens both ways, and attention to listed keys
@@ -60,6 +62,7 @@ def test_outputs_and_every_gradient(name, is_causal):
         assert jnp.abs(actual - expected).max() <= 2e-4 * scale, jax.tree_util.keystr(path)
 
 
+@sampled
 @pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 @pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.full), 50])
 def test_other_lengths_in_bfloat16(name, is_causal, length):
@@ -70,6 +73,7 @@ def test_other_lengths_in_bfloat16(name, is_causal, length):
     assert jnp.quantile(error, CHOOSING.get(name, 1.0)) < 0.03 * jnp.abs(want.astype(jnp.float32)).max()
 
 
+@sampled
 @pytest.mark.parametrize("name", CAUSAL)
 def test_under_vmap_and_scan(name):
     layer, x = pair(name, True)[1], inputs(LENGTH)
@@ -78,6 +82,7 @@ def test_under_vmap_and_scan(name):
     close(jax.jit(lambda x: jax.lax.scan(lambda carry, x: (carry, layer(x)), 0, x[:, None])[1])(x)[:, 0], once, name)
 
 
+@sampled
 @pytest.mark.parametrize("name", EXTENDING)
 def test_extend(name):
     x = inputs(12)
@@ -93,6 +98,7 @@ def test_extend(name):
     close(both[1], both[0], name)
 
 
+@sampled
 @pytest.mark.parametrize("name,is_causal", SEGMENTED, ids=label)
 def test_segments(name, is_causal):
     ids = jnp.asarray(np.arange(LENGTH) // 9)
