@@ -21,13 +21,12 @@ from flax import nnx
 from subquad import zoo
 from subquad.lra.bench import measure
 
-from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, SIBLINGS, inputs, label
+from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, inputs, label, sampled
 
 by_direction = pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 by_name = pytest.mark.parametrize("name", CASES)
 causal_only = pytest.mark.parametrize("name", CAUSAL)
 extending_only = pytest.mark.parametrize("name", EXTENDING)
-sampled = pytest.mark.sample(3, of=SIBLINGS)
 
 LENGTH = 23
 WIDTHS = [9, 1, 4, 9]

@@ -9,7 +9,7 @@ from flax import nnx
 
 from subquad import zoo
 
-from .cases import CASES, DIRECTIONS, FEATURES, SIBLINGS, inputs, label
+from .cases import CASES, DIRECTIONS, FEATURES, inputs, label, sampled
 
 
 def flax_model(**words) -> nnx.Module:
@@ -61,7 +61,7 @@ def test_what_a_layer_cannot_keep_is_said():
     assert zoo.convert(model, "softmax", rngs=nnx.Rngs(1)).changes[0].after.dropout_rate == 0.1
 
 
-@pytest.mark.sample(3, of=SIBLINGS)
+@sampled
 @pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 def test_any_layer_takes_the_place(name, is_causal):
     options = {word: value for word, value in CASES[name].options.items() if word not in ("num_heads", "num_kv_heads")}

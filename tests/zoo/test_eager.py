@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from tests.zoo.cases import CASES, DIRECTIONS, EXTENDING, inputs, label
+from tests.zoo.cases import CASES, DIRECTIONS, EXTENDING, inputs, label, sampled
 
 
 @contextlib.contextmanager
@@ -40,6 +40,7 @@ def test_compilations_are_counted():
     assert compiled
 
 
+@sampled
 @pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS, ids=label)
 def test_second_eager_call_compiles_nothing(name, is_causal):
     layer, mask = CASES[name].make(is_causal), jnp.ones((2, 1, 1, 9), bool)
@@ -54,6 +55,7 @@ def test_second_eager_call_compiles_nothing(name, is_causal):
     assert not compiled
 
 
+@sampled
 @pytest.mark.parametrize("name", EXTENDING)
 def test_second_eager_step_compiles_nothing(name):
     layer = CASES[name].make(True)

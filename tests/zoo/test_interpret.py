@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, SEGMENTED, SIBLINGS, inputs, label
+from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, SEGMENTED, inputs, label, sampled
 
 pytestmark = pytest.mark.interpret
 LENGTH = 23
-# The kernels have tests of their own: of a family the first layer meets all, and its siblings a sample beside their gradients.
-sampled = pytest.mark.sample(3, of=SIBLINGS)
 
 
 # Long convolutions, of DPLR systems and of packed sequences, sums over a run of tokens both ways, and attention to listed keys

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.zoo.cases import CASES, DIRECTIONS, EXTENDING, inputs, label
+from tests.zoo.cases import CASES, DIRECTIONS, EXTENDING, inputs, label, sampled
 
 POISONS = (np.nan, np.inf, -np.inf, 1e12, 1e18)
 LENGTH = 9
@@ -46,6 +46,7 @@ def test_padding_reaches_nothing_that_is_kept(name, is_causal):
     assert_nothing_changes(run, inputs(LENGTH), IS_REAL)
 
 
+@sampled
 @pytest.mark.parametrize("name", EXTENDING)
 def test_padding_that_extends_a_sequence_reaches_nothing_that_is_kept(name):
     def extend(layer, x):

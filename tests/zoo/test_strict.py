@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from tests.zoo.cases import CASES, DIRECTIONS, EXTENDING, inputs, label
+from tests.zoo.cases import CASES, DIRECTIONS, EXTENDING, inputs, label, sampled
 
 
 @contextlib.contextmanager
@@ -17,6 +17,7 @@ def strict():
         yield
 
 
+@sampled
 @pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS, ids=label)
 def test_layer_traces_under_strict_settings(name, is_causal):
     with strict():
