@@ -160,8 +160,11 @@ def task_table(rows, floors) -> str:
         notes.append(f"{task}: {trained}, {one.test_examples:,} test examples{error}.")
     reached |= {(one.task, one.config, "chance"): one.floor_chance for one in firsts.values()}
     body = []
-    for layer in zoo.LAYERS:
+    ran = [layer for layer in zoo.LAYERS if any(layer in column for column in columns.values())]
+    for layer in ran:
         body.append([layer, *(score(layer, column.get(layer), firsts[task]) for task, column in columns.items())])
+    if others := [layer for layer in zoo.LAYERS if layer not in ran]:
+        notes.append(f"Not run: {', '.join(others)}.")
     for rule, what in results.FLOORS.items():
         cells = [results.floor_cell(rule, reached.get((one.task, one.config, rule))) for one in firsts.values()]
         if any(cells):
