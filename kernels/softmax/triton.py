@@ -565,7 +565,7 @@ def tile_sizes(
         if kernel == "flash_forward" and wide and biased and tested:
             sizes = 16, 32, 8, 1
         elif kernel == "flash_forward" and block_size is not None:
-            sizes = (16, 16, 8, 1) if wide else (*sizes[:2], 8, sizes[3])
+            sizes = (16, 16, 8, 1) if wide else (32, 32, 8, 2)
         elif kernel == "flash_backward_key" and block_size is not None and ragged:
             sizes = *sizes[:2], 8, sizes[3]
         if kernel == "flash_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
