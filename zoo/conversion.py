@@ -100,7 +100,7 @@ def is_attention(node) -> bool:
 
 def converted(path: str, old, name: str, rngs: nnx.Rngs, given: dict[str, Any]) -> Change:
     supports, known = registry.find(name).supports, registry.options(name)
-    options = {word: value for word, value in options_of(old).items() if word in known}
+    options = {word: value for word, value in inherited_options(old).items() if word in known}
     groups = old.num_heads // old.num_kv_heads
     if not supports.grouped:
         options.pop("num_kv_heads", None)
@@ -121,7 +121,7 @@ def converted(path: str, old, name: str, rngs: nnx.Rngs, given: dict[str, Any]) 
     return Change(path, old, new, tuple(kept), tuple(fresh), (*lost, *habits(old, new)))
 
 
-def options_of(old) -> dict[str, Any]:
+def inherited_options(old) -> dict[str, Any]:
     """What the constructor of a layer may be told of an old one."""
     words = (
         "num_heads", "num_kv_heads", "out_features", "in_kv_features", "dtype", "param_dtype", "dropout_rate",
