@@ -1,6 +1,6 @@
 """Workarounds for XLA on a CPU, each with its reason; operations apply them at their edges.
 
-Seen with jaxlib 0.10 to 0.12. `tests/kernels/test_xla_cpu.py` fails when XLA no longer needs one.
+Seen with jaxlib 0.10 to 0.12. A test fails when XLA no longer needs one.
 """
 
 import jax
