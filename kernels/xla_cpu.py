@@ -1,6 +1,6 @@
 """Workarounds for XLA on a CPU, each with its reason; operations apply them at their edges.
 
-Seen with jaxlib 0.10 to 0.12. A test fails when XLA no longer needs one.
+Seen with jaxlib 0.10 to 0.12.
 """
 
 import jax
@@ -60,7 +60,7 @@ def apart(function, arrays):
     XLA on a CPU drops `jax.lax.optimization_barrier` before it fuses and orders operations. Layer after layer, what is cheap is
     then computed again from arrays that are kept for it, and what depends on parameters alone stands at the start. A loop of
     one round, whose number XLA does not know, is a computation of its own; adding the number of the round, 0, keeps all of it
-    inside.
+    inside. `tests/zoo/test_reversible.py` fails when XLA no longer needs this.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(arrays)))

@@ -22,6 +22,27 @@ def padding(length: int, batch: int = 2, seed: int = 1):
     return jnp.asarray(is_real)
 
 
+def check_definition(layer, dense, length: int = 29) -> None:
+    """Outputs and every gradient are those of `dense(layer, x)` for the real tokens x [1, n, D] of each sample."""
+    mask = padding(length)
+    weight = inputs(length, seed=4) * mask[:, 0, 0, :, None]
+
+    def loss(layer, x):
+        y = layer(x, mask=mask)
+        return jnp.sum(y * weight), y * (weight != 0)
+
+    def definition(layer, x):
+        places = [np.flatnonzero(real) for real in np.asarray(mask)[:, 0, 0]]
+        rows = [jnp.zeros((length, FEATURES)).at[at].set(dense(layer, x[i : i + 1, at])[0]) for i, at in enumerate(places)]
+        y = jnp.stack(rows)
+        return jnp.sum(y * weight), y * (weight != 0)
+
+    x = inputs(length)
+    (grads, y), (want_grads, want) = (nnx.jit(nnx.grad(f, argnums=(0, 1), has_aux=True))(layer, x) for f in (loss, definition))
+    assert_close(y, want, 5e-6)
+    assert_close(jax.tree.leaves(grads), jax.tree.leaves(want_grads), 2e-5)
+
+
 def weights(layer, length: int) -> np.ndarray:
     """The attention weights [N, T, S] of random queries and keys: the outputs for one-hot values."""
     shape = (1, length, layer.num_heads, layer.head_features)

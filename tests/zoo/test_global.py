@@ -7,9 +7,8 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from tests.assertions import assert_close
 
-from .patterned import FEATURES, inputs, padding
+from .patterned import FEATURES, check_definition, inputs
 
 
 def make(radius=3, num_global=4, sharing="none", heads=4, **options):
@@ -49,24 +48,7 @@ def dense(layer, x):
 @pytest.mark.parametrize(("radius", "num_global", "kv_heads"), [(3, 4, 4), (0, 1, 2), (40, 7, 4)])
 def test_the_definition(radius, num_global, kv_heads):
     """Outputs and every gradient, among the real tokens of each sample."""
-    layer, length = make(radius, num_global, num_kv_heads=kv_heads), 29
-    mask = padding(length)
-    weight = inputs(length, seed=4) * mask[:, 0, 0, :, None]
-
-    def loss(layer, x):
-        y = layer(x, mask=mask)
-        return jnp.sum(y * weight), y * (weight != 0)
-
-    def definition(layer, x):
-        places = [np.flatnonzero(real) for real in np.asarray(mask)[:, 0, 0]]
-        rows = [jnp.zeros((length, FEATURES)).at[at].set(dense(layer, x[i : i + 1, at])[0]) for i, at in enumerate(places)]
-        y = jnp.stack(rows)
-        return jnp.sum(y * weight), y * (weight != 0)
-
-    x = inputs(length)
-    (grads, y), (want_grads, want) = (nnx.jit(nnx.grad(f, argnums=(0, 1), has_aux=True))(layer, x) for f in (loss, definition))
-    assert_close(y, want, 5e-6)
-    assert_close(jax.tree.leaves(grads), jax.tree.leaves(want_grads), 2e-5)
+    check_definition(make(radius, num_global, num_kv_heads=kv_heads), dense)
 
 
 def test_without_global_tokens_it_is_local_attention():

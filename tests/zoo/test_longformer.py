@@ -8,9 +8,8 @@ from flax import nnx
 
 from subquad import zoo
 from tests import oracle
-from tests.assertions import assert_close
 
-from .patterned import FEATURES, check_extend, inputs, padding
+from .patterned import FEATURES, check_definition, check_extend, inputs, padding
 
 MAPS = ("query", "key", "value")
 
@@ -52,28 +51,13 @@ def dense(layer, x, is_global, is_real, is_causal=False):
 def test_the_definition(window_size, num_global, kv_heads, is_causal):
     """Outputs and every gradient, among the real tokens of each sample."""
     window_size = window_size[0] if is_causal and isinstance(window_size, tuple) else window_size
-    layer, length = make(window_size, num_global, is_causal, num_kv_heads=kv_heads), 29
-    mask = padding(length)
-    weight = inputs(length, seed=4) * mask[:, 0, 0, :, None]
-
-    def loss(layer, x):
-        y = layer(x, mask=mask)
-        return jnp.sum(y * weight), y * (weight != 0)
 
     def definition(layer, x):
-        rows = []
-        for sample, real in zip(x, np.asarray(mask)[:, 0, 0], strict=True):
-            at = np.flatnonzero(real)
-            own, every = sample[None, at], np.ones((1, len(at)), bool)
-            heads = dense(layer, own, np.arange(len(at))[None] < num_global, every, is_causal)
-            rows.append(jnp.zeros((length, FEATURES)).at[at].set(layer.out(heads)[0]))
-        y = jnp.stack(rows)
-        return jnp.sum(y * weight), y * (weight != 0)
+        tokens = x.shape[1]
+        is_global, every = np.arange(tokens)[None] < num_global, np.ones((1, tokens), bool)
+        return layer.out(dense(layer, x, is_global, every, is_causal))
 
-    x = inputs(length)
-    (grads, y), (want_grads, want) = (nnx.jit(nnx.grad(f, argnums=(0, 1), has_aux=True))(layer, x) for f in (loss, definition))
-    assert_close(y, want, 5e-6)
-    assert_close(jax.tree.leaves(grads), jax.tree.leaves(want_grads), 2e-5)
+    check_definition(make(window_size, num_global, is_causal, num_kv_heads=kv_heads), definition)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

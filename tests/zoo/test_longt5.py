@@ -8,9 +8,8 @@ from flax import nnx
 
 from subquad import zoo
 from tests import oracle
-from tests.assertions import assert_close
 
-from .patterned import FEATURES, inputs, padding
+from .patterned import FEATURES, check_definition, inputs
 
 
 def make(radius=5, block_size=4, heads=4, **options):
@@ -54,24 +53,7 @@ def dense(layer, x):
 @pytest.mark.parametrize(("radius", "block_size"), [(5, 4), (2, 7), (40, 3), (3, 40), (6, None)])
 def test_the_definition(radius, block_size):
     """Outputs and every gradient, among the real tokens of each sample; some are left over by whole blocks."""
-    layer, length = make(radius, block_size), 29
-    mask = padding(length)
-    weight = inputs(length, seed=4) * mask[:, 0, 0, :, None]
-
-    def loss(layer, x):
-        y = layer(x, mask=mask)
-        return jnp.sum(y * weight), y * (weight != 0)
-
-    def definition(layer, x):
-        places = [np.flatnonzero(real) for real in np.asarray(mask)[:, 0, 0]]
-        rows = [jnp.zeros((length, FEATURES)).at[at].set(dense(layer, x[i : i + 1, at])[0]) for i, at in enumerate(places)]
-        y = jnp.stack(rows)
-        return jnp.sum(y * weight), y * (weight != 0)
-
-    x = inputs(length)
-    (grads, y), (want_grads, want) = (nnx.jit(nnx.grad(f, argnums=(0, 1), has_aux=True))(layer, x) for f in (loss, definition))
-    assert_close(y, want, 5e-6)
-    assert_close(jax.tree.leaves(grads), jax.tree.leaves(want_grads), 2e-5)
+    check_definition(make(radius, block_size), dense)
 
 
 def test_a_window_over_everything_without_biases_is_softmax_attention():
