@@ -17,6 +17,10 @@ BERT = dict(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
     hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
+T5 = dict(
+    vocab_size=40, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=2, local_radius=7, global_block_size=4,
+    relative_attention_num_buckets=8, relative_attention_max_distance=20,
+)  # fmt: skip
 # The class of transformers, its config, tokens of each sample, and what else is given in a call.
 MODELS = {
     "fnet": ("FNetForMaskedLM", {**BERT, "max_position_embeddings": 48, "hidden_act": "gelu_new"}, (37, 37), {}),
@@ -44,6 +48,11 @@ MODELS = {
         {**BERT, "max_position_embeddings": 64, "block_size": 4, "num_random_blocks": 2, "rescale_embeddings": True},
         (36, 20), {},
     ),
+    "longt5": (
+        "LongT5EncoderModel", {**T5, "encoder_attention_type": "transient-global", "feed_forward_proj": "gated-gelu"},
+        (37, 21), {},
+    ),
+    "longt5_local": ("LongT5EncoderModel", {**T5, "feed_forward_proj": "relu"}, (37, 21), {}),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from subquad.kernels.patterns import Band, Globals, InBlocks, Pattern, grid
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.softmax import SoftmaxAttention
-from subquad.zoo.interop.loading import Names, Source, read
+from subquad.zoo.interop.loading import Names, Source, layer, read
 from subquad.zoo.interop.published import LanguageHead, Published, PublishedEncoder
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.patterns.longformer import LongformerAttention
@@ -67,11 +67,6 @@ def build(
         is_tied=of("tie_word_embeddings", True), epsilon=of("layer_norm_eps"), rngs=rngs, **dtypes,
     )
     return Published(encoder, head)
-
-
-def layer(kind: type[nnx.Module], ours: Mapping[str, Any], given: Mapping[str, Any]) -> Callable[..., nnx.Module]:
-    """A mixer with these options, of which the user's outrank ours."""
-    return functools.partial(kind, **{**ours, **given})
 
 
 # ------------------------------------------------------------------------------------------------------------------ FNet

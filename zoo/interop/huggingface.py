@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from subquad.zoo.checks import refuse
-from subquad.zoo.interop import bert
+from subquad.zoo.interop import bert, longt5
 from subquad.zoo.interop.loading import OWNER, Names, load
 from subquad.zoo.interop.published import Published
 
@@ -17,13 +17,13 @@ class Family(NamedTuple):
 
     Args:
         build: the model of a config.
-        names: of its parameters.
+        names: of its parameters; or a function of the config that knows them.
         prefix: before the names of its encoder, where it has a head.
-        head: a key that says that the checkpoint has a language head.
+        head: a key that says that the checkpoint has a language head; "": no head is loaded.
     """
 
     build: Callable[..., Published]
-    names: Names
+    names: Names | Callable[..., Names]
     prefix: str
     head: str
 
@@ -32,6 +32,7 @@ FAMILIES = {
     "big_bird": Family(bert.big_bird, bert.BIG_BIRD_NAMES, "bert.", "cls.predictions.transform.dense.weight"),
     "fnet": Family(bert.fnet, bert.FNET_NAMES, "fnet.", "cls.predictions.transform.dense.weight"),
     "longformer": Family(bert.longformer, bert.LONGFORMER_NAMES, "longformer.", "lm_head.dense.weight"),
+    "longt5": Family(longt5.build, longt5.names, "", ""),
     "nystromformer": Family(
         bert.nystromformer, bert.NYSTROM_NAMES, "nystromformer.", "cls.predictions.transform.dense.weight"
     ),
@@ -92,4 +93,5 @@ def from_huggingface(
         config, {**dtypes, **(mixer_options or {})}, has_head=family.head in state, **dtypes,
         rngs=nnx.Rngs(0) if rngs is None else rngs,
     )
-    return Loaded(model, load(model, family.names, state, family.prefix))
+    names = family.names(config) if callable(family.names) else family.names
+    return Loaded(model, load(model, names, state, family.prefix))

@@ -1,5 +1,6 @@
 """A mapping of arrays by other people's names, into the variables of a model of ours."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -35,6 +36,11 @@ def read(config: Mapping[str, Any], word: str, default: Any = MISSING, *, among:
         refuse(OWNER, f"config[{word!r}]", repr(value), f"be {' or '.join(map(repr, among))}",
                "Such a checkpoint has another model, which is not written down here.")
     return value
+
+
+def layer(kind: type[nnx.Module], ours: Mapping[str, Any], given: Mapping[str, Any]) -> Callable[..., nnx.Module]:
+    """A mixer with these options, of which the user's outrank ours."""
+    return functools.partial(kind, **{**ours, **given})
 
 
 def load(model: nnx.Module, names: Names, state: Mapping[str, Any], prefix: str) -> tuple[str, ...]:
