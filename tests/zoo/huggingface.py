@@ -21,6 +21,10 @@ T5 = dict(
     vocab_size=40, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=2, local_radius=7, global_block_size=4,
     relative_attention_num_buckets=8, relative_attention_max_distance=20,
 )  # fmt: skip
+REFORMER = dict(
+    vocab_size=40, hidden_size=16, num_attention_heads=2, attention_head_size=6, feed_forward_size=24, hash_seed=0,
+    max_position_embeddings=64, lsh_attn_chunk_length=8, num_buckets=4, num_hashes=2, hidden_act="relu", use_cache=False,
+)  # fmt: skip
 # The class of transformers, its config, tokens of each sample, and what else is given in a call.
 MODELS = {
     "fnet": ("FNetForMaskedLM", {**BERT, "max_position_embeddings": 48, "hidden_act": "gelu_new"}, (37, 37), {}),
@@ -51,6 +55,17 @@ MODELS = {
     "longt5": (
         "LongT5EncoderModel", {**T5, "encoder_attention_type": "transient-global", "feed_forward_proj": "gated-gelu"},
         (37, 21), {},
+    ),
+    "reformer": (
+        "ReformerModelWithLMHead",
+        {**REFORMER, "is_decoder": True, "attn_layers": ["local", "lsh", "local", "lsh"], "axial_pos_shape": [4, 16],
+         "axial_pos_embds_dim": [4, 12], "local_attn_chunk_length": 4},
+        (60, 41), {},
+    ),
+    "reformer_lsh": (
+        "ReformerModel",
+        {**REFORMER, "attn_layers": ["lsh", "lsh"], "axial_pos_embds": False, "num_buckets": [2, 4], "lsh_num_chunks_after": 1},
+        (64, 64), {},
     ),
     "longt5_local": ("LongT5EncoderModel", {**T5, "feed_forward_proj": "relu"}, (37, 21), {}),
 }  # fmt: skip
@@ -93,15 +108,21 @@ def run(name: str) -> SimpleNamespace:
                 torch.tensor(inputs["tokens"][i : i + 1]), **{word: array[i : i + 1] for word, array in given.items()},
             )  # fmt: skip
         each.append(np.where(mask[i][:, None], results[0][0].numpy(), 0))
+    constants = {}
+    if "num_hashes" in config:  # what every layer draws in every call
+        torch.manual_seed(config["hash_seed"])
+        rotations = sum(np.atleast_1d(config["num_buckets"])) // 2
+        shape = config["num_attention_heads"], config["attention_head_size"], config["num_hashes"], rotations
+        constants["rotations"] = torch.randn(shape, dtype=torch.double).numpy().astype(np.float32)
     weights = {key: value.float().numpy() for key, value in model.state_dict().items()}
     meta = {"peer": "transformers", "version": transformers.__version__, "config": model.config.to_dict(), "call": call}
     outputs = {"y": np.stack(each).astype(np.float32)}
-    return SimpleNamespace(name=name, meta=meta, inputs=inputs, weights=weights, outputs=outputs)
+    return SimpleNamespace(name=name, meta=meta, inputs=inputs, weights=weights, constants=constants, outputs=outputs)
 
 
 def write(name: str) -> None:
     peer = run(name)
-    groups = {group: getattr(peer, oracle.GROUPS[group]) for group in ("in", "w", "out")}
+    groups = {group: getattr(peer, oracle.GROUPS[group]) for group in ("in", "w", "const", "out")}
     arrays = {f"{group}/{key}": array for group, named in groups.items() for key, array in named.items()}
     FOLDER.mkdir(exist_ok=True)
     np.savez_compressed(FOLDER / f"{name}.npz", meta=json.dumps(peer.meta, default=str), **arrays)

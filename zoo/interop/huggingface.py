@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from subquad.zoo.checks import refuse
-from subquad.zoo.interop import bert, longt5
+from subquad.zoo.interop import bert, longt5, reformer
 from subquad.zoo.interop.loading import OWNER, Names, load
 from subquad.zoo.interop.published import Published
 
@@ -36,6 +36,7 @@ FAMILIES = {
     "nystromformer": Family(
         bert.nystromformer, bert.NYSTROM_NAMES, "nystromformer.", "cls.predictions.transform.dense.weight"
     ),
+    "reformer": Family(reformer.build, reformer.NAMES, "reformer.", "lm_head.decoder.weight"),
 }
 
 
