@@ -25,6 +25,10 @@ REFORMER = dict(
     vocab_size=40, hidden_size=16, num_attention_heads=2, attention_head_size=6, feed_forward_size=24, hash_seed=0,
     max_position_embeddings=64, lsh_attn_chunk_length=8, num_buckets=4, num_hashes=2, hidden_act="relu", use_cache=False,
 )  # fmt: skip
+MEGA = dict(
+    vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=24, ema_projection_size=4,
+    shared_representation_size=8, nffn_hidden_size=20, max_positions=40,
+)  # fmt: skip
 # The class of transformers, its config, tokens of each sample, and what else is given in a call.
 MODELS = {
     "fnet": ("FNetForMaskedLM", {**BERT, "max_position_embeddings": 48, "hidden_act": "gelu_new"}, (37, 37), {}),
@@ -55,6 +59,14 @@ MODELS = {
     "longt5": (
         "LongT5EncoderModel", {**T5, "encoder_attention_type": "transient-global", "feed_forward_proj": "gated-gelu"},
         (37, 21), {},
+    ),
+    "mega": ("MegaForMaskedLM", {**MEGA, "normalization_type": "scalenorm", "add_token_type_embeddings": True}, (37, 21), {}),
+    "mega_chunks": (
+        "MegaForCausalLM",
+        {**MEGA, "normalization_type": "layernorm", "use_chunking": True, "chunk_size": 8, "attention_activation": "laplace",
+         "relative_positional_bias": "simple", "add_lm_hidden_dense_layer": False, "is_decoder": True, "bidirectional": False,
+         "use_cache": False},
+        (32, 32), {},
     ),
     "reformer": (
         "ReformerModelWithLMHead",
@@ -95,7 +107,7 @@ def run(name: str) -> SimpleNamespace:
         inputs["mask"] = mask
         inputs["tokens"][~mask] = model.config.pad_token_id
         given["attention_mask"] = torch.tensor(mask.astype(int))
-    if getattr(model.config, "type_vocab_size", 1) > 1:
+    if getattr(model.config, "type_vocab_size", 1) > 1 and getattr(model.config, "add_token_type_embeddings", True):
         inputs["token_types"] = rng.integers(0, 2, mask.shape)
         given["token_type_ids"] = torch.tensor(inputs["token_types"])
     if "num_global" in call:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from subquad.zoo.checks import refuse
-from subquad.zoo.interop import bert, longt5, reformer
+from subquad.zoo.interop import bert, longt5, mega, reformer
 from subquad.zoo.interop.loading import OWNER, Names, load
 from subquad.zoo.interop.published import Published
 
@@ -19,24 +19,24 @@ class Family(NamedTuple):
         build: the model of a config.
         names: of its parameters; or a function of the config that knows them.
         prefix: before the names of its encoder, where it has a head.
-        head: a key that says that the checkpoint has a language head; "": no head is loaded.
+        heads: keys of which any says that the checkpoint has a language head.
     """
 
     build: Callable[..., Published]
     names: Names | Callable[..., Names]
     prefix: str
-    head: str
+    heads: tuple[str, ...]
 
 
+MASKED = ("cls.predictions.transform.dense.weight",)
 FAMILIES = {
-    "big_bird": Family(bert.big_bird, bert.BIG_BIRD_NAMES, "bert.", "cls.predictions.transform.dense.weight"),
-    "fnet": Family(bert.fnet, bert.FNET_NAMES, "fnet.", "cls.predictions.transform.dense.weight"),
-    "longformer": Family(bert.longformer, bert.LONGFORMER_NAMES, "longformer.", "lm_head.dense.weight"),
-    "longt5": Family(longt5.build, longt5.names, "", ""),
-    "nystromformer": Family(
-        bert.nystromformer, bert.NYSTROM_NAMES, "nystromformer.", "cls.predictions.transform.dense.weight"
-    ),
-    "reformer": Family(reformer.build, reformer.NAMES, "reformer.", "lm_head.decoder.weight"),
+    "big_bird": Family(bert.big_bird, bert.BIG_BIRD_NAMES, "bert.", MASKED),
+    "fnet": Family(bert.fnet, bert.FNET_NAMES, "fnet.", MASKED),
+    "longformer": Family(bert.longformer, bert.LONGFORMER_NAMES, "longformer.", ("lm_head.dense.weight",)),
+    "longt5": Family(longt5.build, longt5.names, "", ()),
+    "mega": Family(mega.build, mega.names, "mega.", ("mlm_head.bias", "lm_head.bias")),
+    "nystromformer": Family(bert.nystromformer, bert.NYSTROM_NAMES, "nystromformer.", MASKED),
+    "reformer": Family(reformer.build, reformer.NAMES, "reformer.", ("lm_head.decoder.weight",)),
 }
 
 
@@ -91,7 +91,7 @@ def from_huggingface(
                "Other models are not written down here.")
     family, dtypes = FAMILIES[name], dict(dtype=dtype, param_dtype=param_dtype)
     model = family.build(
-        config, {**dtypes, **(mixer_options or {})}, has_head=family.head in state, **dtypes,
+        config, {**dtypes, **(mixer_options or {})}, has_head=any(key in state for key in family.heads), **dtypes,
         rngs=nnx.Rngs(0) if rngs is None else rngs,
     )
     names = family.names(config) if callable(family.names) else family.names

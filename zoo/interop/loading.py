@@ -17,10 +17,17 @@ MISSING = object()
 
 
 class Source(NamedTuple):
-    """Where a variable comes from: keys, of which the first that exists is taken, and what is done to the array."""
+    """Where a variable comes from.
+
+    Args:
+        keys: the first that exists is taken.
+        convert: what is done to the array.
+        together: all of them are taken, and `convert` is given the list.
+    """
 
     keys: tuple[str, ...]
-    convert: Callable[[np.ndarray], Any] = np.asarray
+    convert: Callable[[Any], Any] = np.asarray
+    together: bool = False
 
 
 # By the path of a variable, or of a module with variables of the usual names: a name or a source. "*" is a layer's number.
@@ -56,16 +63,18 @@ def load(model: nnx.Module, names: Names, state: Mapping[str, Any], prefix: str)
     for path, variable in nnx.to_flat_state(nnx.variables(model, nnx.Param)):
         *parts, leaf = map(str, path)
         source = source_of(names, parts, leaf, "" if parts[0] == "head" else prefix)
-        key = next((key for key in source.keys if key in state), None)
-        if key is None:
-            refuse(OWNER, "state", f"none of that name for {'.'.join([*parts, leaf])}", f"have {' or '.join(source.keys)}",
+        keys = [key for key in source.keys if key in state]
+        if len(keys) < (len(source.keys) if source.together else 1):
+            refuse(OWNER, "state", f"{keys or 'none'} for {'.'.join([*parts, leaf])}",
+                   f"have {(' and ' if source.together else ' or ').join(source.keys)}",
                    "Pass the whole state dict, and the config that belongs to it.")
-        used.add(key)
-        given = np.asarray(state[key])
-        array = np.asarray(source.convert(given))
+        keys = keys if source.together else keys[:1]
+        used.update(keys)
+        given = [np.asarray(state[key]) for key in keys]
+        array = np.asarray(source.convert(given if source.together else given[0]))
         wanted = flat_shape(model, parts, leaf, variable.shape)
         if array.shape != wanted:
-            refuse(OWNER, f"state[{key!r}]", f"an array {given.shape}, which becomes {array.shape}",
+            refuse(OWNER, f"state[{keys[0]!r}]", f"an array {given[0].shape}, which becomes {array.shape}",
                    f"become one of shape {wanted}, the {leaf} of {'.'.join(parts)}",
                    "Pass the config that belongs to these weights.")
         variable[...] = jnp.asarray(array.reshape(variable.shape), variable.dtype)
@@ -81,7 +90,7 @@ def source_of(names: Names, parts: list[str], leaf: str, prefix: str) -> Source:
         source = Source((source,), np.transpose if leaf == "kernel" else np.asarray)
     numbers = [part for part in parts if part.isdigit()]
     keys = tuple(prefix + key.replace("*", numbers[0]) if numbers else prefix + key for key in source.keys)
-    return Source(keys, source.convert)
+    return source._replace(keys=keys)
 
 
 def flat_shape(model: nnx.Module, parts: list[str], leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
