@@ -52,7 +52,7 @@ class NystromAttention(Attention):
     """
 
     supports = Support(
-        cost="T", causal=False, extend=False, rotary=True,
+        cost="T", causal=False, extend=False, rotary=True, attention_fn=True,
         mixes_all="each of its landmarks is a mean over a part of the whole sequence",
     )
 
