@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 
 from subquad.zoo.interop import from_huggingface
+from subquad.zoo.interop.bert import BigBirdOfEvaluation
+from subquad.zoo.interop.reformer import AxialPositions
 from tests import oracle
 from tests.zoo import huggingface
 
@@ -126,3 +128,70 @@ def test_token_types_and_a_layer_s_own_options():
     assert model.encoder.blocks[1].mixer.implementation == "reference"
     with pytest.raises(ValueError, match="PublishedEncoder: token_types must be in 0..1, got 2"):
         model(jnp.zeros((1, 5), jnp.int32), token_types=jnp.full((1, 5), 2))
+
+
+# Layers that are here for the sake of checkpoints.
+
+
+def test_a_nystromformer_keeps_samples_apart():
+    """There the iteration starts from one number of the whole batch."""
+    peer = oracle.load("huggingface/nystromformer")
+    model, _ = loaded(peer)
+    tokens = jnp.asarray(peer.inputs["tokens"], jnp.int32)
+    alone = jnp.concatenate([model.encoder(tokens[i : i + 1]) for i in range(2)])
+    np.testing.assert_allclose(model.encoder(tokens), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_big_bird_counts_its_first_block_again():
+    layer = BigBirdOfEvaluation(2, 8, block_size=2, num_random=3, rngs=nnx.Rngs(0))
+    block, length = np.arange(26) // 2, 26
+    seen = (abs(block[:, None] - block) <= 1) | np.isin(block, [0, 12]) | np.isin(block, [0, 12])[:, None]
+    np.testing.assert_array_equal(layer.pattern(length)[0], seen)
+    assert layer.pattern(22).all()
+    weights = seen * np.where((block == 0) & ~np.isin(block, [0, 12])[:, None], 4.0, 1.0)
+    heads = [jax.random.normal(jax.random.key(i), (1, length, 2, 4)) for i in range(3)]
+    shares = weights * np.exp(np.einsum("btnh,bsnh->bnts", *heads[:2]) / 2)
+    wanted = np.einsum("bnts,bsnh->btnh", shares / shares.sum(-1, keepdims=True), heads[2])
+    np.testing.assert_allclose(layer.attend(*heads, None), wanted, rtol=1e-5, atol=1e-6)
+    mask = jnp.arange(length) >= 3  # of the first block nothing is left
+    shares = shares * np.asarray(mask)
+    wanted = np.einsum("bnts,bsnh->btnh", shares / shares.sum(-1, keepdims=True), heads[2])
+    np.testing.assert_allclose(layer.attend(*heads, mask[None, None, None]), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_axial_positions():
+    table = AxialPositions((3, 4), (2, 5), param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    at = jnp.array([[0, 5, 11]])
+    np.testing.assert_array_equal(table(at)[0, :, :2], table.rows[...][jnp.array([0, 1, 2])])
+    np.testing.assert_array_equal(table(at)[0, :, 2:], table.columns[...][jnp.array([0, 1, 3])])
+
+
+def test_longt5_shares_its_biases():
+    """So that they stay one in training."""
+    model, _ = loaded(oracle.load("huggingface/longt5"))
+    first, second = (block.mixer for block in model.encoder.blocks)
+    assert first.bias is second.bias and first.global_bias is second.global_bias
+
+
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("longformer", {"pad_token_id": 0}, r"config\['pad_token_id'\] must be 1, got 0"),
+    ("big_bird", {"attention_type": "full"}, r"config\['attention_type'\] must be 'block_sparse' or 'original_full', got"),
+    ("nystromformer", {"inv_coeff_init_option": True}, r"config\['inv_coeff_init_option'\] must be False"),
+    ("longt5", {"layer_norm_epsilon": 1e-5}, r"config\['layer_norm_epsilon'\] must be 1e-06"),
+    ("reformer", {"num_buckets": None}, r"config\['num_buckets'\] must be even, .* got None"),
+    ("reformer", {"is_decoder": False}, r"config\['is_decoder'\] must be True"),
+    ("mega", {"normalization_type": "rmsnorm"}, r"config\['normalization_type'\] must be 'layernorm' or 'scalenorm'"),
+    ("mega", {"bidirectional": False}, r"config\['bidirectional'\] must be True"),
+])
+def test_what_no_layer_does_is_refused(name, change, words):
+    peer = oracle.load(f"huggingface/{name}")
+    with pytest.raises(ValueError, match=f"from_huggingface: {words}"):
+        from_huggingface({**peer.meta["config"], **change}, peer.weights)
+
+
+def test_a_nystromformer_of_as_many_landmarks_as_tokens():
+    """As many landmarks as tokens, without a convolution: it is softmax attention there."""
+    peer = oracle.load("huggingface/nystromformer")
+    change = dict(num_landmarks=32, conv_kernel_size=None)
+    model, unused = from_huggingface(peer.meta["config"] | change, peer.weights)
+    assert type(model.encoder.blocks[0].mixer).__name__ == "SoftmaxAttention" and all("conv" in key for key in unused)

@@ -68,8 +68,8 @@ def load(model: nnx.Module, names: Names, state: Mapping[str, Any], prefix: str)
             refuse(OWNER, "state", f"{keys or 'none'} for {'.'.join([*parts, leaf])}",
                    f"have {(' and ' if source.together else ' or ').join(source.keys)}",
                    "Pass the whole state dict, and the config that belongs to it.")
+        used.update(key for key in keys if source.together or is_copy(state[key], state[keys[0]]))
         keys = keys if source.together else keys[:1]
-        used.update(keys)
         given = [np.asarray(state[key]) for key in keys]
         array = np.asarray(source.convert(given if source.together else given[0]))
         wanted = flat_shape(model, parts, leaf, variable.shape)
@@ -78,8 +78,10 @@ def load(model: nnx.Module, names: Names, state: Mapping[str, Any], prefix: str)
                    f"become one of shape {wanted}, the {leaf} of {'.'.join(parts)}",
                    "Pass the config that belongs to these weights.")
         variable[...] = jnp.asarray(array.reshape(variable.shape), variable.dtype)
-    left = [key for key in state if key not in used]
-    return tuple(key for key in left if not any(is_copy(state[key], state[other]) for other in used))
+    # What was tied is often written twice.
+    tied = {start_of(state[key]): state[key] for key in used if np.ndim(state[key]) > 1}
+    left = (key for key in state if key not in used)
+    return tuple(key for key in left if not is_copy(state[key], tied.get(start_of(state[key]))))
 
 
 def source_of(names: Names, parts: list[str], leaf: str, prefix: str) -> Source:
@@ -104,5 +106,11 @@ def flat_shape(model: nnx.Module, parts: list[str], leaf: str, shape: tuple[int,
     return ends if leaf == "kernel" else ends[1:]
 
 
+def start_of(array) -> tuple[tuple[int, ...], bytes]:
+    """What equal arrays have in common, and hardly others."""
+    array = np.asarray(array)
+    return array.shape, array.reshape(-1)[:64].tobytes()
+
+
 def is_copy(one, other) -> bool:
-    return np.shape(one) == np.shape(other) and np.array_equal(np.asarray(one), np.asarray(other))
+    return other is not None and np.array_equal(np.asarray(one), np.asarray(other))
