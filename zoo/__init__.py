@@ -28,9 +28,12 @@ from subquad.zoo.kernelized.cosformer import CosformerAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
+from subquad.zoo.lowrank.isab import InducedSetAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.lowrank.luna import LunaAttention
+from subquad.zoo.lowrank.memory_compressed import MemoryCompressedAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.lowrank.perceiver import PerceiverAttention
 from subquad.zoo.lowrank.skyformer import SkyformerAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
 from subquad.zoo.patterns.axial import AxialAttention
@@ -54,10 +57,11 @@ from subquad.zoo.statespace.s5 import S5
 __all__ = [
     "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
     "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
-    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
-    "KernelizedAttention", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "NystromAttention", "PerformerAttention",
-    "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SkyformerAttention",
-    "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
-    "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InducedSetAttention",
+    "InformerAttention", "KernelizedAttention", "LinearAttention", "LinformerAttention", "LinformerProjection",
+    "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention",
+    "NystromAttention", "PerceiverAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention",
+    "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention",
+    "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

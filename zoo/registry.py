@@ -23,9 +23,12 @@ from subquad.zoo.kernelized.cosformer import CosformerAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
+from subquad.zoo.lowrank.isab import InducedSetAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.lowrank.luna import LunaAttention
+from subquad.zoo.lowrank.memory_compressed import MemoryCompressedAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.lowrank.perceiver import PerceiverAttention
 from subquad.zoo.lowrank.skyformer import SkyformerAttention
 from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
@@ -72,6 +75,9 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "nystrom": NystromAttention,
     "skyformer": SkyformerAttention,
     "luna": LunaAttention,
+    "isab": InducedSetAttention,
+    "perceiver": PerceiverAttention,
+    "memory_compressed": MemoryCompressedAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,

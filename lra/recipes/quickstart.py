@@ -38,6 +38,10 @@ QUICKSTART = Recipe(
         "kernelized": dict(num_heads=4),
         "skyformer": dict(num_heads=4, num_landmarks=16),
         "luna": dict(num_heads=4, num_slots=16),
+        # Nine maps would be more than the budget.
+        "isab": dict(num_heads=4, qkv_features=32, num_inducing=16),
+        "perceiver": dict(num_heads=4, qkv_features=32, num_latents=16, latent_features=32),
+        "memory_compressed": dict(num_heads=4),
         "linear": dict(num_heads=4),
         "performer": dict(num_heads=4, num_features=32),
         "cosformer": dict(num_heads=4, max_length="{length}"),

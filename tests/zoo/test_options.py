@@ -102,6 +102,8 @@ COMPUTED = [
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "rotary_base", 100.0),
     ("linformer", dict(num_heads=2, max_length=24, num_landmarks=6), "rotary_base", 100.0),
     ("luna", dict(num_heads=2, num_slots=5, is_causal=True), "activation", "elu"),
+    ("memory_compressed", dict(num_heads=2), "rotary_base", 100.0),
+    ("perceiver", dict(num_heads=2, num_latents=6), "num_repeats", 3),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
@@ -168,6 +170,14 @@ SHAPED = [
     ("linformer", dict(num_heads=2, max_length=24), "sharing", "none", {"projection/key": (2, 24, 256)}),
     ("luna", dict(num_heads=2), "num_slots", 20, {"slots": (20, 16)}),
     ("luna", dict(share_key_value=False), "share_key_value", True, {"value/kernel": None, "unpack_value/kernel": None}),
+    ("isab", dict(num_heads=2), "num_inducing", 20, {"inducing": (20, 16)}),
+    ("perceiver", dict(num_heads=2), "num_latents", 20, {"latents": (20, 16)}),
+    ("perceiver", dict(num_heads=2), "latent_features", 12, {"latents": (128, 12), "encoder/inner/kernel": (12, 12)}),
+    ("perceiver", dict(num_heads=2), "latent_heads", 4, {"layers/0/key/kernel": (16, 4, 4), "latent_key/kernel": (16, 2, 8)}),
+    ("perceiver", dict(num_heads=2), "num_layers", 0, {"layers/0/query/kernel": None}),
+    ("memory_compressed", dict(num_heads=2), "compression", 4, {"compress_key/kernel": (32, 2, 8)}),
+    ("memory_compressed", dict(num_heads=2, null_key=True), "null_key", False, {"null_key": None, "null_value": None}),
+    ("memory_compressed", dict(num_heads=4), "num_kv_heads", 2, {"compress_value/kernel": (12, 2, 4)}),
     ("performer", dict(num_heads=2), "num_features", 20, {"projection": (20, 8)}),
     ("s4", dict(), "state_size", 6, {"system/frequency": (16, 3), "system/output_matrix": (2, 16, 3, 2)}),
     ("s4", dict(), "num_ssm", 4, {"system/frequency": (4, 32), "system/log_step": (16,)}),
@@ -221,18 +231,28 @@ MAPS = {
     "fnet": 1,
     "dss": 1,
     "global": 11,
+    "isab": 9,
     "luna": 5,
     "mega": 3,
+    "memory_compressed": 6,
     "longformer": 7,
     "lru": 1,
+    "perceiver": 16,
     "reformer": 3,
     "s4": 1,
     "s5": 1,
     "synthesizer": 5,
     "transformer_xl": 5,
 }
-# Linear maps of what the heads of one attention gathered, for another.
-OF_HEADS = ("unpack_key/kernel", "unpack_value/kernel")
+# Of 4 heads of 2 features, 5 features out: kernels that do not make heads of the inputs. Others take what heads gathered, or
+# three tokens of a head.
+OTHER_SHAPES = {
+    "out": (4, 2, 5), "unpack_key": (8, 4, 2), "unpack_value": (8, 4, 2), "compress_key": (6, 4, 2),
+    "compress_value": (6, 4, 2), "induce_out": (4, 2, FEATURES), "induce_mlp": (FEATURES, FEATURES),
+    **{f"layers/0/{name}": (FEATURES, 4, FEATURES // 4) for name in ("query", "key", "value")},
+    **{f"{block}/{name}": (FEATURES, FEATURES) for block in ("encoder", "layers/0") for name in ("inner", "outer")},
+    "encoder/out": (4, 2, FEATURES), "layers/0/out": (4, FEATURES // 4, FEATURES),
+}  # fmt: skip
 
 
 def build(name, **options):
@@ -338,11 +358,11 @@ def test_the_shell_takes_sizes_and_initialisers(name):
     found = variables(layer)
     kernels = {path: leaf for path, leaf in found.items() if path.endswith("/kernel")}
     assert {path: leaf.shape for path, leaf in kernels.items()} == {
-        path: (4, 2, 5) if path == "out/kernel" else (8 if path in OF_HEADS else FEATURES, 4, 2) for path in kernels
+        path: OTHER_SHAPES.get(path.removesuffix("/kernel"), (FEATURES, 4, 2)) for path in kernels
     }
     assert {"query/kernel", "out/kernel"} <= set(kernels) and {"key/kernel", "value/kernel"} & set(kernels)
     assert all((leaf == 1).all() for leaf in kernels.values())
-    biases = {path: leaf for path, leaf in found.items() if path.endswith("/bias")}
+    biases = {path: leaf for path, leaf in found.items() if path.endswith("/bias") and "norm/" not in path}
     assert {"query/bias", "out/bias"} <= set(biases) and all((leaf == 2).all() for leaf in biases.values())
     bare = variables(build(name, use_bias=False, **SIZES.get(name, {})))
     assert set(bare) == set(variables(build(name, **SIZES.get(name, {})))) - set(biases)

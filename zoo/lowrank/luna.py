@@ -6,9 +6,10 @@ from typing import Any, Literal, Unpack, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import linear, precision, softmax
+from subquad.kernels.axes import KeyMask
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LunaCache, counts, places
 from subquad.zoo.checks import check_sizes, check_word, refuse, require_extend
@@ -107,8 +108,9 @@ class LunaAttention(Attention):
         if self.is_causal:
             return self._attend_causal(query, key, value, slots, mask)[0]
         packed = self.pack(jnp.broadcast_to(slots.astype(key.dtype), (len(key), *slots.shape[1:])), key, value, mask)
-        found = None if mask is None else jnp.repeat(mask.any(-1, keepdims=True), self.num_slots, axis=-1)
-        return softmax.attention(query, *self.unpacked(packed), mask=found, implementation=self.implementation)
+        return softmax.attention(
+            query, *self.unpacked(packed), mask=any_key(mask, self.num_slots), implementation=self.implementation
+        )
 
     def pack(self, slots: Float[Array, "B L N H"], key, value, mask) -> Float[Array, "B L NH"]:
         """y_P, what the slots gather: all heads in a row."""
@@ -137,6 +139,11 @@ class LunaAttention(Attention):
         weights = weights_of(sums, counted)
         sums, values = linear.gated(weights, gates, value[1], initial_state=values, **options)
         return mean(sums, counted), keys, values
+
+
+def any_key(mask: KeyMask | None, count: int) -> Bool[Array, "B 1 1 L"] | None:
+    """The mask of `count` slots: there is something in them where there is a key."""
+    return None if mask is None else jnp.repeat(mask.any(-1, keepdims=True), count, axis=-1)
 
 
 @precision.promoting
