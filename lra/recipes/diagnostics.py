@@ -41,6 +41,7 @@ LAYERS = {
     "dss": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "mega": dict(is_causal=True, shared_features=16, value_features=64),
     "lru": dict(is_causal=True, state_size=64),
+    "lightconv": dict(is_causal=True, conv_width=8),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),

@@ -50,6 +50,7 @@ LAYERS = {
     "dss": {},
     "mega": {},
     "lru": {},
+    "lightconv": {},
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),

@@ -43,6 +43,7 @@ LAYERS = {
     "dss": dict(state_size=64),
     "mega": {},
     "lru": dict(state_size=64),
+    "lightconv": {},
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

@@ -47,6 +47,7 @@ QUICKSTART = Recipe(
         "dss": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "mega": dict(state_size=4, shared_features=16, value_features=64),
         "lru": dict(state_size=64),
+        "lightconv": {},
         "fnet": {},
         "entmax": dict(num_heads=4),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

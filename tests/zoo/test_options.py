@@ -186,6 +186,9 @@ SHAPED = [
     ("lru", dict(), "state_size", 6, {"log_phase": (6,), "input_matrix": (6, 16, 2), "output_matrix": (2, 16, 6, 2)}),
     ("lru", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
+    ("lightconv", dict(num_heads=4), "num_heads", 8, {"convolution/taps": (31, 8)}),
+    ("lightconv", dict(num_heads=4), "conv_width", 6, {"convolution/taps": (6, 4)}),
+    ("lightconv", dict(), "out_features", 5, {"out/kernel": (16, 5), "convolution/gate/kernel": (16, 32)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
     ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
@@ -198,7 +201,7 @@ OF_HEADLESS = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "prec
 SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
     "linformer": {"projection"},
-    "softmax": {"dropout_rate", "broadcast_dropout"},
+    "softmax": {"dropout_rate", "broadcast_dropout"}, "lightconv": {"dropout_rate"},
     "synthesizer": {"is_fixed"}, "dss": {"normalization"}, "mega": {"bias"},
 }
 
@@ -219,6 +222,7 @@ MAPS = {
     "dss": 1,
     "global": 11,
     "mega": 3,
+    "lightconv": 2,
     "longformer": 7,
     "lru": 1,
     "reformer": 3,

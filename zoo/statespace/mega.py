@@ -224,7 +224,7 @@ class Mega(Headless):
         return outputs if self.out is None else self.out(outputs)
 
     @compile_once
-    def _call(self, inputs, mask, segment_ids):
+    def _call(self, inputs, mask, segment_ids, draws):
         length = inputs.shape[1]
         if self.max_length is not None and length > self.max_length:
             refuse(type(self).__name__, "the number of tokens", length, f"be at most max_length = {self.max_length}",

@@ -1,0 +1,45 @@
+"""What the tests of lightweight and dynamic convolutions share: the definition, token by token, and where peers stop."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+def numbers(variable) -> np.ndarray:
+    return np.asarray(variable[...], np.float64)
+
+
+def definition(layer, x, taps) -> np.ndarray:
+    """W_O of the sums of glu(W_I x) under `taps`, [T, K, H] or [K, H], in float64; of one sequence [T, D].
+
+    Args:
+        taps: normalised; the first weighs the furthest token ahead. A function of the gated inputs.
+    """
+    both = x.astype(np.float64) @ numbers(layer.convolution.gate.kernel) + numbers(layer.convolution.gate.bias)
+    value, gate = np.split(both, 2, axis=-1)
+    gated = value / (1 + np.exp(-gate))
+    taps, (length, features) = taps(gated), gated.shape
+    taps = np.broadcast_to(taps, (length, *taps.shape[-2:]))
+    ahead = 0 if layer.is_causal else (taps.shape[1] - 1) // 2
+    sums = np.zeros_like(gated)
+    for t in range(length):
+        for j in range(taps.shape[1]):
+            for c in range(features):
+                if 0 <= t + ahead - j < length:
+                    sums[t, c] += taps[t, j, c * taps.shape[2] // features] * gated[t + ahead - j, c]
+    return sums @ numbers(layer.out.kernel) + numbers(layer.out.bias)
+
+
+def softmax(logits, axis=-2) -> np.ndarray:
+    exponentials = np.exp(logits)
+    return exponentials / exponentials.sum(axis, keepdims=True)
+
+
+def bare(layer) -> nnx.Module:
+    """A copy whose maps do nothing: peers' modules are the convolution alone, without gate and output map."""
+    layer = nnx.clone(layer)
+    eye, size = jnp.eye(layer.in_features), layer.in_features
+    layer.convolution.gate.kernel[...] = jnp.pad(eye, ((0, 0), (0, size)))
+    layer.convolution.gate.bias[...] = jnp.repeat(jnp.array([0.0, 40.0]), size)  # sigmoid(40) = 1
+    layer.out.kernel[...], layer.out.bias[...] = eye, jnp.zeros(size)
+    return layer
