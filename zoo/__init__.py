@@ -15,6 +15,7 @@ from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
@@ -54,10 +55,10 @@ from subquad.zoo.statespace.s5 import S5
 __all__ = [
     "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
     "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
-    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
-    "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongT5Attention", "LongformerAttention", "Mega", "NystromAttention", "PerformerAttention", "RandomAttention",
-    "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
-    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
-    "convert", "generate", "make", "masks", "positions", "stream",
+    "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention",
+    "InformerAttention", "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection",
+    "LocalAttention", "LongT5Attention", "LongformerAttention", "Mega", "NystromAttention", "PerformerAttention",
+    "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SkyformerAttention",
+    "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
+    "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
+from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
@@ -82,6 +83,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "s5": S5,
     "lru": LRU,
     "lightconv": LightConv,
+    "dynamicconv": DynamicConv,
 }
 
 

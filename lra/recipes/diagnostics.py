@@ -42,6 +42,7 @@ LAYERS = {
     "mega": dict(is_causal=True, shared_features=16, value_features=64),
     "lru": dict(is_causal=True, state_size=64),
     "lightconv": dict(is_causal=True, conv_width=8),
+    "dynamicconv": dict(is_causal=True, conv_width=8),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),

@@ -51,6 +51,7 @@ LAYERS = {
     "mega": {},
     "lru": {},
     "lightconv": {},
+    "dynamicconv": {},
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),

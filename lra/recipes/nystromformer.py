@@ -44,6 +44,7 @@ LAYERS = {
     "mega": {},
     "lru": dict(state_size=64),
     "lightconv": {},
+    "dynamicconv": {},
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

@@ -48,6 +48,7 @@ QUICKSTART = Recipe(
         "mega": dict(state_size=4, shared_features=16, value_features=64),
         "lru": dict(state_size=64),
         "lightconv": {},
+        "dynamicconv": {},
         "fnet": {},
         "entmax": dict(num_heads=4),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

@@ -229,9 +229,9 @@ def test_transformer_xl(segment, memory):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 5, 8, 40])
-@pytest.mark.parametrize("name", ["lightconv"])
+@pytest.mark.parametrize("name", ["lightconv", "dynamicconv"])
 def test_short_convolutions(name, width, is_causal):
-    """Wu et al., section 3: K tokens up to the present one, or around it, of an even number one more before it."""
+    """Wu et al., sections 3 and 4: K tokens up to the present one, or around it, of an even number one more before it."""
     ahead = 0 if is_causal else {1: 0, 2: 0, 5: 2, 8: 3, 40: 19}[width]
     layer = zoo.make(name, in_features=8, num_heads=2, conv_width=width, is_causal=is_causal, rngs=nnx.Rngs(0))
     check(layer, 1, lambda h, t, s: s in range(t + ahead - width + 1, t + ahead + 1))

@@ -189,6 +189,9 @@ SHAPED = [
     ("lightconv", dict(num_heads=4), "num_heads", 8, {"convolution/taps": (31, 8)}),
     ("lightconv", dict(num_heads=4), "conv_width", 6, {"convolution/taps": (6, 4)}),
     ("lightconv", dict(), "out_features", 5, {"out/kernel": (16, 5), "convolution/gate/kernel": (16, 32)}),
+    ("dynamicconv", dict(num_heads=4), "num_heads", 8, {"convolution/query/kernel": (16, 31, 8)}),
+    ("dynamicconv", dict(num_heads=4), "conv_width", 6, {"convolution/query/kernel": (16, 6, 4)}),
+    ("dynamicconv", dict(), "out_features", 5, {"out/kernel": (16, 5), "convolution/gate/kernel": (16, 32)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
     ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
@@ -201,7 +204,7 @@ OF_HEADLESS = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "prec
 SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
     "linformer": {"projection"},
-    "softmax": {"dropout_rate", "broadcast_dropout"}, "lightconv": {"dropout_rate"},
+    "softmax": {"dropout_rate", "broadcast_dropout"}, "lightconv": {"dropout_rate"}, "dynamicconv": {"dropout_rate"},
     "synthesizer": {"is_fixed"}, "dss": {"normalization"}, "mega": {"bias"},
 }
 
@@ -220,6 +223,7 @@ SIZES = {
 MAPS = {
     "fnet": 1,
     "dss": 1,
+    "dynamicconv": 3,
     "global": 11,
     "mega": 3,
     "lightconv": 2,

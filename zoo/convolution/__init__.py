@@ -5,4 +5,5 @@ reached through the layers above; a new token costs the same however long the te
 
 Choose
     lightconv: For the cheapest mixing of neighbours: its weights are a few hundred numbers, the same everywhere.
+    dynamicconv: For text: what a word wants of its neighbours depends on the word.
 """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels import convolution, dispatch, patterns
+from subquad.kernels import convolution, dispatch, patterns, precision
 from subquad.zoo import dropout
 from subquad.zoo.checks import check_rate, check_sizes, refuse
 from subquad.zoo.projection import in_pieces
@@ -57,10 +57,9 @@ class GatedConvolution(nnx.Module):
 
     def weights(self, gated: Float[Array, "B T D"]) -> Float[Array, "K H"] | Float[Array, "B T K H"]:
         """The taps, of which the first weighs the furthest token ahead."""
-        shares = lambda logits: jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-2)
         if hasattr(self, "query"):
-            return in_pieces(lambda token: shares(self.query(token)).astype(gated.dtype), gated)
-        return shares(self.taps[...]).astype(gated.dtype)
+            return in_pieces(lambda token: shares(self.query(token), gated.dtype), gated)
+        return shares(self.taps[...], gated.dtype)
 
     def __call__(
         self, inputs: Float[Array, "B T D"], mask: Bool[Array, "B 1 1 T"] | None = None,
@@ -88,3 +87,9 @@ class GatedConvolution(nnx.Module):
         """(y, state) of T more tokens from `state` on, of which the first `counts` are real; None: all."""
         mask = None if counts is None else (jnp.arange(inputs.shape[1])[None] < counts[:, None])[:, None, None]
         return self(inputs, mask, state=state)
+
+
+@precision.promoting
+def shares(logits: Float[Array, "*B K H"], dtype) -> Float[Array, "*B K H"]:
+    """The softmax over taps, made in float32."""
+    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-2).astype(dtype)
