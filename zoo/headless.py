@@ -111,7 +111,7 @@ class Headless(nnx.Module):
         require_extend(self, batch_size=batch_size, max_length=max_length)
         return StateCache(self.state(batch_size))
 
-    def extend(self, inputs: Float[Array, "B T D"], cache: StateCache, *, mask: Bool[Array, "B 1 1 T"] | None = None):
+    def extend(self, inputs: Float[Array, "B T D"], cache: Any, *, mask: Bool[Array, "B 1 1 T"] | None = None):
         """T >= 1 more tokens after those in `cache` -> (outputs [B, T, F], cache): the recurrence.
 
         Args:

@@ -15,6 +15,7 @@ from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
+from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
@@ -84,6 +85,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "lru": LRU,
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,
+    "lsra": LSRA,
 }
 
 

@@ -43,6 +43,7 @@ LAYERS = {
     "lru": dict(is_causal=True, state_size=64),
     "lightconv": dict(is_causal=True, conv_width=8),
     "dynamicconv": dict(is_causal=True, conv_width=8),
+    "lsra": dict(num_heads=4, is_causal=True, conv_width=8),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),

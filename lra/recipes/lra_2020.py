@@ -52,6 +52,7 @@ LAYERS = {
     "lru": {},
     "lightconv": {},
     "dynamicconv": {},
+    "lsra": dict(num_heads=8),
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),

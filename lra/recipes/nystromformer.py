@@ -45,6 +45,7 @@ LAYERS = {
     "lru": dict(state_size=64),
     "lightconv": {},
     "dynamicconv": {},
+    "lsra": HEADS,
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

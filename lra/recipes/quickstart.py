@@ -49,6 +49,7 @@ QUICKSTART = Recipe(
         "lru": dict(state_size=64),
         "lightconv": {},
         "dynamicconv": {},
+        "lsra": dict(num_heads=4),
         "fnet": {},
         "entmax": dict(num_heads=4),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

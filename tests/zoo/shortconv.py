@@ -10,13 +10,13 @@ def numbers(variable) -> np.ndarray:
 
 
 def definition(layer, x, taps) -> np.ndarray:
-    """W_O of the sums of glu(W_I x) under `taps`, [T, K, H] or [K, H], in float64; of one sequence [T, D].
+    """W_O of the sums of u under `taps`, [T, K, H] or [K, H], in float64; of one sequence [T, D].
 
     Args:
-        taps: normalised; the first weighs the furthest token ahead. A function of the gated inputs.
+        taps: normalised; the first weighs the furthest token ahead. A function of u.
     """
-    both = x.astype(np.float64) @ numbers(layer.convolution.gate.kernel) + numbers(layer.convolution.gate.bias)
-    value, gate = np.split(both, 2, axis=-1)
+    both = x.astype(np.float64) @ numbers(layer.convolution.input.kernel) + numbers(layer.convolution.input.bias)
+    value, gate = np.split(both, 2, axis=-1) if layer.convolution.use_glu else (both, np.inf)
     gated = value / (1 + np.exp(-gate))
     taps, (length, features) = taps(gated), gated.shape
     taps = np.broadcast_to(taps, (length, *taps.shape[-2:]))
@@ -36,10 +36,8 @@ def softmax(logits, axis=-2) -> np.ndarray:
 
 
 def bare(layer) -> nnx.Module:
-    """A copy whose maps do nothing: peers' modules are the convolution alone, without gate and output map."""
+    """A copy, made without GLU, whose maps do nothing: peers' modules are the convolution alone."""
     layer = nnx.clone(layer)
-    eye, size = jnp.eye(layer.in_features), layer.in_features
-    layer.convolution.gate.kernel[...] = jnp.pad(eye, ((0, 0), (0, size)))
-    layer.convolution.gate.bias[...] = jnp.repeat(jnp.array([0.0, 40.0]), size)  # sigmoid(40) = 1
-    layer.out.kernel[...], layer.out.bias[...] = eye, jnp.zeros(size)
+    for linear in (layer.convolution.input, layer.out):
+        linear.kernel[...], linear.bias[...] = jnp.eye(layer.in_features), jnp.zeros(layer.in_features)
     return layer

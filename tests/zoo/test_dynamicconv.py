@@ -22,9 +22,9 @@ def build(features=FEATURES, **options):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("width", [1, 4, 11])
-def test_the_formula(width, is_causal):
-    layer, x = build(conv_width=width, is_causal=is_causal), normal(2, 9, FEATURES)
+@pytest.mark.parametrize(("width", "use_glu"), [(1, True), (4, False), (11, True)])
+def test_the_formula(width, use_glu, is_causal):
+    layer, x = build(conv_width=width, use_glu=use_glu, is_causal=is_causal), normal(2, 9, FEATURES)
     taps = lambda gated: shortconv.softmax(np.einsum("tc,cjh->tjh", gated, shortconv.numbers(layer.convolution.query.kernel)))
     np.testing.assert_allclose(layer(x), [shortconv.definition(layer, sample, taps) for sample in x], atol=1e-5)
 
@@ -32,7 +32,7 @@ def test_the_formula(width, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_one_constant_feature_makes_the_lightweight_convolution(is_causal):
     """A query matrix that reads only what is the same in every token gives every token the same taps."""
-    layer, light = (kind(FEATURES, num_heads=2, conv_width=5, is_causal=is_causal, rngs=nnx.Rngs(0))
+    layer, light = (kind(FEATURES, num_heads=2, conv_width=5, is_causal=is_causal, use_glu=False, rngs=nnx.Rngs(0))
                     for kind in (DynamicConv, LightConv))  # fmt: skip
     x = jnp.asarray(normal(2, 9, FEATURES)).at[..., 0].set(1.0)
     for one in (layer, light):
@@ -42,7 +42,7 @@ def test_one_constant_feature_makes_the_lightweight_convolution(is_causal):
 
 
 def test_dropout_drops_the_taps_of_each_token():
-    layer = shortconv.bare(build(conv_width=3, num_heads=FEATURES, is_causal=True, dropout_rate=0.4))
+    layer = shortconv.bare(build(use_glu=False, conv_width=3, num_heads=FEATURES, is_causal=True, dropout_rate=0.4))
     layer.convolution.query.kernel[...] = jnp.zeros((FEATURES, 3, FEATURES))
     layer.train()
     ones = jnp.ones((4, 200, FEATURES))
@@ -59,7 +59,7 @@ def test_oracle(name):
     """Fairseq's module."""
     peer = oracle.load(name)
     heads, width = peer.meta["cfg"]["heads"], peer.meta["cfg"]["kernel_size"]
-    layer = shortconv.bare(build(num_heads=heads, conv_width=width, is_causal="causal" in name))
+    layer = shortconv.bare(build(use_glu=False, num_heads=heads, conv_width=width, is_causal="causal" in name))
 
     def run(inputs, w):
         ours = nnx.clone(layer)

@@ -22,10 +22,10 @@ def build(features=FEATURES, **options):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("width", [1, 4, 5, 11])
-def test_the_formula(width, is_causal):
+@pytest.mark.parametrize(("width", "use_glu"), [(1, True), (4, True), (5, False), (11, True)])
+def test_the_formula(width, use_glu, is_causal):
     """One tap, an even and an odd number, and more than tokens."""
-    layer, x = build(conv_width=width, is_causal=is_causal), normal(2, 9, FEATURES)
+    layer, x = build(conv_width=width, use_glu=use_glu, is_causal=is_causal), normal(2, 9, FEATURES)
     want = [shortconv.definition(layer, sample, lambda _: shortconv.softmax(shortconv.numbers(layer.convolution.taps)))
             for sample in x]  # fmt: skip
     np.testing.assert_allclose(layer(x), want, atol=1e-5)
@@ -33,7 +33,7 @@ def test_the_formula(width, is_causal):
 
 def test_taps_sum_to_1_and_start_small():
     """A constant sequence of u is the mean of itself where the kernel lies inside; at the ends taps keep their share."""
-    layer = shortconv.bare(build(num_heads=4, conv_width=5))
+    layer = shortconv.bare(build(use_glu=False, num_heads=4, conv_width=5))
     y = layer(jnp.ones((1, 9, FEATURES)))
     np.testing.assert_allclose(y[:, 2:-2], 1, rtol=1e-6)
     assert (y[:, :2] < 1).all() and (y[:, -2:] < 1).all()
@@ -58,7 +58,7 @@ def test_a_wide_kernel_begins_with_the_cached_inputs():
 
 def test_dropout_drops_taps():
     """Of each group its own, of all tokens and samples the same; what stays is larger, so that the mean is that of all."""
-    layer = shortconv.bare(build(16, num_heads=16, conv_width=3, is_causal=True, dropout_rate=0.4))
+    layer = shortconv.bare(build(16, use_glu=False, num_heads=16, conv_width=3, is_causal=True, dropout_rate=0.4))
     impulse = jnp.zeros((2, 7, 16)).at[:, 2].set(1)
     plain = layer(impulse)
     layer.train()
@@ -89,7 +89,7 @@ def test_oracle(name):
     peer = oracle.load(name)
     heads, _, width = peer.weights["weight"].shape
     options = dict(num_heads=heads, conv_width=width, is_causal="causal" in name)
-    layer = shortconv.bare(build(peer.inputs["x"].shape[-1], **options))
+    layer = shortconv.bare(build(peer.inputs["x"].shape[-1], use_glu=False, **options))
 
     def run(inputs, w):
         ours = nnx.clone(layer)

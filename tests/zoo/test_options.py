@@ -188,10 +188,18 @@ SHAPED = [
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("lightconv", dict(num_heads=4), "num_heads", 8, {"convolution/taps": (31, 8)}),
     ("lightconv", dict(num_heads=4), "conv_width", 6, {"convolution/taps": (6, 4)}),
-    ("lightconv", dict(), "out_features", 5, {"out/kernel": (16, 5), "convolution/gate/kernel": (16, 32)}),
+    ("lightconv", dict(), "use_glu", False, {"convolution/input/kernel": (16, 16)}),
+    ("lightconv", dict(), "out_features", 5, {"out/kernel": (16, 5), "convolution/input/kernel": (16, 32)}),
     ("dynamicconv", dict(num_heads=4), "num_heads", 8, {"convolution/query/kernel": (16, 31, 8)}),
     ("dynamicconv", dict(num_heads=4), "conv_width", 6, {"convolution/query/kernel": (16, 6, 4)}),
-    ("dynamicconv", dict(), "out_features", 5, {"out/kernel": (16, 5), "convolution/gate/kernel": (16, 32)}),
+    ("dynamicconv", dict(), "use_glu", False, {"convolution/input/kernel": (16, 16)}),
+    ("dynamicconv", dict(), "out_features", 5, {"out/kernel": (16, 5), "convolution/input/kernel": (16, 32)}),
+    ("lsra", dict(), "num_heads", 2, {"attention/key/kernel": (8, 2, 4), "local/convolution/taps": (31, 2)}),
+    ("lsra", dict(), "conv_heads", 8, {"attention/key/kernel": (8, 4, 2), "local/convolution/taps": (31, 8)}),
+    ("lsra", dict(), "conv_width", 6, {"local/convolution/taps": (6, 4)}),
+    ("lsra", dict(), "is_dynamic", True, {"local/convolution/taps": None}),
+    ("lsra", dict(), "use_glu", False, {"local/convolution/input/kernel": (8, 8)}),
+    ("lsra", dict(), "out_features", 6, {"attention/out/kernel": (4, 2, 3), "local/out/kernel": (8, 3)}),
     ("synthesizer", dict(max_length=24), "synthesis", "random", {"dense/columns": None}),
     ("synthesizer", dict(max_length=24), "max_length", 30, {"dense/columns": (2, 8, 30)}),
     ("synthesizer", dict(max_length=24, num_heads=4), "num_kv_heads", 1, {"value/kernel": (16, 1, 4)}),
@@ -204,7 +212,8 @@ OF_HEADLESS = {"in_features", "is_causal", "rngs", "dtype", "param_dtype", "prec
 SHARED = OF_HEADLESS | {"num_heads", "qkv_features", "out_features", "in_kv_features", "use_bias", "kernel_init", "bias_init"}
 ALONE = {
     "linformer": {"projection"},
-    "softmax": {"dropout_rate", "broadcast_dropout"}, "lightconv": {"dropout_rate"}, "dynamicconv": {"dropout_rate"},
+    "softmax": {"dropout_rate", "broadcast_dropout"},
+    **{name: {"dropout_rate"} for name in ("lightconv", "dynamicconv", "lsra")},
     "synthesizer": {"is_fixed"}, "dss": {"normalization"}, "mega": {"bias"},
 }
 
@@ -225,6 +234,7 @@ MAPS = {
     "dss": 1,
     "dynamicconv": 3,
     "global": 11,
+    "lsra": 6,
     "mega": 3,
     "lightconv": 2,
     "longformer": 7,

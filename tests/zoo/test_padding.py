@@ -41,6 +41,7 @@ LAYERS = {
     "dss": ("dss", dict(state_size=8, normalization="softmax", max_length=40)),
     "lightconv": ("lightconv", dict(num_heads=4, conv_width=4)),
     "dynamicconv": ("dynamicconv", dict(num_heads=4, conv_width=4)),
+    "lsra": ("lsra", dict(num_heads=2, conv_width=4)),
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
 }

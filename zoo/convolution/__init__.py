@@ -6,4 +6,5 @@ reached through the layers above; a new token costs the same however long the te
 Choose
     lightconv: For the cheapest mixing of neighbours: its weights are a few hundred numbers, the same everywhere.
     dynamicconv: For text: what a word wants of its neighbours depends on the word.
+    lsra: For the same beside softmax attention: features that look far need not learn what is near.
 """

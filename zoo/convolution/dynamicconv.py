@@ -8,7 +8,7 @@ from flax import nnx
 from subquad.kernels import dispatch
 from subquad.zoo import dropout
 from subquad.zoo.base import Support
-from subquad.zoo.convolution.gated import GatedConvolution
+from subquad.zoo.convolution.short import ShortConvolution
 from subquad.zoo.headless import Headless
 
 
@@ -28,6 +28,7 @@ class DynamicConv(Headless):
         out_features: features F of the output. None: in_features.
         num_heads: H groups of consecutive features with taps of their own; must divide D.
         conv_width: taps K.
+        use_glu: gate the inputs of the convolution; False: u = W_I x.
         is_causal: a token sees itself and those before it.
         dropout_rate: probability of dropping a tap of a token, the paper's DropConnect; `train()` and `eval()` turn it on and
             off, off to begin with.
@@ -65,6 +66,7 @@ class DynamicConv(Headless):
         out_features: int | None = None,
         num_heads: int = 16,
         conv_width: int = 31,
+        use_glu: bool = True,
         is_causal: bool = False,
         dropout_rate: float = 0.0,
         dtype: Any = None,
@@ -77,9 +79,9 @@ class DynamicConv(Headless):
             in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
         )
         maps = dict(dtype=dtype, param_dtype=param_dtype, precision=precision)
-        self.convolution = GatedConvolution(
+        self.convolution = ShortConvolution(
             type(self).__name__, in_features, num_heads=num_heads, conv_width=conv_width, is_dynamic=True,
-            is_causal=is_causal, dropout_rate=dropout_rate, implementation=implementation, rngs=rngs, **maps,
+            use_glu=use_glu, is_causal=is_causal, dropout_rate=dropout_rate, implementation=implementation, rngs=rngs, **maps,
         )  # fmt: skip
         self.out = nnx.Linear(in_features, self.out_features, rngs=rngs, **maps)
         self.sees = self.convolution.sees

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch, precision, ssm
 from subquad.zoo import padding
 from subquad.zoo.base import Support
-from subquad.zoo.cache import KVCache, append, counts, places
+from subquad.zoo.cache import KVCache, append, counts, places, poisoned
 from subquad.zoo.checks import cache_dtype, check_sizes, check_word, refuse, require_extend
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.headless import Headless
@@ -272,7 +272,7 @@ class Mega(Headless):
             visible &= columns[:, None] // self.chunk_size == rows[..., None] // self.chunk_size
         keys, values = (x[:, :, 0].astype(query.dtype) for x in tokens[:2])
         outputs = self.gated(inputs, self.attend(query, keys, values, rows, columns, visible), *gates)
-        outputs = jnp.where((tokens.length > cache.key.shape[1])[:, None, None], jnp.nan, outputs)
+        outputs = poisoned(outputs, tokens)
         return outputs if order is None else order.unpack(outputs), MegaCache(*tokens, average)
 
 

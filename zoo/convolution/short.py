@@ -1,4 +1,4 @@
-"""The gated convolution of the lightweight and the dynamic layer: what comes before their output map."""
+"""The convolution of the lightweight and the dynamic layer: what comes before their output map."""
 
 import functools
 from typing import Any
@@ -14,10 +14,10 @@ from subquad.zoo.checks import check_rate, check_sizes, refuse
 from subquad.zoo.projection import in_pieces
 
 
-class GatedConvolution(nnx.Module):
-    """A convolution of gated inputs with taps that sum to 1, one set for each of H groups of consecutive features.
+class ShortConvolution(nnx.Module):
+    """A convolution with taps that sum to 1, one set for each of H groups of consecutive features.
 
-        u = glu(W_I x),   y_tc = sum_j p_jh u_{t-j, c},   h = floor(c H / D)
+        u = glu(W_I x), or W_I x,   y_tc = sum_j p_jh u_{t-j, c},   h = floor(c H / D)
         p_h = softmax(w_h), or of each token its own where it is dynamic: p_th = softmax((W_Q u_t)_h)
 
     j runs over 0 .. K - 1 where it is causal, else over K taps around 0. A tap before the first token, after the last or on
@@ -28,12 +28,13 @@ class GatedConvolution(nnx.Module):
         features: D; the outputs have as many.
         num_heads, conv_width: H and K.
         is_dynamic: taps of each token.
+        use_glu: with the gate.
         dropout_rate: of taps.
         maps: dtype, param_dtype and precision of the linear maps.
     """
 
     def __init__(
-        self, owner: str, features: int, *, num_heads: int, conv_width: int, is_dynamic: bool, is_causal: bool,
+        self, owner: str, features: int, *, num_heads: int, conv_width: int, is_dynamic: bool, use_glu: bool, is_causal: bool,
         dropout_rate: float, implementation: dispatch.Implementation | None, rngs: nnx.Rngs, **maps: Any,
     ):  # fmt: skip
         check_sizes(owner, num_heads=num_heads, conv_width=conv_width)
@@ -41,8 +42,8 @@ class GatedConvolution(nnx.Module):
         if features % num_heads:
             refuse(owner, "num_heads", num_heads, f"divide the {features} features of the convolution", "Choose a divisor.")
         self.num_heads, self.conv_width, self.dropout_rate = num_heads, conv_width, dropout_rate
-        self.features, self.is_causal, self.implementation = features, is_causal, implementation
-        self.gate = nnx.Linear(features, 2 * features, rngs=rngs, **maps)
+        self.features, self.use_glu, self.is_causal, self.implementation = features, use_glu, is_causal, implementation
+        self.input = nnx.Linear(features, 2 * features if use_glu else features, rngs=rngs, **maps)
         if is_dynamic:
             self.query = nnx.LinearGeneral(features, (conv_width, num_heads), use_bias=False, rngs=rngs, **maps)
         else:  # as the authors' code draws them
@@ -55,23 +56,23 @@ class GatedConvolution(nnx.Module):
         ahead = 0 if self.is_causal else (self.conv_width - 1) // 2
         return patterns.Band(self.conv_width - 1 - ahead, ahead)
 
-    def weights(self, gated: Float[Array, "B T D"]) -> Float[Array, "K H"] | Float[Array, "B T K H"]:
+    def weights(self, inputs: Float[Array, "B T D"]) -> Float[Array, "K H"] | Float[Array, "B T K H"]:
         """The taps, of which the first weighs the furthest token ahead."""
         if hasattr(self, "query"):
-            return in_pieces(lambda token: shares(self.query(token), gated.dtype), gated)
-        return shares(self.taps[...], gated.dtype)
+            return in_pieces(lambda token: shares(self.query(token), inputs.dtype), inputs)
+        return shares(self.taps[...], inputs.dtype)
 
     def __call__(
         self, inputs: Float[Array, "B T D"], mask: Bool[Array, "B 1 1 T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, dropout_rng=None, state: Float[Array, "B K-1 D"] | None = None,
     ):  # fmt: skip
-        """y; with a `state`, the gated inputs before the first token, also that after the last real one, in float32."""
-        gated = in_pieces(lambda token: nnx.glu(self.gate(token)), inputs)
-        weights = self.weights(gated)
+        """y; with a `state`, the last u before the first token, also that after the last real one, in float32."""
+        inputs = in_pieces(lambda token: nnx.glu(self.input(token)) if self.use_glu else self.input(token), inputs)
+        weights = self.weights(inputs)
         if dropout_rng is not None:
             weights = dropout.drop(dropout_rng, self.dropout_rate, weights)
         apply = functools.partial(
-            convolution.depthwise, gated, weights, mask=mask, segment_ids=segment_ids, is_causal=self.is_causal,
+            convolution.depthwise, inputs, weights, mask=mask, segment_ids=segment_ids, is_causal=self.is_causal,
             implementation=self.implementation,
         )  # fmt: skip
         if state is None:
