@@ -50,11 +50,12 @@ from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mega import Mega
+from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "LAYERS", "LRU", "LSRA", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
+    "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
     "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention",
     "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "FNet",
     "FeedForward", "GlobalAttention", "InformerAttention", "KernelizedAttention", "LightConv", "LinearAttention",

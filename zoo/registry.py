@@ -43,6 +43,7 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mega import Mega
+from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
@@ -83,6 +84,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "mega": Mega,
     "s5": S5,
     "lru": LRU,
+    "rglru": RGLRU,
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,
     "lsra": LSRA,

@@ -53,6 +53,7 @@ LAYERS = {
     "lightconv": {},
     "dynamicconv": {},
     "lsra": dict(num_heads=8),
+    "rglru": {},
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),

@@ -46,6 +46,7 @@ LAYERS = {
     "lightconv": {},
     "dynamicconv": {},
     "lsra": HEADS,
+    "rglru": {},
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

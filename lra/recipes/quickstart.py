@@ -50,6 +50,7 @@ QUICKSTART = Recipe(
         "lightconv": {},
         "dynamicconv": {},
         "lsra": dict(num_heads=4),
+        "rglru": {},
         "fnet": {},
         "entmax": dict(num_heads=4),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

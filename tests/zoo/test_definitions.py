@@ -254,12 +254,13 @@ def test_short_convolutions(name, width, is_causal):
     ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
     ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("mega", {}), ("entmax", dict(num_heads=2)),
-    ("fnet", {}), ("lsra", {}),
+    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_all_others_may_see_all(name, options, is_causal):
-    if is_causal and not zoo.LAYERS[name].supports.causal:
-        pytest.skip("bidirectional only")
+    supports = zoo.LAYERS[name].supports
+    if not (supports.causal if is_causal else supports.bidirectional):
+        pytest.skip("not in this direction")
     layer = zoo.make(name, in_features=8, is_causal=is_causal, rngs=nnx.Rngs(0), **options)
     check(layer, 1, lambda h, t, s: s <= t or not is_causal)

@@ -120,8 +120,7 @@ class LSRA(Headless):
         self.attention = SoftmaxAttention(num_heads, half, broadcast_dropout=False, implementation=implementation, **same)
         self.local = (DynamicConv if is_dynamic else LightConv)(
             half, num_heads=conv_heads, conv_width=conv_width, use_glu=use_glu,
-            implementation="reference" if implementation == "reference" else None,  # it has no kernel of its own to name
-            **same,
+            implementation=dispatch.reference_or_best(implementation), **same,
         )
 
     def __call__(

@@ -90,7 +90,6 @@ class ShortConvolution(nnx.Module):
         return self(inputs, mask, state=state)
 
 
-@precision.promoting
 def shares(logits: Float[Array, "*B K H"], dtype) -> Float[Array, "*B K H"]:
     """The softmax over taps, made in float32."""
-    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-2).astype(dtype)
+    return jax.nn.softmax(precision.wide(logits), axis=-2).astype(dtype)
