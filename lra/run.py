@@ -34,7 +34,8 @@ class Run:
         pooling: of the real tokens; "cls" prepends a token of its own and reads that.
         positions: "learned", "sinusoidal" or None.
         dropout_rate: of embeddings, of what mixers and feed-forward networks put out, and inside the latter.
-        attention_dropout_rate: of attention weights, for layers that make them; each sample and head drops its own.
+        attention_dropout_rate: of attention weights, for layers that make them, where each sample and head drops its own; or of
+            the taps of a short convolution.
         norm: "layer", "rms" or "batch", whose statistics are of real tokens and are kept in the checkpoint.
         norm_order: "pre", before mixer and network, and once more at the end; or "post", after each residual sum.
         steps: optimiser steps.

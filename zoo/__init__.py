@@ -15,6 +15,9 @@ from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.lightconv import LightConv
+from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
@@ -51,17 +54,18 @@ from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mega import Mega
+from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
-    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
-    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InducedSetAttention",
-    "InformerAttention", "KernelizedAttention", "LinearAttention", "LinformerAttention", "LinformerProjection",
-    "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention",
-    "NystromAttention", "PerceiverAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention",
-    "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention",
-    "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks",
-    "positions", "stream",
+    "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
+    "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention",
+    "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "FNet",
+    "FeedForward", "GlobalAttention", "InducedSetAttention", "InformerAttention", "KernelizedAttention", "LightConv",
+    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention",
+    "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention",
+    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention",
+    "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

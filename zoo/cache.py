@@ -78,9 +78,9 @@ def write(cached, new, start: Int[Array, "B"], mask, axis: int = 1):
     return jax.lax.fori_loop(0, len(new), put, cached)
 
 
-def poisoned(heads: Float[Array, "B T N V"], cache) -> Float[Array, "B T N V"]:
+def poisoned(outputs: Float[Array, "B T *features"], cache) -> Float[Array, "B T *features"]:
     """The outputs, NaN for samples that have had more tokens than the cache has slots."""
-    return jnp.where((cache.length > room(cache))[:, None, None, None], jnp.nan, heads)
+    return jnp.where((cache.length > room(cache)).reshape(-1, *(1,) * (outputs.ndim - 1)), jnp.nan, outputs)
 
 
 def room(cache) -> int:

@@ -48,22 +48,32 @@ def flat(function):
     return run
 
 
-def in_pieces(function, *arrays):
-    """The function of every token of arrays [B, T, ...] of floating-point numbers, on a CPU a piece of the tokens at a time.
+def in_pieces(function, *arrays, least: int = 64):
+    """The function of every token of arrays [B, T, ...], on a CPU a piece of the tokens at a time.
 
     The backward pass keeps the arrays, and nothing of what the function makes on the way.
 
     Args:
         function: of arrays [N, ...]; returns one [N, ...], for any N. Parameters that it closes over have gradients too.
+        least: tokens of a piece, however large they are.
     """
     batch, length = arrays[0].shape[:2]
     bytes_of_token = 4 * batch * max(math.prod(x.shape[2:]) for x in arrays)
     if jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
         return flat(function)(*arrays)
-    size = min(length, max(64, PIECE_BYTES // bytes_of_token))
+    size = min(length, max(least, PIECE_BYTES // bytes_of_token))
     pieces = (jax.ShapeDtypeStruct((batch, size, *x.shape[2:]), x.dtype) for x in arrays)
     converted, parameters = jax.closure_convert(flat(function), *pieces)
     return piece_by_piece(converted, size, parameters, arrays)
+
+
+def in_rows(function, *arrays):
+    """The function of every row of arrays [R, ...], a head of a sample each, on a CPU a few long rows at a time.
+
+    Args:
+        function: of arrays [r, ...]; returns one [r, ...], for any r.
+    """
+    return in_pieces(function, *(x[None] for x in arrays), least=1)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -100,12 +110,13 @@ def backward(function, size, saved, gradients):
         _, pull = jax.vjp(lambda parameters, pieces: function(*pieces, *parameters), parameters, pieces)
         grad_parameters, grad_pieces = pull(cotangent)
         totals = [total + x.astype(total.dtype) for total, x in zip(totals, grad_parameters, strict=True)]
-        return totals, [put(x, piece, start) for x, piece in zip(grads, grad_pieces, strict=True)]
+        return totals, [None if x is None else put(x, piece, start) for x, piece in zip(grads, grad_pieces, strict=True)]
 
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
-    totals, grads = jax.lax.fori_loop(0, count, step, (totals, [empty(x, gradients) for x in arrays]))
+    grads = [empty(x, gradients) if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in arrays]
+    totals, grads = jax.lax.fori_loop(0, count, step, (totals, grads))
     totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
-    return totals, tuple(from_uint_bits(x, like.dtype) for x, like in zip(grads, arrays, strict=True))
+    return totals, tuple(x if x is None else from_uint_bits(x, like.dtype) for x, like in zip(grads, arrays, strict=True))
 
 
 piece_by_piece.defvjp(forward, backward)

@@ -13,6 +13,9 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
+from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.lightconv import LightConv
+from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
@@ -44,6 +47,7 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mega import Mega
+from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
@@ -88,6 +92,10 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "mega": Mega,
     "s5": S5,
     "lru": LRU,
+    "rglru": RGLRU,
+    "lightconv": LightConv,
+    "dynamicconv": DynamicConv,
+    "lsra": LSRA,
 }
 
 

@@ -137,7 +137,11 @@ CASES = {
         Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),
         Case("dss", dict(state_size=8), dict(state_size=16)),
         Case("lru", dict(state_size=8), dict(state_size=64)),
+        Case("rglru", dict(hidden_features=12, num_blocks=3), dict(num_blocks=8)),
         Case("s5", dict(state_size=8, num_blocks=2, gate="full"), dict(state_size=64)),
+        Case("lightconv", dict(num_heads=4, conv_width=5), dict(num_heads=8, conv_width=15)),
+        Case("dynamicconv", dict(num_heads=4, conv_width=5), dict(num_heads=8, conv_width=15)),
+        Case("lsra", dict(num_heads=2, conv_heads=4, conv_width=5), dead=("attention/key/bias",)),
         # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.
         Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
         Case("entmax", dict(num_heads=4, num_kv_heads=2, alpha="learned"), dead=SOFTMAX_INVARIANT),
