@@ -9,9 +9,7 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from subquad.kernels import lsh
 from subquad.zoo.base import Attention, options_of
-from subquad.zoo.lowrank.linformer import LinformerProjection
 
 from .cases import FEATURES, inputs
 
@@ -344,29 +342,6 @@ def test_s4s_gate_is_the_second_half():
         plain.out.kernel[...], plain.out.bias[...] = layer.out.kernel[..., half], layer.out.bias[half]
         halves.append(run(nnx.state(plain)))
     np.testing.assert_allclose(jax.jit(lambda: layer(x))(), halves[0] * jax.nn.sigmoid(halves[1]), atol=1e-5)
-
-
-@pytest.mark.parametrize("given", [
-    dict(chunks_before=0, chunks_after=2, scale=0.7, reach="chunk"),
-    dict(chunks_before=2, chunks_after=0, scale=None, reach="bucket", correct_duplicates=False),
-    dict(chunks_before=1, chunks_after=1, scale=1.0, reach="ring", correct_duplicates=False),
-], ids=str)
-def test_reformer_hands_its_options_on(given):
-    layer = build("reformer", num_hashes=2, num_buckets=4, chunk_size=4, is_causal=True, **given)
-    query, value = (jax.random.normal(jax.random.key(seed), (2, LENGTH, 2, 8)) for seed in range(2))
-    mask = jnp.ones((2, 1, 1, LENGTH), bool).at[0, ..., 20:].set(False)
-    buckets = lsh.hash_buckets(query, layer.rotations[...], factors=(4,))
-    want = lsh.attention(query, value, buckets, num_buckets=4, chunk_size=4, mask=mask, is_causal=True, **given)
-    np.testing.assert_allclose(layer.attend(query, query, value, mask), want, atol=1e-6)
-
-
-def test_linformer_mixes_with_the_projection_it_is_given():
-    given = LinformerProjection(LENGTH, 4, num_heads=2, share_key_value=False, rngs=nnx.Rngs(5))
-    layer = build("linformer", sharing="layerwise", projection=given)
-    assert layer.projection is given
-    owned = build("linformer", max_length=LENGTH, num_landmarks=4, sharing="none")
-    nnx.update(owned, nnx.state(layer))
-    np.testing.assert_array_equal(layer(inputs(LENGTH)), owned(inputs(LENGTH)))
 
 
 # The shell.
