@@ -24,6 +24,7 @@ from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
+from subquad.zoo.experts import Experts, RouterLosses
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
@@ -61,11 +62,12 @@ from subquad.zoo.statespace.s5 import S5
 __all__ = [
     "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
     "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention",
-    "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "FNet",
-    "FeedForward", "GlobalAttention", "InducedSetAttention", "InformerAttention", "KernelizedAttention", "LightConv",
-    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention",
+    "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "Experts",
+    "FNet", "FeedForward", "GlobalAttention", "InducedSetAttention", "InformerAttention", "KernelizedAttention",
+    "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention",
     "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention",
-    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention",
-    "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RouterLosses", "RoutingAttention",
+    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
+    "stream",
 ]  # fmt: skip
