@@ -132,6 +132,7 @@ FIXED = {
     "system/input_matrix",
     "system/log_decay",
     "system/low_rank",
+    "taps_bias",
 }
 
 
