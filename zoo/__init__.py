@@ -32,6 +32,7 @@ from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
+from subquad.zoo.lowrank.luna import LunaAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.lowrank.skyformer import SkyformerAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
@@ -59,9 +60,9 @@ __all__ = [
     "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention",
     "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "FNet",
     "FeedForward", "GlobalAttention", "InformerAttention", "KernelizedAttention", "LightConv", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "Mega",
-    "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
-    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
-    "stream",
+    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention",
+    "LunaAttention", "Mega", "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature",
+    "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
+    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -117,6 +117,14 @@ class EfficientCache(NamedTuple):
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
+class LunaCache(NamedTuple):
+    """Sums over the tokens so far of their weight in each slot times their key, and times their value."""
+
+    keys: Float[Array, "B N H L"]
+    values: Float[Array, "B N L H"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
 class TransformerXLCache(NamedTuple):
     """The layer's inputs of each sample's last P = memory_length + segment_length - 1 real tokens, the newest last."""
 

@@ -161,7 +161,10 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         self.check(tokens, mask, segment_ids)
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
-        rngs = call_rngs(rngs)
+        return self.transform(hidden, mask, segment_ids, deterministic, call_rngs(rngs))
+
+    def transform(self, hidden: Float[Array, "B T D"], mask, segment_ids, deterministic, rngs) -> Float[Array, "B T D"]:
+        """What follows the embeddings: dropout, blocks, the last norm."""
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         is_deterministic = bool(self.dropout.deterministic if deterministic is None else deterministic)
         call = dict(mask=None if mask is None else mask[:, None, None, :])

@@ -27,6 +27,7 @@ from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
+from subquad.zoo.lowrank.luna import LunaAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.lowrank.skyformer import SkyformerAttention
 from subquad.zoo.patterns.axial import AxialAttention
@@ -74,6 +75,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "skyformer": SkyformerAttention,
+    "luna": LunaAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,

@@ -76,12 +76,18 @@ _run.defvjp(_forward, _backward)
 
 
 def through(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
+    """The mean of the two `streams`, [B, T, D], in the dtype of `hidden`."""
+    first, second = streams(blocks, hidden, call, deterministic, rngs)
+    return ((first + second) / 2).astype(hidden.dtype)
+
+
+def streams(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
     """Features through blocks (`zoo.Block`, of norm_order "pre") as reversible layers; both streams start as the features.
 
     Args:
         call: of the mixers: mask and segment_ids.
         deterministic, rngs: as in a call of a block.
-    Returns: the mean of the two streams, [B, T, D], in the dtype of `hidden`.
+    Returns: the two streams, [B, T, D] each, in float32 at least.
     """
     halves, parameters, others = [], [], []
     for block in blocks:
@@ -93,8 +99,7 @@ def through(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], determi
         parameters.append(trained)
         others.append((rest, keys, call))
     stream = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    first, second = run(halves, parameters, others, stream, stream)
-    return ((first + second) / 2).astype(hidden.dtype)
+    return run(halves, parameters, others, stream, stream)
 
 
 def _mixed(graph, deterministic, dtype, trained, other, stream):

@@ -31,6 +31,7 @@ LAYERS = {
     "nystrom": dict(num_heads=4, num_landmarks=16),
     "kernelized": dict(num_heads=4, is_causal=True),
     "skyformer": dict(num_heads=4, num_landmarks=16),
+    "luna": dict(num_heads=4, is_causal=True, num_slots=16),
     "linear": dict(num_heads=4, is_causal=True),
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "cosformer": dict(num_heads=4, is_causal=True, max_length="{length}"),

@@ -40,6 +40,7 @@ LAYERS = {
     "nystrom": HEADS,
     "kernelized": HEADS,
     "skyformer": HEADS,
+    "luna": HEADS,
     "linear": HEADS,
     "performer": dict(HEADS, num_features=2),
     "cosformer": dict(HEADS, max_length="{length}"),

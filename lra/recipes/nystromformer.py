@@ -33,6 +33,7 @@ LAYERS = {
     "nystrom": dict(HEADS, num_landmarks=64, conv_width=35),
     "kernelized": HEADS,
     "skyformer": dict(HEADS, num_landmarks=128),
+    "luna": dict(HEADS, num_slots=256),
     "linear": HEADS,
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "cosformer": dict(HEADS, max_length="{length}"),

@@ -37,6 +37,7 @@ QUICKSTART = Recipe(
         "nystrom": dict(num_heads=4, num_landmarks=16),
         "kernelized": dict(num_heads=4),
         "skyformer": dict(num_heads=4, num_landmarks=16),
+        "luna": dict(num_heads=4, num_slots=16),
         "linear": dict(num_heads=4),
         "performer": dict(num_heads=4, num_features=32),
         "cosformer": dict(num_heads=4, max_length="{length}"),

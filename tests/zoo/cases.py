@@ -108,6 +108,7 @@ CASES = {
             "nystrom", dict(num_heads=2, num_landmarks=6, conv_width=5), dict(num_heads=4, num_landmarks=64),
             dead=SOFTMAX_INVARIANT,
         ),
+        Case("luna", dict(num_heads=2, num_slots=6), dict(num_heads=4, num_slots=64)),
         Case("linear", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
         Case("cosformer", dict(num_heads=2, num_kv_heads=1, max_length=100), dict(num_heads=4, max_length=LONG)),

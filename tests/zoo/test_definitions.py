@@ -248,6 +248,7 @@ def test_short_convolutions(name, width, is_causal):
     ("cosformer", dict(num_heads=2, max_length=30)),
     ("nystrom", dict(num_heads=2)),
     ("linformer", dict(num_heads=2, max_length=30)),
+    ("luna", dict(num_heads=2, num_slots=5)),
     ("routing", dict(num_heads=2)),
     ("smyrf", dict(num_heads=2)),
     ("informer", dict(num_heads=2)),

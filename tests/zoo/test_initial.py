@@ -76,6 +76,10 @@ def test_linformer(heads, shared):
     check_moments(build("linformer", max_length=100, num_landmarks=30).projection.key[...], 1 / 100)
 
 
+def test_luna():
+    check_moments(build("luna", num_slots=100).slots[...], 1.0)
+
+
 def test_performer():
     rows = np.asarray(build("performer", num_features=4000).projection[...])
     size = FEATURES // 2
