@@ -5,7 +5,7 @@
     >>> layer = zoo.make("softmax", in_features=64, num_heads=4, rngs=nnx.Rngs(0))
 """
 
-from subquad.zoo import masks, positions
+from subquad.zoo import interop, masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.clustered import ClusteredAttention
@@ -68,6 +68,6 @@ __all__ = [
     "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention",
     "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RouterLosses", "RoutingAttention",
     "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
-    "stream",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip
