@@ -36,9 +36,6 @@ class Run:
         dropout_rate: of embeddings, of what mixers and feed-forward networks put out, and inside the latter.
         attention_dropout_rate: of attention weights, for layers that make them, where each sample and head drops its own; or of
             the taps of a short convolution.
-        norm: "layer", "rms" or "batch", whose statistics are of real tokens and are kept in the checkpoint.
-        norm_order: "pre", before mixer and network, and once more at the end; or "post", after each residual sum.
-        attention_dropout_rate: of attention weights, for layers that make them; each sample and head drops its own.
         drop_path_rate: probability that a sample goes past the halves of the last block; layer l of L has l / L of it.
         norm: "layer", "rms", "scale" (ScaleNorm), or "batch", whose statistics are of real tokens and kept in the checkpoint.
         norm_order: "pre", before mixer and network, and once more at the end; "post", after each residual sum; or "macaron", a

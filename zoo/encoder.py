@@ -206,8 +206,8 @@ class Encoder(nnx.Module):
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
         return self.transform(hidden, mask, segment_ids, deterministic, call_rngs(rngs))
 
-    def transform(self, hidden: Float[Array, "B T D"], mask, segment_ids, deterministic, rngs) -> Float[Array, "B T D"]:
-        """What follows the embeddings: dropout, blocks, the last norm."""
+    def transform(self, hidden: Float[Array, "B T D"], mask, segment_ids, deterministic, rngs):
+        """What follows the embeddings, dropout, blocks and the last norm -> (features, losses of the experts' routers)."""
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         is_deterministic = bool(self.dropout.deterministic if deterministic is None else deterministic)
         call = dict(mask=None if mask is None else mask[:, None, None, :])

@@ -82,9 +82,9 @@ _run.defvjp(_forward, _backward)
 
 
 def through(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
-    """The mean of the two `streams`, [B, T, D], in the dtype of `hidden`."""
-    first, second = streams(blocks, hidden, call, deterministic, rngs)
-    return ((first + second) / 2).astype(hidden.dtype)
+    """(the mean of the two `streams`, [B, T, D], in the dtype of `hidden`; losses of the experts' routers)."""
+    first, second, losses = streams(blocks, hidden, call, deterministic, rngs)
+    return ((first + second) / 2).astype(hidden.dtype), losses
 
 
 def streams(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
@@ -93,8 +93,7 @@ def streams(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], determi
     Args:
         call: of the mixers: mask and segment_ids.
         deterministic, rngs: as in a call of a block.
-    Returns: the two streams, [B, T, D] each, in float32 at least.
-    Returns: (the mean of the two streams, [B, T, D], in the dtype of `hidden`; losses of the experts' routers).
+    Returns: the two streams, [B, T, D] each, in float32 at least, and the losses of the experts' routers.
     """
     halves, parameters, others = [], [], []
     for block in blocks:
@@ -107,8 +106,6 @@ def streams(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], determi
         others.append((rest, keys, call))
     stream = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
     return run(halves, parameters, others, stream, stream)
-    first, second, losses = run(halves, parameters, others, stream, stream)
-    return ((first + second) / 2).astype(hidden.dtype), losses
 
 
 def _mixed(graph, deterministic, dtype, trained, other, stream):
