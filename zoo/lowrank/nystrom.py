@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import convolution, matrix, precision, softmax
+from subquad.kernels import convolution, dispatch, matrix, precision, softmax
 from subquad.kernels.axes import KeyMask
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes
@@ -88,8 +88,9 @@ class NystromAttention(Attention):
         if self.taps is None:
             return outputs
         flat, taps = value.reshape(*value.shape[:2], -1), self.taps[...].astype(value.dtype)
-        kind = "reference" if self.implementation == "reference" else None  # it has no kernel of its own to name
-        local = convolution.depthwise(flat, taps, mask=mask, implementation=kind)
+        local = convolution.depthwise(
+            flat, taps, mask=mask, implementation=dispatch.reference_or_best(self.implementation)
+        )
         return outputs + local.reshape(value.shape)
 
     def invert(self, between: Float[Array, "B N M M"]) -> Float[Array, "B N M M"]:

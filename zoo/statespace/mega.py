@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch, precision, ssm
 from subquad.zoo import padding
 from subquad.zoo.base import Support
-from subquad.zoo.cache import KVCache, append, counts, places
+from subquad.zoo.cache import KVCache, append, counts, places, poisoned
 from subquad.zoo.checks import cache_dtype, check_sizes, check_word, refuse, require_extend
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.headless import Headless
@@ -228,7 +228,7 @@ class Mega(Headless):
         return outputs if self.out is None else self.out(outputs)
 
     @compile_once
-    def _call(self, inputs, mask, segment_ids):
+    def _call(self, inputs, mask, segment_ids, draws):
         length = inputs.shape[1]
         if self.max_length is not None and length > self.max_length:
             refuse(type(self).__name__, "the number of tokens", length, f"be at most max_length = {self.max_length}",
@@ -278,7 +278,7 @@ class Mega(Headless):
             visible &= columns[:, None] // self.chunk_size == rows[..., None] // self.chunk_size
         keys, values = (x[:, :, 0].astype(query.dtype) for x in tokens[:2])
         outputs = self.gated(inputs, self.attend(query, keys, values, rows, columns, visible), *gates)
-        outputs = jnp.where((tokens.length > cache.key.shape[1])[:, None, None], jnp.nan, outputs)
+        outputs = poisoned(outputs, tokens)
         return outputs if order is None else order.unpack(outputs), MegaCache(*tokens, average)
 
 
