@@ -53,7 +53,7 @@ QUICKSTART = Recipe(
         "mega": dict(state_size=4, shared_features=16, value_features=64),
         "lru": dict(state_size=64),
         "lightconv": {},
-        "dynamicconv": {},
+        "dynamicconv": dict(num_heads=4, conv_width=15),
         "lsra": dict(num_heads=4),
         "rglru": {},
         "fnet": {},

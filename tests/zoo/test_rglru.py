@@ -65,19 +65,12 @@ def test_a_closed_gate_keeps_the_state_and_an_open_one_forgets():
 
 
 def test_where_it_starts():
-    """sigmoid(Lambda)^c is uniform between 0.9 and 0.999; taps are small; states are about as large as what drives them."""
+    """sigmoid(Lambda)^c is uniform between 0.9 and 0.999; taps are small."""
     layer = RGLRU(64, hidden_features=4096, num_blocks=64, rngs=nnx.Rngs(0))
     power = sigmoid(layer.decay[...]) ** 8
     shares = np.linspace(0.05, 0.95, 7)
     np.testing.assert_allclose(np.quantile(power, shares), 0.9 + 0.099 * shares, atol=0.005)
     assert np.std(layer.taps[...]) == pytest.approx(0.05, rel=0.05)
-    drive = normal(1, 2000, 4096, seed=1)
-    wide = jnp.zeros((1, 1, 4096)) + layer.log_decay(jnp.zeros((1, 4096)))  # r = 1/2
-    scaled = np.sqrt(-np.expm1(2 * wide[0, 0])) * drive[0]
-    decay, state = np.exp(np.float64(wide[0, 0])), np.zeros(4096)
-    for token in scaled:
-        state = decay * state + token
-    assert np.std(state) == pytest.approx(1, rel=0.1)
 
 
 def test_packed_sequences_are_as_alone():

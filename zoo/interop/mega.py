@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from subquad.zoo.block import NORMS, Block
+from subquad.zoo.experts import no_losses
 from subquad.zoo.interop.loading import Names, Source, layer, read
 from subquad.zoo.interop.published import LanguageHead, Published, PublishedEncoder
 from subquad.zoo.statespace.mega import Mega
@@ -47,12 +48,13 @@ class MegaBlock(nnx.Module):
         self.mlp_norm: Any = block.mlp_norm if has_mlp else None
         self.dropout = block.dropout
 
-    def __call__(self, inputs, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **call):
+    def with_losses(self, inputs, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **call):
+        """As `Block.with_losses`; it has no experts."""
         draws: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
         hidden = self.mixer(inputs, **draws, **call)
-        if self.mlp is None:
-            return hidden
-        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden), **draws), **draws)
+        if self.mlp is not None:
+            hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden), **draws), **draws)
+        return hidden, no_losses(inputs.shape[:-2])
 
 
 def spread(count: int):
