@@ -5,7 +5,7 @@
     >>> layer = zoo.make("softmax", in_features=64, num_heads=4, rngs=nnx.Rngs(0))
 """
 
-from subquad.zoo import masks, positions
+from subquad.zoo import interop, masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.clustered import ClusteredAttention
@@ -24,6 +24,7 @@ from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
+from subquad.zoo.experts import Experts, RouterLosses
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.interchange import attention_fn
@@ -61,11 +62,12 @@ from subquad.zoo.statespace.s5 import S5
 __all__ = [
     "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
     "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention",
-    "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "FNet",
-    "FeedForward", "GlobalAttention", "InducedSetAttention", "InformerAttention", "KernelizedAttention", "LightConv",
-    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention",
+    "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "Experts",
+    "FNet", "FeedForward", "GlobalAttention", "InducedSetAttention", "InformerAttention", "KernelizedAttention",
+    "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention",
     "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention",
-    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention",
-    "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions", "stream",
+    "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RouterLosses", "RoutingAttention",
+    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

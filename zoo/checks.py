@@ -86,10 +86,10 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
             refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
 
 
-def check_rate(owner: str, rate: float) -> None:
-    """Refuses a dropout rate that is no probability."""
+def check_rate(owner: str, rate: float, name: str = "dropout_rate") -> None:
+    """Refuses a rate that is no probability."""
     if not 0 <= rate <= 1:
-        refuse(owner, "dropout_rate", rate, "be in 0..1", "It is the probability of dropping a number.")
+        refuse(owner, name, rate, "be in 0..1", "It is a probability of dropping.")
 
 
 def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:

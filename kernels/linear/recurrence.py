@@ -191,5 +191,30 @@ def cumulate(log_decay):
     """
     log_decay = jnp.maximum(log_decay, SMALLEST_LOG_DECAY)
     coarse = UNIT * jnp.round(jax.lax.stop_gradient(log_decay) / UNIT)
-    start = jnp.zeros_like(log_decay[:, :, :1])
-    return [jnp.cumsum(jnp.concatenate([start, part], 2), 2) for part in (coarse, log_decay - coarse)]
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 3))
+    if log_decay.ndim > 3 and log_decay.shape[3] > 1:  # where it would be half of the backward pass
+        return [jnp.cumsum(pad(part), 2) for part in (coarse, log_decay - coarse)]
+    return [jnp.cumsum(pad(coarse), 2), running_sum(pad(log_decay - coarse), pad(log_decay <= SMALLEST_LOG_DECAY))]
+
+
+@jax.custom_vjp
+def running_sum(x, forgets):
+    """The sums of x [B, N, C] or [B, N, C, 1] along C, whose gradient stops at the next token that forgets.
+
+    The whole gradient of what is beyond it is 0, but as a sum it is 0 to rounding only: then a segment would move another's.
+    """
+    return jnp.cumsum(x, 2)
+
+
+def running_sum_backward(forgets, gradient):
+    size = gradient.shape[2]
+    sums = jax.lax.cumsum(gradient, 2, reverse=True)
+    at = jnp.arange(size).reshape(size, *(1,) * (gradient.ndim - 3))
+    stops = jax.lax.cummin(jnp.where(forgets, at, size), axis=2, reverse=True)  # the first from each token on
+    widths = [(0, 0), (0, 0), (0, 1)] + [(0, 0)] * (gradient.ndim - 3)
+    after = jnp.pad(stops, widths, constant_values=size)[:, :, 1:]
+    beyond = jnp.take_along_axis(jnp.pad(sums, widths), after, axis=2, mode="promise_in_bounds")
+    return sums - beyond, None
+
+
+precision.define_passes(running_sum, lambda x, forgets: (jnp.cumsum(x, 2), forgets), running_sum_backward)

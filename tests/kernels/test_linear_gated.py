@@ -251,6 +251,20 @@ def test_float16_and_bfloat16_differ_by_their_last_rounding():
         assert oracle.relative_error(state, last) < 1e-5
 
 
+@pytest.mark.parametrize("by", [-np.inf, -1e4])
+def test_decays_before_a_token_that_forgets_have_no_gradient_from_what_follows(by):
+    """Their sum over what follows would be 0 to rounding only."""
+    arrays = draw("heads", 150)
+    arrays["log_decay"][:, 100] = by
+
+    def later(log_decay, implementation):
+        return jnp.sum(jnp.sin(linear.gated(**arrays | dict(log_decay=log_decay), implementation=implementation)[:, 100:]))
+
+    got, want = (jax.jit(jax.grad(later), static_argnums=1)(arrays["log_decay"], i) for i in (None, "reference"))
+    assert (got[:, :101] == 0).all()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_too_wide_for_the_delta_rule_is_declined_with_the_reason():
     arrays = draw("delta", 20, features=200)
     with launch.recording(), pytest.raises(launch.Declined, match="heads of at most 128 features"):

@@ -138,6 +138,7 @@ FIXED = {
     "system/input_matrix",
     "system/log_decay",
     "system/low_rank",
+    "taps_bias",
 }
 
 

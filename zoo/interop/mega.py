@@ -43,13 +43,14 @@ class MegaBlock(nnx.Module):
 
     def __init__(self, block: Block, has_mlp: bool):
         self.mixer: Any = block.mixer
-        self.mlp, self.mlp_norm = (block.mlp, block.mlp_norm) if has_mlp else (None, None)
+        self.mlp: Any = block.mlp if has_mlp else None
+        self.mlp_norm: Any = block.mlp_norm if has_mlp else None
         self.dropout = block.dropout
 
     def __call__(self, inputs, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **call):
         draws: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
         hidden = self.mixer(inputs, **draws, **call)
-        if self.mlp is None or self.mlp_norm is None:
+        if self.mlp is None:
             return hidden
         return hidden + self.dropout(self.mlp(self.mlp_norm(hidden), **draws), **draws)
 

@@ -122,7 +122,7 @@ class PublishedEncoder(Encoder):
                 refuse("PublishedEncoder", "token_types", "an array", "be None", "This checkpoint has no token types.")
             check_tokens("PublishedEncoder", "token_types", token_types, mask, vocab_size=self.token_types.num_embeddings)
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask), mask, token_types)
-        return self.transform(hidden, mask, None, deterministic, call_rngs(rngs))
+        return self.transform(hidden, mask, None, deterministic, call_rngs(rngs))[0]
 
 
 class LanguageHead(nnx.Module):

@@ -91,8 +91,8 @@ class ReformerEncoder(PublishedEncoder):
         set_epsilon(self, epsilon)
 
     def run_blocks(self, hidden, call, deterministic, rngs):
-        streams = reversible.streams(self.blocks, hidden, call, deterministic, rngs)
-        return jnp.concatenate(streams, axis=-1).astype(hidden.dtype)
+        first, second, losses = reversible.streams(self.layers, hidden, call, deterministic, rngs)
+        return jnp.concatenate([first, second], axis=-1).astype(hidden.dtype), losses
 
 
 def build(config: Mapping[str, Any], options: Mapping[str, Any], *, has_head: bool, rngs: nnx.Rngs, **dtypes) -> Published:

@@ -112,7 +112,8 @@ class RGLRU(Headless):
             convolution.depthwise, hidden, taps, is_causal=True, mask=mask, segment_ids=segment_ids,
             implementation=dispatch.reference_or_best(self.implementation),
         )
-        outputs, state = (apply(), None) if state is None else apply(initial_state=state, return_state=True)
+        results: Any = apply() if state is None else apply(initial_state=state, return_state=True)
+        outputs, state = (results, None) if state is None else results
         return outputs + bias[None, None], state
 
     @precision.promoting
