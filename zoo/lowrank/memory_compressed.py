@@ -29,10 +29,10 @@ class MemoryCompressedAttention(Attention):
 
     Cost: time O(T S N H / C), memory O(T + S); one extended token O(S N H / C) after S tokens, cache O(S / C).
     Differs from the paper: it does not say what a token sees before the first block is over; here its own block, uncompressed,
-        also later. Its code gives all tokens the first one for a key; a well-known package, a learned one (`null_key`), with
-        which a token sees a block from its last token on. Convolutions here mix the features of a head, not those of all heads.
-        Blocks count from the first token. Where T is no multiple of C, the last block is filled with 0. Rotary positions are
-        not the paper's: keys are rotated before they are compressed. Section number from memory.
+        also later. Its code, known here by a port, compresses inputs and not keys, and shows all tokens the first; a well-known
+        package has a learned key (`null_key`), and shows a block from its last token on. Convolutions here mix the features of
+        a head, not those of all heads. Blocks count from the first token; the last one, if it is not whole, is filled with 0.
+        Rotary positions are not the paper's: keys are rotated before they are compressed. Section number from memory.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
