@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,12 @@ class Projection(nnx.LinearGeneral):
     def __call__(self, inputs):
         apply = super().__call__
         return in_pieces(apply, inputs) if uint_bits_dtype(inputs.dtype) != inputs.dtype else flat(apply)(inputs)
+
+
+def projection(shell: Mapping[str, Any], inputs, outputs, *, axis=-1, rngs: nnx.Rngs) -> Projection:
+    """One more projection of an attention layer, as the options of its shell say that projections are."""
+    words = ("use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
+    return Projection(inputs, outputs, axis=axis, rngs=rngs, **{word: shell[word] for word in words if word in shell})
 
 
 def flat(function):

@@ -115,6 +115,7 @@ attend = operation(
     arrays=("b t n h", "b s n h", "b s n v", "b i n l", ("b t", "b s")),
     outputs=("b t n v", "b t n"),
     saved=("b t n", "b t n"),
+    shared=((4,), (5,)),  # the positions
 )
 
 

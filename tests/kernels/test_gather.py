@@ -123,3 +123,21 @@ def test_memory_is_that_of_the_tokens(dtype):
     of_tokens, of_lists = 4 * length * heads * 32, 4 * heads * length * most
     temporary = jax.jit(run).lower(tokens, tokens, tokens, indices).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 12 * of_tokens + 3 * of_lists + (4 << 20)
+
+
+@pytest.mark.parametrize("of", ["query", "key", "cotangent"])
+def test_lists_that_all_samples_share_may_be_mapped(of):
+    """Of one sample, whose batch of 1 could stand for more: outputs and gradients are those of each alone."""
+    indices = jnp.asarray(lists(1, 4, 6)[:1])
+    arrays = dict(query=random(1, T, N, H), key=random(1, S, K, H, seed=1), cotangent=random(1, T, N, H, seed=2))
+    arrays[of] = random(3, *arrays[of].shape, seed=3)
+
+    def run(query, key, cotangent):
+        attend = lambda query, key: gather.attention(query, key, key, indices, block_size=3)
+        out, pull = jax.vjp(attend, query, key)
+        return out, pull(cotangent)
+
+    mapped = jax.jit(jax.vmap(run, [0 if name == of else None for name in arrays]))(*arrays.values())
+    for i in range(3):
+        alone = jax.jit(run)(*(x[i] if name == of else x for name, x in arrays.items()))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), mapped, alone)  # noqa: B023

@@ -146,6 +146,26 @@ def test_decays_of_any_size_are_exact(form):
     assert_close(want[0], float64_loop(**arrays))
 
 
+@pytest.mark.parametrize("form", ["channels", "channels-delta"])
+@pytest.mark.parametrize("largest", [0.01, 0.3, 3.0], ids=["in one product", "in halves", "in pairs"])
+def test_channels_that_decay_slowly_are_scored_as_exactly(form, largest):
+    arrays = draw(form, 130, batch=1)
+    arrays["log_decay"] *= largest / 5
+    got, want = (outputs_and_gradients(arrays, implementation=i) for i in ("xla", "reference"))
+    assert_close(got, want, 2e-5)
+
+
+def test_a_slow_and_a_fast_sample_mapped_together_are_as_alone():
+    """Under `vmap` a choice computes both ways: the one that is not for a sample must add nothing to its gradients."""
+    slow, fast = draw("channels", 70, batch=1), draw("channels", 70, batch=1, seed=1)
+    slow["log_decay"] = slow["log_decay"] / 1000
+    fast["log_decay"] = np.where(fast["log_decay"] < -1, -np.inf, fast["log_decay"]).astype(np.float32)
+    alone = [outputs_and_gradients(arrays) for arrays in (slow, fast)]
+    both = jax.vmap(outputs_and_gradients)(jax.tree.map(lambda *x: np.stack(x), slow, fast))
+    for i, want in enumerate(alone):
+        assert_close(jax.tree.map(lambda x, i=i: x[i], both), want)
+
+
 def test_equal_keys_that_replace_everything_are_exact():
     """The delta rule with one key all along: every value replaces the one before, and the inverse's powers are binomials."""
     arrays = draw("delta", 64, batch=1)
@@ -229,6 +249,20 @@ def test_float16_and_bfloat16_differ_by_their_last_rounding():
         assert out.dtype == dtype and state.dtype == jnp.float32
         assert oracle.relative_error(out.astype(jnp.float32), want) < float(jnp.finfo(dtype).eps)
         assert oracle.relative_error(state, last) < 1e-5
+
+
+@pytest.mark.parametrize("by", [-np.inf, -1e4])
+def test_decays_before_a_token_that_forgets_have_no_gradient_from_what_follows(by):
+    """Their sum over what follows would be 0 to rounding only."""
+    arrays = draw("heads", 150)
+    arrays["log_decay"][:, 100] = by
+
+    def later(log_decay, implementation):
+        return jnp.sum(jnp.sin(linear.gated(**arrays | dict(log_decay=log_decay), implementation=implementation)[:, 100:]))
+
+    got, want = (jax.jit(jax.grad(later), static_argnums=1)(arrays["log_decay"], i) for i in (None, "reference"))
+    assert (got[:, :101] == 0).all()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_too_wide_for_the_delta_rule_is_declined_with_the_reason():
