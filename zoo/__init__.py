@@ -23,11 +23,13 @@ from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
+from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.cosformer import CosformerAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
+from subquad.zoo.kernelized.rfa import RFAAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.lowrank.skyformer import SkyformerAttention
@@ -42,6 +44,7 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
+from subquad.zoo.recurrent.compressive import CompressiveAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
@@ -51,12 +54,13 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "LAYERS", "LRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block", "BlockwiseAttention",
-    "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder",
-    "EfficientAttention", "Encoder", "EntmaxAttention", "FNet", "FeedForward", "GlobalAttention", "InformerAttention",
-    "KernelizedAttention", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongT5Attention", "LongformerAttention", "Mega", "NystromAttention", "PerformerAttention", "RandomAttention",
-    "RandomFeature", "ReformerAttention", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
-    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
-    "convert", "generate", "make", "masks", "positions", "stream",
+    "DSS", "LAYERS", "LRU", "RFAAttention", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
+    "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention",
+    "CosformerAttention", "DiagonalAttention", "DualEncoder", "EfficientAttention", "Encoder", "EntmaxAttention", "FNet",
+    "FeedForward", "GlobalAttention", "HTransformerAttention", "InformerAttention", "KernelizedAttention", "LinearAttention",
+    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "Mega",
+    "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
+    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
+    "stream",
 ]  # fmt: skip
