@@ -44,6 +44,11 @@ def check_name(owner: str, implementation: str | None) -> None:
         )
 
 
+def reference_or_best(implementation: Implementation | None) -> Implementation | None:
+    """The implementation of an operation that is a part of a layer and has no kernel which the layer's word could name."""
+    return "reference" if implementation == "reference" else None
+
+
 def triton(module: str, function: str) -> dict[str, Callable]:
     """The implementations "triton" and "interpret": `function(*args, mode=...)` of a module that is imported when first run."""
 

@@ -41,6 +41,12 @@ def promoting(function):
     return run
 
 
+@promoting
+def wide(x):
+    """The array in float32, or in float64 where it has that."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def define_passes(function, forward, backward) -> None:
     """`function.defvjp(forward, backward)`, both promoting: JAX traces them when it likes, not inside of the operation."""
     function.defvjp(promoting(forward), promoting(backward))

@@ -66,14 +66,18 @@ class Model(nnx.Module):
             self.classifier = zoo.Classifier(task.num_classes, **words)
 
     def __call__(self, inputs, mask, *other, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
+        return self.with_losses(inputs, mask, *other, deterministic=deterministic, rngs=rngs)[0]
+
+    def with_losses(self, inputs, mask, *other, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
+        """(logits, `zoo.RouterLosses` of each sample), 0 without experts."""
         inputs, mask = self._with_first(inputs, mask)
         words = dict(mask=mask, deterministic=deterministic, rngs=rngs)
         if self.is_pair:
             second, words["other_mask"] = self._with_first(*other)
-            logits = self.classifier(inputs, second, **words)
+            logits, losses = self.classifier.with_losses(inputs, second, **words)
         else:
-            logits = self.classifier(inputs, **words)
-        return logits.astype(jnp.float32)
+            logits, losses = self.classifier.with_losses(inputs, **words)
+        return logits.astype(jnp.float32), losses
 
     def _with_first(self, inputs, mask):
         if self.first_token is None:
@@ -89,7 +93,12 @@ class LanguageModel(nnx.Module):
         self.model = zoo.CausalLM(**_encoder(run, task, 0), rngs=rngs)
 
     def __call__(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
-        return self.model(inputs, mask=mask, deterministic=deterministic, rngs=rngs).astype(jnp.float32)
+        return self.with_losses(inputs, mask, deterministic=deterministic, rngs=rngs)[0]
+
+    def with_losses(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
+        """(logits, `zoo.RouterLosses` of each sample), 0 without experts."""
+        logits, losses = self.model.with_losses(inputs, mask=mask, deterministic=deterministic, rngs=rngs)
+        return logits.astype(jnp.float32), losses
 
 
 class Tagger(nnx.Module):
@@ -107,11 +116,15 @@ class Tagger(nnx.Module):
         )
 
     def __call__(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
-        hidden = self.encoder(inputs, mask=mask, deterministic=deterministic, rngs=rngs)
+        return self.with_losses(inputs, mask, deterministic=deterministic, rngs=rngs)[0]
+
+    def with_losses(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
+        """(logits, `zoo.RouterLosses` of each sample), 0 without experts."""
+        hidden, losses = self.encoder.with_losses(inputs, mask=mask, deterministic=deterministic, rngs=rngs)
         if self.bottleneck:
             at = positions.sinusoidal(jnp.arange(inputs.shape[1])[None], hidden.shape[-1])
             hidden = pool(hidden, mask, "last")[:, None] + at.astype(hidden.dtype)
-        return self.head(hidden).astype(jnp.float32)
+        return self.head(hidden).astype(jnp.float32), losses
 
 
 def _encoder(run: Run, task: Task, extra: int) -> dict:
@@ -122,14 +135,18 @@ def _encoder(run: Run, task: Task, extra: int) -> dict:
         drawn["embedding_init"] = functools.partial(_embedding_init, run.embedding_std, extra)
     if run.position_std is not None:
         drawn["position_init"] = nnx.initializers.normal(run.position_std)
+    experts = None
+    if run.num_experts:
+        experts = dict(num_experts=run.num_experts, top_k=run.experts_per_token, capacity_factor=run.capacity_factor)
     return dict(
         vocab_size=task.vocabulary_size + extra, in_features=run.in_features, num_layers=run.num_layers,
         mlp_features=run.mlp_features, max_length=task.length + extra,
         mixer=layers.make(
             run.layer, run.layer_options, dtype=jnp.dtype(run.dtype), is_causal=causal, dropout_rate=run.attention_dropout_rate
         ),
-        positions=run.positions, dropout_rate=run.dropout_rate, norm=run.norm, norm_order=run.norm_order, remat=run.remat,
-        reversible=run.reversible, dtype=jnp.dtype(run.dtype), **drawn,
+        positions=run.positions, dropout_rate=run.dropout_rate, norm=run.norm, norm_order=run.norm_order,
+        drop_path_rate=run.drop_path_rate, experts=experts, layer_groups=run.layer_groups,
+        remat=run.remat and run.remat_policy, reversible=run.reversible, dtype=jnp.dtype(run.dtype), **drawn,
     )  # fmt: skip
 
 
@@ -159,16 +176,24 @@ def split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
 
 
 def count_parameters(run: Run, task: Task) -> int:
-    """Trainable numbers of a run's model; nothing is allocated. All blocks have as many, so two of them are counted."""
-    if run.num_layers > 2:
-        one, two = (count_parameters(dataclasses.replace(run, num_layers=number), task) for number in (1, 2))
-        return one + (run.num_layers - 1) * (two - one)
+    """Trainable numbers of a run's model, those that layers share once; nothing is allocated.
+
+    All blocks have as many, so two of them are counted.
+    """
+    blocks = run.layer_groups or run.num_layers
+    if blocks > 2 or run.layer_groups:
+        one, two = (_count(dataclasses.replace(run, num_layers=number, layer_groups=None), task) for number in (1, 2))
+        return one + (blocks - 1) * (two - one)
+    return _count(run, task)
+
+
+def _count(run: Run, task: Task) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_abstract(run, task)))
 
 
 def has_state_space(run: Run, task: Task) -> bool:
     """Whether a run's model has parameters that run.state_learning_rate is of."""
-    small = dataclasses.replace(run, num_layers=1)
+    small = dataclasses.replace(run, num_layers=1, layer_groups=None)
     paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(_abstract(small, task)))
     return any(optim.group(path, run) in ("state_space", "step") for path in paths)
 

@@ -33,14 +33,24 @@ class Objective:
     sign: int
     describe: Callable[[float], str]
 
-    def loss(self, model: nnx.Module, batch: dict, *, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-        """(sum of the cross-entropies in nats, number of targets), with dropout: sums, so that parts of a batch add up."""
-        losses, _, counts = self._each(model, batch, deterministic=False, rngs=rngs)
-        return (losses * counts).sum(), counts.sum()
+    def loss(
+        self, model: nnx.Module, batch: dict, *, rngs: nnx.Rngs, balance: float = 0.0, z: float = 0.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """(sum of the cross-entropies in nats, number of targets), with dropout: sums, so that parts of a batch add up.
+
+        To each target's is added `balance` and `z` times its sample's `zoo.RouterLosses`, of a model that tells them.
+        """
+        call, words = [batch[name] for name in self.inputs], dict(deterministic=False, rngs=rngs)
+        logits, router = model.with_losses(*call, **words) if balance or z else (model(*call, **words), None)
+        losses, _, counts = self._each(logits, batch["targets"])
+        total = (losses * counts).sum()
+        if router is not None:
+            total += ((balance * router.balance + z * router.z) * counts.reshape(len(counts), -1).sum(1)).sum()
+        return total, counts.sum()
 
     def rows(self, model: nnx.Module, batch: dict) -> jax.Array:
         """[B, 3] float32: for each row the sums of its scores and losses, and the number of its targets."""
-        losses, scores, counts = self._each(model, batch)
+        losses, scores, counts = self._each(model(*(batch[name] for name in self.inputs)), batch["targets"])
         return jnp.stack([(x * counts).reshape(len(counts), -1).sum(1) for x in (scores, losses, jnp.ones_like(counts))], 1)
 
     def rank(self, score: float, loss: float) -> list[float]:
@@ -51,8 +61,7 @@ class Objective:
         """The columns of a result: {"accuracy_best": 0.5} of best=0.5; `selected` is the column without an ending."""
         return {self.column if name == "selected" else f"{self.column}_{name}": value for name, value in scores.items()}
 
-    def _each(self, model, batch, **words):
-        logits, targets = model(*(batch[name] for name in self.inputs), **words), batch["targets"]
+    def _each(self, logits, targets):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
         return losses, self.score(logits, targets, losses), (targets >= 0).astype(jnp.float32)
 

@@ -12,7 +12,7 @@ from subquad.kernels.dispatch import nearest
 
 Pooling = Literal["mean", "max", "first", "last", "cls"]
 Schedule = Literal["cosine", "rsqrt", "linear", "onecycle", "constant", "plateau"]
-Norm = Literal["layer", "rms", "batch"]
+Norm = Literal["layer", "rms", "batch", "scale"]
 Selection = Literal["best", "last"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -34,9 +34,18 @@ class Run:
         pooling: of the real tokens; "cls" prepends a token of its own and reads that.
         positions: "learned", "sinusoidal" or None.
         dropout_rate: of embeddings, of what mixers and feed-forward networks put out, and inside the latter.
-        attention_dropout_rate: of attention weights, for layers that make them; each sample and head drops its own.
-        norm: "layer", "rms" or "batch", whose statistics are of real tokens and are kept in the checkpoint.
-        norm_order: "pre", before mixer and network, and once more at the end; or "post", after each residual sum.
+        attention_dropout_rate: of attention weights, for layers that make them, where each sample and head drops its own; or of
+            the taps of a short convolution.
+        drop_path_rate: probability that a sample goes past the halves of the last block; layer l of L has l / L of it.
+        norm: "layer", "rms", "scale" (ScaleNorm), or "batch", whose statistics are of real tokens and kept in the checkpoint.
+        norm_order: "pre", before mixer and network, and once more at the end; "post", after each residual sum; or "macaron", a
+            mixer between two halves of feed-forward networks, with norms as "pre".
+        num_experts: feed-forward networks of each block, of which a router gives each token a few; 0: one for all tokens.
+        experts_per_token: how many: 1 as Switch, 2 as GShard.
+        capacity_factor: an expert takes at most this times its even share of a sample's tokens; None: no token is left out.
+        balance_loss: what the loss gets of the routers' balance, 1 for each router where it is balanced, summed over them.
+        z_loss: what the loss gets of the mean square of the routers' log-sums of exponentials, summed over them.
+        layer_groups: so many groups of consecutive layers share their weights; None: every layer has its own.
         steps: optimiser steps.
         batch_size: examples per step.
         accumulate: in how many equal parts a batch is computed.
@@ -56,6 +65,8 @@ class Run:
         selection: which parameters the reported test accuracy is of: "best" on validation, or the "last".
         ema: decay of a moving average of the parameters, which is then what is validated, tested and kept; None: no average.
         remat: compute each block again in the backward pass: less memory, more time, the same numbers.
+        remat_policy: what remat keeps all the same: "nothing", "dots" (products of matrices), or "dots_with_no_batch_dims"
+            (those with weights).
         reversible: two residual streams, which the backward pass rebuilds: less memory, another model; see `zoo.Encoder`.
         state_learning_rate: as learning_rate, of the parameters of state spaces, `optim.STATE_SPACE`; None: as the others'.
         step_learning_rate: as learning_rate, of their step sizes; None: as the parameters of state spaces.
@@ -83,8 +94,15 @@ class Run:
     positions: Literal["learned", "sinusoidal"] | None = "learned"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
     norm: Norm = "layer"
-    norm_order: Literal["pre", "post"] = "pre"
+    norm_order: Literal["pre", "post", "macaron"] = "pre"
+    num_experts: int = 0
+    experts_per_token: int = 1
+    capacity_factor: float | None = None
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    layer_groups: int | None = None
     steps: int = 300
     batch_size: int = 16
     accumulate: int = 1
@@ -102,6 +120,7 @@ class Run:
     selection: Selection = "best"
     ema: float | None = None
     remat: bool = False
+    remat_policy: Literal["nothing", "dots", "dots_with_no_batch_dims"] = "nothing"
     reversible: bool = False
     state_learning_rate: float | None = None
     step_learning_rate: float | None = None
@@ -158,12 +177,14 @@ def check_values(run: Run) -> None:
     positive = (
         "in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every", "patience", "eps",
         "clip_norm", "state_learning_rate", "step_learning_rate", "embedding_std", "position_std", "early_stopping",
+        "experts_per_token", "capacity_factor", "layer_groups",
     )  # fmt: skip
-    not_negative = ("mlp_features", "warmup_steps", "weight_decay")
+    not_negative = ("mlp_features", "warmup_steps", "weight_decay", "num_experts", "balance_loss", "z_loss")
+    rates = ("b1", "b2", "dropout_rate", "attention_dropout_rate", "drop_path_rate")
     ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(positive, (lambda value: 0 < value < math.inf, "> 0 and finite")),
         **dict.fromkeys(not_negative, (lambda value: 0 <= value < math.inf, ">= 0 and finite")),
-        **dict.fromkeys(("b1", "b2", "dropout_rate", "attention_dropout_rate"), (lambda value: 0 <= value < 1, "in [0, 1)")),
+        **dict.fromkeys(rates, (lambda value: 0 <= value < 1, "in [0, 1)")),
         "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
         "ema": (lambda value: 0 < value < 1, "in (0, 1)"),
     }
@@ -174,6 +195,14 @@ def check_values(run: Run) -> None:
     for name, word, needed in (("position_std", "positions", "learned"), ("embedding_std", "inputs", "tokens")):
         if getattr(run, name) is not None and getattr(run, word) != needed:
             raise ValueError(f"{name} must be none with {word}={getattr(run, word)!r}, got {getattr(run, name)}.")
+    of_experts = ("experts_per_token", "capacity_factor", "balance_loss", "z_loss")
+    for asker, names in (("num_experts", of_experts), ("remat", ("remat_policy",))):
+        for name in names:
+            usual, value = getattr(Run, name), getattr(run, name)
+            if value != usual and not getattr(run, asker):
+                raise ValueError(f"{name} must be {usual} without {asker}, got {value}. Pass {asker}, or leave {name} out.")
+    if run.layer_groups is not None and run.num_layers % run.layer_groups:
+        raise ValueError(f"layer_groups must divide num_layers = {run.num_layers}, got {run.layer_groups}.")
     if run.schedule != "rsqrt" and run.warmup_steps > run.steps:
         raise ValueError(
             f"warmup_steps must be at most steps = {run.steps} under schedule {run.schedule!r}, got {run.warmup_steps}."

@@ -53,7 +53,8 @@ def least(run: Run, task: Task, mode: str = "run", *, devices: int = 1, sharded:
         parameters = models.count_parameters(run, task)
     else:
         embedded = task.vocabulary_size if run.inputs == "tokens" else 1
-        parameters = features * (embedded + 2 * run.mlp_features * blocks)
+        networks = (run.layer_groups or blocks) * max(run.num_experts, 1)
+        parameters = features * (embedded + 2 * run.mlp_features * networks)
     copies = COPIES[mode] + (run.ema is not None and mode in ("train", "run"))
     sequences = 2 if task.kind == "pair" else 1
     rows = sequences * run.batch_size / devices

@@ -359,10 +359,12 @@ def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key
     Statistics are those of batch norms, and centroids, after the batch, summed over its parts. Each part moves them by itself.
     """
 
+    router = dict(balance=run.balance_loss, z=run.z_loss) if run.num_experts else {}
+
     def loss(parameters, part, key):
         model = nnx.merge(graph, parameters, fixed, copy=True)  # statistics are written inside the gradient's trace
         model.set_attributes(moves_centroids=True, raise_if_not_found=False)
-        value, count = objective.loss(model, part, rngs=nnx.Rngs(dropout=key))
+        value, count = objective.loss(model, part, rngs=nnx.Rngs(dropout=key), **router)
         return value, (count, nnx.state(model, nnx.BatchStat))
 
     def accumulate(total, part):

@@ -96,14 +96,14 @@ def holding(layer: nnx.Module, weights: dict, names: dict[str, str] | None = Non
     """A copy of a layer with all weights of a peer, which may be traced.
 
     Args:
-        weights: by the peer's names: "to_q.weight". A `weight` is of PyTorch: the transpose of our `kernel`.
+        weights: by the peer's names: "to_q.weight". A `weight` is of PyTorch: our `kernel` transposed, or a norm's `scale`.
         names: of its modules and variables where they are not ours: {"to_q": "query"}.
     """
     layer, names = nnx.clone(layer), names or {}
     for name, value in weights.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight":
-            leaf, value = "kernel", value.T
+            leaf, value = ("scale" if value.ndim == 1 else "kernel"), value.T
         path = names.get(name) or f"{names.get(module, module)}.{leaf}"
         variable = functools.reduce(getattr, path.removeprefix(".").split("."), layer)
         variable[...] = jnp.reshape(value, variable.shape)

@@ -5,7 +5,7 @@
     >>> layer = zoo.make("softmax", in_features=64, num_heads=4, rngs=nnx.Rngs(0))
 """
 
-from subquad.zoo import masks, positions
+from subquad.zoo import interop, masks, positions
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.clustered import ClusteredAttention
@@ -15,12 +15,16 @@ from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
+from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.lightconv import LightConv
+from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
+from subquad.zoo.experts import Experts, RouterLosses
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -30,8 +34,12 @@ from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.kernelized.rfa import RFAAttention
+from subquad.zoo.lowrank.isab import InducedSetAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention, LinformerProjection
+from subquad.zoo.lowrank.luna import LunaAttention
+from subquad.zoo.lowrank.memory_compressed import MemoryCompressedAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.lowrank.perceiver import PerceiverAttention
 from subquad.zoo.lowrank.skyformer import SkyformerAttention
 from subquad.zoo.model import CausalLM, Classifier, DualEncoder
 from subquad.zoo.patterns.axial import AxialAttention
@@ -50,17 +58,19 @@ from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mega import Mega
+from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "LAYERS", "LRU", "RFAAttention", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
+    "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
     "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention",
-    "CosformerAttention", "DiagonalAttention", "DualEncoder", "EfficientAttention", "Encoder", "EntmaxAttention", "FNet",
-    "FeedForward", "GlobalAttention", "HTransformerAttention", "InformerAttention", "KernelizedAttention", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "Mega",
-    "NystromAttention", "PerformerAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "RoutingAttention",
-    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "make", "masks", "positions",
-    "stream",
+    "CosformerAttention", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention",
+    "Experts", "FNet", "FeedForward", "GlobalAttention", "HTransformerAttention", "InducedSetAttention", "InformerAttention",
+    "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention",
+    "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention",
+    "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",
+    "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate",
+    "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip

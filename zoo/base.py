@@ -50,7 +50,10 @@ class Support:
         positions: `positions` other than 0, 1, 2, ...
         grouped: fewer key/value heads than query heads.
         rotary: queries and keys can be rotated by their positions (`rotary_base`).
-        attention_fn: the mechanism is a function of query, key and value alone.
+        attention_fn: the mechanism is a function of query, key and value alone, if need be with options that leave out what it
+            learns.
+        distances: weights follow from distances, so that `attend` takes `query_positions` and `key_positions`, [B|1, T] and
+            [B|1, S].
         is_pattern: the mechanism is softmax attention under the layer's `sees`.
         weights: there is a weight of each query and key, to which a bias can be added, and which dropout can drop.
     """
@@ -67,6 +70,7 @@ class Support:
     grouped: bool = False
     rotary: bool = False
     attention_fn: bool = False
+    distances: bool = False
     is_pattern: bool = False
     weights: bool = False
 

@@ -78,9 +78,14 @@ def write(cached, new, start: Int[Array, "B"], mask, axis: int = 1):
     return jax.lax.fori_loop(0, len(new), put, cached)
 
 
-def poisoned(heads: Float[Array, "B T N V"], cache: KVCache) -> Float[Array, "B T N V"]:
+def poisoned(outputs: Float[Array, "B T *features"], cache) -> Float[Array, "B T *features"]:
     """The outputs, NaN for samples that have had more tokens than the cache has slots."""
-    return jnp.where((cache.length > cache.key.shape[1])[:, None, None, None], jnp.nan, heads)
+    return jnp.where((cache.length > room(cache)).reshape(-1, *(1,) * (outputs.ndim - 1)), jnp.nan, outputs)
+
+
+def room(cache) -> int:
+    """How many tokens of a sample fit into a cache that has a length."""
+    return cache.key.shape[1] * (cache.open_key.shape[1] if isinstance(cache, MemoryCompressedCache) else 1)
 
 
 def pieces(tokens, start: Int[Array, "B"], size: int):
@@ -123,6 +128,29 @@ class EfficientCache(NamedTuple):
     average: Float[Array, "B N H V"]
     log_sum: Float[Array, "B N H"]
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
+class LunaCache(NamedTuple):
+    """Sums over the tokens so far of their weight in each slot times their key, and times their value."""
+
+    keys: Float[Array, "B N H L"]
+    values: Float[Array, "B N L H"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
+class MemoryCompressedCache(NamedTuple):
+    """Compressed keys and values of each sample's blocks of C tokens so far, and those of its last, open block as they are."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S C where they did not fit
+    open_key: Float[Array, "B C K H"]
+    open_value: Float[Array, "B C K V"]
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length
 
 
 class TransformerXLCache(NamedTuple):

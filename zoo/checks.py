@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import dispatch
+from subquad.zoo.cache import room
 
 
 class Call(NamedTuple):
@@ -85,10 +86,10 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
             refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
 
 
-def check_rate(owner: str, rate: float) -> None:
-    """Refuses a dropout rate that is no probability."""
+def check_rate(owner: str, rate: float, name: str = "dropout_rate") -> None:
+    """Refuses a rate that is no probability."""
     if not 0 <= rate <= 1:
-        refuse(owner, "dropout_rate", rate, "be in 0..1", "It is the probability of dropping a number.")
+        refuse(owner, name, rate, "be in 0..1", "It is a probability of dropping.")
 
 
 def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:
@@ -175,13 +176,13 @@ def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
 
 def check_room(owner: str, cache, tokens: int, mask) -> None:
     """Refuses tokens that do not fit into a cache, where the numbers are known; under `jax.jit` such a cache turns to NaN."""
-    room, needed = cache.key.shape[1], tokens if mask is None else mask.sum(axis=(1, 2, 3))
+    most, needed = room(cache), tokens if mask is None else mask.sum(axis=(1, 2, 3))
     total, cure = cache.length + needed, "Pass init_cache a larger max_length."
     if isinstance(total, jax.core.Tracer):
-        if mask is None and tokens > room:
-            refuse(owner, "cache", f"room for {room}", f"have room for {tokens} more tokens", cure)
-    elif np.max(total) > room:
-        refuse(owner, "cache", f"room for {room}", f"have room for {np.max(total)} tokens", cure)
+        if mask is None and tokens > most:
+            refuse(owner, "cache", f"room for {most}", f"have room for {tokens} more tokens", cure)
+    elif np.max(total) > most:
+        refuse(owner, "cache", f"room for {most}", f"have room for {np.max(total)} tokens", cure)
 
 
 def require_extend(layer, **sizes: int) -> None:

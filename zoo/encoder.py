@@ -13,12 +13,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import positions as encodings
 from subquad.zoo import registry, reversible
-from subquad.zoo.block import NORMS, Block, Norm, Order, normalise
-from subquad.zoo.checks import refuse
+from subquad.zoo.block import NORMS, Block, Norm, Order, normalise, real_tokens
+from subquad.zoo.checks import check_word, refuse
+from subquad.zoo.experts import RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
 POSITIONS = ("learned", "sinusoidal", None)
 Mixer = str | Callable[..., nnx.Module]
+Remat = bool | Literal["nothing", "dots", "dots_with_no_batch_dims"]
+# What a backward pass finds kept of each block.
+POLICIES = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class EncoderOptions(TypedDict, total=False):
@@ -33,9 +41,12 @@ class EncoderOptions(TypedDict, total=False):
     mixer_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None
     positions: Literal["learned", "sinusoidal"] | None
     dropout_rate: float
+    drop_path_rate: float
     norm: Norm
     norm_order: Order
-    remat: bool
+    experts: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None
+    layer_groups: int | Sequence[int] | None
+    remat: Remat
     reversible: bool
     embed: nnx.Module | None
     embedding_init: nnx.Initializer
@@ -50,7 +61,7 @@ class Encoder(nnx.Module):
     Args:
         vocab_size: token ids are 0..vocab_size-1.
         in_features: features D.
-        num_layers: number of blocks.
+        num_layers: number of layers, each of which runs a block.
         mlp_features: features inside the feed-forward networks; 0 leaves them out.
         max_length: longest sequence with learned positions; other positions have no bound.
         mixer: a name in `zoo.LAYERS`, or a function (in_features=..., rngs=...) -> layer; or a sequence of them, one for each
@@ -59,9 +70,19 @@ class Encoder(nnx.Module):
             layer. A dtype among them is the layer's own. A function has none.
         positions: "learned" or "sinusoidal" encodings added to the embeddings, or None.
         dropout_rate: of embeddings and in blocks; `train()` and `eval()` turn it on and off, off to begin with.
-        norm, norm_order: see `Block`; with "pre" one more norm stands at the end.
-        remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory.
-            What a mixer of the user's writes into itself in a call (`sow`, counters) is then lost; statistics are kept.
+        drop_path_rate: probability that a sample goes past the halves of the last block; layer l of L has l / L of it.
+        norm, norm_order: see `Block`; with "pre" and "macaron" one more norm stands at the end.
+        experts: options of `Experts`, which take the place of the feed-forward networks, for every layer alike:
+            dict(num_experts=8, top_k=2); or a sequence, one mapping (None: one network for all tokens) for each layer.
+        layer_groups: layers that share their weights: a number G of groups of consecutive layers, each of one block; or the
+            number of each layer's block, [0, 1, 0, 1]. Parameters are counted once; FLOPs, activations and caches are those of
+            num_layers. `mixer`, `mixer_options` and `experts` then have an entry for each block. Needs drop_path_rate 0, which
+            grows by layers. Source: Lan et al., ALBERT, 2019, arXiv 1909.11942.
+        remat: the backward pass computes each block anew and keeps only what is between blocks; same values, less memory, but
+            on a CPU, where XLA takes it back. A name says what else is kept: "nothing" (as True), "dots" (products of
+            matrices), "dots_with_no_batch_dims" (those with weights, not the scores of attention); see
+            `jax.checkpoint_policies`. What a mixer of the user's writes into itself in a call (`sow`, counters) is then lost;
+            statistics are kept.
         reversible: blocks are reversible residual layers of two streams, mixer and network the halves, whose mean goes on: the
             backward pass keeps no activations at all and rebuilds them from the outputs. Another function than that of
             plain blocks. Needs norm_order "pre", a norm that is no batch norm, and feed-forward networks.
@@ -80,9 +101,9 @@ class Encoder(nnx.Module):
         deterministic: without dropout, and with running statistics; None takes what `train()` or `eval()` set.
         rngs: `rngs.dropout()` draws the dropout; inside a Linen module its "dropout" collection does where this is None.
     Raises:
-        ValueError: unknown mixer or positions; num_layers, mlp_features or dropout_rate out of range; a mixer with other
-            features out than in; not one mixer for each layer; a token id out of range; with learned positions, a sequence
-            longer than max_length; segment_ids that a mixer cannot honour.
+        ValueError: unknown mixer or positions; num_layers, mlp_features or a rate out of range; a mixer with other features out
+            than in; not one mixer for each block; layer_groups that name no block, or leave one out; a token id out of range;
+            with learned positions, a sequence longer than max_length; segment_ids that a mixer or experts cannot honour.
         TypeError: unknown mixer option; tokens, mask or segment_ids that are no arrays.
     """
 
@@ -98,9 +119,12 @@ class Encoder(nnx.Module):
         mixer_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         positions: Literal["learned", "sinusoidal"] | None = "learned",
         dropout_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         norm: Norm = "layer",
         norm_order: Order = "pre",
-        remat: bool = False,
+        experts: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        layer_groups: int | Sequence[int] | None = None,
+        remat: Remat = False,
         reversible: bool = False,
         embed: nnx.Module | None = None,
         embedding_init: nnx.Initializer = default_embed_init,
@@ -112,7 +136,7 @@ class Encoder(nnx.Module):
         if positions not in POSITIONS:
             refuse("Encoder", "positions", repr(positions), f"be one of {POSITIONS}", "Use mixer_options for the mixer's own.")
         for name, needed, got, must in (
-            ("norm_order", norm_order == "pre", norm_order, "be 'pre'"), ("norm", norm != "batch", norm, "be 'layer' or 'rms'"),
+            ("norm_order", norm_order == "pre", norm_order, "be 'pre'"), ("norm", norm != "batch", norm, "be no batch norm"),
             ("mlp_features", mlp_features > 0, mlp_features, "be positive"), ("remat", not remat, remat, "be False"),
         ):  # fmt: skip
             if reversible and not needed:
@@ -124,7 +148,14 @@ class Encoder(nnx.Module):
                 return mixer(in_features=in_features, rngs=rngs)
             return registry.make(mixer, in_features=in_features, rngs=rngs, **{**dtypes, **options})
 
-        mixers = mixers_of_layers(mixer, mixer_options, num_layers)
+        if not isinstance(remat, bool):
+            check_word("Encoder", "remat", remat, POLICIES)
+        self.order = blocks_of_layers(num_layers, layer_groups)
+        if drop_path_rate and len(set(self.order)) < num_layers:
+            refuse("Encoder", "drop_path_rate", drop_path_rate, "be 0 with layer_groups", "It is another one at each layer.")
+        blocks = max(self.order) + 1
+        mixers = mixers_of_layers(mixer, mixer_options, blocks)
+        every = per_layer("experts", experts, lambda x: x is None or isinstance(x, Mapping), "a mapping or None", blocks)
         self.in_features, self.max_length, self.position_kind = in_features, max_length, positions
         self.remat, self.reversible = remat, reversible
         table = functools.partial(nnx.Embed, features=in_features, **dtypes, rngs=rngs)
@@ -136,11 +167,16 @@ class Encoder(nnx.Module):
         self.blocks = nnx.List(
             Block(
                 build(*one), in_features, mlp_features=mlp_features, dropout_rate=dropout_rate, norm=norm,
-                norm_order=norm_order, **dtypes, rngs=rngs,
+                norm_order=norm_order, drop_path_rate=drop_path_rate * (at + 1) / blocks, experts=options, **dtypes, rngs=rngs,
             )
-            for one in mixers
+            for at, (one, options) in enumerate(zip(mixers, every, strict=True))
         )
-        self.norm = NORMS[norm](in_features, **dtypes, rngs=rngs) if norm_order == "pre" else None
+        self.norm = NORMS[norm](in_features, **dtypes, rngs=rngs) if norm_order != "post" else None
+
+    @property
+    def layers(self) -> list[Block]:
+        """The block of each layer, one after the other."""
+        return [self.blocks[at] for at in self.order]
 
     def embed_at(self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"], mask) -> Float[Array, "B T D"]:
         """Embeddings of tokens at positions: 0 of padding, NaN of a token whose id or position is out of range."""
@@ -159,34 +195,49 @@ class Encoder(nnx.Module):
         self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T D"]:
+        return self.with_losses(tokens, mask=mask, segment_ids=segment_ids, deterministic=deterministic, rngs=rngs)[0]
+
+    def with_losses(
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterLosses]:
+        """What a call returns, and the losses of each sample, summed over all routers; 0 without experts."""
         self.check(tokens, mask, segment_ids)
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
-        rngs = call_rngs(rngs)
+        return self.transform(hidden, mask, segment_ids, deterministic, call_rngs(rngs))
+
+    def transform(self, hidden: Float[Array, "B T D"], mask, segment_ids, deterministic, rngs):
+        """What follows the embeddings, dropout, blocks and the last norm -> (features, losses of the experts' routers)."""
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         is_deterministic = bool(self.dropout.deterministic if deterministic is None else deterministic)
         call = dict(mask=None if mask is None else mask[:, None, None, :])
         if segment_ids is not None:  # a mixer of the user's may not know the word
             call["segment_ids"] = segment_ids
-        hidden = self.run_blocks(hidden, call, is_deterministic, rngs)
-        return hidden if self.norm is None else normalise(self.norm, hidden, call["mask"], is_deterministic)
+        hidden, losses = self.run_blocks(hidden, call, is_deterministic, rngs)
+        real = real_tokens(hidden, call["mask"])
+        return hidden if self.norm is None else normalise(self.norm, hidden, real, is_deterministic), losses
 
     def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
+        """Features through all layers -> (features before the last norm, losses of the experts' routers)."""
         if self.reversible:
-            return reversible.through(self.blocks, hidden, call, deterministic, rngs)
-        run = lambda block, hidden, rngs: block(hidden, deterministic=deterministic, rngs=rngs, **call)
-        run = nnx.remat(run) if self.remat else run
-        for block in self.blocks:
+            return reversible.through(self.layers, hidden, call, deterministic, rngs)
+        run = lambda block, hidden, rngs: block.with_losses(hidden, deterministic=deterministic, rngs=rngs, **call)
+        if self.remat:
+            run = nnx.remat(run, policy=POLICIES["nothing" if self.remat is True else self.remat])
+        losses = no_losses(hidden.shape[:1])
+        for block in self.layers:
             # nnx.remat writes every variable back, which those made outside of the caller's jax.grad do not allow: a copy.
             used = nnx.clone(block) if self.remat else block
-            hidden = run(used, hidden, rngs)
+            hidden, more = run(used, hidden, rngs)
+            losses = add(losses, more)
             if self.remat and not deterministic:
                 nnx.update(block, nnx.state(used, nnx.BatchStat))
-        return hidden
+        return hidden, losses
 
     def extend_blocks(self, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask: Bool[Array, "B 1 1 T"] | None):
         """T more tokens through all blocks and the last norm, after those in the mixers' caches -> (features, caches)."""
         run = reversible.extend if self.reversible else extend
-        hidden, caches = run(self.blocks, hidden, caches, mask)
+        hidden, caches = run(self.layers, hidden, caches, mask)
         return (hidden if self.norm is None else normalise(self.norm, hidden, None, deterministic=True)), caches
 
     def check(self, tokens, mask=None, segment_ids=None) -> None:
@@ -206,23 +257,41 @@ def extend(blocks, hidden, caches, mask):
     return hidden, tuple(extended)
 
 
-def mixers_of_layers(mixer, mixer_options, num_layers: int | None) -> list[tuple[Mixer, dict[str, Any]]]:
-    """The mixer of each layer and its options."""
+def blocks_of_layers(num_layers: int | None, layer_groups: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The number of the block that each layer runs."""
     if not isinstance(num_layers, int | np.integer) or num_layers < 1:
         refuse("Encoder", "num_layers", repr(num_layers), "be a positive integer", "Use 1 for a single block.")
+    if layer_groups is None:
+        return tuple(range(num_layers))
+    if isinstance(layer_groups, Sequence):
+        order = tuple(layer_groups)
+        if len(order) != num_layers or set(order) != set(range(max(order) + 1)):
+            refuse("Encoder", "layer_groups", list(order), f"name the blocks 0, 1, ... of {num_layers} layers, none left out",
+                   "Number the blocks as they come: [0, 1, 0, 1].")
+        return order
+    if not isinstance(layer_groups, int | np.integer) or layer_groups < 1 or num_layers % layer_groups:
+        refuse("Encoder", "layer_groups", repr(layer_groups), f"be a positive integer that divides num_layers = {num_layers}",
+               "1 is one block for all; or name the block of each layer.")
+    return tuple(at * layer_groups // num_layers for at in range(num_layers))
 
-    def spread(name, value, is_one, kind):
-        if is_one(value):
-            return [value] * num_layers
-        if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(is_one, value)):
-            raise TypeError(f"Encoder: {name} must be {kind}, or a sequence of them, got {value!r}. Pass one for each layer.")
-        if len(value) != num_layers:
-            refuse("Encoder", name, f"{len(value)} for {num_layers} layers", "have one entry for each layer",
-                   "Repeat entries, or change num_layers.")
-        return list(value)
 
-    mixers = spread("mixer", mixer, lambda x: isinstance(x, str) or callable(x), "a name or a function")
-    every = spread("mixer_options", mixer_options, lambda x: x is None or isinstance(x, Mapping), "a mapping or None")
+def per_layer(name: str, value, is_one: Callable[[Any], bool], kind: str, layers: int) -> list[Any]:
+    """A value for each layer, of one for all or a sequence."""
+    if is_one(value):
+        return [value] * layers
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(is_one, value)):
+        raise TypeError(f"Encoder: {name} must be {kind}, or a sequence of them, got {value!r}. Pass one for each layer.")
+    if len(value) != layers:
+        refuse("Encoder", name, f"{len(value)} for {layers} layers", "have one entry for each layer",
+               "Repeat entries, or change num_layers; layers that share weights have one entry.")
+    return list(value)
+
+
+def mixers_of_layers(mixer, mixer_options, layers: int) -> list[tuple[Mixer, dict[str, Any]]]:
+    """The mixer of each layer and its options."""
+    mixers = per_layer("mixer", mixer, lambda x: isinstance(x, str) or callable(x), "a name or a function", layers)
+    is_options = lambda x: x is None or isinstance(x, Mapping)
+    every = per_layer("mixer_options", mixer_options, is_options, "a mapping or None", layers)
     for one, options in zip(mixers, every, strict=True):
         if callable(one) and options:
             refuse("Encoder", "mixer_options", dict(options), "be empty when mixer is a function",

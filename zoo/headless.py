@@ -8,7 +8,8 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels import dispatch
+from subquad.kernels import dispatch, patterns
+from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
 from subquad.zoo.base import Support
 from subquad.zoo.cache import StateCache, counts
@@ -34,6 +35,7 @@ class Headless(nnx.Module):
     """
 
     supports: ClassVar[Support]
+    sees: Pattern | None  # which positions reach which, causality included; None: all reach all
 
     def __init__(
         self, in_features: int, *, out_features: int | None, is_causal: bool, dtype: Any,
@@ -46,14 +48,19 @@ class Headless(nnx.Module):
         dispatch.check_name(owner, implementation)
         self.in_features, self.out_features = in_features, out_features
         self.is_causal, self.dtype, self.implementation = is_causal, dtype, implementation
+        self.sees = CAUSAL if is_causal else None
 
-    def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids) -> Float[Array, "B T D"]:
+    def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids, **draws) -> Float[Array, "B T D"]:
         """What each token gets from all: of inputs whose padding, by `mask` [B, 1, 1, T], comes last and is 0."""
         raise NotImplementedError
 
     def finish(self, inputs: Float[Array, "N D"], responses: Float[Array, "N D"]) -> Float[Array, "N F"]:
         """The outputs, token by token."""
         return responses
+
+    def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
+        """The keys of a call's random draws, by their words in `respond`; none where a layer draws nothing in a call."""
+        return {}
 
     def state(self, batch_size: int) -> Float[Array, "B *state"]:
         """The state before the first token, in float32."""
@@ -83,19 +90,20 @@ class Headless(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*B T F"]:
-        """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; nothing is drawn."""
+        """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; few layers draw."""
         call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
-        outputs = self._call(call.inputs_q, call.mask, call.extras.get("segment_ids"))
+        draws = self.draws(deterministic, rngs)
+        outputs = self._call(call.inputs_q, call.mask, call.extras.get("segment_ids"), draws)
         return outputs.reshape(*call.batch, *outputs.shape[1:])
 
     @compile_once
-    def _call(self, inputs, mask, segment_ids):
+    def _call(self, inputs, mask, segment_ids, draws):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         if order is not None:
             inputs, segment_ids = jax.tree.map(order.pack, (inputs, segment_ids))
             mask = order.mask[:, None, None]
         inputs = self._promote(inputs)
-        outputs = in_pieces(self.finish, inputs, self.respond(inputs, mask, segment_ids))
+        outputs = in_pieces(self.finish, inputs, self.respond(inputs, mask, segment_ids, **draws))
         return outputs if order is None else order.unpack(outputs)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> Any:
@@ -103,7 +111,7 @@ class Headless(nnx.Module):
         require_extend(self, batch_size=batch_size, max_length=max_length)
         return StateCache(self.state(batch_size))
 
-    def extend(self, inputs: Float[Array, "B T D"], cache: StateCache, *, mask: Bool[Array, "B 1 1 T"] | None = None):
+    def extend(self, inputs: Float[Array, "B T D"], cache: Any, *, mask: Bool[Array, "B 1 1 T"] | None = None):
         """T >= 1 more tokens after those in `cache` -> (outputs [B, T, F], cache): the recurrence.
 
         Args:
@@ -124,5 +132,4 @@ class Headless(nnx.Module):
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""
-        full = np.ones((1, length, length), bool)
-        return np.tril(full) if self.is_causal else full
+        return patterns.grid(self.sees, length, length)

@@ -18,6 +18,7 @@ from subquad.zoo.base import Attention, Shell, check_options, sow
 from subquad.zoo.checks import check_mask, check_rate, refuse, unsupported
 from subquad.zoo.registry import LAYERS, Layer, check_complete, find, options
 
+PROJECTIONS = {"query", "key", "value", "out"}
 # What Flax's attention has itself, and says by the arrays it hands over or in the call.
 FLAXS = {"num_heads", "num_kv_heads", "in_features", "rngs", "dropout_rate", "broadcast_dropout"}
 
@@ -29,7 +30,8 @@ def attention_fn(name: str, *, seed: int = 0, **given) -> "AttentionFn":
     decode mode included (with `is_causal=True`).
 
     Args:
-        name: a key of `LAYERS` whose mechanism is a function of query, key and value alone.
+        name: a key of `LAYERS` whose mechanism is a function of query, key and value alone: "nystrom" with conv_width=None,
+            "entmax" with a number for alpha.
         seed: of the random features, where the mechanism has any: the same in every call.
         given: the layer's own options, `is_causal` and `implementation`. Projections, dtypes, precision and dropout are
             Flax's.
@@ -146,6 +148,10 @@ def mix_now(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sower
         words |= dict(zip(("dropout_rate", "broadcast_dropout"), dropout, strict=True))
     with jax.ensure_compile_time_eval():  # its random features are constants of the computation
         mechanism = layer(heads, 1, qkv_features=heads * features, rngs=nnx.Rngs(fn.seed), **words)
+    own = [name for name in nnx.to_pure_dict(nnx.state(mechanism, nnx.Param)) if name not in PROJECTIONS]
+    if own:
+        refuse(repr(AttentionFn(fn.name)), "its options", f"{', '.join(own)}, which would be learned", "leave no parameters",
+               f"See {layer.__name__} for options without: conv_width=None, or a number for alpha.")
     extras = {word: given for word, given in dict(bias=bias, sow=sower, dropout_rng=dropout_rng).items() if given is not None}
     if mask is not None:  # what no query may see
         key, value = (padding.clear(array, mask.any((1, 2))) for array in (key, value))
@@ -168,6 +174,8 @@ def whole(mechanism, query, key, value, mask, **extras):
     query, key = mechanism.rotate(query, key, positions, positions)
     # Cross-attention's queries are no tokens of the keys. It knows no positions but their order, which padding leaves as it is.
     if not is_padding or mechanism.supports.cross:
+        if is_padding and mechanism.supports.distances:
+            extras |= dict(query_positions=positions, key_positions=positions)
         return mechanism.attend(query, key, value, mask, **extras)
     order = padding.real_first(mask, len(query))
     packed = (order.pack(array) for array in (query, key, value))
@@ -191,6 +199,8 @@ def step(mechanism, query, key, value, mask, **extras):
             query, key, value, mask=mask, pattern=mechanism.sees, query_positions=at_queries, key_positions=at_keys,
             implementation=mechanism.implementation,
         )
+    if mechanism.supports.distances:
+        extras |= dict(query_positions=at_queries, key_positions=at_keys)
     return mechanism.attend(query, key, value, mask, **extras)  # of one query, built without causality
 
 

@@ -5,13 +5,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import generation, positions
 from subquad.zoo.checks import check_word, refuse
-from subquad.zoo.encoder import Encoder, EncoderOptions, first_outside, mixers_of_layers
+from subquad.zoo.encoder import Encoder, EncoderOptions, blocks_of_layers, first_outside, mixers_of_layers
+from subquad.zoo.experts import RouterLosses
 
 POOLINGS = ("mean", "max", "first", "last")
 INTERACTIONS = {"nli": lambda a, b: [a, b, a * b, a - b], "concat": lambda a, b: [a, b]}
@@ -82,8 +84,14 @@ class Classifier(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool | None = None, rngs=None
     ) -> Float[Array, "B classes"]:
-        hidden = self.encoder(tokens, mask=mask, deterministic=deterministic, rngs=rngs)
-        return self.head(pool(hidden, mask, self.pooling))
+        return self.with_losses(tokens, mask=mask, deterministic=deterministic, rngs=rngs)[0]
+
+    def with_losses(
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool | None = None, rngs=None
+    ) -> tuple[Float[Array, "B classes"], RouterLosses]:
+        """Logits, and the losses of the experts' routers for each sample, to be added to its loss; see `Encoder`."""
+        hidden, losses = self.encoder.with_losses(tokens, mask=mask, deterministic=deterministic, rngs=rngs)
+        return self.head(pool(hidden, mask, self.pooling)), losses
 
 
 class DualEncoder(nnx.Module):
@@ -114,11 +122,21 @@ class DualEncoder(nnx.Module):
         self, tokens: Int[Array, "B T"], other: Int[Array, "B S"], *, mask: Bool[Array, "B T"] | None = None,
         other_mask: Bool[Array, "B S"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B classes"]:
-        a, b = (
-            pool(self.encoder(sequence, mask=real, deterministic=deterministic, rngs=rngs), real, self.pooling)
-            for sequence, real in ((tokens, mask), (other, other_mask))
-        )
-        return self.head(jnp.concatenate(INTERACTIONS[self.interaction](a, b), axis=-1))
+        draws = dict[str, Any](deterministic=deterministic, rngs=rngs)
+        return self.with_losses(tokens, other, mask=mask, other_mask=other_mask, **draws)[0]
+
+    def with_losses(
+        self, tokens: Int[Array, "B T"], other: Int[Array, "B S"], *, mask: Bool[Array, "B T"] | None = None,
+        other_mask: Bool[Array, "B S"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "B classes"], RouterLosses]:
+        """Logits, and the losses of the experts' routers, the mean of both sequences."""
+        pooled, losses = [], []
+        for sequence, real in ((tokens, mask), (other, other_mask)):
+            hidden, more = self.encoder.with_losses(sequence, mask=real, deterministic=deterministic, rngs=rngs)
+            pooled.append(pool(hidden, real, self.pooling))
+            losses.append(more)
+        logits = self.head(jnp.concatenate(INTERACTIONS[self.interaction](*pooled), axis=-1))
+        return logits, jax.tree.map(lambda a, b: (a + b) / 2, *losses)
 
 
 class LMCache(NamedTuple):
@@ -135,7 +153,8 @@ class CausalLM(nnx.Module):
         tie_embeddings: the output projection is the embedding, transposed; False: a linear map of its own, without biases.
         encoder: the options of `Encoder`. Every mixer is built with is_causal=True. With tied embeddings an `embed` has the
             `attend` and the `num_embeddings` of nnx.Embed, and vocab_size is the latter.
-    Raises: ValueError, beside those of `Encoder`: a mixer that is not causal; an `embed` without a way back to logits.
+    Raises: ValueError, beside those of `Encoder`: a mixer that is not causal; experts with a capacity, whose choice of tokens
+        looks ahead; an `embed` without a way back to logits.
     Example:
         >>> model = CausalLM(vocab_size=16, in_features=32, num_layers=1, mlp_features=64, max_length=64,
         ...                  mixer="softmax", mixer_options=dict(num_heads=4), rngs=nnx.Rngs(0))
@@ -155,6 +174,9 @@ class CausalLM(nnx.Module):
                 found = getattr(block.mixer, "is_causal", "no is_causal")
                 refuse("CausalLM", "mixer", f"a {type(block.mixer).__name__} with {found}",
                        "build layers whose is_causal is True", "Pass is_causal=True, or give your own layer the attribute.")
+            if block.capacity_factor is not None:
+                refuse("CausalLM", "experts", f"capacity_factor={block.capacity_factor}", "have no capacity_factor",
+                       "Whether a token finds a place depends on how many follow it; leave it out, and none is left out.")
         self.tie_embeddings = tie_embeddings
         self.vocab_size: int = self.encoder.vocab_size if tie_embeddings else encoder["vocab_size"]
         if not tie_embeddings:
@@ -168,8 +190,16 @@ class CausalLM(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B T vocab"]:
         """Logits of each next token; the arguments are those of a call of `Encoder`."""
-        hidden = self.encoder(tokens, mask=mask, segment_ids=segment_ids, deterministic=deterministic, rngs=rngs)
-        return self.project(hidden)
+        return self.with_losses(tokens, mask=mask, segment_ids=segment_ids, deterministic=deterministic, rngs=rngs)[0]
+
+    def with_losses(
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "B T vocab"], RouterLosses]:
+        """Logits, and the losses of the experts' routers for each sample."""
+        draws = dict[str, Any](deterministic=deterministic, rngs=rngs)
+        hidden, losses = self.encoder.with_losses(tokens, mask=mask, segment_ids=segment_ids, **draws)
+        return self.project(hidden), losses
 
     def project(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """The logits of features."""
@@ -181,7 +211,7 @@ class CausalLM(nnx.Module):
             most = f"be <= max_length = {self.encoder.max_length} of the model"
             refuse("CausalLM", "max_length of the cache", max_length, most,
                    "Construct the model with a larger max_length, or with positions='sinusoidal'.")
-        caches = tuple(block.mixer.init_cache(batch_size, max_length, dtype) for block in self.encoder.blocks)
+        caches = tuple(block.mixer.init_cache(batch_size, max_length, dtype) for block in self.encoder.layers)
         return LMCache(caches, jnp.zeros(batch_size, jnp.int32))
 
     def extend(self, tokens: Int[Array, "B T"], cache: LMCache, *, mask: Bool[Array, "B T"] | None = None):
@@ -207,7 +237,8 @@ class CausalLM(nnx.Module):
 
 def _causal(encoder: EncoderOptions) -> EncoderOptions:
     """The mixers of each layer with is_causal=True."""
-    given = mixers_of_layers(encoder.get("mixer", "softmax"), encoder.get("mixer_options"), encoder.get("num_layers"))
+    blocks = max(blocks_of_layers(encoder.get("num_layers"), encoder.get("layer_groups"))) + 1
+    given = mixers_of_layers(encoder.get("mixer", "softmax"), encoder.get("mixer_options"), blocks)
     mixers, options_of_layers = zip(*given, strict=True)
     for options in options_of_layers:
         if not options.get("is_causal", True):

@@ -7,6 +7,7 @@ padding stood and whatever it held.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
@@ -51,6 +52,16 @@ def real_first(mask: Bool[Array, "#B 1 1 T"], batch_size: int) -> RealFirst:
 def clear(tokens: Shaped[Array, "B T *features"] | None, is_kept: Bool[Array, "#B #T"]):
     """The tokens with 0 in place of those that are not kept; None stays None."""
     return None if tokens is None else jnp.where(_like(is_kept, tokens), tokens, jnp.zeros((), tokens.dtype))
+
+
+def in_blocks(tokens, size: int):
+    """[B, T, ...] as [B, I, C, ...]; what the last block lacks is 0 or False."""
+    return rearrange(pad_end(tokens, -tokens.shape[1] % size), "b (i c) ... -> b i c ...", c=size)
+
+
+def pad_end(tokens, count: int):
+    """Tokens with so many more of 0 or False behind them."""
+    return jnp.pad(tokens, ((0, 0), (0, count), *((0, 0),) * (tokens.ndim - 2)))
 
 
 def _take(tokens, index):

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,12 @@ class Projection(nnx.LinearGeneral):
         return in_pieces(apply, inputs) if uint_bits_dtype(inputs.dtype) != inputs.dtype else flat(apply)(inputs)
 
 
+def projection(shell: Mapping[str, Any], inputs, outputs, *, axis=-1, rngs: nnx.Rngs) -> Projection:
+    """One more projection of an attention layer, as the options of its shell say that projections are."""
+    words = ("use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
+    return Projection(inputs, outputs, axis=axis, rngs=rngs, **{word: shell[word] for word in words if word in shell})
+
+
 def flat(function):
     """The function of arrays [N, ...] for arrays [B, T, ...].
 
@@ -40,22 +48,32 @@ def flat(function):
     return run
 
 
-def in_pieces(function, *arrays):
-    """The function of every token of arrays [B, T, ...] of floating-point numbers, on a CPU a piece of the tokens at a time.
+def in_pieces(function, *arrays, least: int = 64):
+    """The function of every token of arrays [B, T, ...], on a CPU a piece of the tokens at a time.
 
     The backward pass keeps the arrays, and nothing of what the function makes on the way.
 
     Args:
         function: of arrays [N, ...]; returns one [N, ...], for any N. Parameters that it closes over have gradients too.
+        least: tokens of a piece, however large they are.
     """
     batch, length = arrays[0].shape[:2]
     bytes_of_token = 4 * batch * max(math.prod(x.shape[2:]) for x in arrays)
     if jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
         return flat(function)(*arrays)
-    size = min(length, max(64, PIECE_BYTES // bytes_of_token))
+    size = min(length, max(least, PIECE_BYTES // bytes_of_token))
     pieces = (jax.ShapeDtypeStruct((batch, size, *x.shape[2:]), x.dtype) for x in arrays)
     converted, parameters = jax.closure_convert(flat(function), *pieces)
     return piece_by_piece(converted, size, parameters, arrays)
+
+
+def in_rows(function, *arrays):
+    """The function of every row of arrays [R, ...], a head of a sample each, on a CPU a few long rows at a time.
+
+    Args:
+        function: of arrays [r, ...]; returns one [r, ...], for any r.
+    """
+    return in_pieces(function, *(x[None] for x in arrays), least=1)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -92,12 +110,13 @@ def backward(function, size, saved, gradients):
         _, pull = jax.vjp(lambda parameters, pieces: function(*pieces, *parameters), parameters, pieces)
         grad_parameters, grad_pieces = pull(cotangent)
         totals = [total + x.astype(total.dtype) for total, x in zip(totals, grad_parameters, strict=True)]
-        return totals, [put(x, piece, start) for x, piece in zip(grads, grad_pieces, strict=True)]
+        return totals, [None if x is None else put(x, piece, start) for x, piece in zip(grads, grad_pieces, strict=True)]
 
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
-    totals, grads = jax.lax.fori_loop(0, count, step, (totals, [empty(x, gradients) for x in arrays]))
+    grads = [empty(x, gradients) if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in arrays]
+    totals, grads = jax.lax.fori_loop(0, count, step, (totals, grads))
     totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
-    return totals, tuple(from_uint_bits(x, like.dtype) for x, like in zip(grads, arrays, strict=True))
+    return totals, tuple(x if x is None else from_uint_bits(x, like.dtype) for x, like in zip(grads, arrays, strict=True))
 
 
 piece_by_piece.defvjp(forward, backward)

@@ -13,6 +13,9 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
+from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.lightconv import LightConv
+from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
@@ -25,8 +28,12 @@ from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.kernelized.rfa import RFAAttention
+from subquad.zoo.lowrank.isab import InducedSetAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
+from subquad.zoo.lowrank.luna import LunaAttention
+from subquad.zoo.lowrank.memory_compressed import MemoryCompressedAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
+from subquad.zoo.lowrank.perceiver import PerceiverAttention
 from subquad.zoo.lowrank.skyformer import SkyformerAttention
 from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
@@ -43,6 +50,7 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mega import Mega
+from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
@@ -74,6 +82,10 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "skyformer": SkyformerAttention,
+    "luna": LunaAttention,
+    "isab": InducedSetAttention,
+    "perceiver": PerceiverAttention,
+    "memory_compressed": MemoryCompressedAttention,
     "linear": LinearAttention,
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,
@@ -86,6 +98,10 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "mega": Mega,
     "s5": S5,
     "lru": LRU,
+    "rglru": RGLRU,
+    "lightconv": LightConv,
+    "dynamicconv": DynamicConv,
+    "lsra": LSRA,
 }
 
 

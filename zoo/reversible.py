@@ -10,16 +10,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels.xla_cpu import apart
+from subquad.zoo.block import real_tokens
+from subquad.zoo.experts import RouterLosses, add, no_losses
 
-# Of trainable parameters, of everything else (it has no gradient), and of a stream: what is added to the other stream.
-Half = Callable[[Any, Any, Float[Array, "B T D"]], Float[Array, "B T D"]]
+# Of trainable parameters, of everything else (it has no gradient), and of a stream: what is added to the other stream, and
+# with it, of g, losses.
+Half = Callable[[Any, Any, Float[Array, "B T D"]], Any]
 
 
 def run(
     halves: Sequence[tuple[Half, Half]], parameters: Sequence[Any], others: Sequence[Any],
     first: Float[Array, "B T D"], second: Float[Array, "B T D"],
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """Two residual streams through layers of two halves f and g.
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], RouterLosses]:
+    """Two residual streams through layers of two halves f and g, and the sum of the losses that g tells beside.
 
         y_1 = x_1 + f(x_2),   y_2 = x_2 + g(y_1);     backwards   x_2 = y_2 - g(y_1),   x_1 = y_1 - f(x_2)
 
@@ -37,34 +40,37 @@ def run(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(halves, parameters, others, first, second):
+    losses = no_losses(first.shape[:1])
     for (f, g), own, other in zip(halves, parameters, others, strict=True):
         first = first + f(own, other, second)
-        second = second + g(own, other, first)
-    return first, second
+        added, more = g(own, other, first)
+        second, losses = second + added, add(losses, more)
+    return first, second, losses
 
 
 def _forward(halves, parameters, others, first, second):
-    outputs = _run(halves, parameters, others, first, second)
-    return outputs, (parameters, others, outputs)
+    first, second, losses = _run(halves, parameters, others, first, second)
+    return (first, second, losses), (parameters, others, first, second)
 
 
 def _backward(halves, saved, gradients):
-    parameters, others, outputs = saved
-    streams, of_parameters = (*outputs, *gradients), []
+    parameters, others, first, second = saved
+    *of_streams, of_losses = gradients
+    streams, of_parameters = (first, second, *of_streams), []
     for pair, own, other in zip(*map(reversed, (halves, parameters, others)), strict=True):
         # Apart, since XLA may else rebuild several layers before it is done with the first.
-        of_own, streams = apart(functools.partial(_layer_backward, pair, other), (own, streams))
+        of_own, streams = apart(functools.partial(_layer_backward, pair, other, of_losses), (own, streams))
         of_parameters.append(of_own)
     return of_parameters[::-1], None, *streams[2:]
 
 
-def _layer_backward(halves, other, arrays):
+def _layer_backward(halves, other, of_losses, arrays):
     """Parameters, outputs and their gradients of one layer -> gradients of parameters, inputs and their gradients."""
     own, (first, second, of_first, of_second) = arrays
     f, g = halves
-    added, pull = jax.vjp(lambda own, x: g(own, other, x), own, first)
+    (added, _), pull = jax.vjp(lambda own, x: g(own, other, x), own, first)
     second = second - added
-    of_g, more = pull(of_second)
+    of_g, more = pull((of_second, of_losses))
     of_first = of_first + more
     added, pull = jax.vjp(lambda own, x: f(own, other, x), own, second)
     first = first - added
@@ -76,12 +82,18 @@ _run.defvjp(_forward, _backward)
 
 
 def through(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
+    """(the mean of the two `streams`, [B, T, D], in the dtype of `hidden`; losses of the experts' routers)."""
+    first, second, losses = streams(blocks, hidden, call, deterministic, rngs)
+    return ((first + second) / 2).astype(hidden.dtype), losses
+
+
+def streams(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
     """Features through blocks (`zoo.Block`, of norm_order "pre") as reversible layers; both streams start as the features.
 
     Args:
         call: of the mixers: mask and segment_ids.
         deterministic, rngs: as in a call of a block.
-    Returns: the mean of the two streams, [B, T, D], in the dtype of `hidden`.
+    Returns: the two streams, [B, T, D] each, in float32 at least, and the losses of the experts' routers.
     """
     halves, parameters, others = [], [], []
     for block in blocks:
@@ -93,8 +105,7 @@ def through(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], determi
         parameters.append(trained)
         others.append((rest, keys, call))
     stream = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    first, second = run(halves, parameters, others, stream, stream)
-    return ((first + second) / 2).astype(hidden.dtype)
+    return run(halves, parameters, others, stream, stream)
 
 
 def _mixed(graph, deterministic, dtype, trained, other, stream):
@@ -104,9 +115,10 @@ def _mixed(graph, deterministic, dtype, trained, other, stream):
 
 
 def _fed(graph, deterministic, dtype, trained, other, stream):
-    rest, keys, _ = other
+    rest, keys, call = other
     block, draws = _block(graph, trained, rest, deterministic, keys and keys[1])
-    return block.feed(block.mlp_norm(stream).astype(dtype), draws).astype(stream.dtype)
+    added, losses = block.feed(block.mlp_norm(stream).astype(dtype), draws, real_tokens(stream, call.get("mask")))
+    return added.astype(stream.dtype), losses
 
 
 def _block(graph, trained, rest, deterministic, key):
@@ -117,10 +129,10 @@ def _block(graph, trained, rest, deterministic, key):
 def extend(blocks, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask):
     """`through` for T more tokens after those in the mixers' caches -> (features, caches); without dropout."""
     first = second = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    extended, draws = [], dict(deterministic=True, rngs=None)
+    extended, draws, real = [], dict(deterministic=True, rngs=None), real_tokens(hidden, mask)
     for block, cache in zip(blocks, caches, strict=True):
         mixed, cache = block.mixer.extend(block.mixer_norm(second).astype(hidden.dtype), cache, mask=mask)
         first = first + mixed.astype(first.dtype)
-        second = second + block.feed(block.mlp_norm(first).astype(hidden.dtype), draws).astype(first.dtype)
+        second = second + block.feed(block.mlp_norm(first).astype(hidden.dtype), draws, real)[0].astype(first.dtype)
         extended.append(cache)
     return ((first + second) / 2).astype(hidden.dtype), tuple(extended)

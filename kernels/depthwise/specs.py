@@ -7,13 +7,15 @@ from subquad.kernels import convolution
 from subquad.kernels.specs import Spec
 
 
-def _make(width, groups, features, batch=2, per_token=False, masked=False, state=False):
+def _make(width, groups, features, batch=2, per_token=False, masked=False, segments=False, state=False):
     def make(length, dtype, rng):
         normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
         taps = (batch, length, width, groups) if per_token else (width, groups)
         arrays = dict(inputs=normal(batch, length, features), kernel=normal(*taps))
         if masked:
             arrays["mask"] = jnp.asarray(rng.random((batch, 1, 1, length)) < np.float32(0.7))
+        if segments:
+            arrays["segment_ids"] = jnp.asarray((rng.random((batch, length)) < 0.1).cumsum(1) % 3, jnp.int32)
         return arrays | dict(initial_state=normal(batch, width - 1, features)) if state else arrays
 
     return make
@@ -36,5 +38,6 @@ SPECS = [
     _spec("around-shared", (1, 63), 7, 2, is_causal=False, masked=True),
     _spec("per-token", (1, 7, 129), 5, 3, bench=16, per_token=True),
     _spec("per-token-around", (63,), 6, 3, per_token=True, masked=True, is_causal=False),
+    _spec("around-segments", (63,), 7, 2, is_causal=False, segments=True),
     _spec("wide-masked", (7, 63), 40, 1, return_state=True, masked=True),
 ]

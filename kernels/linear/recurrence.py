@@ -14,7 +14,9 @@ from subquad.kernels import precision
 SMALLEST_LOG_DECAY = -104.0
 # Multiples of it are summed without rounding: a chunk of 128 stays below 2^24 of them.
 UNIT = 2.0**-10
-# Scores of so few tokens are computed directly where every channel decays in its own way.
+# Where no channel decays by more in some tokens, exponentials of their distance to the middle lose no digits that count.
+NARROW = 32.0
+# Scores of so few tokens are computed directly where a channel decays by more.
 DIRECT = 16
 # Rows of a triangular matrix that are substituted one by one.
 SUBSTITUTED = 8
@@ -94,15 +96,36 @@ def scores(query, key, decay):
 def channel_scores(query, key, decay):
     """`scores` where each channel has its own decay: decay [..., C, M] after each token.
 
-    exp(g_c - g_s) = exp(g_c - g_b) exp(g_b - g_s) with b on the border between s and c: neither factor exceeds 1. Halves
-    of halves find a border for every pair of blocks (the secondary chunks of GLA, arXiv 2312.06635, section 4.3); within
-    the smallest blocks each pair has its own exponential.
+    A product where all channels decay slowly, else halves; pairs of the smallest blocks have their own exponentials.
+    """
+    distance = exponent(decay, [g[..., :1, :] for g in decay])
+    in_parts = pairwise_scores if query.shape[-2] <= DIRECT else scores_of_halves
+    is_narrow = jnp.max(-distance) <= NARROW
+    return jax.lax.cond(is_narrow, narrow_scores, jax.checkpoint(in_parts), query, key, decay)
+
+
+def narrow_scores(query, key, decay):
+    """exp(g_c - m) exp(m - g_s) with m half way between the first g and the last: neither is large."""
+    distance = exponent(decay, [g[..., :1, :] for g in decay])
+    # Of other numbers than those it is for, nothing that is not finite may come: under `vmap` both ways are computed.
+    distance = jnp.maximum(distance - distance[..., -1:, :] / 2, -NARROW)
+    weights = (query * jnp.exp(distance)) @ (key * jnp.exp(-distance)).mT
+    return jnp.where(jnp.tri(query.shape[-2], dtype=bool), weights, 0)
+
+
+def pairwise_scores(query, key, decay):
+    """An exponential for each pair and channel."""
+    gap = exponent([g[..., :, None, :] for g in decay], [g[..., None, :, :] for g in decay])
+    visible = jnp.tri(query.shape[-2], dtype=bool)[..., None]
+    return jnp.sum(query[..., :, None, :] * key[..., None, :, :] * jnp.exp(jnp.where(visible, gap, -jnp.inf)), -1)
+
+
+def scores_of_halves(query, key, decay):
+    """exp(g_c - g_s) = exp(g_c - g_b) exp(g_b - g_s) with b on the border between s and c: neither factor exceeds 1.
+
+    Halves of halves find a border for every pair of blocks (the secondary chunks of GLA, arXiv 2312.06635, section 4.3).
     """
     size = query.shape[-2]
-    if size <= DIRECT:
-        gap = sum(g[..., :, None, :] - g[..., None, :, :] for g in decay)
-        visible = jnp.tri(size, dtype=bool)[..., None]
-        return jnp.sum(query[..., :, None, :] * key[..., None, :, :] * jnp.exp(jnp.where(visible, gap, -jnp.inf)), -1)
     half = 1 << (size - 1).bit_length() - 1
     query, key = fill(query, 2 * half), fill(key, 2 * half)
     decay = [fill(g, 2 * half, "edge") for g in decay]
@@ -145,8 +168,13 @@ def whole_chunk(state, decay):
     return state * (factor[..., None] if factor.ndim == 3 else factor.mT)
 
 
+def exponent(late, early):
+    """The log decay between two places, of the parts of their g."""
+    return sum(x - y for x, y in zip(late, early, strict=True))
+
+
 def exp_gap(late, early):
-    return jnp.exp(sum(x - y for x, y in zip(late, early, strict=True)))
+    return jnp.exp(exponent(late, early))
 
 
 def fill(x, size, mode="constant"):

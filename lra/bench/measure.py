@@ -69,8 +69,8 @@ def memory_of(compiled) -> Memory:
 def flops(function: Callable, *args, while_trips: int | None = None, **kwargs) -> int:
     """Counts the floating-point operations of one call from the function's jaxpr; nothing compiles or runs.
 
-    Counted: `dot_general` and convolutions as 2 per multiply-add, an FFT of n points as 5 n log2 n (half of that for
-    real data), elementwise arithmetic as 1 per output element, reductions and scatter-adds as 1 per input element,
+    Counted: `dot_general`, `ragged_dot` and convolutions as 2 per multiply-add, an FFT of n points as 5 n log2 n (half of
+    that for real data), elementwise arithmetic as 1 per output element, reductions and scatter-adds as 1 per input element,
     small factorisations by their leading term. Integer and boolean work, comparisons, sorting and data movement are
     free. A `scan` (and a `fori_loop` or `map` with static bounds) costs its length times its body, a `cond` its dearest
     branch. Work whose result nobody uses is left out, as the compiler leaves it out. What `jax.checkpoint` computes
@@ -110,6 +110,13 @@ def _equation(equation, used: list[bool], while_trips: int | None) -> int:
         (contracted, _), _ = params["dimension_numbers"]
         depth = math.prod(inputs[0].shape[axis] for axis in contracted)
         return 2 * _complex(outputs[0], 4) * _size(outputs[0]) * depth * _floating(outputs[0])
+    if name == "ragged_dot_general":
+        # Each row times the matrix of its group; of the gradient of these, each row in the product of its group.
+        numbers = params["ragged_dot_dimension_numbers"]
+        (contracted, _), _ = numbers.dot_dimension_numbers
+        depth = math.prod(inputs[0].shape[axis] for axis in contracted)
+        groups = inputs[2].shape[-1] if numbers.lhs_ragged_dimensions[0] in contracted else 1
+        return 2 * _size(outputs[0]) * depth // groups * _floating(outputs[0])
     if name == "conv_general_dilated":
         features = inputs[1].shape[params["dimension_numbers"].rhs_spec[0]]
         return 2 * _complex(outputs[0], 4) * _size(outputs[0]) * _size(inputs[1]) // features

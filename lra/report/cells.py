@@ -103,6 +103,7 @@ _S4_ROWS = {
     "Nystromformer": Answer("nystromformer", "nystrom"),
     "FNet": _none("its sizes and schedule on the arena are not in what was read"),
     "Random": _none("a guess, and no model"),
+    "Luna-256 (v1)": _none("its sizes are not in what was read"),
 }
 _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here it is there."
 _DRAWN_OTHERWISE = "How B and C were drawn for this Lambda is not in what was read."
@@ -139,6 +140,7 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "Reformer": Answer("bench", "reformer"),
         "Linformer": Answer("bench", "linformer"),
         "Performer": Answer("bench", "performer"),
+        "Luna-256": Answer("bench", "luna", note="Its packed tokens go from layer to layer."),
         "S4-v2 (re-run)": Answer("s4", "s4"),
         **dict.fromkeys(("Mega", "Mega-chunk"), _OWN_RESIDUAL),
     },

@@ -30,7 +30,8 @@ MODEL, MODE, BASELINE = "lra-text", "train", "softmax"
 PROGRAM = (
     "task", "layer", "layer_options", "in_features", "num_layers", "mlp_features", "pooling", "positions", "dropout_rate",
     "attention_dropout_rate", "norm", "norm_order", "batch_size", "accumulate", "clip_norm", "dtype", "ema", "remat", "head",
-    "inputs", "reversible",
+    "inputs", "reversible", "drop_path_rate", "num_experts", "experts_per_token", "capacity_factor", "layer_groups",
+    "remat_policy",
 )  # fmt: skip
 MEASURING = costs.Cost(0.05, "any device", "estimate")  # of one layer at one length
 

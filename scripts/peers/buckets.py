@@ -1,10 +1,11 @@
-"""LSH attention."""
+"""Buckets: LSH, routing, sorting."""
 
 from peers import Contest
 from peers.sides import Case, layer_side, make_layer, mechanism_side, torch_side
 
 CHUNK, HASHES = 64, 4
 OPTIONS = dict(chunk_size=CHUNK, num_hashes=HASHES)
+ROUTING_WINDOW, SINKHORN_BLOCK = 128, 64
 
 
 def ours(case: Case, is_causal: bool):
@@ -32,6 +33,36 @@ def hugging_face(case: Case):
     return torch_side(case, lambda tokens: layer(tokens).hidden_states, [case.tokens()], layer)
 
 
+def ours_routing(case: Case, is_causal: bool):
+    layer = make_layer(
+        case, "routing", num_clusters=case.length // ROUTING_WINDOW, window_size=ROUTING_WINDOW, is_causal=is_causal
+    )
+    return mechanism_side(case, layer)
+
+
+def routing_transformer(case: Case, is_causal: bool):
+    from routing_transformer.routing_transformer import KmeansAttention
+
+    layer = KmeansAttention(
+        case.length // ROUTING_WINDOW, ROUTING_WINDOW, case.heads, case.features, causal=is_causal, num_mem_kv=0
+    ).eval()  # its centroids stay where they are, as ours do in a call
+    return torch_side(case, lambda q, k, v: layer(q, k, v)[0], case.draw(3), heads_first=True)
+
+
+def ours_sinkhorn(case: Case, is_causal: bool):
+    layer = make_layer(case, "sinkhorn", max_length=case.length, block_size=SINKHORN_BLOCK, is_causal=is_causal, use_bias=False)
+    return layer_side(case, layer)
+
+
+def sinkhorn_transformer(case: Case, is_causal: bool):
+    from sinkhorn_transformer.sinkhorn_transformer import SinkhornSelfAttention
+
+    layer = SinkhornSelfAttention(
+        case.width, SINKHORN_BLOCK, case.length, heads=case.heads, causal=is_causal, n_sortcut=0 if is_causal else 1
+    )
+    return torch_side(case, layer, [case.tokens()], layer)
+
+
 CONTESTS = [
     Contest(
         "reformer", f"reformer-pytorch LSH, {word}", "reformer-pytorch", lambda case, c=causal: ours(case, c),
@@ -44,4 +75,19 @@ CONTESTS = [
         lambda case: layer_side(case, make_layer(case, "reformer", **OPTIONS)), hugging_face,
         note=f"{HASHES} rounds, chunk {CHUNK}; ours has the output projection too",
     ),
+] + [
+    Contest(
+        "routing", f"routing-transformer, {word}", "routing-transformer", lambda case, c=causal: ours_routing(case, c),
+        lambda case, c=causal: routing_transformer(case, c), note=f"clusters of {ROUTING_WINDOW}",
+    )
+    for word, causal in (("full", False), ("causal", True))
+] + [
+    Contest(
+        "sinkhorn", f"sinkhorn-transformer layer, {word}", "sinkhorn-transformer",
+        lambda case, c=causal: ours_sinkhorn(case, c), lambda case, c=causal: sinkhorn_transformer(case, c), note=note,
+    )
+    for word, causal, note in (
+        ("full", False, f"block {SINKHORN_BLOCK}; theirs scores blocks by products of their sums, ours by a network"),
+        ("causal", True, f"block {SINKHORN_BLOCK}"),
+    )
 ]  # fmt: skip

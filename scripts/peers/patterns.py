@@ -1,6 +1,4 @@
-"""Fixed patterns: windows, blocks, strides, BigBird."""
-
-import numpy as np
+"""Fixed patterns: windows, blocks, strides, axes, global tokens, random blocks."""
 
 from peers import Contest, dense
 from peers.sides import Case, jax_side, layer_side, make_layer, mechanism_side, torch_side
@@ -60,27 +58,10 @@ def local_blocks(case: Case):
 
 
 def ours_bigbird(case: Case):
-    """Query, key and value projections, and attention over BigBird's lists of blocks."""
-    import jax.numpy as jnp
-
-    from subquad.kernels import block_sparse
-
-    count, rng = case.length // BIGBIRD_BLOCK, np.random.default_rng(0)
-    blocks = np.full((case.heads, count, count), -1)
-    blocks[:, (0, count - 1)] = np.arange(count)
-    for head in range(case.heads):
-        for row in range(1, count - 1):
-            near = {0, count - 1, row - 1, row, row + 1}
-            far = rng.permutation([block for block in range(count) if block not in near])[:BIGBIRD_RANDOM]
-            found = sorted({*near, *far.tolist()})
-            blocks[head, row, : len(found)] = found
-    weights = case.draw(3, (case.width, case.heads, case.features))
-
-    def attend(tokens, *weights):
-        heads = [jnp.einsum("btd,dnh->btnh", tokens, weight / case.width**0.5) for weight in weights]
-        return block_sparse.attention(*heads, blocks, block_size=BIGBIRD_BLOCK)
-
-    return jax_side(case, attend, [case.tokens(), *weights])
+    layer = make_layer(
+        case, "bigbird", max_length=case.length, block_size=BIGBIRD_BLOCK, num_random=BIGBIRD_RANDOM
+    )
+    return layer_side(case, layer)
 
 
 def bigbird(case: Case):
@@ -106,6 +87,34 @@ def ours_strided(case: Case):
     return mechanism_side(case, layer)
 
 
+def ours_axial(case: Case):
+    layer = make_layer(case, "axial", row_length=int(case.length**0.5), use_bias=False)
+    return layer_side(case, layer)
+
+
+def axial_attention(case: Case):
+    from axial_attention import AxialAttention
+
+    side = int(case.length**0.5)
+    layer = AxialAttention(case.width, heads=case.heads)
+    call = lambda tokens: layer(tokens.reshape(case.batch, side, side, case.width)).reshape(tokens.shape)
+    return torch_side(case, call, [case.tokens()], layer)
+
+
+def longt5(case: Case):
+    from transformers import LongT5Config
+    from transformers.models.longt5.modeling_longt5 import LongT5TransientGlobalAttention
+
+    config = LongT5Config(
+        d_model=case.width, d_kv=case.features, num_heads=case.heads, local_radius=WINDOW - 1, dropout_rate=0.0,
+    )  # fmt: skip
+    layer = LongT5TransientGlobalAttention(config, has_relative_attention_bias=True)
+    import torch
+
+    real = torch.ones(case.batch, case.length)
+    return torch_side(case, lambda tokens: layer(tokens, real)[0], [case.tokens()], layer)
+
+
 CONTESTS = [
     Contest(
         "local", f"local-attention, {word}", "local-attention", lambda case, c=causal: ours_local(case, c),
@@ -128,11 +137,20 @@ CONTESTS = [
         note=f"block {BLOCK}, the identity permutation",
     ),
     Contest(
-        "blockwise", "BigBird layer", "transformers", ours_bigbird, bigbird,
-        note=f"block {BIGBIRD_BLOCK}, {BIGBIRD_RANDOM} random; theirs and ours without the output projection",
+        "bigbird", "Hugging Face layer", "transformers", ours_bigbird, bigbird,
+        note=f"block {BIGBIRD_BLOCK}, {BIGBIRD_RANDOM} random; ours has the output projection too",
     ),
     Contest(
         "strided", "fused SDPA, causal", "torch", ours_strided, lambda case: dense.sdpa(case, True),
         note=f"stride {STRIDE}; PyPI has no strided attention, so dense attention is the peer",
+    ),
+    Contest(
+        "axial", "axial-attention layer", "axial-attention", ours_axial, axial_attention,
+        note="the rows and columns of a square; theirs has projections for each of the two, ours one set",
+    ),
+    Contest(
+        "longt5", "Hugging Face layer", "transformers",
+        lambda case: layer_side(case, make_layer(case, "longt5", radius=WINDOW - 1, use_bias=False)), longt5,
+        note=f"radius {WINDOW - 1}, a transient global token for 16",
     ),
 ]  # fmt: skip

@@ -21,4 +21,11 @@ CONTESTS = [
         note=f"ours {STATE} states per feature and a gated output map; theirs one system of as many states as features",
     )
     for mode, word, causal in (("dplr", "causal", True), ("diagonal", "causal", True), ("diagonal", "full", False))
+] + [
+    Contest(
+        "s5", f"s5-pytorch layer, {word}", "s5-pytorch",
+        lambda case, c=causal: layer_side(case, make_layer(case, "s5", state_size=case.width, is_causal=c)),
+        lambda case, c=causal: s5(case, not c), note="as many states as features; ours has a gated output map too",
+    )
+    for word, causal in (("causal", True), ("full", False))
 ]  # fmt: skip

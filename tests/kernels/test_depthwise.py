@@ -80,6 +80,29 @@ def test_padding_reaches_nothing(shape):
     assert not np.asarray(run(np.nan)[0])[~kept].any()
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("shape", [(4, 6), (B, T, 5, 3)])
+def test_segments_are_as_alone(shape, is_causal):
+    """Values and gradients, with padding, and with equal ids on both sides of another run."""
+    inputs, kernel, weights = random(B, T, D), random(*shape, seed=1), random(B, T, D, seed=2)
+    mask = jnp.asarray(np.arange(T) != 5)[None, None, None]
+
+    def packed(inputs, kernel):
+        ids = jnp.asarray([3] * 4 + [1] * 2 + [3] * 3)[None]
+        return convolution.depthwise(inputs, kernel, is_causal=is_causal, mask=mask, segment_ids=ids)
+
+    def alone(inputs, kernel):
+        taps = lambda part: kernel[:, part] if kernel.ndim == 4 else kernel
+        parts = [slice(0, 4), slice(4, 6), slice(6, 9)]
+        return jnp.concatenate([
+            convolution.depthwise(inputs[:, part], taps(part), is_causal=is_causal, mask=mask[..., part]) for part in parts
+        ], 1)  # fmt: skip
+
+    got, want = (jax.value_and_grad(lambda *x, f=f: jnp.sum(weights * f(*x)), (0, 1))(inputs, kernel) for f in (packed, alone))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
+    np.testing.assert_allclose(packed(inputs, kernel), alone(inputs, kernel), rtol=1e-5, atol=1e-5)
+
+
 def test_a_causal_kernel_is_that_of_convolve():
     inputs, kernel = random(B, T, D), random(4, D, seed=1)
     want = convolution.convolve(inputs, kernel.T, implementation="reference")
@@ -109,6 +132,9 @@ def test_what_is_refused():
          dict(initial_state=inputs[:, :2], is_causal=True)),
         ("mask must be boolean", TypeError, (inputs, kernel), dict(mask=jnp.ones((B, 1, 1, T)))),
         ("mask must be key padding", ValueError, (inputs, kernel), dict(mask=jnp.ones((B, 1, T, T), bool))),
+        ("return_state must be left out where there are segment_ids", ValueError, (inputs, kernel),
+         dict(segment_ids=jnp.zeros((B, T), int), is_causal=True, return_state=True)),
+        ("segment_ids must be integers", TypeError, (inputs, kernel), dict(segment_ids=jnp.ones((B, T)))),
         ("inputs must be floating-point", TypeError, (inputs.astype(int), kernel), {}),
     ]  # fmt: skip
     for message, kind, arrays, options in cases:

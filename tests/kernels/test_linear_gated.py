@@ -146,6 +146,26 @@ def test_decays_of_any_size_are_exact(form):
     assert_close(want[0], float64_loop(**arrays))
 
 
+@pytest.mark.parametrize("form", ["channels", "channels-delta"])
+@pytest.mark.parametrize("largest", [0.01, 0.3, 3.0], ids=["in one product", "in halves", "in pairs"])
+def test_channels_that_decay_slowly_are_scored_as_exactly(form, largest):
+    arrays = draw(form, 130, batch=1)
+    arrays["log_decay"] *= largest / 5
+    got, want = (outputs_and_gradients(arrays, implementation=i) for i in ("xla", "reference"))
+    assert_close(got, want, 2e-5)
+
+
+def test_a_slow_and_a_fast_sample_mapped_together_are_as_alone():
+    """Under `vmap` a choice computes both ways: the one that is not for a sample must add nothing to its gradients."""
+    slow, fast = draw("channels", 70, batch=1), draw("channels", 70, batch=1, seed=1)
+    slow["log_decay"] = slow["log_decay"] / 1000
+    fast["log_decay"] = np.where(fast["log_decay"] < -1, -np.inf, fast["log_decay"]).astype(np.float32)
+    alone = [outputs_and_gradients(arrays) for arrays in (slow, fast)]
+    both = jax.vmap(outputs_and_gradients)(jax.tree.map(lambda *x: np.stack(x), slow, fast))
+    for i, want in enumerate(alone):
+        assert_close(jax.tree.map(lambda x, i=i: x[i], both), want)
+
+
 def test_equal_keys_that_replace_everything_are_exact():
     """The delta rule with one key all along: every value replaces the one before, and the inverse's powers are binomials."""
     arrays = draw("delta", 64, batch=1)

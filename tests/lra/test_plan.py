@@ -84,7 +84,8 @@ def test_bad_values_are_told_with_the_nearest(words, kind, match):
 
 
 def test_attention_dropout_is_refused_where_no_weights_are_kept():
-    assert plan("quickstart", "softmax", attention_dropout_rate=0.2).attention_dropout_rate == 0.2
+    for layer in ("softmax", "lightconv"):  # which drops its taps
+        assert plan("quickstart", layer, attention_dropout_rate=0.2).attention_dropout_rate == 0.2
     with pytest.raises(ValueError, match="attention_dropout_rate must be 0 for layer 'performer'.*got 0.2.*or use softmax"):
         plan("quickstart", "performer", attention_dropout_rate=0.2)
     run, task = plan("quickstart", "softmax", attention_dropout_rate=0.2), tasks.find_task("listops", "small")
@@ -104,6 +105,7 @@ def test_every_value_changes_the_runs_id():
         ema=0.9, state_learning_rate=0.1, step_learning_rate=0.1, embedding_std=1.0, position_std=1.0, dtype="bfloat16",
         selection="last", clip_norm=None, protocol="x", head="x", interaction="x", inputs="x", recipe="x", task="x",
         config="x", layer="x", norm="x", norm_order="x", early_stopping=3,
+        capacity_factor=1.0, layer_groups=1, remat_policy="x",
     )  # fmt: skip
     for one in dataclasses.fields(run):
         value = other.get(one.name, getattr(run, one.name))

@@ -22,6 +22,7 @@ class Case:
         options: its options, small enough that blocks, windows and segments end inside the test sequences.
         cost_options: options of the cost test, of everyday size; None: `options`.
         dead: parameters whose gradient is zero by the mathematics, with the reason in a comment.
+        dead_if_causal: the same where it is causal; None: `dead`.
         extend_equals_call: a sequence cut into `extend` calls gives what one call gives.
         tolerance: largest absolute difference between two float32 runs of the same mathematics.
     """
@@ -30,6 +31,7 @@ class Case:
     options: dict[str, Any]
     cost_options: dict[str, Any] | None = None
     dead: tuple[str, ...] = ()
+    dead_if_causal: tuple[str, ...] | None = None
     extend_equals_call: bool = True
     tolerance: float = 2e-5
 
@@ -111,6 +113,21 @@ CASES = {
             "nystrom", dict(num_heads=2, num_landmarks=6, conv_width=5), dict(num_heads=4, num_landmarks=64),
             dead=SOFTMAX_INVARIANT,
         ),
+        Case("luna", dict(num_heads=2, num_slots=6), dict(num_heads=4, num_slots=64)),
+        Case(
+            "isab", dict(num_heads=2, num_inducing=6), dict(num_heads=4, num_inducing=32),
+            dead=(*SOFTMAX_INVARIANT, "induced_key/bias"),
+        ),
+        Case(
+            "perceiver", dict(num_heads=2, num_latents=6, latent_features=12),
+            dict(num_heads=4, num_latents=32, latent_features=32),
+            dead=(*SOFTMAX_INVARIANT, "latent_key/bias", "layers/0/key/bias"),
+        ),
+        # Of an uncompressed key, and of a block that is not whole, the bias is not what it is of the others.
+        Case(
+            "memory_compressed", dict(num_heads=4, num_kv_heads=2, compression=4), dead=("compress_key/bias",),
+            dead_if_causal=(),
+        ),
         Case("linear", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
         Case("cosformer", dict(num_heads=2, num_kv_heads=1, max_length=100), dict(num_heads=4, max_length=LONG)),
@@ -130,7 +147,11 @@ CASES = {
         Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),
         Case("dss", dict(state_size=8), dict(state_size=16)),
         Case("lru", dict(state_size=8), dict(state_size=64)),
+        Case("rglru", dict(hidden_features=12, num_blocks=3), dict(num_blocks=8)),
         Case("s5", dict(state_size=8, num_blocks=2, gate="full"), dict(state_size=64)),
+        Case("lightconv", dict(num_heads=4, conv_width=5), dict(num_heads=8, conv_width=15)),
+        Case("dynamicconv", dict(num_heads=4, conv_width=5), dict(num_heads=8, conv_width=15)),
+        Case("lsra", dict(num_heads=2, conv_heads=4, conv_width=5), dead=("attention/key/bias",)),
         # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.
         Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
         Case("entmax", dict(num_heads=4, num_kv_heads=2, alpha="learned"), dead=SOFTMAX_INVARIANT),

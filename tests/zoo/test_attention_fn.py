@@ -20,6 +20,8 @@ from .test_eager import compilations
 
 NAMES = [name for name in CASES if CASES[name].supports.attention_fn]
 OPTIONS = {name: {k: v for k, v in CASES[name].options.items() if k not in ("num_heads", "num_kv_heads")} for name in NAMES}
+OPTIONS["nystrom"]["conv_width"] = None
+OPTIONS["entmax"]["alpha"] = 1.5
 VARIANTS = {
     **{name: (name, options) for name, options in OPTIONS.items()},
     "rotary": ("softmax", dict(rotary_base=50.0)),
@@ -329,6 +331,12 @@ def test_equal_arguments_give_equal_functions(variant):
     assert nnx.graphdef(flaxs(fn)) == nnx.graphdef(flaxs(same))
 
 
+@pytest.mark.parametrize(("name", "own"), [("nystrom", "taps"), ("entmax", "alpha_logits")])
+def test_what_would_be_learned_is_refused(name, own):
+    with pytest.raises(ValueError, match=rf"attention_fn\('{name}'\): its options must leave no parameters, got {own}"):
+        zoo.attention_fn(name, **({"alpha": "learned"} if name == "entmax" else {}))(*arrays())
+
+
 def test_equal_models_compile_once():
     run, traces = nnx.jit(lambda model, x: (traces.append(0), model(x))[1]), []
     for window_size in ([2, 3], (2, 3), np.array([2, 3])):
@@ -407,6 +415,18 @@ CHANGES = {
         )
     ],
     "kernelized": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
+    "entmax": [({}, dict(is_causal=True)), ({}, dict(alpha=2.0)), ({}, dict(rotary_base=9.0))],
+    "cosformer": [(dict(max_length=12), change) for change in (dict(is_causal=True), dict(max_length=18))],
+    "nystrom": [
+        (dict(num_landmarks=4, conv_width=None), change)
+        for change in (dict(num_landmarks=3), dict(num_iterations=1), dict(rotary_base=9.0))
+    ],
+    "skyformer": [
+        (dict(num_landmarks=6), change)
+        for change in (
+            dict(num_landmarks=4), dict(gamma=1.0), dict(num_iterations=1), dict(seed=1), dict(rotary_base=9.0)
+        )
+    ],
     "linear": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
     "performer": [
         (dict(num_features=16), dict(is_causal=True)), (dict(num_features=16), dict(num_features=24)),
@@ -422,7 +442,7 @@ def test_every_option_acts(name):
     shown = {word for _, change in CHANGES[name] for word in change}
     flaxs_own = {"num_heads", "num_kv_heads", "in_features", "rngs", "dropout_rate", "broadcast_dropout"}
     of_the_shell = set(zoo.base.Shell.__annotations__) - ({"rotary_base"} if zoo.LAYERS[name].supports.rotary else set())
-    refused = set() if can_be_causal(name) else {"is_causal"}
+    refused = (set() if can_be_causal(name) else {"is_causal"}) | ({"conv_width"} if name == "nystrom" else set())
     assert shown - {"seed"} == set(zoo.registry.options(name)) - of_the_shell - flaxs_own - refused
     for options, change in CHANGES[name]:
         plain, changed = (zoo.attention_fn(name, **o)(*arrays()) for o in (options, options | change))

@@ -147,7 +147,7 @@ def test_an_encoder_with_batch_norm_learns_its_statistics_with_and_without_remat
     np.testing.assert_allclose(model(tokens[:1], mask=mask[:1])[0], model(tokens, mask=mask)[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm,norm_order", [("batch", "pre"), ("rms", "post")])
+@pytest.mark.parametrize("norm,norm_order", [("batch", "pre"), ("rms", "post"), ("scale", "macaron")])
 def test_extension_uses_the_same_norms(norm, norm_order):
     options = dict(vocab_size=7, in_features=8, num_layers=2, mlp_features=8, max_length=8, mixer_options=dict(num_heads=2))
     model = zoo.CausalLM(**options, norm=norm, norm_order=norm_order, rngs=nnx.Rngs(0))
@@ -162,6 +162,67 @@ def test_what_a_block_cannot_be_is_refused():
     for options, word in (
         (dict(mlp_features=-1), "mlp_features"), (dict(mlp_features=1, dropout_rate=2), "dropout_rate"),
         (dict(mlp_features=1, norm="group"), "norm"), (dict(mlp_features=1, norm_order="before"), "norm_order"),
+        (dict(mlp_features=1, drop_path_rate=-1), "drop_path_rate"),
+        (dict(mlp_features=0, norm_order="macaron"), "mlp_features"),
+        (dict(mlp_features=0, experts=dict(num_experts=2)), "mlp_features"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"Block: {word} must"):
             zoo.Block(Ones(8, nnx.Rngs(0)), 8, **options, rngs=nnx.Rngs(0))
+
+
+def test_scale_norm():
+    norm = zoo.block.ScaleNorm(8, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(2, 3, (2, 5, 8)).astype(np.float32)
+    unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    np.testing.assert_allclose(norm(x), np.sqrt(8) * unit, rtol=1e-5)
+    norm.scale[...] = jnp.asarray(3.0)
+    np.testing.assert_allclose(norm(1e-3 * x), 3 * unit, rtol=1e-5)
+    slopes = jax.grad(lambda x: norm(x).sum())(jnp.zeros((1, 8)))  # features of padding are 0
+    assert np.isfinite(slopes).all() and not norm(jnp.zeros((1, 8))).any()
+    half = zoo.block.ScaleNorm(8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(1e3 * x)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), np.sqrt(8) * unit, atol=0.02)
+    block = zoo.Block(lambda inputs, **call: inputs, 8, mlp_features=0, norm="scale", rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(block(x), x + np.sqrt(8) * unit, rtol=1e-5)
+
+
+def test_a_macaron_is_a_mixer_between_two_half_networks():
+    x = np.random.default_rng(0).normal(2, 3, (2, 5, 8)).astype(np.float32)
+    block = zoo.Block(lambda inputs, **call: 3 * inputs, 8, mlp_features=4, norm_order="macaron", rngs=nnx.Rngs(0))
+    assert (block.first_mlp.inner.kernel[...] != block.mlp.inner.kernel[...]).any()
+    first = x + np.asarray(block.first_mlp(normalised(x, -1))) / 2
+    mixed = first + 3 * normalised(first, -1)
+    np.testing.assert_allclose(block(x), mixed + np.asarray(block.mlp(normalised(mixed, -1))) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_goes_past_each_half_as_a_whole_and_the_mean_stays():
+    block = zoo.Block(Ones(8, nnx.Rngs(0)), 8, mlp_features=4, drop_path_rate=0.5, rngs=nnx.Rngs(0))
+    block.mlp = Ones(8, nnx.Rngs(0))
+    draw = lambda seed: block(jnp.zeros((800, 3, 8)), deterministic=False, rngs=nnx.Rngs(dropout=seed))
+    added = np.asarray(draw(0))
+    assert (added == added[:, :1, :1]).all()
+    shares = [(added[:, 0, 0] == value).mean() for value in (0, 2, 4)]  # mixer and network by draws of their own
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.06)
+    np.testing.assert_allclose(block(jnp.zeros((2, 3, 8))), 2)
+    assert (draw(1) != added).any()
+    gone = zoo.Block(Ones(8, nnx.Rngs(0)), 8, mlp_features=4, drop_path_rate=1.0, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(gone(jnp.ones((2, 3, 8)), deterministic=False, rngs=nnx.Rngs(0)), 1)
+
+
+def test_experts_are_the_networks_of_a_block():
+    options = dict(mlp_features=4, experts=dict(num_experts=3, top_k=2, capacity_factor=0.8))
+    x, mask = np.random.default_rng(0).normal(2, 3, (2, 9, 8)).astype(np.float32), np.arange(9) < np.array([[9], [6]])
+    block = zoo.Block(Ones(8, nnx.Rngs(0)), 8, **options, rngs=nnx.Rngs(0))
+    hidden = 1 + x
+    fed, wanted = block.mlp.with_losses(block.mlp_norm(hidden), mask=mask)
+    found, losses = block.with_losses(x, mask=mask[:, None, None])
+    np.testing.assert_allclose(found, hidden + fed, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(losses.balance, wanted.balance, rtol=1e-5)
+    twice = zoo.Block(Ones(8, nnx.Rngs(0)), 8, **options, norm_order="macaron", rngs=nnx.Rngs(0))
+    first = twice.first_mlp.with_losses(twice.first_norm(x))
+    second = twice.mlp.with_losses(twice.mlp_norm(x + first[0] / 2 + 1))
+    np.testing.assert_allclose(twice.with_losses(x)[1].z, first[1].z + second[1].z, rtol=1e-4)
+    with pytest.raises(ValueError, match="Block does not support segment_ids: .* capacity_factor = 0.8 is of the whole sample"):
+        block(x, segment_ids=np.zeros((2, 9), int))
+    with pytest.raises(ValueError, match="Block does not support extend: .* Use experts with capacity_factor=None"):
+        block.extend(x, None)

@@ -241,6 +241,16 @@ def test_compressive(segment, memory, slots, rate):
     check(build("compressive", 2, True, **options), 2, sees)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("width", [1, 2, 5, 8, 40])
+@pytest.mark.parametrize("name", ["lightconv", "dynamicconv"])
+def test_short_convolutions(name, width, is_causal):
+    """Wu et al., sections 3 and 4: K tokens up to the present one, or around it, of an even number one more before it."""
+    ahead = 0 if is_causal else {1: 0, 2: 0, 5: 2, 8: 3, 40: 19}[width]
+    layer = zoo.make(name, in_features=8, num_heads=2, conv_width=width, is_causal=is_causal, rngs=nnx.Rngs(0))
+    check(layer, 1, lambda h, t, s: s in range(t + ahead - width + 1, t + ahead + 1))
+
+
 @pytest.mark.parametrize("name,options", [
     ("softmax", dict(num_heads=2)),
     ("performer", dict(num_heads=2)),
@@ -254,18 +264,23 @@ def test_compressive(segment, memory, slots, rate):
     ("cosformer", dict(num_heads=2, max_length=30)),
     ("nystrom", dict(num_heads=2)),
     ("linformer", dict(num_heads=2, max_length=30)),
+    ("luna", dict(num_heads=2, num_slots=5)),
+    ("isab", dict(num_heads=2, num_inducing=5)),
+    ("perceiver", dict(num_heads=2, num_latents=5)),
+    ("memory_compressed", dict(num_heads=2)),
     ("routing", dict(num_heads=2)),
     ("smyrf", dict(num_heads=2)),
     ("informer", dict(num_heads=2)),
     ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
     ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("mega", {}), ("entmax", dict(num_heads=2)),
-    ("fnet", {}),
+    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_all_others_may_see_all(name, options, is_causal):
-    if is_causal and not zoo.LAYERS[name].supports.causal:
-        pytest.skip("bidirectional only")
+    supports = zoo.LAYERS[name].supports
+    if not (supports.causal if is_causal else supports.bidirectional):
+        pytest.skip("not in this direction")
     layer = zoo.make(name, in_features=8, is_causal=is_causal, rngs=nnx.Rngs(0), **options)
     check(layer, 1, lambda h, t, s: s <= t or not is_causal)

@@ -39,7 +39,8 @@ def test_projections_start_with_one_over_their_inputs(name):
     found = variables(build(name, out_features=96))
     kernels = {path: leaf for path, leaf in found.items() if path.endswith("/kernel")}
     for path, kernel in kernels.items():
-        inputs = kernel.shape[:-1] if path in ("out/kernel", "compressor/kernel") else kernel.shape[:1]
+        is_last = path.endswith("out/kernel") or path == "compressor/kernel"
+        inputs = kernel.shape[:-1] if is_last else kernel.shape[:1]
         # The normal is cut at two deviations, and scaled back: flatter than a whole one.
         check_moments(kernel, 1 / np.prod(inputs), kurtosis=2.4)
     assert all((leaf == 0).all() for path, leaf in found.items() if path.endswith("/bias"))
@@ -74,6 +75,12 @@ def test_linformer(heads, shared):
     for matrix in [projection.key] if shared else [projection.key, projection.value]:
         check_moments(matrix[...], 1 / 200)
     check_moments(build("linformer", max_length=100, num_landmarks=30).projection.key[...], 1 / 100)
+
+
+def test_what_is_learned_of_latents():
+    check_moments(build("luna", num_slots=100).slots[...], 1.0)
+    check_moments(build("isab", num_inducing=100).inducing[...], 1.0)
+    check_moments(build("perceiver", num_latents=100).latents[...], 0.02**2)
 
 
 def test_performer():
@@ -133,13 +140,14 @@ FIXED = {
     "system/input_matrix",
     "system/log_decay",
     "system/low_rank",
+    "taps_bias",
 }
 
 
 def drawn_parts(layer):
     """Each drawn array, and its parts along every axis (a row, a head, a round, a direction), by name."""
     for path, leaf in variables(layer).items():
-        if path in FIXED or path.endswith("/bias") or re.search("_(global|to_long)/", path):  # copies
+        if path in FIXED or path.endswith(("/bias", "norm/scale")) or re.search("_(global|to_long)/", path):  # copies
             continue
         yield path, leaf
         for axis in range(leaf.ndim if leaf.ndim > 1 else 0):

@@ -236,3 +236,12 @@ def test_oracle_lra():
     layer = LinformerAttention(heads, 16, max_length=length, num_landmarks=landmarks, sharing="key_value", rngs=nnx.Rngs(0))
     names = {"lr_kernel": "projection.key"}
     oracle.compare("linformer", peer, lambda inputs, weights: oracle.holding(layer, weights, names)(inputs["x"]))
+
+
+def test_it_mixes_with_the_projection_it_is_given():
+    given = LinformerProjection(LENGTH, 4, num_heads=HEADS, share_key_value=False, rngs=nnx.Rngs(5))
+    layer = LinformerAttention(HEADS, FEATURES, sharing="layerwise", projection=given, rngs=nnx.Rngs(0))
+    assert layer.projection is given
+    owned, x = build("none", landmarks=4), normal(2, LENGTH, FEATURES)
+    nnx.update(owned, nnx.state(layer))
+    np.testing.assert_array_equal(layer(x), owned(x))

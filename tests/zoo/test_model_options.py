@@ -139,8 +139,9 @@ class Nothing(nnx.Module):
 
 def test_every_option_has_a_test():
     tested = {word for options, _ in SHAPES for word in options} | {"embedding_init", "position_init", "dtype", "param_dtype"}
-    # In test_draws, test_model, test_block and test_reversible.
-    tested |= {"embed", "dropout_rate", "remat", "norm", "norm_order", "reversible"}
+    # In test_draws, test_model, test_block, test_reversible and test_stack.
+    tested |= {"embed", "dropout_rate", "remat", "norm", "norm_order", "reversible", "drop_path_rate", "experts"}
+    tested |= {"layer_groups"}
     assert set(EncoderOptions.__annotations__) <= tested, "a new option needs a row in SHAPES or a test"
     known = {"pooling", "interaction", "head_features", "num_classes", "tie_embeddings"} | tested | {"self", "rngs", "encoder"}
     for model in (zoo.Encoder, zoo.Classifier, zoo.DualEncoder, zoo.CausalLM):

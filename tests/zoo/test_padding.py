@@ -41,6 +41,10 @@ LAYERS = {
     "lru": ("lru", dict(state_size=8)),
     "mega": ("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=4)),
     "dss": ("dss", dict(state_size=8, normalization="softmax", max_length=40)),
+    "lightconv": ("lightconv", dict(num_heads=4, conv_width=4)),
+    "dynamicconv": ("dynamicconv", dict(num_heads=4, conv_width=4)),
+    "lsra": ("lsra", dict(num_heads=2, conv_width=4)),
+    "rglru": ("rglru", dict(hidden_features=12, num_blocks=3)),
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
 }

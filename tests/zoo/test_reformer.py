@@ -322,3 +322,17 @@ def test_a_ring_has_no_segments():
     layer = small(reach="ring", correct_duplicates=False)
     with pytest.raises(ValueError, match="ReformerAttention: segment_ids must be None with reach='ring'"):
         layer(inputs(9), segment_ids=jnp.zeros(9, int))
+
+
+@pytest.mark.parametrize("given", [
+    dict(chunks_before=0, chunks_after=2, scale=0.7, reach="chunk"),
+    dict(chunks_before=2, chunks_after=0, scale=None, reach="bucket", correct_duplicates=False),
+    dict(chunks_before=1, chunks_after=1, scale=1.0, reach="ring", correct_duplicates=False),
+], ids=str)
+def test_options_reach_the_kernel(given):
+    layer = small(num_buckets=4, chunk_size=4, is_causal=True, **given)
+    query, value = (jax.random.normal(jax.random.key(seed), (2, 24, 2, 8)) for seed in range(2))
+    mask = jnp.ones((2, 1, 1, 24), bool).at[0, ..., 20:].set(False)
+    buckets = lsh.hash_buckets(query, layer.rotations[...], factors=(4,))
+    want = lsh.attention(query, value, buckets, num_buckets=4, chunk_size=4, mask=mask, is_causal=True, **given)
+    np.testing.assert_allclose(layer.attend(query, query, value, mask), want, atol=1e-6)

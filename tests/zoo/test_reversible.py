@@ -32,7 +32,7 @@ def plain(encoder, x, mask=None, keys=None):
             for half in (0, 1)
         ]
         first = first + block.mix(block.mixer_norm(second), draws[0], call)
-        second = second + block.feed(block.mlp_norm(first), draws[1])
+        second = second + block.feed(block.mlp_norm(first), draws[1])[0]
     return encoder.norm((first + second) / 2)
 
 
@@ -121,7 +121,7 @@ def test_half_precision_keeps_its_streams_in_float32():
 
 @pytest.mark.parametrize("options,message", [
     (dict(norm_order="post"), "Encoder: norm_order must be 'pre' with reversible, got post"),
-    (dict(norm="batch"), "Encoder: norm must be 'layer' or 'rms' with reversible, got batch"),
+    (dict(norm="batch"), "Encoder: norm must be no batch norm with reversible, got batch"),
     (dict(mlp_features=0), "Encoder: mlp_features must be positive with reversible, got 0"),
     (dict(remat=True), "Encoder: remat must be False with reversible, got True"),
 ], ids=str)

@@ -8,7 +8,8 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.kernels import matrix, softmax
-from subquad.zoo.buckets.sinkhorn import SinkhornAttention, attend_to_blocks, balance_strictly, in_blocks, mix_blocks
+from subquad.zoo.buckets.sinkhorn import SinkhornAttention, attend_to_blocks, balance_strictly, mix_blocks
+from subquad.zoo.padding import in_blocks
 from tests import oracle
 
 SIZE, LENGTH = 5, 23

@@ -17,6 +17,7 @@ from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, SinkhornCache, append, pieces, places, poisoned
 from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.padding import in_blocks, pad_end
 
 
 class SinkhornAttention(Attention):
@@ -223,12 +224,3 @@ def attend_to_blocks(query, keys, values, visible, is_causal, implementation) ->
         query, key, value, mask=mask[:, None, None], is_causal=is_causal, **order, implementation=implementation
     )
     return rearrange(heads, "(b i) c n h -> b (i c) n h", b=batch)
-
-
-def in_blocks(tokens, size: int):
-    """[B, T, ...] as [B, I, C, ...]; what the last block lacks is 0 or False."""
-    return rearrange(pad_end(tokens, -tokens.shape[1] % size), "b (i c) ... -> b i c ...", c=size)
-
-
-def pad_end(tokens, count: int):
-    return jnp.pad(tokens, ((0, 0), (0, count), *((0, 0),) * (tokens.ndim - 2)))

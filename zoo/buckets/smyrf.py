@@ -14,6 +14,7 @@ from subquad.kernels.patterns import SameBlock
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.features import RandomFeature
+from subquad.zoo.projection import in_rows
 
 
 class SmyrfAttention(Attention):
@@ -89,19 +90,20 @@ class SmyrfAttention(Attention):
         places = hashes(query, key, real, self.directions[...])
         heads = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
         real = jnp.repeat(real, self.num_heads, axis=0)
-        heads = attend_by_rank(*heads, real, *places, self.cluster_size, self.implementation)
+        attend = lambda *arrays: attend_by_rank(*arrays, self.cluster_size, self.implementation)
+        heads = in_rows(attend, *heads, real, *places)
         return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
 
 
 def hashes(query, key, real: Bool[Array, "B T"], directions: Float[Array, "R N _"]):
-    """a . F(q) and a . G(k) of every round, each [R, (B N), T]. No gradient passes."""
+    """a . F(q) and a . G(k) of every round, each [(B N), R, T]. No gradient passes."""
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query, key))
     squares = [jnp.where(real[..., None], jnp.square(x).sum(-1), 0) for x in (query, key)]
     most = sum(x.max(1, keepdims=True) for x in squares)
     rest = [jnp.sqrt(jnp.maximum(most - x, 0)) for x in squares]
     dot = lambda x: jnp.einsum("btnh,rnh->rbnt", x, directions[..., :-2], precision="highest")
     at = lambda x, column: jnp.einsum("btn,rn->rbnt", x, directions[..., column], precision="highest")
-    return tuple(rearrange(x, "r b n t -> r (b n) t") for x in (dot(query) + at(rest[0], -1), dot(key) + at(rest[1], -2)))
+    return tuple(rearrange(x, "r b n t -> (b n) r t") for x in (dot(query) + at(rest[0], -1), dot(key) + at(rest[1], -2)))
 
 
 def attend_by_rank(query, key, value, real: Bool[Array, "B T"], of_queries, of_keys, size: int, implementation):
@@ -109,7 +111,7 @@ def attend_by_rank(query, key, value, real: Bool[Array, "B T"], of_queries, of_k
 
     Args:
         query, key, value: [B, T, 1, H].
-        of_queries, of_keys: [R, B, T], what ranks them in each round; padding goes last.
+        of_queries, of_keys: [B, R, T], what ranks them in each round; padding goes last.
     """
     take = lambda x, at: jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
 
@@ -126,5 +128,5 @@ def attend_by_rank(query, key, value, real: Bool[Array, "B T"], of_queries, of_k
         return (out, lse), None
 
     start = jnp.zeros(value.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-    (heads, _), _ = jax.lax.scan(round_, start, (of_queries, of_keys))
+    (heads, _), _ = jax.lax.scan(round_, start, (of_queries.swapaxes(0, 1), of_keys.swapaxes(0, 1)))
     return heads.astype(value.dtype)

@@ -54,7 +54,8 @@ class EntmaxAttention(Attention):
     """
 
     supports = Support(
-        cost="T^2", cross=True, pairwise_mask=True, segment_ids=True, positions=True, grouped=True, rotary=True
+        cost="T^2", cross=True, pairwise_mask=True, segment_ids=True, positions=True, grouped=True, rotary=True,
+        attention_fn=True,
     )
 
     def __init__(
@@ -82,16 +83,17 @@ class EntmaxAttention(Attention):
         """alpha, or that of each head."""
         return float(self.alpha) if self.alpha != "learned" else 1 + nnx.sigmoid(self.alpha_logits[...].astype(jnp.float32))
 
-    def attend(self, query, key, value, mask, positions=None, segment_ids=None):
+    def attend(self, query, key, value, mask, positions=None, segment_ids=None, key_positions=None):
         if positions is not None and not self.is_causal and self.rotary_base is None:
             refuse(type(self).__name__, "positions", "an array", "be None where neither causality nor rotation compares them",
                    "Pass is_causal=True or rotary_base to the constructor.")
         if segment_ids is not None:
             mask = both(mask, masks.segment_mask(segment_ids, segment_ids))
-        positions = positions if self.is_causal else None
+        at_keys = positions if key_positions is None else key_positions
+        positions, at_keys = (positions, at_keys) if self.is_causal else (None, None)
         return entmax.attention(
             query, key, value, self.alphas(), mask=mask, is_causal=self.is_causal, query_positions=positions,
-            key_positions=positions, implementation=self.implementation,
+            key_positions=at_keys, implementation=self.implementation,
         )
 
     def attend_cached(self, query, key, value, mask, cache):

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision, softmax
-from subquad.zoo import masks
+from subquad.zoo import dropout, masks
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_rate, refuse
 
@@ -78,12 +78,7 @@ class SoftmaxAttention(Attention):
         self.deterministic = True  # `train()` and `eval()` set it
 
     def draws(self, deterministic, rngs):
-        if not self.dropout_rate or (self.deterministic if deterministic is None else deterministic):
-            return {}
-        if rngs is None:
-            refuse("SoftmaxAttention", "rngs", None, "be given for dropout",
-                   "Pass nnx.Rngs(dropout=seed), or deterministic=True.")
-        return {"dropout_rng": rngs.dropout()}
+        return dropout.draws(self, deterministic, rngs)
 
     def attend(
         self, query, key, value, mask, positions=None, segment_ids=None, dropout_rng=None,
@@ -118,7 +113,10 @@ class SoftmaxAttention(Attention):
             def on_weights(weights):
                 if sow is not None:
                     sow(weights.astype(query.dtype))
-                return weights if dropout_rng is None else drop(dropout_rng, self.dropout_rate, self.broadcast_dropout, weights)
+                if dropout_rng is None:
+                    return weights
+                shape = (1, 1, *weights.shape[2:]) if self.broadcast_dropout else None  # samples and heads drop the same
+                return dropout.drop(dropout_rng, self.dropout_rate, weights, shape)
 
             return weighted_mean(query, key, value, mask, bias, on_weights)
         return softmax.attention(
@@ -159,15 +157,3 @@ def weighted_mean(
 def both(mask, other):
     """What both masks show; None shows all."""
     return other if mask is None else mask & other
-
-
-def drop(key, rate: float, is_broadcast: bool, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
-    """Weights of which each is 0 with probability `rate`, and the others are so much larger; the same draws as Flax's.
-
-    Args:
-        key: of jax.random.
-        is_broadcast: all samples and heads drop the same pairs.
-    """
-    shape = (1, 1, *weights.shape[2:]) if is_broadcast else weights.shape
-    keep = jax.random.bernoulli(key, 1 - rate, shape)
-    return jnp.where(keep, weights / (1 - rate) if rate < 1 else 0.0, 0.0)

@@ -49,7 +49,7 @@ class CosformerAttention(Attention):
         OpenNLPLab/cosFormer.
     """
 
-    supports = Support(cost="T", cross=True, segment_ids=True, grouped=True)
+    supports = Support(cost="T", cross=True, segment_ids=True, grouped=True, attention_fn=True, distances=True)
 
     def __init__(
         self,
@@ -66,10 +66,12 @@ class CosformerAttention(Attention):
         check_sizes("CosformerAttention", max_length=max_length)
         self.max_length = int(max_length)
 
-    def attend(self, query, key, value, mask, segment_ids=None):
+    def attend(self, query, key, value, mask, segment_ids=None, query_positions=None, key_positions=None):
         for name, tokens in (("inputs_q", query.shape[1]), ("inputs_kv", key.shape[1])):
             self._check_length(name, tokens)
-        return self._attend(query, key, value, mask, jnp.zeros(1, jnp.int32), segment_ids=segment_ids)
+        given = (query, query_positions), (key, key_positions)
+        at = (jnp.arange(heads.shape[1])[None] if positions is None else positions for heads, positions in given)
+        return self._attend(query, key, value, mask, *at, segment_ids=segment_ids)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
         """An empty cache: float32 sums, no keys or values, of one size for any max_length up to the layer's."""
@@ -79,12 +81,13 @@ class CosformerAttention(Attention):
 
     def attend_cached(self, query, key, value, mask, cache):
         *state, seen = cache
-        heads, state = self._attend(query, key, value, mask, seen, initial_state=tuple(state), return_state=True)
+        at = places(seen, query.shape[1])
+        heads, state = self._attend(query, key, value, mask, at, at, initial_state=tuple(state), return_state=True)
         cache = LinearCache(*state, seen + counts(query, mask))
         return jnp.where((cache.seen > self.max_length)[:, None, None, None], jnp.nan, heads), cache
 
-    def _attend(self, query, key, value, mask, start, **options):
-        query, key = (features(heads, places(start, heads.shape[1]), self.max_length) for heads in (query, key))
+    def _attend(self, query, key, value, mask, query_positions, key_positions, **options):
+        query, key = (features(x, at, self.max_length) for x, at in ((query, query_positions), (key, key_positions)))
         key, value = (jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2) for heads in (key, value))
         return linear.attention(
             query, key, value, mask=mask, is_causal=self.is_causal, implementation=self.implementation, **options

@@ -79,7 +79,7 @@ class EfficientAttention(Attention):
     def _attend_causal(self, query, key, value, mask, cache, starts):
         """Heads, and the averages and log sums after the last token."""
         key, value = self._repeated(key, value, mask)
-        before = jnp.full_like(wide(key[:, 0]), NOTHING) if cache is None else cache.log_sum
+        before = jnp.full_like(precision.wide(key[:, 0]), NOTHING) if cache is None else cache.log_sum
         log_sum = sums_so_far(key, before, starts, self.implementation)
         # The sums are in units of exp(log_sum), which are constants to the recurrence; the factors of 1 have their derivatives.
         units = jax.lax.stop_gradient(log_sum)
@@ -100,18 +100,13 @@ class EfficientAttention(Attention):
         return key if mask is None else jnp.where(mask[:, 0, 0, :, None, None], key, NOTHING), value
 
 
-@precision.promoting
-def wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def over_features(query: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-    return jax.nn.softmax(wide(query), axis=-1).astype(query.dtype)
+    return jax.nn.softmax(precision.wide(query), axis=-1).astype(query.dtype)
 
 
 def shares(key: Float[Array, "*B H"], log_sum: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     """exp(k) over a sum of such."""
-    return jnp.exp(wide(key) - log_sum).astype(key.dtype)
+    return jnp.exp(precision.wide(key) - log_sum).astype(key.dtype)
 
 
 def sums_so_far(
@@ -122,7 +117,7 @@ def sums_so_far(
     Args:
         starts: where a segment begins, whose sums take nothing from those before.
     """
-    logits = jnp.concatenate([before[:, None], wide(key)], axis=1)
+    logits = jnp.concatenate([before[:, None], precision.wide(key)], axis=1)
     return running_log_sum(logits, None if starts is None else jnp.pad(starts, ((0, 0), (1, 0))), implementation)
 
 
@@ -137,12 +132,12 @@ def softmax_over_keys(
 ) -> Float[Array, "B S N H"]:
     """exp(k_s) over its sum, of all keys or of those in the same run of equal ids."""
     if segment_ids is None:
-        sums = jax.nn.logsumexp(wide(key), axis=1, keepdims=True)
+        sums = jax.nn.logsumexp(precision.wide(key), axis=1, keepdims=True)
         return in_pieces(shares, key, jnp.broadcast_to(sums, key.shape))
     starts, place = run_starts(segment_ids), jnp.arange(key.shape[1])
     ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=True)
     last_of_run = jax.lax.cummin(jnp.where(ends, place, key.shape[1]), axis=1, reverse=True)
-    sums = running_log_sum(wide(key), starts, implementation)
+    sums = running_log_sum(precision.wide(key), starts, implementation)
     return in_pieces(shares, key, jnp.take_along_axis(sums, last_of_run[..., None, None], axis=1))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import convolution, matrix, precision, softmax
+from subquad.kernels import convolution, dispatch, matrix, precision, softmax
 from subquad.kernels.axes import KeyMask
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes
@@ -52,7 +52,7 @@ class NystromAttention(Attention):
     """
 
     supports = Support(
-        cost="T", causal=False, extend=False, rotary=True,
+        cost="T", causal=False, extend=False, rotary=True, attention_fn=True,
         mixes_all="each of its landmarks is a mean over a part of the whole sequence",
     )
 
@@ -80,7 +80,7 @@ class NystromAttention(Attention):
         query_landmarks, is_landmark = segment_means(query, mask, self.num_landmarks)
         key_landmarks, _ = segment_means(key, mask, self.num_landmarks)
         between = landmark_weights(query_landmarks, key_landmarks, is_landmark)
-        inverse = matrix.pseudo_inverse(between, iterations=self.num_iterations, implementation=self.implementation)
+        inverse = self.invert(between)
         attention = lambda *arrays, mask: softmax.attention(*arrays, mask=mask, implementation=self.implementation)
         gathered = attention(query_landmarks.astype(key.dtype), key, value, mask=mask)
         mixed = mix(inverse, gathered)
@@ -88,9 +88,14 @@ class NystromAttention(Attention):
         if self.taps is None:
             return outputs
         flat, taps = value.reshape(*value.shape[:2], -1), self.taps[...].astype(value.dtype)
-        kind = "reference" if self.implementation == "reference" else None  # it has no kernel of its own to name
-        local = convolution.depthwise(flat, taps, mask=mask, implementation=kind)
+        local = convolution.depthwise(
+            flat, taps, mask=mask, implementation=dispatch.reference_or_best(self.implementation)
+        )
         return outputs + local.reshape(value.shape)
+
+    def invert(self, between: Float[Array, "B N M M"]) -> Float[Array, "B N M M"]:
+        """The pseudo-inverse of the landmarks' weights."""
+        return matrix.pseudo_inverse(between, iterations=self.num_iterations, implementation=self.implementation)
 
 
 @precision.promoting

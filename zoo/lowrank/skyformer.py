@@ -54,7 +54,7 @@ class SkyformerAttention(Attention):
     """
 
     supports = Support(
-        cost="T", causal=False, extend=False, rotary=True,
+        cost="T", causal=False, extend=False, rotary=True, attention_fn=True,
         mixes_all="its landmarks are tokens of the whole sequence",
     )
 

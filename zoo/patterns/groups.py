@@ -12,8 +12,10 @@ Group = tuple[slice | np.ndarray, Callable]  # heads, and what they do
 
 def in_groups(groups: Sequence[Group], *arrays: Float[Array, "B T N _"]) -> Float[Array, "B T N _"]:
     """`function(*arrays)` of each group, of its own heads of the arrays; heads in their order again."""
-    outputs = [function(*(x[:, :, heads] for x in arrays)) for heads, function in groups]
-    if len(groups) == 1:
-        return outputs[0]
-    order = np.concatenate([np.arange(arrays[0].shape[2])[heads] for heads, _ in groups])
-    return jnp.concatenate(outputs, axis=2)[:, :, np.argsort(order)]
+    # Heads are split and joined, never indexed: of a head that is indexed the gradient is as large as that of all.
+    lists = [np.arange(arrays[0].shape[2])[heads] for heads, _ in groups]
+    heads_of = [jnp.split(x, x.shape[2], axis=2) for x in arrays]
+    join = lambda heads, wanted: jnp.concatenate([heads[i] for i in wanted], axis=2)
+    outputs = [function(*(join(x, wanted) for x in heads_of)) for wanted, (_, function) in zip(lists, groups, strict=True)]
+    heads = [head for x in outputs for head in jnp.split(x, x.shape[2], axis=2)]
+    return join(heads, np.argsort(np.concatenate(lists)))

@@ -8,5 +8,6 @@ Choose
     dss: For the same as S4 with a kernel of one line; with "softmax" also for modes that grow, at one known length.
     s5: For the same as S4, with one system of all features and fewer states.
     lru: For the same as S4, with the plainest parameters: a decay and a phase for each mode, and no step.
+    rglru: For text at a state of one vector: each token decides what is kept of the past; causal only.
     mega: For text, where a moving average alone forgets what to compare: attention of one head, gated, over it.
 """

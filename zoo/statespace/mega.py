@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch, precision, ssm
 from subquad.zoo import padding
 from subquad.zoo.base import Support
-from subquad.zoo.cache import KVCache, append, counts, places
+from subquad.zoo.cache import KVCache, append, counts, places, poisoned
 from subquad.zoo.checks import cache_dtype, check_sizes, check_word, refuse, require_extend
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.headless import Headless
@@ -166,6 +166,10 @@ class Mega(Headless):
         rest = nnx.sigmoid(-damping) + p * nnx.sigmoid(-decay)  # 1 - p r, which is never 0
         return jnp.log(rest), p * read(self.expansion), read(self.reduction) / math.sqrt(self.state_size)
 
+    def normed(self, inputs, is_real: Bool[Array, "B T"] | None):
+        """What everything but the last term of y is made of: x itself, and in a variant that norms it, its norm."""
+        return inputs
+
     def smoothed(self, inputs, average=None, counts=None):
         """x' of the inputs, and the state of the average after them where it is given."""
         scan = lambda inputs, which, **options: ssm.diagonal_scan(
@@ -224,7 +228,7 @@ class Mega(Headless):
         return outputs if self.out is None else self.out(outputs)
 
     @compile_once
-    def _call(self, inputs, mask, segment_ids):
+    def _call(self, inputs, mask, segment_ids, draws):
         length = inputs.shape[1]
         if self.max_length is not None and length > self.max_length:
             refuse(type(self).__name__, "the number of tokens", length, f"be at most max_length = {self.max_length}",
@@ -232,7 +236,8 @@ class Mega(Headless):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         is_real = jnp.ones(inputs.shape[:2], bool) if order is None else order.mask
         inputs = self._promote(inputs if order is None else order.pack(inputs))
-        query, key, value, *gates = self.parts(inputs, self.smoothed(inputs)[0])
+        normed = self.normed(inputs, None if order is None else is_real)
+        query, key, value, *gates = self.parts(normed, self.smoothed(normed)[0])
         size = min(self.chunk_size or length, length)
         cut = lambda x: rearrange(
             jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2))), "b (n c) ... -> (b n) c ...", c=size
@@ -263,8 +268,9 @@ class Mega(Headless):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         inputs = self._promote(inputs if order is None else order.pack(inputs))
         mask = None if order is None else order.mask[:, None, None]
-        smoothed, average = self.smoothed(inputs, cache.average, None if mask is None else counts(inputs, mask))
-        query, key, value, *gates = self.parts(inputs, smoothed)
+        normed = self.normed(inputs, None if order is None else order.mask)
+        smoothed, average = self.smoothed(normed, cache.average, None if mask is None else counts(inputs, mask))
+        query, key, value, *gates = self.parts(normed, smoothed)
         tokens = append(KVCache(*cache[:3]), key[:, :, None], value[:, :, None], mask)
         rows, columns = places(cache.length, inputs.shape[1]), jnp.arange(cache.key.shape[1], dtype=jnp.int32)[None]
         visible = columns[:, None] <= rows[..., None]
@@ -272,7 +278,7 @@ class Mega(Headless):
             visible &= columns[:, None] // self.chunk_size == rows[..., None] // self.chunk_size
         keys, values = (x[:, :, 0].astype(query.dtype) for x in tokens[:2])
         outputs = self.gated(inputs, self.attend(query, keys, values, rows, columns, visible), *gates)
-        outputs = jnp.where((tokens.length > cache.key.shape[1])[:, None, None], jnp.nan, outputs)
+        outputs = poisoned(outputs, tokens)
         return outputs if order is None else order.unpack(outputs), MegaCache(*tokens, average)
 
 

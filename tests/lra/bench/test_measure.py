@@ -28,6 +28,15 @@ def test_gradient_of_a_product_costs_two_more():
     assert 3 * PRODUCT <= measure.flops(jax.grad(square, (0, 1)), MATRIX, MATRIX) <= 3.1 * PRODUCT
 
 
+def test_products_by_groups():
+    """Each row in one product, forwards and backwards, however many groups there are."""
+    matrices, sizes = jax.ShapeDtypeStruct((5, N, N), jnp.float32), jnp.array([3, 0, 40, 1, 20])
+    product = lambda x, y: jax.lax.ragged_dot(x, y, sizes)
+    assert measure.flops(product, MATRIX, matrices) == PRODUCT
+    slopes = jax.grad(lambda x, y: product(x, y).sum(), (0, 1))
+    assert measure.flops(slopes, MATRIX, matrices) == 2 * PRODUCT
+
+
 @pytest.mark.parametrize("length", [1, 7, 100])
 def test_a_loop_costs_its_length(length):
     def scanned(x):

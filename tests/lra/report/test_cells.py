@@ -117,6 +117,7 @@ def test_every_form_shows_deviations_and_contradictions():
     ("s4.10.nystromformer.retrieval", "nystromformer", "nystrom"),
     ("lra.1.synthesizer.text", "lra-2020", "synthesizer"),
     ("lra.2.synthesizer.text.4000.speed_ratio", "bench", "synthesizer"),
+    ("mega.2.luna_256.text.4096.speed_ratio", "bench", "luna"),
     ("s5.1.s5.listops", "s5", "s5"), ("s5.inits.s5_lin_init.path_x", "s5", "s5"),
 ])
 def test_rows_that_have_a_layer_are_answered(name, recipe, layer):

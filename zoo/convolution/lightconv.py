@@ -1,0 +1,104 @@
+"""Lightweight convolution: a few weights for each distance, the same at every token."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from subquad.kernels import dispatch
+from subquad.zoo import dropout
+from subquad.zoo.base import Support
+from subquad.zoo.convolution.short import ShortConvolution
+from subquad.zoo.headless import Headless
+
+
+class LightConv(Headless):
+    """A gated convolution whose taps sum to 1, and are shared by groups of features.
+
+        u = glu(W_I x),   y_tc = sum_j softmax(w_h)_j u_{t-j, c},   h = floor(c H / D),   outputs = W_O y       (section 3)
+
+    j runs over 0 .. K - 1 where it is causal, else over K taps around 0: of an even number, one more before the token.
+
+    Cost: time O(T D (D + K)), memory O(T D); one extended token O(D (D + K)) and a cache of (K - 1) D numbers.
+    Differs from the paper: dropout of the taps, its DropConnect, drops the H K normalised ones of a call for all tokens alike,
+        as it is written; the released code draws anew for each token.
+    Training: the paper's kernels grow with depth: 3, 7, 15, and 31 from the fourth block on.
+
+    Args:
+        in_features: features D of the inputs.
+        out_features: features F of the output. None: in_features.
+        num_heads: H groups of consecutive features with taps of their own; must divide D.
+        conv_width: taps K.
+        use_glu: gate the inputs of the convolution; False: u = W_I x.
+        is_causal: a token sees itself and those before it.
+        dropout_rate: probability of dropping a tap; `train()` and `eval()` turn it on and off, off to begin with.
+        dtype: dtype of the computation. None: promoted from inputs and parameters.
+        param_dtype: dtype of the parameters.
+        precision: `jax.lax.Precision` of the linear maps.
+        implementation: of the convolution; None takes the best that can run here; "reference" has forward derivatives, too.
+        rngs: `rngs.params()` draws the parameters.
+    Call:
+        inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
+        segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other; the taps are then laid out for every
+            token, O(T K H) numbers.
+        deterministic: without dropout; None takes what `train()` or `eval()` set.  rngs: `rngs.dropout()` draws the dropout.
+    Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
+    Raises: ValueError: num_heads that does not divide D; a dropout_rate outside 0..1; dropout without rngs; a pairwise mask.
+    Numerics: taps and sums in float32. Padding takes no place between tokens. A tap before the first token or after the last
+        has its share of the softmax all the same, and weighs 0: the first K - 1 tokens of a text get less than a mean.
+    Example:
+        >>> layer = LightConv(64, num_heads=4, conv_width=7, is_causal=True, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 100, 64))).shape
+        (2, 100, 64)
+        >>> outputs, cache = layer.extend(jnp.ones((2, 1, 64)), layer.init_cache(2, 100))
+        >>> cache.state.shape
+        (2, 6, 64)
+
+    Source: Wu et al., Pay Less Attention with Lightweight and Dynamic Convolutions, ICLR 2019, arXiv 1901.10430; code:
+        facebookresearch/fairseq. The sections are cited from memory.
+    """
+
+    supports = Support(cost="T", segment_ids=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        out_features: int | None = None,
+        num_heads: int = 16,
+        conv_width: int = 31,
+        use_glu: bool = True,
+        is_causal: bool = False,
+        dropout_rate: float = 0.0,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        implementation: dispatch.Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
+        )
+        maps = dict(dtype=dtype, param_dtype=param_dtype, precision=precision)
+        self.convolution = ShortConvolution(
+            type(self).__name__, in_features, num_heads=num_heads, conv_width=conv_width, is_dynamic=False,
+            use_glu=use_glu, is_causal=is_causal, dropout_rate=dropout_rate, implementation=implementation, rngs=rngs, **maps,
+        )  # fmt: skip
+        self.out = nnx.Linear(in_features, self.out_features, rngs=rngs, **maps)
+        self.sees = self.convolution.sees
+        self.dropout_rate, self.deterministic = dropout_rate, True  # `train()` and `eval()` set it
+
+    def draws(self, deterministic, rngs):
+        return dropout.draws(self, deterministic, rngs)
+
+    def respond(self, inputs, mask, segment_ids, dropout_rng=None):
+        return self.convolution(inputs, mask, segment_ids, dropout_rng)
+
+    def finish(self, inputs, responses):
+        return self.out(responses)
+
+    def state(self, batch_size):
+        return self.convolution.empty(batch_size)
+
+    def respond_after(self, inputs, state, counts):
+        return self.convolution.after(inputs, state, counts)

@@ -1,0 +1,95 @@
+"""The convolution of the lightweight and the dynamic layer: what comes before their output map."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from subquad.kernels import convolution, dispatch, patterns, precision
+from subquad.zoo import dropout
+from subquad.zoo.checks import check_rate, check_sizes, refuse
+from subquad.zoo.projection import in_pieces
+
+
+class ShortConvolution(nnx.Module):
+    """A convolution with taps that sum to 1, one set for each of H groups of consecutive features.
+
+        u = glu(W_I x), or W_I x,   y_tc = sum_j p_jh u_{t-j, c},   h = floor(c H / D)
+        p_h = softmax(w_h), or of each token its own where it is dynamic: p_th = softmax((W_Q u_t)_h)
+
+    j runs over 0 .. K - 1 where it is causal, else over K taps around 0. A tap before the first token, after the last or on
+    padding has its share of the softmax all the same, and weighs 0.
+
+    Args:
+        owner: the layer that errors name.
+        features: D; the outputs have as many.
+        num_heads, conv_width: H and K.
+        is_dynamic: taps of each token.
+        use_glu: with the gate.
+        dropout_rate: of taps.
+        maps: dtype, param_dtype and precision of the linear maps.
+    """
+
+    def __init__(
+        self, owner: str, features: int, *, num_heads: int, conv_width: int, is_dynamic: bool, use_glu: bool, is_causal: bool,
+        dropout_rate: float, implementation: dispatch.Implementation | None, rngs: nnx.Rngs, **maps: Any,
+    ):  # fmt: skip
+        check_sizes(owner, num_heads=num_heads, conv_width=conv_width)
+        check_rate(owner, dropout_rate)
+        if features % num_heads:
+            refuse(owner, "num_heads", num_heads, f"divide the {features} features of the convolution", "Choose a divisor.")
+        self.num_heads, self.conv_width, self.dropout_rate = num_heads, conv_width, dropout_rate
+        self.features, self.use_glu, self.is_causal, self.implementation = features, use_glu, is_causal, implementation
+        self.input = nnx.Linear(features, 2 * features if use_glu else features, rngs=rngs, **maps)
+        if is_dynamic:
+            self.query = nnx.LinearGeneral(features, (conv_width, num_heads), use_bias=False, rngs=rngs, **maps)
+        else:  # as the authors' code draws them
+            bound = (6 / (conv_width * (1 + num_heads))) ** 0.5
+            taps = jax.random.uniform(rngs.params(), (conv_width, num_heads), jnp.float32, -bound, bound)
+            self.taps = nnx.Param(taps.astype(maps["param_dtype"]))
+
+    @property
+    def sees(self) -> patterns.Band:
+        ahead = 0 if self.is_causal else (self.conv_width - 1) // 2
+        return patterns.Band(self.conv_width - 1 - ahead, ahead)
+
+    def weights(self, inputs: Float[Array, "B T D"]) -> Float[Array, "K H"] | Float[Array, "B T K H"]:
+        """The taps, of which the first weighs the furthest token ahead."""
+        if hasattr(self, "query"):
+            return in_pieces(lambda token: shares(self.query(token), inputs.dtype), inputs)
+        return shares(self.taps[...], inputs.dtype)
+
+    def __call__(
+        self, inputs: Float[Array, "B T D"], mask: Bool[Array, "B 1 1 T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, dropout_rng=None, state: Float[Array, "B K-1 D"] | None = None,
+    ):  # fmt: skip
+        """y; with a `state`, the last u before the first token, also that after the last real one, in float32."""
+        inputs = in_pieces(lambda token: nnx.glu(self.input(token)) if self.use_glu else self.input(token), inputs)
+        weights = self.weights(inputs)
+        if dropout_rng is not None:
+            weights = dropout.drop(dropout_rng, self.dropout_rate, weights)
+        apply = functools.partial(
+            convolution.depthwise, inputs, weights, mask=mask, segment_ids=segment_ids, is_causal=self.is_causal,
+            implementation=self.implementation,
+        )  # fmt: skip
+        if state is None:
+            return apply()
+        outputs, state = apply(initial_state=state, return_state=True)
+        return outputs, state.astype(jnp.float32)
+
+    def empty(self, batch_size: int) -> Float[Array, "B K-1 D"]:
+        """The state before the first token."""
+        return jnp.zeros((batch_size, self.conv_width - 1, self.features), jnp.float32)
+
+    def after(self, inputs: Float[Array, "B T D"], state: Float[Array, "B K-1 D"], counts: Int[Array, "B"] | None):
+        """(y, state) of T more tokens from `state` on, of which the first `counts` are real; None: all."""
+        mask = None if counts is None else (jnp.arange(inputs.shape[1])[None] < counts[:, None])[:, None, None]
+        return self(inputs, mask, state=state)
+
+
+def shares(logits: Float[Array, "*B K H"], dtype) -> Float[Array, "*B K H"]:
+    """The softmax over taps, made in float32."""
+    return jax.nn.softmax(precision.wide(logits), axis=-2).astype(dtype)

@@ -1,0 +1,36 @@
+"""Dropout of weights, of attention or of taps: when it acts, and what it leaves."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from subquad.zoo.checks import refuse
+
+
+def draws(layer, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
+    """The key of a call's dropout as `dropout_rng`, or nothing where there is none.
+
+    Args:
+        layer: has `dropout_rate`, and `deterministic`, which `train()` and `eval()` set.
+        deterministic, rngs: of the call.
+    """
+    if not layer.dropout_rate or (layer.deterministic if deterministic is None else deterministic):
+        return {}
+    if rngs is None:
+        refuse(type(layer).__name__, "rngs", None, "be given for dropout",
+               "Pass nnx.Rngs(dropout=seed), or deterministic=True.")
+    return {"dropout_rng": rngs.dropout()}
+
+
+def drop(key, rate: float, weights: Float[Array, "*shape"], shape: tuple[int, ...] | None = None) -> Float[Array, "*shape"]:
+    """Weights of which each is 0 with probability `rate`, and the others are so much larger; the same draws as Flax's.
+
+    Args:
+        key: of jax.random.
+        shape: of the draws, where an axis of 1 drops all along it together; None: each weight has its own.
+    """
+    keep = jax.random.bernoulli(key, 1 - rate, weights.shape if shape is None else shape)
+    return jnp.where(keep, weights / (1 - rate) if rate < 1 else 0.0, 0.0)

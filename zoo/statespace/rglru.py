@@ -1,0 +1,175 @@
+"""RG-LRU: Griffin's recurrent block, a real diagonal recurrence whose decay the token chooses."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jaxtyping import Array, Bool, Float, Int
+
+from subquad.kernels import convolution, dispatch, precision, scan
+from subquad.zoo.base import Support
+from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.headless import Headless
+from subquad.zoo.projection import in_pieces
+
+SHARPNESS = 8.0  # c
+TINY = 1e-30  # under a square root, so that its derivative is finite
+
+
+class RGLRU(Headless):
+    """Griffin's recurrent block: a gated recurrence behind a short convolution, beside a gate of the whole.
+
+        u_t = b + sum_j k_j * (W_2 x_{t-j}),   j = 0 .. K - 1
+        r_t = sigmoid(W_a u_t + b_a),   i_t = sigmoid(W_i u_t + b_i),   a_t = sigmoid(Lambda)^(c r_t),   c = 8
+        h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * i_t * u_t                                                  (section 2.4)
+        outputs = W_o (gelu(W_1 x_t) * h_t)
+
+    W_a and W_i are block-diagonal. Where r is near 0, the state is kept and the token ignored.
+
+    Cost: time O(T R (D + R / J)) for J blocks, memory O(T R), log T steps deep; one extended token
+        O(R (D + R / J)) and a cache of K R numbers.
+    Differs from the paper: not at all. The released code, RecurrentGemma's, gives the first token of a text weight 1, not
+        sqrt(1 - a^2), bounds the derivative of the root by 1,000, draws sigmoid(Lambda), not its power c, between 0.9 and
+        0.999, and has the approximate GELU; taps start as there.
+
+    Args:
+        in_features: features D of the inputs.
+        out_features: features F of the output. None: in_features.
+        hidden_features: R of the recurrence; the paper's is about 4 D / 3. None: in_features.
+        num_blocks: J blocks of W_a and of W_i; must divide R.
+        conv_width: taps K.
+        is_causal: must be True: a token sees itself and those before it.
+        dtype: dtype of the computation outside the recurrence. None: promoted from inputs and parameters.
+        param_dtype: dtype of the parameters.
+        precision: `jax.lax.Precision` of the linear maps.
+        implementation: of the scan; None takes the best that can run here; "reference" has forward derivatives, too.
+        rngs: `rngs.params()` draws the parameters.
+    Call:
+        inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
+        segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other; the taps are then laid out for every
+            token, O(T K R) numbers.
+    Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
+    Raises: ValueError: num_blocks that does not divide R; is_causal=False; a pairwise mask.
+    Numerics: decays and states in float32, states rounded to the dtype of the computation as outputs; call and `extend`
+        agree to 2e-5.
+    Example:
+        >>> layer = RGLRU(64, num_blocks=4, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 100, 64))).shape
+        (2, 100, 64)
+        >>> outputs, cache = layer.extend(jnp.ones((2, 1, 64)), layer.init_cache(2, 100))
+        >>> cache.state.shape
+        (2, 4, 64)
+
+    Source: De et al., Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient Language Models, 2024, arXiv
+        2402.19427; code: google-deepmind/recurrentgemma. Sections and the paper's starting values are cited from memory.
+    """
+
+    supports = Support(cost="T", bidirectional=False, segment_ids=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        out_features: int | None = None,
+        hidden_features: int | None = None,
+        num_blocks: int = 16,
+        conv_width: int = 4,
+        is_causal: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        implementation: dispatch.Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
+        )
+        owner, hidden = type(self).__name__, in_features if hidden_features is None else hidden_features
+        check_sizes(owner, hidden_features=hidden, num_blocks=num_blocks, conv_width=conv_width)
+        if hidden % num_blocks:
+            refuse(owner, "num_blocks", num_blocks, f"divide the {hidden} features of the recurrence", "Choose a divisor.")
+        self.hidden_features, self.conv_width = hidden, conv_width
+        maps = dict(dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        self.gate, self.input = (nnx.Linear(in_features, hidden, **maps) for _ in range(2))
+        self.decay_gate, self.input_gate = (BlockDiagonal(hidden, num_blocks, **maps) for _ in range(2))
+        self.out = nnx.Linear(hidden, self.out_features, **maps)
+        taps = nnx.initializers.normal(0.1 / math.sqrt(conv_width))
+        self.taps = nnx.Param(taps(rngs.params(), (conv_width, hidden), param_dtype))
+        self.taps_bias = nnx.Param(jnp.zeros(hidden, param_dtype))
+        power = jax.random.uniform(rngs.params(), (hidden,), jnp.float32, 0.9, 0.999)
+        log = jnp.log(power) / SHARPNESS
+        self.decay = nnx.Param((log - jnp.log(-jnp.expm1(log))).astype(param_dtype))  # the logit of power^(1 / c)
+
+    def convolve(self, inputs: Float[Array, "B T D"], mask, segment_ids=None, state=None):
+        """u; with a `state` [B, K - 1, R], the W_2 x before the first token, also that after the last real one."""
+        hidden = in_pieces(self.input, inputs)
+        taps, bias = (variable[...].astype(hidden.dtype) for variable in (self.taps, self.taps_bias))
+        apply = functools.partial(
+            convolution.depthwise, hidden, taps, is_causal=True, mask=mask, segment_ids=segment_ids,
+            implementation=dispatch.reference_or_best(self.implementation),
+        )
+        results: Any = apply() if state is None else apply(initial_state=state, return_state=True)
+        outputs, state = (results, None) if state is None else results
+        return outputs + bias[None, None], state
+
+    @precision.promoting
+    def log_decay(self, inputs: Float[Array, "N R"]) -> Float[Array, "N R"]:
+        """log a of every token."""
+        gate = nnx.sigmoid(precision.wide(self.decay_gate(inputs)))
+        return -SHARPNESS * gate * nnx.softplus(-precision.wide(self.decay[...]))
+
+    @precision.promoting
+    def drive(self, inputs: Float[Array, "N R"], log_decay: Float[Array, "N R"]) -> Float[Array, "N R"]:
+        """What a token adds to the state."""
+        scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), TINY))
+        return (scale * nnx.sigmoid(precision.wide(self.input_gate(inputs))) * inputs).astype(inputs.dtype)
+
+    def recur(
+        self, inputs: Float[Array, "B T R"], start: Float[Array, "B R"] | None = None,
+        kept: Bool[Array, "B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T R"], Float[Array, "B R"]]:  # fmt: skip
+        """The states h, and the last one in float32; at tokens that are not `kept` the state stays as it is."""
+        log_decay = in_pieces(self.log_decay, inputs)
+        drive, decay = in_pieces(self.drive, inputs, log_decay), jnp.exp(log_decay)
+        if kept is not None:
+            decay, drive = jnp.where(kept[..., None], decay, 1), jnp.where(kept[..., None], drive, 0)
+        if segment_ids is not None:
+            goes_on = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)))
+            decay = jnp.where(goes_on[..., None], decay, 0)
+        return scan.first_order(decay, drive, start, implementation=self.implementation)
+
+    def respond(self, inputs, mask, segment_ids):
+        return self.recur(self.convolve(inputs, mask, segment_ids)[0], segment_ids=segment_ids)[0]
+
+    def finish(self, inputs, responses):
+        return self.out(nnx.gelu(self.gate(inputs), approximate=False) * responses)
+
+    def state(self, batch_size):
+        """The last K - 1 inputs of the convolution, then h."""
+        return jnp.zeros((batch_size, self.conv_width, self.hidden_features), jnp.float32)
+
+    def respond_after(self, inputs, state, counts):
+        kept = None if counts is None else jnp.arange(inputs.shape[1])[None] < counts[:, None]
+        hidden, before = self.convolve(inputs, None if kept is None else kept[:, None, None], state=state[:, :-1])
+        states, last = self.recur(hidden, state[:, -1], kept)
+        return states, jnp.concatenate([before.astype(jnp.float32), last[:, None]], axis=1)
+
+
+class BlockDiagonal(nnx.Module):
+    """A linear map of J groups of consecutive features, each to itself."""
+
+    def __init__(self, features: int, num_blocks: int, *, dtype, param_dtype, precision, rngs: nnx.Rngs):
+        size = features // num_blocks
+        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=2, batch_axis=1)
+        self.kernel = nnx.Param(init(rngs.params(), (size, num_blocks, size), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((num_blocks, size), param_dtype))
+        self.dtype, self.precision = dtype, precision
+
+    def __call__(self, inputs: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        inputs, kernel, bias = promote_dtype((inputs, self.kernel[...], self.bias[...]), dtype=self.dtype)
+        blocks = inputs.reshape(len(inputs), *bias.shape)
+        return (jnp.einsum("njk,kjl->njl", blocks, kernel, precision=self.precision) + bias[None]).reshape(inputs.shape)
