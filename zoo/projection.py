@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype, zeros_depending_on
@@ -48,6 +49,10 @@ def flat(function):
     return run
 
 
+def fit_at_once(arrays) -> bool:
+    return jax.default_backend() != "cpu" or 4 * max(x.size for x in arrays) < LARGE_BYTES
+
+
 def in_pieces(function, *arrays, least: int = 64):
     """The function of every token of arrays [B, T, ...], on a CPU a piece of the tokens at a time.
 
@@ -57,10 +62,10 @@ def in_pieces(function, *arrays, least: int = 64):
         function: of arrays [N, ...]; returns one [N, ...], for any N. Parameters that it closes over have gradients too.
         least: tokens of a piece, however large they are.
     """
+    if fit_at_once(arrays):
+        return flat(function)(*arrays)
     batch, length = arrays[0].shape[:2]
     bytes_of_token = 4 * batch * max(math.prod(x.shape[2:]) for x in arrays)
-    if jax.default_backend() != "cpu" or length * bytes_of_token < LARGE_BYTES:
-        return flat(function)(*arrays)
     size = min(length, max(least, PIECE_BYTES // bytes_of_token))
     pieces = (jax.ShapeDtypeStruct((batch, size, *x.shape[2:]), x.dtype) for x in arrays)
     converted, parameters = jax.closure_convert(flat(function), *pieces)
@@ -74,6 +79,27 @@ def in_rows(function, *arrays):
         function: of arrays [r, ...]; returns one [r, ...], for any r.
     """
     return in_pieces(function, *(x[None] for x in arrays), least=1)[0]
+
+
+def head_by_head(function, *heads, by_sample=()):
+    """function(*heads, *by_sample) of heads that know nothing of each other, on a CPU a few long ones at a time.
+
+    Args:
+        function: of arrays [B, T, N, ...] and those by sample; returns one [B, T, N, ...], for any B and N.
+        by_sample: arrays [B | 1, ...] that all heads of a sample share, or None.
+    """
+    if fit_at_once(heads):
+        return function(*heads, *by_sample)
+    batch, _, count = heads[0].shape[:3]
+    shared = [x for x in by_sample if x is not None]
+
+    def of_rows(*rows):
+        rest = iter(rows[len(heads) :])
+        return function(*rows[: len(heads)], *(None if x is None else next(rest) for x in by_sample))
+
+    rows = [rearrange(x, "b t n ... -> (b n) t 1 ...") for x in heads]
+    rows += [jnp.repeat(jnp.broadcast_to(x, (batch, *x.shape[1:])), count, axis=0) for x in shared]
+    return rearrange(in_rows(of_rows, *rows), "(b n) t 1 ... -> b t n ...", b=batch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -59,7 +59,7 @@ CASES = {
         Case("local", dict(num_heads=2, window_size=4), dict(num_heads=4, window_size=128), dead=SOFTMAX_INVARIANT),
         Case(
             "diagonal", dict(num_heads=2, window_size=2, dilation=3),
-            dict(num_heads=4, window_size=128, dilation=(1, 1, 2, 4)), dead=SOFTMAX_INVARIANT,
+            dict(num_heads=8, window_size=128, dilation=(1, 1, 1, 1, 2, 2, 4, 4)), dead=SOFTMAX_INVARIANT,
         ),
         Case(
             "random", dict(num_heads=2, max_length=100, block_size=3, num_random=30),

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from subquad import zoo
-from subquad.zoo import projection
-from subquad.zoo.projection import in_pieces
+from subquad.zoo import compilation, projection
+from subquad.zoo.projection import head_by_head, in_pieces
+
+from .cases import CASES, inputs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -35,19 +35,53 @@ def test_pieces_give_what_the_whole_gives(monkeypatch, dtype):
         assert np.abs(ours - theirs).max() <= (1e-5 if dtype == "float32" else 0.02) * np.abs(theirs).max()
 
 
+@pytest.fixture
+def in_small_pieces(monkeypatch):
+    """Called, it has everything cut from then on."""
+
+    def cut():
+        monkeypatch.setattr(projection, "LARGE_BYTES", 1)
+        monkeypatch.setattr(projection, "PIECE_BYTES", 1)
+        compilation._program.cache_clear()  # what is compiled is whole
+
+    yield cut
+    compilation._program.cache_clear()
+
+
+def test_heads_one_by_one_are_heads_together(in_small_pieces):
+    rng = np.random.default_rng(0)
+    heads = [jnp.asarray(rng.normal(size=(3, 7, 2, 4)), jnp.float32) for _ in range(2)]
+    mask = jnp.asarray(rng.uniform(size=(3, 1, 1, 7)) < 0.7)
+
+    def function(x, y, nothing, mask):
+        assert nothing is None
+        return jnp.cumsum(jnp.where(mask[:, 0, 0, :, None, None], x, 0), axis=1) * y
+
+    run = lambda: jax.value_and_grad(
+        lambda *heads: jnp.sum(jnp.sin(head_by_head(function, *heads, by_sample=(None, mask)))), (0, 1))(*heads)
+    whole = run()
+    in_small_pieces()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(), whole)
+
+
 @pytest.mark.parametrize(
-    "name, options", [("blockwise", dict(max_length=65536)), ("performer", dict(is_causal=True)), ("reformer", {})]
+    "name, is_causal",
+    [("smyrf", False), ("clustered", False), ("routing", False), ("routing", True), ("sinkhorn", True), ("efficient", True)],
 )
-def test_64k_tokens_train_within_a_gibibyte(name, options):
-    """One sample of 65536 tokens, 8 heads of 64, bfloat16: memory beside arguments and results, by the compiler."""
-    shape = dict(num_heads=8, in_features=512, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    make = lambda: zoo.make(name, **shape, **options, rngs=nnx.Rngs(0))
-    graph, parameters, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
-    tokens = jax.ShapeDtypeStruct((1, 65536, 512), jnp.bfloat16)
+def test_long_layers_are_short_ones(name, is_causal, in_small_pieces):
+    layer, x, cotangent = CASES[name].make(is_causal), inputs(23), inputs(23, seed=1)
+    mask = (jnp.arange(23) < jnp.array([[23], [17]]))[:, None, None]
 
-    def train(parameters, tokens, rest, cotangent):
-        outputs, backward = jax.vjp(lambda *given: nnx.merge(graph, given[0], rest)(given[1]), parameters, tokens)
-        return outputs, backward(cotangent)
+    def run():
+        @jax.jit
+        def both(x):
+            y, pull = jax.vjp(lambda x: layer(x, mask=mask), x)
+            return y, pull(cotangent)[0]
 
-    compiled = jax.jit(train).lower(parameters, tokens, rest, tokens).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+        return both.trace(x).jaxpr, both(x)
+
+    jaxpr, whole = run()
+    in_small_pieces()
+    other, pieces = run()
+    assert str(other).count("while[") + str(other).count("scan[") > str(jaxpr).count("while[") + str(jaxpr).count("scan[")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), pieces, whole)

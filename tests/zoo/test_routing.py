@@ -73,7 +73,7 @@ def test_lucidrains_moves_its_means():
     layer = small(is_causal=True, normalize=False, use_bias=False)
     layer.centroids[...] = means
     layer.query.kernel[...] = jnp.eye(16).reshape(16, 2, 8)
-    scores = layer.scores(jnp.swapaxes(x, 1, 2)).reshape(2, 2, 4, -1)
+    scores = layer.scores(rearrange(x, "b n t h -> (b n) t 1 h"), layer.centroids_of_rows(len(x))).reshape(2, 2, 4, -1)
     found = layer.updated_centroids(rearrange(x, "b n t h -> b t (n h)"), decay=peer.meta["cfg"]["ema_decay"])
     outputs = {"dists": jnp.swapaxes(scores, 2, 3), "means_new": found}
     oracle.check("routing", peer, (outputs, {name: peer.outputs[name] for name in outputs}), of="mechanism")

@@ -13,6 +13,7 @@ from subquad.kernels import gather, softmax
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.features import RandomFeature
+from subquad.zoo.projection import in_rows
 
 
 class ClusteredAttention(Attention):
@@ -92,7 +93,7 @@ class ClusteredAttention(Attention):
         clusters = self.clusters(query, real)
         heads = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
         options = self.num_clusters, min(self.num_top, key.shape[1]), self.implementation
-        heads = attend_by_cluster(*heads, real, clusters, *options)
+        heads = in_rows(lambda *rows: attend_by_cluster(*rows, *options), *heads, real, clusters)
         return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
 
     def clusters(self, query: Float[Array, "B T N H"], real: Bool[Array, "BN T"]) -> Int[Array, "BN T"]:

@@ -1,5 +1,6 @@
 """Routing attention: tokens attend to the tokens that a k-means clustering puts beside them."""
 
+import functools
 from typing import Any, Literal, Unpack, get_args
 
 import jax
@@ -14,6 +15,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, RoutingCache, append, counts, poisoned, write
 from subquad.zoo.checks import check_call, check_sizes, check_word, refuse
 from subquad.zoo.features import Centroids
+from subquad.zoo.projection import in_pieces, in_rows
 
 Selection = Literal["top", "last"]
 
@@ -107,7 +109,7 @@ class RoutingAttention(Attention):
         return outputs
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
-        prepare = standardized if self.normalize else lambda heads: heads
+        prepare = functools.partial(in_pieces, standardized) if self.normalize else lambda heads: heads
         query = prepare(self.query(inputs_q))
         return query, query if self.is_causal else prepare(self.key(inputs_q)), self.value(inputs_q)
 
@@ -115,24 +117,37 @@ class RoutingAttention(Attention):
         length = query.shape[1]
         real = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
         real = jnp.repeat(jnp.broadcast_to(real, (len(query), length)), self.num_heads, axis=0)
-        scores = [self.scores(x) for x in ((query,) if self.is_causal else (query, key))]
-        heads = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
+        centroids = self.centroids_of_rows(len(query))
+        query, key, value = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
         if self.selection == "last":
-            clusters = jnp.where(real, scores[0].argmax(1), self.num_clusters)
-            heads = attend_to_last(*heads, clusters, self.window_size, self.implementation)
+            clusters = jnp.where(real, in_rows(self.nearest, query, centroids), self.num_clusters)
+            heads = attend_to_last(query, key, value, clusters, self.window_size, self.implementation)
         else:
             most = -(-length // self.num_clusters) if self.window_size is None else min(self.window_size, length)
-            used = most if self.window_size is not None else -(-real.sum(1) // self.num_clusters)
-            lists = [largest(x, real, most, used) for x in scores]
-            heads = attend_within(*heads, lists[0], lists[-1], self.is_causal, self.implementation)
+            used = -(-real.sum(1) // self.num_clusters) if self.window_size is None else jnp.full(len(real), most)
+            choose = lambda x, centroids, real, used: largest(self.scores(x, centroids), real, most, used)
+            lists = [in_rows(choose, x, centroids, real, used) for x in ((query,) if self.is_causal else (query, key))]
+            attend = lambda *rows: attend_within(*rows, self.is_causal, self.implementation)
+            heads = in_rows(attend, query, key, value, lists[0], lists[-1])
         return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
 
-    def scores(self, heads: Float[Array, "B T N H"]) -> Float[Array, "BN C T"]:
+    def centroids_of_rows(self, batch: int) -> Float[Array, "BN C H"]:
+        return jnp.tile(self.centroids[...], (batch, 1, 1))
+
+    def scores(self, rows: Float[Array, "R T 1 H"], centroids: Float[Array, "R C H"]) -> Float[Array, "R C T"]:
         """mu . x of every centroid and token. No gradient passes."""
-        heads = jax.lax.stop_gradient(heads.astype(jnp.float32))
-        heads = heads if self.normalize else directions(heads)
-        found = jnp.einsum("btnh,nch->bnct", heads, self.centroids[...], precision="highest")
-        return rearrange(found, "b n c t -> (b n) c t")
+        rows = jax.lax.stop_gradient(rows[:, :, 0].astype(jnp.float32))
+        rows = rows if self.normalize else directions(rows)
+        return jnp.einsum("rth,rch->rct", rows, centroids, precision="highest")
+
+    def nearest(self, rows: Float[Array, "R T 1 H"], centroids: Float[Array, "R C H"]) -> Int[Array, "R T"]:
+        """The centroid with the largest score."""
+        return self.scores(rows, centroids).argmax(1)
+
+    def nearest_of_heads(self, heads: Float[Array, "B T N H"]) -> Int[Array, "B T N"]:
+        rows = rearrange(heads, "b t n h -> (b n) t 1 h")
+        found = in_rows(self.nearest, rows, self.centroids_of_rows(len(heads)))
+        return rearrange(found, "(b n) t -> b t n", n=self.num_heads)
 
     def updated_centroids(
         self, inputs: Float[Array, "*B T D"], *, mask: Bool[Array, "*B 1 1 T"] | None = None, decay: float = 0.999,
@@ -161,7 +176,7 @@ class RoutingAttention(Attention):
         heads = self.rotate(*self.project(inputs)[:2])
         total = jnp.zeros_like(self.centroids[...])
         for x in heads:
-            nearest = rearrange(self.scores(x).argmax(1), "(b n) t -> b t n", n=self.num_heads)
+            nearest = self.nearest_of_heads(x)
             x = jax.lax.stop_gradient(x.astype(jnp.float32))
             x = x if self.normalize else directions(x)
             member = jax.nn.one_hot(jnp.where(is_real[..., None], nearest, -1), self.num_clusters, dtype=jnp.float32)
@@ -181,7 +196,7 @@ class RoutingAttention(Attention):
         *cached, places, members = cache
         tokens, room = append(KVCache(*cached), key, value, mask), cache.key.shape[1]
         window = -(-room // self.num_clusters) if self.window_size is None else self.window_size
-        nearest = rearrange(self.scores(query).argmax(1), "(b n) t -> b t n", n=self.num_heads)
+        nearest = self.nearest_of_heads(query)
         is_new = jnp.arange(query.shape[1])[None] < counts(query, mask)[:, None]
         member = jax.nn.one_hot(jnp.where(is_new[..., None], nearest, -1), self.num_clusters, dtype=jnp.int32)
         earlier = members[:, None] + jnp.cumsum(member, axis=1) - member
@@ -237,7 +252,7 @@ def attend_to_last(query, key, value, clusters: Int[Array, "B T"], window: int, 
     return take(heads, jnp.argsort(order, axis=1))
 
 
-def standardized(heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+def standardized(heads: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     """Mean 0 and variance 1 over the features of each head: layer normalisation without scale and bias."""
     x = heads.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)

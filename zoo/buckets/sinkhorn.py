@@ -18,6 +18,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, SinkhornCache, append, pieces, places, poisoned
 from subquad.zoo.checks import check_sizes, refuse
 from subquad.zoo.padding import in_blocks, pad_end
+from subquad.zoo.projection import in_pieces, in_rows
 
 
 class SinkhornAttention(Attention):
@@ -141,7 +142,8 @@ class SinkhornAttention(Attention):
             logits += jax.random.gumbel(noise_rng, logits.shape, jnp.float32)
         logits /= self.temperature
         if self.is_causal:
-            return balance_strictly(logits, self.num_iterations)
+            balance = functools.partial(balance_strictly, iterations=self.num_iterations)
+            return in_rows(balance, logits.reshape(-1, *logits.shape[2:])).reshape(logits.shape)
         logits = jnp.where(real[:, None, :, None] & real[:, None, None, :], logits, -jnp.inf)
         return matrix.sinkhorn(logits, iterations=self.num_iterations, implementation=self.implementation)
 
@@ -181,17 +183,17 @@ class SinkhornAttention(Attention):
         return poisoned(pieces(heads, offset, length), tokens), SinkhornCache(*tokens, sums, totals[:, -1])
 
 
-def balance_strictly(logits: Float[Array, "B N I I"], iterations: int) -> Float[Array, "B N I I"]:
+def balance_strictly(logits: Float[Array, "*B I I"], iterations: int) -> Float[Array, "*B I I"]:
     """The matrix below the diagonal, balanced so that no row depends on a later one: columns are summed up to the row.
 
         L_ij <- L_ij - log sum_{j' < i} exp L_ij',    L_ij <- L_ij - log sum_{j < i' <= i} exp L_i'j
     """
-    allowed = jnp.tri(logits.shape[2], k=-1, dtype=bool)
+    allowed = jnp.tri(logits.shape[-1], k=-1, dtype=bool)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(x, _):
-        x = jnp.where(allowed, x - normaliser(x, 3), LEAST)
-        return jnp.where(allowed, x - jax.lax.cumlogsumexp(x, axis=2), LEAST), None
+        x = jnp.where(allowed, x - normaliser(x, -1), LEAST)
+        return jnp.where(allowed, x - jax.lax.cumlogsumexp(x, axis=x.ndim - 2), LEAST), None
 
     balanced, _ = jax.lax.scan(step, jnp.where(allowed, logits, LEAST), None, iterations)
     return jnp.where(allowed, jnp.exp(jnp.where(allowed, balanced, 0)), 0)
@@ -200,7 +202,9 @@ def balance_strictly(logits: Float[Array, "B N I I"], iterations: int) -> Float[
 def mix_blocks(sorting: Float[Array, "B N I J"], tokens: Float[Array, "B J C N H"]) -> Float[Array, "B I C N H"]:
     """The sorted blocks, one of all blocks for each row of the sorting."""
     # In float32: on the CPU a sum of bfloat16 products is either bfloat16 or not implemented.
-    return jnp.einsum("bnij,bjcnh->bicnh", sorting, tokens.astype(sorting.dtype)).astype(tokens.dtype)
+    mix = lambda sorting, x: jnp.einsum("rij,rjch->rich", sorting, x.astype(sorting.dtype)).astype(x.dtype)
+    heads = rearrange(sorting, "b n i j -> (b n) i j"), rearrange(tokens, "b j c n h -> (b n) j c h")
+    return rearrange(in_rows(mix, *heads), "(b n) i c h -> b i c n h", b=len(tokens))
 
 
 def attend_to_blocks(query, keys, values, visible, is_causal, implementation) -> Float[Array, "B T N V"]:
@@ -211,16 +215,15 @@ def attend_to_blocks(query, keys, values, visible, is_causal, implementation) ->
         visible: the same for masks [#B, #I, C].
         is_causal: in the own block.
     """
-    batch, blocks, size = query.shape[:3]
-    visible = [jnp.broadcast_to(x, (batch, blocks, size)) for x in visible]
-    query, key, value, mask = (
-        rearrange(x, "b i c ... -> (b i) c ...")
-        for x in (query, *(jnp.concatenate(pair, axis=2) for pair in (keys, values, visible)))
-    )
-    positions = np.arange(size, dtype=np.int32)[None]
+    visible = [jnp.broadcast_to(x, query.shape[:3]) for x in visible]
+    positions = np.arange(query.shape[2], dtype=np.int32)[None]
     first = np.concatenate([positions, np.full_like(positions, -1)], 1)  # the sorted block lies before every query
     order: dict[str, Any] = dict(query_positions=positions, key_positions=first) if is_causal else {}
-    heads: Any = softmax.attention(
-        query, key, value, mask=mask[:, None, None], is_causal=is_causal, **order, implementation=implementation
-    )
-    return rearrange(heads, "(b i) c n h -> b (i c) n h", b=batch)
+
+    def attend(query, *pairs):
+        key, value, mask = (jnp.concatenate(pair, axis=1) for pair in zip(pairs[::2], pairs[1::2], strict=True))
+        return softmax.attention(
+            query, key, value, mask=mask[:, None, None], is_causal=is_causal, **order, implementation=implementation
+        )
+
+    return rearrange(in_pieces(attend, query, *keys, *values, *visible), "b i c n h -> b (i c) n h")

@@ -11,7 +11,7 @@ from subquad.zoo.base import Attention, Support
 from subquad.zoo.cache import EfficientCache, counts
 from subquad.zoo.checks import require_extend
 from subquad.zoo.positions import run_starts
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.projection import head_by_head, in_pieces
 
 NOTHING = -1e30  # the logarithm of a sum of no keys; finite, so that differences are
 
@@ -57,7 +57,8 @@ class EfficientAttention(Attention):
     def attend(self, query, key, value, mask, segment_ids=None):
         if self.is_causal:
             starts = None if segment_ids is None else run_starts(segment_ids)
-            return self._attend_causal(query, key, value, mask, None, starts)[0]
+            attend = lambda *arrays: causal(*arrays, None, self.implementation)[0]
+            return head_by_head(attend, query, *self._repeated(key, value, mask), by_sample=(mask, starts))
         key, value = self._repeated(key, value, mask)
         # The denominator, products of the query's weights and sums of the keys', is 1.
         return linear.attention(
@@ -73,31 +74,32 @@ class EfficientAttention(Attention):
         return EfficientCache(average, jnp.full(shape, NOTHING, jnp.float32), jnp.zeros(batch_size, jnp.int32))
 
     def attend_cached(self, query, key, value, mask, cache):
-        heads, average, log_sum = self._attend_causal(query, key, value, mask, cache, None)
-        return heads, EfficientCache(average, log_sum, cache.seen + counts(query, mask))
-
-    def _attend_causal(self, query, key, value, mask, cache, starts):
-        """Heads, and the averages and log sums after the last token."""
         key, value = self._repeated(key, value, mask)
-        before = jnp.full_like(precision.wide(key[:, 0]), NOTHING) if cache is None else cache.log_sum
-        log_sum = sums_so_far(key, before, starts, self.implementation)
-        # The sums are in units of exp(log_sum), which are constants to the recurrence; the factors of 1 have their derivatives.
-        units = jax.lax.stop_gradient(log_sum)
-        log_decay = units[:, :-1] - units[:, 1:]
-        if starts is not None:
-            log_decay = jnp.where(starts[..., None, None], NOTHING, log_decay)
-        query = in_pieces(lambda x, sums: over_features(x) * one(-sums).astype(x.dtype), query, log_sum[:, 1:])
-        heads, average = linear.gated(
-            query, in_pieces(shares, key, units[:, 1:]), value, log_decay, mask=mask, return_state=True,
-            initial_state=None if cache is None else cache.average * one(before)[..., None],
-            implementation=self.implementation,
-        )
-        return heads, average * one(-log_sum[:, -1])[..., None], log_sum[:, -1]
+        heads, average, log_sum = causal(query, key, value, mask, None, cache, self.implementation)
+        return heads, EfficientCache(average, log_sum, cache.seen + counts(query, mask))
 
     def _repeated(self, key, value, mask):
         """Keys and values of all heads; the keys of padding count as NOTHING."""
         key, value = (jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2) for heads in (key, value))
         return key if mask is None else jnp.where(mask[:, 0, 0, :, None, None], key, NOTHING), value
+
+
+def causal(query, key, value, mask, starts, cache, implementation):
+    """Heads, and the averages and log sums after the last token."""
+    before = jnp.full_like(precision.wide(key[:, 0]), NOTHING) if cache is None else cache.log_sum
+    log_sum = sums_so_far(key, before, starts, implementation)
+    # The sums are in units of exp(log_sum), which are constants to the recurrence; the factors of 1 have their derivatives.
+    units = jax.lax.stop_gradient(log_sum)
+    log_decay = units[:, :-1] - units[:, 1:]
+    if starts is not None:
+        log_decay = jnp.where(starts[..., None, None], NOTHING, log_decay)
+    query = in_pieces(lambda x, sums: over_features(x) * one(-sums).astype(x.dtype), query, log_sum[:, 1:])
+    heads, average = linear.gated(
+        query, in_pieces(shares, key, units[:, 1:]), value, log_decay, mask=mask, return_state=True,
+        initial_state=None if cache is None else cache.average * one(before)[..., None],
+        implementation=implementation,
+    )
+    return heads, average * one(-log_sum[:, -1])[..., None], log_sum[:, -1]
 
 
 def over_features(query: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
