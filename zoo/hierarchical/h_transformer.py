@@ -12,6 +12,7 @@ from subquad.kernels import gather, precision, softmax
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import HTransformerCache, append, pieces, places, poisoned, write
 from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.projection import head_by_head
 
 
 class HTransformerAttention(Attention):
@@ -91,36 +92,38 @@ class HTransformerAttention(Attention):
             return self._attend_causal(query, key, value, *coarse, halves, self.half, jnp.arange(length)[None])
         real = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
         counts = jnp.broadcast_to(real, query.shape[:2]).astype(jnp.float32)
-        return self._attend_both([wide(x) * counts[..., None, None] for x in (query, key, value)], counts, query.dtype)
+        groups = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+        return head_by_head(self._attend_both, query, key, value, by_sample=(counts,))
 
     def levels(self, length: int) -> range:
         """The levels above 0 that the last of `length` tokens sees in causal attention."""
         return range(1, max(1, ((length - 1) // self.block_size).bit_length()))
 
-    def _attend_both(self, sums, counts, dtype):
-        """Attention of groups to groups, level by level, added up from the coarsest.
-
-        Args:
-            sums: of queries, keys and values over each group of one token. counts: of its real tokens, [B, T].
-        """
-        levels = []
-        while not levels or levels[-1][3].shape[1] > 2 * self.block_size:
-            if levels:
-                sums, counts = [in_pairs(x) for x in sums], in_pairs(counts)
-            levels.append((*((x / jnp.maximum(counts, 1)[..., None, None]).astype(dtype) for x in sums), counts))
-        parts = self._attend_levels(levels[:1], near) + (self._attend_levels(levels[1:], far) if levels[1:] else [])
+    def _attend_both(self, query, key, value, counts):
+        """Attention of groups to groups, level by level, added up from the coarsest; counts [B, T] is 1 for real tokens."""
+        length, levels = query.shape[1], [(query, key, value, counts)]
+        while levels[-1][3].shape[1] > 2 * self.block_size:
+            *finer, counts = levels[-1]
+            levels.append((*(mean_of_pairs(x, counts) for x in finer), in_pairs(counts)))
+        seen = listed(near(counted(-(-length // self.half)), False), self.half, length)
+        own = gather.attention(
+            query, key, value, seen[None, None], block_size=self.half, mask=(levels[0][3] > 0)[:, None, None],
+            correct_duplicates=False, return_lse=True, implementation=self.implementation,
+        )  # fmt: skip
+        parts = [own, *(self._attend_levels(levels[1:]) if levels[1:] else [])]
         found = parts.pop()
         for finer in reversed(parts):
             spread = [jnp.repeat(x, 2, axis=1)[:, : finer[0].shape[1]] for x in found]
             found = softmax.merge(*zip(finer, spread, strict=True))
         return found[0]
 
-    def _attend_levels(self, levels, neighbours):
+    def _attend_levels(self, levels):
         """Outputs and log-sum-exp of each level alone, in one operation: compiled once, however many there are."""
         queries, lists, start = [], [], 0
         for query, *_, counts in levels:
             groups = counts.shape[1]
-            seen = listed(neighbours(counted(-(-groups // self.half)), False), self.half, groups)
+            seen = listed(far(counted(-(-groups // self.half)), False), self.half, groups)
             lists.append(jnp.where(seen < 0, -1, seen + start))
             queries.append(jnp.pad(query, ((0, 0), (0, -groups % self.half), (0, 0), (0, 0))))
             start += groups
@@ -202,6 +205,12 @@ def in_pairs(x: Float[Array, "B G *axes"]) -> Float[Array, "B G_2 *axes"]:
     """The sums of neighbours; the last may have none."""
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *[(0, 0)] * (x.ndim - 2)))
     return x.reshape(x.shape[0], -1, 2, *x.shape[2:]).sum(2)
+
+
+def mean_of_pairs(x: Float[Array, "B G N H"], counts: Float[Array, "B G"]) -> Float[Array, "B G_2 N H"]:
+    """The means of neighbours that are means of `counts` tokens."""
+    sums = in_pairs(wide(x) * counts[..., None, None])
+    return (sums / jnp.maximum(in_pairs(counts), 1)[..., None, None]).astype(x.dtype)
 
 
 def halved(x: Float[Array, "B G K H"]) -> Float[Array, "B G_2 K H"]:
