@@ -12,6 +12,7 @@ from subquad.kernels import gather, precision, softmax
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import HTransformerCache, append, pieces, places, poisoned, write
 from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.projection import head_by_head
 
 
 class HTransformerAttention(Attention):
@@ -91,32 +92,52 @@ class HTransformerAttention(Attention):
             return self._attend_causal(query, key, value, *coarse, halves, self.half, jnp.arange(length)[None])
         real = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
         counts = jnp.broadcast_to(real, query.shape[:2]).astype(jnp.float32)
-        return self._attend_from(0, [wide(x) * counts[..., None, None] for x in (query, key, value)], counts, query.dtype)[0]
+        groups = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+        return head_by_head(self._attend_both, query, key, value, by_sample=(counts,))
 
     def levels(self, length: int) -> range:
         """The levels above 0 that the last of `length` tokens sees in causal attention."""
         return range(1, max(1, ((length - 1) // self.block_size).bit_length()))
 
-    def _attend_from(self, level: int, sums, counts, dtype):
-        """Outputs and log-sum-exp of the groups of a level, over the keys that this level and coarser ones see.
+    def _attend_both(self, query, key, value, counts):
+        """Attention of groups to groups, level by level, added up from the coarsest; counts [B, T] is 1 for real tokens."""
+        length, levels = query.shape[1], [(query, key, value, counts)]
+        while levels[-1][3].shape[1] > 2 * self.block_size:
+            *finer, counts = levels[-1]
+            levels.append((*(mean_of_pairs(x, counts) for x in finer), in_pairs(counts)))
+        seen = listed(near(counted(-(-length // self.half)), False), self.half, length)
+        own = gather.attention(
+            query, key, value, seen[None, None], block_size=self.half, mask=(levels[0][3] > 0)[:, None, None],
+            correct_duplicates=False, return_lse=True, implementation=self.implementation,
+        )  # fmt: skip
+        parts = [own, *(self._attend_levels(levels[1:]) if levels[1:] else [])]
+        found = parts.pop()
+        for finer in reversed(parts):
+            spread = [jnp.repeat(x, 2, axis=1)[:, : finer[0].shape[1]] for x in found]
+            found = softmax.merge(*zip(finer, spread, strict=True))
+        return found[0]
 
-        Args:
-            sums: of queries, keys and values over each group. counts: of its real tokens, [B, G].
-        """
-        groups = counts.shape[1]
-        query, key, value = ((x / jnp.maximum(counts, 1)[..., None, None]).astype(dtype) for x in sums)
-        halves = counted(-(-groups // self.half))
-        seen = near(halves, False) if level == 0 else far(halves, False)
+    def _attend_levels(self, levels):
+        """Outputs and log-sum-exp of each level alone, in one operation: compiled once, however many there are."""
+        queries, lists, start = [], [], 0
+        for query, *_, counts in levels:
+            groups = counts.shape[1]
+            seen = listed(far(counted(-(-groups // self.half)), False), self.half, groups)
+            lists.append(jnp.where(seen < 0, -1, seen + start))
+            queries.append(jnp.pad(query, ((0, 0), (0, -groups % self.half), (0, 0), (0, 0))))
+            start += groups
+        _, key, value, counts = (jnp.concatenate(x, 1) for x in zip(*levels, strict=True))
         found = gather.attention(
-            asking(query), weighted(key, counts), value, listed(seen, self.half, groups)[None, None], block_size=self.half,
-            mask=(counts > 0)[:, None, None], scale=1.0, correct_duplicates=False, return_lse=True,
+            asking(jnp.concatenate(queries, 1)), weighted(key, counts), value, jnp.concatenate(lists)[None, None],
+            block_size=self.half, mask=(counts > 0)[:, None, None], scale=1.0, correct_duplicates=False, return_lse=True,
             implementation=self.implementation,
-        )
-        if groups <= 2 * self.block_size:
-            return found
-        coarse = self._attend_from(level + 1, [in_pairs(x) for x in sums], in_pairs(counts), dtype)
-        coarse = [jnp.repeat(x, 2, axis=1)[:, :groups] for x in coarse]
-        return softmax.merge(*zip(found, coarse, strict=True))
+        )  # fmt: skip
+        ends = np.cumsum([x.shape[1] for x in queries])
+        return [
+            [x[:, end - query.shape[1] :][:, : level[3].shape[1]] for x in found]
+            for end, query, level in zip(ends, queries, levels, strict=True)
+        ]
 
     def _attend_causal(self, query, key, value, coarse_key, coarse_value, halves, size: int, positions):
         """Attention of tokens at `positions` [B|1, T] to keys at 0, 1, ... and to means of groups, level after level.
@@ -184,6 +205,12 @@ def in_pairs(x: Float[Array, "B G *axes"]) -> Float[Array, "B G_2 *axes"]:
     """The sums of neighbours; the last may have none."""
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *[(0, 0)] * (x.ndim - 2)))
     return x.reshape(x.shape[0], -1, 2, *x.shape[2:]).sum(2)
+
+
+def mean_of_pairs(x: Float[Array, "B G N H"], counts: Float[Array, "B G"]) -> Float[Array, "B G_2 N H"]:
+    """The means of neighbours that are means of `counts` tokens."""
+    sums = in_pairs(wide(x) * counts[..., None, None])
+    return (sums / jnp.maximum(in_pairs(counts), 1)[..., None, None]).astype(x.dtype)
 
 
 def halved(x: Float[Array, "B G K H"]) -> Float[Array, "B G_2 K H"]:
