@@ -90,9 +90,10 @@ class Experts(nnx.Module):
     Padding takes no place, moves no loss, and gives 0.
 
     Cost: with a capacity, f k feed-forward networks. Dropless, k of them where XLA multiplies by groups; where it does not, as
-    on a CPU, `jax.lax.ragged_dot` computes all E, with a copy of the inputs for each. No [T, E, C] array is made: places are
-    counted by a running sum of [k T, E], and tokens gathered. Dropless, the tokens of all samples are sorted together, which
-    devices that share a batch under plain `jax.jit` communicate for, and under `jax.shard_map` do not.
+    on a CPU, `jax.lax.ragged_dot` computes k E, with a copy of the inputs for each expert: a capacity is cheaper there. No
+    [T, E, C] array is made: places are counted by a running sum of [k T, E], and tokens gathered. Dropless, the tokens of all
+    samples are sorted together, which devices that share a batch under plain `jax.jit` communicate for, and under
+    `jax.shard_map` do not.
 
     Args:
         in_features, mlp_features: D, and the features between, of each expert.
