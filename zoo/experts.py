@@ -91,7 +91,8 @@ class Experts(nnx.Module):
 
     Cost: with a capacity, f k feed-forward networks. Dropless, k of them where XLA multiplies by groups; where it does not, as
     on a CPU, `jax.lax.ragged_dot` computes all E, with a copy of the inputs for each. No [T, E, C] array is made: places are
-    counted by a running sum of [k T, E], and tokens gathered.
+    counted by a running sum of [k T, E], and tokens gathered. Dropless, the tokens of all samples are sorted together, which
+    devices that share a batch under plain `jax.jit` communicate for, and under `jax.shard_map` do not.
 
     Args:
         in_features, mlp_features: D, and the features between, of each expert.
@@ -216,8 +217,10 @@ def places(
     What has no place stands at E C, and what no token has holds T.
     """
     length, k = chosen.shape
-    # A table, since float32 would round a product that is an integer up at one length and not at another.
-    capacity = np.ceil(np.arange(length + 1) * (factor * k) / experts - 1e-9).astype(np.int32)
+    # A table, since float32 would round a product that is an integer up at one length and not at another. No expert is given a
+    # token twice.
+    counts = np.arange(length + 1)
+    capacity = np.minimum(np.ceil(counts * (factor * k) / experts - 1e-9), counts).astype(np.int32)
     most = int(capacity[-1])
     queue, waits = chosen.T.reshape(-1), wanted.T.reshape(-1)
     before = jnp.cumsum(is_of(queue, experts) & waits[:, None], axis=0, dtype=jnp.int32)

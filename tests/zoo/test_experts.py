@@ -261,3 +261,14 @@ def test_losses_of_peers():
     slopes = {name: jax.jit(jax.grad(functions[name][0]))(jnp.asarray(functions[name][1], jnp.float32)).reshape(wanted.shape)
               for name, wanted in peer.grad_inputs.items()}  # fmt: skip
     oracle.check(None, peer, (values, peer.outputs), (slopes, peer.grad_inputs))
+
+
+@pytest.mark.parametrize("factor", [None, 1.25])
+def test_a_batch_of_any_size_is_exported_once(factor):
+    layer, x = build(top_k=2, capacity_factor=factor), normal(3, 5, FEATURES)
+    (batch,) = jax.export.symbolic_shape("batch")
+    spec = jax.ShapeDtypeStruct((batch, 5, FEATURES), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: layer.with_losses(x)))(spec)
+    found, wanted = exported.call(x), layer.with_losses(x)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1][0], wanted[1].balance, rtol=1e-5)

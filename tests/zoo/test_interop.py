@@ -195,3 +195,14 @@ def test_a_nystromformer_of_as_many_landmarks_as_tokens():
     change = dict(num_landmarks=32, conv_kernel_size=None)
     model, unused = from_huggingface(peer.meta["config"] | change, peer.weights)
     assert type(model.encoder.blocks[0].mixer).__name__ == "SoftmaxAttention" and all("conv" in key for key in unused)
+
+
+def test_a_causal_mega_extends():
+    """Its chunks of tokens, and the norm within the layer, one token after the other."""
+    peer = oracle.load("huggingface/mega_chunks")
+    model, _ = loaded(peer)
+    block = model.encoder.blocks[0]
+    x = jax.random.normal(jax.random.key(0), (2, 12, 16))
+    first, cache = block.extend(x[:, :5], block.mixer.init_cache(2, 12))
+    rest, _ = block.extend(x[:, 5:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, rest], 1), block(x), rtol=1e-4, atol=1e-5)

@@ -59,7 +59,7 @@ def load(model: nnx.Module, names: Names, state: Mapping[str, Any], prefix: str)
         prefix: what stands before all names but those of the head, or before none.
     """
     prefix = prefix if any(key.startswith(prefix) for key in state) else ""
-    used = set()
+    used: set[str] = set()
     for path, variable in nnx.to_flat_state(nnx.variables(model, nnx.Param)):
         *parts, leaf = map(str, path)
         source = source_of(names, parts, leaf, "" if parts[0] == "head" else prefix)

@@ -1,4 +1,4 @@
-"""Mega as it is published: the norm within the layer, whose own residual branch is all there is."""
+"""Mega as it is published: the norm within the layer, so that its residual branch is of what was not normed."""
 
 import functools
 from collections.abc import Mapping
@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.zoo.block import NORMS, Block
-from subquad.zoo.experts import no_losses
+from subquad.zoo.block import NORMS
 from subquad.zoo.interop.loading import Names, Source, layer, read
 from subquad.zoo.interop.published import LanguageHead, Published, PublishedEncoder
 from subquad.zoo.statespace.mega import Mega
@@ -20,7 +19,7 @@ KINDS = {"layernorm": "layer", "scalenorm": "rms"}
 
 
 class NormedMega(Mega):
-    """`Mega` of the norm of x, with x itself in its residual branch: y = phi * h + (1 - phi) * x.
+    """What `Mega` of the norm of x adds to x itself: phi * (h - x), so that a block without a norm before it gives Mega's y.
 
     Args:
         norm: a key of `NORMS`.
@@ -35,26 +34,8 @@ class NormedMega(Mega):
         hidden = self.norm(inputs)
         return hidden if is_real is None else jnp.where(is_real[..., None], hidden, 0)
 
-
-class MegaBlock(nnx.Module):
-    """A `NormedMega`, which is a residual branch already, and what follows it in a block.
-
-        h = mixer(x);   y = h + dropout(ffn(norm(h)))
-    """
-
-    def __init__(self, block: Block, has_mlp: bool):
-        self.mixer: Any = block.mixer
-        self.mlp: Any = block.mlp if has_mlp else None
-        self.mlp_norm: Any = block.mlp_norm if has_mlp else None
-        self.dropout = block.dropout
-
-    def with_losses(self, inputs, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None, **call):
-        """As `Block.with_losses`; it has no experts."""
-        draws: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
-        hidden = self.mixer(inputs, **draws, **call)
-        if self.mlp is not None:
-            hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden), **draws), **draws)
-        return hidden, no_losses(inputs.shape[:-2])
+    def gated(self, inputs, attended, g, phi, rest):
+        return super().gated(inputs, attended, g, phi, rest) - inputs
 
 
 def spread(count: int):
@@ -131,12 +112,14 @@ def build(config: Mapping[str, Any], options: Mapping[str, Any], *, has_head: bo
     )  # fmt: skip
     encoder = PublishedEncoder(
         vocab_size=of("vocab_size"), in_features=of("hidden_size"), num_layers=of("num_hidden_layers"),
-        mlp_features=of("nffn_hidden_size"), max_length=0, mixer=layer(NormedMega, own, options), positions=None, norm=norm,
-        dropout_rate=of("dropout_prob"), activation=of("activation"), inner_dropout=of("nffn_activation_dropout_prob"),
-        epsilon=EPSILON, token_types=of("type_vocab_size") if of("add_token_type_embeddings") else 0, rngs=rngs, **dtypes,
+        mlp_features=of("nffn_hidden_size") if of("use_normalized_ffn") else 0, max_length=0,
+        mixer=layer(NormedMega, own, options), positions=None, norm=norm, dropout_rate=of("dropout_prob"),
+        activation=of("activation"), inner_dropout=of("nffn_activation_dropout_prob"), epsilon=EPSILON,
+        token_types=of("type_vocab_size") if of("add_token_type_embeddings") else 0, rngs=rngs, **dtypes,
     )
-    blocks: Any = nnx.List(MegaBlock(block, of("use_normalized_ffn")) for block in encoder.blocks)
-    encoder.blocks, encoder.norm = blocks, None
+    encoder.norm, blocks = None, list[Any](encoder.blocks)
+    for block in blocks:
+        block.mixer_norm = nnx.identity
     if not has_head:
         return Published(encoder, None)
     head = LanguageHead(

@@ -97,7 +97,7 @@ class PublishedEncoder(Encoder):
         self.embed_norm = nnx.LayerNorm(features, **options) if embed_norm else None
         self.embed_map = nnx.Linear(features, features, **options) if embed_map else None
         blocks: Any = self.blocks
-        for block in blocks:
+        for block in blocks if encoder["mlp_features"] else ():
             block.mlp = Network(
                 features, encoder["mlp_features"], activation=activation, is_gated=is_gated, use_bias=use_bias,
                 dropout_rate=inner_dropout, **options,
