@@ -16,7 +16,7 @@ from subquad import zoo
 from subquad.lra import tasks
 from subquad.lra.cli import commands
 from subquad.lra.data.diagnostics import configs as diagnostics
-from subquad.lra.report import csv_rows, ledger, measurements, plots, results, text_tables
+from subquad.lra.report import csv_rows, ledger, measurements, overview, plots, results, text_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 READMES = ("README.md", "kernels/README.md", "lra/README.md", "zoo/README.md")
@@ -28,6 +28,8 @@ FLOORS = ROOT / "lra" / "results" / "floors.csv"
 COSTS = ROOT / "lra" / "results" / "bench.csv"
 PEERS = ROOT / "kernels" / "results" / "peers_cpu.csv"
 ORACLES = ROOT / "zoo" / "results" / "oracles.csv"
+CLAIMS = ROOT / "zoo" / "results" / "claims.csv"
+LAYER_COSTS = ROOT / "zoo" / "results" / "costs.csv"
 
 
 def papers(layer) -> str:
@@ -93,6 +95,25 @@ def oracle_table() -> str:
     return text_tables.markdown(rows, left=4)
 
 
+def claims_table() -> str:
+    """One row per layer: what its paper says of it, from where its model is faster than softmax's here, and what it learned."""
+    claims = {row["layer"]: row["claim"] for row in csv_rows.read_rows(CLAIMS)}
+    if missing := zoo.LAYERS.keys() - claims.keys() - {"softmax"}:
+        raise ValueError(f"readme: {CLAIMS} must say what each paper claims, got nothing for {', '.join(missing)}. Add it.")
+    costs, reached = {}, {}
+    for row in measurements.read_measurements(LAYER_COSTS):
+        costs.setdefault(row.layer, []).append(row)
+    for group in results.groups(results.read_results(ABILITIES)):
+        reached[group[0].layer, group[0].task] = results.score_of_seeds(group).partition(" (")[0]
+    tasks_shown = ("recall", "selective_copy")
+    rows = [["layer", "its paper", "faster than softmax", *(task.replace("_", " ") for task in tasks_shown)]]
+    for name in zoo.LAYERS:
+        faster = overview.crossover_words(costs.get(name, []))
+        rows.append([f"`{name}`", claims.get(name, ""), faster, *(reached.get((name, task), "") for task in tasks_shown)])
+    measured = measurements.tables(next(iter(costs.values())))[0]
+    return f"{text_tables.markdown(rows, left=3)}\n\n{measured.title}."
+
+
 def layer_table() -> str:
     """One row per layer, from its class: paper, cost, and what it supports."""
     rows = [["name", "class", "paper", "cost", "causal", "cross", "`extend`", "masks", "`attention_fn`"]]
@@ -122,7 +143,8 @@ def peers_table(rows) -> str:
     commits = ", ".join(sorted({row["commit"][:12] for row in raced}))
     first = raced[0]
     shape = f"{first['dtype']}, batch {first['batch']}, {first['heads']} heads of {first['features']}, forward and backward"
-    clock = f"best {first['clock'].replace('_', ' ')} of both sides called in turn on {first['hardware']}"
+    machines = " or ".join(dict.fromkeys(row["hardware"] for row in raced))
+    clock = f"best {first['clock'].replace('_', ' ')} of both sides called in turn on {machines}"
     memory = "Memory is what the process of each side grew by, or, for two of our own, what the compiler says"
     table = text_tables.markdown(lines, left=2)
     return f"{table}\n\n{shape}; {clock}. {memory}. {first['versions']}; {first['torch']}; commit {commits}."
@@ -208,6 +230,7 @@ def generated() -> dict[str, str]:
     return {
         "layers": layer_table(),
         "families": family_sections(),
+        "claims": claims_table(),
         "oracles": oracle_table(),
         "quickstart": results.markdown(results.read_results(QUICKSTART)),
         "tasks": task_table(results.read_results(OFFLINE), csv_rows.read_rows(FLOORS, ledger.Floor)),

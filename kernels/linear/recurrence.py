@@ -14,9 +14,9 @@ from subquad.kernels import precision
 SMALLEST_LOG_DECAY = -104.0
 # Multiples of it are summed without rounding: a chunk of 128 stays below 2^24 of them.
 UNIT = 2.0**-10
-# Where no channel decays by more in some tokens, exponentials of their distance to the middle lose no digits that count.
-NARROW = 32.0
-# Scores of so few tokens are computed directly where a channel decays by more.
+# A channel that has decayed by no more is one factor of a product: exp of it, and of minus it, lose no digits.
+SLOW = 32.0
+# Scores of so few tokens are computed pair by pair where a channel has decayed by more.
 DIRECT = 16
 # Rows of a triangular matrix that are substituted one by one.
 SUBSTITUTED = 8
@@ -96,21 +96,18 @@ def scores(query, key, decay):
 def channel_scores(query, key, decay):
     """`scores` where each channel has its own decay: decay [..., C, M] after each token.
 
-    A product where all channels decay slowly, else halves; pairs of the smallest blocks have their own exponentials.
+    exp(g_c - g_s) = exp(g_c - g_1) exp(g_1 - g_s): a product of matrices, as long as a channel of s has decayed slowly since
+    the first token. What has not is added in smaller blocks, and adds 0 where there is no such channel: so what a token
+    sees depends on no token after it, to the last bit, though what is computed does.
     """
     distance = exponent(decay, [g[..., :1, :] for g in decay])
-    in_parts = pairwise_scores if query.shape[-2] <= DIRECT else scores_of_halves
-    is_narrow = jnp.max(-distance) <= NARROW
-    return jax.lax.cond(is_narrow, narrow_scores, jax.checkpoint(in_parts), query, key, decay)
-
-
-def narrow_scores(query, key, decay):
-    """exp(g_c - m) exp(m - g_s) with m half way between the first g and the last: neither is large."""
-    distance = exponent(decay, [g[..., :1, :] for g in decay])
-    # Of other numbers than those it is for, nothing that is not finite may come: under `vmap` both ways are computed.
-    distance = jnp.maximum(distance - distance[..., -1:, :] / 2, -NARROW)
-    weights = (query * jnp.exp(distance)) @ (key * jnp.exp(-distance)).mT
-    return jnp.where(jnp.tri(query.shape[-2], dtype=bool), weights, 0)
+    is_slow = distance >= -SLOW
+    near = jnp.where(is_slow, key * jnp.exp(jnp.minimum(-distance, SLOW)), 0)
+    slow = jnp.where(jnp.tri(query.shape[-2], dtype=bool), (query * jnp.exp(distance)) @ near.mT, 0)
+    in_parts = jax.checkpoint(pairwise_scores if query.shape[-2] <= DIRECT else scores_of_halves)
+    return slow + jax.lax.cond(
+        jnp.all(is_slow), lambda *_: jnp.zeros_like(slow), in_parts, query, jnp.where(is_slow, 0, key), decay
+    )
 
 
 def pairwise_scores(query, key, decay):
