@@ -85,21 +85,22 @@ def head_by_head(function, *heads, by_sample=()):
     """function(*heads, *by_sample) of heads that know nothing of each other, on a CPU a few long ones at a time.
 
     Args:
-        function: of arrays [B, T, N, ...] and those by sample; returns one [B, T, N, ...], for any B and N.
+        function: of arrays [B, T, N, ...] and those by sample; returns one as the first, for any B and N.
+        heads: where some arrays have fewer, a head of theirs goes with a group of the others' heads.
         by_sample: arrays [B | 1, ...] that all heads of a sample share, or None.
     """
     if fit_at_once(heads):
         return function(*heads, *by_sample)
-    batch, _, count = heads[0].shape[:3]
+    batch, count = len(heads[0]), min(x.shape[2] for x in heads)
     shared = [x for x in by_sample if x is not None]
 
     def of_rows(*rows):
         rest = iter(rows[len(heads) :])
         return function(*rows[: len(heads)], *(None if x is None else next(rest) for x in by_sample))
 
-    rows = [rearrange(x, "b t n ... -> (b n) t 1 ...") for x in heads]
+    rows = [rearrange(x, "b t (n g) ... -> (b n) t g ...", n=count) for x in heads]
     rows += [jnp.repeat(jnp.broadcast_to(x, (batch, *x.shape[1:])), count, axis=0) for x in shared]
-    return rearrange(in_rows(of_rows, *rows), "(b n) t 1 ... -> b t n ...", b=batch)
+    return rearrange(in_rows(of_rows, *rows), "(b n) t g ... -> b t (n g) ...", b=batch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

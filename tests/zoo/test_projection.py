@@ -66,7 +66,8 @@ def test_heads_one_by_one_are_heads_together(in_small_pieces):
 
 @pytest.mark.parametrize(
     "name, is_causal",
-    [("smyrf", False), ("clustered", False), ("routing", False), ("routing", True), ("sinkhorn", True), ("efficient", True)],
+    [("smyrf", False), ("clustered", False), ("routing", False), ("routing", True), ("sinkhorn", True), ("efficient", True),
+     ("h_transformer", False), ("h_transformer", True)],
 )
 def test_long_layers_are_short_ones(name, is_causal, in_small_pieces):
     layer, x, cotangent = CASES[name].make(is_causal), inputs(23), inputs(23, seed=1)

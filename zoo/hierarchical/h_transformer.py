@@ -79,22 +79,25 @@ class HTransformerAttention(Attention):
         self.block_size, self.half = block_size, block_size // 2
 
     def attend(self, query, key, value, mask):
-        length = query.shape[1]
         if self.is_causal:
-            halves = counted(-(-length // self.half))[None]
-            keys, values, means = [key[:, :0]], [value[:, :0]], (key, value)
-            keys[0] = weighted(keys[0], 1)
-            for level in self.levels(length):
-                means = tuple(map(halved, means))
-                keys.append(weighted(means[0], 2**level))
-                values.append(means[1])
-            coarse = jnp.concatenate(keys, 1), jnp.concatenate(values, 1)
-            return self._attend_causal(query, key, value, *coarse, halves, self.half, jnp.arange(length)[None])
-        real = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
+            return head_by_head(self._attend_all_causal, query, key, value)
+        real = jnp.ones((1, query.shape[1]), bool) if mask is None else mask[:, 0, 0]
         counts = jnp.broadcast_to(real, query.shape[:2]).astype(jnp.float32)
         groups = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
         return head_by_head(self._attend_both, query, key, value, by_sample=(counts,))
+
+    def _attend_all_causal(self, query, key, value):
+        length = query.shape[1]
+        halves = counted(-(-length // self.half))[None]
+        keys, values, means = [key[:, :0]], [value[:, :0]], (key, value)
+        keys[0] = weighted(keys[0], 1)
+        for level in self.levels(length):
+            means = tuple(map(halved, means))
+            keys.append(weighted(means[0], 2**level))
+            values.append(means[1])
+        coarse = jnp.concatenate(keys, 1), jnp.concatenate(values, 1)
+        return self._attend_causal(query, key, value, *coarse, halves, self.half, jnp.arange(length)[None])
 
     def levels(self, length: int) -> range:
         """The levels above 0 that the last of `length` tokens sees in causal attention."""
