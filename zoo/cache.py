@@ -114,6 +114,14 @@ class LinearCache(NamedTuple):
         return cls(*state, jnp.zeros(batch_size, jnp.int32))
 
 
+class GatedCache(NamedTuple):
+    """The decaying sums of gated linear attention over all keys so far; their size does not grow with the tokens."""
+
+    numerator: Float[Array, "B N M V"]  # of feature times value
+    denominator: Float[Array, "B N M"]  # of features
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
 class EfficientCache(NamedTuple):
     """Averages of the values so far, one for each feature of the keys, and the logarithms of their weights' sums."""
 
@@ -149,6 +157,14 @@ class TransformerXLCache(NamedTuple):
     """The layer's inputs of each sample's last P = memory_length + segment_length - 1 real tokens, the newest last."""
 
     hidden: Float[Array, "B P D"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
+class CompressiveCache(NamedTuple):
+    """The layer's inputs of each sample's memory and then of its segment so far, and the compressed memory before these."""
+
+    hidden: Float[Array, "B P D"]  # P = memory_length + segment_length - 1, of which those after the newest mean nothing
+    compressed: Float[Array, "B C D"]  # the newest last
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
@@ -208,6 +224,21 @@ class LocalCache(NamedTuple):
     key: Float[Array, "B W K H"]
     value: Float[Array, "B W K V"]
     seen: Int[Array, "B"]  # real tokens so far
+
+
+class HTransformerCache(NamedTuple):
+    """Keys and values of each sample's real tokens so far, by position, and their means over groups, level after level."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
+    coarse_key: Float[Array, "B G K H+2"]  # S // 2, then S // 4, ...; with the logarithm of the tokens of a group in two parts
+    coarse_value: Float[Array, "B G K V"]
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """The position of the next token."""
+        return self.length
 
 
 class LongformerCache(NamedTuple):

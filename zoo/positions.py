@@ -30,6 +30,11 @@ def positions_of_real(
     return count - jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
 
 
+def run_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Where another segment begins than that of the token before."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
 def sinusoidal(positions: Int[Array, "*B T"], features: int) -> Float[Array, "*B T D"]:
     """Sines in the first half of the features, cosines in the second, at wavelengths 2 pi to 20,000 pi.
 

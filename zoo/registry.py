@@ -22,10 +22,12 @@ from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.headless import Headless
+from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
+from subquad.zoo.kernelized.rfa import RFAAttention
 from subquad.zoo.lowrank.isab import InducedSetAttention
 from subquad.zoo.lowrank.linformer import LinformerAttention
 from subquad.zoo.lowrank.luna import LunaAttention
@@ -43,6 +45,7 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
+from subquad.zoo.recurrent.compressive import CompressiveAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
@@ -75,6 +78,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "smyrf": SmyrfAttention,
     "informer": InformerAttention,
     "clustered": ClusteredAttention,
+    "h_transformer": HTransformerAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "skyformer": SkyformerAttention,
@@ -86,7 +90,9 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,
     "efficient": EfficientAttention,
+    "rfa": RFAAttention,
     "transformer_xl": TransformerXLAttention,
+    "compressive": CompressiveAttention,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,

@@ -29,6 +29,12 @@ LAYERS = {
     "linformer": ("linformer", lambda length: dict(max_length=length, num_landmarks=256), False),
     "nystrom": ("nystrom", lambda length: {}, False),
     "skyformer": ("skyformer", lambda length: {}, False),
+    "luna": ("luna", lambda length: {}, False),
+    "luna, causal": ("luna", lambda length: {}, True),
+    "isab": ("isab", lambda length: {}, False),
+    "perceiver": ("perceiver", lambda length: {}, False),
+    "memory_compressed": ("memory_compressed", lambda length: {}, True),
+    "h_transformer": ("h_transformer", lambda length: {}, False),
     "linear": ("linear", lambda length: {}, False),
     "linear, causal": ("linear", lambda length: {}, True),
     "performer": ("performer", lambda length: dict(num_features=256), False),
@@ -36,6 +42,9 @@ LAYERS = {
     "cosformer": ("cosformer", LENGTH, False),
     "efficient": ("efficient", lambda length: {}, False),
     "efficient, causal": ("efficient", lambda length: {}, True),
+    "rfa": ("rfa", lambda length: {}, False),
+    "rfa, causal": ("rfa", lambda length: {}, True),
+    "compressive": ("compressive", lambda length: dict(segment_length=512, memory_length=512), True),
     "transformer_xl": ("transformer_xl", lambda length: dict(segment_length=512, memory_length=512), True),
     "s4": ("s4", lambda length: dict(state_size=64), True),
     "s4, diagonal": ("s4", lambda length: dict(state_size=64, mode="diagonal"), True),
@@ -43,6 +52,10 @@ LAYERS = {
     "mega": ("mega", lambda length: dict(chunk_size=128), True),
     "s5": ("s5", lambda length: {}, True),
     "lru": ("lru", lambda length: {}, True),
+    "rglru": ("rglru", lambda length: {}, True),
+    "lightconv": ("lightconv", lambda length: {}, False),
+    "dynamicconv": ("dynamicconv", lambda length: {}, False),
+    "lsra": ("lsra", lambda length: {}, False),
 }
 LONG = dict(length=65536, heads=8, dtype="bfloat16")
 

@@ -100,6 +100,9 @@ CASES = {
             "clustered", dict(num_heads=2, num_clusters=4, num_top=3, num_iterations=3), dict(num_heads=4, num_clusters=32),
             dead=SOFTMAX_INVARIANT,
         ),
+        Case(  # rotated, so that a constant added to all keys counts in the causal layer too
+            "h_transformer", dict(num_heads=2, num_kv_heads=1, block_size=2, rotary_base=100.0), dict(num_heads=4),
+        ),
         Case(
             "linformer", dict(num_heads=2, max_length=100, num_landmarks=6),
             dict(num_heads=4, max_length=LONG, num_landmarks=64),
@@ -128,10 +131,17 @@ CASES = {
         Case("linear", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
         Case("cosformer", dict(num_heads=2, num_kv_heads=1, max_length=100), dict(num_heads=4, max_length=LONG)),
+        Case("rfa", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("efficient", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
         Case(
             "transformer_xl", dict(num_heads=2, segment_length=8, memory_length=5),
             dict(num_heads=4, segment_length=256, memory_length=256), dead=SOFTMAX_INVARIANT,
+        ),
+        Case(  # the task does not train what compresses: `reconstruction_loss` does
+            "compressive",
+            dict(num_heads=2, segment_length=6, memory_length=4, compressed_length=3, rate=2, compression="conv"),
+            dict(num_heads=4, segment_length=256, memory_length=256, compressed_length=64),
+            dead=(*SOFTMAX_INVARIANT, "compressor/kernel", "compressor/bias"),
         ),
         Case("s4", dict(state_size=8), dict(state_size=16)),
         Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),

@@ -227,6 +227,20 @@ def test_transformer_xl(segment, memory):
     check(build("transformer_xl", 2, True, segment_length=segment, memory_length=memory), 2, sees)
 
 
+@pytest.mark.parametrize("segment,memory,slots,rate", [(4, 6, 3, 2), (4, 2, 1, 1), (3, 0, 2, 3), (32, 8, 2, 4)])
+def test_compressive(segment, memory, slots, rate):
+    """Rae et al., section 3: as Transformer-XL, and before the memory `slots` groups of `rate` tokens."""
+
+    def sees(head, t, s):
+        first = t
+        while first % segment:
+            first -= 1
+        return first - memory - slots * rate <= s <= t
+
+    options = dict(segment_length=segment, memory_length=memory, compressed_length=slots, rate=rate)
+    check(build("compressive", 2, True, **options), 2, sees)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 5, 8, 40])
 @pytest.mark.parametrize("name", ["lightconv", "dynamicconv"])
@@ -245,6 +259,8 @@ def test_short_convolutions(name, width, is_causal):
     ("kernelized", dict(num_heads=2)),
     ("skyformer", dict(num_heads=2)),
     ("efficient", dict(num_heads=2)),
+    ("rfa", dict(num_heads=2)),
+    ("h_transformer", dict(num_heads=2, block_size=2)),
     ("cosformer", dict(num_heads=2, max_length=30)),
     ("nystrom", dict(num_heads=2)),
     ("linformer", dict(num_heads=2, max_length=30)),

@@ -39,7 +39,8 @@ def test_projections_start_with_one_over_their_inputs(name):
     found = variables(build(name, out_features=96))
     kernels = {path: leaf for path, leaf in found.items() if path.endswith("/kernel")}
     for path, kernel in kernels.items():
-        inputs = kernel.shape[:-1] if path.endswith("out/kernel") else kernel.shape[:1]
+        is_last = path.endswith("out/kernel") or path == "compressor/kernel"
+        inputs = kernel.shape[:-1] if is_last else kernel.shape[:1]
         # The normal is cut at two deviations, and scaled back: flatter than a whole one.
         check_moments(kernel, 1 / np.prod(inputs), kurtosis=2.4)
     assert all((leaf == 0).all() for path, leaf in found.items() if path.endswith("/bias"))
@@ -134,6 +135,7 @@ FIXED = {
     "log_step",
     "mixture",
     "query_key_shift",
+    "sigma",
     "system/frequency",
     "system/input_matrix",
     "system/log_decay",

@@ -78,6 +78,10 @@ COMPUTED = [
     ("skyformer", dict(num_heads=2, num_landmarks=6), "gamma", 1.0),
     ("skyformer", dict(num_heads=2, num_landmarks=6), "num_iterations", 1),
     ("cosformer", dict(num_heads=2, max_length=24), "max_length", 40),
+    ("h_transformer", dict(num_heads=2, block_size=2), "block_size", 4),
+    ("h_transformer", dict(num_heads=2, block_size=4), "rotary_base", 100.0),
+    ("rfa", dict(num_heads=2), "rotary_base", 100.0),
+    ("rfa", dict(num_heads=2, is_causal=True, gate=False), "constants", "code"),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_landmarks", 5),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
@@ -104,6 +108,10 @@ COMPUTED = [
     ("perceiver", dict(num_heads=2, num_latents=6), "num_repeats", 3),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
+    *(
+        ("compressive", dict(num_heads=2, segment_length=4, memory_length=4, compressed_length=4, rate=2), option, value)
+        for option, value in dict(segment_length=6, memory_length=2, compressed_length=2, rate=1, compression="max").items()
+    ),
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
     ("s5", dict(state_size=8, dt_min=0.5, dt_max=2.0), "discretization", "bilinear"),
     ("entmax", dict(num_heads=2), "rotary_base", 100.0),
@@ -150,6 +158,10 @@ SHAPED = [
     ("longformer", dict(num_heads=4), "num_global", 0, {"query_global/kernel": None, "value_global/bias": None}),
     ("linear", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("cosformer", dict(num_heads=4, max_length=24), "num_kv_heads", 2, {"key/kernel": (16, 2, 4)}),
+    ("h_transformer", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("rfa", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("rfa", dict(num_heads=2), "num_features", 20, {"projection": (2, 20, 8)}),
+    ("rfa", dict(num_heads=2, is_causal=True), "gate", False, {"gate/kernel": None, "gate/bias": None}),
     ("efficient", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("kernelized", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("skyformer", dict(num_heads=2), "num_landmarks", 20, {"landmarks": (20,)}),
@@ -264,6 +276,7 @@ MAPS = {
     "s5": 1,
     "synthesizer": 5,
     "transformer_xl": 5,
+    "compressive": 5,
 }
 # Of 4 heads of 2 features, 5 features out: kernels that do not make heads of the inputs. Others take what heads gathered, or
 # three tokens of a head.

@@ -7,5 +7,6 @@ Choose
     linear: For models trained with it from the start: the smallest state, nothing random.
     performer: For an estimate of softmax itself, the better the more features, so also for weights that softmax has trained.
     cosformer: For near tokens to count more, without random features, up to a length known before.
+    rfa: For softmax attention over unit vectors, with a gate that learns how fast to forget.
     efficient: For queries that choose among a few means of the values: no features but two softmaxes.
 """

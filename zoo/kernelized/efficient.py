@@ -10,6 +10,7 @@ from subquad.kernels import linear, precision, scan
 from subquad.zoo.base import Attention, Support
 from subquad.zoo.cache import EfficientCache, counts
 from subquad.zoo.checks import require_extend
+from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import head_by_head, in_pieces
 
 NOTHING = -1e30  # the logarithm of a sum of no keys; finite, so that differences are
@@ -140,11 +141,6 @@ def softmax_over_keys(
     last_of_run = jax.lax.cummin(jnp.where(ends, place, key.shape[1]), axis=1, reverse=True)
     sums = running_log_sum(precision.wide(key), starts, implementation)
     return in_pieces(shares, key, jnp.take_along_axis(sums, last_of_run[..., None, None], axis=1))
-
-
-def run_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Where another segment begins than that of the token before."""
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
 def running_log_sum(

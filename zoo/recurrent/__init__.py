@@ -4,4 +4,5 @@ A token costs the same whatever came before, and information travels back one me
 
 Choose
     transformer_xl: For language models on streams; its positions are distances, so that no length is too long.
+    compressive: For memories that reach farther at the same cost, in less detail.
 """

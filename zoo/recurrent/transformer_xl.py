@@ -3,19 +3,15 @@
 import functools
 from typing import Any, Unpack
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
-from flax.nnx.nn.linear import default_kernel_init
 from jax import lax
 
-from subquad.kernels import relative
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import TransformerXLCache, counts, last, places
 from subquad.zoo.checks import check_sizes, require_extend
-from subquad.zoo.positions import sinusoidal
+from subquad.zoo.recurrent import segments
 
 
 class TransformerXLAttention(Attention):
@@ -76,16 +72,7 @@ class TransformerXLAttention(Attention):
         check_sizes(type(self).__name__, segment_length=segment_length)
         check_sizes(type(self).__name__, 0, memory_length=memory_length)
         self.segment_length, self.memory_length = segment_length, memory_length
-        self.position_features = in_features + in_features % 2
-        self.relative = nnx.LinearGeneral(
-            self.position_features, (num_heads, self.head_features), use_bias=False, dtype=self.dtype,
-            param_dtype=self.param_dtype, precision=shell.get("precision"),
-            kernel_init=shell.get("kernel_init", default_kernel_init), rngs=rngs,
-        )
-        bias = nnx.initializers.normal(0.02)
-        shape = (num_heads, self.head_features)
-        self.content_bias = nnx.Param(bias(rngs.params(), shape, self.param_dtype))
-        self.position_bias = nnx.Param(bias(rngs.params(), shape, self.param_dtype))
+        segments.add_relative(self, shell, rngs)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """The inputs themselves: they are projected segment by segment, with their memory."""
@@ -95,7 +82,8 @@ class TransformerXLAttention(Attention):
         # No more memory than the last segment can have.
         room = min(self.memory_length, (inputs.shape[1] - 1) // self.segment_length * self.segment_length)
         past = jnp.zeros((inputs.shape[0], room, inputs.shape[2]), inputs.dtype)
-        return self._run(inputs, past, jnp.zeros(inputs.shape[0], jnp.int32), mask, ids=segment_ids)
+        known = jnp.zeros(inputs.shape[0], jnp.int32)
+        return segments.attend_in_segments(self, inputs, past, known, mask, ids=segment_ids)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> TransformerXLCache:
         """An empty cache; it keeps a fixed number of tokens and takes more than max_length without harm."""
@@ -106,58 +94,11 @@ class TransformerXLAttention(Attention):
 
     def attend_cached(self, inputs, mask, cache):
         past, (room, tokens) = cache.hidden.astype(inputs.dtype), (cache.hidden.shape[1], inputs.shape[1])
-        heads = self._run(inputs, past, cache.seen, mask, cache.seen % self.segment_length)
+        position = cache.seen % self.segment_length
+        reaches = functools.partial(self._reaches, position)
+        heads = segments.attend_in_segments(self, inputs, past, cache.seen, mask, reaches=reaches)
         past = last(jnp.concatenate([past, lax.stop_gradient(inputs)], axis=1), room, tokens, mask)
         return heads, TransformerXLCache(past.astype(cache.hidden.dtype), cache.seen + counts(inputs, mask))
-
-    def _run(self, inputs, past, known, mask, position=None, ids=None):
-        """Attention of the inputs in chunks of segment_length, each to the `past` before it and to itself.
-
-        Args:
-            inputs: [B, T, D] with key padding `mask` [B, 1, 1, T] or None.
-            past: [B, P, D], the inputs just before, of which the last `known` [B] are some.
-            position: of the first input in its segment, [B]; then each token's own segment bounds what it sees of the past.
-                None: the chunks are the segments, and the past is their memory.
-            ids: [B, T], of packed sequences; None: there is one.
-        Returns: the heads [B, T, N, H].
-        """
-        length, room = inputs.shape[1], past.shape[1]
-        size = min(self.segment_length, length)
-        relative_key = self.relative(sinusoidal(jnp.arange(room + size), self.position_features))
-        past = lax.stop_gradient(past)
-        past_valid = jnp.arange(room)[None] >= room - known[:, None]
-        valid = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], inputs.shape[:2])
-        past_ids = None if ids is None else jnp.zeros(past_valid.shape, ids.dtype)  # nothing of a past that is not valid counts
-        append = functools.partial(jax.tree.map, lambda *pair: jnp.concatenate(pair, axis=1))
-
-        def chunk(memory, xs):
-            hidden, *own = xs
-            key, value, seen, key_ids = append(memory, (self.key(hidden), self.value(hidden), *own))
-            mask = seen[:, None, None]
-            if position is not None:
-                mask &= self._reaches(position, hidden.shape[1], room)
-            heads = relative.attention(
-                self.query(hidden), key, value, relative_key, self.content_bias[...], self.position_bias[...],
-                mask=mask, query_segment_ids=own[1], key_segment_ids=key_ids, implementation=self.implementation,
-            )
-            # The keys and values are those above; as memory they train the projections, but not the inputs.
-            fixed = lax.stop_gradient(hidden)
-            memory = append(memory, (self.key(fixed), self.value(fixed), *own))
-            return jax.tree.map(lambda x: x[:, hidden.shape[1] :], memory), heads
-
-        memory, outputs = (self.key(past), self.value(past), past_valid, past_ids), []
-        tokens = inputs, valid, ids
-        whole = length // size * size if length > size else 0
-        if whole:
-            chunks = jax.tree.map(lambda x: rearrange(x[:, :whole], "b (i c) ... -> i b c ...", c=size), tokens)
-            # The backward pass projects each chunk anew, but keeps what attention gave.
-            keep = jax.checkpoint_policies.save_only_these_names(relative.SAVED)
-            memory, heads = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), memory, chunks)
-            outputs.append(rearrange(heads, "i b c n h -> b (i c) n h"))
-        if whole < length:
-            _, heads = chunk(memory, jax.tree.map(lambda x: x[:, whole:], tokens))
-            outputs.append(heads)
-        return jnp.concatenate(outputs, axis=1)
 
     def _reaches(self, position, length, room):
         """True where a token's segment and its memory hold the key: [B, 1, T, P + T], without regard to causality."""

@@ -1,0 +1,95 @@
+"""Attention segment after segment, each to what is before it, by content and distance."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from flax.nnx.nn.linear import default_kernel_init
+from jax import lax
+
+from subquad.kernels import relative
+from subquad.zoo.positions import sinusoidal
+
+
+def add_relative(layer, shell, rngs: nnx.Rngs) -> None:
+    """Gives an attention layer what relative positions need: the map of their encodings, and the biases u and v."""
+    layer.position_features = layer.in_features + layer.in_features % 2
+    layer.relative = nnx.LinearGeneral(
+        layer.position_features, (layer.num_heads, layer.head_features), use_bias=False, dtype=layer.dtype,
+        param_dtype=layer.param_dtype, precision=shell.get("precision"),
+        kernel_init=shell.get("kernel_init", default_kernel_init), rngs=rngs,
+    )  # fmt: skip
+    bias, shape = nnx.initializers.normal(0.02), (layer.num_heads, layer.head_features)
+    layer.content_bias = nnx.Param(bias(rngs.params(), shape, layer.param_dtype))
+    layer.position_bias = nnx.Param(bias(rngs.params(), shape, layer.param_dtype))
+
+
+def encodings(layer, count: int):
+    """Projected encodings of the distances below `count`."""
+    return layer.relative(sinusoidal(jnp.arange(count), layer.position_features))
+
+
+def attend(layer, query, key, value, distances, mask, **ids):
+    """`relative.attention` with a layer's biases and implementation; the queries are the last of the keys."""
+    return relative.attention(
+        query, key, value, distances, layer.content_bias[...], layer.position_bias[...], mask=mask,
+        implementation=layer.implementation, **ids,
+    )
+
+
+def attend_in_segments(layer, inputs, past, known, mask, *, reaches=None, ids=None, older=None):
+    """Attention of the inputs in chunks of segment_length, each to the `past` before it and to itself.
+
+    Args:
+        layer: has `segment_length`, projections, and what `add_relative` gives.
+        inputs: [B, T, D] with key padding `mask` [B, 1, 1, T] or None.
+        past: [B, P, D], the inputs just before, of which the last `known` [B] are some.
+        reaches: (T, P) -> bool [B, 1, T, P + T], which keys tokens see beside causality. None: the chunks are the segments,
+            and the past is their memory.
+        ids: [B, T], of packed sequences; None: there is one.
+        older: ((hidden [B, C, D], valid [B, C]), (hidden [B, G, D], valid [B, G])), what stands before the past of the first
+            chunk, and what follows it there, an equal part of it after each chunk. None: nothing.
+    Returns: the heads [B, T, N, H].
+    """
+    length, room = inputs.shape[1], past.shape[1]
+    size = min(layer.segment_length, length)
+    past_valid = jnp.arange(room)[None] >= room - known[:, None]
+    valid = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], inputs.shape[:2])
+    past_ids = None if ids is None else jnp.zeros(past_valid.shape, ids.dtype)  # nothing of a past that is not valid counts
+    append = lambda *parts: jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *(x for x in parts if x is not None))
+
+    def fixed(hidden, *own):
+        """Keys and values of a memory: they train the projections, but not the inputs."""
+        hidden = lax.stop_gradient(hidden)
+        return layer.key(hidden), layer.value(hidden), *own
+
+    def pushed(memory, new):
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1)[:, y.shape[1] :], memory, new)
+
+    def chunk(memory, xs):
+        (hidden, *own), (before, memory), entering = xs[0], memory, xs[1]
+        key, value, seen, key_ids = append(before, memory, (layer.key(hidden), layer.value(hidden), *own))
+        mask = seen[:, None, None]
+        if reaches is not None:
+            mask &= reaches(hidden.shape[1], room)
+        query = layer.query(hidden)
+        heads = attend(layer, query, key, value, distances, mask, query_segment_ids=own[1], key_segment_ids=key_ids)
+        before = before if entering is None else pushed(before, fixed(*entering, None))
+        return (before, pushed(memory, fixed(hidden, *own))), heads
+
+    before, entering = (None, None) if older is None else older
+    distances = encodings(layer, size + room + (0 if before is None else before[0].shape[1]))
+    memory = None if before is None else fixed(*before, None), fixed(past, past_valid, past_ids)
+    tokens, outputs = (inputs, valid, ids), []
+    whole = length // size * size if length > size else 0
+    if whole:
+        count = whole // size
+        xs = jax.tree.map(lambda x: x[:, :whole], tokens), entering
+        xs = jax.tree.map(lambda x: rearrange(x, "b (i c) ... -> i b c ...", i=count), xs)
+        # The backward pass projects each chunk anew, but keeps what attention gave.
+        keep = jax.checkpoint_policies.save_only_these_names(relative.SAVED)
+        memory, heads = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), memory, xs)
+        outputs.append(rearrange(heads, "i b c n h -> b (i c) n h"))
+    if whole < length:
+        outputs.append(chunk(memory, (jax.tree.map(lambda x: x[:, whole:], tokens), None))[1])
+    return jnp.concatenate(outputs, axis=1)
