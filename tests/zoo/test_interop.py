@@ -16,7 +16,8 @@ from tests.zoo import huggingface
 
 def call(model, peer):
     given = {name: jnp.asarray(array) for name, array in peer.inputs.items() if name != "tokens"}
-    return model(jnp.asarray(peer.inputs["tokens"], jnp.int32), **given)
+    tokens = jnp.asarray(peer.inputs["tokens"], jnp.int32)
+    return nnx.jit(lambda model, tokens, given: model(tokens, **given))(model, tokens, given)
 
 
 def loaded(peer):

@@ -38,6 +38,13 @@ class NormedMega(Mega):
         return super().gated(inputs, attended, g, phi, rest) - inputs
 
 
+class Identity(nnx.Module):
+    """In the place of a norm, where there is none."""
+
+    def __call__(self, inputs):
+        return inputs
+
+
 def spread(count: int):
     """The one number of a scale norm for all features."""
     return lambda scalar: np.broadcast_to(np.asarray(scalar).reshape(-1)[:1], count)
@@ -119,7 +126,7 @@ def build(config: Mapping[str, Any], options: Mapping[str, Any], *, has_head: bo
     )
     encoder.norm, blocks = None, list[Any](encoder.blocks)
     for block in blocks:
-        block.mixer_norm = nnx.identity
+        block.mixer_norm = Identity()
     if not has_head:
         return Published(encoder, None)
     head = LanguageHead(
