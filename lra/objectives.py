@@ -45,7 +45,7 @@ class Objective:
         losses, _, counts = self._each(logits, batch["targets"])
         total = (losses * counts).sum()
         if router is not None:
-            total += ((balance * router.balance + z * router.z) * counts.reshape(len(counts), -1).sum(1)).sum()
+            total += ((balance * router["balance"] + z * router["z"]) * counts.reshape(len(counts), -1).sum(1)).sum()
         return total, counts.sum()
 
     def rows(self, model: nnx.Module, batch: dict) -> jax.Array:

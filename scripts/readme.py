@@ -110,8 +110,10 @@ def claims_table() -> str:
     for name in zoo.LAYERS:
         faster = overview.crossover_words(costs.get(name, []))
         rows.append([f"`{name}`", claims.get(name, ""), faster, *(reached.get((name, task), "") for task in tasks_shown)])
-    measured = measurements.tables(next(iter(costs.values())))[0]
-    return f"{text_tables.markdown(rows, left=3)}\n\n{measured.title}."
+    table = text_tables.markdown(rows, left=3)
+    for measured in measurements.tables(next(iter(costs.values()), []))[:1]:
+        table += f"\n\n{measured.title}. {measured.notes[0]}"
+    return table
 
 
 def layer_table() -> str:

@@ -195,7 +195,7 @@ class Block(nnx.Module):
 
         def feed(network, hidden):
             nonlocal losses
-            added, more = self.feed(hidden, draws, real, network)
+            added, more = self._fed(network, hidden, draws, real)
             losses = add(losses, more)
             return added
 
@@ -205,9 +205,11 @@ class Block(nnx.Module):
         """What the mixer adds; `draws` holds deterministic and rngs."""
         return self.drop_path(self.dropout(self.mixer(hidden, **draws, **call), **draws), **draws)
 
-    def feed(self, hidden, draws: dict[str, Any], real: Bool[Array, "*B T"] | None = None, network=None):
-        """(what a feed-forward network adds, losses of its router); None is the one after the mixer."""
-        network = self.mlp if network is None else network
+    def feed(self, hidden, draws: dict[str, Any], real: Bool[Array, "*B T"] | None = None):
+        """(what the feed-forward network after the mixer adds, losses of its router)."""
+        return self._fed(self.mlp, hidden, draws, real)
+
+    def _fed(self, network, hidden, draws: dict[str, Any], real: Bool[Array, "*B T"] | None):
         if isinstance(network, Experts):
             added, losses = network.with_losses(hidden, mask=real, **draws)
         else:
@@ -245,5 +247,5 @@ class Block(nnx.Module):
             mixed, cache = self.mixer.extend(hidden, cache, mask=mask)
             return mixed
 
-        feed = lambda network, hidden: self.feed(hidden, draws, real, network)[0]
+        feed = lambda network, hidden: self._fed(network, hidden, draws, real)[0]
         return self._sums(inputs, mix, feed, None, True), cache

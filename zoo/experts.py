@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ from subquad.zoo.compilation import compile_once
 KERNEL_INIT = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
 
-class RouterLosses(NamedTuple):
+class RouterLosses(TypedDict):
     """What a loss gets beside itself, times a coefficient each, so that routers stay balanced and their logits small.
 
     Of each sample by itself, over its real tokens: no batch-mate and no cutting of the batch changes them. Layers add up.
 
-    Attributes:
+    Keys:
         balance: E sum_e f_e P_e, where f_e is the share of the tokens' choices that are e, and P_e the mean probability of e:
             1 where both are equal for all E experts, E where one expert gets everything. Switch takes it times 0.01.
         z: mean of logsumexp(logits)^2. ST-MoE takes it times 0.001.
@@ -38,7 +38,7 @@ class RouterLosses(NamedTuple):
 
 def no_losses(batch: tuple[int, ...]) -> RouterLosses:
     """Those of samples that no router saw."""
-    return RouterLosses(jnp.zeros(batch), jnp.zeros(batch))
+    return RouterLosses(balance=jnp.zeros(batch), z=jnp.zeros(batch))
 
 
 def add(one: RouterLosses, other: RouterLosses) -> RouterLosses:
@@ -55,7 +55,9 @@ def router_losses(
     picked = mean(is_of(chosen, experts).sum(2)).astype(jnp.float32)
     share = picked / (count * chosen.shape[-1])[:, None]
     probability = mean(jax.nn.softmax(logits)) / count[:, None]
-    return RouterLosses(experts * (share * probability).sum(-1), mean(jax.nn.logsumexp(logits, axis=-1) ** 2) / count)
+    return RouterLosses(
+        balance=experts * (share * probability).sum(-1), z=mean(jax.nn.logsumexp(logits, axis=-1) ** 2) / count
+    )
 
 
 class ExpertLinear(nnx.Module):
@@ -165,7 +167,7 @@ class Experts(nnx.Module):
 
         keys = key(self.dropout.rate > 0), key(self.drop_second)
         outputs, losses = self._routed(inputs.reshape(-1, length, features), mask.reshape(-1, length), keys)
-        return outputs.reshape(*batch, length, features), RouterLosses(*(loss.reshape(batch) for loss in losses))
+        return outputs.reshape(*batch, length, features), jax.tree.map(lambda loss: loss.reshape(batch), losses)
 
     @compile_once
     def _routed(self, inputs: Float[Array, "B T D"], real: Bool[Array, "B T"], keys):

@@ -44,8 +44,8 @@ def test_the_loss_has_the_routers_losses_and_cutting_the_batch_changes_nothing()
     model = nnx.merge(graph, parameters, fixed)
     logits, router = model.with_losses(one["inputs"], one["mask"])
     entropy = -jax.nn.log_softmax(logits)[np.arange(8), one["targets"]].sum()
-    assert count == 8 and float(router.balance.sum()) > 8 * 2 * 0.9
-    assert value == pytest.approx(float(entropy + 0.5 * router.balance.sum() + 0.2 * router.z.sum()), rel=1e-5)
+    assert count == 8 and float(router["balance"].sum()) > 8 * 2 * 0.9
+    assert value == pytest.approx(float(entropy + 0.5 * router["balance"].sum() + 0.2 * router["z"].sum()), rel=1e-5)
     assert again == pytest.approx(float(value), rel=1e-5)
     for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(of_parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -71,7 +71,7 @@ def test_a_pair_and_tags_tell_their_losses():
         router = model.with_losses(*inputs)[1]
         asked = (part["targets"] >= 0).reshape(8, -1).sum(1)
         (plain, count), (more, _) = loss(), loss(balance=2.0)
-        assert count == asked.sum() and more - plain == pytest.approx(float(2 * (router.balance * asked).sum()), rel=1e-3)
+        assert count == asked.sum() and more - plain == pytest.approx(float(2 * (router["balance"] * asked).sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -217,11 +217,11 @@ def test_experts_are_the_networks_of_a_block():
     fed, wanted = block.mlp.with_losses(block.mlp_norm(hidden), mask=mask)
     found, losses = block.with_losses(x, mask=mask[:, None, None])
     np.testing.assert_allclose(found, hidden + fed, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(losses.balance, wanted.balance, rtol=1e-5)
+    np.testing.assert_allclose(losses["balance"], wanted["balance"], rtol=1e-5)
     twice = zoo.Block(Ones(8, nnx.Rngs(0)), 8, **options, norm_order="macaron", rngs=nnx.Rngs(0))
     first = twice.first_mlp.with_losses(twice.first_norm(x))
     second = twice.mlp.with_losses(twice.mlp_norm(x + first[0] / 2 + 1))
-    np.testing.assert_allclose(twice.with_losses(x)[1].z, first[1].z + second[1].z, rtol=1e-4)
+    np.testing.assert_allclose(twice.with_losses(x)[1]["z"], first[1]["z"] + second[1]["z"], rtol=1e-4)
     with pytest.raises(ValueError, match="Block does not support segment_ids: .* capacity_factor = 0.8 is of the whole sample"):
         block(x, segment_ids=np.zeros((2, 9), int))
     with pytest.raises(ValueError, match="Block does not support extend: .* Use experts with capacity_factor=None"):

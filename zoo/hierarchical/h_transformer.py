@@ -172,7 +172,7 @@ class HTransformerAttention(Attention):
         levels = self.levels(max_length)
         counts = np.repeat([2.0**level for level in levels], [max_length >> level for level in levels])[None]
         zeros = jnp.zeros((batch_size, counts.size, self.num_kv_heads, self.head_features), fine.key.dtype)
-        return HTransformerCache(*fine, weighted(zeros, counts), zeros)
+        return HTransformerCache(fine.key, fine.value, fine.length, weighted(zeros, counts), zeros)
 
     def attend_cached(self, query, key, value, mask, cache):
         tokens, room, start = query.shape[1], cache.key.shape[1], cache.length
