@@ -22,11 +22,12 @@ def build(**options):
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("length", [1, 2, 12])
-def test_the_formula(length, implementation):
+@pytest.mark.parametrize("features", [1, 2, 5, FEATURES])
+def test_the_formula(features, length, implementation):
     """Re(F_T F_D x); the order of the two does not matter, and there is nothing to learn."""
-    layer, x = build(implementation=implementation), normal(2, length, FEATURES)
+    layer, x = FNet(features, implementation=implementation, rngs=nnx.Rngs(0)), normal(2, length, features)
     assert not jax.tree.leaves(nnx.state(layer))
-    of_tokens, of_features = (np.exp(-2j * np.pi * np.outer(range(n), range(n)) / n) for n in (length, FEATURES))
+    of_tokens, of_features = (np.exp(-2j * np.pi * np.outer(range(n), range(n)) / n) for n in (length, features))
     np.testing.assert_allclose(layer(x), (of_tokens @ (x @ of_features)).real, atol=1e-5)
     np.testing.assert_allclose(layer(x), np.fft.fft2(x.swapaxes(1, 2)).swapaxes(1, 2).real, atol=1e-5)
 

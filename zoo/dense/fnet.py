@@ -97,10 +97,14 @@ def fourier(inputs: Float[Array, "B T D"], number: Int[Array, "B"] | None) -> Fl
 
 
 def fast_fourier(inputs: Float[Array, "B T D"], number: Int[Array, "B"] | None) -> Float[Array, "B T D"]:
-    """`fourier` by FFTs."""
-    spectrum = jnp.fft.fft(inputs.astype(jnp.float32), axis=2)
-    both = jnp.fft.fft(spectrum, axis=1) if number is None else chirp_transform(spectrum, number)
-    return both.real.astype(inputs.dtype)
+    """`fourier` by FFTs of half the features: of real inputs feature D - d at t is the conjugate of feature d at n - t."""
+    length, features = inputs.shape[1:]
+    spectrum = jnp.fft.rfft(inputs.astype(jnp.float32), axis=2)
+    first = (jnp.fft.fft(spectrum, axis=1) if number is None else chirp_transform(spectrum, number)).real
+    order = length if number is None else number[:, None]
+    back = jnp.broadcast_to(-jnp.arange(length)[None] % order, inputs.shape[:2])
+    others = jnp.take_along_axis(first[..., 1 : (features + 1) // 2], back[..., None], axis=1)
+    return jnp.concatenate([first, jnp.flip(others, 2)], 2).astype(inputs.dtype)
 
 
 def chirp_transform(inputs: Complex[Array, "B T D"], number: Int[Array, "B"]) -> Complex[Array, "B T D"]:
