@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from subquad.kernels import precision
 
@@ -51,13 +52,40 @@ def _backward(ahead, saved, cotangent):
     grad_inputs = everywhere[:, left : left + length].astype(inputs.dtype)
     grad_state = None if state is None else everywhere[:, : width - 1].astype(state.dtype)
 
+    is_shared = kernel.ndim == 2 and outer.shape[3] > 1  # by several features: products of matrices
+    of_taps = (_of_shared_taps if is_shared else _of_taps)(outer, tokens, kernel, wide)
+    return grad_inputs, of_taps.astype(kernel.dtype), grad_state
+
+
+def _of_taps(outer, tokens, kernel, wide):
+    """The gradient of taps [W, N], or of each token's own [B, T, W, N]."""
+
     def of_tap(_, j):
         products = outer.astype(wide) * _shifted(tokens, kernel, j, wide)
-        return _, products.sum(-1 if kernel.ndim == 4 else (0, 1, 3)).astype(kernel.dtype)
+        return _, products.sum(-1 if kernel.ndim == 4 else (0, 1, 3))
 
     # Unrolled, XLA would hold the products of every tap before it sums those of the first.
-    of_taps = jax.lax.scan(of_tap, 0, jnp.arange(width))[1]
-    return grad_inputs, jnp.moveaxis(of_taps, 0, -2), grad_state
+    return jnp.moveaxis(jax.lax.scan(of_tap, 0, jnp.arange(kernel.shape[-2]))[1], 0, -2)
+
+
+def _of_shared_taps(outer, tokens, kernel, wide):
+    """`_of_taps` [W, N] as diagonals of products of matrices, of blocks of W tokens, since a pass for each tap takes four times
+    as long. Tap j of token t weighs place t + W - 1 - j of `tokens`.
+    """
+    width = kernel.shape[0]
+    count = -(-outer.shape[1] // width)
+    place = jnp.arange(width)[:, None] + jnp.arange(width - 1, -1, -1)
+
+    def of_group(_, n):  # one after the other, for the memory
+        group = lambda x: jax.lax.dynamic_index_in_dim(x, n, 2, keepdims=False).astype(wide)
+        fill = lambda x, size: jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0)))
+        blocks = lambda x: rearrange(x, "b (i w) c -> w (b i c)", w=width)
+        seen, own = fill(group(tokens), (count + 1) * width), blocks(fill(group(outer), count * width))
+        both = jnp.concatenate([blocks(seen[:, : count * width]), blocks(seen[:, width:])])
+        products = jnp.matmul(own, both.T, precision=jax.lax.Precision.HIGHEST)
+        return _, jnp.take_along_axis(products, place, axis=1).sum(0)
+
+    return jax.lax.scan(of_group, 0, jnp.arange(kernel.shape[1]))[1].T
 
 
 precision.define_passes(_convolve, _forward, _backward)
