@@ -110,10 +110,11 @@ def claims_table() -> str:
     for name in zoo.LAYERS:
         faster = overview.crossover_words(costs.get(name, []))
         rows.append([f"`{name}`", claims.get(name, ""), faster, *(reached.get((name, task), "") for task in tasks_shown)])
-    table = text_tables.markdown(rows, left=3)
-    for measured in measurements.tables(next(iter(costs.values()), []))[:1]:
-        table += f"\n\n{measured.title}. {measured.notes[0]}"
-    return table
+    measured = [row for rows_of_layer in costs.values() for row in rows_of_layer]
+    lengths = ", ".join(map(measurements.length_label, sorted({row.length for row in measured})))
+    one = measured[0]
+    where = f"{one.mode}, batch {one.batch_size}, {one.dtype}, {one.hardware}, commit {one.commit[:12]}"
+    return f"{text_tables.markdown(rows, left=3)}\n\nFaster: a model of two layers at {lengths} tokens, {where}."
 
 
 def layer_table() -> str:
