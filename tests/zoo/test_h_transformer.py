@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.zoo.hierarchical.h_transformer import HTransformerAttention, far, in_pairs, listed, near
+from subquad.zoo.hierarchical.h_transformer import HTransformerAttention, coarse_levels, far, in_pairs, listed, near
 from tests import oracle
 
 FEATURES, HEADS = 16, 2
@@ -76,7 +76,7 @@ def test_levels_see_every_pair_once(is_causal, length, size=4):
     layer, at = build(is_causal, size), np.arange(length)
     levels = np.array([[level_of(t, s, size) for s in at] for t in at])
     past = at <= at[:, None] if is_causal else np.ones((length, length), bool)
-    for level in [0, *(layer.levels(length) if is_causal else range(1, 1 + levels.max()))]:
+    for level in [0, *(coarse_levels(length, layer.block_size) if is_causal else range(1, 1 + levels.max()))]:
         groups = length >> level if is_causal else -(-length // (1 << level))
         halves = jnp.asarray(at // (size // 2 << level))
         seen = near(halves, is_causal) if level == 0 else far(halves, is_causal)
@@ -116,7 +116,7 @@ def test_the_cache_holds_the_means_of_complete_groups():
         _, cache = layer.extend(piece, cache)
     _, key, value = layer.project(x)
     start = 0
-    for level in layer.levels(30):
+    for level in coarse_levels(30, layer.block_size):
         count = 22 >> level
         means = [y[:, : count << level].reshape(2, count, 1 << level, HEADS, 8).mean(2) for y in (key, value)]
         found = cache.coarse_key[:, start : start + count], cache.coarse_value[:, start : start + count]
@@ -124,7 +124,7 @@ def test_the_cache_holds_the_means_of_complete_groups():
         np.testing.assert_allclose(found[0][..., -2:].sum(-1), level * np.log(2), rtol=1e-5)
         np.testing.assert_allclose(found[1], means[1], rtol=1e-4, atol=1e-6)
         start += 30 >> level
-    assert start == cache.coarse_key.shape[1] and list(layer.levels(30)) == [1, 2, 3]
+    assert start == cache.coarse_key.shape[1] and list(coarse_levels(30, layer.block_size)) == [1, 2, 3]
 
 
 def test_long_values_in_half_precision():

@@ -92,16 +92,12 @@ class HTransformerAttention(Attention):
         halves = counted(-(-length // self.half))[None]
         keys, values, means = [key[:, :0]], [value[:, :0]], (key, value)
         keys[0] = weighted(keys[0], 1)
-        for level in self.levels(length):
+        for level in coarse_levels(length, self.block_size):
             means = tuple(map(halved, means))
             keys.append(weighted(means[0], 2**level))
             values.append(means[1])
         coarse = jnp.concatenate(keys, 1), jnp.concatenate(values, 1)
         return self._attend_causal(query, key, value, *coarse, halves, self.half, jnp.arange(length)[None])
-
-    def levels(self, length: int) -> range:
-        """The levels above 0 that the last of `length` tokens sees in causal attention."""
-        return range(1, max(1, ((length - 1) // self.block_size).bit_length()))
 
     def _attend_both(self, query, key, value, counts):
         """Attention of groups to groups, level by level, added up from the coarsest; counts [B, T] is 1 for real tokens."""
@@ -154,10 +150,10 @@ class HTransformerAttention(Attention):
             query, key, value, listed(near(halves, True), self.half, length)[:, None], block_size=size, is_causal=True,
             query_positions=positions, **options,
         )
-        if not self.levels(length):
+        if not coarse_levels(length, self.block_size):
             return own[0]
         lists, start = [], 0
-        for level in self.levels(length):
+        for level in coarse_levels(length, self.block_size):
             seen = listed(far(halves >> level, True), self.half, length >> level)
             lists.append(jnp.where(seen < 0, -1, seen + start))
             start += length >> level
@@ -169,7 +165,7 @@ class HTransformerAttention(Attention):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> HTransformerCache:
         """An empty cache: room for max_length tokens, and for means of as many groups."""
         fine = super().init_cache(batch_size, max_length, dtype)
-        levels = self.levels(max_length)
+        levels = coarse_levels(max_length, self.block_size)
         counts = np.repeat([2.0**level for level in levels], [max_length >> level for level in levels])[None]
         zeros = jnp.zeros((batch_size, counts.size, self.num_kv_heads, self.head_features), fine.key.dtype)
         return HTransformerCache(fine.key, fine.value, fine.length, weighted(zeros, counts), zeros)
@@ -179,7 +175,7 @@ class HTransformerAttention(Attention):
         key, value, length = append(cache, key, value, mask)
         coarse, finer, at = [cache.coarse_key, cache.coarse_value], [key, value], [0, 0]
         # Of each level the groups that the new tokens are in, from those of the level below.
-        for level in self.levels(room):
+        for level in coarse_levels(room, self.block_size):
             groups, begin = room >> level, at[1]
             count = min(((tokens - 1) >> level) + 2, groups)
             first = jnp.minimum(start >> level, groups - count)
@@ -192,6 +188,11 @@ class HTransformerAttention(Attention):
         heads = self._attend_causal(query, *cached, positions // self.half, 1, positions)
         cache = HTransformerCache(key, value, length, *coarse)
         return poisoned(heads, cache), cache
+
+
+def coarse_levels(length: int, block_size: int) -> range:
+    """The levels above 0 that the last of `length` tokens sees in causal attention."""
+    return range(1, max(1, ((length - 1) // block_size).bit_length()))
 
 
 @precision.promoting
