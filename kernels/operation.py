@@ -329,7 +329,7 @@ def summed(x, names: tuple[str, ...]):
     """The sum over mesh axes; half precision is summed in float32."""
     if not names:
         return x
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    wide = precision.wide(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
     return jax.lax.psum(wide, names).astype(x.dtype)
 
 

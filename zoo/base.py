@@ -92,10 +92,10 @@ class Shell(TypedDict, total=False):
 
 
 def options_of(layer: type[Any]) -> set[str]:
-    """The words that the constructor of a layer knows."""
+    """The words that the constructor of a layer knows, those of its shell among them."""
     parameters = inspect.signature(layer.__init__).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
-    return known | set(Shell.__annotations__) if issubclass(layer, Attention) else known
+    return known | set(layer.shell.__annotations__)
 
 
 def check_options(owner: str, given: dict[str, Any], known: set[str]) -> None:
@@ -145,6 +145,7 @@ class Attention(nnx.Module):
     """
 
     supports: ClassVar[Support]
+    shell: ClassVar[type] = Shell
     sees: Pattern | None  # which positions see which, causality included; None: all see all
     max_length: int | None = None  # the longest input of a layer that is built for one
 

@@ -10,6 +10,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
+from subquad.kernels import precision
 from subquad.zoo.checks import check_rate, check_sizes, check_word, refuse, unsupported
 from subquad.zoo.experts import Experts, RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
@@ -32,7 +33,7 @@ class ScaleNorm(nnx.Module):
 
     def __call__(self, inputs: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         inputs, scale = promote_dtype((inputs, self.scale[...]), dtype=self.dtype)
-        wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+        wide = precision.wide(inputs)
         # The bound inside of the root: the slope of |x| at 0 is none.
         over = jax.lax.rsqrt(jnp.maximum(jnp.sum(wide**2, -1, keepdims=True), 1e-10))
         return (wide * over).astype(inputs.dtype) * scale
@@ -67,28 +68,36 @@ def normalise(
 
 
 class FeedForward(nnx.Module):
-    """Two linear maps with a GELU between, the same at every position.
+    """Two linear maps with an activation between, the same at every position.
 
-        y_t = W_2 dropout(gelu(W_1 x_t + b_1)) + b_2
+        y_t = W_2 dropout(f(W_1 x_t + b_1)) + b_2,    with a gate    W_2 dropout(f(W_1 x_t + b_1) * (W_3 x_t + b_3)) + b_2
 
     Args:
         in_features: features D of the input and output.
         mlp_features: features between.
+        activation: f.
+        is_gated: there is a W_3.
+        use_bias: there are biases.
         dropout_rate: of the features between.
     """
 
     def __init__(
-        self, in_features: int, mlp_features: int, *, dropout_rate: float = 0.0, dtype: Any = None,
-        param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
-    ):
-        self.inner = nnx.Linear(in_features, mlp_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.outer = nnx.Linear(mlp_features, in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self, in_features: int, mlp_features: int, *, activation: Callable[[Any], Any] = nnx.gelu, is_gated: bool = False,
+        use_bias: bool = True, dropout_rate: float = 0.0, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        options: dict[str, Any] = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.activation = activation
+        self.inner = nnx.Linear(in_features, mlp_features, **options)
+        self.gate = nnx.Linear(in_features, mlp_features, **options) if is_gated else None
+        self.outer = nnx.Linear(mlp_features, in_features, **options)
         self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
 
     def __call__(
         self, inputs: Float[Array, "*B T D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*B T D"]:
-        return self.outer(self.dropout(nnx.gelu(self.inner(inputs)), deterministic=deterministic, rngs=rngs))
+        hidden = self.activation(self.inner(inputs))
+        hidden = hidden if self.gate is None else hidden * self.gate(inputs)
+        return self.outer(self.dropout(hidden, deterministic=deterministic, rngs=rngs))
 
 
 class Block(nnx.Module):

@@ -1,8 +1,9 @@
 """The shell that mixers without heads share: the contract of `Attention` where there are no queries and keys."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
@@ -11,11 +12,21 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch, patterns
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
-from subquad.zoo.base import Support
+from subquad.zoo.base import Support, check_options, options_of
 from subquad.zoo.cache import StateCache, counts
 from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.projection import in_pieces
+
+
+class HeadlessShell(TypedDict, total=False):
+    """The options that every mixer without heads takes, after its own."""
+
+    out_features: int | None
+    dtype: Any
+    param_dtype: Any
+    precision: Any
+    implementation: dispatch.Implementation | None
 
 
 class Headless(nnx.Module):
@@ -30,25 +41,36 @@ class Headless(nnx.Module):
         in_features: features D of the inputs.
         out_features: features F of the output. None: in_features.
         is_causal: a token sees itself and those before it.
-        dtype: dtype of the computation. None: promoted from inputs and parameters.
-        implementation: of the kernels; None takes the best that can run here.
+        dtype: dtype of the computation, where its layer does not say float32. None: promoted from inputs and parameters.
+        param_dtype: dtype of the parameters.
+        precision: `jax.lax.Precision` of the linear maps.
+        implementation: of the kernels; None takes the best that can run here; "reference" has forward derivatives, too.
     """
 
     supports: ClassVar[Support]
+    shell: ClassVar[type] = HeadlessShell
     sees: Pattern | None  # which positions reach which, causality included; None: all reach all
 
     def __init__(
-        self, in_features: int, *, out_features: int | None, is_causal: bool, dtype: Any,
-        implementation: dispatch.Implementation | None,
+        self, in_features: int, *, out_features: int | None = None, is_causal: bool = False, dtype: Any = None,
+        param_dtype: Any = jnp.float32, precision: Any = None, implementation: dispatch.Implementation | None = None,
+        **unknown: Any,
     ):  # fmt: skip
         owner = type(self).__name__
+        check_options(owner, unknown, options_of(type(self)) - set(unknown))
         out_features = in_features if out_features is None else out_features
         check_sizes(owner, in_features=in_features, out_features=out_features)
         check_causality(owner, self.supports, is_causal)
         dispatch.check_name(owner, implementation)
         self.in_features, self.out_features = in_features, out_features
-        self.is_causal, self.dtype, self.implementation = is_causal, dtype, implementation
+        self.is_causal, self.implementation = is_causal, implementation
+        self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         self.sees = CAUSAL if is_causal else None
+
+    def linear(self, in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
+        """A linear map in the layer's dtypes."""
+        dtypes = dict[str, Any](dtype=self.dtype, param_dtype=self.param_dtype)
+        return nnx.Linear(in_features, out_features, precision=self.precision, rngs=rngs, **dtypes)
 
     def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids, **draws) -> Float[Array, "B T D"]:
         """What each token gets from all: of inputs whose padding, by `mask` [B, 1, 1, T], comes last and is 0."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from subquad.kernels import precision
 from subquad.kernels.xla_cpu import apart
 from subquad.zoo.block import real_tokens
 from subquad.zoo.experts import RouterLosses, add, no_losses
@@ -104,7 +105,7 @@ def streams(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], determi
         halves.append((functools.partial(_mixed, *words), functools.partial(_fed, *words)))
         parameters.append(trained)
         others.append((rest, keys, call))
-    stream = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    stream = precision.wide(hidden)
     return run(halves, parameters, others, stream, stream)
 
 
@@ -128,7 +129,7 @@ def _block(graph, trained, rest, deterministic, key):
 
 def extend(blocks, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask):
     """`through` for T more tokens after those in the mixers' caches -> (features, caches); without dropout."""
-    first = second = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    first = second = precision.wide(hidden)
     extended, draws, real = [], dict(deterministic=True, rngs=None), real_tokens(hidden, mask)
     for block, cache in zip(blocks, caches, strict=True):
         mixed, cache = block.mixer.extend(block.mixer_norm(second).astype(hidden.dtype), cache, mask=mask)

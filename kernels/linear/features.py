@@ -37,7 +37,7 @@ def softmax_features(
         which is exact for everything made of their product.
     """
     num_features, head_features = projection.shape
-    scaled = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32)) * head_features**-0.25
+    scaled = precision.wide(inputs) * head_features**-0.25
     # Exponents: the short mantissas of an accelerator's default precision would be errors of per cents here.
     logits = jnp.einsum("...h,mh->...m", scaled, projection, precision=jax.lax.Precision.HIGHEST)
     half_norm, largest = 0.5 * jnp.sum(scaled**2, axis=-1), jax.lax.stop_gradient(logits.max(-1))
@@ -60,7 +60,7 @@ def relu_features(
     Returns: [*B, M], float32.
     Source: Choromanski et al., 2020, arXiv 2009.14794, section 2.2 (generalised attention).
     """
-    inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+    inputs = precision.wide(inputs)
     projected = jnp.einsum("...h,mh->...m", inputs, projection, precision=jax.lax.Precision.HIGHEST)
     return (jax.nn.relu(projected) + offset) * projection.shape[0] ** -0.5
 

@@ -14,7 +14,7 @@ SMALLEST_DENOMINATOR = 1e-30
 def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     dtype = value.dtype
-    wide = lambda x: None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = lambda x: None if x is None else precision.wide(x)
     query, key, value, log_decay, beta = map(wide, (query, key, value, log_decay, beta))
     if normalize:
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
@@ -43,7 +43,7 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
 def attention(query, key, value, key_log_scale, mask, segments, is_causal, initial_state, eps):
     """See `linear.attention`; returns the outputs and the state after the last key."""
     dtype = value.dtype
-    query, key, value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
+    query, key, value = (precision.wide(x) for x in (query, key, value))
     scale = jnp.zeros(key.shape[:3], key.dtype) if key_log_scale is None else key_log_scale.astype(key.dtype)
     if mask is not None:
         scale = jnp.where(mask[:, 0, 0, :, None], scale, -jnp.inf)
@@ -77,7 +77,7 @@ def attention(query, key, value, key_log_scale, mask, segments, is_causal, initi
 
 def random_feature_attention(query, key, value, projection, kernel, mask, segments, is_causal, initial_state):
     """See `linear.random_feature_attention`; returns the outputs and the state after the last key."""
-    projection, scale = projection.astype(jnp.promote_types(projection.dtype, jnp.float32)), None
+    projection, scale = precision.wide(projection), None
     if kernel == "softmax":
         query, _ = softmax_features(query, projection)  # a query's scale cancels
         key, scale = softmax_features(key, projection)

@@ -29,8 +29,8 @@ class Layout(NamedTuple):
 
 def hash_buckets(vectors, rotations, factors, num_rotations):
     """See `lsh.hash_buckets`."""
-    rotations = wide(jnp.broadcast_to(rotations, (vectors.shape[2], *rotations.shape[1:])))
-    rotated = jnp.einsum("btnh,nhrf->brtnf", wide(vectors), rotations, precision=jax.lax.Precision.HIGHEST)
+    rotations = precision.wide(jnp.broadcast_to(rotations, (vectors.shape[2], *rotations.shape[1:])))
+    rotated = jnp.einsum("btnh,nhrf->brtnf", precision.wide(vectors), rotations, precision=jax.lax.Precision.HIGHEST)
     if num_rotations is not None:
         used = jnp.arange(rotated.shape[-1]) < num_rotations[:, None, :, None, None]
         rotated = jnp.where(used, rotated, 0)
@@ -77,7 +77,7 @@ def attention(layout, query_key, value, buckets, mask, segment_ids, scale):
     if layout.correct_duplicates:
         counts = jnp.minimum(counts, 1)
 
-    query, wide_value = wide(query_key), wide(value)
+    query, wide_value = precision.wide(query_key), precision.wide(value)
     key = query * inverse_norm(query)[..., None]
     visible = at[:, None] > at if layout.is_causal else at[:, None] != at
     outputs = _softmax(query, key, wide_value, wide_value, counts * visible, real, real, scale)
@@ -96,20 +96,15 @@ def extend(query, key, value, query_buckets, key_buckets, start, mask, scale, co
         counts = jnp.minimum(counts, 1)
     own = jnp.reshape(start, (-1, 1)) + jnp.arange(length)[None]  # the place in the cache of each new token, [B|1, T]
     counts = counts * (own[:, None, :, None] > jnp.arange(places)[None, None, None])
-    key, wide_value = wide(key), wide(value)
+    key, wide_value = precision.wide(key), precision.wide(value)
     own_value = jnp.take_along_axis(wide_value, own[..., None, None], axis=1, mode="clip")
     real_query = jnp.take_along_axis(real, own[:, None], axis=2, mode="clip")
-    return _softmax(wide(query), key, wide_value, own_value, counts, real_query, real, scale).astype(value.dtype)
-
-
-def wide(x):
-    """In float32, or in float64 where it comes so."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return _softmax(precision.wide(query), key, wide_value, own_value, counts, real_query, real, scale).astype(value.dtype)
 
 
 def inverse_norm(query):
     """1 / |q|, and 0 (with a gradient of 0) where q is 0; at least float32."""
-    square = jnp.sum(wide(query) ** 2, axis=-1)
+    square = jnp.sum(precision.wide(query) ** 2, axis=-1)
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
+
 LEAST = -1e30  # in place of -inf, which is NaN in differences
 
 
 def pseudo_inverse(matrix, iterations):
     """See `matrix.pseudo_inverse`."""
-    a = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    a = precision.wide(matrix)
     z = scale(a) * a.swapaxes(2, 3)
     for _ in range(iterations):
         z = improve(a, z)
@@ -44,7 +46,7 @@ def allow(logits, is_causal):
     allowed = logits > -jnp.inf
     if is_causal:
         allowed &= jnp.tri(logits.shape[2], dtype=bool)
-    return allowed, jnp.where(allowed, logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), LEAST)
+    return allowed, jnp.where(allowed, precision.wide(logits), LEAST)
 
 
 def normaliser(x, axis):

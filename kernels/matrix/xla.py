@@ -5,13 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
 from subquad.kernels.matrix.reference import allow, improve, normaliser, scale
 
 
 @functools.partial(jax.jit, static_argnames="iterations")
 def pseudo_inverse(matrix, iterations):
     """See `matrix.pseudo_inverse`."""
-    a = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    a = precision.wide(matrix)
     step = jax.checkpoint(lambda z, _: (improve(a, z), None), prevent_cse=False)
     z, _ = jax.lax.scan(step, scale(a) * a.swapaxes(2, 3), None, iterations)
     return z.astype(matrix.dtype)

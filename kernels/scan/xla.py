@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from subquad.kernels import precision
 from subquad.kernels.operation import operation
 from subquad.kernels.scan.reference import AXES
 
@@ -39,12 +40,12 @@ def backward(walk, reverse, saved, cotangents):
     """
     decay, start, states = saved
     gradient, last = walk(decay, *cotangents, not reverse, True)
-    before = _widen(states)
+    before = precision.wide(states)
     before = [before[:, 1:], start[:, None]] if reverse else [start[:, None], before[:, :-1]]
-    d_decay = _widen(gradient) * jnp.concatenate(before, 1)
+    d_decay = precision.wide(gradient) * jnp.concatenate(before, 1)
     shared = tuple(axis for axis in (0, 1) if decay.shape[axis] == 1)
     d_decay = d_decay.sum(shared, keepdims=True) if shared else d_decay
-    return d_decay.astype(decay.dtype), gradient, _widen(decay[:, -1 if reverse else 0]) * last
+    return d_decay.astype(decay.dtype), gradient, precision.wide(decay[:, -1 if reverse else 0]) * last
 
 
 def _walk(chunk):
@@ -58,15 +59,11 @@ _scan = operation(
 )
 
 
-def _widen(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _steps(decay, inputs, start, reverse, shifted):
     length = inputs.shape[1]
 
     def at(x, t):  # the step t [B, D]; of a constant its only one
-        return _widen(jax.lax.dynamic_index_in_dim(x, t if x.shape[1] > 1 else 0, 1, keepdims=False))
+        return precision.wide(jax.lax.dynamic_index_in_dim(x, t if x.shape[1] > 1 else 0, 1, keepdims=False))
 
     def step(i, carry):
         state, states = carry
@@ -98,7 +95,7 @@ def chunks(chunk, decay, inputs, start, reverse, shifted):
         state, states = carry
         first = length - size - first if reverse else first
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1) if x.shape[1] > 1 else x.repeat(size, 1)
-        steps = _widen(cut(decay)), _widen(cut(inputs))
+        steps = precision.wide(cut(decay)), precision.wide(cut(inputs))
         products, sums = jax.lax.associative_scan(combine, steps, reverse=reverse, axis=1)
         here = products * state[:, None] + sums
         states = jax.lax.dynamic_update_slice_in_dim(states, here.astype(states.dtype), first, 1)

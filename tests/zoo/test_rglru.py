@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.zoo.statespace.rglru import RGLRU
+from subquad.zoo.statespace.rglru import RGLRU, gated
 from tests import oracle
 
 FEATURES, HIDDEN = 5, 6
@@ -103,7 +103,7 @@ def test_oracle():
             gate.kernel[...], gate.bias[...] = w[f"{name}.w"].swapaxes(0, 1), w[f"{name}.b"]
 
         def text(x):
-            first = nnx.sigmoid(ours.input_gate(x[:, 0])) * x[:, 0]
+            first = gated(ours.input_gate, x[:, 0]) * x[:, 0]
             states, last = ours.recur(x[:, 1:], first)
             return jnp.concatenate([first[:, None], states], 1), last
 

@@ -1,15 +1,13 @@
 """Dynamic convolution: each token makes the weights of its neighbours, and looks at none of them for it."""
 
-from typing import Any
+from typing import Unpack
 
-import jax.numpy as jnp
 from flax import nnx
 
-from subquad.kernels import dispatch
 from subquad.zoo import dropout
 from subquad.zoo.base import Support
 from subquad.zoo.convolution.short import ShortConvolution
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 
 
 class DynamicConv(Headless):
@@ -25,18 +23,14 @@ class DynamicConv(Headless):
 
     Args:
         in_features: features D of the inputs.
-        out_features: features F of the output. None: in_features.
         num_heads: H groups of consecutive features with taps of their own; must divide D.
         conv_width: taps K.
         use_glu: gate the inputs of the convolution; False: u = W_I x.
         is_causal: a token sees itself and those before it.
         dropout_rate: probability of dropping a tap of a token, the paper's DropConnect; `train()` and `eval()` turn it on and
             off, off to begin with.
-        dtype: dtype of the computation. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the linear maps.
-        implementation: of the convolution; None takes the best that can run here; "reference" has forward derivatives, too.
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other.
@@ -63,27 +57,20 @@ class DynamicConv(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         num_heads: int = 16,
         conv_width: int = 31,
         use_glu: bool = True,
         is_causal: bool = False,
         dropout_rate: float = 0.0,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
-        maps = dict(dtype=dtype, param_dtype=param_dtype, precision=precision)
+        super().__init__(in_features, is_causal=is_causal, **shell)
         self.convolution = ShortConvolution(
-            type(self).__name__, in_features, num_heads=num_heads, conv_width=conv_width, is_dynamic=True,
-            use_glu=use_glu, is_causal=is_causal, dropout_rate=dropout_rate, implementation=implementation, rngs=rngs, **maps,
-        )  # fmt: skip
-        self.out = nnx.Linear(in_features, self.out_features, rngs=rngs, **maps)
+            self, num_heads=num_heads, conv_width=conv_width, is_dynamic=True, use_glu=use_glu, dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
+        self.out = self.linear(in_features, self.out_features, rngs)
         self.sees = self.convolution.sees
         self.dropout_rate, self.deterministic = dropout_rate, True  # `train()` and `eval()` set it
 

@@ -1,6 +1,6 @@
 """LSRA: attention for one half of the features, a short convolution for the other."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +13,7 @@ from subquad.zoo.checks import cache_dtype, check_call, check_extend, check_rate
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.dense.softmax import SoftmaxAttention
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 
 
 class LSRACache(NamedTuple):
@@ -43,7 +43,6 @@ class LSRA(Headless):
 
     Args:
         in_features: features D of the inputs; even.
-        out_features: features F of the output; even. None: in_features.
         num_heads: heads of the attention; must divide D / 2.
         conv_heads: groups of features of the convolution with taps of their own; must divide D / 2. None: num_heads, as in the
             released models.
@@ -53,11 +52,8 @@ class LSRA(Headless):
         is_causal: a token sees itself and those before it.
         dropout_rate: probability of dropping an attention weight, and a tap; `train()` and `eval()` turn it on and off, off to
             begin with.
-        dtype: dtype of the computation. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the linear maps.
-        implementation: of the attention; None takes the best that can run here; "reference" has forward derivatives, too.
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`. out_features must be even.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
         segment_ids: [T] or [*B, T]; tokens of different segments do not see each other; to the convolution, each run of
@@ -84,7 +80,6 @@ class LSRA(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         num_heads: int = 4,
         conv_heads: int | None = None,
         conv_width: int = 31,
@@ -92,15 +87,10 @@ class LSRA(Headless):
         use_glu: bool = True,
         is_causal: bool = False,
         dropout_rate: float = 0.0,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
+        super().__init__(in_features, is_causal=is_causal, **shell)
         owner = type(self).__name__
         conv_heads = num_heads if conv_heads is None else conv_heads
         check_sizes(owner, num_heads=num_heads, conv_heads=conv_heads, conv_width=conv_width)
@@ -112,15 +102,14 @@ class LSRA(Headless):
         for name, heads in (("num_heads", num_heads), ("conv_heads", conv_heads)):
             if half % heads:
                 refuse(owner, name, heads, f"divide in_features / 2 = {half}", "Choose a divisor.")
-        self.param_dtype = param_dtype
         same = dict(
-            out_features=self.out_features // 2, is_causal=is_causal, dropout_rate=dropout_rate, dtype=dtype,
-            param_dtype=param_dtype, precision=precision, rngs=rngs,
+            out_features=self.out_features // 2, is_causal=is_causal, dropout_rate=dropout_rate, dtype=self.dtype,
+            param_dtype=self.param_dtype, precision=self.precision, rngs=rngs,
         )  # fmt: skip
-        self.attention = SoftmaxAttention(num_heads, half, broadcast_dropout=False, implementation=implementation, **same)
+        self.attention = SoftmaxAttention(num_heads, half, broadcast_dropout=False, implementation=self.implementation, **same)
         self.local = (DynamicConv if is_dynamic else LightConv)(
             half, num_heads=conv_heads, conv_width=conv_width, use_glu=use_glu,
-            implementation=dispatch.reference_or_best(implementation), **same,
+            implementation=dispatch.reference_or_best(self.implementation), **same,
         )
 
     def __call__(

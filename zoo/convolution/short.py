@@ -1,16 +1,16 @@
 """The convolution of the lightweight and the dynamic layer: what comes before their output map."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels import convolution, dispatch, patterns, precision
+from subquad.kernels import convolution, patterns, precision
 from subquad.zoo import dropout
 from subquad.zoo.checks import check_rate, check_sizes, refuse
+from subquad.zoo.headless import Headless
 from subquad.zoo.projection import in_pieces
 
 
@@ -24,32 +24,35 @@ class ShortConvolution(nnx.Module):
     padding has its share of the softmax all the same, and weighs 0.
 
     Args:
-        owner: the layer that errors name.
-        features: D; the outputs have as many.
+        layer: that has it, and says what features, causality, dtypes and implementation are.
         num_heads, conv_width: H and K.
         is_dynamic: taps of each token.
         use_glu: with the gate.
         dropout_rate: of taps.
-        maps: dtype, param_dtype and precision of the linear maps.
     """
 
     def __init__(
-        self, owner: str, features: int, *, num_heads: int, conv_width: int, is_dynamic: bool, use_glu: bool, is_causal: bool,
-        dropout_rate: float, implementation: dispatch.Implementation | None, rngs: nnx.Rngs, **maps: Any,
+        self, layer: Headless, *, num_heads: int, conv_width: int, is_dynamic: bool, use_glu: bool, dropout_rate: float,
+        rngs: nnx.Rngs,
     ):  # fmt: skip
+        owner, features = type(layer).__name__, layer.in_features
         check_sizes(owner, num_heads=num_heads, conv_width=conv_width)
         check_rate(owner, dropout_rate)
         if features % num_heads:
             refuse(owner, "num_heads", num_heads, f"divide the {features} features of the convolution", "Choose a divisor.")
         self.num_heads, self.conv_width, self.dropout_rate = num_heads, conv_width, dropout_rate
-        self.features, self.use_glu, self.is_causal, self.implementation = features, use_glu, is_causal, implementation
-        self.input = nnx.Linear(features, 2 * features if use_glu else features, rngs=rngs, **maps)
+        self.features, self.use_glu = features, use_glu
+        self.is_causal, self.implementation = layer.is_causal, layer.implementation
+        self.input = layer.linear(features, 2 * features if use_glu else features, rngs)
         if is_dynamic:
-            self.query = nnx.LinearGeneral(features, (conv_width, num_heads), use_bias=False, rngs=rngs, **maps)
+            self.query = nnx.LinearGeneral(
+                features, (conv_width, num_heads), use_bias=False, dtype=layer.dtype, param_dtype=layer.param_dtype,
+                precision=layer.precision, rngs=rngs,
+            )
         else:  # as the authors' code draws them
             bound = (6 / (conv_width * (1 + num_heads))) ** 0.5
             taps = jax.random.uniform(rngs.params(), (conv_width, num_heads), jnp.float32, -bound, bound)
-            self.taps = nnx.Param(taps.astype(maps["param_dtype"]))
+            self.taps = nnx.Param(taps.astype(layer.param_dtype))
 
     @property
     def sees(self) -> patterns.Band:

@@ -1,7 +1,7 @@
 """FNet: tokens mixed by a Fourier transform, with nothing to learn."""
 
 import math
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from subquad.kernels import dispatch, precision
 from subquad.kernels.convolution.xla import fast_length
 from subquad.zoo.base import Support
 from subquad.zoo.cache import counts
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 
 
 class FNet(Headless):
@@ -27,13 +27,10 @@ class FNet(Headless):
 
     Args:
         in_features: features D of the inputs.
-        out_features: a linear map to so many features F follows. None: there is none, F = D.
         is_causal: must be False: the transform mixes all tokens.
-        dtype: dtype of the outputs. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the linear map.
-        implementation: "xla" by FFT; "reference" by the matrices themselves; None: "xla".
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`. A linear map to out_features follows; None: there is none, F = D. "xla" is by FFT, "reference" by
+            the matrices themselves.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters. They are sqrt(T D) times as large as inputs without
@@ -55,20 +52,12 @@ class FNet(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         is_causal: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
-        self.out = None if out_features is None else nnx.Linear(
-            in_features, out_features, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
-        )
+        super().__init__(in_features, is_causal=is_causal, **shell)
+        self.out = None if shell.get("out_features") is None else self.linear(in_features, self.out_features, rngs)
 
     def respond(self, inputs, mask, segment_ids):
         number = None if mask is None else jnp.maximum(counts(inputs, mask), 1)

@@ -85,7 +85,7 @@ def gaussian_sums(
     The key's norm is a bias of the softmax; its normaliser and the query's norm are a factor of what it gives.
     """
     scale, groups = query.shape[3] ** -0.5, query.shape[2] // key.shape[2]
-    half_norm = lambda x: 0.5 * scale * jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), axis=-1)
+    half_norm = lambda x: 0.5 * scale * jnp.sum(jnp.square(precision.wide(x)), axis=-1)
     bias = -jnp.repeat(half_norm(key), groups, axis=2).swapaxes(1, 2)[:, :, None]  # [B, N, 1, S]
     means, log_sums = softmax.attention(query, key, value, bias=bias, scale=scale, return_lse=True, **options)
     return (means * jnp.exp(log_sums - half_norm(query))[..., None]).astype(means.dtype)

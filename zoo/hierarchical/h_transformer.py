@@ -5,7 +5,6 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import gather, precision, softmax
@@ -89,7 +88,7 @@ class HTransformerAttention(Attention):
 
     def _attend_all_causal(self, query, key, value):
         length = query.shape[1]
-        halves = counted(-(-length // self.half))[None]
+        halves = jnp.arange(-(-length // self.half))[None]
         keys, values, means = [key[:, :0]], [value[:, :0]], (key, value)
         keys[0] = weighted(keys[0], 1)
         for level in coarse_levels(length, self.block_size):
@@ -105,7 +104,7 @@ class HTransformerAttention(Attention):
         while levels[-1][3].shape[1] > 2 * self.block_size:
             *finer, counts = levels[-1]
             levels.append((*(mean_of_pairs(x, counts) for x in finer), in_pairs(counts)))
-        seen = listed(near(counted(-(-length // self.half)), False), self.half, length)
+        seen = listed(near(jnp.arange(-(-length // self.half)), False), self.half, length)
         own = gather.attention(
             query, key, value, seen[None, None], block_size=self.half, mask=(levels[0][3] > 0)[:, None, None],
             correct_duplicates=False, return_lse=True, implementation=self.implementation,
@@ -122,7 +121,7 @@ class HTransformerAttention(Attention):
         queries, lists, start = [], [], 0
         for query, *_, counts in levels:
             groups = counts.shape[1]
-            seen = listed(far(counted(-(-groups // self.half)), False), self.half, groups)
+            seen = listed(far(jnp.arange(-(-groups // self.half)), False), self.half, groups)
             lists.append(jnp.where(seen < 0, -1, seen + start))
             queries.append(jnp.pad(query, ((0, 0), (0, -groups % self.half), (0, 0), (0, 0))))
             start += groups
@@ -195,16 +194,6 @@ def coarse_levels(length: int, block_size: int) -> range:
     return range(1, max(1, ((length - 1) // block_size).bit_length()))
 
 
-@precision.promoting
-def wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def counted(blocks: int) -> Int[Array, "I"]:
-    """0, 1, ..., of which XLA does not know so: it would make the lists of a long sequence while it compiles, for minutes."""
-    return lax.optimization_barrier(jnp.arange(blocks))
-
-
 def in_pairs(x: Float[Array, "B G *axes"]) -> Float[Array, "B G_2 *axes"]:
     """The sums of neighbours; the last may have none."""
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *[(0, 0)] * (x.ndim - 2)))
@@ -213,13 +202,13 @@ def in_pairs(x: Float[Array, "B G *axes"]) -> Float[Array, "B G_2 *axes"]:
 
 def mean_of_pairs(x: Float[Array, "B G N H"], counts: Float[Array, "B G"]) -> Float[Array, "B G_2 N H"]:
     """The means of neighbours that are means of `counts` tokens."""
-    sums = in_pairs(wide(x) * counts[..., None, None])
+    sums = in_pairs(precision.wide(x) * counts[..., None, None])
     return (sums / jnp.maximum(in_pairs(counts), 1)[..., None, None]).astype(x.dtype)
 
 
 def halved(x: Float[Array, "B G K H"]) -> Float[Array, "B G_2 K H"]:
     """The means of neighbours, without a last one that has none."""
-    return (0.5 * in_pairs(wide(x[:, : x.shape[1] // 2 * 2]))).astype(x.dtype)
+    return (0.5 * in_pairs(precision.wide(x[:, : x.shape[1] // 2 * 2]))).astype(x.dtype)
 
 
 def asking(query: Float[Array, "B T N H"]) -> Float[Array, "B T N H+2"]:

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import positions as encodings
+from subquad.zoo.block import FeedForward
 from subquad.zoo.checks import check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, check_tokens
 from subquad.zoo.linen import call_rngs
@@ -22,39 +23,6 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "swish": nnx.silu,
     "tanh": jnp.tanh,
 }
-
-
-class Network(nnx.Module):
-    """A feed-forward network with any activation, and a gate where it has one.
-
-        y_t = W_2 dropout(f(W_1 x_t + b_1)) + b_2,    or    W_2 dropout(f(W_1 x_t) * W_3 x_t)
-
-    Args:
-        in_features, mlp_features: features outside and inside.
-        activation: f, a key of `ACTIVATIONS`.
-        is_gated: there is a W_3.
-        use_bias: there are biases.
-        dropout_rate: of the features inside.
-    """
-
-    def __init__(
-        self, in_features: int, mlp_features: int, *, activation: str, is_gated: bool = False, use_bias: bool = True,
-        dropout_rate: float = 0.0, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
-    ):
-        check_word("from_huggingface", "the activation", activation, ACTIVATIONS)
-        options: dict[str, Any] = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.activation = activation
-        self.inner = nnx.Linear(in_features, mlp_features, **options)
-        self.gate = nnx.Linear(in_features, mlp_features, **options) if is_gated else None
-        self.outer = nnx.Linear(mlp_features, in_features, **options)
-        self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
-
-    def __call__(
-        self, inputs: Float[Array, "*B T D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "*B T D"]:
-        hidden = ACTIVATIONS[self.activation](self.inner(inputs))
-        hidden = hidden if self.gate is None else hidden * self.gate(inputs)
-        return self.outer(self.dropout(hidden, deterministic=deterministic, rngs=rngs))
 
 
 class ScaledEmbed(nnx.Embed):
@@ -75,7 +43,7 @@ class PublishedEncoder(Encoder):
         token_types: number of them; 0: none.
         embed_norm, embed_map: after the sum of embeddings stands a layer norm, and then a linear map.
         embed_scale: of the token embeddings, before the sum.
-        activation, is_gated, use_bias, inner_dropout: of the networks; see `Network`.
+        activation, is_gated, use_bias, inner_dropout: of the networks; see `FeedForward`.
         epsilon: of all norms.
         encoder: the options of `Encoder`.
     Call:
@@ -87,6 +55,7 @@ class PublishedEncoder(Encoder):
         activation: str, is_gated: bool = False, use_bias: bool = True, inner_dropout: float = 0.0, epsilon: float,
         rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions],
     ):  # fmt: skip
+        check_word("from_huggingface", "the activation", activation, ACTIVATIONS)
         features = encoder["in_features"]
         param_dtype = encoder.get("param_dtype", jnp.float32)
         options: dict[str, Any] = dict(dtype=encoder.get("dtype"), param_dtype=param_dtype, rngs=rngs)
@@ -98,8 +67,8 @@ class PublishedEncoder(Encoder):
         self.embed_map = nnx.Linear(features, features, **options) if embed_map else None
         blocks: Any = self.blocks
         for block in blocks if encoder["mlp_features"] else ():
-            block.mlp = Network(
-                features, encoder["mlp_features"], activation=activation, is_gated=is_gated, use_bias=use_bias,
+            block.mlp = FeedForward(
+                features, encoder["mlp_features"], activation=ACTIVATIONS[activation], is_gated=is_gated, use_bias=use_bias,
                 dropout_rate=inner_dropout, **options,
             )
         set_epsilon(self, epsilon)

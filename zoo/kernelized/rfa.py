@@ -140,7 +140,7 @@ class RFAAttention(Attention):
         query, key, value = self._features(query, key, value)
         log_decay = None
         if gate is not None:
-            gate = wide(gate)
+            gate = precision.wide(gate)
             key, log_decay = key * nnx.sigmoid(-gate)[..., None].astype(key.dtype), nnx.log_sigmoid(gate)
         if starts is not None:
             kept = jnp.zeros((*query.shape[:3],), jnp.float32) if log_decay is None else log_decay
@@ -149,21 +149,16 @@ class RFAAttention(Attention):
         if self.constants == "paper":
             return linear.gated(query, key, value, log_decay, normalize=True, initial_state=state, **options)
         # The denominator as one value more, to be bounded.
-        pairs = wide(jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1))
+        pairs = precision.wide(jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1))
         state = None if state is None else jnp.concatenate([state[0], state[1][..., None]], -1)
         sums, state = linear.gated(query, key, pairs, log_decay, initial_state=state, **options)
         outputs = sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)
         return outputs.astype(value.dtype), (state[..., :-1], state[..., -1])
 
 
-@precision.promoting
-def wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def unit(inputs: Float[Array, "*B H"], offset: float) -> Float[Array, "*B H"]:
     """x / (|x| + offset), wide; 0 with a zero gradient where x is 0."""
-    inputs = wide(inputs)
+    inputs = precision.wide(inputs)
     squares = jnp.sum(inputs**2, axis=-1, keepdims=True)
     norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     return jnp.where(squares > 0, inputs / (norm + offset), 0)
@@ -173,5 +168,5 @@ def unit(inputs: Float[Array, "*B H"], offset: float) -> Float[Array, "*B H"]:
 def fourier_features(inputs: Float[Array, "*B N H"], directions: Float[Array, "N M H"]) -> Float[Array, "*B N 2*M"]:
     """M^-1/2 [sin(W x), cos(W x)] of each head, wide."""
     # Angles: the short mantissas of an accelerator's default precision would be errors of per cents here.
-    angles = jnp.einsum("...nh,nmh->...nm", wide(inputs), directions, precision=jax.lax.Precision.HIGHEST)
+    angles = jnp.einsum("...nh,nmh->...nm", precision.wide(inputs), directions, precision=jax.lax.Precision.HIGHEST)
     return directions.shape[1] ** -0.5 * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)

@@ -150,7 +150,7 @@ def any_key(mask: KeyMask | None, count: int) -> Bool[Array, "B 1 1 L"] | None:
 @precision.full
 def gate(key: Float[Array, "T N H"], slots: Float[Array, "L N H"], activation: Activation) -> Float[Array, "T N L"]:
     """omega of the scaled products with the slots."""
-    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # on a CPU, bfloat16 products have bfloat16 sums
+    wide = precision.wide  # on a CPU, bfloat16 products have bfloat16 sums
     logits = jnp.einsum("tnh,lnh->tnl", wide(key), wide(slots)) * key.shape[-1] ** -0.5
     if activation == "elu":
         return (jax.nn.elu(logits) + 1).astype(key.dtype)
@@ -159,9 +159,9 @@ def gate(key: Float[Array, "T N H"], slots: Float[Array, "L N H"], activation: A
 
 @precision.promoting
 def mean(sums, counted):
-    return (sums.astype(jnp.promote_types(sums.dtype, jnp.float32)) / counted).astype(sums.dtype)
+    return (precision.wide(sums) / counted).astype(sums.dtype)
 
 
 @precision.promoting
 def weights_of(sums: Float[Array, "B T N L"], counted) -> Float[Array, "B T N L"]:
-    return jax.nn.softmax(sums.astype(jnp.promote_types(sums.dtype, jnp.float32)) / counted, axis=-1).astype(sums.dtype)
+    return jax.nn.softmax(precision.wide(sums) / counted, axis=-1).astype(sums.dtype)

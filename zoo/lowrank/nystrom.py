@@ -110,7 +110,7 @@ def segment_means(
     segment_of_token = jnp.where(position < real[:, None], position * used // jnp.maximum(real, 1)[:, None], -1)
     belongs = (segment_of_token[..., None] == segment).astype(jnp.float32)  # [B | 1, T, M]
     sizes = jnp.maximum(belongs.sum(1), 1)[..., None, None]
-    tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
+    tokens = precision.wide(tokens)
     if mask is None:
         sums = jnp.einsum("tm,btnh->bmnh", belongs[0], tokens)
     else:

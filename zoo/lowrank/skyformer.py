@@ -105,7 +105,7 @@ def regular_inverse(
     landmarks: Float[Array, "B M N H"], gamma: float, iterations: int, implementation
 ) -> Float[Array, "B N M M"]:
     """(K + gamma I)^-1 = R (R (K + gamma I) R)^-1 R, with R the roots of the inverse row sums: entries of one size."""
-    wide = landmarks.astype(jnp.promote_types(landmarks.dtype, jnp.float32)).swapaxes(1, 2)
+    wide = precision.wide(landmarks).swapaxes(1, 2)
     wide = wide * wide.shape[3] ** -0.25
     half_norm = 0.5 * jnp.sum(jnp.square(wide), axis=-1)
     kernel = jnp.exp(wide @ wide.mT - half_norm[..., :, None] - half_norm[..., None, :])

@@ -1,16 +1,16 @@
 """DSS: diagonal state spaces, one per feature, with the state matrix shared by all features."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.kernels import convolution, dispatch, precision, ssm
+from subquad.kernels import convolution, precision, ssm
 from subquad.zoo.base import Support
 from subquad.zoo.checks import check_sizes, check_word, refuse
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo, mimo
 from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
 from subquad.zoo.statespace.system import check_steps, recur
@@ -42,7 +42,6 @@ class DSS(Headless):
 
     Args:
         in_features: features D of the inputs, one system each.
-        out_features: features F of the output; another number than D with gate "full" or None only. None: in_features.
         state_size: modes N; complex, and no conjugate pairs.
         normalization: "exp" or "softmax".
         max_length: L of "softmax"; no call and no cache may have more tokens. None: "exp" needs none.
@@ -51,12 +50,9 @@ class DSS(Headless):
         dt_min, dt_max: steps are drawn log-uniformly between these.
         gate: None is the paper's; "full": glu(W g + b) with g = gelu(y); "half": g sigmoid(W g + b);
             "only": y sigmoid(W g + b).
-        dtype: dtype of the computation outside the state space model. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the output map.
-        implementation: None takes the best that can run here; "reference" has forward derivatives, too. Long convolutions,
-            which "softmax" and segments need, are "xla" and "reference" only.
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`. out_features may be another number than D with gate "full" or None only. Long convolutions, which
+            "softmax" and segments need, are "xla" and "reference" only.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other.
@@ -82,7 +78,6 @@ class DSS(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         state_size: int = 64,
         normalization: Normalization = "exp",
         max_length: int | None = None,
@@ -91,15 +86,10 @@ class DSS(Headless):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         gate: Gate | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
+        super().__init__(in_features, is_causal=is_causal, **shell)
         owner = type(self).__name__
         check_sizes(owner, state_size=state_size)
         check_word(owner, "normalization", normalization, get_args(Normalization))
@@ -112,18 +102,18 @@ class DSS(Headless):
         check_gate(owner, gate, in_features, self.out_features)
         self.state_size, self.max_length, self.gate = state_size, max_length, gate
         modes = hippo.diagonal_modes("legs", 2 * state_size).diagonal
-        param = lambda values: nnx.Param(jnp.asarray(values, param_dtype))
+        param = lambda values: nnx.Param(jnp.asarray(values, self.param_dtype))
         if max_length is None:
             self.log_decay = param(np.log(-modes.real))
         else:
             self.growth = param(modes.real)
         self.frequency = param(modes.imag)
-        self.output_matrix = normal(rngs, (1 if is_causal else 2, in_features, state_size, 2), param_dtype)
+        self.output_matrix = normal(rngs, (1 if is_causal else 2, in_features, state_size, 2), self.param_dtype)
         log_step = jax.random.uniform(rngs.params(), (in_features, 1), jnp.float32, np.log(dt_min), np.log(dt_max))
         self.log_step = param(jnp.repeat(log_step, 2 if separate_steps else 1, axis=1))
-        self.skip = normal(rngs, (in_features,), param_dtype)
+        self.skip = normal(rngs, (in_features,), self.param_dtype)
         width = 2 * self.out_features if gate == "full" else self.out_features
-        self.out = nnx.Linear(in_features, width, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        self.out = self.linear(in_features, width, rngs)
 
     @precision.promoting
     def system(self):

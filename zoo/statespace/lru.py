@@ -1,16 +1,16 @@
 """LRU: the linear recurrent unit, a diagonal complex recurrence on a ring."""
 
 import math
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from subquad.kernels import dispatch, precision
+from subquad.kernels import precision
 from subquad.zoo.base import Support
 from subquad.zoo.checks import check_sizes, refuse
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import mimo
 from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
 
@@ -32,17 +32,13 @@ class LRU(Headless):
 
     Args:
         in_features: features D of the inputs.
-        out_features: features F of the output; another number than D with gate "full" or None only. None: in_features.
         state_size: modes N.
         is_causal: a token sees itself and those before it.
         r_min, r_max: |lambda| starts uniformly on the ring between these radii, of area, not of radius.
         max_phase: its phases start uniformly between 0 and this; pi / 10 for very long memories.
         gate: "full" is the paper's; "half": g sigmoid(W g + b) with g = gelu(y); "only": y sigmoid(W g + b); None: W g + b.
-        dtype: dtype of the computation outside the recurrence. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the output map.
-        implementation: of the scan; None takes the best that can run here; "reference" has forward derivatives, too.
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`. out_features may be another number than D with gate "full" or None only.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other.
@@ -67,22 +63,16 @@ class LRU(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         state_size: int = 64,
         is_causal: bool = False,
         r_min: float = 0.0,
         r_max: float = 0.99,
         max_phase: float = 2 * math.pi,
         gate: Gate | None = "full",
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
+        super().__init__(in_features, is_causal=is_causal, **shell)
         owner = type(self).__name__
         check_sizes(owner, state_size=state_size)
         if not 0 <= r_min < r_max <= 1:
@@ -94,7 +84,7 @@ class LRU(Headless):
         self.state_size, self.gate = state_size, gate
 
         def param(values):
-            return nnx.Param(values.astype(param_dtype))
+            return nnx.Param(values.astype(self.param_dtype))
 
         # Of (0, 1], so that no phase is 0 and its logarithm finite.
         radius, phase = (1 - jax.random.uniform(rngs.params(), (state_size,), jnp.float32) for _ in range(2))
@@ -107,9 +97,9 @@ class LRU(Headless):
         draw = lambda *shape: jax.random.normal(rngs.params(), shape, jnp.float32)
         self.input_matrix = param(draw(state_size, in_features, 2) / math.sqrt(2 * in_features))
         self.output_matrix = param(draw(outputs, in_features, state_size, 2) / math.sqrt(state_size))
-        self.skip = normal(rngs, (in_features,), param_dtype)
+        self.skip = normal(rngs, (in_features,), self.param_dtype)
         width = 2 * self.out_features if gate == "full" else self.out_features
-        self.out = nnx.Linear(in_features, width, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        self.out = self.linear(in_features, width, rngs)
 
     @precision.promoting
     def system(self):

@@ -1,7 +1,7 @@
 """Mega: single-head gated attention over a moving average."""
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels import dispatch, precision, ssm
+from subquad.kernels import precision, ssm
 from subquad.zoo import padding
 from subquad.zoo.base import Support
 from subquad.zoo.cache import KVCache, append, counts, places, poisoned
 from subquad.zoo.checks import cache_dtype, check_sizes, check_word, refuse, require_extend
 from subquad.zoo.compilation import compile_once
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import rotary
 from subquad.zoo.statespace.system import recur
 
@@ -58,7 +58,6 @@ class Mega(Headless):
 
     Args:
         in_features: features D of the inputs.
-        out_features: a linear map to so many features F follows. None: there is none, F = D.
         state_size: averages n of each feature.
         shared_features: Z of queries and keys.
         value_features: V. None: 2 D.
@@ -68,11 +67,8 @@ class Mega(Headless):
             each distance.
         max_length: of "simple" without chunks: no call may have more tokens. Else None.
         is_causal: a token sees itself and those before it. Else a second average runs backwards.
-        dtype: dtype of the computation. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the linear maps.
-        implementation: of the averages; None takes the best that can run here.
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`. A linear map to out_features follows; None: there is none, F = D.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
@@ -94,7 +90,6 @@ class Mega(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         state_size: int = 16,
         shared_features: int = 64,
         value_features: int | None = None,
@@ -103,15 +98,10 @@ class Mega(Headless):
         bias: Bias = "rotary",
         max_length: int | None = None,
         is_causal: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
+        super().__init__(in_features, is_causal=is_causal, **shell)
         owner = type(self).__name__
         value_features = 2 * in_features if value_features is None else value_features
         check_sizes(owner, state_size=state_size, shared_features=shared_features, value_features=value_features)
@@ -128,32 +118,28 @@ class Mega(Headless):
                 check_sizes(owner, **{name: size})
         self.state_size, self.shared_features, self.value_features = state_size, shared_features, value_features
         self.chunk_size, self.function, self.max_length = chunk_size, function, max_length
-        self.param_dtype = param_dtype
         directions = 1 if is_causal else 2
         averages = (directions, in_features, state_size)
 
         def drawn(deviation, *shape):
-            return nnx.Param(nnx.initializers.normal(deviation)(rngs.params(), shape, param_dtype))
+            return nnx.Param(nnx.initializers.normal(deviation)(rngs.params(), shape, self.param_dtype))
 
         self.damping, self.decay = drawn(0.2, *averages), drawn(0.2, *averages)  # logits of p and r
-        signs = jnp.asarray([1, -1] * state_size, param_dtype)[:state_size]
+        signs = jnp.asarray([1, -1] * state_size, self.param_dtype)[:state_size]
         self.expansion = drawn(0.02, *averages)
         self.expansion[...] += jnp.broadcast_to(signs, averages)
         self.reduction, self.skip = drawn(1.0, *averages), drawn(1.0, in_features)
         self.query_key_scale = drawn(0.02, 2, shared_features)
-        self.query_key_shift = nnx.Param(jnp.zeros((2, shared_features), param_dtype))
+        self.query_key_shift = nnx.Param(jnp.zeros((2, shared_features), self.param_dtype))
         if bias == "rotary":
             self.rotated = drawn(0.02, 2, shared_features)
         else:
             self.distances = drawn(0.02, 2 * (chunk_size or max_length or 1) - 1)
 
-        def linear(inputs, outputs):
-            return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
-
-        self.value = linear(in_features, value_features)
-        self.mixed = linear(in_features, 2 * in_features + shared_features + value_features)
-        self.hidden = linear(value_features, in_features)
-        self.out = None if out_features is None else linear(in_features, out_features)
+        self.value = self.linear(in_features, value_features, rngs)
+        self.mixed = self.linear(in_features, 2 * in_features + shared_features + value_features, rngs)
+        self.hidden = self.linear(value_features, in_features, rngs)
+        self.out = None if shell.get("out_features") is None else self.linear(in_features, self.out_features, rngs)
 
     # ------------------------------------------------------------------------------------------- the moving average
 

@@ -2,18 +2,18 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import convolution, dispatch, precision, scan
 from subquad.zoo.base import Support
 from subquad.zoo.checks import check_sizes, refuse
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
+from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import in_pieces
 
 SHARPNESS = 8.0  # c
@@ -38,16 +38,12 @@ class RGLRU(Headless):
 
     Args:
         in_features: features D of the inputs.
-        out_features: features F of the output. None: in_features.
         hidden_features: R of the recurrence; the paper's is about 4 D / 3. None: in_features.
         num_blocks: J blocks of W_a and of W_i; must divide R.
         conv_width: taps K.
         is_causal: must be True: a token sees itself and those before it.
-        dtype: dtype of the computation outside the recurrence. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the linear maps.
-        implementation: of the scan; None takes the best that can run here; "reference" has forward derivatives, too.
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other; the taps are then laid out for every
@@ -74,35 +70,35 @@ class RGLRU(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         hidden_features: int | None = None,
         num_blocks: int = 16,
         conv_width: int = 4,
         is_causal: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
+        super().__init__(in_features, is_causal=is_causal, **shell)
         owner, hidden = type(self).__name__, in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, num_blocks=num_blocks, conv_width=conv_width)
         if hidden % num_blocks:
             refuse(owner, "num_blocks", num_blocks, f"divide the {hidden} features of the recurrence", "Choose a divisor.")
         self.hidden_features, self.conv_width = hidden, conv_width
-        maps = dict(dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
-        self.gate, self.input = (nnx.Linear(in_features, hidden, **maps) for _ in range(2))
-        self.decay_gate, self.input_gate = (BlockDiagonal(hidden, num_blocks, **maps) for _ in range(2))
-        self.out = nnx.Linear(hidden, self.out_features, **maps)
+        self.gate, self.input = (self.linear(in_features, hidden, rngs) for _ in range(2))
+        size, init = hidden // num_blocks, nnx.initializers.lecun_normal(in_axis=0, out_axis=2, batch_axis=1)
+        self.decay_gate, self.input_gate = (
+            nnx.Einsum(
+                "tjk,kjl->tjl", (size, num_blocks, size), (num_blocks, size), kernel_init=init, dtype=self.dtype,
+                param_dtype=self.param_dtype, precision=self.precision, rngs=rngs,
+            )
+            for _ in range(2)
+        )
+        self.out = self.linear(hidden, self.out_features, rngs)
         taps = nnx.initializers.normal(0.1 / math.sqrt(conv_width))
-        self.taps = nnx.Param(taps(rngs.params(), (conv_width, hidden), param_dtype))
-        self.taps_bias = nnx.Param(jnp.zeros(hidden, param_dtype))
+        self.taps = nnx.Param(taps(rngs.params(), (conv_width, hidden), self.param_dtype))
+        self.taps_bias = nnx.Param(jnp.zeros(hidden, self.param_dtype))
         power = jax.random.uniform(rngs.params(), (hidden,), jnp.float32, 0.9, 0.999)
         log = jnp.log(power) / SHARPNESS
-        self.decay = nnx.Param((log - jnp.log(-jnp.expm1(log))).astype(param_dtype))  # the logit of power^(1 / c)
+        self.decay = nnx.Param((log - jnp.log(-jnp.expm1(log))).astype(self.param_dtype))  # the logit of power^(1 / c)
 
     def convolve(self, inputs: Float[Array, "B T D"], mask, segment_ids=None, state=None):
         """u; with a `state` [B, K - 1, R], the W_2 x before the first token, also that after the last real one."""
@@ -119,14 +115,13 @@ class RGLRU(Headless):
     @precision.promoting
     def log_decay(self, inputs: Float[Array, "N R"]) -> Float[Array, "N R"]:
         """log a of every token."""
-        gate = nnx.sigmoid(precision.wide(self.decay_gate(inputs)))
-        return -SHARPNESS * gate * nnx.softplus(-precision.wide(self.decay[...]))
+        return -SHARPNESS * gated(self.decay_gate, inputs) * nnx.softplus(-precision.wide(self.decay[...]))
 
     @precision.promoting
     def drive(self, inputs: Float[Array, "N R"], log_decay: Float[Array, "N R"]) -> Float[Array, "N R"]:
         """What a token adds to the state."""
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), TINY))
-        return (scale * nnx.sigmoid(precision.wide(self.input_gate(inputs))) * inputs).astype(inputs.dtype)
+        return (scale * gated(self.input_gate, inputs) * inputs).astype(inputs.dtype)
 
     def recur(
         self, inputs: Float[Array, "B T R"], start: Float[Array, "B R"] | None = None,
@@ -138,8 +133,7 @@ class RGLRU(Headless):
         if kept is not None:
             decay, drive = jnp.where(kept[..., None], decay, 1), jnp.where(kept[..., None], drive, 0)
         if segment_ids is not None:
-            goes_on = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)))
-            decay = jnp.where(goes_on[..., None], decay, 0)
+            decay = jnp.where(run_starts(segment_ids)[..., None], 0, decay)
         return scan.first_order(decay, drive, start, implementation=self.implementation)
 
     def respond(self, inputs, mask, segment_ids):
@@ -159,17 +153,7 @@ class RGLRU(Headless):
         return states, jnp.concatenate([before.astype(jnp.float32), last[:, None]], axis=1)
 
 
-class BlockDiagonal(nnx.Module):
-    """A linear map of J groups of consecutive features, each to itself."""
-
-    def __init__(self, features: int, num_blocks: int, *, dtype, param_dtype, precision, rngs: nnx.Rngs):
-        size = features // num_blocks
-        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=2, batch_axis=1)
-        self.kernel = nnx.Param(init(rngs.params(), (size, num_blocks, size), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((num_blocks, size), param_dtype))
-        self.dtype, self.precision = dtype, precision
-
-    def __call__(self, inputs: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        inputs, kernel, bias = promote_dtype((inputs, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        blocks = inputs.reshape(len(inputs), *bias.shape)
-        return (jnp.einsum("njk,kjl->njl", blocks, kernel, precision=self.precision) + bias[None]).reshape(inputs.shape)
+def gated(gate: nnx.Einsum, inputs: Float[Array, "N R"]) -> Float[Array, "N R"]:
+    """sigmoid(W u + b) with the blocks of W, wide."""
+    blocks = inputs.reshape(len(inputs), gate.kernel.shape[1], gate.kernel.shape[0])
+    return nnx.sigmoid(precision.wide(gate(blocks).reshape(inputs.shape)))

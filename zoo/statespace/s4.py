@@ -1,14 +1,14 @@
 """S4: a linear state space model per feature, run as a convolution or as a recurrence."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 
-from subquad.kernels import dispatch, ssm
+from subquad.kernels import ssm
 from subquad.zoo.base import Support
 from subquad.zoo.checks import check_sizes
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.output import activated, normal, skipped
 from subquad.zoo.statespace.system import Mode, StateSpace, check_system
@@ -39,7 +39,6 @@ class S4(Headless):
 
     Args:
         in_features: features D of the inputs, one system each.
-        out_features: features F of the output. None: in_features.
         state_size: P, states per system; even, as P / 2 conjugate pairs of modes.
         mode: "dplr" (S4) or "diagonal" (S4D).
         init: of A and B: "legs" (HiPPO-LegS), or for mode "diagonal" also "lin" (S4D-Lin) and "inv" (S4D-Inv).
@@ -48,12 +47,8 @@ class S4(Headless):
         is_causal: a token sees itself and those before it.
         dt_min, dt_max: steps are drawn log-uniformly between these; 1 / step is the memory in tokens.
         glu: gate the output map; False: a plain linear map.
-        dtype: dtype of the computation outside the state space model. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the output map.
-        implementation: None takes the best that can run here; "reference" has forward derivatives, too. Long convolutions,
-            which "dplr" and segments need, are "xla" and "reference" only.
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`. Long convolutions, which "dplr" and segments need, are "xla" and "reference" only.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other.
@@ -78,7 +73,6 @@ class S4(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         state_size: int = 64,
         mode: Mode = "dplr",
         init: hippo.Init = "legs",
@@ -88,16 +82,11 @@ class S4(Headless):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         glu: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
         owner = type(self).__name__
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
+        super().__init__(in_features, is_causal=is_causal, **shell)
         num_ssm = in_features if num_ssm is None else num_ssm
         if discretization is None:
             discretization = "bilinear" if mode == "dplr" else "zoh"
@@ -107,14 +96,11 @@ class S4(Headless):
         check_system(owner, in_features, **system)
         self.state_size, self.glu = state_size, glu
         self.system = StateSpace(
-            in_features, num_outputs=1 if is_causal else 2, param_dtype=param_dtype, implementation=implementation, rngs=rngs,
-            **system,
+            in_features, num_outputs=1 if is_causal else 2, param_dtype=self.param_dtype,
+            implementation=self.implementation, rngs=rngs, **system,
         )
-        self.skip = normal(rngs, (in_features,), param_dtype)
-        self.out = nnx.Linear(
-            in_features, self.out_features * (2 if glu else 1), dtype=dtype, param_dtype=param_dtype, precision=precision,
-            rngs=rngs,
-        )
+        self.skip = normal(rngs, (in_features,), self.param_dtype)
+        self.out = self.linear(in_features, self.out_features * (2 if glu else 1), rngs)
 
     def respond(self, inputs, mask, segment_ids):
         return self.system.respond(inputs, segment_ids)

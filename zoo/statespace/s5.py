@@ -1,16 +1,16 @@
 """S5: one linear state space model for all features, run as a scan."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.kernels import dispatch, ssm
+from subquad.kernels import ssm
 from subquad.zoo.base import Support
 from subquad.zoo.checks import check_sizes, check_word, refuse
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo, mimo
 from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
 from subquad.zoo.statespace.system import check_steps
@@ -35,7 +35,6 @@ class S5(Headless):
 
     Args:
         in_features: features D of the inputs.
-        out_features: features F of the output; another number than D with gate "full" or None only. None: in_features.
         state_size: P, the size of the state; even.
         num_blocks: J blocks of the state start from a HiPPO matrix of P / J each; P / J must be even.
         init: of Lambda: "legs" (the normal part of HiPPO-LegS, the paper's HiPPO-N), "lin" or "inv" (those of S4D).
@@ -46,11 +45,8 @@ class S5(Headless):
             present token.
         dt_min, dt_max: steps are drawn log-uniformly between these; 1 / step is the memory in tokens.
         gate: "half" is the paper's; "full": glu(W g + b); "only": y sigmoid(W g + b); None: W g + b.
-        dtype: dtype of the computation outside the state space model. None: promoted from inputs and parameters.
-        param_dtype: dtype of the parameters.
-        precision: `jax.lax.Precision` of the output map.
-        implementation: of the scan; None takes the best that can run here; "reference" has forward derivatives, too.
         rngs: `rngs.params()` draws the parameters.
+        shell: see `Headless`. out_features may be another number than D with gate "full" or None only.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other.
@@ -75,7 +71,6 @@ class S5(Headless):
         self,
         in_features: int,
         *,
-        out_features: int | None = None,
         state_size: int = 64,
         num_blocks: int = 1,
         init: hippo.Init = "legs",
@@ -85,15 +80,10 @@ class S5(Headless):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         gate: Gate | None = "half",
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        implementation: dispatch.Implementation | None = None,
         rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(
-            in_features, out_features=out_features, is_causal=is_causal, dtype=dtype, implementation=implementation
-        )
+        super().__init__(in_features, is_causal=is_causal, **shell)
         owner = type(self).__name__
         check_sizes(owner, state_size=state_size, num_blocks=num_blocks)
         if state_size % (2 * num_blocks):
@@ -111,7 +101,7 @@ class S5(Headless):
         pairs, outputs = state_size // 2, 1 if is_causal else 2
 
         def param(values):
-            return nnx.Param(jnp.asarray(values, param_dtype))
+            return nnx.Param(jnp.asarray(values, self.param_dtype))
 
         def drawn(variance, *shape):  # cut at two deviations
             return nnx.initializers.truncated_normal(variance**0.5 / 0.87962566)(rngs.params(), shape, jnp.float32)
@@ -129,9 +119,9 @@ class S5(Headless):
         self.output_matrix = param(numbers)  # [1 or 2, D, P/2, 2]
         log_step = jax.random.uniform(rngs.params(), (pairs,), jnp.float32, np.log(dt_min), np.log(dt_max))
         self.log_step = param(log_step)
-        self.skip = normal(rngs, (in_features,), param_dtype)
+        self.skip = normal(rngs, (in_features,), self.param_dtype)
         width = 2 * self.out_features if gate == "full" else self.out_features
-        self.out = nnx.Linear(in_features, width, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        self.out = self.linear(in_features, width, rngs)
 
     def system(self):
         """(Lambda_bar [P/2], B_bar [P/2, D], 2 C [1 or 2, D, P/2])."""
