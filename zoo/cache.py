@@ -84,8 +84,8 @@ def poisoned(outputs: Float[Array, "B T *features"], cache) -> Float[Array, "B T
 
 
 def room(cache) -> int:
-    """How many tokens of a sample fit into a cache that has a length."""
-    return cache.key.shape[1] * (cache.open_key.shape[1] if isinstance(cache, MemoryCompressedCache) else 1)
+    """How many tokens of a sample fit into a cache that has a length: as many as it has keys, unless it says otherwise."""
+    return getattr(cache, "room", cache.key.shape[1])
 
 
 def pieces(tokens, start: Int[Array, "B"], size: int):
@@ -146,6 +146,10 @@ class MemoryCompressedCache(NamedTuple):
     length: Int[Array, "B"]  # real tokens so far; more than S C where they did not fit
     open_key: Float[Array, "B C K H"]
     open_value: Float[Array, "B C K V"]
+
+    @property
+    def room(self) -> int:
+        return self.key.shape[1] * self.open_key.shape[1]
 
     @property
     def seen(self) -> Int[Array, "B"]:

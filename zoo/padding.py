@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from subquad.kernels.axes import KeyMask
+
 
 class RealFirst(NamedTuple):
     """The order in which each sample's real tokens come first, and its padding after them.
@@ -71,3 +73,8 @@ def _take(tokens, index):
 def _like(array, tokens):
     """[B, T] as [B, T, 1, ...], with as many axes as `tokens`."""
     return array.reshape(*array.shape, *(1,) * (tokens.ndim - 2))
+
+
+def any_key(mask: KeyMask | None, count: int) -> Bool[Array, "B 1 1 L"] | None:
+    """The mask of `count` slots that gather from all keys: there is something in them where there is a key."""
+    return None if mask is None else jnp.repeat(mask.any(-1, keepdims=True), count, axis=-1)

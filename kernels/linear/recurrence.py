@@ -189,14 +189,12 @@ def cumulate(log_decay):
     log_decay = jnp.maximum(log_decay, SMALLEST_LOG_DECAY)
     coarse = UNIT * jnp.round(jax.lax.stop_gradient(log_decay) / UNIT)
     pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 3))
-    if log_decay.ndim > 3 and log_decay.shape[3] > 1:  # where it would be half of the backward pass
-        return [jnp.cumsum(pad(part), 2) for part in (coarse, log_decay - coarse)]
     return [jnp.cumsum(pad(coarse), 2), running_sum(pad(log_decay - coarse), pad(log_decay <= SMALLEST_LOG_DECAY))]
 
 
 @jax.custom_vjp
 def running_sum(x, forgets):
-    """The sums of x [B, N, C] or [B, N, C, 1] along C, whose gradient stops at the next token that forgets.
+    """The sums of x [B, N, C] or [B, N, C, M] along C, whose gradient stops at the next token that forgets.
 
     The whole gradient of what is beyond it is 0, but as a sum it is 0 to rounding only: then a segment would move another's.
     """

@@ -102,6 +102,7 @@ def axial_attention(case: Case):
 
 
 def longt5(case: Case):
+    import torch
     from transformers import LongT5Config
     from transformers.models.longt5.modeling_longt5 import LongT5TransientGlobalAttention
 
@@ -109,8 +110,6 @@ def longt5(case: Case):
         d_model=case.width, d_kv=case.features, num_heads=case.heads, local_radius=WINDOW - 1, dropout_rate=0.0,
     )  # fmt: skip
     layer = LongT5TransientGlobalAttention(config, has_relative_attention_bias=True)
-    import torch
-
     real = torch.ones(case.batch, case.length)
     return torch_side(case, lambda tokens: layer(tokens, real)[0], [case.tokens()], layer)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import precision, softmax
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes
-from subquad.zoo.lowrank.luna import any_key
+from subquad.zoo.padding import any_key
 from subquad.zoo.projection import projection
 
 

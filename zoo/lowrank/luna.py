@@ -6,13 +6,13 @@ from typing import Any, Literal, Unpack, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from subquad.kernels import linear, precision, softmax
-from subquad.kernels.axes import KeyMask
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LunaCache, counts, places
 from subquad.zoo.checks import check_sizes, check_word, refuse, require_extend
+from subquad.zoo.padding import any_key
 from subquad.zoo.projection import in_pieces, projection
 
 Activation = Literal["softplus", "elu"]
@@ -139,11 +139,6 @@ class LunaAttention(Attention):
         weights = weights_of(sums, counted)
         sums, values = linear.gated(weights, gates, value[1], initial_state=values, **options)
         return mean(sums, counted), keys, values
-
-
-def any_key(mask: KeyMask | None, count: int) -> Bool[Array, "B 1 1 L"] | None:
-    """The mask of `count` slots: there is something in them where there is a key."""
-    return None if mask is None else jnp.repeat(mask.any(-1, keepdims=True), count, axis=-1)
 
 
 @precision.promoting
