@@ -21,6 +21,7 @@ from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
+from subquad.zoo.gated.retention import Retention
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
@@ -91,6 +92,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "cosformer": CosformerAttention,
     "efficient": EfficientAttention,
     "rfa": RFAAttention,
+    "retention": Retention,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "s4": S4,

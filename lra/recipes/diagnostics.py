@@ -41,6 +41,7 @@ LAYERS = {
     "cosformer": dict(num_heads=4, is_causal=True, max_length="{length}"),
     "efficient": dict(num_heads=4, is_causal=True),
     "rfa": dict(num_heads=4, is_causal=True, num_features=32),
+    "retention": dict(num_heads=4),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "compressive": dict(num_heads=4, segment_length=16, memory_length=16, compressed_length=8),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),

@@ -43,6 +43,7 @@ LAYERS = {
     "cosformer": dict(HEADS, max_length="{length}"),
     "efficient": HEADS,
     "rfa": HEADS,
+    "retention": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "compressive": dict(HEADS, segment_length=256, memory_length=256, compressed_length=64),
     "s4": dict(state_size=64),

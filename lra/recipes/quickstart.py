@@ -48,6 +48,7 @@ QUICKSTART = Recipe(
         "cosformer": dict(num_heads=4, max_length="{length}"),
         "efficient": dict(num_heads=4),
         "rfa": dict(num_heads=4, num_features=32),
+        "retention": dict(num_heads=4),
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "compressive": dict(num_heads=4, segment_length=40, memory_length=40, compressed_length=20),
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),

@@ -132,6 +132,7 @@ CASES = {
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
         Case("cosformer", dict(num_heads=2, num_kv_heads=1, max_length=100), dict(num_heads=4, max_length=LONG)),
         Case("rfa", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
+        Case("retention", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("efficient", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
         Case(
             "transformer_xl", dict(num_heads=2, segment_length=8, memory_length=5),

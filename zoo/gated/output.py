@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import precision
 from subquad.zoo.base import Attention
 from subquad.zoo.checks import check_sizes, refuse
-from subquad.zoo.projection import in_pieces, projection
+from subquad.zoo.projection import Projection, in_pieces, projection
 
 
 def widen(layer: Attention, value_features: int, shell: Mapping[str, Any], rngs: nnx.Rngs) -> None:
@@ -63,6 +63,12 @@ class GatedNorm(nnx.Module):
     ) -> Float[Array, "B T N V"]:
         """y in the dtype of the heads, computed in float32; None: without a gate."""
         return in_pieces(self.of_tokens, heads) if gate is None else in_pieces(self.of_tokens, heads, gate)
+
+    def gated_by(
+        self, gate: Projection, inputs: Float[Array, "B T D"], heads: Float[Array, "B T N V"]
+    ) -> Float[Array, "B T N V"]:
+        """y, with the gate that a projection makes of the layer's inputs: where tokens are many it is made twice, not kept."""
+        return in_pieces(lambda inputs, heads: self.of_tokens(heads, gate.of_tokens(inputs)), inputs, heads)
 
     @precision.promoting
     def of_tokens(self, heads: Float[Array, "T N V"], gate: Float[Array, "T N V"] | None = None) -> Float[Array, "T N V"]:
