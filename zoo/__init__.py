@@ -27,6 +27,7 @@ from subquad.zoo.encoder import Encoder
 from subquad.zoo.experts import Experts, RouterLosses
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.gated.gla import GatedLinearAttention
+from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.retention import Retention
 from subquad.zoo.generation import generate, stream
@@ -70,11 +71,11 @@ __all__ = [
     "DSS", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BasedAttention",
     "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention",
     "CompressiveAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention",
-    "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "GatedLinearAttention", "GlobalAttention",
-    "HTransformerAttention", "InducedSetAttention", "InformerAttention", "KernelizedAttention", "LightConv", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention",
-    "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
-    "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
+    "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "GatedLinearAttention", "GatedSlotAttention",
+    "GlobalAttention", "HTransformerAttention", "InducedSetAttention", "InformerAttention", "KernelizedAttention", "LightConv",
+    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention",
+    "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention",
+    "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
     "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
     "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
     "positions", "stream",

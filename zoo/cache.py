@@ -134,6 +134,14 @@ class MatrixCache(NamedTuple):
         return cls(state, jnp.zeros(batch_size, jnp.int32))
 
 
+class SlotCache(NamedTuple):
+    """Moving averages of each sample's keys and values so far, in M slots; their size does not grow with the tokens."""
+
+    keys: Float[Array, "B N M H"]  # float32, whatever the dtype of the layer
+    values: Float[Array, "B N M V"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
 class EfficientCache(NamedTuple):
     """Averages of the values so far, one for each feature of the keys, and the logarithms of their weights' sums."""
 

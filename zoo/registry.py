@@ -22,6 +22,7 @@ from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.gated.gla import GatedLinearAttention
+from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.retention import Retention
 from subquad.zoo.headless import Headless
@@ -99,6 +100,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "retention": Retention,
     "gla": GatedLinearAttention,
     "hgrn2": HGRN2,
+    "gsa": GatedSlotAttention,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "s4": S4,

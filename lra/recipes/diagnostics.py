@@ -45,6 +45,7 @@ LAYERS = {
     "retention": dict(num_heads=4),
     "gla": dict(num_heads=4),
     "hgrn2": dict(num_heads=4),
+    "gsa": dict(num_heads=4, num_slots=16),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "compressive": dict(num_heads=4, segment_length=16, memory_length=16, compressed_length=8),
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),

@@ -47,6 +47,7 @@ LAYERS = {
     "retention": HEADS,
     "gla": HEADS,
     "hgrn2": HEADS,
+    "gsa": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "compressive": dict(HEADS, segment_length=256, memory_length=256, compressed_length=64),
     "s4": dict(state_size=64),

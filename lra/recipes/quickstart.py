@@ -52,6 +52,7 @@ QUICKSTART = Recipe(
         "retention": dict(num_heads=4),
         "gla": dict(num_heads=4),
         "hgrn2": dict(num_heads=4),
+        "gsa": dict(num_heads=4, num_slots=16),
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "compressive": dict(num_heads=4, segment_length=40, memory_length=40, compressed_length=20),
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),

@@ -26,11 +26,11 @@ def sigmoid(x):
 
 
 def test_the_formula_step_by_step():
-    layer, x = build(gate_rank=3, temperature=2.0), normal(2, 11, FEATURES)
-    layer.gate_out.bias[...], layer.norm.scale[...] = normal(HEADS, 4, seed=1), normal(8, seed=2)
+    layer, x = build(decay_rank=3, temperature=2.0), normal(2, 11, FEATURES)
+    layer.decay_up.bias[...], layer.norm.scale[...] = normal(HEADS, 4, seed=1), normal(8, seed=2)
     query, key, value, logits = (np.asarray(heads, np.float64) for heads in layer.project(x)[:4])
-    alpha = sigmoid(np.einsum("btr,rnh->btnh", x @ layer.gate_in.kernel[...], layer.gate_out.kernel[...])
-                    + layer.gate_out.bias[...]) ** 0.5
+    alpha = sigmoid(np.einsum("btr,rnh->btnh", x @ layer.decay_down.kernel[...], layer.decay_up.kernel[...])
+                    + layer.decay_up.bias[...]) ** 0.5
     np.testing.assert_allclose(sigmoid(logits) ** 0.5, alpha, atol=1e-6)
     heads, state = np.zeros((2, 11, HEADS, 8)), np.zeros((2, HEADS, 4, 8))
     for t in range(11):
@@ -47,13 +47,13 @@ def test_one_gate_everywhere_is_retention():
     layer, x = build(temperature=1.0), normal(1, 9, FEATURES)
     other = Retention(HEADS, FEATURES, qkv_features=8, value_features=16, decay=(0.5, 1.0), rotary_base=None, rngs=nnx.Rngs(1))
     nnx.update(other, {name: nnx.state(getattr(layer, name)) for name in ("query", "key", "value", "gate", "out", "norm")})
-    layer.gate_in.kernel[...] = jnp.zeros((FEATURES, 16))
-    layer.gate_out.bias[...] = jnp.stack([jnp.zeros(4), jnp.full(4, 30.0)])
+    layer.decay_down.kernel[...] = jnp.zeros((FEATURES, 16))
+    layer.decay_up.bias[...] = jnp.stack([jnp.zeros(4), jnp.full(4, 30.0)])
     np.testing.assert_allclose(layer(x), other(x), atol=1e-5)
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(value_features=9), "value_features must be a multiple"), (dict(gate_rank=0), "gate_rank must be a positive integer"),
+    (dict(value_features=9), "value_features must be a multiple"), (dict(decay_rank=0), "decay_rank must be a positive integer"),
     (dict(temperature=0.0), "temperature must be positive"), (dict(is_causal=False), "does not support is_causal=False"),
     (dict(rotary_base=10.0), "does not support rotary_base"),
 ])  # fmt: skip

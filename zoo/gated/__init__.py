@@ -7,4 +7,5 @@ Choose
     retention: For text at the least cost: how fast a head fades is fixed, and queries and keys are rotated.
     gla: For text: each token chooses, channel by channel, what fades.
     hgrn2: For the same with a projection less: what a token forgets is where it writes.
+    gsa: For single tokens of a long past in a small state: softmax attention to slots that take them up.
 """

@@ -11,7 +11,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import MatrixCache, counts
 from subquad.zoo.checks import check_sizes, refuse, require_extend
 from subquad.zoo.gated.decay import with_segments
-from subquad.zoo.gated.output import GatedNorm, widen
+from subquad.zoo.gated.output import GatedNorm, norm_and_gate, widen
 from subquad.zoo.projection import in_pieces, projection
 
 
@@ -35,7 +35,7 @@ class GatedLinearAttention(Attention):
         num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. The gates are of the key's.
         qkv_features: features of all query heads together, N x H. None: D / 2, as in the paper.
         value_features: features of all value heads together, N x V. None: D.
-        gate_rank: numbers between W_1 and W_2.
+        decay_rank: numbers between W_1 and W_2.
         temperature: tau. The larger, the nearer to 1 the gates, and the longer the memory.
         is_causal: must be True: a token sees itself and those before it.
         shell: see `Attention`.
@@ -67,7 +67,7 @@ class GatedLinearAttention(Attention):
         num_kv_heads: int | None = None,
         qkv_features: int | None = None,
         value_features: int | None = None,
-        gate_rank: int = 16,
+        decay_rank: int = 16,
         temperature: float = 16.0,
         is_causal: bool = True,
         rngs: nnx.Rngs,
@@ -77,23 +77,23 @@ class GatedLinearAttention(Attention):
             num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs,
             qkv_features=max(1, in_features // 2) if qkv_features is None else qkv_features, **shell,
         )  # fmt: skip
-        check_sizes("GatedLinearAttention", gate_rank=gate_rank)
+        check_sizes("GatedLinearAttention", decay_rank=decay_rank)
         if not temperature > 0:
             refuse("GatedLinearAttention", "temperature", temperature, "be positive", "The paper has 16.")
         widen(self, in_features if value_features is None else value_features, shell, rngs)
         self.temperature = temperature
-        self.gate_in = projection({**shell, "use_bias": False}, in_features, gate_rank, rngs=rngs)
-        self.gate_out = projection(shell, gate_rank, (self.num_kv_heads, self.head_features), rngs=rngs)
+        self.decay_down = projection({**shell, "use_bias": False}, in_features, decay_rank, rngs=rngs)
+        self.decay_up = projection(shell, decay_rank, (self.num_kv_heads, self.head_features), rngs=rngs)
         self.gate = projection(shell, in_features, (num_heads, self.value_head_features), rngs=rngs)
         self.norm = GatedNorm((self.value_head_features,), param_dtype=self.param_dtype)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads, the logits of alpha [B, T, K, H], and the inputs, of which the gate is made."""
-        return *super().project(inputs_q, inputs_kv, inputs_v), self.gate_out(self.gate_in(inputs_q)), inputs_q
+        return *super().project(inputs_q, inputs_kv, inputs_v), self.decay_up(self.decay_down(inputs_q)), inputs_q
 
     def attend(self, query, key, value, logits, inputs, mask, segment_ids=None):
         heads, _ = self.recur(query, key, value, self.log_decay(logits), mask, segment_ids=segment_ids)
-        return self.norm.gated_by(self.gate, inputs, heads)
+        return norm_and_gate(self.norm, self.gate, inputs, heads)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> MatrixCache:
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
@@ -102,7 +102,7 @@ class GatedLinearAttention(Attention):
 
     def attend_cached(self, query, key, value, logits, inputs, mask, cache):
         heads, state = self.recur(query, key, value, self.log_decay(logits), mask, cache.state)
-        return self.norm.gated_by(self.gate, inputs, heads), MatrixCache(state, cache.seen + counts(query, mask))
+        return norm_and_gate(self.norm, self.gate, inputs, heads), MatrixCache(state, cache.seen + counts(query, mask))
 
     def log_decay(self, logits: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
         """log alpha, in float32."""

@@ -66,12 +66,6 @@ class GatedNorm(nnx.Module):
         """y in the dtype of the heads, computed in float32; None: without a gate."""
         return in_pieces(self.of_tokens, heads) if gate is None else in_pieces(self.of_tokens, heads, gate)
 
-    def gated_by(
-        self, gate: Projection, inputs: Float[Array, "B T D"], heads: Float[Array, "B T N V"]
-    ) -> Float[Array, "B T N V"]:
-        """y, with the gate that a projection makes of the layer's inputs: where tokens are many it is made twice, not kept."""
-        return in_pieces(lambda inputs, heads: self.of_tokens(heads, gate.of_tokens(inputs)), inputs, heads)
-
     @precision.promoting
     def of_tokens(self, heads: Float[Array, "T N V"], gate: Float[Array, "T N V"] | None = None) -> Float[Array, "T N V"]:
         x, factor = precision.wide(heads), 1 if gate is None else self.activation(precision.wide(gate))
@@ -82,3 +76,10 @@ class GatedNorm(nnx.Module):
         x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=self.axes, keepdims=True) + self.epsilon) * self.scale[...]
         x = x if self.bias is None else x + self.bias[...]
         return (x if self.gate_first else x * factor).astype(heads.dtype)
+
+
+def norm_and_gate(
+    norm: GatedNorm, gate: Projection, inputs: Float[Array, "B T D"], heads: Float[Array, "B T N V"]
+) -> Float[Array, "B T N V"]:
+    """The norm of heads and a gate, which a projection makes of the inputs: of many tokens it is made twice and not kept."""
+    return in_pieces(lambda inputs, heads: norm.of_tokens(heads, gate.of_tokens(inputs)), inputs, heads)

@@ -13,7 +13,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import MatrixCache, counts
 from subquad.zoo.checks import refuse, require_extend
 from subquad.zoo.gated.decay import with_segments
-from subquad.zoo.gated.output import GatedNorm, widen
+from subquad.zoo.gated.output import GatedNorm, norm_and_gate, widen
 from subquad.zoo.projection import projection
 
 
@@ -91,7 +91,7 @@ class Retention(Attention):
         return *super().project(inputs_q, inputs_kv, inputs_v), inputs_q
 
     def attend(self, query, key, value, inputs, mask, segment_ids=None):
-        return self.norm.gated_by(self.gate, inputs, self.retain(query, key, value, mask, segment_ids=segment_ids)[0])
+        return norm_and_gate(self.norm, self.gate, inputs, self.retain(query, key, value, mask, segment_ids=segment_ids)[0])
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> MatrixCache:
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
@@ -100,7 +100,7 @@ class Retention(Attention):
 
     def attend_cached(self, query, key, value, inputs, mask, cache):
         heads, state = self.retain(query, key, value, mask, cache.state)
-        return self.norm.gated_by(self.gate, inputs, heads), MatrixCache(state, cache.seen + counts(query, mask))
+        return norm_and_gate(self.norm, self.gate, inputs, heads), MatrixCache(state, cache.seen + counts(query, mask))
 
     def retain(
         self, query, key, value, mask, state=None, segment_ids=None
