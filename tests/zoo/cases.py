@@ -180,6 +180,12 @@ CAUSAL = [name for name, is_causal in DIRECTIONS if is_causal]
 SEGMENTED = [(name, is_causal) for name, is_causal in DIRECTIONS if CASES[name].supports.segment_ids]
 EXTENDING = [name for name in CAUSAL if CASES[name].supports.extend]
 
+def one_direction(pairs: list[tuple[str, bool]]) -> list:
+    """Of what a family's code does alike in both directions each sibling meets one by default: one this, the next that."""
+    left_out = [(name, at % 2 == 0) for at, name in enumerate(SIBLINGS)]
+    both = [pair for pair in pairs if (pair[0], not pair[1]) in pairs]
+    return [pytest.param(*pair, marks=pytest.mark.full if pair in left_out and pair in both else ()) for pair in pairs]
+
 
 def label(value) -> str | None:
     return {True: "causal", False: "bidirectional"}.get(value) if isinstance(value, bool) else None
