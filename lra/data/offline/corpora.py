@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from subquad.lra.data import sources
+from subquad.lra.data import own_texts, sources
 
 VERSION = "1.1.0"
 SPLITS = ("train", "validation", "test")
@@ -25,7 +25,6 @@ PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass",
 # Parts of a photograph's width. A patch lies inside one part, so that splits share no pixel.
 _STRIPES = {"train": (0.0, 0.6, 1000), "validation": (0.6, 0.75, 100), "test": (0.75, 1.0, 200)}
 SIDE, DIGIT_SIDE = 32, 8
-LM_LENGTH = 2048
 _LEAST_ARTICLE = 600
 
 
@@ -133,14 +132,10 @@ def _pylib_lm(split: str) -> Iterator[dict]:
     """Files whole, a zero byte after each, cut into stretches of 2,048 bytes and the one that follows."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
-    text = bytearray()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if left_out.isdisjoint(name.parts) and _share(name.as_posix()) == split:
-            text += path.read_bytes() + b"\0"
-    values = np.frombuffer(bytes(text), np.uint8)
-    for start in range(0, len(values) - LM_LENGTH, LM_LENGTH):
-        yield {"text": values[start : start + LM_LENGTH + 1]}
+    names = {path: path.relative_to(root) for path in sorted(root.rglob("*.py"))}
+    ours = [path for path, name in names.items() if left_out.isdisjoint(name.parts) and _share(name.as_posix()) == split]
+    for stretch in own_texts.sequences(path.read_bytes() for path in ours):
+        yield {"text": stretch}
 
 
 def _share(name: str) -> str:
