@@ -122,6 +122,26 @@ class GatedCache(NamedTuple):
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
+class MatrixCache(NamedTuple):
+    """The sum of each sample's keys times values so far, as it has decayed; its size does not grow with the tokens."""
+
+    state: Float[Array, "B N M V"]  # float32, whatever the dtype of the layer
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+    @classmethod
+    def zeros(cls, batch_size: int, num_heads: int, features: int, value_features: int) -> "MatrixCache":
+        state = jnp.zeros((batch_size, num_heads, features, value_features), jnp.float32)
+        return cls(state, jnp.zeros(batch_size, jnp.int32))
+
+
+class SlotCache(NamedTuple):
+    """Moving averages of each sample's keys and values so far, in M slots; their size does not grow with the tokens."""
+
+    keys: Float[Array, "B N M H"]  # float32, whatever the dtype of the layer
+    values: Float[Array, "B N M V"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
 class EfficientCache(NamedTuple):
     """Averages of the values so far, one for each feature of the keys, and the logarithms of their weights' sums."""
 

@@ -28,6 +28,10 @@ class Projection(nnx.LinearGeneral):
         apply = super().__call__
         return in_pieces(apply, inputs) if uint_bits_dtype(inputs.dtype) != inputs.dtype else flat(apply)(inputs)
 
+    def of_tokens(self, inputs):
+        """Of inputs [N, ...], for functions that go through pieces themselves."""
+        return super().__call__(inputs)
+
 
 def projection(shell: Mapping[str, Any], inputs, outputs, *, axis=-1, rngs: nnx.Rngs) -> Projection:
     """One more projection of an attention layer, as the options of its shell say that projections are."""

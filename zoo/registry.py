@@ -21,8 +21,13 @@ from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
+from subquad.zoo.gated.gla import GatedLinearAttention
+from subquad.zoo.gated.gsa import GatedSlotAttention
+from subquad.zoo.gated.hgrn2 import HGRN2
+from subquad.zoo.gated.retention import Retention
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
+from subquad.zoo.kernelized.based import BasedAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
 from subquad.zoo.kernelized.linear import LinearAttention
@@ -91,6 +96,11 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "cosformer": CosformerAttention,
     "efficient": EfficientAttention,
     "rfa": RFAAttention,
+    "based": BasedAttention,
+    "retention": Retention,
+    "gla": GatedLinearAttention,
+    "hgrn2": HGRN2,
+    "gsa": GatedSlotAttention,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "s4": S4,

@@ -132,6 +132,11 @@ CASES = {
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
         Case("cosformer", dict(num_heads=2, num_kv_heads=1, max_length=100), dict(num_heads=4, max_length=LONG)),
         Case("rfa", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
+        Case("retention", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
+        Case("gla", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
+        Case("hgrn2", dict(num_heads=4, lower_bound=0.25), dict(num_heads=4)),
+        Case("based", dict(num_heads=4, num_kv_heads=2, qkv_features=12), dict(num_heads=4)),
+        Case("gsa", dict(num_heads=4, num_kv_heads=2, num_slots=6), dict(num_heads=4, num_slots=32)),
         Case("efficient", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
         Case(
             "transformer_xl", dict(num_heads=2, segment_length=8, memory_length=5),

@@ -33,6 +33,7 @@ LAYERS = {
     "longformer": ("longformer", dict(num_heads=2, window_size=2, num_global=3, rotary_base=100.0)),
     "reformer": ("reformer", dict(num_heads=2, num_hashes=2, num_buckets=4, chunk_size=4)),
     "performer": ("performer", dict(num_heads=2, num_features=24, rotary_base=100.0)),
+    "retention": ("retention", dict(num_heads=2, rotary_base=100.0)),
     "h_transformer": ("h_transformer", dict(num_heads=2, block_size=2, rotary_base=100.0)),
     "compressive": ("compressive", dict(num_heads=2, segment_length=4, memory_length=2, compressed_length=2, rate=2)),
     "transformer_xl": ("transformer_xl", dict(num_heads=2, segment_length=4, memory_length=3)),

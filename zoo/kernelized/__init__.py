@@ -8,5 +8,6 @@ Choose
     performer: For an estimate of softmax itself, the better the more features, so also for weights that softmax has trained.
     cosformer: For near tokens to count more, without random features, up to a length known before.
     rfa: For softmax attention over unit vectors, with a gate that learns how fast to forget.
+    based: For recall from a long past in models trained with it, beside windows: weights near softmax's, from narrow keys.
     efficient: For queries that choose among a few means of the values: no features but two softmaxes.
 """
