@@ -82,6 +82,8 @@ COMPUTED = [
     ("h_transformer", dict(num_heads=2, block_size=4), "rotary_base", 100.0),
     ("rfa", dict(num_heads=2), "rotary_base", 100.0),
     ("rfa", dict(num_heads=2, is_causal=True, gate=False), "constants", "code"),
+    ("deltanet", dict(num_heads=2), "normalization", "sum"),
+    ("deltanet", dict(num_heads=2), "negative_eigenvalues", True),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_landmarks", 5),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
@@ -212,6 +214,9 @@ SHAPED = [
     ("rglru", dict(), "num_blocks", 2, {"decay_gate/kernel": (8, 2, 8), "input_gate/kernel": (8, 2, 8)}),
     ("rglru", dict(), "conv_width", 3, {"taps": (3, 16)}),
     ("rglru", dict(), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("deltanet", dict(num_heads=2), "num_kv_heads", 1, {"key/kernel": (16, 1, 8), "rate/kernel": (16, 2), "rule/key/taps": (4, 8)}),
+    ("deltanet", dict(num_heads=2), "value_features", 24, {"value/kernel": (16, 2, 12), "out/kernel": (2, 12, 16)}),
+    ("deltanet", dict(num_heads=2), "conv_width", 3, {"rule/query/taps": (3, 16), "rule/value/taps": (3, 16)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("lightconv", dict(num_heads=4), "num_heads", 8, {"convolution/taps": (31, 8)}),
     ("lightconv", dict(num_heads=4), "conv_width", 6, {"convolution/taps": (6, 4)}),
@@ -258,6 +263,7 @@ SIZES = {
 # Linear maps of a layer, where they are not four.
 MAPS = {
     "fnet": 1,
+    "deltanet": 5,
     "dss": 1,
     "dynamicconv": 3,
     "global": 11,
@@ -285,7 +291,7 @@ OTHER_SHAPES = {
     "compress_value": (6, 4, 2), "induce_out": (4, 2, FEATURES), "induce_mlp": (FEATURES, FEATURES),
     **{f"layers/0/{name}": (FEATURES, 4, FEATURES // 4) for name in ("query", "key", "value")},
     **{f"{block}/{name}": (FEATURES, FEATURES) for block in ("encoder", "layers/0") for name in ("inner", "outer")},
-    "encoder/out": (4, 2, FEATURES), "layers/0/out": (4, FEATURES // 4, FEATURES),
+    "rate": (FEATURES, 4), "encoder/out": (4, 2, FEATURES), "layers/0/out": (4, FEATURES // 4, FEATURES),
 }  # fmt: skip
 
 
