@@ -214,7 +214,7 @@ SHAPED = [
     ("rglru", dict(), "num_blocks", 2, {"decay_gate/kernel": (8, 2, 8), "input_gate/kernel": (8, 2, 8)}),
     ("rglru", dict(), "conv_width", 3, {"taps": (3, 16)}),
     ("rglru", dict(), "out_features", 5, {"out/kernel": (16, 5)}),
-    ("deltanet", dict(num_heads=2), "num_kv_heads", 1, {"key/kernel": (16, 1, 8), "rate/kernel": (16, 2), "rule/key/taps": (4, 8)}),
+    ("deltanet", dict(num_heads=2), "num_kv_heads", 1, {"key/kernel": (16, 1, 8), "rule/key/taps": (4, 8)}),
     ("deltanet", dict(num_heads=2), "value_features", 24, {"value/kernel": (16, 2, 12), "out/kernel": (2, 12, 16)}),
     ("deltanet", dict(num_heads=2), "conv_width", 3, {"rule/query/taps": (3, 16), "rule/value/taps": (3, 16)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
