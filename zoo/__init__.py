@@ -18,6 +18,7 @@ from subquad.zoo.conversion import convert
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.deltanet import DeltaNet
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
@@ -70,13 +71,13 @@ from subquad.zoo.statespace.s5 import S5
 __all__ = [
     "DSS", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BasedAttention",
     "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention",
-    "CompressiveAttention", "CosformerAttention", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention",
-    "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "GatedLinearAttention", "GatedSlotAttention",
-    "GlobalAttention", "HTransformerAttention", "InducedSetAttention", "InformerAttention", "KernelizedAttention", "LightConv",
-    "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention",
-    "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention",
-    "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
-    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
-    "positions", "stream",
+    "CompressiveAttention", "CosformerAttention", "DeltaNet", "DiagonalAttention", "DualEncoder", "DynamicConv",
+    "EfficientAttention", "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "GatedLinearAttention",
+    "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "InducedSetAttention", "InformerAttention",
+    "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention",
+    "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention",
+    "Retention", "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
+    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.deltanet import DeltaNet
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
@@ -103,6 +104,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "gsa": GatedSlotAttention,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
+    "deltanet": DeltaNet,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,

@@ -66,6 +66,7 @@ LAYERS = {
     "dynamicconv": {},
     "lsra": dict(num_heads=8),
     "rglru": {},
+    "deltanet": HEADS,
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),

@@ -59,6 +59,7 @@ LAYERS = {
     "dynamicconv": {},
     "lsra": HEADS,
     "rglru": {},
+    "deltanet": HEADS,
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

@@ -64,6 +64,7 @@ QUICKSTART = Recipe(
         "dynamicconv": dict(num_heads=4, conv_width=15),
         "lsra": dict(num_heads=4),
         "rglru": {},
+        "deltanet": dict(num_heads=4),
         "fnet": {},
         "entmax": dict(num_heads=4),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

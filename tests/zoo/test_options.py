@@ -88,6 +88,8 @@ COMPUTED = [
     ("hgrn2", dict(num_heads=2), "lower_bound", 0.9),
     ("based", dict(num_heads=2), "rotary_base", 100.0),
     ("gsa", dict(num_heads=2, num_slots=5), "temperature", 1.0),
+    ("deltanet", dict(num_heads=2), "normalization", "sum"),
+    ("deltanet", dict(num_heads=2), "negative_eigenvalues", True),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_landmarks", 5),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "num_iterations", 2),
     ("nystrom", dict(num_heads=2, num_landmarks=6), "rotary_base", 100.0),
@@ -227,6 +229,9 @@ SHAPED = [
     ("rglru", dict(), "num_blocks", 2, {"decay_gate/kernel": (8, 2, 8), "input_gate/kernel": (8, 2, 8)}),
     ("rglru", dict(), "conv_width", 3, {"taps": (3, 16)}),
     ("rglru", dict(), "out_features", 5, {"out/kernel": (16, 5)}),
+    ("deltanet", dict(num_heads=2), "num_kv_heads", 1, {"key/kernel": (16, 1, 8), "rule/key/taps": (4, 8)}),
+    ("deltanet", dict(num_heads=2), "value_features", 24, {"value/kernel": (16, 2, 12), "out/kernel": (2, 12, 16)}),
+    ("deltanet", dict(num_heads=2), "conv_width", 3, {"rule/query/taps": (3, 16), "rule/value/taps": (3, 16)}),
     ("fnet", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5), "out/bias": (5,)}),
     ("lightconv", dict(num_heads=4), "num_heads", 8, {"convolution/taps": (31, 8)}),
     ("lightconv", dict(num_heads=4), "conv_width", 6, {"convolution/taps": (6, 4)}),
@@ -277,6 +282,7 @@ SIZES = {
 # Linear maps of a layer, where they are not four.
 MAPS = {
     "fnet": 1,
+    "deltanet": 5,
     "dss": 1,
     "dynamicconv": 3,
     "gla": 7,
@@ -308,7 +314,7 @@ OTHER_SHAPES = {
     "decay_down": (FEATURES, FEATURES),
     **{f"layers/0/{name}": (FEATURES, 4, FEATURES // 4) for name in ("query", "key", "value")},
     **{f"{block}/{name}": (FEATURES, FEATURES) for block in ("encoder", "layers/0") for name in ("inner", "outer")},
-    "encoder/out": (4, 2, FEATURES), "layers/0/out": (4, FEATURES // 4, FEATURES),
+    "rate": (FEATURES, 4), "encoder/out": (4, 2, FEATURES), "layers/0/out": (4, FEATURES // 4, FEATURES),
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ LAYERS = {
     "lightconv": ("lightconv", dict(num_heads=4, conv_width=4)),
     "dynamicconv": ("dynamicconv", dict(num_heads=4, conv_width=4)),
     "lsra": ("lsra", dict(num_heads=2, conv_width=4)),
+    "deltanet": ("deltanet", dict(num_heads=2, value_features=8)),
     "rglru": ("rglru", dict(hidden_features=12, num_blocks=3)),
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
