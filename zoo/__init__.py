@@ -16,6 +16,7 @@ from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.dense.entmax import EntmaxAttention
@@ -66,11 +67,11 @@ __all__ = [
     "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
     "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention",
     "CosformerAttention", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention",
-    "Experts", "FNet", "FeedForward", "GlobalAttention", "HTransformerAttention", "InducedSetAttention", "InformerAttention",
-    "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention",
-    "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention",
-    "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",
-    "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate",
-    "interop", "make", "masks", "positions", "stream",
+    "Experts", "FNet", "FeedForward", "GlobalAttention", "HTransformerAttention", "Hyena", "InducedSetAttention",
+    "InformerAttention", "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection",
+    "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention",
+    "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature",
+    "ReformerAttention", "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
+    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip

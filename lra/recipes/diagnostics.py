@@ -52,6 +52,7 @@ LAYERS = {
     "dynamicconv": dict(is_causal=True, conv_width=8),
     "lsra": dict(num_heads=4, is_causal=True, conv_width=8),
     "rglru": {},
+    "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),

@@ -61,6 +61,7 @@ LAYERS = {
     "dynamicconv": {},
     "lsra": dict(num_heads=8),
     "rglru": {},
+    "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),

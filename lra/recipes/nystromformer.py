@@ -54,6 +54,7 @@ LAYERS = {
     "dynamicconv": {},
     "lsra": HEADS,
     "rglru": {},
+    "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
