@@ -122,6 +122,18 @@ class GatedCache(NamedTuple):
     seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
+class MatrixCache(NamedTuple):
+    """The sum of each sample's keys times values so far, as it has decayed; its size does not grow with the tokens."""
+
+    state: Float[Array, "B N M V"]  # float32, whatever the dtype of the layer
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+    @classmethod
+    def zeros(cls, batch_size: int, num_heads: int, features: int, value_features: int) -> "MatrixCache":
+        state = jnp.zeros((batch_size, num_heads, features, value_features), jnp.float32)
+        return cls(state, jnp.zeros(batch_size, jnp.int32))
+
+
 class EfficientCache(NamedTuple):
     """Averages of the values so far, one for each feature of the keys, and the logarithms of their weights' sums."""
 
