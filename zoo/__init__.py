@@ -16,6 +16,7 @@ from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.delta.deltanet import DeltaNet
@@ -73,7 +74,7 @@ __all__ = [
     "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention",
     "CompressiveAttention", "CosformerAttention", "DeltaNet", "DiagonalAttention", "DualEncoder", "DynamicConv",
     "EfficientAttention", "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "GatedLinearAttention",
-    "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "InducedSetAttention", "InformerAttention",
+    "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "Hyena", "InducedSetAttention", "InformerAttention",
     "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
     "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention",
     "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention",

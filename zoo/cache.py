@@ -85,7 +85,7 @@ def poisoned(outputs: Float[Array, "B T *features"], cache) -> Float[Array, "B T
 
 def room(cache) -> int:
     """How many tokens of a sample fit into a cache that has a length: as many as it has keys, unless it says otherwise."""
-    return getattr(cache, "room", cache.key.shape[1])
+    return cache.room if hasattr(cache, "room") else cache.key.shape[1]
 
 
 def pieces(tokens, start: Int[Array, "B"], size: int):

@@ -14,6 +14,7 @@ from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.delta.deltanet import DeltaNet
@@ -114,6 +115,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,
     "lsra": LSRA,
+    "hyena": Hyena,
 }
 
 

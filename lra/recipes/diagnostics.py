@@ -58,6 +58,7 @@ LAYERS = {
     "lsra": dict(num_heads=4, is_causal=True, conv_width=8),
     "rglru": {},
     "deltanet": dict(num_heads=4),
+    "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),

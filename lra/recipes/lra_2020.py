@@ -67,6 +67,7 @@ LAYERS = {
     "lsra": dict(num_heads=8),
     "rglru": {},
     "deltanet": HEADS,
+    "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),

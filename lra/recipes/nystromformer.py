@@ -60,6 +60,7 @@ LAYERS = {
     "lsra": HEADS,
     "rglru": {},
     "deltanet": HEADS,
+    "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

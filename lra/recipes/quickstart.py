@@ -65,6 +65,7 @@ QUICKSTART = Recipe(
         "lsra": dict(num_heads=4),
         "rglru": {},
         "deltanet": dict(num_heads=4),
+        "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
         "fnet": {},
         "entmax": dict(num_heads=4),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),

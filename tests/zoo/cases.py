@@ -158,6 +158,11 @@ CASES = {
         Case("lightconv", dict(num_heads=4, conv_width=5), dict(num_heads=8, conv_width=15)),
         Case("dynamicconv", dict(num_heads=4, conv_width=5), dict(num_heads=8, conv_width=15)),
         Case("lsra", dict(num_heads=2, conv_heads=4, conv_width=5), dead=("attention/key/bias",)),
+        # Rounding of an FFT is in proportion to its largest token: here one 30 times as large as the others, gated by itself.
+        Case(
+            "hyena", dict(max_length=100, filter_features=8, num_bands=3, frequency=1.0),
+            dict(max_length=LONG, convolve_values=False), tolerance=2e-4,
+        ),
         # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.
         Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
         Case("entmax", dict(num_heads=4, num_kv_heads=2, alpha="learned"), dead=SOFTMAX_INVARIANT),

@@ -278,6 +278,7 @@ def test_short_convolutions(name, width, is_causal):
     ("gsa", dict(num_heads=2, num_slots=5)), ("based", dict(num_heads=2)),
     ("deltanet", dict(num_heads=2)),
     ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
+    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
