@@ -277,7 +277,6 @@ def test_short_convolutions(name, width, is_causal):
     ("retention", dict(num_heads=2)), ("gla", dict(num_heads=2)), ("hgrn2", dict(num_heads=2)),
     ("gsa", dict(num_heads=2, num_slots=5)), ("based", dict(num_heads=2)),
     ("deltanet", dict(num_heads=2)),
-    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
     ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
