@@ -16,15 +16,21 @@ from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
+from subquad.zoo.dense.forgetting import ForgettingAttention
+from subquad.zoo.dense.gau import GAU
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.dpfp import DPFPAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
+from subquad.zoo.kernelized.flash import FLASH
+from subquad.zoo.kernelized.hedgehog import HedgehogAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.kernelized.rfa import RFAAttention
@@ -60,6 +66,9 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
     "kernelized": KernelizedAttention,
     "entmax": EntmaxAttention,
+    "forgetting": ForgettingAttention,
+    "differential": DifferentialAttention,
+    "gau": GAU,
     "synthesizer": SynthesizerAttention,
     "fnet": FNet,
     "blockwise": BlockwiseAttention,
@@ -90,6 +99,9 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,
     "efficient": EfficientAttention,
+    "dpfp": DPFPAttention,
+    "hedgehog": HedgehogAttention,
+    "flash": FLASH,
     "rfa": RFAAttention,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,

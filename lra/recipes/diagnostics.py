@@ -40,6 +40,9 @@ LAYERS = {
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "cosformer": dict(num_heads=4, is_causal=True, max_length="{length}"),
     "efficient": dict(num_heads=4, is_causal=True),
+    "dpfp": dict(num_heads=4, is_causal=True),
+    "hedgehog": dict(num_heads=4, is_causal=True),
+    "flash": dict(is_causal=True, chunk_size=16, shared_features=16, value_features=64),
     "rfa": dict(num_heads=4, is_causal=True, num_features=32),
     "transformer_xl": dict(num_heads=4, segment_length=16, memory_length=48),
     "compressive": dict(num_heads=4, segment_length=16, memory_length=16, compressed_length=8),
@@ -54,6 +57,9 @@ LAYERS = {
     "rglru": {},
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),
+    "forgetting": dict(num_heads=4),
+    "differential": dict(num_heads=2, is_causal=True),
+    "gau": dict(is_causal=True, max_length="{length}", bias="simple", shared_features=16, value_features=64),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 # Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown

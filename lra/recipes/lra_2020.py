@@ -49,6 +49,9 @@ LAYERS = {
     "performer": dict(HEADS, num_features=2),
     "cosformer": dict(HEADS, max_length="{length}"),
     "efficient": HEADS,
+    "dpfp": HEADS,
+    "hedgehog": HEADS,
+    "flash": {},
     "rfa": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "compressive": dict(HEADS, segment_length=256, memory_length=256, compressed_length=64),
@@ -63,6 +66,9 @@ LAYERS = {
     "rglru": {},
     "fnet": {},
     "entmax": HEADS,
+    "forgetting": HEADS,
+    "differential": HEADS,
+    "gau": {},
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 ATTENTION = layers_with(LAYERS, "num_heads")

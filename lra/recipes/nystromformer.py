@@ -42,6 +42,9 @@ LAYERS = {
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "cosformer": dict(HEADS, max_length="{length}"),
     "efficient": HEADS,
+    "dpfp": HEADS,
+    "hedgehog": HEADS,
+    "flash": {},
     "rfa": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "compressive": dict(HEADS, segment_length=256, memory_length=256, compressed_length=64),
@@ -56,6 +59,9 @@ LAYERS = {
     "rglru": {},
     "fnet": {},
     "entmax": HEADS,
+    "forgetting": HEADS,
+    "differential": HEADS,
+    "gau": {},
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
 }
 SETTINGS = {
