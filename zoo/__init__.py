@@ -20,8 +20,11 @@ from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.delta.deltanet import DeltaNet
+from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
+from subquad.zoo.dense.forgetting import ForgettingAttention
+from subquad.zoo.dense.gau import GAU
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
@@ -37,7 +40,10 @@ from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.interchange import attention_fn
 from subquad.zoo.kernelized.based import BasedAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.dpfp import DPFPAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
+from subquad.zoo.kernelized.flash import FLASH
+from subquad.zoo.kernelized.hedgehog import HedgehogAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.kernelized.rfa import RFAAttention
@@ -70,11 +76,12 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BasedAttention",
-    "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention",
-    "CompressiveAttention", "CosformerAttention", "DeltaNet", "DiagonalAttention", "DualEncoder", "DynamicConv",
-    "EfficientAttention", "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "GatedLinearAttention",
-    "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "Hyena", "InducedSetAttention", "InformerAttention",
+    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention",
+    "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
+    "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet", "DiagonalAttention",
+    "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "Experts",
+    "FNet", "FeedForward", "ForgettingAttention", "GatedLinearAttention", "GatedSlotAttention", "GlobalAttention",
+    "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention", "InformerAttention",
     "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
     "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention",
     "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention",

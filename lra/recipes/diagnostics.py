@@ -40,6 +40,9 @@ LAYERS = {
     "performer": dict(num_heads=4, is_causal=True, num_features=32),
     "cosformer": dict(num_heads=4, is_causal=True, max_length="{length}"),
     "efficient": dict(num_heads=4, is_causal=True),
+    "dpfp": dict(num_heads=4, is_causal=True),
+    "hedgehog": dict(num_heads=4, is_causal=True),
+    "flash": dict(is_causal=True, chunk_size=16, shared_features=16, value_features=64),
     "rfa": dict(num_heads=4, is_causal=True, num_features=32),
     "based": dict(num_heads=4),
     "retention": dict(num_heads=4),
@@ -61,6 +64,9 @@ LAYERS = {
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),
+    "forgetting": dict(num_heads=4),
+    "differential": dict(num_heads=2, is_causal=True),
+    "gau": dict(is_causal=True, max_length="{length}", bias="simple", shared_features=16, value_features=64),
     "synthesizer": dict(num_heads=4, is_causal=True, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 # Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown

@@ -49,6 +49,9 @@ LAYERS = {
     "performer": dict(HEADS, num_features=2),
     "cosformer": dict(HEADS, max_length="{length}"),
     "efficient": HEADS,
+    "dpfp": HEADS,
+    "hedgehog": HEADS,
+    "flash": {},
     "rfa": HEADS,
     "based": HEADS,
     "retention": HEADS,
@@ -70,6 +73,9 @@ LAYERS = {
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,
+    "forgetting": HEADS,
+    "differential": HEADS,
+    "gau": {},
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 ATTENTION = layers_with(LAYERS, "num_heads")

@@ -42,6 +42,9 @@ LAYERS = {
     "performer": dict(HEADS, num_features=256, kernel="relu"),
     "cosformer": dict(HEADS, max_length="{length}"),
     "efficient": HEADS,
+    "dpfp": HEADS,
+    "hedgehog": HEADS,
+    "flash": {},
     "rfa": HEADS,
     "based": HEADS,
     "retention": HEADS,
@@ -63,6 +66,9 @@ LAYERS = {
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,
+    "forgetting": HEADS,
+    "differential": HEADS,
+    "gau": {},
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
 }
 SETTINGS = {

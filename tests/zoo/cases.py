@@ -131,6 +131,12 @@ CASES = {
         Case("linear", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("performer", dict(num_heads=2, num_features=24), dict(num_heads=4, num_features=64)),
         Case("cosformer", dict(num_heads=2, num_kv_heads=1, max_length=100), dict(num_heads=4, max_length=LONG)),
+        Case("dpfp", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
+        Case("hedgehog", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
+        Case(
+            "flash", dict(chunk_size=7, shared_features=4, value_features=8, bias="simple"),
+            dict(chunk_size=128, shared_features=64, value_features=512),
+        ),
         Case("rfa", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("retention", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("gla", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
@@ -166,6 +172,9 @@ CASES = {
         # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.
         Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
         Case("entmax", dict(num_heads=4, num_kv_heads=2, alpha="learned"), dead=SOFTMAX_INVARIANT),
+        Case("forgetting", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
+        Case("differential", dict(num_heads=2, num_kv_heads=1), dead=SOFTMAX_INVARIANT),
+        Case("gau", dict(shared_features=4, value_features=8, bias="simple", max_length=100)),
         Case(
             "synthesizer", dict(num_heads=2, max_length=100, synthesis=("dense", "random", "dot_product")),
             dead=SOFTMAX_INVARIANT,
