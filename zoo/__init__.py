@@ -26,6 +26,7 @@ from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.experts import Experts, RouterLosses
 from subquad.zoo.features import Centroids, RandomFeature
+from subquad.zoo.gated.mamba2 import Mamba2
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.interchange import attention_fn
@@ -68,9 +69,9 @@ __all__ = [
     "CosformerAttention", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention",
     "Experts", "FNet", "FeedForward", "GlobalAttention", "HTransformerAttention", "InducedSetAttention", "InformerAttention",
     "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention", "NystromAttention",
-    "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention",
-    "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",
-    "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate",
-    "interop", "make", "masks", "positions", "stream",
+    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba2", "Mega", "MemoryCompressedAttention",
+    "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature",
+    "ReformerAttention", "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
+    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip

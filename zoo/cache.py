@@ -190,6 +190,13 @@ class StateCache(NamedTuple):
     state: Float[Array, "B *state"]  # of complex modes the real parts, then the imaginary parts, along the last axis
 
 
+class RecurrentCache(NamedTuple):
+    """A matrix state after each sample's last real token, and what the tokens just before the next one gave a convolution."""
+
+    state: Float[Array, "B N M V"]  # float32, whatever the dtype of the layer, as `recent`
+    recent: Float[Array, "B W D"]  # the newest last; 0 before the first token
+
+
 class ReformerCache(NamedTuple):
     """Normalised keys, values and buckets of each sample's real tokens so far: the token at position t in slot t of S."""
 

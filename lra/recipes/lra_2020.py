@@ -52,6 +52,7 @@ LAYERS = {
     "rfa": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "compressive": dict(HEADS, segment_length=256, memory_length=256, compressed_length=64),
+    "mamba2": dict(head_features=32, state_size=64),
     "s4": {},
     "s5": {},
     "dss": {},

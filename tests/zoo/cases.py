@@ -143,6 +143,7 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256, compressed_length=64),
             dead=(*SOFTMAX_INVARIANT, "compressor/kernel", "compressor/bias"),
         ),
+        Case("mamba2", dict(head_features=8, state_size=6, num_groups=2), dict(hidden_features=512)),
         Case("s4", dict(state_size=8), dict(state_size=16)),
         Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),
         Case("dss", dict(state_size=8), dict(state_size=16)),
