@@ -40,6 +40,24 @@ def advance(states, query, key, values, decay=None, beta=None):
     return states, outputs
 
 
+def advance_exclusive(states, query, key, values, decay=None, beta=None):
+    """`advance`, where a token reads the states of the token before it: what that one would read with this one's query."""
+    first = tuple(query[:, :, :1] @ state for state in states)
+    states, outputs = advance(states, next_ones(query, 2), key, values, decay, beta)
+    return states, tuple(after_first(*both, 2) for both in zip(first, outputs, strict=True))
+
+
+def next_ones(query, axis):
+    """Of each token the next one's query, 0 of the last."""
+    widths = [(0, int(i == axis)) for i in range(query.ndim)]
+    return jnp.pad(jax.lax.slice_in_dim(query, 1, None, axis=axis), widths)
+
+
+def after_first(first, outputs, axis):
+    """The first token's outputs, then those that tokens have read for the next one."""
+    return jnp.concatenate([first, jax.lax.slice_in_dim(outputs, 0, -1, axis=axis)], axis)
+
+
 def corrections(states, key, values, decay, beta):
     """The values that the delta rule writes, u_t = beta_t (v_t - k_t^T decay_t S_{t-1}): [B, N, C, V]."""
     solve = delta_rule(key, decay, beta)

@@ -125,11 +125,19 @@ def make_normalized(length, dtype, rng, **options):
     return arrays | dict(sums=1 + jnp.abs(arrays["state"][..., 0]))
 
 
-def call_gated(arrays, implementation):
+def make_floored(length, dtype, rng, **options):
+    """As `make_gated`, with features of any sign and a floor that binds for some of the tokens."""
+    arrays = make_gated(length, dtype, rng, **options)
+    floor = rng.uniform(0.2, 1.0, arrays["query"].shape[:3])
+    return arrays | dict(sums=arrays["state"][..., 0], floor=jnp.asarray(floor, jnp.float32))
+
+
+def call_gated(arrays, implementation, exclusive=False):
     state = (arrays["state"], arrays["sums"]) if "sums" in arrays else arrays["state"]
     return linear.gated(
-        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"), normalize="sums" in arrays,
-        initial_state=state, return_state=True, scale=0.3, implementation=implementation,
+        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"), floor=arrays.get("floor"),
+        normalize="sums" in arrays, exclusive=exclusive, initial_state=state, return_state=True, scale=0.3,
+        implementation=implementation,
     )  # fmt: skip
 
 
@@ -151,9 +159,9 @@ def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
     return Spec("linear.random_feature_attention", name, maker, run, bench(maker), lengths)
 
 
-def gated_spec(name, maker=make_gated, **options):
-    maker = functools.partial(maker, **options)
-    return Spec("linear.gated", name, maker, call_gated, bench(maker), (63, 129))
+def gated_spec(name, maker=make_gated, exclusive=False, **options):
+    maker, run = functools.partial(maker, **options), functools.partial(call_gated, exclusive=exclusive)
+    return Spec("linear.gated", name, maker, run, bench(maker), (63, 129))
 
 
 SPECS = [
@@ -167,7 +175,9 @@ SPECS = [
     random_spec("relu-causal", True, "relu", make_relu),
     gated_spec("heads"),
     gated_spec("normalized", make_normalized),
+    gated_spec("floored", make_floored),
     gated_spec("channels", channels=True),
+    gated_spec("channels-exclusive", channels=True, exclusive=True),
     gated_spec("delta", delta=True),
     gated_spec("channels-delta", channels=True, delta=True),
 ]

@@ -19,8 +19,8 @@ from subquad.kernels.xla_cpu import hide_zeros
 FOREVER = 2.0**100
 
 
-@functools.partial(jax.jit, static_argnames=("normalize", "scale"))
-def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
+@functools.partial(jax.jit, static_argnames=("normalize", "exclusive", "scale"))
+def gated(query, key, value, log_decay, beta, floor, initial_state, normalize, exclusive, scale):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     heads = initial_state.shape[1]
 
@@ -29,10 +29,12 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
         query, key, value = repeated(heads, 1, *(chunk[name] for name in ("query", "key", "value")))
         values = with_ones(value) if normalize else (value,)
         decay = None if chunk["log_decay"] is None else recurrence.cumulate(chunk["log_decay"])
-        states, outputs = recurrence.advance(states, scale * query, key, values, decay, chunk["beta"])
-        return states, normalized(*outputs) if normalize else outputs[0]
+        advance = recurrence.advance_exclusive if exclusive else recurrence.advance
+        states, outputs = advance(states, scale * query, key, values, decay, chunk["beta"])
+        return states, normalized(*outputs, chunk["floor"]) if normalize else outputs[0]
 
-    arrays = dict(query=query, key=key, value=value, log_decay=as_rows(log_decay), beta=as_rows(beta))
+    rows = dict(log_decay=as_rows(log_decay), beta=as_rows(beta), floor=as_rows(floor))
+    arrays = dict(query=query, key=key, value=value, **rows)
     state = hide_zeros(initial_state.astype(jnp.float32))
     states = (state[..., :-1], state[..., -1:]) if normalize else (state,)
     states, outputs = chunks.scan(step, chunks.chunk_size(), (), states, arrays, value.dtype)
