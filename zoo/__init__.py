@@ -27,6 +27,7 @@ from subquad.zoo.encoder import Encoder
 from subquad.zoo.experts import Experts, RouterLosses
 from subquad.zoo.features import Centroids, RandomFeature
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.interchange import attention_fn
@@ -64,7 +65,7 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
+    "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "RWKV6", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
     "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention",
     "CosformerAttention", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention",
     "Experts", "FNet", "FeedForward", "GlobalAttention", "HTransformerAttention", "InducedSetAttention", "InformerAttention",

@@ -39,6 +39,11 @@ def counts(tokens: Array, mask: Bool[Array, "B 1 1 T"] | None) -> Int[Array, "B"
     return jnp.broadcast_to(mask.sum(axis=(1, 2, 3), dtype=jnp.int32), tokens.shape[0])
 
 
+def first_real(tokens: Array, counts: Int[Array, "B"] | None) -> Bool[Array, "B 1 1 T"] | None:
+    """The mask of the first `counts` of T new tokens [B, T, ...]; None: all."""
+    return None if counts is None else (jnp.arange(tokens.shape[1])[None] < counts[:, None])[:, None, None]
+
+
 def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"], mask) -> KVCache:
     """The cache with each sample's real tokens of T more, the first ones; `mask` [B, 1, 1, T] or None (all real).
 

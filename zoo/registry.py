@@ -22,6 +22,7 @@ from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
@@ -95,6 +96,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "mamba2": Mamba2,
+    "rwkv6": RWKV6,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,

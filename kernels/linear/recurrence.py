@@ -40,11 +40,21 @@ def advance(states, query, key, values, decay=None, beta=None):
     return states, outputs
 
 
-def advance_exclusive(states, query, key, values, decay=None, beta=None):
-    """`advance`, where a token reads the states of the token before it: what that one would read with this one's query."""
+def advance_after_reading(bonus, states, query, key, values, decay=None, beta=None):
+    """`advance`, where a token reads the states of the token before it, and of what it brings itself the bonus [N, M].
+
+    That is what the token before would read with this one's query.
+    """
     first = tuple(query[:, :, :1] @ state for state in states)
     states, outputs = advance(states, next_ones(query, 2), key, values, decay, beta)
-    return states, tuple(after_first(*both, 2) for both in zip(first, outputs, strict=True))
+    own = own_score(bonus[:, None], query, key)
+    outputs = [after_first(*both, 2) for both in zip(first, outputs, strict=True)]
+    return states, tuple(x + own * value for x, value in zip(outputs, values, strict=True))
+
+
+def own_score(bonus, query, key):
+    """What a token reads of itself: q^T diag(bonus) k, [..., 1]."""
+    return jnp.sum(query * (bonus * key), -1, keepdims=True)
 
 
 def next_ones(query, axis):

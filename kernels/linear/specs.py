@@ -132,11 +132,17 @@ def make_floored(length, dtype, rng, **options):
     return arrays | dict(sums=arrays["state"][..., 0], floor=jnp.asarray(floor, jnp.float32))
 
 
-def call_gated(arrays, implementation, exclusive=False):
+def make_reading_first(length, dtype, rng, **options):
+    """As `make_gated`, with a bonus of the present token."""
+    arrays = make_gated(length, dtype, rng, **options)
+    return arrays | dict(bonus=jnp.asarray(rng.normal(size=arrays["state"].shape[1:3]), jnp.float32))
+
+
+def call_gated(arrays, implementation):
     state = (arrays["state"], arrays["sums"]) if "sums" in arrays else arrays["state"]
     return linear.gated(
-        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"), floor=arrays.get("floor"),
-        normalize="sums" in arrays, exclusive=exclusive, initial_state=state, return_state=True, scale=0.3,
+        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"), bonus=arrays.get("bonus"),
+        floor=arrays.get("floor"), normalize="sums" in arrays, initial_state=state, return_state=True, scale=0.3,
         implementation=implementation,
     )  # fmt: skip
 
@@ -159,9 +165,9 @@ def random_spec(name, is_causal, kernel, maker=make_random, lengths=SEVERAL):
     return Spec("linear.random_feature_attention", name, maker, run, bench(maker), lengths)
 
 
-def gated_spec(name, maker=make_gated, exclusive=False, **options):
-    maker, run = functools.partial(maker, **options), functools.partial(call_gated, exclusive=exclusive)
-    return Spec("linear.gated", name, maker, run, bench(maker), (63, 129))
+def gated_spec(name, maker=make_gated, **options):
+    maker = functools.partial(maker, **options)
+    return Spec("linear.gated", name, maker, call_gated, bench(maker), (63, 129))
 
 
 SPECS = [
@@ -177,7 +183,7 @@ SPECS = [
     gated_spec("normalized", make_normalized),
     gated_spec("floored", make_floored),
     gated_spec("channels", channels=True),
-    gated_spec("channels-exclusive", channels=True, exclusive=True),
+    gated_spec("channels-bonus", make_reading_first, channels=True),
     gated_spec("delta", delta=True),
     gated_spec("channels-delta", channels=True, delta=True),
 ]

@@ -11,7 +11,7 @@ from subquad.kernels import launch, linear, machine_code
 from tests import oracle
 
 FORMS = ["plain", "heads", "channels", "delta", "heads-delta", "channels-delta"]
-gated = jax.jit(linear.gated, static_argnames=("normalize", "exclusive", "return_state", "scale", "implementation"))
+gated = jax.jit(linear.gated, static_argnames=("normalize", "return_state", "scale", "implementation"))
 
 
 def draw(form, length, *, batch=2, heads=2, features=8, values=6, seed=0):
@@ -102,13 +102,14 @@ def test_outputs_and_gradients_are_those_of_the_peer(name, implementation):
 # ----------------------------------------------------------------------------------------------------- the definition
 
 
-def float64_loop(query, key, value, initial_state, log_decay=None, beta=None, exclusive=False):
+def float64_loop(query, key, value, initial_state, log_decay=None, beta=None, bonus=None):
     """The docstring's lines in NumPy."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     state, out = np.array(initial_state, np.float64), np.zeros(value.shape)
     for t in range(query.shape[1]):
-        if exclusive:
-            out[:, t] = np.einsum("bnm,bnmv->bnv", query[:, t], state)
+        if bonus is not None:
+            own = (np.float64(bonus) * key[:, t])[..., None] * value[:, t, :, None]
+            out[:, t] = np.einsum("bnm,bnmv->bnv", query[:, t], state + own)
         if log_decay is not None:
             decay = np.exp(np.asarray(log_decay[:, t], np.float64))
             state *= decay[..., None] if decay.ndim == 3 else decay[..., None, None]
@@ -116,7 +117,7 @@ def float64_loop(query, key, value, initial_state, log_decay=None, beta=None, ex
         if beta is not None:
             write = np.asarray(beta[:, t], np.float64)[..., None] * (write - np.einsum("bnm,bnmv->bnv", key[:, t], state))
         state += key[:, t, :, :, None] * write[:, :, None]
-        if not exclusive:
+        if bonus is None:
             out[:, t] = np.einsum("bnm,bnmv->bnv", query[:, t], state)
     return out, state
 
@@ -130,14 +131,14 @@ def test_values_are_the_definition(form, implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("form", ["channels", "heads-delta"])
-def test_an_exclusive_token_reads_the_state_before_it(form, implementation):
-    arrays = draw(form, 75)
-    want = float64_loop(**arrays, exclusive=True)
-    assert_close(call(arrays, exclusive=True, implementation=implementation), want)
+def test_with_a_bonus_a_token_reads_the_state_before_it(form, implementation):
+    arrays = draw(form, 75) | dict(bonus=np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32))
+    want = float64_loop(**arrays)
+    assert_close(call(arrays, implementation=implementation), want)
     pieces, state = [], arrays["initial_state"]
     for cut in (slice(0, 70), slice(70, 71), slice(71, 75)):
-        part = {name: x[:, cut] for name, x in arrays.items()} | dict(initial_state=state)
-        out, state = call(part, exclusive=True, implementation=implementation)
+        part = {name: x if name == "bonus" else x[:, cut] for name, x in arrays.items()} | dict(initial_state=state)
+        out, state = call(part, implementation=implementation)
         pieces.append(out)
     assert_close((jnp.concatenate(pieces, 1), state), want)
 
@@ -273,8 +274,8 @@ def test_neighbouring_heads_share_keys(implementation):
     arrays = draw("heads-delta", 9, heads=4)
     arrays |= dict(query=arrays["query"][:, :, :2], key=arrays["key"][:, :, :1])
     share = lambda x: x | {name: jnp.repeat(x[name], 4 // x[name].shape[2], 2) for name in ("query", "key", "value")}
-    run = jax.value_and_grad(lambda x: sum(jnp.cos(y).sum() for y in call(x, implementation=implementation)))
-    got, want = jax.jit(run)(arrays), jax.jit(jax.value_and_grad(lambda x: sum(jnp.cos(y).sum() for y in call(share(x)))))(arrays)
+    run = lambda x, prepare: sum(jnp.cos(y).sum() for y in call(prepare(x), implementation=implementation))
+    got, want = (jax.jit(jax.value_and_grad(functools.partial(run, prepare=p)))(arrays) for p in (lambda x: x, share))
     assert_close(got, want)
 
 

@@ -33,7 +33,7 @@ def small_blocks(monkeypatch):
     "name",
     ["linear.attention/causal", "linear.attention/bidirectional", "linear.attention/segments"]
     + ["linear.random_feature_attention/softmax-causal", "linear.gated/heads", "linear.gated/normalized"]
-    + ["linear.gated/channels", "linear.gated/channels-delta", "linear.gated/floored", "linear.gated/channels-exclusive"],
+    + ["linear.gated/channels", "linear.gated/channels-delta", "linear.gated/floored", "linear.gated/channels-bonus"],
 )
 def test_states_and_values_in_several_blocks(name, small_blocks):
     spec = specs.find(name)

@@ -40,7 +40,7 @@ def test_the_dual_form():
     key, query = (np.repeat(part.reshape(2, 11, GROUPS, STATE), HEADS // GROUPS, 2) for part in (key, query))
     step = np.log1p(np.exp(x @ read(layer.step.kernel) + read(layer.step_bias)))
     log_decay = -step * np.exp(read(layer.log_rate))
-    y = read(layer.skip)[:, None] * value
+    y = read(layer.direct)[:, None] * value
     for b, n, t in np.ndindex(2, HEADS, 11):
         for s in range(t + 1):
             weight = np.exp(log_decay[b, s + 1 : t + 1, n].sum()) * query[b, t, n] @ key[b, s, n]
@@ -57,7 +57,7 @@ def test_a_step_of_nothing_keeps_the_state():
     layer.step_bias[...] = jnp.full(HEADS, -200.0)
     _, after = layer.recur(x, cache=cache)
     np.testing.assert_array_equal(after.state, cache.state)
-    np.testing.assert_allclose(layer.recur(x)[0].reshape(9, HEADS, WIDTH), layer.skip[...][:, None] * layer.values(
+    np.testing.assert_allclose(layer.recur(x)[0].reshape(9, HEADS, WIDTH), layer.direct[...][:, None] * layer.values(
         layer.convolution(layer.input(x))[0][0]), rtol=1e-5)  # fmt: skip
     layer.step_bias[...], layer.log_rate[...] = jnp.full(HEADS, 5.0), jnp.full(HEADS, 4.0)
     np.testing.assert_allclose(layer.recur(x)[0][:, 4:], layer.recur(x[:, 4:])[0], rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Support
-from subquad.zoo.cache import RecurrentCache
+from subquad.zoo.cache import RecurrentCache, first_real
 from subquad.zoo.checks import check_sizes, refuse
 from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.gated.decay import with_segments
@@ -106,7 +106,7 @@ class Mamba2(Headless):
         step = jnp.exp(draw(math.log(dt_min), math.log(dt_max)))
         self.step_bias = nnx.Param((step + jnp.log(-jnp.expm1(-step))).astype(self.param_dtype))  # softplus of it is the step
         self.log_rate = nnx.Param(jnp.log(draw(1, 16)).astype(self.param_dtype))
-        self.skip = nnx.Param(jnp.ones(heads, self.param_dtype))
+        self.direct = nnx.Param(jnp.ones(heads, self.param_dtype))
         group = num_groups, hidden // num_groups
         self.norm = GatedNorm(group, gate_first=True, param_dtype=self.param_dtype)
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)
@@ -136,8 +136,8 @@ class Mamba2(Headless):
             keys[1], keys[0], value, with_segments(log_decay, segment_ids), mask=kept, initial_state=state, return_state=True,
             implementation=self.implementation,
         )
-        skip = self.skip[...].astype(inputs.dtype)[None, :, None]
-        outputs = in_pieces(lambda y, x: (y + skip * self.values(x)).reshape(len(y), -1), heads, convolved)
+        direct = self.direct[...].astype(inputs.dtype)[None, :, None]
+        outputs = in_pieces(lambda y, x: (y + direct * self.values(x)).reshape(len(y), -1), heads, convolved)
         return outputs, None if cache is None else RecurrentCache(state, recent)
 
     def respond(self, inputs, mask, segment_ids):
@@ -152,9 +152,4 @@ class Mamba2(Headless):
         return RecurrentCache(empty, self.convolution.empty(batch_size))
 
     def respond_after(self, inputs, state, counts):
-        return self.recur(inputs, None if counts is None else first(counts, inputs.shape[1]), cache=state)
-
-
-def first(counts: Int[Array, "B"], length: int) -> Bool[Array, "B 1 1 T"]:
-    """The mask of the first `counts` of some tokens."""
-    return (jnp.arange(length)[None] < counts[:, None])[:, None, None]
+        return self.recur(inputs, first_real(inputs, counts), cache=state)
