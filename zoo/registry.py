@@ -30,6 +30,8 @@ from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.kernelized.based import BasedAttention
@@ -118,6 +120,8 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "deltanet": DeltaNet,
+    "mamba2": Mamba2,
+    "rwkv6": RWKV6,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,

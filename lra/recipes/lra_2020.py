@@ -60,6 +60,8 @@ LAYERS = {
     "gsa": HEADS,
     "transformer_xl": dict(HEADS, segment_length=256, memory_length=256),
     "compressive": dict(HEADS, segment_length=256, memory_length=256, compressed_length=64),
+    "mamba2": dict(head_features=32, state_size=64),
+    "rwkv6": dict(head_features=32),
     "s4": {},
     "s5": {},
     "dss": {},

@@ -155,6 +155,8 @@ CASES = {
             dead=(*SOFTMAX_INVARIANT, "compressor/kernel", "compressor/bias"),
         ),
         Case("deltanet", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=2)),
+        Case("mamba2", dict(head_features=8, state_size=6, num_groups=2), dict(hidden_features=512)),
+        Case("rwkv6", dict(head_features=8, mix_rank=4, decay_rank=5), dict(head_features=64)),
         Case("s4", dict(state_size=8), dict(state_size=16)),
         Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),
         Case("dss", dict(state_size=8), dict(state_size=16)),

@@ -284,6 +284,8 @@ def test_short_convolutions(name, width, is_causal):
     ("entmax", dict(num_heads=2)),
     ("forgetting", dict(num_heads=2)), ("differential", dict(num_heads=2)),
     ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
+    ("mamba2", dict(head_features=4)),
+    ("rwkv6", dict(head_features=4)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])

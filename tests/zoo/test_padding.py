@@ -49,6 +49,8 @@ LAYERS = {
     "dynamicconv": ("dynamicconv", dict(num_heads=4, conv_width=4)),
     "lsra": ("lsra", dict(num_heads=2, conv_width=4)),
     "deltanet": ("deltanet", dict(num_heads=2, value_features=8)),
+    "mamba2": ("mamba2", dict(head_features=8, state_size=4)),
+    "rwkv6": ("rwkv6", dict(head_features=8, mix_rank=4)),
     "rglru": ("rglru", dict(hidden_features=12, num_blocks=3)),
     "hyena": ("hyena", dict(max_length=20, filter_features=8, num_bands=3, frequency=1.0)),
     "s4": ("s4", dict(state_size=8)),
