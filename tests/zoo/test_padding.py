@@ -35,6 +35,10 @@ LAYERS = {
     "performer": ("performer", dict(num_heads=2, num_features=24, rotary_base=100.0)),
     "h_transformer": ("h_transformer", dict(num_heads=2, block_size=2, rotary_base=100.0)),
     "compressive": ("compressive", dict(num_heads=2, segment_length=4, memory_length=2, compressed_length=2, rate=2)),
+    "compressive-used": (
+        "compressive",
+        dict(num_heads=2, segment_length=4, memory_length=2, compressed_length=2, rate=2, compression="most_used"),
+    ),
     "transformer_xl": ("transformer_xl", dict(num_heads=2, segment_length=4, memory_length=3)),
     "synthesizer": ("synthesizer", dict(num_heads=2, max_length=20, synthesis=("random", "dense"))),
     "s5": ("s5", dict(state_size=8)),
