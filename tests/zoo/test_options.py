@@ -120,6 +120,8 @@ COMPUTED = [
         ("compressive", dict(num_heads=2, segment_length=4, memory_length=4, compressed_length=4, rate=2), option, value)
         for option, value in dict(segment_length=6, memory_length=2, compressed_length=2, rate=1, compression="max").items()
     ),
+    ("compressive", dict(num_heads=2, segment_length=4, memory_length=4, rate=2), "compression", "most_used"),
+    ("compressive", dict(num_heads=2, segment_length=8, memory_length=4, rate=2, compression="dilated"), "dilation", 1),
     ("s4", dict(state_size=4, mode="diagonal"), "discretization", "bilinear"),
     ("s5", dict(state_size=8, dt_min=0.5, dt_max=2.0), "discretization", "bilinear"),
     ("entmax", dict(num_heads=2), "rotary_base", 100.0),

@@ -36,6 +36,10 @@ LAYERS = {
     "retention": ("retention", dict(num_heads=2, rotary_base=100.0)),
     "h_transformer": ("h_transformer", dict(num_heads=2, block_size=2, rotary_base=100.0)),
     "compressive": ("compressive", dict(num_heads=2, segment_length=4, memory_length=2, compressed_length=2, rate=2)),
+    "compressive-used": (
+        "compressive",
+        dict(num_heads=2, segment_length=4, memory_length=2, compressed_length=2, rate=2, compression="most_used"),
+    ),
     "transformer_xl": ("transformer_xl", dict(num_heads=2, segment_length=4, memory_length=3)),
     "forgetting": ("forgetting", dict(num_heads=2, rotary_base=100.0)),
     "synthesizer": ("synthesizer", dict(num_heads=2, max_length=20, synthesis=("random", "dense"))),
