@@ -29,8 +29,8 @@ from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
-from subquad.zoo.gated.retention import Retention
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.retention import Retention
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention

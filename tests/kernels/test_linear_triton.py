@@ -31,17 +31,12 @@ def small_blocks(monkeypatch):
 
 # By default those that hold the most: segments, feature maps, a normaliser, decays of channels and the delta rule.
 SEVERAL = ["linear.attention/segments", "linear.random_feature_attention/softmax-causal"]
-SEVERAL += ["linear.gated/normalized", "linear.gated/channels-delta"]
+SEVERAL += ["linear.gated/normalized", "linear.gated/channels-delta", "linear.gated/channels-bonus"]
 OTHERS = ["linear.attention/causal", "linear.attention/bidirectional", "linear.gated/heads", "linear.gated/channels"]
+OTHERS += ["linear.gated/floored"]
 
 
 @pytest.mark.parametrize("name", SEVERAL + [pytest.param(name, marks=pytest.mark.full) for name in OTHERS])
-@pytest.mark.parametrize(
-    "name",
-    ["linear.attention/causal", "linear.attention/bidirectional", "linear.attention/segments"]
-    + ["linear.random_feature_attention/softmax-causal", "linear.gated/heads", "linear.gated/normalized"]
-    + ["linear.gated/channels", "linear.gated/channels-delta", "linear.gated/floored", "linear.gated/channels-bonus"],
-)
 def test_states_and_values_in_several_blocks(name, small_blocks):
     spec = specs.find(name)
     arrays = spec.draw(37)

@@ -96,7 +96,9 @@ class FLASH(Headless):
         return unit.finish(self, inputs, responses)
 
     @precision.full
-    def _in_chunks(self, z, value, start: Int[Array, "B"], number: Int[Array, "B"], before: Float[Array, "B Z V"] | None = None):
+    def _in_chunks(
+        self, z, value, start: Int[Array, "B"], number: Int[Array, "B"], before: Float[Array, "B Z V"] | None = None
+    ):
         """Sums for tokens from `start` on, the first of a chunk -> (sums, what each chunk adds [B, G, Z, V]).
 
         Args:
