@@ -44,7 +44,7 @@ LAYERS = {
     "hedgehog": dict(num_heads=4, is_causal=True),
     "flash": dict(is_causal=True, chunk_size=16, shared_features=16, value_features=64),
     "rfa": dict(num_heads=4, is_causal=True, num_features=32),
-    "based": dict(num_heads=4),
+    "based": dict(num_heads=4, is_causal=True),
     "retention": dict(num_heads=4),
     "gla": dict(num_heads=4),
     "hgrn2": dict(num_heads=4),
