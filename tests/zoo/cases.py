@@ -141,7 +141,7 @@ CASES = {
         Case("retention", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("gla", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("hgrn2", dict(num_heads=4, lower_bound=0.25), dict(num_heads=4)),
-        Case("based", dict(num_heads=4, num_kv_heads=2, qkv_features=12), dict(num_heads=4)),
+        Case("based", dict(num_heads=4, num_kv_heads=2, qkv_features=16), dict(num_heads=4)),
         Case("gsa", dict(num_heads=4, num_kv_heads=2, num_slots=6), dict(num_heads=4, num_slots=32)),
         Case("efficient", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4), dead=SOFTMAX_INVARIANT),
         Case(
