@@ -18,7 +18,10 @@ from subquad.zoo.conversion import convert
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
+from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
+from subquad.zoo.delta.kda import KimiDeltaAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
@@ -66,12 +69,12 @@ from subquad.zoo.statespace.s5 import S5
 __all__ = [
     "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
     "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention",
-    "CosformerAttention", "DeltaNet", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder",
-    "EntmaxAttention", "Experts", "FNet", "FeedForward", "GlobalAttention", "HTransformerAttention", "InducedSetAttention",
-    "InformerAttention", "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection",
-    "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention",
-    "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature",
-    "ReformerAttention", "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
-    "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
-    "convert", "generate", "interop", "make", "masks", "positions", "stream",
+    "CosformerAttention", "DeltaNet", "DeltaProduct", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention",
+    "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "GatedDeltaNet", "GlobalAttention", "HTransformerAttention",
+    "InducedSetAttention", "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention",
+    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention",
+    "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
+    "RandomAttention", "RandomFeature", "ReformerAttention", "RouterLosses", "RoutingAttention", "SinkhornAttention",
+    "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
+    "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip

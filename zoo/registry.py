@@ -16,7 +16,10 @@ from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
+from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
+from subquad.zoo.delta.kda import KimiDeltaAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.kernelized import KernelizedAttention
@@ -95,6 +98,9 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "delta_product": DeltaProduct,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,
