@@ -206,7 +206,7 @@ def gated(
 
     Args:
         query, key, value: each may have fewer heads than N, the most of the three: a divisor of N, and then N over it
-            neighbours share one. They are repeated.
+            neighbours share one.
         log_decay: at most 0, per head or per channel of the key; -inf forgets everything before. None: 0.
         beta: how much of the value that key t reads is replaced, in [0, 1]; in [0, 2] a state may also be reflected.
             Keys of unit length keep the update a contraction.
@@ -241,7 +241,6 @@ def gated(
     if scale is not None and not isinstance(scale, numbers.Real):
         raise TypeError(f"{owner}: scale must be a number, got {type(scale).__name__}. Multiply query by an array instead.")
     heads = max(x.shape[2] for x in (query, key, value))
-    query, key, value = (x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], 2) for x in (query, key, value))
     query, key, value, log_decay, beta = checks.hide(mask, query, key, value, log_decay, beta)
     batch, features, values = query.shape[0], query.shape[3], value.shape[3]
     if initial_state is None:

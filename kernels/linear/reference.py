@@ -15,6 +15,7 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     dtype = value.dtype
     wide = lambda x: None if x is None else precision.wide(x)
+    query, key, value = repeated(initial_state.shape[1], 2, query, key, value)
     query, key, value, log_decay, beta = map(wide, (query, key, value, log_decay, beta))
     if normalize:
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
@@ -84,6 +85,11 @@ def random_feature_attention(query, key, value, projection, kernel, mask, segmen
     else:
         query, key = relu_features(query, projection), relu_features(key, projection)
     return attention(query, key, value, scale, mask, segments, is_causal, initial_state, 0.0)
+
+
+def repeated(heads: int, axis: int, *arrays):
+    """The arrays with that many heads, of which neighbours are the same where there are fewer."""
+    return tuple(x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis) for x in arrays)
 
 
 def finite(largest):

@@ -53,7 +53,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import launch, precision, tuning
 from subquad.kernels.flash.triton import head_of, padded
 from subquad.kernels.linear import recurrence
-from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, divide, finite, normalized
+from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, divide, finite, normalized, repeated
 from subquad.kernels.linear.xla import FEATURES, FOREVER, as_rows, first_state, running_maximum, visible_scale, with_ones
 from subquad.kernels.operation import operation
 
@@ -709,6 +709,7 @@ def joined(pieces, length: int):
 def gated(query, key, value, log_decay, beta, initial_state, normalize, scale, *, mode):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     dtype = value.dtype
+    query, key, value = repeated(initial_state.shape[1], 2, query, key, value)
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
     if normalize and beta is not None:  # a sum of keys that is corrected, too, is one of the values
