@@ -19,7 +19,10 @@ from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
+from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
+from subquad.zoo.delta.kda import KimiDeltaAttention
 from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
@@ -80,14 +83,15 @@ from subquad.zoo.statespace.s5 import S5
 __all__ = [
     "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "RWKV6", "S4", "S5", "Attention", "AxialAttention",
     "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
-    "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet", "DiagonalAttention",
-    "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "Experts",
-    "FNet", "FeedForward", "ForgettingAttention", "GatedLinearAttention", "GatedSlotAttention", "GlobalAttention",
-    "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention", "InformerAttention",
-    "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba2", "Mega", "MemoryCompressedAttention",
-    "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature",
-    "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention",
-    "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
-    "attention_fn", "convert", "generate", "interop", "make", "masks", "positions", "stream",
+    "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet", "DeltaProduct",
+    "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder",
+    "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention", "GatedDeltaNet", "GatedLinearAttention",
+    "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention",
+    "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention",
+    "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba2", "Mega",
+    "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
+    "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
+    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

@@ -17,8 +17,11 @@ from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
 from subquad.zoo.dense.differential import DifferentialAttention
+from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
+from subquad.zoo.delta.kda import KimiDeltaAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.forgetting import ForgettingAttention
@@ -122,6 +125,9 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "deltanet": DeltaNet,
     "mamba2": Mamba2,
     "rwkv6": RWKV6,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "delta_product": DeltaProduct,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,
