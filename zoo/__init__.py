@@ -58,6 +58,7 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
@@ -69,7 +70,7 @@ __all__ = [
     "CosformerAttention", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention",
     "Experts", "FNet", "FeedForward", "GlobalAttention", "HTransformerAttention", "Hyena", "InducedSetAttention",
     "InformerAttention", "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection",
-    "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mega", "MemoryCompressedAttention",
+    "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mega", "MemoryCompressedAttention",
     "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature",
     "ReformerAttention", "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention",
     "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",

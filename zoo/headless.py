@@ -67,10 +67,10 @@ class Headless(nnx.Module):
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         self.sees = CAUSAL if is_causal else None
 
-    def linear(self, in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
+    def linear(self, in_features: int, out_features: int, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
         """A linear map in the layer's dtypes."""
         dtypes = dict[str, Any](dtype=self.dtype, param_dtype=self.param_dtype)
-        return nnx.Linear(in_features, out_features, precision=self.precision, rngs=rngs, **dtypes)
+        return nnx.Linear(in_features, out_features, use_bias=use_bias, precision=self.precision, rngs=rngs, **dtypes)
 
     def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids, **draws) -> Float[Array, "B T D"]:
         """What each token gets from all: of inputs whose padding, by `mask` [B, 1, 1, T], comes last and is 0."""

@@ -52,6 +52,7 @@ LAYERS = {
     "dynamicconv": dict(is_causal=True, conv_width=8),
     "lsra": dict(num_heads=4, is_causal=True, conv_width=8),
     "rglru": {},
+    "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),

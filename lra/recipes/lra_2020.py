@@ -61,6 +61,7 @@ LAYERS = {
     "dynamicconv": {},
     "lsra": dict(num_heads=8),
     "rglru": {},
+    "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,

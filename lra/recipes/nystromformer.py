@@ -54,6 +54,7 @@ LAYERS = {
     "dynamicconv": {},
     "lsra": HEADS,
     "rglru": {},
+    "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,

@@ -59,6 +59,7 @@ QUICKSTART = Recipe(
         "dynamicconv": dict(num_heads=4, conv_width=15),
         "lsra": dict(num_heads=4),
         "rglru": {},
+        "mamba": dict(state_size=8),
         "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
         "fnet": {},
         "entmax": dict(num_heads=4),

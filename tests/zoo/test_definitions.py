@@ -274,7 +274,7 @@ def test_short_convolutions(name, width, is_causal):
     ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
     ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("mega", {}), ("entmax", dict(num_heads=2)),
-    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)),
+    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)), ("mamba", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])

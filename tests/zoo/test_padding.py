@@ -46,6 +46,7 @@ LAYERS = {
     "lsra": ("lsra", dict(num_heads=2, conv_width=4)),
     "rglru": ("rglru", dict(hidden_features=12, num_blocks=3)),
     "hyena": ("hyena", dict(max_length=20, filter_features=8, num_bands=3, frequency=1.0)),
+    "mamba": ("mamba", dict(hidden_features=12, state_size=4, step_rank=3)),
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
 }

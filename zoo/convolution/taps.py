@@ -52,9 +52,8 @@ class CausalConvolution(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if use_bias else nnx.data(None)
 
     def __call__(self, inputs: Float[Array, "B T C"], mask=None, segment_ids=None, state=None):
-        """u; with a `state`, also that after the last real token."""
-        outputs, after = weigh(inputs, self.taps, self.bias, mask, segment_ids, state, self.implementation)
-        return outputs if state is None else (outputs, after)
+        """u, and the state after the last real token; without a `state` before the first, None."""
+        return weigh(inputs, self.taps, self.bias, mask, segment_ids, state, self.implementation)
 
     def empty(self, batch_size: int) -> Float[Array, "B K-1 C"]:
         """The state before the first token."""
