@@ -75,6 +75,7 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
@@ -88,8 +89,8 @@ __all__ = [
     "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention", "GatedDeltaNet", "GatedLinearAttention",
     "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention",
     "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention",
-    "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba2", "Mega",
-    "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
+    "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mamba2",
+    "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
     "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
     "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
     "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",

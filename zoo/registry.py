@@ -67,6 +67,7 @@ from subquad.zoo.recurrent.compressive import CompressiveAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
@@ -134,6 +135,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "s5": S5,
     "lru": LRU,
     "rglru": RGLRU,
+    "mamba": Mamba,
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,
     "lsra": LSRA,

@@ -63,6 +63,7 @@ LAYERS = {
     "lsra": dict(num_heads=4, is_causal=True, conv_width=8),
     "rglru": {},
     "deltanet": dict(num_heads=4),
+    "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),

@@ -72,6 +72,7 @@ LAYERS = {
     "lsra": dict(num_heads=8),
     "rglru": {},
     "deltanet": HEADS,
+    "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,

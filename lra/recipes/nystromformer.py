@@ -65,6 +65,7 @@ LAYERS = {
     "lsra": HEADS,
     "rglru": {},
     "deltanet": HEADS,
+    "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,

@@ -70,6 +70,7 @@ QUICKSTART = Recipe(
         "lsra": dict(num_heads=4),
         "rglru": {},
         "deltanet": dict(num_heads=4),
+        "mamba": dict(state_size=8),
         "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
         "fnet": {},
         "entmax": dict(num_heads=4),

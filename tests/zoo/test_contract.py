@@ -26,6 +26,7 @@ from subquad.zoo.base import Attention
 
 from . import cases
 from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, inputs, label, sampled
+from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, Case, inputs, label, sampled
 
 by_direction = pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 by_one_direction = pytest.mark.parametrize("name,is_causal", cases.one_direction(DIRECTIONS), ids=label)
@@ -185,7 +186,8 @@ def test_jacobian_stays_inside_the_pattern(name, is_causal):
     layer = layer_of(name, is_causal)
     x = inputs(length, batch=1)[0]
     jacobian = jax.jit(jax.jacrev(lambda x: layer(x).sum(-1)))(x)
-    reached = np.asarray(jnp.abs(jacobian).sum(-1) > 1e-7)
+    least = 1e-7 * CASES[name].tolerance / Case.tolerance  # of rounding that mixes tokens
+    reached = np.asarray(jnp.abs(jacobian).sum(-1) > least)
     allowed = layer.pattern(length).any(0)
     assert allowed.shape == (length, length) and allowed.dtype == bool
     assert not (reached & ~allowed).any()
