@@ -19,9 +19,9 @@ from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
-from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
 from subquad.zoo.delta.kda import KimiDeltaAttention
+from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
 from subquad.zoo.dense.forgetting import ForgettingAttention

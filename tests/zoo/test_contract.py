@@ -25,7 +25,6 @@ from subquad.lra.bench import measure
 from subquad.zoo.base import Attention
 
 from . import cases
-from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, inputs, label, sampled
 from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, Case, inputs, label, sampled
 
 by_direction = pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
