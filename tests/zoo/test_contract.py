@@ -96,7 +96,9 @@ def close(actual, expected, name: str, scale: float = 1.0):
 
 
 @by_direction
-@pytest.mark.parametrize("length", [1, 63, *(pytest.param(length, marks=pytest.mark.full) for length in (7, 100))])
+@pytest.mark.parametrize(
+    "length", [1, pytest.param(63, marks=sampled), *(pytest.param(length, marks=pytest.mark.full) for length in (7, 100))]
+)
 def test_any_length(name, is_causal, length):
     y = jitted(name, is_causal)(inputs(length))
     assert y.shape == (2, length, FEATURES) and y.dtype == jnp.float32
@@ -179,7 +181,7 @@ def test_the_first_tokens_do_not_know_how_many_follow(name):
         close(jitted(name, True)(longest[:, :length]), expected[:, :length], name)
 
 
-@by_direction
+@by_one_direction
 def test_jacobian_stays_inside_the_pattern(name, is_causal):
     length = 13
     layer = layer_of(name, is_causal)
@@ -267,7 +269,9 @@ def extended(name: str, x, cuts, mask=None):
 
 
 @extending_only
-@pytest.mark.parametrize("cuts", [[LENGTH], [1] * LENGTH, WIDTHS, [4, 9, 1, 9]], ids=str)
+@pytest.mark.parametrize(
+    "cuts", [[1] * LENGTH, WIDTHS, *(pytest.param(cuts, marks=sampled) for cuts in ([LENGTH], [4, 9, 1, 9]))], ids=str
+)
 def test_extend_equals_one_call(name, cuts):
     if not CASES[name].extend_equals_call:
         pytest.skip("the docstring says how extend differs; the layer's own tests show it")
@@ -524,7 +528,7 @@ def test_variable_paths_are_those_of_old_checkpoints():
 # 11. Segments.
 
 
-@pytest.mark.parametrize("name,is_causal", SEGMENTED, ids=label)
+@pytest.mark.parametrize("name,is_causal", cases.one_direction(SEGMENTED), ids=label)
 def test_segments_do_not_reach_each_other(name, is_causal):
     """Other tokens in one segment change nothing in the others, forward or backward; one segment is as none."""
     layer = layer_of(name, is_causal)
