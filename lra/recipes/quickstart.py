@@ -52,7 +52,8 @@ QUICKSTART = Recipe(
         "flash": dict(chunk_size=32, shared_features=32, value_features=64),
         "rfa": dict(num_heads=4, num_features=32),
         "based": dict(num_heads=4),
-        "retention": dict(num_heads=4),
+        # Twice as wide values would be more than the budget.
+        "retention": dict(num_heads=4, value_features=64),
         "gla": dict(num_heads=4),
         "hgrn2": dict(num_heads=4),
         "gsa": dict(num_heads=4, num_slots=16),
