@@ -68,7 +68,7 @@ LAYERS = {
     "entmax": HEADS,
     "forgetting": HEADS,
     "differential": HEADS,
-    "gau": {},
+    "gau": dict(max_length="{length}", bias="simple"),
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["random", "dot_product"]),
 }
 ATTENTION = layers_with(LAYERS, "num_heads")

@@ -61,7 +61,7 @@ LAYERS = {
     "entmax": HEADS,
     "forgetting": HEADS,
     "differential": HEADS,
-    "gau": {},
+    "gau": dict(max_length="{length}", bias="simple"),
     "synthesizer": dict(HEADS, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
 }
 SETTINGS = {

@@ -66,7 +66,7 @@ QUICKSTART = Recipe(
         "entmax": dict(num_heads=4),
         "forgetting": dict(num_heads=4),
         "differential": dict(num_heads=2),
-        "gau": dict(shared_features=32, value_features=64),
+        "gau": dict(shared_features=32, value_features=64, max_length="{length}", bias="simple"),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
     },
     settings={

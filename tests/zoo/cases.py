@@ -134,8 +134,8 @@ CASES = {
         Case("dpfp", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("hedgehog", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case(
-            "flash", dict(chunk_size=7, shared_features=4, value_features=8, bias="simple"),
-            dict(chunk_size=128, shared_features=64, value_features=512),
+            "flash", dict(chunk_size=7, shared_features=4, value_features=8),
+            dict(chunk_size=128, shared_features=64, value_features=256),
         ),
         Case("rfa", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4)),
         Case("efficient", dict(num_heads=4, num_kv_heads=2), dict(num_heads=4), dead=SOFTMAX_INVARIANT),

@@ -125,7 +125,7 @@ COMPUTED = [
     ("dpfp", dict(num_heads=2), "nu", 2),
     ("gau", dict(), "rotary_base", None),
     ("flash", dict(chunk_size=7), "rotary_base", 100.0),
-    ("flash", dict(chunk_size=7), "chunk_size", 5),
+    ("flash", dict(chunk_size=7, is_causal=True), "chunk_size", 5),
     ("s5", dict(state_size=8), "gate", "only"),
     ("s5", dict(state_size=8), "gate", None),
     ("lru", dict(state_size=8, gate="half"), "gate", "only"),
