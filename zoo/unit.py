@@ -68,8 +68,8 @@ def build(
     check_sizes(owner, shared_features=shared_features, value_features=value_features)
     check_bias(owner, bias, shared_features)
     if rotary_base is not None and (shared_features % 2 or not 0 < rotary_base < float("inf")):
-        condition = f"be None, or a positive number with shared_features = {shared_features} even"
-        refuse(owner, "rotary_base", rotary_base, condition, "10000 is usual.")
+        even = f"be None, or a positive number with shared_features = {shared_features} even"
+        refuse(owner, "rotary_base", rotary_base, even, "10000 is usual.")
     layer.shared_features, layer.value_features, layer.rotary_base = shared_features, value_features, rotary_base
     add_heads(layer, heads, rngs)
     add_bias(layer, bias, longest, rngs)

@@ -100,7 +100,7 @@ class GAU(Headless):
         return unit.finish(self, inputs, responses)
 
     def _attend(self, query, key, value, start: Int[Array, "B"], number: Int[Array, "B"]) -> Float[Array, "B T V"]:
-        """Sums for queries at positions from `start` on, of keys at those from 0 on; n is `number` where it is not causal."""
+        """Weighted sums for queries at the positions from `start` on, of keys at those from 0 on; n: `number` if not causal."""
         run = lambda size: functools.partial(self._in_blocks, size)
         both = {"xla": run(BLOCK), "reference": run(query.shape[1])}
         return dispatch.run("gau.attention", both, self.implementation, query, key, value, start, number)

@@ -11,5 +11,6 @@ Choose
     hedgehog: For models trained with softmax: its feature maps learn to give the weights that softmax gave.
     flash: For exact neighbours and the sum of all that is farther, in gated blocks of one kind of layer.
     rfa: For softmax attention over unit vectors, with a gate that learns how fast to forget.
+    based: For recall from a long past in models trained with it, beside windows: weights near softmax's, from narrow keys.
     efficient: For queries that choose among a few means of the values: no features but two softmaxes.
 """

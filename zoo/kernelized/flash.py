@@ -96,11 +96,13 @@ class FLASH(Headless):
         return unit.finish(self, inputs, responses)
 
     @precision.full
-    def _in_chunks(self, z, value, start: Int[Array, "B"], number, before: Float[Array, "B Z V"] | None = None):
+    def _in_chunks(
+        self, z, value, start: Int[Array, "B"], number: Int[Array, "B"], before: Float[Array, "B Z V"] | None = None
+    ):
         """Sums for tokens from `start` on, the first of a chunk -> (sums, what each chunk adds [B, G, Z, V]).
 
         Args:
-            number: of all tokens [B], where it is not causal.
+            number: of all tokens, where it is not causal.
             before: the sum over all chunks before. None: 0.
         """
         length, size = z.shape[1], self.chunk_size

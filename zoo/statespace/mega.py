@@ -14,7 +14,7 @@ from subquad.kernels import precision, ssm
 from subquad.zoo import padding, unit
 from subquad.zoo.base import Support
 from subquad.zoo.cache import KVCache, append, counts, places, poisoned
-from subquad.zoo.checks import cache_dtype, check_sizes, check_word, refuse, require_extend
+from subquad.zoo.checks import cache_dtype, check_length, check_sizes, check_word, refuse, require_extend
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace.system import recur
@@ -194,9 +194,7 @@ class Mega(Headless):
     @compile_once
     def _call(self, inputs, mask, segment_ids, draws):
         length = inputs.shape[1]
-        if self.max_length is not None and length > self.max_length:
-            refuse(type(self).__name__, "the number of tokens", length, f"be at most max_length = {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, "inputs_q", length, self.max_length)
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         is_real = jnp.ones(inputs.shape[:2], bool) if order is None else order.mask
         inputs = self._promote(inputs if order is None else order.pack(inputs))
@@ -219,9 +217,7 @@ class Mega(Headless):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> MegaCache:
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        if self.max_length is not None and max_length > self.max_length:
-            refuse(type(self).__name__, "max_length", max_length, f"be at most that of the layer, {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, "max_length", max_length, self.max_length)
         dtype = cache_dtype(self, dtype)
         zeros = lambda features: jnp.zeros((batch_size, max_length, 1, features), dtype)
         average = jnp.zeros((batch_size, self.in_features, self.state_size), jnp.float32)
