@@ -57,6 +57,11 @@ def test_gradients_by_blocks_are_those_of_all_at_once(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), *found)
 
 
+def test_long_inputs_take_no_array_of_all_pairs():
+    layer, shape = build(), jax.ShapeDtypeStruct((1, 2048, FEATURES), jnp.float32)
+    assert "2048,2048" not in str(jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(shape))
+
+
 @pytest.mark.parametrize(("options", "words"), [
     (dict(is_causal=True), "max_length must be given where is_causal or with bias='simple', and only then, got None"),
     (dict(bias="simple"), "max_length must be given"), (dict(max_length=5), "max_length must be given"),
