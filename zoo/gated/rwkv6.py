@@ -1,6 +1,5 @@
 """RWKV-6: linear attention with a decay of each channel, which reads before it writes."""
 
-import functools
 from typing import Any, Unpack
 
 import jax
@@ -123,6 +122,11 @@ class RWKV6(Headless):
         low = self.low_rank(self.mixed("decay", inputs, before), down, up)
         return -jnp.exp(precision.wide(low) + precision.wide(self.decay_bias[...])).reshape(-1, *self.heads)
 
+    def parts(self, inputs, before):
+        """r, k, v and log w."""
+        heads = (self.projected(name, inputs, before) for name in ("receptance", "key", "value"))
+        return *heads, self.log_decay(inputs, before)
+
     def mix_time(self, receptance, key, value, log_decay, kept=None, segment_ids=None, state=None):
         """(o, S after the last token that is `kept`)."""
         read, starts = receptance, None
@@ -146,9 +150,7 @@ class RWKV6(Headless):
         """norm(o) * silu(g), and the cache after the last real token."""
         state, recent = (None, None) if cache is None else cache
         before, recent = shift(inputs, segment_ids, recent, counts)
-        of = lambda name: in_pieces(functools.partial(self.projected, name), inputs, before)
-        log_decay = in_pieces(self.log_decay, inputs, before)
-        heads, state = self.mix_time(of("receptance"), of("key"), of("value"), log_decay, kept, segment_ids, state)
+        heads, state = self.mix_time(*in_pieces(self.parts, inputs, before), kept, segment_ids, state)
         outputs = in_pieces(self.gated, heads, inputs, before)
         return outputs, RecurrentCache(state, recent)
 
