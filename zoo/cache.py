@@ -90,7 +90,7 @@ def poisoned(outputs: Float[Array, "B T *features"], cache) -> Float[Array, "B T
 
 def room(cache) -> int:
     """How many tokens of a sample fit into a cache that has a length: as many as it has keys, unless it says otherwise."""
-    return getattr(cache, "room", cache.key.shape[1])
+    return cache.room if hasattr(cache, "room") else cache.key.shape[1]
 
 
 def pieces(tokens, start: Int[Array, "B"], size: int):
@@ -137,6 +137,14 @@ class MatrixCache(NamedTuple):
     def zeros(cls, batch_size: int, num_heads: int, features: int, value_features: int) -> "MatrixCache":
         state = jnp.zeros((batch_size, num_heads, features, value_features), jnp.float32)
         return cls(state, jnp.zeros(batch_size, jnp.int32))
+
+
+class SlotCache(NamedTuple):
+    """Moving averages of each sample's keys and values so far, in M slots; their size does not grow with the tokens."""
+
+    keys: Float[Array, "B N M H"]  # float32, whatever the dtype of the layer
+    values: Float[Array, "B N M V"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
 class EfficientCache(NamedTuple):

@@ -178,7 +178,7 @@ def add_keys(features, size, projection, state, keys):
             more, grads = jax.vjp(run, projection, chunks.take_chunk(keys, i, size))[1](grad_sums)
             return jax.tree.map(jnp.add, grad_projection, more), chunks.put_chunk(grad_keys, grads, keys, i, size)
 
-        carry = jax.tree.map(jnp.zeros_like, projection), chunks.room_for(keys)
+        carry = jax.tree.map(jnp.zeros_like, projection), chunks.room_for(keys, grad_sums)
         grad_projection, grad_keys = chunks.loop(count, body, carry)
         decay = jnp.exp(first - finite(largest))[..., None, None]
         return grad_projection, (tuple(x * decay for x in grad_sums), jnp.zeros_like(first)), chunks.as_arrays(grad_keys, keys)
