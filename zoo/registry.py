@@ -33,6 +33,7 @@ from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
@@ -126,6 +127,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "deltanet": DeltaNet,
     "mamba2": Mamba2,
     "rwkv6": RWKV6,
+    "mlstm": MLSTM,
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
     "delta_product": DeltaProduct,

@@ -16,7 +16,7 @@ from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.projection import in_pieces, in_turn
 
 FLOOR = -80.0  # of m where exp(-m) stands alone: beyond it a weight against 1 is 0
 
@@ -167,7 +167,9 @@ class MLSTM(Headless):
         return self.norm.of_tokens(heads).reshape(convolved.shape) + direct
 
     def respond(self, inputs, mask, segment_ids):
-        return self.recur(inputs, segment_ids=segment_ids)[0]
+        if segment_ids is not None:
+            return self.recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(functools.partial(self.respond_after, counts=None), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses * nnx.silu(self.gate(inputs)))

@@ -1,5 +1,6 @@
 """RWKV-6: linear attention with a decay of each channel, which reads before it writes."""
 
+import functools
 from typing import Any, Unpack
 
 import jax
@@ -16,7 +17,7 @@ from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.gated.token_shift import shift
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.projection import in_pieces, in_turn
 
 MIXED = ("decay", "key", "value", "receptance", "gate")  # what has a mix of two tokens of its own
 SMALL = 64e-5  # beside the variance of a head, whose root counts as 8 times as large
@@ -122,11 +123,6 @@ class RWKV6(Headless):
         low = self.low_rank(self.mixed("decay", inputs, before), down, up)
         return -jnp.exp(precision.wide(low) + precision.wide(self.decay_bias[...])).reshape(-1, *self.heads)
 
-    def parts(self, inputs, before):
-        """r, k, v and log w."""
-        heads = (self.projected(name, inputs, before) for name in ("receptance", "key", "value"))
-        return *heads, self.log_decay(inputs, before)
-
     def mix_time(self, receptance, key, value, log_decay, kept=None, segment_ids=None, state=None):
         """(o, S after the last token that is `kept`)."""
         read, starts = receptance, None
@@ -150,7 +146,9 @@ class RWKV6(Headless):
         """norm(o) * silu(g), and the cache after the last real token."""
         state, recent = (None, None) if cache is None else cache
         before, recent = shift(inputs, segment_ids, recent, counts)
-        heads, state = self.mix_time(*in_pieces(self.parts, inputs, before), kept, segment_ids, state)
+        of = lambda name: in_pieces(functools.partial(self.projected, name), inputs, before)
+        log_decay = in_pieces(self.log_decay, inputs, before)
+        heads, state = self.mix_time(of("receptance"), of("key"), of("value"), log_decay, kept, segment_ids, state)
         outputs = in_pieces(self.gated, heads, inputs, before)
         return outputs, RecurrentCache(state, recent)
 
@@ -158,7 +156,9 @@ class RWKV6(Headless):
         return self.norm.of_tokens(heads, self.projected("gate", inputs, before)).reshape(len(heads), -1)
 
     def respond(self, inputs, mask, segment_ids):
-        return self.recur(inputs, segment_ids=segment_ids)[0]
+        if segment_ids is not None:
+            return self.recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(functools.partial(self.respond_after, counts=None), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses)
