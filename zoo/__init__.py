@@ -40,6 +40,7 @@ from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
 from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv4 import RWKV4
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -83,7 +84,7 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV6", "S4", "S5", "Attention",
+    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV4", "RWKV6", "S4", "S5", "Attention",
     "AxialAttention", "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids",
     "Classifier", "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet",
     "DeltaProduct", "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder",

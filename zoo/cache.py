@@ -204,9 +204,9 @@ class StateCache(NamedTuple):
 
 
 class RecurrentCache(NamedTuple):
-    """A matrix state after each sample's last real token, and what the tokens just before the next one gave a convolution."""
+    """The state after each sample's last real token, and what the tokens just before the next one gave a convolution."""
 
-    state: Float[Array, "B N M V"]  # float32, whatever the dtype of the layer, as `recent`
+    state: Float[Array, "B *state"]  # float32, whatever the dtype of the layer, as `recent`
     recent: Float[Array, "B W D"]  # the newest last; 0 before the first token
 
 

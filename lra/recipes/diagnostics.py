@@ -54,6 +54,7 @@ LAYERS = {
     "mamba2": dict(head_features=16, state_size=32),
     "rwkv6": dict(head_features=16),
     "mlstm": {},
+    "rwkv4": {},
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "s5": dict(is_causal=True, state_size=64, dt_min=0.01, dt_max=0.5),
     "dss": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),

@@ -63,6 +63,7 @@ LAYERS = {
     "mamba2": dict(head_features=32, state_size=64),
     "rwkv6": dict(head_features=32),
     "mlstm": {},
+    "rwkv4": {},
     "s4": {},
     "s5": {},
     "dss": {},

@@ -56,6 +56,7 @@ LAYERS = {
     "mamba2": dict(head_features=32, state_size=64),
     "rwkv6": dict(head_features=32),
     "mlstm": {},
+    "rwkv4": {},
     "s4": dict(state_size=64),
     "s5": dict(state_size=64),
     "dss": dict(state_size=64),

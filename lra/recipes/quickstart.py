@@ -61,6 +61,7 @@ QUICKSTART = Recipe(
         "mamba2": dict(head_features=16, state_size=16),
         "rwkv6": dict(head_features=16, mix_rank=4, decay_rank=8),
         "mlstm": {},
+        "rwkv4": {},
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
         "dss": dict(state_size=16, dt_min=0.01, dt_max=0.5),

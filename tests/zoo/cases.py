@@ -158,6 +158,7 @@ CASES = {
         Case("mamba2", dict(head_features=8, state_size=6, num_groups=2), dict(head_features=64)),
         Case("rwkv6", dict(head_features=8, mix_rank=4, decay_rank=5), dict(head_features=64)),
         Case("mlstm", dict(num_heads=2, block_size=8), dict(num_heads=4)),
+        Case("rwkv4", dict(hidden_features=12), dict(hidden_features=512)),
         Case("s4", dict(state_size=8), dict(state_size=16)),
         Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),
         Case("dss", dict(state_size=8), dict(state_size=16)),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subquad.zoo.gated.mlstm import MLSTM, running_largest
+from subquad.zoo.gated.decay import running_largest
+from subquad.zoo.gated.mlstm import MLSTM
 from tests import oracle
 
 FEATURES, HEADS, WIDTH = 5, 2, 6

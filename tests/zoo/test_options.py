@@ -257,6 +257,8 @@ SHAPED = [
     ("mlstm", dict(), "block_size", 8, {"key/kernel": (8, 4, 8), "value/kernel": (8, 4, 8)}),
     ("mlstm", dict(), "conv_width", 3, {"convolution/taps": (3, 32)}),
     ("mlstm", dict(), "out_features", 5, {"out/kernel": (32, 5)}),
+    ("rwkv4", dict(), "hidden_features", 24, {"key/kernel": (16, 24), "bonus": (24,)}),
+    ("rwkv4", dict(), "out_features", 5, {"out/kernel": (16, 5)}),
     ("mega", dict(bias="simple", max_length=30), "max_length", 24, {"distances": (47,)}),
     ("mega", dict(out_features=4), "out_features", 5, {"out/kernel": (16, 5)}),
     ("gau", dict(), "shared_features", 6, {"query_key_scale": (2, 6), "shared/kernel": (16, 6)}),

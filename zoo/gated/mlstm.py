@@ -13,7 +13,7 @@ from subquad.zoo.base import Support
 from subquad.zoo.cache import MLSTMCache, first_real
 from subquad.zoo.checks import check_sizes, refuse
 from subquad.zoo.convolution.taps import CausalConvolution
-from subquad.zoo.gated.decay import with_segments
+from subquad.zoo.gated.decay import running_largest, with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.projection import in_pieces, in_turn
@@ -182,15 +182,3 @@ class MLSTM(Headless):
 
     def respond_after(self, inputs, state, counts):
         return self.recur(inputs, first_real(inputs, counts), cache=state)
-
-
-def running_largest(
-    log_forget: Float[Array, "B T N"], log_input: Float[Array, "B T N"], start: Float[Array, "B N"]
-) -> Float[Array, "B T+1 N"]:
-    """m before the first token and after each: max(log f_t + m_{t-1}, log i_t)."""
-
-    def combine(one, other):
-        return one[0] + other[0], jnp.maximum(one[1] + other[0], other[1])
-
-    steps = jnp.pad(log_forget, ((0, 0), (1, 0), (0, 0))), jnp.concatenate([start[:, None], log_input], 1)
-    return jax.lax.associative_scan(combine, steps, axis=1)[1]
