@@ -53,6 +53,8 @@ LAYERS = {
     "compressive": dict(num_heads=4, segment_length=16, memory_length=16, compressed_length=8),
     "mamba2": dict(head_features=16, state_size=32),
     "rwkv6": dict(head_features=16),
+    "mlstm": {},
+    "rwkv4": {},
     "s4": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),
     "s5": dict(is_causal=True, state_size=64, dt_min=0.01, dt_max=0.5),
     "dss": dict(is_causal=True, state_size=16, dt_min=0.01, dt_max=0.5),

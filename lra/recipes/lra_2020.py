@@ -62,6 +62,8 @@ LAYERS = {
     "compressive": dict(HEADS, segment_length=256, memory_length=256, compressed_length=64),
     "mamba2": dict(head_features=32, state_size=64),
     "rwkv6": dict(head_features=32),
+    "mlstm": {},
+    "rwkv4": {},
     "s4": {},
     "s5": {},
     "dss": {},

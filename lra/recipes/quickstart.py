@@ -60,6 +60,8 @@ QUICKSTART = Recipe(
         "compressive": dict(num_heads=4, segment_length=40, memory_length=40, compressed_length=20),
         "mamba2": dict(head_features=16, state_size=16),
         "rwkv6": dict(head_features=16, mix_rank=4, decay_rank=8),
+        "mlstm": {},
+        "rwkv4": {},
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
         "dss": dict(state_size=16, dt_min=0.01, dt_max=0.5),

@@ -133,6 +133,8 @@ FIXED = {
     "decay_bias",
     "decay_down",
     "direct",
+    "forget_bias",
+    "gates",
     "frequency",
     "global_scale",
     "key_map",

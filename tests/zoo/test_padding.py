@@ -55,6 +55,8 @@ LAYERS = {
     "deltanet": ("deltanet", dict(num_heads=2, value_features=8)),
     "mamba2": ("mamba2", dict(head_features=8, state_size=4)),
     "rwkv6": ("rwkv6", dict(head_features=8, mix_rank=4)),
+    "mlstm": ("mlstm", dict(num_heads=2)),
+    "rwkv4": ("rwkv4", dict(hidden_features=12)),
     "rglru": ("rglru", dict(hidden_features=12, num_blocks=3)),
     "hyena": ("hyena", dict(max_length=20, filter_features=8, num_bands=3, frequency=1.0)),
     "mamba": ("mamba", dict(hidden_features=12, state_size=4, step_rank=3)),
