@@ -39,6 +39,11 @@ def counts(tokens: Array, mask: Bool[Array, "B 1 1 T"] | None) -> Int[Array, "B"
     return jnp.broadcast_to(mask.sum(axis=(1, 2, 3), dtype=jnp.int32), tokens.shape[0])
 
 
+def first_real(tokens: Array, counts: Int[Array, "B"] | None) -> Bool[Array, "B 1 1 T"] | None:
+    """The mask of the first `counts` of T new tokens [B, T, ...]; None: all."""
+    return None if counts is None else (jnp.arange(tokens.shape[1])[None] < counts[:, None])[:, None, None]
+
+
 def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"], mask) -> KVCache:
     """The cache with each sample's real tokens of T more, the first ones; `mask` [B, 1, 1, T] or None (all real).
 
@@ -134,6 +139,14 @@ class MatrixCache(NamedTuple):
         return cls(state, jnp.zeros(batch_size, jnp.int32))
 
 
+class SlotCache(NamedTuple):
+    """Moving averages of each sample's keys and values so far, in M slots; their size does not grow with the tokens."""
+
+    keys: Float[Array, "B N M H"]  # float32, whatever the dtype of the layer
+    values: Float[Array, "B N M V"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
+
+
 class EfficientCache(NamedTuple):
     """Averages of the values so far, one for each feature of the keys, and the logarithms of their weights' sums."""
 
@@ -188,6 +201,13 @@ class StateCache(NamedTuple):
     """The state after each sample's last real token, in float32: the whole past, whatever its length."""
 
     state: Float[Array, "B *state"]  # of complex modes the real parts, then the imaginary parts, along the last axis
+
+
+class RecurrentCache(NamedTuple):
+    """A matrix state after each sample's last real token, and what the tokens just before the next one gave a convolution."""
+
+    state: Float[Array, "B N M V"]  # float32, whatever the dtype of the layer, as `recent`
+    recent: Float[Array, "B W D"]  # the newest last; 0 before the first token
 
 
 class ReformerCache(NamedTuple):

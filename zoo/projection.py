@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype, zeros_depending_on
+from subquad.kernels.xla_cpu import from_uint_bits, is_half, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
 # Bytes, in float32, of an array that is cut, and of a piece of it.
 LARGE_BYTES, PIECE_BYTES = 1 << 24, 1 << 22
@@ -26,7 +26,11 @@ class Projection(nnx.LinearGeneral):
 
     def __call__(self, inputs):
         apply = super().__call__
-        return in_pieces(apply, inputs) if uint_bits_dtype(inputs.dtype) != inputs.dtype else flat(apply)(inputs)
+        return in_pieces(apply, inputs) if is_half(inputs.dtype) else flat(apply)(inputs)
+
+    def of_tokens(self, inputs):
+        """Of inputs [N, ...], for functions that go through pieces themselves."""
+        return super().__call__(inputs)
 
 
 def projection(shell: Mapping[str, Any], inputs, outputs, *, axis=-1, rngs: nnx.Rngs) -> Projection:
@@ -164,7 +168,7 @@ def backward(function, size, saved, gradients):
         return totals, [None if x is None else put(x, piece, start) for x, piece in zip(grads, grad_pieces, strict=True)]
 
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
-    grads = [empty(x, gradients) if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in arrays]
+    grads = [empty(x, gradients, arrays) if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in arrays]
     totals, grads = jax.lax.fori_loop(0, count, step, (totals, grads))
     totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
     return totals, tuple(x if x is None else from_uint_bits(x, like.dtype) for x, like in zip(grads, arrays, strict=True))
@@ -208,7 +212,7 @@ def turns_backward(function, size, saved, gradients):
         return totals, grad_state, put(grad, grad_piece, i * size)
 
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
-    carry = totals, grad_state, empty(inputs, last)
+    carry = totals, grad_state, empty(inputs, last, (outer, inputs))
     totals, grad_state, grad = jax.lax.fori_loop(0, count, step, carry)
     totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
     return totals, from_uint_bits(grad, inputs.dtype), grad_state
@@ -225,6 +229,7 @@ def put(array, part, start):
     return jax.lax.dynamic_update_slice_in_dim(array, to_uint_bits(part), start, 1)
 
 
-def empty(like, after):
-    """The bits of zeros [B, T, ...] for pieces such as `like`, T that of an array which must exist before."""
-    return zeros_depending_on(after, (like.shape[0], after.shape[1], *like.shape[2:]), uint_bits_dtype(like.dtype))
+def empty(like, array, others=()):
+    """The bits of zeros [B, T, ...] for pieces such as `like`, T that of an array which must exist before, and others, too."""
+    shape = like.shape[0], array.shape[1], *like.shape[2:]
+    return zeros_depending_on((array, others), shape, uint_bits_dtype(like.dtype))

@@ -17,15 +17,29 @@ from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.deltanet import DeltaNet
+from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
+from subquad.zoo.dense.forgetting import ForgettingAttention
+from subquad.zoo.dense.gau import GAU
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
+from subquad.zoo.gated.gla import GatedLinearAttention
+from subquad.zoo.gated.gsa import GatedSlotAttention
+from subquad.zoo.gated.hgrn2 import HGRN2
+from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
+from subquad.zoo.kernelized.based import BasedAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.dpfp import DPFPAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
+from subquad.zoo.kernelized.flash import FLASH
+from subquad.zoo.kernelized.hedgehog import HedgehogAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.kernelized.rfa import RFAAttention
@@ -62,6 +76,9 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
     "kernelized": KernelizedAttention,
     "entmax": EntmaxAttention,
+    "forgetting": ForgettingAttention,
+    "differential": DifferentialAttention,
+    "gau": GAU,
     "synthesizer": SynthesizerAttention,
     "fnet": FNet,
     "blockwise": BlockwiseAttention,
@@ -92,9 +109,20 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,
     "efficient": EfficientAttention,
+    "dpfp": DPFPAttention,
+    "hedgehog": HedgehogAttention,
+    "flash": FLASH,
     "rfa": RFAAttention,
+    "based": BasedAttention,
+    "retention": Retention,
+    "gla": GatedLinearAttention,
+    "hgrn2": HGRN2,
+    "gsa": GatedSlotAttention,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
+    "deltanet": DeltaNet,
+    "mamba2": Mamba2,
+    "rwkv6": RWKV6,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,

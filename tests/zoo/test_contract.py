@@ -24,9 +24,11 @@ from subquad import zoo
 from subquad.lra.bench import measure
 from subquad.zoo.base import Attention
 
+from . import cases
 from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, Case, inputs, label, sampled
 
 by_direction = pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
+by_one_direction = pytest.mark.parametrize("name,is_causal", cases.one_direction(DIRECTIONS), ids=label)
 by_name = pytest.mark.parametrize("name", CASES)
 causal_only = pytest.mark.parametrize("name", CAUSAL)
 extending_only = pytest.mark.parametrize("name", EXTENDING)
@@ -102,7 +104,7 @@ def test_any_length(name, is_causal, length):
 
 
 @sampled
-@by_direction
+@by_one_direction
 def test_bfloat16(name, is_causal):
     case = CASES[name]
     layer = case.make(is_causal, dtype=jnp.bfloat16)
@@ -114,7 +116,7 @@ def test_bfloat16(name, is_causal):
     assert jnp.quantile(error, CHOOSING.get(name, 1.0)) < 0.03 * jnp.abs(exact).max()
 
 
-@by_direction
+@by_one_direction
 def test_batch_axes(name, is_causal):
     """Called eagerly, as in a notebook, a layer is compiled for a number of sequences, whatever axes they come in."""
     layer, x = layer_of(name, is_causal), inputs(LENGTH, batch=6)
@@ -135,7 +137,7 @@ def test_out_features_and_param_dtype(name):
 # 2. Every parameter learns.
 
 
-@by_direction
+@by_one_direction
 def test_every_parameter_gets_a_gradient(name, is_causal):
     params = nnx.state(layer_of(name, is_causal), nnx.Param)
     # Off their initial values: zero biases and unit gains may hide a term.
@@ -368,7 +370,7 @@ def test_transformations(name):
 
 
 @sampled
-@by_direction
+@by_one_direction
 def test_forward_derivatives_of_the_reference(name, is_causal):
     layer = CASES[name].make(is_causal, implementation="reference")
     loss = lambda x: jnp.sum(layer(x) ** 2)
@@ -448,7 +450,7 @@ def test_scan_over_depth(name):
 # 8. Compilation.
 
 
-@by_direction
+@by_one_direction
 def test_second_call_compiles_nothing(name, is_causal):
     run = jitted(name, is_causal)
     run(inputs(LENGTH), EVERYTHING)
@@ -659,7 +661,7 @@ def test_implementations_decline_by_name(name):
             CASES[name].make(is_causal, implementation=implementation)(inputs(7))
 
 
-@by_direction
+@by_one_direction
 def test_reference_and_xla_agree(name, is_causal):
     mask = padding(jnp.arange(LENGTH)[None] < jnp.array([[LENGTH], [17]]))
     results = [gradients(name, is_causal, i)(inputs(LENGTH), mask, inputs(LENGTH, seed=2))[:2] for i in ("reference", None)]
@@ -692,7 +694,7 @@ LONG_DIRECTIONS = [
 ]
 
 
-@by_direction
+@by_one_direction
 def test_cost_grows_as_claimed(name, is_causal):
     limit = {"T": 2.2, "T log T": 3.0, "T^1.5": 3.0, "T^2": None}[CASES[name].supports.cost]
     if limit is None:
