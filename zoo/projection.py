@@ -214,7 +214,7 @@ def turns_backward(function, size, saved, gradients):
         return totals, grad_state, put(grad, grad_piece, i * size)
 
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
-    carry = totals, grad_state, empty(inputs, last)
+    carry = totals, grad_state, empty(inputs, last, (outer, inputs))
     totals, grad_state, grad = jax.lax.fori_loop(0, count, step, carry)
     totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
     return totals, from_uint_bits(grad, inputs.dtype), grad_state

@@ -66,6 +66,8 @@ LAYERS = {
     "rglru": {},
     "deltanet": dict(num_heads=4),
     "mamba": {},
+    "mamba": {},
+    "deltanet": dict(num_heads=4),
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),

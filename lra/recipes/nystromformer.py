@@ -68,6 +68,8 @@ LAYERS = {
     "rglru": {},
     "deltanet": HEADS,
     "mamba": {},
+    "mamba": {},
+    "deltanet": HEADS,
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},
     "entmax": HEADS,
