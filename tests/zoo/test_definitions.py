@@ -275,6 +275,7 @@ def test_short_convolutions(name, width, is_causal):
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
     ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("mega", {}), ("entmax", dict(num_heads=2)),
     ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("deltanet", dict(num_heads=2)),
+    ("gated_deltanet", dict(num_heads=2)), ("kda", dict(num_heads=2)), ("delta_product", dict(num_heads=2)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
