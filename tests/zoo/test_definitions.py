@@ -284,6 +284,8 @@ def test_short_convolutions(name, width, is_causal):
     ("rwkv4", {}),
     ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)),
     ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)), ("mamba", {}),
+    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("deltanet", dict(num_heads=2)),
+    ("gated_deltanet", dict(num_heads=2)), ("kda", dict(num_heads=2)), ("delta_product", dict(num_heads=2)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
