@@ -66,8 +66,6 @@ LAYERS = {
     "rglru": {},
     "deltanet": dict(num_heads=4),
     "mamba": {},
-    "mamba": {},
-    "deltanet": dict(num_heads=4),
     "hyena": dict(max_length="{length}", convolve_values=False),
     "gated_deltanet": dict(num_heads=4),
     "kda": dict(num_heads=4),

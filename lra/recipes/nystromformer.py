@@ -68,8 +68,6 @@ LAYERS = {
     "rglru": {},
     "deltanet": HEADS,
     "mamba": {},
-    "mamba": {},
-    "deltanet": HEADS,
     "hyena": dict(max_length="{length}", convolve_values=False),
     "gated_deltanet": HEADS,
     "kda": HEADS,

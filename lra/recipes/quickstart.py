@@ -73,8 +73,6 @@ QUICKSTART = Recipe(
         "rglru": {},
         "deltanet": dict(num_heads=4),
         "mamba": dict(state_size=8),
-        "mamba": dict(state_size=8),
-        "deltanet": dict(num_heads=4),
         "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
         "gated_deltanet": dict(num_heads=4),
         "kda": dict(num_heads=4),

@@ -351,7 +351,7 @@ SIZES = {
     "blockwise": dict(max_length=24),
     "cosformer": dict(max_length=24),
     "fnet": dict(out_features=FEATURES),
-    "gla": dict(value_features=8, decay_rank=FEATURES),
+    "gla": dict(value_features=8, decay_rank=2),
     "gsa": dict(num_slots=2),
     "hyena": dict(max_length=24),
     "linformer": dict(max_length=24),
@@ -402,7 +402,6 @@ MAPS = {
 OTHER_SHAPES = {
     "out": (4, 2, 5), "unpack_key": (8, 4, 2), "unpack_value": (8, 4, 2), "compress_key": (6, 4, 2),
     "compress_value": (6, 4, 2), "induce_out": (4, 2, FEATURES), "induce_mlp": (FEATURES, FEATURES),
-    "decay_down": (FEATURES, FEATURES),
     "forget_gate": (FEATURES, 4),
     **{f"layers/0/{name}": (FEATURES, 4, FEATURES // 4) for name in ("query", "key", "value")},
     **{f"{block}/{name}": (FEATURES, FEATURES) for block in ("encoder", "layers/0") for name in ("inner", "outer")},
