@@ -74,7 +74,8 @@ CASES = {
             dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
         ),
         Case(
-            "longt5", dict(num_heads=2, radius=3, block_size=4, num_buckets=8, max_distance=10), dead=SOFTMAX_INVARIANT,
+            "longt5", dict(num_heads=2, radius=3, block_size=4, num_buckets=8, max_distance=10), dict(num_heads=4),
+            dead=SOFTMAX_INVARIANT,
         ),
         Case(
             "bigbird", dict(num_heads=2, max_length=100, block_size=3, num_random=1),
