@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from subquad.kernels import precision
+from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits
 
+PIECE = 1024  # tokens
 UNROLLED = 32  # taps of one pass over memory: more make a program that compiles slowly
 
 
@@ -52,8 +54,12 @@ def _backward(ahead, saved, cotangent):
     grad_inputs = everywhere[:, left : left + length].astype(inputs.dtype)
     grad_state = None if state is None else everywhere[:, : width - 1].astype(state.dtype)
 
-    is_shared = kernel.ndim == 2 and outer.shape[3] > 1  # by several features: products of matrices
-    of_taps = (_of_shared_taps if is_shared else _of_taps)(outer, tokens, kernel, wide)
+    if kernel.ndim == 2 and outer.shape[3] > 1:  # of several features: products of matrices
+        of_taps = _of_shared_taps(outer, tokens, kernel, wide)
+    elif kernel.ndim == 2 and state is None and jax.default_backend() == "cpu" and length > PIECE + width:
+        of_taps = _of_taps_in_pieces(outer, _grouped(inputs, kernel), kernel, ahead, wide)
+    else:
+        of_taps = _of_taps(outer, tokens, kernel, wide)
     return grad_inputs, of_taps.astype(kernel.dtype), grad_state
 
 
@@ -66,6 +72,27 @@ def _of_taps(outer, tokens, kernel, wide):
 
     # Unrolled, XLA would hold the products of every tap before it sums those of the first.
     return jnp.moveaxis(jax.lax.scan(of_tap, 0, jnp.arange(kernel.shape[-2]))[1], 0, -2)
+
+
+def _of_taps_in_pieces(outer, inputs, kernel, ahead, wide):
+    """`_of_taps` [W, N] of inputs [B, T, N, D / N] without anything around them, a few tokens at a time: these are float32 in
+    turn, and of the inputs no copy is kept that has zeros around it.
+    """
+    length, before = outer.shape[1], kernel.shape[0] - 1
+    outer, inputs, dtypes = to_uint_bits(outer), to_uint_bits(inputs), (outer.dtype, inputs.dtype)
+    cut = lambda x, start, size: jax.lax.dynamic_slice_in_dim(x, start, size, 1)
+
+    def add(i, total):
+        start = jnp.minimum(i * PIECE, length - PIECE)  # the last piece is whole, and counts what is left
+        is_new = start + jnp.arange(PIECE) >= i * PIECE
+        own = jnp.where(is_new[:, None, None], from_uint_bits(cut(outer, start, PIECE), dtypes[0]), 0)
+        first = start + ahead - before  # that it sees, which may not exist
+        known = jnp.clip(first, 0, length - PIECE - before)
+        seen = from_uint_bits(cut(inputs, known, PIECE + before), dtypes[1])
+        seen = cut(jnp.pad(seen, ((0, 0), (before, before), (0, 0), (0, 0))), before + first - known, PIECE + before)
+        return total + _of_taps(own, seen, kernel, wide)
+
+    return jax.lax.fori_loop(0, -(-length // PIECE), add, jnp.zeros(kernel.shape, wide))
 
 
 def _of_shared_taps(outer, tokens, kernel, wide):

@@ -140,3 +140,16 @@ def test_what_is_refused():
     for message, kind, arrays, options in cases:
         with pytest.raises(kind, match=f"convolution.depthwise: {message}"):
             convolution.depthwise(*arrays, **options)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_taps_of_a_long_input(dtype, is_causal):
+    """Their gradient is summed a few tokens at a time on a CPU."""
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+    inputs, kernel, cotangent = normal(2, 2500, 3), normal(4, 3), normal(2, 2500, 3)
+    got = jax.vjp(lambda k: convolution.depthwise(inputs, k, is_causal=is_causal), kernel)[1](cotangent)[0]
+    padded = np.pad(np.float64(inputs), ((0, 0), (3, 3), (0, 0)))
+    first = 3 if is_causal else 4
+    want = [np.sum(padded[:, first - j : first - j + 2500] * np.float64(cotangent), (0, 1)) for j in range(4)]
+    np.testing.assert_allclose(np.float64(got), want, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-4, atol=1e-3)

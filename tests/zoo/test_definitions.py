@@ -260,6 +260,8 @@ def test_short_convolutions(name, width, is_causal):
     ("skyformer", dict(num_heads=2)),
     ("efficient", dict(num_heads=2)),
     ("rfa", dict(num_heads=2)),
+    ("dpfp", dict(num_heads=2)),
+    ("hedgehog", dict(num_heads=2)),
     ("h_transformer", dict(num_heads=2, block_size=2)),
     ("cosformer", dict(num_heads=2, max_length=30)),
     ("nystrom", dict(num_heads=2)),
@@ -274,7 +276,12 @@ def test_short_convolutions(name, width, is_causal):
     ("clustered", dict(num_heads=2)),
     ("sinkhorn", dict(num_heads=2, max_length=30, block_size=4)),
     ("s4", {}), ("s5", {}), ("lru", {}), ("dss", {}), ("mega", {}), ("entmax", dict(num_heads=2)),
-    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
+    ("retention", dict(num_heads=2)), ("gla", dict(num_heads=2)), ("hgrn2", dict(num_heads=2)),
+    ("gsa", dict(num_heads=2, num_slots=5)), ("based", dict(num_heads=2)), ("deltanet", dict(num_heads=2)),
+    ("forgetting", dict(num_heads=2)), ("differential", dict(num_heads=2)), ("mamba2", dict(head_features=4)),
+    ("rwkv6", dict(head_features=4)), ("gau", dict(bias="simple", max_length=30)), ("flash", dict(chunk_size=3)),
+    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)),
+    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)), ("mamba", {}),
     ("synthesizer", dict(num_heads=2, max_length=30)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])

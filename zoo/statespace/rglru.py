@@ -1,17 +1,17 @@
 """RG-LRU: Griffin's recurrent block, a real diagonal recurrence whose decay the token chooses."""
 
-import functools
 import math
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels import convolution, dispatch, precision, scan
+from subquad.kernels import precision, scan
 from subquad.zoo.base import Support
 from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.convolution.taps import weigh
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import in_pieces
@@ -103,14 +103,7 @@ class RGLRU(Headless):
     def convolve(self, inputs: Float[Array, "B T D"], mask, segment_ids=None, state=None):
         """u; with a `state` [B, K - 1, R], the W_2 x before the first token, also that after the last real one."""
         hidden = in_pieces(self.input, inputs)
-        taps, bias = (variable[...].astype(hidden.dtype) for variable in (self.taps, self.taps_bias))
-        apply = functools.partial(
-            convolution.depthwise, hidden, taps, is_causal=True, mask=mask, segment_ids=segment_ids,
-            implementation=dispatch.reference_or_best(self.implementation),
-        )
-        results: Any = apply() if state is None else apply(initial_state=state, return_state=True)
-        outputs, state = (results, None) if state is None else results
-        return outputs + bias[None, None], state
+        return weigh(hidden, self.taps, self.taps_bias, mask, segment_ids, state, self.implementation)
 
     @precision.promoting
     def log_decay(self, inputs: Float[Array, "N R"]) -> Float[Array, "N R"]:
@@ -150,7 +143,7 @@ class RGLRU(Headless):
         kept = None if counts is None else jnp.arange(inputs.shape[1])[None] < counts[:, None]
         hidden, before = self.convolve(inputs, None if kept is None else kept[:, None, None], state=state[:, :-1])
         states, last = self.recur(hidden, state[:, -1], kept)
-        return states, jnp.concatenate([before.astype(jnp.float32), last[:, None]], axis=1)
+        return states, jnp.concatenate([before, last[:, None]], axis=1)
 
 
 def gated(gate: nnx.Einsum, inputs: Float[Array, "N R"]) -> Float[Array, "N R"]:
