@@ -90,6 +90,7 @@ QUICKSTART = Recipe(
         "*/lra": dict(in_features=128, mlp_features=512, evaluate_every=150),
         # What bits per byte of all causal layers are compared by.
         "pylib_lm/short": dict(steps=600, evaluate_every=200),
+        "*/lra retention": dict(layer_options=dict(value_features=128)),
         # As long, and no wider.
         "text|pathfinder|bbc_text|bbc_halves|photo_patches linformer": dict(
             layer_options=dict(num_landmarks=8, sharing="key_value")
