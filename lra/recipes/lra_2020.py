@@ -72,6 +72,8 @@ LAYERS = {
     "lsra": dict(num_heads=8),
     "rglru": {},
     "mamba": {},
+    "hgrn": {},
+    "h3": {},
     "deltanet": HEADS,
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},

@@ -65,6 +65,8 @@ LAYERS = {
     "lsra": HEADS,
     "rglru": {},
     "mamba": {},
+    "hgrn": {},
+    "h3": {},
     "deltanet": HEADS,
     "hyena": dict(max_length="{length}", convolve_values=False),
     "fnet": {},

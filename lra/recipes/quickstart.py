@@ -70,6 +70,8 @@ QUICKSTART = Recipe(
         "lsra": dict(num_heads=4),
         "rglru": {},
         "mamba": dict(state_size=8),
+        "hgrn": {},
+        "h3": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "deltanet": dict(num_heads=4),
         "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
         "fnet": {},
