@@ -17,7 +17,10 @@ from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
+from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
+from subquad.zoo.delta.kda import KimiDeltaAttention
 from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
@@ -30,7 +33,9 @@ from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv4 import RWKV4
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -120,11 +125,16 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "gla": GatedLinearAttention,
     "hgrn2": HGRN2,
     "gsa": GatedSlotAttention,
+    "mamba2": Mamba2,
+    "rwkv6": RWKV6,
+    "mlstm": MLSTM,
+    "rwkv4": RWKV4,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "deltanet": DeltaNet,
-    "mamba2": Mamba2,
-    "rwkv6": RWKV6,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "delta_product": DeltaProduct,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,
