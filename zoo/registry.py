@@ -68,6 +68,8 @@ from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.compressive import CompressiveAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
+from subquad.zoo.statespace.h3 import H3
+from subquad.zoo.statespace.hgrn import HGRN
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
@@ -139,6 +141,8 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "s5": S5,
     "lru": LRU,
     "rglru": RGLRU,
+    "hgrn": HGRN,
+    "h3": H3,
     "mamba": Mamba,
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,

@@ -72,6 +72,8 @@ QUICKSTART = Recipe(
         "dynamicconv": dict(num_heads=4, conv_width=15),
         "lsra": dict(num_heads=4),
         "rglru": {},
+        "hgrn": {},
+        "h3": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "deltanet": dict(num_heads=4),
         "mamba": dict(state_size=8),
         "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
