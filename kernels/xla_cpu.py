@@ -5,16 +5,23 @@ Seen with jaxlib 0.10 to 0.12.
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 
-# XLA on a CPU slices, gathers and updates half precision in float32: it keeps a float32 copy of an array that a loop reads or
-# writes. Unsigned integers of 16 bits are moved as they are.
+# Up to jaxlib 0.11, XLA on a CPU slices, gathers and updates half precision in float32: it keeps a float32 copy of an array
+# that a loop reads or writes. Unsigned integers of 16 bits are moved as they are. Later ones move half precision as it is, and
+# copy an array to see it as integers.
+MOVES_HALF_AS_FLOAT32 = jaxlib.version.__version_info__ < (0, 12)
+
+
+def is_half(dtype) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16)
 
 
 def to_uint_bits(array):
-    """Half precision (bfloat16, float16) as uint16; any other array as it is.
+    """Half precision (bfloat16, float16) as uint16 where XLA moves that better; any other array as it is.
 
-    Raises: NotImplementedError: half precision under differentiation: a bit cast has no derivative, and would count as a
-        constant. Backward passes that are written by hand differentiate nothing, so only second derivatives meet this.
+    Raises: NotImplementedError: bits under differentiation: a bit cast has no derivative, and would count as a constant.
+        Backward passes that are written by hand differentiate nothing, so only second derivatives meet this.
     """
     return array if uint_bits_dtype(array.dtype) == array.dtype else _uint_bits(array)
 
@@ -34,7 +41,7 @@ def _no_derivative(primals, tangents):
 
 def uint_bits_dtype(dtype):
     """The dtype of `to_uint_bits` of an array of this dtype."""
-    return jnp.uint16 if dtype in (jnp.bfloat16, jnp.float16) else dtype
+    return jnp.uint16 if MOVES_HALF_AS_FLOAT32 and is_half(dtype) else dtype
 
 
 def from_uint_bits(array, dtype):
@@ -42,15 +49,16 @@ def from_uint_bits(array, dtype):
     return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
 
 
-def zeros_depending_on(array, shape, dtype):
-    """Zeros for a loop to write into, allocated only once `array` is computed.
+def zeros_depending_on(arrays, shape, dtype):
+    """Zeros for a loop to write into, allocated only once all floating-point numbers of `arrays`, a pytree, are computed.
 
     XLA on a CPU starts with whatever depends on nothing: the zeros that a backward pass writes gradients into would be
     allocated all through the forward pass.
     """
     if jax.default_backend() != "cpu":
         return jnp.zeros(shape, dtype)
-    return jnp.full(shape, _zero_of(array).astype(dtype))
+    floats = [x for x in jax.tree.leaves(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.full(shape, sum(map(_zero_of, floats)).astype(dtype))
 
 
 def apart(function, arrays):
@@ -73,8 +81,9 @@ def apart(function, arrays):
 
 def _zero_of(array):
     """0 as uint32, made of an array of floating-point numbers such that XLA does not see it."""
-    first = array[(0,) * array.ndim].astype(jnp.float32)
-    return jax.lax.bitcast_convert_type(first, jnp.uint32) >> 31 >> 1  # two shifts: XLA would fold one by 32 into a constant
+    # One from the middle: XLA knows the zeros with which a gradient was padded, at either end.
+    some = array[tuple(size // 2 for size in array.shape)].astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(some, jnp.uint32) >> 31 >> 1  # two shifts: XLA would fold one by 32 into a constant
 
 
 def map_parts(function, parts: int, arrays, axes, axes_out, after):

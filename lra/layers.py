@@ -131,6 +131,17 @@ def check_dropout(name: str, rate: float) -> None:
                f"Leave it out, or use {usable}; dropout_rate drops features in any layer.")
 
 
+def check_segments(name: str) -> None:
+    """Refuses a layer that cannot keep the documents of a sequence apart.
+
+    Raises: ValueError: with the layers that can.
+    """
+    able = [known for known, layer in LAYERS.items() if layer.supports.segment_ids]
+    if name in LAYERS and name not in able:
+        refuse("documents", f"be 'joined' for layer {name!r}, which cannot keep them apart", "'apart'",
+               f"Leave it out, or use {', '.join(able)}.")
+
+
 def _words(name: str) -> Container[str]:
     return registry.options(name) if name in LAYERS else _parameters(find_layer(name).__init__)
 

@@ -91,13 +91,19 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, run: Run, task: Task, *, rngs: nnx.Rngs):
         self.model = zoo.CausalLM(**_encoder(run, task, 0), rngs=rngs)
+        self.end_of_document = task.end_of_document if run.documents == "apart" else None
 
     def __call__(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
         return self.with_losses(inputs, mask, deterministic=deterministic, rngs=rngs)[0]
 
     def with_losses(self, inputs, mask, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
         """(logits, `zoo.RouterLosses` of each sample), 0 without experts."""
-        logits, losses = self.model.with_losses(inputs, mask=mask, deterministic=deterministic, rngs=rngs)
+        segments = None
+        if self.end_of_document is not None:  # a document's last token is the one that ends it
+            ends = inputs == self.end_of_document
+            segments = jnp.cumsum(ends, axis=1) - ends
+        draws = dict(deterministic=deterministic, rngs=rngs)
+        logits, losses = self.model.with_losses(inputs, mask=mask, segment_ids=segments, **draws)
         return logits.astype(jnp.float32), losses
 
 

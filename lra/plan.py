@@ -204,6 +204,10 @@ def _check(run: Run, draft: Draft) -> None:
     check_values(run)
     protocols.check_protocol(run, draft.task, draft.overrides)
     layers.check_dropout(run.layer, run.attention_dropout_rate)
+    if run.documents == "apart":
+        if draft.task.end_of_document is None:
+            refuse("documents", f"be 'joined' for {draft.task.name!r}", "'apart'", "Its sequences hold no token that ends one.")
+        layers.check_segments(run.layer)
     if run.schedule == "onecycle" and "b1" in draft.overrides:
         refuse("b1", "be left out under schedule 'onecycle', which cycles it", run.b1, "Use schedule='linear'.")
     for name in ("state_learning_rate", "step_learning_rate"):

@@ -79,6 +79,8 @@ class Run:
             arena's hidden layer of mlp_features, and a second of half as many for a pair.
         interaction: of a pair a, b: "nli", [a, b, a * b, a - b], or "concat", [a, b].
         inputs: "tokens", or "continuous": a pixel is one number in -1..1 through a linear map.
+        documents: of a language model whose sequences hold several documents: "joined", a token may see those before, or
+            "apart", each begins with an empty state.
     """
 
     recipe: str = "quickstart"
@@ -132,6 +134,7 @@ class Run:
     head: Literal["linear", "mlp"] = "linear"
     interaction: Literal["concat", "nli"] = "nli"
     inputs: Literal["tokens", "continuous"] = "tokens"
+    documents: Literal["joined", "apart"] = "joined"
 
     @property
     def id(self) -> str:

@@ -1,6 +1,8 @@
 """The tasks: what goes in, what comes out, and what a rule that computes nothing would reach."""
 
 import functools
+import os
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,11 +10,12 @@ from typing import Literal
 import numpy as np
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.data import catalogue, encodings, floors
+from subquad.lra.data import catalogue, encodings, floors, own_texts
 from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.data.diagnostics.drawing import Diagnostic, Drawn
 from subquad.lra.data.listops import expressions
 from subquad.lra.data.offline import corpora
+from subquad.lra.data.own_texts import LM_LENGTH, SHORT_LENGTH
 from subquad.lra.data.pathfinder import pictures, released_folders
 
 Kind = Literal["classification", "pair", "language_model", "tagging"]
@@ -51,6 +54,7 @@ class Task:
         bottleneck: of a tagging task: all answers are read from the features of the last token.
         groups: an example -> what examples are grouped by, beside the score of each: name -> value.
         at_length: a length -> test examples of that length, for lengths that were not trained on; None: there are none.
+        end_of_document: the token after which a language model's text goes on with another document; None: there is none.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Task:
     bottleneck: bool = False
     at_length: Callable[[int], Sequence[dict]] | None = None
     groups: Callable[[dict], dict[str, str | int]] = tokens_of
+    end_of_document: int | None = None
 
     @property
     def needs_causal(self) -> str:
@@ -83,6 +88,7 @@ _ARENA = "Tay et al. 2020, arXiv 2011.04006"
 _BYTES = encodings.VOCABULARY_SIZE
 
 
+OWN_TEXT = "own_text"
 # Name -> configuration -> task; the first configuration is the usual one.
 TASKS: dict[str, dict[str, Task]] = {}
 
@@ -137,19 +143,21 @@ for _config, _side in _SIDES.items():
     _note = "Path-X of the arena" if _config.endswith("128_hard") else "black is no padding, unlike in the arena"
     _source = f"Linsley et al. 2018, arXiv 1805.08315; {_ARENA}"
     _add("pathfinder", _config, _side * _side, 2, _source, image_shape=(_side, _side), note=_note)
+# A zero byte ends a document, and ids are bytes + 1.
+_LANGUAGE: dict = dict(kind="language_model", metric="bits per byte", floors=floors.next_token, end_of_document=1)
 _BBC, _SIDE, _DIGIT = "Greene and Cunningham 2006, BBC news", corpora.SIDE, corpora.DIGIT_SIDE
+_PYTHON = "the standard library of Python"
 for _name, _length, _classes, _source, _words in (
     ("bbc_text", 2048, len(corpora.SECTIONS), _BBC, {}),
     ("bbc_halves", 2048, 2, _BBC, dict(kind="pair")),
     ("photo_patches", _SIDE**2, len(corpora.PHOTOS), "photographs of scikit-image", dict(image_shape=(_SIDE, _SIDE))),
     ("digits", _DIGIT**2, 10, "Alpaydin and Kaynak 1998, UCI", dict(image_shape=(_DIGIT, _DIGIT), vocabulary_size=18)),
-    (
-        "pylib_lm", corpora.LM_LENGTH, _BYTES, "the standard library of Python",
-        dict(kind="language_model", metric="bits per byte", floors=floors.next_token),
-    ),
-):  # fmt: skip
-    _note = "a stand-in that needs no network; no task of the arena"
-    _add(_name, "offline", _length, _classes, _source, f"offline/{_name}", note=_note, **_words)
+    ("pylib_lm", LM_LENGTH, _BYTES, _PYTHON, _LANGUAGE),
+    ("pylib_lm", SHORT_LENGTH, _BYTES, _PYTHON, _LANGUAGE),
+):
+    _note, _config = "a stand-in that needs no network; no task of the arena", "short" if _length == SHORT_LENGTH else "offline"
+    _dataset = f"offline/{_name}_short" if _config == "short" else f"offline/{_name}"
+    _add(_name, _config, _length, _classes, _source, _dataset, note=_note, **_words)
 for _name, _configs in diagnostics.CONFIGS.items():
     for _config, _one in _configs.items():
         _add(
@@ -190,6 +198,29 @@ def tasks_named(words: Sequence[str]) -> list[Task]:
             config = next(iter(TASKS[name]))
         found.append(find_task(name, config))
     return found
+
+
+def own_text(paths: Sequence[str | os.PathLike], length: int = LM_LENGTH) -> tuple[Task, dict[str, list[dict]]]:
+    """A language model's task on text files of the user's, byte by byte, and its splits.
+
+    Args:
+        paths: the files, in UTF-8 or any other bytes, each a document.
+        length: bytes of a sequence.
+    Returns: the task, whose configuration names the text by a hash of it and its length; {"train", "validation", "test"}: the
+        sequences, the last tenth of which is held out.
+    Raises: ValueError: a file that cannot be read; a length below 2; fewer than 20 sequences.
+    """
+    splits, digest = own_texts.read(paths, length)
+    return own_text_task(f"{digest}-{length}", {name: len(rows) for name, rows in splits.items()}), splits
+
+
+def own_text_task(config: str, splits: Mapping[str, int] = types.MappingProxyType({})) -> Task:
+    """The record of a task that `own_text` made, by its configuration."""
+    length = int(config.partition("-")[2])
+    return Task(
+        OWN_TEXT, config, "the files", _BYTES, length, _BYTES, splits, source="your files",
+        note="the first nine tenths are trained on, the last twentieth is tested", **_LANGUAGE,
+    )  # fmt: skip
 
 
 # Arrays of an example, by kind of task, and its label.

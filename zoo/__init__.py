@@ -16,25 +16,39 @@ from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.conversion import convert
 from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
 from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
 from subquad.zoo.delta.kda import KimiDeltaAttention
+from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
+from subquad.zoo.dense.forgetting import ForgettingAttention
+from subquad.zoo.dense.gau import GAU
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.experts import Experts, RouterLosses
 from subquad.zoo.features import Centroids, RandomFeature
+from subquad.zoo.gated.gla import GatedLinearAttention
+from subquad.zoo.gated.gsa import GatedSlotAttention
+from subquad.zoo.gated.hgrn2 import HGRN2
+from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
 from subquad.zoo.interchange import attention_fn
+from subquad.zoo.kernelized.based import BasedAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.dpfp import DPFPAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
+from subquad.zoo.kernelized.flash import FLASH
+from subquad.zoo.kernelized.hedgehog import HedgehogAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.kernelized.rfa import RFAAttention
@@ -61,20 +75,24 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "LAYERS", "LRU", "LSRA", "RGLRU", "S4", "S5", "Attention", "AxialAttention", "BigBirdAttention", "Block",
-    "BlockwiseAttention", "CausalLM", "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention",
-    "CosformerAttention", "DeltaNet", "DeltaProduct", "DiagonalAttention", "DualEncoder", "DynamicConv", "EfficientAttention",
-    "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "GatedDeltaNet", "GlobalAttention", "HTransformerAttention",
-    "InducedSetAttention", "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention",
-    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention",
+    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "RWKV6", "S4", "S5", "Attention", "AxialAttention",
+    "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
+    "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet", "DeltaProduct",
+    "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder",
+    "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention", "GatedDeltaNet", "GatedLinearAttention",
+    "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention",
+    "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention",
+    "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mamba2",
     "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
-    "RandomAttention", "RandomFeature", "ReformerAttention", "RouterLosses", "RoutingAttention", "SinkhornAttention",
-    "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support", "SynthesizerAttention",
-    "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks", "positions", "stream",
+    "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
+    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
+    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
+    "positions", "stream",
 ]  # fmt: skip

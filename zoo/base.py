@@ -21,6 +21,7 @@ from subquad.zoo.checks import (
     check_call,
     check_causality,
     check_extend,
+    check_length,
     check_rotary,
     check_sizes,
     refuse,
@@ -246,9 +247,7 @@ class Attention(nnx.Module):
 
     def _check_length(self, name: str, length: int) -> None:
         """Refuses more tokens than the layer was built for."""
-        if self.max_length is not None and length > self.max_length:
-            refuse(type(self).__name__, name, f"{length} tokens", f"be at most max_length = {self.max_length} tokens",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, name, length, self.max_length)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads of checked inputs; None: of the inputs before it."""

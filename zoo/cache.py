@@ -39,6 +39,11 @@ def counts(tokens: Array, mask: Bool[Array, "B 1 1 T"] | None) -> Int[Array, "B"
     return jnp.broadcast_to(mask.sum(axis=(1, 2, 3), dtype=jnp.int32), tokens.shape[0])
 
 
+def first_real(tokens: Array, counts: Int[Array, "B"] | None) -> Bool[Array, "B 1 1 T"] | None:
+    """The mask of the first `counts` of T new tokens [B, T, ...]; None: all."""
+    return None if counts is None else (jnp.arange(tokens.shape[1])[None] < counts[:, None])[:, None, None]
+
+
 def append(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"], mask) -> KVCache:
     """The cache with each sample's real tokens of T more, the first ones; `mask` [B, 1, 1, T] or None (all real).
 
@@ -85,7 +90,7 @@ def poisoned(outputs: Float[Array, "B T *features"], cache) -> Float[Array, "B T
 
 def room(cache) -> int:
     """How many tokens of a sample fit into a cache that has a length: as many as it has keys, unless it says otherwise."""
-    return getattr(cache, "room", cache.key.shape[1])
+    return cache.room if hasattr(cache, "room") else cache.key.shape[1]
 
 
 def pieces(tokens, start: Int[Array, "B"], size: int):
@@ -132,6 +137,14 @@ class MatrixCache(NamedTuple):
     def zeros(cls, batch_size: int, num_heads: int, features: int, value_features: int) -> "MatrixCache":
         state = jnp.zeros((batch_size, num_heads, features, value_features), jnp.float32)
         return cls(state, jnp.zeros(batch_size, jnp.int32))
+
+
+class SlotCache(NamedTuple):
+    """Moving averages of each sample's keys and values so far, in M slots; their size does not grow with the tokens."""
+
+    keys: Float[Array, "B N M H"]  # float32, whatever the dtype of the layer
+    values: Float[Array, "B N M V"]
+    seen: Int[Array, "B"]  # real tokens so far: the position of the next one
 
 
 class EfficientCache(NamedTuple):
@@ -188,6 +201,13 @@ class StateCache(NamedTuple):
     """The state after each sample's last real token, in float32: the whole past, whatever its length."""
 
     state: Float[Array, "B *state"]  # of complex modes the real parts, then the imaginary parts, along the last axis
+
+
+class RecurrentCache(NamedTuple):
+    """A matrix state after each sample's last real token, and what the tokens just before the next one gave a convolution."""
+
+    state: Float[Array, "B N M V"]  # float32, whatever the dtype of the layer, as `recent`
+    recent: Float[Array, "B W D"]  # the newest last; 0 before the first token
 
 
 class ReformerCache(NamedTuple):

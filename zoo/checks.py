@@ -86,6 +86,13 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
             refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
 
 
+def check_length(owner: str, name: str, length: int, most: int | None) -> None:
+    """Refuses more tokens than the `max_length` that a layer was built for; None: it takes any number."""
+    if most is not None and length > most:
+        refuse(owner, name, f"{length} tokens", f"be at most max_length = {most} tokens",
+               "Construct the layer with a larger max_length.")
+
+
 def check_rate(owner: str, rate: float, name: str = "dropout_rate") -> None:
     """Refuses a rate that is no probability."""
     if not 0 <= rate <= 1:

@@ -67,10 +67,10 @@ class Headless(nnx.Module):
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         self.sees = CAUSAL if is_causal else None
 
-    def linear(self, in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
+    def linear(self, in_features: int, out_features: int, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
         """A linear map in the layer's dtypes."""
         dtypes = dict[str, Any](dtype=self.dtype, param_dtype=self.param_dtype)
-        return nnx.Linear(in_features, out_features, precision=self.precision, rngs=rngs, **dtypes)
+        return nnx.Linear(in_features, out_features, use_bias=use_bias, precision=self.precision, rngs=rngs, **dtypes)
 
     def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids, **draws) -> Float[Array, "B T D"]:
         """What each token gets from all: of inputs whose padding, by `mask` [B, 1, 1, T], comes last and is 0."""
@@ -84,8 +84,8 @@ class Headless(nnx.Module):
         """The keys of a call's random draws, by their words in `respond`; none where a layer draws nothing in a call."""
         return {}
 
-    def state(self, batch_size: int) -> Float[Array, "B *state"]:
-        """The state before the first token, in float32."""
+    def state(self, batch_size: int) -> Any:
+        """The state before the first token, in float32: [B, *state], or a cache of several arrays by name."""
         raise NotImplementedError
 
     def respond_after(self, inputs: Float[Array, "B T D"], state, counts: Int[Array, "B"] | None):
@@ -131,7 +131,7 @@ class Headless(nnx.Module):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> Any:
         """The state before the first token. It holds float32 numbers for any length: max_length and dtype change nothing."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        return StateCache(self.state(batch_size))
+        return as_cache(self.state(batch_size))
 
     def extend(self, inputs: Float[Array, "B T D"], cache: Any, *, mask: Bool[Array, "B 1 1 T"] | None = None):
         """T >= 1 more tokens after those in `cache` -> (outputs [B, T, F], cache): the recurrence.
@@ -148,10 +148,16 @@ class Headless(nnx.Module):
     def _extend(self, inputs, cache, mask):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         inputs = self._promote(inputs if order is None else order.pack(inputs))
-        responses, state = self.respond_after(inputs, cache.state, None if mask is None else counts(inputs, mask))
+        state = cache.state if isinstance(cache, StateCache) else cache
+        responses, state = self.respond_after(inputs, state, None if mask is None else counts(inputs, mask))
         outputs = in_pieces(self.finish, inputs, responses)
-        return outputs if order is None else order.unpack(outputs), StateCache(state)
+        return outputs if order is None else order.unpack(outputs), as_cache(state)
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""
         return patterns.grid(self.sees, length, length)
+
+
+def as_cache(state: Any) -> Any:
+    """The cache that holds a state, which may be one already."""
+    return state if isinstance(state, tuple) else StateCache(state)

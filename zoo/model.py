@@ -205,6 +205,13 @@ class CausalLM(nnx.Module):
         """The logits of features."""
         return self.encoder.embed.attend(hidden) if self.tie_embeddings else self.head(hidden)
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a sequence, by learned positions and by mixers that are built for a length; None: any number."""
+        of_mixers = [getattr(block.mixer, "max_length", None) for block in self.encoder.blocks]
+        known = [length for length in of_mixers if length is not None]
+        return min(known + [self.encoder.max_length] * (self.encoder.position_kind == "learned"), default=None)
+
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LMCache:
         """Empty caches of all layers, for max_length tokens, padding included."""
         if self.encoder.position_kind == "learned" and max_length > self.encoder.max_length:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype, zeros_depending_on
+from subquad.kernels.xla_cpu import from_uint_bits, is_half, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
 # Bytes, in float32, of an array that is cut, and of a piece of it.
 LARGE_BYTES, PIECE_BYTES = 1 << 24, 1 << 22
@@ -26,7 +26,11 @@ class Projection(nnx.LinearGeneral):
 
     def __call__(self, inputs):
         apply = super().__call__
-        return in_pieces(apply, inputs) if uint_bits_dtype(inputs.dtype) != inputs.dtype else flat(apply)(inputs)
+        return in_pieces(apply, inputs) if is_half(inputs.dtype) else flat(apply)(inputs)
+
+    def of_tokens(self, inputs):
+        """Of inputs [N, ...], for functions that go through pieces themselves."""
+        return super().__call__(inputs)
 
 
 def projection(shell: Mapping[str, Any], inputs, outputs, *, axis=-1, rngs: nnx.Rngs) -> Projection:
@@ -103,6 +107,30 @@ def head_by_head(function, *heads, by_sample=()):
     return rearrange(in_rows(of_rows, *rows), "(b n) t g ... -> b t (n g) ...", b=batch)
 
 
+def in_turn(function, inputs, state):
+    """function(inputs, state) -> (responses, state), on a CPU of a piece of a long sequence after the other.
+
+    The backward pass keeps the inputs and the states between pieces, and nothing of what the function makes on the way.
+
+    Args:
+        function: of inputs [B, T, ...] for any T; the responses are one array [B, T, ...] or a tree of them. A call for a
+            sequence is that for its pieces, each with the state after the one before. Parameters that it closes over have
+            gradients too.
+        state: the array before the first piece.
+    """
+    if fit_at_once([inputs]):
+        return function(inputs, state)
+    size = min(inputs.shape[1], PIECE_BYTES // (4 * inputs.shape[0] * math.prod(inputs.shape[2:])) or 1)
+    whole = inputs.shape[1] // size * size
+    piece = jax.ShapeDtypeStruct((inputs.shape[0], size, *inputs.shape[2:]), inputs.dtype)
+    converted, parameters = jax.closure_convert(function, piece, state)
+    responses, state = turn_by_turn(converted, size, parameters, inputs[:, :whole], state)
+    if whole == inputs.shape[1]:
+        return responses, state
+    rest, state = jax.checkpoint(function)(inputs[:, whole:], state)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), responses, rest), state
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def piece_by_piece(function, size, parameters, arrays):
     length = arrays[0].shape[1]
@@ -140,13 +168,57 @@ def backward(function, size, saved, gradients):
         return totals, [None if x is None else put(x, piece, start) for x, piece in zip(grads, grad_pieces, strict=True)]
 
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
-    grads = [empty(x, gradients) if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in arrays]
+    grads = [empty(x, gradients, arrays) if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in arrays]
     totals, grads = jax.lax.fori_loop(0, count, step, (totals, grads))
     totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
     return totals, tuple(x if x is None else from_uint_bits(x, like.dtype) for x, like in zip(grads, arrays, strict=True))
 
 
 piece_by_piece.defvjp(forward, backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def turn_by_turn(function, size, parameters, inputs, state):
+    return turns_forward(function, size, parameters, inputs, state)[0]
+
+
+def turns_forward(function, size, parameters, inputs, state):
+    count = inputs.shape[1] // size
+    likes = jax.eval_shape(lambda: function(take(inputs, 0, size), state, *parameters)[0])
+
+    def step(i, carry):
+        state, before, outputs = carry
+        before = jax.lax.dynamic_update_index_in_dim(before, state, i, 0)
+        responses, state = function(take(inputs, i * size, size), state, *parameters)
+        return state, before, jax.tree.map(lambda whole, part: put(whole, part, i * size), outputs, responses)
+
+    carry = state, jnp.zeros((count, *state.shape), state.dtype), jax.tree.map(lambda like: empty(like, inputs), likes)
+    state, before, outputs = jax.lax.fori_loop(0, count, step, carry)
+    outputs = jax.tree.map(lambda x, like: from_uint_bits(x, like.dtype), outputs, likes)
+    return (outputs, state), (parameters, inputs, before)
+
+
+def turns_backward(function, size, saved, gradients):
+    (parameters, inputs, before), (outer, grad_state) = saved, gradients
+    count, last = len(before), jax.tree.leaves(outer)[-1]
+
+    def step(i, carry):
+        i = count - 1 - i
+        totals, grad_state, grad = carry
+        piece, state = take(inputs, i * size, size), jax.lax.dynamic_index_in_dim(before, i, 0, keepdims=False)
+        _, pull = jax.vjp(lambda parameters, piece, state: function(piece, state, *parameters), parameters, piece, state)
+        grad_parameters, grad_piece, grad_state = pull((jax.tree.map(lambda x: take(x, i * size, size), outer), grad_state))
+        totals = [total + x.astype(total.dtype) for total, x in zip(totals, grad_parameters, strict=True)]
+        return totals, grad_state, put(grad, grad_piece, i * size)
+
+    totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
+    carry = totals, grad_state, empty(inputs, last)
+    totals, grad_state, grad = jax.lax.fori_loop(0, count, step, carry)
+    totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
+    return totals, from_uint_bits(grad, inputs.dtype), grad_state
+
+
+turn_by_turn.defvjp(turns_forward, turns_backward)
 
 
 def take(array, start, size):
@@ -157,6 +229,7 @@ def put(array, part, start):
     return jax.lax.dynamic_update_slice_in_dim(array, to_uint_bits(part), start, 1)
 
 
-def empty(like, after):
-    """The bits of zeros [B, T, ...] for pieces such as `like`, T that of an array which must exist before."""
-    return zeros_depending_on(after, (like.shape[0], after.shape[1], *like.shape[2:]), uint_bits_dtype(like.dtype))
+def empty(like, array, others=()):
+    """The bits of zeros [B, T, ...] for pieces such as `like`, T that of an array which must exist before, and others, too."""
+    shape = like.shape[0], array.shape[1], *like.shape[2:]
+    return zeros_depending_on((array, others), shape, uint_bits_dtype(like.dtype))

@@ -14,21 +14,35 @@ from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
 from subquad.zoo.convolution.dynamicconv import DynamicConv
+from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
 from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
 from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
 from subquad.zoo.delta.kda import KimiDeltaAttention
+from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
+from subquad.zoo.dense.forgetting import ForgettingAttention
+from subquad.zoo.dense.gau import GAU
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
+from subquad.zoo.gated.gla import GatedLinearAttention
+from subquad.zoo.gated.gsa import GatedSlotAttention
+from subquad.zoo.gated.hgrn2 import HGRN2
+from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
+from subquad.zoo.kernelized.based import BasedAttention
 from subquad.zoo.kernelized.cosformer import CosformerAttention
+from subquad.zoo.kernelized.dpfp import DPFPAttention
 from subquad.zoo.kernelized.efficient import EfficientAttention
+from subquad.zoo.kernelized.flash import FLASH
+from subquad.zoo.kernelized.hedgehog import HedgehogAttention
 from subquad.zoo.kernelized.linear import LinearAttention
 from subquad.zoo.kernelized.performer import PerformerAttention
 from subquad.zoo.kernelized.rfa import RFAAttention
@@ -53,6 +67,7 @@ from subquad.zoo.recurrent.compressive import CompressiveAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
@@ -64,6 +79,9 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "softmax": SoftmaxAttention,
     "kernelized": KernelizedAttention,
     "entmax": EntmaxAttention,
+    "forgetting": ForgettingAttention,
+    "differential": DifferentialAttention,
+    "gau": GAU,
     "synthesizer": SynthesizerAttention,
     "fnet": FNet,
     "blockwise": BlockwiseAttention,
@@ -94,22 +112,34 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,
     "efficient": EfficientAttention,
+    "dpfp": DPFPAttention,
+    "hedgehog": HedgehogAttention,
+    "flash": FLASH,
     "rfa": RFAAttention,
+    "based": BasedAttention,
+    "retention": Retention,
+    "gla": GatedLinearAttention,
+    "hgrn2": HGRN2,
+    "gsa": GatedSlotAttention,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
     "delta_product": DeltaProduct,
+    "mamba2": Mamba2,
+    "rwkv6": RWKV6,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,
     "s5": S5,
     "lru": LRU,
     "rglru": RGLRU,
+    "mamba": Mamba,
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,
     "lsra": LSRA,
+    "hyena": Hyena,
 }
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels import precision
-from subquad.kernels.xla_cpu import from_uint_bits, hide_zeros, to_uint_bits, uint_bits_dtype
+from subquad.kernels.xla_cpu import from_uint_bits, hide_zeros, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
 # The weights inside a chunk cost as much as the chunk is long, a step of the loop most where it is a kernel launch.
 CPU_CHUNK, ACCELERATOR_CHUNK = 64, 128
@@ -85,7 +85,7 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
             return state, put(outputs, part.astype(dtype), i * size), kept
 
         kept = jax.tree.map(lambda x: jnp.zeros((segments + 1, *x.shape), x.dtype), state)
-        outputs = jnp.zeros(shape, uint_bits_dtype(dtype))
+        outputs = zeros_depending_on((constants, arrays), shape, uint_bits_dtype(dtype))
         state, outputs, kept = loop(chunks, body, (state, outputs, kept))
         return (state, from_uint_bits(outputs, dtype)), kept
 
@@ -120,7 +120,7 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
 
             return loop(inside, reverse, carry)
 
-        carry = jax.tree.map(jnp.zeros_like, constants), hide_zeros(grad_state), room_for(arrays)
+        carry = jax.tree.map(jnp.zeros_like, constants), hide_zeros(grad_state), room_for(arrays, grad_outputs)
         grad_constants, grad_state, grad_arrays = loop(segments, segment, carry)
         return grad_constants, grad_state, as_arrays(grad_arrays, arrays)
 
@@ -160,9 +160,10 @@ def take(x, start, size):
     return rows.swapaxes(1, 2).astype(jnp.float32)
 
 
-def room_for(arrays: dict) -> dict:
-    """The bits of zeros, for `put_chunk`."""
-    return {name: None if x is None else jnp.zeros(x.shape, uint_bits_dtype(x.dtype)) for name, x in arrays.items()}
+def room_for(arrays: dict, after) -> dict:
+    """The bits of zeros, for `put_chunk`; allocated once `after` is computed."""
+    room = lambda x: zeros_depending_on(after, x.shape, uint_bits_dtype(x.dtype))
+    return {name: None if x is None else room(x) for name, x in arrays.items()}
 
 
 def put_chunk(bits: dict, parts: dict, like: dict, i, size: int) -> dict:

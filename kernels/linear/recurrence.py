@@ -40,6 +40,34 @@ def advance(states, query, key, values, decay=None, beta=None):
     return states, outputs
 
 
+def advance_after_reading(bonus, states, query, key, values, decay=None, beta=None):
+    """`advance`, where a token reads the states of the token before it, and of what it brings itself the bonus [N, M].
+
+    That is what the token before would read with this one's query.
+    """
+    first = tuple(query[:, :, :1] @ state for state in states)
+    states, outputs = advance(states, next_ones(query, 2), key, values, decay, beta)
+    own = own_score(bonus[:, None], query, key)
+    outputs = [after_first(*both, 2) for both in zip(first, outputs, strict=True)]
+    return states, tuple(x + own * value for x, value in zip(outputs, values, strict=True))
+
+
+def own_score(bonus, query, key):
+    """What a token reads of itself: q^T diag(bonus) k, [..., 1]."""
+    return jnp.sum(query * (bonus * key), -1, keepdims=True)
+
+
+def next_ones(query, axis):
+    """Of each token the next one's query, 0 of the last."""
+    widths = [(0, int(i == axis)) for i in range(query.ndim)]
+    return jnp.pad(jax.lax.slice_in_dim(query, 1, None, axis=axis), widths)
+
+
+def after_first(first, outputs, axis):
+    """The first token's outputs, then those that tokens have read for the next one."""
+    return jnp.concatenate([first, jax.lax.slice_in_dim(outputs, 0, -1, axis=axis)], axis)
+
+
 def corrections(states, key, values, decay, beta):
     """The values that the delta rule writes, u_t = beta_t (v_t - k_t^T decay_t S_{t-1}): [B, N, C, V]."""
     solve = delta_rule(key, decay, beta)

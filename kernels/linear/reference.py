@@ -11,12 +11,12 @@ SMALLEST_DENOMINATOR = 1e-30
 
 
 @precision.full
-def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
+def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, normalize, scale):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     dtype = value.dtype
     wide = lambda x: None if x is None else precision.wide(x)
     query, key, value = repeated(initial_state.shape[1], 2, query, key, value)
-    query, key, value, log_decay, beta = map(wide, (query, key, value, log_decay, beta))
+    query, key, value, log_decay, beta, bonus, floor = map(wide, (query, key, value, log_decay, beta, bonus, floor))
     if normalize:
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
     if log_decay is None:
@@ -26,17 +26,18 @@ def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
 
     def step(state, token):
         query, key, value, log_decay, beta = token  # [B, N, ...]
+        seen = None if bonus is None else state + (bonus * key)[..., None] * value[..., None, :]
         state = jnp.exp(log_decay)[..., None] * state
         if beta is not None:
             value = beta[..., None] * (value - jnp.einsum("bnm,bnmv->bnv", key, state))
         state = state + key[..., :, None] * value[..., None, :]
-        return state, jnp.einsum("bnm,bnmv->bnv", scale * query, state)
+        return state, jnp.einsum("bnm,bnmv->bnv", scale * query, state if seen is None else seen)
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query, key, value, log_decay, beta))
     state, outputs = jax.lax.scan(step, initial_state.astype(query.dtype), tokens)
     outputs = jnp.moveaxis(outputs, 0, 1)
     if normalize:
-        outputs = normalized(outputs[..., :-1], outputs[..., -1:])
+        outputs = normalized(outputs[..., :-1], outputs[..., -1:], floor)
     return outputs.astype(dtype), state
 
 
@@ -102,7 +103,12 @@ def divide(numerator, denominator, eps):
     return normalized(numerator, (denominator + eps)[..., None])
 
 
-def normalized(outputs, denominator):
-    """outputs [..., V] / denominator [..., 1], and 0 with a zero gradient where that is nothing."""
+def normalized(outputs, denominator, floor=None):
+    """outputs [..., V] / denominator [..., 1], and 0 with a zero gradient where that is nothing.
+
+    With a floor [...] they are divided by max(|denominator|, floor).
+    """
+    if floor is not None:
+        denominator = jnp.maximum(jnp.abs(denominator), floor[..., None])
     divides = jnp.abs(denominator) > SMALLEST_DENOMINATOR
     return jnp.where(divides, outputs, 0) / jnp.where(divides, denominator, 1)

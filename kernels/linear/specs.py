@@ -125,11 +125,25 @@ def make_normalized(length, dtype, rng, **options):
     return arrays | dict(sums=1 + jnp.abs(arrays["state"][..., 0]))
 
 
+def make_floored(length, dtype, rng, **options):
+    """As `make_gated`, with features of any sign and a floor that binds for some of the tokens."""
+    arrays = make_gated(length, dtype, rng, **options)
+    floor = rng.uniform(0.2, 1.0, arrays["query"].shape[:3])
+    return arrays | dict(sums=arrays["state"][..., 0], floor=jnp.asarray(floor, jnp.float32))
+
+
+def make_reading_first(length, dtype, rng, **options):
+    """As `make_gated`, with a bonus of the present token."""
+    arrays = make_gated(length, dtype, rng, **options)
+    return arrays | dict(bonus=jnp.asarray(rng.normal(size=arrays["state"].shape[1:3]), jnp.float32))
+
+
 def call_gated(arrays, implementation):
     state = (arrays["state"], arrays["sums"]) if "sums" in arrays else arrays["state"]
     return linear.gated(
-        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"), normalize="sums" in arrays,
-        initial_state=state, return_state=True, scale=0.3, implementation=implementation,
+        arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"), bonus=arrays.get("bonus"),
+        floor=arrays.get("floor"), normalize="sums" in arrays, initial_state=state, return_state=True, scale=0.3,
+        implementation=implementation,
     )  # fmt: skip
 
 
@@ -167,7 +181,9 @@ SPECS = [
     random_spec("relu-causal", True, "relu", make_relu),
     gated_spec("heads"),
     gated_spec("normalized", make_normalized),
+    gated_spec("floored", make_floored),
     gated_spec("channels", channels=True),
+    gated_spec("channels-bonus", make_reading_first, channels=True),
     gated_spec("delta", delta=True),
     gated_spec("channels-delta", channels=True, delta=True),
 ]

@@ -706,17 +706,25 @@ def joined(pieces, length: int):
     return x.reshape(len(x), -1, *x.shape[3:])[:, :length]
 
 
-def gated(query, key, value, log_decay, beta, initial_state, normalize, scale, *, mode):
+def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, normalize, scale, *, mode):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     dtype = value.dtype
     query, key, value = repeated(initial_state.shape[1], 2, query, key, value)
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
-    if normalize and beta is not None:  # a sum of keys that is corrected, too, is one of the values
+    if normalize and (beta is not None or bonus is not None or floor is not None):
+        # A sum of keys that is corrected, too, is one of the values; and a kernel divides by nothing else than the sum.
         value, width = with_one_more(*with_ones(value)), value.shape[3]
         state = with_one_more(initial_state[..., :-1], initial_state[..., -1:])
-        out, state = gated(query, key, value, log_decay, beta, state, False, scale, mode=mode)
-        return normalized(out[..., :width], out[..., width : width + 1]).astype(dtype), state[..., : width + 1]
+        out, state = gated(query, key, value, log_decay, beta, bonus, None, state, False, scale, mode=mode)
+        return normalized(out[..., :width], out[..., width : width + 1], floor).astype(dtype), state[..., : width + 1]
+    if bonus is not None:
+        later = recurrence.next_ones(query, 1)
+        out, state = gated(later, key, value, log_decay, beta, None, None, initial_state, False, scale, mode=mode)
+        wide_query, wide_key, wide_value = map(precision.wide, (query, key, value))
+        first = precision.full(jnp.matmul)(wide_query[:, 0, :, None], initial_state).swapaxes(1, 2)
+        own = recurrence.own_score(precision.wide(bonus), wide_query, wide_key) * wide_value
+        return (recurrence.after_first(scale * first, precision.wide(out), 1) + scale * own).astype(dtype), state
     plan = plan_of(
         (query, key, value), mode, prepare=with_decay, features="given", is_causal=True, divides=normalize, hides=False,
         differentiates=("late", "early"), scale=scale, eps=0.0, is_delta=beta is not None,

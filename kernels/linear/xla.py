@@ -20,22 +20,25 @@ FOREVER = 2.0**100
 
 
 @functools.partial(jax.jit, static_argnames=("normalize", "scale"))
-def gated(query, key, value, log_decay, beta, initial_state, normalize, scale):
+def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, normalize, scale):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     heads = initial_state.shape[1]
 
-    def step(_, states, chunk):
+    def step(bonus, states, chunk):
         # Of one chunk: of all tokens, shared heads would take the memory of N.
         query, key, value = repeated(heads, 1, *(chunk[name] for name in ("query", "key", "value")))
         values = with_ones(value) if normalize else (value,)
         decay = None if chunk["log_decay"] is None else recurrence.cumulate(chunk["log_decay"])
-        states, outputs = recurrence.advance(states, scale * query, key, values, decay, chunk["beta"])
-        return states, normalized(*outputs) if normalize else outputs[0]
+        advance = recurrence.advance if bonus is None else functools.partial(recurrence.advance_after_reading, bonus)
+        states, outputs = advance(states, scale * query, key, values, decay, chunk["beta"])
+        return states, normalized(*outputs, chunk["floor"]) if normalize else outputs[0]
 
-    arrays = dict(query=query, key=key, value=value, log_decay=as_rows(log_decay), beta=as_rows(beta))
+    rows = dict(log_decay=as_rows(log_decay), beta=as_rows(beta), floor=as_rows(floor))
+    arrays = dict(query=query, key=key, value=value, **rows)
+    bonus = None if bonus is None else bonus.astype(jnp.float32)
     state = hide_zeros(initial_state.astype(jnp.float32))
     states = (state[..., :-1], state[..., -1:]) if normalize else (state,)
-    states, outputs = chunks.scan(step, chunks.chunk_size(), (), states, arrays, value.dtype)
+    states, outputs = chunks.scan(step, chunks.chunk_size(), bonus, states, arrays, value.dtype)
     return outputs, jnp.concatenate(states, -1)
 
 
@@ -175,7 +178,7 @@ def add_keys(features, size, projection, state, keys):
             more, grads = jax.vjp(run, projection, chunks.take_chunk(keys, i, size))[1](grad_sums)
             return jax.tree.map(jnp.add, grad_projection, more), chunks.put_chunk(grad_keys, grads, keys, i, size)
 
-        carry = jax.tree.map(jnp.zeros_like, projection), chunks.room_for(keys)
+        carry = jax.tree.map(jnp.zeros_like, projection), chunks.room_for(keys, grad_sums)
         grad_projection, grad_keys = chunks.loop(count, body, carry)
         decay = jnp.exp(first - finite(largest))[..., None, None]
         return grad_projection, (tuple(x * decay for x in grad_sums), jnp.zeros_like(first)), chunks.as_arrays(grad_keys, keys)

@@ -146,7 +146,7 @@ def backward(_, saved, d_out):
         return *(join_queries(plan, x) for x in queries), *keys, jnp.moveaxis(d_band, 2, 0)[None, :, None]
 
     shapes = [tiled.columns_of(plan, x) for x in arguments[:4]] + [jax.ShapeDtypeStruct(band.shape, precise)]
-    *grads, d_band = parts.part_by_part(plan.parts, gradients_of, shapes, (3,) * 5)
+    *grads, d_band = parts.part_by_part(plan.parts, gradients_of, shapes, (3,) * 5, rows)
     first = plan.tiles[0] * plan.counts[0] - plan.rows[0]
     d_relative = jnp.flip(d_band[0, first : first + plan.rows[1], 0], axis=0).astype(relative_key.dtype)
     grads = (tiled.in_order(x, like) for x, like in zip(grads, arguments[:4], strict=True))

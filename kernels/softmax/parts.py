@@ -7,10 +7,9 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype
+from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
 # Bytes of an array of one part in float32: on a CPU little beside the arguments, and enough for what each step costs anyway.
 CPU_BYTES, ACCELERATOR_BYTES = 1 << 20, 1 << 28
@@ -50,12 +49,13 @@ def share(parts, array, part, heads: int | None = 3):
     return from_uint_bits(jax.lax.dynamic_slice(to_uint_bits(array), *corner(parts, array.shape, part, heads)), array.dtype)
 
 
-def part_by_part(parts, work, shapes, heads, before=None):
+def part_by_part(parts, work, shapes, heads, after, before=None):
     """Arrays of these shapes with heads on these axes, from what `work(part)` returns of each part.
 
     In float32 parts may share an axis of 1: what they return is added.
 
     Args:
+        after: what must be computed before the arrays are allocated.
         before: what the results are added to; None, or None in it: nothing.
     """
     before = [None] * len(shapes) if before is None else before[: len(shapes)]
@@ -73,7 +73,7 @@ def part_by_part(parts, work, shapes, heads, before=None):
     def step(whole, part):
         return tuple(map(functools.partial(put, part=part), whole, work(part), shapes, heads)), None
 
-    zeros = [jnp.zeros(x.shape, uint_bits_dtype(x.dtype)) for x in shapes]
+    zeros = [zeros_depending_on(after, x.shape, uint_bits_dtype(x.dtype)) for x in shapes]
     start = tuple(x if y is None or y.dtype != x.dtype else y for x, y in zip(zeros, before, strict=True))
     whole = jax.lax.scan(step, start, np.arange(math.prod(parts)))[0]
     whole = [from_uint_bits(x, like.dtype) for x, like in zip(whole, shapes, strict=True)]

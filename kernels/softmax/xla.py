@@ -107,7 +107,7 @@ def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, 
     rows = query.shape[:3]
     sums = jax.ShapeDtypeStruct(rows, precise)
     shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), sums, sums
-    results = parts.part_by_part(plan.parts, attend_part, [columns_of(plan, x) for x in shapes], (3, 3, 3))
+    results = parts.part_by_part(plan.parts, attend_part, [columns_of(plan, x) for x in shapes], (3, 3, 3), (query, key))
     return [in_order(x, like) for x, like in zip(results, shapes, strict=True)]
 
 
@@ -151,7 +151,7 @@ def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, vis
     shapes = [columns_of(plan, x) for x in arrays[:3]]
     if bias is not None:  # the gradient of a bias that parts share is a sum, in float32
         shapes.append(jax.ShapeDtypeStruct(bias.shape, precise))
-    grads = parts.part_by_part(plan.parts, gradients_of, shapes, (3, 3, 3, 1)[: len(shapes)], before)
+    grads = parts.part_by_part(plan.parts, gradients_of, shapes, (3, 3, 3, 1)[: len(shapes)], rows, before)
     return *(in_order(x, like) for x, like in zip(grads[:3], arrays[:3], strict=True)), *(grads[3:] or [None])
 
 

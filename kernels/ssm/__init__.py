@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
 from subquad.kernels import checks, dispatch, precision
+from subquad.kernels.selective import selective_scan
 from subquad.kernels.ssm import reference, xla
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "discretize",
     "dplr_kernel",
     "dplr_recurrence",
+    "selective_scan",
 ]
 
 Discretization = Literal["bilinear", "zoh"]

@@ -1,1 +1,1 @@
-"""What the commands do: `subquad quickstart`, `train`, `prepare`, `table`, `bench` and `report`, and the files in scripts/."""
+"""What the commands of `subquad` do, which are also the files in scripts/: see `__main__.COMMANDS`."""

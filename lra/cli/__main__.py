@@ -9,6 +9,7 @@ from subquad.lra import interrupts
 COMMANDS = {
     "quickstart": "what each layer costs and can do, in minutes: a board and a page",
     "train": "train one layer on one task",
+    "generate": "go on from a text with a language model that was trained",
     "prepare": "list, prepare and check data sets",
     "table": "put what was run here beside a published table, and run what is missing",
     "bench": "measure time, memory, FLOPs and energy against length",

@@ -2,6 +2,9 @@
 
 python scripts/train.py --layer performer --config lra --steps 5000 --layer-options num_features=128 --seeds 0 1 2
 
+A language model on text of your own; then scripts/generate.py goes on from what it is given:
+python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
+
 Several devices share a batch by --devices 8; several processes by srun, or each started with its own number:
 python scripts/train.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
 """
@@ -28,6 +31,9 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--layer", default="softmax", help="in zoo.LAYERS, or package.module:ClassName; default: softmax")
     parser.add_argument("--layer-options", nargs="+", default=[], metavar="NAME=VALUE", help="of its constructor")
     parser.add_argument("--out", default="runs/train", help="folder of results and checkpoints; default: runs/train")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="a language model's task on the bytes of these files")
+    usual = f"of a sequence of --text, in bytes; default: {tasks.LM_LENGTH}"
+    parser.add_argument("--text-length", type=int, metavar="N", help=usual)
     parser.add_argument("--data-dir", default=None, help="folder of data sets; default: TFDS's own")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, keep what is finished")
     parser.add_argument("--explain", action="store_true", help="print each value of the run and where it came from, no more")
@@ -58,6 +64,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     words["layer_options"] = commands.assignments(arguments.layer_options)
     seeds = [{"seed": seed} for seed in dict.fromkeys(arguments.seeds or [])] or [{}]
     recipe, layer = words.pop("recipe"), words.pop("layer")
+    task, splits = own_text(arguments, words)
     if arguments.explain:
         for name, (value, level) in explain(recipe, layer, **words, **seeds[0]).items():
             print(f"{name:32} {value!s:24} {level}")
@@ -65,9 +72,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
     together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
     for one in runs:  # what cannot fit is reported before a folder is made
-        task = tasks.find_task(one.task, one.config)
-        tasks.check_lengths(task, arguments.test_lengths)
-        sizes.check(one, task, devices=max(together, 1), sharded=arguments.shard == "zero")
+        its = task or tasks.find_task(one.task, one.config)
+        tasks.check_lengths(its, arguments.test_lengths)
+        sizes.check(one, its, splits, devices=max(together, 1), sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
     csv_rows.check_file(out / "results.csv", results.Result)
     named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes", "test_lengths")
@@ -76,7 +83,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     for one in runs:
         if parallel.is_first():
             print(json.dumps(dataclasses.asdict(one)), file=sys.stderr)
-        rows.append(train.train(one, out=out / "runs" / one.id, **shared))
+        rows.append(train.train(one, out=out / "runs" / one.id, task=task, splits=splits, **shared))
         if parallel.is_first():
             results.append(rows[-1], out / "results.csv")
     if parallel.is_first():
@@ -92,3 +99,16 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
                 print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
         print(f"Added to {out}/results.csv; losses and checkpoints in {out}/runs.")
     return 0 if all(row.status == "ok" for row in rows) else commands.FAILED
+
+
+def own_text(arguments, words: dict) -> tuple[tasks.Task | None, dict | None]:
+    """The task on --text and its splits, of which `words` then tells; (None, None) without."""
+    if arguments.text is None:
+        if arguments.text_length is not None:
+            raise ValueError(f"text-length must be left out without --text, got {arguments.text_length}.")
+        return None, None
+    for name in {"task", "config"} & words.keys():
+        raise ValueError(f"{name} must be left out beside --text, got {words[name]!r}. The files are the task.")
+    task, splits = tasks.own_text(arguments.text, arguments.text_length or tasks.LM_LENGTH)
+    words["task"] = task
+    return task, splits

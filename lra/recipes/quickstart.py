@@ -47,9 +47,19 @@ QUICKSTART = Recipe(
         "performer": dict(num_heads=4, num_features=32),
         "cosformer": dict(num_heads=4, max_length="{length}"),
         "efficient": dict(num_heads=4),
+        "dpfp": dict(num_heads=4),
+        "hedgehog": dict(num_heads=4),
+        "flash": dict(chunk_size=32, shared_features=32, value_features=64),
         "rfa": dict(num_heads=4, num_features=32),
+        "based": dict(num_heads=4),
+        "retention": dict(num_heads=4),
+        "gla": dict(num_heads=4),
+        "hgrn2": dict(num_heads=4),
+        "gsa": dict(num_heads=4, num_slots=16),
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "compressive": dict(num_heads=4, segment_length=40, memory_length=40, compressed_length=20),
+        "mamba2": dict(head_features=16, state_size=16),
+        "rwkv6": dict(head_features=16, mix_rank=4, decay_rank=8),
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
         "dss": dict(state_size=16, dt_min=0.01, dt_max=0.5),
@@ -63,13 +73,20 @@ QUICKSTART = Recipe(
         "gated_deltanet": dict(num_heads=4),
         "kda": dict(num_heads=4),
         "delta_product": dict(num_heads=4),
+        "mamba": dict(state_size=8),
+        "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
         "fnet": {},
         "entmax": dict(num_heads=4),
+        "forgetting": dict(num_heads=4),
+        "differential": dict(num_heads=2),
+        "gau": dict(shared_features=32, value_features=64),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
     },
     settings={
         # Ten times as long, so wider, too: else Linformer's projections alone would be more than the budget.
         "*/lra": dict(in_features=128, mlp_features=512, evaluate_every=150),
+        # What bits per byte of all causal layers are compared by.
+        "pylib_lm/short": dict(steps=600, evaluate_every=200),
         # As long, and no wider.
         "text|pathfinder|bbc_text|bbc_halves|photo_patches linformer": dict(
             layer_options=dict(num_landmarks=8, sharing="key_value")

@@ -32,7 +32,7 @@ LOGITS = jnp.ones((B, N, 3, 3))
 # Two features of three modes.
 REAL, COMPLEX = -jnp.ones((2, 3)), -jnp.ones((2, 3), jnp.complex64)
 SERIES = jnp.ones((B, T, 2))
-STEP = jnp.full(2, 0.1)
+STATES, STEP = jnp.ones((B, T, 3)), jnp.full(2, 0.1)
 SYSTEM = dict(diagonal=COMPLEX, low_rank=COMPLEX[None], input_matrix=COMPLEX, output_matrix=COMPLEX, step=STEP)
 
 # By operation: the function with its options, and its arrays.
@@ -72,6 +72,10 @@ CALLS = {
     "diagonal_scan": (
         ssm.diagonal_scan,
         dict(inputs=SERIES, log_decay=REAL, input_matrix=REAL, output_matrix=REAL, initial_state=REAL[None]),
+    ),
+    "ssm.selective_scan": (
+        ssm.selective_scan,
+        dict(inputs=SERIES, step=SERIES, diagonal=REAL, input_matrix=STATES, output_matrix=STATES, initial_state=REAL[None]),
     ),
     "dplr_recurrence": (ssm.dplr_recurrence, dict(SYSTEM, inputs=SERIES)),
 }  # fmt: skip

@@ -102,11 +102,14 @@ def test_outputs_and_gradients_are_those_of_the_peer(name, implementation):
 # ----------------------------------------------------------------------------------------------------- the definition
 
 
-def float64_loop(query, key, value, initial_state, log_decay=None, beta=None):
-    """The docstring's two lines in NumPy."""
+def float64_loop(query, key, value, initial_state, log_decay=None, beta=None, bonus=None):
+    """The docstring's lines in NumPy."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     state, out = np.array(initial_state, np.float64), np.zeros(value.shape)
     for t in range(query.shape[1]):
+        if bonus is not None:
+            own = (np.float64(bonus) * key[:, t])[..., None] * value[:, t, :, None]
+            out[:, t] = np.einsum("bnm,bnmv->bnv", query[:, t], state + own)
         if log_decay is not None:
             decay = np.exp(np.asarray(log_decay[:, t], np.float64))
             state *= decay[..., None] if decay.ndim == 3 else decay[..., None, None]
@@ -114,7 +117,8 @@ def float64_loop(query, key, value, initial_state, log_decay=None, beta=None):
         if beta is not None:
             write = np.asarray(beta[:, t], np.float64)[..., None] * (write - np.einsum("bnm,bnmv->bnv", key[:, t], state))
         state += key[:, t, :, :, None] * write[:, :, None]
-        out[:, t] = np.einsum("bnm,bnmv->bnv", query[:, t], state)
+        if bonus is None:
+            out[:, t] = np.einsum("bnm,bnmv->bnv", query[:, t], state)
     return out, state
 
 
@@ -123,6 +127,38 @@ def float64_loop(query, key, value, initial_state, log_decay=None, beta=None):
 def test_values_are_the_definition(form, implementation):
     arrays = draw(form, 75)
     assert_close(call(arrays, implementation=implementation), float64_loop(**arrays))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("form", ["channels", "heads-delta"])
+def test_with_a_bonus_a_token_reads_the_state_before_it(form, implementation):
+    arrays = draw(form, 75) | dict(bonus=np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32))
+    want = float64_loop(**arrays)
+    assert_close(call(arrays, implementation=implementation), want)
+    pieces, state = [], arrays["initial_state"]
+    for cut in (slice(0, 70), slice(70, 71), slice(71, 75)):
+        part = {name: x if name == "bonus" else x[:, cut] for name, x in arrays.items()} | dict(initial_state=state)
+        out, state = call(part, implementation=implementation)
+        pieces.append(out)
+    assert_close((jnp.concatenate(pieces, 1), state), want)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_floor_is_the_least_that_is_divided_by(implementation):
+    """Where the normaliser is larger, of either sign, nothing but its size counts."""
+    arrays = draw("heads", 75)
+    ones = np.ones_like(arrays["value"][..., :1])
+    state, sums = arrays["initial_state"], arrays["initial_state"][..., 0]
+    widened = arrays | dict(value=np.concatenate([arrays["value"], ones], -1), initial_state=np.concatenate(
+        [state, sums[..., None]], -1))  # fmt: skip
+    both, _ = float64_loop(**widened)
+    floor = np.random.default_rng(1).uniform(0.1, 2, both.shape[:3]).astype(np.float32)
+    size = np.abs(both[..., -1])
+    assert (size < floor).sum() > 20 < (size > floor).sum()
+    out, _ = call(arrays | dict(initial_state=(state, sums), floor=floor), normalize=True, implementation=implementation)
+    assert_close(out, both[..., :-1] / np.maximum(size, floor)[..., None])
+    with pytest.raises(ValueError, match="floor must be None without normalize"):
+        call(arrays | dict(floor=floor))
 
 
 @pytest.mark.parametrize("form", ["heads", "channels-delta"])
@@ -238,9 +274,8 @@ def test_neighbouring_heads_share_keys(implementation):
     arrays = draw("heads-delta", 9, heads=4)
     arrays |= dict(query=arrays["query"][:, :, :2], key=arrays["key"][:, :, :1])
     share = lambda x: x | {name: jnp.repeat(x[name], 4 // x[name].shape[2], 2) for name in ("query", "key", "value")}
-    run = jax.value_and_grad(lambda x: sum(jnp.cos(y).sum() for y in call(x, implementation=implementation)))
-    repeated = jax.value_and_grad(lambda x: sum(jnp.cos(y).sum() for y in call(share(x))))
-    got, want = jax.jit(run)(arrays), jax.jit(repeated)(arrays)
+    run = lambda x, prepare: sum(jnp.cos(y).sum() for y in call(prepare(x), implementation=implementation))
+    got, want = (jax.jit(jax.value_and_grad(functools.partial(run, prepare=p)))(arrays) for p in (lambda x: x, share))
     assert_close(got, want)
 
 

@@ -29,12 +29,14 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(triton, "plan_of", lambda *args, **options: dataclasses.replace(whole(*args, **options), chunk=16))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["linear.attention/causal", "linear.attention/bidirectional", "linear.attention/segments"]
-    + ["linear.random_feature_attention/softmax-causal", "linear.gated/heads", "linear.gated/normalized"]
-    + ["linear.gated/channels", "linear.gated/channels-delta"],
-)
+# By default those that hold the most: segments, feature maps, a normaliser, decays of channels and the delta rule.
+SEVERAL = ["linear.attention/segments", "linear.random_feature_attention/softmax-causal"]
+SEVERAL += ["linear.gated/normalized", "linear.gated/channels-delta", "linear.gated/channels-bonus"]
+OTHERS = ["linear.attention/causal", "linear.attention/bidirectional", "linear.gated/heads", "linear.gated/channels"]
+OTHERS += ["linear.gated/floored"]
+
+
+@pytest.mark.parametrize("name", SEVERAL + [pytest.param(name, marks=pytest.mark.full) for name in OTHERS])
 def test_states_and_values_in_several_blocks(name, small_blocks):
     spec = specs.find(name)
     arrays = spec.draw(37)
@@ -45,7 +47,11 @@ def test_states_and_values_in_several_blocks(name, small_blocks):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("name", ["softmax-causal", "softmax", "packed-softmax-causal", "packed-softmax"])
+@pytest.mark.parametrize(
+    "name",
+    ["softmax", "packed-softmax-causal"]
+    + [pytest.param(name, marks=pytest.mark.full) for name in ("softmax-causal", "packed-softmax")],
+)
 def test_random_features_in_pieces(name, small_blocks, monkeypatch):
     """Long sequences are cut, so that not all features are in memory: the state goes from piece to piece."""
     from subquad.kernels.linear import triton

@@ -26,7 +26,7 @@ ULPS = 8
 # the gradient of a query with one key, still has the rounding of its terms.
 LEAST = {"float32": 2e-2, "bfloat16": 1e-1, "float16": 1e-1}
 # In half precision: the lengths, and one in how many of the calls runs by default, of XLA's and of others.
-HALF = {"bfloat16": ((63, 129), {"xla": 2, "others": 3}), "float16": ((63,), {"xla": 3, "others": 4})}
+HALF = {"bfloat16": ((63, 129), {"xla": 3, "others": 5}), "float16": ((63,), {"xla": 4, "others": 8})}
 # Of the lengths of a call that has more than three: 7 and 100 are, like 63, less than a block of any operation.
 LIKE_63, SHORT = (7, 100), (1, 63)
 # The first call of each operation.

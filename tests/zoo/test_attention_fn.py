@@ -427,6 +427,7 @@ CHANGES = {
             dict(num_landmarks=4), dict(gamma=1.0), dict(num_iterations=1), dict(seed=1), dict(rotary_base=9.0)
         )
     ],
+    "dpfp": [({}, dict(is_causal=True)), ({}, dict(nu=2)), ({}, dict(rotary_base=9.0))],
     "linear": [({}, dict(is_causal=True)), ({}, dict(rotary_base=9.0))],
     "performer": [
         (dict(num_features=16), dict(is_causal=True)), (dict(num_features=16), dict(num_features=24)),

@@ -28,9 +28,20 @@ def inputs(length, batch=2, seed=0):
     return jax.random.normal(jax.random.key(seed), (batch, length, D))
 
 
+def weights(layer, segment, hidden):
+    """Those of a segment's queries over all that they see, [B, N, L, S]."""
+    count = hidden.shape[1]
+    query, key, distances = layer.query(segment), layer.key(hidden), layer.relative(sinusoidal(jnp.arange(count), D))
+    behind = np.arange(count - segment.shape[1], count)[:, None] - np.arange(count)
+    content = jnp.einsum("btnh,bsnh->bnts", query + layer.content_bias[...], key)
+    position = jnp.einsum("btnh,tsnh->bnts", query + layer.position_bias[...], distances[behind.clip(0)])
+    return jax.nn.softmax(jnp.where(behind >= 0, (content + position) / np.sqrt(D // N), -jnp.inf))
+
+
 def by_segments(layer, x):
     """Algorithm 1: each memory a list of tokens, the oldest first. Short ones stand for those with empty slots before them."""
     memory, compressed, outputs = x[:, :0], x[:, :0], []
+    taps = np.arange(layer.rate) * layer.dilation - (layer.rate - 1) * (layer.dilation - 1) // 2
     for start in range(0, x.shape[1], layer.segment_length):
         segment = x[:, start : start + layer.segment_length]
         hidden = jnp.concatenate([compressed, memory, segment], 1)
@@ -43,8 +54,14 @@ def by_segments(layer, x):
         memory = jnp.concatenate([memory, jax.lax.stop_gradient(segment)], 1)
         leaving = max(0, memory.shape[1] - layer.memory_length) // layer.rate * layer.rate
         groups = memory[:, :leaving].reshape(len(x), -1, layer.rate, D)
-        if layer.compression == "conv":
+        if layer.compressor is not None:
+            at = np.arange(0, leaving, layer.rate)[:, None] + taps
+            groups = jnp.where(((at >= 0) & (at < leaving))[..., None], memory[:, at.clip(0, max(0, leaving - 1))], 0)
             new = jnp.einsum("bgrd,rde->bge", groups, layer.compressor.kernel[...]) + layer.compressor.bias[...]
+        elif layer.compression == "most_used":
+            used = weights(layer, segment, hidden).sum((1, 2))[:, compressed.shape[1] :][:, :leaving]
+            best = jnp.argsort(-used, axis=1)[:, : leaving // layer.rate]
+            new = jnp.take_along_axis(memory, jnp.sort(best, axis=1)[..., None], axis=1)
         else:
             new = groups.mean(2) if layer.compression == "mean" else groups.max(2)
         memory = memory[:, leaving:]
@@ -71,14 +88,15 @@ def close(actual, expected, atol=2e-5):
 
 @pytest.mark.parametrize("sizes,compression,length", [
     ((6, 4, 3, 2), "conv", 33), ((6, 4, 9, 2), "mean", 32), ((3, 0, 2, 3), "max", 14), ((4, 8, 2, 4), "conv", 31),
-    ((6, 4, 0, 2), "mean", 20), ((6, 4, 3, 2), "max", 9),
+    ((6, 4, 0, 2), "mean", 20), ((6, 4, 3, 2), "max", 9), ((6, 4, 5, 2), "most_used", 33), ((4, 0, 3, 2), "most_used", 12),
+    ((6, 2, 4, 2), "dilated", 32), ((9, 12, 4, 3), "dilated", 40),
 ], ids=str)
 def test_algorithm_1(sizes, compression, length):
     layer, x = make(*sizes, compression=compression), inputs(length)
     close(with_gradients(lambda layer, x: layer(x), layer, x), with_gradients(by_segments, layer, x))
 
 
-@pytest.mark.parametrize("compression", ["mean", "max"])
+@pytest.mark.parametrize("compression", ["mean", "max", "most_used"])
 def test_at_rate_1_it_is_transformer_xl_with_both_memories(compression):
     layer, x = make(6, 5, 7, 1, compression=compression), inputs(33)
     plain = TransformerXLAttention(N, D, segment_length=6, memory_length=12, rngs=nnx.Rngs(0))
@@ -86,9 +104,10 @@ def test_at_rate_1_it_is_transformer_xl_with_both_memories(compression):
     close(*(with_gradients(lambda layer, x: layer(x), one, x) for one in (layer, plain)))
 
 
-def test_a_cache_across_many_segments():
+@pytest.mark.parametrize("compression", ["conv", "dilated", "most_used"])
+def test_a_cache_across_many_segments(compression):
     """Token by token, and in pieces longer than a segment, of samples that stand at different places in theirs."""
-    layer, x = make(compression="conv"), inputs(40)
+    layer, x = make(compression=compression), inputs(40)
     wanted = jax.jit(lambda x: layer(x))(x)
     step = jax.jit(lambda x, cache, mask: layer.extend(x, cache, mask=mask))
     cache, start, outputs = layer.init_cache(2, 1), 0, []
@@ -170,6 +189,21 @@ def test_the_loss_falls_where_the_compressor_learns():
     assert loss(descend(compressor)) < 0.5 * loss(compressor)
 
 
+def test_taps_beside_each_other_are_the_convolution():
+    layer, x = make(compression="dilated", dilation=1), inputs(33)
+    plain = make(compression="conv")
+    close(*(with_gradients(lambda layer, x: layer.reconstruction_loss(x) * x, one, x) for one in (layer, plain)))
+
+
+def test_every_token_that_leaves_has_one_tap_but_at_the_ends_of_its_segment():
+    """Slots that would read it, before the first and after the last, are not there."""
+    layer = make(segment_length=40, memory_length=0, rate=4, compression="dilated", use_bias=False)
+    reads = jax.jit(layer.compress)(jnp.eye(80)[..., None] * jnp.ones(D)).any(2)  # of each token, which slots
+    assert not reads[:40, 10:].any() and not reads[40:, :10].any()
+    count = reads.sum(1).reshape(2, 40)
+    assert (count <= 1).all() and (count[:, 6:34] == 1).all()
+
+
 def test_nothing_to_compress_is_no_loss():
     layer = make()
     assert layer.reconstruction_loss(inputs(5)) == 0
@@ -183,5 +217,11 @@ def test_lengths_that_do_not_divide_are_refused():
         make(memory_length=5)
     with pytest.raises(ValueError, match="CompressiveAttention: compression must be a known name, got 'most'"):
         make(compression="most")
+    with pytest.raises(ValueError, match="CompressiveAttention: dilation must have no divisor in common with rate = 2, got 4"):
+        make(compression="dilated", dilation=4)
+    with pytest.raises(ValueError, match='CompressiveAttention: dilation must be None where compression is "conv", got 3'):
+        make(compression="conv", dilation=3)
+    with pytest.raises(ValueError, match='CompressiveAttention: compression must be a function .* got "most_used"'):
+        make(compression="most_used").reconstruction_loss(inputs(12))
     with pytest.raises(ValueError, match="CompressiveAttention: inputs_q must have shape"):
         make().reconstruction_loss(jnp.ones((2, 12, D + 1)))

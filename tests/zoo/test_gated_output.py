@@ -31,6 +31,14 @@ def test_a_root_mean_square_of_each_head_before_or_behind_the_gate():
     np.testing.assert_allclose(norm(x, gate), flax(x * nnx.sigmoid(gate)), atol=1e-5)
 
 
+def test_all_heads_may_be_one_group():
+    norm = with_random_parameters(GatedNorm((HEADS, FEATURES), together=True))
+    flax = nnx.RMSNorm(HEADS * FEATURES, epsilon=1e-5, rngs=nnx.Rngs(0))
+    flax.scale[...] = norm.scale[...].reshape(-1)
+    x = normal(4)
+    np.testing.assert_allclose(norm(x), flax(x.reshape(2, 5, -1)).reshape(x.shape), atol=1e-5)
+
+
 def test_centred_it_is_a_group_norm_of_heads():
     norm = with_random_parameters(GatedNorm((HEADS, FEATURES), is_centred=True))
     flax = nnx.GroupNorm(HEADS * FEATURES, num_groups=HEADS, epsilon=1e-5, rngs=nnx.Rngs(0))

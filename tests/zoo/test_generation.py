@@ -97,12 +97,37 @@ def test_top_k_takes_the_first_of_equal_tokens():
     assert set(np.unique(model.generate(tokens((4, 4)), 20, temperature=1.0, top_k=2, rngs=nnx.Rngs(0)))) == {0, 1}
 
 
-def test_generation_compiles_once():
-    model = language_model()
-    model.generate(tokens((1, 3)), 4)
+def test_many_lengths_are_one_program():
+    model = language_model("performer")
+    wanted = model.generate(tokens((1, 12)), 10)
     before = generation._generate._cache_size()
-    model.generate(tokens((1, 3), seed=1), 4)
+    for length, num_tokens in ((12, 3), (2, 16), (7, 1), (16, 9)):
+        prompt = tokens((1, 12))[:, -length:] if length < 12 else jnp.pad(tokens((1, 12)), [(0, 0), (length - 12, 0)])
+        mask = jnp.arange(length)[None] >= length - 12
+        found = model.generate(prompt, num_tokens, mask=mask)
+        assert found.shape == (1, num_tokens)
+        if length >= 12:
+            np.testing.assert_array_equal(found, wanted[:, :num_tokens])
     assert generation._generate._cache_size() == before
+
+
+def test_a_loop_ends_when_every_sample_has_stopped():
+    """Else ten million tokens would take minutes."""
+    ones = jnp.full((4, 4), -jnp.inf).at[jnp.arange(4), jnp.array([1, 2, 3, 0])].set(0.0)
+    found = zoo.generate(Bigrams(ones), jnp.array([[0], [1]]), 10_000_000, stop_token=3)
+    np.testing.assert_array_equal(found[:, :4], [[1, 2, 3, 3], [2, 3, 3, 3]])
+    assert (found[:, -1] == 3).all()
+
+
+def test_lengths_are_rounded_up_to_the_longest_sequence_only():
+    assert language_model().longest == 40
+    free = {**SMALL, "positions": None, "rngs": nnx.Rngs(0)}
+    model = zoo.CausalLM(**free, mixer="cosformer", mixer_options=dict(num_heads=4, max_length=19))
+    assert model.longest == 19 and zoo.CausalLM(**free, **SOFTMAX).longest is None
+    prompt = tokens((1, 17))
+    np.testing.assert_array_equal(model.generate(prompt, 3)[:, 0], jnp.argmax(model(prompt)[:, -1], -1))
+    with pytest.raises(ValueError, match="max_length"):
+        model.generate(prompt, 4)
 
 
 @pytest.mark.parametrize(

@@ -129,10 +129,17 @@ def test_reformer():
 EXTRA = {"linformer": dict(sharing="none"), "performer": dict(num_features=80)}
 # The same numbers on purpose: HiPPO's matrices are no draws, all forms of a mixture start with one weight, and scales with 1.
 FIXED = {
+    "bonus",
+    "decay_bias",
+    "decay_down",
+    "direct",
     "frequency",
     "global_scale",
     "log_decay",
     "log_step",
+    "mix",
+    "mix_down",
+    "mix_of_mix",
     "mixture",
     "query_key_shift",
     "sigma",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import convolution, patterns, precision
 from subquad.zoo import dropout
+from subquad.zoo.cache import first_real
 from subquad.zoo.checks import check_rate, check_sizes, refuse
 from subquad.zoo.headless import Headless
 from subquad.zoo.projection import in_pieces
@@ -89,8 +90,7 @@ class ShortConvolution(nnx.Module):
 
     def after(self, inputs: Float[Array, "B T D"], state: Float[Array, "B K-1 D"], counts: Int[Array, "B"] | None):
         """(y, state) of T more tokens from `state` on, of which the first `counts` are real; None: all."""
-        mask = None if counts is None else (jnp.arange(inputs.shape[1])[None] < counts[:, None])[:, None, None]
-        return self(inputs, mask, state=state)
+        return self(inputs, first_real(inputs, counts), state=state)
 
 
 def shares(logits: Float[Array, "*B K H"], dtype) -> Float[Array, "*B K H"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import precision
 from subquad.zoo.base import Attention
 from subquad.zoo.checks import check_sizes, refuse
-from subquad.zoo.projection import in_pieces, projection
+from subquad.zoo.projection import Projection, in_pieces, projection
 
 
 def widen(layer: Attention, value_features: int, shell: Mapping[str, Any], rngs: nnx.Rngs) -> None:
@@ -40,6 +40,7 @@ class GatedNorm(nnx.Module):
 
     Args:
         shape: of the scale: (V,), the same for all heads, or (N, V).
+        together: one norm of the features of all heads, where the scale is (N, V).
         is_centred: the mean is subtracted first, and there is a bias behind the scale: a layer norm, where each head is a
             group of a group norm.
         use_bias: with that bias. None: where it is centred.
@@ -49,11 +50,12 @@ class GatedNorm(nnx.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, ...], *, is_centred: bool = False, use_bias: bool | None = None,
+        self, shape: tuple[int, ...], *, together: bool = False, is_centred: bool = False, use_bias: bool | None = None,
         activation: Callable[[Any], Any] = nnx.silu, gate_first: bool = False, epsilon: float = 1e-5,
         param_dtype: Any = jnp.float32,
     ):  # fmt: skip
         self.is_centred, self.activation, self.gate_first, self.epsilon = is_centred, activation, gate_first, epsilon
+        self.axes = (-2, -1) if together else -1
         self.scale = nnx.Param(jnp.ones(shape, param_dtype))
         use_bias = is_centred if use_bias is None else use_bias
         self.bias = nnx.Param(jnp.zeros(shape, param_dtype)) if use_bias else nnx.data(None)
@@ -70,7 +72,14 @@ class GatedNorm(nnx.Module):
         if self.gate_first:
             x = x * factor
         if self.is_centred:
-            x = x - x.mean(axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+            x = x - x.mean(axis=self.axes, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=self.axes, keepdims=True) + self.epsilon) * self.scale[...]
         x = x if self.bias is None else x + self.bias[...]
         return (x if self.gate_first else x * factor).astype(heads.dtype)
+
+
+def norm_and_gate(
+    norm: GatedNorm, gate: Projection, inputs: Float[Array, "B T D"], heads: Float[Array, "B T N V"]
+) -> Float[Array, "B T N V"]:
+    """The norm of heads and a gate, which a projection makes of the inputs: of many tokens it is made twice and not kept."""
+    return in_pieces(lambda inputs, heads: norm.of_tokens(heads, gate.of_tokens(inputs)), inputs, heads)

@@ -1,5 +1,6 @@
 """cosFormer: linear attention with ReLU features, whose weights fall with the distance as a cosine."""
 
+import functools
 import math
 from typing import Any, Unpack
 
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import LinearCache, counts, places
-from subquad.zoo.checks import check_sizes, require_extend
+from subquad.zoo.cache import LinearCache, places
+from subquad.zoo.checks import check_sizes
+from subquad.zoo.kernelized import sums
 from subquad.zoo.projection import in_pieces
 
 
@@ -75,23 +76,19 @@ class CosformerAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
         """An empty cache: float32 sums, no keys or values, of one size for any max_length up to the layer's."""
-        require_extend(self, batch_size=batch_size, max_length=max_length)
+        cache = sums.empty(self, batch_size, max_length, 2 * self.head_features)
         self._check_length("max_length", max_length)
-        return LinearCache.zeros(batch_size, self.num_heads, 2 * self.head_features, self.head_features)
+        return cache
 
     def attend_cached(self, query, key, value, mask, cache):
-        *state, seen = cache
-        at = places(seen, query.shape[1])
-        heads, state = self._attend(query, key, value, mask, at, at, initial_state=tuple(state), return_state=True)
-        cache = LinearCache(*state, seen + counts(query, mask))
+        at = places(cache.seen, query.shape[1])
+        attend = functools.partial(self._attend, query_positions=at, key_positions=at)
+        heads, cache = sums.carry_on(attend, query, key, value, mask, cache)
         return jnp.where((cache.seen > self.max_length)[:, None, None, None], jnp.nan, heads), cache
 
     def _attend(self, query, key, value, mask, query_positions, key_positions, **options):
         query, key = (features(x, at, self.max_length) for x, at in ((query, query_positions), (key, key_positions)))
-        key, value = (jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2) for heads in (key, value))
-        return linear.attention(
-            query, key, value, mask=mask, is_causal=self.is_causal, implementation=self.implementation, **options
-        )
+        return sums.attend(self, query, key, value, mask, **options)
 
 
 def features(

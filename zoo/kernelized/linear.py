@@ -5,10 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from subquad.kernels import linear
 from subquad.zoo.base import Attention, Support
-from subquad.zoo.cache import LinearCache, counts
-from subquad.zoo.checks import require_extend
+from subquad.zoo.cache import LinearCache
+from subquad.zoo.kernelized import sums
 
 
 class LinearAttention(Attention):
@@ -54,20 +53,13 @@ class LinearAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        require_extend(self, batch_size=batch_size, max_length=max_length)
-        return LinearCache.zeros(batch_size, self.num_heads, self.head_features, self.head_features)
+        return sums.empty(self, batch_size, max_length, self.head_features)
 
     def attend_cached(self, query, key, value, mask, cache):
-        *state, seen = cache
-        heads, state = self._attend(query, key, value, mask, initial_state=tuple(state), return_state=True)
-        return heads, LinearCache(*state, seen + counts(query, mask))
+        return sums.carry_on(self._attend, query, key, value, mask, cache)
 
     def _attend(self, query, key, value, mask, **options):
-        key, value = (jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2) for heads in (features(key), value))
-        return linear.attention(
-            features(query), key, value, mask=mask, is_causal=self.is_causal, implementation=self.implementation,
-            **options,
-        )
+        return sums.attend(self, features(query), features(key), value, mask, **options)
 
 
 def features(inputs: Float[Array, "*B H"]) -> Float[Array, "*B H"]:

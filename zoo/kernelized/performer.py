@@ -7,9 +7,10 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import LinearCache, counts
-from subquad.zoo.checks import check_sizes, check_word, require_extend
+from subquad.zoo.cache import LinearCache
+from subquad.zoo.checks import check_sizes, check_word
 from subquad.zoo.features import RandomFeature, RowNorm, random_projection
+from subquad.zoo.kernelized import sums
 
 
 class PerformerAttention(Attention):
@@ -96,13 +97,10 @@ class PerformerAttention(Attention):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        require_extend(self, batch_size=batch_size, max_length=max_length)
-        return LinearCache.zeros(batch_size, self.num_heads, self.num_features, self.head_features)
+        return sums.empty(self, batch_size, max_length, self.num_features)
 
     def attend_cached(self, query, key, value, mask, cache):
-        *state, seen = cache
-        heads, state = self._attend(query, key, value, mask, initial_state=tuple(state), return_state=True)
-        return heads, LinearCache(*state, seen + counts(query, mask))
+        return sums.carry_on(self._attend, query, key, value, mask, cache)
 
     def _attend(self, query, key, value, mask, **options):
         return linear.random_feature_attention(

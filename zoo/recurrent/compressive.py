@@ -1,5 +1,6 @@
 """Compressive Transformer: Transformer-XL whose oldest memories are compressed before they are forgotten."""
 
+import math
 from typing import Any, Literal, Unpack, get_args
 
 import jax
@@ -7,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -16,10 +16,10 @@ from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import CompressiveCache, counts, pieces, write
 from subquad.zoo.checks import check_call, check_sizes, check_word, refuse, require_extend
-from subquad.zoo.projection import Projection
+from subquad.zoo.projection import projection
 from subquad.zoo.recurrent import segments
 
-Compression = Literal["mean", "max", "conv"]
+Compression = Literal["mean", "max", "conv", "dilated", "most_used"]
 
 
 class CompressiveAttention(Attention):
@@ -28,18 +28,22 @@ class CompressiveAttention(Attention):
         h~_tau = [SG(c_tau), SG(m_tau), h_tau];  attention of h_tau to h~_tau as in Transformer-XL         (section 3, alg. 1)
         m_tau: the memory_length inputs before segment tau;  c_tau: the last compressed_length of f_c(groups of `rate` before m)
 
-    f_c is a mean, a maximum, or a convolution of as many taps as its stride, `rate`. Distances count slots: that of a
-    compressed one is one more than that of the slot after it. At rate 1, where mean and maximum do nothing, the layer is
-    Transformer-XL with a memory of memory_length + compressed_length. Information travels back
-    memory_length + rate x compressed_length tokens per layer.
+    f_c is a mean, a maximum, a convolution of as many taps as its stride, `rate`, or such a one whose taps stand `dilation`
+    tokens apart; or it keeps one in `rate` of the tokens that leave with a segment, those that got most of the attention of all
+    its queries and heads, in their order. Distances count slots: that of a compressed one is one more than that of the slot
+    after it. At rate 1, where mean, maximum and most used do nothing, the layer is Transformer-XL with a memory of
+    memory_length + compressed_length. Information travels back memory_length + rate x compressed_length tokens per layer,
+    rounded up to segments where tokens of a whole segment share its slots.
 
-    The convolution learns from `reconstruction_loss` alone, which trains nothing else: add it to the loss of the task.
+    Convolutions learn from `reconstruction_loss` alone, which trains nothing else: add it to the loss of the task.
 
     Cost: time O(T (L + M + C) N H), memory O(T); one extended token O((L + M + C) D N H), as keys of the memories are projected
-        anew; cache O((L + M + C) D). L = segment_length, M = memory_length, C = compressed_length.
+        anew; cache O((L + M + C) D). L = segment_length, M = memory_length, C = compressed_length. "most_used" takes the time
+        of attention and its gradient once more, in `extend` where a segment ends.
     Differs from the paper: its text was not at hand, and what gradients stop at is as others report its algorithm 2. Its
-        dilated convolutions and its most-used memories are not here: usage needs the weights of a softmax, which are never
-        stored. The norm of the reconstruction loss is a mean of squares. Groups are counted from the first real token, so
+        dilated convolutions are given by name alone; here one is of the tokens that leave with a segment, zeros around them.
+        What it says of the most used, "sorted by their average attention", is taken of the segment with which they leave. The
+        norm of the reconstruction loss is a mean of squares. Groups are counted from the first real token, so
         that a call of any length gives what `extend` gives however the tokens are cut. Biases, u and v as in
         `TransformerXLAttention`; gradients also stop between `extend` calls.
 
@@ -50,13 +54,16 @@ class CompressiveAttention(Attention):
         memory_length: tokens M of memory before a segment. A multiple of rate.
         compressed_length: slots C of compressed memory before that.
         rate: tokens of a compressed slot.
-        compression: f_c, "mean", "max" or "conv".
+        compression: f_c, "mean", "max", "conv", "dilated" or "most_used".
+        dilation: tokens from tap to tap of "dilated", where 1 is "conv"; without a divisor in common with rate, as otherwise
+            some tokens have no tap. None: rate + 1.
         is_causal: must be True.
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T].
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters; rows that see nothing are the projection of 0.
-    Raises: ValueError: is_causal=False, a length out of range or no multiple of rate, a mask that is not key padding.
+    Raises: ValueError: is_causal=False, a length out of range or no multiple of rate, a dilation that leaves tokens out or is
+        not asked for, a mask that is not key padding.
     Numerics: softmax in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
         >>> layer = CompressiveAttention(
@@ -80,6 +87,7 @@ class CompressiveAttention(Attention):
         compressed_length: int = 512,
         rate: int = 4,
         compression: Compression = "mean",
+        dilation: int | None = None,
         is_causal: bool = True,
         rngs: nnx.Rngs,
         **shell: Unpack[Shell],
@@ -94,23 +102,39 @@ class CompressiveAttention(Attention):
                 refuse(owner, name, length, f"be a multiple of rate = {rate}", "Groups of tokens are compressed whole.")
         self.segment_length, self.memory_length = segment_length, memory_length
         self.compressed_length, self.rate, self.compression = compressed_length, rate, compression
+        self.dilation = self._checked_dilation(dilation)
         segments.add_relative(self, shell, rngs)
         self.compressor = nnx.data(None)
-        if compression == "conv":
-            self.compressor = Projection(
-                (rate, in_features), in_features, axis=(-2, -1), use_bias=shell.get("use_bias", True), dtype=self.dtype,
-                param_dtype=self.param_dtype, precision=shell.get("precision"),
-                kernel_init=shell.get("kernel_init", default_kernel_init), bias_init=shell.get("bias_init", default_bias_init),
-                rngs=rngs,
-            )
+        if compression in ("conv", "dilated"):
+            self.compressor = projection(shell, (rate, in_features), in_features, axis=(-2, -1), rngs=rngs)
+
+    def _checked_dilation(self, dilation):
+        owner, rate = type(self).__name__, self.rate
+        if self.compression != "dilated":
+            if dilation is not None:
+                refuse(owner, "dilation", dilation, f'be None where compression is "{self.compression}"', 'Choose "dilated".')
+            return 1
+        dilation = rate + 1 if dilation is None else dilation
+        check_sizes(owner, dilation=dilation)
+        if math.gcd(dilation, rate) > 1:
+            refuse(owner, "dilation", dilation, f"have no divisor in common with rate = {rate}", "Or tokens have no tap.")
+        return dilation
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """The inputs themselves: they are projected segment by segment, with their memory."""
         return (inputs_q,)
 
     def compress(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B G D"]:
-        """f_c of groups of `rate` tokens; no gradient reaches the tokens."""
-        groups = rearrange(lax.stop_gradient(tokens), "b (g r) d -> b g r d", r=self.rate)
+        """f_c of whole segments, a slot for `rate` tokens; no gradient reaches the tokens."""
+        tokens = lax.stop_gradient(tokens)
+        if self.dilation == 1:
+            groups = rearrange(tokens, "b (g r) d -> b g r d", r=self.rate)
+        else:
+            wider = (self.rate - 1) * (self.dilation - 1)  # than a group
+            segment = rearrange(tokens, "b (i t) d -> b i t d", t=self.segment_length)
+            segment = jnp.pad(segment, ((0, 0), (0, 0), (wider // 2, -(-wider // 2)), (0, 0)))
+            at = np.arange(0, self.segment_length, self.rate)[:, None] + self.dilation * np.arange(self.rate)
+            groups = rearrange(segment[:, :, at], "b i g r d -> b (i g) r d")
         if self.compressor is not None:
             return self.compressor(groups).astype(tokens.dtype)
         return groups.max(2) if self.compression == "max" else groups.mean(2)
@@ -124,14 +148,18 @@ class CompressiveAttention(Attention):
         if slots > 0:
             nothing = jnp.zeros((batch, slots, features), inputs.dtype), jnp.zeros((batch, slots), bool)
             older = nothing, self._entering(jnp.concatenate([past, inputs], axis=1), length, known)
-        return segments.attend_in_segments(self, inputs, past, known, mask, older=older)
+        return segments.attend_in_segments(self, inputs, past, known, mask, older=older)[0]
 
     def _entering(self, stream, length, known):
         """What enters the compressed memory after each whole segment of `length` tokens, and whether that is of tokens.
 
+        The number alone of those that the attention to come must tell.
+
         Args:
             stream: [B, M + length, D], the first memory, of which the last `known` [B] are tokens, and then the tokens.
         """
+        if self.compression == "most_used":
+            return self.segment_length // self.rate
         whole = length // self.segment_length * self.segment_length
         first = jnp.arange(0, whole, self.rate)[None]
         return lax.stop_gradient(self.compress(stream[:, :whole])), first >= self.memory_length - known[:, None]
@@ -154,22 +182,31 @@ class CompressiveAttention(Attention):
         stream = jnp.where((jnp.arange(room + length)[None] < room + (position + new)[:, None])[..., None], stream, 0)
         compressed = cache.compressed.astype(inputs.dtype)
         held = jnp.arange(slots)[None] >= slots - (jnp.maximum(known - room, 0) // self.rate)[:, None]
-        entering = self._entering(stream, length, jnp.minimum(known, room))
-        if tokens == 1:
-            heads = self._attend_one(inputs, stream, compressed, held, known, position)
-        else:
+        known_past, done = jnp.minimum(known, room), (position + new) // size  # segments
+        entering = self._entering(stream, length, known_past)
+
+        def in_segments():
             real = jnp.arange(length)[None] < (position + new)[:, None]
-            heads = segments.attend_in_segments(
-                self, stream[:, room:], stream[:, :room], jnp.minimum(known, room), real[:, None, None],
-                older=((compressed, held), entering),
+            older = (compressed, held), entering
+            return segments.attend_in_segments(
+                self, stream[:, room:], stream[:, :room], known_past, real[:, None, None], older=older
             )
+
+        if tokens == 1:
+            heads, kept = self._attend_one(inputs, stream, compressed, held, known, position), None
+            if self.compression == "most_used":
+                nothing = jnp.zeros((len(inputs), 1, entering), jnp.int32)
+                kept = lax.cond((done > 0).any(), lambda: in_segments()[1], lambda: nothing)
+        else:
+            heads, kept = in_segments()
             heads = pieces(heads, position, tokens)
-        done = (position + new) // size  # segments
-        stream = jnp.pad(lax.stop_gradient(stream), ((0, 0), (0, size), (0, 0)))
-        hidden = pieces(stream, done * size, room + size - 1)
+        if kept is not None:
+            at = (kept + size * jnp.arange(kept.shape[1])[:, None]).reshape(len(kept), -1, 1)
+            entering = (jnp.take_along_axis(stream, at, axis=1),)
+        hidden = pieces(jnp.pad(stream, ((0, 0), (0, size), (0, 0))), done * size, room + size - 1)
         compressed = pieces(jnp.concatenate([compressed, entering[0]], axis=1), done * (size // self.rate), slots)
-        kept = (x.astype(old.dtype) for x, old in ((hidden, cache.hidden), (compressed, cache.compressed)))
-        return heads, CompressiveCache(*kept, cache.seen + new)
+        memories = ((hidden, cache.hidden), (compressed, cache.compressed))
+        return heads, CompressiveCache(*(lax.stop_gradient(x).astype(old.dtype) for x, old in memories), cache.seen + new)
 
     def _attend_one(self, inputs, stream, compressed, held, known, position):
         """Attention of the one new token: the last of the keys, so that slots have their distances to it."""
@@ -199,7 +236,11 @@ class CompressiveAttention(Attention):
         Args:
             inputs, mask: as in a call.
         Returns: float32; 0 where nothing is compressed yet.
+        Raises: ValueError: compression is "most_used", which has nothing to learn.
         """
+        if self.compression == "most_used":
+            refuse(type(self).__name__, "compression", '"most_used"', "be a function of what leaves the memory",
+                   "Leave the loss out: the most used tokens are kept as they are.")
         call = check_call(self, self.num_heads, inputs, None, None, mask, None, None)
         x, mask = call.inputs_q, call.mask
         order = None if mask is None else padding.real_first(mask, x.shape[0])
@@ -226,7 +267,10 @@ class CompressiveAttention(Attention):
     def pattern(self, length: int) -> np.ndarray:
         query, key = np.arange(length)[:, None], np.arange(length)
         start = query // self.segment_length * self.segment_length
-        return ((start - self.memory_length - self.rate * self.compressed_length <= key) & (key <= query))[None]
+        before = self.rate * self.compressed_length
+        if self.compression in ("dilated", "most_used"):
+            before = -(-before // self.segment_length) * self.segment_length
+        return ((start - self.memory_length - before <= key) & (key <= query))[None]
 
 
 def frozen(module: nnx.Module):

@@ -6,6 +6,7 @@ from einops import rearrange
 from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from subquad.kernels import relative
 from subquad.zoo.positions import sinusoidal
@@ -37,6 +38,33 @@ def attend(layer, query, key, value, distances, mask, **ids):
     )
 
 
+def usage(layer, query, key, distances, mask):
+    """The weight of each key in all queries and heads together, [B, S].
+
+    That is the gradient of values of one feature, so that no weights are stored.
+    """
+    query, key, distances, *biases = lax.stop_gradient(
+        (query, key, distances, layer.content_bias[...], layer.position_bias[...])
+    )
+
+    def attention(value):
+        return relative.attention(query, key, value, distances, *biases, mask=mask, implementation=layer.implementation)
+
+    _, pull = jax.vjp(attention, jnp.zeros((*key.shape[:3], 1), query.dtype))
+    return pull(jnp.ones((*query.shape[:3], 1), query.dtype))[0].astype(jnp.float32).sum((2, 3))
+
+
+def most_used(used, valid, number: int):
+    """Which of the valid tokens [B, T] are used most, in their order: places [B, number], and whether there is one.
+
+    There are as many as the valid tokens have groups of T / number; the first places are none where that is fewer.
+    """
+    groups = valid.sum(1, keepdims=True) // (valid.shape[1] // number)
+    best = lax.top_k(jnp.where(valid, used, -jnp.inf), number)[1]
+    best = jnp.sort(jnp.where(jnp.arange(number)[None] < groups, best, -1), axis=1)
+    return jnp.maximum(best, 0), best >= 0
+
+
 def attend_in_segments(layer, inputs, past, known, mask, *, reaches=None, ids=None, older=None):
     """Attention of the inputs in chunks of segment_length, each to the `past` before it and to itself.
 
@@ -48,8 +76,10 @@ def attend_in_segments(layer, inputs, past, known, mask, *, reaches=None, ids=No
             and the past is their memory.
         ids: [B, T], of packed sequences; None: there is one.
         older: ((hidden [B, C, D], valid [B, C]), (hidden [B, G, D], valid [B, G])), what stands before the past of the first
-            chunk, and what follows it there, an equal part of it after each chunk. None: nothing.
-    Returns: the heads [B, T, N, H].
+            chunk, and what follows it there, an equal part of it after each chunk; in place of the latter a number: as many of
+            the tokens that leave the past with a segment, those that it used most. None: nothing.
+    Returns: the heads [B, T, N, H]; and of every whole segment the places of those it used most, [B, I, number], counted from
+        the first token that leaves with it. None where they are not asked for.
     """
     length, room = inputs.shape[1], past.shape[1]
     size = min(layer.segment_length, length)
@@ -72,15 +102,24 @@ def attend_in_segments(layer, inputs, past, known, mask, *, reaches=None, ids=No
         mask = seen[:, None, None]
         if reaches is not None:
             mask &= reaches(hidden.shape[1], room)
-        query = layer.query(hidden)
+        query, kept = layer.query(hidden), None
         heads = attend(layer, query, key, value, distances, mask, query_segment_ids=own[1], key_segment_ids=key_ids)
-        before = before if entering is None else pushed(before, fixed(*entering, None))
-        return (before, pushed(memory, fixed(hidden, *own))), heads
+        new = fixed(hidden, *own)
+        if number is not None and hidden.shape[1] == layer.segment_length:
+            used = usage(layer, query, key, distances, mask)[:, -room - size :][:, :size]
+            *leaving, valid, _ = jax.tree.map(lambda x: x[:, :size], append(memory, new))
+            kept, is_kept = checkpoint_name(most_used(used, valid, number), relative.SAVED)
+            leaving = (jnp.take_along_axis(x, kept[..., None, None], axis=1) for x in leaving)
+            before = pushed(before, (*leaving, is_kept, None))
+        elif entering is not None:
+            before = pushed(before, fixed(*entering, None))
+        return (before, pushed(memory, new)), (heads, kept)
 
     before, entering = (None, None) if older is None else older
+    entering, number = (None, entering) if isinstance(entering, int) else (entering, None)
     distances = encodings(layer, size + room + (0 if before is None else before[0].shape[1]))
     memory = None if before is None else fixed(*before, None), fixed(past, past_valid, past_ids)
-    tokens, outputs = (inputs, valid, ids), []
+    tokens, outputs, kept = (inputs, valid, ids), [], None
     whole = length // size * size if length > size else 0
     if whole:
         count = whole // size
@@ -88,8 +127,11 @@ def attend_in_segments(layer, inputs, past, known, mask, *, reaches=None, ids=No
         xs = jax.tree.map(lambda x: rearrange(x, "b (i c) ... -> i b c ...", i=count), xs)
         # The backward pass projects each chunk anew, but keeps what attention gave.
         keep = jax.checkpoint_policies.save_only_these_names(relative.SAVED)
-        memory, heads = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), memory, xs)
+        memory, (heads, kept) = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), memory, xs)
         outputs.append(rearrange(heads, "i b c n h -> b (i c) n h"))
+        kept = None if kept is None else kept.swapaxes(0, 1)
     if whole < length:
-        outputs.append(chunk(memory, (jax.tree.map(lambda x: x[:, whole:], tokens), None))[1])
-    return jnp.concatenate(outputs, axis=1)
+        _, (heads, last) = chunk(memory, (jax.tree.map(lambda x: x[:, whole:], tokens), None))
+        outputs.append(heads)
+        kept = kept if last is None else last[:, None]  # of the one segment that there is
+    return jnp.concatenate(outputs, axis=1), kept

@@ -83,7 +83,7 @@ class TransformerXLAttention(Attention):
         room = min(self.memory_length, (inputs.shape[1] - 1) // self.segment_length * self.segment_length)
         past = jnp.zeros((inputs.shape[0], room, inputs.shape[2]), inputs.dtype)
         known = jnp.zeros(inputs.shape[0], jnp.int32)
-        return segments.attend_in_segments(self, inputs, past, known, mask, ids=segment_ids)
+        return segments.attend_in_segments(self, inputs, past, known, mask, ids=segment_ids)[0]
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> TransformerXLCache:
         """An empty cache; it keeps a fixed number of tokens and takes more than max_length without harm."""
@@ -96,7 +96,7 @@ class TransformerXLAttention(Attention):
         past, (room, tokens) = cache.hidden.astype(inputs.dtype), (cache.hidden.shape[1], inputs.shape[1])
         position = cache.seen % self.segment_length
         reaches = functools.partial(self._reaches, position)
-        heads = segments.attend_in_segments(self, inputs, past, cache.seen, mask, reaches=reaches)
+        heads, _ = segments.attend_in_segments(self, inputs, past, cache.seen, mask, reaches=reaches)
         past = last(jnp.concatenate([past, lax.stop_gradient(inputs)], axis=1), room, tokens, mask)
         return heads, TransformerXLCache(past.astype(cache.hidden.dtype), cache.seen + counts(inputs, mask))
 

