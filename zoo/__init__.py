@@ -38,7 +38,9 @@ from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv4 import RWKV4
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -82,17 +84,17 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "RWKV6", "S4", "S5", "Attention", "AxialAttention",
-    "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
-    "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet", "DeltaProduct",
-    "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder",
-    "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention", "GatedDeltaNet", "GatedLinearAttention",
-    "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention",
-    "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention",
-    "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mamba2",
-    "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
-    "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
-    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
-    "positions", "stream",
+    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV4", "RWKV6", "S4", "S5", "Attention",
+    "AxialAttention", "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids",
+    "Classifier", "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet",
+    "DeltaProduct", "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention",
+    "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention", "GatedDeltaNet",
+    "GatedLinearAttention", "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention", "Hyena",
+    "InducedSetAttention", "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention",
+    "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention",
+    "LunaAttention", "Mamba", "Mamba2", "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention",
+    "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention",
+    "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",
+    "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate",
+    "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip

@@ -33,7 +33,9 @@ from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv4 import RWKV4
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -121,14 +123,16 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "gla": GatedLinearAttention,
     "hgrn2": HGRN2,
     "gsa": GatedSlotAttention,
+    "mamba2": Mamba2,
+    "rwkv6": RWKV6,
+    "mlstm": MLSTM,
+    "rwkv4": RWKV4,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
     "delta_product": DeltaProduct,
-    "mamba2": Mamba2,
-    "rwkv6": RWKV6,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,
