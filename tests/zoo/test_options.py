@@ -360,6 +360,8 @@ SIZES = {
     "bigbird": dict(max_length=24),
     "blockwise": dict(max_length=24),
     "cosformer": dict(max_length=24),
+    "delta_product": dict(num_steps=1),
+    "kda": dict(rank=FEATURES),
     "fnet": dict(out_features=FEATURES),
     "gla": dict(value_features=8, decay_rank=2),
     "gsa": dict(num_slots=2),
@@ -414,11 +416,11 @@ MAPS = {
 OTHER_SHAPES = {
     "out": (4, 2, 5), "unpack_key": (8, 4, 2), "unpack_value": (8, 4, 2), "compress_key": (6, 4, 2),
     "compress_value": (6, 4, 2), "induce_out": (4, 2, FEATURES), "induce_mlp": (FEATURES, FEATURES),
-    "forget_gate": (FEATURES, 4),
+    "decay_down": (FEATURES, FEATURES), "forget_gate": (FEATURES, 4),
     **{f"layers/0/{name}": (FEATURES, 4, FEATURES // 4) for name in ("query", "key", "value")},
     **{f"{block}/{name}": (FEATURES, FEATURES) for block in ("encoder", "layers/0") for name in ("inner", "outer")},
-    "rate": (FEATURES, 4), "decay_logits": (FEATURES, 4), "decay_down": (FEATURES, 2), "gate_down": (FEATURES, 2),
-    "decay_up": (2, 4, 2), "gate_up": (2, 4, 2), "encoder/out": (4, 2, FEATURES), "layers/0/out": (4, FEATURES // 4, FEATURES),
+    "rate": (FEATURES, 4), "decay_logits": (FEATURES, 4), "gate_down": (FEATURES, FEATURES), "encoder/out": (4, 2, FEATURES),
+    "layers/0/out": (4, FEATURES // 4, FEATURES),
 }  # fmt: skip
 
 
