@@ -23,8 +23,8 @@ def best(scores: Float[Array, "*B T M"], own: Int[Array, "*#B T"], number: int, 
     block, own = jnp.arange(scores.shape[-1]), own[..., None]
     for is_taken in always:
         scores = jnp.where(is_taken(block, own), jnp.inf, scores)
-    scores, chosen = jax.lax.top_k(jnp.where(block < own, scores, -jnp.inf), min(number, scores.shape[-1]))
-    return jnp.where(scores > -jnp.inf, chosen, -1)
+    scores, chosen = jax.lax.top_k(jnp.where(block < own, scores, -jnp.inf), min(max(number, 1), scores.shape[-1]))
+    return jnp.where((scores > -jnp.inf) & (number > 0), chosen, -1)
 
 
 def chosen(choose, query: Float[Array, "B T N H"], size: int) -> Int[Array, "B J T P"]:

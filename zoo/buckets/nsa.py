@@ -199,8 +199,8 @@ class NSAAttention(Attention):
         require_extend(self, batch_size=batch_size, max_length=max_length)
         dtype, features = self.cache_dtype(dtype), self.head_features
         tokens = KVCache.zeros(batch_size, max_length, 3 * self.num_kv_heads, features, dtype)
-        compressed = jnp.zeros((batch_size, self.number(max_length), self.num_kv_heads, features), dtype)
-        return NSACache(*tokens, compressed, compressed)
+        compressed = KVCache.zeros(batch_size, self.number(max_length), self.num_kv_heads, features, dtype)
+        return NSACache(*tokens, *compressed[:2])
 
     def attend_cached(self, query, keys, values, gates, mask, cache):
         start, tokens = cache.length, append(KVCache(*cache[:3]), keys, values, mask)

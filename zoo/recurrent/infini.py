@@ -140,9 +140,9 @@ class InfiniAttention(Attention):
         """An empty cache; it keeps a segment and the memory, and takes more than max_length without harm."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
         heads, features = self.num_kv_heads, self.head_features
-        tokens = jnp.zeros((batch_size, self.segment_length - 1, heads, features), self.cache_dtype(dtype))
+        tokens = KVCache.zeros(batch_size, self.segment_length - 1, heads, features, self.cache_dtype(dtype))
         memory = empty_memory(batch_size, heads, features, features)
-        return InfiniCache(*memory, tokens, tokens, jnp.zeros(batch_size, jnp.int32))
+        return InfiniCache(*memory, *tokens)
 
     def attend_cached(self, query, key, value, plain_query, plain_key, mask, cache):
         size, tokens, memory = self.segment_length, query.shape[1], tuple(cache[:2])
