@@ -21,7 +21,10 @@ from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
+from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
+from subquad.zoo.delta.kda import KimiDeltaAttention
 from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
@@ -38,7 +41,9 @@ from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv4 import RWKV4
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -77,20 +82,22 @@ from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "RWKV6", "S4", "S5", "Attention", "AxialAttention",
-    "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
-    "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet", "DiagonalAttention",
-    "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder", "EntmaxAttention", "Experts",
-    "FNet", "FeedForward", "ForgettingAttention", "GatedLinearAttention", "GatedSlotAttention", "GlobalAttention",
-    "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention", "InfiniAttention", "InformerAttention",
-    "KernelizedAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
-    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba2", "Mega", "MemorizingAttention",
+    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV4", "RWKV6", "S4", "S5", "Attention",
+    "AxialAttention", "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids",
+    "Classifier", "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet",
+    "DeltaProduct", "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention",
+    "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention", "GatedDeltaNet",
+    "GatedLinearAttention", "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention",
+    "Hyena", "InducedSetAttention", "InfiniAttention", "InformerAttention", "KernelizedAttention", "KimiDeltaAttention",
+    "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention",
+    "LongformerAttention", "LunaAttention", "Mamba", "Mamba2", "Mega", "MemorizingAttention",
     "MemoryCompressedAttention", "MoBAAttention", "NSAAttention", "NystromAttention", "PerceiverAttention",
     "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention",
     "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",

@@ -107,6 +107,30 @@ def head_by_head(function, *heads, by_sample=()):
     return rearrange(in_rows(of_rows, *rows), "(b n) t g ... -> b t (n g) ...", b=batch)
 
 
+def in_turn(function, inputs, state):
+    """function(inputs, state) -> (responses, state), on a CPU of a piece of a long sequence after the other.
+
+    The backward pass keeps the inputs and the states between pieces, and nothing of what the function makes on the way.
+
+    Args:
+        function: of inputs [B, T, ...] for any T; the responses are one array [B, T, ...] or a tree of them. A call for a
+            sequence is that for its pieces, each with the state after the one before. Parameters that it closes over have
+            gradients too.
+        state: before the first piece, a tree of arrays.
+    """
+    if fit_at_once([inputs]):
+        return function(inputs, state)
+    size = min(inputs.shape[1], PIECE_BYTES // (4 * inputs.shape[0] * math.prod(inputs.shape[2:])) or 1)
+    whole = inputs.shape[1] // size * size
+    piece = jax.ShapeDtypeStruct((inputs.shape[0], size, *inputs.shape[2:]), inputs.dtype)
+    converted, parameters = jax.closure_convert(function, piece, state)
+    responses, state = turn_by_turn(converted, size, parameters, inputs[:, :whole], state)
+    if whole == inputs.shape[1]:
+        return responses, state
+    rest, state = jax.checkpoint(function)(inputs[:, whole:], state)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), responses, rest), state
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def piece_by_piece(function, size, parameters, arrays):
     length = arrays[0].shape[1]
@@ -151,6 +175,52 @@ def backward(function, size, saved, gradients):
 
 
 piece_by_piece.defvjp(forward, backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def turn_by_turn(function, size, parameters, inputs, state):
+    return turns_forward(function, size, parameters, inputs, state)[0]
+
+
+def turns_forward(function, size, parameters, inputs, state):
+    count = inputs.shape[1] // size
+    likes = jax.eval_shape(lambda: function(take(inputs, 0, size), state, *parameters)[0])
+
+    def step(i, carry):
+        state, before, outputs = carry
+        before = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), before, state)
+        responses, state = function(take(inputs, i * size, size), state, *parameters)
+        return state, before, jax.tree.map(lambda whole, part: put(whole, part, i * size), outputs, responses)
+
+    before = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), state)
+    carry = state, before, jax.tree.map(lambda like: empty(like, inputs), likes)
+    state, before, outputs = jax.lax.fori_loop(0, count, step, carry)
+    outputs = jax.tree.map(lambda x, like: from_uint_bits(x, like.dtype), outputs, likes)
+    return (outputs, state), (parameters, inputs, before)
+
+
+def turns_backward(function, size, saved, gradients):
+    (parameters, inputs, before), (outer, grad_state) = saved, gradients
+    count, last = inputs.shape[1] // size, jax.tree.leaves(outer)[-1]
+
+    def step(i, carry):
+        i = count - 1 - i
+        totals, grad_state, grad = carry
+        piece = take(inputs, i * size, size)
+        state = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), before)
+        _, pull = jax.vjp(lambda parameters, piece, state: function(piece, state, *parameters), parameters, piece, state)
+        grad_parameters, grad_piece, grad_state = pull((jax.tree.map(lambda x: take(x, i * size, size), outer), grad_state))
+        totals = [total + x.astype(total.dtype) for total, x in zip(totals, grad_parameters, strict=True)]
+        return totals, grad_state, put(grad, grad_piece, i * size)
+
+    totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
+    carry = totals, grad_state, empty(inputs, last, (outer, inputs))
+    totals, grad_state, grad = jax.lax.fori_loop(0, count, step, carry)
+    totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
+    return totals, from_uint_bits(grad, inputs.dtype), grad_state
+
+
+turn_by_turn.defvjp(turns_forward, turns_backward)
 
 
 def take(array, start, size):

@@ -19,7 +19,10 @@ from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.convolution.lsra import LSRA
+from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
+from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
+from subquad.zoo.delta.kda import KimiDeltaAttention
 from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
@@ -33,7 +36,9 @@ from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv4 import RWKV4
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -69,6 +74,7 @@ from subquad.zoo.recurrent.memorizing import MemorizingAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
 from subquad.zoo.statespace.lru import LRU
+from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
 from subquad.zoo.statespace.rglru import RGLRU
 from subquad.zoo.statespace.s4 import S4
@@ -125,19 +131,25 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "gla": GatedLinearAttention,
     "hgrn2": HGRN2,
     "gsa": GatedSlotAttention,
+    "mamba2": Mamba2,
+    "rwkv6": RWKV6,
+    "mlstm": MLSTM,
+    "rwkv4": RWKV4,
     "transformer_xl": TransformerXLAttention,
     "compressive": CompressiveAttention,
     "infini": InfiniAttention,
     "memorizing": MemorizingAttention,
     "deltanet": DeltaNet,
-    "mamba2": Mamba2,
-    "rwkv6": RWKV6,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "delta_product": DeltaProduct,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,
     "s5": S5,
     "lru": LRU,
     "rglru": RGLRU,
+    "mamba": Mamba,
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,
     "lsra": LSRA,

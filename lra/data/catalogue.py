@@ -85,6 +85,7 @@ def _offline() -> Iterable[Dataset]:
         "photo_patches": ((10_000, 1_000, 2_000), encodings.pixels, sources.Package("skimage", "scikit-image"), 3, 13e6),
         "digits": ((1257, 180, 360), encodings.pixels, sources.Package("sklearn", "scikit-learn"), 1, 2e5),
         "pylib_lm": ((5050, 257, 604), encodings.next_byte, None, 3, 13e6),
+        "pylib_lm_short": ((40_401, 2062, 4836), encodings.next_byte, None, 10, 14e6),
     }
     for name, (sizes, encode, source, seconds, disk) in rows.items():
         yield Dataset(

@@ -10,7 +10,7 @@ import numpy as np
 from subquad.lra.data import encodings
 from subquad.lra.files import refuse
 
-LM_LENGTH = 2048
+LM_LENGTH, SHORT_LENGTH = 2048, 256
 _LEAST = 20  # sequences: one to validate on, one to test on
 
 

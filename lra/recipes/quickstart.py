@@ -65,7 +65,9 @@ QUICKSTART = Recipe(
         "infini": dict(num_heads=4, segment_length=50),
         "memorizing": dict(num_heads=4, segment_length=50, num_neighbors=16),
         "mamba2": dict(head_features=16, state_size=16),
-        "rwkv6": dict(head_features=16),
+        "rwkv6": dict(head_features=16, mix_rank=4, decay_rank=8),
+        "mlstm": {},
+        "rwkv4": {},
         "s4": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "s5": dict(state_size=64, dt_min=0.01, dt_max=0.5),
         "dss": dict(state_size=16, dt_min=0.01, dt_max=0.5),
@@ -76,18 +78,24 @@ QUICKSTART = Recipe(
         "lsra": dict(num_heads=4),
         "rglru": {},
         "deltanet": dict(num_heads=4),
+        "mamba": dict(state_size=8),
         "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
+        "gated_deltanet": dict(num_heads=4),
+        "kda": dict(num_heads=4),
+        "delta_product": dict(num_heads=4),
         "fnet": {},
         "entmax": dict(num_heads=4),
         "forgetting": dict(num_heads=4),
         "stickbreaking": dict(num_heads=4),
         "differential": dict(num_heads=2),
-        "gau": dict(shared_features=32, value_features=64),
+        "gau": dict(shared_features=32, value_features=64, max_length="{length}", bias="simple"),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
     },
     settings={
         # Ten times as long, so wider, too: else Linformer's projections alone would be more than the budget.
         "*/lra": dict(in_features=128, mlp_features=512, evaluate_every=150),
+        # What bits per byte of all causal layers are compared by.
+        "pylib_lm/short": dict(steps=600, evaluate_every=200),
         # As long, and no wider.
         "text|pathfinder|bbc_text|bbc_halves|photo_patches linformer": dict(
             layer_options=dict(num_landmarks=8, sharing="key_value")

@@ -25,7 +25,7 @@ from subquad.lra.bench import measure
 from subquad.zoo.base import Attention
 
 from . import cases
-from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, inputs, label, sampled
+from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, Case, inputs, label, sampled
 
 by_direction = pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 by_one_direction = pytest.mark.parametrize("name,is_causal", cases.one_direction(DIRECTIONS), ids=label)
@@ -96,7 +96,9 @@ def close(actual, expected, name: str, scale: float = 1.0):
 
 
 @by_direction
-@pytest.mark.parametrize("length", [1, 63, *(pytest.param(length, marks=pytest.mark.full) for length in (7, 100))])
+@pytest.mark.parametrize(
+    "length", [1, pytest.param(63, marks=sampled), *(pytest.param(length, marks=pytest.mark.full) for length in (7, 100))]
+)
 def test_any_length(name, is_causal, length):
     y = jitted(name, is_causal)(inputs(length))
     assert y.shape == (2, length, FEATURES) and y.dtype == jnp.float32
@@ -179,13 +181,14 @@ def test_the_first_tokens_do_not_know_how_many_follow(name):
         close(jitted(name, True)(longest[:, :length]), expected[:, :length], name)
 
 
-@by_direction
+@by_one_direction
 def test_jacobian_stays_inside_the_pattern(name, is_causal):
     length = 13
     layer = layer_of(name, is_causal)
     x = inputs(length, batch=1)[0]
     jacobian = jax.jit(jax.jacrev(lambda x: layer(x).sum(-1)))(x)
-    reached = np.asarray(jnp.abs(jacobian).sum(-1) > 1e-7)
+    least = 1e-7 * CASES[name].tolerance / Case.tolerance  # of rounding that mixes tokens
+    reached = np.asarray(jnp.abs(jacobian).sum(-1) > least)
     allowed = layer.pattern(length).any(0)
     assert allowed.shape == (length, length) and allowed.dtype == bool
     assert not (reached & ~allowed).any()
@@ -266,7 +269,9 @@ def extended(name: str, x, cuts, mask=None):
 
 
 @extending_only
-@pytest.mark.parametrize("cuts", [[LENGTH], [1] * LENGTH, WIDTHS, [4, 9, 1, 9]], ids=str)
+@pytest.mark.parametrize(
+    "cuts", [[1] * LENGTH, WIDTHS, *(pytest.param(cuts, marks=sampled) for cuts in ([LENGTH], [4, 9, 1, 9]))], ids=str
+)
 def test_extend_equals_one_call(name, cuts):
     if not CASES[name].extend_equals_call:
         pytest.skip("the docstring says how extend differs; the layer's own tests show it")
@@ -523,7 +528,7 @@ def test_variable_paths_are_those_of_old_checkpoints():
 # 11. Segments.
 
 
-@pytest.mark.parametrize("name,is_causal", SEGMENTED, ids=label)
+@pytest.mark.parametrize("name,is_causal", cases.one_direction(SEGMENTED), ids=label)
 def test_segments_do_not_reach_each_other(name, is_causal):
     """Other tokens in one segment change nothing in the others, forward or backward; one segment is as none."""
     layer = layer_of(name, is_causal)
@@ -685,18 +690,19 @@ def test_a_full_cache_is_refused_or_poisoned(name):
 
 # Cost.
 
+QUADRATIC_TIME = {"longt5"}  # in linear memory
 # Of the layers that claim less than quadratic cost; where there are two directions, the second is much as the first.
 LONG_DIRECTIONS = [
     pytest.param(name, is_causal, marks=[pytest.mark.full] if is_causal and CASES[name].supports.bidirectional else [])
     for name, is_causal in DIRECTIONS
-    if CASES[name].supports.cost != "T^2"
+    if CASES[name].supports.cost != "T^2" or name in QUADRATIC_TIME
 ]
 
 
 @by_one_direction
 def test_cost_grows_as_claimed(name, is_causal):
     limit = {"T": 2.2, "T log T": 3.0, "T^1.5": 3.0, "T^2": None}[CASES[name].supports.cost]
-    if limit is None:
+    if limit is None and name not in QUADRATIC_TIME:
         pytest.skip("the layer claims nothing: its time is quadratic")
     options = CASES[name].cost_options
     case = CASES[name]
@@ -711,9 +717,10 @@ def test_cost_grows_as_claimed(name, is_causal):
     gradient = jax.jit(gradient)  # traced once for both measures
     shapes = [jax.ShapeDtypeStruct((1, length, 64), jnp.float32) for length in (LONG // 2, LONG)]
     flops = [measure.flops(gradient, state, x) for x in shapes]
-    assert flops[1] <= limit * flops[0], f"{flops[1] / flops[0]:.2f} times the FLOPs at twice the length"
+    assert limit is None or flops[1] <= limit * flops[0], f"{flops[1] / flops[0]:.2f} times the FLOPs at twice the length"
     temporary = [measure.memory(gradient, state, x).temporary for x in shapes]
-    assert temporary[1] <= limit * temporary[0], f"{temporary[1] / temporary[0]:.2f} times the memory at twice the length"
+    times = temporary[1] / temporary[0]
+    assert times <= (limit or 2.2), f"{times:.2f} times the memory at twice the length"
 
 
 @pytest.mark.parametrize("name,is_causal", LONG_DIRECTIONS, ids=label)

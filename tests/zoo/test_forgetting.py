@@ -61,6 +61,12 @@ def test_what_is_long_forgotten_overflows_nothing():
     np.testing.assert_allclose(layer(x)[:, -5:], layer(x[:, -6:])[:, -5:], atol=2e-3)
 
 
+def test_gates_take_no_array_of_all_pairs():
+    shape = jax.ShapeDtypeStruct((1, 2048, FEATURES), jnp.float32)
+    layer = build()
+    assert "2048,2048" not in str(jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(shape))
+
+
 def test_oracle():
     peer, layer = oracle.load("forgetting"), build()
     attend = lambda inputs, _: {"o": layer.attend(*(inputs[x] for x in "qkvg"), None)}

@@ -49,9 +49,9 @@ def test_the_formula(options):
     layer, x = moved(build(**options)), np.float64(normal(2, 9, FEATURES))
     order, width = options.get("order", 2), options.get("conv_width", 3)
     linear = lambda module, x: x @ np.float64(module.kernel[...]) + np.float64(module.bias[...])
-    projected, taps = linear(layer.input, x), np.float64(layer.taps[...])
+    projected, taps = linear(layer.input, x), np.float64(layer.short.taps[...])
     u = np.stack([sum(taps[j] * projected[:, t - j] for j in range(width) if t >= j) for t in range(9)], 1)
-    *gates, z = np.split(u + layer.taps_bias[...], order + 1, axis=-1)
+    *gates, z = np.split(u + layer.short.bias[...], order + 1, axis=-1)
     h, skip = filters_by_hand(layer, options.get("shift", 0.0)), layer.skip[...]
     for n, gate in enumerate(gates):
         long = np.stack([sum(h[t - s, :, n] * z[:, s] for s in range(t + 1)) for t in range(9)], 1)
@@ -66,7 +66,7 @@ def test_a_filter_of_zeros_leaves_gates_and_the_released_layer_has_no_first():
     layer.last_kernel[:, :, 0], layer.skip[:, 0] = jnp.zeros((5, FEATURES)), jnp.ones(FEATURES)
     for name in ("input", "out"):
         setattr(released, name, getattr(layer, name))
-    released.taps[...], released.last_kernel[...] = layer.taps[...], layer.last_kernel[..., 1:]
+    released.short.taps[...], released.last_kernel[...] = layer.short.taps[...], layer.last_kernel[..., 1:]
     released.first_kernel[...], released.inner_kernel[...] = layer.first_kernel[...], layer.inner_kernel[...]
     released.skip[...] = layer.skip[..., 1:]
     # The windows of one filter are other numbers than those of the second of two.
@@ -74,7 +74,7 @@ def test_a_filter_of_zeros_leaves_gates_and_the_released_layer_has_no_first():
     np.testing.assert_allclose(jax.jit(lambda x: layer(x))(x), jax.jit(lambda x: Hyena.respond(released, x, None, None))(x)
                                @ layer.out.kernel[...], atol=1e-5)
     layer.last_kernel[...], layer.skip[...] = jnp.zeros((5, FEATURES, 2)), jnp.ones((FEATURES, 2))
-    first, second, v = np.split(layer.input(x) * layer.taps[0], 3, axis=-1)
+    first, second, v = np.split(layer.input(x) * layer.short.taps[0], 3, axis=-1)
     np.testing.assert_allclose(layer(x), (first * second * v) @ layer.out.kernel[...], atol=1e-5)
 
 
@@ -130,8 +130,8 @@ def test_oracle(order):
         ours = nnx.clone(layer)
         turned = lambda x: x.reshape(order + 1, features, -1)[jnp.asarray([*range(order - 1, -1, -1), order])].reshape(x.shape)
         ours.input.kernel[...], ours.input.bias[...] = turned(w["in_proj.weight"]).T, turned(w["in_proj.bias"])
-        ours.taps[...] = jnp.flip(turned(w["short_filter.weight"])[:, 0].T, 0)  # its last tap weighs the present token
-        ours.taps_bias[...] = turned(w["short_filter.bias"])
+        ours.short.taps[...] = jnp.flip(turned(w["short_filter.weight"])[:, 0].T, 0)  # its last tap weighs the present token
+        ours.short.bias[...] = turned(w["short_filter.bias"])
         ours.out.kernel[...], ours.out.bias[...] = w["out_proj.weight"].T, w["out_proj.bias"]
         network = lambda name: w[f"filter_fn.implicit_filter.{name}"]
         ours.frequency[...] = network("1.freq")[0]

@@ -1,6 +1,5 @@
 """Hyena: long convolutions, whose filters a small network makes, between gates."""
 
-import functools
 import math
 from typing import NamedTuple, Unpack
 
@@ -9,15 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import convolution, dispatch, precision
+from subquad.kernels import convolution, precision
 from subquad.zoo import padding
 from subquad.zoo.base import Support
 from subquad.zoo.cache import counts, pieces, poisoned, write
 from subquad.zoo.checks import cache_dtype, check_length, check_sizes, refuse, require_extend
 from subquad.zoo.compilation import compile_once
+from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.projection import flat, in_pieces, in_turn
 
+FILTER_BYTES = 1 << 24  # of the windows that are made at a time
 FAST, SLOW, TARGET = 0.3, 1.5, 1e-2  # shares of max_length after which windows are at the target, as in the authors' code
 
 
@@ -52,8 +53,8 @@ class Hyena(Headless):
         and one extended token takes O(N S D (1 + W / B)), where the cache of B sequences has room for S: each call makes
         its filters again.
     Differs from the paper: not at all in the recurrence; the released code has no h^1 and d^1, as with
-        `convolve_values=False`, so that its order 2 has one long convolution. d is in the code, where the paper has an identity
-        in the filter. Windows decay as in the code, uniformly in alpha over all filters and features. The code also trains
+        `convolve_values=False`, so that its order 2 has one long convolution. d is the code's; here it is part of a filter's
+        first tap. Windows decay as in the code, uniformly in alpha over all filters and features. The code also trains
         the features of t, slowly; here they are fixed.
     Training: the authors give the frequencies and the filters no weight decay.
 
@@ -118,13 +119,12 @@ class Hyena(Headless):
         if order == 1 and not convolve_values:
             refuse(owner, "convolve_values", False, "be True with order 1", "Else there is no long convolution.")
         self.max_length, self.order, self.convolve_values = max_length, order, convolve_values
-        self.conv_width, self.num_bands, self.shift = conv_width, num_bands, shift
+        self.num_bands, self.shift = num_bands, shift
         width = (order + 1) * in_features
         self.input = self.linear(in_features, width, rngs)
-        bound = 1 / math.sqrt(conv_width)
-        self.taps = self.drawn(rngs, lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound),
-                               conv_width, width)
-        self.taps_bias = nnx.Param(jnp.zeros(width, self.param_dtype))
+        self.short = CausalConvolution(
+            width, conv_width, use_bias=True, param_dtype=self.param_dtype, implementation=self.implementation, rngs=rngs,
+        )  # fmt: skip
 
         zeros = lambda *shape: nnx.Param(jnp.zeros(shape, self.param_dtype))
         kernel = nnx.initializers.lecun_normal(batch_axis=())
@@ -167,33 +167,39 @@ class Hyena(Headless):
     @precision.full
     @precision.promoting
     def filter(self, hidden: Float[Array, "T W"], n: int) -> Float[Array, "D T"]:
-        """The taps of the n-th filter."""
+        """h^n, with d^n in its first tap, of some features at a time: their windows are as many numbers, and none is kept."""
         features, count = self.last_kernel.shape[1:]
         rates = jnp.linspace(-math.log(TARGET) / SLOW, -math.log(TARGET) / FAST, features * count).reshape(features, count)
         share = jnp.arange(len(hidden), dtype=jnp.float32) / max(1, self.max_length - 1)
-        window = jnp.exp(-rates[:, n, None] * share) + self.shift
-        return window * (precision.wide(self.last_kernel[..., n]).T @ hidden.T)
+
+        @jax.checkpoint
+        def taps(feature):
+            rate, weights, skip = feature
+            return (jnp.exp(-rate * share) + self.shift) * (hidden @ weights) + jnp.where(share == 0, skip, 0)
+
+        size = min(features, max(1, FILTER_BYTES // (4 * len(hidden))))
+        weights, skip = (precision.wide(parameter[..., n]) for parameter in (self.last_kernel, self.skip))
+        return jax.lax.map(taps, (rates[:, n], weights.T, skip), batch_size=size)
 
     # ------------------------------------------------------------------------------------------------------- the layer
 
     def parts(self, inputs, segment_ids=None, mask=None, state=None):
         """([x^1, .., x^N, v], the last inputs of the short convolution where there was a `state` of them)."""
-        hidden = in_pieces(self.input, inputs)
-        taps, bias = (variable[...].astype(hidden.dtype) for variable in (self.taps, self.taps_bias))
-        apply = functools.partial(
-            convolution.depthwise, hidden, taps, is_causal=True, mask=mask, segment_ids=segment_ids,
-            implementation=dispatch.reference_or_best(self.implementation),
-        )
-        outputs, state = (apply(), None) if state is None else apply(initial_state=state, return_state=True)
-        return jnp.split(outputs + bias[None, None], self.order + 1, axis=-1), state
+
+        def convolve(inputs, state):
+            outputs, state = self.short(flat(self.input)(inputs), mask, segment_ids, state)
+            return jnp.split(outputs, self.order + 1, axis=-1), state
+
+        if segment_ids is None and state is None:
+            return in_turn(convolve, inputs, self.short.empty(len(inputs)))
+        return convolve(inputs, state)
 
     def recur(self, gates, values, convolve):
         """z^{N+1}; `convolve(n, z)` is the n-th long convolution."""
         if not self.convolve_values:
             values, gates = gates[0] * values, gates[1:]
         for n, gate in enumerate(gates):
-            skip = self.skip[:, n].astype(values.dtype)[None, None]
-            values = gate * (convolve(n, values) + skip * values)
+            values = gate * convolve(n, values)
         return values
 
     def respond(self, inputs, mask, segment_ids):
@@ -212,8 +218,7 @@ class Hyena(Headless):
         check_length(type(self).__name__, "max_length", max_length, self.max_length)
         dtype, (features, count) = cache_dtype(self, dtype), self.last_kernel.shape[1:]
         values = jnp.zeros((batch_size, count, max_length, features), dtype)
-        state = jnp.zeros((batch_size, self.conv_width - 1, (self.order + 1) * features), dtype)
-        return HyenaCache(values, jnp.zeros(batch_size, jnp.int32), state)
+        return HyenaCache(values, jnp.zeros(batch_size, jnp.int32), self.short.empty(batch_size))
 
     @compile_once
     def _extend(self, inputs, cache, mask):
@@ -229,7 +234,7 @@ class Hyena(Headless):
             return convolved_from(cache.length, values.shape[1], seen, self.filter(hidden, n), self.implementation)
 
         outputs = in_pieces(self.finish, inputs, self.recur(gates, values, convolve))
-        cache = HyenaCache(jnp.stack(past, 1), cache.length + counts(inputs, mask), state.astype(cache.state.dtype))
+        cache = HyenaCache(jnp.stack(past, 1), cache.length + counts(inputs, mask), state)
         outputs = poisoned(outputs, cache)
         return outputs if order is None else order.unpack(outputs), cache
 

@@ -5,4 +5,7 @@ difference is written: one step of gradient descent on |S^T k - v|^2 / 2, at a r
 
 Choose
     deltanet: For recall from a small state: keys overwrite, and nothing fades.
+    gated_deltanet: For text: the same, and a token may forget everything; the first to try.
+    kda: For the same with a decay of each channel, so that some things are kept for long.
+    delta_product: For states that are tracked, as in permutations: several writes a token, at so many times the cost.
 """

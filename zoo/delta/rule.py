@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -38,15 +39,18 @@ class DeltaRule(nnx.Module):
         q, k = u(c(q')), u(c(k')),   v = c(v'),   c(x) = silu(conv(x)), or x without a convolution
         S_t = D_t S_{t-1} + beta_t k_t (v_t - k_t^T D_t S_{t-1})^T,   o_t = norm(S_t^T q_t) * f(g_t)
 
+    With several steps a token has so many keys, values and rates, which are written one after the other; D is of the first.
+
     Args:
         layer: that has it, with its `query`, `key` and `value` projections and `value_head_features`.
         conv_width: taps W of each convolution; None: no convolutions.
+        num_steps: n steps for each token.
         features: u, of heads [..., M], wide. None: `unit`.
         gate: f.
     """
 
     def __init__(
-        self, layer: Attention, *, conv_width: int | None, features: Callable[[Any], Any] | None = None,
+        self, layer: Attention, *, conv_width: int | None, num_steps: int = 1, features: Callable[[Any], Any] | None = None,
         gate: Callable[[Any], Any] = nnx.silu, rngs: nnx.Rngs,
     ):  # fmt: skip
         if conv_width is not None:
@@ -63,6 +67,7 @@ class DeltaRule(nnx.Module):
         self.query, self.key, self.value = map(convolution, (layer.query, layer.key, layer.value))
         self.norm = GatedNorm((layer.value_head_features,), activation=gate, param_dtype=layer.param_dtype)
         self.features, self.implementation = unit if features is None else features, layer.implementation
+        self.num_steps = num_steps
         self.state_shape = layer.num_heads, layer.head_features, layer.value_head_features
 
     def __call__(
@@ -71,8 +76,8 @@ class DeltaRule(nnx.Module):
         """The heads, and the cache after them where there is one before them.
 
         Args:
-            query, key, value: as projected, [B, T, N, M], [B, T, K, M] and [B, T, K, V].
-            beta: [B, T, N].
+            query, key, value: as projected, [B, T, N, M], [B, T, n K, M] and [B, T, n K, V].
+            beta: [B, T, n N].
             log_decay: of D, [B, T, N] or [B, T, N, M], or None.
             gate: g, [B, T, N, V], or None.
             mask: the real tokens, which are the first ones of each sample.
@@ -83,13 +88,26 @@ class DeltaRule(nnx.Module):
         prepared = [prepare(*of, mask, segment_ids) for of in given]
         (query, key, value), recent = zip(*prepared, strict=True)
         if segment_ids is not None:
-            log_decay = forgetting(segment_ids, jnp.zeros_like(beta) if log_decay is None else log_decay)
+            log_decay = forgetting(segment_ids, jnp.zeros(query.shape[:3]) if log_decay is None else log_decay)
+        steps_mask = mask
+        if self.num_steps > 1:
+            query, key, value, beta, log_decay, steps_mask = self.in_steps(query, key, value, beta, log_decay, mask)
         heads, state = linear.gated(
-            query, key, value, log_decay, beta=beta, mask=mask, initial_state=state, return_state=True,
+            query, key, value, log_decay, beta=beta, mask=steps_mask, initial_state=state, return_state=True,
             implementation=self.implementation,
         )  # fmt: skip
-        heads = self.norm(heads, gate)
+        heads = self.norm(heads[:, self.num_steps - 1 :: self.num_steps], gate)
         return heads, None if cache is None else DeltaCache(state, *recent, cache.seen + counts(heads, mask))
+
+    def in_steps(self, query, key, value, beta, log_decay, mask):
+        """Steps in place of tokens: the first of a token decays, and the last is read."""
+        n = self.num_steps
+        key, value, beta = (rearrange(x, "b t (s k) ... -> b (t s) k ...", s=n) for x in (key, value, beta))
+        beside = lambda x, before, after: jnp.pad(x[:, :, None], [(0, 0)] * 2 + [(before, after)] + [(0, 0)] * (x.ndim - 2))
+        query = rearrange(beside(query, n - 1, 0), "b t s ... -> b (t s) ...")
+        if log_decay is not None:
+            log_decay = rearrange(beside(log_decay, 0, n - 1), "b t s ... -> b (t s) ...")
+        return query, key, value, beta, log_decay, None if mask is None else jnp.repeat(mask, n, axis=-1)
 
     def empty(self, layer: Attention, batch_size: int, max_length: int) -> DeltaCache:
         """The cache before the first token, of one size whatever max_length."""

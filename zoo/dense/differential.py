@@ -28,7 +28,8 @@ class DifferentialAttention(Attention):
     Differs from the paper: a row that may see no key gives 0. lambda_init is one number for the caller to choose; the paper
         has 0.8 - 0.6 exp(-0.3 (l - 1)) in layer l = 1, 2, ..., and finds 0.8 throughout as good. The paper has no biases
         (use_bias) and half as many heads as a Transformer of the same width. Rotary positions (`rotary_base`), off by default,
-        rotate each half. Numbers of equations are as remembered.
+        rotate each half; its code turns neighbouring features, which permutes rows of W_q and W_k. Numbers of equations are
+        as remembered.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -49,7 +50,7 @@ class DifferentialAttention(Attention):
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
 
-    Source: Ye et al., Differential Transformer, ICLR 2025, arXiv 2410.05258.
+    Source: Ye et al., Differential Transformer, ICLR 2025, arXiv 2410.05258; code: microsoft/unilm, Diff-Transformer.
     """
 
     supports = Support(cost="T^2", cross=True, pairwise_mask=True, segment_ids=True, grouped=True, rotary=True)

@@ -33,17 +33,17 @@ class ForgettingCache(NamedTuple):
 class ForgettingAttention(Attention):
     """Softmax attention with a forget gate of each head: the mechanism of the Forgetting Transformer (FoX).
 
-        y_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(H) + D_ts) v_s                                        (section 3)
+        y_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(H) + D_ts) v_s
         D_ts = sum_{r=s+1..t} log f_r = c_t - c_s,   f_t = sigmoid(w_f . x_t + b_f),   c_t = sum_{r<=t} log f_r
 
     A gate is of a token and a query head. c_t is the same for all keys of a row, which a softmax does not see: -c_s, a bias of
     each key, is all that is added to logits. So the gates take no T x T array.
 
     Cost: time O(T^2 N H), memory O(T); one extended token O(S N H) after S tokens.
-    Differs from the paper: this is its attention alone; the output gate, the norms of queries, keys and outputs and the shift
-        of keys and values that its "Pro" block adds are not here. Rotary positions (`rotary_base`) are off by default, as in
-        the paper, which finds that gates do without. Grouped heads (`num_kv_heads`) share keys and values, not gates. Section
-        numbers are as remembered.
+    Differs from the paper: this is the layer that its code has without options, of the block named after Llama; the output
+        gate, the norms of queries, keys and outputs and the shift of keys and values that its "Pro" block adds are not here.
+        Its projections have no biases but the gate's (use_bias). Rotary positions (`rotary_base`) are off by default, as
+        there: gates do without. Grouped heads (`num_kv_heads`) share keys and values, not gates.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -63,7 +63,8 @@ class ForgettingAttention(Attention):
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
 
-    Source: Lin et al., Forgetting Transformer: Softmax Attention with a Forget Gate, ICLR 2025, arXiv 2503.02130.
+    Source: Lin et al., Forgetting Transformer: Softmax Attention with a Forget Gate, ICLR 2025, arXiv 2503.02130; code:
+        zhixuan-lin/forgetting-transformer.
     """
 
     supports = Support(cost="T^2", bidirectional=False, segment_ids=True, grouped=True, rotary=True)

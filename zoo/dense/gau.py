@@ -34,8 +34,8 @@ class GAU(Headless):
     Cost: time O(T^2 (Z + V)), memory O(T (Z + V)) and the weights of a block of queries, as blocks are computed one by one and
         again in the backward pass; one extended token O(S (Z + V)), where the cache has room for S.
     Differs from the paper: where it is causal n is max_length, as there in training, whatever the length of the call, so that
-        tokens to come change nothing. Its text was not at hand; the equations are as others report them. Linear maps start as
-        Flax's, with biases. The unit's norm and residual belong to the block.
+        tokens to come change nothing. Its text was not at hand; the equations are those of JunnYu/FLASHQuad_pytorch, which has
+        a constant n in both directions. Linear maps start as Flax's, with biases. Norm and residual belong to the block.
 
     Args:
         in_features: features D of the inputs.

@@ -82,7 +82,9 @@ class GatedSlotAttention(Attention):
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads, and the logits of alpha [B, T, K, M]."""
-        heads = (in_pieces(nnx.silu, heads) for heads in super().project(inputs_q, inputs_kv, inputs_v))
+        maps = self.query, self.key, self.value
+        # Of many tokens what goes into the activation is made twice, not kept.
+        heads = (in_pieces(lambda x, linear=linear: nnx.silu(linear.of_tokens(x)), inputs_q) for linear in maps)
         return *heads, self.forget(inputs_q)
 
     def attend(self, query, key, value, logits, mask, segment_ids=None):

@@ -22,8 +22,8 @@ class DPFPAttention(Attention):
     There are 2 nu H features, of which few are not 0: keys that point apart share none, so that a state holds more of them.
 
     Cost: time O(T nu N H^2), memory O(T nu N H); one extended token O(nu N H^2) and a cache of that size whatever came before.
-    Differs from the paper: this is its feature map in linear attention, not its update by the delta rule with features divided
-        by their sum. Nothing is added to the denominator; where no feature of a query meets one of a key, the row is 0. Rotary
+    Differs from the paper: this is its feature map in linear attention, not its update by the delta rule, which is
+        `DeltaNet`'s. Nothing is added to the denominator; where no feature of a query meets one of a key, the row is 0. Rotary
         positions (`rotary_base`) are not the paper's: query and key are rotated before the features, as in `LinearAttention`.
         Section numbers are as remembered.
 

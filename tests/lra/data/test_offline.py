@@ -119,6 +119,8 @@ def test_pylib_lm_predicts_the_next_byte_of_files_that_are_in_one_split():
     assert len(one["text"]) == 2049 and one["text"][-1] == two["text"][0]
     batch = next(iter(pipeline.EvaluationBatches([store.catalogue.encodings.next_byte(one)], batch_size=2, length=2048)))
     assert np.array_equal(batch["inputs"][0, 1:], batch["targets"][0, :-1]) and batch["mask"].all()
+    short = next(corpora.examples("pylib_lm_short", "test"))
+    assert len(short["text"]) == 257 and bytes(short["text"]) == bytes(one["text"][:257])
     assert batch["targets"].shape == (2, 2048) and batch["weights"].tolist() == [1, 0]
 
 
@@ -143,9 +145,9 @@ def test_all_of_them_through_the_builder_and_the_same_in_memory(installed, tmp_p
 
 def test_they_are_never_called_the_arenas():
     for name in NAMES:
-        (task,) = tasks.TASKS[name].values()
-        assert task.config == "offline" and not task.dataset.startswith("lra") and "arXiv 2011.04006" not in task.source
-        assert "no task of the arena" in task.note
+        for config, task in tasks.TASKS[name].items():
+            assert config in ("offline", "short") and "no task of the arena" in task.note
+            assert not task.dataset.startswith("lra") and "arXiv 2011.04006" not in task.source
 
 
 @pytest.mark.parametrize(
