@@ -70,6 +70,7 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
+from subquad.zoo.perceiver_ar import PerceiverAR
 from subquad.zoo.recurrent.compressive import CompressiveAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
@@ -90,8 +91,8 @@ __all__ = [
     "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention",
     "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention",
     "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mamba2",
-    "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
-    "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
+    "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAR", "PerceiverAttention", "PerformerAttention",
+    "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
     "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
     "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
     "positions", "stream",
