@@ -20,9 +20,9 @@ class PerceiverAR(CausalLM):
 
         h = embedded tokens;   z <- B_1(h_{T-L+1 .. T}; h),   z <- B_i(z; z) for i = 2 .. n;   logits = W LN z      (section 3)
 
-    B(q; k) is a block, norms first, of causal softmax attention from q to k, and a feed-forward network. Of L tokens or less, or
-    with one layer, that is `CausalLM` with softmax attention: the same parameters by the same names, the same logits. Of more
-    tokens, the logits of one also depend on how many follow it, as these decide which tokens are latents.
+    B(q; k) is a block, norms first, of causal softmax attention from q to k, and a feed-forward network. Of at most L tokens,
+    or with one layer, that is `CausalLM` with softmax attention: the same parameters by the same names, the same logits. Of
+    more tokens, the logits of one also depend on how many follow it, as these decide which tokens are latents.
 
     Cost: time O(T L N H + n L (L N H + D^2) + T D^2), memory O(T + n L).
     Differs from the paper: latents and tokens share the first norm, as in `CausalLM`; there they have one each. Its dropout of
