@@ -75,6 +75,7 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
+from subquad.zoo.perceiver_ar import PerceiverAR
 from subquad.zoo.recurrent.compressive import CompressiveAttention
 from subquad.zoo.recurrent.infini import InfiniAttention
 from subquad.zoo.recurrent.memorizing import MemorizingAttention
@@ -100,7 +101,7 @@ __all__ = [
     "HedgehogAttention", "Hyena", "InducedSetAttention", "InfiniAttention", "InformerAttention", "KernelizedAttention",
     "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
     "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mamba2", "Mega", "MemorizingAttention",
-    "MemoryCompressedAttention", "MoBAAttention", "NSAAttention", "NystromAttention", "PerceiverAttention",
+    "MemoryCompressedAttention", "MoBAAttention", "NSAAttention", "NystromAttention", "PerceiverAR", "PerceiverAttention",
     "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention",
     "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",
     "StickBreakingAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
