@@ -75,12 +75,15 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
+from subquad.zoo.perceiver_ar import PerceiverAR
 from subquad.zoo.recurrent.compressive import CompressiveAttention
 from subquad.zoo.recurrent.infini import InfiniAttention
 from subquad.zoo.recurrent.memorizing import MemorizingAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
+from subquad.zoo.statespace.h3 import H3
+from subquad.zoo.statespace.hgrn import HGRN
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
@@ -89,16 +92,16 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV4", "RWKV6", "S4", "S5", "Attention",
-    "AxialAttention", "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids",
-    "Classifier", "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet",
-    "DeltaProduct", "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention",
-    "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention", "GatedDeltaNet",
-    "GatedLinearAttention", "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention",
-    "Hyena", "InducedSetAttention", "InfiniAttention", "InformerAttention", "KernelizedAttention", "KimiDeltaAttention",
-    "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention", "LongT5Attention",
-    "LongformerAttention", "LunaAttention", "Mamba", "Mamba2", "Mega", "MemorizingAttention",
-    "MemoryCompressedAttention", "MoBAAttention", "NSAAttention", "NystromAttention", "PerceiverAttention",
+    "DSS", "FLASH", "GAU", "H3", "HGRN", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV4", "RWKV6", "S4", "S5",
+    "Attention", "AxialAttention", "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM",
+    "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention",
+    "DeltaNet", "DeltaProduct", "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv",
+    "EfficientAttention", "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention",
+    "GatedDeltaNet", "GatedLinearAttention", "GatedSlotAttention", "GlobalAttention", "HTransformerAttention",
+    "HedgehogAttention", "Hyena", "InducedSetAttention", "InfiniAttention", "InformerAttention", "KernelizedAttention",
+    "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mamba2", "Mega", "MemorizingAttention",
+    "MemoryCompressedAttention", "MoBAAttention", "NSAAttention", "NystromAttention", "PerceiverAR", "PerceiverAttention",
     "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention",
     "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",
     "StickBreakingAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",

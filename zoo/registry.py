@@ -73,6 +73,8 @@ from subquad.zoo.recurrent.infini import InfiniAttention
 from subquad.zoo.recurrent.memorizing import MemorizingAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
+from subquad.zoo.statespace.h3 import H3
+from subquad.zoo.statespace.hgrn import HGRN
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
@@ -149,6 +151,8 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "s5": S5,
     "lru": LRU,
     "rglru": RGLRU,
+    "hgrn": HGRN,
+    "h3": H3,
     "mamba": Mamba,
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,

@@ -70,6 +70,8 @@ LAYERS = {
     "dynamicconv": dict(is_causal=True, conv_width=8),
     "lsra": dict(num_heads=4, is_causal=True, conv_width=8),
     "rglru": {},
+    "hgrn": dict(is_causal=True),
+    "h3": dict(state_size=16, dt_min=0.01, dt_max=0.5),
     "deltanet": dict(num_heads=4),
     "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),

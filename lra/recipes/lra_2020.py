@@ -77,6 +77,8 @@ LAYERS = {
     "dynamicconv": {},
     "lsra": dict(num_heads=8),
     "rglru": {},
+    "hgrn": {},
+    "h3": {},
     "deltanet": HEADS,
     "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),

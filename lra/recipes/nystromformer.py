@@ -70,6 +70,8 @@ LAYERS = {
     "dynamicconv": {},
     "lsra": HEADS,
     "rglru": {},
+    "hgrn": {},
+    "h3": {},
     "deltanet": HEADS,
     "mamba": {},
     "hyena": dict(max_length="{length}", convolve_values=False),

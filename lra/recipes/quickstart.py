@@ -56,7 +56,8 @@ QUICKSTART = Recipe(
         "flash": dict(chunk_size=32, shared_features=32, value_features=64),
         "rfa": dict(num_heads=4, num_features=32),
         "based": dict(num_heads=4),
-        "retention": dict(num_heads=4),
+        # Twice as wide values would be more than the budget.
+        "retention": dict(num_heads=4, value_features=64),
         "gla": dict(num_heads=4),
         "hgrn2": dict(num_heads=4),
         "gsa": dict(num_heads=4, num_slots=16),
@@ -77,6 +78,8 @@ QUICKSTART = Recipe(
         "dynamicconv": dict(num_heads=4, conv_width=15),
         "lsra": dict(num_heads=4),
         "rglru": {},
+        "hgrn": {},
+        "h3": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "deltanet": dict(num_heads=4),
         "mamba": dict(state_size=8),
         "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
@@ -96,6 +99,7 @@ QUICKSTART = Recipe(
         "*/lra": dict(in_features=128, mlp_features=512, evaluate_every=150),
         # What bits per byte of all causal layers are compared by.
         "pylib_lm/short": dict(steps=600, evaluate_every=200),
+        "*/lra retention": dict(layer_options=dict(value_features=128)),
         # As long, and no wider.
         "text|pathfinder|bbc_text|bbc_halves|photo_patches linformer": dict(
             layer_options=dict(num_landmarks=8, sharing="key_value")

@@ -185,6 +185,8 @@ CASES = {
         Case("dss", dict(state_size=8), dict(state_size=16)),
         Case("lru", dict(state_size=8), dict(state_size=64)),
         Case("rglru", dict(hidden_features=12, num_blocks=3), dict(num_blocks=8)),
+        Case("hgrn", dict(lower_bound=0.25)),
+        Case("h3", dict(head_features=2, state_size=4, conv_width=3, dt_min=0.05, dt_max=0.5), dict(state_size=16)),
         Case("mamba", dict(hidden_features=12, state_size=4, step_rank=3), dict(state_size=16)),
         Case("s5", dict(state_size=8, num_blocks=2, gate="full"), dict(state_size=64)),
         Case("lightconv", dict(num_heads=4, conv_width=5), dict(num_heads=8, conv_width=15)),

@@ -72,6 +72,8 @@ LAYERS = {
     "delta_product": ("delta_product", dict(num_heads=2)),
     "rglru": ("rglru", dict(hidden_features=12, num_blocks=3)),
     "hyena": ("hyena", dict(max_length=20, filter_features=8, num_bands=3, frequency=1.0)),
+    "hgrn": ("hgrn", dict(lower_bound=0.25)),
+    "h3": ("h3", dict(head_features=2, state_size=4, conv_width=3)),
     "mamba": ("mamba", dict(hidden_features=12, state_size=4, step_rank=3)),
     "s4": ("s4", dict(state_size=8)),
     "s4-diagonal": ("s4", dict(state_size=8, mode="diagonal")),
