@@ -285,6 +285,11 @@ def test_short_convolutions(name, width, is_causal):
     ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
     ("hyena", dict(max_length=30)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
+    ("stickbreaking", dict(num_heads=2, attend_current=True)),
+    ("moba", dict(num_heads=2, block_size=4)),
+    ("memorizing", dict(num_heads=2, segment_length=4)),
+    ("infini", dict(num_heads=2, segment_length=4)),
+    ("nsa", dict(num_heads=2, block_size=4, compression_size=4, compression_stride=2)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_all_others_may_see_all(name, options, is_causal):

@@ -14,6 +14,7 @@ from subquad.zoo.base import Attention, options_of
 from .cases import FEATURES, inputs
 
 LENGTH = 24
+NSA = dict(num_heads=2, block_size=4, num_blocks=4, compression_size=4, compression_stride=2, window_size=5)
 
 # What an option does to the outputs of a layer with the same variables: (layer, the other options, the option, its value).
 # `is_causal` has no row: the contract suite runs both directions.
@@ -108,6 +109,16 @@ COMPUTED = [
     ("clustered", dict(num_heads=2, num_clusters=4, num_top=3), "num_top", 0),
     ("clustered", dict(num_heads=2, num_clusters=4, num_top=0, num_bits=8), "num_iterations", 1),
     ("clustered", dict(num_heads=2, num_clusters=4), "rotary_base", 100.0),
+    ("moba", dict(num_heads=2, block_size=6, num_blocks=2), "block_size", 4),
+    ("moba", dict(num_heads=2, block_size=6, num_blocks=2), "num_blocks", 1),
+    ("moba", dict(num_heads=2, block_size=6, num_blocks=2), "rotary_base", 100.0),
+    ("nsa", NSA, "block_size", 6),
+    ("nsa", NSA, "num_blocks", 3),
+    ("nsa", NSA, "num_initial", 0),
+    ("nsa", NSA, "num_local", 1),
+    ("nsa", NSA, "window_size", 3),
+    ("nsa", NSA, "compression_stride", 1),
+    ("nsa", NSA, "rotary_base", 100.0),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "block_size", 7),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "num_iterations", 1),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "temperature", 2.0),
@@ -119,6 +130,12 @@ COMPUTED = [
     ("perceiver", dict(num_heads=2, num_latents=6), "num_repeats", 3),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "segment_length", 8),
     ("transformer_xl", dict(num_heads=2, segment_length=6, memory_length=4), "memory_length", 2),
+    ("infini", dict(num_heads=2, segment_length=6), "segment_length", 4),
+    ("infini", dict(num_heads=2, segment_length=6), "update", "linear"),
+    ("infini", dict(num_heads=2, segment_length=6), "rotary_base", 100.0),
+    ("memorizing", dict(num_heads=2, segment_length=6, num_neighbors=3), "segment_length", 4),
+    ("memorizing", dict(num_heads=2, segment_length=6, num_neighbors=3), "num_neighbors", 1),
+    ("memorizing", dict(num_heads=2, segment_length=6, num_neighbors=3), "memory_length", 2),
     *(
         ("compressive", dict(num_heads=2, segment_length=4, memory_length=4, compressed_length=4, rate=2), option, value)
         for option, value in dict(segment_length=6, memory_length=2, compressed_length=2, rate=1, compression="max").items()
@@ -130,6 +147,8 @@ COMPUTED = [
     ("entmax", dict(num_heads=2), "rotary_base", 100.0),
     ("entmax", dict(num_heads=2), "alpha", 2),
     ("forgetting", dict(num_heads=2), "rotary_base", 100.0),
+    ("stickbreaking", dict(num_heads=2), "rotary_base", 100.0),
+    ("stickbreaking", dict(num_heads=2), "attend_current", True),
     ("differential", dict(num_heads=2), "rotary_base", 100.0),
     ("differential", dict(num_heads=2), "lambda_init", 0.2),
     ("dpfp", dict(num_heads=2), "rotary_base", 100.0),
@@ -217,6 +236,12 @@ SHAPED = [
     ("smyrf", dict(num_heads=2), "num_hashes", 3, {"directions": (3, 2, 10)}),
     ("informer", dict(num_heads=2), "factor", 2, {"sample": (48,)}),
     ("clustered", dict(num_heads=2), "num_bits", 5, {"planes": (2, 5, 8)}),
+    ("moba", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("memorizing", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("infini", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("nsa", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "window_value/kernel": (16, 2, 4)}),
+    ("nsa", dict(num_heads=4), "compression_size", 48, {"compress_key/inner/kernel": (48, 4, 16)}),
+    ("nsa", dict(num_heads=4), "compression", "mean", {"compress_key/inner/kernel": None, "compress_value/position": None}),
     ("sinkhorn", dict(num_heads=2, max_length=24, block_size=6), "max_length", 30, {"sort_scores": (2, 8, 5)}),
     ("linformer", dict(num_heads=2, max_length=24), "max_length", 30, {"projection/key": (30, 256)}),
     ("linformer", dict(num_heads=2, max_length=24), "num_landmarks", 5, {"projection/value": (24, 5)}),
@@ -240,6 +265,8 @@ SHAPED = [
     ("s4", dict(), "out_features", 5, {"out/kernel": (16, 10)}),
     ("entmax", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("forgetting", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("stickbreaking", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
+    ("stickbreaking", dict(num_heads=4, remainder=True), "remainder", False, {"rest": None}),
     ("differential", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("dpfp", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "value/kernel": (16, 2, 4)}),
     ("hedgehog", dict(num_heads=4), "num_kv_heads", 2, {"key/kernel": (16, 2, 4), "key_map": (2, 4, 4), "key_shift": (2, 4)}),
@@ -360,6 +387,8 @@ SIZES = {
     "bigbird": dict(max_length=24),
     "blockwise": dict(max_length=24),
     "cosformer": dict(max_length=24),
+    "delta_product": dict(num_steps=1),
+    "kda": dict(rank=FEATURES),
     "fnet": dict(out_features=FEATURES),
     "gla": dict(value_features=8, decay_rank=2),
     "gsa": dict(num_slots=2),
@@ -390,6 +419,7 @@ MAPS = {
     "hyena": 2,
     "isab": 9,
     "lsra": 6,
+    "nsa": 13,
     "luna": 5,
     "mamba": 5,
     "mega": 3,
@@ -415,10 +445,12 @@ OTHER_SHAPES = {
     "out": (4, 2, 5), "unpack_key": (8, 4, 2), "unpack_value": (8, 4, 2), "compress_key": (6, 4, 2),
     "compress_value": (6, 4, 2), "induce_out": (4, 2, FEATURES), "induce_mlp": (FEATURES, FEATURES),
     "forget_gate": (FEATURES, 4),
+    **{f"compress_{x}/{name}": shape for x in ("key", "value") for name, shape in dict(inner=(32, 2, 8), outer=(8, 2)).items()},
+    "branch_gate": (FEATURES, 4, 3),
     **{f"layers/0/{name}": (FEATURES, 4, FEATURES // 4) for name in ("query", "key", "value")},
     **{f"{block}/{name}": (FEATURES, FEATURES) for block in ("encoder", "layers/0") for name in ("inner", "outer")},
-    "rate": (FEATURES, 4), "decay_logits": (FEATURES, 4), "decay_down": (FEATURES, 2), "gate_down": (FEATURES, 2),
-    "decay_up": (2, 4, 2), "gate_up": (2, 4, 2), "encoder/out": (4, 2, FEATURES), "layers/0/out": (4, FEATURES // 4, FEATURES),
+    "rate": (FEATURES, 4), "decay_logits": (FEATURES, 4), "gate_down": (FEATURES, FEATURES), "encoder/out": (4, 2, FEATURES),
+    "layers/0/out": (4, FEATURES // 4, FEATURES),
 }  # fmt: skip
 
 

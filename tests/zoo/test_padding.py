@@ -41,7 +41,17 @@ LAYERS = {
         dict(num_heads=2, segment_length=4, memory_length=2, compressed_length=2, rate=2, compression="most_used"),
     ),
     "transformer_xl": ("transformer_xl", dict(num_heads=2, segment_length=4, memory_length=3)),
+    "memorizing": ("memorizing", dict(num_heads=2, segment_length=4, num_neighbors=2)),
+    "infini": ("infini", dict(num_heads=2, segment_length=4, rotary_base=100.0)),
     "forgetting": ("forgetting", dict(num_heads=2, rotary_base=100.0)),
+    "stickbreaking": ("stickbreaking", dict(num_heads=2, rotary_base=100.0)),
+    "moba": ("moba", dict(num_heads=2, block_size=4, num_blocks=2, rotary_base=100.0)),
+    "nsa": (
+        "nsa",
+        dict(
+            num_heads=2, block_size=4, num_blocks=3, compression_size=4, compression_stride=2, window_size=3, rotary_base=100.0,
+        ),
+    ),
     "synthesizer": ("synthesizer", dict(num_heads=2, max_length=20, synthesis=("random", "dense"))),
     "s5": ("s5", dict(state_size=8)),
     "lru": ("lru", dict(state_size=8)),
