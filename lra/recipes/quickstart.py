@@ -33,6 +33,10 @@ QUICKSTART = Recipe(
         "smyrf": dict(num_heads=4, num_hashes=2, cluster_size=32),
         "informer": dict(num_heads=4),
         "clustered": dict(num_heads=4, num_clusters=16, num_top=16),
+        "moba": dict(num_heads=4, block_size=25),
+        "nsa": dict(
+            num_heads=4, num_kv_heads=1, block_size=16, num_blocks=4, compression_size=8, compression_stride=4, window_size=32,
+        ),
         "h_transformer": dict(num_heads=4),
         "linformer": dict(num_heads=4, max_length="{length}", num_landmarks=16),
         "nystrom": dict(num_heads=4, num_landmarks=16),
@@ -52,12 +56,15 @@ QUICKSTART = Recipe(
         "flash": dict(chunk_size=32, shared_features=32, value_features=64),
         "rfa": dict(num_heads=4, num_features=32),
         "based": dict(num_heads=4),
-        "retention": dict(num_heads=4),
+        # Twice as wide values would be more than the budget.
+        "retention": dict(num_heads=4, value_features=64),
         "gla": dict(num_heads=4),
         "hgrn2": dict(num_heads=4),
         "gsa": dict(num_heads=4, num_slots=16),
         "transformer_xl": dict(num_heads=4, segment_length=50, memory_length=50),
         "compressive": dict(num_heads=4, segment_length=40, memory_length=40, compressed_length=20),
+        "infini": dict(num_heads=4, segment_length=50),
+        "memorizing": dict(num_heads=4, segment_length=50, num_neighbors=16),
         "mamba2": dict(head_features=16, state_size=16),
         "rwkv6": dict(head_features=16, mix_rank=4, decay_rank=8),
         "mlstm": {},
@@ -71,6 +78,8 @@ QUICKSTART = Recipe(
         "dynamicconv": dict(num_heads=4, conv_width=15),
         "lsra": dict(num_heads=4),
         "rglru": {},
+        "hgrn": {},
+        "h3": dict(state_size=16, dt_min=0.01, dt_max=0.5),
         "deltanet": dict(num_heads=4),
         "mamba": dict(state_size=8),
         "hyena": dict(max_length="{length}", convolve_values=False, filter_features=16),
@@ -80,6 +89,7 @@ QUICKSTART = Recipe(
         "fnet": {},
         "entmax": dict(num_heads=4),
         "forgetting": dict(num_heads=4),
+        "stickbreaking": dict(num_heads=4),
         "differential": dict(num_heads=2),
         "gau": dict(shared_features=32, value_features=64, max_length="{length}", bias="simple"),
         "synthesizer": dict(num_heads=4, max_length="{length}", synthesis=["factorized_random", "dot_product"]),
@@ -89,6 +99,7 @@ QUICKSTART = Recipe(
         "*/lra": dict(in_features=128, mlp_features=512, evaluate_every=150),
         # What bits per byte of all causal layers are compared by.
         "pylib_lm/short": dict(steps=600, evaluate_every=200),
+        "*/lra retention": dict(layer_options=dict(value_features=128)),
         # As long, and no wider.
         "text|pathfinder|bbc_text|bbc_halves|photo_patches linformer": dict(
             layer_options=dict(num_landmarks=8, sharing="key_value")

@@ -83,8 +83,7 @@ class KimiDeltaAttention(Attention):
         channels, values = (num_heads, self.head_features), (num_heads, self.value_head_features)
         self.rate = projection(shell, in_features, num_heads, rngs=rngs)
         self.decay_down = projection(plain, in_features, rank, rngs=rngs)
-        words = {word: shell[word] for word in ("dtype", "param_dtype", "precision", "kernel_init") if word in shell}
-        self.decay_up = nnx.LinearGeneral(rank, channels, use_bias=False, rngs=rngs, **words)
+        self.decay_up = projection(plain, rank, channels, rngs=rngs)
         self.decay = Decay(channels, rates=(1.0, 16.0), param_dtype=self.param_dtype, rngs=rngs)
         self.gate_down = projection(shell, in_features, rank, rngs=rngs)
         self.gate_up = projection(shell, rank, values, rngs=rngs)
