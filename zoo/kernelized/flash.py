@@ -67,6 +67,8 @@ class FLASH(Headless):
     """
 
     supports = Support(cost="T")
+    shared_features: int  # these two by `unit.build`
+    value_features: int
 
     def __init__(
         self,
