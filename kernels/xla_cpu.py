@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-# Up to jaxlib 0.11, XLA on a CPU slices, gathers and updates half precision in float32: it keeps a float32 copy of an array
+# Up to jaxlib 0.10, XLA on a CPU slices, gathers and updates half precision in float32: it keeps a float32 copy of an array
 # that a loop reads or writes. Unsigned integers of 16 bits are moved as they are. Later ones move half precision as it is, and
 # copy an array to see it as integers.
-MOVES_HALF_AS_FLOAT32 = jaxlib.version.__version_info__ < (0, 12)
+MOVES_HALF_AS_FLOAT32 = jaxlib.version.__version_info__ < (0, 11)
 
 
 def is_half(dtype) -> bool:
@@ -50,15 +50,14 @@ def from_uint_bits(array, dtype):
 
 
 def zeros_depending_on(arrays, shape, dtype):
-    """Zeros for a loop to write into, allocated only once all floating-point numbers of `arrays`, a pytree, are computed.
+    """Zeros for a loop to write into, allocated only once all of `arrays`, a pytree, are computed.
 
     XLA on a CPU starts with whatever depends on nothing: the zeros that a backward pass writes gradients into would be
     allocated all through the forward pass.
     """
     if jax.default_backend() != "cpu":
         return jnp.zeros(shape, dtype)
-    floats = [x for x in jax.tree.leaves(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.full(shape, sum(map(_zero_of, floats)).astype(dtype))
+    return jnp.full(shape, sum(map(_zero_of, jax.tree.leaves(arrays))).astype(dtype))
 
 
 def apart(function, arrays):
@@ -80,9 +79,9 @@ def apart(function, arrays):
 
 
 def _zero_of(array):
-    """0 as uint32, made of an array of floating-point numbers such that XLA does not see it."""
+    """0 as uint32, made of an array such that XLA does not see it."""
     # One from the middle: XLA knows the zeros with which a gradient was padded, at either end.
-    some = array[tuple(size // 2 for size in array.shape)].astype(jnp.float32)
+    some = jnp.real(array[tuple(size // 2 for size in array.shape)]).astype(jnp.float32)
     return jax.lax.bitcast_convert_type(some, jnp.uint32) >> 31 >> 1  # two shifts: XLA would fold one by 32 into a constant
 
 

@@ -10,6 +10,8 @@ from subquad.zoo.base import Attention, Support
 from subquad.zoo.block import Block, FeedForward
 from subquad.zoo.buckets.clustered import ClusteredAttention
 from subquad.zoo.buckets.informer import InformerAttention
+from subquad.zoo.buckets.moba import MoBAAttention
+from subquad.zoo.buckets.nsa import NSAAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
@@ -30,6 +32,7 @@ from subquad.zoo.dense.forgetting import ForgettingAttention
 from subquad.zoo.dense.gau import GAU
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.dense.stickbreaking import StickBreakingAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.encoder import Encoder
 from subquad.zoo.experts import Experts, RouterLosses
@@ -38,7 +41,9 @@ from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv4 import RWKV4
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.generation import generate, stream
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -70,10 +75,15 @@ from subquad.zoo.patterns.longformer import LongformerAttention
 from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
+from subquad.zoo.perceiver_ar import PerceiverAR
 from subquad.zoo.recurrent.compressive import CompressiveAttention
+from subquad.zoo.recurrent.infini import InfiniAttention
+from subquad.zoo.recurrent.memorizing import MemorizingAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.registry import LAYERS, make
 from subquad.zoo.statespace.dss import DSS
+from subquad.zoo.statespace.h3 import H3
+from subquad.zoo.statespace.hgrn import HGRN
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
@@ -82,17 +92,18 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "FLASH", "GAU", "HGRN2", "LAYERS", "LRU", "LSRA", "RGLRU", "RWKV6", "S4", "S5", "Attention", "AxialAttention",
-    "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM", "Centroids", "Classifier",
-    "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention", "DeltaNet", "DeltaProduct",
-    "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv", "EfficientAttention", "Encoder",
-    "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention", "GatedDeltaNet", "GatedLinearAttention",
-    "GatedSlotAttention", "GlobalAttention", "HTransformerAttention", "HedgehogAttention", "Hyena", "InducedSetAttention",
-    "InformerAttention", "KernelizedAttention", "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention",
-    "LinformerProjection", "LocalAttention", "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mamba2",
-    "Mega", "MemoryCompressedAttention", "NystromAttention", "PerceiverAttention", "PerformerAttention", "RFAAttention",
-    "RandomAttention", "RandomFeature", "ReformerAttention", "Retention", "RouterLosses", "RoutingAttention",
-    "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention", "StridedAttention", "Support",
-    "SynthesizerAttention", "TransformerXLAttention", "attention_fn", "convert", "generate", "interop", "make", "masks",
-    "positions", "stream",
+    "DSS", "FLASH", "GAU", "H3", "HGRN", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV4", "RWKV6", "S4", "S5",
+    "Attention", "AxialAttention", "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM",
+    "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention",
+    "DeltaNet", "DeltaProduct", "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv",
+    "EfficientAttention", "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention",
+    "GatedDeltaNet", "GatedLinearAttention", "GatedSlotAttention", "GlobalAttention", "HTransformerAttention",
+    "HedgehogAttention", "Hyena", "InducedSetAttention", "InfiniAttention", "InformerAttention", "KernelizedAttention",
+    "KimiDeltaAttention", "LightConv", "LinearAttention", "LinformerAttention", "LinformerProjection", "LocalAttention",
+    "LongT5Attention", "LongformerAttention", "LunaAttention", "Mamba", "Mamba2", "Mega", "MemorizingAttention",
+    "MemoryCompressedAttention", "MoBAAttention", "NSAAttention", "NystromAttention", "PerceiverAR", "PerceiverAttention",
+    "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention",
+    "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",
+    "StickBreakingAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
+    "attention_fn", "convert", "generate", "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip

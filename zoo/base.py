@@ -194,7 +194,7 @@ class Attention(nnx.Module):
         dispatch.check_name(owner, implementation)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.in_features, self.in_kv_features, self.out_features = in_features, in_kv_features, out_features
-        self.head_features = qkv_features // num_heads
+        self.head_features = self.value_head_features = qkv_features // num_heads
         self.is_causal, self.rotary_base, self.implementation = is_causal, rotary_base, implementation
         self.sees = CAUSAL if is_causal else None
         self.dtype, self.param_dtype = dtype, param_dtype

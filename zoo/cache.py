@@ -204,10 +204,19 @@ class StateCache(NamedTuple):
 
 
 class RecurrentCache(NamedTuple):
-    """A matrix state after each sample's last real token, and what the tokens just before the next one gave a convolution."""
+    """The state after each sample's last real token, and what the tokens just before the next one gave a convolution."""
 
-    state: Float[Array, "B N M V"]  # float32, whatever the dtype of the layer, as `recent`
+    state: Float[Array, "B *state"]  # float32, whatever the dtype of the layer, as `recent`
     recent: Float[Array, "B W D"]  # the newest last; 0 before the first token
+
+
+class MLSTMCache(NamedTuple):
+    """exp(-m) times the matrix memory and its normaliser after each sample's last real token, and what a convolution needs."""
+
+    state: Float[Array, "B N M V"]  # float32, whatever the dtype of the layer, as all the others
+    normalizer: Float[Array, "B N M"]
+    largest: Float[Array, "B N"]  # m: no weight in the state exceeds 1; -inf before the first token
+    recent: Float[Array, "B W R"]  # the newest last; 0 before the first token
 
 
 class ReformerCache(NamedTuple):

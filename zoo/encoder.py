@@ -217,15 +217,16 @@ class Encoder(nnx.Module):
         real = real_tokens(hidden, call["mask"])
         return hidden if self.norm is None else normalise(self.norm, hidden, real, is_deterministic), losses
 
-    def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None):
-        """Features through all layers -> (features before the last norm, losses of the experts' routers)."""
+    def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None, layers=None):
+        """Features through some layers, or all -> (features before the last norm, losses of the experts' routers)."""
+        layers = self.layers if layers is None else layers
         if self.reversible:
-            return reversible.through(self.layers, hidden, call, deterministic, rngs)
+            return reversible.through(layers, hidden, call, deterministic, rngs)
         run = lambda block, hidden, rngs: block.with_losses(hidden, deterministic=deterministic, rngs=rngs, **call)
         if self.remat:
             run = nnx.remat(run, policy=POLICIES["nothing" if self.remat is True else self.remat])
         losses = no_losses(hidden.shape[:1])
-        for block in self.layers:
+        for block in layers:
             # nnx.remat writes every variable back, which those made outside of the caller's jax.grad do not allow: a copy.
             used = nnx.clone(block) if self.remat else block
             hidden, more = run(used, hidden, rngs)

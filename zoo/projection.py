@@ -116,7 +116,7 @@ def in_turn(function, inputs, state):
         function: of inputs [B, T, ...] for any T; the responses are one array [B, T, ...] or a tree of them. A call for a
             sequence is that for its pieces, each with the state after the one before. Parameters that it closes over have
             gradients too.
-        state: the array before the first piece.
+        state: before the first piece, a tree of arrays.
     """
     if fit_at_once([inputs]):
         return function(inputs, state)
@@ -188,11 +188,12 @@ def turns_forward(function, size, parameters, inputs, state):
 
     def step(i, carry):
         state, before, outputs = carry
-        before = jax.lax.dynamic_update_index_in_dim(before, state, i, 0)
+        before = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), before, state)
         responses, state = function(take(inputs, i * size, size), state, *parameters)
         return state, before, jax.tree.map(lambda whole, part: put(whole, part, i * size), outputs, responses)
 
-    carry = state, jnp.zeros((count, *state.shape), state.dtype), jax.tree.map(lambda like: empty(like, inputs), likes)
+    before = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), state)
+    carry = state, before, jax.tree.map(lambda like: empty(like, inputs), likes)
     state, before, outputs = jax.lax.fori_loop(0, count, step, carry)
     outputs = jax.tree.map(lambda x, like: from_uint_bits(x, like.dtype), outputs, likes)
     return (outputs, state), (parameters, inputs, before)
@@ -200,19 +201,20 @@ def turns_forward(function, size, parameters, inputs, state):
 
 def turns_backward(function, size, saved, gradients):
     (parameters, inputs, before), (outer, grad_state) = saved, gradients
-    count, last = len(before), jax.tree.leaves(outer)[-1]
+    count, last = inputs.shape[1] // size, jax.tree.leaves(outer)[-1]
 
     def step(i, carry):
         i = count - 1 - i
         totals, grad_state, grad = carry
-        piece, state = take(inputs, i * size, size), jax.lax.dynamic_index_in_dim(before, i, 0, keepdims=False)
+        piece = take(inputs, i * size, size)
+        state = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), before)
         _, pull = jax.vjp(lambda parameters, piece, state: function(piece, state, *parameters), parameters, piece, state)
         grad_parameters, grad_piece, grad_state = pull((jax.tree.map(lambda x: take(x, i * size, size), outer), grad_state))
         totals = [total + x.astype(total.dtype) for total, x in zip(totals, grad_parameters, strict=True)]
         return totals, grad_state, put(grad, grad_piece, i * size)
 
     totals = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in parameters]
-    carry = totals, grad_state, empty(inputs, last)
+    carry = totals, grad_state, empty(inputs, last, (outer, inputs))
     totals, grad_state, grad = jax.lax.fori_loop(0, count, step, carry)
     totals = [total.astype(x.dtype) for total, x in zip(totals, parameters, strict=True)]
     return totals, from_uint_bits(grad, inputs.dtype), grad_state

@@ -9,6 +9,8 @@ from subquad.kernels.dispatch import nearest
 from subquad.zoo.base import Attention, check_options, options_of
 from subquad.zoo.buckets.clustered import ClusteredAttention
 from subquad.zoo.buckets.informer import InformerAttention
+from subquad.zoo.buckets.moba import MoBAAttention
+from subquad.zoo.buckets.nsa import NSAAttention
 from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
@@ -28,12 +30,15 @@ from subquad.zoo.dense.forgetting import ForgettingAttention
 from subquad.zoo.dense.gau import GAU
 from subquad.zoo.dense.kernelized import KernelizedAttention
 from subquad.zoo.dense.softmax import SoftmaxAttention
+from subquad.zoo.dense.stickbreaking import StickBreakingAttention
 from subquad.zoo.dense.synthesizer import SynthesizerAttention
 from subquad.zoo.gated.gla import GatedLinearAttention
 from subquad.zoo.gated.gsa import GatedSlotAttention
 from subquad.zoo.gated.hgrn2 import HGRN2
 from subquad.zoo.gated.mamba2 import Mamba2
+from subquad.zoo.gated.mlstm import MLSTM
 from subquad.zoo.gated.retention import Retention
+from subquad.zoo.gated.rwkv4 import RWKV4
 from subquad.zoo.gated.rwkv6 import RWKV6
 from subquad.zoo.headless import Headless
 from subquad.zoo.hierarchical.h_transformer import HTransformerAttention
@@ -64,8 +69,12 @@ from subquad.zoo.patterns.longt5 import LongT5Attention
 from subquad.zoo.patterns.random import RandomAttention
 from subquad.zoo.patterns.strided import StridedAttention
 from subquad.zoo.recurrent.compressive import CompressiveAttention
+from subquad.zoo.recurrent.infini import InfiniAttention
+from subquad.zoo.recurrent.memorizing import MemorizingAttention
 from subquad.zoo.recurrent.transformer_xl import TransformerXLAttention
 from subquad.zoo.statespace.dss import DSS
+from subquad.zoo.statespace.h3 import H3
+from subquad.zoo.statespace.hgrn import HGRN
 from subquad.zoo.statespace.lru import LRU
 from subquad.zoo.statespace.mamba import Mamba
 from subquad.zoo.statespace.mega import Mega
@@ -80,6 +89,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "kernelized": KernelizedAttention,
     "entmax": EntmaxAttention,
     "forgetting": ForgettingAttention,
+    "stickbreaking": StickBreakingAttention,
     "differential": DifferentialAttention,
     "gau": GAU,
     "synthesizer": SynthesizerAttention,
@@ -100,6 +110,8 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "smyrf": SmyrfAttention,
     "informer": InformerAttention,
     "clustered": ClusteredAttention,
+    "moba": MoBAAttention,
+    "nsa": NSAAttention,
     "h_transformer": HTransformerAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
@@ -121,11 +133,15 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "gla": GatedLinearAttention,
     "hgrn2": HGRN2,
     "gsa": GatedSlotAttention,
-    "transformer_xl": TransformerXLAttention,
-    "compressive": CompressiveAttention,
-    "deltanet": DeltaNet,
     "mamba2": Mamba2,
     "rwkv6": RWKV6,
+    "mlstm": MLSTM,
+    "rwkv4": RWKV4,
+    "transformer_xl": TransformerXLAttention,
+    "compressive": CompressiveAttention,
+    "infini": InfiniAttention,
+    "memorizing": MemorizingAttention,
+    "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
     "delta_product": DeltaProduct,
@@ -135,6 +151,8 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "s5": S5,
     "lru": LRU,
     "rglru": RGLRU,
+    "hgrn": HGRN,
+    "h3": H3,
     "mamba": Mamba,
     "lightconv": LightConv,
     "dynamicconv": DynamicConv,

@@ -1,14 +1,12 @@
 """Slots: the rows of a state that decays, each read by a query. The gated recurrence reads their mixture."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from subquad.kernels import dispatch, precision
+from subquad.kernels import checks, dispatch, precision
 from subquad.kernels.axes import KeyMask
-from subquad.kernels.linear import gated
+from subquad.kernels.linear import NO_WEIGHTS, gated
 
 
 def read_slots(
@@ -49,41 +47,38 @@ def read_slots(
     Source: the two passes of Zhang et al., Gated Slot Attention, NeurIPS 2024, arXiv 2409.07146, section 3; the transposition
         is ours.
     """
-    mixtures = functools.partial(mixtures_of_slots, mask, implementation)
-    run = read if implementation == "reference" else read_and_transpose
+    checks.key_padding("linear.slots.read_slots", mask, *query.shape[:2], NO_WEIGHTS)
+    query, weight, key, log_decay = checks.hide(mask, query, weight, key, log_decay)
     if initial_state is None:
-        shape = query.shape[0], query.shape[2], weight.shape[3], query.shape[3]
-        initial_state = jnp.zeros(shape, jnp.float32)
-    return run(mixtures, query, weight, key, log_decay, initial_state)
+        initial_state = jnp.zeros((len(query), *weight.shape[2:], query.shape[3]), jnp.float32)
+    run = read if implementation == "reference" else read_and_transpose
+    return run(implementation, query, weight, key, log_decay, initial_state)
 
 
-def mixtures_of_slots(mask, implementation, mixture, *written):
+def mixtures(implementation, mixture, weight, key, log_decay, state):
     """(S_t^T c_t of each token, the last state)."""
-    weight, key, log_decay, state = written
-    return gated(
-        mixture, weight, key, log_decay, mask=mask, initial_state=state, return_state=True, implementation=implementation
-    )
+    return gated(mixture, weight, key, log_decay, initial_state=state, return_state=True, implementation=implementation)
 
 
-def read(mixtures, query, *written):
+def read(implementation, query, *written):
     # Whatever c is: the gradient of what is linear.
     c = jnp.zeros_like(written[0])
-    _, pull, state = jax.vjp(lambda c: mixtures(c, *written), c, has_aux=True)
+    _, pull, state = jax.vjp(lambda c: mixtures(implementation, c, *written), c, has_aux=True)
     return pull(query.astype(written[1].dtype))[0], state
 
 
 read_and_transpose = jax.custom_vjp(read, nondiff_argnums=(0,))
 
 
-def forward(mixtures, query, *written):
-    return read(mixtures, query, *written), (query, written)
+def forward(implementation, query, *written):
+    return read(implementation, query, *written), (query, written)
 
 
-def backward(mixtures, saved, gradients):
+def backward(implementation, saved, gradients):
     query, written = saved
     grad_outputs, grad_state = gradients
-    mixed, pull = jax.vjp(lambda *written: mixtures(grad_outputs, *written), *written)
-    return mixed[0].astype(query.dtype), *pull((query.astype(mixed[0].dtype), grad_state))
+    (mixed, _), pull = jax.vjp(lambda *written: mixtures(implementation, grad_outputs, *written), *written)
+    return mixed.astype(query.dtype), *pull((query.astype(mixed.dtype), grad_state))
 
 
 precision.define_passes(read_and_transpose, forward, backward)

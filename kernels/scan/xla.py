@@ -48,14 +48,13 @@ def backward(walk, reverse, saved, cotangents):
     return d_decay.astype(decay.dtype), gradient, precision.wide(decay[:, -1 if reverse else 0]) * last
 
 
-def walker(chunk):
-    """How `forward` and `backward` go through the steps: one after the other, or in chunks of so many."""
+def _walk(chunk):
     return _steps if chunk == 1 else functools.partial(chunks, chunk)
 
 
 _scan = operation(
-    lambda static, *arrays: forward(walker(static[1]), static[0], *arrays),
-    lambda static, *saved: backward(walker(static[1]), static[0], *saved),
+    lambda static, *arrays: forward(_walk(static[1]), static[0], *arrays),
+    lambda static, *saved: backward(_walk(static[1]), static[0], *saved),
     **AXES,
 )
 

@@ -19,14 +19,20 @@ def start_and_breaks(inputs, diagonal, state, runs):
 def selective_scan(inputs, step, diagonal, input_matrix, output_matrix, state, runs):
     """See `ssm.selective_scan`."""
     state, breaks = start_and_breaks(inputs, diagonal, state, runs)
-    breaks = jnp.zeros(inputs.shape[:2], bool) if breaks is None else breaks
+    outputs, state = steps(*map(precision.wide, (inputs, step, diagonal, input_matrix, output_matrix)), state, breaks)
+    return outputs.astype(inputs.dtype), state
+
+
+def steps(inputs, step, diagonal, input_matrix, output_matrix, state, breaks):
+    """(outputs, the state after the last step) of arrays that are all wide."""
 
     def advance(state, now):
         u, step, into, out, is_break = now
-        decay = jnp.where(is_break[:, None, None], 0, jnp.exp(step[..., None] * precision.wide(diagonal)))
+        decay = jnp.exp(step[..., None] * diagonal)
+        decay = decay if is_break is None else jnp.where(is_break[:, None, None], 0, decay)
         state = decay * state + (step * u)[..., None] * into[:, None]
         return state, (state * out[:, None]).sum(-1)
 
-    tokens = [precision.wide(x).swapaxes(0, 1) for x in (inputs, step, input_matrix, output_matrix)]
-    state, outputs = jax.lax.scan(advance, state, (*tokens, breaks.swapaxes(0, 1)))
-    return outputs.swapaxes(0, 1).astype(inputs.dtype), state
+    tokens = jax.tree.map(lambda x: x.swapaxes(0, 1), (inputs, step, input_matrix, output_matrix, breaks))
+    state, outputs = jax.lax.scan(advance, state, tokens)
+    return outputs.swapaxes(0, 1), state

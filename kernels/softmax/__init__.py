@@ -16,9 +16,10 @@ from subquad.kernels.patterns import Band, Pattern
 from subquad.kernels.softmax import cudnn, online, reference, xla
 from subquad.kernels.softmax.sets import KeySet, Visible, one_by_one
 
-__all__ = ["attention", "merge"]
+__all__ = ["SAVED", "attention", "merge"]
 
 OWNER = "softmax.attention"
+SAVED = reference.SAVED
 LARGEST_SIDE = 1 << 30  # of a window: what is added to a position in int32
 IMPLEMENTATIONS = {
     **{name: one_by_one(f) for name, f in dispatch.triton("subquad.kernels.softmax.triton", "attention").items()},

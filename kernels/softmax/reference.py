@@ -7,6 +7,10 @@ import numpy as np
 from subquad.kernels import precision
 from subquad.kernels.softmax import online
 
+# What the backward passes of the other implementations need beside the arguments bears this name, so that a caller who
+# recomputes the arguments can keep it: jax.checkpoint(policy=jax.checkpoint_policies.save_only_these_names(SAVED)).
+SAVED = "softmax.attention"
+
 
 @precision.full
 def attention(query, key, value, bias, visible, pattern, scale: float):

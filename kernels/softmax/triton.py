@@ -23,6 +23,7 @@ from subquad.kernels.flash.triton import dense, head_of, load_rows, load_sums, o
 from subquad.kernels.operation import operation
 from subquad.kernels.patterns import NONE, Band, Pattern
 from subquad.kernels.softmax import online
+from subquad.kernels.softmax.reference import SAVED
 from subquad.kernels.softmax.xla import Visible
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
@@ -518,7 +519,7 @@ def attend(independent: str):
     visible = Visible("b t", "b s", "b t", "b s", "b n t s")
     return operation(
         attend_forward, attend_backward, arrays=("b t n h", "b s n h", "b s n v", "b n t s", visible),
-        outputs=("b t n v", "b t n"), saved=("b n t",), independent=independent,
+        outputs=("b t n v", "b t n"), saved=("b n t",), independent=independent, name=SAVED,
     )  # fmt: skip
 
 

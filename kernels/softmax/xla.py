@@ -20,6 +20,7 @@ from subquad.kernels import precision
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online, parts
 from subquad.kernels.softmax.plan import Plan, plan_of
+from subquad.kernels.softmax.reference import SAVED
 from subquad.kernels.softmax.sets import KeySet, Visible, known_of
 
 
@@ -75,7 +76,7 @@ def flash(independent: str, sources: int, sets: int):
     shared = [[place] for place in range(1 + 2 * sources, 2 + 2 * sources + 5 * sets)]  # all but query, keys and values
     return operation(
         precision.full(forward), precision.full(backward), arrays=arrays, outputs=("b t n v", "b t n", "b t n"),
-        independent=independent, shared=shared,
+        independent=independent, shared=shared, name=SAVED,
     )  # fmt: skip
 
 

@@ -31,6 +31,24 @@ def linear_transformer(case: Case, is_causal: bool):
     return torch_side(case, attend, case.draw(3), heads_first=True)
 
 
+def ours_linear(case: Case):
+    return mechanism_side(case, make_layer(case, "linear", is_causal=True))
+
+
+def fast_transformers(case: Case):
+    """As its CausalLinearAttention, which beside this needs all the package's extensions."""
+    import torch
+    from fast_transformers.causal_product import causal_dot_product
+    from torch.nn.functional import elu
+
+    def attend(query, key, value):
+        query, key = elu(query) + 1, elu(key) + 1
+        total = torch.einsum("nhti,nhti->nht", query, key.cumsum(2)) + 1e-6
+        return causal_dot_product(query, key, value) / total[..., None]
+
+    return torch_side(case, attend, case.draw(3), heads_first=True)
+
+
 CONTESTS = [
     Contest(
         "performer", f"performer-pytorch, {kernel}, {word}", "performer-pytorch",
@@ -47,5 +65,10 @@ CONTESTS = [
     for word, causal, note in (
         ("full", False, ""),
         ("causal", True, "theirs sees whole blocks of 64 before a query's own, ours every key up to it"),
+    )
+] + [
+    Contest(
+        "linear", "fast-transformers, causal", "pytorch-fast-transformers", ours_linear, fast_transformers, same=True,
+        note="its sums are a loop over tokens in C++",
     )
 ]  # fmt: skip

@@ -276,6 +276,9 @@ def test_neighbouring_heads_share_keys(implementation):
     share = lambda x: x | {name: jnp.repeat(x[name], 4 // x[name].shape[2], 2) for name in ("query", "key", "value")}
     run = lambda x, prepare: sum(jnp.cos(y).sum() for y in call(prepare(x), implementation=implementation))
     got, want = (jax.jit(jax.value_and_grad(functools.partial(run, prepare=p)))(arrays) for p in (lambda x: x, share))
+    run = jax.value_and_grad(lambda x: sum(jnp.cos(y).sum() for y in call(x, implementation=implementation)))
+    repeated = jax.value_and_grad(lambda x: sum(jnp.cos(y).sum() for y in call(share(x))))
+    got, want = jax.jit(run)(arrays), jax.jit(repeated)(arrays)
     assert_close(got, want)
 
 

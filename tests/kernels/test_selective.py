@@ -45,8 +45,8 @@ def test_the_formula_step_by_step():
         np.testing.assert_allclose(last, h, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("walked", [1, 4])
-def test_chunks_end_anywhere(monkeypatch, walked):
+@pytest.mark.parametrize("walk", [xla.steps, xla.tree])
+def test_chunks_end_anywhere(monkeypatch, walk):
     """With a ragged one in front, by steps and by the tree that accelerators take; segments begin inside of them."""
     ids = jnp.asarray([[0] * 3 + [1] * 8, [0] * 5 + [2] + [0] * 5])
     want = outputs_and_gradients(draw(), segment_ids=ids, implementation="reference")
@@ -54,7 +54,7 @@ def test_chunks_end_anywhere(monkeypatch, walked):
     monkeypatch.setattr(xla, "MOST", 3)
     arrays = tuple(map(jnp.asarray, draw()))
     breaks = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-    monkeypatch.setattr(ssm, "selective_scan", lambda *arrays, **_: xla._scan((0, walked), *arrays, breaks))
+    monkeypatch.setattr(ssm, "selective_scan", lambda *arrays, **_: xla._scan((0, walk), *arrays, breaks))
     got = outputs_and_gradients(arrays)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
 

@@ -74,7 +74,8 @@ CASES = {
             dead=(*SOFTMAX_INVARIANT, "key_global/bias"),
         ),
         Case(
-            "longt5", dict(num_heads=2, radius=3, block_size=4, num_buckets=8, max_distance=10), dead=SOFTMAX_INVARIANT,
+            "longt5", dict(num_heads=2, radius=3, block_size=4, num_buckets=8, max_distance=10), dict(num_heads=4),
+            dead=SOFTMAX_INVARIANT,
         ),
         Case(
             "bigbird", dict(num_heads=2, max_length=100, block_size=3, num_random=1),
@@ -99,6 +100,18 @@ CASES = {
         Case(
             "clustered", dict(num_heads=2, num_clusters=4, num_top=3, num_iterations=3), dict(num_heads=4, num_clusters=32),
             dead=SOFTMAX_INVARIANT,
+        ),
+        Case(
+            "moba", dict(num_heads=4, num_kv_heads=2, block_size=5, num_blocks=2), dict(num_heads=4, block_size=91),
+            dead=SOFTMAX_INVARIANT,
+        ),
+        Case(
+            "nsa",
+            dict(
+                num_heads=4, num_kv_heads=2, block_size=4, num_blocks=3, compression_size=4, compression_stride=2,
+                window_size=5,
+            ),
+            dead=(*SOFTMAX_INVARIANT, "window_key/bias", "compress_key/outer/bias"),
         ),
         Case(  # rotated, so that a constant added to all keys counts in the causal layer too
             "h_transformer", dict(num_heads=2, num_kv_heads=1, block_size=2, rotary_base=100.0), dict(num_heads=4),
@@ -154,14 +167,26 @@ CASES = {
             dict(num_heads=4, segment_length=256, memory_length=256, compressed_length=64),
             dead=(*SOFTMAX_INVARIANT, "compressor/kernel", "compressor/bias"),
         ),
+        Case(  # rotated, so that a constant added to all keys counts in the segment; in the memory it does anyway
+            "infini", dict(num_heads=4, num_kv_heads=2, segment_length=6, rotary_base=100.0),
+            dict(num_heads=4, segment_length=256),
+        ),
+        Case("memorizing", dict(num_heads=4, num_kv_heads=2, segment_length=6, num_neighbors=3)),
         Case("deltanet", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=2)),
-        Case("mamba2", dict(head_features=8, state_size=6, num_groups=2), dict(hidden_features=512)),
+        Case("mamba2", dict(head_features=8, state_size=6, num_groups=2), dict(head_features=64)),
         Case("rwkv6", dict(head_features=8, mix_rank=4, decay_rank=5), dict(head_features=64)),
+        Case("mlstm", dict(num_heads=2, block_size=8), dict(num_heads=4)),
+        Case("rwkv4", dict(hidden_features=12), dict(hidden_features=512)),
+        Case("gated_deltanet", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=2)),
+        Case("kda", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=1)),
+        Case("delta_product", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=1)),
         Case("s4", dict(state_size=8), dict(state_size=16)),
         Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),
         Case("dss", dict(state_size=8), dict(state_size=16)),
         Case("lru", dict(state_size=8), dict(state_size=64)),
         Case("rglru", dict(hidden_features=12, num_blocks=3), dict(num_blocks=8)),
+        Case("hgrn", dict(lower_bound=0.25)),
+        Case("h3", dict(head_features=2, state_size=4, conv_width=3, dt_min=0.05, dt_max=0.5), dict(state_size=16)),
         Case("mamba", dict(hidden_features=12, state_size=4, step_rank=3), dict(state_size=16)),
         Case("s5", dict(state_size=8, num_blocks=2, gate="full"), dict(state_size=64)),
         Case("lightconv", dict(num_heads=4, conv_width=5), dict(num_heads=8, conv_width=15)),
@@ -176,6 +201,7 @@ CASES = {
         Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
         Case("entmax", dict(num_heads=4, num_kv_heads=2, alpha="learned"), dead=SOFTMAX_INVARIANT),
         Case("forgetting", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
+        Case("stickbreaking", dict(num_heads=4, num_kv_heads=2)),
         Case("differential", dict(num_heads=2, num_kv_heads=1), dead=SOFTMAX_INVARIANT),
         Case("gau", dict(shared_features=4, value_features=8, bias="simple", max_length=100)),
         Case(
@@ -187,7 +213,10 @@ CASES = {
 
 # Layers that choose by comparing: rounding may choose otherwise for a token, which is no small change; so large a part of the
 # outputs stays. A query that moves to another cluster takes the means of both with it, and so the outputs of all in them.
-CHOOSING = {"reformer": 0.9, "routing": 0.9, "smyrf": 0.9, "informer": 0.9, "clustered": 0.7}
+CHOOSING = {
+    "reformer": 0.9, "routing": 0.9, "smyrf": 0.9, "informer": 0.9, "clustered": 0.7, "moba": 0.9, "nsa": 0.9,
+    "memorizing": 0.9,
+}  # fmt: skip
 
 DIRECTIONS = [
     (name, is_causal)

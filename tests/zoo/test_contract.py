@@ -192,7 +192,7 @@ def test_jacobian_stays_inside_the_pattern(name, is_causal):
     allowed = layer.pattern(length).any(0)
     assert allowed.shape == (length, length) and allowed.dtype == bool
     assert not (reached & ~allowed).any()
-    assert reached.any(1).all()
+    assert reached.any(1)[allowed.any(1)].all()
     if is_causal:
         assert not np.triu(allowed, 1).any()
 
@@ -690,18 +690,19 @@ def test_a_full_cache_is_refused_or_poisoned(name):
 
 # Cost.
 
+QUADRATIC_TIME = {"longt5"}  # in linear memory
 # Of the layers that claim less than quadratic cost; where there are two directions, the second is much as the first.
 LONG_DIRECTIONS = [
     pytest.param(name, is_causal, marks=[pytest.mark.full] if is_causal and CASES[name].supports.bidirectional else [])
     for name, is_causal in DIRECTIONS
-    if CASES[name].supports.cost != "T^2"
+    if CASES[name].supports.cost != "T^2" or name in QUADRATIC_TIME
 ]
 
 
 @by_one_direction
 def test_cost_grows_as_claimed(name, is_causal):
     limit = {"T": 2.2, "T log T": 3.0, "T^1.5": 3.0, "T^2": None}[CASES[name].supports.cost]
-    if limit is None:
+    if limit is None and name not in QUADRATIC_TIME:
         pytest.skip("the layer claims nothing: its time is quadratic")
     options = CASES[name].cost_options
     case = CASES[name]
@@ -716,9 +717,10 @@ def test_cost_grows_as_claimed(name, is_causal):
     gradient = jax.jit(gradient)  # traced once for both measures
     shapes = [jax.ShapeDtypeStruct((1, length, 64), jnp.float32) for length in (LONG // 2, LONG)]
     flops = [measure.flops(gradient, state, x) for x in shapes]
-    assert flops[1] <= limit * flops[0], f"{flops[1] / flops[0]:.2f} times the FLOPs at twice the length"
+    assert limit is None or flops[1] <= limit * flops[0], f"{flops[1] / flops[0]:.2f} times the FLOPs at twice the length"
     temporary = [measure.memory(gradient, state, x).temporary for x in shapes]
-    assert temporary[1] <= limit * temporary[0], f"{temporary[1] / temporary[0]:.2f} times the memory at twice the length"
+    times = temporary[1] / temporary[0]
+    assert times <= (limit or 2.2), f"{times:.2f} times the memory at twice the length"
 
 
 @pytest.mark.parametrize("name,is_causal", LONG_DIRECTIONS, ids=label)

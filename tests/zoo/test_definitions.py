@@ -280,8 +280,16 @@ def test_short_convolutions(name, width, is_causal):
     ("gsa", dict(num_heads=2, num_slots=5)), ("based", dict(num_heads=2)), ("deltanet", dict(num_heads=2)),
     ("forgetting", dict(num_heads=2)), ("differential", dict(num_heads=2)), ("mamba2", dict(head_features=4)),
     ("rwkv6", dict(head_features=4)), ("gau", dict(bias="simple", max_length=30)), ("flash", dict(chunk_size=3)),
-    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)), ("hyena", dict(max_length=30)), ("mamba", {}),
+    ("mlstm", {}), ("rwkv4", {}), ("gated_deltanet", dict(num_heads=2)), ("kda", dict(num_heads=2)),
+    ("delta_product", dict(num_heads=2)), ("mamba", {}), ("hgrn", {}), ("h3", {}),
+    ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
+    ("hyena", dict(max_length=30)),
     ("synthesizer", dict(num_heads=2, max_length=30)),
+    ("stickbreaking", dict(num_heads=2, attend_current=True)),
+    ("moba", dict(num_heads=2, block_size=4)),
+    ("memorizing", dict(num_heads=2, segment_length=4)),
+    ("infini", dict(num_heads=2, segment_length=4)),
+    ("nsa", dict(num_heads=2, block_size=4, compression_size=4, compression_stride=2)),
 ], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_all_others_may_see_all(name, options, is_causal):

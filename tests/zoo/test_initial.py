@@ -39,7 +39,7 @@ def test_projections_start_with_one_over_their_inputs(name):
     found = variables(build(name, out_features=96))
     kernels = {path: leaf for path, leaf in found.items() if path.endswith("/kernel")}
     for path, kernel in kernels.items():
-        is_last = path.endswith("out/kernel") or path == "compressor/kernel"
+        is_last = path.endswith(("out/kernel", "inner/kernel")) or path == "compressor/kernel"
         inputs = kernel.shape[:-1] if is_last else kernel.shape[:1]
         # The normal is cut at two deviations, and scaled back: flatter than a whole one.
         check_moments(kernel, 1 / np.prod(inputs), kurtosis=2.4)
@@ -133,6 +133,8 @@ FIXED = {
     "decay_bias",
     "decay_down",
     "direct",
+    "forget_bias",
+    "gates",
     "frequency",
     "global_scale",
     "key_map",

@@ -56,6 +56,14 @@ def test_the_definition(radius, block_size):
     check_definition(make(radius, block_size), dense)
 
 
+def test_the_definition_piece_by_piece(monkeypatch):
+    """As a CPU computes long sequences: some heads at a time, of these some queries, who end within a block."""
+    monkeypatch.setattr("subquad.zoo.patterns.longt5.QUERIES", 7)
+    monkeypatch.setattr("subquad.zoo.projection.LARGE_BYTES", 1)
+    monkeypatch.setattr("subquad.zoo.projection.PIECE_BYTES", 2 * 4 * 29 * 4)  # two heads
+    check_definition(make(2, 5), dense)
+
+
 def test_a_window_over_everything_without_biases_is_softmax_attention():
     layer = make(40, None, scale=2**-1)
     layer.bias[...] = jnp.zeros_like(layer.bias[...])

@@ -11,4 +11,6 @@ Choose
     smyrf: For queries and keys with projections of their own, of a model trained with softmax, too; not causal.
     informer: For texts of which few places ask for anything in particular; cheap, and not causal.
     clustered: For many queries that want the same, also of a model trained with softmax; not causal.
+    moba: For language models on long texts, also trained with softmax before: whole blocks, chosen by query; strictly causal.
+    nsa: For language models that are trained sparse from the start, with few heads of keys; its parts see near, far and coarse.
 """

@@ -121,7 +121,8 @@ class SinkhornAttention(Attention):
         sorting = self.sort(sums, real.any(2), noise_rng)
         if self.sort_cut is not None:
             sorting, real = sorting[:, :, : self.sort_cut], jnp.broadcast_to(real, (len(query), *real.shape[1:]))
-        sorted_key, sorted_value = (mix_blocks(sorting, x) for x in (key, value))
+        # The derivative keeps no copy of the tokens head by head.
+        sorted_key, sorted_value = (jax.checkpoint(mix_blocks)(sorting, x) for x in (key, value))
         # A sorted block is as long as the longest, the first; a block without tokens has none.
         visible = real[:, :1] & real[:, : sorting.shape[2], :1]
         if self.sort_cut is not None:

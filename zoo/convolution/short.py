@@ -84,7 +84,7 @@ class ShortConvolution(nnx.Module):
         outputs, state = apply(initial_state=state, return_state=True)
         return outputs, state.astype(jnp.float32)
 
-    def empty(self, batch_size: int) -> Float[Array, "B K-1 D"]:
+    def empty(self, batch_size: int) -> Float[Array, "B W D"]:
         """The state before the first token."""
         return jnp.zeros((batch_size, self.conv_width - 1, self.features), jnp.float32)
 

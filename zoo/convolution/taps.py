@@ -13,7 +13,7 @@ from subquad.kernels import convolution, dispatch
 
 def weigh(
     inputs: Float[Array, "B T C"], taps: nnx.Param, bias: nnx.Param | None, mask: Bool[Array, "B 1 1 T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None, state: Float[Array, "B K-1 C"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None, state: Float[Array, "B W C"] | None = None,
     implementation: dispatch.Implementation | None = None,
 ):  # fmt: skip
     """u_tc = b_c + sum_j p_jc x_{t-j, c} over j = 0 .. K - 1, in the dtype of the inputs, and the state or None.
@@ -55,7 +55,7 @@ class CausalConvolution(nnx.Module):
         """u, and the state after the last real token; without a `state` before the first, None."""
         return weigh(inputs, self.taps, self.bias, mask, segment_ids, state, self.implementation)
 
-    def empty(self, batch_size: int) -> Float[Array, "B K-1 C"]:
+    def empty(self, batch_size: int) -> Float[Array, "B W C"]:
         """The state before the first token."""
         width, features = self.taps.shape
         return jnp.zeros((batch_size, width - 1, features), jnp.float32)

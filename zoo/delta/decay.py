@@ -29,7 +29,7 @@ class Decay(nnx.Module):
         rate = jax.random.uniform(rngs.params(), shape[:1], jnp.float32, *rates)
         step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, *map(math.log, STEPS)))
         self.log_rate = nnx.Param(jnp.log(rate).astype(param_dtype))
-        self.bias = nnx.Param((step + jnp.log(-jnp.expm1(-step))).astype(param_dtype))  # of which softplus is the step
+        self.step_bias = nnx.Param((step + jnp.log(-jnp.expm1(-step))).astype(param_dtype))  # of which softplus is the step
 
     def __call__(self, logits: Float[Array, "B T *shape"]) -> Float[Array, "B T *shape"]:
         """log a, wide."""
@@ -38,4 +38,4 @@ class Decay(nnx.Module):
     @precision.promoting
     def of_tokens(self, logits: Float[Array, "T *shape"]) -> Float[Array, "T *shape"]:
         rate = jnp.exp(precision.wide(self.log_rate[...])).reshape(-1, *(1,) * (logits.ndim - 2))
-        return -rate * nnx.softplus(precision.wide(logits) + self.bias[...])
+        return -rate * nnx.softplus(precision.wide(logits) + self.step_bias[...])

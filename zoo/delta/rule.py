@@ -15,9 +15,9 @@ from subquad.zoo.base import Attention
 from subquad.zoo.cache import counts
 from subquad.zoo.checks import check_sizes, require_extend
 from subquad.zoo.convolution.taps import CausalConvolution
+from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.kernelized.linear import features
-from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import in_pieces
 
 SMALL = 1e-6  # added to a squared length
@@ -88,7 +88,7 @@ class DeltaRule(nnx.Module):
         prepared = [prepare(*of, mask, segment_ids) for of in given]
         (query, key, value), recent = zip(*prepared, strict=True)
         if segment_ids is not None:
-            log_decay = forgetting(segment_ids, jnp.zeros(query.shape[:3]) if log_decay is None else log_decay)
+            log_decay = with_segments(jnp.zeros(query.shape[:3]) if log_decay is None else log_decay, segment_ids)
         steps_mask = mask
         if self.num_steps > 1:
             query, key, value, beta, log_decay, steps_mask = self.in_steps(query, key, value, beta, log_decay, mask)
@@ -153,9 +153,3 @@ def shares(heads: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
 def rates(logits: Float[Array, "B T N"], negative_eigenvalues: bool) -> Float[Array, "B T N"]:
     """beta in (0, 1), or in (0, 2), where I - beta k k^T has the eigenvalue 1 - beta < 0."""
     return (1.0 + negative_eigenvalues) * nnx.sigmoid(precision.wide(logits))
-
-
-def forgetting(segment_ids: Int[Array, "B T"], log_decay: Float[Array, "B T *channels"]) -> Float[Array, "B T *channels"]:
-    """The log decay, -inf where a segment starts."""
-    starts = run_starts(segment_ids)
-    return jnp.where(starts.reshape(*starts.shape, *(1,) * (log_decay.ndim - 2)), -jnp.inf, log_decay)

@@ -8,6 +8,7 @@ Choose
     kernelized: For the kernel that Skyformer estimates, exactly; its weights do not sum to 1.
     entmax: For weights that are exactly 0, so that it can be read off what a head attends to.
     forgetting: For texts in which the old loses its point: gates decide how much, and stand in for positions; causal only.
+    stickbreaking: For texts in which the newest of many matches is meant, without positions; causal only.
     differential: For few relevant keys in much noise: what two maps give to all alike cancels.
     gau: For blocks of one kind of layer, with one head and no softmax; its gate is the network.
     synthesizer: For measuring what products of queries and keys add: its logits do without them, or mix them with others.

@@ -1,5 +1,6 @@
 """How fast the state of a gated layer fades."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,3 +14,18 @@ def with_segments(
     if segment_ids is None:
         return log_decay
     return jnp.where(run_starts(segment_ids).reshape(*segment_ids.shape, *(1,) * (log_decay.ndim - 2)), -jnp.inf, log_decay)
+
+def running_largest(
+    log_decay: Float[Array, "B T N"], log_weight: Float[Array, "B T N"], start: Float[Array, "B N"]
+) -> Float[Array, "B T+1 N"]:
+    """The largest log weight in a state, before the first token and after each: m_t = max(log_decay_t + m_{t-1}, log_weight_t).
+
+    A state that is held as exp(-m) times itself has no weight above 1, however large exp(log_weight) is. m cancels in what is
+    divided by such a sum, and is a constant to its derivatives.
+    """
+
+    def combine(one, other):
+        return one[0] + other[0], jnp.maximum(one[1] + other[0], other[1])
+
+    steps = jnp.pad(log_decay, ((0, 0), (1, 0), (0, 0))), jnp.concatenate([start[:, None], log_weight], 1)
+    return jax.lax.associative_scan(combine, steps, axis=1)[1]

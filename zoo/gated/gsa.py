@@ -24,11 +24,11 @@ class GatedSlotAttention(Attention):
         o_t = V_t^T softmax(K_t q_t),   alpha_t = sigmoid(W_a x_t)^{1 / tau}                              (section 3)
         q, k, v = silu(W x_t),   y_t = W_o norm(silu(o_t)),   norm(o) = s * o / sqrt(mean(o^2) + eps) of all heads together
 
-    It is two passes of gated linear attention with a softmax between. Keys of a token that a slot has taken up stay apart from
+    It is two passes of gated linear attention with a softmax between. A token that a slot has taken up stays apart from
     those in other slots, so that a small state holds single tokens.
 
     Cost: time O(T N M H), memory O(T N (M + H)); one extended token O(N M H) and a cache of that size whatever came before.
-        With log2 of a chunk for the decay of each slot, as `kernels.linear.gated` says.
+        Decays by slot multiply the products inside a chunk by the logarithm of its length (`kernels.linear.gated`).
     Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. Activations and the
         scale of the logits, 1, are those of its code.
 

@@ -1,5 +1,6 @@
 """Mamba-2: a state space model with one decay for each head, as linear attention."""
 
+import functools
 import math
 from typing import Any, Unpack
 
@@ -17,7 +18,7 @@ from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.projection import in_pieces, in_turn
 
 
 class Mamba2(Headless):
@@ -141,7 +142,9 @@ class Mamba2(Headless):
         return outputs, None if cache is None else RecurrentCache(state, recent)
 
     def respond(self, inputs, mask, segment_ids):
-        return self.recur(inputs, segment_ids=segment_ids)[0]
+        if segment_ids is not None:
+            return self.recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(functools.partial(self.respond_after, counts=None), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         groups = lambda x: x.reshape(len(x), self.num_groups, -1)

@@ -17,7 +17,7 @@ from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.gated.token_shift import shift
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.projection import in_pieces, in_turn
 
 MIXED = ("decay", "key", "value", "receptance", "gate")  # what has a mix of two tokens of its own
 SMALL = 64e-5  # beside the variance of a head, whose root counts as 8 times as large
@@ -156,7 +156,9 @@ class RWKV6(Headless):
         return self.norm.of_tokens(heads, self.projected("gate", inputs, before)).reshape(len(heads), -1)
 
     def respond(self, inputs, mask, segment_ids):
-        return self.recur(inputs, segment_ids=segment_ids)[0]
+        if segment_ids is not None:
+            return self.recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(functools.partial(self.respond_after, counts=None), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses)

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subquad.kernels import linear, precision
+from subquad.kernels import precision
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import LinearCache, counts
-from subquad.zoo.checks import require_extend
+from subquad.zoo.cache import LinearCache
 from subquad.zoo.gated.output import widen
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.kernelized import sums
+from subquad.zoo.projection import head_by_head
 
 
 class BasedAttention(Attention):
@@ -76,25 +76,19 @@ class BasedAttention(Attention):
         widen(self, in_features if value_features is None else value_features, shell, rngs)
 
     def attend(self, query, key, value, mask, segment_ids=None):
-        return self._attend(query, key, value, mask, segment_ids=segment_ids)
+        # Of long sequences the features of a few heads at a time.
+        attend = lambda query, key, value, mask, ids: self._attend(query, key, value, mask, segment_ids=ids)
+        return head_by_head(attend, query, key, value, by_sample=(mask, segment_ids))
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        require_extend(self, batch_size=batch_size, max_length=max_length)
-        features = 1 + self.head_features * (self.head_features + 3) // 2
-        return LinearCache.zeros(batch_size, self.num_heads, features, self.value_head_features)
+        return sums.empty(self, batch_size, max_length, 1 + self.head_features * (self.head_features + 3) // 2)
 
     def attend_cached(self, query, key, value, mask, cache):
-        *state, seen = cache
-        heads, state = self._attend(query, key, value, mask, initial_state=tuple(state), return_state=True)
-        return heads, LinearCache(*state, seen + counts(query, mask))
+        return sums.carry_on(self._attend, query, key, value, mask, cache)
 
     def _attend(self, query, key, value, mask, **options):
-        query, key = in_pieces(taylor_features, query), in_pieces(taylor_features, key)
-        key, value = (jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2) for heads in (key, value))
-        return linear.attention(
-            query, key, value, mask=mask, is_causal=self.is_causal, implementation=self.implementation, **options
-        )
+        return sums.attend(self, taylor_features(query), taylor_features(key), value, mask, **options)
 
 
 @precision.promoting

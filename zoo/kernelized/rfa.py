@@ -127,21 +127,21 @@ class RFAAttention(Attention):
         heads, state = self._attend_causal(query, key, value, gate, mask, tuple(state))
         return heads, GatedCache(*state, seen + counts(query, mask))
 
-    def _features(self, query, key, value):
-        """Features of query and key for each of the query heads, and the values."""
+    def _features(self, query, key, value, gate=None):
+        """Features of query and key for each of the query heads, and the values. Keys are weighed by what their gates close."""
         key, value = (jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2) for heads in (key, value))
         scale, offset = (0.1 * self.num_features**0.5, 1e-3) if self.constants == "code" else (1.0, 0.0)
         directions = self.sigma[...][:, None].astype(self.projection[...].dtype) * self.projection[...]
         features = lambda heads: (scale * fourier_features(unit(heads, offset), directions)).astype(heads.dtype)
-        return in_pieces(features, query), in_pieces(features, key), value
+        weighed = lambda heads, gate: features(heads) * nnx.sigmoid(-gate)[..., None].astype(heads.dtype)
+        keys = in_pieces(features, key) if gate is None else in_pieces(weighed, key, gate)
+        return in_pieces(features, query), keys, value
 
     def _attend_causal(self, query, key, value, gate, mask, state=None, starts=None):
         """Heads, and the sums after the last token; `starts` [B, T] is where nothing of before counts."""
-        query, key, value = self._features(query, key, value)
-        log_decay = None
-        if gate is not None:
-            gate = precision.wide(gate)
-            key, log_decay = key * nnx.sigmoid(-gate)[..., None].astype(key.dtype), nnx.log_sigmoid(gate)
+        gate = None if gate is None else precision.wide(gate)
+        query, key, value = self._features(query, key, value, gate)
+        log_decay = None if gate is None else nnx.log_sigmoid(gate)
         if starts is not None:
             kept = jnp.zeros((*query.shape[:3],), jnp.float32) if log_decay is None else log_decay
             log_decay = jnp.where(starts[..., None], -jnp.inf, kept)

@@ -18,7 +18,7 @@ def attend(layer, query, key, value, mask, **options):
 def empty(layer, batch_size: int, max_length: int, features: int) -> LinearCache:
     """The sums of a layer before the first token, of so many features."""
     require_extend(layer, batch_size=batch_size, max_length=max_length)
-    return LinearCache.zeros(batch_size, layer.num_heads, features, layer.head_features)
+    return LinearCache.zeros(batch_size, layer.num_heads, features, layer.value_head_features)
 
 
 def carry_on(attend, query, key, value, mask, cache: LinearCache):

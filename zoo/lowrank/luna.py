@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from subquad.kernels import linear, precision, softmax
 from subquad.zoo.base import Attention, Shell, Support
@@ -132,13 +132,13 @@ class LunaAttention(Attention):
     def _attend_causal(self, query, key, value, slots, mask, cache=None):
         """Heads, and the sums after the last token."""
         keys, values, seen = (None, None, jnp.zeros(1, jnp.int32)) if cache is None else cache
-        counted = places(seen + 1, query.shape[1])[..., None, None]
+        counted = jnp.broadcast_to(places(seen + 1, query.shape[1]), query.shape[:2])
         gates = in_pieces(lambda key: gate(key, slots[0], self.activation), key)
         options: dict[str, Any] = dict(mask=mask, return_state=True, implementation=self.implementation)
         sums, keys = linear.gated(query, value[0], gates, initial_state=keys, scale=self.head_features**-0.5, **options)
-        weights = weights_of(sums, counted)
+        weights = in_pieces(weights_of, sums, counted)
         sums, values = linear.gated(weights, gates, value[1], initial_state=values, **options)
-        return mean(sums, counted), keys, values
+        return in_pieces(mean, sums, counted), keys, values
 
 
 @precision.promoting
@@ -153,10 +153,10 @@ def gate(key: Float[Array, "T N H"], slots: Float[Array, "L N H"], activation: A
 
 
 @precision.promoting
-def mean(sums, counted):
-    return (precision.wide(sums) / counted).astype(sums.dtype)
+def mean(sums: Float[Array, "T N X"], counted: Int[Array, "T"]) -> Float[Array, "T N X"]:
+    return (precision.wide(sums) / counted[:, None, None]).astype(sums.dtype)
 
 
 @precision.promoting
-def weights_of(sums: Float[Array, "B T N L"], counted) -> Float[Array, "B T N L"]:
-    return jax.nn.softmax(precision.wide(sums) / counted, axis=-1).astype(sums.dtype)
+def weights_of(sums: Float[Array, "T N L"], counted: Int[Array, "T"]) -> Float[Array, "T N L"]:
+    return jax.nn.softmax(precision.wide(sums) / counted[:, None, None], axis=-1).astype(sums.dtype)

@@ -57,8 +57,8 @@ class PerceiverAttention(Attention):
     Cost: time O((T + S) L N H + R n L^2 Z), memory O(T + S + n L Z); no extension: the latents gather from the whole sequence.
     Differs from the paper: norm, residual and network of inputs and outputs belong to the block around the layer: in one with
         norms first, tokens are normalised as there. There, output queries may be anything, and 8 to 48 layers of latents are
-        the whole model; here one mixer has a few. Perceiver AR (arXiv 2202.07765) is left out: it has outputs for the last L
-        tokens alone, which are its latents; with all T of them it is softmax attention. Section numbers are from memory.
+        the whole model; here one mixer has a few. Perceiver AR (arXiv 2202.07765), whose latents are the last
+        tokens, is a model: `zoo.PerceiverAR`. Section numbers are from memory.
 
     Args:
         num_heads: heads N with which latents read and are read; must divide qkv_features. The paper has 1 here.

@@ -1,5 +1,6 @@
 """LongT5's attention: a window, and global tokens that every call makes of blocks of its input."""
 
+import functools
 import math
 from typing import Any, Unpack
 
@@ -8,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax import lax
 
 from subquad.kernels import softmax
+from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.projection import head_by_head
 
 EPSILON = 1e-6  # added to the mean square of a global token
+QUERIES = 512  # whose biases to all global tokens exist at a time
 
 
 class LongT5Attention(Attention):
@@ -25,7 +30,7 @@ class LongT5Attention(Attention):
     Blocks have block_size tokens; those left over at the end belong to the last whole block. b and b' are numbers for each head
     and bucket of distances, as T5's. N(x) = x / rms(x) times a learned scale.
 
-    Cost: time O(T (radius + T / block_size) N H), memory O(T + N T^2 / block_size) for b'; with block_size=None O(T) both.
+    Cost: time O(T (radius + T / block_size) N H), memory O(T); with block_size=None O(T) both.
     Differs from the paper: none; what it says nothing of is as in its published code (block sums, tokens left over, separate
         biases). A sequence shorter than a block is one.
 
@@ -90,48 +95,79 @@ class LongT5Attention(Attention):
         return *super().project(inputs_q), inputs_q
 
     def attend(self, query, key, value, inputs, mask):
-        real = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], inputs.shape[:2])
-        options: dict[str, Any] = dict(scale=self.scale, implementation=self.implementation)
-        near = self._near(query, key, value, real, options)
+        batch, length = inputs.shape[:2]
+        real = jnp.ones((batch, length), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, length))
+        table = lambda bias: jnp.broadcast_to(bias[...][None], (batch, *bias.shape))  # as heads have it
         if self.block_size is None:
-            return near[0]
-        far = self._far(query, inputs, real, options)
-        return softmax.merge(*zip(near, far, strict=True))[0]
+            near = lambda *arrays: self._near(*arrays)[0]
+            return head_by_head(near, query, key, value, table(self.bias), by_sample=(real,))
+        tokens, exists, block = self._global_tokens(inputs, real)
+        found = (projection(tokens).astype(query.dtype) for projection in (self.key, self.value))
 
-    def _near(self, query, key, value, real, options):
-        """Outputs and log-sum-exp over the window: of blocks as long as it reaches, to themselves and their neighbours."""
-        length, size = query.shape[1], self.radius + 1
+        def attend(query, key, value, bias, far_key, far_value, far_bias, real, exists, block):
+            near = self._near(query, key, value, bias, real)
+            far = self._far(query, far_key, far_value, far_bias, exists, block)
+            return softmax.merge(*zip(near, far, strict=True))[0]
+
+        heads = query, key, value, table(self.bias), *found, table(self.global_bias)
+        return head_by_head(attend, *heads, by_sample=(real, exists, block))
+
+    def _near(self, query, key, value, table, real):
+        """Outputs and log-sum-exp over the window: of blocks as long as it reaches, to themselves and their neighbours.
+
+        Heads are samples and blocks are heads, as biases [B, buckets, N] are of heads and not of blocks.
+        """
+        length, heads, size = *query.shape[1:3], self.radius + 1
         count = -(-length // size)
         pad = lambda x, before, after: jnp.pad(x, ((0, 0), (before, after), *[(0, 0)] * (x.ndim - 2)))
-        own = rearrange(pad(query, 0, count * size - length), "b (i t) n h -> (b i) t n h", i=count)
+        own = rearrange(pad(query, 0, count * size - length), "b (i t) n h -> (b n) t i h", i=count)
 
-        def around(x):
+        def around(x, order):
             x = rearrange(pad(x, size, (count + 1) * size - length), "b (i t) ... -> b i t ...", t=size)
-            return rearrange(jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], 2), "b i t ... -> (b i) t ...")
+            return rearrange(jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], 2), order)
 
         distance = np.arange(3 * size) - size - np.arange(size)[:, None]
-        bias = jnp.moveaxis(self.bias[...][self.bucket(distance)], 2, 0)
-        bias = jnp.where(abs(distance)[None] <= self.radius, bias, -jnp.inf)[None]
+        bias = jnp.where(abs(distance)[None, ..., None] <= self.radius, table[:, self.bucket(distance)], -jnp.inf)
+        key, value = (around(x, "b i t n h -> (b n) t i h") for x in (key, value))
         out, lse = softmax.attention(
-            own, around(key), around(value), mask=around(real)[:, None, None], bias=bias, return_lse=True, **options
-        )
-        return tuple(rearrange(x, "(b i) t ... -> b (i t) ...", i=count)[:, :length] for x in (out, lse))
+            own, key, value, mask=jnp.repeat(around(real, "b i t -> b i 1 t"), heads, axis=0),
+            bias=rearrange(bias, "b t s n -> (b n) 1 t s"), return_lse=True, **self._options(),
+        )  # fmt: skip
+        return tuple(rearrange(x, "(b n) t i ... -> b (i t) n ...", n=heads)[:, :length] for x in (out, lse))
 
-    def _far(self, query, inputs, real, options):
-        """Outputs and log-sum-exp over the global tokens."""
-        blocks = max(1, inputs.shape[1] // self.block_size)
-        whole = jnp.maximum(real.sum(1, keepdims=True) // self.block_size, 1)  # blocks of each sample
-        block = jnp.minimum(jnp.arange(inputs.shape[1])[None] // self.block_size, whole - 1)
-        sums = jnp.zeros((len(inputs), blocks, inputs.shape[2]), jnp.promote_types(inputs.dtype, jnp.float32))
-        sums = sums.at[jnp.arange(len(inputs))[:, None], block].add(jnp.where(real[..., None], inputs, 0).astype(sums.dtype))
-        sums *= jax.lax.rsqrt((sums**2).mean(-1, keepdims=True) + EPSILON)
+    def _far(self, query, key, value, table, exists, block):
+        """Outputs and log-sum-exp over the global tokens: of some queries after the others, each with its biases."""
+        length, count, size = query.shape[1], key.shape[1], QUERIES
+        by_distance = table[:, self.bucket(np.arange(1 - count, count))].swapaxes(1, 2)
+
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(softmax.SAVED))
+        def attend(query, block):
+            row = lambda biases, block: lax.dynamic_slice_in_dim(biases, count - 1 - block, count, axis=1)
+            rows = jax.vmap(jax.vmap(row, (None, 0), 1))(by_distance, block)
+            return softmax.attention(
+                query, key, value, mask=exists[:, None, None], bias=rows, return_lse=True, **self._options()
+            )
+
+        if length <= size:
+            return attend(query, block)
+        chunks = (rearrange(padding.in_blocks(x, size), "b i t ... -> i b t ...") for x in (query, block))
+        found = lax.map(lambda chunk: attend(*chunk), tuple(chunks))
+        return tuple(rearrange(x, "i b t ... -> b (i t) ...")[:, :length] for x in found)
+
+    def _global_tokens(self, inputs, real):
+        """N of the sums of the real tokens of each block [B, J, D], which of them exist [B, J], and the block of each token."""
+        (batch, length, features), size = inputs.shape, self.block_size
+        count = max(1, length // size)
+        whole = jnp.maximum(real.sum(1, keepdims=True) // size, 1)  # blocks of each sample
+        block = jnp.minimum(jnp.arange(length)[None] // size, whole - 1)
+        sums = jnp.zeros((batch, count, features), jnp.promote_types(inputs.dtype, jnp.float32))
+        sums = sums.at[jnp.arange(batch)[:, None], block].add(jnp.where(real[..., None], inputs, 0).astype(sums.dtype))
+        sums *= lax.rsqrt((sums**2).mean(-1, keepdims=True) + EPSILON)
         tokens = (sums * self.global_scale[...].astype(sums.dtype)[None, None]).astype(inputs.dtype)
-        bias = self.global_bias[...][self.bucket(jnp.arange(blocks)[None, None] - block[..., None])]
-        exists = (jnp.arange(blocks)[None] < whole) & real.any(1, keepdims=True)
-        return softmax.attention(
-            query, self.key(tokens).astype(query.dtype), self.value(tokens).astype(query.dtype), mask=exists[:, None, None],
-            bias=jnp.moveaxis(bias, 3, 1), return_lse=True, **options,
-        )
+        return tokens, (jnp.arange(count)[None] < whole) & real.any(1, keepdims=True), block
+
+    def _options(self) -> dict[str, Any]:
+        return dict(scale=self.scale, implementation=self.implementation)
 
     def bucket(self, distance):
         """T5's buckets, half of them for keys after the query: one for each small distance, then wider and wider ones."""

@@ -99,7 +99,8 @@ class Mamba(Headless):
         self.step.kernel[...] = draw(rngs.params(), (rank, hidden), minval=-1, maxval=1).astype(self.param_dtype) / rank**0.5
         log_step = draw(rngs.params(), (hidden,), minval=math.log(dt_min), maxval=math.log(dt_max))
         step = jnp.maximum(jnp.exp(log_step), LEAST_STEP)
-        self.step.bias[...] = (step + jnp.log(-jnp.expm1(-step))).astype(self.param_dtype)  # what softplus makes the step of
+        bias = step + jnp.log(-jnp.expm1(-step))  # softplus of it is the step
+        self.step.bias = nnx.Param(bias.astype(self.param_dtype))
         rates = jnp.broadcast_to(jnp.arange(1, state_size + 1, dtype=jnp.float32), (hidden, state_size))
         self.log_rates = nnx.Param(jnp.log(rates).astype(self.param_dtype))
         self.skip = nnx.Param(jnp.ones(hidden, self.param_dtype))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int
 
 from subquad.kernels import dispatch, precision, scan
+from subquad.zoo.projection import in_pieces
 
 
 def complex_of(planes) -> Complex[Array, "*shape"]:
@@ -16,16 +17,16 @@ def complex_of(planes) -> Complex[Array, "*shape"]:
 
 
 @precision.full
-def driven(inputs: Float[Array, "B T D"], input_matrix: Complex[Array, "P D"]) -> Complex[Array, "B T P"]:
+def driven(inputs: Float[Array, "*B D"], input_matrix: Complex[Array, "P D"]) -> Complex[Array, "*B P"]:
     """B u."""
-    product = lambda matrix: jnp.einsum("btd,pd->btp", inputs.astype(jnp.float32), matrix)
+    product = lambda matrix: jnp.einsum("...d,pd->...p", inputs.astype(jnp.float32), matrix)
     return jax.lax.complex(product(input_matrix.real), product(input_matrix.imag))
 
 
 @precision.full
-def read(states: Complex[Array, "B T P"], output_matrix: Complex[Array, "D P"]) -> Float[Array, "B T D"]:
+def read(states: Complex[Array, "*B P"], output_matrix: Complex[Array, "D P"]) -> Float[Array, "*B D"]:
     """Re(C x)."""
-    product = lambda part, matrix: jnp.einsum("btp,dp->btd", part, matrix)
+    product = lambda part, matrix: jnp.einsum("...p,dp->...d", part, matrix)
     return product(states.real, output_matrix.real) - product(states.imag, output_matrix.imag)
 
 
@@ -38,16 +39,19 @@ def respond(
 
     Both directions hold the present token. A state begins at 0 in each run of equal `segment_ids`.
     """
-    drive, responses = driven(inputs, input_matrix), []
-    for direction, matrix in enumerate(output_matrix):
+    drive, states = in_pieces(lambda inputs: driven(inputs, input_matrix), inputs), []
+    for direction in range(len(output_matrix)):
         decays = decay[None, None]
         if segment_ids is not None:
             steps = ((0, 0), (0, 1)) if direction else ((0, 0), (1, 0))
             goes_on = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], steps)
             decays = jnp.where(goes_on[..., None], decays, 0)
-        states, _ = scan.first_order(decays, drive, reverse=direction == 1, implementation=implementation)
-        responses.append(read(states, matrix))
-    return sum(responses[1:], start=responses[0]).astype(inputs.dtype)
+        states.append(scan.first_order(decays, drive, reverse=direction == 1, implementation=implementation)[0])
+
+    def respond(*states):
+        return sum(map(read, states, output_matrix)).astype(inputs.dtype)
+
+    return in_pieces(respond, *states)
 
 
 def respond_after(
