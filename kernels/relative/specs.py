@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-import numpy as np
 
 from subquad.kernels import relative
 from subquad.kernels.specs import Spec, over_heads

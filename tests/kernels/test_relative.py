@@ -21,10 +21,6 @@ def interpret(value):
     return pytest.param(value, marks=pytest.mark.interpret)
 
 
-def interpret(value):
-    return pytest.param(value, marks=pytest.mark.interpret)
-
-
 def arrays(T, M, B=2, N=3, H=4, V=5, dtype=np.float64, seed=0):
     random = np.random.default_rng(seed)
     S = T + M
@@ -202,78 +198,6 @@ def test_the_operands_that_are_not_mapped_are_shared(monkeypatch):
         assert oracle.relative_error(got, want) < 2e-5
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("implementation", ["reference", "xla", "parts", interpret("interpret"), interpret("strips")])
-def test_segments_are_a_mask(implementation, batch, monkeypatch):
-    """Of each sample, or one for all; with key padding or none, and with the samples or the queries part by part."""
-    T, M = 23, 9
-    if implementation == "parts":
-        implementation = "xla"
-        monkeypatch.setattr(xla, "choose_plan", lambda *_: xla.Plan(2, 8, 16, M, T, T + M))
-    elif implementation == "strips":
-        implementation = few_rows(monkeypatch, 8)
-    args, padding = arrays(T, M, dtype=np.float32), jnp.asarray(masks(T, M)["padding"])
-    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (batch, T + M)), 1))
-    same = segments[:, None, M:, None] == segments[:, None, None, :]
-    cotangent = jax.random.normal(jax.random.key(2), (2, T, 3, 5))
-    options = dict(query_segment_ids=segments[:, M:], key_segment_ids=segments)
-    for mask, both in ((None, same), (padding, same & padding)):
-        with launch.apart():
-            actual = loss_of(implementation, mask, cotangent, **options)(*args)
-            expected = loss_of("reference", both, cotangent)(*args)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), actual, expected)
-
-
-def few_rows(monkeypatch, rows):
-    """Makes Triton's strips so many queries, and names its implementation."""
-    pytest.importorskip("triton")
-    launch.require("interpret")
-    from subquad.kernels.relative import triton
-
-    monkeypatch.setattr(triton, "STRIP_BYTES", 1)
-    monkeypatch.setattr(triton, "FEWEST_ROWS", rows)
-    return "interpret"
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize("T,M,kind,dtype", [
-    (1, 6, "none", "float32"), (37, 0, "none", "float32"), (29, 20, "padding", "float32"), (29, 20, "pairwise", "float32"),
-    (29, 20, "shared", "bfloat16"), (16, 7, "queries", "float16"),
-])  # fmt: skip
-def test_strips_of_queries(T, M, kind, dtype, monkeypatch):
-    """As many strips as eight queries each make, the last one ragged: as all queries at once."""
-    few_rows(monkeypatch, 8)
-    mask = masks(T, M)[kind]
-    mask = None if mask is None else jnp.asarray(mask)
-    args = arrays(T, M, dtype=jnp.dtype(dtype))
-    cotangent = jax.random.normal(jax.random.key(2), (2, T, 3, 5))
-    wide = [x.astype(jnp.float32) for x in args]
-    (_, out), gradients = loss_of("interpret", mask, cotangent)(*args)
-    (_, expected), wanted = loss_of("reference", mask, cotangent)(*wide)
-    tolerance = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 5e-3}[dtype]
-    assert oracle.relative_error(out, expected) < tolerance
-    for name, a, e in zip(ARGUMENTS, gradients, wanted, strict=True):
-        assert a.dtype == dtype and oracle.relative_error(a, e) < tolerance, name
-
-
-@pytest.mark.interpret
-def test_the_operands_that_are_not_mapped_are_shared(monkeypatch):
-    """Their gradients are sums, that of relative keys, which have no batch, as well."""
-    few_rows(monkeypatch, 4)
-    args = arrays(9, 3, dtype=np.float32)
-
-    def total(implementation):
-        def one(scale, relative_key):
-            out = relative.attention(*args[:3], relative_key * scale, *args[4:], implementation=implementation)
-            return (out * jnp.arange(5.0)).sum()
-
-        loss = lambda relative_key: (jax.vmap(one, (0, None))(jnp.array([1.0, -0.5, 2.0]), relative_key) ** 2).sum()
-        return jax.jit(jax.value_and_grad(loss))(args[3])
-
-    for got, want in zip(total("interpret"), total("reference"), strict=True):
-        assert oracle.relative_error(got, want) < 2e-5
-
-
 @pytest.mark.parametrize("T,M", [(300, 270), (500, 0)])
 def test_several_tiles_in_float32(T, M):
     cotangent = jax.random.normal(jax.random.key(2), (1, T, 2, 4))
@@ -414,12 +338,6 @@ def test_bad_arguments_are_named():
         relative.attention(*good, mask=jnp.ones((2, 8), bool))
     with pytest.raises(TypeError, match="mask must be boolean"):
         relative.attention(*good, mask=jnp.ones((2, 1, 1, 8)))
-    with pytest.raises(ValueError, match="query_segment_ids and key_segment_ids must be given together"):
-        relative.attention(*good, query_segment_ids=jnp.ones((2, 6), int))
-    for ids, error, words in (((2, 8), ValueError, r"have shape \(2, 6\)"), ((2, 6), TypeError, "be integers")):
-        with pytest.raises(error, match=f"relative.attention: query_segment_ids must {words}"):
-            ids = jnp.ones(ids, int if error is ValueError else float)
-            relative.attention(*good, query_segment_ids=ids, key_segment_ids=jnp.ones((2, 8), int))
     with pytest.raises(ValueError, match="query_segment_ids and key_segment_ids must be given together"):
         relative.attention(*good, query_segment_ids=jnp.ones((2, 6), int))
     for ids, error, words in (((2, 8), ValueError, r"have shape \(2, 6\)"), ((2, 6), TypeError, "be integers")):

@@ -103,29 +103,6 @@ def test_nothing_leaks_between_packed_sequences():
     np.testing.assert_array_equal(moved.T, layer.pattern(17)[0] & (ids[:, None] == ids))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_packed_sequences_see_their_own_tokens_only(padded):
-    """In their segment and in their memory; values and gradients are those of a mask."""
-    layer, x = make(5, 7), inputs(18)
-    ids = jnp.array([[4] * 3 + [1] * 9 + [2] * 6, [0] * 10 + [3] * 8])
-    valid = jnp.ones((2, 18), bool).at[1, 16:].set(not padded)
-    mask = valid[:, None, None] if padded else None
-    actual = with_gradients(lambda layer, x: layer(x, mask=mask, segment_ids=ids) * valid[..., None], layer, x)
-    close(actual, with_gradients(lambda layer, x: by_segments(layer, x, valid, ids) * valid[..., None], layer, x))
-    # A sequence that begins with a segment is what it is alone.
-    if not padded:
-        close(actual[0][1:, 10:], run(layer, x[1:, 10:]))
-
-
-def test_nothing_leaks_between_packed_sequences():
-    layer, x = make(4, 6), inputs(17, batch=1)
-    ids = jnp.array([0] * 6 + [5] * 7 + [2] * 4)
-    packed = jax.jit(lambda x: layer(x, segment_ids=ids))
-    changed = jax.vmap(lambda s: x.at[0, s].multiply(3.0))(jnp.arange(17))
-    moved = jnp.abs(jax.vmap(packed)(changed)[:, 0] - packed(x)[0]).max(-1) > 1e-6
-    np.testing.assert_array_equal(moved.T, layer.pattern(17)[0] & (ids[:, None] == ids))
-
-
 @pytest.mark.parametrize("length", [1, 5, 6, 10])
 def test_any_length_is_a_prefix(length):
     layer, x = make(), inputs(13)
