@@ -444,7 +444,6 @@ MAPS = {
 OTHER_SHAPES = {
     "out": (4, 2, 5), "unpack_key": (8, 4, 2), "unpack_value": (8, 4, 2), "compress_key": (6, 4, 2),
     "compress_value": (6, 4, 2), "induce_out": (4, 2, FEATURES), "induce_mlp": (FEATURES, FEATURES),
-    "decay_down": (FEATURES, FEATURES), "forget_gate": (FEATURES, 4),
     "forget_gate": (FEATURES, 4),
     **{f"compress_{x}/{name}": shape for x in ("key", "value") for name, shape in dict(inner=(32, 2, 8), outer=(8, 2)).items()},
     "branch_gate": (FEATURES, 4, 3),
