@@ -65,6 +65,8 @@ class GAU(Headless):
     shared_features: int  # set by `unit.build`
     value_features: int
     supports = Support(cost="T^2")
+    shared_features: int  # these two by `unit.build`
+    value_features: int
 
     def __init__(
         self,

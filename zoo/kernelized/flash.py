@@ -69,6 +69,8 @@ class FLASH(Headless):
     shared_features: int  # set by `unit.build`
     value_features: int
     supports = Support(cost="T")
+    shared_features: int  # these two by `unit.build`
+    value_features: int
 
     def __init__(
         self,
