@@ -50,11 +50,10 @@ class PerceiverAR(CausalLM):
         self, num_latents: int, *, tie_embeddings: bool = True, rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions]
     ):
         check_sizes("PerceiverAR", num_latents=num_latents)
-        given: dict[str, Any] = dict(encoder)
         for name, wanted in (("mixer", "softmax"), ("norm_order", "pre"), ("remat", False), ("reversible", False)):
             if encoder.get(name, wanted) != wanted:
                 refuse("PerceiverAR", name, repr(encoder.get(name)), f"be {wanted!r}", "Leave it out, or use CausalLM.")
-        if given.get("norm") == "batch":
+        if encoder.get("norm") == "batch":
             refuse("PerceiverAR", "norm", "'batch'", "be no batch norm", "Those of all tokens are not the latents'.")
         self.num_latents = num_latents
         super().__init__(tie_embeddings=tie_embeddings, rngs=rngs, **encoder)
@@ -67,7 +66,6 @@ class PerceiverAR(CausalLM):
         if segment_ids is not None:
             unsupported("PerceiverAR", "segment_ids", "its latents are the last tokens of all sequences", "Use CausalLM.")
         encoder, at = self.encoder, positions.positions_of_real(tokens, mask)
-        last_norm: Any = encoder.norm
         encoder.check(tokens, mask)
         deterministic = bool(encoder.dropout.deterministic if deterministic is None else deterministic)
         draws: dict[str, Any] = dict(deterministic=deterministic, rngs=call_rngs(rngs))
@@ -77,7 +75,7 @@ class PerceiverAR(CausalLM):
         call = dict(mask=None if keys is None else keys[..., -latents.shape[1] :])
         latents, more = encoder.run_blocks(latents, call, **draws, layers=encoder.layers[1:])
         assert encoder.norm is not None  # as norm_order is "pre"
-        return self.project(last_norm(latents)), add(losses, more)
+        return self.project(encoder.norm(latents)), add(losses, more)
 
     def _read(self, block: Block, hidden, at, mask, draws: dict[str, Any]):
         """The first block, of the last tokens: (latents, losses of its router)."""
