@@ -178,9 +178,9 @@ def random_feature_attention(
 
 
 def gated(
-    query: Float[Array, "B T #N M"],
-    key: Float[Array, "B T #N M"],
-    value: Float[Array, "B T #N V"],
+    query: Float[Array, "B T J M"],
+    key: Float[Array, "B T K M"],
+    value: Float[Array, "B T L V"],
     log_decay: Float[Array, "B T N"] | Float[Array, "B T N M"] | None = None,
     *,
     beta: Float[Array, "B T N"] | None = None,
