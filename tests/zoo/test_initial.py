@@ -148,6 +148,7 @@ FIXED = {
     "query_key_shift",
     "query_map",
     "query_shift",
+    "scale",
     "sigma",
     "system/frequency",
     "system/input_matrix",
