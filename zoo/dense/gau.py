@@ -62,7 +62,11 @@ class GAU(Headless):
     Source: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
     """
 
+    shared_features: int  # set by `unit.build`
+    value_features: int
     supports = Support(cost="T^2")
+    shared_features: int  # these two by `unit.build`
+    value_features: int
 
     def __init__(
         self,
@@ -125,7 +129,7 @@ class GAU(Headless):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        if max_length > self.max_length:
+        if self.max_length is not None and max_length > self.max_length:
             refuse("GAU", "max_length", max_length, f"be at most that of the layer, {self.max_length}",
                    "Construct the layer with a larger max_length.")
         zeros = lambda features: jnp.zeros((batch_size, max_length, 1, features), cache_dtype(self, dtype))
