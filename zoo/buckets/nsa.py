@@ -136,7 +136,7 @@ class NSAAttention(Attention):
 
     def attend(self, query, keys, values, gates, mask):
         (key, *keys), (value, *values) = (jnp.split(x, 3, axis=2) for x in (keys, values))
-        at = np.arange(self.number(query.shape[1]))[None]
+        at = jnp.arange(self._number(query.shape[1]))[None]
         compressed = self.compress_key(self.pieces(keys[0], at)), self.compress_value(self.pieces(values[0], at))
         blocks = chosen(lambda *of_chunk: self.choose(*of_chunk, compressed[0]), query, self.block_size)
         selected = attend_to_blocks(query, key, value, blocks, self.block_size, self.implementation)
@@ -149,15 +149,15 @@ class NSAAttention(Attention):
         gates = gates.astype(branches[0].dtype)
         return sum(gates[..., i, None] * branch for i, branch in enumerate(branches))
 
-    def number(self, length: int) -> int:
+    def _number(self, length: int) -> int:
         """How many compressed blocks as many tokens have; at least one, which is then not complete."""
         return max(1, (length - self.size) // self.stride + 1)
 
-    def ends(self, blocks):
+    def _ends(self, blocks):
         """The last token of a compressed block."""
         return blocks * self.stride + self.size - 1
 
-    def pieces(self, tokens: Float[Array, "B S K H"], at: Int[Array, "B|1 C"]) -> Float[Array, "B C K l H"]:
+    def pieces(self, tokens: Float[Array, "B S K H"], at: Int[Array, "#B C"]) -> Float[Array, "B C K l H"]:
         """The tokens of compressed blocks."""
         at = (at[..., None] * self.stride + np.arange(self.size)).reshape(len(at), -1)
         taken = jnp.take_along_axis(tokens, jnp.asarray(at)[..., None, None], axis=1, mode="clip")
@@ -167,7 +167,7 @@ class NSAAttention(Attention):
         positions = None if start is None else places(start, query.shape[1])
         return softmax.attention(
             query, key, value, is_causal=True, query_positions=positions,
-            key_positions=self.ends(np.arange(key.shape[1]))[None], implementation=self.implementation,
+            key_positions=self._ends(np.arange(key.shape[1]))[None], implementation=self.implementation,
         )  # fmt: skip
 
     def choose(
@@ -178,19 +178,19 @@ class NSAAttention(Attention):
         count, own = compressed.shape[1], positions // self.block_size
         query = rearrange(query, "b t (k g) h -> b k g t h", k=compressed.shape[2])
         logits = jnp.einsum("bkgth,bckh->bkgtc", query, compressed, preferred_element_type=jnp.float32, precision="highest")
-        seen = (self.ends(jnp.arange(count)) <= positions[..., None])[:, None, None]
+        seen = (self._ends(jnp.arange(count)) <= positions[..., None])[:, None, None]
         logits = jnp.where(seen, logits / self.head_features**0.5, -jnp.inf)
         weights = jnp.where(seen, jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)), 0)
         weights = (weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)).sum(2)
-        importance = jnp.einsum("bktc,cm->bktm", weights, self.shared(count), precision="highest")
+        importance = jnp.einsum("bktc,cm->bktm", weights, self._shared(count), precision="highest")
         is_initial = lambda block, own: block < self.num_initial
         is_local = lambda block, own: block > own - self.num_local
         return best(importance, own[:, None], self.num_blocks - 1, (is_initial, is_local))
 
-    def shared(self, count: int) -> Float[Array, "C M"]:
+    def _shared(self, count: int) -> Float[Array, "C M"]:
         """How many pieces of d tokens each compressed block shares with each block."""
         first = np.arange(count)[:, None] * self.stride
-        start = np.arange(-(-(self.ends(count - 1) + 1) // self.block_size)) * self.block_size
+        start = np.arange(-(-(self._ends(count - 1) + 1) // self.block_size)) * self.block_size
         common = np.minimum(first + self.size, start + self.block_size) - np.maximum(first, start)
         return jnp.asarray(np.maximum(common, 0) / self.stride, jnp.float32)
 
@@ -199,7 +199,7 @@ class NSAAttention(Attention):
         require_extend(self, batch_size=batch_size, max_length=max_length)
         dtype, features = self.cache_dtype(dtype), self.head_features
         tokens = KVCache.zeros(batch_size, max_length, 3 * self.num_kv_heads, features, dtype)
-        compressed = KVCache.zeros(batch_size, self.number(max_length), self.num_kv_heads, features, dtype)
+        compressed = KVCache.zeros(batch_size, self._number(max_length), self.num_kv_heads, features, dtype)
         return NSACache(*tokens, *compressed[:2])
 
     def attend_cached(self, query, keys, values, gates, mask, cache):

@@ -1,6 +1,5 @@
 """Mamba-2: a state space model with one decay for each head, as linear attention."""
 
-import functools
 import math
 from typing import Any, Unpack
 
@@ -121,7 +120,7 @@ class Mamba2(Headless):
         """v of each head."""
         return nnx.silu(convolved[:, : self.hidden_features]).reshape(-1, self.num_heads, self.head_features)
 
-    def recur(
+    def _recur(
         self, inputs: Float[Array, "B T D"], kept: Bool[Array, "B 1 1 T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, cache: RecurrentCache | None = None,
     ) -> tuple[Float[Array, "B T R"], Any]:  # fmt: skip
@@ -144,8 +143,8 @@ class Mamba2(Headless):
 
     def respond(self, inputs, mask, segment_ids):
         if segment_ids is not None:
-            return self.recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(functools.partial(self.respond_after, counts=None), inputs, self.state(len(inputs)))[0]
+            return self._recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         groups = lambda x: x.reshape(len(x), self.num_groups, -1)
@@ -156,4 +155,4 @@ class Mamba2(Headless):
         return RecurrentCache(empty, self.convolution.empty(batch_size))
 
     def respond_after(self, inputs, state, counts):
-        return self.recur(inputs, first_real(inputs, counts), cache=state)
+        return self._recur(inputs, first_real(inputs, counts), cache=state)

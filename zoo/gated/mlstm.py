@@ -145,7 +145,7 @@ class MLSTM(Headless):
         )  # fmt: skip
         return heads, (*after, largest[:, -1])
 
-    def recur(
+    def _recur(
         self, inputs: Float[Array, "B T D"], kept: Bool[Array, "B 1 1 T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, cache: MLSTMCache | None = None,
     ) -> tuple[Float[Array, "B T R"], Any]:  # fmt: skip
@@ -169,8 +169,8 @@ class MLSTM(Headless):
 
     def respond(self, inputs, mask, segment_ids):
         if segment_ids is not None:
-            return self.recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(functools.partial(self.respond_after, counts=None), inputs, self.state(len(inputs)))[0]
+            return self._recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses * nnx.silu(self.gate(inputs)))
@@ -182,4 +182,4 @@ class MLSTM(Headless):
         return MLSTMCache(zeros(heads, size, size), zeros(heads, size), largest, self.convolution.empty(batch_size))
 
     def respond_after(self, inputs, state, counts):
-        return self.recur(inputs, first_real(inputs, counts), cache=state)
+        return self._recur(inputs, first_real(inputs, counts), cache=state)

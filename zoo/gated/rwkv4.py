@@ -121,7 +121,7 @@ class RWKV4(Headless):
         outputs = (numerator + own * wide_value) / (denominator + own)  # at least 1, of which one weight is
         return outputs.astype(value.dtype), jnp.concatenate([last.reshape(sums.shape), largest[:, -1:]], 1)
 
-    def recur(
+    def _recur(
         self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, cache: RecurrentCache | None = None,
     ) -> tuple[Float[Array, "B T A"], Any]:  # fmt: skip
@@ -134,8 +134,8 @@ class RWKV4(Headless):
 
     def respond(self, inputs, mask, segment_ids):
         if segment_ids is not None:
-            return self.recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(functools.partial(self.respond_after, counts=None), inputs, self.state(len(inputs)))[0]
+            return self._recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses)
@@ -148,4 +148,4 @@ class RWKV4(Headless):
         return RecurrentCache(self.empty(batch_size), jnp.zeros((batch_size, 1, self.in_features), jnp.float32))
 
     def respond_after(self, inputs, state, counts):
-        return self.recur(inputs, counts, cache=state)
+        return self._recur(inputs, counts, cache=state)

@@ -138,7 +138,7 @@ class RWKV6(Headless):
             heads = heads + jnp.where(starts, (receptance * bonus * key).sum(-1, keepdims=True), 0) * value
         return heads, state
 
-    def recur(
+    def _recur(
         self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
         kept: Bool[Array, "B 1 1 T"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
         cache: RecurrentCache | None = None,
@@ -157,8 +157,8 @@ class RWKV6(Headless):
 
     def respond(self, inputs, mask, segment_ids):
         if segment_ids is not None:
-            return self.recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(functools.partial(self.respond_after, counts=None), inputs, self.state(len(inputs)))[0]
+            return self._recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses)
@@ -169,4 +169,4 @@ class RWKV6(Headless):
         return RecurrentCache(zeros(heads, size, size), zeros(1, self.in_features))
 
     def respond_after(self, inputs, state, counts):
-        return self.recur(inputs, counts, first_real(inputs, counts), cache=state)
+        return self._recur(inputs, counts, first_real(inputs, counts), cache=state)

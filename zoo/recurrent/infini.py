@@ -110,7 +110,7 @@ class InfiniAttention(Attention):
         far = head_by_head(from_nothing, *map(whole, (plain_query, plain_key, value)))
         return self.mixed(near, far[:, :length], jnp.arange(length)[None])
 
-    def mixed(self, near, far, positions: Int[Array, "B|1 T"]):
+    def mixed(self, near, far, positions: Int[Array, "#B T"]):
         """Of tokens at some positions: what the segment and what the memory gave."""
         gate = nnx.sigmoid(self.beta[...].astype(jnp.float32))[None, None, :, None]
         gate = jnp.where(positions[..., None, None] >= self.segment_length, gate, 0)

@@ -103,7 +103,7 @@ class H3(Headless):
         self.out = self.linear(in_features, self.out_features, rngs)
 
     @precision.promoting
-    def mix(self, inputs, recent, run, mask=None, segment_ids=None):
+    def _weigh(self, inputs, recent, run, mask=None, segment_ids=None):
         """(q^T S, the last keys); `run` is the diagonal system for [B, T, heads] inputs."""
         query, key, value = (flat(linear)(inputs) for linear in (self.query, self.key, self.value))
         key, recent = self.shift(key, mask, segment_ids, recent)
@@ -119,7 +119,7 @@ class H3(Headless):
     def respond(self, inputs, mask, segment_ids):
         if segment_ids is not None:
             ids = repeat(segment_ids, "b t -> (b c) t", c=self.head_features**2)
-            return self.mix(inputs, None, lambda pairs: self.system.respond(pairs, ids), None, segment_ids)[0]
+            return self._weigh(inputs, None, lambda pairs: self.system.respond(pairs, ids), None, segment_ids)[0]
         return in_turn(lambda inputs, state: self.respond_after(inputs, state, None), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
@@ -143,6 +143,6 @@ class H3(Headless):
             after.append(last)
             return responses
 
-        outputs, recent = self.mix(inputs, recent, run, mask)
+        outputs, recent = self._weigh(inputs, recent, run, mask)
         last = rearrange(after[0], "(b c) n p -> b (c n p)", c=copies)
         return outputs, jnp.concatenate([rearrange(recent, "b k d -> b (k d)"), last], axis=1)
