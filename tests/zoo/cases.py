@@ -176,7 +176,7 @@ CASES = {
         Case("mamba2", dict(head_features=8, state_size=6, num_groups=2), dict(head_features=64)),
         Case("rwkv6", dict(head_features=8, mix_rank=4, decay_rank=5), dict(head_features=64)),
         Case("mlstm", dict(num_heads=2, block_size=8), dict(num_heads=4)),
-        Case("rwkv4", dict(hidden_features=12), dict(hidden_features=512)),
+        Case("rwkv4", dict(hidden_features=12), dict(hidden_features=None)),
         Case("gated_deltanet", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=2)),
         Case("kda", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=1)),
         Case("delta_product", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=1)),

@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from subquad.zoo.positions import run_starts
 
+CHUNK = 128  # tokens of a tree of log2 steps; of a whole sequence XLA would compute it as often as the tree is deep
+
 
 def with_segments(
     log_decay: Float[Array, "B T *heads"], segment_ids: Int[Array, "B T"] | None
@@ -15,6 +17,7 @@ def with_segments(
         return log_decay
     return jnp.where(run_starts(segment_ids).reshape(*segment_ids.shape, *(1,) * (log_decay.ndim - 2)), -jnp.inf, log_decay)
 
+
 def running_largest(
     log_decay: Float[Array, "B T N"], log_weight: Float[Array, "B T N"], start: Float[Array, "B N"]
 ) -> Float[Array, "B T+1 N"]:
@@ -23,9 +26,20 @@ def running_largest(
     A state that is held as exp(-m) times itself has no weight above 1, however large exp(log_weight) is. m cancels in what is
     divided by such a sum, and is a constant to its derivatives.
     """
+    (batch, length, width), size = log_decay.shape, min(log_decay.shape[1], CHUNK)
+    count = -(-length // size)
+
+    def cut(x, fill):
+        x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0)), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, count, size, width), 1, 0)
 
     def combine(one, other):
         return one[0] + other[0], jnp.maximum(one[1] + other[0], other[1])
 
-    steps = jnp.pad(log_decay, ((0, 0), (1, 0), (0, 0))), jnp.concatenate([start[:, None], log_weight], 1)
-    return jax.lax.associative_scan(combine, steps, axis=1)[1]
+    def step(before, chunk):
+        decay, largest = jax.lax.associative_scan(combine, chunk, axis=1)
+        largest = jnp.maximum(before[:, None] + decay, largest)
+        return largest[:, -1], largest
+
+    _, largest = jax.lax.scan(step, start, (cut(log_decay, 0.0), cut(log_weight, -jnp.inf)))
+    return jnp.concatenate([start[:, None], jnp.moveaxis(largest, 0, 1).reshape(batch, -1, width)[:, :length]], 1)
