@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from subquad.kernels import precision, softmax
 from subquad.kernels.patterns import Pattern
@@ -55,7 +55,7 @@ def take(cached: Float[Array, "B S K H"], positions: Int[Array, "B N L"]):
     return rearrange(by_head(cached, positions), "b n s h -> (b n) s 1 h")
 
 
-def in_chunks(attend, query: Float[Array, "B T N H"], start: Int[Array, "B"], size: int) -> Float[Array, "B T N H"]:
+def in_chunks(attend, query: Float[Array, "B T N H"], start: Int[Array, "B"], size: int) -> Shaped[Array, "B T N V"]:
     """`attend(chunk, position of its first token)` over T tokens from positions `start`, at most `size` at a time.
 
     However long the input, one chunk sees a part of the cache of known size.

@@ -93,7 +93,7 @@ class KimiDeltaAttention(Attention):
         """Query, key and value heads, the rates beta [B, T, N], log decays [B, T, N, M], and the gate [B, T, N, V]."""
         beta = rates(self.rate(inputs_q), self.negative_eigenvalues)
         # In one pass: no logits of the size of all keys are kept.
-        log_decay = in_pieces(lambda low: self.decay.of_tokens(self.decay_up(low)), self.decay_down(inputs_q))
+        log_decay = in_pieces(lambda low: self.decay.of_tokens(self.decay_up.of_tokens(low)), self.decay_down(inputs_q))
         return *super().project(inputs_q), beta, log_decay, self.gate_up(self.gate_down(inputs_q))
 
     def attend(self, query, key, value, beta, log_decay, gate, mask, segment_ids=None):

@@ -1,6 +1,6 @@
 """Differential attention: the difference of two softmax attentions, in which what both do by habit cancels."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -8,8 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import KVCache, append, poisoned
-from subquad.zoo.checks import check_rotary, refuse, require_extend
+from subquad.zoo.cache import append, poisoned
+from subquad.zoo.checks import check_rotary, refuse
 from subquad.zoo.extending import attend_to_cache
 
 
@@ -86,22 +86,16 @@ class DifferentialAttention(Attention):
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query and key heads of H / 2 features, the first halves of all before the second halves; and the values."""
         query, key, value = super().project(inputs_q, inputs_kv, inputs_v)
-        return *(rearrange(x, "b t n (i h) -> b t (i n) h", i=2) for x in (query, key)), value
+        return halves(query), halves(key), value
 
     def attend(self, query, key, value, mask, segment_ids=None):
         mask = mask if mask is None or mask.shape[1] == 1 else jnp.concatenate([mask, mask], axis=1)
         return self._difference(super().attend(query, key, twice(value), mask, segment_ids=segment_ids))
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
-        require_extend(self, batch_size=batch_size, max_length=max_length)
-        heads, features, dtype = self.num_kv_heads, self.head_features, self.cache_dtype(dtype)
-        halves, whole = KVCache.zeros(batch_size, max_length, 2 * heads, features // 2, dtype), (heads, features)
-        return halves._replace(value=jnp.zeros((batch_size, max_length, *whole), dtype))
-
     def attend_cached(self, query, key, value, mask, cache):
-        start, cache = cache.length, append(cache, key, value, mask)
-        both = attend_to_cache(self.sees, query, cache._replace(value=twice(cache.value)), start, self.implementation)
+        start, cache = cache.length, append(cache, whole(key), value, mask)
+        tokens = cache._replace(key=halves(cache.key), value=twice(cache.value))
+        both = attend_to_cache(self.sees, query, tokens, start, self.implementation)
         return poisoned(self._difference(both), cache), cache
 
     def weight(self) -> Float[Array, ""]:
@@ -110,10 +104,20 @@ class DifferentialAttention(Attention):
         first, second = jnp.exp(jnp.sum(query * key, axis=1))
         return first - second + self.lambda_init
 
-    def _difference(self, both: Float[Array, "B T 2*N H"]) -> Float[Array, "B T N H"]:
-        """The heads of the output, of what the first maps of all heads gave and then the second maps."""
+    def _difference(self, both: Float[Array, "B T M H"]) -> Float[Array, "B T N H"]:
+        """The heads of the output, of what the first maps of all M / 2 heads gave and then the second maps."""
         first, second = jnp.split(both, 2, axis=2)
         return (1 - self.lambda_init) * self.norm(first - self.weight().astype(first.dtype) * second)
+
+
+def halves(heads: Float[Array, "B T N H"]) -> Float[Array, "B T 2*N H//2"]:
+    """The first halves of all heads, then the second."""
+    return rearrange(heads, "b t n (i h) -> b t (i n) h", i=2)
+
+
+def whole(heads: Float[Array, "B T M H"]) -> Float[Array, "B T M//2 2*H"]:
+    """The heads that these are the halves of."""
+    return rearrange(heads, "b t (i n) h -> b t n (i h)", i=2)
 
 
 def twice(value: Float[Array, "B S K H"]) -> Float[Array, "B S 2*K H"]:

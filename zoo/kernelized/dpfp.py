@@ -85,7 +85,7 @@ class DPFPAttention(Attention):
         return sums.attend(self, features(query, self.nu), features(key, self.nu), value, mask, **options)
 
 
-def features(inputs: Float[Array, "*B H"], nu: int) -> Float[Array, "*B 2*nu*H"]:
-    """relu([x, -x]) times itself, rolled by 1 to nu places."""
+def features(inputs: Float[Array, "*B H"], nu: int) -> Float[Array, "*B M"]:
+    """relu([x, -x]) times itself, rolled by 1 to nu places: M = 2 nu H."""
     rectified = nnx.relu(jnp.concatenate([inputs, -inputs], axis=-1))
     return jnp.concatenate([rectified * jnp.roll(rectified, by, axis=-1) for by in range(1, nu + 1)], axis=-1)

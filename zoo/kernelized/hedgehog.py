@@ -159,7 +159,9 @@ def logits_of(heads: Float[Array, "*B N H"], weights: Float[Array, "N H H"], shi
     return jnp.einsum("...nh,nhm->...nm", *wide[:2], precision=jax.lax.Precision.HIGHEST) + wide[2]
 
 
-def features(heads, weights, shift, activation: Activation) -> Float[Array, "*B N 2*H"]:
+def features(
+    heads: Float[Array, "*B N H"], weights: Float[Array, "N H H"], shift: Float[Array, "N H"], activation: Activation
+) -> Float[Array, "*B N 2*H"]:
     """softmax([z, -z]); of "exp" the exponentials, divided by the largest, which counts as a constant: see `log_largest`."""
     z = logits_of(heads, weights, shift)
     both = jnp.concatenate([z, -z], axis=-1)
