@@ -388,11 +388,11 @@ SIZES = {
     "blockwise": dict(max_length=24),
     "cosformer": dict(max_length=24),
     "delta_product": dict(num_steps=1),
-    "kda": dict(rank=FEATURES),
     "fnet": dict(out_features=FEATURES),
     "gla": dict(value_features=8, decay_rank=2),
     "gsa": dict(num_slots=2),
     "hyena": dict(max_length=24),
+    "kda": dict(rank=2),
     "linformer": dict(max_length=24),
     "mamba2": dict(head_features=8),
     "rwkv6": dict(head_features=8),
@@ -449,7 +449,8 @@ OTHER_SHAPES = {
     "branch_gate": (FEATURES, 4, 3),
     **{f"layers/0/{name}": (FEATURES, 4, FEATURES // 4) for name in ("query", "key", "value")},
     **{f"{block}/{name}": (FEATURES, FEATURES) for block in ("encoder", "layers/0") for name in ("inner", "outer")},
-    "rate": (FEATURES, 4), "decay_logits": (FEATURES, 4), "gate_down": (FEATURES, FEATURES), "encoder/out": (4, 2, FEATURES),
+    "rate": (FEATURES, 4), "decay_logits": (FEATURES, 4), "encoder/out": (4, 2, FEATURES),
+    **{f"{name}_down": (FEATURES, 2) for name in ("decay", "gate")}, **{f"{name}_up": (2, 4, 2) for name in ("decay", "gate")},
     "layers/0/out": (4, FEATURES // 4, FEATURES),
 }  # fmt: skip
 
