@@ -116,8 +116,8 @@ class InfiniAttention(Attention):
         gate = jnp.where(positions[..., None, None] >= self.segment_length, gate, 0)
         return (gate * far.astype(jnp.float32) + (1 - gate) * near.astype(jnp.float32)).astype(near.dtype)
 
-    def through(self, memory: Memory, query, key, value) -> tuple[Float[Array, "B T N V"], Memory]:
-        """What the memory gives to whole segments, one after the other; and the memory before each, and after the last."""
+    def through(self, memory: Memory, query, key, value) -> tuple[Float[Array, "B T N V"], Any]:
+        """What the memory gives to whole segments, one after the other; and the memories before each, and after the last."""
         segments = lambda x: rearrange(x, "b (i l) ... -> i b l ...", l=self.segment_length)
 
         @jax.checkpoint
