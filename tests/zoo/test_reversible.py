@@ -92,6 +92,7 @@ def test_memory_does_not_grow_with_depth():
     assert plain > 2 * temporaries(2, reversible=False) and deep < plain / 2
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="XLA of jaxlib 0.12 orders such a stack well behind barriers alone")
 def test_xla_still_needs_the_layers_apart(monkeypatch):
     """Behind barriers alone memory grows with depth; see `xla_cpu.apart`."""
     barrier = jax.lax.optimization_barrier
