@@ -52,7 +52,7 @@ class PerceiverAR(CausalLM):
         check_sizes("PerceiverAR", num_latents=num_latents)
         for name, wanted in (("mixer", "softmax"), ("norm_order", "pre"), ("remat", False), ("reversible", False)):
             if encoder.get(name, wanted) != wanted:
-                refuse("PerceiverAR", name, repr(encoder[name]), f"be {wanted!r}", "Leave it out, or use CausalLM.")
+                refuse("PerceiverAR", name, repr(encoder.get(name)), f"be {wanted!r}", "Leave it out, or use CausalLM.")
         if encoder.get("norm") == "batch":
             refuse("PerceiverAR", "norm", "'batch'", "be no batch norm", "Those of all tokens are not the latents'.")
         self.num_latents = num_latents
@@ -74,6 +74,7 @@ class PerceiverAR(CausalLM):
         latents, losses = self._read(encoder.layers[0], hidden, at, keys, draws)
         call = dict(mask=None if keys is None else keys[..., -latents.shape[1] :])
         latents, more = encoder.run_blocks(latents, call, **draws, layers=encoder.layers[1:])
+        assert encoder.norm is not None  # as norm_order is "pre"
         return self.project(encoder.norm(latents)), add(losses, more)
 
     def _read(self, block: Block, hidden, at, mask, draws: dict[str, Any]):

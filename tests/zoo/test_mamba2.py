@@ -103,7 +103,7 @@ def test_oracle():
         for module, kernel in zip((ours.gate, ours.input, ours.step), parts, strict=True):
             module.kernel[...] = kernel
         ours.convolution.taps[...], ours.convolution.bias[...] = w["conv1d.weight"][:, 0, ::-1].T, w["conv1d.bias"]
-        ours.log_rate[...], ours.step_bias[...], ours.skip[...] = w["A_log"], w["dt_bias"], w["D"]
+        ours.log_rate[...], ours.step_bias[...], ours.direct[...] = w["A_log"], w["dt_bias"], w["D"]
         ours.norm.scale[...], ours.out.kernel[...] = w["norm.weight"][None], w["out_proj.weight"].T
         return ours(inputs["x"])
 

@@ -1,5 +1,7 @@
 """Attention of each token to blocks of keys that it has chosen, the same work for each whatever it chose."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -53,15 +55,16 @@ def attend_to_blocks(
     blocks = rearrange(blocks, "b (k j) t p -> (b k) j t p", k=kv_heads)
     query = rearrange(query, "b t (k j g) h -> (b k) j t g h", k=kv_heads, j=blocks.shape[1])
     key, value = (rearrange(x, "b t k h -> (b k) t 1 h") for x in (key, value))
-    heads = in_rows(lambda *rows: of_rows(*rows, size, implementation), query, key, value, blocks)
+    run = lambda query, key, value, blocks: of_rows(query, key, value, blocks, size, implementation)
+    heads = in_rows(run, query, key, value, blocks)
     return rearrange(heads, "(b k) j t g v -> b t (k j g) v", b=batch)
 
 
 def of_rows(query, key, value, blocks, size: int, implementation):
     """As above, of queries [R, J, T, G, H], keys and values [R, T, 1, H], and blocks [R, J, T, P]."""
-    lists, length, picks = blocks.shape[1:]
+    _, lists, length, picks = blocks.shape
     flat = lambda x: rearrange(x, "r j t g h -> r t (j g) h")
-    near = softmax.attention(
+    near: Any = softmax.attention(
         flat(query), key, value, pattern=SameBlock(size) & CAUSAL, return_lse=True, implementation=implementation
     )
     near = [rearrange(x, "r t (j g) ... -> r j t g ...", j=lists) for x in near]

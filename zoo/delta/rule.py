@@ -82,9 +82,9 @@ class DeltaRule(nnx.Module):
             gate: g, [B, T, N, V], or None.
             mask: the real tokens, which are the first ones of each sample.
         """
-        state, *recent = (None,) * 4 if cache is None else cache[:4]
+        state, *before = (None,) * 4 if cache is None else cache[:4]
         convolutions, features = (self.query, self.key, self.value), (self.features, self.features, None)
-        given = zip(convolutions, features, (query, key, value), recent, strict=True)
+        given = zip(convolutions, features, (query, key, value), before, strict=True)
         prepared = [prepare(*of, mask, segment_ids) for of in given]
         (query, key, value), recent = zip(*prepared, strict=True)
         if segment_ids is not None:
@@ -92,12 +92,12 @@ class DeltaRule(nnx.Module):
         steps_mask = mask
         if self.num_steps > 1:
             query, key, value, beta, log_decay, steps_mask = self.in_steps(query, key, value, beta, log_decay, mask)
-        heads, state = linear.gated(
+        heads, after = linear.gated(
             query, key, value, log_decay, beta=beta, mask=steps_mask, initial_state=state, return_state=True,
             implementation=self.implementation,
         )  # fmt: skip
         heads = self.norm(heads[:, self.num_steps - 1 :: self.num_steps], gate)
-        return heads, None if cache is None else DeltaCache(state, *recent, cache.seen + counts(heads, mask))
+        return heads, None if cache is None else DeltaCache._make([after, *recent, cache.seen + counts(heads, mask)])
 
     def in_steps(self, query, key, value, beta, log_decay, mask):
         """Steps in place of tokens: the first of a token decays, and the last is read."""
@@ -117,7 +117,7 @@ class DeltaRule(nnx.Module):
             for convolution in (self.query, self.key, self.value)
         ]
         state = jnp.zeros((batch_size, *self.state_shape), jnp.float32)
-        return DeltaCache(state, *recent, jnp.zeros(batch_size, jnp.int32))
+        return DeltaCache._make([state, *recent, jnp.zeros(batch_size, jnp.int32)])
 
 
 def prepare(convolution: CausalConvolution | None, features, heads: Float[Array, "B T N M"], state, mask, segment_ids):

@@ -65,7 +65,6 @@ class GatedLinearAttention(Attention):
         in_features: int,
         *,
         num_kv_heads: int | None = None,
-        qkv_features: int | None = None,
         value_features: int | None = None,
         decay_rank: int = 16,
         temperature: float = 16.0,
@@ -73,10 +72,10 @@ class GatedLinearAttention(Attention):
         rngs: nnx.Rngs,
         **shell: Unpack[Shell],
     ):
+        shell.setdefault("qkv_features", max(1, in_features // 2))
         super().__init__(
-            num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs,
-            qkv_features=max(1, in_features // 2) if qkv_features is None else qkv_features, **shell,
-        )  # fmt: skip
+            num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell
+        )
         check_sizes("GatedLinearAttention", decay_rank=decay_rank)
         if not temperature > 0:
             refuse("GatedLinearAttention", "temperature", temperature, "be positive", "The paper has 16.")
@@ -108,10 +107,8 @@ class GatedLinearAttention(Attention):
         """log alpha, in float32."""
         return in_pieces(lambda logits: nnx.log_sigmoid(precision.wide(logits)) / self.temperature, logits)
 
-    def recur(
-        self, query, key, value, log_decay, mask, state=None, segment_ids=None
-    ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
-        """o, and S after the last token; of S before the first, or None."""
+    def recur(self, query, key, value, log_decay, mask, state=None, segment_ids=None) -> Any:
+        """o [B, T, N, V], and S [B, N, H, V] after the last token; of S before the first, or None."""
         log_decay = jnp.repeat(with_segments(log_decay, segment_ids), self.num_heads // self.num_kv_heads, axis=2)
         return linear.gated(
             query, key, value, log_decay, mask=mask, initial_state=state, return_state=True, scale=self.head_features**-0.5,

@@ -111,7 +111,8 @@ class GatedSlotAttention(Attention):
 
     def recur(self, query, key, value, weight, log_decay, mask, cache: SlotCache | None = None):
         """o [B, T, N, H], and K and V after the last token, from those of a cache, or from empty ones."""
-        keys, values, _ = cache or (None, None, None)
+        keys: Any = None if cache is None else cache.keys
+        values: Any = None if cache is None else cache.values
         repeat = lambda heads: jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2)
         key, value, weight, log_decay = map(repeat, (key, value, weight, log_decay))
         options: dict[str, Any] = dict(mask=mask, implementation=self.implementation)

@@ -83,10 +83,8 @@ class HGRN2(Attention):
         heads, state = self.recur(query, key, value, mask, cache.state)
         return self.norm(heads), MatrixCache(state, cache.seen + counts(query, mask))
 
-    def recur(
-        self, query, key, value, mask, state=None, segment_ids=None
-    ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
-        """o, and S after the last token; of S before the first, or None. `key` holds the logits of the gates."""
+    def recur(self, query, key, value, mask, state=None, segment_ids=None) -> Any:
+        """o [B, T, N, V], and S [B, N, H, V] after the last token, from S before the first. `key` holds the gates' logits."""
         written = in_pieces(lambda logits: ((1 - self.lower_bound) * nnx.sigmoid(-logits)).astype(logits.dtype), key)
         log_decay = with_segments(in_pieces(lambda logits: log_gate(logits, self.lower_bound), key), segment_ids)
         return linear.gated(

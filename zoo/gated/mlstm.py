@@ -155,10 +155,11 @@ class MLSTM(Headless):
         convolved, recent = self.convolution(hidden, kept, segment_ids, recent)
         convolved = in_pieces(nnx.silu, convolved)
         sources = dict(query=convolved, key=convolved, value=hidden)
-        heads = [in_pieces(functools.partial(self.projected, name), source) for name, source in sources.items()]
-        logits = in_pieces(self.gate_logits, *heads)
+        projected = [in_pieces(functools.partial(self.projected, name), source) for name, source in sources.items()]
+        logits = in_pieces(self.gate_logits, *projected)
         log_forget = with_segments(-nnx.softplus(-logits[:, :, 1]), segment_ids)
-        heads, after = self.recall(*heads, logits[:, :, 0], log_forget, kept, state)
+        query, key, value = projected
+        heads, after = self.recall(query, key, value, logits[:, :, 0], log_forget, kept, state)
         outputs = in_pieces(self.normed, heads, convolved)
         return outputs, None if cache is None else MLSTMCache(*after, recent)
 

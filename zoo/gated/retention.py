@@ -6,7 +6,6 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
@@ -71,13 +70,11 @@ class Retention(Attention):
         value_features: int | None = None,
         decay: Sequence[float] | None = None,
         is_causal: bool = True,
-        rotary_base: float | None = 10000.0,
         rngs: nnx.Rngs,
         **shell: Unpack[Shell],
     ):
-        super().__init__(
-            num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rotary_base=rotary_base, rngs=rngs, **shell
-        )
+        shell.setdefault("rotary_base", 10_000.0)
+        super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         widen(self, 2 * num_heads * self.head_features if value_features is None else value_features, shell, rngs)
         decay = [1 - 2.0 ** (-5 - head) for head in range(num_heads)] if decay is None else decay
         if len(decay) != num_heads or not all(0 <= gamma <= 1 for gamma in decay):
@@ -102,10 +99,8 @@ class Retention(Attention):
         heads, state = self.retain(query, key, value, mask, cache.state)
         return norm_and_gate(self.norm, self.gate, inputs, heads), MatrixCache(state, cache.seen + counts(query, mask))
 
-    def retain(
-        self, query, key, value, mask, state=None, segment_ids=None
-    ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
-        """o, and S after the last token; of S before the first, or None."""
+    def retain(self, query, key, value, mask, state=None, segment_ids=None) -> Any:
+        """o [B, T, N, V], and S [B, N, H, V] after the last token; of S before the first, or None."""
         with np.errstate(divide="ignore"):
             log_decay = np.log(np.asarray(self.decay)).astype(np.float32)
         log_decay = with_segments(jnp.broadcast_to(log_decay, query.shape[:3]), segment_ids)

@@ -63,16 +63,15 @@ class BasedAttention(Attention):
         in_features: int,
         *,
         num_kv_heads: int | None = None,
-        qkv_features: int | None = None,
         value_features: int | None = None,
         is_causal: bool = False,
         rngs: nnx.Rngs,
         **shell: Unpack[Shell],
     ):
+        shell.setdefault("qkv_features", 16 * num_heads)
         super().__init__(
-            num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs,
-            qkv_features=16 * num_heads if qkv_features is None else qkv_features, **shell,
-        )  # fmt: skip
+            num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell
+        )
         widen(self, in_features if value_features is None else value_features, shell, rngs)
 
     def attend(self, query, key, value, mask, segment_ids=None):

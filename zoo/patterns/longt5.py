@@ -102,14 +102,14 @@ class LongT5Attention(Attention):
             near = lambda *arrays: self._near(*arrays)[0]
             return head_by_head(near, query, key, value, table(self.bias), by_sample=(real,))
         tokens, exists, block = self._global_tokens(inputs, real)
-        found = (projection(tokens).astype(query.dtype) for projection in (self.key, self.value))
+        far_key, far_value = (projection(tokens).astype(query.dtype) for projection in (self.key, self.value))
 
         def attend(query, key, value, bias, far_key, far_value, far_bias, real, exists, block):
             near = self._near(query, key, value, bias, real)
             far = self._far(query, far_key, far_value, far_bias, exists, block)
             return softmax.merge(*zip(near, far, strict=True))[0]
 
-        heads = query, key, value, table(self.bias), *found, table(self.global_bias)
+        heads = query, key, value, table(self.bias), far_key, far_value, table(self.global_bias)
         return head_by_head(attend, *heads, by_sample=(real, exists, block))
 
     def _near(self, query, key, value, table, real):
@@ -117,7 +117,7 @@ class LongT5Attention(Attention):
 
         Heads are samples and blocks are heads, as biases [B, buckets, N] are of heads and not of blocks.
         """
-        length, heads, size = *query.shape[1:3], self.radius + 1
+        (length, heads), size = query.shape[1:3], self.radius + 1
         count = -(-length // size)
         pad = lambda x, before, after: jnp.pad(x, ((0, 0), (before, after), *[(0, 0)] * (x.ndim - 2)))
         own = rearrange(pad(query, 0, count * size - length), "b (i t) n h -> (b n) t i h", i=count)

@@ -1,6 +1,6 @@
 """Memorizing attention: a window, and the nearest keys of all segments before, by a gate."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ class MemorizingAttention(Attention):
         key, value = jax.lax.stop_gradient((key, value))
         find = lambda query, start: self.find(query, places(start, query.shape[1]), key).swapaxes(1, 2)
         found = in_chunks(find, query, start, CHUNK).swapaxes(1, 2)
-        far = gather.attention(query, key, value, found, correct_duplicates=False, implementation=self.implementation)
+        far: Any = gather.attention(query, key, value, found, correct_duplicates=False, implementation=self.implementation)
         gate = nnx.sigmoid(self.gate[...].astype(jnp.float32))[None, None, :, None]
         gate = jnp.where((places(start, query.shape[1]) >= self.segment_length)[..., None, None], gate, 0)
         return (gate * far.astype(jnp.float32) + (1 - gate) * near.astype(jnp.float32)).astype(near.dtype)
