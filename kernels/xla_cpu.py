@@ -3,14 +3,15 @@
 Seen with jaxlib 0.10 to 0.12.
 """
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 # Up to jaxlib 0.10, XLA on a CPU slices, gathers and updates half precision in float32: it keeps a float32 copy of an array
 # that a loop reads or writes. Unsigned integers of 16 bits are moved as they are. Later ones move half precision as it is, and
 # copy an array to see it as integers.
-MOVES_HALF_AS_FLOAT32 = jaxlib.version.__version_info__ < (0, 11)
+MOVES_HALF_AS_FLOAT32 = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
 
 
 def is_half(dtype) -> bool:

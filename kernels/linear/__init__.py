@@ -186,6 +186,7 @@ def gated(
     beta: Float[Array, "B T N"] | None = None,
     bonus: Float[Array, "N M"] | None = None,
     floor: Float[Array, "B T N"] | None = None,
+    erase: tuple[Float[Array, "B T N M"], Float[Array, "B T N M"]] | None = None,
     mask: KeyMask | None = None,
     initial_state: GatedState | None = None,
     normalize: bool = False,
@@ -197,13 +198,14 @@ def gated(
 
         S_t = D_t S_{t-1} + k_t v_t^T                                 D_t = diag(exp(log_decay_t))
         S_t = D_t S_{t-1} + beta_t k_t (v_t - k_t^T D_t S_{t-1})^T    with beta
+        S_t = D_t S_{t-1} + k_t v_t^T - e_t (r_t^T S_{t-1})^T         with erase = (r, e)
         o_t = scale S_t^T q_t,  divided by scale z_t . q_t if normalize, where z is S with v = 1
               divided by max(|scale z_t . q_t|, floor_t) with floor
         o_t = scale (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t             with bonus
 
     No decay is the linear transformer; one number per head RetNet, Mamba-2 and gated RFA, with floor xLSTM's matrix memory; one
     per channel of the key GLA and HGRN2, bonus RWKV-6; beta DeltaNet, Gated DeltaNet and, with a decay per channel, Kimi
-    Delta Attention.
+    Delta Attention; erase RWKV-7.
 
     Cost: time O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)) and about 2 sqrt(T / C) states for the backward
         pass, 2 T / C in Triton; one extended token O(M V) whatever came before. A decay per channel multiplies the products
@@ -215,6 +217,8 @@ def gated(
         log_decay: at most 0, per head or per channel of the key; -inf forgets everything before. None: 0.
         beta: how much of the value that key t reads is replaced, in [0, 1]; in [0, 2] a state may also be reflected.
             Keys of unit length keep the update a contraction.
+        erase: the generalised delta rule: what r_t reads of the state before the token, not decayed, is taken away under e_t.
+            Without beta and bonus. Triton has none.
         bonus: with it a token reads the state of the token before, which has not decayed since, and what it brings itself as
             much as the bonus of a channel says, before it writes it. Of 0: nothing of its own.
         floor: with normalize: the least size of what is divided by. Positive; features may then have any sign.
@@ -228,7 +232,8 @@ def gated(
     Returns: [B, T, N, V] in the dtype of value; with return_state also the state, float32.
     Raises:
         TypeError: mask is not boolean; arrays of integers; scale is not a number.
-        ValueError: shapes that do not fit, axes of 0; heads that do not divide N; floor without normalize.
+        ValueError: shapes that do not fit, axes of 0; heads that do not divide N; floor without normalize; erase with beta or
+            bonus.
         NotImplementedError: an implementation that does not exist here.
     Numerics: sums and exponentials in float32; decays are exponentiated between two tokens only, so that no decay, however
         small, overflows or takes digits from what comes after it. exp of less than -104 is 0. Where the denominator's size
@@ -242,23 +247,25 @@ def gated(
     Source: Sun et al., Retentive Network, arXiv 2307.08621, eq. 5; Yang et al., Gated Linear Attention, arXiv 2312.06635,
         section 4; Dao & Gu, Transformers are SSMs, arXiv 2405.21060, section 6; Yang et al., Parallelizing Linear
         Transformers with the Delta Rule, arXiv 2406.06484, section 3, and Gated Delta Networks, arXiv 2412.06464; Peng et al.,
-        Eagle and Finch, arXiv 2404.05892, section 4 (bonus); Beck et al., xLSTM, arXiv 2405.04517, eq. 21 (floor).
+        Eagle and Finch, arXiv 2404.05892, section 4 (bonus); Beck et al., xLSTM, arXiv 2405.04517, eq. 21 (floor); Peng et
+        al., RWKV-7 "Goose", arXiv 2503.14456, section 4 (erase).
     """
     owner = "linear.gated"
     checks.floating(owner, query=query, key=key, value=value, log_decay=log_decay, beta=beta, bonus=bonus,
                     floor=floor)
-    _check_gated(owner, query, key, value, log_decay, beta, bonus, floor, mask, initial_state, normalize)
+    _check_gated(owner, query, key, value, log_decay, beta, bonus, floor, erase, mask, initial_state, normalize)
     if scale is not None and not isinstance(scale, numbers.Real):
         raise TypeError(f"{owner}: scale must be a number, got {type(scale).__name__}. Multiply query by an array instead.")
     heads = max(x.shape[2] for x in (query, key, value))
     query, key, value, log_decay, beta, floor = checks.hide(mask, query, key, value, log_decay, beta, floor)
+    erase = None if erase is None else checks.hide(mask, *erase)
     batch, features, values = query.shape[0], query.shape[3], value.shape[3]
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, features, values + normalize), jnp.float32)
     elif normalize:
         initial_state = jnp.concatenate([initial_state[0], initial_state[1][..., None]], -1)
     outputs, state = dispatch.run(
-        owner, GATED, implementation, query, key, value, log_decay, beta, bonus, floor, initial_state,
+        owner, GATED, implementation, query, key, value, log_decay, beta, bonus, floor, erase, initial_state,
         bool(normalize), 1.0 if scale is None else float(scale),
     )  # fmt: skip
     if not return_state:
@@ -319,7 +326,7 @@ def _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal
     return checks.runs(owner, segment_ids, batch, length)
 
 
-def _check_gated(owner, query, key, value, log_decay, beta, bonus, floor, mask, initial_state, normalize) -> None:
+def _check_gated(owner, query, key, value, log_decay, beta, bonus, floor, erase, mask, initial_state, normalize) -> None:
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4 or 0 in array.shape:
             raise ValueError(
@@ -341,6 +348,13 @@ def _check_gated(owner, query, key, value, log_decay, beta, bonus, floor, mask, 
         "bonus": (bonus, [(heads, width)]),
         "floor": (floor, [(batch, length, heads)]),
     }
+    if erase is not None:
+        if not isinstance(erase, tuple | list) or len(erase) != 2:
+            raise ValueError(f"{owner}: erase must hold r and e, got {type(erase).__name__}. Pass (r, e), each [B, T, N, M].")
+        if beta is not None or bonus is not None:
+            raise ValueError(f"{owner}: erase must be None beside beta or bonus, got some. Choose one of them.")
+        checks.floating(owner, **{f"erase[{i}]": array for i, array in enumerate(erase)})
+        expected |= {f"erase[{i}]": (array, [(batch, length, heads, width)]) for i, array in enumerate(erase)}
     if floor is not None and not normalize:
         raise ValueError(f"{owner}: floor must be None without normalize, got some. It is the least that is divided by.")
     state = (batch, heads, width, values)

@@ -11,12 +11,13 @@ SMALLEST_DENOMINATOR = 1e-30
 
 
 @precision.full
-def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, normalize, scale):
+def gated(query, key, value, log_decay, beta, bonus, floor, erase, initial_state, normalize, scale):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     dtype = value.dtype
     wide = lambda x: None if x is None else precision.wide(x)
     query, key, value = repeated(initial_state.shape[1], 2, query, key, value)
     query, key, value, log_decay, beta, bonus, floor = map(wide, (query, key, value, log_decay, beta, bonus, floor))
+    erase = None if erase is None else tuple(map(wide, erase))
     if normalize:
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
     if log_decay is None:
@@ -25,15 +26,16 @@ def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, norma
         log_decay = log_decay[..., None]  # one for all channels
 
     def step(state, token):
-        query, key, value, log_decay, beta = token  # [B, N, ...]
+        query, key, value, log_decay, beta, erase = token  # [B, N, ...]
+        erased = 0 if erase is None else erase[1][..., None] * jnp.einsum("bnm,bnmv->bnv", erase[0], state)[..., None, :]
         seen = None if bonus is None else state + (bonus * key)[..., None] * value[..., None, :]
-        state = jnp.exp(log_decay)[..., None] * state
+        state = jnp.exp(log_decay)[..., None] * state - erased
         if beta is not None:
             value = beta[..., None] * (value - jnp.einsum("bnm,bnmv->bnv", key, state))
         state = state + key[..., :, None] * value[..., None, :]
         return state, jnp.einsum("bnm,bnmv->bnv", scale * query, state if seen is None else seen)
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query, key, value, log_decay, beta))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query, key, value, log_decay, beta, erase))
     state, outputs = jax.lax.scan(step, initial_state.astype(query.dtype), tokens)
     outputs = jnp.moveaxis(outputs, 0, 1)
     if normalize:

@@ -706,8 +706,10 @@ def joined(pieces, length: int):
     return x.reshape(len(x), -1, *x.shape[3:])[:, :length]
 
 
-def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, normalize, scale, *, mode):
+def gated(query, key, value, log_decay, beta, bonus, floor, erase, initial_state, normalize, scale, *, mode):
     """See `linear.gated`; returns the outputs and the state after the last token."""
+    if erase is not None:
+        raise launch.Declined("erase must be None, got some. The other implementations have it.")
     dtype = value.dtype
     query, key, value = repeated(initial_state.shape[1], 2, query, key, value)
     if log_decay is not None and log_decay.ndim == 3:
@@ -716,11 +718,11 @@ def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, norma
         # A sum of keys that is corrected, too, is one of the values; and a kernel divides by nothing else than the sum.
         value, width = with_one_more(*with_ones(value)), value.shape[3]
         state = with_one_more(initial_state[..., :-1], initial_state[..., -1:])
-        out, state = gated(query, key, value, log_decay, beta, bonus, None, state, False, scale, mode=mode)
+        out, state = gated(query, key, value, log_decay, beta, bonus, None, None, state, False, scale, mode=mode)
         return normalized(out[..., :width], out[..., width : width + 1], floor).astype(dtype), state[..., : width + 1]
     if bonus is not None:
         later = recurrence.next_ones(query, 1)
-        out, state = gated(later, key, value, log_decay, beta, None, None, initial_state, False, scale, mode=mode)
+        out, state = gated(later, key, value, log_decay, beta, None, None, None, initial_state, False, scale, mode=mode)
         wide_query, wide_key, wide_value = map(precision.wide, (query, key, value))
         first = precision.full(jnp.matmul)(wide_query[:, 0, :, None], initial_state).swapaxes(1, 2)
         own = recurrence.own_score(precision.wide(bonus), wide_query, wide_key) * wide_value

@@ -20,7 +20,7 @@ FOREVER = 2.0**100
 
 
 @functools.partial(jax.jit, static_argnames=("normalize", "scale"))
-def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, normalize, scale):
+def gated(query, key, value, log_decay, beta, bonus, floor, erase, initial_state, normalize, scale):
     """See `linear.gated`; returns the outputs and the state after the last token."""
     heads = initial_state.shape[1]
 
@@ -30,11 +30,16 @@ def gated(query, key, value, log_decay, beta, bonus, floor, initial_state, norma
         values = with_ones(value) if normalize else (value,)
         decay = None if chunk["log_decay"] is None else recurrence.cumulate(chunk["log_decay"])
         advance = recurrence.advance if bonus is None else functools.partial(recurrence.advance_after_reading, bonus)
-        states, outputs = advance(states, scale * query, key, values, decay, chunk["beta"])
+        if erase is None:
+            states, outputs = advance(states, scale * query, key, values, decay, chunk["beta"])
+        else:
+            pair = chunk["reader"], chunk["eraser"]
+            states, outputs = recurrence.advance_erasing(states, scale * query, key, values, decay, *pair)
         return states, normalized(*outputs, chunk["floor"]) if normalize else outputs[0]
 
     rows = dict(log_decay=as_rows(log_decay), beta=as_rows(beta), floor=as_rows(floor))
-    arrays = dict(query=query, key=key, value=value, **rows)
+    reader, eraser = (None, None) if erase is None else erase
+    arrays = dict(query=query, key=key, value=value, reader=reader, eraser=eraser, **rows)
     bonus = None if bonus is None else bonus.astype(jnp.float32)
     state = hide_zeros(initial_state.astype(jnp.float32))
     states = (state[..., :-1], state[..., -1:]) if normalize else (state,)

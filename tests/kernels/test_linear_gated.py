@@ -55,10 +55,10 @@ def assert_close(actual, expected, tolerance=1e-5):
 # ---------------------------------------------------------------------------------------------------- against peers
 
 
-HEADS_FIRST = ("retention", "delta_rule")
+HEADS_FIRST = ("retention", "delta_rule", "rwkv7")
 ARGUMENTS = dict(
     q="query", k="key", v="value", g="log_decay", gk="log_decay", beta="beta", h0="initial_state", s0="initial_state",
-    C="query", B="key", X="value", A="log_decay",
+    C="query", B="key", X="value", A="log_decay", w="log_decay", kappa="kappa", a="a",
 )  # fmt: skip
 
 
@@ -70,6 +70,9 @@ def as_peer(name):
         if name in HEADS_FIRST:
             arrays = {x: y if x == "initial_state" else y.swapaxes(1, 2) for x, y in arrays.items()}
         scale = arrays["query"].shape[-1] ** -0.5
+        if name == "rwkv7":
+            kappa, rate = arrays.pop("kappa"), arrays.pop("a")
+            arrays["erase"] = kappa, rate * kappa
         if name == "retention":
             log_gamma = jnp.log1p(-(2.0 ** (-5 - jnp.arange(2.0))))
             arrays["log_decay"] = jnp.broadcast_to(log_gamma, arrays["query"].shape[:3])
@@ -91,7 +94,7 @@ def as_peer(name):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(
     "name",
-    ["retention", "mamba2_ssd", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda", "linear_attn_norm"],
+    ["retention", "mamba2_ssd", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda", "linear_attn_norm", "rwkv7"],
 )
 def test_outputs_and_gradients_are_those_of_the_peer(name, implementation):
     data = oracle.load(name)
@@ -141,6 +144,28 @@ def test_with_a_bonus_a_token_reads_the_state_before_it(form, implementation):
         out, state = call(part, implementation=implementation)
         pieces.append(out)
     assert_close((jnp.concatenate(pieces, 1), state), want)
+
+
+@pytest.mark.parametrize("form", ["heads", "channels"])
+def test_what_is_erased_is_read_before_the_decay(form):
+    """Over a border of chunks, under a mask, as the reference, with the same gradients."""
+    rng, arrays = np.random.default_rng(1), draw(form, 75)
+    reader = rng.normal(size=arrays["key"].shape)
+    reader = (reader / np.linalg.norm(reader, axis=-1, keepdims=True)).astype(np.float32)
+    arrays["erase"] = reader, rng.uniform(size=reader.shape).astype(np.float32) * reader
+    mask = rng.uniform(size=(2, 1, 1, 75)) < 0.8
+    want, got = (outputs_and_gradients(arrays, mask, implementation=x) for x in ("reference", "xla"))
+    assert_close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_to_erase_what_the_key_reads_is_the_delta_rule(implementation):
+    delta = draw("delta", 75)
+    beta, key = delta["beta"][..., None], delta["key"]
+    erasing = {name: x for name, x in delta.items() if name != "beta"}
+    erasing |= dict(value=beta * delta["value"])
+    got = call(erasing | dict(erase=(key, beta * key)), implementation=implementation)
+    assert_close(got, float64_loop(**delta))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -310,6 +335,13 @@ def test_decays_before_a_token_that_forgets_have_no_gradient_from_what_follows(b
 def test_a_head_too_wide_for_the_delta_rule_is_declined_with_the_reason():
     arrays = draw("delta", 20, features=200)
     with launch.recording(), pytest.raises(launch.Declined, match="heads of at most 128 features"):
+        jax.eval_shape(lambda x: linear.gated(**x, implementation="triton"), arrays)
+
+
+def test_triton_declines_to_erase():
+    arrays = draw("channels", 20)
+    arrays["erase"] = arrays["key"], arrays["key"]
+    with launch.recording(), pytest.raises(launch.Declined, match="erase must be None"):
         jax.eval_shape(lambda x: linear.gated(**x, implementation="triton"), arrays)
 
 

@@ -100,7 +100,7 @@ def test_oracle():
 
     def attend(inputs, _):
         query, key, value = (inputs[x] for x in "qkv")
-        at = np.arange(layer.number(query.shape[1]))[None]
+        at = np.arange(layer._number(query.shape[1]))[None]
         compressed = [layer.compress_key(layer.pieces(x, at)) for x in (key, value)]
         blocks = chosen(lambda *of_chunk: layer.choose(*of_chunk, compressed[0]), query, size)
         sparse = attend_to_blocks(query, key, value, blocks, size, None)

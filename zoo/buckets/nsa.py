@@ -136,7 +136,7 @@ class NSAAttention(Attention):
 
     def attend(self, query, keys, values, gates, mask):
         (key, *keys), (value, *values) = (jnp.split(x, 3, axis=2) for x in (keys, values))
-        at = np.arange(self.number(query.shape[1]))[None]
+        at = np.arange(self._number(query.shape[1]))[None]
         compressed = self.compress_key(self.pieces(keys[0], at)), self.compress_value(self.pieces(values[0], at))
         blocks = chosen(lambda *of_chunk: self.choose(*of_chunk, compressed[0]), query, self.block_size)
         selected = attend_to_blocks(query, key, value, blocks, self.block_size, self.implementation)
@@ -149,7 +149,7 @@ class NSAAttention(Attention):
         gates = gates.astype(branches[0].dtype)
         return sum(gates[..., i, None] * branch for i, branch in enumerate(branches))
 
-    def number(self, length: int) -> int:
+    def _number(self, length: int) -> int:
         """How many compressed blocks as many tokens have; at least one, which is then not complete."""
         return max(1, (length - self.size) // self.stride + 1)
 
@@ -199,7 +199,7 @@ class NSAAttention(Attention):
         require_extend(self, batch_size=batch_size, max_length=max_length)
         dtype, features = self.cache_dtype(dtype), self.head_features
         tokens = KVCache.zeros(batch_size, max_length, 3 * self.num_kv_heads, features, dtype)
-        compressed = KVCache.zeros(batch_size, self.number(max_length), self.num_kv_heads, features, dtype)
+        compressed = KVCache.zeros(batch_size, self._number(max_length), self.num_kv_heads, features, dtype)
         return NSACache(*tokens, *compressed[:2])
 
     def attend_cached(self, query, keys, values, gates, mask, cache):

@@ -27,7 +27,7 @@ class HyenaCache(NamedTuple):
 
     values: Float[Array, "B N S D"]
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
-    state: Float[Array, "B K-1 (N+1)*D"]  # the last inputs of the short convolution
+    state: Float[Array, "B W (N+1)*D"]  # the last W inputs of the short convolution
 
     @property
     def room(self) -> int:

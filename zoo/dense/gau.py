@@ -62,8 +62,6 @@ class GAU(Headless):
     Source: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
     """
 
-    shared_features: int  # set by `unit.build`
-    value_features: int
     supports = Support(cost="T^2")
     shared_features: int  # these two by `unit.build`
     value_features: int

@@ -66,8 +66,6 @@ class FLASH(Headless):
     Source: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
     """
 
-    shared_features: int  # set by `unit.build`
-    value_features: int
     supports = Support(cost="T")
     shared_features: int  # these two by `unit.build`
     value_features: int

@@ -23,6 +23,6 @@ def empty(layer, batch_size: int, max_length: int, features: int) -> LinearCache
 
 def carry_on(attend, query, key, value, mask, cache: LinearCache):
     """Heads of new tokens and the sums after them, by `attend(query, key, value, mask, initial_state, return_state)`."""
-    *before, seen = cache
-    heads, after = attend(query, key, value, mask, initial_state=tuple(before), return_state=True)
-    return heads, LinearCache._make([*after, seen + counts(query, mask)])
+    heads, state = attend(query, key, value, mask, initial_state=tuple(cache[:3]), return_state=True)
+    numerator, denominator, log_max = state
+    return heads, LinearCache(numerator, denominator, log_max, cache.seen + counts(query, mask))

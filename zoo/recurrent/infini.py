@@ -14,6 +14,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, counts, pieces, places, write
 from subquad.zoo.checks import check_sizes, check_word, require_extend
 from subquad.zoo.extending import attend_to_cache
+from subquad.zoo.projection import head_by_head
 
 Update = Literal["linear", "delta"]
 Memory = tuple[Float[Array, "B K H V"], Float[Array, "B K H"]]  # sums of features times values, and of features
@@ -105,8 +106,8 @@ class InfiniAttention(Attention):
         if length <= size:
             return near
         whole = lambda x: padded(x, -length % size)
-        empty = empty_memory(len(key), *key.shape[2:], value.shape[3])
-        far, _ = self.through(empty, *map(whole, (plain_query, plain_key, value)))
+        from_nothing = lambda query, key, value: self.through(empty_memory(key, value), query, key, value)[0]
+        far = head_by_head(from_nothing, *map(whole, (plain_query, plain_key, value)))
         return self.mixed(near, far[:, :length], jnp.arange(length)[None])
 
     def mixed(self, near, far, positions: Int[Array, "B|1 T"]):
@@ -141,8 +142,7 @@ class InfiniAttention(Attention):
         require_extend(self, batch_size=batch_size, max_length=max_length)
         heads, features = self.num_kv_heads, self.head_features
         tokens = KVCache.zeros(batch_size, self.segment_length - 1, heads, features, self.cache_dtype(dtype))
-        memory = empty_memory(batch_size, heads, features, features)
-        return InfiniCache(*memory, *tokens)
+        return InfiniCache(*empty_memory(*tokens[:2]), *tokens)
 
     def attend_cached(self, query, key, value, plain_query, plain_key, mask, cache):
         size, tokens, memory = self.segment_length, query.shape[1], tuple(cache[:2])
@@ -175,8 +175,10 @@ def padded(tokens, more: int):
     return jnp.pad(tokens, ((0, 0), (0, more), (0, 0), (0, 0)))
 
 
-def empty_memory(batch: int, heads: int, features: int, value_features: int) -> Memory:
-    return jnp.zeros((batch, heads, features, value_features), jnp.float32), jnp.zeros((batch, heads, features), jnp.float32)
+def empty_memory(key: Float[Array, "B T K H"], value: Float[Array, "B T K V"]) -> Memory:
+    """The memory of keys and values such as these, before the first."""
+    (batch, _, heads, features), float32 = key.shape, jnp.float32
+    return jnp.zeros((batch, heads, features, value.shape[3]), float32), jnp.zeros((batch, heads, features), float32)
 
 
 def features(x):
