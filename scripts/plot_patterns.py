@@ -1,4 +1,4 @@
-"""Draws which keys each query may see, for every layer, bidirectional and causal, as one PNG.
+"""Draws which keys each query may see, bidirectional and causal, as one PNG: of every layer that leaves some out.
 
 python scripts/plot_patterns.py
 python scripts/plot_patterns.py --layers local strided --length 128 --out patterns.png
@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds to load
 
 import pathlib
 
+import numpy as np
 from flax import nnx
 
 from subquad import zoo
@@ -25,7 +26,7 @@ FEATURES = 64
 
 def parse():
     parser = commands.Parser(prog="plot_patterns", description=__doc__)
-    parser.add_argument("--layers", nargs="+", help="names such as local; default: all")
+    parser.add_argument("--layers", nargs="+", help="names such as local; default: all whose queries do not see all keys")
     parser.add_argument("--length", type=int, default=64, help="tokens; default: 64")
     parser.add_argument("--out", default=str(OUT), help="the PNG; default: zoo/patterns.png")
     return parser.parse_args()
@@ -41,6 +42,14 @@ def pattern(name: str, is_causal: bool, length: int):
     return layer.pattern(length)
 
 
+def sees_all(drawn, is_causal: bool) -> bool:
+    """Whether every query sees all keys, or all that are not of its future; also where there is no such direction."""
+    if drawn is None:
+        return True
+    whole = np.ones(drawn.shape[1:], bool)
+    return bool((np.asarray(drawn, bool) == (np.tril(whole) if is_causal else whole)).all())
+
+
 def main() -> int:
     arguments = parse()
     if arguments.length < 1:
@@ -49,6 +58,8 @@ def main() -> int:
         find_layer(name)
     names = arguments.layers or list(zoo.LAYERS)
     drawn = {name: [pattern(name, is_causal, arguments.length) for is_causal in (False, True)] for name in names}
+    if not arguments.layers:
+        drawn = {name: both for name, both in drawn.items() if not all(map(sees_all, both, (False, True)))}
     plots.patterns(drawn, arguments.out)
     print(f"Wrote {arguments.out}.")
     return 0
