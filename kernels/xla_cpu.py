@@ -54,9 +54,9 @@ def zeros_depending_on(arrays, shape, dtype):
     """Zeros for a loop to write into, allocated only once all of `arrays`, a pytree, are computed.
 
     XLA on a CPU starts with whatever depends on nothing: the zeros that a backward pass writes gradients into would be
-    allocated all through the forward pass.
+    allocated all through the forward pass. Not on several devices, simulated ones: each would have to be sent a number.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return jnp.zeros(shape, dtype)
     return jnp.full(shape, sum(map(_zero_of, jax.tree.leaves(arrays))).astype(dtype))
 

@@ -34,6 +34,7 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, *TINY, "--seeds", 0, 2, 0, "--out", tmp_path, *more) == 0
     assert [seed for seed, *_ in asked] == [0, 2] and asked[0][1] != asked[1][1]
     shared = dict(data_dir=None, resume=True, devices=None, shard="batch", tensorboard=True, checkpoint_minutes=10)
+    shared |= dict(task=None, splits=None)
     assert asked[0][2] == shared | dict(test_lengths=[60, 120])
     assert [row.seed for row in results.read_results(tmp_path / "results.csv")] == [0, 2]
     said = capsys.readouterr().out

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import gather, softmax
+from subquad.kernels import gather, precision, softmax
 from subquad.kernels.patterns import CAUSAL, SameBlock
 from subquad.zoo.cache import places
 from subquad.zoo.extending import in_chunks
 from subquad.zoo.projection import in_rows
 
 
+@precision.promoting
 def best(scores: Float[Array, "*B T M"], own: Int[Array, "*#B T"], number: int, always=()) -> Int[Array, "*B T P"]:
     """The `number` blocks before the own one of each token with the largest scores, of equal ones the earlier; -1: none.
 
@@ -60,6 +61,7 @@ def attend_to_blocks(
     return rearrange(heads, "(b k) j t g v -> b t (k j g) v", b=batch)
 
 
+@precision.promoting
 def of_rows(query, key, value, blocks, size: int, implementation):
     """As above, of queries [R, J, T, G, H], keys and values [R, T, 1, H], and blocks [R, J, T, P]."""
     _, lists, length, picks = blocks.shape
@@ -111,6 +113,7 @@ def tiles(block: Int[Array, "L"], number: int, size: int) -> tuple[Int[Array, "I
     return jnp.where(holder < number, holder, -1), at
 
 
+@precision.promoting
 def attend_to_listed(
     query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K V"], start, choose, size: int,
     implementation,

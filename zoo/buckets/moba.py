@@ -8,6 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from subquad.kernels import precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.buckets.blocks import attend_to_blocks, attend_to_listed, best, chosen
 from subquad.zoo.cache import KVCache, append, places, poisoned
@@ -92,6 +93,7 @@ class MoBAAttention(Attention):
         blocks = chosen(lambda query, positions: self.choose(query, positions, sums), query, self.block_size)
         return attend_to_blocks(query, key, value, blocks, self.block_size, self.implementation)
 
+    @precision.promoting
     def choose(
         self, query: Float[Array, "B T N H"], positions: Int[Array, "B T"], sums: Float[Array, "B M K H"]
     ) -> Int[Array, "B N T P"]:

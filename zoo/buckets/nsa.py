@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import softmax
+from subquad.kernels import precision, softmax
 from subquad.kernels.patterns import Band
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.buckets.blocks import attend_to_blocks, attend_to_listed, best, chosen
@@ -159,7 +159,7 @@ class NSAAttention(Attention):
 
     def pieces(self, tokens: Float[Array, "B S K H"], at: Int[Array, "#B C"]) -> Float[Array, "B C K l H"]:
         """The tokens of compressed blocks."""
-        at = (at[..., None] * self.stride + np.arange(self.size)).reshape(len(at), -1)
+        at = (at[..., None] * self.stride + np.arange(self.size)[None, None]).reshape(len(at), -1)
         taken = jnp.take_along_axis(tokens, jnp.asarray(at)[..., None, None], axis=1, mode="clip")
         return rearrange(taken, "b (c l) k h -> b c k l h", l=self.size)
 
@@ -170,6 +170,7 @@ class NSAAttention(Attention):
             key_positions=self._ends(np.arange(key.shape[1]))[None], implementation=self.implementation,
         )  # fmt: skip
 
+    @precision.promoting
     def choose(
         self, query: Float[Array, "B T N H"], positions: Int[Array, "B T"], compressed: Float[Array, "B C K H"]
     ) -> Int[Array, "B K T P"]:
@@ -202,6 +203,7 @@ class NSAAttention(Attention):
         compressed = KVCache.zeros(batch_size, self._number(max_length), self.num_kv_heads, features, dtype)
         return NSACache(*tokens, *compressed[:2])
 
+    @precision.promoting
     def attend_cached(self, query, keys, values, gates, mask, cache):
         start, tokens = cache.length, append(KVCache(*cache[:3]), keys, values, mask)
         (key, *keys), (value, *values) = (jnp.split(x.astype(query.dtype), 3, axis=2) for x in tokens[:2])
@@ -229,6 +231,7 @@ class Compressor(nnx.Module):
         self.inner = projection(shell, (size, features), 4 * features, axis=(-2, -1), rngs=rngs)
         self.outer = projection(shell, 4 * features, features, rngs=rngs)
 
+    @precision.promoting
     def __call__(self, tokens):
         return self.outer(nnx.gelu(self.inner(tokens + self.position[...].astype(tokens.dtype))))
 

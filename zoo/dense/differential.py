@@ -7,6 +7,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from subquad.kernels import precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import append, poisoned
 from subquad.zoo.checks import check_rotary, refuse
@@ -104,6 +105,7 @@ class DifferentialAttention(Attention):
         first, second = jnp.exp(jnp.sum(query * key, axis=1))
         return first - second + self.lambda_init
 
+    @precision.promoting
     def _difference(self, both: Float[Array, "B T M H"]) -> Float[Array, "B T N H"]:
         """The heads of the output, of what the first maps of all M / 2 heads gave and then the second maps."""
         first, second = jnp.split(both, 2, axis=2)

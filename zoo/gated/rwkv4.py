@@ -79,7 +79,7 @@ class RWKV4(Headless):
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)
         # Those of the released code for a layer with as many before as after it.
         param = lambda x: nnx.Param(x.astype(self.param_dtype))
-        place, at = jnp.arange(in_features) / in_features, jnp.arange(hidden)
+        place, at = jnp.arange(in_features, dtype=jnp.float32) / in_features, jnp.arange(hidden, dtype=jnp.float32)
         self.mix = param(jnp.stack([place**0.5, place**0.5 + 0.15, place**0.25]))
         self.decay_bias = param(-5 + 8 * (at / max(hidden - 1, 1)) ** 1.35)
         self.bonus = param(math.log(0.3) + 0.5 * ((at + 1) % 3 - 1))

@@ -90,7 +90,8 @@ class RWKV6(Headless):
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)
         self.norm = GatedNorm(self.heads, is_centred=True, epsilon=SMALL, param_dtype=self.param_dtype)
         # Those of the released code for a layer with as many before as after it.
-        place, at = jnp.arange(in_features) / in_features, jnp.arange(hidden) / max(hidden - 1, 1)
+        place = jnp.arange(in_features, dtype=jnp.float32) / in_features
+        at = jnp.arange(hidden, dtype=jnp.float32) / max(hidden - 1, 1)
         mixes = dict(decay=1 - place**0.5, key=1 - place**0.5, value=0.85 - place**0.5, receptance=1 - place**0.25,
                      gate=1 - place**0.25)
         param = lambda x: nnx.Param(x.astype(self.param_dtype))
@@ -99,7 +100,7 @@ class RWKV6(Headless):
         self.mix_down, self.mix_up = param(jnp.zeros((5, in_features, mix_rank))), small(5, mix_rank, in_features)
         self.decay_bias = param(-6 + 5 * at**1.35)
         self.decay_down, self.decay_up = param(jnp.zeros((in_features, decay_rank))), small(decay_rank, hidden)
-        self.bonus = param((0.5 * (1 - at) + 0.1 * ((jnp.arange(hidden) + 1) % 3 - 1)).reshape(self.heads))
+        self.bonus = param((0.5 * (1 - at) + 0.1 * ((jnp.arange(hidden, dtype=jnp.float32) + 1) % 3 - 1)).reshape(self.heads))
 
     @precision.promoting
     def mixed(self, name: str, inputs: Float[Array, "N D"], before: Float[Array, "N D"]) -> Float[Array, "N D"]:

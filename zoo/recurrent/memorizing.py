@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from subquad.kernels import gather, softmax
+from subquad.kernels import gather, precision, softmax
 from subquad.kernels.patterns import Band
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import append, places, poisoned
@@ -88,6 +88,7 @@ class MemorizingAttention(Attention):
         self.scale = nnx.Param(jnp.full(num_heads, self.head_features**0.5, self.param_dtype))
         self.gate = nnx.Param(jnp.zeros(num_heads, self.param_dtype))
 
+    @precision.promoting
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Queries of length c sqrt(H), so that attention divides by the latter; keys of length 1; values."""
         query, key, value = super().project(inputs_q)
@@ -115,6 +116,7 @@ class MemorizingAttention(Attention):
         gate = jnp.where((places(start, query.shape[1]) >= self.segment_length)[..., None, None], gate, 0)
         return (gate * far.astype(jnp.float32) + (1 - gate) * near.astype(jnp.float32)).astype(near.dtype)
 
+    @precision.promoting
     def find(
         self, query: Float[Array, "B T N H"], positions: Int[Array, "B T"], key: Float[Array, "B S K H"]
     ) -> Int[Array, "B N T L"]:

@@ -116,6 +116,7 @@ class HGRN(Headless):
             total.append(turned(responses))
         return sum(total[1:], start=total[0])
 
+    @precision.promoting
     def finish(self, inputs, responses):
         return self.out(self.norm(responses) * nnx.silu(self.gate(inputs)))
 
