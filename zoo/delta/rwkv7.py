@@ -18,7 +18,7 @@ from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.gated.token_shift import shift
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
-from subquad.zoo.projection import in_pieces, in_turn
+from subquad.zoo.projection import in_pieces
 
 MIXED = ("receptance", "decay", "key", "value", "rate", "gate")  # what has a mix of two tokens of its own
 SMALL = 64e-5  # beside the variance of a head, whose root counts as 8 times as large
@@ -183,11 +183,6 @@ class RWKV7(Headless):
         heads, state = self.mix_time(receptance, erased, written, value, rate, log_decay, kept, segment_ids, state)
         outputs = in_pieces(self.gated, heads, receptance, written, value, inputs, before)
         return outputs, RecurrentCache(state, recent)
-
-    def respond(self, inputs, mask, segment_ids):
-        if segment_ids is not None:
-            return self._recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses)
