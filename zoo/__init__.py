@@ -25,6 +25,7 @@ from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
 from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
 from subquad.zoo.delta.kda import KimiDeltaAttention
+from subquad.zoo.delta.rwkv7 import RWKV7
 from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
@@ -92,8 +93,8 @@ from subquad.zoo.statespace.s4 import S4
 from subquad.zoo.statespace.s5 import S5
 
 __all__ = [
-    "DSS", "FLASH", "GAU", "H3", "HGRN", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV4", "RWKV6", "S4", "S5",
-    "Attention", "AxialAttention", "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM",
+    "DSS", "FLASH", "GAU", "H3", "HGRN", "HGRN2", "LAYERS", "LRU", "LSRA", "MLSTM", "RGLRU", "RWKV4", "RWKV6", "RWKV7", "S4",
+    "S5", "Attention", "AxialAttention", "BasedAttention", "BigBirdAttention", "Block", "BlockwiseAttention", "CausalLM",
     "Centroids", "Classifier", "ClusteredAttention", "CompressiveAttention", "CosformerAttention", "DPFPAttention",
     "DeltaNet", "DeltaProduct", "DiagonalAttention", "DifferentialAttention", "DualEncoder", "DynamicConv",
     "EfficientAttention", "Encoder", "EntmaxAttention", "Experts", "FNet", "FeedForward", "ForgettingAttention",
@@ -104,6 +105,6 @@ __all__ = [
     "MemoryCompressedAttention", "MoBAAttention", "NSAAttention", "NystromAttention", "PerceiverAR", "PerceiverAttention",
     "PerformerAttention", "RFAAttention", "RandomAttention", "RandomFeature", "ReformerAttention", "Retention",
     "RouterLosses", "RoutingAttention", "SinkhornAttention", "SkyformerAttention", "SmyrfAttention", "SoftmaxAttention",
-    "StickBreakingAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention",
-    "attention_fn", "convert", "generate", "interop", "make", "masks", "positions", "stream",
+    "StickBreakingAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
+    "convert", "generate", "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip

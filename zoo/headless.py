@@ -16,7 +16,7 @@ from subquad.zoo.base import Support, check_options, options_of
 from subquad.zoo.cache import StateCache, counts
 from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
 from subquad.zoo.compilation import compile_once
-from subquad.zoo.projection import in_pieces
+from subquad.zoo.projection import in_pieces, in_turn
 
 
 class HeadlessShell(TypedDict, total=False):
@@ -34,8 +34,8 @@ class Headless(nnx.Module):
 
         y = finish(x, respond(x))
 
-    A variant derives from this class directly. It writes `respond`, which mixes tokens, and `finish`, of each token alone;
-    where it can extend, `state` and `respond_after` as well.
+    A variant derives from this class directly. It writes `respond`, which mixes tokens, or `_recur`, by which `respond` then
+    does; and `finish`, of each token alone; where it can extend, `state` and `respond_after` as well.
 
     Args:
         in_features: features D of the inputs.
@@ -74,6 +74,12 @@ class Headless(nnx.Module):
 
     def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids, **draws) -> Float[Array, "B T D"]:
         """What each token gets from all: of inputs whose padding, by `mask` [B, 1, 1, T], comes last and is 0."""
+        if segment_ids is not None:
+            return self._recur(inputs, segment_ids=segment_ids)[0]
+        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
+
+    def _recur(self, inputs: Float[Array, "B T D"], *, segment_ids=None, cache: Any = None) -> tuple[Array, Any]:
+        """`respond`, and the cache after the last token; of no cache from no token on."""
         raise NotImplementedError
 
     def finish(self, inputs: Float[Array, "N D"], responses: Float[Array, "N D"]) -> Float[Array, "N F"]:

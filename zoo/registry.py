@@ -23,6 +23,7 @@ from subquad.zoo.delta.delta_product import DeltaProduct
 from subquad.zoo.delta.deltanet import DeltaNet
 from subquad.zoo.delta.gated_deltanet import GatedDeltaNet
 from subquad.zoo.delta.kda import KimiDeltaAttention
+from subquad.zoo.delta.rwkv7 import RWKV7
 from subquad.zoo.dense.differential import DifferentialAttention
 from subquad.zoo.dense.entmax import EntmaxAttention
 from subquad.zoo.dense.fnet import FNet
@@ -145,6 +146,7 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
     "delta_product": DeltaProduct,
+    "rwkv7": RWKV7,
     "s4": S4,
     "dss": DSS,
     "mega": Mega,

@@ -78,6 +78,7 @@ LAYERS = {
     "gated_deltanet": dict(num_heads=4),
     "kda": dict(num_heads=4),
     "delta_product": dict(num_heads=4),
+    "rwkv7": dict(head_features=16),
     "fnet": {},
     "entmax": dict(num_heads=4, is_causal=True),
     "forgetting": dict(num_heads=4),

@@ -85,6 +85,7 @@ LAYERS = {
     "gated_deltanet": HEADS,
     "kda": HEADS,
     "delta_product": HEADS,
+    "rwkv7": dict(head_features=32),
     "fnet": {},
     "entmax": HEADS,
     "forgetting": HEADS,

@@ -86,6 +86,7 @@ QUICKSTART = Recipe(
         "gated_deltanet": dict(num_heads=4),
         "kda": dict(num_heads=4),
         "delta_product": dict(num_heads=4),
+        "rwkv7": dict(head_features=16, decay_rank=8, rate_rank=8, gate_rank=16),
         "fnet": {},
         "entmax": dict(num_heads=4),
         "forgetting": dict(num_heads=4),

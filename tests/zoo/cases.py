@@ -180,6 +180,7 @@ CASES = {
         Case("gated_deltanet", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=2)),
         Case("kda", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=1)),
         Case("delta_product", dict(num_heads=4, num_kv_heads=2, value_features=24), dict(num_heads=4, num_kv_heads=1)),
+        Case("rwkv7", dict(head_features=8, decay_rank=5, rate_rank=3, gate_rank=4), dict(head_features=64)),
         Case("s4", dict(state_size=8), dict(state_size=16)),
         Case("mega", dict(state_size=3, shared_features=4, value_features=8, chunk_size=7, out_features=FEATURES)),
         Case("dss", dict(state_size=8), dict(state_size=16)),

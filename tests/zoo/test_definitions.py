@@ -281,7 +281,7 @@ def test_short_convolutions(name, width, is_causal):
     ("forgetting", dict(num_heads=2)), ("differential", dict(num_heads=2)), ("mamba2", dict(head_features=4)),
     ("rwkv6", dict(head_features=4)), ("gau", dict(bias="simple", max_length=30)), ("flash", dict(chunk_size=3)),
     ("mlstm", {}), ("rwkv4", {}), ("gated_deltanet", dict(num_heads=2)), ("kda", dict(num_heads=2)),
-    ("delta_product", dict(num_heads=2)), ("mamba", {}), ("hgrn", {}), ("h3", {}),
+    ("delta_product", dict(num_heads=2)), ("rwkv7", dict(head_features=4)), ("mamba", {}), ("hgrn", {}), ("h3", {}),
     ("fnet", {}), ("lsra", {}), ("rglru", dict(num_blocks=2)),
     ("hyena", dict(max_length=30)),
     ("synthesizer", dict(num_heads=2, max_length=30)),

@@ -134,9 +134,11 @@ FIXED = {
     "decay_bias",
     "decay_down",
     "direct",
+    "erased",
     "forget_bias",
     "frequency",
     "gate",
+    "gate_down",
     "gates",
     "global_scale",
     "key_map",
@@ -152,6 +154,8 @@ FIXED = {
     "query_key_shift",
     "query_map",
     "query_shift",
+    "rate_bias",
+    "rate_down",
     "scale",
     "sigma",
     "skip",
@@ -160,6 +164,7 @@ FIXED = {
     "system/log_decay",
     "system/low_rank",
     "taps_bias",
+    "written",
 }
 
 

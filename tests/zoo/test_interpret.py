@@ -19,10 +19,11 @@ OPTIONS = {
 }  # fmt: skip
 SEGMENTS_DECLINED = {(name, is_causal) for name in ("s4", "dss") for is_causal in (True, False)}
 
-# Fourier transforms, entmax, sticks, short convolutions, gated units and lists of keys are XLA's alone.
+# Fourier transforms, entmax, sticks, short convolutions, gated units, lists of keys and what erases under a key of its own are
+# XLA's alone.
 WITHOUT = {
     "fnet", "entmax", "stickbreaking", "moba", "nsa", "memorizing", "lightconv", "dynamicconv", "h_transformer", "gau",
-    "flash",
+    "flash", "rwkv7",
 }  # fmt: skip
 DIRECTIONS, SEGMENTED = ([pair for pair in pairs if pair[0] not in WITHOUT] for pairs in (DIRECTIONS, SEGMENTED))
 DIRECTIONS = [pair for pair in DIRECTIONS if pair != ("routing", False)]  # its lists are of keys

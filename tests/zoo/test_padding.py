@@ -70,6 +70,7 @@ LAYERS = {
     "gated_deltanet": ("gated_deltanet", dict(num_heads=2)),
     "kda": ("kda", dict(num_heads=2)),
     "delta_product": ("delta_product", dict(num_heads=2)),
+    "rwkv7": ("rwkv7", dict(head_features=8, gate_rank=4)),
     "rglru": ("rglru", dict(hidden_features=12, num_blocks=3)),
     "hyena": ("hyena", dict(max_length=20, filter_features=8, num_bands=3, frequency=1.0)),
     "hgrn": ("hgrn", dict(lower_bound=0.25)),

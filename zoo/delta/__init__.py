@@ -8,4 +8,5 @@ Choose
     gated_deltanet: For text: the same, and a token may forget everything; the first to try.
     kda: For the same with a decay of each channel, so that some things are kept for long.
     delta_product: For states that are tracked, as in permutations: several writes a token, at so many times the cost.
+    rwkv7: For text and states that are tracked: what is erased and what is written are under two keys, channel by channel.
 """

@@ -17,7 +17,7 @@ from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import in_pieces, in_turn
+from subquad.zoo.projection import in_pieces
 
 
 class Mamba2(Headless):
@@ -140,11 +140,6 @@ class Mamba2(Headless):
         direct = self.direct[...].astype(inputs.dtype)[None, :, None]
         outputs = in_pieces(lambda y, x: (y + direct * self.values(x)).reshape(len(y), -1), heads, convolved)
         return outputs, None if cache is None else RecurrentCache(state, recent)
-
-    def respond(self, inputs, mask, segment_ids):
-        if segment_ids is not None:
-            return self._recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         groups = lambda x: x.reshape(len(x), self.num_groups, -1)

@@ -16,7 +16,7 @@ from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.gated.decay import running_largest, with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import in_pieces, in_turn
+from subquad.zoo.projection import in_pieces
 
 FLOOR = -80.0  # of m where exp(-m) stands alone: beyond it a weight against 1 is 0
 
@@ -166,11 +166,6 @@ class MLSTM(Headless):
     def normed(self, heads, convolved):
         direct = self.direct[...].astype(convolved.dtype)[None] * convolved
         return self.norm.of_tokens(heads).reshape(convolved.shape) + direct
-
-    def respond(self, inputs, mask, segment_ids):
-        if segment_ids is not None:
-            return self._recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses * nnx.silu(self.gate(inputs)))

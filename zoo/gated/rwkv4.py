@@ -17,7 +17,7 @@ from subquad.zoo.gated.decay import running_largest, with_segments
 from subquad.zoo.gated.token_shift import shift
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
-from subquad.zoo.projection import in_pieces, in_turn
+from subquad.zoo.projection import in_pieces
 
 MIXED = ("key", "value", "receptance")  # what has a mix of two tokens of its own
 
@@ -131,11 +131,6 @@ class RWKV4(Headless):
         of = lambda name: in_pieces(functools.partial(self.projected, name), inputs, before)
         means, state = self.mean(of("key"), of("value"), first_real(inputs, counts), segment_ids, state)
         return nnx.sigmoid(of("receptance")) * means, RecurrentCache(state, recent)
-
-    def respond(self, inputs, mask, segment_ids):
-        if segment_ids is not None:
-            return self._recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses)

@@ -17,7 +17,7 @@ from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.gated.token_shift import shift
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
-from subquad.zoo.projection import in_pieces, in_turn
+from subquad.zoo.projection import in_pieces
 
 MIXED = ("decay", "key", "value", "receptance", "gate")  # what has a mix of two tokens of its own
 SMALL = 64e-5  # beside the variance of a head, whose root counts as 8 times as large
@@ -155,11 +155,6 @@ class RWKV6(Headless):
 
     def gated(self, heads, inputs, before):
         return self.norm.of_tokens(heads, self.projected("gate", inputs, before)).reshape(len(heads), -1)
-
-    def respond(self, inputs, mask, segment_ids):
-        if segment_ids is not None:
-            return self._recur(inputs, segment_ids=segment_ids)[0]
-        return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
     def finish(self, inputs, responses):
         return self.out(responses)
