@@ -114,11 +114,11 @@ def layer_loss(before: nnx.Module, after: nnx.Module, call: MixerCall) -> jax.Ar
     """How far a layer is from the one before it, on the inputs of that.
 
     From softmax to a layer that has a `distillation_loss`, as Hedgehog's, and the same projections, it is this: the
-    cross-entropy of the weights. Else, and where documents are apart, of which that knows nothing, it is the mean square
-    error of the outputs of real tokens, as a part of the outputs' mean square: 0 of the same outputs, 1 of none.
+    cross-entropy of the weights. Else it is the mean square error of the outputs of real tokens, as a part of the outputs'
+    mean square: 0 of the same outputs, 1 of none.
     """
-    if can_compare_weights(before, after) and "segment_ids" not in call.words:
-        return after.distillation_loss(call.inputs, mask=call.words.get("mask"))
+    if can_compare_weights(before, after):
+        return after.distillation_loss(call.inputs, **call.words)
     outputs = after(call.inputs, deterministic=True, rngs=None, **call.words)
     real = real_tokens(call.inputs, call.words.get("mask"))
     weights = 1.0 if real is None else real[..., None].astype(jnp.float32)

@@ -10,7 +10,7 @@ softmax to hedgehog, else the outputs. Then all parameters learn the text ("fine
 As LoLCATs (arXiv 2410.10254): projections kept, attention transfer of the new parameters alone on the teacher's inputs, then
 the loss of the next token. Not as there: fine-tuning is of all parameters, not of low-rank updates of the projections;
 weights are compared where there are some (as Hedgehog, 2402.04347), not outputs; errors of outputs are relative to the
-outputs; no window of softmax stays beside the linear part; a cosine decay instead of a plateau; small models on bytes.
+outputs; no window of softmax stays beside the linear part; small models on bytes.
 As Mamba in the Llama (arXiv 2408.15237): query, key and value maps begin the new layer. Not as there: all layers are
 changed, not a half of them; networks are not frozen; no distillation of the logits, no supervised or preference tuning, no
 speculative decoding.
@@ -47,7 +47,7 @@ TRAINING = (
     "dropout_rate", "evaluate_every", "early_stopping", "ema", "seed",
 )  # fmt: skip
 STEPS, RATE_PART = 200, 0.25
-# Of what the run before had, what its layer or its steps decided.
+# Of what the run before had, what its layer, its schedule or its steps decided.
 NOT_KEPT = (
     "recipe", "task", "config", "layer", "layer_options", "learning_rate", "steps", "warmup_steps", "evaluate_every", "b1",
     "patience", "early_stopping", "state_learning_rate", "step_learning_rate", "attention_dropout_rate",
@@ -108,7 +108,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "convert") ->
         checkpoints.write_json(folder / FILE, record)
     given = dict(task=task, splits=own) if own else dict(data_dir=arguments.data_dir)
     result = train.train(run, out=folder, model=converted.model, resume=arguments.resume, **given)
-    show(record, result, (before.layer, teacher), (run.layer, converted.model))
+    show(record, result, run.steps, (before.layer, teacher), (run.layer, converted.model))
     print(f"Go on: subquad generate {folder}")
     return 0 if result.status == "ok" else commands.FAILED
 
@@ -200,7 +200,9 @@ def cache_bytes(model: nnx.Module, context: int) -> int | None:
         return None
 
 
-def show(record: dict, result: results.Result, before: tuple[str, nnx.Module], after: tuple[str, nnx.Module]) -> None:
+def show(
+    record: dict, result: results.Result, steps: int, before: tuple[str, nnx.Module], after: tuple[str, nnx.Module]
+) -> None:
     """Prints the table of what was lost and what was won."""
     headings = [f"cache at {measurements.length_label(context)}" for context in CONTEXTS]
     scores = {**record["bits_per_byte"], "fine-tuned": result.bits_per_byte}
@@ -217,5 +219,5 @@ def show(record: dict, result: results.Result, before: tuple[str, nnx.Module], a
     longest = [cache_bytes(model, CONTEXTS[-1]) for _, model in (before, after)]
     if result.bits_per_byte is not None and all(longest):
         lost, factor = result.bits_per_byte - record["bits_per_byte"]["trained"], longest[0] / longest[1]
-        words = f"{abs(lost):.3f} bits per byte {'more' if lost > 0 else 'less'}"
-        print(f"At the end {words}, and at {CONTEXTS[-1]:,} bytes of context a cache {factor:,.1f} times as small.")
+        words = f"{abs(lost):.3f} bits per byte {'more' if lost > 0 else 'less'} after {steps} steps more"
+        print(f"At the end {words}; at {CONTEXTS[-1]:,} bytes of context a cache {factor:,.1f} times as small.")
