@@ -13,10 +13,12 @@ from tests.lra.data import in_memory
 QUICK = [layer for layer in recipes.RECIPES["quickstart"].layers if layer in LAYERS]
 
 
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize("config", ["small", pytest.param("lra", marks=pytest.mark.full)])
-def test_the_quickstarts_models_have_equal_budgets(config):
+def test_the_quickstarts_models_have_equal_budgets(config, every):
     task = tasks.find_task("listops", config)
-    counts = {layer: models.count_parameters(plan(layer=layer, config=config), task) for layer in QUICK}
+    chosen = ["softmax", *list(QUICK)[::every]]
+    counts = {layer: models.count_parameters(plan(layer=layer, config=config), task) for layer in chosen}
     assert max(counts.values()) <= 1.1 * min(counts.values()), counts
 
 

@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from tests.zoo.cases import CASES, FEATURES, inputs
+from tests.zoo.cases import CASES, FEATURES, inputs, sampled
 
 SIZE = jax.export.symbolic_shape("b")[0]
 
 
+@sampled
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_is_exported_for_batches_of_any_size(name):
     layer = CASES[name].make(bool(CASES[name].supports.causal))
