@@ -55,10 +55,10 @@ class Evaluation:
 
         The test split is read here and nowhere else; `best` is `last` where they are the same.
         """
-        scores = {"last": self._split(last, "test")}
-        scores["best"] = scores["last"] if best is last else self._split(best, "test")
+        scores = {"last": self.score_split(last, "test")}
+        scores["best"] = scores["last"] if best is last else self.score_split(best, "test")
         chosen, selected = scores[self.run.selection], {"best": best, "last": last}[self.run.selection]
-        train = self._split(selected, "train", len(self.splits["test"]))
+        train = self.score_split(selected, "train", len(self.splits["test"]))
         columns = self.objective.columns(
             selected=chosen.score, train=train.score, **{name: one.score for name, one in scores.items()}
         )
@@ -68,7 +68,8 @@ class Evaluation:
             columns["scores_by_length"] = json.dumps({length: self._at_length(selected, length) for length in lengths})
         return columns, chosen.rows
 
-    def _split(self, parameters: Any, split: str, count: int | None = None) -> "Scores":
+    def score_split(self, parameters: Any, split: str, count: int | None = None) -> "Scores":
+        """Scores parameters on a split, or on `count` drawn examples of it."""
         return self.score(parameters, over(self._batches(split, count), split, quiet=self.quiet))
 
     def _batches(self, split: str, count: int | None = None):

@@ -181,6 +181,24 @@ def split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
     return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
 
 
+def split_as(run: Run, task: Task, model: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
+    """`split` of the model that a run builds, with copies of the arrays of another model of the same variables.
+
+    Raises: ValueError: it has other variables, or of other shapes.
+    """
+    graph, *wanted = split(nnx.eval_shape(lambda: build(run, task)))
+    name = lambda path: jax.tree_util.keystr(path[1:], simple=True, separator="/")  # the first says which of the three
+    flat = lambda states: {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(list(states))}
+    needed, arrays = flat(wanted), flat(split(model)[1:])
+    for place in needed | arrays:
+        need, got = (found[place].shape if place in found else None for found in (needed, arrays))
+        if need != got:
+            refuse("model", f"have the variables of layer {run.layer!r} with {dict(run.layer_options)}, so {place} of {need}",
+                   got, "Pass the options that it was built with.")
+    filled = jax.tree.unflatten(jax.tree.structure(wanted), [jnp.copy(arrays[place]) for place in needed])
+    return graph, *filled
+
+
 def count_parameters(run: Run, task: Task) -> int:
     """Trainable numbers of a run's model, those that layers share once; nothing is allocated.
 

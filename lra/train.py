@@ -45,6 +45,7 @@ def train(
     data_dir: str | os.PathLike | None = None,
     task: tasks.Task | None = None,
     splits: Mapping[str, Iterable[dict]] | None = None,
+    model: nnx.Module | None = None,
     resume: bool = False,
     quiet: bool = False,
     devices: int | None = None,
@@ -71,6 +72,8 @@ def train(
         data_dir: where data sets are; None takes TFDS's own.
         task: the task that the run was planned for, where it is none of `tasks.TASKS`.
         splits: the examples of "train", "validation" and "test" as `data.encodings` makes them; None: the task's data set.
+        model: what training begins from, of the run's layers and sizes; it stays as it is. None: `models.build` draws it. A
+            checkpoint that is resumed outranks it.
         resume: go on from the checkpoint in `out`, or return the result that is there; with neither, start.
         quiet: no progress on stderr.
         devices: how many devices share a batch; None: one, or in several processes all of them.
@@ -82,9 +85,9 @@ def train(
         show: is given the progress in words, instead of stderr.
     Returns: a `Result`; status is "failed: ..." where the loss stopped being a number. Memory is that of one device.
     Raises:
-        ValueError: unknown task, another than the run's; a batch larger than the data, or a run larger than the memory;
-            devices that do not divide the batch; "zero" on one device; a negative checkpoint_minutes; a length that the task
-            cannot be tested at.
+        ValueError: unknown task, another than the run's; a model of other variables; a batch larger than the data, or a run
+            larger than the memory; devices that do not divide the batch; "zero" on one device; a negative checkpoint_minutes;
+            a length that the task cannot be tested at.
         RunError: `out` cannot be written, is full, or holds another run; a run in it and not `resume`; another process that
             trains in it; a file in it that cannot be read.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint of that step is saved.
@@ -102,6 +105,7 @@ def train(
     mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
     parallel.check_shard(shard, mesh)
     sizes.check(run, task, splits, devices=1 if mesh is None else mesh.size, sharded=shard == "zero")
+    first = None if model is None else models.split_as(run, task, model)
     # Parameters, two moments, their average and the best parameters, 4 bytes each, in the old checkpoint and the new.
     needed = 2 * 4 * (4 + (run.ema is not None)) * models.count_parameters(run, task)
     with contextlib.ExitStack() as locks:
@@ -121,8 +125,9 @@ def train(
                 splits, source = store.load(task.dataset, data_dir)
         tensorboard = tensorboard and parallel.is_first()
         job = Job(
-            run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes, test_lengths, show
-        )
+            run, task, splits, source, folder, mesh, shard, quiet, tensorboard, 60 * checkpoint_minutes, test_lengths, show,
+            first,
+        )  # fmt: skip
         state = job.state()
         with job.started(state):
             failure = fit(job, state)
@@ -168,6 +173,7 @@ class Job:
         folder: the run's, which is this process's alone.
         checkpoint_seconds: between checkpoints.
         test_lengths: that the test is repeated at.
+        first: `models.split` of the model that training begins from; None: of what `models.build` draws.
     """
 
     run: Run
@@ -182,6 +188,7 @@ class Job:
     checkpoint_seconds: float
     test_lengths: Sequence[int]
     show_progress: Callable[[str], None] | None = None
+    first: tuple[Any, nnx.State, nnx.State, nnx.State] | None = None
 
     def __post_init__(self):
         run = self.run
@@ -193,7 +200,7 @@ class Job:
 
     def state(self) -> TrainState:
         """The state of the checkpoint, or where there is none the one before the first step."""
-        self.graph, parameters, statistics, fixed = models.split(models.build(self.run, self.task))
+        self.graph, parameters, statistics, fixed = self.first or models.split(models.build(self.run, self.task))
         learner = initial_state(self.run, self.optimiser, parameters, statistics)
         learner = parallel.place(learner, self.mesh, self.shard)
         state = TrainState(learner, best=evaluated(self.run, learner), fixed=parallel.place(fixed, self.mesh))

@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before the libraries, which take seconds to load
     interrupts.exit_during_startup("bench_generation")
 
 import json
-import math
 import pathlib
 
 import jax
@@ -23,7 +22,7 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.lra import machine, progress
-from subquad.lra.bench import timing
+from subquad.lra.bench import measure, timing
 from subquad.lra.cli import commands
 from subquad.lra.files import one_line
 from subquad.lra.layers import find_layer
@@ -60,8 +59,7 @@ def model_of(name: str, context: int) -> zoo.CausalLM:
 
 def cache_bytes(name: str, context: int) -> int:
     """Bytes of the cache of one sequence; nothing is allocated."""
-    cache = nnx.eval_shape(lambda: model_of(name, context).init_cache(1, context))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return measure.made_bytes(lambda: model_of(name, context).init_cache(1, context))
 
 
 def steps(name: str, context: int):

@@ -6,7 +6,7 @@ loop once however often it runs; the jaxpr still knows the trip counts, so FLOPs
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -64,6 +64,16 @@ def memory_of(compiled) -> Memory:
     # Not XLA's own peak_memory_in_bytes: on a CPU it leaves the temporary buffers out.
     peak = arguments + outputs + found.temp_size_in_bytes - found.alias_size_in_bytes
     return Memory(arguments, outputs, found.temp_size_in_bytes, peak)
+
+
+def made_bytes(make: Callable[[], Any]) -> int:
+    """Bytes of the arrays that a function returns, by their shapes; nothing is allocated.
+
+    Example:
+        >>> made_bytes(lambda: jax.numpy.zeros((2, 3)))
+        24
+    """
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make)))
 
 
 def flops(function: Callable, *args, while_trips: int | None = None, **kwargs) -> int:

@@ -10,6 +10,7 @@ COMMANDS = {
     "quickstart": "what each layer costs and can do, in minutes: a board and a page",
     "train": "train one layer on one task",
     "generate": "go on from a text with a language model that was trained",
+    "convert": "change a trained language model's attention for another layer, and train it on",
     "prepare": "list, prepare and check data sets",
     "table": "put what was run here beside a published table, and run what is missing",
     "bench": "measure time, memory, FLOPs and energy against length",

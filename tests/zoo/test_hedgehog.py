@@ -84,6 +84,22 @@ def test_the_loss(activation, is_causal, monkeypatch):
         np.testing.assert_allclose(jax.jit(layer.distillation_loss)(inputs, **words), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_loss_of_segments_and_of_padding_alone(is_causal, monkeypatch):
+    """Packed segments give the mean over all tokens; a sample of padding alone counts for nothing, and its slope is no NaN."""
+    monkeypatch.setattr(hedgehog, "BLOCK", 4)
+    layer, x, cut = build(is_causal=is_causal), normal(1, LENGTH, FEATURES), 5
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    loss = jax.jit(lambda params, x, **words: nnx.merge(graph, params, rest).distillation_loss(x, **words))
+    parts = [(len(part[0]) * loss(params, part), len(part[0])) for part in (x[:, :cut], x[:, cut:])]
+    want = sum(total for total, _ in parts) / LENGTH
+    x, real = np.concatenate([x, x]), jnp.array([True, False])[:, None, None, None]
+    words = dict(mask=jnp.broadcast_to(real, (2, 1, 1, LENGTH)), segment_ids=jnp.array([7] * cut + [2] * (LENGTH - cut)))
+    found, slopes = jax.jit(jax.value_and_grad(lambda params: loss(params, x, **words)))(params)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
+
+
 def test_the_loss_trains_the_maps_alone_until_weights_are_alike():
     """Of a converted softmax layer; what remains is less than half of the divergence there was."""
     model = nnx.Sequential(zoo.SoftmaxAttention(2, FEATURES, is_causal=True, rngs=nnx.Rngs(1)))

@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import precision
 from subquad.zoo import padding
@@ -104,8 +104,9 @@ class HedgehogAttention(Attention):
 
     @precision.full
     def distillation_loss(
-        self, inputs: Float[Array, "*B T D"], *, mask: Bool[Array, "*B 1 1 T"] | None = None
-    ) -> Float[Array, ""]:
+        self, inputs: Float[Array, "*B T D"], *, mask: Bool[Array, "*B 1 1 T"] | None = None,
+        segment_ids: Int[Array, "..."] | None = None,
+    ) -> Float[Array, ""]:  # fmt: skip
         """How far the weights are from those of softmax attention with the same projections (section 4).
 
             - mean_t sum_s p_ts log a_ts,   p_ts = softmax_s(q_t . k_s / sqrt(H)),   a_ts = w_ts / sum_s w_ts,
@@ -117,12 +118,15 @@ class HedgehogAttention(Attention):
         Cost: time O(T^2 N H), memory O(T N H) and the weights of a block of queries, as blocks are computed one by one and
             again in the backward pass.
         Args:
-            inputs, mask: as in a call.
+            inputs, mask, segment_ids: as in a call.
         Returns: float32.
         """
-        call = check_call(self, self.num_heads, inputs, None, None, mask, None, None)
+        call = check_call(self, self.num_heads, inputs, None, None, mask, None, segment_ids)
         order = None if call.mask is None else padding.real_first(call.mask, call.inputs_q.shape[0])
-        x = call.inputs_q if order is None else order.pack(call.inputs_q)
+        x, segments = call.inputs_q, call.extras.get("segment_ids", jnp.zeros(call.inputs_q.shape[:2], jnp.int32))
+        if order is not None:
+            x, segments = order.pack(x), order.pack(segments)
+        segments = jnp.cumsum(jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0, axis=1)  # runs of equal ids
         is_real = jnp.ones(x.shape[:2], bool) if order is None else order.mask
         query, key = jax.lax.stop_gradient(tuple(precision.wide(heads) for heads in self.rotate(*self.project(x)[:2])))
         query_features, key_features, log_scale = self._features(query, key)
@@ -131,10 +135,11 @@ class HedgehogAttention(Attention):
 
         @jax.checkpoint
         def of_block(block):
-            query, query_features, is_row, rows = block
-            visible = is_real[:, None, None]
+            query, query_features, is_row, rows, own = block
+            visible = is_real[:, None, None] & (own[:, None, :, None] == segments[:, None, None])
             if self.is_causal:
                 visible &= rows[0][:, None] >= keys
+            visible |= rows[0][:, None] == keys  # padding sees itself, since a softmax of nothing has no gradient
             logits = jnp.einsum("btnh,bsnh->bnts", query, key) / math.sqrt(self.head_features)
             products = jnp.einsum("btnm,bsnm->bnts", query_features, key_features)
             log_weights = jnp.log(jnp.maximum(products, SMALLEST))
@@ -147,7 +152,7 @@ class HedgehogAttention(Attention):
             return jnp.sum(jnp.where(is_row[:, None], cross_entropy, 0.0))
 
         rows = jnp.broadcast_to(keys, is_real.shape)
-        blocks = (padding.in_blocks(array, BLOCK) for array in (query, query_features, is_real, rows))
+        blocks = (padding.in_blocks(array, BLOCK) for array in (query, query_features, is_real, rows, segments))
         total = jax.lax.map(of_block, tuple(jnp.moveaxis(array, 1, 0) for array in blocks)).sum()
         return total / (self.num_heads * jnp.maximum(is_real.sum(), 1))
 
