@@ -1,5 +1,6 @@
 """Native sparse attention: compressed keys, blocks that these choose, and a window, each with a gate."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import jax
@@ -125,7 +126,8 @@ class NSAAttention(Attention):
             setattr(self, name, projection(shell, in_features, heads, rngs=rngs))
         self.branch_gate = projection(shell, in_features, (num_heads, 3), rngs=rngs)
         make = lambda: Compressor(self.size, self.head_features, shell, self.param_dtype, rngs)
-        self.compress_key, self.compress_value = (make(), make()) if compression == "mlp" else (mean, mean)
+        self.compress_key: Callable[[Any], Any] = make() if compression == "mlp" else mean
+        self.compress_value: Callable[[Any], Any] = make() if compression == "mlp" else mean
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query heads, key and value heads of the branches one after the other, and gates [B, T, N, 3]."""
