@@ -110,12 +110,12 @@ def mean_error(got, want, least):
 
 
 def marks_of(spec, implementation, length):
-    """What of the lengths runs by default: all of several blocks, and of an operation's first call in XLA all."""
+    """What of the lengths runs by default: of an operation's first call all, in XLA, and else a sample."""
     if len(spec.lengths) <= 3 or (spec.name in FIRST and implementation == "xla"):
         return []
     if length in LIKE_63:
         return [pytest.mark.full]
-    return [pytest.mark.sample(2)] if length in SHORT and spec.name in SIBLINGS else []
+    return [pytest.mark.sample(4 if length in SHORT else 2)] if spec.name in SIBLINGS else []
 
 
 def cases():

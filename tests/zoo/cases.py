@@ -228,7 +228,7 @@ DIRECTIONS = [
 # Layers whose family, a folder of zoo/, has a row above: of what is not the contract's core they run a sample.
 FAMILIES = {name: zoo.LAYERS[name].__module__.split(".")[-2] for name in CASES}
 SIBLINGS = [name for at, name in enumerate(CASES) if FAMILIES[name] in list(FAMILIES.values())[:at]]
-sampled = pytest.mark.sample(3, of=SIBLINGS)
+sampled = pytest.mark.sample(6, of=SIBLINGS)
 CAUSAL = [name for name, is_causal in DIRECTIONS if is_causal]
 SEGMENTED = [(name, is_causal) for name, is_causal in DIRECTIONS if CASES[name].supports.segment_ids]
 EXTENDING = [name for name in CAUSAL if CASES[name].supports.extend]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, SEGMENTED, inputs, label, one_direction, sampled
+from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, SEGMENTED, SIBLINGS, inputs, label, one_direction, sampled
 
 pytestmark = pytest.mark.interpret
 LENGTH = 23
@@ -51,6 +51,7 @@ def outputs_and_gradients(layer, x, cotangent, **words):
     return run(params, x, cotangent)
 
 
+@pytest.mark.sample(2, of=SIBLINGS)
 @pytest.mark.parametrize("name,is_causal", one_direction(DIRECTIONS), ids=label)
 def test_outputs_and_every_gradient(name, is_causal):
     x, cotangent = inputs(LENGTH), inputs(LENGTH, seed=1)
