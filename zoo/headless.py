@@ -72,7 +72,7 @@ class Headless(nnx.Module):
         dtypes = dict[str, Any](dtype=self.dtype, param_dtype=self.param_dtype)
         return nnx.Linear(in_features, out_features, use_bias=use_bias, precision=self.precision, rngs=rngs, **dtypes)
 
-    def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids, **draws) -> Float[Array, "B T D"]:
+    def respond(self, inputs: Float[Array, "B T D"], mask, segment_ids, **draws) -> Float[Array, "B T R"]:
         """What each token gets from all: of inputs whose padding, by `mask` [B, 1, 1, T], comes last and is 0."""
         if segment_ids is not None:
             return self._recur(inputs, segment_ids=segment_ids)[0]
@@ -82,7 +82,7 @@ class Headless(nnx.Module):
         """`respond`, and the cache after the last token; of no cache from no token on."""
         raise NotImplementedError
 
-    def finish(self, inputs: Float[Array, "N D"], responses: Float[Array, "N D"]) -> Float[Array, "N F"]:
+    def finish(self, inputs: Float[Array, "N D"], responses: Float[Array, "N R"]) -> Float[Array, "N F"]:
         """The outputs, token by token."""
         return responses
 
