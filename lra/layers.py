@@ -17,7 +17,7 @@ from subquad.zoo import registry
 from subquad.zoo.registry import LAYERS
 
 # What a block calls its mixer with, beside the inputs.
-_WORDS = ("mask", "deterministic", "rngs")
+_WORDS = ("mask", "segment_ids", "deterministic", "rngs")
 _CONTRACT = (
     "__init__(self, in_features, ..., *, rngs) and __call__(self, inputs, *, mask=None) with inputs [B, T, in_features] and "
     "a boolean mask [B, 1, 1, T], True = a real token"
@@ -27,7 +27,7 @@ _CONTRACT = (
 class Own(nnx.Module):
     """A user's layer as a block calls it: words that its call does not take are left out.
 
-    Those can only be `deterministic` and `rngs`, for a layer that draws nothing.
+    Those can only be `deterministic` and `rngs`, for a layer that draws nothing: `check_segments` asks for `segment_ids`.
     """
 
     def __init__(self, layer: nnx.Module, is_causal: bool):
@@ -137,9 +137,9 @@ def check_segments(name: str) -> None:
     Raises: ValueError: with the layers that can.
     """
     able = [known for known, layer in LAYERS.items() if layer.supports.segment_ids]
-    if name in LAYERS and name not in able:
+    if not (name in able if name in LAYERS else _takes(_parameters(find_layer(name).__call__), "segment_ids")):
         refuse("documents", f"be 'joined' for layer {name!r}, which cannot keep them apart", "'apart'",
-               f"Leave it out, or use {', '.join(able)}.")
+               f"Leave it out, use {', '.join(able)}, or give your own layer's call segment_ids.")
 
 
 def _words(name: str) -> Container[str]:

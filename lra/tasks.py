@@ -146,18 +146,16 @@ for _config, _side in _SIDES.items():
 # A zero byte ends a document, and ids are bytes + 1.
 _LANGUAGE: dict = dict(kind="language_model", metric="bits per byte", floors=floors.next_token, end_of_document=1)
 _BBC, _SIDE, _DIGIT = "Greene and Cunningham 2006, BBC news", corpora.SIDE, corpora.DIGIT_SIDE
-_PYTHON = "the standard library of Python"
+_NOTE, _PYTHON = "a stand-in that needs no network; no task of the arena", "the standard library of Python"
 for _name, _length, _classes, _source, _words in (
     ("bbc_text", 2048, len(corpora.SECTIONS), _BBC, {}),
     ("bbc_halves", 2048, 2, _BBC, dict(kind="pair")),
     ("photo_patches", _SIDE**2, len(corpora.PHOTOS), "photographs of scikit-image", dict(image_shape=(_SIDE, _SIDE))),
     ("digits", _DIGIT**2, 10, "Alpaydin and Kaynak 1998, UCI", dict(image_shape=(_DIGIT, _DIGIT), vocabulary_size=18)),
     ("pylib_lm", LM_LENGTH, _BYTES, _PYTHON, _LANGUAGE),
-    ("pylib_lm", SHORT_LENGTH, _BYTES, _PYTHON, _LANGUAGE),
 ):
-    _note, _config = "a stand-in that needs no network; no task of the arena", "short" if _length == SHORT_LENGTH else "offline"
-    _dataset = f"offline/{_name}_short" if _config == "short" else f"offline/{_name}"
-    _add(_name, _config, _length, _classes, _source, _dataset, note=_note, **_words)
+    _add(_name, "offline", _length, _classes, _source, f"offline/{_name}", note=_NOTE, **_words)
+_add("pylib_lm", "short", SHORT_LENGTH, _BYTES, _PYTHON, "offline/pylib_lm_short", note=_NOTE, **_LANGUAGE)
 for _name, _configs in diagnostics.CONFIGS.items():
     for _config, _one in _configs.items():
         _add(

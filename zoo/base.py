@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch, patterns, softmax
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
-from subquad.zoo.cache import KVCache, append, places, poisoned
+from subquad.zoo.cache import KVCache, append, next_position, places, poisoned
 from subquad.zoo.checks import (
     cache_dtype,
     check_call,
@@ -347,7 +347,7 @@ class Attention(nnx.Module):
             inputs, mask = order.pack(inputs), order.mask[:, None, None]
         heads = self.project(inputs)
         if self.rotary_base is not None:
-            positions = places(cache.seen, inputs.shape[1])
+            positions = places(next_position(cache), inputs.shape[1])
             heads = *self.rotate(*heads[:2], positions, positions), *heads[2:]
         heads, cache = self.attend_cached(*heads, mask, cache)
         outputs = self.out(heads)

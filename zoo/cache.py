@@ -16,11 +16,6 @@ class KVCache(NamedTuple):
     value: Float[Array, "B S K V"]
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """Real tokens so far: the position of the next one."""
-        return self.length
-
     @classmethod
     def zeros(cls, batch_size: int, max_length: int, num_kv_heads: int, head_features: int, dtype) -> "KVCache":
         shape = (batch_size, max_length, num_kv_heads, head_features)
@@ -30,6 +25,11 @@ class KVCache(NamedTuple):
 def places(start: Int[Array, "*B"], length: int) -> Int[Array, "*B T"]:
     """The `length` places from each `start` on."""
     return start[..., None] + jax.lax.broadcasted_iota(start.dtype, (*start.shape, length), start.ndim)
+
+
+def next_position(cache) -> Int[Array, "B"]:
+    """The position of each sample's next token: how many real ones a cache has seen."""
+    return cache.seen if hasattr(cache, "seen") else cache.length
 
 
 def counts(tokens: Array, mask: Bool[Array, "B 1 1 T"] | None) -> Int[Array, "B"]:
@@ -176,11 +176,6 @@ class MemoryCompressedCache(NamedTuple):
     def room(self) -> int:
         return self.key.shape[1] * self.open_key.shape[1]
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
-
 
 class TransformerXLCache(NamedTuple):
     """The layer's inputs of each sample's last P = memory_length + segment_length - 1 real tokens, the newest last."""
@@ -227,11 +222,6 @@ class ReformerCache(NamedTuple):
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     buckets: Int[Array, "B R S N"]  # of every round
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
-
 
 class SinkhornCache(NamedTuple):
     """Keys and values of each sample's real tokens so far: the token at position t in slot t of S; and what sorts blocks."""
@@ -242,11 +232,6 @@ class SinkhornCache(NamedTuple):
     sums: Float[Array, "B I D"]  # of the inputs up to the first of each block
     total: Float[Array, "B D"]  # of the inputs so far
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
-
 
 class RoutingCache(NamedTuple):
     """Keys and values of each sample's real tokens so far: the token at position t in slot t of S; and their clusters."""
@@ -256,11 +241,6 @@ class RoutingCache(NamedTuple):
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     places: Int[Array, "B S N"]  # of tokens in the order of cluster and position, with gaps between clusters
     members: Int[Array, "B N C"]  # tokens of each cluster so far
-
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
 
 
 class LocalCache(NamedTuple):
@@ -280,11 +260,6 @@ class HTransformerCache(NamedTuple):
     coarse_key: Float[Array, "B G K H+2"]  # S // 2, then S // 4, ...; with the logarithm of the tokens of a group in two parts
     coarse_value: Float[Array, "B G K V"]
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
-
 
 class LongformerCache(NamedTuple):
     """Local keys and values of each sample's real tokens so far, and global ones of its G global tokens, by position."""
@@ -294,8 +269,3 @@ class LongformerCache(NamedTuple):
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     global_key: Float[Array, "B G K H"]
     global_value: Float[Array, "B G K V"]
-
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length

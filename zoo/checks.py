@@ -89,8 +89,14 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
 def check_length(owner: str, name: str, length: int, most: int | None) -> None:
     """Refuses more tokens than the `max_length` that a layer was built for; None: it takes any number."""
     if most is not None and length > most:
-        refuse(owner, name, f"{length} tokens", f"be at most max_length = {most} tokens",
+        refuse(owner, name, f"{length} tokens", f"be at most the layer's max_length = {most} tokens",
                "Construct the layer with a larger max_length.")
+
+
+def check_steps(owner: str, dt_min: float, dt_max: float) -> None:
+    """Refuses bounds that no step lies between."""
+    if not 0 < dt_min <= dt_max:
+        refuse(owner, "dt_min", dt_min, f"be positive and at most dt_max = {dt_max}", "0.001 and 0.1 are the papers'.")
 
 
 def check_rate(owner: str, rate: float, name: str = "dropout_rate") -> None:

@@ -215,7 +215,11 @@ class Encoder(nnx.Module):
             call["segment_ids"] = segment_ids
         hidden, losses = self.run_blocks(hidden, call, is_deterministic, rngs)
         real = real_tokens(hidden, call["mask"])
-        return hidden if self.norm is None else normalise(self.norm, hidden, real, is_deterministic), losses
+        return self.last_norm(hidden, real, is_deterministic), losses
+
+    def last_norm(self, hidden: Float[Array, "B T D"], real=None, deterministic: bool = True) -> Float[Array, "B T D"]:
+        """The norm after all blocks, where there is one."""
+        return hidden if self.norm is None else normalise(self.norm, hidden, real, deterministic)
 
     def run_blocks(self, hidden, call: dict[str, Any], deterministic: bool, rngs: nnx.Rngs | None, layers=None):
         """Features through some layers, or all -> (features before the last norm, losses of the experts' routers)."""
@@ -239,7 +243,7 @@ class Encoder(nnx.Module):
         """T more tokens through all blocks and the last norm, after those in the mixers' caches -> (features, caches)."""
         run = reversible.extend if self.reversible else extend
         hidden, caches = run(self.layers, hidden, caches, mask)
-        return (hidden if self.norm is None else normalise(self.norm, hidden, None, deterministic=True)), caches
+        return self.last_norm(hidden), caches
 
     def check(self, tokens, mask=None, segment_ids=None) -> None:
         """Refuses what a call of the model cannot take."""

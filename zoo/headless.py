@@ -154,10 +154,15 @@ class Headless(nnx.Module):
     def _extend(self, inputs, cache, mask):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         inputs = self._promote(inputs if order is None else order.pack(inputs))
+        responses, cache = self._respond_cached(inputs, cache, None if order is None else order.mask[:, None, None])
+        outputs = in_pieces(self.finish, inputs, responses)
+        return outputs if order is None else order.unpack(outputs), cache
+
+    def _respond_cached(self, inputs: Float[Array, "B T D"], cache: Any, mask) -> tuple[Float[Array, "B T R"], Any]:
+        """`respond` for T more tokens after those in `cache`, of which `mask` [B, 1, 1, T] has the real ones first."""
         state = cache.state if isinstance(cache, StateCache) else cache
         responses, state = self.respond_after(inputs, state, None if mask is None else counts(inputs, mask))
-        outputs = in_pieces(self.finish, inputs, responses)
-        return outputs if order is None else order.unpack(outputs), as_cache(state)
+        return responses, as_cache(state)
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""

@@ -74,8 +74,7 @@ class PerceiverAR(CausalLM):
         latents, losses = self._read(encoder.layers[0], hidden, at, keys, draws)
         call = dict(mask=None if keys is None else keys[..., -latents.shape[1] :])
         latents, more = encoder.run_blocks(latents, call, **draws, layers=encoder.layers[1:])
-        assert encoder.norm is not None  # as norm_order is "pre"
-        return self.project(encoder.norm(latents)), add(losses, more)
+        return self.project(encoder.last_norm(latents)), add(losses, more)
 
     def _read(self, block: Block, hidden, at, mask, draws: dict[str, Any]):
         """The first block, of the last tokens: (latents, losses of its router)."""

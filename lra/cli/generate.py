@@ -39,11 +39,10 @@ def main(command_line: Sequence[str] | None = None, program: str = "generate") -
     prompt = arguments.prompt.encode()
     if not prompt:
         raise ValueError("prompt must have at least one byte, got ''. Leave it out for a new line.")
-    sampling = {} if arguments.temperature == 0 else dict(top_k=arguments.top_k, top_p=arguments.top_p)
     ids = jnp.asarray(encodings.shifted(np.frombuffer(prompt, np.uint8))[None].astype(np.int32))
     tokens = model.model.stream(
-        ids, arguments.tokens, temperature=arguments.temperature, stop_token=task.end_of_document,
-        rngs=nnx.Rngs(arguments.seed), **sampling,
+        ids, arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+        stop_token=task.end_of_document, rngs=nnx.Rngs(arguments.seed),
     )  # fmt: skip
     began, count = time.perf_counter(), 0
     write(prompt)

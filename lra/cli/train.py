@@ -109,6 +109,7 @@ def own_text(arguments, words: dict) -> tuple[tasks.Task | None, dict | None]:
         return None, None
     for name in {"task", "config"} & words.keys():
         raise ValueError(f"{name} must be left out beside --text, got {words[name]!r}. The files are the task.")
-    task, splits = tasks.own_text(arguments.text, arguments.text_length or tasks.LM_LENGTH)
+    length = tasks.LM_LENGTH if arguments.text_length is None else arguments.text_length
+    task, splits = tasks.own_text(arguments.text, length)
     words["task"] = task
     return task, splits

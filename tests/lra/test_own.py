@@ -83,6 +83,12 @@ class Mean(nnx.Module):
             mean = hidden.sum(1, keepdims=True) / jnp.maximum(real.sum(1), 1)[:, None, None]
         return self.outer(jnp.broadcast_to(mean, hidden.shape))
 
+class Segmented(Mean):
+    """Knows documents: its outputs are their numbers."""
+
+    def __call__(self, inputs, mask=None, segment_ids=None):
+        return jnp.zeros_like(inputs) + segment_ids[..., None]
+
 class Deaf(Mean):
     def __call__(self, inputs):
         return inputs
@@ -156,6 +162,15 @@ def test_a_task_and_a_layer_of_ones_own_are_trained_and_resumed(module, tmp_path
 def test_layers_that_do_not_meet_the_contract_are_told_why(module, layer, words, kind, match):
     with pytest.raises(kind, match=match):
         plan("quickstart", layer, task=PARITY, layer_options=words)
+
+
+def test_documents_are_kept_apart_by_a_layer_that_takes_segment_ids_alone(module):
+    words = dict(task="pylib_lm", documents="apart", mlp_features=16, layer_options=dict(is_causal=True))
+    with pytest.raises(ValueError, match="documents must be 'joined' for layer 'my_mixers:Mean', .*or give your own"):
+        plan("quickstart", "my_mixers:Mean", **words)
+    run = plan("quickstart", "my_mixers:Segmented", in_features=16, num_layers=1, **words)
+    mixer = models.build(run, tasks.find_task("pylib_lm", "offline")).model.encoder.layers[0].mixer
+    np.testing.assert_array_equal(mixer(np.ones((1, 3, 16)), segment_ids=np.array([[0, 1, 1]]))[0, :, 0], [0, 1, 1])
 
 
 def test_a_layer_without_is_causal_is_no_language_model(module):

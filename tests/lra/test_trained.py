@@ -69,6 +69,21 @@ def test_what_cannot_keep_documents_apart_is_refused():
         plan("quickstart", "softmax", documents="apart")
 
 
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--text-length", "64"], "text-length must be left out without --text"),
+        (["--text", "{file}", "--text-length", "0"], "text: length must be at least 2 bytes, got 0"),
+        (["--text", "{file}", "--task", "listops"], "task must be left out beside --text, got 'listops'"),
+    ],
+)
+def test_the_words_on_text_are_honoured_or_refused(words, message, text):
+    from subquad.lra.cli import train as command
+
+    with pytest.raises(ValueError, match=message):
+        command.main([word.format(file=text) for word in words])
+
+
 def command(*words):
     script = pathlib.Path(__file__).parents[2] / "scripts" / "generate.py"
     return subprocess.run([sys.executable, str(script), *map(str, words)], capture_output=True)
@@ -87,6 +102,7 @@ def test_the_command_goes_on_from_a_prompt(folder):
         (["nowhere"], "must hold run.json"),
         (["--prompt", ""], "prompt must have at least one byte"),
         (["--top-p", "2"], "top_p must be"),
+        (["--top-k", "3", "--temperature", "0"], "top_k must be None when temperature is 0"),
     ],
 )
 def test_the_command_names_what_is_wrong(words, message, folder):

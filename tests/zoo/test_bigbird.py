@@ -165,7 +165,7 @@ def test_refusals():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"BigBirdAttention: {word} must"):
             make(**options)
-    with pytest.raises(ValueError, match="BigBirdAttention: inputs_q must be at most max_length = 40 tokens"):
+    with pytest.raises(ValueError, match="BigBirdAttention: inputs_q must be at most the layer's max_length = 40 tokens"):
         make()(inputs(41))
-    with pytest.raises(ValueError, match="BigBirdAttention: max_length must be at most max_length = 40 tokens"):
+    with pytest.raises(ValueError, match="BigBirdAttention: max_length must be at most the layer's max_length = 40 tokens"):
         make(True).init_cache(1, 41)

@@ -90,11 +90,11 @@ def test_grouped_heads_are_repeated_ones():
 
 def test_lengths_beyond_the_period_are_refused_or_nan():
     layer, causal = build(), build(True)
-    with pytest.raises(ValueError, match="CosformerAttention: inputs_q must be at most max_length = 30 tokens, got 31"):
+    with pytest.raises(ValueError, match="CosformerAttention: inputs_q must be at most .* max_length = 30 tokens, got 31"):
         layer(normal(1, LONGEST + 1, FEATURES))
-    with pytest.raises(ValueError, match="CosformerAttention: inputs_kv must be at most max_length = 30 tokens, got 31"):
+    with pytest.raises(ValueError, match="CosformerAttention: inputs_kv must be at most .* max_length = 30 tokens, got 31"):
         layer(normal(1, 3, FEATURES), normal(1, LONGEST + 1, FEATURES))
-    with pytest.raises(ValueError, match="CosformerAttention: max_length must be at most max_length = 30 tokens, got 31"):
+    with pytest.raises(ValueError, match="CosformerAttention: max_length must be at most .* max_length = 30 tokens, got 31"):
         causal.init_cache(1, LONGEST + 1)
     cache = causal.init_cache(2, LONGEST)
     mask = jnp.ones((2, 1, 1, LONGEST), bool).at[1, ..., 4].set(False)

@@ -128,9 +128,9 @@ def test_refusals(options, words):
 
 def test_more_tokens_than_taps():
     layer = build(is_causal=True, **SOFTMAX)
-    with pytest.raises(ValueError, match="DSS: inputs_q must be at most max_length = 24 tokens, got 25"):
+    with pytest.raises(ValueError, match="DSS: inputs_q must be at most the layer's max_length = 24 tokens, got 25"):
         layer(normal(2, LONGEST + 1, FEATURES))
-    with pytest.raises(ValueError, match="DSS: max_length must be at most max_length = 24 tokens, got 25"):
+    with pytest.raises(ValueError, match="DSS: max_length must be at most the layer's max_length = 24 tokens, got 25"):
         layer.init_cache(2, LONGEST + 1)
 
 

@@ -77,9 +77,9 @@ def test_refusals(options, words):
 
 def test_more_than_max_length():
     layer = build(is_causal=True, max_length=5)
-    with pytest.raises(ValueError, match="GAU: the number of tokens must be at most max_length = 5, got 6"):
+    with pytest.raises(ValueError, match="GAU: inputs_q must be at most the layer's max_length = 5 tokens, got 6 tokens"):
         layer(normal(1, 6, FEATURES))
-    with pytest.raises(ValueError, match="GAU: max_length must be at most that of the layer, 5, got 6"):
+    with pytest.raises(ValueError, match="GAU: max_length must be at most the layer's max_length = 5 tokens, got 6"):
         layer.init_cache(1, 6)
 
 

@@ -100,9 +100,9 @@ def test_rounding_is_in_proportion_to_the_largest_token():
 
 def test_refusals():
     layer = build()
-    with pytest.raises(ValueError, match="Hyena: inputs_q must be at most max_length = 12 tokens, got 13 tokens"):
+    with pytest.raises(ValueError, match="Hyena: inputs_q must be at most the layer's max_length = 12 tokens, got 13 tokens"):
         layer(jnp.ones((1, 13, FEATURES)))
-    with pytest.raises(ValueError, match="Hyena: max_length must be at most max_length = 12 tokens, got 13 tokens"):
+    with pytest.raises(ValueError, match="Hyena: max_length must be at most the layer's max_length = 12 tokens, got 13 tokens"):
         layer.init_cache(1, 13)
     with pytest.raises(ValueError, match="Hyena: convolve_values must be True with order 1"):
         build(order=1, convolve_values=False)

@@ -207,7 +207,7 @@ def test_refusals(change, argument):
 
 def test_a_longer_sequence_is_refused():
     layer = build()
-    with pytest.raises(ValueError, match="LinformerAttention: the number of keys must be .* max_length = 12, got 13"):
+    with pytest.raises(ValueError, match="LinformerAttention: inputs_kv must be .* max_length = 12 tokens, got 13"):
         layer(normal(1, LENGTH + 1, FEATURES))
     assert layer(normal(1, 40, FEATURES), normal(1, LENGTH, FEATURES)).shape == (1, 40, FEATURES)  # queries may be more
 

@@ -153,9 +153,9 @@ def test_refusals(options, words):
 
 def test_more_tokens_than_distances():
     layer = build(bias="simple", max_length=5, is_causal=True)
-    with pytest.raises(ValueError, match="Mega: inputs_q must be at most max_length = 5 tokens, got 6"):
+    with pytest.raises(ValueError, match="Mega: inputs_q must be at most the layer's max_length = 5 tokens, got 6"):
         layer(normal(2, 6, FEATURES))
-    with pytest.raises(ValueError, match="Mega: max_length must be at most max_length = 5 tokens, got 6"):
+    with pytest.raises(ValueError, match="Mega: max_length must be at most the layer's max_length = 5 tokens, got 6"):
         layer.init_cache(2, 6)
 
 

@@ -63,5 +63,5 @@ def test_refusals():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"RandomAttention: {word} must"):
             make(**options)
-    with pytest.raises(ValueError, match="RandomAttention: inputs_q must be at most max_length = 40 tokens"):
+    with pytest.raises(ValueError, match="RandomAttention: inputs_q must be at most the layer's max_length = 40 tokens"):
         make()(inputs(41))

@@ -267,9 +267,9 @@ def test_refusals(options, match):
 
 
 def test_longer_than_max_length_is_refused():
-    with pytest.raises(ValueError, match="inputs_q must be at most max_length = 40 tokens, got 41"):
+    with pytest.raises(ValueError, match="inputs_q must be at most the layer's max_length = 40 tokens, got 41"):
         small()(inputs(41))
-    with pytest.raises(ValueError, match="max_length must be at most max_length = 40 tokens"):
+    with pytest.raises(ValueError, match="max_length must be at most the layer's max_length = 40 tokens"):
         small(is_causal=True).init_cache(1, 41)
 
 

@@ -149,9 +149,9 @@ def test_refusals(change, words):
 
 def test_more_tokens_than_rows_or_columns():
     for count in ((LONGEST + 1,), (LONGEST + 1, 3), (3, LONGEST + 1)):
-        with pytest.raises(ValueError, match="SynthesizerAttention: the number of .* must be at most max_length = 15"):
+        with pytest.raises(ValueError, match="SynthesizerAttention: inputs_.* must be at most the layer's max_length = 15"):
             build("random")(*(normal(2, size, FEATURES) for size in count))
-    with pytest.raises(ValueError, match="max_length must be at most that of the layer, 15"):
+    with pytest.raises(ValueError, match="max_length must be at most the layer's max_length = 15"):
         build("random", is_causal=True).init_cache(2, LONGEST + 1)
 
 

@@ -23,11 +23,6 @@ class MoBACache(NamedTuple):
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     sums: Float[Array, "B M K H"]  # float32, whatever the dtype of the layer
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
-
 
 class MoBAAttention(Attention):
     """Causal softmax attention to few blocks of keys, which every query and head chooses by the blocks' mean keys.

@@ -31,11 +31,6 @@ class NSACache(NamedTuple):
     compressed_key: Float[Array, "B C K H"]  # those of blocks that are not complete mean nothing
     compressed_value: Float[Array, "B C K V"]
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
-
 
 class NSAAttention(Attention):
     """Three causal attentions and their gates: to compressed blocks, to the blocks that matter most, and to a window.

@@ -13,10 +13,9 @@ from subquad.zoo import padding
 from subquad.zoo.base import Support
 from subquad.zoo.cache import counts, pieces, poisoned, write
 from subquad.zoo.checks import cache_dtype, check_length, check_sizes, refuse, require_extend
-from subquad.zoo.compilation import compile_once
 from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import flat, in_pieces, in_turn
+from subquad.zoo.projection import flat, in_turn
 
 FILTER_BYTES = 1 << 24  # of the windows that are made at a time
 FAST, SLOW, TARGET = 0.3, 1.5, 1e-2  # shares of max_length after which windows are at the target, as in the authors' code
@@ -32,11 +31,6 @@ class HyenaCache(NamedTuple):
     @property
     def room(self) -> int:
         return self.values.shape[2]
-
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
 
 
 class Hyena(Headless):
@@ -194,7 +188,7 @@ class Hyena(Headless):
             return in_turn(convolve, inputs, self.short.empty(len(inputs)))
         return convolve(inputs, state)
 
-    def recur(self, gates, values, convolve):
+    def _through(self, gates, values, convolve):
         """z^{N+1}; `convolve(n, z)` is the n-th long convolution."""
         if not self.convolve_values:
             values, gates = gates[0] * values, gates[1:]
@@ -206,7 +200,7 @@ class Hyena(Headless):
         check_length(type(self).__name__, "inputs_q", inputs.shape[1], self.max_length)
         (*gates, values), _ = self.parts(inputs, segment_ids)
         hidden = self.hidden(inputs.shape[1])
-        return self.recur(gates, values, lambda n, values: convolution.convolve(
+        return self._through(gates, values, lambda n, values: convolution.convolve(
             values, self.filter(hidden, n), segment_ids=segment_ids, implementation=self.implementation))
 
     def finish(self, inputs, responses):
@@ -220,11 +214,7 @@ class Hyena(Headless):
         values = jnp.zeros((batch_size, count, max_length, features), dtype)
         return HyenaCache(values, jnp.zeros(batch_size, jnp.int32), self.short.empty(batch_size))
 
-    @compile_once
-    def _extend(self, inputs, cache, mask):
-        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
-        inputs = self._promote(inputs if order is None else order.pack(inputs))
-        mask = None if order is None else order.mask[:, None, None]
+    def _respond_cached(self, inputs, cache, mask):
         (*gates, values), state = self.parts(inputs, None, mask, cache.state)
         hidden, past = self.hidden(cache.room), []
 
@@ -233,10 +223,9 @@ class Hyena(Headless):
             seen = past[-1].astype(values.dtype)
             return convolved_from(cache.length, values.shape[1], seen, self.filter(hidden, n), self.implementation)
 
-        outputs = in_pieces(self.finish, inputs, self.recur(gates, values, convolve))
+        responses = self._through(gates, values, convolve)
         cache = HyenaCache(jnp.stack(past, 1), cache.length + counts(inputs, mask), state)
-        outputs = poisoned(outputs, cache)
-        return outputs if order is None else order.unpack(outputs), cache
+        return poisoned(responses, cache), cache
 
 
 @precision.promoting

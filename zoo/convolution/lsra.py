@@ -24,11 +24,6 @@ class LSRACache(NamedTuple):
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     state: Float[Array, "B K-1 D/2"]
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
-
 
 class LSRA(Headless):
     """Long-short range attention: softmax attention of the first half of the features beside a convolution of the second.

@@ -1,6 +1,5 @@
 """Decays of Mamba-2's kind, of each head or of each channel of its keys."""
 
-import math
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import precision
+from subquad.zoo.gated.decay import step_bias
 from subquad.zoo.projection import in_pieces
 
 STEPS = 1e-3, 0.1  # between which softplus(d) starts, evenly in its logarithm
@@ -27,9 +27,8 @@ class Decay(nnx.Module):
         self, shape: tuple[int, ...], *, rates: tuple[float, float], param_dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
         rate = jax.random.uniform(rngs.params(), shape[:1], jnp.float32, *rates)
-        step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, *map(math.log, STEPS)))
         self.log_rate = nnx.Param(jnp.log(rate).astype(param_dtype))
-        self.step_bias = nnx.Param((step + jnp.log(-jnp.expm1(-step))).astype(param_dtype))  # of which softplus is the step
+        self.step_bias = nnx.Param(step_bias(rngs, shape, *STEPS).astype(param_dtype))
 
     def __call__(self, logits: Float[Array, "B T *shape"]) -> Float[Array, "B T *shape"]:
         """log a, wide."""

@@ -24,11 +24,6 @@ class ForgettingCache(NamedTuple):
     log_kept: Float[Array, "B S N"]  # sum of log f up to each token, in float32
     total: Float[Array, "B N"]  # that up to the newest
 
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
-
 
 class ForgettingAttention(Attention):
     """Softmax attention with a forget gate of each head: the mechanism of the Forgetting Transformer (FoX).

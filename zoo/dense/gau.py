@@ -9,14 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import dispatch, precision
-from subquad.zoo import padding, unit
+from subquad.zoo import unit
 from subquad.zoo.base import Support
 from subquad.zoo.cache import KVCache, append, counts, places, poisoned
-from subquad.zoo.checks import cache_dtype, check_sizes, refuse, require_extend
-from subquad.zoo.compilation import compile_once
+from subquad.zoo.checks import cache_dtype, check_length, check_sizes, refuse, require_extend
 from subquad.zoo.extending import in_chunks
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import in_pieces
 
 BLOCK = 256  # queries of whose weights all are there at once
 
@@ -90,9 +88,7 @@ class GAU(Headless):
 
     def respond(self, inputs, mask, segment_ids):
         length = inputs.shape[1]
-        if self.max_length is not None and length > self.max_length:
-            refuse("GAU", "the number of tokens", length, f"be at most max_length = {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length("GAU", "inputs_q", length, self.max_length)
         z, value = unit.tokens_of(self, inputs, None if mask is None else mask[:, 0, 0])
         query, key = unit.rotated_heads(self, z, jnp.arange(length)[None])
         number = jnp.maximum(counts(inputs, mask), 1)
@@ -127,22 +123,14 @@ class GAU(Headless):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        if self.max_length is not None and max_length > self.max_length:
-            refuse("GAU", "max_length", max_length, f"be at most that of the layer, {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length("GAU", "max_length", max_length, self.max_length)
         zeros = lambda features: jnp.zeros((batch_size, max_length, 1, features), cache_dtype(self, dtype))
         return KVCache(zeros(self.shared_features), zeros(self.value_features), jnp.zeros(batch_size, jnp.int32))
 
-    @compile_once
-    def _extend(self, inputs, cache, mask):
-        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
-        inputs = self._promote(inputs if order is None else order.pack(inputs))
-        mask = None if order is None else order.mask[:, None, None]
-        z, value = unit.tokens_of(self, inputs, None if order is None else order.mask)
+    def _respond_cached(self, inputs, cache, mask):
+        z, value = unit.tokens_of(self, inputs, None if mask is None else mask[:, 0, 0])
         start = cache.length
         query, key = unit.rotated_heads(self, z, places(start, inputs.shape[1]))
         cache = append(cache, key[:, :, None], value[:, :, None], mask)
         keys, values = (x[:, :, 0].astype(query.dtype) for x in cache[:2])
-        outputs = in_pieces(self.finish, inputs, self._attend(query, keys, values, start, start))
-        outputs = poisoned(outputs, cache)
-        return outputs if order is None else order.unpack(outputs), cache
+        return poisoned(self._attend(query, keys, values, start, start), cache), cache

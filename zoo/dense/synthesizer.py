@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from subquad.kernels import precision, softmax
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, append, places, poisoned
-from subquad.zoo.checks import check_sizes, check_word, refuse, require_extend
+from subquad.zoo.checks import check_length, check_sizes, check_word, refuse, require_extend
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.projection import Projection
 
@@ -127,10 +127,8 @@ class SynthesizerAttention(Attention):
         return inputs_q, key, value
 
     def attend(self, inputs, key, value, mask, segment_ids=None):
-        for name, size in (("queries", inputs.shape[1]), ("keys", key.shape[1])):
-            if size > self.max_length:
-                refuse(type(self).__name__, f"the number of {name}", size, f"be at most max_length = {self.max_length}",
-                       "Construct the layer with a larger max_length.")
+        for name, size in (("inputs_q", inputs.shape[1]), ("inputs_kv", key.shape[1])):
+            check_length(type(self).__name__, name, size, self.max_length)
         return softmax.attention(
             self.compared(inputs, value), key, value, bias=self.synthesize(inputs, None, key.shape[1]), mask=mask,
             pattern=self.sees, query_segment_ids=segment_ids, key_segment_ids=segment_ids, implementation=self.implementation,
@@ -139,9 +137,7 @@ class SynthesizerAttention(Attention):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None):
         """An empty cache for `extend`: room for max_length tokens, which is at most that of the layer."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        if max_length > self.max_length:
-            refuse(type(self).__name__, "max_length", max_length, f"be at most that of the layer, {self.max_length}",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, "max_length", max_length, self.max_length)
         features = self.head_features if "dot_product" in self.forms else 1
         cache = KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
         return cache._replace(key=cache.key[..., :features])

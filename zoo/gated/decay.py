@@ -1,12 +1,22 @@
 """How fast the state of a gated layer fades."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subquad.zoo.positions import run_starts
 
 CHUNK = 128  # tokens of a tree of log2 steps; of a whole sequence XLA would compute it as often as the tree is deep
+
+
+def step_bias(rngs: nnx.Rngs, shape: tuple[int, ...], low: float, high: float, least: float = 0.0) -> Float[Array, "*shape"]:
+    """Float32 numbers whose softplus is log-uniform between `low` and `high`, and at least `least`."""
+    step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, math.log(low), math.log(high)))
+    step = jnp.maximum(step, least)
+    return step + jnp.log(-jnp.expm1(-step))
 
 
 def with_segments(

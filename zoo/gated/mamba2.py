@@ -1,6 +1,5 @@
 """Mamba-2: a state space model with one decay for each head, as linear attention."""
 
-import math
 from typing import Any, Unpack
 
 import jax
@@ -12,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Support
 from subquad.zoo.cache import RecurrentCache, first_real
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_sizes, check_steps, refuse
 from subquad.zoo.convolution.taps import CausalConvolution
-from subquad.zoo.gated.decay import with_segments
+from subquad.zoo.gated.decay import step_bias, with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.projection import in_pieces
@@ -92,8 +91,7 @@ class Mamba2(Headless):
         heads = hidden // head_features
         if heads % num_groups:
             refuse(owner, "num_groups", num_groups, f"divide the {heads} heads", "Choose a divisor.")
-        if not 0 < dt_min <= dt_max:
-            refuse(owner, "dt_min", dt_min, f"be positive and at most dt_max = {dt_max}", "0.001 and 0.1 are usual.")
+        check_steps(owner, dt_min, dt_max)
         self.hidden_features, self.head_features, self.num_heads = hidden, head_features, heads
         self.state_size, self.num_groups, self.conv_width = state_size, num_groups, conv_width
         convolved = hidden + 2 * num_groups * state_size
@@ -102,10 +100,9 @@ class Mamba2(Headless):
         self.convolution = CausalConvolution(
             convolved, conv_width, use_bias=True, param_dtype=self.param_dtype, implementation=self.implementation, rngs=rngs
         )
-        draw = lambda low, high: jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high)
-        step = jnp.exp(draw(math.log(dt_min), math.log(dt_max)))
-        self.step_bias = nnx.Param((step + jnp.log(-jnp.expm1(-step))).astype(self.param_dtype))  # softplus of it is the step
-        self.log_rate = nnx.Param(jnp.log(draw(1, 16)).astype(self.param_dtype))
+        self.step_bias = nnx.Param(step_bias(rngs, (heads,), dt_min, dt_max).astype(self.param_dtype))
+        rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, 1, 16)
+        self.log_rate = nnx.Param(jnp.log(rate).astype(self.param_dtype))
         self.direct = nnx.Param(jnp.ones(heads, self.param_dtype))
         group = num_groups, hidden // num_groups
         self.norm = GatedNorm(group, gate_first=True, param_dtype=self.param_dtype)

@@ -13,9 +13,7 @@ from subquad.zoo import padding, unit
 from subquad.zoo.base import Support
 from subquad.zoo.cache import counts, pieces, places, write
 from subquad.zoo.checks import cache_dtype, check_sizes, require_extend
-from subquad.zoo.compilation import compile_once
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import in_pieces
 
 
 class FLASHCache(NamedTuple):
@@ -152,18 +150,10 @@ class FLASH(Headless):
         tokens = zeros(self.chunk_size, self.shared_features), zeros(self.chunk_size, self.value_features)
         return FLASHCache(*tokens, sums(), sums(), jnp.zeros(batch_size, jnp.int32))
 
-    @compile_once
-    def _extend(self, inputs, cache, mask):
-        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
-        inputs = self._promote(inputs if order is None else order.pack(inputs))
-        mask = None if order is None else order.mask[:, None, None]
-        z, value = unit.tokens_of(self, inputs, None if order is None else order.mask)
+    def _respond_cached(self, inputs, cache, mask):
+        z, value = unit.tokens_of(self, inputs, None if mask is None else mask[:, 0, 0])
         run = self._one_more if inputs.shape[1] == 1 else self._more
-        attended, cache = dispatch.run(
-            "flash.attention", {"xla": run, "reference": run}, self.implementation, z, value, mask, cache
-        )
-        outputs = in_pieces(self.finish, inputs, attended)
-        return outputs if order is None else order.unpack(outputs), cache
+        return dispatch.run("flash.attention", {"xla": run, "reference": run}, self.implementation, z, value, mask, cache)
 
     def _streams(self, z, value, mask, cache, room: int):
         """z and v from the open chunk's first token on, with `room` for more behind it; v is 0 where no token is yet."""

@@ -14,6 +14,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LinearCache
 from subquad.zoo.checks import check_call, check_word
 from subquad.zoo.kernelized import sums
+from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import in_pieces
 
 Activation = Literal["softmax", "exp"]
@@ -126,7 +127,7 @@ class HedgehogAttention(Attention):
         x, segments = call.inputs_q, call.extras.get("segment_ids", jnp.zeros(call.inputs_q.shape[:2], jnp.int32))
         if order is not None:
             x, segments = order.pack(x), order.pack(segments)
-        segments = jnp.cumsum(jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0, axis=1)  # runs of equal ids
+        segments = jnp.cumsum(run_starts(segments), axis=1)
         is_real = jnp.ones(x.shape[:2], bool) if order is None else order.mask
         query, key = jax.lax.stop_gradient(tuple(precision.wide(heads) for heads in self.rotate(*self.project(x)[:2])))
         query_features, key_features, log_scale = self._features(query, key)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import softmax
 from subquad.kernels.axes import KeyMask
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import check_sizes, check_word, refuse
+from subquad.zoo.checks import check_length, check_sizes, check_word, refuse
 
 Sharing = Literal["none", "headwise", "key_value", "layerwise"]
 
@@ -156,9 +156,6 @@ class LinformerAttention(Attention):
         self.projection = projection
 
     def attend(self, query, key, value, mask):
-        longest = self.projection.max_length
-        if key.shape[1] > longest:
-            refuse(type(self).__name__, "the number of keys", key.shape[1], f"be at most max_length = {longest}",
-                   "Construct the layer with a larger max_length.")
+        check_length(type(self).__name__, "inputs_kv", key.shape[1], self.projection.max_length)
         key, value = self.projection(key, value, mask)
         return softmax.attention(query, key, value, implementation=self.implementation)

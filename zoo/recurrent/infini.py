@@ -15,6 +15,7 @@ from subquad.zoo.cache import KVCache, counts, pieces, places, write
 from subquad.zoo.checks import check_sizes, check_word, require_extend
 from subquad.zoo.extending import attend_to_cache
 from subquad.zoo.projection import head_by_head
+from subquad.zoo.recurrent import segments
 
 Update = Literal["linear", "delta"]
 Memory = tuple[Float[Array, "B K H V"], Float[Array, "B K H"]]  # sums of features times values, and of features
@@ -108,24 +109,18 @@ class InfiniAttention(Attention):
         whole = lambda x: padded(x, -length % size)
         from_nothing = lambda query, key, value: self.through(empty_memory(key, value), query, key, value)[0]
         far = head_by_head(from_nothing, *map(whole, (plain_query, plain_key, value)))
-        return self.mixed(near, far[:, :length], jnp.arange(length)[None])
-
-    def mixed(self, near, far, positions: Int[Array, "#B T"]):
-        """Of tokens at some positions: what the segment and what the memory gave."""
-        gate = nnx.sigmoid(self.beta[...].astype(jnp.float32))[None, None, :, None]
-        gate = jnp.where(positions[..., None, None] >= self.segment_length, gate, 0)
-        return (gate * far.astype(jnp.float32) + (1 - gate) * near.astype(jnp.float32)).astype(near.dtype)
+        return segments.gated(near, far[:, :length], self.beta, jnp.arange(length)[None], size)
 
     def through(self, memory: Memory, query, key, value) -> tuple[Float[Array, "B T N V"], Any]:
         """What the memory gives to whole segments, one after the other; and the memories before each, and after the last."""
-        segments = lambda x: rearrange(x, "b (i l) ... -> i b l ...", l=self.segment_length)
+        cut = lambda x: rearrange(x, "b (i l) ... -> i b l ...", l=self.segment_length)
 
         @jax.checkpoint
         def step(memory, segment):
             query, key, value = segment
             return self.updated(memory, key, value), (read(memory, features(query)).astype(value.dtype), memory)
 
-        last, (far, before) = jax.lax.scan(step, memory, tuple(map(segments, (query, key, value))))
+        last, (far, before) = jax.lax.scan(step, memory, tuple(map(cut, (query, key, value))))
         states = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), before, last)
         return rearrange(far, "i b l n v -> b (i l) n v"), states
 
@@ -164,7 +159,7 @@ class InfiniAttention(Attention):
             queries = write(grid(jnp.zeros((len(query), 0, *query.shape[2:]), query.dtype)), plain_query, at, mask)
             far, states = self.through(memory, queries, keys, values)
             far = pieces(padded(far, size), at, tokens)
-        heads = self.mixed(near, far, places(cache.seen, tokens))
+        heads = segments.gated(near, far, self.beta, places(cache.seen, tokens), size)
         memory = jax.tree.map(lambda x: x[done, jnp.arange(len(done))], states)
         rest = (pieces(padded(x, size), done * size, size - 1).astype(cache.key.dtype) for x in (keys, values))
         return heads, InfiniCache(*memory, *rest, cache.seen + new)

@@ -14,6 +14,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import append, places, poisoned
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.extending import attend_to_cache, in_chunks
+from subquad.zoo.recurrent import segments
 
 CHUNK = 64  # queries whose scores are all there at once
 EPSILON = 1e-12  # added to the square of a length
@@ -112,9 +113,7 @@ class MemorizingAttention(Attention):
         find = lambda query, start: self.find(query, places(start, query.shape[1]), key).swapaxes(1, 2)
         found = in_chunks(find, query, start, CHUNK).swapaxes(1, 2)
         far: Any = gather.attention(query, key, value, found, correct_duplicates=False, implementation=self.implementation)
-        gate = nnx.sigmoid(self.gate[...].astype(jnp.float32))[None, None, :, None]
-        gate = jnp.where((places(start, query.shape[1]) >= self.segment_length)[..., None, None], gate, 0)
-        return (gate * far.astype(jnp.float32) + (1 - gate) * near.astype(jnp.float32)).astype(near.dtype)
+        return segments.gated(near, far, self.gate, places(start, query.shape[1]), self.segment_length)
 
     @precision.promoting
     def find(

@@ -7,6 +7,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Int
 
 from subquad.kernels import relative
 from subquad.zoo.positions import sinusoidal
@@ -36,6 +37,13 @@ def attend(layer, query, key, value, distances, mask, **ids):
         query, key, value, distances, layer.content_bias[...], layer.position_bias[...], mask=mask,
         implementation=layer.implementation, **ids,
     )
+
+
+def gated(near, far, gate, positions: Int[Array, "#B T"], segment_length: int):
+    """sigmoid(gate) far + (1 - sigmoid(gate)) near of each head; `near` of the first segment, before which nothing is."""
+    gate = nnx.sigmoid(gate[...].astype(jnp.float32))[None, None, :, None]
+    gate = jnp.where(positions[..., None, None] >= segment_length, gate, 0)
+    return (gate * far.astype(jnp.float32) + (1 - gate) * near.astype(jnp.float32)).astype(near.dtype)
 
 
 def usage(layer, query, key, distances, mask):

@@ -9,11 +9,11 @@ from flax import nnx
 
 from subquad.kernels import convolution, precision, ssm
 from subquad.zoo.base import Support
-from subquad.zoo.checks import check_length, check_sizes, check_word, refuse
+from subquad.zoo.checks import check_length, check_sizes, check_steps, check_word, refuse
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo, mimo
 from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
-from subquad.zoo.statespace.system import check_steps, recur
+from subquad.zoo.statespace.system import recur
 
 Normalization = Literal["exp", "softmax"]
 GUARD = 1e-7  # the authors', which keeps a reciprocal of 0 finite

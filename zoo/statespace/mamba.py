@@ -1,7 +1,6 @@
 """Mamba: a selective state space, whose step and whose input and output matrices the token chooses, beside a gate."""
 
 import functools
-import math
 from typing import Any, Unpack
 
 import jax
@@ -11,12 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import precision, ssm
 from subquad.zoo.base import Support
-from subquad.zoo.checks import check_sizes
+from subquad.zoo.checks import check_sizes, check_steps
 from subquad.zoo.convolution.taps import CausalConvolution
+from subquad.zoo.gated.decay import step_bias
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.projection import in_pieces, in_turn
 from subquad.zoo.statespace.output import skipped
-from subquad.zoo.statespace.system import check_steps
 
 LEAST_STEP = 1e-4
 
@@ -97,10 +96,7 @@ class Mamba(Headless):
         self.step = self.linear(rank, hidden, rngs)
         draw = functools.partial(jax.random.uniform, dtype=jnp.float32)
         self.step.kernel[...] = draw(rngs.params(), (rank, hidden), minval=-1, maxval=1).astype(self.param_dtype) / rank**0.5
-        log_step = draw(rngs.params(), (hidden,), minval=math.log(dt_min), maxval=math.log(dt_max))
-        step = jnp.maximum(jnp.exp(log_step), LEAST_STEP)
-        bias = step + jnp.log(-jnp.expm1(-step))  # softplus of it is the step
-        self.step.bias = nnx.Param(bias.astype(self.param_dtype))
+        self.step.bias = nnx.Param(step_bias(rngs, (hidden,), dt_min, dt_max, LEAST_STEP).astype(self.param_dtype))
         rates = jnp.broadcast_to(jnp.arange(1, state_size + 1, dtype=jnp.float32), (hidden, state_size))
         self.log_rates = nnx.Param(jnp.log(rates).astype(self.param_dtype))
         self.skip = nnx.Param(jnp.ones(hidden, self.param_dtype))

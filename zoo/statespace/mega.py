@@ -11,11 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import precision, ssm
-from subquad.zoo import padding, unit
+from subquad.zoo import unit
 from subquad.zoo.base import Support
 from subquad.zoo.cache import KVCache, append, counts, places, poisoned
 from subquad.zoo.checks import cache_dtype, check_length, check_sizes, check_word, refuse, require_extend
-from subquad.zoo.compilation import compile_once
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace.system import recur
 
@@ -29,11 +28,6 @@ class MegaCache(NamedTuple):
     value: Float[Array, "B S 1 V"]
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
     average: Float[Array, "B D h"]
-
-    @property
-    def seen(self) -> Int[Array, "B"]:
-        """The position of the next token."""
-        return self.length
 
 
 class Mega(Headless):
@@ -191,14 +185,11 @@ class Mega(Headless):
         outputs = phi * hidden + (1 - phi) * inputs
         return outputs if self.out is None else self.out(outputs)
 
-    @compile_once
-    def _call(self, inputs, mask, segment_ids, draws):
+    def respond(self, inputs, mask, segment_ids):
         length = inputs.shape[1]
         check_length(type(self).__name__, "inputs_q", length, self.max_length)
-        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
-        is_real = jnp.ones(inputs.shape[:2], bool) if order is None else order.mask
-        inputs = self._promote(inputs if order is None else order.pack(inputs))
-        normed = self.normed(inputs, None if order is None else is_real)
+        is_real = jnp.ones(inputs.shape[:2], bool) if mask is None else mask[:, 0, 0]
+        normed = self.normed(inputs, None if mask is None else is_real)
         query, key, value, *gates = self.parts(normed, self.smoothed(normed)[0])
         size = min(self.chunk_size or length, length)
         cut = lambda x: rearrange(
@@ -209,8 +200,7 @@ class Mega(Headless):
         visible = visible & (at[..., None] >= at[:, None]) if self.is_causal else visible.repeat(size, 1)
         attended = self.attend(cut(query), cut(key), cut(value), at, at, visible)
         attended = rearrange(attended, "(b n) c v -> b (n c) v", b=len(inputs))[:, :length]
-        outputs = self.gated(inputs, attended, *gates)
-        return outputs if order is None else order.unpack(outputs)
+        return self.gated(inputs, attended, *gates)
 
     # ------------------------------------------------------------------------------------------------------ extend
 
@@ -223,12 +213,8 @@ class Mega(Headless):
         average = jnp.zeros((batch_size, self.in_features, self.state_size), jnp.float32)
         return MegaCache(zeros(self.shared_features), zeros(self.value_features), jnp.zeros(batch_size, jnp.int32), average)
 
-    @compile_once
-    def _extend(self, inputs, cache, mask):
-        order = None if mask is None else padding.real_first(mask, inputs.shape[0])
-        inputs = self._promote(inputs if order is None else order.pack(inputs))
-        mask = None if order is None else order.mask[:, None, None]
-        normed = self.normed(inputs, None if order is None else order.mask)
+    def _respond_cached(self, inputs, cache, mask):
+        normed = self.normed(inputs, None if mask is None else mask[:, 0, 0])
         smoothed, average = self.smoothed(normed, cache.average, None if mask is None else counts(inputs, mask))
         query, key, value, *gates = self.parts(normed, smoothed)
         tokens = append(KVCache(*cache[:3]), key[:, :, None], value[:, :, None], mask)
@@ -238,8 +224,7 @@ class Mega(Headless):
             visible &= columns[:, None] // self.chunk_size == rows[..., None] // self.chunk_size
         keys, values = (x[:, :, 0].astype(query.dtype) for x in tokens[:2])
         outputs = self.gated(inputs, self.attend(query, keys, values, rows, columns, visible), *gates)
-        outputs = poisoned(outputs, tokens)
-        return outputs if order is None else order.unpack(outputs), MegaCache(*tokens, average)
+        return poisoned(outputs, tokens), MegaCache(*tokens, average)
 
 
 def laplace(x):

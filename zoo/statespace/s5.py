@@ -9,11 +9,10 @@ from flax import nnx
 
 from subquad.kernels import ssm
 from subquad.zoo.base import Support
-from subquad.zoo.checks import check_sizes, check_word, refuse
+from subquad.zoo.checks import check_sizes, check_steps, check_word, refuse
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo, mimo
 from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
-from subquad.zoo.statespace.system import check_steps
 
 OutputInit = Literal["lecun", "truncated", "complex"]
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from subquad.kernels import convolution, dispatch, ssm
 from subquad.zoo.cache import pieces
-from subquad.zoo.checks import check_word, refuse
+from subquad.zoo.checks import check_steps, check_word, refuse
 from subquad.zoo.statespace import hippo
 
 Mode = Literal["dplr", "diagonal"]
@@ -33,12 +33,6 @@ def check_system(owner: str, features: int, state_size: int, mode, init, discret
     if mode == "dplr" and discretization != "bilinear":
         refuse(owner, "discretization", repr(discretization), "be 'bilinear' when mode is 'dplr'", "Use mode='diagonal'.")
     check_steps(owner, dt_min, dt_max)
-
-
-def check_steps(owner: str, dt_min: float, dt_max: float) -> None:
-    """Refuses bounds that no step lies between."""
-    if not 0 < dt_min <= dt_max:
-        refuse(owner, "dt_min", dt_min, f"be positive and at most dt_max = {dt_max}", "0.001 and 0.1 are the papers'.")
 
 
 class StateSpace(nnx.Module):
