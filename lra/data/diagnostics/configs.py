@@ -13,7 +13,7 @@ VERSION = "1.0.0"
 # Length and pairs of figure 2.
 _ZOOLOGY = ((64, 4), (128, 8), (256, 16), (512, 64))
 CONFIGS: dict[str, dict[str, Diagnostic]] = {
-    "recall": {"small": Recall()},
+    "recall": {"small": Recall(), "overwritten": Recall(keys=8, writes=4)},
     # The paper draws anew at every step: 400,000 of 64.
     "selective_copy": {"small": SelectiveCopy(context=40, data=6), "mamba": SelectiveCopy(train=25_600_000)},
     # 204,800 steps of 8.

@@ -14,27 +14,35 @@ class Recall(Diagnostic):
 
         (k_3, v) (k_1, v') (k_2, v'') ... | k_2 k_3 k_1 ...
 
-    Every key stands once, in any order, in one token with a value drawn for it; then all keys are asked for, in another order.
+    Every key stands `writes` times, in any order, each time in one token with a value drawn for it; then all keys are asked
+    for, in another order, and the last value counts. With several writes a layer has to forget what it wrote under a key
+    before: delta rules do it in one layer, and sums over all that was written cannot.
     Chance: one of the values.
 
     Args:
         keys, values: how many there are. Token 1 + key * values + value is a pair, 1 + keys * values + key a question.
-    Source: ours; the easiest form of associative recall, Ba et al. 2016, arXiv 1610.06258.
+        writes: of each key.
+    Source: ours; the easiest form of associative recall, Ba et al. 2016, arXiv 1610.06258; that values are overwritten as in
+        Schlag et al. 2021, arXiv 2102.11174, section 6.1.
     """
 
     keys: int = 16
     values: int = 8
+    writes: int = 1
     source: ClassVar[str] = "ours, after Ba et al. 2016, arXiv 1610.06258"
 
     def __post_init__(self):
-        self.check_least(keys=1, values=2)
+        self.check_least(keys=1, values=2, writes=1)
 
-    length = property(lambda self: 2 * self.keys)
+    length = property(lambda self: self.keys * (self.writes + 1))
     vocabulary_size = property(lambda self: 1 + self.keys * self.values + self.keys)
     num_classes = property(lambda self: self.values)
     chance = property(lambda self: 1 / self.values)
 
     def draw(self, rng: np.random.Generator, split: str) -> tuple[np.ndarray, np.ndarray]:
-        values, shown, asked = rng.integers(self.values, size=self.keys), rng.permutation(self.keys), rng.permutation(self.keys)
-        inputs = np.concatenate([1 + shown * self.values + values[shown], 1 + self.keys * self.values + asked])
-        return inputs, np.concatenate([silent(self.keys), values[asked]])
+        pairs = self.keys * self.writes
+        values, shown, asked = rng.integers(self.values, size=pairs), rng.permutation(pairs), rng.permutation(self.keys)
+        written = shown % self.keys
+        last = dict(zip(written.tolist(), values[shown].tolist(), strict=True))
+        inputs = np.concatenate([1 + written * self.values + values[shown], 1 + self.keys * self.values + asked])
+        return inputs, np.concatenate([silent(pairs), [last[key] for key in asked.tolist()]])

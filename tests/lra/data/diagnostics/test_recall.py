@@ -20,13 +20,18 @@ def solve(one: Recall, inputs) -> list[int]:
     return answers
 
 
-@pytest.mark.parametrize("one", [Recall(), Recall(keys=5, values=3)])
+@pytest.mark.parametrize("one", [Recall(), Recall(keys=5, values=3), Recall(keys=5, writes=3)])
 def test_the_targets_are_what_the_tokens_say(one):
     for split, part in one.splits().items():
         for index in range(20):
             example = part[index]
             assert example["targets"].tolist() == solve(one, example["inputs"]), split
-            assert sorted(set(example["inputs"][one.keys :])) == [*range(1 + one.keys * one.values, one.vocabulary_size)]
+            assert sorted(set(example["inputs"][one.keys * one.writes :])) == [*range(1 + one.keys * one.values, one.vocabulary_size)]
+
+
+def test_the_last_of_several_values_counts():
+    inputs = Recall(keys=3, writes=4).example("test", 1)["inputs"][:12]
+    assert sorted(collections.Counter((inputs - 1) // 8).items()) == [(0, 4), (1, 4), (2, 4)]
 
 
 def test_every_value_is_as_likely():
