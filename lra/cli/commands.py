@@ -66,12 +66,14 @@ def value_or_none(text: str):
 
 
 def literal(text: str):
-    """A number, list or other literal of Python; what is none is a word.
+    """A number, list or other literal of Python, true and false in any case; what is none is a word.
 
     Example:
-        >>> literal("1e-3"), literal("(1, 2)"), literal("cosine")
-        (0.001, (1, 2), 'cosine')
+        >>> literal("1e-3"), literal("(1, 2)"), literal("false"), literal("cosine")
+        (0.001, (1, 2), False, 'cosine')
     """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
