@@ -21,6 +21,7 @@ from subquad.lra.run import words_of
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
+BROKEN_PIPE = 128 + 13  # as a shell has it of a command that SIGPIPE ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,7 +162,7 @@ def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
     """Runs a command; what a user can cure becomes one line on stderr and an exit code.
 
     Returns: 0, or what `main` returns; 1 for a run, folder or data set that failed; 2 for a wrong argument; 130 for
-        Ctrl-C; 143 for SIGTERM.
+        Ctrl-C; 143 for SIGTERM; 141 where nobody reads on what is printed.
     """
     try:
         interrupts.startup_done()
@@ -170,6 +171,9 @@ def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
         code, message = 128 + getattr(stopped, "number", signal.SIGINT), "Interrupted; what was saved before is kept."
     except Interrupted as stopped:
         code, message = 128 + stopped.number, str(stopped)
+    except BrokenPipeError:  # who reads what is printed, as `head` does, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would complain
+        return BROKEN_PIPE
     except (RunError, DatasetError) as error:
         code, message = FAILED, str(error)
     except (ValueError, TypeError, NotImplementedError) as error:

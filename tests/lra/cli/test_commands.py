@@ -52,6 +52,13 @@ def test_exit_codes_of_main_pass():
     assert commands.exit_code_of("train", lambda: 1) == 1
 
 
+def test_a_reader_that_has_enough_ends_a_command_without_a_word():
+    code = "import sys\nfrom subquad.lra.cli import commands\ncommands.run('train', lambda: print(1, flush=True))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # before the command has loaded
+        assert process.stderr.read() == b"" and process.wait() == commands.BROKEN_PIPE
+
+
 SCRIPT = """
 import os, signal, sys
 if sys.argv[1] != "at work":
