@@ -39,7 +39,7 @@ def read(paths: Sequence[str | os.PathLike], length: int) -> tuple[dict[str, lis
     rows = [encodings.next_byte({"text": bytes_}) for bytes_ in sequences(documents, length)]
     if len(rows) < _LEAST:
         found = f"{len(rows)} from {', '.join(map(str, paths[:3]))}"
-        refuse("text", f"hold at least {_LEAST} sequences of {length} bytes", found, "Name more files, or pass a smaller length.")
+        refuse("text", f"hold at least {_LEAST} sequences of {length} bytes", found, "Name more files, or a smaller length.")
     held_out = max(1, len(rows) // 20)
     cuts = {"train": slice(-2 * held_out), "validation": slice(-2 * held_out, -held_out), "test": slice(-held_out, None)}
     digest = hashlib.sha256(b"\0".join(documents)).hexdigest()[:10]
