@@ -98,6 +98,15 @@ def split_words(text: str) -> list[str]:
     return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
 
 
+class Words(argparse.Action):
+    """Of an option with nargs="+": words between spaces or commas, at least one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, split_words(" ".join(values)))
+        if not getattr(namespace, self.dest):
+            parser.error(f"{option_string} must name at least one, got {' '.join(values)!r}. Leave it out.")
+
+
 def parse_size(text: str) -> int:
     """A count as argparse takes it: 4096, 16K or 2G."""
     unit = UNITS.get(text[-1:].upper(), 1)
