@@ -91,7 +91,7 @@ class RWKV7(Headless):
         check_sizes(owner, hidden_features=hidden, head_features=head_features, decay_rank=decay_rank, rate_rank=rate_rank,
                     gate_rank=gate_rank)
         if hidden % head_features:
-            refuse(owner, "head_features", head_features, f"divide the {hidden} features of all heads", "Choose a divisor.")
+            refuse(owner, "head_features", head_features, f"divide hidden_features = {hidden}", "Choose a divisor.")
         self.hidden_features, self.heads = hidden, (hidden // head_features, head_features)
         self.key, self.value, self.receptance = (self.linear(in_features, hidden, rngs, use_bias=False) for _ in range(3))
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)

@@ -87,7 +87,7 @@ class Mamba2(Headless):
         check_sizes(owner, hidden_features=hidden, head_features=head_features, state_size=state_size, num_groups=num_groups,
                     conv_width=conv_width)
         if hidden % head_features:
-            refuse(owner, "head_features", head_features, f"divide the {hidden} hidden features", "Choose a divisor.")
+            refuse(owner, "head_features", head_features, f"divide hidden_features = {hidden}", "Choose a divisor.")
         heads = hidden // head_features
         if heads % num_groups:
             refuse(owner, "num_groups", num_groups, f"divide the {heads} heads", "Choose a divisor.")

@@ -85,7 +85,7 @@ class MLSTM(Headless):
         check_sizes(owner, hidden_features=hidden, num_heads=num_heads, block_size=block_size, conv_width=conv_width)
         for name, size in (("num_heads", num_heads), ("block_size", block_size)):
             if hidden % size:
-                refuse(owner, name, size, f"divide the {hidden} hidden features", "Choose a divisor.")
+                refuse(owner, name, size, f"divide hidden_features = {hidden}", "Choose a divisor.")
         self.hidden_features, self.heads = hidden, (num_heads, hidden // num_heads)
         self.input, self.gate = (self.linear(in_features, hidden, rngs, use_bias=False) for _ in range(2))
         self.convolution = CausalConvolution(
