@@ -36,6 +36,8 @@ def running_largest(
     A state that is held as exp(-m) times itself has no weight above 1, however large exp(log_weight) is. m cancels in what is
     divided by such a sum, and is a constant to its derivatives.
     """
+    dtype = jnp.result_type(log_decay, log_weight, start)  # a state may be float32 where the others are float64
+    log_decay, log_weight, start = (x.astype(dtype) for x in (log_decay, log_weight, start))
     (batch, length, width), size = log_decay.shape, min(log_decay.shape[1], CHUNK)
     count = -(-length // size)
 

@@ -161,7 +161,9 @@ class MLSTM(Headless):
         query, key, value = projected
         heads, after = self.recall(query, key, value, logits[:, :, 0], log_forget, kept, state)
         outputs = in_pieces(self.normed, heads, convolved)
-        return outputs, None if cache is None else MLSTMCache(*after, recent)
+        if cache is not None:  # in float32, as before, where the gates are float64
+            cache = jax.tree.map(lambda new, old: new.astype(old.dtype), MLSTMCache(*after, recent), cache)
+        return outputs, cache
 
     def normed(self, heads, convolved):
         direct = self.direct[...].astype(convolved.dtype)[None] * convolved

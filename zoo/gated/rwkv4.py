@@ -97,7 +97,8 @@ class RWKV4(Headless):
     ) -> tuple[Float[Array, "B T A"], Float[Array, "B 3 A"]]:  # fmt: skip
         """y, and the two sums and m after the last token that is `kept`; of before the first, or None."""
         wide_key, wide_value = precision.wide(key), precision.wide(value)
-        sums, start = jnp.split(self.empty(len(key)) if state is None else state, [2], axis=1)
+        state = self.empty(len(key)) if state is None else state
+        sums, start = jnp.split(state.astype(wide_key.dtype), [2], axis=1)
         log_decay = jnp.broadcast_to(-jnp.exp(precision.wide(self.decay_bias[...])), key.shape)
         log_decay, log_weight = with_segments(log_decay, segment_ids), wide_key
         if kept is not None:
@@ -119,7 +120,7 @@ class RWKV4(Headless):
         past, own = past * jnp.tile(jnp.exp(before - top), 2), jnp.exp(own - top)
         numerator, denominator = jnp.split(past, 2, axis=-1)
         outputs = (numerator + own * wide_value) / (denominator + own)  # at least 1, of which one weight is
-        return outputs.astype(value.dtype), jnp.concatenate([last.reshape(sums.shape), largest[:, -1:]], 1)
+        return outputs.astype(value.dtype), jnp.concatenate([last.reshape(sums.shape), largest[:, -1:]], 1).astype(state.dtype)
 
     def _recur(
         self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
