@@ -86,6 +86,13 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
             refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
 
 
+def check_divides(owner: str, whole: str, size: int, **parts: int) -> None:
+    """Refuses parts that do not divide `size`, which a message calls `whole`."""
+    for name, part in parts.items():
+        if size % part:
+            refuse(owner, name, part, f"divide {whole}", "Choose a divisor.")
+
+
 def check_length(owner: str, name: str, length: int, most: int | None) -> None:
     """Refuses more tokens than the `max_length` that a layer was built for; None: it takes any number."""
     if most is not None and length > most:

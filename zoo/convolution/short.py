@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import convolution, patterns, precision
 from subquad.zoo import dropout
 from subquad.zoo.cache import first_real
-from subquad.zoo.checks import check_rate, check_sizes, refuse
+from subquad.zoo.checks import check_divides, check_rate, check_sizes
 from subquad.zoo.headless import Headless
 from subquad.zoo.projection import in_pieces
 
@@ -39,8 +39,7 @@ class ShortConvolution(nnx.Module):
         owner, features = type(layer).__name__, layer.in_features
         check_sizes(owner, num_heads=num_heads, conv_width=conv_width)
         check_rate(owner, dropout_rate)
-        if features % num_heads:
-            refuse(owner, "num_heads", num_heads, f"divide the {features} features of the convolution", "Choose a divisor.")
+        check_divides(owner, f"the {features} features of the convolution", features, num_heads=num_heads)
         self.num_heads, self.conv_width, self.dropout_rate = num_heads, conv_width, dropout_rate
         self.features, self.use_glu = features, use_glu
         self.is_causal, self.implementation = layer.is_causal, layer.implementation

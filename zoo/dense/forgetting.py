@@ -154,8 +154,8 @@ class ForgettingAttention(Attention):
         tokens = KVCache.zeros(batch_size, max_length, self.num_kv_heads, self.head_features, self.cache_dtype(dtype))
         sums = jnp.zeros((batch_size, max_length, self.num_heads), jnp.float32)
         size = (0, 0) if self.key_shift is None else (1, self.num_kv_heads * self.head_features)
-        recent = jnp.zeros((batch_size, *size), jnp.float32)
-        return ForgettingCache(*tokens, sums, sums[:, 0], recent, recent)
+        recent = lambda: jnp.zeros((batch_size, *size), jnp.float32)
+        return ForgettingCache(*tokens, sums, sums[:, 0], recent(), recent())
 
     def attend_cached(self, query, key, value, log_forget, inputs, mask, cache):
         start, positions = cache.length, places(cache.length, query.shape[1])
