@@ -92,7 +92,8 @@ class ForgettingAttention(Attention):
     ):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         self.forget_gate = projection(shell, in_features, num_heads, rngs=rngs)
-        kv_heads, size, nothing = self.num_kv_heads, self.head_features, nnx.data(None)
+        kv_heads, size = self.num_kv_heads, self.head_features
+        nothing: Any = nnx.data(None)
         gate = lambda *shape: projection(shell, in_features, shape, rngs=rngs)
         norm = lambda heads, **options: GatedNorm((heads, size), param_dtype=self.param_dtype, **options)
         self.key_shift, self.value_shift = (gate(kv_heads), gate(kv_heads)) if use_kv_shift else (nothing, nothing)

@@ -120,7 +120,8 @@ class Mamba2(Headless):
         segment_ids: Int[Array, "B T"] | None = None, cache: RecurrentCache | None = None,
     ) -> tuple[Float[Array, "B T R"], Any]:  # fmt: skip
         """y, and the cache after the last real token, where there is one before the first."""
-        kept, (state, recent) = first_real(inputs, counts), (None, None) if cache is None else cache
+        state: Any = None if cache is None else cache.state
+        kept, recent = first_real(inputs, counts), None if cache is None else cache.recent
         convolved, recent = self.convolution(in_pieces(self.input, inputs), kept, segment_ids, recent)
         steps = in_pieces(self.steps, inputs)
         log_decay = -jnp.exp(precision.wide(self.log_rate[...]))[None, None] * steps
