@@ -48,8 +48,9 @@ class ForgettingAttention(Attention):
     Cost: time O(T^2 N H), memory O(T); one extended token O(S N H) after S tokens.
     Differs from the paper: its projections have no biases but the forget gate's (use_bias). Rotary positions (`rotary_base`)
         are off by default, as there: gates do without. Grouped heads (`num_kv_heads`) share keys and values, not gates. The
-        four options are as in the released code, where 0 stands before the first token; its authors say that in the paper's
-        models all heads shared one s of queries and one of keys, by mistake. The paper's own text of them was not at hand.
+        four options are as in the released code: 0 stands before the first token, eps is 1e-5 of queries and keys and 1e-6 of
+        outputs. Its authors say that in the paper's models all heads shared one s of queries and one of keys, by mistake. The
+        paper's own text of these options was not at hand.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -93,20 +94,24 @@ class ForgettingAttention(Attention):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         self.forget_gate = projection(shell, in_features, num_heads, rngs=rngs)
         kv_heads, size = self.num_kv_heads, self.head_features
-        nothing: Any = nnx.data(None)
-        gate = lambda *shape: projection(shell, in_features, shape, rngs=rngs)
-        norm = lambda heads, **options: GatedNorm((heads, size), param_dtype=self.param_dtype, **options)
-        self.key_shift, self.value_shift = (gate(kv_heads), gate(kv_heads)) if use_kv_shift else (nothing, nothing)
-        self.query_norm, self.key_norm = (norm(num_heads), norm(kv_heads)) if use_qk_norm else (nothing, nothing)
-        self.output_norm = norm(num_heads, activation=nnx.sigmoid, epsilon=1e-6) if use_output_norm else nothing
-        self.output_gate = gate(num_heads, size) if use_output_gate else nothing
+
+        def gate(is_there: bool, *shape: int) -> Any:
+            return projection(shell, in_features, shape, rngs=rngs) if is_there else nnx.data(None)
+
+        def norm(is_there: bool, heads: int, **options: Any) -> Any:
+            return GatedNorm((heads, size), param_dtype=self.param_dtype, **options) if is_there else nnx.data(None)
+
+        self.key_shift, self.value_shift = (gate(use_kv_shift, kv_heads) for _ in range(2))
+        self.query_norm, self.key_norm = (norm(use_qk_norm, heads) for heads in (num_heads, kv_heads))
+        self.output_norm = norm(use_output_norm, num_heads, activation=nnx.sigmoid, epsilon=1e-6)
+        self.output_gate = gate(use_output_gate, num_heads, size)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads, log f [B, T, N], and the inputs, of which the other gates are made."""
         return *super().project(inputs_q), nnx.log_sigmoid(precision.wide(self.forget_gate(inputs_q))), inputs_q
 
     def rotate(self, query, key, query_positions=None, key_positions=None):
-        """Heads as they are: `prepare` rotates them, behind the shift and the norms."""
+        """Heads as they are: `prepare` rotates them, after the shift and the norms."""
         return query, key
 
     def prepare(
