@@ -31,7 +31,7 @@ class LSRACache(NamedTuple):
     key: Float[Array, "B S N H"]
     value: Float[Array, "B S N H"]
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
-    state: Float[Array, "B K-1 D/2"]
+    state: Float[Array, "B W D/2"]
 
 
 class LSRA(Headless):

@@ -67,7 +67,7 @@ class ShortConvolution(nnx.Module):
 
     def __call__(
         self, inputs: Float[Array, "B T D"], mask: Bool[Array, "B 1 1 T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None, dropout_rng=None, state: Float[Array, "B K-1 D"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, dropout_rng=None, state: Float[Array, "B W D"] | None = None,
     ):  # fmt: skip
         """y; with a `state`, the last u before the first token, also that after the last real one, in float32."""
         inputs = in_pieces(lambda token: nnx.glu(self.input(token)) if self.use_glu else self.input(token), inputs)
@@ -87,7 +87,7 @@ class ShortConvolution(nnx.Module):
         """The state before the first token."""
         return jnp.zeros((batch_size, self.conv_width - 1, self.features), jnp.float32)
 
-    def after(self, inputs: Float[Array, "B T D"], state: Float[Array, "B K-1 D"], counts: Int[Array, "B"] | None):
+    def after(self, inputs: Float[Array, "B T D"], state: Float[Array, "B W D"], counts: Int[Array, "B"] | None):
         """(y, state) of T more tokens from `state` on, of which the first `counts` are real; None: all."""
         return self(inputs, first_real(inputs, counts), state=state)
 
