@@ -14,7 +14,15 @@ from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
 from subquad.zoo.base import Support, check_options, options_of
 from subquad.zoo.cache import StateCache, counts
-from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
+from subquad.zoo.checks import (
+    check_call,
+    check_causality,
+    check_dtypes,
+    check_extend,
+    check_sizes,
+    check_sowing,
+    require_extend,
+)
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.projection import in_pieces, in_turn
 
@@ -62,6 +70,7 @@ class Headless(nnx.Module):
         out_features = in_features if out_features is None else out_features
         check_sizes(owner, in_features=in_features, out_features=out_features)
         check_causality(owner, self.supports, is_causal)
+        check_dtypes(owner, dtype=dtype, param_dtype=param_dtype)
         dispatch.check_name(owner, implementation)
         self.in_features, self.out_features = in_features, out_features
         self.is_causal, self.implementation = is_causal, implementation
@@ -124,8 +133,10 @@ class Headless(nnx.Module):
         segment_ids: Int[Array, "..."] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
+        sow_weights: bool = False,
     ) -> Float[Array, "*B T F"]:
         """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; few layers draw."""
+        check_sowing(self, sow_weights)
         call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
         draws = self.draws(deterministic, rngs)
         outputs = self._call(call.inputs_q, call.mask, call.extras.get("segment_ids"), draws)

@@ -66,7 +66,7 @@ def test_packed_sequences_are_as_alone():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(dt_min=0.2), "dt_min must be positive and at most"), (dict(step_rank=0), "step_rank must be a positive"),
+    (dict(dt_min=0.2), r"dt_min must be a number in \(0, 0.1\]"), (dict(step_rank=0), "step_rank must be a positive"),
     (dict(state_size=0), "state_size must be a positive"), (dict(is_causal=False), "does not support is_causal"),
 ])  # fmt: skip
 def test_refusals(options, words):

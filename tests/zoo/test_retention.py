@@ -61,6 +61,7 @@ def test_outputs_depend_on_distances_alone():
     (dict(value_features=0), "value_features must be a positive integer"),
     (dict(decay=(0.5,)), "decay must hold 2 numbers in"), (dict(decay=(0.5, 1.5)), "decay must hold 2 numbers in"),
     (dict(decay=0.5), "decay must hold 2 numbers in"),
+    (dict(decay=(0.5,)), "decay must hold 2 numbers"), (dict(decay=(0.5, 1.5)), r"decay must be a number in \[0, 1\], got 1.5"),
     (dict(is_causal=False), "does not support is_causal=False"),
 ])  # fmt: skip
 def test_refusals(options, words):

@@ -12,7 +12,7 @@ from subquad.kernels import convolution, precision
 from subquad.zoo import padding
 from subquad.zoo.base import Support
 from subquad.zoo.cache import counts, pieces, poisoned, write
-from subquad.zoo.checks import cache_dtype, check_length, check_sizes, refuse, require_extend
+from subquad.zoo.checks import cache_dtype, check_length, check_number, check_sizes, refuse, require_extend
 from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.projection import flat, in_turn
@@ -110,6 +110,8 @@ class Hyena(Headless):
         owner = type(self).__name__
         check_sizes(owner, max_length=max_length, order=order, conv_width=conv_width, filter_features=filter_features,
                     num_inner=num_inner, num_bands=num_bands)
+        check_number(owner, "frequency", frequency, "(-inf, inf)", "14 is usual.")
+        check_number(owner, "shift", shift, "(-inf, inf)", "By 0 all of a filter decays.")
         if order == 1 and not convolve_values:
             refuse(owner, "convolve_values", False, "be True with order 1", "Else there is no long convolution.")
         self.max_length, self.order, self.convolve_values = max_length, order, convolve_values

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import MatrixCache, counts
-from subquad.zoo.checks import check_sizes, refuse, require_extend
+from subquad.zoo.checks import check_number, check_sizes, require_extend
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm, norm_and_gate, widen
 from subquad.zoo.projection import in_pieces, projection
@@ -77,8 +77,7 @@ class GatedLinearAttention(Attention):
             num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell
         )
         check_sizes("GatedLinearAttention", decay_rank=decay_rank)
-        if not temperature > 0:
-            refuse("GatedLinearAttention", "temperature", temperature, "be positive", "The paper has 16.")
+        check_number("GatedLinearAttention", "temperature", temperature, "(0, inf]", "The paper has 16.")
         widen(self, in_features if value_features is None else value_features, shell, rngs)
         self.temperature = temperature
         self.decay_down = projection({**shell, "use_bias": False}, in_features, decay_rank, rngs=rngs)

@@ -11,7 +11,7 @@ from subquad.kernels import linear, precision
 from subquad.kernels.linear.slots import read_slots
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import SlotCache, counts
-from subquad.zoo.checks import check_sizes, refuse, require_extend
+from subquad.zoo.checks import check_number, check_sizes, require_extend
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.projection import in_pieces, projection
@@ -74,8 +74,7 @@ class GatedSlotAttention(Attention):
     ):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("GatedSlotAttention", num_slots=num_slots)
-        if not temperature > 0:
-            refuse("GatedSlotAttention", "temperature", temperature, "be positive", "The paper has 8.")
+        check_number("GatedSlotAttention", "temperature", temperature, "(0, inf]", "The paper has 8.")
         self.num_slots, self.temperature = num_slots, temperature
         self.forget = projection(shell, in_features, (self.num_kv_heads, num_slots), rngs=rngs)
         self.norm = GatedNorm((num_heads, self.head_features), together=True, param_dtype=self.param_dtype)

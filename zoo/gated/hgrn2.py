@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import MatrixCache, counts
-from subquad.zoo.checks import refuse, require_extend
+from subquad.zoo.checks import check_number, require_extend
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.projection import in_pieces
@@ -68,6 +68,7 @@ class HGRN2(Attention):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         if not 0 <= lower_bound < 1:
             refuse("HGRN2", "lower_bound", lower_bound, "be in [0, 1)", "Layer k of K, from 0, takes k / K.")
+        check_number("HGRN2", "lower_bound", lower_bound, "[0, 1)", "At 1 nothing is ever written.")
         self.lower_bound = lower_bound
         self.norm = GatedNorm((num_heads, self.head_features), together=True, param_dtype=self.param_dtype)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import MatrixCache, counts
-from subquad.zoo.checks import refuse, require_extend
+from subquad.zoo.checks import check_number, refuse, require_extend
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm, norm_and_gate, widen
 from subquad.zoo.projection import projection
@@ -80,6 +80,11 @@ class Retention(Attention):
         if np.shape(decay) != (num_heads,) or not all(0 <= gamma <= 1 for gamma in decay):
             refuse("Retention", "decay", decay, f"hold {num_heads} numbers in [0, 1], one for each head", "None: the paper's.")
         self.decay = tuple(map(float, decay))
+        if np.shape(decay) != (num_heads,):
+            refuse("Retention", "decay", repr(decay), f"hold {num_heads} numbers, one of each head", "None has the paper's.")
+        self.decay = tuple(np.asarray(decay).tolist())
+        for gamma in self.decay:
+            check_number("Retention", "decay", gamma, "[0, 1]", "None has the paper's.")
         self.gate = projection(shell, in_features, (num_heads, self.value_head_features), rngs=rngs)
         self.norm = GatedNorm((self.value_head_features,), param_dtype=self.param_dtype)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 
 from subquad.kernels import precision, scan
 from subquad.zoo.base import Support
-from subquad.zoo.checks import refuse
+from subquad.zoo.checks import check_number
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import flat, in_turn
@@ -65,6 +65,7 @@ class HGRN(Headless):
         super().__init__(in_features, is_causal=is_causal, **shell)
         if not 0 <= lower_bound < 1:
             refuse(type(self).__name__, "lower_bound", lower_bound, "be in [0, 1)", "Layer k of K, from 0, takes k / K.")
+        check_number(type(self).__name__, "lower_bound", lower_bound, "[0, 1)", "Layer k of K takes k / K.")
         self.lower_bound = lower_bound
         self.input, self.gate = (self.linear(in_features, 2 * in_features, rngs) for _ in range(2))
         self.forget = self.linear(in_features, in_features, rngs)
