@@ -83,7 +83,8 @@ class Evaluation:
         return found._replace(rows=found.rows[np.argsort(places[places >= 0])])
 
     def _batches(self, split: str, count: int | None = None):
-        return pipeline.EvaluationBatches(self.splits[split], self.run.batch_size, self.task.length, count, self.run.carry_state)
+        run = self.run
+        return pipeline.EvaluationBatches(self.splits[split], run.batch_size, self.task.length, count, run.carry_state)
 
     def _at_length(self, parameters: Any, length: int) -> float | str:
         """The score on test examples of another length, or why the model has none there."""
@@ -109,7 +110,9 @@ class Scores(NamedTuple):
     rows: np.ndarray
 
 
-def mean_score(program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict], carried: Any) -> Scores:
+def mean_score(
+    program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict], carried: Any
+) -> Scores:  # fmt: skip
     """Scores parameters on batches, but for the rows of weight 0; what is `carried` goes from batch to batch."""
     found = []
     for batch in batches:

@@ -17,7 +17,6 @@ from subquad.lra.tasks import Task
 from subquad.zoo import positions
 from subquad.zoo.model import Head, LMCache, pool
 
-
 # Tokens that caches of one size are made for: more than any window that they keep.
 ENDLESS = 2**30
 

@@ -1,7 +1,8 @@
 """How parameters are updated: schedules, groups of parameters, the plateau, the moving average.
 
 A training state is a dict: parameters, optimiser, step, and where there are any plateau, average, the statistics of
-batch norms, and the state that is carried from sequence to sequence. It is a pytree of arrays, so a checkpoint of it resumes a run exactly.
+batch norms, and the state that is carried from sequence to sequence. It is a pytree of arrays, so a checkpoint of it
+resumes a run exactly.
 """
 
 from collections.abc import Sequence

@@ -164,7 +164,10 @@ def place(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Puts each device's rows of a batch, a tree of arrays, on it. All processes have drawn the whole batch, and each puts its own part."""
+    """Puts each device's rows of a batch, a tree of arrays, on it.
+
+    All processes have drawn the whole batch, and each puts its own part.
+    """
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))

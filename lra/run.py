@@ -216,7 +216,8 @@ def check_values(run: Run) -> None:
     for name, able in carrying.items() if run.carry_state else ():
         if (value := getattr(run, name)) not in able:
             raise ValueError(
-                f"{name} must be {' or '.join(map(str, able))} with carry_state, got {value}. Change it, or leave carry_state out."
+                f"{name} must be {' or '.join(map(str, able))} with carry_state, got {value}. Change it, or leave "
+                "carry_state out."
             )
     if run.layer_groups is not None and run.num_layers % run.layer_groups:
         raise ValueError(f"layer_groups must divide num_layers = {run.num_layers}, got {run.layer_groups}.")

@@ -260,8 +260,8 @@ def check_goes_on(splits: Mapping[str, Sequence[dict]]) -> None:
             last, first = int(examples[index]["targets"][-1]), int(examples[index + 1]["inputs"][0])
             if last != first:
                 raise ValueError(
-                    f"train: splits[{split!r}][{index + 1}] must begin with the last target before it, {last}, with carry_state, "
-                    f"got {first}. Cut the text into sequences in order, or leave carry_state out."
+                    f"train: splits[{split!r}][{index + 1}] must begin with the last target before it, {last}, with "
+                    f"carry_state, got {first}. Cut the text into sequences in order, or leave carry_state out."
                 )
 
 

@@ -367,7 +367,7 @@ def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, b
 
 
 def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key, batch):
-    """Over a batch, in run.accumulate parts: (((sum of losses, (number of targets, statistics)), gradient of the sum), carried).
+    """(((sum of losses, (number of targets, statistics)), gradient of the sum), carried) over a batch, in run.accumulate parts.
 
     Statistics are those of batch norms, and centroids, after the batch, summed over its parts. Each part moves them by itself.
     What is carried is of each row, from "carried" of the batch on; None where there is none.

@@ -81,7 +81,8 @@ class EvaluationBatches:
         """[batches, B]: which example each row is, -1 where there is none."""
         chosen = np.arange(len(self.source))
         if self.count is not None:  # drawn: sets of data may be sorted by label
-            chosen = chosen[: self.count] if self.streams else np.sort(np.random.default_rng(0).permutation(chosen)[: self.count])
+            drawn = chosen if self.streams else np.random.default_rng(0).permutation(chosen)
+            chosen = np.sort(drawn[: self.count])
         filled = np.pad(chosen, (0, -len(chosen) % self.batch_size), constant_values=-1)
         return _in_streams(filled, self.batch_size) if self.streams else filled.reshape(-1, self.batch_size)
 
