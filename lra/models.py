@@ -113,10 +113,11 @@ class LanguageModel(nnx.Module):
         """What `extend` begins with, of layers whose caches do not grow."""
         return self.model.init_cache(batch_size, ENDLESS)
 
-    def extend(self, inputs, mask, state: LMCache, begins):
+    def extend(self, inputs, mask, state: LMCache, begins, **draws):
         """The same after the tokens that a state has seen, or, of rows that `begins` [B] says, none -> (logits, state)."""
         of_row = lambda empty, old: jnp.where(begins.reshape(-1, *(1,) * (old.ndim - 1)), empty, old)
-        logits, state = self.model.extend(inputs, jax.tree.map(of_row, self.empty_state(len(inputs)), state), mask=mask)
+        state = jax.tree.map(of_row, self.empty_state(len(inputs)), state)
+        logits, state = self.model.extend(inputs, state, mask=mask, **draws)
         return logits.astype(jnp.float32), state
 
 
@@ -126,9 +127,8 @@ class Carrying:
     def __init__(self, model: LanguageModel, batch: dict):
         self.model, self.carried, self.begins = model, batch["carried"], batch["begins"]
 
-    def __call__(self, inputs, mask, **_):
-        """What is left out says whether to drop, which a run that carries state does not."""
-        logits, self.carried = self.model.extend(inputs, mask, self.carried, self.begins)
+    def __call__(self, inputs, mask, **draws):
+        logits, self.carried = self.model.extend(inputs, mask, self.carried, self.begins, **draws)
         return logits
 
 
@@ -238,7 +238,10 @@ def empty_carried(run: Run, graph, *states: nnx.State) -> LMCache | None:
 
 
 def check_carries(run: Run, task: Task) -> None:
-    """Refuses a layer whose cache grows with the text, or ends. Raises: ValueError."""
+    """Refuses a layer whose cache grows with the text, or ends, and one that drops weights. Raises: ValueError."""
+    if rate := run.layer_options.get("dropout_rate"):
+        refuse("layer_options", "have dropout_rate 0 with carry_state, as nothing inside of a layer is dropped", rate,
+               "Use the run's dropout_rate.")
     small = dataclasses.replace(run, num_layers=1, layer_groups=None)
     model = nnx.eval_shape(lambda: build(small, task)).model
     shapes = lambda room: jax.tree.map(jnp.shape, jax.eval_shape(lambda: model.init_cache(1, room)))

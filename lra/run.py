@@ -208,10 +208,10 @@ def check_values(run: Run) -> None:
             usual, value = getattr(Run, name), getattr(run, name)
             if value != usual and not getattr(run, asker):
                 raise ValueError(f"{name} must be {usual} without {asker}, got {value}. Pass {asker}, or leave {name} out.")
-    # The state goes on through `extend`, which draws nothing, has no end of positions, and is not told of documents.
+    # The state goes on through `extend`, without end, which drops no weights, moves no statistics and knows no documents.
     carrying = dict(
-        positions=(None, "sinusoidal"), dropout_rate=(0,), attention_dropout_rate=(0,), drop_path_rate=(0,), num_experts=(0,),
-        norm=("layer", "rms", "scale"), remat=(False,), reversible=(False,), documents=("joined",),
+        positions=(None, "sinusoidal"), attention_dropout_rate=(0,), num_experts=(0,), norm=("layer", "rms", "scale"),
+        remat=(False,), reversible=(False,), documents=("joined",),
     )  # fmt: skip
     for name, able in carrying.items() if run.carry_state else ():
         if (value := getattr(run, name)) not in able:

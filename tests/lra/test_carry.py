@@ -114,7 +114,7 @@ def test_the_gradient_within_a_sequence_is_that_of_a_call(layer):
     batch |= dict(mask=np.ones((2, LENGTH), bool), begins=np.ones(2, bool))
     found = []
     for carry in (False, True):
-        run = tiny(layer, carry_state=carry, positions=None)
+        run = tiny(layer, carry_state=carry, positions=None, dropout_rate=0.3, drop_path_rate=0.2)
         graph, parameters, _, fixed = models.split(models.build(run, TASK))
         batch["carried"] = models.empty_carried(run, graph, parameters, fixed)
         if carry:  # what was there before a row begins does not count
@@ -145,9 +145,10 @@ def test_an_answer_in_the_sequence_before_is_found(tmp_path):
         ("softmax", {}, "carry_state must be left out for layer 'softmax', got a cache that grows.* Use transformer_xl, comp"),
         ("cosformer", dict(layer_options=dict(num_heads=2, max_length=6)), "carry_state must be left out .*max_length"),
         ("linear", dict(positions="learned"), "positions must be None or sinusoidal with carry_state, got learned. Change it"),
-        ("linear", dict(dropout_rate=0.1), "dropout_rate must be 0 with carry_state, got 0.1"),
-        ("linear", dict(num_experts=2), "num_experts must be 0 with carry_state, got 2"),
         ("linear", dict(norm="batch"), "norm must be layer or rms or scale with carry_state, got batch"),
+        ("linear", dict(num_experts=2), "num_experts must be 0 with carry_state, got 2"),
+        ("local", dict(attention_dropout_rate=0.1), "attention_dropout_rate must be 0 with carry_state, got 0.1"),
+        ("local", dict(layer_options=dict(dropout_rate=0.1)), "layer_options must have dropout_rate 0 with carry_state"),
         ("linear", dict(remat=True), "remat must be False with carry_state, got True"),
         ("linear", dict(reversible=True), "reversible must be False with carry_state, got True"),
         ("linear", dict(documents="apart"), "documents must be joined with carry_state, got apart"),
