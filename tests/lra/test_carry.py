@@ -89,7 +89,7 @@ def test_without_learning_the_losses_are_those_of_one_long_call(layer, accumulat
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch_to_the_same_numbers(monkeypatch, tmp_path):
-    run, save = tiny("mamba2", steps=7, learning_rate=0.01), checkpoints.Checkpoints.save
+    run, save = tiny("linear", num_layers=1, steps=7, learning_rate=0.01), checkpoints.Checkpoints.save
     fit = lambda folder, **words: train.train(run, out=folder, task=TASK, splits=splits(), quiet=True, **words)
 
     def save_and_stop(self, step, *rest):
@@ -178,7 +178,7 @@ def test_examples_that_do_not_follow_each_other_are_refused(tmp_path):
 
 def on_devices(out):
     """What the process that this file starts does."""
-    run, found = tiny("linear", learning_rate=0.01, steps=4, batch_size=4), {}
+    run, found = tiny("linear", num_layers=1, learning_rate=0.01, steps=4, batch_size=4), {}
     for name, words in dict(one={}, two=dict(devices=2), zero=dict(devices=2, shard="zero")).items():
         result = train.train(run, out=out / name, task=TASK, splits=splits(), quiet=True, **words)
         found[name] = [*losses(out / name), result.bits_per_byte]
