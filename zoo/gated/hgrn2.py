@@ -66,8 +66,6 @@ class HGRN2(Attention):
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
-        if not 0 <= lower_bound < 1:
-            refuse("HGRN2", "lower_bound", lower_bound, "be in [0, 1)", "Layer k of K, from 0, takes k / K.")
         check_number("HGRN2", "lower_bound", lower_bound, "[0, 1)", "At 1 nothing is ever written.")
         self.lower_bound = lower_bound
         self.norm = GatedNorm((num_heads, self.head_features), together=True, param_dtype=self.param_dtype)

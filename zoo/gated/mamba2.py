@@ -86,9 +86,7 @@ class Mamba2(Headless):
         owner, hidden = type(self).__name__, 2 * in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, head_features=head_features, state_size=state_size, num_groups=num_groups,
                     conv_width=conv_width)
-        check_divides(owner, f"the {hidden} hidden features", hidden, head_features=head_features)
-        if hidden % head_features:
-            refuse(owner, "head_features", head_features, f"divide hidden_features = {hidden}", "Choose a divisor.")
+        check_divides(owner, f"hidden_features = {hidden}", hidden, head_features=head_features)
         heads = hidden // head_features
         check_divides(owner, f"the {heads} heads", heads, num_groups=num_groups)
         check_steps(owner, dt_min, dt_max)

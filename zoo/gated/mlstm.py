@@ -83,10 +83,7 @@ class MLSTM(Headless):
         super().__init__(in_features, is_causal=is_causal, **shell)
         owner, hidden = type(self).__name__, 2 * in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, num_heads=num_heads, block_size=block_size, conv_width=conv_width)
-        check_divides(owner, f"the {hidden} hidden features", hidden, num_heads=num_heads, block_size=block_size)
-        for name, size in (("num_heads", num_heads), ("block_size", block_size)):
-            if hidden % size:
-                refuse(owner, name, size, f"divide hidden_features = {hidden}", "Choose a divisor.")
+        check_divides(owner, f"hidden_features = {hidden}", hidden, num_heads=num_heads, block_size=block_size)
         self.hidden_features, self.heads = hidden, (num_heads, hidden // num_heads)
         self.input, self.gate = (self.linear(in_features, hidden, rngs, use_bias=False) for _ in range(2))
         self.convolution = CausalConvolution(

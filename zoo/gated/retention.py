@@ -77,9 +77,6 @@ class Retention(Attention):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         widen(self, 2 * num_heads * self.head_features if value_features is None else value_features, shell, rngs)
         decay = [1 - 2.0 ** (-5 - head) for head in range(num_heads)] if decay is None else decay
-        if np.shape(decay) != (num_heads,) or not all(0 <= gamma <= 1 for gamma in decay):
-            refuse("Retention", "decay", decay, f"hold {num_heads} numbers in [0, 1], one for each head", "None: the paper's.")
-        self.decay = tuple(map(float, decay))
         if np.shape(decay) != (num_heads,):
             refuse("Retention", "decay", repr(decay), f"hold {num_heads} numbers, one of each head", "None has the paper's.")
         self.decay = tuple(np.asarray(decay).tolist())

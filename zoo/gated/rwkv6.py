@@ -81,9 +81,7 @@ class RWKV6(Headless):
         super().__init__(in_features, is_causal=is_causal, **shell)
         owner, hidden = type(self).__name__, in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, head_features=head_features, mix_rank=mix_rank, decay_rank=decay_rank)
-        check_divides(owner, f"the {hidden} features of all heads", hidden, head_features=head_features)
-        if hidden % head_features:
-            refuse(owner, "head_features", head_features, f"divide hidden_features = {hidden}", "Choose a divisor.")
+        check_divides(owner, f"hidden_features = {hidden}", hidden, head_features=head_features)
         self.hidden_features, self.heads = hidden, (hidden // head_features, head_features)
         self.key, self.value, self.receptance, self.gate = (
             self.linear(in_features, hidden, rngs, use_bias=False) for _ in range(4)

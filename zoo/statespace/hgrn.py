@@ -63,8 +63,6 @@ class HGRN(Headless):
         **shell: Unpack[HeadlessShell],
     ):  # fmt: skip
         super().__init__(in_features, is_causal=is_causal, **shell)
-        if not 0 <= lower_bound < 1:
-            refuse(type(self).__name__, "lower_bound", lower_bound, "be in [0, 1)", "Layer k of K, from 0, takes k / K.")
         check_number(type(self).__name__, "lower_bound", lower_bound, "[0, 1)", "Layer k of K takes k / K.")
         self.lower_bound = lower_bound
         self.input, self.gate = (self.linear(in_features, 2 * in_features, rngs) for _ in range(2))
