@@ -20,6 +20,7 @@ from subquad.zoo.checks import (
     cache_dtype,
     check_call,
     check_causality,
+    check_divides,
     check_dtypes,
     check_extend,
     check_length,
@@ -189,8 +190,7 @@ class Attention(nnx.Module):
                    "Change one of them, or pass qkv_features.")
         if num_kv_heads != num_heads and not self.supports.grouped:
             unsupported(owner, "num_kv_heads", "each of its heads has keys of its own", "SoftmaxAttention has grouped heads.")
-        if num_heads % num_kv_heads:
-            refuse(owner, "num_kv_heads", num_kv_heads, f"divide num_heads = {num_heads}", "Choose a divisor.")
+        check_divides(owner, f"num_heads = {num_heads}", num_heads, num_kv_heads=num_kv_heads)
         if rotary_base is not None:
             check_rotary(owner, self.supports, rotary_base, qkv_features // num_heads)
         check_causality(owner, self.supports, is_causal)

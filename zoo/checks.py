@@ -1,6 +1,5 @@
 """The checks that every layer makes of its arguments, before any work."""
 
-import numbers
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
@@ -86,6 +85,13 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
             refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
 
 
+def check_divides(owner: str, whole: str, size: int, **parts: int) -> None:
+    """Refuses parts that do not divide `size`, which a message calls `whole`."""
+    for name, part in parts.items():
+        if size % part:
+            refuse(owner, name, part, f"divide {whole}", "Choose a divisor.")
+
+
 def check_length(owner: str, name: str, length: int, most: int | None) -> None:
     """Refuses more tokens than the `max_length` that a layer was built for; None: it takes any number."""
     if most is not None and length > most:
@@ -97,7 +103,7 @@ def check_number(owner: str, name: str, value: Any, interval: str, instead: str)
     """Refuses what is no number of an interval such as "[0, 1)", whose end at a parenthesis is left out."""
     low, high = map(float, interval[1:-1].split(","))
     if (
-        not isinstance(value, numbers.Real)
+        not isinstance(value, int | float | np.integer | np.floating)
         or isinstance(value, bool)
         or not low <= value <= high
         or (value == low and interval[0] == "(")

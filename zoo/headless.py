@@ -42,8 +42,8 @@ class Headless(nnx.Module):
 
         y = finish(x, respond(x))
 
-    A variant derives from this class directly. It writes `respond`, which mixes tokens, or `_recur`, by which `respond` then
-    does; and `finish`, of each token alone; where it can extend, `state` and `respond_after` as well.
+    A variant derives from this class directly. It writes `respond`, which mixes tokens, and where it can extend `state` and
+    `respond_after`; or `state` and `_recur`, which does for both. It has `out`, or writes `finish`, of each token alone.
 
     Args:
         in_features: features D of the inputs.
@@ -58,6 +58,7 @@ class Headless(nnx.Module):
     supports: ClassVar[Support]
     shell: ClassVar[type] = HeadlessShell
     sees: Pattern | None  # which positions reach which, causality included; None: all reach all
+    out: Any  # the output map, or None
 
     def __init__(
         self, in_features: int, *, out_features: int | None = None, is_causal: bool = False, dtype: Any = None,
@@ -87,13 +88,19 @@ class Headless(nnx.Module):
             return self._recur(inputs, segment_ids=segment_ids)[0]
         return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
-    def _recur(self, inputs: Float[Array, "B T D"], *, segment_ids=None, cache: Any = None) -> tuple[Array, Any]:
-        """`respond`, and the cache after the last token; of no cache from no token on."""
+    def _recur(
+        self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, cache: Any = None,
+    ) -> tuple[Float[Array, "B T R"], Any]:  # fmt: skip
+        """`respond`, and the cache after the last real token, where there is one before the first.
+
+        `counts` is how many of the tokens each sample has, the first ones. None: all. Without a cache there is no token before.
+        """
         raise NotImplementedError
 
     def finish(self, inputs: Float[Array, "N D"], responses: Float[Array, "N R"]) -> Float[Array, "N F"]:
         """The outputs, token by token."""
-        return responses
+        return responses if self.out is None else self.out(responses)
 
     def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
         """The keys of a call's random draws, by their words in `respond`; none where a layer draws nothing in a call."""
@@ -108,7 +115,7 @@ class Headless(nnx.Module):
 
         `counts` is how many of them each sample has, the first ones; the state is that after these. None: all.
         """
-        raise NotImplementedError
+        return self._recur(inputs, counts, cache=state)
 
     def _promote(self, inputs):
         """The inputs in the dtype of the computation."""

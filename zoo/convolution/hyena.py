@@ -61,7 +61,7 @@ class Hyena(Headless):
         filter_features: W hidden features of FFN.
         num_inner: its layers between the first and the last.
         num_bands: wavelengths K.
-        frequency: what its sines multiply by to begin with, a number for each hidden feature that is learned.
+        frequency: what its sines multiply their arguments by at first; a number for each hidden feature, learned.
         shift: so much of a filter never decays.
         is_causal: must be True: a token sees itself and those before it.
         rngs: `rngs.params()` draws the parameters.
@@ -204,9 +204,6 @@ class Hyena(Headless):
         hidden = self.hidden(inputs.shape[1])
         return self._through(gates, values, lambda n, values: convolution.convolve(
             values, self.filter(hidden, n), segment_ids=segment_ids, implementation=self.implementation))
-
-    def finish(self, inputs, responses):
-        return self.out(responses)
 
     def init_cache(self, batch_size, max_length, dtype=None) -> HyenaCache:
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""

@@ -32,7 +32,7 @@ class GatedLinearAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features and value_features. The paper has 4.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. The gates are of the key's.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Each has its gate.
         qkv_features: features of all query heads together, N x H. None: D / 2, as in the paper.
         value_features: features of all value heads together, N x V. None: D.
         decay_rank: numbers between W_1 and W_2.
@@ -107,7 +107,7 @@ class GatedLinearAttention(Attention):
         return in_pieces(lambda logits: nnx.log_sigmoid(precision.wide(logits)) / self.temperature, logits)
 
     def recur(self, query, key, value, log_decay, mask, state=None, segment_ids=None) -> Any:
-        """o [B, T, N, V], and S [B, N, H, V] after the last token; of S before the first, or None."""
+        """o [B, T, N, V], and S [B, N, H, V] after the last token, from that before the first; None: 0."""
         log_decay = jnp.repeat(with_segments(log_decay, segment_ids), self.num_heads // self.num_kv_heads, axis=2)
         return linear.gated(
             query, key, value, log_decay, mask=mask, initial_state=state, return_state=True, scale=self.head_features**-0.5,

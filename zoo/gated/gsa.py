@@ -35,7 +35,7 @@ class GatedSlotAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features. The paper has 4.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters, and no slots.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters only.
         num_slots: slots M of each head. The paper has 64.
         temperature: tau. The larger, the nearer to 1 the gates, and the longer the memory.
         is_causal: must be True: a token sees itself and those before it.
@@ -93,8 +93,8 @@ class GatedSlotAttention(Attention):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> SlotCache:
         """An empty cache: float32 averages, no tokens. So max_length bounds nothing, and dtype rounds nothing."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        empty = jnp.zeros((batch_size, self.num_heads, self.num_slots, self.head_features), jnp.float32)
-        return SlotCache(empty, empty, jnp.zeros(batch_size, jnp.int32))
+        empty = lambda: jnp.zeros((batch_size, self.num_heads, self.num_slots, self.head_features), jnp.float32)
+        return SlotCache(empty(), empty(), jnp.zeros(batch_size, jnp.int32))
 
     def attend_cached(self, query, key, value, logits, mask, cache):
         heads, *slots = self.recur(query, key, value, *self.gates(logits), mask, cache)
