@@ -8,7 +8,11 @@ from subquad.kernels.selective import reference, xla
 __all__ = ["selective_scan"]
 
 OWNER = "ssm.selective_scan"
-IMPLEMENTATIONS = {"xla": xla.selective_scan, "reference": reference.selective_scan}
+IMPLEMENTATIONS = {
+    **dispatch.triton("subquad.kernels.selective.triton", "selective_scan"),
+    "xla": xla.selective_scan,
+    "reference": reference.selective_scan,
+}
 
 
 def selective_scan(

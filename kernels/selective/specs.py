@@ -31,7 +31,7 @@ def _spec(variant, lengths=(7, 63, 300), **options):
         return ssm.selective_scan(**arrays, return_state=True, implementation=implementation)
 
     bench = _make(**options, size=(1, 256), states=16)
-    return Spec("ssm.selective_scan", variant, _make(**options), call, bench, lengths, implementations=())
+    return Spec("ssm.selective_scan", variant, _make(**options), call, bench, lengths)
 
 
 SPECS = [_spec("state"), _spec("segments", (129,), segments=True)]

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import ssm
+from subquad.kernels import dispatch, specs, ssm, tuning
 from subquad.kernels.selective import xla
 from tests import oracle
 from tests.zoo.test_contract import arrays_of
 
 B, T, D, N = 2, 11, 3, 4
+IDS = np.array([[0] * 3 + [1] * 8, [0] * 5 + [2] + [0] * 5])  # that change inside of chunks and tiles of 3 and 4
+INTERPRETED = pytest.param("interpret", marks=pytest.mark.interpret)
 
 
 def draw(length=T, seed=0):
@@ -33,37 +35,74 @@ def outputs_and_gradients(arrays, **options):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
 
 
-def test_the_formula_step_by_step():
+@pytest.mark.parametrize("implementation", ["xla", "reference", INTERPRETED])
+def test_the_formula_step_by_step(implementation):
     u, step, a, into, out, state = (np.float64(x) for x in draw())
     expected, h = np.zeros((B, T, D)), state.copy()
     for b, t, d in np.ndindex(B, T, D):
         h[b, d] = np.exp(step[b, t, d] * a[d]) * h[b, d] + step[b, t, d] * u[b, t, d] * into[b, t]
         expected[b, t, d] = out[b, t] @ h[b, d]
-    for implementation in ("xla", "reference"):
-        outputs, last = ssm.selective_scan(*draw(), return_state=True, implementation=implementation)
-        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(last, h, rtol=1e-5, atol=1e-5)
+    outputs, last = ssm.selective_scan(*draw(), return_state=True, implementation=implementation)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(last, h, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("walk", [xla.steps, xla.tree])
 def test_chunks_end_anywhere(monkeypatch, walk):
     """With a ragged one in front, by steps and by the tree that accelerators take; segments begin inside of them."""
-    ids = jnp.asarray([[0] * 3 + [1] * 8, [0] * 5 + [2] + [0] * 5])
-    want = outputs_and_gradients(draw(), segment_ids=ids, implementation="reference")
+    want = outputs_and_gradients(draw(), segment_ids=IDS, implementation="reference")
     monkeypatch.setattr(xla, "LEAST", 3)
-    monkeypatch.setattr(xla, "MOST", 3)
     arrays = tuple(map(jnp.asarray, draw()))
-    breaks = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-    monkeypatch.setattr(ssm, "selective_scan", lambda *arrays, **_: xla._scan((0, walk), *arrays, breaks))
+    breaks = jnp.pad(IDS[:, 1:] != IDS[:, :-1], ((0, 0), (1, 0)))
+    monkeypatch.setattr(ssm, "selective_scan", lambda *arrays, **_: xla.in_chunks((walk, 3, 0), *arrays, breaks))
     got = outputs_and_gradients(arrays)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
 
 
-def test_a_step_of_nothing_holds_the_state():
+@pytest.mark.interpret
+@pytest.mark.parametrize(("segments", "most", "tile", "groups"), [(True, 16, 4, 3), (True, 6, 2, 1), (False, 11, 4, 2)])
+def test_tiles_and_blocks_end_anywhere(monkeypatch, segments, most, tile, groups):
+    """Ragged tiles, blocks of features and groups of blocks, in one chunk and in two; 3 states in a block of 4."""
+    from subquad.kernels.selective import triton
+
+    u, step, a, into, out, state = draw()
+    arrays = tuple(map(jnp.asarray, (u, step, a[:, :3], into[..., :3], out[..., :3], state[..., :3])))
+    ids = dict(segment_ids=IDS if segments else None)
+    want = outputs_and_gradients(arrays, implementation="reference", **ids)
+    monkeypatch.setattr(triton, "MOST", most)
+    blocks = dict(GROUPS=groups, BLOCK_T=tile, BLOCK_D=1)
+    monkeypatch.setattr(triton, "gradients_config", lambda *sizes: tuning.Config(blocks))
+    got = outputs_and_gradients(arrays, implementation="interpret", **ids)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
+
+
+@pytest.mark.interpret
+def test_what_the_kernels_decline():
+    run = functools.partial(ssm.selective_scan, implementation="interpret")
+    with pytest.raises(dispatch.Declined, match="a feature has 257 states, and the kernels hold at most 256"):
+        run(*map(jnp.ones, ((1, 2, 1), (1, 2, 1), (1, 257), (1, 2, 257), (1, 2, 257))))
+    with jax.enable_x64(True), pytest.raises(dispatch.Declined, match="float32, bfloat16 and float16, not float64"):
+        run(*(jnp.asarray(x, jnp.float64) for x in draw()))
+
+
+@pytest.mark.parametrize("implementation", ["xla", INTERPRETED])
+def test_a_step_of_nothing_holds_the_state(implementation):
+    run = functools.partial(ssm.selective_scan, return_state=True, implementation=implementation)
     u, step, *rest = draw()
-    last = ssm.selective_scan(u[:, :6], step[:, :6], rest[0], *(x[:, :6] for x in rest[1:3]), rest[3], return_state=True)[1]
+    last = run(u[:, :6], step[:, :6], rest[0], *(x[:, :6] for x in rest[1:3]), rest[3])[1]
     step[:, 6:] = 0
-    np.testing.assert_allclose(ssm.selective_scan(u, step, *rest, return_state=True)[1], last, atol=1e-6)
+    np.testing.assert_allclose(run(u, step, *rest)[1], last, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", INTERPRETED])
+def test_decays_of_0_and_1(implementation):
+    """A step so long that a state is forgotten at once, beside steps of 0: nothing divides by a product of decays."""
+    u, step, *rest = draw(70)
+    step[:, ::2], step[:, 1::4] = 0, 1e4
+    want = outputs_and_gradients((u, step, *rest), implementation="reference")
+    got = outputs_and_gradients((u, step, *rest), implementation=implementation)
+    for ours, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert specs.error(ours, theirs) < 1e-5
 
 
 def test_states_are_never_all_in_memory():
