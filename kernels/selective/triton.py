@@ -13,6 +13,7 @@ each, bound the memory of what is kept.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch, precision, tuning
+from subquad.kernels.scan import xla as scan
 from subquad.kernels.scan.triton import combine
 from subquad.kernels.selective import xla
 from subquad.kernels.selective.reference import start_and_breaks
@@ -27,7 +29,8 @@ from subquad.kernels.selective.reference import start_and_breaks
 TILE, INTERPRETED = 8, 64  # tokens between two states that are kept for the gradients, on a GPU and in the interpreter
 MOST, BYTES = 1 << 14, 1 << 28  # tokens of a chunk, and bytes of what is kept of its tiles, of which there are three arrays
 MOST_STATES = 256  # of a feature: with more the gradients spill
-PROGRAMS, LARGEST = 1 << 11, 1 << 14  # that fill a large GPU; what is larger is tuned alike
+PROGRAMS, LARGEST = 1 << 10, 1 << 14  # that fill a large GPU; what is larger is tuned alike
+PART_TILES = 8  # that a part of a sequence has at least
 
 
 @triton.jit
@@ -38,10 +41,10 @@ def _rows(X, token, exists, column, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _decays(step, rates, breaks, token, exists, SEGMENTS: tl.constexpr):
+def _decays(step, rates, breaks, token, exists, BREAKS: tl.constexpr):
     """[T, N, D]; 1 where the step is 0, and 0 where a segment begins."""
     decay = tl.exp(step[:, None, :] * rates[None, :, :])
-    if SEGMENTS:
+    if BREAKS:
         is_break = tl.load(breaks + token, mask=exists, other=0) != 0
         decay = tl.where(is_break[:, None, None], 0.0, decay)
     return decay
@@ -56,12 +59,12 @@ def _outer(rows, columns):
 @triton.jit
 def selective_walk(
     values, step, rates, writes, reads, breaks, start, words, outputs, entering, last,
-    D: tl.constexpr, N: tl.constexpr, NN: tl.constexpr, SEGMENTS: tl.constexpr, FROM_END: tl.constexpr, SAVES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, NN: tl.constexpr, BREAKS: tl.constexpr, FROM_END: tl.constexpr,
+    READS: tl.constexpr, SAVES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The state after the last token, that which enters each tile [B, tiles, N, D], and the outputs of the forward walk.
+    """The state after the last token, and what else is asked for: outputs, and what enters each tile [B, tiles, N, D].
 
-    FROM_END: of gradients, e in place of h. SAVES: what enters the tiles. `rates` are A [N, D], states [B, N, D].
+    FROM_END: of gradients, e in place of h. BREAKS: whether segments begin. `rates` are A [N, D], states [B, N, D].
     """
     T = tl.load(words)
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -87,13 +90,13 @@ def selective_walk(
             tl.store(entering + tile.to(tl.int64) * (N * D) + place, state, mask=inside)
         token = tile * BLOCK_T + (BLOCK_T - 1 - row if FROM_END else row)
         exists = token < T
-        decay = _decays(_rows(step, token, exists, feature, D), rate, breaks, token, exists, SEGMENTS)
+        decay = _decays(_rows(step, token, exists, feature, D), rate, breaks, token, exists, BREAKS)
         states = _outer(_rows(values, token, exists, feature, D), _rows(writes, token, exists, mode, N))
         if FROM_END:
             states *= decay
         decay, states = tl.associative_scan((decay, states), 0, combine)
         states += decay * state[None, :, :]
-        if not FROM_END:
+        if READS:
             output = tl.sum(states * _rows(reads, token, exists, mode, N)[:, :, None], 1)
             at = outputs + token.to(tl.int64)[:, None] * D + feature[None, :]
             tl.store(at, output, mask=exists[:, None] & (feature < D)[None, :])
@@ -105,7 +108,7 @@ def selective_walk(
 def selective_gradients(
     values, step, rates, into, out, breaks, grad_outputs, entering, leaving, words,
     grad_values, grad_step, grad_rates, grad_into, grad_out,
-    D: tl.constexpr, N: tl.constexpr, NN: tl.constexpr, SEGMENTS: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, NN: tl.constexpr, BREAKS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of time and a group of the blocks of features.
@@ -143,7 +146,7 @@ def selective_gradients(
         place = mode[:, None] * D + feature[None, :]
         rate = tl.load(rates + place, mask=inside, other=0.0)
         # a_t h_{t-1}, and with it h_t.
-        decay = _decays(_rows(step, token, exists, feature, D), rate, breaks, token, exists, SEGMENTS)
+        decay = _decays(_rows(step, token, exists, feature, D), rate, breaks, token, exists, BREAKS)
         kept = _outer(_rows(values, token - 1, exists_before, feature, D), _rows(into, token - 1, exists_before, mode, N))
         decay, kept = tl.associative_scan((decay, decay * kept), 0, combine)
         kept += decay * tl.load(entering + border + place, mask=inside, other=0.0)[None, :, :]
@@ -152,7 +155,7 @@ def selective_gradients(
         # The other way round: the gradient of h_t, which is a_{t+1} times that of the token after it, and dy_t C_t. A scan
         # with reverse=True would move every number from lane to lane; a flip of rows in registers costs nothing.
         kept = tl.flip(kept, 0)
-        decay = _decays(_rows(step, back + 1, exists_after, feature, D), rate, breaks, back + 1, exists_after, SEGMENTS)
+        decay = _decays(_rows(step, back + 1, exists_after, feature, D), rate, breaks, back + 1, exists_after, BREAKS)
         grad = _outer(_rows(grad_outputs, back, exists_back, feature, D), _rows(out, back, exists_back, mode, N))
         decay, grad = tl.associative_scan((decay, grad), 0, combine)
         grad += decay * tl.load(leaving + border + place, mask=inside, other=0.0)[None, :, :]
@@ -174,10 +177,10 @@ def selective_gradients(
 def walk_config(mode, batch: int, features: int, states: int, tile: int | None = None) -> tuning.Config:
     """`tile`: what BLOCK_T has to be where states are kept for the gradients."""
     padded = triton.next_power_of_2(states)
-    heuristic = tuning.Config(dict(BLOCK_T=32 if padded <= 32 else 16, BLOCK_D=_block(padded)), _warps(padded), 1)
+    heuristic = tuning.Config(dict(BLOCK_T=2 * TILE if padded <= 64 else TILE, BLOCK_D=_block(padded)), _warps(padded), 1)
     sizes = dict(states=padded, programs=tuning.size_class(batch * features, LARGEST), saves=tile is not None)
     if mode == "interpret":
-        chosen = tuning.Config(dict(BLOCK_T=INTERPRETED, BLOCK_D=min(32, triton.next_power_of_2(features))))
+        chosen = tuning.Config(_interpreted(features))
     else:
         chosen = tuning.config("selective_walk", heuristic, **sizes)
     return chosen if tile is None else tuning.Config({**chosen.blocks, "BLOCK_T": tile}, chosen.num_warps, 1)
@@ -186,13 +189,16 @@ def walk_config(mode, batch: int, features: int, states: int, tile: int | None =
 def gradients_config(mode, batch: int, length: int, features: int, states: int) -> tuning.Config:
     padded = triton.next_power_of_2(states)
     if mode == "interpret":
-        blocks = dict(GROUPS=1, BLOCK_T=INTERPRETED, BLOCK_D=min(32, triton.next_power_of_2(features)))
-        return tuning.Config(blocks)
+        return tuning.Config(dict(GROUPS=1, **_interpreted(features)))
     tokens, blocks = tuning.size_class(batch * length, LARGEST), triton.cdiv(features, _block(padded))
     groups = tuning.size_class(max(1, min(blocks // 4, PROGRAMS * TILE // tokens)), 64)
     heuristic = tuning.Config(dict(GROUPS=groups, BLOCK_T=TILE, BLOCK_D=_block(padded)), _warps(padded), 1)
     sizes = dict(states=padded, tokens=tokens, features=tuning.size_class(features, LARGEST))
     return tuning.config("selective_gradients", heuristic, **sizes)
+
+
+def _interpreted(features: int) -> dict[str, int]:
+    return dict(BLOCK_T=INTERPRETED, BLOCK_D=min(32, triton.next_power_of_2(features)))
 
 
 def _block(padded: int) -> int:
@@ -205,24 +211,65 @@ def _warps(padded: int) -> int:
     return max(1, _block(padded) * padded // 64)
 
 
-def _constants(values, rates, breaks):
+def _constants(rates, breaks):
     states, features = rates.shape
-    return dict(D=features, N=states, NN=triton.next_power_of_2(states), SEGMENTS=breaks is not None)
+    return dict(D=features, N=states, NN=triton.next_power_of_2(states), BREAKS=breaks is not None)
+
+
+def parts_of(mode, batch: int, length: int, features: int, chosen: tuning.Config) -> int:
+    """How many walks a sequence is cut into where samples and features are too few to fill the GPU."""
+    programs = batch * triton.cdiv(features, chosen.blocks["BLOCK_D"])
+    parts = min(PROGRAMS // programs, length // (PART_TILES * chosen.blocks["BLOCK_T"]))
+    return parts if parts > 2 and mode == "triton" else 1  # each goes its way twice
 
 
 def _walk(mode, values, step, rates, writes, reads, breaks, start, *, tile=None, from_end=False):
-    """(outputs, or nothing of a walk from the end, what enters the tiles where these have a size, the last state)."""
+    """(outputs where there are `reads`, what enters the tiles where these have a size, the last state).
+
+    In parts a first walk finds what each does to a state, and a second one starts each from the state after those before.
+    """
+    batch, length, features = values.shape
+    chosen = walk_config(mode, batch, features, len(rates), tile)
+    launched = functools.partial(_launch_walk, mode, chosen, saves=tile is not None, from_end=from_end)
+    parts = parts_of(mode, batch, length, features, chosen)
+    if parts == 1:
+        return launched(values, step, rates, writes, reads, breaks, start)
+    block = chosen.blocks["BLOCK_T"]
+    size = triton.cdiv(triton.cdiv(length, block), parts) * block
+
+    def cut(x):  # [B parts, size, ..]; the tokens at the end have no length, and change nothing
+        x = jnp.pad(x, [(0, 0), (0, parts * size - length), *[(0, 0)] * (x.ndim - 2)])
+        return x.reshape(batch * parts, size, *x.shape[2:])
+
+    values, step, writes, reads, breaks = (None if x is None else cut(x) for x in (values, step, writes, reads, breaks))
+    *_, sums = launched(values, step, rates, writes, None, breaks, jnp.zeros((batch * parts, *rates.shape)))
+    products = jnp.exp(step.sum(1)[:, None] * rates)
+    if breaks is not None:
+        products = jnp.where(breaks.any(1)[:, None, None], 0, products)
+    flat = lambda x: x.reshape(batch, -1, rates.size)
+    after, last = scan.chunks(parts, flat(products), flat(sums), start.reshape(batch, -1), from_end, False)
+    starts = [after[:, 1:], flat(start)] if from_end else [flat(start), after[:, :-1]]
+    outputs, entering, _ = launched(
+        values, step, rates, writes, reads, breaks, jnp.concatenate(starts, 1).reshape(sums.shape)
+    )
+    together = lambda x: x.reshape(batch, -1, *x.shape[2:])
+    outputs = outputs if reads is None else together(outputs)[:, :length]
+    entering = entering if tile is None else together(entering)[:, : triton.cdiv(length, tile)]
+    return outputs, entering, last.reshape(start.shape)
+
+
+def _launch_walk(mode, chosen, values, step, rates, writes, reads, breaks, start, *, saves, from_end):
     (batch, length, features), states = values.shape, len(rates)
-    chosen = walk_config(mode, batch, features, states, tile)
+    tiles = triton.cdiv(length, chosen.blocks["BLOCK_T"])
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    entering = (batch, triton.cdiv(length, tile), states, features) if tile else (1,)
     return launch.call(
         selective_walk,
         dict(values=values, step=step, rates=rates, writes=writes, reads=reads, breaks=breaks, start=start,
              words=launch.words(length)),
-        dict(outputs=float32(*(1,) if from_end else values.shape), entering=float32(*entering), last=float32(*start.shape)),
+        dict(outputs=float32(*(1,) if reads is None else values.shape),
+             entering=float32(*(batch, tiles, states, features) if saves else (1,)), last=float32(*start.shape)),
         grid=batch * triton.cdiv(features, chosen.blocks["BLOCK_D"]),
-        constants=dict(_constants(values, rates, breaks), FROM_END=from_end, SAVES=tile is not None),
+        constants=dict(_constants(rates, breaks), FROM_END=from_end, READS=reads is not None, SAVES=saves),
         config=chosen,
         mode=mode,
     )  # fmt: skip
@@ -259,7 +306,7 @@ def _backward(mode, saved, cotangents):
         dict(grad_values=float32(*values.shape), grad_step=float32(*step.shape), grad_rates=float32(*entering.shape),
              grad_into=of_groups, grad_out=of_groups),
         grid=batch * triton.cdiv(length, tile) * groups,
-        constants=_constants(values, rates, breaks),
+        constants=_constants(rates, breaks),
         config=chosen,
         mode=mode,
     )  # fmt: skip
@@ -288,4 +335,6 @@ def selective_scan(inputs, step, diagonal, input_matrix, output_matrix, state, r
     if diagonal.shape[1] > MOST_STATES:
         raise launch.Declined(f"a feature has {diagonal.shape[1]} states, and the kernels hold at most {MOST_STATES}.")
     state, breaks = start_and_breaks(inputs, diagonal, state, runs)
-    return xla.in_chunks((walk_in(mode), MOST, BYTES * TILE), *arrays, state, breaks)
+    # With fewer tokens in a chunk there would be more states between chunks than for the tiles of one.
+    least = math.isqrt(TILE * inputs.shape[1] // 3)
+    return xla.in_chunks((walk_in(mode), least, MOST, BYTES * TILE), *arrays, state, breaks)

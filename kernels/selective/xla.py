@@ -1,7 +1,7 @@
 """Selective scans a chunk of the tokens at a time, with a backward pass that makes the states of a chunk again.
 
 On a CPU a chunk is one step after the other. An accelerator pays for every step, so there it is a first-order recurrence of
-D x N features, by a tree.
+D x N features, by a tree; on a GPU Triton's kernels walk along it.
 """
 
 import functools
@@ -24,8 +24,8 @@ LEAST, MOST = 16, 256
 def selective_scan(inputs, step, diagonal, input_matrix, output_matrix, state, runs):
     """See `ssm.selective_scan`."""
     state, breaks = start_and_breaks(inputs, diagonal, state, runs)
-    static = (steps, MOST, CPU_BYTES) if jax.default_backend() == "cpu" else (tree, MOST, OTHER_BYTES)
-    return in_chunks(static, inputs, step, diagonal, input_matrix, output_matrix, state, breaks)
+    walk, room = (steps, CPU_BYTES) if jax.default_backend() == "cpu" else (tree, OTHER_BYTES)
+    return in_chunks((walk, LEAST, MOST, room), inputs, step, diagonal, input_matrix, output_matrix, state, breaks)
 
 
 def tree(inputs, step, diagonal, input_matrix, output_matrix, state, breaks):
@@ -51,9 +51,12 @@ precision.define_passes(
 )
 
 
-def _plan(most, room, inputs, state) -> tuple[int, int, int]:
-    """Tokens of a chunk, how many whole chunks there are, and tokens of the ragged one before them."""
-    chunk = min(inputs.shape[1], max(LEAST, min(most, room // (4 * state.size))))
+def _plan(least, most, room, inputs, state) -> tuple[int, int, int]:
+    """Tokens of a chunk, how many whole chunks there are, and tokens of the ragged one before them.
+
+    `room`: for the states of a chunk, where it has more tokens than the `least`.
+    """
+    chunk = min(inputs.shape[1], max(least, min(most, room // (4 * state.size))))
     return chunk, *divmod(inputs.shape[1], chunk)
 
 

@@ -1,5 +1,6 @@
 """The selective scan: states step by step, chunks that end anywhere, memory, and the authors' code."""
 
+import contextlib
 import functools
 import math
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, specs, ssm, tuning
+from subquad.kernels import dispatch, launch, specs, ssm, tuning
 from subquad.kernels.selective import xla
 from tests import oracle
 from tests.zoo.test_contract import arrays_of
@@ -51,18 +52,19 @@ def test_the_formula_step_by_step(implementation):
 def test_chunks_end_anywhere(monkeypatch, walk):
     """With a ragged one in front, by steps and by the tree that accelerators take; segments begin inside of them."""
     want = outputs_and_gradients(draw(), segment_ids=IDS, implementation="reference")
-    monkeypatch.setattr(xla, "LEAST", 3)
     arrays = tuple(map(jnp.asarray, draw()))
     breaks = jnp.pad(IDS[:, 1:] != IDS[:, :-1], ((0, 0), (1, 0)))
-    monkeypatch.setattr(ssm, "selective_scan", lambda *arrays, **_: xla.in_chunks((walk, 3, 0), *arrays, breaks))
+    monkeypatch.setattr(ssm, "selective_scan", lambda *arrays, **_: xla.in_chunks((walk, 3, 3, 0), *arrays, breaks))
     got = outputs_and_gradients(arrays)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("segments", "most", "tile", "groups"), [(True, 16, 4, 3), (True, 6, 2, 1), (False, 11, 4, 2)])
-def test_tiles_and_blocks_end_anywhere(monkeypatch, segments, most, tile, groups):
-    """Ragged tiles, blocks of features and groups of blocks, in one chunk and in two; 3 states in a block of 4."""
+@pytest.mark.parametrize(
+    ("segments", "most", "tile", "groups", "parts"), [(True, 11, 4, 2, 1), (True, 6, 4, 1, 2), (False, 11, 2, 1, 3)]
+)
+def test_tiles_and_blocks_end_anywhere(monkeypatch, segments, most, tile, groups, parts):
+    """Ragged tiles, blocks of features and groups of blocks, in one chunk and in two, in parts; 3 states in a block of 4."""
     from subquad.kernels.selective import triton
 
     u, step, a, into, out, state = draw()
@@ -70,8 +72,10 @@ def test_tiles_and_blocks_end_anywhere(monkeypatch, segments, most, tile, groups
     ids = dict(segment_ids=IDS if segments else None)
     want = outputs_and_gradients(arrays, implementation="reference", **ids)
     monkeypatch.setattr(triton, "MOST", most)
-    blocks = dict(GROUPS=groups, BLOCK_T=tile, BLOCK_D=1)
-    monkeypatch.setattr(triton, "gradients_config", lambda *sizes: tuning.Config(blocks))
+    blocks = dict(BLOCK_T=tile, BLOCK_D=2)
+    monkeypatch.setattr(triton, "walk_config", lambda *sizes: tuning.Config(blocks))
+    monkeypatch.setattr(triton, "gradients_config", lambda *sizes: tuning.Config(blocks | dict(GROUPS=groups)))
+    monkeypatch.setattr(triton, "parts_of", lambda *sizes: parts)
     got = outputs_and_gradients(arrays, implementation="interpret", **ids)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
 
@@ -105,14 +109,17 @@ def test_decays_of_0_and_1(implementation):
         assert specs.error(ours, theirs) < 1e-5
 
 
-def test_states_are_never_all_in_memory():
-    length, features, states = 4096, 32, 16
-    shapes = [(1, length, features)] * 2 + [(features, states)] + [(1, length, states)] * 2
-    loss = lambda *arrays: jnp.sum(ssm.selective_scan(*arrays, implementation="xla") ** 2)
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_states_are_never_all_in_memory(implementation):
+    """Nothing is larger than the inputs: of these 16 states a token, one of every 8 tokens would be twice as large."""
+    batch, length, features, states = 2, 1 << 16, 1536, 16
+    shapes = [(batch, length, features)] * 2 + [(features, states)] + [(batch, length, states)] * 2
+    loss = lambda *arrays: jnp.sum(ssm.selective_scan(*arrays, implementation=implementation) ** 2)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=range(5)))(*arrays)
+    with launch.recording() if implementation == "triton" else contextlib.nullcontext():
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=range(5)))(*arrays)
     largest = max(math.prod(aval.shape) for aval in arrays_of(jaxpr.jaxpr))
-    assert largest <= length * features
+    assert largest <= batch * length * features
 
 
 def test_oracle():
