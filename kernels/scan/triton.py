@@ -27,6 +27,7 @@ LONGEST_CLASS = 1 << 16
 
 @triton.jit
 def combine(a1, b1, a2, b2):
+    """h -> a h + b of two steps, one after the other."""
     return a1 * a2, a2 * b1 + b2
 
 

@@ -175,14 +175,14 @@ def selective_gradients(
 
 
 def walk_config(mode, batch: int, features: int, states: int, tile: int | None = None) -> tuning.Config:
-    """`tile`: what BLOCK_T has to be where states are kept for the gradients."""
+    """`tile`: what BLOCK_T has to be, where states are kept for the gradients."""
     padded = triton.next_power_of_2(states)
-    heuristic = tuning.Config(dict(BLOCK_T=2 * TILE if padded <= 64 else TILE, BLOCK_D=_block(padded)), _warps(padded), 1)
-    sizes = dict(states=padded, programs=tuning.size_class(batch * features, LARGEST), saves=tile is not None)
+    block = tile or (2 * TILE if padded <= 64 else TILE)
+    heuristic = tuning.Config(dict(BLOCK_T=block, BLOCK_D=_block(padded)), _warps(padded), 1)
     if mode == "interpret":
-        chosen = tuning.Config(_interpreted(features))
-    else:
-        chosen = tuning.config("selective_walk", heuristic, **sizes)
+        return tuning.Config(_interpreted(features))
+    sizes = dict(states=padded, programs=tuning.size_class(batch * features, LARGEST), tile=tile or 0)
+    chosen = tuning.config("selective_walk", heuristic, **sizes)
     return chosen if tile is None else tuning.Config({**chosen.blocks, "BLOCK_T": tile}, chosen.num_warps, 1)
 
 
