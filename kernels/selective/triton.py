@@ -177,7 +177,7 @@ def selective_gradients(
 def walk_config(mode, batch: int, features: int, states: int, tile: int | None = None) -> tuning.Config:
     """`tile`: what BLOCK_T has to be, where states are kept for the gradients."""
     padded = triton.next_power_of_2(states)
-    block = tile or (2 * TILE if padded <= 64 else TILE)
+    block = tile or (2 * TILE if padded <= 32 else TILE)
     heuristic = tuning.Config(dict(BLOCK_T=block, BLOCK_D=_block(padded)), _warps(padded), 1)
     if mode == "interpret":
         return tuning.Config(_interpreted(features))
