@@ -64,20 +64,33 @@ def _mend_bfloat16() -> None:
 
 
 def _mend_scan() -> None:
-    """The interpreter scans element by element; this does the same row by row, a hundred times faster."""
-    from triton.runtime.interpreter import ScanOps
+    """The interpreter scans and reduces element by element; this does the same row by row, a hundred times faster."""
+    from triton.runtime.interpreter import ReduceOps, ScanOps
 
-    def generic_scan(self, inputs):
+    def scanned(self, inputs):
+        """The rows along the axis [steps, ...] of every input, each combined with those before."""
         columns = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
         rows = [[self.to_tensor(c[i], x.dtype) for c, x in zip(columns, inputs, strict=True)] for i in range(len(columns[0]))]
         for i in range(1, len(rows)):
             combined = self.combine_fn.fn(*rows[i - 1], *rows[i])
             rows[i] = list(combined) if isinstance(combined, tuple) else [combined]
         stack = lambda row: np.stack([x.handle.data.reshape(columns[0].shape[1:]) for x in row])
-        scanned = map(stack, zip(*rows, strict=True))
-        return [self.to_tensor(np.moveaxis(y, 0, self.axis), x.dtype) for x, y in zip(inputs, scanned, strict=True)]
+        return map(stack, zip(*rows, strict=True))
 
-    ScanOps.generic_scan = generic_scan
+    def generic_scan(self, inputs):
+        results = zip(inputs, scanned(self, inputs), strict=True)
+        return [self.to_tensor(np.moveaxis(y, 0, self.axis), x.dtype) for x, y in results]
+
+    reduce_all = ReduceOps.generic_reduce
+
+    def generic_reduce(self, inputs):
+        if self.axis is None:
+            return reduce_all(self, inputs)
+        results = zip(inputs, (y[-1] for y in scanned(self, inputs)), strict=True)
+        shaped = lambda y: np.expand_dims(y, self.axis) if self.keep_dims else y
+        return [self.to_tensor(shaped(y), x.dtype) for x, y in results]
+
+    ScanOps.generic_scan, ReduceOps.generic_reduce = generic_scan, generic_reduce
 
 
 def run(kernel, grid, constants, shapes, places, *arrays):

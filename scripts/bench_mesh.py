@@ -62,6 +62,7 @@ RELATIVE = dict(**ATTENTION, relative_key="s n h", content_bias="n h", position_
 PROJECTED = SELF | dict(projection="m h")
 HASHED = dict(query_key=QUERIES, value=QUERIES, buckets="b r t n")
 CONVOLVED = dict(inputs=TOKENS, kernel="d t")
+SELECTIVE = dict(inputs=TOKENS, step=TOKENS, diagonal="d p", input_matrix="b t p", output_matrix="b t p")
 SYSTEM = dict(inputs=TOKENS, log_decay="d p", input_matrix="d p", output_matrix="d p")
 BLOCKS = np.arange(4)[None, :, None] - np.array([0, 1])  # each block of queries sees its own keys and those before
 
@@ -105,6 +106,7 @@ OPERATIONS = {
     "convolution.convolve": operation(convolution.convolve, CONVOLVED, FEATURED),
     "convolution.convolve segments": operation(convolution.convolve, CONVOLVED | dict(segment_ids="b t"), FEATURED),
     "ssm.diagonal_scan": operation(ssm.diagonal_scan, SYSTEM, FEATURED),
+    "ssm.selective_scan": operation(ssm.selective_scan, SELECTIVE, FEATURED),
 }
 
 
@@ -116,6 +118,8 @@ def draw(axes: dict[str, str], length: int) -> dict[str, jax.Array]:
         shape = [sizes[letter] for letter in letters.split()]
         if "buckets" in name:
             return jnp.asarray(rng.integers(0, BUCKETS, shape), jnp.int32)
+        if name in ("step", "diagonal"):
+            return jnp.asarray(rng.uniform(0, 1, shape) * (1 if name == "step" else -1), jnp.float32)
         if letters == "d p":  # the eigenvalues of a slow decay, and complex matrices
             return jnp.asarray(rng.uniform(-0.5, -0.01, shape) + 1j * rng.normal(size=shape), jnp.complex64)
         if name == "segment_ids":

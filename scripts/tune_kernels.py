@@ -42,7 +42,7 @@ def parse():
 def around(heuristic: tuning.Config) -> list[tuning.Config]:
     """The heuristic first, then all with blocks of half, the same and twice its size."""
     names = list(heuristic.blocks)
-    sides = [[s for s in (n // 2, n, 2 * n) if SMALLEST <= s <= LARGEST] or [n] for n in heuristic.blocks.values()]
+    sides = [[s for s in (n // 2, n, 2 * n) if s == n or SMALLEST <= s <= LARGEST] for n in heuristic.blocks.values()]
     found = [
         tuning.Config(dict(zip(names, blocks, strict=True)), warps, stages)
         for blocks, warps, stages in itertools.product(itertools.product(*sides), WARPS, STAGES)

@@ -26,7 +26,8 @@ LONGEST_CLASS = 1 << 16
 
 
 @triton.jit
-def _combine(a1, b1, a2, b2):
+def combine(a1, b1, a2, b2):
+    """h -> a h + b of two steps, one after the other."""
     return a1 * a2, a2 * b1 + b2
 
 
@@ -121,7 +122,7 @@ def first_order_tiles(
         if COMPLEX:
             ar, ai, br, bi = tl.associative_scan((ar, ai, br, bi), 0, _combine_complex)
         else:
-            ar, br = tl.associative_scan((ar, br), 0, _combine)
+            ar, br = tl.associative_scan((ar, br), 0, combine)
         xr, xi = _times(ar, ai, hr[None, :], hi[None, :], COMPLEX)
         br, bi = br + xr, bi + xi
         hr, hi = _last_row(br, bi, BLOCK_T, COMPLEX)

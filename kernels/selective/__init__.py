@@ -8,7 +8,11 @@ from subquad.kernels.selective import reference, xla
 __all__ = ["selective_scan"]
 
 OWNER = "ssm.selective_scan"
-IMPLEMENTATIONS = {"xla": xla.selective_scan, "reference": reference.selective_scan}
+IMPLEMENTATIONS = {
+    **dispatch.triton("subquad.kernels.selective.triton", "selective_scan"),
+    "xla": xla.selective_scan,
+    "reference": reference.selective_scan,
+}
 
 
 def selective_scan(
@@ -31,7 +35,9 @@ def selective_scan(
     pass makes those of a chunk again from the state before it.
 
     Cost: time O(B T D N), T steps deep, or T / C log C in chunks of C <= 256 tokens on an accelerator; memory
-        O(B T (D + N) + B D N (C + T / C)), the backward pass included. One extended token O(B D N).
+        O(B T (D + N) + B D N (C + T / C)), the backward pass included. Triton's kernels keep a chunk's states in registers, and
+        for the backward pass three for every 8 tokens in memory: 768 MiB, or O(B D N sqrt(T)) where that is more. One extended
+        token O(B D N).
 
     Args:
         inputs: u [B, T, D].
@@ -42,12 +48,13 @@ def selective_scan(
         segment_ids: int [B, T] or [1, T], for sequences packed one after the other: the state begins at 0 where they change.
             The first token goes on from `initial_state`. None: all one run.
         return_state: also return the state after the last step.
-        implementation: "xla" on every device, or "reference", step by step; None: "xla".
+        implementation: None takes the best that can run here.
     Returns: y [B, T, D] in the dtype of `inputs`; with return_state also the state [B, D, N] in float32.
     Raises:
         TypeError: arrays of integers or complex numbers; segment_ids that are not integers.
         ValueError: the shapes do not fit.
-        NotImplementedError: an implementation that this operation does not have.
+        NotImplementedError: an implementation that does not exist here or declines the call: Triton's kernels hold at most 256
+            states of a feature.
     Numerics: decays, states and sums in float32; agrees with the reference to 1e-5.
     Example:
         >>> import jax.numpy as jnp

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subquad.kernels import ssm
-from subquad.kernels.specs import Spec
+from subquad.kernels.specs import Spec, over_heads
 
 
 def _make(segments=False, size=(2, 3), states=4):
@@ -26,12 +26,20 @@ def _make(segments=False, size=(2, 3), states=4):
     return make
 
 
-def _spec(variant, lengths=(7, 63, 300), **options):
-    def call(arrays, implementation):
-        return ssm.selective_scan(**arrays, return_state=True, implementation=implementation)
-
-    bench = _make(**options, size=(1, 256), states=16)
-    return Spec("ssm.selective_scan", variant, _make(**options), call, bench, lengths, implementations=())
+def _call(arrays, implementation):
+    return ssm.selective_scan(**arrays, return_state=True, implementation=implementation)
 
 
-SPECS = [_spec("state"), _spec("segments", (129,), segments=True)]
+def _spec(variant, lengths, features, states, bench_states, **options):
+    """`features` and `bench_states` are those of the benchmarks: a layer's."""
+    bench = _make(**options, size=(1, features), states=bench_states)
+    return Spec("ssm.selective_scan", variant, _make(**options, states=states), _call, bench, lengths)
+
+
+SPECS = [
+    _spec("state", (7, 63, 300), 1536, 4, 16),
+    _spec("segments", (129,), 128, 4, 16, segments=True),
+    _spec("states-64", (63,), 1536, 20, 64),
+    _spec("states-128", (63,), 128, 33, 128, segments=True),
+]
+GRID = over_heads("ssm.selective_scan", "segments", lambda states, *rest: _make(True, (2, 100), states)(*rest), _call)

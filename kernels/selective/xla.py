@@ -1,7 +1,7 @@
 """Selective scans a chunk of the tokens at a time, with a backward pass that makes the states of a chunk again.
 
 On a CPU a chunk is one step after the other. An accelerator pays for every step, so there it is a first-order recurrence of
-D x N features, by a tree.
+D x N features, by a tree; on a GPU Triton's kernels walk along it.
 """
 
 import functools
@@ -24,8 +24,8 @@ LEAST, MOST = 16, 256
 def selective_scan(inputs, step, diagonal, input_matrix, output_matrix, state, runs):
     """See `ssm.selective_scan`."""
     state, breaks = start_and_breaks(inputs, diagonal, state, runs)
-    static = (CPU_BYTES, steps) if jax.default_backend() == "cpu" else (OTHER_BYTES, tree)
-    return _scan(static, inputs, step, diagonal, input_matrix, output_matrix, state, breaks)
+    walk, room = (steps, CPU_BYTES) if jax.default_backend() == "cpu" else (tree, OTHER_BYTES)
+    return in_chunks((walk, LEAST, MOST, room), inputs, step, diagonal, input_matrix, output_matrix, state, breaks)
 
 
 def tree(inputs, step, diagonal, input_matrix, output_matrix, state, breaks):
@@ -51,15 +51,18 @@ precision.define_passes(
 )
 
 
-def _plan(room, inputs, state) -> tuple[int, int, int]:
-    """Tokens of a chunk, how many whole chunks there are, and tokens of the ragged one before them."""
-    chunk = min(inputs.shape[1], max(LEAST, min(MOST, room // (4 * state.size))))
+def _plan(least, most, room, inputs, state) -> tuple[int, int, int]:
+    """Tokens of a chunk, how many whole chunks there are, and tokens of the ragged one before them.
+
+    `room`: for the states of a chunk, where it has more tokens than the `least`.
+    """
+    chunk = min(inputs.shape[1], max(least, min(most, room // (4 * state.size))))
     return chunk, *divmod(inputs.shape[1], chunk)
 
 
 def _forward(static, inputs, step, diagonal, input_matrix, output_matrix, state, breaks):
-    (room, walk), start = static, state
-    chunk, whole, ragged = _plan(room, inputs, state)
+    (walk, *limits), start = static, state
+    chunk, whole, ragged = _plan(*limits, inputs, state)
 
     def run(first, size, state, outputs):
         u, step_, into, out, at = _cut((inputs, step, input_matrix, output_matrix, breaks), first, size)
@@ -82,8 +85,8 @@ def _forward(static, inputs, step, diagonal, input_matrix, output_matrix, state,
 
 def _backward(static, saved, cotangents):
     inputs, step, diagonal, input_matrix, output_matrix, start, breaks, before = saved
-    (room, walk), (outer, grad_state) = static, cotangents
-    chunk, whole, ragged = _plan(room, inputs, start)
+    (walk, *limits), (outer, grad_state) = static, cotangents
+    chunk, whole, ragged = _plan(*limits, inputs, start)
     tokens = inputs, step, input_matrix, output_matrix
 
     def run(first, size, state, grad_state, grad_diagonal, grads):
@@ -126,7 +129,7 @@ def _empty(like, after):
     return zeros_depending_on(after, like.shape, uint_bits_dtype(like.dtype))
 
 
-_scan = operation(
+in_chunks = operation(
     _forward,
     _backward,
     arrays=("b t d", "b t d", "d n", "b t n", "b t n", "b d n", "b t"),

@@ -35,6 +35,7 @@ WORST = {
     ("relative.attention/plain-96", "float32"),
     ("lsh.attention/ring-counted-96", "float32"),
     ("linear.random_feature_attention/softmax-causal-16", "float32"),
+    ("ssm.selective_scan/segments-256", "bfloat16"),
 }
 GRID = specs.grid()
 

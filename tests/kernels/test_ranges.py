@@ -63,6 +63,7 @@ ENORMOUS = {
     "scan-complex": (run(scan.first_order), 2 * [complex64(1, 2**20, 2048)] + [complex64(1, 2048)]),
     "diagonal_scan": (run(ssm.diagonal_scan), [TOKENS, MODES, MODES, MODES]),
     "dplr_recurrence": (run(ssm.dplr_recurrence), [TOKENS, MODES, complex64(1, 2048, 16), MODES, MODES, float32(2048)]),
+    "selective_scan": (run(ssm.selective_scan), [TOKENS, TOKENS, float32(2048, 16), *2 * [array(1, 2**20, 16)]]),
     "pseudo_inverse": (run(matrix.pseudo_inverse), [array(1, 2**17, 128, 128)]),
     "sinkhorn": (run(matrix.sinkhorn), [array(1, 2**17, 128, 128)]),
     "relative": (run(relative.attention), [*3 * [HEADS], array(2**14, 1024, 128), *2 * [array(1024, 128)]]),

@@ -1,5 +1,6 @@
 """The selective scan: states step by step, chunks that end anywhere, memory, and the authors' code."""
 
+import contextlib
 import functools
 import math
 
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import ssm
+from subquad.kernels import dispatch, launch, specs, ssm, tuning
 from subquad.kernels.selective import xla
 from tests import oracle
 from tests.zoo.test_contract import arrays_of
 
 B, T, D, N = 2, 11, 3, 4
+IDS = np.array([[0] * 3 + [1] * 8, [0] * 5 + [2] + [0] * 5])  # that change inside of chunks and tiles of 3 and 4
+INTERPRETED = pytest.param("interpret", marks=pytest.mark.interpret)
 
 
 def draw(length=T, seed=0):
@@ -33,47 +36,90 @@ def outputs_and_gradients(arrays, **options):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
 
 
-def test_the_formula_step_by_step():
+@pytest.mark.parametrize("implementation", ["xla", "reference", INTERPRETED])
+def test_the_formula_step_by_step(implementation):
     u, step, a, into, out, state = (np.float64(x) for x in draw())
     expected, h = np.zeros((B, T, D)), state.copy()
     for b, t, d in np.ndindex(B, T, D):
         h[b, d] = np.exp(step[b, t, d] * a[d]) * h[b, d] + step[b, t, d] * u[b, t, d] * into[b, t]
         expected[b, t, d] = out[b, t] @ h[b, d]
-    for implementation in ("xla", "reference"):
-        outputs, last = ssm.selective_scan(*draw(), return_state=True, implementation=implementation)
-        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(last, h, rtol=1e-5, atol=1e-5)
+    outputs, last = ssm.selective_scan(*draw(), return_state=True, implementation=implementation)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(last, h, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("walk", [xla.steps, xla.tree])
 def test_chunks_end_anywhere(monkeypatch, walk):
     """With a ragged one in front, by steps and by the tree that accelerators take; segments begin inside of them."""
-    ids = jnp.asarray([[0] * 3 + [1] * 8, [0] * 5 + [2] + [0] * 5])
-    want = outputs_and_gradients(draw(), segment_ids=ids, implementation="reference")
-    monkeypatch.setattr(xla, "LEAST", 3)
-    monkeypatch.setattr(xla, "MOST", 3)
+    want = outputs_and_gradients(draw(), segment_ids=IDS, implementation="reference")
     arrays = tuple(map(jnp.asarray, draw()))
-    breaks = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-    monkeypatch.setattr(ssm, "selective_scan", lambda *arrays, **_: xla._scan((0, walk), *arrays, breaks))
+    breaks = jnp.pad(IDS[:, 1:] != IDS[:, :-1], ((0, 0), (1, 0)))
+    monkeypatch.setattr(ssm, "selective_scan", lambda *arrays, **_: xla.in_chunks((walk, 3, 3, 0), *arrays, breaks))
     got = outputs_and_gradients(arrays)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
 
 
-def test_a_step_of_nothing_holds_the_state():
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("segments", "most", "tile", "groups", "parts"), [(True, 11, 4, 2, 1), (True, 6, 4, 1, 2), (False, 11, 2, 1, 3)]
+)
+def test_tiles_and_blocks_end_anywhere(monkeypatch, segments, most, tile, groups, parts):
+    """Ragged tiles, blocks of features and groups of blocks, in one chunk and in two, in parts; 3 states in a block of 4."""
+    from subquad.kernels.selective import triton
+
+    u, step, a, into, out, state = draw()
+    arrays = tuple(map(jnp.asarray, (u, step, a[:, :3], into[..., :3], out[..., :3], state[..., :3])))
+    ids = dict(segment_ids=IDS if segments else None)
+    want = outputs_and_gradients(arrays, implementation="reference", **ids)
+    monkeypatch.setattr(triton, "MOST", most)
+    blocks = dict(BLOCK_T=tile, BLOCK_D=2)
+    monkeypatch.setattr(triton, "walk_config", lambda *sizes: tuning.Config(blocks))
+    monkeypatch.setattr(triton, "gradients_config", lambda *sizes: tuning.Config(blocks | dict(GROUPS=groups)))
+    monkeypatch.setattr(triton, "parts_of", lambda *sizes: parts)
+    got = outputs_and_gradients(arrays, implementation="interpret", **ids)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
+
+
+@pytest.mark.interpret
+def test_what_the_kernels_decline():
+    run = functools.partial(ssm.selective_scan, implementation="interpret")
+    with pytest.raises(dispatch.Declined, match="a feature has 257 states, and the kernels hold at most 256"):
+        run(*map(jnp.ones, ((1, 2, 1), (1, 2, 1), (1, 257), (1, 2, 257), (1, 2, 257))))
+    with jax.enable_x64(True), pytest.raises(dispatch.Declined, match="float32, bfloat16 and float16, not float64"):
+        run(*(jnp.asarray(x, jnp.float64) for x in draw()))
+
+
+@pytest.mark.parametrize("implementation", ["xla", INTERPRETED])
+def test_a_step_of_nothing_holds_the_state(implementation):
+    run = functools.partial(ssm.selective_scan, return_state=True, implementation=implementation)
     u, step, *rest = draw()
-    last = ssm.selective_scan(u[:, :6], step[:, :6], rest[0], *(x[:, :6] for x in rest[1:3]), rest[3], return_state=True)[1]
+    last = run(u[:, :6], step[:, :6], rest[0], *(x[:, :6] for x in rest[1:3]), rest[3])[1]
     step[:, 6:] = 0
-    np.testing.assert_allclose(ssm.selective_scan(u, step, *rest, return_state=True)[1], last, atol=1e-6)
+    np.testing.assert_allclose(run(u, step, *rest)[1], last, atol=1e-6)
 
 
-def test_states_are_never_all_in_memory():
-    length, features, states = 4096, 32, 16
-    shapes = [(1, length, features)] * 2 + [(features, states)] + [(1, length, states)] * 2
-    loss = lambda *arrays: jnp.sum(ssm.selective_scan(*arrays, implementation="xla") ** 2)
+@pytest.mark.parametrize("implementation", ["xla", INTERPRETED])
+def test_decays_of_0_and_1(implementation):
+    """A step so long that a state is forgotten at once, beside steps of 0: nothing divides by a product of decays."""
+    u, step, *rest = draw(70)
+    step[:, ::2], step[:, 1::4] = 0, 1e4
+    want = outputs_and_gradients((u, step, *rest), implementation="reference")
+    got = outputs_and_gradients((u, step, *rest), implementation=implementation)
+    for ours, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert specs.error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_states_are_never_all_in_memory(implementation):
+    """Nothing is larger than the inputs: of these 16 states a token, one of every 8 tokens would be twice as large."""
+    batch, length, features, states = 2, 1 << 16, 1536, 16
+    shapes = [(batch, length, features)] * 2 + [(features, states)] + [(batch, length, states)] * 2
+    loss = lambda *arrays: jnp.sum(ssm.selective_scan(*arrays, implementation=implementation) ** 2)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=range(5)))(*arrays)
+    with launch.recording() if implementation == "triton" else contextlib.nullcontext():
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=range(5)))(*arrays)
     largest = max(math.prod(aval.shape) for aval in arrays_of(jaxpr.jaxpr))
-    assert largest <= length * features
+    assert largest <= batch * length * features
 
 
 def test_oracle():

@@ -26,6 +26,7 @@ def draw(rng, kind):
         modes=lambda: complex_(D, P) - 4,
         low_rank=lambda: complex_(1, D, P),
         system=lambda: complex_(D, P),
+        rates=lambda: -rng.uniform(0.3, 3, (D, P)),
         step=lambda: rng.uniform(0.05, 0.1, D),
         matrix=lambda: 2 * np.eye(8) + 0.3 * normal(1, N, 8, 8),
     )
@@ -68,6 +69,9 @@ OPERATIONS = {
     ),
     "dplr_recurrence": (
         named(ssm.dplr_recurrence, "state"), [(1, T, D), "modes", "low_rank", "system", "system", "step", (1, D, 2 * P)]
+    ),
+    "selective_scan": (
+        named(ssm.selective_scan, "initial_state", return_state=True), [*2 * ["decay"], "rates", *2 * [(1, T, P)], (1, D, P)]
     ),
     "pseudo_inverse": (named(matrix.pseudo_inverse, iterations=2), ["matrix"]),
     "sinkhorn": (named(matrix.sinkhorn, iterations=2), ["matrix"]),

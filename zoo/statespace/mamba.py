@@ -46,7 +46,7 @@ class Mamba(Headless):
         dt_min, dt_max: steps, of a token that does not choose, start log-uniformly between these.
         is_causal: must be True: a token sees itself and those before it.
         rngs: `rngs.params()` draws the parameters.
-        shell: see `Headless`. The scan is "xla" and "reference" only.
+        shell: see `Headless`.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other; the taps are then laid out for every
