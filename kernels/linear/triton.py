@@ -25,8 +25,8 @@ correction acts on the gradient of the state:
     du = dU = (the gradient of v without G) + k G,   dW = -du S^T                        its gradient
     G' = exp(g_C - g_0) G + sum_c exp(g_c - g_0) q_c do_c^T - W^T du
 
-Log decays come as three arrays: `late` is g of each token as a query has it, `early` as a key has it, and `start` that of the
-state before each chunk. They may have two parts, whose differences are added: sums without rounding, or segments.
+Log decays are two arrays: `late` is g_0 and g_c as queries have it, `early` g_s as keys have it. They may have two parts, whose
+differences are added: sums without rounding, or segments.
 
 A decay per channel of the key stands inside of the products: of queries and keys, and where these are the values (the
 gradients of q and k), of scores and values. exp(g_c - g_s) is then exp(g_c - g_b) exp(g_b - g_s), with a border b between c
@@ -42,7 +42,7 @@ computed again in the backward pass.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,25 +79,12 @@ class Shape(NamedTuple):
     PRECISION: str
 
 
-class Axis(NamedTuple):
-    """The log decays [PARTS, length, CHANNELS] of the tokens or the states of one head."""
-
-    g: Any
-    length: Any
-
-
-class LogDecays(NamedTuple):
-    late: Axis
-    early: Axis
-    start: Axis
-
-
 # --------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
 def linear_states(
-    key, value, last_value, weighed_key, erase, partial, late, early, start, words, first, first_sums,
+    key, value, last_value, weighed_key, erase, partial, late, early, words, first, first_sums,
     states, states_sums, last, last_sums, corrected,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +99,6 @@ def linear_states(
     program = tl.program_id(0)
     v_block, m_block = program % V_BLOCKS, (program // V_BLOCKS) % M_BLOCKS
     head = (program // (V_BLOCKS * M_BLOCKS)).to(tl.int64)
-    g = log_decays_of(late, early, start, words, head, SHAPE)
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
     channel = m if SHAPE.CHANNELS > 1 else tl.zeros((1,), tl.int32)
@@ -124,6 +110,7 @@ def linear_states(
         i = CHUNKS - 1 - step if SHAPE.REVERSED else step
         if SHAPE.IS_CAUSAL:
             store_state(states, states_sums, head * CHUNKS + i, S, z, m, v, v_block, SHAPE)
+        g_late, g_early = log_decays_of(late, early, words, head, i, SHAPE)
         k = load_chunk(key, head, i, T, m, SHAPE.FEATURES, SHAPE)
         u = load_chunk(value, head, i, T, v, SHAPE.VALUES, SHAPE)
         if SHAPE.IS_DELTA:
@@ -137,9 +124,9 @@ def linear_states(
                 u = u - dot(W, S, SHAPE)
                 store_chunk(corrected, head, i, T, v, u, SHAPE.VALUES, SHAPE)
         elif SHAPE.PARTS > 0:
-            k = k.to(tl.float32) * decay_of_tokens(g, i, channel, not SHAPE.REVERSED, SHAPE)
+            k = k.to(tl.float32) * decay_of_tokens(g_late, g_early, channel, not SHAPE.REVERSED, SHAPE)
         if SHAPE.PARTS > 0:
-            decay = decay_of_chunk(g, i, channel, SHAPE)
+            decay = decay_of_chunk(g_late, channel, SHAPE)
             S *= decay[:, None]
             z *= decay
         if SHAPE.HAS_SUMS:
@@ -155,7 +142,7 @@ def linear_states(
 
 @triton.jit
 def linear_outputs(
-    query, key, value, last_value, late, early, start, words, states, states_sums, partner, out, inverse, products,
+    query, key, value, last_value, late, early, words, states, states_sums, partner, out, inverse, products,
     SHAPE: tl.constexpr, HAS_PARTNER: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +162,7 @@ def linear_outputs(
     v_block, i = program % V_BLOCKS, (program // V_BLOCKS) % CHUNKS
     head = (program // V_BLOCKS // CHUNKS).to(tl.int64)
     state = head * CHUNKS + i if SHAPE.IS_CAUSAL else head
-    g = log_decays_of(late, early, start, words, head, SHAPE)
+    g_late, g_early = log_decays_of(late, early, words, head, i, SHAPE)
     token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
     v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
     o = tl.zeros((SHAPE.CHUNK, BLOCK_V), tl.float32)
@@ -187,8 +174,8 @@ def linear_outputs(
         if SHAPE.IS_CAUSAL:
             k = load_chunk(key, head, i, T, m, SHAPE.FEATURES, SHAPE)
             if FEATURES_DECAY:
-                scores = add_scores_of_channels(scores, q, k, g, i, m, SHAPE)
-                q = q.to(tl.float32) * decay_of_tokens(g, i, m, SHAPE.REVERSED, SHAPE)
+                scores = add_scores_of_channels(scores, q, k, g_late, m, SHAPE)
+                q = q.to(tl.float32) * decay_of_tokens(g_late, g_early, m, SHAPE.REVERSED, SHAPE)
             else:
                 scores = dot(q, tl.trans(k), SHAPE, scores)
         if HAS_STATES:
@@ -207,15 +194,15 @@ def linear_outputs(
             scores += grad_normaliser[:, None]
     if SHAPE.PARTS > 0 and (SHAPE.IS_CAUSAL or SHAPE.REVERSED) and not FEATURES_DECAY:
         channel = v if VALUES_DECAY else tl.zeros((1,), tl.int32)
-        decay = decay_of_tokens(g, i, channel, SHAPE.REVERSED, SHAPE)
+        decay = decay_of_tokens(g_late, g_early, channel, SHAPE.REVERSED, SHAPE)
         o *= decay
         normaliser *= tl.sum(decay, 1)
     if SHAPE.IS_CAUSAL:
-        scores = masked_scores(scores, g, i, SHAPE)
+        scores = masked_scores(scores, g_late, g_early, SHAPE)
         normaliser += tl.sum(scores, 1)
         u = load_chunk(value, head, i, T, v, SHAPE.VALUES, SHAPE)
         if VALUES_DECAY:
-            o = add_values_of_channels(o, scores, u, g, i, v, SHAPE)
+            o = add_values_of_channels(o, scores, u, g_late, v, SHAPE)
         else:
             o = dot(scores, u, SHAPE, o)
     o *= SCALE
@@ -232,14 +219,14 @@ def linear_outputs(
 
 
 @triton.jit
-def masked_scores(scores, g, i, SHAPE: tl.constexpr):
+def masked_scores(scores, g_late, g_early, SHAPE: tl.constexpr):
     """Scores [c, s] times exp(g_c - g_s), which they hold already where channels decay; 0 where c does not see s."""
-    token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
+    token = tl.arange(0, SHAPE.CHUNK)
     c, s = token[:, None], token[None, :]
     if SHAPE.REVERSED:
         c, s = s, c
     if SHAPE.PARTS > 0 and SHAPE.CHANNELS == 1:
-        gap = log_decay(g.late, c, g.early, s, 0, SHAPE)
+        gap = log_decay(g_late, c + 1, g_early, s + 1, 0, SHAPE)
         scores *= tl.exp(tl.where(s <= c, gap, float("-inf")))
     else:
         scores = tl.where(s <= c, scores, 0.0)
@@ -247,54 +234,54 @@ def masked_scores(scores, g, i, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def add_scores_of_channels(scores, q, k, g, i, channel, SHAPE: tl.constexpr):
+def add_scores_of_channels(scores, q, k, g, channel, SHAPE: tl.constexpr):
     """scores + q_c^T exp(-|g_c - g_s|) k_s, of all pairs [c, s] of a chunk, level by level."""
-    row = tl.arange(0, SHAPE.CHUNK)
-    apart = row[:, None] ^ row[None, :]
+    token = tl.arange(0, SHAPE.CHUNK)
+    apart = token[:, None] ^ token[None, :]
     scores += tl.where(apart == 0, tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None], 0.0)
     for level in range(SHAPE.LEVELS):
-        decay = to_border(g, i, level, channel, SHAPE)
+        decay = decay_to_border(g, level, channel, SHAPE)
         of_level = dot(q.to(tl.float32) * decay, tl.trans(k.to(tl.float32) * decay), SHAPE)
         scores += tl.where((apart >> level) == 1, of_level, 0.0)
     return scores
 
 
 @triton.jit
-def add_values_of_channels(o, scores, u, g, i, channel, SHAPE: tl.constexpr):
+def add_values_of_channels(o, scores, u, g, channel, SHAPE: tl.constexpr):
     """o + sum_s scores_cs exp(-|g_c - g_s|) u_s, where the channels of values decay, level by level."""
-    row = tl.arange(0, SHAPE.CHUNK)
-    apart = row[:, None] ^ row[None, :]
+    token = tl.arange(0, SHAPE.CHUNK)
+    apart = token[:, None] ^ token[None, :]
     o += tl.sum(tl.where(apart == 0, scores, 0.0), 1)[:, None] * u.to(tl.float32)
     for level in range(SHAPE.LEVELS):
-        decay = to_border(g, i, level, channel, SHAPE)
+        decay = decay_to_border(g, level, channel, SHAPE)
         of_level = tl.where((apart >> level) == 1, scores, 0.0)
         o += decay * dot(of_level, u.to(tl.float32) * decay, SHAPE)
     return o
 
 
 @triton.jit
-def to_border(g, i, level, channel, SHAPE: tl.constexpr):
-    """exp(-|g_c - g_b|) [c, channels], where b is the last token before the border of c's two halves of 2^level tokens."""
-    token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
-    border = ((token >> level) | 1) << level
-    return tl.exp(-tl.abs(log_decay(g.late, token[:, None], g.late, border[:, None] - 1, channel[None, :], SHAPE)))
+def decay_to_border(g, level, channel, SHAPE: tl.constexpr):
+    """exp(-|g_c - g_b|) [C, channels], where b is the last token before the border of c's two halves of 2^level tokens."""
+    c = tl.arange(0, SHAPE.CHUNK)
+    border = ((c >> level) | 1) << level
+    return tl.exp(-tl.abs(log_decay(g, c[:, None] + 1, g, border[:, None], channel[None, :], SHAPE)))
 
 
 @triton.jit
-def decay_of_tokens(g, i, channel, AFTER: tl.constexpr, SHAPE: tl.constexpr):
-    """[C, channels]: exp(g_C - g_s) between tokens and the state AFTER chunk i, or exp(g_c - g_0), the state before it."""
-    token, channel = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK), channel[None, :]
+def decay_of_tokens(g_late, g_early, channel, AFTER: tl.constexpr, SHAPE: tl.constexpr):
+    """[C, channels]: exp(g_C - g_s) between tokens and the state AFTER their chunk, or exp(g_c - g_0), the state before it."""
+    token, channel = 1 + tl.arange(0, SHAPE.CHUNK)[:, None], channel[None, :]
     if AFTER:
-        gap = log_decay(g.late, (i + 1) * SHAPE.CHUNK - 1, g.early, token[:, None], channel, SHAPE)
+        gap = log_decay(g_late, SHAPE.CHUNK, g_early, token, channel, SHAPE)
     else:
-        gap = log_decay(g.late, token[:, None], g.start, i, channel, SHAPE)
+        gap = log_decay(g_late, token, g_late, 0, channel, SHAPE)
     return tl.exp(gap)
 
 
 @triton.jit
-def decay_of_chunk(g, i, channel, SHAPE: tl.constexpr):
+def decay_of_chunk(g, channel, SHAPE: tl.constexpr):
     """exp(g_C - g_0) [channels]."""
-    return tl.exp(log_decay(g.late, (i + 1) * SHAPE.CHUNK - 1, g.start, i, channel, SHAPE))
+    return tl.exp(log_decay(g, SHAPE.CHUNK, g, 0, channel, SHAPE))
 
 
 @triton.jit
@@ -302,20 +289,19 @@ def log_decay(late, c, early, s, channel, SHAPE: tl.constexpr):
     """g_c - g_s: the sum of the differences of their parts. Features that only a block has decay as the last one does."""
     if SHAPE.CHANNELS > 1:
         channel = tl.minimum(channel, SHAPE.CHANNELS - 1)
-    c, s = c * SHAPE.CHANNELS + channel, s * SHAPE.CHANNELS + channel
-    result = tl.load(late.g + c) - tl.load(early.g + s)
+    SIZE: tl.constexpr = SHAPE.PARTS * SHAPE.CHANNELS
+    late, early = late + (c * SIZE + channel), early + (s * SIZE + channel)
+    gap = tl.load(late) - tl.load(early)
     if SHAPE.PARTS == 2:
-        result += tl.load(late.g + late.length * SHAPE.CHANNELS + c) - tl.load(early.g + early.length * SHAPE.CHANNELS + s)
-    return result
+        gap += tl.load(late + SHAPE.CHANNELS) - tl.load(early + SHAPE.CHANNELS)
+    return gap
 
 
 @triton.jit
-def log_decays_of(late, early, start, words, head, SHAPE: tl.constexpr):
-    """The log decays of a head, of all tokens that its chunks have room for."""
-    tokens, SIZE = tl.load(words + 2), SHAPE.PARTS * SHAPE.CHANNELS
-    chunks = tokens // SHAPE.CHUNK
-    at = head * tokens * SIZE
-    return LogDecays(Axis(late + at, tokens), Axis(early + at, tokens), Axis(start + head * chunks * SIZE, chunks))
+def log_decays_of(late, early, words, head, i, SHAPE: tl.constexpr):
+    """Where g_0 of chunk i of a head stands in [B, N, chunks, C + 1, PARTS, CHANNELS]."""
+    offset = (head * tl.load(words + 2) + i) * ((SHAPE.CHUNK + 1) * SHAPE.PARTS * SHAPE.CHANNELS)
+    return late + offset, early + offset
 
 
 @triton.jit
@@ -385,14 +371,13 @@ def store_row(array, n, i, row, LENGTH):
 
 
 class Operands(NamedTuple):
-    """What the kernels take: features, and log decays of L places in K chunks, for H = 1 or M channels."""
+    """What the kernels take: features, and log decays g_0 .. g_C in K chunks, in P parts for H = 1 or M channels."""
 
     query: Float[Array, "B T N M"]
     key: Float[Array, "B S N M"]
     value: Float[Array, "B S N V"]
-    late: Float[Array, "B N P L H"] | None
-    early: Float[Array, "B N P L H"] | None
-    start: Float[Array, "B N P K H"] | None
+    late: Float[Array, "B N K C+1 P H"] | None
+    early: Float[Array, "B N K C+1 P H"] | None
     state: Float[Array, "B N M V"]
     sums: Float[Array, "B N M"] | None
     erase: Float[Array, "B T N M"] | None = None
@@ -500,17 +485,17 @@ def room(exists, *shape, dtype=jnp.float32):
 
 def has_channels(x: Operands) -> bool:
     """Whether every channel has a decay of its own."""
-    return x.late is not None and x.late.shape[4] > 1
+    return x.late is not None and x.late.shape[5] > 1
 
 
 def log_decays_and_words(plan: Plan, x: Operands, length: int) -> dict:
-    """Log decays, and the run-time numbers of a launch: tokens, their chunks, and places of log decays."""
-    words = launch.words(length, -(-length // plan.chunk), 0 if x.late is None else x.late.shape[3])
-    return dict(late=x.late, early=x.early, start=x.start, words=words)
+    """Log decays, and the run-time numbers of a launch: tokens, their chunks, and those that log decays have."""
+    words = launch.words(length, -(-length // plan.chunk), 0 if x.late is None else x.late.shape[2])
+    return dict(late=x.late, early=x.early, words=words)
 
 
 def shape_of(plan: Plan, x: Operands, features, values, is_reversed: bool, is_transposed: bool = False) -> Shape:
-    parts, channels = (0, 1) if x.late is None else (x.late.shape[2], x.late.shape[4])
+    parts, channels = (0, 1) if x.late is None else x.late.shape[4:]
     return Shape(
         features.shape[2], features.shape[3], values.shape[3], plan.chunk, is_reversed, is_transposed, parts, channels,
         plan.chunk.bit_length() - 1, plan.is_causal, plan.divides, x.erase is not None, plan.bf16, plan.precision,
@@ -563,15 +548,13 @@ def backward(plan: Plan, residuals, cotangents):
         grad_erase = None
     else:
         grad_value, grad_erase = G.values, -through(S.read, G.values, plan.chunk).astype(x.erase.dtype)
-    grad_late, grad_early, grad_start = (None if a is None else jnp.zeros_like(a) for a in (x.late, x.early, x.start))
+    grad_late, grad_early = (None if g is None else jnp.zeros_like(g) for g in (x.late, x.early))
     if "late" in partner:
-        grad_late = at_tokens(grad_late, query_products, plan.chunk, at_ends(plan, S, G, has_channels(x)))
+        grad_late = at_tokens(grad_late, query_products, at_ends(plan, S, G, has_channels(x)))
     if "early" in partner:
-        grad_early = at_tokens(grad_early, -key_products, plan.chunk)
-    grads = pull(Operands(
-        grad_query, grad_key, grad_value, grad_late, grad_early, grad_start, G.last, G.last_sums if plan.divides else None,
-        grad_erase,
-    ))  # fmt: skip
+        grad_early = at_tokens(grad_early, -key_products)
+    grad_sums = G.last_sums if plan.divides else None
+    grads = pull(Operands(grad_query, grad_key, grad_value, grad_late, grad_early, G.last, grad_sums, grad_erase))
     return tuple(None if g is None or g.dtype == jax.dtypes.float0 else g for g in grads)
 
 
@@ -584,27 +567,27 @@ def at_ends(plan: Plan, S: States, G: States, by_channel: bool):
     return ends if by_channel else ends.sum(3, keepdims=True)
 
 
-def at_tokens(zeros, products, chunk: int, ends=None):
-    """The gradient of log decays [B, N, P, L, H], which is that of their last part.
+def at_tokens(zeros, products, ends=0.0):
+    """The gradient of log decays [B, N, K, C + 1, P, H], which is that of their last part.
 
     Args:
         products: of what they weigh with its gradient: [B, T, N, H], or their sums [B, N, blocks, T] where H = 1.
         ends: added at the ends of chunks.
     """
-    rows = products.sum(2)[..., None] if zeros.shape[4] == 1 else products.swapaxes(1, 2)
-    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, zeros.shape[3] - rows.shape[2]), (0, 0)])
-    if ends is not None:
-        rows = rows.at[:, :, chunk - 1 :: chunk].add(ends)
-    return zeros.at[:, :, -1].set(rows)
+    batch, heads, chunks, places, _, channels = zeros.shape
+    rows = products.sum(2)[..., None] if channels == 1 else products.swapaxes(1, 2)
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, chunks * (places - 1) - rows.shape[2]), (0, 0)])
+    rows = rows.reshape(batch, heads, chunks, places - 1, channels).at[:, :, :, -1].add(ends)
+    return zeros.at[:, :, :, 1:, -1].set(rows)
 
 
 def weighed(plan: Plan, x: Operands, rows, is_key: bool):
     """Keys as the state after their chunk has them, or queries as they read the one before it."""
     if x.late is None:
         return rows
-    late = x.late.reshape(*x.late.shape[:3], -1, plan.chunk, x.late.shape[4])
-    gaps = late[..., -1:, :] - late if is_key else late - x.start[..., None, :]
-    factor = jnp.exp(gaps.sum(2)).reshape(*late.shape[:2], -1, late.shape[5])[:, :, : rows.shape[1]]
+    g = x.late
+    gaps = g[:, :, :, -1:] - g[:, :, :, 1:] if is_key else g[:, :, :, 1:] - g[:, :, :, :1]
+    factor = jnp.exp(gaps.sum(4)).reshape(*g.shape[:2], -1, g.shape[5])[:, :, : rows.shape[1]]
     return (rows * factor.swapaxes(1, 2)).astype(plan.dtype)
 
 
@@ -803,21 +786,18 @@ def plan_of(arrays, mode, is_delta=False, **options) -> Plan:
 
 
 def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, state, sums, largest, beta):
-    """A plan's `prepare` for `linear.gated`: coordinates are sums of log decays, and start anew in every chunk."""
-    late = start = parts = erase = None
-    (batch, length, heads, _), chunks = query.shape, -(-query.shape[1] // plan.chunk)
-    cut = lambda x: cut_chunks(x.astype(jnp.float32), plan.chunk)
+    """A plan's `prepare` for `linear.gated`: sums of log decays that start anew in every chunk."""
+    g = parts = erase = None
+    (batch, length, heads, _), cut = query.shape, lambda x: cut_chunks(x.astype(jnp.float32), plan.chunk)
     if log_decay is not None:
-        channels = log_decay.shape[3]
-        parts = recurrence.cumulate(cut(log_decay))
-        late = jnp.stack([g[:, :, 1:].reshape(batch, heads, -1, channels) for g in parts], 2)
-        start = jnp.zeros((batch, heads, 2, chunks, channels), jnp.float32)
+        parts, channels = recurrence.cumulate(cut(log_decay)), log_decay.shape[3]
+        g = jnp.stack(parts, 3).reshape(batch, heads, -1, plan.chunk + 1, len(parts), channels)
         parts = parts if channels > 1 else [g[..., 0] for g in parts]
     if beta is not None:
         found = without_state(cut(key), cut(value), parts, cut(beta[..., None])[..., 0])
         joined = lambda x: x.reshape(batch, heads, -1, x.shape[3])[:, :, :length].swapaxes(1, 2).astype(plan.dtype)
         erase, value = map(joined, found)
-    return Operands(query, key, value, late, late, start, state, sums, erase), None
+    return Operands(query, key, value, g, g, state, sums, erase), None
 
 
 @jax.checkpoint  # exponentials of every pair and channel are not kept for the derivative
@@ -829,7 +809,7 @@ def without_state(key, value, decay, beta):
 
 
 def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, projection, state, sums, largest, _):
-    """A plan's `prepare` for `linear.attention`: with r of a key and c the largest up to a token, coordinates are -c and -r.
+    """A plan's `prepare` for `linear.attention`: g is -c of a query, the largest r up to it, and -r of a key.
 
     c cancels in what is divided, and keeps all weights at most 1; it is a constant to every derivative.
     """
@@ -838,7 +818,7 @@ def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, pro
     if own is not None:
         r = as_rows(own) if r is None else as_rows(own) + r
     if r is None:
-        return Operands(query, key, value, None, None, None, state, sums), largest
+        return Operands(query, key, value, None, None, state, sums), largest
     c = jnp.concatenate([largest[..., None], jax.lax.stop_gradient(r)], 2)
     if segments is not None:  # the state's is the first one
         segments = jnp.pad(segments[:, None].astype(jnp.float32), [(0, 0), (0, 0), (1, 0)])
@@ -848,16 +828,21 @@ def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, pro
         c = jnp.broadcast_to(c.max(2, keepdims=True), (*c.shape[:2], max(query.shape[1], key.shape[1]) + 1))
         before = jnp.exp(largest - finite(c[..., 0]))
         state, sums = state * before[..., None, None], sums * before[..., None]
-    places = -(-(c.shape[2] - 1) // plan.chunk) * plan.chunk
-    fill = lambda x, **options: jnp.pad(x, [(0, 0), (0, 0), (0, places - x.shape[2])], **options)
+    chunks = -(-(c.shape[2] - 1) // plan.chunk)
+
+    def in_chunks(start, tokens, **options):
+        """[B, N, K, C + 1], of [B, N, K] and of tokens [B, N, L] with padding."""
+        tokens = jnp.pad(tokens, [(0, 0), (0, 0), (0, chunks * plan.chunk - tokens.shape[2])], **options)
+        return jnp.concatenate([start[..., None], tokens.reshape(*start.shape, plan.chunk)], 3)
+
     # Where nothing was seen yet, of this segment, the state is 0 and infinitely far away.
-    parts = [(fill(-finite(c[..., 1:]), mode="edge"), fill(-r, constant_values=jnp.inf), -c[..., : -1 : plan.chunk])]
+    start = -c[..., : -1 : plan.chunk]
+    parts = [(in_chunks(start, -finite(c[..., 1:]), mode="edge"), in_chunks(start, -r, constant_values=jnp.inf))]
     if segments is not None:
         segments = -FOREVER * jnp.broadcast_to(segments, c.shape)
-        late = fill(segments[..., 1:], mode="edge")
-        parts.insert(0, (late, late, segments[..., : -1 : plan.chunk]))
-    late, early, start = (jnp.stack(x, 2)[..., None] for x in zip(*parts, strict=True))
-    return Operands(query, key, value, late, early, start, state, sums), c[..., -1]
+        parts.insert(0, (in_chunks(segments[..., : -1 : plan.chunk], segments[..., 1:], mode="edge"),) * 2)
+    late, early = (jnp.stack(g, 4)[..., None] for g in zip(*parts, strict=True))
+    return Operands(query, key, value, late, early, state, sums), c[..., -1]
 
 
 def featured(plan: Plan, inputs, projection):
