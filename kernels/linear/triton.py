@@ -102,42 +102,45 @@ def linear_states(
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
     channel = m if SHAPE.CHANNELS > 1 else tl.zeros((1,), tl.int32)
-    S = load_state(first, head, m, v, SHAPE)
+    S = load(state_of(first, head, m, v, SHAPE))
     z = tl.zeros((BLOCK_M,), tl.float32)
     if SHAPE.HAS_SUMS:
-        z = load_row(first_sums, head, m, SHAPE.FEATURES)
+        z = load(row_of(first_sums, head, m, SHAPE.FEATURES))
     for step in range(CHUNKS):
         i = CHUNKS - 1 - step if SHAPE.REVERSED else step
         if SHAPE.IS_CAUSAL:
-            store_state(states, states_sums, head * CHUNKS + i, S, z, m, v, v_block, SHAPE)
+            store(state_of(states, head * CHUNKS + i, m, v, SHAPE), S)
+            if SHAPE.HAS_SUMS and v_block == 0:
+                store(row_of(states_sums, head * CHUNKS + i, m, SHAPE.FEATURES), z)
         g_late, g_early = log_decays_of(late, early, words, head, i, SHAPE)
-        k = load_chunk(key, head, i, T, m, SHAPE.FEATURES, SHAPE)
-        u = load_chunk(value, head, i, T, v, SHAPE.VALUES, SHAPE)
+        k = load(chunk_of(key, head, i, T, m, SHAPE.FEATURES, SHAPE))
+        u = load(chunk_of(value, head, i, T, v, SHAPE.VALUES, SHAPE))
         if SHAPE.IS_DELTA:
-            W = load_chunk(erase, head, i, T, m, SHAPE.FEATURES, SHAPE)
+            W = load(chunk_of(erase, head, i, T, m, SHAPE.FEATURES, SHAPE))
             if SHAPE.REVERSED:
-                weighed = load_chunk(weighed_key, head, i, T, m, SHAPE.FEATURES, SHAPE)
-                du = load_chunk(partial, head, i, T, v, SHAPE.VALUES, SHAPE).to(tl.float32)
+                weighed = load(chunk_of(weighed_key, head, i, T, m, SHAPE.FEATURES, SHAPE))
+                du = load(chunk_of(partial, head, i, T, v, SHAPE.VALUES, SHAPE)).to(tl.float32)
                 du = dot(weighed, S, SHAPE, du)
-                store_chunk(corrected, head, i, T, v, du, SHAPE.VALUES, SHAPE)
+                store(chunk_of(corrected, head, i, T, v, SHAPE.VALUES, SHAPE), du)
             else:
                 u = u - dot(W, S, SHAPE)
-                store_chunk(corrected, head, i, T, v, u, SHAPE.VALUES, SHAPE)
+                store(chunk_of(corrected, head, i, T, v, SHAPE.VALUES, SHAPE), u)
         elif SHAPE.PARTS > 0:
             k = k.to(tl.float32) * decay_of_tokens(g_late, g_early, channel, not SHAPE.REVERSED, SHAPE)
         if SHAPE.PARTS > 0:
-            decay = decay_of_chunk(g_late, channel, SHAPE)
+            decay = tl.exp(log_decay(g_late, SHAPE.CHUNK, g_late, 0, channel, SHAPE))
             S *= decay[:, None]
             z *= decay
         if SHAPE.HAS_SUMS:
-            one = tl.full((SHAPE.CHUNK,), 1.0, tl.float32)
-            if SHAPE.REVERSED:
-                one = load_row(last_value, head, i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK), T)
-            z += tl.sum(k.to(tl.float32) * one[:, None], 0)
+            token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
+            one = load(row_of(last_value, head, token, T))[:, None] if SHAPE.REVERSED else 1.0
+            z += tl.sum(k.to(tl.float32) * one, 0)
         S = dot(tl.trans(k), u, SHAPE, S)
         if SHAPE.IS_DELTA and SHAPE.REVERSED:
             S -= dot(tl.trans(W), du, SHAPE)
-    store_state(last, last_sums, head, S, z, m, v, v_block, SHAPE)
+    store(state_of(last, head, m, v, SHAPE), S)
+    if SHAPE.HAS_SUMS and v_block == 0:
+        store(row_of(last_sums, head, m, SHAPE.FEATURES), z)
 
 
 @triton.jit
@@ -170,22 +173,22 @@ def linear_outputs(
     normaliser = tl.zeros((SHAPE.CHUNK,), tl.float32)
     for block in range(0, SHAPE.FEATURES, BLOCK_M):
         m = block + tl.arange(0, BLOCK_M)
-        q = load_chunk(query, head, i, T, m, SHAPE.FEATURES, SHAPE)
+        q = load(chunk_of(query, head, i, T, m, SHAPE.FEATURES, SHAPE))
         if SHAPE.IS_CAUSAL:
-            k = load_chunk(key, head, i, T, m, SHAPE.FEATURES, SHAPE)
+            k = load(chunk_of(key, head, i, T, m, SHAPE.FEATURES, SHAPE))
             if FEATURES_DECAY:
                 scores = add_scores_of_channels(scores, q, k, g_late, m, SHAPE)
                 q = q.to(tl.float32) * decay_of_tokens(g_late, g_early, m, SHAPE.REVERSED, SHAPE)
             else:
                 scores = dot(q, tl.trans(k), SHAPE, scores)
         if HAS_STATES:
-            o = dot(q, load_state(states, state, m, v, SHAPE), SHAPE, o)
+            o = dot(q, load(state_of(states, state, m, v, SHAPE)), SHAPE, o)
         if SHAPE.HAS_SUMS and IS_OUTPUT:
-            z = load_row(states_sums, state, m, SHAPE.FEATURES)
+            z = load(row_of(states_sums, state, m, SHAPE.FEATURES))
             normaliser += tl.sum(q.to(tl.float32) * z[None, :], 1)
     if SHAPE.HAS_SUMS and SHAPE.TRANSPOSED:
-        z = load_row(states_sums, state, v, SHAPE.VALUES)
-        grad_normaliser = load_row(last_value, head, token, T)
+        z = load(row_of(states_sums, state, v, SHAPE.VALUES))
+        grad_normaliser = load(row_of(last_value, head, token, T))
         if SHAPE.REVERSED:
             o += z[None, :]
             scores += grad_normaliser[None, :]
@@ -200,7 +203,7 @@ def linear_outputs(
     if SHAPE.IS_CAUSAL:
         scores = masked_scores(scores, g_late, g_early, SHAPE)
         normaliser += tl.sum(scores, 1)
-        u = load_chunk(value, head, i, T, v, SHAPE.VALUES, SHAPE)
+        u = load(chunk_of(value, head, i, T, v, SHAPE.VALUES, SHAPE))
         if VALUES_DECAY:
             o = add_values_of_channels(o, scores, u, g_late, v, SHAPE)
         else:
@@ -211,11 +214,11 @@ def linear_outputs(
         one_over = tl.where(tl.abs(normaliser) > SMALLEST, 1.0 / normaliser, 0.0)
         o *= one_over[:, None]
         if v_block == 0:
-            store_row(inverse, head, token, one_over, T)
+            store(row_of(inverse, head, token, T), one_over)
     if HAS_PARTNER:
-        other = load_chunk(partner, head, i, T, v, SHAPE.VALUES, SHAPE)
-        store_row(products, head * V_BLOCKS + v_block, token, tl.sum(o * other.to(tl.float32), 1), T)
-    store_chunk(out, head, i, T, v, o, SHAPE.VALUES, SHAPE)
+        other = load(chunk_of(partner, head, i, T, v, SHAPE.VALUES, SHAPE))
+        store(row_of(products, head * V_BLOCKS + v_block, token, T), tl.sum(o * other.to(tl.float32), 1))
+    store(chunk_of(out, head, i, T, v, SHAPE.VALUES, SHAPE), o)
 
 
 @triton.jit
@@ -279,12 +282,6 @@ def decay_of_tokens(g_late, g_early, channel, AFTER: tl.constexpr, SHAPE: tl.con
 
 
 @triton.jit
-def decay_of_chunk(g, channel, SHAPE: tl.constexpr):
-    """exp(g_C - g_0) [channels]."""
-    return tl.exp(log_decay(g, SHAPE.CHUNK, g, 0, channel, SHAPE))
-
-
-@triton.jit
 def log_decay(late, c, early, s, channel, SHAPE: tl.constexpr):
     """g_c - g_s: the sum of the differences of their parts. Features that only a block has decay as the last one does."""
     if SHAPE.CHANNELS > 1:
@@ -311,12 +308,12 @@ def dot(a, b, SHAPE: tl.constexpr, acc=None):
     return tl.dot(a.to(dtype), b.to(dtype), acc, input_precision=SHAPE.PRECISION)
 
 
-# Blocks of arrays: what lies outside of one is loaded as 0.
+# Blocks of arrays: pointers, and which of these elements exist.
 
 
 @triton.jit
 def chunk_of(array, head, i, T, feature, FEATURES: tl.constexpr, SHAPE: tl.constexpr):
-    """Pointers to [C, features] of chunk i of a head of [B, T, N, FEATURES], and which of these elements exist."""
+    """[C, features] of chunk i of a head of [B, T, N, FEATURES]."""
     array = head_of(array, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, FEATURES, False)
     first, row = i * SHAPE.CHUNK, tl.arange(0, SHAPE.CHUNK)[:, None]
     at = array + first.to(tl.int64) * (SHAPE.HEADS * FEATURES) + row * (SHAPE.HEADS * FEATURES) + feature[None, :]
@@ -324,47 +321,28 @@ def chunk_of(array, head, i, T, feature, FEATURES: tl.constexpr, SHAPE: tl.const
 
 
 @triton.jit
-def load_chunk(array, head, i, T, feature, FEATURES: tl.constexpr, SHAPE: tl.constexpr):
-    at, exists = chunk_of(array, head, i, T, feature, FEATURES, SHAPE)
-    return tl.load(at, mask=exists, other=0.0)
-
-
-@triton.jit
-def store_chunk(array, head, i, T, feature, block, FEATURES: tl.constexpr, SHAPE: tl.constexpr):
-    at, exists = chunk_of(array, head, i, T, feature, FEATURES, SHAPE)
-    tl.store(at, block.to(array.dtype.element_ty), mask=exists)
-
-
-@triton.jit
 def state_of(states, n, m, v, SHAPE: tl.constexpr):
-    """As `chunk_of`, to [features, values] of the n-th of states [.., FEATURES, VALUES]."""
+    """[m, v] of the n-th of states [.., FEATURES, VALUES]."""
     at = v[None, :] * SHAPE.FEATURES + m[:, None] if SHAPE.TRANSPOSED else m[:, None] * SHAPE.VALUES + v[None, :]
     return states + n * (SHAPE.FEATURES * SHAPE.VALUES) + at, (m < SHAPE.FEATURES)[:, None] & (v < SHAPE.VALUES)[None, :]
 
 
 @triton.jit
-def load_state(states, n, m, v, SHAPE: tl.constexpr):
-    at, exists = state_of(states, n, m, v, SHAPE)
+def row_of(rows, n, i, LENGTH):
+    """The elements i of the n-th of rows [.., LENGTH]."""
+    return rows + n * LENGTH + i, i < LENGTH
+
+
+@triton.jit
+def load(block):
+    at, exists = block
     return tl.load(at, mask=exists, other=0.0)
 
 
 @triton.jit
-def store_state(states, sums, n, S, z, m, v, v_block, SHAPE: tl.constexpr):
-    at, exists = state_of(states, n, m, v, SHAPE)
-    tl.store(at, S.to(states.dtype.element_ty), mask=exists)
-    if SHAPE.HAS_SUMS and v_block == 0:
-        store_row(sums, n, m, z, SHAPE.FEATURES)
-
-
-@triton.jit
-def load_row(array, n, i, LENGTH):
-    """The elements i of the n-th row of [.., LENGTH]."""
-    return tl.load(array + n * LENGTH + i, mask=i < LENGTH, other=0.0)
-
-
-@triton.jit
-def store_row(array, n, i, row, LENGTH):
-    tl.store(array + n * LENGTH + i, row, mask=i < LENGTH)
+def store(block, x):
+    at, exists = block
+    tl.store(at, x.to(at.dtype.element_ty), mask=exists)
 
 
 # --------------------------------------------------------------------------------------------------------------- a call
@@ -582,7 +560,8 @@ def at_tokens(zeros, products, ends=0.0):
 
 
 def weighed(plan: Plan, x: Operands, rows, is_key: bool):
-    """Keys as the state after their chunk has them, or queries as they read the one before it."""
+    """Keys as the state after their chunk has them, or queries as they read the one before it: of the delta rule, whose kernel
+    holds a whole state and has no registers left for that."""
     if x.late is None:
         return rows
     g = x.late
