@@ -84,14 +84,16 @@ class Shape(NamedTuple):
 
 @triton.jit
 def linear_states(
-    key, value, last_value, weighed_key, erase, partial, late, early, words, first, first_sums,
+    key, value, last_value, written_key, erase, partial, late, early, words, first, first_sums,
     states, states_sums, last, last_sums, corrected,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A block of the states S [B, N, chunks, FEATURES, VALUES] before the chunks, and of that after all of them.
+    """A block of the states S [B, N, chunks, FEATURES, VALUES] before the chunks, and of that after all of them; REVERSED of G,
+    where query and do stand in the place of key and value.
 
-    Sums z [B, N, chunks, FEATURES] are the states of a value of 1; reversed, of `last_value` [B, N, T]. With the delta rule a
-    block is as wide as the state, and keys are weighed before; `erase` is W, value U, and `partial` du without G.
+    Sums z [B, N, chunks, FEATURES] are the states of a value of 1; REVERSED of `last_value` [B, N, T], the gradient of the
+    normaliser. With the delta rule a block is as wide as the state, and keys and queries have their decays; `erase` is W,
+    value U, `partial` du without G, and `corrected` u or du.
     """
     T, CHUNKS = tl.load(words), tl.load(words + 1)
     V_BLOCKS: tl.constexpr = (SHAPE.VALUES + BLOCK_V - 1) // BLOCK_V
@@ -118,24 +120,24 @@ def linear_states(
         if SHAPE.IS_DELTA:
             W = load(chunk_of(erase, head, i, T, m, SHAPE.FEATURES, SHAPE))
             if SHAPE.REVERSED:
-                weighed = load(chunk_of(weighed_key, head, i, T, m, SHAPE.FEATURES, SHAPE))
+                written = load(chunk_of(written_key, head, i, T, m, SHAPE.FEATURES, SHAPE))
                 du = load(chunk_of(partial, head, i, T, v, SHAPE.VALUES, SHAPE)).to(tl.float32)
-                du = dot(weighed, S, SHAPE, du)
+                du = dot(written, S, SHAPE, du)
                 store(chunk_of(corrected, head, i, T, v, SHAPE.VALUES, SHAPE), du)
             else:
-                u = u - dot(W, S, SHAPE)
+                u = u - dot(W, S, SHAPE)  # U - W S
                 store(chunk_of(corrected, head, i, T, v, SHAPE.VALUES, SHAPE), u)
         elif SHAPE.PARTS > 0:
             k = k.to(tl.float32) * decay_of_tokens(g_late, g_early, channel, not SHAPE.REVERSED, SHAPE)
         if SHAPE.PARTS > 0:
             decay = tl.exp(log_decay(g_late, SHAPE.CHUNK, g_late, 0, channel, SHAPE))
-            S *= decay[:, None]
+            S *= decay[:, None]  # exp(g_C - g_0) S
             z *= decay
         if SHAPE.HAS_SUMS:
             token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
             one = load(row_of(last_value, head, token, T))[:, None] if SHAPE.REVERSED else 1.0
             z += tl.sum(k.to(tl.float32) * one, 0)
-        S = dot(tl.trans(k), u, SHAPE, S)
+        S = dot(tl.trans(k), u, SHAPE, S)  # + sum_s k_s u_s^T
         if SHAPE.IS_DELTA and SHAPE.REVERSED:
             S -= dot(tl.trans(W), du, SHAPE)
     store(state_of(last, head, m, v, SHAPE), S)
@@ -149,15 +151,14 @@ def linear_outputs(
     SHAPE: tl.constexpr, HAS_PARTNER: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of outputs [B, T, N, VALUES] or, REVERSED or TRANSPOSED, of a gradient of the table above; a block of its values.
+    """A chunk of outputs [B, T, N, VALUES], a block of its values; REVERSED or TRANSPOSED, of a gradient in the table above.
 
     Outputs are divided by the normaliser; `inverse` [B, N, T] is what they were multiplied by. Its gradient, `last_value`
     [B, N, T], is one more feature of do. `products` [B, N, blocks, T] are those of the gradient and `partner`.
     """
     T, CHUNKS = tl.load(words), tl.load(words + 1)
     IS_OUTPUT: tl.constexpr = not (SHAPE.REVERSED or SHAPE.TRANSPOSED)
-    # The gradient of what the delta rule writes is not known yet, nor is G.
-    HAS_STATES: tl.constexpr = not (SHAPE.IS_DELTA and SHAPE.REVERSED and not SHAPE.TRANSPOSED)
+    HAS_STATES: tl.constexpr = not SHAPE.IS_DELTA or IS_OUTPUT or SHAPE.TRANSPOSED  # else G is not known yet
     FEATURES_DECAY: tl.constexpr = SHAPE.CHANNELS > 1 and not SHAPE.TRANSPOSED
     VALUES_DECAY: tl.constexpr = SHAPE.CHANNELS > 1 and SHAPE.TRANSPOSED
     V_BLOCKS: tl.constexpr = (SHAPE.VALUES + BLOCK_V - 1) // BLOCK_V
@@ -198,7 +199,7 @@ def linear_outputs(
     if SHAPE.PARTS > 0 and (SHAPE.IS_CAUSAL or SHAPE.REVERSED) and not FEATURES_DECAY:
         channel = v if VALUES_DECAY else tl.zeros((1,), tl.int32)
         decay = decay_of_tokens(g_late, g_early, channel, SHAPE.REVERSED, SHAPE)
-        o *= decay
+        o *= decay  # exp(g_c - g_0) of heads, or of values
         normaliser *= tl.sum(decay, 1)
     if SHAPE.IS_CAUSAL:
         scores = masked_scores(scores, g_late, g_early, SHAPE)
@@ -407,10 +408,10 @@ def chunk_states(plan: Plan, x: Operands, key, value, first, first_sums, *, is_r
     (batch, length, heads, features), values, is_delta = key.shape, value.shape[3], x.erase is not None
     config = configure(linear_states, plan, x, features, values)
     blocks = -(-features // config.blocks["BLOCK_M"]) * -(-values // config.blocks["BLOCK_V"])
-    weighed_key = weighed(plan, x, x.key, True) if is_delta else None
+    written_key = weighed(plan, x, x.key, True) if is_delta else None
     if is_delta:
-        key = weighed(plan, x, key, False) if is_reversed else weighed_key
-    inputs = dict(key=key, value=value, last_value=last_value, weighed_key=weighed_key, erase=x.erase, partial=partial)
+        key = weighed(plan, x, key, False) if is_reversed else written_key
+    inputs = dict(key=key, value=value, last_value=last_value, written_key=written_key, erase=x.erase, partial=partial)
     inputs |= log_decays_and_words(plan, x, length) | dict(first=first, first_sums=first_sums)
     chunks = -(-length // plan.chunk)
     outputs = dict(
