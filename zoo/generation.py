@@ -153,11 +153,17 @@ def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, m
             "Register it, for example with jax.tree_util.register_dataclass."
         )
     slots, most, longest = rounded_up(prompt.shape[1]), rounded_up(num_tokens), getattr(model, "longest", None)
+    if longest is not None and prompt.shape[1] + num_tokens - 1 > longest:  # the last token is never fed
+        most_tokens = max(0, longest - prompt.shape[1] + 1)
+        raise ValueError(
+            f"generate: num_tokens must be at most {most_tokens} after {prompt.shape[1]} tokens, of a model for {longest}, "
+            f"got {num_tokens}. Ask for fewer, or construct the model with a larger max_length."
+        )
     if "mask" not in inspect.signature(model.extend).parameters:
         slots = prompt.shape[1]
     if longest is not None:  # padding takes room as well
         slots = max(prompt.shape[1], min(slots, longest - num_tokens + 1))
-    room = slots + most - 1  # the last token is never fed
+    room = slots + most - 1
     if longest is not None:
         room = max(slots + num_tokens - 1, min(room, longest))
     if slots > prompt.shape[1]:
