@@ -350,13 +350,13 @@ def store(block, x):
 
 
 class Operands(NamedTuple):
-    """What the kernels take: features, and log decays g_0 .. g_C in K chunks, in P parts for H = 1 or M channels."""
+    """What the kernels take: features, and the G = C + 1 log decays g_0 .. g_C of K chunks, in P parts for H = 1 or M channels."""
 
     query: Float[Array, "B T N M"]
     key: Float[Array, "B S N M"]
     value: Float[Array, "B S N V"]
-    late: Float[Array, "B N K C+1 P H"] | None
-    early: Float[Array, "B N K C+1 P H"] | None
+    late: Float[Array, "B N K G P H"] | None
+    early: Float[Array, "B N K G P H"] | None
     state: Float[Array, "B N M V"]
     sums: Float[Array, "B N M"] | None
     erase: Float[Array, "B T N M"] | None = None
