@@ -350,7 +350,7 @@ def store(block, x):
 
 
 class Operands(NamedTuple):
-    """What the kernels take: features, and the G = C + 1 log decays g_0 .. g_C of K chunks, in P parts for H = 1 or M channels."""
+    """What the kernels take: features, and G = C + 1 log decays g_0 .. g_C of K chunks, in P parts for H = 1 or M channels."""
 
     query: Float[Array, "B T N M"]
     key: Float[Array, "B S N M"]
