@@ -285,34 +285,21 @@ def empty_state(batch_size: int, num_heads: int, features: int, value_features: 
 def _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal, initial_state, features):
     """Refuses what does not fit together; the runs of equal segment ids, or None."""
     checks.floating(owner, query=query, key=key, value=value, key_log_scale=key_log_scale)
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != 4 or 0 in array.shape:
-            raise ValueError(
-                f"{owner}: {name} must have shape [B, T, N, M] with every axis at least 1, got {array.shape}. "
-                "Flatten the batch axes."
-            )
-    (batch, length, heads, width), keys = query.shape, key.shape[1]
-    expected = {
-        "key": (key, (batch, keys, heads, width)),
-        "value": (value, (batch, keys, heads, value.shape[-1])),
-        "key_log_scale": (key_log_scale, (batch, keys, heads)),
-    }
+    checks.shape(owner, "query", query, "B T N H", "Flatten the batch axes.")
+    batch, length, heads, width = query.shape
+    sizes, instead = dict(B=batch, N=heads, H=width, M=features), "Repeat grouped heads, or reshape."
+    checks.shape(owner, "key", key, "B S N H", instead, **sizes)
+    keys = sizes["S"] = key.shape[1]
+    checks.shape(owner, "value", value, "B S N V", instead, **sizes)
+    checks.shape(owner, "key_log_scale", key_log_scale, "B S N", instead, **sizes)
     if initial_state is not None:
         if len(initial_state) != 3:
             raise ValueError(
                 f"{owner}: initial_state must hold numerator, denominator and running maximum, got "
                 f"{len(initial_state)} arrays. Start from linear.empty_state."
             )
-        numerator, denominator, largest = initial_state
-        expected["initial_state[0]"] = (numerator, (batch, heads, features, value.shape[-1]))
-        expected["initial_state[1]"] = (denominator, (batch, heads, features))
-        expected["initial_state[2]"] = (largest, (batch, heads))
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(
-                f"{owner}: {name} must have shape {shape} beside query {query.shape}, got {array.shape}. "
-                "Repeat grouped heads, or reshape."
-            )
+        for i, axes in enumerate(("B N M V", "B N M", "B N")):
+            checks.shape(owner, f"initial_state[{i}]", initial_state[i], axes, instead, V=value.shape[3], **sizes)
     if is_causal and length != keys:
         raise ValueError(
             f"{owner}: key must have the length T = {length} of query when is_causal, got {keys}. "
@@ -327,51 +314,41 @@ def _check(owner, query, key, value, key_log_scale, mask, segment_ids, is_causal
 
 
 def _check_gated(owner, query, key, value, log_decay, beta, bonus, floor, erase, mask, initial_state, normalize) -> None:
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != 4 or 0 in array.shape:
-            raise ValueError(
-                f"{owner}: {name} must have shape [B, T, N, M] with every axis at least 1, got {array.shape}. "
-                "Flatten the batch axes."
-            )
+    checks.shape(owner, "query", query, "B T J M", "Flatten the batch axes.")
+    (batch, length, _, width), instead = query.shape, "Reshape it."
+    sizes = dict(B=batch, T=length, M=width)
+    checks.shape(owner, "key", key, "B T K M", instead, **sizes)
+    checks.shape(owner, "value", value, "B T L V", instead, **sizes)
     heads = max(x.shape[2] for x in (query, key, value))
-    (batch, length, _, width), values = query.shape, value.shape[3]
     for name, array in (("query", query), ("key", key), ("value", value)):
         if heads % array.shape[2]:
             raise ValueError(
                 f"{owner}: {name} must have a number of heads that divides N = {heads}, got {array.shape[2]}. Repeat its heads."
             )
-    expected = {
-        "key": (key, [(batch, length, key.shape[2], width)]),
-        "value": (value, [(batch, length, value.shape[2], values)]),
-        "log_decay": (log_decay, [(batch, length, heads), (batch, length, heads, width)]),
-        "beta": (beta, [(batch, length, heads)]),
-        "bonus": (bonus, [(heads, width)]),
-        "floor": (floor, [(batch, length, heads)]),
-    }
+    sizes |= dict(N=heads, V=value.shape[3])
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    checks.shape(owner, "log_decay", log_decay, "B T N M" if by_channel else "B T N", instead, **sizes)
+    checks.shape(owner, "beta", beta, "B T N", instead, **sizes)
+    checks.shape(owner, "bonus", bonus, "N M", instead, **sizes)
+    checks.shape(owner, "floor", floor, "B T N", instead, **sizes)
     if erase is not None:
         if not isinstance(erase, tuple | list) or len(erase) != 2:
             raise ValueError(f"{owner}: erase must hold r and e, got {type(erase).__name__}. Pass (r, e), each [B, T, N, M].")
         if beta is not None or bonus is not None:
             raise ValueError(f"{owner}: erase must be None beside beta or bonus, got some. Choose one of them.")
-        checks.floating(owner, **{f"erase[{i}]": array for i, array in enumerate(erase)})
-        expected |= {f"erase[{i}]": (array, [(batch, length, heads, width)]) for i, array in enumerate(erase)}
+        for i, array in enumerate(erase):
+            checks.floating(owner, **{f"erase[{i}]": array})
+            checks.shape(owner, f"erase[{i}]", array, "B T N M", instead, **sizes)
     if floor is not None and not normalize:
         raise ValueError(f"{owner}: floor must be None without normalize, got some. It is the least that is divided by.")
-    state = (batch, heads, width, values)
-    if normalize and initial_state is not None:
-        if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
+    if initial_state is not None:
+        parts = initial_state if normalize else (initial_state,)
+        if isinstance(initial_state, tuple | list) != bool(normalize) or len(parts) != 1 + bool(normalize):
             raise ValueError(
-                f"{owner}: initial_state must hold S and z if normalize, got {type(initial_state).__name__}. "
-                "Pass what an earlier call with normalize returned."
+                f"{owner}: initial_state must hold S and z if normalize, and be S alone if not, got "
+                f"{type(initial_state).__name__}. Pass what an earlier call like this one returned."
             )
-        expected["initial_state[0]"] = (initial_state[0], [state])
-        expected["initial_state[1]"] = (initial_state[1], [state[:3]])
-    else:
-        expected["initial_state"] = (initial_state, [state])
-    for name, (array, shapes) in expected.items():
-        if array is not None and getattr(array, "shape", None) not in shapes:
-            raise ValueError(
-                f"{owner}: {name} must have shape {' or '.join(map(str, shapes))} beside query {query.shape}, got "
-                f"{getattr(array, 'shape', type(array).__name__)}. Reshape it."
-            )
+        for i, array in enumerate(parts):
+            name = f"initial_state[{i}]" if normalize else "initial_state"
+            checks.shape(owner, name, array, ("B N M V", "B N M")[i], instead, **sizes)
     checks.key_padding(owner, mask, batch, length, NO_WEIGHTS)

@@ -69,6 +69,7 @@ def pads(length: int, size: int) -> bool:
 
 
 def _differentiable(step, segments, inside, size, dtype, skip_unused):
+    """(constants, state, arrays) -> (last state, outputs): `segments` times `inside` chunks of `size` tokens."""
     chunks = segments * inside
     chunk = lambda arrays, i: take_chunk(arrays, i, size)
 
@@ -77,51 +78,53 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
         _, like = jax.eval_shape(step, constants, state, chunk(arrays, 0))
         shape = like.shape[0], chunks * size, like.shape[1], like.shape[3]
 
-        def body(i, carry):
+        def advance(i, carry):
             state, outputs, kept = carry
             # Slot j is overwritten until the first chunk of segment j; the slot past the last segment is never read.
             kept = store(kept, state, (i + inside - 1) // inside)
             state, part = step(constants, state, chunk(arrays, i))
             return state, put(outputs, part.astype(dtype), i * size), kept
 
-        kept = jax.tree.map(lambda x: jnp.zeros((segments + 1, *x.shape), x.dtype), state)
         outputs = zeros_depending_on((constants, arrays), shape, uint_bits_dtype(dtype))
-        state, outputs, kept = loop(chunks, body, (state, outputs, kept))
+        state, outputs, kept = loop(chunks, advance, (state, outputs, room_for_states(state, segments + 1)))
         return (state, from_uint_bits(outputs, dtype)), kept
+
+    def states_inside(constants, first_state, arrays, first):
+        """The states before the chunks of a segment, computed again."""
+
+        def advance(i, carry):
+            state, states = carry
+            state, _ = step(constants, state, chunk(arrays, first + i))
+            return state, store(states, state, i + 1)
+
+        states = store(room_for_states(first_state, inside), first_state, 0)
+        return loop(inside - 1, advance, (first_state, states))[1] if jax.tree.leaves(first_state) else states
 
     def backward(saved, gradients):
         constants, arrays, kept = saved
         grad_state, grad_outputs = gradients
 
-        def segment(j, carry):
-            first = (segments - 1 - j) * inside
+        def reverse_segment(j, carry):
+            segment = segments - 1 - j
+            states = states_inside(constants, load(kept, segment), arrays, segment * inside)
 
-            def again(i, carry):
-                state, states = carry
-                state, _ = step(constants, state, chunk(arrays, first + i))
-                return state, store(states, state, i + 1)
-
-            start = load(kept, segments - 1 - j)
-            states = store(jax.tree.map(lambda x: jnp.zeros((inside, *x.shape), x.dtype), start), start, 0)
-            if jax.tree.leaves(start):
-                _, states = loop(inside - 1, again, (start, states))
-
-            def reverse(i, carry):
+            def reverse_chunk(j, carry):
                 grad_constants, grad_state, grad_arrays = carry
-                i = inside - 1 - i
-                parts, grad_part = chunk(arrays, first + i), take(grad_outputs, (first + i) * size, size)
+                i = inside - 1 - j
+                place = segment * inside + i
+                parts, grad_part = chunk(arrays, place), take(grad_outputs, place * size, size)
                 if skip_unused:
                     unused = (grad_part == 0).all(-1, keepdims=True)
                     parts["query"] = jnp.where(unused, 0, parts["query"])
                 _, pull = jax.vjp(step, constants, load(states, i), parts)
-                more, grad_state, grads = pull((grad_state, grad_part))
-                grad_arrays = put_chunk(grad_arrays, grads, arrays, first + i, size)
+                more, grad_state, grad_parts = pull((grad_state, grad_part))
+                grad_arrays = put_chunk(grad_arrays, grad_parts, arrays, place, size)
                 return jax.tree.map(jnp.add, grad_constants, more), grad_state, grad_arrays
 
-            return loop(inside, reverse, carry)
+            return loop(inside, reverse_chunk, carry)
 
         carry = jax.tree.map(jnp.zeros_like, constants), hide_zeros(grad_state), room_for(arrays, grad_outputs)
-        grad_constants, grad_state, grad_arrays = loop(segments, segment, carry)
+        grad_constants, grad_state, grad_arrays = loop(segments, reverse_segment, carry)
         return grad_constants, grad_state, as_arrays(grad_arrays, arrays)
 
     @jax.custom_vjp
@@ -138,6 +141,10 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
 
 def loop(count: int, body, carry):
     return carry if count == 0 else body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+
+
+def room_for_states(state, count: int):
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), state)
 
 
 def store(states, state, i):

@@ -1,38 +1,39 @@
 """Linear attention with decays on a GPU: two kernels, which are also their own derivative.
 
-    write   the states before the chunks, S' = decay S + sum_s k_s v_s^T, from chunk to chunk
-    read    all chunks at once: q_c^T S + sum_s (q_c . k_s) v_s, over the tokens s of the chunk that c sees
+A sequence is cut into chunks of C tokens. S is the state before a chunk, S' that after it, and g the sum of log decays, g_0
+before the chunk and g_c up to its token c (GLA, arXiv 2312.06635, section 4):
 
-With every product times exp of the log decay in between. The derivative is the same sums with other operands, where a gradient
-of the state goes from the last chunk to the first:
+    linear_states    S' = exp(g_C - g_0) S + sum_s exp(g_C - g_s) k_s v_s^T                        from chunk to chunk
+    linear_outputs   o_c = S^T exp(g_c - g_0) q_c + sum_{s <= c} (q_c^T exp(g_c - g_s) k_s) v_s    all chunks at once
 
-    gradient of   left    right   values   state              of an output o of which g is the gradient
-    (output)      query   key     value    S
-    query         g       value   key      S^T
-    key           value   g       query    G^T   reversed     G: sum_c q_c g_c^T of what comes after, by `write` reversed
-    value         key     query   g        G     reversed
+The derivative is the same sums with other operands, where a gradient G of the state goes from the last chunk to the first:
 
-A normaliser is one more value, 1: its state is the sum of the keys, and its gradient one more column of g.
+    gradient of   query   key     value    state             of an output o of which do is the gradient
+    (output)      q       k       v        S
+    q             do      v       k        S^T
+    k             v       do      q        G^T   reversed    G = sum_c q_c do_c^T of what comes after, by `linear_states`
+    v             k       q       do       G     reversed
 
-The delta rule writes other values. XLA solves what depends on keys alone, chunk by chunk (`recurrence.delta_rule`): W and U,
-what a chunk reads of the state before it and writes without one. `write` then corrects the values by the state that it holds
-anyway, and all else takes them for the values; the gradient of a correction acts on the gradient of the state:
+A normaliser is one more value, 1: its state is the sum of the keys, and its gradient one more column of do.
 
-    u = U - W S                                     what is written
-    du = (what `read` makes of g without G) + k G   its gradient, also that of U; that of W is -du S^T
-    G' = decay G + sum_c q_c g_c^T - W^T du
+The delta rule writes other values (DeltaNet, arXiv 2406.06484, section 3). XLA solves what depends on keys alone, chunk by
+chunk (`recurrence.delta_rule`): W and U, what a chunk reads of the state before it and writes without one. `linear_states`
+then corrects the values by the state that it holds anyway, and all else takes them for the values; the gradient of a
+correction acts on the gradient of the state:
 
-Decays are coordinates of places on the time axis. `late` is that of each token, as queries have it, `early` that of its key,
-and `start` that of the state before each chunk; a product of what a query and a key hold counts exp(late_c - early_s). They
-may have two parts, whose differences are added: sums of log decays without rounding, or segments. None: nothing decays.
+    u = U - W S                                                                          what is written
+    du = dU = (the gradient of v without G) + k G,   dW = -du S^T                        its gradient
+    G' = exp(g_C - g_0) G + sum_c exp(g_c - g_0) q_c do_c^T - W^T du
 
-A decay per channel of the key belongs to the axis of states that features have, so it stands inside of the products: of rows
-with a state or with each other where they are queries and keys, and of scores with queries or keys where these are the values.
-exp(late_c - early_s) is then a product, exp(late_c - border) exp(border - early_s), with a border between c and s, so that no
-factor exceeds 1 (the secondary chunks of GLA, arXiv 2312.06635, section 4.3, with halves of halves down to one token):
+Log decays are two arrays: `late` is g_0 and g_c as queries have it, `early` g_s as keys have it. They may have two parts, whose
+differences are added: sums without rounding, or segments.
+
+A decay per channel of the key stands inside of the products: of queries and keys, and where these are the values (the
+gradients of q and k), of scores and values. exp(g_c - g_s) is then exp(g_c - g_b) exp(g_b - g_s), with a border b between c
+and s, so that no factor exceeds 1 (the secondary chunks of GLA, section 4.3, with halves of halves down to one token):
 
     level l   pairs (c, s) whose highest different bit is l: neighbouring halves of 2^l tokens, with one border
-              both factors are exp(-|g - border|), of one tile; a product of whole tiles, of which the pairs of the level count
+              both factors are exp(-|g - g_b|), of one tile; a product of whole tiles, of which the pairs of the level count
 
 Features of random projections, the running maximum of log scales and the sums of log decays are XLA's (`prepare` of a plan),
 computed again in the backward pass.
@@ -40,7 +41,6 @@ computed again in the backward pass.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,21 +57,24 @@ from subquad.kernels.linear.reference import SMALLEST_DENOMINATOR, divide, finit
 from subquad.kernels.linear.xla import FEATURES, FOREVER, as_rows, first_state, running_maximum, visible_scale, with_ones
 from subquad.kernels.operation import operation
 
+SMALLEST = tl.constexpr(SMALLEST_DENOMINATOR)
+
 
 class Shape(NamedTuple):
-    """The constants of both kernels in one launch. left and right are [B, T, N, WIDTH], values [B, T, N, COLUMNS]."""
+    """The constants of both kernels: query and key are [B, T, N, FEATURES], value [B, T, N, VALUES]."""
 
     HEADS: int
-    WIDTH: int
-    COLUMNS: int
+    FEATURES: int
+    VALUES: int
     CHUNK: int
     REVERSED: bool  # from the last token to the first
-    PARTS: int  # of a coordinate; 0: nothing decays
-    CHANNELS: int  # of a coordinate: WIDTH, COLUMNS where features are the values, or 1 for all
+    TRANSPOSED: bool  # features are the values, and states [VALUES, FEATURES]
+    PARTS: int  # of a log decay; 0: nothing decays
+    CHANNELS: int  # of a log decay: as many as features, VALUES where TRANSPOSED, or 1 for all
     LEVELS: int  # of halves of a chunk
     IS_CAUSAL: bool
     HAS_SUMS: bool  # whether there is a normaliser
-    IS_DELTA: bool  # whether values are corrected by the state
+    IS_DELTA: bool
     BF16: bool  # bfloat16 is multiplied as such, everything else as float32
     PRECISION: str
 
@@ -80,277 +83,293 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def linear_write(
-    left, values, last_value, right, erase, partial, late, early, start, words, first, first_sums,
+def linear_states(
+    key, value, last_value, written_key, erase, partial, late, early, words, first, first_sums,
     states, states_sums, last, last_sums, corrected,
-    SHAPE: tl.constexpr, HAS_LAST_VALUE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The states [B, N, chunks, WIDTH, COLUMNS] on which the chunks build, and that after all: one block of them.
+    """A block of the states S [B, N, chunks, FEATURES, VALUES] before the chunks, and of that after all of them; REVERSED of G,
+    where query and do stand in the place of key and value.
 
-    Their sums [B, N, chunks, WIDTH] are the states of a value of 1, or of `last_value`. With the delta rule a block is as wide
-    as the state, `left` and `right` are weighed before, and values are `corrected` by what `erase` reads; reversed, this is
-    their gradient, from its `partial` sums.
+    Sums z [B, N, chunks, FEATURES] are the states of a value of 1; REVERSED of `last_value` [B, N, T], the gradient of the
+    normaliser. With the delta rule a block is as wide as the state, and keys and queries have their decays; `erase` is W,
+    value U, `partial` du without G, and `corrected` u or du.
     """
-    T, CHUNKS, places = tl.load(words), tl.load(words + 1), tl.load(words + 2)
-    ACROSS: tl.constexpr = (SHAPE.COLUMNS + BLOCK_C - 1) // BLOCK_C
-    DOWN: tl.constexpr = (SHAPE.WIDTH + BLOCK_W - 1) // BLOCK_W
+    T, CHUNKS = tl.load(words), tl.load(words + 1)
+    V_BLOCKS: tl.constexpr = (SHAPE.VALUES + BLOCK_V - 1) // BLOCK_V
+    M_BLOCKS: tl.constexpr = (SHAPE.FEATURES + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
-    block = program % ACROSS
-    head = (program // (ACROSS * DOWN)).to(tl.int64)
-    b, n = head // SHAPE.HEADS, head % SHAPE.HEADS
-    width = (program // ACROSS) % DOWN * BLOCK_W + tl.arange(0, BLOCK_W)
-    column = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    left = head_of(left, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-    values = head_of(values, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
-    if SHAPE.IS_DELTA:
-        right = head_of(right, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-        erase = head_of(erase, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-        partial = head_of(partial, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
-        corrected = head_of(corrected, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
-    late += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
-    early += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
-    start += head * (places // SHAPE.CHUNK) * (SHAPE.PARTS * SHAPE.CHANNELS)
-    inside = (width < SHAPE.WIDTH)[:, None] & (column < SHAPE.COLUMNS)[None, :]
-    place = width[:, None] * SHAPE.COLUMNS + column[None, :]
-    state = tl.load(first + head * (SHAPE.WIDTH * SHAPE.COLUMNS) + place, mask=inside, other=0.0)
-    sums = tl.zeros((BLOCK_W,), tl.float32)
-    channel = tl.zeros((1,), tl.int32)
-    if SHAPE.CHANNELS > 1:
-        channel = tl.minimum(width, SHAPE.WIDTH - 1)
+    v_block, m_block = program % V_BLOCKS, (program // V_BLOCKS) % M_BLOCKS
+    head = (program // (V_BLOCKS * M_BLOCKS)).to(tl.int64)
+    m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    channel = m if SHAPE.CHANNELS > 1 else tl.zeros((1,), tl.int32)
+    S = load(state_of(first, head, m, v, SHAPE))
+    z = tl.zeros((BLOCK_M,), tl.float32)
     if SHAPE.HAS_SUMS:
-        sums = tl.load(first_sums + head * SHAPE.WIDTH + width, mask=width < SHAPE.WIDTH, other=0.0)
+        z = load(row_of(first_sums, head, m, SHAPE.FEATURES))
     for step in range(CHUNKS):
         i = CHUNKS - 1 - step if SHAPE.REVERSED else step
         if SHAPE.IS_CAUSAL:
-            here = head * CHUNKS + i
-            at = states + here * (SHAPE.WIDTH * SHAPE.COLUMNS) + place
-            tl.store(at, state.to(states.dtype.element_ty), mask=inside)
-            if SHAPE.HAS_SUMS and block == 0:
-                tl.store(states_sums + here * SHAPE.WIDTH + width, sums, mask=width < SHAPE.WIDTH)
-        rows = load_tile(left, i * SHAPE.CHUNK, T, width, SHAPE.HEADS, SHAPE.WIDTH, SHAPE.CHUNK)
-        what = load_tile(values, i * SHAPE.CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, SHAPE.CHUNK)
-        token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
+            store(state_of(states, head * CHUNKS + i, m, v, SHAPE), S)
+            if SHAPE.HAS_SUMS and v_block == 0:
+                store(row_of(states_sums, head * CHUNKS + i, m, SHAPE.FEATURES), z)
+        g_late, g_early = log_decays_of(late, early, words, head, i, SHAPE)
+        k = load(chunk_of(key, head, i, T, m, SHAPE.FEATURES, SHAPE))
+        u = load(chunk_of(value, head, i, T, v, SHAPE.VALUES, SHAPE))
         if SHAPE.IS_DELTA:
-            erased = operand(load_tile(erase, i * SHAPE.CHUNK, T, width, SHAPE.HEADS, SHAPE.WIDTH, SHAPE.CHUNK), SHAPE)
+            W = load(chunk_of(erase, head, i, T, m, SHAPE.FEATURES, SHAPE))
             if SHAPE.REVERSED:
-                keys = load_tile(right, i * SHAPE.CHUNK, T, width, SHAPE.HEADS, SHAPE.WIDTH, SHAPE.CHUNK)
-                change = load_tile(partial, i * SHAPE.CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, SHAPE.CHUNK).to(tl.float32)
-                change = tl.dot(operand(keys, SHAPE), operand(state, SHAPE), change, input_precision=SHAPE.PRECISION)
+                written = load(chunk_of(written_key, head, i, T, m, SHAPE.FEATURES, SHAPE))
+                du = load(chunk_of(partial, head, i, T, v, SHAPE.VALUES, SHAPE)).to(tl.float32)
+                du = dot(written, S, SHAPE, du)
+                store(chunk_of(corrected, head, i, T, v, SHAPE.VALUES, SHAPE), du)
             else:
-                change = what - tl.dot(erased, operand(state, SHAPE), input_precision=SHAPE.PRECISION)
-                what = change
-            at, exists = tile_of(corrected, i * SHAPE.CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, SHAPE.CHUNK)
-            tl.store(at, change.to(corrected.dtype.element_ty), mask=exists)
+                u = u - dot(W, S, SHAPE)  # U - W S
+                store(chunk_of(corrected, head, i, T, v, SHAPE.VALUES, SHAPE), u)
+        elif SHAPE.PARTS > 0:
+            k = k.to(tl.float32) * decay_of_tokens(g_late, g_early, channel, not SHAPE.REVERSED, SHAPE)
         if SHAPE.PARTS > 0:
-            if not SHAPE.IS_DELTA:
-                weight = weights_of(late, early, start, token[:, None], i, places, channel[None, :], not SHAPE.REVERSED, SHAPE)
-                rows = rows.to(tl.float32) * weight
-            decay = tl.exp(gap(late, (i + 1) * SHAPE.CHUNK - 1, places, start, i, places // SHAPE.CHUNK, channel, SHAPE))
-            state *= decay[:, None]
-            sums *= decay
+            decay = tl.exp(log_decay(g_late, SHAPE.CHUNK, g_late, 0, channel, SHAPE))
+            S *= decay[:, None]  # exp(g_C - g_0) S
+            z *= decay
         if SHAPE.HAS_SUMS:
-            more = tl.full((SHAPE.CHUNK,), 1.0, tl.float32)
-            if HAS_LAST_VALUE:
-                more = tl.load(last_value + head * T + token, mask=token < T, other=0.0)
-            sums += tl.sum(rows.to(tl.float32) * more[:, None], 0)
-        state = tl.dot(tl.trans(operand(rows, SHAPE)), operand(what, SHAPE), state, input_precision=SHAPE.PRECISION)
+            token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
+            one = load(row_of(last_value, head, token, T))[:, None] if SHAPE.REVERSED else 1.0
+            z += tl.sum(k.to(tl.float32) * one, 0)
+        S = dot(tl.trans(k), u, SHAPE, S)  # + sum_s k_s u_s^T
         if SHAPE.IS_DELTA and SHAPE.REVERSED:
-            state -= tl.dot(tl.trans(erased), operand(change, SHAPE), input_precision=SHAPE.PRECISION)
-    tl.store(last + head * (SHAPE.WIDTH * SHAPE.COLUMNS) + place, state, mask=inside)
-    if SHAPE.HAS_SUMS and block == 0:
-        tl.store(last_sums + head * SHAPE.WIDTH + width, sums, mask=width < SHAPE.WIDTH)
+            S -= dot(tl.trans(W), du, SHAPE)
+    store(state_of(last, head, m, v, SHAPE), S)
+    if SHAPE.HAS_SUMS and v_block == 0:
+        store(row_of(last_sums, head, m, SHAPE.FEATURES), z)
 
 
 @triton.jit
-def linear_read(
-    left, right, values, last_value, late, early, start, words, states, states_sums, partner, out, inverse, products,
-    SHAPE: tl.constexpr, HAS_STATES: tl.constexpr, IS_TRANSPOSED: tl.constexpr, DIVIDES: tl.constexpr,
-    LAST_VALUE_OF: tl.constexpr, HAS_PARTNER: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, SMALLEST: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+def linear_outputs(
+    query, key, value, last_value, late, early, words, states, states_sums, partner, out, inverse, products,
+    SHAPE: tl.constexpr, HAS_PARTNER: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of one chunk of `out` [B, T, N, COLUMNS].
+    """A chunk of outputs [B, T, N, VALUES], a block of its values; REVERSED or TRANSPOSED, of a gradient in the table above.
 
-    DIVIDES: by the normaliser; `inverse` [B, N, T] is then what was multiplied by. LAST_VALUE_OF: "left" or "right" has one
-    column more, `last_value` [B, N, T], the other has 1 there. `products` [B, N, blocks, T] are those of out and `partner`.
+    Outputs are divided by the normaliser; `inverse` [B, N, T] is what they were multiplied by. Its gradient, `last_value`
+    [B, N, T], is one more feature of do. `products` [B, N, blocks, T] are those of the gradient and `partner`.
     """
-    T, CHUNKS, places = tl.load(words), tl.load(words + 1), tl.load(words + 2)
-    BLOCKS: tl.constexpr = (SHAPE.COLUMNS + BLOCK_C - 1) // BLOCK_C
-    CHUNK: tl.constexpr = SHAPE.CHUNK
-    DECAYS_ROWS: tl.constexpr = SHAPE.CHANNELS > 1 and not IS_TRANSPOSED
-    DECAYS_COLUMNS: tl.constexpr = SHAPE.CHANNELS > 1 and IS_TRANSPOSED
+    T, CHUNKS = tl.load(words), tl.load(words + 1)
+    IS_OUTPUT: tl.constexpr = not (SHAPE.REVERSED or SHAPE.TRANSPOSED)
+    HAS_STATES: tl.constexpr = not SHAPE.IS_DELTA or IS_OUTPUT or SHAPE.TRANSPOSED  # else G is not known yet
+    FEATURES_DECAY: tl.constexpr = SHAPE.CHANNELS > 1 and not SHAPE.TRANSPOSED
+    VALUES_DECAY: tl.constexpr = SHAPE.CHANNELS > 1 and SHAPE.TRANSPOSED
+    V_BLOCKS: tl.constexpr = (SHAPE.VALUES + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
-    block, chunk = program % BLOCKS, (program // BLOCKS) % CHUNKS
-    head = (program // BLOCKS // CHUNKS).to(tl.int64)
-    b, n = head // SHAPE.HEADS, head % SHAPE.HEADS
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    column = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    left = head_of(left, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-    late += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
-    early += head * places * (SHAPE.PARTS * SHAPE.CHANNELS)
-    start += head * (places // SHAPE.CHUNK) * (SHAPE.PARTS * SHAPE.CHANNELS)
-    here = head
-    if SHAPE.IS_CAUSAL:
-        right = head_of(right, b, n, T, SHAPE.HEADS, SHAPE.WIDTH, False)
-        values = head_of(values, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
-        here = head * CHUNKS + chunk
-    states += here * (SHAPE.WIDTH * SHAPE.COLUMNS)
-    row = tl.arange(0, CHUNK)
-    if SHAPE.REVERSED:
-        visible = row[:, None] <= row[None, :]
-    else:
-        visible = row[:, None] >= row[None, :]
-    apart = row[:, None] ^ row[None, :]
-    result = tl.zeros((CHUNK, BLOCK_C), tl.float32)
-    scores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    total = tl.zeros((CHUNK,), tl.float32)
-    for first in range(0, SHAPE.WIDTH, BLOCK_W):
-        width = first + tl.arange(0, BLOCK_W)
-        rows = load_tile(left, chunk * CHUNK, T, width, SHAPE.HEADS, SHAPE.WIDTH, CHUNK)
+    v_block, i = program % V_BLOCKS, (program // V_BLOCKS) % CHUNKS
+    head = (program // V_BLOCKS // CHUNKS).to(tl.int64)
+    state = head * CHUNKS + i if SHAPE.IS_CAUSAL else head
+    g_late, g_early = log_decays_of(late, early, words, head, i, SHAPE)
+    token = i * SHAPE.CHUNK + tl.arange(0, SHAPE.CHUNK)
+    v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    o = tl.zeros((SHAPE.CHUNK, BLOCK_V), tl.float32)
+    scores = tl.zeros((SHAPE.CHUNK, SHAPE.CHUNK), tl.float32)
+    normaliser = tl.zeros((SHAPE.CHUNK,), tl.float32)
+    for block in range(0, SHAPE.FEATURES, BLOCK_M):
+        m = block + tl.arange(0, BLOCK_M)
+        q = load(chunk_of(query, head, i, T, m, SHAPE.FEATURES, SHAPE))
         if SHAPE.IS_CAUSAL:
-            others = load_tile(right, chunk * CHUNK, T, width, SHAPE.HEADS, SHAPE.WIDTH, CHUNK)
-            if DECAYS_ROWS:
-                channel = tl.minimum(width, SHAPE.WIDTH - 1)[None, :]
-                own = tl.sum(rows.to(tl.float32) * others.to(tl.float32), 1)
-                scores += tl.where(apart == 0, own[:, None], 0.0)
-                for level in range(SHAPE.LEVELS):
-                    factor = to_border(late, row, chunk, level, places, channel, SHAPE)
-                    one = operand(rows.to(tl.float32) * factor, SHAPE)
-                    other = tl.trans(operand(others.to(tl.float32) * factor, SHAPE))
-                    product = tl.dot(one, other, input_precision=SHAPE.PRECISION)
-                    scores += tl.where((apart >> level) == 1, product, 0.0)
-                weight = weights_of(late, early, start, token[:, None], chunk, places, channel, SHAPE.REVERSED, SHAPE)
-                rows = rows.to(tl.float32) * weight
+            k = load(chunk_of(key, head, i, T, m, SHAPE.FEATURES, SHAPE))
+            if FEATURES_DECAY:
+                scores = add_scores_of_channels(scores, q, k, g_late, m, SHAPE)
+                q = q.to(tl.float32) * decay_of_tokens(g_late, g_early, m, SHAPE.REVERSED, SHAPE)
             else:
-                others = tl.trans(operand(others, SHAPE))
-                scores = tl.dot(operand(rows, SHAPE), others, scores, input_precision=SHAPE.PRECISION)
+                scores = dot(q, tl.trans(k), SHAPE, scores)
         if HAS_STATES:
-            if IS_TRANSPOSED:
-                place = column[None, :] * SHAPE.WIDTH + width[:, None]
-            else:
-                place = width[:, None] * SHAPE.COLUMNS + column[None, :]
-            inside = (width < SHAPE.WIDTH)[:, None] & (column < SHAPE.COLUMNS)[None, :]
-            state = operand(tl.load(states + place, mask=inside, other=0.0), SHAPE)
-            result = tl.dot(operand(rows, SHAPE), state, result, input_precision=SHAPE.PRECISION)
-        if DIVIDES:
-            sums = tl.load(states_sums + here * SHAPE.WIDTH + width, mask=width < SHAPE.WIDTH, other=0.0)
-            total += tl.sum(rows.to(tl.float32) * sums[None, :], 1)
-    if LAST_VALUE_OF != "":
-        more = tl.load(last_value + head * T + token, mask=token < T, other=0.0)
-        sums = tl.load(states_sums + here * SHAPE.COLUMNS + column, mask=column < SHAPE.COLUMNS, other=0.0)
-        if LAST_VALUE_OF == "left":
-            result += more[:, None] * sums[None, :]
-            scores += more[:, None]
+            o = dot(q, load(state_of(states, state, m, v, SHAPE)), SHAPE, o)
+        if SHAPE.HAS_SUMS and IS_OUTPUT:
+            z = load(row_of(states_sums, state, m, SHAPE.FEATURES))
+            normaliser += tl.sum(q.to(tl.float32) * z[None, :], 1)
+    if SHAPE.HAS_SUMS and SHAPE.TRANSPOSED:
+        z = load(row_of(states_sums, state, v, SHAPE.VALUES))
+        grad_normaliser = load(row_of(last_value, head, token, T))
+        if SHAPE.REVERSED:
+            o += z[None, :]
+            scores += grad_normaliser[None, :]
         else:
-            result += sums[None, :]
-            scores += more[None, :]
-    channel = tl.zeros((1,), tl.int32)[None, :]
-    if DECAYS_COLUMNS:
-        channel = tl.minimum(column, SHAPE.COLUMNS - 1)[None, :]
-    if SHAPE.PARTS > 0 and (SHAPE.IS_CAUSAL or SHAPE.REVERSED) and not DECAYS_ROWS:
-        weight = weights_of(late, early, start, token[:, None], chunk, places, channel, SHAPE.REVERSED, SHAPE)
-        result *= weight
-        if DIVIDES:
-            total *= tl.sum(weight, 1)
+            o += grad_normaliser[:, None] * z[None, :]
+            scores += grad_normaliser[:, None]
+    if SHAPE.PARTS > 0 and (SHAPE.IS_CAUSAL or SHAPE.REVERSED) and not FEATURES_DECAY:
+        channel = v if VALUES_DECAY else tl.zeros((1,), tl.int32)
+        decay = decay_of_tokens(g_late, g_early, channel, SHAPE.REVERSED, SHAPE)
+        o *= decay  # exp(g_c - g_0) of heads, or of values
+        normaliser *= tl.sum(decay, 1)
     if SHAPE.IS_CAUSAL:
-        if SHAPE.PARTS > 0 and SHAPE.CHANNELS == 1:
-            if SHAPE.REVERSED:
-                decay = gap(late, token[None, :], places, early, token[:, None], places, 0, SHAPE)
-            else:
-                decay = gap(late, token[:, None], places, early, token[None, :], places, 0, SHAPE)
-            scores *= tl.exp(tl.where(visible, decay, float("-inf")))
+        scores = masked_scores(scores, g_late, g_early, SHAPE)
+        normaliser += tl.sum(scores, 1)
+        u = load(chunk_of(value, head, i, T, v, SHAPE.VALUES, SHAPE))
+        if VALUES_DECAY:
+            o = add_values_of_channels(o, scores, u, g_late, v, SHAPE)
         else:
-            scores = tl.where(visible, scores, 0.0)
-        total += tl.sum(scores, 1)
-        what = load_tile(values, chunk * CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, CHUNK)
-        if DECAYS_COLUMNS:
-            result += tl.sum(tl.where(apart == 0, scores, 0.0), 1)[:, None] * what.to(tl.float32)
-            for level in range(SHAPE.LEVELS):
-                factor = to_border(late, row, chunk, level, places, channel, SHAPE)
-                some = operand(tl.where((apart >> level) == 1, scores, 0.0), SHAPE)
-                product = tl.dot(some, operand(what.to(tl.float32) * factor, SHAPE), input_precision=SHAPE.PRECISION)
-                result += factor * product
-        else:
-            result = tl.dot(operand(scores, SHAPE), operand(what, SHAPE), result, input_precision=SHAPE.PRECISION)
-    result *= SCALE
-    if DIVIDES:
-        total = total * SCALE + EPS
-        one_over = tl.where(tl.abs(total) > SMALLEST, 1.0 / total, 0.0)
-        result *= one_over[:, None]
-        if block == 0:
-            tl.store(inverse + head * T + token, one_over, mask=token < T)
+            o = dot(scores, u, SHAPE, o)
+    o *= SCALE
+    if SHAPE.HAS_SUMS and IS_OUTPUT:
+        normaliser = normaliser * SCALE + EPS
+        one_over = tl.where(tl.abs(normaliser) > SMALLEST, 1.0 / normaliser, 0.0)
+        o *= one_over[:, None]
+        if v_block == 0:
+            store(row_of(inverse, head, token, T), one_over)
     if HAS_PARTNER:
-        partner = head_of(partner, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
-        other = load_tile(partner, chunk * CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, CHUNK)
-        at = products + (head * BLOCKS + block) * T + token
-        tl.store(at, tl.sum(result * other.to(tl.float32), 1), mask=token < T)
-    out = head_of(out, b, n, T, SHAPE.HEADS, SHAPE.COLUMNS, False)
-    at, inside = tile_of(out, chunk * CHUNK, T, column, SHAPE.HEADS, SHAPE.COLUMNS, CHUNK)
-    tl.store(at, result.to(out.dtype.element_ty), mask=inside)
+        other = load(chunk_of(partner, head, i, T, v, SHAPE.VALUES, SHAPE))
+        store(row_of(products, head * V_BLOCKS + v_block, token, T), tl.sum(o * other.to(tl.float32), 1))
+    store(chunk_of(out, head, i, T, v, SHAPE.VALUES, SHAPE), o)
 
 
 @triton.jit
-def weights_of(late, early, start, token, chunk, places, channel, OF_KEYS: tl.constexpr, SHAPE: tl.constexpr):
-    """exp of the log decay from each key to the state after the chunk, or from the state before it to each query."""
-    if OF_KEYS:
-        result = gap(late, (chunk + 1) * SHAPE.CHUNK - 1, places, early, token, places, channel, SHAPE)
+def masked_scores(scores, g_late, g_early, SHAPE: tl.constexpr):
+    """Scores [c, s] times exp(g_c - g_s), which they hold already where channels decay; 0 where c does not see s."""
+    token = tl.arange(0, SHAPE.CHUNK)
+    c, s = token[:, None], token[None, :]
+    if SHAPE.REVERSED:
+        c, s = s, c
+    if SHAPE.PARTS > 0 and SHAPE.CHANNELS == 1:
+        gap = log_decay(g_late, c + 1, g_early, s + 1, 0, SHAPE)
+        scores *= tl.exp(tl.where(s <= c, gap, float("-inf")))
     else:
-        result = gap(late, token, places, start, chunk, places // SHAPE.CHUNK, channel, SHAPE)
-    return tl.exp(result)
+        scores = tl.where(s <= c, scores, 0.0)
+    return scores
 
 
 @triton.jit
-def to_border(late, row, chunk, level, places, channel, SHAPE: tl.constexpr):
-    """exp of the log decay between each token of a chunk and the border of its two halves of 2^level tokens."""
-    token = chunk * SHAPE.CHUNK + row
-    border = ((token >> level) | 1) << level
-    return tl.exp(-tl.abs(gap(late, token[:, None], places, late, border[:, None] - 1, places, channel, SHAPE)))
+def add_scores_of_channels(scores, q, k, g, channel, SHAPE: tl.constexpr):
+    """scores + q_c^T exp(-|g_c - g_s|) k_s, of all pairs [c, s] of a chunk, level by level."""
+    token = tl.arange(0, SHAPE.CHUNK)
+    apart = token[:, None] ^ token[None, :]
+    scores += tl.where(apart == 0, tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None], 0.0)
+    for level in range(SHAPE.LEVELS):
+        decay = decay_to_border(g, level, channel, SHAPE)
+        of_level = dot(q.to(tl.float32) * decay, tl.trans(k.to(tl.float32) * decay), SHAPE)
+        scores += tl.where((apart >> level) == 1, of_level, 0.0)
+    return scores
 
 
 @triton.jit
-def gap(late, i, late_step, early, j, early_step, channel, SHAPE: tl.constexpr):
-    """The log decay between two places, whose second parts lie a step behind the first ones."""
-    i, j = i * SHAPE.CHANNELS + channel, j * SHAPE.CHANNELS + channel
-    result = tl.load(late + i) - tl.load(early + j)
+def add_values_of_channels(o, scores, u, g, channel, SHAPE: tl.constexpr):
+    """o + sum_s scores_cs exp(-|g_c - g_s|) u_s, where the channels of values decay, level by level."""
+    token = tl.arange(0, SHAPE.CHUNK)
+    apart = token[:, None] ^ token[None, :]
+    o += tl.sum(tl.where(apart == 0, scores, 0.0), 1)[:, None] * u.to(tl.float32)
+    for level in range(SHAPE.LEVELS):
+        decay = decay_to_border(g, level, channel, SHAPE)
+        of_level = tl.where((apart >> level) == 1, scores, 0.0)
+        o += decay * dot(of_level, u.to(tl.float32) * decay, SHAPE)
+    return o
+
+
+@triton.jit
+def decay_to_border(g, level, channel, SHAPE: tl.constexpr):
+    """exp(-|g_c - g_b|) [C, channels], where b is the last token before the border of c's two halves of 2^level tokens."""
+    c = tl.arange(0, SHAPE.CHUNK)
+    border = ((c >> level) | 1) << level
+    return tl.exp(-tl.abs(log_decay(g, c[:, None] + 1, g, border[:, None], channel[None, :], SHAPE)))
+
+
+@triton.jit
+def decay_of_tokens(g_late, g_early, channel, AFTER: tl.constexpr, SHAPE: tl.constexpr):
+    """[C, channels]: exp(g_C - g_s) between tokens and the state AFTER their chunk, or exp(g_c - g_0), the state before it."""
+    token, channel = 1 + tl.arange(0, SHAPE.CHUNK)[:, None], channel[None, :]
+    if AFTER:
+        gap = log_decay(g_late, SHAPE.CHUNK, g_early, token, channel, SHAPE)
+    else:
+        gap = log_decay(g_late, token, g_late, 0, channel, SHAPE)
+    return tl.exp(gap)
+
+
+@triton.jit
+def log_decay(late, c, early, s, channel, SHAPE: tl.constexpr):
+    """g_c - g_s: the sum of the differences of their parts. Features that only a block has decay as the last one does."""
+    if SHAPE.CHANNELS > 1:
+        channel = tl.minimum(channel, SHAPE.CHANNELS - 1)
+    SIZE: tl.constexpr = SHAPE.PARTS * SHAPE.CHANNELS
+    late, early = late + (c * SIZE + channel), early + (s * SIZE + channel)
+    gap = tl.load(late) - tl.load(early)
     if SHAPE.PARTS == 2:
-        result += tl.load(late + late_step * SHAPE.CHANNELS + i) - tl.load(early + early_step * SHAPE.CHANNELS + j)
-    return result
+        gap += tl.load(late + SHAPE.CHANNELS) - tl.load(early + SHAPE.CHANNELS)
+    return gap
 
 
 @triton.jit
-def tile_of(array, first, T, column, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Pointers to [CHUNK, columns] of one head of [T, HEADS, WIDTH], and which of these elements exist."""
-    row = tl.arange(0, CHUNK)[:, None]
-    at = array + first.to(tl.int64) * (HEADS * WIDTH) + row * (HEADS * WIDTH) + column[None, :]
-    return at, (row < T - first) & (column[None, :] < WIDTH)
+def log_decays_of(late, early, words, head, i, SHAPE: tl.constexpr):
+    """Where g_0 of chunk i of a head stands in [B, N, chunks, C + 1, PARTS, CHANNELS]."""
+    offset = (head * tl.load(words + 2) + i) * ((SHAPE.CHUNK + 1) * SHAPE.PARTS * SHAPE.CHANNELS)
+    return late + offset, early + offset
 
 
 @triton.jit
-def load_tile(array, first, T, column, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    at, inside = tile_of(array, first, T, column, HEADS, WIDTH, CHUNK)
-    return tl.load(at, mask=inside, other=0.0)
+def dot(a, b, SHAPE: tl.constexpr, acc=None):
+    """a b + acc."""
+    dtype: tl.constexpr = tl.bfloat16 if SHAPE.BF16 else tl.float32
+    return tl.dot(a.to(dtype), b.to(dtype), acc, input_precision=SHAPE.PRECISION)
+
+
+# Blocks of arrays: pointers, and which of these elements exist.
 
 
 @triton.jit
-def operand(x, SHAPE: tl.constexpr):
-    """What goes into a matrix product."""
-    return x.to(tl.bfloat16) if SHAPE.BF16 else x.to(tl.float32)
+def chunk_of(array, head, i, T, feature, FEATURES: tl.constexpr, SHAPE: tl.constexpr):
+    """[C, features] of chunk i of a head of [B, T, N, FEATURES]."""
+    array = head_of(array, head // SHAPE.HEADS, head % SHAPE.HEADS, T, SHAPE.HEADS, FEATURES, False)
+    first, row = i * SHAPE.CHUNK, tl.arange(0, SHAPE.CHUNK)[:, None]
+    at = array + first.to(tl.int64) * (SHAPE.HEADS * FEATURES) + row * (SHAPE.HEADS * FEATURES) + feature[None, :]
+    return at, (row < T - first) & (feature[None, :] < FEATURES)
+
+
+@triton.jit
+def state_of(states, n, m, v, SHAPE: tl.constexpr):
+    """[m, v] of the n-th of states [.., FEATURES, VALUES]."""
+    at = v[None, :] * SHAPE.FEATURES + m[:, None] if SHAPE.TRANSPOSED else m[:, None] * SHAPE.VALUES + v[None, :]
+    return states + n * (SHAPE.FEATURES * SHAPE.VALUES) + at, (m < SHAPE.FEATURES)[:, None] & (v < SHAPE.VALUES)[None, :]
+
+
+@triton.jit
+def row_of(rows, n, i, LENGTH):
+    """The elements i of the n-th of rows [.., LENGTH]."""
+    return rows + n * LENGTH + i, i < LENGTH
+
+
+@triton.jit
+def load(block):
+    at, exists = block
+    return tl.load(at, mask=exists, other=0.0)
+
+
+@triton.jit
+def store(block, x):
+    at, exists = block
+    tl.store(at, x.to(at.dtype.element_ty), mask=exists)
 
 
 # --------------------------------------------------------------------------------------------------------------- a call
 
 
 class Operands(NamedTuple):
-    """What the kernels take: features, and coordinates on the time axis of L places in K chunks, for H = 1 or M channels."""
+    """What the kernels take: features, and G = C + 1 log decays g_0 .. g_C of K chunks, in P parts for H = 1 or M channels."""
 
     query: Float[Array, "B T N M"]
     key: Float[Array, "B S N M"]
     value: Float[Array, "B S N V"]
-    late: Float[Array, "B N P L H"] | None
-    early: Float[Array, "B N P L H"] | None
-    start: Float[Array, "B N P K H"] | None
+    late: Float[Array, "B N K G P H"] | None
+    early: Float[Array, "B N K G P H"] | None
     state: Float[Array, "B N M V"]
     sums: Float[Array, "B N M"] | None
     erase: Float[Array, "B T N M"] | None = None
+
+
+class States(NamedTuple):
+    """What `linear_states` makes: what the tokens of each chunk read, the last one, and what values were written."""
+
+    read: Float[Array, "B N K M V"]  # `last` unless causal
+    read_sums: Float[Array, "B N K M"]
+    last: Float[Array, "B N M V"]
+    last_sums: Float[Array, "B N M"]
+    values: Float[Array, "B T N V"]  # with `partial` their gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,7 +381,7 @@ class Plan:
         features: a name of `xla.FEATURES`.
         divides: by the normaliser.
         hides: whether tokens may be padding.
-        differentiates: which coordinates have a gradient, "late" or "early".
+        differentiates: which log decays have a gradient, "late" or "early".
     """
 
     prepare: Callable
@@ -384,53 +403,59 @@ class Plan:
         return jnp.bfloat16 if self.bf16 else jnp.float32
 
 
-def write(plan: Plan, x: Operands, is_reversed: bool, left, values, last_value, first, first_sums, partial=None):
-    """(states before the chunks, if causal, and their sums, the last state, and its sums, the values that were written, or with
-    `partial` their gradient): see `linear_write`."""
-    (batch, length, heads, width), columns = left.shape, values.shape[3]
-    config = configure(linear_write, plan, x, width, columns)
+def chunk_states(plan: Plan, x: Operands, key, value, first, first_sums, *, is_reversed=False, last_value=None, partial=None):
+    """Launches `linear_states`."""
+    (batch, length, heads, features), values, is_delta = key.shape, value.shape[3], x.erase is not None
+    config = configure(linear_states, plan, x, features, values)
+    blocks = -(-features // config.blocks["BLOCK_M"]) * -(-values // config.blocks["BLOCK_V"])
+    written_key = weighed(plan, x, x.key, True) if is_delta else None
+    if is_delta:
+        key = weighed(plan, x, key, False) if is_reversed else written_key
+    inputs = dict(key=key, value=value, last_value=last_value, written_key=written_key, erase=x.erase, partial=partial)
+    inputs |= log_decays_and_words(plan, x, length) | dict(first=first, first_sums=first_sums)
     chunks = -(-length // plan.chunk)
-    blocks = math.prod(-(-size // config.blocks[name]) for name, size in (("BLOCK_W", width), ("BLOCK_C", columns)))
     outputs = dict(
-        states=room(plan.is_causal, batch, heads, chunks, width, columns, dtype=plan.dtype),
-        states_sums=room(plan.is_causal and plan.divides, batch, heads, chunks, width),
-        last=room(True, batch, heads, width, columns), last_sums=room(plan.divides, batch, heads, width),
-        corrected=room(x.erase is not None, batch, length, heads, columns, dtype=plan.dtype),
+        states=room(plan.is_causal, batch, heads, chunks, features, values, dtype=plan.dtype),
+        states_sums=room(plan.is_causal and plan.divides, batch, heads, chunks, features),
+        last=room(True, batch, heads, features, values), last_sums=room(plan.divides, batch, heads, features),
+        corrected=room(is_delta, batch, length, heads, values, dtype=plan.dtype),
     )  # fmt: skip
-    right = None
-    if x.erase is not None:
-        right = weighed(plan, x, x.key, True)
-        left = weighed(plan, x, left, False) if is_reversed else right
-    inputs = dict(left=left, values=values, last_value=last_value, right=right, erase=x.erase, partial=partial)
-    inputs |= dict(late=x.late, early=x.early, start=x.start)
-    inputs |= dict(words=words_of(plan, x, length), first=first, first_sums=first_sums)
-    constants = dict(SHAPE=shape_of(plan, x, is_reversed, left, values), HAS_LAST_VALUE=last_value is not None)
-    *found, corrected = launch.call(
-        linear_write, inputs, outputs, grid=batch * heads * blocks, constants=constants, config=config, mode=plan.mode
-    )
-    return *found, values if x.erase is None else corrected
+    states, sums, last, last_sums, corrected = launch.call(
+        linear_states, inputs, outputs, grid=batch * heads * blocks, config=config, mode=plan.mode,
+        constants=dict(SHAPE=shape_of(plan, x, key, value, is_reversed)),
+    )  # fmt: skip
+    read = (states, sums) if plan.is_causal else (last, last_sums)
+    return States(*read, last, last_sums, corrected if is_delta else value)
 
 
-def read(plan: Plan, x: Operands, is_reversed: bool, left, right, values, states, sums, *, dtype, is_output=False,
-         is_transposed=False, last_value=None, last_value_of="", partner=None):  # fmt: skip
-    """(out, what it was multiplied by, its products with `partner` [B, N, blocks, T]): see `linear_read`."""
-    (batch, length, heads, width), columns = left.shape, values.shape[3]
-    config = configure(linear_read, plan, x, width, columns)
-    blocks = -(-columns // config.blocks["BLOCK_C"])
-    divides = is_output and plan.divides
+def chunk_outputs(plan: Plan, x: Operands, query, key, value, states: States | None, dtype, *, is_reversed=False,
+                  is_transposed=False, last_value=None, partner=None):  # fmt: skip
+    """Launches `linear_outputs`: (outputs or a gradient, what they were multiplied by, products with `partner`)."""
+    (batch, length, heads, _), values = query.shape, value.shape[3]
+    config = configure(linear_outputs, plan, x, query.shape[3], values)
+    blocks = -(-values // config.blocks["BLOCK_V"])
+    is_output = not (is_reversed or is_transposed)
+    # What cancels in sums over time must not be rounded before: products of channels are made of float32.
+    in_xla = partner is not None and has_channels(x)
+    has_partner = partner is not None and not in_xla
+    inputs = dict(query=query, key=key, value=value, last_value=last_value, **log_decays_and_words(plan, x, length))
+    inputs |= dict(states=None, states_sums=None) if states is None else dict(states=states.read, states_sums=states.read_sums)
     outputs = dict(
-        out=room(True, batch, length, heads, columns, dtype=dtype), inverse=room(divides, batch, heads, length),
-        products=room(partner is not None, batch, heads, blocks, length),
+        out=room(True, batch, length, heads, values, dtype=jnp.float32 if in_xla else dtype),
+        inverse=room(is_output and plan.divides, batch, heads, length),
+        products=room(has_partner, batch, heads, blocks, length),
     )  # fmt: skip
-    inputs = dict(left=left, right=right, values=values, last_value=last_value, late=x.late, early=x.early, start=x.start)
-    inputs |= dict(words=words_of(plan, x, length), states=states, states_sums=sums, partner=partner)
     constants = dict(
-        SHAPE=shape_of(plan, x, is_reversed, left, values), HAS_STATES=states is not None, IS_TRANSPOSED=is_transposed,
-        DIVIDES=divides, LAST_VALUE_OF=last_value_of if plan.divides else "", HAS_PARTNER=partner is not None,
-        SCALE=plan.scale if is_output else 1.0, EPS=plan.eps, SMALLEST=SMALLEST_DENOMINATOR,
+        SHAPE=shape_of(plan, x, query, value, is_reversed, is_transposed), HAS_PARTNER=has_partner,
+        SCALE=plan.scale if is_output else 1.0, EPS=plan.eps,
     )  # fmt: skip
-    grid = batch * heads * blocks * -(-length // plan.chunk)
-    return launch.call(linear_read, inputs, outputs, grid=grid, constants=constants, config=config, mode=plan.mode)
+    out, inverse, products = launch.call(
+        linear_outputs, inputs | dict(partner=partner if has_partner else None), outputs, constants=constants, config=config,
+        grid=batch * heads * blocks * -(-length // plan.chunk), mode=plan.mode,
+    )  # fmt: skip
+    if in_xla:
+        out, products = out.astype(dtype), out * partner
+    return out, inverse, products
 
 
 def room(exists, *shape, dtype=jnp.float32):
@@ -439,34 +464,31 @@ def room(exists, *shape, dtype=jnp.float32):
 
 def has_channels(x: Operands) -> bool:
     """Whether every channel has a decay of its own."""
-    return x.late is not None and x.late.shape[4] > 1
+    return x.late is not None and x.late.shape[5] > 1
 
 
-def words_of(plan: Plan, x: Operands, length: int):
-    """The run-time numbers of a launch: tokens, their chunks, and places on the time axis."""
-    return launch.words(length, -(-length // plan.chunk), 0 if x.late is None else x.late.shape[3])
+def log_decays_and_words(plan: Plan, x: Operands, length: int) -> dict:
+    """Log decays, and the run-time numbers of a launch: tokens, their chunks, and those that log decays have."""
+    words = launch.words(length, -(-length // plan.chunk), 0 if x.late is None else x.late.shape[2])
+    return dict(late=x.late, early=x.early, words=words)
 
 
-def shape_of(plan: Plan, x: Operands, is_reversed: bool, left, values) -> Shape:
-    parts, channels = (0, 1) if x.late is None else (x.late.shape[2], x.late.shape[4])
+def shape_of(plan: Plan, x: Operands, features, values, is_reversed: bool, is_transposed: bool = False) -> Shape:
+    parts, channels = (0, 1) if x.late is None else x.late.shape[4:]
     return Shape(
-        left.shape[2], left.shape[3], values.shape[3], plan.chunk, is_reversed, parts, channels, plan.chunk.bit_length() - 1,
-        plan.is_causal, plan.divides, x.erase is not None, plan.bf16, plan.precision,
+        features.shape[2], features.shape[3], values.shape[3], plan.chunk, is_reversed, is_transposed, parts, channels,
+        plan.chunk.bit_length() - 1, plan.is_causal, plan.divides, x.erase is not None, plan.bf16, plan.precision,
     )  # fmt: skip
 
 
 def forward(plan: Plan, *arrays):
     """((outputs, last state, its sums, the largest log scale), what `backward` needs)."""
     x, largest = plan.prepare(plan, *arrays)
-    states, sums, last, last_sums, values = write(plan, x, False, x.key, x.value, None, x.state, x.sums)
-    if not plan.is_causal:
-        states, sums = last, last_sums
-    out, inverse, _ = read(
-        plan, x, False, x.query, x.key, values, states, sums, dtype=arrays[2].dtype, is_output=True
-    )
+    S = chunk_states(plan, x, x.key, x.value, x.state, x.sums)
+    out, inverse, _ = chunk_outputs(plan, x, x.query, x.key, S.values, S, arrays[2].dtype)
     if not plan.divides:
-        return (out, last, None, largest), (arrays,)
-    return (out, last, last_sums, largest), (arrays, out, inverse)
+        return (out, S.last, None, largest), (arrays,)
+    return (out, S.last, S.last_sums, largest), (arrays, out, inverse)
 
 
 def backward(plan: Plan, residuals, cotangents):
@@ -478,61 +500,74 @@ def backward(plan: Plan, residuals, cotangents):
         idle = (grad_out == 0).all(-1, keepdims=True)
         arrays = jnp.where(idle, 0, arrays[0]), *arrays[1:]
     x, pull, _ = jax.vjp(functools.partial(plan.prepare, plan), *arrays, has_aux=True)
-    wide, tail = plan.scale * grad_out.astype(jnp.float32), None
+    do, grad_normaliser = plan.scale * grad_out.astype(jnp.float32), None
     if plan.divides:
         out, inverse = divided
-        wide *= inverse.swapaxes(1, 2)[..., None]
+        do *= inverse.swapaxes(1, 2)[..., None]
         out = jnp.where(idle, 0, out) if plan.hides else out
-        tail = -jnp.sum(wide * out.astype(jnp.float32), -1).swapaxes(1, 2)  # the gradient of the sum that divides
-    grad = wide.astype(plan.dtype)
-    states, sums, last, last_sums, values = write(plan, x, False, x.key, x.value, None, x.state, x.sums)
-    partial = None
+        grad_normaliser = -jnp.sum(do * out.astype(jnp.float32), -1).swapaxes(1, 2)
+    do, partial = do.astype(plan.dtype), None
+    S = chunk_states(plan, x, x.key, x.value, x.state, x.sums)
     if x.erase is not None:
-        partial, *_ = read(plan, x, True, x.key, x.query, grad, None, None, dtype=plan.dtype)
-    after, after_sums, grad_state, grad_sums, of_value = write(
-        plan, x, True, x.query, grad, tail, grad_last, grad_last_sums, partial
+        partial, *_ = chunk_outputs(plan, x, x.key, x.query, do, None, plan.dtype, is_reversed=True)
+    G = chunk_states(
+        plan, x, x.query, do, grad_last, grad_last_sums, is_reversed=True, last_value=grad_normaliser, partial=partial
     )
-    has = {name: name in plan.differentiates and x.late is not None for name in ("late", "early")}
-    by_channel, ends = has_channels(x), None
-    if has["late"]:
-        # A state is in units of the last coordinate of its chunk.
-        ends = jnp.sum(following(states, last) * after.astype(jnp.float32), 4)
-        if plan.divides:
-            ends += following(sums, last_sums) * after_sums
-        ends = ends if by_channel else ends.sum(3, keepdims=True)
-    if not plan.is_causal:
-        states, sums, after, after_sums = last, last_sums, grad_state, grad_sums
-    whole = lambda y: jnp.float32 if by_channel else y.dtype
-    of_query, _, at_query = read(
-        plan, x, False, grad, values, x.key, states, sums, dtype=whole(x.query), is_transposed=True, last_value=tail,
-        last_value_of="left", partner=x.query if has["late"] and not by_channel else None,
+    partner = {name: x.query if name == "late" else x.key for name in plan.differentiates if x.late is not None}
+    grad_query, _, query_products = chunk_outputs(
+        plan, x, do, S.values, x.key, S, x.query.dtype, is_transposed=True, last_value=grad_normaliser,
+        partner=partner.get("late"),
     )  # fmt: skip
-    of_key, _, at_key = read(
-        plan, x, True, values, grad, x.query, after, after_sums, dtype=whole(x.key), is_transposed=True, last_value=tail,
-        last_value_of="right", partner=x.key if has["early"] and not by_channel else None,
+    grad_key, _, key_products = chunk_outputs(
+        plan, x, S.values, do, x.query, G, x.key.dtype, is_reversed=True, is_transposed=True, last_value=grad_normaliser,
+        partner=partner.get("early"),
     )  # fmt: skip
-    if by_channel:
-        # What cancels in sums over time must not be rounded before.
-        at_query, at_key = of_query * x.query, of_key * x.key
-        of_query, of_key = of_query.astype(x.query.dtype), of_key.astype(x.key.dtype)
     if x.erase is None:
-        of_erase, (of_value, *_) = None, read(plan, x, True, x.key, x.query, grad, after, None, dtype=x.value.dtype)
+        grad_value, *_ = chunk_outputs(plan, x, x.key, x.query, do, G, x.value.dtype, is_reversed=True)
+        grad_erase = None
     else:
-        of_erase = -through(states, of_value, plan.chunk).astype(x.erase.dtype)
-    of_late = at_coordinates(x.late, at_query, ends, plan.chunk) if has["late"] else zeros_like(x.late)
-    of_early = at_coordinates(x.early, -at_key, None, plan.chunk) if has["early"] else zeros_like(x.early)
-    start, sums = zeros_like(x.start), grad_sums if plan.divides else None
-    grads = pull(Operands(of_query, of_key, of_value, of_late, of_early, start, grad_state, sums, of_erase))
+        grad_value, grad_erase = G.values, -through(S.read, G.values, plan.chunk).astype(x.erase.dtype)
+    grad_late, grad_early = (None if g is None else jnp.zeros_like(g) for g in (x.late, x.early))
+    if "late" in partner:
+        grad_late = at_tokens(grad_late, query_products, at_ends(plan, S, G, has_channels(x)))
+    if "early" in partner:
+        grad_early = at_tokens(grad_early, -key_products)
+    grad_sums = G.last_sums if plan.divides else None
+    grads = pull(Operands(grad_query, grad_key, grad_value, grad_late, grad_early, G.last, grad_sums, grad_erase))
     return tuple(None if g is None or g.dtype == jax.dtypes.float0 else g for g in grads)
 
 
+def at_ends(plan: Plan, S: States, G: States, by_channel: bool):
+    """The gradient [B, N, chunks, H] of the log decays at the ends of chunks, by the states after them: <S', G'>."""
+    following = lambda states, last: jnp.concatenate([states[:, :, 1:].astype(jnp.float32), last[:, :, None]], 2)
+    ends = jnp.sum(following(S.read, S.last) * G.read.astype(jnp.float32), 4)
+    if plan.divides:
+        ends += following(S.read_sums, S.last_sums) * G.read_sums
+    return ends if by_channel else ends.sum(3, keepdims=True)
+
+
+def at_tokens(zeros, products, ends=0.0):
+    """The gradient of log decays [B, N, K, C + 1, P, H], which is that of their last part.
+
+    Args:
+        products: of what they weigh with its gradient: [B, T, N, H], or their sums [B, N, blocks, T] where H = 1.
+        ends: added at the ends of chunks.
+    """
+    batch, heads, chunks, places, _, channels = zeros.shape
+    rows = products.sum(2)[..., None] if channels == 1 else products.swapaxes(1, 2)
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, chunks * (places - 1) - rows.shape[2]), (0, 0)])
+    rows = rows.reshape(batch, heads, chunks, places - 1, channels).at[:, :, :, -1].add(ends)
+    return zeros.at[:, :, :, 1:, -1].set(rows)
+
+
 def weighed(plan: Plan, x: Operands, rows, is_key: bool):
-    """Keys as the state after their chunk has them, or queries as they read the one before it."""
+    """Keys as the state after their chunk has them, or queries as they read the one before it: of the delta rule, whose kernel
+    holds a whole state and has no registers left for that."""
     if x.late is None:
         return rows
-    late = x.late.reshape(*x.late.shape[:3], -1, plan.chunk, x.late.shape[4])
-    gaps = late[..., -1:, :] - late if is_key else late - x.start[..., None, :]
-    factor = jnp.exp(gaps.sum(2)).reshape(*late.shape[:2], -1, late.shape[5])[:, :, : rows.shape[1]]
+    g = x.late
+    gaps = g[:, :, :, -1:] - g[:, :, :, 1:] if is_key else g[:, :, :, 1:] - g[:, :, :, :1]
+    factor = jnp.exp(gaps.sum(4)).reshape(*g.shape[:2], -1, g.shape[5])[:, :, : rows.shape[1]]
     return (rows * factor.swapaxes(1, 2)).astype(plan.dtype)
 
 
@@ -550,29 +585,6 @@ def cut_chunks(x, chunk: int):
     chunks = -(-length // chunk)
     x = jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, chunks * chunk - length), (0, 0)])
     return x.reshape(batch, heads * chunks, chunk, width)
-
-
-def following(states, last):
-    """The states after the chunks, from those before them."""
-    return jnp.concatenate([states[:, :, 1:].astype(jnp.float32), last[:, :, None]], 2)
-
-
-def at_coordinates(like, products, ends, chunk: int):
-    """The gradient of coordinates [B, N, P, L, H], which is that of their last part.
-
-    Args:
-        products: of the gradient of what they weigh with itself: [B, T, N, H], or their sums [B, N, blocks, T] where H = 1.
-        ends: [B, N, chunks, H], the same of the states after the chunks.
-    """
-    rows = products.sum(2)[..., None] if like.shape[4] == 1 else products.swapaxes(1, 2)
-    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, like.shape[3] - rows.shape[2]), (0, 0)])
-    if ends is not None:
-        rows = rows.at[:, :, chunk - 1 :: chunk].add(ends)
-    return jnp.zeros_like(like).at[:, :, -1].set(rows)
-
-
-def zeros_like(x):
-    return None if x is None else jnp.zeros_like(x)
 
 
 # Tokens whose random features are in memory at once.
@@ -754,21 +766,18 @@ def plan_of(arrays, mode, is_delta=False, **options) -> Plan:
 
 
 def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, state, sums, largest, beta):
-    """A plan's `prepare` for `linear.gated`: coordinates are sums of log decays, and start anew in every chunk."""
-    late = start = parts = erase = None
-    (batch, length, heads, _), chunks = query.shape, -(-query.shape[1] // plan.chunk)
-    cut = lambda x: cut_chunks(x.astype(jnp.float32), plan.chunk)
+    """A plan's `prepare` for `linear.gated`: sums of log decays that start anew in every chunk."""
+    g = parts = erase = None
+    (batch, length, heads, _), cut = query.shape, lambda x: cut_chunks(x.astype(jnp.float32), plan.chunk)
     if log_decay is not None:
-        channels = log_decay.shape[3]
-        parts = recurrence.cumulate(cut(log_decay))
-        late = jnp.stack([g[:, :, 1:].reshape(batch, heads, -1, channels) for g in parts], 2)
-        start = jnp.zeros((batch, heads, 2, chunks, channels), jnp.float32)
+        parts, channels = recurrence.cumulate(cut(log_decay)), log_decay.shape[3]
+        g = jnp.stack(parts, 3).reshape(batch, heads, -1, plan.chunk + 1, len(parts), channels)
         parts = parts if channels > 1 else [g[..., 0] for g in parts]
     if beta is not None:
         found = without_state(cut(key), cut(value), parts, cut(beta[..., None])[..., 0])
         joined = lambda x: x.reshape(batch, heads, -1, x.shape[3])[:, :, :length].swapaxes(1, 2).astype(plan.dtype)
         erase, value = map(joined, found)
-    return Operands(query, key, value, late, late, start, state, sums, erase), None
+    return Operands(query, key, value, g, g, state, sums, erase), None
 
 
 @jax.checkpoint  # exponentials of every pair and channel are not kept for the derivative
@@ -780,7 +789,7 @@ def without_state(key, value, decay, beta):
 
 
 def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, projection, state, sums, largest, _):
-    """A plan's `prepare` for `linear.attention`: with r of a key and c the largest up to a token, coordinates are -c and -r.
+    """A plan's `prepare` for `linear.attention`: g is -c of a query, the largest r up to it, and -r of a key.
 
     c cancels in what is divided, and keeps all weights at most 1; it is a constant to every derivative.
     """
@@ -789,7 +798,7 @@ def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, pro
     if own is not None:
         r = as_rows(own) if r is None else as_rows(own) + r
     if r is None:
-        return Operands(query, key, value, None, None, None, state, sums), largest
+        return Operands(query, key, value, None, None, state, sums), largest
     c = jnp.concatenate([largest[..., None], jax.lax.stop_gradient(r)], 2)
     if segments is not None:  # the state's is the first one
         segments = jnp.pad(segments[:, None].astype(jnp.float32), [(0, 0), (0, 0), (1, 0)])
@@ -799,16 +808,21 @@ def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, pro
         c = jnp.broadcast_to(c.max(2, keepdims=True), (*c.shape[:2], max(query.shape[1], key.shape[1]) + 1))
         before = jnp.exp(largest - finite(c[..., 0]))
         state, sums = state * before[..., None, None], sums * before[..., None]
-    places = -(-(c.shape[2] - 1) // plan.chunk) * plan.chunk
-    fill = lambda x, **options: jnp.pad(x, [(0, 0), (0, 0), (0, places - x.shape[2])], **options)
+    chunks = -(-(c.shape[2] - 1) // plan.chunk)
+
+    def in_chunks(start, tokens, **options):
+        """[B, N, K, C + 1], of [B, N, K] and of tokens [B, N, L] with padding."""
+        tokens = jnp.pad(tokens, [(0, 0), (0, 0), (0, chunks * plan.chunk - tokens.shape[2])], **options)
+        return jnp.concatenate([start[..., None], tokens.reshape(*start.shape, plan.chunk)], 3)
+
     # Where nothing was seen yet, of this segment, the state is 0 and infinitely far away.
-    parts = [(fill(-finite(c[..., 1:]), mode="edge"), fill(-r, constant_values=jnp.inf), -c[..., : -1 : plan.chunk])]
+    start = -c[..., : -1 : plan.chunk]
+    parts = [(in_chunks(start, -finite(c[..., 1:]), mode="edge"), in_chunks(start, -r, constant_values=jnp.inf))]
     if segments is not None:
         segments = -FOREVER * jnp.broadcast_to(segments, c.shape)
-        late = fill(segments[..., 1:], mode="edge")
-        parts.insert(0, (late, late, segments[..., : -1 : plan.chunk]))
-    late, early, start = (jnp.stack(x, 2)[..., None] for x in zip(*parts, strict=True))
-    return Operands(query, key, value, late, early, start, state, sums), c[..., -1]
+        parts.insert(0, (in_chunks(segments[..., : -1 : plan.chunk], segments[..., 1:], mode="edge"),) * 2)
+    late, early = (jnp.stack(g, 4)[..., None] for g in zip(*parts, strict=True))
+    return Operands(query, key, value, late, early, state, sums), c[..., -1]
 
 
 def featured(plan: Plan, inputs, projection):
@@ -824,23 +838,23 @@ def featured(plan: Plan, inputs, projection):
 # ------------------------------------------------------------------------------------------------------------- the sizes
 
 
-def configure(kernel, plan: Plan, x: Operands, width: int, columns: int) -> tuning.Config:
-    best = heuristic(kernel, plan, x, padded(width), padded(columns))
-    sizes = dict(width=padded(width), columns=padded(columns), bf16=plan.bf16, precision=plan.precision, chunk=plan.chunk)
+def configure(kernel, plan: Plan, x: Operands, features: int, values: int) -> tuning.Config:
+    best = heuristic(kernel, plan, x, padded(features), padded(values))
+    sizes = dict(features=padded(features), values=padded(values), bf16=plan.bf16, precision=plan.precision, chunk=plan.chunk)
     return tuning.config(kernel.__name__, best, **sizes, channels=has_channels(x), delta=x.erase is not None)
 
 
-def heuristic(kernel, plan: Plan, x: Operands, width: int, columns: int) -> tuning.Config:
+def heuristic(kernel, plan: Plan, x: Operands, features: int, values: int) -> tuning.Config:
     """The largest blocks with which nothing overflows the registers of Hopper."""
     if plan.mode == "interpret":  # the cost there is per step, whatever its size
-        return tuning.Config(dict(BLOCK_W=width, BLOCK_C=columns))
-    block_w, block_c, warps, stages = 64, 64, 4, 2
+        return tuning.Config(dict(BLOCK_M=features, BLOCK_V=values))
+    block_m, block_v, warps, stages = 64, 64, 4, 2
     if plan.precision == "tf32x3":  # three products keep both halves of both operands
-        block_w, block_c, warps, stages = (32, 64, 8, 1) if kernel is linear_read else (32, 32, 8 if width > 32 else 4, 1)
-        if kernel is linear_read:  # small blocks have too little work for more
-            warps = 2 if columns <= 16 else 4 if width <= 16 else warps
-    if has_channels(x) and kernel is linear_read:  # decays are whole tiles
-        block_w, warps = block_w // 2, 4 if plan.chunk == 16 else 8
-    if x.erase is not None and kernel is linear_write:  # what is read of a state is a sum over its width
-        block_w, block_c, warps, stages = width, block_c // 2, 8, 1
-    return tuning.Config(dict(BLOCK_W=min(block_w, width), BLOCK_C=min(block_c, columns)), warps, stages)
+        block_m, block_v, warps, stages = (32, 64, 8, 1) if kernel is linear_outputs else (32, 32, 8 if features > 32 else 4, 1)
+        if kernel is linear_outputs:  # small blocks have too little work for more
+            warps = 2 if values <= 16 else 4 if features <= 16 else warps
+    if has_channels(x) and kernel is linear_outputs:  # decays are whole tiles
+        block_m, warps = block_m // 2, 4 if plan.chunk == 16 else 8
+    if x.erase is not None and kernel is linear_states:  # what is read of a state is a sum over its features
+        block_m, block_v, warps, stages = features, block_v // 2, 8, 1
+    return tuning.Config(dict(BLOCK_M=min(block_m, features), BLOCK_V=min(block_v, values)), warps, stages)

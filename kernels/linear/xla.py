@@ -154,39 +154,45 @@ def bidirectional(features, size, eps, projection, state, arrays, has_mask):
 
 
 def add_keys(features, size, projection, state, keys):
-    """The state with all keys added, chunk by chunk. Its derivative needs no states between: sums depend on no order."""
+    """The state with all keys added, chunk by chunk:
+
+        S' = exp(c - c') S + sum_s exp(r_s - c') k_s v_s^T,   c' = max(c, max_s r_s)
+
+    c' is a constant to the derivative, and given it the sums depend on no order: the states between are not needed again.
+    """
     segments, inside, size = chunks.divide(keys["key"].shape[1], size)
     count = segments * inside
     keys = chunks.pad(keys, count * size)
 
-    def sums_of(projection, chunk, largest):
+    def chunk_sums(projection, chunk, largest):
         key, values, log_scale = weighed(features, projection, chunk)
         weight = 1.0 if log_scale is None else jnp.exp(log_scale - finite(largest)[..., None])[..., None]
         return tuple(recurrence.write(key, weight * value) for value in values)
 
     def forward(projection, state, keys):
-        def body(i, state):
+        def add_chunk(i, state):
             sums, before = state
-            chunk = chunks.take_chunk(keys, i, size)
-            key, values, decay, _, (largest,) = stabilized(features, projection, chunk, before)
+            key, values, decay, _, (largest,) = stabilized(features, projection, chunks.take_chunk(keys, i, size), before)
             add = lambda x, value: recurrence.whole_chunk(x, decay) + recurrence.write(key, value, decay)
             return tuple(map(add, sums, values)), largest
 
-        return chunks.loop(count, body, state)
+        return chunks.loop(count, add_chunk, state)
 
     def backward(saved, gradients):
-        (projection, keys, first, largest), (grad_sums, _) = saved, gradients
+        (projection, keys, before, largest), (grad_sums, _) = saved, gradients
 
-        def body(i, carry):
+        def add_gradient(i, carry):
             grad_projection, grad_keys = carry
-            run = lambda projection, chunk: sums_of(projection, chunk, largest)
-            more, grads = jax.vjp(run, projection, chunks.take_chunk(keys, i, size))[1](grad_sums)
-            return jax.tree.map(jnp.add, grad_projection, more), chunks.put_chunk(grad_keys, grads, keys, i, size)
+            sums = lambda projection, chunk: chunk_sums(projection, chunk, largest)
+            _, pull = jax.vjp(sums, projection, chunks.take_chunk(keys, i, size))
+            more, grad_chunk = pull(grad_sums)
+            return jax.tree.map(jnp.add, grad_projection, more), chunks.put_chunk(grad_keys, grad_chunk, keys, i, size)
 
         carry = jax.tree.map(jnp.zeros_like, projection), chunks.room_for(keys, grad_sums)
-        grad_projection, grad_keys = chunks.loop(count, body, carry)
-        decay = jnp.exp(first - finite(largest))[..., None, None]
-        return grad_projection, (tuple(x * decay for x in grad_sums), jnp.zeros_like(first)), chunks.as_arrays(grad_keys, keys)
+        grad_projection, grad_keys = chunks.loop(count, add_gradient, carry)
+        decay = jnp.exp(before - finite(largest))[..., None, None]
+        grad_state = tuple(x * decay for x in grad_sums), jnp.zeros_like(before)
+        return grad_projection, grad_state, chunks.as_arrays(grad_keys, keys)
 
     @jax.custom_vjp
     def run(projection, state, keys):

@@ -136,6 +136,7 @@ OPTIONS = [
     ("linear.gated", dict(log_decay=jnp.zeros((B, T, N, 3))), ValueError, "log_decay must have shape"),
     ("linear.gated", dict(initial_state=jnp.zeros((B, N, H, 3))), ValueError, "initial_state must have shape"),
     ("linear.gated", dict(initial_state=jnp.zeros((B, N, H, H)), normalize=True), ValueError, "initial_state must hold S"),
+    ("linear.gated", dict(initial_state=(SCALES, SCALES)), ValueError, "initial_state must hold .* S alone if not, got tuple"),
     ("lsh.attention", dict(scale=SCALES), ValueError, "scale must be a number or a scalar array, got shape"),
     ("lsh.attention", dict(scale="1"), TypeError, "scale must be"),
     ("lsh.extend", dict(scale=SCALES), ValueError, "scale must be a number or a scalar array, got shape"),

@@ -358,7 +358,7 @@ def test_half_precision_takes_the_widest_heads_with_the_delta_rule(dtype):
 
     with launch.recording() as launches:
         jax.eval_shape(run, arrays)
-    kinds = [one for one in dict.fromkeys(launches) if one.name == "linear_write"]
+    kinds = [one for one in dict.fromkeys(launches) if one.name == "linear_states"]
     assert len(kinds) == 2
     for one in kinds:
         compiled = machine_code.compile(one, "sm_90")

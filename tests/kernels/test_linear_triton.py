@@ -21,8 +21,8 @@ def small_blocks(monkeypatch):
     from subquad.kernels.linear import triton
 
     def small(kernel, plan, x, width, columns):
-        is_whole = x.erase is not None and kernel is triton.linear_write
-        return tuning.Config(dict(BLOCK_W=width if is_whole else 16, BLOCK_C=16))
+        is_whole = x.erase is not None and kernel is triton.linear_states
+        return tuning.Config(dict(BLOCK_M=width if is_whole else 16, BLOCK_V=16))
 
     whole = triton.plan_of
     monkeypatch.setattr(triton, "heuristic", small)
