@@ -2,20 +2,23 @@
 
 python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
 python scripts/generate.py runs/train/runs/softmax-seed0-... --prompt "Once upon" --temperature 0.8
+python scripts/generate.py runs/train/runs/softmax-seed0-... --draft runs/small/runs/softmax-seed0-... --draft-tokens 6
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import trained
+from subquad import zoo
+from subquad.lra import models, tasks, trained
 from subquad.lra.cli import commands
 from subquad.lra.data import encodings
+from subquad.lra.run import Run
 
 
 def parse(command_line: Sequence[str] | None, program: str):
@@ -26,6 +29,8 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely byte each time; default: 1")
     parser.add_argument("--top-k", type=int, help="sample among so many most likely bytes only")
     parser.add_argument("--top-p", type=float, help="sample among the most likely bytes that together have this probability")
+    parser.add_argument("--draft", metavar="RUN", help="run of a smaller model, which proposes bytes; same text, sooner")
+    parser.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="bytes it proposes at a time; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="of the samples; default: 0")
     return parser.parse_args(command_line)
 
@@ -33,29 +38,47 @@ def parse(command_line: Sequence[str] | None, program: str):
 def main(command_line: Sequence[str] | None = None, program: str = "generate") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    model, run, task = trained.load(arguments.run)
-    if task.kind != "language_model":
-        raise ValueError(f"run must be of a language model, got one on {task.name}. Train one with --task pylib_lm or --text.")
+    model, run, task = language_model(arguments.run, "run")
+    draft = None if arguments.draft is None else language_model(arguments.draft, "draft")[0]
     prompt = arguments.prompt.encode()
     if not prompt:
         raise ValueError("prompt must have at least one byte, got ''. Leave it out for a new line.")
     ids = jnp.asarray(encodings.shifted(np.frombuffer(prompt, np.uint8))[None].astype(np.int32))
-    tokens = model.model.stream(
+    tokens = model.stream(
         ids, arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
-        stop_token=task.end_of_document, rngs=nnx.Rngs(arguments.seed),
+        stop_token=task.end_of_document, draft=draft, draft_tokens=arguments.draft_tokens, rngs=nnx.Rngs(arguments.seed),
     )  # fmt: skip
-    began, count = time.perf_counter(), 0
+    began = time.perf_counter()
     write(prompt)
-    for token in tokens:
-        byte = int(token[0]) - 1
-        if byte + 1 == task.end_of_document:
-            break
-        write(bytes([byte]) if byte >= 0 else b"")  # 0 is padding, which no text holds
-        count += 1
+    count, share = follow(tokens, task.end_of_document)
     write(b"\n")
     rate = count / (time.perf_counter() - began)
-    print(f"{count} bytes of {run.layer}, {rate:.0f} a second with what was compiled.", file=sys.stderr)
+    stood = "" if share is None else f" {share:.0%} of the bytes of the draft stood."
+    print(f"{count} bytes of {run.layer}, {rate:.0f} a second with what was compiled.{stood}", file=sys.stderr)
     return 0
+
+
+def language_model(folder: str, name: str) -> tuple[zoo.CausalLM, Run, tasks.Task]:
+    """The language model of a run's folder, the run and its task."""
+    model, run, task = trained.load(folder)
+    if not isinstance(model, models.LanguageModel):
+        raise ValueError(
+            f"{name} must be of a language model, got one on {task.name}. Train one with --task pylib_lm or --text."
+        )
+    return model.model, run, task
+
+
+def follow(tokens: Generator, end_of_document: int | None) -> tuple[int, float | None]:
+    """Writes the bytes of a stream of one sample -> (how many, what the stream returns)."""
+    count = 0
+    while True:
+        try:
+            token = int(next(tokens)[0])
+        except StopIteration as end:
+            return count, end.value
+        if token != end_of_document:
+            write(bytes([token - 1]) if token > 0 else b"")  # 0 is padding, which no text holds
+            count += 1
 
 
 def write(text: bytes) -> None:
