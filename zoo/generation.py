@@ -42,10 +42,10 @@ class Request(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What was generated so far; those of a sample's tokens after its `count` mean nothing."""
+    """What was generated so far; those of a sample's tokens after its first `counts` mean nothing."""
 
     tokens: Int[Array, "B most_tokens+K+1"]
-    count: Int[Array, "B"]  # of each sample's tokens; the last one is in no cache
+    counts: Int[Array, "B"]  # of each sample's tokens; the last one is in no cache
     caches: tuple[Any, ...]
     rounds: Int[Array, ""]
     drafted: Int[Array, ""]  # of all samples
@@ -71,16 +71,16 @@ def generate(
     Lengths are rounded up, by a quarter at most, so that nearby ones share a program: a prompt is padded on the left where the
     model's `extend` takes a mask, and the loop ends at num_tokens, or when every sample has drawn a stop token.
 
-    With a draft, a smaller model, it proposes K = draft_tokens tokens, one call of it each, and one call of the model judges
-    them all (speculative decoding, by the rule of `sampling.judge`). The tokens are distributed as the model's alone,
+    With a draft, a smaller model, the latter proposes K = draft_tokens tokens, one after the other, and one call of the model
+    judges them (speculative decoding, by the rule of `zoo.sampling.judge`). The tokens are distributed as those of the model alone,
     temperature, top_k and top_p included; at temperature 0 they are the same, but where two tokens are as likely up to
     rounding. Where a drafted token stands with probability a, a call of the model gives
 
-        1 + a + ... + a^K = (1 - a^{K+1}) / (1 - a)   tokens,   for K + 1 calls of the draft
+        1 + a + ... + a^K = (1 - a^{K+1}) / (1 - a)   tokens,   for K + 1 calls of the draft, the last one for its cache
 
     That pays where a call of K + 1 tokens costs hardly more than one of a single token, as where reading the parameters is most
-    of it. Where tokens fall, a model that can `rewind` its cache, as one of softmax attention can, does so; any other reads
-    those that stand a second time, under a mask, from the cache before them.
+    of it. Where some tokens fall, a model that can `rewind` its cache does so, as those of softmax attention can; any other
+    reads the tokens that stand a second time, under a mask, from the cache before them.
 
     Args:
         model: an nnx.Module, or another pytree, with `init_cache(batch_size, max_length)` -> cache and
@@ -280,11 +280,11 @@ def _round(static, request: Request, num_tokens, progress: Progress) -> Progress
     graphs, sampling = static
     model, *drafts = map(nnx.merge, graphs, request.states)
     before, *draft_before = progress.caches
-    rounds, count = progress.rounds + 1, progress.count
+    rounds, counts = progress.rounds + 1, progress.counts
     key = _key(request, sampling, rounds)
     last = _last(progress)
     # How many more each sample is to have: no cache sees a token that nothing asked for comes after.
-    wanted = jnp.where(_is_stop(last, sampling), 0, num_tokens - count)
+    wanted = jnp.where(_is_stop(last, sampling), 0, num_tokens - counts)
     if drafts:
         key, draft_key = (None, None) if key is None else jax.random.split(key)
         shown = jnp.arange(sampling.draft_tokens + 1)[None] < wanted[:, None]
@@ -306,7 +306,7 @@ def _round(static, request: Request, num_tokens, progress: Progress) -> Progress
         caches = tuple(_kept(one, old, seen, chunk, shown, new) for one, old, seen in works)
     put = jax.vmap(lambda row, more, at: jax.lax.dynamic_update_slice_in_dim(row, more, at, 0))
     return Progress(
-        put(progress.tokens, tokens, count), count + new, caches, rounds,
+        put(progress.tokens, tokens, counts), counts + new, caches, rounds,
         progress.drafted + jnp.minimum(wanted, sampling.draft_tokens).sum(dtype=jnp.int32),
         progress.accepted + jnp.minimum(stood, new).sum(dtype=jnp.int32),
     )
@@ -350,21 +350,21 @@ def _likely(logits, request: Request, sampling: Sampling):
 
 
 def _last(progress: Progress) -> Int[Array, "B"]:
-    return jnp.take_along_axis(progress.tokens, progress.count[:, None] - 1, axis=1)[:, 0]
+    return jnp.take_along_axis(progress.tokens, progress.counts[:, None] - 1, axis=1)[:, 0]
 
 
 @jax.jit
 def _filled(progress: Progress, index) -> Int[Array, "B"]:
     """The new token at `index` of each sample: where it has stopped before, its last one again."""
-    return jnp.where(index < progress.count, progress.tokens[:, index], _last(progress))
+    return jnp.where(index < progress.counts, progress.tokens[:, index], _last(progress))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _status(static, num_tokens, progress: Progress):
     """(whether a sample lacks tokens, how many tokens are known of every sample)."""
     is_done = _is_stop(_last(progress), static[1])
-    ready = jnp.where(is_done.all(), progress.count.max(), jnp.where(is_done, num_tokens, progress.count).min())
-    return (~is_done & (progress.count < num_tokens)).any(), ready
+    ready = jnp.where(is_done.all(), progress.counts.max(), jnp.where(is_done, num_tokens, progress.counts).min())
+    return (~is_done & (progress.counts < num_tokens)).any(), ready
 
 
 def _is_stop(token: Int[Array, "*B"], sampling: Sampling) -> Bool[Array, "*B"]:

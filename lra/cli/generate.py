@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,7 @@ def language_model(folder: str, name: str) -> tuple[zoo.CausalLM, Run, tasks.Tas
     return model.model, run, task
 
 
-def follow(tokens: Generator, end_of_document: int | None) -> tuple[int, float | None]:
+def follow(tokens: Generator[Any, None, float | None], end_of_document: int | None) -> tuple[int, float | None]:
     """Writes the bytes of a stream of one sample -> (how many, what the stream returns)."""
     count = 0
     while True:

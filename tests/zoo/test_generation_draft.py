@@ -39,39 +39,33 @@ def like(model, noise):
     return nnx.merge(graph, jax.tree.unflatten(tree, moved))
 
 
-def streamed(model, *arguments, **options):
-    """The tokens of a stream, and the share of those drafted that stood."""
-    found, share = [], None
-
-    def follow():
-        nonlocal share
-        share = yield from zoo.stream(model, *arguments, **options)
-
-    found = list(follow())
-    return jnp.stack(found, axis=1), share
-
-
 @pytest.mark.parametrize("mixer,draft", [("softmax", "softmax"), ("deltanet", "hybrid"), ("hybrid", "deltanet")])
 def test_greedy_tokens_are_the_models_own(mixer, draft):
-    """Up to the last learned position, of unequal prompts and of samples that stop at unequal places."""
+    """Up to the last learned position, of unequal prompts and of samples that stop at unequal places or never."""
     model = language_model(mixer)
     draft = like(model, 0.1) if draft == mixer else language_model(draft)
-    wanted = model.generate(PROMPT, 37, mask=MASK)
-    options = dict(mask=MASK, draft=draft, draft_tokens=3)
-    np.testing.assert_array_equal(model.generate(PROMPT, 37, **options), wanted)
-    found, share = streamed(model, PROMPT, 37, **options)
+    wanted = np.array(model.generate(PROMPT, 37, mask=MASK))
+    stop = next(token for token in range(11) if 0 < (wanted == token).any(1).sum() < 3)
+    for row in wanted:
+        ends = np.flatnonzero(row == stop)
+        row[ends[0] if len(ends) else 37 :] = stop
+    found = model.generate(PROMPT, 37, mask=MASK, stop_token=stop, draft=draft, draft_tokens=3)
     np.testing.assert_array_equal(found, wanted)
-    assert 0 < share < 1
-    stop = int(wanted[0, 9])
-    stopped = model.generate(PROMPT, 37, mask=MASK, stop_token=stop)
-    np.testing.assert_array_equal(model.generate(PROMPT, 37, stop_token=stop, **options), stopped)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+def share_that_stood(model, *arguments, **options):
+    tokens = zoo.stream(model, *arguments, **options)
+    while True:
+        try:
+            next(tokens)
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "hybrid"])
 def test_all_that_the_model_itself_drafts_stands(mixer):
     model = language_model(mixer)
-    for sampling in (dict(), dict(temperature=1.0, top_p=0.9, rngs=nnx.Rngs(0))):
-        assert streamed(model, PROMPT, 16, draft=model, mask=MASK, **sampling)[1] == 1
+    assert share_that_stood(model, PROMPT, 14, draft=model, temperature=1.0, top_p=0.9, mask=MASK, rngs=nnx.Rngs(0)) == 1
 
 
 @jax.tree_util.register_dataclass
@@ -120,14 +114,27 @@ def test_a_sample_without_finite_logits_ends_and_a_draft_without_them_changes_no
     np.testing.assert_array_equal(found, [[1, 2, 3, 4, 0, 1], [4, 0, 1, 2, 3, 4]])
 
 
+def test_a_stream_is_the_generation_and_tells_how_many_stood():
+    model, prompt = Masked(table(0)), jnp.array([[0], [1], [2], [3]])
+    sampling = dict(temperature=1.0, stop_token=4)
+    wanted = zoo.generate(model, prompt, 12, draft=Masked(table(1)), rngs=nnx.Rngs(0), **sampling)
+    tokens, found = zoo.stream(model, prompt, 12, draft=Masked(table(1)), rngs=nnx.Rngs(0), **sampling), []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            found.append(next(tokens))
+    assert 0 < end.value.value < 1
+    np.testing.assert_array_equal(jnp.stack(found, axis=1), wanted[:, : len(found)])
+    assert len(found) == 12 or (found[-1] == 4).all()
+    assert share_that_stood(model, prompt, 2) is None
+
+
 def test_many_lengths_are_one_program():
-    model = language_model("softmax")
-    call = dict(draft=like(model, 0.1), draft_tokens=3, mask=jnp.ones((1, 4), bool))
-    wanted = model.generate(PROMPT[:1], 12, **call)
+    model, call = Masked(table(0)), dict(draft=Masked(table(1)), draft_tokens=3)
+    wanted = zoo.generate(model, jnp.ones((2, 4), jnp.int32), 16, **call)
     before = generation._generate._cache_size()
-    for num_tokens in (1, 5, 16):
-        found = model.generate(PROMPT[:1], num_tokens, **call)
-        np.testing.assert_array_equal(found[:, :12], wanted[:, :num_tokens])
+    for length, num_tokens in ((4, 1), (3, 5), (15, 9)):
+        found = zoo.generate(model, jnp.ones((2, length), jnp.int32), num_tokens, **call)
+        np.testing.assert_array_equal(found, wanted[:, :num_tokens])
     assert generation._generate._cache_size() == before
 
 
