@@ -170,28 +170,29 @@ def memory_table(rows) -> str:
 def task_table(rows, floors) -> str:
     """Layers by tasks: the score of each, below them the floors, and what each column was measured on."""
     reached = {(floor.task, floor.config, floor.floor): floor.value for floor in floors}
-    columns: dict[str, dict[str, list]] = {}
-    for group in sorted(results.groups(rows), key=lambda group: group[0].finished_utc):
-        columns.setdefault(group[0].task, {})[group[0].layer] = group
-    firsts = {task: next(group[0] for group in column.values() if group[0].status == "ok") for task, column in columns.items()}
+    columns: dict[tuple[str, str], dict[str, list]] = {}
+    for group in sorted(results.groups(overview.at_each_length(rows)), key=lambda group: group[0].finished_utc):
+        columns.setdefault((group[0].task, group[0].config), {})[group[0].layer] = group
+    firsts = {kind: next(group[0] for group in column.values() if group[0].status == "ok") for kind, column in columns.items()}
     heading, notes = ["layer"], []
-    for task, one in firsts.items():
-        unit, error = "bits per byte", ""
+    for kind, one in firsts.items():
+        title, unit, error = overview.column_title(*kind), "bits per byte", ""
         if one.bits_per_byte is None:
             unit, error = "accuracy", f", standard error up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
-        heading.append(f"{task}, {unit}")
-        seeds = sorted({str(row.seed) for group in columns[task].values() for row in group})
-        trained = f"{one.steps} steps of {one.batch_size}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-        notes.append(f"{task}: {trained}, {one.test_examples:,} test examples{error}.")
-    reached |= {(one.task, one.config, "chance"): one.floor_chance for one in firsts.values()}
+        heading.append(f"{title}, {unit}")
+        if overview.AT not in kind[1]:
+            seeds = sorted({str(row.seed) for group in columns[kind].values() for row in group})
+            trained = f"{one.steps} steps of {one.batch_size}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+            notes.append(f"{title}: {trained}, {one.test_examples:,} test examples{error}.")
+    reached |= {(*kind, "chance"): one.floor_chance for kind, one in firsts.items()}
     body = []
     ran = [layer for layer in zoo.LAYERS if any(layer in column for column in columns.values())]
     for layer in ran:
-        body.append([layer, *(score(layer, column.get(layer), firsts[task]) for task, column in columns.items())])
+        body.append([layer, *(score(layer, column.get(layer), firsts[kind]) for kind, column in columns.items())])
     if others := [layer for layer in zoo.LAYERS if layer not in ran]:
         notes.append(f"Not run: {', '.join(others)}.")
     for rule, what in results.FLOORS.items():
-        cells = [results.floor_cell(rule, reached.get((one.task, one.config, rule))) for one in firsts.values()]
+        cells = [results.floor_cell(rule, reached.get((*kind, rule))) for kind in firsts]
         if any(cells):
             body.append([f"*{what}*", *cells])
     machines = dict.fromkeys(map(results.machine_of_row, firsts.values()))
@@ -201,7 +202,7 @@ def task_table(rows, floors) -> str:
 def score(layer: str, group, one) -> str:
     """The score alone; how many seeds it is of stands once, below the table."""
     if group is None:
-        needs_causal = tasks.find_task(one.task, one.config).needs_causal
+        needs_causal = tasks.find_task(one.task, one.config.partition(overview.AT)[0]).needs_causal
         return "not causal" if needs_causal and not zoo.LAYERS[layer].supports.causal else "not run"
     return results.score_of_seeds(group).partition(" (")[0]
 

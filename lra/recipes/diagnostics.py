@@ -90,6 +90,11 @@ LAYERS = {
 # Tasks whose length may change after training: learned positions would end. Tokens as large as these positions, which drown
 # smaller ones: induction is then not learned in 2,000 steps.
 LONGER = dict(positions="sinusoidal", embedding_std=1.0)
+# Layers that know the order of tokens themselves: their papers give them no positions.
+ORDERED = (
+    "retention|gla|hgrn2|mamba2|rwkv6|mlstm|rwkv4|s4|s5|dss|lru|rglru|hgrn|h3|mamba|hyena|"
+    "deltanet|gated_deltanet|kda|delta_product|rwkv7"
+)
 
 DIAGNOSTICS = Recipe(
     id="diagnostics",
@@ -98,8 +103,13 @@ DIAGNOSTICS = Recipe(
     settings={
         "*": dict(batch_size=32, steps=600, evaluate_every=100),
         "recall": dict(steps=500),
+        # Which value came last has to be known by the layer itself.
+        "recall/overwritten": dict(positions=None),
         "induction|mqar": dict(LONGER, steps=1500, learning_rate=2e-3, evaluate_every=250),
         "parity|modular_addition|s5": dict(LONGER, steps=1000, evaluate_every=200),
+        f"parity|modular_addition|s5 {ORDERED}": dict(positions=None),
+        # A state that is reflected takes turns.
+        "parity|modular_addition|s5 deltanet|gated_deltanet|kda": dict(layer_options=dict(negative_eigenvalues=True)),
         "mad": dict(steps=1000, evaluate_every=200),
         "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
         # An encoder reads the whole expression.

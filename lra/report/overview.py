@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from subquad.lra.data.diagnostics import configs as diagnostics
 from subquad.lra.report import cells, comparison, csv_rows, examples, ledger, measurements, plots, results, verdicts
 from subquad.lra.report.ledger import Ledger
 from subquad.lra.report.measurements import Measurement, layer_label, length_label
@@ -102,7 +103,7 @@ def ability(
     Args:
         reasons: (layer, task, or task/config) -> why the layer cannot do it.
     """
-    rows = list(rows)
+    rows = at_each_length(rows)
     kinds = list(dict.fromkeys((row.task, row.config) for row in rows))
     chance = {(row.task, row.config): _chance(row) for row in rows}
     rules = {(row.task, row.config): max(filter(None, floors), default=None) for row in rows if (floors := _rules(row))}
@@ -121,10 +122,34 @@ def ability(
         if any(known.get(kind) for kind in kinds):
             body.append([name, *(results.floor_cell("chance", known.get(kind)) for kind in kinds)])
             shades.append([None] * (1 + len(kinds)))
-    notes = [f"{task}: {_trained(of, task, config)}" for task, config in kinds]
+    notes = [f"{column_title(*kind)}: {_trained(of, *kind)}" for kind in kinds if AT not in kind[1]]
     notes += [f"{layer} cannot do {task}: {reason}" for (layer, task), reason in reasons.items()]
-    heading = ["layer", *(task if config == "small" else f"{task}/{config}" for task, config in kinds)]
+    heading = ["layer", *(column_title(*kind) for kind in kinds)]
     return Section(title, says, [Table("Score on test", [heading, *body], notes, shades)] if rows else [])
+
+
+AT = " at "  # between a configuration and the length that it was tested at
+
+
+def at_each_length(rows: Iterable[Result]) -> list[Result]:
+    """The rows, and after each one more for every other length that it was tested at, in the configuration "small at 48"."""
+    found = []
+    for row in rows:
+        found.append(row)
+        for length, score in json.loads(row.scores_by_length or "{}").items():
+            task = diagnostics.CONFIGS.get(row.task, {}).get(row.config)
+            chance = task.at_length(int(length)).chance if task else None
+            status, accuracy = (score, None) if isinstance(score, str) else (row.status, score)
+            config = row.config + AT + length
+            configuration = json.dumps({**json.loads(row.configuration), "config": config})
+            found.append(replace(row, config=config, configuration=configuration, status=status, accuracy=accuracy,
+                                 floor_chance=chance, scores_by_length=None))  # fmt: skip
+    return found
+
+
+def column_title(task: str, config: str) -> str:
+    """A task in its configuration, whose usual one is not named: "recall", "recall/overwritten", "parity at 48"."""
+    return f"{task}/{config}".replace("/small", "")
 
 
 def _chance(row: Result) -> float | None:

@@ -72,6 +72,16 @@ def test_abilities_are_coloured_from_chance_and_reasons_stand_below():
     assert table.notes[-1] == "linformer cannot do recall: it is not causal"
 
 
+def test_each_length_of_a_test_is_a_column_with_its_own_chance():
+    scores = json.dumps({"48": 0.75, "96": "cannot: too long"})
+    rows = [row("s4", 1.0, task="parity", config="small", floor_chance=25 / 48, floor_root=None, scores_by_length=scores)]
+    (table,) = overview.ability(rows, "").tables
+    assert table.rows[0] == ["layer", "parity", "parity at 48", "parity at 96"]
+    assert table.rows[1] == ["s4", "100.0 %", "75.0 %", "cannot: too long"]
+    assert table.rows[2] == ["chance", "52.1 %", "51.0 %", "50.5 %"]
+    assert [note.partition(":")[0] for note in table.notes] == ["parity"]
+
+
 def test_the_best_simple_rule_stands_below_chance():
     (table,) = overview.ability([row("softmax", 0.4)], "").tables
     assert table.rows[-2:] == [["chance", "18.8 %"], ["best simple rule", "36.0 %"]]
