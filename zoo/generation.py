@@ -72,9 +72,9 @@ def generate(
     model's `extend` takes a mask, and the loop ends at num_tokens, or when every sample has drawn a stop token.
 
     With a draft, a smaller model, the latter proposes K = draft_tokens tokens, one after the other, and one call of the model
-    judges them (speculative decoding, by the rule of `zoo.sampling.judge`). The tokens are distributed as those of the model alone,
-    temperature, top_k and top_p included; at temperature 0 they are the same, but where two tokens are as likely up to
-    rounding. Where a drafted token stands with probability a, a call of the model gives
+    judges them all (speculative decoding, by the rule of `zoo.sampling.judge`). The tokens are distributed as without it,
+    temperature, top_k and top_p included; at temperature 0 they are the same, but where two are as likely up to rounding.
+    Where a drafted token stands with probability a, a call of the model gives
 
         1 + a + ... + a^K = (1 - a^{K+1}) / (1 - a)   tokens,   for K + 1 calls of the draft, the last one for its cache
 
