@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from subquad.lra import collapse, parallel
+from subquad.lra import collapse, models, parallel
 from subquad.lra.data import pipeline
 from subquad.lra.files import one_line
 from subquad.lra.objectives import Objective
@@ -44,7 +44,12 @@ class Evaluation:
         """Makes the program for a model; it is compiled with the first batch."""
         self.mesh = mesh
         program = jax.jit(functools.partial(eval_step, self.objective, graph, mesh=mesh))
-        self.score = lambda parameters, batches: mean_score(program, mesh, fixed, parameters, batches)
+
+        def score(parameters, batches):
+            empty = parallel.shard_batch(models.empty_carried(self.run, graph, parameters, fixed), mesh)
+            return mean_score(program, mesh, fixed, parameters, batches, empty)
+
+        self.score = score
 
     def collapsed_step(self, validations: Sequence[Sequence[float]]) -> int | None:
         """See `collapse.collapsed_step`."""
@@ -69,11 +74,17 @@ class Evaluation:
         return columns, chosen.rows
 
     def score_split(self, parameters: Any, split: str, count: int | None = None) -> "Scores":
-        """Scores parameters on a split, or on `count` drawn examples of it."""
-        return self.score(parameters, over(self._batches(split, count), split, quiet=self.quiet))
+        """Scores parameters on a split, or on `count` examples of it."""
+        batches = self._batches(split, count)
+        found = self.score(parameters, over(batches, split, quiet=self.quiet))
+        if not self.run.carry_state:
+            return found
+        places = batches.places()  # rows come stream by stream
+        return found._replace(rows=found.rows[np.argsort(places[places >= 0])])
 
     def _batches(self, split: str, count: int | None = None):
-        return pipeline.EvaluationBatches(self.splits[split], self.run.batch_size, self.task.length, count)
+        run = self.run
+        return pipeline.EvaluationBatches(self.splits[split], run.batch_size, self.task.length, count, run.carry_state)
 
     def _at_length(self, parameters: Any, length: int) -> float | str:
         """The score on test examples of another length, or why the model has none there."""
@@ -99,18 +110,24 @@ class Scores(NamedTuple):
     rows: np.ndarray
 
 
-def mean_score(program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict]) -> Scores:
-    """Scores parameters on batches, but for the rows of weight 0."""
-    found = [
-        parallel.gathered(program(parameters, fixed, parallel.shard_batch(batch, mesh)))[batch["weights"] > 0]
-        for batch in batches
-    ]
+def mean_score(
+    program, mesh: Mesh | None, fixed: Any, parameters: Any, batches: Iterable[dict], carried: Any
+) -> Scores:  # fmt: skip
+    """Scores parameters on batches, but for the rows of weight 0; what is `carried` goes from batch to batch."""
+    found = []
+    for batch in batches:
+        of_rows, carried = program(parameters, fixed, parallel.shard_batch(batch, mesh), carried)
+        found.append(parallel.gathered(of_rows)[batch["weights"] > 0])
     rows = np.concatenate(found).astype(np.float64)
     (score, loss, count), right = rows.sum(0), rows[:, 0] == rows[:, 2]
     return Scores(score / count, loss / count, right.mean().item(), rows[:, 0] / np.maximum(rows[:, 2], 1))
 
 
-def eval_step(objective: Objective, graph, parameters, fixed, batch, *, mesh: Mesh | None = None) -> jax.Array:
-    """See `Objective.rows`."""
-    rows = lambda parameters, fixed, _, batch: objective.rows(nnx.merge(graph, parameters, fixed), batch)
-    return parallel.over_batch(rows, mesh, rows=True)(parameters, fixed, None, batch)
+def eval_step(objective: Objective, graph, parameters, fixed, batch, carried=None, *, mesh: Mesh | None = None):
+    """(see `Objective.rows`, the state after the batch where one is carried)."""
+
+    def rows(parameters, fixed, _, batch):
+        model = models.carrying(nnx.merge(graph, parameters, fixed), batch)
+        return (), (objective.rows(model, batch), getattr(model, "carried", None))
+
+    return parallel.over_batch(rows, mesh)(parameters, fixed, None, {**batch, "carried": carried})[1]

@@ -11,11 +11,14 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.lra import layers, optim
-from subquad.lra.files import refuse
+from subquad.lra.files import one_line, refuse
 from subquad.lra.run import Run
 from subquad.lra.tasks import Task
 from subquad.zoo import positions
-from subquad.zoo.model import Head, pool
+from subquad.zoo.model import Head, LMCache, pool
+
+# Tokens that caches of one size are made for: more than any window that they keep.
+ENDLESS = 2**30
 
 
 class PixelEmbed(nnx.Module):
@@ -105,6 +108,33 @@ class LanguageModel(nnx.Module):
         draws = dict(deterministic=deterministic, rngs=rngs)
         logits, losses = self.model.with_losses(inputs, mask=mask, segment_ids=segments, **draws)
         return logits.astype(jnp.float32), losses
+
+    def empty_state(self, batch_size: int) -> LMCache:
+        """What `extend` begins with, of layers whose caches do not grow."""
+        return self.model.init_cache(batch_size, ENDLESS)
+
+    def extend(self, inputs, mask, state: LMCache, begins, **draws):
+        """The same after the tokens that a state has seen, or, of rows that `begins` [B] says, none -> (logits, state)."""
+        of_row = lambda empty, old: jnp.where(begins.reshape(-1, *(1,) * (old.ndim - 1)), empty, old)
+        state = jax.tree.map(of_row, self.empty_state(len(inputs)), state)
+        logits, state = self.model.extend(inputs, state, mask=mask, **draws)
+        return logits.astype(jnp.float32), state
+
+
+class Carrying:
+    """A language model that goes on from the state in a batch: called as the model itself; `carried` is the state then."""
+
+    def __init__(self, model: LanguageModel, batch: dict):
+        self.model, self.carried, self.begins = model, batch["carried"], batch["begins"]
+
+    def __call__(self, inputs, mask, **draws):
+        logits, self.carried = self.model.extend(inputs, mask, self.carried, self.begins, **draws)
+        return logits
+
+
+def carrying(model: nnx.Module, batch: dict) -> Any:
+    """The model, or where a state is carried one that goes on from it."""
+    return model if batch.get("carried") is None else Carrying(model, batch)
 
 
 class Tagger(nnx.Module):
@@ -197,6 +227,31 @@ def split_as(run: Run, task: Task, model: nnx.Module) -> tuple[Any, nnx.State, n
                    got, "Pass the options that it was built with.")
     filled = jax.tree.unflatten(jax.tree.structure(wanted), [jnp.copy(arrays[place]) for place in needed])
     return graph, *filled
+
+
+def empty_carried(run: Run, graph, *states: nnx.State) -> LMCache | None:
+    """The state before the first sequence of a split model, for each row of a batch; None where the run carries none."""
+    if not run.carry_state:
+        return None
+    # Copies, since a step takes each buffer for itself.
+    return jax.tree.map(jnp.copy, nnx.merge(graph, *states).empty_state(run.batch_size))
+
+
+def check_carries(run: Run, task: Task) -> None:
+    """Refuses a layer whose cache grows with the text, or ends, and one that drops weights. Raises: ValueError."""
+    if rate := run.layer_options.get("dropout_rate"):
+        refuse("layer_options", "have dropout_rate 0 with carry_state, as nothing inside of a layer is dropped", rate,
+               "Use the run's dropout_rate.")
+    small = dataclasses.replace(run, num_layers=1, layer_groups=None)
+    model = nnx.eval_shape(lambda: build(small, task)).model
+    shapes = lambda room: jax.tree.map(jnp.shape, jax.eval_shape(lambda: model.init_cache(1, room)))
+    try:
+        ends = "" if shapes(ENDLESS // 2) == shapes(ENDLESS) else "a cache that grows with the text"
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        ends = one_line(error)
+    if ends:
+        refuse("carry_state", f"be left out for layer {run.layer!r}", ends,
+               "Use transformer_xl, compressive, infini, local, or a layer whose state has one size, as linear, gla or mamba2.")
 
 
 def count_parameters(run: Run, task: Task) -> int:

@@ -1,7 +1,8 @@
 """How parameters are updated: schedules, groups of parameters, the plateau, the moving average.
 
-A training state is a dict: parameters, optimiser, step, and where there are any plateau, average, and the statistics of
-batch norms. It is a pytree of arrays, so a checkpoint of it resumes a run exactly.
+A training state is a dict: parameters, optimiser, step, and where there are any plateau, average, the statistics of
+batch norms, and the state that is carried from sequence to sequence. It is a pytree of arrays, so a checkpoint of it
+resumes a run exactly.
 """
 
 from collections.abc import Sequence
@@ -94,13 +95,15 @@ def make_optimiser(run: Run) -> optax.GradientTransformation:
     return optax.chain(*([] if run.clip_norm is None else [optax.clip_by_global_norm(run.clip_norm)]), *parts)
 
 
-def initial_state(run: Run, optimiser: optax.GradientTransformation, parameters, statistics=None) -> dict:
-    """The training state before the first step; `statistics` are those of batch norms."""
+def initial_state(run: Run, optimiser: optax.GradientTransformation, parameters, statistics=None, carried=None) -> dict:
+    """The training state before the first step; `statistics` are those of batch norms, `carried` is of each row of a batch."""
     state = {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
     if run.schedule == "plateau":
         state["plateau"] = _plateau(run).init(parameters)
     if jax.tree.leaves(statistics):
         state["statistics"] = statistics
+    if carried is not None:
+        state["carried"] = carried
     if run.ema is not None:
         state["average"] = optax.ema(run.ema).init(parameters)
     return state

@@ -21,6 +21,8 @@ from subquad.lra.files import RunError, explained, one_line, refuse
 
 # The mesh's only axis: examples of a batch, and with "zero" a part of every large array of the training state.
 AXIS = "data"
+# What a training state holds for each row of a batch, under this name, lies where the row does.
+BY_ROW = "carried"
 Shard = Literal["batch", "zero"]
 # Seconds for all processes to find the coordinator.
 PATIENCE = 300
@@ -127,19 +129,22 @@ def check_shard(shard: str, mesh: Mesh | None) -> None:
 def shardings(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
     """The sharding of each array of a training state: with "zero" along its longest axis that the devices divide.
 
-    With "batch", and where no axis can be divided, every device holds the whole array. None without a mesh.
+    With "batch", and where no axis can be divided, every device holds the whole array, but its rows alone of what is of rows.
+    None without a mesh.
     """
     if mesh is None:
         return None
 
-    def place(leaf):
+    def place(path, leaf):
+        if jax.tree_util.DictKey(BY_ROW) in path:
+            return NamedSharding(mesh, PartitionSpec(AXIS))
         axes = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
         if shard == "batch" or not axes:
             return NamedSharding(mesh, PartitionSpec())
         longest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, AXIS))
 
-    return jax.tree.map(place, tree)
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def place(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
@@ -158,8 +163,11 @@ def place(tree: Any, mesh: Mesh | None, shard: Shard = "batch") -> Any:
     return jax.tree.map(put, tree, shardings(tree, mesh, shard))
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Puts each device's rows of a batch on it. All processes have drawn the whole batch, and each puts its own part."""
+def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Puts each device's rows of a batch, a tree of arrays, on it.
+
+    All processes have drawn the whole batch, and each puts its own part.
+    """
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -169,13 +177,13 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, An
         mine = array[jax.process_index() * share : (jax.process_index() + 1) * share]
         return jax.make_array_from_process_local_data(sharding, mine, array.shape)
 
-    return {name: put(array) for name, array in batch.items()}
+    return jax.tree.map(put, batch)
 
 
-def over_batch(function: Callable, mesh: Mesh | None, *, rows: bool = False) -> Callable:
-    """Sums `function(parameters, fixed, key, batch)` over the devices, each with its own rows of the batch.
+def over_batch(function: Callable, mesh: Mesh | None) -> Callable:
+    """`function(parameters, fixed, key, batch)` -> (sums over rows, what is of rows), on all devices.
 
-    With `rows` its results are of rows, and are joined in place of summed.
+    Each has its own rows of the batch. Sums are added up; what is of rows is joined.
 
     Every device runs the function on whole arrays of its own, so kernels work as on one device, and their sizes are
     those of the smaller batch. The key is another on every device: noise depends on how many there are.
@@ -185,13 +193,13 @@ def over_batch(function: Callable, mesh: Mesh | None, *, rows: bool = False) -> 
 
     def local(parameters, fixed, key, batch):
         key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(AXIS))
-        found = function(parameters, fixed, key, batch)
-        return found if rows else jax.lax.psum(found, AXIS)
+        sums, of_rows = function(parameters, fixed, key, batch)
+        return jax.lax.psum(sums, AXIS), of_rows
 
     whole = PartitionSpec()
     specs = (whole, whole, whole, PartitionSpec(AXIS))
     # Unchecked: kernels start their scans from plain zeros, which the check takes for another type than their carries.
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[-1] if rows else whole, check_vma=False)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(whole, specs[-1]), check_vma=False)
 
 
 def gathered(array: jax.Array) -> np.ndarray:

@@ -110,6 +110,12 @@ def task_kind(draft: Draft) -> Iterator[Level]:
     yield f"means nothing to a {kind}", {name: value for name, value in usual.items() if draft[name] != value}
 
 
+def endless_positions(draft: Draft) -> Iterator[Level]:
+    """A text that goes on from sequence to sequence has more positions than are learned."""
+    if draft["carry_state"] and draft["positions"] == "learned" and "positions" not in draft.overrides:
+        yield "state is carried", dict(positions=None)
+
+
 def not_drawn(draft: Draft) -> Iterator[Level]:
     """Positions that are not learned are not drawn, nor are embeddings where pixels are numbers."""
     idle = {"position_std": draft["positions"] != "learned", "embedding_std": draft["inputs"] != "tokens"}
@@ -149,7 +155,7 @@ def equal_parameters(draft: Draft) -> Iterator[Level]:
 
 # By rising precedence. The last one builds models, so what they are built of is checked before.
 STAGES = (
-    defaults, protocol, recipe, caller, task_kind, not_drawn, causal_pooling, sequence_length, short_warm_up,
+    defaults, protocol, recipe, caller, task_kind, endless_positions, not_drawn, causal_pooling, sequence_length, short_warm_up,
 )  # fmt: skip
 
 
@@ -208,6 +214,8 @@ def _check(run: Run, draft: Draft) -> None:
         if draft.task.end_of_document is None:
             refuse("documents", f"be 'joined' for {draft.task.name!r}", "'apart'", "Its sequences hold no token that ends one.")
         layers.check_segments(run.layer)
+    if run.carry_state:
+        models.check_carries(run, draft.task)
     if run.schedule == "onecycle" and "b1" in draft.overrides:
         refuse("b1", "be left out under schedule 'onecycle', which cycles it", run.b1, "Use schedule='linear'.")
     for name in ("state_learning_rate", "step_learning_rate"):

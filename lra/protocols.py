@@ -20,10 +20,10 @@ from subquad.lra.tasks import Kind, Task
 CONFIGS = {("modern", "text"): "modern"}
 # Values of a run that mean nothing to a kind of task.
 MEANINGLESS: dict[Kind, tuple[str, ...]] = {
-    "classification": ("interaction", "documents"),
-    "pair": ("documents",),
+    "classification": ("interaction", "documents", "carry_state"),
+    "pair": ("documents", "carry_state"),
     "language_model": ("pooling", "head", "interaction", "inputs"),
-    "tagging": ("pooling", "interaction", "inputs", "documents"),
+    "tagging": ("pooling", "interaction", "inputs", "documents", "carry_state"),
 }
 # What reads the first token alone, which in a causal layer has seen nothing else.
 FIRST = ("first", "cls")

@@ -81,6 +81,9 @@ class Run:
         inputs: "tokens", or "continuous": a pixel is one number in -1..1 through a linear map.
         documents: of a language model whose sequences hold several documents: "joined", a token may see those before, or
             "apart", each begins with an empty state.
+        carry_state: of a language model, truncated back-propagation through time, or Transformer-XL's recurrence: the text is
+            read in order, in batch_size streams, and a sequence goes on from the state or memory that the one before it left,
+            through which no gradient flows; validation and test, too. Else sequences are shuffled, and each begins empty.
     """
 
     recipe: str = "quickstart"
@@ -135,6 +138,7 @@ class Run:
     interaction: Literal["concat", "nli"] = "nli"
     inputs: Literal["tokens", "continuous"] = "tokens"
     documents: Literal["joined", "apart"] = "joined"
+    carry_state: bool = False
 
     @property
     def id(self) -> str:
@@ -204,6 +208,17 @@ def check_values(run: Run) -> None:
             usual, value = getattr(Run, name), getattr(run, name)
             if value != usual and not getattr(run, asker):
                 raise ValueError(f"{name} must be {usual} without {asker}, got {value}. Pass {asker}, or leave {name} out.")
+    # The state goes on through `extend`, without end, which drops no weights, moves no statistics and knows no documents.
+    carrying = dict(
+        positions=(None, "sinusoidal"), attention_dropout_rate=(0,), num_experts=(0,), norm=("layer", "rms", "scale"),
+        remat=(False,), reversible=(False,), documents=("joined",),
+    )  # fmt: skip
+    for name, able in carrying.items() if run.carry_state else ():
+        if (value := getattr(run, name)) not in able:
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, able))} with carry_state, got {value}. Change it, or leave "
+                "carry_state out."
+            )
     if run.layer_groups is not None and run.num_layers % run.layer_groups:
         raise ValueError(f"layer_groups must divide num_layers = {run.num_layers}, got {run.layer_groups}.")
     if run.schedule != "rsqrt" and run.warmup_steps > run.steps:

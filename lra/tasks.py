@@ -253,6 +253,18 @@ def check_splits(task: Task, splits: Mapping[str, Iterable[dict]]) -> dict[str, 
     return found
 
 
+def check_goes_on(splits: Mapping[str, Sequence[dict]]) -> None:
+    """Refuses splits of a language model whose examples do not follow each other in one text. Raises: ValueError."""
+    for split, examples in splits.items():
+        for index in range(0, len(examples) - 1, max(1, len(examples) // _LOOKED_AT)):
+            last, first = int(examples[index]["targets"][-1]), int(examples[index + 1]["inputs"][0])
+            if last != first:
+                raise ValueError(
+                    f"train: splits[{split!r}][{index + 1}] must begin with the last target before it, {last}, with "
+                    f"carry_state, got {first}. Cut the text into sequences in order, or leave carry_state out."
+                )
+
+
 def check_lengths(task: Task, lengths: Sequence[int]) -> None:
     """Refuses lengths that a task cannot be tested at. Raises: ValueError."""
     if lengths and task.at_length is None:

@@ -99,6 +99,8 @@ def train(
                "Plan the run with the same record: plan(task=task).")
     if splits is not None:
         splits = tasks.check_splits(task, splits)
+        if run.carry_state:
+            tasks.check_goes_on(splits)
     if not checkpoint_minutes >= 0:
         raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
     tasks.check_lengths(task, test_lengths)
@@ -194,14 +196,15 @@ class Job:
         run = self.run
         self.objective, self.optimiser = OBJECTIVES[self.task.kind], make_optimiser(run)
         sizes = dict(batch_size=run.batch_size, length=self.task.length)
-        self.batches = pipeline.training_batches(self.splits["train"], seed=run.seed, **sizes)
+        self.batches = pipeline.training_batches(self.splits["train"], seed=run.seed, streams=run.carry_state, **sizes)
         self.evaluation = Evaluation(run, self.task, self.objective, self.splits, self.quiet)
         self.checkpoints = Checkpoints(self.folder / "checkpoint")
 
     def state(self) -> TrainState:
         """The state of the checkpoint, or where there is none the one before the first step."""
         self.graph, parameters, statistics, fixed = self.first or models.split(models.build(self.run, self.task))
-        learner = initial_state(self.run, self.optimiser, parameters, statistics)
+        carried = models.empty_carried(self.run, self.graph, parameters, statistics, fixed)
+        learner = initial_state(self.run, self.optimiser, parameters, statistics, carried)
         learner = parallel.place(learner, self.mesh, self.shard)
         state = TrainState(learner, best=evaluated(self.run, learner), fixed=parallel.place(fixed, self.mesh))
         if self.checkpoints.latest() is not None:
@@ -351,19 +354,23 @@ def train_step(run: Run, objective: Objective, graph, optimiser, state, fixed, b
     total = parallel.over_batch(functools.partial(batch_gradient, run, objective, graph), mesh)
     if "statistics" in state:
         fixed = nnx.merge_state(fixed, state["statistics"])
-    (value, (count, statistics)), gradient = total(state["parameters"], fixed, key, batch)
+    batch = {**batch, "carried": state.get("carried")}
+    ((value, (count, statistics)), gradient), carried = total(state["parameters"], fixed, key, batch)
     # Sums until here, because parts of a batch may have different numbers of targets.
     value, gradient = jax.tree.map(lambda a: a / jnp.maximum(count, 1), (value, gradient))
     if "statistics" in state:
         parts = run.accumulate * (1 if mesh is None else mesh.size)
         state = {**state, "statistics": jax.tree.map(lambda a: a / parts, statistics)}
+    if carried is not None:
+        state = {**state, "carried": carried}
     return apply_gradient(run, optimiser, state, gradient), value
 
 
 def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key, batch):
-    """((sum of losses, (number of targets, statistics)), gradient of the sum) over a batch, in run.accumulate parts.
+    """(((sum of losses, (number of targets, statistics)), gradient of the sum), carried) over a batch, in run.accumulate parts.
 
     Statistics are those of batch norms, and centroids, after the batch, summed over its parts. Each part moves them by itself.
+    What is carried is of each row, from "carried" of the batch on; None where there is none.
     """
 
     router = dict(balance=run.balance_loss, z=run.z_loss) if run.num_experts else {}
@@ -371,17 +378,23 @@ def batch_gradient(run: Run, objective: Objective, graph, parameters, fixed, key
     def loss(parameters, part, key):
         model = nnx.merge(graph, parameters, fixed, copy=True)  # statistics are written inside the gradient's trace
         model.set_attributes(moves_centroids=True, raise_if_not_found=False)
-        value, count = objective.loss(model, part, rngs=nnx.Rngs(dropout=key), **router)
-        return value, (count, nnx.state(model, nnx.BatchStat))
+        called = models.carrying(model, part)
+        value, count = objective.loss(called, part, rngs=nnx.Rngs(dropout=key), **router)
+        return value, (count, nnx.state(model, nnx.BatchStat), getattr(called, "carried", None))
+
+    def one(part, key):
+        (value, (count, statistics, carried)), gradient = jax.value_and_grad(loss, has_aux=True)(parameters, part, key)
+        return ((value, (count, statistics)), gradient), carried
 
     def accumulate(total, part):
         part, index = part
-        return jax.tree.map(jnp.add, total, one(part, jax.random.fold_in(key, index))), None
+        sums, carried = one(part, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, sums), carried
 
-    one = lambda part, key: jax.value_and_grad(loss, has_aux=True)(parameters, part, key)
     if run.accumulate == 1:
         return one(batch, key)
     parts = jax.tree.map(lambda a: a.reshape(run.accumulate, -1, *a.shape[1:]), batch)
     first = jax.tree.map(lambda a: a[0], parts)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first, key))
-    return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(run.accumulate)))[0]
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first, key)[0])
+    sums, carried = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(run.accumulate)))
+    return sums, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), carried)

@@ -31,7 +31,8 @@ def load(folder: str | os.PathLike, *, task: tasks.Task | None = None) -> tuple[
     if saved.latest() is None:
         raise RunError(f"run: folder {folder} must hold a checkpoint, got none. Train it: pass --resume to what began it.")
     graph, parameters, statistics, fixed = models.split(models.build(run, task))
-    learner = optim.initial_state(run, optim.make_optimiser(run), parameters, statistics)
+    carried = models.empty_carried(run, graph, parameters, statistics, fixed)
+    learner = optim.initial_state(run, optim.make_optimiser(run), parameters, statistics, carried)
     arrays = saved.arrays(TrainState(learner, best=optim.evaluated(run, learner), fixed=fixed).arrays())
     saved.close()
     chosen = arrays["best"] if run.selection == "best" else optim.evaluated(run, arrays["learner"])

@@ -41,7 +41,8 @@ CAUSAL = [name for name, layer in zoo.LAYERS.items() if layer.supports.causal an
 
 def parse():
     parser = commands.Parser(prog="bench_generation", description=__doc__)
-    parser.add_argument("--layers", nargs="+", help="names such as linear; default: all that are causal and extend a cache")
+    usual = "names such as linear; default: all that are causal and extend a cache"
+    parser.add_argument("--layers", nargs="+", action=commands.Words, help=usual)
     usual = [256, 1024, 4096, 16384]
     parser.add_argument("--contexts", type=commands.parse_lengths, default=usual, metavar="N,N", help="default: 256,1K,4K,16K")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each context and layer; default: 2")

@@ -26,7 +26,8 @@ FEATURES = 64
 
 def parse():
     parser = commands.Parser(prog="plot_patterns", description=__doc__)
-    parser.add_argument("--layers", nargs="+", help="names such as local; default: all whose queries do not see all keys")
+    usual = "names such as local; default: all whose queries do not see all keys"
+    parser.add_argument("--layers", nargs="+", action=commands.Words, help=usual)
     parser.add_argument("--length", type=int, default=64, help="tokens; default: 64")
     parser.add_argument("--out", default=str(OUT), help="the PNG; default: zoo/patterns.png")
     return parser.parse_args()

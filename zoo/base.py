@@ -20,10 +20,14 @@ from subquad.zoo.checks import (
     cache_dtype,
     check_call,
     check_causality,
+    check_divides,
+    check_dtypes,
     check_extend,
     check_length,
+    check_rngs,
     check_rotary,
     check_sizes,
+    check_sowing,
     refuse,
     require_extend,
     unsupported,
@@ -186,11 +190,12 @@ class Attention(nnx.Module):
                    "Change one of them, or pass qkv_features.")
         if num_kv_heads != num_heads and not self.supports.grouped:
             unsupported(owner, "num_kv_heads", "each of its heads has keys of its own", "SoftmaxAttention has grouped heads.")
-        if num_heads % num_kv_heads:
-            refuse(owner, "num_kv_heads", num_kv_heads, f"divide num_heads = {num_heads}", "Choose a divisor.")
+        check_divides(owner, f"num_heads = {num_heads}", num_heads, num_kv_heads=num_kv_heads)
         if rotary_base is not None:
             check_rotary(owner, self.supports, rotary_base, qkv_features // num_heads)
         check_causality(owner, self.supports, is_causal)
+        check_dtypes(owner, dtype=dtype, param_dtype=param_dtype)
+        check_rngs(owner, rngs)
         dispatch.check_name(owner, implementation)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.in_features, self.in_kv_features, self.out_features = in_features, in_kv_features, out_features
@@ -290,10 +295,8 @@ class Attention(nnx.Module):
             refuse(type(self).__name__, "inputs_kv", "an array", "be None when is_causal",
                    "Construct a second layer with is_causal=False for cross-attention.")
         draws, mix = self.draws(deterministic, rngs), self._mix
+        check_sowing(self, sow_weights)
         if sow_weights:
-            if not self.supports.weights:
-                unsupported(type(self).__name__, "sow_weights", "its weights are never stored",
-                            "Use layer.pattern to see which keys count, or SoftmaxAttention.")
             # Not compiled by itself: what is sown would stay inside.
             mix = functools.partial(self._mix.__wrapped__, self)
             draws["sow"] = functools.partial(sow, self, call.batch)

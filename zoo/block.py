@@ -212,7 +212,7 @@ class Block(nnx.Module):
 
     def mix(self, hidden, draws: dict[str, Any], call: dict[str, Any]):
         """What the mixer adds; `draws` holds deterministic and rngs."""
-        return self.drop_path(self.dropout(self.mixer(hidden, **draws, **call), **draws), **draws)
+        return self.dropped(self.mixer(hidden, **draws, **call), draws)
 
     def feed(self, hidden, draws: dict[str, Any], real: Bool[Array, "*B T"] | None = None):
         """(what the feed-forward network after the mixer adds, losses of its router)."""
@@ -223,7 +223,11 @@ class Block(nnx.Module):
             added, losses = network.with_losses(hidden, mask=real, **draws)
         else:
             added, losses = network(hidden, **draws), no_losses(hidden.shape[:-2])
-        return self.drop_path(self.dropout(added, **draws), **draws), losses
+        return self.dropped(added, draws), losses
+
+    def dropped(self, added, draws: dict[str, Any]):
+        """What a mixer or network adds, after dropout of features and of samples."""
+        return self.drop_path(self.dropout(added, **draws), **draws)
 
     def _sums(self, hidden, mix, feed, real, deterministic):
         """The residual sums; mix(hidden) and feed(network, hidden) are what is added."""
@@ -241,20 +245,22 @@ class Block(nnx.Module):
             return hidden
         return residual(self.mlp_norm, lambda hidden: feed(self.mlp, hidden) / (2 if half else 1), hidden)
 
-    def extend(self, inputs: Float[Array, "B T D"], cache, *, mask=None):
-        """T more tokens after those in the mixer's `cache` -> (outputs, cache); without dropout.
+    def extend(
+        self, inputs: Float[Array, "B T D"], cache, *, mask=None, deterministic: bool = True, rngs: nnx.Rngs | None = None
+    ):
+        """T more tokens after those in the mixer's `cache` -> (outputs, cache); the mixer drops nothing itself.
 
         Raises: ValueError: experts with a capacity, which depends on the length of the whole.
         """
         if self.capacity_factor is not None:
             unsupported("Block", "extend", f"its experts' capacity_factor = {self.capacity_factor} is of the whole sample",
                         "Use experts with capacity_factor=None.")
-        draws, real = dict[str, Any](deterministic=True, rngs=None), real_tokens(inputs, mask)
+        draws, real = dict[str, Any](deterministic=deterministic, rngs=rngs), real_tokens(inputs, mask)
 
         def mix(hidden):
             nonlocal cache
             mixed, cache = self.mixer.extend(hidden, cache, mask=mask)
-            return mixed
+            return self.dropped(mixed, draws)
 
         feed = lambda network, hidden: self._fed(network, hidden, draws, real)[0]
         return self._sums(inputs, mix, feed, None, True), cache

@@ -1,6 +1,6 @@
 """The checks that every layer makes of its arguments, before any work."""
 
-import math
+import numbers
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
@@ -86,6 +86,13 @@ def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
             refuse(owner, name, repr(size), condition, f"Pass {name}={least} or more.")
 
 
+def check_divides(owner: str, whole: str, size: int, **parts: int) -> None:
+    """Refuses parts that do not divide `size`, which a message calls `whole`."""
+    for name, part in parts.items():
+        if size % part:
+            refuse(owner, name, part, f"divide {whole}", "Choose a divisor.")
+
+
 def check_length(owner: str, name: str, length: int, most: int | None) -> None:
     """Refuses more tokens than the `max_length` that a layer was built for; None: it takes any number."""
     if most is not None and length > most:
@@ -93,16 +100,45 @@ def check_length(owner: str, name: str, length: int, most: int | None) -> None:
                "Construct the layer with a larger max_length.")
 
 
+def check_number(owner: str, name: str, value: Any, interval: str, instead: str) -> None:
+    """Refuses what is no number of an interval such as "[0, 1)", whose end at a parenthesis is left out."""
+    low, high = map(float, interval[1:-1].split(","))
+    if (
+        not isinstance(value, numbers.Real)
+        or isinstance(value, bool)
+        or not low <= value <= high
+        or (value == low and interval[0] == "(")
+        or (value == high and interval[-1] == ")")
+    ):
+        refuse(owner, name, repr(value), f"be a number in {interval}", instead)
+
+
 def check_steps(owner: str, dt_min: float, dt_max: float) -> None:
     """Refuses bounds that no step lies between."""
-    if not 0 < dt_min <= dt_max:
-        refuse(owner, "dt_min", dt_min, f"be positive and at most dt_max = {dt_max}", "0.001 and 0.1 are the papers'.")
+    check_number(owner, "dt_max", dt_max, "(0, inf)", "0.1 is the papers'.")
+    check_number(owner, "dt_min", dt_min, f"(0, {dt_max}]", "It is at most dt_max; 0.001 is the papers'.")
 
 
 def check_rate(owner: str, rate: float, name: str = "dropout_rate") -> None:
     """Refuses a rate that is no probability."""
-    if not 0 <= rate <= 1:
-        refuse(owner, name, rate, "be in 0..1", "It is a probability of dropping.")
+    check_number(owner, name, rate, "[0, 1]", "It is a probability of dropping.")
+
+
+def check_dtypes(owner: str, **dtypes: Any) -> None:
+    """Refuses what is no floating-point dtype, nor None."""
+    for name, dtype in dtypes.items():
+        try:
+            is_float = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        except TypeError:  # NumPy knows no such dtype
+            is_float = False
+        if not is_float:
+            refuse(owner, name, repr(dtype), "be a floating-point dtype", "Pass jnp.float32, jnp.bfloat16 or jnp.float16.")
+
+
+def check_rngs(owner: str, rngs: Any) -> None:
+    """Refuses what no parameters can be drawn from."""
+    if not hasattr(rngs, "params"):
+        raise TypeError(f"{owner}: rngs must be an nnx.Rngs, got {type(rngs).__name__}. Pass nnx.Rngs(0).")
 
 
 def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:
@@ -169,7 +205,9 @@ def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
     check_features(owner, "inputs", inputs, layer.in_features)
     if inputs.ndim != 3:
         refuse(owner, "inputs", inputs.shape, "have shape [B, T, D] in extend", "Flatten the batch axes.")
-    like = jax.eval_shape(lambda: layer.init_cache(1, 1))
+    capacity, longest = room(cache) if hasattr(cache, "length") else 1, getattr(layer, "max_length", None)
+    capacity = capacity if longest is None else min(capacity, longest)
+    like = jax.eval_shape(lambda: layer.init_cache(inputs.shape[0], capacity))
     wanted: Any = jax.tree.structure(like)
     if wanted != jax.tree.structure(cache):
         raise TypeError(
@@ -177,9 +215,13 @@ def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
             "Pass what init_cache, or the call before, returned."
         )
     for array, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(like), strict=True):
-        if expected.ndim and jnp.shape(array)[:1] != inputs.shape[:1]:
-            refuse(owner, "cache", f"an array of shape {jnp.shape(array)}", f"hold {inputs.shape[0]} sequences, as inputs do",
+        found = jnp.shape(array)
+        if expected.ndim and found[:1] != inputs.shape[:1]:
+            refuse(owner, "cache", f"an array of shape {found}", f"hold {inputs.shape[0]} sequences, as inputs do",
                    "Call init_cache with that batch_size.")
+        if found != expected.shape:
+            refuse(owner, "cache", f"one of shape {found}", f"be of this layer, with an array of shape {expected.shape}",
+                   "Pass what this layer's init_cache, or the call before, returned.")
     mask = check_mask(owner, mask, inputs.shape[:1], 1, 1, inputs.shape[1], pairwise=False)
     mask = None if mask is None else jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))
     if hasattr(cache, "length"):
@@ -217,8 +259,14 @@ def check_rotary(owner: str, supports, rotary_base: float, head_features: int) -
     if head_features % 2:
         refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of head features, {head_features}",
                "Choose qkv_features / num_heads even.")
-    if not 0 < rotary_base < math.inf:
-        refuse(owner, "rotary_base", rotary_base, "be None or a positive number", "10000 is usual.")
+    check_number(owner, "rotary_base", rotary_base, "(0, inf)", "10000 is usual, None does not rotate.")
+
+
+def check_sowing(layer, sow_weights: bool) -> None:
+    """Refuses to sow the weights of a layer that makes none."""
+    if sow_weights and not layer.supports.weights:
+        unsupported(type(layer).__name__, "sow_weights", "its weights are never stored",
+                    "Use layer.pattern to see which keys count, or SoftmaxAttention.")
 
 
 def check_causality(owner: str, supports, is_causal: bool) -> None:

@@ -239,10 +239,13 @@ class Encoder(nnx.Module):
                 nnx.update(block, nnx.state(used, nnx.BatchStat))
         return hidden, losses
 
-    def extend_blocks(self, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask: Bool[Array, "B 1 1 T"] | None):
+    def extend_blocks(
+        self, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask: Bool[Array, "B 1 1 T"] | None, *,
+        deterministic: bool = True, rngs: nnx.Rngs | None = None,
+    ):  # fmt: skip
         """T more tokens through all blocks and the last norm, after those in the mixers' caches -> (features, caches)."""
-        run = reversible.extend if self.reversible else extend
-        hidden, caches = run(self.layers, hidden, caches, mask)
+        run, draws = reversible.extend if self.reversible else extend, dict[str, Any](deterministic=deterministic, rngs=rngs)
+        hidden, caches = run(self.layers, self.dropout(hidden, **draws), caches, mask, **draws)
         return self.last_norm(hidden), caches
 
     def check(self, tokens, mask=None, segment_ids=None) -> None:
@@ -253,11 +256,11 @@ class Encoder(nnx.Module):
                    "Truncate them, or construct the model with a larger max_length.")
 
 
-def extend(blocks, hidden, caches, mask):
+def extend(blocks, hidden, caches, mask, **draws):
     """One block after the other; see `Block.extend`."""
     extended = []
     for block, cache in zip(blocks, caches, strict=True):
-        hidden, cache = block.extend(hidden, cache, mask=mask)
+        hidden, cache = block.extend(hidden, cache, mask=mask, **draws)
         extended.append(cache)
     return hidden, tuple(extended)
 

@@ -1,7 +1,6 @@
 """Mixture of experts: many feed-forward networks, of which a router gives each token a few."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -12,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.zoo.checks import check_features, check_rate, check_sizes, refuse
+from subquad.zoo.checks import check_features, check_number, check_rate, check_sizes, refuse
 from subquad.zoo.compilation import compile_once
 
 # As of a linear map, for each expert by itself.
@@ -125,8 +124,8 @@ class Experts(nnx.Module):
             refuse("Experts", "top_k", top_k, f"be at most num_experts = {num_experts}", "Choose fewer, or more experts.")
         if drop_second and top_k != 2:
             refuse("Experts", "drop_second", True, f"be False with top_k = {top_k}", "It is of GShard's two experts.")
-        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-            refuse("Experts", "capacity_factor", capacity_factor, "be positive, or None", "1.25 is usual; None drops no token.")
+        if capacity_factor is not None:
+            check_number("Experts", "capacity_factor", capacity_factor, "(0, inf)", "1.25 is usual; None drops no token.")
         self.in_features, self.num_experts, self.top_k = in_features, num_experts, top_k
         self.capacity_factor, self.drop_second, self.activation = capacity_factor, drop_second, activation
         # In float32 whatever the dtype: near ties decide where a token goes.

@@ -200,20 +200,20 @@ def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, m
                 f"generate: {name} must be an nnx.Module or a pytree, got a {type(one).__name__}. "
                 "Register it, for example with jax.tree_util.register_dataclass."
             )
-    slots, most, needed = rounded_up(prompt.shape[1]), rounded_up(num_tokens), prompt.shape[1] + num_tokens - 1
-    of_draft = getattr(draft, "longest", None)
-    if of_draft is not None and of_draft < needed:
+    slots, most = rounded_up(prompt.shape[1]), rounded_up(num_tokens)
+    known = [(one.longest, name) for name, one in models.items() if getattr(one, "longest", None) is not None]
+    longest, shortest = min(known, default=(None, ""))
+    if longest is not None and prompt.shape[1] + num_tokens - 1 > longest:  # the last token is never fed
+        most_tokens = max(0, longest - prompt.shape[1] + 1)
         raise ValueError(
-            f"generate: draft must take {needed} tokens, prompt and all new ones but the last, got one for {of_draft} at most. "
-            "Build it with a larger max_length, or ask for fewer."
+            f"generate: num_tokens must be at most {most_tokens} after {prompt.shape[1]} tokens, of a {shortest} for {longest}, "
+            f"got {num_tokens}. Ask for fewer, or construct the {shortest} with a larger max_length."
         )
-    known = [one.longest for one in models.values() if getattr(one, "longest", None) is not None]
-    longest = min(known, default=None)
     if not all(takes_mask.values()):
         slots = prompt.shape[1]
     if longest is not None:  # padding takes room as well
         slots = max(prompt.shape[1], min(slots, longest - num_tokens + 1))
-    room = slots + most - 1  # the last token is never fed
+    room = slots + most - 1
     if longest is not None:
         room = max(slots + num_tokens - 1, min(room, longest))
     if slots > prompt.shape[1]:

@@ -14,7 +14,15 @@ from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
 from subquad.zoo.base import Support, check_options, options_of
 from subquad.zoo.cache import StateCache, counts
-from subquad.zoo.checks import check_call, check_causality, check_extend, check_sizes, require_extend
+from subquad.zoo.checks import (
+    check_call,
+    check_causality,
+    check_dtypes,
+    check_extend,
+    check_sizes,
+    check_sowing,
+    require_extend,
+)
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.projection import in_pieces, in_turn
 
@@ -34,8 +42,8 @@ class Headless(nnx.Module):
 
         y = finish(x, respond(x))
 
-    A variant derives from this class directly. It writes `respond`, which mixes tokens, or `_recur`, by which `respond` then
-    does; and `finish`, of each token alone; where it can extend, `state` and `respond_after` as well.
+    A variant derives from this class directly. It writes `respond`, which mixes tokens, and where it can extend `state` and
+    `respond_after`; or `state` and `_recur`, which does for both. It has `out`, or writes `finish`, of each token alone.
 
     Args:
         in_features: features D of the inputs.
@@ -50,6 +58,7 @@ class Headless(nnx.Module):
     supports: ClassVar[Support]
     shell: ClassVar[type] = HeadlessShell
     sees: Pattern | None  # which positions reach which, causality included; None: all reach all
+    out: Any  # the output map, or None
 
     def __init__(
         self, in_features: int, *, out_features: int | None = None, is_causal: bool = False, dtype: Any = None,
@@ -61,6 +70,7 @@ class Headless(nnx.Module):
         out_features = in_features if out_features is None else out_features
         check_sizes(owner, in_features=in_features, out_features=out_features)
         check_causality(owner, self.supports, is_causal)
+        check_dtypes(owner, dtype=dtype, param_dtype=param_dtype)
         dispatch.check_name(owner, implementation)
         self.in_features, self.out_features = in_features, out_features
         self.is_causal, self.implementation = is_causal, implementation
@@ -78,13 +88,19 @@ class Headless(nnx.Module):
             return self._recur(inputs, segment_ids=segment_ids)[0]
         return in_turn(lambda inputs, state: self._recur(inputs, cache=state), inputs, self.state(len(inputs)))[0]
 
-    def _recur(self, inputs: Float[Array, "B T D"], *, segment_ids=None, cache: Any = None) -> tuple[Array, Any]:
-        """`respond`, and the cache after the last token; of no cache from no token on."""
+    def _recur(
+        self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, cache: Any = None,
+    ) -> tuple[Float[Array, "B T R"], Any]:  # fmt: skip
+        """`respond`, and the cache after the last real token, where there is one before the first.
+
+        `counts` is how many of the tokens each sample has, the first ones. None: all. Without a cache there is no token before.
+        """
         raise NotImplementedError
 
     def finish(self, inputs: Float[Array, "N D"], responses: Float[Array, "N R"]) -> Float[Array, "N F"]:
         """The outputs, token by token."""
-        return responses
+        return responses if self.out is None else self.out(responses)
 
     def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
         """The keys of a call's random draws, by their words in `respond`; none where a layer draws nothing in a call."""
@@ -99,7 +115,7 @@ class Headless(nnx.Module):
 
         `counts` is how many of them each sample has, the first ones; the state is that after these. None: all.
         """
-        raise NotImplementedError
+        return self._recur(inputs, counts, cache=state)
 
     def _promote(self, inputs):
         """The inputs in the dtype of the computation."""
@@ -117,8 +133,10 @@ class Headless(nnx.Module):
         segment_ids: Int[Array, "..."] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
+        sow_weights: bool = False,
     ) -> Float[Array, "*B T F"]:
         """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; few layers draw."""
+        check_sowing(self, sow_weights)
         call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
         draws = self.draws(deterministic, rngs)
         outputs = self._call(call.inputs_q, call.mask, call.extras.get("segment_ids"), draws)

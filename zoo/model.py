@@ -222,8 +222,13 @@ class CausalLM(nnx.Module):
         caches = tuple(block.mixer.init_cache(batch_size, max_length, dtype) for block in self.encoder.layers)
         return LMCache(caches, jnp.zeros(batch_size, jnp.int32))
 
-    def extend(self, tokens: Int[Array, "B T"], cache: LMCache, *, mask: Bool[Array, "B T"] | None = None):
-        """T more tokens -> (logits [B, T, vocab_size], cache), without dropout; mask: True = a real token.
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: LMCache, *, mask: Bool[Array, "B T"] | None = None, deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """T more tokens -> (logits [B, T, vocab_size], cache); mask: True = a real token.
+
+        Without dropout where deterministic; else that of features, drawn by `rngs.dropout()`, and of nothing inside of mixers.
 
         Raises: ValueError: a token id, or with learned positions a real token's position, out of range. Where the values are
             not known, as under `jax.jit`, such a token is NaN, and so may be others of its sample.
@@ -236,7 +241,7 @@ class CausalLM(nnx.Module):
                    "Construct the model with a larger max_length, or with positions='sinusoidal'.")
         hidden = encoder.embed_at(tokens, at, mask)
         key_mask = None if mask is None else mask[:, None, None, :]
-        hidden, layers = encoder.extend_blocks(hidden, cache.layers, key_mask)
+        hidden, layers = encoder.extend_blocks(hidden, cache.layers, key_mask, deterministic=deterministic, rngs=rngs)
         return self.project(hidden), LMCache(layers, at[:, -1] + 1)
 
     def rewind(self, cache: LMCache, count: Int[Array, "B"]) -> LMCache | None:

@@ -127,13 +127,13 @@ def _block(graph, trained, rest, deterministic, key):
     return nnx.merge(graph, trained, rest), dict(deterministic=deterministic, rngs=rngs)
 
 
-def extend(blocks, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask):
-    """`through` for T more tokens after those in the mixers' caches -> (features, caches); without dropout."""
+def extend(blocks, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask, **draws):
+    """`through` for T more tokens after those in the mixers' caches -> (features, caches); mixers drop nothing themselves."""
     first = second = precision.wide(hidden)
-    extended, draws, real = [], dict(deterministic=True, rngs=None), real_tokens(hidden, mask)
+    extended, real = [], real_tokens(hidden, mask)
     for block, cache in zip(blocks, caches, strict=True):
         mixed, cache = block.mixer.extend(block.mixer_norm(second).astype(hidden.dtype), cache, mask=mask)
-        first = first + mixed.astype(first.dtype)
+        first = first + block.dropped(mixed, draws).astype(first.dtype)
         second = second + block.feed(block.mlp_norm(first).astype(hidden.dtype), draws, real)[0].astype(first.dtype)
         extended.append(cache)
     return ((first + second) / 2).astype(hidden.dtype), tuple(extended)

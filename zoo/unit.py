@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import precision
-from subquad.zoo.checks import check_sizes, check_word, refuse
+from subquad.zoo.checks import check_number, check_sizes, check_word, refuse
 from subquad.zoo.positions import rotary
 
 Bias = Literal["rotary", "simple"]
@@ -67,9 +67,11 @@ def build(
     value_features = 2 * layer.in_features if value_features is None else value_features
     check_sizes(owner, shared_features=shared_features, value_features=value_features)
     check_bias(owner, bias, shared_features)
-    if rotary_base is not None and (shared_features % 2 or not 0 < rotary_base < float("inf")):
-        even = f"be None, or a positive number with shared_features = {shared_features} even"
-        refuse(owner, "rotary_base", rotary_base, even, "10000 is usual.")
+    if rotary_base is not None:
+        if shared_features % 2:
+            refuse(owner, "rotary_base", rotary_base, f"be None with an odd number of shared_features, {shared_features}",
+                   "Choose shared_features even.")
+        check_number(owner, "rotary_base", rotary_base, "(0, inf)", "10000 is usual, None does not rotate.")
     layer.shared_features, layer.value_features, layer.rotary_base = shared_features, value_features, rotary_base
     add_heads(layer, heads, rngs)
     add_bias(layer, bias, longest, rngs)

@@ -173,7 +173,7 @@ def _function(run: Run, task: Task, mode: str, model, batch=None) -> tuple[Calla
         def gradient(parameters, fixed, batch):
             # As the first training step draws.
             key = jax.random.fold_in(jax.random.key(run.seed), 0)
-            (value, (count, _)), found = train.batch_gradient(run, objective, graph, parameters, fixed, key, batch)
+            ((value, (count, _)), found), _ = train.batch_gradient(run, objective, graph, parameters, fixed, key, batch)
             return value / count, found
 
         return gradient, (parameters, fixed, batch)

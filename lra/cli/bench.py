@@ -34,10 +34,11 @@ def parse(command_line: Sequence[str] | None, program: str):
     add = parser.add_argument
     count, positive, amount = commands.number(int, 1), commands.number(float, 0, above=True), commands.number(float, 0)
     add("--model", default="lra-text", choices=list(programs.MODELS), help="lra-text: the arena's, of its table 2; default")
-    add("--layers", type=commands.split_words, default=None, metavar="A,B", help="default: all")
+    add("--layers", nargs="+", action=commands.Words, metavar="LAYER", help="default: all")
     usual = [1024, 2048, 3072, 4096]
     add("--lengths", type=commands.parse_lengths, default=usual, metavar="N,N", help="in tokens; default: 1K,2K,3K,4K")
-    add("--modes", type=commands.split_words, default=list(MODES), metavar="A,B", help=f"of {','.join(MODES)}; default: all")
+    modes = dict(nargs="+", action=commands.Words, metavar="MODE")
+    add("--modes", **modes, default=list(MODES), help=f"of {','.join(MODES)}; default: all")
     add("--batch-size", type=count, default=None, help="default: 1 on a CPU, else 32")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations; default: float32")
     add("--implementation", default=None, metavar="NAME", help="of the layers' kernels; default: their own choice")
@@ -50,7 +51,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     add("--threads", type=int, default=None, help="default: all processors")
     add("--memory-limit", type=commands.parse_size, default=None, metavar="SIZE", help="as 16G; default: what is free")
     limits = "of length,batch: find the largest that fit; compiles a lot"
-    add("--limits", type=commands.split_words, default=[], metavar="A,B", help=limits)
+    add("--limits", nargs="+", action=commands.Words, default=[], metavar="LIMIT", help=limits)
     peaks = "observe each peak of memory in a process of its own; default: on a GPU"
     add("--peaks", action=commands.argparse.BooleanOptionalAction, default=None, help=peaks)
     add("--energy-seconds", type=amount, default=2.0, help="of reading the meter for each; 0: not; default: 2")
@@ -72,9 +73,8 @@ def check_arguments(arguments):
         ("--modes", arguments.modes, MODES), ("--limits", arguments.limits, LIMITS),
     ):  # fmt: skip
         check_known(f"{option} must be a known name", given, known)
-    for option in ("lengths", "modes", "layers"):
-        if not getattr(arguments, option):
-            raise ValueError(f"--{option} must name at least one, got none. Leave it out.")
+    if not arguments.lengths:
+        raise ValueError("--lengths must name at least one, got none. Leave it out.")
     if arguments.implementation is not None:
         dispatch.check_name("--implementation", arguments.implementation)
     return arguments

@@ -21,6 +21,7 @@ from subquad.lra.run import words_of
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
+BROKEN_PIPE = 128 + 13  # as a shell has it of a command that SIGPIPE ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,12 +67,14 @@ def value_or_none(text: str):
 
 
 def literal(text: str):
-    """A number, list or other literal of Python; what is none is a word.
+    """A number, list or other literal of Python, true and false in any case; what is none is a word.
 
     Example:
-        >>> literal("1e-3"), literal("(1, 2)"), literal("cosine")
-        (0.001, (1, 2), 'cosine')
+        >>> literal("1e-3"), literal("(1, 2)"), literal("false"), literal("cosine")
+        (0.001, (1, 2), False, 'cosine')
     """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -93,6 +96,15 @@ def split_words(text: str) -> list[str]:
         ['softmax', 'local']
     """
     return list(dict.fromkeys(word for word in text.replace(" ", ",").split(",") if word))
+
+
+class Words(argparse.Action):
+    """Of an option with nargs="+": words between spaces or commas, at least one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, split_words(" ".join(values)))
+        if not getattr(namespace, self.dest):
+            parser.error(f"{option_string} must name at least one, got {' '.join(values)!r}. Leave it out.")
 
 
 def parse_size(text: str) -> int:
@@ -159,7 +171,7 @@ def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
     """Runs a command; what a user can cure becomes one line on stderr and an exit code.
 
     Returns: 0, or what `main` returns; 1 for a run, folder or data set that failed; 2 for a wrong argument; 130 for
-        Ctrl-C; 143 for SIGTERM.
+        Ctrl-C; 143 for SIGTERM; 141 where nobody reads on what is printed.
     """
     try:
         interrupts.startup_done()
@@ -168,6 +180,9 @@ def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
         code, message = 128 + getattr(stopped, "number", signal.SIGINT), "Interrupted; what was saved before is kept."
     except Interrupted as stopped:
         code, message = 128 + stopped.number, str(stopped)
+    except BrokenPipeError:  # who reads what is printed, as `head` does, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would complain
+        return BROKEN_PIPE
     except (RunError, DatasetError) as error:
         code, message = FAILED, str(error)
     except (ValueError, TypeError, NotImplementedError) as error:

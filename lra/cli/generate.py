@@ -6,6 +6,7 @@ python scripts/generate.py runs/train/runs/softmax-seed0-... --draft runs/small/
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -26,7 +27,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser = commands.Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run, in runs/ of what train was given as --out")
     parser.add_argument("--prompt", default="\n", help="the text to go on from; default: a new line")
-    parser.add_argument("--tokens", type=int, default=256, help="bytes to add; default: 256")
+    parser.add_argument("--tokens", type=int, help="bytes to add; default: 256, or as many as the model takes")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely byte each time; default: 1")
     parser.add_argument("--top-k", type=int, help="sample among so many most likely bytes only")
     parser.add_argument("--top-p", type=float, help="sample among the most likely bytes that together have this probability")
@@ -41,21 +42,23 @@ def main(command_line: Sequence[str] | None = None, program: str = "generate") -
     arguments = parse(command_line, program)
     model, run, task = language_model(arguments.run, "run")
     draft = None if arguments.draft is None else language_model(arguments.draft, "draft")[0]
-    prompt = arguments.prompt.encode()
+    prompt = os.fsencode(arguments.prompt)  # what was typed, whether UTF-8 or not
     if not prompt:
         raise ValueError("prompt must have at least one byte, got ''. Leave it out for a new line.")
     ids = jnp.asarray(encodings.shifted(np.frombuffer(prompt, np.uint8))[None].astype(np.int32))
+    count = arguments.tokens
+    if count is None:
+        longest = [one.longest for one in (model, draft) if one is not None and one.longest is not None]
+        count = max(1, min([256, *(length - ids.shape[1] + 1 for length in longest)]))
     tokens = model.stream(
-        ids, arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+        ids, count, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
         stop_token=task.end_of_document, draft=draft, draft_tokens=arguments.draft_tokens, rngs=nnx.Rngs(arguments.seed),
     )  # fmt: skip
     began = time.perf_counter()
-    write(prompt)
-    count, share = follow(tokens, task.end_of_document)
-    write(b"\n")
+    count, share = follow(tokens, prompt, task.end_of_document)
     rate = count / (time.perf_counter() - began)
     stood = "" if share is None else f" {share:.0%} of the bytes of the draft stood."
-    print(f"{count} bytes of {run.layer}, {rate:.0f} a second with what was compiled.{stood}", file=sys.stderr)
+    print(f"{count} bytes of {run.layer}, {rate:.2g} a second with what was compiled.{stood}", file=sys.stderr)
     return 0
 
 
@@ -69,17 +72,22 @@ def language_model(folder: str, name: str) -> tuple[zoo.CausalLM, Run, tasks.Tas
     return model.model, run, task
 
 
-def follow(tokens: Generator[Any, None, float | None], end_of_document: int | None) -> tuple[int, float | None]:
-    """Writes the bytes of a stream of one sample -> (how many, what the stream returns)."""
-    count = 0
+def follow(
+    tokens: Generator[Any, None, float | None], prompt: bytes, end_of_document: int | None
+) -> tuple[int, float | None]:
+    """Writes the prompt, and the bytes of a stream of one sample as they come -> (how many, what the stream returns)."""
+    count, text = 0, prompt  # which waits for the first token, whose compilation still refuses words
     while True:
         try:
             token = int(next(tokens)[0])
         except StopIteration as end:
+            write(b"\n")
             return count, end.value
         if token != end_of_document:
-            write(bytes([token - 1]) if token > 0 else b"")  # 0 is padding, which no text holds
+            text += bytes([token - 1]) if token > 0 else b""  # 0 is padding, which no text holds
             count += 1
+        write(text)
+        text = b""
 
 
 def write(text: bytes) -> None:

@@ -43,9 +43,9 @@ def parse(command_line: Sequence[str] | None, program: str):
     every = list(recipes.RECIPES[OTHER].layers)
     add = parser.add_argument
     named = f"of {' '.join(every)}, or all; default: {' '.join(LAYERS)}"
-    add("--layers", nargs="+", default=LAYERS, metavar="LAYER", help=named)
+    add("--layers", nargs="+", action=commands.Words, default=LAYERS, metavar="LAYER", help=named)
     known = f"of {' '.join(tasks.TASKS)}, or as listops/tiny; default: {' '.join(TASKS)}"
-    add("--tasks", nargs="+", default=None, metavar="TASK", help=known)
+    add("--tasks", nargs="+", action=commands.Words, default=None, metavar="TASK", help=known)
     at = ",".join(map(measurements.length_label, LENGTHS))
     add("--lengths", type=commands.parse_lengths, default=None, metavar="N,M", help=f"of the costs; default: {at}")
     add("--steps", type=int, default=None, help=f"of each layer; default: {STEPS}, with --full the task's own")
@@ -56,11 +56,6 @@ def parse(command_line: Sequence[str] | None, program: str):
     arguments = parser.parse_args(command_line)
     if arguments.tasks is None:
         arguments.tasks = [*TASKS, *MORE_TASKS * arguments.full]
-    for name in ("layers", "tasks"):
-        given = getattr(arguments, name)
-        setattr(arguments, name, commands.split_words(" ".join(given)))
-        if not getattr(arguments, name):
-            parser.error(f"--{name} must name at least one, got {' '.join(given)!r}. Leave it out.")
     if arguments.layers == ["all"]:
         arguments.layers = every
     return arguments

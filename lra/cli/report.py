@@ -22,6 +22,8 @@ def main(command_line: Sequence[str] | None = None, program: str = "report") -> 
     parser = commands.Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="CSV", help="rows of training, or of measurements")
     for path in parser.parse_args(command_line).files:
+        if not pathlib.Path(path).is_file():
+            raise ValueError(f"file must be there, got {path}, which is none. Check the name.")
         kind = ledger.kind_of(path) if csv_rows.read_lines(path)[1] else None
         if kind is Measurement:
             show_measurements(path, measurements.read_measurements(path))

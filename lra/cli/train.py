@@ -5,6 +5,9 @@ python scripts/train.py --layer performer --config lra --steps 5000 --layer-opti
 A language model on text of your own; then scripts/generate.py goes on from what it is given:
 python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
 
+The text in order, each sequence from the state that the one before it left:
+python scripts/train.py --layer transformer_xl --text my/notes/*.txt --text-length 256 --carry-state
+
 Several devices share a batch by --devices 8; several processes by srun, or each started with its own number:
 python scripts/train.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
 """

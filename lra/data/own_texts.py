@@ -24,17 +24,22 @@ def sequences(documents: Iterable[bytes], length: int = LM_LENGTH) -> Iterator[n
 def read(paths: Sequence[str | os.PathLike], length: int) -> tuple[dict[str, list[dict]], str]:
     """Splits of files, and a name for their contents: the last twentieth to test on, that before it to validate."""
     if length < 2:
-        refuse("text: length", "be at least 2 bytes", length, "Sequences of 256 to 2048 bytes are usual.")
+        refuse("text-length", "be at least 2 bytes", length, "Sequences of 256 to 2048 bytes are usual.")
     documents = []
     for path in paths:
         try:
-            documents.append(pathlib.Path(path).read_bytes())
+            document = pathlib.Path(path).read_bytes()
         except OSError as error:
-            refuse("text", "be files that can be read", f"{path}: {error.strerror}", "Check the name.")
+            cure = "Check the name; the files of a folder are folder/*."
+            refuse("text", "be files that can be read", f"{path}: {error.strerror}", cure)
+        if b"\0" in document:
+            at = f"one at byte {document.index(0):,} of {path}"
+            refuse("text", "hold no zero byte, which ends a document", at, "Save it as UTF-8; UTF-16 is full of them.")
+        documents.append(document)
     rows = [encodings.next_byte({"text": bytes_}) for bytes_ in sequences(documents, length)]
     if len(rows) < _LEAST:
-        refuse("text", f"hold at least {_LEAST} sequences of {length} bytes", f"{len(rows)} in {len(documents)} files",
-               "Name more files, or pass a smaller length.")
+        found = f"{len(rows)} from {', '.join(map(str, paths[:3]))}"
+        refuse("text", f"hold at least {_LEAST} sequences of {length} bytes", found, "Name more files, or a smaller length.")
     held_out = max(1, len(rows) // 20)
     cuts = {"train": slice(-2 * held_out), "validation": slice(-2 * held_out, -held_out), "test": slice(-held_out, None)}
     digest = hashlib.sha256(b"\0".join(documents)).hexdigest()[:10]

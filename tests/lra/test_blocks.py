@@ -39,7 +39,7 @@ def test_the_loss_has_the_routers_losses_and_cutting_the_batch_changes_nothing()
         step = lambda parameters, run=run, graph=graph, fixed=fixed: train.batch_gradient(
             run, objective, graph, parameters, fixed, jax.random.key(0), one
         )
-        found.append(jax.jit(step)(parameters))
+        found.append(jax.jit(step)(parameters)[0])
     ((value, (count, _)), slopes), ((again, _), of_parts) = found
     model = nnx.merge(graph, parameters, fixed)
     logits, router = model.with_losses(one["inputs"], one["mask"])

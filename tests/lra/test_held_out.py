@@ -56,7 +56,7 @@ def test_every_number_is_of_its_split_and_of_its_parameters(monkeypatch, tmp_pat
     """The best on validation is neither the first nor the last, and scores name the parameters and the split."""
     seen, scores = [], iter([0.1, 0.3, 0.2, 0.9, 0.4])  # the first is a compilation's
 
-    def evaluate(step, mesh, fixed, parameters, batches):
+    def evaluate(step, mesh, fixed, parameters, batches, carried):
         marks = {int(mark) for batch in batches for mark in batch["inputs"][:, 0]}
         (mark,) = marks  # one split, and no other
         name = next(name for name, one in MARKS.items() if one == mark)

@@ -39,9 +39,9 @@ def fit(out, **words):
 def draws(count):
     """What each of `count` devices draws, in a place of its own."""
     mesh = parallel.make_mesh(count, count)
-    drawn = parallel.over_batch(lambda _, fixed, key, batch: jax.random.uniform(key) * batch["pick"].sum(0), mesh)
+    drawn = parallel.over_batch(lambda _, fixed, key, batch: (jax.random.uniform(key) * batch["pick"].sum(0), ()), mesh)
     pick = parallel.shard_batch({"pick": np.eye(count, dtype=np.float32)}, mesh)
-    return np.asarray(jax.jit(drawn)(None, None, jax.random.key(0), pick)).tolist()
+    return np.asarray(jax.jit(drawn)(None, None, jax.random.key(0), pick)[0]).tolist()
 
 
 def child(out, start, after, words, at=6):

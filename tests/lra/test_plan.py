@@ -107,7 +107,7 @@ def test_every_value_changes_the_runs_id():
         ema=0.9, state_learning_rate=0.1, step_learning_rate=0.1, embedding_std=1.0, position_std=1.0, dtype="bfloat16",
         selection="last", clip_norm=None, protocol="x", head="x", interaction="x", inputs="x", recipe="x", task="x",
         config="x", layer="x", norm="x", norm_order="x", early_stopping=3,
-        capacity_factor=1.0, layer_groups=1, remat_policy="x", documents="x",
+        capacity_factor=1.0, layer_groups=1, remat_policy="x", documents="x", carry_state=True,
     )  # fmt: skip
     for one in dataclasses.fields(run):
         value = other.get(one.name, getattr(run, one.name))

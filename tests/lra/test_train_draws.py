@@ -47,11 +47,11 @@ GRAPH, WEIGHTS, FIXED = nnx.split(Weights(), nnx.Param, ...)
 def test_every_part_of_a_batch_has_draws_of_its_own():
     gradient = functools.partial(train.batch_gradient, small_run(accumulate=4), Drawing(), GRAPH, WEIGHTS, FIXED)
     batch = {"pick": jnp.eye(4)}
-    (total, (count, _)), slopes = gradient(jax.random.key(0), batch)
+    ((total, (count, _)), slopes), _ = gradient(jax.random.key(0), batch)
     (draws,) = jax.tree.leaves(slopes)
     assert count == 4 and total == pytest.approx(float(draws.sum())) and 0 < draws.min() and draws.max() < 1
     assert len(set(draws.tolist())) == 4
-    np.testing.assert_array_equal(*(jax.tree.leaves(gradient(jax.random.key(0), batch)[1]) for _ in range(2)))
+    np.testing.assert_array_equal(*(jax.tree.leaves(gradient(jax.random.key(0), batch)[0][1]) for _ in range(2)))
 
 
 def test_every_step_and_every_seed_has_draws_of_its_own_and_repeats_them():
@@ -81,7 +81,7 @@ def test_every_number_is_of_its_split_and_of_its_parameters(selection, monkeypat
     splits = {name: examples(length, SIZES[name]) for length, name in lengths.items()}
     validations, seen, reported = iter([0.0, 0.2, 0.9, 0.5]), [], {}
 
-    def evaluate(step, mesh, fixed, parameters, batches):
+    def evaluate(step, mesh, fixed, parameters, batches, carried):
         batches = list(batches)
         (split,) = {lengths[int(length)] for one in batches for length in one["mask"].sum(1)[one["weights"] > 0]}
         mark = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(parameters))

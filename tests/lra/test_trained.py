@@ -73,7 +73,7 @@ def test_what_cannot_keep_documents_apart_is_refused():
     "words,message",
     [
         (["--text-length", "64"], "text-length must be left out without --text"),
-        (["--text", "{file}", "--text-length", "0"], "text: length must be at least 2 bytes, got 0"),
+        (["--text", "{file}", "--text-length", "0"], "text-length must be at least 2 bytes, got 0"),
         (["--text", "{file}", "--task", "listops"], "task must be left out beside --text, got 'listops'"),
     ],
 )
@@ -115,12 +115,24 @@ def test_the_command_takes_a_draft(folder, capfdbinary):
         (["--top-p", "2"], "top_p must be"),
         (["--draft", "nowhere"], "must hold run.json"),
         (["--draft", "{folder}", "--draft-tokens", "0"], "draft_tokens must be"),
+        (["--top-k", "1000"], "top_k must be in 1..257"),
+        (["--prompt", 20 * "x", "--tokens", "6"], "num_tokens must be at most 5 after 20 tokens, of a model for 24, got 6"),
+        (["--prompt", 25 * "x"], "num_tokens must be at most 0 after 25 tokens"),
         (["--top-k", "3", "--temperature", "0"], "top_k must be None when temperature is 0"),
     ],
 )
-def test_the_command_names_what_is_wrong(words, message, folder):
+def test_the_command_names_what_is_wrong(words, message, folder, capfdbinary):
     from subquad.lra.cli import generate
 
     with pytest.raises((ValueError, RunError), match=message):
         words = [word.format(folder=folder) for word in words]
         generate.main(words if words[0] == "nowhere" else [str(folder), *words])
+    assert not capfdbinary.readouterr().out, "an error comes before the text"
+
+
+def test_the_command_adds_by_itself_what_the_model_takes(folder, capfdbinary):
+    from subquad.lra.cli import generate
+
+    assert generate.main([str(folder), "--prompt", "To \udcff", "--temperature", "0"]) == 0
+    out, told = capfdbinary.readouterr()
+    assert out.startswith(b"To \xff") and 0 < int(told.split()[0]) <= 24 - 4 + 1

@@ -202,7 +202,12 @@ CASES = {
         # With a linear map behind, so that there is something to learn. Outputs are sqrt(T D) times as large as inputs.
         Case("fnet", dict(out_features=FEATURES), tolerance=2e-4),
         Case("entmax", dict(num_heads=4, num_kv_heads=2, alpha="learned"), dead=SOFTMAX_INVARIANT),
-        Case("forgetting", dict(num_heads=4, num_kv_heads=2), dead=SOFTMAX_INVARIANT),
+        Case(  # the "Pro" block, whose norm sees a constant that is added to all keys
+            "forgetting",
+            dict(
+                num_heads=4, num_kv_heads=2, use_output_gate=True, use_output_norm=True, use_qk_norm=True, use_kv_shift=True,
+            ),
+        ),
         Case("stickbreaking", dict(num_heads=4, num_kv_heads=2)),
         Case("differential", dict(num_heads=2, num_kv_heads=1), dead=SOFTMAX_INVARIANT),
         Case("gau", dict(shared_features=4, value_features=8, bias="simple", max_length=100)),

@@ -332,6 +332,13 @@ def test_extend_leaves_its_cache_alone(name):
     jax.tree.map(np.testing.assert_array_equal, before, cache)
 
 
+@extending_only
+def test_a_new_cache_has_a_buffer_for_every_array(name):
+    """Else it could not be donated."""
+    leaves = [x for x in jax.tree.leaves(layer_of(name, True).init_cache(2, LENGTH)) if x.size]
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
 @sampled
 @extending_only
 def test_extend_takes_a_cache_that_is_donated(name):

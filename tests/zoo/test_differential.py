@@ -70,8 +70,8 @@ def test_rotation_keeps_distances():
 @pytest.mark.parametrize(("features", "options", "words"), [
     (6, {}, "num_heads must leave an even number of 6 features to each, got 2"),
     (12, dict(rotary_base=10.0), "rotary_base must be None with an odd number of head features, 3"),
-    (16, dict(lambda_init=1.0), r"lambda_init must be in \[0, 1\), got 1.0"),
-    (16, dict(lambda_init=-0.1), r"lambda_init must be in \[0, 1\), got -0.1"),
+    (16, dict(lambda_init=1.0), r"lambda_init must be a number in \[0, 1\), got 1.0"),
+    (16, dict(lambda_init=-0.1), r"lambda_init must be a number in \[0, 1\), got -0.1"),
 ])
 def test_refusals(features, options, words):
     with pytest.raises(ValueError, match=f"DifferentialAttention: {words}"):

@@ -119,7 +119,7 @@ def test_packed_sequences_are_as_alone(kind):
     (dict(state_size=0), "state_size must be a positive integer"), (dict(normalization="sum"), "normalization"),
     (dict(normalization="softmax"), "max_length must be given with 'softmax', got None"),
     (dict(max_length=9), "max_length must be None with 'exp'"), (dict(SOFTMAX, max_length=-1), "max_length must be a positive"),
-    (dict(dt_min=0.2), "dt_min must be positive and at most dt_max"), (dict(gate="glu"), "gate must be a known name"),
+    (dict(dt_min=0.2), r"dt_min must be a number in \(0, 0.1\]"), (dict(gate="glu"), "gate must be a known name"),
 ])  # fmt: skip
 def test_refusals(options, words):
     with pytest.raises(ValueError, match=f"DSS: {words}"):

@@ -208,7 +208,7 @@ def test_no_array_is_quadratic():
     [
         (dict(num_experts=0), "num_experts must be a positive integer"),
         (dict(top_k=5), "top_k must be at most num_experts = 4"),
-        (dict(top_k=0), "top_k must be a positive integer"), (dict(capacity_factor=0.0), "capacity_factor must be positive"),
+        (dict(top_k=0), "top_k must be a positive integer"), (dict(capacity_factor=0.0), "capacity_factor must be a number"),
         (dict(drop_second=True), "drop_second must be False with top_k = 1"), (dict(dropout_rate=2), "dropout_rate"),
     ],
 )  # fmt: skip

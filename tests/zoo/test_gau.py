@@ -66,8 +66,8 @@ def test_long_inputs_take_no_array_of_all_pairs():
     (dict(is_causal=True), "max_length must be given where is_causal or with bias='simple', and only then, got None"),
     (dict(bias="simple"), "max_length must be given"), (dict(max_length=5), "max_length must be given"),
     (dict(shared_features=5), "shared_features must be even with bias='rotary', got 5"),
-    (dict(shared_features=5, bias="simple", max_length=5), "rotary_base must be None, or a positive number with"),
-    (dict(rotary_base=-1.0), "rotary_base must be None, or a positive number"),
+    (dict(shared_features=5, bias="simple", max_length=5), "rotary_base must be None with an odd number"),
+    (dict(rotary_base=-1.0), "rotary_base must be a number"),
     (dict(bias="learned"), "bias must be a known name, got 'learned'"),
 ], ids=str)
 def test_refusals(options, words):

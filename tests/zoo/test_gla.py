@@ -56,7 +56,8 @@ def test_one_gate_everywhere_is_retention():
     (dict(value_features=9), "value_features must be a multiple"),
     (dict(decay_rank=0), "decay_rank must be a positive integer"),
     (dict(value_features=9), "value_features must be a multiple"), (dict(decay_rank=0), "decay_rank must be a positive"),
-    (dict(temperature=0.0), "temperature must be positive"), (dict(is_causal=False), "does not support is_causal=False"),
+    (dict(temperature=0.0), r"temperature must be a number in \(0, inf\]"),
+    (dict(is_causal=False), "does not support is_causal=False"),
     (dict(rotary_base=10.0), "does not support rotary_base"),
 ])  # fmt: skip
 def test_refusals(options, words):

@@ -58,7 +58,8 @@ def test_a_slot_for_every_token_is_softmax_attention():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(num_slots=0), "num_slots must be a positive integer"), (dict(temperature=0.0), "temperature must be positive"),
+    (dict(num_slots=0), "num_slots must be a positive integer"),
+    (dict(temperature=0.0), r"temperature must be a number in \(0, inf\]"),
     (dict(is_causal=False), "does not support is_causal=False"), (dict(rotary_base=10.0), "does not support rotary_base"),
 ])  # fmt: skip
 def test_refusals(options, words):

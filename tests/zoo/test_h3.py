@@ -48,7 +48,7 @@ def test_packed_sequences_are_as_alone():
 
 @pytest.mark.parametrize(("options", "words"), [
     (dict(head_features=4), "head_features must divide in_features = 6"), (dict(state_size=5), "state_size must be even"),
-    (dict(init="hippo"), "init must be a known name"), (dict(dt_min=1.0), "dt_min must be positive and at most"),
+    (dict(init="hippo"), "init must be a known name"), (dict(dt_min=1.0), r"dt_min must be a number in \(0, 0.5\]"),
     (dict(conv_width=0), "conv_width must be a positive"), (dict(is_causal=False), "does not support is_causal"),
 ])  # fmt: skip
 def test_refusals(options, words):

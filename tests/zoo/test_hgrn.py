@@ -66,7 +66,7 @@ def test_packed_sequences_are_as_alone():
 
 @pytest.mark.parametrize("bound", [-0.1, 1.0])
 def test_refusals(bound):
-    with pytest.raises(ValueError, match="HGRN: lower_bound must be at least 0 and below 1"):
+    with pytest.raises(ValueError, match=r"HGRN: lower_bound must be a number in \[0, 1\)"):
         build(lower_bound=bound)
 
 

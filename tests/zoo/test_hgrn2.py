@@ -61,7 +61,8 @@ def test_gates_near_their_ends_keep_their_digits_and_gradients(bound):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(lower_bound=1.0), r"lower_bound must be in \[0, 1\)"), (dict(lower_bound=-0.1), r"lower_bound must be in \[0, 1\)"),
+    (dict(lower_bound=1.0), r"lower_bound must be a number in \[0, 1\)"),
+    (dict(lower_bound=-0.1), r"lower_bound must be a number in \[0, 1\)"),
     (dict(is_causal=False), "does not support is_causal=False"), (dict(rotary_base=10.0), "does not support rotary_base"),
     (dict(num_kv_heads=1), "does not support num_kv_heads"),
 ])  # fmt: skip

@@ -76,7 +76,8 @@ def test_dropout_drops_taps():
 
 @pytest.mark.parametrize(("options", "words"), [
     (dict(num_heads=3), "num_heads must divide the 8 features"), (dict(num_heads=0), "num_heads must be a positive integer"),
-    (dict(conv_width=0), "conv_width must be a positive integer"), (dict(dropout_rate=1.5), "dropout_rate must be in 0..1"),
+    (dict(conv_width=0), "conv_width must be a positive integer"),
+    (dict(dropout_rate=1.5), r"dropout_rate must be a number in \[0, 1\]"),
 ])  # fmt: skip
 def test_refusals(options, words):
     with pytest.raises(ValueError, match=f"LightConv: {words}"):

@@ -59,7 +59,7 @@ def test_packed_sequences_are_as_alone():
 @pytest.mark.parametrize(("options", "words"), [
     (dict(out_features=5), "out_features must be even"), (dict(num_heads=3), "num_heads must divide in_features / 2 = 8"),
     (dict(conv_heads=16), "conv_heads must divide in_features / 2 = 8"), (dict(conv_width=0), "conv_width must be a positive"),
-    (dict(dropout_rate=-1.0), "dropout_rate must be in 0..1"),
+    (dict(dropout_rate=-1.0), r"dropout_rate must be a number in \[0, 1\]"),
 ])  # fmt: skip
 def test_refusals(options, words):
     with pytest.raises(ValueError, match=f"LSRA: {words}"):

@@ -42,9 +42,9 @@ def test_a_short_step_keeps_the_state_and_a_long_one_begins_anew():
     layer, x, start = build(), jnp.asarray(normal(1, 9, HIDDEN)), jnp.asarray(normal(1, HIDDEN, 4, seed=1))
     into = layer.select(x)[..., 3:7]
     layer.step.bias[...] = jnp.full(HIDDEN, -40.0)
-    np.testing.assert_allclose(layer.recur(x, start)[1], start, atol=1e-6)
+    np.testing.assert_allclose(layer.scan(x, start)[1], start, atol=1e-6)
     layer.step.bias[...] = jnp.full(HIDDEN, 1e4)
-    last = layer.recur(x, start)[1]
+    last = layer.scan(x, start)[1]
     np.testing.assert_allclose(last / 1e4, (x[:, -1, :, None] * into[:, -1, None]), rtol=2e-3)
 
 
@@ -66,7 +66,7 @@ def test_packed_sequences_are_as_alone():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(dt_min=0.2), "dt_min must be positive and at most"), (dict(step_rank=0), "step_rank must be a positive"),
+    (dict(dt_min=0.2), r"dt_min must be a number in \(0, 0.1\]"), (dict(step_rank=0), "step_rank must be a positive"),
     (dict(state_size=0), "state_size must be a positive"), (dict(is_causal=False), "does not support is_causal"),
 ])  # fmt: skip
 def test_refusals(options, words):

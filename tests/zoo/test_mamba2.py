@@ -81,8 +81,8 @@ def test_packed_sequences_are_as_alone():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(head_features=5), "head_features must divide the 12 hidden features"), (dict(num_groups=3), "num_groups must divide"),
-    (dict(dt_min=0.2), "dt_min must be positive and at most dt_max = 0.1"), (dict(conv_width=0), "conv_width must be a posi"),
+    (dict(head_features=5), "head_features must divide hidden_features = 12"), (dict(num_groups=3), "num_groups must divide"),
+    (dict(dt_min=0.2), r"dt_min must be a number in \(0, 0.1\]"), (dict(conv_width=0), "conv_width must be a posi"),
     (dict(is_causal=False), "does not support is_causal"),
 ])  # fmt: skip
 def test_refusals(options, words):

@@ -101,7 +101,7 @@ def test_where_it_starts():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(num_heads=5), "num_heads must divide the 12 hidden features"), (dict(block_size=5), "block_size must divide the 12"),
+    (dict(num_heads=5), "num_heads must divide hidden_features = 12"), (dict(block_size=5), "block_size must divide hidden"),
     (dict(is_causal=False), "does not support is_causal"),
 ])  # fmt: skip
 def test_refusals(options, words):

@@ -44,6 +44,12 @@ LAYERS = {
     "memorizing": ("memorizing", dict(num_heads=2, segment_length=4, num_neighbors=2)),
     "infini": ("infini", dict(num_heads=2, segment_length=4, rotary_base=100.0)),
     "forgetting": ("forgetting", dict(num_heads=2, rotary_base=100.0)),
+    "forgetting-pro": (
+        "forgetting",
+        dict(
+            num_heads=2, rotary_base=100.0, use_output_gate=True, use_output_norm=True, use_qk_norm=True, use_kv_shift=True,
+        ),
+    ),
     "stickbreaking": ("stickbreaking", dict(num_heads=2, rotary_base=100.0)),
     "moba": ("moba", dict(num_heads=2, block_size=4, num_blocks=2, rotary_base=100.0)),
     "nsa": (

@@ -3,13 +3,15 @@
 import inspect
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from subquad import zoo
 
-from .cases import CASES, EXTENDING, FEATURES, inputs
+from .cases import CASES, EXTENDING, FEATURES, inputs, sampled
 
 CROSS = [name for name in CASES if CASES[name].supports.cross]
 
@@ -71,6 +73,19 @@ def test_extend_takes_one_batch_axis(name):
         layer.extend(inputs(3), cache, mask=jnp.ones((2, 1, 1, 3)))
 
 
+@sampled
+@pytest.mark.parametrize("name", EXTENDING)
+def test_the_cache_of_a_wider_layer_of_the_same_name(name):
+    layer, options = CASES[name].make(True), CASES[name].options
+    words = {word: 2 * options[word] for word in ("hidden_features", "value_features") if word in options}
+    wider = zoo.make(name, in_features=2 * FEATURES, is_causal=True, rngs=nnx.Rngs(0), **{**options, **words})
+    own, other = (jax.tree.map(jnp.shape, one.init_cache(2, 7)) for one in (layer, wider))
+    if own == other:
+        pytest.skip("its state is as large whatever the width")
+    with refused(name, "cache must be of this layer, with an array of shape"):
+        layer.extend(inputs(3), wider.init_cache(2, 7))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_of_the_other_direction_says_so(name):
     """Each direction that a layer lacks is refused by its constructor, and each that it has is built as asked."""
@@ -95,3 +110,27 @@ def test_what_is_not_causal_does_not_extend(name):
     for call in (lambda: layer.init_cache(2, 7), lambda: layer.extend(inputs(3), None)):
         with refused(name, "is_causal must be True for init_cache and extend, got False"):
             call()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_options_of_another_kind(name):
+    """What a command line or a file of settings may hand over in the place of a number, a flag or a dtype."""
+    case, layer = CASES[name], zoo.LAYERS[name]
+    for word, parameter in inspect.signature(layer.__init__).parameters.items():
+        if isinstance(parameter.default, bool):
+            with refused(name, f"{word} must be True or False, got 'false'"):
+                case.make(**{"is_causal": not case.supports.bidirectional, word: "false"})
+        elif isinstance(parameter.default, float) and word != "alpha":
+            with refused(name, f"{word} must be a number in .*, got 'high'"):
+                case.make(not case.supports.bidirectional, **{word: "high"})
+    for word, value in (("dtype", "bf16"), ("dtype", jnp.int32), ("param_dtype", int)):
+        with refused(name, f"{word} must be a floating-point dtype, got"):
+            case.make(not case.supports.bidirectional, **{word: value})
+    for rngs in (0, jax.random.key(0)):
+        with refused(name, "rngs must be an nnx.Rngs, got", TypeError):
+            zoo.make(name, in_features=FEATURES, rngs=rngs, **case.options)
+
+
+def test_a_mixer_without_heads_sows_no_weights():
+    with refused("s4", "sow_weights: its weights are never stored. Use "):
+        CASES["s4"].make()(inputs(3), sow_weights=True)

@@ -59,7 +59,8 @@ def test_outputs_depend_on_distances_alone():
 @pytest.mark.parametrize(("options", "words"), [
     (dict(value_features=9), "value_features must be a multiple of num_heads = 2"),
     (dict(value_features=0), "value_features must be a positive integer"),
-    (dict(decay=(0.5,)), "decay must hold 2 numbers of 0..1"), (dict(decay=(0.5, 1.5)), "decay must hold 2 numbers of 0..1"),
+    (dict(decay=0.5), "decay must hold 2 numbers"), (dict(decay=(0.5,)), "decay must hold 2 numbers"),
+    (dict(decay=(0.5, 1.5)), r"decay must be a number in \[0, 1\], got 1.5"),
     (dict(is_causal=False), "does not support is_causal=False"),
 ])  # fmt: skip
 def test_refusals(options, words):

@@ -82,7 +82,7 @@ def test_packed_sequences_are_as_alone():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(num_blocks=4), "num_blocks must divide the 6 features"), (dict(conv_width=0), "conv_width must be a positive"),
+    (dict(num_blocks=4), "num_blocks must divide hidden_features = 6"), (dict(conv_width=0), "conv_width must be a positive"),
     (dict(hidden_features=0), "hidden_features must be a positive"), (dict(is_causal=False), "does not support is_causal"),
 ])  # fmt: skip
 def test_refusals(options, words):

@@ -278,7 +278,7 @@ def test_refusals(options, match):
 
 
 def test_update_refusals():
-    with pytest.raises(ValueError, match="decay must be in 0..1, got 1.5"):
+    with pytest.raises(ValueError, match=r"decay must be a number in \[0, 1\], got 1.5"):
         small().updated_centroids(inputs(), decay=1.5)
     with pytest.raises(ValueError, match="mask"):
         small().updated_centroids(inputs(), mask=jnp.ones((2, LENGTH), bool))

@@ -76,7 +76,7 @@ def test_where_it_starts():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(head_features=4), "head_features must divide the 6 features"), (dict(mix_rank=0), "mix_rank must be a positive"),
+    (dict(head_features=4), "head_features must divide hidden_features = 6"), (dict(mix_rank=0), "mix_rank must be a positive"),
     (dict(is_causal=False), "does not support is_causal"),
 ])  # fmt: skip
 def test_refusals(options, words):

@@ -215,7 +215,7 @@ def test_memory_lasts_as_long_as_the_step_says():
     (dict(mode="diagonal", init="linear"), "init must be a known name, got 'linear'. Did you mean 'lin'"),
     (dict(init="lin"), "init must be 'legs' when mode is 'dplr'"),
     (dict(discretization="zoh"), "discretization must be 'bilinear' when mode is 'dplr'"),
-    (dict(dt_min=0.2), "dt_min must be positive and at most dt_max"),
+    (dict(dt_min=0.2), r"dt_min must be a number in \(0, 0.1\]"),
 ])
 def test_bad_options_are_named(options, words):
     with pytest.raises(ValueError, match=f"S4: {words}"):

@@ -129,7 +129,7 @@ def test_the_state_is_that_after_the_last_real_token():
     (dict(state_size=6, num_blocks=2), "state_size must be a multiple of 2 num_blocks = 4, got 6"),
     (dict(num_blocks=0), "num_blocks must be a positive integer"), (dict(init="legt"), "init must be a known name"),
     (dict(output_init="normal"), "output_init"), (dict(discretization="euler"), "discretization"),
-    (dict(dt_min=0.2), "dt_min must be positive and at most dt_max"), (dict(gate="glu"), "gate must be a known name"),
+    (dict(dt_min=0.2), r"dt_min must be a number in \(0, 0.1\]"), (dict(gate="glu"), "gate must be a known name"),
     (dict(out_features=3), "out_features must be in_features = 4 with gate='half', got 3. Use gate='full'."),
 ])  # fmt: skip
 def test_refusals(options, words):

@@ -256,7 +256,7 @@ def test_blocks_of_padding_are_not_sorted():
 
 
 @pytest.mark.parametrize("options,match", [
-    (dict(temperature=0.0), "temperature must be a positive number"),
+    (dict(temperature=0.0), r"temperature must be a number in \(0, inf\)"),
     (dict(sort_cut=0), "sort_cut must be a positive integer"),
     (dict(sort_cut=2, is_causal=True), "sort_cut must be None with is_causal"),
     (dict(block_size=0), "block_size"), (dict(num_iterations=0), "num_iterations"), (dict(max_length=None), "max_length"),

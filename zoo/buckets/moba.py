@@ -92,7 +92,10 @@ class MoBAAttention(Attention):
     def choose(
         self, query: Float[Array, "B T N H"], positions: Int[Array, "B T"], sums: Float[Array, "B M K H"]
     ) -> Int[Array, "B N T P"]:
-        """The blocks before its own that each query sees, by the sums of their keys; -1 for none. No gradient passes."""
+        """The blocks before its own that each query sees, by the sums of their keys, since all are as long; -1 for none.
+
+        No gradient passes.
+        """
         query, sums = jax.lax.stop_gradient((rearrange(query, "b t (k g) h -> b k g t h", k=sums.shape[2]), sums))
         scores = jnp.einsum("bkgth,bmkh->bkgtm", query.astype(jnp.float32), sums, precision="highest")
         blocks = best(scores, (positions // self.block_size)[:, None, None], self.num_blocks - 1)

@@ -234,5 +234,5 @@ class Compressor(nnx.Module):
 
 
 def mean(tokens):
-    """What has no parameters in place of it."""
+    """The mean of a block's tokens, in place of the MLP."""
     return tokens.mean(-2)

@@ -13,7 +13,7 @@ from subquad.kernels import gather, softmax
 from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, RoutingCache, append, counts, poisoned, write
-from subquad.zoo.checks import check_call, check_sizes, check_word, refuse
+from subquad.zoo.checks import check_call, check_number, check_sizes, check_word, refuse
 from subquad.zoo.features import Centroids
 from subquad.zoo.projection import in_pieces, in_rows
 
@@ -166,8 +166,7 @@ class RoutingAttention(Attention):
             normalize: the sum counts by its direction alone, so that large clusters do not grow larger; one without members
                 stays where it is. False: the equation.
         """
-        if not 0 <= decay <= 1:
-            refuse("RoutingAttention", "decay", decay, "be in 0..1", "The paper's is 0.999.")
+        check_number("RoutingAttention", "decay", decay, "[0, 1]", "The paper's is 0.999.")
         call = check_call(self, self.num_heads, inputs, None, None, mask, None, None)
         inputs, is_real = call.inputs_q, jnp.ones(call.inputs_q.shape[:2], bool)
         if call.mask is not None:

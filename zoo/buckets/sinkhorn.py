@@ -1,7 +1,6 @@
 """Sinkhorn attention: every block of queries sees its own block and one mixed of all blocks by a learned soft sorting."""
 
 import functools
-import math
 from typing import Any, Unpack
 
 import jax
@@ -16,7 +15,7 @@ from subquad.kernels.matrix.reference import LEAST, normaliser
 from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, SinkhornCache, append, pieces, places, poisoned
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_number, check_sizes, refuse
 from subquad.zoo.padding import in_blocks, pad_end
 from subquad.zoo.projection import in_pieces, in_rows
 
@@ -87,8 +86,7 @@ class SinkhornAttention(Attention):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         sizes = dict(max_length=max_length, block_size=block_size, num_iterations=num_iterations)
         check_sizes("SinkhornAttention", **sizes, **({} if sort_cut is None else dict(sort_cut=sort_cut)))
-        if not 0 < temperature < math.inf:
-            refuse("SinkhornAttention", "temperature", temperature, "be a positive number", "0.75 is the paper's.")
+        check_number("SinkhornAttention", "temperature", temperature, "(0, inf)", "0.75 is the paper's.")
         if is_causal and sort_cut is not None:
             refuse("SinkhornAttention", "sort_cut", sort_cut, "be None with is_causal", "Its blocks hold tokens of the future.")
         self.max_length, self.block_size, self.num_iterations = max_length, block_size, num_iterations

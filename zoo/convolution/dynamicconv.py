@@ -80,9 +80,6 @@ class DynamicConv(Headless):
     def respond(self, inputs, mask, segment_ids, dropout_rng=None):
         return self.convolution(inputs, mask, segment_ids, dropout_rng)
 
-    def finish(self, inputs, responses):
-        return self.out(responses)
-
     def state(self, batch_size):
         return self.convolution.empty(batch_size)
 

@@ -12,7 +12,7 @@ from subquad.kernels import convolution, precision
 from subquad.zoo import padding
 from subquad.zoo.base import Support
 from subquad.zoo.cache import counts, pieces, poisoned, write
-from subquad.zoo.checks import cache_dtype, check_length, check_sizes, refuse, require_extend
+from subquad.zoo.checks import cache_dtype, check_length, check_number, check_sizes, refuse, require_extend
 from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.projection import flat, in_turn
@@ -61,7 +61,7 @@ class Hyena(Headless):
         filter_features: W hidden features of FFN.
         num_inner: its layers between the first and the last.
         num_bands: wavelengths K.
-        frequency: what its sines multiply by to begin with, a number for each hidden feature that is learned.
+        frequency: what its sines multiply their arguments by at first; a number for each hidden feature, learned.
         shift: so much of a filter never decays.
         is_causal: must be True: a token sees itself and those before it.
         rngs: `rngs.params()` draws the parameters.
@@ -110,6 +110,8 @@ class Hyena(Headless):
         owner = type(self).__name__
         check_sizes(owner, max_length=max_length, order=order, conv_width=conv_width, filter_features=filter_features,
                     num_inner=num_inner, num_bands=num_bands)
+        check_number(owner, "frequency", frequency, "(-inf, inf)", "14 is usual.")
+        check_number(owner, "shift", shift, "(-inf, inf)", "By 0 all of a filter decays.")
         if order == 1 and not convolve_values:
             refuse(owner, "convolve_values", False, "be True with order 1", "Else there is no long convolution.")
         self.max_length, self.order, self.convolve_values = max_length, order, convolve_values
@@ -202,9 +204,6 @@ class Hyena(Headless):
         hidden = self.hidden(inputs.shape[1])
         return self._through(gates, values, lambda n, values: convolution.convolve(
             values, self.filter(hidden, n), segment_ids=segment_ids, implementation=self.implementation))
-
-    def finish(self, inputs, responses):
-        return self.out(responses)
 
     def init_cache(self, batch_size, max_length, dtype=None) -> HyenaCache:
         """An empty cache for `extend`: room for max_length tokens of batch_size sequences."""

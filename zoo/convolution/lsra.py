@@ -9,7 +9,16 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch
 from subquad.zoo.base import Support
 from subquad.zoo.cache import KVCache, StateCache, poisoned
-from subquad.zoo.checks import cache_dtype, check_call, check_extend, check_rate, check_sizes, refuse, require_extend
+from subquad.zoo.checks import (
+    cache_dtype,
+    check_call,
+    check_divides,
+    check_extend,
+    check_rate,
+    check_sizes,
+    refuse,
+    require_extend,
+)
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.lightconv import LightConv
 from subquad.zoo.dense.softmax import SoftmaxAttention
@@ -22,7 +31,7 @@ class LSRACache(NamedTuple):
     key: Float[Array, "B S N H"]
     value: Float[Array, "B S N H"]
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
-    state: Float[Array, "B K-1 D/2"]
+    state: Float[Array, "B W D/2"]
 
 
 class LSRA(Headless):
@@ -94,9 +103,7 @@ class LSRA(Headless):
             if features % 2:
                 refuse(owner, name, features, "be even", "Half of them are the attention's, half the convolution's.")
         half = in_features // 2
-        for name, heads in (("num_heads", num_heads), ("conv_heads", conv_heads)):
-            if half % heads:
-                refuse(owner, name, heads, f"divide in_features / 2 = {half}", "Choose a divisor.")
+        check_divides(owner, f"in_features / 2 = {half}", half, num_heads=num_heads, conv_heads=conv_heads)
         same = dict(
             out_features=self.out_features // 2, is_causal=is_causal, dropout_rate=dropout_rate, dtype=self.dtype,
             param_dtype=self.param_dtype, precision=self.precision, rngs=rngs,

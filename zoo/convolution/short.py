@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import convolution, patterns, precision
 from subquad.zoo import dropout
 from subquad.zoo.cache import first_real
-from subquad.zoo.checks import check_rate, check_sizes, refuse
+from subquad.zoo.checks import check_divides, check_rate, check_sizes
 from subquad.zoo.headless import Headless
 from subquad.zoo.projection import in_pieces
 
@@ -39,8 +39,7 @@ class ShortConvolution(nnx.Module):
         owner, features = type(layer).__name__, layer.in_features
         check_sizes(owner, num_heads=num_heads, conv_width=conv_width)
         check_rate(owner, dropout_rate)
-        if features % num_heads:
-            refuse(owner, "num_heads", num_heads, f"divide the {features} features of the convolution", "Choose a divisor.")
+        check_divides(owner, f"the {features} features of the convolution", features, num_heads=num_heads)
         self.num_heads, self.conv_width, self.dropout_rate = num_heads, conv_width, dropout_rate
         self.features, self.use_glu = features, use_glu
         self.is_causal, self.implementation = layer.is_causal, layer.implementation
@@ -68,7 +67,7 @@ class ShortConvolution(nnx.Module):
 
     def __call__(
         self, inputs: Float[Array, "B T D"], mask: Bool[Array, "B 1 1 T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None, dropout_rng=None, state: Float[Array, "B K-1 D"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, dropout_rng=None, state: Float[Array, "B W D"] | None = None,
     ):  # fmt: skip
         """y; with a `state`, the last u before the first token, also that after the last real one, in float32."""
         inputs = in_pieces(lambda token: nnx.glu(self.input(token)) if self.use_glu else self.input(token), inputs)
@@ -88,7 +87,7 @@ class ShortConvolution(nnx.Module):
         """The state before the first token."""
         return jnp.zeros((batch_size, self.conv_width - 1, self.features), jnp.float32)
 
-    def after(self, inputs: Float[Array, "B T D"], state: Float[Array, "B K-1 D"], counts: Int[Array, "B"] | None):
+    def after(self, inputs: Float[Array, "B T D"], state: Float[Array, "B W D"], counts: Int[Array, "B"] | None):
         """(y, state) of T more tokens from `state` on, of which the first `counts` are real; None: all."""
         return self(inputs, first_real(inputs, counts), state=state)
 

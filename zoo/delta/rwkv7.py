@@ -6,12 +6,12 @@ from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Support
 from subquad.zoo.cache import RecurrentCache, first_real
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_divides, check_sizes
 from subquad.zoo.delta.rule import unit
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
@@ -21,7 +21,7 @@ from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import in_pieces
 
 MIXED = ("receptance", "decay", "key", "value", "rate", "gate")  # what has a mix of two tokens of its own
-SMALL = 64e-5  # beside the variance of a head, whose root counts as 8 times as large
+SMALL = 64e-5  # added to the variance of a head; in the released code 1e-5, of heads divided by 8
 ACTIVATIONS = dict(decay=jnp.tanh, rate=lambda x: x, gate=nnx.sigmoid)  # between the two maps of a low rank
 FASTEST = math.exp(-0.5)  # -log of the fastest decay, 0.545
 
@@ -90,8 +90,7 @@ class RWKV7(Headless):
         owner, hidden = type(self).__name__, in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, head_features=head_features, decay_rank=decay_rank, rate_rank=rate_rank,
                     gate_rank=gate_rank)
-        if hidden % head_features:
-            refuse(owner, "head_features", head_features, f"divide the {hidden} features of all heads", "Choose a divisor.")
+        check_divides(owner, f"hidden_features = {hidden}", hidden, head_features=head_features)
         self.hidden_features, self.heads = hidden, (hidden // head_features, head_features)
         self.key, self.value, self.receptance = (self.linear(in_features, hidden, rngs, use_bias=False) for _ in range(3))
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)
@@ -170,11 +169,10 @@ class RWKV7(Headless):
 
     def _recur(
         self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
-        kept: Bool[Array, "B 1 1 T"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
-        cache: RecurrentCache | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, cache: RecurrentCache | None = None,
     ) -> tuple[Float[Array, "B T E"], Any]:  # fmt: skip
         """What the output map takes, and the cache after the last real token."""
-        state, recent = (None, None) if cache is None else cache
+        kept, (state, recent) = first_real(inputs, counts), (None, None) if cache is None else cache
         before, recent = shift(inputs, segment_ids, recent, counts)
         of = lambda name: in_pieces(functools.partial(self.projected, name), inputs, before)
         receptance, key, value = of("receptance"), of("key"), of("value")
@@ -184,13 +182,7 @@ class RWKV7(Headless):
         outputs = in_pieces(self.gated, heads, receptance, written, value, inputs, before)
         return outputs, RecurrentCache(state, recent)
 
-    def finish(self, inputs, responses):
-        return self.out(responses)
-
     def state(self, batch_size):
         heads, size = self.heads
         zeros = lambda *shape: jnp.zeros((batch_size, *shape), jnp.float32)
         return RecurrentCache(zeros(heads, size, size), zeros(1, self.in_features))
-
-    def respond_after(self, inputs, state, counts):
-        return self._recur(inputs, counts, first_real(inputs, counts), cache=state)

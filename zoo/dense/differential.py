@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import append, poisoned
-from subquad.zoo.checks import check_rotary, refuse
+from subquad.zoo.checks import check_number, check_rotary, refuse
 from subquad.zoo.extending import attend_to_cache
 
 
@@ -74,8 +74,7 @@ class DifferentialAttention(Attention):
                    "A head's queries are two halves.")
         if self.rotary_base is not None:
             check_rotary(owner, self.supports, self.rotary_base, self.head_features // 2)
-        if not 0 <= lambda_init < 1:
-            refuse(owner, "lambda_init", lambda_init, "be in [0, 1)", "0.8 is the paper's of deep layers.")
+        check_number(owner, "lambda_init", lambda_init, "[0, 1)", "0.8 is the paper's of deep layers.")
         self.lambda_init = lambda_init
         draw, half = nnx.initializers.normal(0.1), self.head_features // 2
         self.lambda_query = nnx.Param(draw(rngs.params(), (2, half), self.param_dtype))

@@ -64,9 +64,6 @@ class FNet(Headless):
         both = {"xla": fast_fourier, "reference": fourier}
         return dispatch.run("fnet.fourier", both, self.implementation, inputs, number)
 
-    def finish(self, inputs, responses):
-        return responses if self.out is None else self.out(responses)
-
 
 @precision.full
 def fourier(inputs: Float[Array, "B T D"], number: Int[Array, "B"] | None) -> Float[Array, "B T D"]:

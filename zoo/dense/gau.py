@@ -16,7 +16,7 @@ from subquad.zoo.checks import cache_dtype, check_length, check_sizes, refuse, r
 from subquad.zoo.extending import in_chunks
 from subquad.zoo.headless import Headless, HeadlessShell
 
-BLOCK = 256  # queries of whose weights all are there at once
+BLOCK = 256  # queries whose weights are held at a time
 
 
 class GAU(Headless):

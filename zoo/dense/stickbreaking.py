@@ -18,7 +18,7 @@ from subquad.zoo.extending import in_chunks
 from subquad.zoo.positions import run_starts
 
 EARLIER = CAUSAL & ~Band(0, 0)  # the tokens before
-BLOCK = 64  # queries of whose weights all are there at once
+BLOCK = 64  # queries whose weights are held at a time
 
 
 class StickBreakingAttention(Attention):

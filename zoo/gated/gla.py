@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import MatrixCache, counts
-from subquad.zoo.checks import check_sizes, refuse, require_extend
+from subquad.zoo.checks import check_number, check_sizes, require_extend
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm, norm_and_gate, widen
 from subquad.zoo.projection import in_pieces, projection
@@ -32,7 +32,7 @@ class GatedLinearAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features and value_features. The paper has 4.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. The gates are of the key's.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Each has its gate.
         qkv_features: features of all query heads together, N x H. None: D / 2, as in the paper.
         value_features: features of all value heads together, N x V. None: D.
         decay_rank: numbers between W_1 and W_2.
@@ -77,8 +77,7 @@ class GatedLinearAttention(Attention):
             num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell
         )
         check_sizes("GatedLinearAttention", decay_rank=decay_rank)
-        if not temperature > 0:
-            refuse("GatedLinearAttention", "temperature", temperature, "be positive", "The paper has 16.")
+        check_number("GatedLinearAttention", "temperature", temperature, "(0, inf]", "The paper has 16.")
         widen(self, in_features if value_features is None else value_features, shell, rngs)
         self.temperature = temperature
         self.decay_down = projection({**shell, "use_bias": False}, in_features, decay_rank, rngs=rngs)
@@ -108,7 +107,7 @@ class GatedLinearAttention(Attention):
         return in_pieces(lambda logits: nnx.log_sigmoid(precision.wide(logits)) / self.temperature, logits)
 
     def recur(self, query, key, value, log_decay, mask, state=None, segment_ids=None) -> Any:
-        """o [B, T, N, V], and S [B, N, H, V] after the last token; of S before the first, or None."""
+        """o [B, T, N, V], and S [B, N, H, V] after the last token, from that before the first; None: 0."""
         log_decay = jnp.repeat(with_segments(log_decay, segment_ids), self.num_heads // self.num_kv_heads, axis=2)
         return linear.gated(
             query, key, value, log_decay, mask=mask, initial_state=state, return_state=True, scale=self.head_features**-0.5,

@@ -11,7 +11,7 @@ from subquad.kernels import linear, precision
 from subquad.kernels.linear.slots import read_slots
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import SlotCache, counts
-from subquad.zoo.checks import check_sizes, refuse, require_extend
+from subquad.zoo.checks import check_number, check_sizes, require_extend
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.projection import in_pieces, projection
@@ -35,7 +35,7 @@ class GatedSlotAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features. The paper has 4.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters, and no slots.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters only.
         num_slots: slots M of each head. The paper has 64.
         temperature: tau. The larger, the nearer to 1 the gates, and the longer the memory.
         is_causal: must be True: a token sees itself and those before it.
@@ -74,8 +74,7 @@ class GatedSlotAttention(Attention):
     ):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("GatedSlotAttention", num_slots=num_slots)
-        if not temperature > 0:
-            refuse("GatedSlotAttention", "temperature", temperature, "be positive", "The paper has 8.")
+        check_number("GatedSlotAttention", "temperature", temperature, "(0, inf]", "The paper has 8.")
         self.num_slots, self.temperature = num_slots, temperature
         self.forget = projection(shell, in_features, (self.num_kv_heads, num_slots), rngs=rngs)
         self.norm = GatedNorm((num_heads, self.head_features), together=True, param_dtype=self.param_dtype)
@@ -94,8 +93,8 @@ class GatedSlotAttention(Attention):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> SlotCache:
         """An empty cache: float32 averages, no tokens. So max_length bounds nothing, and dtype rounds nothing."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
-        empty = jnp.zeros((batch_size, self.num_heads, self.num_slots, self.head_features), jnp.float32)
-        return SlotCache(empty, empty, jnp.zeros(batch_size, jnp.int32))
+        empty = lambda: jnp.zeros((batch_size, self.num_heads, self.num_slots, self.head_features), jnp.float32)
+        return SlotCache(empty(), empty(), jnp.zeros(batch_size, jnp.int32))
 
     def attend_cached(self, query, key, value, logits, mask, cache):
         heads, *slots = self.recur(query, key, value, *self.gates(logits), mask, cache)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import MatrixCache, counts
-from subquad.zoo.checks import refuse, require_extend
+from subquad.zoo.checks import check_number, require_extend
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.projection import in_pieces
@@ -22,13 +22,13 @@ class HGRN2(Attention):
         f_t = gamma + (1 - gamma) sigmoid(W_f x_t),   i_t = W_v x_t
         y_t = W_o norm(o_t),   norm(o) = s * o / sqrt(mean(o^2) + eps) of all heads together
 
-    A row of the state is a moving average of the inputs, which its gate steers; gamma is the least of it that stays in a step.
+    A row of the state is a moving average of the inputs, which its gate steers; in each step at least gamma of it stays.
     It is gated linear attention where one projection makes gate and key.
 
     Cost: time O(T N H^2), memory O(T N H); one extended token O(N H^2) and a cache of that size whatever came before.
-    Differs from the paper: there a model learns its lower bounds, layer by layer more, as sums of a softmax over the layers;
-        here a layer's is a number that the caller gives, 0 for the first and larger for later ones (`mixer_options` of a
-        model takes one for each layer). Projections have biases unless `use_bias=False`, and start as other layers' do.
+    Differs from the paper: there a model learns its lower bounds, which grow from layer to layer as sums of a softmax over
+        layers; here a layer's is a number that the caller gives, 0 for the first and larger for later ones (`mixer_options`
+        of a model takes one for each layer). Projections have biases unless `use_bias=False`, and start as other layers' do.
 
     Args:
         num_heads: heads N; must divide qkv_features. The paper's heads have 128 features.
@@ -66,8 +66,7 @@ class HGRN2(Attention):
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
-        if not 0 <= lower_bound < 1:
-            refuse("HGRN2", "lower_bound", lower_bound, "be in [0, 1)", "At 1 nothing is ever written.")
+        check_number("HGRN2", "lower_bound", lower_bound, "[0, 1)", "At 1 nothing is ever written.")
         self.lower_bound = lower_bound
         self.norm = GatedNorm((num_heads, self.head_features), together=True, param_dtype=self.param_dtype)
 
@@ -84,7 +83,7 @@ class HGRN2(Attention):
         return self.norm(heads), MatrixCache(state, cache.seen + counts(query, mask))
 
     def recur(self, query, key, value, mask, state=None, segment_ids=None) -> Any:
-        """o [B, T, N, V], and S [B, N, H, V] after the last token, from S before the first. `key` holds the gates' logits."""
+        """o [B, T, N, V], and S [B, N, H, V] after the last token, from that before the first; None: 0. `key`: logits of f."""
         written = in_pieces(lambda logits: ((1 - self.lower_bound) * nnx.sigmoid(-logits)).astype(logits.dtype), key)
         log_decay = with_segments(in_pieces(lambda logits: log_gate(logits, self.lower_bound), key), segment_ids)
         return linear.gated(

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Support
 from subquad.zoo.cache import RecurrentCache, first_real
-from subquad.zoo.checks import check_sizes, check_steps, refuse
+from subquad.zoo.checks import check_divides, check_sizes, check_steps
 from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.gated.decay import step_bias, with_segments
 from subquad.zoo.gated.output import GatedNorm
@@ -32,8 +32,8 @@ class Mamba2(Headless):
 
     Cost: time O(T (D R + R M)), memory O(T (R + G M)) for R hidden features in G groups; one extended token O(R (D + M)) and a
         cache of R M + (K - 1) (R + 2 G M) numbers.
-    Differs from the paper: not at all. One map makes z, u and delta there; starting values are those of the released code: A
-        in [1, 16], delta in [dt_min, dt_max], uniform of their logarithm, D = 1.
+    Differs from the paper: not at all. One map makes z, u and delta there; starting values are those of the released code:
+        exp(A) is uniform in 1..16, softplus(b_d) log-uniform in dt_min..dt_max, D = 1.
 
     Args:
         in_features: features D of the inputs.
@@ -86,11 +86,9 @@ class Mamba2(Headless):
         owner, hidden = type(self).__name__, 2 * in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, head_features=head_features, state_size=state_size, num_groups=num_groups,
                     conv_width=conv_width)
-        if hidden % head_features:
-            refuse(owner, "head_features", head_features, f"divide the {hidden} hidden features", "Choose a divisor.")
+        check_divides(owner, f"hidden_features = {hidden}", hidden, head_features=head_features)
         heads = hidden // head_features
-        if heads % num_groups:
-            refuse(owner, "num_groups", num_groups, f"divide the {heads} heads", "Choose a divisor.")
+        check_divides(owner, f"the {heads} heads", heads, num_groups=num_groups)
         check_steps(owner, dt_min, dt_max)
         self.hidden_features, self.head_features, self.num_heads = hidden, head_features, heads
         self.state_size, self.num_groups, self.conv_width = state_size, num_groups, conv_width
@@ -118,12 +116,12 @@ class Mamba2(Headless):
         return nnx.silu(convolved[:, : self.hidden_features]).reshape(-1, self.num_heads, self.head_features)
 
     def _recur(
-        self, inputs: Float[Array, "B T D"], kept: Bool[Array, "B 1 1 T"] | None = None,
+        self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, cache: RecurrentCache | None = None,
     ) -> tuple[Float[Array, "B T R"], Any]:  # fmt: skip
-        """y, and the cache after the last token that is `kept`, where there is one before the first."""
+        """y, and the cache after the last real token, where there is one before the first."""
         state: Any = None if cache is None else cache.state
-        recent = None if cache is None else cache.recent
+        kept, recent = first_real(inputs, counts), None if cache is None else cache.recent
         convolved, recent = self.convolution(in_pieces(self.input, inputs), kept, segment_ids, recent)
         steps = in_pieces(self.steps, inputs)
         log_decay = -jnp.exp(precision.wide(self.log_rate[...]))[None, None] * steps
@@ -145,6 +143,3 @@ class Mamba2(Headless):
     def state(self, batch_size):
         empty = jnp.zeros((batch_size, self.num_heads, self.state_size, self.head_features), jnp.float32)
         return RecurrentCache(empty, self.convolution.empty(batch_size))
-
-    def respond_after(self, inputs, state, counts):
-        return self._recur(inputs, first_real(inputs, counts), cache=state)

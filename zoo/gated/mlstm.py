@@ -11,22 +11,22 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Support
 from subquad.zoo.cache import MLSTMCache, first_real
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_divides, check_sizes
 from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.gated.decay import running_largest, with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.projection import in_pieces
 
-FLOOR = -80.0  # of m where exp(-m) stands alone: beyond it a weight against 1 is 0
+FLOOR = -80.0  # least m of the 1 that becomes exp(-m), which would overflow: beside it all weights are 0
 
 
 class MLSTM(Headless):
     """The block of xLSTM with a matrix memory: linear attention with a forget gate and an exponential input gate.
 
-        u = W_u x,   c = silu(b + sum_j p_j * u_{t-j}),   q, k, v = W_q c, W_k c / sqrt(P), W_v u
+        u = W_u x,   c = silu(b + sum_j p_j * u_{t-j}),   q, k, v = W_q c, W_k c, W_v u
         i_t = exp(w_i [q; k; v] + b_i),   f_t = sigmoid(w_f [q; k; v] + b_f),   one number for each head      (eqs. 25, 26)
-        C_t = f_t C_{t-1} + i_t k_t v_t^T,   n_t = f_t n_{t-1} + i_t k_t                                      (eqs. 19, 20)
+        C_t = f_t C_{t-1} + i_t k_t v_t^T / sqrt(P),   n_t = f_t n_{t-1} + i_t k_t / sqrt(P)                  (eqs. 19, 20)
         h_t = C_t^T q_t / max(|n_t . q_t|, 1)                                                                 (eq. 21)
         outputs = W_o ((norm(h) + s * c) * silu(W_z x)),   norm: of each head, centred, with a scale
 
@@ -83,9 +83,7 @@ class MLSTM(Headless):
         super().__init__(in_features, is_causal=is_causal, **shell)
         owner, hidden = type(self).__name__, 2 * in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, num_heads=num_heads, block_size=block_size, conv_width=conv_width)
-        for name, size in (("num_heads", num_heads), ("block_size", block_size)):
-            if hidden % size:
-                refuse(owner, name, size, f"divide the {hidden} hidden features", "Choose a divisor.")
+        check_divides(owner, f"hidden_features = {hidden}", hidden, num_heads=num_heads, block_size=block_size)
         self.hidden_features, self.heads = hidden, (num_heads, hidden // num_heads)
         self.input, self.gate = (self.linear(in_features, hidden, rngs, use_bias=False) for _ in range(2))
         self.convolution = CausalConvolution(
@@ -123,9 +121,9 @@ class MLSTM(Headless):
         self, query, key, value, log_input, log_forget, kept: Bool[Array, "B 1 1 T"] | None = None,
         state: tuple[Array, Array, Array] | None = None,
     ) -> tuple[Float[Array, "B T N V"], tuple[Array, Array, Array]]:  # fmt: skip
-        """h, and exp(-m) C, exp(-m) n and m after the last token that is `kept`; of before the first, or None.
+        """h, and exp(-m) C, exp(-m) n and m after the last token that is `kept`, from those before the first.
 
-        The keys of C are not yet divided by sqrt(P).
+        C and n are not yet divided by sqrt(P). A state of None: no token before.
         """
         if kept is not None:
             real = kept[:, 0, 0, :, None]
@@ -146,11 +144,12 @@ class MLSTM(Headless):
         return heads, (*after, largest[:, -1])
 
     def _recur(
-        self, inputs: Float[Array, "B T D"], kept: Bool[Array, "B 1 1 T"] | None = None,
+        self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, cache: MLSTMCache | None = None,
     ) -> tuple[Float[Array, "B T R"], Any]:  # fmt: skip
-        """norm(h) + s * c, and the cache after the last token that is `kept`, where there is one before the first."""
+        """norm(h) + s * c, and the cache after the last real token, where there is one before the first."""
         state, recent = (None, None) if cache is None else (cache[:3], cache.recent)
+        kept = first_real(inputs, counts)
         hidden = in_pieces(self.input, inputs)
         convolved, recent = self.convolution(hidden, kept, segment_ids, recent)
         convolved = in_pieces(nnx.silu, convolved)
@@ -175,6 +174,3 @@ class MLSTM(Headless):
         zeros = lambda *shape: jnp.zeros((batch_size, *shape), jnp.float32)
         largest = jnp.full((batch_size, heads), -jnp.inf, jnp.float32)
         return MLSTMCache(zeros(heads, size, size), zeros(heads, size), largest, self.convolution.empty(batch_size))
-
-    def respond_after(self, inputs, state, counts):
-        return self._recur(inputs, first_real(inputs, counts), cache=state)

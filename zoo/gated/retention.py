@@ -10,7 +10,7 @@ from flax import nnx
 from subquad.kernels import linear
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import MatrixCache, counts
-from subquad.zoo.checks import refuse, require_extend
+from subquad.zoo.checks import check_number, refuse, require_extend
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm, norm_and_gate, widen
 from subquad.zoo.projection import projection
@@ -35,17 +35,17 @@ class Retention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features and value_features. The paper's have 256 features.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters, and no sums.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters only.
         value_features: features of all value heads together, N x V. None: 2 x qkv_features, as in the paper.
         decay: gamma of each head, in [0, 1]. None: the paper's.
         is_causal: must be True: a token sees itself and those before it.
-        rotary_base: see `Attention`. None: no rotation.
+        rotary_base: see `Attention`; 10,000 unless given. None: no rotation.
         shell: see `Attention`.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; nothing fades at padding.
         segment_ids: [T] or [*B, T]; a segment is a run of equal ids.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
-    Raises: ValueError: sizes that do not divide; a decay not in [0, 1], or not of every head; is_causal=False; a pairwise mask.
+    Raises: ValueError: sizes that do not divide; not a decay in [0, 1] for each head; is_causal=False; a pairwise mask.
     Numerics: decays, sums and the norm in float32; agrees with the reference to 1e-5 (float32), 2e-2 (bfloat16).
     Example:
         >>> layer = Retention(4, 64, rngs=nnx.Rngs(0))
@@ -77,9 +77,11 @@ class Retention(Attention):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         widen(self, 2 * num_heads * self.head_features if value_features is None else value_features, shell, rngs)
         decay = [1 - 2.0 ** (-5 - head) for head in range(num_heads)] if decay is None else decay
-        if len(decay) != num_heads or not all(0 <= gamma <= 1 for gamma in decay):
-            refuse("Retention", "decay", decay, f"hold {num_heads} numbers of 0..1, one of each head", "None has the paper's.")
-        self.decay = tuple(map(float, decay))
+        if np.shape(decay) != (num_heads,):
+            refuse("Retention", "decay", repr(decay), f"hold {num_heads} numbers, one of each head", "None has the paper's.")
+        self.decay = tuple(np.asarray(decay).tolist())
+        for gamma in self.decay:
+            check_number("Retention", "decay", gamma, "[0, 1]", "None has the paper's.")
         self.gate = projection(shell, in_features, (num_heads, self.value_head_features), rngs=rngs)
         self.norm = GatedNorm((self.value_head_features,), param_dtype=self.param_dtype)
 
@@ -100,7 +102,7 @@ class Retention(Attention):
         return norm_and_gate(self.norm, self.gate, inputs, heads), MatrixCache(state, cache.seen + counts(query, mask))
 
     def retain(self, query, key, value, mask, state=None, segment_ids=None) -> Any:
-        """o [B, T, N, V], and S [B, N, H, V] after the last token; of S before the first, or None."""
+        """o [B, T, N, V], and S [B, N, H, V] after the last token, from that before the first; None: 0."""
         with np.errstate(divide="ignore"):
             log_decay = np.log(np.asarray(self.decay)).astype(np.float32)
         log_decay = with_segments(jnp.broadcast_to(log_decay, query.shape[:3]), segment_ids)

@@ -95,7 +95,7 @@ class RWKV4(Headless):
         self, key: Float[Array, "B T A"], value: Float[Array, "B T A"], kept: Bool[Array, "B 1 1 T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, state: Float[Array, "B 3 A"] | None = None,
     ) -> tuple[Float[Array, "B T A"], Float[Array, "B 3 A"]]:  # fmt: skip
-        """y, and the two sums and m after the last token that is `kept`; of before the first, or None."""
+        """y, and the two sums and m after the last token that is `kept`, from those before the first; None: of none."""
         wide_key, wide_value = precision.wide(key), precision.wide(value)
         sums, start = jnp.split(self.empty(len(key)) if state is None else state, [2], axis=1)
         log_decay = jnp.broadcast_to(-jnp.exp(precision.wide(self.decay_bias[...])), key.shape)
@@ -132,15 +132,9 @@ class RWKV4(Headless):
         means, state = self.mean(of("key"), of("value"), first_real(inputs, counts), segment_ids, state)
         return nnx.sigmoid(of("receptance")) * means, RecurrentCache(state, recent)
 
-    def finish(self, inputs, responses):
-        return self.out(responses)
-
     def empty(self, batch_size: int) -> Float[Array, "B 3 A"]:
         """Sums of nothing, and -inf for its largest log weight."""
         return jnp.zeros((batch_size, 3, self.hidden_features), jnp.float32).at[:, 2].set(-jnp.inf)
 
     def state(self, batch_size):
         return RecurrentCache(self.empty(batch_size), jnp.zeros((batch_size, 1, self.in_features), jnp.float32))
-
-    def respond_after(self, inputs, state, counts):
-        return self._recur(inputs, counts, cache=state)

@@ -1,4 +1,4 @@
-"""Token shift: what RWKV mixes every token with, the one before it."""
+"""Token shift: the token before each, which RWKV mixes it with, and forgetting attention its keys and values."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

@@ -34,8 +34,8 @@ class NormedMega(Mega):
         hidden = self.norm(inputs)
         return hidden if is_real is None else jnp.where(is_real[..., None], hidden, 0)
 
-    def gated(self, inputs, attended, g, phi, rest):
-        return super().gated(inputs, attended, g, phi, rest) - inputs
+    def finish(self, inputs, responses):
+        return super().finish(inputs, responses) - inputs
 
 
 class Identity(nnx.Module):

@@ -18,13 +18,13 @@ class BasedAttention(Attention):
     """Attention whose weights are those of softmax to the second order, over narrow queries and keys: Based.
 
         y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = 1 + u_ts + u_ts^2 / 2,   u_ts = q_t . k_s / sqrt(H),   s <= t if causal
-        w_ts = phi(q_t) . phi(k_s),   phi(x) = [1, x'_i, x'_i^2 / sqrt(2), x'_i x'_j for i < j],   x' = x / H^1/4
+        w_ts = phi(q_t) . phi(k_s),   phi(x) = [1, x'_i, x'_i^2 / sqrt(2), x'_i x'_j for i < j],   x' = x / H^{1/4}
 
     Near u = 0 a weight is that of softmax; it is never less than 1/2. The paper's models alternate it with softmax attention in
     a window of 64 tokens and with gated short convolutions, which see where things stand; alone it is the part that recalls.
 
     Cost: time O(T N H^2 V), memory O(T N (H^2 + V)); one extended token O(N H^2 V) and a cache of that size whatever came
-        before. There are 1 + H + H (H + 1) / 2 features: 153 of 16.
+        before. There are 1 + H + H (H + 1) / 2 features, 153 where H is 16.
     Differs from the paper: products of x'_i and x'_j are one feature, not two, and nothing is added to the denominator, to
         which its code adds 1e-6. Projections have biases unless `use_bias=False`. Rotary positions (`rotary_base`) are not the
         paper's.
@@ -32,7 +32,7 @@ class BasedAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features and value_features.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters, and no sums.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters only.
         qkv_features: features of all query heads together, N x H. None: 16 N, as in the paper.
         value_features: features of all value heads together, N x V. None: D.
         is_causal: a token sees itself and those before it.

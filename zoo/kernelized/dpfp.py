@@ -30,7 +30,7 @@ class DPFPAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters, and no sums.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters only.
         nu: how many neighbours each rectified feature is multiplied with, below 2 H.
         is_causal: a token sees itself and those before it.
         shell: see `Attention`.

@@ -33,7 +33,7 @@ class EfficientAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters, and no sums.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters only.
         is_causal: a token sees itself and those before it.
         shell: see `Attention`.
     Call:

@@ -18,7 +18,7 @@ from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import in_pieces
 
 Activation = Literal["softmax", "exp"]
-BLOCK = 128  # queries of whose weights all are there at once
+BLOCK = 128  # queries whose weights are held at a time
 SMALLEST = 1e-30  # of a product of features, so that it has a logarithm
 
 
@@ -39,7 +39,7 @@ class HedgehogAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters, and no sums.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters only.
         activation: "softmax" or "exp". Exponentials of any size: a logarithm of the largest is carried beside them.
         is_causal: a token sees itself and those before it.
         shell: see `Attention`.

@@ -39,7 +39,7 @@ class RFAAttention(Attention):
     Args:
         num_heads: query heads N; must divide qkv_features.
         in_features: features D of the inputs.
-        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters, and no sums.
+        num_kv_heads: key/value heads K; must divide num_heads. None: num_heads. Fewer save parameters only.
         is_causal: a token sees itself and those before it.
         num_features: random projections M of each head; there are 2 M features.
         gate: the causal layer forgets; False is the sum over all tokens so far. None: where it is causal and has the paper's

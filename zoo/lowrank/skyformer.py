@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from subquad.kernels import matrix, precision
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_number, check_sizes
 from subquad.zoo.dense.kernelized import gaussian_sums
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.lowrank.nystrom import mix
@@ -72,8 +72,7 @@ class SkyformerAttention(Attention):
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("SkyformerAttention", num_landmarks=num_landmarks, num_iterations=num_iterations)
-        if not gamma > 0:
-            refuse("SkyformerAttention", "gamma", gamma, "be positive", "0.1 is the code's.")
+        check_number("SkyformerAttention", "gamma", gamma, "(0, inf)", "0.1 is the code's.")
         self.num_landmarks, self.gamma, self.num_iterations = num_landmarks, gamma, num_iterations
         self.landmarks = RandomFeature(self.redraw(rngs))
 

@@ -14,7 +14,7 @@ from jax import lax
 from subquad.kernels import softmax
 from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_number, check_sizes, refuse
 from subquad.zoo.projection import head_by_head
 
 EPSILON = 1e-6  # added to the mean square of a global token
@@ -79,6 +79,7 @@ class LongT5Attention(Attention):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("LongT5Attention", radius=radius, block_size=1 if block_size is None else block_size,
                     num_buckets=num_buckets, max_distance=max_distance)  # fmt: skip
+        check_number("LongT5Attention", "scale", scale, "(-inf, inf)", "1 is T5's.")
         if num_buckets % 4 or max_distance <= num_buckets // 4:
             refuse("LongT5Attention", "num_buckets", num_buckets,
                    f"be a multiple of 4 and below 4 max_distance = {4 * max_distance}", "T5 has 32, up to a distance of 128.")

@@ -16,7 +16,7 @@ from subquad.zoo.checks import check_sizes
 from subquad.zoo.extending import attend_to_cache, in_chunks
 from subquad.zoo.recurrent import segments
 
-CHUNK = 64  # queries whose scores are all there at once
+CHUNK = 64  # queries whose scores are held at a time
 EPSILON = 1e-12  # added to the square of a length
 
 

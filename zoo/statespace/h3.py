@@ -1,18 +1,19 @@
 """H3: a short memory and a long one, multiplied with each other and with the query."""
 
-import math
 from typing import Any, Unpack
 
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from subquad.kernels import precision, ssm
 from subquad.zoo.base import Support
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.cache import RecurrentCache, first_real
+from subquad.zoo.checks import check_divides, check_sizes
 from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import flat, in_turn
+from subquad.zoo.projection import flat
 from subquad.zoo.statespace import hippo
 from subquad.zoo.statespace.output import normal
 from subquad.zoo.statespace.system import StateSpace, check_system
@@ -23,7 +24,7 @@ class H3(Headless):
 
         q = W_q x,   k = W_k x,   v = W_v x
         k'_t = sum_j p_j * k_{t-j},   j = 0 .. K - 1              the shift system: what came just before
-        S = SSM(k' v^T) + D k' v^T                               the diagonal system, one for each head: what ever came
+        S = SSM(k' v^T) + D k' v^T                               the diagonal system, one for each head: what came at any time
         outputs = W_o (q^T S)                                                                       (section 3.1, algorithm 1)
 
     k' v^T is a matrix of H x H numbers for each head of H features, each of which goes through the head's system.
@@ -56,8 +57,8 @@ class H3(Headless):
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
         >>> outputs, cache = layer.extend(jnp.ones((2, 1, 64)), layer.init_cache(2, 100))
-        >>> cache.state.shape
-        (2, 1984)
+        >>> cache.state.shape, cache.recent.shape
+        ((2, 64, 16), (2, 15, 64))
 
     Source: Fu et al., Hungry Hungry Hippos: Towards Language Modeling with State Space Models, ICLR 2023, arXiv 2212.14052;
         code: HazyResearch/safari, where the paper leaves things open. The section is cited from memory.
@@ -84,8 +85,7 @@ class H3(Headless):
         owner = type(self).__name__
         width = state_size if conv_width is None else conv_width
         check_sizes(owner, head_features=head_features, state_size=state_size, conv_width=width)
-        if in_features % head_features:
-            refuse(owner, "head_features", head_features, f"divide in_features = {in_features}", "Choose a divisor.")
+        check_divides(owner, f"in_features = {in_features}", in_features, head_features=head_features)
         heads = in_features // head_features
         steps = dict(dt_min=dt_min, dt_max=dt_max)
         system: dict[str, Any] = dict(state_size=state_size, init=init, discretization=discretization, **steps)
@@ -103,46 +103,29 @@ class H3(Headless):
         self.out = self.linear(in_features, self.out_features, rngs)
 
     @precision.promoting
-    def _weigh(self, inputs, recent, run, mask=None, segment_ids=None):
-        """(q^T S, the last keys); `run` is the diagonal system for [B, T, heads] inputs."""
+    def _recur(
+        self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, cache: RecurrentCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
+        """q^T S, and the cache after the last real token, where there is one before the first."""
+        size, (state, recent) = self.head_features, (None, None) if cache is None else cache
         query, key, value = (flat(linear)(inputs) for linear in (self.query, self.key, self.value))
-        key, recent = self.shift(key, mask, segment_ids, recent)
-        size = self.head_features
+        key, recent = self.shift(key, first_real(inputs, counts), segment_ids, recent)
         split = lambda x: rearrange(x, "b t (n h) -> b t n h", h=size)
         pairs = jnp.einsum("btni,btnj->bijtn", split(key), split(value))
         pairs = rearrange(pairs, "b i j t n -> (b i j) t n")
-        pairs = run(pairs) + self.skip[...].astype(pairs.dtype) * pairs
+        repeated = lambda x: None if x is None else jnp.repeat(x, size**2, axis=0)
+        if state is None:
+            responses = self.system.respond(pairs, repeated(segment_ids))
+        else:
+            states = rearrange(state, "b (c n) p -> (b c) n p", c=size**2)
+            responses, states = self.system.recur(pairs, states, repeated(counts))
+            cache = RecurrentCache(rearrange(states, "(b c) n p -> b (c n) p", c=size**2), recent)
+        pairs = responses + self.skip[...].astype(pairs.dtype) * pairs
         pairs = rearrange(pairs, "(b i j) t n -> b i j t n", i=size, j=size)
         heads = jnp.einsum("btni,bijtn->btnj", split(query), pairs)
-        return rearrange(heads, "b t n j -> b t (n j)"), recent
-
-    def respond(self, inputs, mask, segment_ids):
-        if segment_ids is not None:
-            ids = repeat(segment_ids, "b t -> (b c) t", c=self.head_features**2)
-            return self._weigh(inputs, None, lambda pairs: self.system.respond(pairs, ids), None, segment_ids)[0]
-        return in_turn(lambda inputs, state: self.respond_after(inputs, state, None), inputs, self.state(len(inputs)))[0]
-
-    def finish(self, inputs, responses):
-        return self.out(responses)
+        return rearrange(heads, "b t n j -> b t (n j)"), cache
 
     def state(self, batch_size):
-        """The last K - 1 keys, then the states of the diagonal systems, in one row."""
-        recent = math.prod(self.shift.empty(1).shape)
-        return jnp.zeros((batch_size, recent + self.in_features * self.head_features * self.state_size), jnp.float32)
-
-    def respond_after(self, inputs, state, counts):
-        copies, after = self.head_features**2, []
-        recent, states = jnp.split(state, [math.prod(self.shift.empty(1).shape)], axis=1)
-        recent = rearrange(recent, "b (k d) -> b k d", d=self.in_features)
-        states = rearrange(states, "b (c n p) -> (b c) n p", c=copies, p=self.state_size)
-        mask = None if counts is None else (jnp.arange(inputs.shape[1])[None] < counts[:, None])[:, None, None]
-        counts = None if counts is None else jnp.repeat(counts, copies)
-
-        def run(pairs):
-            responses, last = self.system.recur(pairs, states, counts)
-            after.append(last)
-            return responses
-
-        outputs, recent = self._weigh(inputs, recent, run, mask)
-        last = rearrange(after[0], "(b c) n p -> b (c n p)", c=copies)
-        return outputs, jnp.concatenate([rearrange(recent, "b k d -> b (k d)"), last], axis=1)
+        shape = batch_size, self.in_features * self.head_features, self.state_size
+        return RecurrentCache(jnp.zeros(shape, jnp.float32), self.shift.empty(batch_size))

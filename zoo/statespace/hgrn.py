@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 
 from subquad.kernels import precision, scan
 from subquad.zoo.base import Support
-from subquad.zoo.checks import refuse
+from subquad.zoo.checks import check_number
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import flat, in_turn
@@ -33,7 +33,7 @@ class HGRN(Headless):
 
     Args:
         in_features: features D of the inputs, and of the complex state.
-        lower_bound: of f, at least 0 and below 1.
+        lower_bound: of f, in [0, 1).
         is_causal: a token sees itself and those before it. Else a second recurrence, with phases of its own, runs backwards,
             and the states are added.
         rngs: `rngs.params()` draws the parameters.
@@ -42,7 +42,7 @@ class HGRN(Headless):
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; no time passes at padding.
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
-    Raises: ValueError: a lower_bound that is none; a pairwise mask.
+    Raises: ValueError: a lower_bound outside [0, 1); a pairwise mask.
     Numerics: gates and states in float32; call and `extend` agree to 2e-5.
     Example:
         >>> layer = HGRN(64, lower_bound=0.5, is_causal=True, rngs=nnx.Rngs(0))
@@ -63,8 +63,7 @@ class HGRN(Headless):
         **shell: Unpack[HeadlessShell],
     ):  # fmt: skip
         super().__init__(in_features, is_causal=is_causal, **shell)
-        if not 0 <= lower_bound < 1:
-            refuse(type(self).__name__, "lower_bound", lower_bound, "be at least 0 and below 1", "Layer k of K takes k / K.")
+        check_number(type(self).__name__, "lower_bound", lower_bound, "[0, 1)", "Layer k of K takes k / K.")
         self.lower_bound = lower_bound
         self.input, self.gate = (self.linear(in_features, 2 * in_features, rngs) for _ in range(2))
         self.forget = self.linear(in_features, in_features, rngs)

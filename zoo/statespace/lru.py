@@ -9,7 +9,7 @@ from flax import nnx
 
 from subquad.kernels import precision
 from subquad.zoo.base import Support
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_number, check_sizes
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import mimo
 from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
@@ -75,11 +75,9 @@ class LRU(Headless):
         super().__init__(in_features, is_causal=is_causal, **shell)
         owner = type(self).__name__
         check_sizes(owner, state_size=state_size)
-        if not 0 <= r_min < r_max <= 1:
-            refuse(owner, "r_min", r_min, f"be at least 0 and below r_max = {r_max}, which is at most 1",
-                   "0 or 0.9, and 0.99 or 0.999, are the paper's.")
-        if not 0 < max_phase <= 2 * math.pi:
-            refuse(owner, "max_phase", max_phase, "be positive and at most 2 pi", "pi / 10 is the paper's for Path-X.")
+        check_number(owner, "r_max", r_max, "(0, 1]", "0.99 and 0.999 are the paper's.")
+        check_number(owner, "r_min", r_min, f"[0, {r_max})", "It is below r_max; 0 and 0.9 are the paper's.")
+        check_number(owner, "max_phase", max_phase, f"(0, {2 * math.pi}]", "pi / 10 is the paper's for Path-X.")
         check_gate(owner, gate, in_features, self.out_features)
         self.state_size, self.gate = state_size, gate
 

@@ -10,11 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import precision, ssm
 from subquad.zoo.base import Support
+from subquad.zoo.cache import RecurrentCache, first_real
 from subquad.zoo.checks import check_sizes, check_steps
 from subquad.zoo.convolution.taps import CausalConvolution
 from subquad.zoo.gated.decay import step_bias
 from subquad.zoo.headless import Headless, HeadlessShell
-from subquad.zoo.projection import in_pieces, in_turn
+from subquad.zoo.projection import in_pieces
 from subquad.zoo.statespace.output import skipped
 
 LEAST_STEP = 1e-4
@@ -58,8 +59,8 @@ class Mamba(Headless):
         >>> layer(jnp.ones((2, 100, 64))).shape
         (2, 100, 64)
         >>> outputs, cache = layer.extend(jnp.ones((2, 1, 64)), layer.init_cache(2, 100))
-        >>> cache.state.shape
-        (2, 19, 128)
+        >>> cache.state.shape, cache.recent.shape
+        ((2, 128, 16), (2, 3, 128))
 
     Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, arXiv 2312.00752; code:
         state-spaces/mamba, whose starting values these are. Sections are cited from memory.
@@ -102,21 +103,16 @@ class Mamba(Headless):
         self.skip = nnx.Param(jnp.ones(hidden, self.param_dtype))
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)
 
-    def convolve(self, inputs: Float[Array, "B T D"], mask=None, segment_ids=None, state=None):
-        """x, and the last W_x u where there was a `state` of them."""
-        outputs, state = self.convolution(in_pieces(self.input, inputs), mask, segment_ids, state)
-        return nnx.silu(outputs), state
-
     @precision.promoting
-    def recur(
+    def scan(
         self, hidden: Float[Array, "B T E"], start: Float[Array, "B E N"] | None = None,
-        kept: Bool[Array, "B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
+        kept: Bool[Array, "B 1 1 T"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:  # fmt: skip
         """y, and the last state; at tokens that are not `kept` the state stays as it is."""
         low, into, out = jnp.split(in_pieces(self.select, hidden), [self.step_rank, self.step_rank + self.state_size], axis=-1)
         step = in_pieces(lambda low: nnx.softplus(precision.wide(self.step(low))), low)
         if kept is not None:
-            step = jnp.where(kept[..., None], step, 0)
+            step = jnp.where(kept[:, 0, 0, :, None], step, 0)
         results: Any = ssm.selective_scan(
             hidden, step, -jnp.exp(precision.wide(self.log_rates[...])), into, out, start, segment_ids=segment_ids,
             return_state=True, implementation=self.implementation,
@@ -124,22 +120,19 @@ class Mamba(Headless):
         outputs, last = results
         return in_pieces(functools.partial(skipped, self.skip), hidden, outputs), last
 
-    def respond(self, inputs, mask, segment_ids):
-        if segment_ids is not None:
-            return self.recur(self.convolve(inputs, mask, segment_ids)[0], segment_ids=segment_ids)[0]
-        return in_turn(lambda inputs, state: self.respond_after(inputs, state, None), inputs, self.state(len(inputs)))[0]
+    def _recur(
+        self, inputs: Float[Array, "B T D"], counts: Int[Array, "B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, cache: RecurrentCache | None = None,
+    ) -> tuple[Float[Array, "B T E"], Any]:  # fmt: skip
+        """y, and the cache after the last real token, where there is one before the first."""
+        kept, (state, recent) = first_real(inputs, counts), (None, None) if cache is None else cache
+        hidden, recent = self.convolution(in_pieces(self.input, inputs), kept, segment_ids, recent)
+        outputs, state = self.scan(nnx.silu(hidden), state, kept, segment_ids)
+        return outputs, None if cache is None else RecurrentCache(state, recent)
 
     def finish(self, inputs, responses):
         return self.out(responses * nnx.silu(self.gate(inputs)))
 
     def state(self, batch_size):
-        """The last K - 1 inputs of the convolution, then h."""
-        recent = self.convolution.empty(batch_size)
-        return jnp.zeros((batch_size, recent.shape[1] + self.state_size, self.hidden_features), jnp.float32)
-
-    def respond_after(self, inputs, state, counts):
-        kept = None if counts is None else jnp.arange(inputs.shape[1])[None] < counts[:, None]
-        recent, start = state[:, : -self.state_size], state[:, -self.state_size :].swapaxes(1, 2)
-        hidden, recent = self.convolve(inputs, None if kept is None else kept[:, None, None], state=recent)
-        outputs, last = self.recur(hidden, start, kept)
-        return outputs, jnp.concatenate([recent, last.swapaxes(1, 2)], axis=1)
+        empty = jnp.zeros((batch_size, self.hidden_features, self.state_size), jnp.float32)
+        return RecurrentCache(empty, self.convolution.empty(batch_size))

@@ -182,8 +182,7 @@ class Mega(Headless):
     def gated(self, inputs, attended, g, phi, rest):
         """y."""
         hidden = nnx.silu(rest + self.hidden(g * attended.astype(g.dtype)))
-        outputs = phi * hidden + (1 - phi) * inputs
-        return outputs if self.out is None else self.out(outputs)
+        return phi * hidden + (1 - phi) * inputs
 
     def respond(self, inputs, mask, segment_ids):
         length = inputs.shape[1]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import precision, scan
 from subquad.zoo.base import Support
-from subquad.zoo.checks import check_sizes, refuse
+from subquad.zoo.checks import check_divides, check_sizes
 from subquad.zoo.convolution.taps import weigh
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.positions import run_starts
@@ -80,8 +80,7 @@ class RGLRU(Headless):
         super().__init__(in_features, is_causal=is_causal, **shell)
         owner, hidden = type(self).__name__, in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, num_blocks=num_blocks, conv_width=conv_width)
-        if hidden % num_blocks:
-            refuse(owner, "num_blocks", num_blocks, f"divide the {hidden} features of the recurrence", "Choose a divisor.")
+        check_divides(owner, f"hidden_features = {hidden}", hidden, num_blocks=num_blocks)
         self.hidden_features, self.conv_width = hidden, conv_width
         self.gate, self.input = (self.linear(in_features, hidden, rngs) for _ in range(2))
         size, init = hidden // num_blocks, nnx.initializers.lecun_normal(in_axis=0, out_axis=2, batch_axis=1)

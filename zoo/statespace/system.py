@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from subquad.kernels import convolution, dispatch, ssm
 from subquad.zoo.cache import pieces
-from subquad.zoo.checks import check_steps, check_word, refuse
+from subquad.zoo.checks import check_divides, check_steps, check_word, refuse
 from subquad.zoo.statespace import hippo
 
 Mode = Literal["dplr", "diagonal"]
@@ -23,8 +23,7 @@ def check_system(owner: str, features: int, state_size: int, mode, init, discret
     """Refuses the options of a `StateSpace` that do not go together, in the name of the layer that was given them."""
     if state_size % 2:
         refuse(owner, "state_size", state_size, "be even", "Modes come in conjugate pairs.")
-    if features % num_ssm:
-        refuse(owner, "num_ssm", num_ssm, f"divide in_features = {features}", "Choose a divisor.")
+    check_divides(owner, f"in_features = {features}", features, num_ssm=num_ssm)
     words = (("mode", mode, MODES), ("init", init, hippo.INITS), ("discretization", discretization, ssm.DISCRETIZATIONS))
     for name, word, known in words:
         check_word(owner, name, word, known)

@@ -52,6 +52,23 @@ def test_exit_codes_of_main_pass():
     assert commands.exit_code_of("train", lambda: 1) == 1
 
 
+@pytest.mark.parametrize("given", [["a,b"], ["a", "b"], ["a,", "b", "a"]])
+def test_words_stand_between_spaces_or_commas(given, capsys):
+    parser = commands.Parser(prog="bench")
+    parser.add_argument("--layers", nargs="+", action=commands.Words)
+    assert parser.parse_args(["--layers", *given]).layers == ["a", "b"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--layers", ","])
+    assert "--layers must name at least one, got ','" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_word():
+    code = "import sys\nfrom subquad.lra.cli import commands\ncommands.run('train', lambda: print(1, flush=True))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # before the command has loaded
+        assert process.stderr.read() == b"" and process.wait() == commands.BROKEN_PIPE
+
+
 SCRIPT = """
 import os, signal, sys
 if sys.argv[1] != "at work":

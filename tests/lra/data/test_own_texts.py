@@ -32,7 +32,12 @@ def test_what_cannot_be_read_or_is_short_is_told(tmp_path):
     file.write_text("too short")
     with pytest.raises(ValueError, match="text must be files that can be read, got .*missing.txt: No such file"):
         tasks.own_text([tmp_path / "missing.txt"])
-    with pytest.raises(ValueError, match="text must hold at least 20 sequences of 4 bytes, got 2 in 1 files"):
+    with pytest.raises(ValueError, match="text must hold at least 20 sequences of 4 bytes, got 2 from "):
         tasks.own_text([file], 4)
-    with pytest.raises(ValueError, match="text: length must be at least 2 bytes, got 1"):
+    with pytest.raises(ValueError, match="text-length must be at least 2 bytes, got 1"):
         tasks.own_text([file], 1)
+    (tmp_path / "wide.txt").write_text("To be, or not to be", "utf-16")
+    with pytest.raises(ValueError, match="text must hold no zero byte, .* got one at byte 3 of .*wide.txt. Save it as UTF-8"):
+        tasks.own_text([tmp_path / "wide.txt"])
+    with pytest.raises(ValueError, match="Is a directory. Check the name; the files of a folder are folder/"):
+        tasks.own_text([tmp_path])

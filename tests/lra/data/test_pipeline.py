@@ -103,3 +103,42 @@ def test_impossible_batch_sizes_are_refused(splits, batch_size):
 def test_nothing_is_asked_of_padding():
     row = pipeline.pad({"inputs": np.arange(1, 4), "targets": np.array([-1, 2, 0])}, 5)
     assert row["targets"].tolist() == [-1, 2, 0, -1, -1] and row["inputs"].tolist() == [1, 2, 3, 0, 0]
+
+
+def numbered(count):
+    """Two tokens of a text that is 1 2 3 ..., and those after them."""
+    return [{"inputs": np.arange(2 * at, 2 * at + 2) + 1, "targets": np.arange(2 * at, 2 * at + 2) + 2} for at in range(count)]
+
+
+def test_streams_go_on_from_batch_to_batch_and_begin_anew_with_an_epoch():
+    source = numbered(11)
+    make = lambda: pipeline.training_batches(source, batch_size=3, length=2, seed=1, streams=True)
+    batches = take(make(), 7)  # an epoch is three
+    for step, batch in enumerate(batches):
+        places = [3 * row + step % 3 for row in range(3)]  # the last two examples fill no batch
+        assert batch["inputs"].tolist() == [source[place]["inputs"].tolist() for place in places]
+        assert batch["begins"].tolist() == [step % 3 == 0] * 3
+        if step % 3:
+            assert (batch["inputs"][:, 0] == batches[step - 1]["targets"][:, -1]).all()
+    begun = make()
+    take(begun, 4)
+    resumed = make()
+    resumed.set_state(json.loads(json.dumps(begun.get_state())))
+    assert same(take(resumed, 3), batches[4:])
+
+
+@pytest.mark.parametrize("count,size", [(11, 3), (5, 4), (4, 4), (2, 4), (12, 1)])
+def test_evaluation_in_streams_sees_every_example_once(count, size):
+    source = numbered(count)
+    whole = pipeline.EvaluationBatches(source, batch_size=size, length=2, streams=True)
+    batches, seen = list(whole), []
+    assert len(batches) == len(whole)
+    for before, batch in itertools.pairwise([None, *batches]):
+        real = batch["weights"] > 0
+        assert batch["begins"].tolist() == [before is None] * size
+        if before is not None:
+            assert (batch["inputs"][real, 0] == before["targets"][real, -1]).all()
+        seen += batch["inputs"][real, 0].tolist()
+    places = whole.places()
+    places = places[places >= 0].tolist()
+    assert seen == [source[place]["inputs"][0] for place in places] and sorted(places) == [*range(count)]
