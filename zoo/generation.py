@@ -206,8 +206,8 @@ def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, m
     if longest is not None and prompt.shape[1] + num_tokens - 1 > longest:  # the last token is never fed
         most_tokens = max(0, longest - prompt.shape[1] + 1)
         raise ValueError(
-            f"generate: num_tokens must be at most {most_tokens} after {prompt.shape[1]} tokens, of a {shortest} for {longest}, "
-            f"got {num_tokens}. Ask for fewer, or construct the {shortest} with a larger max_length."
+            f"generate: num_tokens must be at most {most_tokens} after {prompt.shape[1]} tokens, of a {shortest} for "
+            f"{longest}, got {num_tokens}. Ask for fewer, or construct the {shortest} with a larger max_length."
         )
     if not all(takes_mask.values()):
         slots = prompt.shape[1]

@@ -30,26 +30,16 @@ def language_model(mixer):
     return model
 
 
-def like(model, noise):
-    """A model whose greedy tokens are often this one's."""
-    graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + noise * x.std() * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, moved))
-
-
-@pytest.mark.parametrize("mixer,draft", [("softmax", "softmax"), ("deltanet", "hybrid"), ("hybrid", "deltanet")])
+@pytest.mark.parametrize("mixer,draft", [("softmax", "deltanet"), ("deltanet", "hybrid"), ("hybrid", "softmax")])
 def test_greedy_tokens_are_the_models_own(mixer, draft):
     """Up to the last learned position, of unequal prompts and of samples that stop at unequal places or never."""
     model = language_model(mixer)
-    draft = like(model, 0.1) if draft == mixer else language_model(draft)
     wanted = np.array(model.generate(PROMPT, 37, mask=MASK))
     stop = next(token for token in range(11) if 0 < (wanted == token).any(1).sum() < 3)
     for row in wanted:
         ends = np.flatnonzero(row == stop)
         row[ends[0] if len(ends) else 37 :] = stop
-    found = model.generate(PROMPT, 37, mask=MASK, stop_token=stop, draft=draft, draft_tokens=3)
+    found = model.generate(PROMPT, 37, mask=MASK, stop_token=stop, draft=language_model(draft), draft_tokens=3)
     np.testing.assert_array_equal(found, wanted)
 
 
