@@ -1,6 +1,5 @@
 """The checks that every layer makes of its arguments, before any work."""
 
-import numbers
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
@@ -104,7 +103,7 @@ def check_number(owner: str, name: str, value: Any, interval: str, instead: str)
     """Refuses what is no number of an interval such as "[0, 1)", whose end at a parenthesis is left out."""
     low, high = map(float, interval[1:-1].split(","))
     if (
-        not isinstance(value, numbers.Real)
+        not isinstance(value, int | float | np.integer | np.floating)
         or isinstance(value, bool)
         or not low <= value <= high
         or (value == low and interval[0] == "(")
