@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import generation, positions
+from subquad.zoo.cache import KVCache
 from subquad.zoo.checks import check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, blocks_of_layers, first_outside, mixers_of_layers
 from subquad.zoo.experts import RouterLosses
@@ -242,6 +243,15 @@ class CausalLM(nnx.Module):
         key_mask = None if mask is None else mask[:, None, None, :]
         hidden, layers = encoder.extend_blocks(hidden, cache.layers, key_mask, deterministic=deterministic, rngs=rngs)
         return self.project(hidden), LMCache(layers, at[:, -1] + 1)
+
+    def rewind(self, cache: LMCache, count: Int[Array, "B"]) -> LMCache | None:
+        """The cache without the last `count` real tokens of each sample; None where a layer's does not keep them one by one.
+
+        A `KVCache` does: a token's slot is its position, and nothing sees those from the length on.
+        """
+        if not all(type(layer) is KVCache for layer in cache.layers):
+            return None
+        return LMCache(tuple(layer._replace(length=layer.length - count) for layer in cache.layers), cache.length - count)
 
     generate = generation.generate
     stream = generation.stream

@@ -2,22 +2,25 @@
 
 python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
 python scripts/generate.py runs/train/runs/softmax-seed0-... --prompt "Once upon" --temperature 0.8
+python scripts/generate.py runs/train/runs/softmax-seed0-... --draft runs/small/runs/softmax-seed0-... --draft-tokens 6
 """
 
 import argparse
-import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import trained
+from subquad import zoo
+from subquad.lra import models, tasks, trained
 from subquad.lra.cli import commands
 from subquad.lra.data import encodings
+from subquad.lra.run import Run
 
 
 def parse(command_line: Sequence[str] | None, program: str):
@@ -28,6 +31,8 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely byte each time; default: 1")
     parser.add_argument("--top-k", type=int, help="sample among so many most likely bytes only")
     parser.add_argument("--top-p", type=float, help="sample among the most likely bytes that together have this probability")
+    parser.add_argument("--draft", metavar="RUN", help="run of a smaller model, which proposes bytes; same text, sooner")
+    parser.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="bytes it proposes at a time; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="of the samples; default: 0")
     return parser.parse_args(command_line)
 
@@ -35,33 +40,54 @@ def parse(command_line: Sequence[str] | None, program: str):
 def main(command_line: Sequence[str] | None = None, program: str = "generate") -> int:
     """Does what the words of a command line say; None: of this process."""
     arguments = parse(command_line, program)
-    model, run, task = trained.load(arguments.run)
-    if task.kind != "language_model":
-        raise ValueError(f"run must be of a language model, got one on {task.name}. Train one with --task pylib_lm or --text.")
+    model, run, task = language_model(arguments.run, "run")
+    draft = None if arguments.draft is None else language_model(arguments.draft, "draft")[0]
     prompt = os.fsencode(arguments.prompt)  # what was typed, whether UTF-8 or not
     if not prompt:
         raise ValueError("prompt must have at least one byte, got ''. Leave it out for a new line.")
     ids = jnp.asarray(encodings.shifted(np.frombuffer(prompt, np.uint8))[None].astype(np.int32))
-    count, longest = arguments.tokens, model.model.longest
+    count = arguments.tokens
     if count is None:
-        count = 256 if longest is None else max(1, min(256, longest - ids.shape[1] + 1))
-    tokens = model.model.stream(
+        longest = [one.longest for one in (model, draft) if one is not None and one.longest is not None]
+        count = max(1, min([256, *(length - ids.shape[1] + 1 for length in longest)]))
+    tokens = model.stream(
         ids, count, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
-        stop_token=task.end_of_document, rngs=nnx.Rngs(arguments.seed),
+        stop_token=task.end_of_document, draft=draft, draft_tokens=arguments.draft_tokens, rngs=nnx.Rngs(arguments.seed),
     )  # fmt: skip
-    began, count = time.perf_counter(), 0
-    first = next(tokens)  # whose compilation still refuses words
-    write(prompt)
-    for token in itertools.chain([first], tokens):
-        byte = int(token[0]) - 1
-        if byte + 1 == task.end_of_document:
-            break
-        write(bytes([byte]) if byte >= 0 else b"")  # 0 is padding, which no text holds
-        count += 1
-    write(b"\n")
+    began = time.perf_counter()
+    count, share = follow(tokens, prompt, task.end_of_document)
     rate = count / (time.perf_counter() - began)
-    print(f"{count} bytes of {run.layer}, {rate:.2g} a second with what was compiled.", file=sys.stderr)
+    stood = "" if share is None else f" {share:.0%} of the bytes of the draft stood."
+    print(f"{count} bytes of {run.layer}, {rate:.2g} a second with what was compiled.{stood}", file=sys.stderr)
     return 0
+
+
+def language_model(folder: str, name: str) -> tuple[zoo.CausalLM, Run, tasks.Task]:
+    """The language model of a run's folder, the run and its task."""
+    model, run, task = trained.load(folder)
+    if not isinstance(model, models.LanguageModel):
+        raise ValueError(
+            f"{name} must be of a language model, got one on {task.name}. Train one with --task pylib_lm or --text."
+        )
+    return model.model, run, task
+
+
+def follow(
+    tokens: Generator[Any, None, float | None], prompt: bytes, end_of_document: int | None
+) -> tuple[int, float | None]:
+    """Writes the prompt, and the bytes of a stream of one sample as they come -> (how many, what the stream returns)."""
+    count, text = 0, prompt  # which waits for the first token, whose compilation still refuses words
+    while True:
+        try:
+            token = int(next(tokens)[0])
+        except StopIteration as end:
+            write(b"\n")
+            return count, end.value
+        if token != end_of_document:
+            text += bytes([token - 1]) if token > 0 else b""  # 0 is padding, which no text holds
+            count += 1
+        write(text)
+        text = b""
 
 
 def write(text: bytes) -> None:

@@ -96,12 +96,25 @@ def test_the_command_goes_on_from_a_prompt(folder):
     assert b"bytes of linear" in done.stderr
 
 
+def test_the_command_takes_a_draft(folder, capfdbinary):
+    from subquad.lra.cli import generate
+
+    words, texts = [str(folder), "--prompt", "To", "--tokens", "12", "--temperature", "0"], []
+    for more in ([], ["--draft", str(folder), "--draft-tokens", "3"]):
+        generate.main([*words, *more])
+        texts.append(capfdbinary.readouterr())
+    assert texts[0].out == texts[1].out
+    assert b"100% of the bytes of the draft stood" in texts[1].err and b"draft" not in texts[0].err
+
+
 @pytest.mark.parametrize(
     "words,message",
     [
         (["nowhere"], "must hold run.json"),
         (["--prompt", ""], "prompt must have at least one byte"),
         (["--top-p", "2"], "top_p must be"),
+        (["--draft", "nowhere"], "must hold run.json"),
+        (["--draft", "{folder}", "--draft-tokens", "0"], "draft_tokens must be"),
         (["--top-k", "1000"], "top_k must be in 1..257"),
         (["--prompt", 20 * "x", "--tokens", "6"], "num_tokens must be at most 5 after 20 tokens, of a model for 24, got 6"),
         (["--prompt", 25 * "x"], "num_tokens must be at most 0 after 25 tokens"),
@@ -112,6 +125,7 @@ def test_the_command_names_what_is_wrong(words, message, folder, capfdbinary):
     from subquad.lra.cli import generate
 
     with pytest.raises((ValueError, RunError), match=message):
+        words = [word.format(folder=folder) for word in words]
         generate.main(words if words[0] == "nowhere" else [str(folder), *words])
     assert not capfdbinary.readouterr().out, "an error comes before the text"
 

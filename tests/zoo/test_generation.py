@@ -223,9 +223,9 @@ def test_a_stream_is_the_generation_and_ends_where_every_sample_has_stopped():
     wanted = model.generate(prompt, 8, rngs=nnx.Rngs(0), **call)
     found = list(model.stream(prompt, 8, rngs=nnx.Rngs(0), **call))
     np.testing.assert_array_equal(jnp.stack(found, 1), wanted)
-    before = generation._next._cache_size()
+    before = generation._round._cache_size()
     list(model.stream(prompt, 8, rngs=nnx.Rngs(1), **call))
-    assert generation._next._cache_size() == before
+    assert generation._round._cache_size() == before
     ones = jnp.full((4, 4), -jnp.inf).at[jnp.arange(4), jnp.array([1, 2, 3, 0])].set(0.0)  # counts on
     found = list(zoo.stream(Bigrams(ones), jnp.array([[0], [1]]), 10, stop_token=3))
     np.testing.assert_array_equal(jnp.stack(found, 1), [[1, 2, 3], [2, 3, 3]])

@@ -56,4 +56,6 @@ def test_models_trace_under_strict_settings(positions):
         dual, model = zoo.DualEncoder(3, **options), zoo.CausalLM(**options)
         jax.eval_shape(lambda tokens: dual(tokens, tokens, mask=mask, other_mask=mask, **draws()), tokens)
         jax.eval_shape(lambda tokens: model(tokens, mask=mask, **draws()), tokens)
-        jax.eval_shape(lambda tokens: model.generate(tokens, 4, rngs=nnx.Rngs(2), **sampling), tokens)
+        for draft in (None, model):
+            generate = lambda tokens, draft=draft: model.generate(tokens, 4, rngs=nnx.Rngs(2), draft=draft, **sampling)
+            jax.eval_shape(generate, tokens)
