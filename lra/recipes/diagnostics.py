@@ -107,7 +107,7 @@ DIAGNOSTICS = Recipe(
         "recall/overwritten": dict(positions=None),
         "induction|mqar": dict(LONGER, steps=1500, learning_rate=2e-3, evaluate_every=250),
         "parity|modular_addition|s5": dict(LONGER, steps=1000, evaluate_every=200),
-        f"parity|modular_addition|s5 {ORDERED}": dict(positions=None),
+        f"* {ORDERED}": dict(positions=None),
         # A state that is reflected takes turns.
         "parity|modular_addition|s5 deltanet|gated_deltanet|kda": dict(layer_options=dict(negative_eigenvalues=True)),
         "mad": dict(steps=1000, evaluate_every=200),
