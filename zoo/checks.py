@@ -206,20 +206,20 @@ def check_extend(layer, inputs, cache, mask) -> Bool[Array, "B 1 1 T"] | None:
         refuse(owner, "inputs", inputs.shape, "have shape [B, T, D] in extend", "Flatten the batch axes.")
     capacity, longest = room(cache) if hasattr(cache, "length") else 1, getattr(layer, "max_length", None)
     capacity = capacity if longest is None else min(capacity, longest)
-    like = jax.eval_shape(lambda: layer.init_cache(inputs.shape[0], capacity))
-    wanted: Any = jax.tree.structure(like)
-    if wanted != jax.tree.structure(cache):
+    like = jax.eval_shape(lambda: layer.init_cache(1, capacity))  # jax.export may leave the batch size open
+    kind: Any = jax.tree.structure(like)
+    if kind != jax.tree.structure(cache):
         raise TypeError(
             f"{owner}: cache must be a {type(like).__name__}, got {type(cache).__name__}. "
             "Pass what init_cache, or the call before, returned."
         )
     for array, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(like), strict=True):
-        found = jnp.shape(array)
-        if expected.ndim and found[:1] != inputs.shape[:1]:
+        found, wanted = jnp.shape(array), (inputs.shape[0], *expected.shape[1:]) if expected.ndim else ()
+        if expected.ndim and found[:1] != wanted[:1]:
             refuse(owner, "cache", f"an array of shape {found}", f"hold {inputs.shape[0]} sequences, as inputs do",
                    "Call init_cache with that batch_size.")
-        if found != expected.shape:
-            refuse(owner, "cache", f"one of shape {found}", f"be of this layer, with an array of shape {expected.shape}",
+        if found != wanted:
+            refuse(owner, "cache", f"one of shape {found}", f"be of this layer, with an array of shape {wanted}",
                    "Pass what this layer's init_cache, or the call before, returned.")
     mask = check_mask(owner, mask, inputs.shape[:1], 1, 1, inputs.shape[1], pairwise=False)
     mask = None if mask is None else jnp.broadcast_to(mask, (inputs.shape[0], 1, 1, inputs.shape[1]))

@@ -17,8 +17,8 @@ def probabilities(
         top_k: of the k most likely tokens only, the first of equal ones; None: of all.
         top_p: of the fewest most likely tokens that add up to at least this, after temperature and top_k; None: of all.
     Example:
-        >>> probabilities(jnp.log(jnp.array([0.5, 0.3, 0.2])), 1.0, top_k=2).round(3).tolist()
-        [0.625, 0.375, 0.0]
+        >>> probabilities(jnp.log(jnp.array([0.5, 0.25, 0.25])), 1.0, top_k=1).tolist()
+        [1.0, 0.0, 0.0]
     """
     logits = logits.astype(jnp.float32)
     best = logits.max(-1, keepdims=True)

@@ -41,7 +41,7 @@ def test_every_command_is_listed_and_explains_itself(monkeypatch, capsys):
         (("tabel",), "subquad: command must be a known one, got 'tabel'. Did you mean 'table'?"),
         (("train", "--stesp", 7), "subquad train: option must be a known one, got '--stesp'. Did you mean '--steps'?"),
         (("table", "--paper", "s44"), "subquad table: paper must be a known name, got 's44'. Did you mean 's4'?"),
-        (("report", "nothing.csv"), "subquad report: file must hold rows of training or of measurements, got nothing.csv."),
+        (("report", "nothing.csv"), "subquad report: file must be there, got nothing.csv, which is none."),
     ],
 )
 def test_a_wrong_word_is_one_line(words, said, monkeypatch, capsys):
