@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subquad.lra import layers, models, optim, recipes, tasks, train
+from subquad.lra import layers, models, optim, recipes, tasks
 from subquad.lra.bench import measure, timing
 from subquad.lra.files import one_line
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.plan import plan as plan_run
 from subquad.lra.run import Run
+from subquad.lra.step import batch_gradient, train_step
 from subquad.lra.tasks import Task
 from subquad.zoo import registry
 
@@ -173,7 +174,7 @@ def _function(run: Run, task: Task, mode: str, model, batch=None) -> tuple[Calla
         def gradient(parameters, fixed, batch):
             # As the first training step draws.
             key = jax.random.fold_in(jax.random.key(run.seed), 0)
-            ((value, (count, _)), found), _ = train.batch_gradient(run, objective, graph, parameters, fixed, key, batch)
+            ((value, (count, _)), found), _ = batch_gradient(run, objective, graph, parameters, fixed, key, batch)
             return value / count, found
 
         return gradient, (parameters, fixed, batch)
@@ -181,7 +182,7 @@ def _function(run: Run, task: Task, mode: str, model, batch=None) -> tuple[Calla
     state = functools.partial(optim.initial_state, run, optimiser)
     concrete = isinstance(jax.tree.leaves(parameters)[0], jax.Array)
     state = state(parameters, statistics) if concrete else jax.eval_shape(state, parameters, statistics)
-    return lambda *words: train.train_step(run, objective, graph, optimiser, *words), (state, fixed, batch)
+    return lambda *words: train_step(run, objective, graph, optimiser, *words), (state, fixed, batch)
 
 
 def _batch(run: Run, task: Task) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from flax import nnx
 from subquad.lra import models, tasks, train
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.plan import plan
+from subquad.lra.step import batch_gradient
 
 SPLITS = {"train": 16, "validation": 8, "test": 8}
 TASK = tasks.Task(
@@ -36,7 +37,7 @@ def test_the_loss_has_the_routers_losses_and_cutting_the_batch_changes_nothing()
     for accumulate in (1, 4):
         run = small_run(accumulate=accumulate, **words)
         graph, parameters, _, fixed = models.split(models.build(run, TASK))
-        step = lambda parameters, run=run, graph=graph, fixed=fixed: train.batch_gradient(
+        step = lambda parameters, run=run, graph=graph, fixed=fixed: batch_gradient(
             run, objective, graph, parameters, fixed, jax.random.key(0), one
         )
         found.append(jax.jit(step)(parameters)[0])

@@ -19,6 +19,7 @@ from subquad.lra import checkpoints, models, tasks, train, trained
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.plan import explain, plan
 from subquad.lra.report import examples, ledger
+from subquad.lra.step import batch_gradient
 
 LENGTH, COUNTS = 6, {"train": 9, "validation": 4, "test": 5}
 TASK = tasks.Task(
@@ -119,7 +120,7 @@ def test_the_gradient_within_a_sequence_is_that_of_a_call(layer):
         batch["carried"] = models.empty_carried(run, graph, parameters, fixed)
         if carry:  # what was there before a row begins does not count
             batch["carried"] = jax.tree.map(lambda a: a + 1, batch["carried"])
-        step = functools.partial(train.batch_gradient, run, OBJECTIVES[TASK.kind], graph)
+        step = functools.partial(batch_gradient, run, OBJECTIVES[TASK.kind], graph)
         found.append(jax.jit(step)(parameters, fixed, jax.random.key(0), batch)[0])
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)

@@ -19,6 +19,7 @@ from flax import nnx
 from subquad.lra import checkpoints, evaluation, models, objectives, optim, tasks, train
 from subquad.lra.data import pipeline, store
 from subquad.lra.plan import plan
+from subquad.lra.step import train_step
 from tests.lra.data import in_memory
 
 SMALL = dict(config="tiny", in_features=16, num_layers=1, mlp_features=16, batch_size=16, evaluate_every=20)
@@ -129,7 +130,7 @@ def test_accumulation_equals_the_large_batch(kind):
         graph, parameters, fixed = nnx.split(models.build(run, task), nnx.Param, ...)
         optimiser = optax.sgd(0.1)
         state = optim.initial_state(run, optimiser, parameters)
-        step = jax.jit(functools.partial(train.train_step, run, objectives.OBJECTIVES[task.kind], graph, optimiser))
+        step = jax.jit(functools.partial(train_step, run, objectives.OBJECTIVES[task.kind], graph, optimiser))
         for _ in range(3):
             state, loss = step(state, fixed, batch)
         after[accumulate] = (*jax.tree.leaves(state["parameters"]), loss)

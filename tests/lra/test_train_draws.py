@@ -13,6 +13,7 @@ from flax import nnx
 from subquad.lra import evaluation, models, optim, tasks, train
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.plan import plan
+from subquad.lra.step import batch_gradient, train_step
 
 SIZES = {"train": 60, "validation": 20, "test": 24}
 TASK = tasks.Task(
@@ -45,7 +46,7 @@ GRAPH, WEIGHTS, FIXED = nnx.split(Weights(), nnx.Param, ...)
 
 
 def test_every_part_of_a_batch_has_draws_of_its_own():
-    gradient = functools.partial(train.batch_gradient, small_run(accumulate=4), Drawing(), GRAPH, WEIGHTS, FIXED)
+    gradient = functools.partial(batch_gradient, small_run(accumulate=4), Drawing(), GRAPH, WEIGHTS, FIXED)
     batch = {"pick": jnp.eye(4)}
     ((total, (count, _)), slopes), _ = gradient(jax.random.key(0), batch)
     (draws,) = jax.tree.leaves(slopes)
@@ -58,7 +59,7 @@ def test_every_step_and_every_seed_has_draws_of_its_own_and_repeats_them():
     def losses(seed):
         run, optimiser = small_run(seed=seed), optax.sgd(0.0)
         state = optim.initial_state(run, optimiser, WEIGHTS)
-        step = jax.jit(functools.partial(train.train_step, run, Drawing(), GRAPH, optimiser))
+        step = jax.jit(functools.partial(train_step, run, Drawing(), GRAPH, optimiser))
         found = []
         for _ in range(4):
             state, loss = step(state, FIXED, {"pick": jnp.eye(4)[:1]})
@@ -113,7 +114,7 @@ def test_statistics_of_batch_norms_are_the_mean_over_the_parts_of_a_batch_and_ar
         graph, parameters, statistics, fixed = models.split(models.build(run, task))
         optimiser = optax.sgd(0.0)
         state = optim.initial_state(run, optimiser, parameters, statistics)
-        step = jax.jit(functools.partial(train.train_step, run, OBJECTIVES["classification"], graph, optimiser))
+        step = jax.jit(functools.partial(train_step, run, OBJECTIVES["classification"], graph, optimiser))
         found[accumulate] = step(state, fixed, batch)[0]
     # The embeddings are those of two tokens: the means of the first norm can be counted.
     first = lambda state: state["statistics"]["classifier"]["encoder"]["blocks"][0]["mixer_norm"]["mean"][...]
@@ -136,7 +137,7 @@ def test_centroids_move_in_training_alone():
     graph, parameters, statistics, fixed = models.split(models.build(run, dataclasses.replace(TASK, kind="classification")))
     optimiser = optax.sgd(0.0)
     state = optim.initial_state(run, optimiser, parameters, statistics)
-    moved = train.train_step(run, OBJECTIVES["classification"], graph, optimiser, state, fixed, batch)[0]["statistics"]
+    moved = train_step(run, OBJECTIVES["classification"], graph, optimiser, state, fixed, batch)[0]["statistics"]
     layer = nnx.merge(graph, parameters, statistics, fixed).classifier.encoder.blocks[0]
     tokens = nnx.merge(graph, parameters, statistics, fixed).classifier.encoder.embed(batch["inputs"])
     want = layer.mixer.updated_centroids(layer.mixer_norm(tokens))
