@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch, patterns, softmax
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
-from subquad.zoo.cache import KVCache, append, next_position, places, poisoned
+from subquad.zoo.cache import KVCache, append, in_dtypes_of, next_position, places, poisoned
 from subquad.zoo.checks import (
     cache_dtype,
     check_call,
@@ -352,9 +352,9 @@ class Attention(nnx.Module):
         if self.rotary_base is not None:
             positions = places(next_position(cache), inputs.shape[1])
             heads = *self.rotate(*heads[:2], positions, positions), *heads[2:]
-        heads, cache = self.attend_cached(*heads, mask, cache)
+        heads, after = self.attend_cached(*heads, mask, cache)
         outputs = self.out(heads)
-        return outputs if order is None else order.unpack(outputs), cache
+        return outputs if order is None else order.unpack(outputs), in_dtypes_of(cache, after)
 
     def cache_dtype(self, dtype: Any):
         """The dtype of cached keys and values: `dtype`, or that of the computation on float32 inputs."""

@@ -1,6 +1,6 @@
 """The explicit caches of `extend`: immutable pytrees that go in and come out; nothing hides in a module."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,11 @@ def places(start: Int[Array, "*B"], length: int) -> Int[Array, "*B T"]:
 def next_position(cache) -> Int[Array, "B"]:
     """The position of each sample's next token: how many real ones a cache has seen."""
     return cache.seen if hasattr(cache, "seen") else cache.length
+
+
+def in_dtypes_of(before: Any, cache: Any) -> Any:
+    """The cache in the dtypes that it had before, so that a loop can carry it whatever the layer computed in."""
+    return jax.tree.map(lambda old, new: new.astype(old.dtype), before, cache)
 
 
 def counts(tokens: Array, mask: Bool[Array, "B 1 1 T"] | None) -> Int[Array, "B"]:

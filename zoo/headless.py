@@ -13,7 +13,7 @@ from subquad.kernels import dispatch, patterns
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import padding
 from subquad.zoo.base import Support, check_options, options_of
-from subquad.zoo.cache import StateCache, counts
+from subquad.zoo.cache import StateCache, counts, in_dtypes_of
 from subquad.zoo.checks import (
     check_call,
     check_causality,
@@ -172,9 +172,9 @@ class Headless(nnx.Module):
     def _extend(self, inputs, cache, mask):
         order = None if mask is None else padding.real_first(mask, inputs.shape[0])
         inputs = self._promote(inputs if order is None else order.pack(inputs))
-        responses, cache = self._respond_cached(inputs, cache, None if order is None else order.mask[:, None, None])
+        responses, after = self._respond_cached(inputs, cache, None if order is None else order.mask[:, None, None])
         outputs = in_pieces(self.finish, inputs, responses)
-        return outputs if order is None else order.unpack(outputs), cache
+        return outputs if order is None else order.unpack(outputs), in_dtypes_of(cache, after)
 
     def _respond_cached(self, inputs: Float[Array, "B T D"], cache: Any, mask) -> tuple[Float[Array, "B T R"], Any]:
         """`respond` for T more tokens after those in `cache`, of which `mask` [B, 1, 1, T] has the real ones first."""

@@ -108,12 +108,3 @@ def test_oracle_layer():
         return ours(inputs["x"])
 
     oracle.compare("rwkv4", peer, run)
-
-
-@pytest.mark.parametrize(("kept", "given"), [("float64", "float64"), ("float32", "float64"), ("float64", "float32")])
-def test_computes_in_float64_from_a_float32_state(kept, given):
-    with jax.enable_x64(True):
-        layer, x = build(param_dtype=kept), jax.ShapeDtypeStruct((2, 5, FEATURES), given)
-        outputs, cache = jax.eval_shape(lambda x: layer.extend(x, layer.init_cache(2, 5)), x)
-        assert jax.eval_shape(layer, x).dtype == outputs.dtype == jnp.float64
-        assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype("float32")}

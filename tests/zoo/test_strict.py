@@ -30,6 +30,18 @@ def test_layer_traces_under_strict_settings(name, is_causal):
                 jax.eval_shape(lambda x, layer=layer: layer.extend(x, layer.init_cache(2, 20), mask=mask), inputs(9))
 
 
+@sampled
+@pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS, ids=label)
+def test_float64_is_computed_in_and_caches_keep_their_dtypes(name, is_causal):
+    with jax.enable_x64(True):
+        layer, x = CASES[name].make(is_causal), jax.ShapeDtypeStruct(inputs(9).shape, jnp.float64)
+        assert jax.eval_shape(layer, x).dtype == jnp.float64
+        if is_causal and name in EXTENDING:
+            before = jax.eval_shape(lambda: layer.init_cache(2, 20))
+            outputs, after = jax.eval_shape(lambda x: layer.extend(x, layer.init_cache(2, 20)), x)
+            assert outputs.dtype == jnp.float64 and after == before
+
+
 def test_masks_and_positions_trace_under_strict_settings():
     with strict():
         at, of = jnp.arange(3), jnp.arange(8).reshape(2, 4)

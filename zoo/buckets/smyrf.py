@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import softmax
+from subquad.kernels import precision, softmax
 from subquad.kernels.patterns import SameBlock
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_sizes
@@ -124,9 +124,10 @@ def attend_by_rank(query, key, value, real: Bool[Array, "B T"], of_queries, of_k
         )
         back = jnp.argsort(queries, axis=1)
         out, lse = (take(x, back) for x in found)
-        out, lse = softmax.merge([merged[0], out.astype(jnp.float32)], [merged[1], lse])
+        out, lse = softmax.merge([merged[0], precision.wide(out)], [merged[1], lse])
         return (out, lse), None
 
-    start = jnp.zeros(value.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+    dtype = jnp.promote_types(value.dtype, jnp.float32)
+    start = jnp.zeros(value.shape, dtype), jnp.full(query.shape[:3], -jnp.inf, dtype)
     (heads, _), _ = jax.lax.scan(round_, start, (of_queries.swapaxes(0, 1), of_keys.swapaxes(0, 1)))
     return heads.astype(value.dtype)
