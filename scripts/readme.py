@@ -16,7 +16,19 @@ from subquad import zoo
 from subquad.lra import tasks
 from subquad.lra.cli import commands
 from subquad.lra.data.diagnostics import configs as diagnostics
-from subquad.lra.report import csv_rows, ledger, measurements, overview, plots, results, text_tables
+from subquad.lra.report import (
+    cells,
+    comparison,
+    csv_rows,
+    ledger,
+    measurements,
+    overview,
+    plots,
+    published,
+    results,
+    text_tables,
+    verdicts,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 READMES = ("README.md", "kernels/README.md", "lra/README.md", "zoo/README.md")
@@ -223,6 +235,21 @@ def diagnostics_table() -> str:
     return "\n".join(rows)
 
 
+def reproduced_tables() -> str:
+    """Published tables of which cells were run: the rows that were, theirs and ours, and what came of them."""
+    known, parts = ledger.read_ledger([]), []
+    for (paper, name), source in published.sources().items():
+        judged = [verdicts.judge(cell, known) for cell in cells.cells_of_table(paper, name)]
+        ran = {one.cell.row for one in judged if one.results}
+        shown = [one for one in judged if one.cell.row in ran and one.results]
+        if not shown:
+            continue
+        title, *notes = f"{comparison.title(source)}. Theirs / ours.", *comparison.notes(source, shown, known)
+        notes += comparison.footnotes(shown)
+        parts += [f"**{title}**", "", text_tables.markdown(comparison.matrix(shown)), "", " ".join(notes), ""]
+    return "\n".join(parts)
+
+
 def cost_table(rows) -> str:
     """Steps per second and memory against length, as the arena's table 2."""
     table = measurements.tables([row for row in rows if row.mode == "train"])[0]
@@ -239,6 +266,7 @@ def generated() -> dict[str, str]:
         "quickstart": results.markdown(results.read_results(QUICKSTART)),
         "tasks": task_table(results.read_results(OFFLINE), csv_rows.read_rows(FLOORS, ledger.Floor)),
         "diagnostics": diagnostics_table(),
+        "reproduced": reproduced_tables(),
         "abilities": task_table(results.read_results(ABILITIES), []),
         "costs": cost_table(measurements.read_measurements(COSTS)),
         "peers": peers_table(peers),

@@ -18,10 +18,17 @@ LEAST_TOLERANCE = 1.0
 # Of a ratio of speeds or of memory, as a factor: machines differ.
 RATIO_TOLERANCE = 1.25
 CHANCE = 50.0  # of Path-X, in per cent
-COLUMNS = {"path_x": ("pathfinder", "128_hard"), "path_256": ("pathfinder", "256_hard")}
+LONGEST_TEST = 16_384  # tokens of a trained model's further tests: 500 examples of more take hours
+# What a table's column is called -> the task and its configuration, where the name alone does not say.
+COLUMNS = {
+    "path_x": ("pathfinder", "128_hard"), "path_256": ("pathfinder", "256_hard"),
+    **{name: ("mad", name) for name in ("compression", "fuzzy_recall", "in_context_recall", "memorisation", "noisy_recall")},
+    "mad_selective_copy": ("mad", "selective_copy"),  # Mamba's paper has a task of this name, too
+}  # fmt: skip
 NAMES = {
     "listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "image": "Image", "pathfinder": "Pathfinder",
     "path_x": "Path-X", "path_256": "Path-256", "average": "Average", "all": "All tasks",
+    "mad_selective_copy": "selective copy",
 }  # fmt: skip
 
 
@@ -31,6 +38,7 @@ class Answer:
 
     Attributes:
         recipe, layer, layer_options: what `plan.plan` takes; recipe None: nothing here answers, and `cannot` says why.
+        values: more of what it takes.
         note: what the published model computes, where that is not what its name says.
     """
 
@@ -39,6 +47,7 @@ class Answer:
     layer_options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     cannot: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ _DIAGONAL = "The released kernel leaves out half of B that the theorem has; here
 _DRAWN_OTHERWISE = "How B and C were drawn for this Lambda is not in what was read."
 _UNKNOWN = "the size of its model is not in what was read"
 _OWN_RESIDUAL = _none("its layer is its own residual branch, and every block here adds another")
+_MEAN = _none("a mean over levels of difficulty, each at the best of six rates and decays; --recipe mad trains one of them")
 _MACHINE = _none("an absolute time or memory of its authors' machine; scripts/bench_lra.py has this machine's")
 
 # (paper, table) -> row -> what answers. A row that is not there has no layer here.
@@ -164,6 +174,17 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
         "Local Attention": Answer("nystromformer", "local", note="The window's size is not in what was read."),
     },
     ("flashattention", "6"): {"FlashAttention": _none(_UNKNOWN)},
+    ("mamba", "11"): {
+        "MHA-Abs": Answer("mamba", "softmax"),
+        "MHA-RoPE": Answer("mamba", "softmax", dict(rotary_base=10_000), values=dict(positions=None)),
+        "H3": Answer("mamba", "h3"),
+        "Hyena": _none("its filters end at the length that was trained"),
+        "Mamba": Answer("mamba", "mamba"),
+    },
+    ("mamba", "1"): _rows("mamba", {"S4": "s4", "H3": "h3", "H3, Hyena": "hyena", "Mamba": "mamba"}) | dict.fromkeys(
+        ("S6", "H3, S6", "Mamba, S4", "Mamba, Hyena"), _none("one layer inside another's block: no such layer here")
+    ),
+    ("mad", "deltanet"): dict.fromkeys(("Transformer", "Hyena", "Mamba", "GLA", "DeltaNet"), _MEAN),
 }  # fmt: skip
 
 
@@ -190,7 +211,7 @@ def _cell(source: published.Source, figure: published.Figure, transformer: Mappi
         **{**vars(figure), "note": _joined(answer.note, figure.note)},
         id=".".join(re.sub("[^a-z0-9]+", "_", str(word).lower()).strip("_") for word in words if word is not None),
         recipe=None if cannot else "bench" if measured else answer.recipe, layer=None if cannot else answer.layer,
-        overrides={} if cannot else {name: value for name, value in overrides.items() if value},
+        overrides={} if cannot else {name: value for name, value in overrides.items() if value} | dict(answer.values),
         tolerance=RATIO_TOLERANCE if measured else tolerance,
         source=f"{source.work}{f', arXiv {source.arxiv}' * bool(source.arxiv)}, table {source.table}, row {figure.row}",
         cannot=cannot, deviations=deviations,
@@ -206,6 +227,8 @@ def _unanswered(figure: published.Figure, measured: bool, answer: Answer) -> str
     if figure.metric in ("accuracy", "train_accuracy"):
         if figure.task == "average":
             return "made of the other columns"
+        if figure.length is not None and figure.length > LONGEST_TEST:
+            return f"tested up to {LONGEST_TEST:,} tokens; train.py --test-lengths {figure.length} goes on"
         return "its schedule is not in what was read" if answer.recipe == "bench" else ""
     if measured:
         return ""

@@ -23,9 +23,9 @@ from subquad.lra.run import Run
 
 def missing(
     cells: Sequence[Cell], known: Ledger, seeds: int, evaluate_every: int | None = None
-) -> list[tuple[Run, list[str]]]:
-    """The runs that cells wait for, each once, with the ids of its cells; `evaluate_every` as in `train_missing`."""
-    found: dict[str, tuple[Run, list[str]]] = {}
+) -> list[tuple[Run, list[Cell]]]:
+    """The runs that cells wait for, each once, with its cells; `evaluate_every` as in `train_missing`."""
+    found: dict[str, tuple[Run, list[Cell]]] = {}
     for cell in cells:
         if cell.cannot or cell.recipe == "bench":
             continue
@@ -34,7 +34,7 @@ def missing(
             if evaluate_every is not None and not validations_count(vars(run)):
                 run = dataclasses.replace(run, evaluate_every=evaluate_every)
             if not known.has(run):
-                found.setdefault(run.id, (run, []))[1].append(cell.id)
+                found.setdefault(run.id, (run, []))[1].append(cell)
     return list(found.values())
 
 
@@ -75,22 +75,23 @@ def train_missing(
         return whole._replace(hours=whole.hours * undone(run, folder / run.id))
 
     wanted = missing(cells, known, seeds, evaluate_every)
-    waiting = sorted(((price(run), run, ids) for run, ids in wanted), key=lambda one: one[0].hours)
+    waiting = sorted(((price(run), run, its) for run, its in wanted), key=lambda one: one[0].hours)
     if waiting:
         hours = sum(cost.hours for cost, _, _ in waiting)
         say(f"Missing runs: {len(waiting)}, about {hours:.3g} hours on {machine.hardware()}.")
     began, failures = time.monotonic(), 0
-    for number, (cost, run, ids) in enumerate(waiting, 1):
+    for number, (cost, run, its) in enumerate(waiting, 1):
         left = None if budget_hours is None else budget_hours - (time.monotonic() - began) / 3600
         if left is not None and cost.hours >= left:
             rest = len(waiting) - number + 1
             say(f"Left for another time: {rest}. The next would take {cost}, of a budget that has {max(left, 0):.3g} h left.")
             break
-        say(f"[{number}/{len(waiting)}] {', '.join(ids)}, seed {run.seed}: {cost}")
+        say(f"[{number}/{len(waiting)}] {', '.join(cell.id for cell in its)}, seed {run.seed}: {cost}")
         say(json.dumps(dataclasses.asdict(run), sort_keys=True))
         try:
             with budget(left):
-                row = train.train(run, out=folder / run.id, data_dir=data_dir, resume=True)
+                lengths = [cell.length for cell in its if cell.length is not None]
+                row = train.train(run, out=folder / run.id, data_dir=data_dir, resume=True, test_lengths=lengths)
         except UsedUp as stopped:
             say(f"The budget is used up. {stopped}The same command goes on from there.")
             break
@@ -113,7 +114,8 @@ def time_missing(
     Returns: how many could not be timed.
     """
     waiting, failures = missing(cells, known, 1), 0
-    for number, (run, ids) in enumerate(waiting, 1):
+    for number, (run, its) in enumerate(waiting, 1):
+        ids = [cell.id for cell in its]
         task = tasks.find_task(run.task, run.config)
         try:
             timed = step_timings.time_steps(run, task, steps)

@@ -91,11 +91,12 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
         task = tasks.find_task(run.task, run.config)
         command = _command(cell, f"{_prepare(task, data_dir)}python scripts/reproduce_table.py", options)
         return Verdict(cell, "not run", reason=cell.note, command=command, cost=costs.forecast(run, task, ledger))
-    if cell.metric == "train_accuracy":
-        rows = [row for row in rows if row.accuracy_train is not None]
-        if not rows:
-            return Verdict(cell, "cannot", reason="its run is of a version that did not score train")
-    values = [100 * (row.accuracy_train if cell.metric == "train_accuracy" else row.accuracy) for row in rows]
+    scores = {row.seed: score_for(cell, row, tasks.find_task(run.task, run.config)) for row in rows}
+    reasons = [score for score in scores.values() if isinstance(score, str)]
+    rows = [row for row in rows if not isinstance(scores[row.seed], str)]
+    if not rows:
+        return Verdict(cell, "cannot", reason=reasons[0])
+    values = [100 * scores[row.seed] for row in rows]
     ours, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
     theirs = CHANCE if cell.value is None else cell.value
     close = abs(ours - theirs) <= cell.tolerance
@@ -109,6 +110,15 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     reason = "; ".join([*([] if close else filter(None, [cell.note])), *collapsed, *looks, *lost])
     found = dict(ours=ours, spread=spread, difference=ours - theirs, seeds=len(rows), reason=reason, results=tuple(rows))
     return Verdict(cell, "reproduced within tolerance" if close else "differs", **found)
+
+
+def score_for(cell: Cell, row: Result, task: tasks.Task) -> float | str:
+    """A run's score, a fraction, of what a cell is about: test or train, at the cell's own length; or why there is none."""
+    if cell.metric == "train_accuracy":
+        return "its run is of a version that did not score train" if row.accuracy_train is None else row.accuracy_train
+    if cell.length in (None, task.length):
+        return row.accuracy
+    return json.loads(row.scores_by_length or "{}").get(str(cell.length), "its run was not tested at this length")
 
 
 def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:

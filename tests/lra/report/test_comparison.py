@@ -106,6 +106,30 @@ def test_accuracies_of_train_are_answered_by_the_run_of_test(tmp_path):
     assert verdicts.judge(of_train, found).outcome == "reproduced within tolerance"
 
 
+@pytest.mark.usefixtures("nothing_shipped")
+def test_accuracies_at_other_lengths_are_answered_by_the_run_that_was_tested_there(tmp_path):
+    at = {length: cell(f"mamba.11.h3.induction.{length}", "mamba", "11") for length in (256, 512, 1024, 2048, 32768)}
+    run = verdicts.run_of(at[256])
+    assert all(verdicts.run_of(at[length]) == run for length in (512, 1024, 2048))
+    assert verdicts.judge(at[512], known(tmp_path)).outcome == "not run"
+    named = {word: getattr(run, word) for word in ("layer", "task", "config", "recipe", "seed")}
+    scores = json.dumps({"512": 0.8, "1024": "no memory"})
+    row = made(accuracy=1.0, configuration=json.dumps(dataclasses.asdict(run)), scores_by_length=scores, **named)
+    judged = {length: verdicts.judge(one, known(tmp_path, row)) for length, one in at.items()}
+    assert [judged[length].ours for length in (256, 512)] == [100, pytest.approx(80)]
+    assert judged[512].outcome == "reproduced within tolerance"
+    reasons = [judged[length].reason for length in (1024, 2048)]
+    assert reasons == ["no memory", "its run was not tested at this length"]
+    assert judged[32768].reason == "tested up to 16,384 tokens; train.py --test-lengths 32768 goes on"
+
+
+def test_what_answers_may_have_more_values_of_a_run():
+    ids = (f"mamba.11.{row}.induction.512" for row in ("mha_abs", "mha_rope"))
+    absolute, rotated = (verdicts.run_of(cell(name, "mamba", "11")) for name in ids)
+    assert (absolute.positions, rotated.positions) == ("sinusoidal", None)
+    assert rotated.layer_options == {**absolute.layer_options, "rotary_base": 10_000}
+
+
 def test_a_failure_is_a_row(tmp_path):
     name = f"{TRANSFORMER}.listops"
     one = verdicts.judge(cell(name), known(tmp_path, result(name, None, status="failed: non-finite loss by step 30")))

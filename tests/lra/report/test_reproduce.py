@@ -36,8 +36,10 @@ def trained(monkeypatch):
     """Runs are not trained but recorded; the one of the layer "local" is stopped."""
     done = []
 
-    def train(run, *, out, data_dir, resume):
+    def train(run, *, out, data_dir, resume, test_lengths):
         assert resume and out.name == run.id
+        if run.task == "induction":
+            assert test_lengths == [512, 1024]
         if run.layer == "local":
             raise Interrupted(f"Stopped at step 3 of {run.steps}; saved in {out}. Go on with --resume.")
         if run.layer == "linformer":
@@ -67,6 +69,13 @@ def test_missing_runs_are_trained_cheapest_first_and_once(tmp_path, trained):
     assert len(results.read_results(path)) == 4
     reproduce.train_missing(wanted, path, known=ledger.read_ledger([path]), **words)
     assert len(trained) == 4
+
+
+def test_cells_of_several_lengths_are_one_run(tmp_path, trained):
+    wanted = [one for one in cells.cells_of_table("mamba", "11") if one.row == "Mamba" and one.length in (512, 1024)]
+    path = tmp_path / "ledger.csv"
+    assert reproduce.train_missing(wanted, path, known=ledger.Ledger({}, [], {}), say=lambda text: None) == 0
+    assert [run.layer for run in trained] == ["mamba"]
 
 
 def test_a_budget_and_ctrl_c_stop_between_and_in_runs(tmp_path, trained):
@@ -128,5 +137,5 @@ def test_what_a_checkpoint_has_done_is_taken_off_the_estimate(tmp_path):
 
 def test_one_run_that_answers_to_several_tables_is_missing_once():
     wanted = [one for table in ("1", "3") for one in cells.cells_of_table("lra", table) if one.row == "Transformer"]
-    found = {tuple(ids) for _, ids in reproduce.missing(wanted, ledger.read_ledger(), 1)}
+    found = {tuple(cell.id for cell in its) for _, its in reproduce.missing(wanted, ledger.read_ledger(), 1)}
     assert (f"{TRANSFORMER}.image", f"{IMAGE}.train_accuracy", IMAGE) in found
