@@ -19,6 +19,7 @@ from subquad.zoo.checks import (
     check_causality,
     check_dtypes,
     check_extend,
+    check_rngs,
     check_sizes,
     check_sowing,
     require_extend,
@@ -63,7 +64,7 @@ class Headless(nnx.Module):
     def __init__(
         self, in_features: int, *, out_features: int | None = None, is_causal: bool = False, dtype: Any = None,
         param_dtype: Any = jnp.float32, precision: Any = None, implementation: dispatch.Implementation | None = None,
-        **unknown: Any,
+        rngs: nnx.Rngs, **unknown: Any,
     ):  # fmt: skip
         owner = type(self).__name__
         check_options(owner, unknown, options_of(type(self)) - set(unknown))
@@ -72,6 +73,7 @@ class Headless(nnx.Module):
         check_causality(owner, self.supports, is_causal)
         check_dtypes(owner, dtype=dtype, param_dtype=param_dtype)
         dispatch.check_name(owner, implementation)
+        check_rngs(owner, rngs)
         self.in_features, self.out_features = in_features, out_features
         self.is_causal, self.implementation = is_causal, implementation
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision

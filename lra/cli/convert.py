@@ -85,6 +85,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "convert") ->
     arguments = parse(command_line, program)
     teacher, before, task = trained.load(arguments.run)
     check(teacher, before, task)
+    registry.find(arguments.layer)  # an unknown name is told before text is asked for
     task, own = text_of(arguments, task)
     run = run_of(arguments, teacher, before, task)
     converted = zoo.convert(teacher, run.layer, rngs=nnx.Rngs(run.seed), **run.layer_options)

@@ -1,5 +1,6 @@
 """What no layer takes, asked of every layer that could: refused by name, with what there is instead."""
 
+import functools
 import inspect
 import re
 
@@ -127,8 +128,9 @@ def test_options_of_another_kind(name):
         with refused(name, f"{word} must be a floating-point dtype, got"):
             case.make(not case.supports.bidirectional, **{word: value})
     for rngs in (0, jax.random.key(0)):
-        with refused(name, "rngs must be an nnx.Rngs, got", TypeError):
-            zoo.make(name, in_features=FEATURES, rngs=rngs, **case.options)
+        for made in (functools.partial(zoo.make, name), layer):
+            with refused(name, "rngs must be an nnx.Rngs, got", TypeError):
+                made(in_features=FEATURES, rngs=rngs, **case.options)
 
 
 def test_a_mixer_without_heads_sows_no_weights():

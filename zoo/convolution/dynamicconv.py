@@ -65,7 +65,7 @@ class DynamicConv(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         self.convolution = ShortConvolution(
             self, num_heads=num_heads, conv_width=conv_width, is_dynamic=True, use_glu=use_glu, dropout_rate=dropout_rate,
             rngs=rngs,

@@ -106,7 +106,7 @@ class Hyena(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         check_sizes(owner, max_length=max_length, order=order, conv_width=conv_width, filter_features=filter_features,
                     num_inner=num_inner, num_bands=num_bands)

@@ -94,7 +94,7 @@ class LSRA(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         conv_heads = num_heads if conv_heads is None else conv_heads
         check_sizes(owner, num_heads=num_heads, conv_heads=conv_heads, conv_width=conv_width)

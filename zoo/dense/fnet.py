@@ -56,7 +56,7 @@ class FNet(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         self.out = None if shell.get("out_features") is None else self.linear(in_features, self.out_features, rngs)
 
     def respond(self, inputs, mask, segment_ids):

@@ -77,7 +77,7 @@ class GAU(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         if (max_length is None) == (is_causal or bias == "simple"):
             refuse("GAU", "max_length", max_length, "be given where is_causal or with bias='simple', and only then",
                    "Without these n is the number of tokens.")

@@ -82,7 +82,7 @@ class Mamba2(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner, hidden = type(self).__name__, 2 * in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, head_features=head_features, state_size=state_size, num_groups=num_groups,
                     conv_width=conv_width)

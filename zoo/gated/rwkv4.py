@@ -71,7 +71,7 @@ class RWKV4(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         hidden = in_features if hidden_features is None else hidden_features
         check_sizes(type(self).__name__, hidden_features=hidden)
         self.hidden_features = hidden

@@ -78,7 +78,7 @@ class RWKV6(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner, hidden = type(self).__name__, in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, head_features=head_features, mix_rank=mix_rank, decay_rank=decay_rank)
         check_divides(owner, f"hidden_features = {hidden}", hidden, head_features=head_features)

@@ -81,7 +81,7 @@ class FLASH(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("FLASH", chunk_size=chunk_size)
         self.chunk_size = int(chunk_size)
         unit.build(self, 4, shared_features, value_features, bias, rotary_base, self.chunk_size, rngs)

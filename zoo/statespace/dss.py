@@ -89,7 +89,7 @@ class DSS(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         check_sizes(owner, state_size=state_size)
         check_word(owner, "normalization", normalization, get_args(Normalization))

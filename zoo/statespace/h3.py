@@ -81,7 +81,7 @@ class H3(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         width = state_size if conv_width is None else conv_width
         check_sizes(owner, head_features=head_features, state_size=state_size, conv_width=width)

@@ -62,7 +62,7 @@ class HGRN(Headless):
         self, in_features: int, *, lower_bound: float = 0.0, is_causal: bool = False, rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):  # fmt: skip
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         check_number(type(self).__name__, "lower_bound", lower_bound, "[0, 1)", "Layer k of K takes k / K.")
         self.lower_bound = lower_bound
         self.input, self.gate = (self.linear(in_features, 2 * in_features, rngs) for _ in range(2))

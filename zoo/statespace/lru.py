@@ -72,7 +72,7 @@ class LRU(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         check_sizes(owner, state_size=state_size)
         check_number(owner, "r_max", r_max, "(0, 1]", "0.99 and 0.999 are the paper's.")

@@ -82,7 +82,7 @@ class Mamba(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         hidden = 2 * in_features if hidden_features is None else hidden_features
         rank = -(-in_features // 16) if step_rank is None else step_rank

@@ -93,7 +93,7 @@ class Mega(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         value_features = 2 * in_features if value_features is None else value_features
         check_sizes(owner, state_size=state_size, shared_features=shared_features, value_features=value_features)

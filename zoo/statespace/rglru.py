@@ -77,7 +77,7 @@ class RGLRU(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner, hidden = type(self).__name__, in_features if hidden_features is None else hidden_features
         check_sizes(owner, hidden_features=hidden, num_blocks=num_blocks, conv_width=conv_width)
         check_divides(owner, f"hidden_features = {hidden}", hidden, num_blocks=num_blocks)

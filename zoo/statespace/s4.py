@@ -86,7 +86,7 @@ class S4(Headless):
         **shell: Unpack[HeadlessShell],
     ):
         owner = type(self).__name__
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         num_ssm = in_features if num_ssm is None else num_ssm
         if discretization is None:
             discretization = "bilinear" if mode == "dplr" else "zoh"

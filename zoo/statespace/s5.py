@@ -82,7 +82,7 @@ class S5(Headless):
         rngs: nnx.Rngs,
         **shell: Unpack[HeadlessShell],
     ):
-        super().__init__(in_features, is_causal=is_causal, **shell)
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
         owner = type(self).__name__
         check_sizes(owner, state_size=state_size, num_blocks=num_blocks)
         if state_size % (2 * num_blocks):
