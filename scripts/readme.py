@@ -202,7 +202,9 @@ def task_table(rows, floors) -> str:
     for layer in ran:
         body.append([layer, *(score(layer, column.get(layer), firsts[kind]) for kind, column in columns.items())])
     if others := [layer for layer in zoo.LAYERS if layer not in ran]:
-        notes.append(f"Not run: {', '.join(others)}.")
+        notes.append(f"Not run: {', '.join(others) if len(others) <= 12 else f'the other {len(others)} layers'}.")
+    if any("" in row for row in body):
+        notes.append("An empty cell was not run.")
     for rule, what in results.FLOORS.items():
         cells = [results.floor_cell(rule, reached.get((*kind, rule))) for kind in firsts]
         if any(cells):
@@ -215,7 +217,7 @@ def score(layer: str, group, one) -> str:
     """The score alone; how many seeds it is of stands once, below the table."""
     if group is None:
         needs_causal = tasks.find_task(one.task, one.config.partition(overview.AT)[0]).needs_causal
-        return "not causal" if needs_causal and not zoo.LAYERS[layer].supports.causal else "not run"
+        return "not causal" if needs_causal and not zoo.LAYERS[layer].supports.causal else ""
     return results.score_of_seeds(group).partition(" (")[0]
 
 
