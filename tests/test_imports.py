@@ -17,7 +17,8 @@ ALLOWED = {
             "tensorflow_datasets", "array_record", "PIL", "rich", "matplotlib", "tensorboardX", "absl", "etils", "pandas",
             "filelock", "scipy"},
 }
-MAY_IMPORT_TRITON = ("triton.py", "rules.py", "through_jax_triton.py", "interpreter.py", "machine_code.py")
+MAY_IMPORT_TRITON = ("triton.py", "rules.py", "chunk_kernels.py", "through_jax_triton.py", "interpreter.py",
+                     "machine_code.py")  # fmt: skip
 ANYWHERE = {"jax", "jaxtyping", "numpy", "einops"} | set(sys.stdlib_module_names)
 
 

@@ -18,14 +18,14 @@ def small_blocks(monkeypatch):
         launch.require("interpret")
     except launch.Declined as reason:
         pytest.skip(str(reason))
-    from subquad.kernels.linear import triton
+    from subquad.kernels.linear import passes, triton
 
     def small(kernel, plan, x, width, columns):
-        is_whole = x.erase is not None and kernel is triton.linear_states
+        is_whole = x.erase is not None and kernel is passes.linear_states
         return tuning.Config(dict(BLOCK_M=width if is_whole else 16, BLOCK_V=16))
 
     whole = triton.plan_of
-    monkeypatch.setattr(triton, "heuristic", small)
+    monkeypatch.setattr(passes, "heuristic", small)
     monkeypatch.setattr(triton, "plan_of", lambda *args, **options: dataclasses.replace(whole(*args, **options), chunk=16))
 
 
