@@ -294,8 +294,9 @@ def heuristic(kernel, plan: Plan, x: Operands, features: int, values: int) -> tu
     return tuning.Config(dict(BLOCK_M=min(block_m, features), BLOCK_V=min(block_v, values)), warps, stages)
 
 
-# Of query, key, value, log scales or decays, segments, projection; of the state: itself, its sums, the largest log scale; beta.
-ARRAYS = ("b t n h", "b s n h", "b s n v", "b s n k", "b s", "b m h", "b n m v", "b n m", "b n", "b s n")
+# Of query, key, value, log scales or decays, segments, projection; of the state: itself, its sums, the largest log scale; beta;
+# the reader of what is erased.
+ARRAYS = ("b t n h", "b s n h", "b s n v", "b s n k", "b s", "b m h", "b n m v", "b n m", "b n", "b s n", "b r n h")
 OUTPUTS = ("b t n v", "b n m v", "b n m", "b n")
 SHARED = [[5]]  # may be one for all samples
 run_sums = operation(forward, backward, arrays=ARRAYS, outputs=OUTPUTS, shared=SHARED)

@@ -53,22 +53,28 @@ def advance_after_reading(bonus, states, query, key, values, decay=None, beta=No
 
 
 def advance_erasing(states, query, key, values, decay, reader, eraser):
-    """`advance`, where what a `reader` finds in the states before its token is taken away under its `eraser`, [B, N, C, M].
-
-    What is found, x_t = r_t^T S_{t-1}, depends on the x of the tokens before: (I + L) x = what readers find of the states
-    before the chunk and of values, with L the scores of readers with the erasers before them.
-    """
-    later = next_ones(reader, 2)
-    before = lambda keys: after_first(jnp.zeros_like(keys[:, :, :1] @ keys.mT), scores(later, keys, decay), 2)
-    solve, to_values = precision.full(inverse_of_unit_lower)(before(eraser)), before(key)
-    known = (after_first(reader[:, :, :1] @ state, read(later, state, decay), 2) for state in states)
-    found = [solve @ (x + to_values @ value) for x, value in zip(known, values, strict=True)]
+    """`advance`, where what a `reader` finds in the states before its token is taken away under its `eraser`, [B, N, C, M]."""
+    of_state, of_values = erase_rule(reader, eraser, key, decay)
+    found = [of_state @ state + of_values @ value for state, value in zip(states, values, strict=True)]
     states, outputs = zip(*(
         (whole_chunk(state, decay) + write(key, value, decay) - write(eraser, x, decay),
          read(query, state, decay) + scores(query, key, decay) @ value - scores(query, eraser, decay) @ x)
         for state, value, x in zip(states, values, found, strict=True)
     ), strict=True)  # fmt: skip
     return states, outputs
+
+
+@precision.full
+def erase_rule(reader, eraser, key, decay):
+    """What readers find, x = X S + Y v, of the state S before the chunk and of values: X [B, N, C, M] and Y [B, N, C, C].
+
+    x_t = r_t^T S_{t-1} depends on the x of the tokens before: (I + L) x = what readers find of S and of values, with L the
+    scores of readers with the erasers before them.
+    """
+    later = next_ones(reader, 2)
+    before = lambda keys: after_first(jnp.zeros_like(keys[:, :, :1] @ keys.mT), scores(later, keys, decay), 2)
+    solve = inverse_of_unit_lower(before(eraser))
+    return solve @ after_first(reader[:, :, :1], decayed(later, decay), 2), solve @ before(key)
 
 
 def own_score(bonus, query, key):

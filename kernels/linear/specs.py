@@ -138,11 +138,21 @@ def make_reading_first(length, dtype, rng, **options):
     return arrays | dict(bonus=jnp.asarray(rng.normal(size=arrays["state"].shape[1:3]), jnp.float32))
 
 
+def make_erasing(length, dtype, rng, **options):
+    """As `make_gated`, with keys of unit length that read what is then erased in part, of each channel another."""
+    arrays = make_gated(length, dtype, rng, **options)
+    reader = rng.normal(size=(*arrays["query"].shape[:2], *arrays["state"].shape[1:3]))
+    reader /= np.linalg.norm(reader, axis=-1, keepdims=True)
+    eraser = rng.uniform(size=reader.shape) * reader
+    return arrays | dict(reader=jnp.asarray(reader, dtype), eraser=jnp.asarray(eraser, dtype))
+
+
 def call_gated(arrays, implementation):
     state = (arrays["state"], arrays["sums"]) if "sums" in arrays else arrays["state"]
+    erase = (arrays["reader"], arrays["eraser"]) if "reader" in arrays else None
     return linear.gated(
         arrays["query"], arrays["key"], arrays["value"], arrays["decay"], beta=arrays.get("beta"), bonus=arrays.get("bonus"),
-        floor=arrays.get("floor"), normalize="sums" in arrays, initial_state=state, return_state=True, scale=0.3,
+        floor=arrays.get("floor"), erase=erase, normalize="sums" in arrays, initial_state=state, return_state=True, scale=0.3,
         implementation=implementation,
     )  # fmt: skip
 
@@ -186,6 +196,7 @@ SPECS = [
     gated_spec("channels-bonus", make_reading_first, channels=True),
     gated_spec("delta", delta=True),
     gated_spec("channels-delta", channels=True, delta=True),
+    gated_spec("channels-erasing", make_erasing, channels=True),
 ]
 
 
@@ -226,4 +237,5 @@ GRID = [
     *over_gated("channels", make_gated, channels=True),
     *over_gated("delta", make_gated, 128, delta=True),  # float32 takes no more
     *over_gated("channels-delta", make_gated, 128, channels=True, delta=True),
+    *over_gated("channels-erasing", make_erasing, 128, channels=True),
 ]

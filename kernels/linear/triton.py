@@ -46,7 +46,7 @@ def attend(features, is_causal, eps, query, key, value, projection, key_log_scal
 
     def run(query, key, value, log_scale, segments, state):
         log_scale = None if log_scale is None else log_scale[..., None]
-        out, *state = run_means(plan, query, key, value, log_scale, segments, projection, *state, None)
+        out, *state = run_means(plan, query, key, value, log_scale, segments, projection, *state, None, None)
         return out, tuple(state)
 
     if projection is not None and max(query.shape[1], key.shape[1]) > PIECE:
@@ -76,7 +76,7 @@ def in_segments(plan: Plan, query, key, value, log_scale, segments, projection, 
 
     def add(query, key, values, is_new, state):
         log_decay = jnp.broadcast_to(jnp.where(is_new, -jnp.inf, 0.0), (*query.shape[:3], 1))
-        return run_sums(causal, query, key, values, log_decay, None, None, state, None, None, None)[:2]
+        return run_sums(causal, query, key, values, log_decay, None, None, state, None, None, None, None)[:2]
 
     is_new = lambda ids: jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])[..., None, None]
     flip = lambda x: jnp.flip(x, 1)
@@ -141,17 +141,15 @@ def joined(pieces, length: int):
 
 def gated(query, key, value, log_decay, beta, bonus, floor, erase, initial_state, normalize, scale, *, mode):
     """See `linear.gated`; returns the outputs and the state after the last token."""
-    if erase is not None:
-        raise launch.Declined("erase must be None, got some. The other implementations have it.")
     dtype = value.dtype
     query, key, value = repeated(initial_state.shape[1], 2, query, key, value)
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
-    if normalize and (beta is not None or bonus is not None or floor is not None):
+    if normalize and not all(x is None for x in (beta, bonus, floor, erase)):
         # A sum of keys that is corrected, too, is one of the values; and a kernel divides by nothing else than the sum.
         value, width = with_one_more(*with_ones(value)), value.shape[3]
         state = with_one_more(initial_state[..., :-1], initial_state[..., -1:])
-        out, state = gated(query, key, value, log_decay, beta, bonus, None, None, state, False, scale, mode=mode)
+        out, state = gated(query, key, value, log_decay, beta, bonus, None, erase, state, False, scale, mode=mode)
         return normalized(out[..., :width], out[..., width : width + 1], floor).astype(dtype), state[..., : width + 1]
     if bonus is not None:
         later = recurrence.next_ones(query, 1)
@@ -160,14 +158,29 @@ def gated(query, key, value, log_decay, beta, bonus, floor, erase, initial_state
         first = precision.full(jnp.matmul)(wide_query[:, 0, :, None], initial_state).swapaxes(1, 2)
         own = recurrence.own_score(precision.wide(bonus), wide_query, wide_key) * wide_value
         return (recurrence.after_first(scale * first, precision.wide(out), 1) + scale * own).astype(dtype), state
+    reader = None
+    if erase is not None:
+        reader, eraser = erase
+        query, key, value, log_decay = in_two_steps(query, key, value, log_decay, eraser.astype(key.dtype))
     plan = plan_of(
         (query, key, value), mode, prepare=with_decay, features="given", is_causal=True, divides=normalize, hides=False,
-        differentiates=("late", "early"), scale=scale, eps=0.0, is_delta=beta is not None,
+        differentiates=("late", "early"), scale=scale, eps=0.0, is_delta=not (beta is None and erase is None),
     )  # fmt: skip
     state, sums = (initial_state[..., :-1], initial_state[..., -1]) if normalize else (initial_state, None)
     run = run_means if normalize else run_sums
-    out, state, sums, _ = run(plan, query, key, value, log_decay, None, None, state.astype(jnp.float32), sums, None, beta)
+    out, state, sums, _ = run(
+        plan, query, key, value, log_decay, None, None, state.astype(jnp.float32), sums, None, beta, reader
+    )
+    out = out if erase is None else out[:, 1::2]
     return out, jnp.concatenate([state, sums[..., None]], -1) if normalize else state
+
+
+def in_two_steps(query, key, value, log_decay, eraser):
+    """Each token as two, as the delta rule's kernel takes them: the first decays and erases, the second writes and is asked."""
+    two = lambda first, second: jnp.stack([first, second], 2).reshape(len(first), -1, *first.shape[2:])
+    before = lambda x: two(jnp.zeros_like(x), x)
+    decay = None if log_decay is None else two(log_decay, jnp.zeros_like(log_decay))
+    return before(query), two(eraser, key), before(value), decay
 
 
 def plan_of(arrays, mode, is_delta=False, **options) -> Plan:
@@ -186,7 +199,7 @@ def plan_of(arrays, mode, is_delta=False, **options) -> Plan:
     return Plan(chunk=min(most, padded(length)), bf16=bf16, precision=precision, mode=mode, **options)
 
 
-def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, state, sums, largest, beta):
+def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, state, sums, largest, beta, reader):
     """A plan's `prepare` for `linear.gated`: sums of log decays that start anew in every chunk."""
     g = parts = erase = None
     (batch, length, heads, _), cut = query.shape, lambda x: cut_chunks(x.astype(jnp.float32), plan.chunk)
@@ -194,8 +207,11 @@ def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, s
         parts, channels = recurrence.cumulate(cut(log_decay)), log_decay.shape[3]
         g = jnp.stack(parts, 3).reshape(batch, heads, -1, plan.chunk + 1, len(parts), channels)
         parts = parts if channels > 1 else [g[..., 0] for g in parts]
-    if beta is not None:
-        found = without_state(cut(key), cut(value), parts, cut(beta[..., None])[..., 0])
+    if beta is not None or reader is not None:
+        if reader is None:
+            found = without_state(cut(key), cut(value), parts, cut(beta[..., None])[..., 0])
+        else:
+            found = erased_without_state(cut_chunks(reader.astype(jnp.float32), plan.chunk // 2), cut(key), cut(value), parts)
         joined = lambda x: x.reshape(batch, heads, -1, x.shape[3])[:, :, :length].swapaxes(1, 2).astype(plan.dtype)
         erase, value = map(joined, found)
     return Operands(query, key, value, g, g, state, sums, erase), None
@@ -204,12 +220,23 @@ def with_decay(plan: Plan, query, key, value, log_decay, segments, projection, s
 @jax.checkpoint  # exponentials of every pair and channel are not kept for the derivative
 @precision.full
 def without_state(key, value, decay, beta):
-    """W and U of the table above, for chunks [B, N, C, ...]."""
+    """W and U of `passes`, for chunks [B, N, C, ...]."""
     solve = recurrence.delta_rule(key, decay, beta)
     return solve @ recurrence.decayed(key, decay), solve @ value
 
 
-def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, projection, state, sums, largest, _):
+@jax.checkpoint
+@precision.full
+def erased_without_state(reader, key, value, decay):
+    """W and U of `passes` for tokens that are two each: what the first reads of the state, and finds of values."""
+    decay = None if decay is None else [g[:, :, ::2] for g in decay]
+    (eraser, key), value = (key[:, :, 0::2], key[:, :, 1::2]), value[:, :, 1::2]
+    of_state, of_values = recurrence.erase_rule(reader, eraser, key, decay)
+    two = lambda first, second: jnp.stack([first, second], 3).reshape(*first.shape[:2], -1, first.shape[3])
+    return two(of_state, jnp.zeros_like(of_state)), two(-of_values @ value, value)
+
+
+def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, projection, state, sums, largest, *_):
     """A plan's `prepare` for `linear.attention`: g is -c of a query, the largest r up to it, and -r of a key.
 
     c cancels in what is divided, and keeps all weights at most 1; it is a constant to every derivative.

@@ -338,13 +338,6 @@ def test_a_head_too_wide_for_the_delta_rule_is_declined_with_the_reason():
         jax.eval_shape(lambda x: linear.gated(**x, implementation="triton"), arrays)
 
 
-def test_triton_declines_to_erase():
-    arrays = draw("channels", 20)
-    arrays["erase"] = arrays["key"], arrays["key"]
-    with launch.recording(), pytest.raises(launch.Declined, match="erase must be None"):
-        jax.eval_shape(lambda x: linear.gated(**x, implementation="triton"), arrays)
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_takes_the_widest_heads_with_the_delta_rule(dtype):

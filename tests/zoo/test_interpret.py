@@ -19,11 +19,10 @@ OPTIONS = {
 }  # fmt: skip
 SEGMENTS_DECLINED = {(name, is_causal) for name in ("s4", "dss") for is_causal in (True, False)}
 
-# Fourier transforms, long and short convolutions, entmax, sticks, gated units, lists of keys and what erases under a key of its
-# own are XLA's alone.
+# Fourier transforms, long and short convolutions, entmax, sticks, gated units and lists of keys are XLA's alone.
 WITHOUT = {
     "fnet", "entmax", "stickbreaking", "moba", "nsa", "memorizing", "lightconv", "dynamicconv", "h_transformer", "gau",
-    "flash", "rwkv7", "hyena",
+    "flash", "hyena",
 }  # fmt: skip
 DIRECTIONS, SEGMENTED = ([pair for pair in pairs if pair[0] not in WITHOUT] for pairs in (DIRECTIONS, SEGMENTED))
 DIRECTIONS = [pair for pair in DIRECTIONS if pair != ("routing", False)]  # its lists are of keys
