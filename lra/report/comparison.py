@@ -41,7 +41,8 @@ def notes(source: published.Source, verdicts: Sequence[Verdict], ledger: Ledger)
         found.append(f"Commits of our runs: {', '.join(commits)}.")
     if any(one.cell.metric == "accuracy" for one in verdicts):
         found += floors(verdicts, ledger)
-        found.append("* A Path-X that failed, or that a table leaves out, counts as 50 in the average of six tasks.")
+        if any(one.theirs_marked or one.ours_marked for one in averages(verdicts)):
+            found.append("* A Path-X that failed, or that a table leaves out, counts as 50 in the average of six tasks.")
         deviating = f"twice the published deviation where there is one, {cells.LEAST_TOLERANCE:g} point at least"
         found.append(f"Tolerance: {cells.TOLERANCE:g} points; {deviating}.")
     if any(one.cell.unit == "ratio" for one in verdicts):

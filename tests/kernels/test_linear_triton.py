@@ -33,7 +33,7 @@ def small_blocks(monkeypatch):
 SEVERAL = ["linear.attention/segments", "linear.random_feature_attention/softmax-causal"]
 SEVERAL += ["linear.gated/normalized", "linear.gated/channels-delta", "linear.gated/channels-bonus"]
 OTHERS = ["linear.attention/causal", "linear.attention/bidirectional", "linear.gated/heads", "linear.gated/channels"]
-OTHERS += ["linear.gated/floored"]
+OTHERS += ["linear.gated/floored", "linear.gated/channels-erasing"]
 
 
 @pytest.mark.parametrize("name", SEVERAL + [pytest.param(name, marks=pytest.mark.full) for name in OTHERS])

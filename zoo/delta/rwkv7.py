@@ -57,7 +57,6 @@ class RWKV7(Headless):
         segment_ids: [T] or [*B, T]: different runs of equal ids do not see each other.
     Returns: [*B, T, F] in the promoted dtype of inputs and parameters.
     Raises: ValueError: head_features that do not divide; is_causal=False; a pairwise mask.
-        NotImplementedError: implementation="triton": the rule with two keys is XLA's alone.
     Numerics: decays, rates, lengths, states and the norm in float32; 1e-6 is added to a squared length.
     Example:
         >>> layer = RWKV7(64, head_features=16, rngs=nnx.Rngs(0))
