@@ -150,10 +150,14 @@ def listed(known: ledger.Ledger) -> list[list[str]]:
         every = [cell for cell in cells.cells_of_table(paper, name) if cell.task != "average"]
         judged = [verdicts.judge(cell, known) for cell in every]
         counts = Counter(one.outcome for one in judged)
+        # Several cells may wait for one run.
+        costs = {
+            one.cell.id if one.cell.recipe == "bench" else verdicts.run_of(one.cell).id: one.cost
+            for one in judged if one.cost is not None
+        }  # fmt: skip
         hours: dict[str, float] = {}
-        for one in judged:
-            if one.cost is not None:
-                hours[one.cost.hardware] = hours.get(one.cost.hardware, 0.0) + one.cost.hours
+        for cost in costs.values():
+            hours[cost.hardware] = hours.get(cost.hardware, 0.0) + cost.hours
         shown = ", ".join(f"{total:.3g} on {hardware}" for hardware, total in hours.items()) or "0"
         found = [str(counts[outcome]) for outcome in outcomes]
         rows.append([paper, name, str(len(every)), *found, shown, published.sources()[paper, name].title])

@@ -40,6 +40,18 @@ def test_the_list_has_every_table(call):
         assert cells == sum(outcomes)
 
 
+def test_hours_of_a_run_that_several_cells_wait_for_count_once(call):
+    one, both = (
+        json.loads(call("--paper", "lra", "--table", "3", "--only", *ids, "--format", "json")[1])
+        for ids in (["lra.3.transformer.image.train_accuracy"], ["lra.3.transformer.image"])
+    )  # fmt: skip
+    assert len(both) == 2 and {record["hours"] for record in both} == {one[0]["hours"]}
+    every = json.loads(call("--paper", "lra", "--table", "3", "--format", "json")[1])
+    total = sum({record["configuration"]: record["hours"] for record in every}.values())
+    listed = {tuple(line.split()[:2]): line for line in call("--list")[1].splitlines()}
+    assert f" {total:.3g} on " in listed["lra", "3"]
+
+
 def test_a_table_is_printed_in_every_form_and_written(call, tmp_path):
     code, out, _ = call("--paper", "lra", "--table", "1")
     assert code == 0 and "36.37 / " in out and "53.66*" in out and "lra.1.performer.path_x" in out
