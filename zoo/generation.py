@@ -163,18 +163,46 @@ def stream(
 def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, mask, draft, draft_tokens, rngs):
     """The checked arguments of the compiled programs: (the models' graphs, `Sampling`), which are static, and a `Request`."""
     models = {"model": model} if draft is None else {"model": model, "draft": draft}
+    takes_mask = _check_models(models)
+    rngs = call_rngs(rngs)
+    _check_sampling(temperature, top_k, top_p, rngs)
+    _check_counts(num_tokens=num_tokens, draft_tokens=draft_tokens)
+    check_tokens("generate", "prompt", prompt, mask, vocab_size=getattr(model, "vocab_size", None))
+    if prompt.shape[1] == 0:
+        raise ValueError(f"generate: prompt must have at least one token, got {prompt.shape}. Begin with a token of your own.")
+    if mask is not None and is_known(mask) and not np.asarray(mask)[:, -1].all():
+        raise ValueError("generate: mask must end in real tokens, got padding on the right. Pad prompts on the left.")
+    slots, most, room = _lengths(models, prompt.shape[1], num_tokens, takes_mask)
+    if slots > prompt.shape[1]:
+        padding = [(0, 0), (slots - prompt.shape[1], 0)]
+        mask = jnp.pad(jnp.ones(prompt.shape, bool) if mask is None else mask, padding)
+        prompt = jnp.pad(prompt, padding)
+    # By its state: nnx.jit would write the model back, which a caller's jax.jit does not allow.
+    graphs, states = zip(*map(nnx.split, models.values()), strict=True)
+    key = jax.random.key(0) if rngs is None else rngs.dropout()
+    stop_tokens = () if stop_token is None else tuple(int(x) for x in np.atleast_1d(stop_token))
+    sampling = Sampling(temperature == 0, top_k, stop_tokens, room, most, 0 if draft is None else int(draft_tokens))
+    return (graphs, sampling), Request(states, prompt.astype(jnp.int32), mask, key, temperature, top_p)
+
+
+def _check_models(models: dict[str, Any]) -> bool:
+    """Refuses what cannot generate; returns whether the prompt may be padded: every `extend` takes a mask."""
     for name, one in models.items():
         if not (hasattr(one, "init_cache") and hasattr(one, "extend")):
             raise TypeError(f"generate: {name} must have init_cache and extend, got a {type(one).__name__}. CausalLM has.")
-    takes_mask = {name: "mask" in inspect.signature(one.extend).parameters for name, one in models.items()}
-    if draft is not None and not all(takes_mask.values()):
-        wrong = " and ".join(name for name, takes in takes_mask.items() if not takes)
-        raise TypeError(f"generate: {wrong} must have an extend that takes mask when draft is given, got none. CausalLM has.")
-    if not isinstance(draft_tokens, int | np.integer) or draft_tokens < 1:
-        raise ValueError(f"generate: draft_tokens must be an integer >= 1, got {draft_tokens}. Leave draft out for none.")
-    stop_tokens = () if stop_token is None else tuple(int(x) for x in np.atleast_1d(stop_token))
-    if not isinstance(num_tokens, int | np.integer) or num_tokens < 1:
-        raise ValueError(f"generate: num_tokens must be an integer >= 1, got {num_tokens}. Ask for at least one token.")
+        if nnx.split(one)[1] is one:
+            raise TypeError(
+                f"generate: {name} must be an nnx.Module or a pytree, got a {type(one).__name__}. "
+                "Register it, for example with jax.tree_util.register_dataclass."
+            )
+    wrong = [name for name, one in models.items() if "mask" not in inspect.signature(one.extend).parameters]
+    if "draft" in models and wrong:
+        both = " and ".join(wrong)
+        raise TypeError(f"generate: {both} must have an extend that takes mask when draft is given, got none. CausalLM has.")
+    return not wrong
+
+
+def _check_sampling(temperature, top_k, top_p, rngs) -> None:
     if not 0 <= temperature < jnp.inf:
         raise ValueError(f"generate: temperature must be in [0, inf), got {temperature}. Use 0 for the most likely token.")
     if top_k is not None and top_k < 1:
@@ -184,45 +212,31 @@ def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, m
     for name, value in (("top_k", top_k), ("top_p", top_p)):
         if value is not None and temperature == 0:
             raise ValueError(f"generate: {name} must be None when temperature is 0, got {value}. Set a temperature.")
-    rngs = call_rngs(rngs)
     if temperature > 0 and rngs is None:
         raise ValueError("generate: rngs must be given when temperature > 0, got None. Pass nnx.Rngs(seed).")
-    check_tokens("generate", "prompt", prompt, mask, vocab_size=getattr(model, "vocab_size", None))
-    if prompt.shape[1] == 0:
-        raise ValueError(f"generate: prompt must have at least one token, got {prompt.shape}. Begin with a token of your own.")
-    if mask is not None and is_known(mask) and not np.asarray(mask)[:, -1].all():
-        raise ValueError("generate: mask must end in real tokens, got padding on the right. Pad prompts on the left.")
-    # By its state: nnx.jit would write the model back, which a caller's jax.jit does not allow.
-    graphs, states = zip(*map(nnx.split, models.values()), strict=True)
-    for (name, one), state in zip(models.items(), states, strict=True):
-        if state is one:
-            raise TypeError(
-                f"generate: {name} must be an nnx.Module or a pytree, got a {type(one).__name__}. "
-                "Register it, for example with jax.tree_util.register_dataclass."
-            )
-    slots, most = rounded_up(prompt.shape[1]), rounded_up(num_tokens)
+
+
+def _check_counts(num_tokens, draft_tokens) -> None:
+    if not isinstance(draft_tokens, int | np.integer) or draft_tokens < 1:
+        raise ValueError(f"generate: draft_tokens must be an integer >= 1, got {draft_tokens}. Leave draft out for none.")
+    if not isinstance(num_tokens, int | np.integer) or num_tokens < 1:
+        raise ValueError(f"generate: num_tokens must be an integer >= 1, got {num_tokens}. Ask for at least one token.")
+
+
+def _lengths(models: dict[str, Any], prompt: int, num_tokens: int, pads: bool) -> tuple[int, int, int]:
+    """(tokens of the padded prompt, tokens that the program can add, room of the caches), rounded up where models allow it."""
     known = [(one.longest, name) for name, one in models.items() if getattr(one, "longest", None) is not None]
     longest, shortest = min(known, default=(None, ""))
-    if longest is not None and prompt.shape[1] + num_tokens - 1 > longest:  # the last token is never fed
-        most_tokens = max(0, longest - prompt.shape[1] + 1)
+    slots, most = rounded_up(prompt) if pads else prompt, rounded_up(num_tokens)
+    if longest is None:
+        return slots, most, slots + most - 1
+    if prompt + num_tokens - 1 > longest:  # the last token is never fed
         raise ValueError(
-            f"generate: num_tokens must be at most {most_tokens} after {prompt.shape[1]} tokens, of a {shortest} for "
+            f"generate: num_tokens must be at most {max(0, longest - prompt + 1)} after {prompt} tokens, of a {shortest} for "
             f"{longest}, got {num_tokens}. Ask for fewer, or construct the {shortest} with a larger max_length."
         )
-    if not all(takes_mask.values()):
-        slots = prompt.shape[1]
-    if longest is not None:  # padding takes room as well
-        slots = max(prompt.shape[1], min(slots, longest - num_tokens + 1))
-    room = slots + most - 1
-    if longest is not None:
-        room = max(slots + num_tokens - 1, min(room, longest))
-    if slots > prompt.shape[1]:
-        padding = [(0, 0), (slots - prompt.shape[1], 0)]
-        mask = jnp.pad(jnp.ones(prompt.shape, bool) if mask is None else mask, padding)
-        prompt = jnp.pad(prompt, padding)
-    key = jax.random.key(0) if rngs is None else rngs.dropout()
-    sampling = Sampling(temperature == 0, top_k, stop_tokens, room, most, 0 if draft is None else int(draft_tokens))
-    return (graphs, sampling), Request(states, prompt.astype(jnp.int32), mask, key, temperature, top_p)
+    slots = max(prompt, min(slots, longest - num_tokens + 1))  # padding takes room as well
+    return slots, most, max(slots + num_tokens - 1, min(slots + most - 1, longest))
 
 
 def rounded_up(length: int) -> int:
