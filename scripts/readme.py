@@ -35,6 +35,7 @@ READMES = ("README.md", "kernels/README.md", "lra/README.md", "zoo/README.md")
 PICTURE = ROOT / "lra" / "results" / "bench.png"
 QUICKSTART = ROOT / "lra" / "results" / "quickstart.csv"
 OFFLINE = ROOT / "lra" / "results" / "offline.csv"
+LANGUAGE = ROOT / "lra" / "results" / "language.csv"
 ABILITIES = ROOT / "lra" / "results" / "diagnostics.csv"
 FLOORS = ROOT / "lra" / "results" / "floors.csv"
 COSTS = ROOT / "lra" / "results" / "bench.csv"
@@ -213,6 +214,17 @@ def task_table(rows, floors) -> str:
     return "\n".join([text_tables.markdown([heading, *body]), "", " ".join([*notes, *machines])])
 
 
+def language_table(rows) -> str:
+    """One row per causal layer, the best first: bits per byte of the same model on the same text."""
+    table = results.cells(rows)
+    # Floors are those of the text, and several runs shared the machine.
+    kept = [at for at, name in enumerate(table[0]) if name != "steps/s" and not name.endswith("floor")]
+    floors = {what: getattr(rows[0], f"floor_{rule}") for rule, what in results.FLOORS.items()}
+    rules = ", ".join(f"{what} {value:.3f}" for what, value in floors.items() if value is not None)
+    shown = text_tables.markdown([[line[at] for at in kept] for line in table])
+    return f"{shown}\n\nWithout a model: {rules}. {results.caption(rows)}"
+
+
 def score(layer: str, group, one) -> str:
     """The score alone; how many seeds it is of stands once, below the table."""
     if group is None:
@@ -267,6 +279,7 @@ def generated() -> dict[str, str]:
         "oracles": oracle_table(),
         "quickstart": results.markdown(results.read_results(QUICKSTART)),
         "tasks": task_table(results.read_results(OFFLINE), csv_rows.read_rows(FLOORS, ledger.Floor)),
+        "language": language_table(results.read_results(LANGUAGE)),
         "diagnostics": diagnostics_table(),
         "reproduced": reproduced_tables(),
         "abilities": task_table(results.read_results(ABILITIES), []),
