@@ -209,7 +209,8 @@ def gated(
 
     Cost: time O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)) and about 2 sqrt(T / C) states for the backward
         pass, 2 T / C in Triton; one extended token O(M V) whatever came before. A decay per channel multiplies the products
-        inside a chunk by log2(C); beta adds O(T C (C + M + V)). Triton takes M up to 256 with beta, 128 in float32.
+        inside a chunk by log2(C); beta and erase add O(T C (C + M + V)), and erase makes two tokens of each in Triton, which takes
+        M up to 256 with either, 128 in float32.
 
     Args:
         query, key, value: each may have fewer heads than N, the most of the three: a divisor of N, and then N over it
@@ -218,7 +219,7 @@ def gated(
         beta: how much of the value that key t reads is replaced, in [0, 1]; in [0, 2] a state may also be reflected.
             Keys of unit length keep the update a contraction.
         erase: the generalised delta rule: what r_t reads of the state before the token, not decayed, is taken away under e_t.
-            Without beta and bonus. Triton has none.
+            Without beta and bonus.
         bonus: with it a token reads the state of the token before, which has not decayed since, and what it brings itself as
             much as the bonus of a channel says, before it writes it. Of 0: nothing of its own.
         floor: with normalize: the least size of what is divided by. Positive; features may then have any sign.
