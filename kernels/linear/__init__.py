@@ -209,8 +209,8 @@ def gated(
 
     Cost: time O(T (M V + C (M + V))) by chunks of C; memory O(T (M + V)) and about 2 sqrt(T / C) states for the backward
         pass, 2 T / C in Triton; one extended token O(M V) whatever came before. A decay per channel multiplies the products
-        inside a chunk by log2(C); beta and erase add O(T C (C + M + V)). Triton makes two tokens of each to erase, and takes M up
-        to 256 with either, 128 in float32.
+        inside a chunk by log2(C); beta and erase add O(T C (C + M + V)). To erase, Triton makes two tokens of each; it takes
+        M up to 256 with either, 128 in float32.
 
     Args:
         query, key, value: each may have fewer heads than N, the most of the three: a divisor of N, and then N over it
