@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from subquad import zoo
 from subquad.lra import recipes
 from subquad.lra.report import published
 
@@ -18,7 +19,8 @@ LEAST_TOLERANCE = 1.0
 # Of a ratio of speeds or of memory, as a factor: machines differ.
 RATIO_TOLERANCE = 1.25
 CHANCE = 50.0  # of Path-X, in per cent
-LONGEST_TEST = 16_384  # tokens of a trained model's further tests: 500 examples of more take hours
+# Tokens of a trained model's further tests, also of one whose cost is quadratic: 500 examples of more take hours.
+LONGEST_TEST, LONGEST_QUADRATIC_TEST = 16_384, 4096
 # What a table's column is called -> the task and its configuration, where the name alone does not say.
 COLUMNS = {
     "path_x": ("pathfinder", "128_hard"), "path_256": ("pathfinder", "256_hard"),
@@ -227,8 +229,9 @@ def _unanswered(figure: published.Figure, measured: bool, answer: Answer) -> str
     if figure.metric in ("accuracy", "train_accuracy"):
         if figure.task == "average":
             return "made of the other columns"
-        if figure.length is not None and figure.length > LONGEST_TEST:
-            return f"tested up to {LONGEST_TEST:,} tokens; train.py --test-lengths {figure.length} goes on"
+        longest = LONGEST_QUADRATIC_TEST if zoo.LAYERS[answer.layer].supports.cost == "T^2" else LONGEST_TEST
+        if figure.length is not None and figure.length > longest:
+            return f"tested up to {longest:,} tokens; train.py --test-lengths {figure.length} goes on"
         return "its schedule is not in what was read" if answer.recipe == "bench" else ""
     if measured:
         return ""
