@@ -121,8 +121,8 @@ def test_accuracies_at_other_lengths_are_answered_by_the_run_that_was_tested_the
     reasons = [judged[length].reason for length in (1024, 2048)]
     assert reasons == ["no memory", "its run was not tested at this length"]
     assert judged[32768].reason == "tested up to 16,384 tokens; train.py --test-lengths 32768 goes on"
-    quadratic = cell("mamba.11.mha_abs.induction.8192", "mamba", "11")
-    assert quadratic.cannot == "tested up to 4,096 tokens; train.py --test-lengths 8192 goes on"
+    quadratic = cell("mamba.11.mha_abs.induction.4096", "mamba", "11")
+    assert quadratic.cannot == "tested up to 2,048 tokens; train.py --test-lengths 4096 goes on"
 
 
 def test_what_answers_may_have_more_values_of_a_run():
