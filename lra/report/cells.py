@@ -178,7 +178,9 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("flashattention", "6"): {"FlashAttention": _none(_UNKNOWN)},
     ("mamba", "11"): {
         "MHA-Abs": Answer("mamba", "softmax"),
-        "MHA-RoPE": Answer("mamba", "softmax", dict(rotary_base=10_000), values=dict(positions=None)),
+        "MHA-RoPE": Answer(
+            "mamba", "softmax", dict(rotary_base=10_000), values=dict(positions=None, steps=409_600),
+        ),
         "H3": Answer("mamba", "h3"),
         "Hyena": _none("its filters end at the length that was trained"),
         "Mamba": Answer("mamba", "mamba"),
