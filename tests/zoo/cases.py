@@ -235,6 +235,7 @@ DIRECTIONS = [
 FAMILIES = {name: zoo.LAYERS[name].__module__.split(".")[-2] for name in CASES}
 SIBLINGS = [name for at, name in enumerate(CASES) if FAMILIES[name] in list(FAMILIES.values())[:at]]
 sampled = pytest.mark.sample(6, of=SIBLINGS)
+halved = pytest.mark.sample(2, of=SIBLINGS)  # of what takes longest
 CAUSAL = [name for name, is_causal in DIRECTIONS if is_causal]
 SEGMENTED = [(name, is_causal) for name, is_causal in DIRECTIONS if CASES[name].supports.segment_ids]
 EXTENDING = [name for name in CAUSAL if CASES[name].supports.extend]

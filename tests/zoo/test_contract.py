@@ -3,8 +3,8 @@
 The tests of a layer share its compiled programs (`jitted`, `gradients`, `stepped`), one for every shape: so they take the same
 shapes where they can, `LENGTH` tokens and extensions by `WIDTHS`.
 
-Every layer meets the core: shapes, gradients, causality, padding, batch-mates, extend, refusals. Of the rest (`sampled`), the
-first layer of a family meets all and its siblings a sample; -m full runs what is left out.
+Every layer meets the core: shapes, gradients, causality, padding, batch-mates, extend, refusals. Of the rest (`sampled`, and
+`halved` what takes longest) the first layer of a family meets all and its siblings a sample; -m full runs what is left out.
 """
 
 import collections
@@ -25,7 +25,21 @@ from subquad.lra.bench import measure
 from subquad.zoo.base import Attention
 
 from . import cases
-from .cases import CASES, CAUSAL, CHOOSING, DIRECTIONS, EXTENDING, FEATURES, LONG, SEGMENTED, Case, inputs, label, sampled
+from .cases import (
+    CASES,
+    CAUSAL,
+    CHOOSING,
+    DIRECTIONS,
+    EXTENDING,
+    FEATURES,
+    LONG,
+    SEGMENTED,
+    Case,
+    halved,
+    inputs,
+    label,
+    sampled,
+)
 
 by_direction = pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 by_one_direction = pytest.mark.parametrize("name,is_causal", cases.one_direction(DIRECTIONS), ids=label)
@@ -118,6 +132,7 @@ def test_bfloat16(name, is_causal):
     assert jnp.quantile(error, CHOOSING.get(name, 1.0)) < 0.03 * jnp.abs(exact).max()
 
 
+@halved
 @by_one_direction
 def test_batch_axes(name, is_causal):
     """Called eagerly, as in a notebook, a layer is compiled for a number of sequences, whatever axes they come in."""
@@ -181,6 +196,7 @@ def test_the_first_tokens_do_not_know_how_many_follow(name):
         close(jitted(name, True)(longest[:, :length]), expected[:, :length], name)
 
 
+@halved
 @by_one_direction
 def test_jacobian_stays_inside_the_pattern(name, is_causal):
     length = 13
@@ -471,6 +487,7 @@ def test_second_call_compiles_nothing(name, is_causal):
     assert TRACES[name, is_causal] == before > 0
 
 
+@halved
 @by_name
 def test_a_call_changes_nothing_in_the_layer(name):
     layer = CASES[name].make(directions(name)[-1])
@@ -707,6 +724,7 @@ LONG_DIRECTIONS = [
 ]
 
 
+@halved
 @by_one_direction
 def test_cost_grows_as_claimed(name, is_causal):
     limit = {"T": 2.2, "T log T": 3.0, "T^1.5": 3.0, "T^2": None}[CASES[name].supports.cost]
@@ -731,6 +749,7 @@ def test_cost_grows_as_claimed(name, is_causal):
     assert times <= (limit or 2.2), f"{times:.2f} times the memory at twice the length"
 
 
+@halved
 @pytest.mark.parametrize("name,is_causal", LONG_DIRECTIONS, ids=label)
 def test_64k_tokens_train_within_a_gibibyte(name, is_causal):
     """One sample of 65,536 tokens, 8 heads of 64, bfloat16: memory beside arguments and results, by the compiler."""

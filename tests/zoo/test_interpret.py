@@ -50,7 +50,7 @@ def outputs_and_gradients(layer, x, cotangent, **words):
     return run(params, x, cotangent)
 
 
-@pytest.mark.sample(2, of=SIBLINGS)
+@pytest.mark.sample(3, of=SIBLINGS)
 @pytest.mark.parametrize("name,is_causal", one_direction(DIRECTIONS), ids=label)
 def test_outputs_and_every_gradient(name, is_causal):
     x, cotangent = inputs(LENGTH), inputs(LENGTH, seed=1)
