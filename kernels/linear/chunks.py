@@ -13,16 +13,19 @@ import jax.numpy as jnp
 from subquad.kernels import precision
 from subquad.kernels.xla_cpu import from_uint_bits, hide_zeros, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
-# The weights inside a chunk cost as much as the chunk is long, a step of the loop most where it is a kernel launch.
-CPU_CHUNK, ACCELERATOR_CHUNK = 64, 128
+# The weights inside a chunk cost as much as the chunk is long, a step of the loop most where it is a kernel launch. What the
+# delta rule writes is solved for inside a chunk, which costs more.
+CPU_CHUNK, CPU_DELTA_CHUNK, ACCELERATOR_CHUNK = 64, 32, 128
 # Without the weights inside a chunk, larger ones cost nothing but memory.
 BIDIRECTIONAL_CHUNK = 256
 # At the end of a time axis: tokens that change no state. Of what is not named here, zeros.
 PADDING = {"log_scale": -jnp.inf}
 
 
-def chunk_size() -> int:
-    return CPU_CHUNK if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
+def chunk_size(is_delta: bool = False) -> int:
+    if jax.default_backend() != "cpu":
+        return ACCELERATOR_CHUNK
+    return CPU_DELTA_CHUNK if is_delta else CPU_CHUNK
 
 
 def scan(step: Callable, size: int, constants, state, arrays: dict, dtype, *, skip_unused: bool = False):

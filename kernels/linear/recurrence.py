@@ -17,7 +17,7 @@ UNIT = 2.0**-10
 # A channel that has decayed by no more is one factor of a product: exp of it, and of minus it, lose no digits.
 SLOW = 32.0
 # Scores of so few tokens are computed pair by pair where a channel has decayed by more.
-DIRECT = 16
+DIRECT = 8
 # Rows of a triangular matrix that are substituted one by one.
 SUBSTITUTED = 8
 

@@ -43,7 +43,8 @@ def gated(query, key, value, log_decay, beta, bonus, floor, erase, initial_state
     bonus = None if bonus is None else bonus.astype(jnp.float32)
     state = hide_zeros(initial_state.astype(jnp.float32))
     states = (state[..., :-1], state[..., -1:]) if normalize else (state,)
-    states, outputs = chunks.scan(step, chunks.chunk_size(), bonus, states, arrays, value.dtype)
+    size = chunks.chunk_size(is_delta=not (beta is None and erase is None))
+    states, outputs = chunks.scan(step, size, bonus, states, arrays, value.dtype)
     return outputs, jnp.concatenate(states, -1)
 
 
