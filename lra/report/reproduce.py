@@ -16,7 +16,7 @@ from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 from subquad.lra.report import costs, csv_rows, results, step_timings, verdicts
-from subquad.lra.report.cells import Cell
+from subquad.lra.report.cells import Cell, cells_of_table
 from subquad.lra.report.ledger import STEP_TIMING_KEY, Ledger, StepTiming, validations_count
 from subquad.lra.run import Run
 
@@ -90,8 +90,9 @@ def train_missing(
         say(json.dumps(dataclasses.asdict(run), sort_keys=True))
         try:
             with budget(left):
-                lengths = [cell.length for cell in its if cell.length is not None]
-                row = train.train(run, out=folder / run.id, data_dir=data_dir, resume=True, test_lengths=lengths)
+                row = train.train(
+                    run, out=folder / run.id, data_dir=data_dir, resume=True, test_lengths=lengths_to_test(its[0])
+                )
         except UsedUp as stopped:
             say(f"The budget is used up. {stopped}The same command goes on from there.")
             break
@@ -104,6 +105,13 @@ def train_missing(
         results.append(row, path, ("configuration", "status"))  # another command may have added it meanwhile
         say(f"{run.layer} on {run.task}: {row.status}" + (f", {100 * row.accuracy:.2f} %" if row.accuracy is not None else ""))
     return failures
+
+
+def lengths_to_test(cell: Cell) -> list[int]:
+    """The lengths of all cells that the run of this one answers to, also of those that nobody asked for now."""
+    table = cells_of_table(cell.paper, cell.table)
+    alike = [one for one in table if (one.recipe, one.layer, one.overrides) == (cell.recipe, cell.layer, cell.overrides)]
+    return [one.length for one in alike if one.length is not None]
 
 
 def time_missing(
