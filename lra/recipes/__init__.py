@@ -1,6 +1,6 @@
 """Recipes: pages of data, one for each paper or released configuration. `plan.plan` turns them into runs."""
 
-from subquad.lra.recipes.diagnostics import DIAGNOSTICS, MAD, MAMBA, ZOOLOGY
+from subquad.lra.recipes.diagnostics import DIAGNOSTICS, MAD, MAMBA, STATE_TRACKING, ZOOLOGY
 from subquad.lra.recipes.lra_2020 import LRA_2020
 from subquad.lra.recipes.nystromformer import NYSTROMFORMER
 from subquad.lra.recipes.quickstart import LISTOPS_SMALL, QUICKSTART
@@ -12,6 +12,6 @@ from subquad.lra.recipes.xformers import XFORMERS
 
 _EVERY = (
     QUICKSTART, LISTOPS_SMALL, LRA_2020, NYSTROMFORMER, SKYFORMER, XFORMERS, S4, S4D, S4_FIRST, S5, DIAGNOSTICS, MAMBA,
-    ZOOLOGY, MAD,
+    ZOOLOGY, MAD, STATE_TRACKING,
 )  # fmt: skip
 RECIPES: dict[str, Recipe] = {recipe.id: recipe for recipe in _EVERY}

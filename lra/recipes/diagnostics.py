@@ -140,6 +140,25 @@ MAMBA = Recipe(
     ),
 )
 
+STATE_TRACKING = Recipe(
+    id="state-tracking",
+    source="Grazzi et al. 2024, arXiv 2411.12537, section 5.1, as in NX-AI/xlstm, experiments/parity_xlstm11.yaml",
+    layers=LAYERS,
+    settings={
+        "*": dict(
+            config="xlstm", in_features=64, num_layers=2, mlp_features=128, positions=None, steps=2000, batch_size=64,
+            learning_rate=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.999, clip_norm=None, evaluate_every=200,
+        ),
+        "* softmax": LONGER,
+    },
+    deviations=(
+        ("*", "Trained for 2,000 steps of 64 sequences at width 64; theirs for 20,000 of 256, at 128 where it was read."),
+        ("*", "Validated on sequences of the trained lengths, and the last rate is 0; theirs a thousandth of the first."),
+        ("* softmax", "Which positions theirs has was not read; these are sinusoidal."),
+        ("* mlstm|mamba", "A feed-forward network follows each layer."),
+    ),
+)  # fmt: skip
+
 ZOOLOGY = Recipe(
     id="zoology",
     source="Arora et al. 2023, arXiv 2312.04927, figure 2, as in HazyResearch/zoology, experiments/iclr24_zoology_figure2",

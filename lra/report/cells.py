@@ -188,6 +188,11 @@ ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
     ("mamba", "1"): _rows("mamba", {"S4": "s4", "H3": "h3", "H3, Hyena": "hyena", "Mamba": "mamba"}) | dict.fromkeys(
         ("S6", "H3, S6", "Mamba, S4", "Mamba, Hyena"), _none("one layer inside another's block: no such layer here")
     ),
+    ("state-tracking", "3"): _rows("state-tracking", {"Transformer": "softmax", "mLSTM": "mlstm", "Mamba [0, 1]": "mamba"}) | {
+        "DeltaNet [0, 1]": Answer("state-tracking", "deltanet"),
+        "DeltaNet [-1, 1]": Answer("state-tracking", "deltanet", dict(negative_eigenvalues=True)),
+        "Mamba [-1, 1]": _none("its decays are the exponentials of the paper, which are positive"),
+    },
     ("mad", "deltanet"): dict.fromkeys(("Transformer", "Hyena", "Mamba", "GLA", "DeltaNet"), _MEAN),
 }  # fmt: skip
 

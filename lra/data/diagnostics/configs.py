@@ -22,7 +22,11 @@ CONFIGS: dict[str, dict[str, Diagnostic]] = {
         "small": MQAR(length=32, pairs=4, vocabulary=64),
         **{f"{length}_{pairs}": MQAR(length=length, pairs=pairs, train=100_000, test=3000) for length, pairs in _ZOOLOGY},
     },
-    "parity": {"small": WordProblem(group="cyclic", order=2)},
+    "parity": {
+        "small": WordProblem(group="cyclic", order=2),
+        # 20,000 steps of 256.
+        "xlstm": WordProblem(group="cyclic", order=2, length=39, shortest=2, asked="last", train=5_120_000, test=8192),
+    },
     "modular_addition": {"small": WordProblem(group="cyclic", order=5), "z60": WordProblem(group="cyclic", order=60)},
     "s5": {"small": WordProblem(), "a5": WordProblem(group="alternating")},
     "mad": {

@@ -1,5 +1,7 @@
 """Which layers run which diagnostic task, and what the papers' settings are."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -7,6 +9,7 @@ from flax import nnx
 from subquad.lra import models, tasks
 from subquad.lra.data.diagnostics.configs import CONFIGS
 from subquad.lra.plan import plan
+from subquad.lra.report import cells, verdicts
 from subquad.zoo import LAYERS
 
 
@@ -31,6 +34,14 @@ def test_the_papers_have_their_own_configurations():
     assert (recall.config, recall.batch_size, recall.positions) == ("64_4", 512, "learned")
     assert plan("zoology", "softmax", task="mqar", config="512_64").batch_size == 128
     assert plan("mad", "softmax", task="mad", config="memorisation").steps == 400
+
+
+def test_negative_eigenvalues_are_a_cell_of_their_own():
+    found = {cell.row: verdicts.run_of(cell) for cell in cells.cells_of_table("state-tracking", "3") if not cell.cannot}
+    one, other = found["DeltaNet [0, 1]"], found["DeltaNet [-1, 1]"]
+    assert one == dataclasses.replace(other, layer_options=one.layer_options)
+    assert (one.config, one.positions, found["Transformer"].positions) == ("xlstm", None, "sinusoidal")
+    assert not one.layer_options.get("negative_eigenvalues") and other.layer_options["negative_eigenvalues"]
 
 
 def test_compression_is_read_from_the_last_token_alone():

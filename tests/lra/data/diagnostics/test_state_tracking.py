@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import numpy as np
@@ -50,6 +51,37 @@ def test_longer_ones_and_what_cannot_be():
         WordProblem(group="dihedral")
     with pytest.raises(ValueError, match="order must be at most 6 where the group is symmetric, got 7"):
         WordProblem(order=7)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_lengths_are_drawn_and_only_the_last_is_asked(split):
+    one = WordProblem(group="cyclic", order=2, length=9, shortest=4, asked="last")
+    examples = [one.example(split, index) for index in range(200)]
+    assert {len(example["inputs"]) for example in examples} == set(range(4, 10))
+    for example in examples:
+        bits, targets = example["inputs"] - 1, example["targets"]
+        assert len(targets) == len(bits) and (targets[:-1] == -1).all() and targets[-1] == bits.sum() % 2
+    assert one.chance == 0.5
+    longer = [one.at_length(20).example("test", index) for index in range(200)]
+    assert {len(example["inputs"]) for example in longer} == set(range(9, 21))
+    assert {len(one.at_length(6).example("test", index)["inputs"]) for index in range(9)} == {6}
+
+
+def test_chance_of_drawn_lengths_is_that_of_their_answers():
+    one = WordProblem(group="cyclic", order=4, length=3, shortest=1)
+    answers = [example["targets"] for example in map(functools.partial(one.example, "train"), range(2000))]
+    known = sum(1 + (len(each) - 1) / 4 for each in answers) / sum(map(len, answers))
+    assert one.chance == pytest.approx((3 + 3 / 4) / 6) and one.chance == pytest.approx(known, abs=0.1)
+    assert WordProblem(group="cyclic", order=4, length=2, shortest=1, asked="last").chance == pytest.approx((1 + 1 / 4) / 2)
+
+
+def test_bad_lengths_and_questions_are_named():
+    with pytest.raises(ValueError, match="shortest must be at most length=24, got 25"):
+        WordProblem(shortest=25)
+    with pytest.raises(ValueError, match="shortest must be >= 1, got 0"):
+        WordProblem(shortest=0)
+    with pytest.raises(ValueError, match="asked must be each or last, got 'first'"):
+        WordProblem(asked="first")
 
 
 def test_it_is_the_same_everywhere():
