@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds to load
 
     interrupts.exit_during_startup("bench_generation")
 
+import functools
 import json
 import pathlib
 
@@ -63,6 +64,7 @@ def cache_bytes(name: str, context: int) -> int:
     return measure.made_bytes(lambda: model_of(name, context).init_cache(1, context))
 
 
+@functools.lru_cache(2)  # softmax stays for the next layer, the layer before does not
 def steps(name: str, context: int):
     """A compiled loop of TOKENS extensions, which returns when they are done."""
     model = model_of(name, context)

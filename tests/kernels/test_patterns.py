@@ -113,10 +113,10 @@ def test_key_positions_hold_each_key_that_may_be_seen_once(name):
     chunk = pattern.chunk(LENGTH)
     for count in {1, min(chunk or 3, 3), chunk or LENGTH}:
         first = np.arange(LENGTH - count + 1)[:, None]
-        found = pattern.key_positions(jnp.asarray(first), count, LENGTH, np.arange(pattern.heads))
+        found = np.asarray(pattern.key_positions(jnp.asarray(first), count, LENGTH, np.arange(pattern.heads)))
         assert found.shape[:-1] == (len(first), pattern.heads)
         for i, n in np.ndindex(found.shape[:-1]):
-            keys = np.asarray(found[i, n])[np.asarray(found[i, n]) >= 0]
+            keys = found[i, n][found[i, n] >= 0]
             assert len(set(keys.tolist())) == len(keys) and (keys < LENGTH).all()
             wanted = np.nonzero(seen[n, i : i + count, : i + count].any(0))[0]
             assert set(wanted.tolist()) <= set(keys.tolist())
