@@ -316,7 +316,8 @@ def main() -> int:
         raise ValueError(f"readme: READMEs must have a place for each block, got none for {places}. Add it.")
     if not arguments.check:
         rows = [row for row in measurements.read_measurements(COSTS) if row.mode == "train"]
-        plots.cost_against_length(rows, PICTURE)
+        furthest = {row.layer for row in rows if row.length == max(row.length for row in rows)}
+        plots.cost_against_length([row for row in rows if row.layer in furthest], PICTURE)
     elif out_of_date:
         print(f"{', '.join(out_of_date)} out of date. Run: python scripts/readme.py", file=sys.stderr)
         return commands.FAILED

@@ -1,6 +1,7 @@
 """What a layer's model costs at a length: one CSV row for each measurement."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -204,13 +205,22 @@ def _rest(title: str, rows: Sequence[Measurement]) -> list[Table]:
 
 def _caption(rows: Sequence[Measurement]) -> str:
     one = next((row for row in rows if row.status == "ok"), rows[0])
-    protocol, calls = one.protocol or "nothing was run", sorted({row.calls for row in rows if row.calls})
-    counted = f" of {'-'.join(map(str, dict.fromkeys((calls[0], calls[-1]))))} calls" if calls else ""
+    others = r"(?<=in turn with )\d+"  # layers, not as many in every session
+    beside = _span(int(count) for row in rows for count in re.findall(others, row.protocol or ""))
+    protocol, calls = re.sub(others, beside, one.protocol or "nothing was run"), _span(row.calls for row in rows if row.calls)
+    counted = f" of {calls} calls" if calls else ""
+    commits = ", ".join(dict.fromkeys((row.commit or "")[:12] for row in rows))
     threads = f", {one.threads} processors used" if one.threads else ""
     ratios = f" In brackets: ratio to {one.baseline} measured in turn; speed above 1 is faster, memory below 1 is less."
     sessions = len({row.session for row in rows})
     several = f" Measured in {sessions} sessions; each ratio is of one." if sessions > 1 else ""
     return (
         f"{protocol[0].upper()}{protocol[1:]}{counted}. MiB: peak of the compiled program, its arguments counted."
-        f"{ratios if one.baseline else ''}{several} {one.hardware}{threads}; {one.versions}; commit {(one.commit or '')[:12]}."
+        f"{ratios if one.baseline else ''}{several} {one.hardware}{threads}; {one.versions}; commit {commits}."
     )
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """The smallest and the largest, or what all are; "" of none."""
+    found = sorted(set(numbers))
+    return "-".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else ""

@@ -475,6 +475,12 @@ def variables(layer) -> dict:
     return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(layer))}
 
 
+def shapes_of(name, **options) -> dict:
+    """As of `variables`; nothing is drawn."""
+    state = nnx.state(nnx.eval_shape(lambda: build(name, **options)))
+    return {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+
+
 @functools.cache
 def default(name, items):
     layer = build(name, **dict(items))
@@ -489,7 +495,7 @@ def readable(rows) -> list[str]:
 @pytest.mark.parametrize("name,options,option,value", COMPUTED, ids=readable(COMPUTED))
 def test_an_option_changes_the_outputs(name, options, option, value):
     state, want = default(name, tuple(options.items()))
-    layer = build(name, **{**options, option: value})
+    layer = nnx.eval_shape(lambda: build(name, **{**options, option: value}))
     nnx.update(layer, state)
     got = jax.jit(lambda x: layer(x))(inputs(LENGTH))
     assert got.shape == want.shape and jnp.isfinite(got).all()
@@ -505,11 +511,7 @@ def test_an_option_changes_what_is_drawn(name, options, option, value, changed):
 
 @pytest.mark.parametrize("name,options,option,value,shapes", SHAPED, ids=readable(SHAPED))
 def test_an_option_changes_shapes(name, options, option, value, shapes):
-    # Nothing is drawn: shapes are all that is asked for.
-    before, after = (
-        {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(layer))}
-        for layer in (nnx.eval_shape(lambda words=words: build(name, **words)) for words in (options, {**options, option: value}))
-    )
+    before, after = shapes_of(name, **options), shapes_of(name, **{**options, option: value})
     for path, shape in shapes.items():
         assert path in before
         assert after[path] == shape if shape else path not in after

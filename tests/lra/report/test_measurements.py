@@ -109,3 +109,17 @@ def test_accuracy_is_drawn_against_time_with_memory_as_area(tmp_path):
     # What has no accuracy is named.
     failed = [dataclasses.replace(row, accuracy=None) if row.layer == "s4" else row for row in found]
     assert "not drawn: s4" in plots.accuracy_against_time(failed).axes[0].get_title(loc="left")
+
+
+def test_a_caption_names_all_sessions_and_commits():
+    """Rows of two sessions, in turn with as many other layers as either had."""
+    protocol = "warm, in turn with {} other layers; medians"
+    mixed = [
+        dataclasses.replace(
+            ROW, length=1024 * calls, protocol=protocol.format(count), calls=calls, commit=commit, session=commit
+        )
+        for count, calls, commit in ((8, 2, "a" * 40), (15, 4, "b" * 40))
+    ]
+    (caption,) = [" ".join(table.notes) for table in measurements.tables(mixed)[:1]]
+    assert "Warm, in turn with 8-15 other layers; medians of 2-4 calls." in caption
+    assert "Measured in 2 sessions" in caption and f"commit {'a' * 12}, {'b' * 12}." in caption
