@@ -90,10 +90,11 @@ class Diagnostic:
         refuse(f"{type(self).__name__}: {name}", condition, got, cure)
 
     def check_least(self, **least: int) -> None:
-        """Refuses a parameter below its least value."""
+        """Refuses a parameter below its least value; None is not one."""
         for name, bound in {"train": 1, "validation": 1, "test": 1, **least}.items():
-            if getattr(self, name) < bound:
-                self.refuse(name, f"be >= {bound}", getattr(self, name), "Leave it out for its default.")
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                self.refuse(name, f"be >= {bound}", value, "Leave it out for its default.")
 
 
 class Drawn(Sequence):

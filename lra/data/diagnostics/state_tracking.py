@@ -42,7 +42,7 @@ class WordProblem(Diagnostic):
     source: ClassVar[str] = "Merrill et al. 2024, arXiv 2404.08819"
 
     def __post_init__(self):
-        self.check_least(length=1, order=2, **({} if self.shortest is None else {"shortest": 1}))
+        self.check_least(length=1, order=2, shortest=1)
         if self.shortest is not None and self.shortest > self.length:
             self.refuse("shortest", f"be at most length={self.length}", self.shortest, "Leave it out for one length.")
         if self.asked not in ("each", "last"):
