@@ -24,7 +24,7 @@ class WordProblem(Diagnostic):
 
     Args:
         length: elements, at most.
-        shortest: lengths are drawn uniformly from these to `length`, and at another length from this one's to that; None: each
+        shortest: lengths are drawn uniformly from `shortest` to `length`, and of `at_length(n)` from `length` to n; None: each
             sequence has `length`.
         asked: "each" product so far, or only that of the whole, at the "last" element.
         group: "cyclic": 0..order-1, added; "symmetric": the permutations of `order` things in lexicographic order; of these
