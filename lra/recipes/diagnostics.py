@@ -154,8 +154,8 @@ STATE_TRACKING = Recipe(
     },
     deviations=(
         ("*", "Trained on 64 sequences a step at width 64; theirs on 256, at 128 where it was read."),
-        ("* deltanet", "Training ends after 6,000 steps; theirs after 20,000."),
-        ("* softmax|mlstm|mamba", "Training ends after 2,000 steps; theirs after 20,000."),
+        ("* deltanet", "Training ends after 6,000 steps; theirs after 20,000, where it was read."),
+        ("* softmax|mlstm|mamba", "Training ends after 2,000 steps; theirs after 20,000, where it was read."),
         ("*", "Validated on sequences of the trained lengths, and the last rate is 0; theirs a thousandth of the first."),
         ("* softmax", "Which positions theirs has was not read; these are sinusoidal."),
         ("* mlstm|mamba", "A feed-forward network follows each layer."),
