@@ -120,6 +120,25 @@ def map_parts(function, parts: int, arrays, axes, axes_out, after):
     return tuple(None if x is None else from_uint_bits(x, like.dtype) for x, like in zip(whole, likes, strict=True))
 
 
+def write_samples(whole, parts, start, axis: int):
+    """`whole` with the part of each sample written along `axis`, from `start` [B] of the sample on.
+
+    XLA on a CPU updates half precision through a float32 copy of all of it. And where one sample's update is read at once and
+    kept as well, as in a step of generation, it computes the update twice, each time in a copy of its own: at 4K keys that is
+    three quarters of the step. Not what a loop writes; a loop of one round would be none, so there are two at least.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.vmap(lambda x, part, at: jax.lax.dynamic_update_slice_in_dim(x, part, at, axis - 1))(whole, parts, start)
+
+    def write(i, whole):
+        sample = jnp.minimum(i, len(parts) - 1)
+        place = [jnp.int32(0)] * whole.ndim
+        place[0], place[axis] = sample, start[sample]
+        return jax.lax.dynamic_update_slice(whole, jax.lax.dynamic_slice_in_dim(parts, sample, 1), place)
+
+    return jax.lax.fori_loop(0, max(2, len(parts)), write, whole)
+
+
 def hide_zeros(arrays):
     """The same arrays, without XLA knowing where they are zero.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels import linear
+from subquad.kernels import linear, xla_cpu
 
 
 class KVCache(NamedTuple):
@@ -77,15 +77,7 @@ def write(cached, new, start: Int[Array, "B"], mask, axis: int = 1):
             return jnp.where(is_new, jnp.take(new, at, axis=axis - 1, mode="clip"), old)
 
         new, start = jax.vmap(moved)(cached, new, first, start), first
-    if cached.dtype.itemsize > 2 or jax.default_backend() != "cpu":
-        return jax.vmap(lambda x, part, at: jax.lax.dynamic_update_slice_in_dim(x, part, at, axis - 1))(cached, new, start)
-
-    def put(sample, cached):  # XLA on a CPU would update half precision through a float32 copy of the whole cache
-        place = [jnp.int32(0)] * cached.ndim
-        place[0], place[axis] = jnp.int32(sample), start[sample]
-        return jax.lax.dynamic_update_slice(cached, jax.lax.dynamic_slice_in_dim(new, sample, 1), place)
-
-    return jax.lax.fori_loop(0, len(new), put, cached)
+    return xla_cpu.write_samples(cached, new, start, axis)
 
 
 def poisoned(outputs: Float[Array, "B T *features"], cache) -> Float[Array, "B T *features"]:

@@ -18,11 +18,7 @@ def attention(query, key, value, relative_key, content_bias, position_bias, visi
         x.astype(precise) for x in (query, key, value, relative_key, content_bias, position_bias)
     )
     distance = (S - T + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
-    seen = distance[None, None] >= 0
-    if visible.mask is not None:
-        seen &= visible.mask
-    if visible.query_segment_ids is not None:
-        seen &= visible.query_segment_ids[:, None, :, None] == visible.key_segment_ids[:, None, None, :]
+    seen = visible.pairs(None, query.shape[2]) & (distance >= 0)
     some = seen.any(-1, keepdims=True)
     q = jnp.where(some.swapaxes(1, 2), q, 0)  # 0 times NaN would be NaN in gradients
 

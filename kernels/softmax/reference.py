@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from subquad.kernels import precision
 from subquad.kernels.softmax import online
@@ -18,12 +17,7 @@ def attention(query, key, value, bias, visible, pattern, scale: float):
     precise = jnp.promote_types(query.dtype, jnp.float32)
     heads, groups = query.shape[2], query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x.astype(precise), groups, axis=2) for x in (key, value))
-    seen = jnp.ones((1, 1, 1, 1), bool) if visible.mask is None else visible.mask
-    if pattern is not None:
-        positions = visible.query_positions[:, None, :, None], visible.key_positions[:, None, None, :]
-        seen &= pattern.allowed(*positions, np.arange(heads)[:, None, None])
-    if visible.query_segment_ids is not None:
-        seen &= visible.query_segment_ids[:, None, :, None] == visible.key_segment_ids[:, None, None, :]
+    seen = visible.pairs(pattern, heads)
     query = jnp.where(seen.any(-1).swapaxes(1, 2)[..., None], query, 0)  # 0 times NaN would be NaN in gradients
     logits = online.rounded(scale * jnp.einsum("btnh,bsnh->bnts", query.astype(precise), key))
     if bias is not None:

@@ -25,6 +25,17 @@ class Visible(NamedTuple):
     mask: jax.Array | None  # [B|1, N|1, T|1, S|1]
 
 
+    def pairs(self, pattern: Pattern | None, heads: int) -> jax.Array:
+        """bool, of the axes of [B, N, T, S]: all that is said here and by a pattern, as one mask."""
+        seen = jnp.ones((1, 1, 1, 1), bool) if self.mask is None else self.mask
+        if pattern is not None:
+            positions = self.query_positions[:, None, :, None], self.key_positions[:, None, None, :]
+            seen &= pattern.allowed(*positions, np.arange(heads)[:, None, None])
+        if self.query_segment_ids is not None:
+            seen &= self.query_segment_ids[:, None, :, None] == self.key_segment_ids[:, None, None, :]
+        return seen
+
+
 class KeySet(NamedTuple):
     """Keys that are attended to under a pattern. An operation has one set, or several that share no visible pair.
 

@@ -18,7 +18,7 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.operation import operation
-from subquad.kernels.softmax import online, parts
+from subquad.kernels.softmax import few, online, parts
 from subquad.kernels.softmax.plan import Plan, plan_of
 from subquad.kernels.softmax.reference import SAVED
 from subquad.kernels.softmax.sets import KeySet, Visible, known_of
@@ -39,8 +39,11 @@ def forward(static, query, keys, values, bias, visibles):
     results = []
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
-        key, value = keys[one.source], values[one.source]
-        results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, here(one, visible)))
+        key, value, visible = keys[one.source], values[one.source], here(one, visible)
+        if few.are_few(query, key, one.columns):
+            results.append(few.attend(one._replace(visible=visible), scale, query, key, value, bias))
+        else:
+            results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, visible))
     results = tuple(results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True)))
     return results, (query, keys, values, bias, visibles, *results)
 

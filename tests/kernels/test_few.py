@@ -1,0 +1,93 @@
+"""Few queries to many keys, as in generation: the formula in float64, and no copy of the keys."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subquad.kernels import patterns, softmax, xla_cpu
+from subquad.kernels.softmax import few
+from subquad.lra.bench import measure
+from tests.kernels import dense
+from tests.kernels.dense import TOLERANCES, draw
+
+
+@pytest.fixture(autouse=True)
+def only_few(monkeypatch):
+    """Says so where tiles are taken."""
+
+    def refuse(*_, **__):
+        raise AssertionError("not taken for few")
+
+    monkeypatch.setattr(softmax.xla, "attend", refuse)
+
+
+def check(arrays, cotangents, dtype="float32", bias=None, **options):
+    def attend(query, key, value, bias=None):
+        return softmax.attention(query, key, value, bias=bias, return_lse=True, implementation="xla", **options)
+
+    result = dense.run(attend, arrays if bias is None else [*arrays, bias], cotangents)
+    dense.compare(result, dense.formula(arrays, cotangents, bias, **options), dtype)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_formula(queries, kv_heads):
+    check(*draw(queries, 50, kv_heads=kv_heads, values=5))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_dtypes(dtype):
+    check(*draw(2, 129, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_masks_biases_segments_and_positions(shared):
+    """And a row that sees nothing is 0, its gradients too."""
+    rng = np.random.default_rng(0)
+    size = lambda full: 1 if shared else full
+    mask = rng.random((2, size(4), size(3), 40)) < 0.7
+    mask[1, :, -1] = False
+    bias = jnp.asarray(rng.normal(size=(size(2), 4, size(3), 40)), jnp.float32)
+    positions = dict(query_positions=np.array([[20, 30, 31], [3, 4, 39]]), key_positions=np.arange(40)[None], is_causal=True)
+    segments = dict(query_segment_ids=rng.integers(0, 2, (2, 3)), key_segment_ids=rng.integers(0, 2, (2, 40)))
+    check(*draw(3, 40), bias=bias, mask=jnp.asarray(mask), **positions, **jax.tree.map(jnp.asarray, segments))
+
+
+def test_a_pattern_that_tells_heads_apart():
+    (query, key, value), _ = draw(2, 64)
+    positions = dict(query_positions=jnp.array([[40, 63]]), key_positions=jnp.arange(64)[None])
+    attend = functools.partial(
+        softmax.attention, query, key, value, pattern=patterns.Dilated(5, 0, (1, 2, 3, 4)), **positions
+    )
+    np.testing.assert_allclose(attend(implementation="xla"), attend(implementation="reference"), atol=1e-6)
+
+
+def test_where_it_is_taken():
+    shapes = lambda queries, keys, heads: [jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for length in (queries, keys)]
+    assert few.are_few(*shapes(1, 8, 64), 1) and few.are_few(*shapes(8, 64, 8), 1)
+    assert not few.are_few(*shapes(1, 7, 4), 1)  # too few keys
+    assert not few.are_few(*shapes(8, 64, 9), 1)  # too many rows
+    assert not few.are_few(*shapes(1, 8, 1), 2)  # in columns
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_generation_copies_no_cache(batch, dtype):
+    """A new key and value are written, and attended to: in a loop, all that is beside the cache is less than an eighth of it."""
+    cached = jax.ShapeDtypeStruct((batch, 4096, 4, 32), dtype)
+    query, start = jax.ShapeDtypeStruct((batch, 1, 4, 32), dtype), jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def step(carry, _):
+        key, value, query, start = carry
+        key, value = (xla_cpu.write_samples(x, query, start, axis=1) for x in (key, value))
+        out = softmax.attention(
+            query, key, value, is_causal=True, query_positions=start[:, None], key_positions=jnp.arange(4096)[None]
+        )
+        return (key, value, out, start + 1), None
+
+    loop = jax.jit(lambda *carry: jax.lax.scan(step, carry, None, 8)[0], donate_argnums=(0, 1))
+    memory = loop.lower(cached, cached, query, start).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < cached.size * cached.dtype.itemsize / 8
