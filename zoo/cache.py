@@ -226,8 +226,9 @@ class SinkhornCache(NamedTuple):
     key: Float[Array, "B S N H"]
     value: Float[Array, "B S N V"]
     length: Int[Array, "B"]  # real tokens so far; more than S where they did not fit
-    sums: Float[Array, "B I D"]  # of the inputs up to the first of each block
-    total: Float[Array, "B D"]  # of the inputs so far
+    total: Float[Array, "B D"]  # the sum of the inputs so far
+    first: Float[Array, "B D"]  # that up to the first input of the open block
+    columns: Float[Array, "B R N I"]  # logarithms of the sums of S's columns over the blocks before it, in each iteration
 
 
 class RoutingCache(NamedTuple):

@@ -17,10 +17,9 @@ from subquad.kernels.softmax.sets import KeySet
 MOST_ROWS, LEAST_KEYS = 64, 8
 
 
-def are_few(query, key, columns: int) -> bool:
-    """Whether `attend` is the faster way."""
-    queries, heads = query.shape[1:3]
-    return columns == 1 and queries * heads <= MOST_ROWS and LEAST_KEYS * queries <= key.shape[1]
+def are_few(queries: int, heads: int, keys: int) -> bool:
+    """Whether one matrix of all heads is the faster way."""
+    return queries * heads <= MOST_ROWS and LEAST_KEYS * queries <= keys
 
 
 def attend(one: KeySet, scale: float, query, key, value, bias):

@@ -40,7 +40,7 @@ def forward(static, query, keys, values, bias, visibles):
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
         key, value, visible = keys[one.source], values[one.source], here(one, visible)
-        if few.are_few(query, key, one.columns):
+        if one.columns == 1 and few.are_few(*query.shape[1:3], key.shape[1]):
             results.append(few.attend(one._replace(visible=visible), scale, query, key, value, bias))
         else:
             results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, visible))

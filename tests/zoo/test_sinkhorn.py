@@ -8,6 +8,7 @@ from flax import nnx
 
 from subquad import zoo
 from subquad.kernels import matrix, softmax
+from subquad.lra.bench import measure
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention, attend_to_blocks, balance_strictly, mix_blocks
 from subquad.zoo.padding import in_blocks
 from tests import oracle
@@ -280,6 +281,25 @@ def test_extend_rotates():
     rest, _ = layer.extend(x[:, 7:], cache)
     np.testing.assert_allclose(jnp.concatenate([first, rest], 1), want, atol=2e-5)
     assert jnp.abs(want - plain(x)).max() > 1e-3
+
+
+def test_a_step_of_generation_sorts_its_own_row_alone():
+    """Its FLOPs grow as the cache does, not as the square of its blocks."""
+
+    def flops(room):
+        layer = small(is_causal=True, max_length=room)
+        cache = jax.eval_shape(lambda: layer.init_cache(1, room))
+        return measure.flops(layer.extend, jax.ShapeDtypeStruct((1, 1, 16), jnp.float32), cache)
+
+    assert flops(40 * SIZE) < 2.2 * flops(20 * SIZE) < 2.2**2 * flops(10 * SIZE)
+
+
+def test_noise_is_drawn_inside_linen():
+    layer, x = nnx.bridge.to_linen(SinkhornAttention, num_heads=2, in_features=16, max_length=40, block_size=SIZE), inputs()
+    variables = layer.init(jax.random.key(0), x)
+    draw = lambda seed: layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(seed)})
+    np.testing.assert_array_equal(draw(0), draw(0))
+    assert jnp.abs(draw(0) - draw(1)).max() > 1e-3
 
 
 def test_extend_in_bfloat16_over_many_blocks():

@@ -10,13 +10,15 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from subquad.kernels import matrix, softmax
+from subquad.kernels import matrix, precision, softmax
 from subquad.kernels.matrix.reference import LEAST, normaliser
+from subquad.kernels.softmax import few
 from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, SinkhornCache, append, pieces, places, poisoned
 from subquad.zoo.checks import check_number, check_sizes, refuse
-from subquad.zoo.padding import in_blocks, pad_end
+from subquad.zoo.linen import call_rngs
+from subquad.zoo.padding import in_blocks
 from subquad.zoo.projection import in_pieces, in_rows
 
 
@@ -33,7 +35,7 @@ class SinkhornAttention(Attention):
     S is nearly a permutation of blocks, learned by gradients; a small temperature makes it harder.
 
     Cost: time O(T (C + T / C) N H), memory O(T + (T / C)^2), so T^1.5 with C = sqrt(T), and O(T) for SortCut but for S. One
-        extended token O(S N H + I (S / C)^2 N) after S tokens.
+        extended token O(S N H + I N S / C) after S tokens.
     Differs from the paper: its causal columns are summed over the rows of all later blocks, which lets them move the past;
         here over the rows so far, so that this is strictly causal. What iterations approach is S_i,i-1 = 1, the
         only balanced matrix below the diagonal: fewer of them look further back. The first causal block has no sorted one.
@@ -99,6 +101,7 @@ class SinkhornAttention(Attention):
         self.sort_scores = draw(num_heads, hidden, blocks, in_axis=1, out_axis=2, batch_axis=0)
 
     def draws(self, deterministic, rngs):
+        rngs = call_rngs(rngs)
         if rngs is None or (self.deterministic if deterministic is None else deterministic):
             return {}
         return {"noise_rng": rngs.dropout()}
@@ -135,51 +138,70 @@ class SinkhornAttention(Attention):
 
     def sort(self, sums: Float[Array, "B I D"], real: Bool[Array, "#B I"], noise_rng=None) -> Float[Array, "B N I I"]:
         """The matrices S by what represents each block; of blocks that are not real, rows and columns are 0."""
-        hidden = jax.nn.relu(jnp.einsum("bid,dnh->bnih", sums, self.sort_hidden[...].astype(jnp.float32)))
-        logits = jnp.einsum("bnih,nhj->bnij", hidden, self.sort_scores[..., : sums.shape[1]].astype(jnp.float32))
+        logits = self.logits(sums, sums.shape[1])
         if noise_rng is not None:
-            logits += jax.random.gumbel(noise_rng, logits.shape, jnp.float32)
-        logits /= self.temperature
+            logits += jax.random.gumbel(noise_rng, logits.shape, jnp.float32) / self.temperature
         if self.is_causal:
             balance = functools.partial(balance_strictly, iterations=self.num_iterations)
             return in_rows(balance, logits.reshape(-1, *logits.shape[2:])).reshape(logits.shape)
         logits = jnp.where(real[:, None, :, None] & real[:, None, None, :], logits, -jnp.inf)
         return matrix.sinkhorn(logits, iterations=self.num_iterations, implementation=self.implementation)
 
+    @precision.full
+    def logits(self, sums: Float[Array, "B I D"], count: int) -> Float[Array, "B N I J"]:
+        """R / temperature: a row for each block that is represented, a column for each of `count` blocks."""
+        hidden = jax.nn.relu(jnp.einsum("bid,dnh->bnih", sums, self.sort_hidden[...].astype(jnp.float32)))
+        return jnp.einsum("bnih,nhj->bnij", hidden, self.sort_scores[..., :count].astype(jnp.float32)) / self.temperature
+
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> SinkhornCache:
         tokens: KVCache = super().init_cache(batch_size, max_length, dtype)
-        blocks = -(-max_length // self.block_size)
-        sums = jnp.zeros((batch_size, blocks + 1, self.in_features), jnp.float32)
-        return SinkhornCache(*tokens, sums=sums[:, 1:], total=sums[:, 0])
+        total, first = jnp.zeros((2, batch_size, self.in_features), jnp.float32)
+        columns = (batch_size, self.num_iterations, self.num_heads, -(-max_length // self.block_size))
+        return SinkhornCache(*tokens, total, first, columns=jnp.full(columns, LEAST, jnp.float32))
 
     def attend_cached(self, query, key, value, inputs, mask, cache):
-        *cached, sums, total = cache
+        *cached, total, first, columns = cache
         start, tokens = cache.length, append(KVCache(*cached), key, value, mask)
         inputs = padding.clear(inputs.astype(jnp.float32), jnp.ones((1, 1), bool) if mask is None else mask[:, 0, 0])
         totals = total[:, None] + jnp.cumsum(inputs, axis=1)
-        (blocks, size), length = (sums.shape[1], self.block_size), query.shape[1]
-        first = size * jnp.arange(blocks)
-        at = first[None] - start[:, None]  # of the first token of each block, among the new ones
-        is_new = (at >= 0) & (at < length)
-        sums = jnp.where(is_new[..., None], jnp.take_along_axis(totals, at[..., None], axis=1, mode="clip"), sums)
-        sorting = self.sort(sums, jnp.ones((1, blocks), bool))
+        size, length = self.block_size, query.shape[1]
 
         # The new tokens in whole blocks: so many can they touch, from this one on.
         touched, block, offset = (length - 1 + size - 1) // size + 1, start // size, start % size
+        at = size * places(block, touched) - start[:, None]  # of the first token of each block, among the new ones
+        sums = jnp.where((at < 0)[..., None], first[:, None], jnp.take_along_axis(totals, at[..., None], axis=1, mode="clip"))
+        opened = tokens.length // size - block  # of the touched blocks, those that are full by now
+        rows, columns = self.next_rows(sums, block, opened, columns)
+        first = jnp.take_along_axis(sums, opened[:, None, None], axis=1, mode="clip")[:, 0]
+
         lay = jax.vmap(lambda x, at: jax.lax.dynamic_update_slice_in_dim(
             jnp.zeros((touched * size, *x.shape[1:]), x.dtype), x, at, 0))
         own, mixed = [], []
         for x in (tokens.key, tokens.value):
             x = in_blocks(x.astype(query.dtype), size)
-            rows = pieces(pad_end(rearrange(sorting, "b n i j -> b i n j"), touched), block, touched)
-            mixed.append(mix_blocks(rearrange(rows, "b i n j -> b n i j"), x))
-            own.append(pieces(pad_end(x, touched), block, touched))
+            mixed.append(mix_blocks(rows, x))
+            own.append(jax.vmap(functools.partial(jnp.take, axis=0, mode="clip"))(x, places(block, touched)))
         seen = jnp.broadcast_to((places(block, touched) > 0)[..., None], (len(query), touched, size))
         heads = attend_to_blocks(
             in_blocks(lay(query, offset), size), (own[0], mixed[0]), (own[1], mixed[1]), (jnp.ones_like(seen), seen), True,
             self.implementation,
         )
-        return poisoned(pieces(heads, offset, length), tokens), SinkhornCache(*tokens, sums, totals[:, -1])
+        return poisoned(pieces(heads, offset, length), tokens), SinkhornCache(*tokens, totals[:, -1], first, columns)
+
+    def next_rows(self, sums: Float[Array, "B I D"], block, full, columns: Float[Array, "B R N J"]):
+        """(rows [B, N, I, J] of S, for I blocks from `block` [B] on; the columns' sums over those of them that are `full`).
+
+        Causal columns are summed up to the row, so a row needs of those before it nothing but these sums.
+        """
+        def step(columns, row):
+            number, logits = row  # among the blocks; [B, N, J]
+            allowed = (jnp.arange(logits.shape[-1]) < (block + number)[:, None])[:, None]
+            row, after = balance_row(logits, allowed, columns)
+            return jnp.where((number < full)[:, None, None, None], after, columns), row
+
+        logits = rearrange(self.logits(sums, columns.shape[-1]), "b n i j -> i b n j")
+        columns, rows = jax.lax.scan(step, columns, (jnp.arange(len(logits)), logits))
+        return rearrange(rows, "i b n j -> b n i j"), columns
 
 
 def balance_strictly(logits: Float[Array, "*B I I"], iterations: int) -> Float[Array, "*B I I"]:
@@ -198,12 +220,30 @@ def balance_strictly(logits: Float[Array, "*B I I"], iterations: int) -> Float[A
     return jnp.where(allowed, jnp.exp(jnp.where(allowed, balanced, 0)), 0)
 
 
+def balance_row(logits: Float[Array, "B N J"], allowed: Bool[Array, "B 1 J"], columns: Float[Array, "B R N J"]):
+    """One row of `balance_strictly`, and the logarithms of the columns' sums up to it, from those up to the row before."""
+
+    def step(x, column):
+        x = jnp.where(allowed, x - normaliser(x, -1), LEAST)
+        column = jnp.logaddexp(column, x)
+        return jnp.where(allowed, x - column, LEAST), column
+
+    balanced, columns = jax.lax.scan(step, jnp.where(allowed, logits, LEAST), columns.swapaxes(0, 1))
+    return jnp.where(allowed, jnp.exp(jnp.where(allowed, balanced, 0)), 0), columns.swapaxes(0, 1)
+
+
+@precision.full
 def mix_blocks(sorting: Float[Array, "B N I J"], tokens: Float[Array, "B J C N H"]) -> Float[Array, "B I C N H"]:
     """The sorted blocks, one of all blocks for each row of the sorting."""
+    batch, heads, rows, blocks = sorting.shape
+    if few.are_few(rows, heads, blocks):  # a step of generation reads the blocks where they lie
+        mixed = sorting.reshape(batch, heads * rows, blocks) @ tokens.reshape(batch, blocks, -1).astype(sorting.dtype)
+        mixed = mixed.reshape(batch, heads, rows, *tokens.shape[2:])
+        return jnp.einsum("bnicnh->bicnh", mixed).astype(tokens.dtype)  # of each row, its own head
     # In float32: on the CPU a sum of bfloat16 products is either bfloat16 or not implemented.
     mix = lambda sorting, x: jnp.einsum("rij,rjch->rich", sorting, x.astype(sorting.dtype)).astype(x.dtype)
-    heads = rearrange(sorting, "b n i j -> (b n) i j"), rearrange(tokens, "b j c n h -> (b n) j c h")
-    return rearrange(in_rows(mix, *heads), "(b n) i c h -> b i c n h", b=len(tokens))
+    by_head = rearrange(sorting, "b n i j -> (b n) i j"), rearrange(tokens, "b j c n h -> (b n) j c h")
+    return rearrange(in_rows(mix, *by_head), "(b n) i c h -> b i c n h", b=batch)
 
 
 def attend_to_blocks(query, keys, values, visible, is_causal, implementation) -> Float[Array, "B T N V"]:
