@@ -42,6 +42,7 @@ COSTS = ROOT / "lra" / "results" / "bench.csv"
 PEERS = ROOT / "kernels" / "results" / "peers_cpu.csv"
 ORACLES = ROOT / "zoo" / "results" / "oracles.csv"
 CLAIMS = ROOT / "zoo" / "results" / "claims.csv"
+GENERATION = ROOT / "zoo" / "results" / "generation.csv"
 LAYER_COSTS = ROOT / "zoo" / "results" / "costs.csv"
 
 
@@ -270,6 +271,27 @@ def cost_table(rows) -> str:
     return f"{text_tables.markdown(table.rows)}\n\n{table.title}. {' '.join(table.notes)}"
 
 
+def generation_table(rows) -> str:
+    """What a token costs after a context: bytes of the cache, and time as a part of softmax's."""
+    cells = {(row["layer"], int(row["context"])): row for row in rows}
+    contexts, label = sorted({context for _, context in cells}), measurements.length_label
+    size = lambda row: f"{int(row['cache_bytes']) / 1024:,.1f}" if row else ""
+    ratio = lambda row: f"{float(row['time_ratio']):.2g}" if row and row["status"] == "ok" else "failed" if row else ""
+    caches = [f"cache at {label(context)}, KiB" for context in (contexts[0], contexts[-1])]
+    table = [["layer", *caches, *(f"token at {label(context)}" for context in contexts)]]
+    for name in [name for name in zoo.LAYERS if any(layer == name for layer, _ in cells)]:
+        of_layer = [cells.get((name, context)) for context in contexts]
+        table.append([f"`{name}`", size(of_layer[0]), size(of_layer[-1]), *map(ratio, of_layer)])
+    softmax = ", ".join(f"{float(cells['softmax', n]['microseconds_per_token']):,.0f}" for n in contexts)
+    failed = [f"{row['layer']} at {label(int(row['context']))}: {row['status'].split(': ')[-1]}."
+              for row in rows if row["status"] != "ok"]  # fmt: skip
+    notes = [
+        "Time of a token as a part of softmax's, in turn in one process; batch 1, one block of 256 features, float32.",
+        f"Softmax: {softmax} microseconds.", *failed, *sorted({f"{row['hardware']}; {row['versions']}." for row in rows}),
+    ]  # fmt: skip
+    return f"{text_tables.markdown(table)}\n\n{' '.join(notes)}"
+
+
 def generated() -> dict[str, str]:
     peers = csv_rows.read_rows(PEERS)
     return {
@@ -284,6 +306,7 @@ def generated() -> dict[str, str]:
         "reproduced": reproduced_tables(),
         "abilities": task_table(results.read_results(ABILITIES), []),
         "costs": cost_table(measurements.read_measurements(COSTS)),
+        "generation": generation_table(csv_rows.read_rows(GENERATION)),
         "peers": peers_table(peers),
         "memory": memory_table(peers),
     }
