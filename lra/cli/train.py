@@ -82,6 +82,9 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     csv_rows.check_file(out / "results.csv", results.Result)
     named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes", "test_lengths")
     shared = {name: getattr(arguments, name) for name in named}
+    if arguments.resume and parallel.is_first():
+        if said := checkpoints.nothing_to_resume(out / "runs", {one.id: dataclasses.asdict(one) for one in runs}):
+            print(said, file=sys.stderr)
     rows = []
     for one in runs:
         if parallel.is_first():

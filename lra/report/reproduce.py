@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from subquad.lra import machine, progress, tasks
 from subquad.lra.bench import programs
-from subquad.lra.checkpoints import Interrupted
+from subquad.lra.checkpoints import Interrupted, saved_steps
 from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 from subquad.lra.report import costs, csv_rows, results, step_timings, verdicts
@@ -139,8 +139,7 @@ def time_missing(
 
 def undone(run: Run, folder: pathlib.Path) -> float:
     """The part of a run's steps that its checkpoint does not have, of 1."""
-    steps = [int(path.name) for path in folder.glob("checkpoint/*") if path.name.isdigit()]
-    return 0.0 if (folder / "result.json").exists() else 1 - max(steps, default=0) / run.steps
+    return 0.0 if (folder / "result.json").exists() else 1 - max(saved_steps(folder), default=0) / run.steps
 
 
 class UsedUp(Exception):
