@@ -120,13 +120,18 @@ def nothing_to_resume(folder: pathlib.Path, runs: Mapping[str, dict]) -> str:
     return said
 
 
-def read_configuration(folder: pathlib.Path) -> dict:
+def read_configuration(
+    folder: pathlib.Path,
+    name: str = "out",
+    cure: str = "Delete it if the run in that folder is this one, and pass --resume; else choose another --out.",
+) -> dict:
     """The configuration of the run in a folder.
 
+    Args:
+        name: what the folder is an argument for; cure: what a caller is told to do.
     Raises: RunError: it cannot be read.
     """
-    cure = "Delete it if the run in that folder is this one, and pass --resume; else choose another --out."
-    with _whole(folder / "run.json", cure):
+    with _whole(folder / "run.json", cure, name):
         return _read_json(folder / "run.json")
 
 
@@ -156,9 +161,9 @@ def _check_same(folder: pathlib.Path, ours: dict, theirs: dict) -> None:
             )
 
 
-def _whole(path: pathlib.Path, cure: str):
+def _whole(path: pathlib.Path, cure: str, name: str = "out"):
     """Turns what is wrong with a file into one line."""
-    what = f"out: file {path} must be a whole one that was written here"
+    what = f"{name}: file {path} must be a whole one that was written here"
     return explained(what, cure, (OSError, ValueError, RecursionError))
 
 

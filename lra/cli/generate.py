@@ -64,7 +64,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "generate") -
 
 def language_model(folder: str, name: str) -> tuple[zoo.CausalLM, Run, tasks.Task]:
     """The language model of a run's folder, the run and its task."""
-    model, run, task = trained.load(folder)
+    model, run, task = trained.load(folder, name=name)
     if not isinstance(model, models.LanguageModel):
         raise ValueError(
             f"{name} must be of a language model, got one on {task.name}. Train one with --task pylib_lm or --text."
