@@ -1,6 +1,6 @@
 """Time, memory, FLOPs and energy of every layer's model against length: forward, with gradient, and in a training step.
 
-python scripts/bench_lra.py --lengths 1024,4096,16384
+subquad bench --lengths 1024,4096,16384
 
 Layers are timed in turn with the baseline, softmax, so that ratios are of one run. The CSV keeps its other rows; tables
 (Markdown, LaTeX) and plots of all its rows are written beside it. Nothing is run that compiled memory shows not to fit.

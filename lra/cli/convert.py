@@ -1,8 +1,8 @@
 """Changes the attention of a trained language model for another layer's, and trains the model on: from softmax to linear.
 
-python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
-python scripts/convert_lm.py runs/train/runs/softmax-seed0-... --layer hedgehog --text my/notes/*.txt
-python scripts/generate.py runs/convert/runs/hedgehog-seed0-... --prompt "Once upon"
+subquad train --layer softmax --text my/notes/*.txt --text-length 256
+subquad convert runs/train/runs/softmax-seed0-... --layer hedgehog --text my/notes/*.txt
+subquad generate runs/convert/runs/hedgehog-seed0-... --prompt "Once upon"
 
 The projections stay. First what is new learns, layer by layer, to do what the attention did ("distilled"): the weights, of
 softmax to hedgehog, else the outputs. Then all parameters learn the text ("fine-tuned"). A table says what was lost and won.

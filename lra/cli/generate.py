@@ -1,8 +1,8 @@
-"""Goes on from a text with a language model that scripts/train.py trained, byte by byte as it comes.
+"""Goes on from a text with a language model that subquad train trained, byte by byte as it comes.
 
-python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
-python scripts/generate.py runs/train/runs/softmax-seed0-... --prompt "Once upon" --temperature 0.8
-python scripts/generate.py runs/train/runs/softmax-seed0-... --draft runs/small/runs/softmax-seed0-... --draft-tokens 6
+subquad train --layer softmax --text my/notes/*.txt --text-length 256
+subquad generate runs/train/runs/softmax-seed0-... --prompt "Once upon" --temperature 0.8
+subquad generate runs/train/runs/softmax-seed0-... --draft runs/small/runs/softmax-seed0-... --draft-tokens 6
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """Trains one layer on one task under a recipe. Every value of the run is an option; the recipe gives the rest.
 
-python scripts/train.py --layer performer --config lra --steps 5000 --layer-options num_features=128 --seeds 0 1 2
+subquad train --layer performer --config lra --steps 5000 --layer-options num_features=128 --seeds 0 1 2
 
-A language model on text of your own; then scripts/generate.py goes on from what it is given:
-python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
+A language model on text of your own; then subquad generate goes on from what it is given:
+subquad train --layer softmax --text my/notes/*.txt --text-length 256
 
 The text in order, each sequence from the state that the one before it left:
-python scripts/train.py --layer transformer_xl --text my/notes/*.txt --text-length 256 --carry-state
+subquad train --layer transformer_xl --text my/notes/*.txt --text-length 256 --carry-state
 
 Several devices share a batch by --devices 8; several processes by srun, or each started with its own number:
-python scripts/train.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
+subquad train --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
     commands.add_options(
         parser, Run, leave_out=("recipe", "layer", "layer_options"), task=f"one of {', '.join(tasks.TASKS)}",
-        config="of the task, as scripts/prepare_lra.py lists them", seed="of parameters and order; default: 0",
+        config="of the task, as subquad prepare lists them", seed="of parameters and order; default: 0",
     )  # fmt: skip
     return parser.parse_args(command_line)
 

@@ -81,7 +81,7 @@ def test_a_cell_is_reproduced_differs_or_was_not_run(tmp_path):
     one = verdicts.judge(cell("lra.1.reformer.listops"), found)
     assert one.outcome == "not run" and one.cost.hours > 0 and one.cost.hardware == "one V100"
     assert one.cost.source.endswith("validation included; --probe measures this machine's")
-    assert one.command == ("python scripts/reproduce_table.py --paper lra --table 1 --only lra.1.reformer.listops --run")
+    assert one.command == ("subquad table --paper lra --table 1 --only lra.1.reformer.listops --run")
     one = verdicts.judge(cell("lra.1.bigbird.average"), found)
     assert (one.outcome, one.reason) == ("cannot", "made of the other columns")
 
@@ -120,9 +120,9 @@ def test_accuracies_at_other_lengths_are_answered_by_the_run_that_was_tested_the
     assert judged[512].outcome == "reproduced within tolerance"
     reasons = [judged[length].reason for length in (1024, 2048)]
     assert reasons == ["no memory", "its run was not tested at this length"]
-    assert judged[32768].reason == "tested up to 16,384 tokens; train.py --test-lengths 32768 goes on"
+    assert judged[32768].reason == "tested up to 16,384 tokens; subquad train --resume --test-lengths 32768 goes on"
     quadratic = cell("mamba.11.mha_abs.induction.4096", "mamba", "11")
-    assert quadratic.cannot == "tested up to 2,048 tokens; train.py --test-lengths 4096 goes on"
+    assert quadratic.cannot == "tested up to 2,048 tokens; subquad train --resume --test-lengths 4096 goes on"
 
 
 def test_what_answers_may_have_more_values_of_a_run():
@@ -444,6 +444,20 @@ def test_estimates_grow_with_what_a_run_does():
 def test_the_quickstarts_rows_are_in_the_ledger():
     found = {row.layer for row in ledger.read_ledger().rows() if row.recipe == "quickstart"}
     assert "softmax" in found <= set(LAYERS)
+
+
+def test_a_guess_stands_once_and_seeds_and_the_cells_notes_are_told():
+    judged = []
+    for seeds, name in ((1, "mamba.11.h3.induction.256"), (3, "mamba.11.mha_rope.induction.256")):
+        one = cell(name, "mamba", "11")
+        run = verdicts.run_of(one)
+        rows = tuple(made(accuracy=0.5, task=run.task, config=run.config, floor_chance=0.067) for _ in range(seeds))
+        one = dataclasses.replace(one, note="of a larger model." if seeds > 1 else "")
+        judged.append(verdicts.Verdict(one, "differs", 50.0, seeds=seeds, results=rows))
+    (line,) = comparison.floors(judged, ledger.Ledger({}, [], {}))
+    assert "a guess 6.7" in line and "chance" not in line
+    told = comparison.notes(published.sources()["mamba", "11"], judged, ledger.Ledger({}, [], {}))
+    assert "Seeds of each of ours: 1 or 3." in told and "MHA-RoPE: of a larger model." in told
 
 
 def test_the_floors_that_come_with_the_package_stand_below_the_tables():
