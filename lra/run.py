@@ -16,6 +16,7 @@ Schedule = Literal["cosine", "rsqrt", "linear", "onecycle", "constant", "plateau
 Norm = Literal["layer", "rms", "batch", "scale"]
 Selection = Literal["best", "last"]
 Dtype = Literal["float32", "bfloat16"]
+USUAL = "Leave it out for the recipe's."  # the cure of a value that is none
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,17 @@ def words_of(kind: Any) -> list[str]:
     return list(parts) if get_origin(kind) is Literal else [word for part in parts for word in words_of(part)]
 
 
+def known_words(kind: Any) -> list[str]:
+    """As `words_of`, with the "none" that stands for None where an annotation admits it; [] without words.
+
+    Example:
+        >>> known_words(Literal["learned", "sinusoidal"] | None), known_words(int | None)
+        (['learned', 'sinusoidal', 'none'], [])
+    """
+    words = words_of(kind)
+    return [*words, "none"] if words and type(None) in get_args(kind) else words
+
+
 def checked(name: str, value: Any) -> Any:
     """A value for an attribute of `Run`; an int is a float where that is the attribute's type, so that equal runs look equal.
 
@@ -192,9 +204,10 @@ def checked(name: str, value: Any) -> Any:
     words = words_of(kind)
     allowed = tuple(str if get_origin(part) is Literal else get_origin(part) or part for part in parts)
     if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
-        raise TypeError(f"{name} must be {' or '.join(one.__name__ for one in allowed)}, got {value!r}.")
+        wanted = f"one of {', '.join(known_words(kind))}" if words else " or ".join(one.__name__ for one in allowed)
+        raise TypeError(f"{name} must be {wanted}, got {value!r}. {USUAL}")
     if words and value is not None and value not in words:
-        raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, words)}")
+        raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, known_words(kind))}")
     return value
 
 
@@ -220,7 +233,7 @@ def check_values(run: Run) -> None:
     for name, (is_within, words) in ranges.items():
         value = getattr(run, name)
         if value is not None and not is_within(value):
-            raise ValueError(f"{name} must be {words}, got {value}.")
+            raise ValueError(f"{name} must be {words}, got {value}. {USUAL}")
     for name, word, needed in (("position_std", "positions", "learned"), ("embedding_std", "inputs", "tokens")):
         if getattr(run, name) is not None and getattr(run, word) != needed:
             raise ValueError(f"{name} must be none with {word}={getattr(run, word)!r}, got {getattr(run, name)}.")

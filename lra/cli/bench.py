@@ -73,8 +73,6 @@ def check_arguments(arguments):
         ("--modes", arguments.modes, MODES), ("--limits", arguments.limits, LIMITS),
     ):  # fmt: skip
         check_known(f"{option} must be a known name", given, known)
-    if not arguments.lengths:
-        raise ValueError("--lengths must name at least one, got none. Leave it out.")
     if arguments.implementation is not None:
         dispatch.check_name("--implementation", arguments.implementation)
     return arguments
@@ -115,7 +113,7 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
     if arguments.memory_limit is not None:
         limit, source = arguments.memory_limit, "--memory-limit"
     meter, reason = energy.meter(jax.devices()[0])
-    values = commands.assignments(arguments.override)
+    values = commands.assignments(arguments.override, "--override", "in_features=512")
     chosen = lambda *names: {name: getattr(arguments, name) for name in names}
     settings = speed.Settings(
         **chosen("model", "implementation", "baseline", "seconds", "repeats", "limits", "energy_seconds"),

@@ -6,6 +6,7 @@ subquad generate runs/train/runs/softmax-seed0-... --draft runs/small/runs/softm
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -46,10 +47,11 @@ def main(command_line: Sequence[str] | None = None, program: str = "generate") -
     if not prompt:
         raise ValueError("prompt must have at least one byte, got ''. Leave it out for a new line.")
     ids = jnp.asarray(encodings.shifted(np.frombuffer(prompt, np.uint8))[None].astype(np.int32))
-    count = arguments.tokens
-    if count is None:
-        longest = [one.longest for one in (model, draft) if one is not None and one.longest is not None]
-        count = max(1, min([256, *(length - ids.shape[1] + 1 for length in longest)]))
+    longest = min((one.longest for one in (model, draft) if one is not None and one.longest is not None), default=math.inf)
+    if len(prompt) > longest:
+        cure = "Shorten it, or train with --positions none."
+        raise ValueError(f"prompt must have at most {longest} bytes, those that the model takes, got {len(prompt)}. {cure}")
+    count = min(256, longest - len(prompt) + 1) if arguments.tokens is None else arguments.tokens
     tokens = model.stream(
         ids, count, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
         stop_token=task.end_of_document, draft=draft, draft_tokens=arguments.draft_tokens, rngs=nnx.Rngs(arguments.seed),

@@ -18,8 +18,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from subquad.lra import checkpoints, parallel, recipes, sizes, tasks, train
 from subquad.lra.cli import commands
 from subquad.lra.plan import explain, plan
@@ -73,11 +71,12 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
             print(f"{name:32} {value!s:24} {level}")
         return 0
     runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
-    together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
-    for one in runs:  # what cannot fit is reported before a folder is made
+    for one in runs:  # what cannot be is reported before a folder is made
+        mesh = parallel.make_mesh(arguments.devices, one.batch_size, one.accumulate)
+        parallel.check_shard(arguments.shard, mesh)
         its = task or tasks.find_task(one.task, one.config)
         tasks.check_lengths(its, arguments.test_lengths)
-        sizes.check(one, its, splits, devices=max(together, 1), sharded=arguments.shard == "zero")
+        sizes.check(one, its, splits, devices=1 if mesh is None else mesh.size, sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
     csv_rows.check_file(out / "results.csv", results.Result)
     named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes", "test_lengths")
