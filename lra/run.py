@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from subquad.kernels.dispatch import nearest
-from subquad.lra.files import RunError
 
 Pooling = Literal["mean", "max", "first", "last", "cls"]
 Schedule = Literal["cosine", "rsqrt", "linear", "onecycle", "constant", "plateau"]
@@ -152,22 +151,6 @@ def run_id(values: Mapping[str, Any]) -> str:
     """The `Run.id` of a configuration, also of one that another version wrote."""
     hashed = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     return f"{values['layer'].replace(':', '.')}-seed{values['seed']}-{hashed}"
-
-
-def run_of_values(values: Mapping[str, Any], where: str) -> Run:
-    """The run of a configuration that was stored.
-
-    Args:
-        where: the file that it is from.
-    Raises: RunError: it has a value that this version does not know.
-    """
-    unknown = [f"{name}={value!r:.60}" for name, value in values.items() if name not in Run.__dataclass_fields__]
-    if unknown:
-        raise RunError(
-            f"{where} must hold the values of a run of this version, got {', '.join(unknown)}. Take the version of subquad "
-            "that wrote it, or train anew."
-        )
-    return Run(**values)
 
 
 def words_of(kind: Any) -> list[str]:

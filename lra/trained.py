@@ -2,13 +2,31 @@
 
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from flax import nnx
 
 from subquad.lra import checkpoints, models, optim, tasks
 from subquad.lra.files import RunError
-from subquad.lra.run import Run, run_of_values
+from subquad.lra.run import Run
 from subquad.lra.state import TrainState
+
+
+def run_of_values(values: Mapping[str, Any], where: str) -> Run:
+    """The run of a configuration that was stored.
+
+    Args:
+        where: the file that it is from.
+    Raises: RunError: it has a value that this version does not know.
+    """
+    unknown = [f"{name}={value!r:.60}" for name, value in values.items() if name not in Run.__dataclass_fields__]
+    if unknown:
+        raise RunError(
+            f"{where} must hold the values of a run of this version, got {', '.join(unknown)}. Take the version of subquad "
+            "that wrote it, or train anew."
+        )
+    return Run(**values)
 
 
 def load(
