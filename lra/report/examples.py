@@ -176,7 +176,7 @@ def sign_flips(differences: np.ndarray) -> float:
     """How probable a sum of integers at least this far from 0 is where the sign of each is a coin's: exact, two-sided.
 
     Example:
-        >>> sign_flips(np.array([1, 1, 1, 1, 1, 1, 0]))
+        >>> round(sign_flips(np.array([1, 1, 1, 1, 1, 1, 0])), 6)
         0.03125
     """
     from scipy.signal import fftconvolve

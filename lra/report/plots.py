@@ -86,6 +86,8 @@ def _accuracy_against(cost: Callable, label: str, rows: Iterable[Result], path, 
     with _figure((9, 5), path) as figure:
         axes = figure.add_subplot()
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %")
+        if len({x for x, _ in points}) == 1:  # of which no limits follow
+            axes.set_xlim(points[0][0] / 2, points[0][0] * 2)
         for (name, group), (x, y) in zip(drawn.items(), points, strict=True):
             deviation = 100 * statistics.stdev(row.accuracy for row in group) if group[1:] else 0.0
             axes.errorbar(x, y, yerr=deviation, fmt="none", ecolor=QUIET, elinewidth=1)
@@ -104,8 +106,6 @@ def _accuracy_against(cost: Callable, label: str, rows: Iterable[Result], path, 
                     floor = f"{name} floor, {100 * value:.1f} %"
                     axes.axhline(100 * value, color=INK, linestyle=dash, linewidth=1, label=floor)
             axes.margins(0.12)
-            if len({x for x, _ in points}) == 1:  # of which no margin is a part
-                axes.set_xlim(points[0][0] / 2, points[0][0] * 2)
             _plain_ticks(axes.xaxis)
             title = f"{one.task}, {one.config}, {trained(shown)}; {distinct(row.hardware for row in shown)}"
             axes.set_title(title + (f"; not drawn: {', '.join(absent)}" if absent else ""), fontsize=9)

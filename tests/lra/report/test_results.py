@@ -232,7 +232,7 @@ def test_a_value_that_an_older_version_did_not_know_had_its_default():
 
 
 def test_points_of_equal_cost_are_drawn_without_a_warning(recwarn):
-    plots.accuracy_against_cost([row(), row("s4")])
+    plots.accuracy_against_cost([row(flops_per_step=10_906_443), row("s4", flops_per_step=10_906_443)])
     plots.accuracy_against_time([row(), row("s4")])
     assert not recwarn.list
 
