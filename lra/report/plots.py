@@ -167,7 +167,8 @@ def against_length(
 
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     lengths = sorted({point.length for *_, lines in panels for points in lines.values() for point in points})
-    with _figure((12, 0.8 + 3.1 * max(1, len(panels) // 2)), path) as figure:
+    most = max((len(lines) for *_, lines in panels), default=0)  # which the legend beside a panel has
+    with _figure((12, 0.8 + max(3.1, 0.16 * most) * max(1, len(panels) // 2)), path) as figure:
         for place, (heading, label, lines) in enumerate(panels, 1):
             axes = figure.add_subplot(len(panels) // 2, 2, place)
             axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label, title=heading)
