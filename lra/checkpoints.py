@@ -83,18 +83,55 @@ def begin_or_resume(folder: pathlib.Path, configuration: dict, resume: bool, res
         _check_same(folder, configuration, read_configuration(folder))
     else:
         write_json(mark, configuration)
-    if not resume and ((folder / "checkpoint").exists() or (folder / "result.json").exists()):
+    if not resume and is_saved(folder):
         raise RunError(f"out: folder {folder} must be empty to start anew, got this run, saved. Pass --resume.")
     return read_result(folder, configuration, result_type)
 
 
-def read_configuration(folder: pathlib.Path) -> dict:
+def saved_steps(folder: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder."""
+    return [int(path.name) for path in folder.glob("checkpoint/*") if path.name.isdigit()]
+
+
+def is_saved(folder: pathlib.Path) -> bool:
+    """Whether a run's folder holds anything that `resume` goes on from: a checkpoint, or a result."""
+    return bool(saved_steps(folder)) or (folder / "result.json").exists()
+
+
+def nothing_to_resume(folder: pathlib.Path, runs: Mapping[str, dict]) -> str:
+    """What is to be said where `resume` finds none of some runs in a folder of runs; "" where it finds one.
+
+    Args:
+        runs: the name of each run's folder -> its configuration.
+    """
+    if any(is_saved(folder / name) for name in runs):
+        return ""
+    differing: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*/run.json")):
+        with contextlib.suppress(RunError):
+            theirs = read_configuration(path.parent) if is_saved(path.parent) else None
+            for ours in runs.values() if theirs else ():
+                names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+                differing[path.parent.name] = min(differing.get(path.parent.name, names), names, key=len)
+    said = f"Nothing to resume in {folder}; beginning anew."
+    if differing:
+        nearest = min(differing, key=lambda name: len(differing[name]))
+        said += f" The folder holds {nearest}, which differs in {', '.join(differing[nearest])}."
+    return said
+
+
+def read_configuration(
+    folder: pathlib.Path,
+    name: str = "out",
+    cure: str = "Delete it if the run in that folder is this one, and pass --resume; else choose another --out.",
+) -> dict:
     """The configuration of the run in a folder.
 
+    Args:
+        name: what the folder is an argument for; cure: what a caller is told to do.
     Raises: RunError: it cannot be read.
     """
-    cure = "Delete it if the run in that folder is this one, and pass --resume; else choose another --out."
-    with _whole(folder / "run.json", cure):
+    with _whole(folder / "run.json", cure, name):
         return _read_json(folder / "run.json")
 
 
@@ -124,9 +161,9 @@ def _check_same(folder: pathlib.Path, ours: dict, theirs: dict) -> None:
             )
 
 
-def _whole(path: pathlib.Path, cure: str):
+def _whole(path: pathlib.Path, cure: str, name: str = "out"):
     """Turns what is wrong with a file into one line."""
-    what = f"out: file {path} must be a whole one that was written here"
+    what = f"{name}: file {path} must be a whole one that was written here"
     return explained(what, cure, (OSError, ValueError, RecursionError))
 
 

@@ -70,8 +70,12 @@ class Evaluation:
         if self.task.kind == "tagging":
             columns["accuracy_sequences"] = chosen.whole
         if lengths:
-            columns["scores_by_length"] = json.dumps({length: self._at_length(selected, length) for length in lengths})
+            columns["scores_by_length"] = json.dumps(self.at_lengths(selected, lengths))
         return columns, chosen.rows
+
+    def at_lengths(self, parameters: Any, lengths: Sequence[int]) -> dict[str, float | str]:
+        """A length in digits -> the score on test examples of it, or why the model has none there."""
+        return {str(length): self._at_length(parameters, length) for length in lengths}
 
     def score_split(self, parameters: Any, split: str, count: int | None = None) -> "Scores":
         """Scores parameters on a split, or on `count` examples of it."""
@@ -87,7 +91,6 @@ class Evaluation:
         return pipeline.EvaluationBatches(self.splits[split], run.batch_size, self.task.length, count, run.carry_state)
 
     def _at_length(self, parameters: Any, length: int) -> float | str:
-        """The score on test examples of another length, or why the model has none there."""
         examples = self.task.at_length(length)
         # As many tokens in a batch as in training; a mesh shares a whole batch.
         rows = self.run.batch_size if self.mesh else max(1, min(self.run.batch_size * self.task.length // length, 512))

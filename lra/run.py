@@ -15,6 +15,7 @@ Schedule = Literal["cosine", "rsqrt", "linear", "onecycle", "constant", "plateau
 Norm = Literal["layer", "rms", "batch", "scale"]
 Selection = Literal["best", "last"]
 Dtype = Literal["float32", "bfloat16"]
+USUAL = "Leave it out for the recipe's."  # the cure of a value that is none
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,13 @@ class Run:
     @property
     def id(self) -> str:
         """Names the run by layer, seed and a hash of all its values."""
-        values = json.dumps(vars(self), sort_keys=True)  # not a deep copy: reports ask ten thousand rows
-        return f"{self.layer.replace(':', '.')}-seed{self.seed}-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
+        return run_id(vars(self))
+
+
+def run_id(values: Mapping[str, Any]) -> str:
+    """The `Run.id` of a configuration, also of one that another version wrote."""
+    hashed = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{values['layer'].replace(':', '.')}-seed{values['seed']}-{hashed}"
 
 
 def words_of(kind: Any) -> list[str]:
@@ -156,6 +162,17 @@ def words_of(kind: Any) -> list[str]:
     """
     parts = get_args(kind)
     return list(parts) if get_origin(kind) is Literal else [word for part in parts for word in words_of(part)]
+
+
+def known_words(kind: Any) -> list[str]:
+    """As `words_of`, with the "none" that stands for None where an annotation admits it; [] without words.
+
+    Example:
+        >>> known_words(Literal["learned", "sinusoidal"] | None), known_words(int | None)
+        (['learned', 'sinusoidal', 'none'], [])
+    """
+    words = words_of(kind)
+    return [*words, "none"] if words and type(None) in get_args(kind) else words
 
 
 def checked(name: str, value: Any) -> Any:
@@ -170,9 +187,10 @@ def checked(name: str, value: Any) -> Any:
     words = words_of(kind)
     allowed = tuple(str if get_origin(part) is Literal else get_origin(part) or part for part in parts)
     if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
-        raise TypeError(f"{name} must be {' or '.join(one.__name__ for one in allowed)}, got {value!r}.")
+        wanted = f"one of {', '.join(known_words(kind))}" if words else " or ".join(one.__name__ for one in allowed)
+        raise TypeError(f"{name} must be {wanted}, got {value!r}. {USUAL}")
     if words and value is not None and value not in words:
-        raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, words)}")
+        raise ValueError(f"{name} must be a known word, got {value!r}. {nearest(value, known_words(kind))}")
     return value
 
 
@@ -198,7 +216,7 @@ def check_values(run: Run) -> None:
     for name, (is_within, words) in ranges.items():
         value = getattr(run, name)
         if value is not None and not is_within(value):
-            raise ValueError(f"{name} must be {words}, got {value}.")
+            raise ValueError(f"{name} must be {words}, got {value}. {USUAL}")
     for name, word, needed in (("position_std", "positions", "learned"), ("embedding_std", "inputs", "tokens")):
         if getattr(run, name) is not None and getattr(run, word) != needed:
             raise ValueError(f"{name} must be none with {word}={getattr(run, word)!r}, got {getattr(run, name)}.")

@@ -7,6 +7,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
@@ -27,7 +28,7 @@ from subquad.lra.bench import measure
 from subquad.lra.checkpoints import Checkpoints, Interrupted, begin_or_resume, occupied, open_folder, write_history, write_json
 from subquad.lra.data import pipeline, store
 from subquad.lra.evaluation import Evaluation
-from subquad.lra.files import refuse
+from subquad.lra.files import RunError, refuse
 from subquad.lra.objectives import OBJECTIVES
 from subquad.lra.optim import after_validation, evaluated, initial_state, learning_rate, make_optimiser
 from subquad.lra.report import examples, results
@@ -75,7 +76,8 @@ def train(
         splits: the examples of "train", "validation" and "test" as `data.encodings` makes them; None: the task's data set.
         model: what training begins from, of the run's layers and sizes; it stays as it is. None: `models.build` draws it. A
             checkpoint that is resumed outranks it.
-        resume: go on from the checkpoint in `out`, or return the result that is there; with neither, start.
+        resume: go on from the checkpoint in `out`, or return the result that is there, tested further at those `test_lengths`
+            that it lacks; with neither, start.
         quiet: no progress on stderr.
         devices: how many devices share a batch; None: one, or in several processes all of them.
         shard: "zero" also cuts parameters, moments and averages among the devices, which then gather parameters for a step.
@@ -119,8 +121,10 @@ def train(
             return str(folder), begin_or_resume(folder, dataclasses.asdict(run), resume, results.Result)
 
         folder, finished = parallel.broadcast_from_first(enter_folder)
-        if finished:
-            return results.Result(**finished)
+        result = results.Result(**finished) if finished else None
+        lacking = [] if result is None else untested(result, test_lengths)
+        if result and not lacking:
+            return result
         folder, quiet = pathlib.Path(folder), quiet or not parallel.is_first()
         source = f"{task.dataset} as passed to train"
         if splits is None:
@@ -132,9 +136,22 @@ def train(
             first,
         )  # fmt: skip
         state = job.state()
+        if result:
+            return job.test_further(state, result, lacking)
         with job.started(state):
             failure = fit(job, state)
-        return job.finish(state, failure)
+        # From here on a signal raises at once. What was asked before ends the run ahead of its test; a failure has none.
+        if not failure:
+            job.end_if_stopped(state)
+        result = job.finish(state, failure)
+        job.end_if_stopped(state)
+        return result
+
+
+def untested(result: results.Result, lengths: Sequence[int]) -> list[int]:
+    """Those of some lengths that a result has no score at; none of a run that failed."""
+    known = json.loads(result.scores_by_length or "{}")
+    return [length for length in lengths if str(length) not in known] if result.status == "ok" else []
 
 
 def fit(job: "Job", state: TrainState) -> str | None:
@@ -303,6 +320,11 @@ class Job:
         if parallel.any_process(time.monotonic() - self.saved_at >= self.checkpoint_seconds) or stopped:
             self.save(state)
         if stopped:
+            self.end_if_stopped(state)
+
+    def end_if_stopped(self, state: TrainState) -> None:
+        """Raises: Interrupted: a signal asked any process to stop, and what there is to save is saved."""
+        if parallel.any_process(self.stop.is_set()):
             number = signal.SIGTERM if parallel.any_process(self.stop.number == signal.SIGTERM) else signal.SIGINT
             where = f"step {state.step} of {self.run.steps}; saved in {self.folder}"
             raise Interrupted(f"Stopped at {where}. Go on with --resume.", number)
@@ -324,6 +346,20 @@ class Job:
             write_json(self.folder / "result.json", dataclasses.asdict(result))
         return result
 
+    def test_further(self, state: TrainState, result: results.Result, lengths: Sequence[int]) -> results.Result:
+        """Tests the checkpoint of a finished run at further lengths, and writes the result anew."""
+        if self.checkpoints.latest() is None:
+            refused = f"out: folder {self.folder} must hold a checkpoint to be tested at length {lengths[0]}, got none."
+            raise RunError(f"{refused} Leave that length out, or train anew in another folder.")
+        self.evaluation.build(self.graph, state.fixed, self.mesh)
+        selected = state.best if self.run.selection == "best" else evaluated(self.run, state.learner)
+        scores = json.loads(result.scores_by_length or "{}") | self.evaluation.at_lengths(selected, lengths)
+        self.checkpoints.close()
+        result = dataclasses.replace(result, scores_by_length=json.dumps(scores))
+        if parallel.is_first():
+            write_json(self.folder / "result.json", dataclasses.asdict(result))
+        return result
+
     def _write_history(self, state: TrainState) -> None:
         if parallel.is_first():
             write_history(self.folder / "history.csv", state.losses, state.validations, self.objective.column)
@@ -341,7 +377,8 @@ class Job:
             validation_accuracy_last=state.validations[-1][1] if is_accuracy else None,
             train_loss_last=float(np.mean(tail)) if tail else None,
             collapsed_step=self.evaluation.collapsed_step(state.validations), test_examples=len(self.splits["test"]),
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.learner["parameters"])), steps_per_second=state.rate,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.learner["parameters"])),
+            steps_per_second=state.rate or None,
             stopped_step=state.step if has_stalled(run, state) and state.step < run.steps else None,
             train_seconds=state.seconds, compile_seconds=self.compile_seconds, flops_per_step=self.flops,
             memory_temporary_bytes=memory.temporary, memory_peak_bytes=memory.peak,

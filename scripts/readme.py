@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the libraries, which take seconds to load
 
 import importlib
 import inspect
-import math
 import pathlib
 import re
 import sys
@@ -118,16 +117,17 @@ def claims_table() -> str:
     for row in measurements.read_measurements(LAYER_COSTS):
         costs.setdefault(row.layer, []).append(row)
     for group in results.groups(results.read_results(ABILITIES)):
-        reached[group[0].layer, group[0].task] = results.score_of_seeds(group).partition(" (")[0]
-    tasks_shown = ("recall", "selective_copy")
-    rows = [["layer", "its paper", "faster than softmax", *(task.replace("_", " ") for task in tasks_shown)]]
+        reached[group[0].layer, group[0].task, group[0].config] = results.score_of_seeds(group).partition(" (")[0]
+    shown = (("recall", "small"), ("selective_copy", "small"))
+    titles = [overview.column_title(*kind).replace("_", " ") for kind in shown]
+    rows = [["layer", "its paper", "faster than softmax", *titles]]
     for name in zoo.LAYERS:
         faster = overview.crossover_words(costs.get(name, []))
-        rows.append([f"`{name}`", claims.get(name, ""), faster, *(reached.get((name, task), "") for task in tasks_shown)])
+        rows.append([f"`{name}`", claims.get(name, ""), faster, *(reached.get((name, *kind), "") for kind in shown)])
     measured = [row for rows_of_layer in costs.values() for row in rows_of_layer]
     lengths = ", ".join(map(measurements.length_label, sorted({row.length for row in measured})))
     one = measured[0]
-    where = f"{one.mode}, batch {one.batch_size}, {one.dtype}, {one.hardware}, commit {one.commit[:12]}"
+    where = f"{one.mode}, batch {one.batch_size}, {one.dtype}, {one.hardware}, {measurements.commits(measured)}"
     return f"{text_tables.markdown(rows, left=3)}\n\nFaster: a model of two layers at {lengths} tokens, {where}."
 
 
@@ -188,42 +188,50 @@ def task_table(rows, floors) -> str:
     for group in sorted(results.groups(overview.at_each_length(rows)), key=lambda group: group[0].finished_utc):
         columns.setdefault((group[0].task, group[0].config), {})[group[0].layer] = group
     firsts = {kind: next(group[0] for group in column.values() if group[0].status == "ok") for kind, column in columns.items()}
+    its = {kind: [row for group in column.values() for row in group] for kind, column in columns.items()}
     heading, notes = ["layer"], []
     for kind, one in firsts.items():
         title, unit, error = overview.column_title(*kind), "bits per byte", ""
         if one.bits_per_byte is None:
-            unit, error = "accuracy", f", standard error up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
+            unit, error = "accuracy", f", {results.standard_error(its[kind])}"
         heading.append(f"{title}, {unit}")
         if overview.AT not in kind[1]:
-            seeds = sorted({str(row.seed) for group in columns[kind].values() for row in group})
-            trained = f"{one.steps} steps of {one.batch_size}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-            notes.append(f"{title}: {trained}, {one.test_examples:,} test examples{error}.")
+            counts = results.distinct(f"{row.test_examples:,}" for row in its[kind])
+            notes.append(f"{title}: {results.trained(its[kind])}, {counts} test examples{error}.")
     reached |= {(*kind, "chance"): one.floor_chance for kind, one in firsts.items()}
     body = []
     ran = [layer for layer in zoo.LAYERS if any(layer in column for column in columns.values())]
     for layer in ran:
         body.append([layer, *(score(layer, column.get(layer), firsts[kind]) for kind, column in columns.items())])
-    if others := [layer for layer in zoo.LAYERS if layer not in ran]:
-        notes.append(f"Not run: {', '.join(others) if len(others) <= 12 else f'the other {len(others)} layers'}.")
+    notes += not_run((layer for layer in zoo.LAYERS if layer not in ran), most=12)
     if any("" in row for row in body):
         notes.append("An empty cell was not run.")
     for rule, what in results.FLOORS.items():
         cells = [results.floor_cell(rule, reached.get((*kind, rule))) for kind in firsts]
         if any(cells):
             body.append([f"*{what}*", *cells])
-    machines = dict.fromkeys(map(results.machine_of_row, firsts.values()))
-    return "\n".join([text_tables.markdown([heading, *body]), "", " ".join([*notes, *machines])])
+    notes.append(results.machines(row for rows_of_kind in its.values() for row in rows_of_kind))
+    return "\n".join([text_tables.markdown([heading, *body]), "", " ".join(notes)])
+
+
+def not_run(layers, most: int | None = None) -> list[str]:
+    """A sentence that names layers without a row, or counts them where they are more than `most`; none for none."""
+    others = list(layers)
+    names = ", ".join(others) if most is None or len(others) <= most else f"the other {len(others)} layers"
+    return [f"Not run: {names}."] if others else []
 
 
 def language_table(rows) -> str:
-    """One row per causal layer, the best first: bits per byte of the same model on the same text."""
+    """One row per causal layer that was run, the best first: bits per byte of the same model on the same text."""
     table = results.cells(rows)
     # Floors are those of the text, and several runs shared the machine.
     kept = [at for at, name in enumerate(table[0]) if name != "steps/s" and not name.endswith("floor")]
     floors = {what: getattr(rows[0], f"floor_{rule}") for rule, what in results.FLOORS.items()}
     rules = ", ".join(f"{what} {value:.3f}" for what, value in floors.items() if value is not None)
     shown = text_tables.markdown([[line[at] for at in kept] for line in table])
-    return f"{shown}\n\nWithout a model: {rules}. {results.caption(rows)}"
+    ran = {row.layer for row in rows if row.status == "ok"}
+    others = not_run(layer for layer in zoo.LAYERS if zoo.LAYERS[layer].supports.causal and layer not in ran)
+    return "\n\n".join([shown, " ".join([f"Without a model: {rules}.", *others, results.caption(rows)])])
 
 
 def score(layer: str, group, one) -> str:

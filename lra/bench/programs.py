@@ -1,4 +1,4 @@
-"""The programs that `scripts/bench_lra.py` measures: a model forward, with gradient, and in a training step.
+"""The programs that `subquad bench` measures: a model forward, with gradient, and in a training step.
 
 Everything is compiled from shapes alone, so that what a program needs is known before any of it is allocated.
 """

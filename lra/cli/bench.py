@@ -1,6 +1,6 @@
 """Time, memory, FLOPs and energy of every layer's model against length: forward, with gradient, and in a training step.
 
-python scripts/bench_lra.py --lengths 1024,4096,16384
+subquad bench --lengths 1024,4096,16384
 
 Layers are timed in turn with the baseline, softmax, so that ratios are of one run. The CSV keeps its other rows; tables
 (Markdown, LaTeX) and plots of all its rows are written beside it. Nothing is run that compiled memory shows not to fit.
@@ -73,8 +73,6 @@ def check_arguments(arguments):
         ("--modes", arguments.modes, MODES), ("--limits", arguments.limits, LIMITS),
     ):  # fmt: skip
         check_known(f"{option} must be a known name", given, known)
-    if not arguments.lengths:
-        raise ValueError("--lengths must name at least one, got none. Leave it out.")
     if arguments.implementation is not None:
         dispatch.check_name("--implementation", arguments.implementation)
     return arguments
@@ -115,7 +113,7 @@ def prepare(arguments, layers: list[str]) -> speed.Settings:
     if arguments.memory_limit is not None:
         limit, source = arguments.memory_limit, "--memory-limit"
     meter, reason = energy.meter(jax.devices()[0])
-    values = commands.assignments(arguments.override)
+    values = commands.assignments(arguments.override, "--override", "in_features=512")
     chosen = lambda *names: {name: getattr(arguments, name) for name in names}
     settings = speed.Settings(
         **chosen("model", "implementation", "baseline", "seconds", "repeats", "limits", "energy_seconds"),

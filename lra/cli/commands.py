@@ -17,7 +17,7 @@ from subquad.lra import interrupts
 from subquad.lra.checkpoints import Interrupted
 from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
-from subquad.lra.run import words_of
+from subquad.lra.run import known_words
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, interrupts.INTERRUPTED, interrupts.TERMINATED
@@ -55,7 +55,7 @@ def add_options(parser: Parser, record: type, leave_out: tuple[str, ...] = (), *
     for name, kind in get_type_hints(record).items():
         if name in leave_out:
             continue
-        given = dict(type=value_or_none, metavar="|".join(words_of(kind)) or None)
+        given = dict(type=value_or_none, metavar="|".join(known_words(kind)) or None)
         if kind is bool:
             given = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=helps[name], **given)
@@ -120,8 +120,11 @@ def parse_size(text: str) -> int:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Several of them, with commas between."""
-    return list(dict.fromkeys(parse_size(word) for word in split_words(text)))
+    """Several of them, with commas between, at least one."""
+    found = list(dict.fromkeys(parse_size(word) for word in split_words(text)))
+    if not found:
+        raise argparse.ArgumentTypeError(f"must name at least one, got {text!r}. Leave it out.")
+    return found
 
 
 def number(kind: type, least: float, *, above: bool = False) -> Callable:
@@ -137,8 +140,8 @@ def number(kind: type, least: float, *, above: bool = False) -> Callable:
     return read
 
 
-def assignments(words: list[str]) -> dict:
-    """{"num_landmarks": 32} of ["num_landmarks=32"].
+def assignments(words: list[str], name: str = "layer_options", example: str = "num_heads=4") -> dict:
+    """{"num_landmarks": 32} of ["num_landmarks=32"]; the error names the option `name`, and gives an example.
 
     Raises: ValueError: a word without "=".
     Example:
@@ -147,10 +150,10 @@ def assignments(words: list[str]) -> dict:
     """
     found = {}
     for word in words:
-        name, equals, value = word.partition("=")
+        left, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"layer_options must be written name=value, got {word!r}. For example num_heads=4.")
-        found[name] = literal(value)
+            raise ValueError(f"{name} must be written name=value, got {word!r}. For example {example}.")
+        found[left] = literal(value)
     return found
 
 
@@ -197,7 +200,7 @@ def exit_code_of(program: str, main: Callable[[], int | None]) -> int:
             raise
         code, message = FAILED, reason
     # The function's name, where it is the command's, is said once.
-    print(f"{program}: {message.removeprefix(f'{program}: ')}", file=sys.stderr)
+    print(f"{program}: {message.removeprefix(f'{program.split()[-1]}: ')}", file=sys.stderr)
     return code
 
 

@@ -1,8 +1,8 @@
 """Changes the attention of a trained language model for another layer's, and trains the model on: from softmax to linear.
 
-python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
-python scripts/convert_lm.py runs/train/runs/softmax-seed0-... --layer hedgehog --text my/notes/*.txt
-python scripts/generate.py runs/convert/runs/hedgehog-seed0-... --prompt "Once upon"
+subquad train --layer softmax --text my/notes/*.txt --text-length 256
+subquad convert runs/train/runs/softmax-seed0-... --layer hedgehog --text my/notes/*.txt
+subquad generate runs/convert/runs/hedgehog-seed0-... --prompt "Once upon"
 
 The projections stay. First what is new learns, layer by layer, to do what the attention did ("distilled"): the weights, of
 softmax to hedgehog, else the outputs. Then all parameters learn the text ("fine-tuned"). A table says what was lost and won.
@@ -96,6 +96,8 @@ def main(command_line: Sequence[str] | None = None, program: str = "convert") ->
         model=str(pathlib.Path(arguments.run).resolve()), distil_steps=arguments.distil_steps,
         distil_learning_rate=arguments.distil_learning_rate,
     )  # fmt: skip
+    if arguments.resume and (said := checkpoints.nothing_to_resume(folder.parent, {run.id: dataclasses.asdict(run)})):
+        print(said, file=sys.stderr)
     record = begun(checkpoints.open_folder(folder), run, settings, arguments.resume)
     print(converted.changes[0], file=sys.stderr)
     if record is None:
@@ -157,7 +159,7 @@ def begun(folder: pathlib.Path, run: Run, settings: dict[str, Any], resume: bool
     Raises: RunError: the folder holds a run and not `resume`, or a run of another conversion.
     """
     checkpoints.begin_or_resume(folder, dataclasses.asdict(run), resume, results.Result)
-    if not any((folder / "checkpoint").glob("[0-9]*")):
+    if not checkpoints.saved_steps(folder):
         return None
     if not (folder / FILE).exists():
         raise RunError(f"out: folder {folder} must hold a conversion, got a run of train. Choose another with --out.")

@@ -1,11 +1,12 @@
-"""Goes on from a text with a language model that scripts/train.py trained, byte by byte as it comes.
+"""Goes on from a text with a language model that subquad train trained, byte by byte as it comes.
 
-python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
-python scripts/generate.py runs/train/runs/softmax-seed0-... --prompt "Once upon" --temperature 0.8
-python scripts/generate.py runs/train/runs/softmax-seed0-... --draft runs/small/runs/softmax-seed0-... --draft-tokens 6
+subquad train --layer softmax --text my/notes/*.txt --text-length 256
+subquad generate runs/train/runs/softmax-seed0-... --prompt "Once upon" --temperature 0.8
+subquad generate runs/train/runs/softmax-seed0-... --draft runs/small/runs/softmax-seed0-... --draft-tokens 6
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -46,10 +47,11 @@ def main(command_line: Sequence[str] | None = None, program: str = "generate") -
     if not prompt:
         raise ValueError("prompt must have at least one byte, got ''. Leave it out for a new line.")
     ids = jnp.asarray(encodings.shifted(np.frombuffer(prompt, np.uint8))[None].astype(np.int32))
-    count = arguments.tokens
-    if count is None:
-        longest = [one.longest for one in (model, draft) if one is not None and one.longest is not None]
-        count = max(1, min([256, *(length - ids.shape[1] + 1 for length in longest)]))
+    longest = min((one.longest for one in (model, draft) if one is not None and one.longest is not None), default=math.inf)
+    if len(prompt) > longest:
+        cure = "Shorten it, or train with --positions none."
+        raise ValueError(f"prompt must have at most {longest} bytes, those that the model takes, got {len(prompt)}. {cure}")
+    count = min(256, longest - len(prompt) + 1) if arguments.tokens is None else arguments.tokens
     tokens = model.stream(
         ids, count, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
         stop_token=task.end_of_document, draft=draft, draft_tokens=arguments.draft_tokens, rngs=nnx.Rngs(arguments.seed),
@@ -64,7 +66,7 @@ def main(command_line: Sequence[str] | None = None, program: str = "generate") -
 
 def language_model(folder: str, name: str) -> tuple[zoo.CausalLM, Run, tasks.Task]:
     """The language model of a run's folder, the run and its task."""
-    model, run, task = trained.load(folder)
+    model, run, task = trained.load(folder, name=name)
     if not isinstance(model, models.LanguageModel):
         raise ValueError(
             f"{name} must be of a language model, got one on {task.name}. Train one with --task pylib_lm or --text."

@@ -1,8 +1,8 @@
 """Prepares the data sets of the Long Range Arena, and stand-ins that need no network.
 
-python scripts/prepare_lra.py list
-python scripts/prepare_lra.py prepare text image          without a name: all that take two minutes at most
-python scripts/prepare_lra.py check text/modern           sizes, checksums, labels, lengths, floors, a small network
+subquad prepare list
+subquad prepare prepare text image          without a name: all that take two minutes at most
+subquad prepare check text/modern           sizes, checksums, labels, lengths, floors, a small network
 """
 
 import argparse
@@ -150,9 +150,8 @@ def check(word: str, data_dir=None, *, cnn_steps: int = 400) -> Report:
     drawn = catalogue.find_dataset(task.dataset).drawn
     folder = store.dataset_folder(task.dataset, data_dir)
     if not drawn and not folder.exists():
-        raise sources.DatasetError(
-            f"{word}: data set must be prepared first, got no folder {folder}. Run prepare_lra.py prepare {word}"
-        )
+        cure = f"Run {store.preparing(word, data_dir)}"
+        raise sources.DatasetError(f"{word}: data set must be prepared first, got no folder {folder}. {cure}")
     where = "drawn while it is read" if drawn else f"{sources.size(_bytes(folder))} in {folder}"
     report = Report([f"{task.name}/{task.config} ({task.dataset}), {where}"])
     if task.note:

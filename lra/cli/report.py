@@ -61,8 +61,9 @@ def show_results(path: str) -> None:
     for group in kinds:
         results.show(group)
     written = write_results(kinds, stem) + draw_accuracy_against_time(rows, stem)
-    sections = [*(overview.training(group, stem.parent) for group in kinds), *overview.damaged([path])]
-    page.write(stem.name, sections, f"{stem}.html")
+    parts = [overview.training(group, stem.parent) for group in kinds]
+    faults = [fault for _, found in parts for fault in found]
+    page.write(stem.name, [*(section for section, _ in parts), *overview.damaged([path], faults)], f"{stem}.html")
     written.append(f"{stem}.html")
     print(f"\nRows in {path}; {', '.join(written)}.")
 

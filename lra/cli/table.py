@@ -1,18 +1,19 @@
 """Puts what was run here beside a published table, and runs what is missing.
 
-python scripts/reproduce_table.py --paper lra --table 1
-python scripts/reproduce_table.py --paper lra --table 1 --run --budget-hours 8 --seeds 3
+subquad table --paper lra --table 1
+subquad table --paper lra --table 1 --run --budget-hours 8 --seeds 3
 
 --run trains what is missing, cheapest first; stopped by Ctrl-C or by its budget, the same command goes on. A budget that is
 used up is no failure: the table is printed, and the exit code is 0. Rows are added to the ledger, checkpoints are beside
 it; several of these commands may share them. Hours are this machine's where runs, or steps by --probe, were timed on it.
-Ratios of speed and memory are measured by scripts/bench_lra.py on this machine, beside a softmax that keeps all logits in
+Ratios of speed and memory are measured by subquad bench on this machine, beside a softmax that keeps all logits in
 memory as the papers' does, at the papers' batch of 32 or the largest power of two that fits.
 """
 
 import dataclasses
 import os
 import pathlib
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -86,8 +87,11 @@ def main(command_line: Sequence[str] | None = None, program: str = "reproduce_ta
     if arguments.run:
         code = run_missing(wanted, files, known, arguments) or code
         known = read_known(files, arguments.batch_size)
-    given = {"--ledger": arguments.ledger if arguments.ledger != LEDGER else None, "--batch-size": arguments.batch_size}
-    options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+    given = {
+        "--ledger": arguments.ledger if arguments.ledger != LEDGER else None, "--batch-size": arguments.batch_size,
+        "--data-dir": arguments.data_dir,
+    }  # fmt: skip
+    options = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
     judged = [verdicts.judge(cell, known, options=options, data_dir=arguments.data_dir) for cell in wanted]
     return write_out(comparison.render(arguments.paper, name, judged, known, arguments.format), arguments.out) or code
 

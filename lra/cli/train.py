@@ -1,15 +1,15 @@
 """Trains one layer on one task under a recipe. Every value of the run is an option; the recipe gives the rest.
 
-python scripts/train.py --layer performer --config lra --steps 5000 --layer-options num_features=128 --seeds 0 1 2
+subquad train --layer performer --config lra --steps 5000 --layer-options num_features=128 --seeds 0 1 2
 
-A language model on text of your own; then scripts/generate.py goes on from what it is given:
-python scripts/train.py --layer softmax --text my/notes/*.txt --text-length 256
+A language model on text of your own; then subquad generate goes on from what it is given:
+subquad train --layer softmax --text my/notes/*.txt --text-length 256
 
 The text in order, each sequence from the state that the one before it left:
-python scripts/train.py --layer transformer_xl --text my/notes/*.txt --text-length 256 --carry-state
+subquad train --layer transformer_xl --text my/notes/*.txt --text-length 256 --carry-state
 
 Several devices share a batch by --devices 8; several processes by srun, or each started with its own number:
-python scripts/train.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
+subquad train --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
 """
 
 import argparse
@@ -17,8 +17,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-
-import jax
 
 from subquad.lra import checkpoints, parallel, recipes, sizes, tasks, train
 from subquad.lra.cli import commands
@@ -52,7 +50,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
     commands.add_options(
         parser, Run, leave_out=("recipe", "layer", "layer_options"), task=f"one of {', '.join(tasks.TASKS)}",
-        config="of the task, as scripts/prepare_lra.py lists them", seed="of parameters and order; default: 0",
+        config="of the task, as subquad prepare lists them", seed="of parameters and order; default: 0",
     )  # fmt: skip
     return parser.parse_args(command_line)
 
@@ -73,15 +71,19 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
             print(f"{name:32} {value!s:24} {level}")
         return 0
     runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
-    together = jax.device_count() if jax.process_count() > 1 else arguments.devices or 1
-    for one in runs:  # what cannot fit is reported before a folder is made
+    for one in runs:  # what cannot be is reported before a folder is made
+        mesh = parallel.make_mesh(arguments.devices, one.batch_size, one.accumulate)
+        parallel.check_shard(arguments.shard, mesh)
         its = task or tasks.find_task(one.task, one.config)
         tasks.check_lengths(its, arguments.test_lengths)
-        sizes.check(one, its, splits, devices=max(together, 1), sharded=arguments.shard == "zero")
+        sizes.check(one, its, splits, devices=1 if mesh is None else mesh.size, sharded=arguments.shard == "zero")
     out = checkpoints.open_folder(arguments.out)
     csv_rows.check_file(out / "results.csv", results.Result)
     named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes", "test_lengths")
     shared = {name: getattr(arguments, name) for name in named}
+    if arguments.resume and parallel.is_first():
+        if said := checkpoints.nothing_to_resume(out / "runs", {one.id: dataclasses.asdict(one) for one in runs}):
+            print(said, file=sys.stderr)
     rows = []
     for one in runs:
         if parallel.is_first():

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pathlib
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,16 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
         if hasattr(builder, "scratch"):
             builder.scratch.cleanup()
     return builder
+
+
+def preparing(words: str, data_dir: str | os.PathLike | None = None) -> str:
+    """The command that prepares tasks, in a folder of data sets.
+
+    Example:
+        >>> preparing("text/lra", "my data")
+        "subquad prepare prepare text/lra --data-dir 'my data'"
+    """
+    return f"subquad prepare prepare {words}" + (f" --data-dir {shlex.quote(str(data_dir))}" if data_dir is not None else "")
 
 
 def _is_of_the_network(error: Exception) -> bool:

@@ -1,6 +1,6 @@
 """Diagnostics: what a layer can do at all, on tasks that are drawn; two blocks of width 64, minutes on a laptop.
 
-Command    python scripts/train.py --recipe diagnostics --task recall --layer softmax
+Command    subquad train --recipe diagnostics --task recall --layer softmax
 Expected   results/diagnostics.csv, in the README
 
 Then the settings of the papers, as far as they are known: Mamba's, Zoology's and MAD's.

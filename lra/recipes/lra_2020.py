@@ -1,8 +1,8 @@
 """Long Range Arena (Tay et al. 2020, arXiv 2011.04006), as its code was released: google-research/long-range-arena@cd31e5c.
 
-Command    python scripts/train.py --recipe lra-2020 --layer softmax --task listops
+Command    subquad train --recipe lra-2020 --layer softmax --task listops
 Expected   softmax, table 1, in %: listops 36.37, text 64.27, retrieval 57.46, image 42.44, pathfinder 71.40, path_x at chance
-Hours      not published; python scripts/reproduce_table.py --paper lra forecasts them for this machine
+Hours      not published; subquad table --paper lra forecasts them for this machine
 
 Sizes and schedules are those of the released configurations, task by task, then layer by layer. ERRATA.md has what was
 found in that code.

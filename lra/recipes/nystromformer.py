@@ -1,8 +1,8 @@
 """Nystromformer (Xiong et al. 2021, arXiv 2102.03902), as in mlpen/Nystromformer@5689313: the model of 2 layers x 64 features.
 
-Command    python scripts/train.py --recipe nystromformer --layer softmax --task listops
+Command    subquad train --recipe nystromformer --layer softmax --task listops
 Expected   softmax, table 3, in %: listops 37.10, text 65.02, retrieval 79.35, image 38.20, pathfinder 74.16
-Hours      not published; python scripts/reproduce_table.py --paper nystromformer forecasts them for this machine
+Hours      not published; subquad table --paper nystromformer forecasts them for this machine
 
 `SETTINGS` and `LAYERS` are also where the pages of Skyformer and xFormers start from.
 """

@@ -1,8 +1,8 @@
 """Quickstart: every layer at the same number of parameters, in minutes on a laptop; on ListOps also named listops-small.
 
 Source     none; sizes that fit a CPU, so that nobody needs a paper to see a layer learn
-Command    python scripts/quickstart.py
-           python scripts/train.py --recipe listops-small --layer softmax
+Command    subquad quickstart
+           subquad train --recipe listops-small --layer softmax
 Expected   results/quickstart.csv, in the README: seeds, spread and floors
 """
 

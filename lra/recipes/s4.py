@@ -1,11 +1,11 @@
 """S4 and S4D: three sets of configurations of one repository, state-spaces/s4@e757cef, configs/experiment/lra.
 
-Command    python scripts/train.py --recipe s4 --layer s4 --task listops
-           python scripts/train.py --recipe s4d --layer s4 --task listops --layer-options mode=diagonal init=lin
+Command    subquad train --recipe s4 --layer s4 --task listops
+           subquad train --recipe s4d --layer s4 --task listops --layer-options mode=diagonal init=lin
 Expected   s4-v1, table 10 of arXiv 2111.00396, in %: listops 58.35, text 76.02, retrieval 87.09, image 87.26,
            pathfinder 86.05, path_x 88.10.  s4d (S4-LegS), same table: listops 59.60, text 86.82, retrieval 90.90, image 88.65,
            pathfinder 94.20, path_x 96.35
-Hours      not published; python scripts/reproduce_table.py --paper s4 forecasts them for this machine
+Hours      not published; subquad table --paper s4 forecasts them for this machine
 
 Each of the three starts from `SETTINGS`. Step sizes are learned at the rate of all other parameters on tokens, at that of
 the state spaces on pixels.

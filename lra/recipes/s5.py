@@ -1,8 +1,8 @@
 """S5 (Smith et al. 2023, arXiv 2208.04933), as in lindermanlab/S5@3c18fdb, bin/run_experiments.
 
-Command    python scripts/train.py --recipe s5 --layer s5 --task listops
+Command    subquad train --recipe s5 --layer s5 --task listops
 Expected   table 1, in %: listops 62.15, text 89.31, retrieval 91.40, image 88.00, pathfinder 95.33, path_x 98.58
-Hours      not published; python scripts/reproduce_table.py --paper s5 forecasts them for this machine
+Hours      not published; subquad table --paper s5 forecasts them for this machine
 
 It starts from the settings of S4's page. Epochs are of ceil(training examples / batch_size) steps.
 """

@@ -1,6 +1,6 @@
 """Skyformer (Chen et al. 2021, arXiv 2111.00035), as in pkuzengqi/Skyformer@1a677cb.
 
-Command    python scripts/train.py --recipe skyformer --layer softmax --task listops
+Command    subquad train --recipe skyformer --layer softmax --task listops
 Expected   softmax, table 1, in %: listops 38.37, text 61.95, retrieval 80.69, image 40.57, pathfinder 65.26
 Hours      softmax, table 2, theirs: listops 2.24, text 4.30, retrieval 8.33, image 4.22, pathfinder 2.57
 

@@ -1,8 +1,8 @@
 """xFormers' Long Range Arena: facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab.
 
-Command    python scripts/train.py --recipe xformers --layer softmax --task listops
+Command    subquad train --recipe xformers --layer softmax --task listops
 Expected   softmax ("Standard"), its README, in %: listops 37.50, text 62.66, retrieval 79.24, image 38.69, pathfinder 70.37
-Hours      not published; python scripts/reproduce_table.py --paper xformers forecasts them for this machine
+Hours      not published; subquad table --paper xformers forecasts them for this machine
 
 Starts from the settings of Nystromformer.
 """

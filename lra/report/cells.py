@@ -121,7 +121,7 @@ _DRAWN_OTHERWISE = "How B and C were drawn for this Lambda is not in what was re
 _UNKNOWN = "the size of its model is not in what was read"
 _OWN_RESIDUAL = _none("its layer is its own residual branch, and every block here adds another")
 _MEAN = _none("a mean over levels of difficulty, each at the best of six rates and decays; --recipe mad trains one of them")
-_MACHINE = _none("an absolute time or memory of its authors' machine; scripts/bench_lra.py has this machine's")
+_MACHINE = _none("an absolute time or memory of its authors' machine; subquad bench has this machine's")
 
 # (paper, table) -> row -> what answers. A row that is not there has no layer here.
 ANSWERS: dict[tuple[str, str], dict[str, Answer]] = {
@@ -238,13 +238,13 @@ def _unanswered(figure: published.Figure, measured: bool, answer: Answer) -> str
             return "made of the other columns"
         longest = LONGEST_QUADRATIC_TEST if zoo.LAYERS[answer.layer].supports.cost == "T^2" else LONGEST_TEST
         if figure.length is not None and figure.length > longest:
-            return f"tested up to {longest:,} tokens; train.py --test-lengths {figure.length} goes on"
+            return f"tested up to {longest:,} tokens; subquad train --resume --test-lengths {figure.length} goes on"
         return "its schedule is not in what was read" if answer.recipe == "bench" else ""
     if measured:
         return ""
     return {
         "speed_ratio": "of no one length and task that was read",
-        "compute": "counted by a tool of its authors that reads too low, as they say; scripts/bench_lra.py counts our models'",
+        "compute": "counted by a tool of its authors that reads too low, as they say; subquad bench counts our models'",
     }.get(figure.metric, _MACHINE.cannot)
 
 
@@ -276,6 +276,13 @@ def cells_of_table(paper: str, name: str) -> tuple[Cell, ...]:
 def all_cells() -> tuple[Cell, ...]:
     """The cells of all tables."""
     return tuple(cell for paper, name in published.sources() for cell in cells_of_table(paper, name))
+
+
+def lengths_to_test(cell: Cell) -> list[int]:
+    """The lengths of all cells that the run of this one answers to, also of those that nobody asked for now."""
+    table = cells_of_table(cell.paper, cell.table)
+    alike = [one for one in table if (one.recipe, one.layer, one.overrides) == (cell.recipe, cell.layer, cell.overrides)]
+    return [one.length for one in alike if one.length is not None]
 
 
 def _configuration(cell: Cell) -> tuple:

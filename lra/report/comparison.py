@@ -39,6 +39,13 @@ def notes(source: published.Source, verdicts: Sequence[Verdict], ledger: Ledger)
     commits = sorted({row.commit[:12] for one in verdicts for row in one.results})
     if commits:
         found.append(f"Commits of our runs: {', '.join(commits)}.")
+        seeds = sorted({one.seeds for one in verdicts if one.results})
+        found.append(f"Seeds of each of ours: {' or '.join(map(str, seeds))}.")
+    noted: dict[str, list[str]] = {}
+    for one in verdicts:
+        if one.cell.note and one.results:
+            noted.setdefault(one.cell.note, []).append(one.cell.row)
+    found += [f"{', '.join(dict.fromkeys(rows))}: {note.rstrip('.')}." for note, rows in noted.items()]
     if any(one.cell.metric == "accuracy" for one in verdicts):
         found += floors(verdicts, ledger)
         if any(one.theirs_marked or one.ours_marked for one in averages(verdicts)):
@@ -70,10 +77,11 @@ def floors(verdicts: Iterable[Verdict], ledger: Ledger) -> list[str]:
         for row in one.results:
             scores = {name: getattr(row, f"floor_{name}") for name in results.FLOORS}
             known = {**{name: value for name, value in scores.items() if value is not None}, **known}
+        # A guess among the classes, where the task does not say what guessing reaches.
+        chance = [] if "chance" in known else [f"chance {100 / tasks.find_task(run.task, run.config).num_classes:.0f}"]
         words = [f"{what} {100 * known[name]:.1f}" for name, what in results.FLOORS.items() if name in known]
-        chance = f"chance {100 / tasks.find_task(run.task, run.config).num_classes:.0f}"
-        more = "" if words else f"; others by python scripts/reproduce_table.py --floors {run.task}/{run.config}"
-        found.append(f"Floors of {run.task}/{run.config}, %: {', '.join([chance, *words])}{more}.")
+        more = "" if words else f"; others by subquad table --floors {run.task}/{run.config}"
+        found.append(f"Floors of {run.task}/{run.config}, %: {', '.join([*chance, *words])}{more}.")
     return found
 
 

@@ -7,6 +7,7 @@ machine.
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,20 +45,25 @@ class Cost(NamedTuple):
 _ELSEWHERE = "--probe measures this machine's"
 
 
-def forecast(run: Run, task: Task, known: Ledger, *, here: bool = False, hardware: str | None = None) -> Cost:
+def forecast(
+    run: Run, task: Task, known: Ledger, *, here: bool = False, hardware: str | None = None, lengths: Sequence[int] = ()
+) -> Cost:  # fmt: skip
     """Hours on this machine where anything was measured on it, or `here` in any case; else those of others.
 
     Args:
         known: what was measured, on whatever machine. Steps of this very run on this one are what counts.
         hardware: the name of this machine; None: `machine.hardware()`.
+        lengths: that it is tested at, too. Hours that authors state are as they are.
     """
     hardware = hardware or machine.hardware()
+    further = sum(forward_flops(run, len(task.at_length(length)) * length, length) for length in lengths)
     timed = known.timed_steps(run, hardware)
     if timed is not None:
         seconds = timed.compile_seconds + run.steps * timed.step_seconds
-        seconds += evaluation_batches(run, task) * timed.evaluation_seconds
+        batches = evaluation_batches(run, task) + further / (evaluation_flops(run, task) / evaluation_batches(run, task))
+        seconds += batches * timed.evaluation_seconds
         return Cost(seconds / 3600, hardware, f"from {timed.probe_steps} steps timed on it, validation included")
-    rates, flops = _rates(known, hardware), training_flops(run, task) + evaluation_flops(run, task)
+    rates, flops = _rates(known, hardware), training_flops(run, task) + evaluation_flops(run, task) + further
     if rates:
         hours = flops / statistics.median(rates) / 3600
         return Cost(hours, hardware, f"estimate from {len(rates)} runs on it, validation included")
@@ -89,11 +95,16 @@ def evaluation_flops(run: Run, task: Task) -> float:
 
 
 def training_flops(run: Run, task: Task) -> float:
-    """FLOPs of all steps: three forward passes each, of linear maps and attention to as many keys as `keys_seen` says."""
+    """FLOPs of all steps: three forward passes each."""
     tokens = run.steps * run.batch_size * (2 if task.kind == "pair" else 1) * task.length
+    return 3 * forward_flops(run, tokens, task.length)
+
+
+def forward_flops(run: Run, tokens: int, length: int) -> float:
+    """FLOPs of a forward pass over sequences of a length: linear maps, and attention to as many keys as `keys_seen` says."""
     features, inside = run.in_features, run.layer_options.get("qkv_features", run.in_features)
     maps = 2 * 4 * features * inside + 2 * 2 * features * run.mlp_features
-    return 3 * tokens * run.num_layers * (maps + 4 * inside * keys_seen(run.layer, task.length))
+    return tokens * run.num_layers * (maps + 4 * inside * keys_seen(run.layer, length))
 
 
 def keys_seen(layer: str, length: int) -> float:

@@ -94,7 +94,8 @@ def holds(header: Sequence[str], columns: Columns) -> bool:
 def parse(record: type[T], cells: Mapping[str, str]) -> T:
     """The record of the cells of a row, each as the type of its field; an empty cell is None where that may be.
 
-    Raises: ValueError: a cell that cannot be read.  TypeError: a column that is missing.
+    Raises: ValueError: a cell that cannot be read, or what the record's own method `check` finds.  TypeError: a column that is
+        missing.
     """
     values = {}
     for one in dataclasses.fields(record):
@@ -103,7 +104,10 @@ def parse(record: type[T], cells: Mapping[str, str]) -> T:
             values[one.name] = None if cells[one.name] == "" and type(None) in kinds else kinds[0](cells[one.name])
     if values.get("configuration") is not None and not isinstance(json.loads(values["configuration"]), dict):
         raise ValueError(f"a configuration that is no JSON object, {values['configuration']:.60}")
-    return record(**values)
+    found = record(**values)
+    if hasattr(found, "check"):
+        found.check()
+    return found
 
 
 def sort_out_rows(path: str | os.PathLike, make: Callable[[dict[str, str]], T]) -> tuple[list[T], list[Fault]]:

@@ -21,7 +21,7 @@ def measure_floors(word: str, data_dir: str | os.PathLike | None = None, *, cnn_
     splits, source = store.load(task.dataset, data_dir)
     shared = dict(
         task=task.name, config=task.config, data=source, finished_utc=machine.utc_now(), **machine.environment(),
-        command=f"python scripts/reproduce_table.py --floors {task.name}/{task.config}",
+        command=f"subquad table --floors {task.name}/{task.config}",
     )  # fmt: skip
     # A rule that counts is read off up to 10,000 examples, see `data.floors`; that of ListOps off all.
     examples = len(splits["test"])

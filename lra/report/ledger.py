@@ -1,6 +1,7 @@
 """What was run before: rows of training, measurements and floors, found in CSV files by their columns."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -181,33 +182,15 @@ def _unknown(path: pathlib.Path) -> csv_rows.Fault:
 
 
 def verify_files(paths: Iterable[str | os.PathLike] = ()) -> tuple[list[pathlib.Path], list[csv_rows.Fault]]:
-    """(the files that `read_ledger` reads, every fault in them).
-
-    Beside what `read_ledger` tells: a result whose configuration has another hash than its column says, or other values
-    than its columns of the same names.
-    """
+    """(the files that `read_ledger` reads, every fault in them)."""
     files, found = _files([SHIPPED, *paths]), []
     for path in files:
         kind = kind_of(path)
         if kind is None:
             found.append(_unknown(path))
         else:
-            found += csv_rows.sort_out_rows(path, lambda cells, kind=kind: _consistent(csv_rows.parse(kind, cells)))[1]
+            found += csv_rows.sort_out_rows(path, functools.partial(csv_rows.parse, kind))[1]
     return files, found
-
-
-def _consistent(row):
-    """Raises: ValueError: a result whose columns contradict its configuration."""
-    if not isinstance(row, Result):
-        return row
-    values = json.loads(row.configuration)
-    actual = results.configuration_hash(values)
-    if row.configuration_hash not in (None, actual):
-        raise ValueError(f"configuration_hash {row.configuration_hash} where {actual} is its configuration's")
-    for name in values.keys() & set(results.OF_RUN):
-        if getattr(row, name) not in (None, values[name]):
-            raise ValueError(f"{name}={getattr(row, name)} where its configuration says {values[name]}")
-    return row
 
 
 def _files(paths: Iterable[str | os.PathLike]) -> list[pathlib.Path]:

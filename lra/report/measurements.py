@@ -209,15 +209,19 @@ def _caption(rows: Sequence[Measurement]) -> str:
     beside = _span(int(count) for row in rows for count in re.findall(others, row.protocol or ""))
     protocol, calls = re.sub(others, beside, one.protocol or "nothing was run"), _span(row.calls for row in rows if row.calls)
     counted = f" of {calls} calls" if calls else ""
-    commits = ", ".join(dict.fromkeys((row.commit or "")[:12] for row in rows))
     threads = f", {one.threads} processors used" if one.threads else ""
     ratios = f" In brackets: ratio to {one.baseline} measured in turn; speed above 1 is faster, memory below 1 is less."
     sessions = len({row.session for row in rows})
     several = f" Measured in {sessions} sessions; each ratio is of one." if sessions > 1 else ""
     return (
         f"{protocol[0].upper()}{protocol[1:]}{counted}. MiB: peak of the compiled program, its arguments counted."
-        f"{ratios if one.baseline else ''}{several} {one.hardware}{threads}; {one.versions}; commit {commits}."
+        f"{ratios if one.baseline else ''}{several} {one.hardware}{threads}; {one.versions}; {commits(rows)}."
     )
+
+
+def commits(rows: Iterable[Measurement]) -> str:
+    """Which commits rows are of, in words."""
+    return f"commit {', '.join(dict.fromkeys((row.commit or '')[:12] for row in rows))}"
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -14,7 +14,6 @@ from subquad.lra.report.measurements import Measurement, layer_label, length_lab
 from subquad.lra.report.page import Section
 from subquad.lra.report.results import Result
 from subquad.lra.report.text_tables import Table
-from subquad.lra.run import Run
 
 
 def cost(rows: Iterable[Measurement]) -> Section:
@@ -53,7 +52,7 @@ def growth(rows: Sequence[Measurement]) -> Table:
         memory = f"{at[longest].peak_bytes / 2**20:.1f}" if longest in at else ""
         powers = ["" if found is None else f"T^{found:.2f}" for found in map(power, ("median_ms", "peak_bytes"))]
         body.append([name, *powers, per_token(shortest), per_token(longest), memory, crossover_words(at.values())])
-    note = f"Medians of calls in turn; growth between the two longest lengths. {one.hardware}; commit {str(one.commit)[:12]}."
+    note = f"Medians of calls in turn; growth between the two longest lengths. {one.hardware}; {measurements.commits(rows)}."
     body += [[name, *[""] * (len(heading) - 1)] for name in dict.fromkeys(row.layer for row in failed) if name not in lines]
     without = [f"{row.layer} at {length_label(row.length)}: {row.status}" for row in failed]
     return Table(f"{one.model}, {one.mode}, batch {one.batch_size}, {one.dtype}", [heading, *body], [note, *without])
@@ -122,7 +121,7 @@ def ability(
         if any(known.get(kind) for kind in kinds):
             body.append([name, *(results.floor_cell("chance", known.get(kind)) for kind in kinds)])
             shades.append([None] * (1 + len(kinds)))
-    notes = [f"{column_title(*kind)}: {_trained(of, *kind)}" for kind in kinds if AT not in kind[1]]
+    notes = [f"{column_title(*kind)}: {_trained(rows, *kind)}" for kind in kinds if AT not in kind[1]]
     notes += [f"{layer} cannot do {task}: {reason}" for (layer, task), reason in reasons.items()]
     heading = ["layer", *(column_title(*kind) for kind in kinds)]
     return Section(title, says, [Table("Score on test", [heading, *body], notes, shades)] if rows else [])
@@ -165,10 +164,11 @@ def _shade(group: Sequence[Result] | None, chance: float | None) -> float | None
     return (sum(scores) / len(scores) - (chance or 0)) / (1 - (chance or 0)) if scores else None
 
 
-def _trained(of: Mapping[tuple, Sequence[Result]], task: str, config: str) -> str:
-    one = next(group[0] for (_, *kind), group in of.items() if kind == [task, config])
-    unit = "bits per byte; " if one.bits_per_byte is not None else ""
-    return f"{unit}recipe {one.recipe}, {one.steps} steps of {one.batch_size}, {one.test_examples} examples of {one.split}."
+def _trained(rows: Sequence[Result], task: str, config: str) -> str:
+    its = [row for row in rows if (row.task, row.config) == (task, config)]
+    unit = "bits per byte; " if any(row.bits_per_byte is not None for row in its) else ""
+    recipes, counts = (results.distinct(getattr(row, name) for row in its) for name in ("recipe", "test_examples"))
+    return f"{unit}recipe {recipes}, {results.trained(its)}, {counts} examples of {its[0].split}."
 
 
 def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
@@ -190,42 +190,51 @@ def arena(known: Ledger, tables: Sequence[tuple[str, str]]) -> Section:
     return Section("Arena", says, found)
 
 
-def damaged(paths: Iterable[str | os.PathLike]) -> list[Section]:
+def damaged(paths: Iterable[str | os.PathLike], more: Iterable[csv_rows.Fault] = ()) -> list[Section]:
     """A section of the lines of files that cannot be read, or contradict themselves; none where there are none.
 
-    The rows that come with the package are looked at, too.
+    The rows that come with the package are looked at, too; `more` are what was found elsewhere.
     """
-    _, faults = ledger.verify_files(paths)
+    faults = [*ledger.verify_files(paths)[1], *more]
     if not faults:
         return []
-    says = "Lines that were passed over, or say two things. Mend or delete them; what cannot be read counts nowhere above."
+    says = "Lines that cannot be read, or say two things. They count nowhere above: mend or delete them."
     body = [[str(one.path), str(one.line), one.reason] for one in faults]
     return [Section("Damaged rows", says, [Table("Faults", [["file", "line", "fault"], *body])])]
 
 
-def training(rows: Sequence[Result], folder: pathlib.Path) -> Section:
+def training(rows: Sequence[Result], folder: pathlib.Path) -> tuple[Section, list[csv_rows.Fault]]:
     """The table of runs of one task and recipe, their accuracy against cost, how they learned, and where they differ.
 
     Args:
         folder: of the CSV; runs that lie beside it, in runs/, have curves and scores of single examples.
+    Returns: the section, and the lines of those runs that cannot be read.
     """
     one, pictures = rows[0], []
     if any(row.accuracy is not None and row.flops_per_step for row in rows):
         pictures.append((plots.accuracy_against_cost(rows), "accuracy against cost"))
     with_runs = rows if (folder / "runs").is_dir() else []  # ten thousand rows without are not looked for one by one
-    curves = {row: found for row in with_runs if (found := _validations(row, folder))}
+    curves, faults = {}, []
+    for row in with_runs:
+        validations, fault = _validations(row, folder)
+        faults += fault
+        if validations:
+            curves[row] = validations
     if curves:
         pictures.append((plots.learning_curves(curves), "validation against steps"))
     tables = [Table("Score and cost", results.cells(rows), [results.caption(rows)]), examples.intervals(rows)]
-    kept = examples.read([row for row in with_runs if row.accuracy is not None], folder)
+    kept, more = examples.read(with_runs, folder)
     if kept:
         tables += [examples.paired(kept), *examples.by_groups(kept)]
     says = "Scores on test, the mean over seeds, and what a training step costs."
-    return Section(f"{one.task}/{one.config}, {one.recipe}", says, list(filter(None, tables)), pictures)
+    return Section(f"{one.task}/{one.config}, {one.recipe}", says, list(filter(None, tables)), pictures), [*faults, *more]
 
 
-def _validations(row: Result, folder: pathlib.Path) -> list[tuple[int, float]]:
-    """(step, score) of each validation of a run, from its history; [] where there is none."""
-    path = folder / "runs" / Run(**json.loads(row.configuration)).id / "history.csv"
+def _validations(row: Result, folder: pathlib.Path) -> tuple[list[tuple[int, float]], list[csv_rows.Fault]]:
+    """((step, score) of each validation of a run, from its history; the first line that cannot be read, which leaves none)."""
     score = "validation_accuracy" if row.bits_per_byte is None else "validation_bits_per_byte"
-    return [(int(line["step"]), float(line[score])) for line in csv_rows.read_rows(path) if line.get(score)]
+    of_line = lambda cells: (int(cells.get("step", "")), float(cells[score])) if cells.get(score) else None
+    found, faults = csv_rows.sort_out_rows(examples.path_of(row, folder, "history.csv"), of_line)
+    for fault in faults[:1]:
+        csv_rows.warn_once(fault, "The run's curve is left out; mend that line or train anew.")
+    return [] if faults else list(filter(None, found)), faults[:1]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from subquad.lra.report.measurements import MODES, Measurement, layer_label, length_label
-from subquad.lra.report.results import Result, groups, layer_labels
+from subquad.lra.report.results import Result, distinct, labelled, trained
 
 INK, QUIET, FRONT = "#1b1b1b", "#767676", "#0b5fa5"
 # Told apart by most people whose colour vision differs (Okabe and Ito), then by marker and dash.
@@ -72,21 +72,24 @@ def accuracy_against_time(rows: Iterable[Result], path: str | os.PathLike | None
 
 
 def _accuracy_against(cost: Callable, label: str, rows: Iterable[Result], path, needed: Sequence[str]):
-    every = groups(rows)
-    drawn = [[row for row in group if all(getattr(row, name) is not None for name in needed)] for group in every]
-    absent = sorted({group[0].layer for group, kept in zip(every, drawn, strict=True) if not kept})
-    drawn = [group for group in drawn if group]
-    names = sorted(group[0].layer for group in drawn)
+    every = labelled(rows)
+    drawn = {
+        name: kept for name, group in every.items()
+        if (kept := [row for row in group if all(getattr(row, column) is not None for column in needed)])
+    }  # fmt: skip
+    absent, names = sorted(every.keys() - drawn.keys()), sorted(drawn)
     memory = {}
     if "memory_peak_bytes" in needed:  # large ones first, so that none hides another
-        drawn.sort(key=lambda group: -_mean(group, "memory_peak_bytes"))
-        memory = {group[0].layer: _mean(group, "memory_peak_bytes") for group in drawn}
-    points = [(cost(group), 100 * _mean(group, "accuracy")) for group in drawn]
+        memory = {name: _mean(group, "memory_peak_bytes") for name, group in drawn.items()}
+        drawn = dict(sorted(drawn.items(), key=lambda one: -memory[one[0]]))
+    points = [(cost(group), 100 * _mean(group, "accuracy")) for group in drawn.values()]
     with _figure((9, 5), path) as figure:
         axes = figure.add_subplot()
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %")
-        for group, (x, y) in zip(drawn, points, strict=True):
-            name, deviation = group[0].layer, 100 * statistics.stdev(row.accuracy for row in group) if group[1:] else 0.0
+        if len({x for x, _ in points}) == 1:  # of which no limits follow
+            axes.set_xlim(points[0][0] / 2, points[0][0] * 2)
+        for (name, group), (x, y) in zip(drawn.items(), points, strict=True):
+            deviation = 100 * statistics.stdev(row.accuracy for row in group) if group[1:] else 0.0
             axes.errorbar(x, y, yerr=deviation, fmt="none", ecolor=QUIET, elinewidth=1)
             look = {word: LOOKS[names.index(name) % len(LOOKS)][word] for word in ("color", "marker")} | {"s": POINT}
             if memory:
@@ -96,14 +99,15 @@ def _accuracy_against(cost: Callable, label: str, rows: Iterable[Result], path, 
         if points:
             line = [points[index] for index in front(points)]
             axes.plot(*zip(*line, strict=True), drawstyle="steps-post", color=FRONT, linewidth=1.5, label="Pareto front")
-            one = drawn[0][0]
+            shown = [row for group in drawn.values() for row in group]
+            one = shown[0]
             for name, value, dash in (("majority", one.floor_majority, ":"), ("root operator", one.floor_root, "--")):
                 if value is not None:
                     floor = f"{name} floor, {100 * value:.1f} %"
                     axes.axhline(100 * value, color=INK, linestyle=dash, linewidth=1, label=floor)
             axes.margins(0.12)
             _plain_ticks(axes.xaxis)
-            title = f"{one.task}, {one.config}, {one.steps} steps of {one.batch_size}; {one.hardware}"
+            title = f"{one.task}, {one.config}, {trained(shown)}; {distinct(row.hardware for row in shown)}"
             axes.set_title(title + (f"; not drawn: {', '.join(absent)}" if absent else ""), fontsize=9)
             legend = axes.legend(fontsize=8, **BESIDE)
             for handle in legend.legend_handles[: len(points)]:
@@ -163,7 +167,8 @@ def against_length(
 
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     lengths = sorted({point.length for *_, lines in panels for points in lines.values() for point in points})
-    with _figure((12, 0.8 + 3.1 * max(1, len(panels) // 2)), path) as figure:
+    most = max((len(lines) for *_, lines in panels), default=0)  # which the legend beside a panel has
+    with _figure((12, 0.8 + max(3.1, 0.16 * most) * max(1, len(panels) // 2)), path) as figure:
         for place, (heading, label, lines) in enumerate(panels, 1):
             axes = figure.add_subplot(len(panels) // 2, 2, place)
             axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label, title=heading)
@@ -197,9 +202,7 @@ def learning_curves(curves: Mapping[Result, Sequence[tuple[int, float]]], path: 
         path: the file, PNG; None does not save.
     Returns: the matplotlib figure.
     """
-    seeds: dict[str, list[dict[int, float]]] = {}
-    for label, points in zip(layer_labels(list(curves)), curves.values(), strict=True):
-        seeds.setdefault(label, []).append(dict(points))
+    seeds = {label: [dict(curves[row]) for row in group] for label, group in labelled(curves).items()}
     language = any(row.bits_per_byte is not None for row in curves)
     with _figure((9, 4.5), path) as figure:
         axes = figure.add_subplot()

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from subquad.lra import machine, progress, tasks
 from subquad.lra.bench import programs
-from subquad.lra.checkpoints import Interrupted
+from subquad.lra.checkpoints import Interrupted, saved_steps
 from subquad.lra.data.sources import DatasetError
 from subquad.lra.files import RunError, one_line
 from subquad.lra.report import costs, csv_rows, results, step_timings, verdicts
-from subquad.lra.report.cells import Cell, cells_of_table
+from subquad.lra.report.cells import Cell, lengths_to_test
 from subquad.lra.report.ledger import STEP_TIMING_KEY, Ledger, StepTiming, validations_count
 from subquad.lra.run import Run
 
@@ -70,12 +70,12 @@ def train_missing(
 
     folder = pathlib.Path(path).parent / "runs"
 
-    def price(run: Run) -> costs.Cost:
-        whole = costs.forecast(run, tasks.find_task(run.task, run.config), known, here=True)
+    def price(run: Run, cell: Cell) -> costs.Cost:
+        whole = verdicts.forecast(cell, run, tasks.find_task(run.task, run.config), known, here=True)
         return whole._replace(hours=whole.hours * undone(run, folder / run.id))
 
     wanted = missing(cells, known, seeds, evaluate_every)
-    waiting = sorted(((price(run), run, its) for run, its in wanted), key=lambda one: one[0].hours)
+    waiting = sorted(((price(run, its[0]), run, its) for run, its in wanted), key=lambda one: one[0].hours)
     if waiting:
         hours = sum(cost.hours for cost, _, _ in waiting)
         say(f"Missing runs: {len(waiting)}, about {hours:.3g} hours on {machine.hardware()}.")
@@ -107,13 +107,6 @@ def train_missing(
     return failures
 
 
-def lengths_to_test(cell: Cell) -> list[int]:
-    """The lengths of all cells that the run of this one answers to, also of those that nobody asked for now."""
-    table = cells_of_table(cell.paper, cell.table)
-    alike = [one for one in table if (one.recipe, one.layer, one.overrides) == (cell.recipe, cell.layer, cell.overrides)]
-    return [one.length for one in alike if one.length is not None]
-
-
 def time_missing(
     cells: Sequence[Cell], path: str | os.PathLike, *, known: Ledger, steps: int, say: Callable[[str], None]
 ) -> int:
@@ -132,15 +125,14 @@ def time_missing(
             say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {one_line(error)}")
             continue
         csv_rows.write_rows(path, StepTiming, [timed], STEP_TIMING_KEY)
-        cost = costs.forecast(run, task, Ledger({}, [], {}, [timed]))
+        cost = verdicts.forecast(its[0], run, task, Ledger({}, [], {}, [timed]))
         say(f"[{number}/{len(waiting)}] {', '.join(ids)}: {cost}")
     return failures
 
 
 def undone(run: Run, folder: pathlib.Path) -> float:
     """The part of a run's steps that its checkpoint does not have, of 1."""
-    steps = [int(path.name) for path in folder.glob("checkpoint/*") if path.name.isdigit()]
-    return 0.0 if (folder / "result.json").exists() else 1 - max(steps, default=0) / run.steps
+    return 0.0 if (folder / "result.json").exists() else 1 - max(saved_steps(folder), default=0) / run.steps
 
 
 class UsedUp(Exception):
@@ -193,7 +185,7 @@ def missing_ratios(
 
 
 def bench_commands(wanted: Sequence[Cell], path: str | os.PathLike, batch_size: int | None = None) -> list[list[str]]:
-    """What scripts/bench_lra.py measures for cells of ratios, into the CSV at `path`: words for each batch size.
+    """What subquad bench measures for cells of ratios, into the CSV at `path`: words for each batch size.
 
     Args:
         batch_size: None: the papers', or what fits.

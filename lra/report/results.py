@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from subquad.lra import machine
 from subquad.lra.files import RunError, explained
 from subquad.lra.report import csv_rows, text_tables
+from subquad.lra.run import Run
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,25 @@ class Result:
     accuracy_sequences: float | None = None  # of sequences with several targets: those with all of them right
     stopped_step: int | None = None  # that early stopping ended the run at
     scores_by_length: str | None = None  # JSON: a length of test examples -> the score of `selection`, or why there is none
+
+    def check(self) -> None:
+        """Raises: ValueError: no run can have left this row: an "ok" without a score, or columns that contradict each other."""
+        if self.status == "ok":
+            name = "accuracy" if self.bits_per_byte is None else "bits_per_byte"
+            score = getattr(self, name)
+            if score is None or not math.isfinite(score):
+                raise ValueError(f"status ok with {name} {score}, which is no finite number")
+            for name in ("test_examples", "steps_per_second", "flops_per_step", "memory_peak_bytes"):
+                value = getattr(self, name)
+                if value is not None and not 0 < value < math.inf:
+                    raise ValueError(f"status ok with {name}={value}, which is not above 0")
+        values = json.loads(self.configuration)
+        actual = configuration_hash(values)
+        if self.configuration_hash not in (None, actual):
+            raise ValueError(f"configuration_hash {self.configuration_hash} where {actual} is its configuration's")
+        for name in values.keys() & set(OF_RUN):
+            if getattr(self, name) not in (None, values[name]):
+                raise ValueError(f"{name}={getattr(self, name)} where its configuration says {values[name]}")
 
 
 FIELDS = csv_rows.column_names(Result)
@@ -165,34 +185,55 @@ FLOORS = {
 COLUMNS = {
     "test accuracy": lambda rows: score_of_seeds(rows),
     **{f"{name} floor": lambda rows, name=name: floor_cell(name, getattr(rows[0], f"floor_{name}")) for name in FLOORS},
-    "parameters": lambda rows: f"{rows[0].parameters:,}" if rows[0].parameters else "",
+    "parameters": lambda rows: f"{most:,}" if (most := max(row.parameters for row in rows)) else "",
     "steps/s": lambda rows: _mean(rows, "steps_per_second", lambda rate: f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"),
     "peak memory": lambda rows: _mean(rows, "memory_peak_bytes", lambda size: f"{size / 2**20:.1f} MiB"),
     "FLOPs/step": lambda rows: _mean(rows, "flops_per_step", lambda count: f"{count / 1e9:.2f} G"),
 }
 
 
-def layer_labels(rows: Sequence[Result]) -> list[str]:
-    """The layer of each row, with its options where the rows have it with several."""
-    options = [json.dumps(json.loads(row.configuration).get("layer_options", {}), sort_keys=True) for row in rows]
-    known: dict[str, set[str]] = {}
-    for row, given in zip(rows, options, strict=True):
-        known.setdefault(row.layer, set()).add(given)
-    several = {layer for layer, given in known.items() if len(given) > 1}
-    return [f"{row.layer} {given}" if row.layer in several else row.layer for row, given in zip(rows, options, strict=True)]
+def _values(row: Result) -> dict:
+    """The values of a row's run. What an older version did not know had its default."""
+    return {**_USUAL, **json.loads(row.configuration)}
+
+
+_USUAL = dataclasses.asdict(Run())
 
 
 def groups(rows: Iterable[Result]) -> list[list[Result]]:
-    """Rows that differ in nothing but the seed, together; of two rows of one run the later. Best accuracy first."""
-    latest: dict[str, Result] = {}
+    """Rows that differ in nothing but the seed, together; of two rows of one run the later. The best score first.
+
+    Scores are means over the runs that have one; groups without any are last.
+    """
+    found: dict[str, dict[int, Result]] = {}
     for row in rows:
-        latest[row.configuration] = row
-    found: dict[str, list[Result]] = {}
-    for row in latest.values():
-        without_seed = {name: value for name, value in json.loads(row.configuration).items() if name != "seed"}
-        found.setdefault(json.dumps(without_seed, sort_keys=True), []).append(row)
-    worth = lambda row: -row.bits_per_byte if row.bits_per_byte is not None else row.accuracy or 0.0
-    return sorted(found.values(), key=lambda group: -statistics.mean(map(worth, group)))
+        values = _values(row)
+        seed = values.pop("seed")
+        found.setdefault(json.dumps(values, sort_keys=True), {})[seed] = row
+    return sorted((list(seeds.values()) for seeds in found.values()), key=_worth, reverse=True)
+
+
+def _worth(group: Sequence[Result]) -> float:
+    worth = [row.accuracy if row.bits_per_byte is None else -row.bits_per_byte for row in group if row.status == "ok"]
+    known = [one for one in worth if one is not None]
+    return statistics.mean(known) if known else -math.inf
+
+
+def labelled(rows: Iterable[Result]) -> dict[str, list[Result]]:
+    """`groups` by their layers, each with the values that tell it from others of its layer: "performer num_features=16"."""
+    every = groups(rows)
+    values = [_values(group[0]) for group in every]
+    words = [
+        {f"{name}={value}" for name, value in {**one, **one["layer_options"]}.items() if name not in ("seed", "layer_options")}
+        for one in values
+    ]
+    shared: dict[str, set[str]] = {}
+    for group, its in zip(every, words, strict=True):
+        shared[group[0].layer] = its & shared.get(group[0].layer, its)
+    return {
+        " ".join([group[0].layer, *sorted(its - shared[group[0].layer])]): group
+        for group, its in zip(every, words, strict=True)
+    }
 
 
 def _models_language(rows: Iterable[Result]) -> bool:
@@ -202,10 +243,9 @@ def _models_language(rows: Iterable[Result]) -> bool:
 def cells(rows: Iterable[Result]) -> list[list[str]]:
     """The table as text, heading first; without the floors that the task has not."""
     rows = list(rows)
-    labels = {row.configuration: label for row, label in zip(rows, layer_labels(rows), strict=True)}
     judged = "test bits per byte" if _models_language(rows) else "test accuracy"
     heading = ["layer", *(judged if name == "test accuracy" else name for name in COLUMNS)]
-    body = [[labels[group[0].configuration], *(cell(group) for cell in COLUMNS.values())] for group in groups(rows)]
+    body = [[label, *(cell(group) for cell in COLUMNS.values())] for label, group in labelled(rows).items()]
     kept = [at for at, name in enumerate(heading) if not name.endswith("floor") or any(line[at] for line in body)]
     return [[line[at] for at in kept] for line in (heading, *body)]
 
@@ -219,28 +259,45 @@ def markdown(rows: Iterable[Result]) -> str:
 
 
 def caption(rows: Sequence[Result]) -> str:
-    """One sentence each: task, training, selection, floors, machine."""
-    one = rows[0]
-    seeds = sorted({row.seed for row in rows})
-    chosen = "best on validation" if one.selection == "best" else "of the last step"
-    known = [name for name in FLOORS if getattr(one, f"floor_{name}") is not None]
+    """One sentence each: task, training, selection, floors, machine; of all rows."""
+    chosen = {"best": "best on validation", "last": "of the last step"}
+    known = [name for name in FLOORS if any(getattr(row, f"floor_{name}") is not None for row in rows)]
     floors = "".join(f"; {name} floor: {FLOORS[name]}" for name in known)
-    judged, error = "Bits per byte", ""
-    if not _models_language(rows):
-        judged = "Accuracy"
-        error = f", which leaves a standard error of up to {100 * math.sqrt(0.25 / one.test_examples):.1f} points"
+    judged = "Bits per byte" if _models_language(rows) else "Accuracy"
+    error = "" if _models_language(rows) else f", which leaves a {standard_error(rows)}"
     return (
-        f"Task {one.task} ({one.data}), recipe {one.recipe}, {one.steps} steps of {one.batch_size}, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. {judged} on the {one.test_examples} "
-        f"examples of the {one.split} split{error}, parameters {chosen}{floors}. "
+        f"Task {distinct(f'{row.task} ({row.data})' for row in rows)}, recipe {distinct(row.recipe for row in rows)}, "
+        f"{trained(rows)}. {judged} on the {distinct(row.test_examples for row in rows)} "
+        f"examples of the {distinct(row.split for row in rows)} split{error}, parameters "
+        f"{distinct(chosen.get(row.selection, row.selection) for row in rows)}{floors}. "
         "Peak memory of the compiled training step, its inputs included; FLOPs counted from its jaxpr. "
-        f"{machine_of_row(one)}"
+        f"{machines(rows)}"
     )
 
 
-def machine_of_row(row: Result) -> str:
-    """Where a row is from, as a sentence."""
-    return f"{row.hardware}; {row.versions}; commit {row.commit[:12]}."
+def distinct(values: Iterable) -> str:
+    """Each value once, in words: "300 or 500"."""
+    return " or ".join(dict.fromkeys(map(str, values)))
+
+
+def trained(rows: Sequence[Result]) -> str:
+    """How long rows were trained, and their seeds: "5 steps of 16 or 10 steps of 16, seeds 0, 1"."""
+    steps = distinct(f"{row.steps} steps of {row.batch_size}" for row in sorted(rows, key=lambda row: row.steps))
+    seeds = sorted({row.seed for row in rows})
+    return f"{steps}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def standard_error(rows: Iterable[Result]) -> str:
+    """Of an accuracy on so few examples as the fewest of some rows."""
+    return f"standard error of up to {100 * math.sqrt(0.25 / min(row.test_examples for row in rows)):.1f} points"
+
+
+def machines(rows: Iterable[Result]) -> str:
+    """Where rows are from: a sentence for each machine with its versions, and all commits."""
+    commits: dict[str, dict[str, None]] = {}
+    for row in rows:
+        commits.setdefault(f"{row.hardware}; {row.versions}", {})[row.commit[:12]] = None
+    return " ".join(f"{where}; commit{'s' * (len(of) > 1)} {', '.join(of)}." for where, of in commits.items())
 
 
 def score_of_seeds(rows: Sequence[Result]) -> str:

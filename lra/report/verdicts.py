@@ -81,6 +81,11 @@ def run_of(cell: Cell, seed: int = 0) -> Run:
     return plan(cell.recipe, cell.layer, seed=seed, **cell.overrides)
 
 
+def forecast(cell: Cell, run: Run, task: tasks.Task, ledger: Ledger, *, here: bool = False) -> costs.Cost:
+    """What the run of a cell will take, its tests at the lengths of the cells beside it included; see `costs.forecast`."""
+    return costs.forecast(run, task, ledger, here=here, lengths=cells.lengths_to_test(cell))
+
+
 def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
     run = run_of(cell)
     rows = ledger.finished_runs(run)
@@ -89,8 +94,8 @@ def _trained(cell: Cell, ledger: Ledger, options: str, data_dir) -> Verdict:
         return Verdict(cell, "differs", seeds=len(failed), reason=failed[-1].status)
     if not rows:
         task = tasks.find_task(run.task, run.config)
-        command = _command(cell, f"{_prepare(task, data_dir)}python scripts/reproduce_table.py", options)
-        return Verdict(cell, "not run", reason=cell.note, command=command, cost=costs.forecast(run, task, ledger))
+        command = _command(cell, f"{_prepare(task, data_dir)}subquad table", options)
+        return Verdict(cell, "not run", reason=cell.note, command=command, cost=forecast(cell, run, task, ledger))
     scores = {row.seed: score_for(cell, row, tasks.find_task(run.task, run.config)) for row in rows}
     reasons = [score for score in scores.values() if isinstance(score, str)]
     rows = [row for row in rows if not isinstance(scores[row.seed], str)]
@@ -129,7 +134,7 @@ def _measured(cell: Cell, ledger: Ledger, options: str) -> Verdict:
         and row.baseline in (BASELINE, programs.PLAIN) and near(row) and getattr(row, cell.metric) is not None
         and _as_planned(row)
     ]  # fmt: skip
-    missing = dict(command=_command(cell, "python scripts/reproduce_table.py", options), cost=MEASURING)
+    missing = dict(command=_command(cell, "subquad table", options), cost=MEASURING)
     if not rows:
         return Verdict(cell, "not run", reason=cell.note, **missing)
     row = max(rows, key=lambda row: (row.baseline == programs.PLAIN, row.finished_utc or ""))
@@ -173,7 +178,7 @@ def _prepare(task: tasks.Task, data_dir) -> str:
     """The command that has to come first, for data that has to be fetched."""
     if catalogue.find_dataset(task.dataset).source is None or store.is_prepared(task.dataset, data_dir):
         return ""
-    return f"python scripts/prepare_lra.py prepare {task.name}/{task.config} && "
+    return f"{store.preparing(f'{task.name}/{task.config}', data_dir)} && "
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,23 @@ def test_a_file_is_whole_or_as_before_whatever_ends_its_writing(tmp_path, monkey
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_what_resume_does_not_find_is_told_with_the_run_beside_it_that_is_most_alike(tmp_path):
+    ours = {"layer": "softmax", "seed": 0, "learning_rate": 0.1}
+    said = lambda: checkpoints.nothing_to_resume(tmp_path, {"wanted": ours})
+    assert said() == f"Nothing to resume in {tmp_path}; beginning anew."
+    others = {"far": dict(seed=1, learning_rate=0.2), "near": dict(learning_rate=0.2), "nearer, but not saved": {}}
+    for name, change in others.items():
+        (tmp_path / name / "checkpoint").mkdir(parents=True)
+        checkpoints.write_json(tmp_path / name / "run.json", {**ours, **change})
+    (tmp_path / "far" / "checkpoint" / "5").mkdir()
+    checkpoints.write_json(tmp_path / "near" / "result.json", {})
+    assert said().endswith("beginning anew. The folder holds near, which differs in learning_rate.")
+    (tmp_path / "near" / "run.json").write_text("{")
+    assert said().endswith("The folder holds far, which differs in seed, learning_rate.")
+    (tmp_path / "wanted" / "checkpoint" / "5").mkdir(parents=True)
+    assert said() == ""
+
+
 TRAINER = """
 import pathlib, sys
 from subquad.lra import checkpoints

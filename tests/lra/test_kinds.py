@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from flax import nnx
 
 from subquad.lra import models, objectives, tasks, train
 from subquad.lra.data import store
+from subquad.lra.files import RunError
 from subquad.lra.plan import plan
 from subquad.zoo import LAYERS
 
@@ -162,6 +164,26 @@ def test_a_run_is_tested_at_lengths_that_it_was_not_trained_at(layer, tmp_path):
     found = json.loads(result.scores_by_length)
     assert found["64"] == result.accuracy == result.accuracy_sequences and 0 <= found["32"] <= 1
     assert found["128"] <= 1 if layer == "softmax" else found["128"].startswith("cannot: Linformer")
+
+
+@pytest.mark.parametrize("selection", ["best", "last"])
+def test_a_finished_run_is_tested_at_the_lengths_that_it_lacks(selection, tmp_path):
+    listed = tasks.find_task("induction", "small")
+    given = {split: few(part) for split, part in store.load(listed.dataset)[0].items()}
+    short = dataclasses.replace(listed, at_length=lambda length: few(listed.at_length(length)))
+    # Two validations at a rate at which the last is another model than the best, and an average to be tested.
+    words = {**TINY, "warmup_steps": 0, "steps": 4, "evaluate_every": 2, "ema": 0.5, "learning_rate": 0.1}
+    run = dataclasses.replace(plan("diagnostics", "softmax", task="induction", **words), selection=selection)
+    fit = lambda out, **more: train.train(run, out=tmp_path / out, task=short, splits=given, quiet=True, **more)
+    whole, first = fit("whole", test_lengths=(32, 128)), fit("parts", test_lengths=(32,))
+    assert set(json.loads(first.scores_by_length)) == {"32"}
+    further = fit("parts", resume=True, test_lengths=(32, 128))
+    assert json.loads(further.scores_by_length) == pytest.approx(json.loads(whole.scores_by_length))
+    assert dataclasses.replace(further, scores_by_length=first.scores_by_length) == first
+    shutil.rmtree(tmp_path / "parts" / "checkpoint")
+    assert fit("parts", resume=True, test_lengths=(128,)) == further  # which is in the result now
+    with pytest.raises(RunError, match="must hold a checkpoint to be tested at length 64, got none. Leave that length out"):
+        fit("parts", resume=True, test_lengths=(64,))
 
 
 @pytest.mark.parametrize("layer", sorted(LAYERS))

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from subquad.lra import checkpoints, progress, tasks, train
+from subquad.lra.cli import commands
+from subquad.lra.cli import train as train_command
 from subquad.lra.plan import plan
 
 SIZES = {"train": 64, "validation": 16, "test": 20}
@@ -99,6 +101,64 @@ def test_sigterm_saves_as_ctrl_c_does_and_loses_nothing(undisturbed, looks, tmp_
     assert saved_losses(tmp_path) == 20 and (tmp_path / "checkpoint" / "20").is_dir()
     looks.clear()
     assert (fit(tmp_path, resume=True), (tmp_path / "history.csv").read_bytes()) == undisturbed
+
+
+def when_validated(monkeypatch, step, number=signal.SIGTERM):
+    """Sends a signal in the validation of a step."""
+    validate = train.Job.validate
+
+    def signalled(self, state):
+        validate(self, state)
+        if state.step == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(train.Job, "validate", signalled)
+
+
+def test_a_signal_in_the_last_validation_ends_the_run_and_resume_only_tests(undisturbed, looks, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        when_validated(patch, 60)
+        with pytest.raises(checkpoints.Interrupted, match="Stopped at step 60 of 60; saved in .* Go on with --resume"):
+            fit(tmp_path)
+    assert (tmp_path / "checkpoint" / "60").is_dir() and not (tmp_path / "result.json").exists()
+    looks.append(lambda step: pytest.fail("trained"))
+    assert (fit(tmp_path, resume=True), (tmp_path / "history.csv").read_bytes()) == undisturbed
+
+
+def test_a_signal_as_a_run_stops_early_or_fails_is_no_less_a_signal(tmp_path, monkeypatch):
+    words = dict(in_features=8, num_layers=1, mlp_features=8, batch_size=8, steps=60, evaluate_every=5, warmup_steps=0)
+    run = plan("quickstart", "softmax", task=TASK, learning_rate=1e-30, early_stopping=3, **words)
+    splits = {name: examples(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
+    fit_early = lambda out, **more: train.train(run, out=out, task=TASK, splits=splits, quiet=True, **more)
+    with monkeypatch.context() as patch:
+        when_validated(patch, 20)
+        with pytest.raises(checkpoints.Interrupted, match="Stopped at step 20 of 60"):
+            fit_early(tmp_path / "early")
+    assert fit_early(tmp_path / "early", resume=True).stopped_step == 20
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Job, "run_steps", lambda *_: signal.raise_signal(signal.SIGTERM) or [float("nan")])
+        with pytest.raises(checkpoints.Interrupted):
+            fit_early(tmp_path / "failed")
+    assert fit_early(tmp_path / "failed", resume=True).status.startswith("failed: non-finite loss")
+
+
+def test_no_seed_is_trained_after_a_signal(tmp_path, monkeypatch, capsys):
+    when_validated(monkeypatch, 5)
+    words = "--task recall --in-features 16 --num-layers 1 --mlp-features 16 --steps 5 --evaluate-every 5 --seeds 0 1 --out"
+    code = commands.exit_code_of("train", lambda: train_command.main([*words.split(), str(tmp_path)]))
+    assert code == commands.TERMINATED and "Stopped at step 5 of 5" in capsys.readouterr().err
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_a_run_that_saved_nothing_begins_anew_without_resume(undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path)
+    assert (tmp_path / "checkpoint").is_dir() and not checkpoints.is_saved(tmp_path)
+    assert fit(tmp_path) == undisturbed[0]
+    with pytest.raises(checkpoints.RunError, match="must be empty to start anew, got this run, saved. Pass --resume."):
+        fit(tmp_path)
 
 
 def test_a_second_ctrl_c_stops_at_once(looks, tmp_path, monkeypatch):

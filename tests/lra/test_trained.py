@@ -52,6 +52,23 @@ def test_a_folder_without_a_run_or_a_checkpoint_is_told(folder, tmp_path):
         trained.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"layer": "linear"', "draft: file .*run.json must be a whole one that was written here, got .* Name another run"),
+        ('{"layer": "linear", "later": 1}', "draft: file .*run.json must hold the values of a run .* got later=1. Take"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_told_by_a_command_that_only_reads(content, said, folder, tmp_path):
+    from subquad.lra.cli import generate
+
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunError, match=said) as caught:
+        generate.main([str(folder), "--draft", str(tmp_path)])
+    assert "--resume" not in str(caught.value) and "--out" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_documents_apart_begin_anew():
     task, words = tasks.find_task("pylib_lm", "offline"), dict(task="pylib_lm", positions=None, **TINY)
     apart, joined = (models.build(plan("quickstart", "linear", documents=x, **words), task) for x in ("apart", "joined"))
@@ -110,14 +127,14 @@ def test_the_command_takes_a_draft(folder, capfdbinary):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["nowhere"], "must hold run.json"),
+        (["nowhere"], "run: folder .*nowhere must hold run.json"),
         (["--prompt", ""], "prompt must have at least one byte"),
         (["--top-p", "2"], "top_p must be"),
-        (["--draft", "nowhere"], "must hold run.json"),
+        (["--draft", "nowhere"], "draft: folder .*nowhere must hold run.json"),
         (["--draft", "{folder}", "--draft-tokens", "0"], "draft_tokens must be"),
         (["--top-k", "1000"], "top_k must be in 1..257"),
         (["--prompt", 20 * "x", "--tokens", "6"], "num_tokens must be at most 5 after 20 tokens, of a model for 24, got 6"),
-        (["--prompt", 25 * "x"], "num_tokens must be at most 0 after 25 tokens"),
+        (["--prompt", 25 * "x"], "prompt must have at most 24 bytes, .*got 25. Shorten it, or train with --positions none"),
         (["--top-k", "3", "--temperature", "0"], "top_k must be None when temperature is 0"),
     ],
 )

@@ -108,6 +108,7 @@ def test_the_csv_is_plain(done):
         (("--stesp", "3"), 2, "option must be a known one, got '--stesp'. Did you mean '--steps'?"),
         (("--layers", ","), 2, "--layers must name at least one, got ','. Leave it out."),
         (("--lengths", "many"), 2, "--lengths: must be a number such as 4096, 16K or 2G, got 'many'."),
+        (("--lengths", ""), 2, "--lengths: must name at least one, got ''. Leave it out."),
         (("--steps", "0"), 2, "steps must be > 0 and finite, got 0."),
         (("--layers", "softmax", "--out", "/proc/subquad/out"), 1, "out: folder /proc/subquad/out must be writable"),
     ],

@@ -52,13 +52,28 @@ def test_several_seeds_are_rows_of_one_table(monkeypatch, capsys, tmp_path):
         (("--seeds", -1), "seed must be in [0, 2**32), got -1."),
         (("--num-processes", 2), "start: coordinator must be given together with"),
         (("--ema", 2), "ema must be in (0, 1), got 2.0."),
+        (("--steps", "x"), "steps must be int, got 'x'. Leave it out for the recipe's."),
+        (("--batch-size", 0), "batch_size must be > 0 and finite, got 0. Leave it out for the recipe's."),
+        (("--norm", "none"), "norm must be one of layer, rms, batch, scale, got None. Leave it out for the recipe's."),
+        (("--positions", "rotary"), "positions must be a known word, got 'rotary'. Known: learned, none, sinusoidal."),
+        (("--test-lengths", ""), "--test-lengths: must name at least one, got ''. Leave it out."),
         (("--schedule", "linaer"), "schedule must be a known word, got 'linaer'. Did you mean 'linear'?"),
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_it(words, said, monkeypatch, capsys, tmp_path):
-    assert call(monkeypatch, *TINY, "--out", tmp_path, *words) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"train: {said}")
+    try:
+        assert call(monkeypatch, *TINY, "--out", tmp_path / "out", *words) == 2
+    except SystemExit as stopped:  # argparse's own
+        assert stopped.code == 2
+    assert capsys.readouterr().err.startswith(f"train: {said}") and not any(tmp_path.iterdir())
+
+
+def test_what_resume_does_not_find_is_one_line_before_the_run(monkeypatch, capsys, tmp_path):
+    made_up = lambda run, **words: results.failure(run, tasks.find_task(run.task, run.config), "")
+    monkeypatch.setattr(train, "train", made_up)
+    for words in ((), ("--seeds", 0, 1)):
+        assert call(monkeypatch, *TINY, "--out", tmp_path, "--resume", *words) == commands.FAILED
+        assert capsys.readouterr().err.startswith(f"Nothing to resume in {tmp_path}/runs; beginning anew.\n{{")
 
 
 def test_a_table_that_could_not_take_the_row_is_refused_before_the_run(monkeypatch, capsys, tmp_path):

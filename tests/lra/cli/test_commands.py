@@ -37,6 +37,7 @@ def test_what_a_user_can_cure_is_one_line_and_an_exit_code(error, code, capsys):
     assert commands.exit_code_of("train", main) == code
     said = capsys.readouterr().err
     assert said.startswith("train: ") and said.count("\n") == 1 and said.count("train:") == 1
+    assert commands.exit_code_of("subquad train", main) == code and capsys.readouterr().err == f"subquad {said}"
 
 
 def test_other_errors_keep_their_trace():
@@ -131,7 +132,8 @@ def test_every_value_of_a_run_is_explained():
     assert set(helps) == {one.name for one in dataclasses.fields(Run)} and all(map(str.strip, helps.values()))
     assert helps["clip_norm"] == "largest global norm of the gradient; None: no limit."
     assert "0.2 whenever the validation loss" in helps["schedule"] and "\n" not in helps["schedule"]
-    assert "explain me" in commands.Parser.format_help(parser())
+    shown = commands.Parser.format_help(parser())
+    assert "explain me" in shown and "--positions learned|sinusoidal|none" in shown
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,8 @@ def test_layer_options_are_read_as_values():
     )
     with pytest.raises(ValueError, match="layer_options must be written name=value, got 'a'"):
         commands.assignments(["a"])
+    with pytest.raises(ValueError, match="--override must be written name=value, got 'a'. For example in_features=512."):
+        commands.assignments(["a"], "--override", "in_features=512")
 
 
 def test_plain_progress_says_loss_speed_and_time_left(capsys):

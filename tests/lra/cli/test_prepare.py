@@ -132,7 +132,8 @@ def test_check_names_a_file_that_changed(built, tmp_path):
 
 
 def test_check_of_what_is_not_prepared_builds_nothing(tmp_path):
-    with pytest.raises(sources.DatasetError, match=r"text: data set must be prepared first, .*Run prepare_lra.py prepare text"):
+    said = r"text: data set must be prepared first, .*Run subquad prepare prepare text --data-dir"
+    with pytest.raises(sources.DatasetError, match=said):
         prepare.check("text", tmp_path)
     assert not any(tmp_path.iterdir())
 

@@ -66,6 +66,22 @@ def test_hours_say_whose_they_are(monkeypatch):
     assert exact.source == "from 3 steps timed on it, validation included"
 
 
+def test_tests_at_further_lengths_are_part_of_the_hours():
+    at = {one.length: one for one in cells.cells_of_table("mamba", "11") if one.row == "H3"}
+    run = verdicts.run_of(at[256])
+    task = tasks.find_task(run.task, run.config)
+    lengths = cells.lengths_to_test(at[256])
+    assert lengths == [2**power for power in range(6, 15)] == cells.lengths_to_test(at[64])
+    further = 500 * sum(costs.forward_flops(run, length, length) for length in lengths)
+    flops = costs.training_flops(run, task) + costs.evaluation_flops(run, task)
+    rows = [made(hardware=machine.hardware(), flops_per_step=10**9, steps_per_second=1.0)]
+    assert verdicts.judge(at[256], known(rows)).cost.hours == pytest.approx((flops + further) / 1e9 / 3600)
+    # A batch of test takes as long as the timed one of validation, for as many FLOPs.
+    batch = costs.forward_flops(run, run.batch_size * task.length, task.length)
+    seconds = run.steps * 2.0 + 60 + 0.5 * (costs.evaluation_batches(run, task) + further / batch)
+    assert verdicts.judge(at[256], known((), [timed_steps(run)])).cost.hours == pytest.approx(seconds / 3600)
+
+
 def test_the_newest_steps_of_this_machine_and_run_count():
     run = verdicts.run_of(cell(LISTOPS))
     old, new = timed_steps(run), timed_steps(run, step_seconds=1.0, finished_utc="2026-02-01T00:00:00Z")

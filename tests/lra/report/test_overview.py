@@ -6,7 +6,7 @@ import pytest
 
 from subquad.lra.checkpoints import write_history
 from subquad.lra.plan import plan
-from subquad.lra.report import ledger, overview, plots, published, results
+from subquad.lra.report import examples, ledger, overview, plots, published, results
 from tests.lra.report.test_measurements import ROW
 from tests.lra.report.test_results import FAILED, row
 
@@ -97,13 +97,27 @@ def test_published_tables_without_a_run_are_named_and_not_shown():
 def test_runs_are_a_table_with_their_curves_where_histories_are(tmp_path):
     run = plan("quickstart", "softmax", steps=4)
     known = row("softmax", 0.4, configuration=json.dumps(dataclasses.asdict(run)))
-    section = overview.training([known], tmp_path)
+    section, _ = overview.training([known], tmp_path)
     assert section.tables[0].rows[1][:2] == ["softmax", "40.0 %"] and len(section.pictures) == 1
     (tmp_path / "runs" / run.id).mkdir(parents=True)
     write_history(tmp_path / "runs" / run.id / "history.csv", [2.0, 1.5, 1.2, 1.0], [(2, 0.3, 1.6), (4, 0.5, 1.4)])
-    figure = overview.training([known], tmp_path).pictures[-1][0]
+    figure = overview.training([known], tmp_path)[0].pictures[-1][0]
     (line,) = figure.axes[0].lines
     assert line.get_label() == "softmax" and line.get_xydata().tolist() == [[2, 0.3], [4, 0.5]]
+
+
+def test_a_damaged_history_leaves_out_its_curve_and_is_told(tmp_path):
+    run = plan("quickstart", "softmax", steps=4)
+    known = row("softmax", 0.4, configuration=json.dumps({**dataclasses.asdict(run), "of a later version": 1}))
+    path = examples.path_of(known, tmp_path, "history.csv")
+    path.parent.mkdir(parents=True)
+    for damaged in ("2,1.5,0.x,1.6", "2,1.5"):
+        write_history(path, [2.0, 1.5, 1.2, 1.0], [(2, 0.3, 1.6), (4, 0.5, 1.4)])
+        path.write_text(path.read_text().replace("2,1.5,0.3,1.6", damaged))
+        section, (fault,) = overview.training([known], tmp_path)
+        assert len(section.pictures) == 1 and (fault.path, fault.line) == (path, 3)
+        (last,) = overview.damaged([], [fault])
+        assert last.tables[0].rows[-1][:2] == [str(path), "3"]
 
 
 def test_seeds_are_one_line_with_a_band():

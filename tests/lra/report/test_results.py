@@ -7,7 +7,9 @@ import matplotlib.image
 import pytest
 
 from subquad.lra import files
-from subquad.lra.report import plots, results
+from subquad.lra.cli import report
+from subquad.lra.plan import plan
+from subquad.lra.report import ledger, plots, results
 
 NAMES = ("softmax", "blockwise", "local", "strided", "reformer", "linformer", "performer", "transformer_xl", "s4")
 
@@ -23,7 +25,8 @@ def row(layer="softmax", accuracy=0.4, seed=0, status="ok", **other):
         source='"quoted", and, commas', commit="0123456789abcdef", versions="jax 1", hardware="none",
         finished_utc="2026-01-01T00:00:00Z",
     )  # fmt: skip
-    return results.Result(**{**known, **other})
+    values = json.loads(other.get("configuration", known["configuration"]))  # which the columns do not contradict
+    return results.Result(**{**known, **{name: values[name] for name in results.OF_RUN if name in values}, **other})
 
 
 FAILED = dict(accuracy=None, accuracy_best=None, accuracy_last=None, status="failed: non-finite loss by step 30")
@@ -80,7 +83,7 @@ def test_files_of_earlier_versions_are_read_and_brought_up_to_date(tmp_path):
     path = tmp_path / "table.csv"
     rows = older_file(path)
     assert results.read_results(path) == rows
-    newer = row("local", protocol="modern", configuration_hash="0123", collapsed_step=4, bits_per_byte=1.25)
+    newer = row("local", protocol="modern", collapsed_step=4, bits_per_byte=1.25)
     results.append(newer, path)
     assert results.read_results(path) == [*rows, newer]
     assert path.read_text().split("\n", 1)[0].split(",") == results.FIELDS
@@ -163,6 +166,77 @@ def test_seeds_become_a_mean_with_its_spread():
     assert "| softmax | 30.0 %, 1 collapsed |" in results.markdown([row(accuracy=0.3, collapsed_step=20)])
 
 
+CANNOT = [
+    (dict(accuracy=None), "accuracy None"), (dict(accuracy=float("nan")), "accuracy nan"),
+    (dict(test_examples=0), "test_examples=0"), (dict(steps_per_second=0.0), "steps_per_second=0.0"),
+    (dict(accuracy=None, bits_per_byte=float("inf")), "bits_per_byte inf"),
+    (dict(flops_per_step=0), "flops_per_step=0"), (dict(steps_per_second=float("nan")), "steps_per_second=nan"),
+    (dict(memory_peak_bytes=0), "memory_peak_bytes=0"), (dict(configuration_hash="0123"), "configuration_hash 0123 where"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "said"), CANNOT)
+def test_a_row_that_no_run_can_have_left_is_passed_over_with_file_and_line(change, said, tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    for one in (row("s4", **change), row("local")):
+        results.append(one, path)
+    assert [one.layer for one in results.read_results(path)] == ["local"]
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {path}:2 must be a row of ") and said in told and told.count("\n") == 1
+    assert [one.layer for one in ledger.read_ledger([path]).rows() if one.data == "made up"] == ["local"]
+    assert report.main([str(path)]) == 0 and str(path) in (tmp_path / "table.html").read_text().partition("Damaged rows")[2]
+
+
+def test_a_failure_needs_no_score_and_no_speed(tmp_path):
+    failed = row("s4", **FAILED, steps_per_second=None, flops_per_step=0)
+    results.append(failed, tmp_path / "table.csv")
+    assert results.read_results(tmp_path / "table.csv") == [failed]
+
+
+def bits(layer, value, **other):
+    no_accuracy = dict.fromkeys(("accuracy", "accuracy_best", "accuracy_last", "floor_majority", "floor_root"))
+    return row(layer, **{**no_accuracy, "bits_per_byte": value, **other})
+
+
+@pytest.mark.parametrize("rows", [
+    [bits("s4", None, status="failed"), bits("local", 2.5), bits("softmax", 2.2), bits("local", None, seed=1, status="failed")],
+    [row("s4", **FAILED), row("local", 0.3), row("softmax", 0.4), row("local", **FAILED, seed=1)],
+])  # fmt: skip
+def test_failures_are_last_and_take_nothing_from_the_seeds_that_did_not(rows):
+    assert [line[0] for line in results.cells(rows)[1:]] == ["softmax", "local", "s4"]
+
+
+def test_runs_are_told_apart_by_every_value_that_differs_and_all_are_in_the_caption():
+    of = lambda *words, **more: json.dumps(dataclasses.asdict(plan("quickstart", *words, warmup_steps=0, **more)))
+    one_head = dict(steps=10, layer_options={"num_heads": 1})
+    rows = [
+        row(accuracy=0.5, configuration=of("softmax", steps=5), commit="a"),
+        row(accuracy=0.4, configuration=of("softmax", **one_head), test_examples=100, hardware="b"),
+        row(accuracy=0.3, configuration=of("local", steps=10)),
+    ]
+    labels = [line[0] for line in results.cells(rows)[1:]]
+    assert labels == ["softmax num_heads=4 steps=5", "softmax num_heads=1 steps=10", "local"]
+    told = results.caption(rows)
+    assert "5 steps of 16 or 10 steps of 16, seed 0." in told
+    assert "on the 500 or 100 examples" in told and "up to 5.0 points" in told
+    assert told.endswith("none; jax 1; commits a, 0123456789ab. b; jax 1; commit 0123456789ab.")
+    labels = [text for text in legend(plots.accuracy_against_cost(rows)) if text.startswith("softmax")]
+    assert labels == ["softmax num_heads=4 steps=5", "softmax num_heads=1 steps=10"]
+
+
+def test_a_value_that_an_older_version_did_not_know_had_its_default():
+    configuration = dataclasses.asdict(plan("quickstart"))
+    older = {name: value for name, value in configuration.items() if name != "documents"}
+    rows = [row(accuracy=0.3, configuration=json.dumps(older)), row(accuracy=0.4, configuration=json.dumps(configuration))]
+    assert results.groups(rows) == [rows[1:]]
+
+
+def test_points_of_equal_cost_are_drawn_without_a_warning(recwarn):
+    plots.accuracy_against_cost([row(flops_per_step=10_906_443), row("s4", flops_per_step=10_906_443)])
+    plots.accuracy_against_time([row(), row("s4")])
+    assert not recwarn.list
+
+
 def test_of_two_rows_of_one_run_the_later_counts():
     assert "| softmax | 50.0 % |" in results.markdown([row(accuracy=0.3), row(accuracy=0.5)])
 
@@ -237,14 +311,12 @@ def test_results_are_frozen():
 
 
 def test_language_models_are_shown_by_bits_per_byte_the_fewest_first():
-    score = lambda bits: dict(accuracy=None, accuracy_best=None, accuracy_last=None, floor_majority=None, floor_root=None,
-                              bits_per_byte=bits, bits_per_byte_best=bits, bits_per_byte_last=bits)  # fmt: skip
-    rows = [row("s4", **score(2.5)), row("local", **score(2.25)), row("local", seed=1, **score(2.35))]
+    rows = [bits("s4", 2.5), bits("local", 2.25), bits("local", 2.35, seed=1)]
     heading, *body = results.cells(rows)
     assert heading[1] == "test bits per byte"
     assert [line[1] for line in body] == ["2.300 ± 0.071 (2 seeds)", "2.500"]
     caption = results.caption(rows)
     assert "Bits per byte on the 500 examples of the test split, parameters best" in caption and "floor" not in caption
-    with_floors = [row("s4", **score(2.5), floor_unigram=4.45, floor_bigram=3.33)]
+    with_floors = [bits("s4", 2.5, floor_unigram=4.45, floor_bigram=3.33)]
     assert results.cells(with_floors)[1][2:4] == ["4.450", "3.330"] and "; bigram floor: counts" in results.caption(with_floors)
     assert "root floor" in results.caption([row()]) and "root floor" not in results.caption([row(floor_root=None)])
