@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch, patterns, softmax
 from subquad.kernels.patterns import CAUSAL, Pattern
-from subquad.zoo import padding
+from subquad.zoo import dropout, padding
 from subquad.zoo.cache import KVCache, append, in_dtypes_of, next_position, places, poisoned
 from subquad.zoo.checks import (
     cache_dtype,
@@ -238,6 +238,8 @@ class Attention(nnx.Module):
     def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
         """The keys of a call's random draws, by their words in `attend`; none where a layer draws nothing in a call."""
         return {}
+
+    set_view = dropout.set_view
 
     def attend_cached(self, query, key, value, mask, cache):
         """The mechanism for T new tokens after those in `cache` -> ([B, T, N, H], cache); mask [B, 1, 1, T] or None."""

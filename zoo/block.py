@@ -97,7 +97,7 @@ class FeedForward(nnx.Module):
     ) -> Float[Array, "*B T D"]:
         hidden = self.activation(self.inner(inputs))
         hidden = hidden if self.gate is None else hidden * self.gate(inputs)
-        return self.outer(self.dropout(hidden, deterministic=deterministic, rngs=rngs))
+        return self.outer(self.dropout(hidden, deterministic=deterministic, rngs=call_rngs(rngs, "FeedForward")))
 
 
 class Block(nnx.Module):
@@ -196,7 +196,7 @@ class Block(nnx.Module):
         if self.capacity_factor is not None and call.get("segment_ids") is not None:
             unsupported("Block", "segment_ids", f"its experts' capacity_factor = {self.capacity_factor} is of the whole sample",
                         "Use experts with capacity_factor=None.")
-        rngs = call_rngs(rngs)
+        rngs = call_rngs(rngs, "Block")
         if deterministic is None:  # a mixer of the user's may know True and False only
             deterministic = self.dropout.deterministic
         draws: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
@@ -255,7 +255,7 @@ class Block(nnx.Module):
         if self.capacity_factor is not None:
             unsupported("Block", "extend", f"its experts' capacity_factor = {self.capacity_factor} is of the whole sample",
                         "Use experts with capacity_factor=None.")
-        draws, real = dict[str, Any](deterministic=deterministic, rngs=rngs), real_tokens(inputs, mask)
+        draws, real = dict[str, Any](deterministic=deterministic, rngs=call_rngs(rngs, "Block")), real_tokens(inputs, mask)
 
         def mix(hidden):
             nonlocal cache

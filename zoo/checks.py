@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import dispatch
 from subquad.zoo.cache import room
+from subquad.zoo.masks import signed
 
 
 class Call(NamedTuple):
@@ -136,8 +138,16 @@ def check_dtypes(owner: str, **dtypes: Any) -> None:
 
 def check_rngs(owner: str, rngs: Any) -> None:
     """Refuses what no parameters can be drawn from."""
-    if not hasattr(rngs, "params"):
+    if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"{owner}: rngs must be an nnx.Rngs, got {type(rngs).__name__}. Pass nnx.Rngs(0).")
+    check_stream(owner, rngs, "params")
+
+
+def check_stream(owner: str, rngs: nnx.Rngs, name: str) -> None:
+    """Refuses `rngs` that nothing can be drawn from by this name."""
+    if name not in rngs and "default" not in rngs:
+        refuse(owner, "rngs", f"those of {', '.join(rngs) or 'none'}", f"have a stream {name!r} or a default one",
+               f"Pass nnx.Rngs({name}=seed), or nnx.Rngs(seed) for all.")
 
 
 def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:
@@ -189,7 +199,7 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
             raise TypeError(f"{owner}: {name} must be an array of integers, got {kind}. Use jnp.asarray({name}, int).")
         if value.shape not in ((length,), (*batch, length)):
             refuse(owner, name, value.shape, f"have shape [T] or [*B, T] = {(*batch, length)}", "Broadcast it first.")
-        extras[name] = jnp.broadcast_to(value, (*batch, length)).reshape(-1, length)
+        extras[name] = jnp.broadcast_to(signed(value), (*batch, length)).reshape(-1, length)
     keys = length if inputs_kv is None else inputs_kv.shape[-2]
     mask = check_mask(owner, mask, batch, heads, length, keys, supports.pairwise_mask)
     flat = lambda inputs: inputs.reshape(-1, *inputs.shape[-2:])

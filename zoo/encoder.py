@@ -204,10 +204,11 @@ class Encoder(nnx.Module):
         """What a call returns, and the losses of each sample, summed over all routers; 0 without experts."""
         self.check(tokens, mask, segment_ids)
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
-        return self.transform(hidden, mask, segment_ids, deterministic, call_rngs(rngs))
+        return self.transform(hidden, mask, segment_ids, deterministic, rngs)
 
     def transform(self, hidden: Float[Array, "B T D"], mask, segment_ids, deterministic, rngs):
         """What follows the embeddings, dropout, blocks and the last norm -> (features, losses of the experts' routers)."""
+        rngs = call_rngs(rngs, "Encoder")
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         is_deterministic = bool(self.dropout.deterministic if deterministic is None else deterministic)
         call = dict(mask=None if mask is None else mask[:, None, None, :])
@@ -244,7 +245,8 @@ class Encoder(nnx.Module):
         deterministic: bool = True, rngs: nnx.Rngs | None = None,
     ):  # fmt: skip
         """T more tokens through all blocks and the last norm, after those in the mixers' caches -> (features, caches)."""
-        run, draws = reversible.extend if self.reversible else extend, dict[str, Any](deterministic=deterministic, rngs=rngs)
+        run = reversible.extend if self.reversible else extend
+        draws = dict[str, Any](deterministic=deterministic, rngs=call_rngs(rngs, "Encoder"))
         hidden, caches = run(self.layers, self.dropout(hidden, **draws), caches, mask, **draws)
         return self.last_norm(hidden), caches
 

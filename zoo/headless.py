@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch, patterns
 from subquad.kernels.patterns import CAUSAL, Pattern
-from subquad.zoo import padding
+from subquad.zoo import dropout, padding
 from subquad.zoo.base import Support, check_options, options_of
 from subquad.zoo.cache import StateCache, counts, in_dtypes_of
 from subquad.zoo.checks import (
@@ -107,6 +107,8 @@ class Headless(nnx.Module):
     def draws(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
         """The keys of a call's random draws, by their words in `respond`; none where a layer draws nothing in a call."""
         return {}
+
+    set_view = dropout.set_view
 
     def state(self, batch_size: int) -> Any:
         """The state before the first token, in float32: [B, *state], or a cache of several arrays by name."""
