@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypedDict
 
 import jax
@@ -23,6 +24,7 @@ from subquad.zoo.checks import (
     check_divides,
     check_dtypes,
     check_extend,
+    check_flags,
     check_length,
     check_rngs,
     check_rotary,
@@ -103,6 +105,19 @@ def options_of(layer: type[Any]) -> set[str]:
     return known | set(layer.shell.__annotations__)
 
 
+@functools.cache
+def flags_of(layer: type[Any]) -> frozenset[str]:
+    """The words of the constructor of a layer, those of its shell among them, that are true or false."""
+    constructors = [inspect.signature(one.__init__) for one in layer.__mro__ if "__init__" in vars(one)]
+    words = (one for constructor in constructors for one in constructor.parameters.values())
+    return frozenset(one.name for one in words if isinstance(one.default, bool))
+
+
+def check_flags_of(owner: str, layer: type[Any], given: Mapping[str, Any]) -> None:
+    """Refuses options of a layer that must be true or false, and are not."""
+    check_flags(owner, **{word: given[word] for word in flags_of(layer) if word in given})
+
+
 def check_options(owner: str, given: dict[str, Any], known: set[str]) -> None:
     """Refuses a word that is not known, with the nearest that is."""
     for word, value in given.items():
@@ -153,6 +168,10 @@ class Attention(nnx.Module):
     shell: ClassVar[type] = Shell
     sees: Pattern | None  # which positions see which, causality included; None: all see all
     max_length: int | None = None  # the longest input of a layer that is built for one
+
+    def __new__(cls, *arguments: Any, **given: Any):
+        check_flags_of(cls.__name__, cls, given)
+        return super().__new__(cls)
 
     def __init__(
         self,

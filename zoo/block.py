@@ -11,7 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision
-from subquad.zoo.checks import check_rate, check_sizes, check_word, refuse, unsupported
+from subquad.zoo.checks import check_flags, check_rate, check_sizes, check_word, refuse, unsupported
 from subquad.zoo.experts import Experts, RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -85,6 +85,7 @@ class FeedForward(nnx.Module):
         self, in_features: int, mlp_features: int, *, activation: Callable[[Any], Any] = nnx.gelu, is_gated: bool = False,
         use_bias: bool = True, dropout_rate: float = 0.0, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
+        check_flags("FeedForward", is_gated=is_gated, use_bias=use_bias)
         options: dict[str, Any] = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
         self.inner = nnx.Linear(in_features, mlp_features, **options)

@@ -1,6 +1,7 @@
 """The checks that every layer makes of its arguments, before any work."""
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -114,6 +115,25 @@ def check_number(owner: str, name: str, value: Any, interval: str, instead: str)
         refuse(owner, name, repr(value), f"be a number in {interval}", instead)
 
 
+def known_number(owner: str, name: str, value: Any) -> float:
+    """A Python number of one that may be NumPy's or JAX's; refuses another kind, and what only a `jax.jit` will know."""
+    return _known(owner, name, value, float, "a number")
+
+
+def known_integer(owner: str, name: str, value: Any) -> int:
+    """As `known_number`."""
+    return _known(owner, name, value, operator.index, "an integer")
+
+
+def _known(owner: str, name: str, value: Any, convert: Callable[[Any], Any], kind: str):
+    try:
+        if not isinstance(value, str | bool | np.bool_):
+            return convert(value)
+    except TypeError:  # of a tracer as well
+        pass
+    raise TypeError(f"{owner}: {name} must be {kind} that is known outside of jax.jit, got {value!r}. Pass a Python number.")
+
+
 def check_steps(owner: str, dt_min: float, dt_max: float) -> None:
     """Refuses bounds that no step lies between."""
     check_number(owner, "dt_max", dt_max, "(0, inf)", "0.1 is the papers'.")
@@ -148,6 +168,13 @@ def check_stream(owner: str, rngs: nnx.Rngs, name: str) -> None:
     if name not in rngs and "default" not in rngs:
         refuse(owner, "rngs", f"those of {', '.join(rngs) or 'none'}", f"have a stream {name!r} or a default one",
                f"Pass nnx.Rngs({name}=seed), or nnx.Rngs(seed) for all.")
+
+
+def check_flags(owner: str, **flags: Any) -> None:
+    """Refuses a word such as "false", which Python takes for true, where an option is true or false."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            refuse(owner, name, repr(value), "be True or False", "Pass one of them, not a word or a number.")
 
 
 def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:

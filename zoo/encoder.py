@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.zoo import positions as encodings
 from subquad.zoo import registry, reversible
 from subquad.zoo.block import NORMS, Block, Norm, Order, normalise, real_tokens
-from subquad.zoo.checks import check_word, refuse
+from subquad.zoo.checks import check_flags, check_word, refuse
 from subquad.zoo.experts import RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -135,6 +135,13 @@ class Encoder(nnx.Module):
     ):
         if positions not in POSITIONS:
             refuse("Encoder", "positions", repr(positions), f"be one of {POSITIONS}", "Use mixer_options for the mixer's own.")
+        check_flags("Encoder", reversible=reversible)
+        for name, given, is_idle, when in (
+            ("embedding_init", embedding_init, embed is not None, "with embed"),
+            ("position_init", position_init, positions != "learned", f"with positions={positions!r}"),
+        ):
+            if is_idle and given is not default_embed_init:
+                refuse("Encoder", name, "an initializer", f"be left out {when}", "It would draw nothing.")
         for name, needed, got, must in (
             ("norm_order", norm_order == "pre", norm_order, "be 'pre'"), ("norm", norm != "batch", norm, "be no batch norm"),
             ("mlp_features", mlp_features > 0, mlp_features, "be positive"), ("remat", not remat, remat, "be False"),

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.zoo.checks import check_features, check_number, check_rate, check_sizes, refuse
+from subquad.zoo.checks import check_features, check_flags, check_number, check_rate, check_sizes, refuse
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.dropout import key_of_call
 
@@ -121,6 +121,7 @@ class Experts(nnx.Module):
     ):  # fmt: skip
         check_sizes("Experts", in_features=in_features, mlp_features=mlp_features, num_experts=num_experts, top_k=top_k)
         check_rate("Experts", dropout_rate)
+        check_flags("Experts", drop_second=drop_second)
         if top_k > num_experts:
             refuse("Experts", "top_k", top_k, f"be at most num_experts = {num_experts}", "Choose fewer, or more experts.")
         if drop_second and top_k != 2:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch, patterns
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import dropout, padding
-from subquad.zoo.base import Support, check_options, options_of
+from subquad.zoo.base import Support, check_flags_of, check_options, options_of
 from subquad.zoo.cache import StateCache, counts, in_dtypes_of
 from subquad.zoo.checks import (
     check_call,
@@ -60,6 +60,10 @@ class Headless(nnx.Module):
     shell: ClassVar[type] = HeadlessShell
     sees: Pattern | None  # which positions reach which, causality included; None: all reach all
     out: Any  # the output map, or None
+
+    def __new__(cls, *arguments: Any, **given: Any):
+        check_flags_of(cls.__name__, cls, given)
+        return super().__new__(cls)
 
     def __init__(
         self, in_features: int, *, out_features: int | None = None, is_causal: bool = False, dtype: Any = None,

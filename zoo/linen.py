@@ -20,8 +20,8 @@ def call_rngs(rngs: nnx.Rngs | nnx.RngStream | None, owner: str) -> nnx.Rngs | N
         rngs.dropout = stream
     if rngs is not None and not isinstance(rngs, nnx.Rngs):
         raise TypeError(
-            f"{owner}: rngs must be an nnx.Rngs, got {type(rngs).__name__}. Pass nnx.Rngs(dropout=key); from a key alone, every "
-            "layer would draw the same."
+            f"{owner}: rngs must be an nnx.Rngs, got {type(rngs).__name__}. Pass nnx.Rngs(dropout=key): "
+            "from a key alone every layer would draw the same."
         )
     module = current_linen_module()
     if rngs is not None or module is None or not module.has_rng("dropout"):
