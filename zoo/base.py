@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import dropout, padding
 from subquad.zoo.cache import KVCache, append, in_dtypes_of, next_position, places, poisoned
 from subquad.zoo.checks import (
+    FlaxCall,
     cache_dtype,
     check_call,
     check_causality,
@@ -25,6 +26,7 @@ from subquad.zoo.checks import (
     check_dtypes,
     check_extend,
     check_flags,
+    check_flax_call,
     check_length,
     check_rngs,
     check_rotary,
@@ -292,6 +294,7 @@ class Attention(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         sow_weights: bool = False,
+        **flax: Unpack[FlaxCall],
     ) -> Float[Array, "*B T F"]:
         """Mixes the sequence.
 
@@ -309,8 +312,10 @@ class Attention(nnx.Module):
                 deterministic whatever they say.
             sow_weights: as in Flax, sows the weights [*B, N, T, S] under "attention_weights", in `nnx.Intermediate`; they take
                 memory O(T S). Only where the layer makes a weight of each query and key.
+            flax: decode=False, and is_causal as in the constructor, which calls of Flax's attention may say.
         Returns: [*B, T, F]; rows that see nothing hold the output projection of 0.
         """
+        check_flax_call(self, flax)
         call = check_call(self, self.num_heads, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
         if self.is_causal and call.inputs_kv is not None:
             refuse(type(self).__name__, "inputs_kv", "an array", "be None when is_causal",
@@ -383,4 +388,5 @@ class Attention(nnx.Module):
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [N|1, T, S] for T = S = length, True where the query may see the key."""
+        check_sizes(type(self).__name__, length=length)
         return patterns.grid(self.sees, length, length)

@@ -1,8 +1,9 @@
 """The checks that every layer makes of its arguments, before any work."""
 
+import inspect
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,13 @@ from jaxtyping import Array, Bool, Float
 from subquad.kernels import dispatch
 from subquad.zoo.cache import room
 from subquad.zoo.masks import signed
+
+
+class FlaxCall(TypedDict, total=False):
+    """What a call of `nnx.MultiHeadAttention` may say and a layer is built as: taken where both say the same."""
+
+    decode: Literal[False] | None
+    is_causal: bool | None
 
 
 class Call(NamedTuple):
@@ -49,6 +57,10 @@ def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: in
     """The mask with one batch axis, [B|1, N|1, T|1, S], or an error that says what is wrong with it."""
     if mask is None:
         return None
+    if isinstance(mask, bool | np.bool_):
+        raise TypeError(
+            f"{owner}: mask must be a boolean array, True = attend, got {mask!r}. Leave it out where all may see all."
+        )
     if getattr(mask, "dtype", None) != jnp.dtype(bool):
         raise TypeError(
             f"{owner}: mask must be a boolean array, True = attend, got {getattr(mask, 'dtype', type(mask).__name__)}. "
@@ -181,6 +193,25 @@ def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:
     """Refuses a word that is not known, with the nearest that is."""
     if word not in known:
         refuse(owner, name, repr(word), "be a known name", dispatch.nearest(word, known))
+
+
+def check_flax_call(layer, given: Mapping[str, Any]) -> None:
+    """Refuses words of a call that the layer does not know, and Flax's where they ask for another layer than this."""
+    owner = type(layer).__name__
+    for word, value in given.items():
+        if word == "decode":
+            if value is not None and value is not False:
+                refuse(owner, word, repr(value), "be False or None", "Use init_cache and extend instead.")
+        elif word == "is_causal":
+            if value is not None and bool(value) != bool(layer.is_causal):
+                refuse(owner, word, repr(value), f"be {layer.is_causal}, as the layer was built, or None",
+                       "Pass is_causal to the constructor.")
+        elif word == "inputs_k":
+            raise TypeError(f"{owner}: inputs_k must be called inputs_kv, got inputs_k. Pass inputs_kv=, or by its place.")
+        else:
+            words = inspect.signature(layer).parameters.values()
+            known = {*FlaxCall.__annotations__, *(one.name for one in words if one.kind is one.KEYWORD_ONLY)}
+            raise TypeError(f"{owner}: {word} must be a word of a call, got {word}={value!r}. {dispatch.nearest(word, known)}")
 
 
 def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids) -> Call:

@@ -1,6 +1,6 @@
 """The shell that mixers without heads share: the contract of `Attention` where there are no queries and keys."""
 
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ from subquad.zoo import dropout, padding
 from subquad.zoo.base import Support, check_flags_of, check_options, options_of
 from subquad.zoo.cache import StateCache, counts, in_dtypes_of
 from subquad.zoo.checks import (
+    FlaxCall,
     check_call,
     check_causality,
     check_dtypes,
     check_extend,
+    check_flax_call,
     check_rngs,
     check_sizes,
     check_sowing,
@@ -142,8 +144,10 @@ class Headless(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         sow_weights: bool = False,
+        **flax: Unpack[FlaxCall],
     ) -> Float[Array, "*B T F"]:
-        """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; few layers draw."""
+        """Mixes the sequence. `deterministic`, `rngs` and `flax` are there so that layers interchange; few layers draw."""
+        check_flax_call(self, flax)
         check_sowing(self, sow_weights)
         call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
         draws = self.draws(deterministic, rngs)
@@ -162,6 +166,7 @@ class Headless(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> Any:
         """The state before the first token. It holds float32 numbers for any length: max_length and dtype change nothing."""
+        check_dtypes(type(self).__name__, dtype=dtype)
         require_extend(self, batch_size=batch_size, max_length=max_length)
         return as_cache(self.state(batch_size))
 
@@ -192,6 +197,7 @@ class Headless(nnx.Module):
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""
+        check_sizes(type(self).__name__, length=length)
         return patterns.grid(self.sees, length, length)
 
 

@@ -141,7 +141,6 @@ def test_lengths_are_rounded_up_to_the_longest_sequence_only():
         (dict(num_tokens=2, stop_token=11), "stop_token"),
         (dict(num_tokens=2, stop_token=-1), "stop_token"),
         (dict(num_tokens=2, stop_token=[1, 11]), "stop_token"),
-        (dict(num_tokens=2.0), "num_tokens"),
         (dict(num_tokens=2, top_k=12, temperature=1.0, rngs=nnx.Rngs(0)), "top_k"),
         (dict(num_tokens=2, top_p=0.5), "top_p"),
         (dict(num_tokens=2, top_p=0.0, temperature=1.0, rngs=nnx.Rngs(0)), "top_p"),
