@@ -158,7 +158,8 @@ class Attention(nnx.Module):
         precision: `jax.lax.Precision` of the projections.
         kernel_init, bias_init: initialisers of the projections.
         implementation: of the kernel; None takes the best that can run here. Forward derivatives (`jax.jvp`, `jax.linearize`)
-            need "reference": the others have backward passes written by hand.
+            need "reference": the others have backward passes written by hand. So has what is computed a piece at a time on a
+            CPU, whatever the implementation: some maps of arrays of 4 Mi numbers and more.
         rngs: `rngs.params()` draws the parameters.
     Devices: under `jax.jit` the mesh's axes must be AxisType.Auto, which `jax.make_mesh` does not make them by itself;
         `jax.shard_map` needs check_vma=False.

@@ -55,7 +55,8 @@ class Headless(nnx.Module):
         dtype: dtype of the computation, where its layer does not say float32. None: promoted from inputs and parameters.
         param_dtype: dtype of the parameters.
         precision: `jax.lax.Precision` of the linear maps.
-        implementation: of the kernels; None takes the best that can run here; "reference" has forward derivatives, too.
+        implementation: of the kernels; None takes the best that can run here; "reference" has forward derivatives, too, on a
+            CPU of arrays below 4 Mi numbers: larger ones are computed a piece at a time, with backward passes written by hand.
     """
 
     supports: ClassVar[Support]
