@@ -108,14 +108,14 @@ def options_of(layer: type[Any]) -> set[str]:
 
 
 @functools.cache
-def flags_of(layer: type[Any]) -> frozenset[str]:
+def flags_of(layer: Any) -> frozenset[str]:
     """The words of the constructor of a layer, those of its shell among them, that are true or false."""
-    constructors = [inspect.signature(one.__init__) for one in layer.__mro__ if "__init__" in vars(one)]
+    constructors = [inspect.signature(vars(one)["__init__"]) for one in layer.__mro__ if "__init__" in vars(one)]
     words = (one for constructor in constructors for one in constructor.parameters.values())
     return frozenset(one.name for one in words if isinstance(one.default, bool))
 
 
-def check_flags_of(owner: str, layer: type[Any], given: Mapping[str, Any]) -> None:
+def check_flags_of(owner: str, layer: Any, given: Mapping[str, Any]) -> None:
     """Refuses options of a layer that must be true or false, and are not."""
     check_flags(owner, **{word: given[word] for word in flags_of(layer) if word in given})
 

@@ -164,7 +164,7 @@ def habits(old, new) -> list[str]:
     decodes = getattr(old, "decode", None)
     replaced = getattr(old, "attention_fn", None) not in (None, nnx.dot_product_attention)
     rotated = getattr(old, "rotary_base", None) is not None and getattr(new, "rotary_base", None) is None
-    streams = getattr(old, "rngs", None) is not None and getattr(new, "dropout_rate", 0)
+    streams = getattr(old, "rngs", None) is not None and bool(getattr(new, "dropout_rate", 0))
     said = (
         (dropped, "dropout of attention weights"), (decodes, "decode (use init_cache and extend)"),
         (replaced, "its attention_fn"), (rotated, "rotary positions"),

@@ -164,10 +164,10 @@ def mix_now(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sower
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def mix_once(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sower, *arrays):
     """`mix_now`, for an open batch as well."""
-    *arrays, key = arrays
+    *others, key = arrays
     if key is not None and not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):  # so that it is known as a key
         key = jax.random.wrap_key_data(key)
-    return by_sample(lambda arrays: mix_now(fn, is_causal, dropout, sower, *arrays), (*arrays, key))
+    return by_sample(lambda arrays: mix_now(fn, is_causal, dropout, sower, *arrays), (*others, key))
 
 
 def knows_positions(layer: type[Layer]) -> bool:

@@ -1,5 +1,7 @@
 """What a call draws from: the caller's `rngs`, or those of the Linen module around it."""
 
+from typing import Any
+
 from flax import nnx
 from flax.nnx.bridge.wrappers import current_linen_module
 
@@ -16,8 +18,9 @@ def call_rngs(rngs: nnx.Rngs | nnx.RngStream | None, owner: str) -> nnx.Rngs | N
     Raises: TypeError: a key or a number, from which every layer would draw the same.
     """
     if isinstance(rngs, nnx.RngStream):
-        stream, rngs = rngs, nnx.Rngs()
-        rngs.dropout = stream
+        of_stream: Any = nnx.Rngs()
+        of_stream.dropout = rngs
+        return of_stream
     if rngs is not None and not isinstance(rngs, nnx.Rngs):
         raise TypeError(
             f"{owner}: rngs must be an nnx.Rngs, got {type(rngs).__name__}. Pass nnx.Rngs(dropout=key): "
