@@ -85,7 +85,8 @@ class Encoder(nnx.Module):
             statistics are kept.
         reversible: blocks are reversible residual layers of two streams, mixer and network the halves, whose mean goes on: the
             backward pass keeps no activations at all and rebuilds them from the outputs. Another function than that of
-            plain blocks. Needs norm_order "pre", a norm that is no batch norm, and feed-forward networks.
+            plain blocks. Needs norm_order "pre", a norm that is no batch norm, and feed-forward networks. What a mixer writes
+            into itself in a call is lost, but statistics (`nnx.BatchStat`).
         embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D]. Where it has `num_embeddings`,
             ids are below that; otherwise it decides itself what it takes. It sees padding's ids too: what it returns there
             counts for nothing, but a parameter that it multiplies with NaN there has a NaN gradient.
