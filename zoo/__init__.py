@@ -108,3 +108,8 @@ __all__ = [
     "StickBreakingAttention", "StridedAttention", "Support", "SynthesizerAttention", "TransformerXLAttention", "attention_fn",
     "convert", "generate", "interop", "make", "masks", "positions", "stream",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    """What completion shows: the public names, without the modules that they come from."""
+    return sorted(__all__)

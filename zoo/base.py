@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import inspect
-from typing import Any, ClassVar, Literal, TypedDict
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch, patterns, softmax
 from subquad.kernels.patterns import CAUSAL, Pattern
-from subquad.zoo import padding
+from subquad.zoo import dropout, padding
 from subquad.zoo.cache import KVCache, append, in_dtypes_of, next_position, places, poisoned
 from subquad.zoo.checks import (
+    FlaxCall,
     cache_dtype,
     check_call,
     check_causality,
     check_divides,
     check_dtypes,
     check_extend,
+    check_flags,
+    check_flax_call,
     check_length,
     check_rngs,
     check_rotary,
@@ -103,6 +107,19 @@ def options_of(layer: type[Any]) -> set[str]:
     return known | set(layer.shell.__annotations__)
 
 
+@functools.cache
+def flags_of(layer: Any) -> frozenset[str]:
+    """The words of the constructor of a layer, those of its shell among them, that are true or false."""
+    constructors = [inspect.signature(vars(one)["__init__"]) for one in layer.__mro__ if "__init__" in vars(one)]
+    words = (one for constructor in constructors for one in constructor.parameters.values())
+    return frozenset(one.name for one in words if isinstance(one.default, bool))
+
+
+def check_flags_of(owner: str, layer: Any, given: Mapping[str, Any]) -> None:
+    """Refuses options of a layer that must be true or false, and are not."""
+    check_flags(owner, **{word: given[word] for word in flags_of(layer) if word in given})
+
+
 def check_options(owner: str, given: dict[str, Any], known: set[str]) -> None:
     """Refuses a word that is not known, with the nearest that is."""
     for word, value in given.items():
@@ -141,7 +158,8 @@ class Attention(nnx.Module):
         precision: `jax.lax.Precision` of the projections.
         kernel_init, bias_init: initialisers of the projections.
         implementation: of the kernel; None takes the best that can run here. Forward derivatives (`jax.jvp`, `jax.linearize`)
-            need "reference": the others have backward passes written by hand.
+            need "reference": the others have backward passes written by hand. So has what is computed a piece at a time on a
+            CPU, whatever the implementation: some maps of arrays of 4 Mi numbers and more.
         rngs: `rngs.params()` draws the parameters.
     Devices: under `jax.jit` the mesh's axes must be AxisType.Auto, which `jax.make_mesh` does not make them by itself;
         `jax.shard_map` needs check_vma=False.
@@ -153,6 +171,10 @@ class Attention(nnx.Module):
     shell: ClassVar[type] = Shell
     sees: Pattern | None  # which positions see which, causality included; None: all see all
     max_length: int | None = None  # the longest input of a layer that is built for one
+
+    def __new__(cls, *arguments: Any, **given: Any):
+        check_flags_of(cls.__name__, cls, given)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -239,6 +261,8 @@ class Attention(nnx.Module):
         """The keys of a call's random draws, by their words in `attend`; none where a layer draws nothing in a call."""
         return {}
 
+    set_view = dropout.set_view
+
     def attend_cached(self, query, key, value, mask, cache):
         """The mechanism for T new tokens after those in `cache` -> ([B, T, N, H], cache); mask [B, 1, 1, T] or None."""
         start, cache = cache.length, append(cache, key, value, mask)
@@ -271,6 +295,7 @@ class Attention(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         sow_weights: bool = False,
+        **flax: Unpack[FlaxCall],
     ) -> Float[Array, "*B T F"]:
         """Mixes the sequence.
 
@@ -288,8 +313,10 @@ class Attention(nnx.Module):
                 deterministic whatever they say.
             sow_weights: as in Flax, sows the weights [*B, N, T, S] under "attention_weights", in `nnx.Intermediate`; they take
                 memory O(T S). Only where the layer makes a weight of each query and key.
+            flax: decode=False, and is_causal as in the constructor, which calls of Flax's attention may say.
         Returns: [*B, T, F]; rows that see nothing hold the output projection of 0.
         """
+        check_flax_call(self, flax)
         call = check_call(self, self.num_heads, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
         if self.is_causal and call.inputs_kv is not None:
             refuse(type(self).__name__, "inputs_kv", "an array", "be None when is_causal",
@@ -362,4 +389,5 @@ class Attention(nnx.Module):
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [N|1, T, S] for T = S = length, True where the query may see the key."""
+        check_sizes(type(self).__name__, length=length)
         return patterns.grid(self.sees, length, length)

@@ -11,7 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision
-from subquad.zoo.checks import check_rate, check_sizes, check_word, refuse, unsupported
+from subquad.zoo.checks import check_flags, check_rate, check_sizes, check_word, refuse, unsupported
 from subquad.zoo.experts import Experts, RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -85,6 +85,7 @@ class FeedForward(nnx.Module):
         self, in_features: int, mlp_features: int, *, activation: Callable[[Any], Any] = nnx.gelu, is_gated: bool = False,
         use_bias: bool = True, dropout_rate: float = 0.0, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
+        check_flags("FeedForward", is_gated=is_gated, use_bias=use_bias)
         options: dict[str, Any] = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
         self.inner = nnx.Linear(in_features, mlp_features, **options)
@@ -97,7 +98,7 @@ class FeedForward(nnx.Module):
     ) -> Float[Array, "*B T D"]:
         hidden = self.activation(self.inner(inputs))
         hidden = hidden if self.gate is None else hidden * self.gate(inputs)
-        return self.outer(self.dropout(hidden, deterministic=deterministic, rngs=rngs))
+        return self.outer(self.dropout(hidden, deterministic=deterministic, rngs=call_rngs(rngs, "FeedForward")))
 
 
 class Block(nnx.Module):
@@ -196,7 +197,7 @@ class Block(nnx.Module):
         if self.capacity_factor is not None and call.get("segment_ids") is not None:
             unsupported("Block", "segment_ids", f"its experts' capacity_factor = {self.capacity_factor} is of the whole sample",
                         "Use experts with capacity_factor=None.")
-        rngs = call_rngs(rngs)
+        rngs = call_rngs(rngs, "Block")
         if deterministic is None:  # a mixer of the user's may know True and False only
             deterministic = self.dropout.deterministic
         draws: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
@@ -255,7 +256,7 @@ class Block(nnx.Module):
         if self.capacity_factor is not None:
             unsupported("Block", "extend", f"its experts' capacity_factor = {self.capacity_factor} is of the whole sample",
                         "Use experts with capacity_factor=None.")
-        draws, real = dict[str, Any](deterministic=deterministic, rngs=rngs), real_tokens(inputs, mask)
+        draws, real = dict[str, Any](deterministic=deterministic, rngs=call_rngs(rngs, "Block")), real_tokens(inputs, mask)
 
         def mix(hidden):
             nonlocal cache

@@ -1,15 +1,26 @@
 """The checks that every layer makes of its arguments, before any work."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import dispatch
 from subquad.zoo.cache import room
+from subquad.zoo.masks import signed
+
+
+class FlaxCall(TypedDict, total=False):
+    """What a call of `nnx.MultiHeadAttention` may say and a layer is built as: taken where both say the same."""
+
+    decode: Literal[False] | None
+    is_causal: bool | None
 
 
 class Call(NamedTuple):
@@ -46,6 +57,10 @@ def check_mask(owner: str, mask, batch: tuple[int, ...], heads: int, queries: in
     """The mask with one batch axis, [B|1, N|1, T|1, S], or an error that says what is wrong with it."""
     if mask is None:
         return None
+    if isinstance(mask, bool | np.bool_):
+        raise TypeError(
+            f"{owner}: mask must be a boolean array, True = attend, got {mask!r}. Leave it out where all may see all."
+        )
     if getattr(mask, "dtype", None) != jnp.dtype(bool):
         raise TypeError(
             f"{owner}: mask must be a boolean array, True = attend, got {getattr(mask, 'dtype', type(mask).__name__)}. "
@@ -112,6 +127,25 @@ def check_number(owner: str, name: str, value: Any, interval: str, instead: str)
         refuse(owner, name, repr(value), f"be a number in {interval}", instead)
 
 
+def known_number(owner: str, name: str, value: Any) -> float:
+    """A Python number of one that may be NumPy's or JAX's; refuses another kind, and what only a `jax.jit` will know."""
+    return _known(owner, name, value, float, "a number")
+
+
+def known_integer(owner: str, name: str, value: Any) -> int:
+    """As `known_number`."""
+    return _known(owner, name, value, operator.index, "an integer")
+
+
+def _known(owner: str, name: str, value: Any, convert: Callable[[Any], Any], kind: str):
+    try:
+        if not isinstance(value, str | bool | np.bool_):
+            return convert(value)
+    except TypeError:  # of a tracer as well
+        pass
+    raise TypeError(f"{owner}: {name} must be {kind} that is known outside of jax.jit, got {value!r}. Pass a Python number.")
+
+
 def check_steps(owner: str, dt_min: float, dt_max: float) -> None:
     """Refuses bounds that no step lies between."""
     check_number(owner, "dt_max", dt_max, "(0, inf)", "0.1 is the papers'.")
@@ -136,14 +170,48 @@ def check_dtypes(owner: str, **dtypes: Any) -> None:
 
 def check_rngs(owner: str, rngs: Any) -> None:
     """Refuses what no parameters can be drawn from."""
-    if not hasattr(rngs, "params"):
+    if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"{owner}: rngs must be an nnx.Rngs, got {type(rngs).__name__}. Pass nnx.Rngs(0).")
+    check_stream(owner, rngs, "params")
+
+
+def check_stream(owner: str, rngs: nnx.Rngs, name: str) -> None:
+    """Refuses `rngs` that nothing can be drawn from by this name."""
+    if name not in rngs and "default" not in rngs:
+        refuse(owner, "rngs", f"those of {', '.join(rngs) or 'none'}", f"have a stream {name!r} or a default one",
+               f"Pass nnx.Rngs({name}=seed), or nnx.Rngs(seed) for all.")
+
+
+def check_flags(owner: str, **flags: Any) -> None:
+    """Refuses a word such as "false", which Python takes for true, where an option is true or false."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            refuse(owner, name, repr(value), "be True or False", "Pass one of them, not a word or a number.")
 
 
 def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:
     """Refuses a word that is not known, with the nearest that is."""
     if word not in known:
         refuse(owner, name, repr(word), "be a known name", dispatch.nearest(word, known))
+
+
+def check_flax_call(layer, given: Mapping[str, Any]) -> None:
+    """Refuses words of a call that the layer does not know, and Flax's where they ask for another layer than this."""
+    owner = type(layer).__name__
+    for word, value in given.items():
+        if word == "decode":
+            if value is not None and value is not False:
+                refuse(owner, word, repr(value), "be False or None", "Use init_cache and extend instead.")
+        elif word == "is_causal":
+            if value is not None and bool(value) != bool(layer.is_causal):
+                refuse(owner, word, repr(value), f"be {layer.is_causal}, as the layer was built, or None",
+                       "Pass is_causal to the constructor.")
+        elif word == "inputs_k":
+            raise TypeError(f"{owner}: inputs_k must be called inputs_kv, got inputs_k. Pass inputs_kv=, or by its place.")
+        else:
+            words = inspect.signature(layer).parameters.values()
+            known = {*FlaxCall.__annotations__, *(one.name for one in words if one.kind is one.KEYWORD_ONLY)}
+            raise TypeError(f"{owner}: {word} must be a word of a call, got {word}={value!r}. {dispatch.nearest(word, known)}")
 
 
 def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids) -> Call:
@@ -189,7 +257,7 @@ def check_call(layer, heads: int, inputs_q, inputs_kv, inputs_v, mask, positions
             raise TypeError(f"{owner}: {name} must be an array of integers, got {kind}. Use jnp.asarray({name}, int).")
         if value.shape not in ((length,), (*batch, length)):
             refuse(owner, name, value.shape, f"have shape [T] or [*B, T] = {(*batch, length)}", "Broadcast it first.")
-        extras[name] = jnp.broadcast_to(value, (*batch, length)).reshape(-1, length)
+        extras[name] = jnp.broadcast_to(signed(value), (*batch, length)).reshape(-1, length)
     keys = length if inputs_kv is None else inputs_kv.shape[-2]
     mask = check_mask(owner, mask, batch, heads, length, keys, supports.pairwise_mask)
     flat = lambda inputs: inputs.reshape(-1, *inputs.shape[-2:])

@@ -33,7 +33,16 @@ def _program(method, graph):
 
 
 def _run(method, graph, state, arguments):
-    call = lambda arguments: method(nnx.merge(graph, state), *arguments)
+    return by_sample(lambda arguments: method(nnx.merge(graph, state), *arguments), arguments)
+
+
+def by_sample(call: Callable[[Any], Any], arguments: Any) -> Any:
+    """call(arguments); where `jax.export` leaves the batch size open, of a sample after the other.
+
+    Args:
+        call: of a tree of arrays, of which some have a batch axis in front; so have all of its results.
+    Raises: ValueError: a key among arrays of an open batch.
+    """
     leaves, tree = jax.tree.flatten(arguments)
     is_batched = [leaf.ndim > 0 and not isinstance(leaf.shape[0], int) for leaf in leaves]
     if not any(is_batched):

@@ -34,7 +34,7 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         names = f"{self.path}: {type(self.before).__name__} -> {type(self.after).__name__}"
-        parts = ("keeps", self.kept), ("draws", self.new), ("loses", self.lost)
+        parts = ("keeps", self.kept or ["nothing"]), ("draws", self.new), ("loses", self.lost)
         return "; ".join([names, *(f"{word} {', '.join(what)}" for word, what in parts if what)])
 
 
@@ -52,7 +52,8 @@ def convert(
 
     It converts `nnx.MultiHeadAttention` and the attention layers of this library. Sizes, biases, dtypes, and the direction and
     rotation of a layer of this library stay; heads that shared keys and values have copies of them where the new layer does
-    not share. A model converted to a mechanism that says something else wants further training.
+    not share. So do the axes of layers that `nnx.vmap` built, to be run by `nnx.scan`, and the annotations of variables, such
+    as their sharding. A model converted to a mechanism that says something else wants further training.
 
     A layer of Flax is told in each call, by a mask, what is causal; ours is built so: pass is_causal=True here, and no causal
     mask in the call.
@@ -66,7 +67,7 @@ def convert(
     Returns: the new model and its changes; a layer that stands in two places is one change, and one layer.
     Raises:
         ValueError: an unknown name; a model without attention, or that is an attention layer by itself; an option that the
-            layer refuses.
+            layer refuses; layers stacked along an axis that is not the first; sizes of which no projection is left.
         TypeError: an option that it does not have, or one missing.
     Example:
         >>> softmax = nnx.Sequential(nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0)))
@@ -99,12 +100,12 @@ def is_attention(node) -> bool:
 
 
 def converted(path: str, old, name: str, rngs: nnx.Rngs, given: dict[str, Any]) -> Change:
-    supports, known = registry.find(name).supports, registry.options(name)
+    supports, known, stacked = registry.find(name).supports, registry.options(name), stacked_axes(old)
     options = {word: value for word, value in inherited_options(old).items() if word in known}
     groups = old.num_heads // old.num_kv_heads
     if not supports.grouped:
         options.pop("num_kv_heads", None)
-    new = registry.make(name, in_features=old.in_features, rngs=rngs, **options | given)
+    new = build(stacked, rngs, lambda rngs: registry.make(name, in_features=old.in_features, rngs=rngs, **options | given))
     before = {"/".join(map(str, where)): variable for where, variable in nnx.to_flat_state(nnx.state(old, nnx.Param))}
     kept, fresh = [], []
     for where, variable in nnx.to_flat_state(nnx.variables(new, nnx.Not(nnx.RngState))):
@@ -115,10 +116,33 @@ def converted(path: str, old, name: str, rngs: nnx.Rngs, given: dict[str, Any]) 
         if value is None or value.shape != variable.shape:
             fresh.append(label)
             continue
-        variable[...] = value
+        variable.set_value(value)  # the array itself, where it lies on devices, too
+        variable.set_metadata(before[label].get_metadata(exclude_required=True))  # such as its sharding
         kept.append(label)
+    if isinstance(new, Attention) and not kept:  # other layers have other maps
+        refuse("convert", "sizes of the new layer", "others in all", f"be those of a projection of {path!r}",
+               "Leave options such as qkv_features out, or this layer by `only`.")
+    if hasattr(new, "deterministic") and getattr(old, "deterministic", None) is not None:
+        new.deterministic = old.deterministic
     lost = [label for label in before if label not in kept]
     return Change(path, old, new, tuple(kept), tuple(fresh), (*lost, *habits(old, new)))
+
+
+def stacked_axes(old) -> tuple[int, ...]:
+    """The sizes of the axes in front that `nnx.vmap` gave the variables of a layer."""
+    shape, of_one = old.query.kernel.shape, (*old.query.in_features, *old.query.out_features)
+    stacked = shape[: len(shape) - len(of_one)]
+    if shape != (*stacked, *of_one):
+        refuse("convert", "query/kernel", shape, f"end in {of_one}", "Stack layers along the first axis, as nnx.vmap does.")
+    return stacked
+
+
+def build(stacked: tuple[int, ...], rngs: nnx.Rngs, make: Callable[[nnx.Rngs], Any]) -> Any:
+    """A layer, or layers stacked along axes of these sizes."""
+    if not stacked:
+        return make(rngs)
+    size, *rest = stacked
+    return nnx.vmap(lambda rngs: build(tuple(rest), rngs, make))(rngs.split(size))
 
 
 def inherited_options(old) -> dict[str, Any]:
@@ -140,8 +164,10 @@ def habits(old, new) -> list[str]:
     decodes = getattr(old, "decode", None)
     replaced = getattr(old, "attention_fn", None) not in (None, nnx.dot_product_attention)
     rotated = getattr(old, "rotary_base", None) is not None and getattr(new, "rotary_base", None) is None
+    streams = getattr(old, "rngs", None) is not None and bool(getattr(new, "dropout_rate", 0))
     said = (
         (dropped, "dropout of attention weights"), (decodes, "decode (use init_cache and extend)"),
         (replaced, "its attention_fn"), (rotated, "rotary positions"),
+        (streams, "its own stream of rngs (pass rngs in the call)"),
     )  # fmt: skip
     return [words for happens, words in said if happens]

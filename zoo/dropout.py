@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subquad.zoo.checks import refuse
+from subquad.zoo.checks import check_stream, refuse
+from subquad.zoo.linen import call_rngs
 
 
 def draws(layer, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
@@ -19,10 +20,26 @@ def draws(layer, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str,
     """
     if not layer.dropout_rate or (layer.deterministic if deterministic is None else deterministic):
         return {}
+    return {"dropout_rng": key_of_call(type(layer).__name__, rngs)}
+
+
+def key_of_call(owner: str, rngs: nnx.Rngs | None) -> Array:
+    """A key for what a call draws, from its `rngs` or those of the Linen module around it; refuses a call without either."""
+    rngs = call_rngs(rngs, owner)
     if rngs is None:
-        refuse(type(layer).__name__, "rngs", None, "be given for dropout",
-               "Pass nnx.Rngs(dropout=seed), or deterministic=True.")
-    return {"dropout_rng": rngs.dropout()}
+        refuse(owner, "rngs", None, "be given where it draws", "Pass rngs=nnx.Rngs(dropout=seed), or deterministic=True.")
+    check_stream(owner, rngs, "dropout")
+    return rngs.dropout()
+
+
+def set_view(layer, deterministic: bool | None = None) -> None:
+    """For `nnx.view`.
+
+    Args:
+        deterministic: if True, no dropout and no other draws in a call, where a layer has any; None: as it was.
+    """
+    if deterministic is not None and hasattr(layer, "deterministic"):
+        layer.deterministic = deterministic
 
 
 def drop(key, rate: float, weights: Float[Array, "*shape"], shape: tuple[int, ...] | None = None) -> Float[Array, "*shape"]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.zoo import positions as encodings
 from subquad.zoo import registry, reversible
 from subquad.zoo.block import NORMS, Block, Norm, Order, normalise, real_tokens
-from subquad.zoo.checks import check_word, refuse
+from subquad.zoo.checks import check_flags, check_word, refuse
 from subquad.zoo.experts import RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -85,7 +85,8 @@ class Encoder(nnx.Module):
             statistics are kept.
         reversible: blocks are reversible residual layers of two streams, mixer and network the halves, whose mean goes on: the
             backward pass keeps no activations at all and rebuilds them from the outputs. Another function than that of
-            plain blocks. Needs norm_order "pre", a norm that is no batch norm, and feed-forward networks.
+            plain blocks. Needs norm_order "pre", a norm that is no batch norm, and feed-forward networks. What a mixer writes
+            into itself in a call is lost, but statistics (`nnx.BatchStat`).
         embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D]. Where it has `num_embeddings`,
             ids are below that; otherwise it decides itself what it takes. It sees padding's ids too: what it returns there
             counts for nothing, but a parameter that it multiplies with NaN there has a NaN gradient.
@@ -135,6 +136,13 @@ class Encoder(nnx.Module):
     ):
         if positions not in POSITIONS:
             refuse("Encoder", "positions", repr(positions), f"be one of {POSITIONS}", "Use mixer_options for the mixer's own.")
+        check_flags("Encoder", reversible=reversible)
+        for name, given, is_idle, when in (
+            ("embedding_init", embedding_init, embed is not None, "with embed"),
+            ("position_init", position_init, positions != "learned", f"with positions={positions!r}"),
+        ):
+            if is_idle and given is not default_embed_init:
+                refuse("Encoder", name, "an initializer", f"be left out {when}", "It would draw nothing.")
         for name, needed, got, must in (
             ("norm_order", norm_order == "pre", norm_order, "be 'pre'"), ("norm", norm != "batch", norm, "be no batch norm"),
             ("mlp_features", mlp_features > 0, mlp_features, "be positive"), ("remat", not remat, remat, "be False"),
@@ -204,10 +212,11 @@ class Encoder(nnx.Module):
         """What a call returns, and the losses of each sample, summed over all routers; 0 without experts."""
         self.check(tokens, mask, segment_ids)
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask, segment_ids), mask)
-        return self.transform(hidden, mask, segment_ids, deterministic, call_rngs(rngs))
+        return self.transform(hidden, mask, segment_ids, deterministic, rngs)
 
     def transform(self, hidden: Float[Array, "B T D"], mask, segment_ids, deterministic, rngs):
         """What follows the embeddings, dropout, blocks and the last norm -> (features, losses of the experts' routers)."""
+        rngs = call_rngs(rngs, "Encoder")
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         is_deterministic = bool(self.dropout.deterministic if deterministic is None else deterministic)
         call = dict(mask=None if mask is None else mask[:, None, None, :])
@@ -244,7 +253,8 @@ class Encoder(nnx.Module):
         deterministic: bool = True, rngs: nnx.Rngs | None = None,
     ):  # fmt: skip
         """T more tokens through all blocks and the last norm, after those in the mixers' caches -> (features, caches)."""
-        run, draws = reversible.extend if self.reversible else extend, dict[str, Any](deterministic=deterministic, rngs=rngs)
+        run = reversible.extend if self.reversible else extend
+        draws = dict[str, Any](deterministic=deterministic, rngs=call_rngs(rngs, "Encoder"))
         hidden, caches = run(self.layers, self.dropout(hidden, **draws), caches, mask, **draws)
         return self.last_norm(hidden), caches
 

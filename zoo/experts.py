@@ -11,8 +11,9 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.zoo.checks import check_features, check_number, check_rate, check_sizes, refuse
+from subquad.zoo.checks import check_features, check_flags, check_number, check_rate, check_sizes, refuse
 from subquad.zoo.compilation import compile_once
+from subquad.zoo.dropout import key_of_call
 
 # As of a linear map, for each expert by itself.
 KERNEL_INIT = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
@@ -120,6 +121,7 @@ class Experts(nnx.Module):
     ):  # fmt: skip
         check_sizes("Experts", in_features=in_features, mlp_features=mlp_features, num_experts=num_experts, top_k=top_k)
         check_rate("Experts", dropout_rate)
+        check_flags("Experts", drop_second=drop_second)
         if top_k > num_experts:
             refuse("Experts", "top_k", top_k, f"be at most num_experts = {num_experts}", "Choose fewer, or more experts.")
         if drop_second and top_k != 2:
@@ -160,9 +162,7 @@ class Experts(nnx.Module):
         def key(draws: bool):
             if is_deterministic or not draws:
                 return None
-            if rngs is None:
-                refuse("Experts", "rngs", None, "be given where it draws", "Pass rngs=nnx.Rngs(dropout=seed), or call eval().")
-            return rngs.dropout()
+            return key_of_call("Experts", rngs)
 
         keys = key(self.dropout.rate > 0), key(self.drop_second)
         outputs, losses = self._routed(inputs.reshape(-1, length, features), mask.reshape(-1, length), keys)

@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from subquad.zoo.checks import known_integer, known_number
+from subquad.zoo.dropout import key_of_call
 from subquad.zoo.encoder import check_tokens, is_known
 from subquad.zoo.linen import call_rngs
 from subquad.zoo.sampling import INVALID, draw, judge, probabilities
@@ -107,10 +109,11 @@ def generate(
     Raises: ValueError: an argument out of its range; sampling without rngs; a prompt that ends in padding; an id out of range;
         of a `CausalLM` with learned positions, more than max_length tokens, the last one not counted; a draft of another
         vocabulary, or of a shorter `longest` than is needed.
-        TypeError: a prompt or mask that is no array; a model or draft that is not as above.
+        TypeError: a prompt or mask that is no array; what is no number, or none that is known outside of `jax.jit`; a model or
+            draft that is not as above.
     Source: of drafts, Leviathan et al., ICML 2023, arXiv 2211.17192; Chen et al., 2023, arXiv 2302.01318.
     """
-    static, request = _request(
+    static, request, num_tokens = _request(
         model, prompt, num_tokens, temperature, top_k, top_p, stop_token, mask, draft, draft_tokens, rngs
     )
     return _generate(static, request, num_tokens)[:, :num_tokens]
@@ -143,7 +146,7 @@ def stream(
         >>> [token.shape for token in stream(model, jnp.ones((2, 5), jnp.int32), 3)]
         [(2,), (2,), (2,)]
     """
-    static, request = _request(
+    static, request, num_tokens = _request(
         model, prompt, num_tokens, temperature, top_k, top_p, stop_token, mask, draft, draft_tokens, rngs
     )
 
@@ -161,13 +164,22 @@ def stream(
 
 
 def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, mask, draft, draft_tokens, rngs):
-    """The checked arguments of the compiled programs: (the models' graphs, `Sampling`), which are static, and a `Request`."""
+    """The checked arguments of the compiled programs: ((the models' graphs, `Sampling`), static; `Request`; num_tokens)."""
     models = {"model": model} if draft is None else {"model": model, "draft": draft}
     takes_mask = _check_models(models)
-    rngs = call_rngs(rngs)
+    real, whole = functools.partial(known_number, "generate"), functools.partial(known_integer, "generate")
+    num_tokens, draft_tokens = whole("num_tokens", num_tokens), whole("draft_tokens", draft_tokens)
+    temperature, top_p = real("temperature", temperature), None if top_p is None else real("top_p", top_p)
+    top_k = None if top_k is None else whole("top_k", top_k)
+    stop_tokens = () if stop_token is None else tuple(whole("stop_token", one) for one in np.atleast_1d(stop_token))
+    rngs = call_rngs(rngs, "generate")
     _check_sampling(temperature, top_k, top_p, rngs)
-    _check_counts(num_tokens=num_tokens, draft_tokens=draft_tokens)
+    _check_counts(num_tokens, draft, draft_tokens)
     check_tokens("generate", "prompt", prompt, mask, vocab_size=getattr(model, "vocab_size", None))
+    if not isinstance(prompt.shape[0], int):
+        raise ValueError(
+            f"generate: prompt must have a known batch size, got {prompt.shape}. Export it with one, or extend without."
+        )
     if prompt.shape[1] == 0:
         raise ValueError(f"generate: prompt must have at least one token, got {prompt.shape}. Begin with a token of your own.")
     if mask is not None and is_known(mask) and not np.asarray(mask)[:, -1].all():
@@ -179,10 +191,9 @@ def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, m
         prompt = jnp.pad(prompt, padding)
     # By its state: nnx.jit would write the model back, which a caller's jax.jit does not allow.
     graphs, states = zip(*map(nnx.split, models.values()), strict=True)
-    key = jax.random.key(0) if rngs is None else rngs.dropout()
-    stop_tokens = () if stop_token is None else tuple(int(x) for x in np.atleast_1d(stop_token))
-    sampling = Sampling(temperature == 0, top_k, stop_tokens, room, most, 0 if draft is None else int(draft_tokens))
-    return (graphs, sampling), Request(states, prompt.astype(jnp.int32), mask, key, temperature, top_p)
+    key = key_of_call("generate", rngs) if temperature > 0 else jax.random.key(0)
+    sampling = Sampling(temperature == 0, top_k, stop_tokens, room, most, 0 if draft is None else draft_tokens)
+    return (graphs, sampling), Request(states, prompt.astype(jnp.int32), mask, key, temperature, top_p), num_tokens
 
 
 def _check_models(models: dict[str, Any]) -> bool:
@@ -216,10 +227,11 @@ def _check_sampling(temperature, top_k, top_p, rngs) -> None:
         raise ValueError("generate: rngs must be given when temperature > 0, got None. Pass nnx.Rngs(seed).")
 
 
-def _check_counts(num_tokens, draft_tokens) -> None:
-    if not isinstance(draft_tokens, int | np.integer) or draft_tokens < 1:
-        raise ValueError(f"generate: draft_tokens must be an integer >= 1, got {draft_tokens}. Leave draft out for none.")
-    if not isinstance(num_tokens, int | np.integer) or num_tokens < 1:
+def _check_counts(num_tokens, draft, draft_tokens) -> None:
+    if draft_tokens < 1 or draft is None and draft_tokens != 4:
+        must = "be left out without a draft" if draft is None else "be an integer >= 1"
+        raise ValueError(f"generate: draft_tokens must {must}, got {draft_tokens}. It is of each call of a draft.")
+    if num_tokens < 1:
         raise ValueError(f"generate: num_tokens must be an integer >= 1, got {num_tokens}. Ask for at least one token.")
 
 

@@ -1,6 +1,6 @@
 """The shell that mixers without heads share: the contract of `Attention` where there are no queries and keys."""
 
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import dispatch, patterns
 from subquad.kernels.patterns import CAUSAL, Pattern
-from subquad.zoo import padding
-from subquad.zoo.base import Support, check_options, options_of
+from subquad.zoo import dropout, padding
+from subquad.zoo.base import Support, check_flags_of, check_options, options_of
 from subquad.zoo.cache import StateCache, counts, in_dtypes_of
 from subquad.zoo.checks import (
+    FlaxCall,
     check_call,
     check_causality,
     check_dtypes,
     check_extend,
+    check_flax_call,
     check_rngs,
     check_sizes,
     check_sowing,
@@ -53,13 +55,18 @@ class Headless(nnx.Module):
         dtype: dtype of the computation, where its layer does not say float32. None: promoted from inputs and parameters.
         param_dtype: dtype of the parameters.
         precision: `jax.lax.Precision` of the linear maps.
-        implementation: of the kernels; None takes the best that can run here; "reference" has forward derivatives, too.
+        implementation: of the kernels; None takes the best that can run here; "reference" has forward derivatives, too, on a
+            CPU of arrays below 4 Mi numbers: larger ones are computed a piece at a time, with backward passes written by hand.
     """
 
     supports: ClassVar[Support]
     shell: ClassVar[type] = HeadlessShell
     sees: Pattern | None  # which positions reach which, causality included; None: all reach all
     out: Any  # the output map, or None
+
+    def __new__(cls, *arguments: Any, **given: Any):
+        check_flags_of(cls.__name__, cls, given)
+        return super().__new__(cls)
 
     def __init__(
         self, in_features: int, *, out_features: int | None = None, is_causal: bool = False, dtype: Any = None,
@@ -108,6 +115,8 @@ class Headless(nnx.Module):
         """The keys of a call's random draws, by their words in `respond`; none where a layer draws nothing in a call."""
         return {}
 
+    set_view = dropout.set_view
+
     def state(self, batch_size: int) -> Any:
         """The state before the first token, in float32: [B, *state], or a cache of several arrays by name."""
         raise NotImplementedError
@@ -136,8 +145,10 @@ class Headless(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         sow_weights: bool = False,
+        **flax: Unpack[FlaxCall],
     ) -> Float[Array, "*B T F"]:
-        """Mixes the sequence. `deterministic` and `rngs` are there so that layers interchange; few layers draw."""
+        """Mixes the sequence. `deterministic`, `rngs` and `flax` are there so that layers interchange; few layers draw."""
+        check_flax_call(self, flax)
         check_sowing(self, sow_weights)
         call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
         draws = self.draws(deterministic, rngs)
@@ -156,6 +167,7 @@ class Headless(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> Any:
         """The state before the first token. It holds float32 numbers for any length: max_length and dtype change nothing."""
+        check_dtypes(type(self).__name__, dtype=dtype)
         require_extend(self, batch_size=batch_size, max_length=max_length)
         return as_cache(self.state(batch_size))
 
@@ -186,6 +198,7 @@ class Headless(nnx.Module):
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""
+        check_sizes(type(self).__name__, length=length)
         return patterns.grid(self.sees, length, length)
 
 

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import softmax
 from subquad.zoo import padding
-from subquad.zoo.base import Attention, Shell, check_options, sow
+from subquad.zoo.base import Attention, Shell, check_flags_of, check_options, sow
 from subquad.zoo.checks import check_mask, check_rate, refuse, unsupported
+from subquad.zoo.compilation import by_sample
 from subquad.zoo.registry import LAYERS, Layer, check_complete, find, options
 
 PROJECTIONS = {"query", "key", "value", "out"}
@@ -51,6 +52,7 @@ def attention_fn(name: str, *, seed: int = 0, **given) -> "AttentionFn":
     owner = f"attention_fn({name!r})"
     shared = {"is_causal", "implementation"} | ({"rotary_base"} if layer.supports.rotary else set())
     check_options(owner, given, options(name) - set(Shell.__annotations__) - FLAXS | shared)
+    check_flags_of(owner, layer, given)
     check_complete(owner, layer, {*FLAXS, *given})
     return AttentionFn(name, seed, tuple((word, plain(owner, word, given[word])) for word in sorted(given)))
 
@@ -159,7 +161,13 @@ def mix_now(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sower
 
 
 # Called eagerly, it compiles once per shape; and inside a caller's jit it leaves no function of its own.
-mix_once = jax.jit(mix_now, static_argnums=(0, 1, 2, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def mix_once(fn: AttentionFn, is_causal: bool, dropout: tuple[float, bool], sower, *arrays):
+    """`mix_now`, for an open batch as well."""
+    *others, key = arrays
+    if key is not None and not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):  # so that it is known as a key
+        key = jax.random.wrap_key_data(key)
+    return by_sample(lambda arrays: mix_now(fn, is_causal, dropout, sower, *arrays), (*others, key))
 
 
 def knows_positions(layer: type[Layer]) -> bool:

@@ -16,7 +16,7 @@ def padding_mask(lengths: Int[Array, "*B"], length: int) -> Bool[Array, "*B 1 1 
         >>> padding_mask(jnp.array([1, 3]), 3)[:, 0, 0].tolist()
         [[True, False, False], [True, True, True]]
     """
-    lengths = jnp.asarray(lengths)[..., None, None, None]
+    lengths = signed(lengths)[..., None, None, None]
     return jax.lax.broadcasted_iota(lengths.dtype, (*lengths.shape[:-1], length), lengths.ndim - 1) < lengths
 
 
@@ -43,4 +43,12 @@ def segment_mask(query_segment_ids: Int[Array, "*B T"], key_segment_ids: Int[Arr
 
 def pairs(query: Int[Array, "*B T"], key: Int[Array, "*B S"]) -> tuple[Int[Array, "... 1 T 1"], Int[Array, "... 1 1 S"]]:
     """Arrays that broadcast to all pairs of a query and a key, with an axis of heads; one sample's have a batch axis of 1."""
-    return jnp.atleast_2d(query)[..., None, :, None], jnp.atleast_2d(key)[..., None, None, :]
+    return jnp.atleast_2d(signed(query))[..., None, :, None], jnp.atleast_2d(signed(key))[..., None, None, :]
+
+
+def signed(numbers: Int[Array, "*B"]) -> Int[Array, "*B"]:
+    """Positions, lengths or segments as integers of 32 bits at least and with a sign, so that no difference wraps around."""
+    numbers = jnp.asarray(numbers)
+    if numbers.dtype == jnp.uint64:  # which would be promoted to floating-point numbers
+        return numbers.astype(jnp.int64)
+    return numbers.astype(jnp.promote_types(numbers.dtype, jnp.int32))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import generation, positions
 from subquad.zoo.cache import KVCache
-from subquad.zoo.checks import check_word, refuse
+from subquad.zoo.checks import check_flags, check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, blocks_of_layers, first_outside, mixers_of_layers
 from subquad.zoo.experts import RouterLosses
 
@@ -164,6 +164,7 @@ class CausalLM(nnx.Module):
     """
 
     def __init__(self, *, tie_embeddings: bool = True, rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions]):
+        check_flags("CausalLM", tie_embeddings=tie_embeddings)
         embed = encoder.get("embed")
         if tie_embeddings and embed is not None and not (hasattr(embed, "attend") and hasattr(embed, "num_embeddings")):
             refuse("CausalLM", "embed", f"a {type(embed).__name__}", "have attend and num_embeddings, as nnx.Embed has",

@@ -68,7 +68,7 @@ class PerceiverAR(CausalLM):
         encoder, at = self.encoder, positions.positions_of_real(tokens, mask)
         encoder.check(tokens, mask)
         deterministic = bool(encoder.dropout.deterministic if deterministic is None else deterministic)
-        draws: dict[str, Any] = dict(deterministic=deterministic, rngs=call_rngs(rngs))
+        draws: dict[str, Any] = dict(deterministic=deterministic, rngs=call_rngs(rngs, "PerceiverAR"))
         hidden = encoder.dropout(encoder.embed_at(tokens, at, mask), **draws)
         keys = None if mask is None else mask[:, None, None]
         latents, losses = self._read(encoder.layers[0], hidden, at, keys, draws)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from subquad.zoo.masks import signed
+
 
 def positions_of_real(
     tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None
@@ -109,6 +111,7 @@ def alibi(
         num_heads: query heads N.
     Source: Press et al., Train Short, Test Long, ICLR 2022, arXiv 2108.12409.
     """
-    distance = jnp.abs(query_positions[..., :, None] - key_positions[..., None, :])[..., None, :, :]
+    query, key = signed(query_positions)[..., :, None], signed(key_positions)[..., None, :]
+    distance = jnp.abs(query - key)[..., None, :, :]
     slopes = jnp.expand_dims(alibi_slopes(num_heads)[:, None, None], tuple(range(distance.ndim - 3)))
     return -slopes * distance.astype(slopes.dtype)

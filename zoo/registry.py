@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from subquad.kernels.dispatch import nearest
@@ -16,7 +15,7 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
-from subquad.zoo.checks import check_rngs, refuse
+from subquad.zoo.checks import check_rngs
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
@@ -177,14 +176,6 @@ def options(name: str) -> set[str]:
     return options_of(find(name))
 
 
-def check_flags(owner: str, layer: type[nnx.Module], given: dict[str, Any]) -> None:
-    """Refuses a word such as "false", which Python takes for true, where an option is true or false."""
-    for parameter in inspect.signature(layer.__init__).parameters.values():
-        value = given.get(parameter.name, False)
-        if isinstance(parameter.default, bool) and not isinstance(value, bool | np.bool_):
-            refuse(owner, parameter.name, repr(value), "be True or False", "Pass one of them, not a word or a number.")
-
-
 def check_complete(owner: str, layer: type[nnx.Module], given: set[str]) -> None:
     """Refuses to leave out a word that the layer has no default for."""
     for parameter in inspect.signature(layer.__init__).parameters.values():
@@ -207,7 +198,6 @@ def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given: Any) -> Layer:
     """
     layer: Any = find(name)
     check_options(layer.__name__, given, options(name))
-    check_flags(layer.__name__, layer, given)
     check_rngs(layer.__name__, rngs)
     check_complete(layer.__name__, layer, {"in_features", "rngs", *given})
     return layer(in_features=in_features, rngs=rngs, **given)

@@ -14,16 +14,18 @@ from subquad.kernels.xla_cpu import apart
 from subquad.zoo.block import real_tokens
 from subquad.zoo.experts import RouterLosses, add, no_losses
 
-# Of trainable parameters, of everything else (it has no gradient), and of a stream: what is added to the other stream, and
-# with it, of g, losses.
-Half = Callable[[Any, Any, Float[Array, "B T D"]], Any]
+# Values by name of what a mixer moved in its calls, such as centroids.
+Moved = dict[str, Array]
+# f of trainable parameters, of everything else (it has no gradient), of what its block moved before, and of a stream: what is
+# added to the other stream, and what has moved. g of the same but what moved: what is added, and losses.
+Half = Callable[..., Any]
 
 
 def run(
-    halves: Sequence[tuple[Half, Half]], parameters: Sequence[Any], others: Sequence[Any],
+    halves: Sequence[tuple[Half, Half]], order: Sequence[int], parameters: Sequence[Any], others: Sequence[Any],
     first: Float[Array, "B T D"], second: Float[Array, "B T D"],
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], RouterLosses]:
-    """Two residual streams through layers of two halves f and g, and the sum of the losses that g tells beside.
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], RouterLosses, list[Moved]]:
+    """Two residual streams through layers of two halves f and g, the sum of the losses that g tells, and what f moved.
 
         y_1 = x_1 + f(x_2),   y_2 = x_2 + g(y_1);     backwards   x_2 = y_2 - g(y_1),   x_1 = y_1 - f(x_2)
 
@@ -31,32 +33,34 @@ def run(
 
     Args:
         halves: f and g of each layer. Random draws must come from keys in `others`, so that the same are drawn again.
+        order: the number of each layer's block, below that of layers: what one layer moves, the next of its block finds moved.
         parameters, others: of each layer, the first and second arguments of its f and g.
         first, second: x_1 and x_2. In float32: what half precision rounds away, the way back cannot rebuild.
     Source: Gomez et al., The Reversible Residual Network, 2017, arXiv 1707.04585; Kitaev et al., Reformer, 2020,
         arXiv 2001.04451, section 3.
     """
-    return _run(tuple(halves), list(parameters), list(others), first, second)
+    return _run(tuple(halves), tuple(order), list(parameters), list(others), first, second)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(halves, parameters, others, first, second):
-    losses = no_losses(first.shape[:1])
-    for (f, g), own, other in zip(halves, parameters, others, strict=True):
-        first = first + f(own, other, second)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(halves, order, parameters, others, first, second):
+    return _forward(halves, order, parameters, others, first, second)[0]
+
+
+def _forward(halves, order, parameters, others, first, second):
+    losses, moved, found = no_losses(first.shape[:1]), [Moved() for _ in order], []
+    for (f, g), at, own, other in zip(halves, order, parameters, others, strict=True):
+        found.append(moved[at])  # the way back finds the same
+        added, moved[at] = f(own, other, moved[at], second)
+        first = first + added
         added, more = g(own, other, first)
         second, losses = second + added, add(losses, more)
-    return first, second, losses
+    return (first, second, losses, moved), (parameters, list(zip(others, found, strict=True)), first, second)
 
 
-def _forward(halves, parameters, others, first, second):
-    first, second, losses = _run(halves, parameters, others, first, second)
-    return (first, second, losses), (parameters, others, first, second)
-
-
-def _backward(halves, saved, gradients):
+def _backward(halves, order, saved, gradients):
     parameters, others, first, second = saved
-    *of_streams, of_losses = gradients
+    *of_streams, of_losses, _ = gradients  # none of what moved
     streams, of_parameters = (first, second, *of_streams), []
     for pair, own, other in zip(*map(reversed, (halves, parameters, others)), strict=True):
         # Apart, since XLA may else rebuild several layers before it is done with the first.
@@ -68,12 +72,12 @@ def _backward(halves, saved, gradients):
 def _layer_backward(halves, other, of_losses, arrays):
     """Parameters, outputs and their gradients of one layer -> gradients of parameters, inputs and their gradients."""
     own, (first, second, of_first, of_second) = arrays
-    f, g = halves
+    (f, g), (other, moved) = halves, other
     (added, _), pull = jax.vjp(lambda own, x: g(own, other, x), own, first)
     second = second - added
     of_g, more = pull((of_second, of_losses))
     of_first = of_first + more
-    added, pull = jax.vjp(lambda own, x: f(own, other, x), own, second)
+    added, pull = jax.vjp(lambda own, x: f(own, other, moved, x)[0], own, second)
     first = first - added
     of_f, more = pull(of_first)
     return jax.tree.map(jnp.add, of_f, of_g), (first, second, of_first, of_second + more)
@@ -94,7 +98,8 @@ def streams(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], determi
     Args:
         call: of the mixers: mask and segment_ids.
         deterministic, rngs: as in a call of a block.
-    Returns: the two streams, [B, T, D] each, in float32 at least, and the losses of the experts' routers.
+    Returns: the two streams, [B, T, D] each, in float32 at least, and the losses of the experts' routers. What a mixer moves in
+        itself, `nnx.BatchStat`, is written into its block.
     """
     halves, parameters, others = [], [], []
     for block in blocks:
@@ -105,14 +110,21 @@ def streams(blocks, hidden: Float[Array, "B T D"], call: dict[str, Any], determi
         halves.append((functools.partial(_mixed, *words), functools.partial(_fed, *words)))
         parameters.append(trained)
         others.append((rest, keys, call))
-    stream = precision.wide(hidden)
-    return run(halves, parameters, others, stream, stream)
+    stream, order = precision.wide(hidden), [next(at for at, one in enumerate(blocks) if one is block) for block in blocks]
+    first, second, losses, moved = run(halves, order, parameters, others, stream, stream)
+    for block, values in zip(blocks, moved, strict=True):
+        _move(block, values)
+    return first, second, losses
 
 
-def _mixed(graph, deterministic, dtype, trained, other, stream):
+def _mixed(graph, deterministic, dtype, trained, other, moved: Moved, stream):
     rest, keys, call = other
     block, draws = _block(graph, trained, rest, deterministic, keys and keys[0])
-    return block.mix(block.mixer_norm(stream).astype(dtype), draws, call).astype(stream.dtype)
+    _move(block, moved)
+    before = {name: variable.get_value() for name, variable in _statistics(block).items()}
+    added = block.mix(block.mixer_norm(stream).astype(dtype), draws, call).astype(stream.dtype)
+    after = {name: variable.get_value() for name, variable in _statistics(block).items()}
+    return added, moved | {name: value for name, value in after.items() if value is not before[name]}
 
 
 def _fed(graph, deterministic, dtype, trained, other, stream):
@@ -122,9 +134,22 @@ def _fed(graph, deterministic, dtype, trained, other, stream):
     return added.astype(stream.dtype), losses
 
 
+def _statistics(block) -> dict[str, nnx.Variable]:
+    """What a block writes in a call, by name."""
+    return {"/".join(map(str, path)): one for path, one in nnx.to_flat_state(nnx.variables(block, nnx.BatchStat))}
+
+
+def _move(block, values: Moved) -> None:
+    """Writes what has moved, and nothing else: a block may be one that the caller's trace does not let be written."""
+    for name, variable in _statistics(block).items():
+        if name in values:
+            variable.set_value(values[name])
+
+
 def _block(graph, trained, rest, deterministic, key):
     rngs = None if key is None else nnx.Rngs(dropout=key)
-    return nnx.merge(graph, trained, rest), dict(deterministic=deterministic, rngs=rngs)
+    # A copy: its variables are written, those of other traces may not be.
+    return nnx.merge(graph, trained, rest, copy=True), dict(deterministic=deterministic, rngs=rngs)
 
 
 def extend(blocks, hidden: Float[Array, "B T D"], caches: Sequence[Any], mask, **draws):

@@ -612,7 +612,7 @@ def test_unsupported_requests_are_refused(name):
     if not supports.positions:
         with refused(name, "positions"):
             layer(x, positions=jnp.arange(7))
-    if isinstance(layer, Attention) and not supports.weights:
+    if not supports.weights:
         with refused(name, "does not support sow_weights"):
             layer(x, sow_weights=True)
     if not supports.extend:

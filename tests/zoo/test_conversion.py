@@ -13,7 +13,7 @@ from .cases import CASES, DIRECTIONS, FEATURES, inputs, label, sampled
 
 
 def flax_model(**words) -> nnx.Module:
-    return nnx.Sequential(nnx.MultiHeadAttention(4, FEATURES, decode=False, rngs=nnx.Rngs(0), **words))
+    return nnx.Sequential(nnx.MultiHeadAttention(4, FEATURES, decode=False, **dict(rngs=nnx.Rngs(0)) | words))
 
 
 def agree(actual, expected):
@@ -135,6 +135,74 @@ def test_a_converted_model_learns_on():
     converted = zoo.convert(model, "performer", num_features=64, rngs=nnx.Rngs(1)).model
     losses = train(converted, 30)
     assert trained < losses[0] < untrained and losses[-1] < (losses[0] + trained) / 2
+
+
+class Stacked(nnx.Module):
+    """Layers that are built by nnx.vmap and run by nnx.scan."""
+
+    def __init__(self, make):
+        self.layers = nnx.vmap(make)(nnx.Rngs(0).split(3))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: x + layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+@sampled
+@pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
+def test_layers_that_are_stacked_stay_so(name, is_causal):
+    model = Stacked(lambda rngs: nnx.MultiHeadAttention(4, FEATURES, decode=False, rngs=rngs))
+    options = {word: value for word, value in CASES[name].options.items() if word not in ("num_heads", "num_kv_heads")}
+    converted = zoo.convert(model, name, is_causal=is_causal, rngs=nnx.Rngs(1), **options)
+    one = zoo.convert(flax_model(), name, is_causal=is_causal, rngs=nnx.Rngs(1), **options)
+    assert converted.changes[0].kept == one.changes[0].kept
+    graph, state = nnx.split(converted.model)
+    assert jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, inputs(9)).shape == (2, 9, FEATURES)
+
+
+def test_stacked_layers_keep_what_they_learned():
+    model = Stacked(lambda rngs: nnx.MultiHeadAttention(4, FEATURES, num_kv_heads=2, decode=False, rngs=rngs))
+    for name, options in (("softmax", {}), ("blockwise", dict(max_length=9, block_size=9, shifts=[0] * 4))):
+        converted = zoo.convert(model, name, rngs=nnx.Rngs(1), **options)
+        assert not converted.changes[0].new and not converted.changes[0].lost
+        agree(converted.model(inputs(9)), model(inputs(9)))
+    make = nnx.vmap(nnx.vmap(lambda rngs: nnx.MultiHeadAttention(4, FEATURES, decode=False, rngs=rngs)))
+    pair = nnx.Dict(all=make(nnx.Rngs(0).split((2, 3))))
+    (change,) = zoo.convert(pair, "softmax", rngs=nnx.Rngs(1)).changes
+    np.testing.assert_array_equal(change.after.query.kernel[...], pair.all.query.kernel[...])
+    assert change.after.query.kernel.ndim == 5
+
+
+def test_stacked_along_another_axis_is_refused():
+    make = nnx.vmap(lambda rngs: nnx.MultiHeadAttention(2, FEATURES, decode=False, rngs=rngs), out_axes=1)
+    with pytest.raises(ValueError, match=r"query/kernel must end in \(16, 2, 8\), got \(16, 3, 2, 8\)"):
+        zoo.convert(nnx.Dict(layers=make(nnx.Rngs(0).split(3))), "softmax", rngs=nnx.Rngs(1))
+
+
+def test_a_conversion_that_keeps_nothing_is_refused_or_said():
+    with pytest.raises(ValueError, match="convert: sizes of the new layer must be those of a projection of 'layers/0'"):
+        zoo.convert(flax_model(use_bias=False), "linear", num_heads=2, num_kv_heads=2, rngs=nnx.Rngs(1))
+    assert "keeps nothing" in str(zoo.convert(flax_model(), "mamba", is_causal=True, rngs=nnx.Rngs(1)).changes[0])
+
+
+def test_dropout_stays_on_and_the_stream_that_went_is_said():
+    model = flax_model(dropout_rate=0.5, deterministic=False)
+    converted = zoo.convert(model, "softmax", rngs=nnx.Rngs(1))
+    assert converted.changes[0].lost == ("its own stream of rngs (pass rngs in the call)",)
+    layer = converted.model.layers[0]
+    assert not layer.deterministic and (layer(inputs(9), rngs=nnx.Rngs(0)) != layer(inputs(9), rngs=nnx.Rngs(1))).any()
+    assert zoo.convert(flax_model(dropout_rate=0.5), "softmax", rngs=nnx.Rngs(1)).model.layers[0].deterministic
+
+
+def test_annotations_of_variables_stay():
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model", None))
+    with jax.set_mesh(mesh):
+        model = flax_model(kernel_init=init)
+        converted = zoo.convert(model, "linear", rngs=nnx.Rngs(1)).model
+        for name in ("query", "key", "value", "out"):
+            before, after = (getattr(one.layers[0], name).kernel for one in (model, converted))
+            assert after.get_metadata("out_sharding") == (None, "model", None) == before.get_metadata("out_sharding")
+            assert after[...].sharding == before[...].sharding
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from subquad import zoo
@@ -92,3 +93,47 @@ def test_every_token_is_drawn_by_a_key_of_its_own():
                 assert (drawn[:, i] == drawn[:, j]).mean() < 0.25, f"tokens {j} and {i} of 11 possible ones are mostly equal"
             assert np.bincount(drawn[:, i], minlength=11).max() < 40
     assert (at_once == one_by_one).mean() < 0.25  # the next call draws anew
+
+
+DROPS = {
+    "softmax": lambda: zoo.SoftmaxAttention(2, 16, dropout_rate=0.5, rngs=nnx.Rngs(0)),
+    "lightconv": lambda: zoo.LightConv(16, num_heads=2, dropout_rate=0.5, rngs=nnx.Rngs(0)),
+    "lsra": lambda: zoo.LSRA(16, num_heads=2, dropout_rate=0.5, rngs=nnx.Rngs(0)),
+    "experts": lambda: zoo.Experts(16, 8, num_experts=2, dropout_rate=0.5, rngs=nnx.Rngs(0)),
+    "block": lambda: Block(Ones(), 16, mlp_features=0, dropout_rate=0.5, rngs=nnx.Rngs(0)),
+}
+X = jax.random.normal(jax.random.key(0), (2, 12, 16))
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_flaxs_view_turns_dropout_on_and_off(name):
+    layer = DROPS[name]()
+    on = nnx.view(layer, deterministic=False)
+    assert (on(X, rngs=nnx.Rngs(0)) != on(X, rngs=nnx.Rngs(1))).any()
+    np.testing.assert_array_equal(layer(X), nnx.view(on, deterministic=True)(X))
+    assert nnx.view(zoo.LinearAttention(2, 16, rngs=nnx.Rngs(0)), deterministic=False)(X).shape == X.shape  # it draws nothing
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_what_a_call_draws_from(name):
+    layer = DROPS[name]()
+    draw = lambda rngs: layer(X, deterministic=False, rngs=rngs)
+    stream = nnx.Rngs(dropout=0).dropout  # as Flax's attention takes it; it counts on
+    rngs = nnx.Rngs(dropout=0)
+    one, other = draw(stream), draw(stream)
+    np.testing.assert_array_equal(one, draw(rngs))
+    np.testing.assert_array_equal(other, draw(rngs))
+    assert (one != other).any()
+    for wrong in (jax.random.key(0), 0):
+        with pytest.raises(TypeError, match=r"rngs must be an nnx.Rngs, got .*Pass nnx.Rngs\(dropout=key\)"):
+            draw(wrong)
+    if name != "block":  # whose dropout is Flax's
+        with pytest.raises(ValueError, match="rngs must have a stream 'dropout' or a default one, got those of params"):
+            draw(nnx.Rngs(params=0))
+
+
+def test_rngs_of_a_constructor_without_parameters():
+    with pytest.raises(ValueError, match="SoftmaxAttention: rngs must have a stream 'params' or a default one, got those of"):
+        zoo.SoftmaxAttention(2, 16, rngs=nnx.Rngs(dropout=0))
+    with pytest.raises(TypeError, match="SoftmaxAttention: rngs must be an nnx.Rngs, got int"):
+        zoo.SoftmaxAttention(2, 16, rngs=0)

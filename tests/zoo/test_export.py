@@ -39,3 +39,28 @@ def test_a_call_that_draws_is_not_exported_with_an_open_batch():
     draw = lambda x: layer(x, deterministic=False, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="deterministic: must be True where jax.export"):
         jax.export.export(jax.jit(draw))(jax.ShapeDtypeStruct((SIZE, 5, FEATURES), jnp.float32))
+
+
+@pytest.mark.parametrize("name,options", [("softmax", {}), ("local", dict(window_size=2)), ("performer", {})], ids=str)
+def test_flaxs_attention_with_a_function_of_ours_is_exported_for_batches_of_any_size(name, options):
+    model = nnx.MultiHeadAttention(
+        4, FEATURES, attention_fn=zoo.attention_fn(name, **options), decode=False, rngs=nnx.Rngs(0)
+    )
+    shapes = jax.ShapeDtypeStruct((SIZE, 9, FEATURES), jnp.float32), jax.ShapeDtypeStruct((SIZE, 1, 1, 9), bool)
+    exported = jax.export.export(jax.jit(lambda x, mask: model(x, mask=mask)))(*shapes)
+    x, mask = inputs(9, batch=3), zoo.masks.padding_mask(jnp.array([3, 9, 5]), 9)
+    np.testing.assert_allclose(exported.call(x, mask), model(x, mask=mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
+def test_a_function_that_draws_is_not_exported_with_an_open_batch(key):
+    draw = lambda x: zoo.attention_fn("softmax")(x, x, x, dropout_rate=0.5, dropout_rng=key(0))
+    with pytest.raises(ValueError, match="deterministic: must be True where jax.export"):
+        jax.export.export(jax.jit(draw))(jax.ShapeDtypeStruct((SIZE, 9, 2, 8), jnp.float32))
+
+
+def test_generation_is_not_exported_with_an_open_batch():
+    sizes = dict(vocab_size=7, in_features=FEATURES, num_layers=1, mlp_features=8, max_length=40, mixer="linear")
+    model = zoo.CausalLM(**sizes, mixer_options=dict(num_heads=2), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"generate: prompt must have a known batch size, got \(b, 9\)"):
+        jax.export.export(jax.jit(lambda prompt: model.generate(prompt, 4)))(jax.ShapeDtypeStruct((SIZE, 9), jnp.int32))

@@ -141,7 +141,6 @@ def test_lengths_are_rounded_up_to_the_longest_sequence_only():
         (dict(num_tokens=2, stop_token=11), "stop_token"),
         (dict(num_tokens=2, stop_token=-1), "stop_token"),
         (dict(num_tokens=2, stop_token=[1, 11]), "stop_token"),
-        (dict(num_tokens=2.0), "num_tokens"),
         (dict(num_tokens=2, top_k=12, temperature=1.0, rngs=nnx.Rngs(0)), "top_k"),
         (dict(num_tokens=2, top_p=0.5), "top_p"),
         (dict(num_tokens=2, top_p=0.0, temperature=1.0, rngs=nnx.Rngs(0)), "top_p"),
@@ -253,3 +252,44 @@ def test_models_that_cannot_generate_are_refused():
     plain = type("Plain", (), {"init_cache": Bigrams.init_cache, "extend": Bigrams.extend})
     with pytest.raises(TypeError, match="model must be an nnx.Module or a pytree, got a Plain"):
         zoo.generate(plain(), tokens((1, 3)), 2)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+    model, prompt = language_model(), tokens((1, 3))
+    draw = lambda count, **sampling: model.generate(prompt, count, rngs=nnx.Rngs(0), **sampling)
+    expected = draw(4, temperature=1.0, top_k=3, top_p=0.5, stop_token=2)
+    for kinds in ((np.int64, np.float64), (jnp.int32, jnp.float32)):
+        whole, real = kinds
+        found = draw(whole(4), temperature=real(1), top_k=whole(3), top_p=real(0.5), stop_token=whole(2))
+        np.testing.assert_array_equal(found, expected)
+    assert len(list(model.stream(prompt, np.int64(4)))) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [dict(num_tokens=2.0), dict(num_tokens=True), dict(top_k=2.0), dict(stop_token=2.7), dict(stop_token=[1, 2.5]),
+     dict(temperature="1"), dict(temperature=True), dict(temperature=None), dict(top_p="high"), dict(draft_tokens=1.5)],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_number_is_refused(arguments):
+    (word,) = arguments
+    arguments = {"num_tokens": 2, "temperature": 1.0, "rngs": nnx.Rngs(0), **arguments}
+    with pytest.raises(TypeError, match=f"generate: {word} must be an? (number|integer) that is known outside of jax.jit, got"):
+        language_model().generate(tokens((1, 3)), **arguments)
+
+
+def test_what_generate_draws_from():
+    model, prompt = language_model(), tokens((1, 3))
+    greedy = model.generate(prompt, 3, rngs=nnx.Rngs(params=0))  # which are not drawn from
+    np.testing.assert_array_equal(greedy, model.generate(prompt, 3))
+    draw = lambda rngs: model.generate(prompt, 5, temperature=2.0, rngs=rngs)
+    np.testing.assert_array_equal(draw(nnx.Rngs(dropout=0).dropout), draw(nnx.Rngs(dropout=0)))
+    with pytest.raises(ValueError, match="generate: rngs must have a stream 'dropout' or a default one, got those of params"):
+        draw(nnx.Rngs(params=0))
+    for wrong in (jax.random.key(0), 0):
+        with pytest.raises(TypeError, match="generate: rngs must be an nnx.Rngs, got"):
+            draw(wrong)
+    with pytest.raises(TypeError, match="temperature must be a number that is known"):
+        jax.jit(lambda temperature: model.generate(prompt, 2, temperature=temperature))(1.0)
+    with pytest.raises(ValueError, match="draft_tokens must be left out without a draft, got 7"):
+        model.generate(prompt, 2, draft_tokens=7)

@@ -70,7 +70,7 @@ def test_dropout_drops_taps():
     moved = layer(jnp.roll(impulse, 2, axis=1), rngs=nnx.Rngs(dropout=5))
     np.testing.assert_allclose(moved[:, 4:], layer(impulse, rngs=nnx.Rngs(dropout=5))[:, 2:5], atol=1e-6)
     np.testing.assert_array_equal(layer(impulse, deterministic=True), plain)
-    with pytest.raises(ValueError, match="LightConv: rngs must be given for dropout"):
+    with pytest.raises(ValueError, match="LightConv: rngs must be given where it draws"):
         layer(impulse)
 
 

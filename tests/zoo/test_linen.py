@@ -103,3 +103,23 @@ def test_outside_of_linen_a_call_changes_nothing_and_draws_from_nothing_of_its_o
     model.eval()
     assert nnx.graphdef(model) == graph
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), before)
+
+
+@pytest.mark.parametrize("kind", [zoo.SoftmaxAttention, zoo.LightConv, zoo.DynamicConv])
+def test_a_layer_alone_draws(kind):
+    x = jax.random.normal(jax.random.key(3), (2, 6, 16))
+    model = nnx.bridge.to_linen(kind, **LAYER, dropout_rate=0.5)
+    variables = model.init(jax.random.key(0), x)
+    draw = lambda key: apply(model, variables, x, key=key, deterministic=False)
+    np.testing.assert_array_equal(draw(1), draw(1))
+    assert (draw(1) != draw(2)).any()
+
+
+def test_networks_alone_draw():
+    x = jax.random.normal(jax.random.key(3), (2, 6, 16))
+    for kind, options in ((zoo.Experts, dict(num_experts=2)), (zoo.FeedForward, {})):
+        model = nnx.bridge.to_linen(kind, 16, 8, dropout_rate=0.5, **options)
+        variables = model.init(jax.random.key(0), x)
+        draw = lambda key, m=model, v=variables: apply(m, v, x, key=key, deterministic=False)
+        np.testing.assert_array_equal(draw(1), draw(1))
+        assert (draw(1) != draw(2)).any()

@@ -53,6 +53,13 @@ def test_an_embedding_of_the_users():
         assert model.embed is given and model.vocab_size == 7
 
 
+def test_initialisers_that_would_draw_nothing():
+    for name, options in (("embedding_init", dict(embed=nnx.Embed(7, 16, rngs=nnx.Rngs(9)))),
+                          ("position_init", dict(positions="sinusoidal")), ("position_init", dict(positions=None))):
+        with pytest.raises(ValueError, match=f"Encoder: {name} must be left out with {next(iter(options))}"):
+            encoder(**options, **{name: ONES})
+
+
 def test_initialisers_and_dtypes():
     found = variables(encoder(embedding_init=ONES, position_init=nnx.initializers.constant(2.0)))
     assert (found["embed/embedding"] == 1).all() and (found["positions/embedding"] == 2).all()

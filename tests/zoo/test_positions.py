@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from subquad import zoo
 from subquad.kernels import softmax
-from subquad.zoo import positions
+from subquad.zoo import masks, positions
 
 AT = jnp.array([0, 1, 5, 300])
 
@@ -80,3 +82,17 @@ def test_refusals():
         positions.rotary(jnp.ones((1, 4, 2, 3)), AT, 1e4)
     with pytest.raises(ValueError, match="alibi_slopes: num_heads must be at least 1, got 0"):
         positions.alibi_slopes(0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32"])
+def test_no_difference_of_small_or_unsigned_integers_wraps_around(dtype):
+    assert masks.padding_mask(jnp.array([100], dtype), 300).sum() == 100
+    at = np.arange(6)
+    small = jnp.asarray(at, dtype)
+    np.testing.assert_array_equal(masks.window_mask(small, small, 2), masks.window_mask(at, at, 2))
+    np.testing.assert_array_equal(positions.alibi(small, small, 2), positions.alibi(at, at, 2))
+    layer = zoo.SoftmaxAttention(2, 16, is_causal=True, rotary_base=100.0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 16))
+    np.testing.assert_array_equal(layer(x, positions=small), layer(x, positions=jnp.asarray(at)))
+    with jax.enable_x64(True):
+        assert masks.signed(np.array([2**40], np.uint64)).dtype == jnp.int64

@@ -136,3 +136,65 @@ def test_options_of_another_kind(name):
 def test_a_mixer_without_heads_sows_no_weights():
     with refused("s4", "sow_weights: its weights are never stored. Use "):
         CASES["s4"].make()(inputs(3), sow_weights=True)
+
+
+@sampled
+@pytest.mark.parametrize("name", CASES)
+def test_words_of_flaxs_calls_are_taken_where_they_say_what_the_layer_is(name):
+    is_causal = not CASES[name].supports.bidirectional
+    layer = CASES[name].make(is_causal)
+    for same in (is_causal, np.bool_(is_causal), None):
+        assert jax.eval_shape(lambda x, same=same: layer(x, decode=False, is_causal=same), inputs(7)).shape == (2, 7, FEATURES)
+    with refused(name, "decode must be False or None, got True. Use init_cache and extend"):
+        layer(inputs(7), decode=True)
+    with refused(name, f"is_causal must be {is_causal}, as the layer was built, or None, got {not is_causal}. Pass"):
+        layer(inputs(7), is_causal=not is_causal)
+    with refused(name, "inputs_k must be called inputs_kv", TypeError):
+        layer(inputs(7), inputs_k=inputs(7))
+    with refused(name, "maks must be a word of a call, got maks=None. Did you mean 'mask'", TypeError):
+        layer(inputs(7), maks=None)
+
+
+@sampled
+@pytest.mark.parametrize("name", CASES)
+def test_a_word_is_no_flag_and_a_flag_no_mask(name):
+    case, layer = CASES[name], zoo.LAYERS[name]
+    words = {word for one in layer.__mro__ if "__init__" in vars(one)
+             for word, parameter in inspect.signature(one.__init__).parameters.items() if parameter.default in (True, False)
+             and isinstance(parameter.default, bool)}  # fmt: skip
+    assert words
+    for word in words:
+        with refused(name, f"{word} must be True or False, got 'false'"):
+            layer(in_features=FEATURES, rngs=nnx.Rngs(0), **{**case.options, word: "false"})
+    layer = case.make(not case.supports.bidirectional)
+    for mask in (True, np.True_):
+        with refused(name, "mask must be a boolean array, True = attend, got .*True.*. Leave it out", TypeError):
+            layer(inputs(7), mask=mask)
+
+
+def test_numbers_that_no_array_has():
+    for name in ("softmax", "s4"):
+        for length in (-1, 0, 2.0):
+            with refused(name, f"length must be a positive integer, got {length}"):
+                CASES[name].make().pattern(length)
+        with refused(name, "dtype must be a floating-point dtype"):
+            CASES[name].make(True).init_cache(2, 4, "int8")
+
+
+def test_words_are_no_flags_of_functions_and_models():
+    sizes = dict(vocab_size=5, in_features=16, num_layers=1, mlp_features=8, max_length=9, mixer_options=dict(num_heads=2))
+    for make, word in (
+        (lambda **flag: zoo.attention_fn("softmax", **flag), "is_causal"),
+        (lambda **flag: zoo.Encoder(**sizes, **flag, rngs=nnx.Rngs(0)), "reversible"),
+        (lambda **flag: zoo.CausalLM(**sizes, **flag, rngs=nnx.Rngs(0)), "tie_embeddings"),
+        (lambda **flag: zoo.FeedForward(4, 8, **flag, rngs=nnx.Rngs(0)), "use_bias"),
+        (lambda **flag: zoo.FeedForward(4, 8, **flag, rngs=nnx.Rngs(0)), "is_gated"),
+        (lambda **flag: zoo.Experts(4, 8, num_experts=2, top_k=2, **flag, rngs=nnx.Rngs(0)), "drop_second"),
+    ):
+        with pytest.raises(ValueError, match=f"{word} must be True or False, got 'false'"):
+            make(**{word: "false"})
+        make(**{word: np.False_})
+
+
+def test_what_completion_shows():
+    assert {"masks", "positions", "interop", "SoftmaxAttention", "convert"} < set(dir(zoo)) == set(zoo.__all__)

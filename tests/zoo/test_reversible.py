@@ -129,3 +129,39 @@ def test_half_precision_keeps_its_streams_in_float32():
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize("groups", [None, 1])
+def test_what_a_mixer_moves_is_written(groups):
+    options = dict(mixer="routing", mixer_options=dict(num_heads=2, num_clusters=3), num_layers=2, layer_groups=groups)
+    model, x = build(**options), tokens()
+    model.set_attributes(moves_centroids=True)
+    hidden = model.embed(x) + model.positions(jnp.arange(x.shape[1])[None])
+    mixers, first, second = [nnx.clone(block.mixer) for block in model.blocks], hidden, hidden
+    for at, block in zip(model.order, model.layers, strict=True):
+        first = first + mixers[at](block.mixer_norm(second), deterministic=False)
+        second = second + block.feed(block.mlp_norm(first), dict(deterministic=True, rngs=None))[0]
+    outputs, statistics = (first + second) / 2, [mixer.centroids[...] for mixer in mixers]
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            model = nnx.merge(graph, params, rest, copy=True)
+            y = model(x, deterministic=False)
+            return jnp.sum(y**2), (y, [block.mixer.centroids[...] for block in model.blocks])
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, (y, moved)), gradients = run(params)
+    assert_close(y, model.norm(outputs), 1e-5)
+    assert_close(moved, statistics, 1e-5)
+    assert jnp.abs(moved[0] - model.blocks[0].mixer.centroids[...]).max() > 1e-5
+    # The way back finds what the way there found: so do gradients of the same blocks without what moves.
+    model.set_attributes(moves_centroids=False)
+    if groups is None:
+        graph = nnx.split(model, nnx.Param, ...)[0]
+        still = jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(graph, params, rest)(x, deterministic=False) ** 2)))(params)
+        assert_close(nnx.to_pure_dict(gradients), nnx.to_pure_dict(still), 1e-5)
+    # Nothing is written where nothing has moved: a caller's gradient may close over the model.
+    jax.grad(lambda hidden: jnp.sum(model.run_blocks(hidden, {}, False, None)[0]))(hidden)

@@ -105,7 +105,7 @@ def test_dropout_under_every_mask_and_in_steps():
     ours.dropout_rate = 0.5
     ours.train()
     assert_close(ours.extend(x, ours.init_cache(2, 12))[0], ours(x, deterministic=True), 1e-5)
-    with pytest.raises(ValueError, match="SoftmaxAttention: rngs must be given for dropout"):
+    with pytest.raises(ValueError, match="SoftmaxAttention: rngs must be given where it draws"):
         ours(x)
     with pytest.raises(NotImplementedError, match="stores no weights"):
         zoo.SoftmaxAttention(4, 16, dropout_rate=0.5, implementation="triton", rngs=nnx.Rngs(0))(x, **draws)

@@ -10,12 +10,15 @@ from subquad.kernels import dispatch
 from subquad.zoo.base import Support
 from subquad.zoo.cache import KVCache, StateCache, poisoned
 from subquad.zoo.checks import (
+    FlaxCall,
     cache_dtype,
     check_call,
     check_divides,
     check_extend,
+    check_flax_call,
     check_rate,
     check_sizes,
+    check_sowing,
     refuse,
     require_extend,
 )
@@ -116,8 +119,10 @@ class LSRA(Headless):
 
     def __call__(
         self, inputs_q, inputs_kv=None, inputs_v=None, *, mask=None, positions=None, segment_ids=None, deterministic=None,
-        rngs=None,
+        rngs=None, sow_weights=False, **flax: Unpack[FlaxCall],
     ):  # fmt: skip
+        check_sowing(self, sow_weights)
+        check_flax_call(self, flax)
         call = check_call(self, 1, inputs_q, inputs_kv, inputs_v, mask, positions, segment_ids)
         left, right = jnp.split(call.inputs_q, 2, axis=-1)
         words = dict(mask=call.mask, segment_ids=call.extras.get("segment_ids"), deterministic=deterministic, rngs=rngs)

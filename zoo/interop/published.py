@@ -11,7 +11,6 @@ from subquad.zoo import positions as encodings
 from subquad.zoo.block import FeedForward
 from subquad.zoo.checks import check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, check_tokens
-from subquad.zoo.linen import call_rngs
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": lambda x: nnx.gelu(x, approximate=False),
@@ -91,7 +90,7 @@ class PublishedEncoder(Encoder):
                 refuse("PublishedEncoder", "token_types", "an array", "be None", "This checkpoint has no token types.")
             check_tokens("PublishedEncoder", "token_types", token_types, mask, vocab_size=self.token_types.num_embeddings)
         hidden = self.embed_at(tokens, encodings.positions_of_real(tokens, mask), mask, token_types)
-        return self.transform(hidden, mask, None, deterministic, call_rngs(rngs))[0]
+        return self.transform(hidden, mask, None, deterministic, rngs)[0]
 
 
 class LanguageHead(nnx.Module):
