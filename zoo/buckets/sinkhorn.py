@@ -101,7 +101,7 @@ class SinkhornAttention(Attention):
         self.sort_scores = draw(num_heads, hidden, blocks, in_axis=1, out_axis=2, batch_axis=0)
 
     def draws(self, deterministic, rngs):
-        rngs = call_rngs(rngs)
+        rngs = call_rngs(rngs, type(self).__name__)
         if rngs is None or (self.deterministic if deterministic is None else deterministic):
             return {}
         return {"noise_rng": rngs.dropout()}
