@@ -112,7 +112,8 @@ class H3(Headless):
         query, key, value = (flat(linear)(inputs) for linear in (self.query, self.key, self.value))
         key, recent = self.shift(key, first_real(inputs, counts), segment_ids, recent)
         split = lambda x: rearrange(x, "b t (n h) -> b t n h", h=size)
-        pairs = jnp.einsum("btni,btnj->bijtn", split(key), split(value))
+        product = precision.full(jnp.einsum)
+        pairs = product("btni,btnj->bijtn", split(key), split(value))
         pairs = rearrange(pairs, "b i j t n -> (b i j) t n")
         repeated = lambda x: None if x is None else jnp.repeat(x, size**2, axis=0)
         if state is None:
@@ -123,7 +124,7 @@ class H3(Headless):
             cache = RecurrentCache(rearrange(states, "(b c) n p -> b (c n) p", c=size**2), recent)
         pairs = responses + self.skip[...].astype(pairs.dtype) * pairs
         pairs = rearrange(pairs, "(b i j) t n -> b i j t n", i=size, j=size)
-        heads = jnp.einsum("btni,bijtn->btnj", split(query), pairs)
+        heads = product("btni,bijtn->btnj", split(query), pairs)
         return rearrange(heads, "b t n j -> b t (n j)"), cache
 
     def state(self, batch_size):
