@@ -79,6 +79,19 @@ def test_linformer(heads, shared):
     check_moments(build("linformer", max_length=100, num_landmarks=30).projection.key[...], 1 / 100)
 
 
+def test_h3():
+    """k' = shift(k) + D k: the first tap holds D, normal, beside its own part."""
+    taps = variables(build("h3", state_size=16, conv_width=99))["shift/taps"]
+    check_moments(taps[1:], 1 / (3 * 99), kurtosis=1.8)  # uniform
+    check_moments(taps[0], 1.0)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("mamba", "step/bias"), ("mamba2", "step_bias")])
+def test_no_step_starts_below_the_floor(name, steps):
+    found = variables(build(name, dt_min=1e-6, dt_max=1e-3))[steps]
+    assert np.log1p(np.exp(np.float64(found))).min() == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_what_is_learned_of_latents():
     check_moments(build("luna", num_slots=100).slots[...], 1.0)
     check_moments(build("isab", num_inducing=100).inducing[...], 1.0)

@@ -17,7 +17,7 @@ class DeltaNet(Attention):
     """Linear attention whose state replaces what a key reads of it by the key's new value.
 
         q, k = u(c(W_q x)), u(c(W_k x)),   v = c(W_v x),   c(x) = silu(conv(x)),   u(x) = x / |x|
-        S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,   beta_t = sigmoid(W_b x_t + b_b)
+        S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,   beta_t = sigmoid(W_b x_t)
             = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
         outputs = W_o norm(S_t^T q_t)
 
@@ -27,8 +27,8 @@ class DeltaNet(Attention):
 
     Cost: time O(T N M V) and C (C + M + V) for each token and head in chunks of C; memory O(T N (M + V)); one extended token
         O(N M V) and a cache of that size whatever came before.
-    Differs from the paper: not at all, as far as could be checked without its text. Its code multiplies q by M^-1/2, which
-        the norm takes away again. The first paper (2021) has no convolutions and no norm, keys of which the features sum to 1
+    Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. The released code
+        scales q by M^-1/2; the norm cancels it. The first paper (2021) has no convolutions and no norm, keys of which the features sum to 1
         ("sum", conv_width=None) and features of its own, DPFP, in place of elu(x) + 1.
 
     Args:

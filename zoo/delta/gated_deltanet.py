@@ -15,17 +15,17 @@ class GatedDeltaNet(Attention):
     """The delta rule on a state that each token lets fade first.
 
         q, k = u(c(W_q x)), u(c(W_k x)),   v = c(W_v x),   c(x) = silu(conv(x)),   u(x) = x / |x|
-        S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t + b_b)              (eq. 10)
+        S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t)              (eq. 10)
         a_t = exp(-exp(A) softplus(W_a x_t + d)),   A and d of each head, as in Mamba-2
-        outputs = W_o (norm(S_t^T q_t) * silu(W_g x_t + b_g))
+        outputs = W_o (norm(S_t^T q_t) * silu(W_g x_t))
 
     norm is the RMS norm of each head, with a scale. The decay forgets everything at once, the delta rule one value: with a = 1
     this is DeltaNet.
 
     Cost: time O(T N M V) and C (C + M + V) for each token and head in chunks of C; memory O(T N (M + V)); one extended token
         O(N M V) and a cache of that size whatever came before.
-    Differs from the paper: not at all, as far as could be checked without its text. Its code multiplies q by M^-1/2, which
-        the norm takes away again. Its models have keys of 3 D / 4 and values of 3 D / 2 features, all heads together.
+    Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. The released code
+        scales q by M^-1/2; the norm cancels it. Its models have keys of 3 D / 4 and values of 3 D / 2 features, all heads together.
 
     Args:
         num_heads: query heads N; must divide qkv_features.

@@ -41,7 +41,8 @@ class LongT5Attention(Attention):
         block_size: tokens of a global token. None: there are none, which is LongT5's local attention.
         num_buckets: of distances, half of them for each direction.
         max_distance: from here on distances share a bucket.
-        scale: of the logits. T5 has no 1 / sqrt(H): its queries start smaller by that, as they do here.
+        scale: of the logits. T5 has no 1 / sqrt(H): its queries start smaller by that, as they do here
+            unless kernel_init is given.
         is_causal: must be False: global tokens hold all tokens.
         shell: see `Attention`; T5's projections have use_bias=False.
     Call:
@@ -85,8 +86,8 @@ class LongT5Attention(Attention):
                    f"be a multiple of 4 and below 4 max_distance = {4 * max_distance}", "T5 has 32, up to a distance of 128.")
         self.radius, self.block_size, self.scale = int(radius), None if block_size is None else int(block_size), scale
         self.num_buckets, self.max_distance = int(num_buckets), int(max_distance)
-        # T5 draws smaller queries instead of dividing logits.
-        self.query.kernel[...] *= self.head_features**-0.5
+        if "kernel_init" not in shell:  # T5 draws smaller queries instead of dividing logits
+            self.query.kernel[...] *= self.head_features**-0.5
         draw = nnx.initializers.normal(in_features**-0.5)
         biases = lambda: nnx.Param(draw(rngs.params(), (num_buckets, num_heads), self.param_dtype))
         self.bias = biases()

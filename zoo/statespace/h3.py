@@ -32,7 +32,8 @@ class H3(Headless):
     Cost: time O(T D (D + H P)), memory O(T D H); one extended token O(D (D + H P)) and a cache of (K - 1) D + H D P numbers.
         With segments the convolutions cost O(T D H log^2 T).
     Differs from the paper: the shift system's input matrix is the first unit vector, so that what is learned are the K taps
-        of a convolution; the term D of that system is part of its first tap. Systems are those of S4D.
+        of a convolution; the term D of that system is part of its first tap, to which it adds a normal number at the start.
+        Systems are those of S4D.
     Training: as S4's: all of `layer.system` but output_matrix slowly and without weight decay.
 
     Args:
@@ -95,6 +96,7 @@ class H3(Headless):
         self.shift = CausalConvolution(
             in_features, width, param_dtype=self.param_dtype, implementation=self.implementation, rngs=rngs
         )
+        self.shift.taps[...] = self.shift.taps[...].at[0].add(normal(rngs, (in_features,), self.param_dtype)[...])
         self.system = StateSpace(
             heads, num_outputs=1, mode="diagonal", num_ssm=heads, param_dtype=self.param_dtype,
             implementation=self.implementation, rngs=rngs, **system,

@@ -58,7 +58,8 @@ class Mega(Headless):
         bias: b: "rotary", the product of two learned vectors that are rotated by their positions, or "simple", one number for
             each distance.
         max_length: of "simple" without chunks: no call may have more tokens. Else None.
-        is_causal: a token sees itself and those before it. Else a second average runs backwards.
+        is_causal: a token sees itself and those before it. Else a second average runs backwards; both averages hold the
+            present token, as in the code's first version.
         rngs: `rngs.params()` draws the parameters.
         shell: see `Headless`. A linear map to out_features follows; None: there is none, F = D.
     Call:
