@@ -14,7 +14,7 @@ from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, RoutingCache, append, counts, poisoned, write
 from subquad.zoo.checks import check_call, check_number, check_sizes, check_word, refuse
-from subquad.zoo.features import Centroids
+from subquad.zoo.features import Centroids, unit
 from subquad.zoo.projection import in_pieces, in_rows
 
 Selection = Literal["top", "last"]
@@ -100,7 +100,7 @@ class RoutingAttention(Attention):
         self.num_clusters, self.window_size, self.selection, self.normalize = num_clusters, window_size, selection, normalize
         self.moves_centroids = False  # see the class; `set_attributes` sets it
         drawn = jax.random.normal(rngs.params(), (num_heads, num_clusters, self.head_features), jnp.float32)
-        self.centroids = Centroids(directions(drawn))
+        self.centroids = Centroids(unit(drawn))
 
     def __call__(self, inputs_q, *others, mask=None, deterministic=None, **call):
         outputs = super().__call__(inputs_q, *others, mask=mask, deterministic=deterministic, **call)
@@ -137,7 +137,7 @@ class RoutingAttention(Attention):
     def scores(self, rows: Float[Array, "R T 1 H"], centroids: Float[Array, "R C H"]) -> Float[Array, "R C T"]:
         """mu . x of every centroid and token. No gradient passes."""
         rows = jax.lax.stop_gradient(rows[:, :, 0].astype(jnp.float32))
-        rows = rows if self.normalize else directions(rows)
+        rows = rows if self.normalize else unit(rows)
         return jnp.einsum("rth,rch->rct", rows, centroids, precision="highest")
 
     def nearest(self, rows: Float[Array, "R T 1 H"], centroids: Float[Array, "R C H"]) -> Int[Array, "R T"]:
@@ -177,11 +177,11 @@ class RoutingAttention(Attention):
         for x in heads:
             nearest = self.nearest_of_heads(x)
             x = jax.lax.stop_gradient(x.astype(jnp.float32))
-            x = x if self.normalize else directions(x)
+            x = x if self.normalize else unit(x)
             member = jax.nn.one_hot(jnp.where(is_real[..., None], nearest, -1), self.num_clusters, dtype=jnp.float32)
             total += jnp.einsum("btnc,btnh->nch", member, x, precision="highest") / 2
         if normalize:
-            total = jnp.where((total != 0).any(-1, keepdims=True), directions(total), self.centroids[...])
+            total = jnp.where((total != 0).any(-1, keepdims=True), unit(total), self.centroids[...])
         return decay * self.centroids[...] + (1 - decay) * total
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> RoutingCache:
@@ -256,7 +256,3 @@ def standardized(heads: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     x = heads.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)).astype(heads.dtype)
-
-
-def directions(vectors: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -1,18 +1,18 @@
 """DeltaProduct: several steps of the delta rule for each token."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from flax import nnx
 
-from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.delta.decay import Decay
-from subquad.zoo.delta.rule import DeltaCache, DeltaRule, rates
+from subquad.zoo.delta.rule import DeltaAttention, DeltaRule, rates
 from subquad.zoo.gated.output import widen
 from subquad.zoo.projection import projection
 
 
-class DeltaProduct(Attention):
+class DeltaProduct(DeltaAttention):
     """Several steps of the delta rule for each token, which together may rotate and permute what is in the state.
 
         q = u(c(W_q x)),   k^j = u(c(W_k^j x)),   v^j = c(W_v^j x),   c(x) = silu(conv(x)),   u(x) = x / |x|,   j = 1 .. n
@@ -97,13 +97,3 @@ class DeltaProduct(Attention):
         beta = rates(self.rate(inputs_q), self.negative_eigenvalues)
         log_decay = None if self.decay is None else self.decay(self.decay_logits(inputs_q))
         return *super().project(inputs_q), beta, log_decay, self.gate(inputs_q)
-
-    def attend(self, query, key, value, beta, log_decay, gate, mask, segment_ids=None):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, segment_ids)[0]
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> DeltaCache:
-        """An empty cache: a state and a few inputs in float32. So max_length bounds nothing, and dtype rounds nothing."""
-        return self.rule.empty(self, batch_size, max_length)
-
-    def attend_cached(self, query, key, value, beta, log_decay, gate, mask, cache):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, cache=cache)

@@ -1,18 +1,18 @@
 """Kimi Delta Attention: the delta rule on a state each of whose channels decays by itself."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from flax import nnx
 
-from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.delta.decay import Decay
-from subquad.zoo.delta.rule import DeltaCache, DeltaRule, rates
+from subquad.zoo.delta.rule import DeltaAttention, DeltaRule, rates
 from subquad.zoo.gated.output import widen
 from subquad.zoo.projection import in_pieces, projection
 
 
-class KimiDeltaAttention(Attention):
+class KimiDeltaAttention(DeltaAttention):
     """The delta rule on a state that each token lets fade first, each channel of the keys as it likes.
 
         q, k = u(c(W_q x)), u(c(W_k x)),   v = c(W_v x),   c(x) = silu(conv(x)),   u(x) = x / |x|
@@ -26,7 +26,8 @@ class KimiDeltaAttention(Attention):
     Cost: time O(T N M V) and C (C + M + V) log C for each token and head in chunks of C; memory O(T N (M + V)); one extended
         token O(N M V) and a cache of that size whatever came before.
     Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. The released code
-        scales q by M^-1/2; the norm cancels it. It has softmax attention in every fourth layer, for which `Encoder` takes a list of layers.
+        scales q by M^-1/2; the norm cancels it. The paper's model has softmax attention in every fourth layer, for which
+        `Encoder` takes a list of layers.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -87,7 +88,7 @@ class KimiDeltaAttention(Attention):
         self.decay = Decay(channels, rates=(1.0, 16.0), param_dtype=self.param_dtype, rngs=rngs)
         self.gate_down = projection(plain, in_features, rank, rngs=rngs)
         self.gate_up = projection({**shell, "use_bias": True}, rank, values, rngs=rngs)
-        self.rule = DeltaRule(self, conv_width=conv_width, gate=nnx.sigmoid, rngs=rngs)
+        self.rule = DeltaRule(self, conv_width=conv_width, gate="sigmoid", rngs=rngs)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads, the rates beta [B, T, N], log decays [B, T, N, M], and the gate [B, T, N, V]."""
@@ -95,13 +96,3 @@ class KimiDeltaAttention(Attention):
         # In one pass: no logits of the size of all keys are kept.
         log_decay = in_pieces(lambda low: self.decay.of_tokens(self.decay_up.of_tokens(low)), self.decay_down(inputs_q))
         return *super().project(inputs_q), beta, log_decay, self.gate_up(self.gate_down(inputs_q))
-
-    def attend(self, query, key, value, beta, log_decay, gate, mask, segment_ids=None):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, segment_ids)[0]
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> DeltaCache:
-        """An empty cache: a state and a few inputs in float32. So max_length bounds nothing, and dtype rounds nothing."""
-        return self.rule.empty(self, batch_size, max_length)
-
-    def attend_cached(self, query, key, value, beta, log_decay, gate, mask, cache):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, cache=cache)

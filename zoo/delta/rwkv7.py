@@ -12,7 +12,7 @@ from subquad.kernels import linear, precision
 from subquad.zoo.base import Support
 from subquad.zoo.cache import RecurrentCache, first_real
 from subquad.zoo.checks import check_divides, check_sizes
-from subquad.zoo.delta.rule import unit
+from subquad.zoo.delta.rule import unit_key
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.gated.token_shift import shift
@@ -142,7 +142,7 @@ class RWKV7(Headless):
     @precision.promoting
     def erased_key(self, key: Float[Array, "N H P"]) -> Float[Array, "N H P"]:
         """z."""
-        return unit(key * self.erased[...].astype(key.dtype)[None])
+        return unit_key(key * self.erased[...].astype(key.dtype)[None]).astype(key.dtype)
 
     @precision.promoting
     def written_key(self, key: Float[Array, "N H P"], rate: Float[Array, "N H P"]) -> Float[Array, "N H P"]:

@@ -103,7 +103,7 @@ class ForgettingAttention(Attention):
 
         self.key_shift, self.value_shift = (gate(use_kv_shift, kv_heads) for _ in range(2))
         self.query_norm, self.key_norm = (norm(use_qk_norm, heads) for heads in (num_heads, kv_heads))
-        self.output_norm = norm(use_output_norm, num_heads, activation=nnx.sigmoid, epsilon=1e-6)
+        self.output_norm = norm(use_output_norm, num_heads, activation="sigmoid", epsilon=1e-6)
         self.output_gate = gate(use_output_gate, num_heads, size)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):

@@ -29,7 +29,8 @@ class HGRN2(Attention):
     Differs from the paper: there a model learns its lower bounds, which grow from layer to layer as sums of a softmax over
         layers; here a layer's is a number that the caller gives, 0 for the first and larger for later ones (`mixer_options`
         of a model takes one for each layer). i and the norm are as in the code's language model, whose norm has no scale; the
-        defaults of its `Hgru2_1d` are silu(i), sigmoid(q) and a layer norm. Projections have biases unless `use_bias=False`, and start as other layers' do.
+        defaults of its `Hgru2_1d` are silu(i), sigmoid(q) and a layer norm. Projections have biases unless `use_bias=False`,
+        and start as other layers' do.
 
     Args:
         num_heads: heads N; must divide qkv_features. The paper's heads have 128 features.

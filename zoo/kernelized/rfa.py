@@ -11,7 +11,7 @@ from subquad.kernels import linear, precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import GatedCache, counts
 from subquad.zoo.checks import check_sizes, check_word, refuse, require_extend
-from subquad.zoo.features import RandomFeature, random_projection
+from subquad.zoo.features import RandomFeature, random_projection, unit
 from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import in_pieces, projection
 
@@ -127,7 +127,7 @@ class RFAAttention(Attention):
         key, value = (jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2) for heads in (key, value))
         scale, offset = (0.1 * self.num_features**0.5, 1e-3) if self.constants == "code" else (1.0, 0.0)
         directions = self.sigma[...][:, None].astype(self.projection[...].dtype) * self.projection[...]
-        features = lambda heads: (scale * fourier_features(unit(heads, offset), directions)).astype(heads.dtype)
+        features = lambda heads: (scale * fourier_features(unit(heads, offset=offset), directions)).astype(heads.dtype)
         weighed = lambda heads, gate: features(heads) * nnx.sigmoid(-gate)[..., None].astype(heads.dtype)
         keys = in_pieces(features, key) if gate is None else in_pieces(weighed, key, gate)
         return in_pieces(features, query), keys, value
@@ -149,14 +149,6 @@ class RFAAttention(Attention):
         sums, state = linear.gated(query, key, pairs, log_decay, initial_state=state, **options)
         outputs = sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)
         return outputs.astype(value.dtype), (state[..., :-1], state[..., -1])
-
-
-def unit(inputs: Float[Array, "*B H"], offset: float) -> Float[Array, "*B H"]:
-    """x / (|x| + offset), wide; 0 with a zero gradient where x is 0."""
-    inputs = precision.wide(inputs)
-    squares = jnp.sum(inputs**2, axis=-1, keepdims=True)
-    norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    return jnp.where(squares > 0, inputs / (norm + offset), 0)
 
 
 @precision.promoting
