@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import gather, precision, softmax
 from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.buckets.rows import real_rows, rows, unrows
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.projection import in_rows
@@ -88,13 +89,11 @@ class ClusteredAttention(Attention):
         return jax.random.normal(rngs.params(), (self.num_heads, self.num_bits, self.head_features), jnp.float32)
 
     def attend(self, query, key, value, mask):
-        real = jnp.ones((1, query.shape[1]), bool) if mask is None else mask[:, 0, 0]
-        real = jnp.repeat(jnp.broadcast_to(real, query.shape[:2]), self.num_heads, axis=0)
+        real = real_rows(mask, query)
         clusters = self.clusters(query, real)
-        heads = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
         options = self.num_clusters, min(self.num_top, key.shape[1]), self.implementation
-        heads = in_rows(lambda *rows: attend_by_cluster(*rows, *options), *heads, real, clusters)
-        return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
+        heads = in_rows(lambda *rows: attend_by_cluster(*rows, *options), *map(rows, (query, key, value)), real, clusters)
+        return unrows(heads, self.num_heads)
 
     def clusters(self, query: Float[Array, "B T N H"], real: Bool[Array, "BN T"]) -> Int[Array, "BN T"]:
         """The cluster of each query, C for padding. No gradient passes."""

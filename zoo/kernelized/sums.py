@@ -14,7 +14,7 @@ from subquad.zoo.projection import head_by_head
 class FeatureAttention(Attention):
     """The shell of a layer whose weights are products of features. A variant writes `mix`, and has the rest from that."""
 
-    num_features: int | None = None  # of a head; None: as many as it has
+    num_features: int = 0  # of a head; 0: as many as it has
     by_head: ClassVar[bool] = False  # so many that of long sequences those of a few heads exist at a time
 
     def mix(self, query, key, value, mask, **options) -> Any:
@@ -38,7 +38,7 @@ class FeatureAttention(Attention):
         """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
         require_extend(self, batch_size=batch_size, max_length=max_length)
         self._check_length("max_length", max_length)
-        features = self.head_features if self.num_features is None else self.num_features
+        features = self.num_features or self.head_features
         return LinearCache.zeros(batch_size, self.num_heads, features, self.value_head_features)
 
     def attend_cached(self, query, key, value, mask, cache, **options):

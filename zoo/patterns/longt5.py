@@ -100,9 +100,8 @@ class LongT5Attention(Attention):
         return *super().project(inputs_q), inputs_q
 
     def attend(self, query, key, value, inputs, mask):
-        batch, length = inputs.shape[:2]
-        real = jnp.ones((batch, length), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, length))
-        table = lambda bias: jnp.broadcast_to(bias[...][None], (batch, *bias.shape))  # as heads have it
+        real = padding.real(mask, inputs)
+        table = lambda bias: jnp.broadcast_to(bias[...][None], (len(inputs), *bias.shape))  # as heads have it
         if self.block_size is None:
             near = lambda *arrays: self._near(*arrays)[0]
             return head_by_head(near, query, key, value, table(self.bias), by_sample=(real,))
