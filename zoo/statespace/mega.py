@@ -45,8 +45,8 @@ class Mega(Headless):
     Cost: time O(T^2 (Z + V)), with chunks of C tokens O(T C (Z + V)); memory that of the logits; the averages O(T D n). One
         extended token O(S (Z + V) + D n), where the cache has room for S.
     Differs from the paper: tau and chunks count real tokens, wherever padding stands. Parameters start as Flax's linear maps
-        do; the paper draws all maps with a deviation of 0.02. The paper's layer is its own residual branch, y has x in it
-        already: a `Block` adds it once more. `out_features` is not in the paper.
+        do; the paper draws all maps with a standard deviation of 0.02. The paper's layer is its own residual branch, y has x in
+        it already: a `Block` adds it once more. `out_features` is not in the paper.
 
     Args:
         in_features: features D of the inputs.

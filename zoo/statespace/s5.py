@@ -101,7 +101,7 @@ class S5(Headless):
         def param(values):
             return nnx.Param(jnp.asarray(values, self.param_dtype))
 
-        def drawn(variance, *shape):  # cut at two deviations
+        def drawn(variance, *shape):  # cut at two standard deviations
             return nnx.initializers.truncated_normal(variance**0.5 / 0.87962566)(rngs.params(), shape, jnp.float32)
 
         self.log_decay, self.frequency = param(np.log(-diagonal.real)), param(diagonal.imag)
