@@ -1,4 +1,5 @@
-"""How the suite compares numbers: relative to how large they are, for one array or a whole tree of gradients."""
+"""How the suite compares numbers: relative to how large they are, for one array or a whole tree of gradients; and what it
+reads from a traced program."""
 
 import jax
 import numpy as np
@@ -29,3 +30,14 @@ def assert_close(actual, expected, tolerance: float, hint: str = "", part: float
     """Every leaf's error (see `errors`) is below `tolerance`; NaN never is."""
     bad = {path: f"{error:.1e}" for path, error in errors(actual, expected, part).items() if not error < tolerance}
     assert not bad, f"{hint}{': ' if hint else ''}errors of {tolerance:.0e} or more: {bad}"
+
+
+def products(jaxpr):
+    """The precision of every product of float32 matrices in a jaxpr, and in those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and {x.aval.dtype.name for x in equation.invars} == {"float32"}:
+            yield equation.params["precision"]
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)

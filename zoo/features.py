@@ -1,4 +1,4 @@
-"""The variable types of what no gradient moves: random features, and centroids; the projections features are made of."""
+"""The variable types of what no gradient moves: random features, and centroids; what features are made of."""
 
 import math
 from typing import Literal
@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
+
+from subquad.kernels import precision
 
 RowNorm = Literal["chi", "sqrt"]
 
@@ -61,3 +63,17 @@ def random_projection(
         unit = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
     norm = jnp.linalg.norm(rows, axis=-1, keepdims=True) if row_norm == "chi" else math.sqrt(head_features)
     return unit * norm
+
+
+@precision.promoting
+def unit(x: Float[Array, "*B H"], epsilon: float = 0.0, offset: float = 0.0) -> Float[Array, "*B H"]:
+    """x / (sqrt(|x|^2 + epsilon) + offset), wide; 0 with a zero gradient where it were 0 / 0."""
+    x = precision.wide(x)
+    squares = jnp.sum(x**2, axis=-1, keepdims=True) + epsilon
+    norm = jnp.sqrt(jnp.where(squares > 0, squares, 1)) + offset
+    return jnp.where(squares > 0, x / norm, 0)
+
+
+def elu_plus_one(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """elu(x) + 1, which keeps its digits where x is far below 0."""
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))

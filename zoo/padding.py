@@ -51,6 +51,11 @@ def real_first(mask: Bool[Array, "#B 1 1 T"], batch_size: int) -> RealFirst:
     return RealFirst(jnp.argsort(~is_real, axis=1, stable=True), target, position < count)
 
 
+def real(mask: KeyMask | None, tokens: Shaped[Array, "B T *features"]) -> Bool[Array, "B T"]:
+    """Which tokens a key-padding mask shows."""
+    return jnp.ones(tokens.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], tokens.shape[:2])
+
+
 def clear(tokens: Shaped[Array, "B T *features"] | None, is_kept: Bool[Array, "#B #T"]):
     """The tokens with 0 in place of those that are not kept; None stays None."""
     return None if tokens is None else jnp.where(_like(is_kept, tokens), tokens, jnp.zeros((), tokens.dtype))

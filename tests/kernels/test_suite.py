@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from subquad.kernels import dispatch, launch, specs
+from tests.assertions import products
 
 SPECS = specs.load()
 # The largest relative error of the XLA path, of outputs and of gradients; half of that in the root mean square.
@@ -217,17 +218,6 @@ def test_64_bits_for_others_change_no_launch(name):
             jax.eval_shape(specs.forward_backward(spec, "triton", rest), inexact, outputs)
         seen.append(launches)
     assert seen[0] and seen[0] == seen[1]
-
-
-def products(jaxpr):
-    """The precision of every product of float32 matrices in a jaxpr, and in those inside it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general" and {x.aval.dtype.name for x in equation.invars} == {"float32"}:
-            yield equation.params["precision"]
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from products(inner)
 
 
 @pytest.mark.parametrize(

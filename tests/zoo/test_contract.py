@@ -8,10 +8,12 @@ Every layer meets the core: shapes, gradients, causality, padding, batch-mates, 
 """
 
 import collections
+import copy
 import functools
 import json
 import math
 import pathlib
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -553,6 +555,17 @@ def test_variable_paths_are_those_of_old_checkpoints():
     assert variable_paths() == stored, (
         "A changed path or shape breaks users' checkpoints. If it is meant: python -m tests.zoo.test_contract"
     )
+
+
+@by_one_direction
+def test_a_layer_is_pickled_and_copied(name, is_causal):
+    """The same configuration, for which nothing is compiled anew, and the same numbers: so the same outputs."""
+    layer = layer_of(name, is_causal)
+    graphdef, state = nnx.split(layer)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        other_graphdef, other_state = nnx.split(other)
+        assert other_graphdef == graphdef and hash(other_graphdef) == hash(graphdef)
+        jax.tree.map(np.testing.assert_array_equal, other_state, state)
 
 
 # 11. Segments.

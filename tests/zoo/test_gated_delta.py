@@ -45,7 +45,7 @@ def test_the_formula_token_by_token(name):
     plain = lambda module, x: np.tensordot(np.float64(x), np.float64(module.kernel[...]), 1)
     if name == "kda":
         decay = log_decay(layer, plain(layer.decay_up, plain(layer.decay_down, x)))
-        gate = sigmoid(applied(layer.gate_up, applied(layer.gate_down, x)))
+        gate = sigmoid(applied(layer.gate_up, plain(layer.gate_down, x)))
     else:
         decay, gate = log_decay(layer, plain(layer.decay_logits, x)), silu(applied(layer.gate, x))
     outputs = normed(layer.rule.norm, read(unit(query), key, value, beta, np.exp(decay), steps)) * gate

@@ -27,7 +27,7 @@ def test_a_root_mean_square_of_each_head_before_or_behind_the_gate():
     x, gate = normal(4), normal(5)
     np.testing.assert_allclose(norm(x), flax(x), atol=1e-5)
     np.testing.assert_allclose(norm(x, gate), flax(x) * nnx.silu(gate), atol=1e-5)
-    norm.gate_first, norm.activation = True, nnx.sigmoid
+    norm.gate_first, norm.activation = True, "sigmoid"
     np.testing.assert_allclose(norm(x, gate), flax(x * nnx.sigmoid(gate)), atol=1e-5)
 
 

@@ -48,6 +48,14 @@ def test_the_definition(update):
     np.testing.assert_allclose(layer(x), layer.out(jnp.asarray(heads, jnp.float32)), atol=1e-5)
 
 
+def test_far_below_zero_features_keep_their_digits():
+    """Where elu(x) + 1 is 6e-6, a difference of numbers of size 1 would be off by a hundredth."""
+    keys, values = normal(1, SEGMENT, 1, 4) - 12, normal(1, SEGMENT, 1, 4, seed=1)
+    layer = build()
+    memory = layer.updated((jnp.zeros((1, 1, 4, 4)), jnp.zeros((1, 1, 4))), keys, values)
+    np.testing.assert_allclose(memory[1][:, 0], np.exp(keys).sum(1)[:, 0], rtol=1e-5)
+
+
 def test_limits():
     """One segment is softmax attention; a closed gate, attention within segments."""
     x, softmax = normal(2, LENGTH, FEATURES), zoo.SoftmaxAttention(HEADS, FEATURES, is_causal=True, rngs=nnx.Rngs(0))

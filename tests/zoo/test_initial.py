@@ -35,9 +35,10 @@ def check_moments(values, variance: float, kurtosis: float = 3.0):
 
 @pytest.mark.parametrize("name", CASES)
 def test_projections_start_with_one_over_their_inputs(name):
-    """LeCun's normal, as Flax's layers; biases 0. But Mamba's steps, whose test is its own."""
+    """LeCun's normal, as Flax's layers; biases 0. But Mamba's steps and LongT5's queries, whose tests are their own."""
+    others = {"mamba": "step/", "longt5": "query/"}
     found = variables(build(name, out_features=96))
-    found = {path: leaf for path, leaf in found.items() if name != "mamba" or not path.startswith("step/")}
+    found = {path: leaf for path, leaf in found.items() if not path.startswith(others.get(name, "/"))}
     kernels = {path: leaf for path, leaf in found.items() if path.endswith("/kernel")}
     for path, kernel in kernels.items():
         is_last = path.endswith(("out/kernel", "inner/kernel")) or path == "compressor/kernel"
@@ -76,6 +77,19 @@ def test_linformer(heads, shared):
     for matrix in [projection.key] if shared else [projection.key, projection.value]:
         check_moments(matrix[...], 1 / 200)
     check_moments(build("linformer", max_length=100, num_landmarks=30).projection.key[...], 1 / 100)
+
+
+def test_h3():
+    """k' = shift(k) + D k: the first tap holds D, normal, beside its own part."""
+    taps = variables(build("h3", state_size=16, conv_width=99))["shift/taps"]
+    check_moments(taps[1:], 1 / (3 * 99), kurtosis=1.8)  # uniform
+    check_moments(taps[0], 1.0)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("mamba", "step/bias"), ("mamba2", "step_bias")])
+def test_no_step_starts_below_the_floor(name, steps):
+    found = variables(build(name, dt_min=1e-6, dt_max=1e-3))[steps]
+    assert np.log1p(np.exp(np.float64(found))).min() == pytest.approx(1e-4, rel=1e-3)
 
 
 def test_what_is_learned_of_latents():

@@ -86,6 +86,16 @@ def test_the_window_alone_makes_no_square():
     assert "512,512" not in str(jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(inputs(512)))
 
 
+def test_logits_start_as_t5s():
+    """Of standard deviation 1, as queries are drawn with (D H)^-1/2; biases with D^-1/2."""
+    layer = zoo.LongT5Attention(8, 512, use_bias=False, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, 64, 512))
+    logits = layer.scale * jnp.einsum("btnh,bsnh->bnts", layer.query(x), layer.key(x))
+    assert 0.9 < logits.std() < 1.1
+    for bias in (layer.bias, layer.global_bias):  # of 256 numbers each
+        assert 0.8 < bias[...].std() * 512**0.5 < 1.2
+
+
 NAMES = {
     "q": "query", "k": "key", "v": "value", "o": "out", "relative_attention_bias.weight": "bias",
     "global_relative_attention_bias.weight": "global_bias", "global_input_layer_norm.weight": "global_scale",

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from subquad.zoo import masks
-from subquad.zoo.lowrank.luna import LunaAttention
+from subquad.zoo.lowrank.luna import LunaAttention, gate
 from tests import oracle
 
 FEATURES, HEADS, SLOTS = 16, 2, 5
@@ -48,6 +48,12 @@ def test_the_formula(share_key_value):
     layer, x, context = build(share_key_value=share_key_value), normal(2, 13, FEATURES), normal(2, 9, FEATURES, seed=1)
     np.testing.assert_allclose(layer(x), dense(layer, x, x), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(layer(x, context), dense(layer, x, context), rtol=1e-4, atol=1e-6)
+
+
+def test_a_gate_far_below_zero_keeps_its_digits():
+    """elu(z) + 1 as a sum is 0 from -17 on."""
+    found = gate(jnp.full((1, 1, 1), -20.0), jnp.ones((1, 1, 1)), "elu")
+    np.testing.assert_allclose(found, np.exp(-20.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["softplus", "elu"])

@@ -104,6 +104,12 @@ def test_packed_sequences_are_separate_ones():
         np.testing.assert_allclose(gradient[:, start:end], pull(jnp.cos(alone))[0], rtol=1e-3, atol=1e-5)
 
 
+def test_a_gate_keeps_its_bias():
+    """The papers' layout: no biases but the gate's."""
+    layer = build(True, use_bias=False)
+    assert layer.query.bias is None and layer.gate.bias[...].shape == (HEADS,)
+
+
 def test_a_zero_vector_has_a_gradient():
     layer = build(True)
     query, value = jnp.zeros((1, 5, HEADS, 8)), normal(1, 5, HEADS, 8)

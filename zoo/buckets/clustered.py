@@ -9,8 +9,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.kernels import gather, softmax
+from subquad.kernels import gather, precision, softmax
 from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.buckets.rows import real_rows, rows, unrows
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.projection import in_rows
@@ -88,13 +89,11 @@ class ClusteredAttention(Attention):
         return jax.random.normal(rngs.params(), (self.num_heads, self.num_bits, self.head_features), jnp.float32)
 
     def attend(self, query, key, value, mask):
-        real = jnp.ones((1, query.shape[1]), bool) if mask is None else mask[:, 0, 0]
-        real = jnp.repeat(jnp.broadcast_to(real, query.shape[:2]), self.num_heads, axis=0)
+        real = real_rows(mask, query)
         clusters = self.clusters(query, real)
-        heads = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
         options = self.num_clusters, min(self.num_top, key.shape[1]), self.implementation
-        heads = in_rows(lambda *rows: attend_by_cluster(*rows, *options), *heads, real, clusters)
-        return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
+        heads = in_rows(lambda *rows: attend_by_cluster(*rows, *options), *map(rows, (query, key, value)), real, clusters)
+        return unrows(heads, self.num_heads)
 
     def clusters(self, query: Float[Array, "B T N H"], real: Bool[Array, "BN T"]) -> Int[Array, "BN T"]:
         """The cluster of each query, C for padding. No gradient passes."""
@@ -105,13 +104,15 @@ class ClusteredAttention(Attention):
         first = (2 * jnp.arange(self.num_clusters, dtype=jnp.int32)[None] + 1) * count // (2 * self.num_clusters)
         centres = jnp.take_along_axis(bits, first[..., None], axis=1, mode="clip")
 
+        product = functools.partial(jnp.einsum, precision="default")  # exact: of 0, 1 and -1
+
         def assigned(centres):
-            # The largest product is the least distance; of small whole numbers every sum is exact.
-            nearest = jnp.einsum("btp,bcp->btc", bits, centres).argmax(2).astype(jnp.int32)
+            # The largest product is the least distance.
+            nearest = product("btp,bcp->btc", bits, centres).argmax(2).astype(jnp.int32)
             return jnp.where(real, nearest, self.num_clusters)
 
         def step(centres, _):
-            sums = jnp.einsum("btc,btp->bcp", members(assigned(centres), self.num_clusters), bits)
+            sums = product("btc,btp->bcp", members(assigned(centres), self.num_clusters), bits)
             return jnp.where(sums == 0, centres, jnp.sign(sums)), None
 
         return assigned(jax.lax.scan(step, centres, None, self.num_iterations)[0])
@@ -122,6 +123,7 @@ def members(clusters: Int[Array, "B T"], count: int) -> Float[Array, "B T C"]:
     return jax.nn.one_hot(clusters, count, dtype=jnp.float32)
 
 
+@precision.full
 def attend_by_cluster(
     query, key, value, real: Bool[Array, "B T"], clusters: Int[Array, "B T"], count: int, top: int, implementation
 ) -> Float[Array, "B T 1 V"]:

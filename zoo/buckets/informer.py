@@ -5,12 +5,12 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import softmax
 from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.buckets.rows import real_rows, rows, unrows
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.features import RandomFeature
 
@@ -86,16 +86,15 @@ class InformerAttention(Attention):
 
     def attend(self, query, key, value, mask):
         length = query.shape[1]
-        real = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
-        real = jnp.repeat(jnp.broadcast_to(real, query.shape[:2]), self.num_heads, axis=0)
+        real = real_rows(mask, query)
         count = real.sum(1, dtype=jnp.int32)  # the real tokens come first
         most = self.factor * math.ceil(math.log1p(length))
         used = self.factor * jnp.ceil(jnp.log1p(count.astype(jnp.float32))).astype(jnp.int32)
         sample = jnp.floor(self.sample[:most][None] * count[:, None].astype(jnp.float32)).astype(jnp.int32)
-        query, key, value = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
+        query, key, value = map(rows, (query, key, value))
         measure = spread(query, key, sample, jnp.arange(most)[None] < used[:, None])
         heads = answer(query, key, value, real, measure, min(most, length), used, self.implementation)
-        return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
+        return unrows(heads, self.num_heads)
 
 
 def spread(query, key, sample: Int[Array, "B U"], is_used: Bool[Array, "#B U"]) -> Float[Array, "B T"]:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import lsh
+from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, ReformerCache, append, poisoned, write
 from subquad.zoo.checks import check_sizes, check_word, refuse, require_extend
@@ -174,7 +175,7 @@ class ReformerAttention(Attention):
 
 def segment_lengths(segment_ids: Int[Array, "B T"], mask) -> Int[Array, "B T"]:
     """How many tokens the segment of each token has, padding not counted."""
-    real = jnp.ones_like(segment_ids, bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], segment_ids.shape)
+    real = padding.real(mask, segment_ids)
     segment_ids = jnp.where(real, segment_ids, jnp.iinfo(segment_ids.dtype).max)  # padding goes last
 
     def count(ids, real):

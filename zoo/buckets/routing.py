@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import gather, softmax
 from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.buckets.rows import real_rows, rows, unrows
 from subquad.zoo.cache import KVCache, RoutingCache, append, counts, poisoned, write
 from subquad.zoo.checks import check_call, check_number, check_sizes, check_word, refuse
-from subquad.zoo.features import Centroids
+from subquad.zoo.features import Centroids, unit
 from subquad.zoo.projection import in_pieces, in_rows
 
 Selection = Literal["top", "last"]
@@ -100,7 +101,7 @@ class RoutingAttention(Attention):
         self.num_clusters, self.window_size, self.selection, self.normalize = num_clusters, window_size, selection, normalize
         self.moves_centroids = False  # see the class; `set_attributes` sets it
         drawn = jax.random.normal(rngs.params(), (num_heads, num_clusters, self.head_features), jnp.float32)
-        self.centroids = Centroids(directions(drawn))
+        self.centroids = Centroids(unit(drawn))
 
     def __call__(self, inputs_q, *others, mask=None, deterministic=None, **call):
         outputs = super().__call__(inputs_q, *others, mask=mask, deterministic=deterministic, **call)
@@ -115,10 +116,9 @@ class RoutingAttention(Attention):
 
     def attend(self, query, key, value, mask):
         length = query.shape[1]
-        real = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
-        real = jnp.repeat(jnp.broadcast_to(real, (len(query), length)), self.num_heads, axis=0)
+        real = real_rows(mask, query)
         centroids = self.centroids_of_rows(len(query))
-        query, key, value = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
+        query, key, value = map(rows, (query, key, value))
         if self.selection == "last":
             clusters = jnp.where(real, in_rows(self.nearest, query, centroids), self.num_clusters)
             heads = attend_to_last(query, key, value, clusters, self.window_size, self.implementation)
@@ -129,7 +129,7 @@ class RoutingAttention(Attention):
             lists = [in_rows(choose, x, centroids, real, used) for x in ((query,) if self.is_causal else (query, key))]
             attend = lambda *rows: attend_within(*rows, self.is_causal, self.implementation)
             heads = in_rows(attend, query, key, value, lists[0], lists[-1])
-        return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
+        return unrows(heads, self.num_heads)
 
     def centroids_of_rows(self, batch: int) -> Float[Array, "BN C H"]:
         return jnp.tile(self.centroids[...], (batch, 1, 1))
@@ -137,7 +137,7 @@ class RoutingAttention(Attention):
     def scores(self, rows: Float[Array, "R T 1 H"], centroids: Float[Array, "R C H"]) -> Float[Array, "R C T"]:
         """mu . x of every centroid and token. No gradient passes."""
         rows = jax.lax.stop_gradient(rows[:, :, 0].astype(jnp.float32))
-        rows = rows if self.normalize else directions(rows)
+        rows = rows if self.normalize else unit(rows)
         return jnp.einsum("rth,rch->rct", rows, centroids, precision="highest")
 
     def nearest(self, rows: Float[Array, "R T 1 H"], centroids: Float[Array, "R C H"]) -> Int[Array, "R T"]:
@@ -145,8 +145,7 @@ class RoutingAttention(Attention):
         return self.scores(rows, centroids).argmax(1)
 
     def nearest_of_heads(self, heads: Float[Array, "B T N H"]) -> Int[Array, "B T N"]:
-        rows = rearrange(heads, "b t n h -> (b n) t 1 h")
-        found = in_rows(self.nearest, rows, self.centroids_of_rows(len(heads)))
+        found = in_rows(self.nearest, rows(heads), self.centroids_of_rows(len(heads)))
         return rearrange(found, "(b n) t -> b t n", n=self.num_heads)
 
     def updated_centroids(
@@ -177,11 +176,11 @@ class RoutingAttention(Attention):
         for x in heads:
             nearest = self.nearest_of_heads(x)
             x = jax.lax.stop_gradient(x.astype(jnp.float32))
-            x = x if self.normalize else directions(x)
+            x = x if self.normalize else unit(x)
             member = jax.nn.one_hot(jnp.where(is_real[..., None], nearest, -1), self.num_clusters, dtype=jnp.float32)
             total += jnp.einsum("btnc,btnh->nch", member, x, precision="highest") / 2
         if normalize:
-            total = jnp.where((total != 0).any(-1, keepdims=True), directions(total), self.centroids[...])
+            total = jnp.where((total != 0).any(-1, keepdims=True), unit(total), self.centroids[...])
         return decay * self.centroids[...] + (1 - decay) * total
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> RoutingCache:
@@ -206,11 +205,11 @@ class RoutingAttention(Attention):
         by_head = lambda x: rearrange(x, "b t n -> (b n) t")
         written = jnp.arange(room)[None, :, None] < tokens.length[:, None, None]
         heads = softmax.attention(
-            *(rearrange(x.astype(query.dtype), "b t n h -> (b n) t 1 h") for x in (query, *tokens[:2])), is_causal=True,
+            *(rows(x.astype(query.dtype)) for x in (query, *tokens[:2])), is_causal=True,
             window_size=(window - 1, 0), query_positions=by_head(at),
             key_positions=by_head(jnp.where(written, places, -window)), implementation=self.implementation,
         )
-        heads = rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
+        heads = unrows(heads, self.num_heads)
         return poisoned(heads, tokens), RoutingCache(*tokens, places, members + member.sum(1))
 
 
@@ -256,7 +255,3 @@ def standardized(heads: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     x = heads.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)).astype(heads.dtype)
-
-
-def directions(vectors: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -11,7 +11,9 @@ from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision, softmax
 from subquad.kernels.patterns import SameBlock
+from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.buckets.rows import rows, unrows
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.features import RandomFeature
 from subquad.zoo.projection import in_rows
@@ -85,14 +87,12 @@ class SmyrfAttention(Attention):
         return jax.random.normal(rngs.params(), (self.num_hashes, self.num_heads, self.head_features + 2), jnp.float32)
 
     def attend(self, query, key, value, mask):
-        real = jnp.ones((1, query.shape[1]), bool) if mask is None else mask[:, 0, 0]
-        real = jnp.broadcast_to(real, query.shape[:2])
+        real = padding.real(mask, query)
         places = hashes(query, key, real, self.directions[...])
-        heads = (rearrange(x, "b t n h -> (b n) t 1 h") for x in (query, key, value))
         real = jnp.repeat(real, self.num_heads, axis=0)
         attend = lambda *arrays: attend_by_rank(*arrays, self.cluster_size, self.implementation)
-        heads = in_rows(attend, *heads, real, *places)
-        return rearrange(heads, "(b n) t 1 h -> b t n h", n=self.num_heads)
+        heads = in_rows(attend, *map(rows, (query, key, value)), real, *places)
+        return unrows(heads, self.num_heads)
 
 
 def hashes(query, key, real: Bool[Array, "B T"], directions: Float[Array, "R N _"]):

@@ -1,24 +1,24 @@
 """DeltaProduct: several steps of the delta rule for each token."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from flax import nnx
 
-from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.delta.decay import Decay
-from subquad.zoo.delta.rule import DeltaCache, DeltaRule, rates
+from subquad.zoo.delta.rule import DeltaAttention, DeltaRule, rates
 from subquad.zoo.gated.output import widen
 from subquad.zoo.projection import projection
 
 
-class DeltaProduct(Attention):
+class DeltaProduct(DeltaAttention):
     """Several steps of the delta rule for each token, which together may rotate and permute what is in the state.
 
         q = u(c(W_q x)),   k^j = u(c(W_k^j x)),   v^j = c(W_v^j x),   c(x) = silu(conv(x)),   u(x) = x / |x|,   j = 1 .. n
         S_t^0 = a_t S_{t-1},   S_t^j = (I - beta_t^j k_t^j k_t^j^T) S_t^{j-1} + beta_t^j k_t^j v_t^j^T,   S_t = S_t^n
-        beta_t^j = 2 sigmoid(W_b^j x_t + b_b^j),   a_t = exp(-exp(A) softplus(W_a x_t + d)), or 1 without a decay
-        outputs = W_o (norm(S_t^T q_t) * silu(W_g x_t + b_g))
+        beta_t^j = 2 sigmoid(W_b^j x_t),   a_t = exp(-exp(A) softplus(W_a x_t + d)), or 1 without a decay
+        outputs = W_o (norm(S_t^T q_t) * silu(W_g x_t))
 
     norm is the RMS norm of each head, with a scale. A token multiplies the state by a product of n generalised Householder
     matrices, which for large n is any orthogonal matrix: what a token does to n + 1 things in the state, it can permute. With
@@ -26,8 +26,8 @@ class DeltaProduct(Attention):
 
     Cost: that of n times as many tokens: time O(T n N M V) and C (C + M + V) for each step and head in chunks of C; memory
         O(T n N (M + V)); one extended token O(n N M V) and a cache of N M V whatever came before.
-    Differs from the paper: not at all, as far as could be checked without its text. Its code multiplies q by M^-1/2, which
-        the norm takes away again.
+    Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. The released code
+        scales q by M^-1/2; the norm cancels it.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -97,13 +97,3 @@ class DeltaProduct(Attention):
         beta = rates(self.rate(inputs_q), self.negative_eigenvalues)
         log_decay = None if self.decay is None else self.decay(self.decay_logits(inputs_q))
         return *super().project(inputs_q), beta, log_decay, self.gate(inputs_q)
-
-    def attend(self, query, key, value, beta, log_decay, gate, mask, segment_ids=None):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, segment_ids)[0]
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> DeltaCache:
-        """An empty cache: a state and a few inputs in float32. So max_length bounds nothing, and dtype rounds nothing."""
-        return self.rule.empty(self, batch_size, max_length)
-
-    def attend_cached(self, query, key, value, beta, log_decay, gate, mask, cache):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, cache=cache)

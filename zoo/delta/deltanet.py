@@ -1,23 +1,23 @@
 """DeltaNet: linear attention by the delta rule."""
 
-from typing import Any, Literal, Unpack, get_args
+from typing import Literal, Unpack, get_args
 
 from flax import nnx
 
-from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.checks import check_word
-from subquad.zoo.delta.rule import DeltaCache, DeltaRule, rates, shares, unit
+from subquad.zoo.delta.rule import DeltaAttention, DeltaRule, rates, shares, unit_key
 from subquad.zoo.gated.output import widen
 from subquad.zoo.projection import projection
 
 Normalization = Literal["l2", "sum"]
 
 
-class DeltaNet(Attention):
+class DeltaNet(DeltaAttention):
     """Linear attention whose state replaces what a key reads of it by the key's new value.
 
         q, k = u(c(W_q x)), u(c(W_k x)),   v = c(W_v x),   c(x) = silu(conv(x)),   u(x) = x / |x|
-        S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,   beta_t = sigmoid(W_b x_t + b_b)
+        S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,   beta_t = sigmoid(W_b x_t)
             = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
         outputs = W_o norm(S_t^T q_t)
 
@@ -27,9 +27,9 @@ class DeltaNet(Attention):
 
     Cost: time O(T N M V) and C (C + M + V) for each token and head in chunks of C; memory O(T N (M + V)); one extended token
         O(N M V) and a cache of that size whatever came before.
-    Differs from the paper: not at all, as far as could be checked without its text. Its code multiplies q by M^-1/2, which
-        the norm takes away again. The first paper (2021) has no convolutions and no norm, keys of which the features sum to 1
-        ("sum", conv_width=None) and features of its own, DPFP, in place of elu(x) + 1.
+    Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. The released code
+        scales q by M^-1/2; the norm cancels it. The first paper (2021) has no convolutions and no norm, keys of which the
+        features sum to 1 ("sum", conv_width=None) and features of its own, DPFP, in place of elu(x) + 1.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -84,19 +84,9 @@ class DeltaNet(Attention):
         widen(self, num_heads * self.head_features if value_features is None else value_features, shell, rngs)
         self.negative_eigenvalues = negative_eigenvalues
         self.rate = projection(shell, in_features, num_heads, rngs=rngs)
-        features = unit if normalization == "l2" else shares
+        features = unit_key if normalization == "l2" else shares
         self.rule = DeltaRule(self, conv_width=conv_width, features=features, rngs=rngs)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
-        """Query, key and value heads, and the rates beta [B, T, N]."""
-        return *super().project(inputs_q), rates(self.rate(inputs_q), self.negative_eigenvalues)
-
-    def attend(self, query, key, value, beta, mask, segment_ids=None):
-        return self.rule(query, key, value, beta, None, None, mask, segment_ids)[0]
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> DeltaCache:
-        """An empty cache: a state and a few inputs in float32. So max_length bounds nothing, and dtype rounds nothing."""
-        return self.rule.empty(self, batch_size, max_length)
-
-    def attend_cached(self, query, key, value, beta, mask, cache):
-        return self.rule(query, key, value, beta, None, None, mask, cache=cache)
+        """Query, key and value heads, and the rates beta [B, T, N]; neither decay nor gate."""
+        return *super().project(inputs_q), rates(self.rate(inputs_q), self.negative_eigenvalues), None, None

@@ -1,31 +1,32 @@
 """Gated DeltaNet: the delta rule on a state that decays."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from flax import nnx
 
-from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.delta.decay import Decay
-from subquad.zoo.delta.rule import DeltaCache, DeltaRule, rates
+from subquad.zoo.delta.rule import DeltaAttention, DeltaRule, rates
 from subquad.zoo.gated.output import widen
 from subquad.zoo.projection import projection
 
 
-class GatedDeltaNet(Attention):
+class GatedDeltaNet(DeltaAttention):
     """The delta rule on a state that each token lets fade first.
 
         q, k = u(c(W_q x)), u(c(W_k x)),   v = c(W_v x),   c(x) = silu(conv(x)),   u(x) = x / |x|
-        S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t + b_b)              (eq. 10)
+        S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t)              (eq. 10)
         a_t = exp(-exp(A) softplus(W_a x_t + d)),   A and d of each head, as in Mamba-2
-        outputs = W_o (norm(S_t^T q_t) * silu(W_g x_t + b_g))
+        outputs = W_o (norm(S_t^T q_t) * silu(W_g x_t))
 
     norm is the RMS norm of each head, with a scale. The decay forgets everything at once, the delta rule one value: with a = 1
     this is DeltaNet.
 
     Cost: time O(T N M V) and C (C + M + V) for each token and head in chunks of C; memory O(T N (M + V)); one extended token
         O(N M V) and a cache of that size whatever came before.
-    Differs from the paper: not at all, as far as could be checked without its text. Its code multiplies q by M^-1/2, which
-        the norm takes away again. Its models have keys of 3 D / 4 and values of 3 D / 2 features, all heads together.
+    Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. The released code
+        scales q by M^-1/2; the norm cancels it. The paper's models have keys of 3 D / 4 and values of 3 D / 2 features, all
+        heads together.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -85,13 +86,3 @@ class GatedDeltaNet(Attention):
         """Query, key and value heads, the rates beta and log decays [B, T, N], and the gate [B, T, N, V]."""
         beta = rates(self.rate(inputs_q), self.negative_eigenvalues)
         return *super().project(inputs_q), beta, self.decay(self.decay_logits(inputs_q)), self.gate(inputs_q)
-
-    def attend(self, query, key, value, beta, log_decay, gate, mask, segment_ids=None):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, segment_ids)[0]
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> DeltaCache:
-        """An empty cache: a state and a few inputs in float32. So max_length bounds nothing, and dtype rounds nothing."""
-        return self.rule.empty(self, batch_size, max_length)
-
-    def attend_cached(self, query, key, value, beta, log_decay, gate, mask, cache):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, cache=cache)

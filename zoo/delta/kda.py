@@ -1,32 +1,33 @@
 """Kimi Delta Attention: the delta rule on a state each of whose channels decays by itself."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from flax import nnx
 
-from subquad.zoo.base import Attention, Shell, Support
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.delta.decay import Decay
-from subquad.zoo.delta.rule import DeltaCache, DeltaRule, rates
+from subquad.zoo.delta.rule import DeltaAttention, DeltaRule, rates
 from subquad.zoo.gated.output import widen
 from subquad.zoo.projection import in_pieces, projection
 
 
-class KimiDeltaAttention(Attention):
+class KimiDeltaAttention(DeltaAttention):
     """The delta rule on a state that each token lets fade first, each channel of the keys as it likes.
 
         q, k = u(c(W_q x)), u(c(W_k x)),   v = c(W_v x),   c(x) = silu(conv(x)),   u(x) = x / |x|
-        S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t + b_b)
+        S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T,   beta_t = sigmoid(W_b x_t)
         a_t = exp(-exp(A) softplus(W_2 W_1 x_t + d)) in (0, 1)^M,   A of each head, d of each channel
-        outputs = W_o (norm(S_t^T q_t) * sigmoid(W_4 (W_3 x_t + b_3) + b_4))
+        outputs = W_o (norm(S_t^T q_t) * sigmoid(W_4 W_3 x_t + b))
 
     norm is the RMS norm of each head, with a scale; W_1 and W_3 have few rows. With one decay for all channels of a head this
     is Gated DeltaNet; without the delta rule, gated linear attention.
 
     Cost: time O(T N M V) and C (C + M + V) log C for each token and head in chunks of C; memory O(T N (M + V)); one extended
         token O(N M V) and a cache of that size whatever came before.
-    Differs from the paper: not at all, as far as could be checked without its text. Its code multiplies q by M^-1/2, which
-        the norm takes away again. It has softmax attention in every fourth layer, for which `Encoder` takes a list of layers.
+    Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. The released code
+        scales q by M^-1/2; the norm cancels it. The paper's model has softmax attention in every fourth layer, for which
+        `Encoder` takes a list of layers.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -39,7 +40,7 @@ class KimiDeltaAttention(Attention):
         rank: rows of W_1 and of W_3. None: those of a head of values, as in the authors' code.
         negative_eigenvalues: beta is twice as large, in (0, 2): a state may be reflected.
         rngs: `rngs.params()` draws the parameters: exp(A) is uniform in 1..16, softplus(d) log-uniform in 0.001..0.1.
-        shell: see `Attention`.
+        shell: see `Attention`. use_bias: of query, key, value, output and W_b; b stays.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; padding changes no state.
         segment_ids: [T] or [*B, T]; a segment is a run of equal ids; taps are then laid out for every token.
@@ -85,9 +86,9 @@ class KimiDeltaAttention(Attention):
         self.decay_down = projection(plain, in_features, rank, rngs=rngs)
         self.decay_up = projection(plain, rank, channels, rngs=rngs)
         self.decay = Decay(channels, rates=(1.0, 16.0), param_dtype=self.param_dtype, rngs=rngs)
-        self.gate_down = projection(shell, in_features, rank, rngs=rngs)
-        self.gate_up = projection(shell, rank, values, rngs=rngs)
-        self.rule = DeltaRule(self, conv_width=conv_width, gate=nnx.sigmoid, rngs=rngs)
+        self.gate_down = projection(plain, in_features, rank, rngs=rngs)
+        self.gate_up = projection({**shell, "use_bias": True}, rank, values, rngs=rngs)
+        self.rule = DeltaRule(self, conv_width=conv_width, gate="sigmoid", rngs=rngs)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):
         """Query, key and value heads, the rates beta [B, T, N], log decays [B, T, N, M], and the gate [B, T, N, V]."""
@@ -95,13 +96,3 @@ class KimiDeltaAttention(Attention):
         # In one pass: no logits of the size of all keys are kept.
         log_decay = in_pieces(lambda low: self.decay.of_tokens(self.decay_up.of_tokens(low)), self.decay_down(inputs_q))
         return *super().project(inputs_q), beta, log_decay, self.gate_up(self.gate_down(inputs_q))
-
-    def attend(self, query, key, value, beta, log_decay, gate, mask, segment_ids=None):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, segment_ids)[0]
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> DeltaCache:
-        """An empty cache: a state and a few inputs in float32. So max_length bounds nothing, and dtype rounds nothing."""
-        return self.rule.empty(self, batch_size, max_length)
-
-    def attend_cached(self, query, key, value, beta, log_decay, gate, mask, cache):
-        return self.rule(query, key, value, beta, log_decay, gate, mask, cache=cache)

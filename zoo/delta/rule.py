@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -15,9 +14,9 @@ from subquad.zoo.base import Attention
 from subquad.zoo.cache import counts
 from subquad.zoo.checks import check_sizes, require_extend
 from subquad.zoo.convolution.taps import CausalConvolution
+from subquad.zoo.features import elu_plus_one, unit
 from subquad.zoo.gated.decay import with_segments
-from subquad.zoo.gated.output import GatedNorm
-from subquad.zoo.kernelized.linear import features
+from subquad.zoo.gated.output import Activation, GatedNorm
 from subquad.zoo.projection import in_pieces
 
 SMALL = 1e-6  # added to a squared length
@@ -45,13 +44,13 @@ class DeltaRule(nnx.Module):
         layer: that has it, with its `query`, `key` and `value` projections and `value_head_features`.
         conv_width: taps W of each convolution; None: no convolutions.
         num_steps: n steps for each token.
-        features: u, of heads [..., M], wide. None: `unit`.
+        features: u, of heads [..., M], wide. None: of length 1.
         gate: f.
     """
 
     def __init__(
         self, layer: Attention, *, conv_width: int | None, num_steps: int = 1, features: Callable[[Any], Any] | None = None,
-        gate: Callable[[Any], Any] = nnx.silu, rngs: nnx.Rngs,
+        gate: Activation = "silu", rngs: nnx.Rngs,
     ):  # fmt: skip
         if conv_width is not None:
             check_sizes(type(layer).__name__, conv_width=conv_width)
@@ -66,7 +65,7 @@ class DeltaRule(nnx.Module):
 
         self.query, self.key, self.value = map(convolution, (layer.query, layer.key, layer.value))
         self.norm = GatedNorm((layer.value_head_features,), activation=gate, param_dtype=layer.param_dtype)
-        self.features, self.implementation = unit if features is None else features, layer.implementation
+        self.features, self.implementation = unit_key if features is None else features, layer.implementation
         self.num_steps = num_steps
         self.state_shape = layer.num_heads, layer.head_features, layer.value_head_features
 
@@ -109,15 +108,31 @@ class DeltaRule(nnx.Module):
             log_decay = rearrange(beside(log_decay, 0, n - 1), "b t s ... -> b (t s) ...")
         return query, key, value, beta, log_decay, None if mask is None else jnp.repeat(mask, n, axis=-1)
 
-    def empty(self, layer: Attention, batch_size: int, max_length: int) -> DeltaCache:
-        """The cache before the first token, of one size whatever max_length."""
-        require_extend(layer, batch_size=batch_size, max_length=max_length)
+    def empty(self, batch_size: int) -> DeltaCache:
+        """The cache before the first token."""
         recent = [
             jnp.zeros((batch_size, 0, 0), jnp.float32) if convolution is None else convolution.empty(batch_size)
             for convolution in (self.query, self.key, self.value)
         ]
         state = jnp.zeros((batch_size, *self.state_shape), jnp.float32)
         return DeltaCache._make([state, *recent, jnp.zeros(batch_size, jnp.int32)])
+
+
+class DeltaAttention(Attention):
+    """The shell of a layer of the delta rule: a variant has a `rule`, and its `project` returns what that takes."""
+
+    rule: DeltaRule
+
+    def attend(self, query, key, value, beta, log_decay, gate, mask, segment_ids=None):
+        return self.rule(query, key, value, beta, log_decay, gate, mask, segment_ids)[0]
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> DeltaCache:
+        """An empty cache: a state and a few inputs in float32. So max_length bounds nothing, and dtype rounds nothing."""
+        require_extend(self, batch_size=batch_size, max_length=max_length)
+        return self.rule.empty(batch_size)
+
+    def attend_cached(self, query, key, value, beta, log_decay, gate, mask, cache):
+        return self.rule(query, key, value, beta, log_decay, gate, mask, cache=cache)
 
 
 def prepare(convolution: CausalConvolution | None, features, heads: Float[Array, "B T N M"], state, mask, segment_ids):
@@ -128,7 +143,7 @@ def prepare(convolution: CausalConvolution | None, features, heads: Float[Array,
 
     def activate(heads):
         heads = heads if convolution is None else nnx.silu(heads)
-        return heads if features is None else features(heads)
+        return heads if features is None else features(heads).astype(heads.dtype)
 
     if convolution is not None:
         outputs, state = convolution(heads.reshape(*heads.shape[:2], -1), mask, segment_ids, state)
@@ -136,18 +151,16 @@ def prepare(convolution: CausalConvolution | None, features, heads: Float[Array,
     return in_pieces(activate, heads), state
 
 
-@precision.promoting
-def unit(heads: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
-    """x / |x|, as far as |x| is not tiny."""
-    x = precision.wide(heads)
-    return (x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + SMALL)).astype(heads.dtype)
+def unit_key(heads: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
+    """x / |x|, as far as |x| is not tiny, wide."""
+    return unit(heads, SMALL)
 
 
 @precision.promoting
 def shares(heads: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
-    """elu(x) + 1, divided by its sum."""
-    x = features(precision.wide(heads))
-    return (x / jnp.sum(x, axis=-1, keepdims=True)).astype(heads.dtype)
+    """elu(x) + 1, divided by its sum, wide."""
+    x = elu_plus_one(precision.wide(heads))
+    return x / jnp.sum(x, axis=-1, keepdims=True)
 
 
 def rates(logits: Float[Array, "B T N"], negative_eigenvalues: bool) -> Float[Array, "B T N"]:

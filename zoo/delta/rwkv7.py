@@ -12,7 +12,7 @@ from subquad.kernels import linear, precision
 from subquad.zoo.base import Support
 from subquad.zoo.cache import RecurrentCache, first_real
 from subquad.zoo.checks import check_divides, check_sizes
-from subquad.zoo.delta.rule import unit
+from subquad.zoo.delta.rule import unit_key
 from subquad.zoo.gated.decay import with_segments
 from subquad.zoo.gated.output import GatedNorm
 from subquad.zoo.gated.token_shift import shift
@@ -94,7 +94,7 @@ class RWKV7(Headless):
         self.key, self.value, self.receptance = (self.linear(in_features, hidden, rngs, use_bias=False) for _ in range(3))
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)
         self.norm = GatedNorm(self.heads, is_centred=True, epsilon=SMALL, param_dtype=self.param_dtype)
-        # Those of the released code for a layer with as many before as after it.
+        # As in the released code: initial values of the middle layer of a model.
         place, at = jnp.arange(in_features) / in_features, jnp.arange(hidden) / max(hidden - 1, 1)
         in_head = jnp.linspace(-1, 1, head_features)
         bend = jnp.tile(in_head * jnp.abs(in_head), self.heads[0])
@@ -142,7 +142,7 @@ class RWKV7(Headless):
     @precision.promoting
     def erased_key(self, key: Float[Array, "N H P"]) -> Float[Array, "N H P"]:
         """z."""
-        return unit(key * self.erased[...].astype(key.dtype)[None])
+        return unit_key(key * self.erased[...].astype(key.dtype)[None]).astype(key.dtype)
 
     @precision.promoting
     def written_key(self, key: Float[Array, "N H P"], rate: Float[Array, "N H P"]) -> Float[Array, "N H P"]:

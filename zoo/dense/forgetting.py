@@ -46,7 +46,7 @@ class ForgettingAttention(Attention):
         use_output_gate  outputs = W_o (o_t * sigmoid(W_g x_t + b_g)), after the norm
 
     Cost: time O(T^2 N H), memory O(T); one extended token O(S N H) after S tokens.
-    Differs from the paper: its projections have no biases but the forget gate's (use_bias). Rotary positions (`rotary_base`)
+    Differs from the paper: its projections have no biases (`use_bias=False`). Rotary positions (`rotary_base`)
         are off by default, as there: gates do without. Grouped heads (`num_kv_heads`) share keys and values, not gates. The
         four options are as in the released code: 0 stands before the first token, eps is 1e-5 of queries and keys and 1e-6 of
         outputs. Its authors say that in the paper's models all heads shared one s of queries and one of keys, by mistake. The
@@ -58,7 +58,7 @@ class ForgettingAttention(Attention):
         num_kv_heads: key/value heads K; must divide num_heads. None: num_heads.
         use_output_gate, use_output_norm, use_qk_norm, use_kv_shift: as above; all four: the attention of the "Pro" block.
         is_causal: must be True: a gate forgets what came before.
-        shell: see `Attention`.
+        shell: see `Attention`. use_bias: of all projections but the forget gate, which keeps its own.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]: what is hidden forgets nothing.
         segment_ids: [T] or [*B, T]; a segment is a run of equal ids.
@@ -92,7 +92,7 @@ class ForgettingAttention(Attention):
         **shell: Unpack[Shell],
     ):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
-        self.forget_gate = projection(shell, in_features, num_heads, rngs=rngs)
+        self.forget_gate = projection({**shell, "use_bias": True}, in_features, num_heads, rngs=rngs)
         kv_heads, size = self.num_kv_heads, self.head_features
 
         def gate(is_there: bool, *shape: int) -> Any:
@@ -103,7 +103,7 @@ class ForgettingAttention(Attention):
 
         self.key_shift, self.value_shift = (gate(use_kv_shift, kv_heads) for _ in range(2))
         self.query_norm, self.key_norm = (norm(use_qk_norm, heads) for heads in (num_heads, kv_heads))
-        self.output_norm = norm(use_output_norm, num_heads, activation=nnx.sigmoid, epsilon=1e-6)
+        self.output_norm = norm(use_output_norm, num_heads, activation="sigmoid", epsilon=1e-6)
         self.output_gate = gate(use_output_gate, num_heads, size)
 
     def project(self, inputs_q, inputs_kv=None, inputs_v=None):

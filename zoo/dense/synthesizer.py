@@ -1,14 +1,13 @@
 """Synthesizer: softmax attention whose logits need not compare tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import precision, softmax
@@ -16,11 +15,9 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, append, places, poisoned
 from subquad.zoo.checks import check_length, check_sizes, check_word, refuse, require_extend
 from subquad.zoo.features import RandomFeature
-from subquad.zoo.projection import Projection
+from subquad.zoo.projection import projection
 
 Synthesis = Literal["dense", "factorized_dense", "random", "factorized_random", "dot_product"]
-# Of the shell, what its linear maps take.
-MAP_OPTIONS = ("use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
 
 
 class SynthesizerAttention(Attention):
@@ -99,10 +96,8 @@ class SynthesizerAttention(Attention):
         if "dot_product" not in forms:
             del self.query, self.key
 
-        options: dict[str, Any] = {name: value for name, value in shell.items() if name in MAP_OPTIONS}
-
         def dense(columns):
-            return Columns(in_features, num_heads, self.head_features, columns, **options, rngs=rngs)
+            return Columns(in_features, num_heads, self.head_features, columns, shell, rngs=rngs)
 
         def drawn(columns, variance):
             numbers = nnx.initializers.normal(variance**0.5)(rngs.params(), (num_heads, max_length, columns), self.param_dtype)
@@ -207,28 +202,21 @@ class Columns(nnx.Module):
         heads: N.
         hidden: features H of W x of a head.
         columns: how many s there are.
-        use_bias, dtype, param_dtype, precision, kernel_init, bias_init: see `Attention`; the w start with twice LeCun's
-            variance, as half of what they are multiplied with is 0.
+        shell: the options of a layer's shell; the w start with twice LeCun's variance, as half of what they are multiplied with
+            is 0.
     """
 
-    def __init__(
-        self, features: int, heads: int, hidden: int, columns: int, *, use_bias: bool = True, dtype: Any = None,
-        param_dtype: Any = jnp.float32, precision: Any = None, kernel_init: nnx.Initializer = default_kernel_init,
-        bias_init: nnx.Initializer = default_bias_init, rngs: nnx.Rngs,
-    ):  # fmt: skip
-        self.precision = precision
-        self.hidden = Projection(
-            features, (heads, hidden), use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision,
-            kernel_init=kernel_init, bias_init=bias_init, rngs=rngs,
-        )
+    def __init__(self, features: int, heads: int, hidden: int, columns: int, shell: Mapping[str, Any], *, rngs: nnx.Rngs):
+        self.hidden = projection(shell, features, (heads, hidden), rngs=rngs)
         draw = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal", in_axis=1, batch_axis=0)
-        self.columns = nnx.Param(draw(rngs.params(), (heads, hidden, columns), param_dtype))
-        self.bias = nnx.Param(bias_init(rngs.params(), (heads, columns), param_dtype)) if use_bias else None
+        self.columns = nnx.Param(draw(rngs.params(), (heads, hidden, columns), self.hidden.param_dtype))
+        bias_init, size = shell.get("bias_init", nnx.initializers.zeros), (heads, columns)
+        self.bias = nnx.Param(bias_init(rngs.params(), size, self.hidden.param_dtype)) if self.hidden.use_bias else None
 
     def __call__(self, inputs: Float[Array, "B T D"], keys: int) -> Float[Array, "B N T S"]:
         """The first `keys` columns, in float32."""
         hidden = nnx.relu(self.hidden(inputs))
         columns = self.columns[..., :keys].astype(hidden.dtype)
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        logits = jnp.einsum("btnh,nhs->bnts", hidden, columns, precision=self.precision, preferred_element_type=wide)
+        logits = jnp.einsum("btnh,nhs->bnts", hidden, columns, precision=self.hidden.precision, preferred_element_type=wide)
         return logits if self.bias is None else logits + self.bias[None, :, None, :keys].astype(wide)

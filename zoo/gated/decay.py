@@ -9,13 +9,15 @@ from jaxtyping import Array, Float, Int
 
 from subquad.zoo.positions import run_starts
 
-CHUNK = 128  # tokens of a tree of log2 steps; of a whole sequence XLA would compute it as often as the tree is deep
+LEAST_STEP = 1e-4  # as in the code of Mamba, Mamba-2 and Gated DeltaNet
+# Tokens of one associative scan. Over a whole sequence XLA recomputes the scan at every one of its log2(T) levels.
+CHUNK = 128
 
 
-def step_bias(rngs: nnx.Rngs, shape: tuple[int, ...], low: float, high: float, least: float = 0.0) -> Float[Array, "*shape"]:
-    """Float32 numbers whose softplus is log-uniform between `low` and `high`, and at least `least`."""
+def step_bias(rngs: nnx.Rngs, shape: tuple[int, ...], low: float, high: float) -> Float[Array, "*shape"]:
+    """Float32 numbers whose softplus is log-uniform between `low` and `high`, and at least `LEAST_STEP`."""
     step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, math.log(low), math.log(high)))
-    step = jnp.maximum(step, least)
+    step = jnp.maximum(step, LEAST_STEP)
     return step + jnp.log(-jnp.expm1(-step))
 
 

@@ -26,8 +26,8 @@ class GatedLinearAttention(Attention):
     of 1 are the linear transformer without its denominator.
 
     Cost: time O(T N H V), memory O(T N (H + V)); one extended token O(N H V) and a cache of that size whatever came before.
-    Differs from the paper: projections have biases, b among them, unless `use_bias=False`, and start as other layers' do.
-        Sections are cited from memory.
+    Differs from the paper: projections have biases unless `use_bias=False`, and start as other layers' do. The norm is RMS, as
+        in the code; the paper's is centred. Sections are cited from memory.
 
     Args:
         num_heads: query heads N; must divide qkv_features and value_features. The paper has 4.
@@ -38,7 +38,7 @@ class GatedLinearAttention(Attention):
         decay_rank: numbers between W_1 and W_2.
         temperature: tau. The larger, the nearer to 1 the gates, and the longer the memory.
         is_causal: must be True: a token sees itself and those before it.
-        shell: see `Attention`.
+        shell: see `Attention`. use_bias: of query, key, value, output and W_g; b stays.
     Call:
         inputs_q: [*B, T, D].  mask: True = attend; key padding only, [*B, 1, 1, T]; nothing fades at padding.
         segment_ids: [T] or [*B, T]; a segment is a run of equal ids.
@@ -81,7 +81,7 @@ class GatedLinearAttention(Attention):
         widen(self, in_features if value_features is None else value_features, shell, rngs)
         self.temperature = temperature
         self.decay_down = projection({**shell, "use_bias": False}, in_features, decay_rank, rngs=rngs)
-        self.decay_up = projection(shell, decay_rank, (self.num_kv_heads, self.head_features), rngs=rngs)
+        self.decay_up = projection({**shell, "use_bias": True}, decay_rank, (self.num_kv_heads, self.head_features), rngs=rngs)
         self.gate = projection(shell, in_features, (num_heads, self.value_head_features), rngs=rngs)
         self.norm = GatedNorm((self.value_head_features,), param_dtype=self.param_dtype)
 

@@ -28,7 +28,9 @@ class HGRN2(Attention):
     Cost: time O(T N H^2), memory O(T N H); one extended token O(N H^2) and a cache of that size whatever came before.
     Differs from the paper: there a model learns its lower bounds, which grow from layer to layer as sums of a softmax over
         layers; here a layer's is a number that the caller gives, 0 for the first and larger for later ones (`mixer_options`
-        of a model takes one for each layer). Projections have biases unless `use_bias=False`, and start as other layers' do.
+        of a model takes one for each layer). i and the norm are as in the code's language model, whose norm has no scale; the
+        defaults of its `Hgru2_1d` are silu(i), sigmoid(q) and a layer norm. Projections have biases unless `use_bias=False`,
+        and start as other layers' do.
 
     Args:
         num_heads: heads N; must divide qkv_features. The paper's heads have 128 features.
@@ -50,7 +52,8 @@ class HGRN2(Attention):
         >>> cache.state.shape
         (2, 4, 16, 16)
 
-    Source: Qin et al., HGRN2: Gated Linear RNNs with State Expansion, COLM 2024, arXiv 2404.07904; code: OpenNLPLab/HGRN2.
+    Source: Qin et al., HGRN2: Gated Linear RNNs with State Expansion, COLM 2024, arXiv 2404.07904; code:
+        Doraemonzzz/hgru2-pytorch.
     """
 
     supports = Support(cost="T", bidirectional=False, segment_ids=True)

@@ -32,8 +32,9 @@ class Mamba2(Headless):
 
     Cost: time O(T (D R + R M)), memory O(T (R + G M)) for R hidden features in G groups; one extended token O(R (D + M)) and a
         cache of R M + (K - 1) (R + 2 G M) numbers.
-    Differs from the paper: not at all. One map makes z, u and delta there; starting values are those of the released code:
-        exp(A) is uniform in 1..16, softplus(b_d) log-uniform in dt_min..dt_max, D = 1.
+    Differs from the paper: one map makes z, u and delta there. Steps, decays and D start as in the released code: exp(A) is
+        uniform in 1..16, softplus(b_d) log-uniform in dt_min..dt_max and at least 1e-4, D = 1. Maps start as Flax's, the
+        convolution's bias at 0.
 
     Args:
         in_features: features D of the inputs.

@@ -1,7 +1,7 @@
 """What layers with a matrix state have around it: values of a width of their own, and a norm and a gate of each head."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from subquad.kernels import precision
 from subquad.zoo.base import Attention
 from subquad.zoo.checks import check_sizes, refuse
 from subquad.zoo.projection import Projection, in_pieces, projection
+
+Activation = Literal["silu", "sigmoid"]
+ACTIVATIONS = dict(silu=nnx.silu, sigmoid=nnx.sigmoid)  # a layer that held the function could not be pickled
 
 
 def widen(layer: Attention, value_features: int, shell: Mapping[str, Any], rngs: nnx.Rngs) -> None:
@@ -51,7 +54,7 @@ class GatedNorm(nnx.Module):
 
     def __init__(
         self, shape: tuple[int, ...], *, together: bool = False, is_centred: bool = False, use_bias: bool | None = None,
-        activation: Callable[[Any], Any] = nnx.silu, gate_first: bool = False, epsilon: float = 1e-5,
+        activation: Activation = "silu", gate_first: bool = False, epsilon: float = 1e-5,
         param_dtype: Any = jnp.float32,
     ):  # fmt: skip
         self.is_centred, self.activation, self.gate_first, self.epsilon = is_centred, activation, gate_first, epsilon
@@ -68,7 +71,7 @@ class GatedNorm(nnx.Module):
 
     @precision.promoting
     def of_tokens(self, heads: Float[Array, "T N V"], gate: Float[Array, "T N V"] | None = None) -> Float[Array, "T N V"]:
-        x, factor = precision.wide(heads), 1 if gate is None else self.activation(precision.wide(gate))
+        x, factor = precision.wide(heads), 1 if gate is None else ACTIVATIONS[self.activation](precision.wide(gate))
         if self.gate_first:
             x = x * factor
         if self.is_centred:

@@ -29,8 +29,9 @@ class Retention(Attention):
     Cost: time O(T N H V), memory O(T N (H + V)); one extended token O(N H V) and a cache of that size whatever came before.
     Differs from the paper: it also divides by the root of the decays' sum and by the size of the row's sum, which the norm
         takes away again but for its epsilon; what the rows are divided by depends on how they are computed, and is left out.
-        Its rotation turns neighbouring features, at wavelengths that reach 20,000 pi; here those of `rotary_base`.
-        Projections have biases unless `use_bias=False`, and start as other layers' do.
+        Its rotation turns neighbouring features, at wavelengths that reach 20,000 pi; here those of `rotary_base`. The norm
+        is RMS, as in the code; the paper's is centred. The scale is not in the code. Projections have biases unless
+        `use_bias=False`, and start as other layers' do.
 
     Args:
         num_heads: query heads N; must divide qkv_features and value_features. The paper's have 256 features.

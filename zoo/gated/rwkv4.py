@@ -77,7 +77,7 @@ class RWKV4(Headless):
         self.hidden_features = hidden
         self.key, self.value, self.receptance = (self.linear(in_features, hidden, rngs, use_bias=False) for _ in range(3))
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)
-        # Those of the released code for a layer with as many before as after it.
+        # As in the released code: initial values of the middle layer of a model.
         param = lambda x: nnx.Param(x.astype(self.param_dtype))
         place, at = jnp.arange(in_features, dtype=jnp.float32) / in_features, jnp.arange(hidden, dtype=jnp.float32)
         self.mix = param(jnp.stack([place**0.5, place**0.5 + 0.15, place**0.25]))

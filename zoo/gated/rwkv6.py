@@ -36,7 +36,7 @@ class RWKV6(Headless):
     Cost: time O(T A (D + P)) for heads of P features, A of all; memory O(T A); one extended token O(A (D + P)) and a cache of
         A P + D numbers.
     Differs from the paper: starting values depend there on the place of a layer in the model; here every layer starts as one
-        in the middle.
+        in the middle, its large maps as Flax's do.
 
     Args:
         in_features: features D of the inputs.
@@ -88,7 +88,7 @@ class RWKV6(Headless):
         )
         self.out = self.linear(hidden, self.out_features, rngs, use_bias=False)
         self.norm = GatedNorm(self.heads, is_centred=True, epsilon=SMALL, param_dtype=self.param_dtype)
-        # Those of the released code for a layer with as many before as after it.
+        # As in the released code: initial values of the middle layer of a model.
         place = jnp.arange(in_features, dtype=jnp.float32) / in_features
         at = jnp.arange(hidden, dtype=jnp.float32) / max(hidden - 1, 1)
         mixes = dict(decay=1 - place**0.5, key=1 - place**0.5, value=0.85 - place**0.5, receptance=1 - place**0.25,

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subquad.kernels import gather, precision, softmax
+from subquad.zoo import padding
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import HTransformerCache, append, pieces, places, poisoned, write
 from subquad.zoo.checks import check_sizes, refuse
@@ -80,8 +81,7 @@ class HTransformerAttention(Attention):
     def attend(self, query, key, value, mask):
         if self.is_causal:
             return head_by_head(self._attend_all_causal, query, key, value)
-        real = jnp.ones((1, query.shape[1]), bool) if mask is None else mask[:, 0, 0]
-        counts = jnp.broadcast_to(real, query.shape[:2]).astype(jnp.float32)
+        counts = padding.real(mask, query).astype(jnp.float32)
         groups = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
         return head_by_head(self._attend_both, query, key, value, by_sample=(counts,))

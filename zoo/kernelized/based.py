@@ -1,20 +1,18 @@
 """Based: linear attention whose weights are the exponential's Taylor polynomial."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import precision
-from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import LinearCache
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.gated.output import widen
-from subquad.zoo.kernelized import sums
-from subquad.zoo.projection import head_by_head
+from subquad.zoo.kernelized.sums import FeatureAttention
 
 
-class BasedAttention(Attention):
+class BasedAttention(FeatureAttention):
     """Attention whose weights are those of softmax to the second order, over narrow queries and keys: Based.
 
         y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = 1 + u_ts + u_ts^2 / 2,   u_ts = q_t . k_s / sqrt(H),   s <= t if causal
@@ -56,6 +54,7 @@ class BasedAttention(Attention):
     """
 
     supports = Support(cost="T", cross=True, segment_ids=True, grouped=True, rotary=True)
+    by_head = True
 
     def __init__(
         self,
@@ -73,21 +72,10 @@ class BasedAttention(Attention):
             num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell
         )
         widen(self, in_features if value_features is None else value_features, shell, rngs)
+        self.num_features = 1 + self.head_features * (self.head_features + 3) // 2
 
-    def attend(self, query, key, value, mask, segment_ids=None):
-        # Of long sequences the features of a few heads at a time.
-        attend = lambda query, key, value, mask, ids: self._attend(query, key, value, mask, segment_ids=ids)
-        return head_by_head(attend, query, key, value, by_sample=(mask, segment_ids))
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
-        """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        return sums.empty(self, batch_size, max_length, 1 + self.head_features * (self.head_features + 3) // 2)
-
-    def attend_cached(self, query, key, value, mask, cache):
-        return sums.carry_on(self._attend, query, key, value, mask, cache)
-
-    def _attend(self, query, key, value, mask, **options):
-        return sums.attend(self, taylor_features(query), taylor_features(key), value, mask, **options)
+    def mix(self, query, key, value, mask, **options):
+        return self.weigh(taylor_features(query), taylor_features(key), value, mask, **options)
 
 
 @precision.promoting

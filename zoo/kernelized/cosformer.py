@@ -1,21 +1,20 @@
 """cosFormer: linear attention with ReLU features, whose weights fall with the distance as a cosine."""
 
-import functools
 import math
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import LinearCache, places
+from subquad.zoo.base import Shell, Support
+from subquad.zoo.cache import places
 from subquad.zoo.checks import check_sizes
-from subquad.zoo.kernelized import sums
+from subquad.zoo.kernelized.sums import FeatureAttention
 from subquad.zoo.projection import in_pieces
 
 
-class CosformerAttention(Attention):
+class CosformerAttention(FeatureAttention):
     """Attention whose weights are products of ReLU features, and of the cosine of the distance.
 
         y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = relu(q_t) . relu(k_s) cos(pi (t - s) / 2M),   s <= t if causal
@@ -65,30 +64,23 @@ class CosformerAttention(Attention):
     ):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         check_sizes("CosformerAttention", max_length=max_length)
-        self.max_length = int(max_length)
+        self.max_length, self.num_features = int(max_length), 2 * self.head_features
 
     def attend(self, query, key, value, mask, segment_ids=None, query_positions=None, key_positions=None):
         for name, tokens in (("inputs_q", query.shape[1]), ("inputs_kv", key.shape[1])):
             self._check_length(name, tokens)
         given = (query, query_positions), (key, key_positions)
         at = (jnp.arange(heads.shape[1])[None] if positions is None else positions for heads, positions in given)
-        return self._attend(query, key, value, mask, *at, segment_ids=segment_ids)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
-        """An empty cache: float32 sums, no keys or values, of one size for any max_length up to the layer's."""
-        cache = sums.empty(self, batch_size, max_length, 2 * self.head_features)
-        self._check_length("max_length", max_length)
-        return cache
+        return self.mix(query, key, value, mask, *at, segment_ids=segment_ids)
 
     def attend_cached(self, query, key, value, mask, cache):
         at = places(cache.seen, query.shape[1])
-        attend = functools.partial(self._attend, query_positions=at, key_positions=at)
-        heads, cache = sums.carry_on(attend, query, key, value, mask, cache)
+        heads, cache = super().attend_cached(query, key, value, mask, cache, query_positions=at, key_positions=at)
         return jnp.where((cache.seen > self.max_length)[:, None, None, None], jnp.nan, heads), cache
 
-    def _attend(self, query, key, value, mask, query_positions, key_positions, **options):
+    def mix(self, query, key, value, mask, query_positions, key_positions, **options):
         query, key = (features(x, at, self.max_length) for x, at in ((query, query_positions), (key, key_positions)))
-        return sums.attend(self, query, key, value, mask, **options)
+        return self.weigh(query, key, value, mask, **options)
 
 
 def features(

@@ -1,19 +1,17 @@
 """DPFP: linear attention whose features are products of the parts of a token, sparse and without random numbers."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import LinearCache
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.checks import check_sizes, refuse
-from subquad.zoo.kernelized import sums
-from subquad.zoo.projection import head_by_head
+from subquad.zoo.kernelized.sums import FeatureAttention
 
 
-class DPFPAttention(Attention):
+class DPFPAttention(FeatureAttention):
     """Linear attention with a deterministic parameter-free projection: products of a key's own rectified features.
 
         y_t = phi(q_t)^T sum_s phi(k_s) v_s^T / phi(q_t)^T sum_s phi(k_s),   s <= t if causal
@@ -51,6 +49,7 @@ class DPFPAttention(Attention):
     """
 
     supports = Support(cost="T", cross=True, segment_ids=True, grouped=True, rotary=True, attention_fn=True)
+    by_head = True
 
     def __init__(
         self,
@@ -67,22 +66,10 @@ class DPFPAttention(Attention):
         check_sizes("DPFPAttention", nu=nu)
         if nu >= 2 * self.head_features:
             refuse("DPFPAttention", "nu", nu, f"be below 2 H = {2 * self.head_features}", "Further rolls bring the same again.")
-        self.nu = int(nu)
+        self.nu, self.num_features = int(nu), 2 * int(nu) * self.head_features
 
-    def attend(self, query, key, value, mask, segment_ids=None):
-        # Of long sequences the features of a few heads at a time: there are 2 nu times as many as the heads' own.
-        attend = lambda query, key, value, mask, ids: self._attend(query, key, value, mask, segment_ids=ids)
-        return head_by_head(attend, query, key, value, by_sample=(mask, segment_ids))
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
-        """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        return sums.empty(self, batch_size, max_length, 2 * self.nu * self.head_features)
-
-    def attend_cached(self, query, key, value, mask, cache):
-        return sums.carry_on(self._attend, query, key, value, mask, cache)
-
-    def _attend(self, query, key, value, mask, **options):
-        return sums.attend(self, features(query, self.nu), features(key, self.nu), value, mask, **options)
+    def mix(self, query, key, value, mask, **options):
+        return self.weigh(features(query, self.nu), features(key, self.nu), value, mask, **options)
 
 
 def features(inputs: Float[Array, "*B H"], nu: int) -> Float[Array, "*B M"]:

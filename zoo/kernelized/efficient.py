@@ -60,7 +60,7 @@ class EfficientAttention(Attention):
             attend = lambda *arrays: causal(*arrays, None, self.implementation)[0]
             return head_by_head(attend, query, *self._repeated(key, value, mask), by_sample=(mask, starts))
         key, value = self._repeated(key, value, mask)
-        # The denominator, products of the query's weights and sums of the keys', is 1.
+        # Each feature's key weights sum to 1, and so do a query's weights over features: linear.attention divides by 1.
         return linear.attention(
             in_pieces(over_features, query), softmax_over_keys(key, segment_ids, self.implementation), value, mask=mask,
             segment_ids=segment_ids, implementation=self.implementation,

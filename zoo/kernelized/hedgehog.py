@@ -1,7 +1,7 @@
 """Hedgehog: linear attention whose features are trained to give the weights of softmax attention."""
 
 import math
-from typing import Any, Literal, Unpack, get_args
+from typing import Literal, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import precision
 from subquad.zoo import padding
-from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import LinearCache
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.checks import check_call, check_word
-from subquad.zoo.kernelized import sums
+from subquad.zoo.kernelized.sums import FeatureAttention
 from subquad.zoo.positions import run_starts
 from subquad.zoo.projection import in_pieces
 
@@ -22,7 +21,7 @@ BLOCK = 128  # queries whose weights are held at a time
 SMALLEST = 1e-30  # of a product of features, so that it has a logarithm
 
 
-class HedgehogAttention(Attention):
+class HedgehogAttention(FeatureAttention):
     """Linear attention with a feature map of exponentials, learned for each head, of queries and of keys.
 
         y_t = phi_q(q_t)^T sum_s phi_k(k_s) v_s^T / phi_q(q_t)^T sum_s phi_k(k_s),   s <= t if causal
@@ -74,27 +73,17 @@ class HedgehogAttention(Attention):
     ):
         super().__init__(num_heads, in_features, num_kv_heads=num_kv_heads, is_causal=is_causal, rngs=rngs, **shell)
         check_word("HedgehogAttention", "activation", activation, get_args(Activation))
-        self.activation = activation
+        self.activation, self.num_features = activation, 2 * self.head_features
         identity = lambda heads: nnx.Param(jnp.tile(jnp.eye(self.head_features, dtype=self.param_dtype), (heads, 1, 1)))
         shift = lambda heads: nnx.Param(jnp.zeros((heads, self.head_features), self.param_dtype))
         self.query_map, self.query_shift = identity(self.num_heads), shift(self.num_heads)
         self.key_map, self.key_shift = identity(self.num_kv_heads), shift(self.num_kv_heads)
 
-    def attend(self, query, key, value, mask, segment_ids=None):
-        return self._attend(query, key, value, mask, segment_ids=segment_ids)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
-        """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        return sums.empty(self, batch_size, max_length, 2 * self.head_features)
-
-    def attend_cached(self, query, key, value, mask, cache):
-        return sums.carry_on(self._attend, query, key, value, mask, cache)
-
-    def _attend(self, query, key, value, mask, **options):
+    def mix(self, query, key, value, mask, **options):
         query, key, log_scale = self._features(query, key)
         if log_scale is not None:
             log_scale = jnp.repeat(log_scale, self.num_heads // self.num_kv_heads, axis=2)
-        return sums.attend(self, query, key, value, mask, key_log_scale=log_scale, **options)
+        return self.weigh(query, key, value, mask, key_log_scale=log_scale, **options)
 
     def _features(self, query, key):
         """Features of queries and of keys, and the logarithms of what those of keys are to be multiplied with, or None."""

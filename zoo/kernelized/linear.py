@@ -1,16 +1,11 @@
 """Linear attention with features elu(x) + 1: the linear transformer."""
 
-from typing import Any
-
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-from subquad.zoo.base import Attention, Support
-from subquad.zoo.cache import LinearCache
-from subquad.zoo.kernelized import sums
+from subquad.zoo.base import Support
+from subquad.zoo.features import elu_plus_one
+from subquad.zoo.kernelized.sums import FeatureAttention
 
 
-class LinearAttention(Attention):
+class LinearAttention(FeatureAttention):
     """Attention whose weights are products of positive features of query and key.
 
         y_t = phi(q_t)^T sum_s phi(k_s) v_s^T / phi(q_t)^T sum_s phi(k_s),   s <= t if causal           (eqs. 5, 9)
@@ -48,20 +43,5 @@ class LinearAttention(Attention):
 
     supports = Support(cost="T", cross=True, segment_ids=True, grouped=True, rotary=True, attention_fn=True)
 
-    def attend(self, query, key, value, mask, segment_ids=None):
-        return self._attend(query, key, value, mask, segment_ids=segment_ids)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
-        """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        return sums.empty(self, batch_size, max_length, self.head_features)
-
-    def attend_cached(self, query, key, value, mask, cache):
-        return sums.carry_on(self._attend, query, key, value, mask, cache)
-
-    def _attend(self, query, key, value, mask, **options):
-        return sums.attend(self, features(query), features(key), value, mask, **options)
-
-
-def features(inputs: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-    """elu(x) + 1, which keeps its digits where x is far below 0."""
-    return jnp.where(inputs > 0, inputs + 1, jnp.exp(jnp.where(inputs > 0, 0, inputs)))
+    def mix(self, query, key, value, mask, **options):
+        return self.weigh(elu_plus_one(query), elu_plus_one(key), value, mask, **options)

@@ -1,19 +1,18 @@
 """Performer: softmax attention estimated by positive orthogonal random features, in linear time."""
 
-from typing import Any, Literal, Unpack, get_args
+from typing import Literal, Unpack, get_args
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import linear
-from subquad.zoo.base import Attention, Shell, Support
-from subquad.zoo.cache import LinearCache
+from subquad.zoo.base import Shell, Support
 from subquad.zoo.checks import check_sizes, check_word
 from subquad.zoo.features import RandomFeature, RowNorm, random_projection
-from subquad.zoo.kernelized import sums
+from subquad.zoo.kernelized.sums import FeatureAttention
 
 
-class PerformerAttention(Attention):
+class PerformerAttention(FeatureAttention):
     """FAVOR+: attention through random features phi whose products estimate a kernel.
 
         y_t = phi(q_t)^T sum_s phi(k_s) v_s^T / phi(q_t)^T sum_s phi(k_s),   s <= t if causal   (eq. 4, appendix B.1)
@@ -92,17 +91,7 @@ class PerformerAttention(Attention):
             rngs.params(), self.num_features, self.head_features, orthogonal=self.orthogonal, row_norm=self.row_norm
         )
 
-    def attend(self, query, key, value, mask, segment_ids=None):
-        return self._attend(query, key, value, mask, segment_ids=segment_ids)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> LinearCache:
-        """An empty cache: float32 sums, no keys or values. So max_length bounds nothing, and dtype rounds nothing."""
-        return sums.empty(self, batch_size, max_length, self.num_features)
-
-    def attend_cached(self, query, key, value, mask, cache):
-        return sums.carry_on(self._attend, query, key, value, mask, cache)
-
-    def _attend(self, query, key, value, mask, **options):
+    def mix(self, query, key, value, mask, **options):
         return linear.random_feature_attention(
             query, key, value, self.projection[...], kernel=self.kernel, mask=mask, is_causal=self.is_causal,
             implementation=self.implementation, **options,

@@ -5,16 +5,15 @@ from typing import Any, Literal, Unpack, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float
 
 from subquad.kernels import linear, precision
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import GatedCache, counts
 from subquad.zoo.checks import check_sizes, check_word, refuse, require_extend
-from subquad.zoo.features import RandomFeature, random_projection
+from subquad.zoo.features import RandomFeature, random_projection, unit
 from subquad.zoo.positions import run_starts
-from subquad.zoo.projection import Projection, in_pieces
+from subquad.zoo.projection import in_pieces, projection
 
 Constants = Literal["paper", "code"]
 
@@ -46,7 +45,7 @@ class RFAAttention(Attention):
             constants.
         constants: "code" has those of the authors' code, which is causal: x / (|x| + 0.001), features multiplied by 0.1 M^1/2,
             a denominator of at least 1, and no gate. The first tokens, whose denominators are less, come out small.
-        shell: see `Attention`.
+        shell: see `Attention`. use_bias: of query, key, value and output; b_g stays.
     Call:
         inputs_q: [*B, T, D].  inputs_kv: [*B, S, D].  mask: True = attend; key padding only, [*B, 1, 1, S].
         segment_ids: [T] or [*B, T]; a segment is a run of equal ids.
@@ -91,11 +90,7 @@ class RFAAttention(Attention):
         self.sigma = nnx.Param(jnp.ones((num_heads, self.head_features), self.param_dtype))
         self.gate = nnx.data(None)
         if is_causal and constants == "paper" and gate is not False:
-            self.gate = Projection(
-                in_features, num_heads, use_bias=shell.get("use_bias", True), dtype=self.dtype, param_dtype=self.param_dtype,
-                precision=shell.get("precision"), kernel_init=shell.get("kernel_init", default_kernel_init),
-                bias_init=shell.get("bias_init", default_bias_init), rngs=rngs,
-            )
+            self.gate = projection({**shell, "use_bias": True}, in_features, num_heads, rngs=rngs)
 
     def redraw(self, rngs: nnx.Rngs) -> Float[Array, "N M H"]:
         """New random projections, from `rngs.params()`, for the caller to write into the layer; see `PerformerAttention`."""
@@ -132,7 +127,7 @@ class RFAAttention(Attention):
         key, value = (jnp.repeat(heads, self.num_heads // self.num_kv_heads, axis=2) for heads in (key, value))
         scale, offset = (0.1 * self.num_features**0.5, 1e-3) if self.constants == "code" else (1.0, 0.0)
         directions = self.sigma[...][:, None].astype(self.projection[...].dtype) * self.projection[...]
-        features = lambda heads: (scale * fourier_features(unit(heads, offset), directions)).astype(heads.dtype)
+        features = lambda heads: (scale * fourier_features(unit(heads, offset=offset), directions)).astype(heads.dtype)
         weighed = lambda heads, gate: features(heads) * nnx.sigmoid(-gate)[..., None].astype(heads.dtype)
         keys = in_pieces(features, key) if gate is None else in_pieces(weighed, key, gate)
         return in_pieces(features, query), keys, value
@@ -154,14 +149,6 @@ class RFAAttention(Attention):
         sums, state = linear.gated(query, key, pairs, log_decay, initial_state=state, **options)
         outputs = sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)
         return outputs.astype(value.dtype), (state[..., :-1], state[..., -1])
-
-
-def unit(inputs: Float[Array, "*B H"], offset: float) -> Float[Array, "*B H"]:
-    """x / (|x| + offset), wide; 0 with a zero gradient where x is 0."""
-    inputs = precision.wide(inputs)
-    squares = jnp.sum(inputs**2, axis=-1, keepdims=True)
-    norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    return jnp.where(squares > 0, inputs / (norm + offset), 0)
 
 
 @precision.promoting

@@ -7,7 +7,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subquad.kernels import softmax
+from subquad.kernels import precision, softmax
 from subquad.kernels.axes import KeyMask
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.checks import check_length, check_sizes, check_word, refuse
@@ -56,6 +56,7 @@ class LinformerProjection(nnx.Module):
         self.key = draw()
         self.value = None if share_key_value else draw()
 
+    @precision.full
     def __call__(
         self, key: Float[Array, "B S N H"], value: Float[Array, "B S N V"], mask: KeyMask | None
     ) -> tuple[Float[Array, "B M N H"], Float[Array, "B M N V"]]:

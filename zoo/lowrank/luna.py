@@ -12,6 +12,7 @@ from subquad.kernels import linear, precision, softmax
 from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import LunaCache, counts, places
 from subquad.zoo.checks import check_sizes, check_word, refuse, require_extend
+from subquad.zoo.features import elu_plus_one
 from subquad.zoo.padding import any_key
 from subquad.zoo.projection import in_pieces, projection
 
@@ -148,7 +149,7 @@ def gate(key: Float[Array, "T N H"], slots: Float[Array, "L N H"], activation: A
     wide = precision.wide  # on a CPU, bfloat16 products have bfloat16 sums
     logits = jnp.einsum("tnh,lnh->tnl", wide(key), wide(slots)) * key.shape[-1] ** -0.5
     if activation == "elu":
-        return (jax.nn.elu(logits) + 1).astype(key.dtype)
+        return elu_plus_one(logits).astype(key.dtype)
     return jnp.logaddexp2(logits, jnp.zeros_like(logits)).astype(key.dtype)
 
 

@@ -85,7 +85,7 @@ class MemoryCompressedAttention(Attention):
         if self.is_causal:
             compressed = self.compress(key, value)
             return self._attend_causal(query, (key, value), compressed, mask, counted(query), counted(key))
-        real = jnp.ones((1, key.shape[1]), bool) if mask is None else mask[:, 0, 0]
+        real = padding.real(mask, key)
         compressed = self.compress(*(padding.clear(x, real) for x in (key, value)))
         visible = in_blocks(real, self.compression).any(-1)
         if self.null_key is not None:

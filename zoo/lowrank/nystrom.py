@@ -33,7 +33,7 @@ class NystromAttention(Attention):
         num_landmarks: M, segments of the sequence.
         num_iterations: of the pseudo-inverse. Where few do not converge (nearly equal landmarks), small directions are lost.
         conv_width: taps of the depthwise convolution of the values, one set for each head, around each token. 35 is that of
-            the authors' code in the arena, 33 in their language models. None: no convolution.
+            the authors' code for Long Range Arena, 33 in their language models. None: no convolution.
         is_causal: must be False: a landmark holds tokens of the future.
         shell: see `Attention`.
     Call:

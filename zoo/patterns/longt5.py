@@ -31,8 +31,8 @@ class LongT5Attention(Attention):
     and bucket of distances, as T5's. N(x) = x / rms(x) times a learned scale.
 
     Cost: time O(T (radius + T / block_size) N H), memory O(T); with block_size=None O(T) both.
-    Differs from the paper: none; what it says nothing of is as in its published code (block sums, tokens left over, separate
-        biases). A sequence shorter than a block is one.
+    Differs from the paper: T5's layers share the biases of the first; here each layer has its own. What the paper says nothing
+        of is as in its published code (block sums, tokens left over, separate biases). A sequence shorter than a block is one.
 
     Args:
         num_heads: query heads N; must divide qkv_features.
@@ -41,7 +41,8 @@ class LongT5Attention(Attention):
         block_size: tokens of a global token. None: there are none, which is LongT5's local attention.
         num_buckets: of distances, half of them for each direction.
         max_distance: from here on distances share a bucket.
-        scale: of the logits. T5 has no 1 / sqrt(H): its initial queries are smaller.
+        scale: of the logits. T5 has no 1 / sqrt(H): its queries start smaller by that, as they do here
+            unless kernel_init is given.
         is_causal: must be False: global tokens hold all tokens.
         shell: see `Attention`; T5's projections have use_bias=False.
     Call:
@@ -85,7 +86,10 @@ class LongT5Attention(Attention):
                    f"be a multiple of 4 and below 4 max_distance = {4 * max_distance}", "T5 has 32, up to a distance of 128.")
         self.radius, self.block_size, self.scale = int(radius), None if block_size is None else int(block_size), scale
         self.num_buckets, self.max_distance = int(num_buckets), int(max_distance)
-        biases = lambda: nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_buckets, num_heads), self.param_dtype))
+        if "kernel_init" not in shell:  # T5 draws smaller queries instead of dividing logits
+            self.query.kernel[...] *= self.head_features**-0.5
+        draw = nnx.initializers.normal(in_features**-0.5)
+        biases = lambda: nnx.Param(draw(rngs.params(), (num_buckets, num_heads), self.param_dtype))
         self.bias = biases()
         if self.block_size is not None:
             self.global_bias = biases()
@@ -96,9 +100,8 @@ class LongT5Attention(Attention):
         return *super().project(inputs_q), inputs_q
 
     def attend(self, query, key, value, inputs, mask):
-        batch, length = inputs.shape[:2]
-        real = jnp.ones((batch, length), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, length))
-        table = lambda bias: jnp.broadcast_to(bias[...][None], (batch, *bias.shape))  # as heads have it
+        real = padding.real(mask, inputs)
+        table = lambda bias: jnp.broadcast_to(bias[...][None], (len(inputs), *bias.shape))  # as heads have it
         if self.block_size is None:
             near = lambda *arrays: self._near(*arrays)[0]
             return head_by_head(near, query, key, value, table(self.bias), by_sample=(real,))

@@ -14,6 +14,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import KVCache, counts, pieces, places, write
 from subquad.zoo.checks import check_sizes, check_word, require_extend
 from subquad.zoo.extending import attend_to_cache
+from subquad.zoo.features import elu_plus_one
 from subquad.zoo.projection import head_by_head
 from subquad.zoo.recurrent import segments
 
@@ -178,7 +179,7 @@ def empty_memory(key: Float[Array, "B T K H"], value: Float[Array, "B T K V"]) -
 
 def features(x):
     """s(x), in float32."""
-    return nnx.elu(x.astype(jnp.float32)) + 1
+    return elu_plus_one(x.astype(jnp.float32))
 
 
 @precision.full

@@ -14,6 +14,7 @@ from subquad.zoo.base import Attention, Shell, Support
 from subquad.zoo.cache import append, places, poisoned
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.extending import attend_to_cache, in_chunks
+from subquad.zoo.features import unit
 from subquad.zoo.recurrent import segments
 
 CHUNK = 64  # queries whose scores are held at a time
@@ -94,7 +95,7 @@ class MemorizingAttention(Attention):
         """Queries of length c sqrt(H), so that attention divides by the latter; keys of length 1; values."""
         query, key, value = super().project(inputs_q)
         scale = (self.head_features**0.5 * self.scale[...].astype(jnp.float32))[:, None]
-        return (unit(query) * scale).astype(query.dtype), unit(key).astype(key.dtype), value
+        return (unit(query, EPSILON) * scale).astype(query.dtype), unit(key, EPSILON).astype(key.dtype), value
 
     def attend(self, query, key, value, mask):
         start = jnp.zeros(len(query), jnp.int32)
@@ -126,9 +127,3 @@ class MemorizingAttention(Attention):
         held = at < first if self.memory_length is None else (at < first) & (at >= first - self.memory_length)
         scores, found = jax.lax.top_k(jnp.where(held[:, None, None], scores, -jnp.inf), min(self.num_neighbors, len(at)))
         return rearrange(jnp.where(scores > -jnp.inf, found, -1), "b k g t l -> b (k g) t l")
-
-
-def unit(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """Vectors of length 1, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + EPSILON)

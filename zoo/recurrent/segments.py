@@ -1,5 +1,8 @@
 """Attention segment after segment, each to what is before it, by content and distance."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -7,9 +10,10 @@ from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import relative
+from subquad.zoo import padding
 from subquad.zoo.positions import sinusoidal
 
 
@@ -73,6 +77,65 @@ def most_used(used, valid, number: int):
     return jnp.maximum(best, 0), best >= 0
 
 
+class Memory(NamedTuple):
+    """Keys and values of slots, which of them hold something, and of which sequences; None: there is one."""
+
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N H"]
+    valid: Bool[Array, "B S"]
+    ids: Int[Array, "B S"] | None = None
+
+
+def slots(layer, hidden, valid, ids=None) -> Memory:
+    """A memory of inputs [B, S, D]: it trains the projections, but not the inputs."""
+    hidden = lax.stop_gradient(hidden)
+    return Memory(layer.key(hidden), layer.value(hidden), valid, ids)
+
+
+def joined(*memories: Memory | None) -> Memory:
+    """One after the other."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *(memory for memory in memories if memory is not None))
+
+
+def pushed(memory: Memory, new: Memory) -> Memory:
+    """The last slots of both, as many as the memory has."""
+    return jax.tree.map(lambda x: x[:, new.valid.shape[1] :], joined(memory, new))
+
+
+def leaving(memory: Memory, new: Memory, used, number: int) -> tuple[Memory, Int[Array, "B G"]]:
+    """Of the tokens that leave the memory with a segment the `number` that are `used` most, and their places among them."""
+    size = new.valid.shape[1]
+    first = jax.tree.map(lambda x: x[:, :size], joined(memory, new))
+    used = used[:, -size - memory.valid.shape[1] :][:, :size]
+    kept, is_kept = checkpoint_name(most_used(used, first.valid, number), relative.SAVED)
+    key, value = (jnp.take_along_axis(x, kept[..., None, None], axis=1) for x in first[:2])
+    return Memory(key, value, is_kept), kept
+
+
+def chunk(layer, distances, reaches, number, memories, tokens, entering):
+    """The attention of a chunk to what is before it, and to itself -> ((older, memory) after it, (heads, kept)).
+
+    Args:
+        number: of tokens that become slots of `older` because the chunk used them most, or None.
+        tokens: hidden [B, T, D], which of them are real [B, T], and their sequences or None.
+        entering: (hidden, valid) of what `older` takes up after the chunk, or None.
+    """
+    (older, memory), (hidden, valid, ids) = memories, tokens
+    query, own = layer.query(hidden), Memory(layer.key(hidden), layer.value(hidden), valid, ids)
+    seen = joined(older, memory, own)
+    mask = seen.valid[:, None, None]
+    if reaches is not None:
+        mask &= reaches(hidden.shape[1], memory.valid.shape[1])
+    heads = attend(layer, query, seen.key, seen.value, distances, mask, query_segment_ids=ids, key_segment_ids=seen.ids)
+    new, kept = slots(layer, hidden, valid, ids), None
+    if number is not None and hidden.shape[1] == layer.segment_length:
+        entered, kept = leaving(memory, new, usage(layer, query, seen.key, distances, mask), number)
+        older = pushed(older, entered)
+    elif entering is not None:
+        older = pushed(older, slots(layer, *entering))
+    return (older, pushed(memory, new)), (heads, kept)
+
+
 def attend_in_segments(layer, inputs, past, known, mask, *, reaches=None, ids=None, older=None):
     """Attention of the inputs in chunks of segment_length, each to the `past` before it and to itself.
 
@@ -92,42 +155,13 @@ def attend_in_segments(layer, inputs, past, known, mask, *, reaches=None, ids=No
     length, room = inputs.shape[1], past.shape[1]
     size = min(layer.segment_length, length)
     past_valid = jnp.arange(room)[None] >= room - known[:, None]
-    valid = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], inputs.shape[:2])
     past_ids = None if ids is None else jnp.zeros(past_valid.shape, ids.dtype)  # nothing of a past that is not valid counts
-    append = lambda *parts: jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *(x for x in parts if x is not None))
-
-    def fixed(hidden, *own):
-        """Keys and values of a memory: they train the projections, but not the inputs."""
-        hidden = lax.stop_gradient(hidden)
-        return layer.key(hidden), layer.value(hidden), *own
-
-    def pushed(memory, new):
-        return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1)[:, y.shape[1] :], memory, new)
-
-    def chunk(memory, xs):
-        (hidden, *own), (before, memory), entering = xs[0], memory, xs[1]
-        key, value, seen, key_ids = append(before, memory, (layer.key(hidden), layer.value(hidden), *own))
-        mask = seen[:, None, None]
-        if reaches is not None:
-            mask &= reaches(hidden.shape[1], room)
-        query, kept = layer.query(hidden), None
-        heads = attend(layer, query, key, value, distances, mask, query_segment_ids=own[1], key_segment_ids=key_ids)
-        new = fixed(hidden, *own)
-        if number is not None and hidden.shape[1] == layer.segment_length:
-            used = usage(layer, query, key, distances, mask)[:, -room - size :][:, :size]
-            *leaving, valid, _ = jax.tree.map(lambda x: x[:, :size], append(memory, new))
-            kept, is_kept = checkpoint_name(most_used(used, valid, number), relative.SAVED)
-            leaving = (jnp.take_along_axis(x, kept[..., None, None], axis=1) for x in leaving)
-            before = pushed(before, (*leaving, is_kept, None))
-        elif entering is not None:
-            before = pushed(before, fixed(*entering, None))
-        return (before, pushed(memory, new)), (heads, kept)
-
     before, entering = (None, None) if older is None else older
     entering, number = (None, entering) if isinstance(entering, int) else (entering, None)
     distances = encodings(layer, size + room + (0 if before is None else before[0].shape[1]))
-    memory = None if before is None else fixed(*before, None), fixed(past, past_valid, past_ids)
-    tokens, outputs, kept = (inputs, valid, ids), [], None
+    memories = None if before is None else slots(layer, *before), slots(layer, past, past_valid, past_ids)
+    tokens, outputs, kept = (inputs, padding.real(mask, inputs), ids), [], None
+    step = functools.partial(chunk, layer, distances, reaches, number)
     whole = length // size * size if length > size else 0
     if whole:
         count = whole // size
@@ -135,11 +169,12 @@ def attend_in_segments(layer, inputs, past, known, mask, *, reaches=None, ids=No
         xs = jax.tree.map(lambda x: rearrange(x, "b (i c) ... -> i b c ...", i=count), xs)
         # The backward pass projects each chunk anew, but keeps what attention gave.
         keep = jax.checkpoint_policies.save_only_these_names(relative.SAVED)
-        memory, (heads, kept) = lax.scan(jax.checkpoint(chunk, policy=keep, prevent_cse=False), memory, xs)
+        run = jax.checkpoint(lambda memories, xs: step(memories, *xs), policy=keep, prevent_cse=False)
+        memories, (heads, kept) = lax.scan(run, memories, xs)
         outputs.append(rearrange(heads, "i b c n h -> b (i c) n h"))
         kept = None if kept is None else kept.swapaxes(0, 1)
     if whole < length:
-        _, (heads, last) = chunk(memory, (jax.tree.map(lambda x: x[:, whole:], tokens), None))
+        _, (heads, last) = step(memories, jax.tree.map(lambda x: x[:, whole:], tokens), None)
         outputs.append(heads)
         kept = kept if last is None else last[:, None]  # of the one segment that there is
     return jnp.concatenate(outputs, axis=1), kept

@@ -29,7 +29,7 @@ class TransformerXLAttention(Attention):
         anew, whatever came before; cache O((L + M) D).
         L = segment_length, M = memory_length.
     Differs from the paper: the projections W_q, W_k, W_v and W_o have biases unless use_bias=False; u and v belong to
-        the layer and start as in the authors' code, normal with deviation 0.02; normalisation and residual belong to
+        the layer and start as in the authors' code, normal with standard deviation 0.02; normalisation and residual belong to
         the block; the encodings R_d hold sines before cosines, which permutes the rows of W_R. Gradients also stop
         between `extend` calls: to train on a stream, extend by whole segments.
 

@@ -12,8 +12,8 @@ from subquad.zoo.base import Support
 from subquad.zoo.checks import check_length, check_sizes, check_steps, check_word, refuse
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo, mimo
-from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
-from subquad.zoo.statespace.system import recur
+from subquad.zoo.statespace.output import Gate, activated, normal, output_map, skipped
+from subquad.zoo.statespace.system import in_directions, recur
 
 Normalization = Literal["exp", "softmax"]
 GUARD = 1e-7  # the authors', which keeps a reciprocal of 0 finite
@@ -99,7 +99,6 @@ class DSS(Headless):
         if max_length is not None:
             check_sizes(owner, max_length=max_length)
         check_steps(owner, dt_min, dt_max)
-        check_gate(owner, gate, in_features, self.out_features)
         self.state_size, self.max_length, self.gate = state_size, max_length, gate
         modes = hippo.diagonal_modes("legs", 2 * state_size).diagonal
         param = lambda values: nnx.Param(jnp.asarray(values, self.param_dtype))
@@ -112,8 +111,7 @@ class DSS(Headless):
         log_step = jax.random.uniform(rngs.params(), (in_features, 1), jnp.float32, np.log(dt_min), np.log(dt_max))
         self.log_step = param(jnp.repeat(log_step, 2 if separate_steps else 1, axis=1))
         self.skip = normal(rngs, (in_features,), self.param_dtype)
-        width = 2 * self.out_features if gate == "full" else self.out_features
-        self.out = self.linear(in_features, width, rngs)
+        self.out = output_map(self, gate, rngs)
 
     @precision.promoting
     def system(self):
@@ -152,12 +150,10 @@ class DSS(Headless):
                 inputs, past, ahead[0] if ahead else None, segment_ids, implementation=self.implementation
             )
         exponent, weights = self.system()
-        scan = lambda which: ssm.diagonal_scan(
-            inputs, exponent, jnp.ones_like(exponent), weights[which] / 2, is_reversed=which == 1,
-            implementation=self.implementation,
+        scan = lambda which, **options: ssm.diagonal_scan(
+            inputs, exponent, jnp.ones_like(exponent), weights[which] / 2, implementation=self.implementation, **options
         )
-        responses, *ahead = (scan(which) for which in range(len(weights)))
-        return responses + jnp.pad(ahead[0][:, 1:], ((0, 0), (0, 1), (0, 0))) if ahead else responses
+        return in_directions(scan, len(weights))
 
     def finish(self, inputs, responses):
         return activated(skipped(self.skip, inputs, responses), self.out, self.gate)

@@ -32,7 +32,8 @@ class H3(Headless):
     Cost: time O(T D (D + H P)), memory O(T D H); one extended token O(D (D + H P)) and a cache of (K - 1) D + H D P numbers.
         With segments the convolutions cost O(T D H log^2 T).
     Differs from the paper: the shift system's input matrix is the first unit vector, so that what is learned are the K taps
-        of a convolution; the term D of that system is part of its first tap. Systems are those of S4D.
+        of a convolution; the term D of that system is part of its first tap, to which it adds a normal number at the start.
+        Systems are those of S4D.
     Training: as S4's: all of `layer.system` but output_matrix slowly and without weight decay.
 
     Args:
@@ -95,6 +96,7 @@ class H3(Headless):
         self.shift = CausalConvolution(
             in_features, width, param_dtype=self.param_dtype, implementation=self.implementation, rngs=rngs
         )
+        self.shift.taps[...] = self.shift.taps[...].at[0].add(normal(rngs, (in_features,), self.param_dtype)[...])
         self.system = StateSpace(
             heads, num_outputs=1, mode="diagonal", num_ssm=heads, param_dtype=self.param_dtype,
             implementation=self.implementation, rngs=rngs, **system,
@@ -112,7 +114,8 @@ class H3(Headless):
         query, key, value = (flat(linear)(inputs) for linear in (self.query, self.key, self.value))
         key, recent = self.shift(key, first_real(inputs, counts), segment_ids, recent)
         split = lambda x: rearrange(x, "b t (n h) -> b t n h", h=size)
-        pairs = jnp.einsum("btni,btnj->bijtn", split(key), split(value))
+        product = precision.full(jnp.einsum)
+        pairs = product("btni,btnj->bijtn", split(key), split(value))
         pairs = rearrange(pairs, "b i j t n -> (b i j) t n")
         repeated = lambda x: None if x is None else jnp.repeat(x, size**2, axis=0)
         if state is None:
@@ -123,7 +126,7 @@ class H3(Headless):
             cache = RecurrentCache(rearrange(states, "(b c) n p -> b (c n) p", c=size**2), recent)
         pairs = responses + self.skip[...].astype(pairs.dtype) * pairs
         pairs = rearrange(pairs, "(b i j) t n -> b i j t n", i=size, j=size)
-        heads = jnp.einsum("btni,bijtn->btnj", split(query), pairs)
+        heads = product("btni,bijtn->btnj", split(query), pairs)
         return rearrange(heads, "b t n j -> b t (n j)"), cache
 
     def state(self, batch_size):

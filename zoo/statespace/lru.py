@@ -12,7 +12,7 @@ from subquad.zoo.base import Support
 from subquad.zoo.checks import check_number, check_sizes
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import mimo
-from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
+from subquad.zoo.statespace.output import Gate, activated, normal, output_map, skipped
 
 
 class LRU(Headless):
@@ -78,7 +78,6 @@ class LRU(Headless):
         check_number(owner, "r_max", r_max, "(0, 1]", "0.99 and 0.999 are the paper's.")
         check_number(owner, "r_min", r_min, f"[0, {r_max})", "It is below r_max; 0 and 0.9 are the paper's.")
         check_number(owner, "max_phase", max_phase, f"(0, {2 * math.pi}]", "pi / 10 is the paper's for Path-X.")
-        check_gate(owner, gate, in_features, self.out_features)
         self.state_size, self.gate = state_size, gate
 
         def param(values):
@@ -96,8 +95,7 @@ class LRU(Headless):
         self.input_matrix = param(draw(state_size, in_features, 2) / math.sqrt(2 * in_features))
         self.output_matrix = param(draw(outputs, in_features, state_size, 2) / math.sqrt(state_size))
         self.skip = normal(rngs, (in_features,), self.param_dtype)
-        width = 2 * self.out_features if gate == "full" else self.out_features
-        self.out = self.linear(in_features, width, rngs)
+        self.out = output_map(self, gate, rngs)
 
     @precision.promoting
     def system(self):

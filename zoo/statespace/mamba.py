@@ -18,8 +18,6 @@ from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.projection import in_pieces
 from subquad.zoo.statespace.output import skipped
 
-LEAST_STEP = 1e-4
-
 
 class Mamba(Headless):
     """Selective state space (S6) behind a short convolution, beside a gate of the whole.
@@ -34,7 +32,8 @@ class Mamba(Headless):
 
     Cost: time O(T E (D + R + N)), memory O(T E): the N states of all tokens are never held (see `ssm.selective_scan`); one
         extended token O(E (D + R + N)) and a cache of (N + K - 1) E numbers.
-    Differs from the paper: not at all. B is discretised by Euler's rule and A by zero-order hold, as in its code.
+    Differs from the paper: steps, decays and D start as in the released code; maps as Flax's, the convolution's bias at 0. B is
+        discretised by Euler's rule and A by zero-order hold, as in that code.
     Training: the authors give A and D no weight decay.
 
     Args:
@@ -63,7 +62,7 @@ class Mamba(Headless):
         ((2, 128, 16), (2, 3, 128))
 
     Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, arXiv 2312.00752; code:
-        state-spaces/mamba, whose starting values these are. Sections are cited from memory.
+        state-spaces/mamba. Sections are cited from memory.
     """
 
     supports = Support(cost="T", bidirectional=False, segment_ids=True)
@@ -97,7 +96,7 @@ class Mamba(Headless):
         self.step = self.linear(rank, hidden, rngs)
         draw = functools.partial(jax.random.uniform, dtype=jnp.float32)
         self.step.kernel[...] = draw(rngs.params(), (rank, hidden), minval=-1, maxval=1).astype(self.param_dtype) / rank**0.5
-        self.step.bias = nnx.Param(step_bias(rngs, (hidden,), dt_min, dt_max, LEAST_STEP).astype(self.param_dtype))
+        self.step.bias = nnx.Param(step_bias(rngs, (hidden,), dt_min, dt_max).astype(self.param_dtype))
         rates = jnp.broadcast_to(jnp.arange(1, state_size + 1, dtype=jnp.float32), (hidden, state_size))
         self.log_rates = nnx.Param(jnp.log(rates).astype(self.param_dtype))
         self.skip = nnx.Param(jnp.ones(hidden, self.param_dtype))

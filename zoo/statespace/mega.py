@@ -45,8 +45,8 @@ class Mega(Headless):
     Cost: time O(T^2 (Z + V)), with chunks of C tokens O(T C (Z + V)); memory that of the logits; the averages O(T D n). One
         extended token O(S (Z + V) + D n), where the cache has room for S.
     Differs from the paper: tau and chunks count real tokens, wherever padding stands. Parameters start as Flax's linear maps
-        do; the paper draws all maps with a deviation of 0.02. The paper's layer is its own residual branch, y has x in it
-        already: a `Block` adds it once more. `out_features` is not in the paper.
+        do; the paper draws all maps with a standard deviation of 0.02. The paper's layer is its own residual branch, y has x in
+        it already: a `Block` adds it once more. `out_features` is not in the paper.
 
     Args:
         in_features: features D of the inputs.
@@ -58,7 +58,8 @@ class Mega(Headless):
         bias: b: "rotary", the product of two learned vectors that are rotated by their positions, or "simple", one number for
             each distance.
         max_length: of "simple" without chunks: no call may have more tokens. Else None.
-        is_causal: a token sees itself and those before it. Else a second average runs backwards.
+        is_causal: a token sees itself and those before it. Else a second average runs backwards; both averages hold the
+            present token, as in the code's first version.
         rngs: `rngs.params()` draws the parameters.
         shell: see `Headless`. A linear map to out_features follows; None: there is none, F = D.
     Call:

@@ -8,17 +8,20 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.zoo.checks import check_word, refuse
+from subquad.zoo.headless import Headless
 
 Gate = Literal["full", "half", "only"]
 GATES = get_args(Gate)
 
 
-def check_gate(owner: str, gate: Gate | None, in_features: int, out_features: int) -> None:
-    """Refuses a gate that is not known, or that multiplies D features to give another number of them."""
+def output_map(layer: Headless, gate: Gate | None, rngs: nnx.Rngs) -> nnx.Linear:
+    """W and b of `activated`; refuses a gate that is not known, or that multiplies D features to give another number."""
+    owner, size, out_features = type(layer).__name__, layer.in_features, layer.out_features
     if gate is not None:
         check_word(owner, "gate", gate, GATES)
-    if gate in ("half", "only") and out_features != in_features:
-        refuse(owner, "out_features", out_features, f"be in_features = {in_features} with gate={gate!r}", "Use gate='full'.")
+    if gate in ("half", "only") and out_features != size:
+        refuse(owner, "out_features", out_features, f"be in_features = {size} with gate={gate!r}", "Use gate='full'.")
+    return layer.linear(size, 2 * out_features if gate == "full" else out_features, rngs)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> nnx.Param:

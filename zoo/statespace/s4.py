@@ -10,7 +10,7 @@ from subquad.zoo.base import Support
 from subquad.zoo.checks import check_sizes
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo
-from subquad.zoo.statespace.output import activated, normal, skipped
+from subquad.zoo.statespace.output import activated, normal, output_map, skipped
 from subquad.zoo.statespace.system import Mode, StateSpace, check_system
 
 
@@ -100,7 +100,7 @@ class S4(Headless):
             implementation=self.implementation, rngs=rngs, **system,
         )
         self.skip = normal(rngs, (in_features,), self.param_dtype)
-        self.out = self.linear(in_features, self.out_features * (2 if glu else 1), rngs)
+        self.out = output_map(self, "full" if glu else None, rngs)
 
     def respond(self, inputs, mask, segment_ids):
         return self.system.respond(inputs, segment_ids)

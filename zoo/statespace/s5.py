@@ -12,7 +12,7 @@ from subquad.zoo.base import Support
 from subquad.zoo.checks import check_sizes, check_steps, check_word, refuse
 from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.statespace import hippo, mimo
-from subquad.zoo.statespace.output import Gate, activated, check_gate, normal, skipped
+from subquad.zoo.statespace.output import Gate, activated, normal, output_map, skipped
 
 OutputInit = Literal["lecun", "truncated", "complex"]
 
@@ -93,7 +93,6 @@ class S5(Headless):
         for name, word, known in words:
             check_word(owner, name, word, known)
         check_steps(owner, dt_min, dt_max)
-        check_gate(owner, gate, in_features, self.out_features)
         self.state_size, self.discretization, self.gate = state_size, discretization, gate
         diagonal, basis = hippo.blocks(init, state_size, num_blocks)  # [P/2], [P, P/2]
         real, imag = np.float32(basis.real), np.float32(basis.imag)
@@ -102,7 +101,7 @@ class S5(Headless):
         def param(values):
             return nnx.Param(jnp.asarray(values, self.param_dtype))
 
-        def drawn(variance, *shape):  # cut at two deviations
+        def drawn(variance, *shape):  # cut at two standard deviations
             return nnx.initializers.truncated_normal(variance**0.5 / 0.87962566)(rngs.params(), shape, jnp.float32)
 
         self.log_decay, self.frequency = param(np.log(-diagonal.real)), param(diagonal.imag)
@@ -119,8 +118,7 @@ class S5(Headless):
         log_step = jax.random.uniform(rngs.params(), (pairs,), jnp.float32, np.log(dt_min), np.log(dt_max))
         self.log_step = param(log_step)
         self.skip = normal(rngs, (in_features,), self.param_dtype)
-        width = 2 * self.out_features if gate == "full" else self.out_features
-        self.out = self.linear(in_features, width, rngs)
+        self.out = output_map(self, gate, rngs)
 
     def system(self):
         """(Lambda_bar [P/2], B_bar [P/2, D], 2 C [1 or 2, D, P/2])."""

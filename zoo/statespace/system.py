@@ -1,5 +1,6 @@
 """Trainable linear systems, one per feature: the parameters of state space layers, and their two ways to run."""
 
+import functools
 import math
 from typing import Any, Literal, get_args
 
@@ -122,10 +123,7 @@ class StateSpace(nnx.Module):
             return convolution.convolve(
                 inputs, past, ahead[0] if ahead else None, segment_ids, implementation=self.implementation
             )
-        responses, *ahead = (
-            self._scan(inputs, which, is_reversed=which == 1) for which in range(self.output_matrix[...].shape[0])
-        )
-        return responses + jnp.pad(ahead[0][:, 1:], ((0, 0), (0, 1), (0, 0))) if ahead else responses
+        return in_directions(functools.partial(self._scan, inputs), len(self.output_matrix[...]))
 
     def recur(self, inputs: Float[Array, "B T D"], state: Float[Array, "B D P"], counts: Int[Array, "B"] | None = None):
         """T more inputs from `state` on, through the first C -> (responses [B, T, D], state).
@@ -148,6 +146,12 @@ class StateSpace(nnx.Module):
         log_decay, scale = ssm.discretize(diagonal, step, self.discretization)
         system = log_decay, input_matrix * scale, output_matrix[which]
         return ssm.diagonal_scan(inputs, *system, implementation=self.implementation, **options)
+
+
+def in_directions(scan, count: int) -> Float[Array, "B T D"]:
+    """scan(0) of the past; where there is a second direction, also scan(1, is_reversed=True) of what is after the present."""
+    responses = scan(0)
+    return responses if count == 1 else responses + jnp.pad(scan(1, is_reversed=True)[:, 1:], ((0, 0), (0, 1), (0, 0)))
 
 
 def recur(advance, inputs: Float[Array, "B T D"], state: Float[Array, "B D P"], counts: Int[Array, "B"] | None):
