@@ -131,7 +131,7 @@ def write_samples(whole, parts, start, axis: int):
         return jax.vmap(lambda x, part, at: jax.lax.dynamic_update_slice_in_dim(x, part, at, axis - 1))(whole, parts, start)
 
     def write(i, whole):
-        sample = jnp.minimum(i, len(parts) - 1)
+        sample = jnp.minimum(i, len(parts) - 1).astype(jnp.int32)
         place = [jnp.int32(0)] * whole.ndim
         place[0], place[axis] = sample, start[sample]
         return jax.lax.dynamic_update_slice(whole, jax.lax.dynamic_slice_in_dim(parts, sample, 1), place)

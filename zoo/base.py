@@ -139,9 +139,10 @@ class Attention(nnx.Module):
 
         y = W_o attend(W_q x, W_k x', W_v x')
 
-    A variant derives from this class directly. One that is softmax attention under a pattern sets `sees`, and has its call,
-    `extend` and `pattern` from that. Another writes `attend` (and, where it can extend, `init_cache` and `attend_cached`).
-    Either may replace a projection that its paper does without.
+    A variant derives from this class; those of features, and those of the delta rule, from the class that says what they share.
+    One that is softmax attention under a pattern sets `sees`, and has its call, `extend` and `pattern` from that. Another
+    writes `attend` (and, where it can extend, `init_cache` and `attend_cached`). Either may replace a projection that its
+    paper does without.
 
     Args:
         num_heads: query heads N; must divide qkv_features.

@@ -15,8 +15,6 @@ LENGTH = 23
 @pytest.mark.parametrize("name,is_causal", DIRECTIONS, ids=label)
 def test_products_of_float32_have_a_precision(name, is_causal):
     """The default is TF32 on a GPU and bfloat16 on a TPU. Projections have the user's, which none else is given here."""
-    if name == "sinkhorn":
-        pytest.skip("its own products are at the default yet")
     layer = nnx.eval_shape(lambda: CASES[name].make(is_causal, precision=jax.lax.Precision.HIGH))
     graphdef, state = nnx.split(layer)
 

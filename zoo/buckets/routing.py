@@ -103,8 +103,8 @@ class RoutingAttention(Attention):
         drawn = jax.random.normal(rngs.params(), (num_heads, num_clusters, self.head_features), jnp.float32)
         self.centroids = Centroids(unit(drawn))
 
-    def __call__(self, inputs_q, *others, mask=None, deterministic=None, **call):
-        outputs = super().__call__(inputs_q, *others, mask=mask, deterministic=deterministic, **call)
+    def __call__(self, inputs_q, inputs_kv=None, inputs_v=None, *, mask=None, deterministic=None, **call):
+        outputs = super().__call__(inputs_q, inputs_kv, inputs_v, mask=mask, deterministic=deterministic, **call)
         if self.moves_centroids and deterministic is False:
             self.centroids[...] = self.updated_centroids(inputs_q, mask=mask)
         return outputs

@@ -94,9 +94,9 @@ class DifferentialAttention(Attention):
 
     def attend_cached(self, query, key, value, mask, cache):
         start, cache = cache.length, append(cache, whole(key), value, mask)
-        tokens = cache._replace(key=halves(cache.key), value=twice(cache.value))
-        both = attend_to_cache(self.sees, query, tokens, start, self.implementation)
-        return poisoned(self._difference(both), cache), cache
+        maps = zip(jnp.split(query, 2, axis=2), jnp.split(cache.key, 2, axis=3), strict=True)
+        both = [attend_to_cache(self.sees, query, cache._replace(key=key), start, self.implementation) for query, key in maps]
+        return poisoned(self._difference(jnp.concatenate(both, axis=2)), cache), cache
 
     def weight(self) -> Float[Array, ""]:
         """lambda."""
