@@ -21,16 +21,14 @@ import triton.language as tl
 
 from subquad.kernels import launch, tuning
 from subquad.kernels.flash import triton as flash
-from subquad.kernels.flash.triton import dense, padded
+from subquad.kernels.flash.triton import LARGEST_HEAD, dense, padded
 from subquad.kernels.lsh import xla
 from subquad.kernels.lsh.reference import AXES
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
 
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 # Sums of three bfloat16 parts: the six products that float32 can tell apart, so that buckets are decided in float32.
 HASH_PRECISION = "bf16x6"
-LARGEST_HEAD = 128
 
 
 # ------------------------------------------------------------------------------------------------------------- hashing
@@ -255,7 +253,7 @@ def shared_logits(products, b, n, query_start, q, k, operands, SHAPE: tl.constex
         theirs = tl.load(operands.key_buckets + (first * S + k) * OPTIONS.HEADS + n, mask=k < S, other=-1)
         same = tl.where(ours == theirs, 1.0, 0.0)
         count = tl.maximum(count, same) if OPTIONS.ONCE else count + same
-    return tl.where(count > 0, products * SHAPE.SCALE + tl.log2(tl.maximum(count, 1.0)), float("-inf"))
+    return tl.where(count > 0, products * SHAPE.SCALE + tl.log(tl.maximum(count, 1.0)), float("-inf"))
 
 
 @triton.jit
@@ -278,10 +276,8 @@ def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs:
     sizes, lengths = (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"]), (queries, keys)
     transposed = name == "backward_key"
     rows = triton.cdiv(lengths[transposed], sizes[transposed])
-    # A scale waits for the exponent, but where the rounds of a key are counted.
-    scale *= LOG2_E
     shape = flash.Shape(
-        heads, heads, features, values, *widths, scale, 1.0 if cached else scale, launch.dot_precision(dtype), False, False,
+        heads, heads, features, values, *widths, scale, 1.0, launch.dot_precision(dtype), False, False,
         False, False,
     )  # fmt: skip
     return flash.run(
@@ -331,8 +327,7 @@ def _forward(static, query, gain, value, buckets, segment_ids):
 
     def step(sums, r):
         out, lse = call(flash.flash_forward, outputs, r=r)
-        lse = online.rounded(lse.swapaxes(1, 2) * LN_2)
-        return online.merge(*zip(sums, (out, lse, start[2]), strict=True)), None
+        return online.merge(*zip(sums, (out, lse.swapaxes(1, 2), start[2]), strict=True)), None
 
     (out, *sums), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
     lse = sum(sums)
@@ -345,7 +340,7 @@ def _backward(static, saved, d_out):
     call = _rounds(static, query, gain, value, order, codes)
     alone = jnp.isneginf(lse)[..., None]
     lse, delta = (x.swapaxes(1, 2) for x in online.residue(out, (lse,), d_out, 0, False))
-    arrays = dict(lse=lse * LOG2_E, delta=delta, grad_out=d_out)
+    arrays = dict(lse=lse, delta=delta, grad_out=d_out)
     shapes = [(x.shape, jnp.float32) for x in (query, query, value)]
 
     def step(sums, r):

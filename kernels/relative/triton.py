@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels import launch, precision
+from subquad.kernels.flash.triton import LARGEST_HEAD
 from subquad.kernels.operation import operation
 from subquad.kernels.patterns import CAUSAL
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.plan import balance
 from subquad.kernels.softmax.sets import Visible
-from subquad.kernels.softmax.triton import LARGEST_HEAD, Static, run_backward, run_forward
+from subquad.kernels.softmax.triton import Static, run_backward, run_forward
 
 # Of the position scores of a strip, over all samples and heads: they should stay in the L2 cache between the product and the
 # kernel. And the fewest queries of a strip, which keep a GPU busy.

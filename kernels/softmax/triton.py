@@ -1,7 +1,7 @@
 """Softmax attention on the kernels of `subquad.kernels.flash`.
 
-Bias, mask, segments and pattern are functions of the pair of positions. Logits inside the kernels are in base 2. Every visited
-pair of blocks costs two products forward, three and four in the two backward kernels, and two more for a bias.
+Bias, mask, segments and pattern are functions of the pair of positions. Every visited pair of blocks costs two products
+forward, three and four in the two backward kernels, and two more for a bias.
 """
 
 import dataclasses
@@ -19,15 +19,13 @@ from subquad.kernels import gpu, launch, tuning
 from subquad.kernels.flash import rules
 from subquad.kernels.flash import triton as flash
 from subquad.kernels.flash.tiles import Geometry, bounds_of, known, last_of, states_of, work
-from subquad.kernels.flash.triton import dense, head_of, load_rows, load_sums, operands_of, padded, weights_of
+from subquad.kernels.flash.triton import LARGEST_HEAD, dense, head_of, load_rows, load_sums, operands_of, padded, weights_of
 from subquad.kernels.operation import operation
 from subquad.kernels.patterns import NONE, Band, Pattern
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.reference import SAVED
 from subquad.kernels.softmax.xla import Visible
 
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
-LARGEST_HEAD = 128
 # Bytes of keys and values of the heads that run side by side: they should stay in the L2 cache.
 CACHE_BYTES = 16 << 20
 
@@ -110,13 +108,12 @@ def block_of(ranges, i, PARTIAL: tl.constexpr, operands, OPTIONS: tl.constexpr):
 
 @triton.jit
 def logits_of(products, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.constexpr):
-    """LOGITS: scale products + bias. Only -inf hides: the least of the other biases stays finite in base 2."""
+    """LOGITS: scale products + bias."""
     logits = products
-    if SHAPE.FACTOR != SHAPE.SCALE:
-        logits = logits * SHAPE.SCALE
+    if SHAPE.UNIT != SHAPE.SCALE:  # -1, which rounds nothing, or a bias follows: see `online_softmax`
+        logits = logits * (SHAPE.SCALE / SHAPE.UNIT)
     if OPTIONS.BIAS is not None:
-        bias = load_pairs(operands.bias, b, n, query_start, q, k, operands, SHAPE, OPTIONS.BIAS).to(tl.float32)
-        logits += tl.where(bias == float("-inf"), bias, tl.maximum(bias * 1.4426950408889634, -3.3e38))
+        logits += load_pairs(operands.bias, b, n, query_start, q, k, operands, SHAPE, OPTIONS.BIAS).to(tl.float32)
     return logits
 
 
@@ -245,7 +242,7 @@ def flash_backward_bias(
             SHAPE.HEADS, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, BLOCK_Q, BLOCK_K, SHAPE.PRECISION,
         )  # fmt: skip
         logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
-        weights = weights_of(logits, lse_i[:, None], SHAPE.FACTOR)
+        weights = weights_of(logits, lse_i[:, None], SHAPE.UNIT)
         seen = FUNCTIONS.VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
         weights = tl.where(seen, weights, 0.0)
         grad_weights = products_of(
@@ -320,7 +317,7 @@ class Call:
         tested = visible.mask is not None or visible.query_segment_ids is not None
         known_positions = static.query_positions, static.key_positions
         geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, tested)
-        self.geometry, scale = geometry, static.scale * LOG2_E
+        self.geometry = geometry
         last = last_of(geometry.query_positions, geometry.queries), last_of(geometry.key_positions, geometry.keys)
         tree = rules.Tree(geometry.pattern, *last, flash.NUM_WORDS)
         self.pattern_words = tree.words
@@ -335,12 +332,10 @@ class Call:
         self.gradients = gradients | sums
         (_, _, heads, features), (_, _, kv_heads, value_features) = query.shape, value.shape
         self.heads = {"query": heads, "key": kv_heads}
-        # The scale may wait for the exponent if it is positive, as the running maximum needs, and no bias is added before.
-        early = bias is not None or not scale > 0
         one = lambda array: array is not None and len(array) == 1 < batch
         self.shape = flash.Shape(
-            heads, kv_heads, features, value_features, padded(features), padded(value_features), scale,
-            1.0 if early else scale, launch.dot_precision(query.dtype), bias is not None,
+            heads, kv_heads, features, value_features, padded(features), padded(value_features), static.scale,
+            unit_of(static.scale, bias), launch.dot_precision(query.dtype), bias is not None,
             *map(one, (*self.arrays, gradients.get("grad_out"))),
         )  # fmt: skip
         self.options = Options(
@@ -424,6 +419,11 @@ class Call:
         return max(count for count in range(1, min(room, programs) + 1) if programs % count == 0)
 
 
+def unit_of(scale: float, bias) -> float:
+    """Of the kernels' logits: the scale waits for the exponent where no bias is added before."""
+    return 1.0 if bias is not None or scale == 0 else abs(scale)
+
+
 def kind_of(array, first) -> str:
     """See `Options`; `first`: what a `Geometry` knows of these positions."""
     return "array" if array is not None else "start" if first else "zero"
@@ -441,7 +441,7 @@ def aligned(array):
 
 
 def run_forward(static: Static, query, key, value, bias, visible: Visible):
-    """(out [B, T, N, V], lse [B, N, T] in base 2)."""
+    """(out [B, T, N, V], lse [B, N, T] in units of `unit_of`)."""
     call = Call(static, query, key, value, bias, visible)
     (_, queries, heads, _), features = query.shape, value.shape[3]
     outputs = dict(
@@ -455,7 +455,7 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
     """The gradients of query, key and value, each [B, ...], and the bias' in float32, or None.
 
     Args:
-        lse: [B, N, T], in base 2, +inf for rows that see nothing.
+        lse: [B, N, T] of `run_forward`, +inf for rows that see nothing.
         delta: [B, N, T], the shift of `online.residue`.
     """
     call = Call(static, query, key, value, bias, visible, lse=lse, delta=delta, grad_out=grad_out)
@@ -499,8 +499,8 @@ def bias_gradient(call: Call, bias):
 def attend_forward(static, query, key, value, bias, visible):
     """Attention -> (out [B, T, N, V], lse [B, T, N])."""
     out, lse = run_forward(static, query, key, value, bias, visible)
-    # Kept in base 2: at 1e9, converting to the natural logarithm and back rounds by enough for exp2 to overflow.
-    return (out, lse.swapaxes(1, 2) * LN_2), (query, key, value, bias, visible, out, lse)
+    # Kept in its unit: at 1e9, a product and its inverse would round by hundreds.
+    return (out, online.rounded(lse.swapaxes(1, 2) * unit_of(static.scale, bias))), (query, key, value, bias, visible, out, lse)
 
 
 def attend_backward(static, residuals, gradients):
