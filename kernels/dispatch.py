@@ -114,7 +114,7 @@ def explain(function: Callable, *args, **kwargs) -> None:
     token = _report.set(lines)
     try:
         # Apart, or JAX would find what is compiled already in its cache and choose nothing.
-        with gpu.apart():
+        with gpu.separate_trace_cache():
             jax.eval_shape(lambda: jax.tree.leaves(function(*args, **kwargs)))
     finally:
         _report.reset(token)

@@ -103,9 +103,10 @@ def array_of(positions: int | bytes, length: int) -> np.ndarray:
     return np.frombuffer(positions, np.int32).reshape(-1, length)
 
 
-def last_of(positions: int | bytes | None, length: int) -> int | None:
-    """The largest position; None where that is not known."""
-    return None if positions is None else int(array_of(positions, length).max())
+def range_of(positions: int | bytes | None, length: int) -> tuple[int, int] | None:
+    """The least and the largest position; None where they are not known."""
+    array = None if positions is None else array_of(positions, length)
+    return None if array is None else (int(array.min()), int(array.max()))
 
 
 def known(positions) -> tuple[int | bytes | None, jax.Array | None]:

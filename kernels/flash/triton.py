@@ -19,7 +19,6 @@ import triton.language as tl
 
 from subquad.kernels import launch, tuning
 
-
 LOG2_E = tl.constexpr(math.log2(math.e))
 LARGEST_HEAD = 128  # features that a block holds
 

@@ -138,8 +138,8 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
         outputs, kept = forward(constants, state, arrays)
         return outputs, (constants, arrays, kept)
 
-    precision.define_passes(run, precision.full(run_forward), precision.full(backward))
-    return precision.full(run)
+    precision.define_passes(run, precision.full(run_forward, dtype), precision.full(backward, dtype))
+    return precision.full(run, dtype)
 
 
 def loop(count: int, body, carry):

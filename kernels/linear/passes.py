@@ -211,7 +211,7 @@ def backward(plan: Plan, residuals, cotangents):
         grad_value, *_ = chunk_outputs(plan, x, x.key, x.query, do, G, x.value.dtype, is_reversed=True)
         grad_erase = None
     else:
-        grad_value, grad_erase = G.values, -through(S.read, G.values, plan.chunk).astype(x.erase.dtype)
+        grad_value, grad_erase = G.values, -through(G.values, S.read, plan.chunk).astype(x.erase.dtype)
     grad_late, grad_early = (None if g is None else jnp.zeros_like(g) for g in (x.late, x.early))
     if "late" in partner:
         grad_late = at_tokens(grad_late, query_products, at_ends(plan, S, G, has_channels(x)))
@@ -257,7 +257,7 @@ def weighed(plan: Plan, x: Operands, rows, is_key: bool):
 
 
 @precision.full
-def through(states, values, chunk: int):
+def through(values, states, chunk: int):
     """The products [B, T, N, M] of values [B, T, N, V] with the states before their chunks."""
     rows = cut_chunks(values, chunk)
     rows = jnp.einsum("bkcv,bkmv->bkcm", rows, states.reshape(*rows.shape[:2], *states.shape[3:]))

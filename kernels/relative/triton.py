@@ -80,12 +80,13 @@ class Strips(NamedTuple):
         return jnp.pad(jnp.flip(relative, axis=1), ((0, 0), (far, near), (0, 0), (0, 0)))
 
     def bias(self, i, table, position):
-        """The position scores of strip i, [B, N, rows, S], from its queries [B|1, rows, N, H]."""
+        """The position scores of strip i, float32 [B, N, rows, S], from its queries [B|1, rows, N, H]."""
         table = jax.lax.dynamic_slice_in_dim(table, (self.count - 1 - i) * self.rows, self.columns, axis=1)
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         if len(table) == 1:  # for all samples
-            by_distance = jnp.einsum("btnh,rnh->bntr", position, table[0])
+            by_distance = dot("btnh,rnh->bntr", position, table[0])
         else:
-            by_distance = jnp.einsum("btnh,brnh->bntr", position, table)
+            by_distance = dot("btnh,brnh->bntr", position, table)
         lead, width = by_distance.shape[:2], self.columns - 1
         flat = by_distance.reshape(*lead, -1)[..., self.rows - 1 : self.rows - 1 + self.rows * width]
         return flat.reshape(*lead, self.rows, width)[..., : self.keys]
@@ -107,7 +108,7 @@ class Strips(NamedTuple):
 
 def strips_of(batch: int, content, key) -> Strips:
     (_, queries, heads, _), keys = content.shape, key.shape[1]
-    rows = max(FEWEST_ROWS, STRIP_BYTES // (batch * heads * keys * content.dtype.itemsize))
+    rows = max(FEWEST_ROWS, STRIP_BYTES // (4 * batch * heads * keys))
     rows = balance(queries, rows)
     return Strips(-(-queries // rows), rows, keys - queries, queries, keys)
 
@@ -146,7 +147,8 @@ def forward(mode, content, position, key, value, relative, visible: Visible):
 @precision.full
 def backward(mode, residuals, grad_out):
     content, position, key, value, relative, visible, out, lse = residuals
-    strips = strips_of(batch_of(residuals, grad_out), content, key)
+    batch = batch_of(residuals, grad_out)
+    strips = strips_of(batch, content, key)
     is_masked = visible.mask is not None or visible.query_segment_ids is not None
     no_lse = jnp.zeros((), lse.dtype)
     lse, delta, *queries = online.residue(out, (lse.swapaxes(1, 2),), grad_out, no_lse, is_masked, content, position)
@@ -163,7 +165,6 @@ def backward(mode, residuals, grad_out):
             grads = tuple(x + y.astype(x.dtype) for x, y in zip(sums, grads, strict=True))
         return grads, (grad_content, grad_position)
 
-    batch = batch_of(residuals, grad_out)
     shapes = (batch, *key.shape[1:]), (batch, *value.shape[1:]), table.shape
     zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     rows = lse.swapaxes(1, 2), delta.swapaxes(1, 2)

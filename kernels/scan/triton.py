@@ -98,7 +98,7 @@ def first_order_tiles(
     feature = program % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     row = (sample * SEGMENTS + segment) * WIDTH + feature
     if not SHARED:
-        A += sample * (WIDTH if CONSTANT else T * WIDTH)
+        A += sample * WIDTH if CONSTANT else sample * T * WIDTH
     B += sample * T * WIDTH
     STATES += sample * T * WIDTH
     hr, hi = _load(START, row, (feature < D) & (not SUMMARY), COMPLEX, D)

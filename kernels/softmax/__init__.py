@@ -77,7 +77,8 @@ def attention(
         query_segment_ids, key_segment_ids: int, [B, T] or [1, T] and [B, S] or [1, S]; both or neither.
         scale: of the logits. None: 1 / sqrt(H).
         return_lse: also return the log-sum-exp.
-        implementation: None takes the best that can run here.
+        implementation: None takes the best that can run here. cuDNN, which that may be on Hopper GPUs, takes no sequence that
+            is sharded over a mesh, and says so when it is compiled: pass "triton" there.
     Returns: [B, T, N, V] in the promoted dtype of query, key and value; with `return_lse` also [B, T, N] in float32,
         natural logarithm. A row that sees nothing gives 0 and -inf, and gradients of 0.
     Raises:

@@ -18,7 +18,7 @@ import triton.language as tl
 from subquad.kernels import gpu, launch, tuning
 from subquad.kernels.flash import rules
 from subquad.kernels.flash import triton as flash
-from subquad.kernels.flash.tiles import Geometry, bounds_of, known, last_of, states_of, work
+from subquad.kernels.flash.tiles import Geometry, bounds_of, known, range_of, states_of, work
 from subquad.kernels.flash.triton import LARGEST_HEAD, dense, head_of, load_rows, load_sums, operands_of, padded, weights_of
 from subquad.kernels.operation import operation
 from subquad.kernels.patterns import NONE, Band, Pattern
@@ -318,8 +318,8 @@ class Call:
         known_positions = static.query_positions, static.key_positions
         geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, tested)
         self.geometry = geometry
-        last = last_of(geometry.query_positions, geometry.queries), last_of(geometry.key_positions, geometry.keys)
-        tree = rules.Tree(geometry.pattern, *last, flash.NUM_WORDS)
+        lengths = geometry.queries, geometry.keys
+        tree = rules.Tree(geometry.pattern, *map(range_of, known_positions, lengths), flash.NUM_WORDS)
         self.pattern_words = tree.words
         each = self.of_each_sample
         self.inputs = dict(

@@ -36,15 +36,16 @@ def attention(query, keys, values, bias, sets: tuple[KeySet, ...], scale: float)
 def forward(static, query, keys, values, bias, visibles):
     """Attention to some sets; the maximum has no gradient, and the log(normaliser) that of the log-sum-exp."""
     sets, scale = static
-    results = []
+    results, dtype = [], dtype_of(query, sets)
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
         key, value, visible = keys[one.source], values[one.source], here(one, visible)
         if few.are_few(query, key, one.columns):
             results.append(few.attend(one._replace(visible=visible), scale, query, key, value, bias))
         else:
-            results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, visible))
-    results = tuple(results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True)))
+            results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, visible, dtype=dtype))
+    out, *sums = results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True))
+    results = out.astype(query.dtype), *sums
     return results, (query, keys, values, bias, visibles, *results)
 
 
@@ -55,15 +56,22 @@ def backward(static, residuals, gradients):
     is_masked = any(visible.mask is not None or visible.query_segment_ids is not None for visible in visibles)
     *rows, query = online.residue(out, sums, grad_out, grad_lse, is_masked, query)
     grad_query, grad_keys, grad_values, grad_bias = None, [None] * len(keys), [None] * len(values), None
+    dtype = dtype_of(query, sets)
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
         n, key, value = one.source, keys[one.source], values[one.source]
         before = grad_query, grad_keys[n], grad_values[n], grad_bias
         grad_query, grad_keys[n], grad_values[n], grad_bias = add_gradients(
-            plan_of(query, key, value, one), scale, before, query, key, value, bias, here(one, visible), rows, grad_out
+            plan_of(query, key, value, one), scale, before, query, key, value, bias, here(one, visible), rows, grad_out, dtype
         )
-    grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
-    return grad_query, tuple(grad_keys), tuple(grad_values), grad_bias, jax.tree.map(lambda _: None, visibles)
+    grads = grad_query, tuple(grad_keys), tuple(grad_values), grad_bias
+    grads = jax.tree.map(lambda x, like: x.astype(like.dtype), grads, (query, keys, values, bias))
+    return *grads, jax.tree.map(lambda _: None, visibles)
+
+
+def dtype_of(query, sets):
+    """Of what is added over several sets of keys: it is rounded once, at the end."""
+    return query.dtype if len(sets) == 1 else jnp.promote_types(query.dtype, jnp.float32)
 
 
 def here(one: KeySet, visible: Visible) -> Visible:
@@ -83,12 +91,13 @@ def flash(independent: str, sources: int, sets: int):
     )  # fmt: skip
 
 
-def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, scores_of=None):
+def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, scores_of=None, dtype=None):
     """Attention to one set of keys: out, maximum and log(normaliser).
 
     `scores_of`: of a part, the function of a step (i, js) that gives what is added to its logits; None: nothing is.
+    `dtype`: of out; None: the query's.
     """
-    precise = jnp.promote_types(query.dtype, jnp.float32)
+    dtype, precise = query.dtype if dtype is None else dtype, jnp.promote_types(query.dtype, jnp.float32)
 
     def attend_part(part):
         tiles = cut(plan, part, query, key, bias, visible)
@@ -106,17 +115,17 @@ def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, 
 
         states = sweep(plan, part, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
         out, *sums = online.finish(states)
-        return tuple(join_queries(plan, x) for x in (out.astype(query.dtype), *sums))
+        return tuple(join_queries(plan, x) for x in (out.astype(dtype), *sums))
 
     rows = query.shape[:3]
     sums = jax.ShapeDtypeStruct(rows, precise)
-    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), sums, sums
+    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), dtype), sums, sums
     results = parts.part_by_part(plan.parts, attend_part, [columns_of(plan, x) for x in shapes], (3, 3, 3), (query, key))
     return [in_order(x, like) for x, like in zip(results, shapes, strict=True)]
 
 
-def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, visible: Visible, rows, grad_out):
-    """Gradients of query, key, value and bias by one set of keys, added to those `before`; None for none.
+def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, visible: Visible, rows, grad_out, dtype):
+    """Gradients of query, key and value, in a dtype, and of bias by one set of keys, added to those `before`; None for none.
 
     Args:
         rows: maximum, log(normaliser) and delta of each query over all sets, as `online.residue` has them.
@@ -152,11 +161,12 @@ def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, vis
         return grad_query, grad_key, grad_value, grad_bias
 
     arrays, before = (query, key, value, bias), [None if x is None else in_columns(plan, x) for x in before[:3]] + [before[3]]
-    shapes = [columns_of(plan, x) for x in arrays[:3]]
+    likes = [jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays[:3]]
+    shapes = [columns_of(plan, x) for x in likes]
     if bias is not None:  # the gradient of a bias that parts share is a sum, in float32
         shapes.append(jax.ShapeDtypeStruct(bias.shape, precise))
     grads = parts.part_by_part(plan.parts, gradients_of, shapes, (3, 3, 3, 1)[: len(shapes)], rows, before)
-    return *(in_order(x, like) for x, like in zip(grads[:3], arrays[:3], strict=True)), *(grads[3:] or [None])
+    return *(in_order(x, like) for x, like in zip(grads[:3], likes, strict=True)), *(grads[3:] or [None])
 
 
 def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js, scores=None):

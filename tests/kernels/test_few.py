@@ -9,7 +9,6 @@ import pytest
 
 from subquad.kernels import patterns, softmax, xla_cpu
 from subquad.kernels.softmax import few
-from subquad.lra.bench import measure
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
 
@@ -66,7 +65,7 @@ def test_a_pattern_that_tells_heads_apart():
 
 
 def test_where_it_is_taken():
-    shapes = lambda queries, keys, heads: [jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for length in (queries, keys)]
+    shapes = lambda queries, keys, heads: [jax.ShapeDtypeStruct((1, n, heads, 8), jnp.float32) for n in (queries, keys)]
     assert few.are_few(*shapes(1, 8, 64), 1) and few.are_few(*shapes(8, 64, 8), 1)
     assert not few.are_few(*shapes(1, 7, 4), 1)  # too few keys
     assert not few.are_few(*shapes(8, 64, 9), 1)  # too many rows
@@ -76,7 +75,7 @@ def test_where_it_is_taken():
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_of_generation_copies_no_cache(batch, dtype):
-    """A new key and value are written, and attended to: in a loop, all that is beside the cache is less than an eighth of it."""
+    """A new key and value are written, and attended to: in a loop, all beside the cache is less than an eighth of it."""
     cached = jax.ShapeDtypeStruct((batch, 4096, 4, 32), dtype)
     query, start = jax.ShapeDtypeStruct((batch, 1, 4, 32), dtype), jax.ShapeDtypeStruct((batch,), jnp.int32)
 
