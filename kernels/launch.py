@@ -97,6 +97,20 @@ def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
+def require_floats(*dtypes, also: tuple[str, ...] = ()) -> None:
+    """Raises `Declined` for an array whose dtype no kernel takes."""
+    known = *FLOATS, *also
+    for dtype in dtypes:
+        if dtype.name not in known:
+            raise Declined(f"an array is {dtype.name}, and the kernels take {', '.join(known)} only.")
+
+
+def require_at_most(most: int, size: int, what: str) -> None:
+    """Raises `Declined` for more of something, in the plural, than a kernel holds at once."""
+    if size > most:
+        raise Declined(f"there are {size} {what}, and the kernels hold at most {most}.")
+
+
 def dot_precision(dtype) -> str:
     """The `input_precision` of a tl.dot: three TF32 products make up float32; one would lose half of its digits."""
     return "tf32x3" if jnp.dtype(dtype) == jnp.float32 else "tf32"

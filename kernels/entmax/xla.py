@@ -117,7 +117,7 @@ class Plan(NamedTuple):
 @precision.full
 def _attention_forward(plan, query, key, value, alpha, mask, positions):
     arguments = query, key, value, alpha, mask, positions
-    logits_of, of_heads = _tiles(plan, *arguments)
+    logits_of, of_heads = _tiles(plan, query, key, alpha, mask, positions)
     tile, steps = plan.tile(query, key)
     values = rearrange(value, "b s k v -> b k s v")
 
@@ -134,8 +134,8 @@ def _attention_forward(plan, query, key, value, alpha, mask, positions):
 @precision.full
 def _attention_backward(plan, saved, cotangent):
     *arguments, maximum, threshold = saved
-    query, key, value, alpha, *_ = arguments
-    logits_of, of_heads = _tiles(plan, *arguments)
+    query, key, value, alpha, mask, positions = arguments
+    logits_of, of_heads = _tiles(plan, query, key, alpha, mask, positions)
     tile, steps = plan.tile(query, key)
     keys, values = (rearrange(x, "b s k h -> b k h s") for x in (key, value))
     precise = maximum.dtype
@@ -176,7 +176,7 @@ attend = operation(
 )
 
 
-def _tiles(plan, query, key, value, alpha, mask, positions):
+def _tiles(plan, query, key, alpha, mask, positions):
     """((step, its queries) -> logits [B, K, G, t, S] in float32, -inf where not visible; alpha of these heads)."""
     kv_heads, tile = key.shape[2], plan.tile(query, key)[0]
     keys, precise = rearrange(key, "b s k h -> b k h s"), jnp.promote_types(query.dtype, jnp.float32)

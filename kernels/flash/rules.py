@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch, patterns
+from subquad.kernels.flash.triton import NUM_WORDS
 
 
 @triton.jit
@@ -107,9 +108,9 @@ def interleaved(query, key, head, tables, words, NODE: tl.constexpr):
 class Tree:
     """The constants, tables and words of a pattern."""
 
-    def __init__(self, pattern: patterns.Pattern | None, query_range, key_range, first_word: int):
+    def __init__(self, pattern: patterns.Pattern | None, query_range, key_range):
         """`query_range`, `key_range`: the least and the largest position; None where they are not known while tracing."""
-        self.ranges, self.words, self.tables, self.first_word, self.size = (query_range, key_range), [], [], first_word, 0
+        self.ranges, self.words, self.tables, self.size = (query_range, key_range), [], [], 0
         self.may_be_negative = any(one is None or one[0] < 0 for one in self.ranges)
         self.node = None if pattern is None else node_of(pattern, self)
 
@@ -120,7 +121,7 @@ class Tree:
 
     def add(self, table: np.ndarray) -> int:
         """Keeps a table [heads, rows, columns]; returns the place of its words."""
-        place = self.first_word + len(self.words)
+        place = NUM_WORDS + len(self.words)
         self.words += [self.size, *table.shape[1:]]
         self.size += table.size
         self.tables.append(table.astype(np.int8))

@@ -221,7 +221,7 @@ def flash_backward_key(
     acc_value = tl.zeros([BLOCK_K, SHAPE.BLOCK_V], tl.float32)
     for member in range(GROUPS):
         n = key_head * GROUPS + member
-        key_block, num_partial, num_full, blocks = FUNCTIONS.WORK(rank, b, n, operands, OPTIONS)
+        _, num_partial, num_full, blocks = FUNCTIONS.WORK(rank, b, n, operands, OPTIONS)
         query_n = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
         grad_out_n = head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD)
         for PARTIAL in tl.static_range(1, -1, -1):

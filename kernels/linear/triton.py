@@ -184,9 +184,8 @@ def in_two_steps(query, key, value, log_decay, eraser):
 
 
 def plan_of(arrays, mode, is_delta=False, **options) -> Plan:
+    launch.require_floats(*(x.dtype for x in arrays))
     dtypes = {x.dtype.name for x in arrays}
-    if not dtypes <= set(launch.FLOATS):
-        raise launch.Declined("the kernels take float32, bfloat16 and float16 only.")
     bf16, length = dtypes == {"bfloat16"}, max(x.shape[1] for x in arrays)
     most = 32 if "float32" in dtypes and mode == "triton" else 64
     # float16 has the digits of TF32.

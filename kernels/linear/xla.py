@@ -142,7 +142,7 @@ def bidirectional(features, size, eps, projection, state, arrays, has_mask):
     """(outputs, state after the last key) of queries that see all keys."""
     query, dtype = arrays["query"], arrays["value"].dtype
     keys = {name: x for name, x in arrays.items() if name != "query"}
-    sums, largest = state = add_keys(features, size, projection, state, keys)
+    sums, _ = state = add_keys(features, size, projection, state, keys)
 
     def step(constants, state, chunk):
         projection, sums = constants

@@ -425,12 +425,8 @@ attend_cache = operation(
 
 def check(*arrays):
     for array in arrays:
-        if array.dtype.name not in launch.FLOATS:
-            raise launch.Declined(f"the kernel works in float32, bfloat16 and float16 only, not in {array.dtype}.")
-        if array.shape[-1] > LARGEST_HEAD:
-            raise launch.Declined(f"the kernel holds heads of at most {LARGEST_HEAD} features.")
-        if array.size == 0:
-            raise launch.Declined("there is nothing to compute.")
+        launch.require_floats(array.dtype)
+        launch.require_at_most(LARGEST_HEAD, array.shape[-1], "features in a head")
 
 
 def config_of(name, cached: bool, mode, dtype, features: int, chunk_size: int, queries: int, keys: int) -> tuning.Config:

@@ -361,16 +361,13 @@ def _extend(steps, correct_duplicates, query, key, value, query_buckets, key_buc
         same = jnp.minimum(same, 1) if correct_duplicates else same
         own_real = jnp.take_along_axis(real, own, axis=1, mode="clip")[:, None]
         is_before = jnp.arange(places)[None, None, None] < own[:, None, :, None]
-        weight = same * (own_real[..., None] & real[:, None, None] & is_before)
+        counts = same * (own_real[..., None] & real[:, None, None] & is_before)
         logits = online.rounded(scale * jnp.einsum("bnth,bnhs->bnts", query, key, preferred_element_type=jnp.float32))
-        seen = weight > 0
-        largest = jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30)
-        weight = weight * jnp.exp(jnp.where(seen, logits - jax.lax.stop_gradient(largest), 0))
-        total = weight.sum(-1, keepdims=True)
-        out = jnp.einsum("bnts,bnsv->bntv", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        alone = own_real[..., None] & (total == 0)
+        weights, lse = online.counted(logits, counts)
+        out = jnp.einsum("bnts,bnsv->bntv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        alone = (own_real & jnp.isneginf(lse))[..., None]
         own_value = jnp.take_along_axis(value, own[:, None, :, None], axis=2, mode="clip")
-        return jnp.where(alone, own_value, out / jnp.where(total > 0, total, 1))
+        return jnp.where(alone, own_value, out)
 
     short = steps * count - length
     query = jnp.pad(query, ((0, 0), (0, short), (0, 0), (0, 0)))

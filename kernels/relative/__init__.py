@@ -10,11 +10,7 @@ from subquad.kernels.softmax.sets import Visible
 
 OPERATION = "relative.attention"
 SAVED = reference.SAVED
-IMPLEMENTATIONS = {
-    **dispatch.triton("subquad.kernels.relative.triton", "attention"),
-    "xla": xla.attention,
-    "reference": reference.attention,
-}
+IMPLEMENTATIONS = dispatch.implementations("attention", xla, reference)
 
 
 def attention(

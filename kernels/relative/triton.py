@@ -35,10 +35,8 @@ STRIP_BYTES, FEWEST_ROWS = 1 << 25, 256
 def attention(query, key, value, relative_key, content_bias, position_bias, visible: Visible, scale: float, *, mode):
     """Arguments as checked by `subquad.kernels.relative.attention`."""
     dtype = jnp.promote_types(query.dtype, value.dtype)
-    if dtype.name not in launch.FLOATS:
-        raise launch.Declined(f"query and value are {query.dtype} and {value.dtype}, and it takes {', '.join(launch.FLOATS)}.")
-    if (features := max(query.shape[3], value.shape[3])) > LARGEST_HEAD:
-        raise launch.Declined(f"a head has {features} features, and a block of the kernel holds {LARGEST_HEAD}.")
+    launch.require_floats(dtype)
+    launch.require_at_most(LARGEST_HEAD, max(query.shape[3], value.shape[3]), "features in a head")
     content, position = (((query.astype(jnp.float32) + x) * scale).astype(dtype) for x in (content_bias, position_bias))
     rest = (x.astype(dtype) for x in (key, value, relative_key[None, : key.shape[1]]))
     return attend(mode, content, position, *rest, visible).astype(value.dtype)
@@ -149,9 +147,8 @@ def backward(mode, residuals, grad_out):
     content, position, key, value, relative, visible, out, lse = residuals
     batch = batch_of(residuals, grad_out)
     strips = strips_of(batch, content, key)
-    is_masked = visible.mask is not None or visible.query_segment_ids is not None
     no_lse = jnp.zeros((), lse.dtype)
-    lse, delta, *queries = online.residue(out, (lse.swapaxes(1, 2),), grad_out, no_lse, is_masked, content, position)
+    lse, delta, *queries = online.residue(out, (lse.swapaxes(1, 2),), grad_out, no_lse, visible.is_masked, content, position)
     (table, pull_table), (shared, parts) = jax.vjp(strips.table, relative), by_strip(strips, visible)
 
     def step(sums, i, arrays):

@@ -107,7 +107,7 @@ def backward(_, saved, d_out):
     *arguments, visible, out, maximum, log_normaliser = saved
     content, position, key, value, relative_key = arguments
     plan, seen = planned(content, key, value, visible)
-    no_lse, is_masked = jnp.zeros((), maximum.dtype), visible.mask is not None or visible.query_segment_ids is not None
+    no_lse, is_masked = jnp.zeros((), maximum.dtype), visible.is_masked
     sums = maximum, log_normaliser
     *rows, content, position = online.residue(out, sums, d_out, no_lse, is_masked, content, position)
     band, precise = band_of(plan, relative_key), maximum.dtype

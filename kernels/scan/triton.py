@@ -192,9 +192,7 @@ def _walk(mode, decay, inputs, start, reverse, shifted):
 
 def first_order(decay, inputs, start, reverse, *, mode):
     """See `scan.first_order`."""
-    for array in (decay, inputs):
-        if array.dtype.name not in (*launch.FLOATS, "complex64"):
-            raise launch.Declined(f"float32, bfloat16, float16 and complex64 only, not {array.dtype.name}.")
+    launch.require_floats(decay.dtype, inputs.dtype, also=("complex64",))
     return _scan((reverse, mode), decay, inputs, start)
 
 

@@ -329,11 +329,8 @@ def walk_in(mode):
 def selective_scan(inputs, step, diagonal, input_matrix, output_matrix, state, runs, *, mode):
     """See `ssm.selective_scan`."""
     arrays = inputs, step, diagonal, input_matrix, output_matrix
-    for array in (*arrays, *([] if state is None else [state])):
-        if array.dtype.name not in launch.FLOATS:
-            raise launch.Declined(f"the kernels take float32, bfloat16 and float16, not {array.dtype.name}.")
-    if diagonal.shape[1] > MOST_STATES:
-        raise launch.Declined(f"a feature has {diagonal.shape[1]} states, and the kernels hold at most {MOST_STATES}.")
+    launch.require_floats(*(x.dtype for x in (*arrays, state) if x is not None))
+    launch.require_at_most(MOST_STATES, diagonal.shape[1], "states in a feature")
     state, breaks = start_and_breaks(inputs, diagonal, state, runs)
     # With fewer tokens in a chunk there would be more states between chunks than for the tiles of one.
     least = math.isqrt(TILE * inputs.shape[1] // 3)

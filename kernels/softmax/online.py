@@ -30,7 +30,7 @@ def rounded(logits: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.minimum(logits, jnp.finfo(logits.dtype).max)
 
 
-def start(rows: tuple[int, ...], features: int, dtype=jnp.float32) -> State:
+def start(rows: tuple[int, ...], features: int, dtype) -> State:
     """The state of rows that have seen nothing."""
     return State(jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, features), dtype))
 
@@ -51,6 +51,17 @@ def finish(state: State) -> tuple[Float[Array, "... T V"], Float[Array, "... T"]
     empty = state.normaliser == 0
     normaliser = jnp.where(empty, 1.0, state.normaliser)
     return state.accumulator / normaliser[..., None], jnp.where(empty, -jnp.inf, state.maximum), jnp.log(normaliser)
+
+
+def counted(logits: Float[Array, "... T S"], counts: Float[Array, "... T S"]):
+    """The weights of keys that a row sees so many times, and the log-sum-exp; 0 and -inf for rows that see nothing."""
+    seen = counts > 0
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-jnp.inf))
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
+    weights = counts * jnp.exp(jnp.where(seen, logits - largest, 0))
+    total = weights.sum(-1, keepdims=True)
+    safe = jnp.where(total > 0, total, 1)
+    return weights / safe, jnp.where(total > 0, largest + jnp.log(safe), -jnp.inf)[..., 0]
 
 
 def apart(lse: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:

@@ -24,7 +24,7 @@ from subquad.kernels.operation import operation
 from subquad.kernels.patterns import NONE, Band, Pattern
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.reference import SAVED
-from subquad.kernels.softmax.xla import Visible
+from subquad.kernels.softmax.sets import Visible, independent_axes
 
 # Bytes of keys and values of the heads that run side by side: they should stay in the L2 cache.
 CACHE_BYTES = 16 << 20
@@ -32,16 +32,11 @@ CACHE_BYTES = 16 << 20
 
 def attention(query, key, value, bias, visible: Visible, pattern: Pattern | None, scale: float, *, mode: launch.Mode):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], maximum, log(normaliser))."""
-    if query.dtype.name not in launch.FLOATS:
-        raise launch.Declined(f"the operands are {query.dtype}, and the kernel takes {', '.join(launch.FLOATS)} only.")
-    features = max(query.shape[3], value.shape[3])
-    if features > LARGEST_HEAD:
-        raise launch.Declined(f"a head has {features} features, and a block of the kernel holds {LARGEST_HEAD}.")
+    launch.require_floats(query.dtype)
+    launch.require_at_most(LARGEST_HEAD, max(query.shape[3], value.shape[3]), "features in a head")
     positions, arrays = zip(*map(known, visible[:2]), strict=True)
-    # Queries are independent where no known positions tell them apart, and heads where no pattern does.
-    independent = "b n t" if pattern is None else "b" if pattern.heads > 1 else "b n"
     static = Static(pattern, *positions, scale, mode)
-    out, lse = attend(independent)(static, query, key, value, bias, Visible(*arrays, *visible[2:]))
+    out, lse = attend(independent_axes(pattern))(static, query, key, value, bias, Visible(*arrays, *visible[2:]))
     return out, *online.apart(lse)
 
 
@@ -314,12 +309,11 @@ class Call:
         self.static, self.visible = static, visible
         self.arrays = query, key, value
         batch = self.batch = max(len(x) for x in jax.tree.leaves((self.arrays, bias, visible, gradients)))
-        tested = visible.mask is not None or visible.query_segment_ids is not None
         known_positions = static.query_positions, static.key_positions
-        geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, tested)
+        geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, visible.is_masked)
         self.geometry = geometry
         lengths = geometry.queries, geometry.keys
-        tree = rules.Tree(geometry.pattern, *map(range_of, known_positions, lengths), flash.NUM_WORDS)
+        tree = rules.Tree(geometry.pattern, *map(range_of, known_positions, lengths))
         self.pattern_words = tree.words
         each = self.of_each_sample
         self.inputs = dict(
@@ -505,8 +499,7 @@ def attend_forward(static, query, key, value, bias, visible):
 
 def attend_backward(static, residuals, gradients):
     query, key, value, bias, visible, out, lse = residuals
-    is_masked = visible.mask is not None or visible.query_segment_ids is not None
-    lse, delta, query = online.residue(out, (lse.swapaxes(1, 2),), *gradients, is_masked, query)
+    lse, delta, query = online.residue(out, (lse.swapaxes(1, 2),), *gradients, visible.is_masked, query)
     lse, delta = (x.swapaxes(1, 2) for x in (lse, delta))
     *grads, grad_bias = run_backward(static, query, key, value, bias, lse, delta, gradients[0], visible)
     grad_bias = None if bias is None else grad_bias.astype(bias.dtype)

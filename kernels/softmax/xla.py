@@ -21,15 +21,13 @@ from subquad.kernels.operation import operation
 from subquad.kernels.softmax import few, online, parts
 from subquad.kernels.softmax.plan import Plan, plan_of
 from subquad.kernels.softmax.reference import SAVED
-from subquad.kernels.softmax.sets import KeySet, Visible, known_of
+from subquad.kernels.softmax.sets import KeySet, Visible, independent_axes, known_of
 
 
 def attention(query, keys, values, bias, sets: tuple[KeySet, ...], scale: float):
     """Arguments as checked by `subquad.kernels.softmax` -> (out [B, T, N, V], maximum, log(normaliser) [B, T, N])."""
     static, visibles = zip(*map(known_of, sets), strict=True)
-    # Queries are independent where no known positions tell them apart, and heads where no pattern does.
-    patterns = [one.pattern for one in sets if one.pattern is not None]
-    independent = "b" if any(pattern.heads > 1 for pattern in patterns) else "b n" if patterns else "b n t"
+    independent = independent_axes(*(one.pattern for one in sets))
     return flash(independent, len(keys), len(sets))((static, scale), query, keys, values, bias, visibles)
 
 
@@ -53,7 +51,7 @@ def backward(static, residuals, gradients):
     sets, scale = static
     query, keys, values, bias, visibles, out, *sums = residuals
     grad_out, _, grad_lse = gradients
-    is_masked = any(visible.mask is not None or visible.query_segment_ids is not None for visible in visibles)
+    is_masked = any(visible.is_masked for visible in visibles)
     *rows, query = online.residue(out, sums, grad_out, grad_lse, is_masked, query)
     grad_query, grad_keys, grad_values, grad_bias = None, [None] * len(keys), [None] * len(values), None
     dtype = dtype_of(query, sets)

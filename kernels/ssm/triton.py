@@ -14,16 +14,15 @@ from subquad.kernels import launch, tuning
 from subquad.kernels.operation import operation
 from subquad.kernels.ssm import xla
 
-FLOATS = launch.FLOATS
 LONGEST_CLASS = 1 << 14  # of lengths that share a tuned configuration: from here on all do
 MOST_MODES = 128  # of a feature: a program holds them all, and with twice as many it spills
 
 
 def _check_dtypes(inputs, *modes):
     """Declines what the kernels cannot hold: they compute in float32."""
-    single = all(x.dtype in (jnp.float32, jnp.complex64) for x in modes)
-    if inputs.dtype.name not in FLOATS or not single:
-        raise launch.Declined("the kernels take float32, bfloat16 and float16 inputs and modes in float32 or complex64.")
+    launch.require_floats(inputs.dtype)
+    if any(x.dtype not in (jnp.float32, jnp.complex64) for x in modes):
+        raise launch.Declined("the kernels take modes in float32 or complex64 only.")
 
 
 def _pad_size(size: int) -> int:
@@ -195,8 +194,7 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     """See `ssm.diagonal_scan`. XLA makes the tables, and so their gradients, and the last state."""
     _check_dtypes(inputs, log_decay, input_matrix, output_matrix, state)
     (batch, length, _), pairs = inputs.shape, log_decay.shape[1]
-    if pairs > MOST_MODES:
-        raise launch.Declined(f"a feature has {pairs} modes, and the kernel holds at most {MOST_MODES}.")
+    launch.require_at_most(MOST_MODES, pairs, "modes in a feature")
     padded = _pad_size(pairs)
     size = padded * (2 if jnp.iscomplexobj(log_decay) else 1)
     chunk = scan_config(mode, batch, length, size, inputs.dtype).blocks["C"]

@@ -172,11 +172,11 @@ def test_patterns_without_a_rule_are_declined():
     from subquad.kernels.patterns import Pattern
 
     with pytest.raises(launch.Declined, match="a Pattern, which has no rule"):
-        rules.Tree(Pattern(), (0, 0), (0, 0), 0)
+        rules.Tree(Pattern(), (0, 0), (0, 0))
     with pytest.raises(launch.Declined, match="below 0"):
-        rules.Tree(BLOCKS, (-1, 3), (0, 0), 0)
+        rules.Tree(BLOCKS, (-1, 3), (0, 0))
     with pytest.raises(launch.Declined, match="run time"):
-        rules.Tree(BLOCKS, None, (0, 0), 0)
+        rules.Tree(BLOCKS, None, (0, 0))
 
 
 # ------------------------------------------------------------------------------------------------------ lengths are data
