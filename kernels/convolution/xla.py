@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.xla_cpu import map_parts
 
 # Bytes of one group's padded inputs. On a CPU the spectra of a group then stay well under the 32 MiB above which XLA pays
@@ -115,7 +116,7 @@ def _in_runs(runs, inputs, kernel, ahead):
         return past.transpose(1, 2, 0).astype(inputs.dtype)
     # The future is the past of the flipped sequence: both at once, which halves the time to compile.
     taps = kernel, jnp.pad(ahead, ((0, 0), (1, 0)))
-    taps = jnp.stack([_fill(x, max(x.shape[1] for x in taps)) for x in taps])
+    taps = jnp.stack([pad_to(x, 1, max(x.shape[1] for x in taps)) for x in taps])
     past, future = _past_in_runs(jnp.stack([runs, flip(runs)]), jnp.stack([values, flip(values)]), taps)
     return (past + flip(future)).transpose(1, 2, 0).astype(inputs.dtype)
 
@@ -128,7 +129,7 @@ def _past_in_runs(runs, values, kernel):
     """
     length = values.shape[-1]
     size = 1 << (length - 1).bit_length()
-    runs, values, kernel = (_fill(x[..., :size], size) for x in (runs, values, kernel))
+    runs, values, kernel = (pad_to(x[..., :size], -1, size) for x in (runs, values, kernel))
     outputs, half = kernel[:, :, None, :1] * values, 1
     while half < size:
         blocks = lambda x, half=half: x.reshape(*x.shape[:-1], -1, 2 * half)
@@ -139,11 +140,6 @@ def _past_in_runs(runs, values, kernel):
         outputs = outputs + jnp.where(is_across & ~is_left, received, 0).reshape(outputs.shape)
         half *= 2
     return outputs[..., :length]
-
-
-def _fill(x, size):
-    """Zeros after the end of the last axis, so that it has `size`."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
 
 
 _convolve = operation(_forward, _backward, arrays=("b t d", "d past", "d ahead", "b t"), outputs="b t d", independent="b d")

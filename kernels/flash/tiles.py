@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subquad.kernels.padding import pad_to
 from subquad.kernels.patterns import ALL, NONE, SOME, Band, Both, Pattern
 
 
@@ -132,8 +133,7 @@ def bounds_of(geometry: Geometry, visible, query_tile: int, key_tile: int, trans
 
     def cut(array, tile, reduce):
         count = -(-array.shape[1] // tile)
-        array = jnp.pad(array, ((0, 0), (0, count * tile - array.shape[1])), mode="edge")
-        return reduce(array.reshape(len(array), count, tile), axis=2)
+        return reduce(pad_to(array, 1, count * tile, mode="edge").reshape(len(array), count, tile), axis=2)
 
     def sides(query_array, key_array):
         low_query, high_query = (cut(query_array, query_tile, f)[:, :, None] for f in (jnp.min, jnp.max))

@@ -32,6 +32,7 @@ from subquad.kernels import launch, precision, tuning
 from subquad.kernels.flash.triton import padded
 from subquad.kernels.linear.chunk_kernels import Shape, linear_outputs, linear_states
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 
 
 class Operands(NamedTuple):
@@ -240,8 +241,7 @@ def at_tokens(zeros, products, ends=0.0):
     """
     batch, heads, chunks, places, _, channels = zeros.shape
     rows = products.sum(2)[..., None] if channels == 1 else products.swapaxes(1, 2)
-    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, chunks * (places - 1) - rows.shape[2]), (0, 0)])
-    rows = rows.reshape(batch, heads, chunks, places - 1, channels).at[:, :, :, -1].add(ends)
+    rows = pad_to(rows, 2, chunks * (places - 1)).reshape(batch, heads, chunks, places - 1, channels).at[:, :, :, -1].add(ends)
     return zeros.at[:, :, :, 1:, -1].set(rows)
 
 
@@ -266,10 +266,8 @@ def through(values, states, chunk: int):
 
 def cut_chunks(x, chunk: int):
     """[B, T, N, X] as [B, N K, C, X], with zeros at the end."""
-    batch, length, heads, width = x.shape
-    chunks = -(-length // chunk)
-    x = jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, chunks * chunk - length), (0, 0)])
-    return x.reshape(batch, heads * chunks, chunk, width)
+    batch, length, _, width = x.shape
+    return pad_to(x.swapaxes(1, 2), 2, -(-length // chunk) * chunk).reshape(batch, -1, chunk, width)
 
 
 def configure(kernel, plan: Plan, x: Operands, features: int, values: int) -> tuning.Config:

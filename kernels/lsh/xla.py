@@ -17,6 +17,7 @@ from einops import rearrange
 from subquad.kernels import precision
 from subquad.kernels.lsh.reference import AXES, Layout, inverse_norm
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.softmax import online
 from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, zeros_depending_on
 
@@ -71,7 +72,7 @@ def _hash_buckets(steps, factors, vectors, rotations, num_rotations):
             unit, column = unit * factor, column + factor // 2
         return bucket
 
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, steps * rows - length), *((0, 0),) * (x.ndim - 2)))
+    pad = lambda x: pad_to(x, 1, steps * rows)
     own = rearrange(pad(to_uint_bits(vectors)), "b (k t) n h -> k n b t h", k=steps)
     used = None if num_rotations is None else rearrange(pad(num_rotations), "b (k t) -> k b t", k=steps)
     buckets = jax.lax.map(block, (own, used))
@@ -123,8 +124,8 @@ def lay_out(layout: Layout, order, codes) -> tuple[Items, jax.Array | None]:
         row = jnp.arange(rounds)[:, None]
         by_place = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(codes, **NOBODY_WRITTEN)
 
-    short, steps = chunks * layout.chunk_size - length, range(-before, after + 1)
-    own = jnp.pad(jnp.stack([place, codes]), ((0, 0), (0, 0), (0, 0), (0, short)), constant_values=nobody)
+    steps = range(-before, after + 1)
+    own = pad_to(jnp.stack([place, codes]), 3, chunks * layout.chunk_size, constant_values=nobody)
     own = rearrange(own, "x g r (n c) -> x g r n c", n=chunks)
     if layout.reach == "ring":
         ring = rearrange(own, "x g r n c -> x g (r n) c")
@@ -136,9 +137,7 @@ def lay_out(layout: Layout, order, codes) -> tuple[Items, jax.Array | None]:
 
     cuts = min(layout.chunk_size, math.ceil(4 * layout.chunk_size * around.shape[-1] / CHUNK_BYTES))
     if cuts > 1:
-        per_cut = math.ceil(layout.chunk_size / cuts)
-        unused = cuts * per_cut - layout.chunk_size
-        own = jnp.pad(own, ((0, 0),) * 4 + ((0, unused),), constant_values=nobody)
+        own = pad_to(own, 4, math.ceil(layout.chunk_size / cuts) * cuts, constant_values=nobody)
         own = rearrange(own, "x g r n (s c) -> x g r (n s) c", s=cuts)
         around = jnp.repeat(around, cuts, axis=3)
 
@@ -151,7 +150,7 @@ def lay_out(layout: Layout, order, codes) -> tuple[Items, jax.Array | None]:
 
     def blocks(x, no_code):
         x = rearrange(x, "x g r n c -> r x (g n) c")
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, steps * per_step - count), (0, 0)), constant_values=nobody)
+        x = pad_to(x, 2, steps * per_step, constant_values=nobody)
         x = x.at[:, 1].set(jnp.where(x[:, 0] < nobody, x[:, 1], no_code))
         return rearrange(x, "r x (k i) c -> x (r k) i c", k=steps)
 
@@ -369,9 +368,7 @@ def _extend(steps, correct_duplicates, query, key, value, query_buckets, key_buc
         own_value = jnp.take_along_axis(value, own[:, None, :, None], axis=2, mode="clip")
         return jnp.where(alone, own_value, out)
 
-    short = steps * count - length
-    query = jnp.pad(query, ((0, 0), (0, short), (0, 0), (0, 0)))
-    query_buckets = jnp.pad(query_buckets, ((0, 0), (0, 0), (0, short), (0, 0)))
+    query, query_buckets = pad_to(query, 1, steps * count), pad_to(query_buckets, 2, steps * count)
     queries = (
         rearrange(query, "b (k t) n h -> k b n t h", k=steps),
         rearrange(query_buckets, "b r (k t) n -> k r b n t", k=steps),

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from subquad.kernels import launch, precision
 from subquad.kernels.flash.triton import LARGEST_HEAD
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.patterns import CAUSAL
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
@@ -60,8 +61,7 @@ class Strips(NamedTuple):
         """[..., T, ...] -> [count, ..., rows, ...]."""
         if array is None:
             return None
-        pad = [(0, self.count * self.rows - self.queries if i == axis else 0) for i in range(array.ndim)]
-        array = jnp.pad(array, pad, constant_values=fill)
+        array = pad_to(array, axis, self.count * self.rows, constant_values=fill)
         return jnp.moveaxis(array.reshape(*array.shape[:axis], self.count, self.rows, *array.shape[axis + 1 :]), axis, 0)
 
     def join(self, strips, axis: int = 1):

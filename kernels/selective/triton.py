@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch, precision, tuning
+from subquad.kernels.padding import pad_to
 from subquad.kernels.scan import xla as scan
 from subquad.kernels.scan.triton import combine
 from subquad.kernels.selective import xla
@@ -237,9 +238,8 @@ def _walk(mode, values, step, rates, writes, reads, breaks, start, *, tile=None,
     block = chosen.blocks["BLOCK_T"]
     size = triton.cdiv(triton.cdiv(length, block), parts) * block
 
-    def cut(x):  # [B parts, size, ..]; the tokens at the end have no length, and change nothing
-        x = jnp.pad(x, [(0, 0), (0, parts * size - length), *[(0, 0)] * (x.ndim - 2)])
-        return x.reshape(batch * parts, size, *x.shape[2:])
+    def cut(x):  # [B parts, size, ..]; padding has step 0 and leaves the state unchanged
+        return pad_to(x, 1, parts * size).reshape(batch * parts, size, *x.shape[2:])
 
     values, step, writes, reads, breaks = (None if x is None else cut(x) for x in (values, step, writes, reads, breaks))
     *_, sums = launched(values, step, rates, writes, None, breaks, jnp.zeros((batch * parts, *rates.shape)))

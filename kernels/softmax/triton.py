@@ -21,6 +21,7 @@ from subquad.kernels.flash import triton as flash
 from subquad.kernels.flash.tiles import Geometry, bounds_of, known, range_of, states_of, work
 from subquad.kernels.flash.triton import LARGEST_HEAD, dense, head_of, load_rows, load_sums, operands_of, padded, weights_of
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.patterns import NONE, Band, Pattern
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.reference import SAVED
@@ -431,7 +432,7 @@ def aligned(array):
     """A mask or bias [..., S|1] with zeros behind each row, so that every row starts at a multiple of ALIGNMENT."""
     if array is None or array.shape[3] == 1:
         return array
-    return jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, -array.shape[3] % ALIGNMENT.value)))
+    return pad_to(array, 3, -(-array.shape[3] // ALIGNMENT.value) * ALIGNMENT.value)
 
 
 def run_forward(static: Static, query, key, value, bias, visible: Visible):

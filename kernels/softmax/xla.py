@@ -18,6 +18,7 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.softmax import few, online, parts
 from subquad.kernels.softmax.plan import Plan, plan_of
 from subquad.kernels.softmax.reference import SAVED
@@ -228,7 +229,7 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
             return None
         by_column = array.shape[1] != plan.rows[side]
         array = in_columns(plan, jnp.broadcast_to(array, (len(query), *array.shape[1:]))) if by_column else array[:, :, None]
-        array = pad(parts.share(plan.parts, array, part, None), 1, plan.tiles[side] * plan.counts[side])
+        array = pad_to(parts.share(plan.parts, array, part, None), 1, plan.tiles[side] * plan.counts[side])
         return rearrange(array, "b (i t) c -> i (b c) t", i=plan.counts[side])
 
     def square(array):
@@ -236,7 +237,7 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
             return None
         array = parts.share(plan.parts, array[:, :, None], part, 1)[:, :, 0]
         for axis, tile, count in ((2, query_tile, query_count), (3, key_tile, key_count)):
-            array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
+            array = array if array.shape[axis] == 1 else pad_to(array, axis, tile * count)
         return rearrange(array, "b (k g) t s -> b k g t s", g=1 if array.shape[1] == 1 else groups)
 
     real, mask = None, visible.mask
@@ -262,7 +263,7 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
 def cut_queries(plan: Plan, part, array, groups: int):
     """What a part has of [B, T, N, ...] -> [i, b, K, G, t, ...]."""
     tile, count = plan.tiles[0], plan.counts[0]
-    array = pad(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
+    array = pad_to(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
     return rearrange(array, "b (i t) c (k g) ... -> i (b c) k g t ...", i=count, g=groups)
 
 
@@ -273,7 +274,7 @@ def cut_keys(plan: Plan, part, array, order: str):
     cost transposed in each step.
     """
     tile, count = plan.tiles[1], plan.counts[1]
-    array = pad(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
+    array = pad_to(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
     return rearrange(array, "b (j s) c k h -> j (b c) k " + order, j=count)
 
 
@@ -301,13 +302,6 @@ def columns_of(plan: Plan, like):
 def in_order(array, like):
     """The inverse of `in_columns`, in the dtype of an array."""
     return array.reshape(len(array), -1, *array.shape[3:]).astype(like.dtype)
-
-
-def pad(array, axis: int, length: int):
-    """`array` with zeros (or False) at the end of `axis`, up to `length`."""
-    width = [(0, 0)] * array.ndim
-    width[axis] = (0, length - array.shape[axis])
-    return array if width[axis][1] == 0 else jnp.pad(array, width)
 
 
 def beside(tiles, js, axis: int):

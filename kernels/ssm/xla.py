@@ -11,6 +11,7 @@ from einops import rearrange
 
 from subquad.kernels.convolution.xla import divisor
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.xla_cpu import map_parts
 
 HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
@@ -102,7 +103,7 @@ def _scan_group(chunk, inputs, log_decay, input_matrix, output_matrix, state):
     batch, length, _ = inputs.shape
     chunks = -(-length // chunk)
     toeplitz, writes, reads, powers = chunk_tables(chunk, log_decay, input_matrix, output_matrix)
-    values = jnp.pad(inputs.astype(state.dtype), ((0, 0), (0, chunks * chunk - length), (0, 0)))
+    values = pad_to(inputs.astype(state.dtype), 1, chunks * chunk)
     values = rearrange(values, "b (n c) d -> d (b n) c", c=chunk)
 
     added = rearrange(einsum("dmc,dcs->dms", values, writes), "d (b n) s -> n d b s", b=batch)
