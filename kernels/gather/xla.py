@@ -86,7 +86,7 @@ def _forward(plan, query, key, value, places, positions):
 @precision.full
 def _backward(plan, saved, gradients):
     query, key, value, places, positions, out, *sums = saved
-    *by_query, query = online.residue(out, sums, *gradients, True, query)
+    *by_query, query = online.backward_rows(out, sums, *gradients, True, query)
     precise = by_query[0].dtype
     logits_of = _logits_of(plan, key, positions)
     values = to_uint_bits(rearrange(value, "b s k v -> (b s k) v"))

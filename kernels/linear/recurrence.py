@@ -56,13 +56,13 @@ def advance_after_reading(bonus, states, query, key, values, decay=None, beta=No
 def advance_erasing(states, query, key, values, decay, reader, eraser):
     """`advance`, where what a `reader` finds in the states before its token is taken away under its `eraser`, [B, N, C, M]."""
     of_state, of_values = erase_rule(reader, eraser, key, decay)
-    found = [of_state @ state + of_values @ value for state, value in zip(states, values, strict=True)]
-    states, outputs = zip(*(
-        (whole_chunk(state, decay) + write(key, value, decay) - write(eraser, x, decay),
-         read(query, state, decay) + scores(query, key, decay) @ value - scores(query, eraser, decay) @ x)
-        for state, value, x in zip(states, values, found, strict=True)
-    ), strict=True)  # fmt: skip
-    return states, outputs
+    of_keys, of_erasers = scores(query, key, decay), scores(query, eraser, decay)
+    after, outputs = [], []
+    for state, value in zip(states, values, strict=True):
+        x = of_state @ state + of_values @ value  # r_t^T S_{t-1}
+        outputs.append(read(query, state, decay) + of_keys @ value - of_erasers @ x)
+        after.append(whole_chunk(state, decay) + write(key, value, decay) - write(eraser, x, decay))
+    return tuple(after), tuple(outputs)
 
 
 @precision.full

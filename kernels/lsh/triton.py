@@ -339,7 +339,7 @@ def _backward(static, saved, d_out):
     query, gain, value, order, codes, out, lse = saved
     call = _rounds(static, query, gain, value, order, codes)
     alone = jnp.isneginf(lse)[..., None]
-    lse, delta = (x.swapaxes(1, 2) for x in online.residue(out, (lse,), d_out, 0, False))
+    lse, delta = (x.swapaxes(1, 2) for x in online.backward_rows(out, (lse,), d_out, 0, False))
     arrays = dict(lse=lse, delta=delta, grad_out=d_out)
     shapes = [(x.shape, jnp.float32) for x in (query, query, value)]
 
@@ -404,7 +404,7 @@ def _extend_forward(static, *arrays):
 
 def _extend_backward(static, saved, cotangents):
     *arrays, out, lse = saved
-    lse, delta = (x.swapaxes(1, 2) for x in online.residue(out, (lse,), *cotangents, False))
+    lse, delta = (x.swapaxes(1, 2) for x in online.backward_rows(out, (lse,), *cotangents, False))
     call = functools.partial(_cached(static, *arrays), lse=lse, delta=delta, grad_out=cotangents[0])
     query, key, value = ((x.shape, x.dtype) for x in arrays[:3])
     d_query, _ = call(flash.flash_backward_query, dict(grad_query=query))

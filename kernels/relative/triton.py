@@ -147,8 +147,8 @@ def backward(mode, residuals, grad_out):
     content, position, key, value, relative, visible, out, lse = residuals
     batch = batch_of(residuals, grad_out)
     strips = strips_of(batch, content, key)
-    no_lse = jnp.zeros((), lse.dtype)
-    lse, delta, *queries = online.residue(out, (lse.swapaxes(1, 2),), grad_out, no_lse, visible.is_masked, content, position)
+    sums, no_lse = (lse.swapaxes(1, 2),), jnp.zeros((), lse.dtype)
+    lse, delta, *queries = online.backward_rows(out, sums, grad_out, no_lse, visible.is_masked, content, position)
     (table, pull_table), (shared, parts) = jax.vjp(strips.table, relative), by_strip(strips, visible)
 
     def step(sums, i, arrays):

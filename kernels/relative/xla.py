@@ -109,7 +109,7 @@ def backward(_, saved, d_out):
     plan, seen = planned(content, key, value, visible)
     no_lse, is_masked = jnp.zeros((), maximum.dtype), visible.is_masked
     sums = maximum, log_normaliser
-    *rows, content, position = online.residue(out, sums, d_out, no_lse, is_masked, content, position)
+    *rows, content, position = online.backward_rows(out, sums, d_out, no_lse, is_masked, content, position)
     band, precise = band_of(plan, relative_key), maximum.dtype
 
     def gradients_of(part):

@@ -103,8 +103,8 @@ def attention(
     dispatch.check_name(OWNER, implementation)
     check_heads(OWNER, query, key, value)
     (batch, queries, heads, _), keys = query.shape, key.shape[1]
-    checks.square(OWNER, "mask", mask, (batch, heads, queries, keys))
-    checks.square(OWNER, "bias", bias, (batch, heads, queries, keys))
+    checks.pairwise(OWNER, "mask", mask, (batch, heads, queries, keys))
+    checks.pairwise(OWNER, "bias", bias, (batch, heads, queries, keys))
     band = band_of(window_size, is_causal)
     if pattern is not None and pattern.heads not in (1, heads):
         raise ValueError(
@@ -152,7 +152,7 @@ def merge(
         >>> bool(jnp.allclose(merge(*zip(*parts))[0], attention(q, k, k), atol=1e-5))
         True
     """
-    out, *sums = online.merge(list(outputs), *zip(*map(online.apart, lses), strict=True))
+    out, *sums = online.merge(list(outputs), *zip(*map(online.split_lse, lses), strict=True))
     return out, sum(sums)
 
 

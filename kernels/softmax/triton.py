@@ -38,7 +38,7 @@ def attention(query, key, value, bias, visible: Visible, pattern: Pattern | None
     positions, arrays = zip(*map(known, visible[:2]), strict=True)
     static = Static(pattern, *positions, scale, mode)
     out, lse = attend(independent_axes(pattern))(static, query, key, value, bias, Visible(*arrays, *visible[2:]))
-    return out, *online.apart(lse)
+    return out, *online.split_lse(lse)
 
 
 # ------------------------------------------------------------------------------------------- the functions of the instance
@@ -211,22 +211,19 @@ def flash_backward_bias(
     BIAS_HEADS: tl.constexpr = SHAPE.HEADS if AXES.N else 1
     query_blocks, key_blocks = tl.cdiv(T, BLOCK_Q), tl.cdiv(S, BLOCK_K)
     bias_rows, bias_columns = query_blocks if AXES.T else 1, key_blocks if AXES.S else 1
-    program = tl.program_id(0)
-    column, row = program % bias_columns, (program // bias_columns) % bias_rows
-    bias_n = (program // (bias_columns * bias_rows)) % BIAS_HEADS
-    bias_b = program // (bias_columns * bias_rows * BIAS_HEADS)
+    rest, column = split(tl.program_id(0), bias_columns)
+    rest, row = split(rest, bias_rows)
+    bias_b, bias_n = split(rest, BIAS_HEADS)
     inner_rows, inner_columns = query_blocks // bias_rows, key_blocks // bias_columns
     if AXES.T and AXES.S:
         count = tl.where(tl.load(rows + row * key_blocks + column) == 0, 0, count)
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for step in range(count):
-        j = column + step % inner_columns
-        rest = step // inner_columns
-        i = row + rest % inner_rows
-        rest = rest // inner_rows
-        n = (bias_n + rest % (SHAPE.HEADS // BIAS_HEADS)).to(tl.int64)
-        b = bias_b.to(tl.int64) * SAMPLES + rest // (SHAPE.HEADS // BIAS_HEADS)
-        query_start, key_start = i * BLOCK_Q, j * BLOCK_K
+        rest, j = split(step, inner_columns)
+        rest, i = split(rest, inner_rows)
+        sample, head = split(rest, SHAPE.HEADS // BIAS_HEADS)
+        b, n = bias_b.to(tl.int64) * SAMPLES + sample, (bias_n + head).to(tl.int64)
+        query_start, key_start = (row + i) * BLOCK_Q, (column + j) * BLOCK_K
         q, k = query_start + tl.arange(0, BLOCK_Q), key_start + tl.arange(0, BLOCK_K)
         query_rows = dense(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
         key_rows = dense(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
@@ -258,6 +255,11 @@ def flash_backward_bias(
         tl.store(grad_bias + matrix * S + k, tl.sum(total, 0), mask=k < S)
     else:
         tl.store(grad_bias + matrix, tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def split(i, n):
+    return i // n, i % n
 
 
 @triton.jit
@@ -451,7 +453,7 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
 
     Args:
         lse: [B, N, T] of `run_forward`, +inf for rows that see nothing.
-        delta: [B, N, T], the shift of `online.residue`.
+        delta: [B, N, T], of `online.backward_rows`.
     """
     call = Call(static, query, key, value, bias, visible, lse=lse, delta=delta, grad_out=grad_out)
     shape = lambda like: jax.ShapeDtypeStruct((call.batch, *like.shape[1:]), like.dtype)
@@ -500,7 +502,7 @@ def attend_forward(static, query, key, value, bias, visible):
 
 def attend_backward(static, residuals, gradients):
     query, key, value, bias, visible, out, lse = residuals
-    lse, delta, query = online.residue(out, (lse.swapaxes(1, 2),), *gradients, visible.is_masked, query)
+    lse, delta, query = online.backward_rows(out, (lse.swapaxes(1, 2),), *gradients, visible.is_masked, query)
     lse, delta = (x.swapaxes(1, 2) for x in (lse, delta))
     *grads, grad_bias = run_backward(static, query, key, value, bias, lse, delta, gradients[0], visible)
     grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
@@ -520,15 +522,84 @@ def attend(independent: str):
 # ------------------------------------------------------------------------------------------------------------- the sizes
 
 
-# BLOCK_Q, BLOCK_K, warps and stages by features of a head, of the tiles that meet nothing but a band and of all others.
-# Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
-FLOAT32_TILES = {
-    "flash_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "flash_backward_query": {
-        16: ((64, 16, 4, 2), (16, 16, 8, 1)), 64: ((64, 16, 4, 2), (16, 32, 8, 1)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2,
-    },
-    "flash_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
-    "flash_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
+class Traits(NamedTuple):
+    """What decides the tiles of a kernel."""
+
+    features: int  # the larger of H and V, padded
+    ragged: bool  # they were fewer, so that loads are masked, which takes registers
+    biased: bool  # tiles of a bias take shared memory
+    crowded: bool  # a tile meets more than a band that is known beforehand, which takes registers
+    tested: bool  # and what it meets is no pattern of blocks
+    blocks: bool  # a pattern of blocks, whose test takes registers
+    narrow: bool  # tiles that stick out of a narrow band, or of a block, are wasted work
+    hopper: bool
+
+    @property
+    def wide(self) -> bool:
+        return self.features > 64
+
+    @property
+    def tiny(self) -> bool:
+        return self.features <= 16
+
+    @property
+    def full(self) -> bool:
+        return self.crowded or self.biased
+
+
+# BLOCK_Q, BLOCK_K, warps and stages: the largest that compile without spills; the first row that holds is taken.
+ALWAYS = lambda x: True
+TILES_OF_16_BITS = {
+    "flash_forward": (
+        # Products of 16 features are small, and a mask beside the test of a pattern takes all registers of four warps.
+        (lambda x: (x.narrow or x.wide and x.blocks) and (x.wide or x.tiny and x.full), (64, 64, 8, 2)),
+        (lambda x: x.narrow, (64, 64, 4, 2)),
+        (lambda x: x.biased or x.wide and x.crowded or x.blocks or not x.hopper, (128, 64, 8, 2)),
+        (lambda x: x.wide and x.ragged, (128, 64, 8, 3)),
+        (ALWAYS, (128, 128, 8, 3)),
+    ),
+    "flash_backward_query": (
+        (lambda x: (x.narrow or not x.hopper) and x.wide, (64, 64, 8, 2)),
+        (lambda x: x.narrow or not x.hopper, (64, 64, 4, 2)),
+        (ALWAYS, (128, 64, 8, 2)),
+    ),
+    "flash_backward_key": (
+        # Tests and a bias take registers: fewer queries at once, and fewer keys of wide heads.
+        (lambda x: (x.narrow or not x.hopper) and not (x.wide or x.full or x.ragged), (64, 64, 4, 2)),
+        (lambda x: (x.narrow or not x.hopper) and not (x.wide or x.full), (32, 64, 4, 2)),
+        (lambda x: x.wide and (x.narrow or x.full or x.blocks or not x.hopper), (32, 64, 8, 2)),
+        (lambda x: (x.narrow or not x.hopper) and (x.tested or x.ragged or x.biased), (32, 64, 8, 2)),
+        (lambda x: x.narrow or not x.hopper, (64, 64, 8, 2)),
+        (lambda x: x.wide or x.tested or x.ragged or x.biased, (32, 128, 8, 2)),
+        (ALWAYS, (64, 128, 8, 2)),
+    ),
+    "flash_backward_bias": ((ALWAYS, (64, 64, 8, 2)),),
+}
+# Three TF32 products keep six parts of each operand in registers, so tiles are small.
+TILES_OF_FLOAT32 = {
+    "flash_forward": (
+        (lambda x: x.wide and x.biased and x.tested, (16, 32, 8, 1)),
+        (lambda x: x.wide and x.blocks, (16, 16, 8, 1)),
+        (lambda x: x.blocks, (32, 32, 8, 2)),
+        (lambda x: x.wide, (32, 16, 8, 1)),
+        (ALWAYS, (64, 32, 4, 2)),
+    ),
+    "flash_backward_query": (
+        (lambda x: x.biased and (x.wide or not x.ragged), (16, 16, 8, 1)),
+        (lambda x: x.full and x.tiny, (16, 16, 8, 1)),
+        (lambda x: x.wide or x.full, (16, 32, 8, 1)),
+        (lambda x: x.ragged, (32, 16, 8, 1)),
+        (ALWAYS, (64, 16, 4, 2)),
+    ),
+    "flash_backward_key": (
+        (lambda x: x.tiny, (32, 16, 8, 1)),
+        (lambda x: x.wide or x.blocks and x.ragged, (16, 16, 8, 1)),
+        (ALWAYS, (16, 16, 4, 1)),
+    ),
+    "flash_backward_bias": (
+        (lambda x: x.wide, (32, 32, 8, 1)),
+        (ALWAYS, (16, 32, 4, 2)),
+    ),
 }
 
 
@@ -536,46 +607,13 @@ def tile_sizes(
     kernel: str, dtype, features: int, ragged: bool, biased: bool, crowded: bool, reach: int | None, block_size: int | None,
     mode: launch.Mode,
 ) -> tuning.Config:  # fmt: skip
-    """The heuristic configuration of a kernel: the largest that compiles without spills.
-
-    Args:
-        features: the larger of H and V, padded.
-        ragged: whether they were fewer, so that loads are masked, which takes registers.
-        biased: whether there is a bias, whose tiles take shared memory.
-        crowded: whether a tile meets more than a band that is known beforehand and a bias, which takes registers.
-        reach: keys that one query can see at most, where that is known.
-        block_size: of a pattern.
-    """
+    """The heuristic configuration of a kernel; `reach`: keys that one query can see at most, where that is known."""
     if mode == "interpret":  # there a step costs the same whatever its size
         return tuning.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
+    blocks = block_size is not None
+    narrow = reach is not None and reach <= 512 or blocks and block_size % 128 != 0
     hopper = (gpu.capability() or 90) >= 90
-    wide = features > 64
-    tested, crowded = crowded and block_size is None, crowded or biased
-    # Tiles that stick out of a narrow band, or of a block, are wasted work.
-    narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
-    # The test of a pattern of blocks takes the registers that 128 wide rows would need.
-    narrow = narrow or block_size is not None and wide and kernel in ("flash_forward", "flash_backward_key")
-    if dtype == jnp.float32:
-        sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
-        if kernel == "flash_forward" and wide and biased and tested:
-            sizes = 16, 32, 8, 1
-        elif kernel == "flash_forward" and block_size is not None:
-            sizes = (16, 16, 8, 1) if wide else (32, 32, 8, 2)
-        elif kernel == "flash_backward_key" and block_size is not None and ragged:
-            sizes = *sizes[:2], 8, sizes[3]
-        if kernel == "flash_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
-            sizes = 16 if biased else 32, 16, 8, 1
-    elif kernel == "flash_backward_key":
-        # Tests and a bias take registers: fewer queries at once, and fewer keys of wide heads.
-        tile = 64 if narrow or not hopper or wide and crowded else 128
-        sizes = 32 if wide or tested or ragged or biased else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
-    elif kernel == "flash_backward_bias" or narrow or not hopper and kernel != "flash_forward":
-        # Of 16 features products are small, and a mask beside the test of a pattern takes all registers of four warps.
-        many = wide or kernel == "flash_backward_bias" or kernel == "flash_forward" and crowded and features <= 16
-        sizes = 64, 64, 8 if many else 4, 2
-    elif kernel == "flash_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
-        sizes = 128, 64 if wide and ragged else 128, 8, 3
-    else:
-        sizes = 128, 64, 8, 2
-    query, key, warps, stages = sizes
+    traits = Traits(features, ragged, biased, crowded, crowded and not blocks, blocks, narrow, hopper)
+    rows = (TILES_OF_FLOAT32 if dtype == jnp.float32 else TILES_OF_16_BITS)[kernel]
+    query, key, warps, stages = next(sizes for holds, sizes in rows if holds(traits))
     return tuning.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)

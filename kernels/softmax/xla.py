@@ -53,7 +53,7 @@ def backward(static, residuals, gradients):
     query, keys, values, bias, visibles, out, *sums = residuals
     grad_out, _, grad_lse = gradients
     is_masked = any(visible.is_masked for visible in visibles)
-    *rows, query = online.residue(out, sums, grad_out, grad_lse, is_masked, query)
+    *rows, query = online.backward_rows(out, sums, grad_out, grad_lse, is_masked, query)
     grad_query, grad_keys, grad_values, grad_bias = None, [None] * len(keys), [None] * len(values), None
     dtype = dtype_of(query, sets)
     for known, visible in zip(sets, visibles, strict=True):
@@ -127,7 +127,7 @@ def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, vis
     """Gradients of query, key and value, in a dtype, and of bias by one set of keys, added to those `before`; None for none.
 
     Args:
-        rows: maximum, log(normaliser) and delta of each query over all sets, as `online.residue` has them.
+        rows: maximum, log(normaliser) and delta of each query over all sets, as `online.backward_rows` has them.
     """
     groups, precise = query.shape[2] // key.shape[2], rows[0].dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)

