@@ -45,21 +45,21 @@ def divisor(number: int, least: int) -> int:
     return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(least, number))
 
 
-def _circle_and_groups(room, inputs, kernel, ahead, runs) -> tuple[int, int]:
-    """The size of the circle, and how many groups the features make; `room`: bytes of one group's padded inputs."""
+def _circle_and_groups(budget, inputs, kernel, ahead, runs) -> tuple[int, int]:
+    """The size of the circle, and how many groups the features make; `budget`: bytes of one group's padded inputs."""
     batch, length, features = inputs.shape
     size = fast_length(length + max(kernel.shape[1] - 1, 0 if ahead is None else ahead.shape[1]))
     if runs is not None:  # each halving keeps spectra for the backward pass
-        room //= length.bit_length()
-    return size, divisor(features, -(-batch * features * size * 4 // room))
+        budget //= length.bit_length()
+    return size, divisor(features, -(-batch * features * size * 4 // budget))
 
 
-def _forward(room, inputs, kernel, ahead, runs):
+def _forward(budget, inputs, kernel, ahead, runs):
     """`kernel` [D, L] over the past of `inputs` [B, T, D], and `ahead` (or None) over what follows, by circles.
 
     Only a group's taps are put on the circle at a time: all of them would take as much as the inputs in float32 twice.
     """
-    length, (size, groups) = inputs.shape[1], _circle_and_groups(room, inputs, kernel, ahead, runs)
+    length, (size, groups) = inputs.shape[1], _circle_and_groups(budget, inputs, kernel, ahead, runs)
 
     def group(values, *taps):
         if runs is not None:
@@ -89,10 +89,10 @@ def _spectrum(kernel, ahead, size):
     return jnp.fft.rfft(kernel, size)
 
 
-def _backward(room, saved, cotangent):
+def _backward(budget, saved, cotangent):
     """All gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
     inputs, kernel, ahead, runs = saved
-    size, groups = _circle_and_groups(room, *saved)
+    size, groups = _circle_and_groups(budget, *saved)
 
     def group(values, outer, *taps):
         if runs is not None:
@@ -124,8 +124,8 @@ def _in_runs(runs, inputs, kernel, ahead):
 def _past_in_runs(runs, values, kernel):
     """Of `values` [K, D, B, T] in `runs` [K, B, T] and K x D kernels: a causal convolution by halves.
 
-    From the left half of a block to the right half goes one run at most, that across the middle. The halves of blocks of 2,
-    4, 8, .. tokens are each pair of tokens once.
+    At most one run crosses the middle of a block. Of the blocks of 2, 4, 8, .. tokens, each pair of tokens lies in the two
+    halves of exactly one.
     """
     length = values.shape[-1]
     size = 1 << (length - 1).bit_length()

@@ -153,10 +153,10 @@ def _attention_backward(plan, saved, cotangent):
         weights = powers(y, of_heads)[0].astype(value.dtype)
         grad_logits, change = _gradient(y, of_heads, dot("bkgtv,bkvs->bkgts", grad_out, values))
         scaled = (plan.scale * grad_logits).astype(query.dtype)
-        of_key = dot("bkgth,bkgts->bkhs", queries, scaled)
-        of_value = dot("bkgtv,bkgts->bkvs", grad_out, weights)
-        of_alpha = 0 if alpha is None else jnp.sum(change, (0, 3, 4))
-        grads = jax.tree.map(jnp.add, grads, (of_key, of_value, of_alpha))
+        grad_key = dot("bkgth,bkgts->bkhs", queries, scaled)
+        grad_value = dot("bkgtv,bkgts->bkvs", grad_out, weights)
+        grad_alpha = 0 if alpha is None else jnp.sum(change, (0, 3, 4))
+        grads = jax.tree.map(jnp.add, grads, (grad_key, grad_value, grad_alpha))
         return grads, dot("bkgts,bkhs->bkgth", scaled, keys).astype(query.dtype)
 
     heads = key.shape[2], query.shape[2] // key.shape[2]

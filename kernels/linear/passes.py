@@ -101,10 +101,10 @@ def chunk_states(plan: Plan, x: Operands, key, value, first, first_sums, *, is_r
     inputs |= log_decays_and_words(plan, x, length) | dict(first=first, first_sums=first_sums)
     chunks = -(-length // plan.chunk)
     outputs = dict(
-        states=room(plan.is_causal, batch, heads, chunks, features, values, dtype=plan.dtype),
-        states_sums=room(plan.is_causal and plan.divides, batch, heads, chunks, features),
-        last=room(True, batch, heads, features, values), last_sums=room(plan.divides, batch, heads, features),
-        corrected=room(is_delta, batch, length, heads, values, dtype=plan.dtype),
+        states=output(plan.is_causal, batch, heads, chunks, features, values, dtype=plan.dtype),
+        states_sums=output(plan.is_causal and plan.divides, batch, heads, chunks, features),
+        last=output(True, batch, heads, features, values), last_sums=output(plan.divides, batch, heads, features),
+        corrected=output(is_delta, batch, length, heads, values, dtype=plan.dtype),
     )  # fmt: skip
     states, sums, last, last_sums, corrected = launch.call(
         linear_states, inputs, outputs, grid=batch * heads * blocks, config=config, mode=plan.mode,
@@ -127,9 +127,9 @@ def chunk_outputs(plan: Plan, x: Operands, query, key, value, states: States | N
     inputs = dict(query=query, key=key, value=value, last_value=last_value, **log_decays_and_words(plan, x, length))
     inputs |= dict(states=None, states_sums=None) if states is None else dict(states=states.read, states_sums=states.read_sums)
     outputs = dict(
-        out=room(True, batch, length, heads, values, dtype=jnp.float32 if in_xla else dtype),
-        inverse=room(is_output and plan.divides, batch, heads, length),
-        products=room(has_partner, batch, heads, blocks, length),
+        out=output(True, batch, length, heads, values, dtype=jnp.float32 if in_xla else dtype),
+        inverse=output(is_output and plan.divides, batch, heads, length),
+        products=output(has_partner, batch, heads, blocks, length),
     )  # fmt: skip
     constants = dict(
         SHAPE=shape_of(plan, x, query, value, is_reversed, is_transposed), HAS_PARTNER=has_partner,
@@ -144,7 +144,7 @@ def chunk_outputs(plan: Plan, x: Operands, query, key, value, states: States | N
     return out, inverse, products
 
 
-def room(exists, *shape, dtype=jnp.float32):
+def output(exists, *shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape if exists else (1,), dtype)
 
 
@@ -246,8 +246,8 @@ def at_tokens(zeros, products, ends=0.0):
 
 
 def weighed(plan: Plan, x: Operands, rows, is_key: bool):
-    """Keys as the state after their chunk has them, or queries as they read the one before it: of the delta rule, whose kernel
-    holds a whole state and has no registers left for that."""
+    """Keys decayed to the end of their chunk, or queries to its start, for the kernel of the delta rule: it holds a whole state
+    and has no registers left for that."""
     if x.late is None:
         return rows
     g = x.late

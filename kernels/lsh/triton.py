@@ -335,24 +335,24 @@ def _forward(static, query, gain, value, buckets, segment_ids):
     return out, (query, gain, value, order, codes, out, lse)
 
 
-def _backward(static, saved, d_out):
+def _backward(static, saved, grad_out):
     query, gain, value, order, codes, out, lse = saved
     call = _rounds(static, query, gain, value, order, codes)
     alone = jnp.isneginf(lse)[..., None]
-    lse, delta = (x.swapaxes(1, 2) for x in online.backward_rows(out, (lse,), d_out, 0, False))
-    arrays = dict(lse=lse, delta=delta, grad_out=d_out)
+    lse, delta = (x.swapaxes(1, 2) for x in online.backward_rows(out, (lse,), grad_out, 0, False))
+    arrays = dict(lse=lse, delta=delta, grad_out=grad_out)
     shapes = [(x.shape, jnp.float32) for x in (query, query, value)]
 
     def step(sums, r):
-        d_query, _ = call(flash.flash_backward_query, dict(grad_query=shapes[0]), r=r, **arrays)
-        d_key_value = call(flash.flash_backward_key, dict(grad_key=shapes[1], grad_value=shapes[2]), r=r, **arrays)
-        return tuple(x + y for x, y in zip(sums, (d_query, *d_key_value), strict=True)), None
+        grad_query, _ = call(flash.flash_backward_query, dict(grad_query=shapes[0]), r=r, **arrays)
+        grad_key_value = call(flash.flash_backward_key, dict(grad_key=shapes[1], grad_value=shapes[2]), r=r, **arrays)
+        return tuple(x + y for x, y in zip(sums, (grad_query, *grad_key_value), strict=True)), None
 
     start = tuple(jnp.zeros(*shape) for shape in shapes)
-    (d_query, d_key, d_value), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
-    d_query += gain[..., None] * d_key
-    d_value += jnp.where(alone, d_out, 0)
-    return d_query.astype(query.dtype), (d_key * query).sum(-1), d_value.astype(value.dtype), None, None
+    (grad_query, grad_key, grad_value), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
+    grad_query += gain[..., None] * grad_key
+    grad_value += jnp.where(alone, grad_out, 0)
+    return grad_query.astype(query.dtype), (grad_key * query).sum(-1), grad_value.astype(value.dtype), None, None
 
 
 attend = operation(
@@ -407,8 +407,8 @@ def _extend_backward(static, saved, cotangents):
     lse, delta = (x.swapaxes(1, 2) for x in online.backward_rows(out, (lse,), *cotangents, False))
     call = functools.partial(_cached(static, *arrays), lse=lse, delta=delta, grad_out=cotangents[0])
     query, key, value = ((x.shape, x.dtype) for x in arrays[:3])
-    d_query, _ = call(flash.flash_backward_query, dict(grad_query=query))
-    return d_query, *call(flash.flash_backward_key, dict(grad_key=key, grad_value=value)), None, None, None
+    grad_query, _ = call(flash.flash_backward_query, dict(grad_query=query))
+    return grad_query, *call(flash.flash_backward_key, dict(grad_key=key, grad_value=value)), None, None, None
 
 
 attend_cache = operation(

@@ -279,44 +279,44 @@ def forward(layout, query, gain, value, buckets, segment_ids):
 
 
 @precision.full
-def backward(layout, saved, d_out):
+def backward(layout, saved, grad_out):
     *arguments, order, sorted_codes, out, log_total = saved
     items, codes = lay_out(layout, order, sorted_codes)
-    query, gain, value, out, log_total, d_out = map(by_place, (*arguments, out, log_total, d_out))
-    delta = jnp.sum(d_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1)
+    query, gain, value, out, log_total, grad_out = map(by_place, (*arguments, out, log_total, grad_out))
+    delta = jnp.sum(grad_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1)
     alone = jnp.isneginf(log_total)
     log_total = jnp.where(alone, 0, log_total)
     into = dict(preferred_element_type=gain.dtype)
 
     def step(carry, block):
-        d_query, d_gain, d_value = carry
+        grad_query, grad_gain, grad_value = carry
         block = jax.lax.optimization_barrier(block)
         queries, keys = block.queries, block.keys
-        query_rows, key_rows, d_rows = rows(query, queries), rows(query, keys), rows(d_out, queries)
+        query_rows, key_rows, grad_rows = rows(query, queries), rows(query, keys), rows(grad_out, queries)
         gains = rows(gain, keys)[..., None]
         # Keys first: two of the three products with gradients are then of a matrix as it lies in memory.
         products = jnp.einsum("iwh,ich->iwc", key_rows, query_rows, **into)
         logits = jnp.where(visible(layout, block, codes, True), online.rounded(products * gains), LOWEST)
         weight = online.weights_of(logits, rows(log_total, queries)[:, None], 0)
-        d_weight = jnp.einsum("iwv,icv->iwc", rows(value, keys), d_rows, **into)
-        d_logits = weight * (d_weight - rows(delta, queries)[:, None])
-        d_products = (d_logits * gains).astype(query.dtype)
-        to_values = jnp.einsum("iwc,icv->iwv", weight.astype(value.dtype), d_rows, **into)
-        to_keys = jnp.einsum("iwc,ich->iwh", d_products, query_rows, **into)
-        to_queries = jnp.einsum("iwc,iwh->ich", d_products, key_rows, **into)
-        to_gains = jnp.sum(d_logits * products, axis=2)
-        d_query = d_query.at[queries].add(to_queries, **NOBODY_WRITTEN)
+        grad_weight = jnp.einsum("iwv,icv->iwc", rows(value, keys), grad_rows, **into)
+        grad_logits = weight * (grad_weight - rows(delta, queries)[:, None])
+        grad_products = (grad_logits * gains).astype(query.dtype)
+        grad_values = jnp.einsum("iwc,icv->iwv", weight.astype(value.dtype), grad_rows, **into)
+        grad_keys = jnp.einsum("iwc,ich->iwh", grad_products, query_rows, **into)
+        grad_queries = jnp.einsum("iwc,iwh->ich", grad_products, key_rows, **into)
+        grad_gains = jnp.sum(grad_logits * products, axis=2)
+        grad_query = grad_query.at[queries].add(grad_queries, **NOBODY_WRITTEN)
         for some in parts:
-            d_query = d_query.at[keys[:, some]].add(to_keys[:, some], **NOBODY_WRITTEN)
-            d_gain = d_gain.at[keys[:, some]].add(to_gains[:, some], **NOBODY_WRITTEN)
-            d_value = d_value.at[keys[:, some]].add(to_values[:, some], **NOBODY_WRITTEN)
-        return (d_query, d_gain, d_value), None
+            grad_query = grad_query.at[keys[:, some]].add(grad_keys[:, some], **NOBODY_WRITTEN)
+            grad_gain = grad_gain.at[keys[:, some]].add(grad_gains[:, some], **NOBODY_WRITTEN)
+            grad_value = grad_value.at[keys[:, some]].add(grad_values[:, some], **NOBODY_WRITTEN)
+        return (grad_query, grad_gain, grad_value), None
 
     # Elsewhere than on a CPU a chunk at a time: no place occurs twice in one, so that sums have one order.
     width = items.keys.shape[2]
     chunk = width if jax.default_backend() == "cpu" else layout.chunk_size
     parts = [slice(first, first + chunk) for first in range(0, width, chunk)]
-    start = *(zeros_depending_on(delta, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], d_out, 0)
+    start = *(zeros_depending_on(delta, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], grad_out, 0)
     gradients, _ = jax.lax.scan(step, (*start[:2], start[2].astype(gain.dtype)), items)
     words = zip(gradients, arguments, strict=True)
     return *(x.reshape(like.shape).astype(like.dtype) for x, like in words), None, None

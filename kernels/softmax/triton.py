@@ -411,9 +411,9 @@ class Call:
         query, key, value = self.arrays
         read = (key if along == "query" else query).shape[1] * (key.shape[3] + value.shape[3])
         groups = query.shape[2] // key.shape[2]
-        room = max(1, CACHE_BYTES // (read * query.dtype.itemsize))
-        room = room * groups if along == "query" else max(1, room // groups)
-        return max(count for count in range(1, min(room, programs) + 1) if programs % count == 0)
+        most = max(1, CACHE_BYTES // (read * query.dtype.itemsize))
+        most = most * groups if along == "query" else max(1, most // groups)
+        return max(count for count in range(1, min(most, programs) + 1) if programs % count == 0)
 
 
 def unit_of(scale: float, bias) -> float:

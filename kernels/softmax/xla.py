@@ -175,7 +175,7 @@ def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js, scores=None):
     logits = online.rounded(scale * products)
     logits = logits if scores is None else logits + scores
     if tiles.bias is not None:
-        logits += square(plan, tiles.bias, i, js)
+        logits += pair_tiles(plan, tiles.bias, i, js)
     visible, tests = tiles.visible, []
     rows = lambda array: array[i][:, None, None, :, None]
     columns = lambda array: beside(array, js, -1)[:, None, None, None, :]
@@ -188,7 +188,7 @@ def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js, scores=None):
     if (plan.listed < 0).any():
         tests.append(jnp.repeat(js >= 0, plan.tiles[1]))
     if visible.mask is not None:
-        tests.append(square(plan, visible.mask, i, js))
+        tests.append(pair_tiles(plan, visible.mask, i, js))
     return jnp.where(functools.reduce(jnp.logical_and, tests), logits, -jnp.inf) if tests else logits
 
 
@@ -232,7 +232,7 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
         array = pad_to(parts.share(plan.parts, array, part, None), 1, plan.tiles[side] * plan.counts[side])
         return rearrange(array, "b (i t) c -> i (b c) t", i=plan.counts[side])
 
-    def square(array):
+    def pad_pairs(array):
         if array is None:
             return None
         array = parts.share(plan.parts, array[:, :, None], part, 1)[:, :, 0]
@@ -251,13 +251,14 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
         rows(positions[1], 1),
         rows(visible.query_segment_ids, 0),
         rows(visible.key_segment_ids, 1),
-        square(mask),
+        pad_pairs(mask),
     )
     head = 0
     if plan.pattern is not None and plan.pattern.heads > 1:
         own = kv_heads // plan.parts[2]
         head = (part % plan.parts[2] * own * groups + jnp.arange(own * groups)).reshape(own, groups, 1, 1)
-    return Tiles(cut_queries(plan, part, query, groups), cut_keys(plan, part, key, "h s"), square(bias), in_tiles, real, head)
+    query, key = cut_queries(plan, part, query, groups), cut_keys(plan, part, key, "h s")
+    return Tiles(query, key, pad_pairs(bias), in_tiles, real, head)
 
 
 def cut_queries(plan: Plan, part, array, groups: int):
@@ -325,22 +326,22 @@ def add_beside(tiles, changes, js):
     return tiles.at[jnp.where(js < 0, len(tiles), js)].add(changes, mode="drop", unique_indices=True)
 
 
-def square(plan: Plan, array, i, js):
+def pair_tiles(plan: Plan, array, i, js):
     """The tiles (i, js) of a mask or bias [b|1, K|1, G|1, T|1, S|1], side by side."""
     js = js if array.shape[4] > 1 else js[:1]
-    return jnp.concatenate([jax.lax.dynamic_slice(array, *corner(plan, array, i, j)) for j in js], -1)
+    return jnp.concatenate([jax.lax.dynamic_slice(array, *place_of_tile(plan, array, i, j)) for j in js], -1)
 
 
 def add_to_bias(plan: Plan, array, changes, i, js):
     """`array` with the changes of tiles (i, js) added, summed over the axes that `array` broadcasts."""
     for j, change in zip(js, jnp.split(changes, len(js), -1), strict=True):
-        starts, shape = corner(plan, array, i, j)
+        starts, shape = place_of_tile(plan, array, i, j)
         change = change.sum([axis for axis, size in enumerate(shape) if size != change.shape[axis]], keepdims=True)
         array = jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice(array, starts, shape) + change, starts)
     return array
 
 
-def corner(plan: Plan, array, i, j):
+def place_of_tile(plan: Plan, array, i, j):
     """Where the tile of a mask or bias [b|1, K|1, G|1, T|1, S|1] starts, and its shape."""
     starts, shape = [0, 0, 0], [*array.shape[:3]]
     for size, index, tile in zip(array.shape[3:], (i, jnp.maximum(j, 0)), plan.tiles, strict=True):

@@ -122,10 +122,10 @@ def test_all_padding_is_zero():
 def test_a_lonely_token_sees_itself():
     query_key, value, buckets = draw()
     alone = jnp.broadcast_to(jnp.arange(21)[:, None], buckets.shape)
-    out, d_query, d_value, d_scale = gradients(query_key, value, alone, num_buckets=21, implementation="interpret")
+    out, grad_query, grad_value, grad_scale = gradients(query_key, value, alone, num_buckets=21, implementation="interpret")
     np.testing.assert_array_equal(out, value)
-    assert jnp.abs(d_query).max() == 0 == d_scale
-    np.testing.assert_allclose(d_value, jax.random.normal(jax.random.key(9), value.shape), rtol=1e-6)
+    assert jnp.abs(grad_query).max() == 0 == grad_scale
+    np.testing.assert_allclose(grad_value, jax.random.normal(jax.random.key(9), value.shape), rtol=1e-6)
 
 
 @pytest.mark.usefixtures("interpreter")
