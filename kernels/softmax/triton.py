@@ -7,6 +7,7 @@ forward, three and four in the two backward kernels, and two more for a bias.
 import dataclasses
 import functools
 import math
+import types
 from typing import NamedTuple
 
 import jax
@@ -522,31 +523,6 @@ def attend(independent: str):
 # ------------------------------------------------------------------------------------------------------------- the sizes
 
 
-class Traits(NamedTuple):
-    """What decides the tiles of a kernel."""
-
-    features: int  # the larger of H and V, padded
-    ragged: bool  # they were fewer, so that loads are masked, which takes registers
-    biased: bool  # tiles of a bias take shared memory
-    crowded: bool  # a tile meets more than a band that is known beforehand, which takes registers
-    tested: bool  # and what it meets is no pattern of blocks
-    blocks: bool  # a pattern of blocks, whose test takes registers
-    narrow: bool  # tiles that stick out of a narrow band, or of a block, are wasted work
-    hopper: bool
-
-    @property
-    def wide(self) -> bool:
-        return self.features > 64
-
-    @property
-    def tiny(self) -> bool:
-        return self.features <= 16
-
-    @property
-    def full(self) -> bool:
-        return self.crowded or self.biased
-
-
 # BLOCK_Q, BLOCK_K, warps and stages: the largest that compile without spills; the first row that holds is taken.
 ALWAYS = lambda x: True
 TILES_OF_16_BITS = {
@@ -554,22 +530,22 @@ TILES_OF_16_BITS = {
         # Products of 16 features are small, and a mask beside the test of a pattern takes all registers of four warps.
         (lambda x: (x.narrow or x.wide and x.blocks) and (x.wide or x.tiny and x.full), (64, 64, 8, 2)),
         (lambda x: x.narrow, (64, 64, 4, 2)),
-        (lambda x: x.biased or x.wide and x.crowded or x.blocks or not x.hopper, (128, 64, 8, 2)),
+        (lambda x: x.biased or x.wide and x.crowded or x.blocks or x.old, (128, 64, 8, 2)),
         (lambda x: x.wide and x.ragged, (128, 64, 8, 3)),
         (ALWAYS, (128, 128, 8, 3)),
     ),
     "flash_backward_query": (
-        (lambda x: (x.narrow or not x.hopper) and x.wide, (64, 64, 8, 2)),
-        (lambda x: x.narrow or not x.hopper, (64, 64, 4, 2)),
+        (lambda x: x.small and x.wide, (64, 64, 8, 2)),
+        (lambda x: x.small, (64, 64, 4, 2)),
         (ALWAYS, (128, 64, 8, 2)),
     ),
     "flash_backward_key": (
         # Tests and a bias take registers: fewer queries at once, and fewer keys of wide heads.
-        (lambda x: (x.narrow or not x.hopper) and not (x.wide or x.full or x.ragged), (64, 64, 4, 2)),
-        (lambda x: (x.narrow or not x.hopper) and not (x.wide or x.full), (32, 64, 4, 2)),
-        (lambda x: x.wide and (x.narrow or x.full or x.blocks or not x.hopper), (32, 64, 8, 2)),
-        (lambda x: (x.narrow or not x.hopper) and (x.tested or x.ragged or x.biased), (32, 64, 8, 2)),
-        (lambda x: x.narrow or not x.hopper, (64, 64, 8, 2)),
+        (lambda x: x.small and not (x.wide or x.full or x.ragged), (64, 64, 4, 2)),
+        (lambda x: x.small and not (x.wide or x.full), (32, 64, 4, 2)),
+        (lambda x: x.wide and (x.small or x.full or x.blocks), (32, 64, 8, 2)),
+        (lambda x: x.small and (x.tested or x.ragged or x.biased), (32, 64, 8, 2)),
+        (lambda x: x.small, (64, 64, 8, 2)),
         (lambda x: x.wide or x.tested or x.ragged or x.biased, (32, 128, 8, 2)),
         (ALWAYS, (64, 128, 8, 2)),
     ),
@@ -607,13 +583,25 @@ def tile_sizes(
     kernel: str, dtype, features: int, ragged: bool, biased: bool, crowded: bool, reach: int | None, block_size: int | None,
     mode: launch.Mode,
 ) -> tuning.Config:  # fmt: skip
-    """The heuristic configuration of a kernel; `reach`: keys that one query can see at most, where that is known."""
+    """The heuristic configuration of a kernel.
+
+    Args:
+        features: the larger of H and V, padded.
+        ragged: whether they were fewer, so that loads are masked, which takes registers.
+        biased: whether there is a bias, whose tiles take shared memory.
+        crowded: whether a tile meets more than a band that is known beforehand and a bias, which takes registers.
+        reach: keys that one query can see at most, where that is known.
+        block_size: of a pattern, whose test takes registers.
+    """
     if mode == "interpret":  # there a step costs the same whatever its size
         return tuning.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
-    blocks = block_size is not None
+    blocks, old = block_size is not None, (gpu.capability() or 90) < 90
+    # Tiles that stick out of a narrow band, or of a block, are wasted work.
     narrow = reach is not None and reach <= 512 or blocks and block_size % 128 != 0
-    hopper = (gpu.capability() or 90) >= 90
-    traits = Traits(features, ragged, biased, crowded, crowded and not blocks, blocks, narrow, hopper)
+    traits = types.SimpleNamespace(
+        wide=features > 64, tiny=features <= 16, ragged=ragged, biased=biased, crowded=crowded, full=crowded or biased,
+        tested=crowded and not blocks, blocks=blocks, narrow=narrow, old=old, small=narrow or old,
+    )  # fmt: skip
     rows = (TILES_OF_FLOAT32 if dtype == jnp.float32 else TILES_OF_16_BITS)[kernel]
     query, key, warps, stages = next(sizes for holds, sizes in rows if holds(traits))
     return tuning.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)
