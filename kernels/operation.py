@@ -8,6 +8,7 @@ depends on no other index. Along these a mesh may cut the arrays under plain `ja
 functions on its own part, so they take all sizes from the arrays that they are given.
 """
 
+import contextvars
 import dataclasses
 import functools
 import math
@@ -209,12 +210,12 @@ mlir.register_lowering(on_mesh_p, _lower)
 
 
 def as_traced(function: Callable) -> Callable:
-    """`function` under the settings of now: a mesh's part is traced again when XLA compiles, perhaps outside of them."""
-    matmul, wide = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
+    """`function` under the settings of now: a mesh's part is traced again when XLA compiles, in another thread."""
+    matmul, wide, context = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64, contextvars.copy_context()
 
     def run(*arrays):
         with jax.default_matmul_precision(matmul), jax.enable_x64(wide):
-            return function(*arrays)
+            return context.copy().run(function, *arrays)
 
     return run
 
