@@ -25,9 +25,7 @@ class BlockPattern(Pattern):
         first_query, first_key = (first // self.block_size for first, _ in (queries, keys))
         end_query, end_key = (last // self.block_size + 1 for _, last in (queries, keys))
         below = (first_query < 0) | (first_key < 0)  # the table begins at 0
-        first_query, first_key, end_query, end_key = (
-            np.maximum(x, 0) for x in (first_query, first_key, end_query, end_key)
-        )
+        first_query, first_key, end_query, end_key = (np.maximum(x, 0) for x in (first_query, first_key, end_query, end_key))
         table = self.table(int(np.max(end_query)), int(np.max(end_key)))
         total = np.pad(table, ((0, 0), (1, 0), (1, 0))).astype(np.int64).cumsum(1).cumsum(2)
         head = np.asarray(head) % self.heads
