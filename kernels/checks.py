@@ -7,7 +7,7 @@ import numpy as np
 
 
 def floating(owner: str, **arrays) -> None:
-    """Refuses what is not floating-point (TypeError): of integers an output would be cut to integers. None passes."""
+    """Refuses what is not floating-point (TypeError): integer inputs would give truncated outputs. None passes."""
     _of_kind(owner, jnp.floating, "floating-point", "float32", arrays)
 
 
@@ -88,7 +88,7 @@ def at_least(owner: str, name: str, value, least: int, instead: str) -> None:
         raise ValueError(f"{owner}: {name} must be an integer of at least {least}, got {value!r}. {instead}")
 
 
-def square(owner: str, name: str, array, full: tuple[int, int, int, int]) -> None:
+def pairwise(owner: str, name: str, array, full: tuple[int, int, int, int]) -> None:
     """Refuses a mask that is not boolean, a bias that is not floating-point (TypeError), and one that does not broadcast to
     [B, N, T, S]. None passes."""
     if array is None:

@@ -59,6 +59,11 @@ def triton(module: str, function: str) -> dict[str, Callable]:
     return {mode: functools.partial(run, mode=mode) for mode in get_args(launch.Mode)}
 
 
+def implementations(name: str, xla, reference) -> Implementations:
+    """Of the function `name`: those in an operation's modules `triton`, `xla` and `reference`."""
+    return {**triton(f"{xla.__package__}.triton", name), "xla": getattr(xla, name), "reference": getattr(reference, name)}
+
+
 @precision.promoting
 def run(operation: str, implementations: Implementations, implementation: Implementation | None, *args, **kwargs) -> Any:
     """Runs `operation`.
@@ -114,7 +119,7 @@ def explain(function: Callable, *args, **kwargs) -> None:
     token = _report.set(lines)
     try:
         # Apart, or JAX would find what is compiled already in its cache and choose nothing.
-        with gpu.apart():
+        with gpu.separate_trace_cache():
             jax.eval_shape(lambda: jax.tree.leaves(function(*args, **kwargs)))
     finally:
         _report.reset(token)

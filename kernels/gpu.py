@@ -1,6 +1,7 @@
 """Which GPU kernels are traced for: the one that JAX sees, or one that is elsewhere."""
 
 import contextlib
+import contextvars
 import itertools
 from collections.abc import Iterator
 
@@ -9,14 +10,15 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 CAPABILITIES = (80, 90, 100)  # whose machine code is checked ahead of time; some of the others have half the shared memory
 
-_assumed_capability: int | None = None  # by `lowering_for`; None: that of the GPU here
+# By `lowering_for`; None: that of the GPU here.
+_assumed_capability: contextvars.ContextVar[int | None] = contextvars.ContextVar("assumed_capability", default=None)
 _traces = itertools.count()
 
 
 def capability() -> int | None:
     """The compute capability that kernels are traced for, as 90 for 9.0; None: there is no GPU to trace for."""
-    if _assumed_capability is not None:
-        return _assumed_capability
+    if (assumed := _assumed_capability.get()) is not None:
+        return assumed
     return capability_of(device())
 
 
@@ -35,7 +37,7 @@ def capability_of(device: jax.Device) -> int | None:
 
 def device_kind() -> str:
     """The name under which this device's tuned table is kept: "nvidia-h200", or "sm_90" where the device is elsewhere."""
-    if _assumed_capability is not None or capability() is None:
+    if _assumed_capability.get() is not None or capability() is None:
         return f"sm_{capability()}"
     return device().device_kind.lower().replace(" ", "-")
 
@@ -48,16 +50,15 @@ def lowering_for(compute_capability: int) -> Iterator[None]:
         with gpu.lowering_for(90):
             jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
     """
-    global _assumed_capability
-    before, _assumed_capability = _assumed_capability, compute_capability
+    token = _assumed_capability.set(compute_capability)
     try:
-        with apart(f"sm_{compute_capability}"):
+        with separate_trace_cache(f"sm_{compute_capability}"):
             yield
     finally:
-        _assumed_capability = before
+        _assumed_capability.reset(token)
 
 
-def apart(traced_for: str | None = None):
+def separate_trace_cache(traced_for: str | None = None):
     """Keeps what is traced inside apart from what is traced elsewhere, which JAX would find in its cache and use.
 
     `traced_for`: what all such traces may share; None: nothing, not even with the same one again.

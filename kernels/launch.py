@@ -10,6 +10,7 @@ run-time argument would be a float64 in one version of jax-triton and a float32 
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib.util
@@ -50,7 +51,8 @@ class Launch:
         return self.kernel.__name__
 
 
-_recorded: list[Launch] | None = None  # by `recording`; None: kernels are launched
+# By `recording`; None: kernels are launched.
+_recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded", default=None)
 
 
 # ------------------------------------------------------------------------------------------------------- what can run
@@ -74,7 +76,7 @@ def require(mode: Mode) -> None:
         raise Declined(
             f"the GPU has compute capability {capability / 10}, and the kernels are made for {', '.join(known)} and {last}."
         )
-    if _recorded is None and importlib.util.find_spec("jax_triton") is None:
+    if _recorded.get() is None and importlib.util.find_spec("jax_triton") is None:
         raise Declined("jax-triton is not installed; install subquad[gpu].")
 
 
@@ -86,13 +88,27 @@ def recording(compute_capability: int = 90) -> Iterator[list[Launch]]:
         with launch.recording() as launches:
             jax.eval_shape(lambda x: softmax.attention(x, x, x, implementation="triton"), x)
     """
-    global _recorded
-    before, _recorded = _recorded, []
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
     try:
-        with gpu.lowering_for(compute_capability), gpu.apart():
-            yield _recorded
+        with gpu.lowering_for(compute_capability), gpu.separate_trace_cache():
+            yield launches
     finally:
-        _recorded = before
+        _recorded.reset(token)
+
+
+def require_floats(*dtypes, also: tuple[str, ...] = ()) -> None:
+    """Raises `Declined` for an array whose dtype no kernel takes."""
+    known = *FLOATS, *also
+    for dtype in dtypes:
+        if dtype.name not in known:
+            raise Declined(f"an array is {dtype.name}, and the kernels take {', '.join(known)} only.")
+
+
+def require_at_most(most: int, size: int, what: str) -> None:
+    """Raises `Declined` for more of something, in the plural, than a kernel holds at once."""
+    if size > most:
+        raise Declined(f"there are {size} {what}, and the kernels hold at most {most}.")
 
 
 def dot_precision(dtype) -> str:
@@ -154,9 +170,9 @@ def call(
     some = next(array for array in inputs.values() if array is not None)
     arrays = [some if array is None else array for array in inputs.values()]
     arrays = [array.astype(jnp.int8) if array.dtype == bool else array for array in arrays]
-    if _recorded is not None:
+    if (recorded := _recorded.get()) is not None:
         dtypes = zip((*inputs, *outputs), (x.dtype.name for x in (*arrays, *outputs.values())), strict=True)
-        _recorded.append(Launch(kernel, tuple(dtypes), tuple(constants.items()), config, grid))
+        recorded.append(Launch(kernel, tuple(dtypes), tuple(constants.items()), config, grid))
         return tuple(jnp.zeros(out.shape, out.dtype) for out in outputs.values())
     order = {name: place for place, name in enumerate(inputs)}
     places = {order[source]: list(outputs).index(target) for source, target in (aliases or {}).items()}

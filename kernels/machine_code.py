@@ -24,6 +24,7 @@ class Compiled:
         missed: products of 16-bit tiles of 64 rows or more that are not made by Hopper's warp groups (wgmma), where its
             full speed lies.
         fma: scalar float32 multiply-adds.
+        contracted: exponentials of x y - z without a rounding of x y, which is not that of a maximum among z.
         transposes: of results of matrix products, which Triton 3.4 to 3.6 get wrong on Hopper when multiplied again.
         dots: matrix products in the source, before anything was unrolled.
         precisions: how those of float32 operands are computed, as "tf32x3".
@@ -38,6 +39,7 @@ class Compiled:
     tensor_core: int
     missed: int
     fma: int
+    contracted: int
     transposes: int
     dots: int
     precisions: frozenset[str]
@@ -156,6 +158,7 @@ def _read_sass(target, compiled, shared, source) -> Compiled:
         tensor_core=count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTC[A-Z]*MMA)\b"),
         missed=_missed_products(compiled.asm["ttgir"]) if target == "sm_90" else 0,
         fma=count(r"\bFFMA\b"),
+        contracted=_contracted_exponents(compiled.asm["ptx"]),
         transposes=_transposed_products(compiled.asm["ttgir"]),
         **source,
     )
@@ -166,6 +169,19 @@ def _transposed_products(code: str) -> int:
     in_registers = re.findall(r"tt\.trans %[\w#]+ \{[^}]*\} : tensor<[^>]*#mma", code)
     stored = re.findall(r"(%[\w#]+) = ttg\.local_alloc %[\w#]+ : \(tensor<[^>]*#mma", code)
     return len(in_registers) + sum(f"ttg.memdesc_trans {name} " in code for name in stored)
+
+
+def _contracted_exponents(code: str) -> int:
+    """Exponentials of a multiply-add, or of a product less something, which becomes one."""
+    found = {name: (op, rest.split(", ")) for op, name, rest in re.findall(r"\t([\w.]+) \t?(%\w+), (.*);", code)}
+    named = lambda name, *ops: name in found and found[name][0].startswith(ops)
+
+    def contracted(name):
+        if named(name, "min.", "max."):
+            return any(map(contracted, found[name][1]))
+        return named(name, "fma.") or named(name, "sub.") and any(named(x, "mul.") for x in found[name][1])
+
+    return sum(contracted(operands[0]) for op, operands in found.values() if op.startswith("ex2."))
 
 
 def _missed_products(code: str) -> int:
@@ -186,6 +202,7 @@ def _read_gcn(target, compiled, shared, source) -> Compiled:
         tensor_core=len(re.findall(r"\bv_mfma", code)),
         missed=0,
         fma=len(re.findall(r"\bv_(?:fma|fmac|pk_fma)_f32", code)),
+        contracted=0,
         transposes=0,
         **source,
     )

@@ -8,6 +8,7 @@ depends on no other index. Along these a mesh may cut the arrays under plain `ja
 functions on its own part, so they take all sizes from the arrays that they are given.
 """
 
+import contextvars
 import dataclasses
 import functools
 import math
@@ -156,13 +157,14 @@ def _bind(function, plain, arrays, axes, axes_out, independent):
     call = custom_partitioning(jax.jit(function))
     call.def_partition(part.partition, sharding_rule=part.sharding_rule)
     # Several programs may hold this call, and each asks for the shapes of its outputs.
-    jaxpr = jax.make_jaxpr(call)(*arrays)
+    with jax.disable_jit(False):  # without jit there is no part to cut
+        jaxpr = jax.make_jaxpr(call)(*arrays)
     part.shapes_out = tuple(x.shape for x in jaxpr.out_avals)
     return on_mesh_p.bind(*arrays, jaxpr=jaxpr, function=function, plain=plain, part=part)
 
 
 def _differentiate(arrays, tangents, *, plain, **params):
-    """What is differentiated a second time is not cut."""
+    """Second derivatives are not partitioned."""
     outputs = on_mesh_p.bind(*arrays, plain=plain, **params)
     varied = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
 
@@ -186,8 +188,8 @@ def _batch(arrays, mapped, *, function, plain, part, **_):
 
 
 def _lower(context, *arrays, jaxpr, function, **_):
-    # What is exported is compiled where nobody could be asked for a part. And JAX keeps no host callback of a part alive:
-    # Triton's interpreter would be called where it no longer is.
+    # An exported program is compiled elsewhere, where this process cannot be called back to partition it. And JAX keeps no
+    # host callback of a part alive: Triton's interpreter would be called where it no longer is.
     is_whole = context.module_context.lowering_parameters.for_export or _calls_host(jaxpr.jaxpr)
     run = function if is_whole else jaxpr_as_fun(jaxpr)
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
@@ -208,12 +210,12 @@ mlir.register_lowering(on_mesh_p, _lower)
 
 
 def as_traced(function: Callable) -> Callable:
-    """`function` under the settings of now: a mesh's part is traced again when XLA compiles, perhaps outside of them."""
-    matmul, wide = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
+    """`function` under the settings of now: a mesh's part is traced again when XLA compiles, in another thread."""
+    matmul, wide, context = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64, contextvars.copy_context()
 
     def run(*arrays):
         with jax.default_matmul_precision(matmul), jax.enable_x64(wide):
-            return function(*arrays)
+            return context.copy().run(function, *arrays)
 
     return run
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 
-def full(function):
-    """`function`, with matmuls at `Precision.HIGHEST` where its arrays are float32 and the caller has chosen no precision.
+def full(function, dtype=None):
+    """`function`, with matmuls at `Precision.HIGHEST` where it computes in float32 and the caller has chosen no precision.
+
+    `dtype` decides; None: that of the first floating-point array, which is the query of most: a bias may be shorter.
 
     By default a GPU rounds their operands to TF32, and a TPU to bfloat16: errors of 1e-3 and 1e-2 where an operation says
     1e-5. `jax.default_matmul_precision` chooses others. Arrays of 16 bits have no more digits than that, and keep the fast
@@ -17,8 +19,9 @@ def full(function):
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        leaves = jax.tree.leaves((args, kwargs))
-        short = any(getattr(x, "dtype", None) in (jnp.bfloat16, jnp.float16) for x in leaves)
+        dtypes = (x.dtype for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "dtype"))
+        first = next((x for x in dtypes if jnp.issubdtype(x, jnp.inexact)), None) if dtype is None else dtype
+        short = first in (jnp.bfloat16, jnp.float16)
         chosen = jax.config.jax_default_matmul_precision is not None
         with contextlib.nullcontext() if short or chosen else jax.default_matmul_precision("highest"):
             return function(*args, **kwargs)

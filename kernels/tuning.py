@@ -1,6 +1,7 @@
 """How a kernel's work is cut: the heuristic of each kernel, or what was measured for sizes like these on this GPU."""
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
@@ -32,16 +33,16 @@ class Request:
     sizes: tuple[tuple[str, int | str | bool], ...]
 
 
-# What `trying` says, and what was asked of `config`.
-_trials: dict[Request, Config] = {}
-_requested: dict[Request, Config] = {}
+# By `trying`: what it says, and the heuristics of all that was asked for.
+_tried: contextvars.ContextVar[tuple[Mapping[Request, Config], dict[Request, Config]]] = contextvars.ContextVar("tried")
 
 
 def config(kernel: str, heuristic: Config, **sizes) -> Config:
     """The tuned configuration of a kernel for these sizes on this device, or the heuristic where nothing was measured."""
     request = Request(kernel, tuple(sorted(sizes.items())))
-    _requested[request] = heuristic
-    return _trials.get(request) or tuned(gpu.device_kind()).get(request, heuristic)
+    trials, requested = _tried.get(({}, {}))
+    requested[request] = heuristic
+    return trials.get(request) or tuned(gpu.device_kind()).get(request, heuristic)
 
 
 def size_class(size: int, most: int) -> int:
@@ -52,16 +53,13 @@ def size_class(size: int, most: int) -> int:
 @contextlib.contextmanager
 def trying(trials: Mapping[Request, Config]) -> Iterator[dict[Request, Config]]:
     """Uses these configurations for what is traced inside, and collects the heuristics of all that is asked for."""
-    before = dict(_trials), dict(_requested)
-    _trials.update(trials)
-    _requested.clear()
+    requested: dict[Request, Config] = {}
+    token = _tried.set((trials, requested))
     try:
-        with gpu.apart():
-            yield _requested
+        with gpu.separate_trace_cache():
+            yield requested
     finally:
-        for now, then in zip((_trials, _requested), before, strict=True):
-            now.clear()
-            now.update(then)
+        _tried.reset(token)
 
 
 @functools.cache

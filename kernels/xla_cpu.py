@@ -61,7 +61,7 @@ def zeros_depending_on(arrays, shape, dtype):
     return jnp.full(shape, sum(map(_zero_of, jax.tree.leaves(arrays))).astype(dtype))
 
 
-def apart(function, arrays):
+def as_own_computation(function, arrays):
     """function(arrays), of floating-point numbers, such that nothing of it is computed before all arrays are, or fused with
     what comes before and after.
 

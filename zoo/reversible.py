@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subquad.kernels import precision
-from subquad.kernels.xla_cpu import apart
+from subquad.kernels.xla_cpu import as_own_computation
 from subquad.zoo.block import real_tokens
 from subquad.zoo.experts import RouterLosses, add, no_losses
 
@@ -64,7 +64,7 @@ def _backward(halves, order, saved, gradients):
     streams, of_parameters = (first, second, *of_streams), []
     for pair, own, other in zip(*map(reversed, (halves, parameters, others)), strict=True):
         # Apart, since XLA may else rebuild several layers before it is done with the first.
-        of_own, streams = apart(functools.partial(_layer_backward, pair, other, of_losses), (own, streams))
+        of_own, streams = as_own_computation(functools.partial(_layer_backward, pair, other, of_losses), (own, streams))
         of_parameters.append(of_own)
     return of_parameters[::-1], None, *streams[2:]
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.xla_cpu import map_parts
 
 # Bytes of one group's padded inputs. On a CPU the spectra of a group then stay well under the 32 MiB above which XLA pays
@@ -44,21 +45,21 @@ def divisor(number: int, least: int) -> int:
     return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(least, number))
 
 
-def _circle_and_groups(room, inputs, kernel, ahead, runs) -> tuple[int, int]:
-    """The size of the circle, and how many groups the features make; `room`: bytes of one group's padded inputs."""
+def _circle_and_groups(budget, inputs, kernel, ahead, runs) -> tuple[int, int]:
+    """The size of the circle, and how many groups the features make; `budget`: bytes of one group's padded inputs."""
     batch, length, features = inputs.shape
     size = fast_length(length + max(kernel.shape[1] - 1, 0 if ahead is None else ahead.shape[1]))
     if runs is not None:  # each halving keeps spectra for the backward pass
-        room //= length.bit_length()
-    return size, divisor(features, -(-batch * features * size * 4 // room))
+        budget //= length.bit_length()
+    return size, divisor(features, -(-batch * features * size * 4 // budget))
 
 
-def _forward(room, inputs, kernel, ahead, runs):
+def _forward(budget, inputs, kernel, ahead, runs):
     """`kernel` [D, L] over the past of `inputs` [B, T, D], and `ahead` (or None) over what follows, by circles.
 
     Only a group's taps are put on the circle at a time: all of them would take as much as the inputs in float32 twice.
     """
-    length, (size, groups) = inputs.shape[1], _circle_and_groups(room, inputs, kernel, ahead, runs)
+    length, (size, groups) = inputs.shape[1], _circle_and_groups(budget, inputs, kernel, ahead, runs)
 
     def group(values, *taps):
         if runs is not None:
@@ -88,10 +89,10 @@ def _spectrum(kernel, ahead, size):
     return jnp.fft.rfft(kernel, size)
 
 
-def _backward(room, saved, cotangent):
+def _backward(budget, saved, cotangent):
     """All gradients are correlations, computed from fresh spectra: saving those would take four times the inputs."""
     inputs, kernel, ahead, runs = saved
-    size, groups = _circle_and_groups(room, *saved)
+    size, groups = _circle_and_groups(budget, *saved)
 
     def group(values, outer, *taps):
         if runs is not None:
@@ -115,7 +116,7 @@ def _in_runs(runs, inputs, kernel, ahead):
         return past.transpose(1, 2, 0).astype(inputs.dtype)
     # The future is the past of the flipped sequence: both at once, which halves the time to compile.
     taps = kernel, jnp.pad(ahead, ((0, 0), (1, 0)))
-    taps = jnp.stack([_fill(x, max(x.shape[1] for x in taps)) for x in taps])
+    taps = jnp.stack([pad_to(x, 1, max(x.shape[1] for x in taps)) for x in taps])
     past, future = _past_in_runs(jnp.stack([runs, flip(runs)]), jnp.stack([values, flip(values)]), taps)
     return (past + flip(future)).transpose(1, 2, 0).astype(inputs.dtype)
 
@@ -123,12 +124,12 @@ def _in_runs(runs, inputs, kernel, ahead):
 def _past_in_runs(runs, values, kernel):
     """Of `values` [K, D, B, T] in `runs` [K, B, T] and K x D kernels: a causal convolution by halves.
 
-    From the left half of a block to the right half goes one run at most, that across the middle. The halves of blocks of 2,
-    4, 8, .. tokens are each pair of tokens once.
+    At most one run crosses the middle of a block. Of the blocks of 2, 4, 8, .. tokens, each pair of tokens lies in the two
+    halves of exactly one.
     """
     length = values.shape[-1]
     size = 1 << (length - 1).bit_length()
-    runs, values, kernel = (_fill(x[..., :size], size) for x in (runs, values, kernel))
+    runs, values, kernel = (pad_to(x[..., :size], -1, size) for x in (runs, values, kernel))
     outputs, half = kernel[:, :, None, :1] * values, 1
     while half < size:
         blocks = lambda x, half=half: x.reshape(*x.shape[:-1], -1, 2 * half)
@@ -139,11 +140,6 @@ def _past_in_runs(runs, values, kernel):
         outputs = outputs + jnp.where(is_across & ~is_left, received, 0).reshape(outputs.shape)
         half *= 2
     return outputs[..., :length]
-
-
-def _fill(x, size):
-    """Zeros after the end of the last axis, so that it has `size`."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
 
 
 _convolve = operation(_forward, _backward, arrays=("b t d", "d past", "d ahead", "b t"), outputs="b t d", independent="b d")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from subquad.kernels import precision
+from subquad.kernels.padding import pad_to
 from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits
 
 PIECE = 1024  # tokens
@@ -105,9 +106,8 @@ def _of_shared_taps(outer, tokens, kernel, wide):
 
     def of_group(_, n):  # one after the other, for the memory
         group = lambda x: jax.lax.dynamic_index_in_dim(x, n, 2, keepdims=False).astype(wide)
-        fill = lambda x, size: jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0)))
         blocks = lambda x: rearrange(x, "b (i w) c -> w (b i c)", w=width)
-        seen, own = fill(group(tokens), (count + 1) * width), blocks(fill(group(outer), count * width))
+        seen, own = pad_to(group(tokens), 1, (count + 1) * width), blocks(pad_to(group(outer), 1, count * width))
         both = jnp.concatenate([blocks(seen[:, : count * width]), blocks(seen[:, width:])])
         products = jnp.matmul(own, both.T, precision=jax.lax.Precision.HIGHEST)
         return _, jnp.take_along_axis(products, place, axis=1).sum(0)

@@ -124,7 +124,7 @@ def attention(
     alpha = _alpha_of(owner, alpha)
     if not isinstance(alpha, float) and alpha.shape not in ((), (heads,)):
         raise ValueError(f"{owner}: alpha must be one number or one for each of {heads} heads, got {alpha.shape}. Reshape it.")
-    checks.square(owner, "mask", mask, (batch, heads, queries, keys))
+    checks.pairwise(owner, "mask", mask, (batch, heads, queries, keys))
     positions = checks.causal_positions(owner, is_causal, query_positions, key_positions, batch, queries, keys)
     scale = scale_of(owner, scale, features)
     dtype = jnp.result_type(query, key, value)

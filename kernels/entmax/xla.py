@@ -117,7 +117,7 @@ class Plan(NamedTuple):
 @precision.full
 def _attention_forward(plan, query, key, value, alpha, mask, positions):
     arguments = query, key, value, alpha, mask, positions
-    logits_of, of_heads = _tiles(plan, *arguments)
+    logits_of, of_heads = _tiles(plan, query, key, alpha, mask, positions)
     tile, steps = plan.tile(query, key)
     values = rearrange(value, "b s k v -> b k s v")
 
@@ -134,8 +134,8 @@ def _attention_forward(plan, query, key, value, alpha, mask, positions):
 @precision.full
 def _attention_backward(plan, saved, cotangent):
     *arguments, maximum, threshold = saved
-    query, key, value, alpha, *_ = arguments
-    logits_of, of_heads = _tiles(plan, *arguments)
+    query, key, value, alpha, mask, positions = arguments
+    logits_of, of_heads = _tiles(plan, query, key, alpha, mask, positions)
     tile, steps = plan.tile(query, key)
     keys, values = (rearrange(x, "b s k h -> b k h s") for x in (key, value))
     precise = maximum.dtype
@@ -153,10 +153,10 @@ def _attention_backward(plan, saved, cotangent):
         weights = powers(y, of_heads)[0].astype(value.dtype)
         grad_logits, change = _gradient(y, of_heads, dot("bkgtv,bkvs->bkgts", grad_out, values))
         scaled = (plan.scale * grad_logits).astype(query.dtype)
-        of_key = dot("bkgth,bkgts->bkhs", queries, scaled)
-        of_value = dot("bkgtv,bkgts->bkvs", grad_out, weights)
-        of_alpha = 0 if alpha is None else jnp.sum(change, (0, 3, 4))
-        grads = jax.tree.map(jnp.add, grads, (of_key, of_value, of_alpha))
+        grad_key = dot("bkgth,bkgts->bkhs", queries, scaled)
+        grad_value = dot("bkgtv,bkgts->bkvs", grad_out, weights)
+        grad_alpha = 0 if alpha is None else jnp.sum(change, (0, 3, 4))
+        grads = jax.tree.map(jnp.add, grads, (grad_key, grad_value, grad_alpha))
         return grads, dot("bkgts,bkhs->bkgth", scaled, keys).astype(query.dtype)
 
     heads = key.shape[2], query.shape[2] // key.shape[2]
@@ -176,7 +176,7 @@ attend = operation(
 )
 
 
-def _tiles(plan, query, key, value, alpha, mask, positions):
+def _tiles(plan, query, key, alpha, mask, positions):
     """((step, its queries) -> logits [B, K, G, t, S] in float32, -inf where not visible; alpha of these heads)."""
     kv_heads, tile = key.shape[2], plan.tile(query, key)[0]
     keys, precise = rearrange(key, "b s k h -> b k h s"), jnp.promote_types(query.dtype, jnp.float32)

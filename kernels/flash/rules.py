@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch, patterns
+from subquad.kernels.flash.triton import NUM_WORDS
 
 
 @triton.jit
@@ -68,14 +69,22 @@ def blocks(query, key, head, tables, words, NODE: tl.constexpr):
 
 @triton.jit
 def same_block(query, key, head, tables, words, NODE: tl.constexpr):
-    return query // NODE[1] == key // NODE[1]
+    return floor(query, NODE[1], NODE[2]) == floor(key, NODE[1], NODE[2])
 
 
 @triton.jit
 def columns(query, key, head, tables, words, NODE: tl.constexpr):
-    """NODE: as in `blocks`, of a table [heads, 1, size of the blocks]."""
+    """NODE: as in `blocks`, of a table [heads, 1, size of the blocks]; whether positions may be below 0."""
     table = tables + tl.load(words + NODE[3]) + (head % NODE[2]) * NODE[1]
-    return tl.load(table + key % NODE[1]) != 0
+    return tl.load(table + key - floor(key, NODE[1], NODE[4]) * NODE[1]) != 0
+
+
+@triton.jit
+def floor(position, SIZE: tl.constexpr, MAY_BE_NEGATIVE: tl.constexpr):
+    """The number of the block of a position; // alone truncates."""
+    if MAY_BE_NEGATIVE:
+        position = tl.where(position < 0, position - (SIZE - 1), position)
+    return position // SIZE
 
 
 @triton.jit
@@ -99,9 +108,10 @@ def interleaved(query, key, head, tables, words, NODE: tl.constexpr):
 class Tree:
     """The constants, tables and words of a pattern."""
 
-    def __init__(self, pattern: patterns.Pattern | None, last_query: int | None, last_key: int | None, first_word: int):
-        """`last_query`, `last_key`: the largest positions; None where they are not known while tracing."""
-        self.last, self.words, self.tables, self.first_word, self.size = (last_query, last_key), [], [], first_word, 0
+    def __init__(self, pattern: patterns.Pattern | None, query_range, key_range):
+        """`query_range`, `key_range`: the least and the largest position; None where they are not known while tracing."""
+        self.ranges, self.words, self.tables, self.size = (query_range, key_range), [], [], 0
+        self.may_be_negative = any(one is None or one[0] < 0 for one in self.ranges)
         self.node = None if pattern is None else node_of(pattern, self)
 
     @property
@@ -111,7 +121,7 @@ class Tree:
 
     def add(self, table: np.ndarray) -> int:
         """Keeps a table [heads, rows, columns]; returns the place of its words."""
-        place = self.first_word + len(self.words)
+        place = NUM_WORDS + len(self.words)
         self.words += [self.size, *table.shape[1:]]
         self.size += table.size
         self.tables.append(table.astype(np.int8))
@@ -151,21 +161,23 @@ def _(pattern: patterns.GlobalQueries, tree):
 
 @node_of.register
 def _(pattern: patterns.BlockPattern, tree):
-    if None in tree.last:
+    if None in tree.ranges:
         raise launch.Declined("positions are known at run time only, and a pattern of blocks is a table of those known before.")
-    rows, columns = (last // pattern.block_size + 1 for last in tree.last)
+    if tree.may_be_negative:
+        raise launch.Declined("some positions are below 0, and a pattern of blocks is a table of those from 0 on.")
+    rows, columns = (last // pattern.block_size + 1 for _, last in tree.ranges)
     table = pattern.table(rows, columns)
     return blocks, pattern.block_size, len(table), tree.add(table)
 
 
 @node_of.register
 def _(pattern: patterns.SameBlock, tree):
-    return same_block, pattern.block_size
+    return same_block, pattern.block_size, tree.may_be_negative
 
 
 @node_of.register
 def _(pattern: patterns.Columns, tree):
-    return columns, pattern.block_size, pattern.heads, tree.add(pattern.table[:, None])
+    return columns, pattern.block_size, pattern.heads, tree.add(pattern.table[:, None]), tree.may_be_negative
 
 
 @node_of.register

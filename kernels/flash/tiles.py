@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subquad.kernels.padding import pad_to
 from subquad.kernels.patterns import ALL, NONE, SOME, Band, Both, Pattern
 
 
@@ -103,9 +104,10 @@ def array_of(positions: int | bytes, length: int) -> np.ndarray:
     return np.frombuffer(positions, np.int32).reshape(-1, length)
 
 
-def last_of(positions: int | bytes | None, length: int) -> int | None:
-    """The largest position; None where that is not known."""
-    return None if positions is None else int(array_of(positions, length).max())
+def range_of(positions: int | bytes | None, length: int) -> tuple[int, int] | None:
+    """The least and the largest position; None where they are not known."""
+    array = None if positions is None else array_of(positions, length)
+    return None if array is None else (int(array.min()), int(array.max()))
 
 
 def known(positions) -> tuple[int | bytes | None, jax.Array | None]:
@@ -131,8 +133,7 @@ def bounds_of(geometry: Geometry, visible, query_tile: int, key_tile: int, trans
 
     def cut(array, tile, reduce):
         count = -(-array.shape[1] // tile)
-        array = jnp.pad(array, ((0, 0), (0, count * tile - array.shape[1])), mode="edge")
-        return reduce(array.reshape(len(array), count, tile), axis=2)
+        return reduce(pad_to(array, 1, count * tile, mode="edge").reshape(len(array), count, tile), axis=2)
 
     def sides(query_array, key_array):
         low_query, high_query = (cut(query_array, query_tile, f)[:, :, None] for f in (jnp.min, jnp.max))

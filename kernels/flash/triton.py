@@ -8,6 +8,7 @@ the queries of a block of keys; there are no atomics.
 Source: Dao et al., FlashAttention, 2022, arXiv 2205.14135, Algorithm 1; Dao, FlashAttention-2, 2023, arXiv 2307.08691.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch, tuning
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LARGEST_HEAD = 128  # features that a block holds
 
 
 class Functions(NamedTuple):
@@ -30,7 +34,7 @@ class Functions(NamedTuple):
     BLOCK: Any  # (list, i, PARTIAL) -> the i-th of the row's partial or full blocks
     PLACES: Any  # (start, LENGTH, SIZE, b, n) -> where a block of queries lies: first row, offsets [SIZE], which exist
     KEY_PLACES: Any  # the same of keys
-    LOGITS: Any  # (products, b, n, query_start, q, k, ..) -> logits, which SHAPE.FACTOR takes to base 2
+    LOGITS: Any  # (products, b, n, query_start, q, k, ..) -> logits in the unit SHAPE.UNIT
     VISIBLE: Any  # (b, n, query_start, q, k, ..) -> which query of a partial block sees which key
     STORE: Any = None  # (gradient of the logits, b, n, query_start, q, k, ..): keeps it
 
@@ -76,8 +80,8 @@ class Shape(NamedTuple):
     VALUES: int
     BLOCK_H: int  # FEATURES as a block has them
     BLOCK_V: int
-    SCALE: float  # of the products; LOGITS times FACTOR are in base 2
-    FACTOR: float
+    SCALE: float  # of the products
+    UNIT: float  # > 0, of what LOGITS returns: a scale may wait for the exponent
     PRECISION: str
     MAY_HIDE: bool  # whether a logit of a full block may be -inf
     # Whether all samples share one array.
@@ -93,7 +97,7 @@ def flash_forward(
     bounds, order, codes, key_buckets, starts, out, lse,
     FUNCTIONS: tl.constexpr, SHAPE: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: out [B, T, N, V], and lse [B, N, T] in base 2."""
+    """One block of queries of one head: out [B, T, N, V], and lse [B, N, T] in the unit of the logits."""
     operands = operands_of(
         words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles, bounds, order,
         codes, key_buckets, starts, None,
@@ -123,14 +127,14 @@ def flash_forward(
                 seen = FUNCTIONS.VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
                 logits = tl.where(seen, logits, float("-inf"))
             m_i, l_i, acc = online_softmax(
-                m_i, l_i, acc, logits, values, SHAPE.FACTOR, PARTIAL or SHAPE.MAY_HIDE, SHAPE.PRECISION
+                m_i, l_i, acc, logits, values, SHAPE.UNIT, PARTIAL or SHAPE.MAY_HIDE, SHAPE.PRECISION
             )
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)
     store_rows(out, query_rows, acc / l_i[:, None], SHAPE.HEADS, SHAPE.VALUES, SHAPE.BLOCK_V)
     first, row, exists = query_rows
     lse += (b * SHAPE.HEADS + n) * T + first
-    tl.store(lse + row, tl.where(empty, float("-inf"), m_i + tl.log2(l_i)), mask=exists)
+    tl.store(lse + row, tl.where(empty, float("-inf"), m_i + tl.log2(l_i) / (SHAPE.UNIT * LOG2_E)), mask=exists)
 
 
 @triton.jit
@@ -143,7 +147,7 @@ def flash_backward_query(
 
         grad_logits = weights * (grad_out values^T - delta)        grad_query = scale grad_logits keys
 
-    lse is in base 2, and +inf for rows that see nothing.
+    lse is in the unit of the logits, and +inf for rows that see nothing.
     """
     operands = operands_of(
         words, bias, mask, query_positions, key_positions, query_segments, key_segments, tables, rows, tiles, bounds, order,
@@ -174,7 +178,7 @@ def flash_backward_query(
             k = key_start + tl.arange(0, BLOCK_K)
             products = tl.dot(queries, tl.trans(keys), input_precision=SHAPE.PRECISION)
             logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
-            weights = weights_of(logits, lse_i[:, None], SHAPE.FACTOR)
+            weights = weights_of(logits, lse_i[:, None], SHAPE.UNIT)
             if PARTIAL:
                 seen = FUNCTIONS.VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
                 weights = tl.where(seen, weights, 0.0)
@@ -184,8 +188,7 @@ def flash_backward_query(
                 FUNCTIONS.STORE(grad_logits, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
             acc = tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision=SHAPE.PRECISION)
     grad_query = head_of(grad_query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, False)
-    scale = SHAPE.SCALE * 0.6931471805599453
-    store_rows(grad_query, query_rows, acc * scale, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H)
+    store_rows(grad_query, query_rows, acc * SHAPE.SCALE, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H)
 
 
 @triton.jit
@@ -218,7 +221,7 @@ def flash_backward_key(
     acc_value = tl.zeros([BLOCK_K, SHAPE.BLOCK_V], tl.float32)
     for member in range(GROUPS):
         n = key_head * GROUPS + member
-        key_block, num_partial, num_full, blocks = FUNCTIONS.WORK(rank, b, n, operands, OPTIONS)
+        _, num_partial, num_full, blocks = FUNCTIONS.WORK(rank, b, n, operands, OPTIONS)
         query_n = head_of(query, b, n, T, SHAPE.HEADS, SHAPE.FEATURES, SHAPE.ONE_QUERY)
         grad_out_n = head_of(grad_out, b, n, T, SHAPE.HEADS, SHAPE.VALUES, SHAPE.ONE_GRAD)
         for PARTIAL in tl.static_range(1, -1, -1):
@@ -232,7 +235,7 @@ def flash_backward_key(
                 delta_i = load_sums(delta, b, n, query_rows, T, 0.0, SHAPE.HEADS)
                 products = tl.dot(keys, tl.trans(queries), input_precision=SHAPE.PRECISION)
                 logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS)
-                weights = weights_of(logits, lse_i[None, :], SHAPE.FACTOR)
+                weights = weights_of(logits, lse_i[None, :], SHAPE.UNIT)
                 if PARTIAL:
                     seen = FUNCTIONS.VISIBLE(b, n, query_start, q[None, :], k[:, None], operands, SHAPE, OPTIONS)
                     weights = tl.where(seen, weights, 0.0)
@@ -242,8 +245,7 @@ def flash_backward_key(
                 acc_key = tl.dot(grad_logits.to(queries.dtype), queries, acc_key, input_precision=SHAPE.PRECISION)
     grad_key = head_of(grad_key, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.FEATURES, False)
     grad_value = head_of(grad_value, b, key_head, S, SHAPE.KEY_HEADS, SHAPE.VALUES, False)
-    scale = SHAPE.SCALE * 0.6931471805599453
-    store_rows(grad_key, key_rows, acc_key * scale, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H)
+    store_rows(grad_key, key_rows, acc_key * SHAPE.SCALE, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H)
     store_rows(grad_value, key_rows, acc_value, SHAPE.KEY_HEADS, SHAPE.VALUES, SHAPE.BLOCK_V)
 
 
@@ -269,26 +271,28 @@ def heads_of(query, key, value, b, n, T, S, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(m_i, l_i, acc, logits, values, FACTOR: tl.constexpr, MAY_HIDE: tl.constexpr, PRECISION: tl.constexpr):
+def online_softmax(m_i, l_i, acc, logits, values, UNIT: tl.constexpr, MAY_HIDE: tl.constexpr, PRECISION: tl.constexpr):
     """Maximum, normaliser and sum of values of each row after one more block of logits [t, s] and values [s, V].
 
-    Logits times FACTOR > 0 are in base 2. MAY_HIDE: some of them may be -inf. A row that has seen nothing has maximum -inf.
+    MAY_HIDE: some logits may be -inf. A row that has seen nothing has maximum -inf. The maximum is subtracted before the
+    product: the other way round a GPU contracts the two into one operation, and beyond 1e9 a product that was not rounded
+    differs from a maximum that was by hundreds.
     """
-    m_new = tl.maximum(m_i, tl.max(logits, 1) * FACTOR)
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
     shift = m_new
     if MAY_HIDE:  # -inf - -inf is not 0
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    weights = tl.exp2(logits * FACTOR - shift[:, None])
-    alpha = tl.exp2(m_i - shift)
+    weights = tl.exp2((logits - shift[:, None]) * (UNIT * LOG2_E))
+    alpha = tl.exp2((m_i - shift) * (UNIT * LOG2_E))
     l_i = l_i * alpha + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
     return m_new, l_i, acc
 
 
 @triton.jit
-def weights_of(logits, lse_i, FACTOR: tl.constexpr):
+def weights_of(logits, lse_i, UNIT: tl.constexpr):
     """The weights, computed again. At most 1: a log-sum-exp beyond 1e9 is rounded by hundreds, and exp2 of that overflows."""
-    return tl.exp2(tl.minimum(logits * FACTOR - lse_i, 0.0))
+    return tl.exp2(tl.minimum(logits - lse_i, 0.0) * (UNIT * LOG2_E))
 
 
 @triton.jit

@@ -76,12 +76,11 @@ def attention(
     check_heads(OWNER, query, key, value)
     checks.at_least(OWNER, "block_size", block_size, 1, "Count queries.")
     checks.integers(OWNER, indices=indices)
-    (batch, length, heads, _), kv_heads = query.shape, key.shape[2]
+    (batch, queries, heads, features), (_, keys, kv_heads, _) = query.shape, key.shape
     checks.shape(
         OWNER, "indices", indices, "B J I L", "Give a list for each block of queries, and fill short ones with -1.",
-        B=(batch, 1), J=(heads, kv_heads, 1), I=-(-length // block_size),
+        B=(batch, 1), J=(heads, kv_heads, 1), I=-(-queries // block_size),
     )  # fmt: skip
-    (batch, queries, _, features), keys = query.shape, key.shape[1]
     checks.key_padding(OWNER, mask, batch, keys)
     positions = checks.causal_positions(OWNER, is_causal, query_positions, key_positions, batch, queries, keys)
     scale = scale_of(OWNER, scale, features)

@@ -1,6 +1,5 @@
 """Attention to listed keys as the formula says it: how often each query sees each key, [B, N, T, S]."""
 
-import jax
 import jax.numpy as jnp
 
 from subquad.kernels import precision
@@ -22,11 +21,5 @@ def attention(query, key, value, indices, block_size, mask, positions, correct_d
     if positions is not None:
         counts = jnp.where(positions[1][:, None, None, :] <= positions[0][:, None, :, None], counts, 0)
     logits = online.rounded(scale * jnp.einsum("btnh,bsnh->bnts", query.astype(precise), key))
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=counts > 0, initial=-jnp.inf))
-    largest = jnp.where(jnp.isneginf(largest), 0, largest)
-    weights = counts * jnp.exp(jnp.where(counts > 0, logits - largest, 0))
-    total = weights.sum(-1, keepdims=True)
-    safe = jnp.where(total > 0, total, 1)
-    out = jnp.einsum("bnts,bsnv->btnv", weights / safe, value)
-    lse = jnp.where(total > 0, largest + jnp.log(safe), -jnp.inf)
-    return out.astype(query.dtype), jnp.swapaxes(lse[..., 0], 1, 2)
+    weights, lse = online.counted(logits, counts)
+    return jnp.einsum("bnts,bsnv->btnv", weights, value).astype(query.dtype), jnp.swapaxes(lse, 1, 2)

@@ -14,6 +14,7 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.softmax import online
 from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits
 
@@ -85,7 +86,7 @@ def _forward(plan, query, key, value, places, positions):
 @precision.full
 def _backward(plan, saved, gradients):
     query, key, value, places, positions, out, *sums = saved
-    *by_query, query = online.residue(out, sums, *gradients, True, query)
+    *by_query, query = online.backward_rows(out, sums, *gradients, True, query)
     precise = by_query[0].dtype
     logits_of = _logits_of(plan, key, positions)
     values = to_uint_bits(rearrange(value, "b s k v -> (b s k) v"))
@@ -177,16 +178,14 @@ def _items(plan, steps, query, key, places, positions):
 
 def _to_items(plan, steps, places, array):
     """[B, T, N, ...] as [steps, items, queries of an item, ...]."""
-    short = -array.shape[1] % plan.block_size
-    array = jnp.pad(array, ((0, 0), (0, short), *((0, 0),) * (array.ndim - 2)))
+    array = pad_to(array, 1, -(-array.shape[1] // plan.block_size) * plan.block_size)
     items = rearrange(array, "b (i t) (j g) ... -> (b i j) (t g) ...", t=plan.block_size, j=places.shape[2])
     return _in_steps(steps, items, 0)
 
 
 def _in_steps(steps, items, fill):
     size = math.ceil(len(items) / steps)
-    items = jnp.pad(items, ((0, steps * size - len(items)), *((0, 0),) * (items.ndim - 1)), constant_values=fill)
-    return items.reshape(steps, size, *items.shape[1:])
+    return pad_to(items, 0, steps * size, constant_values=fill).reshape(steps, size, *items.shape[1:])
 
 
 def _from_items(plan, places, array, query):

@@ -15,22 +15,9 @@ from subquad.kernels.linear.features import FeatureMap, relu_features, softmax_f
 __all__ = ["attention", "empty_state", "gated", "random_feature_attention", "relu_features", "softmax_features"]
 
 NO_WEIGHTS = "Linear attention never forms the [T, S] weights that another mask would need."
-MODULE = "subquad.kernels.linear.triton"
-ATTENTION = {
-    **dispatch.triton(MODULE, "attention"),
-    "xla": xla.attention,
-    "reference": reference.attention,
-}
-GATED = {
-    **dispatch.triton(MODULE, "gated"),
-    "xla": xla.gated,
-    "reference": reference.gated,
-}
-RANDOM_FEATURE_ATTENTION = {
-    **dispatch.triton(MODULE, "random_feature_attention"),
-    "xla": xla.random_feature_attention,
-    "reference": reference.random_feature_attention,
-}
+ATTENTION = dispatch.implementations("attention", xla, reference)
+GATED = dispatch.implementations("gated", xla, reference)
+RANDOM_FEATURE_ATTENTION = dispatch.implementations("random_feature_attention", xla, reference)
 
 GatedState = Float[Array, "B N M V"] | tuple[Float[Array, "B N M V"], Float[Array, "B N M"]]
 State = tuple[Float[Array, "B N M V"], Float[Array, "B N M"], Float[Array, "B N"]]

@@ -209,12 +209,12 @@ def masked_scores(scores, g_late, g_early, SHAPE: tl.constexpr):
 def add_scores_of_channels(scores, q, k, g, channel, SHAPE: tl.constexpr):
     """scores + q_c^T exp(-|g_c - g_s|) k_s, of all pairs [c, s] of a chunk, level by level."""
     token = tl.arange(0, SHAPE.CHUNK)
-    apart = token[:, None] ^ token[None, :]
-    scores += tl.where(apart == 0, tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None], 0.0)
+    differing = token[:, None] ^ token[None, :]
+    scores += tl.where(differing == 0, tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None], 0.0)
     for level in range(SHAPE.LEVELS):
         decay = decay_to_border(g, level, channel, SHAPE)
         of_level = dot(q.to(tl.float32) * decay, tl.trans(k.to(tl.float32) * decay), SHAPE)
-        scores += tl.where((apart >> level) == 1, of_level, 0.0)
+        scores += tl.where((differing >> level) == 1, of_level, 0.0)
     return scores
 
 
@@ -222,11 +222,11 @@ def add_scores_of_channels(scores, q, k, g, channel, SHAPE: tl.constexpr):
 def add_values_of_channels(o, scores, u, g, channel, SHAPE: tl.constexpr):
     """o + sum_s scores_cs exp(-|g_c - g_s|) u_s, where the channels of values decay, level by level."""
     token = tl.arange(0, SHAPE.CHUNK)
-    apart = token[:, None] ^ token[None, :]
-    o += tl.sum(tl.where(apart == 0, scores, 0.0), 1)[:, None] * u.to(tl.float32)
+    differing = token[:, None] ^ token[None, :]
+    o += tl.sum(tl.where(differing == 0, scores, 0.0), 1)[:, None] * u.to(tl.float32)
     for level in range(SHAPE.LEVELS):
         decay = decay_to_border(g, level, channel, SHAPE)
-        of_level = tl.where((apart >> level) == 1, scores, 0.0)
+        of_level = tl.where((differing >> level) == 1, scores, 0.0)
         o += decay * dot(of_level, u.to(tl.float32) * decay, SHAPE)
     return o
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels import precision
+from subquad.kernels.padding import pad_to
 from subquad.kernels.xla_cpu import from_uint_bits, hide_zeros, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
 # The weights inside a chunk cost as much as the chunk is long, a step of the loop most where it is a kernel launch. What the
@@ -138,8 +139,8 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
         outputs, kept = forward(constants, state, arrays)
         return outputs, (constants, arrays, kept)
 
-    precision.define_passes(run, precision.full(run_forward), precision.full(backward))
-    return precision.full(run)
+    precision.define_passes(run, precision.full(run_forward, dtype), precision.full(backward, dtype))
+    return precision.full(run, dtype)
 
 
 def loop(count: int, body, carry):
@@ -198,11 +199,7 @@ def pad(arrays: dict, length: int) -> dict:
 
     def pad_one(name, x):
         axis = 2 if x.ndim == 3 else 1
-        if x.shape[axis] == length:
-            return x
-        widths = [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)]
-        if name == "segment":
-            return jnp.pad(x, widths, mode="edge")
-        return jnp.pad(x, widths, constant_values=PADDING.get(name, 0))
+        options = dict(mode="edge") if name == "segment" else dict(constant_values=PADDING.get(name, 0))
+        return pad_to(x, axis, length, **options)
 
     return {name: None if x is None else pad_one(name, x) for name, x in arrays.items()}

@@ -48,21 +48,18 @@ def softmax_features(
 
 
 @precision.promoting
-def relu_features(
-    inputs: Float[Array, "*B H"], projection: Float[Array, "M H"], *, offset: float = RELU_OFFSET
-) -> Float[Array, "*B M"]:
-    """Random features of the generalised kernel with f = ReLU: phi(x)_i = M^-1/2 (max(w_i . x, 0) + offset).
+def relu_features(inputs: Float[Array, "*B H"], projection: Float[Array, "M H"]) -> Float[Array, "*B M"]:
+    """Random features of the generalised kernel with f = ReLU: phi(x)_i = M^-1/2 (max(w_i . x, 0) + 0.001).
 
     Args:
         inputs: queries or keys.
         projection: rows w_i, drawn from the standard normal distribution.
-        offset: keeps every feature positive.
     Returns: [*B, M], float32.
     Source: Choromanski et al., 2020, arXiv 2009.14794, section 2.2 (generalised attention).
     """
     inputs = precision.wide(inputs)
     projected = jnp.einsum("...h,mh->...m", inputs, projection, precision=jax.lax.Precision.HIGHEST)
-    return (jax.nn.relu(projected) + offset) * projection.shape[0] ** -0.5
+    return (jax.nn.relu(projected) + RELU_OFFSET) * projection.shape[0] ** -0.5
 
 
 @jax.custom_jvp

@@ -32,6 +32,7 @@ from subquad.kernels import launch, precision, tuning
 from subquad.kernels.flash.triton import padded
 from subquad.kernels.linear.chunk_kernels import Shape, linear_outputs, linear_states
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 
 
 class Operands(NamedTuple):
@@ -100,10 +101,10 @@ def chunk_states(plan: Plan, x: Operands, key, value, first, first_sums, *, is_r
     inputs |= log_decays_and_words(plan, x, length) | dict(first=first, first_sums=first_sums)
     chunks = -(-length // plan.chunk)
     outputs = dict(
-        states=room(plan.is_causal, batch, heads, chunks, features, values, dtype=plan.dtype),
-        states_sums=room(plan.is_causal and plan.divides, batch, heads, chunks, features),
-        last=room(True, batch, heads, features, values), last_sums=room(plan.divides, batch, heads, features),
-        corrected=room(is_delta, batch, length, heads, values, dtype=plan.dtype),
+        states=output(plan.is_causal, batch, heads, chunks, features, values, dtype=plan.dtype),
+        states_sums=output(plan.is_causal and plan.divides, batch, heads, chunks, features),
+        last=output(True, batch, heads, features, values), last_sums=output(plan.divides, batch, heads, features),
+        corrected=output(is_delta, batch, length, heads, values, dtype=plan.dtype),
     )  # fmt: skip
     states, sums, last, last_sums, corrected = launch.call(
         linear_states, inputs, outputs, grid=batch * heads * blocks, config=config, mode=plan.mode,
@@ -126,9 +127,9 @@ def chunk_outputs(plan: Plan, x: Operands, query, key, value, states: States | N
     inputs = dict(query=query, key=key, value=value, last_value=last_value, **log_decays_and_words(plan, x, length))
     inputs |= dict(states=None, states_sums=None) if states is None else dict(states=states.read, states_sums=states.read_sums)
     outputs = dict(
-        out=room(True, batch, length, heads, values, dtype=jnp.float32 if in_xla else dtype),
-        inverse=room(is_output and plan.divides, batch, heads, length),
-        products=room(has_partner, batch, heads, blocks, length),
+        out=output(True, batch, length, heads, values, dtype=jnp.float32 if in_xla else dtype),
+        inverse=output(is_output and plan.divides, batch, heads, length),
+        products=output(has_partner, batch, heads, blocks, length),
     )  # fmt: skip
     constants = dict(
         SHAPE=shape_of(plan, x, query, value, is_reversed, is_transposed), HAS_PARTNER=has_partner,
@@ -143,7 +144,7 @@ def chunk_outputs(plan: Plan, x: Operands, query, key, value, states: States | N
     return out, inverse, products
 
 
-def room(exists, *shape, dtype=jnp.float32):
+def output(exists, *shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape if exists else (1,), dtype)
 
 
@@ -211,7 +212,7 @@ def backward(plan: Plan, residuals, cotangents):
         grad_value, *_ = chunk_outputs(plan, x, x.key, x.query, do, G, x.value.dtype, is_reversed=True)
         grad_erase = None
     else:
-        grad_value, grad_erase = G.values, -through(S.read, G.values, plan.chunk).astype(x.erase.dtype)
+        grad_value, grad_erase = G.values, -through(G.values, S.read, plan.chunk).astype(x.erase.dtype)
     grad_late, grad_early = (None if g is None else jnp.zeros_like(g) for g in (x.late, x.early))
     if "late" in partner:
         grad_late = at_tokens(grad_late, query_products, at_ends(plan, S, G, has_channels(x)))
@@ -240,14 +241,13 @@ def at_tokens(zeros, products, ends=0.0):
     """
     batch, heads, chunks, places, _, channels = zeros.shape
     rows = products.sum(2)[..., None] if channels == 1 else products.swapaxes(1, 2)
-    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, chunks * (places - 1) - rows.shape[2]), (0, 0)])
-    rows = rows.reshape(batch, heads, chunks, places - 1, channels).at[:, :, :, -1].add(ends)
+    rows = pad_to(rows, 2, chunks * (places - 1)).reshape(batch, heads, chunks, places - 1, channels).at[:, :, :, -1].add(ends)
     return zeros.at[:, :, :, 1:, -1].set(rows)
 
 
 def weighed(plan: Plan, x: Operands, rows, is_key: bool):
-    """Keys as the state after their chunk has them, or queries as they read the one before it: of the delta rule, whose kernel
-    holds a whole state and has no registers left for that."""
+    """Keys decayed to the end of their chunk, or queries to its start, for the kernel of the delta rule: it holds a whole state
+    and has no registers left for that."""
     if x.late is None:
         return rows
     g = x.late
@@ -257,7 +257,7 @@ def weighed(plan: Plan, x: Operands, rows, is_key: bool):
 
 
 @precision.full
-def through(states, values, chunk: int):
+def through(values, states, chunk: int):
     """The products [B, T, N, M] of values [B, T, N, V] with the states before their chunks."""
     rows = cut_chunks(values, chunk)
     rows = jnp.einsum("bkcv,bkmv->bkcm", rows, states.reshape(*rows.shape[:2], *states.shape[3:]))
@@ -266,10 +266,8 @@ def through(states, values, chunk: int):
 
 def cut_chunks(x, chunk: int):
     """[B, T, N, X] as [B, N K, C, X], with zeros at the end."""
-    batch, length, heads, width = x.shape
-    chunks = -(-length // chunk)
-    x = jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, chunks * chunk - length), (0, 0)])
-    return x.reshape(batch, heads * chunks, chunk, width)
+    batch, length, _, width = x.shape
+    return pad_to(x.swapaxes(1, 2), 2, -(-length // chunk) * chunk).reshape(batch, -1, chunk, width)
 
 
 def configure(kernel, plan: Plan, x: Operands, features: int, values: int) -> tuning.Config:

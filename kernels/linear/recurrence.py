@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels import precision
+from subquad.kernels.padding import pad_to
 
 # exp of less is 0 in float32.
 SMALLEST_LOG_DECAY = -104.0
@@ -55,13 +56,13 @@ def advance_after_reading(bonus, states, query, key, values, decay=None, beta=No
 def advance_erasing(states, query, key, values, decay, reader, eraser):
     """`advance`, where what a `reader` finds in the states before its token is taken away under its `eraser`, [B, N, C, M]."""
     of_state, of_values = erase_rule(reader, eraser, key, decay)
-    found = [of_state @ state + of_values @ value for state, value in zip(states, values, strict=True)]
-    states, outputs = zip(*(
-        (whole_chunk(state, decay) + write(key, value, decay) - write(eraser, x, decay),
-         read(query, state, decay) + scores(query, key, decay) @ value - scores(query, eraser, decay) @ x)
-        for state, value, x in zip(states, values, found, strict=True)
-    ), strict=True)  # fmt: skip
-    return states, outputs
+    of_keys, of_erasers = scores(query, key, decay), scores(query, eraser, decay)
+    after, outputs = [], []
+    for state, value in zip(states, values, strict=True):
+        x = of_state @ state + of_values @ value  # r_t^T S_{t-1}
+        outputs.append(read(query, state, decay) + of_keys @ value - of_erasers @ x)
+        after.append(whole_chunk(state, decay) + write(key, value, decay) - write(eraser, x, decay))
+    return tuple(after), tuple(outputs)
 
 
 @precision.full
@@ -177,8 +178,8 @@ def scores_of_halves(query, key, decay):
     """
     size = query.shape[-2]
     half = 1 << (size - 1).bit_length() - 1
-    query, key = fill(query, 2 * half), fill(key, 2 * half)
-    decay = [fill(g, 2 * half, "edge") for g in decay]
+    query, key = pad_to(query, -2, 2 * half), pad_to(key, -2, 2 * half)
+    decay = [pad_to(g, -2, 2 * half, mode="edge") for g in decay]
     halves = lambda x: x.reshape(*x.shape[:-2], 2, half, x.shape[-1])
     query, key, decay = halves(query), halves(key), [halves(g) for g in decay]
     border = [g[..., :1, -1:, :] for g in decay]  # after the last token of the first half
@@ -225,11 +226,6 @@ def exponent(late, early):
 
 def exp_gap(late, early):
     return jnp.exp(exponent(late, early))
-
-
-def fill(x, size, mode="constant"):
-    """[..., C, M] up to `size` tokens."""
-    return x if x.shape[-2] == size else jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)], mode=mode)
 
 
 def cumulate(log_decay):

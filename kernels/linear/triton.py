@@ -16,6 +16,7 @@ from subquad.kernels.linear import recurrence
 from subquad.kernels.linear.passes import Operands, Plan, cut_chunks, run_means, run_sums
 from subquad.kernels.linear.reference import divide, finite, normalized, repeated
 from subquad.kernels.linear.xla import FEATURES, FOREVER, as_rows, first_state, running_maximum, visible_scale, with_ones
+from subquad.kernels.padding import pad_to
 
 # Tokens whose random features are in memory at once.
 PIECE = 2048
@@ -91,8 +92,7 @@ def in_segments(plan: Plan, query, key, value, log_scale, segments, projection, 
 
 def with_one_more(values, other):
     """[..., V + 16] of values [..., V] and another one [..., 1]: rows of V + 1 would lie on no boundary for wide loads."""
-    x = jnp.concatenate([values, other], -1).astype(jnp.float32)
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 15)])
+    return pad_to(jnp.concatenate([values, other], -1).astype(jnp.float32), -1, values.shape[-1] + 16)
 
 
 def causal_in_pieces(run, query, key, value, log_scale, segments, state):
@@ -129,8 +129,8 @@ def cut(x, **options):
     length = x.shape[1]
     count = -(-length // PIECE)
     size = -(-length // count)
-    x = jnp.pad(x, [(0, 0), (0, count * size - length), *[(0, 0)] * (x.ndim - 2)], **options)
-    return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
+    x = pad_to(x, 1, count * size, **options).reshape(len(x), count, size, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
 
 
 def joined(pieces, length: int):
@@ -184,9 +184,8 @@ def in_two_steps(query, key, value, log_decay, eraser):
 
 
 def plan_of(arrays, mode, is_delta=False, **options) -> Plan:
+    launch.require_floats(*(x.dtype for x in arrays))
     dtypes = {x.dtype.name for x in arrays}
-    if not dtypes <= set(launch.FLOATS):
-        raise launch.Declined("the kernels take float32, bfloat16 and float16 only.")
     bf16, length = dtypes == {"bfloat16"}, max(x.shape[1] for x in arrays)
     most = 32 if "float32" in dtypes and mode == "triton" else 64
     # float16 has the digits of TF32.
@@ -260,7 +259,7 @@ def with_running_maximum(plan: Plan, query, key, value, log_scale, segments, pro
 
     def in_chunks(start, tokens, **options):
         """[B, N, K, C + 1], of [B, N, K] and of tokens [B, N, L] with padding."""
-        tokens = jnp.pad(tokens, [(0, 0), (0, 0), (0, chunks * plan.chunk - tokens.shape[2])], **options)
+        tokens = pad_to(tokens, 2, chunks * plan.chunk, **options)
         return jnp.concatenate([start[..., None], tokens.reshape(*start.shape, plan.chunk)], 3)
 
     # Where nothing was seen yet, of this segment, the state is 0 and infinitely far away.

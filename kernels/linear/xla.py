@@ -142,7 +142,7 @@ def bidirectional(features, size, eps, projection, state, arrays, has_mask):
     """(outputs, state after the last key) of queries that see all keys."""
     query, dtype = arrays["query"], arrays["value"].dtype
     keys = {name: x for name, x in arrays.items() if name != "query"}
-    sums, largest = state = add_keys(features, size, projection, state, keys)
+    sums, _ = state = add_keys(features, size, projection, state, keys)
 
     def step(constants, state, chunk):
         projection, sums = constants
@@ -203,8 +203,9 @@ def add_keys(features, size, projection, state, keys):
         after = forward(projection, state, keys)
         return after, (projection, keys, state[1], after[1])
 
-    precision.define_passes(run, precision.full(run_forward), precision.full(backward))
-    return precision.full(run)(projection, state, keys)
+    dtype = keys["value"].dtype
+    precision.define_passes(run, precision.full(run_forward, dtype), precision.full(backward, dtype))
+    return precision.full(run, dtype)(projection, state, keys)
 
 
 # The wrappers: what a chunk's queries, keys and values go through before the recurrence.

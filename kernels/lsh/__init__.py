@@ -16,15 +16,6 @@ Reach = Literal["bucket", "chunk", "ring"]
 Buckets = Int[Array, "B R T N"]
 
 
-def _implementations(function: str) -> dispatch.Implementations:
-    """Those of a public function of this module, the preferred first."""
-    return {
-        **dispatch.triton("subquad.kernels.lsh.triton", function),
-        "xla": getattr(xla, function),
-        "reference": getattr(reference, function),
-    }
-
-
 def hash_buckets(
     vectors: Float[Array, "B T N H"],
     rotations: Float[Array, "N H R F"] | Float[Array, "1 H R F"],
@@ -81,7 +72,7 @@ def hash_buckets(
             )
         num_rotations = jnp.broadcast_to(num_rotations.reshape(batch, -1), (batch, length)).astype(jnp.int32)
     return dispatch.run(
-        owner, _implementations("hash_buckets"), implementation,
+        owner, dispatch.implementations("hash_buckets", xla, reference), implementation,
         jax.lax.stop_gradient(vectors), jax.lax.stop_gradient(rotations), factors, num_rotations,
     )  # fmt: skip
 
@@ -188,7 +179,7 @@ def attention(
     scale = _scale_of(owner, scale, query_key.shape[-1])
     query_key, value = checks.hide(mask, query_key, value)
     return dispatch.run(
-        owner, _implementations("attention"), implementation,
+        owner, dispatch.implementations("attention", xla, reference), implementation,
         layout, query_key, value, buckets, mask, segment_ids, scale,
     )  # fmt: skip
 
@@ -251,7 +242,7 @@ def extend(
         real = jnp.take_along_axis(jnp.broadcast_to(mask, (len(query), *mask.shape[1:])), own, axis=3, mode="clip")
         (query,), (key, value) = checks.hide(real, query), checks.hide(mask, key, value)
     return dispatch.run(
-        owner, _implementations("extend"), implementation,
+        owner, dispatch.implementations("extend", xla, reference), implementation,
         query, key, value, query_buckets, key_buckets, start, mask, scale, correct_duplicates,
     )  # fmt: skip
 

@@ -111,11 +111,6 @@ def inverse_norm(query):
 def _softmax(query, key, value, own_value, counts, real_query, real_key, scale):
     """Softmax over keys that weigh `counts` [B, N, T, S]; the own value where a real query sees nothing."""
     counts = jnp.where(real_key[:, :, None, :] & real_query[:, :, :, None], counts, 0)
-    logits = online.rounded(scale * jnp.einsum("btnh,bsnh->bnts", query, key))
-    seen = counts > 0
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30))
-    weights = counts * jnp.exp(jnp.where(seen, logits - largest, 0))
-    total = weights.sum(-1)
-    alone = rearrange(real_query & (total == 0), "b n t -> b t n 1")
-    weights /= jnp.where(total > 0, total, 1)[..., None]
+    weights, lse = online.counted(online.rounded(scale * jnp.einsum("btnh,bsnh->bnts", query, key)), counts)
+    alone = rearrange(real_query & jnp.isneginf(lse), "b n t -> b t n 1")
     return jnp.where(alone, own_value, jnp.einsum("bnts,bsnv->btnv", weights, value))

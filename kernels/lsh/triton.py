@@ -21,16 +21,14 @@ import triton.language as tl
 
 from subquad.kernels import launch, tuning
 from subquad.kernels.flash import triton as flash
-from subquad.kernels.flash.triton import dense, padded
+from subquad.kernels.flash.triton import LARGEST_HEAD, dense, padded
 from subquad.kernels.lsh import xla
 from subquad.kernels.lsh.reference import AXES
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
 
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 # Sums of three bfloat16 parts: the six products that float32 can tell apart, so that buckets are decided in float32.
 HASH_PRECISION = "bf16x6"
-LARGEST_HEAD = 128
 
 
 # ------------------------------------------------------------------------------------------------------------- hashing
@@ -255,7 +253,7 @@ def shared_logits(products, b, n, query_start, q, k, operands, SHAPE: tl.constex
         theirs = tl.load(operands.key_buckets + (first * S + k) * OPTIONS.HEADS + n, mask=k < S, other=-1)
         same = tl.where(ours == theirs, 1.0, 0.0)
         count = tl.maximum(count, same) if OPTIONS.ONCE else count + same
-    return tl.where(count > 0, products * SHAPE.SCALE + tl.log2(tl.maximum(count, 1.0)), float("-inf"))
+    return tl.where(count > 0, products * SHAPE.SCALE + tl.log(tl.maximum(count, 1.0)), float("-inf"))
 
 
 @triton.jit
@@ -278,10 +276,8 @@ def run(functions, options: Options, scale, mode, arrays: dict, kernel, outputs:
     sizes, lengths = (config.blocks["BLOCK_Q"], config.blocks["BLOCK_K"]), (queries, keys)
     transposed = name == "backward_key"
     rows = triton.cdiv(lengths[transposed], sizes[transposed])
-    # A scale waits for the exponent, but where the rounds of a key are counted.
-    scale *= LOG2_E
     shape = flash.Shape(
-        heads, heads, features, values, *widths, scale, 1.0 if cached else scale, launch.dot_precision(dtype), False, False,
+        heads, heads, features, values, *widths, scale, 1.0, launch.dot_precision(dtype), False, False,
         False, False,
     )  # fmt: skip
     return flash.run(
@@ -331,8 +327,7 @@ def _forward(static, query, gain, value, buckets, segment_ids):
 
     def step(sums, r):
         out, lse = call(flash.flash_forward, outputs, r=r)
-        lse = online.rounded(lse.swapaxes(1, 2) * LN_2)
-        return online.merge(*zip(sums, (out, lse, start[2]), strict=True)), None
+        return online.merge(*zip(sums, (out, lse.swapaxes(1, 2), start[2]), strict=True)), None
 
     (out, *sums), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
     lse = sum(sums)
@@ -340,24 +335,24 @@ def _forward(static, query, gain, value, buckets, segment_ids):
     return out, (query, gain, value, order, codes, out, lse)
 
 
-def _backward(static, saved, d_out):
+def _backward(static, saved, grad_out):
     query, gain, value, order, codes, out, lse = saved
     call = _rounds(static, query, gain, value, order, codes)
     alone = jnp.isneginf(lse)[..., None]
-    lse, delta = (x.swapaxes(1, 2) for x in online.residue(out, (lse,), d_out, 0, False))
-    arrays = dict(lse=lse * LOG2_E, delta=delta, grad_out=d_out)
+    lse, delta = (x.swapaxes(1, 2) for x in online.backward_rows(out, (lse,), grad_out, 0, False))
+    arrays = dict(lse=lse, delta=delta, grad_out=grad_out)
     shapes = [(x.shape, jnp.float32) for x in (query, query, value)]
 
     def step(sums, r):
-        d_query, _ = call(flash.flash_backward_query, dict(grad_query=shapes[0]), r=r, **arrays)
-        d_key_value = call(flash.flash_backward_key, dict(grad_key=shapes[1], grad_value=shapes[2]), r=r, **arrays)
-        return tuple(x + y for x, y in zip(sums, (d_query, *d_key_value), strict=True)), None
+        grad_query, _ = call(flash.flash_backward_query, dict(grad_query=shapes[0]), r=r, **arrays)
+        grad_key_value = call(flash.flash_backward_key, dict(grad_key=shapes[1], grad_value=shapes[2]), r=r, **arrays)
+        return tuple(x + y for x, y in zip(sums, (grad_query, *grad_key_value), strict=True)), None
 
     start = tuple(jnp.zeros(*shape) for shape in shapes)
-    (d_query, d_key, d_value), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
-    d_query += gain[..., None] * d_key
-    d_value += jnp.where(alone, d_out, 0)
-    return d_query.astype(query.dtype), (d_key * query).sum(-1), d_value.astype(value.dtype), None, None
+    (grad_query, grad_key, grad_value), _ = jax.lax.scan(step, start, jnp.arange(order.shape[2], dtype=jnp.int32))
+    grad_query += gain[..., None] * grad_key
+    grad_value += jnp.where(alone, grad_out, 0)
+    return grad_query.astype(query.dtype), (grad_key * query).sum(-1), grad_value.astype(value.dtype), None, None
 
 
 attend = operation(
@@ -409,11 +404,11 @@ def _extend_forward(static, *arrays):
 
 def _extend_backward(static, saved, cotangents):
     *arrays, out, lse = saved
-    lse, delta = (x.swapaxes(1, 2) for x in online.residue(out, (lse,), *cotangents, False))
+    lse, delta = (x.swapaxes(1, 2) for x in online.backward_rows(out, (lse,), *cotangents, False))
     call = functools.partial(_cached(static, *arrays), lse=lse, delta=delta, grad_out=cotangents[0])
     query, key, value = ((x.shape, x.dtype) for x in arrays[:3])
-    d_query, _ = call(flash.flash_backward_query, dict(grad_query=query))
-    return d_query, *call(flash.flash_backward_key, dict(grad_key=key, grad_value=value)), None, None, None
+    grad_query, _ = call(flash.flash_backward_query, dict(grad_query=query))
+    return grad_query, *call(flash.flash_backward_key, dict(grad_key=key, grad_value=value)), None, None, None
 
 
 attend_cache = operation(
@@ -430,12 +425,8 @@ attend_cache = operation(
 
 def check(*arrays):
     for array in arrays:
-        if array.dtype.name not in launch.FLOATS:
-            raise launch.Declined(f"the kernel works in float32, bfloat16 and float16 only, not in {array.dtype}.")
-        if array.shape[-1] > LARGEST_HEAD:
-            raise launch.Declined(f"the kernel holds heads of at most {LARGEST_HEAD} features.")
-        if array.size == 0:
-            raise launch.Declined("there is nothing to compute.")
+        launch.require_floats(array.dtype)
+        launch.require_at_most(LARGEST_HEAD, array.shape[-1], "features in a head")
 
 
 def config_of(name, cached: bool, mode, dtype, features: int, chunk_size: int, queries: int, keys: int) -> tuning.Config:

@@ -17,6 +17,7 @@ from einops import rearrange
 from subquad.kernels import precision
 from subquad.kernels.lsh.reference import AXES, Layout, inverse_norm
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.softmax import online
 from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, zeros_depending_on
 
@@ -71,7 +72,7 @@ def _hash_buckets(steps, factors, vectors, rotations, num_rotations):
             unit, column = unit * factor, column + factor // 2
         return bucket
 
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, steps * rows - length), *((0, 0),) * (x.ndim - 2)))
+    pad = lambda x: pad_to(x, 1, steps * rows)
     own = rearrange(pad(to_uint_bits(vectors)), "b (k t) n h -> k n b t h", k=steps)
     used = None if num_rotations is None else rearrange(pad(num_rotations), "b (k t) -> k b t", k=steps)
     buckets = jax.lax.map(block, (own, used))
@@ -123,8 +124,8 @@ def lay_out(layout: Layout, order, codes) -> tuple[Items, jax.Array | None]:
         row = jnp.arange(rounds)[:, None]
         by_place = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(codes, **NOBODY_WRITTEN)
 
-    short, steps = chunks * layout.chunk_size - length, range(-before, after + 1)
-    own = jnp.pad(jnp.stack([place, codes]), ((0, 0), (0, 0), (0, 0), (0, short)), constant_values=nobody)
+    steps = range(-before, after + 1)
+    own = pad_to(jnp.stack([place, codes]), 3, chunks * layout.chunk_size, constant_values=nobody)
     own = rearrange(own, "x g r (n c) -> x g r n c", n=chunks)
     if layout.reach == "ring":
         ring = rearrange(own, "x g r n c -> x g (r n) c")
@@ -136,9 +137,7 @@ def lay_out(layout: Layout, order, codes) -> tuple[Items, jax.Array | None]:
 
     cuts = min(layout.chunk_size, math.ceil(4 * layout.chunk_size * around.shape[-1] / CHUNK_BYTES))
     if cuts > 1:
-        per_cut = math.ceil(layout.chunk_size / cuts)
-        unused = cuts * per_cut - layout.chunk_size
-        own = jnp.pad(own, ((0, 0),) * 4 + ((0, unused),), constant_values=nobody)
+        own = pad_to(own, 4, math.ceil(layout.chunk_size / cuts) * cuts, constant_values=nobody)
         own = rearrange(own, "x g r n (s c) -> x g r (n s) c", s=cuts)
         around = jnp.repeat(around, cuts, axis=3)
 
@@ -151,7 +150,7 @@ def lay_out(layout: Layout, order, codes) -> tuple[Items, jax.Array | None]:
 
     def blocks(x, no_code):
         x = rearrange(x, "x g r n c -> r x (g n) c")
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, steps * per_step - count), (0, 0)), constant_values=nobody)
+        x = pad_to(x, 2, steps * per_step, constant_values=nobody)
         x = x.at[:, 1].set(jnp.where(x[:, 0] < nobody, x[:, 1], no_code))
         return rearrange(x, "r x (k i) c -> x (r k) i c", k=steps)
 
@@ -280,44 +279,44 @@ def forward(layout, query, gain, value, buckets, segment_ids):
 
 
 @precision.full
-def backward(layout, saved, d_out):
+def backward(layout, saved, grad_out):
     *arguments, order, sorted_codes, out, log_total = saved
     items, codes = lay_out(layout, order, sorted_codes)
-    query, gain, value, out, log_total, d_out = map(by_place, (*arguments, out, log_total, d_out))
-    delta = jnp.sum(d_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1)
+    query, gain, value, out, log_total, grad_out = map(by_place, (*arguments, out, log_total, grad_out))
+    delta = jnp.sum(grad_out.astype(gain.dtype) * out.astype(gain.dtype), axis=-1)
     alone = jnp.isneginf(log_total)
     log_total = jnp.where(alone, 0, log_total)
     into = dict(preferred_element_type=gain.dtype)
 
     def step(carry, block):
-        d_query, d_gain, d_value = carry
+        grad_query, grad_gain, grad_value = carry
         block = jax.lax.optimization_barrier(block)
         queries, keys = block.queries, block.keys
-        query_rows, key_rows, d_rows = rows(query, queries), rows(query, keys), rows(d_out, queries)
+        query_rows, key_rows, grad_rows = rows(query, queries), rows(query, keys), rows(grad_out, queries)
         gains = rows(gain, keys)[..., None]
         # Keys first: two of the three products with gradients are then of a matrix as it lies in memory.
         products = jnp.einsum("iwh,ich->iwc", key_rows, query_rows, **into)
         logits = jnp.where(visible(layout, block, codes, True), online.rounded(products * gains), LOWEST)
         weight = online.weights_of(logits, rows(log_total, queries)[:, None], 0)
-        d_weight = jnp.einsum("iwv,icv->iwc", rows(value, keys), d_rows, **into)
-        d_logits = weight * (d_weight - rows(delta, queries)[:, None])
-        d_products = (d_logits * gains).astype(query.dtype)
-        to_values = jnp.einsum("iwc,icv->iwv", weight.astype(value.dtype), d_rows, **into)
-        to_keys = jnp.einsum("iwc,ich->iwh", d_products, query_rows, **into)
-        to_queries = jnp.einsum("iwc,iwh->ich", d_products, key_rows, **into)
-        to_gains = jnp.sum(d_logits * products, axis=2)
-        d_query = d_query.at[queries].add(to_queries, **NOBODY_WRITTEN)
+        grad_weight = jnp.einsum("iwv,icv->iwc", rows(value, keys), grad_rows, **into)
+        grad_logits = weight * (grad_weight - rows(delta, queries)[:, None])
+        grad_products = (grad_logits * gains).astype(query.dtype)
+        grad_values = jnp.einsum("iwc,icv->iwv", weight.astype(value.dtype), grad_rows, **into)
+        grad_keys = jnp.einsum("iwc,ich->iwh", grad_products, query_rows, **into)
+        grad_queries = jnp.einsum("iwc,iwh->ich", grad_products, key_rows, **into)
+        grad_gains = jnp.sum(grad_logits * products, axis=2)
+        grad_query = grad_query.at[queries].add(grad_queries, **NOBODY_WRITTEN)
         for some in parts:
-            d_query = d_query.at[keys[:, some]].add(to_keys[:, some], **NOBODY_WRITTEN)
-            d_gain = d_gain.at[keys[:, some]].add(to_gains[:, some], **NOBODY_WRITTEN)
-            d_value = d_value.at[keys[:, some]].add(to_values[:, some], **NOBODY_WRITTEN)
-        return (d_query, d_gain, d_value), None
+            grad_query = grad_query.at[keys[:, some]].add(grad_keys[:, some], **NOBODY_WRITTEN)
+            grad_gain = grad_gain.at[keys[:, some]].add(grad_gains[:, some], **NOBODY_WRITTEN)
+            grad_value = grad_value.at[keys[:, some]].add(grad_values[:, some], **NOBODY_WRITTEN)
+        return (grad_query, grad_gain, grad_value), None
 
     # Elsewhere than on a CPU a chunk at a time: no place occurs twice in one, so that sums have one order.
     width = items.keys.shape[2]
     chunk = width if jax.default_backend() == "cpu" else layout.chunk_size
     parts = [slice(first, first + chunk) for first in range(0, width, chunk)]
-    start = *(zeros_depending_on(delta, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], d_out, 0)
+    start = *(zeros_depending_on(delta, x.shape, gain.dtype) for x in (query, gain)), jnp.where(alone[:, None], grad_out, 0)
     gradients, _ = jax.lax.scan(step, (*start[:2], start[2].astype(gain.dtype)), items)
     words = zip(gradients, arguments, strict=True)
     return *(x.reshape(like.shape).astype(like.dtype) for x, like in words), None, None
@@ -361,20 +360,15 @@ def _extend(steps, correct_duplicates, query, key, value, query_buckets, key_buc
         same = jnp.minimum(same, 1) if correct_duplicates else same
         own_real = jnp.take_along_axis(real, own, axis=1, mode="clip")[:, None]
         is_before = jnp.arange(places)[None, None, None] < own[:, None, :, None]
-        weight = same * (own_real[..., None] & real[:, None, None] & is_before)
+        counts = same * (own_real[..., None] & real[:, None, None] & is_before)
         logits = online.rounded(scale * jnp.einsum("bnth,bnhs->bnts", query, key, preferred_element_type=jnp.float32))
-        seen = weight > 0
-        largest = jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30)
-        weight = weight * jnp.exp(jnp.where(seen, logits - jax.lax.stop_gradient(largest), 0))
-        total = weight.sum(-1, keepdims=True)
-        out = jnp.einsum("bnts,bnsv->bntv", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        alone = own_real[..., None] & (total == 0)
+        weights, lse = online.counted(logits, counts)
+        out = jnp.einsum("bnts,bnsv->bntv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        alone = (own_real & jnp.isneginf(lse))[..., None]
         own_value = jnp.take_along_axis(value, own[:, None, :, None], axis=2, mode="clip")
-        return jnp.where(alone, own_value, out / jnp.where(total > 0, total, 1))
+        return jnp.where(alone, own_value, out)
 
-    short = steps * count - length
-    query = jnp.pad(query, ((0, 0), (0, short), (0, 0), (0, 0)))
-    query_buckets = jnp.pad(query_buckets, ((0, 0), (0, 0), (0, short), (0, 0)))
+    query, query_buckets = pad_to(query, 1, steps * count), pad_to(query_buckets, 2, steps * count)
     queries = (
         rearrange(query, "b (k t) n h -> k b n t h", k=steps),
         rearrange(query_buckets, "b r (k t) n -> k r b n t", k=steps),

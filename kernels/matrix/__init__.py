@@ -8,16 +8,8 @@ from subquad.kernels.matrix import reference, xla
 __all__ = ["pseudo_inverse", "sinkhorn"]
 
 
-def _implementations(name):
-    return {
-        **dispatch.triton("subquad.kernels.matrix.triton", name),
-        "xla": getattr(xla, name),
-        "reference": getattr(reference, name),
-    }
-
-
-PSEUDO_INVERSE = _implementations("pseudo_inverse")
-SINKHORN = _implementations("sinkhorn")
+PSEUDO_INVERSE = dispatch.implementations("pseudo_inverse", xla, reference)
+SINKHORN = dispatch.implementations("sinkhorn", xla, reference)
 
 
 def pseudo_inverse(

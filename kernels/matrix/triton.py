@@ -315,10 +315,8 @@ _sinkhorn = operation(
 
 
 def _require(array) -> None:
-    if array.dtype.name not in launch.FLOATS:
-        raise launch.Declined(f"float32, bfloat16 and float16 only, not {array.dtype.name}.")
-    if array.shape[2] > LARGEST:
-        raise launch.Declined(f"a matrix must fit on the chip, M <= {LARGEST}, not {array.shape[2]}.")
+    launch.require_floats(array.dtype)
+    launch.require_at_most(LARGEST, array.shape[2], "rows in a matrix")
 
 
 def _launch(name, kernel, inputs, outputs, shape, iterations, mode, **constants):
@@ -346,5 +344,5 @@ def config(kernel: str, size: int, mode) -> tuning.Config:
     return tuning.config(kernel, heuristic, M=size)
 
 
-def _like(array, dtype=None):
-    return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype)
+def _like(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -7,6 +7,8 @@ import operator
 import jax.numpy as jnp
 import numpy as np
 
+from subquad.kernels.padding import pad_to
+
 NONE, SOME, ALL = 0, 1, 2  # how much of a rectangle of pairs is allowed
 
 
@@ -194,7 +196,7 @@ class Interleaved(Pattern):
         n = len(self.patterns)
         every = [one.key_positions(first, count, capacity, head // n) for one in self.patterns]
         longest = max(x.shape[-1] for x in every)
-        pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])], constant_values=-1)
+        pad = lambda x: pad_to(x, -1, longest, constant_values=-1)
         return jnp.select([(head % n == i)[..., None] for i in range(n)], list(map(pad, every)), -1)
 
 

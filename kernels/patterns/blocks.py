@@ -24,13 +24,15 @@ class BlockPattern(Pattern):
     def coverage(self, queries, keys, head):
         first_query, first_key = (first // self.block_size for first, _ in (queries, keys))
         end_query, end_key = (last // self.block_size + 1 for _, last in (queries, keys))
+        below = (first_query < 0) | (first_key < 0)  # the table begins at 0
+        first_query, first_key, end_query, end_key = (np.maximum(x, 0) for x in (first_query, first_key, end_query, end_key))
         table = self.table(int(np.max(end_query)), int(np.max(end_key)))
         total = np.pad(table, ((0, 0), (1, 0), (1, 0))).astype(np.int64).cumsum(1).cumsum(2)
         head = np.asarray(head) % self.heads
         count = total[head, end_query, end_key] - total[head, first_query, end_key]
         count = count - total[head, end_query, first_key] + total[head, first_query, first_key]
         every = (end_query - first_query) * (end_key - first_key)
-        return np.where(count == every, ALL, np.where(count > 0, SOME, NONE)).astype(np.int8)
+        return np.where(below, SOME, np.where(count == every, ALL, np.where(count > 0, SOME, NONE))).astype(np.int8)
 
     def key_positions(self, first, count, capacity, head):
         """The key blocks of the first query's block and of the last one's."""

@@ -220,10 +220,10 @@ class Random(Pattern):
         return (drawn == key[..., None]).any(-1)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def draws(random: Random) -> np.ndarray:
-    """int [heads, length, count]: the keys of each query, in rising order, -1 for none."""
-    keys, drawn = np.arange(random.length), np.full((random.heads, random.length, random.count), -1)
+    """int32 [heads, length, count]: the keys of each query, in rising order, -1 for none."""
+    keys, drawn = np.arange(random.length), np.full((random.heads, random.length, random.count), -1, np.int32)
     for head, query in np.ndindex(random.heads, random.length):
         # The raw bits of a counter-based generator are the same in all versions of NumPy.
         numbers = np.random.Philox(key=[random.seed, head << 32 | query]).random_raw(random.length)

@@ -10,11 +10,7 @@ from subquad.kernels.softmax.sets import Visible
 
 OPERATION = "relative.attention"
 SAVED = reference.SAVED
-IMPLEMENTATIONS = {
-    **dispatch.triton("subquad.kernels.relative.triton", "attention"),
-    "xla": xla.attention,
-    "reference": reference.attention,
-}
+IMPLEMENTATIONS = dispatch.implementations("attention", xla, reference)
 
 
 def attention(
@@ -99,7 +95,7 @@ def _check(query, key, value, relative_key, content_bias, position_bias, mask):
         )
     for name, bias in (("content_bias", content_bias), ("position_bias", position_bias)):
         checks.shape(OPERATION, name, bias, "N H", "Use one vector per head.", N=N, H=H)
-    checks.square(OPERATION, "mask", mask, (B, N, T, S))
+    checks.pairwise(OPERATION, "mask", mask, (B, N, T, S))
 
 
 __all__ = ["SAVED", "attention"]

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 
 from subquad.kernels import precision
 
-# What the backward passes of the other implementations need beside the arguments bears this name, so that a caller who
-# recomputes the arguments can keep it: jax.checkpoint(policy=jax.checkpoint_policies.save_only_these_names(SAVED)).
-SAVED = "relative.attention"
+SAVED = "relative.attention"  # see `softmax.reference`
 
 
 @precision.full

@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from subquad.kernels import launch, precision
+from subquad.kernels.flash.triton import LARGEST_HEAD
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.patterns import CAUSAL
 from subquad.kernels.relative.reference import SAVED
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.plan import balance
 from subquad.kernels.softmax.sets import Visible
-from subquad.kernels.softmax.triton import LARGEST_HEAD, Static, run_backward, run_forward
+from subquad.kernels.softmax.triton import Static, run_backward, run_forward
 
 # Of the position scores of a strip, over all samples and heads: they should stay in the L2 cache between the product and the
 # kernel. And the fewest queries of a strip, which keep a GPU busy.
@@ -34,10 +36,8 @@ STRIP_BYTES, FEWEST_ROWS = 1 << 25, 256
 def attention(query, key, value, relative_key, content_bias, position_bias, visible: Visible, scale: float, *, mode):
     """Arguments as checked by `subquad.kernels.relative.attention`."""
     dtype = jnp.promote_types(query.dtype, value.dtype)
-    if dtype.name not in launch.FLOATS:
-        raise launch.Declined(f"query and value are {query.dtype} and {value.dtype}, and it takes {', '.join(launch.FLOATS)}.")
-    if (features := max(query.shape[3], value.shape[3])) > LARGEST_HEAD:
-        raise launch.Declined(f"a head has {features} features, and a block of the kernel holds {LARGEST_HEAD}.")
+    launch.require_floats(dtype)
+    launch.require_at_most(LARGEST_HEAD, max(query.shape[3], value.shape[3]), "features in a head")
     content, position = (((query.astype(jnp.float32) + x) * scale).astype(dtype) for x in (content_bias, position_bias))
     rest = (x.astype(dtype) for x in (key, value, relative_key[None, : key.shape[1]]))
     return attend(mode, content, position, *rest, visible).astype(value.dtype)
@@ -61,8 +61,7 @@ class Strips(NamedTuple):
         """[..., T, ...] -> [count, ..., rows, ...]."""
         if array is None:
             return None
-        pad = [(0, self.count * self.rows - self.queries if i == axis else 0) for i in range(array.ndim)]
-        array = jnp.pad(array, pad, constant_values=fill)
+        array = pad_to(array, axis, self.count * self.rows, constant_values=fill)
         return jnp.moveaxis(array.reshape(*array.shape[:axis], self.count, self.rows, *array.shape[axis + 1 :]), axis, 0)
 
     def join(self, strips, axis: int = 1):
@@ -79,12 +78,13 @@ class Strips(NamedTuple):
         return jnp.pad(jnp.flip(relative, axis=1), ((0, 0), (far, near), (0, 0), (0, 0)))
 
     def bias(self, i, table, position):
-        """The position scores of strip i, [B, N, rows, S], from its queries [B|1, rows, N, H]."""
+        """The position scores of strip i, float32 [B, N, rows, S], from its queries [B|1, rows, N, H]."""
         table = jax.lax.dynamic_slice_in_dim(table, (self.count - 1 - i) * self.rows, self.columns, axis=1)
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         if len(table) == 1:  # for all samples
-            by_distance = jnp.einsum("btnh,rnh->bntr", position, table[0])
+            by_distance = dot("btnh,rnh->bntr", position, table[0])
         else:
-            by_distance = jnp.einsum("btnh,brnh->bntr", position, table)
+            by_distance = dot("btnh,brnh->bntr", position, table)
         lead, width = by_distance.shape[:2], self.columns - 1
         flat = by_distance.reshape(*lead, -1)[..., self.rows - 1 : self.rows - 1 + self.rows * width]
         return flat.reshape(*lead, self.rows, width)[..., : self.keys]
@@ -106,7 +106,7 @@ class Strips(NamedTuple):
 
 def strips_of(batch: int, content, key) -> Strips:
     (_, queries, heads, _), keys = content.shape, key.shape[1]
-    rows = max(FEWEST_ROWS, STRIP_BYTES // (batch * heads * keys * content.dtype.itemsize))
+    rows = max(FEWEST_ROWS, STRIP_BYTES // (4 * batch * heads * keys))
     rows = balance(queries, rows)
     return Strips(-(-queries // rows), rows, keys - queries, queries, keys)
 
@@ -145,10 +145,10 @@ def forward(mode, content, position, key, value, relative, visible: Visible):
 @precision.full
 def backward(mode, residuals, grad_out):
     content, position, key, value, relative, visible, out, lse = residuals
-    strips = strips_of(batch_of(residuals, grad_out), content, key)
-    is_masked = visible.mask is not None or visible.query_segment_ids is not None
-    no_lse = jnp.zeros((), lse.dtype)
-    lse, delta, *queries = online.residue(out, (lse.swapaxes(1, 2),), grad_out, no_lse, is_masked, content, position)
+    batch = batch_of(residuals, grad_out)
+    strips = strips_of(batch, content, key)
+    sums, no_lse = (lse.swapaxes(1, 2),), jnp.zeros((), lse.dtype)
+    lse, delta, *queries = online.backward_rows(out, sums, grad_out, no_lse, visible.is_masked, content, position)
     (table, pull_table), (shared, parts) = jax.vjp(strips.table, relative), by_strip(strips, visible)
 
     def step(sums, i, arrays):
@@ -162,7 +162,6 @@ def backward(mode, residuals, grad_out):
             grads = tuple(x + y.astype(x.dtype) for x, y in zip(sums, grads, strict=True))
         return grads, (grad_content, grad_position)
 
-    batch = batch_of(residuals, grad_out)
     shapes = (batch, *key.shape[1:]), (batch, *value.shape[1:]), table.shape
     zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     rows = lse.swapaxes(1, 2), delta.swapaxes(1, 2)

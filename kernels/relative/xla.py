@@ -103,35 +103,35 @@ def forward(_, content, position, key, value, relative_key, visible: Visible):
 
 
 @precision.full
-def backward(_, saved, d_out):
+def backward(_, saved, grad_out):
     *arguments, visible, out, maximum, log_normaliser = saved
     content, position, key, value, relative_key = arguments
     plan, seen = planned(content, key, value, visible)
-    no_lse, is_masked = jnp.zeros((), maximum.dtype), visible.mask is not None or visible.query_segment_ids is not None
+    no_lse, is_masked = jnp.zeros((), maximum.dtype), visible.is_masked
     sums = maximum, log_normaliser
-    *rows, content, position = online.residue(out, sums, d_out, no_lse, is_masked, content, position)
+    *rows, content, position = online.backward_rows(out, sums, grad_out, no_lse, is_masked, content, position)
     band, precise = band_of(plan, relative_key), maximum.dtype
 
     def gradients_of(part):
         tiles, positions = cut(plan, part, content, key, None, seen), Positions(plan, part, position, band)
         values = cut_keys(plan, part, value, "h s")
-        *sums, shift, d_outs = (cut_queries(plan, part, x, 1) for x in (*rows, d_out))
+        *sums, delta, grad_outs = (cut_queries(plan, part, x, 1) for x in (*rows, grad_out))
 
         def step(carry, i, js):
-            d_content, d_position, d_key, d_value, d_band, sheet = carry
+            grad_content, grad_position, grad_key, grad_value, grad_band, sheet = carry
             logits = tiled.logits_of(plan, 1.0, tiles, i, js, positions.scores(i, js))
             weights = online.weights_of(logits, *(x[i][..., None] for x in sums))
-            d_weights = dot("bkgtv,bkvs->bkgts", d_outs[i], values[js[0]])
-            d_scores = (weights * (d_weights - shift[i][..., None])).astype(content.dtype)
-            sheet, d_by_distance = unskew(sheet, d_scores)
-            start, change = first_of(plan, i, js[0]), dot("bkgth,bkgtr->khr", positions.queries[i], d_by_distance)
-            old = lax.dynamic_slice_in_dim(d_band, start, change.shape[2], axis=2)
+            grad_weights = dot("bkgtv,bkvs->bkgts", grad_outs[i], values[js[0]])
+            grad_scores = (weights * (grad_weights - delta[i][..., None])).astype(content.dtype)
+            sheet, grad_by_distance = unskew(sheet, grad_scores)
+            start, change = first_of(plan, i, js[0]), dot("bkgth,bkgtr->khr", positions.queries[i], grad_by_distance)
+            old = lax.dynamic_slice_in_dim(grad_band, start, change.shape[2], axis=2)
             return (
-                add_at(d_content, dot("bkgts,bkhs->bkgth", d_scores, tiles.key[js[0]]), i),
-                add_at(d_position, dot("krh,bkgtr->bkgth", near(plan, positions.band, i, js[0]), d_by_distance), i),
-                add_beside(d_key, dot("bkgth,bkgts->bkhs", tiles.query[i], d_scores), js),
-                add_beside(d_value, dot("bkgtv,bkgts->bkvs", d_outs[i], weights.astype(d_out.dtype)), js),
-                lax.dynamic_update_slice_in_dim(d_band, old + change, start, axis=2),
+                add_at(grad_content, dot("bkgts,bkhs->bkgth", grad_scores, tiles.key[js[0]]), i),
+                add_at(grad_position, dot("krh,bkgtr->bkgth", near(plan, positions.band, i, js[0]), grad_by_distance), i),
+                add_beside(grad_key, dot("bkgth,bkgts->bkhs", tiles.query[i], grad_scores), js),
+                add_beside(grad_value, dot("bkgtv,bkgts->bkvs", grad_outs[i], weights.astype(grad_out.dtype)), js),
+                lax.dynamic_update_slice_in_dim(grad_band, old + change, start, axis=2),
                 sheet,
             )
 
@@ -141,16 +141,16 @@ def backward(_, saved, d_out):
         tile, keys = plan.tiles
         sheet = jnp.zeros((*tiles.query.shape[1:4], tile + 1, tile + keys - 1), content.dtype)
         start = *(jnp.zeros(x.shape, precise) for x in like), sheet
-        *queries, d_key, d_value, d_band, _ = tiled.sweep(plan, part, step, start)
-        keys = (join_keys(plan, x) for x in (d_key, d_value))
-        return *(join_queries(plan, x) for x in queries), *keys, jnp.moveaxis(d_band, 2, 0)[None, :, None]
+        *queries, grad_key, grad_value, grad_band, _ = tiled.sweep(plan, part, step, start)
+        keys = (join_keys(plan, x) for x in (grad_key, grad_value))
+        return *(join_queries(plan, x) for x in queries), *keys, jnp.moveaxis(grad_band, 2, 0)[None, :, None]
 
     shapes = [tiled.columns_of(plan, x) for x in arguments[:4]] + [jax.ShapeDtypeStruct(band.shape, precise)]
-    *grads, d_band = parts.part_by_part(plan.parts, gradients_of, shapes, (3,) * 5, rows)
+    *grads, grad_band = parts.part_by_part(plan.parts, gradients_of, shapes, (3,) * 5, rows)
     first = plan.tiles[0] * plan.counts[0] - plan.rows[0]
-    d_relative = jnp.flip(d_band[0, first : first + plan.rows[1], 0], axis=0).astype(relative_key.dtype)
+    grad_relative = jnp.flip(grad_band[0, first : first + plan.rows[1], 0], axis=0).astype(relative_key.dtype)
     grads = (tiled.in_order(x, like) for x, like in zip(grads, arguments[:4], strict=True))
-    return *grads, d_relative, jax.tree.map(lambda _: None, visible)
+    return *grads, grad_relative, jax.tree.map(lambda _: None, visible)
 
 
 attend = operation(

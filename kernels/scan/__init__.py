@@ -9,11 +9,7 @@ from subquad.kernels.scan import reference, xla
 __all__ = ["first_order"]
 
 OWNER = "scan.first_order"
-IMPLEMENTATIONS = {
-    **dispatch.triton("subquad.kernels.scan.triton", "first_order"),
-    "xla": xla.first_order,
-    "reference": reference.first_order,
-}
+IMPLEMENTATIONS = dispatch.implementations("first_order", xla, reference)
 
 
 def first_order(

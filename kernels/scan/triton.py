@@ -60,20 +60,25 @@ def _last_row(real, imaginary, BLOCK_T: tl.constexpr, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _load(X, place, valid, COMPLEX: tl.constexpr, D: tl.constexpr):
-    """float32 planes; the second is meaningless where the numbers are real."""
-    real = tl.load(X + place, mask=valid, other=0.0).to(tl.float32)
+def load_planes(array, place, valid, COMPLEX: tl.constexpr, STEP: tl.constexpr):
+    """The real plane and the imaginary one STEP behind it, in float32; a second real one where numbers have no imaginary part.
+
+    valid: what of them exists, the rest is 0; None: all.
+    """
+    OTHER: tl.constexpr = None if valid is None else 0.0
+    real = tl.load(array + place, mask=valid, other=OTHER).to(tl.float32)
     if COMPLEX:
-        return real, tl.load(X + place + D, mask=valid, other=0.0).to(tl.float32)
+        return real, tl.load(array + place + STEP, mask=valid, other=OTHER).to(tl.float32)
     else:
         return real, real
 
 
 @triton.jit
-def _store(X, place, real, imaginary, valid, COMPLEX: tl.constexpr, D: tl.constexpr):
-    tl.store(X + place, real.to(X.dtype.element_ty), mask=valid)
+def store_planes(array, place, real, imaginary, valid, COMPLEX: tl.constexpr, STEP: tl.constexpr):
+    """The inverse of `load_planes`."""
+    tl.store(array + place, real.to(array.dtype.element_ty), mask=valid)
     if COMPLEX:
-        tl.store(X + place + D, imaginary.to(X.dtype.element_ty), mask=valid)
+        tl.store(array + place + STEP, imaginary.to(array.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -98,10 +103,10 @@ def first_order_tiles(
     feature = program % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     row = (sample * SEGMENTS + segment) * WIDTH + feature
     if not SHARED:
-        A += sample * (WIDTH if CONSTANT else T * WIDTH)
+        A += sample * WIDTH if CONSTANT else sample * T * WIDTH
     B += sample * T * WIDTH
     STATES += sample * T * WIDTH
-    hr, hi = _load(START, row, (feature < D) & (not SUMMARY), COMPLEX, D)
+    hr, hi = load_planes(START, row, (feature < D) & (not SUMMARY), COMPLEX, D)
     pr, pi = tl.full((BLOCK_D,), 1.0, tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     for first in range(segment * steps, tl.minimum(segment * steps + steps, T), BLOCK_T):
         step = first + tl.arange(0, BLOCK_T)
@@ -109,7 +114,7 @@ def first_order_tiles(
         valid = inside & (feature < D)[None, :]
         # int64: it is multiplied by the width of a row.
         place = ((T - 1 - step) if FROM_END else step).to(tl.int64)[:, None] * WIDTH + feature[None, :]
-        br, bi = _load(B, place, valid, COMPLEX, D)
+        br, bi = load_planes(B, place, valid, COMPLEX, D)
         decays = place
         if SHIFTED:
             inside = inside & (step > 0)[:, None]
@@ -117,7 +122,7 @@ def first_order_tiles(
         if CONSTANT:
             decays = feature[None, :] + 0 * place
         # 1 past the end, so that the state stays.
-        ar, ai = _load(A, decays, inside & (feature < D)[None, :], COMPLEX, D)
+        ar, ai = load_planes(A, decays, inside & (feature < D)[None, :], COMPLEX, D)
         ar = tl.where(inside, ar, 1.0)
         if COMPLEX:
             ar, ai, br, bi = tl.associative_scan((ar, ai, br, bi), 0, _combine_complex)
@@ -130,10 +135,10 @@ def first_order_tiles(
             ar, ai = _last_row(ar, ai, BLOCK_T, COMPLEX)
             pr, pi = _times(pr, pi, ar, ai, COMPLEX)
         else:
-            _store(STATES, place, br, bi, valid, COMPLEX, D)
-    _store(LAST, row, hr, hi, feature < D, COMPLEX, D)
+            store_planes(STATES, place, br, bi, valid, COMPLEX, D)
+    store_planes(LAST, row, hr, hi, feature < D, COMPLEX, D)
     if SUMMARY:
-        _store(PRODUCTS, row, pr, pi, feature < D, COMPLEX, D)
+        store_planes(PRODUCTS, row, pr, pi, feature < D, COMPLEX, D)
 
 
 def config(mode, batch: int, length: int, features: int, dtype) -> tuning.Config:
@@ -192,9 +197,7 @@ def _walk(mode, decay, inputs, start, reverse, shifted):
 
 def first_order(decay, inputs, start, reverse, *, mode):
     """See `scan.first_order`."""
-    for array in (decay, inputs):
-        if array.dtype.name not in (*launch.FLOATS, "complex64"):
-            raise launch.Declined(f"float32, bfloat16, float16 and complex64 only, not {array.dtype.name}.")
+    launch.require_floats(decay.dtype, inputs.dtype, also=("complex64",))
     return _scan((reverse, mode), decay, inputs, start)
 
 

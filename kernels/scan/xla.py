@@ -42,10 +42,10 @@ def backward(walk, reverse, saved, cotangents):
     gradient, last = walk(decay, *cotangents, not reverse, True)
     before = precision.wide(states)
     before = [before[:, 1:], start[:, None]] if reverse else [start[:, None], before[:, :-1]]
-    d_decay = precision.wide(gradient) * jnp.concatenate(before, 1)
+    grad_decay = precision.wide(gradient) * jnp.concatenate(before, 1)
     shared = tuple(axis for axis in (0, 1) if decay.shape[axis] == 1)
-    d_decay = d_decay.sum(shared, keepdims=True) if shared else d_decay
-    return d_decay.astype(decay.dtype), gradient, precision.wide(decay[:, -1 if reverse else 0]) * last
+    grad_decay = grad_decay.sum(shared, keepdims=True) if shared else grad_decay
+    return grad_decay.astype(decay.dtype), gradient, precision.wide(decay[:, -1 if reverse else 0]) * last
 
 
 def _walk(chunk):

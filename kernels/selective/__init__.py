@@ -8,11 +8,7 @@ from subquad.kernels.selective import reference, xla
 __all__ = ["selective_scan"]
 
 OWNER = "ssm.selective_scan"
-IMPLEMENTATIONS = {
-    **dispatch.triton("subquad.kernels.selective.triton", "selective_scan"),
-    "xla": xla.selective_scan,
-    "reference": reference.selective_scan,
-}
+IMPLEMENTATIONS = dispatch.implementations("selective_scan", xla, reference)
 
 
 def selective_scan(

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels import launch, precision, tuning
+from subquad.kernels.padding import pad_to
 from subquad.kernels.scan import xla as scan
 from subquad.kernels.scan.triton import combine
 from subquad.kernels.selective import xla
@@ -237,9 +238,8 @@ def _walk(mode, values, step, rates, writes, reads, breaks, start, *, tile=None,
     block = chosen.blocks["BLOCK_T"]
     size = triton.cdiv(triton.cdiv(length, block), parts) * block
 
-    def cut(x):  # [B parts, size, ..]; the tokens at the end have no length, and change nothing
-        x = jnp.pad(x, [(0, 0), (0, parts * size - length), *[(0, 0)] * (x.ndim - 2)])
-        return x.reshape(batch * parts, size, *x.shape[2:])
+    def cut(x):  # [B parts, size, ..]; padding has step 0 and leaves the state unchanged
+        return pad_to(x, 1, parts * size).reshape(batch * parts, size, *x.shape[2:])
 
     values, step, writes, reads, breaks = (None if x is None else cut(x) for x in (values, step, writes, reads, breaks))
     *_, sums = launched(values, step, rates, writes, None, breaks, jnp.zeros((batch * parts, *rates.shape)))
@@ -329,11 +329,8 @@ def walk_in(mode):
 def selective_scan(inputs, step, diagonal, input_matrix, output_matrix, state, runs, *, mode):
     """See `ssm.selective_scan`."""
     arrays = inputs, step, diagonal, input_matrix, output_matrix
-    for array in (*arrays, *([] if state is None else [state])):
-        if array.dtype.name not in launch.FLOATS:
-            raise launch.Declined(f"the kernels take float32, bfloat16 and float16, not {array.dtype.name}.")
-    if diagonal.shape[1] > MOST_STATES:
-        raise launch.Declined(f"a feature has {diagonal.shape[1]} states, and the kernels hold at most {MOST_STATES}.")
+    launch.require_floats(*(x.dtype for x in (*arrays, state) if x is not None))
+    launch.require_at_most(MOST_STATES, diagonal.shape[1], "states in a feature")
     state, breaks = start_and_breaks(inputs, diagonal, state, runs)
     # With fewer tokens in a chunk there would be more states between chunks than for the tiles of one.
     least = math.isqrt(TILE * inputs.shape[1] // 3)

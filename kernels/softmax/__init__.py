@@ -77,7 +77,8 @@ def attention(
         query_segment_ids, key_segment_ids: int, [B, T] or [1, T] and [B, S] or [1, S]; both or neither.
         scale: of the logits. None: 1 / sqrt(H).
         return_lse: also return the log-sum-exp.
-        implementation: None takes the best that can run here.
+        implementation: None takes the best that can run here. cuDNN, which that may be on Hopper GPUs, takes no sequence that
+            is sharded over a mesh, and says so when it is compiled: pass "triton" there.
     Returns: [B, T, N, V] in the promoted dtype of query, key and value; with `return_lse` also [B, T, N] in float32,
         natural logarithm. A row that sees nothing gives 0 and -inf, and gradients of 0.
     Raises:
@@ -102,8 +103,8 @@ def attention(
     dispatch.check_name(OWNER, implementation)
     check_heads(OWNER, query, key, value)
     (batch, queries, heads, _), keys = query.shape, key.shape[1]
-    checks.square(OWNER, "mask", mask, (batch, heads, queries, keys))
-    checks.square(OWNER, "bias", bias, (batch, heads, queries, keys))
+    checks.pairwise(OWNER, "mask", mask, (batch, heads, queries, keys))
+    checks.pairwise(OWNER, "bias", bias, (batch, heads, queries, keys))
     band = band_of(window_size, is_causal)
     if pattern is not None and pattern.heads not in (1, heads):
         raise ValueError(
@@ -151,7 +152,7 @@ def merge(
         >>> bool(jnp.allclose(merge(*zip(*parts))[0], attention(q, k, k), atol=1e-5))
         True
     """
-    out, *sums = online.merge(list(outputs), *zip(*map(online.apart, lses), strict=True))
+    out, *sums = online.merge(list(outputs), *zip(*map(online.split_lse, lses), strict=True))
     return out, sum(sums)
 
 

@@ -20,7 +20,7 @@ def attention(query, key, value, bias, visible, pattern, scale: float, *, return
     try:
         return run(query, key, value, scale=scale, is_causal=pattern is not None, implementation="cudnn"), None, None
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        # No cuDNN, one too old for this GPU, or operands that are sharded as it cannot serve them.
+        # No cuDNN, or one too old for this GPU. What it says of shardings comes at compile time, too late to decline.
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise launch.Declined(f"JAX refuses it: {said}.") from error
 

@@ -30,7 +30,7 @@ def rounded(logits: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.minimum(logits, jnp.finfo(logits.dtype).max)
 
 
-def start(rows: tuple[int, ...], features: int, dtype=jnp.float32) -> State:
+def start(rows: tuple[int, ...], features: int, dtype) -> State:
     """The state of rows that have seen nothing."""
     return State(jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, features), dtype))
 
@@ -53,7 +53,18 @@ def finish(state: State) -> tuple[Float[Array, "... T V"], Float[Array, "... T"]
     return state.accumulator / normaliser[..., None], jnp.where(empty, -jnp.inf, state.maximum), jnp.log(normaliser)
 
 
-def apart(lse: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+def counted(logits: Float[Array, "... T S"], counts: Float[Array, "... T S"]):
+    """The weights of keys that a row sees so many times, and the log-sum-exp; 0 and -inf for rows that see nothing."""
+    seen = counts > 0
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-jnp.inf))
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
+    weights = counts * jnp.exp(jnp.where(seen, logits - largest, 0))
+    total = weights.sum(-1, keepdims=True)
+    safe = jnp.where(total > 0, total, 1)
+    return weights / safe, jnp.where(total > 0, largest + jnp.log(safe), -jnp.inf)[..., 0]
+
+
+def split_lse(lse: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """A log-sum-exp as maximum and log(normaliser): the latter is 0, and has the gradient of the log-sum-exp."""
     maximum = jax.lax.stop_gradient(lse)
     empty = jnp.isneginf(maximum)
@@ -75,18 +86,18 @@ def merge(outs, maxima, log_normalisers):
 
 
 def weights_of(logits, maximum, log_normaliser):
-    """The weights of a row, computed again in the backward pass; `maximum` of `residue`.
+    """The weights of a row, computed again in the backward pass; `maximum` of `backward_rows`.
 
     Logits that come out of another product may be above their maximum, by a rounding that is hundreds at 1e10.
     """
     return jnp.exp(jnp.minimum(logits - maximum, 0) - log_normaliser)
 
 
-def residue(out, sums, grad_out, grad_lse, is_masked: bool, *queries):
-    """What the backward pass needs of each row, in float32: (*sums, shift of the logits' gradient, *queries).
+def backward_rows(out, sums, grad_out, grad_lse, is_masked: bool, *queries):
+    """What the backward pass needs of each row, in float32: (*sums, delta, *queries).
 
-    With weights p = exp(logits - lse) the gradient of the logits is p * (grad_out . value - shift), where
-    shift = grad_out . out - grad_lse. An empty row gets +inf as the first of its sums, so that its weights are 0 and not NaN.
+    With weights p = exp(logits - lse) the gradient of the logits is p * (grad_out . value - delta), where
+    delta = grad_out . out - grad_lse. An empty row gets +inf as the first of its sums, so that its weights are 0 and not NaN.
 
     Args:
         sums: maximum and log(normaliser) of each row, or the log-sum-exp alone.
@@ -97,8 +108,8 @@ def residue(out, sums, grad_out, grad_lse, is_masked: bool, *queries):
     empty = jnp.isneginf(first)
     # A product is much faster on a CPU than a sum over the last axis.
     options = dict(preferred_element_type=first.dtype, precision=jax.lax.Precision.HIGHEST)
-    shift = jnp.einsum("...v,...v->...", grad_out, out, **options) - grad_lse
+    delta = jnp.einsum("...v,...v->...", grad_out, out, **options) - grad_lse
     if is_masked:
         empty |= (grad_out == 0).all(-1) & (grad_lse == 0)
         queries = (jnp.where(empty[..., None], 0, query) for query in queries)
-    return jnp.where(empty, jnp.inf, first), *(jnp.where(empty, 0.0, x) for x in (*rest, shift)), *queries
+    return jnp.where(empty, jnp.inf, first), *(jnp.where(empty, 0.0, x) for x in (*rest, delta)), *queries

@@ -11,24 +11,24 @@ import numpy as np
 
 from subquad.kernels.xla_cpu import from_uint_bits, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
-# Bytes of an array of one part in float32: on a CPU little beside the arguments, and enough for what each step costs anyway.
+# Bytes of an array of one part in float32: on a CPU little beside the arguments, and enough to hide the overhead of a step.
 CPU_BYTES, ACCELERATOR_BYTES = 1 << 20, 1 << 28
 
 
-def room(length: int, features: int) -> int:
+def most_sequences(length: int, features: int) -> int:
     """How many samples times heads, of `length` tokens each, a part may hold."""
     return (CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES) // (4 * length * features)
 
 
-def parts_of(batch: int, columns: int, kv_heads: int, groups: int, room: int) -> tuple[int, int, int]:
-    """The fewest parts of equal size that hold at most `room` sequences times heads, or one head of keys of one sequence."""
-    room = max(1, room // groups)
-    divisor = lambda size, most: next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= most)
-    samples = divisor(batch, max(1, room // (kv_heads * columns)))
-    return samples, divisor(columns, max(1, room // kv_heads)), divisor(kv_heads, room)
+def parts_of(batch: int, columns: int, kv_heads: int, groups: int, most: int) -> tuple[int, int, int]:
+    """The fewest parts of equal size that hold at most `most` sequences times heads, or one head of keys of one sequence."""
+    most = max(1, most // groups)
+    divisor = lambda size, share: next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= share)
+    samples = divisor(batch, max(1, most // (kv_heads * columns)))
+    return samples, divisor(columns, max(1, most // kv_heads)), divisor(kv_heads, most)
 
 
-def corner(parts, shape, part, heads: int | None):
+def place_of_part(parts, shape, part, heads: int | None):
     """Where a part's samples and columns, and its heads on axis `heads`, start in an array, and their shape.
 
     An axis of 1 is shared.
@@ -46,7 +46,8 @@ def share(parts, array, part, heads: int | None = 3):
     """What a part has of an array [B, T, C, ...]."""
     if array is None or parts == (1, 1, 1):
         return array
-    return from_uint_bits(jax.lax.dynamic_slice(to_uint_bits(array), *corner(parts, array.shape, part, heads)), array.dtype)
+    place = place_of_part(parts, array.shape, part, heads)
+    return from_uint_bits(jax.lax.dynamic_slice(to_uint_bits(array), *place), array.dtype)
 
 
 def part_by_part(parts, work, shapes, heads, after, before=None):
@@ -64,7 +65,7 @@ def part_by_part(parts, work, shapes, heads, after, before=None):
         return [plus(x, y.astype(like.dtype)) for x, y, like in zip(before, work(0), shapes, strict=True)]
 
     def put(whole, one, like, axis, *, part):
-        starts, shape = corner(parts, like.shape, part, axis)
+        starts, shape = place_of_part(parts, like.shape, part, axis)
         one = to_uint_bits(one.astype(like.dtype))
         if whole.dtype == like.dtype:  # else as bits, and then parts do not overlap
             one += jax.lax.dynamic_slice(whole, starts, shape)

@@ -104,7 +104,7 @@ def parts_of(
         most: positions that a tile may hold.
     """
     tiles = tile_bytes() // (4 * min(queries, most) * min(keys, most))  # samples times heads
-    return parts.parts_of(batch, columns, kv_heads, groups, min(tiles, parts.room(max(queries, keys), features)))
+    return parts.parts_of(batch, columns, kv_heads, groups, min(tiles, parts.most_sequences(max(queries, keys), features)))
 
 
 def tile_bytes() -> int:

@@ -24,6 +24,10 @@ class Visible(NamedTuple):
     key_segment_ids: jax.Array | None  # [B|1, S]
     mask: jax.Array | None  # [B|1, N|1, T|1, S|1]
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether queries and keys may be padding."""
+        return self.mask is not None or self.query_segment_ids is not None
 
     def pairs(self, pattern: Pattern | None, heads: int) -> jax.Array:
         """bool, of the axes of [B, N, T, S]: all that is said here and by a pattern, as one mask."""
@@ -34,6 +38,12 @@ class Visible(NamedTuple):
         if self.query_segment_ids is not None:
             seen &= self.query_segment_ids[:, None, :, None] == self.key_segment_ids[:, None, None, :]
         return seen
+
+
+def independent_axes(*patterns: Pattern | None) -> str:
+    """The axes that a mesh may cut: of queries where no known positions tell them apart, of heads where no pattern does."""
+    heads = [one.heads for one in patterns if one is not None]
+    return "b n t" if not heads else "b" if max(heads) > 1 else "b n"
 
 
 class KeySet(NamedTuple):

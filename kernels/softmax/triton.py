@@ -1,12 +1,13 @@
 """Softmax attention on the kernels of `subquad.kernels.flash`.
 
-Bias, mask, segments and pattern are functions of the pair of positions. Logits inside the kernels are in base 2. Every visited
-pair of blocks costs two products forward, three and four in the two backward kernels, and two more for a bias.
+Bias, mask, segments and pattern are functions of the pair of positions. Every visited pair of blocks costs two products
+forward, three and four in the two backward kernels, and two more for a bias.
 """
 
 import dataclasses
 import functools
 import math
+import types
 from typing import NamedTuple
 
 import jax
@@ -18,33 +19,27 @@ import triton.language as tl
 from subquad.kernels import gpu, launch, tuning
 from subquad.kernels.flash import rules
 from subquad.kernels.flash import triton as flash
-from subquad.kernels.flash.tiles import Geometry, bounds_of, known, last_of, states_of, work
-from subquad.kernels.flash.triton import dense, head_of, load_rows, load_sums, operands_of, padded, weights_of
+from subquad.kernels.flash.tiles import Geometry, bounds_of, known, range_of, states_of, work
+from subquad.kernels.flash.triton import LARGEST_HEAD, dense, head_of, load_rows, load_sums, operands_of, padded, weights_of
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.patterns import NONE, Band, Pattern
 from subquad.kernels.softmax import online
 from subquad.kernels.softmax.reference import SAVED
-from subquad.kernels.softmax.xla import Visible
+from subquad.kernels.softmax.sets import Visible, independent_axes
 
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
-LARGEST_HEAD = 128
 # Bytes of keys and values of the heads that run side by side: they should stay in the L2 cache.
 CACHE_BYTES = 16 << 20
 
 
 def attention(query, key, value, bias, visible: Visible, pattern: Pattern | None, scale: float, *, mode: launch.Mode):
     """Arguments as checked by `subquad.kernels.softmax.attention` -> (out [B, T, N, V], maximum, log(normaliser))."""
-    if query.dtype.name not in launch.FLOATS:
-        raise launch.Declined(f"the operands are {query.dtype}, and the kernel takes {', '.join(launch.FLOATS)} only.")
-    features = max(query.shape[3], value.shape[3])
-    if features > LARGEST_HEAD:
-        raise launch.Declined(f"a head has {features} features, and a block of the kernel holds {LARGEST_HEAD}.")
+    launch.require_floats(query.dtype)
+    launch.require_at_most(LARGEST_HEAD, max(query.shape[3], value.shape[3]), "features in a head")
     positions, arrays = zip(*map(known, visible[:2]), strict=True)
-    # Queries are independent where no known positions tell them apart, and heads where no pattern does.
-    independent = "b n t" if pattern is None else "b" if pattern.heads > 1 else "b n"
     static = Static(pattern, *positions, scale, mode)
-    out, lse = attend(independent)(static, query, key, value, bias, Visible(*arrays, *visible[2:]))
-    return out, *online.apart(lse)
+    out, lse = attend(independent_axes(pattern))(static, query, key, value, bias, Visible(*arrays, *visible[2:]))
+    return out, *online.split_lse(lse)
 
 
 # ------------------------------------------------------------------------------------------- the functions of the instance
@@ -110,13 +105,12 @@ def block_of(ranges, i, PARTIAL: tl.constexpr, operands, OPTIONS: tl.constexpr):
 
 @triton.jit
 def logits_of(products, b, n, query_start, q, k, operands, SHAPE: tl.constexpr, OPTIONS: tl.constexpr):
-    """LOGITS: scale products + bias. Only -inf hides: the least of the other biases stays finite in base 2."""
+    """LOGITS: scale products + bias."""
     logits = products
-    if SHAPE.FACTOR != SHAPE.SCALE:
-        logits = logits * SHAPE.SCALE
+    if SHAPE.UNIT != SHAPE.SCALE:  # -1, which rounds nothing, or a bias follows: see `online_softmax`
+        logits = logits * (SHAPE.SCALE / SHAPE.UNIT)
     if OPTIONS.BIAS is not None:
-        bias = load_pairs(operands.bias, b, n, query_start, q, k, operands, SHAPE, OPTIONS.BIAS).to(tl.float32)
-        logits += tl.where(bias == float("-inf"), bias, tl.maximum(bias * 1.4426950408889634, -3.3e38))
+        logits += load_pairs(operands.bias, b, n, query_start, q, k, operands, SHAPE, OPTIONS.BIAS).to(tl.float32)
     return logits
 
 
@@ -218,22 +212,19 @@ def flash_backward_bias(
     BIAS_HEADS: tl.constexpr = SHAPE.HEADS if AXES.N else 1
     query_blocks, key_blocks = tl.cdiv(T, BLOCK_Q), tl.cdiv(S, BLOCK_K)
     bias_rows, bias_columns = query_blocks if AXES.T else 1, key_blocks if AXES.S else 1
-    program = tl.program_id(0)
-    column, row = program % bias_columns, (program // bias_columns) % bias_rows
-    bias_n = (program // (bias_columns * bias_rows)) % BIAS_HEADS
-    bias_b = program // (bias_columns * bias_rows * BIAS_HEADS)
+    rest, column = split(tl.program_id(0), bias_columns)
+    rest, row = split(rest, bias_rows)
+    bias_b, bias_n = split(rest, BIAS_HEADS)
     inner_rows, inner_columns = query_blocks // bias_rows, key_blocks // bias_columns
     if AXES.T and AXES.S:
         count = tl.where(tl.load(rows + row * key_blocks + column) == 0, 0, count)
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for step in range(count):
-        j = column + step % inner_columns
-        rest = step // inner_columns
-        i = row + rest % inner_rows
-        rest = rest // inner_rows
-        n = (bias_n + rest % (SHAPE.HEADS // BIAS_HEADS)).to(tl.int64)
-        b = bias_b.to(tl.int64) * SAMPLES + rest // (SHAPE.HEADS // BIAS_HEADS)
-        query_start, key_start = i * BLOCK_Q, j * BLOCK_K
+        rest, j = split(step, inner_columns)
+        rest, i = split(rest, inner_rows)
+        sample, head = split(rest, SHAPE.HEADS // BIAS_HEADS)
+        b, n = bias_b.to(tl.int64) * SAMPLES + sample, (bias_n + head).to(tl.int64)
+        query_start, key_start = (row + i) * BLOCK_Q, (column + j) * BLOCK_K
         q, k = query_start + tl.arange(0, BLOCK_Q), key_start + tl.arange(0, BLOCK_K)
         query_rows = dense(query_start, T, BLOCK_Q, b, n, operands, OPTIONS)
         key_rows = dense(key_start, S, BLOCK_K, b, n, operands, OPTIONS)
@@ -245,7 +236,7 @@ def flash_backward_bias(
             SHAPE.HEADS, SHAPE.KEY_HEADS, SHAPE.FEATURES, SHAPE.BLOCK_H, BLOCK_Q, BLOCK_K, SHAPE.PRECISION,
         )  # fmt: skip
         logits = FUNCTIONS.LOGITS(products, b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
-        weights = weights_of(logits, lse_i[:, None], SHAPE.FACTOR)
+        weights = weights_of(logits, lse_i[:, None], SHAPE.UNIT)
         seen = FUNCTIONS.VISIBLE(b, n, query_start, q[:, None], k[None, :], operands, SHAPE, OPTIONS)
         weights = tl.where(seen, weights, 0.0)
         grad_weights = products_of(
@@ -265,6 +256,11 @@ def flash_backward_bias(
         tl.store(grad_bias + matrix * S + k, tl.sum(total, 0), mask=k < S)
     else:
         tl.store(grad_bias + matrix, tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def split(i, n):
+    return i // n, i % n
 
 
 @triton.jit
@@ -317,12 +313,11 @@ class Call:
         self.static, self.visible = static, visible
         self.arrays = query, key, value
         batch = self.batch = max(len(x) for x in jax.tree.leaves((self.arrays, bias, visible, gradients)))
-        tested = visible.mask is not None or visible.query_segment_ids is not None
         known_positions = static.query_positions, static.key_positions
-        geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, tested)
-        self.geometry, scale = geometry, static.scale * LOG2_E
-        last = last_of(geometry.query_positions, geometry.queries), last_of(geometry.key_positions, geometry.keys)
-        tree = rules.Tree(geometry.pattern, *last, flash.NUM_WORDS)
+        geometry = Geometry(query.shape[1], key.shape[1], *known_positions, static.pattern, visible.is_masked)
+        self.geometry = geometry
+        lengths = geometry.queries, geometry.keys
+        tree = rules.Tree(geometry.pattern, *map(range_of, known_positions, lengths))
         self.pattern_words = tree.words
         each = self.of_each_sample
         self.inputs = dict(
@@ -335,12 +330,10 @@ class Call:
         self.gradients = gradients | sums
         (_, _, heads, features), (_, _, kv_heads, value_features) = query.shape, value.shape
         self.heads = {"query": heads, "key": kv_heads}
-        # The scale may wait for the exponent if it is positive, as the running maximum needs, and no bias is added before.
-        early = bias is not None or not scale > 0
         one = lambda array: array is not None and len(array) == 1 < batch
         self.shape = flash.Shape(
-            heads, kv_heads, features, value_features, padded(features), padded(value_features), scale,
-            1.0 if early else scale, launch.dot_precision(query.dtype), bias is not None,
+            heads, kv_heads, features, value_features, padded(features), padded(value_features), static.scale,
+            unit_of(static.scale, bias), launch.dot_precision(query.dtype), bias is not None,
             *map(one, (*self.arrays, gradients.get("grad_out"))),
         )  # fmt: skip
         self.options = Options(
@@ -419,9 +412,14 @@ class Call:
         query, key, value = self.arrays
         read = (key if along == "query" else query).shape[1] * (key.shape[3] + value.shape[3])
         groups = query.shape[2] // key.shape[2]
-        room = max(1, CACHE_BYTES // (read * query.dtype.itemsize))
-        room = room * groups if along == "query" else max(1, room // groups)
-        return max(count for count in range(1, min(room, programs) + 1) if programs % count == 0)
+        most = max(1, CACHE_BYTES // (read * query.dtype.itemsize))
+        most = most * groups if along == "query" else max(1, most // groups)
+        return max(count for count in range(1, min(most, programs) + 1) if programs % count == 0)
+
+
+def unit_of(scale: float, bias) -> float:
+    """Of the kernels' logits: the scale waits for the exponent where no bias is added before."""
+    return 1.0 if bias is not None or scale == 0 else abs(scale)
 
 
 def kind_of(array, first) -> str:
@@ -437,11 +435,11 @@ def aligned(array):
     """A mask or bias [..., S|1] with zeros behind each row, so that every row starts at a multiple of ALIGNMENT."""
     if array is None or array.shape[3] == 1:
         return array
-    return jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, -array.shape[3] % ALIGNMENT.value)))
+    return pad_to(array, 3, -(-array.shape[3] // ALIGNMENT.value) * ALIGNMENT.value)
 
 
 def run_forward(static: Static, query, key, value, bias, visible: Visible):
-    """(out [B, T, N, V], lse [B, N, T] in base 2)."""
+    """(out [B, T, N, V], lse [B, N, T] in units of `unit_of`)."""
     call = Call(static, query, key, value, bias, visible)
     (_, queries, heads, _), features = query.shape, value.shape[3]
     outputs = dict(
@@ -455,8 +453,8 @@ def run_backward(static: Static, query, key, value, bias, lse, delta, grad_out, 
     """The gradients of query, key and value, each [B, ...], and the bias' in float32, or None.
 
     Args:
-        lse: [B, N, T], in base 2, +inf for rows that see nothing.
-        delta: [B, N, T], the shift of `online.residue`.
+        lse: [B, N, T] of `run_forward`, +inf for rows that see nothing.
+        delta: [B, N, T], of `online.backward_rows`.
     """
     call = Call(static, query, key, value, bias, visible, lse=lse, delta=delta, grad_out=grad_out)
     shape = lambda like: jax.ShapeDtypeStruct((call.batch, *like.shape[1:]), like.dtype)
@@ -499,14 +497,13 @@ def bias_gradient(call: Call, bias):
 def attend_forward(static, query, key, value, bias, visible):
     """Attention -> (out [B, T, N, V], lse [B, T, N])."""
     out, lse = run_forward(static, query, key, value, bias, visible)
-    # Kept in base 2: at 1e9, converting to the natural logarithm and back rounds by enough for exp2 to overflow.
-    return (out, lse.swapaxes(1, 2) * LN_2), (query, key, value, bias, visible, out, lse)
+    # Kept in its unit: at 1e9, a product and its inverse would round by hundreds.
+    return (out, online.rounded(lse.swapaxes(1, 2) * unit_of(static.scale, bias))), (query, key, value, bias, visible, out, lse)
 
 
 def attend_backward(static, residuals, gradients):
     query, key, value, bias, visible, out, lse = residuals
-    is_masked = visible.mask is not None or visible.query_segment_ids is not None
-    lse, delta, query = online.residue(out, (lse.swapaxes(1, 2),), *gradients, is_masked, query)
+    lse, delta, query = online.backward_rows(out, (lse.swapaxes(1, 2),), *gradients, visible.is_masked, query)
     lse, delta = (x.swapaxes(1, 2) for x in (lse, delta))
     *grads, grad_bias = run_backward(static, query, key, value, bias, lse, delta, gradients[0], visible)
     grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
@@ -526,15 +523,59 @@ def attend(independent: str):
 # ------------------------------------------------------------------------------------------------------------- the sizes
 
 
-# BLOCK_Q, BLOCK_K, warps and stages by features of a head, of the tiles that meet nothing but a band and of all others.
-# Of float32: three TF32 products keep six parts of each operand in registers, so tiles are small.
-FLOAT32_TILES = {
-    "flash_forward": {64: ((64, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 16, 8, 1),) * 2},
-    "flash_backward_query": {
-        16: ((64, 16, 4, 2), (16, 16, 8, 1)), 64: ((64, 16, 4, 2), (16, 32, 8, 1)), LARGEST_HEAD: ((16, 32, 8, 1),) * 2,
-    },
-    "flash_backward_key": {16: ((32, 16, 8, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, LARGEST_HEAD: ((16, 16, 8, 1),) * 2},
-    "flash_backward_bias": {64: ((16, 32, 4, 2),) * 2, LARGEST_HEAD: ((32, 32, 8, 1),) * 2},
+# BLOCK_Q, BLOCK_K, warps and stages: the largest that compile without spills; the first row that holds is taken.
+ALWAYS = lambda x: True
+TILES_OF_16_BITS = {
+    "flash_forward": (
+        # Products of 16 features are small, and a mask beside the test of a pattern takes all registers of four warps.
+        (lambda x: (x.narrow or x.wide and x.blocks) and (x.wide or x.tiny and x.full), (64, 64, 8, 2)),
+        (lambda x: x.narrow, (64, 64, 4, 2)),
+        (lambda x: x.biased or x.wide and x.crowded or x.blocks or x.old, (128, 64, 8, 2)),
+        (lambda x: x.wide and x.ragged, (128, 64, 8, 3)),
+        (ALWAYS, (128, 128, 8, 3)),
+    ),
+    "flash_backward_query": (
+        (lambda x: x.small and x.wide, (64, 64, 8, 2)),
+        (lambda x: x.small, (64, 64, 4, 2)),
+        (ALWAYS, (128, 64, 8, 2)),
+    ),
+    "flash_backward_key": (
+        # Tests and a bias take registers: fewer queries at once, and fewer keys of wide heads.
+        (lambda x: x.small and not (x.wide or x.full or x.ragged), (64, 64, 4, 2)),
+        (lambda x: x.small and not (x.wide or x.full), (32, 64, 4, 2)),
+        (lambda x: x.wide and (x.small or x.full or x.blocks), (32, 64, 8, 2)),
+        (lambda x: x.small and (x.tested or x.ragged or x.biased), (32, 64, 8, 2)),
+        (lambda x: x.small, (64, 64, 8, 2)),
+        (lambda x: x.wide or x.tested or x.ragged or x.biased, (32, 128, 8, 2)),
+        (ALWAYS, (64, 128, 8, 2)),
+    ),
+    "flash_backward_bias": ((ALWAYS, (64, 64, 8, 2)),),
+}
+# Three TF32 products keep six parts of each operand in registers, so tiles are small.
+TILES_OF_FLOAT32 = {
+    "flash_forward": (
+        (lambda x: x.wide and x.biased and x.tested, (16, 32, 8, 1)),
+        (lambda x: x.wide and x.blocks, (16, 16, 8, 1)),
+        (lambda x: x.blocks, (32, 32, 8, 2)),
+        (lambda x: x.wide, (32, 16, 8, 1)),
+        (ALWAYS, (64, 32, 4, 2)),
+    ),
+    "flash_backward_query": (
+        (lambda x: x.biased and (x.wide or not x.ragged), (16, 16, 8, 1)),
+        (lambda x: x.full and x.tiny, (16, 16, 8, 1)),
+        (lambda x: x.wide or x.full, (16, 32, 8, 1)),
+        (lambda x: x.ragged, (32, 16, 8, 1)),
+        (ALWAYS, (64, 16, 4, 2)),
+    ),
+    "flash_backward_key": (
+        (lambda x: x.tiny, (32, 16, 8, 1)),
+        (lambda x: x.wide or x.blocks and x.ragged, (16, 16, 8, 1)),
+        (ALWAYS, (16, 16, 4, 1)),
+    ),
+    "flash_backward_bias": (
+        (lambda x: x.wide, (32, 32, 8, 1)),
+        (ALWAYS, (16, 32, 4, 2)),
+    ),
 }
 
 
@@ -542,7 +583,7 @@ def tile_sizes(
     kernel: str, dtype, features: int, ragged: bool, biased: bool, crowded: bool, reach: int | None, block_size: int | None,
     mode: launch.Mode,
 ) -> tuning.Config:  # fmt: skip
-    """The heuristic configuration of a kernel: the largest that compiles without spills.
+    """The heuristic configuration of a kernel.
 
     Args:
         features: the larger of H and V, padded.
@@ -550,38 +591,17 @@ def tile_sizes(
         biased: whether there is a bias, whose tiles take shared memory.
         crowded: whether a tile meets more than a band that is known beforehand and a bias, which takes registers.
         reach: keys that one query can see at most, where that is known.
-        block_size: of a pattern.
+        block_size: of a pattern, whose test takes registers.
     """
     if mode == "interpret":  # there a step costs the same whatever its size
         return tuning.Config({"BLOCK_Q": 512, "BLOCK_K": 512})
-    hopper = (gpu.capability() or 90) >= 90
-    wide = features > 64
-    tested, crowded = crowded and block_size is None, crowded or biased
+    blocks, old = block_size is not None, (gpu.capability() or 90) < 90
     # Tiles that stick out of a narrow band, or of a block, are wasted work.
-    narrow = reach is not None and reach <= 512 or block_size is not None and block_size % 128 != 0
-    # The test of a pattern of blocks takes the registers that 128 wide rows would need.
-    narrow = narrow or block_size is not None and wide and kernel in ("flash_forward", "flash_backward_key")
-    if dtype == jnp.float32:
-        sizes = next(sizes[crowded] for limit, sizes in FLOAT32_TILES[kernel].items() if features <= limit)
-        if kernel == "flash_forward" and wide and biased and tested:
-            sizes = 16, 32, 8, 1
-        elif kernel == "flash_forward" and block_size is not None:
-            sizes = (16, 16, 8, 1) if wide else (32, 32, 8, 2)
-        elif kernel == "flash_backward_key" and block_size is not None and ragged:
-            sizes = *sizes[:2], 8, sizes[3]
-        if kernel == "flash_backward_query" and (biased and (wide or not ragged) or ragged and not wide and not crowded):
-            sizes = 16 if biased else 32, 16, 8, 1
-    elif kernel == "flash_backward_key":
-        # Tests and a bias take registers: fewer queries at once, and fewer keys of wide heads.
-        tile = 64 if narrow or not hopper or wide and crowded else 128
-        sizes = 32 if wide or tested or ragged or biased else 64, tile, 8 if wide or crowded or tile == 128 else 4, 2
-    elif kernel == "flash_backward_bias" or narrow or not hopper and kernel != "flash_forward":
-        # Of 16 features products are small, and a mask beside the test of a pattern takes all registers of four warps.
-        many = wide or kernel == "flash_backward_bias" or kernel == "flash_forward" and crowded and features <= 16
-        sizes = 64, 64, 8 if many else 4, 2
-    elif kernel == "flash_forward" and hopper and not biased and not (wide and crowded) and block_size is None:
-        sizes = 128, 64 if wide and ragged else 128, 8, 3
-    else:
-        sizes = 128, 64, 8, 2
-    query, key, warps, stages = sizes
+    narrow = reach is not None and reach <= 512 or blocks and block_size % 128 != 0
+    traits = types.SimpleNamespace(
+        wide=features > 64, tiny=features <= 16, ragged=ragged, biased=biased, crowded=crowded, full=crowded or biased,
+        tested=crowded and not blocks, blocks=blocks, narrow=narrow, old=old, small=narrow or old,
+    )  # fmt: skip
+    rows = (TILES_OF_FLOAT32 if dtype == jnp.float32 else TILES_OF_16_BITS)[kernel]
+    query, key, warps, stages = next(sizes for holds, sizes in rows if holds(traits))
     return tuning.Config({"BLOCK_Q": query, "BLOCK_K": key}, warps, stages)

@@ -18,33 +18,33 @@ from einops import rearrange
 
 from subquad.kernels import precision
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.softmax import few, online, parts
 from subquad.kernels.softmax.plan import Plan, plan_of
 from subquad.kernels.softmax.reference import SAVED
-from subquad.kernels.softmax.sets import KeySet, Visible, known_of
+from subquad.kernels.softmax.sets import KeySet, Visible, independent_axes, known_of
 
 
 def attention(query, keys, values, bias, sets: tuple[KeySet, ...], scale: float):
     """Arguments as checked by `subquad.kernels.softmax` -> (out [B, T, N, V], maximum, log(normaliser) [B, T, N])."""
     static, visibles = zip(*map(known_of, sets), strict=True)
-    # Queries are independent where no known positions tell them apart, and heads where no pattern does.
-    patterns = [one.pattern for one in sets if one.pattern is not None]
-    independent = "b" if any(pattern.heads > 1 for pattern in patterns) else "b n" if patterns else "b n t"
+    independent = independent_axes(*(one.pattern for one in sets))
     return flash(independent, len(keys), len(sets))((static, scale), query, keys, values, bias, visibles)
 
 
 def forward(static, query, keys, values, bias, visibles):
     """Attention to some sets; the maximum has no gradient, and the log(normaliser) that of the log-sum-exp."""
     sets, scale = static
-    results = []
+    results, dtype = [], dtype_of(query, sets)
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
         key, value, visible = keys[one.source], values[one.source], here(one, visible)
         if one.columns == 1 and few.are_few(*query.shape[1:3], key.shape[1]):
             results.append(few.attend(one._replace(visible=visible), scale, query, key, value, bias))
         else:
-            results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, visible))
-    results = tuple(results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True)))
+            results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, visible, dtype=dtype))
+    out, *sums = results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True))
+    results = out.astype(query.dtype), *sums
     return results, (query, keys, values, bias, visibles, *results)
 
 
@@ -52,18 +52,25 @@ def backward(static, residuals, gradients):
     sets, scale = static
     query, keys, values, bias, visibles, out, *sums = residuals
     grad_out, _, grad_lse = gradients
-    is_masked = any(visible.mask is not None or visible.query_segment_ids is not None for visible in visibles)
-    *rows, query = online.residue(out, sums, grad_out, grad_lse, is_masked, query)
+    is_masked = any(visible.is_masked for visible in visibles)
+    *rows, query = online.backward_rows(out, sums, grad_out, grad_lse, is_masked, query)
     grad_query, grad_keys, grad_values, grad_bias = None, [None] * len(keys), [None] * len(values), None
+    dtype = dtype_of(query, sets)
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
         n, key, value = one.source, keys[one.source], values[one.source]
         before = grad_query, grad_keys[n], grad_values[n], grad_bias
         grad_query, grad_keys[n], grad_values[n], grad_bias = add_gradients(
-            plan_of(query, key, value, one), scale, before, query, key, value, bias, here(one, visible), rows, grad_out
+            plan_of(query, key, value, one), scale, before, query, key, value, bias, here(one, visible), rows, grad_out, dtype
         )
-    grad_bias = None if bias is None else grad_bias.astype(bias.dtype)
-    return grad_query, tuple(grad_keys), tuple(grad_values), grad_bias, jax.tree.map(lambda _: None, visibles)
+    grads = grad_query, tuple(grad_keys), tuple(grad_values), grad_bias
+    grads = jax.tree.map(lambda x, like: x.astype(like.dtype), grads, (query, keys, values, bias))
+    return *grads, jax.tree.map(lambda _: None, visibles)
+
+
+def dtype_of(query, sets):
+    """Of what is added over several sets of keys: it is rounded once, at the end."""
+    return query.dtype if len(sets) == 1 else jnp.promote_types(query.dtype, jnp.float32)
 
 
 def here(one: KeySet, visible: Visible) -> Visible:
@@ -83,12 +90,13 @@ def flash(independent: str, sources: int, sets: int):
     )  # fmt: skip
 
 
-def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, scores_of=None):
+def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, scores_of=None, dtype=None):
     """Attention to one set of keys: out, maximum and log(normaliser).
 
     `scores_of`: of a part, the function of a step (i, js) that gives what is added to its logits; None: nothing is.
+    `dtype`: of out; None: the query's.
     """
-    precise = jnp.promote_types(query.dtype, jnp.float32)
+    dtype, precise = query.dtype if dtype is None else dtype, jnp.promote_types(query.dtype, jnp.float32)
 
     def attend_part(part):
         tiles = cut(plan, part, query, key, bias, visible)
@@ -106,20 +114,20 @@ def attend(plan: Plan, scale: float, query, key, value, bias, visible: Visible, 
 
         states = sweep(plan, part, step, online.start(tiles.query.shape[:-1], value.shape[-1], precise))
         out, *sums = online.finish(states)
-        return tuple(join_queries(plan, x) for x in (out.astype(query.dtype), *sums))
+        return tuple(join_queries(plan, x) for x in (out.astype(dtype), *sums))
 
     rows = query.shape[:3]
     sums = jax.ShapeDtypeStruct(rows, precise)
-    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), query.dtype), sums, sums
+    shapes = jax.ShapeDtypeStruct((*rows, value.shape[-1]), dtype), sums, sums
     results = parts.part_by_part(plan.parts, attend_part, [columns_of(plan, x) for x in shapes], (3, 3, 3), (query, key))
     return [in_order(x, like) for x, like in zip(results, shapes, strict=True)]
 
 
-def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, visible: Visible, rows, grad_out):
-    """Gradients of query, key, value and bias by one set of keys, added to those `before`; None for none.
+def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, visible: Visible, rows, grad_out, dtype):
+    """Gradients of query, key and value, in a dtype, and of bias by one set of keys, added to those `before`; None for none.
 
     Args:
-        rows: maximum, log(normaliser) and delta of each query over all sets, as `online.residue` has them.
+        rows: maximum, log(normaliser) and delta of each query over all sets, as `online.backward_rows` has them.
     """
     groups, precise = query.shape[2] // key.shape[2], rows[0].dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
@@ -152,11 +160,12 @@ def add_gradients(plan: Plan, scale: float, before, query, key, value, bias, vis
         return grad_query, grad_key, grad_value, grad_bias
 
     arrays, before = (query, key, value, bias), [None if x is None else in_columns(plan, x) for x in before[:3]] + [before[3]]
-    shapes = [columns_of(plan, x) for x in arrays[:3]]
+    likes = [jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays[:3]]
+    shapes = [columns_of(plan, x) for x in likes]
     if bias is not None:  # the gradient of a bias that parts share is a sum, in float32
         shapes.append(jax.ShapeDtypeStruct(bias.shape, precise))
     grads = parts.part_by_part(plan.parts, gradients_of, shapes, (3, 3, 3, 1)[: len(shapes)], rows, before)
-    return *(in_order(x, like) for x, like in zip(grads[:3], arrays[:3], strict=True)), *(grads[3:] or [None])
+    return *(in_order(x, like) for x, like in zip(grads[:3], likes, strict=True)), *(grads[3:] or [None])
 
 
 def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js, scores=None):
@@ -166,7 +175,7 @@ def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js, scores=None):
     logits = online.rounded(scale * products)
     logits = logits if scores is None else logits + scores
     if tiles.bias is not None:
-        logits += square(plan, tiles.bias, i, js)
+        logits += pair_tiles(plan, tiles.bias, i, js)
     visible, tests = tiles.visible, []
     rows = lambda array: array[i][:, None, None, :, None]
     columns = lambda array: beside(array, js, -1)[:, None, None, None, :]
@@ -179,7 +188,7 @@ def logits_of(plan: Plan, scale: float, tiles: "Tiles", i, js, scores=None):
     if (plan.listed < 0).any():
         tests.append(jnp.repeat(js >= 0, plan.tiles[1]))
     if visible.mask is not None:
-        tests.append(square(plan, visible.mask, i, js))
+        tests.append(pair_tiles(plan, visible.mask, i, js))
     return jnp.where(functools.reduce(jnp.logical_and, tests), logits, -jnp.inf) if tests else logits
 
 
@@ -220,15 +229,15 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
             return None
         by_column = array.shape[1] != plan.rows[side]
         array = in_columns(plan, jnp.broadcast_to(array, (len(query), *array.shape[1:]))) if by_column else array[:, :, None]
-        array = pad(parts.share(plan.parts, array, part, None), 1, plan.tiles[side] * plan.counts[side])
+        array = pad_to(parts.share(plan.parts, array, part, None), 1, plan.tiles[side] * plan.counts[side])
         return rearrange(array, "b (i t) c -> i (b c) t", i=plan.counts[side])
 
-    def square(array):
+    def pad_pairs(array):
         if array is None:
             return None
         array = parts.share(plan.parts, array[:, :, None], part, 1)[:, :, 0]
         for axis, tile, count in ((2, query_tile, query_count), (3, key_tile, key_count)):
-            array = array if array.shape[axis] == 1 else pad(array, axis, tile * count)
+            array = array if array.shape[axis] == 1 else pad_to(array, axis, tile * count)
         return rearrange(array, "b (k g) t s -> b k g t s", g=1 if array.shape[1] == 1 else groups)
 
     real, mask = None, visible.mask
@@ -242,19 +251,20 @@ def cut(plan: Plan, part, query, key, bias, visible: Visible) -> Tiles:
         rows(positions[1], 1),
         rows(visible.query_segment_ids, 0),
         rows(visible.key_segment_ids, 1),
-        square(mask),
+        pad_pairs(mask),
     )
     head = 0
     if plan.pattern is not None and plan.pattern.heads > 1:
         own = kv_heads // plan.parts[2]
         head = (part % plan.parts[2] * own * groups + jnp.arange(own * groups)).reshape(own, groups, 1, 1)
-    return Tiles(cut_queries(plan, part, query, groups), cut_keys(plan, part, key, "h s"), square(bias), in_tiles, real, head)
+    query, key = cut_queries(plan, part, query, groups), cut_keys(plan, part, key, "h s")
+    return Tiles(query, key, pad_pairs(bias), in_tiles, real, head)
 
 
 def cut_queries(plan: Plan, part, array, groups: int):
     """What a part has of [B, T, N, ...] -> [i, b, K, G, t, ...]."""
     tile, count = plan.tiles[0], plan.counts[0]
-    array = pad(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
+    array = pad_to(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
     return rearrange(array, "b (i t) c (k g) ... -> i (b c) k g t ...", i=count, g=groups)
 
 
@@ -265,7 +275,7 @@ def cut_keys(plan: Plan, part, array, order: str):
     cost transposed in each step.
     """
     tile, count = plan.tiles[1], plan.counts[1]
-    array = pad(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
+    array = pad_to(parts.share(plan.parts, in_columns(plan, array), part), 1, tile * count)
     return rearrange(array, "b (j s) c k h -> j (b c) k " + order, j=count)
 
 
@@ -295,13 +305,6 @@ def in_order(array, like):
     return array.reshape(len(array), -1, *array.shape[3:]).astype(like.dtype)
 
 
-def pad(array, axis: int, length: int):
-    """`array` with zeros (or False) at the end of `axis`, up to `length`."""
-    width = [(0, 0)] * array.ndim
-    width[axis] = (0, length - array.shape[axis])
-    return array if width[axis][1] == 0 else jnp.pad(array, width)
-
-
 def beside(tiles, js, axis: int):
     """Tiles js of [j, ...] side by side along an axis; a tile for -1 is some tile."""
     return tiles[js[0]] if len(js) == 1 else jnp.concatenate([tiles[jnp.maximum(j, 0)] for j in js], axis)
@@ -323,22 +326,22 @@ def add_beside(tiles, changes, js):
     return tiles.at[jnp.where(js < 0, len(tiles), js)].add(changes, mode="drop", unique_indices=True)
 
 
-def square(plan: Plan, array, i, js):
+def pair_tiles(plan: Plan, array, i, js):
     """The tiles (i, js) of a mask or bias [b|1, K|1, G|1, T|1, S|1], side by side."""
     js = js if array.shape[4] > 1 else js[:1]
-    return jnp.concatenate([jax.lax.dynamic_slice(array, *corner(plan, array, i, j)) for j in js], -1)
+    return jnp.concatenate([jax.lax.dynamic_slice(array, *place_of_tile(plan, array, i, j)) for j in js], -1)
 
 
 def add_to_bias(plan: Plan, array, changes, i, js):
     """`array` with the changes of tiles (i, js) added, summed over the axes that `array` broadcasts."""
     for j, change in zip(js, jnp.split(changes, len(js), -1), strict=True):
-        starts, shape = corner(plan, array, i, j)
+        starts, shape = place_of_tile(plan, array, i, j)
         change = change.sum([axis for axis, size in enumerate(shape) if size != change.shape[axis]], keepdims=True)
         array = jax.lax.dynamic_update_slice(array, jax.lax.dynamic_slice(array, starts, shape) + change, starts)
     return array
 
 
-def corner(plan: Plan, array, i, j):
+def place_of_tile(plan: Plan, array, i, j):
     """Where the tile of a mask or bias [b|1, K|1, G|1, T|1, S|1] starts, and its shape."""
     starts, shape = [0, 0, 0], [*array.shape[:3]]
     for size, index, tile in zip(array.shape[3:], (i, jnp.maximum(j, 0)), plan.tiles, strict=True):

@@ -33,16 +33,8 @@ DISCRETIZATIONS = get_args(Discretization)
 
 DIAGONAL_KERNEL = {"xla": xla.diagonal_kernel, "reference": reference.diagonal_kernel}
 DPLR_KERNEL = {"xla": xla.dplr_kernel, "reference": reference.dplr_kernel}
-DIAGONAL_SCAN = {
-    **dispatch.triton("subquad.kernels.ssm.triton", "diagonal_scan"),
-    "xla": xla.diagonal_scan,
-    "reference": reference.diagonal_scan,
-}
-DPLR_RECURRENCE = {
-    **dispatch.triton("subquad.kernels.ssm.triton", "dplr_recurrence"),
-    "xla": xla.dplr_recurrence,
-    "reference": reference.dplr_recurrence,
-}
+DIAGONAL_SCAN = dispatch.implementations("diagonal_scan", xla, reference)
+DPLR_RECURRENCE = dispatch.implementations("dplr_recurrence", xla, reference)
 
 
 @precision.promoting

@@ -12,18 +12,18 @@ from einops import rearrange
 
 from subquad.kernels import launch, tuning
 from subquad.kernels.operation import operation
+from subquad.kernels.scan.triton import load_planes, store_planes
 from subquad.kernels.ssm import xla
 
-FLOATS = launch.FLOATS
 LONGEST_CLASS = 1 << 14  # of lengths that share a tuned configuration: from here on all do
 MOST_MODES = 128  # of a feature: a program holds them all, and with twice as many it spills
 
 
 def _check_dtypes(inputs, *modes):
     """Declines what the kernels cannot hold: they compute in float32."""
-    single = all(x.dtype in (jnp.float32, jnp.complex64) for x in modes)
-    if inputs.dtype.name not in FLOATS or not single:
-        raise launch.Declined("the kernels take float32, bfloat16 and float16 inputs and modes in float32 or complex64.")
+    launch.require_floats(inputs.dtype)
+    if any(x.dtype not in (jnp.float32, jnp.complex64) for x in modes):
+        raise launch.Declined("the kernels take modes in float32 or complex64 only.")
 
 
 def _pad_size(size: int) -> int:
@@ -39,23 +39,6 @@ def _pad_size(size: int) -> int:
 # The tables of the feature (`xla.chunk_tables`) are loaded once. Real modes have no imaginary planes. The gradient of the
 # tokens is the same walk from the last chunk to the first, with all tables transposed; those of the tables are products of
 # what both walks saw, which XLA makes.
-
-
-@triton.jit
-def _load_planes(array, offset, mask, other, STEP: tl.constexpr, COMPLEX: tl.constexpr):
-    """The real and the imaginary plane, STEP behind it; the real one in place of one that is not there."""
-    real = tl.load(array + offset, mask=mask, other=other)
-    if COMPLEX:
-        return real, tl.load(array + offset + STEP, mask=mask, other=other)
-    else:
-        return real, real
-
-
-@triton.jit
-def _store_planes(array, offset, mask, real, imag, STEP: tl.constexpr, COMPLEX: tl.constexpr):
-    tl.store(array + offset, real, mask=mask)
-    if COMPLEX:
-        tl.store(array + offset + STEP, imag, mask=mask)
 
 
 @triton.jit
@@ -77,15 +60,15 @@ def scan_chunks(
     row = feature * B + sample
     here = sample < B
     taps = tl.load(toeplitz + feature * (C * C) + within[:, None] * C + within[None, :])
-    w_re, w_im = _load_planes(writes + feature * (C * SIZE), within[:, None] * P + mode[None, :], None, None, C * P, COMPLEX)
-    r_re, r_im = _load_planes(reads + feature * (C * SIZE), mode[:, None] * C + within[None, :], None, None, C * P, COMPLEX)
-    a_re, a_im = _load_planes(jump, feature * SIZE + mode[None, :], None, None, P, COMPLEX)
-    s_re, s_im = _load_planes(start, row * SIZE + mode[None, :], here & (not FROM_END), 0.0, P, COMPLEX)
+    w_re, w_im = load_planes(writes + feature * (C * SIZE), within[:, None] * P + mode[None, :], None, COMPLEX, C * P)
+    r_re, r_im = load_planes(reads + feature * (C * SIZE), mode[:, None] * C + within[None, :], None, COMPLEX, C * P)
+    a_re, a_im = load_planes(jump, feature * SIZE + mode[None, :], None, COMPLEX, P)
+    s_re, s_im = load_planes(start, row * SIZE + mode[None, :], here & (not FROM_END), COMPLEX, P)
     for step in range(chunks):
         n = chunks - 1 - step if FROM_END else step
         slot = n - (chunks - SLOTS) + tl.zeros((1, 1), tl.int32)
         place = (row * SLOTS + slot) * SIZE + mode[None, :]
-        _store_planes(entering, place, here & (slot >= 0), s_re, s_im, P, COMPLEX)
+        store_planes(entering, place, s_re, s_im, here & (slot >= 0), COMPLEX, P)
         position = n * C + within[None, :]
         inside = here & (position < T)
         u = tl.load(tokens + row * T + position, mask=inside, other=0.0).to(tl.float32)
@@ -101,10 +84,10 @@ def scan_chunks(
         tl.store(outputs + row * T + position, y.to(outputs.dtype.element_ty), mask=inside)
         if FROM_END:
             is_first = here & (step + tl.zeros((1, 1), tl.int32) == 0)
-            added_re, added_im = _load_planes(start, row * SIZE + mode[None, :], is_first, 0.0, P, COMPLEX)
+            added_re, added_im = load_planes(start, row * SIZE + mode[None, :], is_first, COMPLEX, P)
             s_re += added_re
             s_im += added_im
-    _store_planes(last, row * SIZE + mode[None, :], here, s_re, s_im, P, COMPLEX)
+    store_planes(last, row * SIZE + mode[None, :], s_re, s_im, here, COMPLEX, P)
 
 
 def scan_config(mode, batch, length, size, dtype) -> tuning.Config:
@@ -195,8 +178,7 @@ def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state, *, mode
     """See `ssm.diagonal_scan`. XLA makes the tables, and so their gradients, and the last state."""
     _check_dtypes(inputs, log_decay, input_matrix, output_matrix, state)
     (batch, length, _), pairs = inputs.shape, log_decay.shape[1]
-    if pairs > MOST_MODES:
-        raise launch.Declined(f"a feature has {pairs} modes, and the kernel holds at most {MOST_MODES}.")
+    launch.require_at_most(MOST_MODES, pairs, "modes in a feature")
     padded = _pad_size(pairs)
     size = padded * (2 if jnp.iscomplexobj(log_decay) else 1)
     chunk = scan_config(mode, batch, length, size, inputs.dtype).blocks["C"]

@@ -11,15 +11,16 @@ from einops import rearrange
 
 from subquad.kernels.convolution.xla import divisor
 from subquad.kernels.operation import operation
+from subquad.kernels.padding import pad_to
 from subquad.kernels.xla_cpu import map_parts
 
 HIGHEST = jax.lax.Precision.HIGHEST  # GPUs would round the products to TF32
 einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 
-# Of one group's powers of A_bar: on a CPU what a core keeps at hand, on a GPU all features of a usual layer.
+# Of one group's powers of A_bar: on a CPU what fits in a core's cache, on a GPU all features of a usual layer.
 CPU_POWER_BYTES, OTHER_POWER_BYTES = 1 << 21, 1 << 26
-# Chunks of the diagonal scan: a chunk's Toeplitz matrix costs as much as the sequence is many chunks. And the bytes of one
-# group's tokens or states between chunks: on a CPU what a core keeps at hand.
+# Tokens in a chunk of the diagonal scan, whose Toeplitz matrix grows as the number of chunks falls. And the bytes of one
+# group's tokens or states between chunks: on a CPU what fits in a core's cache.
 CHUNK, LONG = 32, 2048
 CPU_BYTES, OTHER_BYTES = 1 << 18, 1 << 26
 
@@ -57,29 +58,29 @@ def diagonal_kernel(log_decay, coefficients, length):
 
 
 def diagonal_scan(inputs, log_decay, input_matrix, output_matrix, state):
-    room = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
-    return _scan(room, inputs, log_decay, input_matrix, output_matrix, state)
+    budget = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
+    return _scan(budget, inputs, log_decay, input_matrix, output_matrix, state)
 
 
 FEATURE_AXES = 2, 0, 0, 0, 1  # of the arguments of a group
 
 
-def chunk_and_groups(room: int, inputs, state) -> tuple[int, int]:
-    """Tokens of a chunk, and how many groups the features make, each of about `room` bytes."""
+def chunk_and_groups(budget: int, inputs, state) -> tuple[int, int]:
+    """Tokens of a chunk, and how many groups the features make, each of about `budget` bytes."""
     batch, length, features = inputs.shape
     chunk = min(length, CHUNK if length < LONG else 2 * CHUNK)
-    return chunk, divisor(features, -(-batch * features * length * max(1, state.shape[-1] // chunk) * 4 // room))
+    return chunk, divisor(features, -(-batch * features * length * max(1, state.shape[-1] // chunk) * 4 // budget))
 
 
-def _scan_forward(room, *arrays):
-    chunk, groups = chunk_and_groups(room, arrays[0], arrays[-1])
+def _scan_forward(budget, *arrays):
+    chunk, groups = chunk_and_groups(budget, arrays[0], arrays[-1])
     run = functools.partial(_scan_group, chunk)
     return map_parts(run, groups, arrays, FEATURE_AXES, (2, 1), after=arrays[0]), arrays
 
 
-def _scan_backward(room, arrays, gradients):
+def _scan_backward(budget, arrays, gradients):
     """A group's tables and states are made again: its arguments are all that is kept."""
-    chunk, groups = chunk_and_groups(room, arrays[0], arrays[-1])
+    chunk, groups = chunk_and_groups(budget, arrays[0], arrays[-1])
 
     def group(*parts):
         _, backward = jax.vjp(functools.partial(_scan_group, chunk), *parts[: len(arrays)])
@@ -102,7 +103,7 @@ def _scan_group(chunk, inputs, log_decay, input_matrix, output_matrix, state):
     batch, length, _ = inputs.shape
     chunks = -(-length // chunk)
     toeplitz, writes, reads, powers = chunk_tables(chunk, log_decay, input_matrix, output_matrix)
-    values = jnp.pad(inputs.astype(state.dtype), ((0, 0), (0, chunks * chunk - length), (0, 0)))
+    values = pad_to(inputs.astype(state.dtype), 1, chunks * chunk)
     values = rearrange(values, "b (n c) d -> d (b n) c", c=chunk)
 
     added = rearrange(einsum("dmc,dcs->dms", values, writes), "d (b n) s -> n d b s", b=batch)
@@ -209,8 +210,8 @@ def transition(diagonal, low_rank, step):
 def feature_groups(modes, powers):
     """(split, join) of the features, [D, P] modes, into groups of which so many dense powers of A_bar are kept at once."""
     features, pairs = modes
-    room = CPU_POWER_BYTES if jax.default_backend() == "cpu" else OTHER_POWER_BYTES
-    groups = divisor(features, -(-features * (2 * pairs) ** 2 * 4 * powers // room))
+    budget = CPU_POWER_BYTES if jax.default_backend() == "cpu" else OTHER_POWER_BYTES
+    groups = divisor(features, -(-features * (2 * pairs) ** 2 * 4 * powers // budget))
     split = lambda array, axis: rearrange(jnp.moveaxis(array, axis, 0), "(n d) ... -> n d ...", n=groups)
     return split, lambda array: rearrange(array, "n d k ... -> k (n d) ...")
 

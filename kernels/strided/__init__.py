@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from subquad.kernels import checks, dispatch, softmax
 from subquad.kernels.axes import KeyMask, LogSumExp, Output, Positions, Query, Value
+from subquad.kernels.padding import pad_to
 from subquad.kernels.patterns import CAUSAL, Band, Columns, Dilated, Pattern, SameBlock, Strided
 from subquad.kernels.softmax import check_heads, counted
 from subquad.kernels.softmax.sets import KeySet, Visible
@@ -271,7 +272,7 @@ def in_whole_rows(arrays, mask, segments, size: int, is_causal: bool):
 
 def whole_rows(array, size: int):
     """[B, T, ...] with zeros at the end up to a multiple of `size`."""
-    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % size), *[(0, 0)] * (array.ndim - 2)))
+    return pad_to(array, 1, -(-array.shape[1] // size) * size)
 
 
 def whole_rows_of(mask, length: int, size: int, is_causal: bool):
@@ -279,7 +280,7 @@ def whole_rows_of(mask, length: int, size: int, is_causal: bool):
     if mask is None and is_causal:
         return None
     mask = jnp.ones((1, 1, 1, length), bool) if mask is None else mask
-    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, -length % size)))
+    return pad_to(mask, 3, -(-length // size) * size)
 
 
 def check(owner: str, query, key, value, mask, segment_ids):

@@ -8,5 +8,5 @@ from subquad.kernels import gpu
 @pytest.fixture
 def monkeypatch(monkeypatch, request):
     """What is traced under a patch stays apart: JAX would find what another test has traced with the same shapes."""
-    with gpu.apart(request.node.nodeid):
+    with gpu.separate_trace_cache(request.node.nodeid):
         yield monkeypatch

@@ -85,6 +85,8 @@ def check(launches, dtype):
         # A float16 has no more digits than a TF32 number, which has the range of float32.
         assert compiled.precisions <= {"tf32x3", "bf16x6", *(["tf32"] if dtype == "float16" else [])}, said
         assert compiled.transposes == 0, said
+        # Beyond logits of 1e9; the interpreter rounds every product.
+        assert not launched.name.startswith("flash_") or compiled.contracted == 0, said
         assert not compiled.float64, said
 
 

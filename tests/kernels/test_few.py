@@ -70,12 +70,10 @@ def test_where_it_is_taken():
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_step_of_generation_copies_no_cache(batch):
-    """A key and a value are written, and attended to: what the loop takes beside its cache is less than an eighth of that.
-
-    Half precision is read in float32, a copy that XLA makes on a CPU.
-    """
-    cached, query = (jax.ShapeDtypeStruct((batch, length, 4, 32), jnp.float32) for length in (4096, 1))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_generation_copies_no_cache(batch, dtype):
+    """A key and a value are written, and attended to: what the loop takes beside its cache is less than a seventh of that."""
+    cached, query = (jax.ShapeDtypeStruct((batch, length, 4, 32), dtype) for length in (4096, 1))
 
     def step(carry, _):
         key, value, query, start = carry
@@ -85,4 +83,4 @@ def test_a_step_of_generation_copies_no_cache(batch):
 
     loop = jax.jit(lambda *carry: jax.lax.scan(step, carry, None, 8)[0], donate_argnums=(0, 1))
     compiled = loop.lower(cached, cached, query, jax.ShapeDtypeStruct((batch,), jnp.int32)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < cached.size * cached.dtype.itemsize / 8
+    assert compiled.memory_analysis().temp_size_in_bytes < cached.size * cached.dtype.itemsize / 7

@@ -151,15 +151,32 @@ def test_rules_in_triton_are_the_patterns():
         np.testing.assert_array_equal(weights.swapaxes(0, 1) > 0, np.broadcast_to(grid(pattern, 77, 70), (3, 77, 70)))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("pattern", [SameBlock(4), Columns(5, ((1, 4),)), SameBlock(3) & CAUSAL, Strided(4, 1)])
+def test_positions_below_0(pattern, known, implementation):
+    positions = np.arange(-7, 9, dtype=np.int32)[None]
+    value = jnp.eye(16)[None, :, None]
+    at = positions if known else jnp.asarray(positions)
+    run = lambda at: softmax.attention(
+        0 * value, 0 * value, value, pattern=pattern, query_positions=at, key_positions=at, implementation=implementation
+    )
+    weights = run(at) if known else jax.jit(run)(at)
+    want = pattern.allowed(positions.T, positions, np.zeros((1, 1), int))
+    np.testing.assert_array_equal(weights[0, :, 0] > 0, np.broadcast_to(want, (16, 16)))
+
+
 def test_patterns_without_a_rule_are_declined():
     pytest.importorskip("triton")
     from subquad.kernels.flash import rules
     from subquad.kernels.patterns import Pattern
 
     with pytest.raises(launch.Declined, match="a Pattern, which has no rule"):
-        rules.Tree(Pattern(), 0, 0, 0)
+        rules.Tree(Pattern(), (0, 0), (0, 0))
+    with pytest.raises(launch.Declined, match="below 0"):
+        rules.Tree(BLOCKS, (-1, 3), (0, 0))
     with pytest.raises(launch.Declined, match="run time"):
-        rules.Tree(BLOCKS, None, 0, 0)
+        rules.Tree(BLOCKS, None, (0, 0))
 
 
 # ------------------------------------------------------------------------------------------------------ lengths are data

@@ -7,7 +7,12 @@ import pytest
 
 from subquad.kernels import block_sparse, entmax, gather, linear, lsh, relative, softmax, strided
 
-IMPLEMENTATIONS = ["reference", "xla", pytest.param("interpret", marks=pytest.mark.interpret)]
+IMPLEMENTATIONS = [
+    "reference",
+    "xla",
+    pytest.param("interpret", marks=pytest.mark.interpret),
+    pytest.param("triton", marks=pytest.mark.gpu),
+]
 T, N, H = 11, 2, 24  # 1 / sqrt(H) is no power of 2, so that scaled logits are rounded
 BUCKETS = jnp.zeros((1, 2, T, N), jnp.int32)
 LISTS = jnp.broadcast_to(jnp.arange(T), (1, 1, T, T))
@@ -21,6 +26,7 @@ def distances(x):
 CALLS = {
     "softmax": lambda q, k, v, i: softmax.attention(q, k, v, implementation=i),
     "softmax-causal": lambda q, k, v, i: softmax.attention(q, k, v, is_causal=True, scale=0.3, implementation=i),
+    "softmax-negative": lambda q, k, v, i: softmax.attention(q, k, v, scale=-0.3, implementation=i),
     "softmax-bias": lambda q, k, v, i: softmax.attention(q, k, v, bias=1e10 * BIAS, implementation=i),
     "block_sparse": lambda q, k, v, i: block_sparse.attention(
         q, k, v, np.array([[[0, 1], [1, -1]]]), block_size=6, implementation=i
@@ -46,7 +52,7 @@ XLA_ONLY = ("entmax", "entmax-alpha", "gather")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CALLS)
 def test_outputs_are_means_and_gradients_are_numbers(name, implementation):
-    if implementation == "interpret" and name in XLA_ONLY:
+    if implementation in ("interpret", "triton") and name in XLA_ONLY:
         pytest.skip("there is no Triton kernel")
     rng = np.random.default_rng(0)
     q, k, v, cotangent = (jnp.asarray(rng.normal(size=(1, T, N, H)), jnp.float32) for _ in range(4))

@@ -1,5 +1,6 @@
 """The door to Triton: what it refuses, how the interpreter is guarded, what ahead-of-time compilation tells."""
 
+import concurrent.futures
 import dataclasses
 import json
 import types
@@ -428,3 +429,14 @@ def test_repeated_calls_run_as_often_as_they_say():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(specs.time, "perf_counter", lambda: next(ticks))
         assert specs.repeats_for(lambda: None) == 5
+
+
+def test_other_threads_are_not_recorded():
+    def other():
+        return gpu.capability(), tuning.config("k", tuning.Config({"BLOCK": 1})), launch._recorded.get()
+
+    tried = {tuning.Request("k", ()): tuning.Config({"BLOCK": 2})}
+    with launch.recording(80), tuning.trying(tried) as asked, concurrent.futures.ThreadPoolExecutor() as threads:
+        assert threads.submit(other).result() == (gpu.capability_of(gpu.device()), tuning.Config({"BLOCK": 1}), None)
+        assert not asked
+        assert other() == (80, tuning.Config({"BLOCK": 2}), []) and len(asked) == 1

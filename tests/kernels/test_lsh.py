@@ -146,9 +146,9 @@ def test_scale_is_differentiable():
     query_key, value, buckets = draw()
     run = lambda query_key, scale: jnp.sum(
         lsh.attention(query_key, value, buckets, num_buckets=6, chunk_size=8, scale=scale) ** 2)
-    d_query, d_scale = jax.jit(jax.grad(run, argnums=(0, 1)))(query_key, 0.6)
-    np.testing.assert_allclose(0.6 * d_scale, jnp.sum(d_query * query_key), rtol=1e-4)
-    assert abs(d_scale) > 0.1
+    grad_query, grad_scale = jax.jit(jax.grad(run, argnums=(0, 1)))(query_key, 0.6)
+    np.testing.assert_allclose(0.6 * grad_scale, jnp.sum(grad_query * query_key), rtol=1e-4)
+    assert abs(grad_scale) > 0.1
 
 
 @by_implementation
@@ -192,9 +192,9 @@ def test_one_bucket_and_one_chunk_is_softmax(implementation, is_causal):
 def test_a_lonely_token_sees_itself(implementation):
     query_key, value, buckets = draw()
     alone = jnp.broadcast_to(jnp.arange(LENGTH)[:, None], buckets.shape)
-    out, d_query, d_value = gradients(query_key, value, alone, num_buckets=LENGTH, implementation=implementation)
+    out, grad_query, grad_value = gradients(query_key, value, alone, num_buckets=LENGTH, implementation=implementation)
     np.testing.assert_array_equal(out, value)
-    assert jnp.abs(d_query).max() == 0 < jnp.abs(d_value).min()
+    assert jnp.abs(grad_query).max() == 0 < jnp.abs(grad_value).min()
 
 
 @by_implementation

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import specs
+from subquad.kernels import patterns, softmax, specs
 from subquad.kernels.operation import operation
 from tests.kernels import toy_attention
 
@@ -85,3 +85,12 @@ def test_residuals_that_are_arrays_or_outputs_are_not_stored_again():
     jaxpr = jax.make_jaxpr(lambda x: jax.vjp(lambda x: run(None, x, x), x)[1](x))(jnp.ones((2, 3)))
     calls = [line for line in str(jaxpr).splitlines() if "on_mesh[" in line]
     assert len(calls) == 2 and calls[0].split("=")[0].count("f32[2,3]") == 2, calls
+
+
+def test_without_jit():
+    """`jax.disable_jit`, to look into a layer: also where the traced operation has constants of its own."""
+    x = jnp.ones((1, 9, 2, 4))
+    run = lambda x: softmax.attention(x, x, x, pattern=patterns.Columns(3, ((0, 1),)) & patterns.CAUSAL, implementation="xla")
+    want = jax.vjp(run, x)[1](x)[0]
+    with jax.disable_jit():
+        np.testing.assert_allclose(jax.vjp(run, x)[1](x)[0], want, atol=1e-6)

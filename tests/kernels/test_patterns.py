@@ -169,3 +169,18 @@ def test_the_pictures_of_the_module():
     rows = np.array([[mark == "x" for mark in line.split()] for line in pictures]).reshape(4, 5, 4)
     for i, pattern in enumerate((CAUSAL, Band(1, 0), Band(0, 1), BlockPermutation(2, 2, (1,)), GlobalKeys(0, 1) | Band(0, 0))):
         np.testing.assert_array_equal(patterns.grid(pattern, 4, 4)[0], rows[:, i])
+
+
+@pytest.mark.parametrize("pattern", [SameBlock(4), InBlocks(3, Band(1, 0)), BlockPermutation(4, 3, (1, 0))])
+def test_coverage_of_positions_below_0(pattern):
+    """Between the pairs of blocks of two positions."""
+    at, head = np.arange(-6, 6), np.arange(pattern.heads)[:, None, None]
+    allowed = np.broadcast_to(pattern.allowed(at[:, None], at, head), (pattern.heads, 12, 12))
+    ends = at[::2], at[1::2]
+    states = pattern.coverage(tuple(x[:, None] for x in ends), ends, head)
+    seen = allowed.reshape(-1, 6, 2, 6, 2)
+    assert (seen.any((2, 4)) <= (states != NONE)).all() and (seen.all((2, 4)) >= (states == ALL)).all()
+
+
+def test_draws_are_kept_in_32_bits():
+    assert draws(DRAWN).dtype == np.int32

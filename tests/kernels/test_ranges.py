@@ -44,6 +44,7 @@ def features(kernel, is_causal):
 
 # 2^31 elements or more in every sample: a call, and the arrays by which it is differentiated.
 HEADS, TOKENS, MODES = array(1, 2**14, 1024, 128), array(1, 2**20, 2048), complex64(2048, 16)
+STARTS = float32(2, 2048)
 BUCKETS, ROTATIONS = int32(1, 4, 2**14, 1024), float32(1, 128, 4, 64)
 BLOCKS = np.arange(128)[None, :, None]
 ENORMOUS = {
@@ -58,9 +59,9 @@ ENORMOUS = {
     "lsh": (run(lsh.attention, num_buckets=128, chunk_size=64), [HEADS, HEADS, BUCKETS]),
     "hash": (run(lsh.hash_buckets), [HEADS, ROTATIONS]),
     "extend": (run(lsh.extend, start=0), [HEADS, HEADS, HEADS, BUCKETS, BUCKETS]),
-    "scan": (run(scan.first_order), [TOKENS, TOKENS, float32(1, 2048)]),
-    "scan-reversed": (run(scan.first_order, reverse=True), [array(1, 1, 2048), TOKENS, float32(1, 2048)]),
-    "scan-complex": (run(scan.first_order), 2 * [complex64(1, 2**20, 2048)] + [complex64(1, 2048)]),
+    "scan": (run(scan.first_order), 2 * [array(2, 2**20, 2048)] + [STARTS]),
+    "scan-reversed": (run(scan.first_order, reverse=True), [array(1, 1, 2048), array(2, 2**20, 2048), STARTS]),
+    "scan-complex": (run(scan.first_order), 2 * [complex64(2, 2**20, 2048)] + [complex64(2, 2048)]),
     "diagonal_scan": (run(ssm.diagonal_scan), [TOKENS, MODES, MODES, MODES]),
     "dplr_recurrence": (run(ssm.dplr_recurrence), [TOKENS, MODES, complex64(1, 2048, 16), MODES, MODES, float32(2048)]),
     "selective_scan": (run(ssm.selective_scan), [TOKENS, TOKENS, float32(2048, 16), *2 * [array(1, 2**20, 16)]]),

@@ -182,7 +182,7 @@ def test_segments_and_ragged_tiles(decay, is_complex, monkeypatch):
 def test_what_the_kernel_declines():
     with jax.enable_x64(True):
         arrays = [jnp.asarray(x, jnp.float64) for x in draw(4)]
-        with pytest.raises(dispatch.Declined, match="float32, bfloat16, float16 and complex64 only, not float64"):
+        with pytest.raises(dispatch.Declined, match="float64, and the kernels take float32, bfloat16, float16, complex64 only"):
             scan.first_order(*arrays, implementation="interpret")
 
 

@@ -83,9 +83,9 @@ def test_tiles_and_blocks_end_anywhere(monkeypatch, segments, most, tile, groups
 @pytest.mark.interpret
 def test_what_the_kernels_decline():
     run = functools.partial(ssm.selective_scan, implementation="interpret")
-    with pytest.raises(dispatch.Declined, match="a feature has 257 states, and the kernels hold at most 256"):
+    with pytest.raises(dispatch.Declined, match="there are 257 states in a feature, and the kernels hold at most 256"):
         run(*map(jnp.ones, ((1, 2, 1), (1, 2, 1), (1, 257), (1, 2, 257), (1, 2, 257))))
-    with jax.enable_x64(True), pytest.raises(dispatch.Declined, match="float32, bfloat16 and float16, not float64"):
+    with jax.enable_x64(True), pytest.raises(dispatch.Declined, match="float64, and"):
         run(*(jnp.asarray(x, jnp.float64) for x in draw()))
 
 

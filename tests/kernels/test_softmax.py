@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from subquad.kernels import dispatch, gpu, softmax
-from subquad.kernels.softmax import plan, xla
+from subquad.kernels.softmax import plan, sets, xla
 from subquad.lra.bench import measure
 from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
@@ -458,7 +458,7 @@ def test_cudnn_is_taken_where_it_was_measured(gpu_that_is_not_there, capability,
     assert len(gpu_that_is_not_there) == taken
 
 
-REFUSED_BY_JAX = [RuntimeError("cuDNN is not there."), NotImplementedError("requires cuDNN\nand more"), ValueError("sharding")]
+REFUSED_BY_JAX = [RuntimeError("cuDNN is not there."), NotImplementedError("requires cuDNN\nand more")]
 
 
 @pytest.mark.parametrize("error", REFUSED_BY_JAX, ids=lambda error: type(error).__name__)
@@ -472,5 +472,22 @@ def test_what_jax_refuses_cudnn_declines(gpu_that_is_not_there, monkeypatch, err
     arrays, _ = draw(9, dtype=jnp.bfloat16)
     with gpu.lowering_for(90):
         assert jax.eval_shape(softmax.attention, *arrays).shape == arrays[0].shape
-        with pytest.raises(dispatch.Declined, match="'cudnn' declines this call: JAX refuses it: (cuDNN|requires|sharding)"):
+        with pytest.raises(dispatch.Declined, match="'cudnn' declines this call: JAX refuses it: (cuDNN|requires)"):
             jax.eval_shape(functools.partial(softmax.attention, implementation="cudnn"), *arrays)
+
+
+def test_several_sets_of_keys_are_rounded_once():
+    """A sum of two parts, of which each is halfway between two numbers of 16 bits."""
+    step = 2.0**-7  # of bfloat16 from 1 on
+    column = lambda *numbers: jnp.asarray(numbers, jnp.bfloat16).reshape(1, 4, 1, 1)
+    seen = lambda *indices: sets.Visible(None, None, None, None, jnp.zeros((1, 1, 4, 4), bool).at[(0, 0, *indices)].set(True))
+
+    def run(value, *visible):
+        both = tuple(sets.KeySet(None, one) for one in visible)
+        return xla.attention(column(0, 0, 0, 0), (column(0, 0, 0, 0),), (value,), None, both, 1.0)[0]
+
+    keys = seen(slice(None), slice(2)), seen(slice(None), slice(2, 4))
+    assert (run(column(1, 1 + step, 1 + step, 1 + step), *keys) == 1 + step).all()
+    queries = seen(slice(2)), seen(slice(2, 4))
+    _, pull = jax.vjp(lambda value: run(value, *queries), column(0, 0, 0, 0))
+    assert (pull(column(4, 2 * step, 2 * step, 0))[0] == 1 + step).all()

@@ -216,3 +216,11 @@ def test_declines(reason, arrays):
         arrays = [x.astype(np.float64) for x in arrays] if reason == "float64" else arrays
         with pytest.raises(dispatch.Declined, match=reason):
             softmax.attention(*arrays, implementation="interpret")
+
+
+def test_the_tiles_of_some_calls(flash):
+    size = lambda *words: tuple(flash.tile_sizes(*words, "triton").blocks.values())
+    assert size("flash_forward", jnp.bfloat16, 64, False, False, False, None, None) == (128, 128)
+    assert size("flash_forward", jnp.bfloat16, 64, False, True, False, None, None) == (128, 64)
+    assert size("flash_forward", jnp.float32, 128, False, True, True, None, None) == (16, 32)
+    assert size("flash_backward_key", jnp.bfloat16, 128, False, False, False, None, 128) == (32, 64)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import dispatch, launch, specs
+from subquad.kernels import dispatch, launch, softmax, specs
 from tests.assertions import products
 
 SPECS = specs.load()
@@ -246,3 +246,12 @@ def test_names_need_no_quotes():
 def test_lowers_for_tpu(name):
     run, arguments = compiled(name, several_blocks(SPECS[name]), "float32", "xla")
     assert run.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_one_array_of_16_bits_makes_no_product_shorter(implementation):
+    query = jnp.ones((1, 65, 2, 8))
+    bias = jnp.zeros((1, 2, 65, 65), jnp.bfloat16)
+    run = lambda x, bias: softmax.attention(x, x, x, bias=bias, implementation=implementation).sum()
+    found = set(products(jax.make_jaxpr(jax.grad(run, (0, 1)))(query, bias).jaxpr))
+    assert found == {(jax.lax.Precision.HIGHEST,) * 2}

@@ -94,9 +94,9 @@ def test_memory_does_not_grow_with_depth():
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="XLA of jaxlib 0.12 orders such a stack well behind barriers alone")
 def test_xla_still_needs_the_layers_apart(monkeypatch):
-    """Behind barriers alone memory grows with depth; see `xla_cpu.apart`."""
+    """Behind barriers alone memory grows with depth; see `xla_cpu.as_own_computation`."""
     barrier = jax.lax.optimization_barrier
-    monkeypatch.setattr(zoo.reversible, "apart", lambda function, arrays: barrier(function(barrier(arrays))))
+    monkeypatch.setattr(zoo.reversible, "as_own_computation", lambda function, arrays: barrier(function(barrier(arrays))))
     assert temporaries(8) > 1.3 * temporaries(2)
 
 
