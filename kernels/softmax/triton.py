@@ -569,7 +569,7 @@ TILES_OF_FLOAT32 = {
     ),
     "flash_backward_key": (
         (lambda x: x.tiny, (32, 16, 8, 1)),
-        (lambda x: x.wide or x.blocks and x.ragged, (16, 16, 8, 1)),
+        (lambda x: x.wide or x.blocks and x.ragged or x.biased and x.crowded, (16, 16, 8, 1)),
         (ALWAYS, (16, 16, 4, 1)),
     ),
     "flash_backward_bias": (
