@@ -198,7 +198,7 @@ class Headless(nnx.Module):
 
     def pattern(self, length: int) -> np.ndarray:
         """What attends to what: bool [1, T, S] for T = S = length, True where the query may see the key."""
-        check_sizes(type(self).__name__, length=length)
+        check_sizes(type(self).__name__, 0, length=length)
         return patterns.grid(self.sees, length, length)
 
 

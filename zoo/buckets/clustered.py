@@ -95,24 +95,23 @@ class ClusteredAttention(Attention):
         heads = in_rows(lambda *rows: attend_by_cluster(*rows, *options), *map(rows, (query, key, value)), real, clusters)
         return unrows(heads, self.num_heads)
 
+    @precision.full
     def clusters(self, query: Float[Array, "B T N H"], real: Bool[Array, "BN T"]) -> Int[Array, "BN T"]:
         """The cluster of each query, C for padding. No gradient passes."""
         query = jax.lax.stop_gradient(query.astype(jnp.float32))
-        bits = jnp.einsum("btnh,nph->bntp", query, self.planes[...], precision="highest") >= 0
+        bits = jnp.einsum("btnh,nph->bntp", query, self.planes[...]) >= 0
         bits = jnp.where(rearrange(bits, "b n t p -> (b n) t p"), 1.0, -1.0)
         count = real.sum(1, keepdims=True, dtype=jnp.int32)  # the real tokens come first
         first = (2 * jnp.arange(self.num_clusters, dtype=jnp.int32)[None] + 1) * count // (2 * self.num_clusters)
         centres = jnp.take_along_axis(bits, first[..., None], axis=1, mode="clip")
 
-        product = functools.partial(jnp.einsum, precision="default")  # exact: of 0, 1 and -1
-
         def assigned(centres):
             # The largest product is the least distance.
-            nearest = product("btp,bcp->btc", bits, centres).argmax(2).astype(jnp.int32)
+            nearest = jnp.einsum("btp,bcp->btc", bits, centres).argmax(2).astype(jnp.int32)
             return jnp.where(real, nearest, self.num_clusters)
 
         def step(centres, _):
-            sums = product("btc,btp->bcp", members(assigned(centres), self.num_clusters), bits)
+            sums = jnp.einsum("btc,btp->bcp", members(assigned(centres), self.num_clusters), bits)
             return jnp.where(sums == 0, centres, jnp.sign(sums)), None
 
         return assigned(jax.lax.scan(step, centres, None, self.num_iterations)[0])
