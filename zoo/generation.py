@@ -65,7 +65,7 @@ def generate(
     stop_token: int | Sequence[int] | None = None,
     mask: Bool[Array, "B T"] | None = None,
     draft: Any = None,
-    draft_tokens: int = 4,
+    draft_tokens: int | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> Int[Array, "B num_tokens"]:
     """Continues the prompt: one compiled program, a prefill and a loop over `extend`; without dropout.
@@ -101,7 +101,7 @@ def generate(
         stop_token: a sample that has drawn this token, or one of these, repeats it to the end; None: there is no such token.
         mask: [B, T], True = a real token of the prompt.
         draft: another such model, of the same vocabulary; None: the model works alone.
-        draft_tokens: K >= 1, how many tokens the draft proposes at a time.
+        draft_tokens: K >= 1, how many tokens the draft proposes at a time; None: 4.
         rngs: `rngs.dropout()`, or the default stream, draws the samples; needed when temperature > 0. Inside a Linen module
             its "dropout" collection does where this is None.
     Returns: [B, num_tokens] int32, the new tokens. A sample whose logits are not finite, as after an id out of range that was
@@ -130,7 +130,7 @@ def stream(
     stop_token: int | Sequence[int] | None = None,
     mask: Bool[Array, "B T"] | None = None,
     draft: Any = None,
-    draft_tokens: int = 4,
+    draft_tokens: int | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> Generator[Int[Array, "B"], None, float | None]:
     """The tokens of `generate` as they come, one [B] array after another; ends once every sample has drawn a stop token.
@@ -168,13 +168,14 @@ def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, m
     models = {"model": model} if draft is None else {"model": model, "draft": draft}
     takes_mask = _check_models(models)
     real, whole = functools.partial(known_number, "generate"), functools.partial(known_integer, "generate")
-    num_tokens, draft_tokens = whole("num_tokens", num_tokens), whole("draft_tokens", draft_tokens)
+    num_tokens, draft_tokens = whole("num_tokens", num_tokens), _draft_tokens(draft, draft_tokens)
     temperature, top_p = real("temperature", temperature), None if top_p is None else real("top_p", top_p)
     top_k = None if top_k is None else whole("top_k", top_k)
     stop_tokens = () if stop_token is None else tuple(whole("stop_token", one) for one in np.atleast_1d(stop_token))
     rngs = call_rngs(rngs, "generate")
     _check_sampling(temperature, top_k, top_p, rngs)
-    _check_counts(num_tokens, draft, draft_tokens)
+    if num_tokens < 1:
+        raise ValueError(f"generate: num_tokens must be an integer >= 1, got {num_tokens}. Ask for at least one token.")
     check_tokens("generate", "prompt", prompt, mask, vocab_size=getattr(model, "vocab_size", None))
     if not isinstance(prompt.shape[0], int):
         raise ValueError(
@@ -192,7 +193,7 @@ def _request(model, prompt, num_tokens, temperature, top_k, top_p, stop_token, m
     # By its state: nnx.jit would write the model back, which a caller's jax.jit does not allow.
     graphs, states = zip(*map(nnx.split, models.values()), strict=True)
     key = key_of_call("generate", rngs) if temperature > 0 else jax.random.key(0)
-    sampling = Sampling(temperature == 0, top_k, stop_tokens, room, most, 0 if draft is None else draft_tokens)
+    sampling = Sampling(temperature == 0, top_k, stop_tokens, room, most, draft_tokens)
     return (graphs, sampling), Request(states, prompt.astype(jnp.int32), mask, key, temperature, top_p), num_tokens
 
 
@@ -227,12 +228,13 @@ def _check_sampling(temperature, top_k, top_p, rngs) -> None:
         raise ValueError("generate: rngs must be given when temperature > 0, got None. Pass nnx.Rngs(seed).")
 
 
-def _check_counts(num_tokens, draft, draft_tokens) -> None:
-    if draft_tokens < 1 or draft is None and draft_tokens != 4:
+def _draft_tokens(draft, count) -> int:
+    """How many tokens a draft proposes at a time; 0 without one."""
+    count = None if count is None else known_integer("generate", "draft_tokens", count)
+    if count is not None and (draft is None or count < 1):
         must = "be left out without a draft" if draft is None else "be an integer >= 1"
-        raise ValueError(f"generate: draft_tokens must {must}, got {draft_tokens}. It is of each call of a draft.")
-    if num_tokens < 1:
-        raise ValueError(f"generate: num_tokens must be an integer >= 1, got {num_tokens}. Ask for at least one token.")
+        raise ValueError(f"generate: draft_tokens must {must}, got {count}. It is of each call of a draft.")
+    return 0 if draft is None else 4 if count is None else count
 
 
 def _lengths(models: dict[str, Any], prompt: int, num_tokens: int, pads: bool) -> tuple[int, int, int]:

@@ -22,8 +22,8 @@ def are_few(queries: int, heads: int, keys: int) -> bool:
     return queries * heads <= MOST_ROWS and LEAST_KEYS * queries <= keys
 
 
-def attend(one: KeySet, scale: float, query, key, value, bias):
-    """Attention to one set of keys: out [B, T, N, V], maximum and log(normaliser) [B, T, N]."""
+def attend(one: KeySet, scale: float, query, key, value, bias, dtype):
+    """Attention to one set of keys: out [B, T, N, V] in a dtype, maximum and log(normaliser) [B, T, N]."""
     queries, heads, kv_heads = *query.shape[1:3], key.shape[2]
     precise = jnp.promote_types(query.dtype, jnp.float32)
     beside = lambda x: rearrange(x, "b s k h -> b s (k h)")
@@ -43,4 +43,4 @@ def attend(one: KeySet, scale: float, query, key, value, bias):
 
     state = online.update(online.start(logits.shape[:-1], value.shape[3], precise), logits, weigh)
     out, *sums = (x.swapaxes(1, 2) for x in online.finish(state))
-    return out.astype(query.dtype), *sums
+    return out.astype(dtype), *sums

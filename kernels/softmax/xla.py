@@ -40,7 +40,7 @@ def forward(static, query, keys, values, bias, visibles):
         one = known.set_of(visible)
         key, value, visible = keys[one.source], values[one.source], here(one, visible)
         if one.columns == 1 and few.are_few(*query.shape[1:3], key.shape[1]):
-            results.append(few.attend(one._replace(visible=visible), scale, query, key, value, bias))
+            results.append(few.attend(one._replace(visible=visible), scale, query, key, value, bias, dtype))
         else:
             results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, visible, dtype=dtype))
     out, *sums = results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True))
