@@ -1,8 +1,8 @@
 """Softmax attention of few queries to many keys, as a step of generation has it: keys and values are read once, where they lie.
 
-Keys [S, K, H] are K matrices of which no row is next to another: a product for each head would transpose them first, which
-takes ten times as long as to read them. All heads beside each other, [S, K H], are one matrix. A query then has its features
-at its own head and 0 at the others: K times the multiplications, of very few queries.
+Keys [S, K, H] are K matrices whose rows are not contiguous: a product for each head transposes them first, which takes up to ten
+times as long as reading them. All heads side by side, [S, K H], are one contiguous matrix. A query then has its features at
+its own head and 0 at the others: K times the multiplications, of very few queries.
 """
 
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from subquad.kernels.softmax import online
 from subquad.kernels.softmax.sets import KeySet
 
 # Queries times heads up to which the multiplications by 0 take less time than to transpose the keys; and how many times more
-# keys there are at least. Measured on two cores, float32, 8 heads of 32 and 16 of 64 features, 1K to 16K keys: one query
-# takes 0.1 to 0.6 of the tiles' time, 8 queries of 8 heads 0.4 to 1.1.
+# keys there are at least. Measured on one core, float32: one query of 8 heads of 32 features takes 0.55 (1K keys) to 0.07
+# (16K) of the tiles' time, of 16 heads of 64 features 0.15 (1K) and 0.1 (4K); 8 queries of 8 heads 1.1 (1K) and 0.3 (4K).
 MOST_ROWS, LEAST_KEYS = 64, 8
 
 
