@@ -1,7 +1,7 @@
 """Softmax attention of few queries to many keys, as a step of generation has it: keys and values are read once, where they lie.
 
-Keys [S, K, H] are K matrices whose rows are not contiguous: a product for each head transposes them first, which takes up to ten
-times as long as reading them. All heads side by side, [S, K H], are one contiguous matrix. A query then has its features at
+Keys [S, K, H] are K matrices whose rows are not contiguous: a product for each head transposes them first, which takes up to
+ten times as long as reading them. All heads side by side, [S, K H], are one contiguous matrix. A query then has its features at
 its own head and 0 at the others: K times the multiplications, of very few queries.
 """
 

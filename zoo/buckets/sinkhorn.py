@@ -113,7 +113,7 @@ class SinkhornAttention(Attention):
     def attend(self, query, key, value, inputs, mask, noise_rng=None):
         self._check_length("inputs_q", query.shape[1])
         length = query.shape[1]
-        real = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
+        real = padding.real(mask, query)
         key, value, inputs = (padding.clear(x, real) for x in (key, value, inputs.astype(jnp.float32)))
         query, key, value, inputs, real = (in_blocks(x, self.block_size) for x in (query, key, value, inputs, real))
         sums = inputs.sum(2)
@@ -121,7 +121,7 @@ class SinkhornAttention(Attention):
             sums = jnp.cumsum(sums, axis=1) - sums + inputs[:, :, 0]
         sorting = self.sort(sums, real.any(2), noise_rng)
         if self.sort_cut is not None:
-            sorting, real = sorting[:, :, : self.sort_cut], jnp.broadcast_to(real, (len(query), *real.shape[1:]))
+            sorting = sorting[:, :, : self.sort_cut]
         # The derivative keeps no copy of the tokens head by head.
         sorted_key, sorted_value = (jax.checkpoint(mix_blocks)(sorting, x) for x in (key, value))
         # A sorted block is as long as the longest, the first; a block without tokens has none.
@@ -162,7 +162,7 @@ class SinkhornAttention(Attention):
     def attend_cached(self, query, key, value, inputs, mask, cache):
         *cached, total, first, columns = cache
         start, tokens = cache.length, append(KVCache(*cached), key, value, mask)
-        inputs = padding.clear(inputs.astype(jnp.float32), jnp.ones((1, 1), bool) if mask is None else mask[:, 0, 0])
+        inputs = padding.clear(inputs.astype(jnp.float32), padding.real(mask, inputs))
         totals = total[:, None] + jnp.cumsum(inputs, axis=1)
         size, length = self.block_size, query.shape[1]
 
@@ -170,9 +170,9 @@ class SinkhornAttention(Attention):
         touched, block, offset = (length - 1 + size - 1) // size + 1, start // size, start % size
         at = size * places(block, touched) - start[:, None]  # of the first token of each block, among the new ones
         sums = jnp.where((at < 0)[..., None], first[:, None], jnp.take_along_axis(totals, at[..., None], axis=1, mode="clip"))
-        opened = tokens.length // size - block  # of the touched blocks, those that are full by now
-        rows, columns = self.next_rows(sums, block, opened, columns)
-        first = jnp.take_along_axis(sums, opened[:, None, None], axis=1, mode="clip")[:, 0]
+        full = tokens.length // size - block  # of the touched blocks, how many are full by now
+        rows, columns = self.next_rows(sums, block, full, columns)
+        first = jnp.take_along_axis(sums, full[:, None, None], axis=1, mode="clip")[:, 0]
 
         lay = jax.vmap(lambda x, at: jax.lax.dynamic_update_slice_in_dim(
             jnp.zeros((touched * size, *x.shape[1:]), x.dtype), x, at, 0))

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.kernels import precision, ssm
-from subquad.zoo import unit
+from subquad.zoo import padding, unit
 from subquad.zoo.base import Support
 from subquad.zoo.cache import KVCache, append, counts, places, poisoned
 from subquad.zoo.checks import cache_dtype, check_length, check_sizes, check_word, refuse, require_extend
@@ -188,7 +188,7 @@ class Mega(Headless):
     def respond(self, inputs, mask, segment_ids):
         length = inputs.shape[1]
         check_length(type(self).__name__, "inputs_q", length, self.max_length)
-        is_real = jnp.ones(inputs.shape[:2], bool) if mask is None else mask[:, 0, 0]
+        is_real = padding.real(mask, inputs)
         normed = self.normed(inputs, None if mask is None else is_real)
         query, key, value, *gates = self.parts(normed, self.smoothed(normed)[0])
         size = min(self.chunk_size or length, length)
