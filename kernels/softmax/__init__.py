@@ -168,7 +168,6 @@ def check_heads(owner: str, query, key, value) -> None:
     checks.shape(owner, "value", value, "B S K V", "Give it the key's length and heads.", B=batch, S=keys, K=kv_heads)
 
 
-
 def band_of(window_size, is_causal: bool) -> tuple[int | None, int | None] | None:
     """(left, right) limits of the visible positions around the query's; None where there is no limit."""
     both = window_size if isinstance(window_size, tuple | list) else (window_size, window_size)

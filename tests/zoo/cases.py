@@ -11,6 +11,7 @@ from subquad import zoo
 
 FEATURES = 16
 LONG = 8192  # the longest sequence of the cost tests
+POISONS = (float("nan"), float("inf"), float("-inf"), 1e12, 1e18)  # what may stand where nothing is seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +240,7 @@ halved = pytest.mark.sample(2, of=SIBLINGS)  # of what takes longest
 CAUSAL = [name for name, is_causal in DIRECTIONS if is_causal]
 SEGMENTED = [(name, is_causal) for name, is_causal in DIRECTIONS if CASES[name].supports.segment_ids]
 EXTENDING = [name for name in CAUSAL if CASES[name].supports.extend]
+
 
 def one_direction(pairs: list[tuple[str, bool]]) -> list:
     """Of what a family's code does alike in both directions each sibling meets one by default: one this, the next that."""

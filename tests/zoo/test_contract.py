@@ -35,6 +35,7 @@ from .cases import (
     EXTENDING,
     FEATURES,
     LONG,
+    POISONS,
     SEGMENTED,
     Case,
     halved,
@@ -109,6 +110,8 @@ def padding(valid) -> jax.Array:
 
 
 EVERYTHING = jnp.ones((2, 1, 1, LENGTH), bool)  # a mask that hides nothing
+HOLES = np.ones((2, LENGTH), bool)  # and padding on either side
+HOLES[0, [0, 1, 2, 9, 10, 20]] = HOLES[1, [2, 5, 6, 7, 21, 22]] = False
 
 
 def close(actual, expected, name: str, scale: float = 1.0):
@@ -246,14 +249,21 @@ def test_a_mask_that_hides_nothing_is_none(name, is_causal):
 
 
 @by_direction
-def test_padding_gets_no_gradient(name, is_causal):
-    """On the left, in a hole, on the right."""
-    is_real = jnp.ones((LENGTH, 1), bool).at[jnp.array([0, 1, 2, 9, 10, 20, 21, 22])].set(False)
-    mask = padding(jnp.stack([is_real[:, 0]] * 2))
-    _, gradient, _ = gradients(name, is_causal)(inputs(LENGTH), mask, jnp.where(is_real, inputs(LENGTH, seed=2), 0))
-    assert jnp.isfinite(gradient).all()
-    of_padding, of_tokens = jnp.where(is_real, 0, gradient), jnp.where(is_real, gradient, 0)
+def test_what_padding_holds_reaches_nothing_that_is_kept(name, is_causal):
+    """Bit by bit, on the left, in holes, on the right; and no kept output gives it a gradient."""
+    x, cotangent = (jnp.where(HOLES[..., None], inputs(LENGTH, seed=seed), 0) for seed in (0, 2))
+
+    def kept(value):
+        y, *grads = gradients(name, is_causal)(jnp.where(HOLES[..., None], x, value), padding(HOLES), cotangent)
+        return jnp.where(HOLES[..., None], y, 0), *grads
+
+    expected = kept(0.0)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
+    of_padding, of_tokens = jnp.where(HOLES[..., None], 0, expected[1]), jnp.where(HOLES[..., None], expected[1], 0)
     assert jnp.abs(of_padding).max() < 1e-6 < jnp.abs(of_tokens).max()
+    for value in POISONS:
+        for actual, wanted in zip(*map(jax.tree.leaves, (kept(value), expected)), strict=True):
+            np.testing.assert_array_equal(actual, wanted, err_msg=f"padding of {value}")
 
 
 @by_direction

@@ -1,4 +1,4 @@
-"""What is masked out reaches no kept output and no gradient, whatever it holds."""
+"""What is masked out reaches no kept output and no gradient, whatever it holds; of a call with padding: test_contract.py."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.zoo.cases import CASES, DIRECTIONS, EXTENDING, inputs, label, sampled
+from tests.zoo.cases import CASES, EXTENDING, POISONS, inputs, sampled
 
-POISONS = (np.nan, np.inf, -np.inf, 1e12, 1e18)
 LENGTH = 9
 IS_REAL = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0, 1, 0, 0]], bool)
 CROSSING = [name for name in CASES if CASES[name].supports.cross]
@@ -37,13 +36,6 @@ def with_gradients(layer, function):
         return jnp.sum(jnp.sin(outputs)), outputs
 
     return jax.jit(lambda x, *fixed: jax.grad(loss, (0, 1), has_aux=True)(params, x, *fixed))
-
-
-@pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS, ids=label)
-def test_padding_reaches_nothing_that_is_kept(name, is_causal):
-    kept = lambda layer, x: jnp.where(IS_REAL[..., None], layer(x, mask=jnp.asarray(IS_REAL[:, None, None])), 0.0)
-    run = with_gradients(CASES[name].make(is_causal), kept)
-    assert_nothing_changes(run, inputs(LENGTH), IS_REAL)
 
 
 @sampled
