@@ -111,51 +111,54 @@ def lay_out(layout: Layout, order, codes) -> tuple[Items, jax.Array | None]:
     Returns: the items, and where keys count once the codes by place, int32 [R, places + 1].
     """
     batch, heads, rounds, length = order.shape
-    groups, nobody = batch * heads, batch * length * heads
+    nobody = batch * length * heads
     order, codes = (rearrange(x, "b n r t -> (b n) r t") for x in (order, codes))
-    chunks = math.ceil(length / layout.chunk_size)
-    # Chunks that begin with a segment overlap two of those that items are.
-    before, after = layout.before + layout.has_segments, layout.after + layout.has_segments
-
-    sample, head = np.divmod(np.arange(groups, dtype=np.int32)[:, None, None], heads)
+    sample, head = np.divmod(np.arange(batch * heads, dtype=np.int32)[:, None, None], heads)
     place = jnp.where(codes < 0, nobody, (sample * length + order) * heads + head)
     by_place = None
     if layout.correct_duplicates and rounds > 1:
         row = jnp.arange(rounds)[:, None]
         by_place = jnp.zeros((rounds, nobody), jnp.int32).at[row, place].set(codes, **NOBODY_WRITTEN)
 
-    steps = range(-before, after + 1)
+    chunks = math.ceil(length / layout.chunk_size)
     own = pad_to(jnp.stack([place, codes]), 3, chunks * layout.chunk_size, constant_values=nobody)
     own = rearrange(own, "x g r (n c) -> x g r n c", n=chunks)
-    if layout.reach == "ring":
-        ring = rearrange(own, "x g r n c -> x g (r n) c")
-        around = jnp.concatenate([jnp.roll(ring, -step, axis=2) for step in steps], axis=-1)
-        around = rearrange(around, "x g (r n) w -> x g r n w", n=chunks)
-    else:
-        ends = jnp.pad(own, ((0, 0), (0, 0), (0, 0), (before, after), (0, 0)), constant_values=nobody)
-        around = jnp.concatenate([ends[:, :, :, before + step :][:, :, :, :chunks] for step in steps], axis=-1)
-
+    around = chunks_in_reach(layout, own, nobody)
     cuts = min(layout.chunk_size, math.ceil(4 * layout.chunk_size * around.shape[-1] / CHUNK_BYTES))
     if cuts > 1:
         own = pad_to(own, 4, math.ceil(layout.chunk_size / cuts) * cuts, constant_values=nobody)
         own = rearrange(own, "x g r n (s c) -> x g r (n s) c", s=cuts)
         around = jnp.repeat(around, cuts, axis=3)
 
-    count = groups * chunks * cuts
+    count = batch * heads * chunks * cuts
     # Two cuts of one chunk add to the same keys, so they are not taken in one step.
     most = 1 if cuts > 1 else tile_bytes() // (4 * own.shape[-1] * around.shape[-1])
-    per_step = max(1, min(count, most))
-    steps = math.ceil(count / per_step)
-    per_step = math.ceil(count / steps)
-
-    def blocks(x, no_code):
-        x = rearrange(x, "x g r n c -> r x (g n) c")
-        x = pad_to(x, 2, steps * per_step, constant_values=nobody)
-        x = x.at[:, 1].set(jnp.where(x[:, 0] < nobody, x[:, 1], no_code))
-        return rearrange(x, "r x (k i) c -> x (r k) i c", k=steps)
-
+    steps = math.ceil(count / max(1, min(count, most)))
     round_ = jnp.repeat(jnp.arange(rounds, dtype=jnp.int32), steps)
-    return Items(*blocks(own, -(1 << 30)), *blocks(around, (1 << 30) - 1), round_), by_place
+    queries = in_steps(own, steps, nobody, no_code=-(1 << 30))
+    keys = in_steps(around, steps, nobody, no_code=(1 << 30) - 1)
+    return Items(*queries, *keys, round_), by_place
+
+
+def chunks_in_reach(layout: Layout, own, nobody: int):
+    """The chunks [..., chunks, C] that each chunk of a sequence sees, side by side: [..., chunks, W]."""
+    # Chunks that begin with a segment overlap two of those that items are.
+    before, after = layout.before + layout.has_segments, layout.after + layout.has_segments
+    chunks = own.shape[3]
+    if layout.reach == "ring":
+        ring = rearrange(own, "x g r n c -> x g (r n) c")
+        around = jnp.concatenate([jnp.roll(ring, -step, axis=2) for step in range(-before, after + 1)], axis=-1)
+        return rearrange(around, "x g (r n) w -> x g r n w", n=chunks)
+    ends = jnp.pad(own, ((0, 0), (0, 0), (0, 0), (before, after), (0, 0)), constant_values=nobody)
+    return jnp.concatenate([ends[:, :, :, first : first + chunks] for first in range(before + after + 1)], axis=-1)
+
+
+def in_steps(items, steps: int, nobody: int, no_code: int):
+    """Places and codes, stacked as [2, groups, R, items, C], by the steps of all rounds: two of [R steps, I, C]."""
+    items = rearrange(items, "x g r n c -> r x (g n) c")
+    items = pad_to(items, 2, steps * math.ceil(items.shape[2] / steps), constant_values=nobody)
+    places, codes = rearrange(items, "r x (k i) c -> x (r k) i c", k=steps)
+    return places, jnp.where(places < nobody, codes, no_code)
 
 
 def sort(layout: Layout, buckets, segment_ids):
