@@ -25,9 +25,10 @@ def test_layer_traces_under_strict_settings(name, is_causal):
         for dtype in (None, jnp.bfloat16):
             layer = CASES[name].make(is_causal, dtype=dtype)
             total = lambda x, layer=layer: jnp.sum(layer(x, mask=mask).astype(jnp.float32))
-            jax.eval_shape(jax.grad(total), inputs(9))
+            assert jax.eval_shape(jax.grad(total), inputs(9)).shape == inputs(9).shape
             if is_causal and name in EXTENDING:
-                jax.eval_shape(lambda x, layer=layer: layer.extend(x, layer.init_cache(2, 20), mask=mask), inputs(9))
+                extend = lambda x, layer=layer: layer.extend(x, layer.init_cache(2, 20), mask=mask)[0]
+                assert jax.eval_shape(extend, inputs(9)).shape == jax.eval_shape(layer, inputs(9)).shape
 
 
 @sampled
@@ -64,10 +65,12 @@ def test_models_trace_under_strict_settings(positions):
         draws = lambda: dict(deterministic=False, rngs=nnx.Rngs(1))
         for pooling in ("mean", "max", "first", "last"):
             classifier = zoo.Classifier(3, pooling=pooling, **options)
-            jax.eval_shape(lambda tokens, model=classifier: model(tokens, mask=mask, **draws()), tokens)
+            logits = lambda tokens, model=classifier: model(tokens, mask=mask, **draws())
+            assert jax.eval_shape(logits, tokens).shape == (2, 3)
         dual, model = zoo.DualEncoder(3, **options), zoo.CausalLM(**options)
-        jax.eval_shape(lambda tokens: dual(tokens, tokens, mask=mask, other_mask=mask, **draws()), tokens)
-        jax.eval_shape(lambda tokens: model(tokens, mask=mask, **draws()), tokens)
+        both = lambda tokens: dual(tokens, tokens, mask=mask, other_mask=mask, **draws())
+        assert jax.eval_shape(both, tokens).shape == (2, 3)
+        assert jax.eval_shape(lambda tokens: model(tokens, mask=mask, **draws()), tokens).shape == (2, 5, 7)
         for draft in (None, model):
             generate = lambda tokens, draft=draft: model.generate(tokens, 4, rngs=nnx.Rngs(2), draft=draft, **sampling)
-            jax.eval_shape(generate, tokens)
+            assert all(x.shape[0] == 2 for x in jax.tree.leaves(jax.eval_shape(generate, tokens)))
