@@ -1,9 +1,14 @@
 """Checks that several operations make of their arguments."""
 
+import functools
 import numbers
+import operator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+LARGE = 1e15  # of a query in padding: products of more may overflow
 
 
 def floating(owner: str, **arrays) -> None:
@@ -69,6 +74,8 @@ def lists(owner: str, name: str, array, axes: str, least: int, most: int, instea
 def hide(mask, *arrays):
     """Keys and values [B, S, ...] with 0 where the mask shows a key to no query, and gradients that are exactly 0 there.
 
+    Where it tells N heads apart, of [B, S, K, H] what it shows to no query of the N / K heads that read a key head.
+
     A weight of 0 hides what is finite only: 0 times the NaN of a padding token is NaN, in a tile of outputs and in gradients.
 
     Args:
@@ -77,9 +84,25 @@ def hide(mask, *arrays):
     """
     if mask is None:
         return arrays
-    seen = mask.any((1, 2))
-    rows = lambda x: seen.reshape(*seen.shape, *(1,) * (x.ndim - 2))
+    seen = jnp.moveaxis(jnp.asarray(mask).any(2), 1, 2)  # [B, S, N|1]
+
+    def rows(x):
+        groups = x.shape[2] if x.ndim == 4 and seen.shape[2] > 1 else 1  # of query heads: each reads a key head of its own
+        by_head = seen.reshape(*seen.shape[:2], groups, -1).any(3)
+        return by_head[..., None] if x.ndim == 4 else by_head[..., 0].reshape(*seen.shape[:2], *(1,) * (x.ndim - 2))
+
     return tuple(None if x is None else jnp.where(rows(x), x, 0) for x in arrays)
+
+
+def may_be_padding(queries, *gradients):
+    """Which rows of queries [..., H] a backward pass has to hide, bool [..., 1]: their outputs have no gradient, of all those
+    given as [..., X], and they hold NaN or what could overflow. The others keep their values, which second derivatives need.
+    """
+    # Behind a barrier: a gradient that is a constant would be compared while compiling, for seconds.
+    gradients = jax.lax.optimization_barrier(gradients)
+    unused = functools.reduce(operator.and_, [(x == 0).all(-1, keepdims=True) for x in gradients])
+    is_finite = functools.reduce(operator.and_, [(jnp.abs(x) < LARGE).all(-1, keepdims=True) for x in queries])
+    return unused & ~is_finite
 
 
 def at_least(owner: str, name: str, value, least: int, instead: str) -> None:
@@ -118,7 +141,7 @@ def key_padding(owner: str, mask, batch: int, length: int, instead: str = "Use s
 def row(owner: str, name: str, array, batch: int, length: int):
     """Positions or segments as int32 [B|1, length]; NumPy arrays stay NumPy arrays, which marks them as known. None passes.
 
-    Refuses other shapes (ValueError) and kinds (TypeError).
+    Refuses other shapes and numbers that need more bits (ValueError) and kinds (TypeError).
     """
     if array is None:
         return None
@@ -128,6 +151,8 @@ def row(owner: str, name: str, array, batch: int, length: int):
             f"{owner}: {name} must have shape {(batch, length)} or {(1, length)}, got {array.shape}. "
             "Give every sample a row, or all samples one."
         )
+    if isinstance(array, np.ndarray) and (array != array.astype(np.int32)).any():
+        raise ValueError(f"{owner}: {name} must fit int32, got {array.max()}. Number them with np.unique(return_inverse=True).")
     return array.astype(np.int32)
 
 

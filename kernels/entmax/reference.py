@@ -20,7 +20,7 @@ def attention(query, key, value, alpha, mask, positions, scale):
     key, value = (jnp.repeat(x.astype(precise), heads // key.shape[2], axis=2) for x in (key, value))
     seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
     if positions is not None:
-        seen &= positions[1][:, None, None, :] <= positions[0][:, None, :, None]
+        seen = seen & (positions[1][:, None, None, :] <= positions[0][:, None, :, None])
     logits = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(precise), key)
     alpha = jnp.broadcast_to(jnp.asarray(alpha, precise), heads)[None, :, None, None]
     weights = _entmax(jnp.where(seen, logits, -jnp.inf), alpha, -1)

@@ -95,7 +95,7 @@ def slope_in_alpha(y, alpha):
         series = 1 - v / k * series
     p = jnp.exp(logarithm)
     far = (p - jnp.exp((1 - epsilon) * logarithm) - p * v) / jnp.where(near, 1, epsilon) ** 2
-    return jnp.where(chosen, jnp.where(near, -p * logarithm**2 * series / 2, far), 0)
+    return jnp.where(chosen, jnp.where(near, -(p * logarithm) * logarithm * series / 2, far), 0)
 
 
 def _epsilon(alpha):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from subquad.kernels import precision
+from subquad.kernels import checks, precision
 from subquad.kernels.entmax.threshold import powers, search, slope_in_alpha
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
@@ -145,8 +145,7 @@ def _attention_backward(plan, saved, cotangent):
         queries, grad_out, *below = (
             _cut(tile, key.shape[2], x, i) for x in (query, cotangent, maximum[..., None], threshold[..., None])
         )
-        # A query whose output nobody uses may be padding, which holds anything; so are those past the end.
-        unused = (grad_out == 0).all(-1, keepdims=True)
+        unused = checks.may_be_padding([queries], grad_out)
         queries = jnp.where(unused, 0, queries)
         below = (jnp.where(unused, fill, x) for x, fill in zip(below, (jnp.inf, 0), strict=True))
         y = _less(logits_of(i, queries), *below)

@@ -1,6 +1,7 @@
 """Softmax attention in which every query, or block of queries, has a list of the keys that it sees."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from subquad.kernels import checks, dispatch
@@ -87,6 +88,8 @@ def attention(
     dtype = jnp.result_type(query, key, value)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
     key, value = checks.hide(mask, key, value)
+    if isinstance(indices, np.ndarray):  # of more than 32 bits
+        indices = np.clip(indices, -1, keys) if indices.dtype.itemsize > 4 else indices
     indices = jnp.broadcast_to(indices, (batch, *indices.shape[1:])).astype(jnp.int32)
     out, lse = dispatch.run(
         OWNER, IMPLEMENTATIONS, implementation,

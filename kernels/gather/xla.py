@@ -51,7 +51,7 @@ def listed(indices, lists, keys, mask, correct_duplicates):
     """The places that each list names, [B, blocks, lists, L], with S for what is no key, hidden or there already."""
     is_key = (indices >= 0) & (indices < keys)
     if mask is not None:
-        is_key &= jnp.take_along_axis(mask, jnp.clip(indices, 0, keys - 1), axis=3)
+        is_key = is_key & jnp.take_along_axis(mask, jnp.clip(indices, 0, keys - 1), axis=3)
     places = jnp.where(is_key, indices, keys)
     if correct_duplicates:
         # Lists that are constants of a program XLA would sort while it compiles, for seconds.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from subquad.kernels import precision
+from subquad.kernels import checks, precision
 from subquad.kernels.padding import pad_to
 from subquad.kernels.xla_cpu import from_uint_bits, hide_zeros, to_uint_bits, uint_bits_dtype, zeros_depending_on
 
@@ -42,8 +42,7 @@ def scan(step: Callable, size: int, constants, state, arrays: dict, dtype, *, sk
         constants, state: pytrees of float32 arrays.
         arrays: by name, "query" among them; None stays None.
         dtype: of the outputs.
-        skip_unused: take queries whose outputs have no gradient for 0 in the backward pass: they may be padding, which
-            may hold anything.
+        skip_unused: the backward pass hides queries that may be padding, see `checks.may_be_padding`.
     Returns: the state after the last chunk, and the outputs [B, T, N, X].
     """
     length = arrays["query"].shape[1]
@@ -118,8 +117,8 @@ def _differentiable(step, segments, inside, size, dtype, skip_unused):
                 place = segment * inside + i
                 parts, grad_part = chunk(arrays, place), take(grad_outputs, place * size, size)
                 if skip_unused:
-                    unused = (grad_part == 0).all(-1, keepdims=True)
-                    parts["query"] = jnp.where(unused, 0, parts["query"])
+                    hidden = checks.may_be_padding([parts["query"]], grad_part)
+                    parts["query"] = jnp.where(hidden, 0, parts["query"])
                 _, pull = jax.vjp(step, constants, load(states, i), parts)
                 more, grad_state, grad_parts = pull((grad_state, grad_part))
                 grad_arrays = put_chunk(grad_arrays, grad_parts, arrays, place, size)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from subquad.kernels import launch, precision, tuning
+from subquad.kernels import checks, launch, precision, tuning
 from subquad.kernels.flash.triton import padded
 from subquad.kernels.linear.chunk_kernels import Shape, linear_outputs, linear_states
 from subquad.kernels.operation import operation
@@ -182,8 +182,7 @@ def backward(plan: Plan, residuals, cotangents):
     arrays, *divided = residuals
     grad_out, grad_last, grad_last_sums, _ = cotangents
     if plan.hides:
-        # Queries may be padding, which holds anything: one whose output nobody used counts as 0.
-        idle = (grad_out == 0).all(-1, keepdims=True)
+        idle = checks.may_be_padding(arrays[:1], grad_out)
         arrays = jnp.where(idle, 0, arrays[0]), *arrays[1:]
     x, pull, _ = jax.vjp(functools.partial(plan.prepare, plan), *arrays, has_aux=True)
     do, grad_normaliser = plan.scale * grad_out.astype(jnp.float32), None

@@ -45,7 +45,7 @@ def allow(logits, is_causal):
     """(which pairs are allowed, finite logits of at least float32)."""
     allowed = logits > -jnp.inf
     if is_causal:
-        allowed &= jnp.tri(logits.shape[2], dtype=bool)
+        allowed = allowed & jnp.tri(logits.shape[2], dtype=bool)
     return allowed, jnp.where(allowed, precision.wide(logits), LEAST)
 
 

@@ -27,7 +27,7 @@ class BlockPattern(Pattern):
         below = (first_query < 0) | (first_key < 0)  # the table begins at 0
         first_query, first_key, end_query, end_key = (np.maximum(x, 0) for x in (first_query, first_key, end_query, end_key))
         table = self.table(int(np.max(end_query)), int(np.max(end_key)))
-        total = np.pad(table, ((0, 0), (1, 0), (1, 0))).astype(np.int64).cumsum(1).cumsum(2)
+        total = np.pad(table, ((0, 0), (1, 0), (1, 0))).cumsum(1, np.int32).cumsum(2, np.int32)
         head = np.asarray(head) % self.heads
         count = total[head, end_query, end_key] - total[head, first_query, end_key]
         count = count - total[head, end_query, first_key] + total[head, first_query, first_key]
@@ -67,7 +67,7 @@ class BlockPermutation(BlockPattern):
         return len(self.shifts)
 
     def allowed(self, query, key, head):
-        shift = looked_up(self.shifts, head)
+        shift = looked_up(self.shifts, head % self.heads)
         return key // self.block_size == (query // self.block_size + shift) % self.num_blocks
 
     def table(self, rows, columns):
@@ -77,7 +77,7 @@ class BlockPermutation(BlockPattern):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(BlockPattern):
-    """The queries of block i see the keys of block j where it says so in a table."""
+    """The queries of block i see the keys of block j where it says so in a table; what is outside sees nothing."""
 
     block_size: int
     shape: tuple[int, int, int]  # heads or 1, blocks of queries, blocks of keys
@@ -95,10 +95,13 @@ class Blocks(BlockPattern):
         return self.shape[0]
 
     def allowed(self, query, key, head):
-        return looked_up(self.table(*self.shape[1:]), head % self.heads, query // self.block_size, key // self.block_size)
+        (rows, columns), row, column = self.shape[1:], query // self.block_size, key // self.block_size
+        inside = (0 <= row) & (row < rows) & (0 <= column) & (column < columns)
+        return inside & looked_up(self.table(rows, columns), head % self.heads, row % rows, column % columns)
 
     def table(self, rows, columns):
-        return np.frombuffer(self.bits, bool).reshape(self.shape)[:, :rows, :columns]
+        table = np.frombuffer(self.bits, bool).reshape(self.shape)[:, :rows, :columns]
+        return np.pad(table, [(0, 0), *((0, size - own) for size, own in zip((rows, columns), table.shape[1:], strict=True))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,13 @@ class SameBlock(BlockPattern):
 
     def allowed(self, query, key, head):
         return query // self.block_size == key // self.block_size
+
+    def coverage(self, queries, keys, head):
+        """Without the table, which is large where blocks are small."""
+        first_query, last_query, first_key, last_key = (x // self.block_size for x in (*queries, *keys))
+        is_one = (first_query == last_key) & (first_key == last_query)
+        meets = (first_query <= last_key) & (first_key <= last_query)
+        return np.where(is_one, ALL, np.where(meets, SOME, NONE)).astype(np.int8)
 
     def table(self, rows, columns):
         return np.eye(rows, columns, dtype=bool)[None]

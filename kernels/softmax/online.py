@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from subquad.kernels import checks
+
 
 class State(NamedTuple):
     """What a row remembers of the tiles so far."""
@@ -101,8 +103,8 @@ def backward_rows(out, sums, grad_out, grad_lse, is_masked: bool, *queries):
 
     Args:
         sums: maximum and log(normaliser) of each row, or the log-sum-exp alone.
-        is_masked: whether queries may be padding, which holds anything: one that saw nothing, or whose output nobody used,
-            then counts as 0, and its row as empty.
+        is_masked: whether queries may be padding, which holds anything: one that saw nothing, or that `checks.may_be_padding`
+            names, then counts as 0, and its row as empty.
     """
     first, *rest = sums
     empty = jnp.isneginf(first)
@@ -110,6 +112,6 @@ def backward_rows(out, sums, grad_out, grad_lse, is_masked: bool, *queries):
     options = dict(preferred_element_type=first.dtype, precision=jax.lax.Precision.HIGHEST)
     delta = jnp.einsum("...v,...v->...", grad_out, out, **options) - grad_lse
     if is_masked:
-        empty |= (grad_out == 0).all(-1) & (grad_lse == 0)
+        empty |= checks.may_be_padding(queries, grad_out, jnp.asarray(grad_lse)[..., None])[..., 0]
         queries = (jnp.where(empty[..., None], 0, query) for query in queries)
     return jnp.where(empty, jnp.inf, first), *(jnp.where(empty, 0.0, x) for x in (*rest, delta)), *queries

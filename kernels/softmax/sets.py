@@ -34,9 +34,9 @@ class Visible(NamedTuple):
         seen = jnp.ones((1, 1, 1, 1), bool) if self.mask is None else self.mask
         if pattern is not None:
             positions = self.query_positions[:, None, :, None], self.key_positions[:, None, None, :]
-            seen &= pattern.allowed(*positions, np.arange(heads)[:, None, None])
+            seen = seen & pattern.allowed(*positions, np.arange(heads)[:, None, None])
         if self.query_segment_ids is not None:
-            seen &= self.query_segment_ids[:, None, :, None] == self.key_segment_ids[:, None, None, :]
+            seen = seen & (self.query_segment_ids[:, None, :, None] == self.key_segment_ids[:, None, None, :])
         return seen
 
 

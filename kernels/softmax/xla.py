@@ -32,20 +32,25 @@ def attention(query, keys, values, bias, sets: tuple[KeySet, ...], scale: float)
     return flash(independent, len(keys), len(sets))((static, scale), query, keys, values, bias, visibles)
 
 
-def forward(static, query, keys, values, bias, visibles):
+def forward(static, query, *others):
     """Attention to some sets; the maximum has no gradient, and the log(normaliser) that of the log-sum-exp."""
+    results = outputs_of(static, query, *others)
+    return results, (query, *others, *results)
+
+
+def outputs_of(static, query, keys, values, bias, visibles, *, gradients_follow: bool = True):
+    """Few queries take a product of their own only where no gradients follow: theirs would differ from it by its rounding."""
     sets, scale = static
     results, dtype = [], dtype_of(query, sets)
     for known, visible in zip(sets, visibles, strict=True):
         one = known.set_of(visible)
         key, value, visible = keys[one.source], values[one.source], here(one, visible)
-        if one.columns == 1 and few.are_few(*query.shape[1:3], key.shape[1]):
+        if not gradients_follow and one.columns == 1 and few.are_few(*query.shape[1:3], key.shape[1]):
             results.append(few.attend(one._replace(visible=visible), scale, query, key, value, bias, dtype))
         else:
             results.append(attend(plan_of(query, key, value, one), scale, query, key, value, bias, visible, dtype=dtype))
     out, *sums = results[0] if len(results) == 1 else online.merge(*zip(*results, strict=True))
-    results = out.astype(query.dtype), *sums
-    return results, (query, keys, values, bias, visibles, *results)
+    return out.astype(query.dtype), *sums
 
 
 def backward(static, residuals, gradients):
@@ -87,6 +92,7 @@ def flash(independent: str, sources: int, sets: int):
     return operation(
         precision.full(forward), precision.full(backward), arrays=arrays, outputs=("b t n v", "b t n", "b t n"),
         independent=independent, shared=shared, name=SAVED,
+        primal=precision.full(functools.partial(outputs_of, gradients_follow=False)),
     )  # fmt: skip
 
 

@@ -296,7 +296,6 @@ def _check_low_rank(owner, low_rank, step, modes):
     checks.shape(owner, "step", step, "D", "Give every feature its own.", D=features)
 
 
-
 def _check_one_kind(owner, **modes):
     """All are complex, or all are real."""
     first, *_ = modes.values()
@@ -315,6 +314,7 @@ def _start(owner, inputs, state, modes):
     checks.shape(owner, "inputs", inputs, "B T D", "Give inputs one feature per system.", D=features)
     batch, size = len(inputs), 2 * pairs if jnp.iscomplexobj(modes) else pairs
     checks.shape(owner, "state", state, "B D S", "Start from None.", B=batch, D=features, S=size)
+    precise = jnp.promote_types(modes.real.dtype, jnp.float32)
     if state is None:
-        return jnp.zeros((batch, features, size), jnp.promote_types(modes.real.dtype, jnp.float32))
-    return state
+        return jnp.zeros((batch, features, size), precise)
+    return state.astype(jnp.promote_types(state.dtype, precise))

@@ -258,7 +258,7 @@ def finite_padding(query, mask):
     """
     if mask is None:
         return query
-    return jnp.where(jnp.moveaxis(mask, 3, 1) | (abs(query) < 1e15), query, 0)
+    return jnp.where(jnp.moveaxis(mask, 3, 1) | (abs(query) < checks.LARGE), query, 0)
 
 
 def in_whole_rows(arrays, mask, segments, size: int, is_causal: bool):

@@ -82,6 +82,7 @@ def test_the_slope_in_alpha_has_all_digits():
             want = threshold.slope_in_alpha(jnp.asarray(y), jnp.asarray(1 + epsilon))
         got = threshold.slope_in_alpha(jnp.asarray(y, "float32"), jnp.float32(1 + np.float32(epsilon)))
         np.testing.assert_allclose(got, want, rtol=1e-4 if epsilon == 1e-8 else 3e-5)
+    np.testing.assert_array_equal(threshold.slope_in_alpha(jnp.float32([-1e20, -3e38]), jnp.float32(1)), 0)
 
 
 def test_the_rest_of_a_batch_changes_no_row():

@@ -1,5 +1,6 @@
 """Few queries to many keys, as in generation: the formula in float64, and no copy of the keys."""
 
+import contextlib
 import functools
 
 import jax
@@ -13,22 +14,33 @@ from tests.kernels import dense
 from tests.kernels.dense import TOLERANCES, draw
 
 
-@pytest.fixture(autouse=True)
-def only_few(monkeypatch):
+@pytest.fixture
+def only_few():
+    with tiles_refused():
+        yield
+
+
+@contextlib.contextmanager
+def tiles_refused():
     """Says so where tiles are taken."""
 
     def refuse(*_, **__):
         raise AssertionError("not taken for few")
 
-    monkeypatch.setattr(softmax.xla, "attend", refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softmax.xla, "attend", refuse)
+        yield
 
 
 def check(arrays, cotangents, dtype="float32", bias=None, **options):
     def attend(query, key, value, bias=None):
         return softmax.attention(query, key, value, bias=bias, return_lse=True, implementation="xla", **options)
 
-    result = dense.run(attend, arrays if bias is None else [*arrays, bias], cotangents)
-    dense.compare(result, dense.formula(arrays, cotangents, bias, **options), dtype)
+    given = arrays if bias is None else [*arrays, bias]
+    with tiles_refused():
+        outputs = jax.jit(attend)(*given)
+    _, gradients = dense.run(attend, given, cotangents)  # of tiles
+    dense.compare((outputs, gradients), dense.formula(arrays, cotangents, bias, **options), dtype)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -55,6 +67,7 @@ def test_masks_biases_segments_and_positions(shared):
     check(*draw(3, 40), bias=bias, mask=jnp.asarray(mask), **positions, **jax.tree.map(jnp.asarray, segments))
 
 
+@pytest.mark.usefixtures("only_few")
 def test_a_pattern_that_tells_heads_apart():
     (query, key, value), _ = draw(2, 64)
     positions = dict(query_positions=jnp.array([[40, 63]]), key_positions=jnp.arange(64)[None])
@@ -64,11 +77,32 @@ def test_a_pattern_that_tells_heads_apart():
     np.testing.assert_allclose(attend(implementation="xla"), attend(implementation="reference"), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e8])
+def test_weights_of_gradients_add_up_to_1(size):
+    """Logits of another product than those of the outputs would differ from them by hundreds."""
+    query, key, value = (size * jax.random.normal(jax.random.key(n), (2, n, n // 2, 5)) for n in (2, 18, 18))
+    query = jnp.broadcast_to(query, (2, 2, 9, 5))
+    gradient = jax.grad(lambda value: softmax.attention(query, key, value).sum())(value)
+    np.testing.assert_allclose(gradient.sum(1), 2, rtol=1e-5)
+
+
+def test_a_nan_that_is_hidden_from_its_own_heads_reaches_no_other():
+    (query, key, value), _ = draw(2, 40)
+    mask = np.ones((1, 4, 1, 40), bool)
+    mask[0, 2:, 0, 3] = False
+    attend = functools.partial(softmax.attention, query, value=value, mask=mask)
+    heads = key.shape[2]
+    poisoned = key.at[:, 3, heads // 2 :].set(jnp.nan)
+    np.testing.assert_array_equal(attend(key=poisoned), attend(key=key))
+    assert mask[0, 2:, 0, 3].sum() == 0 and mask.sum() == 4 * 40 - 2  # the caller's mask stays as it is
+
+
 def test_where_it_is_taken():
     assert few.are_few(queries=1, heads=64, keys=8) and few.are_few(queries=8, heads=8, keys=64)
     assert not few.are_few(queries=1, heads=4, keys=7) and not few.are_few(queries=8, heads=9, keys=64)
 
 
+@pytest.mark.usefixtures("only_few")
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_of_generation_copies_no_cache(batch, dtype):

@@ -184,3 +184,22 @@ def test_coverage_of_positions_below_0(pattern):
 
 def test_draws_are_kept_in_32_bits():
     assert draws(DRAWN).dtype == np.int32
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+def test_a_pattern_of_fewer_heads_counts_them_round(convert):
+    at, head = convert(np.arange(8)), convert(np.arange(6))[:, None, None]
+    pattern = BlockPermutation(2, 4, (0, 1, 3))
+    seen = np.asarray(pattern.allowed(at[:, None], at, head))
+    np.testing.assert_array_equal(seen[3:], seen[:3])
+    np.testing.assert_array_equal(seen[:3], patterns.grid(pattern, 8, 8))
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+def test_nothing_is_seen_outside_of_a_table(convert):
+    at, pattern = convert(np.arange(12)), Blocks.of(np.array([[[0, -1], [0, 1]]]), 4, 2)
+    seen = np.asarray(pattern.allowed(at[:, None], at, 0))
+    assert seen[:8, :8].sum() == 3 * 16 == seen.sum()
+    rows = np.arange(3) * 4, np.arange(3) * 4 + 3
+    coverage = pattern.coverage(tuple(x[:, None] for x in rows), rows, 0)
+    np.testing.assert_array_equal(coverage, np.where(seen[::4, ::4], ALL, NONE))

@@ -198,6 +198,19 @@ def test_positions_in_any_order_and_per_sample(small_tiles, monkeypatch):
         check(arrays, cotangents, is_causal=True, window_size=30, query_positions=queries, key_positions=keys)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_numpy_mask_is_only_read(implementation):
+    arrays, mask = jnp.ones((3, 1, 6, 2, 4)), np.ones((1, 2, 6, 6), bool)
+    softmax.attention(*arrays, mask=mask, is_causal=True, implementation=implementation)
+    assert mask.all()
+
+
+def test_segments_of_more_than_32_bits_are_refused():
+    ids = np.array([[0, 1 << 32]])
+    with pytest.raises(ValueError, match="query_segment_ids must fit int32, got 4294967296"):
+        softmax.attention(*jnp.ones((3, 1, 2, 1, 4)), query_segment_ids=ids, key_segment_ids=ids)
+
+
 def test_segments(small_tiles):
     rng = np.random.default_rng(4)
     arrays, cotangents = draw(60, 80)

@@ -232,12 +232,15 @@ def test_slow_modes_keep_their_decay():
     close_per_feature(np.asarray(responses)[0].T[None], dplr_taps(*modes, 500), 1e-5)
 
 
-def test_recurrence_in_bfloat16_keeps_a_float32_state():
-    run, _ = recurrence("dplr")
+@pytest.mark.parametrize("kind", ["dplr", "zoh"])
+def test_recurrence_in_bfloat16_keeps_a_float32_state(kind):
+    run, _ = recurrence(kind)
     u = jnp.asarray(np.random.default_rng(1).normal(size=(2, 30, 4)), jnp.bfloat16)
     outputs, state = run(u)
     assert outputs.dtype == jnp.bfloat16 and state.dtype == jnp.float32
     np.testing.assert_allclose(state, run(u.astype(jnp.float32))[1], atol=5e-6)
+    rounded = state.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(run(u, rounded)[0], run(u, rounded.astype(jnp.float32))[0])
 
 
 # Cost.
