@@ -45,6 +45,8 @@ def entmax(
     Numerics: float32 inside. The threshold is found by Newton steps between bounds, and by halving these, to a few units in
         the last place; gradients are by the formulas above, of alpha too, and at a kink that of the logits that are chosen.
         Above alpha = 2 the map itself is steep where a logit enters: there p has an error of rounding^{1 / (alpha - 1)}.
+        Of n logits that are nearly equal it needs n^{alpha - 1} below 1e7: beyond that (512 logits at alpha = 4) float32 has no
+        digits for the threshold, and the row may be 0 or NaN.
     Example:
         >>> entmax(jnp.array([1.0, 0.5, -1.0]), 2.0).tolist()
         [0.75, 0.25, 0.0]

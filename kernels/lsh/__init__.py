@@ -135,7 +135,9 @@ def attention(
         ValueError: shapes that do not fit, axes of 0, sizes out of range, an unknown reach, a ring with correct_duplicates or
             segment_ids.
         NotImplementedError: an implementation that does not exist here.
-    Numerics: logits, softmax and sums in float32; Triton rounds the normalised keys to the dtype of the queries.
+    Numerics: logits, softmax and sums in float32; Triton rounds the normalised keys to the dtype of the queries. From round to
+        round a token's log-sum-exp is one float32, whose rounding is in its weights where several keys are equally near: an
+        error of 2e-5 at logits of 1e3, 3e-3 at 1e5.
     Example:
         >>> x, value = jnp.ones((1, 3, 1, 4)), jnp.array([1.0, 3.0, 5.0]).reshape(1, 3, 1, 1)
         >>> buckets = jnp.array([0, 1, 0]).reshape(1, 1, 3, 1)
