@@ -104,6 +104,8 @@ def converted(path: str, old, name: str, rngs: nnx.Rngs, given: dict[str, Any]) 
     groups = old.num_heads // old.num_kv_heads
     if not supports.grouped:
         options.pop("num_kv_heads", None)
+    if not supports.rotary:
+        options.pop("rotary_base", None)
     new = build(stacked, rngs, lambda rngs: registry.make(name, in_features=old.in_features, rngs=rngs, **options | given))
     before = {"/".join(map(str, where)): variable for where, variable in nnx.to_flat_state(nnx.state(old, nnx.Param))}
     kept, fresh = [], []
