@@ -212,8 +212,8 @@ class Block(nnx.Module):
         return self._sums(inputs, lambda hidden: self.mix(hidden, draws, call), feed, real, deterministic), losses
 
     def mix(self, hidden, draws: dict[str, Any], call: dict[str, Any]):
-        """What the mixer adds; `draws` holds deterministic and rngs."""
-        return self.dropped(self.mixer(hidden, **draws, **call), draws)
+        """What the mixer adds, in the stream's dtype, whatever it computes in; `draws` holds deterministic and rngs."""
+        return self.dropped(self.mixer(hidden, **draws, **call).astype(hidden.dtype), draws)
 
     def feed(self, hidden, draws: dict[str, Any], real: Bool[Array, "*B T"] | None = None):
         """(what the feed-forward network after the mixer adds, losses of its router)."""
@@ -261,7 +261,7 @@ class Block(nnx.Module):
         def mix(hidden):
             nonlocal cache
             mixed, cache = self.mixer.extend(hidden, cache, mask=mask)
-            return self.dropped(mixed, draws)
+            return self.dropped(mixed.astype(hidden.dtype), draws)
 
         feed = lambda network, hidden: self._fed(network, hidden, draws, real)[0]
         return self._sums(inputs, mix, feed, None, True), cache
