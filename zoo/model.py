@@ -236,6 +236,11 @@ class CausalLM(nnx.Module):
         """
         encoder = self.encoder
         encoder.check(tokens, mask)
+        count = len(encoder.order)
+        if not isinstance(cache, LMCache) or len(cache.layers) != count:
+            found = f"{len(cache.layers)} layers" if isinstance(cache, LMCache) else f"a {type(cache).__name__}"
+            refuse("CausalLM", "cache", found, f"be an LMCache of {count} layers",
+                   "Pass what init_cache, or the call before, returned.")
         at = cache.length[:, None] + positions.positions_of_real(tokens, mask)
         if encoder.position_kind == "learned" and (wrong := first_outside(at, encoder.max_length, mask)) is not None:
             refuse("CausalLM", "tokens", f"one at position {wrong}", f"end before max_length = {encoder.max_length}",

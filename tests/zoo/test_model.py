@@ -162,6 +162,15 @@ def test_what_is_no_array_is_refused_by_name():
         model.extend(tokens((1, 2)), model.init_cache(1, 2), mask=jnp.ones((1, 1, 1, 2), bool))
 
 
+@pytest.mark.parametrize("given, got", [(None, "a NoneType"), ((), "a tuple"), (1, "1 layers")], ids=str)
+def test_a_cache_of_another_kind_is_refused(given, got):
+    model = language_model()
+    cache = model.init_cache(1, 4)
+    cache = cache._replace(layers=cache.layers[:given]) if given == 1 else given
+    with pytest.raises(ValueError, match=f"CausalLM: cache must be an LMCache of 2 layers, got {got}. Pass what init_cache"):
+        model.extend(tokens((1, 2)), cache)
+
+
 @pytest.mark.parametrize(
     "options,word",
     [
