@@ -65,7 +65,8 @@ class Encoder(nnx.Module):
         mlp_features: features inside the feed-forward networks; 0 leaves them out.
         max_length: longest sequence with learned positions; other positions have no bound.
         mixer: a name in `zoo.LAYERS`, or a function (in_features=..., rngs=...) -> layer; or a sequence of them, one for each
-            layer: ["local", "local", "softmax"], or [choose(i) for i in range(num_layers)].
+            layer: ["local", "local", "softmax"], or [choose(i) for i in range(num_layers)]. The layer is called with the words
+            mask=, deterministic= and rngs=, and with segment_ids= where they are given.
         mixer_options: the named layer's options, for every layer alike; or a sequence, one mapping (None: no options) for each
             layer. A dtype among them is the layer's own. A function has none.
         positions: "learned" or "sinusoidal" encodings added to the embeddings, or None.
@@ -311,6 +312,11 @@ def mixers_of_layers(mixer, mixer_options, layers: int) -> list[tuple[Mixer, dic
     is_options = lambda x: x is None or isinstance(x, Mapping)
     every = per_layer("mixer_options", mixer_options, is_options, "a mapping or None", layers)
     for one, options in zip(mixers, every, strict=True):
+        if isinstance(one, nnx.Module):
+            refuse("Encoder", "mixer", f"a {type(one).__name__}", "be a name or a function that builds a layer, not a layer",
+                   "Bind its options with functools.partial: each block builds its own.")
+        for word in {"in_features", "rngs"} & set(options or {}):
+            refuse("Encoder", "mixer_options", word, "leave in_features and rngs out", "The encoder passes its own.")
         if callable(one) and options:
             refuse("Encoder", "mixer_options", dict(options), "be empty when mixer is a function",
                    "Bind them with functools.partial.")
