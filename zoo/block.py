@@ -11,7 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision
-from subquad.zoo.checks import check_flags, check_rate, check_sizes, check_word, refuse, unsupported
+from subquad.zoo.checks import check_dtypes, check_flags, check_rate, check_rngs, check_sizes, check_word, refuse, unsupported
 from subquad.zoo.experts import Experts, RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -85,6 +85,10 @@ class FeedForward(nnx.Module):
         self, in_features: int, mlp_features: int, *, activation: Callable[[Any], Any] = nnx.gelu, is_gated: bool = False,
         use_bias: bool = True, dropout_rate: float = 0.0, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
+        check_rngs("FeedForward", rngs)
+        check_dtypes("FeedForward", dtype=dtype, param_dtype=param_dtype)
+        check_sizes("FeedForward", in_features=in_features, mlp_features=mlp_features)
+        check_rate("FeedForward", dropout_rate)
         check_flags("FeedForward", is_gated=is_gated, use_bias=use_bias)
         options: dict[str, Any] = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
@@ -144,6 +148,9 @@ class Block(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_rngs("Block", rngs)
+        check_dtypes("Block", dtype=dtype, param_dtype=param_dtype)
+        check_sizes("Block", in_features=in_features)
         check_sizes("Block", 0, mlp_features=mlp_features)
         check_rate("Block", dropout_rate)
         check_rate("Block", drop_path_rate, "drop_path_rate")

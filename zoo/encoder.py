@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.zoo import positions as encodings
 from subquad.zoo import registry, reversible
 from subquad.zoo.block import NORMS, Block, Norm, Order, normalise, real_tokens
-from subquad.zoo.checks import check_flags, check_word, refuse
+from subquad.zoo.checks import check_dtypes, check_flags, check_rngs, check_sizes, check_word, refuse
 from subquad.zoo.experts import RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -135,6 +135,14 @@ class Encoder(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_rngs("Encoder", rngs)
+        check_dtypes("Encoder", dtype=dtype, param_dtype=param_dtype)
+        check_sizes("Encoder", in_features=in_features, num_layers=num_layers)
+        check_sizes("Encoder", 0, mlp_features=mlp_features)
+        if embed is None:
+            check_sizes("Encoder", vocab_size=vocab_size)
+        if positions == "learned":
+            check_sizes("Encoder", max_length=max_length)
         if positions not in POSITIONS:
             refuse("Encoder", "positions", repr(positions), f"be one of {POSITIONS}", "Use mixer_options for the mixer's own.")
         check_flags("Encoder", reversible=reversible)
@@ -144,12 +152,8 @@ class Encoder(nnx.Module):
         ):
             if is_idle and given is not default_embed_init:
                 refuse("Encoder", name, "an initializer", f"be left out {when}", "It would draw nothing.")
-        for name, needed, got, must in (
-            ("norm_order", norm_order == "pre", norm_order, "be 'pre'"), ("norm", norm != "batch", norm, "be no batch norm"),
-            ("mlp_features", mlp_features > 0, mlp_features, "be positive"), ("remat", not remat, remat, "be False"),
-        ):  # fmt: skip
-            if reversible and not needed:
-                refuse("Encoder", name, got, f"{must} with reversible", "Leave reversible out, or change it.")
+        if reversible:
+            check_reversible(norm_order, norm, mlp_features, remat)
         dtypes = dict(dtype=dtype, param_dtype=param_dtype)
 
         def build(mixer, options):
@@ -265,6 +269,19 @@ class Encoder(nnx.Module):
         if self.position_kind == "learned" and tokens.shape[1] > self.max_length:
             refuse("Encoder", "tokens", tokens.shape[1], f"have length <= max_length = {self.max_length}",
                    "Truncate them, or construct the model with a larger max_length.")
+
+
+def check_reversible(norm_order: str, norm: str, mlp_features: int, remat: Remat) -> None:
+    """Refuses what reversible blocks cannot have."""
+    cure = "Leave reversible out, or change it."
+    if norm_order != "pre":
+        refuse("Encoder", "norm_order", norm_order, "be 'pre' with reversible", cure)
+    if norm == "batch":
+        refuse("Encoder", "norm", norm, "be no batch norm with reversible", cure)
+    if not mlp_features:
+        refuse("Encoder", "mlp_features", mlp_features, "be positive with reversible", cure)
+    if remat:
+        refuse("Encoder", "remat", remat, "be False with reversible", cure)
 
 
 def extend(blocks, hidden, caches, mask, **draws):

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import generation, positions
 from subquad.zoo.cache import KVCache
-from subquad.zoo.checks import check_flags, check_word, refuse
+from subquad.zoo.checks import check_dtypes, check_flags, check_rngs, check_sizes, check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, blocks_of_layers, first_outside, mixers_of_layers
 from subquad.zoo.experts import RouterLosses
 
@@ -43,6 +44,13 @@ class Head(nnx.Module):
     """
 
     def __init__(self, in_features: int, hidden: Sequence[int], num_classes: int, *, dtype=None, param_dtype, rngs: nnx.Rngs):
+        check_rngs("Head", rngs)
+        check_dtypes("Head", dtype=dtype, param_dtype=param_dtype)
+        check_sizes("Head", in_features=in_features, num_classes=num_classes)
+        if not isinstance(hidden, Sequence | np.ndarray):
+            refuse("Head", "head_features", repr(hidden), "be a sequence of sizes", "Pass (8,) for one hidden layer of 8.")
+        for features in hidden:
+            check_sizes("Head", head_features=features)
         linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.inner = nnx.List(linear(*ends) for ends in itertools.pairwise((in_features, *hidden)))
         self.outer = linear((in_features, *hidden)[-1], num_classes)
@@ -169,6 +177,8 @@ class CausalLM(nnx.Module):
         if tie_embeddings and embed is not None and not (hasattr(embed, "attend") and hasattr(embed, "num_embeddings")):
             refuse("CausalLM", "embed", f"a {type(embed).__name__}", "have attend and num_embeddings, as nnx.Embed has",
                    "Derive it from nnx.Embed, or pass tie_embeddings=False.")
+        if not tie_embeddings:
+            check_sizes("CausalLM", vocab_size=encoder.get("vocab_size"))
         encoder.update(_causal(encoder))
         self.encoder = Encoder(**encoder, rngs=rngs)
         for block in self.encoder.blocks:

@@ -191,6 +191,34 @@ def test_options_out_of_range_are_refused(options, word):
         zoo.Classifier(3, **{**SMALL, **SOFTMAX, **options}, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+    "options,error,word",
+    [
+        (dict(rngs=0), TypeError, "Encoder: rngs must be an nnx.Rngs, got int"),
+        (dict(dtype=jnp.int32), ValueError, "Encoder: dtype must be a floating-point dtype"),
+        (dict(in_features=0), ValueError, "Encoder: in_features must be a positive integer, got 0"),
+        (dict(vocab_size=0), ValueError, "Encoder: vocab_size must be a positive integer, got 0"),
+        (dict(vocab_size=None, embed=nnx.Embed(7, 16, rngs=nnx.Rngs(0))), None, None),
+        (dict(max_length=None), ValueError, "Encoder: max_length must be a positive integer, got None"),
+        (dict(max_length=None, positions=None), None, None),
+        (dict(num_layers=True), ValueError, "Encoder: num_layers must be a positive integer, got True"),
+        (dict(mlp_features=None), ValueError, "Encoder: mlp_features must be an integer of at least 0, got None"),
+        (dict(num_classes=0), ValueError, "Head: num_classes must be a positive integer, got 0"),
+        (dict(head_features=8), ValueError, "Head: head_features must be a sequence of sizes, got 8"),
+        (dict(head_features=(8, 0)), ValueError, "Head: head_features must be a positive integer, got 0"),
+        (dict(head_features=np.array([8])), None, None),
+    ],
+    ids=str,
+)
+def test_sizes_and_kinds_are_checked_by_name(options, error, word):
+    make = lambda: zoo.Classifier(**{**dict(num_classes=3), **SMALL, **SOFTMAX, **dict(rngs=nnx.Rngs(0)), **options})
+    if error is None:
+        assert make()(tokens((1, 4)) % 7).shape == (1, 3)
+        return
+    with pytest.raises(error, match=word):
+        make()
+
+
 def test_a_language_model_refuses_what_it_cannot_honour():
     rngs = nnx.Rngs(0)
     with pytest.raises(ValueError, match="mixer_options must leave is_causal out or True, got is_causal=False"):
