@@ -293,19 +293,20 @@ def extend(blocks, hidden, caches, mask, **draws):
     return hidden, tuple(extended)
 
 
-def blocks_of_layers(num_layers: int | None, layer_groups: int | Sequence[int] | None) -> tuple[int, ...]:
+def blocks_of_layers(num_layers: Any, layer_groups: int | Sequence[int] | np.ndarray | None) -> tuple[int, ...]:
     """The number of the block that each layer runs."""
-    if not isinstance(num_layers, int | np.integer) or num_layers < 1:
-        refuse("Encoder", "num_layers", repr(num_layers), "be a positive integer", "Use 1 for a single block.")
+    check_sizes("Encoder", num_layers=num_layers)
     if layer_groups is None:
         return tuple(range(num_layers))
+    layer_groups = layer_groups.tolist() if isinstance(layer_groups, np.ndarray) else layer_groups
+    is_integer = lambda at: isinstance(at, int | np.integer) and not isinstance(at, bool)
     if isinstance(layer_groups, Sequence):
         order = tuple(layer_groups)
-        if len(order) != num_layers or set(order) != set(range(max(order) + 1)):
+        if len(order) != num_layers or not all(map(is_integer, order)) or set(order) != set(range(max(order) + 1)):
             refuse("Encoder", "layer_groups", list(order), f"name the blocks 0, 1, ... of {num_layers} layers, none left out",
                    "Number the blocks as they come: [0, 1, 0, 1].")
-        return order
-    if not isinstance(layer_groups, int | np.integer) or layer_groups < 1 or num_layers % layer_groups:
+        return tuple(map(int, order))
+    if not is_integer(layer_groups) or layer_groups < 1 or num_layers % layer_groups:
         refuse("Encoder", "layer_groups", repr(layer_groups), f"be a positive integer that divides num_layers = {num_layers}",
                "1 is one block for all; or name the block of each layer.")
     return tuple(at * layer_groups // num_layers for at in range(num_layers))
