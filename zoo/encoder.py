@@ -263,11 +263,11 @@ class Encoder(nnx.Module):
         hidden, caches = run(self.layers, self.dropout(hidden, **draws), caches, mask, **draws)
         return self.last_norm(hidden), caches
 
-    def check(self, tokens, mask=None, segment_ids=None) -> None:
+    def check(self, tokens, mask=None, segment_ids=None, owner="Encoder", name="tokens", mask_name="mask") -> None:
         """Refuses what a call of the model cannot take."""
-        check_tokens("Encoder", "tokens", tokens, mask, segment_ids, vocab_size=self.vocab_size)
+        check_tokens(owner, name, tokens, mask, segment_ids, vocab_size=self.vocab_size, mask_name=mask_name)
         if self.position_kind == "learned" and tokens.shape[1] > self.max_length:
-            refuse("Encoder", "tokens", tokens.shape[1], f"have length <= max_length = {self.max_length}",
+            refuse(owner, name, tokens.shape[1], f"have length <= max_length = {self.max_length}",
                    "Truncate them, or construct the model with a larger max_length.")
 
 
@@ -341,15 +341,17 @@ def mixers_of_layers(mixer, mixer_options, layers: int) -> list[tuple[Mixer, dic
     return [(one, dict(options or {})) for one, options in zip(mixers, every, strict=True)]
 
 
-def check_tokens(owner: str, name: str, tokens, mask=None, segment_ids=None, *, vocab_size: int | None) -> None:
+def check_tokens(
+    owner: str, name: str, tokens, mask=None, segment_ids=None, *, vocab_size: int | None, mask_name: str = "mask"
+) -> None:
     """Refuses tokens that are not integers [B, T], ids out of range at real tokens, and a mask or segments of another shape."""
-    for word, array in ((name, tokens), ("mask", mask), ("segment_ids", segment_ids)):
+    for word, array in ((name, tokens), (mask_name, mask), ("segment_ids", segment_ids)):
         if array is not None and not hasattr(array, "shape"):
             raise TypeError(f"{owner}: {word} must be an array [B, T], got {type(array).__name__}. Use jnp.asarray({word}).")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         refuse(owner, name, f"{tokens.dtype} {tokens.shape}", "be integers of shape [B, T]", "Pad and stack them.")
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != bool):
-        refuse(owner, "mask", f"{mask.dtype} {mask.shape}", f"be boolean of shape [B, T] = {tokens.shape}",
+        refuse(owner, mask_name, f"{mask.dtype} {mask.shape}", f"be boolean of shape [B, T] = {tokens.shape}",
                "True = a real token.")
     if segment_ids is not None and (
         segment_ids.shape != tokens.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer)

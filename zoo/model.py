@@ -139,6 +139,11 @@ class DualEncoder(nnx.Module):
         other_mask: Bool[Array, "B S"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B classes"], RouterLosses]:
         """Logits, and the losses of the experts' routers, the mean of both sequences."""
+        self.encoder.check(tokens, mask, owner="DualEncoder")
+        self.encoder.check(other, other_mask, owner="DualEncoder", name="other", mask_name="other_mask")
+        if other.shape[0] != tokens.shape[0]:
+            refuse("DualEncoder", "other", f"{other.shape[0]} samples", f"have the {tokens.shape[0]} samples of tokens",
+                   "Each sequence is compared with one other.")
         pooled, losses = [], []
         for sequence, real in ((tokens, mask), (other, other_mask)):
             hidden, more = self.encoder.with_losses(sequence, mask=real, deterministic=deterministic, rngs=rngs)

@@ -88,7 +88,7 @@ def test_an_id_out_of_range_is_refused_where_known_and_nan_where_not(kind):
     jitted = jax.jit(call)
     for wrong in (-1, -11, -12, 11, 2**31 - 1, -(2**31)):
         bad = REAL.at[0, 2].set(wrong)
-        with pytest.raises(ValueError, match=f"Encoder: tokens must be in 0..10, got {wrong}. "):
+        with pytest.raises(ValueError, match=f"Encoder: {'other' if pair else 'tokens'} must be in 0..10, got {wrong}. "):
             call(bad)
         is_nan = np.isnan(jitted(bad))
         assert not is_nan[1].any()

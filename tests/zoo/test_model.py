@@ -64,6 +64,21 @@ def test_dual_encoder_shares_its_encoder():
     assert jnp.abs(model(b, a) - model(a, b)).max() > 1e-4
 
 
+def test_the_other_sequence_is_refused_by_its_name():
+    model = zoo.DualEncoder(2, **SMALL, **SOFTMAX, rngs=nnx.Rngs(0))
+    a, b = tokens((3, 6)), tokens((2, 5))
+    with pytest.raises(ValueError, match="DualEncoder: other must have the 3 samples of tokens, got 2 samples"):
+        model(a, b)
+    with pytest.raises(TypeError, match="DualEncoder: other must be an array"):
+        model(a, [[1, 2]] * 3)
+    with pytest.raises(ValueError, match="DualEncoder: other must have length <= max_length = 40, got 41"):
+        model(a, tokens((3, 41)))
+    with pytest.raises(ValueError, match="DualEncoder: other_mask must be boolean of shape"):
+        model(a, a, other_mask=jnp.ones((3, 5), bool))
+    with pytest.raises(ValueError, match="DualEncoder: mask must be boolean of shape"):
+        model(a, a, mask=jnp.ones((3, 5), bool))
+
+
 def test_dropout_draws_only_when_asked():
     model = zoo.Classifier(3, **SMALL, **SOFTMAX, dropout_rate=0.5, rngs=nnx.Rngs(0))
     x = tokens((2, 20))
