@@ -145,6 +145,10 @@ class Encoder(nnx.Module):
             check_sizes("Encoder", max_length=max_length)
         if positions not in POSITIONS:
             refuse("Encoder", "positions", repr(positions), f"be one of {POSITIONS}", "Use mixer_options for the mixer's own.")
+        if positions == "sinusoidal" and in_features % 2:
+            refuse("Encoder", "in_features", in_features, "be even with positions='sinusoidal'", "Use one feature more.")
+        if (features := getattr(embed, "features", in_features)) != in_features:
+            refuse("Encoder", "embed", f"{features} features", f"have in_features = {in_features}", "Change one of the two.")
         check_flags("Encoder", reversible=reversible)
         for name, given, is_idle, when in (
             ("embedding_init", embedding_init, embed is not None, "with embed"),

@@ -217,6 +217,8 @@ def test_options_out_of_range_are_refused(options, word):
         (dict(max_length=None), ValueError, "Encoder: max_length must be a positive integer, got None"),
         (dict(max_length=None, positions=None), None, None),
         (dict(num_layers=True), ValueError, "Encoder: num_layers must be a positive integer, got True"),
+        (dict(in_features=15, positions="sinusoidal"), ValueError, "Encoder: in_features must be even with positions="),
+        (dict(embed=nnx.Embed(7, 8, rngs=nnx.Rngs(0))), ValueError, "Encoder: embed must have in_features = 16, got 8 feat"),
         (dict(mlp_features=None), ValueError, "Encoder: mlp_features must be an integer of at least 0, got None"),
         (dict(num_classes=0), ValueError, "Head: num_classes must be a positive integer, got 0"),
         (dict(head_features=8), ValueError, "Head: head_features must be a sequence of sizes, got 8"),
