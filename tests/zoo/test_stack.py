@@ -184,7 +184,7 @@ def test_each_layer_keeps_a_cache_of_its_own():
         (dict(layer_groups=3), "layer_groups must be a positive integer that divides num_layers = 4, got 3"),
         (dict(layer_groups=0), "layer_groups must be a positive integer that divides num_layers = 4, got 0"),
         (dict(layer_groups=[0, 2, 2, 0]), "layer_groups must name the blocks 0, 1, ... of 4 layers, none left out"),
-        (dict(layer_groups=[0, 0.5, 1, 1]), "layer_groups must name the blocks 0, 1, ... of 4 layers"),
+        (dict(layer_groups=[0, 0.5, 0, 0.5]), "layer_groups must name the blocks 0, 1, ... of 4 layers"),
         (dict(layer_groups=[False, True, 0, 1]), "layer_groups must name the blocks 0, 1, ... of 4 layers"),
         (dict(layer_groups=True), "layer_groups must be a positive integer that divides num_layers = 4, got True"),
         (dict(layer_groups=[0, 1]), "layer_groups must name the blocks 0, 1, ... of 4 layers"),
