@@ -11,7 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision
-from subquad.zoo.checks import check_flags, check_rate, check_sizes, check_word, refuse, unsupported
+from subquad.zoo.checks import check_dtypes, check_flags, check_rate, check_rngs, check_sizes, check_word, refuse, unsupported
 from subquad.zoo.experts import Experts, RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -85,6 +85,10 @@ class FeedForward(nnx.Module):
         self, in_features: int, mlp_features: int, *, activation: Callable[[Any], Any] = nnx.gelu, is_gated: bool = False,
         use_bias: bool = True, dropout_rate: float = 0.0, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
+        check_rngs("FeedForward", rngs)
+        check_dtypes("FeedForward", dtype=dtype, param_dtype=param_dtype)
+        check_sizes("FeedForward", in_features=in_features, mlp_features=mlp_features)
+        check_rate("FeedForward", dropout_rate)
         check_flags("FeedForward", is_gated=is_gated, use_bias=use_bias)
         options: dict[str, Any] = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
@@ -144,6 +148,9 @@ class Block(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_rngs("Block", rngs)
+        check_dtypes("Block", dtype=dtype, param_dtype=param_dtype)
+        check_sizes("Block", in_features=in_features)
         check_sizes("Block", 0, mlp_features=mlp_features)
         check_rate("Block", dropout_rate)
         check_rate("Block", drop_path_rate, "drop_path_rate")
@@ -212,8 +219,8 @@ class Block(nnx.Module):
         return self._sums(inputs, lambda hidden: self.mix(hidden, draws, call), feed, real, deterministic), losses
 
     def mix(self, hidden, draws: dict[str, Any], call: dict[str, Any]):
-        """What the mixer adds; `draws` holds deterministic and rngs."""
-        return self.dropped(self.mixer(hidden, **draws, **call), draws)
+        """What the mixer adds, in the stream's dtype, whatever it computes in; `draws` holds deterministic and rngs."""
+        return self.dropped(self.mixer(hidden, **draws, **call).astype(hidden.dtype), draws)
 
     def feed(self, hidden, draws: dict[str, Any], real: Bool[Array, "*B T"] | None = None):
         """(what the feed-forward network after the mixer adds, losses of its router)."""
@@ -261,7 +268,7 @@ class Block(nnx.Module):
         def mix(hidden):
             nonlocal cache
             mixed, cache = self.mixer.extend(hidden, cache, mask=mask)
-            return self.dropped(mixed, draws)
+            return self.dropped(mixed.astype(hidden.dtype), draws)
 
         feed = lambda network, hidden: self._fed(network, hidden, draws, real)[0]
         return self._sums(inputs, mix, feed, None, True), cache

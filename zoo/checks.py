@@ -349,8 +349,6 @@ def check_causality(owner: str, supports, is_causal: bool) -> None:
 def cache_dtype(layer, dtype: Any):
     """The dtype of cached keys and values: `dtype`, or that of the layer's computation on float32 inputs."""
     if dtype is not None:
-        if not jnp.issubdtype(dtype, jnp.floating):
-            refuse(type(layer).__name__, "dtype", jnp.dtype(dtype), "be a floating-point dtype in init_cache",
-                   "Integers would cut off keys and values; jnp.bfloat16 halves the cache.")
+        check_dtypes(type(layer).__name__, dtype=dtype)
         return jnp.dtype(dtype)
     return jnp.result_type(layer.param_dtype, jnp.float32) if layer.dtype is None else jnp.result_type(layer.dtype)

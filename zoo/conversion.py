@@ -1,6 +1,5 @@
 """A trained model's attention changed for another mechanism, its projections kept."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,6 +104,8 @@ def converted(path: str, old, name: str, rngs: nnx.Rngs, given: dict[str, Any]) 
     groups = old.num_heads // old.num_kv_heads
     if not supports.grouped:
         options.pop("num_kv_heads", None)
+    if not supports.rotary:
+        options.pop("rotary_base", None)
     new = build(stacked, rngs, lambda rngs: registry.make(name, in_features=old.in_features, rngs=rngs, **options | given))
     before = {"/".join(map(str, where)): variable for where, variable in nnx.to_flat_state(nnx.state(old, nnx.Param))}
     kept, fresh = [], []
@@ -128,12 +129,19 @@ def converted(path: str, old, name: str, rngs: nnx.Rngs, given: dict[str, Any]) 
     return Change(path, old, new, tuple(kept), tuple(fresh), (*lost, *habits(old, new)))
 
 
+def reference(old) -> tuple[str, Any]:
+    """A projection that a layer has, by name: a layer whose scores are no products has no queries."""
+    name = "query" if hasattr(old, "query") else "value"
+    return name, getattr(old, name)
+
+
 def stacked_axes(old) -> tuple[int, ...]:
     """The sizes of the axes in front that `nnx.vmap` gave the variables of a layer."""
-    shape, of_one = old.query.kernel.shape, (*old.query.in_features, *old.query.out_features)
+    name, projection = reference(old)
+    shape, of_one = projection.kernel.shape, (*projection.in_features, *projection.out_features)
     stacked = shape[: len(shape) - len(of_one)]
     if shape != (*stacked, *of_one):
-        refuse("convert", "query/kernel", shape, f"end in {of_one}", "Stack layers along the first axis, as nnx.vmap does.")
+        refuse("convert", f"{name}/kernel", shape, f"end in {of_one}", "Stack layers along the first axis, as nnx.vmap does.")
     return stacked
 
 
@@ -152,10 +160,9 @@ def inherited_options(old) -> dict[str, Any]:
         "broadcast_dropout", "is_causal", "rotary_base", "implementation",
     )  # fmt: skip
     options = {word: getattr(old, word) for word in words if hasattr(old, word)}
-    projection = old.query
-    return options | dict(
-        qkv_features=math.prod(projection.out_features), use_bias=projection.bias is not None, precision=projection.precision
-    )
+    _, projection = reference(old)
+    features = old.num_heads * projection.out_features[-1]
+    return options | dict(qkv_features=features, use_bias=projection.bias is not None, precision=projection.precision)
 
 
 def habits(old, new) -> list[str]:

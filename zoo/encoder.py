@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.zoo import positions as encodings
 from subquad.zoo import registry, reversible
 from subquad.zoo.block import NORMS, Block, Norm, Order, normalise, real_tokens
-from subquad.zoo.checks import check_flags, check_word, refuse
+from subquad.zoo.checks import check_dtypes, check_flags, check_rngs, check_sizes, check_word, refuse
 from subquad.zoo.experts import RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -65,7 +65,8 @@ class Encoder(nnx.Module):
         mlp_features: features inside the feed-forward networks; 0 leaves them out.
         max_length: longest sequence with learned positions; other positions have no bound.
         mixer: a name in `zoo.LAYERS`, or a function (in_features=..., rngs=...) -> layer; or a sequence of them, one for each
-            layer: ["local", "local", "softmax"], or [choose(i) for i in range(num_layers)].
+            layer: ["local", "local", "softmax"], or [choose(i) for i in range(num_layers)]. The layer is called with the words
+            mask=, deterministic= and rngs=, and with segment_ids= where they are given.
         mixer_options: the named layer's options, for every layer alike; or a sequence, one mapping (None: no options) for each
             layer. A dtype among them is the layer's own. A function has none.
         positions: "learned" or "sinusoidal" encodings added to the embeddings, or None.
@@ -134,8 +135,20 @@ class Encoder(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_rngs("Encoder", rngs)
+        check_dtypes("Encoder", dtype=dtype, param_dtype=param_dtype)
+        check_sizes("Encoder", in_features=in_features, num_layers=num_layers)
+        check_sizes("Encoder", 0, mlp_features=mlp_features)
+        if embed is None:
+            check_sizes("Encoder", vocab_size=vocab_size)
+        if positions == "learned":
+            check_sizes("Encoder", max_length=max_length)
         if positions not in POSITIONS:
             refuse("Encoder", "positions", repr(positions), f"be one of {POSITIONS}", "Use mixer_options for the mixer's own.")
+        if positions == "sinusoidal" and in_features % 2:
+            refuse("Encoder", "in_features", in_features, "be even with positions='sinusoidal'", "Use one feature more.")
+        if (features := getattr(embed, "features", in_features)) != in_features:
+            refuse("Encoder", "embed", f"{features} features", f"have in_features = {in_features}", "Change one of the two.")
         check_flags("Encoder", reversible=reversible)
         for name, given, is_idle, when in (
             ("embedding_init", embedding_init, embed is not None, "with embed"),
@@ -143,12 +156,8 @@ class Encoder(nnx.Module):
         ):
             if is_idle and given is not default_embed_init:
                 refuse("Encoder", name, "an initializer", f"be left out {when}", "It would draw nothing.")
-        for name, needed, got, must in (
-            ("norm_order", norm_order == "pre", norm_order, "be 'pre'"), ("norm", norm != "batch", norm, "be no batch norm"),
-            ("mlp_features", mlp_features > 0, mlp_features, "be positive"), ("remat", not remat, remat, "be False"),
-        ):  # fmt: skip
-            if reversible and not needed:
-                refuse("Encoder", name, got, f"{must} with reversible", "Leave reversible out, or change it.")
+        if reversible:
+            check_reversible(norm_order, norm, mlp_features, remat)
         dtypes = dict(dtype=dtype, param_dtype=param_dtype)
 
         def build(mixer, options):
@@ -258,12 +267,25 @@ class Encoder(nnx.Module):
         hidden, caches = run(self.layers, self.dropout(hidden, **draws), caches, mask, **draws)
         return self.last_norm(hidden), caches
 
-    def check(self, tokens, mask=None, segment_ids=None) -> None:
+    def check(self, tokens, mask=None, segment_ids=None, owner="Encoder", name="tokens", mask_name="mask") -> None:
         """Refuses what a call of the model cannot take."""
-        check_tokens("Encoder", "tokens", tokens, mask, segment_ids, vocab_size=self.vocab_size)
+        check_tokens(owner, name, tokens, mask, segment_ids, vocab_size=self.vocab_size, mask_name=mask_name)
         if self.position_kind == "learned" and tokens.shape[1] > self.max_length:
-            refuse("Encoder", "tokens", tokens.shape[1], f"have length <= max_length = {self.max_length}",
+            refuse(owner, name, tokens.shape[1], f"have length <= max_length = {self.max_length}",
                    "Truncate them, or construct the model with a larger max_length.")
+
+
+def check_reversible(norm_order: str, norm: str, mlp_features: int, remat: Remat) -> None:
+    """Refuses what reversible blocks cannot have."""
+    cure = "Leave reversible out, or change it."
+    if norm_order != "pre":
+        refuse("Encoder", "norm_order", norm_order, "be 'pre' with reversible", cure)
+    if norm == "batch":
+        refuse("Encoder", "norm", norm, "be no batch norm with reversible", cure)
+    if not mlp_features:
+        refuse("Encoder", "mlp_features", mlp_features, "be positive with reversible", cure)
+    if remat:
+        refuse("Encoder", "remat", remat, "be False with reversible", cure)
 
 
 def extend(blocks, hidden, caches, mask, **draws):
@@ -275,19 +297,20 @@ def extend(blocks, hidden, caches, mask, **draws):
     return hidden, tuple(extended)
 
 
-def blocks_of_layers(num_layers: int | None, layer_groups: int | Sequence[int] | None) -> tuple[int, ...]:
+def blocks_of_layers(num_layers: Any, layer_groups: int | Sequence[int] | np.ndarray | None) -> tuple[int, ...]:
     """The number of the block that each layer runs."""
-    if not isinstance(num_layers, int | np.integer) or num_layers < 1:
-        refuse("Encoder", "num_layers", repr(num_layers), "be a positive integer", "Use 1 for a single block.")
+    check_sizes("Encoder", num_layers=num_layers)
     if layer_groups is None:
         return tuple(range(num_layers))
+    layer_groups = layer_groups.tolist() if isinstance(layer_groups, np.ndarray) else layer_groups
+    is_integer = lambda at: isinstance(at, int | np.integer) and not isinstance(at, bool)
     if isinstance(layer_groups, Sequence):
         order = tuple(layer_groups)
-        if len(order) != num_layers or set(order) != set(range(max(order) + 1)):
+        if len(order) != num_layers or not all(map(is_integer, order)) or set(order) != set(range(max(order) + 1)):
             refuse("Encoder", "layer_groups", list(order), f"name the blocks 0, 1, ... of {num_layers} layers, none left out",
                    "Number the blocks as they come: [0, 1, 0, 1].")
-        return order
-    if not isinstance(layer_groups, int | np.integer) or layer_groups < 1 or num_layers % layer_groups:
+        return tuple(map(int, order))
+    if not is_integer(layer_groups) or layer_groups < 1 or num_layers % layer_groups:
         refuse("Encoder", "layer_groups", repr(layer_groups), f"be a positive integer that divides num_layers = {num_layers}",
                "1 is one block for all; or name the block of each layer.")
     return tuple(at * layer_groups // num_layers for at in range(num_layers))
@@ -311,21 +334,28 @@ def mixers_of_layers(mixer, mixer_options, layers: int) -> list[tuple[Mixer, dic
     is_options = lambda x: x is None or isinstance(x, Mapping)
     every = per_layer("mixer_options", mixer_options, is_options, "a mapping or None", layers)
     for one, options in zip(mixers, every, strict=True):
+        if isinstance(one, nnx.Module):
+            refuse("Encoder", "mixer", f"a {type(one).__name__}", "be a name or a function that builds a layer, not a layer",
+                   "Bind its options with functools.partial: each block builds its own.")
+        for word in {"in_features", "rngs"} & set(options or {}):
+            refuse("Encoder", "mixer_options", word, "leave in_features and rngs out", "The encoder passes its own.")
         if callable(one) and options:
             refuse("Encoder", "mixer_options", dict(options), "be empty when mixer is a function",
                    "Bind them with functools.partial.")
     return [(one, dict(options or {})) for one, options in zip(mixers, every, strict=True)]
 
 
-def check_tokens(owner: str, name: str, tokens, mask=None, segment_ids=None, *, vocab_size: int | None) -> None:
+def check_tokens(
+    owner: str, name: str, tokens, mask=None, segment_ids=None, *, vocab_size: int | None, mask_name: str = "mask"
+) -> None:
     """Refuses tokens that are not integers [B, T], ids out of range at real tokens, and a mask or segments of another shape."""
-    for word, array in ((name, tokens), ("mask", mask), ("segment_ids", segment_ids)):
+    for word, array in ((name, tokens), (mask_name, mask), ("segment_ids", segment_ids)):
         if array is not None and not hasattr(array, "shape"):
             raise TypeError(f"{owner}: {word} must be an array [B, T], got {type(array).__name__}. Use jnp.asarray({word}).")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         refuse(owner, name, f"{tokens.dtype} {tokens.shape}", "be integers of shape [B, T]", "Pad and stack them.")
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != bool):
-        refuse(owner, "mask", f"{mask.dtype} {mask.shape}", f"be boolean of shape [B, T] = {tokens.shape}",
+        refuse(owner, mask_name, f"{mask.dtype} {mask.shape}", f"be boolean of shape [B, T] = {tokens.shape}",
                "True = a real token.")
     if segment_ids is not None and (
         segment_ids.shape != tokens.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer)

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from subquad.zoo import generation, positions
 from subquad.zoo.cache import KVCache
-from subquad.zoo.checks import check_flags, check_word, refuse
+from subquad.zoo.checks import check_dtypes, check_flags, check_rngs, check_sizes, check_word, refuse
 from subquad.zoo.encoder import Encoder, EncoderOptions, blocks_of_layers, first_outside, mixers_of_layers
 from subquad.zoo.experts import RouterLosses
 
@@ -43,6 +44,13 @@ class Head(nnx.Module):
     """
 
     def __init__(self, in_features: int, hidden: Sequence[int], num_classes: int, *, dtype=None, param_dtype, rngs: nnx.Rngs):
+        check_rngs("Head", rngs)
+        check_dtypes("Head", dtype=dtype, param_dtype=param_dtype)
+        check_sizes("Head", in_features=in_features, num_classes=num_classes)
+        if not isinstance(hidden, Sequence | np.ndarray):
+            refuse("Head", "head_features", repr(hidden), "be a sequence of sizes", "Pass (8,) for one hidden layer of 8.")
+        for features in hidden:
+            check_sizes("Head", head_features=features)
         linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.inner = nnx.List(linear(*ends) for ends in itertools.pairwise((in_features, *hidden)))
         self.outer = linear((in_features, *hidden)[-1], num_classes)
@@ -131,6 +139,11 @@ class DualEncoder(nnx.Module):
         other_mask: Bool[Array, "B S"] | None = None, deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B classes"], RouterLosses]:
         """Logits, and the losses of the experts' routers, the mean of both sequences."""
+        self.encoder.check(tokens, mask, owner="DualEncoder")
+        self.encoder.check(other, other_mask, owner="DualEncoder", name="other", mask_name="other_mask")
+        if other.shape[0] != tokens.shape[0]:
+            refuse("DualEncoder", "other", f"{other.shape[0]} samples", f"have the {tokens.shape[0]} samples of tokens",
+                   "Each sequence is compared with one other.")
         pooled, losses = [], []
         for sequence, real in ((tokens, mask), (other, other_mask)):
             hidden, more = self.encoder.with_losses(sequence, mask=real, deterministic=deterministic, rngs=rngs)
@@ -169,6 +182,8 @@ class CausalLM(nnx.Module):
         if tie_embeddings and embed is not None and not (hasattr(embed, "attend") and hasattr(embed, "num_embeddings")):
             refuse("CausalLM", "embed", f"a {type(embed).__name__}", "have attend and num_embeddings, as nnx.Embed has",
                    "Derive it from nnx.Embed, or pass tie_embeddings=False.")
+        if not tie_embeddings:
+            check_sizes("CausalLM", vocab_size=encoder.get("vocab_size"))
         encoder.update(_causal(encoder))
         self.encoder = Encoder(**encoder, rngs=rngs)
         for block in self.encoder.blocks:
@@ -236,6 +251,11 @@ class CausalLM(nnx.Module):
         """
         encoder = self.encoder
         encoder.check(tokens, mask)
+        count = len(encoder.order)
+        if not isinstance(cache, LMCache) or len(cache.layers) != count:
+            found = f"{len(cache.layers)} layers" if isinstance(cache, LMCache) else f"a {type(cache).__name__}"
+            refuse("CausalLM", "cache", found, f"be an LMCache of {count} layers",
+                   "Pass what init_cache, or the call before, returned.")
         at = cache.length[:, None] + positions.positions_of_real(tokens, mask)
         if encoder.position_kind == "learned" and (wrong := first_outside(at, encoder.max_length, mask)) is not None:
             refuse("CausalLM", "tokens", f"one at position {wrong}", f"end before max_length = {encoder.max_length}",

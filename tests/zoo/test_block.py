@@ -226,3 +226,31 @@ def test_experts_are_the_networks_of_a_block():
         block(x, segment_ids=np.zeros((2, 9), int))
     with pytest.raises(ValueError, match="Block does not support extend: .* Use experts with capacity_factor=None"):
         block.extend(x, None)
+
+
+@pytest.mark.parametrize("norm_order", ["pre", "post", "macaron"])
+def test_a_mixer_of_another_dtype_leaves_the_streams_as_it_is(norm_order):
+    mixer = zoo.SoftmaxAttention(2, 8, is_causal=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    block = zoo.Block(mixer, 8, mlp_features=4, norm_order=norm_order, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 3, 8), jnp.bfloat16)
+    assert block(x).dtype == jnp.bfloat16
+    assert block.extend(x, mixer.init_cache(2, 3))[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options,error,word",
+    [
+        (dict(rngs=0), TypeError, "rngs must be an nnx.Rngs, got int"),
+        (dict(dtype="bf16"), ValueError, "dtype must be a floating-point dtype, got 'bf16'"),
+        (dict(in_features=0), ValueError, "in_features must be a positive integer, got 0"),
+        (dict(mlp_features=None), ValueError, "mlp_features must be .* integer.*, got None"),
+        (dict(dropout_rate=2.0), ValueError, "dropout_rate must be a number in"),
+    ],
+    ids=str,
+)
+def test_blocks_and_networks_check_what_they_are_built_of(options, error, word):
+    words = {**dict(in_features=8, mlp_features=4, rngs=nnx.Rngs(0)), **options}
+    with pytest.raises(error, match=f"FeedForward: {word}"):
+        zoo.FeedForward(**words)
+    with pytest.raises(error, match=f"Block: {word}"):
+        zoo.Block(Ones(8, nnx.Rngs(0)), **words)

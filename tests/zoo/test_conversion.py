@@ -193,6 +193,23 @@ def test_dropout_stays_on_and_the_stream_that_went_is_said():
     assert zoo.convert(flax_model(dropout_rate=0.5), "softmax", rngs=nnx.Rngs(1)).model.layers[0].deterministic
 
 
+def test_a_layer_without_queries_keeps_its_values():
+    model = nnx.Sequential(zoo.SynthesizerAttention(2, FEATURES, max_length=9, rngs=nnx.Rngs(0)))
+    (change,) = zoo.convert(model, "softmax", rngs=nnx.Rngs(1)).changes
+    assert {"value/kernel", "out/kernel"} < set(change.kept) and "query/kernel" in change.new
+    stacked = nnx.vmap(lambda rngs: zoo.SynthesizerAttention(2, FEATURES, max_length=9, rngs=rngs))(nnx.Rngs(0).split(3))
+    (change,) = zoo.convert(nnx.Dict(layers=stacked), "softmax", rngs=nnx.Rngs(1)).changes
+    assert change.after.query.kernel.shape == (3, FEATURES, 2, FEATURES // 2)
+
+
+def test_a_rotation_that_the_new_layer_does_not_have_is_said():
+    model = nnx.Sequential(zoo.SoftmaxAttention(2, FEATURES, rotary_base=100.0, is_causal=True, rngs=nnx.Rngs(0)))
+    (change,) = zoo.convert(model, "gla", rngs=nnx.Rngs(1)).changes
+    assert "rotary positions" in change.lost
+    with pytest.raises(ValueError, match="rotary_base"):
+        zoo.convert(model, "gla", rotary_base=100.0, rngs=nnx.Rngs(1))
+
+
 def test_annotations_of_variables_stay():
     mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model", None))

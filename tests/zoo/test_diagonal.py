@@ -78,7 +78,12 @@ def test_hugging_face():
     oracle.compare("diagonal", peer, before_the_output_projection)
 
 
-@pytest.mark.parametrize("dilation", [0, -1, 1.5, (1, 2), (1, 2, 3, 0), "2", None], ids=str)
+def test_a_dilation_may_be_an_array():
+    assert make(dilation=np.array([1, 3, 3, 5])).dilation == (1, 3, 3, 5)
+    assert make(dilation=np.array(2)).dilation == (2,) * 4
+
+
+@pytest.mark.parametrize("dilation", [np.array([1.0, 2, 3, 4]), 0, -1, 1.5, (1, 2), (1, 2, 3, 0), "2", None], ids=str)
 def test_refused_dilations(dilation):
     with pytest.raises(ValueError, match="DiagonalAttention: dilation must be a number >= 1, or one for each of 4 heads"):
         make(2, dilation)

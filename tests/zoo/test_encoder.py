@@ -88,7 +88,7 @@ def test_an_id_out_of_range_is_refused_where_known_and_nan_where_not(kind):
     jitted = jax.jit(call)
     for wrong in (-1, -11, -12, 11, 2**31 - 1, -(2**31)):
         bad = REAL.at[0, 2].set(wrong)
-        with pytest.raises(ValueError, match=f"Encoder: tokens must be in 0..10, got {wrong}. "):
+        with pytest.raises(ValueError, match=f"Encoder: {'other' if pair else 'tokens'} must be in 0..10, got {wrong}. "):
             call(bad)
         is_nan = np.isnan(jitted(bad))
         assert not is_nan[1].any()
@@ -181,12 +181,32 @@ def test_a_mixer_for_each_layer():
         (dict(mixer="softmax", mixer_options="ab"), TypeError, "mixer_options must be a mapping or None"),
         (dict(mixer=["softmax", nnx.Linear, "s4"], mixer_options=[{}, {"a": 1}, {}]), ValueError, "empty when mixer is"),
         (dict(mixer=["local", "softmax", "s4"], mixer_options=dict(num_heads=2, window_size=2)), TypeError, "window_size"),
+        (dict(mixer=nnx.Linear(16, 16, rngs=nnx.Rngs(0))), ValueError, "mixer must be a name or .* got a Linear"),
+        (dict(mixer_options=dict(num_heads=2, in_features=8)), ValueError, "mixer_options must leave .* got in_features"),
+        (dict(mixer_options=dict(num_heads=2, rngs=nnx.Rngs(0))), ValueError, "mixer_options must leave .* got rngs"),
         (dict(mixer=["softmax", "softmx", "s4"], mixer_options=[dict(num_heads=2)] * 3), ValueError, "softmax"),
     ],
 )
 def test_mixers_that_do_not_fit_the_layers_are_refused(options, error, word):
     with pytest.raises(error, match=word):
         zoo.Encoder(**{**SMALL, "num_layers": 3}, **options, rngs=nnx.Rngs(0))
+
+
+def test_the_words_that_a_mixer_is_called_with():
+    seen = []
+
+    class Seen(nnx.Module):
+        def __init__(self, in_features, rngs):
+            pass
+
+        def __call__(self, inputs, **call):
+            seen.append(set(call))
+            return inputs
+
+    model = zoo.Encoder(**{**SMALL, "num_layers": 1}, mixer=Seen, rngs=nnx.Rngs(0))
+    model(REAL)
+    model(REAL, segment_ids=jnp.zeros_like(REAL))
+    assert seen == [{"mask", "deterministic", "rngs"}, {"mask", "deterministic", "rngs", "segment_ids"}]
 
 
 def test_a_batch_of_any_size_is_exported_once():

@@ -64,6 +64,21 @@ def test_dual_encoder_shares_its_encoder():
     assert jnp.abs(model(b, a) - model(a, b)).max() > 1e-4
 
 
+def test_the_other_sequence_is_refused_by_its_name():
+    model = zoo.DualEncoder(2, **SMALL, **SOFTMAX, rngs=nnx.Rngs(0))
+    a, b = tokens((3, 6)), tokens((2, 5))
+    with pytest.raises(ValueError, match="DualEncoder: other must have the 3 samples of tokens, got 2 samples"):
+        model(a, b)
+    with pytest.raises(TypeError, match="DualEncoder: other must be an array"):
+        model(a, [[1, 2]] * 3)
+    with pytest.raises(ValueError, match="DualEncoder: other must have length <= max_length = 40, got 41"):
+        model(a, tokens((3, 41)))
+    with pytest.raises(ValueError, match="DualEncoder: other_mask must be boolean of shape"):
+        model(a, a, other_mask=jnp.ones((3, 5), bool))
+    with pytest.raises(ValueError, match="DualEncoder: mask must be boolean of shape"):
+        model(a, a, mask=jnp.ones((3, 5), bool))
+
+
 def test_dropout_draws_only_when_asked():
     model = zoo.Classifier(3, **SMALL, **SOFTMAX, dropout_rate=0.5, rngs=nnx.Rngs(0))
     x = tokens((2, 20))
@@ -162,6 +177,15 @@ def test_what_is_no_array_is_refused_by_name():
         model.extend(tokens((1, 2)), model.init_cache(1, 2), mask=jnp.ones((1, 1, 1, 2), bool))
 
 
+@pytest.mark.parametrize("given, got", [(None, "a NoneType"), ((), "a tuple"), (1, "1 layers")], ids=str)
+def test_a_cache_of_another_kind_is_refused(given, got):
+    model = language_model()
+    cache = model.init_cache(1, 4)
+    cache = cache._replace(layers=cache.layers[:given]) if given == 1 else given
+    with pytest.raises(ValueError, match=f"CausalLM: cache must be an LMCache of 2 layers, got {got}. Pass what init_cache"):
+        model.extend(tokens((1, 2)), cache)
+
+
 @pytest.mark.parametrize(
     "options,word",
     [
@@ -180,6 +204,36 @@ def test_what_is_no_array_is_refused_by_name():
 def test_options_out_of_range_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         zoo.Classifier(3, **{**SMALL, **SOFTMAX, **options}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "options,error,word",
+    [
+        (dict(rngs=0), TypeError, "Encoder: rngs must be an nnx.Rngs, got int"),
+        (dict(dtype=jnp.int32), ValueError, "Encoder: dtype must be a floating-point dtype"),
+        (dict(in_features=0), ValueError, "Encoder: in_features must be a positive integer, got 0"),
+        (dict(vocab_size=0), ValueError, "Encoder: vocab_size must be a positive integer, got 0"),
+        (dict(vocab_size=None, embed=nnx.Embed(7, 16, rngs=nnx.Rngs(0))), None, None),
+        (dict(max_length=None), ValueError, "Encoder: max_length must be a positive integer, got None"),
+        (dict(max_length=None, positions=None), None, None),
+        (dict(num_layers=True), ValueError, "Encoder: num_layers must be a positive integer, got True"),
+        (dict(in_features=15, positions="sinusoidal"), ValueError, "Encoder: in_features must be even with positions="),
+        (dict(embed=nnx.Embed(7, 8, rngs=nnx.Rngs(0))), ValueError, "Encoder: embed must have in_features = 16, got 8 feat"),
+        (dict(mlp_features=None), ValueError, "Encoder: mlp_features must be an integer of at least 0, got None"),
+        (dict(num_classes=0), ValueError, "Head: num_classes must be a positive integer, got 0"),
+        (dict(head_features=8), ValueError, "Head: head_features must be a sequence of sizes, got 8"),
+        (dict(head_features=(8, 0)), ValueError, "Head: head_features must be a positive integer, got 0"),
+        (dict(head_features=np.array([8])), None, None),
+    ],
+    ids=str,
+)
+def test_sizes_and_kinds_are_checked_by_name(options, error, word):
+    make = lambda: zoo.Classifier(**{**dict(num_classes=3), **SMALL, **SOFTMAX, **dict(rngs=nnx.Rngs(0)), **options})
+    if error is None:
+        assert make()(tokens((1, 4)) % 7).shape == (1, 3)
+        return
+    with pytest.raises(error, match=word):
+        make()
 
 
 def test_a_language_model_refuses_what_it_cannot_honour():

@@ -177,8 +177,9 @@ def test_numbers_that_no_array_has():
         for length in (-1, 2.0):
             with refused(name, f"length must be an integer of at least 0, got {length}"):
                 CASES[name].make().pattern(length)
-        with refused(name, "dtype must be a floating-point dtype"):
-            CASES[name].make(True).init_cache(2, 4, "int8")
+        for dtype in ("int8", "bf16"):
+            with refused(name, f"dtype must be a floating-point dtype, got '{dtype}'"):
+                CASES[name].make(True).init_cache(2, 4, dtype)
 
 
 def test_words_are_no_flags_of_functions_and_models():

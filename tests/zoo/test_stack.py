@@ -152,6 +152,7 @@ def test_layers_that_share_weights_are_one_block_run_again():
 
 def test_shared_layers_in_any_order_with_everything_else():
     assert build(num_layers=6, layer_groups=[0, 1, 0, 1, 2, 2]).order == (0, 1, 0, 1, 2, 2)
+    assert build(num_layers=2, layer_groups=np.array([0, 0])).order == (0, 0)
     assert build(num_layers=6, layer_groups=2).order == (0, 0, 0, 1, 1, 1) and len(build(layer_groups=1).blocks) == 1
     mixed = build(num_layers=4, layer_groups=[0, 1, 0, 1], mixer=["softmax", "local"], experts=[None, EXPERTS])
     assert [type(block.mixer).__name__[:5] for block in mixed.layers] == ["Softm", "Local"] * 2
@@ -183,6 +184,9 @@ def test_each_layer_keeps_a_cache_of_its_own():
         (dict(layer_groups=3), "layer_groups must be a positive integer that divides num_layers = 4, got 3"),
         (dict(layer_groups=0), "layer_groups must be a positive integer that divides num_layers = 4, got 0"),
         (dict(layer_groups=[0, 2, 2, 0]), "layer_groups must name the blocks 0, 1, ... of 4 layers, none left out"),
+        (dict(layer_groups=[0, 0.5, 0, 0.5]), "layer_groups must name the blocks 0, 1, ... of 4 layers"),
+        (dict(layer_groups=[False, True, 0, 1]), "layer_groups must name the blocks 0, 1, ... of 4 layers"),
+        (dict(layer_groups=True), "layer_groups must be a positive integer that divides num_layers = 4, got True"),
         (dict(layer_groups=[0, 1]), "layer_groups must name the blocks 0, 1, ... of 4 layers"),
         (dict(layer_groups=2, drop_path_rate=0.1), "drop_path_rate must be 0 with layer_groups, got 0.1"),
         (dict(layer_groups=2, mixer=["softmax"] * 4), "mixer must have one entry for each layer, got 4 for 2 layers"),

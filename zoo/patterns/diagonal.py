@@ -63,6 +63,7 @@ class DiagonalAttention(Attention):
     ):
         super().__init__(num_heads, in_features, is_causal=is_causal, rngs=rngs, **shell)
         self.window_size = sides_of("DiagonalAttention", window_size, is_causal)
+        dilation = dilation.tolist() if isinstance(dilation, np.ndarray) else dilation
         given = tuple(dilation) if isinstance(dilation, Sequence) else (dilation,) * num_heads
         if len(given) != num_heads or any(not isinstance(d, int | np.integer) or d < 1 for d in given):
             refuse("DiagonalAttention", "dilation", repr(dilation), f"be a number >= 1, or one for each of {num_heads} heads",
