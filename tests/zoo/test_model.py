@@ -213,12 +213,10 @@ def test_options_out_of_range_are_refused(options, word):
         (dict(dtype=jnp.int32), ValueError, "Encoder: dtype must be a floating-point dtype"),
         (dict(in_features=0), ValueError, "Encoder: in_features must be a positive integer, got 0"),
         (dict(vocab_size=0), ValueError, "Encoder: vocab_size must be a positive integer, got 0"),
-        (dict(vocab_size=None, embed=nnx.Embed(7, 16, rngs=nnx.Rngs(0))), None, None),
         (dict(max_length=None), ValueError, "Encoder: max_length must be a positive integer, got None"),
         (dict(max_length=None, positions=None), None, None),
         (dict(num_layers=True), ValueError, "Encoder: num_layers must be a positive integer, got True"),
         (dict(in_features=15, positions="sinusoidal"), ValueError, "Encoder: in_features must be even with positions="),
-        (dict(embed=nnx.Embed(7, 8, rngs=nnx.Rngs(0))), ValueError, "Encoder: embed must have in_features = 16, got 8 feat"),
         (dict(mlp_features=None), ValueError, "Encoder: mlp_features must be an integer of at least 0, got None"),
         (dict(num_classes=0), ValueError, "Head: num_classes must be a positive integer, got 0"),
         (dict(head_features=8), ValueError, "Head: head_features must be a sequence of sizes, got 8"),
@@ -234,6 +232,16 @@ def test_sizes_and_kinds_are_checked_by_name(options, error, word):
         return
     with pytest.raises(error, match=word):
         make()
+
+
+def test_a_given_embed_has_the_features_of_the_encoder():
+    rngs = nnx.Rngs(0)
+    make = lambda features: zoo.Classifier(
+        3, **{**SMALL, **SOFTMAX, "vocab_size": None}, embed=nnx.Embed(7, features, rngs=rngs), rngs=rngs
+    )
+    assert make(SMALL["in_features"])(tokens((1, 4)) % 7).shape == (1, 3)
+    with pytest.raises(ValueError, match="Encoder: embed must have in_features = 16, got 8 features"):
+        make(8)
 
 
 def test_a_language_model_refuses_what_it_cannot_honour():
