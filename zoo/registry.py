@@ -176,12 +176,17 @@ def options(name: str) -> set[str]:
     return options_of(find(name))
 
 
+def needs(layer: type[nnx.Module]) -> list[str]:
+    """The words that the constructor of a layer has no default for."""
+    parameters = list(inspect.signature(layer.__init__).parameters.values())[1:]
+    return [one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+
+
 def check_complete(owner: str, layer: type[nnx.Module], given: set[str]) -> None:
     """Refuses to leave out a word that the layer has no default for."""
-    for parameter in inspect.signature(layer.__init__).parameters.values():
-        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-        if needed and parameter.name not in {"self", *given}:
-            raise TypeError(f"{owner}: {parameter.name} must be given, got nothing. Pass {parameter.name}=...")
+    for word in needs(layer):
+        if word not in given:
+            raise TypeError(f"{owner}: {word} must be given, got nothing. Pass {word}=...")
 
 
 def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given: Any) -> Layer:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from subquad.zoo import registry
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -45,6 +47,33 @@ class Recipe:
     def differences(self, task: str, config: str, layer: str) -> tuple[str, ...]:
         """The deviations of one run."""
         return tuple(sentence for scope, sentence in self.deviations if covers(scope, task, config, layer))
+
+
+def every_layer(
+    own: Mapping[str, Mapping[str, Any]], heads: Mapping[str, Any], is_causal: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The options of all layers of the zoo.
+
+    Args:
+        own: what layers have beside, or instead of, what follows.
+        heads: of layers that need num_heads.
+        is_causal: whether layers that can be causal, and otherwise, are so.
+    Layers that need a max_length have "{length}".
+
+    Example:
+        >>> every_layer({"local": dict(window_size=8)}, heads=dict(num_heads=4))["local"]
+        {'num_heads': 4, 'window_size': 8}
+    """
+    options = {}
+    for name, layer in registry.LAYERS.items():
+        needed = registry.needs(layer)
+        options[name] = {
+            **(heads if "num_heads" in needed else {}),
+            **(dict(is_causal=True) if is_causal and layer.supports.causal and layer.supports.bidirectional else {}),
+            **(dict(max_length="{length}") if "max_length" in needed else {}),
+            **own.get(name, {}),
+        }
+    return options
 
 
 def layers_with(layers: Mapping[str, Mapping[str, Any]], *options: str) -> str:

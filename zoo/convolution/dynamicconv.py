@@ -1,16 +1,10 @@
 """Dynamic convolution: each token makes the weights of its neighbours, and looks at none of them for it."""
 
-from typing import Unpack
-
-from flax import nnx
-
-from subquad.zoo import dropout
 from subquad.zoo.base import Support
-from subquad.zoo.convolution.short import ShortConvolution
-from subquad.zoo.headless import Headless, HeadlessShell
+from subquad.zoo.convolution.short import ConvolutionLayer
 
 
-class DynamicConv(Headless):
+class DynamicConv(ConvolutionLayer):
     """A gated convolution whose taps the token makes: they sum to 1, and are shared by groups of features.
 
         u = glu(W_I x),   y_tc = sum_j softmax((W_Q u_t)_h)_j u_{t-j, c},   h = floor(c H / D),   outputs = W_O y   (section 4)
@@ -52,36 +46,4 @@ class DynamicConv(Headless):
     """
 
     supports = Support(cost="T", segment_ids=True)
-
-    def __init__(
-        self,
-        in_features: int,
-        *,
-        num_heads: int = 16,
-        conv_width: int = 31,
-        use_glu: bool = True,
-        is_causal: bool = False,
-        dropout_rate: float = 0.0,
-        rngs: nnx.Rngs,
-        **shell: Unpack[HeadlessShell],
-    ):
-        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
-        self.convolution = ShortConvolution(
-            self, num_heads=num_heads, conv_width=conv_width, is_dynamic=True, use_glu=use_glu, dropout_rate=dropout_rate,
-            rngs=rngs,
-        )
-        self.out = self.linear(in_features, self.out_features, rngs)
-        self.sees = self.convolution.sees
-        self.dropout_rate, self.deterministic = dropout_rate, True  # `train()` and `eval()` set it
-
-    def draws(self, deterministic, rngs):
-        return dropout.draws(self, deterministic, rngs)
-
-    def respond(self, inputs, mask, segment_ids, dropout_rng=None):
-        return self.convolution(inputs, mask, segment_ids, dropout_rng)
-
-    def state(self, batch_size):
-        return self.convolution.empty(batch_size)
-
-    def respond_after(self, inputs, state, counts):
-        return self.convolution.after(inputs, state, counts)
+    is_dynamic = True

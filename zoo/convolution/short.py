@@ -1,6 +1,7 @@
-"""The convolution of the lightweight and the dynamic layer: what comes before their output map."""
+"""What the lightweight and the dynamic layer share: the convolution, and the layer around it."""
 
 import functools
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from subquad.kernels import convolution, patterns, precision
 from subquad.zoo import dropout
 from subquad.zoo.cache import first_real
 from subquad.zoo.checks import check_divides, check_rate, check_sizes
-from subquad.zoo.headless import Headless
+from subquad.zoo.headless import Headless, HeadlessShell
 from subquad.zoo.projection import in_pieces
 
 
@@ -90,6 +91,45 @@ class ShortConvolution(nnx.Module):
     def after(self, inputs: Float[Array, "B T D"], state: Float[Array, "B W D"], counts: Int[Array, "B"] | None):
         """(y, state) of T more tokens from `state` on, of which the first `counts` are real; None: all."""
         return self(inputs, first_real(inputs, counts), state=state)
+
+
+class ConvolutionLayer(Headless):
+    """A `ShortConvolution` and an output map; a variant says whether the taps are of each token."""
+
+    is_dynamic: ClassVar[bool]
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        num_heads: int = 16,
+        conv_width: int = 31,
+        use_glu: bool = True,
+        is_causal: bool = False,
+        dropout_rate: float = 0.0,
+        rngs: nnx.Rngs,
+        **shell: Unpack[HeadlessShell],
+    ):
+        super().__init__(in_features, is_causal=is_causal, rngs=rngs, **shell)
+        self.convolution = ShortConvolution(
+            self, num_heads=num_heads, conv_width=conv_width, is_dynamic=self.is_dynamic, use_glu=use_glu,
+            dropout_rate=dropout_rate, rngs=rngs,
+        )  # fmt: skip
+        self.out = self.linear(in_features, self.out_features, rngs)
+        self.sees = self.convolution.sees
+        self.dropout_rate, self.deterministic = dropout_rate, True  # `train()` and `eval()` set it
+
+    def draws(self, deterministic, rngs):
+        return dropout.draws(self, deterministic, rngs)
+
+    def respond(self, inputs, mask, segment_ids, dropout_rng=None):
+        return self.convolution(inputs, mask, segment_ids, dropout_rng)
+
+    def state(self, batch_size):
+        return self.convolution.empty(batch_size)
+
+    def respond_after(self, inputs, state, counts):
+        return self.convolution.after(inputs, state, counts)
 
 
 def shares(logits: Float[Array, "*B K H"], dtype) -> Float[Array, "*B K H"]:

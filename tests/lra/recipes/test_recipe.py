@@ -3,7 +3,7 @@
 import pytest
 
 from subquad.lra import recipes, tasks
-from subquad.lra.recipes.recipe import Recipe, covers
+from subquad.lra.recipes.recipe import Recipe, covers, every_layer
 from subquad.zoo import LAYERS
 
 PAGE = Recipe(
@@ -48,3 +48,12 @@ def test_every_scope_of_a_page_covers_something(name):
         for layer in parts[1]:
             assert layer in ("*", *LAYERS), scope
         assert any(covers(scope, task, config, layer) for task, config in every for layer in LAYERS), scope
+
+
+def test_a_layer_of_the_zoo_has_options_without_a_row_of_its_own():
+    layers = every_layer({"s4": dict(state_size=2)}, heads=dict(num_heads=4, use_bias=False), is_causal=True)
+    assert list(layers) == list(LAYERS)
+    assert layers["cosformer"] == dict(num_heads=4, use_bias=False, is_causal=True, max_length="{length}")
+    assert layers["s4"] == dict(is_causal=True, state_size=2)
+    assert layers["gla"] == dict(num_heads=4, use_bias=False)  # is always causal
+    assert layers["nystrom"] == dict(num_heads=4, use_bias=False)  # never is
