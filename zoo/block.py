@@ -11,7 +11,9 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision
+from subquad.zoo.base import check_complete, check_options, options_of
 from subquad.zoo.checks import check_dtypes, check_flags, check_rate, check_rngs, check_sizes, check_word, refuse, unsupported
+from subquad.zoo.dropout import Dropout
 from subquad.zoo.experts import Experts, RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -95,7 +97,7 @@ class FeedForward(nnx.Module):
         self.inner = nnx.Linear(in_features, mlp_features, **options)
         self.gate = nnx.Linear(in_features, mlp_features, **options) if is_gated else None
         self.outer = nnx.Linear(mlp_features, in_features, **options)
-        self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
+        self.dropout = Dropout("FeedForward", dropout_rate)
 
     def __call__(
         self, inputs: Float[Array, "*B T D"], *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None
@@ -103,6 +105,14 @@ class FeedForward(nnx.Module):
         hidden = self.activation(self.inner(inputs))
         hidden = hidden if self.gate is None else hidden * self.gate(inputs)
         return self.outer(self.dropout(hidden, deterministic=deterministic, rngs=call_rngs(rngs, "FeedForward")))
+
+
+def check_experts(options: Any) -> None:
+    """Refuses what are no options of `Experts`."""
+    if not isinstance(options, Mapping):
+        raise TypeError(f"Block: experts must be a mapping or None, got {options!r}. Pass dict(num_experts=8).")
+    check_options("Experts", options, options_of(Experts))
+    check_complete("Experts", Experts, {"in_features", "mlp_features", "rngs", *options})
 
 
 class Block(nnx.Module):
@@ -156,6 +166,8 @@ class Block(nnx.Module):
         check_rate("Block", drop_path_rate, "drop_path_rate")
         check_word("Block", "norm", norm, NORMS)
         check_word("Block", "norm_order", norm_order, ORDERS)
+        if experts is not None:
+            check_experts(experts)
         for name, asked in (("norm_order='macaron'", norm_order == "macaron"), ("experts", experts is not None)):
             if asked and not mlp_features:
                 refuse("Block", "mlp_features", 0, f"be positive with {name}", "It is the width of the feed-forward networks.")
@@ -176,8 +188,8 @@ class Block(nnx.Module):
             self.first_norm = NORMS[norm](in_features, **dtypes, rngs=rngs)
             self.first_mlp = network()
         # The caller's rngs, not a stored stream: a block holds no state that a call would change.
-        self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
-        self.drop_path = nnx.Dropout(drop_path_rate, broadcast_dims=(-2, -1), deterministic=True)
+        self.dropout = Dropout("Block", dropout_rate)
+        self.drop_path = Dropout("Block", drop_path_rate, broadcast_dims=(-2, -1))
 
     @property
     def capacity_factor(self) -> float | None:

@@ -92,7 +92,7 @@ def unsupported(owner: str, request: str, reason: str, instead: str) -> NoReturn
     raise ValueError(f"{owner} does not support {request}: {reason}. {instead}")
 
 
-def check_sizes(owner: str, least: int = 1, **sizes: int) -> None:
+def check_sizes(owner: str, least: int = 1, **sizes: Any) -> None:
     """Refuses sizes that are no integers of at least `least`."""
     for name, size in sizes.items():
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
@@ -191,7 +191,7 @@ def check_flags(owner: str, **flags: Any) -> None:
 
 def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:
     """Refuses a word that is not known, with the nearest that is."""
-    if word not in known:
+    if word not in list(known):  # a dictionary would ask for its hash
         refuse(owner, name, repr(word), "be a known name", dispatch.nearest(word, known))
 
 

@@ -1,4 +1,4 @@
-"""Dropout of weights, of attention or of taps: when it acts, and what it leaves."""
+"""Dropout, of features and of weights: when it acts, and what it leaves."""
 
 from typing import Any
 
@@ -9,6 +9,25 @@ from jaxtyping import Array, Float
 
 from subquad.zoo.checks import check_stream, refuse
 from subquad.zoo.linen import call_rngs
+
+
+class Dropout(nnx.Dropout):
+    """Flax's dropout of features, off to begin with.
+
+    Args:
+        owner: the class whose it is, for the error where a call draws without `rngs`.
+        rate: probability of dropping a number.
+        broadcast_dims: axes along which all are dropped together.
+    """
+
+    def __init__(self, owner: str, rate: float, *, broadcast_dims: tuple[int, ...] = ()):
+        super().__init__(rate, broadcast_dims=broadcast_dims, deterministic=True)
+        self.owner = owner
+
+    def __call__(self, inputs, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
+        if self.rate and not (self.deterministic if deterministic is None else deterministic):
+            check_draws(self.owner, rngs)
+        return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
 
 
 def draws(layer, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str, Any]:
@@ -25,11 +44,15 @@ def draws(layer, deterministic: bool | None, rngs: nnx.Rngs | None) -> dict[str,
 
 def key_of_call(owner: str, rngs: nnx.Rngs | None) -> Array:
     """A key for what a call draws, from its `rngs` or those of the Linen module around it; refuses a call without either."""
-    rngs = call_rngs(rngs, owner)
+    return check_draws(owner, call_rngs(rngs, owner)).dropout()
+
+
+def check_draws(owner: str, rngs: nnx.Rngs | None) -> nnx.Rngs:
+    """Refuses a call that draws without `rngs`, or without their stream "dropout"."""
     if rngs is None:
         refuse(owner, "rngs", None, "be given where it draws", "Pass rngs=nnx.Rngs(dropout=seed), or deterministic=True.")
     check_stream(owner, rngs, "dropout")
-    return rngs.dropout()
+    return rngs
 
 
 def set_view(layer, deterministic: bool | None = None) -> None:

@@ -15,6 +15,7 @@ from subquad.zoo import positions as encodings
 from subquad.zoo import registry, reversible
 from subquad.zoo.block import NORMS, Block, Norm, Order, normalise, real_tokens
 from subquad.zoo.checks import check_dtypes, check_flags, check_rngs, check_sizes, check_word, refuse
+from subquad.zoo.dropout import Dropout
 from subquad.zoo.experts import RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
 
@@ -32,7 +33,7 @@ POLICIES = {
 class EncoderOptions(TypedDict, total=False):
     """The options of `Encoder`, which every model takes."""
 
-    vocab_size: int
+    vocab_size: int | None
     in_features: int
     num_layers: int
     mlp_features: int
@@ -59,7 +60,7 @@ class Encoder(nnx.Module):
     """Token embedding, positions, blocks, final normalisation: tokens [B, T] -> features [B, T, D].
 
     Args:
-        vocab_size: token ids are 0..vocab_size-1.
+        vocab_size: token ids are 0..vocab_size-1. None: what `embed` takes.
         in_features: features D.
         num_layers: number of layers, each of which runs a block.
         mlp_features: features inside the feed-forward networks; 0 leaves them out.
@@ -89,8 +90,8 @@ class Encoder(nnx.Module):
             plain blocks. Needs norm_order "pre", a norm that is no batch norm, and feed-forward networks. What a mixer writes
             into itself in a call is lost, but statistics (`nnx.BatchStat`).
         embed: takes the place of the token embedding: tokens [B, T] -> features [B, T, D]. Where it has `num_embeddings`,
-            ids are below that; otherwise it decides itself what it takes. It sees padding's ids too: what it returns there
-            counts for nothing, but a parameter that it multiplies with NaN there has a NaN gradient.
+            ids are below that; without vocab_size too, it decides itself what it takes. It sees padding's ids too: what it
+            returns there counts for nothing, but a parameter that it multiplies with NaN there has a NaN gradient.
         embedding_init, position_init: initializers of the token embedding and of the learned positions.
     Call:
         tokens: [B, T] integers. An id out of range raises a ValueError where its value is known; under `jax.jit` it is not,
@@ -111,7 +112,7 @@ class Encoder(nnx.Module):
 
     def __init__(
         self,
-        vocab_size: int,
+        vocab_size: int | None,
         in_features: int,
         *,
         num_layers: int,
@@ -139,8 +140,12 @@ class Encoder(nnx.Module):
         check_dtypes("Encoder", dtype=dtype, param_dtype=param_dtype)
         check_sizes("Encoder", in_features=in_features, num_layers=num_layers)
         check_sizes("Encoder", 0, mlp_features=mlp_features)
-        if embed is None:
+        if embed is None or vocab_size is not None:
             check_sizes("Encoder", vocab_size=vocab_size)
+        embeddings = getattr(embed, "num_embeddings", vocab_size)
+        if vocab_size not in (None, embeddings):
+            refuse("Encoder", "vocab_size", vocab_size, f"be None, or embed's num_embeddings = {embeddings}",
+                   "Change one of the two.")
         if positions == "learned":
             check_sizes("Encoder", max_length=max_length)
         if positions not in POSITIONS:
@@ -177,10 +182,10 @@ class Encoder(nnx.Module):
         self.remat, self.reversible = remat, reversible
         table = functools.partial(nnx.Embed, features=in_features, **dtypes, rngs=rngs)
         self.embed: Any = table(num_embeddings=vocab_size, embedding_init=embedding_init) if embed is None else embed
-        self.vocab_size: Any = getattr(self.embed, "num_embeddings", None)
+        self.vocab_size: Any = embeddings
         if positions == "learned":
             self.positions = table(num_embeddings=max_length, embedding_init=position_init)
-        self.dropout = nnx.Dropout(dropout_rate, deterministic=True)
+        self.dropout = Dropout("Encoder", dropout_rate)
         self.blocks = nnx.List(
             Block(
                 build(*one), in_features, mlp_features=mlp_features, dropout_rate=dropout_rate, norm=norm,

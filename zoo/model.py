@@ -166,7 +166,7 @@ class CausalLM(nnx.Module):
     Args:
         tie_embeddings: the output projection is the embedding, transposed; False: a linear map of its own, without biases.
         encoder: the options of `Encoder`. Every mixer is built with is_causal=True. With tied embeddings an `embed` has the
-            `attend` and the `num_embeddings` of nnx.Embed, and vocab_size is the latter.
+            `attend` and the `num_embeddings` of nnx.Embed, and vocab_size is the latter, or None.
     Raises: ValueError, beside those of `Encoder`: a mixer that is not causal; experts with a capacity, whose choice of tokens
         looks ahead; an `embed` without a way back to logits.
     Example:
@@ -185,7 +185,9 @@ class CausalLM(nnx.Module):
         if not tie_embeddings:
             check_sizes("CausalLM", vocab_size=encoder.get("vocab_size"))
         encoder.update(_causal(encoder))
-        self.encoder = Encoder(**encoder, rngs=rngs)
+        # A head of its own may write fewer tokens than `embed` reads.
+        read = {"vocab_size": None} if embed is not None and not tie_embeddings else {}
+        self.encoder = Encoder(**{**encoder, **read}, rngs=rngs)
         for block in self.encoder.blocks:
             if not getattr(block.mixer, "is_causal", False):
                 found = getattr(block.mixer, "is_causal", "no is_causal")
@@ -235,6 +237,10 @@ class CausalLM(nnx.Module):
             most = f"be <= max_length = {self.encoder.max_length} of the model"
             refuse("CausalLM", "max_length of the cache", max_length, most,
                    "Construct the model with a larger max_length, or with positions='sinusoidal'.")
+        for mixer in (block.mixer for block in self.encoder.blocks):
+            if not (hasattr(mixer, "init_cache") and hasattr(mixer, "extend")):
+                kind = type(mixer).__name__
+                raise TypeError(f"CausalLM: mixer must have init_cache and extend here, got a {kind}. Write both.")
         caches = tuple(block.mixer.init_cache(batch_size, max_length, dtype) for block in self.encoder.layers)
         return LMCache(caches, jnp.zeros(batch_size, jnp.int32))
 

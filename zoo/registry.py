@@ -1,12 +1,10 @@
 """Layers by name: the table, and how to build one of it."""
 
-import inspect
 from typing import Any
 
 from flax import nnx
 
-from subquad.kernels.dispatch import nearest
-from subquad.zoo.base import Attention, check_options, options_of
+from subquad.zoo.base import Attention, check_complete, check_options, options_of
 from subquad.zoo.buckets.clustered import ClusteredAttention
 from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.moba import MoBAAttention
@@ -15,7 +13,7 @@ from subquad.zoo.buckets.reformer import ReformerAttention
 from subquad.zoo.buckets.routing import RoutingAttention
 from subquad.zoo.buckets.sinkhorn import SinkhornAttention
 from subquad.zoo.buckets.smyrf import SmyrfAttention
-from subquad.zoo.checks import check_rngs
+from subquad.zoo.checks import check_rngs, check_word
 from subquad.zoo.convolution.dynamicconv import DynamicConv
 from subquad.zoo.convolution.hyena import Hyena
 from subquad.zoo.convolution.lightconv import LightConv
@@ -166,27 +164,13 @@ LAYERS: dict[str, type[Attention] | type[Headless]] = {
 
 def find(name: str) -> type[Attention] | type[Headless]:
     """The class of a layer, or a ValueError with the nearest known name."""
-    if name not in LAYERS:
-        raise ValueError(f"zoo: layer must be a known name, got {name!r}. {nearest(name, LAYERS)}")
+    check_word("zoo", "layer", name, LAYERS)
     return LAYERS[name]
 
 
 def options(name: str) -> set[str]:
     """The words that the constructor of a layer knows."""
     return options_of(find(name))
-
-
-def needs(layer: type[nnx.Module]) -> list[str]:
-    """The words that the constructor of a layer has no default for."""
-    parameters = list(inspect.signature(layer.__init__).parameters.values())[1:]
-    return [one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
-
-
-def check_complete(owner: str, layer: type[nnx.Module], given: set[str]) -> None:
-    """Refuses to leave out a word that the layer has no default for."""
-    for word in needs(layer):
-        if word not in given:
-            raise TypeError(f"{owner}: {word} must be given, got nothing. Pass {word}=...")
 
 
 def make(name: str, *, in_features: int, rngs: nnx.Rngs, **given: Any) -> Layer:

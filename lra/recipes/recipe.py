@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from subquad.zoo import registry
+from subquad.zoo.base import needs
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def every_layer(
     """
     options = {}
     for name, layer in registry.LAYERS.items():
-        needed = registry.needs(layer)
+        needed = needs(layer)
         options[name] = {
             **(heads if "num_heads" in needed else {}),
             **(dict(is_causal=True) if is_causal and layer.supports.causal and layer.supports.bidirectional else {}),

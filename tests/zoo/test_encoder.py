@@ -102,8 +102,10 @@ def test_an_embed_without_a_vocabulary_decides_itself_what_it_takes():
         def __call__(self, inputs):
             return inputs[..., None] * jnp.ones(16)
 
-    model = zoo.Encoder(**SMALL, **SOFTMAX, embed=Numbers(), rngs=nnx.Rngs(0))
-    assert jnp.isfinite(model(jnp.array([[-5, 300]]))).all()
+    build = lambda vocab_size: zoo.Encoder(**{**SMALL, "vocab_size": vocab_size}, **SOFTMAX, embed=Numbers(), rngs=nnx.Rngs(0))
+    assert jnp.isfinite(build(None)(jnp.array([[-5, 300]]))).all()
+    with pytest.raises(ValueError, match="Encoder: tokens must be in 0..10, got 300"):
+        build(11)(jnp.array([[5, 300]]))
 
 
 def test_a_step_past_the_learned_positions_is_refused_where_known_and_nan_where_not():

@@ -216,6 +216,10 @@ def test_options_out_of_range_are_refused(options, word):
         (dict(max_length=None), ValueError, "Encoder: max_length must be a positive integer, got None"),
         (dict(max_length=None, positions=None), None, None),
         (dict(num_layers=True), ValueError, "Encoder: num_layers must be a positive integer, got True"),
+        (dict(norm=["layer"]), ValueError, "Block: norm must be a known name, got ..layer... Did you mean 'layer'"),
+        (dict(experts=dict(num_experts=2, topk=1)), TypeError, "Experts: topk must be one of its options.*'top_k'"),
+        (dict(experts={}), TypeError, "Experts: num_experts must be given, got nothing"),
+        (dict(mixer=["softmax", ["local"]]), TypeError, "Encoder: mixer must be a name or a function"),
         (dict(in_features=15, positions="sinusoidal"), ValueError, "Encoder: in_features must be even with positions="),
         (dict(mlp_features=None), ValueError, "Encoder: mlp_features must be an integer of at least 0, got None"),
         (dict(num_classes=0), ValueError, "Head: num_classes must be a positive integer, got 0"),
@@ -232,6 +236,30 @@ def test_sizes_and_kinds_are_checked_by_name(options, error, word):
         return
     with pytest.raises(error, match=word):
         make()
+
+
+@pytest.mark.parametrize("rate", ["dropout_rate", "drop_path_rate"])
+def test_a_call_that_draws_names_the_rngs_that_it_lacks(rate):
+    model = zoo.Classifier(3, **SMALL, **SOFTMAX, **{rate: 0.5}, rngs=nnx.Rngs(0))
+    owner = "Encoder" if rate == "dropout_rate" else "Block"
+    with pytest.raises(ValueError, match=f"{owner}: rngs must be given where it draws, got None. Pass rngs=nnx.Rngs"):
+        model(tokens((1, 4)), deterministic=False)
+    with pytest.raises(ValueError, match="deterministic=True"):
+        zoo.FeedForward(4, 8, dropout_rate=0.5, rngs=nnx.Rngs(0))(jnp.ones((1, 4)), deterministic=False)
+    assert model(tokens((1, 4)), deterministic=False, rngs=nnx.Rngs(1)).shape == (1, 3)
+
+
+def test_generation_needs_a_mixer_with_a_cache():
+    class Plain(nnx.Module):
+        is_causal = True
+
+        def __call__(self, inputs, mask=None, deterministic=None, rngs=None):
+            return inputs
+
+    model = zoo.CausalLM(**SMALL, mixer=lambda in_features, rngs: Plain(), rngs=nnx.Rngs(0))
+    assert model(tokens((1, 4))).shape == (1, 4, 11)
+    with pytest.raises(TypeError, match="CausalLM: mixer must have init_cache and extend here, got a Plain"):
+        model.generate(tokens((1, 4)), 2)
 
 
 def test_a_given_embed_has_the_features_of_the_encoder():
@@ -252,7 +280,7 @@ def test_a_language_model_refuses_what_it_cannot_honour():
         zoo.CausalLM(**SMALL, **SOFTMAX, embed=nnx.Linear(1, 16, rngs=rngs), rngs=rngs)
     with pytest.raises(ValueError, match="mixer must build layers whose is_causal is True, got a Linear with no is_causal"):
         zoo.CausalLM(**SMALL, mixer=lambda in_features, rngs: nnx.Linear(in_features, in_features, rngs=rngs), rngs=rngs)
-    model = zoo.CausalLM(**SMALL, **SOFTMAX, embed=nnx.Embed(7, 16, rngs=rngs), rngs=rngs)
+    model = zoo.CausalLM(**{**SMALL, "vocab_size": None}, **SOFTMAX, embed=nnx.Embed(7, 16, rngs=rngs), rngs=rngs)
     assert model(jnp.ones((1, 6), jnp.int32)).shape == (1, 6, 7)
     assert model.generate(jnp.ones((1, 3), jnp.int32), 2).shape == (1, 2)
 

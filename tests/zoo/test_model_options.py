@@ -49,8 +49,14 @@ def test_shapes(options, shapes):
 
 def test_an_embedding_of_the_users():
     given = nnx.Embed(7, 16, rngs=nnx.Rngs(9))
-    for model in (encoder(embed=given), zoo.CausalLM(**SIZES, embed=given, rngs=nnx.Rngs(0)).encoder):
-        assert model.embed is given and model.vocab_size == 7
+    for words in (dict(SIZES, vocab_size=None), dict(SIZES, vocab_size=7)):
+        for kind in (zoo.Encoder, zoo.CausalLM):
+            model = kind(**words, embed=given, rngs=nnx.Rngs(0))
+            model = model if kind is zoo.Encoder else model.encoder
+            assert model.embed is given and model.vocab_size == 7
+    for kind in (zoo.Encoder, zoo.CausalLM):
+        with pytest.raises(ValueError, match="vocab_size must be None, or embed's num_embeddings = 7, got 8"):
+            kind(**dict(SIZES, vocab_size=8), embed=given, rngs=nnx.Rngs(0))
 
 
 def test_initialisers_that_would_draw_nothing():

@@ -243,7 +243,7 @@ def test_albert(name):
     times = sizes["layers"] // groups
     order = [group * inner + at for group in range(groups) for _ in range(times) for at in range(inner)]
     model = zoo.Encoder(
-        20, 16, num_layers=len(order), layer_groups=order, mlp_features=24, max_length=12, norm_order="post", positions=None,
+        None, 16, num_layers=len(order), layer_groups=order, mlp_features=24, max_length=12, norm_order="post", positions=None,
         mixer_options=dict(num_heads=sizes["heads"]), embed=nnx.Linear(6, 16, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0),
     )  # fmt: skip
     norm = nnx.LayerNorm(6, epsilon=1e-12, rngs=nnx.Rngs(0))
