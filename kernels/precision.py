@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def full(function, dtype=None):
@@ -48,6 +49,15 @@ def promoting(function):
 def wide(x):
     """The array in float32, or in float64 where it has that."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def matched(tree):
+    """The tree, with all its floating and complex arrays in 64 bits where any is: what is mixed is computed in the most."""
+    is_inexact = lambda x: isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.inexact)
+    # Of NumPy's arrays what JAX makes of them: float64 only if `jax_enable_x64`.
+    if not any(is_inexact(x) and jnp.result_type(x) in (jnp.float64, jnp.complex128) for x in jax.tree.leaves(tree)):
+        return tree
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float64)) if is_inexact(x) else x, tree)
 
 
 def define_passes(function, forward, backward) -> None:

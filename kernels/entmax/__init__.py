@@ -46,7 +46,7 @@ def entmax(
         the last place; gradients are by the formulas above, of alpha too, and at a kink that of the logits that are chosen.
         Above alpha = 2 the map itself is steep where a logit enters: there p has an error of rounding^{1 / (alpha - 1)}.
     Example:
-        >>> entmax(jnp.array([1.0, 0.5, -1.0]), 2.0).round(3).tolist()
+        >>> [round(p, 3) for p in entmax(jnp.array([1.0, 0.5, -1.0]), 2.0).tolist()]
         [0.75, 0.25, 0.0]
 
     Source: Peters, Niculae and Martins, Sparse Sequence-to-Sequence Models, ACL 2019, arXiv 1905.05702; Martins and Astudillo,
