@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subquad.kernels import entmax, linear, scan, specs
+from subquad.kernels import entmax, launch, linear, scan, specs
 
 SPECS = specs.load()
 FIRST = set({spec.operation: name for name, spec in reversed(SPECS.items())}.values())  # the first call of each operation
@@ -56,5 +56,8 @@ def test_the_narrow_ones_are_widened_and_no_wide_one_is_rounded():
 
 
 def test_without_x64_an_array_of_numpy_is_narrow():
-    x = np.ones((1, 4, 2, 3))
-    assert linear.gated(x, x.astype(np.float32), jnp.ones((1, 4, 2, 3))).dtype == jnp.float32
+    """Also for a kernel that declines float64: what is launched takes float32."""
+    x = np.ones((1, 40, 2, 16))
+    with launch.recording():
+        shape = jax.eval_shape(lambda: linear.gated(x, x.astype(np.float32), jnp.ones(x.shape), implementation="triton"))
+    assert shape.dtype == linear.gated(x, x, x).dtype == jnp.float32
