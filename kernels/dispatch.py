@@ -75,13 +75,14 @@ def run(operation: str, implementations: Implementations, implementation: Implem
         operation: the operation's public name, for messages.
         implementations: those that exist, the preferred first.
         implementation: None takes the first that does not decline; a name takes exactly that one.
-        args, kwargs: what it is called with.
+        args, kwargs: what it is called with. One array of 64 bits makes all floating ones so, see `precision.matched`.
     Returns: what the implementation returns.
     Raises:
         ValueError: the name is not a known word.
         NotImplementedError: the named implementation does not exist for this operation, or declines this call.
     """
     check_name(operation, implementation)
+    args, kwargs = precision.matched((args, kwargs))
     lines = _report.get() if _report.get() is not None else []
     if implementation is not None:
         lines.append(f"{operation} runs {implementation}, asked for by name")

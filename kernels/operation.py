@@ -69,33 +69,35 @@ def operation(
     """
     call = functools.partial(over_devices, independent=tuple(independent.split()), shared=shared)
     is_none = lambda x: x is None
-    # The place of each leaf among all arrays, counting those that are None.
-    positions = lambda given: tuple(i for i, x in enumerate(jax.tree.leaves(given, is_leaf=is_none)) if x is not None)
+    # The place of each array that is given among all arrays, counting those that are None.
+    places_of = lambda given: tuple(i for i, x in enumerate(jax.tree.leaves(given, is_leaf=is_none)) if x is not None)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(static, *given):
         only = functools.partial(primal, static) if primal else lambda *given: forward(static, *given)[0]
-        return call(only, given, arrays, outputs, positions(given))
+        return call(only, given, arrays, outputs, places_of(given))
 
     def run_forward(static, *given):
-        found = []
+        # Only residuals that are new leave the call. Once it was traced: which they are, and how to put all together again.
+        traced = []
 
         def outputs_and_new(*given):
             results, residuals = forward(static, *given)
             leaves, structure = jax.tree.flatten(residuals)
             known = jax.tree.leaves((given, results))
-            places = [next((place for place, x in enumerate(known) if x is leaf), None) for leaf in leaves]
-            found[:] = places, structure
-            return results, tuple(leaf for leaf, place in zip(leaves, places, strict=True) if place is None)
+            indices = [_index(leaf, known) for leaf in leaves]
+            traced[:] = indices, structure
+            return results, tuple(leaf for leaf, index in zip(leaves, indices, strict=True) if index is None)
 
-        results, new = call(outputs_and_new, given, arrays, (outputs, tuple(saved)), positions(given))
+        results, new = call(outputs_and_new, given, arrays, (outputs, tuple(saved)), places_of(given))
         if name is not None:
             results, new = checkpoint_name((results, new), name)
-        places, structure = found
+        indices, structure = traced
         known, new = _named((given, results), (arrays, outputs)), iter(_named(new, tuple(saved)))
-        leaves = [next(new) if place is None else known[place] for place in places]
-        first = dict(enumerate(positions(given)))
-        places = tuple(first.get(place) for place in places)
+        leaves = [next(new) if index is None else known[index] for index in indices]
+        # The first of `known` are the arrays that are given.
+        place_of_index = dict(enumerate(places_of(given)))
+        places = tuple(place_of_index.get(index) for index in indices)
         return results, Residuals(structure.unflatten([x for x, _ in leaves]), tuple(axes for _, axes in leaves), places)
 
     def run_backward(static, residuals, cotangents):
@@ -116,6 +118,11 @@ class Residuals:
     arrays: Any
     axes: tuple[str, ...]
     places: tuple[int | None, ...]
+
+
+def _index(leaf, known: list) -> int | None:
+    """Where this very array is among others; None: it is new."""
+    return next((i for i, x in enumerate(known) if x is leaf), None)
 
 
 def _named(tree, axes) -> list[tuple[jax.Array, str]]:
@@ -366,24 +373,27 @@ def folding(function: Callable, has_batch: Sequence[bool], gives_batch: Callable
                 return outputs, (True,) * len(outputs)
             shapes = [x.shape[1:] if m else x.shape for x, m in zip(arrays, mapped, strict=True)]
             batch = max(shape[0] for shape, has in zip(shapes, has_batch, strict=True) if has)
-            places = [i for i, has in enumerate(has_batch) if has]
-            single = {i for i in places if not mapped[i] and shapes[i][0] == 1}
-            kept = {i for group in groups if group <= single for i in group}
 
-            def flatten(i, x):
-                if i not in places or i in kept:
-                    return x
+            def in_one_batch(i, x):
                 x = x if mapped[i] else jnp.broadcast_to(x, (size, *shapes[i]))
                 x = x if shapes[i][0] == batch else jnp.broadcast_to(x, (size, batch, *shapes[i][1:]))
                 return x.reshape(size * batch, *shapes[i][1:])
 
-            outputs = folded(*map(flatten, range(len(arrays)), arrays))
-            if kept and any(x.shape[0] != size * batch for x in outputs):  # sums over more than a batch
-                kept = ()
-                outputs = folded(*map(flatten, range(len(arrays)), arrays))
+            def outputs_with(shared):
+                """Of one call, to which the arrays in `shared` go as they are."""
+                stays = lambda i: i in shared or not has_batch[i]
+                return folded(*(x if stays(i) else in_one_batch(i, x) for i, x in enumerate(arrays)))
+
+            single = {i for i, has in enumerate(has_batch) if has and not mapped[i] and shapes[i][0] == 1}
+            shared = {i for group in groups if group <= single for i in group}
+            outputs = outputs_with(shared)
+            if shared and any(x.shape[0] != size * batch for x in outputs):  # a gradient, summed over what was mapped as well
+                outputs = outputs_with(set())
             outputs = [x.reshape(size, batch, *x.shape[1:]) for x in outputs]
-            words = zip(outputs, batches_out, strict=True)
-            return tuple(x if one == (batch,) else x.sum(1, keepdims=True) for x, one in words), (True,) * len(outputs)
+            # What was a sum over the batch before it was mapped is one again.
+            sums = [before != (batch,) for before in batches_out]
+            outputs = tuple(x.sum(1, keepdims=True) if is_sum else x for x, is_sum in zip(outputs, sums, strict=True))
+            return outputs, (True,) * len(outputs)
 
         return run(*arrays)
 

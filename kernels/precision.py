@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def full(function, dtype=None):
@@ -48,6 +49,23 @@ def promoting(function):
 def wide(x):
     """The array in float32, or in float64 where it has that."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def matched(tree):
+    """The tree, with all its floating and complex arrays in 64 bits where any is: what is mixed is computed in the most.
+
+    NumPy's arrays have the dtype that JAX makes of them: 64 bits only under `jax_enable_x64`.
+    """
+    is_inexact = lambda x: isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.inexact)
+    is_wide = any(jnp.result_type(x) in (jnp.float64, jnp.complex128) for x in jax.tree.leaves(tree) if is_inexact(x))
+
+    def one(x):
+        if not is_inexact(x):
+            return x
+        dtype = jnp.promote_types(jnp.result_type(x), jnp.float64) if is_wide else jnp.result_type(x)
+        return x if x.dtype == dtype else x.astype(dtype)
+
+    return jax.tree.map(one, tree)
 
 
 def define_passes(function, forward, backward) -> None:

@@ -57,4 +57,5 @@ def convolve(
     for name, taps in (("kernel", kernel), ("anticausal", anticausal)):
         checks.shape("convolve", name, taps, "D L", "Give each feature of the inputs one row of taps.", D=inputs.shape[2])
     runs = checks.runs("convolve", segment_ids, *inputs.shape[:2])
-    return dispatch.run("convolution.convolve", IMPLEMENTATIONS, implementation, inputs, kernel, anticausal, runs)
+    dtype = inputs.dtype  # also where a wide kernel, made of positions, is met in 64 bits
+    return dispatch.run("convolution.convolve", IMPLEMENTATIONS, implementation, inputs, kernel, anticausal, runs).astype(dtype)

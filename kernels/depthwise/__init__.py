@@ -63,6 +63,7 @@ def depthwise(
     Source: Wu et al., Pay Less Attention with Lightweight and Dynamic Convolutions, ICLR 2019, arXiv 1901.10430, eqs. 3-5.
     """
     _check(inputs, kernel, is_causal, mask, segment_ids, initial_state, return_state)
+    inputs, kernel, initial_state = precision.matched((inputs, kernel, initial_state))
     before = kernel.shape[-2] - 1
     runs = checks.runs(OWNER, segment_ids, *inputs.shape[:2])
     if runs is not None:

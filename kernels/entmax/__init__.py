@@ -26,9 +26,9 @@ def entmax(
         p_i = [(alpha - 1) z_i - tau]_+^{1 / (alpha - 1)},   tau such that sum_i p_i = 1                    (1905.05702, eq. 10)
         dp = diag(s) (dz - (s . dz) / sum s) + alpha's part,  s_i = p_i^{2 - alpha} where p_i > 0         (1905.05702, prop. 2)
 
-    alpha = 1 is softmax and alpha = 2 sparsemax; more than 2 is sharper yet. With e = alpha - 1 the formula is computed as
-    p_i = (1 + e y_i)^{1 / e} = exp(log1p(e y_i) / e), y_i = z_i - max z - m, where 0 <= m <= log n takes the place of tau:
-    nothing cancels near alpha = 1, where it is exp(y_i) and m the log-normaliser.
+    alpha = 1 is softmax and alpha = 2 sparsemax; more than 2 is sharper yet. With e = alpha - 1 and P = exp(-m) the largest
+    weight, the formula is computed as p_i = P [1 + e u_i]_+^{1 / e}, u_i = P^{-e} (z_i - max z), where 0 <= m <= log n takes
+    the place of tau: nothing cancels near alpha = 1, where m is the log-normaliser, nor where P^e is small.
 
     Cost: time O(n) for each of 3 to 12 steps up to alpha = 2, some 30 above (at most 4 per bit of the mantissa); memory O(n).
 
@@ -45,10 +45,8 @@ def entmax(
     Numerics: float32 inside. The threshold is found by Newton steps between bounds, and by halving these, to a few units in
         the last place; gradients are by the formulas above, of alpha too, and at a kink that of the logits that are chosen.
         Above alpha = 2 the map itself is steep where a logit enters: there p has an error of rounding^{1 / (alpha - 1)}.
-        Of n logits that are nearly equal it needs n^{alpha - 1} below 1e7: beyond that (512 logits at alpha = 4) float32 has no
-        digits for the threshold, and the row may be 0 or NaN.
     Example:
-        >>> entmax(jnp.array([1.0, 0.5, -1.0]), 2.0).tolist()
+        >>> [round(p, 3) for p in entmax(jnp.array([1.0, 0.5, -1.0]), 2.0).tolist()]
         [0.75, 0.25, 0.0]
 
     Source: Peters, Niculae and Martins, Sparse Sequence-to-Sequence Models, ACL 2019, arXiv 1905.05702; Martins and Astudillo,

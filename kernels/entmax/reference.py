@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from subquad.kernels import precision
 
+LEAST = -1e3  # logits below the maximum by more have a weight of 0 at any alpha, as exp(LEAST) has
+
 
 def entmax(logits, alpha, axis):
     """See `entmax.entmax`."""
@@ -28,28 +30,33 @@ def attention(query, key, value, alpha, mask, positions, scale):
 
 
 def _entmax(logits, alpha, axis):
+    """By m = -log P of the largest weight P: p = P [1 + e u]_+^(1 / e), u = P^-e (logit - maximum), e = alpha - 1."""
     epsilon = jnp.where(alpha >= 1, alpha - 1, 0)
     seen = jnp.isfinite(logits)
     largest = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True))
     logits = jnp.where(seen, logits - jnp.where(jnp.isfinite(largest), largest, 0), 0)
+    logits = jnp.maximum(logits, LEAST)
 
-    def total(middle):
-        return jnp.sum(_power(logits - middle, epsilon) * seen, axis, keepdims=True)
+    def ratio(found, exponent=1.0):
+        exponential = jnp.exp(jnp.minimum(epsilon * found, jnp.log(jnp.finfo(logits.dtype).max) - 10))
+        return _power(logits * exponential, epsilon, exponent) * seen
+
+    def total(found, exponent=1.0):
+        return jnp.where(seen.any(axis, keepdims=True), ratio(found, exponent).sum(axis, keepdims=True), 1)
 
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
-        above = total(middle) >= 1
+        above = jnp.log(total(middle)) >= middle
         return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
     # At 0 the largest alone gives 1, and at log(n) no logit gives more than 1 / n.
     low = jnp.zeros_like(total(0.0))
     high = low + jnp.log(jnp.asarray(logits.shape[axis], logits.dtype)) + 1e-3
-    threshold = jax.lax.stop_gradient(jax.lax.fori_loop(0, 60, halve, (low, high))[0])
+    found = jax.lax.stop_gradient(jax.lax.fori_loop(0, 60, halve, (low, high))[0])
     for _ in range(2):  # one for a gradient, two for its gradient
-        slope = jnp.sum(_power(logits - threshold, epsilon, 1 - epsilon) * seen, axis, keepdims=True)
-        threshold += (total(threshold) - seen.any(axis, keepdims=True)) / jnp.where(slope > 0, slope, 1)
-    return _power(logits - threshold, epsilon) * seen
+        found += (jnp.log(total(found)) - found) * total(found) / total(found, 1 - epsilon)
+    return jnp.exp(-found) * ratio(found)
 
 
 def _power(y, epsilon, exponent=1.0):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from subquad.kernels import checks, precision
-from subquad.kernels.entmax.threshold import powers, search, slope_in_alpha
+from subquad.kernels.entmax.threshold import ratios, scaled, search, slope_at_largest, steepness, weights
 from subquad.kernels.operation import operation
 from subquad.kernels.softmax import online
 
@@ -49,15 +49,16 @@ def _entmax(axis, constant, logits, alpha):
 def _entmax_forward(axis, constant, logits, alpha):
     rows = _last(logits, axis).astype(jnp.promote_types(logits.dtype, jnp.float32))
     of_rows = constant if alpha is None else _last(alpha, axis)
-    y, threshold = _below_threshold(rows, of_rows)
-    p = jnp.moveaxis(powers(y, of_rows)[0], -1, axis).astype(logits.dtype)
-    return p, (logits, alpha, *threshold)
+    maximum, found = _searched(rows, of_rows)
+    p = weights(scaled(_below(rows, maximum), found, of_rows), found, of_rows)
+    return jnp.moveaxis(p, -1, axis).astype(logits.dtype), (logits, alpha, maximum, found)
 
 
 def _entmax_backward(axis, constant, saved, cotangent):
-    logits, alpha, *threshold = saved
-    rows, of_rows = _last(logits, axis).astype(threshold[0].dtype), constant if alpha is None else _last(alpha, axis)
-    grad_logits, change = _gradient(_less(rows, *threshold), of_rows, _last(cotangent, axis).astype(rows.dtype))
+    logits, alpha, maximum, found = saved
+    rows, of_rows = _last(logits, axis).astype(maximum.dtype), constant if alpha is None else _last(alpha, axis)
+    u = scaled(_below(rows, maximum), found, of_rows)
+    grad_logits, change = _gradient(u, found, of_rows, _last(cotangent, axis).astype(rows.dtype))
     if alpha is None:
         return jnp.moveaxis(grad_logits, -1, axis).astype(logits.dtype), None
     shared = tuple(i for i, size in enumerate(of_rows.shape) if size == 1)
@@ -75,26 +76,25 @@ def _last(array, axis):
     return jnp.moveaxis(array, axis, -1)
 
 
-def _below_threshold(logits, alpha):
-    """(y, (maximum, m)): logits below maximum + m, so that their powers sum to 1."""
+def _searched(logits, alpha):
+    """(maximum, -log of the largest weight)."""
     maximum = logits.max(-1, keepdims=True)
     maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    threshold = search(logits - maximum, alpha)
-    return _less(logits, maximum, threshold), (maximum, threshold)
+    return maximum, search(logits - maximum, alpha)
 
 
-def _less(logits, maximum, threshold):
+def _below(logits, maximum):
     # Where logits come out of another product, a rounding may put them above their maximum.
-    below = logits - maximum
-    return jnp.where(below > 0, 0, below) - threshold
+    return jnp.minimum(logits - maximum, 0)
 
 
-def _gradient(y, alpha, grad_p):
+def _gradient(u, found, alpha, grad_p):
     """Of the logits, and by element of alpha (0 where it is a constant)."""
-    s = powers(y, alpha)[1]
-    total = s.sum(-1, keepdims=True)
-    centred = grad_p - (s * grad_p).sum(-1, keepdims=True) / jnp.where(total > 0, total, 1)
-    return s * centred, 0 if isinstance(alpha, float) else slope_in_alpha(y, alpha) * centred
+    slope = ratios(u, alpha)[1]
+    total = slope.sum(-1, keepdims=True)
+    centred = grad_p - (slope * grad_p).sum(-1, keepdims=True) / jnp.where(total > 0, total, 1)
+    of_alpha = 0 if isinstance(alpha, float) else jnp.exp(-found) * slope_at_largest(u, found, alpha) * centred
+    return steepness(found, alpha) * (slope * centred), of_alpha
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -122,41 +122,42 @@ def _attention_forward(plan, query, key, value, alpha, mask, positions):
     values = rearrange(value, "b s k v -> b k s v")
 
     def step(_, i):
-        y, threshold = _below_threshold(logits_of(i, _cut(tile, key.shape[2], query, i)), of_heads)
-        weights = powers(y, of_heads)[0].astype(value.dtype)
-        out = jnp.einsum("bkgts,bksv->bkgtv", weights, values, preferred_element_type=y.dtype)
-        return _, (out.astype(query.dtype), *threshold)
+        logits = logits_of(i, _cut(tile, key.shape[2], query, i))
+        maximum, found = _searched(logits, of_heads)
+        p = weights(scaled(_below(logits, maximum), found, of_heads), found, of_heads).astype(value.dtype)
+        out = jnp.einsum("bkgts,bksv->bkgtv", p, values, preferred_element_type=found.dtype)
+        return _, (out.astype(query.dtype), maximum, found)
 
-    out, *threshold = (_join(x, query.shape[1]) for x in jax.lax.scan(step, 0, jnp.arange(steps))[1])
-    return out, (*arguments, *(x[..., 0] for x in threshold))
+    out, *of_rows = (_join(x, query.shape[1]) for x in jax.lax.scan(step, 0, jnp.arange(steps))[1])
+    return out, (*arguments, *(x[..., 0] for x in of_rows))
 
 
 @precision.full
 def _attention_backward(plan, saved, cotangent):
-    *arguments, maximum, threshold = saved
+    *arguments, maxima, logarithms = saved
     query, key, value, alpha, mask, positions = arguments
     logits_of, of_heads = _tiles(plan, query, key, alpha, mask, positions)
     tile, steps = plan.tile(query, key)
     keys, values = (rearrange(x, "b s k h -> b k h s") for x in (key, value))
-    precise = maximum.dtype
+    precise = maxima.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=precise)
 
     def step(grads, i):
-        queries, grad_out, *below = (
-            _cut(tile, key.shape[2], x, i) for x in (query, cotangent, maximum[..., None], threshold[..., None])
+        queries, grad_out, maximum, found = (
+            _cut(tile, key.shape[2], x, i) for x in (query, cotangent, maxima[..., None], logarithms[..., None])
         )
         unused = checks.may_be_padding([queries], grad_out)
         queries = jnp.where(unused, 0, queries)
-        below = (jnp.where(unused, fill, x) for x, fill in zip(below, (jnp.inf, 0), strict=True))
-        y = _less(logits_of(i, queries), *below)
-        weights = powers(y, of_heads)[0].astype(value.dtype)
-        grad_logits, change = _gradient(y, of_heads, dot("bkgtv,bkvs->bkgts", grad_out, values))
-        scaled = (plan.scale * grad_logits).astype(query.dtype)
-        grad_key = dot("bkgth,bkgts->bkhs", queries, scaled)
-        grad_value = dot("bkgtv,bkgts->bkvs", grad_out, weights)
+        maximum, found = jnp.where(unused, jnp.inf, maximum), jnp.where(unused, 0, found)
+        u = scaled(_below(logits_of(i, queries), maximum), found, of_heads)
+        p = weights(u, found, of_heads).astype(value.dtype)
+        grad_logits, change = _gradient(u, found, of_heads, dot("bkgtv,bkvs->bkgts", grad_out, values))
+        grad_products = (plan.scale * grad_logits).astype(query.dtype)
+        grad_key = dot("bkgth,bkgts->bkhs", queries, grad_products)
+        grad_value = dot("bkgtv,bkgts->bkvs", grad_out, p)
         grad_alpha = 0 if alpha is None else jnp.sum(change, (0, 3, 4))
         grads = jax.tree.map(jnp.add, grads, (grad_key, grad_value, grad_alpha))
-        return grads, dot("bkgts,bkhs->bkgth", scaled, keys).astype(query.dtype)
+        return grads, dot("bkgts,bkhs->bkgth", grad_products, keys).astype(query.dtype)
 
     heads = key.shape[2], query.shape[2] // key.shape[2]
     start = *(jnp.zeros(x.shape, precise) for x in (keys, values)), 0 if alpha is None else jnp.zeros(heads, precise)

@@ -76,7 +76,8 @@ def sinkhorn(
     Differs from the paper: the matrix is returned, not its logarithm.
 
     Args:
-        logits: [B, N, M, M]. -inf forbids a pair; a row or column without an allowed pair is 0. Triton serves M <= 128.
+        logits: [B, N, M, M]. -inf forbids a pair, and so does what is below -5e29, as `jnp.finfo(jnp.float32).min`; a row or
+            column without an allowed pair is 0, with a gradient of 0. Triton serves M <= 128.
         iterations: of rows and columns, at least 1.
         is_causal: leaves the pairs j > i out of all sums, and returns 0 there. What remains is not strictly causal: the
             sum over a column reaches the rows after i, so entry ij depends on the logits of later rows.
@@ -86,7 +87,8 @@ def sinkhorn(
         ValueError: shapes that do not fit, iterations that are no integer of at least 1.
         TypeError: integers or complex numbers.
         NotImplementedError: an implementation that does not exist here or declines the call.
-    Numerics: float32, in the domain of logarithms, with the maximum taken out of every sum.
+    Numerics: float32, in the domain of logarithms, with the maximum taken out of every sum. A row or column whose logits are
+        all large, as -1e9, has lost their differences, and counts all the same: forbid it by -inf.
     Example:
         >>> balanced = sinkhorn(jnp.array([[[[0.0, 3.0], [1.0, 0.0]]]]), iterations=20)
         >>> balanced[0, 0].sum(0).round(3).tolist(), balanced[0, 0].sum(1).round(3).tolist()

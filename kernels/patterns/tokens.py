@@ -195,7 +195,8 @@ class Columns(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Random(Pattern):
-    """Each query sees some keys that were drawn for it, others in each head; positions are 0 .. length.
+    """Each query sees some keys that were drawn for it, others in each head; positions are 0 .. length, and what is outside
+    sees nothing and is not seen.
 
     What is drawn follows from the seed, the head and the query, and from what may be drawn: it is the same in every process
     and for every `length` to which that does not extend.
@@ -216,8 +217,9 @@ class Random(Pattern):
         return self.count
 
     def allowed(self, query, key, head):
-        drawn = looked_up(draws(self), head % self.heads, query)
-        return (drawn == key[..., None]).any(-1)
+        inside = (0 <= query) & (query < self.length) & (0 <= key)
+        drawn = looked_up(draws(self), head % self.heads, query % self.length)
+        return inside & (drawn == key[..., None]).any(-1)
 
 
 @functools.lru_cache(maxsize=8)

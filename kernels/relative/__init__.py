@@ -70,7 +70,8 @@ def attention(
     scale = scale_of(OPERATION, scale, query.shape[-1])
     key, value = checks.hide(mask, key, value)
     arrays = query, key, value, relative_key, content_bias, position_bias
-    return dispatch.run(OPERATION, IMPLEMENTATIONS, implementation, *arrays, visible, scale)
+    dtype = value.dtype  # also where a wide relative_key, made of positions, is met in 64 bits
+    return dispatch.run(OPERATION, IMPLEMENTATIONS, implementation, *arrays, visible, scale).astype(dtype)
 
 
 def _check(query, key, value, relative_key, content_bias, position_bias, mask):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from subquad.kernels import checks, dispatch
+from subquad.kernels import checks, dispatch, precision
 from subquad.kernels.scan import reference, xla
 
 __all__ = ["first_order"]
@@ -63,6 +63,7 @@ def first_order(
     checks.inexact(OWNER, decay=decay, inputs=inputs, initial_state=initial_state)
     if initial_state is None:
         initial_state = jnp.zeros((batch, features), jnp.float32)
+    decay, inputs, initial_state = precision.matched((decay, inputs, initial_state))
     dtypes = [array.dtype for array in (decay, inputs, initial_state)]
     is_wide = inputs.real.dtype == jnp.float64
     state_dtype = jnp.float64 if is_wide else jnp.float32

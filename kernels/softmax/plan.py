@@ -42,7 +42,7 @@ class Plan:
 def plan_of(query, key, value, one: KeySet) -> Plan:
     """Sizes of parts and tiles, and the steps in which the pattern allows something."""
     (batch, _, heads, features), kv_heads = query.shape, key.shape[2]
-    columns, pattern, visible = one.columns, one.pattern, one.visible
+    columns, pattern = one.columns, one.pattern
     queries, keys = (x.shape[1] // columns for x in (query, key))
     groups, features = heads // kv_heads, max(features, value.shape[3])
     is_shared = pattern is None or pattern.heads == 1
@@ -55,18 +55,29 @@ def plan_of(query, key, value, one: KeySet) -> Plan:
     if block_size is not None:
         tiles = tuple(min(length, block_tile(block_size, most_of(None))) for length in (queries, keys))
     counts = -(-queries // tiles[0]), -(-keys // tiles[1])
-    some = np.ones((1 if is_shared else kv_heads, *counts), bool)
-    if pattern is not None and all(isinstance(positions, np.ndarray) for positions in visible[:2]):
-        rows, ends = (extremes(x, tile) for x, tile in zip(visible[:2], tiles, strict=True))
-        ranges = tuple(x[:, None] for x in rows), ends, np.arange(pattern.heads)[:, None, None]
-        some = np.broadcast_to(pattern.coverage(*ranges) > patterns.NONE, (pattern.heads, *counts))
-        if not is_shared:  # query heads that share a head of keys share its steps
-            some = some.reshape(kv_heads, groups, *counts).any(1)
-        each = some if is_shared else some.repeat(groups, 0)
-        pattern = patterns.undecided(pattern, each, *ranges)
-    width = 1 if block_size is None else max(1, min(MOST_TILES, STEP_KEYS // tiles[1], int(some.sum(2).max())))
-    steps = steps_of(some, width)
-    return Plan(columns, one.source, (queries, keys), split, tiles, counts, steps.shape, steps.tobytes(), pattern)
+    allowed, undecided = allowed_tiles(pattern, one.visible, tiles, counts, kv_heads)
+    width = 1 if block_size is None else max(1, min(MOST_TILES, STEP_KEYS // tiles[1], int(allowed.sum(2).max())))
+    steps = steps_of(allowed, width)
+    return Plan(columns, one.source, (queries, keys), split, tiles, counts, steps.shape, steps.tobytes(), undecided)
+
+
+def allowed_tiles(pattern: Pattern | None, visible, tiles, counts, kv_heads: int) -> tuple[np.ndarray, Pattern | None]:
+    """(the tiles that hold an allowed pair, bool [K|1, query tiles, key tiles]; what of the pattern must be tested in them).
+
+    K where the pattern tells heads apart. All tiles where the positions are not known while tracing.
+    """
+    is_shared = pattern is None or pattern.heads == 1
+    if pattern is None or not all(isinstance(positions, np.ndarray) for positions in visible[:2]):
+        return np.ones((1 if is_shared else kv_heads, *counts), bool), pattern
+    of_queries, of_keys = (extremes(x, tile) for x, tile in zip(visible[:2], tiles, strict=True))
+    ranges = tuple(x[:, None] for x in of_queries), of_keys, np.arange(pattern.heads)[:, None, None]
+    by_head = np.broadcast_to(pattern.coverage(*ranges) > patterns.NONE, (pattern.heads, *counts))
+    if is_shared:
+        return by_head, patterns.undecided(pattern, by_head, *ranges)
+    # Query heads that share a head of keys share its steps: a tile that one of them needs is computed for all.
+    groups = pattern.heads // kv_heads
+    allowed = by_head.reshape(kv_heads, groups, *counts).any(1)
+    return allowed, patterns.undecided(pattern, allowed.repeat(groups, 0), *ranges)
 
 
 def steps_of(some: np.ndarray, width: int) -> np.ndarray:

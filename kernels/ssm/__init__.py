@@ -10,6 +10,7 @@ other of the pair.
 
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
@@ -100,7 +101,7 @@ def diagonal_kernel(
     matrix product per feature.
 
     Args:
-        log_decay: log A_bar [D, P], real parts negative.
+        log_decay: log A_bar [D, P], real parts negative; -inf forgets everything before.
         coefficients: C times B_bar, [*K, D, P]; leading axes are several outputs of the same states.
         length: L >= 1.
         implementation: "xla" on every device, or "reference", which stores D P L numbers; None: "xla".
@@ -114,6 +115,7 @@ def diagonal_kernel(
     _check_length("diagonal_kernel", length)
     _check_modes("diagonal_kernel", log_decay=log_decay)
     _check_outputs("diagonal_kernel", "coefficients", coefficients, log_decay)
+    log_decay = _finite(log_decay)
     return dispatch.run("ssm.diagonal_kernel", DIAGONAL_KERNEL, implementation, log_decay, coefficients, int(length))
 
 
@@ -186,7 +188,7 @@ def diagonal_scan(
 
     Args:
         inputs: u [B, T, D].
-        log_decay: log A_bar [D, P], real parts negative; complex or real.
+        log_decay: log A_bar [D, P], real parts negative; complex or real. -inf forgets everything before.
         input_matrix: B_bar [D, P], complex or real as log_decay is.
         output_matrix: C [D, P], likewise.
         initial_state: x before the first step, float32: real parts then imaginary parts [B, D, 2P], or [B, D, P] where the
@@ -213,6 +215,7 @@ def diagonal_scan(
     _check_modes("diagonal_scan", **modes)
     _check_one_kind("diagonal_scan", **modes)
     state = _start("diagonal_scan", inputs, initial_state, log_decay)
+    log_decay = _finite(log_decay)
     inputs = jnp.flip(inputs, axis=1) if is_reversed else inputs
     outputs, state = dispatch.run(
         "ssm.diagonal_scan", DIAGONAL_SCAN, implementation, inputs, log_decay, input_matrix, output_matrix, state
@@ -262,6 +265,12 @@ def dplr_recurrence(
     state = _start("dplr_recurrence", inputs, state, diagonal)
     system = diagonal, low_rank, input_matrix, output_matrix, step
     return dispatch.run("ssm.dplr_recurrence", DPLR_RECURRENCE, implementation, inputs, *system, state)
+
+
+def _finite(log_decay):
+    """-inf as a number whose exponential is 0, too: its multiple of no steps is 0, and no NaN."""
+    bounded = jnp.maximum(log_decay.real, -1e4)
+    return jax.lax.complex(bounded, log_decay.imag) if jnp.iscomplexobj(log_decay) else bounded
 
 
 def _check_length(owner, length):

@@ -217,27 +217,35 @@ def fixed(
         one = lambda n: fixed(*(x[:, :, n : n + 1] for x in (query, key, value)), columns=columns[n : n + 1], **options)
         return jax.tree.map(lambda *heads: jnp.concatenate(heads, 2), *map(one, range(heads)))
     own = SameBlock(size) if own_block else SameBlock(size) & summaries
-    sets, keys, values, count = [near(own & causal, length, length, mask, segments)], (key,), (value,), -(-length // size)
-    if count > 1:
-        # The summary columns of the other blocks, gathered; of the last one, which comes before no block, not if causal.
-        blocks = np.arange(count - 1 if is_causal else count)
-        places = (blocks[:, None, None] * size + columns.T).reshape(-1, len(columns))  # [(I c), N|1]
-        head = np.arange(heads) if len(columns) > 1 else slice(None)
-        index = (np.minimum(places, length - 1), head) if len(columns) > 1 else (np.minimum(places[:, 0], length - 1),)
-        keys, values = (key, key[:, *index]), (value, value[:, *index])
-        exists = np.moveaxis(places < length, 0, 1)[None, :, None]
-        hidden = None if exists.all() else jnp.asarray(exists)
-        if mask is not None:
-            hidden = exists & jnp.moveaxis(mask[:, 0, 0, np.minimum(places, length - 1)], 1, 2)[:, :, None]
-        other = near(BEFORE if is_causal else BEFORE | AFTER, length, len(places), hidden, segments, source=1)
-        number = lambda block: np.asarray(block, np.int32)[None]
-        visible = other.visible._replace(
-            query_positions=number(np.arange(length) // size),
-            key_positions=number(blocks.repeat(columns.shape[1])),
-            key_segment_ids=None if segments is None else segments[:, index[0]],
-        )
-        sets.append(other._replace(visible=visible))
+    sets, keys, values = [near(own & causal, length, length, mask, segments)], (key,), (value,)
+    if length > size:
+        summary_key, summary_value, others = of_other_blocks(key, value, columns, size, mask, segments, is_causal)
+        sets, keys, values = [*sets, others], (key, summary_key), (value, summary_value)
     return attend(owner, query, keys, values, sets, scale, return_lse, implementation)
+
+
+def of_other_blocks(key, value, columns, size: int, mask, segments, is_causal: bool):
+    """Keys and values [B, I c, N, ..] in the columns [N|1, c] of I blocks, and who sees them: the queries of other blocks.
+
+    If causal, those of later blocks: the last block has none, and is left out.
+    """
+    (length, heads), count = key.shape[1:3], -(-key.shape[1] // size)
+    blocks = np.arange(count - 1 if is_causal else count)
+    positions = (blocks[:, None] * size + columns[:, None]).reshape(len(columns), -1)  # [N|1, I c]
+    exists, positions = positions < length, np.minimum(positions, length - 1)  # the last block may be shorter
+    if len(columns) == 1:
+        gathered = lambda x: x[:, positions[0]]
+    else:
+        gathered = lambda x: x[:, positions.T, np.arange(heads)]
+    seen = None if exists.all() else jnp.asarray(exists[None, :, None])
+    if mask is not None:
+        seen = exists[None, :, None] & mask[:, 0, 0, positions][:, :, None]
+    # Positions are numbers of blocks.
+    number = lambda block: np.asarray(block, np.int32)[None]
+    of_queries, of_keys = number(np.arange(length) // size), number(blocks.repeat(columns.shape[1]))
+    key_segments = None if segments is None else segments[:, positions[0]]
+    visible = Visible(of_queries, of_keys, segments, key_segments, seen)
+    return gathered(key), gathered(value), KeySet(BEFORE if is_causal else BEFORE | AFTER, visible, source=1)
 
 
 def attend(owner: str, query, keys, values, sets, scale, return_lse: bool, implementation):
@@ -246,9 +254,9 @@ def attend(owner: str, query, keys, values, sets, scale, return_lse: bool, imple
     return (out, sum(sums)) if return_lse else out
 
 
-def near(pattern: Pattern | None, queries: int, keys: int, mask, segments, source: int = 0) -> KeySet:
+def near(pattern: Pattern | None, queries: int, keys: int, mask, segments) -> KeySet:
     """Keys under a pattern of positions that count from 0."""
-    return KeySet(pattern, Visible(counted(queries), counted(keys), segments, segments, mask), source=source)
+    return KeySet(pattern, Visible(counted(queries), counted(keys), segments, segments, mask))
 
 
 def finite_padding(query, mask):

@@ -97,6 +97,35 @@ def test_the_rest_of_a_batch_changes_no_row():
         np.testing.assert_allclose(whole[5:].sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("alpha", "length"), [(1.5, 1 << 18), (2.0, 1 << 18), (3.0, 5000), (4.0, 512), (6.0, 3000)])
+def test_many_nearly_equal_logits(alpha, length, implementation):
+    """Largest weights whose power of alpha - 1 is less than float32's rounding of 1: all weights are chosen, in float64."""
+    rng, epsilon = np.random.default_rng(0), alpha - 1
+    p = rng.uniform(0.3, 1, length)
+    p /= p.sum()
+    logits = np.append((p**epsilon - p.max() ** epsilon) / epsilon, -np.inf).astype(np.float32)
+    cotangent = rng.normal(size=length).astype(np.float32)
+    for given in (alpha, jnp.full(1, alpha)):
+        out, pull = jax.vjp(lambda *x: entmax.entmax(*x, implementation=implementation), logits, given)
+        grad_logits, grad_alpha = pull(jnp.append(cotangent, 1))
+        np.testing.assert_allclose(out, np.append(p, 0), rtol=1e-4)
+        slope = p ** (1 - epsilon)
+        centred = cotangent - (slope * cotangent).sum() / slope.sum()
+        np.testing.assert_allclose(grad_logits, np.append(slope * centred, 0), rtol=1e-3, atol=1e-4 * slope.min())
+    # Of the slope p l^2 (1 - exp(-v) - v) / v^2, l = log p and v = epsilon l, the middle term sums to 0.
+    terms = p * (1 - epsilon * np.log(p)) / epsilon**2 * centred
+    np.testing.assert_allclose(grad_alpha[0], terms.sum(), atol=1e-4 * abs(terms).sum())
+
+
+def test_equal_logits_are_shared_equally():
+    for alpha in (1.0, 1.5, 2.0, 4.0, 30.0, 1000.0):
+        for given in (alpha, jnp.full((1, 1), alpha)):
+            out, pull = jax.vjp(lambda z, a=given: entmax.entmax(z, a), jnp.full((2, 3000), 5.0))
+            np.testing.assert_allclose(out, 1 / 3000, rtol=1e-5)
+            np.testing.assert_array_equal(np.isfinite(pull(out)[0]), True)
+
+
 @pytest.mark.parametrize("alpha", [1.0, np.float32(1.4)])
 def test_attention_in_steps_is_attention_at_once(alpha, monkeypatch):
     """Values and gradients, at a length that no step divides, with T != S and positions that do not count from 0."""

@@ -23,6 +23,7 @@ from subquad.kernels.patterns import (
     SameBlock,
     Strided,
 )  # fmt: skip
+from subquad.kernels.patterns.base import grid
 from subquad.kernels.patterns.tokens import draws
 
 LISTS = np.array([[[0, -1], [2, 0], [1, 2], [3, -1]], [[3, 1], [0, -1], [-1, -1], [2, 3]]])
@@ -150,6 +151,18 @@ def test_draws():
     assert (draws(Random(2, 9, 7, 2, past))[:, 1] == [0, -1]).all()
     # Stored once: another version of NumPy must not draw others.
     assert draws(Random(3, 100, 5, 1, Band(None, None)))[0, 7].tolist() == [23, 44, 76]
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["known", "traced"])
+def test_outside_of_what_was_drawn_nothing_is_seen(array):
+    """As outside of the table of Blocks: neither an error nor the keys of another query."""
+    head = np.arange(3)[:, None, None]
+    positions = np.arange(-3, 25)
+    allowed = DRAWN.allowed(array(positions[:, None]), array(positions), head)
+    inside = (positions >= 0) & (positions < 19)
+    np.testing.assert_array_equal(np.asarray(allowed)[:, inside][..., inside], grid(DRAWN, 19, 19))
+    assert not allowed[:, ~inside].any() and not allowed[..., ~inside].any()
+    assert not grid(InBlocks(4, PAST), 40, 40)[:, 20:].any()
 
 
 def test_draws_are_uniform():

@@ -270,6 +270,46 @@ def test_recurrence_stores_no_states():
     assert temporary(lambda u: run(u), ((2, 4096, 4), jnp.float32)) < states / 2
 
 
+# Resets.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, pytest.param("interpret", marks=pytest.mark.interpret)])
+def test_a_log_decay_of_minus_infinity_forgets_everything_before(implementation, dtype):
+    """Of each feature one mode does, the other decays: as without the first mode, but for what a token reads of itself."""
+    log_decay = np.array([[-np.inf, -0.1], [-0.2, -np.inf], [-np.inf, -np.inf]]).astype(dtype)
+    into, out = (np.random.default_rng(i).normal(size=(3, 2)).astype(dtype) for i in range(2))
+    inputs = np.random.default_rng(2).normal(size=(2, 70, 3)).astype(np.float32)
+    state = np.random.default_rng(3).normal(size=(2, 3, 2 if dtype == "float32" else 4)).astype(np.float32)
+
+    def run(log_decay, into, out, inputs, state, implementation):
+        return ssm.diagonal_scan(inputs, log_decay, into, out, state, return_state=True, implementation=implementation)
+
+    def with_gradients(log_decay, implementation):
+        outputs, pull = jax.vjp(lambda *x: run(*x, implementation), log_decay, into, out, inputs, state)
+        return outputs, pull(outputs)
+
+    got = jax.jit(with_gradients, static_argnums=1)(log_decay, implementation)
+    want = with_gradients(np.where(np.isinf(log_decay.real), -200, log_decay).astype(dtype), "reference")  # exp is 0, too
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    (outputs, last), (grad_decay, *_) = got
+    assert not np.asarray(grad_decay)[np.isinf(log_decay.real)].any()
+    alone = np.einsum("dp,btd->btd", (into * out).real * (1 if dtype == "float32" else 2), inputs)
+    np.testing.assert_allclose(outputs[..., 2], alone[..., 2], rtol=1e-5)
+    louder = run(log_decay, into, out, np.where(np.arange(70)[:, None] < 69, 1e6, 1) * inputs, 1e6 * state, implementation)
+    np.testing.assert_array_equal(louder[0][:, -1, 2], outputs[:, -1, 2])
+    np.testing.assert_array_equal(louder[1][:, 2], last[:, 2])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_kernel_of_a_system_that_forgets_is_one_tap(implementation):
+    log_decay, coefficients = jnp.full((2, 3), -jnp.inf, jnp.complex64), jnp.asarray(random_complex(2, 3))
+    taps, pull = jax.vjp(lambda *x: diagonal_kernel(*x, 40, implementation=implementation), log_decay, coefficients)
+    np.testing.assert_allclose(taps[:, 0], 2 * coefficients.real.sum(1), rtol=1e-5)
+    assert not taps[:, 1:].any() and all(np.isfinite(x).all() for x in pull(taps))
+
+
 # Bad input.
 
 
