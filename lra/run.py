@@ -243,6 +243,11 @@ def check_values(run: Run) -> None:
         raise ValueError(
             f"warmup_steps must be at most steps = {run.steps} under schedule {run.schedule!r}, got {run.warmup_steps}."
         )
+    if run.schedule == "cosine" and run.warmup_steps == run.steps:
+        raise ValueError(
+            f"warmup_steps must be below steps = {run.steps} under schedule 'cosine', got {run.warmup_steps}. Choose fewer, "
+            "or schedule='linear'."
+        )
     if run.batch_size % run.accumulate:
         raise ValueError(
             f"accumulate must divide batch_size = {run.batch_size}, got {run.accumulate}. Choose one of "
