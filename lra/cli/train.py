@@ -90,16 +90,21 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     if parallel.is_first():
         results.show(rows)
         for row in rows:
-            if row.scores_by_length:
-                found = json.loads(row.scores_by_length).items()
-                words = [f"{length}: {score if isinstance(score, str) else f'{score:.3f}'}" for length, score in found]
-                print(f"Seed {row.seed} by length: {'; '.join(words)}.")
-            if row.stopped_step is not None:
-                print(f"Seed {row.seed} stopped at step {row.stopped_step}: its validations had become no better.")
-            if row.collapsed_step is not None:
-                print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
+            show_events(row)
         print(f"Added to {out}/results.csv; losses and checkpoints in {out}/runs.")
     return 0 if all(row.status == "ok" for row in rows) else commands.FAILED
+
+
+def show_events(row: results.Result) -> None:
+    """Prints what the table does not show of a run: its scores by length, and whether it stopped early or collapsed."""
+    if row.scores_by_length:
+        found = json.loads(row.scores_by_length).items()
+        words = [f"{length}: {score if isinstance(score, str) else f'{score:.3f}'}" for length, score in found]
+        print(f"Seed {row.seed} by length: {'; '.join(words)}.")
+    if row.stopped_step is not None:
+        print(f"Seed {row.seed} stopped at step {row.stopped_step}: its validations had become no better.")
+    if row.collapsed_step is not None:
+        print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
 
 
 def own_text(arguments, words: dict) -> tuple[tasks.Task | None, dict | None]:
