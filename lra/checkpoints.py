@@ -31,8 +31,10 @@ class Interrupted(RunError):
 def open_folder(folder: str | os.PathLike, needed_bytes: int = 0) -> pathlib.Path:
     """Makes a folder and tries that it can be written and has room.
 
-    Raises: RunError: it cannot be made or written, or has no room for needed_bytes.
+    Raises: RunError: it has no name, cannot be made or written, or has no room for needed_bytes.
     """
+    if not os.fspath(folder):
+        raise RunError("out: folder must have a name, got ''. Write . for this one.")
     folder = pathlib.Path(folder).expanduser().absolute()
     what = f"out: folder {folder} must be writable, with {needed_bytes / 1e6:.1f} MB for checkpoints"
     with explained(what, "Choose another with --out."):
@@ -131,8 +133,13 @@ def read_configuration(
         name: what the folder is an argument for; cure: what a caller is told to do.
     Raises: RunError: it cannot be read.
     """
-    with _whole(folder / "run.json", cure, name):
-        return _read_json(folder / "run.json")
+    return read_record(folder / "run.json", cure, name)
+
+
+def read_record(path: pathlib.Path, cure: str, name: str = "out") -> dict:
+    """The object in a JSON file of a run's folder, which is an argument called `name`. Raises: RunError: it cannot be read."""
+    with _whole(path, cure, name):
+        return _read_json(path)
 
 
 def read_result(folder: pathlib.Path, configuration: dict, result_type: type) -> dict | None:

@@ -199,6 +199,13 @@ def check_values(run: Run) -> None:
 
     Raises: ValueError.
     """
+    _check_ranges(run)
+    _check_idle(run)
+    _check_carried(run)
+    _check_counts(run)
+
+
+def _check_ranges(run: Run) -> None:
     positive = (
         "in_features", "num_layers", "steps", "batch_size", "accumulate", "learning_rate", "evaluate_every", "patience", "eps",
         "clip_norm", "state_learning_rate", "step_learning_rate", "embedding_std", "position_std", "early_stopping",
@@ -217,6 +224,10 @@ def check_values(run: Run) -> None:
         value = getattr(run, name)
         if value is not None and not is_within(value):
             raise ValueError(f"{name} must be {words}, got {value}. {USUAL}")
+
+
+def _check_idle(run: Run) -> None:
+    """Refuses values that would change nothing, because of another."""
     for name, word, needed in (("position_std", "positions", "learned"), ("embedding_std", "inputs", "tokens")):
         if getattr(run, name) is not None and getattr(run, word) != needed:
             raise ValueError(f"{name} must be none with {word}={getattr(run, word)!r}, got {getattr(run, name)}.")
@@ -226,6 +237,9 @@ def check_values(run: Run) -> None:
             usual, value = getattr(Run, name), getattr(run, name)
             if value != usual and not getattr(run, asker):
                 raise ValueError(f"{name} must be {usual} without {asker}, got {value}. Pass {asker}, or leave {name} out.")
+
+
+def _check_carried(run: Run) -> None:
     # The state goes on through `extend`, without end, which drops no weights, moves no statistics and knows no documents.
     carrying = dict(
         positions=(None, "sinusoidal"), attention_dropout_rate=(0,), num_experts=(0,), norm=("layer", "rms", "scale"),
@@ -237,11 +251,20 @@ def check_values(run: Run) -> None:
                 f"{name} must be {' or '.join(map(str, able))} with carry_state, got {value}. Change it, or leave "
                 "carry_state out."
             )
+
+
+def _check_counts(run: Run) -> None:
+    """Refuses numbers that do not divide each other, and a warm-up that leaves no steps."""
     if run.layer_groups is not None and run.num_layers % run.layer_groups:
         raise ValueError(f"layer_groups must divide num_layers = {run.num_layers}, got {run.layer_groups}.")
     if run.schedule != "rsqrt" and run.warmup_steps > run.steps:
         raise ValueError(
             f"warmup_steps must be at most steps = {run.steps} under schedule {run.schedule!r}, got {run.warmup_steps}."
+        )
+    if run.schedule == "cosine" and run.warmup_steps == run.steps:
+        raise ValueError(
+            f"warmup_steps must be below steps = {run.steps} under schedule 'cosine', got {run.warmup_steps}. Choose fewer, "
+            "or schedule='linear'."
         )
     if run.batch_size % run.accumulate:
         raise ValueError(

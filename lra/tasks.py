@@ -237,7 +237,7 @@ def check_splits(task: Task, splits: Mapping[str, Iterable[dict]]) -> dict[str, 
     Up to 1,000 examples of each split, evenly spread, are looked at.
 
     Raises: ValueError: a split is missing or empty; an example has other fields than the task's kind, ids outside of
-        1..vocabulary_size-1, or a label outside of 0..num_classes-1, but for the -1 of a token that is not asked.
+        1..vocabulary_size-1, a label outside of 0..num_classes-1, but for the -1 of a token that is not asked, or asks none.
     """
     found: dict[str, Sequence[dict]] = {}
     for split in ("train", "validation", "test"):
@@ -295,6 +295,11 @@ def _check_example(task: Task, name: str, example: dict) -> None:
                 f"train: {name}[{field!r}] must be in {low}..{high - 1}, got {values.min()}..{values.max()}. "
                 "Id 0 is padding: shift yours by one, or set the task's vocabulary_size and num_classes."
             )
+    if task.kind == "tagging" and max(example["targets"][: task.length]) < 0:
+        raise ValueError(
+            f"train: {name}['targets'] must ask at least one of the first {task.length} tokens, got -1 for all. Leave that "
+            "example out, or make the task's length larger."
+        )
     if "targets" in wanted and len(example["inputs"]) != len(example["targets"]):
         raise ValueError(
             f"train: {name} must have as many targets as inputs, got {len(example['targets'])} and {len(example['inputs'])}."

@@ -104,12 +104,8 @@ def train(
         splits = tasks.check_splits(task, splits)
         if run.carry_state:
             tasks.check_goes_on(splits)
-    if not checkpoint_minutes >= 0:
-        raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
-    tasks.check_lengths(task, test_lengths)
-    mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
-    parallel.check_shard(shard, mesh)
-    sizes.check(run, task, splits, devices=1 if mesh is None else mesh.size, sharded=shard == "zero")
+    words = dict(devices=devices, shard=shard, checkpoint_minutes=checkpoint_minutes, test_lengths=test_lengths)
+    mesh = check(run, task, splits, **words)
     first = None if model is None else models.split_as(run, task, model)
     # Parameters, two moments, their average and the best parameters, 4 bytes each, in the old checkpoint and the new.
     needed = 2 * 4 * (4 + (run.ema is not None)) * models.count_parameters(run, task)
@@ -146,6 +142,23 @@ def train(
         result = job.finish(state, failure)
         job.end_if_stopped(state)
         return result
+
+
+def check(
+    run: Run, task: tasks.Task, splits: Mapping[str, Sequence[dict]] | None = None, *, devices: int | None,
+    shard: parallel.Shard, checkpoint_minutes: float, test_lengths: Sequence[int],
+) -> Mesh | None:  # fmt: skip
+    """Refuses what `train` cannot do, before anything is written. Returns: the mesh of several devices.
+
+    Raises: ValueError.
+    """
+    if not checkpoint_minutes >= 0:
+        raise ValueError(f"train: checkpoint_minutes must be >= 0, got {checkpoint_minutes}. Leave it out for 10.")
+    tasks.check_lengths(task, test_lengths)
+    mesh = parallel.make_mesh(devices, run.batch_size, run.accumulate)
+    parallel.check_shard(shard, mesh)
+    sizes.check(run, task, splits, devices=1 if mesh is None else mesh.size, sharded=shard == "zero")
+    return mesh
 
 
 def untested(result: results.Result, lengths: Sequence[int]) -> list[int]:

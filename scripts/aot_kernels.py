@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the libraries, which take seconds to load
 
     interrupts.exit_during_startup("aot_kernels")
 
-import csv
 import os
 import pathlib
 
@@ -21,6 +20,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from subquad.kernels import dispatch, machine_code, specs, tuning  # noqa: E402
+from subquad.lra import files  # noqa: E402
 from subquad.lra.cli import commands  # noqa: E402
 from subquad.lra.report import csv_rows, text_tables  # noqa: E402
 
@@ -35,7 +35,8 @@ def parse():
     parser.add_argument("--grid", action="store_true", help="the grid of head sizes by kinds of call as well: takes hours")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=specs.DTYPES)
     parser.add_argument("--target", nargs="+", help=f"of {', '.join(machine_code.TARGETS)}; default: all")
-    parser.add_argument("--length", type=int, help="of the sequences; default: the middle one of each operation's benchmarks")
+    usual = "of the sequences; default: the middle one of each operation's benchmarks"
+    parser.add_argument("--length", type=commands.number(int, 1), help=usual)
     parser.add_argument("--out", default=str(OUT), help="the CSV; default: kernels/results/aot.csv")
     return parser.parse_args()
 
@@ -49,16 +50,14 @@ def write(out: pathlib.Path, rows: list[dict]) -> None:
     """The rows by spec, dtype and target, in the order of those."""
     place = [{name: place for place, name in enumerate(names)} for names in (specs.load() | specs.grid(), specs.DTYPES)]
     order = lambda row: (place[0][row["spec"]], place[1][row["dtype"]], machine_code.TARGETS.index(row["target"]))
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=order))
+    lines = [",".join(FIELDS), *(csv_rows.row_as_line(row, FIELDS) for row in sorted(rows, key=order))]
+    files.write_whole(out, "".join(f"{line}\n" for line in lines).encode())
 
 
-def others(out: pathlib.Path, chosen, dtypes, targets) -> list[dict]:
-    """What the file holds of other calls, and of these for other dtypes and targets."""
-    names, known = {spec.name for spec in chosen}, specs.load() | specs.grid()
-    done_again = lambda row: row["spec"] in names and row["dtype"] in dtypes and row["target"] in targets
+def others(out: pathlib.Path, spec: specs.Spec, dtypes, targets) -> list[dict]:
+    """What the file holds of other calls, and of this one for other dtypes and targets."""
+    known = specs.load() | specs.grid()
+    done_again = lambda row: row["spec"] == spec.name and row["dtype"] in dtypes and row["target"] in targets
     return [row for row in csv_rows.read_rows(out) if row["spec"] in known and not done_again(row)]
 
 
@@ -91,11 +90,11 @@ def main() -> int:
     chosen = [specs.find(name) for name in arguments.spec] if arguments.spec else list(everything.values())
     chosen = [spec for spec in chosen if "triton" in spec.implementations]
     out = pathlib.Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows, shown = others(out, chosen, arguments.dtype, targets), []
+    csv_rows.check_file(out, FIELDS)
+    shown = []
     for spec in track(chosen, description="Compiling", console=Console(stderr=True)):
-        for row in rows_of(spec, arguments.dtype, targets, arguments.length):
-            rows.append(row)
+        rows = list(rows_of(spec, arguments.dtype, targets, arguments.length))
+        for row in rows:
             if row["refused"]:
                 shown.append([row["spec"], row["kernel"], row["dtype"], row["target"], *4 * ["-"], "refused"])
                 continue
@@ -103,7 +102,7 @@ def main() -> int:
                 row["spec"], row["kernel"], row["dtype"], row["target"], str(row["registers"]), str(row["spills"]),
                 str(row["shared"] >> 10), str(row["tensor_core"]), "yes" if row["fits"] else "no",
             ])  # fmt: skip
-        write(out, rows)
+        write(out, [*others(out, spec, arguments.dtype, targets), *rows])  # who stops it loses no row
     heading = "spec", "kernel", "dtype", "target", "registers", "spills", "shared KiB", "tensor cores", "fits"
     text_tables.print_table([heading, *shown], left=4)
     print(f"Wrote {out}.")

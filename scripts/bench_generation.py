@@ -48,7 +48,8 @@ def parse():
     parser.add_argument("--layers", nargs="+", action=commands.Words, help=usual)
     usual = [256, 1024, 4096, 16384]
     parser.add_argument("--contexts", type=commands.parse_lengths, default=usual, metavar="N,N", help="default: 256,1K,4K,16K")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each context and layer; default: 2")
+    amount, timed = commands.number(float, 0), "of timing for each context and layer; default: 2"
+    parser.add_argument("--seconds", type=amount, default=2.0, help=timed)
     parser.add_argument("--out", default=str(OUT), help="the CSV; default: zoo/results/generation.csv")
     return parser.parse_args()
 

@@ -44,7 +44,7 @@ def parse():
     published = "the shapes of published times in place of those of the tests, as softmax.attention/causal-2x16384x16x128"
     parser.add_argument("--targets", action="store_true", help=published)
     parser.add_argument("--implementation", nargs="+", default=None, metavar="NAME", help="default: xla, and triton on a GPU")
-    parser.add_argument("--length", nargs="+", type=int, default=None, help="default: those of each shape")
+    parser.add_argument("--length", nargs="+", type=commands.number(int, 1), default=None, help="default: those of each shape")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=FLOATS, help="default: float32")
     parser.add_argument("--direction", nargs="+", default=DIRECTIONS, choices=DIRECTIONS, help="both: with the backward pass")
     repeats = "timed calls of each; default: what 2 seconds allow, 2 to 50"

@@ -12,7 +12,6 @@ parameters are the only all-reduces.
 
 import argparse
 import collections
-import csv
 import functools
 import math
 import os
@@ -47,9 +46,11 @@ from subquad.kernels import (
     strided,
 )
 from subquad.lra.cli import commands
+from subquad.lra.report import csv_rows
 
 RESULTS = pathlib.Path(__file__).parents[1] / "kernels" / "results" / "mesh.csv"
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+FIELDS = ("operation", "sharded", "length", "share", *COLLECTIVES, "temporary_kib", "temporary_kib_alone", "error")
 BATCH, HEADS, FEATURES, ROUNDS, BUCKETS = 8, 8, 16, 2, 4
 # The axes of arrays that a column shards, over the axes "x" of 4 and "y" of 2 devices.
 SHARDED = {"batch": dict(b="xy"), "heads": dict(n="xy"), "4 x 2": dict(b="x", n="y"), "features": dict(d="xy"),
@@ -233,22 +234,21 @@ def _cost(dtype, shape, kind, operands, shapes):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.Parser(prog="bench_mesh", **words)
     parser.add_argument("--operation", default="", help="a part of the name")
     parser.add_argument("--brief", action="store_true", help="batch and heads only together, in a mesh of 4 x 2")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--length", type=commands.number(int, 1), default=512, help="default: 512")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="CSV; its other rows stay")
     options = parser.parse_args()
-    rows = []
-    for name in OPERATIONS:
-        if options.operation in name:
-            for row in rows_of(name, options.length, options.brief):
-                rows.append(row)
-                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    chosen = [name for name in OPERATIONS if options.operation in name]
+    if not chosen:
+        raise ValueError(f"operation must be a part of a name, got {options.operation!r}. Known: {', '.join(OPERATIONS)}.")
+    csv_rows.check_file(options.out, FIELDS)
+    for name in chosen:
+        for row in rows_of(name, options.length, options.brief):
+            csv_rows.write_rows(options.out, FIELDS, [row], FIELDS[:3])
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return 0
 
 

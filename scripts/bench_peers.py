@@ -46,14 +46,14 @@ def parse():
     known = list(dict.fromkeys(one.family for one in contests()))
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="default: cpu")
     parser.add_argument("--family", nargs="+", default=None, metavar="F", help=f"of {' '.join(known)}; default: all")
-    usual, count = [1024, 4096, 16384], commands.number(int, 1)
+    usual, count, timed = [1024, 4096, 16384], commands.number(int, 1), commands.number(float, 0)
     parser.add_argument("--length", nargs="+", type=count, default=usual, help="default: 1024 4096 16384")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE), help="default: float32")
     words = list(DIRECTIONS)
     parser.add_argument("--direction", nargs="+", default=words, choices=words, help="both: with the backward pass")
     parser.add_argument("--match", default="", metavar="TEXT", help="only races whose name holds this")
     parser.add_argument("--threads", type=int, default=None, help="of either side; default: 1 with --device cpu, else all")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per race and direction; default: 4")
+    parser.add_argument("--seconds", type=timed, default=4.0, help="of timing per race and direction; default: 4")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out: no further processes")
     parser.add_argument("--out", default="runs/bench/peers_DEVICE.csv", help="CSV; its other rows stay; default: %(default)s")
     parser.add_argument("--measure", default=None, help=commands.argparse.SUPPRESS)  # one side, in a process of its own
@@ -61,6 +61,8 @@ def parse():
     for family in arguments.family or ():
         if family not in known:
             raise ValueError(f"--family must be a known name, got {family!r}. {nearest(family, known)}")
+    if not any(arguments.match in one.name for one in contests()):
+        raise ValueError(f"--match must be a part of a race's name, got {arguments.match!r}. Leave it out to see them all.")
     return arguments
 
 

@@ -127,13 +127,14 @@ def parse_lengths(text: str) -> list[int]:
     return found
 
 
-def number(kind: type, least: float, *, above: bool = False) -> Callable:
-    """The type, as argparse takes it, of a finite number that is at least `least`, or above it."""
+def number(kind: type, least: float, *, above: bool = False, below: float = math.inf) -> Callable:
+    """The type, as argparse takes it, of a finite number that is at least `least`, or above it, and below `below`."""
 
     def read(text: str):
         value = kind(text)
-        if not least <= value < math.inf or (above and value == least):
-            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {least}, got {text}. Leave it out.")
+        if not least <= value < below or (above and value == least):
+            bound = "" if below == math.inf else f" and < {below}"
+            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {least}{bound}, got {text}. Leave it out.")
         return value
 
     read.__name__ = kind.__name__  # argparse says it in its error
@@ -143,7 +144,7 @@ def number(kind: type, least: float, *, above: bool = False) -> Callable:
 def assignments(words: list[str], name: str = "layer_options", example: str = "num_heads=4") -> dict:
     """{"num_landmarks": 32} of ["num_landmarks=32"]; the error names the option `name`, and gives an example.
 
-    Raises: ValueError: a word without "=".
+    Raises: ValueError: a word without a name or "=".
     Example:
         >>> assignments(["num_landmarks=32", "sharing=none"])
         {'num_landmarks': 32, 'sharing': 'none'}
@@ -151,7 +152,7 @@ def assignments(words: list[str], name: str = "layer_options", example: str = "n
     found = {}
     for word in words:
         left, equals, value = word.partition("=")
-        if not equals:
+        if not equals or not left:
             raise ValueError(f"{name} must be written name=value, got {word!r}. For example {example}.")
         found[left] = literal(value)
     return found

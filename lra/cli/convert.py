@@ -19,7 +19,6 @@ speculative decoding.
 import argparse
 import dataclasses
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -163,7 +162,11 @@ def begun(folder: pathlib.Path, run: Run, settings: dict[str, Any], resume: bool
         return None
     if not (folder / FILE).exists():
         raise RunError(f"out: folder {folder} must hold a conversion, got a run of train. Choose another with --out.")
-    record = json.loads((folder / FILE).read_text())
+    cure = "Delete the folder and convert anew."
+    record = checkpoints.read_record(folder / FILE, cure)
+    for name in (*settings, "bits_per_byte", "distil_losses"):
+        if name not in record:
+            raise RunError(f"out: file {folder / FILE} must be a whole one that was written here, got no {name}. {cure}")
     for name, value in settings.items():
         if record[name] != value:
             raise RunError(

@@ -34,7 +34,7 @@ def parse(command_line: Sequence[str] | None, program: str):
     parser.add_argument("--top-p", type=float, help="sample among the most likely bytes that together have this probability")
     parser.add_argument("--draft", metavar="RUN", help="run of a smaller model, which proposes bytes; same text, sooner")
     parser.add_argument("--draft-tokens", type=int, metavar="K", help="bytes it proposes at a time; default: 4")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples; default: 0")
+    parser.add_argument("--seed", type=commands.number(int, 0, below=2**32), default=0, help="of the samples; default: 0")
     return parser.parse_args(command_line)
 
 

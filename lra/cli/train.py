@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from subquad.lra import checkpoints, parallel, recipes, sizes, tasks, train
+from subquad.lra import checkpoints, parallel, recipes, tasks, train
 from subquad.lra.cli import commands
 from subquad.lra.plan import explain, plan
 from subquad.lra.report import csv_rows, results
@@ -66,21 +66,17 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     seeds = [{"seed": seed} for seed in dict.fromkeys(arguments.seeds or [])] or [{}]
     recipe, layer = words.pop("recipe"), words.pop("layer")
     task, splits = own_text(arguments, words)
+    runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
     if arguments.explain:
         for name, (value, level) in explain(recipe, layer, **words, **seeds[0]).items():
             print(f"{name:32} {value!s:24} {level}")
         return 0
-    runs = [plan(recipe, layer, **words, **seed) for seed in seeds]
+    limits = {name: getattr(arguments, name) for name in ("devices", "shard", "checkpoint_minutes", "test_lengths")}
     for one in runs:  # what cannot be is reported before a folder is made
-        mesh = parallel.make_mesh(arguments.devices, one.batch_size, one.accumulate)
-        parallel.check_shard(arguments.shard, mesh)
-        its = task or tasks.find_task(one.task, one.config)
-        tasks.check_lengths(its, arguments.test_lengths)
-        sizes.check(one, its, splits, devices=1 if mesh is None else mesh.size, sharded=arguments.shard == "zero")
+        train.check(one, task or tasks.find_task(one.task, one.config), splits, **limits)
     out = checkpoints.open_folder(arguments.out)
     csv_rows.check_file(out / "results.csv", results.Result)
-    named = ("data_dir", "resume", "devices", "shard", "tensorboard", "checkpoint_minutes", "test_lengths")
-    shared = {name: getattr(arguments, name) for name in named}
+    shared = {**limits, **{name: getattr(arguments, name) for name in ("data_dir", "resume", "tensorboard")}}
     if arguments.resume and parallel.is_first():
         if said := checkpoints.nothing_to_resume(out / "runs", {one.id: dataclasses.asdict(one) for one in runs}):
             print(said, file=sys.stderr)
@@ -94,16 +90,21 @@ def main(command_line: Sequence[str] | None = None, program: str = "train") -> i
     if parallel.is_first():
         results.show(rows)
         for row in rows:
-            if row.scores_by_length:
-                found = json.loads(row.scores_by_length).items()
-                words = [f"{length}: {score if isinstance(score, str) else f'{score:.3f}'}" for length, score in found]
-                print(f"Seed {row.seed} by length: {'; '.join(words)}.")
-            if row.stopped_step is not None:
-                print(f"Seed {row.seed} stopped at step {row.stopped_step}: its validations had become no better.")
-            if row.collapsed_step is not None:
-                print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
+            show_events(row)
         print(f"Added to {out}/results.csv; losses and checkpoints in {out}/runs.")
     return 0 if all(row.status == "ok" for row in rows) else commands.FAILED
+
+
+def show_events(row: results.Result) -> None:
+    """Prints what the table does not show of a run: its scores by length, and whether it stopped early or collapsed."""
+    if row.scores_by_length:
+        found = json.loads(row.scores_by_length).items()
+        words = [f"{length}: {score if isinstance(score, str) else f'{score:.3f}'}" for length, score in found]
+        print(f"Seed {row.seed} by length: {'; '.join(words)}.")
+    if row.stopped_step is not None:
+        print(f"Seed {row.seed} stopped at step {row.stopped_step}: its validations had become no better.")
+    if row.collapsed_step is not None:
+        print(f"Seed {row.seed} collapsed: by step {row.collapsed_step} it was back at chance, having been above.")
 
 
 def own_text(arguments, words: dict) -> tuple[tasks.Task | None, dict | None]:

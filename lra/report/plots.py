@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from subquad.lra.files import explained
 from subquad.lra.report.measurements import MODES, Measurement, layer_label, length_label
 from subquad.lra.report.results import Result, distinct, labelled, trained
 
@@ -270,7 +271,8 @@ def _figure(size: tuple[float, float], path: str | os.PathLike | None):
         figure = Figure(figsize=size)
         yield figure
         if path is not None:
-            figure.savefig(path, format="png")
+            with explained(f"picture: file {path} must be writable", "Choose another --out.", OSError):
+                figure.savefig(path, format="png")
 
 
 def _plain_ticks(axis) -> None:

@@ -144,3 +144,9 @@ def test_a_folder_has_one_trainer_and_a_dead_one_keeps_nobody_out(tmp_path):
     with checkpoints.occupied(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".trainer").read_text()
     assert not (tmp_path / ".trainer").exists()
+
+
+def test_a_folder_has_a_name():
+    """An empty variable of a shell is not the folder that one stands in."""
+    with pytest.raises(checkpoints.RunError, match="out: folder must have a name, got ''. Write . for this one."):
+        checkpoints.open_folder("")

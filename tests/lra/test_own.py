@@ -26,6 +26,15 @@ def splits():
     return {name: examples(count, seed) for seed, (name, count) in enumerate(PARITY.splits.items())}
 
 
+def test_a_tagging_example_that_asks_no_token_is_refused():
+    """Its sequence would count as one with all answers right."""
+    tagging = dataclasses.replace(PARITY, kind="tagging", length=2)
+    for targets in ([-1, -1], [-1, -1, 1]):  # the last one is cut off
+        example = {"inputs": [1] * len(targets), "targets": targets}
+        with pytest.raises(ValueError, match=r"\['train'\]\[0\]\['targets'\] must ask at least one of the first 2 tokens"):
+            tasks.check_splits(tagging, dict.fromkeys(PARITY.splits, [example]))
+
+
 def test_a_task_of_ones_own_is_asked_for_where_it_is_missing(tmp_path):
     run = plan("quickstart", "softmax", task=PARITY, mlp_features=16)
     with pytest.raises(ValueError, match="task must be a known name, got 'bits'"):

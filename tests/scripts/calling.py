@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import runpy
 import signal
@@ -17,7 +18,8 @@ def call(name: str, *words) -> subprocess.CompletedProcess:
     command = [str(SCRIPTS / f"{name}.py"), *map(str, words)]
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with mock.patch.object(sys, "argv", command), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    patched = mock.patch.object(sys, "argv", command), mock.patch.dict(os.environ)
+    with patched[0], patched[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             runpy.run_path(command[0], run_name="__main__")
         except SystemExit as ended:

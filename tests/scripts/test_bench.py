@@ -93,11 +93,14 @@ def test_an_implementation_that_declines_is_a_row(load, tmp_path):
         ("bench_kernels", ["--operation", "scan.frst_order"], "Did you mean 'scan.first_order'"),
         ("bench_kernels", ["--operation", "scan.first_order/reel"], "Did you mean 'scan.first_order/real'"),
         ("bench_kernels", ["--implementation", "xl"], "Did you mean 'xla'"),
+        ("bench_kernels", ["--length", "0"], "--length: must be >= 1, got 0"),
         ("bench_kernels", ["--repeats", "0"], "--repeats: must be >= 1, got 0"),
         ("bench_kernels", ["--dtype", "int8"], "invalid choice: 'int8'"),
         ("bench_peers", ["--family", "performr"], "Did you mean 'performer'"),
         ("bench_peers", ["--lenght", "64"], "Did you mean '--length'"),
         ("bench_peers", ["--length", "0"], "--length: must be >= 1, got 0"),
+        ("bench_peers", ["--seconds", "-1"], "--seconds: must be >= 0, got -1"),
+        ("bench_peers", ["--match", "nothing"], "--match must be a part of a race's name, got 'nothing'"),
     ],
 )
 def test_wrong_words_are_one_line_and_code_2(load, script, words, said, capsys):

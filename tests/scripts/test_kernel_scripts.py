@@ -24,6 +24,13 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment | {"JAX_PLATFORMS": "cpu"})
 
 
+def load(script):
+    place = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.aot
 def test_the_table_of_machine_code(tmp_path):
     out = tmp_path / "aot.csv"
@@ -41,6 +48,33 @@ def test_the_table_of_machine_code(tmp_path):
     assert "flash_forward" in done.stdout and str(out) in done.stdout
 
 
+@pytest.mark.parametrize(
+    "script, table, words, first",
+    [
+        ("aot_kernels", "aot.csv", ["--spec", "softmax.attention/causal", "lsh.attention/causal"], "softmax.attention/causal"),
+        ("bench_mesh", "mesh.csv", ["--operation", "lsh.extend"], "lsh.extend,"),
+    ],
+)
+def test_a_part_that_is_stopped_keeps_the_rows_of_others(script, table, words, first, tmp_path, monkeypatch):
+    """The committed table is the default of --out."""
+    module, started, out = load(script), [], tmp_path / table
+    kept = (ROOT / "kernels" / "results" / table).read_text()
+    out.write_text(kept)
+
+    def rows_of(name, *words):
+        started.append(name)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return ()
+
+    monkeypatch.setattr(module, "rows_of", rows_of)
+    monkeypatch.setattr(sys, "argv", [script, *words, "--out", str(out)])
+    with contextlib.suppress(KeyboardInterrupt):
+        module.main()
+    now = set(out.read_text().splitlines())
+    assert not [line for line in kept.splitlines() if not line.startswith(first) and line not in now]
+
+
 @pytest.mark.aot
 def test_each_operation_has_lengths_of_its_own(tmp_path):
     """A matrix of 4096 rows is not served by the kernels that balance small ones."""
@@ -51,10 +85,7 @@ def test_each_operation_has_lengths_of_its_own(tmp_path):
 
 @pytest.fixture
 def tuner():
-    place = importlib.util.spec_from_file_location("tune_kernels", ROOT / "scripts" / "tune_kernels.py")
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
-    return module
+    return load("tune_kernels")
 
 
 def asked(tuner, name, kernel, length, dtype="float32"):
@@ -137,6 +168,11 @@ def test_what_is_wrong_or_does_not_fit_is_not_timed(tuner, monkeypatch, capsys):
     [
         ("aot_kernels", ["--spec", "softmax.atention/causal"], "Did you mean 'softmax.attention/causal'"),
         ("aot_kernels", ["--target", "sm_9"], "Did you mean 'sm_90'"),
+        ("aot_kernels", ["--length", "0"], "--length: must be >= 1, got 0"),
+        ("tune_kernels", ["--length", "0", "--list"], "--length: must be >= 1, got 0"),
+        ("tune_kernels", ["--repeats", "0"], "--repeats: must be >= 1, got 0"),
+        ("bench_mesh", ["--length", "0"], "--length: must be >= 1, got 0"),
+        ("bench_mesh", ["--operation", "sofmax"], "operation must be a part of a name, got 'sofmax'"),
         ("tune_kernels", ["--target", "gfx94", "--list"], "Did you mean 'gfx942'"),
         ("tune_kernels", [], "needs an NVIDIA GPU"),
         ("tune_kernels", ["--spec", "strided.attention/causal", "--list"], "--length must be given"),

@@ -21,5 +21,10 @@ def test_names_what_is_wrong(words, named, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
+    done = call("plot_patterns", "--layers", "local", "--length", "8", "--out", tmp_path / "none" / "patterns.png")
+    assert done.returncode == 1 and "none/patterns.png must be writable, got" in done.stderr
+
+
 def test_every_layer_has_options_to_be_drawn_with():
     assert set(zoo.LAYERS) <= set(LAYERS)

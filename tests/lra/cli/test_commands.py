@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from subquad.lra import checkpoints, files, interrupts, progress
-from subquad.lra.cli import commands
+from subquad.lra.cli import commands, generate
 from subquad.lra.data.sources import DatasetError
 from subquad.lra.run import Run
 
@@ -150,6 +150,13 @@ def test_a_wrong_option_is_one_line(words, said, capsys):
         parser().parse_args(words)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith(f"train: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["-1", "4294967296", "99999999999999999999"])
+def test_a_seed_of_samples_is_a_word_of_32_bits(given, capsys):
+    with pytest.raises(SystemExit):
+        generate.parse(["run", "--seed", given], "generate")
+    assert f"--seed: must be >= 0 and < 4294967296, got {given}" in capsys.readouterr().err
 
 
 def test_layer_options_are_read_as_values():

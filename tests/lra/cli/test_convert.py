@@ -82,6 +82,18 @@ def test_a_finished_conversion_is_shown_again_and_no_other_takes_its_place(befor
         convert.main(words(before, text, out, "--resume", "--distil-steps", 3))
 
 
+@pytest.mark.parametrize("content, got", [("{", "Expecting property name"), ("{}", "got no model")])
+def test_a_damaged_record_is_one_line(content, got, before, text, converted, monkeypatch):
+    out, folder, _ = converted
+    kept = (folder / convert.FILE).read_text()
+    try:
+        (folder / convert.FILE).write_text(content)
+        with pytest.raises(RunError, match=f"conversion.json must be a whole one .*{got}.* Delete the folder"):
+            convert.main(words(before, text, out, "--resume"))
+    finally:
+        (folder / convert.FILE).write_text(kept)
+
+
 def test_outputs_are_distilled_by_what_is_new_alone(before, text):
     teacher, run, task = trained.load(before)
     found = zoo.convert(teacher, "gla", rngs=nnx.Rngs(0))
