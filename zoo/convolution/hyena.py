@@ -138,7 +138,7 @@ class Hyena(Headless):
 
     def drawn(self, rngs, init, *shape):
         """A parameter that is drawn in float32."""
-        return nnx.Param(init(rngs.params(), shape).astype(self.param_dtype))
+        return nnx.Param(init(rngs.params(), shape, jnp.float32).astype(self.param_dtype))
 
     # ----------------------------------------------------------------------------------------------------- the filters
 
@@ -146,7 +146,7 @@ class Hyena(Headless):
     def encoding(self, length: int) -> Float[Array, "T E"]:
         """The features of the first positions."""
         t = jnp.arange(length, dtype=jnp.float32)[:, None]
-        angles = 2 * math.pi / self.max_length * t * jnp.linspace(1e-4, self.num_bands - 1, self.num_bands)
+        angles = 2 * math.pi / self.max_length * t * jnp.linspace(1e-4, self.num_bands - 1, self.num_bands, dtype=jnp.float32)
         return jnp.concatenate([t / max(1, self.max_length - 1), jnp.cos(angles), -jnp.sin(angles)], axis=1)
 
     @precision.full
@@ -165,7 +165,8 @@ class Hyena(Headless):
     def filter(self, hidden: Float[Array, "T W"], n: int) -> Float[Array, "D T"]:
         """h^n, with d^n in its first tap, of some features at a time: their windows are as many numbers, and none is kept."""
         features, count = self.last_kernel.shape[1:]
-        rates = jnp.linspace(-math.log(TARGET) / SLOW, -math.log(TARGET) / FAST, features * count).reshape(features, count)
+        slowest, fastest = -math.log(TARGET) / SLOW, -math.log(TARGET) / FAST
+        rates = jnp.linspace(slowest, fastest, features * count, dtype=jnp.float32).reshape(features, count)
         share = jnp.arange(len(hidden), dtype=jnp.float32) / max(1, self.max_length - 1)
 
         @jax.checkpoint
