@@ -24,7 +24,7 @@ class Dropout(nnx.Dropout):
         super().__init__(rate, broadcast_dims=broadcast_dims, deterministic=True)
         self.owner = owner
 
-    def __call__(self, inputs, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None):
+    def __call__(self, inputs, *, deterministic: bool | None = None, rngs: Any = None):
         if self.rate and not (self.deterministic if deterministic is None else deterministic):
             check_draws(self.owner, rngs)
         return super().__call__(inputs, deterministic=deterministic, rngs=rngs)

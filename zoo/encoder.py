@@ -142,7 +142,7 @@ class Encoder(nnx.Module):
         check_sizes("Encoder", 0, mlp_features=mlp_features)
         if embed is None or vocab_size is not None:
             check_sizes("Encoder", vocab_size=vocab_size)
-        embeddings = getattr(embed, "num_embeddings", vocab_size)
+        embeddings: Any = getattr(embed, "num_embeddings", vocab_size)
         if vocab_size not in (None, embeddings):
             refuse("Encoder", "vocab_size", vocab_size, f"be None, or embed's num_embeddings = {embeddings}",
                    "Change one of the two.")
@@ -181,7 +181,7 @@ class Encoder(nnx.Module):
         self.in_features, self.max_length, self.position_kind = in_features, max_length, positions
         self.remat, self.reversible = remat, reversible
         table = functools.partial(nnx.Embed, features=in_features, **dtypes, rngs=rngs)
-        self.embed: Any = table(num_embeddings=vocab_size, embedding_init=embedding_init) if embed is None else embed
+        self.embed: Any = table(num_embeddings=embeddings, embedding_init=embedding_init) if embed is None else embed
         self.vocab_size: Any = embeddings
         if positions == "learned":
             self.positions = table(num_embeddings=max_length, embedding_init=position_init)

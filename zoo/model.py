@@ -179,15 +179,16 @@ class CausalLM(nnx.Module):
     def __init__(self, *, tie_embeddings: bool = True, rngs: nnx.Rngs, **encoder: Unpack[EncoderOptions]):
         check_flags("CausalLM", tie_embeddings=tie_embeddings)
         embed = encoder.get("embed")
+        vocab_size: Any = encoder.get("vocab_size")
         if tie_embeddings and embed is not None and not (hasattr(embed, "attend") and hasattr(embed, "num_embeddings")):
             refuse("CausalLM", "embed", f"a {type(embed).__name__}", "have attend and num_embeddings, as nnx.Embed has",
                    "Derive it from nnx.Embed, or pass tie_embeddings=False.")
         if not tie_embeddings:
-            check_sizes("CausalLM", vocab_size=encoder.get("vocab_size"))
+            check_sizes("CausalLM", vocab_size=vocab_size)
+            if embed is not None:  # which may read more tokens than the head writes
+                encoder["vocab_size"] = None
         encoder.update(_causal(encoder))
-        # A head of its own may write fewer tokens than `embed` reads.
-        read = {"vocab_size": None} if embed is not None and not tie_embeddings else {}
-        self.encoder = Encoder(**{**encoder, **read}, rngs=rngs)
+        self.encoder = Encoder(**encoder, rngs=rngs)
         for block in self.encoder.blocks:
             if not getattr(block.mixer, "is_causal", False):
                 found = getattr(block.mixer, "is_causal", "no is_causal")
@@ -197,7 +198,7 @@ class CausalLM(nnx.Module):
                 refuse("CausalLM", "experts", f"capacity_factor={block.capacity_factor}", "have no capacity_factor",
                        "Whether a token finds a place depends on how many follow it; leave it out, and none is left out.")
         self.tie_embeddings = tie_embeddings
-        self.vocab_size: int = self.encoder.vocab_size if tie_embeddings else encoder["vocab_size"]
+        self.vocab_size: Any = self.encoder.vocab_size if tie_embeddings else vocab_size
         if not tie_embeddings:
             if (self.encoder.vocab_size or self.vocab_size) < self.vocab_size:
                 refuse("CausalLM", "embed", f"{self.encoder.vocab_size} embeddings",

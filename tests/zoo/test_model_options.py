@@ -60,7 +60,7 @@ def test_an_embedding_of_the_users():
 
 
 def test_initialisers_that_would_draw_nothing():
-    for name, options in (("embedding_init", dict(embed=nnx.Embed(7, 16, rngs=nnx.Rngs(9)))),
+    for name, options in (("embedding_init", dict(embed=nnx.Embed(11, 16, rngs=nnx.Rngs(9)))),
                           ("position_init", dict(positions="sinusoidal")), ("position_init", dict(positions=None))):
         with pytest.raises(ValueError, match=f"Encoder: {name} must be left out with {next(iter(options))}"):
             encoder(**options, **{name: ONES})

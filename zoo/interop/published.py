@@ -59,7 +59,8 @@ class PublishedEncoder(Encoder):
         param_dtype = encoder.get("param_dtype", jnp.float32)
         options: dict[str, Any] = dict(dtype=encoder.get("dtype"), param_dtype=param_dtype, rngs=rngs)
         if embed_scale != 1:
-            encoder["embed"] = ScaledEmbed(encoder["vocab_size"], features, embed_scale, **options)
+            vocab_size: Any = encoder["vocab_size"]
+            encoder["embed"] = ScaledEmbed(vocab_size, features, embed_scale, **options)
         super().__init__(**encoder, rngs=rngs)
         self.token_types = nnx.Embed(token_types, features, **options) if token_types else None
         self.embed_norm = nnx.LayerNorm(features, **options) if embed_norm else None
