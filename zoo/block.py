@@ -12,7 +12,17 @@ from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision
 from subquad.zoo.base import check_complete, check_options, options_of
-from subquad.zoo.checks import check_dtypes, check_flags, check_rate, check_rngs, check_sizes, check_word, refuse, unsupported
+from subquad.zoo.checks import (
+    check_activation,
+    check_dtypes,
+    check_flags,
+    check_rate,
+    check_rngs,
+    check_sizes,
+    check_word,
+    refuse,
+    unsupported,
+)
 from subquad.zoo.dropout import Dropout
 from subquad.zoo.experts import Experts, RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
@@ -91,6 +101,7 @@ class FeedForward(nnx.Module):
         check_dtypes("FeedForward", dtype=dtype, param_dtype=param_dtype)
         check_sizes("FeedForward", in_features=in_features, mlp_features=mlp_features)
         check_rate("FeedForward", dropout_rate)
+        check_activation("FeedForward", activation)
         check_flags("FeedForward", is_gated=is_gated, use_bias=use_bias)
         options: dict[str, Any] = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation

@@ -195,6 +195,12 @@ def check_word(owner: str, name: str, word: Any, known: Iterable[str]) -> None:
         refuse(owner, name, repr(word), "be a known name", dispatch.nearest(word, known))
 
 
+def check_activation(owner: str, activation: Any) -> None:
+    """Refuses what is no function, such as its name."""
+    if not callable(activation):
+        refuse(owner, "activation", repr(activation), "be a function", "Pass nnx.relu or nnx.gelu, for example.")
+
+
 def check_flax_call(layer, given: Mapping[str, Any]) -> None:
     """Refuses words of a call that the layer does not know, and Flax's where they ask for another layer than this."""
     owner = type(layer).__name__

@@ -167,14 +167,12 @@ def inherited_options(old) -> dict[str, Any]:
 
 def habits(old, new) -> list[str]:
     """What an old layer did in a call that the new one does not."""
-    dropped = getattr(old, "dropout_rate", 0) and not getattr(new, "dropout_rate", 0)
-    decodes = getattr(old, "decode", None)
-    replaced = getattr(old, "attention_fn", None) not in (None, nnx.dot_product_attention)
-    rotated = getattr(old, "rotary_base", None) is not None and getattr(new, "rotary_base", None) is None
-    streams = getattr(old, "rngs", None) is not None and bool(getattr(new, "dropout_rate", 0))
-    said = (
-        (dropped, "dropout of attention weights"), (decodes, "decode (use init_cache and extend)"),
-        (replaced, "its attention_fn"), (rotated, "rotary positions"),
-        (streams, "its own stream of rngs (pass rngs in the call)"),
-    )  # fmt: skip
-    return [words for happens, words in said if happens]
+    of = lambda layer, word: getattr(layer, word, None)
+    lost = {
+        "dropout of attention weights": of(old, "dropout_rate") and not of(new, "dropout_rate"),
+        "decode (use init_cache and extend)": of(old, "decode"),
+        "its attention_fn": of(old, "attention_fn") not in (None, nnx.dot_product_attention),
+        "rotary positions": of(old, "rotary_base") is not None and of(new, "rotary_base") is None,
+        "its own stream of rngs (pass rngs in the call)": of(old, "rngs") is not None and of(new, "dropout_rate"),
+    }
+    return [habit for habit, is_lost in lost.items() if is_lost]

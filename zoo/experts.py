@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from subquad.zoo.checks import check_features, check_flags, check_number, check_rate, check_sizes, refuse
+from subquad.zoo.checks import check_activation, check_features, check_flags, check_number, check_rate, check_sizes, refuse
 from subquad.zoo.compilation import compile_once
 from subquad.zoo.dropout import key_of_call
 
@@ -129,6 +129,7 @@ class Experts(nnx.Module):
         if capacity_factor is not None:
             check_number("Experts", "capacity_factor", capacity_factor, "(0, inf)", "1.25 is usual; None drops no token.")
         self.in_features, self.num_experts, self.top_k = in_features, num_experts, top_k
+        check_activation("Experts", activation)
         self.capacity_factor, self.drop_second, self.activation = capacity_factor, drop_second, activation
         # In float32 whatever the dtype: near ties decide where a token goes.
         self.router = nnx.Linear(

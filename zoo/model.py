@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from subquad.kernels import precision
 from subquad.zoo import generation, positions
 from subquad.zoo.cache import KVCache
 from subquad.zoo.checks import check_dtypes, check_flags, check_rngs, check_sizes, check_word, refuse
@@ -26,8 +27,8 @@ def pool(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, pooling
     if mask is None:
         mask = jnp.ones(hidden.shape[:2], bool)
     if pooling == "mean":
-        total = jnp.sum(jnp.where(mask[..., None], hidden, 0).astype(jnp.float32), axis=1)
-        return (total / jnp.maximum(mask.sum(1, keepdims=True), 1).astype(jnp.float32)).astype(hidden.dtype)
+        total = jnp.sum(precision.wide(jnp.where(mask[..., None], hidden, 0)), axis=1)
+        return (total / jnp.maximum(mask.sum(1, keepdims=True), 1).astype(total.dtype)).astype(hidden.dtype)
     if pooling == "max":
         top = jnp.max(jnp.where(mask[..., None], hidden, -jnp.inf), axis=1)
         return jnp.where(mask.any(1)[:, None], top, 0)

@@ -254,3 +254,10 @@ def test_blocks_and_networks_check_what_they_are_built_of(options, error, word):
         zoo.FeedForward(**words)
     with pytest.raises(error, match=f"Block: {word}"):
         zoo.Block(Ones(8, nnx.Rngs(0)), **words)
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_experts=2)], ids=str)
+def test_an_activation_that_is_no_function_is_refused(options):
+    kind = zoo.Experts if options else zoo.FeedForward
+    with pytest.raises(ValueError, match="activation must be a function, got 'relu3'"):
+        kind(8, 16, **options, activation="relu3", rngs=nnx.Rngs(0))
