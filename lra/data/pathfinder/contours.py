@@ -134,51 +134,70 @@ def tables(config, gap: int) -> Tables:
         at = [np.argwhere(one) - rim for one in which]
         return _ragged([(place[:, 0] * width + place[:, 1]).astype(np.int32) for place in at])
 
-    could_cross = masks >= CROSSING - 255
+    choices, weights = _turns(onward, directions, config.continuity)
+    blank = _blank(size, rim, config.padding)
+    footprints = tuple(_footprint(mask, rim, radius) for mask in masks[:SEED_DIRECTIONS])
+    moves = lambda angles, distance: np.array([_displacement(angle, distance) for angle in angles])
+    reach, retreat = moves(ahead, length), moves(ahead + math.pi, radius)
+    seedable = np.array([config.all_directions or _surrounds(footprint) for footprint in footprints])
+    taken = blank.reshape(width, width)[rim : rim + size, rim : rim + size] > FREE
+    starts = _starts(taken | _border(size, 2 * config.seed_distance), footprints, seedable, reach, retreat)
+    crossing = [(CROSSING - mask[mask >= CROSSING - 255].astype(int)).astype(np.uint8) for mask in masks]
+    return Tables(
+        size=size, rim=rim, width=width, blank=blank, lines=lines, masks=masks, claims=places(masks > 0),
+        claimed=_ragged([mask[mask > 0] for mask in masks]), touches=places(masks >= CROSSING - 255),
+        limits=_ragged(crossing), disc=(_disc(gap) @ [width, 1]).astype(np.int32), candidates=candidates, choices=choices,
+        weights=weights, advance=moves(directions, length + 2 * gap), reach=reach, back=moves(onward + math.pi, length),
+        retreat=retreat, footprints=footprints, seedable=seedable,
+        orbit=config.seed_distance * np.array([(math.sin(angle), math.cos(angle)) for angle in ahead]),
+        seeds=np.array(list(starts)), starts=np.concatenate(list(starts.values())),
+        begins=np.cumsum([0, *map(len, starts.values())]),
+    )  # fmt: skip
+
+
+def _turns(onward: np.ndarray, directions: np.ndarray, continuity: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of each direction the extensions that may follow it, and their weights: cos^2 of the turn, 0 in what fills a row."""
     turn = np.abs(onward - directions[:, None])
-    turn = np.minimum(np.minimum(turn, 2 * math.pi - turn) * config.continuity, math.pi / 2)
+    turn = np.minimum(np.minimum(turn, 2 * math.pi - turn) * continuity, math.pi / 2)
     weights = np.cos(turn) ** 2
     likely = [np.flatnonzero(row > 1e-12) for row in weights]
     filled = np.arange(max(map(len, likely))) < np.array([len(row) for row in likely])[:, None]
     choices = _ragged(likely)
+    return choices, np.take_along_axis(weights, choices, 1) * filled
 
-    blank = np.zeros((width, width), np.uint8)
-    inside = slice(rim, rim + size)
-    blank[inside, inside] = 255
-    blank[rim + config.padding : rim + size - config.padding, rim + config.padding : rim + size - config.padding] = 0
 
-    # The footprint is the mask stamp drawn one pixel right and down of the centre of a (2(L+g)+1)-square, and cut to it.
-    footprints = []
-    for mask in masks[:SEED_DIRECTIONS]:
-        full = np.argwhere(mask == 255) - rim + 1
-        footprints.append(full[(np.abs(full) <= radius).all(axis=1)])
-    reach = np.array([_displacement(angle, length) for angle in ahead])
-    retreat = np.array([_displacement(angle + math.pi, radius) for angle in ahead])
-    central = np.ones((size, size), bool)
-    border = 2 * config.seed_distance
-    central[border : size - border, border : size - border] = False
-    central |= blank[inside, inside].reshape(size, size) > FREE
-    seedable = np.array([config.all_directions or _surrounds(footprint) for footprint in footprints])
-    orbit = config.seed_distance * np.array([(math.sin(angle), math.cos(angle)) for angle in ahead])
-    seeds, starts = [], []
+def _blank(size: int, rim: int, padding: int) -> np.ndarray:
+    """A picture with a rim around it, in which all but what is nearer than `padding` to its edges is free: flat, uint8."""
+    blank = np.zeros((size + 2 * rim,) * 2, np.uint8)
+    blank[rim : rim + size, rim : rim + size] = 255
+    inside = slice(rim + padding, rim + size - padding)
+    blank[inside, inside] = 0
+    return blank.ravel()
+
+
+def _footprint(mask: np.ndarray, rim: int, radius: int) -> np.ndarray:
+    """The mask stamp drawn one pixel right and down of the centre of a (2(L+g)+1)-square, and cut to it."""
+    full = np.argwhere(mask == 255) - rim + 1
+    return full[(np.abs(full) <= radius).all(axis=1)]
+
+
+def _border(size: int, distance: int) -> np.ndarray:
+    """What is nearer than `distance` to an edge."""
+    border = np.ones((size, size), bool)
+    border[distance : size - distance, distance : size - distance] = False
+    return border
+
+
+def _starts(taken: np.ndarray, footprints, seedable, reach, retreat) -> dict[int, np.ndarray]:
+    """By direction, where a first segment may start: its footprint is free, and both its ends are inside; nowhere: no entry."""
+    starts = {}
     for direction in np.flatnonzero(seedable):
-        free = np.argwhere(available(central, footprints[direction]))
+        free = np.argwhere(available(taken, footprints[direction]))
         head = free + reach[direction]
-        free = free[_within(head, size) & _within(head + retreat[direction], size)]
+        free = free[_within(head, len(taken)) & _within(head + retreat[direction], len(taken))]
         if len(free):
-            seeds.append(direction)
-            starts.append(free)
-    crossing = [(CROSSING - mask[mask >= CROSSING - 255].astype(int)).astype(np.uint8) for mask in masks]
-    return Tables(
-        size=size, rim=rim, width=width, blank=blank.ravel(), lines=lines, masks=masks, claims=places(masks > 0),
-        claimed=_ragged([mask[mask > 0] for mask in masks]), touches=places(could_cross), limits=_ragged(crossing),
-        disc=(_disc(gap) @ [width, 1]).astype(np.int32), candidates=candidates, choices=choices,
-        weights=np.take_along_axis(weights, choices, 1) * filled,
-        advance=np.array([_displacement(angle, length + 2 * gap) for angle in directions]), reach=reach,
-        back=np.array([_displacement(angle + math.pi, length) for angle in onward]), retreat=retreat,
-        footprints=tuple(footprints), seedable=seedable, orbit=orbit, seeds=np.array(seeds), starts=np.concatenate(starts),
-        begins=np.cumsum([0, *map(len, starts)]),
-    )  # fmt: skip
+            starts[direction] = free
+    return starts
 
 
 def _surrounds(footprint: np.ndarray) -> bool:
