@@ -6,10 +6,10 @@ Expected   results/diagnostics.csv, in the README
 Then the settings of the papers, as far as they are known: Mamba's, Zoology's and MAD's.
 """
 
-from subquad.lra.recipes.recipe import Recipe, every_layer, layers_with
+from subquad.lra.recipes.recipe import EveryLayer, Recipe
 
 # Causal, as the papers' models are; Linformer cannot be, and looks at whole sequences.
-LAYERS = every_layer(heads=dict(num_heads=4), is_causal=True, own={
+LAYERS = EveryLayer(heads=dict(num_heads=4), is_causal=True, own={
     "blockwise": dict(block_size=8),
     "local": dict(window_size=8),
     "strided": dict(stride=8),
@@ -87,7 +87,7 @@ DIAGNOSTICS = Recipe(
         "mad": dict(steps=1000, evaluate_every=200),
         "listops": dict(LONGER, batch_size=16, steps=2000, evaluate_every=200),
         # An encoder reads the whole expression.
-        f"listops {layers_with(LAYERS, 'is_causal')}": dict(layer_options=dict(is_causal=False)),
+        "listops +is_causal": dict(layer_options=dict(is_causal=False)),
     },
 )
 
@@ -99,7 +99,7 @@ MAMBA = Recipe(
     layers=LAYERS,
     settings={
         "*": dict(_PLAIN, config="mamba", in_features=64, num_layers=2),
-        f"* {layers_with(LAYERS, 'num_heads')}": LONGER,
+        "* +num_heads": LONGER,
         "* transformer_xl": dict(positions=None, embedding_std=None),
         "* h3": dict(layer_options=dict(state_size=64, dt_min=0.001, dt_max=0.1)),
         "selective_copy": dict(batch_size=64, steps=400_000, learning_rate=1e-4, evaluate_every=4000),
@@ -139,7 +139,7 @@ STATE_TRACKING = Recipe(
 ZOOLOGY = Recipe(
     id="zoology",
     source="Arora et al. 2023, arXiv 2312.04927, figure 2, as in HazyResearch/zoology, experiments/iclr24_zoology_figure2",
-    layers=LAYERS | {"softmax": dict(num_heads=1, is_causal=True)},
+    layers=LAYERS.but(softmax=dict(num_heads=1)),
     settings={
         "*": dict(
             config="64_4", in_features=64, num_layers=2, mlp_features=0, positions="learned", steps=64 * 196, batch_size=512,

@@ -8,14 +8,14 @@ Sizes and schedules are those of the released configurations, task by task, then
 found in that code.
 """
 
-from subquad.lra.recipes.recipe import Recipe, every_layer, layers_with
+from subquad.lra.recipes.recipe import EveryLayer, Recipe
 from subquad.lra.recipes.shared import ARENA_TEXT, BLACK, DRAWN
 
 LEARNED_POSITIONS = dict(positions="learned", position_std=0.02)
 NO_DROPOUT = "Attention weights are not dropped; the released code drops {} of them."
 WIDE_IMAGE = dict(in_features=128, num_layers=1, mlp_features=128)
 
-LAYERS = every_layer(heads=dict(num_heads=8, use_bias=False), own={
+LAYERS = EveryLayer(heads=dict(num_heads=8, use_bias=False), own={
     "blockwise": dict(block_size=50),
     "local": dict(window_size=25),
     "strided": dict(pattern="fixed", stride=50, num_summary=10),
@@ -45,7 +45,6 @@ LAYERS = every_layer(heads=dict(num_heads=8, use_bias=False), own={
     "gau": dict(max_length="{length}", bias="simple"),
     "synthesizer": dict(max_length="{length}", synthesis=["random", "dot_product"]),
 })  # fmt: skip
-ATTENTION = layers_with(LAYERS, "num_heads")
 
 LRA_2020 = Recipe(
     id="lra-2020",
@@ -61,7 +60,7 @@ LRA_2020 = Recipe(
         "* softmax": dict(attention_dropout_rate=0.1),
         # Text
         "text": dict(ARENA_TEXT, evaluate_every=100),
-        f"text|retrieval {ATTENTION}": dict(layer_options=dict(num_heads=4)),
+        "text|retrieval +num_heads": dict(layer_options=dict(num_heads=4)),
         "text reformer": dict(layer_options=dict(chunk_size=100)),
         "text performer": dict(layer_options=dict(num_features=64, kernel="relu")),
         # Retrieval. Theirs names CLS and has none: the first byte is read.
@@ -125,7 +124,7 @@ LRA_2020 = Recipe(
         "pathfinder/*64_*|*256_*": dict(in_features=32, num_layers=2, mlp_features=32, pooling="cls", **LEARNED_POSITIONS),
         "pathfinder/*64_*": dict(steps=125_000, batch_size=256, warmup_steps=625, evaluate_every=625),
         "pathfinder/*256_*": dict(steps=500_000, batch_size=32, warmup_steps=5000, evaluate_every=5000),
-        f"pathfinder/*64_*|*256_* {ATTENTION}": dict(dropout_rate=0.1, layer_options=dict(num_heads=4, qkv_features=32)),
+        "pathfinder/*64_*|*256_* +num_heads": dict(dropout_rate=0.1, layer_options=dict(num_heads=4, qkv_features=32)),
         "pathfinder/*64_* reformer": dict(layer_options=dict(chunk_size=410)),
         "pathfinder/*256_* reformer": dict(layer_options=dict(chunk_size=6554)),
         # Pathfinder at 128 x 128: Path-X
@@ -133,7 +132,7 @@ LRA_2020 = Recipe(
             in_features=32, num_layers=1, mlp_features=32, steps=500_000, batch_size=64, warmup_steps=2500,
             evaluate_every=2500, clip_norm=1.0, **LEARNED_POSITIONS,
         ),
-        f"pathfinder/*128_* {ATTENTION}": dict(dropout_rate=0.1, layer_options=dict(num_heads=2, qkv_features=16)),
+        "pathfinder/*128_* +num_heads": dict(dropout_rate=0.1, layer_options=dict(num_heads=2, qkv_features=16)),
         "pathfinder/*128_* reformer": dict(layer_options=dict(qkv_features=32, chunk_size=1639)),
         "pathfinder/*64_*|*128_*|*256_* performer": dict(layer_options=dict(num_features=8)),
         # Blocks of 64 divide pictures; those of 50, texts.

@@ -7,10 +7,10 @@ Hours      not published; subquad table --paper nystromformer forecasts them for
 `SETTINGS` and `LAYERS` are also where the pages of Skyformer and xFormers start from.
 """
 
-from subquad.lra.recipes.recipe import Recipe, every_layer
+from subquad.lra.recipes.recipe import EveryLayer, Recipe
 from subquad.lra.recipes.shared import BLACK, DRAWN
 
-LAYERS = every_layer(heads=dict(num_heads=2), own={
+LAYERS = EveryLayer(heads=dict(num_heads=2), own={
     "blockwise": dict(block_size=64),
     "local": dict(window_size=32),
     "strided": dict(stride=64),

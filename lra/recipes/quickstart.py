@@ -8,13 +8,13 @@ Expected   results/quickstart.csv, in the README: seeds, spread and floors
 
 import dataclasses
 
-from subquad.lra.recipes.recipe import Recipe, every_layer
+from subquad.lra.recipes.recipe import EveryLayer, Recipe
 
 QUICKSTART = Recipe(
     id="quickstart",
     source="subquad",
     equal_parameters=True,
-    layers=every_layer(heads=dict(num_heads=4), own={
+    layers=EveryLayer(heads=dict(num_heads=4), own={
         "blockwise": dict(block_size=32),
         "local": dict(window_size=16),
         "strided": dict(stride=16),

@@ -13,11 +13,11 @@ from subquad.lra.recipes.recipe import Recipe, revised
 SKYFORMER = Recipe(
     id="skyformer",
     source="Chen et al. 2021, arXiv 2111.00035, as in pkuzengqi/Skyformer@1a677cb",
-    layers=nystromformer.LAYERS | {
-        "linformer": dict(num_heads=2, max_length="{length}", num_landmarks=128),
-        "nystrom": dict(num_heads=2, num_landmarks=128, conv_width=None),
-        "performer": dict(num_heads=2, num_features=128),
-    },
+    layers=nystromformer.LAYERS.but(
+        linformer=dict(max_length="{length}", num_landmarks=128),
+        nystrom=dict(num_landmarks=128, conv_width=None),
+        performer=dict(num_features=128),
+    ),
     settings=revised(nystromformer.SETTINGS, {
         "listops": dict(steps=50_000, evaluate_every=500),
         "text": dict(steps=50_000, warmup_steps=80, evaluate_every=500),

@@ -8,17 +8,17 @@ Starts from the settings of Nystromformer.
 """
 
 from subquad.lra.recipes import nystromformer
-from subquad.lra.recipes.recipe import Recipe, layers_with, revised
+from subquad.lra.recipes.recipe import Recipe, revised
 from subquad.lra.recipes.shared import ARENA_TEXT
 
 XFORMERS = Recipe(
     id="xformers",
     source="facebookresearch/xformers, the arena's configuration at the parent of 6c3890ab",
-    layers=nystromformer.LAYERS | {"nystrom": dict(num_heads=2, num_landmarks=128, conv_width=35)},
+    layers=nystromformer.LAYERS.but(nystrom=dict(num_landmarks=128, conv_width=35)),
     settings=revised(nystromformer.SETTINGS, {
         "listops": dict(steps=10_000, evaluate_every=100),
         "text": dict(ARENA_TEXT, pooling="cls"),
-        f"text {layers_with(nystromformer.LAYERS, 'num_heads')}": dict(layer_options=dict(num_heads=4)),
+        "text +num_heads": dict(layer_options=dict(num_heads=4)),
         "retrieval|image|pathfinder": dict(reversible=True),
         # A quarter of the length.
         "listops linformer": dict(layer_options=dict(num_landmarks=500)),

@@ -3,7 +3,7 @@
 import pytest
 
 from subquad.lra import recipes, tasks
-from subquad.lra.recipes.recipe import Recipe, covers, every_layer
+from subquad.lra.recipes.recipe import EveryLayer, Recipe, covers
 from subquad.zoo import LAYERS
 
 PAGE = Recipe(
@@ -46,12 +46,13 @@ def test_every_scope_of_a_page_covers_something(name):
         for task_name in parts[0]:
             assert task_name in ("*", *tasks.TASKS), scope
         for layer in parts[1]:
-            assert layer in ("*", *LAYERS), scope
-        assert any(covers(scope, task, config, layer) for task, config in every for layer in LAYERS), scope
+            assert layer in ("*", "+num_heads", "+is_causal", *LAYERS), scope
+        layers = [(layer, page.layers.get(layer, {})) for layer in LAYERS]
+        assert any(covers(scope, *words, *layer) for words in every for layer in layers), scope
 
 
 def test_a_layer_of_the_zoo_has_options_without_a_row_of_its_own():
-    layers = every_layer({"s4": dict(state_size=2)}, heads=dict(num_heads=4, use_bias=False), is_causal=True)
+    layers = EveryLayer({"s4": dict(state_size=2)}, heads=dict(num_heads=4, use_bias=False), is_causal=True)
     assert list(layers) == list(LAYERS)
     assert layers["cosformer"] == dict(num_heads=4, use_bias=False, is_causal=True, max_length="{length}")
     assert layers["s4"] == dict(is_causal=True, state_size=2)
