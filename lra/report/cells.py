@@ -20,7 +20,7 @@ LEAST_TOLERANCE = 1.0
 RATIO_TOLERANCE = 1.25
 CHANCE = 50.0  # of Path-X, in per cent
 # Tokens of a trained model's further tests, also of one whose cost is quadratic: 500 examples of more take hours.
-LONGEST_TEST, LONGEST_QUADRATIC_TEST = 16_384, 2048
+LONGEST_TEST, LONGEST_QUADRATIC_TEST = 32_768, 2048
 # What a table's column is called -> the task and its configuration, where the name alone does not say.
 COLUMNS = {
     "path_x": ("pathfinder", "128_hard"), "path_256": ("pathfinder", "256_hard"),

@@ -101,7 +101,7 @@ def test_accuracies_of_train_are_answered_by_the_run_of_test(tmp_path):
 
 @pytest.mark.usefixtures("nothing_shipped")
 def test_accuracies_at_other_lengths_are_answered_by_the_run_that_was_tested_there(tmp_path):
-    at = {length: cell(f"mamba.11.h3.induction.{length}", "mamba", "11") for length in (256, 512, 1024, 2048, 32768)}
+    at = {length: cell(f"mamba.11.h3.induction.{length}", "mamba", "11") for length in (256, 512, 1024, 2048, 65536)}
     run = verdicts.run_of(at[256])
     assert all(verdicts.run_of(at[length]) == run for length in (512, 1024, 2048))
     assert verdicts.judge(at[512], known(tmp_path)).outcome == "not run"
@@ -113,7 +113,7 @@ def test_accuracies_at_other_lengths_are_answered_by_the_run_that_was_tested_the
     assert judged[512].outcome == "reproduced within tolerance"
     reasons = [judged[length].reason for length in (1024, 2048)]
     assert reasons == ["no memory", "its run was not tested at this length"]
-    assert judged[32768].reason == "tested up to 16,384 tokens; subquad train --resume --test-lengths 32768 goes on"
+    assert judged[65536].reason == "tested up to 32,768 tokens; subquad train --resume --test-lengths 65536 goes on"
     quadratic = cell("mamba.11.mha_abs.induction.4096", "mamba", "11")
     assert quadratic.cannot == "tested up to 2,048 tokens; subquad train --resume --test-lengths 4096 goes on"
 

@@ -39,7 +39,7 @@ def trained(monkeypatch):
     def train(run, *, out, data_dir, resume, test_lengths):
         assert resume and out.name == run.id
         if run.task == "induction":
-            assert test_lengths == [2**power for power in range(6, 15)]  # of all its cells, though two are wanted
+            assert test_lengths == [2**power for power in range(6, 16)]  # of all its cells, though two are wanted
         if run.layer == "local":
             raise Interrupted(f"Stopped at step 3 of {run.steps}; saved in {out}. Go on with --resume.")
         if run.layer == "linformer":
