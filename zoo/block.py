@@ -11,7 +11,6 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from subquad.kernels import precision
-from subquad.zoo.base import check_complete, check_options, options_of
 from subquad.zoo.checks import (
     check_activation,
     check_dtypes,
@@ -26,6 +25,7 @@ from subquad.zoo.checks import (
 from subquad.zoo.dropout import Dropout
 from subquad.zoo.experts import Experts, RouterLosses, add, no_losses
 from subquad.zoo.linen import call_rngs
+from subquad.zoo.options import check_complete, check_options, options_of
 
 # As torch's BatchNorm1d has it, where it is called 0.1: how much of a running average stays at a batch.
 MOMENTUM = 0.9

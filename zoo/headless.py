@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subquad.kernels import dispatch, patterns
 from subquad.kernels.patterns import CAUSAL, Pattern
 from subquad.zoo import dropout, padding
-from subquad.zoo.base import Support, check_flags_of, check_options, options_of
+from subquad.zoo.base import Support
 from subquad.zoo.cache import StateCache, counts, in_dtypes_of
 from subquad.zoo.checks import (
     FlaxCall,
@@ -27,6 +27,7 @@ from subquad.zoo.checks import (
     require_extend,
 )
 from subquad.zoo.compilation import compile_once
+from subquad.zoo.options import check_flags_of, check_options, options_of
 from subquad.zoo.projection import in_pieces, in_turn
 
 

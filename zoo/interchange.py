@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 
 from subquad.kernels import softmax
 from subquad.zoo import padding
-from subquad.zoo.base import Attention, Shell, check_complete, check_flags_of, check_options, sow
+from subquad.zoo.base import Attention, Shell, sow
 from subquad.zoo.checks import check_mask, check_rate, refuse, unsupported
 from subquad.zoo.compilation import by_sample
+from subquad.zoo.options import check_complete, check_flags_of, check_options
 from subquad.zoo.registry import LAYERS, Layer, find, options
 
 PROJECTIONS = {"query", "key", "value", "out"}

@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from subquad.zoo.base import Attention, check_complete, check_options, options_of
+from subquad.zoo.base import Attention
 from subquad.zoo.buckets.clustered import ClusteredAttention
 from subquad.zoo.buckets.informer import InformerAttention
 from subquad.zoo.buckets.moba import MoBAAttention
@@ -58,6 +58,7 @@ from subquad.zoo.lowrank.memory_compressed import MemoryCompressedAttention
 from subquad.zoo.lowrank.nystrom import NystromAttention
 from subquad.zoo.lowrank.perceiver import PerceiverAttention
 from subquad.zoo.lowrank.skyformer import SkyformerAttention
+from subquad.zoo.options import check_complete, check_options, options_of
 from subquad.zoo.patterns.axial import AxialAttention
 from subquad.zoo.patterns.bigbird import BigBirdAttention
 from subquad.zoo.patterns.blockwise import BlockwiseAttention

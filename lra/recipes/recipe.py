@@ -80,7 +80,7 @@ class EveryLayer(Mapping):
         return {name: self._of(name, layer) for name, layer in LAYERS.items()}
 
     def _of(self, name: str, layer) -> dict[str, Any]:
-        from subquad.zoo.base import needs
+        from subquad.zoo.options import needs
 
         options = dict(self.heads) if "num_heads" in needs(layer) else {}
         if self.is_causal and layer.supports.causal and layer.supports.bidirectional:

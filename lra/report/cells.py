@@ -19,7 +19,7 @@ LEAST_TOLERANCE = 1.0
 # Of a ratio of speeds or of memory, as a factor: machines differ.
 RATIO_TOLERANCE = 1.25
 CHANCE = 50.0  # of Path-X, in per cent
-# Tokens of a trained model's further tests, also of one whose cost is quadratic: 500 examples of more take hours.
+# Tokens of a trained model's further tests, also of one whose cost is quadratic: of 32K, 500 examples take Mamba 3 minutes.
 LONGEST_TEST, LONGEST_QUADRATIC_TEST = 32_768, 2048
 # What a table's column is called -> the task and its configuration, where the name alone does not say.
 COLUMNS = {

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from subquad import zoo
-from subquad.zoo.base import Attention, options_of
+from subquad.zoo.base import Attention
+from subquad.zoo.options import options_of
 
 from .cases import FEATURES, inputs
 
